@@ -1,0 +1,59 @@
+"""refcurv: the ground truth for the loss curvature of transformers.
+
+For a weight matrix W, the second moments A of its inputs and G of its output gradients give the
+K-FAC approximation G ⊗ A of the Fisher; its eigenbasis orders the directions of W from high to low
+curvature. The sharp ones carry what many inputs share, the flat ones recitation (arXiv 2510.24256).
+
+The public names, in the order in which data flow:
+
+    convert, export                 checkpoint directory ↔ weights file
+    load, save, Model, ModelConfig  weights file ↔ model
+    load_corpus, save_corpus, Corpus, Population
+    logits, loss_and_gradient       forward and backward
+    collect, Factors, Factor        A and G         save_factors, load_factors
+    decompose, Bases, Eigenbasis    eigenbasis      save_bases, load_bases
+    edit, EditRecord                W' = U_G (C ∘ M) U_Aᵀ
+    evaluate, Evaluation            populations → table
+    RefcurvError                    every refusal is one of these
+"""
+
+from refcurv.curvature.eigenbasis import Bases, Eigenbasis, decompose, load_bases, save_bases
+from refcurv.curvature.factors import Factor, Factors, collect, load_factors, save_factors
+from refcurv.editing.projection import EditRecord, edit
+from refcurv.evaluation.suite import Evaluation, evaluate
+from refcurv.files.corpus import Corpus, Population, load_corpus, save_corpus
+from refcurv.files.huggingface import convert, export
+from refcurv.files.weights import load, save
+from refcurv.law.checks import RefcurvError
+from refcurv.model.config import Model, ModelConfig
+from refcurv.passes.public import logits, loss_and_gradient
+
+__all__ = [
+    "Bases",
+    "Corpus",
+    "EditRecord",
+    "Eigenbasis",
+    "Evaluation",
+    "Factor",
+    "Factors",
+    "Model",
+    "ModelConfig",
+    "Population",
+    "RefcurvError",
+    "collect",
+    "convert",
+    "decompose",
+    "edit",
+    "evaluate",
+    "export",
+    "load",
+    "load_bases",
+    "load_corpus",
+    "load_factors",
+    "logits",
+    "loss_and_gradient",
+    "save",
+    "save_bases",
+    "save_corpus",
+    "save_factors",
+]

@@ -1,0 +1,7 @@
+"""`python -m refcurv`."""
+
+import sys
+
+from refcurv.cli import main
+
+sys.exit(main())

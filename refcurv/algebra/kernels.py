@@ -1,0 +1,239 @@
+"""The only importer of numba: what NumPy is slow at. BLAS does the products.
+
+Each kernel computes what the definition named in its docstring computes, on one thread and without
+the GIL: parallelism is over shards, so that no thread count changes a bit. `reassoc` lets LLVM
+split a row's sum over the lanes of one register, always in the same way.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numba import njit, types
+from numba.extending import overload
+
+from refcurv.law.checks import Array
+
+_EXACT = {"contract", "nsz"}
+_LANES = {"contract", "nsz", "reassoc"}
+
+
+# ------------------------------------------------------------------ exponential
+
+
+@njit(cache=True, nogil=True, fastmath=_EXACT, error_model="numpy")
+def _exp32(x: Any) -> Any:
+    """e^x in float32 to 2 ulp: Cody-Waite reduction and a polynomial, so that loops vectorise."""
+    x = min(max(x, np.float32(-87.0)), np.float32(88.0))
+    n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
+    r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
+    p = np.float32(1.9875691500e-4)
+    p = p * r + np.float32(1.3981999507e-3)
+    p = p * r + np.float32(8.3334519073e-3)
+    p = p * r + np.float32(4.1665795894e-2)
+    p = p * r + np.float32(1.6666665459e-1)
+    p = p * r + np.float32(5.0000001201e-1)
+    power = np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+    return (p * r * r + r + np.float32(1)) * power
+
+
+def exp(x: Any) -> Any:
+    """np.exp of one number; below -87 in float32 it stays at e^-87 = 1.6e-38."""
+    return np.exp(x)
+
+
+@overload(exp)
+def _exp(x):  # type: ignore[no-untyped-def]
+    if x == types.float32:
+        return lambda x: _exp32(x)  # noqa: PLW0108
+    return lambda x: math.exp(x)  # noqa: PLW0108
+
+
+# ------------------------------------------------------------------ accumulation
+
+
+@njit(cache=True, nogil=True)
+def fold_triangle(total_DD: Array, product_DD: Array) -> None:
+    """total[i, :i+1] += product[i, :i+1], widened to float64: a shard's sum joins its block's.
+
+    Definition: total += np.tril(product.astype(float64)).
+    """
+    for i in range(total_DD.shape[0]):
+        for j in range(i + 1):
+            total_DD[i, j] += np.float64(product_DD[i, j])
+
+
+@njit(cache=True, nogil=True)
+def mirror_triangle(total_DD: Array) -> None:
+    """Copy the lower triangle to the upper: the result is exactly symmetric."""
+    for i in range(total_DD.shape[0]):
+        for j in range(i):
+            total_DD[j, i] = total_DD[i, j]
+
+
+# ------------------------------------------------------------------ layers
+
+
+@njit(cache=True, nogil=True, fastmath=_LANES, error_model="numpy")
+def rms_norm_forward(x_ND: Array, gain_D: Array, eps: Any, y_ND: Array, r_N: Array) -> None:
+    """Definition: model.layers.rms_norm_forward, with r = 1 / sqrt(mean(x²) + eps) per row."""
+    N, D = x_ND.shape
+    for n in range(N):
+        square = gain_D[0] * 0
+        for d in range(D):
+            square += x_ND[n, d] * x_ND[n, d]
+        r = gain_D.dtype.type(1) / np.sqrt(square / gain_D.dtype.type(D) + eps)
+        r_N[n] = r
+        for d in range(D):
+            y_ND[n, d] = x_ND[n, d] * r * gain_D[d]
+
+
+@njit(cache=True, nogil=True, fastmath=_LANES, error_model="numpy")
+def rms_norm_backward(
+    d_y_ND: Array, x_ND: Array, gain_D: Array, r_N: Array, d_x_ND: Array, d_gain_D: Array
+) -> None:
+    """Definition: model.layers.rms_norm_backward; d_gain is summed in row order from zero."""
+    N, D = x_ND.shape
+    for n in range(N):
+        r = r_N[n]
+        dot = r * 0
+        for d in range(D):
+            dot += d_y_ND[n, d] * gain_D[d] * x_ND[n, d]
+        dot = dot * r * r / gain_D.dtype.type(D)
+        for d in range(D):
+            d_gain_D[d] += d_y_ND[n, d] * (x_ND[n, d] * r)
+            d_x_ND[n, d] = r * (d_y_ND[n, d] * gain_D[d] - x_ND[n, d] * dot)
+
+
+@njit(cache=True, nogil=True, fastmath=_EXACT, error_model="numpy")
+def swiglu_forward(gate_N: Array, up_N: Array, h_N: Array) -> None:
+    """Definition: model.layers.swiglu_forward, on flat arrays."""
+    for n in range(gate_N.shape[0]):
+        z = gate_N[n]
+        h_N[n] = z * up_N[n] / (1 + exp(-z))
+
+
+@njit(cache=True, nogil=True, fastmath=_EXACT, error_model="numpy")
+def swiglu_backward(
+    d_h_N: Array, gate_N: Array, up_N: Array, d_gate_N: Array, d_up_N: Array
+) -> None:
+    """Definition: model.layers.swiglu_backward, on flat arrays."""
+    for n in range(gate_N.shape[0]):
+        z = gate_N[n]
+        s = 1 / (1 + exp(-z))
+        d_gate_N[n] = d_h_N[n] * up_N[n] * s * (1 + z * (1 - s))
+        d_up_N[n] = d_h_N[n] * z * s
+
+
+@njit(cache=True, nogil=True, fastmath=_LANES, error_model="numpy")
+def softmax_forward(
+    score_BHTS: Array, first_BT: Array, last_BT: Array, begin: Any, scale: Any, lse_BHT: Array
+) -> None:
+    """In place: scores q·k → probabilities over the visible keys; key s of the block is begin + s.
+
+    Definition: model.layers.softmax_over(score * scale, visible); also the log of each row's sum.
+    """
+    B, H, T, S = score_BHTS.shape
+    for b in range(B):
+        for h in range(H):
+            for t in range(T):
+                row = score_BHTS[b, h, t]
+                low = max(first_BT[b, t] - begin, 0)
+                high = max(min(last_BT[b, t] - begin + 1, S), low)
+                row[:low] = 0
+                row[high:] = 0
+                if high <= low:
+                    lse_BHT[b, h, t] = 0
+                    continue
+                top = row[low]
+                for s in range(low, high):
+                    top = max(top, row[s])
+                total = top * 0
+                for s in range(low, high):
+                    e = exp((row[s] - top) * scale)
+                    row[s] = e
+                    total += e
+                for s in range(low, high):
+                    row[s] /= total
+                lse_BHT[b, h, t] = top * scale + np.log(total)
+
+
+@njit(cache=True, nogil=True, fastmath=_EXACT, error_model="numpy")
+def softmax_backward(
+    score_BHTS: Array,
+    d_p_BHTS: Array,
+    first_BT: Array,
+    last_BT: Array,
+    begin: Any,
+    scale: Any,
+    lse_BHT: Array,
+    delta_BHT: Array,
+) -> None:
+    """In place: scores q·k → probabilities, and their gradient → the scores' gradient.
+
+    d_score = p (d_p − delta) scale, delta = Σ_s p d_p = context · d_context. Definition:
+    model.layers.attention_backward.
+    """
+    B, H, T, S = score_BHTS.shape
+    for b in range(B):
+        for h in range(H):
+            for t in range(T):
+                row, d_row = score_BHTS[b, h, t], d_p_BHTS[b, h, t]
+                low = max(first_BT[b, t] - begin, 0)
+                high = max(min(last_BT[b, t] - begin + 1, S), low)
+                row[:low] = 0
+                row[high:] = 0
+                d_row[:low] = 0
+                d_row[high:] = 0
+                lse, delta = lse_BHT[b, h, t], delta_BHT[b, h, t]
+                for s in range(low, high):
+                    p = exp(row[s] * scale - lse)
+                    row[s] = p
+                    d_row[s] = p * (d_row[s] - delta) * scale
+
+
+# ------------------------------------------------------------------ selection
+
+
+@njit(cache=True, nogil=True)
+def count_at_least(lam_O: Array, mu_I: Array, threshold: float, count_O: Array) -> None:
+    """count[i] = #{j : fl(λ_i μ_j) ≥ threshold}; both spectra descending, so one walk suffices.
+
+    Definition: ((lam[:, None] * mu) >= threshold).sum(axis=1).
+    """
+    j = mu_I.shape[0]
+    for i in range(lam_O.shape[0]):
+        while j > 0 and lam_O[i] * mu_I[j - 1] < threshold:
+            j -= 1
+        count_O[i] = j
+
+
+@njit(cache=True, nogil=True)
+def _two_sum(a: float, b: float) -> tuple[float, float]:
+    """a + b = s + e exactly, s the rounded sum (Knuth)."""
+    s = a + b
+    z = s - a
+    return s, (a - (s - z)) + (b - z)
+
+
+@njit(cache=True, nogil=True)
+def prefix_sums(x_N: Array, high_N: Array, low_N: Array) -> None:
+    """high[n] + low[n] ≈ the exact sum of x[:n], to n·2⁻¹⁰⁶ relative; high is its rounding."""
+    high, low = 0.0, 0.0
+    high_N[0], low_N[0] = high, low
+    for n in range(x_N.shape[0]):
+        high, e = _two_sum(high, x_N[n])
+        high, low = _two_sum(high, low + e)
+        high_N[n + 1], low_N[n + 1] = high, low
+
+
+@njit(cache=True, nogil=True)
+def staircase_mass(lam_O: Array, prefix: Array, count_O: Array) -> tuple[float, float]:
+    """(high, low): the sum over rows of fl(λ_i · prefix[count_i]), nearly exact; see SELECT."""
+    high, low = 0.0, 0.0
+    for i in range(lam_O.shape[0]):
+        high, e = _two_sum(high, lam_O[i] * prefix[count_O[i]])
+        high, low = _two_sum(high, low + e)
+    return high, low

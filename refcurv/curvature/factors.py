@@ -1,0 +1,390 @@
+"""A and G: sums of outer products over rows, accumulated over shards in one fixed order.
+
+    S_A = Σ a aᵀ,  n_A        S_G = Σ g gᵀ,  n_G        A = S_A / n_A,  G = S_G / n_G
+
+Sum and count, never a running mean; the division happens once, on reading A or G.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from refcurv.algebra import kernels
+from refcurv.files import store
+from refcurv.files.corpus import Corpus
+from refcurv.files.lazy import Lazy
+from refcurv.law.checks import (
+    Array,
+    ConventionError,
+    EmptyError,
+    NonFiniteError,
+    RangeError,
+    SchemaError,
+    require_choice,
+    require_seed,
+)
+from refcurv.law.conventions import BLOCK_SHARDS, Fisher, Rows
+from refcurv.model.config import Model, ModelConfig, expand
+from refcurv.model.transformer import Tap
+from refcurv.passes import memory
+from refcurv.passes.parallel import Turnstile, run
+from refcurv.passes.shards import Shard, shards
+
+Progress = Callable[[int, int], object]
+"""Called with (done, all) as work proceeds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """One linear layer's sums: sum_A (I, I) [activation²], sum_G (O, O) [nats²/output²], float64.
+
+    n_A rows entered sum_A; n_G = rows × draws entered sum_G (COUNTS).
+    """
+
+    sum_A: Array
+    n_A: int
+    sum_G: Array
+    n_G: int
+
+    @property
+    def A(self) -> Array:
+        """(1/n_A) Σ a aᵀ, (I, I)."""
+        return self.sum_A / self.n_A
+
+    @property
+    def G(self) -> Array:
+        """(1/n_G) Σ g gᵀ, (O, O)."""
+        return self.sum_G / self.n_G
+
+
+@dataclass(frozen=True, slots=True)
+class Factors(Mapping[str, Factor]):
+    """The factors of some linear layers, by name in file order, and how they were made.
+
+    Fields: layers; fisher, rows, seed, draws: the choices of `collect`; dtype, of the products;
+    shard_rows, the most rows that one product summed (for the budgets); source, for provenance.
+    """
+
+    layers: Mapping[str, Factor]
+    fisher: Fisher
+    rows: Rows
+    seed: int
+    draws: int
+    dtype: str
+    shard_rows: int
+    source: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+    def __getitem__(self, name: str) -> Factor:
+        """The factor of one layer."""
+        return self.layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """Layer names, in file order."""
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        """How many layers."""
+        return len(self.layers)
+
+
+# ------------------------------------------------------------------ accumulation
+
+
+class _Moment:
+    """Σ x xᵀ of one side of one layer: blocks of shards added to a total (SHARD, BLOCK).
+
+    Only the lower triangles are kept up until `finish`. The first block's sum *is* the total until
+    a second one starts: 0 + x has the bits of x.
+    """
+
+    __slots__ = ("_block", "_number", "_total", "rows")
+
+    def __init__(self, size: int) -> None:
+        self._block = np.zeros((size, size))
+        self._total: Array | None = None
+        self._number = -1
+        self.rows = 0
+
+    def add(self, shard: int, product: Array, rows: int) -> None:
+        """Fold one shard's product; shards come in order."""
+        if shard // BLOCK_SHARDS != self._number:
+            self._close()
+            self._number = shard // BLOCK_SHARDS
+        kernels.fold_triangle(self._block, product)
+        self.rows += rows
+
+    def _close(self) -> None:
+        if self._number < 0:
+            return
+        if self._total is None:
+            self._total, self._block = self._block, np.zeros_like(self._block)
+            return
+        kernels.fold_triangle(self._total, self._block)
+        self._block[:] = 0
+
+    def finish(self) -> Array:
+        """The sum, exactly symmetric."""
+        if self._total is None:
+            total = self._block
+        else:
+            self._close()
+            total = self._total
+        kernels.mirror_triangle(total)
+        total.flags.writeable = False
+        return total
+
+
+class _ShardSums:
+    """One shard's products, opened and summed in the compute dtype, folded when complete.
+
+    With one draw a layer's products are complete as soon as the next layer comes; with several,
+    at the end. Folding waits for its turn, so that shards in flight fold in their order.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        moments: Mapping[str, _Moment],
+        turnstile: Turnstile,
+        ordinal: int,
+        shard: Shard,
+        draws: int,
+    ) -> None:
+        self._config, self._moments, self._turnstile = config, moments, turnstile
+        self._ordinal, self._shard, self._draws = ordinal, shard, draws
+        self._open: dict[str, tuple[Array, int]] = {}
+        self._layer = ""
+        self._input: Array | None = None
+
+    def take(self, draw: int, tap: Tap) -> None:
+        """Add a layer's kept rows; an input that the previous layer read too is added once."""
+        if tap.name != self._layer:
+            if self._draws == 1:
+                self.fold()
+            self._layer = tap.name
+        self._add(f"G {tap.name}", tap.g)
+        if draw == 0 and tap.a is not self._input:
+            self._input = tap.a
+            self._add(f"A {self._config.input_of(tap.name)}", tap.a)
+
+    def _add(self, key: str, x_NX: Array) -> None:
+        product = x_NX.T @ x_NX  # the same array twice: NumPy calls syrk
+        if key in self._open:
+            before, rows = self._open[key]
+            before += product
+            self._open[key] = (before, rows + len(x_NX))
+        else:
+            self._open[key] = (product, len(x_NX))
+
+    def fold(self) -> None:
+        """Fold every open product, each in its turn."""
+        for key, (product, rows) in self._open.items():
+            with self._turnstile.turn(key, self._ordinal):
+                self._moments[key].add(self._shard.number, product, rows)
+        self._open.clear()
+
+
+def collect(
+    model: Model,
+    corpus: Corpus,
+    layers: str = "blocks.*.mlp.*",
+    fisher: str = "sampled",
+    seed: int = 0,
+    draws: int = 1,
+    *,
+    rows: str = "reached",
+    in_flight: int | None = None,
+    progress: Progress = lambda done, total: None,
+) -> Factors:
+    """The K-FAC factors of linear layers: second moments of inputs and of output gradients.
+
+    Definition
+        A = (1/n_A) Σ_r a_r a_rᵀ,  G = (1/n_G) Σ_r g_r g_rᵀ, r over the kept rows (ROWS); g is the
+        gradient of the summed nats (LOSS) with respect to the layer's output, against labels drawn
+        from the model (`sampled`, P3, SAMPLING) or the corpus's own (`empirical`).
+
+    Args:
+        model: its `dtype` is that of the products inside a shard (PRECISION).
+        corpus: tokens (N, T), with labels, mask and segments if it has them.
+        layers: a pattern over linear layers, e.g. "blocks.{2-3}.mlp.{gate,up}" or "head".
+        fisher: "sampled" or "empirical" (FISHER).
+        seed: of the drawn labels, in [0, 2**64).
+        draws: label draws per position; n_G = rows × draws.
+        rows: "reached" or "labelled" (ROWS).
+        in_flight: shards at a time; by default one per core. Changes no bit.
+        progress: called with (shards done, shards).
+
+    Returns:
+        Factors: layer name → sum_A (I, I), n_A, sum_G (O, O), n_G and A, G; float64, exactly
+        symmetric.
+
+    Raises:
+        NameUnknownError: no layer matches. RangeError: token ids, seed or draws out of range.
+        EmptyError: no label anywhere. NonFiniteError: a sum holds NaN or infinity.
+
+    Cost: one forward and `draws` backward passes down to the lowest layer, plus N·(I² + O²) per
+        layer; memory: weights, float64 sums, and the activations of `in_flight` shards.
+    Source: P1-P3 (arXiv 2510.24256); Martens & Grosse 2015 (arXiv 1503.05671).
+    Proof: tests/test_factors.py::test_factors_equal_the_naive_sums,
+        tests/test_peers.py (PyTorch).
+    """
+    who = "collect"
+    kind = Fisher(require_choice(who, "fisher", fisher, list(Fisher)))
+    if kind is Fisher.EXPECTED:
+        raise ConventionError(
+            "collect: `expected` needs one backward pass per position and vocabulary entry; "
+            "collect takes `sampled` (an unbiased estimate of it) or `empirical`."
+        )
+    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
+        raise RangeError(f"collect: draws must be an integer >= 1; got {draws!r}.")
+    if kind is Fisher.EMPIRICAL and draws != 1:
+        raise ConventionError("collect: `empirical` labels are the corpus's; draws must be 1.")
+    keep = Rows(require_choice(who, "rows", rows, list(Rows)))
+    names = expand(layers, list(model.config.linear_layers()))
+    job = memory.Sweep(frozenset(names), kind, require_seed(who, seed), draws)
+    units = shards(corpus, model.config.vocabulary, keep)
+    moments = _accumulate(model, units, job, in_flight, progress)
+    return Factors(
+        MappingProxyType(_finish(model.config, names, moments)),
+        kind,
+        keep,
+        job.seed,
+        draws,
+        model.dtype,
+        max(int(unit.keep_BT.sum()) for unit in units),
+        MappingProxyType({"inputs": store.inputs(model.source, corpus.source)}),
+    )
+
+
+def _accumulate(
+    model: Model, units: list[Shard], job: memory.Sweep, in_flight: int | None, progress: Progress
+) -> dict[str, _Moment]:
+    """Run every shard; fold its products in order."""
+    config, parameters = model.config, memory.resident(model)
+    moments: dict[str, _Moment] = {}
+    for name, (d_out, d_in) in config.linear_layers().items():
+        if name in job.layers:
+            moments[f"G {name}"] = _Moment(d_out)
+            key = f"A {config.input_of(name)}"
+            if key not in moments:
+                moments[key] = _Moment(d_in)
+    turnstile, finished = Turnstile(), 0
+
+    def work(ordinal: int, unit: Shard) -> None:
+        sums = _ShardSums(config, moments, turnstile, ordinal, unit, job.draws)
+        memory.sweep(config, parameters, unit, job, sums.take)
+        sums.fold()
+
+    def done() -> None:
+        nonlocal finished
+        finished += 1
+        progress(finished, len(units))
+
+    progress(0, len(units))
+    run(units, work, in_flight=in_flight, turnstile=turnstile, done=done)
+    return moments
+
+
+def _finish(
+    config: ModelConfig, names: list[str], moments: Mapping[str, _Moment]
+) -> dict[str, Factor]:
+    """Sums to factors; layers that read the same input share the very same A."""
+    sums = {key: moment.finish() for key, moment in moments.items()}
+    for key, total in sums.items():
+        if not np.isfinite(total).all():
+            side, _, name = key.partition(" ")
+            index = [int(i) for i in np.argwhere(~np.isfinite(total))[0]]
+            raise NonFiniteError(
+                f"collect: sum_{side} of {name!r} holds NaN or infinity, first at {index}. "
+                "Do the weights hold NaN, or did float32 activations overflow? Try float64."
+            )
+    out = {}
+    for name in names:
+        a, g = f"A {config.input_of(name)}", f"G {name}"
+        if not moments[a].rows:
+            raise EmptyError(f"collect: no row reached {name!r}.")
+        out[name] = Factor(sums[a], moments[a].rows, sums[g], moments[g].rows)
+    return out
+
+
+# ------------------------------------------------------------------ file
+
+
+def save_factors(factors: Factors, path: str | Path) -> None:
+    """Write a factors file: LAYER/{sum_A, n_A, sum_G, n_G}, float64 and int64 (DESIGN 4)."""
+    attributes: dict[str, str | int | float] = {
+        "fisher": str(factors.fisher),
+        "rows": str(factors.rows),
+        "seed": str(factors.seed),
+        "draws": factors.draws,
+        "dtype": factors.dtype,
+        "shard_rows": factors.shard_rows,
+    }
+
+    def entries() -> Iterator[store.Entry]:
+        for name, factor in factors.items():
+            yield store.Entry(f"{name}.sum_A", factor.sum_A)
+            yield store.Entry(f"{name}.n_A", np.asarray(factor.n_A, np.int64))
+            yield store.Entry(f"{name}.sum_G", factor.sum_G)
+            yield store.Entry(f"{name}.n_G", np.asarray(factor.n_G, np.int64))
+
+    store.write(
+        path,
+        format="refcurv-factors",
+        attributes=attributes,
+        arrays=entries(),
+        provenance=store.provenance(inputs=factors.source.get("inputs", {}), **attributes),
+    )
+
+
+def load_factors(path: str | Path) -> Factors:
+    """Open a factors file; each layer's matrices are read, and their checksums verified, on use.
+
+    Raises:
+        SchemaError: not a factors file, or layers whose entries are missing or misshapen.
+    """
+    header = store.open_file(path, format="refcurv-factors")
+    names = list(dict.fromkeys(key.rpartition(".")[0] for key in header.entries))
+    if not names:
+        raise SchemaError(f"{path}: holds no layer; was its collection interrupted?")
+    for name in names:
+        for part, dims in (("sum_A", 2), ("n_A", 0), ("sum_G", 2), ("n_G", 0)):
+            info = header.entries.get(f"{name}.{part}")
+            if info is None or len(info.shape) != dims or len(set(info.shape)) > 1:
+                raise SchemaError(
+                    f"{path}: layer {name!r} needs {part} as a "
+                    f"{'square matrix' if dims else 'number'}; "
+                    f"got {'nothing' if info is None else info.shape}."
+                )
+    at = header.attributes
+    try:
+        return Factors(
+            Lazy(names, lambda name: _read_factor(header, name)),
+            Fisher(str(at["fisher"])),
+            Rows(str(at["rows"])),
+            int(at["seed"]),
+            int(at["draws"]),
+            str(at["dtype"]),
+            int(at["shard_rows"]),
+            store.Source(header),
+        )
+    except (KeyError, ValueError) as error:
+        raise SchemaError(
+            f"{path}: root attributes are not those of a factors file: {error}."
+        ) from None
+
+
+def _read_factor(header: store.Header, name: str) -> Factor:
+    sum_A, n_A, sum_G, n_G = (
+        store.read(header, f"{name}.{part}", finite=True)
+        for part in ("sum_A", "n_A", "sum_G", "n_G")
+    )
+    if n_A < 1 or n_G < 1:
+        raise SchemaError(f"{header.path}: layer {name!r} counts {n_A} and {n_G} rows.")
+    return Factor(sum_A, int(n_A), sum_G, int(n_G))

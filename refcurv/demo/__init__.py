@@ -1,0 +1,1 @@
+"""The paper on a model and a corpus that ship with the package."""

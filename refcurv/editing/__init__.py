@@ -1,0 +1,1 @@
+"""Edits of weight matrices: which directions to keep, and the projection onto them."""

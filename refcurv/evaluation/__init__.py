@@ -1,0 +1,1 @@
+"""What a model still does: recites, answers, predicts; knows nothing of edits."""

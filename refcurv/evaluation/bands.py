@@ -1,0 +1,305 @@
+"""How strongly memorised and clean tokens drive the sharp and the flat directions of a layer (P9).
+
+Two quantities, never mixed:
+
+    pair_mass    pairs (i, j) by cumulative curvature mass;  ‖W_b x‖,  W_b = U_G (C ∘ M_b) U_Aᵀ
+    input_rank   eigenvectors of A by rank;                  ‖P_b x‖,  P_b = U_b U_bᵀ
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from refcurv.curvature import staircase
+from refcurv.curvature.eigenbasis import Eigenbasis
+from refcurv.curvature.factors import Progress
+from refcurv.evaluation.decode import batches, require_population, teacher_forced
+from refcurv.files.corpus import Population
+from refcurv.law.checks import Array, EmptyError, require_choice, require_shape
+from refcurv.model.config import Model, expand
+from refcurv.passes import memory, parallel
+
+
+class Quantity(StrEnum):
+    """What the bands are made of."""
+
+    PAIR_MASS = "pair_mass"
+    INPUT_RANK = "input_rank"
+
+
+MASS_EDGES = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.99, 1.0)
+"""pair_mass: cumulative share of the curvature mass."""
+
+RANK_PERCENT = (0, 10, 25, 50, 100)
+"""input_rank: percent of the eigenvectors of A, sharpest first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bands:
+    """One layer's bands, sharpest first.
+
+    Fields:
+        layer; quantity.
+        edges: (n + 1,) cumulative shares, of the mass or of the ranks.
+        sizes: (n,) pairs, or eigenvectors, in each band; 0 where one pair spans a whole band.
+        memorised, clean: (n,) mean norm over the tokens of each population.
+        aligned: were the clean tokens taken from the memorised ones' range of positions?
+    """
+
+    layer: str
+    quantity: Quantity
+    edges: tuple[float, ...]
+    sizes: tuple[int, ...]
+    memorised: tuple[float, ...]
+    clean: tuple[float, ...]
+    aligned: bool
+
+    @property
+    def ratio(self) -> tuple[float, ...]:
+        """memorised / clean; NaN where the clean mean is 0, as in an empty band."""
+        pairs = zip(self.memorised, self.clean, strict=True)
+        return tuple(m / c if c > 0 else math.nan for m, c in pairs)
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields and the ratio as plain JSON values; a ratio that is NaN becomes null."""
+        return {
+            "layer": self.layer,
+            "quantity": str(self.quantity),
+            "edges": list(self.edges),
+            "sizes": list(self.sizes),
+            "memorised": list(self.memorised),
+            "clean": list(self.clean),
+            "ratio": [None if math.isnan(r) else r for r in self.ratio],
+            "aligned": self.aligned,
+        }
+
+
+# ------------------------------------------------------------------ where the bands lie
+
+
+def rank_bounds(size: int) -> Array:
+    """input_rank: band b holds the eigenvectors bounds[b] .. bounds[b+1] - 1 of `size`.
+
+    Bounds are rounded up, in integers, so that the sharpest band is never empty.
+
+    Proof:  tests/test_bands.py::test_rank_bounds
+    """
+    return np.array([-(-percent * size // 100) for percent in RANK_PERCENT], dtype=np.int64)
+
+
+def mass_bounds(basis: Eigenbasis) -> Array:
+    """pair_mass: band b holds the columns bounds[b, i] .. bounds[b+1, i] - 1 of row i, (n+1, O).
+
+    Each bound is the SELECT cut at one of MASS_EDGES; the kept sets of one order are nested, so
+    that the bands are disjoint and hold every pair.
+
+    Proof:  tests/test_bands.py::test_band_weights_sum_to_the_weight
+    """
+    cuts = [staircase.counts(basis.lam, basis.mu, share) for share in MASS_EDGES]
+    return np.stack(cuts).astype(np.int64)
+
+
+def band_weights(W: Array, basis: Eigenbasis) -> list[Array]:
+    """pair_mass: W_b = U_G (C ∘ M_b) U_Aᵀ for each band, C = U_Gᵀ W U_A; they add up to W.
+
+    Args:
+        W: (O, I).
+        basis: the layer's.
+
+    Cost: O(O²I + OI²) per band; `bands` itself does without U_G, which changes no norm.
+    Source: P4, P5, P8.
+    Proof:  tests/test_bands.py::test_band_weights_sum_to_the_weight; ::test_two_by_two_by_hand
+    """
+    C = basis.U_G.T @ W.astype(np.float64) @ basis.U_A
+    bounds = mass_bounds(basis)
+    return [basis.U_G @ _restricted(C, low, high) @ basis.U_A.T for low, high in pairwise(bounds)]
+
+
+def _restricted(C: Array, low: Array, high: Array) -> Array:
+    """C ∘ M_b, the columns low[i] .. high[i] - 1 of each row i."""
+    j = np.arange(C.shape[1])
+    return np.where((low[:, None] <= j) & (j < high[:, None]), C, 0.0)
+
+
+# ------------------------------------------------------------------ what tokens do to them
+
+
+def bands(
+    model: Model,
+    basis: Mapping[str, Eigenbasis],
+    memorised: Population,
+    clean: Population,
+    *,
+    layers: str = "**",
+    quantity: Quantity | str = Quantity.PAIR_MASS,
+    progress: Progress = lambda done, total: None,
+) -> dict[str, Bands]:
+    """Mean norm of what each band makes of memorised and of clean tokens, and their ratio.
+
+    Definition
+        ratio_b = mean over memorised x of ‖W_b x‖ / mean over clean x of ‖W_b x‖   (pair_mass)
+        the same with ‖P_b x‖ (input_rank); x is the layer's input at one position
+
+    Memorised tokens are the positions whose next token lies in a suffix, prompt_length - 1 ..
+    length - 2 of each row. Clean ones are such positions of the clean population *within the
+    columns that memorised ones occupy*, so that position itself does not tell them apart; where
+    there is none, all its scored positions, and `aligned` is False.
+
+    Args:
+        model: gives the inputs x and the weights W; the unedited one.
+        basis: eigenbases by layer name, of `decompose`.
+        memorised: a population of kind `recite`.
+        clean: a population of kind `text`.
+        layers: pattern over the basis's names.
+        quantity: which of the two.
+        progress: called with (batches done, batches).
+
+    Returns:
+        Bands by layer name, in the basis's order.
+
+    Raises:
+        EmptyError: a population without scored positions.
+        RangeError: a token outside the vocabulary.
+        ShapeError: a basis that does not fit its layer.
+        NameUnknownError: a pattern that matches no layer, or a layer that the model lacks.
+        ConventionError: an unknown quantity.
+
+    Cost: one forward pass over both populations; per layer and token 2 I² flops, and for
+        pair_mass 2·7·O·I more; one float64 copy of each named weight.
+    Source: P9, PAPER §2, Bands.
+    Proof:  tests/test_bands.py::test_norms_are_the_definition; ::test_identical_populations
+    """
+    kind = Quantity(require_choice("bands", "quantity", quantity, Quantity))
+    names = expand(layers, list(basis))
+    for what, population in (("memorised", memorised), ("clean", clean)):
+        require_population("bands", what, population, model.config.vocabulary)
+    parameters = memory.resident(model)
+    probes = [_probe(model, parameters, name, basis[name], kind) for name in names]
+    columns = _columns(memorised)
+    aligned = bool(_scored(clean, columns))
+    job = _Job(model, parameters, names, probes)
+    total = len(batches(memorised)) + len(batches(clean))
+    progress(0, total)
+    hot = _mean_norms(job, memorised, None, _counter(progress, 0, total))
+    begin = len(batches(memorised))
+    cold = _mean_norms(job, clean, columns if aligned else None, _counter(progress, begin, total))
+    edges = MASS_EDGES if kind is Quantity.PAIR_MASS else tuple(p / 100 for p in RANK_PERCENT)
+    return {
+        name: Bands(name, kind, edges, probe.sizes, tuple(m), tuple(c), aligned)
+        for name, probe, m, c in zip(names, probes, hot, cold, strict=True)
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Probe:
+    """One layer's bands: sizes, and x (N, I) float64 → norms (N, n)."""
+
+    sizes: tuple[int, ...]
+    norms: Callable[[Array], Array]
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    model: Model
+    parameters: memory.Parameters
+    names: list[str]
+    probes: list[_Probe]
+
+
+def _probe(
+    model: Model, parameters: memory.Parameters, name: str, basis: Eigenbasis, kind: Quantity
+) -> _Probe:
+    known = model.config.linear_layers()
+    if name not in known:
+        expand(name, list(known))  # raises, and says which layers there are
+    O, I = known[name]  # noqa: E741
+    hint = "Was the basis made from another model?"
+    require_shape("bands", f"U_A of {name!r}", basis.U_A, (I, I), "(I, I)", hint)
+    require_shape("bands", f"U_G of {name!r}", basis.U_G, (O, O), "(O, O)", hint)
+    if kind is Quantity.INPUT_RANK:
+        rank = rank_bounds(I)
+        return _Probe(tuple(np.diff(rank).tolist()), lambda x: _rank_norms(x, basis, rank))
+    C = basis.U_G.T @ parameters[model.config.weight_of(name)].astype(np.float64) @ basis.U_A
+    cut = mass_bounds(basis)
+    sizes = tuple(np.diff(cut.sum(axis=1)).tolist())
+    return _Probe(sizes, lambda x: _mass_norms(x, basis, C, cut))
+
+
+def _rank_norms(x_NI: Array, basis: Eigenbasis, bounds: Array) -> Array:
+    """‖P_b x‖ = ‖U_bᵀ x‖."""
+    z_NI = x_NI @ basis.U_A
+    spans = pairwise(bounds)
+    return np.stack([np.linalg.norm(z_NI[:, a:b], axis=-1) for a, b in spans], axis=-1)
+
+
+def _mass_norms(x_NI: Array, basis: Eigenbasis, C: Array, bounds: Array) -> Array:
+    """‖W_b x‖ = ‖(C ∘ M_b) U_Aᵀ x‖, for U_G keeps norms."""
+    z_NI = x_NI @ basis.U_A
+    spans = pairwise(bounds)
+    return np.stack(
+        [np.linalg.norm(z_NI @ _restricted(C, a, b).T, axis=-1) for a, b in spans], axis=-1
+    )
+
+
+def _columns(population: Population) -> tuple[int, int]:
+    """First and last position that scores a token in any row."""
+    has = population.length > population.prompt_length
+    if not has.any():
+        raise EmptyError("bands: the memorised population has no token behind any prompt.")
+    return int(population.prompt_length[has].min()) - 1, int(population.length[has].max()) - 2
+
+
+def _scored(population: Population, columns: tuple[int, int]) -> int:
+    """How many scored positions lie within the columns."""
+    low = np.maximum(population.prompt_length - 1, columns[0])
+    high = np.minimum(population.length - 2, columns[1])
+    return int(np.maximum(high - low + 1, 0).sum())
+
+
+def _mean_norms(
+    job: _Job,
+    population: Population,
+    columns: tuple[int, int] | None,
+    done: Callable[[], object],
+) -> Array:
+    """Mean norm over the population's tokens, (layers, bands); sums added in batch order."""
+
+    def work(_: int, row: Array) -> tuple[Array, int]:
+        token_BT, label_BT, layout = teacher_forced(population, row)
+        keep_BT = label_BT >= 0
+        if columns is not None:
+            t = np.arange(keep_BT.shape[1])
+            keep_BT &= (columns[0] <= t) & (t <= columns[1])
+        x = memory.layer_inputs(job.model.config, job.parameters, token_BT, layout, job.names)
+        sums = [
+            probe.norms(x[name][keep_BT].astype(np.float64)).sum(axis=0)
+            for name, probe in zip(job.names, job.probes, strict=True)
+        ]
+        return np.stack(sums), int(keep_BT.sum())
+
+    found = parallel.run(batches(population), work, done=done)
+    count = sum(n for _, n in found)
+    if count == 0:
+        raise EmptyError("bands: the clean population has no token behind any prompt.")
+    total = np.zeros_like(found[0][0])
+    for part, _ in found:
+        total += part
+    return np.asarray(total / count)
+
+
+def _counter(progress: Progress, begin: int, total: int) -> Callable[[], None]:
+    finished = begin
+
+    def done() -> None:
+        nonlocal finished
+        finished += 1
+        progress(finished, total)
+
+    return done

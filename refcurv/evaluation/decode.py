@@ -1,0 +1,195 @@
+"""Greedy decoding with a key-value cache: one batch of prompts, or a whole population."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from refcurv.files.corpus import Population
+from refcurv.law.checks import (
+    Array,
+    EmptyError,
+    RangeError,
+    require_dtype,
+    require_finite,
+    require_shape,
+    require_token_ids,
+)
+from refcurv.law.conventions import HEAD_ROWS, NO_LABEL, shard_sequences
+from refcurv.model.config import ModelConfig
+from refcurv.model.layers import Layout, causal_layout, rope_tables
+from refcurv.model.loss import shift_labels
+from refcurv.model.transformer import KeysAndValues, Parameters, block_forward, head_logits
+from refcurv.passes import parallel
+from refcurv.passes.fast import FAST
+
+
+def greedy(config: ModelConfig, parameters: Parameters, prompt: Array, steps: int) -> Array:
+    """The `steps` tokens that the model continues each prompt with, each the likeliest next one.
+
+    Definition
+        y_n = argmax_v logits(prompt, y_0 .. y_{n-1})[last position, v]; lowest id on ties
+
+    Each position is computed once: the blocks keep its keys and values for those that follow.
+
+    Args:
+        config: the model's shape.
+        parameters: its parameters by name, in the dtype to compute in.
+        prompt: (B, P) token ids, P >= 1; no padding.
+        steps: how many tokens to decode, >= 0; there is no stop token.
+
+    Returns:
+        (B, steps) int64.
+
+    Raises:
+        EmptyError: the prompts have no token.
+        RangeError: a token outside the vocabulary, or steps < 0.
+        NonFiniteError: a logit is NaN or infinite: the argmax would mean nothing.
+
+    Cost: (P + steps - 1) positions per sequence, and per step one copy of the keys and values.
+    Source: PAPER §2, Recitation.
+    Proof:  tests/test_decode.py::test_cached_equals_recomputed; ::test_ties_go_to_the_lowest_id
+    """
+    require_shape("greedy", "prompt", prompt, (None, None), "(B, P)")
+    require_dtype("greedy", "prompt", prompt, "iu", "integer token ids")
+    require_token_ids("greedy", "prompt", prompt, config.vocabulary)
+    if prompt.shape[1] == 0:
+        raise EmptyError("greedy: a prompt needs at least one token to continue; got none.")
+    if steps < 0:
+        raise RangeError(f"greedy: steps must be >= 0; got {steps}.")
+    out_BN = np.empty((len(prompt), steps), dtype=np.int64)
+    if not len(prompt):
+        return out_BN
+    cache: list[KeysAndValues | None] = [None] * config.layers
+    token_BT, begin = prompt.astype(np.int64), 0
+    for n in range(steps):
+        final_BD = _advance(config, parameters, token_BT, begin, cache)
+        out_BN[:, n] = _likeliest(config, parameters, final_BD)
+        begin += token_BT.shape[1]
+        token_BT = out_BN[:, n : n + 1]
+    return out_BN
+
+
+def _advance(
+    config: ModelConfig,
+    parameters: Parameters,
+    token_BT: Array,
+    begin: int,
+    cache: list[KeysAndValues | None],
+) -> Array:
+    """Positions begin .. begin + T - 1 through every block, (B, D) at the last; grows `cache`."""
+    B, T = token_BT.shape
+    position_BT = np.tile(np.arange(begin, begin + T), (B, 1))
+    layout = Layout(position_BT, np.zeros_like(position_BT), position_BT)
+    x_BTD = parameters["embed.weight"][token_BT]
+    rope = rope_tables(position_BT, config.head_width, config.rope_theta, x_BTD.dtype)
+    for i in range(config.layers):
+        x_BTD, _, cache[i] = block_forward(
+            config, parameters, i, x_BTD, layout, rope, FAST, past=cache[i]
+        )
+    gain = parameters["final_norm.weight"]
+    final_BD, _ = FAST.rms_norm_forward(x_BTD[:, -1], gain, config.norm_eps)
+    return final_BD
+
+
+def _likeliest(config: ModelConfig, parameters: Parameters, final_BD: Array) -> Array:
+    """(B,) id of each row's largest logit, the lowest on ties; HEAD_ROWS rows at a time."""
+    out_B = np.empty(len(final_BD), dtype=np.int64)
+    for begin in range(0, len(final_BD), HEAD_ROWS):
+        chunk = slice(begin, begin + HEAD_ROWS)
+        logit_NV = head_logits(config, parameters, final_BD[chunk])
+        require_finite("greedy", "the logits", logit_NV, "Are the weights finite?")
+        out_B[chunk] = logit_NV.argmax(axis=-1)
+    return out_B
+
+
+def batches(population: Population) -> list[Array]:
+    """The rows of a population that are decoded together; a fixed rule, so that the bits are too.
+
+    Rows in order of (prompt length, length, row); one batch holds rows of one prompt length, at
+    most shard_sequences(T) of them, T the population's width. Padding is thus never needed.
+
+    Proof:  tests/test_decode.py::test_batches_partition_the_rows
+    """
+    size = shard_sequences(population.tokens.shape[1])
+    order = np.lexsort((population.length, population.prompt_length))
+    cuts = np.flatnonzero(np.diff(population.prompt_length[order])) + 1
+    return [
+        group[begin : begin + size]
+        for group in np.split(order, cuts)
+        for begin in range(0, len(group), size)
+    ]
+
+
+def teacher_forced(population: Population, row: Array) -> tuple[Array, Array, Layout]:
+    """Some rows as the model reads them when it is told the truth: (tokens, labels, layout).
+
+    Columns behind the longest row are cut off, padding becomes id 0 and is never attended.
+    labels[b, t] is token t + 1 where that lies in [prompt_length, length), NO_LABEL elsewhere: the
+    labelled positions are prompt_length - 1 .. length - 2.
+
+    Proof:  tests/test_decode.py::test_teacher_forced_scores_the_suffix
+    """
+    length_B1 = population.length[row][:, None]
+    index_T = np.arange(int(length_B1.max()))
+    real_BT = index_T < length_B1
+    token_BT = np.where(real_BT, population.tokens[row, : len(index_T)], 0).astype(np.int64)
+    label_BT = shift_labels(token_BT, real_BT, np.zeros_like(token_BT))
+    label_BT[index_T < population.prompt_length[row][:, None] - 1] = NO_LABEL
+    return token_BT, label_BT, causal_layout(real_BT, np.zeros_like(token_BT))
+
+
+def require_population(who: str, name: str, population: Population, vocabulary: int) -> None:
+    """Raise RangeError for a token outside the vocabulary; padding may hold any id."""
+    real = np.arange(population.tokens.shape[1]) < population.length[:, None]
+    token = np.where(real, population.tokens, 0)
+    require_token_ids(who, f"tokens of population {name!r}", token, vocabulary)
+
+
+def suffixes(population: Population) -> list[Array]:
+    """Each row's own continuation: the tokens from prompt_length up to length, without padding."""
+    bounds = zip(population.tokens, population.prompt_length, population.length, strict=True)
+    return [row[begin:end].astype(np.int64) for row, begin, end in bounds]
+
+
+def decode_population(
+    config: ModelConfig,
+    parameters: Parameters,
+    population: Population,
+    done: Callable[[], object] = lambda: None,
+) -> list[Array]:
+    """Every row's prompt, continued greedily by exactly length - prompt_length tokens.
+
+    Rows go through `greedy` in the `batches` of the population, several batches at a time; the
+    number of threads changes no bit. A batch is decoded as far as its longest row needs.
+
+    Args:
+        config: the model's shape.
+        parameters: its parameters by name, all in memory.
+        population: prompts, and how much is to follow each; only the prompts are read.
+        done: called once per finished batch (a progress bar's update).
+
+    Returns:
+        One int64 array per row, in the population's order, of length - prompt_length ids.
+
+    Raises:
+        EmptyError, RangeError, NonFiniteError: as `greedy`.
+
+    Cost: one forward pass over the population's tokens, plus a copy of the cache per step.
+    Source: DESIGN §4, Files (populations).
+    Proof:  tests/test_decode.py::test_population_rows_are_decoded_alone;
+            tests/test_decode.py::test_padding_and_suffix_are_never_read
+    """
+    steps = population.length - population.prompt_length
+
+    def work(_: int, row: Array) -> Array:
+        prompt = population.tokens[row, : int(population.prompt_length[row[0]])]
+        return greedy(config, parameters, prompt, int(steps[row].max()))
+
+    parts = batches(population)
+    out: list[Array] = [np.empty(0, dtype=np.int64)] * len(population.tokens)
+    for row, decoded in zip(parts, parallel.run(parts, work, done=done), strict=True):
+        for n, tokens in zip(row, decoded, strict=True):
+            out[n] = tokens[: steps[n]]
+    return out

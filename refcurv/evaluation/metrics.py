@@ -1,0 +1,285 @@
+"""Numbers about what a model says: pure functions of arrays, no model in sight (PAPER §2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from rapidfuzz.distance import Levenshtein
+
+from refcurv.law.checks import (
+    Array,
+    EmptyError,
+    RangeError,
+    ShapeError,
+    require_choice,
+    require_finite,
+    require_range,
+    require_shape,
+)
+from refcurv.law.conventions import Gain
+
+NDCG_K = 10
+"""nDCG@K: how many of the likeliest tokens are compared."""
+
+
+# ------------------------------------------------------------------ decoded text
+
+
+@dataclass(frozen=True, slots=True)
+class Recitation:
+    """How much of the true suffixes was recited.
+
+    Fields: strict, the share of rows with d = 0; loose, the share with 1 - d/L >= 0.75; distance,
+    the mean of d/L. d is the Levenshtein distance over token ids, L the suffix's length.
+    """
+
+    strict: float
+    loose: float
+    distance: float
+
+
+def recitation(decoded: Sequence[Array], truth: Sequence[Array]) -> Recitation:
+    """Strict and loose recitation and the mean distance, over rows of any lengths.
+
+    Definition
+        d = least number of insertions, deletions and substitutions that turn one into the other
+        loose: 1 - d/L >= 3/4, decided in integers as 4 d <= L
+
+    Args:
+        decoded: per row the ids (L,) that the model said.
+        truth: per row the ids (L,) that are true; L may differ between rows.
+
+    Returns:
+        Recitation, every field in [0, 1].
+
+    Raises:
+        EmptyError: no rows, or a row whose suffix is empty, so that d/L means nothing.
+        ShapeError: a row's decoded and true suffix differ in length.
+
+    Cost: O(L² / 64) per row.
+    Source: PAPER §2, Recitation.
+    Proof:  tests/test_metrics.py::test_recitation_is_the_definition; ::test_loose_is_exact
+    """
+    _require_rows("recitation", decoded, truth)
+    lengths = [len(row) for row in truth]
+    d = [Levenshtein.distance(a.tolist(), b.tolist()) for a, b in zip(decoded, truth, strict=True)]
+    pairs = list(zip(d, lengths, strict=True))
+    return Recitation(
+        strict=sum(x == 0 for x, _ in pairs) / len(pairs),
+        loose=sum(4 * x <= L for x, L in pairs) / len(pairs),
+        distance=math.fsum(x / L for x, L in pairs) / len(pairs),
+    )
+
+
+def exact_match(decoded: Sequence[Array], truth: Sequence[Array]) -> float:
+    """The share of rows decoded without a single wrong token: task accuracy.
+
+    Raises:
+        EmptyError, ShapeError: as `recitation`.
+
+    Proof:  tests/test_metrics.py::test_exact_match_is_strict_recitation
+    """
+    _require_rows("exact_match", decoded, truth)
+    hits = sum(bool(np.array_equal(a, b)) for a, b in zip(decoded, truth, strict=True))
+    return hits / len(truth)
+
+
+def _require_rows(who: str, decoded: Sequence[Array], truth: Sequence[Array]) -> None:
+    if len(decoded) != len(truth):
+        raise ShapeError(f"{who}: {len(decoded)} decoded rows, but {len(truth)} true ones.")
+    if not len(truth):
+        raise EmptyError(f"{who}: there are no rows to compare.")
+    for n, (a, b) in enumerate(zip(decoded, truth, strict=True)):
+        if not len(b):
+            raise EmptyError(f"{who}: the true suffix of row {n} is empty, so d/L has no meaning.")
+        if len(a) != len(b):
+            raise ShapeError(
+                f"{who}: row {n} has {len(a)} decoded tokens, but {len(b)} true ones. Exactly "
+                "length - prompt_length are decoded; was a stop token obeyed?"
+            )
+
+
+# ------------------------------------------------------------------ perplexity
+
+
+def perplexity(nats: Array | float, count: Array | int) -> float:
+    """exp of the mean nats per token: exp(total nats / total tokens), in float64.
+
+    Args:
+        nats: summed nats, of everything or per batch, any shape; added correctly rounded, so that
+            how the tokens were batched changes no bit that the sums themselves do not.
+        count: the tokens that they were summed over, alike.
+
+    Returns:
+        Perplexity, >= 1 for any true likelihood; infinite beyond a mean of 709.78 nats.
+
+    Raises:
+        EmptyError: no tokens.
+        NonFiniteError: a sum is NaN or infinite.
+
+    Source: PAPER §2, Perplexity. The official code takes the mean over batches of exp(batch
+        loss) instead: never smaller for batches of equal size (Jensen), different in general.
+    Proof:  tests/test_metrics.py::test_perplexity_knows_no_batches
+    """
+    part = np.asarray(nats, dtype=np.float64)
+    require_finite("perplexity", "nats", part)
+    tokens = int(np.asarray(count).sum())
+    if tokens <= 0:
+        raise EmptyError("perplexity: there are no tokens to average over.")
+    with np.errstate(over="ignore"):
+        return float(np.exp(math.fsum(part.ravel().tolist()) / tokens))
+
+
+# ------------------------------------------------------------------ nDCG
+
+
+def top_ids(logits: Array, k: int) -> Array:
+    """The ids of the k largest logits of each row, largest first, the lowest id first on ties.
+
+    Args:
+        logits: (N, V), any real dtype; compared as they are.
+        k: 1 <= k <= V.
+
+    Returns:
+        (N, k) int64.
+
+    Raises:
+        RangeError: k outside [1, V].
+        NonFiniteError: a logit is NaN or infinite.
+
+    Cost: O(N V): selection, not sorting.
+    Proof:  tests/test_metrics.py::test_top_ids_is_a_stable_sort
+    """
+    require_shape("top_ids", "logits", logits, (None, None), "(N, V)")
+    require_finite("top_ids", "logits", logits, "Are the weights finite?")
+    V = logits.shape[1]
+    if not 1 <= k <= V:
+        raise RangeError(f"top_ids: k must lie in [1, {V}], the vocabulary's size; got {k}.")
+    id_NK = np.argpartition(logits, V - k, axis=-1)[:, V - k :]
+    least_N1 = np.take_along_axis(logits, id_NK, axis=-1).min(axis=-1, keepdims=True)
+    # more ids than k reach the k-th value: the lowest of those that equal it are wanted
+    for n in np.flatnonzero((logits >= least_N1).sum(axis=-1) > k):
+        above, equal = np.flatnonzero(logits[n] > least_N1[n]), logits[n] == least_N1[n]
+        id_NK[n] = np.concatenate([above, np.flatnonzero(equal)[: k - len(above)]])
+    id_NK = np.sort(id_NK, axis=-1)
+    order_NK = np.argsort(-np.take_along_axis(logits, id_NK, axis=-1), axis=-1, kind="stable")
+    return np.asarray(np.take_along_axis(id_NK, order_NK, axis=-1), dtype=np.int64)
+
+
+def ndcg_of_ids(baseline: Array, edited: Array, gain: Gain | str = Gain.PAPER) -> Array:
+    """nDCG of each position, given the likeliest ids B and E of both models, in order.
+
+    Definition
+        nDCG = Σ_r gain_r / log2(r + 1)  /  Σ_r (K - r + 1) / log2(r + 1)        r = 1 .. K
+        paper: gain_r = K - r + 1 if E_r is in B, else 0
+        code:  gain_r = K - b + 1 if E_r = B_b,   else 0
+
+    Args:
+        baseline: (N, K) ids, likeliest first, no id twice in a row.
+        edited: (N, K), alike.
+        gain: whose rank grades a token that is in both lists.
+
+    Returns:
+        (N,) float64 in [0, 1], 1 where both lists are the same.
+
+    Raises:
+        ShapeError: the lists differ in shape, or K = 0.
+        ConventionError: an unknown gain.
+
+    Source: PAPER §2, nDCG@K.
+    Proof:  tests/test_metrics.py::test_ndcg_is_the_definition; ::test_gains_differ
+    """
+    reading = Gain(require_choice("ndcg", "gain", gain, Gain))
+    require_shape("ndcg", "edited ids", edited, baseline.shape, "(N, K)")
+    K = baseline.shape[-1]
+    if K == 0:
+        raise ShapeError("ndcg: the lists must hold at least one id per position.")
+    grade_K = np.arange(K, 0, -1, dtype=np.float64)
+    discount_K = 1 / np.log2(np.arange(2, K + 2, dtype=np.float64))
+    gain_NK = np.zeros(edited.shape, dtype=np.float64)
+    for b in range(K):
+        same_NK = edited == baseline[:, b : b + 1]
+        gain_NK += same_NK * (grade_K if reading is Gain.PAPER else grade_K[b])
+    # the ideal is summed like the score, so that a list scores exactly 1 against itself
+    ideal_NK = np.tile(grade_K, (len(edited), 1)) * discount_K
+    return np.asarray((gain_NK * discount_K).sum(axis=-1) / ideal_NK.sum(axis=-1))
+
+
+def ndcg(
+    baseline_logits: Array, edited_logits: Array, k: int = NDCG_K, gain: Gain | str = Gain.PAPER
+) -> float:
+    """nDCG@k of the edited model's likeliest tokens against the baseline's, mean over positions.
+
+    `ndcg_of_ids` of the `top_ids` of both. Unchanged by a shift or a positive scaling of either
+    model's logits, up to ties that rounding makes.
+
+    Args:
+        baseline_logits: (N, V) of the unedited model.
+        edited_logits: (N, V) of the edited one, at the same positions.
+        k: how many tokens are compared, 1 <= k <= V.
+        gain: the paper's reading or the code's, see `ndcg_of_ids`.
+
+    Returns:
+        A number in [0, 1]; exactly 1 for equal logits.
+
+    Raises:
+        EmptyError: no positions.
+        ShapeError, RangeError, NonFiniteError, ConventionError: as its parts.
+
+    Source: PAPER §2, nDCG@K.
+    Proof:  tests/test_metrics.py::test_ndcg_is_the_definition; ::test_ndcg_of_itself_is_one
+    """
+    require_shape("ndcg", "edited_logits", edited_logits, np.shape(baseline_logits), "(N, V)")
+    if not len(baseline_logits):
+        raise EmptyError("ndcg: there are no positions to average over.")
+    ids = top_ids(baseline_logits, k), top_ids(edited_logits, k)
+    return float(ndcg_of_ids(*ids, gain).mean())
+
+
+# ------------------------------------------------------------------ retention
+
+
+def retention(before: float, after: float) -> float:
+    """after / before: the share of an ability that an edit left. May exceed 1.
+
+    NaN where it has no meaning, in a table "-": before == 0 (there was nothing to retain, whatever
+    came after), or either value is NaN (not measured).
+
+    Raises:
+        RangeError: a negative value.
+
+    Source: PAPER §2, Task accuracy.
+    Proof:  tests/test_metrics.py::test_retention_edges
+    """
+    return retention_above_chance(before, after, 0.0)
+
+
+def retention_above_chance(before: float, after: float, chance: float) -> float:
+    """(after - chance) / (before - chance): the share of what was known, not guessed.
+
+    NaN where it has no meaning, in a table "-": before <= chance (nothing was known; the ratio of
+    two excesses over guessing would be noise, or have its sign turned), or either value is NaN.
+    Negative where the edited model does worse than guessing; not clipped. With chance = 0 it is
+    `retention`.
+
+    Args:
+        before: accuracy of the baseline, >= 0.
+        after: accuracy of the edited model, >= 0.
+        chance: accuracy of a guess, in [0, 1].
+
+    Raises:
+        RangeError: a negative value, or chance outside [0, 1].
+
+    Source: PAPER §2, Task accuracy.
+    Proof:  tests/test_metrics.py::test_retention_edges
+    """
+    require_range("retention", "chance", chance, 0, 1)
+    for what, value in (("before", before), ("after", after)):
+        if not math.isnan(value):
+            require_range("retention", what, value, 0, math.inf)
+    if math.isnan(before) or math.isnan(after) or before <= chance:
+        return math.nan
+    return (after - chance) / (before - chance)

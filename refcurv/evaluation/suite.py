@@ -1,0 +1,381 @@
+"""Every population of a split, before and after: what `rc.evaluate` returns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from refcurv.curvature.factors import Progress
+from refcurv.evaluation.decode import (
+    batches,
+    decode_population,
+    require_population,
+    suffixes,
+    teacher_forced,
+)
+from refcurv.evaluation.metrics import (
+    NDCG_K,
+    exact_match,
+    ndcg_of_ids,
+    perplexity,
+    recitation,
+    retention,
+    retention_above_chance,
+    top_ids,
+)
+from refcurv.files.corpus import SPLITS, Corpus, Population
+from refcurv.law.checks import (
+    Array,
+    ConventionError,
+    EmptyError,
+    NameUnknownError,
+    require_choice,
+)
+from refcurv.law.conventions import HEAD_ROWS, Gain
+from refcurv.model.config import Model, ModelConfig
+from refcurv.model.loss import cross_entropy
+from refcurv.model.transformer import head_logits
+from refcurv.passes import parallel
+from refcurv.passes.memory import Parameters, final_states, resident
+
+RETAINED = MappingProxyType({"answer": "accuracy", "recite": "strict"})
+"""The value that a retention is of, by kind; a perplexity is not retained."""
+
+
+# ------------------------------------------------------------------ records
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One model on one population.
+
+    Fields: kind; items, rows; tokens, how many of them are decoded or scored; chance; values by
+    name (answer: accuracy; recite: strict, loose, distance; text: perplexity); top, for text the
+    ids (tokens, min(10, V)) of the likeliest tokens at every scored position, else None.
+    """
+
+    kind: str
+    items: int
+    tokens: int
+    chance: float
+    values: Mapping[str, float]
+    top: Array | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One model on every population of one split; what `compare` needs of a baseline."""
+
+    split: str
+    vocabulary: int
+    dtype: str
+    populations: Mapping[str, Measured]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One population of an Evaluation.
+
+    Fields:
+        name, kind, items, tokens, chance: of the population, as in `Measured`.
+        before, after: values by name of the baseline (None without one) and of the model.
+        agreement: for text with a baseline, nDCG@10 by both readings, "ndcg_paper" and
+            "ndcg_code"; else empty.
+        retention, retention_above_chance: of the accuracy or of strict recitation; NaN for text,
+            without a baseline, and where `metrics` says that they have no meaning.
+    """
+
+    name: str
+    kind: str
+    items: int
+    tokens: int
+    chance: float
+    before: Mapping[str, float] | None
+    after: Mapping[str, float]
+    agreement: Mapping[str, float]
+    retention: float
+    retention_above_chance: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as plain JSON values; a number that is NaN or infinite becomes null."""
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "items": self.items,
+            "tokens": self.tokens,
+            "chance": self.chance,
+            "before": None if self.before is None else _plain(self.before),
+            "after": _plain(self.after),
+            "agreement": _plain(self.agreement),
+            "retention": _finite(self.retention),
+            "retention_above_chance": _finite(self.retention_above_chance),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """A table: one Row per population of the split, in the corpus's order.
+
+    Fields: split; dtype and baseline_dtype, what each model computed in (None without a baseline);
+    rows.
+    """
+
+    split: str
+    dtype: str
+    baseline_dtype: str | None
+    rows: tuple[Row, ...]
+
+    def __getitem__(self, name: str) -> Row:
+        """The row of one population."""
+        for row in self.rows:
+            if row.name == name:
+                return row
+        names = ", ".join(row.name for row in self.rows)
+        raise NameUnknownError(f"Evaluation: no population {name!r}; there are: {names}.")
+
+    def to_json(self) -> dict[str, Any]:
+        """The table as plain JSON values."""
+        return {
+            "split": self.split,
+            "dtype": self.dtype,
+            "baseline_dtype": self.baseline_dtype,
+            "rows": [row.to_json() for row in self.rows],
+        }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _plain(values: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: _finite(value) for name, value in values.items()}
+
+
+# ------------------------------------------------------------------ the table
+
+
+def evaluate(
+    model: Model,
+    corpus: Corpus,
+    *,
+    split: str = "test",
+    baseline: Model | Measurement | None = None,
+    progress: Progress = lambda done, total: None,
+) -> Evaluation:
+    """What a model still does, population by population, beside what its baseline did.
+
+    Definition
+        answer: accuracy, exact match of the greedy answer. recite: strict, loose and mean
+        distance of the greedy suffix. text: perplexity, and nDCG@10 against the baseline by both
+        readings, at the positions whose next token lies in [prompt_length, length).
+
+    Args:
+        model: the (edited) model.
+        corpus: its populations are evaluated; its own tokens are not read.
+        split: "test" to report, "dev" to tune on.
+        baseline: the unedited model, evaluated once; or its `measure`, made once for many edits.
+        progress: called with (batches done, batches), of both models together.
+
+    Returns:
+        Evaluation: plain records, one per population, with `to_json()`.
+
+    Raises:
+        EmptyError: the corpus has no population of this split, or one without rows or suffixes.
+        RangeError: a token outside the vocabulary.
+        NonFiniteError: a model's logits are not finite.
+        ConventionError: an unknown split; a baseline of another vocabulary or split.
+
+    Cost: one forward pass over each population's tokens and model. Logits exist for at most
+        HEAD_ROWS positions per thread.
+    Source: PAPER §2.
+    Proof:  tests/test_suite.py::test_by_hand; ::test_text_is_the_naive_loop;
+            tests/test_suite.py::test_padding_is_never_read
+    """
+    wanted = _populations(corpus, split)
+    pending = [model, baseline] if isinstance(baseline, Model) else [model]
+    total = len(pending) * _batch_count(wanted)
+    for each in pending:
+        _require_ids(wanted, each.config.vocabulary)
+    if isinstance(baseline, Model):
+        baseline = measure(baseline, corpus, split=split, progress=lambda n, _: progress(n, total))
+        ahead = total // 2
+    else:
+        ahead = 0
+    after = measure(model, corpus, split=split, progress=lambda n, _: progress(ahead + n, total))
+    return compare(after, baseline)
+
+
+def measure(
+    model: Model,
+    corpus: Corpus,
+    *,
+    split: str = "test",
+    progress: Progress = lambda done, total: None,
+) -> Measurement:
+    """One model on every population of the split; arguments and errors as `evaluate`.
+
+    Proof:  tests/test_suite.py::test_baseline_is_evaluated_once
+    """
+    wanted = _populations(corpus, split)
+    _require_ids(wanted, model.config.vocabulary)
+    parameters = resident(model)
+    total, finished = _batch_count(wanted), 0
+
+    def done() -> None:
+        nonlocal finished
+        finished += 1
+        progress(finished, total)
+
+    progress(0, total)
+    measured = {
+        name: _measured(model.config, parameters, name, population, done)
+        for name, population in wanted.items()
+    }
+    return Measurement(split, model.config.vocabulary, model.dtype, MappingProxyType(measured))
+
+
+def compare(after: Measurement, before: Measurement | None) -> Evaluation:
+    """The table of two measurements of the same populations; without `before`, of one.
+
+    Raises:
+        ConventionError: they differ in vocabulary, split, populations, or numbers of tokens.
+
+    Proof:  tests/test_suite.py::test_by_hand; ::test_measurements_must_match
+    """
+    if before is not None:
+        _require_alike(before, after)
+    rows = tuple(
+        _row(name, None if before is None else before.populations[name], measured)
+        for name, measured in after.populations.items()
+    )
+    return Evaluation(after.split, after.dtype, None if before is None else before.dtype, rows)
+
+
+def _row(name: str, before: Measured | None, after: Measured) -> Row:
+    agreement: dict[str, float] = {}
+    kept = above = math.nan
+    if before is not None:
+        if before.top is not None and after.top is not None:
+            for gain in Gain:
+                score_N = ndcg_of_ids(before.top, after.top, gain)
+                agreement[f"ndcg_{gain}"] = float(score_N.mean())
+        if after.kind in RETAINED:
+            value = RETAINED[after.kind]
+            was, is_now = before.values[value], after.values[value]
+            kept = retention(was, is_now)
+            above = retention_above_chance(was, is_now, after.chance)
+    return Row(
+        name=name,
+        kind=after.kind,
+        items=after.items,
+        tokens=after.tokens,
+        chance=after.chance,
+        before=None if before is None else before.values,
+        after=after.values,
+        agreement=MappingProxyType(agreement),
+        retention=kept,
+        retention_above_chance=above,
+    )
+
+
+def _require_alike(before: Measurement, after: Measurement) -> None:
+    for what in ("vocabulary", "split"):
+        if getattr(before, what) != getattr(after, what):
+            raise ConventionError(
+                f"evaluate: the baseline's {what} is {getattr(before, what)!r}, the model's "
+                f"{getattr(after, what)!r}; only like can be compared."
+            )
+    facts = [
+        {name: (p.kind, p.items, p.tokens, p.chance) for name, p in m.populations.items()}
+        for m in (before, after)
+    ]
+    if facts[0] != facts[1]:
+        raise ConventionError(
+            "evaluate: the baseline was measured on other populations: (kind, items, tokens, "
+            f"chance) {facts[0]}, the model on {facts[1]}. Were they made from the same corpus?"
+        )
+
+
+# ------------------------------------------------------------------ one population
+
+
+def _populations(corpus: Corpus, split: str) -> dict[str, Population]:
+    require_choice("evaluate", "split", split, SPLITS)
+    wanted = {name: p for name, p in corpus.populations.items() if p.split == split}
+    if not wanted:
+        have = ", ".join(f"{n} ({p.split})" for n, p in corpus.populations.items()) or "none"
+        raise EmptyError(
+            f"evaluate: the corpus has no population of split {split!r}; it has: {have}."
+        )
+    return wanted
+
+
+def _require_ids(wanted: Mapping[str, Population], vocabulary: int) -> None:
+    for name, population in wanted.items():
+        require_population("evaluate", name, population, vocabulary)
+
+
+def _batch_count(wanted: Mapping[str, Population]) -> int:
+    return sum(len(batches(population)) for population in wanted.values())
+
+
+def _measured(
+    config: ModelConfig,
+    parameters: Parameters,
+    name: str,
+    population: Population,
+    done: Callable[[], object],
+) -> Measured:
+    kind, chance = str(population.kind), float(population.chance)
+    tokens = int((population.length - population.prompt_length).sum())
+    facts = (kind, len(population.tokens), tokens, chance)
+    if tokens == 0:
+        raise EmptyError(f"evaluate: population {name!r} has no token behind any prompt.")
+    if kind == "text":
+        nats, top = _text(config, parameters, population, done)
+        return Measured(*facts, MappingProxyType({"perplexity": perplexity(nats, tokens)}), top)
+    decoded = decode_population(config, parameters, population, done)
+    truth = suffixes(population)
+    if kind == "answer":
+        return Measured(*facts, MappingProxyType({"accuracy": exact_match(decoded, truth)}))
+    found = recitation(decoded, truth)
+    values = {"strict": found.strict, "loose": found.loose, "distance": found.distance}
+    return Measured(*facts, MappingProxyType(values))
+
+
+def _text(
+    config: ModelConfig,
+    parameters: Parameters,
+    population: Population,
+    done: Callable[[], object],
+) -> tuple[Array, Array]:
+    """Nats (N,) float64 and likeliest ids (N, K) of every scored position, batch by batch."""
+
+    def work(_: int, row: Array) -> tuple[Array, Array]:
+        token_BT, label_BT, layout = teacher_forced(population, row)
+        final_BTD = final_states(config, parameters, token_BT, layout)
+        scored_BT = label_BT >= 0
+        return _scores(config, parameters, final_BTD[scored_BT], label_BT[scored_BT])
+
+    found = parallel.run(batches(population), work, done=done)
+    return np.concatenate([n for n, _ in found]), np.concatenate([top for _, top in found])
+
+
+def _scores(
+    config: ModelConfig, parameters: Parameters, final_ND: Array, label_N: Array
+) -> tuple[Array, Array]:
+    """Nats and likeliest ids of some positions; HEAD_ROWS of them have logits at one time."""
+    K = min(NDCG_K, config.vocabulary)
+    nats_N = np.empty(len(final_ND), dtype=np.float64)
+    top_NK = np.empty((len(final_ND), K), dtype=np.int32)
+    for begin in range(0, len(final_ND), HEAD_ROWS):
+        chunk = slice(begin, begin + HEAD_ROWS)
+        logit_NV = head_logits(config, parameters, final_ND[chunk])
+        top_NK[chunk] = top_ids(logit_NV, K)
+        nats_N[chunk] = cross_entropy(logit_NV, label_N[chunk])[0]
+    return nats_N, top_NK

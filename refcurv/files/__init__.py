@@ -1,0 +1,1 @@
+"""Files: HDF5 that any language can read, and checkpoint directories."""

@@ -1,0 +1,35 @@
+"""bfloat16 in NumPy, which has no such dtype: the upper half of a float32, kept as uint16."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from refcurv.law.checks import Array
+
+EXPONENT = np.uint16(0x7F80)
+"""All exponent bits: a bfloat16 with every one of them set is infinite or NaN."""
+
+QUIET_NAN = np.uint16(0x7FC0)
+
+
+def from_bfloat16(bits: Array) -> Array:
+    """uint16 bits → float32, exactly: sixteen zero bits are appended."""
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def to_bfloat16(values: Array) -> Array:
+    """float64 or float32 → uint16 bits of the nearest bfloat16, ties to the even one, rounded ONCE.
+
+    A float64 that went through the nearest float32 would be rounded twice, and wrongly when the
+    float32 lands on a tie. So the float32 is rounded to odd: cut towards zero, its last bit set
+    if anything was cut off. It then lies on the value's own side of every tie. Overflow gives
+    infinity, NaN the quiet NaN 0x7FC0.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        single = np.asarray(values, order="C").astype(np.float32)
+        bits = single.view(np.uint32)
+        bits -= np.abs(single) > np.abs(values)
+        bits |= single != values
+    # nearest even: add half of the dropped unit, less one when the kept part is even
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return np.where(np.isnan(values), QUIET_NAN, rounded.astype(np.uint16))

@@ -1,0 +1,137 @@
+"""The safetensors format: eight bytes of length, a JSON header, the tensors' bytes. No torch.
+
+Read here and not by the `safetensors` package, which hands NumPy no bfloat16 and is an extra; the
+format is four rules, each of them checked: the header fits the file, every dtype is known, a
+tensor's bytes are as many as its shape needs, and together they fill the file without gap or
+overlap, which leaves no room for anything else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from refcurv.files.disk import machine_faults, parse_json
+from refcurv.law.checks import Array, SchemaError
+
+DTYPES: Final = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""Their names and ours."""
+
+_MAX_HEADER: Final = 100_000_000  # the reference implementation's own bound
+_MAX_AXES: Final = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One tensor of a checkpoint and where its bytes lie. `stored` is one of DTYPES' values."""
+
+    name: str
+    stored: str
+    shape: tuple[int, ...]
+    path: Path
+    begin: int
+    nbytes: int
+
+
+def raw_dtype(stored: str) -> np.dtype[Any]:
+    """What the bytes are read as: bfloat16 has no dtype in NumPy and stays bits."""
+    return np.dtype("uint16" if stored == "bfloat16" else stored).newbyteorder("<")
+
+
+def read_header(path: Path) -> list[Tensor]:
+    """The tensors of one file in the order of their bytes; SchemaError for any broken rule."""
+    where = f"convert: {str(path)!r}"
+    with machine_faults("convert", path), path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER):
+            raise SchemaError(f"{where} is no safetensors file, or cut short. Download it again.")
+        header = parse_json("convert", f"the header of {str(path)!r}", file.read(length))
+    header.pop("__metadata__", None)
+    tensors = [_tensor(where, path, 8 + length, name, entry) for name, entry in header.items()]
+    tensors.sort(key=lambda tensor: (tensor.begin, tensor.nbytes))
+    end = 8 + length
+    for tensor in tensors:
+        if tensor.begin != end:
+            raise SchemaError(f"{where}: tensor {tensor.name!r} leaves a gap or overlaps another.")
+        end += tensor.nbytes
+    if end != size:
+        raise SchemaError(
+            f"{where} has {size} bytes, its header describes {end}. Download it again."
+        )
+    return tensors
+
+
+def _tensor(where: str, path: Path, start: int, name: str, entry: object) -> Tensor:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise SchemaError(f"{where}: tensor {name!r} must have just dtype, shape, data_offsets.")
+    stored = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    if stored is None:
+        raise SchemaError(
+            f"{where}: tensor {name!r} is of type {entry['dtype']!r}; known are "
+            f"{', '.join(DTYPES)}. A quantised checkpoint must be dequantised first."
+        )
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    if (
+        not _naturals(shape)
+        or len(shape) > _MAX_AXES
+        or not _naturals(offsets)
+        or len(offsets) != 2
+    ):
+        raise SchemaError(f"{where}: tensor {name!r} has shape {shape!r} at bytes {offsets!r}.")
+    nbytes = raw_dtype(stored).itemsize
+    for length in shape:
+        nbytes *= length
+    if offsets[1] - offsets[0] != nbytes:
+        raise SchemaError(
+            f"{where}: tensor {name!r} of shape {shape} needs {nbytes} bytes; its offsets "
+            f"{offsets} hold {offsets[1] - offsets[0]}."
+        )
+    return Tensor(name, stored, tuple(shape), path, start + offsets[0], nbytes)
+
+
+def _naturals(value: object) -> bool:
+    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+
+
+def read_tensor(tensor: Tensor) -> Array:
+    """The stored numbers, or the bits of a bfloat16 as uint16."""
+    array = np.empty(tensor.shape, dtype=raw_dtype(tensor.stored))
+    with machine_faults("convert", tensor.path), tensor.path.open("rb") as file:
+        file.seek(tensor.begin)
+        if file.readinto(array.reshape(-1).view(np.uint8).data) != tensor.nbytes:
+            raise SchemaError(f"convert: {str(tensor.path)!r} became shorter while it was read.")
+    return array
+
+
+def write_file(
+    path: Path,
+    tensors: Sequence[tuple[str, str, tuple[int, ...]]],
+    read: Callable[[str], Array],
+) -> None:
+    """Write (name, stored, shape) tensors, each one's raw array got from `read(name)`; synced.
+
+    The widest dtype comes first, so that every tensor is aligned to its own items.
+    """
+    names = {ours: theirs for theirs, ours in DTYPES.items()}
+    ordered = sorted(tensors, key=lambda item: -raw_dtype(item[1]).itemsize)
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, stored, shape in ordered:
+        begin, end = end, end + raw_dtype(stored).itemsize * int(np.prod(shape, dtype=np.int64))
+        header[name] = {"dtype": names[stored], "shape": shape, "data_offsets": (begin, end)}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, stored, _shape in ordered:
+            raw = np.asarray(read(name), dtype=raw_dtype(stored), order="C")
+            file.write(raw.reshape(-1).view(np.uint8).data)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,238 @@
+"""The weights file: a Model on disk, its parameters as they were stored and read one by one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
+
+import numpy as np
+
+from refcurv.files import store
+from refcurv.files.bfloat16 import from_bfloat16, to_bfloat16
+from refcurv.files.disk import PathLike, one_line, parse_json
+from refcurv.law.checks import (
+    Array,
+    DTypeError,
+    RefcurvError,
+    SchemaError,
+    ShapeError,
+    require_choice,
+    require_finite,
+)
+from refcurv.law.conventions import COMPUTE_DTYPES
+from refcurv.model.config import Model, ModelConfig
+
+STORED: Final = ("float64", "float32", "float16", "bfloat16")
+"""What a parameter can be stored in."""
+
+PARAMETERS: Final = "parameters."
+"""Before a parameter's name, in the file."""
+
+
+class _Stored(Mapping[str, Array]):
+    """The parameters in a file: every access reads, verifies and widens one of them."""
+
+    __slots__ = ("_dtype", "_header", "_names")
+
+    def __init__(self, header: store.Header, names: tuple[str, ...], dtype: str) -> None:
+        self._header, self._names, self._dtype = header, names, dtype
+
+    def __getitem__(self, name: str) -> Array:
+        if PARAMETERS + name not in self._header.entries:
+            raise KeyError(name)
+        info = self._header.entries[PARAMETERS + name]
+        array = widen(store.read(self._header, PARAMETERS + name), info.stored, self._dtype)
+        require_finite(f"load: {self._header.path!r}", f"parameter {name!r}", array)
+        array.flags.writeable = False
+        return array
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and PARAMETERS + name in self._header.entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def load(path: PathLike, dtype: str = "float64") -> Model:
+    """A Model from a weights file, its parameters read when they are asked for.
+
+    Definition
+        parameters[name] = the stored numbers, widened exactly to `dtype` (PRECISION); only a
+        stored float64 is rounded, to nearest, when the caller chose float32.
+
+    Args:
+        path: A file written by `convert` or `save`.
+        dtype: What the passes compute in, float64 or float32.
+
+    Returns:
+        Model(config, parameters, dtype, stored, source). Each access of `parameters` reads the
+        file, verifies the SHA-256 and returns a read-only array of the shape that the
+        configuration asks for. `source` has path, header, provenance and (hashed when asked for)
+        sha256.
+
+    Raises:
+        ConventionError: `dtype` is neither.
+        SchemaError: The file is not a weights file, or its tensors contradict its configuration.
+        ChecksumError, NonFiniteError: On access: damaged bytes, NaN or infinity.
+        StorageError: The disk cannot be read.
+
+    Cost: Opening reads no tensor; an access reads and hashes one.
+    Source: DESIGN §4, Files.
+    Proof:  tests/test_weights.py::test_load_widens_exactly
+    """
+    require_choice("load", "dtype", dtype, COMPUTE_DTYPES)
+    header = store.open_file(path, format="refcurv-weights")
+    config = _config(header)
+    names = tuple(config.parameter_shapes())
+    _require_parameters(header, config)
+    stored = {name: header.entries[PARAMETERS + name].stored for name in names}
+    return Model(
+        config, _Stored(header, names, dtype), dtype, MappingProxyType(stored), store.Source(header)
+    )
+
+
+def save(model: Model, path: PathLike, made_from: Mapping[str, Any] | None = None) -> None:
+    """Write a Model as a weights file, each parameter in the dtype of its source.
+
+    Definition
+        stored[name] = round(parameters[name]), to nearest, ties to even, in one rounding. A
+        parameter that still is what was loaded is copied bit for bit, even where loading had
+        rounded it.
+
+    Args:
+        model: Any Model; parameters that `model.stored` does not list keep their own dtype.
+        path: The file; one that exists is replaced at the end, or not at all.
+        made_from: JSON items for the provenance, beside the source's file name and SHA-256 and
+            the checkpoint's configuration, which are carried along.
+
+    Raises:
+        ShapeError: A parameter has not the shape that the configuration asks for.
+        DTypeError: A parameter is no float, or `model.stored` names an unknown dtype.
+        NonFiniteError: A parameter holds NaN or infinity, or overflows its stored dtype.
+        SchemaError, StorageError: As `store.write`.
+
+    Cost: One parameter in memory at a time (two where loading had rounded).
+    Source: DESIGN §3, PRECISION.
+    Proof:  tests/test_weights.py::test_save_of_loaded_is_identical
+    """
+    shapes = model.config.parameter_shapes()
+    header: store.Header | None = model.source.get("header")
+    origin: dict[str, Any] = {}
+    if header is not None:
+        origin["inputs"] = {Path(header.path).name: model.source["sha256"]}
+        kept = header.provenance.get("checkpoint_config")
+        origin |= {"checkpoint_config": kept} if kept is not None else {}
+    write(
+        path,
+        model.config,
+        (_entry(model, header, name, shape) for name, shape in shapes.items()),
+        {**origin, "dtype": model.dtype, **(made_from or {})},
+    )
+
+
+def write(
+    path: PathLike, config: ModelConfig, arrays: Iterator[store.Entry], made_from: Mapping[str, Any]
+) -> None:
+    """Write a weights file from entries already in their stored form (`parameter_entry`)."""
+    store.write(
+        path,
+        format="refcurv-weights",
+        attributes={"config": json.dumps(config.to_json())},
+        arrays=arrays,
+        provenance=store.provenance(**made_from),
+    )
+
+
+def parameter_entry(name: str, raw: Array, stored: str, checkpoint_name: str = "") -> store.Entry:
+    """A parameter on its way into a file: raw numbers, or the bits of a bfloat16."""
+    attributes = {"encoding": store.BFLOAT16} if stored == "bfloat16" else {}
+    if checkpoint_name:
+        attributes["checkpoint_name"] = checkpoint_name
+    return store.Entry(PARAMETERS + name, raw, attributes)
+
+
+def widen(raw: Array, stored: str, dtype: str) -> Array:
+    """Stored numbers or bfloat16 bits → `dtype`; exact but for float64 → float32."""
+    with np.errstate(over="ignore"):
+        return (from_bfloat16(raw) if stored == "bfloat16" else raw).astype(dtype)
+
+
+def narrow(array: Array, stored: str) -> Array:
+    """Numbers → the nearest ones of the stored dtype, ties to even; bits for bfloat16."""
+    with np.errstate(over="ignore"):
+        return to_bfloat16(array) if stored == "bfloat16" else array.astype(stored)
+
+
+def _entry(
+    model: Model, header: store.Header | None, name: str, shape: tuple[int, ...]
+) -> store.Entry:
+    array = np.asarray(model.parameters[name])
+    stored = model.stored.get(name, array.dtype.name)
+    if array.dtype.name not in STORED or stored not in STORED:
+        raise DTypeError(
+            f"save: {name} is {array.dtype}, to be stored as {stored}; known are "
+            f"{', '.join(STORED)}."
+        )
+    if array.shape != shape:
+        raise ShapeError(f"save: {name} must be {shape}; got {array.shape}.")
+    require_finite("save", f"parameter {name!r}", array)
+    raw = narrow(array, stored)
+    info = header.entries.get(PARAMETERS + name) if header is not None else None
+    rounded = stored == "float64" and model.dtype == "float32"
+    if rounded and header is not None and info is not None:
+        # loading rounded this one: writing the rounded numbers would change an untouched tensor
+        source = store.read(header, PARAMETERS + name)
+        if (
+            info.stored == stored
+            and widen(source, stored, model.dtype).tobytes() == array.tobytes()
+        ):
+            raw = source
+    require_finite(
+        "save", f"{name} in {stored}", widen(raw, stored, "float64"), "Too large for it?"
+    )
+    checkpoint_name = str(info.attributes.get("checkpoint_name", "")) if info is not None else ""
+    return parameter_entry(name, raw, stored, checkpoint_name)
+
+
+def _config(header: store.Header) -> ModelConfig:
+    where = f"load: {header.path!r}"
+    text = header.attributes.get("config")
+    if not isinstance(text, str):
+        raise SchemaError(f"{where} has no text attribute 'config'. Was it written by refcurv?")
+    try:
+        config = ModelConfig.from_json(parse_json("load", "config", text))
+    except (RefcurvError, OverflowError) as error:
+        raise SchemaError(f"{where}: its configuration is refused: {one_line(error)}.") from None
+    if config.layers > len(header.entries):  # before as many names are made
+        raise SchemaError(
+            f"{where}: its configuration asks for {config.layers} layers, but there are only "
+            f"{len(header.entries)} tensors."
+        )
+    return config
+
+
+def _require_parameters(header: store.Header, config: ModelConfig) -> None:
+    """Each tensor that the configuration asks for, in its shape, as floats; and no other."""
+    where = f"load: {header.path!r}"
+    shapes = {PARAMETERS + name: shape for name, shape in config.parameter_shapes().items()}
+    for name in header.entries:
+        if name not in shapes:
+            raise SchemaError(f"{where} holds {name!r}, which its configuration does not ask for.")
+    for name, shape in shapes.items():
+        info = header.entries.get(name)
+        if info is None:
+            raise SchemaError(f"{where} lacks {name!r}, which its configuration asks for.")
+        if info.shape != shape:
+            raise SchemaError(
+                f"{where}: {name!r} has shape {info.shape}; its configuration asks for {shape}."
+            )
+        if info.stored not in STORED:
+            raise SchemaError(
+                f"{where}: {name!r} holds {info.stored}; parameters are {', '.join(STORED)}."
+            )

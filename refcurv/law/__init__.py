@@ -1,0 +1,1 @@
+"""What two correct programs could decide differently, decided once."""

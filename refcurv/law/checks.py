@@ -1,0 +1,156 @@
+"""Errors that diagnose, and the checks that raise them.
+
+Each message says who noticed, what must hold, what came, and the likely cause. The classes are
+few: a caller distinguishes kinds of trouble, never texts.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+class RefcurvError(ValueError):
+    """Any input that refcurv refuses. `status` is the exit status of the command line."""
+
+    status = 2
+
+    def __init__(self, message: str, **values: object) -> None:
+        super().__init__(message)
+        self.values = values
+
+
+class ShapeError(RefcurvError):
+    """An array has the wrong shape."""
+
+
+class DTypeError(RefcurvError):
+    """An array has the wrong dtype."""
+
+
+class NonFiniteError(RefcurvError):
+    """An array holds NaN or infinity."""
+
+
+class NotSymmetricError(RefcurvError):
+    """A matrix that must be symmetric is not, by more than rounding."""
+
+
+class NotPSDError(RefcurvError):
+    """A second moment has an eigenvalue that rounding cannot have made negative."""
+
+
+class ConventionError(RefcurvError):
+    """A choice that the law does not know, or that contradicts another."""
+
+
+class SchemaError(RefcurvError):
+    """A file is not what it says it is, or not a file of ours."""
+
+
+class ChecksumError(SchemaError):
+    """Stored bytes do not match their SHA-256."""
+
+
+class EmptyError(RefcurvError):
+    """There is nothing to compute with: no rows, no labels, no layers, no mass."""
+
+
+class RangeError(RefcurvError):
+    """A number or an index lies outside its range."""
+
+
+class NameUnknownError(RefcurvError):
+    """A layer, parameter or population that does not exist, or a pattern that matches none."""
+
+
+class StorageError(RefcurvError):
+    """The machine failed, not the input: disk full, permission, read error."""
+
+    status = 3
+
+
+def require_shape(
+    who: str, what: str, array: Array, shape: Sequence[int | None], axes: str, hint: str = ""
+) -> None:
+    """Raise ShapeError unless `array` has `shape`, None meaning any length; `axes` names them."""
+    got = np.shape(array)
+    if len(got) == len(shape) and all(
+        want is None or want == have for want, have in zip(shape, got, strict=True)
+    ):
+        return
+    wanted = "(" + ", ".join("any" if n is None else str(n) for n in shape) + ")"
+    raise ShapeError(
+        f"{who}: {what} must be {wanted} = {axes}; got {got}." + (f" {hint}" if hint else ""),
+        wanted=tuple(shape),
+        got=got,
+    )
+
+
+def require_dtype(who: str, what: str, array: Array, kinds: str, wanted: str) -> None:
+    """Raise DTypeError unless the dtype's kind letter is in `kinds`."""
+    if array.dtype.kind not in kinds:
+        raise DTypeError(f"{who}: {what} must hold {wanted}; got {array.dtype}.")
+
+
+def require_finite(who: str, what: str, array: Array, hint: str = "") -> None:
+    """Raise NonFiniteError naming the first index that is NaN or infinite."""
+    finite = np.isfinite(array)
+    if finite.all():
+        return
+    index = tuple(int(i) for i in np.argwhere(~finite)[0])
+    where = list(index)
+    raise NonFiniteError(
+        f"{who}: {what} holds {array[index]} at {where}; {int((~finite).sum())} of {finite.size} "
+        f"entries are not finite." + (f" {hint}" if hint else ""),
+        index=index,
+    )
+
+
+def require_range(who: str, what: str, value: float, low: float, high: float) -> float:
+    """Return `value` as a float, or raise RangeError unless low <= value <= high."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise RangeError(f"{who}: {what} must be a number; got {value!r}.") from None
+    if not low <= number <= high:
+        raise RangeError(f"{who}: {what} must lie in [{low:g}, {high:g}]; got {value!r}.")
+    return number
+
+
+def require_choice(who: str, what: str, value: object, choices: Iterable[str]) -> str:
+    """Return `value` if it is one of `choices`, or raise ConventionError with the nearest one."""
+    known = [str(choice) for choice in choices]
+    if value in known:
+        return str(value)
+    near = difflib.get_close_matches(str(value), known, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ConventionError(f"{who}: {what} must be one of {', '.join(known)}; got {value!r}.{hint}")
+
+
+def require_seed(who: str, seed: int) -> int:
+    """Return the seed, or raise RangeError unless it is an integer in [0, 2**64) (SAMPLING)."""
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**64:
+        raise RangeError(f"{who}: seed must be an integer in [0, 2**64); got {seed!r}.")
+    return int(seed)
+
+
+def require_token_ids(who: str, what: str, ids: Array, vocabulary: int) -> None:
+    """Raise RangeError unless all ids lie in [0, vocabulary)."""
+    if ids.size == 0:
+        return
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocabulary:
+        bad = low if low < 0 else high
+        index = [int(i) for i in np.argwhere(ids == bad)[0]]
+        raise RangeError(
+            f"{who}: {what} {index} is {bad}, outside the model's vocabulary [0, {vocabulary}). "
+            "Were they made with another tokenizer?",
+            index=index,
+        )

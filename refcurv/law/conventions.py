@@ -1,0 +1,123 @@
+"""The law: every ambiguity that makes two right programs disagree, decided here by name.
+
+`LAW` holds the sentences; the constants and enums below are their executable form. Errors quote
+the names, every file records them (`describe`), and the README's table is tested to equal `LAW`.
+
+Axis letters, used as suffixes of local arrays in `model/` and `passes/`: see `AXES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Final
+
+AXES: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "B": "sequence of a batch",
+        "T": "position (query)",
+        "S": "position (key)",
+        "N": "row: one kept position",
+        "D": "model width",
+        "I": "input width of a linear layer (d_in)",
+        "O": "output width of a linear layer (d_out)",
+        "H": "query head",
+        "K": "key-value head",
+        "R": "query heads per key-value head",
+        "E": "head width",
+        "V": "vocabulary",
+    }
+)
+
+LAW: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "LAYOUT": "W is (d_out, d_in); y = x Wᵀ. Checkpoints stored the other way are turned at "
+        "conversion.",
+        "VEC, KRON": "Row-major vec: rvec(W)[o·I + i] = W[o, i]; the block is G ⊗ A; "
+        "(G ⊗ A) rvec(X) = rvec(G X A).",
+        "LOSS": "The sum of nats over labelled positions; g is the gradient of that sum.",
+        "COUNTS": "Stored: S_A = Σ a aᵀ, n_A, S_G = Σ g gᵀ, n_G = rows × draws. A = S_A/n_A, "
+        "G = S_G/n_G, K = n_A (G ⊗ A); G ⊗ A approximates the curvature of the mean loss per row.",
+        "LABELS": "labels[b, t] is what position t should predict; negative = none. Default: the "
+        "next token of the same segment, so the last position of a segment has none.",
+        "ROWS": "`reached` (default): real positions from which a label is reached, those at or "
+        "before the last labelled one of their segment. `labelled`: only those with a label.",
+        "FISHER": "Whose labels the backward pass uses: `expected` (exact over the vocabulary), "
+        "`sampled` (drawn from the model, one joint backward per sequence and draw), `empirical` "
+        "(the corpus's). Labels are drawn only where the corpus has one.",
+        "SAMPLING": "Philox4x64-10, key (seed, 0); the uniform of position t is word t mod 4 of "
+        "the block at counter (1 + t div 4, 0, draw, corpus index), its top 53 bits times 2⁻⁵³. "
+        "Label: the first v with c_v > u·c_{V−1}, c the sequential float64 cumsum of "
+        "exp(z − max z), else the last with positive probability.",
+        "THREE": "F (exact block), F_tok (cross-position terms dropped) and K are three matrices, "
+        "never one.",
+        "ORDER": "Eigenvalues descending, eigenvectors in columns; the entry of largest magnitude "
+        "(lowest index on ties) is positive.",
+        "NEGATIVE": "Eigenvalues within λ_max·c·(n_shard·eps(compute) + d·eps(float64)) of 0 "
+        "become 0 and are counted; a more negative one is an error.",
+        "SELECT": "Keys fl(λ_i μ_j) in float64, descending, ties in row-major order of (i, j). "
+        "Kept: the fewest first pairs whose mass ≥ fl(fl(ρ·fsum(λ))·fsum(μ)), where a staircase "
+        "with c_i pairs in row i weighs fsum_i fl(λ_i·P[c_i]), P the correctly rounded prefix "
+        "sums of μ. ρ = 1 keeps everything and returns W itself; ρ = 0 keeps nothing.",
+        "PRECISION": "Exact widening on reading; one dtype for computing (float64, or float32 by "
+        "choice); products inside a shard in that dtype; the fold over shards, eigensolvers, "
+        "factors and bases in float64; edited weights in the dtype of their source.",
+        "SHARD, BLOCK": "Shard = max(1, 2048 div T) consecutive sequences, T the corpus's width; "
+        "the head in chunks of 512 kept rows; block = 64 consecutive shards. Shard sums are added "
+        "in order to a block sum that starts from zero; block sums are added in order.",
+    }
+)
+
+NO_LABEL: Final = -1
+"""LABELS: the label of a position that predicts nothing (any negative number is read so)."""
+
+SHARD_TOKENS: Final = 2048
+"""SHARD: positions in one unit of computation."""
+
+HEAD_ROWS: Final = 512
+"""SHARD: rows whose logits exist at one time."""
+
+BLOCK_SHARDS: Final = 64
+"""BLOCK: shards whose sums are added before they join the total."""
+
+WORD_BITS_KEPT: Final = 53
+"""SAMPLING: bits of a 64-bit Philox word that make a uniform."""
+
+COMPUTE_DTYPES: Final = ("float64", "float32")
+"""PRECISION: what the passes compute in."""
+
+NEGATIVE_FACTOR: Final = 4.0
+"""NEGATIVE: the constant c; tests/test_eigenbasis.py measures how much of it is used."""
+
+
+class Fisher(StrEnum):
+    """FISHER: whose labels the backward pass uses."""
+
+    EXPECTED = "expected"
+    SAMPLED = "sampled"
+    EMPIRICAL = "empirical"
+
+
+class Rows(StrEnum):
+    """ROWS: which positions enter A and G."""
+
+    REACHED = "reached"
+    LABELLED = "labelled"
+
+
+class Gain(StrEnum):
+    """nDCG: graded by the rank in the edited model's list (paper) or in the baseline's (code)."""
+
+    PAPER = "paper"
+    CODE = "code"
+
+
+def shard_sequences(width: int) -> int:
+    """Sequences in one shard of a corpus whose rows are `width` positions wide (SHARD)."""
+    return max(1, SHARD_TOKENS // width)
+
+
+def describe() -> dict[str, str]:
+    """The law as it is written into every file's provenance."""
+    return dict(LAW)

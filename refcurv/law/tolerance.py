@@ -1,0 +1,66 @@
+"""Error budgets, derived from dtype, size and conditioning; no bare 1e-5 anywhere.
+
+Every budget multiplies a *scale*: the same sum with each product in absolute value (DESIGN §5),
+never the result, which may vanish by theory or by cancellation. u is the unit roundoff, half of
+eps; a dot product of n terms errs by at most gamma(n) = n u / (1 - n u) of that scale (Higham,
+Accuracy and Stability of Numerical Algorithms, section 3.1), in any order of summation.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from refcurv.law.conventions import NEGATIVE_FACTOR
+
+OPERATIONS_PER_BLOCK = 64
+"""Roundings on a path through one block outside its sums: norms, rotary, softmax, gate."""
+
+
+def eps(dtype: DTypeLike) -> float:
+    """Spacing of the floats at 1; of the real part for complex dtypes."""
+    return float(np.finfo(dtype).eps)
+
+
+def gamma(n: float, dtype: DTypeLike) -> float:
+    """Bound for the relative error of a sum of n products, of the sum of their magnitudes."""
+    roundings = n * eps(dtype) / 2
+    if roundings >= 1:
+        raise ValueError(f"tolerance: {n} roundings in {np.dtype(dtype)} leave no digit")
+    return roundings / (1 - roundings)
+
+
+def gram(rows: int, shards: int, dtype: DTypeLike) -> float:
+    """A sum of outer products: `rows` in one shard in `dtype`, `shards` folded in float64.
+
+    Relative to |X|ᵀ|X|, entry by entry. Cauchy-Schwarz makes that at most 1 on the diagonal.
+    """
+    return gamma(rows + 1, dtype) + gamma(shards + 1, np.float64)
+
+
+def path(depth: int, width: int, dtype: DTypeLike) -> float:
+    """A value that passed through `depth` blocks, each summing at most `width` terms thrice.
+
+    Relative to the sum over all paths of the magnitudes of their products
+    (`refcurv.model.magnitudes`): roundings on one path add up, whatever their order.
+    """
+    return gamma((depth + 1) * (3 * width + OPERATIONS_PER_BLOCK), dtype)
+
+
+def eigenpair(size: int, dtype: DTypeLike = np.float64) -> float:
+    """Residual |A U - U diag(mu)| over |A| and |UᵀU - I|, for a backward stable eigensolver."""
+    return 8 * size * eps(dtype)
+
+
+def negative(size: int, shard_rows: int, dtype: DTypeLike) -> float:
+    """NEGATIVE: how far below zero, as a share of the largest eigenvalue, rounding can reach.
+
+    Weyl: an eigenvalue moves by at most the norm of the error, here of the products of one shard
+    in `dtype` and of the eigensolver in float64.
+    """
+    return NEGATIVE_FACTOR * (shard_rows * eps(dtype) + size * eps(np.float64))
+
+
+def asymmetry(rows: int, dtype: DTypeLike) -> float:
+    """|A - Aᵀ| over |A| that two orders of the same sum can differ by."""
+    return 2 * gamma(rows + 1, dtype)

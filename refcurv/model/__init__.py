@@ -1,0 +1,1 @@
+"""The transformer: pure functions and frozen records; no files, no kernels."""

@@ -1,0 +1,93 @@
+"""How large a gradient's terms are before they cancel: the scale that rounding errors live on.
+
+The backward once more, with every product in absolute value: the sum over all paths from the loss
+to a parameter of the magnitude of that path's product. A gradient that is zero by theory, or that
+cancels, still has a large scale, and `law.tolerance.path` times the scale bounds its error.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from refcurv.law.checks import Array
+from refcurv.model import transformer
+from refcurv.model.config import ModelConfig
+from refcurv.model.layers import DEFINITIONS, Layout, Ops, Saved, sigmoid, softmax_over
+from refcurv.model.transformer import Parameters, Slope, Tap
+
+
+def _rms_norm_backward(d_y: Array, saved: Saved) -> tuple[Array, Array]:
+    x_hat, r, gain = saved
+    d_hat, x_hat = d_y * np.abs(gain), np.abs(x_hat)
+    d_x = r * (d_hat + x_hat * (d_hat * x_hat).mean(axis=-1, keepdims=True))
+    return d_x, (d_y * x_hat).reshape(-1, gain.shape[0]).sum(axis=0)
+
+
+def _rotate(d_BTHE: Array, cos: Array, sin: Array) -> Array:
+    half = d_BTHE.shape[-1] // 2
+    d1, d2, cos, sin = d_BTHE[..., :half], d_BTHE[..., half:], np.abs(cos), np.abs(sin)
+    return np.concatenate([d1 * cos + d2 * sin, d2 * cos + d1 * sin], axis=-1)
+
+
+def _attention_backward(d_context_BTHE: Array, saved: Saved) -> tuple[Array, Array, Array]:
+    q, k, v, p, scale = saved
+    B, K, R, T, E = q.shape
+    d_context = d_context_BTHE.reshape(B, T, K, R, E).transpose(0, 2, 3, 1, 4)
+    d_p = d_context @ np.abs(v).swapaxes(-1, -2)
+    d_v = (p.swapaxes(-1, -2) @ d_context).sum(axis=2)
+    d_score = p * (d_p + (d_p * p).sum(axis=-1, keepdims=True))
+    d_q = (d_score @ np.abs(k)) * scale
+    d_k = (d_score.swapaxes(-1, -2) @ np.abs(q)).sum(axis=2) * scale
+    d_q_BTHE = d_q.transpose(0, 3, 1, 2, 4).reshape(B, T, K * R, E)
+    return d_q_BTHE, d_k.transpose(0, 2, 1, 3), d_v.transpose(0, 2, 1, 3)
+
+
+def _swiglu_backward(d_h: Array, saved: Saved) -> tuple[Array, Array]:
+    gate, up = saved
+    s = sigmoid(gate)
+    return d_h * np.abs(up) * s * (1 + np.abs(gate) * (1 - s)), d_h * np.abs(gate) * s
+
+
+_MAGNITUDES = Ops(
+    DEFINITIONS.rms_norm_forward,
+    _rms_norm_backward,
+    _rotate,
+    DEFINITIONS.attention_forward,
+    _attention_backward,
+    DEFINITIONS.swiglu_forward,
+    _swiglu_backward,
+)
+
+
+def gradient_scale(
+    config: ModelConfig, parameters: Parameters, token_BT: Array, label_BT: Array, layout: Layout
+) -> dict[str, Array]:
+    """For every parameter, the sum of the magnitudes of all terms of its gradient.
+
+    Cost: one forward and two backward passes, N x V logits at once: for small models.
+    Proof: tests/test_transformer.py::test_scale_bounds_the_rounding
+    """
+    final_BTD, trace = transformer.forward(config, parameters, token_BT, layout)
+    logit_BTV = transformer.head_logits(config, parameters, final_BTD)
+    d_logit = softmax_over(logit_BTV, np.ones(logit_BTV.shape, dtype=bool))
+    b, t = np.nonzero(label_BT >= 0)
+    d_logit[b, t, label_BT[b, t]] += 1
+    d_logit[label_BT < 0] = 0
+    positive = {name: np.abs(array) for name, array in parameters.items()}
+    d_final = d_logit @ positive[config.weight_of("head")]
+
+    scale: dict[str, Array] = {}
+
+    def add(name: str, d: Array) -> None:
+        scale[name] = scale[name] + d if name in scale else d
+
+    def outer(g: Array, a: Array) -> Array:
+        return np.asarray(g.reshape(-1, g.shape[-1]).T @ np.abs(a).reshape(-1, a.shape[-1]))
+
+    add(config.weight_of("head"), outer(d_logit, final_BTD))
+    for step in transformer.backward(config, positive, d_final, trace, _MAGNITUDES):
+        if isinstance(step, Slope):
+            add(step.name, step.d)
+        elif isinstance(step, Tap):
+            add(config.weight_of(step.name), outer(step.g, step.a))
+    return scale

@@ -1,0 +1,123 @@
+"""The fast layer functions: kernels and blocked attention, equal to `model.layers` in value.
+
+Proof: tests/test_fast.py compares each with its definition in float32 and float64, within the
+budget of its sums.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from refcurv.algebra import kernels
+from refcurv.law.checks import Array
+from refcurv.model.layers import Layout, Ops, Saved, rotate
+
+QUERY_ROWS = 128
+"""Queries of one attention block: their scores against the needed keys fit the cache."""
+
+
+def _rms_norm_forward(x: Array, gain: Array, eps: float) -> tuple[Array, Saved]:
+    x_ND = np.ascontiguousarray(x).reshape(-1, x.shape[-1])
+    y_ND, r_N = np.empty_like(x_ND), np.empty(len(x_ND), x.dtype)
+    kernels.rms_norm_forward(x_ND, gain, x.dtype.type(eps), y_ND, r_N)
+    return y_ND.reshape(x.shape), (x_ND, gain, r_N)
+
+
+def _rms_norm_backward(d_y: Array, saved: Saved) -> tuple[Array, Array]:
+    x_ND, gain, r_N = saved
+    d_x_ND, d_gain = np.empty_like(x_ND), np.zeros_like(gain)
+    d_y_ND = np.ascontiguousarray(d_y).reshape(x_ND.shape)
+    kernels.rms_norm_backward(d_y_ND, x_ND, gain, r_N, d_x_ND, d_gain)
+    return d_x_ND.reshape(d_y.shape), d_gain
+
+
+def _swiglu_forward(gate: Array, up: Array) -> tuple[Array, Saved]:
+    h = np.empty_like(gate)
+    kernels.swiglu_forward(gate.reshape(-1), up.reshape(-1), h.reshape(-1))
+    return h, (gate, up)
+
+
+def _swiglu_backward(d_h: Array, saved: Saved) -> tuple[Array, Array]:
+    gate, up = saved
+    d_gate, d_up = np.empty_like(gate), np.empty_like(up)
+    kernels.swiglu_backward(
+        d_h.reshape(-1), gate.reshape(-1), up.reshape(-1), d_gate.reshape(-1), d_up.reshape(-1)
+    )
+    return d_gate, d_up
+
+
+def _heads(x_BTHE: Array, kv_heads: int) -> Array:
+    """(B, T, H, E) → (B, K, R, T, E), a view: query head h belongs to key-value head h div R."""
+    B, T, H, E = x_BTHE.shape
+    return x_BTHE.reshape(B, T, kv_heads, H // kv_heads, E).transpose(0, 2, 3, 1, 4)
+
+
+def _blocks(layout: Layout, keys: int) -> list[tuple[slice, slice]]:
+    """Blocks of queries, each with the range of keys that any of them sees."""
+    out = []
+    for begin in range(0, layout.first_BT.shape[1], QUERY_ROWS):
+        block = slice(begin, begin + QUERY_ROWS)
+        last = min(int(layout.last_BT[:, block].max()) + 1, keys)
+        first = min(int(layout.first_BT[:, block].min()), max(last - 1, 0))
+        out.append((block, slice(first, max(last, first + 1))))
+    return out
+
+
+def _attention_forward(
+    q_BTHE: Array, k_BSKE: Array, v_BSKE: Array, layout: Layout
+) -> tuple[Array, Saved]:
+    B, T, H, E = q_BTHE.shape
+    S, K = k_BSKE.shape[1:3]
+    scale = q_BTHE.dtype.type(1 / np.sqrt(E))
+    q, k, v = _heads(q_BTHE, K), _heads(k_BSKE, K), _heads(v_BSKE, K)
+    context_BTHE = np.empty_like(q_BTHE)
+    context = _heads(context_BTHE, K)
+    lse_BHT = np.empty((B, H, T), q_BTHE.dtype)
+    for t, s in _blocks(layout, S):
+        p = q[..., t, :] @ k[..., s, :].swapaxes(-1, -2)
+        flat = p.reshape(B, H, *p.shape[-2:])
+        kernels.softmax_forward(
+            flat, layout.first_BT[:, t], layout.last_BT[:, t], s.start, scale, lse_BHT[:, :, t]
+        )
+        context[..., t, :] = p @ v[..., s, :]
+    return context_BTHE, (q, k, v, context, lse_BHT, layout, scale)
+
+
+def _attention_backward(d_context_BTHE: Array, saved: Saved) -> tuple[Array, Array, Array]:
+    q, k, v, context, lse_BHT, layout, scale = saved
+    B, K, R, T, E = q.shape
+    S = k.shape[3]
+    d_context = _heads(d_context_BTHE, K)
+    d_q_BTHE = np.empty((B, T, K * R, E), q.dtype)
+    d_q = _heads(d_q_BTHE, K)
+    d_k, d_v = np.zeros((B, K, S, E), q.dtype), np.zeros((B, K, S, E), q.dtype)
+    delta_BHT = (context * d_context).sum(axis=-1).reshape(B, K * R, T)
+    for t, s in _blocks(layout, S):
+        p = q[..., t, :] @ k[..., s, :].swapaxes(-1, -2)
+        d_p = d_context[..., t, :] @ v[..., s, :].swapaxes(-1, -2)
+        kernels.softmax_backward(
+            p.reshape(B, K * R, *p.shape[-2:]),
+            d_p.reshape(B, K * R, *p.shape[-2:]),
+            layout.first_BT[:, t],
+            layout.last_BT[:, t],
+            s.start,
+            scale,
+            lse_BHT[:, :, t],
+            delta_BHT[:, :, t],
+        )
+        d_q[..., t, :] = d_p @ k[..., s, :]
+        d_k[:, :, s] += (d_p.swapaxes(-1, -2) @ q[..., t, :]).sum(axis=2)
+        d_v[:, :, s] += (p.swapaxes(-1, -2) @ d_context[..., t, :]).sum(axis=2)
+    return d_q_BTHE, d_k.transpose(0, 2, 1, 3), d_v.transpose(0, 2, 1, 3)
+
+
+FAST = Ops(
+    _rms_norm_forward,
+    _rms_norm_backward,
+    rotate,
+    _attention_forward,
+    _attention_backward,
+    _swiglu_forward,
+    _swiglu_backward,
+)
+"""What every pass runs on; `model.layers.DEFINITIONS` is what it means."""

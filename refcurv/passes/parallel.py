@@ -1,0 +1,113 @@
+"""Shards in flight: several at a time, and the same bits as one after the other."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+from threadpoolctl import threadpool_limits
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def cores() -> int:
+    """The processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """BLAS and LAPACK on one thread: with two, some products and `eigh` change their bits."""
+    with threadpool_limits(1):
+        yield
+
+
+class Stopped(Exception):
+    """Another piece of work failed or was interrupted; this one gives up quietly."""
+
+
+class Turnstile:
+    """Lets pieces of work pass a named point one by one, in their order, whoever arrives first.
+
+    Sums folded inside `turn` are folded in order, so that the number of workers changes no bit,
+    and nobody needs to hold a partial total.
+    """
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._next: dict[Hashable, int] = {}
+        self._stopped = False
+
+    @contextmanager
+    def turn(self, point: Hashable, ordinal: int) -> Iterator[None]:
+        """Wait until all ordinals below this one have left `point`; then pass."""
+        with self._condition:
+            self._condition.wait_for(lambda: self._stopped or self._next.get(point, 0) == ordinal)
+            if self._stopped:
+                raise Stopped
+        yield
+        with self._condition:
+            self._next[point] = ordinal + 1
+            self._condition.notify_all()
+
+    def stop(self) -> None:
+        """Wake everybody who waits, and let nobody pass any more."""
+        with self._condition:
+            self._stopped = True
+            self._condition.notify_all()
+
+
+def run(
+    items: Sequence[Item],
+    work: Callable[[int, Item], Result],
+    *,
+    in_flight: int | None = None,
+    turnstile: Turnstile | None = None,
+    done: Callable[[], object] = lambda: None,
+) -> list[Result]:
+    """Do `work(ordinal, item)` for every item on threads; results in order, BLAS on one thread.
+
+    Items start in order. The first failure, or Ctrl-C, stops the others and is raised here.
+    `done` is called once per finished item, in order (a progress bar's update).
+    """
+    gate = turnstile or Turnstile()
+
+    def guarded(ordinal: int, item: Item) -> Result:
+        try:
+            return work(ordinal, item)
+        except BaseException:
+            gate.stop()
+            raise
+
+    results: list[Result] = []
+    with one_blas_thread(), ThreadPoolExecutor(in_flight or cores()) as pool:
+        futures = [pool.submit(guarded, n, item) for n, item in enumerate(items)]
+        try:
+            for future in futures:
+                results.append(future.result())
+                done()
+        except BaseException as error:
+            gate.stop()
+            for future in futures:
+                future.cancel()
+            raise _first_cause(futures, error)  # noqa: B904
+    return results
+
+
+def _first_cause(futures: Sequence[Future[Result]], error: BaseException) -> BaseException:
+    """The failure behind a Stopped: whoever gave up quietly did so because of another."""
+    if not isinstance(error, Stopped):
+        return error
+    for future in futures:
+        if future.done() and not future.cancelled():
+            cause = future.exception()
+            if cause is not None and not isinstance(cause, Stopped):
+                return cause
+    return error
