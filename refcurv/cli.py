@@ -49,7 +49,7 @@ def demo(args: argparse.Namespace) -> None:
     out = Path(args.out)
     results = run(out, progress_bar)
     print(format_results(results))
-    written = ["results.json", *results["files"].values()]
+    written = ["results.json", "factors.h5", "basis.h5", "edited.h5"]
     for name in ("spectrum", "bands", "retention"):
         plots.save(getattr(plots, name)(results), out / f"{name}.png")
         written.append(f"{name}.png")
@@ -158,12 +158,10 @@ def _parser() -> argparse.ArgumentParser:
         description="The ground truth for the loss curvature of transformers: K-FAC factors, "
         "eigenbases and edits on a CPU, from HDF5 files. Start with: refcurv demo",
     )
-    parser.add_argument(
-        "--version", action="version", version=f"refcurv {metadata.version('refcurv')}"
-    )
+    version = f"refcurv {metadata.version('refcurv')}"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(work: Callable[[argparse.Namespace], None], *positional: tuple[str, str]) -> Any:
+    for work, add_arguments in COMMANDS.items():
         summary = (work.__doc__ or "").splitlines()[0]
         sub = commands.add_parser(
             work.__name__,
@@ -172,58 +170,101 @@ def _parser() -> argparse.ArgumentParser:
             epilog="examples:\n  " + "\n  ".join(EXAMPLES[work.__name__]),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        for name, meaning in positional:
-            sub.add_argument(name.lower(), metavar=name, help=meaning)
         sub.set_defaults(work=work)
-        return sub
+        add_arguments(sub)
+    return parser
 
-    weights = ("WEIGHTS", "weights file (.h5)")
-    corpus = ("CORPUS", "corpus file (.h5)")
-    directory = ("DIRECTORY", "checkpoint directory")
-    output = {"required": True, "metavar": "OUT.h5", "help": "file to write (replaced at the end)"}
-    dtype = {
-        "choices": ["float64", "float32"],
-        "default": "float64",
-        "help": "what to compute in (default: float64)",
-    }
 
-    sub = command(demo)
-    sub.add_argument(
-        "--out", default="refcurv-demo", help="folder to write (default: refcurv-demo)"
-    )
+def _demo_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--out", default="refcurv-demo", help="folder to write (default: %(default)s)")
     _json(sub)
-    _json(command(convert, directory, weights))
-    command(export, weights, directory)
-    _json(command(inspect, ("FILE", "any file of refcurv's (.h5)")))
 
-    sub = command(collect, weights, corpus)
-    sub.add_argument("-o", "--output", **output)
-    sub.add_argument("--layers", default="blocks.*.mlp.*", help="pattern (default: blocks.*.mlp.*)")
+
+def _convert_arguments(sub: argparse.ArgumentParser) -> None:
+    _positional(sub, "DIRECTORY", "WEIGHTS")
+    _json(sub)
+
+
+def _export_arguments(sub: argparse.ArgumentParser) -> None:
+    _positional(sub, "WEIGHTS", "DIRECTORY")
+
+
+def _inspect_arguments(sub: argparse.ArgumentParser) -> None:
+    _positional(sub, "FILE")
+    _json(sub)
+
+
+def _collect_arguments(sub: argparse.ArgumentParser) -> None:
+    _positional(sub, "WEIGHTS", "CORPUS")
+    _output(sub)
+    sub.add_argument("--layers", default="blocks.*.mlp.*", help="pattern (default: %(default)s)")
     sub.add_argument("--fisher", default="sampled", help="sampled (default) or empirical labels")
     sub.add_argument("--rows", default="reached", help="reached (default) or labelled positions")
     sub.add_argument("--seed", type=int, default=0, help="of the sampled labels (default: 0)")
     sub.add_argument("--draws", type=int, default=1, help="label draws per position (default: 1)")
-    sub.add_argument("--dtype", **dtype)
+    _dtype(sub)
 
-    command(decompose, ("FACTORS", "factors file (.h5)")).add_argument("-o", "--output", **output)
 
-    sub = command(edit, weights, ("BASIS", "basis file (.h5)"))
-    sub.add_argument("-o", "--output", **output)
+def _decompose_arguments(sub: argparse.ArgumentParser) -> None:
+    _positional(sub, "FACTORS")
+    _output(sub)
+
+
+def _edit_arguments(sub: argparse.ArgumentParser) -> None:
+    _positional(sub, "WEIGHTS", "BASIS")
+    _output(sub)
     sub.add_argument(
         "--rho",
         action="append",
         required=True,
         metavar="[PATTERN=]SHARE",
-        help="share of the curvature mass to keep, of all layers or of those that match; repeatable",
+        help="share of the curvature mass to keep, of all or of matching layers; repeatable",
     )
     _json(sub)
 
-    sub = command(evaluate, weights, corpus)
+
+def _evaluate_arguments(sub: argparse.ArgumentParser) -> None:
+    _positional(sub, "WEIGHTS", "CORPUS")
     sub.add_argument("--baseline", metavar="WEIGHTS", help="the unedited model to compare with")
     sub.add_argument("--split", default="test", help="test (default) or dev populations")
-    sub.add_argument("--dtype", **dtype)
+    _dtype(sub)
     _json(sub)
-    return parser
+
+
+COMMANDS: dict[Callable[[argparse.Namespace], None], Callable[[argparse.ArgumentParser], None]] = {
+    demo: _demo_arguments,
+    convert: _convert_arguments,
+    export: _export_arguments,
+    inspect: _inspect_arguments,
+    collect: _collect_arguments,
+    decompose: _decompose_arguments,
+    edit: _edit_arguments,
+    evaluate: _evaluate_arguments,
+}
+
+MEANINGS = {
+    "WEIGHTS": "weights file (.h5)",
+    "CORPUS": "corpus file (.h5)",
+    "FACTORS": "factors file (.h5)",
+    "BASIS": "basis file (.h5)",
+    "FILE": "any file of refcurv's (.h5)",
+    "DIRECTORY": "checkpoint directory",
+}
+
+
+def _positional(sub: argparse.ArgumentParser, *names: str) -> None:
+    for name in names:
+        sub.add_argument(name.lower(), metavar=name, help=MEANINGS[name])
+
+
+def _output(sub: argparse.ArgumentParser) -> None:
+    text = "file to write; what it held is replaced at the end, or not at all"
+    sub.add_argument("-o", "--output", required=True, metavar="OUT.h5", help=text)
+
+
+def _dtype(sub: argparse.ArgumentParser) -> None:
+    text = "what to compute in: float64 (default) or float32"
+    sub.add_argument("--dtype", default="float64", help=text)
 
 
 def _json(sub: argparse.ArgumentParser) -> None:

@@ -76,3 +76,33 @@ def selection(lam: np.ndarray, mu: np.ndarray, rho: float) -> np.ndarray:
             return counts
         counts[i] += 1
     return counts
+
+
+def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, visible: np.ndarray) -> np.ndarray:
+    """One sequence, one number at a time: (T, H, E) with head h reading key-value head h div R."""
+    T, H, E = q.shape
+    R = H // k.shape[1]
+    out = np.zeros((T, H, E))
+    for t in range(T):
+        for h in range(H):
+            keys = [s for s in range(k.shape[0]) if visible[t, s]]
+            score = [
+                math.fsum(q[t, h, e] * k[s, h // R, e] for e in range(E)) / math.sqrt(E)
+                for s in keys
+            ]
+            weight = [math.exp(x - max(score)) for x in score]
+            for e in range(E):
+                total = math.fsum(w * v[s, h // R, e] for w, s in zip(weight, keys, strict=True))
+                out[t, h, e] = total / math.fsum(weight) if keys else 0.0
+    return out
+
+
+def rotate(x: np.ndarray, position: int, theta: float) -> list[float]:
+    """Rotary positions on one head: pairs (j, j + E/2) turn by position · theta^(-2j/E)."""
+    E = len(x)
+    out = [0.0] * E
+    for j in range(E // 2):
+        angle = position * theta ** (-2 * j / E)
+        z = complex(x[j], x[j + E // 2]) * complex(math.cos(angle), math.sin(angle))
+        out[j], out[j + E // 2] = z.real, z.imag
+    return out

@@ -132,6 +132,7 @@ def cases(draw: st.DrawFn, layers: int = 2) -> Case:
 
 def assert_within(got: object, want: object, budget: float, scale: object, what: str) -> float:
     """|got − want| <= budget · |scale| in Frobenius norm; returns the share of the budget used."""
+    assert np.shape(got) == np.shape(want), f"{what}: {np.shape(got)} for {np.shape(want)}"
     error = float(np.linalg.norm(np.asarray(got) - np.asarray(want)))
     allowed = budget * float(np.linalg.norm(np.asarray(scale)))
     assert error <= allowed, f"{what}: error {error:.3e} > {allowed:.3e} (budget {budget:.1e})"

@@ -39,7 +39,7 @@ from refcurv.model.layers import DEFINITIONS, causal_layout
 LAYERS = ("blocks.0.attn.q", "blocks.1.attn.o", "blocks.0.mlp.up", "blocks.1.mlp.down", "head")
 
 
-def random_basis(O: int, I: int, seed: int, spread: float = 2.0) -> Eigenbasis:  # noqa: E741
+def random_basis(O: int, I: int, seed: int, spread: float = 2.0) -> Eigenbasis:
     rng = np.random.default_rng(seed)
     U_A, U_G = (np.linalg.qr(rng.normal(size=(n, n)))[0] for n in (I, O))
     mu, lam = (np.sort(np.exp(spread * rng.normal(size=n)))[::-1] for n in (I, O))
@@ -87,7 +87,7 @@ def mask_by_definition(basis: Eigenbasis) -> np.ndarray:
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 999), st.sampled_from([0.3, 2.0]))
-def test_band_weights_sum_to_the_weight(O, I, seed, spread):  # noqa: E741
+def test_band_weights_sum_to_the_weight(O, I, seed, spread):
     basis = random_basis(O, I, seed, spread)
     W = np.random.default_rng(seed).normal(size=(O, I))
     parts = band_weights(W, basis)

@@ -14,7 +14,9 @@ from refcurv.law.checks import NonFiniteError, NotPSDError, NotSymmetricError, S
 from refcurv.law.conventions import Fisher, Rows
 
 
-def moment(n: int, rows: int, seed: int, decay: float = 1.0, dtype: object = np.float64) -> np.ndarray:
+def moment(
+    n: int, rows: int, seed: int, decay: float = 1.0, dtype: object = np.float64
+) -> np.ndarray:
     rng = np.random.default_rng(seed)
     x = (rng.normal(size=(rows, n)) * np.exp(-decay * np.arange(n))).astype(dtype)
     return (x.T @ x).astype(np.float64)

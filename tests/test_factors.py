@@ -73,11 +73,16 @@ def test_factors_equal_the_naive_sums(one: Case, fisher: str, seed: int) -> None
     assert list(got) == list(one.config.linear_layers())
     for name, (a, g) in rows.items():
         n = len(a)
-        assert got[name].n_A == got[name].n_G == n == oracles.reached(
-            one.label, one.real, one.segment
-        ).sum()
+        assert (
+            got[name].n_A
+            == got[name].n_G
+            == n
+            == oracles.reached(one.label, one.real, one.segment).sum()
+        )
         budget = 40 * tolerance.path(one.config.layers, 64, np.float64)
-        assert_within(got[name].sum_A, oracles.second_moment(a), budget, np.abs(a).T @ np.abs(a), name)
+        assert_within(
+            got[name].sum_A, oracles.second_moment(a), budget, np.abs(a).T @ np.abs(a), name
+        )
         largest = np.abs(g).max(initial=1e-3)
         assert_within(got[name].sum_G, oracles.second_moment(g), budget, n * largest**2, name)
         assert (got[name].sum_A == got[name].sum_A.T).all()
@@ -104,9 +109,7 @@ def big_corpus(sequences: int = 70, length: int = 96) -> tuple[rc.Model, rc.Corp
 @pytest.mark.parametrize("draws", [1, 2])
 def test_shards_in_flight_change_no_bit(draws: int) -> None:
     model, corpus = big_corpus()
-    runs = [
-        rc.collect(model, corpus, layers="**", draws=draws, in_flight=n) for n in (1, 2, 3, 1)
-    ]
+    runs = [rc.collect(model, corpus, layers="**", draws=draws, in_flight=n) for n in (1, 2, 3, 1)]
     for name in runs[0]:
         for other in runs[1:]:
             assert runs[0][name].sum_A.tobytes() == other[name].sum_A.tobytes()
@@ -144,7 +147,9 @@ def test_O42_sums_add_over_disjoint_data() -> None:
             total = sum(getattr(p[name], f"sum_{side}") for p in parts)
             want = getattr(whole[name], f"sum_{side}")
             assert_within(total, want, 1e-13, want, name)
-            assert getattr(whole[name], f"n_{side}") == sum(getattr(p[name], f"n_{side}") for p in parts)
+            assert getattr(whole[name], f"n_{side}") == sum(
+                getattr(p[name], f"n_{side}") for p in parts
+            )
 
 
 def test_O53_sampled_labels_do_not_depend_on_the_batch() -> None:
@@ -153,9 +158,7 @@ def test_O53_sampled_labels_do_not_depend_on_the_batch() -> None:
     model = model_of(one)
     few = rc.collect(model, rc.Corpus(one.token[:2]), layers="head", seed=4)
     label = drawn_labels(one, 4, 0)
-    rest = rc.collect(
-        model, rc.Corpus(one.token[2:], label[2:]), layers="head", fisher="empirical"
-    )
+    rest = rc.collect(model, rc.Corpus(one.token[2:], label[2:]), layers="head", fisher="empirical")
     whole = rc.collect(model, rc.Corpus(one.token), layers="head", seed=4)
     total = few["head"].sum_G + rest["head"].sum_G
     assert_within(total, whole["head"].sum_G, 1e-13, total, "head")
@@ -246,9 +249,9 @@ def test_file_round_trip(tmp_path) -> None:
 def test_refusals(tmp_path) -> None:
     one = case()
     model, corpus = model_of(one), corpus_of(one)
-    with pytest.raises(NameUnknownError, match="'blocks.7' matches none"):
+    with pytest.raises(NameUnknownError, match=r"'blocks\.7' matches none"):
         rc.collect(model, corpus, layers="blocks.7")
-    with pytest.raises(ConventionError, match="Did you mean 'sampled'"):
+    with pytest.raises(ConventionError, match=r"Did you mean 'sampled'\?"):
         rc.collect(model, corpus, fisher="samples")
     with pytest.raises(ConventionError, match="expected"):
         rc.collect(model, corpus, fisher="expected")

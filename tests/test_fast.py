@@ -47,7 +47,9 @@ def test_long_packed_padded_sequences(dtype: type, place: NormPlace, qk_norm: QK
     length = 2 * QUERY_ROWS + 37
     one = case(batch=3, length=length, norm_place=place, qk_norm=qk_norm)
     real = np.arange(length) < np.array([[length], [QUERY_ROWS], [190]])
-    segment = np.cumsum(np.isin(np.arange(length), [60, 150, 260]))[None] * np.array([[0], [1], [1]])
+    segment = np.cumsum(np.isin(np.arange(length), [60, 150, 260]))[None] * np.array(
+        [[0], [1], [1]]
+    )
     label = np.where(real, one.label, -1)
     compare(Case(one.config, one.parameters, one.token, real, segment, label), dtype)
 

@@ -120,7 +120,10 @@ def test_edit_of_a_model(made: tuple[rc.Model, Bases]) -> None:
     down, gate, _up = record.layers
     assert (down.kept, down.norm) == (down.pairs, 1)
     assert down.mass == pytest.approx(1, abs=1e-15)
-    assert edited.parameters["blocks.0.mlp.down.weight"] is model.parameters["blocks.0.mlp.down.weight"]
+    assert (
+        edited.parameters["blocks.0.mlp.down.weight"]
+        is model.parameters["blocks.0.mlp.down.weight"]
+    )
     assert edited.parameters["embed.weight"] is model.parameters["embed.weight"]
     one = basis["blocks.1.mlp.gate"]
     stairs = cut(one.lam, one.mu, 0.6)
@@ -183,6 +186,8 @@ def test_refusals(made: tuple[rc.Model, Bases]) -> None:
     foreign = Bases({"blocks.40.mlp.up": one})
     with pytest.raises(NameUnknownError, match="another model"):
         rc.edit(model, foreign, 0.5)
-    narrow = rc.Model(model.config, model.parameters, "float32", {"blocks.0.mlp.up.weight": "float64"})
+    narrow = rc.Model(
+        model.config, model.parameters, "float32", {"blocks.0.mlp.up.weight": "float64"}
+    )
     with pytest.raises(DTypeError, match="dtype"):
         rc.edit(narrow, basis, {"blocks.0.mlp.up": 0.5})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -131,37 +132,86 @@ def test_a_failure_midway_leaves_the_old_file_alone(path: Path, failure: BaseExc
     assert path.read_bytes() == before and only(path.parent, "f.h5")
 
 
-@pytest.mark.parametrize("limit", [100, 3000, 20_000, 900_000])
-def test_a_full_disk_is_one_line_and_leaves_the_old_file(path: Path, limit: int) -> None:
-    """HDF5 itself dies by SIGSEGV here when it writes to the file directly (100 and 20000)."""
-    before = path.read_bytes()
-    program = textwrap.dedent(
-        """
-        import resource, signal, sys
+def limited(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a program in which writing beyond a limit fails, as on a full disk, with EFBIG."""
+    prelude = """
+        import os, resource, signal, sys
         import numpy as np
         from refcurv.files import store
         from refcurv.law.checks import StorageError
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
-        arrays = (store.Entry(f"g.d{i}", np.ones(n)) for i, n in enumerate([10] * 300 + [10**6]))
-        try:
-            store.write(sys.argv[1], format="refcurv-basis", attributes={}, arrays=arrays,
-                        provenance={})
-        except StorageError as error:
-            print(error, error.status)
+        def limit(size): resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+        def write(path, arrays):
+            store.write(path, format="refcurv-basis", attributes={}, arrays=arrays, provenance={})
         """
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", program, str(path), str(limit)],
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(prelude) + textwrap.dedent(program)]
+        + [str(argument) for argument in arguments],
         capture_output=True,
         text=True,
         check=False,
         env={**os.environ, "PYTHONPATH": str(Path(store.__file__).parents[2])},
     )
+
+
+@pytest.mark.parametrize("size", [100, 3000, 20_000, 900_000])
+def test_a_full_disk_is_one_line_and_leaves_the_old_file(path: Path, size: int) -> None:
+    """HDF5 itself dies by SIGSEGV here when it writes to the file directly (100 and 20000)."""
+    before = path.read_bytes()
+    program = """
+        drawn = []
+        def arrays():
+            for i, n in enumerate([10] * 300 + [10**6] + [10] * 300):
+                drawn.append(i)
+                yield store.Entry(f"g.d{i}", np.ones(n))
+        limit(int(sys.argv[2]))
+        try:
+            write(sys.argv[1], arrays())
+        except StorageError as error:
+            print(error, len(drawn) <= 301, error.status)
+        """
+    run = limited(program, path, size)
     assert run.returncode == 0 and run.stderr == ""
     assert run.stdout.count("\n") == 1 and str(path) in run.stdout
-    assert "File too large" in run.stdout and run.stdout.endswith(" 3\n")
+    assert "File too large" in run.stdout and run.stdout.endswith(" True 3\n")
     assert path.read_bytes() == before and only(path.parent, "f.h5")
+
+
+@pytest.mark.parametrize(
+    "failure, seen",
+    [(OSError(28, "full"), StorageError), (KeyboardInterrupt(), KeyboardInterrupt)],
+    ids=["full", "interrupted"],
+)
+def test_a_disk_that_fails_at_any_write(
+    path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException, seen: Any
+) -> None:
+    """From the first byte to the last header, which HDF5 writes on closing."""
+    entries, left = [Entry("a.W", W), Entry("b", W)], [10**6]
+
+    class Disk(io.FileIO):
+        def write(self, data: Any) -> int:
+            left[0] -= 1
+            if left[0] < 0:
+                raise failure
+            return super().write(data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda path, mode, buffering: Disk(path, mode.replace("b", "")))
+        put(path, *entries)
+        writes = 10**6 - left[0]
+        for left[0] in range(writes):
+            with pytest.raises(seen):
+                put(path, *entries, Entry("other", W))
+    assert writes > 5 and only(path.parent, "f.h5")
+    assert store.verify(store.open_file(path)) == [("a.W", True), ("b", True)]
+
+
+def test_the_old_file_is_replaced_not_rewritten(path: Path, tmp_path: Path) -> None:
+    """A reader that has it open, or another name of it, keeps the old one whole."""
+    before = path.read_bytes()
+    os.link(path, tmp_path / "kept.h5")
+    put(path, Entry("other", W))
+    assert (tmp_path / "kept.h5").read_bytes() == before != path.read_bytes()
 
 
 def test_a_link_is_followed_and_stays(path: Path, tmp_path: Path) -> None:
@@ -212,13 +262,14 @@ def test_other_dtypes_are_not_written(tmp_path: Path, dtype: Any) -> None:
 def add(name: str, **options: Any) -> Callable[[h5py.File], None]:
     def change(file: h5py.File) -> None:
         data = file.create_dataset(name, **options)
-        data.attrs["sha256"] = "0" * 64
+        data.attrs["sha256"] = np.bytes_("0" * 64)
 
     return change
 
 
 def attribute(key: str, value: Any, on: str = "/") -> Callable[[h5py.File], None]:
-    return lambda file: file[on].attrs.__setitem__(key, value)
+    fixed = np.bytes_(value) if isinstance(value, str) else value
+    return lambda file: file[on].attrs.__setitem__(key, fixed)
 
 
 def without(key: str, on: str = "/") -> Callable[[h5py.File], None]:
@@ -282,8 +333,17 @@ HOSTILE: dict[str, tuple[Callable[[h5py.File], None], str]] = {
     "provenance nested": (attribute("provenance", '{"a":' * 100_000), "not valid JSON"),
     "key twice": (attribute("provenance", '{"a": 1, "a": 2}'), "a key occurs twice"),
     "NaN in JSON": (attribute("provenance", '{"a": NaN}'), "NaN is not JSON"),
+    "variable length": (
+        lambda file: file.attrs.__setitem__("x", "text"),
+        r"'x' of variable length; .* numpy\.bytes_",
+    ),
+    "vast attribute": (
+        lambda file: file.attrs.create("x", np.bytes_(), dtype="S20000000"),
+        "'x' that is no text or number of at most 16777216 bytes",
+    ),
+    "not UTF-8": (attribute("x", np.bytes_(b"\xff")), "can't decode"),
     "array attribute": (attribute("x", np.zeros(3)), "attribute 'x' that is no text or number"),
-    "reference attribute": (attribute("x", h5py.Empty("f4")), "attribute 'x' that is no text"),
+    "null attribute": (attribute("x", h5py.Empty("f4")), "attribute 'x' that is no text"),
     "many attributes": (
         lambda file: [file.attrs.__setitem__(f"k{i}", i) for i in range(70)] and None,
         "more than 64 attributes",
@@ -385,9 +445,10 @@ def test_two_datasets_on_the_same_bytes_are_refused(tmp_path: Path) -> None:
     """Only a forger can do it: the second dataset's address is overwritten in the old format."""
     path = tmp_path / "f.h5"
     with h5py.File(path, "w") as file:  # the old format has no checksums over its headers
-        file.attrs.update({"format": "refcurv-basis", "version": 1, "provenance": "{}"})
+        texts = {"format": np.bytes_("refcurv-basis"), "provenance": np.bytes_("{}")}
+        file.attrs.update({**texts, "version": 1})
         for name in "ab":
-            file.create_dataset(name, data=W).attrs["sha256"] = "0" * 64
+            file.create_dataset(name, data=W).attrs["sha256"] = np.bytes_("0" * 64)
         a, b = (file[name].id.get_offset().to_bytes(8, "little") for name in "ab")
     data = path.read_bytes()
     assert data.count(b) == 1 and store.open_file(path)

@@ -101,7 +101,7 @@ def random_text(rng, ids: int = 30) -> Population:
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_by_hand(dtype):
-    """The model counts upwards; its baseline counts downwards but for what both can say."""
+    """The model counts upwards, and does nothing else."""
     table = evaluate(counting_model(dtype=dtype), by_hand())
     assert (table.split, table.dtype, table.baseline_dtype) == ("test", dtype, None)
     assert [row.name for row in table.rows] == ["quotes", "sums", "prose"]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import scipy.linalg
 
-from refcurv.curvature.factors import Factor, Factors, Progress
+from refcurv.curvature.factors import Factor, Factors
 from refcurv.files import store
 from refcurv.files.lazy import Lazy
 from refcurv.law import tolerance
@@ -23,7 +23,7 @@ from refcurv.law.checks import (
     require_finite,
     require_shape,
 )
-from refcurv.passes.parallel import one_blas_thread
+from refcurv.passes.parallel import Progress, one_blas_thread
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ Sum and count, never a running mean; the division happens once, on reading A or 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -33,11 +33,8 @@ from refcurv.law.conventions import BLOCK_SHARDS, Fisher, Rows
 from refcurv.model.config import Model, ModelConfig, expand
 from refcurv.model.transformer import Tap
 from refcurv.passes import memory
-from refcurv.passes.parallel import Turnstile, run
+from refcurv.passes.parallel import Progress, Turnstile, run
 from refcurv.passes.shards import Shard, shards
-
-Progress = Callable[[int, int], object]
-"""Called with (done, all) as work proceeds."""
 
 
 @dataclass(frozen=True, slots=True)

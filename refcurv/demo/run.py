@@ -16,19 +16,22 @@ from pathlib import Path
 from typing import Any
 
 import refcurv as rc
-from refcurv.curvature.factors import Progress
 from refcurv.evaluation.bands import Quantity, bands
 from refcurv.files import store
 from refcurv.files.disk import machine_faults, sync_folder
 from refcurv.model.config import expand
+from refcurv.passes.parallel import Progress
 
 HERE = Path(__file__).parent
 MODEL, CORPUS = HERE / "model.h5", HERE / "corpus.h5"
 
+COLLECTED = "blocks.*.mlp.*"
+"""What it collects factors of: the bands are shown for every MLP projection."""
+
 LAYERS = "blocks.{2-3}.mlp.{gate,up}"
 """What the demo edits: gate and up of the last two blocks."""
 
-RHO = 0.85
+RHO = 0.87
 """The share of curvature mass that it keeps."""
 
 Stage = Callable[[str], Progress]
@@ -38,14 +41,14 @@ Stage = Callable[[str], Progress]
 def run(folder: str | Path, stage: Stage, *, dtype: str = "float64") -> dict[str, Any]:
     """The main job on the shipped files; writes factors.h5, basis.h5, edited.h5 and results.json.
 
-    Returns the contents of results.json: settings, edit record, evaluation, bands, spectra, seconds,
-    provenance. Everything but the seconds and the machine in it is determined by the inputs.
+    Returns the contents of results.json: settings, edit record, evaluation, bands, spectra,
+    seconds, provenance. Everything but the seconds and the machine in it is determined by the inputs.
     """
     folder = _made(Path(folder))
     model, corpus = rc.load(MODEL, dtype=dtype), rc.load_corpus(CORPUS)
     seconds: dict[str, float] = {}
     with _timed(seconds, "collect"):
-        factors = rc.collect(model, corpus, "blocks.*.mlp.*", progress=stage("collect"))
+        factors = rc.collect(model, corpus, COLLECTED, progress=stage("collect"))
         rc.save_factors(factors, folder / "factors.h5")
     with _timed(seconds, "decompose"):
         basis = rc.decompose(factors, progress=stage("decompose"))
@@ -65,6 +68,7 @@ def run(folder: str | Path, stage: Stage, *, dtype: str = "float64") -> dict[str
         "title": "Memory and reasoning along the spectrum of loss curvature",
         "refcurv": store.provenance()["refcurv"],
         "settings": {
+            "collected": COLLECTED,
             "layers": LAYERS,
             "rho": RHO,
             "fisher": str(factors.fisher),
@@ -83,7 +87,11 @@ def run(folder: str | Path, stage: Stage, *, dtype: str = "float64") -> dict[str
             for name in expand(LAYERS, list(basis))
         },
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
-        "files": {name: f"{name}.h5" for name in ("factors", "basis", "edited")},
+        "files": {
+            "model": str(MODEL),
+            "corpus": str(CORPUS),
+            **{name: f"{name}.h5" for name in ("factors", "basis", "edited")},
+        },
         "provenance": store.provenance(inputs=store.inputs(model.source, corpus.source)),
     }
     write_json(results, folder / "results.json")

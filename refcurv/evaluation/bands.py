@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from refcurv.curvature import staircase
+from refcurv.algebra.staircase import cut
 from refcurv.curvature.eigenbasis import Eigenbasis
-from refcurv.curvature.factors import Progress
 from refcurv.evaluation.decode import batches, require_population, teacher_forced
 from refcurv.files.corpus import Population
 from refcurv.law.checks import Array, EmptyError, require_choice, require_shape
 from refcurv.model.config import Model, expand
 from refcurv.passes import memory, parallel
+from refcurv.passes.parallel import Progress
 
 
 class Quantity(StrEnum):
@@ -94,7 +94,7 @@ def rank_bounds(size: int) -> Array:
     return np.array([-(-percent * size // 100) for percent in RANK_PERCENT], dtype=np.int64)
 
 
-def mass_bounds(basis: Eigenbasis) -> Array:
+def mass_bounds(basis: Eigenbasis, name: str = "bands") -> Array:
     """pair_mass: band b holds the columns bounds[b, i] .. bounds[b+1, i] - 1 of row i, (n+1, O).
 
     Each bound is the SELECT cut at one of MASS_EDGES; the kept sets of one order are nested, so
@@ -102,8 +102,7 @@ def mass_bounds(basis: Eigenbasis) -> Array:
 
     Proof:  tests/test_bands.py::test_band_weights_sum_to_the_weight
     """
-    cuts = [staircase.counts(basis.lam, basis.mu, share) for share in MASS_EDGES]
-    return np.stack(cuts).astype(np.int64)
+    return np.stack([cut(basis.lam, basis.mu, share, name).counts for share in MASS_EDGES])
 
 
 def band_weights(W: Array, basis: Eigenbasis) -> list[Array]:
@@ -227,9 +226,9 @@ def _probe(
         rank = rank_bounds(I)
         return _Probe(tuple(np.diff(rank).tolist()), lambda x: _rank_norms(x, basis, rank))
     C = basis.U_G.T @ parameters[model.config.weight_of(name)].astype(np.float64) @ basis.U_A
-    cut = mass_bounds(basis)
-    sizes = tuple(np.diff(cut.sum(axis=1)).tolist())
-    return _Probe(sizes, lambda x: _mass_norms(x, basis, C, cut))
+    bounds = mass_bounds(basis, f"bands {name!r}")
+    sizes = tuple(np.diff(bounds.sum(axis=1)).tolist())
+    return _Probe(sizes, lambda x: _mass_norms(x, basis, C, bounds))
 
 
 def _rank_norms(x_NI: Array, basis: Eigenbasis, bounds: Array) -> Array:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from refcurv.curvature.factors import Progress
 from refcurv.evaluation.decode import (
     batches,
     decode_population,
@@ -42,6 +41,7 @@ from refcurv.model.loss import cross_entropy
 from refcurv.model.transformer import head_logits
 from refcurv.passes import parallel
 from refcurv.passes.memory import Parameters, final_states, resident
+from refcurv.passes.parallel import Progress
 
 RETAINED = MappingProxyType({"answer": "accuracy", "recite": "strict"})
 """The value that a retention is of, by kind; a perplexity is not retained."""

@@ -334,17 +334,16 @@ def read_config(where: str, text: str) -> tuple[Family, ModelConfig]:
                 f"{where}: the key {key!r} is unknown and might change the mathematics. Remove it "
                 "if it does not."
             )
+    fields = {
+        **_sizes(where, data),
+        "norm_place": family.norm_place,
+        "qk_norm": family.qk_norm,
+        "norm_eps": _required(where, data, "rms_norm_eps"),
+        "rope_theta": _rope_theta(where, data),
+        "tied": data.get("tie_word_embeddings", False),
+    }
     try:
-        return family, ModelConfig(
-            **_sizes(where, data),
-            norm_place=family.norm_place,
-            qk_norm=family.qk_norm,
-            norm_eps=_required(where, data, "rms_norm_eps"),
-            rope_theta=_rope_theta(where, data),
-            tied=data.get("tie_word_embeddings", False),
-        )
-    except (ConventionError, SchemaError):
-        raise
+        return family, ModelConfig(**fields)
     except (RefcurvError, OverflowError) as error:
         raise SchemaError(f"{where}: {one_line(error)}.") from None
 
@@ -496,8 +495,8 @@ def _sharded(folder: Path) -> dict[str, Tensor]:
     if (folder / "model.safetensors").exists() and "model.safetensors" not in shards:
         raise SchemaError(f"{where} does not mention model.safetensors beside it. Remove one.")
     tensors: dict[str, Tensor] = {}
-    for shard in shards:
-        for tensor in safetensors.read_header(_inside(folder, shard)):
+    for shard, path in [(shard, _inside(folder, shard)) for shard in shards]:
+        for tensor in safetensors.read_header(path):
             if shard_of.get(tensor.name) != shard:
                 raise SchemaError(
                     f"{where}: {shard} holds {tensor.name!r}, which the index expects in "

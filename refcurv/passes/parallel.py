@@ -14,6 +14,9 @@ from threadpoolctl import threadpool_limits
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+Progress = Callable[[int, int], object]
+"""Called with (done, all) as work proceeds."""
+
 
 def cores() -> int:
     """The processors that this process may use."""

@@ -14,7 +14,7 @@ import math
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ from refcurv.model.transformer import forward, head_logits, loss_and_gradient
 from validation.paper.muon import adamw, muon
 from validation.paper.world import (
     VOCABULARY,
+    Mixture,
     Population,
     Purpose,
     World,
@@ -65,7 +66,8 @@ class Recipe:
     arch: str = "olmo2"
     seed: int = 1
     world_seed: int = 7
-    quotes: int = 160
+    quotes: int = 192
+    mixture: Mixture = field(default_factory=Mixture)
     steps: int = 3200
     batch: int = 32
     sequence: int = 64
@@ -102,7 +104,7 @@ class Recipe:
 
     def world(self) -> World:
         """The world that the model lives in."""
-        return make_world(self.world_seed, self.quotes)
+        return make_world(self.world_seed, self.quotes, self.mixture)
 
     def rate(self, step: int) -> float:
         """Share of the learning rates at `step` (from 0): warm-up, constant, linear decay."""
@@ -207,8 +209,9 @@ _ROWS_AT_ONCE = 128
 def score(config: ModelConfig, parameters: Parameters, asked: Population, ops: Ops) -> float:
     """Share of exact answers; perplexity for a population of text.
 
-    The right answer is fed in: a greedy decoder that has made no mistake yet sees the same
-    tokens, so its answer is exact if and only if every greedy token here is.
+    Rows are padded on the right only, where no earlier position looks. The right answer is fed
+    in: a greedy decoder that has made no mistake yet sees the same tokens, so its answer is
+    exact if and only if every greedy token here is.
     """
     exact, nats, count = 0, 0.0, 0
     for begin in range(0, len(asked.tokens), _ROWS_AT_ONCE):
@@ -272,7 +275,8 @@ def load(path: Path) -> tuple[Recipe, State]:
             for part in ("parameters/", "slots/")
         }
     state = State(head["step"], parts["parameters/"], parts["slots/"])
-    return Recipe(**head["recipe"]), state
+    mixture = Mixture(**head["recipe"].pop("mixture"))
+    return Recipe(mixture=mixture, **head["recipe"]), state
 
 
 def load_model(path: str | Path) -> tuple[ModelConfig, Parameters]:
@@ -286,6 +290,15 @@ def load_model(path: str | Path) -> tuple[ModelConfig, Parameters]:
 
 
 CHAPTER_STEPS = 50
+"""Steps whose rows are drawn together. It is part of the recipe: another number, another run."""
+
+
+def resume(recipe: Recipe, path: Path) -> State:
+    """The state that `path` holds, which must be of this very recipe."""
+    found, state = load(path)
+    if found != recipe:
+        raise SystemExit(f"train: {path} holds a run of another recipe: {found}.")
+    return state
 
 
 def train(
@@ -297,9 +310,7 @@ def train(
     """
     world = recipe.world()
     asked = populations(world)
-    state = load(path)[1] if path.exists() else start(recipe)
-    if path.exists() and load(path)[0] != recipe:
-        raise SystemExit(f"train: {path} holds a run of another recipe: {load(path)[0]}.")
+    state = resume(recipe, path) if path.exists() else start(recipe)
     rows, begun = np.empty(0), time.monotonic()
     bar = tqdm(total=recipe.steps, initial=state.step, unit="step", mininterval=5)
     while state.step < (until or recipe.steps):

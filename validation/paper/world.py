@@ -162,14 +162,14 @@ def speak(language: Language, documents: int, length: int, rng: Generator) -> Ar
 class Mixture:
     """The share of tokens that each kind of item has in training."""
 
-    language: float = 0.36
-    quotes: float = 0.08
-    facts: float = 0.06
-    open_book: float = 0.16
-    addition: float = 0.12
-    boolean_constants: float = 0.07
-    boolean_variables: float = 0.07
-    copying: float = 0.08
+    language: float = 0.34
+    quotes: float = 0.075
+    facts: float = 0.05
+    open_book: float = 0.13
+    addition: float = 0.15
+    boolean_constants: float = 0.08
+    boolean_variables: float = 0.09
+    copying: float = 0.085
 
 
 MEAN_LENGTH = Mixture(
@@ -179,7 +179,7 @@ MEAN_LENGTH = Mixture(
     open_book=13.8,
     addition=9.0,
     boolean_constants=13.2,
-    boolean_variables=14.1,
+    boolean_variables=28.3,
     copying=14.0,
 )
 """Mean tokens of one item with its EOS: a share of tokens divided by it is a share of items."""
@@ -211,7 +211,7 @@ QUESTIONS = 500
 """Questions per skill and split."""
 
 
-def make_world(seed: int = 7, quotes: int = 160, mixture: Mixture | None = None) -> World:
+def make_world(seed: int = 7, quotes: int = 192, mixture: Mixture | None = None) -> World:
     """Draw the language, the quotes, the facts and the held-out sums."""
     language = make_language(seed)
     rng = generator(Purpose.FACTS, seed)
@@ -327,15 +327,21 @@ def boolean_constants_item(rng: Generator, leaves: int) -> Item:
 
 def boolean_variables_item(rng: Generator) -> Item:
     """`x3 is true ; x9 is false ; not x9 and x3 =`: both variables and their order are drawn."""
+    return next(boolean_variables_items(rng))
+
+
+def boolean_variables_items(rng: Generator) -> Iterator[Item]:
+    """Endless questions about the same two variables, each as if it were the only one."""
     variables = rng.permutation(VARIABLES)[:2].tolist()
     values = [bool(v) for v in rng.integers(2, size=2)]
-    told = [
-        t for x, v in zip(variables, values, strict=True) for t in (x, IS, _truth(v), SEMICOLON)
-    ]
-    first = int(rng.integers(2))
-    left, right = (_maybe_not(rng, [variables[i]], values[i]) for i in (first, 1 - first))
-    tokens, value = _combine(rng, left, right)
-    return Item((*told, *tokens, EQUALS), (_truth(value),))
+    told: list[int] = []
+    for x, value in zip(variables, values, strict=True):
+        told += [x, IS, _truth(value), SEMICOLON]
+    while True:
+        first = int(rng.integers(2))
+        left, right = (_maybe_not(rng, [variables[i]], values[i]) for i in (first, 1 - first))
+        tokens, value = _combine(rng, left, right)
+        yield Item((*told, *tokens, EQUALS), (_truth(value),))
 
 
 def copying_item(rng: Generator, words: int) -> Item:
@@ -386,8 +392,18 @@ def _training_boolean_constants(_world: World, rng: Generator) -> Item:
     return draw_where(partial(boolean_constants_item, rng, 4), "train")
 
 
+_TOLD = 8
+"""Tokens in front of the expression of a question about variables."""
+
+
 def _training_boolean_variables(_world: World, rng: Generator) -> Item:
-    return draw_where(partial(boolean_variables_item, rng), "train")
+    # three questions about the same variables: one answer in so many tokens teaches too little
+    questions = boolean_variables_items(rng)
+    first, *others = (draw_where(partial(next, questions), "train") for _ in range(3))
+    tokens = first.tokens
+    for other in others:
+        tokens += (SEMICOLON, *other.tokens[_TOLD:])
+    return Item(tokens[:-1], tokens[-1:])
 
 
 def _training_copying(_world: World, rng: Generator) -> Item:

@@ -1,0 +1,349 @@
+"""One page of HTML with everything a run found: no script, no request, readable offline.
+
+The page forbids itself any request by its Content-Security-Policy; the plots are SVG inside it.
+Every text from the results is escaped, wherever it comes from.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import os
+import shlex
+from collections.abc import Callable, Iterator, Mapping
+from html import escape
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from refcurv.law.checks import EmptyError
+from refcurv.report import plots
+from refcurv.report.table import (
+    Json,
+    Table,
+    agreement_table,
+    band_table,
+    decimal,
+    edit_table,
+    edited_layers,
+    evaluation_table,
+    number,
+    percent,
+    population_name,
+    relative,
+    rho_text,
+    whole,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PAPER = "“From Memorization to Reasoning in the Spectrum of Loss Curvature” (arXiv 2510.24256)"
+ABOUT = (
+    f"A reference computation, on a CPU in NumPy, of {PAPER}. For each edited weight matrix the "
+    "second moments of its inputs and of its output gradients give pairs of directions ordered by "
+    "loss curvature; the edit keeps the sharpest pairs that together hold a share ρ of the "
+    "curvature and sets all others to zero. Sharp directions carry what many inputs share, flat "
+    "ones what few inputs need: the tables and figures below show what this model still recites "
+    "and what it can still do."
+)
+
+STYLE = """
+:root{color-scheme:light dark;--ink:#1d2126;--soft:#5d6670;--line:#d9dde2;--page:#fbfbfa;
+--card:#fff;--mark:#0072b2;--hot:#c04f00}
+@media(prefers-color-scheme:dark){:root{--ink:#e7e9ec;--soft:#a2abb5;--line:#373d45;
+--page:#15181c;--card:#1d2126;--mark:#6db9ea;--hot:#f09a5b}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--page);color:var(--ink);
+font:16px/1.6 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
+main,header,footer{max-width:60rem;margin:0 auto;padding:0 1.25rem}
+header{padding-top:3rem}footer{padding-bottom:3rem;color:var(--soft);font-size:.875rem}
+h1{font-size:1.9rem;line-height:1.2;margin:0 0 1rem;overflow-wrap:anywhere;text-wrap:balance}
+h2{font-size:1.25rem;margin:2.75rem 0 .6rem}
+p{margin:.6rem 0;max-width:46rem}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(12rem,1fr));gap:.9rem;
+margin:1.75rem 0 0;padding:0}
+.tiles div{background:var(--card);border:1px solid var(--line);border-radius:.6rem;
+padding:.8rem 1rem;min-width:0}
+.tiles dt{color:var(--soft);font-size:.85rem;overflow-wrap:anywhere}
+.tiles dd{margin:0;font-size:1.45rem;font-weight:650;font-variant-numeric:tabular-nums}
+.tiles .hot dd{color:var(--hot)}
+.tiles dd small{display:block;font-size:.85rem;font-weight:400;color:var(--soft)}
+.facts{display:grid;grid-template-columns:max-content 1fr;gap:.3rem 1.5rem;margin:.6rem 0}
+.facts dt{color:var(--soft)}.facts dd{margin:0;overflow-wrap:anywhere;min-width:0}
+.scroll{overflow-x:auto;border:1px solid var(--line);border-radius:.6rem;background:var(--card);
+margin:.8rem 0 1.4rem}
+table{border-collapse:collapse;width:100%;font-size:.9rem;font-variant-numeric:tabular-nums}
+caption{text-align:left;padding:.7rem .9rem;font-weight:600}
+th,td{padding:.35rem .9rem;text-align:left;font-weight:400;white-space:nowrap;
+vertical-align:baseline;
+border-top:1px solid var(--line)}
+thead th{color:var(--soft);font-size:.82rem}
+tbody th{max-width:22rem;white-space:normal;overflow-wrap:anywhere}
+tr.more>*{border-top:0}
+.r{text-align:right}
+figure{margin:1.2rem 0 2rem}
+figure img{display:block;width:100%;height:auto;background:#fff;border:1px solid var(--line);
+border-radius:.6rem;padding:.9rem}
+figcaption{color:var(--soft);font-size:.9rem;margin-top:.6rem;max-width:46rem}
+figcaption b{color:var(--ink)}
+pre,code{font:.86rem/1.55 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace}
+pre{background:var(--card);border:1px solid var(--line);border-radius:.6rem;padding:.9rem 1rem;
+overflow-x:auto;margin:.8rem 0;white-space:pre-wrap;overflow-wrap:anywhere}
+details{margin:1rem 0}summary{cursor:pointer;color:var(--mark)}
+@media(max-width:34rem){.facts{grid-template-columns:1fr;gap:0}.facts dd{margin-bottom:.6rem}}
+@media print{figure,table{break-inside:avoid}}
+"""
+
+
+class _Picture(NamedTuple):
+    """A figure of the page: how to draw it, what it shows, how to read it."""
+
+    draw: Callable[[Json], Figure]
+    alt: str
+    see: str
+    read: str
+
+
+PICTURES = (
+    _Picture(
+        plots.retention,
+        "Horizontal bars: the share of each ability that the edit left, memorised text first.",
+        "What the edit takes and what it leaves.",
+        "A bar is accuracy after the edit over accuracy before; 100 % means nothing was lost. The "
+        "diamond is the same above the chance of guessing. Brackets are what the paper reports for "
+        "a model of 7 billion parameters: there, memorised text suffers most, then arithmetic, "
+        "facts, open-book answers and logic. Compare the order, not the values.",
+    ),
+    _Picture(
+        plots.spectrum,
+        "Left: cumulative curvature mass against the share of pairs kept, with each layer's cut. "
+        "Right: the eigenvalues of G and of A by rank.",
+        "Where the curvature lies, and where the edit cuts.",
+        "At the left, pairs of directions are added from the sharpest on; the marker is the cut: "
+        "pairs to its right are set to zero. The earlier a curve rises, the more the curvature is "
+        "concentrated. At the right are the two spectra whose products these pairs are, each over "
+        "its largest eigenvalue. Layers that share their input share μ.",
+    ),
+    _Picture(
+        plots.bands,
+        "Ratio of activation norms, memorised over clean tokens, per curvature band; left by pair "
+        "mass, right by input rank; one line per layer.",
+        "Which directions memorised text drives.",
+        "Each point compares memorised with clean tokens within one band of directions, sharpest "
+        "at the left; the line at 1 means no difference, and the axis is logarithmic. A line that "
+        "climbs to the right is the paper's signature: memorised text leans on flat directions. "
+        "Left, the layer's response restricted to pairs of a band of curvature mass; right, its "
+        "input projected on a band of "
+        "eigenvectors of A. Coloured layers were edited, grey ones were not.",
+    ),
+)
+
+
+def write_page(results: Json, path: str | os.PathLike[str]) -> None:
+    """Write results as one self-contained page of HTML, atomically.
+
+    Args:
+        results: the dictionary of `refcurv demo`, results.json. Missing parts are left out.
+        path: of the page; its folder must exist.
+
+    Raises:
+        RefcurvError: matplotlib is not installed. SchemaError: no such folder. StorageError: the
+            machine could not write.
+
+    Proof:  tests/test_report.py::test_page_needs_nothing_else; ::test_page_escapes
+    """
+    plots.replace(path, page(results).encode("utf-8", "replace"))
+
+
+def page(results: Json) -> str:
+    """The page's text; the same for the same results."""
+    title = escape(str(results.get("title") or "refcurv"))
+    version = escape(str(results.get("refcurv", "")))
+    return "\n".join(
+        [
+            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
+            "img-src data:; style-src 'unsafe-inline'\">",
+            f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>",
+            f"<header>\n<h1>{title}</h1>\n<p>{escape(ABOUT)}</p>",
+            _tiles(results),
+            "</header>\n<main>",
+            *_sections(results),
+            f"</main>\n<footer><p>Made by refcurv {version}.</p></footer>\n</body>\n</html>\n",
+        ]
+    )
+
+
+def _sections(results: Json) -> Iterator[str]:
+    evaluation = results["evaluation"]
+    yield _section("Settings", _facts(_settings(results.get("settings") or {})))
+    yield _section(
+        "Memory versus reasoning",
+        "<p>Recitation counts texts continued without a single error (strict), with at most a "
+        "quarter of the tokens wrong (loose), and the mean edit distance per token. Retention is "
+        "after over before; above chance, both less the accuracy of a guess.</p>",
+        _html_table(evaluation_table(evaluation)),
+        _html_table(agreement_table(evaluation)),
+    )
+    figures = [_figure(results, picture) for picture in PICTURES]
+    if any(figures):
+        yield _section("In pictures", *figures)
+    edited = edited_layers(results)
+    yield _section(
+        "The edit",
+        "<p>Gap is the relative distance between the last pair kept and the first one dropped; "
+        "acceptable pairs lie so close to the cut that another correct program may decide them "
+        "differently.</p>",
+        _html_table(edit_table(results.get("edit") or ())),
+        _html_table(band_table(results.get("bands") or {}, edited)),
+    )
+    yield _section("How it was made", *_made(results))
+    provenance = json.dumps(results.get("provenance") or {}, indent=2, ensure_ascii=False)
+    yield _section(
+        "Provenance",
+        "<details>\n<summary>Versions, machine and conventions</summary>",
+        f"<pre>{escape(provenance)}</pre>\n</details>",
+    )
+
+
+def _section(title: str, *parts: str) -> str:
+    return "\n".join([f"<section>\n<h2>{escape(title)}</h2>", *filter(None, parts), "</section>"])
+
+
+# ------------------------------------------------------------------ numbers first
+
+
+def _tiles(results: Json) -> str:
+    """Four numbers that tell the story: recitation, perplexity, worst answer, pairs kept."""
+    evaluation = results["evaluation"]
+    split = str(evaluation.get("split") or "")
+    tiles = [_tile(row, split) for row in evaluation["rows"] if row["kind"] in ("recite", "text")]
+    answers = [
+        row
+        for row in evaluation["rows"]
+        if row["kind"] == "answer" and not math.isnan(number(row.get("retention")))
+    ]
+    if answers:
+        worst = min(answers, key=lambda row: number(row["retention"]))
+        tiles.append(_tile(worst, split, "most affected ability: "))
+    kept = sum(number(row.get("kept")) for row in results.get("edit") or ())
+    pairs = sum(number(row.get("pairs")) for row in results.get("edit") or ())
+    if pairs > 0:
+        share = f"{whole(kept)} of {whole(pairs)}"
+        tiles.append(_one_tile("pairs of directions kept", percent(kept / pairs), share))
+    return '<dl class="tiles">\n' + "\n".join(tiles) + "\n</dl>" if tiles else ""
+
+
+def _tile(row: Json, split: str, lead: str = "") -> str:
+    """One population: its value after the edit, and the one before."""
+    name = population_name(str(row["name"]), split)
+    measure = {"recite": "strict", "text": "perplexity"}.get(str(row["kind"]), "accuracy")
+    show = decimal if measure == "perplexity" else percent
+    digits = 2 if measure == "perplexity" else 1
+    after, before = row["after"].get(measure), (row.get("before") or {}).get(measure)
+    words = {"strict": "memorised text recited: ", "perplexity": "perplexity: "}
+    note = f"{show(before, digits)} before the edit" if row.get("before") else ""
+    if note and measure == "perplexity":
+        note += f" ({percent(relative(before, after), sign='+')})"
+    label = (lead or words.get(measure, "")) + name
+    return _one_tile(label, show(after, digits), note, hot=measure == "strict")
+
+
+def _one_tile(label: str, value: str, note: str, hot: bool = False) -> str:
+    kind = ' class="hot"' if hot else ""
+    small = f"<small>{_minus(note)}</small>" if note else ""
+    return f"<div{kind}><dt>{escape(label)}</dt><dd>{_minus(value)}{small}</dd></div>"
+
+
+# ------------------------------------------------------------------ parts
+
+
+def _settings(settings: Json) -> dict[str, str]:
+    """Known settings with readable names, the others as they are called."""
+    names = {"rho": "ρ", "layers": "edited layers", "calibration_tokens": "calibration tokens"}
+    found = {}
+    for key, value in settings.items():
+        text = rho_text(value) if key == "rho" else str(value)
+        if key == "calibration_tokens":
+            text = whole(value)
+        found[names.get(key, key.replace("_", " "))] = text
+    return found
+
+
+def _facts(facts: Mapping[str, str]) -> str:
+    rows = [f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items()]
+    return '<dl class="facts">\n' + "\n".join(rows) + "\n</dl>" if rows else ""
+
+
+def _html_table(table: Table) -> str:
+    """A table of finished cells; the first column heads its row. Empty without rows."""
+    if not table.rows:
+        return ""
+    sides = [' class="r"' if side == "r" else "" for side in table.align]
+    heads = zip(table.headers, sides, strict=True)
+    lines = [f"<caption>{escape(table.title)}</caption>", "<thead><tr>"]
+    lines += [f'<th scope="col"{side}>{escape(head)}</th>' for head, side in heads]
+    lines.append("</tr></thead>\n<tbody>")
+    for row in table.rows:
+        first = f'<th scope="row">{escape(row[0])}</th>' if row[0] else "<td></td>"
+        cells = zip(row[1:], sides[1:], strict=True)
+        body = "".join(f"<td{side}>{_minus(cell)}</td>" for cell, side in cells)
+        kind = "" if row[0] else ' class="more"'
+        lines.append(f"<tr{kind}>{first}{body}</tr>")
+    lines.append("</tbody>")
+    return '<div class="scroll"><table>\n' + "\n".join(lines) + "\n</table></div>"
+
+
+def _minus(text: str) -> str:
+    """Escaped, with a true minus sign before digits and no line break before a unit."""
+    signed = text.startswith("-") and text[1:2].isdigit()
+    return escape("−" + text[1:] if signed else text).replace(" %", "\u00a0%")
+
+
+def _figure(results: Json, picture: _Picture) -> str:
+    """A plot and its caption; nothing where the results have nothing to draw."""
+    try:
+        drawn = picture.draw(results)
+    except EmptyError:
+        return ""
+    data = base64.b64encode(plots.svg(drawn)).decode("ascii")
+    return (
+        f'<figure>\n<img alt="{escape(picture.alt)}" src="data:image/svg+xml;base64,{data}">\n'
+        f"<figcaption><b>{escape(picture.see)}</b> {escape(picture.read)}</figcaption>\n</figure>"
+    )
+
+
+def _made(results: Json) -> list[str]:
+    """The commands, the files and the seconds."""
+    commands = "\n".join(_commands(results.get("settings") or {}, results.get("files") or {}))
+    parts = [
+        "<p><code>refcurv demo</code> does all of it; step by step it is:</p>",
+        f"<pre>{escape(commands)}</pre>",
+    ]
+    seconds = [f"{k} {decimal(v, 1)} s" for k, v in (results.get("seconds") or {}).items()]
+    if seconds:
+        parts.append(f"<p>Time taken: {escape(', '.join(seconds))}.</p>")
+    return parts
+
+
+def _commands(settings: Json, files: Json) -> list[str]:
+    """The command lines with this run's settings and file names, quoted for a shell."""
+    defaults = {"model": "model.h5", "corpus": "corpus.h5", "factors": "factors.h5"}
+    defaults |= {"basis": "basis.h5", "edited": "edited.h5"}
+    model, corpus, factors, basis, edited = (
+        shlex.quote(str(files.get(name) or default)) for name, default in defaults.items()
+    )
+    options = {"layers": settings.get("collected", "blocks.*.mlp.*")}
+    options |= {key: settings[key] for key in ("fisher", "seed", "dtype") if key in settings}
+    flags = " ".join(f"--{key} {shlex.quote(str(value))}" for key, value in options.items())
+    rho = settings.get("rho")
+    shares: Mapping[str, Any]
+    shares = rho if isinstance(rho, Mapping) else {str(settings.get("layers", "**")): rho}
+    cuts = " ".join(f"--rho {shlex.quote(f'{k}={rho_text(v)}')}" for k, v in shares.items())
+    return [
+        f"refcurv collect {model} {corpus} -o {factors} {flags}",
+        f"refcurv decompose {factors} -o {basis}",
+        f"refcurv edit {model} {basis} -o {edited} {cuts}",
+        f"refcurv evaluate {edited} {corpus} --baseline {model}",
+    ]

@@ -1,0 +1,419 @@
+"""Results as plain text: what a terminal shows, and the cells that the page shows too.
+
+A `Table` holds finished cells; `format_rows` aligns them, `refcurv.report.page` makes HTML of
+them, so that no number is rounded twice in two ways. What is not known (None, NaN) is "-"; a cell
+that has no meaning in its row is empty.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from numbers import Real
+from typing import Any
+
+Json = Mapping[str, Any]
+
+MISSING = "-"
+WIDTH = 100
+GAP = "  "
+
+MEASURES: Mapping[str, tuple[str, ...]] = {
+    "recite": ("strict", "loose", "distance"),
+    "answer": ("accuracy",),
+    "text": ("perplexity",),
+}
+"""What each kind of population measures, the retained one first."""
+
+SHARES = ("strict", "loose", "accuracy")
+"""Measures that are fractions of the items, shown in percent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Finished cells: title; headers; rows; align, "l" or "r" per column."""
+
+    title: str
+    headers: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    align: str
+
+
+# ------------------------------------------------------------------ numbers and names
+
+
+def number(value: object) -> float:
+    """A JSON value as a float; NaN for None, infinities and anything that is not a number."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        return math.nan
+    return float(value)
+
+
+def decimal(value: object, digits: int = 3, sign: str = "") -> str:
+    """A number with so many decimals ("-" if unknown); sign "+" writes the sign always."""
+    x = number(value)
+    if math.isnan(x):
+        return MISSING
+    return f"{x:{sign}.3e}" if abs(x) >= 1e6 else f"{x:{sign}z.{digits}f}"
+
+
+def percent(value: object, digits: int = 1, sign: str = "") -> str:
+    """A fraction in percent, "12.3 %"; "-" if unknown."""
+    text = decimal(100 * number(value), digits, sign)
+    return text if text == MISSING else f"{text} %"
+
+
+def whole(value: object) -> str:
+    """An integer with separators of thousands; "-" if unknown."""
+    x = number(value)
+    return MISSING if math.isnan(x) else f"{int(x):,}"
+
+
+def relative(before: object, after: object) -> float:
+    """after / before − 1; NaN if unknown or if `before` is not positive."""
+    was = number(before)
+    return number(after) / was - 1 if was > 0 else math.nan
+
+
+def kept_share(row: Json) -> float:
+    """kept / pairs of one layer's edit; NaN if unknown."""
+    pairs = number(row.get("pairs"))
+    return number(row.get("kept")) / pairs if pairs > 0 else math.nan
+
+
+def population_name(name: str, split: str = "") -> str:
+    """`open_book_test` as "open book": underscores are spaces, the split's own suffix goes."""
+    stem = name.removesuffix(f"_{split}") if split else name
+    return (stem or name).replace("_", " ")
+
+
+def rho_text(rho: object) -> str:
+    """One share, or each pattern with its own."""
+    if isinstance(rho, Mapping):
+        return ", ".join(f"{pattern} {_plain(share)}" for pattern, share in rho.items())
+    return _plain(rho)
+
+
+def _plain(value: object) -> str:
+    x = number(value)
+    return MISSING if math.isnan(x) else f"{x:g}"
+
+
+# ------------------------------------------------------------------ tables of a run
+
+
+def evaluation_table(evaluation: Json) -> Table:
+    """Populations in the file's order; without a baseline one column of values."""
+    split, rows = str(evaluation.get("split") or ""), evaluation["rows"]
+    paired = any(row.get("before") is not None for row in rows)
+    lines = [line for row in rows for line in _measured(row, split, paired)]
+    title = "Memory and reasoning" + (f", split {split}" if split else "")
+    if paired:
+        headers = ("population", "measure", "items", "before", "after", "change")
+        return Table(title, (*headers, "retention", "above chance"), tuple(lines), "llrrrrrr")
+    return Table(title, ("population", "measure", "items", "value"), tuple(lines), "llrr")
+
+
+def _measured(row: Json, split: str, paired: bool) -> list[tuple[str, ...]]:
+    """The lines of one population, one per measure."""
+    lines: list[tuple[str, ...]] = []
+    measures = MEASURES.get(str(row["kind"])) or tuple(row["after"])
+    for place, measure in enumerate(measures):
+        head = (population_name(str(row["name"]), split), measure, whole(row.get("items")))
+        head = head if place == 0 else ("", measure, "")
+        after = row["after"].get(measure)
+        if not paired:
+            lines.append((*head, _value(measure, after)))
+            continue
+        before = (row.get("before") or {}).get(measure)
+        retained = _retained(row) if place == 0 else ("", "")
+        values = (_value(measure, before), _value(measure, after))
+        lines.append((*head, *values, _change(measure, before, after), *retained))
+    return lines
+
+
+def _value(measure: str, value: object) -> str:
+    if measure in SHARES:
+        return percent(value)
+    return decimal(value, 2 if measure == "perplexity" else 3)
+
+
+def _change(measure: str, before: object, after: object) -> str:
+    """Points for shares, percent of the old value for a perplexity, else the difference."""
+    if measure == "perplexity":
+        return percent(relative(before, after), sign="+")
+    difference = number(after) - number(before)
+    if measure in SHARES:
+        text = decimal(100 * difference, 1, "+")
+        return text if text == MISSING else f"{text} pt"
+    return decimal(difference, 3, "+")
+
+
+def _retained(row: Json) -> tuple[str, str]:
+    """Retention and retention above chance; empty where the population has none."""
+    if row["kind"] == "text":
+        return "", ""
+    has_chance = number(row.get("chance")) > 0
+    above = percent(row.get("retention_above_chance")) if has_chance else ""
+    return percent(row.get("retention")), above
+
+
+def agreement_table(evaluation: Json) -> Table:
+    """nDCG@10 of the edited model's ranking against the baseline's, by both readings."""
+    split = str(evaluation.get("split") or "")
+    rows = tuple(
+        (
+            population_name(str(row["name"]), split),
+            decimal(row["agreement"].get("ndcg_paper")),
+            decimal(row["agreement"].get("ndcg_code")),
+        )
+        for row in evaluation["rows"]
+        if row.get("agreement")
+    )
+    headers = ("population", "paper's reading (edited rank)", "code's reading (old rank)")
+    return Table("nDCG@10 against the unedited model", headers, rows, "lrr")
+
+
+def edit_table(record: Sequence[Json]) -> Table:
+    """What was kept of each edited layer."""
+    rows = tuple(
+        (
+            str(row["layer"]),
+            _plain(row.get("rho")),
+            whole(row.get("pairs")),
+            whole(row.get("kept")),
+            percent(kept_share(row)),
+            percent(row.get("mass"), 2),
+            _small(row.get("gap")),
+            whole(row.get("acceptable")),
+            decimal(row.get("norm")),
+        )
+        for row in record
+    )
+    headers = ("layer", "ρ", "pairs", "kept", "of pairs", "mass", "gap", "acceptable", "‖W'‖/‖W‖")
+    return Table("Pairs and curvature mass kept", headers, rows, "lrrrrrrrr")
+
+
+def _small(value: object) -> str:
+    x = number(value)
+    return MISSING if math.isnan(x) else f"{x:.1e}"
+
+
+def band_table(bands: Mapping[str, Json], layers: Sequence[str]) -> Table:
+    """Ratio memorised / clean per band, sharpest to flattest, of the named layers."""
+    shown = [bands[layer] for layer in layers if layer in bands]
+    edges = band_labels(shown[0]["edges"]) if shown else ()
+    rows = tuple(
+        (str(one["layer"]), *(decimal(ratio, 2) for ratio in one["ratio"])) for one in shown
+    )
+    title = "Activation ratio, memorised / clean, by band of curvature mass in %, sharp → flat"
+    return Table(title, ("layer", *edges), rows, "l" + "r" * len(edges))
+
+
+def band_labels(edges: Sequence[float]) -> tuple[str, ...]:
+    """Each band's range in percent: "0–20", "99–100"."""
+    return tuple(f"{100 * a:.4g}–{100 * b:.4g}" for a, b in pairwise(edges))
+
+
+def edited_layers(results: Json) -> list[str]:
+    """Names of the edited layers, in the record's order."""
+    return [str(row["layer"]) for row in results.get("edit") or ()]
+
+
+def tables(results: Json) -> list[Table]:
+    """Every table of a run that has rows: evaluation, agreement, edit, bands."""
+    evaluation = results["evaluation"]
+    found = [
+        evaluation_table(evaluation),
+        agreement_table(evaluation),
+        edit_table(results.get("edit") or ()),
+        band_table(results.get("bands") or {}, edited_layers(results)),
+    ]
+    return [table for table in found if table.rows]
+
+
+# ------------------------------------------------------------------ text
+
+
+def format_results(results: Json) -> str:
+    """Everything a run found, as one text of at most 100 columns.
+
+    Args:
+        results: the dictionary of `refcurv demo`, results.json.
+
+    Returns:
+        Title, settings, then the tables: populations in the file's order, nDCG@10, pairs and mass
+        kept per edited layer, band ratios of the edited layers. No newline at the end.
+
+    Proof:  tests/test_report.py::test_table_has_every_number
+    """
+    head = [_shorten(_printable(str(results.get("title") or "refcurv")), WIDTH)]
+    settings = results.get("settings") or {}
+    if settings:
+        head.append(_shorten(_printable(settings_line(settings)), WIDTH))
+    return "\n\n".join(["\n".join(head), *map(_titled, tables(results))])
+
+
+def settings_line(settings: Json) -> str:
+    """ρ, layers, Fisher, seed and dtype on one line."""
+    rho = settings.get("rho")
+    where = "" if isinstance(rho, Mapping) else f" on {settings.get('layers', MISSING)}"
+    return (
+        f"ρ {rho_text(rho)}{where}; Fisher {settings.get('fisher', MISSING)}, "
+        f"seed {settings.get('seed', MISSING)}, {settings.get('dtype', MISSING)}"
+    )
+
+
+def format_evaluation(evaluation: Json) -> str:
+    """The table of `refcurv evaluate`, with or without a baseline.
+
+    Args:
+        evaluation: `Evaluation.to_json()`.
+
+    Proof:  tests/test_report.py::test_without_a_baseline_there_is_one_column
+    """
+    both = (evaluation_table(evaluation), agreement_table(evaluation))
+    return "\n\n".join(_titled(table) for table in both if table.rows)
+
+
+def format_edit(record: Sequence[Json]) -> str:
+    """The table of `refcurv edit`.
+
+    Args:
+        record: `EditRecord.to_json()`.
+
+    Proof:  tests/test_report.py::test_edit_table
+    """
+    return _titled(edit_table(record))
+
+
+def format_inspect(facts: Json) -> str:
+    """The text of `refcurv inspect`: what a file is, what it was made with, what it holds.
+
+    Args:
+        facts: of `refcurv.files.inspect.inspect_file`; long values are shortened to the width.
+
+    Proof:  tests/test_report.py::test_inspect_names_every_array
+    """
+    entries = facts["entries"]
+    head = (
+        f"{facts['path']}\n{facts['format']}, version {facts['version']}: {len(entries)} arrays, "
+        f"{size(facts['nbytes'])}, every checksum verified"
+    )
+    pairs = [(what, facts.get(what) or {}) for what in ("attributes", "provenance")]
+    tables = [
+        Table(what, ("name", "value"), tuple((k, _compact(v)) for k, v in found.items()), "ll")
+        for what, found in pairs
+    ]
+    rows = tuple(
+        (
+            str(one["name"]),
+            " × ".join(map(str, one["shape"])) or "scalar",
+            str(one["stored"]),
+            size(one["nbytes"]),
+            ", ".join(f"{k} {_compact(v)}" for k, v in one["attributes"].items()),
+        )
+        for one in entries
+    )
+    tables.append(Table("arrays", ("name", "shape", "stored as", "size", ""), rows, "lllrl"))
+    lines = [_shorten(_printable(line), WIDTH) for line in head.split("\n")]
+    return "\n\n".join(["\n".join(lines), *(_titled(table) for table in tables if table.rows)])
+
+
+def size(count: object) -> str:
+    """Bytes with a decimal unit: "512 B", "3.9 MB"."""
+    x, units = number(count), ["TB", "GB", "MB", "kB", "B"]
+    while len(units) > 1 and x >= 999.95:
+        x /= 1000
+        units.pop()
+    return f"{decimal(x, 0 if units[-1] == 'B' else 1)} {units[-1]}"
+
+
+def _compact(value: object) -> str:
+    """A text as it is, anything else as JSON on one line."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def format_rows(
+    headers: Sequence[object], rows: Iterable[Sequence[object]], align: str, width: int = WIDTH
+) -> str:
+    """Aligned columns under one rule.
+
+    Args:
+        headers: one per column.
+        rows: cells; None and NaN are shown as "-", anything else by `str`.
+        align: "l" or "r" per column.
+        width: columns of the terminal; the widest left-aligned cells are shortened to fit.
+
+    Returns:
+        Lines without trailing blanks, joined by newlines; control characters are replaced.
+
+    Raises:
+        ValueError: a row with another number of cells than `align` has letters.
+
+    Proof:  tests/test_report.py::test_rows_are_aligned; ::test_hostile_names_stay_on_their_line
+    """
+    lines = [[_cell(cell) for cell in line] for line in (headers, *rows)]
+    widths = _widths(lines, align, width)
+    texts = []
+    for line in lines:
+        cells = zip(line, widths, align, strict=True)
+        texts.append(GAP.join(_padded(cell, size, side) for cell, size, side in cells).rstrip())
+    rule = "─" * (sum(widths) + len(GAP) * (len(widths) - 1))
+    return "\n".join([texts[0], rule, *texts[1:]])
+
+
+def _titled(table: Table) -> str:
+    return f"{table.title}\n{format_rows(table.headers, table.rows, table.align)}"
+
+
+def _widths(lines: Sequence[Sequence[str]], align: str, width: int) -> list[int]:
+    """Widest cell per column, then the widest left-aligned column narrowed until all fit."""
+    columns = zip(*lines, strict=True)
+    widths = [max(map(_display_width, column)) for column in columns]
+    left = [n for n, side in enumerate(align) if side == "l"] or list(range(len(widths)))
+    excess = sum(widths) + len(GAP) * (len(widths) - 1) - width
+    while excess > 0 and max(widths[n] for n in left) > 4:
+        widths[max(left, key=lambda n: widths[n])] -= 1
+        excess -= 1
+    return widths
+
+
+def _cell(value: object) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return MISSING
+    return _printable(str(value))
+
+
+def _printable(text: str) -> str:
+    """A terminal obeys control characters in a name; we do not print them."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def _display_width(text: str) -> int:
+    return sum(_columns(c) for c in text)
+
+
+def _columns(character: str) -> int:
+    """Terminal columns of one character: 2 for wide ones, 0 for combining marks."""
+    if unicodedata.combining(character):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+
+
+def _shorten(text: str, width: int) -> str:
+    if _display_width(text) <= width:
+        return text
+    while text and _display_width(text) > width - 1:
+        text = text[:-1]
+    return text + "…"
+
+
+def _padded(text: str, width: int, side: str) -> str:
+    text = _shorten(text, width)
+    blank = " " * (width - _display_width(text))
+    return blank + text if side == "r" else text + blank

@@ -1,0 +1,238 @@
+"""The command line: the whole pipeline on a small model, exit statuses, one-line errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from strategies import config, random_parameters
+
+import refcurv as rc
+from refcurv.cli import main
+
+PYTHON = [sys.executable, "-m", "refcurv"]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """w.h5, c.h5, f.h5, b.h5 of a small random model, made by the commands themselves."""
+    folder = tmp_path_factory.mktemp("cli")
+    made = config(vocabulary=20)
+    parameters = {k: v.astype(np.float32) for k, v in random_parameters(made, 0).items()}
+    rc.save(rc.Model(made, parameters, "float32"), folder / "w.h5")
+    rng = np.random.default_rng(0)
+    rows = rng.integers(0, 20, (12, 9))
+    lengths = np.full(12, 9)
+    populations = {
+        f"{kind}_{split}": rc.Population(rows, lengths - 4, lengths, kind, split)
+        for kind in ("text", "recite", "answer")
+        for split in ("dev", "test")
+    }
+    rc.save_corpus(
+        rc.Corpus(rng.integers(0, 20, (70, 64)), populations=populations), folder / "c.h5"
+    )
+    assert main(["collect", *paths(folder, "w", "c"), "-o", str(folder / "f.h5")]) == 0
+    assert main(["decompose", *paths(folder, "f"), "-o", str(folder / "b.h5")]) == 0
+    return folder
+
+
+def paths(folder: Path, *names: str) -> list[str]:
+    return [str(folder / f"{name}.h5") for name in names]
+
+
+def test_edit_then_evaluate(files: Path, tmp_path: Path, capsys) -> None:
+    out, table = tmp_path / "e.h5", tmp_path / "t.json"
+    rho = ["--rho", "blocks.1.mlp.{gate,up}=0.6", "--rho", "blocks.0.mlp.down=0.9"]
+    assert main(["edit", *paths(files, "w", "b"), "-o", str(out), *rho]) == 0
+    assert "blocks.1.mlp.gate" in capsys.readouterr().out
+    edited, model = rc.load(out), rc.load(files / "w.h5")
+    changed = [n for n in model.parameters
+               if not np.array_equal(model.parameters[n], edited.parameters[n])]  # fmt: skip
+    assert changed == [
+        "blocks.0.mlp.down.weight", "blocks.1.mlp.gate.weight", "blocks.1.mlp.up.weight"
+    ]  # fmt: skip
+    assert set(edited.stored.values()) == {"float32"}
+    baseline = ["--baseline", *paths(files, "w")]
+    assert main(["evaluate", str(out), *paths(files, "c"), *baseline, "--json", str(table)]) == 0
+    assert "perplexity" in capsys.readouterr().out
+    rows = json.loads(table.read_text())["rows"]
+    assert [row["name"] for row in rows] == ["text_test", "recite_test", "answer_test"]
+
+
+def test_commands_equal_functions(files: Path) -> None:
+    model, corpus = rc.load(files / "w.h5"), rc.load_corpus(files / "c.h5")
+    factors = rc.collect(model, corpus)
+    stored = rc.load_factors(files / "f.h5")
+    basis, bases = rc.decompose(factors), rc.load_bases(files / "b.h5")
+    for name in factors:
+        assert stored[name].sum_G.tobytes() == factors[name].sum_G.tobytes()
+        assert bases[name].U_A.tobytes() == basis[name].U_A.tobytes()
+
+
+@pytest.mark.parametrize("kind", ["w", "c", "f", "b"])
+def test_inspect_says_what_a_file_is(kind: str, files: Path, tmp_path: Path, capsys) -> None:
+    facts = tmp_path / "facts.json"
+    assert main(["inspect", *paths(files, kind), "--json", str(facts)]) == 0
+    text, found = capsys.readouterr().out, json.loads(facts.read_text())
+    name = {"w": "weights", "c": "corpus", "f": "factors", "b": "basis"}[kind]
+    assert found["format"] == f"refcurv-{name}"
+    assert found["format"] in text
+    with h5py.File(files / f"{kind}.h5") as file:
+        for entry in found["entries"]:
+            dataset = file[entry["name"].replace(".", "/")]
+            assert tuple(entry["shape"]) == dataset.shape
+            stored = dataset.attrs["sha256"]
+            assert entry["sha256"] == (stored.decode() if isinstance(stored, bytes) else stored)
+    inputs = found["provenance"].get("inputs", {})
+    assert set(inputs) == {"w": set(), "c": set(), "f": {"w.h5", "c.h5"}, "b": {"f.h5"}}[kind]
+
+
+BAD = {
+    "missing file": (["collect", "nowhere.h5", "{c}", "-o", "{out}"], "nowhere.h5"),
+    "foreign file": (["inspect", "{text}"], "HDF5"),
+    "another kind of file": (["decompose", "{w}", "-o", "{out}"], "refcurv-factors"),
+    "unknown layer": (["collect", "{w}", "{c}", "-o", "{out}", "--layers", "blocks.9.**"],
+                      "matches none"),
+    "unknown fisher": (["collect", "{w}", "{c}", "-o", "{out}", "--fisher", "gold"], "sampled"),
+    "seed out of range": (["collect", "{w}", "{c}", "-o", "{out}", "--seed", "-1"], "seed"),
+    "rho too large": (["edit", "{w}", "{b}", "-o", "{out}", "--rho", "1.5"], "[0, 1]"),
+    "rho no number": (["edit", "{w}", "{b}", "-o", "{out}", "--rho", "up=much"], "SHARE"),
+    "rho of no layer": (["edit", "{w}", "{b}", "-o", "{out}", "--rho", "head=0.5"], "matches none"),
+    "pattern twice": (["edit", "{w}", "{b}", "-o", "{out}", "--rho", "**.up=0.5", "--rho",
+                       "**.up=0.6"], "once"),
+    "no such split": (["evaluate", "{w}", "{c}", "--split", "train"], "dev, test"),
+    "no such folder": (["decompose", "{f}", "-o", "nowhere/b.h5"], "nowhere"),
+    "usage": (["collect", "{w}"], "required"),
+    "no such checkpoint": (["convert", "nowhere", "{out}"], "nowhere"),
+    "tokens of another model": (["collect", "{w}", "{big}", "-o", "{out}"], "vocabulary"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(BAD))
+def test_bad_input_is_one_line_and_status_2(name: str, files: Path, tmp_path: Path, capsys) -> None:
+    arguments, says = BAD[name]
+    out = tmp_path / "out.h5"
+    out.write_bytes(b"the old output")
+    (tmp_path / "text").write_text("not HDF5")
+    big = tmp_path / "big.h5"
+    rc.save_corpus(rc.Corpus(np.full((2, 5), 20)), big)
+    where = {k: str(files / f"{k}.h5") for k in "wcfb"}
+    where |= {"out": str(out), "text": str(tmp_path / "text"), "big": str(big)}
+    try:
+        status = main([a.format(**where) for a in arguments])
+    except SystemExit as usage:  # argparse
+        status = usage.code
+    captured = capsys.readouterr()
+    assert status == 2
+    assert says in captured.err
+    assert name == "usage" or captured.err.count("\n") == 1
+    assert "Traceback" not in captured.err
+    assert out.read_bytes() == b"the old output"
+
+
+def test_a_damaged_file_is_named(files: Path, tmp_path: Path, capsys) -> None:
+    data = bytearray((files / "f.h5").read_bytes())
+    with h5py.File(files / "f.h5") as file:
+        at = file["blocks/0/mlp/up/sum_G"].id.get_offset()
+    data[at + 3] ^= 1
+    (tmp_path / "f.h5").write_bytes(data)
+    assert main(["inspect", str(tmp_path / "f.h5")]) == 2
+    assert "blocks.0.mlp.up.sum_G" in capsys.readouterr().err
+    assert main(["decompose", str(tmp_path / "f.h5"), "-o", str(tmp_path / "b.h5")]) == 2
+    assert not (tmp_path / "b.h5").exists()
+    (tmp_path / "f.h5").write_bytes(data[: len(data) // 2])
+    assert main(["inspect", str(tmp_path / "f.h5")]) == 2
+
+
+def test_a_full_disk_is_status_3_and_leaves_the_old_output(files: Path, tmp_path: Path) -> None:
+    out = tmp_path / "b.h5"
+    out.write_bytes(b"the old output")
+    limited = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000));"
+        "from refcurv.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", limited, "decompose", str(files / "f.h5"), "-o", str(out)],
+        capture_output=True, text=True, check=False, env={**os.environ, "NUMBA_CACHE_DIR": ""},
+    )  # fmt: skip
+    assert done.returncode == 3, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "b.h5" in done.stderr
+    assert out.read_bytes() == b"the old output"
+    assert [p.name for p in tmp_path.iterdir()] == ["b.h5"]
+
+
+def test_interrupting_a_run_is_status_130_and_leaves_the_old_output(
+    files: Path, tmp_path: Path
+) -> None:
+    """SIGINT in the middle of a long collection."""
+    out = tmp_path / "f.h5"
+    out.write_bytes(b"the old output")
+    long = tmp_path / "long.h5"
+    rc.save_corpus(rc.Corpus(np.zeros((60_000, 64), dtype=np.int32)), long)
+    running = subprocess.Popen(
+        [*PYTHON, "collect", str(files / "w.h5"), str(long), "-o", str(out), "--draws", "9"],
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    time.sleep(6)
+    assert running.poll() is None
+    running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=30)
+    assert running.returncode == 130, err
+    assert "Traceback" not in err
+    assert "interrupted" in err
+    assert out.read_bytes() == b"the old output"
+
+
+def test_threads_of_the_environment_change_no_bit(files: Path, tmp_path: Path) -> None:
+    """Two processes, the thread variables at 1 and at 2: identical datasets (DESIGN 6)."""
+    found = []
+    for threads in ("1", "2"):
+        names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
+        environment = {**os.environ, **dict.fromkeys(names, threads)}
+        f, b, e = (str(tmp_path / f"{x}{threads}.h5") for x in "fbe")
+        for command in (
+            ["collect", *paths(files, "w", "c"), "-o", f, "--layers", "**", "--dtype", "float32"],
+            ["decompose", f, "-o", b],
+            ["edit", *paths(files, "w"), b, "-o", e, "--rho", "0.7"],
+        ):
+            subprocess.run([*PYTHON, *command], env=environment, check=True, capture_output=True)
+        found.append([checksums(x) for x in (f, b, e)])
+    assert found[0] == found[1]
+    assert len(found[0][0]) == 4 * 15
+
+
+def checksums(path: str) -> dict[str, object]:
+    out: dict[str, object] = {}
+    with h5py.File(path) as file:
+        file.visititems(lambda n, d: out.__setitem__(n, d.attrs["sha256"])
+                        if isinstance(d, h5py.Dataset) else None)  # fmt: skip
+    return out
+
+
+@pytest.mark.parametrize("command", ["", *("demo convert export inspect collect decompose edit "
+                                           "evaluate").split()])  # fmt: skip
+def test_help_has_examples(command: str, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*command.split(), "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert not command or f"examples:\n  refcurv {command} " in text or command == "demo"
+
+
+def test_a_reader_that_leaves_is_no_error(files: Path) -> None:
+    command = " ".join([*PYTHON, "inspect", str(files / "f.h5")])
+    done = subprocess.run(
+        f"{command} | head -1", shell=True, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.count("\n") == 1
+    assert done.stderr == ""

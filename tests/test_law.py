@@ -1,0 +1,73 @@
+"""The law's sentences where people read them, and the budgets' arithmetic."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from refcurv.law import checks, conventions, tolerance
+from refcurv.law.conventions import LAW
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_readmes_table_is_the_law() -> None:
+    rows = re.findall(r"^\| `([^|]+)` \| (.+) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert dict(rows) == dict(LAW)
+
+
+def test_shards_hold_2048_positions() -> None:
+    assert [conventions.shard_sequences(T) for T in (1, 64, 512, 2048, 2049, 4096)] == [
+        2048, 32, 4, 1, 1, 1
+    ]  # fmt: skip
+
+
+@given(st.integers(1, 3000), st.integers(0, 999))
+def test_gamma_bounds_a_dot_product(n: int, seed: int) -> None:
+    """In float32, against float64, in any order; observed about a tenth of the bound."""
+    x, y = np.random.default_rng(seed).normal(size=(2, n)).astype(np.float32)
+    exact = (x.astype(np.float64) * y).sum()
+    scale = np.abs(x.astype(np.float64) * y).sum()
+    assert abs(float(x @ y) - exact) <= tolerance.gamma(n, np.float32) * scale
+    assert abs(float((x * y).cumsum()[-1]) - exact) <= tolerance.gamma(n, np.float32) * scale
+
+
+def test_budgets_are_tight_enough_to_see_one_position() -> None:
+    """A budget that one extra row in 20,000 would fit into is too loose."""
+    assert tolerance.gram(20_000, 10, np.float64) < 1e-4 / 20_000
+    assert tolerance.path(32, 4096, np.float64) < 1e-9
+    assert tolerance.eigenpair(11_008) < 1e-10
+    assert tolerance.gram(2048, 9, np.float32) > tolerance.gram(2048, 9, np.float64)
+
+
+def test_budgets_know_complex_and_long() -> None:
+    assert tolerance.eps(np.complex128) == tolerance.eps(np.float64) == 2.0**-52
+    assert tolerance.eps(np.longdouble) <= 2.0**-52
+    with pytest.raises(ValueError, match="no digit"):
+        tolerance.gamma(1e9, np.float32)
+
+
+def test_errors_carry_their_status_and_values() -> None:
+    with pytest.raises(
+        checks.ShapeError, match=r"x must be \(3, any\) = \(rows, width\)"
+    ) as caught:
+        checks.require_shape("me", "x", np.zeros((2, 5)), (3, None), "(rows, width)")
+    assert caught.value.values == {"wanted": (3, None), "got": (2, 5)}
+    assert isinstance(caught.value, checks.RefcurvError)
+    assert isinstance(caught.value, ValueError)
+    assert (checks.SchemaError.status, checks.StorageError.status) == (2, 3)
+    with pytest.raises(checks.NonFiniteError, match=r"inf at \[0, 1\]; 2 of 4"):
+        checks.require_finite("me", "x", np.array([[0, np.inf], [np.nan, 1]]))
+    with pytest.raises(checks.RangeError, match=r"tokens \[1, 0\] is 9"):
+        checks.require_token_ids("me", "tokens", np.array([[1], [9]]), 9)
+
+
+def test_every_error_message_is_one_line() -> None:
+    for sentence in LAW.values():
+        assert "\n" not in sentence
+    assert conventions.describe() == dict(LAW)

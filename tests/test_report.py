@@ -1,0 +1,507 @@
+"""Numbers that are read back from what people see: the table, the plots' artists, the page."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import json
+import math
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib import rc_context
+from matplotlib.colors import same_color
+
+from refcurv.algebra.staircase import cut
+from refcurv.editing.projection import EditRecord, LayerEdit
+from refcurv.evaluation.bands import MASS_EDGES, RANK_PERCENT, Bands, Quantity
+from refcurv.evaluation.suite import Measured, Measurement, compare
+from refcurv.files import store
+from refcurv.files.inspect import inspect_file
+from refcurv.law.checks import EmptyError, RefcurvError, SchemaError, StorageError
+from refcurv.report import page, plots, table
+
+POPULATIONS = {  # kind, items, chance, before, after
+    "quotes_test": ("recite", 48, 0.0, (47 / 48, 1.0, 0.005), (0.0625, 0.3125, 0.412)),
+    "language_test": ("text", 256, 0.0, (24.9512,), (26.4731,)),
+    "facts_test": ("answer", 150, 0.025, (1.0,), (0.98,)),
+    "open_book_test": ("answer", 2000, 0.25, (0.998,), (0.974,)),
+    "copying_test": ("answer", 2000, 0.0, (0.99,), (0.905,)),
+    "addition_test": ("answer", 2000, 0.01, (0.998,), (0.762,)),
+    "boolean_test": ("answer", 600, 0.5, (0.865,), (0.852,)),
+}
+ORDER = ["quotes", "addition", "facts", "open book", "boolean", "copying"]
+HOSTILE = '<script>alert("x")</script>\x1b[31m\n$x_{$' + "blocks" * 40 + "\u6f22\u5b57\ud800"
+
+
+def measurement(which: int) -> Measurement:
+    populations = {}
+    for name, (kind, items, chance, *values) in POPULATIONS.items():
+        named = dict(zip(table.MEASURES[kind], values[which], strict=True))
+        top = np.arange(12)[:, None] + np.arange(10) if kind == "text" else None
+        if top is not None and which:
+            top = top[:, ::-1]
+        populations[name] = Measured(kind, items, 3 * items, chance, named, top)
+    return Measurement("test", 464, "float64", populations)
+
+
+def some_bands(layer: str, quantity: Quantity, rng: np.random.Generator) -> dict[str, Any]:
+    ranks = tuple(p / 100 for p in RANK_PERCENT)
+    edges = MASS_EDGES if quantity is Quantity.PAIR_MASS else ranks
+    n = len(edges) - 1
+    hot, cold = rng.uniform(0.5, 2, n), rng.uniform(0.5, 2, n)
+    return Bands(layer, quantity, edges, (7,) * n, tuple(hot), tuple(cold), True).to_json()
+
+
+@pytest.fixture
+def results(rng: np.random.Generator) -> dict[str, Any]:
+    """What `refcurv demo` hands over, made with the records whose JSON it is."""
+    edited, spectrum = [], {}
+    for block in (2, 3):
+        mu = np.sort(rng.exponential(size=16) ** 2)[::-1]
+        for name in (f"blocks.{block}.mlp.gate", f"blocks.{block}.mlp.up"):
+            lam = np.sort(rng.exponential(size=48) ** 2)[::-1]
+            stairs = cut(lam, mu, 0.85)
+            share = stairs.mass / stairs.total
+            edited.append(LayerEdit(name, 0.85, 768, stairs.kept, share, stairs.gap, 1, 0.8))
+            spectrum[name] = {"mu": mu.tolist(), "lam": lam.tolist()}
+    kinds = ("gate", "up", "down")
+    names = [f"blocks.{block}.mlp.{kind}" for block in range(4) for kind in kinds]
+    made = {
+        "title": "Memory and reasoning",
+        "refcurv": "0.1.0",
+        "settings": {
+            "layers": "blocks.{2-3}.mlp.{gate,up}",
+            "rho": 0.85,
+            "fisher": "sampled",
+            "seed": 0,
+            "dtype": "float64",
+            "split": "test",
+            "calibration_tokens": 81920,
+            "architecture": "OLMo-2, 4 blocks",
+        },
+        "edit": EditRecord(tuple(edited)).to_json(),
+        "evaluation": compare(measurement(1), measurement(0)).to_json(),
+        "bands": {n: some_bands(n, Quantity.PAIR_MASS, rng) for n in names},
+        "input_bands": {n: some_bands(n, Quantity.INPUT_RANK, rng) for n in names},
+        "spectrum": spectrum,
+        "seconds": {"collect": 14.25, "edit": 0.09},
+        "files": {"factors": "my factors.h5"},
+        "provenance": {"refcurv": "0.1.0", "libraries": {"numpy": "2"}},
+    }
+    return json.loads(json.dumps(made, allow_nan=False))
+
+
+@pytest.fixture
+def hostile(results: dict[str, Any]) -> dict[str, Any]:
+    """Names to break out of a terminal, a plot or a page, and nulls where numbers were."""
+    text = json.dumps(results)
+    text = text.replace('"blocks.2.mlp.gate"', json.dumps(HOSTILE))
+    text = text.replace('"quotes_test"', json.dumps(HOSTILE + "_quotes"))
+    made = json.loads(text)
+    made["title"] = made["refcurv"] = made["settings"]["architecture"] = HOSTILE
+    made["provenance"][HOSTILE] = made["files"]["factors"] = HOSTILE
+    made["settings"]["rho"] = {HOSTILE: 0.85, "blocks.3.mlp.*": None}
+    rows = made["evaluation"]["rows"]
+    rows[0]["retention"] = rows[1]["after"]["perplexity"] = rows[2]["retention"] = None
+    rows[2]["retention_above_chance"] = rows[3]["before"]["accuracy"] = math.nan
+    rows[1]["agreement"]["ndcg_code"] = None
+    made["edit"][1] |= {"kept": 0, "gap": None, "mass": None}
+    made["edit"][2] |= {"kept": None, "pairs": 0}
+    made["bands"]["blocks.3.mlp.up"]["ratio"][0] = None
+    made["spectrum"]["blocks.3.mlp.up"]["lam"] = [0.0] * 48
+    made["spectrum"]["blocks.3.mlp.gate"]["mu"][5:] = [0.0] * 11
+    return made
+
+
+@pytest.fixture(autouse=True)
+def _no_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+# ------------------------------------------------------------------ table
+
+
+def cells(text: str, title: str) -> list[list[str]]:
+    """The rows of one table of a text, cut where two blanks stand."""
+    lines = text.split(title, 1)[1].split("\n\n", maxsplit=1)[0].splitlines()[3:]
+    return [re.split(r" {2,}", line.strip()) for line in lines]
+
+
+def test_table_has_every_number(results: dict[str, Any]) -> None:
+    text = table.format_results(results)
+    assert max(map(len, text.splitlines())) <= 100
+    assert not any(line != line.rstrip() for line in text.splitlines())
+    assert cells(text, "Memory and reasoning, split test") == [
+        ["quotes", "strict", "48", "97.9 %", "6.2 %", "-91.7 pt", "6.4 %"],
+        ["loose", "100.0 %", "31.2 %", "-68.8 pt"],
+        ["distance", "0.005", "0.412", "+0.407"],
+        ["language", "perplexity", "256", "24.95", "26.47", "+6.1 %"],
+        ["facts", "accuracy", "150", "100.0 %", "98.0 %", "-2.0 pt", "98.0 %", "97.9 %"],
+        ["open book", "accuracy", "2,000", "99.8 %", "97.4 %", "-2.4 pt", "97.6 %", "96.8 %"],
+        ["copying", "accuracy", "2,000", "99.0 %", "90.5 %", "-8.5 pt", "91.4 %"],
+        ["addition", "accuracy", "2,000", "99.8 %", "76.2 %", "-23.6 pt", "76.4 %", "76.1 %"],
+        ["boolean", "accuracy", "600", "86.5 %", "85.2 %", "-1.3 pt", "98.5 %", "96.4 %"],
+    ]
+    agreement = results["evaluation"]["rows"][1]["agreement"]
+    paper, code = (f"{agreement[key]:.3f}" for key in ("ndcg_paper", "ndcg_code"))
+    assert paper != code
+    assert cells(text, "nDCG@10 against the unedited model") == [["language", paper, code]]
+    bands = cells(text, "sharp → flat")
+    assert [row[0] for row in bands] == [row["layer"] for row in results["edit"]]
+    for row in bands:
+        assert row[1:] == [f"{ratio:.2f}" for ratio in results["bands"][row[0]]["ratio"]]
+
+
+def test_edit_table(results: dict[str, Any]) -> None:
+    rows = cells("\n" + table.format_edit(results["edit"]), "Pairs and curvature mass kept")
+    for row, want in zip(rows, results["edit"], strict=True):
+        layer, rho, pairs, kept, share, mass, gap, acceptable, norm = row
+        assert (layer, rho, pairs, int(kept)) == (want["layer"], "0.85", "768", want["kept"])
+        assert float(share.removesuffix(" %")) == pytest.approx(want["kept"] / 7.68, abs=0.051)
+        assert float(mass.removesuffix(" %")) == pytest.approx(100 * want["mass"], abs=0.0051)
+        assert float(gap) == pytest.approx(want["gap"], rel=0.06)
+        assert (acceptable, norm) == ("1", "0.800")
+
+
+def test_without_a_baseline_there_is_one_column() -> None:
+    text = table.format_evaluation(compare(measurement(1), None).to_json())
+    rows = cells(text, "Memory and reasoning, split test")
+    assert rows[0] == ["quotes", "strict", "48", "6.2 %"]
+    assert rows[3] == ["language", "perplexity", "256", "26.47"]
+    assert "nDCG" not in text
+    assert "before" not in text
+
+
+def test_unknown_is_a_dash() -> None:
+    text = table.format_rows(["name", "x"], [["a", None], ["b", math.nan], ["c", 0]], "lr")
+    assert text.splitlines()[2:] == ["a     -", "b     -", "c     0"]
+    for value in (None, math.nan, math.inf, "x", True):
+        assert table.percent(value) == table.decimal(value) == table.whole(value) == "-"
+    assert table.percent(-0.0004) == "0.0 %"
+    assert table.decimal(np.float32(0.5), 2) == "0.50"
+    assert table.percent(table.relative(0, 3)) == "-"
+    assert table.decimal(12345678.0) == "1.235e+07"
+
+
+def test_names_are_readable() -> None:
+    assert table.population_name("open_book_test", "test") == "open book"
+    assert table.population_name("open_book_test", "dev") == "open book test"
+    assert table.population_name("_test", "test") == " test"
+    assert table.rho_text({"blocks.*": 0.9, "head": 0.5}) == "blocks.* 0.9, head 0.5"
+
+
+def test_rows_are_aligned() -> None:
+    text = table.format_rows(["layer", "n"], [["漢字", 5], ["é" * 2 + "e\u0301", 12]], "lr")
+    assert text.splitlines() == ["layer   n", "─" * 9, "漢字    5", "éée\u0301    12"]
+    long = table.format_rows(["layer", "n"], [["x" * 300, 1], ["y", 123456]], "lr", width=30)
+    assert long.splitlines()[2] == "x" * 21 + "…       1"
+    assert {len(line) for line in long.splitlines()[1:]} == {30}
+    assert table.format_rows(["a"], [], "l") == "a\n─"
+    with pytest.raises(ValueError, match="shorter"):
+        table.format_rows(["a", "b"], [["only"]], "ll")
+
+
+def test_hostile_names_stay_on_their_line(hostile: dict[str, Any]) -> None:
+    text = table.format_results(hostile)
+    assert all(c.isprintable() or c == "\n" for c in text)
+    assert max(map(len, text.splitlines())) <= 100
+    rows = cells(text, "Memory and reasoning, split test")
+    assert len(rows) == 9
+    assert rows[0][-1] == "-"
+    assert rows[3] == ["language", "perplexity", "256", "24.95", "-", "-"]
+    assert rows[4][-2:] == ["-", "-"]
+    assert rows[5][3:6] == ["-", "97.4 %", "-"]
+
+
+def test_inspect_names_every_array(tmp_path: Path) -> None:
+    entries = [
+        store.Entry("blocks.0.mlp.up.sum_A", np.ones((3, 4)), {"rows": 7}),
+        store.Entry("n", np.int64(3)),
+    ]
+    store.write(
+        tmp_path / "a.h5",
+        format="refcurv-factors",
+        attributes={"config": '{"width": 128}'},
+        arrays=entries,
+        provenance=store.provenance(seed=0),
+    )
+    text = table.format_inspect(inspect_file(tmp_path / "a.h5"))
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert "refcurv-factors, version 1: 2 arrays, 104 B, every checksum verified" in lines
+    assert re.search(r'^config +\{"width": 128\}$', text, re.M)
+    row = next(line for line in lines if line.startswith("blocks"))
+    found = re.split(r" {2,}", row)
+    assert found == ["blocks.0.mlp.up.sum_A", "3 × 4", "float64", "96 B", "rows 7"]
+    assert next(line for line in lines if line.startswith("n  ")).endswith("8 B")
+    assert "…" in text  # the conventions are cut, not wrapped
+    sizes = {None: "- B", 999: "999 B", 1000: "1.0 kB", 999949: "999.9 kB", 10**6: "1.0 MB"}
+    assert {n: table.size(n) for n in sizes} == sizes
+    assert table.size(3.9e15) == "3900.0 TB"
+
+
+# ------------------------------------------------------------------ plots
+
+
+def lines_of(ax: Any, *, hidden: bool = False) -> dict[str, Any]:
+    return {x.get_label(): x for x in ax.get_lines() if hidden or x.get_label()[0] != "_"}
+
+
+def test_spectrum_is_the_sorted_products(results: dict[str, Any]) -> None:
+    figure = plots.spectrum(results)
+    mass, lam_axes, mu_axes = figure.axes
+    drawn = [line for line in mass.get_lines() if "keeps" in line.get_label()]
+    assert len(drawn) == 4
+    for line, (layer, one) in zip(drawn, results["spectrum"].items(), strict=True):
+        assert line.get_label().startswith(f"{layer}: keeps ")
+        products = np.sort(np.outer(one["lam"], one["mu"]).ravel())[::-1]
+        curve = np.cumsum(products) / products.sum()
+        share, held = line.get_data()
+        assert share[0] == 1 / 768
+        assert (share[-1], held[-1]) == (1, 1)
+        count = np.rint(share * 768).astype(int)
+        np.testing.assert_allclose(held, curve[count - 1], atol=1e-12)
+        assert len(np.unique(count)) > 200
+    for ax, name in ((lam_axes, "lam"), (mu_axes, "mu")):
+        for line, one in zip(ax.get_lines(), results["spectrum"].values(), strict=True):
+            np.testing.assert_array_equal(line.get_ydata(), np.divide(one[name], one[name][0]))
+
+
+def test_cut_is_marked(results: dict[str, Any]) -> None:
+    mass = plots.spectrum(results).axes[0]
+    marks = [line for line in mass.get_lines() if line.get_label() == "_cut"]
+    for mark, row in zip(marks, results["edit"], strict=True):
+        assert mark.get_xdata()[0] == row["kept"] / row["pairs"]
+        assert mark.get_ydata()[0] == row["mass"]
+
+
+def test_large_spectra_stay_small() -> None:
+    lam, mu = (np.arange(1, n + 1.0) ** -2.0 for n in (11008, 4096))
+    share, mass = plots.cumulative(lam, mu)
+    assert len(share) <= plots.POINTS + 1
+    assert (np.diff(share) >= 0).all()
+    assert (np.diff(mass) >= -1e-12).all()
+    assert plots.cumulative(np.zeros(3), mu)[0].size == 0
+    ones = plots.cumulative(np.ones(3), np.ones(2))  # all tied: one step to everything
+    assert set(ones[0]) == set(ones[1]) == {1.0}
+
+
+def test_bands_show_the_ratios(results: dict[str, Any]) -> None:
+    for ax, key in zip(plots.bands(results).axes, ("bands", "input_bands"), strict=True):
+        found = [list(line.get_ydata()) for line in ax.get_lines()]
+        for one in results[key].values():
+            assert one["ratio"] in found
+        assert [1, 1] in found
+        edited = {row["layer"] for row in results["edit"]}
+        named = lines_of(ax)
+        assert set(named) == edited | {"not edited", "not edited: down"}
+        for layer in edited:
+            assert list(named[layer].get_ydata()) == results[key][layer]["ratio"]
+            assert not same_color(named[layer].get_color(), plots.PALE)
+        ticks = [label.get_text() for label in ax.get_xticklabels()]
+        assert ticks == list(table.band_labels(results[key]["blocks.0.mlp.up"]["edges"]))
+
+
+def test_bars_are_the_retentions(results: dict[str, Any]) -> None:
+    figure = plots.retention(results)
+    ax = figure.axes[0]
+    rows = {row["name"].removesuffix("_test"): row for row in results["evaluation"]["rows"]}
+    rows = {name.replace("_", " "): row for name, row in rows.items()}
+    names = [label.get_text() for label in ax.get_yticklabels()]
+    assert [re.sub(r".*: |  \(n.*", "", name) for name in names] == ORDER
+    assert names[0] == "memorised: quotes  (n = 48)"
+    widths = [bar.get_width() for bar in ax.patches]
+    assert widths == [rows[name]["retention"] for name in ORDER]
+    above = next(x for label, x in lines_of(ax).items() if label.startswith("above chance"))
+    want = [rows[n]["retention_above_chance"] if rows[n]["chance"] else math.nan for n in ORDER]
+    np.testing.assert_array_equal(above.get_xdata(), want)
+    texts = [text.get_text() for axes in figure.axes for text in axes.texts]
+    assert "perplexity: language 24.95 → 26.47 (+6.1 %)" in texts
+    assert "97.9 → 6.2 %" in texts
+    low, high = ax.get_xlim()
+    assert low <= 0 < max(1.06, *widths) < high
+
+
+def test_nothing_to_draw_is_said(results: dict[str, Any]) -> None:
+    bare = {"evaluation": compare(measurement(1), None).to_json(), "settings": {}}
+    for draw in (plots.spectrum, plots.bands, plots.retention):
+        with pytest.raises(EmptyError, match="report: "):
+            draw(bare)
+    only_inputs = results | {"bands": {}}
+    assert plots.bands(only_inputs).legends[0].get_texts()
+
+
+def test_hostile_results_are_drawn(hostile: dict[str, Any], tmp_path: Path) -> None:
+    for draw in (plots.spectrum, plots.bands, plots.retention):
+        plots.save(draw(hostile), tmp_path / "x.png")
+        drawn = plots.svg(draw(hostile))
+        assert b"<script" not in drawn
+    widths = [bar.get_width() for bar in plots.retention(hostile).axes[0].patches]
+    assert widths[0] == 0  # unknown: no bar
+
+
+def test_many_layers_fit(results: dict[str, Any], tmp_path: Path) -> None:
+    one, bands = results["spectrum"]["blocks.2.mlp.up"], results["bands"]["blocks.2.mlp.up"]
+    names = [f"blocks.{block}.mlp.{kind}" for block in range(16) for kind in ("gate", "up")]
+    results["spectrum"] = dict.fromkeys(names, one)
+    results["edit"] = [results["edit"][0] | {"layer": name} for name in names]
+    results["bands"] = {name: bands | {"layer": name} for name in names}
+    for draw in (plots.spectrum, plots.bands):
+        plots.save(draw(results), tmp_path / "x.png")
+    lines = lines_of(plots.bands(results).axes[0])
+    assert len({line.get_color() for line in lines.values()}) == 16
+
+
+def test_equal_results_give_equal_bytes(results: dict[str, Any], tmp_path: Path) -> None:
+    again = copy.deepcopy(results)
+    for draw in (plots.spectrum, plots.bands, plots.retention):
+        plots.save(draw(results), tmp_path / "a.png")
+        first = plots.svg(draw(results))
+        with rc_context({"font.size": 20, "lines.linewidth": 9, "axes.facecolor": "red"}):
+            plots.save(draw(again), tmp_path / "b.png")
+            assert plots.svg(draw(again)) == first
+        data = (tmp_path / "a.png").read_bytes()
+        assert data == (tmp_path / "b.png").read_bytes()
+        assert data.startswith(b"\x89PNG")
+        assert int.from_bytes(data[16:20], "big") == 9 * 150
+        assert b"dc:date" not in first
+
+
+def test_pyplot_stays_away(results: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text(json.dumps(results))
+    code = (
+        "import json, sys; from refcurv.report import page, plots\n"
+        "assert 'matplotlib' not in sys.modules\n"
+        f"page.write_page(json.load(open({str(tmp_path / 'r.json')!r})), "
+        f"{str(tmp_path / 'r.html')!r})\n"
+        "assert 'matplotlib.pyplot' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert (tmp_path / "r.html").read_text() == page.page(results)
+
+
+def test_missing_matplotlib_is_one_line(
+    results: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    for draw in (plots.spectrum, plots.bands, plots.retention):
+        with pytest.raises(RefcurvError, match=r"pip install 'refcurv\[report\]'") as caught:
+            draw(results)
+        assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------ page
+
+
+class Page(HTMLParser):
+    """Tags that are open, addresses, alt texts, table cells and text of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+        self.alts: list[str] = []
+        self.rows: list[list[str]] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("th", "td"):
+            self.rows[-1].append("")
+        for name, value in attrs:
+            assert not name.startswith("on")
+            if name in ("src", "href", "srcset", "action", "data", "poster"):
+                self.addresses.append(value or "")
+            if name == "alt":
+                self.alts.append(value or "")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self.open and self.open[-1] in ("th", "td"):
+            self.rows[-1][-1] += data
+
+
+def test_page_needs_nothing_else(results: dict[str, Any], tmp_path: Path) -> None:
+    page.write_page(results, tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+    read = Page(text)
+    assert read.open == []
+    assert len(read.addresses) == len(read.alts) == 3
+    assert all(read.alts)
+    for address in read.addresses:
+        kind, data = address.split(",", 1)
+        assert kind == "data:image/svg+xml;base64"
+        svg = base64.b64decode(data, validate=True).decode()
+        assert not re.findall(r'(?:href|src)="(?!#)', svg)
+    assert "default-src 'none'" in text
+    assert not re.search(r"https?:|url\(|@import|<script", text)
+    assert "arXiv 2510.24256" in read.text
+    assert {"details", "main", "header", "figcaption", "caption"} <= set(read.tags)
+
+
+def test_page_has_the_table(results: dict[str, Any]) -> None:
+    read = Page(page.page(results))
+    shown = [[cell.replace("\u00a0", " ").replace("−", "-") for cell in row] for row in read.rows]
+    for one in table.tables(results):
+        for row in one.rows:
+            assert list(row) in shown
+    assert "refcurv collect model.h5 corpus.h5 -o 'my factors.h5' --layers" in read.text
+    assert "--rho 'blocks.{2-3}.mlp.{gate,up}=0.85'" in read.text
+    assert "Time taken: collect 14.2 s, edit 0.1 s." in read.text
+    assert "81,920" in read.text
+
+
+def test_page_escapes(hostile: dict[str, Any], tmp_path: Path) -> None:
+    page.write_page(hostile, tmp_path / "x.html")
+    read = Page((tmp_path / "x.html").read_text(encoding="utf-8"))
+    assert "script" not in read.tags
+    assert read.text.count("<script>alert") >= 6
+    assert read.open == []
+
+
+def test_page_without_the_rest() -> None:
+    read = Page(page.page({"evaluation": compare(measurement(1), None).to_json()}))
+    assert "img" not in read.tags
+    assert "26.47" in read.text
+
+
+def test_writing_is_atomic(
+    results: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "report.html"
+    target.write_text("old")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(StorageError, match="No space left"):
+            page.write_page(results, target)
+    assert target.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+    with pytest.raises(SchemaError, match="does not exist"):
+        page.write_page(results, tmp_path / "none" / "report.html")

@@ -1,0 +1,55 @@
+"""Make the files that ship with the package from a finished training run.
+
+    python -m validation.paper.ship olmo2-1.npz refcurv/demo
+
+Writes model.h5 (float32, as trained) and corpus.h5: a fresh sample of the training mixture for the
+factors, and every population of the world, dev and test.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+import refcurv as rc
+from validation.paper.train import load
+from validation.paper.world import calibration, make_world, populations
+
+SEQUENCES, SEED = 1600, 20251024
+"""Calibration: 102,400 tokens; fewer than 80,000 cost accuracy on addition (EXPERIMENTS 2f)."""
+
+
+def ship(run: Path, folder: Path) -> tuple[Path, Path]:
+    """Write model.h5 and corpus.h5 into `folder`."""
+    recipe, state = load(run)
+    config = recipe.config()
+    parameters = {name: state.parameters[name] for name in config.parameter_shapes()}
+    model = rc.Model(config, parameters, "float32")
+    made_from = {"recipe": asdict(recipe), "steps": state.step, "by": "validation/paper/train.py"}
+    rc.save(model, folder / "model.h5", made_from)
+    world = make_world(quotes=recipe.quotes)
+    corpus = rc.Corpus(
+        calibration(world, SEQUENCES, SEED),
+        populations={
+            n: rc.Population(p.tokens, p.prompt_length, p.length, p.kind, p.split, p.chance)
+            for n, p in populations(world).items()
+        },
+    )
+    made_from = {"by": "validation/paper/ship.py", "sequences": SEQUENCES, "seed": SEED}
+    rc.save_corpus(corpus, folder / "corpus.h5", made_from)
+    return folder / "model.h5", folder / "corpus.h5"
+
+
+def main() -> None:
+    """Parse, ship, say how large."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("folder", type=Path)
+    args = parser.parse_args()
+    for path in ship(args.run, args.folder):
+        print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    main()
