@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy.linalg
 from hypothesis import given
 from hypothesis import strategies as st
 
+from refcurv.algebra import lapack
 from refcurv.curvature.eigenbasis import decompose, eigenbasis, load_bases, save_bases
 from refcurv.curvature.factors import Factor, Factors
 from refcurv.law import tolerance
@@ -54,6 +56,16 @@ def test_hand_basis() -> None:
     assert np.allclose(values, [3, 1], rtol=1e-15)
     h = np.sqrt(0.5)
     assert np.allclose(U, [[h, h], [h, -h]], rtol=1e-15)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 40, 129])
+def test_the_lapack_door_has_scipys_bits(n: int) -> None:
+    M = moment(n, n + 1, 3, 0.1)
+    values, U = lapack.eigh(M)
+    want_values, want_U = scipy.linalg.eigh(M, driver="evd")
+    assert values.tobytes() == want_values.tobytes()
+    assert U.tobytes() == want_U.tobytes()
+    assert np.array_equal(M, moment(n, n + 1, 3, 0.1))  # the argument is left alone
 
 
 def factors(seed: int = 0) -> Factors:

@@ -116,6 +116,13 @@ def test_provenance_says_what_and_with_what() -> None:
     assert json.loads(json.dumps(made)) == made == store.provenance(inputs={"w.h5": "ab"}, seed=3)
 
 
+def test_provenance_may_name_a_file_that_is_not_utf8(tmp_path: Path) -> None:
+    inputs = {"inputs": {os.fsdecode(b"w\xff.h5"): "ab"}}
+    path = tmp_path / "f.h5"
+    store.write(path, format="refcurv-basis", attributes={}, arrays=[], provenance=inputs)
+    assert store.open_file(path).provenance == inputs
+
+
 # ------------------------------------------------------------------ writing: all or nothing
 
 

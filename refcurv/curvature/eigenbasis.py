@@ -9,8 +9,8 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-import scipy.linalg
 
+from refcurv.algebra import lapack
 from refcurv.curvature.factors import Factor, Factors
 from refcurv.files import store
 from refcurv.files.lazy import Lazy
@@ -23,7 +23,7 @@ from refcurv.law.checks import (
     require_finite,
     require_shape,
 )
-from refcurv.passes.parallel import Progress, one_blas_thread
+from refcurv.passes.parallel import Progress, one_blas_thread, stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ def eigenbasis(M: Array, shard_rows: int, dtype: str, what: str) -> tuple[Array,
             "cannot explain this; look for a missed transpose or a partial (sharded) sum."
         )
     with one_blas_thread():
-        values, U = scipy.linalg.eigh(M, driver="evd", check_finite=False)
+        values, U = lapack.eigh(M)
     values, U = values[::-1].copy(), np.ascontiguousarray(U[:, ::-1])
     largest = np.abs(U).argmax(axis=0)  # the lowest index on ties
     U *= np.where(U[largest, np.arange(len(values))] < 0, -1.0, 1.0)
@@ -135,20 +135,36 @@ def decompose(factors: Factors, *, progress: Progress = lambda done, total: None
 def decompose_each(
     factors: Factors, *, progress: Progress = lambda done, total: None
 ) -> Iterator[tuple[str, Eigenbasis]]:
-    """`decompose`, a layer at a time, for factors that do not fit in memory together."""
+    """`decompose`, a layer at a time, for factors that do not fit in memory together.
+
+    Matrices are decomposed side by side, one per core; each by itself, so no bit depends on it.
+    """
+    facts = (factors.shard_rows, factors.dtype)
+
+    def work(_: int, side: tuple[str, Array | None]) -> tuple[Array, Array, int] | None:
+        what, M = side
+        return None if M is None else eigenbasis(M, *facts, what)
+
     progress(0, len(factors))
-    before: tuple[Factor, Eigenbasis] | None = None
-    for done, (name, factor) in enumerate(factors.items(), start=1):
-        facts = (factors.shard_rows, factors.dtype)
-        if before is not None and _same(before[0], factor):
-            U_A, mu, raised_A = before[1].U_A, before[1].mu, before[1].raised_A
-        else:
-            U_A, mu, raised_A = eigenbasis(factor.A, *facts, f"A of {name!r}")
-        U_G, lam, raised_G = eigenbasis(factor.G, *facts, f"G of {name!r}")
-        basis = Eigenbasis(U_A, mu, U_G, lam, raised_A, raised_G)
-        before = (factor, basis)
-        yield name, basis
+    found = stream(_sides(factors), work)
+    A_side = None
+    for done, name in enumerate(factors, start=1):
+        A_side = next(found) or A_side  # None: the layer before reads the same input
+        G_side = next(found)
+        if A_side is not None and G_side is not None:
+            (U_A, mu, raised_A), (U_G, lam, raised_G) = A_side, G_side
+            yield name, Eigenbasis(U_A, mu, U_G, lam, raised_A, raised_G)
         progress(done, len(factors))
+
+
+def _sides(factors: Factors) -> Iterator[tuple[str, Array | None]]:
+    """A and G of each layer in turn; no A where it is the layer's before (gate and up: O37)."""
+    before: Factor | None = None
+    for name, factor in factors.items():
+        shared = before is not None and _same(before, factor)
+        yield f"A of {name!r}", None if shared else factor.A
+        yield f"G of {name!r}", factor.G
+        before = factor
 
 
 def _same(one: Factor, other: Factor) -> bool:

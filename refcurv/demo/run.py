@@ -41,8 +41,8 @@ Stage = Callable[[str], Progress]
 def run(folder: str | Path, stage: Stage, *, dtype: str = "float64") -> dict[str, Any]:
     """The main job on the shipped files; writes factors.h5, basis.h5, edited.h5 and results.json.
 
-    Returns the contents of results.json: settings, edit record, evaluation, bands, spectra,
-    seconds, provenance. Everything but the seconds and the machine in it is determined by the inputs.
+    Returns what results.json holds. All but the seconds and the machine in it is determined by
+    the shipped files.
     """
     folder = _made(Path(folder))
     model, corpus = rc.load(MODEL, dtype=dtype), rc.load_corpus(CORPUS)

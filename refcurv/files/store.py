@@ -348,7 +348,7 @@ def _claim(name: str, taken: set[str]) -> None:
 
 def _write_attribute(where: Any, key: str, value: Scalar) -> None:
     if isinstance(value, str):
-        data = value.encode()
+        data = value.encode(errors="backslashreplace")  # a JSON escape, of a file name's stray byte
         kind = h5py.string_dtype("utf-8", max(1, len(data)))
         where.attrs.create(key, np.array(data, dtype=kind), dtype=kind)
     else:

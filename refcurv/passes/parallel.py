@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
@@ -67,20 +68,19 @@ class Turnstile:
             self._condition.notify_all()
 
 
-def run(
-    items: Sequence[Item],
+def stream(
+    items: Iterable[Item],
     work: Callable[[int, Item], Result],
     *,
     in_flight: int | None = None,
     turnstile: Turnstile | None = None,
-    done: Callable[[], object] = lambda: None,
-) -> list[Result]:
+) -> Iterator[Result]:
     """Do `work(ordinal, item)` for every item on threads; results in order, BLAS on one thread.
 
-    Items start in order. The first failure, or Ctrl-C, stops the others and is raised here.
-    `done` is called once per finished item, in order (a progress bar's update).
+    Items start in order, and at most one result more than `in_flight` (by default one per core)
+    waits to be taken. The first failure, or Ctrl-C, stops the others and is raised here.
     """
-    gate = turnstile or Turnstile()
+    gate, workers = turnstile or Turnstile(), in_flight or cores()
 
     def guarded(ordinal: int, item: Item) -> Result:
         try:
@@ -89,28 +89,44 @@ def run(
             gate.stop()
             raise
 
-    results: list[Result] = []
-    with one_blas_thread(), ThreadPoolExecutor(in_flight or cores()) as pool:
-        futures = [pool.submit(guarded, n, item) for n, item in enumerate(items)]
+    pending: deque[Future[Result]] = deque()
+    with one_blas_thread(), ThreadPoolExecutor(workers) as pool:
         try:
-            for future in futures:
-                results.append(future.result())
-                done()
+            for ordinal, item in enumerate(items):
+                pending.append(pool.submit(guarded, ordinal, item))
+                if len(pending) > workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
         except BaseException as error:
             gate.stop()
-            for future in futures:
+            for future in pending:
                 future.cancel()
-            raise _first_cause(futures, error)  # noqa: B904
+            raise _first_cause(pending, error)  # noqa: B904
+
+
+def run(
+    items: Sequence[Item],
+    work: Callable[[int, Item], Result],
+    *,
+    in_flight: int | None = None,
+    turnstile: Turnstile | None = None,
+    done: Callable[[], object] = lambda: None,
+) -> list[Result]:
+    """All results of `stream`; `done` is called once per result (a progress bar's update)."""
+    results = []
+    for result in stream(items, work, in_flight=in_flight, turnstile=turnstile):
+        results.append(result)
+        done()
     return results
 
 
-def _first_cause(futures: Sequence[Future[Result]], error: BaseException) -> BaseException:
-    """The failure behind a Stopped: whoever gave up quietly did so because of another."""
+def _first_cause(pending: Iterable[Future[Result]], error: BaseException) -> BaseException:
+    """The failure behind a Stopped: whoever gave up quietly did so because of a later item."""
     if not isinstance(error, Stopped):
         return error
-    for future in futures:
-        if future.done() and not future.cancelled():
-            cause = future.exception()
-            if cause is not None and not isinstance(cause, Stopped):
-                return cause
+    for future in pending:
+        cause = None if future.cancelled() else future.exception()
+        if cause is not None and not isinstance(cause, Stopped):
+            return cause
     return error
