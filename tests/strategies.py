@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from hypothesis import strategies as st
@@ -17,7 +17,7 @@ class Case:
     """A small model and a batch that it is differentiated on."""
 
     config: ModelConfig
-    parameters: dict[str, np.ndarray]
+    parameters: dict[str, np.ndarray] = field(repr=False)
     token: np.ndarray
     real: np.ndarray
     segment: np.ndarray

@@ -56,7 +56,7 @@ def test_long_packed_padded_sequences(dtype: type, place: NormPlace, qk_norm: QK
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_the_kernels_exponential(dtype: type) -> None:
-    """Relative error of exp over its range; observed 1.1e-7 in float32 (2 ulp) and 2e-16."""
+    """Relative error of exp over its range; observed 1.3e-7 in float32 and 3.0e-16."""
     z = np.linspace(-87, 87, 400_001).astype(dtype)
     half = np.empty_like(z)
     kernels.swiglu_forward(np.full_like(z, 1), np.ones_like(z), half)

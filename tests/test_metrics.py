@@ -116,7 +116,7 @@ batch_lists = st.lists(st.lists(st.floats(0, 20), min_size=1, max_size=6), min_s
 
 
 @given(batch_lists)
-def test_perplexity_knows_no_batches(parts):
+def test_O66_perplexity_knows_no_batches(parts):
     """One exp of one mean; the mean over batches of exp(batch loss) is another number (O66)."""
     every = [x for part in parts for x in part]
     got = perplexity(np.array([sum(p) for p in parts]), np.array([len(p) for p in parts]))
@@ -132,7 +132,7 @@ def test_perplexity_knows_no_batches(parts):
     [((2, 64), (3, 1), 2 ** (9 / 4)), ((4, 2), (9, 1), 2 ** (19 / 10))],
     ids=["mean-is-larger", "mean-is-smaller"],
 )
-def test_mean_of_batch_perplexities_differs_either_way(batch, tokens, want):
+def test_O66_mean_of_batch_perplexities_differs_either_way(batch, tokens, want):
     """Batches of unequal size: 33 against 4.76, and 3 against 3.73."""
     nats = np.log(batch) * tokens
     got = perplexity(nats, np.array(tokens))
@@ -200,14 +200,14 @@ def test_ndcg_is_the_definition(drawn, gain):
 
 
 @given(two_logits(), st.sampled_from(list(Gain)))
-def test_ndcg_of_itself_is_one(drawn, gain):
+def test_O66_ndcg_of_itself_is_one(drawn, gain):
     """Exactly: a float16 relevance shows 1.00009 (Oracle 79)."""
     base, _, k = drawn
     assert ndcg(base, base.copy(), k, gain) == 1.0
 
 
 @given(two_logits(), st.sampled_from(list(Gain)), st.integers(-5, 5), st.integers(-3, 3))
-def test_ndcg_ignores_shift_and_scale(drawn, gain, shift, power):
+def test_O66_ndcg_ignores_shift_and_scale(drawn, gain, shift, power):
     base, edited, k = drawn
     base, edited = np.round(base * 4), np.round(edited * 4)  # so that shift and scale are exact
     moved = (edited + shift) * 2.0**power

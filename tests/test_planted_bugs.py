@@ -223,7 +223,7 @@ def test_edit_tests_notice_a_wrong_mask() -> None:
     def complement(W: np.ndarray, basis: Any, counts: np.ndarray) -> np.ndarray:
         return W - right(W, basis, counts)
 
-    check = test_projection.test_edit_is_an_orthogonal_projection.hypothesis.inner_test
+    check = test_projection.test_O54_edit_is_an_orthogonal_projection.hypothesis.inner_test
     check(5, 4, 0, 0.5)
     with planted(test_projection, "project", complement), pytest.raises(AssertionError):
         check(5, 4, 0, 0.5)

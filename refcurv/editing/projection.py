@@ -94,7 +94,7 @@ def edit(model: Model, basis: Bases, rho: float | Mapping[str, float]) -> tuple[
 
     Cost: 4·O·I·(O + I) flops per layer, in float64.
     Source: P5-P8 (arXiv 2510.24256).
-    Proof: tests/test_projection.py::test_edit_is_an_orthogonal_projection,
+    Proof: tests/test_projection.py::test_O54_edit_is_an_orthogonal_projection,
         tests/test_staircase.py::test_cut_equals_brute_force
     """
     changed: dict[str, Array] = {}

@@ -122,7 +122,7 @@ def perplexity(nats: Array | float, count: Array | int) -> float:
 
     Source: PAPER §2, Perplexity. The official code takes the mean over batches of exp(batch
         loss) instead: never smaller for batches of equal size (Jensen), different in general.
-    Proof:  tests/test_metrics.py::test_perplexity_knows_no_batches
+    Proof:  tests/test_metrics.py::test_O66_perplexity_knows_no_batches
     """
     part = np.asarray(nats, dtype=np.float64)
     require_finite("perplexity", "nats", part)
@@ -230,7 +230,7 @@ def ndcg(
         ShapeError, RangeError, NonFiniteError, ConventionError: as its parts.
 
     Source: PAPER §2, nDCG@K.
-    Proof:  tests/test_metrics.py::test_ndcg_is_the_definition; ::test_ndcg_of_itself_is_one
+    Proof:  tests/test_metrics.py::test_ndcg_is_the_definition; ::test_O66_ndcg_of_itself_is_one
     """
     require_shape("ndcg", "edited_logits", edited_logits, np.shape(baseline_logits), "(N, V)")
     if not len(baseline_logits):

@@ -441,7 +441,7 @@ def verdict(distances: Record, ours: dict[str, tuple[int, int]], theirs: Record)
     """Agreement: the same layers and counts, and every distance within the limit.
 
     The limit is a tenth of the share that one row more or less would have: far above rounding
-    (observed: LIMITS), far below any other convention. NaN is no agreement.
+    (observed: 5e-7 for A, 2e-6 for G), far below any other convention. NaN is no agreement.
     """
     limit = 0.1 / max(n for n, _ in ours.values())
     worst = {side: max(by.items(), key=lambda item: item[1]) for side, by in distances.items()}
