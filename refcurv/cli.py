@@ -102,6 +102,7 @@ def collect(args: argparse.Namespace) -> None:
         args.seed,
         args.draws,
         rows=args.rows,
+        checkpoint=f"{args.output}.unfinished",
         progress=progress_bar("collect"),
     )
     rc.save_factors(factors, args.output)
@@ -329,7 +330,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RefcurvError as error:
         return _fail(str(error), error.status)
     except KeyboardInterrupt:
-        return _fail("interrupted; no output was written or changed", INTERRUPTED)
+        hint = (
+            "interrupted; no output was changed. A collection goes on where it was when run again"
+        )
+        return _fail(hint, INTERRUPTED)
     except MemoryError as error:
         return _fail(
             f"out of memory: {error}. Fewer --layers, or --dtype float32, need less", MACHINE

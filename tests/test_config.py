@@ -76,6 +76,7 @@ def test_broken_patterns(pattern: str) -> None:
         ({"width": 4.0}, RangeError, "width"),
         ({"norm_eps": -1.0}, RangeError, "norm_eps"),
         ({"norm_eps": float("nan")}, RangeError, "norm_eps"),
+        ({"rope_theta": 10**400}, RangeError, "rope_theta must be finite"),
         ({"rope_theta": "10000"}, RangeError, "rope_theta must be a number"),
         ({"norm_place": "posst"}, ConventionError, "Did you mean 'post'"),
         ({"tied": 1}, ConventionError, "tied"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import oracles
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from strategies import Case, assert_within, case, cases, config, random_parameters
 
@@ -22,6 +22,7 @@ from refcurv.law.checks import (
 )
 from refcurv.model import transformer
 from refcurv.model.transformer import Tap
+from refcurv.passes import memory
 
 
 def model_of(one: Case, dtype: str = "float64") -> rc.Model:
@@ -203,7 +204,8 @@ def test_O6_a_factorial_design_makes_kfac_exact(rng: np.random.Generator) -> Non
         moment = _Moment(size)
         for shard in range(0, len(pairs), 4):
             rows = np.array([p[index] for p in pairs[shard : shard + 4]])
-            moment.add(shard, rows.T @ rows, len(rows))
+            moment.add(rows.T @ rows, len(rows))
+        moment.close()
         assert moment.rows == len(pairs)
         sides[side] = moment.finish() / moment.rows
     F_tok = sum(np.kron(np.outer(y, y), np.outer(x, x)) for x, y in pairs)
@@ -215,21 +217,58 @@ def test_O6_a_factorial_design_makes_kfac_exact(rng: np.random.Generator) -> Non
     assert np.linalg.norm(20 * np.kron(G, A) - F_tok) > 1e-3 * np.linalg.norm(F_tok)
 
 
-@settings(max_examples=10)
-@given(st.integers(1, 400), st.integers(0, 99))
-def test_blocks_of_shards_sum_as_the_law_says(shards: int, seed: int) -> None:
-    """64 shards to a block that starts from zero; blocks in order: the bits of a plain loop."""
-    rng = np.random.default_rng(seed)
-    products = [x.T @ x for x in rng.normal(size=(shards, 5, 3)).astype(np.float32)]
-    moment = _Moment(3)
-    total, block = np.zeros((3, 3)), np.zeros((3, 3))
-    for n, product in enumerate(products):
+def test_blocks_of_shards_sum_as_the_law_says() -> None:
+    """64 shards to a block that starts from zero, blocks in order: the bits of a plain loop."""
+    made = config()
+    model = rc.Model(made, random_parameters(made, 1))
+    tokens = np.random.default_rng(1).integers(0, 7, (150, 1100))  # one sequence to a shard
+    got = rc.collect(model, rc.Corpus(tokens), layers="blocks.1.mlp.up")["blocks.1.mlp.up"]
+    total, block = np.zeros((8, 8)), np.zeros((8, 8))
+    for n, row in enumerate(tokens):
         if n and n % 64 == 0:
-            total, block = total + block, np.zeros((3, 3))
-        block = block + product.astype(np.float64)
-        moment.add(n, product, 5)
-    want = np.tril(total + block)
-    assert moment.finish().tobytes() == (want + np.tril(want, -1).T).tobytes()
+            total, block = total + block, np.zeros((8, 8))
+        alone = rc.collect(model, rc.Corpus(row[None]), layers="blocks.1.mlp.up")
+        block = block + alone["blocks.1.mlp.up"].sum_A
+    assert got.sum_A.tobytes() == (total + block).tobytes()
+
+
+def test_a_killed_run_goes_on_with_the_same_bits(tmp_path, monkeypatch) -> None:
+    """Interrupted in the third block: two blocks are not computed again, and no bit differs."""
+    made = config()
+    rc.save(rc.Model(made, random_parameters(made, 1)), tmp_path / "w.h5")
+    rng = np.random.default_rng(0)
+    rc.save_corpus(rc.Corpus(rng.integers(0, 7, (200, 1100))), tmp_path / "c.h5")
+    model, corpus = rc.load(tmp_path / "w.h5"), rc.load_corpus(tmp_path / "c.h5")
+    state, layers = tmp_path / "f.h5.unfinished", "blocks.{0,1}.mlp.*"
+    whole = rc.collect(model, corpus, layers)
+    swept: list[int] = []
+    right = memory.sweep
+
+    def dying(config, parameters, shard, job, take) -> None:
+        if shard.number == 140 and not state.with_suffix(".again").exists():
+            raise KeyboardInterrupt
+        swept.append(shard.number)
+        right(config, parameters, shard, job, take)
+
+    monkeypatch.setattr(memory, "sweep", dying)
+    with pytest.raises(KeyboardInterrupt):
+        rc.collect(model, corpus, layers, checkpoint=state)
+    assert state.exists()
+    with pytest.raises(SchemaError, match="unfinished collection"):
+        rc.load_factors(state)
+    with pytest.raises(ConventionError, match="another run"):
+        rc.collect(model, corpus, layers, seed=1, checkpoint=state)
+    state.with_suffix(".again").touch()
+    swept.clear()
+    again = rc.collect(model, corpus, layers, checkpoint=state)
+    assert sorted(swept) == list(range(128, 200))
+    assert not state.exists()
+    for name in whole:
+        assert again[name].sum_A.tobytes() == whole[name].sum_A.tobytes()
+        assert again[name].sum_G.tobytes() == whole[name].sum_G.tobytes()
+        assert (again[name].n_A, again[name].n_G) == (whole[name].n_A, whole[name].n_G)
+    with pytest.raises(ConventionError, match="read from files"):
+        rc.collect(model, rc.Corpus(corpus.tokens), layers, checkpoint=state)
 
 
 def test_file_round_trip(tmp_path) -> None:

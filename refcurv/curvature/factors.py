@@ -7,8 +7,11 @@ Sum and count, never a running mean; the division happens once, on reading A or 
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -94,44 +97,43 @@ class Factors(Mapping[str, Factor]):
 
 
 class _Moment:
-    """Σ x xᵀ of one side of one layer: blocks of shards added to a total (SHARD, BLOCK).
+    """Σ x xᵀ of one side of one layer: shards added to a block, blocks to a total (BLOCK).
 
     Only the lower triangles are kept up until `finish`. The first block's sum *is* the total until
-    a second one starts: 0 + x has the bits of x.
+    a second one is closed: 0 + x has the bits of x.
     """
 
-    __slots__ = ("_block", "_number", "_total", "rows")
+    __slots__ = ("_block", "_total", "rows")
 
     def __init__(self, size: int) -> None:
         self._block = np.zeros((size, size))
         self._total: Array | None = None
-        self._number = -1
         self.rows = 0
 
-    def add(self, shard: int, product: Array, rows: int) -> None:
+    def add(self, product: Array, rows: int) -> None:
         """Fold one shard's product; shards come in order."""
-        if shard // BLOCK_SHARDS != self._number:
-            self._close()
-            self._number = shard // BLOCK_SHARDS
         kernels.fold_triangle(self._block, product)
         self.rows += rows
 
-    def _close(self) -> None:
-        if self._number < 0:
-            return
+    def close(self) -> None:
+        """End a block: its sum joins the total."""
         if self._total is None:
             self._total, self._block = self._block, np.zeros_like(self._block)
-            return
-        kernels.fold_triangle(self._total, self._block)
-        self._block[:] = 0
+        else:
+            kernels.fold_triangle(self._total, self._block)
+            self._block[:] = 0
+
+    def state(self) -> Array:
+        """The total of the closed blocks, lower triangle."""
+        return self._block if self._total is None else self._total
+
+    def restore(self, total: Array, rows: int) -> None:
+        """Go on from a `state`."""
+        self._total, self.rows = np.array(total, dtype=np.float64), rows
 
     def finish(self) -> Array:
-        """The sum, exactly symmetric."""
-        if self._total is None:
-            total = self._block
-        else:
-            self._close()
-            total = self._total
+        """The sum, exactly symmetric; every block must be closed."""
+        total = self.state()
         kernels.mirror_triangle(total)
         total.flags.writeable = False
         return total
@@ -150,11 +152,10 @@ class _ShardSums:
         moments: Mapping[str, _Moment],
         turnstile: Turnstile,
         ordinal: int,
-        shard: Shard,
         draws: int,
     ) -> None:
         self._config, self._moments, self._turnstile = config, moments, turnstile
-        self._ordinal, self._shard, self._draws = ordinal, shard, draws
+        self._ordinal, self._draws = ordinal, draws
         self._open: dict[str, tuple[Array, int]] = {}
         self._layer = ""
         self._input: Array | None = None
@@ -183,7 +184,7 @@ class _ShardSums:
         """Fold every open product, each in its turn."""
         for key, (product, rows) in self._open.items():
             with self._turnstile.turn(key, self._ordinal):
-                self._moments[key].add(self._shard.number, product, rows)
+                self._moments[key].add(product, rows)
         self._open.clear()
 
 
@@ -197,6 +198,7 @@ def collect(
     *,
     rows: str = "reached",
     in_flight: int | None = None,
+    checkpoint: str | Path | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Factors:
     """The K-FAC factors of linear layers: second moments of inputs and of output gradients.
@@ -215,6 +217,8 @@ def collect(
         draws: label draws per position; n_G = rows × draws.
         rows: "reached" or "labelled" (ROWS).
         in_flight: shards at a time; by default one per core. Changes no bit.
+        checkpoint: a file to keep the sums in after every block of 64 shards; if it exists, the
+            run goes on from there, with the bits of an uninterrupted one. Deleted at the end.
         progress: called with (shards done, shards).
 
     Returns:
@@ -224,6 +228,7 @@ def collect(
     Raises:
         NameUnknownError: no layer matches. RangeError: token ids, seed or draws out of range.
         EmptyError: no label anywhere. NonFiniteError: a sum holds NaN or infinity.
+        ConventionError: an unknown choice, or a checkpoint of another run.
 
     Cost: one forward and `draws` backward passes down to the lowest layer, plus N·(I² + O²) per
         layer; memory: weights, float64 sums, and the activations of `in_flight` shards.
@@ -246,7 +251,13 @@ def collect(
     names = expand(layers, list(model.config.linear_layers()))
     job = memory.Sweep(frozenset(names), kind, require_seed(who, seed), draws)
     units = shards(corpus, model.config.vocabulary, keep)
-    moments = _accumulate(model, units, job, in_flight, progress)
+    moments = _moments(model.config, job)
+    resume = (
+        _Checkpoint(Path(checkpoint), _fingerprint(model, corpus, job, keep))
+        if checkpoint
+        else None
+    )
+    _accumulate(model, units, job, moments, in_flight, resume, progress)
     return Factors(
         MappingProxyType(_finish(model.config, names, moments)),
         kind,
@@ -259,11 +270,8 @@ def collect(
     )
 
 
-def _accumulate(
-    model: Model, units: list[Shard], job: memory.Sweep, in_flight: int | None, progress: Progress
-) -> dict[str, _Moment]:
-    """Run every shard; fold its products in order."""
-    config, parameters = model.config, memory.resident(model)
+def _moments(config: ModelConfig, job: memory.Sweep) -> dict[str, _Moment]:
+    """Empty sums: "G layer" for each layer, "A input" for each input, shared by its layers."""
     moments: dict[str, _Moment] = {}
     for name, (d_out, d_in) in config.linear_layers().items():
         if name in job.layers:
@@ -271,12 +279,21 @@ def _accumulate(
             key = f"A {config.input_of(name)}"
             if key not in moments:
                 moments[key] = _Moment(d_in)
-    turnstile, finished = Turnstile(), 0
+    return moments
 
-    def work(ordinal: int, unit: Shard) -> None:
-        sums = _ShardSums(config, moments, turnstile, ordinal, unit, job.draws)
-        memory.sweep(config, parameters, unit, job, sums.take)
-        sums.fold()
+
+def _accumulate(
+    model: Model,
+    units: list[Shard],
+    job: memory.Sweep,
+    moments: dict[str, _Moment],
+    in_flight: int | None,
+    resume: _Checkpoint | None,
+    progress: Progress,
+) -> None:
+    """Run the shards block by block; within a block several are in flight, folded in order."""
+    config, parameters = model.config, memory.resident(model)
+    finished = 0
 
     def done() -> None:
         nonlocal finished
@@ -284,8 +301,74 @@ def _accumulate(
         progress(finished, len(units))
 
     progress(0, len(units))
-    run(units, work, in_flight=in_flight, turnstile=turnstile, done=done)
-    return moments
+    begin = resume.load(moments) if resume else 0
+    last = units[-1].number // BLOCK_SHARDS
+    for number, block in groupby(units, key=lambda unit: unit.number // BLOCK_SHARDS):
+        members = list(block)
+        if number < begin:
+            finished += len(members)
+            progress(finished, len(units))
+            continue
+        turnstile = Turnstile()
+
+        def work(ordinal: int, unit: Shard, gate: Turnstile = turnstile) -> None:
+            sums = _ShardSums(config, moments, gate, ordinal, job.draws)
+            memory.sweep(config, parameters, unit, job, sums.take)
+            sums.fold()
+
+        run(members, work, in_flight=in_flight, turnstile=turnstile, done=done)
+        for moment in moments.values():
+            moment.close()
+        if resume and number != last:
+            resume.save(moments, number + 1)
+    if resume:
+        resume.path.unlink(missing_ok=True)
+
+
+def _fingerprint(model: Model, corpus: Corpus, job: memory.Sweep, keep: Rows) -> str:
+    """What a checkpoint's sums depend on, as one SHA-256; model and corpus must be files."""
+    if "sha256" not in model.source or "sha256" not in corpus.source:
+        raise ConventionError("collect: a checkpoint needs a model and a corpus read from files.")
+    facts = [model.source["sha256"], corpus.source["sha256"], model.dtype, sorted(job.layers)]
+    facts += [str(job.fisher), job.seed, job.draws, str(keep)]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class _Checkpoint:
+    """The totals of the closed blocks on disk, so that a killed run can go on."""
+
+    path: Path
+    fingerprint: str
+
+    def save(self, moments: Mapping[str, _Moment], blocks: int) -> None:
+        """Write every total; the file before it stays whole until this one is."""
+        store.write(
+            self.path,
+            format="refcurv-factors",
+            attributes={"unfinished": self.fingerprint, "blocks": blocks},
+            arrays=(
+                store.Entry(key.replace(" ", "."), moment.state(), {"rows": moment.rows})
+                for key, moment in moments.items()
+            ),
+            provenance=store.provenance(),
+        )
+
+    def load(self, moments: Mapping[str, _Moment]) -> int:
+        """Fill the moments; returns how many blocks are done, 0 without a file."""
+        if not self.path.exists():
+            return 0
+        header = store.open_file(self.path, format="refcurv-factors")
+        if header.attributes.get("unfinished") != self.fingerprint:
+            raise ConventionError(
+                f"collect: the checkpoint {str(self.path)!r} belongs to another run (other model, "
+                "corpus or options). Finish that one, or delete the file to start anew."
+            )
+        for key, moment in moments.items():
+            name = key.replace(" ", ".")
+            rows = int(header.entries[name].attributes["rows"])
+            moment.restore(store.read(header, name, finite=True), rows)
+        return int(header.attributes["blocks"])
 
 
 def _finish(
@@ -347,6 +430,11 @@ def load_factors(path: str | Path) -> Factors:
         SchemaError: not a factors file, or layers whose entries are missing or misshapen.
     """
     header = store.open_file(path, format="refcurv-factors")
+    if "unfinished" in header.attributes:
+        raise SchemaError(
+            f"{path}: the checkpoint of an unfinished collection. Run the same command again to "
+            "finish it."
+        )
     names = list(dict.fromkeys(key.rpartition(".")[0] for key in header.entries))
     if not names:
         raise SchemaError(f"{path}: holds no layer; was its collection interrupted?")

@@ -23,10 +23,7 @@ def provenance(**made_from: Any) -> dict[str, Any]:
         (`conventions`), and the items of `made_from`.
     """
     blas = [
-        {
-            key: library.get(key)
-            for key in ("internal_api", "version", "architecture", "num_threads")
-        }
+        {key: library.get(key) for key in ("internal_api", "version", "architecture")}
         for library in threadpoolctl.threadpool_info()
         if library.get("user_api") == "blas"
     ]
@@ -36,6 +33,7 @@ def provenance(**made_from: Any) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "blas": blas,
+        "blas_threads": 1,  # every pass limits it (DESIGN §6)
         "cpu_features": _cpu_features(),
         "conventions": describe(),
         **made_from,

@@ -21,6 +21,8 @@ from refcurv.law.checks import (
 )
 from refcurv.law.conventions import COMPUTE_DTYPES
 
+LARGEST = float(np.finfo(np.float64).max)
+
 
 class NormPlace(StrEnum):
     """Where a block normalises: before attention and MLP (Llama), or behind them (OLMo-2)."""
@@ -88,7 +90,7 @@ class ModelConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise RangeError(f"{who}: {name} must be a number; got {value!r}.")
-            if not least <= value < float("inf"):
+            if not least <= value <= LARGEST:
                 raise RangeError(f"{who}: {name} must be finite and >= {least:g}; got {value!r}.")
             object.__setattr__(self, name, float(value))
         if not isinstance(self.tied, bool):
