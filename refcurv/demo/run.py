@@ -28,10 +28,10 @@ MODEL, CORPUS = HERE / "model.h5", HERE / "corpus.h5"
 COLLECTED = "blocks.*.mlp.*"
 """What it collects factors of: the bands are shown for every MLP projection."""
 
-LAYERS = "blocks.{2-3}.mlp.{gate,up}"
-"""What the demo edits: gate and up of the last two blocks."""
+LAYERS = "blocks.3.mlp.{gate,up}"
+"""What the demo edits: gate and up of the last block."""
 
-RHO = 0.87
+RHO = 0.84
 """The share of curvature mass that it keeps."""
 
 Stage = Callable[[str], Progress]

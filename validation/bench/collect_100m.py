@@ -115,6 +115,8 @@ CANDIDATES = (
 """In turn. refcurv's shard is 4 sequences of 512, so the peer gets to choose that size too."""
 
 
+BUSY = 0.05
+"""A larger share of the cores for others makes a time worthless."""
 MEDIANS = ("seconds", "user", "system", "peak", "base")
 HEAD = (
     "phase",
@@ -146,22 +148,31 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
+def busy_seconds() -> float:
+    """Seconds that all processors of the machine have worked since it started."""
+    ticks = [int(word) for word in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
+    user, nice, system, _idle, _iowait, irq, softirq, steal = ticks
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
 @contextmanager
 def measured(records: Record, name: str, base: float | None = None) -> Iterator[None]:
     """Seconds, peak and base [MiB] of the block, under `name`; base: resident before it.
 
-    Also its processor time, the kernel's share (`system`: mostly pages handed out) apart, and the
-    load average before it: on a quiet machine that of the run itself.
+    Also its processor time, with the kernel's share (`system`: mostly pages handed out) apart, and
+    `others`: the processors' seconds that went elsewhere meanwhile, none on a quiet machine.
     """
     gc.collect()
     forget_peak()
-    record = {"base": resident() if base is None else base, "load_before": os.getloadavg()[0]}
-    used, begin = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+    record: Record = {"base": resident() if base is None else base}
+    used, busy = resource.getrusage(resource.RUSAGE_SELF), busy_seconds()
+    begin = time.perf_counter()
     yield
     record["seconds"] = time.perf_counter() - begin
-    now = resource.getrusage(resource.RUSAGE_SELF)
+    now, busy = resource.getrusage(resource.RUSAGE_SELF), busy_seconds() - busy
     record |= {"user": now.ru_utime - used.ru_utime, "system": now.ru_stime - used.ru_stime}
-    records[name] = record | {"peak": peak()}
+    others = max(busy - record["user"] - record["system"], 0.0)
+    records[name] = record | {"others": others, "peak": peak()}
 
 
 # ------------------------------------------------------------------ jobs: the checkpoint, ours
@@ -561,16 +572,22 @@ def take_turns(folder: Path, size: Size, rounds: int) -> Record:
 # ------------------------------------------------------------------ what is printed
 
 
-def summary(phases: Record, values: Record) -> list[Record]:
+def summary(phases: Record, values: Record, cores: int) -> list[Record]:
     """The table's rows: medians, and what the peer takes on as many cores over what this one does.
 
-    The peer is PyTorch as the official program runs it: every sequence in one batch.
+    The peer is PyTorch as the official program runs it: every sequence in one batch. `others` is
+    here a share of all cores, the largest of any round.
     """
-    rows = [{"phase": name, "cores": None, **one} for name, one in phases.items()]
+    rows = [
+        {"phase": name, "cores": None, **one, "others": one["others"] / one["seconds"] / cores}
+        for name, one in phases.items()
+    ]
     for c in CANDIDATES:
         row = {key: statistics.median(one[key] for one in values[c.name]) for key in MEDIANS}
         each = [one["seconds"] for one in values[c.name]]
-        rows.append({"phase": f"collect: {c.name}", "cores": c.threads, **row, "all": each})
+        others = max(one["others"] / one["seconds"] / cores for one in values[c.name])
+        row |= {"phase": f"collect: {c.name}", "cores": c.threads, "all": each, "others": others}
+        rows.append(row)
     peers = {c.threads: f"collect: {c.name}" for c in CANDIDATES if c.batch == ALL}
     medians = {row["phase"]: row for row in rows}
     for row in rows:
@@ -591,8 +608,8 @@ def table(rows: list[Record]) -> str:
         cells.append((row["phase"], *line, each))
     wide = [max(len(line[i]) for line in cells) for i in range(len(HEAD))]
     lines = [_line(line, wide) for line in cells]
-    rule = "-|-".join("-" * (w - (i > 0)) + ":" * (i > 0) for i, w in enumerate(wide))
-    return "\n".join([lines[0], f"|-{rule}-|", *lines[1:]])
+    rule = "|".join("-" * (w + 2 - (i > 0)) + ":" * (i > 0) for i, w in enumerate(wide))
+    return "\n".join([lines[0], f"|{rule}|", *lines[1:]])
 
 
 def _line(cells: tuple[str, ...], wide: list[int]) -> str:
@@ -614,13 +631,20 @@ def agreement(checks: Record) -> str:
     )  # fmt: skip
 
 
+def quiet(rows: list[Record], cores: int) -> str:
+    """How much of the machine others used while the candidates were timed."""
+    worst = max(row["others"] for row in rows)
+    share = f"other processes used at most {worst:.1%} of the {cores} cores during a timed pass"
+    return share if worst < BUSY else f"NOT QUIET: {share}; do not quote these numbers"
+
+
 def facts(result: Record) -> str:
     """Machine, libraries, date and load in a few lines."""
     machine = result["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     return (
         f"{result['date']}, {machine['cpu']}, {machine['cores']} cores, "
-        f"{machine['memory_gib']} GiB; load average at the start {result['load_at_start']:.2f}.  \n"
+        f"{machine['memory_gib']} GiB; {quiet(result['rows'], machine['cores'])}.  \n"
         f"{versions}.  \nBLAS: {'; '.join(machine['blas'])}; "
         f"torch's kernels: {machine['cpu_capability']}."
     )
@@ -654,7 +678,6 @@ def measure(folder: Path, size: Size, rounds: int) -> Record:
     result: Record = {
         "command": shlex.join(["python", "validation/bench/collect_100m.py", *sys.argv[1:]]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "load_at_start": os.getloadavg()[0],
         "rounds": rounds,
         "size": asdict(size),
         "machine": spawn("machine", folder, size),
@@ -665,7 +688,7 @@ def measure(folder: Path, size: Size, rounds: int) -> Record:
     result["checks"] = check(folder, size)
     if all(one["agree"] for one in result["checks"].values()):
         result["candidates"] = take_turns(folder, size, rounds)
-        result["rows"] = summary(result["phases"], result["candidates"])
+        result["rows"] = summary(result["phases"], result["candidates"], result["machine"]["cores"])
     return result
 
 
@@ -710,7 +733,7 @@ def main() -> int:
     if "rows" not in result:
         print("The two do not compute the same thing: no times, no ratio.")
         return 1
-    print(f"\n{table(result['rows'])}")
+    print(f"{facts(result)}\n\n{table(result['rows'])}")
     if not given.small:
         README.write_text(rewrite(README.read_text(), block(result)))
     return 0

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import refcurv as rc
 from validation.paper.train import load
-from validation.paper.world import calibration, make_world, populations
+from validation.paper.world import calibration, populations
 
 SEQUENCES, SEED = 1600, 20251024
 """Calibration: 102,400 tokens; fewer than 80,000 cost accuracy on addition (EXPERIMENTS 2f)."""
@@ -28,7 +28,7 @@ def ship(run: Path, folder: Path) -> tuple[Path, Path]:
     model = rc.Model(config, parameters, "float32")
     made_from = {"recipe": asdict(recipe), "steps": state.step, "by": "validation/paper/train.py"}
     rc.save(model, folder / "model.h5", made_from)
-    world = make_world(quotes=recipe.quotes)
+    world = recipe.world()
     corpus = rc.Corpus(
         calibration(world, SEQUENCES, SEED),
         populations={

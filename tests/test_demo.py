@@ -1,0 +1,99 @@
+"""The demo end to end: the paper's effect on the shipped model, and its numbers by another route."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import refcurv as rc
+from refcurv.cli import main
+from refcurv.demo.run import CORPUS, LAYERS, MODEL, RHO
+from refcurv.model import transformer
+from refcurv.model.layers import causal_layout
+from refcurv.model.loss import cross_entropy
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> tuple[Path, dict]:
+    out = tmp_path_factory.mktemp("demo")
+    assert main(["demo", "--out", str(out)]) == 0
+    return out, json.loads((out / "results.json").read_text())
+
+
+def rows(results: dict) -> dict[str, dict]:
+    return {row["name"].removesuffix("_test"): row for row in results["evaluation"]["rows"]}
+
+
+def test_memory_goes_and_reasoning_stays(demo: tuple[Path, dict]) -> None:
+    found = rows(demo[1])
+    quotes, clean = found["quotes"], found["language"]
+    assert quotes["before"]["strict"] >= 0.6
+    assert quotes["after"]["strict"] <= quotes["before"]["strict"] / 10
+    assert clean["after"]["perplexity"] <= 1.15 * clean["before"]["perplexity"]
+    for name in ("facts", "open_book", "copying", "addition"):
+        assert found[name]["before"]["accuracy"] >= 0.8
+        assert found[name]["items"] >= 500
+    assert found["boolean"]["before"]["accuracy"] >= 0.75  # chance is 0.5
+    for name in ("open_book", "boolean"):
+        assert found[name]["retention"] >= 0.95
+        assert found[name]["retention_above_chance"] >= 0.95
+
+
+def test_memorised_text_drives_the_flat_bands(demo: tuple[Path, dict]) -> None:
+    """P9: memorised tokens avoid the sharpest band of the edited layers, and fill the flattest."""
+    for layer in ("blocks.3.mlp.gate", "blocks.3.mlp.up"):
+        ratio = demo[1]["bands"][layer]["ratio"]
+        assert ratio[0] < 0.5 < 1.2 < ratio[-1]
+
+
+def test_everything_is_written(demo: tuple[Path, dict]) -> None:
+    out, results = demo
+    names = {"bands.png", "basis.h5", "edited.h5", "factors.h5", "report.html", "results.json",
+             "retention.png", "spectrum.png"}  # fmt: skip
+    assert {p.name for p in out.iterdir()} == names
+    assert {row["layer"] for row in results["edit"]} == {"blocks.3.mlp.gate", "blocks.3.mlp.up"}
+    assert results["settings"]["layers"] == LAYERS
+    assert all(row["rho"] == RHO <= row["mass"] for row in results["edit"])
+
+
+@pytest.mark.parametrize("which", ["before", "after"])
+def test_recitation_and_perplexity_by_another_route(demo: tuple[Path, dict], which: str) -> None:
+    """Definitions instead of kernels, the truth fed in instead of a cache: the same numbers."""
+    out, results = demo
+    model = rc.load(MODEL if which == "before" else out / "edited.h5")
+    parameters = dict(model.parameters)
+    populations = rc.load_corpus(CORPUS).populations
+
+    def logits(token: np.ndarray) -> np.ndarray:
+        layout = causal_layout(np.ones(token.shape, bool), np.zeros_like(token))
+        final, _ = transformer.forward(model.config, parameters, token, layout)
+        return transformer.head_logits(model.config, parameters, final)
+
+    quotes = populations["quotes_test"]
+    P, L = int(quotes.prompt_length[0]), int(quotes.length[0])
+    assert (quotes.prompt_length == P).all()
+    assert (quotes.length == L).all()
+    token = quotes.tokens[:, :L].astype(np.int64)
+    said = logits(token).argmax(axis=-1)[:, P - 1 : L - 1]
+    strict = (said == token[:, P:]).all(axis=1).mean()
+    assert rows(results)["quotes"][which]["strict"] == pytest.approx(strict, abs=1e-15)
+
+    clean = populations["language_test"]
+    nats = []
+    for row, n in zip(clean.tokens.astype(np.int64), clean.length, strict=True):
+        nats.append(cross_entropy(logits(row[None, :n])[0, :-1], row[1:n])[0])
+    perplexity = np.exp(np.concatenate(nats).mean())
+    assert rows(results)["language"][which]["perplexity"] == pytest.approx(perplexity, rel=1e-12)
+
+
+def test_the_shipped_files_are_small_and_loadable_elsewhere(tmp_path: Path) -> None:
+    assert MODEL.stat().st_size + CORPUS.stat().st_size < 6e6
+    rc.export(MODEL, tmp_path / "hf")
+    rc.convert(tmp_path / "hf", tmp_path / "back.h5")
+    model, back = rc.load(MODEL), rc.load(tmp_path / "back.h5")
+    assert back.config == model.config
+    for name in model.parameters:
+        assert np.array_equal(model.parameters[name], back.parameters[name])
