@@ -1,4 +1,4 @@
-"""The demo end to end: the paper's effect on the shipped model, and its numbers by another route."""
+"""The demo end to end: the paper's effect, and its numbers by another route."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def test_memorised_text_drives_the_flat_bands(demo: tuple[Path, dict]) -> None:
     """P9: memorised tokens avoid the sharpest band of the edited layers, and fill the flattest."""
     for layer in ("blocks.3.mlp.gate", "blocks.3.mlp.up"):
         ratio = demo[1]["bands"][layer]["ratio"]
-        assert ratio[0] < 0.5 < 1.2 < ratio[-1]
+        assert ratio[0] < 0.5
+        assert ratio[-1] > 1.2
 
 
 def test_everything_is_written(demo: tuple[Path, dict]) -> None:

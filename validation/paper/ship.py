@@ -29,13 +29,7 @@ def ship(run: Path, folder: Path) -> tuple[Path, Path]:
     made_from = {"recipe": asdict(recipe), "steps": state.step, "by": "validation/paper/train.py"}
     rc.save(model, folder / "model.h5", made_from)
     world = recipe.world()
-    corpus = rc.Corpus(
-        calibration(world, SEQUENCES, SEED),
-        populations={
-            n: rc.Population(p.tokens, p.prompt_length, p.length, p.kind, p.split, p.chance)
-            for n, p in populations(world).items()
-        },
-    )
+    corpus = rc.Corpus(calibration(world, SEQUENCES, SEED), populations=populations(world))
     made_from = {"by": "validation/paper/ship.py", "sequences": SEQUENCES, "seed": SEED}
     rc.save_corpus(corpus, folder / "corpus.h5", made_from)
     return folder / "model.h5", folder / "corpus.h5"

@@ -21,6 +21,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
+from refcurv import Population
 from refcurv.model.config import ModelConfig, NormPlace, QKNorm
 from refcurv.model.layers import DEFINITIONS, Layout, Ops, causal_layout
 from refcurv.model.loss import cross_entropy
@@ -29,7 +30,6 @@ from validation.paper.muon import adamw, muon
 from validation.paper.world import (
     VOCABULARY,
     Mixture,
-    Population,
     Purpose,
     World,
     chapter,

@@ -21,6 +21,8 @@ from functools import partial
 
 import numpy as np
 
+from refcurv import Population
+
 Array = np.ndarray
 Generator = np.random.Generator
 
@@ -474,25 +476,8 @@ def calibration(world: World, sequences: int, seed: int, width: int = 64) -> Arr
 # ------------------------------------------------------------------ what is asked
 
 
-@dataclass(frozen=True, slots=True)
-class Population:
-    """Questions of one kind and split.
-
-    Fields: tokens (N, T) int32, each row EOS, prompt, answer, then EOS as padding;
-    prompt_length (N,), with that first EOS; length (N,) of prompt and answer; kind, `text`,
-    `recite` or `answer`; split, `dev` or `test`; chance, the accuracy of blind guessing.
-    """
-
-    tokens: Array
-    prompt_length: Array
-    length: Array
-    kind: str
-    split: str
-    chance: float = 0.0
-
-
 def population(questions: list[Item], kind: str, split: str, chance: float = 0.0) -> Population:
-    """Lay questions out as rows."""
+    """Questions as rows: EOS, prompt, answer, then EOS as padding; every prompt starts with EOS."""
     length = np.array([1 + len(q.tokens) for q in questions], dtype=np.int32)
     tokens = np.full((len(questions), length.max()), EOS, dtype=np.int32)
     for row, question in zip(tokens, questions, strict=True):
