@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from strategies import Case, assert_within, case, cases
 
-from refcurv.algebra import kernels
+from refcurv.algebra import blas, kernels
 from refcurv.law import tolerance
 from refcurv.model import layers, transformer
 from refcurv.model.config import NormPlace, QKNorm
@@ -82,10 +82,27 @@ def test_extreme_gates_stay_finite() -> None:
             assert np.allclose(got, expected, rtol=1e-5, atol=1e-30)
 
 
-def test_folding_and_mirroring() -> None:
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("rows", "size"), [(1, 1), (3, 7), (200, 33), (0, 4), (2044, 130)])
+def test_gram_is_the_lower_triangle_of_the_product(dtype: type, rows: int, size: int) -> None:
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(7, 5)).astype(np.float32)
-    total = np.tril(rng.normal(size=(5, 5)))
+    x, before = rng.normal(size=(rows, size)).astype(dtype), rng.normal(size=(size, size))
+    for onto in (False, True):
+        total = before.astype(dtype)
+        blas.add_gram(x, total, onto=onto)
+        wide = x.astype(np.float64)
+        want = np.tril(wide.T @ wide + onto * before)
+        scale = np.abs(wide).T @ np.abs(wide) + np.abs(before)
+        assert (np.abs(np.tril(total) - want) <= tolerance.gamma(rows + 2, dtype) * scale).all()
+    with pytest.raises(ValueError, match="add_gram"):
+        blas.add_gram(x, np.zeros((size + 1, size + 1), dtype), onto=False)
+
+
+@pytest.mark.parametrize("size", [1, 5, 63, 64, 65, 200])
+def test_folding_and_mirroring(size: int) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(7, size)).astype(np.float32)
+    total = np.tril(rng.normal(size=(size, size)))
     want = total + np.tril((x.T @ x).astype(np.float64))
     kernels.fold_triangle(total, x.T @ x)
     assert total.tobytes() == want.tobytes()

@@ -67,10 +67,13 @@ def fold_triangle(total_DD: Array, product_DD: Array) -> None:
 
 @njit(cache=True, nogil=True)
 def mirror_triangle(total_DD: Array) -> None:
-    """Copy the lower triangle to the upper: the result is exactly symmetric."""
-    for i in range(total_DD.shape[0]):
-        for j in range(i):
-            total_DD[j, i] = total_DD[i, j]
+    """Copy the lower triangle to the upper, tile by tile: the result is exactly symmetric."""
+    D, tile = total_DD.shape[0], 64
+    for top in range(0, D, tile):
+        for left in range(0, top + 1, tile):
+            for i in range(top, min(top + tile, D)):
+                for j in range(left, min(left + tile, i)):
+                    total_DD[j, i] = total_DD[i, j]
 
 
 # ------------------------------------------------------------------ layers

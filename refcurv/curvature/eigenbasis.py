@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from refcurv.algebra import lapack
+from refcurv.algebra import blas
 from refcurv.curvature.factors import Factor, Factors
 from refcurv.files import store
 from refcurv.files.lazy import Lazy
@@ -89,7 +89,7 @@ def eigenbasis(M: Array, shard_rows: int, dtype: str, what: str) -> tuple[Array,
             "cannot explain this; look for a missed transpose or a partial (sharded) sum."
         )
     with one_blas_thread():
-        values, U = lapack.eigh(M)
+        values, U = blas.eigh(M)
     values, U = values[::-1].copy(), np.ascontiguousarray(U[:, ::-1])
     largest = np.abs(U).argmax(axis=0)  # the lowest index on ties
     U *= np.where(U[largest, np.arange(len(values))] < 0, -1.0, 1.0)

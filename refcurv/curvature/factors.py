@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from refcurv.algebra import kernels
+from refcurv.algebra import blas, kernels
 from refcurv.files import store
 from refcurv.files.corpus import Corpus
 from refcurv.files.lazy import Lazy
@@ -103,29 +103,32 @@ class _Moment:
     a second one is closed: 0 + x has the bits of x.
     """
 
-    __slots__ = ("_block", "_total", "rows")
+    __slots__ = ("_block", "_size", "_total", "rows")
 
     def __init__(self, size: int) -> None:
-        self._block = np.zeros((size, size))
+        self._size = size
+        self._block: Array | None = None  # made when its first shard comes
         self._total: Array | None = None
         self.rows = 0
 
     def add(self, product: Array, rows: int) -> None:
-        """Fold one shard's product; shards come in order."""
+        """Fold one shard's product, its lower triangle; shards come in order."""
+        if self._block is None:
+            self._block = np.zeros((self._size, self._size))
         kernels.fold_triangle(self._block, product)
         self.rows += rows
 
     def close(self) -> None:
         """End a block: its sum joins the total."""
-        if self._total is None:
-            self._total, self._block = self._block, np.zeros_like(self._block)
-        else:
+        if self._block is not None and self._total is not None:
             kernels.fold_triangle(self._total, self._block)
-            self._block[:] = 0
+        elif self._block is not None:
+            self._total = self._block
+        self._block = None
 
     def state(self) -> Array:
         """The total of the closed blocks, lower triangle."""
-        return self._block if self._total is None else self._total
+        return np.zeros((self._size, self._size)) if self._total is None else self._total
 
     def restore(self, total: Array, rows: int) -> None:
         """Go on from a `state`."""
@@ -157,6 +160,7 @@ class _ShardSums:
         self._config, self._moments, self._turnstile = config, moments, turnstile
         self._ordinal, self._draws = ordinal, draws
         self._open: dict[str, tuple[Array, int]] = {}
+        self._spare: dict[int, list[Array]] = {}
         self._layer = ""
         self._input: Array | None = None
 
@@ -172,19 +176,23 @@ class _ShardSums:
             self._add(f"A {self._config.input_of(tap.name)}", tap.a)
 
     def _add(self, key: str, x_NX: Array) -> None:
-        product = x_NX.T @ x_NX  # the same array twice: NumPy calls syrk
-        if key in self._open:
-            before, rows = self._open[key]
-            before += product
-            self._open[key] = (before, rows + len(x_NX))
-        else:
-            self._open[key] = (product, len(x_NX))
+        rows, size = x_NX.shape
+        before = self._open.get(key)
+        if before is not None:
+            blas.add_gram(x_NX, before[0], onto=True)
+            self._open[key] = (before[0], before[1] + rows)
+            return
+        spare = self._spare.get(size)
+        product = spare.pop() if spare else np.empty((size, size), x_NX.dtype)
+        blas.add_gram(x_NX, product, onto=False)
+        self._open[key] = (product, rows)
 
     def fold(self) -> None:
-        """Fold every open product, each in its turn."""
+        """Fold every open product, each in its turn; its memory serves the next."""
         for key, (product, rows) in self._open.items():
             with self._turnstile.turn(key, self._ordinal):
                 self._moments[key].add(product, rows)
+            self._spare.setdefault(len(product), []).append(product)
         self._open.clear()
 
 
@@ -375,9 +383,16 @@ def _finish(
     config: ModelConfig, names: list[str], moments: Mapping[str, _Moment]
 ) -> dict[str, Factor]:
     """Sums to factors; layers that read the same input share the very same A."""
-    sums = {key: moment.finish() for key, moment in moments.items()}
-    for key, total in sums.items():
-        if not np.isfinite(total).all():
+    keys = list(moments)
+
+    def finish(_: int, key: str) -> tuple[Array, bool]:
+        total = moments[key].finish()
+        return total, bool(np.isfinite(total).all())
+
+    sums: dict[str, Array] = {}
+    for key, (total, finite) in zip(keys, run(keys, finish), strict=True):
+        sums[key] = total
+        if not finite:
             side, _, name = key.partition(" ")
             index = [int(i) for i in np.argwhere(~np.isfinite(total))[0]]
             raise NonFiniteError(

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from refcurv.law.checks import Array, require_seed
 from refcurv.law.conventions import NO_LABEL
+
+CACHED = 2**17
+"""Logits worked on at one time: a megabyte in float64, within a core's own cache."""
 
 
 def shift_labels(token_BT: Array, real_BT: Array, segment_BT: Array) -> Array:
@@ -34,16 +39,26 @@ def cross_entropy(logit_NV: Array, label_N: Array) -> tuple[Array, Array]:
 
     A row whose label is negative has neither: 0 nats, gradient 0.
     """
-    top_N1 = logit_NV.real.max(axis=-1, keepdims=True)
-    e_NV = np.exp(logit_NV - top_N1)
-    total_N1 = e_NV.sum(axis=-1, keepdims=True)
-    row_N = np.arange(len(label_N))
-    labelled_N = label_N >= 0
-    at_N = np.where(labelled_N, label_N, 0)
-    nats_N = np.log(total_N1[:, 0]) - (logit_NV[row_N, at_N] - top_N1[:, 0])
-    d_logit_NV = e_NV / total_N1
-    d_logit_NV[row_N, at_N] -= 1
-    return np.where(labelled_N, nats_N, 0), np.where(labelled_N[:, None], d_logit_NV, 0)
+    nats_N = np.zeros(len(label_N), dtype=logit_NV.dtype)
+    d_logit_NV = np.zeros_like(logit_NV)
+    for rows in _few_rows(logit_NV):
+        z_NV, at_N = logit_NV[rows], np.flatnonzero(label_N[rows] >= 0)
+        label = label_N[rows][at_N]
+        top_N1 = z_NV.real.max(axis=-1, keepdims=True)
+        e_NV = np.exp(z_NV - top_N1)
+        total_N1 = e_NV.sum(axis=-1, keepdims=True)
+        nats_N[rows][at_N] = np.log(total_N1[at_N, 0]) - (z_NV[at_N, label] - top_N1[at_N, 0])
+        e_NV /= total_N1
+        e_NV[at_N, label] -= 1
+        d_logit_NV[rows][at_N] = e_NV[at_N]
+    return nats_N, d_logit_NV
+
+
+def _few_rows(logit_NV: Array) -> Iterator[slice]:
+    """Rows whose numbers stay in the cache while they are worked on; each row is by itself."""
+    N, V = logit_NV.shape
+    step = max(1, CACHED // V)
+    return (slice(begin, begin + step) for begin in range(0, N, step))
 
 
 def uniforms(seed: int, draw: int, index: int, length: int) -> Array:
@@ -55,10 +70,14 @@ def uniforms(seed: int, draw: int, index: int, length: int) -> Array:
 
 def draw_labels(logit_NV: Array, uniform_N: Array) -> Array:
     """SAMPLING: one label per row by inverting the sequential float64 cumsum of exp(z − max z)."""
-    z_NV = logit_NV.astype(np.float64, copy=False)
-    e_NV = np.exp(z_NV - z_NV.max(axis=-1, keepdims=True))
-    c_NV = np.cumsum(e_NV, axis=-1)
-    label_N = (c_NV <= (uniform_N * c_NV[:, -1])[:, None]).sum(axis=-1)
-    # u·c can round up to c itself: then no entry lies above it
-    last_N = e_NV.shape[-1] - 1 - np.argmax(e_NV[:, ::-1] > 0, axis=-1)
-    return np.asarray(np.where(label_N < e_NV.shape[-1], label_N, last_N))
+    label_N = np.empty(len(uniform_N), dtype=np.int64)
+    for rows in _few_rows(logit_NV):
+        z_NV = logit_NV[rows].astype(np.float64)
+        z_NV -= z_NV.max(axis=-1, keepdims=True)
+        e_NV = np.exp(z_NV, out=z_NV)
+        c_NV = np.cumsum(e_NV, axis=-1)
+        label_N[rows] = (c_NV <= (uniform_N[rows] * c_NV[:, -1])[:, None]).sum(axis=-1)
+        # u·c can round up to c itself: then no entry lies above it
+        last_N = e_NV.shape[-1] - 1 - np.argmax(e_NV[:, ::-1] > 0, axis=-1)
+        label_N[rows] = np.where(label_N[rows] < e_NV.shape[-1], label_N[rows], last_N)
+    return label_N

@@ -246,17 +246,18 @@ def backward(
     d_final_BTD: Array,
     trace: Trace,
     ops: Ops = DEFINITIONS,
+    consume: bool = False,
 ) -> Iterator[Tap | Slope]:
     """Undo `forward` from the gradient of what the head reads, down to block `trace.lowest`.
 
-    When every block was kept, the embedding's own gradient comes last.
+    When every block was kept, the embedding's own gradient comes last. With `consume` each block's
+    trace is given up as the backward leaves it, and the trace serves no second time.
     """
     d_x_BTD, d_gain = ops.rms_norm_backward(d_final_BTD, trace.final_norm)
     yield Slope("final_norm.weight", d_gain)
     for i in reversed(range(trace.lowest, config.layers)):
-        d_x_BTD = yield from block_backward(
-            config, parameters, i, d_x_BTD, trace.blocks[i - trace.lowest], trace.rope, ops
-        )
+        block = trace.blocks.pop() if consume else trace.blocks[i - trace.lowest]
+        d_x_BTD = yield from block_backward(config, parameters, i, d_x_BTD, block, trace.rope, ops)
     if trace.lowest == 0:
         # forward:  x[b, t] = E[token[b, t]]
         d_embed_VD = np.zeros((config.vocabulary, config.width), dtype=d_x_BTD.dtype)

@@ -65,7 +65,8 @@ def sweep(
             config, parameters, final_BTD, shard.label_BT, shard.keep_BT, uniform_BT
         )
         loss = transformer.drain(head, partial(take, draw) if want_head else _ignore)
-        steps = transformer.backward(config, parameters, loss.d_final_BTD, trace, FAST)
+        last = draw == job.draws - 1
+        steps = transformer.backward(config, parameters, loss.d_final_BTD, trace, FAST, last)
         missing = len(job.layers) - want_head
         while missing:
             step = next(steps)
