@@ -92,7 +92,9 @@ def inspect(args: argparse.Namespace) -> None:
 def collect(args: argparse.Namespace) -> None:
     """Accumulate the factors A and G of linear layers over a corpus."""
     import refcurv as rc
+    from refcurv.files.disk import output_path
 
+    output_path("collect", args.output)  # before the work, not after it
     model = rc.load(args.weights, dtype=args.dtype)
     factors = rc.collect(
         model,

@@ -98,3 +98,25 @@ def test_the_shipped_files_are_small_and_loadable_elsewhere(tmp_path: Path) -> N
     assert back.config == model.config
     for name in model.parameters:
         assert np.array_equal(model.parameters[name], back.parameters[name])
+
+
+def test_the_readmes_numbers_are_the_demos(demo: tuple[Path, dict]) -> None:
+    """Every row of the README's table, as `refcurv demo` prints it."""
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    found = rows(demo[1])
+    values = {
+        "quotes recited without an error": ("quotes", "strict"),
+        "closed-book facts": ("facts", "accuracy"),
+        "addition": ("addition", "accuracy"),
+        "open-book questions": ("open_book", "accuracy"),
+        "boolean logic (chance 50 %)": ("boolean", "accuracy"),
+        "copying six words": ("copying", "accuracy"),
+        "perplexity of clean language": ("language", "perplexity"),
+    }
+    for label, (name, value) in values.items():
+        line = next(x for x in text.splitlines() if x.startswith(f"| {label} |"))
+        stated = [float(cell.strip(" %")) for cell in line.split("|")[2:4]]
+        row, scale = found[name], 1 if value == "perplexity" else 100
+        got = [scale * row[when][value] for when in ("before", "after")]
+        digits = 2 if value == "perplexity" else 1
+        assert stated == [round(x, digits) for x in got], label

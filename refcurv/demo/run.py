@@ -19,6 +19,7 @@ import refcurv as rc
 from refcurv.evaluation.bands import Quantity, bands
 from refcurv.files import store
 from refcurv.files.disk import machine_faults, sync_folder
+from refcurv.law.checks import SchemaError
 from refcurv.model.config import expand
 from refcurv.passes.parallel import Progress
 
@@ -131,6 +132,8 @@ def _product(shape: tuple[int, ...]) -> int:
 
 
 def _made(folder: Path) -> Path:
+    if folder.exists() and not folder.is_dir():
+        raise SchemaError(f"demo: {str(folder)!r} is no folder. Name another with --out.")
     with machine_faults("demo", folder):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
