@@ -344,7 +344,7 @@ def read_config(where: str, text: str) -> tuple[Family, ModelConfig]:
     }
     try:
         return family, ModelConfig(**fields)
-    except (RefcurvError, OverflowError) as error:
+    except RefcurvError as error:
         raise SchemaError(f"{where}: {one_line(error)}.") from None
 
 

@@ -207,7 +207,7 @@ def _config(header: store.Header) -> ModelConfig:
         raise SchemaError(f"{where} has no text attribute 'config'. Was it written by refcurv?")
     try:
         config = ModelConfig.from_json(parse_json("load", "config", text))
-    except (RefcurvError, OverflowError) as error:
+    except RefcurvError as error:
         raise SchemaError(f"{where}: its configuration is refused: {one_line(error)}.") from None
     if config.layers > len(header.entries):  # before as many names are made
         raise SchemaError(

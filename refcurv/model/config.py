@@ -91,7 +91,9 @@ class ModelConfig:
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise RangeError(f"{who}: {name} must be a number; got {value!r}.")
             if not least <= value <= LARGEST:
-                raise RangeError(f"{who}: {name} must be finite and >= {least:g}; got {value!r}.")
+                raise RangeError(
+                    f"{who}: {name} must be finite and >= {least:g}; got {value!r:.40}."
+                )
             object.__setattr__(self, name, float(value))
         if not isinstance(self.tied, bool):
             raise ConventionError(f"{who}: tied must be true or false; got {self.tied!r}.")
