@@ -13,6 +13,7 @@ import numpy as np
 from refcurv.files import store
 from refcurv.files.bfloat16 import from_bfloat16, to_bfloat16
 from refcurv.files.disk import PathLike, one_line, parse_json
+from refcurv.files.lazy import Lazy
 from refcurv.law.checks import (
     Array,
     DTypeError,
@@ -32,31 +33,13 @@ PARAMETERS: Final = "parameters."
 """Before a parameter's name, in the file."""
 
 
-class _Stored(Mapping[str, Array]):
-    """The parameters in a file: every access reads, verifies and widens one of them."""
-
-    __slots__ = ("_dtype", "_header", "_names")
-
-    def __init__(self, header: store.Header, names: tuple[str, ...], dtype: str) -> None:
-        self._header, self._names, self._dtype = header, names, dtype
-
-    def __getitem__(self, name: str) -> Array:
-        if PARAMETERS + name not in self._header.entries:
-            raise KeyError(name)
-        info = self._header.entries[PARAMETERS + name]
-        array = widen(store.read(self._header, PARAMETERS + name), info.stored, self._dtype)
-        require_finite(f"load: {self._header.path!r}", f"parameter {name!r}", array)
-        array.flags.writeable = False
-        return array
-
-    def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and PARAMETERS + name in self._header.entries
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+def _read_parameter(header: store.Header, name: str, dtype: str) -> Array:
+    """Read, verify and widen one parameter."""
+    info = header.entries[PARAMETERS + name]
+    array = widen(store.read(header, PARAMETERS + name), info.stored, dtype)
+    require_finite(f"load: {header.path!r}", f"parameter {name!r}", array)
+    array.flags.writeable = False
+    return array
 
 
 def load(path: PathLike, dtype: str = "float64") -> Model:
@@ -93,7 +76,11 @@ def load(path: PathLike, dtype: str = "float64") -> Model:
     _require_parameters(header, config)
     stored = {name: header.entries[PARAMETERS + name].stored for name in names}
     return Model(
-        config, _Stored(header, names, dtype), dtype, MappingProxyType(stored), store.Source(header)
+        config,
+        Lazy(names, lambda name: _read_parameter(header, name, dtype)),
+        dtype,
+        MappingProxyType(stored),
+        store.Source(header),
     )
 
 
