@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from refcurv.model.config import ModelConfig, NormPlace, QKNorm
@@ -128,6 +129,11 @@ def cases(draw: st.DrawFn, layers: int = 2) -> Case:
     return Case(
         made, random_parameters(made, draw(st.integers(0, 9999))), token, real, segment, label
     )
+
+
+def few(examples: int) -> settings:
+    """Fewer examples for a dear test: so many of the 25 of `dev`, more by the profile's share."""
+    return settings(max_examples=max(1, examples * settings().max_examples // 25))
 
 
 def assert_within(got: object, want: object, budget: float, scale: object, what: str) -> float:

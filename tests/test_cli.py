@@ -77,6 +77,18 @@ def test_commands_equal_functions(files: Path) -> None:
         assert bases[name].U_A.tobytes() == basis[name].U_A.tobytes()
 
 
+def test_collect_says_how_exact_its_draws_are(files: Path, tmp_path: Path, capsys) -> None:
+    out = str(tmp_path / "f.h5")
+    command = ["collect", *paths(files, "w", "c"), "-o", out, "--layers", "head,blocks.1.mlp.up"]
+    assert main([*command, "--fisher", "signed", "--draws", "2"]) == 0
+    found = {name: f.error_G / np.linalg.norm(f.G) for name, f in rc.load_factors(out).items()}
+    worst = max(found, key=lambda name: found[name])
+    said = f"standard error of G over the draws: at most {found[worst]:.2%} of |G|, in {worst}\n"
+    assert said in capsys.readouterr().out
+    assert main(["inspect", out]) == 0
+    assert "error_G" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("kind", ["w", "c", "f", "b"])
 def test_inspect_says_what_a_file_is(kind: str, files: Path, tmp_path: Path, capsys) -> None:
     facts = tmp_path / "facts.json"
@@ -102,6 +114,8 @@ BAD = {
     "unknown layer": (["collect", "{w}", "{c}", "-o", "{out}", "--layers", "blocks.9.**"],
                       "matches none"),
     "unknown fisher": (["collect", "{w}", "{c}", "-o", "{out}", "--fisher", "gold"], "sampled"),
+    "draws of nothing": (["collect", "{w}", "{c}", "-o", "{out}", "--fisher", "expected",
+                          "--draws", "2"], "`expected` draws nothing"),
     "seed out of range": (["collect", "{w}", "{c}", "-o", "{out}", "--seed", "-1"], "seed"),
     "rho too large": (["edit", "{w}", "{b}", "-o", "{out}", "--rho", "1.5"], "[0, 1]"),
     "rho no number": (["edit", "{w}", "{b}", "-o", "{out}", "--rho", "up=much"], "SHARE"),

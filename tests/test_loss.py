@@ -2,21 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import oracles
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import Case, cases
+from strategies import Case, assert_within, cases
 
+from refcurv.law import tolerance
 from refcurv.law.checks import RangeError
-from refcurv.model.loss import cross_entropy, draw_labels, reached, shift_labels, uniforms
+from refcurv.model.loss import (
+    cross_entropy,
+    draw_labels,
+    hessian_product,
+    reached,
+    root_product,
+    shift_labels,
+    signs,
+    uniforms,
+)
 
 
 @given(st.integers(0, 2**64 - 1), st.integers(0, 2**40), st.integers(0, 2**40), st.integers(1, 13))
 def test_uniforms_are_philox_by_hand(seed: int, draw: int, index: int, length: int) -> None:
     got = uniforms(seed, draw, index, length)
     assert got.tolist() == [oracles.uniform(seed, draw, index, t) for t in range(length)]
+
+
+@given(
+    st.integers(0, 2**64 - 1),
+    st.integers(0, 2**40),
+    st.integers(0, 2**40),
+    st.integers(0, 2**30),
+    st.integers(1, 600),
+)
+def test_signs_are_philox_by_hand(seed: int, draw: int, index: int, t: int, size: int) -> None:
+    got = signs(seed, draw, index, t, size)
+    assert got.tolist() == [sign_by_hand(seed, draw, index, t, v) for v in range(size)]
+
+
+def sign_by_hand(seed: int, draw: int, index: int, t: int, v: int) -> int:
+    """SAMPLING: the sign of entry v at position t, one bit of one word."""
+    n = v // 64
+    word = oracles.philox4x64([1 + n // 4, 1 + t, draw, index], [seed, 0])[n % 4]
+    return 1 if word >> (v % 64) & 1 else -1
+
+
+def test_signs_are_even_and_independent_of_position_draw_and_sequence() -> None:
+    many = np.stack([signs(1, d, i, t, 512) for d in (0, 1) for i in (0, 1) for t in (0, 1)])
+    C = many.astype(float) @ many.T.astype(float) / 512
+    assert np.abs(C - np.eye(8)).max() < 4.5 / np.sqrt(512)  # p < 2e-4 for 28 pairs, seed fixed
+    assert np.abs(many.mean(axis=1)).max() < 4.5 / np.sqrt(512)
 
 
 def test_philox_by_hand_matches_the_published_vector() -> None:
@@ -88,3 +126,70 @@ def test_cross_entropy_survives_huge_logits() -> None:
     nats, slope = cross_entropy(np.array([[1e4, -1e4]]), np.array([1]))
     assert nats.tolist() == [2e4]
     assert slope.tolist() == [[1, -1]]
+
+
+def some_logits(
+    seed: int, vocabulary: int, spread: float, dtype: object = np.float64
+) -> np.ndarray:
+    return (np.random.default_rng(seed).normal(size=(3, vocabulary)) * spread).astype(dtype)
+
+
+def columns(product: Callable[..., np.ndarray], logit: np.ndarray) -> np.ndarray:
+    """The matrix (N, V, V) of a product, one column at a time."""
+    N, V = logit.shape
+    each = [product(logit, np.tile(e, (N, 1))) for e in np.eye(V, dtype=logit.dtype)]
+    return np.stack(each, axis=-1)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.sampled_from([0.1, 1.0, 20.0]))
+def test_O11_the_hessian_is_the_complex_step_of_the_gradient(
+    seed: int, vocabulary: int, spread: float
+) -> None:
+    # observed: 3 % of the budget
+    logit, label = some_logits(seed, vocabulary, spread), np.array([0, vocabulary - 1, 0])
+    v = np.random.default_rng(seed).normal(size=logit.shape)
+    truth = cross_entropy(logit + 1e-30j * v, label)[1].imag / 1e-30
+    p = cross_entropy(logit, label)[1] + np.eye(vocabulary)[label]
+    scale = p * np.abs(v) + p * (p * np.abs(v)).sum(axis=-1, keepdims=True)
+    budget = tolerance.gamma(vocabulary + 64, np.float64) * (1 + spread)
+    assert_within(hessian_product(logit, v), truth, budget, scale, "H v")
+
+
+@given(
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 9),
+    st.sampled_from([0.1, 1.0, 20.0]),
+    st.sampled_from([np.float32, np.float64, np.longdouble]),
+)
+def test_O11_the_root_times_its_transpose_is_the_hessian(
+    seed: int, vocabulary: int, spread: float, dtype: type
+) -> None:
+    logit = some_logits(seed, vocabulary, spread, dtype)
+    S, H = columns(root_product, logit), columns(hessian_product, logit)
+    assert S.dtype == H.dtype == dtype
+    nats = [cross_entropy(logit, np.full(3, v))[0] for v in range(vocabulary)]
+    p = np.exp(-np.stack(nats, axis=-1))
+    largest = p[:, :, None] * np.sqrt(p)[:, None, :] + np.sqrt(p)[:, None, :] * np.eye(vocabulary)
+    budget = tolerance.gamma(2 * vocabulary + 64, dtype)
+    scale = largest @ largest.swapaxes(-1, -2)
+    assert_within(S @ S.swapaxes(-1, -2), H, budget, scale, "S Sᵀ")
+    for v in range(vocabulary):  # column v is −√p_v times the gradient against label v
+        slope = cross_entropy(logit, np.full(3, v))[1]
+        want = -np.sqrt(p[:, v])[:, None] * slope
+        assert_within(S[:, :, v], want, budget * (1 + spread), largest[:, :, v], "column of S")
+
+
+def test_O11_the_root_has_rank_one_less_than_the_vocabulary() -> None:
+    for S in columns(root_product, some_logits(0, 6, 1.0)):
+        values = np.linalg.svd(S, compute_uv=False)
+        assert values[-1] < 1e-15
+        assert values[-2] > 1e-3
+
+
+def test_products_of_many_rows_are_those_of_each() -> None:
+    """Rows are worked on a few at a time: more of them than one portion holds."""
+    logit = np.random.default_rng(0).normal(size=(300, 700))
+    e = np.random.default_rng(1).normal(size=logit.shape)
+    for product in (root_product, hessian_product):
+        alone = [product(logit[n : n + 1], e[n : n + 1]) for n in range(len(logit))]
+        assert (product(logit, e) == np.concatenate(alone)).all()

@@ -54,8 +54,15 @@ def padded() -> Case:
 # ------------------------------------------------------------------ the tests that must notice
 
 
-def naive_sums(fisher: str) -> None:
-    test_factors.test_factors_equal_the_naive_sums.hypothesis.inner_test(padded(), fisher, 3)
+def naive_sums(fisher: str, one: Case | None = None) -> None:
+    test_factors.test_factors_equal_the_naive_sums.hypothesis.inner_test(
+        padded() if one is None else one, fisher, 3
+    )
+
+
+def unbiased_error() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        test_factors.test_O12_the_standard_error_is_unbiased("sampled", patch)
 
 
 def complex_step() -> None:
@@ -128,6 +135,33 @@ def gold(config: Any, parameters: Any, shard: Any, job: Any, take: Any) -> None:
 SWEEP = memory.sweep
 
 
+def shared_signs(seed: int, draw: int, index: int, t: int, vocabulary: int) -> np.ndarray:
+    return SIGNS(seed, draw, index, 0, vocabulary)
+
+
+SIGNS = loss.signs
+
+
+def one_uniform(seed: int, draw: int, index: int, length: int) -> np.ndarray:
+    return np.full(length, UNIFORMS(seed, draw, index, 1)[0])
+
+
+UNIFORMS = loss.uniforms
+
+
+def root_everywhere(shard: Any, t: int, v: int, row: np.ndarray, logit: np.ndarray) -> np.ndarray:
+    sent = loss.root_product(logit, np.eye(logit.shape[1])[np.full(len(logit), v)])
+    sent[row % shard.label_BT.shape[1] != t] = 0
+    return sent
+
+
+def biased_variance(passes: Any) -> np.ndarray:
+    return VARIANCE(passes) / 2
+
+
+VARIANCE = factors._Passes.variance
+
+
 def interleaved(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
     x1, x2 = x[..., ::2], x[..., 1::2]
     return np.stack([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).reshape(x.shape)
@@ -170,7 +204,7 @@ def ungated_slope(d_h: np.ndarray, saved: Any) -> Any:
 
 def no_softmax_jacobian(d_context: np.ndarray, saved: Any) -> Any:
     q, k, v, p, scale = saved
-    B, K, R, T, E = q.shape
+    B, (K, R, T, E) = len(d_context), q.shape[1:]
     d = d_context.reshape(B, T, K, R, E).transpose(0, 2, 3, 1, 4)
     d_score = p * (d @ v.swapaxes(-1, -2))
     d_q = (d_score @ k * scale).transpose(0, 3, 1, 2, 4).reshape(B, T, K * R, E)
@@ -188,6 +222,14 @@ BUGS: list[tuple[str, Any, str, Any, Callable[[], None]]] = [
     ("B1 mean loss", transformer, "cross_entropy", mean_loss, complex_step),
     ("B27 last position kept", shards, "reached", all_real, lambda: naive_sums("empirical")),
     ("B15 data labels for sampled", memory, "sweep", gold, lambda: naive_sums("sampled")),
+    ("B17 one uniform for all positions", memory, "uniforms", one_uniform,
+     lambda: naive_sums("sampled")),
+    ("signs shared across positions", memory, "signs", shared_signs, lambda: naive_sums("signed")),
+    ("B18 joint columns, no signs", memory, "_root_column", test_factors.joint_columns,
+     lambda: naive_sums("expected")),
+    ("B19 unlabelled positions count too", memory, "_root_column", root_everywhere,
+     lambda: naive_sums("expected", test_factors.gappy())),
+    ("1/M in the standard error", factors._Passes, "variance", biased_variance, unbiased_error),
     ("B28 pads counted", shards, "reached", everything, lambda: naive_sums("empirical")),
     ("B51 interleaved rotary", layers, "rotate", interleaved, rotary_by_hand),
     ("B52 tiled query groups", DEFINITIONS, "attention_forward", tiled_groups, attention_by_loops),

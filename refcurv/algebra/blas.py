@@ -1,4 +1,4 @@
-"""SciPy's BLAS and LAPACK without the interpreter's lock, so that shards and matrices run abreast.
+"""BLAS and LAPACK: on one thread, and without the interpreter's lock, so that shards run abreast.
 
 SciPy's own wrappers hold the GIL while the library works. SciPy exports the same routines for other
 compilers (`scipy.linalg.cython_blas`, `cython_lapack`), and ctypes releases the lock around them.
@@ -7,16 +7,32 @@ compilers (`scipy.linalg.cython_blas`, `cython_lapack`), and ctypes releases the
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import numpy as np
 import scipy.linalg
 from scipy.linalg import cython_blas, cython_lapack
+from threadpoolctl import ThreadpoolController
 
 from refcurv.law.checks import Array
 
 _MOST = 32_766  # beyond it dsyevd's workspace overflows LAPACK's 32-bit integers
+
+
+@contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """BLAS and LAPACK on one thread: with two, some products and `eigh` change their bits."""
+    with _pools().limit(limits=1):
+        yield
+
+
+@cache
+def _pools() -> ThreadpoolController:
+    """The thread pools of NumPy's and SciPy's BLAS; finding them takes longer than a product."""
+    return ThreadpoolController()
 
 
 def add_gram(x_NX: Array, sum_XX: Array, *, onto: bool) -> None:

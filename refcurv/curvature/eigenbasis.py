@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from refcurv.algebra import blas
+from refcurv.algebra.blas import one_blas_thread
 from refcurv.curvature.factors import Factor, Factors
 from refcurv.files import store
 from refcurv.files.lazy import Lazy
@@ -23,7 +24,7 @@ from refcurv.law.checks import (
     require_finite,
     require_shape,
 )
-from refcurv.passes.parallel import Progress, one_blas_thread, stream
+from refcurv.passes.parallel import Progress, stream
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from refcurv.algebra.blas import one_blas_thread
 from refcurv.algebra.staircase import Staircase, count_between, cut
 from refcurv.curvature.eigenbasis import Bases, Eigenbasis
 from refcurv.files.weights import narrow, widen
@@ -22,7 +23,6 @@ from refcurv.law.checks import (
     require_shape,
 )
 from refcurv.model.config import Model, expand
-from refcurv.passes.parallel import one_blas_thread
 
 
 @dataclass(frozen=True, slots=True)

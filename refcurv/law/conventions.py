@@ -43,13 +43,18 @@ LAW: Final[Mapping[str, str]] = MappingProxyType(
         "next token of the same segment, so the last position of a segment has none.",
         "ROWS": "`reached` (default): real positions from which a label is reached, those at or "
         "before the last labelled one of their segment. `labelled`: only those with a label.",
-        "FISHER": "Whose labels the backward pass uses: `expected` (exact over the vocabulary), "
-        "`sampled` (drawn from the model, one joint backward per sequence and draw), `empirical` "
-        "(the corpus's). Labels are drawn only where the corpus has one.",
+        "FISHER": "Whose labels the backward pass uses: `expected` (exact over the vocabulary: one "
+        "backward per loss position and entry v, of column v of S = diag(√p) − p √pᵀ), `signed` "
+        "(an unbiased estimate of it without labels: one joint backward per sequence and draw, of "
+        "S ε, ε ∈ {±1}^V at each position), `sampled` (labels drawn from the model: one joint "
+        "backward per sequence and draw), `empirical` (the corpus's labels). Only positions where "
+        "the corpus has a label send anything back.",
         "SAMPLING": "Philox4x64-10, key (seed, 0); the uniform of position t is word t mod 4 of "
         "the block at counter (1 + t div 4, 0, draw, corpus index), its top 53 bits times 2⁻⁵³. "
         "Label: the first v with c_v > u·c_{V−1}, c the sequential float64 cumsum of "
-        "exp(z − max z), else the last with positive probability.",
+        "exp(z − max z), else the last with positive probability. Signs of position t: entry v is "
+        "bit v mod 64 (0 the least significant) of word n = v div 64, which is word n mod 4 of the "
+        "block at counter (1 + n div 4, 1 + t, draw, corpus index); 1 means +1, 0 means −1.",
         "THREE": "F (exact block), F_tok (cross-position terms dropped) and K are three matrices, "
         "never one.",
         "ORDER": "Eigenvalues descending, eigenvectors in columns; the entry of largest magnitude "
@@ -61,11 +66,14 @@ LAW: Final[Mapping[str, str]] = MappingProxyType(
         "with c_i pairs in row i weighs fsum_i fl(λ_i·P[c_i]), P the correctly rounded prefix "
         "sums of μ. ρ = 1 keeps everything and returns W itself; ρ = 0 keeps nothing.",
         "PRECISION": "Exact widening on reading; one dtype for computing (float64, or float32 by "
-        "choice); products inside a shard in that dtype; the fold over shards, eigensolvers, "
-        "factors and bases in float64; edited weights in the dtype of their source.",
+        "choice); the products of one backward pass over a shard in that dtype; the fold over "
+        "passes and shards, eigensolvers, factors and bases in float64; edited weights in the "
+        "dtype of their source.",
         "SHARD, BLOCK": "Shard = max(1, 2048 div T) consecutive sequences, T the corpus's width; "
-        "the head in chunks of 512 kept rows; block = 64 consecutive shards. Shard sums are added "
-        "in order to a block sum that starts from zero; block sums are added in order.",
+        "the head in chunks of 512 kept rows; block = 64 consecutive shards. A shard's backward "
+        "passes (by draw, or by position and then entry) are added in order to a shard sum that "
+        "starts from zero, shard sums to a block sum that starts from zero, block sums to the "
+        "total.",
     }
 )
 
@@ -95,6 +103,7 @@ class Fisher(StrEnum):
     """FISHER: whose labels the backward pass uses."""
 
     EXPECTED = "expected"
+    SIGNED = "signed"
     SAMPLED = "sampled"
     EMPIRICAL = "empirical"
 

@@ -134,9 +134,12 @@ def attention_forward(
 
 
 def attention_backward(d_context_BTHE: Array, saved: Saved) -> tuple[Array, Array, Array]:
-    """Gradients of `attention_forward` with respect to q, k and v."""
+    """Gradients of `attention_forward` with respect to q, k and v.
+
+    Of one sequence, several gradients can be undone at once: their axis takes the batch's place.
+    """
     q_BKRTE, k_BK1SE, v_BK1SE, p_BKRTS, scale = saved
-    B, K, R, T, E = q_BKRTE.shape
+    B, (K, R, T, E) = len(d_context_BTHE), q_BKRTE.shape[1:]
     d_context_BKRTE = d_context_BTHE.reshape(B, T, K, R, E).transpose(0, 2, 3, 1, 4)
     # forward:  context = p @ v
     d_p = d_context_BKRTE @ v_BK1SE.swapaxes(-1, -2)

@@ -1,4 +1,4 @@
-"""Cross-entropy in nats: value and gradient, and the labels that it is taken against."""
+"""Cross-entropy in nats: value, gradient and Hessian, and the labels that it is taken against."""
 
 from __future__ import annotations
 
@@ -44,14 +44,49 @@ def cross_entropy(logit_NV: Array, label_N: Array) -> tuple[Array, Array]:
     for rows in _few_rows(logit_NV):
         z_NV, at_N = logit_NV[rows], np.flatnonzero(label_N[rows] >= 0)
         label = label_N[rows][at_N]
-        top_N1 = z_NV.real.max(axis=-1, keepdims=True)
-        e_NV = np.exp(z_NV - top_N1)
-        total_N1 = e_NV.sum(axis=-1, keepdims=True)
+        top_N1, e_NV, total_N1 = _exponentials(z_NV)
         nats_N[rows][at_N] = np.log(total_N1[at_N, 0]) - (z_NV[at_N, label] - top_N1[at_N, 0])
         e_NV /= total_N1
         e_NV[at_N, label] -= 1
         d_logit_NV[rows][at_N] = e_NV[at_N]
     return nats_N, d_logit_NV
+
+
+def hessian_product(logit_NV: Array, v_NV: Array) -> Array:
+    """(diag p − p pᵀ) v per row: the Hessian of −log p[label] by the logits, for every label.
+
+    Proof: tests/test_loss.py::test_O11_the_hessian_is_the_complex_step_of_the_gradient
+    """
+    out_NV = np.empty(v_NV.shape, np.result_type(logit_NV, v_NV))
+    for rows in _few_rows(logit_NV):
+        _top, p_NV, total_N1 = _exponentials(logit_NV[rows])
+        p_NV /= total_N1
+        out_NV[rows] = p_NV * v_NV[rows]
+        out_NV[rows] -= p_NV * out_NV[rows].sum(axis=-1, keepdims=True)
+    return out_NV
+
+
+def root_product(logit_NV: Array, e_NV: Array) -> Array:
+    """S e per row, S = diag(√p) − p √pᵀ: a root of the Hessian, S Sᵀ = diag p − p pᵀ.
+
+    Column v of S, √p_v (onehot(v) − p), is −√p_v times the gradient against label v.
+
+    Proof: tests/test_loss.py::test_O11_the_root_times_its_transpose_is_the_hessian
+    """
+    out_NV = np.empty(e_NV.shape, np.result_type(logit_NV, e_NV))
+    for rows in _few_rows(logit_NV):
+        _top, p_NV, total_N1 = _exponentials(logit_NV[rows])
+        p_NV /= total_N1
+        out_NV[rows] = np.sqrt(p_NV) * e_NV[rows]
+        out_NV[rows] -= p_NV * out_NV[rows].sum(axis=-1, keepdims=True)
+    return out_NV
+
+
+def _exponentials(z_NV: Array) -> tuple[Array, Array, Array]:
+    """(top, e, total) per row: top = max z, e = exp(z − top), total = Σ e; p = e / total."""
+    top_N1 = z_NV.real.max(axis=-1, keepdims=True)
+    e_NV = np.exp(z_NV - top_N1)
+    return top_N1, e_NV, e_NV.sum(axis=-1, keepdims=True)
 
 
 def _few_rows(logit_NV: Array) -> Iterator[slice]:
@@ -66,6 +101,15 @@ def uniforms(seed: int, draw: int, index: int, length: int) -> Array:
     seed = require_seed("uniforms", seed)
     philox = np.random.Philox(key=seed, counter=[0, 0, draw, index])
     return np.random.Generator(philox).random(length)
+
+
+def signs(seed: int, draw: int, index: int, t: int, vocabulary: int) -> Array:
+    """SAMPLING: the signs of position t of sequence `index`, +1 or −1 per entry, (V,) int8."""
+    seed = require_seed("signs", seed)
+    philox = np.random.Philox(key=seed, counter=[0, 1 + t, draw, index])
+    word = philox.random_raw(-(-vocabulary // 64)).astype("<u8")
+    bit_V = np.unpackbits(word.view(np.uint8), count=vocabulary, bitorder="little")
+    return 2 * bit_V.astype(np.int8) - 1
 
 
 def draw_labels(logit_NV: Array, uniform_N: Array) -> Array:

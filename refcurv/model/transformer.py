@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from refcurv.law.checks import Array
 from refcurv.law.conventions import HEAD_ROWS
 from refcurv.model.config import ModelConfig, NormPlace, QKNorm
 from refcurv.model.layers import DEFINITIONS, Layout, Ops, Saved, rope_tables
-from refcurv.model.loss import cross_entropy, draw_labels
+from refcurv.model.loss import cross_entropy
 
 Parameters = Mapping[str, Array]
 
@@ -268,22 +269,47 @@ def backward(
 # ------------------------------------------------------------------ the head
 
 
+Cotangent = Callable[[Array, Array], Array]
+"""What is sent back at the logits: (rows of the flattened (B, T), their logits (N, V)) → (N, V)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """What the head found.
-
-    Fields: nats_BT, 0 where unlabelled; d_final_BTD, the gradient of what the head reads;
-    label_BT, the labels that were used.
-    """
+    """What the head found: nats_BT, 0 where unlabelled; d_final_BTD, the gradient of their sum."""
 
     nats_BT: Array
     d_final_BTD: Array
-    label_BT: Array
 
 
 def head_logits(config: ModelConfig, parameters: Parameters, final: Array) -> Array:
     """(..., D) → logits (..., V)."""
     return final @ parameters[config.weight_of("head")].T
+
+
+def head_transpose(
+    config: ModelConfig,
+    parameters: Parameters,
+    final_BTD: Array,
+    keep_BT: Array,
+    cotangent: Cotangent,
+) -> Generator[Tap, None, Array]:
+    """A cotangent on the logits of the kept rows, sent back to what the head reads: (B, T, D).
+
+    Works on HEAD_ROWS rows at a time, so that (N, V) never exists, and yields the head's Tap for
+    each of these chunks.
+    """
+    W_VD = parameters[config.weight_of("head")]
+    row_N = np.flatnonzero(keep_BT)
+    final_ND = final_BTD.reshape(-1, final_BTD.shape[-1])
+    d_final_ND = np.zeros_like(final_ND)
+    for begin in range(0, len(row_N), HEAD_ROWS):
+        chunk = row_N[begin : begin + HEAD_ROWS]
+        a_ND = final_ND[chunk]
+        g_NV = cotangent(chunk, a_ND @ W_VD.T)
+        # forward:  logit = a @ W_headᵀ
+        d_final_ND[chunk] = g_NV @ W_VD
+        yield Tap("head", a_ND, g_NV)
+    return d_final_ND.reshape(final_BTD.shape)
 
 
 def head_backward(
@@ -292,32 +318,17 @@ def head_backward(
     final_BTD: Array,
     label_BT: Array,
     keep_BT: Array,
-    uniform_BT: Array | None = None,
 ) -> Generator[Tap, None, Loss]:
-    """Loss and its gradient over the kept rows, HEAD_ROWS at a time: (N, V) never exists.
+    """Loss over the kept rows, and its gradient; yields the Taps of `head_transpose`."""
+    label_N = label_BT.astype(np.int64).reshape(-1)
+    nats_N = np.zeros(label_N.shape, dtype=final_BTD.dtype)
 
-    Yields the head's Tap for each chunk of kept rows; returns the Loss. With `uniform_BT` the
-    label of every labelled position is first drawn from the model itself (SAMPLING).
-    """
-    W_VD = parameters[config.weight_of("head")]
-    D = final_BTD.shape[-1]
-    row_N = np.flatnonzero(keep_BT)
-    final_ND, label_N = final_BTD.reshape(-1, D), label_BT.astype(np.int64).reshape(-1)
-    nats_N = np.zeros(final_ND.shape[0], dtype=final_ND.dtype)
-    d_final_ND = np.zeros_like(final_ND)
-    for begin in range(0, len(row_N), HEAD_ROWS):
-        chunk = row_N[begin : begin + HEAD_ROWS]
-        a_ND = final_ND[chunk]
-        logit_NV = a_ND @ W_VD.T
-        if uniform_BT is not None:
-            drawn_N = draw_labels(logit_NV, uniform_BT.reshape(-1)[chunk])
-            label_N[chunk] = np.where(label_N[chunk] >= 0, drawn_N, label_N[chunk])
-        nats_N[chunk], g_NV = cross_entropy(logit_NV, label_N[chunk])
-        # forward:  logit = a @ W_headᵀ
-        d_final_ND[chunk] = g_NV @ W_VD
-        yield Tap("head", a_ND, g_NV)
-    shape = label_BT.shape
-    return Loss(nats_N.reshape(shape), d_final_ND.reshape(final_BTD.shape), label_N.reshape(shape))
+    def slope(row_N: Array, logit_NV: Array) -> Array:
+        nats_N[row_N], d_logit_NV = cross_entropy(logit_NV, label_N[row_N])
+        return d_logit_NV
+
+    d_final_BTD = yield from head_transpose(config, parameters, final_BTD, keep_BT, slope)
+    return Loss(nats_N.reshape(label_BT.shape), d_final_BTD)
 
 
 def loss_and_gradient(
@@ -354,13 +365,16 @@ def loss_and_gradient(
     return loss.nats_BT.sum(), {name: gradient[name] for name in config.parameter_shapes()}
 
 
-def drain(steps: Generator[Tap, None, Loss], take: Callable[[Tap], None]) -> Loss:
-    """Hand every Tap to `take`; return the Loss that the generator ends with."""
+Result = TypeVar("Result")
+
+
+def drain(steps: Generator[Tap, None, Result], take: Callable[[Tap], None]) -> Result:
+    """Hand every Tap to `take`; return the result that the generator ends with."""
 
     def relay() -> Iterator[Tap]:
         result.append((yield from steps))
 
-    result: list[Loss] = []
+    result: list[Result] = []
     for tap in relay():
         take(tap)
     return result[0]

@@ -13,8 +13,8 @@ from refcurv.law.conventions import Fisher
 from refcurv.model import transformer
 from refcurv.model.config import Model, ModelConfig
 from refcurv.model.layers import Layout
-from refcurv.model.loss import uniforms
-from refcurv.model.transformer import Tap
+from refcurv.model.loss import cross_entropy, draw_labels, root_product, signs, uniforms
+from refcurv.model.transformer import Cotangent, Tap
 from refcurv.passes.fast import FAST
 from refcurv.passes.shards import Shard
 
@@ -26,6 +26,10 @@ def resident(model: Model) -> Parameters:
     return {name: np.asarray(model.parameters[name]) for name in model.config.parameter_shapes()}
 
 
+DRAWN = (Fisher.SAMPLED, Fisher.SIGNED)
+"""The Fishers that draw something: labels, or signs."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sweep:
     """What a pass is to do: for which layers, against whose labels, how many draws of them."""
@@ -35,6 +39,11 @@ class Sweep:
     seed: int = 0
     draws: int = 1
 
+    @property
+    def one_pass(self) -> bool:
+        """Is there one backward pass to a shard?"""
+        return self.draws == 1 and self.fisher is not Fisher.EXPECTED
+
     def lowest(self, config: ModelConfig) -> int:
         """The lowest block that a wanted layer belongs to; `config.layers` if none does."""
         blocks = [int(name.split(".")[1]) for name in self.layers if name.startswith("blocks.")]
@@ -42,16 +51,16 @@ class Sweep:
 
 
 Take = Callable[[int, Tap], None]
-"""Receives (draw, Tap) with the kept rows of one wanted layer: a (N, I), g (N, O)."""
+"""Receives (backward pass, Tap) with the kept rows of one wanted layer: a (N, I), g (N, O)."""
 
 
 def sweep(
     config: ModelConfig, parameters: Parameters, shard: Shard, job: Sweep, take: Take
 ) -> None:
-    """One shard: forward once, backward once per draw; every wanted layer's rows go to `take`.
+    """One shard: forward once, backward once per cotangent; every wanted layer's rows go to `take`.
 
     They come top down (the head in chunks of HEAD_ROWS), in the same order for every shard and
-    draw. Layers that read the same input carry the very same array `a`. Nothing below the lowest
+    pass. Layers that read the same input carry the very same array `a`. Nothing below the lowest
     wanted layer is computed.
     """
     final_BTD, trace = transformer.forward(
@@ -59,19 +68,17 @@ def sweep(
     )
     want_head = "head" in job.layers
     rows = _Rows(shard.keep_BT)
-    for draw in range(job.draws):
-        uniform_BT = _uniforms(shard, job, draw) if job.fisher is Fisher.SAMPLED else None
-        head = transformer.head_backward(
-            config, parameters, final_BTD, shard.label_BT, shard.keep_BT, uniform_BT
-        )
-        loss = transformer.drain(head, partial(take, draw) if want_head else _ignore)
-        last = draw == job.draws - 1
-        steps = transformer.backward(config, parameters, loss.d_final_BTD, trace, FAST, last)
+    passes = cotangents(shard, job, config.vocabulary)
+    for number, cotangent in enumerate(passes):
+        head = transformer.head_transpose(config, parameters, final_BTD, shard.keep_BT, cotangent)
+        d_final_BTD = transformer.drain(head, partial(take, number) if want_head else _ignore)
+        last = number == len(passes) - 1
+        steps = transformer.backward(config, parameters, d_final_BTD, trace, FAST, last)
         missing = len(job.layers) - want_head
         while missing:
             step = next(steps)
             if isinstance(step, Tap) and step.name in job.layers:
-                take(draw, Tap(step.name, rows.of_input(step.a), rows.of(step.g)))
+                take(number, Tap(step.name, rows.of_input(step.a), rows.of(step.g)))
                 missing -= 1
 
 
@@ -97,9 +104,71 @@ class _Rows:
         return self._last[1]
 
 
-def _uniforms(shard: Shard, job: Sweep, draw: int) -> Array:
-    length = shard.token_BT.shape[1]
-    return np.stack([uniforms(job.seed, draw, int(i), length) for i in shard.index_B])
+# ------------------------------------------------------------------ what is sent back
+
+
+def cotangents(shard: Shard, job: Sweep, vocabulary: int) -> list[Cotangent]:
+    """FISHER: what a shard's backward passes send back at the logits, one entry per pass."""
+    draws = range(job.draws)
+    match job.fisher:
+        case Fisher.EMPIRICAL:
+            return [partial(_corpus_slope, shard)]
+        case Fisher.SAMPLED:
+            return [partial(_drawn_slope, shard, job.seed, draw) for draw in draws]
+        case Fisher.SIGNED:
+            return [partial(_signed_root, shard, job.seed, draw) for draw in draws]
+        case Fisher.EXPECTED:
+            entries = range(vocabulary)
+            return [partial(_root_column, shard, t, v) for t in labelled(shard) for v in entries]
+
+
+def labelled(shard: Shard) -> list[int]:
+    """The positions that have a label in any sequence of the shard."""
+    return [int(t) for t in np.flatnonzero((shard.label_BT >= 0).any(axis=0))]
+
+
+def _corpus_slope(shard: Shard, row_N: Array, logit_NV: Array) -> Array:
+    """The gradient of the nats against the corpus's labels."""
+    return cross_entropy(logit_NV, shard.label_BT.reshape(-1)[row_N])[1]
+
+
+def _drawn_slope(shard: Shard, seed: int, draw: int, row_N: Array, logit_NV: Array) -> Array:
+    """The gradient against labels drawn from the model wherever the corpus has one (SAMPLING)."""
+    T = shard.label_BT.shape[1]
+    b_N, t_N = np.divmod(row_N, T)
+    first, last = b_N[0], b_N[-1]  # rows ascend
+    uniform_BT = np.stack(
+        [uniforms(seed, draw, int(index), T) for index in shard.index_B[first : last + 1]]
+    )
+    drawn_N = draw_labels(logit_NV, uniform_BT[b_N - first, t_N])
+    label_N = shard.label_BT.reshape(-1)[row_N]
+    return cross_entropy(logit_NV, np.where(label_N >= 0, drawn_N, label_N))[1]
+
+
+def _signed_root(shard: Shard, seed: int, draw: int, row_N: Array, logit_NV: Array) -> Array:
+    """S ε wherever the corpus has a label, ε the signs of SAMPLING: E(S ε εᵀ Sᵀ) = S Sᵀ."""
+    b_N, t_N = np.divmod(row_N, shard.label_BT.shape[1])
+    at = np.flatnonzero(shard.label_BT[b_N, t_N] >= 0)
+    sign_NV = np.empty((len(at), logit_NV.shape[1]), np.int8)
+    for n, row in enumerate(at):
+        index, t = int(shard.index_B[b_N[row]]), int(t_N[row])
+        sign_NV[n] = signs(seed, draw, index, t, logit_NV.shape[1])
+    d_logit_NV = np.zeros_like(logit_NV)
+    d_logit_NV[at] = root_product(logit_NV[at], sign_NV)
+    return d_logit_NV
+
+
+def _root_column(shard: Shard, t: int, v: int, row_N: Array, logit_NV: Array) -> Array:
+    """Column v of S at position t alone, of the sequences that have a label there; elsewhere 0."""
+    b_N, t_N = np.divmod(row_N, shard.label_BT.shape[1])
+    at = np.flatnonzero((t_N == t) & (shard.label_BT[b_N, t_N] >= 0))
+    onehot_V = np.arange(logit_NV.shape[1]) == v
+    d_logit_NV = np.zeros_like(logit_NV)
+    d_logit_NV[at] = root_product(logit_NV[at], np.broadcast_to(onehot_V, (len(at), len(onehot_V))))
+    return d_logit_NV
+
+
+# ------------------------------------------------------------------ forward alone
 
 
 def final_states(

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
-from threadpoolctl import threadpool_limits
+from refcurv.algebra.blas import one_blas_thread
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -24,13 +24,6 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-@contextmanager
-def one_blas_thread() -> Iterator[None]:
-    """BLAS and LAPACK on one thread: with two, some products and `eigh` change their bits."""
-    with threadpool_limits(1):
-        yield
 
 
 class Stopped(Exception):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
+from refcurv.algebra.blas import one_blas_thread
 from refcurv.files.corpus import Corpus
 from refcurv.law.checks import Array, require_token_ids
 from refcurv.model import transformer
@@ -12,7 +13,6 @@ from refcurv.model.config import Model
 from refcurv.model.layers import causal_layout
 from refcurv.passes.fast import FAST
 from refcurv.passes.memory import final_states, resident
-from refcurv.passes.parallel import one_blas_thread
 
 
 def logits(model: Model, tokens: ArrayLike) -> Array:
