@@ -69,22 +69,30 @@ SHAPE = dict(
 )
 
 
-def olmo2() -> Any:
-    config = transformers.Olmo2Config(
-        **SHAPE, rms_norm_eps=3e-3, rope_parameters={"rope_type": "default", "rope_theta": 750.0}
+def olmo2(**changes: Any) -> Any:
+    fields = SHAPE | dict(
+        rms_norm_eps=3e-3, rope_parameters={"rope_type": "default", "rope_theta": 750.0}
     )
-    return transformers.Olmo2ForCausalLM(config)
+    return with_gains(transformers.Olmo2ForCausalLM(transformers.Olmo2Config(**(fields | changes))))
 
 
-def llama() -> Any:
-    config = transformers.LlamaConfig(
-        **SHAPE,
+def llama(**changes: Any) -> Any:
+    fields = SHAPE | dict(
         head_dim=10,  # not 24 / 4
         tie_word_embeddings=True,
         rms_norm_eps=2e-3,
         rope_parameters={"rope_type": "default", "rope_theta": 321.0},
     )
-    return transformers.LlamaForCausalLM(config)
+    return with_gains(transformers.LlamaForCausalLM(transformers.LlamaConfig(**(fields | changes))))
+
+
+def with_gains(model: Any) -> Any:
+    """Gains away from 1, so that a forgotten one shows."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    return model
 
 
 @dataclass(frozen=True)
@@ -99,10 +107,6 @@ class Case:
 def case(request: Any, tmp_path_factory: Any) -> Case:
     torch.manual_seed(7)
     model = olmo2() if "olmo2" in request.param else llama()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.uniform_(0.5, 1.5)
     folder = tmp_path_factory.mktemp(request.param) / "hf"
     if "bfloat16" in request.param:
         model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="10KB")
@@ -114,10 +118,16 @@ def case(request: Any, tmp_path_factory: Any) -> Case:
 
 @pytest.fixture(scope="module")
 def ours(case: Case) -> Model:
-    path = case.folder.parent / "w.h5"
-    huggingface.convert(case.folder, path)
-    model = weights.load(path)
+    model = converted(case.folder)
     assert set(model.stored.values()) == {case.dtype}
+    return model
+
+
+def converted(folder: Path) -> Model:
+    """The checkpoint through refcurv's own `convert`, its parameters in memory."""
+    path = folder.parent / "w.h5"
+    huggingface.convert(folder, path)
+    model = weights.load(path)
     return dataclasses.replace(model, parameters=dict(model.parameters))
 
 
