@@ -14,9 +14,14 @@ The public names, in the order in which data flow:
     decompose, Bases, Eigenbasis    eigenbasis      save_bases, load_bases
     edit, EditRecord                W' = U_G (C ∘ M) U_Aᵀ
     evaluate, Evaluation            populations → table
+    exact                           Hessian, GGN, Fisher, F_tok and K, exactly: rc.exact.hvp(...)
+    matrix_free                     eigenvalues, trace and density of what is too large to write
+    audit, Audit                    every identity that can be checked on a model
     RefcurvError                    every refusal is one of these
 """
 
+from refcurv.algebra import matrix_free
+from refcurv.curvature import exact
 from refcurv.curvature.eigenbasis import Bases, Eigenbasis, decompose, load_bases, save_bases
 from refcurv.curvature.factors import Factor, Factors, collect, load_factors, save_factors
 from refcurv.editing.projection import EditRecord, edit
@@ -24,11 +29,13 @@ from refcurv.evaluation.suite import Evaluation, evaluate
 from refcurv.files.corpus import Corpus, Population, load_corpus, save_corpus
 from refcurv.files.huggingface import convert, export
 from refcurv.files.weights import load, save
+from refcurv.judge.audit import Audit, audit
 from refcurv.law.checks import RefcurvError
 from refcurv.model.config import Model, ModelConfig
 from refcurv.passes.public import logits, loss_and_gradient
 
 __all__ = [
+    "Audit",
     "Bases",
     "Corpus",
     "EditRecord",
@@ -40,11 +47,13 @@ __all__ = [
     "ModelConfig",
     "Population",
     "RefcurvError",
+    "audit",
     "collect",
     "convert",
     "decompose",
     "edit",
     "evaluate",
+    "exact",
     "export",
     "load",
     "load_bases",
@@ -52,6 +61,7 @@ __all__ = [
     "load_factors",
     "logits",
     "loss_and_gradient",
+    "matrix_free",
     "save",
     "save_bases",
     "save_corpus",

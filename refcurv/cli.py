@@ -13,7 +13,7 @@ from typing import Any
 
 from refcurv.law.checks import RangeError, RefcurvError
 
-DONE, BAD_INPUT, MACHINE, INTERRUPTED = 0, 2, 3, 130
+DONE, JUDGED_AND_FAILED, BAD_INPUT, MACHINE, INTERRUPTED = 0, 1, 2, 3, 130
 
 EXAMPLES = {
     "demo": ["refcurv demo", "refcurv demo --out results/"],
@@ -24,11 +24,16 @@ EXAMPLES = {
         "refcurv collect w.h5 corpus.h5 -o factors.h5 --layers 'blocks.*.mlp.*'",
         "refcurv collect w.h5 corpus.h5 -o f.h5 --layers 'blocks.{23-25}.mlp.{gate,up}' "
         "--dtype float32",
+        "refcurv collect w.h5 corpus.h5 -o f.h5 --fisher signed --draws 8",
     ],
     "decompose": ["refcurv decompose factors.h5 -o basis.h5"],
     "edit": [
         "refcurv edit w.h5 basis.h5 -o edited.h5 --rho 'blocks.{23-25}.mlp.{gate,up}=0.6'",
         "refcurv edit w.h5 basis.h5 -o edited.h5 --rho 0.9",
+    ],
+    "audit": [
+        "refcurv audit w.h5 corpus.h5",
+        "refcurv audit w.h5 corpus.h5 --memory 2 --json audit.json",
     ],
     "evaluate": [
         "refcurv evaluate edited.h5 corpus.h5 --baseline w.h5",
@@ -92,6 +97,7 @@ def inspect(args: argparse.Namespace) -> None:
 def collect(args: argparse.Namespace) -> None:
     """Accumulate the factors A and G of linear layers over a corpus."""
     import refcurv as rc
+    from refcurv.curvature.factors import least_certain
     from refcurv.files.disk import output_path
 
     output_path("collect", args.output)  # before the work, not after it
@@ -110,6 +116,9 @@ def collect(args: argparse.Namespace) -> None:
     rc.save_factors(factors, args.output)
     one = next(iter(factors.values()))
     print(f"{len(factors)} layers, {one.n_A:,} rows → {args.output}")
+    if worst := least_certain(factors):
+        layer, share = worst
+        print(f"standard error of G over the draws: at most {share:.2%} of |G|, in {layer}")
 
 
 def decompose(args: argparse.Namespace) -> None:
@@ -150,6 +159,23 @@ def evaluate(args: argparse.Namespace) -> None:
     )
     print(format_evaluation(table.to_json()))
     _write_json(args.json, table.to_json())
+
+
+def audit(args: argparse.Namespace) -> int:
+    """Check every identity that can be checked on this model; exit status 1 if one fails."""
+    import refcurv as rc
+    from refcurv.report.table import format_audit
+
+    found = rc.audit(
+        rc.load(args.weights),
+        rc.load_corpus(args.corpus),
+        memory=args.memory,
+        seed=args.seed,
+        progress=progress_bar("audit"),
+    )
+    print(format_audit(found.to_json()))
+    _write_json(args.json, found.to_json())
+    return DONE if found.passed else JUDGED_AND_FAILED
 
 
 # ------------------------------------------------------------------ arguments
@@ -201,10 +227,12 @@ def _collect_arguments(sub: argparse.ArgumentParser) -> None:
     _positional(sub, "WEIGHTS", "CORPUS")
     _output(sub)
     sub.add_argument("--layers", default="blocks.*.mlp.*", help="pattern (default: %(default)s)")
-    sub.add_argument("--fisher", default="sampled", help="sampled (default) or empirical labels")
+    text = "sampled (default), signed, empirical or, for small models, expected labels"
+    sub.add_argument("--fisher", default="sampled", help=text)
     sub.add_argument("--rows", default="reached", help="reached (default) or labelled positions")
-    sub.add_argument("--seed", type=int, default=0, help="of the sampled labels (default: 0)")
-    sub.add_argument("--draws", type=int, default=1, help="label draws per position (default: 1)")
+    sub.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
+    text = "of labels or signs per position; two or more give a standard error (default: 1)"
+    sub.add_argument("--draws", type=int, default=1, help=text)
     _dtype(sub)
 
 
@@ -234,7 +262,17 @@ def _evaluate_arguments(sub: argparse.ArgumentParser) -> None:
     _json(sub)
 
 
-COMMANDS: dict[Callable[[argparse.Namespace], None], Callable[[argparse.ArgumentParser], None]] = {
+def _audit_arguments(sub: argparse.ArgumentParser) -> None:
+    _positional(sub, "WEIGHTS", "CORPUS")
+    text = "GiB that it may take (default: half of what is free); it says what it left out"
+    sub.add_argument("--memory", type=float, metavar="GIB", help=text)
+    sub.add_argument("--seed", type=int, default=0, help="of the random directions (default: 0)")
+    _json(sub)
+
+
+COMMANDS: dict[
+    Callable[[argparse.Namespace], int | None], Callable[[argparse.ArgumentParser], None]
+] = {
     demo: _demo_arguments,
     convert: _convert_arguments,
     export: _export_arguments,
@@ -243,6 +281,7 @@ COMMANDS: dict[Callable[[argparse.Namespace], None], Callable[[argparse.Argument
     decompose: _decompose_arguments,
     edit: _edit_arguments,
     evaluate: _evaluate_arguments,
+    audit: _audit_arguments,
 }
 
 MEANINGS = {
@@ -326,9 +365,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status. Every error is one line on stderr."""
     try:
         args = _parser().parse_args(arguments)
-        args.work(args)
+        status = args.work(args)
         sys.stdout.flush()
-        return DONE
+        return DONE if status is None else int(status)
     except RefcurvError as error:
         return _fail(str(error), error.status)
     except KeyboardInterrupt:

@@ -338,6 +338,47 @@ def _compact(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
+def format_audit(audit: Json) -> str:
+    """The text of `refcurv audit`: each identity, what failed and where, what was not checked.
+
+    Args:
+        audit: `Audit.to_json()`.
+
+    Proof:  tests/test_audit.py::test_the_text_names_what_failed_and_what_was_left_out
+    """
+    findings, plan = audit["findings"], audit["plan"]
+    rows = [
+        (f["verdict"], f["id"], _scientific(f["error"]), _scientific(f["budget"]), f["statement"])
+        for f in findings
+    ]
+    counts = {v: sum(f["verdict"] == v for f in findings) for v in ("pass", "fail", "left out")}
+    lines = [
+        f"{plan['sequences']} sequences of {plan['width']} positions; errors are relative, budgets "
+        f"from float64",
+        "",
+        format_rows(("", "id", "error", "budget", "identity"), rows, "llrrl"),
+        "",
+    ]
+    for finding in findings:
+        if finding["verdict"] == "fail":
+            where = _printable(finding["where"])
+            lines.append(f"FAIL {finding['id']}: {finding['statement']} Not so: {where}.")
+    lines += [f"not checked: {_printable(reason)}" for reason in plan["left_out"]]
+    lines.append(
+        f"{counts['pass']} hold, {counts['fail']} fail, {counts['left out']} do not occur or fit; "
+        f"{audit['seconds']:.0f} s"
+    )
+    return "\n".join(lines)
+
+
+def _scientific(value: object) -> str:
+    """An error: "0" for none, one digit and the power of ten; "-" if unknown."""
+    if isinstance(value, str):
+        return value
+    x = number(value)
+    return MISSING if math.isnan(x) else "0" if x == 0 else f"{x:.1e}"
+
+
 def format_rows(
     headers: Sequence[object], rows: Iterable[Sequence[object]], align: str, width: int = WIDTH
 ) -> str:

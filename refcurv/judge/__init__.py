@@ -1,0 +1,1 @@
+"""Judging: the identities on a user's own model."""

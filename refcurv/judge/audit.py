@@ -1,0 +1,166 @@
+"""Every identity that can be checked on a user's own model: id, measured error, budget, verdict."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refcurv.algebra.blas import one_blas_thread
+from refcurv.files.corpus import Corpus
+from refcurv.judge.bench import Bench, Plan, plan, prepare
+from refcurv.judge.identities import CHECKS, Measure
+from refcurv.law.checks import ConventionError, require_range, require_seed
+from refcurv.model.config import Model
+from refcurv.passes.parallel import Progress
+
+GIB = 2**30
+LEAST_MEMORY = 0.001
+"""GiB below which nothing is planned."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One identity on this model.
+
+    Fields:
+        id, statement: of the identity. verdict: "pass", "fail" or "left out".
+        error, budget: of the place where the error came nearest to its budget, or passed it the
+            furthest; relative. None where left out. An infinite error is a bit that differs where
+            none may.
+        where: that place, or why it was left out. places: how many were looked at.
+    """
+
+    id: str
+    statement: str
+    verdict: str
+    error: float | None
+    budget: float | None
+    where: str
+    places: int
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """What `audit` found: findings in the order of CHECKS, the plan, the seconds that it took."""
+
+    findings: tuple[Finding, ...]
+    plan: Plan
+    amplification: float
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        """No finding failed."""
+        return not self.failed
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """The ids of the identities that do not hold."""
+        return tuple(f.id for f in self.findings if f.verdict == "fail")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; an infinite error becomes the text "infinite"."""
+        rows = [asdict(finding) for finding in self.findings]
+        for row in rows:
+            row["error"] = "infinite" if row["error"] == math.inf else row["error"]
+        return {
+            "passed": self.passed,
+            "failed": list(self.failed),
+            "findings": rows,
+            "plan": asdict(self.plan),
+            "amplification": self.amplification,
+            "seconds": round(self.seconds, 2),
+        }
+
+
+def audit(
+    model: Model,
+    corpus: Corpus,
+    *,
+    memory: float | None = None,
+    seed: int = 0,
+    progress: Progress = lambda done, total: None,
+) -> Audit:
+    """Check on this model, on a few of this corpus's tokens, every identity that can be.
+
+    Definition
+        Each identity of `judge.identities.CHECKS` is measured where it applies; its error is
+        relative to the terms that it sums, its budget derived from eps(float64), the sizes of its
+        sums and the amplification that a float32 run of the same pass shows.
+
+    Args:
+        model: loaded in float64.
+        corpus: its first sequences serve: at most 8 of 64 positions.
+        memory: GiB that the audit may take; by default half of what is free. A model that does not
+            fit is read block by block, and what cannot be checked then is named.
+        seed: of the random directions.
+        progress: called with (checks done, checks).
+
+    Returns:
+        Audit: findings, plan, seconds. `passed` is False when any identity failed.
+
+    Raises:
+        ConventionError: the model was loaded as float32. EmptyError: no labels. RangeError: token
+        ids of another vocabulary; memory or seed out of range. NonFiniteError: NaN in a weight.
+
+    Cost: some thirty forward and backward passes over the batch, and V backward passes for each of
+        at most three loss positions. The demo model: a quarter of a minute.
+    Source: ORACLES; DESIGN §5.
+    Proof: tests/test_audit.py::test_the_demo_model_passes,
+        tests/test_audit.py::test_a_planted_bug_is_named
+    """
+    begin = time.perf_counter()
+    if model.dtype != "float64":
+        raise ConventionError('audit: load the model with dtype="float64"; float32 has no room.')
+    given = free_memory() / 2 / GIB if memory is None else memory
+    given = require_range("audit", "memory", given, LEAST_MEMORY, 2**20)
+    planned = plan(model.config, corpus, int(given * GIB))
+    with one_blas_thread(), np.errstate(over="ignore", under="ignore"):
+        held = {name: model.parameters[name] for name in model.parameters if planned.resident}
+        parameters = held or model.parameters
+        bench = prepare(model.config, parameters, corpus, planned, require_seed("audit", seed))
+        findings = []
+        for done, name in enumerate(CHECKS):
+            progress(done, len(CHECKS))
+            findings.append(_finding(name, bench))
+        progress(len(CHECKS), len(CHECKS))
+    seconds = time.perf_counter() - begin
+    return Audit(tuple(findings), planned, bench.amplification, seconds)
+
+
+def _finding(name: str, bench: Bench) -> Finding:
+    check = CHECKS[name]
+    statement = (check.__doc__ or "").splitlines()[0]
+    try:
+        measures = list(check(bench))
+    except (ValueError, ArithmeticError) as error:
+        # a step refused what this model led to, RefcurvError or not: a finding, not an accident
+        return Finding(name, statement, "fail", None, None, str(error), 0)
+    if not measures:
+        return Finding(name, statement, "left out", None, None, "does not occur or fit here", 0)
+    worst = max(measures, key=_excess)
+    verdict = "pass" if _excess(worst) <= 1 else "fail"
+    return Finding(name, statement, verdict, worst.error, worst.budget, worst.where, len(measures))
+
+
+def _excess(measure: Measure) -> float:
+    """Error over budget; NaN is the worst."""
+    if math.isnan(measure.error):
+        return math.inf
+    if measure.budget == 0:
+        return math.inf if measure.error else 0.0
+    return measure.error / measure.budget
+
+
+def free_memory() -> int:
+    """Bytes that the machine can give without swapping, or 4 GiB where it does not say."""
+    try:
+        report = Path("/proc/meminfo").read_text(encoding="ascii")
+        return 1024 * int(report.partition("MemAvailable:")[2].split()[0])
+    except (OSError, ValueError, IndexError):
+        return 4 * GIB

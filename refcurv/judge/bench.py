@@ -1,0 +1,278 @@
+"""What an audit looks at: a plan that fits the memory, and one pass that nobody's hands touched.
+
+The forward and the backward run once on the definitions, and every norm and every rotation that
+they call is written down with its inputs and outputs. The identities are then checked on what was
+written down, by formulas of their own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from refcurv.curvature.problem import Batch
+from refcurv.files.corpus import Corpus
+from refcurv.files.lazy import Lazy
+from refcurv.law import tolerance
+from refcurv.law.checks import Array, EmptyError, require_finite, require_token_ids
+from refcurv.law.conventions import NO_LABEL
+from refcurv.model import transformer
+from refcurv.model.config import ModelConfig
+from refcurv.model.layers import DEFINITIONS, Layout, Ops, Saved, causal_layout
+from refcurv.model.transformer import Parameters, Tap
+
+SEQUENCES, WIDTH = 8, 64
+"""Of the batch, at most: identities hold on any, and a few hundred positions show every fault."""
+
+ENUMERATED = 2048
+"""Backward passes that enumerating the vocabulary may take."""
+
+BASIS_WIDTH = 4096
+"""Sides of the widest layer whose eigenbasis and edit are checked."""
+
+SAFETY = 16
+"""Roundings of one run differ from those of another by chance: how much more is allowed."""
+
+UNMEASURED = 1e6
+"""Amplification taken for granted where float32 overflows; models seen have 10 to 1,000."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What fits the memory given; bytes are estimates, generous by about two.
+
+    Fields:
+        memory: bytes given. resident: whether the parameters are held, or read where needed.
+        sequences, width: of the batch. directions: the parameters that random directions move.
+        layers: whose factors and bases are checked. enumerated: loss positions whose Fisher is
+            enumerated over the vocabulary.
+        left_out: what was not checked, and why, in sentences.
+    """
+
+    memory: int
+    resident: bool
+    sequences: int
+    width: int
+    directions: tuple[str, ...]
+    layers: tuple[str, ...]
+    enumerated: int
+    left_out: tuple[str, ...]
+
+
+def plan(config: ModelConfig, corpus: Corpus, memory: int) -> Plan:
+    """Divide the memory: a third for parameters, one for activations, one for directions."""
+    third, left_out = memory // 3, []
+    sizes = {name: math.prod(shape) for name, shape in config.parameter_shapes().items()}
+    resident = 8 * sum(sizes.values()) <= third
+    sequences, width = min(SEQUENCES, len(corpus.tokens)), min(WIDTH, corpus.tokens.shape[1])
+    while _activations(config, sequences, width) > third and sequences * width > 8:
+        sequences, width = (sequences // 2, width) if sequences > 2 else (sequences, width // 2)
+    if not resident:
+        left_out.append(
+            f"the weights need {8 * sum(sizes.values()) / 2**30:,.2f} GiB in float64: they are "
+            "read block by block, and `collect`, which needs them all, is not checked"
+        )
+    directions = list(sizes)
+    if not resident or 64 * sum(sizes.values()) > third:
+        directions = _fitting(config, sizes, third // 64)
+        left_out.append(
+            f"random directions move {', '.join(directions) or 'nothing'}, not all "
+            f"{len(sizes)} parameters"
+        )
+    layers = []
+    for layer, sides in _two_blocks(config):
+        fits = 64 * sum(n * n for n in sides) <= third and max(sides) <= BASIS_WIDTH
+        layers += [layer] if fits and resident else []
+    others = len(config.linear_layers()) - len(layers)
+    if others:
+        left_out.append(f"factors and bases of {others} of {len(config.linear_layers())} layers")
+    enumerated = min(3, ENUMERATED // config.vocabulary) if directions else 0
+    if not enumerated:
+        left_out.append(
+            f"the Fisher enumerated over the vocabulary: {config.vocabulary:,} backward passes "
+            "for each position"
+        )
+    return Plan(memory, resident, sequences, width, tuple(directions), tuple(layers), enumerated,
+                tuple(left_out))  # fmt: skip
+
+
+def _activations(config: ModelConfig, sequences: int, width: int) -> int:
+    """Bytes of a complex forward and backward."""
+    wide = 14 * config.width + 6 * config.mlp_width + 6 * config.heads * config.head_width
+    per_block = wide + 3 * config.heads * width
+    return 16 * sequences * width * (config.layers * per_block + 4 * config.vocabulary)
+
+
+def _two_blocks(config: ModelConfig) -> list[tuple[str, tuple[int, int]]]:
+    """The linear layers of the last block and of the first."""
+    at = (f"blocks.{config.layers - 1}.", "blocks.0.")
+    return [(n, s) for n, s in config.linear_layers().items() if n.startswith(at)]
+
+
+def _fitting(config: ModelConfig, sizes: Mapping[str, int], most: int) -> list[str]:
+    """Weights of the last block and of the first, smallest first, while they fit together."""
+    chosen, used = [], 0
+    for name in sorted(
+        (config.weight_of(n) for n, _ in _two_blocks(config)), key=sizes.__getitem__
+    ):
+        if used + sizes[name] <= most:
+            chosen.append(name)
+            used += sizes[name]
+    return [name for name in sizes if name in chosen]
+
+
+# ------------------------------------------------------------------ what was written down
+
+
+@dataclass(frozen=True, slots=True)
+class NormCall:
+    """One RMSNorm, both ways: x → y = gain · x̂, and d_y → d_x; flattened to (N, width)."""
+
+    x: Array
+    gain: Array
+    d_y: Array
+    d_x: Array
+
+
+@dataclass(slots=True)
+class _Log:
+    norms: list[NormCall] = field(default_factory=list)
+    rotated: list[tuple[Array, Array]] = field(default_factory=list)
+
+
+def _watched(log: _Log) -> Ops:
+    """The definitions, with a log of norms and rotations."""
+
+    def norm_forward(x: Array, gain: Array, eps: float) -> tuple[Array, Saved]:
+        y, saved = DEFINITIONS.rms_norm_forward(x, gain, eps)
+        return y, (saved, x, gain)
+
+    def norm_backward(d_y: Array, saved: Saved) -> tuple[Array, Array]:
+        inner, x, gain = saved
+        d_x, d_gain = DEFINITIONS.rms_norm_backward(d_y, inner)
+        flat = (a.reshape(-1, a.shape[-1]) for a in (x, d_y, d_x))
+        x_ND, d_y_ND, d_x_ND = flat
+        log.norms.append(NormCall(x_ND, gain, d_y_ND, d_x_ND))
+        return d_x, d_gain
+
+    def rotate(x: Array, cos: Array, sin: Array) -> Array:
+        y = DEFINITIONS.rotate(x, cos, sin)
+        log.rotated.append((x, y))
+        return y
+
+    return replace(
+        DEFINITIONS, rms_norm_forward=norm_forward, rms_norm_backward=norm_backward, rotate=rotate
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """One batch, run once.
+
+    Fields:
+        config, parameters, plan, seed; batch: tokens, labels and segments (B, T); real (B, T) bool;
+        layout. taps: layer → Tap, a and g (B, T, ·), the head's included. norms: every RMSNorm.
+        key_slopes: block → the gradient of the rotated keys, before and after the rotation is
+            undone, (B, T, K, E). final (B, T, D); logits (B, T, V).
+        amplification: by how many of its own roundings (eps) a float32 run of the same pass is off,
+            in the worst layer. Errors are proportional to eps, so the float64 run is off by as many
+            of its own: this, and not a worst case over all paths, is what budgets are made of.
+    """
+
+    config: ModelConfig
+    parameters: Parameters
+    plan: Plan
+    seed: int
+    batch: Batch
+    real: Array
+    layout: Layout
+    taps: Mapping[str, Tap]
+    norms: tuple[NormCall, ...]
+    key_slopes: Mapping[int, tuple[Array, Array]]
+    final: Array
+    logits: Array
+    amplification: float
+
+    @property
+    def first_order(self) -> float:
+        """Budget of what went forward and backward once, relative to the sizes that it sums."""
+        return SAFETY * self.amplification * tolerance.eps(np.float64)
+
+    @property
+    def second_order(self) -> float:
+        """Budget of a product with curvature, which passes through every amplification twice."""
+        return self.first_order * max(self.amplification, 1.0)
+
+    def rng(self, salt: int) -> np.random.Generator:
+        """A stream of its own for each use."""
+        return np.random.default_rng([self.seed, salt])
+
+
+def prepare(
+    config: ModelConfig, parameters: Parameters, corpus: Corpus, planned: Plan, seed: int
+) -> Bench:
+    """Choose the batch, run forward and backward, write down what flows."""
+    for name in parameters:
+        require_finite("audit", f"parameter {name!r}", parameters[name])
+    batch, real_BT = _batch(config, corpus, planned)
+    layout = causal_layout(real_BT, batch.segment_BT)
+    log = _Log()
+    taps, final_BTD = _flow(config, parameters, batch, layout, _watched(log))
+    slopes = {
+        i: log.rotated[2 * config.layers + 2 * (config.layers - 1 - i) + 1]
+        for i in range(config.layers)
+    }
+    logits = transformer.head_logits(config, parameters, final_BTD)
+    narrow = Lazy(list(parameters), lambda name: parameters[name].astype(np.float32))
+    with np.errstate(all="ignore"):
+        rough, _ = _flow(config, narrow, batch, layout, DEFINITIONS)
+    off = max(_distance(rough[name].g, taps[name].g) for name in taps) / tolerance.eps(np.float32)
+    return Bench(config, parameters, planned, seed, batch, real_BT, layout, taps, tuple(log.norms),
+                 slopes, final_BTD, logits, off if np.isfinite(off) else UNMEASURED)  # fmt: skip
+
+
+def _flow(
+    config: ModelConfig, parameters: Parameters, batch: Batch, layout: Layout, ops: Ops
+) -> tuple[dict[str, Tap], Array]:
+    """What flows through every linear layer, (B, T, ·), and what the head reads."""
+    final_BTD, trace = transformer.forward(config, parameters, batch.token_BT, layout, ops)
+    rows: list[Array] = []
+    everywhere = np.ones(batch.token_BT.shape, dtype=bool)
+    head = transformer.head_backward(config, parameters, final_BTD, batch.label_BT, everywhere)
+    loss = transformer.drain(head, lambda tap: rows.append(tap.g))
+    g_BTV = np.concatenate(rows).reshape(*everywhere.shape, -1)
+    taps = {"head": Tap("head", final_BTD, g_BTV)}
+    for step in transformer.backward(config, parameters, loss.d_final_BTD, trace, ops):
+        if isinstance(step, Tap):
+            taps[step.name] = step
+    return taps, final_BTD
+
+
+def _distance(rough: Array, fine: Array) -> float:
+    """|rough − fine| / |fine|, 0 where there is nothing."""
+    size = float(np.linalg.norm(fine))
+    return float(np.linalg.norm(rough - fine)) / size if size else 0.0
+
+
+def _batch(config: ModelConfig, corpus: Corpus, planned: Plan) -> tuple[Batch, Array]:
+    """The corpus's first sequences with at least two labels in the planned width, cut to it.
+
+    The last column has no label, so that there is a position that reaches none (O30).
+    """
+    T = planned.width
+    label = corpus.label[:, :T].copy()
+    label[:, -1] = NO_LABEL
+    good = np.flatnonzero((label >= 0).sum(axis=1) >= min(2, T - 1))[: planned.sequences]
+    if not len(good) or T < 2:
+        raise EmptyError(
+            f"audit: no sequence of the corpus has two labels in its first {T} positions; the "
+            "identities of gradients need some. Give a corpus of longer sequences."
+        )
+    token = corpus.tokens[good, :T].astype(np.int64)
+    require_token_ids("audit", "tokens", token, config.vocabulary)
+    require_token_ids("audit", "labels", np.maximum(label[good], 0), config.vocabulary)
+    segment = corpus.segment[good, :T].astype(np.int64)
+    return Batch(config, token, label[good], segment, good), corpus.real[good, :T]

@@ -1,0 +1,695 @@
+"""The identities that hold on any model, as checks: each measures its error and derives its budget.
+
+The ids are those of the oracles (O) and of the method's statements (P). An error is relative to
+the size of the terms that the identity sums, never to a result that may vanish. A check yields one
+`Measure` for each place where it looked, or none where its subject does not occur in the model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from refcurv.algebra.staircase import cut
+from refcurv.curvature import exact
+from refcurv.curvature.eigenbasis import Eigenbasis, decompose
+from refcurv.curvature.factors import Factors, collect
+from refcurv.curvature.problem import Batch, Problem, of_batch
+from refcurv.editing.projection import project
+from refcurv.files.corpus import Corpus
+from refcurv.judge.bench import Bench
+from refcurv.law import tolerance
+from refcurv.law.checks import Array
+from refcurv.law.conventions import NO_LABEL
+from refcurv.model import transformer
+from refcurv.model.config import Model, ModelConfig, NormPlace, QKNorm
+from refcurv.model.layers import causal_layout
+from refcurv.model.transformer import Parameters
+from refcurv.passes.fast import FAST
+
+RHO = 0.8
+"""The share of mass at which an edit is checked."""
+
+SHAPE = 1e-3
+"""Budget of an identity that holds in the limit of small steps, here after one extrapolation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """error, relative; budget, what rounding explains; where."""
+
+    error: float
+    budget: float
+    where: str = ""
+
+
+Check = Callable[[Bench], Iterator[Measure]]
+
+
+def _measure(
+    got: ArrayLike, want: ArrayLike, scale: ArrayLike, budget: float, where: str = ""
+) -> Measure:
+    """|got − want| / |scale| in Frobenius norm; infinite without a scale, or between shapes."""
+    if np.shape(want) not in ((), np.shape(got)):
+        return Measure(math.inf, budget, f"{where}: {np.shape(got)} for {np.shape(want)}")
+    error = float(np.linalg.norm(np.asarray(got) - np.asarray(want)))
+    size = float(np.linalg.norm(scale))
+    return Measure(error / size if size else (math.inf if error else 0.0), budget, where)
+
+
+def _exactly(same: bool, where: str = "") -> Measure:
+    """Equality in every bit: error 0, or infinite."""
+    return Measure(0.0 if same else math.inf, 0.0, where)
+
+
+def _over(changed: Mapping[str, Array], parameters: Parameters) -> Parameters:
+    """The parameters with some replaced; the others stay as lazy as they are."""
+    return ChainMap(dict(changed), parameters)  # type: ignore[arg-type]
+
+
+def _blocks(config: ModelConfig) -> Iterator[tuple[int, str]]:
+    return ((i, f"blocks.{i}.") for i in range(config.layers))
+
+
+# ------------------------------------------------------------------ what flows
+
+
+def fast_is_the_definition(bench: Bench) -> Iterator[Measure]:
+    """The gradient of every weight on kernels is Σ_s g_s a_sᵀ of the definitions."""
+    layout, batch = bench.layout, bench.batch
+    wanted = {bench.config.weight_of(name): name for name in bench.taps}
+    final_BTD, trace = transformer.forward(
+        bench.config, bench.parameters, batch.token_BT, layout, FAST
+    )
+    head = transformer.head_backward(
+        bench.config, bench.parameters, final_BTD, batch.label_BT, batch.label_BT >= 0
+    )
+    loss = transformer.drain(head, lambda tap: None)
+    for step in transformer.backward(
+        bench.config, bench.parameters, loss.d_final_BTD, trace, FAST, consume=True
+    ):
+        name = f"{step.name}.weight"
+        if isinstance(step, transformer.Tap) and name in wanted:
+            tap = bench.taps[step.name]
+            d, d_fast = (_outer(x.g, x.a) for x in (tap, step))
+            yield _measure(d_fast, d, _outer(np.abs(tap.g), np.abs(tap.a)), bench.first_order, name)
+
+
+def _outer(g: Array, a: Array) -> Array:
+    return np.asarray(g.reshape(-1, g.shape[-1]).T @ a.reshape(-1, a.shape[-1]))
+
+
+def weight_slopes(bench: Bench) -> Iterator[Measure]:
+    """Σ_s <g_s, W a_s> = <W, ∇W>, the gradient of W by the definitions."""
+    made = _problem(bench, len(bench.real))
+    weights = {bench.config.weight_of(name): name for name in bench.taps}
+    names = [w for w in weights if w in bench.plan.directions and w in made.linear]
+    if not names:
+        return
+    gradient = exact.gradient(made, wrt=",".join(names))
+    for weight in names:
+        W, tap = bench.parameters[weight], bench.taps[weights[weight]]
+        through = float((tap.g * (tap.a @ W.T)).sum())
+        size = float((np.abs(tap.g) * (np.abs(tap.a) @ np.abs(W).T)).sum())
+        yield _measure((W * gradient[weight]).sum(), through, size, bench.first_order, weight)
+
+
+def last_layer_in_closed_form(bench: Bench) -> Iterator[Measure]:
+    """The head's F is Σ_t (diag p − p pᵀ) ⊗ h hᵀ: along random X, Σ_t Var_p(X h_t)."""
+    head = bench.config.weight_of("head")
+    if not bench.plan.enumerated or bench.config.tied:
+        return
+    batch = _few_terms(bench)
+    made = of_batch(batch, bench.parameters)
+    X = bench.rng(7).normal(size=made.parameters[head].shape)
+    z, (final, _) = made.forward(made.parameters)
+    h = final[batch.label_BT >= 0]
+    p = np.exp(z - z.max(axis=1, keepdims=True))
+    p /= p.sum(axis=1, keepdims=True)
+    y = h @ X.T
+    variance = (p * y * y).sum(axis=1) - (p * y).sum(axis=1) ** 2
+    x = exact.fisher_along(made, vector={head: X})
+    yield _measure(x @ x, variance.sum(), (p * y * y).sum(), bench.second_order, head)
+
+
+def head_slopes_sum_to_zero(bench: Bench) -> Iterator[Measure]:
+    """Output gradients of the head sum to zero over the vocabulary."""
+    g = bench.taps["head"].g
+    budget = tolerance.gamma(2 * g.shape[-1], np.float64)
+    yield _measure(g.sum(axis=-1), 0, np.abs(g).sum(axis=-1), budget, "head")
+
+
+def head_slopes_by_label(bench: Bench) -> Iterator[Measure]:
+    """‖g‖² of the head is 1 − 2 p_y + Σ p² at every labelled position."""
+    b, t = np.nonzero(bench.batch.label_BT >= 0)
+    z = bench.logits[b, t]
+    p = np.exp(z - z.max(axis=-1, keepdims=True))
+    p /= p.sum(axis=-1, keepdims=True)
+    own = p[np.arange(len(p)), bench.batch.label_BT[b, t]]
+    square = (bench.taps["head"].g[b, t] ** 2).sum(axis=-1)
+    want = 1 - 2 * own + (p * p).sum(axis=-1)
+    yield _measure(square, want, np.ones(len(p)), tolerance.gamma(8 * z.shape[-1], np.float64))
+
+
+def unreached_positions(bench: Bench) -> Iterator[Measure]:
+    """A position that reaches no label has no gradient, in any layer: exactly 0."""
+    reached = _reached(bench)
+    for name, tap in bench.taps.items():
+        yield _exactly(not tap.g[~reached].any(), name)
+
+
+def _reached(bench: Bench) -> Array:
+    """ROWS, by a loop of its own: positions at or before a label of their segment, (B, T) bool."""
+    label, segment = bench.batch.label_BT, bench.batch.segment_BT
+    out = label >= 0
+    for t in range(out.shape[1] - 2, -1, -1):
+        out[:, t] |= out[:, t + 1] & (segment[:, t] == segment[:, t + 1])
+    return np.asarray(out & bench.real)
+
+
+def first_queries(bench: Bench) -> Iterator[Measure]:
+    """The first query of a segment sees one key: its gradient is exactly 0."""
+    first = bench.layout.position_BT == 0
+    for _, at in _blocks(bench.config):
+        yield _exactly(not bench.taps[f"{at}attn.q"].g[first].any(), f"{at}attn.q")
+
+
+def rotated_key_slopes(bench: Bench) -> Iterator[Measure]:
+    """Gradients of rotated keys sum to zero over a segment: Σ_s R_s g_s = 0.
+
+    The rotation is made here anew: pairs (j, j + E/2) as complex numbers, θ^(-2j/E) a turn.
+    """
+    E = bench.config.head_width
+    turn = bench.config.rope_theta ** (-np.arange(0, E, 2) / E)
+    angle = bench.layout.position_BT[:, :, None, None] * turn
+    segment = bench.batch.segment_BT
+    for i, (_, d_k) in bench.key_slopes.items():
+        z = (d_k[..., : E // 2] + 1j * d_k[..., E // 2 :]) * np.exp(1j * angle)
+        sums, sizes = [], []
+        for b in range(len(segment)):
+            for one in np.unique(segment[b]):
+                member = z[b, segment[b] == one]
+                sums.append(member.sum(axis=0).ravel())
+                sizes.append(np.abs(member).sum(axis=0).ravel())
+        yield _measure(np.array(sums), 0, np.array(sizes), bench.first_order, f"blocks.{i}.attn.k")
+
+
+def grouped_queries(bench: Bench) -> Iterator[Measure]:
+    """A key-value head has the summed gradient of its group's copies.
+
+    Every query head gets a copy of its own; head h reads head h div R.
+    """
+    config = bench.config
+    R, K, E = config.heads // config.kv_heads, config.kv_heads, config.head_width
+    if R == 1 or not bench.plan.resident:
+        return
+    copied = {}
+    for _, at in _blocks(config):
+        names = [f"{at}attn.{x}.weight" for x in ("k", "v")]
+        names += [f"{at}attn.k_norm.weight"] if config.qk_norm is QKNorm.FULL else []
+        for name in names:
+            W = bench.parameters[name]
+            by_head = np.repeat(W.reshape(K, E, *W.shape[1:]), R, axis=0)
+            copied[name] = by_head.reshape(-1, *W.shape[1:])
+    wide = replace(config, kv_heads=config.heads)
+    found = _taps(wide, _over(copied, bench.parameters), bench)
+    for name in (f"blocks.{config.layers - 1}.attn.{x}" for x in ("k", "v")):
+        g = bench.taps[name].g
+        copies = found[name].reshape(*g.shape[:2], K, R, E)
+        scale = np.abs(copies).sum(axis=3)
+        # each copy normalises by the same root, so a full-width norm's slope is shared too
+        yield _measure(copies.sum(axis=3).reshape(g.shape), g, scale, R * bench.first_order, name)
+
+
+def _taps(config: ModelConfig, parameters: Parameters, bench: Bench) -> dict[str, Array]:
+    """The output gradients of every linear layer of another model on the same batch."""
+    batch = bench.batch
+    final, trace = transformer.forward(config, parameters, batch.token_BT, bench.layout)
+    head = transformer.head_backward(config, parameters, final, batch.label_BT, batch.label_BT >= 0)
+    loss = transformer.drain(head, lambda tap: None)
+    steps = transformer.backward(config, parameters, loss.d_final_BTD, trace)
+    return {step.name: step.g for step in steps if isinstance(step, transformer.Tap)}
+
+
+def norm_defect(bench: Bench) -> Iterator[Measure]:
+    """Below every norm g_x·x = (g_ŷ·ŷ) eps / (ms + eps): eps stands inside the root."""
+    eps = bench.config.norm_eps
+    for n, call in enumerate(bench.norms):
+        ms = (call.x * call.x).mean(axis=1)
+        x_hat = call.x / np.sqrt(ms + eps)[:, None]
+        want = (call.d_y * call.gain * x_hat).sum(axis=1) * eps / (ms + eps)
+        got = (call.d_x * call.x).sum(axis=1)
+        # the terms that cancel in d_x: r d_ŷ and r x̂ mean(d_ŷ x̂)
+        d_hat = np.abs(call.d_y * call.gain)
+        terms = (d_hat * np.abs(x_hat)).sum(axis=1) * (1 + (x_hat * x_hat).mean(axis=1))
+        budget = tolerance.gamma(8 * call.x.shape[1], np.float64)
+        yield _measure(
+            got, want, terms, budget, f"norm {n + 1} of {len(bench.norms)}, from the top"
+        )
+
+
+def gated_slopes(bench: Bench) -> Iterator[Measure]:
+    """SwiGLU: g_up z_up = g_h h, and g_gate = g_h z_up silu'(z_gate)."""
+    budget = tolerance.gamma(4 * max(bench.config.width, bench.config.mlp_width), np.float64)
+    for _, at in _blocks(bench.config):
+        up, gate, down = (bench.taps[f"{at}mlp.{x}"] for x in ("up", "gate", "down"))
+        W_up, W_gate, W_down = (bench.parameters[f"{at}mlp.{x}.weight"] for x in
+                                ("up", "gate", "down"))  # fmt: skip
+        z_up, z_gate, g_h = up.a @ W_up.T, gate.a @ W_gate.T, down.g @ W_down
+        sizes = np.abs(down.g) @ np.abs(W_down), np.abs(up.a) @ np.abs(W_up).T
+        scale = sizes[0] * sizes[1] + np.abs(up.g * z_up)
+        yield _measure(up.g * z_up, g_h * down.a, scale, budget, f"{at}mlp.up")
+        s = 1 / (1 + np.exp(-z_gate))
+        slope = s * (1 + z_gate * (1 - s))
+        scale = sizes[0] * sizes[1] * (np.abs(gate.a) @ np.abs(W_gate).T + 1)
+        yield _measure(gate.g, g_h * z_up * slope, scale, budget, f"{at}mlp.gate")
+
+
+def shared_inputs(bench: Bench) -> Iterator[Measure]:
+    """gate and up read the same input, and q, k, v: bit for bit."""
+    for _, at in _blocks(bench.config):
+        for one, other in (("mlp.gate", "mlp.up"), ("attn.q", "attn.k"), ("attn.q", "attn.v")):
+            a, b = bench.taps[at + one].a, bench.taps[at + other].a
+            yield _exactly(a.tobytes() == b.tobytes(), f"{at}{one}, {other}")
+
+
+def causality(bench: Bench) -> Iterator[Measure]:
+    """Another last token changes no earlier position, bit for bit."""
+    token = bench.batch.token_BT.copy()
+    token[:, -1] = (token[:, -1] + 1) % bench.config.vocabulary
+    final = _final(bench, token, bench.real, bench.batch.segment_BT)
+    yield _exactly(bool((final[:, :-1] == bench.final[:, :-1]).all()), "what the head reads")
+
+
+def padding(bench: Bench) -> Iterator[Measure]:
+    """Padding at the right changes no real position."""
+    token = np.pad(bench.batch.token_BT, ((0, 0), (0, 3)))
+    real = np.pad(bench.real, ((0, 0), (0, 3)))
+    segment = np.pad(bench.batch.segment_BT, ((0, 0), (0, 3)), mode="edge")
+    got, want = _final(bench, token, real, segment)[:, :-3], bench.final
+    yield _measure(got[bench.real], want[bench.real], want[bench.real], bench.first_order)
+
+
+def packing(bench: Bench) -> Iterator[Measure]:
+    """Documents packed into one row, as segments, are what they are alone."""
+    if len(bench.real) < 2 or bench.batch.segment_BT[:2].any() or not bench.real[:2].all():
+        return
+    token = bench.batch.token_BT[:2].reshape(1, -1)
+    segment = np.repeat([[0, 1]], bench.real.shape[1], axis=1)
+    got = _final(bench, token, np.ones(token.shape, bool), segment)
+    want = bench.final[:2].reshape(got.shape)
+    yield _measure(got, want, want, bench.first_order)
+
+
+def _final(bench: Bench, token: Array, real: Array, segment: Array) -> Array:
+    """What the head reads of other tokens or another layout."""
+    lowest = bench.config.layers
+    layout = causal_layout(real, segment)
+    return transformer.forward(bench.config, bench.parameters, token, layout, lowest=lowest)[0]
+
+
+# ------------------------------------------------------------------ curvature, in random directions
+
+
+def _problem(bench: Bench, sequences: int = 2, eps: float | None = None) -> Problem:
+    """The first sequences, as a Problem that reads its parameters where it needs them."""
+    b, config = bench.batch, bench.config
+    if eps is not None:
+        config = replace(config, norm_eps=eps)
+    few = (x[:sequences] for x in (b.token_BT, b.label_BT, b.segment_BT, b.index_B))
+    return of_batch(Batch(config, *few), bench.parameters)
+
+
+def _direction(bench: Bench, salt: int) -> dict[str, Array]:
+    """A random direction, in each parameter as long as the parameter itself."""
+    rng, out = bench.rng(salt), {}
+    for name in bench.plan.directions:
+        theta = bench.parameters[name]
+        v = rng.normal(size=theta.shape)
+        out[name] = v * (np.linalg.norm(theta) / max(float(np.linalg.norm(v)), 1e-300))
+    return out
+
+
+def _flat(named: dict[str, Array]) -> Array:
+    return np.concatenate([x.ravel() for x in named.values()])
+
+
+def _wrt(bench: Bench) -> str:
+    return ",".join(bench.plan.directions)
+
+
+def gradient_by_complex_step(bench: Bench) -> Iterator[Measure]:
+    """<∇L, v> by the backward is Im L(θ + i h v)/h by the forward."""
+    made, names = _problem(bench), list(bench.plan.directions)
+    if not names:
+        return
+    gradient = _flat(exact.gradient(made, wrt=_wrt(bench)))
+    for salt in range(3):
+        v = _direction(bench, salt)
+        slope = exact.derivative(made, vector=v)
+        scale = np.linalg.norm(gradient) * np.linalg.norm(_flat(v))
+        # the loss itself is rounded at its own size
+        z, _ = made.forward(made.parameters)
+        loss = float(np.abs(made.loss.terms(z)[0]).sum())
+        yield _measure(slope, gradient @ _flat(v), np.array([scale, loss]), bench.first_order,
+                       f"direction {salt + 1}")  # fmt: skip
+
+
+def hessian_is_symmetric_and_linear(bench: Bench) -> Iterator[Measure]:
+    """u·Hv = v·Hu, and H(2u − 3v) = 2Hu − 3Hv."""
+    if not bench.plan.directions:
+        return
+    made, u, v = _problem(bench), _direction(bench, 0), _direction(bench, 1)
+    both = {name: 2 * u[name] - 3 * v[name] for name in u}
+    H_u, H_v, H_both = (_flat(exact.hvp(made, wrt=_wrt(bench), vector=x)) for x in (u, v, both))
+    size = np.linalg.norm(_flat(u)) * np.linalg.norm(H_v) + np.linalg.norm(
+        _flat(v)
+    ) * np.linalg.norm(H_u)
+    yield _measure(_flat(u) @ H_v, _flat(v) @ H_u, size, bench.second_order, "symmetry")
+    yield _measure(H_both, 2 * H_u - 3 * H_v, 2 * np.abs(H_u) + 3 * np.abs(H_v),
+                   bench.second_order, "linearity")  # fmt: skip
+
+
+def hessian_is_ggn_plus_residual(bench: Bench) -> Iterator[Measure]:
+    """H v = GGN v + Σ r ∂²z v, three routes; v·GGN v ≥ 0."""
+    if not bench.plan.directions:
+        return
+    made, v = _problem(bench), _direction(bench, 2)
+    H, GGN, R = (exact.operator(made, wrt=_wrt(bench), kind=kind) @ _flat(v)
+                 for kind in exact.PRODUCTS)  # fmt: skip
+    yield _measure(GGN + R, H, np.abs(GGN) + np.abs(R), bench.second_order, "H v")
+    size = np.linalg.norm(GGN) * np.linalg.norm(_flat(v))
+    negative = max(0.0, -float(_flat(v) @ GGN) / float(size)) if size else 0.0
+    yield Measure(negative, bench.second_order, "v GGN v ≥ 0")
+
+
+def ggn_is_the_expected_fisher(bench: Bench) -> Iterator[Measure]:
+    """v·GGN v, forward first, is Σ_t Σ_v p (∇log p · v)², backward only."""
+    if not bench.plan.enumerated:
+        return
+    made = of_batch(_few_terms(bench), bench.parameters)
+    v = {name: x for name, x in _direction(bench, 3).items() if name in made.linear}
+    GGN_v = _flat(exact.ggnvp(made, wrt=",".join(v), vector=v))
+    x = exact.fisher_along(made, vector=v)
+    square = float(x @ x)
+    yield _measure(_flat(v) @ GGN_v, square, square, bench.second_order, "v F v")
+
+
+def _few_terms(bench: Bench) -> Batch:
+    """One short sequence with as many loss positions as the plan enumerates."""
+    b, n = bench.batch, bench.plan.enumerated
+    width = min(2 * n + 1, b.token_BT.shape[1])
+    label = b.label_BT[:1, :width].copy()
+    label[:, : np.flatnonzero(label[0] >= 0)[-n:][0]] = NO_LABEL
+    part = (b.token_BT[:1, :width], label, b.segment_BT[:1, :width], b.index_B[:1])
+    return Batch(bench.config, *part)
+
+
+def last_block_has_no_cross_terms(bench: Bench) -> Iterator[Measure]:
+    """In the last block F = F_tok for q, o, gate, up, down.
+
+    Along random matrices X: Σ_c (Σ_s g_s X a_s)² = Σ_c Σ_s (g_s X a_s)².
+    """
+    if not bench.plan.enumerated:
+        return
+    made = of_batch(_few_terms(bench), bench.parameters)
+    at = f"blocks.{bench.config.layers - 1}."
+    for layer in ("attn.q", "attn.o", "mlp.gate", "mlp.up", "mlp.down"):
+        name = f"{at}{layer}.weight"
+        X = bench.rng(4).normal(size=made.parameters[name].shape)
+        F, F_tok = 0.0, 0.0
+        for a_TI, g_CTO in exact.rows(made, wrt=name):
+            along = np.einsum("cto,to->ct", g_CTO, a_TI @ X.T)
+            F += float((along.sum(axis=1) ** 2).sum())
+            F_tok += float((along**2).sum())
+        yield _measure(F, F_tok, F_tok, bench.second_order, name)
+
+
+def scale_invariance(bench: Bench) -> Iterator[Measure]:
+    """At eps = 0, where W's output is normalised: <W, ∇W> = 0, GGN·W = 0, H·W = −∇W."""
+    config, names = bench.config, []
+    if config.qk_norm is not QKNorm.NONE:
+        names += ["attn.q", "attn.k"]
+    if config.norm_place is NormPlace.POST:
+        names += ["attn.v", "attn.o", "mlp.up", "mlp.down"]
+    made = _problem(bench, eps=0.0)
+    for name in (f"blocks.{config.layers - 1}.{layer}.weight" for layer in names):
+        if name not in bench.plan.directions:
+            continue
+        W = {name: bench.parameters[name]}
+        length = np.linalg.norm(W[name])
+        d = exact.gradient(made, wrt=name)[name]
+        yield _measure((W[name] * d).sum(), 0, length * np.linalg.norm(d), bench.first_order,
+                       f"<W, ∇W> of {name}")  # fmt: skip
+        X = bench.rng(5).normal(size=W[name].shape)
+        X *= length / np.linalg.norm(X)
+        size = np.linalg.norm(exact.ggnvp(made, wrt=name, vector={name: X})[name])
+        GGN_W = exact.ggnvp(made, wrt=name, vector=W)[name]
+        yield _measure(GGN_W, 0, size, bench.second_order, f"GGN·W of {name}")
+        H_W = exact.hvp(made, wrt=name, vector=W)[name]
+        yield _measure(H_W, -d, np.array([np.linalg.norm(d), size]), bench.second_order,
+                       f"H·W of {name}")  # fmt: skip
+
+
+def kl_is_the_quadratic_form(bench: Bench) -> Iterator[Measure]:
+    """KL(p_θ ‖ p_{θ+d}) is ½ d·F d for small d.
+
+    (KL(+t) + KL(−t)) / 2t² at two steps, extrapolated, is good to t⁴.
+    """
+    if not bench.plan.directions:
+        return
+    made, d = _problem(bench, sequences=1), _direction(bench, 6)
+    quadratic = float(_flat(d) @ _flat(exact.ggnvp(made, wrt=_wrt(bench), vector=d))) / 2
+    if quadratic <= 0:
+        return
+    t = 1e-3 / math.sqrt(quadratic)  # about a millionth of a nat
+
+    def kl(step: float) -> float:
+        moved = {name: made.parameters[name] + step * d[name] for name in d}
+        z, y = (made.forward(p)[0] for p in (made.parameters, _over(moved, made.parameters)))
+        log_p, log_q = (x - x.max(axis=1, keepdims=True) for x in (z, y))
+        log_p, log_q = (x - np.log(np.exp(x).sum(axis=1, keepdims=True)) for x in (log_p, log_q))
+        return float((np.exp(log_p) * (log_p - log_q)).sum())
+
+    wide, narrow = ((kl(s) + kl(-s)) / (2 * s * s) for s in (t, t / 2))
+    yield _measure((4 * narrow - wide) / 3, quadratic, quadratic, SHAPE, "½ d F d")
+
+
+# ------------------------------------------------------------------ factors, bases, edits
+
+
+def _corpus(bench: Bench, part: slice = slice(None)) -> Corpus:
+    b = bench.batch
+    return Corpus(b.token_BT[part], b.label_BT[part], bench.real[part], b.segment_BT[part])
+
+
+def _collected(
+    bench: Bench, part: slice = slice(None), fisher: str = "empirical"
+) -> Factors | None:
+    """`collect` on the batch; None where the plan has no layer for it."""
+    if not bench.plan.layers:
+        return None
+    model = Model(bench.config, bench.parameters)
+    return collect(model, _corpus(bench, part), ",".join(bench.plan.layers), fisher, bench.seed)
+
+
+def factors_are_the_sums(bench: Bench) -> Iterator[Measure]:
+    """A and G of `collect` are the sums over rows; tr K is short of tr F_tok by Cov(‖a‖², ‖g‖²)."""
+    factors = _collected(bench)
+    if factors is None:
+        return
+    reached = _reached(bench)
+    for name, factor in factors.items():
+        tap = bench.taps[name]
+        a, g = tap.a[reached], tap.g[reached]
+        yield _exactly(factor.n_A == factor.n_G == len(a), f"rows of {name}")
+        yield _measure(factor.sum_A, a.T @ a, (a * a).sum(), 2 * bench.first_order, f"A of {name}")
+        yield _measure(factor.sum_G, g.T @ g, (g * g).sum(), 2 * bench.first_order, f"G of {name}")
+        traces = np.trace(factor.A) * np.trace(factor.G) * factor.n_A
+        square_a, square_g = (a * a).sum(axis=1), (g * g).sum(axis=1)
+        covariance = ((square_a - square_a.mean()) * (square_g - square_g.mean())).sum()
+        yield _measure(traces, (square_a * square_g).sum() - covariance, traces,
+                       4 * bench.first_order, f"tr K of {name}")  # fmt: skip
+
+
+def factors_add(bench: Bench) -> Iterator[Measure]:
+    """Sums of factors add over disjoint data, and only grow."""
+    half = len(bench.real) // 2
+    if not half or not bench.plan.layers:
+        return
+    parts = [slice(None), slice(half), slice(half, None)]
+    whole, one, two = (_collected(bench, part) for part in parts)
+    if whole is None or one is None or two is None:
+        return
+    for name, factor in whole.items():
+        for side in ("sum_A", "sum_G"):
+            total = getattr(factor, side)
+            got = getattr(one[name], side) + getattr(two[name], side)
+            yield _measure(got, total, np.trace(total), 2 * bench.first_order, f"{side} of {name}")
+        grown = np.linalg.eigvalsh(factor.sum_A - one[name].sum_A)[0] / np.trace(factor.sum_A)
+        yield Measure(max(0.0, -float(grown)), 2 * bench.first_order, f"growth of A of {name}")
+
+
+def factors_are_second_moments(bench: Bench) -> Iterator[Measure]:
+    """A and G are symmetric and ≥ 0, of rank at most the number of rows."""
+    factors = _collected(bench, fisher="sampled")
+    if factors is None:
+        return
+    for name, factor in factors.items():
+        for side, M in (("A", factor.A), ("G", factor.G)):
+            yield _exactly(bool((M == M.T).all()), f"symmetry of {side} of {name}")
+            values = np.linalg.eigvalsh(M)[::-1]
+            floor = tolerance.negative(len(M), factors.shard_rows, np.float64)
+            top = max(float(values[0]), 1e-300)
+            yield Measure(max(0.0, -float(values[-1]) / top), floor, f"{side} ≥ 0 of {name}")
+            beyond = values[factor.n_A :] if factor.n_A < len(M) else np.zeros(1)
+            yield Measure(float(np.abs(beyond).max()) / top, floor, f"rank of {side} of {name}")
+
+
+def _bases(bench: Bench) -> Iterator[tuple[str, Factors, Eigenbasis]]:
+    factors = _collected(bench, fisher="sampled")
+    if factors is not None:
+        for name, basis in decompose(factors).items():
+            yield name, factors, basis
+
+
+def bases_recompose(bench: Bench) -> Iterator[Measure]:
+    """U diag(λ) Uᵀ is the factor, UᵀU = 1, eigenvalues descend."""
+    for name, factors, basis in _bases(bench):
+        for side, M, U, values in (
+            ("A", factors[name].A, basis.U_A, basis.mu),
+            ("G", factors[name].G, basis.U_G, basis.lam),
+        ):
+            budget = tolerance.eigenpair(len(M)) + tolerance.negative(
+                len(M), factors.shard_rows, np.float64
+            )
+            yield _measure((U * values) @ U.T, M, M, budget, f"{side} of {name}")
+            one = np.eye(len(M))
+            yield _measure(U.T @ U, one, one, tolerance.eigenpair(len(M)), f"U_{side} of {name}")
+            yield _exactly(bool((np.diff(values) <= 0).all()), f"order of {side} of {name}")
+
+
+def edits_project(bench: Bench) -> Iterator[Measure]:
+    """The edit is an orthogonal projection on a staircase that holds just enough mass.
+
+    Twice is once; ‖W‖² = ‖W'‖² + ‖W − W'‖²; ρ = 1 keeps all; smaller ρ keeps a subset.
+    """
+    for name, _, basis in _bases(bench):
+        W = bench.parameters[bench.config.weight_of(name)]
+        budget = 4 * tolerance.eigenpair(max(W.shape))
+        stairs = cut(basis.lam, basis.mu, RHO, name)
+        edited = project(W, basis, stairs.counts)
+        yield _measure(project(edited, basis, stairs.counts), edited, W, budget, f"twice, {name}")
+        square = (W * W).sum()
+        split = (edited * edited).sum() + ((W - edited) ** 2).sum()
+        yield _measure(split, square, square, 2 * budget, f"Pythagoras, {name}")
+        whole = project(W, basis, np.full(len(basis.lam), len(basis.mu)))
+        yield _measure(whole, W, W, budget, f"ρ = 1, {name}")
+        fewer = cut(basis.lam, basis.mu, RHO / 2, name)
+        nested = (fewer.counts <= stairs.counts).all() and (np.diff(stairs.counts) <= 0).all()
+        yield _exactly(bool(nested), f"staircase, {name}")
+        enough = stairs.mass >= RHO * stairs.total * (1 - tolerance.gamma(4, np.float64))
+        last = stairs.mass - stairs.last < RHO * stairs.total * (
+            1 + tolerance.gamma(64, np.float64)
+        )
+        yield _exactly(bool(enough and last), f"just enough, {name}")
+
+
+def predicted_damage(bench: Bench) -> Iterator[Measure]:
+    """½ Σ_dropped λ_i μ_j C_ij² = ½ <ΔW, G ΔW A>."""
+    for name, factors, basis in _bases(bench):
+        W = bench.parameters[bench.config.weight_of(name)]
+        stairs = cut(basis.lam, basis.mu, RHO, name)
+        C = basis.U_G.T @ W @ basis.U_A
+        dropped = np.arange(W.shape[1]) >= stairs.counts[:, None]
+        predicted = (np.outer(basis.lam, basis.mu) * C * C)[dropped].sum() / 2
+        change = W - project(W, basis, stairs.counts)
+        quadratic = (change * (factors[name].G @ change @ factors[name].A)).sum() / 2
+        size = basis.lam[0] * basis.mu[0] * (change * change).sum()
+        yield _measure(predicted, quadratic, size, 8 * tolerance.eigenpair(max(W.shape)), name)
+
+
+# ------------------------------------------------------------------ the file
+
+
+def rotary_rows(bench: Bench) -> Iterator[Measure]:
+    """A trained model does not improve when rows of q and k are read as interleaved pairs.
+
+    No identity knows how a file was written, but a trained model does: read the other way, its
+    loss must not fall by more than 6 standard errors and 5 %, to below what a count of tokens
+    would give. The error is the fall, as a share; the budget, 5 %.
+    """
+    b, config = bench.batch, bench.config
+    E, turned = config.head_width, {}
+    order = np.concatenate([np.arange(0, E, 2), np.arange(1, E, 2)])
+    for _, at in _blocks(config):
+        names = [f"{at}attn.{x}.weight" for x in ("q", "k")]
+        names += [
+            f"{at}attn.{x}_norm.weight" for x in ("q", "k") if config.qk_norm is not QKNorm.NONE
+        ]
+        for name in names if bench.plan.resident else []:
+            W = bench.parameters[name]
+            turned[name] = W.reshape(-1, E, *W.shape[1:])[:, order].reshape(W.shape)
+    if not turned:
+        return
+    here, there = (
+        _nats(config, p, bench) for p in (bench.parameters, _over(turned, bench.parameters))
+    )
+    fall = here - there
+    error = float(fall.std()) / math.sqrt(len(fall))
+    counts = np.bincount(b.label_BT[b.label_BT >= 0]).astype(float)
+    share = counts[counts > 0] / counts.sum()
+    counting = float(-(share * np.log(share)).sum())
+    sure = fall.mean() > 6 * error and there.mean() < counting
+    yield Measure(max(0.0, float(fall.mean() / here.mean())) if sure else 0.0, 0.05, "q and k")
+
+
+def _nats(config: ModelConfig, parameters: Parameters, bench: Bench) -> Array:
+    batch = bench.batch
+    final, _ = transformer.forward(
+        config, parameters, batch.token_BT, bench.layout, lowest=config.layers
+    )
+    head = transformer.head_backward(config, parameters, final, batch.label_BT, batch.label_BT >= 0)
+    return transformer.drain(head, lambda tap: None).nats_BT[batch.label_BT >= 0]
+
+
+CHECKS: Mapping[str, Check] = MappingProxyType(
+    {
+        "R6": fast_is_the_definition,
+        "O8": last_layer_in_closed_form,
+        "O9": hessian_is_ggn_plus_residual,
+        "O11": ggn_is_the_expected_fisher,
+        "O14": hessian_is_symmetric_and_linear,
+        "O15": gradient_by_complex_step,
+        "O16": head_slopes_sum_to_zero,
+        "O17": kl_is_the_quadratic_form,
+        "O18": factors_are_the_sums,
+        "O26": factors_are_second_moments,
+        "O29": weight_slopes,
+        "O30": unreached_positions,
+        "O31": first_queries,
+        "O32": rotated_key_slopes,
+        "O33": grouped_queries,
+        "O34": norm_defect,
+        "O35": scale_invariance,
+        "O36": gated_slopes,
+        "O37": shared_inputs,
+        "O38": last_block_has_no_cross_terms,
+        "O39": causality,
+        "O41": head_slopes_by_label,
+        "O42": factors_add,
+        "O51": padding,
+        "O52": packing,
+        "O54": edits_project,
+        "O61": predicted_damage,
+        "P4": bases_recompose,
+        "B51": rotary_rows,
+    }
+)
+"""Every check by its id: oracles, statements of the method, the house's rule R6, and a bug, B51."""
