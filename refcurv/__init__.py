@@ -15,13 +15,14 @@ The public names, in the order in which data flow:
     edit, EditRecord                W' = U_G (C ∘ M) U_Aᵀ
     evaluate, Evaluation            populations → table
     exact                           Hessian, GGN, Fisher, F_tok and K, exactly: rc.exact.hvp(...)
+    distance                        F, F_tok and K side by side: rc.distance.compare(...)
     matrix_free                     eigenvalues, trace and density of what is too large to write
     audit, Audit                    every identity that can be checked on a model
     RefcurvError                    every refusal is one of these
 """
 
 from refcurv.algebra import matrix_free
-from refcurv.curvature import exact
+from refcurv.curvature import distance, exact
 from refcurv.curvature.eigenbasis import Bases, Eigenbasis, decompose, load_bases, save_bases
 from refcurv.curvature.factors import Factor, Factors, collect, load_factors, save_factors
 from refcurv.editing.projection import EditRecord, edit
@@ -51,6 +52,7 @@ __all__ = [
     "collect",
     "convert",
     "decompose",
+    "distance",
     "edit",
     "evaluate",
     "exact",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
+import strategies
 from hypothesis import HealthCheck, settings
 from threadpoolctl import threadpool_info, threadpool_limits
 
@@ -15,6 +18,18 @@ settings.register_profile("dev", max_examples=25, **COMMON)
 settings.register_profile("ci", max_examples=50, **COMMON)
 settings.register_profile("nightly", max_examples=2000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "write each test's error nearest to its budget to this JSON file (with -n 0)"
+    parser.addoption("--measured", metavar="PATH", help=text)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    path = session.config.getoption("--measured")
+    if path:
+        found = {test: list(pair) for test, pair in sorted(strategies.MEASURED.items())}
+        Path(path).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def pytest_report_header() -> str:

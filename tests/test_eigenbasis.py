@@ -111,3 +111,23 @@ def test_basis_file_round_trip(tmp_path) -> None:
 def test_refusals(M: np.ndarray, error: type, says: str) -> None:
     with pytest.raises(error, match=says):
         eigenbasis(M, 10, "float64", "A of 'blocks.0.mlp.up'")
+
+
+@given(st.integers(2, 12), st.integers(0, 999), st.floats(1e-9, 1e-2))
+def test_O63_davis_kahan(n: int, seed: int, size: float) -> None:
+    """A perturbation E turns the leading k directions by at most sin θ ≤ ‖E‖ / gap."""
+    rng = np.random.default_rng(seed)
+    values = np.sort(rng.uniform(0, 1, n))[::-1]
+    k = int(np.argmax(values[:-1] - values[1:])) + 1  # where the gap is widest
+    Q, _ = np.linalg.qr(rng.normal(size=(n, n)))
+    A = (Q * values) @ Q.T
+    A = (A + A.T) / 2
+    E = rng.normal(size=(n, n))
+    E = size * values[0] * (E @ E.T) / np.linalg.norm(E @ E.T, 2)
+    one, two = (eigenbasis(M, 1, "float64", "A") for M in (A, A + E))
+    # the k leading of A against the others of A + E: the distance that they keep is their gap
+    gap = values[k - 1] - two[1][k]
+    sine = np.linalg.norm(one[0][:, :k].T @ two[0][:, k:], 2)
+    rounding = tolerance.eigenpair(n) * values[0]
+    assert gap > 0
+    assert sine <= (np.linalg.norm(E, 2) + rounding) / gap

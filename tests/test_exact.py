@@ -339,7 +339,7 @@ def test_O38_in_the_last_block_F_is_F_tok_but_for_keys_and_values(place: NormPla
 
 @few(10)
 @given(labelled_cases, st.integers(0, 6))
-def test_O18_traces_and_O19_marginals_of_F_tok(one: Case, which: int) -> None:
+def test_O18_O19_traces_and_marginals_of_F_tok(one: Case, which: int) -> None:
     """tr F_tok = Σ ‖a‖²‖g‖²; Tr_out = Σ ‖g‖² a aᵀ; Tr_in = Σ ‖a‖² g gᵀ; tr K by the means."""
     made = problem_of(one)
     layers = [n for n in made.linear if n.startswith("blocks.0.")]
@@ -381,7 +381,7 @@ def test_O18_the_trace_gap_is_a_covariance_of_norms() -> None:
 
 @few(10)
 @given(labelled_cases)
-def test_O20_traces_O25_ranks_O26_psd(one: Case) -> None:
+def test_O20_O25_O26_traces_ranks_and_signs(one: Case) -> None:
     """tr A = mean ‖a‖²; rank A ≤ n, rank F ≤ Σ_t (V − 1), rank K = rank A · rank G; all PSD."""
     made = problem_of(one)
     name = "blocks.0.attn.v.weight"
@@ -494,8 +494,8 @@ def test_moments_are_collected(fisher: str) -> None:
         assert_within(factors[layer].G, found.G, 1e3 * BUDGET, found.G, f"G {layer}")
 
 
-def test_tied_embeddings_have_both_parts() -> None:
-    """The block of a shared matrix: embedding and head, and their cross terms (O48)."""
+def test_O48_tied_embeddings_have_both_parts() -> None:
+    """The block of a shared matrix: embedding and head, and their cross terms."""
     tied = case(length=4, tied=True)
     untied = replace(
         tied,
@@ -542,6 +542,63 @@ def test_a_part_of_a_layer_has_that_part_of_its_curvature(name: str) -> None:
         of_outputs(made, "embed.weight", 0, 1)
     with pytest.raises(RangeError, match="no part of"):
         of_outputs(made, name, 2, O + 1)
+
+
+def test_O49_norm_gains_have_a_fisher_of_their_own() -> None:
+    """d_gain = Σ_s g_s x̂_s: F of a gain is Σ_c (Σ_s g x̂)(Σ_s g x̂)ᵀ, no Kronecker product."""
+    one = case(length=4, layers=1, norm_place=NormPlace.PRE)
+    made = problem_of(one)
+    z, (final, trace) = made.forward(made.parameters)
+    x_hat, _, _ = trace.final_norm
+    F = np.zeros((8, 8))
+    for part, saved, d_z in exact._cotangents(
+        made, exact._labels("t", "expected", "sequence", 0, 1), True, lambda *_: 0
+    ):
+        head = next(iter(part.backward(part.parameters, saved, d_z)))
+        g = head.g @ one.parameters["head.weight"]  # of the norm's output
+        d_gain = (g * saved[1].final_norm[0]).sum(axis=1)
+        F += d_gain.T @ d_gain
+    got = exact.fisher(made, wrt="final_norm.weight")
+    assert_within(got, F, BUDGET, F, "F of the gain")
+    assert_within(exact.ggn(made, wrt="final_norm.weight"), F, BUDGET, F, "GGN of the gain")
+    assert x_hat.shape == final.shape and len(z) == 6
+
+
+@pytest.mark.parametrize("rho", [0.5, 0.9])
+def test_O61_predicted_damage(rho: float) -> None:
+    """½ Σ_dropped n λ μ C² is ½ ΔW·K·ΔW; F has another; the loss follows H to third order."""
+    one = case(length=5, batch=3)
+    model, layer = Model(one.config, one.parameters), "blocks.1.mlp.up"
+    name, made = f"{layer}.weight", problem_of(one)
+    basis = rc.decompose(rc.collect(model, rc.Corpus(one.token), layer, "expected"))
+    edited, _ = rc.edit(model, basis, rho)
+    W, b = one.parameters[name], basis[layer]
+    d = {name: edited.parameters[name] - W}
+    found = exact.moments(made, wrt=name)
+    C = b.U_G.T @ W @ b.U_A
+    dropped = np.abs(b.U_G.T @ d[name] @ b.U_A + C) < 1e-10
+    predicted = found.rows * (np.outer(b.lam, b.mu) * C * C)[dropped].sum() / 2
+    K = exact.kfac(made, wrt=name)
+    size = np.linalg.norm(K) * (d[name] ** 2).sum()
+    assert_within(predicted, rvec(d[name]) @ K @ rvec(d[name]) / 2, BUDGET, size, "K")
+    x = exact.fisher_along(made, vector=d)
+    F = exact.fisher(made, wrt=name)
+    assert_within(x @ x, rvec(d[name]) @ F @ rvec(d[name]), BUDGET, x @ x, "F")
+    assert abs(predicted - x @ x / 2) > 0.02 * predicted  # K is not F
+
+    slope = exact.derivative(made, vector=d)
+    bend = rvec(d[name]) @ rvec(exact.hvp(made, wrt=name, vector=d)[name])
+
+    def rest(t: float) -> float:
+        moved = dict(one.parameters) | {name: W + t * d[name]}
+        change = sum(
+            sign * float(made.loss.terms(made.forward(p)[0])[0].sum())
+            for sign, p in ((1, moved), (-1, one.parameters))
+        )
+        return change - t * slope - t * t * bend / 2
+
+    assert rest(2e-2) / rest(1e-2) == pytest.approx(8, rel=0.1)
+    assert rest(1e-2) / rest(5e-3) == pytest.approx(8, rel=0.1)
 
 
 # ------------------------------------------------------------------ bad input

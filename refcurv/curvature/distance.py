@@ -1,0 +1,259 @@
+"""F, F_tok and K of a linear layer side by side: what each of K-FAC's two steps loses (THREE).
+
+The Kronecker products are the matrices of rank one once F's entries are put in another order (Van
+Loan & Pitsianis), so the best of them is a singular pair, and its distance the floor of any fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import scipy.linalg
+from numpy.typing import ArrayLike
+from scipy.sparse.linalg import eigsh
+
+from refcurv.algebra.blas import add_gram, one_blas_thread
+from refcurv.algebra.kron import kron_dense
+from refcurv.curvature import exact
+from refcurv.curvature.exact import Problem, Progress
+from refcurv.law import tolerance
+from refcurv.law.checks import Array, EmptyError, RangeError
+from refcurv.model.config import Model
+from refcurv.model.loss import uniforms
+from refcurv.model.transformer import Tap
+
+VISIBLE = 1e-3
+"""An overlap is given only where rounding can move it by less."""
+
+
+@dataclass(frozen=True, slots=True)
+class Three:
+    """The three matrices of one layer, of the same cotangents: F, F_tok and K = n (G ⊗ A)."""
+
+    F: Array
+    F_tok: Array
+    moments: exact.Moments
+
+    @property
+    def K(self) -> Array:
+        """The dense K-FAC block."""
+        return self.moments.rows * kron_dense(self.moments.G, self.moments.A)
+
+
+@dataclass(frozen=True, slots=True)
+class Distances:
+    """How far F, F_tok and K are from one another: Frobenius norms, each relative to ‖F‖.
+
+    Fields:
+        shape: (O, I) of the layer. rows: n.
+        norm, trace: ‖F‖ and tr F [nats / parameter²].
+        F_F_tok: ‖F − F_tok‖, the terms between positions; 0 where a layer's output reaches the
+            loss at its own position only (O38). F_tok_K: ‖F_tok − K‖, the dependence of a and g.
+            F_K: ‖F − K‖, both; at most their sum.
+        trace_F_tok, trace_K: over tr F. trace_K < trace_F_tok if ‖a‖² and ‖g‖² go together (O18).
+        scale, F_cK: the c of least ‖F − c K‖, and that distance: of K's shape alone.
+        floor: ‖F − G' ⊗ A'‖ for the best G' and A' there are (O24): floor ≤ F_cK ≤ F_K.
+        overlap: {k: (with F_tok, with K)}, ‖U_kᵀ V_k‖²/k of F's k leading eigenvectors and theirs,
+            in [0, 1], k/(O·I) by chance. None where k cuts a cluster: there is no such space.
+    """
+
+    shape: tuple[int, int]
+    rows: int
+    norm: float
+    trace: float
+    F_F_tok: float
+    F_tok_K: float
+    F_K: float
+    trace_F_tok: float
+    trace_K: float
+    scale: float
+    F_cK: float
+    floor: float
+    overlap: dict[int, tuple[float | None, float | None]]
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON has them: k becomes a string."""
+        return asdict(self) | {"overlap": {str(k): list(two) for k, two in self.overlap.items()}}
+
+
+@one_blas_thread()
+def compare(
+    model: Model | Problem,
+    tokens: ArrayLike | None = None,
+    labels: ArrayLike | None = None,
+    *,
+    wrt: str,
+    fisher: str = "expected",
+    per: str = "sequence",
+    seed: int = 0,
+    draws: int = 1,
+    top: Sequence[int] = (1, 10, 100),
+    progress: Progress = exact._no_progress,
+) -> dict[str, Distances]:
+    """The distances between F, F_tok and K of every linear layer that `wrt` names.
+
+    Definition: F, F_tok, K as in `exact.fisher`, `f_tok` and `kfac`, in one sweep for all layers.
+
+    Args: as `exact.f_tok`; top: of how many leading eigenvectors; those ≥ O·I are left out.
+
+    Returns:
+        {name of the weight: Distances}. Large layers go by parts: see `problem.of_outputs`.
+
+    Raises: as `exact.f_tok`, for each layer. EmptyError: F = 0. RangeError: top below 1.
+
+    Cost: the sweep of `exact.fisher` down to the lowest layer; 2 P² numbers and C·P² operations
+        for each layer of P parameters and C cotangents, and then eigenvectors.
+    Source: THREE; ORACLES.md §0, O18, O24, O38.
+    Proof: tests/test_distance.py::test_one_sweep_gives_the_three_exact_matrices,
+        tests/test_distance.py::test_distances_are_what_numpy_says
+    """
+    made = exact._block("compare", model, tokens, labels, wrt).problem
+    labelled = exact._labels("compare", fisher, per, seed, draws)
+    return {n: distances(one, top, n) for n, one in _three(made, wrt, labelled, progress).items()}
+
+
+def _three(made: Problem, wrt: str, labels: exact._Labels, progress: Progress) -> dict[str, Three]:
+    """The matrices of every layer that `wrt` names, from one sweep of cotangents."""
+    names = exact._block("compare", made, None, None, wrt).names
+    blocks = {name: exact._small("compare", made, None, None, name) for name in names}
+    for block in blocks.values():
+        exact._layer_shape("compare", block)
+    F = {name: np.zeros((block.size, block.size)) for name, block in blocks.items()}
+    positions: dict[str, list[tuple[Array, Array]]] = {name: [] for name in names}
+    cotangents = exact._cotangents(made, labels, True, progress)
+    for _, batches in groupby(cotangents, key=lambda batch: id(batch[0])):  # one sequence
+        at: dict[str, tuple[Array, Array]] = {}
+        for part, saved, d_z in batches:
+            for tap in _taps(part, saved, d_z, set(names)):
+                D_CP = (tap.g.swapaxes(1, 2) @ tap.a[0]).reshape(len(d_z), -1)
+                add_gram(D_CP, F[tap.name], onto=True)
+                gg_TOO = tap.g.transpose(1, 2, 0) @ tap.g.swapaxes(0, 1)
+                at[tap.name] = tap.a[0], gg_TOO + (at[tap.name][1] if tap.name in at else 0)
+        for name, one in at.items():
+            positions[name].append(one)
+    return {name: _assembled(blocks[name], F.pop(name), positions[name]) for name in names}
+
+
+def _assembled(block: exact._Block, F: Array, positions: list[tuple[Array, Array]]) -> Three:
+    """Three, from F's lower triangle and (a_s (T, I), Σ_c g_s g_sᵀ (T, O, O)) of each sequence."""
+    O, I = exact._layer_shape("compare", block)  # noqa: E741
+    R, sum_G = np.zeros((O * O, I * I)), np.zeros((O, O))
+    for a_TI, gg_TOO in positions:
+        aa_TII = a_TI[:, :, None] * a_TI[:, None, :]
+        R += gg_TOO.reshape(-1, O * O).T @ aa_TII.reshape(-1, I * I)
+        sum_G += gg_TOO.sum(axis=0)
+    F_tok = R.reshape(O, O, I, I).swapaxes(1, 2).reshape(O * I, O * I)  # undoes `rearranged`
+    a_NI = block.problem.rows(exact._inputs(block))
+    n, lower = len(a_NI), np.tril(F)
+    moments = exact.Moments(a_NI.T @ a_NI / n, sum_G / n, n)
+    return Three(lower + np.tril(lower, -1).T, F_tok, moments)
+
+
+def _taps(made: Problem, saved: Any, d_z: Array, missing: set[str]) -> list[Tap]:
+    """The Taps of some layers; nothing below the lowest of them is computed."""
+    out: list[Tap] = []
+    for step in made.backward(made.parameters, saved, d_z):
+        if isinstance(step, Tap) and step.name in missing:
+            out.append(step)
+            if len(out) == len(missing):
+                break
+    return out
+
+
+@one_blas_thread()
+def distances(three: Three, top: Sequence[int] = (1, 10, 100), name: str = "this") -> Distances:
+    """The distances between the three matrices of one layer, `name` by name.
+
+    Raises:
+        EmptyError: F is 0, nothing to be relative to. RangeError: a top below 1.
+
+    Proof: tests/test_distance.py::test_distances_are_what_numpy_says
+    """
+    F, F_tok, K = three.F, three.F_tok, three.K
+    shape = len(three.moments.G), len(three.moments.A)
+    norm, trace = float(np.linalg.norm(F)), float(np.trace(F))
+    if norm == 0:
+        raise EmptyError(
+            f"distances: F of {name!r} is 0 (as of q and k where a segment has one row)."
+        )
+    if min(top, default=1) < 1:
+        raise RangeError(f"distances: every top must be >= 1; got {tuple(top)}.")
+    K_K = float(np.vdot(K, K))
+    scale = float(np.vdot(F, K)) / K_K if K_K else 0.0
+    kept = sorted({k for k in top if k < len(F)})
+    spaces = [_leading(M, kept[-1] + 1) for M in (F, F_tok, K)] if kept else []
+
+    def gap(one: Array, two: Array) -> float:
+        return float(np.linalg.norm(one - two)) / norm
+
+    return Distances(
+        shape=shape,
+        rows=three.moments.rows,
+        norm=norm,
+        trace=trace,
+        F_F_tok=gap(F, F_tok),
+        F_tok_K=gap(F_tok, K),
+        F_K=gap(F, K),
+        trace_F_tok=float(np.trace(F_tok)) / trace,
+        trace_K=float(np.trace(K)) / trace,
+        scale=scale,
+        F_cK=gap(F, scale * K),
+        floor=gap(F, kron_dense(*nearest_kronecker(F, shape))),
+        overlap={k: (_overlap(k, *spaces[:2]), _overlap(k, *spaces[::2])) for k in kept},
+    )
+
+
+def rearranged(F: Array, shape: tuple[int, int]) -> Array:
+    """R (O², I²) with R[o·O + p, i·I + j] = F[o·I + i, p·I + j]: of G ⊗ A it is rvec(G) rvec(A)ᵀ.
+
+    >>> G, A = np.array([[2.0, 1.0], [0.0, 1.0]]), np.array([[1.0, 3.0, 0.0]] * 3)
+    >>> bool((rearranged(kron_dense(G, A), (2, 3)) == np.outer(G, A)).all())
+    True
+    """
+    O, I = shape  # noqa: E741
+    return F.reshape(O, I, O, I).swapaxes(1, 2).reshape(O * O, I * I)
+
+
+@one_blas_thread()
+def nearest_kronecker(F: Array, shape: tuple[int, int]) -> tuple[Array, Array]:
+    """(G, A) of least ‖F − G ⊗ A‖: the top singular pair of R = rearranged(F).
+
+    One side is the leading eigenvector of the smaller of R Rᵀ and Rᵀ R, the other its image: an
+    error of it enters the distance squared. The signs make tr G >= 0.
+
+    Source: Van Loan & Pitsianis 1993; O24.
+    Proof: tests/test_distance.py::test_O24_the_floor_is_what_the_other_singular_values_leave
+    """
+    O, I = shape  # noqa: E741
+    R = rearranged(F, shape)
+    if O <= I:
+        G = _leading(R @ R.T, 1)[1][:, 0]
+        A = R.T @ G
+    else:
+        A = _leading(R.T @ R, 1)[1][:, 0]
+        G = R @ A
+    sign = -1 if np.trace(G.reshape(O, O)) < 0 else 1
+    return sign * G.reshape(O, O), sign * A.reshape(I, I)
+
+
+def _leading(M: Array, k: int) -> tuple[Array, Array]:
+    """(values (k,), U (P, k)) of the k largest eigenvalues of a symmetric matrix, descending."""
+    P = len(M)
+    if P <= 256 or 8 * k > P:
+        values, U = scipy.linalg.eigh(M, subset_by_index=(P - k, P - 1))
+    else:
+        values, U = eigsh(M, k, which="LA", v0=uniforms(0, 0, 0, P) - 0.5)
+    order = np.argsort(-values, kind="stable")
+    return values[order], U[:, order]
+
+
+def _overlap(k: int, one: tuple[Array, Array], two: tuple[Array, Array]) -> float | None:
+    """‖U_kᵀ V_k‖²/k. By Davis & Kahan rounding turns each space by budget · λ_1 / gap."""
+    for values, U in (one, two):
+        if tolerance.eigenpair(len(U)) * values[0] >= VISIBLE * (values[k - 1] - values[k]):
+            return None
+    return float(np.linalg.norm(one[1][:, :k].T @ two[1][:, :k]) ** 2 / k)
