@@ -365,6 +365,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status. Every error is one line on stderr."""
     try:
         args = _parser().parse_args(arguments)
+        if getattr(args, "json", None):
+            from refcurv.files.disk import output_path
+
+            output_path(args.command, args.json)  # before the work, not after it
         status = args.work(args)
         sys.stdout.flush()
         return DONE if status is None else int(status)

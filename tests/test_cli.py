@@ -125,6 +125,8 @@ BAD = {
     "no such split": (["evaluate", "{w}", "{c}", "--split", "train"], "dev, test"),
     "no such folder": (["decompose", "{f}", "-o", "nowhere/b.h5"], "nowhere"),
     "usage": (["collect", "{w}"], "required"),
+    "no room": (["audit", "{w}", "{c}", "--memory", "0"], "memory"),
+    "no folder for the JSON": (["audit", "{w}", "{c}", "--json", "nowhere/a.json"], "nowhere"),
     "no folder for the factors": (["collect", "{w}", "{c}", "-o", "nowhere/f.h5"], "nowhere"),
     "a file for a folder": (["demo", "--out", "{out}"], "is no folder"),
     "no such checkpoint": (["convert", "nowhere", "{out}"], "nowhere"),

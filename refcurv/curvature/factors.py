@@ -262,7 +262,7 @@ class _ShardSums:
 
 
 MOST_PASSES = 2**16
-"""Backward passes over one shard that `expected` may ask for: positions with a label × entries."""
+"""Backward passes that `expected` may ask for, over all shards: labelled positions × entries."""
 
 
 def collect(
@@ -308,7 +308,7 @@ def collect(
 
     Raises:
         NameUnknownError: no layer matches. RangeError: token ids, seed or draws out of range, or an
-        `expected` of more than 2**16 backward passes over a shard.
+        `expected` of more than 2**16 backward passes over all shards.
         EmptyError: no label anywhere. NonFiniteError: a sum holds NaN or infinity.
         ConventionError: an unknown choice, or a checkpoint of another run.
 
@@ -359,12 +359,12 @@ def _require_few_passes(units: list[Shard], job: memory.Sweep, vocabulary: int) 
     """Refuse an `expected` that would not end."""
     if job.fisher is not Fisher.EXPECTED:
         return
-    passes = max(len(memory.labelled(unit)) for unit in units) * vocabulary
+    passes = sum(len(memory.labelled(unit)) for unit in units) * vocabulary
     if passes > MOST_PASSES:
         raise RangeError(
-            f"collect: `expected` needs {passes:,} backward passes over a shard, one per labelled "
-            f"position and vocabulary entry; at most {MOST_PASSES:,} are made. `signed` estimates "
-            "the same without bias, and with draws >= 2 says how well.",
+            f"collect: `expected` needs {passes:,} backward passes, one for each labelled position "
+            f"of a shard and vocabulary entry; at most {MOST_PASSES:,} are made. Give fewer "
+            "tokens, or take `signed`: it estimates the same, and with draws >= 2 says how well.",
             passes=passes,
         )
 

@@ -81,7 +81,7 @@ def _blocks(config: ModelConfig) -> Iterator[tuple[int, str]]:
 
 
 def fast_is_the_definition(bench: Bench) -> Iterator[Measure]:
-    """The gradient of every weight on kernels is Σ_s g_s a_sᵀ of the definitions."""
+    """Kernels give each weight the gradient Σ_s g_s a_sᵀ."""
     layout, batch = bench.layout, bench.batch
     wanted = {bench.config.weight_of(name): name for name in bench.taps}
     final_BTD, trace = transformer.forward(
@@ -121,7 +121,7 @@ def weight_slopes(bench: Bench) -> Iterator[Measure]:
 
 
 def last_layer_in_closed_form(bench: Bench) -> Iterator[Measure]:
-    """The head's F is Σ_t (diag p − p pᵀ) ⊗ h hᵀ: along random X, Σ_t Var_p(X h_t)."""
+    """The head's F along random X is Σ_t Var_p(X h_t)."""
     head = bench.config.weight_of("head")
     if not bench.plan.enumerated or bench.config.tied:
         return
@@ -158,7 +158,7 @@ def head_slopes_by_label(bench: Bench) -> Iterator[Measure]:
 
 
 def unreached_positions(bench: Bench) -> Iterator[Measure]:
-    """A position that reaches no label has no gradient, in any layer: exactly 0."""
+    """A position that reaches no label has no gradient: exactly 0."""
     reached = _reached(bench)
     for name, tap in bench.taps.items():
         yield _exactly(not tap.g[~reached].any(), name)
@@ -174,14 +174,14 @@ def _reached(bench: Bench) -> Array:
 
 
 def first_queries(bench: Bench) -> Iterator[Measure]:
-    """The first query of a segment sees one key: its gradient is exactly 0."""
+    """The first query of a segment has no gradient: exactly 0."""
     first = bench.layout.position_BT == 0
     for _, at in _blocks(bench.config):
         yield _exactly(not bench.taps[f"{at}attn.q"].g[first].any(), f"{at}attn.q")
 
 
 def rotated_key_slopes(bench: Bench) -> Iterator[Measure]:
-    """Gradients of rotated keys sum to zero over a segment: Σ_s R_s g_s = 0.
+    """Rotated key gradients sum to 0 over a segment: Σ_s R_s g_s = 0.
 
     The rotation is made here anew: pairs (j, j + E/2) as complex numbers, θ^(-2j/E) a turn.
     """
@@ -238,7 +238,7 @@ def _taps(config: ModelConfig, parameters: Parameters, bench: Bench) -> dict[str
 
 
 def norm_defect(bench: Bench) -> Iterator[Measure]:
-    """Below every norm g_x·x = (g_ŷ·ŷ) eps / (ms + eps): eps stands inside the root."""
+    """Below each norm g_x·x = (g_ŷ·ŷ) eps/(ms + eps): eps inside."""
     eps = bench.config.norm_eps
     for n, call in enumerate(bench.norms):
         ms = (call.x * call.x).mean(axis=1)
@@ -297,7 +297,7 @@ def padding(bench: Bench) -> Iterator[Measure]:
 
 
 def packing(bench: Bench) -> Iterator[Measure]:
-    """Documents packed into one row, as segments, are what they are alone."""
+    """Documents packed as segments are what they are alone."""
     if len(bench.real) < 2 or bench.batch.segment_BT[:2].any() or not bench.real[:2].all():
         return
     token = bench.batch.token_BT[:2].reshape(1, -1)
@@ -432,7 +432,7 @@ def last_block_has_no_cross_terms(bench: Bench) -> Iterator[Measure]:
 
 
 def scale_invariance(bench: Bench) -> Iterator[Measure]:
-    """At eps = 0, where W's output is normalised: <W, ∇W> = 0, GGN·W = 0, H·W = −∇W."""
+    """Scale-free W at eps = 0: <W, ∇W> = 0, GGN·W = 0, H·W = −∇W."""
     config, names = bench.config, []
     if config.qk_norm is not QKNorm.NONE:
         names += ["attn.q", "attn.k"]
@@ -500,7 +500,7 @@ def _collected(
 
 
 def factors_are_the_sums(bench: Bench) -> Iterator[Measure]:
-    """A and G of `collect` are the sums over rows; tr K is short of tr F_tok by Cov(‖a‖², ‖g‖²)."""
+    """A, G are sums over rows; tr K − tr F_tok = −n Cov(‖a‖², ‖g‖²)."""
     factors = _collected(bench)
     if factors is None:
         return
@@ -537,7 +537,7 @@ def factors_add(bench: Bench) -> Iterator[Measure]:
 
 
 def factors_are_second_moments(bench: Bench) -> Iterator[Measure]:
-    """A and G are symmetric and ≥ 0, of rank at most the number of rows."""
+    """A and G are symmetric, ≥ 0, of rank at most the rows."""
     factors = _collected(bench, fisher="sampled")
     if factors is None:
         return
@@ -576,7 +576,7 @@ def bases_recompose(bench: Bench) -> Iterator[Measure]:
 
 
 def edits_project(bench: Bench) -> Iterator[Measure]:
-    """The edit is an orthogonal projection on a staircase that holds just enough mass.
+    """The edit is an orthogonal projection on a staircase.
 
     Twice is once; ‖W‖² = ‖W'‖² + ‖W − W'‖²; ρ = 1 keeps all; smaller ρ keeps a subset.
     """
@@ -619,7 +619,7 @@ def predicted_damage(bench: Bench) -> Iterator[Measure]:
 
 
 def rotary_rows(bench: Bench) -> Iterator[Measure]:
-    """A trained model does not improve when rows of q and k are read as interleaved pairs.
+    """Reading rows of q and k as interleaved pairs makes it no better.
 
     No identity knows how a file was written, but a trained model does: read the other way, its
     loss must not fall by more than 6 standard errors and 5 %, to below what a count of tokens
