@@ -1,7 +1,7 @@
 """Which function computes each statement, which tests prove it, and what they last measured.
 
     python -m pytest -n 0 --measured=validation/measured.json    the errors, anew
-    refcurv audit refcurv/demo/model.h5 refcurv/demo/corpus.h5 --memory 4 --json validation/demo.json
+    refcurv audit refcurv/demo/{model,corpus}.h5 --memory 4 --json validation/demo.json
     python -m validation.traceability                            validation/AUDIT.md, anew
 
 `ROWS` is written by hand; a test named test_O31_... belongs to O31 without being listed. The test

@@ -160,18 +160,29 @@ BLOCKS = (0, 1, 2)
 """Averaged over in tables by setting: in the last block F − F_tok is 0 by theory (O38)."""
 
 
+COLUMNS = {
+    "F − F_tok": "F_F_tok",
+    "F_tok − K": "F_tok_K",
+    "F − K": "F_K",
+    "F − cK": "F_cK",
+    "c": "scale",
+    "floor": "floor",
+    "tr F_tok": "trace_F_tok",
+    "tr K": "trace_K",
+}
+
+
 def depth_table(layers: Held) -> Iterator[str]:
     """Every layer of one setting."""
-    columns = ("layer", "F − F_tok", "F_tok − K", "F − K", "F − cK", "c", "floor", "tr F_tok",
-               "tr K", *(f"with {M}, {k}" for M in ("F_tok", "K") for k in TOP[1:]))  # fmt: skip
+    columns = ("layer", *COLUMNS, "rank of F",
+               *(f"with {M}, {k}" for M in ("F_tok", "K") for k in TOP[1:]))  # fmt: skip
     yield "| " + " | ".join(columns) + " |"
     yield "| --- |" + " ---: |" * (len(columns) - 1)
     for kind in KINDS:
         for name in (one for one in layers if one.endswith(kind)):
             d = layers[name]
             two = [d["overlap"][str(k)][i] for i in (0, 1) for k in TOP[1:]]
-            numbers = [d[key] for key in ("F_F_tok", "F_tok_K", "F_K", "F_cK", "scale", "floor",
-                                          "trace_F_tok", "trace_K")]  # fmt: skip
+            numbers = [*(d[key] for key in COLUMNS.values()), (d["trace"] / d["norm"]) ** 2]
             yield f"| {name} | " + " | ".join(map(decimal, numbers + two)) + " |"
 
 
@@ -195,6 +206,8 @@ def means(found: Held, kind: str, blocks: Sequence[int] = BLOCKS) -> list[float 
 
 
 SHOWN = ("F_F_tok", "F_tok_K", "floor")
+HIGHEST = 3.2
+"""Of the plot; what is above it is written there."""
 
 
 def decimal(x: float | None) -> str:
@@ -261,6 +274,9 @@ def plot(held: Held) -> None:
             for (label, colour, style), y in zip(look, zip(*values, strict=True), strict=True):
                 shown = [np.nan if one is None else one for one in y]
                 axes.plot(range(len(shown)), shown, style, color=colour, label=label, ms=3, lw=1.2)
+                for x, high in enumerate(shown):
+                    if high > HIGHEST:
+                        axes.text(x, HIGHEST, f"{high:.1f}", fontsize=7, ha="right", va="top")
             axes.set_xticks(range(len(ticks)), ticks, fontsize=7)
             axes.set_xlabel(what, fontsize=7, labelpad=1)
             axes.tick_params(labelsize=7)

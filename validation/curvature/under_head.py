@@ -49,7 +49,7 @@ def under_head(made: Problem, head: str = "head.weight") -> Problem:
         return np.asarray(U_NDD * np.sqrt(np.maximum(values_ND, 0))[:, None, :])
 
     def root(f_ND: Array, e_ND: Array) -> Array:
-        return np.asarray(np.matvec(roots(f_ND.tobytes(), f_ND.shape), e_ND))
+        return np.asarray((roots(f_ND.tobytes(), f_ND.shape) @ e_ND[:, :, None])[:, :, 0])
 
     def drawn(f_ND: Array, seed: int, draw: int) -> Array:
         return made.loss.drawn(f_ND @ W_VD.T, seed, draw) @ W_VD
