@@ -70,3 +70,24 @@ def test_attention_by_loops(ops: Ops, kv_heads: int, group: int, length: int, se
     want = oracles.attention(q[0], k[0], v[0], visible)
     assert np.abs(got[0] - want).max() < 1e-13
     assert (got[0, real:] == 0).all()
+
+
+def test_softmax_of_huge_scores() -> None:
+    """Rows far apart, a hidden score beyond all others, a row that sees nothing: no overflow."""
+    score = np.array([[[1e4, 1e4 - 1, 3e4], [-1e4, -1e4 - 1, 0]], [[5, 6, 7], [-3e4, 0, 1e4]]])
+    visible = np.array(
+        [[[True, True, False], [True, True, False]], [[False] * 3, [True, False, True]]]
+    )
+    p = 1 / (1 + math.exp(-1))
+    want = [[[p, 1 - p, 0], [p, 1 - p, 0]], [[0, 0, 0], [0, 0, 1]]]
+    for dtype in (np.float64, np.complex128):
+        with np.errstate(all="raise", under="ignore"):
+            got = layers.softmax_over(score.astype(dtype), visible)
+        assert np.allclose(got, want, rtol=1e-15, atol=1e-15)
+
+
+def test_sigmoid_of_huge_numbers() -> None:
+    for dtype in (np.float64, np.complex128):
+        with np.errstate(all="raise", under="ignore"):
+            got = layers.sigmoid(np.array([-1e4, 0, 1e4], dtype))
+        assert (got == [0, 0.5, 1]).all()

@@ -14,6 +14,8 @@ from strategies import Case, assert_within, cases
 from refcurv.law import tolerance
 from refcurv.law.checks import RangeError
 from refcurv.model.loss import (
+    CACHED,
+    _few_rows,
     cross_entropy,
     draw_labels,
     hessian_product,
@@ -193,3 +195,56 @@ def test_products_of_many_rows_are_those_of_each() -> None:
     for product in (root_product, hessian_product):
         alone = [product(logit[n : n + 1], e[n : n + 1]) for n in range(len(logit))]
         assert (product(logit, e) == np.concatenate(alone)).all()
+
+
+def test_labels_of_huge_logits() -> None:
+    """Rows 2e4 apart; the last two labels of the second row are impossible."""
+    logits = np.array([[1e4, 1e4, 1e4, 1e4], [-1e4, -1e4, -2e4, -2e4]])
+    with np.errstate(over="raise", invalid="raise"):
+        assert draw_labels(logits, np.array([0.6, 0.6])).tolist() == [2, 1]
+        assert draw_labels(logits, np.array([1.0, 1.0])).tolist() == [3, 1]
+        assert draw_labels(logits[1:], np.array([0.1])).tolist() == [0]
+
+
+def test_a_label_ends_where_the_next_begins() -> None:
+    """c_v > u·c_{V−1} is strict: half of two equals is the second; 0 is no impossible label."""
+    assert draw_labels(np.array([[0.0, 0.0], [-2000.0, 0.0]]), np.array([0.5, 0.0])).tolist() == [
+        1,
+        1,
+    ]
+
+
+def test_labels_of_float32_logits_are_drawn_in_float64() -> None:
+    """u·c a hair below and above c_150 of the float64 sums, where float32 ones err by far more."""
+    logits = np.random.default_rng(0).normal(size=(200, 300)).astype(np.float32)
+    before = logits.tobytes()
+    wide = logits.astype(np.float64)
+    c = np.cumsum(np.exp(wide - wide.max(axis=-1, keepdims=True)), axis=-1)
+    u = c[:, 150] / c[:, -1]
+    assert (draw_labels(logits, u * (1 - 1e-12)) == 150).all()
+    assert (draw_labels(logits, u * (1 + 1e-12)) == 151).all()
+    assert logits.tobytes() == before
+
+
+@pytest.mark.parametrize("vocabulary", [1, 700, 2**17, 2**17 + 1])
+def test_rows_are_worked_on_a_portion_at_a_time(vocabulary: int) -> None:
+    """As many as fit CACHED logits, and never none: a vocabulary may be larger than that."""
+    rows = 2 * CACHED // vocabulary + 3
+    logits = np.broadcast_to(0.0, (rows, vocabulary))
+    portions = list(_few_rows(logits))
+    assert [n for part in portions for n in range(rows)[part]] == list(range(rows))
+    size = portions[0].stop - portions[0].start
+    assert size == 1 or size * vocabulary <= CACHED
+    assert (size + 1) * vocabulary > CACHED
+    assert all(part.stop - part.start == size for part in portions)
+
+
+def test_reached_rows_by_hand() -> None:
+    """A segment of one, at the end; a label on padding reaches back, yet padding is no row."""
+    label = np.array([[-1, 3, -1, -1, 2], [-1, 1, -1, 1, 4]])
+    real = np.array([[True] * 5, [True] * 4 + [False]])
+    segment = np.array([[0, 0, 0, 0, 1], [0, 0, 1, 2, 2]])
+    assert reached(label, real, segment).tolist() == [
+        [True, True, False, False, True],
+        [True, True, False, True, False],
+    ]
