@@ -145,7 +145,7 @@ def _child(yard: Path, tests: list[str], stage: int) -> None:
     if place is None or not Path(str(place.origin)).is_relative_to(yard):
         raise RuntimeError(f"refcurv would come from {place}, not from the copy {yard}")
     witness = Witness()
-    options = ["-q", "-p", "no:cacheprovider", "--no-header", "--tb=line"]
+    options = ["-q", "-p", "no:cacheprovider", "--no-header", "--tb=line", "-n", "0"]
     status = pytest.main([*options, *tests], plugins=[witness])
     if (status == 0) == bool(witness.failures):
         raise RuntimeError(f"pytest ended with {status}, the failures being {witness.failures}")
