@@ -153,3 +153,8 @@ def assert_within(got: object, want: object, budget: float, scale: object, what:
     if share >= before[0] / before[1]:
         MEASURED[test] = (share * budget, budget)
     return share
+
+
+def gap(one: np.ndarray, two: np.ndarray) -> float:
+    """|one − two| / |two| in Frobenius norm."""
+    return float(np.linalg.norm(one - two) / np.linalg.norm(two))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -99,7 +98,7 @@ def test_budgets_cover_the_rounding_that_longdouble_shows(seed: int, place: Norm
     planned = bench.plan(model.config, corpus, 2**32)
     made = bench.prepare(model.config, model.parameters, corpus, planned, seed)
     wide = {name: W.astype(np.longdouble) for name, W in model.parameters.items()}
-    taps, _ = bench._flow(model.config, wide, made.batch, made.layout, DEFINITIONS)
+    taps, _ = bench.flow(model.config, wide, made.batch, made.layout)
     for name, tap in taps.items():
         assert tap.g.dtype == np.longdouble
         assert_within(made.taps[name].g, tap.g, made.first_order, tap.g, f"g of {name}")
@@ -109,6 +108,15 @@ def test_budgets_cover_the_rounding_that_longdouble_shows(seed: int, place: Norm
         for p in (model.parameters, wide)
     )
     assert_within(H_v, H_v_wide, made.second_order, H_v_wide, "H v")
+
+
+def test_labels_that_come_late_are_found() -> None:
+    """The enumerated positions are the first that have a label, however far behind."""
+    one = case(1, batch=3, length=14)
+    labels = np.where(np.arange(14) >= 9, one.token, -1)
+    found = rc.audit(rc.Model(one.config, one.parameters), rc.Corpus(one.token, labels))
+    assert found.failed == ()
+    assert {f.id for f in found.findings if f.verdict == "pass"} >= {"O8", "O11", "O38"}
 
 
 # ------------------------------------------------------------------ bugs in the code
@@ -167,18 +175,9 @@ def test_a_planted_bug_is_named(bug: str, named: str, places: list[tuple[Any, st
     del bug
     with ExitStack() as stack:
         for where, name, wrong in places:
-            stack.enter_context(planted(where, name, wrong))
+            stack.enter_context(bugs.planted(where, name, wrong))
         found = rc.audit(*small())
     assert named in found.failed
-
-
-def planted(where: Any, name: str, wrong: Any) -> Any:
-    """Also on frozen records other than DEFINITIONS."""
-    stack, right = ExitStack(), getattr(where, name)
-    put: Callable[..., None] = object.__setattr__
-    put(where, name, wrong)
-    stack.callback(put, where, name, right)
-    return stack
 
 
 @pytest.mark.parametrize(
@@ -273,7 +272,7 @@ def test_the_text_names_what_failed_and_what_was_left_out(
     for finding in data["findings"]:
         assert f" {finding['id']} " in text
     assert max(map(len, text.splitlines())) <= 100 and "…" not in text
-    with planted(DEFINITIONS, "swiglu_backward", bugs.ungated_slope):
+    with bugs.planted(DEFINITIONS, "swiglu_backward", bugs.ungated_slope):
         assert main(["audit", *files]) == 1
     assert "FAIL O36: SwiGLU" in capsys.readouterr().out
 
@@ -314,3 +313,17 @@ def test_an_error_inside_a_check_is_a_finding(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(judge, "CHECKS", {"X1": broken})
     found = rc.audit(*small())
     assert found.failed == ("X1",) and "nothing there" in found.findings[0].where
+
+
+@pytest.mark.parametrize(("error", "says"), [(np.nan, "nan"), (np.inf, "infinite")])
+def test_an_error_that_is_no_number_fails_and_can_be_written(
+    error: float, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(bench: Any) -> Any:
+        """Something holds."""
+        yield identities.Measure(error, 1e-9, "here")
+
+    monkeypatch.setattr(judge, "CHECKS", {"X1": broken})
+    found = rc.audit(*small())
+    assert found.failed == ("X1",)
+    assert json.loads(json.dumps(found.to_json(), allow_nan=False))["findings"][0]["error"] == says

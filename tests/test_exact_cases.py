@@ -12,7 +12,7 @@ import pytest
 import zoo
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import assert_within, case, few
+from strategies import assert_within, case, few, gap
 from zoo import Net, causal_mix, mlp, net
 
 from refcurv.curvature import exact
@@ -26,10 +26,6 @@ BUDGET = tolerance.gamma(400, np.float64)
 
 seeds = st.integers(0, 9999)
 losses = st.sampled_from(["softmax", "square"])
-
-
-def gap(one: np.ndarray, two: np.ndarray) -> float:
-    return float(np.linalg.norm(one - two) / np.linalg.norm(two))
 
 
 def equal(one: np.ndarray, two: np.ndarray, what: str) -> None:

@@ -25,7 +25,7 @@ from refcurv.curvature import eigenbasis, factors
 from refcurv.law.checks import RefcurvError
 from refcurv.law.conventions import Fisher
 from refcurv.model import layers, loss, transformer
-from refcurv.model.layers import DEFINITIONS
+from refcurv.model.layers import DEFINITIONS, Ops
 from refcurv.passes import memory, shards
 
 
@@ -33,7 +33,7 @@ from refcurv.passes import memory, shards
 def planted(where: Any, name: str, wrong: Any) -> Iterator[None]:
     """Replace an attribute of a module, or a field of a frozen record, for a while."""
     right = getattr(where, name)
-    put = object.__setattr__ if where is DEFINITIONS else setattr
+    put = object.__setattr__ if isinstance(where, Ops) else setattr
     put(where, name, wrong)
     try:
         yield

@@ -35,3 +35,25 @@ def kron_dense(G: Array, A: Array) -> Array:
            [ 5, 10]])
     """
     return np.asarray(np.kron(G, A))
+
+
+def rearranged(F: Array, shape: tuple[int, int]) -> Array:
+    """R (O², I²) with R[o·O + p, i·I + j] = F[o·I + i, p·I + j]: of G ⊗ A it is rvec(G) rvec(A)ᵀ.
+
+    >>> G, A = np.array([[2.0, 1.0], [0.0, 1.0]]), np.array([[1.0, 3.0, 0.0]] * 3)
+    >>> bool((rearranged(kron_dense(G, A), (2, 3)) == np.outer(G, A)).all())
+    True
+    """
+    O, I = shape  # noqa: E741
+    return F.reshape(O, I, O, I).swapaxes(1, 2).reshape(O * O, I * I)
+
+
+def from_rearranged(R: Array, shape: tuple[int, int]) -> Array:
+    """F (O·I, O·I), the reverse of `rearranged`.
+
+    >>> F = np.arange(36.0).reshape(6, 6)
+    >>> bool((from_rearranged(rearranged(F, (2, 3)), (2, 3)) == F).all())
+    True
+    """
+    O, I = shape  # noqa: E741
+    return R.reshape(O, O, I, I).swapaxes(1, 2).reshape(O * I, O * I)

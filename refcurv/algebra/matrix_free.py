@@ -7,7 +7,8 @@ square (ShapeError), real (DTypeError) and finite (NonFiniteError), and calls `p
 
 Probe i is a function of (seed, i) alone, so that more samples extend the earlier ones: Philox as
 in SAMPLING, key words (seed, 0), first block at counter (1, kind, 0, i). Label draws have kind 0,
-so that one seed serves both. Kind 1 is Rademacher: entry p is +1 if bit p mod 64 of word p div 64
+so that one seed serves both; SAMPLING's signs have the kinds from 1 on, so that beside `signed`
+factors another seed is wanted. Kind 1 is Rademacher: entry p is +1 if bit p mod 64 of word p div 64
 is set, else −1, as signs are. Kind 2 is NumPy's `standard_normal`.
 """
 

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 from scipy.sparse.linalg import eigsh
 
 from refcurv.algebra.blas import add_gram, one_blas_thread
-from refcurv.algebra.kron import kron_dense
+from refcurv.algebra.kron import from_rearranged, kron_dense, rearranged
 from refcurv.curvature import exact
 from refcurv.curvature.exact import Problem, Progress
 from refcurv.law import tolerance
@@ -128,10 +128,11 @@ def _three(made: Problem, wrt: str, labels: exact._Labels, progress: Progress) -
     for _, batches in groupby(cotangents, key=lambda batch: id(batch[0])):  # one sequence
         at: dict[str, tuple[Array, Array]] = {}
         for part, saved, d_z in batches:
-            for tap in _taps(part, saved, d_z, set(names)):
+            for tap in exact._steps(part, part.parameters, saved, d_z, names):
+                assert isinstance(tap, Tap)  # each of them is linear
                 D_CP = (tap.g.swapaxes(1, 2) @ tap.a[0]).reshape(len(d_z), -1)
                 add_gram(D_CP, F[tap.name], onto=True)
-                gg_TOO = tap.g.transpose(1, 2, 0) @ tap.g.swapaxes(0, 1)
+                gg_TOO = exact._position_moments(tap.g)
                 at[tap.name] = tap.a[0], gg_TOO + (at[tap.name][1] if tap.name in at else 0)
         for name, one in at.items():
             positions[name].append(one)
@@ -143,25 +144,13 @@ def _assembled(block: exact._Block, F: Array, positions: list[tuple[Array, Array
     O, I = exact._layer_shape("compare", block)  # noqa: E741
     R, sum_G = np.zeros((O * O, I * I)), np.zeros((O, O))
     for a_TI, gg_TOO in positions:
-        aa_TII = a_TI[:, :, None] * a_TI[:, None, :]
-        R += gg_TOO.reshape(-1, O * O).T @ aa_TII.reshape(-1, I * I)
+        R += exact._kron_sum(a_TI, gg_TOO)
         sum_G += gg_TOO.sum(axis=0)
-    F_tok = R.reshape(O, O, I, I).swapaxes(1, 2).reshape(O * I, O * I)  # undoes `rearranged`
+    F_tok = from_rearranged(R, (O, I))
     a_NI = block.problem.rows(exact._inputs(block))
     n, lower = len(a_NI), np.tril(F)
     moments = exact.Moments(a_NI.T @ a_NI / n, sum_G / n, n)
     return Three(lower + np.tril(lower, -1).T, F_tok, moments)
-
-
-def _taps(made: Problem, saved: Any, d_z: Array, missing: set[str]) -> list[Tap]:
-    """The Taps of some layers; nothing below the lowest of them is computed."""
-    out: list[Tap] = []
-    for step in made.backward(made.parameters, saved, d_z):
-        if isinstance(step, Tap) and step.name in missing:
-            out.append(step)
-            if len(out) == len(missing):
-                break
-    return out
 
 
 @one_blas_thread()
@@ -205,17 +194,6 @@ def distances(three: Three, top: Sequence[int] = (1, 10, 100), name: str = "this
         floor=gap(F, kron_dense(*nearest_kronecker(F, shape))),
         overlap={k: (_overlap(k, *spaces[:2]), _overlap(k, *spaces[::2])) for k in kept},
     )
-
-
-def rearranged(F: Array, shape: tuple[int, int]) -> Array:
-    """R (O², I²) with R[o·O + p, i·I + j] = F[o·I + i, p·I + j]: of G ⊗ A it is rvec(G) rvec(A)ᵀ.
-
-    >>> G, A = np.array([[2.0, 1.0], [0.0, 1.0]]), np.array([[1.0, 3.0, 0.0]] * 3)
-    >>> bool((rearranged(kron_dense(G, A), (2, 3)) == np.outer(G, A)).all())
-    True
-    """
-    O, I = shape  # noqa: E741
-    return F.reshape(O, I, O, I).swapaxes(1, 2).reshape(O * O, I * I)
 
 
 @one_blas_thread()

@@ -30,7 +30,7 @@ from numpy.typing import ArrayLike
 from scipy.sparse.linalg import LinearOperator
 
 from refcurv.algebra.blas import one_blas_thread
-from refcurv.algebra.kron import kron_dense
+from refcurv.algebra.kron import from_rearranged, kron_dense
 from refcurv.curvature.problem import Loss, Problem, problem
 from refcurv.law.checks import (
     Array,
@@ -38,6 +38,7 @@ from refcurv.law.checks import (
     NameUnknownError,
     RangeError,
     require_choice,
+    require_draws,
     require_finite,
     require_seed,
     require_shape,
@@ -148,18 +149,28 @@ def _wide(array: Array) -> Array:
 # ------------------------------------------------------------------ products
 
 
+def _steps(
+    made: Problem, parameters: Parameters, saved: Saved, d_z: Array, names: Iterable[str]
+) -> Iterator[Tap | Slope]:
+    """The backward's steps at the named parameters, and nothing below the lowest that is known."""
+    wanted = set(names)
+    missing = len(wanted) if made.linear.issuperset(wanted) else math.inf  # else one comes twice
+    for step in made.backward(parameters, saved, d_z):
+        if step.name in wanted:
+            yield step
+            missing -= 1
+            if not missing:
+                return
+
+
 def _jacobian_rows(
     made: Problem, parameters: Parameters, saved: Saved, d_z: Array, names: Iterable[str]
 ) -> dict[str, Array]:
     """Jᵀ d_z by parameter: (C, *shape), C running over cotangents, or over parts that add up."""
     out: dict[str, Array] = {}
-    missing, early = set(names), made.linear.issuperset(names)
-    for step in made.backward(parameters, saved, d_z):
-        if step.name in missing:
-            d = step.g.swapaxes(-1, -2) @ step.a if isinstance(step, Tap) else step.d[None]
-            out[step.name] = out[step.name].sum(axis=0) + d if step.name in out else d
-        if early and len(out) == len(missing):
-            break  # nothing below the lowest wanted layer is computed
+    for step in _steps(made, parameters, saved, d_z, names):
+        d = step.g.swapaxes(-1, -2) @ step.a if isinstance(step, Tap) else step.d[None]
+        out[step.name] = out[step.name].sum(axis=0) + d if step.name in out else d
     return out
 
 
@@ -472,7 +483,7 @@ def _small(
         raise RangeError(
             f"exact.{who}: the block has {P:,} parameters, and a dense matrix of it would take "
             f"{8 * P * P / 2**30:,.1f} GiB (at most {DENSE:,} parameters are made dense). Ask "
-            f"matrix_free.trace or extreme_eigenvalues of exact.operator(..., wrt={wrt!r}) instead."
+            f"matrix_free.xtrace or extreme_eigenvalues of exact.operator(..., wrt={wrt!r})."
         )
     return block
 
@@ -569,15 +580,12 @@ def fisher_along(
     out = []
     for part, saved, d_z in _cotangents(block.problem, labelled, wide, progress):
         x_C = np.zeros(len(d_z))
-        missing = len(named)
-        for step in part.backward(part.parameters, saved, d_z):
-            if step.name in named and isinstance(step, Tap):
-                x_C += (step.g * (step.a @ named[step.name].T)).sum(axis=(1, 2))
-            elif step.name in named and isinstance(step, Slope):
-                x_C += (step.d * named[step.name]).sum()
-            missing -= step.name in named
-            if wide and not missing:
-                break
+        for step in _steps(part, part.parameters, saved, d_z, block.names):
+            v = named[step.name]
+            if isinstance(step, Tap):
+                x_C += (step.g * (step.a @ v.T)).sum(axis=(1, 2))
+            else:
+                x_C += (step.d * v).sum()
         out.append(x_C)
     return np.concatenate(out)
 
@@ -615,13 +623,21 @@ def f_tok(
     block = _small("f_tok", model, tokens, labels, wrt)
     O, I = _layer_shape("f_tok", block)  # noqa: E741
     labelled = _labels("f_tok", fisher, per, seed, draws)
-    out = np.zeros((O * O, I * I))
+    R = np.zeros((O * O, I * I))
     for a_TI, g_CTO in _rows(block, labelled, progress):
-        gg_TOO = g_CTO.transpose(1, 2, 0) @ g_CTO.swapaxes(0, 1)
-        aa_TII = a_TI[:, :, None] * a_TI[:, None, :]
-        out = out + gg_TOO.reshape(-1, O * O).T @ aa_TII.reshape(-1, I * I)
-    # entry [o, p, i, j] of this belongs at row (o, i), column (p, j)
-    return out.reshape(O, O, I, I).transpose(0, 2, 1, 3).reshape(O * I, O * I)
+        R = R + _kron_sum(a_TI, _position_moments(g_CTO))
+    return from_rearranged(R, (O, I))
+
+
+def _position_moments(g_CTO: Array) -> Array:
+    """Σ_c g_cs g_csᵀ at each position s, (T, O, O)."""
+    return np.asarray(g_CTO.transpose(1, 2, 0) @ g_CTO.swapaxes(0, 1))
+
+
+def _kron_sum(a_TI: Array, gg_TOO: Array) -> Array:
+    """Σ_s gg_s ⊗ (a_s a_sᵀ), `rearranged`: Σ_s rvec(gg_s) rvec(a_s a_sᵀ)ᵀ, (O², I²)."""
+    aa_TII = a_TI[:, :, None] * a_TI[:, None, :]
+    return np.asarray(gg_TOO.reshape(len(a_TI), -1).T @ aa_TII.reshape(len(a_TI), -1))
 
 
 @one_blas_thread()
@@ -686,11 +702,9 @@ def kfac(
     Source: P2; Martens & Grosse 2015 (arXiv 1503.05671).
     Proof: tests/test_exact_cases.py
     """
-    _small("kfac", model, tokens, labels, wrt)
-    found = moments(
-        model, tokens, labels, wrt=wrt, fisher=fisher, per=per, seed=seed, draws=draws,
-        progress=progress,
-    )  # fmt: skip
+    made = _small("kfac", model, tokens, labels, wrt).problem
+    options = {"fisher": fisher, "per": per, "seed": seed, "draws": draws, "progress": progress}
+    found = moments(made, wrt=wrt, **options)  # type: ignore[arg-type]
     return found.rows * kron_dense(found.G, found.A)
 
 
@@ -729,8 +743,7 @@ def _labels(who: str, fisher: str, per: str, seed: int, draws: int) -> _Labels:
     kinds = (Fisher.EXPECTED, Fisher.SAMPLED, Fisher.EMPIRICAL)
     kind = Fisher(require_choice(f"exact.{who}", "fisher", fisher, kinds))
     require_choice(f"exact.{who}", "per", per, PER)
-    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
-        raise RangeError(f"exact.{who}: draws must be an integer >= 1; got {draws!r}.")
+    require_draws(f"exact.{who}", draws)
     if draws != 1 and kind is not Fisher.SAMPLED:
         raise ConventionError(f"exact.{who}: {kind} labels are not drawn; draws must be 1.")
     return _Labels(kind, per, require_seed(f"exact.{who}", seed), draws)
@@ -789,8 +802,8 @@ def _inputs(block: _Block) -> Array:
 
 
 def _tap(made: Problem, parameters: Parameters, saved: Saved, d_z: Array, name: str) -> Tap:
-    for step in made.backward(parameters, saved, d_z):
-        if isinstance(step, Tap) and step.name == name:
+    for step in _steps(made, parameters, saved, d_z, [name]):
+        if isinstance(step, Tap):
             return step
     raise NameUnknownError(f"exact: the backward of this Problem yields no Tap {name!r}.")
 

@@ -30,6 +30,7 @@ from refcurv.law.checks import (
     RangeError,
     SchemaError,
     require_choice,
+    require_draws,
     require_seed,
 )
 from refcurv.law.conventions import BLOCK_SHARDS, Fisher, Rows, describe
@@ -347,8 +348,7 @@ def collect(
 def _job(config: ModelConfig, layers: str, fisher: str, seed: int, draws: int) -> memory.Sweep:
     """The choices of `collect`, checked."""
     kind = Fisher(require_choice("collect", "fisher", fisher, list(Fisher)))
-    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
-        raise RangeError(f"collect: draws must be an integer >= 1; got {draws!r}.")
+    require_draws("collect", draws)
     if kind not in memory.DRAWN and draws != 1:
         raise ConventionError(f"collect: `{kind}` draws nothing; draws must be 1, got {draws}.")
     names = expand(layers, list(config.linear_layers()))

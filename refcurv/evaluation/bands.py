@@ -23,6 +23,7 @@ from refcurv.evaluation.decode import batches, require_population, teacher_force
 from refcurv.files.corpus import Population
 from refcurv.law.checks import Array, EmptyError, require_choice, require_shape
 from refcurv.model.config import Model, expand
+from refcurv.model.transformer import Parameters
 from refcurv.passes import memory, parallel
 from refcurv.passes.parallel import Progress
 
@@ -207,13 +208,13 @@ class _Probe:
 @dataclass(frozen=True, slots=True)
 class _Job:
     model: Model
-    parameters: memory.Parameters
+    parameters: Parameters
     names: list[str]
     probes: list[_Probe]
 
 
 def _probe(
-    model: Model, parameters: memory.Parameters, name: str, basis: Eigenbasis, kind: Quantity
+    model: Model, parameters: Parameters, name: str, basis: Eigenbasis, kind: Quantity
 ) -> _Probe:
     known = model.config.linear_layers()
     if name not in known:

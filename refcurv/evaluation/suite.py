@@ -38,9 +38,9 @@ from refcurv.law.checks import (
 from refcurv.law.conventions import HEAD_ROWS, Gain
 from refcurv.model.config import Model, ModelConfig
 from refcurv.model.loss import cross_entropy
-from refcurv.model.transformer import head_logits
+from refcurv.model.transformer import Parameters, head_logits
 from refcurv.passes import parallel
-from refcurv.passes.memory import Parameters, final_states, resident
+from refcurv.passes.memory import final_states, resident
 from refcurv.passes.parallel import Progress
 
 RETAINED = MappingProxyType({"answer": "accuracy", "recite": "strict"})

@@ -64,10 +64,11 @@ class Audit:
         return tuple(f.id for f in self.findings if f.verdict == "fail")
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; an infinite error becomes the text "infinite"."""
+        """Plain values; an error that is no number becomes a text, "infinite" or "nan"."""
         rows = [asdict(finding) for finding in self.findings]
         for row in rows:
-            row["error"] = "infinite" if row["error"] == math.inf else row["error"]
+            if row["error"] is not None and not math.isfinite(row["error"]):
+                row["error"] = "nan" if math.isnan(row["error"]) else "infinite"
         return {
             "passed": self.passed,
             "failed": list(self.failed),

@@ -10,9 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
+from refcurv.curvature.eigenbasis import Bases, decompose
+from refcurv.curvature.factors import Factors, collect
 from refcurv.curvature.problem import Batch
 from refcurv.files.corpus import Corpus
 from refcurv.files.lazy import Lazy
@@ -20,7 +23,7 @@ from refcurv.law import tolerance
 from refcurv.law.checks import Array, EmptyError, require_finite, require_token_ids
 from refcurv.law.conventions import NO_LABEL
 from refcurv.model import transformer
-from refcurv.model.config import ModelConfig
+from refcurv.model.config import Model, ModelConfig
 from refcurv.model.layers import DEFINITIONS, Layout, Ops, Saved, causal_layout
 from refcurv.model.transformer import Parameters, Tap
 
@@ -153,8 +156,7 @@ def _watched(log: _Log) -> Ops:
     def norm_backward(d_y: Array, saved: Saved) -> tuple[Array, Array]:
         inner, x, gain = saved
         d_x, d_gain = DEFINITIONS.rms_norm_backward(d_y, inner)
-        flat = (a.reshape(-1, a.shape[-1]) for a in (x, d_y, d_x))
-        x_ND, d_y_ND, d_x_ND = flat
+        x_ND, d_y_ND, d_x_ND = (a.reshape(-1, a.shape[-1]) for a in (x, d_y, d_x))
         log.norms.append(NormCall(x_ND, gain, d_y_ND, d_x_ND))
         return d_x, d_gain
 
@@ -168,9 +170,9 @@ def _watched(log: _Log) -> Ops:
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class Bench:
-    """One batch, run once.
+    """One batch, run once; its factors and bases are found when a check first asks for them.
 
     Fields:
         config, parameters, plan, seed; batch: tokens, labels and segments (B, T); real (B, T) bool;
@@ -210,6 +212,30 @@ class Bench:
         """A stream of its own for each use."""
         return np.random.default_rng([self.seed, salt])
 
+    def collect(self, fisher: str, part: slice = slice(None)) -> Factors | None:
+        """`collect` on some sequences of the batch; None where the plan has no layer for it."""
+        if not self.plan.layers:
+            return None
+        b = self.batch
+        own = b.token_BT[part], b.label_BT[part], self.real[part], b.segment_BT[part]
+        model = Model(self.config, self.parameters)
+        return collect(model, Corpus(*own), ",".join(self.plan.layers), fisher, self.seed)
+
+    @cached_property
+    def empirical(self) -> Factors | None:
+        """Factors against the corpus's own labels."""
+        return self.collect("empirical")
+
+    @cached_property
+    def sampled(self) -> Factors | None:
+        """Factors against drawn labels."""
+        return self.collect("sampled")
+
+    @cached_property
+    def bases(self) -> Bases | None:
+        """The eigenbases of `sampled`."""
+        return None if self.sampled is None else decompose(self.sampled)
+
 
 def prepare(
     config: ModelConfig, parameters: Parameters, corpus: Corpus, planned: Plan, seed: int
@@ -220,7 +246,7 @@ def prepare(
     batch, real_BT = _batch(config, corpus, planned)
     layout = causal_layout(real_BT, batch.segment_BT)
     log = _Log()
-    taps, final_BTD = _flow(config, parameters, batch, layout, _watched(log))
+    taps, final_BTD = flow(config, parameters, batch, layout, _watched(log))
     slopes = {
         i: log.rotated[2 * config.layers + 2 * (config.layers - 1 - i) + 1]
         for i in range(config.layers)
@@ -228,14 +254,18 @@ def prepare(
     logits = transformer.head_logits(config, parameters, final_BTD)
     narrow = Lazy(list(parameters), lambda name: parameters[name].astype(np.float32))
     with np.errstate(all="ignore"):
-        rough, _ = _flow(config, narrow, batch, layout, DEFINITIONS)
+        rough, _ = flow(config, narrow, batch, layout)
     off = max(_distance(rough[name].g, taps[name].g) for name in taps) / tolerance.eps(np.float32)
     return Bench(config, parameters, planned, seed, batch, real_BT, layout, taps, tuple(log.norms),
                  slopes, final_BTD, logits, off if np.isfinite(off) else UNMEASURED)  # fmt: skip
 
 
-def _flow(
-    config: ModelConfig, parameters: Parameters, batch: Batch, layout: Layout, ops: Ops
+def flow(
+    config: ModelConfig,
+    parameters: Parameters,
+    batch: Batch,
+    layout: Layout,
+    ops: Ops = DEFINITIONS,
 ) -> tuple[dict[str, Tap], Array]:
     """What flows through every linear layer, (B, T, ·), and what the head reads."""
     final_BTD, trace = transformer.forward(config, parameters, batch.token_BT, layout, ops)

@@ -18,20 +18,20 @@ from numpy.typing import ArrayLike
 
 from refcurv.algebra.staircase import cut
 from refcurv.curvature import exact
-from refcurv.curvature.eigenbasis import Eigenbasis, decompose
-from refcurv.curvature.factors import Factors, collect
+from refcurv.curvature.eigenbasis import Eigenbasis
+from refcurv.curvature.factors import Factors
 from refcurv.curvature.problem import Batch, Problem, of_batch
 from refcurv.editing.projection import project
-from refcurv.files.corpus import Corpus
-from refcurv.judge.bench import Bench
+from refcurv.judge.bench import Bench, flow
 from refcurv.law import tolerance
 from refcurv.law.checks import Array
 from refcurv.law.conventions import NO_LABEL
 from refcurv.model import transformer
-from refcurv.model.config import Model, ModelConfig, NormPlace, QKNorm
+from refcurv.model.config import ModelConfig, NormPlace, QKNorm
 from refcurv.model.layers import causal_layout
 from refcurv.model.transformer import Parameters
 from refcurv.passes.fast import FAST
+from refcurv.passes.memory import nats
 
 RHO = 0.8
 """The share of mass at which an edit is checked."""
@@ -82,23 +82,12 @@ def _blocks(config: ModelConfig) -> Iterator[tuple[int, str]]:
 
 def fast_is_the_definition(bench: Bench) -> Iterator[Measure]:
     """Kernels give each weight the gradient Σ_s g_s a_sᵀ."""
-    layout, batch = bench.layout, bench.batch
-    wanted = {bench.config.weight_of(name): name for name in bench.taps}
-    final_BTD, trace = transformer.forward(
-        bench.config, bench.parameters, batch.token_BT, layout, FAST
-    )
-    head = transformer.head_backward(
-        bench.config, bench.parameters, final_BTD, batch.label_BT, batch.label_BT >= 0
-    )
-    loss = transformer.drain(head, lambda tap: None)
-    for step in transformer.backward(
-        bench.config, bench.parameters, loss.d_final_BTD, trace, FAST, consume=True
-    ):
-        name = f"{step.name}.weight"
-        if isinstance(step, transformer.Tap) and name in wanted:
-            tap = bench.taps[step.name]
-            d, d_fast = (_outer(x.g, x.a) for x in (tap, step))
-            yield _measure(d_fast, d, _outer(np.abs(tap.g), np.abs(tap.a)), bench.first_order, name)
+    fast, _ = flow(bench.config, bench.parameters, bench.batch, bench.layout, FAST)
+    for name, tap in bench.taps.items():
+        if name != "head":
+            d, d_fast = (_outer(x.g, x.a) for x in (tap, fast[name]))
+            terms = _outer(np.abs(tap.g), np.abs(tap.a))
+            yield _measure(d_fast, d, terms, bench.first_order, f"{name}.weight")
 
 
 def _outer(g: Array, a: Array) -> Array:
@@ -218,23 +207,14 @@ def grouped_queries(bench: Bench) -> Iterator[Measure]:
             by_head = np.repeat(W.reshape(K, E, *W.shape[1:]), R, axis=0)
             copied[name] = by_head.reshape(-1, *W.shape[1:])
     wide = replace(config, kv_heads=config.heads)
-    found = _taps(wide, _over(copied, bench.parameters), bench)
+    parameters = _over(copied, bench.parameters)
+    found, _ = flow(wide, parameters, bench.batch, bench.layout)
     for name in (f"blocks.{config.layers - 1}.attn.{x}" for x in ("k", "v")):
         g = bench.taps[name].g
-        copies = found[name].reshape(*g.shape[:2], K, R, E)
+        copies = found[name].g.reshape(*g.shape[:2], K, R, E)
         scale = np.abs(copies).sum(axis=3)
         # each copy normalises by the same root, so a full-width norm's slope is shared too
         yield _measure(copies.sum(axis=3).reshape(g.shape), g, scale, R * bench.first_order, name)
-
-
-def _taps(config: ModelConfig, parameters: Parameters, bench: Bench) -> dict[str, Array]:
-    """The output gradients of every linear layer of another model on the same batch."""
-    batch = bench.batch
-    final, trace = transformer.forward(config, parameters, batch.token_BT, bench.layout)
-    head = transformer.head_backward(config, parameters, final, batch.label_BT, batch.label_BT >= 0)
-    loss = transformer.drain(head, lambda tap: None)
-    steps = transformer.backward(config, parameters, loss.d_final_BTD, trace)
-    return {step.name: step.g for step in steps if isinstance(step, transformer.Tap)}
 
 
 def norm_defect(bench: Bench) -> Iterator[Measure]:
@@ -404,7 +384,8 @@ def ggn_is_the_expected_fisher(bench: Bench) -> Iterator[Measure]:
 def _few_terms(bench: Bench) -> Batch:
     """One short sequence with as many loss positions as the plan enumerates."""
     b, n = bench.batch, bench.plan.enumerated
-    width = min(2 * n + 1, b.token_BT.shape[1])
+    covering = np.flatnonzero(b.label_BT[0] >= 0)[:n][-1] + 1
+    width = min(max(2 * n + 1, covering), b.token_BT.shape[1])
     label = b.label_BT[:1, :width].copy()
     label[:, : np.flatnonzero(label[0] >= 0)[-n:][0]] = NO_LABEL
     part = (b.token_BT[:1, :width], label, b.segment_BT[:1, :width], b.index_B[:1])
@@ -484,24 +465,9 @@ def kl_is_the_quadratic_form(bench: Bench) -> Iterator[Measure]:
 # ------------------------------------------------------------------ factors, bases, edits
 
 
-def _corpus(bench: Bench, part: slice = slice(None)) -> Corpus:
-    b = bench.batch
-    return Corpus(b.token_BT[part], b.label_BT[part], bench.real[part], b.segment_BT[part])
-
-
-def _collected(
-    bench: Bench, part: slice = slice(None), fisher: str = "empirical"
-) -> Factors | None:
-    """`collect` on the batch; None where the plan has no layer for it."""
-    if not bench.plan.layers:
-        return None
-    model = Model(bench.config, bench.parameters)
-    return collect(model, _corpus(bench, part), ",".join(bench.plan.layers), fisher, bench.seed)
-
-
 def factors_are_the_sums(bench: Bench) -> Iterator[Measure]:
     """A, G are sums over rows; tr K − tr F_tok = −n Cov(‖a‖², ‖g‖²)."""
-    factors = _collected(bench)
+    factors = bench.empirical
     if factors is None:
         return
     reached = _reached(bench)
@@ -520,12 +486,11 @@ def factors_are_the_sums(bench: Bench) -> Iterator[Measure]:
 
 def factors_add(bench: Bench) -> Iterator[Measure]:
     """Sums of factors add over disjoint data, and only grow."""
-    half = len(bench.real) // 2
-    if not half or not bench.plan.layers:
+    half, whole = len(bench.real) // 2, bench.empirical
+    if not half or whole is None:
         return
-    parts = [slice(None), slice(half), slice(half, None)]
-    whole, one, two = (_collected(bench, part) for part in parts)
-    if whole is None or one is None or two is None:
+    one, two = (bench.collect("empirical", p) for p in (slice(half), slice(half, None)))
+    if one is None or two is None:
         return
     for name, factor in whole.items():
         for side in ("sum_A", "sum_G"):
@@ -538,7 +503,7 @@ def factors_add(bench: Bench) -> Iterator[Measure]:
 
 def factors_are_second_moments(bench: Bench) -> Iterator[Measure]:
     """A and G are symmetric, ≥ 0, of rank at most the rows."""
-    factors = _collected(bench, fisher="sampled")
+    factors = bench.sampled
     if factors is None:
         return
     for name, factor in factors.items():
@@ -553,10 +518,9 @@ def factors_are_second_moments(bench: Bench) -> Iterator[Measure]:
 
 
 def _bases(bench: Bench) -> Iterator[tuple[str, Factors, Eigenbasis]]:
-    factors = _collected(bench, fisher="sampled")
-    if factors is not None:
-        for name, basis in decompose(factors).items():
-            yield name, factors, basis
+    if bench.sampled is not None and bench.bases is not None:
+        for name, basis in bench.bases.items():
+            yield name, bench.sampled, basis
 
 
 def bases_recompose(bench: Bench) -> Iterator[Measure]:
@@ -566,9 +530,8 @@ def bases_recompose(bench: Bench) -> Iterator[Measure]:
             ("A", factors[name].A, basis.U_A, basis.mu),
             ("G", factors[name].G, basis.U_G, basis.lam),
         ):
-            budget = tolerance.eigenpair(len(M)) + tolerance.negative(
-                len(M), factors.shard_rows, np.float64
-            )
+            raised = tolerance.negative(len(M), factors.shard_rows, np.float64)
+            budget = tolerance.eigenpair(len(M)) + raised
             yield _measure((U * values) @ U.T, M, M, budget, f"{side} of {name}")
             one = np.eye(len(M))
             yield _measure(U.T @ U, one, one, tolerance.eigenpair(len(M)), f"U_{side} of {name}")
@@ -638,25 +601,18 @@ def rotary_rows(bench: Bench) -> Iterator[Measure]:
             turned[name] = W.reshape(-1, E, *W.shape[1:])[:, order].reshape(W.shape)
     if not turned:
         return
+    labelled = b.label_BT >= 0
     here, there = (
-        _nats(config, p, bench) for p in (bench.parameters, _over(turned, bench.parameters))
+        nats(config, p, b.token_BT, b.label_BT, bench.layout)[labelled]
+        for p in (bench.parameters, _over(turned, bench.parameters))
     )
     fall = here - there
     error = float(fall.std()) / math.sqrt(len(fall))
-    counts = np.bincount(b.label_BT[b.label_BT >= 0]).astype(float)
+    counts = np.bincount(b.label_BT[labelled]).astype(float)
     share = counts[counts > 0] / counts.sum()
     counting = float(-(share * np.log(share)).sum())
     sure = fall.mean() > 6 * error and there.mean() < counting
     yield Measure(max(0.0, float(fall.mean() / here.mean())) if sure else 0.0, 0.05, "q and k")
-
-
-def _nats(config: ModelConfig, parameters: Parameters, bench: Bench) -> Array:
-    batch = bench.batch
-    final, _ = transformer.forward(
-        config, parameters, batch.token_BT, bench.layout, lowest=config.layers
-    )
-    head = transformer.head_backward(config, parameters, final, batch.label_BT, batch.label_BT >= 0)
-    return transformer.drain(head, lambda tap: None).nats_BT[batch.label_BT >= 0]
 
 
 CHECKS: Mapping[str, Check] = MappingProxyType(

@@ -141,6 +141,13 @@ def require_seed(who: str, seed: int) -> int:
     return int(seed)
 
 
+def require_draws(who: str, draws: int) -> int:
+    """Return how often labels or signs are drawn, or raise RangeError unless an integer >= 1."""
+    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
+        raise RangeError(f"{who}: draws must be an integer >= 1; got {draws!r}.")
+    return draws
+
+
 def require_token_ids(who: str, what: str, ids: Array, vocabulary: int) -> None:
     """Raise RangeError unless all ids lie in [0, vocabulary)."""
     if ids.size == 0:

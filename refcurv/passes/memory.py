@@ -14,14 +14,12 @@ from refcurv.model import transformer
 from refcurv.model.config import Model, ModelConfig
 from refcurv.model.layers import Layout
 from refcurv.model.loss import cross_entropy, draw_labels, root_product, signs, uniforms
-from refcurv.model.transformer import Cotangent, Tap
+from refcurv.model.transformer import Cotangent, Parameters, Tap
 from refcurv.passes.fast import FAST
 from refcurv.passes.shards import Shard
 
-Parameters = dict[str, Array]
 
-
-def resident(model: Model) -> Parameters:
+def resident(model: Model) -> dict[str, Array]:
     """Every parameter, read once, in the model's dtype."""
     return {name: np.asarray(model.parameters[name]) for name in model.config.parameter_shapes()}
 
