@@ -9,14 +9,30 @@ import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from refcurv.model.config import ModelConfig, NormPlace, QKNorm
-from refcurv.model.layers import Layout, causal_layout
+from refcurv.model.config import (
+    LINEAR,
+    Activation,
+    Image,
+    ModelConfig,
+    Norm,
+    NormPlace,
+    Pool,
+    QKNorm,
+    Residual,
+    RopeScaling,
+    Scaling,
+)
+from refcurv.model.layers import Layout
 from refcurv.model.loss import shift_labels
+from refcurv.model.transformer import image_layout, layout_of
 
 
 @dataclass(frozen=True)
 class Case:
-    """A small model and a batch that it is differentiated on."""
+    """A small model and a batch that it is differentiated on.
+
+    Of images, `token` holds the patches (B, n, C·P·P) and the labels are (B, 1).
+    """
 
     config: ModelConfig
     parameters: dict[str, np.ndarray] = field(repr=False)
@@ -27,7 +43,9 @@ class Case:
 
     @property
     def layout(self) -> Layout:
-        return causal_layout(self.real, self.segment)
+        if self.config.image is not None:
+            return image_layout(self.config, len(self.token))
+        return layout_of(self.config, self.real, self.segment)
 
     @property
     def batch(self) -> tuple[np.ndarray, np.ndarray, Layout]:
@@ -43,8 +61,15 @@ def random_parameters(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
     out = {}
     for name, shape in config.parameter_shapes().items():
         x = rng.normal(size=shape)
-        out[name] = 1 + 0.3 * x if len(shape) == 1 else x * 1.5 / np.sqrt(shape[-1])
-    out["embed.weight"] *= np.sqrt(config.width) / 1.5
+        if len(shape) == 2:
+            out[name] = x * 1.5 / np.sqrt(shape[-1])
+        elif name.endswith("_norm.weight"):
+            out[name] = 1 - config.norm_offset + 0.3 * x
+        else:
+            out[name] = 0.5 * x  # biases, and the vectors before an image's patches
+    for name in ("embed.weight", "position.weight"):
+        if name in out:
+            out[name] *= np.sqrt(config.width) / 1.5
     return out
 
 
@@ -85,21 +110,88 @@ def case(seed: int = 0, batch: int = 2, length: int = 6, **changes: object) -> C
 
 
 @st.composite
-def configs(draw: st.DrawFn, layers: int = 2) -> ModelConfig:
+def configs(draw: st.DrawFn, layers: int = 2, images: bool = False) -> ModelConfig:
+    """The whole space of configurations, every option against every other."""
     kv_heads = draw(st.integers(1, 2))
-    return ModelConfig(
+    blocks = draw(st.integers(1, layers))
+    head_width = 2 * draw(st.integers(1, 2))
+    place = draw(st.sampled_from(list(NormPlace)))
+    residuals = [r for r in Residual if r is not Residual.SHARED or place is NormPlace.PRE]
+    gated, gain = draw(st.booleans()), draw(st.booleans())
+    kinds = [n for n in LINEAR if (gated or n != "gate") and (images or n != "patch")]
+    theta = draw(st.sampled_from([None, 3.0, 1e4]))
+    fields: dict[str, object] = dict(
         vocabulary=draw(st.integers(2, 6)),
         width=draw(st.integers(2, 6)),
-        layers=draw(st.integers(1, layers)),
+        layers=blocks,
         heads=kv_heads * draw(st.integers(1, 3)),
         kv_heads=kv_heads,
-        head_width=2 * draw(st.integers(1, 2)),
+        head_width=head_width,
         mlp_width=draw(st.integers(2, 5)),
-        norm_place=draw(st.sampled_from(list(NormPlace))),
+        norm_place=place,
         qk_norm=draw(st.sampled_from(list(QKNorm))),
-        norm_eps=draw(st.sampled_from([1e-6, 1e-3, 0.1])),
-        rope_theta=draw(st.sampled_from([3.0, 1e4])),
+        norm_eps=draw(st.sampled_from([1e-3, 0.1])),
+        rope_theta=theta,
+        norm=draw(st.sampled_from(list(Norm))),
+        norm_gain=gain,
+        norm_offset=gain and draw(st.booleans()),
+        norm_bias=draw(st.booleans()),
+        biases=tuple(draw(st.lists(st.sampled_from(kinds), unique=True))),
+        gated=gated,
+        activation=draw(st.sampled_from(list(Activation))),
+        residual=draw(st.sampled_from(residuals)),
+        score_scale=draw(st.sampled_from([None, 0.3])),
+        score_cap=draw(st.sampled_from([None, 0.7])),
+        logit_cap=draw(st.sampled_from([None, 1.5])),
+        qkv_clip=draw(st.sampled_from([None, 0.8])),
+    )
+    if theta is not None:
+        fields["rope_width"] = draw(st.sampled_from([None, 2]))
+        fields["rope_scaling"] = draw(st.one_of(st.none(), scalings()))
+    if images:
+        return ModelConfig(**fields, **draw(image_fields()))
+    fields["causal"] = causal = draw(st.booleans())
+    if causal:
+        window = st.integers(0, 3)
+        fields["windows"] = tuple(draw(st.lists(window, min_size=blocks, max_size=blocks)))
+    return ModelConfig(
+        **fields,
+        learned_positions=draw(st.sampled_from([0, 5])),
+        embed_scale=draw(st.sampled_from([1.0, 1.7])),
         tied=draw(st.booleans()),
+    )
+
+
+@st.composite
+def scalings(draw: st.DrawFn) -> RopeScaling:
+    slow = draw(st.sampled_from([0.3, 1.0]))
+    return RopeScaling(
+        kind=draw(st.sampled_from(list(Scaling))),
+        factor=draw(st.sampled_from([0.5, 4.0])),
+        original=draw(st.integers(1, 40)),
+        slow=slow,
+        fast=slow * draw(st.sampled_from([2.0, 30.0])),
+        attention=draw(st.sampled_from([1.0, 1.2])),
+        truncate=draw(st.booleans()),
+    )
+
+
+@st.composite
+def image_fields(draw: st.DrawFn) -> dict[str, object]:
+    specials = draw(st.sampled_from([(), ("cls",), ("cls", "distillation")]))
+    image = Image(
+        channels=draw(st.integers(1, 2)),
+        height=2 * draw(st.integers(1, 2)),
+        width=2,
+        patch=draw(st.integers(1, 2)),
+        specials=specials,
+    )
+    return dict(
+        causal=False,
+        tied=False,
+        image=image,
+        pool=draw(st.sampled_from([Pool.MEAN, Pool.CLS] if specials else [Pool.MEAN])),
+        learned_positions=draw(st.sampled_from([0, image.positions])),
     )
 
 
@@ -129,6 +221,26 @@ def cases(draw: st.DrawFn, layers: int = 2) -> Case:
         label = np.where(real, own, -1)
     return Case(
         made, random_parameters(made, draw(st.integers(0, 9999))), token, real, segment, label
+    )
+
+
+@st.composite
+def image_cases(draw: st.DrawFn, layers: int = 2) -> Case:
+    """Vision transformers, some images without a label."""
+    made = draw(configs(layers, images=True))
+    assert made.image is not None
+    batch = draw(st.integers(1, 3))
+    rng = np.random.default_rng(draw(st.integers(0, 9999)))
+    patch = rng.normal(size=(batch, made.image.patches, made.image.patch_size))
+    label = rng.integers(-1, made.vocabulary, (batch, 1))
+    shape = (batch, made.image.positions)
+    return Case(
+        made,
+        random_parameters(made, draw(st.integers(0, 9999))),
+        patch,
+        np.ones(shape, bool),
+        np.zeros(shape, np.int64),
+        label,
     )
 
 

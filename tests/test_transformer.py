@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from hypothesis import given
-from strategies import Case, assert_within, case, cases
+from hypothesis import strategies as st
+from strategies import Case, assert_within, case, cases, image_cases
 
 from refcurv.law import tolerance
 from refcurv.model import transformer
@@ -13,6 +14,7 @@ from refcurv.model.config import NormPlace, QKNorm
 from refcurv.model.magnitudes import gradient_scale
 
 STEP = 1e-30
+ANY = st.one_of(cases(), image_cases())
 
 
 def complex_step_gradient(one: Case, name: str) -> np.ndarray:
@@ -31,7 +33,7 @@ def loss_of(one: Case, parameters: dict[str, np.ndarray]) -> np.complex128:
     token, label, layout = one.batch
     final, _ = transformer.forward(one.config, parameters, token, layout)
     head = transformer.head_backward(one.config, parameters, final, label, label >= 0)
-    return transformer.drain(head, lambda tap: None).nats_BT.sum()
+    return transformer.drain(head, lambda step: None).nats_BT.sum()
 
 
 def budget(one: Case, dtype: object = np.float64) -> float:
@@ -44,7 +46,7 @@ def budget(one: Case, dtype: object = np.float64) -> float:
     return tolerance.path(one.config.layers, widest, dtype)
 
 
-@given(cases())
+@given(ANY)
 def test_gradient_of_every_parameter_equals_complex_step(one: Case) -> None:
     # observed: 1.5 % of the budget; planted bugs: tests/test_planted_bugs.py
     _, gradient = transformer.loss_and_gradient(one.config, one.parameters, *one.batch)
@@ -55,7 +57,7 @@ def test_gradient_of_every_parameter_equals_complex_step(one: Case) -> None:
         assert_within(gradient[name], truth, budget(one), scale[name], name)
 
 
-@given(cases())
+@given(ANY)
 def test_scale_bounds_the_rounding(one: Case) -> None:
     """The same code in longdouble: what float64 rounding does; observed 2 % of the budget."""
     if np.finfo(np.longdouble).eps >= np.finfo(np.float64).eps:
@@ -72,7 +74,7 @@ def test_scale_bounds_the_rounding(one: Case) -> None:
         assert_within(gradient[name], wide[name], budget(one), scale[name], name)
 
 
-@given(cases())
+@given(ANY)
 def test_float32_stays_float32_and_within_its_budget(one: Case) -> None:
     # observed: 12 % of the budget
     loss, gradient = transformer.loss_and_gradient(one.config, one.astype(np.float32), *one.batch)
@@ -142,7 +144,7 @@ def test_the_backward_stops_where_the_trace_ends() -> None:
     final, trace = transformer.forward(one.config, one.parameters, token, layout, lowest=2)
     assert len(trace.blocks) == 1
     head = transformer.head_backward(one.config, one.parameters, final, label, label >= 0)
-    loss = transformer.drain(head, lambda tap: None)
+    loss = transformer.drain(head, lambda step: None)
     names = [
         s.name for s in transformer.backward(one.config, one.parameters, loss.d_final_BTD, trace)
     ]

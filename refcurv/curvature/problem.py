@@ -24,7 +24,7 @@ from refcurv.law.checks import (
 )
 from refcurv.model import transformer
 from refcurv.model.config import Model, ModelConfig
-from refcurv.model.layers import Saved, causal_layout
+from refcurv.model.layers import Saved
 from refcurv.model.loss import (
     cross_entropy,
     draw_labels,
@@ -147,24 +147,28 @@ def of_batch(batch: Batch, parameters: Parameters) -> Problem:
     """`problem` without a check, on any Mapping of parameters: one that reads lazily stays lazy."""
     config, token_BT = batch.config, batch.token_BT
     real_BT = np.ones(token_BT.shape, dtype=bool)
-    layout = causal_layout(real_BT, batch.segment_BT)
+    layout = transformer.layout_of(config, real_BT, batch.segment_BT)
     b_N, t_N = np.nonzero(batch.label_BT >= 0)
-    head = config.weight_of("head")
 
     def forward(parameters: Parameters) -> tuple[Array, Saved]:
         final_BTD, trace = transformer.forward(config, parameters, token_BT, layout)
         z_NV = transformer.head_logits(config, parameters, final_BTD[b_N, t_N])
-        return z_NV, (final_BTD, trace)
+        return z_NV, (final_BTD, trace, z_NV)
 
     def backward(parameters: Parameters, saved: Saved, d_z: Array) -> Iterator[Tap | Slope]:
-        final_BTD, trace = saved
-        g = np.zeros((*d_z.shape[:-2], *token_BT.shape, config.vocabulary), d_z.dtype)
-        g[..., b_N, t_N, :] = d_z
+        final_BTD, trace, z_NV = saved
+        d_y = transformer.uncapped(config, z_NV, d_z)
+        g = np.zeros((*d_z.shape[:-2], *final_BTD.shape[:2], config.vocabulary), d_y.dtype)
+        g[..., b_N, t_N, :] = d_y
         g_BTV = g.reshape(-1, *g.shape[-2:])
-        yield Tap(head, final_BTD, g_BTV)
-        # forward:  z = final @ W_headᵀ
-        d_final_BTD = g_BTV @ parameters[head]
-        for step in transformer.backward(config, parameters, d_final_BTD, trace):
+
+        def steps() -> Iterator[Tap | Slope]:
+            d_final_BTD = yield from transformer.linear_backward(
+                config, parameters, "head", final_BTD, g_BTV
+            )
+            yield from transformer.backward(config, parameters, d_final_BTD, trace)
+
+        for step in steps():
             yield (
                 step if isinstance(step, Slope) else replace(step, name=config.weight_of(step.name))
             )
@@ -183,7 +187,7 @@ def of_batch(batch: Batch, parameters: Parameters) -> Problem:
                 yield of_batch(part, parameters)
 
     linear = {config.weight_of(layer) for layer in config.linear_layers()} - {"embed.weight"}
-    keep_BT = reached(batch.label_BT, real_BT, batch.segment_BT)
+    keep_BT = reached(batch.label_BT, real_BT, batch.segment_BT, config.causal)
     loss = _cross_entropy(batch, b_N, t_N)
     return Problem(
         parameters, forward, backward, loss, frozenset(linear), lambda a: a[keep_BT], split

@@ -272,7 +272,7 @@ def _mean_norms(
     """Mean norm over the population's tokens, (layers, bands); sums added in batch order."""
 
     def work(_: int, row: Array) -> tuple[Array, int]:
-        token_BT, label_BT, layout = teacher_forced(population, row)
+        token_BT, label_BT, layout = teacher_forced(job.model.config, population, row)
         keep_BT = label_BT >= 0
         if columns is not None:
             t = np.arange(keep_BT.shape[1])

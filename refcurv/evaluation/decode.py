@@ -9,6 +9,7 @@ import numpy as np
 from refcurv.files.corpus import Population
 from refcurv.law.checks import (
     Array,
+    ConventionError,
     EmptyError,
     RangeError,
     require_dtype,
@@ -18,9 +19,19 @@ from refcurv.law.checks import (
 )
 from refcurv.law.conventions import HEAD_ROWS, NO_LABEL, shard_sequences
 from refcurv.model.config import ModelConfig
-from refcurv.model.layers import Layout, causal_layout, rope_tables
+from refcurv.model.layers import Layout
 from refcurv.model.loss import shift_labels
-from refcurv.model.transformer import KeysAndValues, Parameters, block_forward, head_logits
+from refcurv.model.transformer import (
+    KeysAndValues,
+    Parameters,
+    block_forward,
+    head_logits,
+    input_forward,
+    layout_of,
+    norm_forward,
+    require_positions,
+    rope_of,
+)
 from refcurv.passes import parallel
 from refcurv.passes.fast import FAST
 
@@ -58,6 +69,9 @@ def greedy(config: ModelConfig, parameters: Parameters, prompt: Array, steps: in
         raise EmptyError("greedy: a prompt needs at least one token to continue; got none.")
     if steps < 0:
         raise RangeError(f"greedy: steps must be >= 0; got {steps}.")
+    if not config.causal:
+        raise ConventionError("greedy: only a causal model can be decoded from left to right.")
+    require_positions("greedy", prompt.shape[1] + steps - 1, config.learned_positions)
     out_BN = np.empty((len(prompt), steps), dtype=np.int64)
     if not len(prompt):
         return out_BN
@@ -82,14 +96,13 @@ def _advance(
     B, T = token_BT.shape
     position_BT = np.tile(np.arange(begin, begin + T), (B, 1))
     layout = Layout(position_BT, np.zeros_like(position_BT), position_BT)
-    x_BTD = parameters["embed.weight"][token_BT]
-    rope = rope_tables(position_BT, config.head_width, config.rope_theta, x_BTD.dtype)
+    x_BTD = input_forward(config, parameters, token_BT, layout)
+    rope = rope_of(config, layout, x_BTD.dtype)
     for i in range(config.layers):
         x_BTD, _, cache[i] = block_forward(
             config, parameters, i, x_BTD, layout, rope, FAST, past=cache[i]
         )
-    gain = parameters["final_norm.weight"]
-    final_BD, _ = FAST.rms_norm_forward(x_BTD[:, -1], gain, config.norm_eps)
+    final_BD, _ = norm_forward(config, parameters, "final_norm", x_BTD[:, -1], FAST)
     return final_BD
 
 
@@ -122,7 +135,9 @@ def batches(population: Population) -> list[Array]:
     ]
 
 
-def teacher_forced(population: Population, row: Array) -> tuple[Array, Array, Layout]:
+def teacher_forced(
+    config: ModelConfig, population: Population, row: Array
+) -> tuple[Array, Array, Layout]:
     """Some rows as the model reads them when it is told the truth: (tokens, labels, layout).
 
     Columns behind the longest row are cut off, padding becomes id 0 and is never attended.
@@ -137,7 +152,7 @@ def teacher_forced(population: Population, row: Array) -> tuple[Array, Array, La
     token_BT = np.where(real_BT, population.tokens[row, : len(index_T)], 0).astype(np.int64)
     label_BT = shift_labels(token_BT, real_BT, np.zeros_like(token_BT))
     label_BT[index_T < population.prompt_length[row][:, None] - 1] = NO_LABEL
-    return token_BT, label_BT, causal_layout(real_BT, np.zeros_like(token_BT))
+    return token_BT, label_BT, layout_of(config, real_BT, np.zeros_like(token_BT))
 
 
 def require_population(who: str, name: str, population: Population, vocabulary: int) -> None:

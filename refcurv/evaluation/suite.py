@@ -357,7 +357,7 @@ def _text(
     """Nats (N,) float64 and likeliest ids (N, K) of every scored position, batch by batch."""
 
     def work(_: int, row: Array) -> tuple[Array, Array]:
-        token_BT, label_BT, layout = teacher_forced(population, row)
+        token_BT, label_BT, layout = teacher_forced(config, population, row)
         final_BTD = final_states(config, parameters, token_BT, layout)
         scored_BT = label_BT >= 0
         return _scores(config, parameters, final_BTD[scored_BT], label_BT[scored_BT])

@@ -24,8 +24,8 @@ from refcurv.law.checks import Array, EmptyError, require_finite, require_token_
 from refcurv.law.conventions import NO_LABEL
 from refcurv.model import transformer
 from refcurv.model.config import Model, ModelConfig
-from refcurv.model.layers import DEFINITIONS, Layout, Ops, Saved, causal_layout
-from refcurv.model.transformer import Parameters, Tap
+from refcurv.model.layers import DEFINITIONS, Layout, Ops, Saved
+from refcurv.model.transformer import Parameters, Slope, Tap
 
 SEQUENCES, WIDTH = 8, 64
 """Of the batch, at most: identities hold on any, and a few hundred positions show every fault."""
@@ -244,7 +244,7 @@ def prepare(
     for name in parameters:
         require_finite("audit", f"parameter {name!r}", parameters[name])
     batch, real_BT = _batch(config, corpus, planned)
-    layout = causal_layout(real_BT, batch.segment_BT)
+    layout = transformer.layout_of(config, real_BT, batch.segment_BT)
     log = _Log()
     taps, final_BTD = flow(config, parameters, batch, layout, _watched(log))
     slopes = {
@@ -270,9 +270,14 @@ def flow(
     """What flows through every linear layer, (B, T, ·), and what the head reads."""
     final_BTD, trace = transformer.forward(config, parameters, batch.token_BT, layout, ops)
     rows: list[Array] = []
-    everywhere = np.ones(batch.token_BT.shape, dtype=bool)
+
+    def take(step: Tap | Slope) -> None:
+        if isinstance(step, Tap):
+            rows.append(step.g)
+
+    everywhere = np.ones(batch.label_BT.shape, dtype=bool)
     head = transformer.head_backward(config, parameters, final_BTD, batch.label_BT, everywhere)
-    loss = transformer.drain(head, lambda tap: rows.append(tap.g))
+    loss = transformer.drain(head, take)
     g_BTV = np.concatenate(rows).reshape(*everywhere.shape, -1)
     taps = {"head": Tap("head", final_BTD, g_BTV)}
     for step in transformer.backward(config, parameters, loss.d_final_BTD, trace, ops):

@@ -28,7 +28,6 @@ from refcurv.law.checks import Array
 from refcurv.law.conventions import NO_LABEL
 from refcurv.model import transformer
 from refcurv.model.config import ModelConfig, NormPlace, QKNorm
-from refcurv.model.layers import causal_layout
 from refcurv.model.transformer import Parameters
 from refcurv.passes.fast import FAST
 from refcurv.passes.memory import nats
@@ -175,6 +174,8 @@ def rotated_key_slopes(bench: Bench) -> Iterator[Measure]:
     The rotation is made here anew: pairs (j, j + E/2) as complex numbers, θ^(-2j/E) a turn.
     """
     E = bench.config.head_width
+    if bench.config.rope_theta is None:
+        return
     turn = bench.config.rope_theta ** (-np.arange(0, E, 2) / E)
     angle = bench.layout.position_BT[:, :, None, None] * turn
     segment = bench.batch.segment_BT
@@ -290,7 +291,7 @@ def packing(bench: Bench) -> Iterator[Measure]:
 def _final(bench: Bench, token: Array, real: Array, segment: Array) -> Array:
     """What the head reads of other tokens or another layout."""
     lowest = bench.config.layers
-    layout = causal_layout(real, segment)
+    layout = transformer.layout_of(bench.config, real, segment)
     return transformer.forward(bench.config, bench.parameters, token, layout, lowest=lowest)[0]
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Any
@@ -22,28 +23,178 @@ from refcurv.law.checks import (
 from refcurv.law.conventions import COMPUTE_DTYPES
 
 LARGEST = float(np.finfo(np.float64).max)
+SMALLEST = float(np.finfo(np.float64).tiny)
+
+
+class Norm(StrEnum):
+    """RMSNorm, or LayerNorm: RMSNorm of what is left when the mean is taken away."""
+
+    RMS = "rms"
+    LAYER = "layer"
 
 
 class NormPlace(StrEnum):
-    """Where a block normalises: before attention and MLP (Llama), or behind them (OLMo-2)."""
+    """Where a block normalises: before attention and MLP, behind them (OLMo-2), or both (Gemma)."""
 
     PRE = "pre"
     POST = "post"
+    BOTH = "both"
 
 
 class QKNorm(StrEnum):
-    """RMSNorm on queries and keys: none, over each head's width, or over all heads at once."""
+    """Norm of queries and keys: none, over each head's width, or over all heads at once."""
 
     NONE = "none"
     HEAD = "head"
     FULL = "full"
 
 
+class Residual(StrEnum):
+    """What the MLP reads: the attention's sum, the block's own input, or its input's one norm."""
+
+    SEQUENTIAL = "sequential"
+    PARALLEL = "parallel"
+    SHARED = "shared"
+
+
+class Activation(StrEnum):
+    """The MLP's function; `gelu` has the exact erf, `gelu_tanh` its approximation by tanh."""
+
+    SILU = "silu"
+    GELU = "gelu"
+    GELU_TANH = "gelu_tanh"
+    RELU = "relu"
+
+
+class Pool(StrEnum):
+    """What the head reads: every position, the first (CLS), or the mean of all."""
+
+    NONE = "none"
+    CLS = "cls"
+    MEAN = "mean"
+
+
+class Scaling(StrEnum):
+    """How rotary frequencies are stretched to a longer context."""
+
+    LINEAR = "linear"
+    LLAMA3 = "llama3"
+    YARN = "yarn"
+
+
+LINEAR = ("patch", "q", "k", "v", "o", "gate", "up", "down", "head")
+"""The kinds of linear layers, by the last part of their names."""
+
+SPECIALS = ("cls", "distillation")
+"""The vectors that stand before an image's patches."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeScaling:
+    """Frequencies of long context: f/factor where the trained context holds few turns.
+
+    Fields:
+        kind: which rule (see `layers.rope_frequencies`).
+        factor: by how much positions are squeezed.
+        original: positions of the trained context; a frequency f turns original·f/2π times in it.
+        slow, fast: below `slow` turns a frequency is divided by the factor, above `fast` it stays.
+        attention: cos and sin are multiplied by it (yarn).
+        truncate: yarn's ramp starts and ends at whole dimensions.
+    """
+
+    kind: Scaling
+    factor: float
+    original: int = 0
+    slow: float = 1.0
+    fast: float = 1.0
+    attention: float = 1.0
+    truncate: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse what stretches nothing."""
+        who = "RopeScaling"
+        kind = Scaling(require_choice(who, "kind", self.kind, Scaling))
+        object.__setattr__(self, "kind", kind)
+        for name in ("factor", "slow", "fast", "attention"):
+            _require_number(self, who, name, SMALLEST)
+        _require_bools(self, who, ("truncate",))
+        if kind is Scaling.LINEAR:
+            return
+        _require_naturals(self, who, ("original",), 1)
+        if not self.slow < self.fast:
+            raise ConventionError(
+                f"{who}: slow must lie below fast; got {self.slow:g} and {self.fast:g} turns."
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Image:
+    """What a vision transformer reads: images cut in square patches, row by row.
+
+    Fields: channels, height, width, patch (pixels of a side); specials: the vectors before the
+    patches, none, ("cls",) or ("cls", "distillation").
+    """
+
+    channels: int
+    height: int
+    width: int
+    patch: int
+    specials: tuple[str, ...] = ("cls",)
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be cut."""
+        who = "Image"
+        _require_naturals(self, who, ("channels", "height", "width", "patch"), 1)
+        if self.height % self.patch or self.width % self.patch:
+            raise ConventionError(
+                f"{who}: height and width must be multiples of patch; got {self.height}, "
+                f"{self.width} and {self.patch}."
+            )
+        _require_names(self, who, "specials", SPECIALS)
+        if self.specials != SPECIALS[: len(self.specials)]:
+            raise ConventionError(f"{who}: specials begin with 'cls'; got {self.specials}.")
+
+    @property
+    def patches(self) -> int:
+        """How many patches an image has."""
+        return (self.height // self.patch) * (self.width // self.patch)
+
+    @property
+    def positions(self) -> int:
+        """How many positions the blocks see: specials, then patches."""
+        return len(self.specials) + self.patches
+
+    @property
+    def patch_size(self) -> int:
+        """Numbers in one patch."""
+        return self.channels * self.patch * self.patch
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """The shape of a decoder of the Llama and OLMo-2 families. What differs is data.
+    """The shape of a transformer. What differs between architectures is data.
+
+    Fields, sizes first:
+        vocabulary: outputs of the head: tokens, or an image classifier's classes.
+        width, layers, heads, kv_heads, head_width, mlp_width.
+        norm_place, qk_norm, norm_eps; norm; norm_gain: do norms have one; norm_offset: is the
+            gain stored less 1; norm_bias.
+        rope_theta: base of rotary positions, or None; rope_width: how many of a head's first
+            entries turn, None for all; rope_scaling.
+        learned_positions: rows of the table of learned positions, or 0.
+        tied: is the head's weight the embedding.
+        biases: the kinds of linear layers (LINEAR) that have one.
+        gated: h = f(gate) · up, else h = f(up); activation: f.
+        residual: what the MLP reads.
+        score_scale: of q·k, None for head_width^(-1/2); score_cap, logit_cap: c · tanh(x/c), or
+            None; qkv_clip: q, k, v lie in ±clip, or None.
+        windows: for each block how many last positions a query sees, 0 for all; () for all blocks.
+        embed_scale: of the token embedding.
+        causal: does a position see only earlier ones.
+        image: what a vision transformer reads, None for tokens; pool: what its head reads.
 
     Every field is checked on construction; a contradiction is a ConventionError or RangeError.
+    Proof: tests/test_transformer.py::test_gradient_of_every_parameter_equals_complex_step
     """
 
     vocabulary: int
@@ -56,82 +207,117 @@ class ModelConfig:
     norm_place: NormPlace
     qk_norm: QKNorm
     norm_eps: float
-    rope_theta: float
+    rope_theta: float | None
     tied: bool
+    norm: Norm = Norm.RMS
+    norm_gain: bool = True
+    norm_offset: bool = False
+    norm_bias: bool = False
+    rope_width: int | None = None
+    rope_scaling: RopeScaling | None = None
+    learned_positions: int = 0
+    biases: tuple[str, ...] = ()
+    gated: bool = True
+    activation: Activation = Activation.SILU
+    residual: Residual = Residual.SEQUENTIAL
+    score_scale: float | None = None
+    score_cap: float | None = None
+    logit_cap: float | None = None
+    qkv_clip: float | None = None
+    windows: tuple[int, ...] = ()
+    embed_scale: float = 1.0
+    causal: bool = True
+    image: Image | None = None
+    pool: Pool = Pool.NONE
 
     def __post_init__(self) -> None:
-        """Refuse what no decoder can be."""
+        """Refuse what no transformer can be."""
         who = "ModelConfig"
-        for name in (
-            "vocabulary",
-            "width",
-            "layers",
-            "heads",
-            "kv_heads",
-            "head_width",
-            "mlp_width",
-        ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise RangeError(f"{who}: {name} must be a positive integer; got {value!r}.")
-        if self.heads % self.kv_heads:
-            raise ConventionError(
-                f"{who}: heads must be a multiple of kv_heads; got {self.heads}, {self.kv_heads}."
-            )
-        if self.head_width % 2:
-            raise ConventionError(
-                f"{who}: head_width must be even for rotary positions; got {self.head_width}."
-            )
-        place = require_choice(who, "norm_place", self.norm_place, NormPlace)
-        qk = require_choice(who, "qk_norm", self.qk_norm, QKNorm)
-        object.__setattr__(self, "norm_place", NormPlace(place))
-        object.__setattr__(self, "qk_norm", QKNorm(qk))
-        for name, least in (("norm_eps", 0.0), ("rope_theta", 1.0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise RangeError(f"{who}: {name} must be a number; got {value!r}.")
-            if not least <= value <= LARGEST:
-                raise RangeError(
-                    f"{who}: {name} must be finite and >= {least:g}; got {value!r:.40}."
-                )
-            object.__setattr__(self, name, float(value))
-        if not isinstance(self.tied, bool):
-            raise ConventionError(f"{who}: tied must be true or false; got {self.tied!r}.")
+        _require_naturals(self, who, _SIZES, 1)
+        _require_naturals(self, who, ("learned_positions",), 0)
+        for name, kind in _ENUMS.items():
+            value = require_choice(who, name, getattr(self, name), kind)
+            object.__setattr__(self, name, kind(value))
+        _require_bools(
+            self, who, ("tied", "norm_gain", "norm_offset", "norm_bias", "gated", "causal")
+        )
+        _require_number(self, who, "norm_eps", 0.0)
+        for name in ("rope_theta", "score_scale", "score_cap", "logit_cap", "qkv_clip"):
+            if getattr(self, name) is not None:
+                _require_number(self, who, name, 1.0 if name == "rope_theta" else SMALLEST)
+        _require_number(self, who, "embed_scale", SMALLEST)
+        _require_names(self, who, "biases", LINEAR)
+        _require_heads(self, who)
+        _require_windows(self, who)
+        _require_input(self, who)
+
+    # -------------------------------------------------------------- parameters
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every parameter's name and shape, in file order."""
+        D = self.width
+        shapes: dict[str, tuple[int, ...]] = {}
+        if self.image is None:
+            shapes["embed.weight"] = (self.vocabulary, D)
+        else:
+            shapes |= self._linear("patch", D, self.image.patch_size)
+            shapes |= {f"{name}.weight": (D,) for name in self.image.specials}
+        if self.learned_positions:
+            shapes["position.weight"] = (self.learned_positions, D)
+        for i in range(self.layers):
+            shapes |= self._block_shapes(f"blocks.{i}.")
+        shapes |= self._norm("final_norm", D)
+        head = self._linear("head", self.vocabulary, D)
+        if self.tied:
+            del head["head.weight"]
+        return shapes | head
+
+    def _block_shapes(self, at: str) -> dict[str, tuple[int, ...]]:
         D, M, E = self.width, self.mlp_width, self.head_width
         Q, KV = self.heads * E, self.kv_heads * E
-        shapes: dict[str, tuple[int, ...]] = {"embed.weight": (self.vocabulary, D)}
-        for i in range(self.layers):
-            block = f"blocks.{i}."
-            shapes[block + "attn_norm.weight"] = (D,)
-            shapes[block + "attn.q.weight"] = (Q, D)
-            shapes[block + "attn.k.weight"] = (KV, D)
-            shapes[block + "attn.v.weight"] = (KV, D)
-            if self.qk_norm is not QKNorm.NONE:
-                full = self.qk_norm is QKNorm.FULL
-                shapes[block + "attn.q_norm.weight"] = (Q if full else E,)
-                shapes[block + "attn.k_norm.weight"] = (KV if full else E,)
-            shapes[block + "attn.o.weight"] = (D, Q)
-            shapes[block + "mlp_norm.weight"] = (D,)
-            shapes[block + "mlp.gate.weight"] = (M, D)
-            shapes[block + "mlp.up.weight"] = (M, D)
-            shapes[block + "mlp.down.weight"] = (D, M)
-        shapes["final_norm.weight"] = (D,)
-        if not self.tied:
-            shapes["head.weight"] = (self.vocabulary, D)
-        return shapes
+        both = self.norm_place is NormPlace.BOTH
+        shapes = self._norm(f"{at}attn_norm", D)
+        for name, size in (("q", Q), ("k", KV), ("v", KV)):
+            shapes |= self._linear(f"{at}attn.{name}", size, D)
+        if self.qk_norm is not QKNorm.NONE:
+            full = self.qk_norm is QKNorm.FULL
+            shapes |= self._norm(f"{at}attn.q_norm", Q if full else E)
+            shapes |= self._norm(f"{at}attn.k_norm", KV if full else E)
+        shapes |= self._linear(f"{at}attn.o", D, Q)
+        if both:
+            shapes |= self._norm(f"{at}attn_post_norm", D)
+        if self.residual is not Residual.SHARED:
+            shapes |= self._norm(f"{at}mlp_norm", D)
+        for name in ("gate", "up") if self.gated else ("up",):
+            shapes |= self._linear(f"{at}mlp.{name}", M, D)
+        shapes |= self._linear(f"{at}mlp.down", D, M)
+        return shapes | (self._norm(f"{at}mlp_post_norm", D) if both else {})
+
+    def _linear(self, layer: str, d_out: int, d_in: int) -> dict[str, tuple[int, ...]]:
+        bias = {f"{layer}.bias": (d_out,)} if self.has_bias(layer) else {}
+        return {f"{layer}.weight": (d_out, d_in), **bias}
+
+    def _norm(self, name: str, size: int) -> dict[str, tuple[int, ...]]:
+        parts = {"weight": self.norm_gain, "bias": self.norm_bias}
+        return {f"{name}.{part}": (size,) for part, there in parts.items() if there}
 
     def linear_layers(self) -> dict[str, tuple[int, int]]:
         """Every linear layer's name and (d_out, d_in), in file order; the head is the last."""
         layers = {
             name.removesuffix(".weight"): (shape[0], shape[1])
             for name, shape in self.parameter_shapes().items()
-            if len(shape) == 2 and name != "embed.weight"
+            if len(shape) == 2 and name not in ("embed.weight", "position.weight")
         }
         layers["head"] = (self.vocabulary, self.width)
         return layers
+
+    def has_bias(self, layer: str) -> bool:
+        """Does linear layer `layer` have a bias?"""
+        return layer.rpartition(".")[2] in self.biases
+
+    def window(self, i: int) -> int:
+        """How many last positions a query of block i sees; 0 for all."""
+        return self.windows[i] if self.windows else 0
 
     def weight_of(self, layer: str) -> str:
         """The parameter that linear layer `layer` multiplies by: the embedding for a tied head."""
@@ -146,23 +332,149 @@ class ModelConfig:
 
     def to_json(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
-        return {key: str(v) if isinstance(v, StrEnum) else v for key, v in asdict(self).items()}
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return plain
 
     @classmethod
     def from_json(cls, data: object) -> ModelConfig:
-        """The reverse of `to_json`; unknown or missing fields are a ConventionError."""
-        if not isinstance(data, dict):
+        """The reverse of `to_json`: a field may be missing where it has a default."""
+        inner = dict(_fields(cls, data))
+        for name, record in (("rope_scaling", RopeScaling), ("image", Image)):
+            if inner.get(name) is not None:
+                inner[name] = record(**_fields(record, inner[name]))
+        return cls(**inner)
+
+
+def _fields(record: type[Any], data: object) -> dict[str, Any]:
+    """A JSON object that has every field without a default, and no other; lists are tuples."""
+    who = record.__name__
+    if not isinstance(data, dict):
+        raise ConventionError(f"{who}: expected a JSON object; got {type(data).__name__}.")
+    known = {f.name: f.default is MISSING for f in fields(record)}
+    missing = sorted(name for name, required in known.items() if required and name not in data)
+    unknown = sorted(str(name) for name in set(data) - set(known))
+    if missing or unknown:
+        raise ConventionError(
+            f"{who}: missing fields {missing}, unknown fields {unknown}. "
+            "Was the file written by another version of refcurv?"
+        )
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in data.items()}
+
+
+# ------------------------------------------------------------------ what fields must be
+
+_SIZES = ("vocabulary", "width", "layers", "heads", "kv_heads", "head_width", "mlp_width")
+_ENUMS: dict[str, type[StrEnum]] = {
+    "norm_place": NormPlace,
+    "qk_norm": QKNorm,
+    "norm": Norm,
+    "activation": Activation,
+    "residual": Residual,
+    "pool": Pool,
+}
+
+
+def _require_naturals(record: object, who: str, names: Sequence[str], least: int) -> None:
+    for name in names:
+        value = getattr(record, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            what = "a positive integer" if least else "an integer >= 0"
+            raise RangeError(f"{who}: {name} must be {what}; got {value!r:.40}.")
+
+
+def _require_bools(record: object, who: str, names: Sequence[str]) -> None:
+    for name in names:
+        if not isinstance(getattr(record, name), bool):
             raise ConventionError(
-                f"ModelConfig: expected a JSON object; got {type(data).__name__}."
+                f"{who}: {name} must be true or false; got {getattr(record, name)!r:.40}."
             )
-        known = {f.name for f in fields(cls)}
-        if set(data) != known:
-            missing, unknown = sorted(known - set(data)), sorted(set(data) - known)
-            raise ConventionError(
-                f"ModelConfig: missing fields {missing}, unknown fields {unknown}. "
-                "Was the file written by another version of refcurv?"
-            )
-        return cls(**data)
+
+
+def _require_number(record: object, who: str, name: str, least: float) -> None:
+    """A finite number >= least, kept as a float."""
+    value = getattr(record, name)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise RangeError(f"{who}: {name} must be a number; got {value!r:.40}.")
+    if not least <= value <= LARGEST:
+        bound = "positive" if least == SMALLEST else f">= {least:g}"
+        raise RangeError(f"{who}: {name} must be finite and {bound}; got {value!r:.40}.")
+    object.__setattr__(record, name, float(value))
+
+
+def _require_names(record: object, who: str, field_name: str, known: Sequence[str]) -> None:
+    """A tuple of different known names, kept in their order."""
+    value = getattr(record, field_name)
+    if not isinstance(value, tuple | list) or len(set(map(str, value))) != len(value):
+        raise ConventionError(f"{who}: {field_name} must be different names; got {value!r:.80}.")
+    for name in value:
+        require_choice(who, field_name, name, known)
+    object.__setattr__(record, field_name, tuple(name for name in known if name in value))
+
+
+def _require_heads(config: ModelConfig, who: str) -> None:
+    if config.heads % config.kv_heads:
+        raise ConventionError(
+            f"{who}: heads must be a multiple of kv_heads; got {config.heads}, {config.kv_heads}."
+        )
+    if config.rope_theta is None:
+        if config.rope_width is not None or config.rope_scaling is not None:
+            raise ConventionError(f"{who}: rope_width and rope_scaling need a rope_theta.")
+        return
+    if config.rope_width is None:
+        width = config.head_width
+    else:
+        _require_naturals(config, who, ("rope_width",), 1)
+        width = config.rope_width
+    if width % 2 or width > config.head_width:
+        raise ConventionError(
+            f"{who}: rotary positions turn pairs: head_width, or rope_width if it is given, must "
+            f"be even, and rope_width at most head_width; got {config.head_width}, "
+            f"{config.rope_width}."
+        )
+    if config.rope_scaling is not None and not isinstance(config.rope_scaling, RopeScaling):
+        raise ConventionError(f"{who}: rope_scaling must be a RopeScaling or None.")
+
+
+def _require_windows(config: ModelConfig, who: str) -> None:
+    windows = config.windows
+    good = isinstance(windows, tuple | list) and len(windows) in (0, config.layers)
+    if not good or any(type(w) is not int or w < 0 for w in windows):
+        raise RangeError(
+            f"{who}: windows must hold one integer >= 0 for each of the {config.layers} blocks, "
+            f"or nothing; got {windows!r:.80}."
+        )
+    if any(windows) and not config.causal:
+        raise ConventionError(f"{who}: windows are for causal attention.")
+    object.__setattr__(config, "windows", tuple(windows) if any(windows) else ())
+
+
+def _require_input(config: ModelConfig, who: str) -> None:
+    """Tokens or patches, norms and residuals: what must go together."""
+    if config.residual is Residual.SHARED and config.norm_place is not NormPlace.PRE:
+        raise ConventionError(f"{who}: a norm that attention and MLP share stands before them.")
+    if config.norm_offset and not config.norm_gain:
+        raise ConventionError(f"{who}: norm_offset is of a gain, and norm_gain says there is none.")
+    if not config.gated and "gate" in config.biases:
+        raise ConventionError(f"{who}: there is no gate that could have a bias.")
+    image = config.image
+    if image is None:
+        if config.pool is not Pool.NONE or "patch" in config.biases:
+            raise ConventionError(f"{who}: pool and a patch bias are for images.")
+        return
+    if not isinstance(image, Image):
+        raise ConventionError(f"{who}: image must be an Image or None; got {image!r:.80}.")
+    if config.causal or config.tied or config.embed_scale != 1 or config.pool is Pool.NONE:
+        raise ConventionError(
+            f"{who}: with an image, causal and tied are False, embed_scale is 1 and pool is cls or "
+            "mean."
+        )
+    if config.pool is Pool.CLS and not image.specials:
+        raise ConventionError(f"{who}: pool is cls, but the image has no such position.")
+    if config.learned_positions not in (0, image.positions):
+        raise ConventionError(
+            f"{who}: learned_positions must be {image.positions}, one for each special and patch, "
+            f"or 0; got {config.learned_positions}."
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """The layers, each forward beside its hand-written backward. These are the definitions.
 
-Pure NumPy, any of float32, float64, longdouble, complex128. A forward returns (output, saved); its
+NumPy, in any of float32, float64, longdouble, complex128. A forward returns (output, saved); its
 backward takes (gradient of the output, saved) and quotes the line that it differentiates. All of
 it is analytic, so that a complex step through either is exact: nothing takes an absolute value, a
 conjugate or a maximum of complex values, and branches look at the real part.
@@ -8,13 +8,16 @@ conjugate or a maximum of complex values, and branches look at the real part.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Final
 
 import numpy as np
+from scipy import special
 
 from refcurv.law.checks import Array
+from refcurv.model.config import Activation, RopeScaling, Scaling
 
 Saved = Any
 """What a forward hands its own backward; nobody else looks inside."""
@@ -51,28 +54,99 @@ def causal_layout(real_BT: Array, segment_BT: Array) -> Layout:
     return Layout(index_T - first_BT, first_BT, np.where(real_BT, index_T, -1))
 
 
+def full_layout(real_BT: Array, segment_BT: Array) -> Layout:
+    """The same, bidirectional: a position sees the whole of its segment."""
+    causal = causal_layout(real_BT, segment_BT)
+    index_T = np.arange(real_BT.shape[1])
+    ends_BT = np.ones(real_BT.shape, dtype=bool)
+    ends_BT[:, :-1] = (segment_BT[:, 1:] != segment_BT[:, :-1]) | ~real_BT[:, 1:]
+    last_BT = np.where(ends_BT, index_T, len(index_T))
+    last_BT = np.minimum.accumulate(last_BT[:, ::-1], axis=1)[:, ::-1]
+    return Layout(causal.position_BT, causal.first_BT, np.where(real_BT, last_BT, -1))
+
+
+def windowed(layout: Layout, window: int) -> Layout:
+    """A causal layout in which a query sees its last `window` positions, itself among them."""
+    first_BT = np.maximum(layout.first_BT, layout.last_BT - window + 1)
+    return Layout(layout.position_BT, first_BT, layout.last_BT)
+
+
+def rope_frequencies(
+    width: int, theta: float, scaling: RopeScaling | None, dtype: np.dtype[Any]
+) -> Array:
+    """f_j = theta^(-2j/width), j < width/2, stretched by `scaling`, (width/2,) in a real dtype.
+
+    In the trained context f turns original·f/2π times. With a share s of the stretched frequency
+
+        f' = s f/factor + (1 − s) f,      linear: s = 1
+        llama3: s falls with the turns, from 1 at `slow` to 0 at `fast`
+        yarn:   s rises with j, from 0 where f turns `fast` times to 1 where it turns `slow` times
+    """
+    real = dtype.type
+    f = real(theta) ** (-np.arange(0, width, 2).astype(dtype) / width)
+    if scaling is None:
+        return np.asarray(f)
+    factor, two_pi = real(scaling.factor), 8 * np.arctan(real(1))
+    if scaling.kind is Scaling.LINEAR:
+        return np.asarray(f / factor)
+    slow, fast = real(scaling.slow), real(scaling.fast)
+    if scaling.kind is Scaling.LLAMA3:
+        s = (fast - scaling.original * f / two_pi) / (fast - slow)
+    else:
+        # f turns n times at j = width log(original / 2πn) / 2 log theta
+        start, end = (
+            width * np.log(scaling.original / (two_pi * n)) / (2 * np.log(real(theta)))
+            for n in (fast, slow)
+        )
+        if scaling.truncate:
+            start, end = np.floor(start), np.ceil(end)
+        start, end = max(start, real(0)), min(end, real(width - 1))
+        s = (np.arange(width // 2) - start) / (end - start if end != start else real(0.001))
+    s = np.clip(s, 0, 1)
+    return np.asarray(s * (f / factor) + (1 - s) * f)
+
+
 def rope_tables(
-    position_BT: Array, head_width: int, theta: float, dtype: np.dtype
+    position_BT: Array,
+    width: int,
+    theta: float,
+    dtype: np.dtype[Any],
+    scaling: RopeScaling | None = None,
 ) -> tuple[Array, Array]:
-    """cos and sin of position · theta^(-2j/E), j < E/2, each (B, T, 1, E/2).
+    """cos and sin of position · f_j for the frequencies f_j, each (B, T, 1, width/2).
 
     Computed in float64 (longdouble for longdouble) and rounded once to the real part of `dtype`.
     """
     real = np.zeros(0, dtype).real.dtype
-    wide: Any = np.longdouble if real == np.longdouble else np.float64
-    exponent: Array = np.arange(0, head_width, 2).astype(wide)
-    angle = position_BT[:, :, None, None].astype(wide) * wide(theta) ** (-exponent / head_width)
-    return np.cos(angle).astype(real), np.sin(angle).astype(real)
+    wide = np.dtype(np.longdouble if real == np.longdouble else np.float64)
+    frequency = rope_frequencies(width, theta, scaling, wide)
+    angle = position_BT[:, :, None, None].astype(wide) * frequency
+    size = 1.0 if scaling is None else scaling.attention
+    return (size * np.cos(angle)).astype(real), (size * np.sin(angle)).astype(real)
 
 
 def rotate(x_BTHE: Array, cos: Array, sin: Array) -> Array:
-    """Rotary positions, half-split: pairs are (x[j], x[j + E/2]).
+    """Rotary positions, half-split: pairs are (x[j], x[j + R/2]), R = 2 · (entries of cos).
 
-    Its backward is rotate(d, cos, -sin).
+    What lies behind the first R entries of a head does not turn. Its backward is
+    rotate(d, cos, -sin).
     """
-    half = x_BTHE.shape[-1] // 2
-    x1, x2 = x_BTHE[..., :half], x_BTHE[..., half:]
-    return np.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+    half = cos.shape[-1]
+    x1, x2, rest = x_BTHE[..., :half], x_BTHE[..., half : 2 * half], x_BTHE[..., 2 * half :]
+    return np.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], axis=-1)
+
+
+# ------------------------------------------------------------------ images
+
+
+def unfold(image_BCHW: Array, patch: int) -> Array:
+    """Square patches, row by row, each flattened over (channel, row, column): (B, n, C·P·P).
+
+    A convolution whose stride is its kernel is a linear layer on these (O5).
+    """
+    B, C, H, W = image_BCHW.shape
+    split = image_BCHW.reshape(B, C, H // patch, patch, W // patch, patch)
+    return split.transpose(0, 2, 4, 1, 3, 5).reshape(B, -1, C * patch * patch)
 
 
 # ------------------------------------------------------------------ RMSNorm
@@ -95,6 +169,11 @@ def rms_norm_backward(d_y: Array, saved: Saved) -> tuple[Array, Array]:
     return d_x, d_gain
 
 
+def centre(x: Array) -> Array:
+    """x − mean(x) over the last axis: LayerNorm is RMSNorm of this. It is its own transpose."""
+    return np.asarray(x - x.mean(axis=-1, keepdims=True))
+
+
 # ------------------------------------------------------------------ attention
 
 
@@ -114,23 +193,33 @@ def softmax_over(score: Array, visible: Array) -> Array:
 
 
 def attention_forward(
-    q_BTHE: Array, k_BSKE: Array, v_BSKE: Array, layout: Layout
+    q_BTHE: Array,
+    k_BSKE: Array,
+    v_BSKE: Array,
+    layout: Layout,
+    scale: float | None = None,
+    cap: float | None = None,
 ) -> tuple[Array, Saved]:
     """Grouped-query attention; query head h reads key-value head h div R, R = H / K.
 
-    score = q kᵀ / sqrt(E) over the visible keys; context = softmax(score) v, (B, T, H, E).
+    score = q kᵀ · scale over the visible keys, by default scale = 1/sqrt(E); with a soft-cap,
+    cap · tanh(score / cap) in its place; context = softmax(score) v, (B, T, H, E).
     """
     B, T, H, E = q_BTHE.shape
     S, K = k_BSKE.shape[1:3]
     q_BKRTE = q_BTHE.reshape(B, T, K, H // K, E).transpose(0, 2, 3, 1, 4)
     k_BK1SE = k_BSKE.transpose(0, 2, 1, 3)[:, :, None]
     v_BK1SE = v_BSKE.transpose(0, 2, 1, 3)[:, :, None]
-    scale = 1 / np.sqrt(np.asarray(E, dtype=q_BTHE.real.dtype))
-    score_BKRTS = (q_BKRTE @ k_BK1SE.swapaxes(-1, -2)) * scale
+    real = q_BTHE.real.dtype.type
+    size = 1 / np.sqrt(real(E)) if scale is None else real(scale)
+    score_BKRTS = (q_BKRTE @ k_BK1SE.swapaxes(-1, -2)) * size
+    if cap is not None:
+        score_BKRTS, bend = soft_cap(score_BKRTS, cap)
+        size = size * bend
     p_BKRTS = softmax_over(score_BKRTS, visible_keys(layout, S)[:, None, None])
     context_BKRTE = p_BKRTS @ v_BK1SE
     context_BTHE = context_BKRTE.transpose(0, 3, 1, 2, 4).reshape(B, T, H, E)
-    return context_BTHE, (q_BKRTE, k_BK1SE, v_BK1SE, p_BKRTS, scale)
+    return context_BTHE, (q_BKRTE, k_BK1SE, v_BK1SE, p_BKRTS, size)
 
 
 def attention_backward(d_context_BTHE: Array, saved: Saved) -> tuple[Array, Array, Array]:
@@ -138,7 +227,7 @@ def attention_backward(d_context_BTHE: Array, saved: Saved) -> tuple[Array, Arra
 
     Of one sequence, several gradients can be undone at once: their axis takes the batch's place.
     """
-    q_BKRTE, k_BK1SE, v_BK1SE, p_BKRTS, scale = saved
+    q_BKRTE, k_BK1SE, v_BK1SE, p_BKRTS, size = saved
     B, (K, R, T, E) = len(d_context_BTHE), q_BKRTE.shape[1:]
     d_context_BKRTE = d_context_BTHE.reshape(B, T, K, R, E).transpose(0, 2, 3, 1, 4)
     # forward:  context = p @ v
@@ -146,14 +235,28 @@ def attention_backward(d_context_BTHE: Array, saved: Saved) -> tuple[Array, Arra
     d_v = (p_BKRTS.swapaxes(-1, -2) @ d_context_BKRTE).sum(axis=2)
     # forward:  p = softmax(score)
     d_score = p_BKRTS * (d_p - (d_p * p_BKRTS).sum(axis=-1, keepdims=True))
-    # forward:  score = (q @ kᵀ) * scale; the heads of a group share k and v, so theirs add up
-    d_q = (d_score @ k_BK1SE) * scale
-    d_k = (d_score.swapaxes(-1, -2) @ q_BKRTE).sum(axis=2) * scale
+    # forward:  score = cap(q @ kᵀ * scale); size = scale · cap'
+    d_product = d_score * size
+    # the heads of a group share k and v, so theirs add up
+    d_q = d_product @ k_BK1SE
+    d_k = (d_product.swapaxes(-1, -2) @ q_BKRTE).sum(axis=2)
     d_q_BTHE = d_q.transpose(0, 3, 1, 2, 4).reshape(B, T, K * R, E)
     return d_q_BTHE, d_k.transpose(0, 2, 1, 3), d_v.transpose(0, 2, 1, 3)
 
 
-# ------------------------------------------------------------------ SwiGLU
+def soft_cap(x: Array, cap: float) -> tuple[Array, Array]:
+    """y = cap · tanh(x / cap), and its derivative 1 − (y / cap)²."""
+    t = np.tanh(x / cap)
+    return cap * t, 1 - t * t
+
+
+def clip(x: Array, bound: float) -> tuple[Array, Array]:
+    """x between −bound and bound, and its derivative, 1 inside and 0 outside."""
+    inside = np.abs(x.real) <= bound
+    return np.where(inside, x, np.copysign(bound, x.real)), inside
+
+
+# ------------------------------------------------------------------ MLP
 
 
 def sigmoid(z: Array) -> Array:
@@ -163,17 +266,76 @@ def sigmoid(z: Array) -> Array:
     return np.asarray(np.where(positive, 1, e) / (1 + e))
 
 
-def swiglu_forward(gate: Array, up: Array) -> tuple[Array, Saved]:
-    """h = silu(gate) · up, silu(z) = z · sigmoid(z)."""
-    return gate * sigmoid(gate) * up, (gate, up)
+def erf(z: Array) -> Array:
+    """2/√π ∫₀ᶻ exp(−t²) dt. SciPy has no longdouble loop: there a series of positive terms."""
+    if z.dtype != np.longdouble:
+        return np.asarray(special.erf(z))
+    x = np.clip(z, -7, 7)  # erf(7) = 1 − 4e-23
+    term, total, n = x, x, 0
+    while (np.abs(term) > np.finfo(x.dtype).eps * np.abs(total)).any():
+        n += 1
+        term = term * (2 * x * x) / (2 * n + 1)
+        total = total + term
+    return np.asarray(np.exp(-x * x) * total / np.sqrt(np.arctan(x.dtype.type(1))))
 
 
-def swiglu_backward(d_h: Array, saved: Saved) -> tuple[Array, Array]:
-    """Gradients of `swiglu_forward` with respect to gate and up."""
-    gate, up = saved
-    s = sigmoid(gate)
-    # forward:  h = gate * s(gate) * up;  s' = s (1 - s)
-    return d_h * up * s * (1 + gate * (1 - s)), d_h * gate * s
+def silu(z: Array) -> tuple[Array, Array]:
+    """z · s and s (1 + z (1 − s)), s = sigmoid(z)."""
+    s = sigmoid(z)
+    return z * s, s * (1 + z * (1 - s))
+
+
+def gelu(z: Array) -> tuple[Array, Array]:
+    """z · Φ and Φ + z φ, Φ = (1 + erf(z/√2))/2, φ = exp(−z²/2)/√(2π)."""
+    real = z.real.dtype.type
+    half, root = real(0.5), np.sqrt(real(2))
+    Phi = half * (1 + erf(z / root))
+    phi = np.exp(-half * z * z) / (root * 2 * np.sqrt(np.arctan(real(1))))
+    return z * Phi, Phi + z * phi
+
+
+def gelu_tanh(z: Array) -> tuple[Array, Array]:
+    """z (1 + t)/2 and (1 + t)/2 + z (1 − t²) u'/2, t = tanh u, u = √(2/π) (z + 0.044715 z³)."""
+    real = z.real.dtype.type
+    half, root = real(0.5), 1 / np.sqrt(2 * np.arctan(real(1)))
+    t = np.tanh(root * (z + real(0.044715) * z * z * z))
+    slope = root * (1 + 3 * real(0.044715) * z * z)
+    return half * z * (1 + t), half * (1 + t) + half * z * (1 - t * t) * slope
+
+
+def relu(z: Array) -> tuple[Array, Array]:
+    """z and 1 where z > 0, else 0 and 0."""
+    positive = z.real > 0
+    return np.where(positive, z, 0), positive.astype(z.dtype)
+
+
+ACTIVATIONS: Final[Mapping[Activation, Callable[[Array], tuple[Array, Array]]]] = MappingProxyType(
+    {
+        Activation.SILU: silu,
+        Activation.GELU: gelu,
+        Activation.GELU_TANH: gelu_tanh,
+        Activation.RELU: relu,
+    }
+)
+"""f by name: z → (f(z), f'(z))."""
+
+
+def mlp_forward(activation: Activation, gate: Array | None, up: Array) -> tuple[Array, Saved]:
+    """h = f(gate) · up, or h = f(up) without a gate."""
+    if gate is None:
+        return ACTIVATIONS[activation](up)[0], (activation, None, up)
+    return ACTIVATIONS[activation](gate)[0] * up, (activation, gate, up)
+
+
+def mlp_backward(d_h: Array, saved: Saved) -> tuple[Array | None, Array]:
+    """Gradients of `mlp_forward` with respect to gate (None without one) and up."""
+    activation, gate, up = saved
+    if gate is None:
+        # forward:  h = f(up)
+        return None, d_h * ACTIVATIONS[activation](up)[1]
+    # forward:  h = f(gate) * up
+    f, slope = ACTIVATIONS[activation](gate)
+    return d_h * up * slope, d_h * f
 
 
 # ------------------------------------------------------------------ the set of them
@@ -185,19 +347,23 @@ class Ops:
 
     rms_norm_forward: Callable[[Array, Array, float], tuple[Array, Saved]]
     rms_norm_backward: Callable[[Array, Saved], tuple[Array, Array]]
+    centre: Callable[[Array], Array]
     rotate: Callable[[Array, Array, Array], Array]
-    attention_forward: Callable[[Array, Array, Array, Layout], tuple[Array, Saved]]
+    attention_forward: Callable[
+        [Array, Array, Array, Layout, float | None, float | None], tuple[Array, Saved]
+    ]
     attention_backward: Callable[[Array, Saved], tuple[Array, Array, Array]]
-    swiglu_forward: Callable[[Array, Array], tuple[Array, Saved]]
-    swiglu_backward: Callable[[Array, Saved], tuple[Array, Array]]
+    mlp_forward: Callable[[Activation, Array | None, Array], tuple[Array, Saved]]
+    mlp_backward: Callable[[Array, Saved], tuple[Array | None, Array]]
 
 
 DEFINITIONS = Ops(
     rms_norm_forward,
     rms_norm_backward,
+    centre,
     rotate,
     attention_forward,
     attention_backward,
-    swiglu_forward,
-    swiglu_backward,
+    mlp_forward,
+    mlp_backward,
 )

@@ -21,8 +21,15 @@ def shift_labels(token_BT: Array, real_BT: Array, segment_BT: Array) -> Array:
     return label_BT
 
 
-def reached(label_BT: Array, real_BT: Array, segment_BT: Array) -> Array:
-    """ROWS: real positions at or before the last labelled one of their segment, (B, T) bool."""
+def reached(label_BT: Array, real_BT: Array, segment_BT: Array, causal: bool = True) -> Array:
+    """ROWS: real positions from which a label of their segment is reached, (B, T) bool.
+
+    Causal: those at or before the last labelled one. Bidirectional: all.
+    """
+    if not causal:
+        at_or_before = reached(label_BT, real_BT, segment_BT)
+        at_or_behind = reached(label_BT[:, ::-1], real_BT[:, ::-1], segment_BT[:, ::-1])[:, ::-1]
+        return np.asarray(at_or_before | at_or_behind)
     out = np.zeros(label_BT.shape, dtype=bool)
     labelled = label_BT >= 0
     after = np.zeros(label_BT.shape[0], dtype=bool)

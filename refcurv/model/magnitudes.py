@@ -12,8 +12,8 @@ import numpy as np
 from refcurv.law.checks import Array
 from refcurv.model import transformer
 from refcurv.model.config import ModelConfig
-from refcurv.model.layers import DEFINITIONS, Layout, Ops, Saved, sigmoid, softmax_over
-from refcurv.model.transformer import Parameters, Slope, Tap
+from refcurv.model.layers import DEFINITIONS, Layout, Ops, Saved, softmax_over
+from refcurv.model.transformer import Inputs, Parameters, Slope, Tap
 
 
 def _rms_norm_backward(d_y: Array, saved: Saved) -> tuple[Array, Array]:
@@ -23,71 +23,79 @@ def _rms_norm_backward(d_y: Array, saved: Saved) -> tuple[Array, Array]:
     return d_x, (d_y * x_hat).reshape(-1, gain.shape[0]).sum(axis=0)
 
 
+def _centre(x: Array) -> Array:
+    return np.asarray(x + x.mean(axis=-1, keepdims=True))
+
+
 def _rotate(d_BTHE: Array, cos: Array, sin: Array) -> Array:
-    half = d_BTHE.shape[-1] // 2
-    d1, d2, cos, sin = d_BTHE[..., :half], d_BTHE[..., half:], np.abs(cos), np.abs(sin)
-    return np.concatenate([d1 * cos + d2 * sin, d2 * cos + d1 * sin], axis=-1)
+    half = cos.shape[-1]
+    d1, d2, rest = d_BTHE[..., :half], d_BTHE[..., half : 2 * half], d_BTHE[..., 2 * half :]
+    cos, sin = np.abs(cos), np.abs(sin)
+    return np.concatenate([d1 * cos + d2 * sin, d2 * cos + d1 * sin, rest], axis=-1)
 
 
 def _attention_backward(d_context_BTHE: Array, saved: Saved) -> tuple[Array, Array, Array]:
-    q, k, v, p, scale = saved
+    q, k, v, p, size = saved
     B, K, R, T, E = q.shape
     d_context = d_context_BTHE.reshape(B, T, K, R, E).transpose(0, 2, 3, 1, 4)
     d_p = d_context @ np.abs(v).swapaxes(-1, -2)
     d_v = (p.swapaxes(-1, -2) @ d_context).sum(axis=2)
-    d_score = p * (d_p + (d_p * p).sum(axis=-1, keepdims=True))
-    d_q = (d_score @ np.abs(k)) * scale
-    d_k = (d_score.swapaxes(-1, -2) @ np.abs(q)).sum(axis=2) * scale
+    d_product = p * (d_p + (d_p * p).sum(axis=-1, keepdims=True)) * size
+    d_q = d_product @ np.abs(k)
+    d_k = (d_product.swapaxes(-1, -2) @ np.abs(q)).sum(axis=2)
     d_q_BTHE = d_q.transpose(0, 3, 1, 2, 4).reshape(B, T, K * R, E)
     return d_q_BTHE, d_k.transpose(0, 2, 1, 3), d_v.transpose(0, 2, 1, 3)
 
 
-def _swiglu_backward(d_h: Array, saved: Saved) -> tuple[Array, Array]:
-    gate, up = saved
-    s = sigmoid(gate)
-    return d_h * np.abs(up) * s * (1 + np.abs(gate) * (1 - s)), d_h * np.abs(gate) * s
+def _mlp_backward(d_h: Array, saved: Saved) -> tuple[Array | None, Array]:
+    """f and f' are sums too: |z| and 1 + |z| bound the terms of every activation's."""
+    _activation, gate, up = saved
+    if gate is None:
+        return None, d_h * (1 + np.abs(up))
+    return d_h * np.abs(up) * (1 + np.abs(gate)), d_h * np.abs(gate)
 
 
 _MAGNITUDES = Ops(
     DEFINITIONS.rms_norm_forward,
     _rms_norm_backward,
+    _centre,
     _rotate,
     DEFINITIONS.attention_forward,
     _attention_backward,
-    DEFINITIONS.swiglu_forward,
-    _swiglu_backward,
+    DEFINITIONS.mlp_forward,
+    _mlp_backward,
 )
 
 
 def gradient_scale(
-    config: ModelConfig, parameters: Parameters, token_BT: Array, label_BT: Array, layout: Layout
+    config: ModelConfig, parameters: Parameters, inputs: Inputs, label_BT: Array, layout: Layout
 ) -> dict[str, Array]:
     """For every parameter, the sum of the magnitudes of all terms of its gradient.
 
     Cost: one forward and two backward passes, N x V logits at once: for small models.
     Proof: tests/test_transformer.py::test_scale_bounds_the_rounding
     """
-    final_BTD, trace = transformer.forward(config, parameters, token_BT, layout)
+    final_BTD, trace = transformer.forward(config, parameters, inputs, layout)
     logit_BTV = transformer.head_logits(config, parameters, final_BTD)
     d_logit = softmax_over(logit_BTV, np.ones(logit_BTV.shape, dtype=bool))
     b, t = np.nonzero(label_BT >= 0)
     d_logit[b, t, label_BT[b, t]] += 1
     d_logit[label_BT < 0] = 0
+    g_BTV = transformer.uncapped(config, logit_BTV, d_logit)
     positive = {name: np.abs(array) for name, array in parameters.items()}
-    d_final = d_logit @ positive[config.weight_of("head")]
-
     scale: dict[str, Array] = {}
 
-    def add(name: str, d: Array) -> None:
+    def take(step: Tap | Slope) -> None:
+        if isinstance(step, Slope):
+            name, d = step.name, step.d
+        else:
+            g_NO = step.g.reshape(-1, step.g.shape[-1])
+            name = config.weight_of(step.name)
+            d = g_NO.T @ np.abs(step.a).reshape(-1, step.a.shape[-1])
         scale[name] = scale[name] + d if name in scale else d
 
-    def outer(g: Array, a: Array) -> Array:
-        return np.asarray(g.reshape(-1, g.shape[-1]).T @ np.abs(a).reshape(-1, a.shape[-1]))
-
-    add(config.weight_of("head"), outer(d_logit, final_BTD))
-    for step in transformer.backward(config, positive, d_final, trace, _MAGNITUDES):
-        if isinstance(step, Slope):
-            add(step.name, step.d)
-        elif isinstance(step, Tap):
-            add(config.weight_of(step.name), outer(step.g, step.a))
+    head = transformer.linear_backward(config, positive, "head", final_BTD, g_BTV)
+    d_final_BTD = transformer.drain(head, take)
+    for step in transformer.backward(config, positive, d_final_BTD, trace, _MAGNITUDES):
+        take(step)
     return scale

@@ -1,4 +1,4 @@
-"""The transformer, forward and backward: embed → blocks → final norm → head.
+"""The transformer, forward and backward: input → blocks → final norm → head.
 
 There is one transformer. It runs on the layer functions it is given (`ops`), in the dtype of its
 parameters. The backward is a generator: it yields what flows through each linear layer, top down,
@@ -9,23 +9,37 @@ ever computed.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
 
-from refcurv.law.checks import Array
+from refcurv.law.checks import Array, RangeError
 from refcurv.law.conventions import HEAD_ROWS
-from refcurv.model.config import ModelConfig, NormPlace, QKNorm
-from refcurv.model.layers import DEFINITIONS, Layout, Ops, Saved, rope_tables
+from refcurv.model.config import ModelConfig, Norm, NormPlace, Pool, QKNorm, Residual
+from refcurv.model.layers import (
+    DEFINITIONS,
+    Layout,
+    Ops,
+    Saved,
+    causal_layout,
+    clip,
+    full_layout,
+    rope_tables,
+    soft_cap,
+    windowed,
+)
 from refcurv.model.loss import cross_entropy
 
 Parameters = Mapping[str, Array]
 
+Inputs = Array
+"""Token ids (B, T), or the patches of images (B, n, C·P·P), real."""
+
 
 @dataclass(frozen=True, slots=True)
 class Tap:
-    """What flows through one linear layer y = W a: its inputs and its output gradients.
+    """What flows through one linear layer y = W a + b: its inputs and its output gradients.
 
     Fields: name, the layer's; a (..., I); g (..., O) [nats / y], of the summed loss. Layers that
     read the same input (q, k, v; gate, up) carry the very same array `a`.
@@ -38,66 +52,227 @@ class Tap:
 
 @dataclass(frozen=True, slots=True)
 class Slope:
-    """The gradient of the summed loss with respect to a parameter that is no linear layer's."""
+    """The gradient of the summed loss with respect to a parameter that is no matrix W."""
 
     name: str
     d: Array
 
 
-@dataclass(frozen=True, slots=True)
-class BlockTrace:
-    """What one block's forward keeps for its backward."""
+Steps = Generator[Tap | Slope, None, Array]
+"""A backward: yields what it passes, returns the gradient of what its forward read."""
 
-    attn_in: Array
-    attn_norm: Saved
+
+# ------------------------------------------------------------------ linear layers and norms
+
+
+def linear_forward(config: ModelConfig, parameters: Parameters, layer: str, a: Array) -> Array:
+    """y = W a + b, b where the layer has one."""
+    y = a @ parameters[config.weight_of(layer)].T
+    return y + parameters[f"{layer}.bias"] if config.has_bias(layer) else y
+
+
+def linear_backward(
+    config: ModelConfig, parameters: Parameters, layer: str, a: Array, g: Array
+) -> Steps:
+    """Yields the Tap and the bias's Slope; returns the gradient of a."""
+    # forward:  y = a @ Wᵀ + b
+    yield Tap(layer, a, g)
+    if config.has_bias(layer):
+        yield Slope(f"{layer}.bias", g.reshape(-1, g.shape[-1]).sum(axis=0))
+    return np.asarray(g @ parameters[config.weight_of(layer)])
+
+
+def norm_forward(
+    config: ModelConfig, parameters: Parameters, name: str, x: Array, ops: Ops
+) -> tuple[Array, Saved]:
+    """RMSNorm, or LayerNorm = RMSNorm of x − mean(x), over the last axis; then the bias."""
+    gain = parameters[f"{name}.weight"] if config.norm_gain else np.ones(x.shape[-1:], x.dtype)
+    if config.norm_offset:
+        gain = 1 + gain
+    if config.norm is Norm.LAYER:
+        x = ops.centre(x)
+    y, saved = ops.rms_norm_forward(x, gain, config.norm_eps)
+    return (y + parameters[f"{name}.bias"] if config.norm_bias else y), saved
+
+
+def norm_backward(
+    config: ModelConfig, name: str, d_y: Array, saved: Saved, ops: Ops
+) -> Generator[Slope, None, Array]:
+    """Yields the Slopes of gain and bias; returns the gradient of x."""
+    if config.norm_bias:
+        # forward:  y = rms_norm(x) + bias
+        yield Slope(f"{name}.bias", d_y.reshape(-1, d_y.shape[-1]).sum(axis=0))
+    d_x, d_gain = ops.rms_norm_backward(d_y, saved)
+    if config.norm_gain:
+        yield Slope(f"{name}.weight", d_gain)
+    # forward:  x = centre(x)
+    return ops.centre(d_x) if config.norm is Norm.LAYER else d_x
+
+
+# ------------------------------------------------------------------ attention
+
+KeysAndValues = tuple[Array, Array]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionTrace:
+    """What `attention_forward` keeps: its input, three clips, two norms, the softmax, o's input."""
+
+    a: Array
+    clips: tuple[Saved, Saved, Saved]
     q_norm: Saved
     k_norm: Saved
-    attention: Saved
+    softmax: Saved
     context: Array
-    mlp_in: Array
-    mlp_norm: Saved
-    swiglu: Saved
+
+
+def attention_forward(
+    config: ModelConfig,
+    parameters: Parameters,
+    at: str,
+    a_BTD: Array,
+    layout: Layout,
+    rope: tuple[Array, Array] | None,
+    ops: Ops,
+    past: KeysAndValues | None,
+) -> tuple[Array, AttentionTrace, KeysAndValues]:
+    """q, k, v → clip → norm → rotate → attention → o; `at` is "blocks.{i}.attn."."""
+    q, clip_q = _heads_forward(config, parameters, f"{at}q", a_BTD)
+    k, clip_k = _heads_forward(config, parameters, f"{at}k", a_BTD)
+    v, clip_v = _heads_forward(config, parameters, f"{at}v", a_BTD)
+    q, q_norm = _qk_norm_forward(config, parameters, f"{at}q_norm", q, ops)
+    k, k_norm = _qk_norm_forward(config, parameters, f"{at}k_norm", k, ops)
+    if rope is not None:
+        q, k = ops.rotate(q, *rope), ops.rotate(k, *rope)
+    if past is not None:
+        k = np.concatenate([past[0], k], axis=1)
+        v = np.concatenate([past[1], v], axis=1)
+    context, softmax = ops.attention_forward(q, k, v, layout, config.score_scale, config.score_cap)
+    context = context.reshape(*a_BTD.shape[:2], -1)
+    o_BTD = linear_forward(config, parameters, f"{at}o", context)
+    clips = (clip_q, clip_k, clip_v)
+    return o_BTD, AttentionTrace(a_BTD, clips, q_norm, k_norm, softmax, context), (k, v)
+
+
+def attention_backward(
+    config: ModelConfig,
+    parameters: Parameters,
+    at: str,
+    d_o: Array,
+    trace: AttentionTrace,
+    rope: tuple[Array, Array] | None,
+    ops: Ops,
+) -> Steps:
+    """Undo `attention_forward`, last step first."""
+    # forward:  o = W_o attention(rotate(norm(clip(q))), rotate(norm(clip(k))), clip(v))
+    d_context = yield from linear_backward(config, parameters, f"{at}o", trace.context, d_o)
+    d_context = d_context.reshape(*d_o.shape[:2], config.heads, config.head_width)
+    d_q, d_k, d_v = ops.attention_backward(d_context, trace.softmax)
+    if rope is not None:
+        cos, sin = rope
+        d_q, d_k = ops.rotate(d_q, cos, -sin), ops.rotate(d_k, cos, -sin)
+    d_q = yield from _qk_norm_backward(config, f"{at}q_norm", d_q, trace.q_norm, ops)
+    d_k = yield from _qk_norm_backward(config, f"{at}k_norm", d_k, trace.k_norm, ops)
+    d_a: dict[str, Array] = {}
+    for name, d_BTHE, inside in zip("vkq", (d_v, d_k, d_q), reversed(trace.clips), strict=True):
+        d_y = d_BTHE.reshape(*d_BTHE.shape[:2], -1)
+        d_y = d_y if inside is None else d_y * inside
+        d_a[name] = yield from linear_backward(config, parameters, at + name, trace.a, d_y)
+    return d_a["q"] + d_a["k"] + d_a["v"]
+
+
+def _heads_forward(
+    config: ModelConfig, parameters: Parameters, layer: str, a_BTD: Array
+) -> tuple[Array, Saved]:
+    """One of q, k, v by heads, clipped where the model clips: (B, T, H, E)."""
+    y, inside = linear_forward(config, parameters, layer, a_BTD), None
+    if config.qkv_clip is not None:
+        y, inside = clip(y, config.qkv_clip)
+    return y.reshape(*y.shape[:2], -1, config.head_width), inside
+
+
+def _qk_norm_forward(
+    config: ModelConfig, parameters: Parameters, name: str, x_BTHE: Array, ops: Ops
+) -> tuple[Array, Saved]:
+    """Norm of queries or keys: over each head, over all heads at once, or not at all."""
+    if config.qk_norm is QKNorm.NONE:
+        return x_BTHE, None
+    shape = x_BTHE.shape
+    x = x_BTHE.reshape(*shape[:2], -1) if config.qk_norm is QKNorm.FULL else x_BTHE
+    y, saved = norm_forward(config, parameters, name, x, ops)
+    return y.reshape(shape), saved
+
+
+def _qk_norm_backward(
+    config: ModelConfig, name: str, d_y_BTHE: Array, saved: Saved, ops: Ops
+) -> Generator[Slope, None, Array]:
+    if config.qk_norm is QKNorm.NONE:
+        return d_y_BTHE
+    shape = d_y_BTHE.shape
+    d_y = d_y_BTHE.reshape(*shape[:2], -1) if config.qk_norm is QKNorm.FULL else d_y_BTHE
+    d_x = yield from norm_backward(config, name, d_y, saved, ops)
+    return d_x.reshape(shape)
+
+
+# ------------------------------------------------------------------ MLP
+
+
+@dataclass(frozen=True, slots=True)
+class MLPTrace:
+    """What `mlp_forward` keeps: its input, the activation, down's input."""
+
+    a: Array
+    activation: Saved
     hidden: Array
 
 
-@dataclass(frozen=True, slots=True)
-class Trace:
-    """What a forward keeps: tokens, rotary tables, the blocks from `lowest` up, the final norm."""
+def mlp_forward(
+    config: ModelConfig, parameters: Parameters, at: str, a_BTD: Array, ops: Ops
+) -> tuple[Array, MLPTrace]:
+    """down · (f(gate · a) × (up · a)), or down · f(up · a); `at` is "blocks.{i}.mlp."."""
+    gate = linear_forward(config, parameters, f"{at}gate", a_BTD) if config.gated else None
+    up = linear_forward(config, parameters, f"{at}up", a_BTD)
+    hidden, activation = ops.mlp_forward(config.activation, gate, up)
+    down_BTD = linear_forward(config, parameters, f"{at}down", hidden)
+    return down_BTD, MLPTrace(a_BTD, activation, hidden)
 
-    token_BT: Array
-    rope: tuple[Array, Array]
-    lowest: int
-    blocks: list[BlockTrace]
-    final_norm: Saved
+
+def mlp_backward(
+    config: ModelConfig, parameters: Parameters, at: str, d_down: Array, trace: MLPTrace, ops: Ops
+) -> Steps:
+    """Undo `mlp_forward`, last step first."""
+    # forward:  down = W_down h;  h = f(W_gate a) * (W_up a)
+    d_hidden = yield from linear_backward(config, parameters, f"{at}down", trace.hidden, d_down)
+    d_gate, d_up = ops.mlp_backward(d_hidden, trace.activation)
+    d_a_up = yield from linear_backward(config, parameters, f"{at}up", trace.a, d_up)
+    if d_gate is None:
+        return d_a_up
+    return (yield from linear_backward(config, parameters, f"{at}gate", trace.a, d_gate)) + d_a_up
 
 
 # ------------------------------------------------------------------ one block
 
 
-def _qk_norm_forward(
-    config: ModelConfig, gain: Array | None, x_BTHE: Array, ops: Ops
-) -> tuple[Array, Saved]:
-    """RMSNorm of queries or keys: over each head, over all heads at once, or not at all."""
-    if gain is None:
-        return x_BTHE, None
-    if config.qk_norm is QKNorm.HEAD:
-        return ops.rms_norm_forward(x_BTHE, gain, config.norm_eps)
-    B, T, H, E = x_BTHE.shape
-    y, saved = ops.rms_norm_forward(x_BTHE.reshape(B, T, H * E), gain, config.norm_eps)
-    return y.reshape(B, T, H, E), saved
+@dataclass(frozen=True, slots=True)
+class BlockTrace:
+    """What one block's forward keeps for its backward; a norm that is not there is None."""
+
+    attn_norm: Saved
+    attn: AttentionTrace
+    attn_post_norm: Saved
+    mlp_norm: Saved
+    mlp: MLPTrace
+    mlp_post_norm: Saved
 
 
-def _qk_norm_backward(
-    config: ModelConfig, d_y_BTHE: Array, saved: Saved, ops: Ops
-) -> tuple[Array, Array]:
-    if config.qk_norm is QKNorm.HEAD:
-        return ops.rms_norm_backward(d_y_BTHE, saved)
-    B, T, H, E = d_y_BTHE.shape
-    d_x, d_gain = ops.rms_norm_backward(d_y_BTHE.reshape(B, T, H * E), saved)
-    return d_x.reshape(B, T, H, E), d_gain
-
-
-KeysAndValues = tuple[Array, Array]
+def _post_norm(config: ModelConfig, part: str) -> str | None:
+    """The name of the norm behind attention or MLP: OLMo-2's only one, Gemma's second."""
+    names = {
+        NormPlace.PRE: None,
+        NormPlace.POST: f"{part}_norm",
+        NormPlace.BOTH: f"{part}_post_norm",
+    }
+    return names[config.norm_place]
 
 
 def block_forward(
@@ -106,54 +281,38 @@ def block_forward(
     i: int,
     x_BTD: Array,
     layout: Layout,
-    rope: tuple[Array, Array],
+    rope: tuple[Array, Array] | None,
     ops: Ops = DEFINITIONS,
     past: KeysAndValues | None = None,
 ) -> tuple[Array, BlockTrace, KeysAndValues]:
-    """Block i: x → x + attention → x + MLP, with the norm before or behind each of the two.
+    """Block i: x → x + attention → x + MLP, with norms before or behind each of the two.
 
     `past` holds the keys and values of earlier positions (B, S, K, E), for decoding; the third
     result is theirs followed by this call's.
     """
-    at, E = f"blocks.{i}.", config.head_width
-    W = {name: parameters[f"{at}{name}.weight"] for name in _BLOCK_LINEAR}
-    pre = config.norm_place is NormPlace.PRE
-    B, T, _D = x_BTD.shape
+    at, pre = f"blocks.{i}.", config.norm_place is not NormPlace.POST
+    if config.window(i):
+        layout = windowed(layout, config.window(i))
 
-    def norm(name: str, x: Array) -> tuple[Array, Saved]:
-        return ops.rms_norm_forward(x, parameters[f"{at}{name}.weight"], config.norm_eps)
+    def norm(name: str | None, x: Array) -> tuple[Array, Saved]:
+        return norm_forward(config, parameters, at + name, x, ops) if name else (x, None)
 
-    def gain(name: str) -> Array | None:
-        return None if config.qk_norm is QKNorm.NONE else parameters[f"{at}attn.{name}.weight"]
-
-    a_BTD, attn_norm = norm("attn_norm", x_BTD) if pre else (x_BTD, None)
-    q = (a_BTD @ W["attn.q"].T).reshape(B, T, config.heads, E)
-    k = (a_BTD @ W["attn.k"].T).reshape(B, T, config.kv_heads, E)
-    v = (a_BTD @ W["attn.v"].T).reshape(B, T, config.kv_heads, E)
-    q, q_norm = _qk_norm_forward(config, gain("q_norm"), q, ops)
-    k, k_norm = _qk_norm_forward(config, gain("k_norm"), k, ops)
-    q, k = ops.rotate(q, *rope), ops.rotate(k, *rope)
-    if past is not None:
-        k = np.concatenate([past[0], k], axis=1)
-        v = np.concatenate([past[1], v], axis=1)
-    context_BTHE, attention = ops.attention_forward(q, k, v, layout)
-    context = context_BTHE.reshape(B, T, config.heads * E)
-    o_BTD = context @ W["attn.o"].T
-    update, attn_norm = (o_BTD, attn_norm) if pre else norm("attn_norm", o_BTD)
-    x_BTD = x_BTD + update
-
-    m_BTD, mlp_norm = norm("mlp_norm", x_BTD) if pre else (x_BTD, None)
-    hidden, swiglu = ops.swiglu_forward(m_BTD @ W["mlp.gate"].T, m_BTD @ W["mlp.up"].T)
-    down_BTD = hidden @ W["mlp.down"].T
-    update, mlp_norm = (down_BTD, mlp_norm) if pre else norm("mlp_norm", down_BTD)
-    x_BTD = x_BTD + update
-    trace = BlockTrace(
-        a_BTD, attn_norm, q_norm, k_norm, attention, context, m_BTD, mlp_norm, swiglu, hidden
+    a_BTD, attn_norm = norm("attn_norm" if pre else None, x_BTD)
+    o_BTD, attn, keys_and_values = attention_forward(
+        config, parameters, f"{at}attn.", a_BTD, layout, rope, ops, past
     )
-    return x_BTD, trace, (k, v)
+    update, attn_post_norm = norm(_post_norm(config, "attn"), o_BTD)
+    after_BTD = x_BTD + update
 
-
-_BLOCK_LINEAR = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
+    if config.residual is Residual.SHARED:
+        m_BTD, mlp_norm = a_BTD, None
+    else:
+        read = x_BTD if config.residual is Residual.PARALLEL else after_BTD
+        m_BTD, mlp_norm = norm("mlp_norm" if pre else None, read)
+    down_BTD, mlp = mlp_forward(config, parameters, f"{at}mlp.", m_BTD, ops)
+    update, mlp_post_norm = norm(_post_norm(config, "mlp"), down_BTD)
+    trace = BlockTrace(attn_norm, attn, attn_post_norm, mlp_norm, mlp, mlp_post_norm)
+    return after_BTD + update, trace, keys_and_values
 
 
 def block_backward(
@@ -162,83 +321,180 @@ def block_backward(
     i: int,
     d_x_BTD: Array,
     trace: BlockTrace,
-    rope: tuple[Array, Array],
+    rope: tuple[Array, Array] | None,
     ops: Ops = DEFINITIONS,
-) -> Generator[Tap | Slope, None, Array]:
+) -> Steps:
     """Undo `block_forward`, last step first; returns the gradient of the block's input."""
-    at = f"blocks.{i}."
-    W = {name: parameters[f"{at}{name}.weight"] for name in _BLOCK_LINEAR}
-    pre = config.norm_place is NormPlace.PRE
+    at, pre = f"blocks.{i}.", config.norm_place is not NormPlace.POST
 
-    def norm(name: str, d_y: Array, saved: Saved) -> Generator[Slope, None, Array]:
-        d_in, d_gain = ops.rms_norm_backward(d_y, saved)
-        yield Slope(f"{at}{name}.weight", d_gain)
-        return d_in
+    def undo(name: str | None, d_y: Array, saved: Saved) -> Generator[Slope, None, Array]:
+        return (yield from norm_backward(config, at + name, d_y, saved, ops)) if name else d_y
 
-    def qk_norm(name: str, d_y: Array, saved: Saved) -> Generator[Slope, None, Array]:
-        if saved is None:
-            return d_y
-        d_in, d_gain = _qk_norm_backward(config, d_y, saved, ops)
-        yield Slope(f"{at}attn.{name}.weight", d_gain)
-        return d_in
+    # forward:  x' = after + norm(mlp(norm(read)));  read = after, or x in a parallel block
+    d_down = yield from undo(_post_norm(config, "mlp"), d_x_BTD, trace.mlp_post_norm)
+    d_m = yield from mlp_backward(config, parameters, f"{at}mlp.", d_down, trace.mlp, ops)
+    shared = config.residual is Residual.SHARED
+    d_read = yield from undo("mlp_norm" if pre and not shared else None, d_m, trace.mlp_norm)
+    d_after = d_x_BTD + d_read if config.residual is Residual.SEQUENTIAL else d_x_BTD
 
-    # forward:  x = x + norm(hidden @ W_downᵀ);  hidden = silu(m @ W_gateᵀ) * (m @ W_upᵀ)
-    d_down = d_x_BTD if pre else (yield from norm("mlp_norm", d_x_BTD, trace.mlp_norm))
-    yield Tap(f"{at}mlp.down", trace.hidden, d_down)
-    d_gate, d_up = ops.swiglu_backward(d_down @ W["mlp.down"], trace.swiglu)
-    yield Tap(f"{at}mlp.up", trace.mlp_in, d_up)
-    yield Tap(f"{at}mlp.gate", trace.mlp_in, d_gate)
-    d_m = d_gate @ W["mlp.gate"] + d_up @ W["mlp.up"]
-    d_x_BTD = d_x_BTD + ((yield from norm("mlp_norm", d_m, trace.mlp_norm)) if pre else d_m)
-
-    # forward:  x = x + norm(context @ W_oᵀ)
-    #           context = attention(rotate(norm(q)), rotate(norm(k)), v)
-    d_o = d_x_BTD if pre else (yield from norm("attn_norm", d_x_BTD, trace.attn_norm))
-    yield Tap(f"{at}attn.o", trace.context, d_o)
-    d_context = (d_o @ W["attn.o"]).reshape(*d_o.shape[:2], config.heads, config.head_width)
-    d_q, d_k, d_v = ops.attention_backward(d_context, trace.attention)
-    cos, sin = rope
-    d_q = _rows(
-        config.heads, (yield from qk_norm("q_norm", ops.rotate(d_q, cos, -sin), trace.q_norm))
+    # forward:  after = x + norm(attention(a));  a = norm(x)
+    d_o = yield from undo(_post_norm(config, "attn"), d_after, trace.attn_post_norm)
+    d_a = yield from attention_backward(
+        config, parameters, f"{at}attn.", d_o, trace.attn, rope, ops
     )
-    d_k = _rows(
-        config.kv_heads, (yield from qk_norm("k_norm", ops.rotate(d_k, cos, -sin), trace.k_norm))
-    )
-    d_v = _rows(config.kv_heads, d_v)
-    yield Tap(f"{at}attn.v", trace.attn_in, d_v)
-    yield Tap(f"{at}attn.k", trace.attn_in, d_k)
-    yield Tap(f"{at}attn.q", trace.attn_in, d_q)
-    d_a = d_q @ W["attn.q"] + d_k @ W["attn.k"] + d_v @ W["attn.v"]
-    return d_x_BTD + ((yield from norm("attn_norm", d_a, trace.attn_norm)) if pre else d_a)
+    if shared:  # the MLP read a too
+        d_a = d_a + d_m
+    d_in = d_after + (yield from undo("attn_norm" if pre else None, d_a, trace.attn_norm))
+    return d_in + d_read if config.residual is Residual.PARALLEL else d_in
 
 
-def _rows(heads: int, d_BTHE: Array) -> Array:
-    B, T, _H, E = d_BTHE.shape
-    return d_BTHE.reshape(B, T, heads * E)
+# ------------------------------------------------------------------ input and output
+
+
+def input_forward(
+    config: ModelConfig, parameters: Parameters, inputs: Inputs, layout: Layout
+) -> Array:
+    """Tokens or patches → what the first block reads, (B, T, D)."""
+    if config.image is None:
+        x_BTD = parameters["embed.weight"][inputs]
+        if config.embed_scale != 1:
+            x_BTD = x_BTD * config.embed_scale
+    else:
+        patch_BTD = linear_forward(config, parameters, "patch", inputs)
+        shape = (len(inputs), 1, config.width)
+        first = [np.broadcast_to(parameters[f"{n}.weight"], shape) for n in config.image.specials]
+        x_BTD = np.concatenate([*first, patch_BTD], axis=1)
+    if config.learned_positions:
+        x_BTD = x_BTD + parameters["position.weight"][layout.position_BT]
+    return x_BTD
+
+
+def input_backward(
+    config: ModelConfig,
+    parameters: Parameters,
+    inputs: Inputs,
+    layout: Layout,
+    d_x_BTD: Array,
+) -> Iterator[Tap | Slope]:
+    """Undo `input_forward`; the gradients end here."""
+    if config.learned_positions:
+        # forward:  x[b, t] = ... + P[position[b, t]]
+        d_P = np.zeros((config.learned_positions, config.width), d_x_BTD.dtype)
+        np.add.at(d_P, np.broadcast_to(layout.position_BT, d_x_BTD.shape[:2]), d_x_BTD)
+        yield Slope("position.weight", d_P)
+    if config.image is None:
+        # forward:  x[b, t] = E[token[b, t]] * scale
+        d_embed_VD = np.zeros((config.vocabulary, config.width), dtype=d_x_BTD.dtype)
+        np.add.at(d_embed_VD, np.broadcast_to(inputs, d_x_BTD.shape[:2]), d_x_BTD)
+        if config.embed_scale != 1:
+            d_embed_VD *= config.embed_scale
+        yield Slope("embed.weight", d_embed_VD)
+        return
+    # forward:  x = [specials, W_patch patches + b]
+    specials = config.image.specials
+    for n, name in enumerate(specials):
+        yield Slope(f"{name}.weight", d_x_BTD[:, n].sum(axis=0))
+    g = d_x_BTD[:, len(specials) :]
+    yield Tap("patch", inputs, g)
+    if config.has_bias("patch"):
+        yield Slope("patch.bias", g.reshape(-1, config.width).sum(axis=0))
+
+
+def pool_forward(config: ModelConfig, x_BTD: Array) -> Array:
+    """What the head reads: every position, the first, or the mean of all; (B, T or 1, D)."""
+    if config.pool is Pool.NONE:
+        return x_BTD
+    return x_BTD[:, :1] if config.pool is Pool.CLS else x_BTD.mean(axis=1, keepdims=True)
+
+
+def pool_backward(config: ModelConfig, d_B1D: Array, positions: int) -> Array:
+    """Undo `pool_forward` over so many positions."""
+    if config.pool is Pool.NONE:
+        return d_B1D
+    d_x_BTD = np.zeros((len(d_B1D), positions, config.width), d_B1D.dtype)
+    if config.pool is Pool.CLS:
+        d_x_BTD[:, :1] = d_B1D
+    else:
+        d_x_BTD[:] = d_B1D / positions
+    return d_x_BTD
+
+
+def layout_of(config: ModelConfig, real_BT: Array, segment_BT: Array) -> Layout:
+    """Which positions see which: causal or not, as the model is.
+
+    Raises RangeError for a position behind the table of learned ones.
+    """
+    layout = (causal_layout if config.causal else full_layout)(real_BT, segment_BT)
+    rows = config.learned_positions
+    if not rows:
+        return layout
+    position_BT = np.where(real_BT, layout.position_BT, 0)  # padding would lie behind the table
+    require_positions("forward", int(position_BT.max(initial=0)) + 1, rows)
+    return replace(layout, position_BT=position_BT)
+
+
+def require_positions(who: str, positions: int, rows: int) -> None:
+    """Raise RangeError for more positions than the model has learned."""
+    if rows and positions > rows:
+        raise RangeError(
+            f"{who}: {positions} positions, but the model has learned {rows}. Cut the sequences."
+        )
+
+
+def image_layout(config: ModelConfig, images: int) -> Layout:
+    """The layout of so many images: one segment each, every position real."""
+    assert config.image is not None
+    shape = (images, config.image.positions)
+    return layout_of(config, np.ones(shape, dtype=bool), np.zeros(shape, dtype=np.int64))
 
 
 # ------------------------------------------------------------------ the whole
 
 
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What a forward keeps: input, rotary tables, the blocks from `lowest` up, the final norm."""
+
+    inputs: Inputs
+    layout: Layout
+    rope: tuple[Array, Array] | None
+    lowest: int
+    blocks: list[BlockTrace]
+    final_norm: Saved
+
+
+def rope_of(config: ModelConfig, layout: Layout, dtype: np.dtype) -> tuple[Array, Array] | None:
+    """cos and sin of the model's rotary positions, None where it has none."""
+    if config.rope_theta is None:
+        return None
+    width = config.rope_width or config.head_width
+    return rope_tables(layout.position_BT, width, config.rope_theta, dtype, config.rope_scaling)
+
+
 def forward(
     config: ModelConfig,
     parameters: Parameters,
-    token_BT: Array,
+    inputs: Inputs,
     layout: Layout,
     ops: Ops = DEFINITIONS,
     lowest: int = 0,
 ) -> tuple[Array, Trace]:
-    """Tokens → what the head reads, (B, T, D), and the trace of the blocks from `lowest` up."""
-    x_BTD = parameters["embed.weight"][token_BT]
-    rope = rope_tables(layout.position_BT, config.head_width, config.rope_theta, x_BTD.dtype)
+    """Tokens or patches → what the head reads, and the trace of the blocks from `lowest` up.
+
+    The first result is (B, T, D), or (B, 1, D) where the model pools.
+    """
+    if config.image is not None:
+        inputs = inputs.astype(parameters["patch.weight"].real.dtype, copy=False)
+    x_BTD = input_forward(config, parameters, inputs, layout)
+    rope = rope_of(config, layout, x_BTD.dtype)
     blocks = []
     for i in range(config.layers):
         x_BTD, trace, _ = block_forward(config, parameters, i, x_BTD, layout, rope, ops)
         if i >= lowest:
             blocks.append(trace)
         del trace
-    final_BTD, saved = ops.rms_norm_forward(x_BTD, parameters["final_norm.weight"], config.norm_eps)
-    return final_BTD, Trace(token_BT, rope, lowest, blocks, saved)
+    final_BTD, saved = norm_forward(config, parameters, "final_norm", x_BTD, ops)
+    return pool_forward(config, final_BTD), Trace(inputs, layout, rope, lowest, blocks, saved)
 
 
 def backward(
@@ -251,19 +507,16 @@ def backward(
 ) -> Iterator[Tap | Slope]:
     """Undo `forward` from the gradient of what the head reads, down to block `trace.lowest`.
 
-    When every block was kept, the embedding's own gradient comes last. With `consume` each block's
+    When every block was kept, the input's own gradients come last. With `consume` each block's
     trace is given up as the backward leaves it, and the trace serves no second time.
     """
-    d_x_BTD, d_gain = ops.rms_norm_backward(d_final_BTD, trace.final_norm)
-    yield Slope("final_norm.weight", d_gain)
+    d_x_BTD = pool_backward(config, d_final_BTD, trace.layout.position_BT.shape[1])
+    d_x_BTD = yield from norm_backward(config, "final_norm", d_x_BTD, trace.final_norm, ops)
     for i in reversed(range(trace.lowest, config.layers)):
         block = trace.blocks.pop() if consume else trace.blocks[i - trace.lowest]
         d_x_BTD = yield from block_backward(config, parameters, i, d_x_BTD, block, trace.rope, ops)
     if trace.lowest == 0:
-        # forward:  x[b, t] = E[token[b, t]]
-        d_embed_VD = np.zeros((config.vocabulary, config.width), dtype=d_x_BTD.dtype)
-        np.add.at(d_embed_VD, trace.token_BT, d_x_BTD)
-        yield Slope("embed.weight", d_embed_VD)
+        yield from input_backward(config, parameters, trace.inputs, trace.layout, d_x_BTD)
 
 
 # ------------------------------------------------------------------ the head
@@ -282,8 +535,17 @@ class Loss:
 
 
 def head_logits(config: ModelConfig, parameters: Parameters, final: Array) -> Array:
-    """(..., D) → logits (..., V)."""
-    return final @ parameters[config.weight_of("head")].T
+    """(..., D) → logits (..., V), soft-capped where the model does so."""
+    logit = linear_forward(config, parameters, "head", final)
+    return logit if config.logit_cap is None else soft_cap(logit, config.logit_cap)[0]
+
+
+def uncapped(config: ModelConfig, logit: Array, d_logit: Array) -> Array:
+    """The gradient of the head's outputs from that of the logits, which the soft-cap made."""
+    if config.logit_cap is None:
+        return d_logit
+    # forward:  logit = cap tanh(y / cap)
+    return d_logit * (1 - (logit / config.logit_cap) ** 2)
 
 
 def head_transpose(
@@ -292,23 +554,21 @@ def head_transpose(
     final_BTD: Array,
     keep_BT: Array,
     cotangent: Cotangent,
-) -> Generator[Tap, None, Array]:
+) -> Steps:
     """A cotangent on the logits of the kept rows, sent back to what the head reads: (B, T, D).
 
-    Works on HEAD_ROWS rows at a time, so that (N, V) never exists, and yields the head's Tap for
+    Works on HEAD_ROWS rows at a time, so that (N, V) never exists, and yields the head's steps for
     each of these chunks.
     """
-    W_VD = parameters[config.weight_of("head")]
     row_N = np.flatnonzero(keep_BT)
     final_ND = final_BTD.reshape(-1, final_BTD.shape[-1])
     d_final_ND = np.zeros_like(final_ND)
     for begin in range(0, len(row_N), HEAD_ROWS):
         chunk = row_N[begin : begin + HEAD_ROWS]
         a_ND = final_ND[chunk]
-        g_NV = cotangent(chunk, a_ND @ W_VD.T)
-        # forward:  logit = a @ W_headᵀ
-        d_final_ND[chunk] = g_NV @ W_VD
-        yield Tap("head", a_ND, g_NV)
+        logit_NV = head_logits(config, parameters, a_ND)
+        g_NV = uncapped(config, logit_NV, cotangent(chunk, logit_NV))
+        d_final_ND[chunk] = yield from linear_backward(config, parameters, "head", a_ND, g_NV)
     return d_final_ND.reshape(final_BTD.shape)
 
 
@@ -318,8 +578,8 @@ def head_backward(
     final_BTD: Array,
     label_BT: Array,
     keep_BT: Array,
-) -> Generator[Tap, None, Loss]:
-    """Loss over the kept rows, and its gradient; yields the Taps of `head_transpose`."""
+) -> Generator[Tap | Slope, None, Loss]:
+    """Loss over the kept rows, and its gradient; yields the steps of `head_transpose`."""
     label_N = label_BT.astype(np.int64).reshape(-1)
     nats_N = np.zeros(label_N.shape, dtype=final_BTD.dtype)
 
@@ -334,7 +594,7 @@ def head_backward(
 def loss_and_gradient(
     config: ModelConfig,
     parameters: Parameters,
-    token_BT: Array,
+    inputs: Inputs,
     label_BT: Array,
     layout: Layout,
     ops: Ops = DEFINITIONS,
@@ -342,6 +602,7 @@ def loss_and_gradient(
     """LOSS: the summed nats over labelled positions, and its gradient for every parameter.
 
     A linear layer's gradient is Σ g aᵀ over positions; a tied embedding receives the head's too.
+    Labels are (B, T), or (B, 1) where the model pools.
     """
     gradient: dict[str, Array] = {}
 
@@ -355,7 +616,7 @@ def loss_and_gradient(
         g_NO = step.g.reshape(-1, step.g.shape[-1])
         add(config.weight_of(step.name), g_NO.T @ step.a.reshape(-1, step.a.shape[-1]))
 
-    final_BTD, trace = forward(config, parameters, token_BT, layout, ops)
+    final_BTD, trace = forward(config, parameters, inputs, layout, ops)
     head = head_backward(config, parameters, final_BTD, label_BT, label_BT >= 0)
     loss = drain(head, take)
     for step in backward(config, parameters, loss.d_final_BTD, trace, ops):
@@ -368,13 +629,15 @@ def loss_and_gradient(
 Result = TypeVar("Result")
 
 
-def drain(steps: Generator[Tap, None, Result], take: Callable[[Tap], None]) -> Result:
-    """Hand every Tap to `take`; return the result that the generator ends with."""
+def drain(
+    steps: Generator[Tap | Slope, None, Result], take: Callable[[Tap | Slope], None]
+) -> Result:
+    """Hand every step to `take`; return the result that the generator ends with."""
 
-    def relay() -> Iterator[Tap]:
+    def relay() -> Iterator[Tap | Slope]:
         result.append((yield from steps))
 
     result: list[Result] = []
-    for tap in relay():
-        take(tap)
+    for step in relay():
+        take(step)
     return result[0]

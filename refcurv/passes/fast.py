@@ -6,11 +6,14 @@ budget of its sums.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from refcurv.algebra import kernels
 from refcurv.law.checks import Array
-from refcurv.model.layers import Layout, Ops, Saved, rotate
+from refcurv.model.config import Activation
+from refcurv.model.layers import Layout, Ops, Saved, centre, mlp_backward, mlp_forward, rotate
 
 QUERY_ROWS = 128
 """Queries of one attention block: their scores against the needed keys fit the cache."""
@@ -31,14 +34,18 @@ def _rms_norm_backward(d_y: Array, saved: Saved) -> tuple[Array, Array]:
     return d_x_ND.reshape(d_y.shape), d_gain
 
 
-def _swiglu_forward(gate: Array, up: Array) -> tuple[Array, Saved]:
+def _mlp_forward(activation: Activation, gate: Array | None, up: Array) -> tuple[Array, Saved]:
+    if gate is None or activation is not Activation.SILU:
+        return mlp_forward(activation, gate, up)
     h = np.empty_like(gate)
     kernels.swiglu_forward(gate.reshape(-1), up.reshape(-1), h.reshape(-1))
-    return h, (gate, up)
+    return h, (activation, gate, up)
 
 
-def _swiglu_backward(d_h: Array, saved: Saved) -> tuple[Array, Array]:
-    gate, up = saved
+def _mlp_backward(d_h: Array, saved: Saved) -> tuple[Array | None, Array]:
+    activation, gate, up = saved
+    if gate is None or activation is not Activation.SILU:
+        return mlp_backward(d_h, saved)
     d_gate, d_up = np.empty_like(gate), np.empty_like(up)
     kernels.swiglu_backward(
         d_h.reshape(-1), gate.reshape(-1), up.reshape(-1), d_gate.reshape(-1), d_up.reshape(-1)
@@ -64,27 +71,43 @@ def _blocks(layout: Layout, keys: int) -> list[tuple[slice, slice]]:
 
 
 def _attention_forward(
-    q_BTHE: Array, k_BSKE: Array, v_BSKE: Array, layout: Layout
+    q_BTHE: Array,
+    k_BSKE: Array,
+    v_BSKE: Array,
+    layout: Layout,
+    scale: float | None = None,
+    cap: float | None = None,
 ) -> tuple[Array, Saved]:
     B, T, H, E = q_BTHE.shape
     S, K = k_BSKE.shape[1:3]
-    scale = q_BTHE.dtype.type(1 / np.sqrt(E))
+    size = q_BTHE.dtype.type(1 / np.sqrt(E) if scale is None else scale)
     q, k, v = _heads(q_BTHE, K), _heads(k_BSKE, K), _heads(v_BSKE, K)
     context_BTHE = np.empty_like(q_BTHE)
     context = _heads(context_BTHE, K)
     lse_BHT = np.empty((B, H, T), q_BTHE.dtype)
     for t, s in _blocks(layout, S):
         p = q[..., t, :] @ k[..., s, :].swapaxes(-1, -2)
+        inner = _cap(p, size, cap)
         flat = p.reshape(B, H, *p.shape[-2:])
         kernels.softmax_forward(
-            flat, layout.first_BT[:, t], layout.last_BT[:, t], s.start, scale, lse_BHT[:, :, t]
+            flat, layout.first_BT[:, t], layout.last_BT[:, t], s.start, inner, lse_BHT[:, :, t]
         )
         context[..., t, :] = p @ v[..., s, :]
-    return context_BTHE, (q, k, v, context, lse_BHT, layout, scale)
+    return context_BTHE, (q, k, v, context, lse_BHT, layout, size, cap)
+
+
+def _cap(p: Array, size: Any, cap: float | None) -> Any:
+    """Soft-cap products q·k in place; returns what they still have to be multiplied by."""
+    if cap is None:
+        return size
+    p *= size / p.dtype.type(cap)
+    np.tanh(p, out=p)
+    p *= p.dtype.type(cap)
+    return p.dtype.type(1)
 
 
 def _attention_backward(d_context_BTHE: Array, saved: Saved) -> tuple[Array, Array, Array]:
-    q, k, v, context, lse_BHT, layout, scale = saved
+    q, k, v, context, lse_BHT, layout, size, cap = saved
     B, K, R, T, E = q.shape
     S = k.shape[3]
     d_context = _heads(d_context_BTHE, K)
@@ -94,6 +117,9 @@ def _attention_backward(d_context_BTHE: Array, saved: Saved) -> tuple[Array, Arr
     delta_BHT = (context * d_context).sum(axis=-1).reshape(B, K * R, T)
     for t, s in _blocks(layout, S):
         p = q[..., t, :] @ k[..., s, :].swapaxes(-1, -2)
+        inner = _cap(p, size, cap)
+        # forward:  score = cap tanh(q·k size / cap)
+        bend = None if cap is None else size * (1 - (p / p.dtype.type(cap)) ** 2)
         d_p = d_context[..., t, :] @ v[..., s, :].swapaxes(-1, -2)
         kernels.softmax_backward(
             p.reshape(B, K * R, *p.shape[-2:]),
@@ -101,10 +127,12 @@ def _attention_backward(d_context_BTHE: Array, saved: Saved) -> tuple[Array, Arr
             layout.first_BT[:, t],
             layout.last_BT[:, t],
             s.start,
-            scale,
+            inner,
             lse_BHT[:, :, t],
             delta_BHT[:, :, t],
         )
+        if bend is not None:
+            d_p *= bend
         d_q[..., t, :] = d_p @ k[..., s, :]
         d_k[:, :, s] += (d_p.swapaxes(-1, -2) @ q[..., t, :]).sum(axis=2)
         d_v[:, :, s] += (p.swapaxes(-1, -2) @ d_context[..., t, :]).sum(axis=2)
@@ -114,10 +142,11 @@ def _attention_backward(d_context_BTHE: Array, saved: Saved) -> tuple[Array, Arr
 FAST = Ops(
     _rms_norm_forward,
     _rms_norm_backward,
+    centre,
     rotate,
     _attention_forward,
     _attention_backward,
-    _swiglu_forward,
-    _swiglu_backward,
+    _mlp_forward,
+    _mlp_backward,
 )
 """What every pass runs on; `model.layers.DEFINITIONS` is what it means."""

@@ -14,7 +14,7 @@ from refcurv.model import transformer
 from refcurv.model.config import Model, ModelConfig
 from refcurv.model.layers import Layout
 from refcurv.model.loss import cross_entropy, draw_labels, root_product, signs, uniforms
-from refcurv.model.transformer import Cotangent, Parameters, Tap
+from refcurv.model.transformer import Cotangent, Inputs, Parameters, Slope, Tap
 from refcurv.passes.fast import FAST
 from refcurv.passes.shards import Shard
 
@@ -44,6 +44,8 @@ class Sweep:
 
     def lowest(self, config: ModelConfig) -> int:
         """The lowest block that a wanted layer belongs to; `config.layers` if none does."""
+        if "patch" in self.layers:
+            return 0
         blocks = [int(name.split(".")[1]) for name in self.layers if name.startswith("blocks.")]
         return min(blocks, default=config.layers)
 
@@ -62,14 +64,16 @@ def sweep(
     wanted layer is computed.
     """
     final_BTD, trace = transformer.forward(
-        config, parameters, shard.token_BT, shard.layout, FAST, job.lowest(config)
+        config, parameters, shard.inputs, shard.layout, FAST, job.lowest(config)
     )
     want_head = "head" in job.layers
     rows = _Rows(shard.keep_BT)
     passes = cotangents(shard, job, config.vocabulary)
     for number, cotangent in enumerate(passes):
-        head = transformer.head_transpose(config, parameters, final_BTD, shard.keep_BT, cotangent)
-        d_final_BTD = transformer.drain(head, partial(take, number) if want_head else _ignore)
+        head = transformer.head_transpose(config, parameters, final_BTD, shard.head_BT, cotangent)
+        d_final_BTD = transformer.drain(
+            head, partial(_take_taps, take, number) if want_head else _ignore
+        )
         last = number == len(passes) - 1
         steps = transformer.backward(config, parameters, d_final_BTD, trace, FAST, last)
         missing = len(job.layers) - want_head
@@ -80,21 +84,29 @@ def sweep(
                 missing -= 1
 
 
-def _ignore(_tap: Tap) -> None:
+def _take_taps(take: Take, number: int, step: Tap | Slope) -> None:
+    if isinstance(step, Tap):
+        take(number, step)
+
+
+def _ignore(_step: Tap | Slope) -> None:
     """Nobody asked for the head's factors."""
 
 
 class _Rows:
-    """The kept rows of (B, T, X), (N, X); an input that two layers share is selected once."""
+    """The kept rows of (B, T, X), (N, X); an input that two layers share is selected once.
+
+    Patches have no rows for the specials before them.
+    """
 
     def __init__(self, keep_BT: Array) -> None:
-        self._keep_N = keep_BT.reshape(-1)
+        self._keep_BT = keep_BT
         self._all = bool(keep_BT.all())
         self._last: tuple[Array, Array] | None = None
 
     def of(self, x_BTX: Array) -> Array:
         x_NX = x_BTX.reshape(-1, x_BTX.shape[-1])
-        return x_NX if self._all else x_NX[self._keep_N]
+        return x_NX if self._all else x_NX[self._keep_BT[:, -x_BTX.shape[1] :].reshape(-1)]
 
     def of_input(self, a_BTI: Array) -> Array:
         if self._last is None or self._last[0] is not a_BTI:
@@ -170,34 +182,33 @@ def _root_column(shard: Shard, t: int, v: int, row_N: Array, logit_NV: Array) ->
 
 
 def final_states(
-    config: ModelConfig, parameters: Parameters, token_BT: Array, layout: Layout
+    config: ModelConfig, parameters: Parameters, inputs: Inputs, layout: Layout
 ) -> Array:
-    """What the head reads, (B, T, D); nothing is kept for a backward."""
-    return transformer.forward(config, parameters, token_BT, layout, FAST, lowest=config.layers)[0]
+    """What the head reads, (B, T, D) or pooled (B, 1, D); nothing is kept for a backward."""
+    return transformer.forward(config, parameters, inputs, layout, FAST, lowest=config.layers)[0]
 
 
 def nats(
-    config: ModelConfig, parameters: Parameters, token_BT: Array, label_BT: Array, layout: Layout
+    config: ModelConfig, parameters: Parameters, inputs: Inputs, label_BT: Array, layout: Layout
 ) -> Array:
     """Nats of every labelled position, 0 elsewhere, (B, T) in the model's dtype."""
-    final_BTD = final_states(config, parameters, token_BT, layout)
+    final_BTD = final_states(config, parameters, inputs, layout)
     head = transformer.head_backward(config, parameters, final_BTD, label_BT, label_BT >= 0)
     return transformer.drain(head, _ignore).nats_BT
 
 
 def layer_inputs(
-    config: ModelConfig, parameters: Parameters, token_BT: Array, layout: Layout, layers: list[str]
+    config: ModelConfig, parameters: Parameters, inputs: Inputs, layout: Layout, layers: list[str]
 ) -> dict[str, Array]:
-    """The inputs (B, T, I) of the named MLP and attention layers, from one forward pass."""
+    """The inputs (B, T, I) of the named layers, from one forward pass."""
     lowest = Sweep(frozenset(layers), Fisher.EMPIRICAL).lowest(config)
-    final_BTD, trace = transformer.forward(config, parameters, token_BT, layout, FAST, lowest)
-    reads = {"q": "attn_in", "k": "attn_in", "v": "attn_in", "o": "context"}
-    reads |= {"gate": "mlp_in", "up": "mlp_in", "down": "hidden"}
+    final_BTD, trace = transformer.forward(config, parameters, inputs, layout, FAST, lowest)
     out: dict[str, Array] = {}
     for name in layers:
-        if name == "head":
-            out[name] = final_BTD
+        if name in ("head", "patch"):
+            out[name] = final_BTD if name == "head" else trace.inputs
             continue
-        _, block, _, layer = name.split(".")
-        out[name] = getattr(trace.blocks[int(block) - lowest], reads[layer])
+        _, block, part, layer = name.split(".")
+        kept = getattr(trace.blocks[int(block) - lowest], part)
+        out[name] = getattr(kept, {"o": "context", "down": "hidden"}.get(layer, "a"))
     return out

@@ -10,7 +10,7 @@ from refcurv.files.corpus import Corpus
 from refcurv.law.checks import Array, require_token_ids
 from refcurv.model import transformer
 from refcurv.model.config import Model
-from refcurv.model.layers import causal_layout
+from refcurv.model.transformer import layout_of
 from refcurv.passes.fast import FAST
 from refcurv.passes.memory import final_states, resident
 
@@ -38,7 +38,7 @@ def logits(model: Model, tokens: ArrayLike) -> Array:
     token_BT, corpus = _tokens("logits", model, tokens)
     with one_blas_thread():
         parameters = resident(model)
-        layout = causal_layout(corpus.real, corpus.segment)
+        layout = layout_of(model.config, corpus.real, corpus.segment)
         final_BTD = final_states(model.config, parameters, token_BT, layout)
         return transformer.head_logits(model.config, parameters, final_BTD)
 
@@ -73,7 +73,7 @@ def loss_and_gradient(
         "loss_and_gradient", "labels", np.maximum(label_BT, 0), model.config.vocabulary
     )
     with one_blas_thread():
-        layout = causal_layout(corpus.real, corpus.segment)
+        layout = layout_of(model.config, corpus.real, corpus.segment)
         loss, gradient = transformer.loss_and_gradient(
             model.config, resident(model), token_BT, label_BT, layout, FAST
         )
