@@ -2,30 +2,54 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 from strategies import config, configs, random_parameters
 
 import refcurv as rc
 from refcurv.law.checks import ConventionError, NameUnknownError, RangeError, ShapeError
-from refcurv.model.config import ModelConfig, expand
+from refcurv.model.config import Image, ModelConfig, RopeScaling, expand
 
+VIT = Image(channels=1, height=4, width=4, patch=2)
+NO_CLS = Image(channels=1, height=4, width=4, patch=2, specials=())
 NAMES = [f"blocks.{i}.{n}" for i in range(12) for n in ("attn.q", "mlp.gate", "mlp.up")] + ["head"]
 
 
-@given(configs())
+ANY = st.one_of(configs(), configs(images=True))
+
+
+@given(ANY)
 def test_json_round_trip(made: ModelConfig) -> None:
-    assert ModelConfig.from_json(made.to_json()) == made
+    again = ModelConfig.from_json(json.loads(json.dumps(made.to_json())))
+    assert again == made and hash(again) == hash(made)
 
 
-@given(configs())
+@given(ANY)
 def test_every_linear_layer_has_a_weight_of_its_shape(made: ModelConfig) -> None:
     shapes = made.parameter_shapes()
     for layer, (d_out, d_in) in made.linear_layers().items():
         assert shapes[made.weight_of(layer)] == (d_out, d_in)
-    assert len(made.linear_layers()) == 7 * made.layers + 1
+        bias = {(d_out,)} if made.has_bias(layer) else set()
+        assert {shapes[name] for name in (f"{layer}.bias",) if name in shapes} == bias
+    per_block = 7 if made.gated else 6
+    assert len(made.linear_layers()) == per_block * made.layers + 1 + (made.image is not None)
     assert ("head.weight" in shapes) != made.tied
+
+
+def test_a_file_of_before_these_fields_means_what_it_meant() -> None:
+    """Fields that a plain decoder does not need may be missing; the others may not."""
+    old = dict(vocabulary=7, width=8, layers=2, heads=4, kv_heads=2, head_width=2, mlp_width=5,
+               norm_place="post", qk_norm="full", norm_eps=0.01,
+               rope_theta=50.0, tied=False)  # fmt: skip
+    made = ModelConfig.from_json(old)
+    assert made.norm == "rms" and made.gated and made.causal and made.biases == ()
+    for name in old:
+        with pytest.raises(ConventionError, match=f"missing fields .'{name}'"):
+            ModelConfig.from_json({k: v for k, v in old.items() if k != name})
 
 
 @pytest.mark.parametrize(
@@ -74,6 +98,33 @@ def test_broken_patterns(pattern: str) -> None:
         ({"layers": 0}, RangeError, "layers must be a positive integer"),
         ({"width": True}, RangeError, "width"),
         ({"width": 4.0}, RangeError, "width"),
+        ({"learned_positions": -1}, RangeError, "learned_positions must be an integer >= 0"),
+        ({"rope_theta": None, "rope_width": 2}, ConventionError, "need a rope_theta"),
+        ({"rope_width": 4}, ConventionError, "rope_width at most head_width"),
+        ({"rope_width": 1}, ConventionError, "even"),
+        ({"rope_scaling": {"factor": 2}}, ConventionError, "must be a RopeScaling"),
+        ({"biases": ("q", "q")}, ConventionError, "different names"),
+        ({"biases": ("w",)}, ConventionError, "biases"),
+        ({"biases": "q"}, ConventionError, "different names"),
+        ({"biases": ("gate",), "gated": False}, ConventionError, "no gate"),
+        ({"biases": ("patch",)}, ConventionError, "for images"),
+        ({"windows": (1,)}, RangeError, "each of the 2 blocks"),
+        ({"windows": (1, -1)}, RangeError, "each of the 2 blocks"),
+        ({"windows": (1, True)}, RangeError, "each of the 2 blocks"),
+        ({"windows": (1, 1), "causal": False}, ConventionError, "causal attention"),
+        ({"norm_offset": True, "norm_gain": False}, ConventionError, "norm_offset"),
+        ({"residual": "shared"}, ConventionError, "stands before"),
+        ({"activation": "swish"}, ConventionError, "activation"),
+        ({"score_cap": 0.0}, RangeError, "score_cap must be finite and positive"),
+        ({"qkv_clip": float("inf")}, RangeError, "qkv_clip"),
+        ({"embed_scale": None}, RangeError, "embed_scale must be a number"),
+        ({"gated": 1}, ConventionError, "gated must be true or false"),
+        ({"pool": "cls"}, ConventionError, "for images"),
+        ({"image": 3}, ConventionError, "must be an Image"),
+        ({"image": VIT}, ConventionError, "with an image, causal"),
+        ({"image": VIT, "causal": False, "pool": "mean", "learned_positions": 3},
+         ConventionError, "learned_positions must be 5"),
+        ({"image": NO_CLS, "causal": False, "pool": "cls"}, ConventionError, "no such position"),
         ({"norm_eps": -1.0}, RangeError, "norm_eps"),
         ({"norm_eps": float("nan")}, RangeError, "norm_eps"),
         ({"rope_theta": 10**400}, RangeError, "rope_theta must be finite"),
@@ -81,15 +132,47 @@ def test_broken_patterns(pattern: str) -> None:
         ({"norm_place": "posst"}, ConventionError, "Did you mean 'post'"),
         ({"tied": 1}, ConventionError, "tied"),
     ],
-)
+)  # fmt: skip
 def test_contradictions(change: dict, error: type, says: str) -> None:
     with pytest.raises(error, match=says):
         config(**change)
 
 
-@pytest.mark.parametrize("data", [[], {"width": 3}, {**config().to_json(), "colour": 1}])
+@pytest.mark.parametrize(
+    ("record", "change", "says"),
+    [
+        (RopeScaling, {"kind": "yarn"}, "original must be a positive integer"),
+        (RopeScaling, {"kind": "llama3", "original": 9, "slow": 4.0, "fast": 4.0}, "slow must lie"),
+        (RopeScaling, {"kind": "linear", "factor": 0.0}, "factor must be finite and positive"),
+        (RopeScaling, {"kind": "dynamic"}, "kind"),
+        (RopeScaling, {"kind": "linear", "truncate": 1}, "truncate"),
+        (Image, {"height": 3}, "multiples of patch"),
+        (Image, {"channels": 0}, "channels must be a positive integer"),
+        (Image, {"specials": ("distillation",)}, "begin with 'cls'"),
+        (Image, {"specials": ("sep",)}, "specials"),
+    ],
+)
+def test_contradictions_inside(record: type, change: dict, says: str) -> None:
+    fields = (
+        {"factor": 2.0} if record is RopeScaling else dict(channels=1, height=4, width=4, patch=2)
+    )
+    with pytest.raises((ConventionError, RangeError), match=says):
+        record(**(fields | change))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        [],
+        {"width": 3},
+        {**config().to_json(), "colour": 1},
+        {**config().to_json(), "image": [2]},
+        {**config().to_json(), "image": {"channels": 1}},
+        {**config().to_json(), "rope_scaling": {"kind": "linear", "factor": 2, "mscale": 1}},
+    ],
+)
 def test_foreign_json(data: object) -> None:
-    with pytest.raises(ConventionError, match="ModelConfig"):
+    with pytest.raises(ConventionError, match=r"ModelConfig|Image|RopeScaling"):
         ModelConfig.from_json(data)
 
 

@@ -39,6 +39,9 @@ BASIS_WIDTH = 4096
 SAFETY = 16
 """Roundings of one run differ from those of another by chance: how much more is allowed."""
 
+LEAST = 10.0
+"""Amplification of the smallest models, where one run may by chance round to almost nothing."""
+
 UNMEASURED = 1e6
 """Amplification taken for granted where float32 overflows; models seen have 10 to 1,000."""
 
@@ -247,17 +250,16 @@ def prepare(
     layout = transformer.layout_of(config, real_BT, batch.segment_BT)
     log = _Log()
     taps, final_BTD = flow(config, parameters, batch, layout, _watched(log))
-    slopes = {
-        i: log.rotated[2 * config.layers + 2 * (config.layers - 1 - i) + 1]
-        for i in range(config.layers)
-    }
+    # forward: q and k of each block, from below; backward: from above
+    undone = log.rotated[2 * config.layers + 1 :: 2]
+    slopes = {config.layers - 1 - n: call for n, call in enumerate(undone)}
     logits = transformer.head_logits(config, parameters, final_BTD)
     narrow = Lazy(list(parameters), lambda name: parameters[name].astype(np.float32))
     with np.errstate(all="ignore"):
         rough, _ = flow(config, narrow, batch, layout)
     off = max(_distance(rough[name].g, taps[name].g) for name in taps) / tolerance.eps(np.float32)
     return Bench(config, parameters, planned, seed, batch, real_BT, layout, taps, tuple(log.norms),
-                 slopes, final_BTD, logits, off if np.isfinite(off) else UNMEASURED)  # fmt: skip
+                 slopes, final_BTD, logits, max(off, LEAST) if np.isfinite(off) else UNMEASURED)  # fmt: skip
 
 
 def flow(

@@ -28,7 +28,8 @@ from refcurv.law.checks import Array
 from refcurv.law.conventions import NO_LABEL
 from refcurv.model import transformer
 from refcurv.model.config import ModelConfig, NormPlace, QKNorm
-from refcurv.model.transformer import Parameters
+from refcurv.model.layers import ACTIVATIONS, rope_frequencies
+from refcurv.model.transformer import Parameters, Tap
 from refcurv.passes.fast import FAST
 from refcurv.passes.memory import nats
 
@@ -116,11 +117,11 @@ def last_layer_in_closed_form(bench: Bench) -> Iterator[Measure]:
     batch = _few_terms(bench)
     made = of_batch(batch, bench.parameters)
     X = bench.rng(7).normal(size=made.parameters[head].shape)
-    z, (final, _) = made.forward(made.parameters)
+    z, (final, *_) = made.forward(made.parameters)
     h = final[batch.label_BT >= 0]
     p = np.exp(z - z.max(axis=1, keepdims=True))
     p /= p.sum(axis=1, keepdims=True)
-    y = h @ X.T
+    y = transformer.uncapped(bench.config, z, h @ X.T)
     variance = (p * y * y).sum(axis=1) - (p * y).sum(axis=1) ** 2
     x = exact.fisher_along(made, vector={head: X})
     yield _measure(x @ x, variance.sum(), (p * y * y).sum(), bench.second_order, head)
@@ -128,6 +129,8 @@ def last_layer_in_closed_form(bench: Bench) -> Iterator[Measure]:
 
 def head_slopes_sum_to_zero(bench: Bench) -> Iterator[Measure]:
     """Output gradients of the head sum to zero over the vocabulary."""
+    if bench.config.logit_cap is not None:  # it is the capped logits' that do
+        return
     g = bench.taps["head"].g
     budget = tolerance.gamma(2 * g.shape[-1], np.float64)
     yield _measure(g.sum(axis=-1), 0, np.abs(g).sum(axis=-1), budget, "head")
@@ -135,6 +138,8 @@ def head_slopes_sum_to_zero(bench: Bench) -> Iterator[Measure]:
 
 def head_slopes_by_label(bench: Bench) -> Iterator[Measure]:
     """‖g‖² of the head is 1 − 2 p_y + Σ p² at every labelled position."""
+    if bench.config.logit_cap is not None:
+        return
     b, t = np.nonzero(bench.batch.label_BT >= 0)
     z = bench.logits[b, t]
     p = np.exp(z - z.max(axis=-1, keepdims=True))
@@ -153,17 +158,21 @@ def unreached_positions(bench: Bench) -> Iterator[Measure]:
 
 
 def _reached(bench: Bench) -> Array:
-    """ROWS, by a loop of its own: positions at or before a label of their segment, (B, T) bool."""
+    """ROWS, by loops of its own: positions from which a label of their segment is reached."""
     label, segment = bench.batch.label_BT, bench.batch.segment_BT
     out = label >= 0
     for t in range(out.shape[1] - 2, -1, -1):
         out[:, t] |= out[:, t + 1] & (segment[:, t] == segment[:, t + 1])
+    for t in range(1, out.shape[1] if not bench.config.causal else 0):
+        out[:, t] |= out[:, t - 1] & (segment[:, t] == segment[:, t - 1])
     return np.asarray(out & bench.real)
 
 
 def first_queries(bench: Bench) -> Iterator[Measure]:
     """The first query of a segment has no gradient: exactly 0."""
-    first = bench.layout.position_BT == 0
+    if not bench.config.causal:
+        return
+    first = bench.layout.first_BT == bench.layout.last_BT
     for _, at in _blocks(bench.config):
         yield _exactly(not bench.taps[f"{at}attn.q"].g[first].any(), f"{at}attn.q")
 
@@ -171,23 +180,37 @@ def first_queries(bench: Bench) -> Iterator[Measure]:
 def rotated_key_slopes(bench: Bench) -> Iterator[Measure]:
     """Rotated key gradients sum to 0 over a segment: Σ_s R_s g_s = 0.
 
-    The rotation is made here anew: pairs (j, j + E/2) as complex numbers, θ^(-2j/E) a turn.
+    The rotation is made here anew: pairs (j, j + R/2) as complex numbers, θ^(-2j/R) a turn. Without
+    rotary positions and norms of keys it is the layer's own gradients that sum to 0.
     """
-    E = bench.config.head_width
-    if bench.config.rope_theta is None:
+    config, segment = bench.config, bench.layout.first_BT
+    if config.score_cap is not None:  # scores are not shift invariant then
         return
-    turn = bench.config.rope_theta ** (-np.arange(0, E, 2) / E)
+    if config.rope_theta is None:
+        for i, at in _blocks(config):
+            if config.qk_norm is QKNorm.NONE and config.qkv_clip is None:
+                yield _sums_to_zero(bench.taps[f"{at}attn.k"].g, segment, bench, i)
+        return
+    R = config.rope_width or config.head_width
+    if config.rope_scaling is None:
+        turn = config.rope_theta ** (-np.arange(0, R, 2) / R)
+    else:
+        turn = rope_frequencies(R, config.rope_theta, config.rope_scaling, np.dtype(np.float64))
     angle = bench.layout.position_BT[:, :, None, None] * turn
-    segment = bench.batch.segment_BT
     for i, (_, d_k) in bench.key_slopes.items():
-        z = (d_k[..., : E // 2] + 1j * d_k[..., E // 2 :]) * np.exp(1j * angle)
-        sums, sizes = [], []
-        for b in range(len(segment)):
-            for one in np.unique(segment[b]):
-                member = z[b, segment[b] == one]
-                sums.append(member.sum(axis=0).ravel())
-                sizes.append(np.abs(member).sum(axis=0).ravel())
-        yield _measure(np.array(sums), 0, np.array(sizes), bench.first_order, f"blocks.{i}.attn.k")
+        z = (d_k[..., : R // 2] + 1j * d_k[..., R // 2 : R]) * np.exp(1j * angle)
+        yield _sums_to_zero(np.concatenate([z, d_k[..., R:]], axis=-1), segment, bench, i)
+
+
+def _sums_to_zero(x_BT: Array, segment_BT: Array, bench: Bench, i: int) -> Measure:
+    """Σ x over each segment is 0, beside Σ |x|."""
+    sums, sizes = [], []
+    for b in range(len(segment_BT)):
+        for one in np.unique(segment_BT[b]):
+            member = x_BT[b, segment_BT[b] == one]
+            sums.append(member.sum(axis=0).ravel())
+            sizes.append(np.abs(member).sum(axis=0).ravel())
+    return _measure(np.array(sums), 0, np.array(sizes), bench.first_order, f"blocks.{i}.attn.k")
 
 
 def grouped_queries(bench: Bench) -> Iterator[Measure]:
@@ -200,10 +223,9 @@ def grouped_queries(bench: Bench) -> Iterator[Measure]:
     if R == 1 or not bench.plan.resident:
         return
     copied = {}
-    for _, at in _blocks(config):
-        names = [f"{at}attn.{x}.weight" for x in ("k", "v")]
-        names += [f"{at}attn.k_norm.weight"] if config.qk_norm is QKNorm.FULL else []
-        for name in names:
+    layers = ("k", "v", "k_norm") if config.qk_norm is QKNorm.FULL else ("k", "v")
+    for name in config.parameter_shapes():
+        if name.startswith("blocks.") and name.split(".")[3] in layers:
             W = bench.parameters[name]
             by_head = np.repeat(W.reshape(K, E, *W.shape[1:]), R, axis=0)
             copied[name] = by_head.reshape(-1, *W.shape[1:])
@@ -236,32 +258,52 @@ def norm_defect(bench: Bench) -> Iterator[Measure]:
 
 
 def gated_slopes(bench: Bench) -> Iterator[Measure]:
-    """SwiGLU: g_up z_up = g_h h, and g_gate = g_h z_up silu'(z_gate)."""
+    """MLP: g_up z_up = g_h h, g_gate = g_h z_up f'; ungated g_up = g_h f'.
+
+    f' is the complex step of f, Im f(z + i h)/h.
+    """
     budget = tolerance.gamma(4 * max(bench.config.width, bench.config.mlp_width), np.float64)
+    f = ACTIVATIONS[bench.config.activation]
     for _, at in _blocks(bench.config):
-        up, gate, down = (bench.taps[f"{at}mlp.{x}"] for x in ("up", "gate", "down"))
-        W_up, W_gate, W_down = (bench.parameters[f"{at}mlp.{x}.weight"] for x in
-                                ("up", "gate", "down"))  # fmt: skip
-        z_up, z_gate, g_h = up.a @ W_up.T, gate.a @ W_gate.T, down.g @ W_down
-        sizes = np.abs(down.g) @ np.abs(W_down), np.abs(up.a) @ np.abs(W_up).T
-        scale = sizes[0] * sizes[1] + np.abs(up.g * z_up)
+        (up, z_up, size_up), down = _outputs(bench, f"{at}mlp.up"), bench.taps[f"{at}mlp.down"]
+        W_down = bench.parameters[f"{at}mlp.down.weight"]
+        g_h, size_h = down.g @ W_down, np.abs(down.g) @ np.abs(W_down)
+        if not bench.config.gated:
+            slope = f(z_up + 1j * exact.STEP)[0].imag / exact.STEP
+            yield _measure(up.g, g_h * slope, size_h * (size_up + 1), budget, f"{at}mlp.up")
+            continue
+        gate, z_gate, size_gate = _outputs(bench, f"{at}mlp.gate")
+        scale = size_h * size_up + np.abs(up.g * z_up)
         yield _measure(up.g * z_up, g_h * down.a, scale, budget, f"{at}mlp.up")
-        s = 1 / (1 + np.exp(-z_gate))
-        slope = s * (1 + z_gate * (1 - s))
-        scale = sizes[0] * sizes[1] * (np.abs(gate.a) @ np.abs(W_gate).T + 1)
+        slope = f(z_gate + 1j * exact.STEP)[0].imag / exact.STEP
+        scale = size_h * size_up * (size_gate + 1)
         yield _measure(gate.g, g_h * z_up * slope, scale, budget, f"{at}mlp.gate")
+
+
+def _outputs(bench: Bench, layer: str) -> tuple[Tap, Array, Array]:
+    """A layer's Tap, its outputs y = W a + b, and the sizes of the terms that they sum."""
+    tap, W = bench.taps[layer], bench.parameters[f"{layer}.weight"]
+    y, size = tap.a @ W.T, np.abs(tap.a) @ np.abs(W).T
+    if bench.config.has_bias(layer):
+        b = bench.parameters[f"{layer}.bias"]
+        y, size = y + b, size + np.abs(b)
+    return tap, y, size
 
 
 def shared_inputs(bench: Bench) -> Iterator[Measure]:
     """gate and up read the same input, and q, k, v: bit for bit."""
     for _, at in _blocks(bench.config):
         for one, other in (("mlp.gate", "mlp.up"), ("attn.q", "attn.k"), ("attn.q", "attn.v")):
+            if at + one not in bench.taps:
+                continue
             a, b = bench.taps[at + one].a, bench.taps[at + other].a
             yield _exactly(a.tobytes() == b.tobytes(), f"{at}{one}, {other}")
 
 
 def causality(bench: Bench) -> Iterator[Measure]:
     """Another last token changes no earlier position, bit for bit."""
+    if not bench.config.causal:
+        return
     token = bench.batch.token_BT.copy()
     token[:, -1] = (token[:, -1] + 1) % bench.config.vocabulary
     final = _final(bench, token, bench.real, bench.batch.segment_BT)
@@ -404,6 +446,8 @@ def last_block_has_no_cross_terms(bench: Bench) -> Iterator[Measure]:
     at = f"blocks.{bench.config.layers - 1}."
     for layer in ("attn.q", "attn.o", "mlp.gate", "mlp.up", "mlp.down"):
         name = f"{at}{layer}.weight"
+        if name not in made.linear:
+            continue
         X = bench.rng(4).normal(size=made.parameters[name].shape)
         F, F_tok = 0.0, 0.0
         for a_TI, g_CTO in exact.rows(made, wrt=name):
@@ -415,13 +459,9 @@ def last_block_has_no_cross_terms(bench: Bench) -> Iterator[Measure]:
 
 def scale_invariance(bench: Bench) -> Iterator[Measure]:
     """Scale-free W at eps = 0: <W, ∇W> = 0, GGN·W = 0, H·W = −∇W."""
-    config, names = bench.config, []
-    if config.qk_norm is not QKNorm.NONE:
-        names += ["attn.q", "attn.k"]
-    if config.norm_place is NormPlace.POST:
-        names += ["attn.v", "attn.o", "mlp.up", "mlp.down"]
     made = _problem(bench, eps=0.0)
-    for name in (f"blocks.{config.layers - 1}.{layer}.weight" for layer in names):
+    at = f"blocks.{bench.config.layers - 1}."
+    for name in (f"{at}{layer}.weight" for layer in _scale_free(bench.config)):
         if name not in bench.plan.directions:
             continue
         W = {name: bench.parameters[name]}
@@ -437,6 +477,19 @@ def scale_invariance(bench: Bench) -> Iterator[Measure]:
         H_W = exact.hvp(made, wrt=name, vector=W)[name]
         yield _measure(H_W, -d, np.array([np.linalg.norm(d), size]), bench.second_order,
                        f"H·W of {name}")  # fmt: skip
+
+
+def _scale_free(config: ModelConfig) -> list[str]:
+    """Layers of a block whose outputs a norm will scale back: nothing but products in between."""
+    free = []
+    if config.qk_norm is not QKNorm.NONE and config.qkv_clip is None:
+        free += [name for name in ("q", "k") if not config.has_bias(name)]
+    if config.norm_place is not NormPlace.PRE:
+        if not config.has_bias("o"):
+            free += ["o"] + ["v"] * (config.qkv_clip is None and not config.has_bias("v"))
+        if not config.has_bias("down"):
+            free += ["down"] + ["up"] * (config.gated and not config.has_bias("up"))
+    return [f"attn.{name}" if name in "qkvo" else f"mlp.{name}" for name in free]
 
 
 def kl_is_the_quadratic_form(bench: Bench) -> Iterator[Measure]:
@@ -591,13 +644,10 @@ def rotary_rows(bench: Bench) -> Iterator[Measure]:
     """
     b, config = bench.batch, bench.config
     E, turned = config.head_width, {}
-    order = np.concatenate([np.arange(0, E, 2), np.arange(1, E, 2)])
-    for _, at in _blocks(config):
-        names = [f"{at}attn.{x}.weight" for x in ("q", "k")]
-        names += [
-            f"{at}attn.{x}_norm.weight" for x in ("q", "k") if config.qk_norm is not QKNorm.NONE
-        ]
-        for name in names if bench.plan.resident else []:
+    R = config.rope_width or E
+    order = np.concatenate([np.arange(0, R, 2), np.arange(1, R, 2), np.arange(R, E)])
+    for name in config.parameter_shapes() if bench.plan.resident and config.rope_theta else ():
+        if name.startswith("blocks.") and name.split(".")[3] in ("q", "k", "q_norm", "k_norm"):
             W = bench.parameters[name]
             turned[name] = W.reshape(-1, E, *W.shape[1:])[:, order].reshape(W.shape)
     if not turned:
