@@ -9,8 +9,10 @@ The public names, in the order in which data flow:
     convert, export                 checkpoint directory ↔ weights file
     load, save, Model, ModelConfig  weights file ↔ model
     load_corpus, save_corpus, Corpus, Population
+    build_corpus                    texts, JSON lines, arrays of ids → corpus
     logits, loss_and_gradient       forward and backward
     collect, Factors, Factor        A and G         save_factors, load_factors
+    collect_blocks, Blocks, Block   F of gains and biases, exactly
     decompose, Bases, Eigenbasis    eigenbasis      save_bases, load_bases
     edit, EditRecord                W' = U_G (C ∘ M) U_Aᵀ
     evaluate, Evaluation            populations → table
@@ -23,12 +25,15 @@ The public names, in the order in which data flow:
 
 from refcurv.algebra import matrix_free
 from refcurv.curvature import distance, exact
+from refcurv.curvature.blocks import Block, Blocks, collect_blocks
 from refcurv.curvature.eigenbasis import Bases, Eigenbasis, decompose, load_bases, save_bases
-from refcurv.curvature.factors import Factor, Factors, collect, load_factors, save_factors
+from refcurv.curvature.factors import Factor, Factors, collect
+from refcurv.curvature.factors_file import load_factors, save_factors
 from refcurv.editing.projection import EditRecord, edit
 from refcurv.evaluation.suite import Evaluation, evaluate
 from refcurv.files.corpus import Corpus, Population, load_corpus, save_corpus
 from refcurv.files.huggingface import convert, export
+from refcurv.files.texts import build_corpus
 from refcurv.files.weights import load, save
 from refcurv.judge.audit import Audit, audit
 from refcurv.law.checks import RefcurvError
@@ -38,6 +43,8 @@ from refcurv.passes.public import logits, loss_and_gradient
 __all__ = [
     "Audit",
     "Bases",
+    "Block",
+    "Blocks",
     "Corpus",
     "EditRecord",
     "Eigenbasis",
@@ -49,7 +56,9 @@ __all__ = [
     "Population",
     "RefcurvError",
     "audit",
+    "build_corpus",
     "collect",
+    "collect_blocks",
     "convert",
     "decompose",
     "distance",

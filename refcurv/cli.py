@@ -6,7 +6,7 @@ import argparse
 import errno
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,31 @@ DONE, JUDGED_AND_FAILED, BAD_INPUT, MACHINE, INTERRUPTED = 0, 1, 2, 3, 130
 
 EXAMPLES = {
     "demo": ["refcurv demo", "refcurv demo --out results/"],
+    "report": [
+        "refcurv report w.h5 corpus.h5 --rho 'blocks.{23-25}.mlp.{gate,up}=0.6' --out results/",
+        "refcurv report w.h5 corpus.h5 --layers 'blocks.11.mlp.*' --rho 0.75 --split dev",
+    ],
     "convert": ["refcurv convert ~/models/OLMo-2-1B olmo2-1b.h5"],
     "export": ["refcurv export edited.h5 olmo2-1b-edited/"],
+    "corpus": [
+        "refcurv corpus books/*.txt --tokenizer tokenizer.json -o corpus.h5 --length 512 --pack",
+        "refcurv corpus pile.jsonl --tokenizer tokenizer.json -o corpus.h5 \\\n"
+        "      --population quotes:recite:test=quotes.jsonl --population clean:text:test=clean.txt",
+        "refcurv corpus tokens.npy -o corpus.h5",
+        "refcurv corpus corpus.h5 -o more.h5 --population facts:answer:dev=facts.jsonl",
+    ],
     "inspect": ["refcurv inspect olmo2-1b.h5", "refcurv inspect factors.h5 --json facts.json"],
     "collect": [
         "refcurv collect w.h5 corpus.h5 -o factors.h5 --layers 'blocks.*.mlp.*'",
         "refcurv collect w.h5 corpus.h5 -o f.h5 --layers 'blocks.{23-25}.mlp.{gate,up}' "
         "--dtype float32",
         "refcurv collect w.h5 corpus.h5 -o f.h5 --fisher signed --draws 8",
+        "refcurv collect vit.h5 images.h5 -o f.h5 --layers 'blocks.*.mlp.*' --rows cls",
     ],
-    "decompose": ["refcurv decompose factors.h5 -o basis.h5"],
+    "decompose": [
+        "refcurv decompose factors.h5 -o basis.h5",
+        "refcurv decompose factors.h5 -o basis.h5 --bias joint",
+    ],
     "edit": [
         "refcurv edit w.h5 basis.h5 -o edited.h5 --rho 'blocks.{23-25}.mlp.{gate,up}=0.6'",
         "refcurv edit w.h5 basis.h5 -o edited.h5 --rho 0.9",
@@ -48,15 +63,34 @@ EXAMPLES = {
 def demo(args: argparse.Namespace) -> None:
     """Run the paper on the shipped model: table, plots, report.html, results.json."""
     from refcurv.demo.run import run
+
+    _show(run(Path(args.out), progress_bar), args)
+
+
+def report(args: argparse.Namespace) -> None:
+    """Collect, decompose, edit and evaluate on your own files: table, plots, report.html."""
+    from refcurv.demo.run import Job, run
+
+    choices = ("weights", "corpus", "layers", "fisher", "rows", "seed", "bias", "split", "dtype")
+    job = Job(rho=_rho(args.rho), **{name: getattr(args, name) for name in choices})
+    _show(run(Path(args.out), progress_bar, job), args)
+
+
+def _show(results: dict[str, Any], args: argparse.Namespace) -> None:
+    """Print the table; write the plots that there is something for, and the page."""
+    from refcurv.law.checks import EmptyError
     from refcurv.report import page, plots
     from refcurv.report.table import format_results
 
     out = Path(args.out)
-    results = run(out, progress_bar)
     print(format_results(results))
     written = ["results.json", "factors.h5", "basis.h5", "edited.h5"]
     for name in ("spectrum", "bands", "retention"):
-        plots.save(getattr(plots, name)(results), out / f"{name}.png")
+        try:
+            figure = getattr(plots, name)(results)
+        except EmptyError:  # no populations, no bands
+            continue
+        plots.save(figure, out / f"{name}.png")
         written.append(f"{name}.png")
     page.write_page(results, out / "report.html")
     print(f"\nwritten to {out}/: report.html, {', '.join(sorted(written))}")
@@ -71,7 +105,9 @@ def convert(args: argparse.Namespace) -> None:
     mapped = rc.convert(args.directory, args.weights)
     rows = [[m.checkpoint_name, m.name or "(ignored)", _shape(m.shape), m.dtype] for m in mapped]
     print(format_rows(["checkpoint", "refcurv", "shape", "stored as"], rows, "llll"))
-    print(f"\n{len(mapped)} tensors → {args.weights}")
+    parameters = sum(m.name is not None for m in mapped)
+    print(f"\n{len({m.checkpoint_name for m in mapped})} tensors → {parameters} parameters in "
+          f"{args.weights}")  # fmt: skip
     _write_json(args.json, [dict(zip(("checkpoint_name", "name", "shape", "dtype"), r, strict=True))
                             for r in rows])  # fmt: skip
 
@@ -94,6 +130,29 @@ def inspect(args: argparse.Namespace) -> None:
     _write_json(args.json, facts)
 
 
+def corpus(args: argparse.Namespace) -> None:
+    """Tokenize texts, JSON lines and arrays of ids into a corpus file with populations."""
+    import refcurv as rc
+    from refcurv.files.texts import require_apart
+
+    inputs = [*args.texts, *([args.tokenizer] if args.tokenizer else [])]
+    require_apart(args.output, inputs, args.population)
+    made = rc.build_corpus(
+        args.texts,
+        args.tokenizer,
+        length=args.length,
+        pack=args.pack,
+        eos=args.eos,
+        populations=args.population,
+        progress=progress_bar("tokenize"),
+    )
+    made_from = made.source["made_from"]
+    rc.save_corpus(made, args.output, made_from)
+    print("\n".join(_corpus_lines(made_from["counts"])))
+    print(f"→ {args.output}")
+    _write_json(args.json, made_from)
+
+
 def collect(args: argparse.Namespace) -> None:
     """Accumulate the factors A and G of linear layers over a corpus."""
     import refcurv as rc
@@ -114,8 +173,10 @@ def collect(args: argparse.Namespace) -> None:
         progress=progress_bar("collect"),
     )
     rc.save_factors(factors, args.output)
-    one = next(iter(factors.values()))
-    print(f"{len(factors)} layers, {one.n_A:,} rows → {args.output}")
+    rows = {name: factor.n_A for name, factor in factors.items()}
+    most = max(rows.values())
+    few = ", ".join(f"{name} {n:,}" for name, n in rows.items() if n != most)  # of images
+    print(f"{len(factors)} layers, {most:,} rows{few and f' ({few})'} → {args.output}")
     if worst := least_certain(factors):
         layer, share = worst
         print(f"standard error of G over the draws: at most {share:.2%} of |G|, in {layer}")
@@ -127,7 +188,7 @@ def decompose(args: argparse.Namespace) -> None:
     from refcurv.curvature.eigenbasis import decompose_to
 
     factors = rc.load_factors(args.factors)
-    decompose_to(factors, args.output, progress=progress_bar("decompose"))
+    decompose_to(factors, args.output, args.bias, progress=progress_bar("decompose"))
     print(f"{len(factors)} layers → {args.output}")
 
 
@@ -209,6 +270,18 @@ def _demo_arguments(sub: argparse.ArgumentParser) -> None:
     _json(sub)
 
 
+def _report_arguments(sub: argparse.ArgumentParser) -> None:
+    _positional(sub, "WEIGHTS", "CORPUS")
+    _shares(sub)
+    text = "folder to write (default: %(default)s)"
+    sub.add_argument("--out", default="refcurv-report", help=text)
+    _how_to_collect(sub)
+    _bias(sub)
+    sub.add_argument("--split", default="test", help="test (default) or dev populations")
+    _dtype(sub)
+    _json(sub)
+
+
 def _convert_arguments(sub: argparse.ArgumentParser) -> None:
     _positional(sub, "DIRECTORY", "WEIGHTS")
     _json(sub)
@@ -223,27 +296,67 @@ def _inspect_arguments(sub: argparse.ArgumentParser) -> None:
     _json(sub)
 
 
+def _corpus_arguments(sub: argparse.ArgumentParser) -> None:
+    text = (
+        "one document a file; .jsonl: one a line, of text or input_ids, or of prefix and suffix; "
+        ".npy: ids, (T,) or (N, T); .h5: a corpus, alone, that keeps its rows"
+    )
+    sub.add_argument("texts", nargs="*", metavar="TEXT", help=text)
+    _output(sub)
+    sub.add_argument("--tokenizer", metavar="JSON", help="tokenizer.json; not needed for ids alone")
+    text = "largest width of a row; longer documents are cut, nothing is dropped (default: 512)"
+    sub.add_argument("--length", type=int, default=512, help=text)
+    text = "several documents in a row, as segments that do not see one another"
+    sub.add_argument("--pack", action="store_true", help=text)
+    text = "put this token behind each whole text (default: only what the tokenizer itself adds)"
+    sub.add_argument("--eos", metavar="TOKEN", help=text)
+    text = (
+        "repeatable; KIND recite or answer: a .jsonl of prefix and suffix; text: any file, for "
+        "perplexity; SPLIT dev or test; CHANCE the score of guessing (default: 0)"
+    )
+    meta = "NAME:KIND:SPLIT[:CHANCE]=FILE"
+    sub.add_argument("--population", action="append", default=[], metavar=meta, help=text)
+    _json(sub)
+
+
 def _collect_arguments(sub: argparse.ArgumentParser) -> None:
     _positional(sub, "WEIGHTS", "CORPUS")
     _output(sub)
-    sub.add_argument("--layers", default="blocks.*.mlp.*", help="pattern (default: %(default)s)")
-    text = "sampled (default), signed, empirical or, for small models, expected labels"
-    sub.add_argument("--fisher", default="sampled", help=text)
-    sub.add_argument("--rows", default="reached", help="reached (default) or labelled positions")
-    sub.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
+    _how_to_collect(sub)
     text = "of labels or signs per position; two or more give a standard error (default: 1)"
     sub.add_argument("--draws", type=int, default=1, help=text)
     _dtype(sub)
 
 
+def _how_to_collect(sub: argparse.ArgumentParser) -> None:
+    text = "pattern (default: %(default)s); embed and position only where they are spelled out"
+    sub.add_argument("--layers", default="blocks.*.mlp.*", help=text)
+    text = "sampled (default), signed, empirical or, for small models, expected labels"
+    sub.add_argument("--fisher", default="sampled", help=text)
+    text = "positions: reached (default), labelled or all; of images all (default) or cls"
+    sub.add_argument("--rows", default="reached", help=text)
+    sub.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
+
+
 def _decompose_arguments(sub: argparse.ArgumentParser) -> None:
     _positional(sub, "FACTORS")
     _output(sub)
+    _bias(sub)
+
+
+def _bias(sub: argparse.ArgumentParser) -> None:
+    text = "weight alone (separate, default), or with the bias as its last column (joint)"
+    sub.add_argument("--bias", default="separate", help=text)
 
 
 def _edit_arguments(sub: argparse.ArgumentParser) -> None:
     _positional(sub, "WEIGHTS", "BASIS")
     _output(sub)
+    _shares(sub)
+    _json(sub)
+
+
+def _shares(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--rho",
         action="append",
@@ -251,7 +364,6 @@ def _edit_arguments(sub: argparse.ArgumentParser) -> None:
         metavar="[PATTERN=]SHARE",
         help="share of the curvature mass to keep, of all or of matching layers; repeatable",
     )
-    _json(sub)
 
 
 def _evaluate_arguments(sub: argparse.ArgumentParser) -> None:
@@ -274,9 +386,11 @@ COMMANDS: dict[
     Callable[[argparse.Namespace], int | None], Callable[[argparse.ArgumentParser], None]
 ] = {
     demo: _demo_arguments,
+    report: _report_arguments,
     convert: _convert_arguments,
     export: _export_arguments,
     inspect: _inspect_arguments,
+    corpus: _corpus_arguments,
     collect: _collect_arguments,
     decompose: _decompose_arguments,
     edit: _edit_arguments,
@@ -328,6 +442,28 @@ def _rho(texts: Sequence[str]) -> float | dict[str, float]:
             raise RangeError(f"edit: --rho {text!r}: give each pattern once, as PATTERN=SHARE.")
         out[pattern] = value
     return out
+
+
+def _corpus_lines(counts: dict[str, Any]) -> Iterator[str]:
+    """What became of the texts: nothing is left out, cut or ignored without a word."""
+    if counts.get("rows"):
+        yield (
+            "{documents:,} documents, {tokens:,} tokens → {rows:,} rows of {width:,}: {padding:,} "
+            "positions of padding, {cuts:,} cuts within documents, {unlabelled:,} tokens without "
+            "a label".format_map(counts)
+        )
+    for name, found in counts["populations"].items():
+        yield f"{name}: " + (
+            "{kind}, {split}, {rows:,} rows of at most {width:,}: {tokens:,} tokens, {asked:,} of "
+            "them asked for".format_map(found)
+        )
+    parts = [counts, *counts["populations"].values()]
+    if empty := sum(part.get("empty", 0) for part in parts):
+        yield f"left out: {empty:,} documents without a token"
+    if seams := sum(part.get("seams", 0) for part in parts):
+        yield f"long texts were tokenized in pieces, with {seams:,} seams at line ends"
+    if counts["ignored_keys"]:
+        yield f"keys ignored: {', '.join(map(repr, counts['ignored_keys']))}"
 
 
 def _shape(shape: Sequence[int]) -> str:

@@ -3,9 +3,11 @@
 It imports nothing of refcurv but the law. Everything runs in the dtype of its arguments; in
 longdouble its derivatives are good to about 1e-13, and to 2e-11 where the function bends sharply.
 `config` is anything with the attributes of a ModelConfig, `parameters` a mapping of arrays by
-name. The caller cuts the padding off; sums over sequences are his too.
+name. The caller cuts the padding off; sums over sequences are his too. Where the model reads
+images, an image (C, H, W) stands in a sequence's place.
 
-A sequence has loss positions t, row positions s, labels v, and nats[t, v] = −log p_t(v). What one
+A sequence has loss positions t, row positions s, labels v, and nats[t, v] = −log p_t(v); a model
+that pools has the one loss position 0, and the patch layer's rows are the patches. What one
 backward pass carries is a World: (weight, {(t, v): c}) stands for the gradient of Σ c nats[t, v],
 whose square counts by its weight. Every Fisher, F_tok and G below is a sum over worlds, and
 `worlds` alone knows the kinds.
@@ -82,22 +84,32 @@ def signs(seed: int, draw: int, index: int, t: int, vocabulary: int) -> list[int
     return out
 
 
-def reached(label: np.ndarray, real: np.ndarray, segment: np.ndarray) -> np.ndarray:
-    """ROWS: real positions with a labelled one at or behind them in the same segment."""
+def reached(
+    label: np.ndarray, real: np.ndarray, segment: np.ndarray, causal: bool = True
+) -> np.ndarray:
+    """ROWS: real positions from which a label of their segment is reached: causal, at or behind."""
     out = np.zeros(label.shape, dtype=bool)
     for b, t in np.ndindex(label.shape):
         out[b, t] = real[b, t] and any(
-            label[b, s] >= 0 and segment[b, s] == segment[b, t] for s in range(t, label.shape[1])
+            label[b, s] >= 0 and segment[b, s] == segment[b, t]
+            for s in range(t if causal else 0, label.shape[1])
         )
     return out
 
 
-# ------------------------------------------------------------------ the decoder
+# ------------------------------------------------------------------ functions of one vector
 
 
 def norm(x: Array, gain: Array, eps: float) -> Array:
-    """RMSNorm of one vector: gain · x / sqrt(mean(x²) + eps)."""
+    """RMSNorm: gain · x / sqrt(mean(x²) + eps)."""
     return gain * x / np.sqrt((x @ x) / len(x) + eps)
+
+
+def layer_norm(x: Array, gain: Array, eps: float) -> Array:
+    """LayerNorm without its bias: gain · (x − mean) / sqrt(variance + eps)."""
+    mean = sum(x) / len(x)
+    variance = sum((one - mean) ** 2 for one in x) / len(x)
+    return gain * (x - mean) / np.sqrt(variance + eps)
 
 
 def silu(z: Array) -> Array:
@@ -105,28 +117,156 @@ def silu(z: Array) -> Array:
     return z / (1 + np.exp(-z))
 
 
-def rotate(x: Array, position: int, theta: float) -> Array:
-    """Rotary positions on one head: pairs (j, j + E/2) turn by position · theta^(-2j/E)."""
-    number, E = x.dtype.type, len(x)
-    out = np.zeros_like(x)
-    for j in range(E // 2):
-        angle = position * number(theta) ** (number(-2 * j) / E)
-        c, s, u, v = np.cos(angle), np.sin(angle), x[j], x[j + E // 2]
-        out[j], out[j + E // 2] = u * c - v * s, u * s + v * c
+def gelu(z: Array) -> Array:
+    """z Φ(z), Φ the normal distribution function."""
+    number = z.dtype.type
+    return z * np.array([1 + erf(one / np.sqrt(number(2))) for one in z], z.dtype) / 2
+
+
+def gelu_tanh(z: Array) -> Array:
+    """z/2 (1 + tanh(√(2/π) (z + 0.044715 z³)))."""
+    number = z.dtype.type
+    return z / 2 * (1 + np.tanh(np.sqrt(2 / pi(number)) * (z + number(0.044715) * z**3)))
+
+
+def relu(z: Array) -> Array:
+    """z where it is positive, else 0."""
+    return np.array([max(one, one * 0) for one in z])
+
+
+def erf(x: Any) -> Any:
+    """2/√π ∫₀ˣ exp(−t²) dt: Taylor's alternating series, beyond 2 Laplace's continued fraction."""
+    root, eps = np.sqrt(pi(type(x))), np.finfo(type(x)).eps
+    if abs(x) < 2:  # Σ (−1)ⁿ x²ⁿ⁺¹ / n! (2n + 1); terms up to 2.3
+        power, total, n = x, x, 0
+        while abs(power) > eps * abs(x) / 8:
+            n += 1
+            power = -power * x * x / n
+            total += power / (2 * n + 1)
+        return 2 * total / root
+    # 1 − erf(x) = exp(−x²)/√π · 1 / (x + (1/2) / (x + (2/2) / (x + (3/2) / ...)))
+    y = tail = abs(x)
+    for n in range(100, 0, -1):
+        tail = y + type(x)(n) / 2 / tail
+    return np.copysign(1 - np.exp(-y * y) / (root * tail), x)
+
+
+def pi(number: Any) -> Any:
+    """π in that dtype."""
+    return 4 * np.arctan(number(1))
+
+
+def activated(name: str, z: Array) -> Array:
+    """The activation function of that name."""
+    return {"silu": silu, "gelu": gelu, "gelu_tanh": gelu_tanh, "relu": relu}[name](z)
+
+
+def soft_cap(x: Any, cap: float | None) -> Any:
+    """cap · tanh(x / cap)."""
+    return x if cap is None else cap * np.tanh(x / cap)
+
+
+def clipped(y: Array, bound: float | None) -> Array:
+    """Every entry into ±bound."""
+    return y if bound is None else np.array([min(max(one, -bound), bound) for one in y], y.dtype)
+
+
+# ------------------------------------------------------------------ positions
+
+
+def frequency(j: int, width: int, theta: float, scaling: Any, number: Any) -> Any:
+    """By what angle pair j of `width` rotary entries turns from one position to the next."""
+    f = number(theta) ** (number(-2 * j) / width)
+    if scaling is None:
+        return f
+    if scaling.kind == "linear":
+        return f / scaling.factor
+    return llama3(f, scaling) if scaling.kind == "llama3" else yarn(j, f, width, theta, scaling)
+
+
+def llama3(f: Any, scaling: Any) -> Any:
+    """Long waves are stretched by the factor, short ones stay, with a ramp between (Llama 3.1)."""
+    number, wave = type(f), 2 * pi(type(f)) / f
+    slow, fast = number(scaling.slow), number(scaling.fast)
+    if wave > scaling.original / slow:
+        return f / scaling.factor
+    if wave < scaling.original / fast:
+        return f
+    smooth = (scaling.original / wave - slow) / (fast - slow)
+    return (1 - smooth) * f / scaling.factor + smooth * f
+
+
+def yarn(j: int, f: Any, width: int, theta: float, scaling: Any) -> Any:
+    """Peng et al. 2023 (arXiv 2309.00071), with the ramp over the pairs, as Qwen and DeepSeek do.
+
+    The pairs up to that which turns `fast` times in the trained context stay, those from the one
+    that turns `slow` times are stretched.
+    """
+    number = type(f)
+
+    def pair(turns: float) -> Any:
+        return (
+            width
+            * np.log(scaling.original / (turns * 2 * pi(number)))
+            / (2 * np.log(number(theta)))
+        )
+
+    low, high = pair(scaling.fast), pair(scaling.slow)
+    if scaling.truncate:
+        low, high = np.floor(low), np.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
+    if low == high:
+        high += number(0.001)
+    keeps = 1 - min(max((j - low) / (high - low), 0), 1)
+    return f / scaling.factor * (1 - keeps) + f * keeps
+
+
+def rotate(x: Array, position: int, theta: float, width: int = 0, scaling: Any = None) -> Array:
+    """Rotary positions on one head: of its first `width` entries (0: of all) pairs
+    (j, j + width/2) turn by position · frequency j; the rest stays.
+    """
+    width = width or len(x)
+    size = 1 if scaling is None else scaling.attention
+    out = x.copy()
+    for j in range(width // 2):
+        angle = position * frequency(j, width, theta, scaling, x.dtype.type)
+        c, s, u, v = size * np.cos(angle), size * np.sin(angle), x[j], x[j + width // 2]
+        out[j], out[j + width // 2] = u * c - v * s, u * s + v * c
     return out
 
 
-def attention(q: Array, k: Array, v: Array, visible: Array) -> Array:
+def sees(config: Any, i: int, segment: Sequence[int], t: int, s: int) -> bool:
+    """May position t of block i attend to position s?"""
+    if segment[s] != segment[t]:
+        return False
+    if not config.causal:
+        return True
+    window = config.windows[i] if config.windows else 0
+    return s <= t and (window == 0 or t - s < window)
+
+
+# ------------------------------------------------------------------ the transformer
+
+
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    visible: Array,
+    scale: float | None = None,
+    cap: float | None = None,
+) -> Array:
     """One sequence, one number at a time: (T, H, E) with head h reading key-value head h div R."""
     T, H, E = q.shape
-    R = H // k.shape[1]
+    R, number = H // k.shape[1], q.dtype.type
+    by = 1 / np.sqrt(number(E)) if scale is None else number(scale)
     out = np.zeros_like(q)
     for t in range(T):
         for h in range(H):
             keys = [s for s in range(k.shape[0]) if visible[t, s]]
             if not keys:
                 continue
-            score = [q[t, h] @ k[s, h // R] / np.sqrt(q.dtype.type(E)) for s in keys]
+            score = [soft_cap(by * (q[t, h] @ k[s, h // R]), cap) for s in keys]
             weight = [np.exp(x - max(score)) for x in score]
             for e in range(E):
                 total = sum(w * v[s, h // R, e] for w, s in zip(weight, keys, strict=True))
@@ -134,9 +274,27 @@ def attention(q: Array, k: Array, v: Array, visible: Array) -> Array:
     return out
 
 
+def patches(image: Any, pixel: Array) -> list[Array]:
+    """The image (C, H, W) cut row by row into squares, each read by channel, row and column."""
+    size, out = image.patch, []
+    for top in range(0, image.height, size):
+        for left in range(0, image.width, size):
+            out.append(
+                np.array(
+                    [
+                        pixel[c, top + row, left + column]
+                        for c in range(image.channels)
+                        for row in range(size)
+                        for column in range(size)
+                    ]
+                )
+            )
+    return out
+
+
 @dataclass(frozen=True)
-class Decoder:
-    """One sequence's way through the blocks; vectors are kept in lists over positions."""
+class Transformer:
+    """One sequence's way through the model; vectors are kept in lists over positions."""
 
     config: Any
     parameters: Mapping[str, Array]
@@ -145,84 +303,138 @@ class Decoder:
     record: MutableMapping[Place, Array]
 
     def linear(self, layer: str, t: int, a: Array) -> Array:
-        """y = W a, plus the probe's vector; the input is written into the record."""
+        """y = W a + b, plus the probe's vector; the input is written into the record."""
         self.record[layer, t] = a
         weight = "embed" if layer == "head" and self.config.tied else layer
         y = self.parameters[weight + ".weight"] @ a
+        if layer.rpartition(".")[2] in self.config.biases:
+            y = y + self.parameters[layer + ".bias"]
         return y + self.probe[layer, t] if (layer, t) in self.probe else y
 
     def norm(self, name: str, x: Array) -> Array:
-        """RMSNorm with the gain of that name."""
-        return norm(x, self.parameters[name + ".weight"], self.config.norm_eps)
+        """RMSNorm or LayerNorm with the gain and bias of that name, where there are any."""
+        config, gain = self.config, np.ones_like(x)
+        if config.norm_gain:
+            gain = self.parameters[name + ".weight"] + (1 if config.norm_offset else 0)
+        y = (norm if config.norm == "rms" else layer_norm)(x, gain, config.norm_eps)
+        return y + self.parameters[name + ".bias"] if config.norm_bias else y
 
-    def turned(self, name: str, t: int, y: Array) -> list[Array]:
-        """Queries or keys of position t by heads: normalised (all, or each), then rotated."""
-        if self.config.qk_norm == "full":
-            y = self.norm(name, y)
-        heads = list(y.reshape(-1, self.config.head_width))
-        if self.config.qk_norm == "head":
-            heads = [self.norm(name, head) for head in heads]
-        position = sum(self.segment[s] == self.segment[t] for s in range(t))
-        return [rotate(head, position, self.config.rope_theta) for head in heads]
+    def position(self, t: int) -> int:
+        """How many positions of its own segment stand before t."""
+        return sum(self.segment[s] == self.segment[t] for s in range(t))
 
-    def attn(self, at: str, x: list[Array]) -> list[Array]:
-        """o · attention over the earlier positions of the segment."""
-        T, E = range(len(x)), self.config.head_width
-        q = np.array([self.turned(at + "q_norm", t, self.linear(at + "q", t, x[t])) for t in T])
-        k = np.array([self.turned(at + "k_norm", t, self.linear(at + "k", t, x[t])) for t in T])
-        v = np.array([self.linear(at + "v", t, x[t]).reshape(-1, E) for t in T])
-        visible = np.array([[s <= t and self.segment[s] == self.segment[t] for s in T] for t in T])
-        context = attention(q, k, v, visible)
+    def embedded(self, token_T: Any) -> list[Array]:
+        """What the first block reads: scaled embeddings, or specials and patches; and positions."""
+        config, P = self.config, self.parameters
+        if config.image is None:
+            x = [P["embed.weight"][token] * config.embed_scale for token in token_T]
+        else:
+            x = [P[name + ".weight"] for name in config.image.specials]
+            pixel = token_T.astype(P["patch.weight"].dtype)
+            cut = patches(config.image, pixel)
+            x += [self.linear("patch", n, patch) for n, patch in enumerate(cut)]
+        if config.learned_positions:
+            x = [one + P["position.weight"][self.position(t)] for t, one in enumerate(x)]
+        return x
+
+    def heads(self, at: str, name: str, t: int, a: Array) -> list[Array]:
+        """q, k or v of position t by heads, clipped; q and k normalised (all, or each), turned."""
+        config = self.config
+        y = clipped(self.linear(at + name, t, a), config.qkv_clip)
+        if name != "v" and config.qk_norm == "full":
+            y = self.norm(f"{at}{name}_norm", y)
+        heads = list(y.reshape(-1, config.head_width))
+        if name != "v" and config.qk_norm == "head":
+            heads = [self.norm(f"{at}{name}_norm", head) for head in heads]
+        if name == "v" or config.rope_theta is None:
+            return heads
+        turning = config.rope_theta, config.rope_width or 0, config.rope_scaling
+        return [rotate(head, self.position(t), *turning) for head in heads]
+
+    def attn(self, i: int, x: list[Array]) -> list[Array]:
+        """o · attention over what each position sees."""
+        T, at, config = range(len(x)), f"blocks.{i}.attn.", self.config
+        q, k, v = (np.array([self.heads(at, name, t, x[t]) for t in T]) for name in "qkv")
+        visible = np.array([[sees(config, i, self.segment, t, s) for s in T] for t in T])
+        context = attention(q, k, v, visible, config.score_scale, config.score_cap)
         return [self.linear(at + "o", t, context[t].ravel()) for t in T]
 
-    def mlp(self, at: str, x: list[Array]) -> list[Array]:
-        """down · (silu(gate · x) × (up · x)), position by position."""
-        return [
-            self.linear(
-                at + "down", t, silu(self.linear(at + "gate", t, a)) * self.linear(at + "up", t, a)
-            )
-            for t, a in enumerate(x)
-        ]
+    def mlp(self, i: int, x: list[Array]) -> list[Array]:
+        """down · (f(gate · x) × (up · x)), or down · f(up · x), position by position."""
+        at, f, out = f"blocks.{i}.mlp.", self.config.activation, []
+        for t, a in enumerate(x):
+            up = self.linear(at + "up", t, a)
+            if self.config.gated:
+                h = activated(f, self.linear(at + "gate", t, a)) * up
+            else:
+                h = activated(f, up)
+            out.append(self.linear(at + "down", t, h))
+        return out
+
+    def before(self, name: str, x: list[Array]) -> list[Array]:
+        """The norm before attention or MLP."""
+        if self.config.norm_place == "post":
+            return x
+        return [self.norm(name + "_norm", one) for one in x]
+
+    def behind(self, name: str, x: list[Array]) -> list[Array]:
+        """The norm behind attention or MLP."""
+        if self.config.norm_place == "pre":
+            return x
+        part = "_post_norm" if self.config.norm_place == "both" else "_norm"
+        return [self.norm(name + part, one) for one in x]
 
     def block(self, i: int, x: list[Array]) -> list[Array]:
-        """x + f(norm(x)) or x + norm(f(x)), f first the attention and then the MLP."""
-        for name, f in (("attn", self.attn), ("mlp", self.mlp)):
-            at = f"blocks.{i}.{name}"
-            if self.config.norm_place == "pre":
-                update = f(at + ".", [self.norm(at + "_norm", one) for one in x])
-            else:
-                update = [self.norm(at + "_norm", one) for one in f(at + ".", x)]
-            x = [one + more for one, more in zip(x, update, strict=True)]
-        return x
+        """x + attention + MLP, which reads the sum so far, or x too, by itself or as normalised."""
+        at = f"blocks.{i}."
+        a = self.before(at + "attn", x)
+        y = plus(x, self.behind(at + "attn", self.attn(i, a)))
+        read = x if self.config.residual == "parallel" else y
+        m = a if self.config.residual == "shared" else self.before(at + "mlp", read)
+        return plus(y, self.behind(at + "mlp", self.mlp(i, m)))
+
+    def pooled(self, x: list[Array]) -> list[Array]:
+        """What the head reads: every position, the first, or the mean of all."""
+        return {"none": x, "cls": x[:1], "mean": [sum(x) / len(x)]}[self.config.pool]
+
+
+def plus(x: list[Array], y: list[Array]) -> list[Array]:
+    """Position by position."""
+    return [one + two for one, two in zip(x, y, strict=True)]
 
 
 def logits(
     config: Any,
     parameters: Mapping[str, Array],
-    token_T: Sequence[int],
+    token_T: Any,
     segment_T: Sequence[int] | None = None,
     probe: Mapping[Place, Array] | None = None,
     record: MutableMapping[Place, Array] | None = None,
 ) -> Array:
-    """(T, V) of one sequence: embed → blocks → final norm → head.
+    """(T, V) of one sequence, (1, V) of one image: input → blocks → final norm → pool → head.
 
-    `probe` adds vectors to outputs of linear layers, y_s = W a_s + probe[layer, s]; an empty dict
-    given as `record` is filled with the a_s.
+    `probe` adds vectors to outputs of linear layers, y_s = W a_s + b + probe[layer, s]; an empty
+    dict given as `record` is filled with the a_s.
     """
-    segment = [0] * len(token_T) if segment_T is None else list(segment_T)
+    if config.image is not None:
+        segment = [0] * (len(config.image.specials) + len(patches(config.image, token_T)))
+    else:
+        segment = [0] * len(token_T) if segment_T is None else list(segment_T)
     record = {} if record is None else record
-    decoder = Decoder(config, parameters, segment, probe or {}, record)
-    x = [parameters["embed.weight"][token] for token in token_T]
+    model = Transformer(config, parameters, segment, probe or {}, record)
+    x = model.embedded(token_T)
     for i in range(config.layers):
-        x = decoder.block(i, x)
-    final = [decoder.norm("final_norm", one) for one in x]
-    return np.array([decoder.linear("head", t, one) for t, one in enumerate(final)])
+        x = model.block(i, x)
+    final = model.pooled([model.norm("final_norm", one) for one in x])
+    return np.array(
+        [soft_cap(model.linear("head", t, one), config.logit_cap) for t, one in enumerate(final)]
+    )
 
 
 def nats(
     config: Any,
     parameters: Mapping[str, Array],
-    token_T: Sequence[int],
+    token_T: Any,
     segment_T: Sequence[int] | None = None,
     probe: Mapping[Place, Array] | None = None,
 ) -> Array:
@@ -234,7 +446,7 @@ def nats(
 def loss(
     config: Any,
     parameters: Mapping[str, Array],
-    token_T: Sequence[int],
+    token_T: Any,
     label_T: Sequence[int],
     segment_T: Sequence[int] | None = None,
     probe: Mapping[Place, Array] | None = None,
@@ -309,13 +521,13 @@ def rows(
     config: Any,
     parameters: Mapping[str, Array],
     layer: str,
-    token_T: Sequence[int],
+    token_T: Any,
     segment_T: Sequence[int] | None = None,
 ) -> Rows:
     """Inputs by the record, output gradients by central differences on the probe."""
     record: dict[Place, Array] = {}
     logits(config, parameters, token_T, segment_T, None, record)
-    S = range(len(token_T))
+    S = range(sum(name == layer for name, _ in record))
     a_SI = np.array([record[layer, s] for s in S])
     width = config.vocabulary if layer == "head" else len(parameters[layer + ".weight"])
 
@@ -377,7 +589,7 @@ def parameter_slopes(
     config: Any,
     parameters: Mapping[str, Array],
     names: Sequence[str],
-    token_T: Sequence[int],
+    token_T: Any,
     segment_T: Sequence[int] | None = None,
 ) -> Array:
     """(T, V, P): ∂ nats[t, v] / ∂ the named parameters, by central differences."""
@@ -443,7 +655,7 @@ def ggn(
     config: Any,
     parameters: Mapping[str, Array],
     names: Sequence[str],
-    token_T: Sequence[int],
+    token_T: Any,
     label_T: Sequence[int],
     segment_T: Sequence[int] | None = None,
 ) -> Array:

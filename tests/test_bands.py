@@ -142,7 +142,8 @@ def inputs_by_definition(model: Model, one: Population, columns=None):
             model.config, model.parameters, row[None, :length], layout, DEFINITIONS
         )
         a, b = trace.blocks
-        seen = dict(zip(LAYERS, (a.attn_in, b.context, a.mlp_in, b.hidden, final), strict=True))
+        x = (a.attn.a, b.attn.context, a.mlp.a, b.mlp.hidden, final)
+        seen = dict(zip(LAYERS, x, strict=True))
         for t in range(prompt - 1, length - 1):
             if columns is None or t in columns:
                 for name in LAYERS:
@@ -184,6 +185,24 @@ def test_norms_are_the_definition(rng, quantity, dtype):
                 assert found.ratio[b] == pytest.approx(m / c, rel=2 * rel)
             else:
                 assert math.isnan(found.ratio[b])
+
+
+@pytest.mark.parametrize("quantity", list(Quantity))
+def test_a_joint_basis_has_the_bands_of_weight_and_bias(rng, quantity):
+    """[W b] and [x; 1] in the place of W and x."""
+    made = config(vocabulary=9, biases=("up",))
+    model, name = Model(made, random_parameters(made, 3)), "blocks.0.mlp.up"
+    W_b = np.column_stack([model.parameters[f"{name}.{part}"] for part in ("weight", "bias")])
+    basis = random_basis(*W_b.shape, seed=1)
+    hot, cold = population(rng, [3, 4], [6, 7]), population(rng, [1, 2], [8, 8], "text")
+    found = bands(model, {name: basis}, hot, cold, quantity=quantity)[name]
+    x = np.array([[*v, 1.0] for v in inputs_by_definition(model, hot)[name]])
+    U, rank = basis.U_A, rank_bounds(W_b.shape[1])
+    maps = band_weights(W_b, basis)
+    if quantity is Quantity.INPUT_RANK:
+        maps = [U[:, a:b] @ U[:, a:b].T for a, b in pairwise(rank)]
+    want = [np.mean([np.linalg.norm(M @ v) for v in x]) for M in maps]
+    assert found.memorised == pytest.approx(want, rel=1e-11, abs=1e-12)
 
 
 @pytest.mark.parametrize("quantity", ["pair_mass", "input_rank"])

@@ -217,7 +217,7 @@ def files(**changed: Any) -> list[store.Entry]:
 BAD_FILES = {
     "no tokens": (files(tokens=None), "lacks 'tokens'"),
     "no length": (files(populations__p__length=None), r"lacks 'populations\.p\.length'"),
-    "images": (files(images=(TOKEN, {})), "holds 'images', which a corpus does not have"),
+    "pictures": (files(pictures=(TOKEN, {})), "holds 'pictures', which a corpus does not have"),
     "tokens.x": (files(tokens=None, tokens__x=(TOKEN, {})), "holds 'tokens.x'"),
     "too deep": (files(populations__p__q__tokens=(TOKEN, {})), "holds 'populations.p.q.tokens'"),
     "int64": (files(tokens=(TOKEN.astype(np.int64), {})), "'tokens' must be int32; got int64"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from unittest import mock
 
 import numpy as np
@@ -45,6 +46,8 @@ def greedy_without_cache(config, parameters, prompt, steps):
 @st.composite
 def prompts(draw):
     made = draw(configs())
+    positions = 12 if made.learned_positions else 0  # as many as any prompt grows to
+    made = replace(made, causal=True, learned_positions=positions)
     batch, length = draw(st.integers(1, 4)), draw(st.integers(1, 5))
     rng = np.random.default_rng(draw(st.integers(0, 9999)))
     prompt = rng.integers(0, made.vocabulary, (batch, length))
@@ -197,7 +200,7 @@ def test_threads_change_nothing(rng):
 def test_teacher_forced_scores_the_suffix(population):
     """Every token of the suffix is the label of the position before it, and nothing else is."""
     row = batches(population)[0]
-    token, label, layout = teacher_forced(population, row)
+    token, label, layout = teacher_forced(config(), population, row)
     assert token.shape[1] == population.length[row].max()
     for b, n in enumerate(row):
         prompt, length = population.prompt_length[n], population.length[n]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from strategies import case
 
 import refcurv as rc
 from refcurv.cli import main
@@ -120,3 +121,64 @@ def test_the_readmes_numbers_are_the_demos(demo: tuple[Path, dict]) -> None:
         got = [scale * row[when][value] for when in ("before", "after")]
         digits = 2 if value == "perplexity" else 1
         assert stated == [round(x, digits) for x in got], label
+
+
+def own_files(folder: Path, populations: bool) -> list[str]:
+    one = case(batch=6, length=9, biases=("q", "up"))
+    rc.save(rc.Model(one.config, one.parameters), folder / "w.h5")
+    prompt, length = np.full(6, 4), np.full(6, 9)
+    judged = {
+        "poems": rc.Population(one.token, prompt, length, "recite", "dev"),
+        "plain": rc.Population(one.token, prompt, length, "text", "dev"),
+    }
+    corpus = rc.Corpus(one.token, populations=judged if populations else {})
+    rc.save_corpus(corpus, folder / "c.h5")
+    return [str(folder / "w.h5"), str(folder / "c.h5"), "--out", str(folder / "out")]
+
+
+@pytest.mark.parametrize("populations", [True, False])
+@pytest.mark.parametrize("bias", ["separate", "joint"])
+def test_the_report_of_a_users_own_files(
+    bias: str, populations: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same as the four commands one by one; what a corpus has nothing for is left out."""
+    files = own_files(tmp_path, populations)
+    flags = ["--split", "dev", "--seed", "5", "--bias", bias, "--layers", "blocks.1.mlp.*"]
+    assert main(["report", *files, *flags, "--rho", "blocks.1.mlp.up=0.6"]) == 0
+    assert "blocks.1.mlp.up" in capsys.readouterr().out
+    out = tmp_path / "out"
+    results = json.loads((out / "results.json").read_text())
+    assert [row["name"] for row in results["evaluation"]["rows"]] == [
+        "poems",
+        "plain",
+    ] * populations
+    assert bool(results["bands"]) == populations == (out / "bands.png").exists()
+    assert (out / "spectrum.png").exists() and "ρ" in (out / "report.html").read_text()
+    assert not (out / "factors.h5.unfinished").exists()
+
+    model, corpus = rc.load(files[0]), rc.load_corpus(files[1])
+    factors = rc.collect(model, corpus, "blocks.1.mlp.*", seed=5)
+    edited, record = rc.edit(model, rc.decompose(factors, bias), {"blocks.1.mlp.up": 0.6})
+    assert results["edit"] == record.to_json()
+    again = rc.load(out / "edited.h5")
+    for name in model.parameters:
+        assert np.array_equal(again.parameters[name], edited.parameters[name])
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--rho", "0.5", "--layers", "blocks.9.*"], "matches none of"),
+        (["--rho", "blocks.0.mlp.up=0.5", "--layers", "blocks.1.mlp.*"], "matches none of"),
+        (["--rho", "0.5", "--split", "train"], "split"),
+        (["--rho", "0.5", "--bias", "both"], "bias"),
+        (["--rho", "half"], "SHARE"),
+    ],
+)
+def test_a_report_refuses_before_the_work(
+    flags: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", *own_files(tmp_path, True), *flags]) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+    assert not list(tmp_path.glob("out/*"))

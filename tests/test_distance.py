@@ -167,12 +167,9 @@ def test_O18_the_traces_tell_how_the_norms_go_together(name: str) -> None:
     """(tr K − tr F_tok)/n = −Cov(‖a‖², ‖g‖²) over rows, g squared over cotangents."""
     made = problem(*model())
     one = compare(made, wrt=name)[name]
-    block, labelled = exact._block("test", made, None, None, name), exact._labels(
-        "test", "expected", "sequence", 0, 1
-    )  # fmt: skip
     aa: dict[bytes, float] = {}
     gg: dict[bytes, float] = {}
-    for a_TI, g_CTO in exact._rows(block, labelled, lambda done, total: None):
+    for a_TI, g_CTO in exact.rows(made, wrt=name):
         for t in range(len(a_TI) - 1):  # the last has no label
             key = a_TI[t].tobytes()
             aa[key] = float(a_TI[t] @ a_TI[t])

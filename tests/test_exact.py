@@ -46,7 +46,8 @@ BUDGET = tolerance.path(2, 8, np.float64)
 def problem_of(one: Case, dtype: type = np.float64) -> Problem:
     """The case, with its padding and segments, at parameters of any dtype."""
     label = np.where(one.real, one.label, -1)
-    batch = Batch(one.config, one.token, label, one.segment, np.arange(len(one.token)))
+    segment = np.where(one.real, one.segment, one.segment.max() + 1)  # padding is one by itself
+    batch = Batch(one.config, one.token, label, segment, np.arange(len(one.token)))
     return of_batch(batch, one.astype(dtype))
 
 
@@ -326,7 +327,7 @@ def test_O38_in_the_last_block_F_is_F_tok_but_for_keys_and_values(place: NormPla
         assert_within(F_tok, F, BUDGET, F, layer)
     for layer in ("blocks.1.attn.k", "blocks.1.attn.v", "blocks.0.mlp.up"):
         F, F_tok = (f(made, wrt=f"{layer}.weight") for f in (exact.fisher, exact.f_tok))
-        assert gap(F_tok, F) > 0.05, layer
+        assert gap(F_tok, F) > 1e-3, layer
     # with one sampled draw it does not hold: the terms of a sequence are squared together
     sampled = [f(made, wrt=f"{LAST[2]}.weight", fisher="sampled")
                for f in (exact.fisher, exact.f_tok)]  # fmt: skip
@@ -382,7 +383,7 @@ def test_O20_O25_O26_traces_ranks_and_signs(one: Case) -> None:
     made = problem_of(one)
     name = "blocks.0.attn.v.weight"
     found = exact.moments(made, wrt=name)
-    a = made.rows(exact._inputs(exact._block("test", made, None, None, name)))
+    a = exact._inputs(exact._block("test", made, None, None, name))
     assert found.rows == len(a)
     assert_within(np.trace(found.A), (a * a).sum() / len(a), BUDGET, np.trace(found.A), "tr A")
     z, _ = made.forward(made.parameters)
@@ -544,7 +545,7 @@ def test_O49_norm_gains_have_a_fisher_of_their_own() -> None:
     """d_gain = Σ_s g_s x̂_s: F of a gain is Σ_c (Σ_s g x̂)(Σ_s g x̂)ᵀ, no Kronecker product."""
     one = case(length=4, layers=1, norm_place=NormPlace.PRE)
     made = problem_of(one)
-    z, (final, trace) = made.forward(made.parameters)
+    z, (final, trace, _) = made.forward(made.parameters)
     x_hat, _, _ = trace.final_norm
     F = np.zeros((8, 8))
     for part, saved, d_z in exact._cotangents(

@@ -17,8 +17,9 @@ from test_loss import sign_by_hand
 
 import refcurv as rc
 from refcurv.algebra import blas
-from refcurv.curvature import factors
-from refcurv.curvature.factors import _Moment, least_certain
+from refcurv.curvature import factors, sums
+from refcurv.curvature.factors import least_certain
+from refcurv.curvature.sums import Moment
 from refcurv.law import conventions, tolerance
 from refcurv.law.checks import (
     ConventionError,
@@ -30,10 +31,12 @@ from refcurv.law.checks import (
 )
 from refcurv.law.conventions import Fisher
 from refcurv.model import transformer
-from refcurv.model.layers import causal_layout
+from refcurv.model.config import NormPlace, Residual
 from refcurv.model.loss import root_product, shift_labels, uniforms
 from refcurv.model.transformer import Tap
 from refcurv.passes import memory, shards
+
+BIASED = ("q", "o", "up", "down", "head")
 
 
 def model_of(one: Case, dtype: str = "float64") -> rc.Model:
@@ -44,27 +47,56 @@ def corpus_of(one: Case) -> rc.Corpus:
     return rc.Corpus(one.token, one.label, one.real.astype(np.uint8), one.segment)
 
 
+def alone(one: Case, b: int) -> Case:
+    """One sequence by itself."""
+    cut = slice(b, b + 1)
+    return replace(
+        one,
+        token=one.token[cut],
+        real=one.real[cut],
+        segment=one.segment[cut],
+        label=one.label[cut],
+    )
+
+
+def kept(one: Case) -> np.ndarray:
+    return oracles.reached(one.label, one.real, one.segment, one.config.causal)
+
+
 def naive_rows(one: Case, sent_BTV: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """(a, g) of every kept position, by the definitions, one sequence at a time.
 
-    `sent_BTV` is what goes back at the logits.
+    `sent_BTV` is what goes back at the logits. Of the tables a is one-hot.
     """
-    keep = oracles.reached(one.label, one.real, one.segment)
-    W = one.parameters[one.config.weight_of("head")]
-    rows: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    keep, rows = kept(one), {}
     for b in range(len(one.token)):
-        layout = causal_layout(one.real[b : b + 1], one.segment[b : b + 1])
-        token = one.token[b : b + 1]
-        final, trace = transformer.forward(one.config, one.parameters, token, layout)
-        taps = [Tap("head", final, sent_BTV[b])]
-        steps = transformer.backward(one.config, one.parameters, sent_BTV[b : b + 1] @ W, trace)
-        taps += [s for s in steps if isinstance(s, Tap)]
-        for tap in taps:
-            a, g = tap.a.reshape(-1, tap.a.shape[-1]), tap.g.reshape(-1, tap.g.shape[-1])
-            rows.setdefault(tap.name, []).extend(
-                (a[t], g[t]) for t in range(len(keep[b])) if keep[b, t]
+        part = alone(one, b)
+        at = flow(part, sent_BTV[b : b + 1])
+        for name, (a, g) in at.items():
+            rows.setdefault(name, []).extend(
+                (a[0, t], g[0, t]) for t in range(len(keep[b])) if keep[b, t]
             )
     return {n: tuple(np.array(x) for x in zip(*r, strict=True)) for n, r in rows.items() if r}
+
+
+def flow(one: Case, sent_BTV: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """(a (B, T, I), g (B, T, O)) of every layer and table, by the definitions."""
+    made = one.config
+    final, trace = transformer.forward(made, one.parameters, one.token, one.layout)
+    if made.logit_cap is not None:
+        z = transformer.head_logits(made, one.parameters, final)
+        sent_BTV = sent_BTV * (1 - (z / made.logit_cap) ** 2)
+    d_final = sent_BTV @ one.parameters[made.weight_of("head")]
+    steps = transformer.blocks_backward(made, one.parameters, d_final, trace)
+    taps: list[Tap] = []
+    d_x = transformer.drain(steps, lambda s: taps.append(s) if isinstance(s, Tap) else None)
+    out = {tap.name: (tap.a, tap.g) for tap in taps}
+    if made.image is None:
+        out["embed"] = (np.eye(made.vocabulary)[one.token], made.embed_scale * d_x)
+    if made.learned_positions:
+        at = one.layout.position_BT
+        out["position"] = (np.eye(made.learned_positions)[at], d_x)
+    return out | {"head": (final, sent_BTV)}
 
 
 def logits_of(one: Case) -> np.ndarray:
@@ -138,33 +170,40 @@ def sent_back(one: Case, fisher: str, seed: int) -> list[np.ndarray]:
 def test_factors_equal_the_naive_sums(one: Case, fisher: str, seed: int) -> None:
     if not (one.label >= 0).any():
         return
-    got = rc.collect(model_of(one), corpus_of(one), layers="**", fisher=fisher, seed=seed)
+    tables = [n for n in ("embed", "position") if f"{n}.weight" in one.parameters]
+    layers = ",".join(["**", *tables])
+    got = rc.collect(model_of(one), corpus_of(one), layers=layers, fisher=fisher, seed=seed)
     passes = [naive_rows(one, sent) for sent in sent_back(one, fisher, seed)]
-    assert list(got) == list(one.config.linear_layers())
+    assert list(got) == [*one.config.linear_layers(), *tables]
+    budget = 40 * tolerance.path(one.config.layers, 64, np.float64)
     for name in got:
         a, gs = passes[0][name][0], [rows[name][1] for rows in passes]
         n = len(a)
-        assert (
-            got[name].n_A
-            == got[name].n_G
-            == n
-            == oracles.reached(one.label, one.real, one.segment).sum()
-        )
-        budget = 40 * tolerance.path(one.config.layers, 64, np.float64)
-        assert_within(
-            got[name].sum_A, oracles.second_moment(a), budget, np.abs(a).T @ np.abs(a), name
-        )
+        assert got[name].n_A == got[name].n_G == n == kept(one).sum()
         want = sum(oracles.second_moment(g) for g in gs)
         scale = n * sum(np.abs(g).max(initial=1e-3) ** 2 for g in gs)
         assert_within(got[name].sum_G, want, budget, scale, name)
-        assert (got[name].sum_A == got[name].sum_A.T).all()
         assert (got[name].sum_G == got[name].sum_G.T).all()
         assert np.allclose(got[name].A, got[name].sum_A / n, rtol=1e-15)
+        if name in tables:
+            assert (np.diag(got[name].sum_A) == oracles.second_moment(a)).all()
+            continue
+        assert_within(
+            got[name].sum_A, oracles.second_moment(a), budget, np.abs(a).T @ np.abs(a), name
+        )
+        assert (got[name].sum_A == got[name].sum_A.T).all()
+        assert (got[name].sum_a is not None) == (f"{name}.bias" in one.parameters)
+        if got[name].sum_a is not None:
+            assert_within(got[name].sum_a, a.sum(axis=0), budget, np.abs(a).sum(axis=0), name)
+            ones = np.column_stack([a, np.ones(n)])
+            joint = oracles.second_moment(ones) / n
+            assert_within(got[name].A_joint, joint, budget, np.abs(joint), name)
+            assert got[name].A_joint[-1, -1] == 1
 
 
 def gappy() -> Case:
     """Three sequences, one padded; one has no label where the others have one."""
-    one = case(batch=3)
+    one = case(batch=3, biases=BIASED, embed_scale=1.7, learned_positions=6)
     real = np.arange(6) < np.array([[6], [4], [6]])
     label = shift_labels(one.token, real, one.segment)
     label[0, 1] = -1
@@ -372,7 +411,7 @@ def test_one_draw_alone_tells_no_error() -> None:
 
 
 def big_corpus(sequences: int = 70, length: int = 96) -> tuple[rc.Model, rc.Corpus]:
-    one = case(batch=sequences, length=length)
+    one = case(batch=sequences, length=length, biases=BIASED)
     return model_of(one, "float32"), rc.Corpus(one.token)
 
 
@@ -383,12 +422,16 @@ def same_bits(one: rc.Factors, other: rc.Factors) -> None:
         assert [factor.n_A, factor.n_G] == [other[name].n_A, other[name].n_G]
         assert factor.error_G == other[name].error_G
         assert factor.error_trace_G == other[name].error_trace_G
+        assert (factor.sum_a is None) == (other[name].sum_a is None)
+        if factor.sum_a is not None:
+            assert factor.sum_a.tobytes() == other[name].sum_a.tobytes()
 
 
 @pytest.mark.parametrize(("fisher", "draws"), [("sampled", 1), ("sampled", 2), ("signed", 2)])
 def test_shards_in_flight_change_no_bit(fisher: str, draws: int) -> None:
     model, corpus = big_corpus(70 if draws == 1 else 45)
-    runs = [rc.collect(model, corpus, "**", fisher, draws=draws, in_flight=n) for n in (1, 2, 3)]
+    layers = "**,embed"
+    runs = [rc.collect(model, corpus, layers, fisher, draws=draws, in_flight=n) for n in (1, 2, 3)]
     for other in runs[1:]:
         same_bits(runs[0], other)
 
@@ -396,8 +439,8 @@ def test_shards_in_flight_change_no_bit(fisher: str, draws: int) -> None:
 @pytest.mark.parametrize("draws", [1, 2])
 def test_collecting_a_layer_alone_gives_its_bits(draws: int) -> None:
     model, corpus = big_corpus(30)
-    together = rc.collect(model, corpus, layers="**", draws=draws)
-    for name in ("head", "blocks.1.mlp.gate", "blocks.0.attn.k", "blocks.0.mlp.down"):
+    together = rc.collect(model, corpus, layers="**,embed", draws=draws)
+    for name in ("head", "blocks.1.mlp.gate", "blocks.0.attn.k", "blocks.0.mlp.down", "embed"):
         alone = rc.collect(model, corpus, layers=name, draws=draws)
         assert list(alone) == [name]
         same_bits(alone, together)
@@ -417,7 +460,7 @@ def test_passes_sum_as_the_law_says(fisher: str, draws: int) -> None:
         total[tap.name] += np.tril(out)
 
     job = memory.Sweep(frozenset(got), Fisher(fisher), 5, draws)
-    (unit,) = shards.shards(corpus_of(one), 7)
+    (unit,) = shards.shards(corpus_of(one), model.config)
     memory.sweep(model.config, memory.resident(model), unit, job, take)
     for name, factor in got.items():
         assert np.tril(factor.sum_G).tobytes() == total[name].tobytes()
@@ -497,7 +540,7 @@ def test_O6_a_factorial_design_makes_kfac_exact(rng: np.random.Generator) -> Non
     pairs = [(x, y) for x in a for y in g]
     sides = {}
     for side, index, size in (("A", 0, 3), ("G", 1, 2)):
-        moment = _Moment(size)
+        moment = Moment(size, size)
         for shard in range(0, len(pairs), 4):
             rows = np.array([p[index] for p in pairs[shard : shard + 4]])
             moment.add(rows.T @ rows, len(rows))
@@ -516,18 +559,18 @@ def test_O6_a_factorial_design_makes_kfac_exact(rng: np.random.Generator) -> Non
 def test_blocks_of_shards_sum_as_the_law_says(monkeypatch) -> None:
     """64 shards to a block that starts from zero, blocks in order: the bits of a plain loop."""
     monkeypatch.setattr(conventions, "SHARD_TOKENS", 8)  # one sequence to a shard
-    made = config()
+    made = config(biases=("up",))
     model = rc.Model(made, random_parameters(made, 1))
     tokens = np.random.default_rng(1).integers(0, 7, (130, 8))
     args = ("blocks.1.mlp.up", "empirical")
     got = rc.collect(model, rc.Corpus(tokens), *args)["blocks.1.mlp.up"]
-    alone = [rc.collect(model, rc.Corpus(row[None]), *args)["blocks.1.mlp.up"] for row in tokens]
-    for side in ("sum_A", "sum_G"):
-        size = len(getattr(got, side))
-        total, block = np.zeros((size, size)), np.zeros((size, size))
-        for n, one in enumerate(alone):
+    each = [rc.collect(model, rc.Corpus(row[None]), *args)["blocks.1.mlp.up"] for row in tokens]
+    for side in ("sum_A", "sum_G", "sum_a"):
+        zero = np.zeros(getattr(got, side).shape)
+        total, block = zero, zero
+        for n, one in enumerate(each):
             if n and n % 64 == 0:
-                total, block = total + block, np.zeros((size, size))
+                total, block = total + block, zero
             block = block + getattr(one, side)
         assert getattr(got, side).tobytes() == (total + block).tobytes()
 
@@ -538,13 +581,13 @@ def test_a_killed_run_goes_on_with_the_same_bits(
 ) -> None:
     """Interrupted in the third block: two blocks are not computed again, and no bit differs."""
     monkeypatch.setattr(conventions, "SHARD_TOKENS", 8)  # one sequence to a shard
-    monkeypatch.setattr(factors, "BLOCK_SHARDS", 16)
-    made = config()
+    monkeypatch.setattr(sums, "BLOCK_SHARDS", 16)
+    made = config(biases=BIASED)
     rc.save(rc.Model(made, random_parameters(made, 1)), tmp_path / "w.h5")
     rng = np.random.default_rng(0)
     rc.save_corpus(rc.Corpus(rng.integers(0, 7, (50, 8))), tmp_path / "c.h5")
     model, corpus = rc.load(tmp_path / "w.h5"), rc.load_corpus(tmp_path / "c.h5")
-    state, args = tmp_path / "f.h5.unfinished", ("blocks.{0,1}.mlp.*", fisher, 0, draws)
+    state, args = tmp_path / "f.h5.unfinished", ("blocks.{0,1}.mlp.*,embed", fisher, 0, draws)
     whole = rc.collect(model, corpus, *args)
     swept: list[int] = []
     right = memory.sweep
@@ -577,20 +620,71 @@ def test_a_killed_run_goes_on_with_the_same_bits(
 
 
 def test_file_round_trip(tmp_path) -> None:
-    one = case()
-    made = rc.collect(model_of(one), corpus_of(one), seed=2**63 + 1, draws=2)
+    one = case(biases=BIASED)
+    made = rc.collect(model_of(one), corpus_of(one), "**,embed", seed=2**63 + 1, draws=2)
     rc.save_factors(made, tmp_path / "f.h5")
     back = rc.load_factors(tmp_path / "f.h5")
     assert list(back) == list(made)
     facts = ("fisher", "rows", "seed", "draws", "dtype", "shard_rows")
     assert [getattr(back, f) for f in facts] == [getattr(made, f) for f in facts]
     for name in made:
-        assert back[name].sum_A.tobytes() == made[name].sum_A.tobytes()
-        assert back[name].sum_G.tobytes() == made[name].sum_G.tobytes()
-        assert (back[name].n_A, back[name].n_G) == (made[name].n_A, made[name].n_G)
-        errors = (made[name].error_G, made[name].error_trace_G)
-        assert (back[name].error_G, back[name].error_trace_G) == errors
-        assert min(errors) > 0
+        assert min(made[name].error_G, made[name].error_trace_G) > 0
+    same_bits(made, back)
+
+
+def test_a_layer_that_shares_its_input_without_its_bias_has_no_sum_of_inputs() -> None:
+    """And in a model whose attention and MLP read one array, each of the two has its sums of it."""
+    model, corpus = big_corpus(3)
+    got = rc.collect(model, corpus, "blocks.0.attn.{q,k}")
+    assert got["blocks.0.attn.q"].sum_A is got["blocks.0.attn.k"].sum_A
+    assert got["blocks.0.attn.q"].sum_a is not None
+    assert got["blocks.0.attn.k"].sum_a is None
+    place = {"norm_place": NormPlace.POST, "residual": Residual.PARALLEL}
+    shared = {"norm_place": NormPlace.PRE, "residual": Residual.SHARED}
+    for changes in (place, shared):
+        one = case(biases=("q",), layers=1, **changes)
+        pair = rc.collect(model_of(one), corpus_of(one), "blocks.0.{mlp.up,attn.q}")
+        up, q = pair["blocks.0.mlp.up"], pair["blocks.0.attn.q"]
+        assert np.array_equal(up.sum_A, q.sum_A)
+        assert q.sum_a is not None
+        same_bits(pair, rc.collect(model_of(one), corpus_of(one), "**"))
+
+
+def test_tables_are_collected_where_they_are_spelled_out() -> None:
+    one = case(learned_positions=6)
+    model, corpus = model_of(one), corpus_of(one)
+    assert list(rc.collect(model, corpus, "**")) == list(model.config.linear_layers())
+    assert list(rc.collect(model, corpus, "{head,embed}")) == ["head", "embed"]
+    got = rc.collect(model, corpus, "position,embed")
+    assert (
+        got["embed"].sum_A.tolist() == np.bincount(one.token[:, :-1].ravel(), minlength=7).tolist()
+    )
+    assert got["position"].sum_A.tolist() == [2, 2, 2, 2, 2, 0]
+    for pattern in ("emb*", "embed.weight"):
+        with pytest.raises(NameUnknownError, match="matches none"):
+            rc.collect(model, corpus, pattern)
+    with pytest.raises(NameUnknownError, match="matches none"):
+        rc.collect(model_of(case()), corpus, "position")
+
+
+def test_factors_of_files_that_lie(tmp_path) -> None:
+    one = case(biases=BIASED)
+    path, name = tmp_path / "f.h5", "blocks/0/mlp/up"
+    rc.save_factors(rc.collect(model_of(one), corpus_of(one), "**,embed"), path)
+    for part, value, says in (
+        (f"{name}/sum_a", np.zeros(3), r"sum_a of 'blocks.0.mlp.up' must be \(8,\)"),
+        (f"{name}/sum_A", np.zeros(8), "needs sum_A as a square matrix"),
+        ("embed/sum_A", np.zeros((7, 7)), "'embed' needs sum_A as a vector"),
+    ):
+        bad = tmp_path / "bad.h5"
+        bad.write_bytes(path.read_bytes())
+        with h5py.File(bad, "r+") as file:
+            digest = file[part].attrs["sha256"]
+            del file[part]
+            file[part] = value
+            file[part].attrs["sha256"] = digest
+        with pytest.raises(SchemaError, match=says):
+            rc.load_factors(bad)
 
 
 def test_a_file_without_standard_errors_loads_without_them(tmp_path) -> None:
@@ -629,7 +723,7 @@ def test_refusals(tmp_path) -> None:
         rc.collect(model, corpus, fisher="empirical", draws=2)
     with pytest.raises(RangeError, match=r"is 7, outside the model's vocabulary \[0, 7\)"):
         rc.collect(model, rc.Corpus(one.token + 1 + (6 - one.token.max())))
-    with pytest.raises(EmptyError, match="none of the corpus's 2 positions has a label"):
+    with pytest.raises(EmptyError, match="none of the corpus's 2 labels"):
         rc.collect(model, rc.Corpus(one.token[:, :1]))
     broken = dict(one.parameters)
     broken["blocks.1.mlp.up.weight"] = broken["blocks.1.mlp.up.weight"] * np.nan

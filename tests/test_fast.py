@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from hypothesis import given
-from strategies import Case, assert_within, case, cases
+from strategies import Case, assert_within, case, cases, image_cases
 
 from refcurv.algebra import blas, kernels
 from refcurv.law import tolerance
 from refcurv.model import layers, transformer
-from refcurv.model.config import NormPlace, QKNorm
+from refcurv.model.config import Activation, NormPlace, QKNorm
 from refcurv.model.layers import DEFINITIONS
 from refcurv.model.magnitudes import gradient_scale
 from refcurv.passes.fast import FAST, QUERY_ROWS
@@ -55,31 +55,78 @@ def test_long_packed_padded_sequences(dtype: type, place: NormPlace, qk_norm: QK
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("cap", [None, 0.7])
+def test_long_sequences_with_scale_cap_windows_and_partial_rotary(
+    dtype: type, causal: bool, cap: float | None
+) -> None:
+    """A window that starts inside one attention block and ends in the next."""
+    length = 2 * QUERY_ROWS + 37
+    one = case(
+        batch=2, length=length, norm_place=NormPlace.PRE, qk_norm=QKNorm.NONE, head_width=4,
+        rope_width=2, score_scale=0.9, score_cap=cap, causal=causal,
+        windows=(QUERY_ROWS + 9, 0) if causal else (),
+    )  # fmt: skip
+    real = np.arange(length) < np.array([[length], [190]])
+    segment = np.cumsum(np.isin(np.arange(length), [60, 260]))[None] * np.array([[0], [1]])
+    label = np.where(real, one.label, -1)
+    compare(Case(one.config, one.parameters, one.token, real, segment, label), dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@given(one=image_cases())
+def test_images(dtype: type, one: Case) -> None:
+    compare(one, dtype)
+
+
+# ------------------------------------------------------------------ activations
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("name", list(Activation))
+def test_activations_equal_their_definitions(name: Activation, dtype: type) -> None:
+    """Within 8 roundings of |z| and 1 + |z|, the terms of f and f'; observed 2.1 and 5.4."""
+    z = np.concatenate([np.linspace(-87, 87, 100_001), np.linspace(-9, 9, 100_001)]).astype(dtype)
+    up, d_h = np.random.default_rng(0).normal(size=(2, len(z))).astype(dtype)
+    f, slope = layers.ACTIVATIONS[name](z.astype(np.float64))
+    most, eps = np.abs(z).astype(np.float64), 8 * tolerance.eps(dtype)
+    h, saved = FAST.mlp_forward(name, None, z)
+    none, d_z = FAST.mlp_backward(d_h, saved)
+    assert h.dtype == d_z.dtype == dtype
+    assert none is None
+    assert (np.abs(h - f) <= eps * most).all()
+    assert (np.abs(d_z - d_h * slope) <= eps * (1 + most) * np.abs(d_h)).all()
+    h, saved = FAST.mlp_forward(name, z, up)
+    d_gate, d_up = FAST.mlp_backward(d_h, saved)
+    assert (np.abs(h - f * up) <= eps * most * np.abs(up)).all()
+    assert (np.abs(d_up - d_h * f) <= eps * most * np.abs(d_h)).all()
+    assert (np.abs(d_gate - d_h * up * slope) <= eps * (1 + most) * np.abs(d_h * up)).all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_the_kernels_exponential(dtype: type) -> None:
     """Relative error of exp over its range; observed 1.3e-7 in float32 and 3.0e-16."""
     z = np.linspace(-87, 87, 400_001).astype(dtype)
-    half = np.empty_like(z)
-    kernels.swiglu_forward(np.full_like(z, 1), np.ones_like(z), half)
-    assert np.allclose(half, 1 / (1 + np.exp(-1.0)), rtol=4 * tolerance.eps(dtype))
-    gate, up, h = z.copy(), np.ones_like(z), np.empty_like(z)
-    kernels.swiglu_forward(gate, up, h)
+    h, _ = FAST.mlp_forward(Activation.SILU, z, np.ones_like(z))
     want = z.astype(np.longdouble) / (1 + np.exp(-z.astype(np.longdouble)))
     error = np.abs(h - want) / np.maximum(np.abs(want), np.finfo(dtype).tiny)
     assert error.max() <= 4 * tolerance.eps(dtype)
 
 
-def test_extreme_gates_stay_finite() -> None:
-    """exp(-87) is where the float32 kernel stops: silu(-1000) is -0, not NaN."""
-    for dtype in FLOATS:
-        gate = np.array([-1000, -100, 100, 1000], dtype)
-        h, _ = FAST.swiglu_forward(gate, np.ones_like(gate))
-        assert np.isfinite(h).all()
-        assert np.abs(h[:2]).max() < 1e-30
-        assert (h[2:] == gate[2:]).all()
-        back = FAST.swiglu_backward(np.ones_like(gate), (gate, np.ones_like(gate)))
-        want = layers.swiglu_backward(np.ones(4), (gate.astype(float), np.ones(4)))
-        for got, expected in zip(back, want, strict=True):
-            assert np.allclose(got, expected, rtol=1e-5, atol=1e-30)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("name", list(Activation))
+def test_extreme_arguments_stay_finite(name: Activation, dtype: type) -> None:
+    """exp(-87) is where the float32 kernel stops: f(-1000) is -0, not NaN."""
+    z, ones = np.array([-1000, -100, 100, 1000], dtype), np.ones(4, dtype)
+    h, saved = FAST.mlp_forward(name, z, ones)
+    assert np.isfinite(h).all()
+    assert np.abs(h[:2]).max() < 1e-30
+    assert (h[2:] == z[2:]).all()
+    for got, want in zip(FAST.mlp_backward(ones, saved), ([0, 0, 1, 1], h), strict=True):
+        assert np.allclose(got, want, rtol=0, atol=1e-30)
+
+
+# ------------------------------------------------------------------ sums
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

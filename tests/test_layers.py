@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import oracles
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import scalings
 
+from refcurv.law import tolerance
 from refcurv.model import layers
+from refcurv.model.config import Activation, Image, RopeScaling
 from refcurv.model.layers import DEFINITIONS, Layout, Ops
 from refcurv.passes.fast import FAST
 
@@ -24,20 +29,178 @@ def test_rms_norm_by_hand(ops: Ops) -> None:
     assert np.allclose(y, [[3 * r, 8 * r]], rtol=1e-15)
 
 
+def test_centre_by_hand() -> None:
+    assert (layers.centre(np.array([[1.0, 2, 6], [0, 0, 3]])) == [[-2, -1, 3], [-1, -1, 2]]).all()
+
+
 @BOTH
-def test_swiglu_by_hand(ops: Ops) -> None:
-    h, _ = ops.swiglu_forward(np.array([0.0, math.log(3)]), np.array([5.0, 2.0]))
+def test_mlp_by_hand(ops: Ops) -> None:
+    z, up = np.array([0.0, math.log(3)]), np.array([5.0, 2.0])
+    h, _ = ops.mlp_forward(Activation.SILU, z, up)
     assert np.allclose(h, [0, math.log(3) * 0.75 * 2], rtol=1e-15)
+    h, _ = ops.mlp_forward(Activation.SILU, None, z)
+    assert np.allclose(h, [0, math.log(3) * 0.75], rtol=1e-15)
 
 
-@given(st.integers(0, 500), st.integers(1, 3), st.sampled_from([10.0, 1e4]), st.integers(0, 99))
-def test_rotary_positions_turn_pairs(position: int, half: int, theta: float, seed: int) -> None:
-    x = np.random.default_rng(seed).normal(size=2 * half)
+# ------------------------------------------------------------------ activations
+
+POINTS = np.concatenate([np.linspace(-13, 13, 1001), [-1e4, -40, -1e-9, 0, 1e-9, 40, 1e4]])
+H = np.finfo(np.longdouble).eps ** np.longdouble(0.25)
+FLOATS = pytest.mark.parametrize("dtype", [np.float32, np.float64, np.longdouble])
+EACH = pytest.mark.parametrize("name", list(Activation))
+
+
+@FLOATS
+@EACH
+def test_activations_are_the_oracle(name: Activation, dtype: type) -> None:
+    """Within 8 roundings of |z| and of 1 + |z|, which bound the terms of f and f'.
+
+    Observed: 1 of them, in longdouble 4.3 (erf), and 1.6. f' by central differences.
+    """
+    z = POINTS.astype(dtype)
+    with np.errstate(all="raise", under="ignore"):
+        f, slope = layers.ACTIVATIONS[name](z)
+    assert f.dtype == slope.dtype == dtype
+    wide, eps = z.astype(np.longdouble), tolerance.eps(dtype)
+    assert (np.abs(f - oracles.activated(name, wide)) <= 8 * eps * np.abs(z)).all()
+    near = wide[(np.abs(wide) < 14) & (np.abs(wide) > (1e-3 if name == "relu" else -1))]
+    moved = [oracles.activated(name, near + h) for h in np.array([1, -1, 2, -2]) * H]
+    differences = (8 * (moved[0] - moved[1]) - (moved[2] - moved[3])) / (12 * H)
+    _, slope = layers.ACTIVATIONS[name](near.astype(dtype))
+    within = 8 * eps + 1024 * tolerance.eps(np.longdouble) ** (3 / 4)
+    assert (np.abs(slope - differences) <= within * (1 + np.abs(near))).all()
+
+
+@EACH
+def test_the_slope_of_an_activation_is_its_complex_step(name: Activation) -> None:
+    f, _ = layers.ACTIVATIONS[name](POINTS + 1e-30j)
+    real, slope = layers.ACTIVATIONS[name](POINTS)
+    eps = np.finfo(np.float64).eps
+    assert (np.abs(f.real - real) <= 8 * eps * np.abs(POINTS) + 1e-59).all()
+    assert (np.abs(f.imag / 1e-30 - slope) <= 8 * eps * (1 + np.abs(POINTS))).all()
+
+
+def test_erf_in_longdouble_is_the_oracles() -> None:
+    """Positive terms; alternating ones, or a continued fraction. exp(−x²) errs by x²/2 eps."""
+    z = np.concatenate([np.linspace(-9, 9, 2001), [0, 1e-30, -50]]).astype(np.longdouble)
+    want = np.array([oracles.erf(one) for one in z])
+    got = layers.erf(z)
+    assert got.dtype == np.longdouble
+    within = (4 + np.minimum(z * z, 49) / 2) * np.finfo(np.longdouble).eps
+    assert (np.abs(got - want) <= within * np.abs(want)).all()
+
+
+def test_soft_cap_and_clip_and_their_slopes() -> None:
+    x = np.array([-1e4, -2.0, -0.5, 0, 0.3, 2.0, 2.1, 1e4])
+    y, slope = layers.soft_cap(x, 2.0)
+    assert np.allclose(y, [2 * math.tanh(one / 2) for one in x], rtol=1e-15)
+    assert np.allclose(slope, [1 / math.cosh(min(abs(one) / 2, 300)) ** 2 for one in x], atol=1e-15)
+    assert np.allclose(layers.soft_cap(x + 1e-30j, 2.0)[0].imag / 1e-30, slope, atol=1e-15)
+    y, slope = layers.clip(x, 2.0)
+    assert (y == [-2, -2, -0.5, 0, 0.3, 2, 2, 2]).all()
+    assert (slope == [0, 1, 1, 1, 1, 1, 0, 0]).all()
+    assert (layers.clip(x + 1e-30j, 2.0)[0].imag / 1e-30 == slope).all()
+
+
+# ------------------------------------------------------------------ positions
+
+
+@given(
+    st.integers(0, 500), st.integers(1, 3), st.integers(0, 3), st.sampled_from([10.0, 1e4]),
+    st.integers(0, 99),
+)  # fmt: skip
+def test_rotary_positions_turn_pairs(
+    position: int, half: int, rest: int, theta: float, seed: int
+) -> None:
+    """Of 2·half + rest entries the first 2·half turn, and turn back."""
+    x = np.random.default_rng(seed).normal(size=2 * half + rest)
     cos, sin = layers.rope_tables(np.array([[position]]), 2 * half, theta, np.dtype(np.float64))
     got = layers.rotate(x[None, None, None], cos, sin).ravel()
-    assert np.allclose(got, oracles.rotate(x, position, theta), rtol=0, atol=1e-12 * abs(x).max())
+    want = oracles.rotate(x, position, theta, 2 * half)
+    assert np.allclose(got, want, rtol=0, atol=1e-12 * abs(x).max())
+    assert (got[2 * half :] == x[2 * half :]).all()
     back = layers.rotate(layers.rotate(x[None, None, None], cos, sin), cos, -sin).ravel()
     assert np.allclose(back, x, rtol=0, atol=1e-15 * 8)
+
+
+def by_the_package(j: int, width: int, theta: float, scaling: RopeScaling | None) -> float:
+    return float(layers.rope_frequencies(width, theta, scaling, np.dtype(np.float64))[j])
+
+
+def by_the_oracle(j: int, width: int, theta: float, scaling: RopeScaling | None) -> float:
+    return float(oracles.frequency(j, width, theta, scaling, np.float64))
+
+
+@pytest.mark.parametrize("frequency", [by_the_package, by_the_oracle])
+def test_frequencies_by_hand(frequency: Callable[..., float]) -> None:
+    """16 entries, theta = 10⁸: pair j turns by 10^-j, and n · 10^-j times in 628 positions."""
+    turns, n = dict(factor=5.0, original=628, slow=1.0, fast=50.0), 628 / (2 * math.pi)
+    for scaling, share in (
+        (None, [0] * 8),
+        (RopeScaling(kind="linear", factor=5.0), [1] * 8),
+        # n = 99.9 turns of pair 0, 9.99 and 0.999 of the next
+        (RopeScaling(kind="llama3", **turns), [0, (50 - n / 10) / 49, *[1] * 6]),
+        # the ramp is from pair log10(n / 50) = 0.30 to pair log10(n) = 1.9998
+        (
+            RopeScaling(kind="yarn", truncate=False, **turns),
+            [0, (1 - math.log10(n / 50)) / math.log10(50), *[1] * 6],
+        ),
+        # the same, from 0 to 2
+        (RopeScaling(kind="yarn", **turns), [0, 0.5, *[1] * 6]),
+    ):
+        for j, s in enumerate(share):
+            want = 10.0**-j * (1 - s + s / 5)
+            assert frequency(j, 16, 1e8, scaling) == pytest.approx(want, rel=1e-14), (scaling, j)
+
+
+@given(st.integers(1, 5), st.sampled_from([1.5, 3.0, 1e4, 1e6]), scalings(), st.integers(0, 99))
+def test_frequencies_are_the_oracle(
+    half: int, theta: float, scaling: RopeScaling, position: int
+) -> None:
+    wide = np.dtype(np.longdouble)
+    got = layers.rope_frequencies(2 * half, theta, scaling, wide)
+    want = [oracles.frequency(j, 2 * half, theta, scaling, wide.type) for j in range(half)]
+    assert got.dtype == wide
+    # llama3: a turn is off by roundings of itself, over the width of the ramp
+    ramp = 1 + scaling.original / (scaling.fast - scaling.slow)
+    assert (np.abs(got - want) <= 16 * ramp * tolerance.eps(wide) * np.abs(want)).all()
+    x = np.arange(1.0, 2 * half + 1).astype(wide)
+    tables = layers.rope_tables(np.array([[position]]), 2 * half, theta, wide, scaling)
+    turned = layers.rotate(x[None, None, None], *tables).ravel()
+    assert np.allclose(
+        turned, oracles.rotate(x, position, theta, 0, scaling),
+        rtol=0, atol=16 * ramp * tolerance.eps(wide) * (1 + position) * 2 * half * 2,
+    )  # fmt: skip
+
+
+@given(st.integers(1, 7), st.integers(0, 8), st.integers(0, 999))
+def test_layouts_by_pairs(length: int, window: int, seed: int) -> None:
+    """Who sees whom, causal, windowed and bidirectional, one pair at a time."""
+    rng = np.random.default_rng(seed)
+    segment = np.cumsum(rng.random((2, length)) < 0.4, axis=1)
+    real = np.arange(length) < rng.integers(1, length + 1, (2, 1))
+    causal, full = layers.causal_layout(real, segment), layers.full_layout(real, segment)
+    models = {True: layers.windowed(causal, window) if window else causal, False: full}
+    for is_causal, layout in models.items():
+        config = SimpleNamespace(causal=is_causal, windows=(window,) if is_causal else ())
+        visible = layers.visible_keys(layout, length)
+        for b, t, s in np.ndindex(2, length, length):
+            want = real[b, t] and real[b, s] and oracles.sees(config, 0, segment[b], t, s)
+            assert visible[b, t, s] == want, (is_causal, b, t, s)
+        for b, t in np.argwhere(real):
+            assert layout.position_BT[b, t] == (segment[b, :t] == segment[b, t]).sum()
+
+
+@given(
+    st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(0, 99)
+)
+def test_unfold_by_loops(channels: int, down: int, across: int, patch: int, seed: int) -> None:
+    image = Image(channels=channels, height=down * patch, width=across * patch, patch=patch)
+    shape = (2, channels, image.height, image.width)
+    pixel = np.random.default_rng(seed).normal(size=shape)
+    got = layers.unfold(pixel, patch)
+    assert got.shape == (2, image.patches, image.patch_size)
+    assert all((got[b] == oracles.patches(image, pixel[b])).all() for b in range(2))
 
 
 def test_rotary_tables_are_as_exact_as_their_dtype() -> None:
@@ -53,9 +216,15 @@ def test_rotary_tables_are_as_exact_as_their_dtype() -> None:
 
 
 @BOTH
-@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 6), st.integers(0, 999))
-def test_attention_by_loops(ops: Ops, kv_heads: int, group: int, length: int, seed: int) -> None:
-    """Grouped queries, segments and padding, one number at a time."""
+@given(
+    st.integers(1, 3), st.integers(1, 3), st.integers(1, 6), st.integers(0, 999),
+    st.sampled_from([None, 0.3]), st.sampled_from([None, 0.7]),
+)  # fmt: skip
+def test_attention_by_loops(
+    ops: Ops, kv_heads: int, group: int, length: int, seed: int, scale: float | None,
+    cap: float | None,
+) -> None:  # fmt: skip
+    """Grouped queries, segments and padding, scale and soft-cap, one number at a time."""
     rng = np.random.default_rng(seed)
     H, E = kv_heads * group, 4
     q = rng.normal(size=(1, length, H, E))
@@ -66,8 +235,8 @@ def test_attention_by_loops(ops: Ops, kv_heads: int, group: int, length: int, se
     layout = Layout((np.arange(length) - starts)[None], starts[None], last[None])
     s = np.arange(length)
     visible = (starts[:, None] <= s) & (s <= last[:, None])
-    got, _ = ops.attention_forward(q, k, v, layout)
-    want = oracles.attention(q[0], k[0], v[0], visible)
+    got, _ = ops.attention_forward(q, k, v, layout, scale, cap)
+    want = oracles.attention(q[0], k[0], v[0], visible, scale, cap)
     assert np.abs(got[0] - want).max() < 1e-13
     assert (got[0, real:] == 0).all()
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from refcurv.evaluation.metrics import (
+    accuracy,
     exact_match,
     ndcg,
     ndcg_of_ids,
@@ -107,6 +108,15 @@ def test_rows_must_fit():
             metric([a[:1]], [a])
         with pytest.raises(ShapeError, match="1 decoded rows, but 2"):
             metric([a], [a, a])
+
+
+def test_accuracy_by_hand():
+    assert accuracy(np.array([1, 2, 0, 2]), np.array([1, 0, 0, 2])) == 0.75
+    assert accuracy(np.array([1]), np.array([0])) == 0
+    with pytest.raises(EmptyError, match="no items"):
+        accuracy(np.array([]), np.array([]))
+    with pytest.raises(ShapeError, match=r"predicted must be \(2\)"):
+        accuracy(np.array([[1, 2]]), np.array([1, 2]))
 
 
 # ------------------------------------------------------------------ perplexity

@@ -26,20 +26,19 @@ import pytest
 torch = pytest.importorskip("torch", reason="extra `peers`")
 pytest.importorskip("transformers", reason="extra `peers`")
 
-from test_peers import (  # noqa: E402
+from peers_compare import (  # noqa: E402
     InFloat64,
     Tensors,
     checkpoint_names,
     converted,
     distance,
-    llama,
-    olmo2,
     second_moment,
     tapped,
     theirs,
     with_config,
     with_parameter,
 )
+from peers_zoo import llama, olmo2  # noqa: E402
 
 from refcurv.curvature import exact  # noqa: E402
 from refcurv.model.config import Model, expand  # noqa: E402

@@ -8,25 +8,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-import strategies
 import test_eigenbasis
 import test_factors
 import test_identities
 import test_layers
+import test_oracles
 import test_projection
 import test_transformer
 from strategies import Case, case
+from test_oracles import GEMMA2, GPT2, NEOX, OLMO, PHI, images, padded
 
-from refcurv.curvature import eigenbasis, factors
+from refcurv.curvature import eigenbasis, factors, sums
 from refcurv.law.checks import RefcurvError
 from refcurv.law.conventions import Fisher
-from refcurv.model import layers, loss, transformer
-from refcurv.model.layers import DEFINITIONS, Ops
-from refcurv.passes import memory, shards
+from refcurv.model import inputs, layers, loss, transformer
+from refcurv.model.config import Activation, Residual, RopeScaling, Scaling
+from refcurv.model.layers import ACTIVATIONS, DEFINITIONS, Ops
+from refcurv.model.transformer import Slope
+from refcurv.passes import memory
 
 
 @contextmanager
@@ -41,7 +45,7 @@ def planted(where: Any, name: str, wrong: Any) -> Iterator[None]:
         put(where, name, right)
 
 
-def padded() -> Case:
+def default_labels() -> Case:
     """Grouped queries, one padded row, default labels."""
     one = case(length=6)
     real = np.array([[True] * 6, [True] * 4 + [False] * 2])
@@ -56,7 +60,7 @@ def padded() -> Case:
 
 def naive_sums(fisher: str, one: Case | None = None) -> None:
     test_factors.test_factors_equal_the_naive_sums.hypothesis.inner_test(
-        padded() if one is None else one, fisher, 3
+        default_labels() if one is None else one, fisher, 3
     )
 
 
@@ -65,17 +69,26 @@ def unbiased_error() -> None:
         test_factors.test_O12_the_standard_error_is_unbiased("sampled", patch)
 
 
-def complex_step() -> None:
+def complex_step(one: Case | None = None) -> None:
     name = "test_gradient_of_every_parameter_equals_complex_step"
-    getattr(test_transformer, name).hypothesis.inner_test(padded())
+    check = getattr(test_transformer, name).hypothesis.inner_test
+    check(default_labels() if one is None else one)
+
+
+def forward(one: Case) -> None:
+    test_oracles.test_the_forward_is_the_oracle.hypothesis.inner_test(one)
+
+
+def rows_and_fishers(one: Case, layer: str, kind: str = "empirical") -> None:
+    test_oracles.compare_rows_and_fishers(one, layer, kind)  # test_rows_and_fishers_are_the_oracle
 
 
 def rotary_by_hand() -> None:
-    test_layers.test_rotary_positions_turn_pairs.hypothesis.inner_test(7, 2, 10.0, 0)
+    test_layers.test_rotary_positions_turn_pairs.hypothesis.inner_test(7, 2, 0, 10.0, 0)
 
 
 def attention_by_loops() -> None:
-    test_layers.test_attention_by_loops.hypothesis.inner_test(DEFINITIONS, 2, 2, 5, 0)
+    test_layers.test_attention_by_loops.hypothesis.inner_test(DEFINITIONS, 2, 2, 5, 0, None, None)
 
 
 def norm_defect() -> None:
@@ -88,12 +101,20 @@ def order_of_eigenvalues() -> None:
 
 
 def swiglu_identity() -> None:
-    test_identities.test_O36_gate_and_up_of_swiglu.hypothesis.inner_test(padded())
+    test_identities.test_O36_gate_and_up_of_swiglu.hypothesis.inner_test(default_labels())
 
 
 def first_query() -> None:
     place, qk = test_identities.ALL[0]
     test_identities.test_O31_the_first_query_has_no_gradient(place, qk)
+
+
+def unfold_by_loops() -> None:
+    test_layers.test_unfold_by_loops.hypothesis.inner_test(2, 2, 3, 2, 0)
+
+
+def window_by_pairs() -> None:
+    test_layers.test_layouts_by_pairs.hypothesis.inner_test(7, 2, 0)
 
 
 def packed_documents() -> None:
@@ -120,11 +141,11 @@ def mean_loss(logit: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndar
 CROSS_ENTROPY = loss.cross_entropy
 
 
-def all_real(label: np.ndarray, real: np.ndarray, segment: np.ndarray) -> np.ndarray:
+def all_real(label: np.ndarray, real: np.ndarray, *more: Any) -> np.ndarray:
     return real
 
 
-def everything(label: np.ndarray, real: np.ndarray, segment: np.ndarray) -> np.ndarray:
+def everything(label: np.ndarray, real: np.ndarray, *more: Any) -> np.ndarray:
     return np.ones_like(real)
 
 
@@ -159,7 +180,7 @@ def biased_variance(passes: Any) -> np.ndarray:
     return VARIANCE(passes) / 2
 
 
-VARIANCE = factors._Passes.variance
+VARIANCE = sums._Passes.variance
 
 
 def interleaved(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
@@ -167,11 +188,11 @@ def interleaved(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
     return np.stack([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).reshape(x.shape)
 
 
-def tiled_groups(q: np.ndarray, k: np.ndarray, v: np.ndarray, layout: Any) -> Any:
+def tiled_groups(q: np.ndarray, k: np.ndarray, v: np.ndarray, *more: Any) -> Any:
     B, T, H, E = q.shape
     K = k.shape[2]
     turned = q.reshape(B, T, H // K, K, E).swapaxes(2, 3).reshape(q.shape)
-    context, saved = ATTENTION(turned, k, v, layout)
+    context, saved = ATTENTION(turned, k, v, *more)
     return context.reshape(B, T, K, H // K, E).swapaxes(2, 3).reshape(q.shape), saved
 
 
@@ -196,8 +217,9 @@ def rows_for_columns(M: np.ndarray) -> Any:
     return values, U.T[::-1, ::-1]
 
 
-def ungated_slope(d_h: np.ndarray, saved: Any) -> Any:
-    gate, up = saved
+def gate_without_slope(d_h: np.ndarray, saved: Any) -> Any:
+    """silu' taken for sigmoid."""
+    _activation, gate, up = saved
     s = layers.sigmoid(gate)
     return d_h * up * s, d_h * gate * s
 
@@ -217,10 +239,139 @@ def leaking(real: np.ndarray, segment: np.ndarray) -> layers.Layout:
     return layers.causal_layout(real, np.zeros_like(segment))
 
 
-BUGS: list[tuple[str, Any, str, Any, Callable[[], None]]] = [
+# ------------------------------------------------------------------ architectures taken for others
+
+
+def taken_for(function: Callable[..., Any], **other: Any) -> Callable[..., Any]:
+    """A function of a config, called with another one."""
+    return lambda config, *more: function(replace(config, **other), *more)
+
+
+def offset_forgotten(config: Any, parameters: Any, name: str, x: np.ndarray, ops: Ops) -> Any:
+    return NORM(replace(config, norm_offset=False), parameters, name, x, ops)
+
+
+def gained(config: Any, parameters: Any, name: str, x: np.ndarray, ops: Ops) -> Any:
+    y, saved = NORM(config, parameters, name, x, ops)
+    return (y if config.norm_gain else y * 1.5), saved
+
+
+NORM = transformer.norm_forward
+
+
+def without_mean(config: Any, name: str, *more: Any) -> Any:
+    return NORM_BACKWARD(replace(config, norm="rms"), name, *more)
+
+
+NORM_BACKWARD = transformer.norm_backward
+
+
+def bias_times(factor: Callable[[np.ndarray], float]) -> Callable[..., Any]:
+    """The bias's gradient, times a function of the layer's output gradient g."""
+
+    def wrong(config: Any, parameters: Any, layer: str, a: np.ndarray, g: np.ndarray) -> Any:
+        steps = LINEAR_BACKWARD(config, parameters, layer, a, g)
+        yield next(steps)
+        if config.has_bias(layer):
+            slope = next(steps)
+            yield Slope(slope.name, slope.d * factor(g))
+        return transformer.drain(steps, lambda step: None)
+
+    return wrong
+
+
+LINEAR_BACKWARD = transformer.linear_backward
+
+
+def mlp_of_shared_norm_forgotten(*arguments: Any) -> Any:
+    return 0 * (yield from MLP_BACKWARD(*arguments))
+
+
+MLP_BACKWARD = transformer.mlp_backward
+
+
+def bent_nowhere(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The value of clip or soft-cap with the derivative 1."""
+
+    def wrong(x: np.ndarray, bound: float) -> Any:
+        y, slope = function(x, bound)
+        return y, np.ones_like(slope)
+
+    return wrong
+
+
+def unscaled(q: np.ndarray, k: np.ndarray, v: np.ndarray, layout: Any, scale: Any, cap: Any) -> Any:
+    return ATTENTION(q, k, v, layout, None, cap)
+
+
+def uncapped_scores(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, layout: Any, scale: Any, cap: Any
+) -> Any:
+    return ATTENTION(q, k, v, layout, scale, None)
+
+
+def last_entries(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+    still = x.shape[-1] - 2 * cos.shape[-1]
+    return np.concatenate([x[..., :still], ROTATE(x[..., still:], cos, sin)], axis=-1)
+
+
+ROTATE = layers.rotate
+
+
+def ramp_reversed(width: int, theta: float, scaling: Any, dtype: Any) -> np.ndarray:
+    """f + f/factor − f': the stretched and the others change places."""
+    f, right = (FREQUENCIES(width, theta, some, dtype) for some in (None, scaling))
+    ramp = scaling is not None and scaling.kind is not Scaling.LINEAR
+    return f + f / scaling.factor - right if ramp else right
+
+
+FREQUENCIES = layers.rope_frequencies
+
+
+def positions_go_on(config: Any, parameters: Any, x: np.ndarray, layout: Any) -> Any:
+    """Learned positions do not restart in a packed document."""
+    index = np.arange(x.shape[1]) + 0 * layout.position_BT
+    return INPUT(config, parameters, x, replace(layout, position_BT=index))
+
+
+def specials_swapped(config: Any, parameters: Any, *more: Any) -> Any:
+    swapped = {"cls.weight": "distillation.weight", "distillation.weight": "cls.weight"}
+    return INPUT(config, {n: parameters[swapped.get(n, n)] for n in parameters}, *more)
+
+
+INPUT = transformer.input_forward
+
+
+def pixel_by_pixel(image: np.ndarray, patch: int) -> np.ndarray:
+    """Patches flattened over (row, column, channel)."""
+    B, C, H, W = image.shape
+    split = image.reshape(B, C, H // patch, patch, W // patch, patch)
+    return split.transpose(0, 2, 4, 3, 5, 1).reshape(B, -1, C * patch * patch)
+
+
+def with_activation(name: Activation, function: Any) -> dict[Activation, Any]:
+    return {**ACTIVATIONS, name: function}
+
+
+def one_block(**changes: Any) -> Case:
+    """Two sequences: one of two documents, one padded."""
+    return padded(5, layers=1, **changes)
+
+
+TABLES = layers.rope_tables
+WINDOWED, FORWARD, BACKWARD = (
+    layers.windowed, transformer.block_forward, transformer.block_backward
+)  # fmt: skip
+
+LLAMA3 = RopeScaling(kind="llama3", factor=4.0, original=30, slow=0.3, fast=9.0)
+WIDE = dict(head_width=4, norm_place="pre")
+
+Bug = tuple[str, Any, str, Any, Callable[[], None]]
+
+BUGS: list[Bug] = [
     ("B32 A and G swapped", factors, "_finish", swapped_sides, lambda: naive_sums("empirical")),
     ("B1 mean loss", transformer, "cross_entropy", mean_loss, complex_step),
-    ("B27 last position kept", shards, "reached", all_real, lambda: naive_sums("empirical")),
+    ("B27 last position kept", inputs, "reached", all_real, lambda: naive_sums("empirical")),
     ("B15 data labels for sampled", memory, "sweep", gold, lambda: naive_sums("sampled")),
     ("B17 one uniform for all positions", memory, "uniforms", one_uniform,
      lambda: naive_sums("sampled")),
@@ -229,23 +380,112 @@ BUGS: list[tuple[str, Any, str, Any, Callable[[], None]]] = [
      lambda: naive_sums("expected")),
     ("B19 unlabelled positions count too", memory, "_root_column", root_everywhere,
      lambda: naive_sums("expected", test_factors.gappy())),
-    ("1/M in the standard error", factors._Passes, "variance", biased_variance, unbiased_error),
-    ("B28 pads counted", shards, "reached", everything, lambda: naive_sums("empirical")),
+    ("1/M in the standard error", sums._Passes, "variance", biased_variance, unbiased_error),
+    ("B28 pads counted", inputs, "reached", everything, lambda: naive_sums("empirical")),
     ("B51 interleaved rotary", layers, "rotate", interleaved, rotary_by_hand),
     ("B52 tiled query groups", DEFINITIONS, "attention_forward", tiled_groups, attention_by_loops),
     ("B53 eps outside the root", layers, "rms_norm_forward", eps_outside, norm_defect),
     ("B65 ascending spectrum", eigenbasis.blas, "eigh", ascending, order_of_eigenvalues),
     ("B64 eigenvectors in rows", eigenbasis.blas, "eigh", rows_for_columns,
      order_of_eigenvalues),
-    ("SwiGLU without silu'", DEFINITIONS, "swiglu_backward", ungated_slope, complex_step),
-    ("SwiGLU without silu', by O36", DEFINITIONS, "swiglu_backward", ungated_slope,
+    ("SwiGLU without silu'", DEFINITIONS, "mlp_backward", gate_without_slope, complex_step),
+    ("SwiGLU without silu', by O36", DEFINITIONS, "mlp_backward", gate_without_slope,
      swiglu_identity),
     ("softmax without its Jacobian", DEFINITIONS, "attention_backward", no_softmax_jacobian,
      complex_step),
     ("the same, by O31", DEFINITIONS, "attention_backward", no_softmax_jacobian, first_query),
-    ("B50 attention across documents", strategies,
+    ("B50 attention across documents", transformer,
      "causal_layout", leaking, packed_documents),
 ]  # fmt: skip
+
+ARCHITECTURE: list[Bug] = [
+    ("interleaved rotary", DEFINITIONS, "rotate", interleaved, lambda: forward(one_block(**WIDE))),
+    ("last entries turned", DEFINITIONS, "rotate", last_entries,
+     lambda: forward(one_block(**NEOX))),
+    ("yarn's ramp reversed", layers, "rope_frequencies", ramp_reversed,
+     lambda: forward(one_block(**OLMO))),
+    ("yarn's ramp reversed, by hand", layers, "rope_frequencies", ramp_reversed,
+     lambda: test_layers.test_frequencies_by_hand(test_layers.by_the_package)),
+    ("llama3's ramp reversed", layers, "rope_frequencies", ramp_reversed,
+     lambda: forward(one_block(**WIDE, rope_scaling=LLAMA3))),
+    ("cos and sin without yarn's size", transformer, "rope_tables",
+     lambda position, width, theta, dtype, scaling=None: TABLES(
+         position, width, theta, dtype, scaling and replace(scaling, attention=1.0)),
+     lambda: forward(one_block(**WIDE, rope_scaling=replace(LLAMA3, attention=1.2)))),
+    ("positions that go on in a packed document", transformer, "input_forward", positions_go_on,
+     lambda: forward(one_block(**GPT2))),
+    ("tiled query groups", DEFINITIONS, "attention_forward", tiled_groups,
+     lambda: forward(one_block(heads=4, kv_heads=2))),
+    ("score scale forgotten", DEFINITIONS, "attention_forward", unscaled,
+     lambda: forward(one_block(**GEMMA2))),
+    ("score cap forgotten", DEFINITIONS, "attention_forward", uncapped_scores,
+     lambda: forward(one_block(**GEMMA2))),
+    ("score cap's derivative", layers, "soft_cap", bent_nowhere(layers.soft_cap),
+     lambda: complex_step(one_block(**GEMMA2))),
+    ("logit cap's derivative", transformer, "uncapped", lambda config, z, d: d,
+     lambda: complex_step(one_block(**GEMMA2))),
+    ("logit cap's derivative, in the expected Fisher", transformer, "uncapped",
+     lambda config, z, d: d,
+     lambda: rows_and_fishers(one_block(**GEMMA2), "blocks.0.mlp.up", "expected")),
+    ("clip forgotten", transformer, "clip", lambda x, bound: (x, np.ones(x.shape, bool)),
+     lambda: forward(one_block(**OLMO))),
+    ("clip's derivative", transformer, "clip", bent_nowhere(transformer.clip),
+     lambda: complex_step(one_block(**OLMO))),
+    ("window too wide", transformer, "windowed", lambda at, n: WINDOWED(at, n + 1),
+     lambda: forward(one_block(**GEMMA2))),
+    ("window too narrow", transformer, "windowed", lambda at, n: WINDOWED(at, n - 1),
+     lambda: forward(one_block(**GEMMA2))),
+    ("window too wide, by pairs", layers, "windowed", lambda at, n: WINDOWED(at, n + 1),
+     window_by_pairs),
+    ("a bidirectional model that is causal", transformer, "full_layout", layers.causal_layout,
+     lambda: forward(images(5))),
+    ("eps outside the root", DEFINITIONS, "rms_norm_forward", eps_outside,
+     lambda: forward(one_block())),
+    ("gain offset forgotten", transformer, "norm_forward", offset_forgotten,
+     lambda: forward(one_block(**GEMMA2))),
+    ("a gain where there is none", transformer, "norm_forward", gained,
+     lambda: forward(one_block(**OLMO))),
+    ("LayerNorm without the mean's derivative", transformer, "norm_backward", without_mean,
+     lambda: complex_step(one_block(**GPT2))),
+    ("tanh for erf", layers, "ACTIVATIONS", with_activation(Activation.GELU, layers.gelu_tanh),
+     lambda: forward(one_block(**GPT2))),
+    ("erf for tanh", layers, "ACTIVATIONS", with_activation(Activation.GELU_TANH, layers.gelu),
+     lambda: forward(one_block(**GEMMA2))),
+    ("sequential for parallel", transformer, "block_forward",
+     taken_for(FORWARD, residual=Residual.SEQUENTIAL), lambda: forward(one_block(**NEOX))),
+    ("parallel for sequential", transformer, "block_forward",
+     taken_for(FORWARD, residual=Residual.PARALLEL), lambda: forward(one_block(**GPT2))),
+    ("sequential for parallel, backward", transformer, "block_backward",
+     taken_for(BACKWARD, residual=Residual.SEQUENTIAL), lambda: complex_step(one_block(**NEOX))),
+    ("parallel for sequential, backward", transformer, "block_backward",
+     taken_for(BACKWARD, residual=Residual.PARALLEL), lambda: complex_step(one_block(**GPT2))),
+    ("shared norm for the MLP's own", transformer, "block_forward",
+     taken_for(FORWARD, residual=Residual.SHARED), lambda: forward(one_block(**NEOX))),
+    ("shared norm without the MLP's gradient", transformer, "mlp_backward",
+     mlp_of_shared_norm_forgotten, lambda: complex_step(one_block(**PHI))),
+    ("bias forgotten", transformer, "linear_forward",
+     taken_for(transformer.linear_forward, biases=()), lambda: forward(one_block(**GPT2))),
+    ("bias without a gradient", transformer, "linear_backward", bias_times(lambda g: 0.0),
+     lambda: complex_step(one_block(**GPT2))),
+    ("bias counted once a batch", transformer, "linear_backward",
+     bias_times(lambda g: 1 / len(g)),
+     lambda: complex_step(one_block(**GPT2))),
+    ("embedding's gradient without the scale", transformer, "input_taps",
+     taken_for(transformer.input_taps, embed_scale=1.0), lambda: complex_step(one_block(**GEMMA2))),
+    ("CLS read at the last position", transformer, "pool_forward", lambda config, x: x[:, -1:],
+     lambda: forward(images(5))),
+    ("mean over the patches alone", transformer, "pool_forward",
+     lambda config, x: x[:, 2:].mean(axis=1, keepdims=True),
+     lambda: forward(images(5, pool="mean"))),
+    ("specials swapped", transformer, "input_forward", specials_swapped,
+     lambda: forward(images(5))),
+    ("patches by (row, column, channel)", inputs, "unfold", pixel_by_pixel,
+     lambda: rows_and_fishers(images(5), "patch")),
+    ("patches by (row, column, channel), by loops", layers, "unfold", pixel_by_pixel,
+     unfold_by_loops),
+]  # fmt: skip
+
+BUGS += ARCHITECTURE
 
 
 @pytest.mark.parametrize(("where", "name", "wrong", "notices"), [b[1:] for b in BUGS],

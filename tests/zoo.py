@@ -15,6 +15,7 @@ import numpy as np
 from refcurv.curvature.problem import Loss, Problem
 from refcurv.law.checks import Array
 from refcurv.model import layers
+from refcurv.model.config import Activation
 from refcurv.model.loss import (
     cross_entropy,
     draw_labels,
@@ -43,15 +44,14 @@ class Net:
     target: np.ndarray | None = None
 
     def problem(self) -> Problem:
-
-        def rows(a: np.ndarray) -> np.ndarray:
-            return a.reshape(-1, a.shape[-1])
+        def kept(tap: Tap) -> np.ndarray:
+            return np.ones(tap.a.shape[:2], dtype=bool)
 
         names = {s[1] for s in self.stages if s[0] == "linear"}
         names |= {name for s in self.stages if s[0] == "swiglu" for name in s[1:]}
         linear = frozenset(f"{name}.weight" for name in names)
         return Problem(
-            self.parameters, self.forward, self.backward, self.loss(), linear, rows, self.split
+            self.parameters, self.forward, self.backward, self.loss(), linear, kept, self.split
         )
 
     def split(self) -> Iterator[Problem]:
@@ -79,7 +79,7 @@ class Net:
                 h = np.tanh(h)
             elif kind == "swiglu":
                 gate, up = (h @ parameters[f"{name}.weight"].T for name in what)
-                h, saved[-1] = layers.swiglu_forward(gate, up)[0], (h, gate, up)
+                h, saved[-1] = layers.mlp_forward(Activation.SILU, gate, up)[0], (h, gate, up)
             elif kind == "mix":
                 h = what[0] @ h
             elif kind == "pool":
@@ -103,7 +103,7 @@ class Net:
                 d = d * (1 - t * t)
             elif kind == "swiglu":
                 a, gate, up = h
-                d_gate, d_up = layers.swiglu_backward(d, (gate, up))
+                d_gate, d_up = layers.mlp_backward(d, (Activation.SILU, gate, up))
                 yield Tap(f"{what[1]}.weight", a, d_up)
                 yield Tap(f"{what[0]}.weight", a, d_gate)
                 W_gate, W_up = (parameters[f"{name}.weight"] for name in what)

@@ -41,7 +41,6 @@ def _row(id: str, statement: str, functions: str = "", tests: str = "", waits: s
 
 
 ESTIMATORS = "the estimators: EK-FAC, reduce, FOOF, TKFAC, Shampoo"
-ARCHITECTURES = "biases, ties, patches and rotated parametrisations: issue 4"
 BASELINES = "the baselines: issue 5"
 
 EXACT, LAYERS = "curvature.exact.", "model.layers."
@@ -80,7 +79,9 @@ ROWS = (
     _row("O3", "pooled before the loss: K is exact behind the pool only; reduce before it",
          EXACT + "kfac", waits="the reduce half: " + ESTIMATORS),
     _row("O4", "reduce right before a pool is K of the averaged input", waits=ESTIMATORS),
-    _row("O5", "shallow convolution; patches as a linear layer", waits=ESTIMATORS),
+    _row("O5", "shallow convolution; patches as a linear layer",
+         LAYERS + "unfold curvature.factors.collect",
+         waits="the shallow convolution: " + ESTIMATORS),
     _row("O6", "a full design of inputs and gradients: K = F_tok", EXACT + "f_tok"),
     _row("O7", "FOOF: G = I", waits=ESTIMATORS),
     _row("O8", "the head: F = Σ (diag p − p pᵀ) ⊗ h hᵀ = F_tok = H", EXACT + "fisher"),
@@ -125,7 +126,7 @@ ROWS = (
     _row("O33", "a key-value head sums its group", LAYERS + "attention_backward"),
     _row("O34", "the norm's defect tells where eps stands", LAYERS + "rms_norm_backward"),
     _row("O35", "post-norm scale invariance: GGN·W = 0, H·W = −∇W", f"{EXACT}ggnvp {EXACT}hvp"),
-    _row("O36", "SwiGLU: g_up z_up = g_h h", LAYERS + "swiglu_backward"),
+    _row("O36", "SwiGLU: g_up z_up = g_h h", LAYERS + "mlp_backward"),
     _row("O37", "gate and up share A; q, k, v too", "curvature.factors.collect"),
     _row("O38", "last block: F = F_tok for q, o, gate, up, down, head", f"{EXACT}f_tok"),
     _row("O39", "causality", "model.transformer.forward"),
@@ -134,14 +135,15 @@ ROWS = (
     _row("O42", "sums add over disjoint data", "curvature.factors.collect"),
     _row("O43", "a mean loss shrinks G by m²", "model.transformer.backward"),
     _row("O44", "a weighted loss scales g linearly", "model.transformer.backward"),
-    _row("O45", "orthogonal changes of the input", "editing.projection.edit",
-         "test_projection.py::test_rotated_inputs_leave_the_edited_function_unchanged",
-         "the output side and the factors: " + ARCHITECTURES),
-    _row("O46", "permutations and residual rotations", waits=ARCHITECTURES),
-    _row("O47", "the homogeneous coordinate of a bias", waits=ARCHITECTURES),
-    _row("O48", "tied weights: both parts and their cross terms", EXACT + "fisher",
-         waits="K-FAC of a tied weight: " + ARCHITECTURES),
-    _row("O49", "norm gains have a d x d Fisher", EXACT + "fisher"),
+    _row("O45", "orthogonal changes of inputs and outputs",
+         "curvature.factors.collect editing.projection.edit",
+         "test_projection.py::test_rotated_inputs_leave_the_edited_function_unchanged"),
+    _row("O46", "permutations, residual rotations and rope layouts", "curvature.factors.collect"),
+    _row("O47", "the homogeneous coordinate of a bias",
+         "curvature.factors.collect curvature.eigenbasis.decompose editing.projection.edit"),
+    _row("O48", "tied weights: both parts and their cross terms; no K of the shared one",
+         EXACT + "fisher curvature.factors.collect"),
+    _row("O49", "norm gains have a d x d Fisher", EXACT + "fisher curvature.blocks.collect_blocks"),
     _row("O50", "temperature: F falls by τ²", EXACT + "fisher"),
     _row("O51", "padding adds nothing", "curvature.factors.collect"),
     _row("O52", "packed documents are separate documents", LAYERS + "causal_layout"),

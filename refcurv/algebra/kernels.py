@@ -20,7 +20,7 @@ _EXACT = {"contract", "nsz"}
 _LANES = {"contract", "nsz", "reassoc"}
 
 
-# ------------------------------------------------------------------ exponential
+# ------------------------------------------------------------------ functions of one number
 
 
 @njit(cache=True, nogil=True, fastmath=_EXACT, error_model="numpy")
@@ -49,6 +49,43 @@ def _exp(x):  # type: ignore[no-untyped-def]
     if x == types.float32:
         return lambda x: _exp32(x)  # noqa: PLW0108
     return lambda x: math.exp(x)  # noqa: PLW0108
+
+
+@njit(cache=True, nogil=True, fastmath=_EXACT, error_model="numpy")
+def _normal32(z: Any, e: Any) -> Any:
+    """Φ(z) in float32 to 0.8e-7: Abramowitz & Stegun 7.1.26, so that loops vectorise."""
+    one = np.float32(1)
+    t = one / (one + np.float32(0.3275911 * math.sqrt(0.5)) * abs(z))
+    p = np.float32(1.061405429) * t - np.float32(1.453152027)
+    p = p * t + np.float32(1.421413741)
+    p = p * t - np.float32(0.284496736)
+    p = p * t + np.float32(0.254829592)
+    tail = np.float32(0.5) * p * t * e
+    return tail if z < 0 else one - tail
+
+
+def normal(z: Any, e: Any) -> Any:
+    """Φ(z) = (1 + erf(z/√2)) / 2 of one number, given e = exp(−z²/2)."""
+    return 0.5 * (1 + math.erf(z * math.sqrt(0.5)))
+
+
+@overload(normal)
+def _normal(z, e):  # type: ignore[no-untyped-def]
+    if z == types.float32:
+        return lambda z, e: _normal32(z, e)  # noqa: PLW0108
+    return lambda z, e: 0.5 * (1 + math.erf(z * math.sqrt(0.5)))
+
+
+def number(x: float, like: Any) -> Any:
+    """A constant in the dtype of another number."""
+    return like.dtype.type(x)
+
+
+@overload(number)
+def _number(x, like):  # type: ignore[no-untyped-def]
+    if like == types.float32:
+        return lambda x, like: np.float32(x)
+    return lambda x, like: x
 
 
 # ------------------------------------------------------------------ accumulation
@@ -110,24 +147,61 @@ def rms_norm_backward(
             d_x_ND[n, d] = r * (d_y_ND[n, d] * gain_D[d] - x_ND[n, d] * dot)
 
 
-@njit(cache=True, nogil=True, fastmath=_EXACT, error_model="numpy")
-def swiglu_forward(gate_N: Array, up_N: Array, h_N: Array) -> None:
-    """Definition: model.layers.swiglu_forward, on flat arrays."""
-    for n in range(gate_N.shape[0]):
-        z = gate_N[n]
-        h_N[n] = z * up_N[n] / (1 + exp(-z))
+SILU, GELU, GELU_TANH, RELU = range(4)
+"""The activations. Which one a kernel is for is said by the length of a tuple, `(0,) * GELU`: that
+is a type, and Numba compiles a loop without branches for each type."""
 
 
 @njit(cache=True, nogil=True, fastmath=_EXACT, error_model="numpy")
-def swiglu_backward(
-    d_h_N: Array, gate_N: Array, up_N: Array, d_gate_N: Array, d_up_N: Array
+def activation(which: tuple[int, ...], z: Any) -> tuple[Any, Any]:
+    """Definition: model.layers.ACTIVATIONS, f(z) and f'(z) of one number.
+
+    gelu_tanh is z · sigmoid(2u), for (1 + tanh u) / 2 = 1 / (1 + exp(−2u)).
+    """
+    kind, one, half = len(which), number(1.0, z), number(0.5, z)
+    if kind == RELU:
+        step = one if z > 0 else one - one
+        return z * step, step
+    if kind == GELU:
+        e = exp(-half * z * z)
+        Phi = normal(z, e)
+        return z * Phi, Phi + z * e * number(1 / math.sqrt(2 * math.pi), z)
+    x, slope = z, one
+    if kind == GELU_TANH:
+        w = min(max(z, number(-10.0, z)), number(10.0, z))  # there sigmoid(2u) is e^±87
+        size, c = number(2 * math.sqrt(2 / math.pi), z), number(0.044715, z)
+        x, slope = size * w * (one + c * w * w), size * (one + number(3.0, z) * c * w * w)
+    s = one / (one + exp(-x))
+    return z * s, s + z * s * (one - s) * slope
+
+
+@njit(cache=True, nogil=True, fastmath=_EXACT, error_model="numpy")
+def mlp_forward(which: tuple[int, ...], gate_N: Array | None, up_N: Array, h_N: Array) -> None:
+    """Definition: model.layers.mlp_forward, on flat arrays."""
+    for n in range(h_N.shape[0]):
+        if gate_N is None:
+            h_N[n] = activation(which, up_N[n])[0]
+        else:
+            h_N[n] = activation(which, gate_N[n])[0] * up_N[n]
+
+
+@njit(cache=True, nogil=True, fastmath=_EXACT, error_model="numpy")
+def mlp_backward(
+    which: tuple[int, ...],
+    d_h_N: Array,
+    gate_N: Array | None,
+    up_N: Array,
+    d_gate_N: Array | None,
+    d_up_N: Array,
 ) -> None:
-    """Definition: model.layers.swiglu_backward, on flat arrays."""
-    for n in range(gate_N.shape[0]):
-        z = gate_N[n]
-        s = 1 / (1 + exp(-z))
-        d_gate_N[n] = d_h_N[n] * up_N[n] * s * (1 + z * (1 - s))
-        d_up_N[n] = d_h_N[n] * z * s
+    """Definition: model.layers.mlp_backward, on flat arrays."""
+    for n in range(d_h_N.shape[0]):
+        if gate_N is None:
+            d_up_N[n] = d_h_N[n] * activation(which, up_N[n])[1]
+        else:
+            f, slope = activation(which, gate_N[n])
+            d_gate_N[n] = d_h_N[n] * up_N[n] * slope  # type: ignore[index]  # there with its gate
+            d_up_N[n] = d_h_N[n] * f
 
 
 @njit(cache=True, nogil=True, fastmath=_LANES, error_model="numpy")

@@ -123,31 +123,36 @@ def _three(made: Problem, wrt: str, labels: exact._Labels, progress: Progress) -
     for block in blocks.values():
         exact._layer_shape("compare", block)
     F = {name: np.zeros((block.size, block.size)) for name, block in blocks.items()}
-    positions: dict[str, list[tuple[Array, Array]]] = {name: [] for name in names}
+    positions: dict[str, list[_Positions]] = {name: [] for name in names}
     cotangents = exact._cotangents(made, labels, True, progress)
     for _, batches in groupby(cotangents, key=lambda batch: id(batch[0])):  # one sequence
-        at: dict[str, tuple[Array, Array]] = {}
+        at: dict[str, _Positions] = {}
         for part, saved, d_z in batches:
             for tap in exact._steps(part, part.parameters, saved, d_z, names):
                 assert isinstance(tap, Tap)  # each of them is linear
                 D_CP = (tap.g.swapaxes(1, 2) @ tap.a[0]).reshape(len(d_z), -1)
                 add_gram(D_CP, F[tap.name], onto=True)
                 gg_TOO = exact._position_moments(tap.g)
-                at[tap.name] = tap.a[0], gg_TOO + (at[tap.name][1] if tap.name in at else 0)
+                before = at[tap.name][1] if tap.name in at else 0
+                at[tap.name] = tap.a[0], gg_TOO + before, part.kept(tap)[0]
         for name, one in at.items():
             positions[name].append(one)
     return {name: _assembled(blocks[name], F.pop(name), positions[name]) for name in names}
 
 
-def _assembled(block: exact._Block, F: Array, positions: list[tuple[Array, Array]]) -> Three:
-    """Three, from F's lower triangle and (a_s (T, I), Σ_c g_s g_sᵀ (T, O, O)) of each sequence."""
+_Positions = tuple[Array, Array, Array]
+"""One sequence's a_s (T, I), Σ_c g_s g_sᵀ (T, O, O), and which of them are rows (T,)."""
+
+
+def _assembled(block: exact._Block, F: Array, positions: list[_Positions]) -> Three:
+    """Three, from F's lower triangle and the positions of every sequence."""
     O, I = exact._layer_shape("compare", block)  # noqa: E741
     R, sum_G = np.zeros((O * O, I * I)), np.zeros((O, O))
-    for a_TI, gg_TOO in positions:
+    for a_TI, gg_TOO, keep_T in positions:
         R += exact._kron_sum(a_TI, gg_TOO)
-        sum_G += gg_TOO.sum(axis=0)
+        sum_G += gg_TOO[keep_T].sum(axis=0)
     F_tok = from_rearranged(R, (O, I))
-    a_NI = block.problem.rows(exact._inputs(block))
+    a_NI = exact._inputs(block)
     n, lower = len(a_NI), np.tril(F)
     moments = exact.Moments(a_NI.T @ a_NI / n, sum_G / n, n)
     return Three(lower + np.tril(lower, -1).T, F_tok, moments)

@@ -1,4 +1,7 @@
-"""The eigenbasis of the block G ⊗ A: directions u_i v_jᵀ, with curvature λ_i μ_j (P4)."""
+"""The eigenbasis of the block G ⊗ A: directions u_i v_jᵀ, with curvature λ_i μ_j (P4).
+
+With bias="joint" the block is that of [W b] and A that of [a; 1] (BIAS).
+"""
 
 from __future__ import annotations
 
@@ -18,12 +21,16 @@ from refcurv.files.lazy import Lazy
 from refcurv.law import tolerance
 from refcurv.law.checks import (
     Array,
+    ConventionError,
     NotPSDError,
     NotSymmetricError,
     SchemaError,
+    require_choice,
     require_finite,
     require_shape,
 )
+from refcurv.law.conventions import Bias
+from refcurv.model.transformer import TABLES
 from refcurv.passes.parallel import Progress, stream
 
 
@@ -32,7 +39,8 @@ class Eigenbasis:
     """A = U_A diag(mu) U_Aᵀ and G = U_G diag(lam) U_Gᵀ of one layer, by ORDER.
 
     Fields:
-        U_A (I, I), mu (I,); U_G (O, O), lam (O,): float64, eigenvalues descending and >= 0.
+        U_A (I, I), mu (I,); U_G (O, O), lam (O,): float64, eigenvalues descending and >= 0. For
+            [W b] jointly I is d_in + 1.
         raised_A, raised_G: how many eigenvalues rounding had made negative; they are 0 now.
     """
 
@@ -46,10 +54,14 @@ class Eigenbasis:
 
 @dataclass(frozen=True, slots=True)
 class Bases(Mapping[str, Eigenbasis]):
-    """The eigenbases of some layers, by name in file order; source is for provenance."""
+    """The eigenbases of some layers, by name in file order.
+
+    Fields: layers; source, for provenance; bias: of W alone, or of [W b] where there is a b (BIAS).
+    """
 
     layers: Mapping[str, Eigenbasis]
     source: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    bias: Bias = Bias.SEPARATE
 
     def __getitem__(self, name: str) -> Eigenbasis:
         """The eigenbasis of one layer."""
@@ -108,7 +120,12 @@ def eigenbasis(M: Array, shard_rows: int, dtype: str, what: str) -> tuple[Array,
     return U, values, raised
 
 
-def decompose(factors: Factors, *, progress: Progress = lambda done, total: None) -> Bases:
+def decompose(
+    factors: Factors,
+    bias: str = "separate",
+    *,
+    progress: Progress = lambda done, total: None,
+) -> Bases:
     """The eigenbases of every layer's A and G.
 
     Definition
@@ -117,6 +134,8 @@ def decompose(factors: Factors, *, progress: Progress = lambda done, total: None
 
     Args:
         factors: of `collect` or `load_factors`.
+        bias: "separate", or "joint": A is then that of [a; 1] for layers with a bias, so that an
+            edit moves weight and bias as one matrix (BIAS). Layers without one are the same.
         progress: called with (layers done, layers).
 
     Returns:
@@ -124,22 +143,35 @@ def decompose(factors: Factors, *, progress: Progress = lambda done, total: None
 
     Raises:
         NotSymmetricError, NotPSDError, NonFiniteError: names the layer, the side and the size.
+        ConventionError: the factors of a table, whose A is diagonal already; an unknown choice.
 
     Cost: about 9 (I³ + O³) flops per layer; layers that read the same input share one U_A.
-    Source: P4.
-    Proof: tests/test_eigenbasis.py::test_reconstruction_orthogonality_and_order
+    Source: P4; Martens & Grosse 2015 (arXiv 1503.05671) for the homogeneous coordinate.
+    Proof: tests/test_eigenbasis.py::test_reconstruction_orthogonality_and_order,
+        tests/test_biases.py::test_O47_a_joint_basis_is_of_the_homogeneous_coordinate
     """
-    layers = MappingProxyType(dict(decompose_each(factors, progress=progress)))
-    return Bases(layers, MappingProxyType({"inputs": store.inputs(factors.source)}))
+    kind = _bias(bias)
+    layers = MappingProxyType(dict(decompose_each(factors, kind, progress=progress)))
+    return Bases(layers, MappingProxyType({"inputs": store.inputs(factors.source)}), kind)
+
+
+def _bias(bias: str) -> Bias:
+    return Bias(require_choice("decompose", "bias", bias, list(Bias)))
 
 
 def decompose_each(
-    factors: Factors, *, progress: Progress = lambda done, total: None
+    factors: Factors, bias: Bias, *, progress: Progress = lambda done, total: None
 ) -> Iterator[tuple[str, Eigenbasis]]:
     """`decompose`, a layer at a time, for factors that do not fit in memory together.
 
     Matrices are decomposed side by side, one per core; each by itself, so no bit depends on it.
     """
+    for table in TABLES:
+        if table in factors:
+            raise ConventionError(
+                f"decompose: {table!r} is a table, whose A is diagonal already; decompose its G "
+                "by itself, or collect without it."
+            )
     facts = (factors.shard_rows, factors.dtype)
 
     def work(_: int, side: tuple[str, Array | None]) -> tuple[Array, Array, int] | None:
@@ -147,7 +179,7 @@ def decompose_each(
         return None if M is None else eigenbasis(M, *facts, what)
 
     progress(0, len(factors))
-    found = stream(_sides(factors), work)
+    found = stream(_sides(factors, bias), work)
     A_side = None
     for done, name in enumerate(factors, start=1):
         A_side = next(found) or A_side  # None: the layer before reads the same input
@@ -158,18 +190,21 @@ def decompose_each(
         progress(done, len(factors))
 
 
-def _sides(factors: Factors) -> Iterator[tuple[str, Array | None]]:
+def _sides(factors: Factors, bias: Bias) -> Iterator[tuple[str, Array | None]]:
     """A and G of each layer in turn; no A where it is the layer's before (gate and up: O37)."""
     before: Factor | None = None
     for name, factor in factors.items():
-        shared = before is not None and _same(before, factor)
-        yield f"A of {name!r}", None if shared else factor.A
+        shared = before is not None and _same(before, factor, bias)
+        A = factor.A_joint if bias is Bias.JOINT else factor.A
+        yield f"A of {name!r}", None if shared else A
         yield f"G of {name!r}", factor.G
         before = factor
 
 
-def _same(one: Factor, other: Factor) -> bool:
-    """Do two layers share their A? gate and up do, and q, k, v (O37)."""
+def _same(one: Factor, other: Factor, bias: Bias) -> bool:
+    """Do two layers share their A? gate and up do, and q, k, v (O37), if their biases let them."""
+    if bias is Bias.JOINT and (one.sum_a is None) != (other.sum_a is None):
+        return False
     return one.n_A == other.n_A and (
         one.sum_A is other.sum_A or np.array_equal(one.sum_A, other.sum_A)
     )
@@ -179,19 +214,31 @@ def _same(one: Factor, other: Factor) -> bool:
 
 
 def save_bases(bases: Bases, path: str | Path) -> None:
-    """Write a basis file: LAYER/{U_A, mu, U_G, lam}, with the counts of raised eigenvalues."""
-    _write(bases.items(), path, bases.source.get("inputs", {}))
+    """Write a basis file: LAYER/{U_A, mu, U_G, lam}, with the counts of raised eigenvalues.
+
+    The root attribute `bias` says what the columns are of (BIAS).
+    """
+    _write(bases.items(), bases.bias, path, bases.source.get("inputs", {}))
 
 
 def decompose_to(
-    factors: Factors, path: str | Path, *, progress: Progress = lambda done, total: None
+    factors: Factors,
+    path: str | Path,
+    bias: str = "separate",
+    *,
+    progress: Progress = lambda done, total: None,
 ) -> None:
     """`decompose` straight into a basis file, one layer in memory at a time."""
-    _write(decompose_each(factors, progress=progress), path, store.inputs(factors.source))
+    kind = _bias(bias)
+    pairs = decompose_each(factors, kind, progress=progress)
+    _write(pairs, kind, path, store.inputs(factors.source))
 
 
 def _write(
-    pairs: Iterable[tuple[str, Eigenbasis]], path: str | Path, inputs: Mapping[str, str]
+    pairs: Iterable[tuple[str, Eigenbasis]],
+    bias: Bias,
+    path: str | Path,
+    inputs: Mapping[str, str],
 ) -> None:
     def entries() -> Iterator[store.Entry]:
         for name, basis in pairs:
@@ -203,15 +250,18 @@ def _write(
     store.write(
         path,
         format="refcurv-basis",
-        attributes={},
+        attributes={"bias": str(bias)},
         arrays=entries(),
-        provenance=store.provenance(inputs=dict(inputs)),
+        provenance=store.provenance(inputs=dict(inputs), bias=str(bias)),
     )
 
 
 def load_bases(path: str | Path) -> Bases:
     """Open a basis file; each layer is read, and its checksums verified, on use."""
     header = store.open_file(path, format="refcurv-basis")
+    bias = require_choice(
+        str(path), "bias", header.attributes.get("bias", Bias.SEPARATE), list(Bias)
+    )
     names = list(dict.fromkeys(key.rpartition(".")[0] for key in header.entries))
     if not names:
         raise SchemaError(f"{path}: holds no layer; was its decomposition interrupted?")
@@ -234,6 +284,7 @@ def load_bases(path: str | Path) -> Bases:
     return Bases(
         Lazy(names, lambda name: _read_basis(header, name)),
         store.Source(header),
+        Bias(bias),
     )
 
 

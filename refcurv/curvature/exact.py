@@ -137,7 +137,7 @@ def _block(
             raise ConventionError(f"exact.{who}: a Problem has its own data; leave tokens out.")
         return _Block(model, expand(wrt, list(model.parameters)))
     if tokens is None:
-        raise ConventionError(f"exact.{who}: a Model needs tokens, (B, T) integers.")
+        raise ConventionError(f"exact.{who}: a Model needs tokens, (B, T) integers, or images.")
     names = expand(wrt, list(model.config.parameter_shapes()))
     return _Block(problem(model, tokens, labels), names)
 
@@ -304,7 +304,7 @@ def hvp(
 
     Args:
         model: a Model with tokens and labels, or a Problem without.
-        tokens: (B, T) integers in [0, vocabulary).
+        tokens: (B, T) integers in [0, vocabulary), or images (B, C, H, W).
         labels: (B, T) integers, negative = none; by default the next token (LABELS).
         wrt: pattern over parameters, e.g. "blocks.*.mlp.*.weight": the block of H.
         vector: {name: array of its shape} for every parameter of the block.
@@ -624,8 +624,8 @@ def f_tok(
     O, I = _layer_shape("f_tok", block)  # noqa: E741
     labelled = _labels("f_tok", fisher, per, seed, draws)
     R = np.zeros((O * O, I * I))
-    for a_TI, g_CTO in _rows(block, labelled, progress):
-        R = R + _kron_sum(a_TI, _position_moments(g_CTO))
+    for _, tap in _taps(block, labelled, progress):
+        R = R + _kron_sum(tap.a[0], _position_moments(tap.g))
     return from_rearranged(R, (O, I))
 
 
@@ -656,7 +656,7 @@ def moments(
     """A and G of one linear layer by definition: what `collect` must find.
 
     Definition
-        A = (1/n) Σ_s a_s a_sᵀ over the n rows that reach a label (ROWS);
+        A = (1/n) Σ_s a_s a_sᵀ over the n rows s of the Problem (ROWS; `reached` of a Model);
         G = (1/n) Σ_c Σ_s g_s g_sᵀ, c over the cotangents of `fisher`: for `expected`, each loss
         position and each vocabulary entry by itself, as is right when positions mix (O13).
 
@@ -672,10 +672,10 @@ def moments(
     O, _ = _layer_shape("moments", block)  # noqa: E741
     labelled = _labels("moments", fisher, per, seed, draws)
     sum_G = np.zeros((O, O))
-    for _, g_CTO in _rows(block, labelled, progress):
-        g_NO = g_CTO.reshape(-1, O)
+    for part, tap in _taps(block, labelled, progress):
+        g_NO = tap.g[:, part.kept(tap)[0]].reshape(-1, O)
         sum_G = sum_G + g_NO.T @ g_NO
-    a_NI = block.problem.rows(_inputs(block))
+    a_NI = _inputs(block)
     n = len(a_NI)
     return Moments(a_NI.T @ a_NI / n, sum_G / n, n)
 
@@ -736,7 +736,8 @@ def rows(
     """
     block = _block("rows", model, tokens, labels, wrt)
     _layer_shape("rows", block)
-    return list(_rows(block, _labels("rows", fisher, per, seed, draws), _no_progress))
+    taps = _taps(block, _labels("rows", fisher, per, seed, draws), _no_progress)
+    return [(tap.a[0], tap.g) for _, tap in taps]
 
 
 def _labels(who: str, fisher: str, per: str, seed: int, draws: int) -> _Labels:
@@ -787,18 +788,18 @@ def _of_sequence(loss: Loss, z_NV: Array, labels: _Labels) -> Iterator[Array]:
         yield np.eye(N)[:, :, None] * d_NV
 
 
-def _rows(block: _Block, labels: _Labels, progress: Progress) -> Iterator[tuple[Array, Array]]:
-    """(a (T, I), g (C, T, O)) of the block's one linear layer, over sequences and cotangents."""
+def _taps(block: _Block, labels: _Labels, progress: Progress) -> Iterator[tuple[Problem, Tap]]:
+    """(One sequence, the linear layer's a (1, T, I) and g (C, T, O)), over all cotangents."""
     for part, saved, d_z in _cotangents(block.problem, labels, True, progress):
-        tap = _tap(part, part.parameters, saved, d_z, block.names[0])
-        yield tap.a[0], tap.g
+        yield part, _tap(part, part.parameters, saved, d_z, block.names[0])
 
 
 def _inputs(block: _Block) -> Array:
-    """What the block's one linear layer reads, (B, T, I)."""
+    """The rows of A: what the block's one linear layer reads at the kept positions, (n, I)."""
     made = block.problem
     z_NV, saved = made.forward(made.parameters)
-    return _tap(made, made.parameters, saved, np.zeros_like(z_NV), block.names[0]).a
+    tap = _tap(made, made.parameters, saved, np.zeros_like(z_NV), block.names[0])
+    return np.asarray(tap.a[made.kept(tap)])
 
 
 def _tap(made: Problem, parameters: Parameters, saved: Saved, d_z: Array, name: str) -> Tap:

@@ -22,19 +22,27 @@ from refcurv.law.checks import (
     require_shape,
     require_token_ids,
 )
+from refcurv.law.conventions import Rows
 from refcurv.model import transformer
 from refcurv.model.config import Model, ModelConfig
+from refcurv.model.inputs import (
+    as_images,
+    kept,
+    patches,
+    require_image_size,
+    require_labels,
+    require_rows,
+)
 from refcurv.model.layers import Saved
 from refcurv.model.loss import (
     cross_entropy,
     draw_labels,
     hessian_product,
-    reached,
     root_product,
     shift_labels,
     uniforms,
 )
-from refcurv.model.transformer import Parameters, Slope, Tap
+from refcurv.model.transformer import Inputs, Parameters, Slope, Tap
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +75,7 @@ class Problem:
             the Taps' g.
         loss: of z.
         linear: the parameters that occur in one Tap and nothing else.
-        rows: a Tap's inputs (B, T, I) → those that count as rows of A and G, (n, I) (ROWS).
+        kept: a Tap → which of its positions are rows of A and G, (B, T) bool (ROWS).
         split: the same problem, one independent sequence at a time.
     """
 
@@ -76,7 +84,7 @@ class Problem:
     backward: Callable[[Parameters, Saved, Array], Iterable[Tap | Slope]]
     loss: Loss
     linear: frozenset[str]
-    rows: Callable[[Array], Array]
+    kept: Callable[[Tap], Array]
     split: Callable[[], Iterable[Problem]]
 
 
@@ -88,70 +96,107 @@ def problem(
     tokens: ArrayLike,
     labels: ArrayLike | None = None,
     segments: ArrayLike | None = None,
+    *,
+    rows: str = "reached",
 ) -> Problem:
     """The summed nats of a model on a batch, as a Problem.
 
     Args:
         model: its parameters are read once, and computed with in float64 whatever its dtype.
-        tokens: (B, T) integers in [0, vocabulary). Padding stands right and has no label.
-        labels: (B, T) integers, negative = none; by default the next token (LABELS).
+        tokens: (B, T) integers in [0, vocabulary). Padding stands right and has no label; of a
+            bidirectional model, which would see it, it is a segment of its own. Or (B, C, H, W)
+            images of the model's size, exactly float32.
+        labels: (B, T) integers, negative = none; by default the next token (LABELS). (B,) of
+            images.
         segments: (B, T) integers, the documents of packed sequences; by default one a row.
+        rows: the positions that enter A and G: "reached", "labelled", "all" or "cls" (ROWS).
 
     Raises:
         ShapeError, DTypeError, RangeError: as their names say. EmptyError: no label.
-        NonFiniteError: NaN or infinity in a parameter.
+        NonFiniteError: NaN or infinity in a parameter or an image.
+        ConventionError: no labels where LABELS has no default, rows that the model does not have.
 
     Cost: the parameters; a forward or backward holds every activation and N·V logits at once.
     Source: LOSS, LABELS, ROWS.
-    Proof: tests/test_exact.py::test_gradient_is_the_transformers
+    Proof: tests/test_exact.py::test_gradient_is_the_transformers,
+        tests/test_images.py::test_exact_and_collect_agree
     """
     config = model.config
-    token_BT = _integers("tokens", tokens, None)
-    require_token_ids("exact", "tokens", token_BT, config.vocabulary)
-    shape = token_BT.shape
-    segment_BT = (
-        np.zeros(shape, np.int64) if segments is None else _integers("segments", segments, shape)
-    )
-    real_BT = np.ones(shape, dtype=bool)
-    if labels is None:
-        label_BT = shift_labels(token_BT, real_BT, segment_BT)
+    choice = require_rows("exact", config, rows)
+    require_labels("exact", config, labels is not None)
+    if config.image is not None:
+        batch = _images(config, tokens, labels, segments)
     else:
-        label_BT = _integers("labels", labels, shape)
-        require_token_ids("exact", "labels", np.maximum(label_BT, 0), config.vocabulary)
-    if not (label_BT >= 0).any():
+        batch = _sequences(config, tokens, labels, segments)
+    require_token_ids("exact", "labels", np.maximum(batch.label_BT, 0), config.vocabulary)
+    if not (batch.label_BT >= 0).any():
         raise EmptyError(
-            f"exact: none of the {label_BT.size} labels is >= 0: without a label there is no loss "
-            "to differentiate. Give longer sequences, or labels."
+            f"exact: none of the {batch.label_BT.size} labels is >= 0: without a label there is no "
+            "loss to differentiate. Give longer sequences, or labels."
         )
     resident = {
         name: np.asarray(model.parameters[name], np.float64) for name in config.parameter_shapes()
     }
     for name, array in resident.items():
         require_finite("exact", f"parameter {name!r}", array)
-    batch = Batch(config, token_BT, label_BT, segment_BT, np.arange(len(token_BT)))
-    return of_batch(batch, resident)
+    return of_batch(batch, resident, choice)
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A model's shape and the sequences that it reads; index_B as SAMPLING counts them."""
+    """A model's shape and what it reads; index_B as SAMPLING counts it.
+
+    inputs are tokens (B, T) or patches (B, n, C·P·P); label_BT is (B, 1) of images, segment_BT has
+    the positions that the blocks see.
+    """
 
     config: ModelConfig
-    token_BT: Array
+    inputs: Inputs
     label_BT: Array
     segment_BT: Array
     index_B: Array
 
 
-def of_batch(batch: Batch, parameters: Parameters) -> Problem:
+def _sequences(
+    config: ModelConfig, tokens: ArrayLike, labels: ArrayLike | None, segments: ArrayLike | None
+) -> Batch:
+    token_BT = _integers("tokens", tokens, None)
+    require_token_ids("exact", "tokens", token_BT, config.vocabulary)
+    shape = token_BT.shape
+    segment_BT = (
+        np.zeros(shape, np.int64) if segments is None else _integers("segments", segments, shape)
+    )
+    if labels is None:
+        label_BT = shift_labels(token_BT, np.ones(shape, dtype=bool), segment_BT)
+    else:
+        label_BT = _integers("labels", labels, shape)
+    return Batch(config, token_BT, label_BT, segment_BT, np.arange(len(token_BT)))
+
+
+def _images(
+    config: ModelConfig, images: ArrayLike, labels: ArrayLike | None, segments: ArrayLike | None
+) -> Batch:
+    assert config.image is not None and labels is not None
+    if segments is not None:
+        raise ConventionError("exact: segments are for tokens; an image is one by itself.")
+    image_BCHW = as_images("exact", images)
+    require_image_size("exact", image_BCHW, config)
+    B = len(image_BCHW)
+    label_B1 = _integers("labels", labels, (B,))[:, None]
+    segment_BT = np.zeros((B, config.image.positions), np.int64)
+    patch_BNI = patches(config, image_BCHW)
+    return Batch(config, patch_BNI, label_B1, segment_BT, np.arange(B))
+
+
+def of_batch(batch: Batch, parameters: Parameters, rows: Rows = Rows.REACHED) -> Problem:
     """`problem` without a check, on any Mapping of parameters: one that reads lazily stays lazy."""
-    config, token_BT = batch.config, batch.token_BT
-    real_BT = np.ones(token_BT.shape, dtype=bool)
+    config = batch.config
+    real_BT = np.ones(batch.segment_BT.shape, dtype=bool)
     layout = transformer.layout_of(config, real_BT, batch.segment_BT)
     b_N, t_N = np.nonzero(batch.label_BT >= 0)
 
     def forward(parameters: Parameters) -> tuple[Array, Saved]:
-        final_BTD, trace = transformer.forward(config, parameters, token_BT, layout)
+        final_BTD, trace = transformer.forward(config, parameters, batch.inputs, layout)
         z_NV = transformer.head_logits(config, parameters, final_BTD[b_N, t_N])
         return z_NV, (final_BTD, trace, z_NV)
 
@@ -174,24 +219,28 @@ def of_batch(batch: Batch, parameters: Parameters) -> Problem:
             )
 
     def split() -> Iterator[Problem]:
-        for b in range(len(token_BT)):
+        for b in range(len(batch.label_BT)):
             if (batch.label_BT[b] >= 0).any():
                 one = slice(b, b + 1)
                 part = Batch(
                     config,
-                    token_BT[one],
+                    batch.inputs[one],
                     batch.label_BT[one],
                     batch.segment_BT[one],
                     batch.index_B[one],
                 )
-                yield of_batch(part, parameters)
+                yield of_batch(part, parameters, rows)
 
     linear = {config.weight_of(layer) for layer in config.linear_layers()} - {"embed.weight"}
-    keep_BT = reached(batch.label_BT, real_BT, batch.segment_BT, config.causal)
+    keep_BT = kept(config, rows, batch.label_BT, real_BT, batch.segment_BT)
+
+    def keep(tap: Tap) -> Array:
+        if config.image is not None and tap.name == "head.weight":
+            return np.asarray(batch.label_BT >= 0)
+        return keep_BT[:, -tap.a.shape[1] :]  # patches stand behind the specials
+
     loss = _cross_entropy(batch, b_N, t_N)
-    return Problem(
-        parameters, forward, backward, loss, frozenset(linear), lambda a: a[keep_BT], split
-    )
+    return Problem(parameters, forward, backward, loss, frozenset(linear), keep, split)
 
 
 def _cross_entropy(batch: Batch, b_N: Array, t_N: Array) -> Loss:
@@ -199,7 +248,7 @@ def _cross_entropy(batch: Batch, b_N: Array, t_N: Array) -> Loss:
     label_N = batch.label_BT[b_N, t_N]
 
     def drawn(z_NV: Array, seed: int, draw: int) -> Array:
-        T = batch.token_BT.shape[1]
+        T = batch.label_BT.shape[1]
         u_BT = np.stack([uniforms(seed, draw, int(i), T) for i in batch.index_B])
         return cross_entropy(z_NV, draw_labels(z_NV, u_BT[b_N, t_N]))[1]
 
@@ -266,6 +315,6 @@ def of_outputs(made: Problem, weight: str, first: int, last: int) -> Problem:
         backward,
         made.loss,
         (made.linear - {weight}) | {name},
-        made.rows,
+        lambda tap: made.kept(replace(tap, name=weight) if tap.name == name else tap),
         split,
     )

@@ -1,4 +1,4 @@
-"""Collect → decompose → edit → evaluate on the shipped model, as one function.
+"""Collect → decompose → edit → evaluate as one function, on the shipped model or a user's own.
 
 `model.h5` is a small OLMo-2 trained with this package's own backward by
 validation/paper/train.py; `corpus.h5` holds a fresh sample of its training mixture for the factors,
@@ -10,16 +10,22 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import refcurv as rc
-from refcurv.evaluation.bands import Quantity, bands
+from refcurv.curvature.eigenbasis import Bases
+from refcurv.evaluation.bands import Bands, Quantity, bands
+from refcurv.evaluation.suite import Evaluation
 from refcurv.files import store
+from refcurv.files.corpus import SPLITS, Population, Populations
 from refcurv.files.disk import machine_faults, sync_folder
-from refcurv.law.checks import SchemaError
+from refcurv.law.checks import SchemaError, require_choice
+from refcurv.law.conventions import Bias
 from refcurv.model.config import expand
 from refcurv.passes.parallel import Progress
 
@@ -35,68 +41,127 @@ LAYERS = "blocks.3.mlp.{gate,up}"
 RHO = 0.84
 """The share of curvature mass that it keeps."""
 
+TITLE = "Memory and reasoning along the spectrum of loss curvature"
+
 Stage = Callable[[str], Progress]
 """Given a stage's name, what to call with (done, all)."""
 
 
-def run(folder: str | Path, stage: Stage, *, dtype: str = "float64") -> dict[str, Any]:
-    """The main job on the shipped files; writes factors.h5, basis.h5, edited.h5 and results.json.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """Two files and the choices of `collect`, `decompose`, `edit` and `evaluate`.
+
+    Fields: weights, corpus, files; layers, whose factors are collected; rho, one share for all of
+    them or {pattern: share}; fisher, rows, seed, bias, split, dtype.
+    """
+
+    weights: str | Path
+    corpus: str | Path
+    layers: str
+    rho: float | Mapping[str, float]
+    fisher: str = "sampled"
+    rows: str = "reached"
+    seed: int = 0
+    bias: str = "separate"
+    split: str = "test"
+    dtype: str = "float64"
+
+
+DEMO = Job(weights=MODEL, corpus=CORPUS, layers=COLLECTED, rho=MappingProxyType({LAYERS: RHO}))
+"""What the demo does."""
+
+
+def run(folder: str | Path, stage: Stage, job: Job = DEMO) -> dict[str, Any]:
+    """The main job on two files; writes factors.h5, basis.h5, edited.h5 and results.json.
 
     Returns what results.json holds. All but the seconds and the machine in it is determined by
-    the shipped files.
+    the files and the choices. A corpus without populations of the split is not evaluated; bands
+    need a memorised population (`recite`) and a clean one (`text`). A collection that was
+    interrupted goes on where it was.
+
+    Proof: tests/test_demo.py::test_the_report_of_a_users_own_files
     """
     folder = _made(Path(folder))
-    model, corpus = rc.load(MODEL, dtype=dtype), rc.load_corpus(CORPUS)
+    model, corpus = rc.load(job.weights, dtype=job.dtype), rc.load_corpus(job.corpus)
+    require_choice("report", "split", job.split, SPLITS)  # before the work, not after it
+    require_choice("report", "bias", job.bias, list(Bias))
+    named = expand(job.layers, list(model.config.linear_layers()))
+    shares = job.rho if isinstance(job.rho, Mapping) else {"**": job.rho}
+    cut = [layer for pattern in shares for layer in expand(pattern, named)]
     seconds: dict[str, float] = {}
     with _timed(seconds, "collect"):
-        factors = rc.collect(model, corpus, COLLECTED, progress=stage("collect"))
+        unfinished = folder / "factors.h5.unfinished"
+        factors = rc.collect(
+            model, corpus, job.layers, job.fisher, job.seed,
+            rows=job.rows, checkpoint=unfinished, progress=stage("collect"),
+        )  # fmt: skip
         rc.save_factors(factors, folder / "factors.h5")
     with _timed(seconds, "decompose"):
-        basis = rc.decompose(factors, progress=stage("decompose"))
+        basis = rc.decompose(factors, job.bias, progress=stage("decompose"))
         rc.save_bases(basis, folder / "basis.h5")
     with _timed(seconds, "edit"):
-        edited, record = rc.edit(model, basis, {LAYERS: RHO})
+        edited, record = rc.edit(model, basis, job.rho)
         rc.save(edited, folder / "edited.h5", {"edit": record.to_json()})
+    judged = {name: p for name, p in corpus.populations.items() if p.split == job.split}
     with _timed(seconds, "evaluate"):
-        table = rc.evaluate(edited, corpus, baseline=model, progress=stage("evaluate"))
+        table = Evaluation(job.split, job.dtype, job.dtype, ())
+        if judged:
+            table = rc.evaluate(
+                edited, corpus, split=job.split, baseline=model, progress=stage("evaluate")
+            )
     with _timed(seconds, "bands"):
-        quotes, clean = (corpus.populations[name] for name in ("quotes_test", "language_test"))
-        found = {
-            quantity: bands(model, basis, quotes, clean, quantity=quantity, progress=stage("bands"))
-            for quantity in Quantity
-        }
+        found = _bands(model, basis, judged, stage)
     results = {
-        "title": "Memory and reasoning along the spectrum of loss curvature",
+        "title": TITLE,
         "refcurv": store.provenance()["refcurv"],
-        "settings": {
-            "collected": COLLECTED,
-            "layers": LAYERS,
-            "rho": RHO,
-            "fisher": str(factors.fisher),
-            "seed": factors.seed,
-            "dtype": dtype,
-            "split": table.split,
-            "calibration_tokens": int(corpus.tokens.size),
-            "architecture": describe(model),
-        },
+        "settings": _settings(job, model, corpus),
         "edit": record.to_json(),
         "evaluation": table.to_json(),
         "bands": {name: one.to_json() for name, one in found[Quantity.PAIR_MASS].items()},
         "input_bands": {name: one.to_json() for name, one in found[Quantity.INPUT_RANK].items()},
         "spectrum": {
-            name: {"mu": basis[name].mu.tolist(), "lam": basis[name].lam.tolist()}
-            for name in expand(LAYERS, list(basis))
+            name: {"mu": basis[name].mu.tolist(), "lam": basis[name].lam.tolist()} for name in cut
         },
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "files": {
-            "model": str(MODEL),
-            "corpus": str(CORPUS),
+            "model": str(job.weights),
+            "corpus": str(job.corpus),
             **{name: f"{name}.h5" for name in ("factors", "basis", "edited")},
         },
         "provenance": store.provenance(inputs=store.inputs(model.source, corpus.source)),
     }
     write_json(results, folder / "results.json")
     return results
+
+
+def _settings(job: Job, model: rc.Model, corpus: rc.Corpus) -> dict[str, Any]:
+    """The choices, as the report shows them; one pattern is named apart from its share."""
+    shares = dict(job.rho) if isinstance(job.rho, Mapping) else {job.layers: job.rho}
+    one = {"layers": next(iter(shares)), "rho": next(iter(shares.values()))}
+    return {
+        "collected": job.layers,
+        **(one if len(shares) == 1 else {"rho": shares}),
+        **{
+            name: getattr(job, name)
+            for name in ("fisher", "rows", "seed", "bias", "dtype", "split")
+        },
+        "calibration_tokens": corpus.label.size,
+        "architecture": describe(model),
+    }
+
+
+def _bands(
+    model: rc.Model, basis: Bases, judged: Populations, stage: Stage
+) -> dict[Quantity, dict[str, Bands]]:
+    """Both quantities on the first memorised and the first clean population; empty without."""
+    tokens = [p for p in judged.values() if isinstance(p, Population)]
+    hot, cold = (next((p for p in tokens if p.kind == kind), None) for kind in ("recite", "text"))
+    if hot is None or cold is None:
+        return {quantity: {} for quantity in Quantity}
+    return {
+        quantity: bands(model, basis, hot, cold, quantity=quantity, progress=stage("bands"))
+        for quantity in Quantity
+    }
 
 
 def describe(model: rc.Model) -> str:

@@ -1,4 +1,7 @@
-"""The edit: W' = U_G (C ∘ M) U_Aᵀ, coefficients of flat directions set to zero (P5-P8)."""
+"""The edit: W' = U_G (C ∘ M) U_Aᵀ, coefficients of flat directions set to zero (P5-P8).
+
+With a joint basis W stands for [W b], the bias its last column (BIAS).
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,7 @@ from refcurv.law.checks import (
     require_range,
     require_shape,
 )
+from refcurv.law.conventions import Bias
 from refcurv.model.config import Model, expand
 
 
@@ -30,11 +34,12 @@ class LayerEdit:
     """What was kept of one layer.
 
     Fields:
-        layer, rho: as asked. pairs = O·I; kept, how many pairs; mass, their share of the total.
+        layer, rho: as asked. pairs = O·I, or O·(I + 1) of [W b]; kept, how many of them; mass,
+            their share of the total.
         gap: (last kept − first dropped) / last kept, NaN when nothing was dropped or kept.
         acceptable: pairs whose key lies within its rounding budget of the cut, so that another
             correct program may decide them either way (SELECT).
-        norm: ‖W'‖/‖W‖ in Frobenius norm.
+        norm: ‖W'‖/‖W‖ in Frobenius norm, of [W b] where that was edited.
     """
 
     layer: str
@@ -77,7 +82,8 @@ def edit(model: Model, basis: Bases, rho: float | Mapping[str, float]) -> tuple[
     Definition
         C = U_Gᵀ W U_A, Π_ij = λ_i μ_j; keep pairs by descending Π until their mass is >= rho of
         the total (SELECT); W' = U_G (C ∘ M) U_Aᵀ, rounded to the dtype in which the source stores
-        W. rho = 1 returns W itself.
+        W. rho = 1 returns W itself. A joint basis edits [W b] as one matrix, each part rounded to
+        its own dtype; a separate one leaves b alone (BIAS).
 
     Args:
         model: whose weights to edit; its dtype must hold the stored ones exactly.
@@ -90,35 +96,49 @@ def edit(model: Model, basis: Bases, rho: float | Mapping[str, float]) -> tuple[
 
     Raises:
         RangeError: rho outside [0, 1]. NameUnknownError: a pattern that matches no layer with a
-        basis. ShapeError: a basis of another model. EmptyError: a layer without curvature.
+        basis. ShapeError: a basis of another model, or a joint one without the bias's column.
+        EmptyError: a layer without curvature.
 
     Cost: 4·O·I·(O + I) flops per layer, in float64.
     Source: P5-P8 (arXiv 2510.24256).
     Proof: tests/test_projection.py::test_O54_edit_is_an_orthogonal_projection,
+        tests/test_biases.py::test_O47_a_joint_edit_is_the_projection_of_weight_and_bias,
         tests/test_staircase.py::test_cut_equals_brute_force
     """
     changed: dict[str, Array] = {}
     records = []
     for layer, share in _shares(model, basis, rho).items():
-        name = model.config.weight_of(layer)
-        W = np.asarray(model.parameters[name])
-        stored = model.stored.get(name, model.dtype)
-        if stored == "float64" and model.dtype != "float64":
-            raise DTypeError(
-                f"edit: {name} is stored in float64 but the model was loaded as {model.dtype}; "
-                'load it with dtype="float64".'
-            )
-        require_finite("edit", name, W)
+        names = [model.config.weight_of(layer)]
+        if basis.bias is Bias.JOINT and model.config.has_bias(layer):
+            names.append(f"{layer}.bias")
+        parts = [_part(model, name) for name in names]
+        W = parts[0] if len(parts) == 1 else np.column_stack(parts)
         one = basis[layer]
-        require_shape("edit", name, W, (len(one.lam), len(one.mu)), "(O, I) of its basis")
+        axes = "(O, I) of its basis" if len(parts) == 1 else "(O, I + 1) of its joint basis"
+        require_shape("edit", " with ".join(names), W, (len(one.lam), len(one.mu)), axes)
         stairs = cut(one.lam, one.mu, share, f"edit {layer!r}")
-        if share == 1:
-            edited = W
-        else:
-            edited = widen(narrow(project(W, one, stairs.counts), stored), stored, model.dtype)
-            changed[name] = edited
+        edited = W
+        if share != 1:
+            columns = np.split(project(W, one, stairs.counts), [parts[0].shape[1]], axis=1)
+            for name, part, new in zip(names, parts, columns, strict=False):  # no b, no column
+                stored = model.stored.get(name, model.dtype)
+                rounded = widen(narrow(new.reshape(part.shape), stored), stored, model.dtype)
+                changed[name] = rounded
+            edited = np.column_stack([changed[name] for name in names])
         records.append(_record(layer, share, one, stairs, W, edited))
     return model.with_parameters(changed), EditRecord(tuple(records))
+
+
+def _part(model: Model, name: str) -> Array:
+    """A parameter that can be edited: finite, and read without rounding."""
+    array = np.asarray(model.parameters[name])
+    if model.stored.get(name, model.dtype) == "float64" and model.dtype != "float64":
+        raise DTypeError(
+            f"edit: {name} is stored in float64 but the model was loaded as {model.dtype}; "
+            'load it with dtype="float64".'
+        )
+    require_finite("edit", name, array)
+    return array
 
 
 def _shares(model: Model, basis: Bases, rho: float | Mapping[str, float]) -> dict[str, float]:

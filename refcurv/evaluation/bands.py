@@ -1,4 +1,4 @@
-"""How strongly memorised and clean tokens drive the sharp and the flat directions of a layer (P9).
+"""How strongly memorised and clean inputs drive the sharp and the flat directions of a layer (P9).
 
 Two quantities, never mixed:
 
@@ -19,11 +19,15 @@ import numpy as np
 
 from refcurv.algebra.staircase import cut
 from refcurv.curvature.eigenbasis import Eigenbasis
+from refcurv.evaluation.classify import image_batches, image_inputs, require_image_population
 from refcurv.evaluation.decode import batches, require_population, teacher_forced
-from refcurv.files.corpus import Population
-from refcurv.law.checks import Array, EmptyError, require_choice, require_shape
-from refcurv.model.config import Model, expand
-from refcurv.model.transformer import Parameters
+from refcurv.files.corpus import ImagePopulation, Population
+from refcurv.law.checks import Array, ConventionError, EmptyError, require_choice, require_shape
+from refcurv.law.conventions import Rows
+from refcurv.model.config import Model, ModelConfig, expand
+from refcurv.model.inputs import kept, require_rows
+from refcurv.model.layers import Layout
+from refcurv.model.transformer import Inputs, Parameters
 from refcurv.passes import memory, parallel
 from refcurv.passes.parallel import Progress
 
@@ -50,8 +54,8 @@ class Bands:
         layer; quantity.
         edges: (n + 1,) cumulative shares, of the mass or of the ranks.
         sizes: (n,) pairs, or eigenvectors, in each band; 0 where one pair spans a whole band.
-        memorised, clean: (n,) mean norm over the tokens of each population.
-        aligned: were the clean tokens taken from the memorised ones' range of positions?
+        memorised, clean: (n,) mean norm over the positions of each population.
+        aligned: were the clean inputs taken from the memorised ones' range of positions?
     """
 
     layer: str
@@ -134,31 +138,35 @@ def _restricted(C: Array, low: Array, high: Array) -> Array:
 def bands(
     model: Model,
     basis: Mapping[str, Eigenbasis],
-    memorised: Population,
-    clean: Population,
+    memorised: Population | ImagePopulation,
+    clean: Population | ImagePopulation,
     *,
     layers: str = "**",
     quantity: Quantity | str = Quantity.PAIR_MASS,
+    rows: str = "reached",
     progress: Progress = lambda done, total: None,
 ) -> dict[str, Bands]:
-    """Mean norm of what each band makes of memorised and of clean tokens, and their ratio.
+    """Mean norm of what each band makes of memorised and of clean inputs, and their ratio.
 
     Definition
         ratio_b = mean over memorised x of ‖W_b x‖ / mean over clean x of ‖W_b x‖   (pair_mass)
         the same with ‖P_b x‖ (input_rank); x is the layer's input at one position
+        (a joint basis has [W b] and [x; 1] in their place)
 
     Memorised tokens are the positions whose next token lies in a suffix, prompt_length - 1 ..
     length - 2 of each row. Clean ones are such positions of the clean population *within the
     columns that memorised ones occupy*, so that position itself does not tell them apart; where
-    there is none, all its scored positions, and `aligned` is False.
+    there is none, all its scored positions, and `aligned` is False. Of images it is all positions
+    or the CLS, and they are always aligned; a head that reads them pooled has one input an image.
 
     Args:
         model: gives the inputs x and the weights W; the unedited one.
         basis: eigenbases by layer name, of `decompose`.
-        memorised: a population of kind `recite`.
-        clean: a population of kind `text`.
+        memorised: a population of kind `recite`, or of images: those with noised labels.
+        clean: a population of kind `text`, or of images.
         layers: pattern over the basis's names.
         quantity: which of the two.
+        rows: of images "reached", which is "all", or "cls"; of tokens only "reached".
         progress: called with (batches done, batches).
 
     Returns:
@@ -167,34 +175,56 @@ def bands(
     Raises:
         EmptyError: a population without scored positions.
         RangeError: a token outside the vocabulary.
-        ShapeError: a basis that does not fit its layer.
+        ShapeError: a basis that does not fit its layer; images of another size.
         NameUnknownError: a pattern that matches no layer, or a layer that the model lacks.
-        ConventionError: an unknown quantity.
+        ConventionError: an unknown quantity; tokens for a model of images or the reverse; rows that
+            the model or the patches do not have.
 
-    Cost: one forward pass over both populations; per layer and token 2 I² flops, and for
+    Cost: one forward pass over both populations; per layer and position 2 I² flops, and for
         pair_mass 2·7·O·I more; one float64 copy of each named weight.
     Source: P9, PAPER §2, Bands.
-    Proof:  tests/test_bands.py::test_norms_are_the_definition; ::test_identical_populations
+    Proof:  tests/test_bands.py::test_norms_are_the_definition; ::test_identical_populations;
+            tests/test_images.py::test_bands_are_the_definition
     """
     kind = Quantity(require_choice("bands", "quantity", quantity, Quantity))
     names = expand(layers, list(basis))
+    choice = _require_rows(model.config, rows, names)
     for what, population in (("memorised", memorised), ("clean", clean)):
-        require_population("bands", what, population, model.config.vocabulary)
+        _require_readable(what, population, model.config)
     parameters = memory.resident(model)
     probes = [_probe(model, parameters, name, basis[name], kind) for name in names]
-    columns = _columns(memorised)
-    aligned = bool(_scored(clean, columns))
-    job = _Job(model, parameters, names, probes)
-    total = len(batches(memorised)) + len(batches(clean))
+    job = _Job(model.config, parameters, names, probes, choice)
+    columns, aligned = None, True
+    if isinstance(memorised, Population) and isinstance(clean, Population):
+        columns = _columns(memorised)
+        aligned = bool(_scored(clean, columns))
+    begin, total = len(job.parts(memorised)), len(job.parts(memorised)) + len(job.parts(clean))
     progress(0, total)
     hot = _mean_norms(job, memorised, None, _counter(progress, 0, total))
-    begin = len(batches(memorised))
     cold = _mean_norms(job, clean, columns if aligned else None, _counter(progress, begin, total))
     edges = MASS_EDGES if kind is Quantity.PAIR_MASS else tuple(p / 100 for p in RANK_PERCENT)
     return {
         name: Bands(name, kind, edges, probe.sizes, tuple(m), tuple(c), aligned)
         for name, probe, m, c in zip(names, probes, hot, cold, strict=True)
     }
+
+
+def _require_rows(config: ModelConfig, rows: str, names: list[str]) -> Rows:
+    choice = require_rows("bands", config, rows)
+    if config.image is None and choice is not Rows.REACHED:
+        raise ConventionError(f"bands: rows={rows!r} is not for tokens; their suffixes are taken.")
+    if choice is Rows.CLS and "patch" in names:
+        raise ConventionError("bands: 'patch' has no row among rows='cls'. Leave it out of layers.")
+    return choice
+
+
+def _require_readable(
+    what: str, population: Population | ImagePopulation, config: ModelConfig
+) -> None:
+    if isinstance(population, ImagePopulation):
+        require_image_population("bands", what, population, config)
+    else:
+        require_population("bands", what, population, config)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,10 +237,37 @@ class _Probe:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    model: Model
+    config: ModelConfig
     parameters: Parameters
     names: list[str]
     probes: list[_Probe]
+    rows: Rows
+
+    def parts(self, population: Population | ImagePopulation) -> list[Any]:
+        """What is read together: rows of token sequences, slices of images."""
+        if isinstance(population, ImagePopulation):
+            return list(image_batches(self.config, population))
+        return list(batches(population))
+
+    def read(
+        self, population: Population | ImagePopulation, part: Any, columns: tuple[int, int] | None
+    ) -> tuple[Inputs, Layout, Array]:
+        """What the model reads, its layout, and the positions that count, (B, T) bool."""
+        if isinstance(population, ImagePopulation):
+            inputs, layout = image_inputs(self.config, population, part)
+            return inputs, layout, kept(self.config, self.rows, population.labels[part][:, None])
+        token_BT, label_BT, layout = teacher_forced(self.config, population, part)
+        keep_BT = label_BT >= 0
+        if columns is not None:
+            t = np.arange(keep_BT.shape[1])
+            keep_BT &= (columns[0] <= t) & (t <= columns[1])
+        return token_BT, layout, keep_BT
+
+    def inputs_of(self, name: str, x_BTI: Array, keep_BT: Array) -> Array:
+        """The layer's inputs at the positions that count, (N, I) float64."""
+        if name == "head" and self.config.image is not None:
+            keep_BT = np.ones(x_BTI.shape[:2], dtype=bool)
+        return x_BTI[keep_BT[:, -x_BTI.shape[1] :]].astype(np.float64)
 
 
 def _probe(
@@ -220,16 +277,24 @@ def _probe(
     if name not in known:
         expand(name, list(known))  # raises, and says which layers there are
     O, I = known[name]  # noqa: E741
+    W = parameters[model.config.weight_of(name)].astype(np.float64)
+    joint = model.config.has_bias(name) and len(basis.mu) == I + 1  # of [W b], see BIAS
+    if joint:
+        W = np.column_stack([W, parameters[f"{name}.bias"].astype(np.float64)])
     hint = "Was the basis made from another model?"
-    require_shape("bands", f"U_A of {name!r}", basis.U_A, (I, I), "(I, I)", hint)
+    require_shape("bands", f"U_A of {name!r}", basis.U_A, (I + joint, I + joint), "(I, I)", hint)
     require_shape("bands", f"U_G of {name!r}", basis.U_G, (O, O), "(O, O)", hint)
+
+    def whole(x_NI: Array) -> Array:
+        return np.column_stack([x_NI, np.ones(len(x_NI))]) if joint else x_NI
+
     if kind is Quantity.INPUT_RANK:
-        rank = rank_bounds(I)
-        return _Probe(tuple(np.diff(rank).tolist()), lambda x: _rank_norms(x, basis, rank))
-    C = basis.U_G.T @ parameters[model.config.weight_of(name)].astype(np.float64) @ basis.U_A
+        rank = rank_bounds(I + joint)
+        return _Probe(tuple(np.diff(rank).tolist()), lambda x: _rank_norms(whole(x), basis, rank))
+    C = basis.U_G.T @ W @ basis.U_A
     bounds = mass_bounds(basis, f"bands {name!r}")
     sizes = tuple(np.diff(bounds.sum(axis=1)).tolist())
-    return _Probe(sizes, lambda x: _mass_norms(x, basis, C, bounds))
+    return _Probe(sizes, lambda x: _mass_norms(whole(x), basis, C, bounds))
 
 
 def _rank_norms(x_NI: Array, basis: Eigenbasis, bounds: Array) -> Array:
@@ -265,32 +330,26 @@ def _scored(population: Population, columns: tuple[int, int]) -> int:
 
 def _mean_norms(
     job: _Job,
-    population: Population,
+    population: Population | ImagePopulation,
     columns: tuple[int, int] | None,
     done: Callable[[], object],
 ) -> Array:
-    """Mean norm over the population's tokens, (layers, bands); sums added in batch order."""
+    """Mean norm over the population's positions, (layers, bands); sums added in batch order."""
 
-    def work(_: int, row: Array) -> tuple[Array, int]:
-        token_BT, label_BT, layout = teacher_forced(job.model.config, population, row)
-        keep_BT = label_BT >= 0
-        if columns is not None:
-            t = np.arange(keep_BT.shape[1])
-            keep_BT &= (columns[0] <= t) & (t <= columns[1])
-        x = memory.layer_inputs(job.model.config, job.parameters, token_BT, layout, job.names)
-        sums = [
-            probe.norms(x[name][keep_BT].astype(np.float64)).sum(axis=0)
-            for name, probe in zip(job.names, job.probes, strict=True)
-        ]
-        return np.stack(sums), int(keep_BT.sum())
+    def work(_: int, part: Any) -> tuple[Array, Array]:
+        inputs, layout, keep_BT = job.read(population, part, columns)
+        x = memory.layer_inputs(job.config, job.parameters, inputs, layout, job.names)
+        rows = [job.inputs_of(name, x[name], keep_BT) for name in job.names]
+        sums = [probe.norms(x_NI).sum(axis=0) for probe, x_NI in zip(job.probes, rows, strict=True)]
+        return np.stack(sums), np.array([[len(x_NI)] for x_NI in rows])
 
-    found = parallel.run(batches(population), work, done=done)
-    count = sum(n for _, n in found)
-    if count == 0:
+    found = parallel.run(job.parts(population), work, done=done)
+    total, count = np.zeros_like(found[0][0]), np.zeros_like(found[0][1])
+    for sums, rows in found:
+        total += sums
+        count += rows
+    if not count.all():
         raise EmptyError("bands: the clean population has no token behind any prompt.")
-    total = np.zeros_like(found[0][0])
-    for part, _ in found:
-        total += part
     return np.asarray(total / count)
 
 

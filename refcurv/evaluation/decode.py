@@ -79,7 +79,7 @@ def greedy(config: ModelConfig, parameters: Parameters, prompt: Array, steps: in
     token_BT, begin = prompt.astype(np.int64), 0
     for n in range(steps):
         final_BD = _advance(config, parameters, token_BT, begin, cache)
-        out_BN[:, n] = _likeliest(config, parameters, final_BD)
+        out_BN[:, n] = likeliest("greedy", config, parameters, final_BD)
         begin += token_BT.shape[1]
         token_BT = out_BN[:, n : n + 1]
     return out_BN
@@ -106,13 +106,16 @@ def _advance(
     return final_BD
 
 
-def _likeliest(config: ModelConfig, parameters: Parameters, final_BD: Array) -> Array:
-    """(B,) id of each row's largest logit, the lowest on ties; HEAD_ROWS rows at a time."""
+def likeliest(who: str, config: ModelConfig, parameters: Parameters, final_BD: Array) -> Array:
+    """(B,) id of each row's largest logit, the lowest on ties; HEAD_ROWS rows at a time.
+
+    Raises NonFiniteError for a logit that is NaN or infinite: the largest would mean nothing.
+    """
     out_B = np.empty(len(final_BD), dtype=np.int64)
     for begin in range(0, len(final_BD), HEAD_ROWS):
         chunk = slice(begin, begin + HEAD_ROWS)
         logit_NV = head_logits(config, parameters, final_BD[chunk])
-        require_finite("greedy", "the logits", logit_NV, "Are the weights finite?")
+        require_finite(who, "the logits", logit_NV, "Are the weights finite?")
         out_B[chunk] = logit_NV.argmax(axis=-1)
     return out_B
 
@@ -155,11 +158,24 @@ def teacher_forced(
     return token_BT, label_BT, layout_of(config, real_BT, np.zeros_like(token_BT))
 
 
-def require_population(who: str, name: str, population: Population, vocabulary: int) -> None:
-    """Raise RangeError for a token outside the vocabulary; padding may hold any id."""
+def require_population(who: str, name: str, population: Population, config: ModelConfig) -> None:
+    """Refuse token sequences that the model cannot read or be judged on; padding may hold any id.
+
+    Raises:
+        ConventionError: the model reads images, or is bidirectional: it would be told what is asked
+        for. RangeError: a token outside the vocabulary, or more positions than the model has.
+    """
+    if config.image is not None:
+        raise ConventionError(f"{who}: population {name!r} has tokens, but the model reads images.")
+    if not config.causal:
+        raise ConventionError(
+            f"{who}: population {name!r} asks for next tokens, which a bidirectional model sees."
+        )
+    longest = int(population.length.max()) - (population.kind != "text")  # the last is only said
+    require_positions(f"{who}: population {name!r}", longest, config.learned_positions)
     real = np.arange(population.tokens.shape[1]) < population.length[:, None]
     token = np.where(real, population.tokens, 0)
-    require_token_ids(who, f"tokens of population {name!r}", token, vocabulary)
+    require_token_ids(who, f"tokens of population {name!r}", token, config.vocabulary)
 
 
 def suffixes(population: Population) -> list[Array]:

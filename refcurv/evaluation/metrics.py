@@ -87,6 +87,20 @@ def exact_match(decoded: Sequence[Array], truth: Sequence[Array]) -> float:
     return hits / len(truth)
 
 
+def accuracy(predicted: Array, label: Array) -> float:
+    """The share of items whose predicted class is the label: of (N,) and (N,) integers.
+
+    Raises:
+        ShapeError: they differ in number. EmptyError: there are none.
+
+    Proof:  tests/test_metrics.py::test_accuracy_by_hand
+    """
+    require_shape("accuracy", "predicted", predicted, np.shape(label), "(N,), as labels")
+    if not len(label):
+        raise EmptyError("accuracy: there are no items to compare.")
+    return float((predicted == label).sum()) / len(label)
+
+
 def _require_rows(who: str, decoded: Sequence[Array], truth: Sequence[Array]) -> None:
     if len(decoded) != len(truth):
         raise ShapeError(f"{who}: {len(decoded)} decoded rows, but {len(truth)} true ones.")

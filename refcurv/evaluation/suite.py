@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from refcurv.evaluation.classify import classify, image_batches, require_image_population
 from refcurv.evaluation.decode import (
     batches,
     decode_population,
@@ -19,6 +20,7 @@ from refcurv.evaluation.decode import (
 )
 from refcurv.evaluation.metrics import (
     NDCG_K,
+    accuracy,
     exact_match,
     ndcg_of_ids,
     perplexity,
@@ -27,7 +29,7 @@ from refcurv.evaluation.metrics import (
     retention_above_chance,
     top_ids,
 )
-from refcurv.files.corpus import SPLITS, Corpus, Population
+from refcurv.files.corpus import SPLITS, Corpus, ImagePopulation, Population, Populations
 from refcurv.law.checks import (
     Array,
     ConventionError,
@@ -43,7 +45,7 @@ from refcurv.passes import parallel
 from refcurv.passes.memory import final_states, resident
 from refcurv.passes.parallel import Progress
 
-RETAINED = MappingProxyType({"answer": "accuracy", "recite": "strict"})
+RETAINED = MappingProxyType({"answer": "accuracy", "recite": "strict", "label": "accuracy"})
 """The value that a retention is of, by kind; a perplexity is not retained."""
 
 
@@ -54,9 +56,10 @@ RETAINED = MappingProxyType({"answer": "accuracy", "recite": "strict"})
 class Measured:
     """One model on one population.
 
-    Fields: kind; items, rows; tokens, how many of them are decoded or scored; chance; values by
-    name (answer: accuracy; recite: strict, loose, distance; text: perplexity); top, for text the
-    ids (tokens, min(10, V)) of the likeliest tokens at every scored position, else None.
+    Fields: kind; items, rows or images; tokens, how many of them are decoded or scored, 0 of
+    images; chance; values by name (answer, label: accuracy; recite: strict, loose, distance; text:
+    perplexity); top, for text the ids (tokens, min(10, V)) of the likeliest tokens at every scored
+    position, else None.
     """
 
     kind: str
@@ -172,11 +175,12 @@ def evaluate(
     Definition
         answer: accuracy, exact match of the greedy answer. recite: strict, loose and mean
         distance of the greedy suffix. text: perplexity, and nDCG@10 against the baseline by both
-        readings, at the positions whose next token lies in [prompt_length, length).
+        readings, at the positions whose next token lies in [prompt_length, length). label, of
+        images: accuracy, the likeliest class (the lowest id on ties) is the label.
 
     Args:
         model: the (edited) model.
-        corpus: its populations are evaluated; its own tokens are not read.
+        corpus: its populations are evaluated; its own tokens or images are not read.
         split: "test" to report, "dev" to tune on.
         baseline: the unedited model, evaluated once; or its `measure`, made once for many edits.
         progress: called with (batches done, batches), of both models together.
@@ -186,21 +190,24 @@ def evaluate(
 
     Raises:
         EmptyError: the corpus has no population of this split, or one without rows or suffixes.
-        RangeError: a token outside the vocabulary.
+        RangeError: a token or label outside the vocabulary, or more positions than were learned.
+        ShapeError: images of another size than the model's.
         NonFiniteError: a model's logits are not finite.
-        ConventionError: an unknown split; a baseline of another vocabulary or split.
+        ConventionError: an unknown split; a baseline of another vocabulary or split; tokens for a
+            model of images or the reverse; a bidirectional model of tokens.
 
     Cost: one forward pass over each population's tokens and model. Logits exist for at most
         HEAD_ROWS positions per thread.
     Source: PAPER §2.
     Proof:  tests/test_suite.py::test_by_hand; ::test_text_is_the_naive_loop;
-            tests/test_suite.py::test_padding_is_never_read
+            tests/test_suite.py::test_padding_is_never_read;
+            tests/test_images.py::test_evaluation_is_argmax_one_image_at_a_time
     """
     wanted = _populations(corpus, split)
     pending = [model, baseline] if isinstance(baseline, Model) else [model]
-    total = len(pending) * _batch_count(wanted)
     for each in pending:
-        _require_ids(wanted, each.config.vocabulary)
+        _require_readable(wanted, each.config)
+    total = len(pending) * _batch_count(model.config, wanted)
     if isinstance(baseline, Model):
         baseline = measure(baseline, corpus, split=split, progress=lambda n, _: progress(n, total))
         ahead = total // 2
@@ -222,9 +229,9 @@ def measure(
     Proof:  tests/test_suite.py::test_baseline_is_evaluated_once
     """
     wanted = _populations(corpus, split)
-    _require_ids(wanted, model.config.vocabulary)
+    _require_readable(wanted, model.config)
     parameters = resident(model)
-    total, finished = _batch_count(wanted), 0
+    total, finished = _batch_count(model.config, wanted), 0
 
     def done() -> None:
         nonlocal finished
@@ -304,7 +311,7 @@ def _require_alike(before: Measurement, after: Measurement) -> None:
 # ------------------------------------------------------------------ one population
 
 
-def _populations(corpus: Corpus, split: str) -> dict[str, Population]:
+def _populations(corpus: Corpus, split: str) -> Populations:
     require_choice("evaluate", "split", split, SPLITS)
     wanted = {name: p for name, p in corpus.populations.items() if p.split == split}
     if not wanted:
@@ -315,22 +322,32 @@ def _populations(corpus: Corpus, split: str) -> dict[str, Population]:
     return wanted
 
 
-def _require_ids(wanted: Mapping[str, Population], vocabulary: int) -> None:
+def _require_readable(wanted: Populations, config: ModelConfig) -> None:
     for name, population in wanted.items():
-        require_population("evaluate", name, population, vocabulary)
+        if isinstance(population, ImagePopulation):
+            require_image_population("evaluate", name, population, config)
+        else:
+            require_population("evaluate", name, population, config)
 
 
-def _batch_count(wanted: Mapping[str, Population]) -> int:
-    return sum(len(batches(population)) for population in wanted.values())
+def _batch_count(config: ModelConfig, wanted: Populations) -> int:
+    return sum(
+        len(image_batches(config, p) if isinstance(p, ImagePopulation) else batches(p))
+        for p in wanted.values()
+    )
 
 
 def _measured(
     config: ModelConfig,
     parameters: Parameters,
     name: str,
-    population: Population,
+    population: Population | ImagePopulation,
     done: Callable[[], object],
 ) -> Measured:
+    if isinstance(population, ImagePopulation):
+        right = accuracy(classify(config, parameters, population, done), population.labels)
+        values = MappingProxyType({"accuracy": right})
+        return Measured(population.kind, len(population.labels), 0, population.chance, values)
     kind, chance = str(population.kind), float(population.chance)
     tokens = int((population.length - population.prompt_length).sum())
     facts = (kind, len(population.tokens), tokens, chance)
@@ -344,8 +361,8 @@ def _measured(
     if kind == "answer":
         return Measured(*facts, MappingProxyType({"accuracy": exact_match(decoded, truth)}))
     found = recitation(decoded, truth)
-    values = {"strict": found.strict, "loose": found.loose, "distance": found.distance}
-    return Measured(*facts, MappingProxyType(values))
+    recited = {"strict": found.strict, "loose": found.loose, "distance": found.distance}
+    return Measured(*facts, MappingProxyType(recited))
 
 
 def _text(

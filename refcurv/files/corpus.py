@@ -1,4 +1,4 @@
-"""The corpus: token sequences to compute curvature on, and populations to evaluate on."""
+"""The corpus: token sequences or images to compute curvature on, and populations to evaluate on."""
 
 from __future__ import annotations
 
@@ -26,15 +26,21 @@ from refcurv.law.checks import (
     require_range,
     require_shape,
 )
+from refcurv.model.inputs import as_images
 from refcurv.model.loss import shift_labels
 
 KINDS: Final = ("text", "recite", "answer")
 """How a population is judged: perplexity; greedy suffix; exact match of the generated answer."""
 
+IMAGE_KIND: Final = "label"
+"""How a population of images is judged: accuracy."""
+
 SPLITS: Final = ("dev", "test")
 """What a population is for: to tune on, or to report."""
 
-_DATASETS: Final = {"tokens": "int32", "labels": "int32", "mask": "uint8", "segments": "int32"}
+_OF_TOKENS: Final = {"tokens": "int32", "labels": "int32", "mask": "uint8", "segments": "int32"}
+_OF_IMAGES: Final = {"images": "float32", "labels": "int32"}
+_OF_CORPUS: Final = {**_OF_TOKENS, **_OF_IMAGES}
 _OF_POPULATION: Final = {"tokens": "int32", "prompt_length": "int32", "length": "int32"}
 
 
@@ -87,40 +93,90 @@ class Population:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Corpus:
-    """Token sequences of one width, right-padded or packed, and named populations.
+class ImagePopulation:
+    """Labelled images that are judged alike: by accuracy, is the likeliest class the label?
+
+    A memorised wrong label and the true one are two populations of the same images:
+    `ImagePopulation(noised, wrong, "test")` counts what is still recited,
+    `ImagePopulation(noised, true, "test")` what is recovered.
 
     Fields:
-        tokens: (N, T) int32.
-        labels: (N, T) int32 or None: what each position should predict, negative = none. None
-            means the next token of the segment (LABELS).
-        mask: (N, T) uint8 or None: 1 = real; padding stands on the right.
-        segments: (N, T) int32 or None: packed documents, each one contiguous run.
-        populations: Mapping from name to Population; with some, N may be 0.
-        source: What the corpus was read from, for provenance (may be empty).
+        images: (N, C, H, W) float32, the values that the model reads (see Corpus).
+        labels: (N,) int32, not negative.
+        split: One of SPLITS.
+        chance: The accuracy in [0, 1] that guessing gets.
     """
 
-    tokens: Array
+    images: Array
+    labels: Array
+    split: str
+    chance: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Own read-only copies; refuse an image without a label."""
+        who = "ImagePopulation"
+        _own_images(self, who)
+        if len(self.images) == 0:
+            raise EmptyError(f"{who}: there is no image.")
+        require_choice(who, "split", self.split, SPLITS)
+        chance = require_range(who, "chance", self.chance, 0.0, 1.0)
+        object.__setattr__(self, "chance", chance)
+        if self.labels.min() < 0:
+            n = int(np.argmax(self.labels < 0))
+            raise RangeError(
+                f"{who}: labels [{n}] is {self.labels[n]}; an image to be judged has a label.",
+                index=n,
+            )
+
+    @property
+    def kind(self) -> str:
+        """How it is judged: "label"."""
+        return IMAGE_KIND
+
+
+Populations = Mapping[str, Population | ImagePopulation]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Corpus:
+    """Token sequences of one width, right-padded or packed, or images; and named populations.
+
+    It has tokens or images, never both, and populations of the same.
+
+    Fields:
+        tokens: (N, T) int32, or None.
+        labels: (N, T) int32 or None: what each position should predict, negative = none. None
+            means the next token of the segment (LABELS). Of images (N,), never None; they may be
+            noised, as the paper's ViT is trained: see ImagePopulation for how that is judged.
+        mask: (N, T) uint8 or None: 1 = real; padding stands on the right.
+        segments: (N, T) int32 or None: packed documents, each one contiguous run.
+        populations: Mapping from name to Population, or to ImagePopulation; with some, N may be 0.
+        source: What the corpus was read from, for provenance (may be empty).
+        images: (N, C, H, W) float32, or None: the values that the model reads, scaled as it was
+            trained. float16, float64 and integers are taken if float32 holds them exactly.
+    """
+
+    tokens: Array | None = None
     labels: Array | None = None
     mask: Array | None = None
     segments: Array | None = None
-    populations: Mapping[str, Population] = field(default_factory=lambda: MappingProxyType({}))
+    populations: Populations = field(default_factory=lambda: MappingProxyType({}))
     source: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    images: Array | None = None
 
     def __post_init__(self) -> None:
         """Own read-only copies; refuse what the law does not allow."""
         who = "Corpus"
-        _own_tokens(self, who)
-        shape = self.tokens.shape
-        if shape[0] == 0 and not self.populations:
-            raise EmptyError(f"{who}: tokens hold no sequence, and there are no populations.")
-        for name in ("labels", "mask", "segments"):
-            if getattr(self, name) is not None:
-                dtype = np.uint8 if name == "mask" else np.int32
-                _own(self, who, name, dtype, shape, "(N, T), as tokens")
-        _require_mask(who, self.mask)
-        _require_runs(who, self.segment, self.real)
-        _require_labels(who, self.labels, self.real)
+        if (self.tokens is None) == (self.images is None):
+            what = "neither" if self.tokens is None else "both"
+            raise ConventionError(f"{who}: a corpus has tokens or images; got {what}.")
+        if self.images is None:
+            _require_tokens(self, who)
+        else:
+            _require_images(self, who)
+        if len(self.label) == 0 and not self.populations:
+            what = "sequence" if self.images is None else "image"
+            raise EmptyError(f"{who}: there is no {what}, and there are no populations.")
         for name in self.populations:
             if "." in name:
                 raise ConventionError(f"{who}: a population's name has no dots; got {name!r}.")
@@ -131,33 +187,88 @@ class Corpus:
     def real(self) -> Array:
         """(N, T) bool: False on padding."""
         if self.mask is None:
-            return np.ones(self.tokens.shape, dtype=bool)
+            return np.ones(require_tokens("real", self).shape, dtype=bool)
         return self.mask.astype(bool)
 
     @property
     def segment(self) -> Array:
         """(N, T) int: which document a position belongs to, zeros unless sequences are packed."""
-        return np.zeros(self.tokens.shape, np.int32) if self.segments is None else self.segments
+        if self.segments is None:
+            return np.zeros(require_tokens("segment", self).shape, np.int32)
+        return self.segments
 
     @property
     def label(self) -> Array:
-        """(N, T) int64: the corpus's own labels, or LABELS' default; negative = none."""
-        if self.labels is not None:
-            return self.labels.astype(np.int64)
-        return shift_labels(self.tokens, self.real, self.segment)
+        """(N, T) int64, of images (N, 1): the corpus's own labels, or LABELS' default."""
+        if self.labels is None:
+            return shift_labels(require_tokens("label", self), self.real, self.segment)
+        labels = self.labels.astype(np.int64)
+        return labels if self.images is None else labels[:, None]
+
+
+def require_tokens(who: str, corpus: Corpus) -> Array:
+    """The tokens (N, T); ConventionError for a corpus of images."""
+    if corpus.tokens is None:
+        raise ConventionError(f"{who}: needs a corpus of tokens; this one has images.")
+    return corpus.tokens
+
+
+def _require_tokens(corpus: Corpus, who: str) -> None:
+    _own_tokens(corpus, who)
+    shape = require_tokens(who, corpus).shape
+    for name in ("labels", "mask", "segments"):
+        if getattr(corpus, name) is not None:
+            dtype = np.uint8 if name == "mask" else np.int32
+            _own(corpus, who, name, dtype, shape, "(N, T), as tokens")
+    _require_mask(who, corpus.mask)
+    _require_runs(who, corpus.segment, corpus.real)
+    _require_labels(who, corpus.labels, corpus.real)
+    for name, population in corpus.populations.items():
+        if not isinstance(population, Population):
+            raise ConventionError(f"{who}: population {name!r} has images, the corpus tokens.")
+
+
+def _require_images(corpus: Corpus, who: str) -> None:
+    for name in ("mask", "segments"):
+        if getattr(corpus, name) is not None:
+            raise ConventionError(f"{who}: {name} is for tokens; this corpus has images.")
+    _own_images(corpus, who)
+    assert corpus.images is not None
+    size = corpus.images.shape[1:]
+    for name, population in corpus.populations.items():
+        if not isinstance(population, ImagePopulation):
+            raise ConventionError(f"{who}: population {name!r} has tokens, the corpus images.")
+        if population.images.shape[1:] != size:
+            raise ShapeError(
+                f"{who}: images of population {name!r} are (C, H, W) = "
+                f"{population.images.shape[1:]}, the corpus's {size}."
+            )
+
+
+def _own_images(record: Corpus | ImagePopulation, who: str) -> None:
+    """Replace images and labels by checked copies: (N, C, H, W) float32 and (N,) int32."""
+    given = record.images
+    images = as_images(who, given)  # type: ignore[arg-type]  # whatever it is
+    if images is given or images.base is not None:
+        images = images.copy()
+    images.flags.writeable = False
+    object.__setattr__(record, "images", images)
+    if record.labels is None:
+        raise ConventionError(f"{who}: images need labels, one each; -1 = none.")
+    _own(record, who, "labels", np.int32, (len(images),), "(N,), one an image")
 
 
 def _own_tokens(record: Corpus | Population, who: str) -> None:
     """Replace `record.tokens` by a checked copy: (N, T) int32, T >= 1, no negative id."""
-    _own(record, who, "tokens", np.int32, (None, None), "(N, T)")
-    if record.tokens.shape[1] == 0:
+    tokens = _own(record, who, "tokens", np.int32, (None, None), "(N, T)")
+    if tokens.shape[1] == 0:
         raise EmptyError(
             f"{who}: tokens must be at least one position wide; got (N, T) with T = 0."
         )
-    if record.tokens.size and record.tokens.min() < 0:
-        index = [int(i) for i in np.argwhere(record.tokens < 0)[0]]
+    if tokens.size and tokens.min() < 0:
+        index = [int(i) for i in np.argwhere(tokens < 0)[0]]
         raise RangeError(
-            f"{who}: tokens {index} is {record.tokens[tuple(index)]}; ids are not negative. Pad "
+            f"{who}: tokens {index} is {tokens[tuple(index)]}; ids are not negative. Pad "
             "with any id and say so in the mask or the length.",
             index=index,
         )
@@ -165,7 +276,7 @@ def _own_tokens(record: Corpus | Population, who: str) -> None:
 
 def _own(
     record: object, who: str, name: str, dtype: DTypeLike, shape: tuple[int | None, ...], axes: str
-) -> None:
+) -> Array:
     """Replace a field by a read-only copy of the dtype, exactly; the caller's array stays his."""
     try:
         array = np.asarray(getattr(record, name))
@@ -180,6 +291,7 @@ def _own(
     copy = array.astype(dtype, order="C")
     copy.flags.writeable = False
     object.__setattr__(record, name, copy)
+    return copy
 
 
 def _require_mask(who: str, mask: Array | None) -> None:
@@ -231,9 +343,9 @@ def save_corpus(corpus: Corpus, path: PathLike, made_from: Mapping[str, Any] | N
     """Write a corpus file.
 
     Definition
-        tokens, and labels, mask, segments where the corpus has them; for each population
-        populations/NAME/{tokens, prompt_length, length}, with the attributes kind, split and
-        chance on its `tokens`.
+        tokens or images, and labels, mask, segments where the corpus has them; for each population
+        populations/NAME/{tokens, prompt_length, length} or {images, labels}, with the attributes
+        kind, split and chance on its `tokens` or `images`.
 
     Args:
         corpus: The Corpus.
@@ -282,9 +394,9 @@ def load_corpus(path: PathLike) -> Corpus:
     Proof:  tests/test_corpus.py::test_round_trip
     """
     header = store.open_file(path, format="refcurv-corpus")
-    names = _require_datasets(header)
-    arrays = {name: store.read(header, name) for name in _DATASETS if name in header.entries}
-    populations = {name: _population(header, name) for name in names}
+    found = _require_datasets(header)
+    arrays = {name: store.read(header, name) for name in _OF_CORPUS if name in header.entries}
+    populations = {name: _population(header, name, what) for name, what in found.items()}
     try:
         return Corpus(**arrays, populations=populations, source=store.Source(header))
     except RefcurvError as error:
@@ -292,58 +404,60 @@ def load_corpus(path: PathLike) -> Corpus:
 
 
 def _entries(corpus: Corpus) -> Iterator[store.Entry]:
-    for name in _DATASETS:
+    for name in _OF_CORPUS:
         if (array := getattr(corpus, name)) is not None:
             yield store.Entry(name, array)
     for name, population in corpus.populations.items():
-        at = f"populations.{name}."
         judged: dict[str, store.Scalar] = {
             "kind": population.kind, "split": population.split, "chance": population.chance
         }  # fmt: skip
-        yield store.Entry(at + "tokens", population.tokens, judged)
-        yield store.Entry(at + "prompt_length", population.prompt_length)
-        yield store.Entry(at + "length", population.length)
+        parts = _OF_POPULATION if isinstance(population, Population) else _OF_IMAGES
+        for part in parts:
+            attributes = judged if part in ("tokens", "images") else {}
+            yield store.Entry(f"populations.{name}.{part}", getattr(population, part), attributes)
 
 
-def _require_datasets(header: store.Header) -> list[str]:
-    """Check names and dtypes; returns the populations' names in file order."""
+def _require_datasets(header: store.Header) -> dict[str, str]:
+    """Check names and dtypes; returns {population: "tokens" or "images"} in file order."""
     where = f"load_corpus: {header.path!r}"
-    found: dict[str, set[str]] = {}
-    for name, info in header.entries.items():
+    populations: dict[str, str] = {}
+    for name in header.entries:
         parts = name.split(".")
-        known = _DATASETS
         if parts[0] == "populations" and len(parts) == 3:
-            known = _OF_POPULATION
-            found.setdefault(parts[1], set()).add(parts[2])
-        elif len(parts) != 1:
-            known = {}
-        wanted = known.get(parts[-1])
-        if wanted is None:
+            seen = populations.get(parts[1])
+            populations[parts[1]] = "images" if "images" in (parts[2], seen) else "tokens"
+    wanted = dict(_OF_CORPUS)
+    needed = ["images", "labels"] if "images" in header.entries else ["tokens"]
+    for name, what in populations.items():
+        parts_of = _OF_POPULATION if what == "tokens" else _OF_IMAGES
+        wanted |= {f"populations.{name}.{part}": dtype for part, dtype in parts_of.items()}
+        needed += [f"populations.{name}.{part}" for part in parts_of]
+    for name, info in header.entries.items():
+        if name not in wanted:
             raise SchemaError(f"{where} holds {name!r}, which a corpus does not have.")
-        if info.stored != wanted:
-            raise SchemaError(f"{where}: {name!r} must be {wanted}; got {info.stored}.")
-    missing = [] if "tokens" in header.entries else ["tokens"]
-    missing += [
-        f"populations.{name}.{part}"
-        for name, parts in found.items()
-        for part in _OF_POPULATION
-        if part not in parts
-    ]
-    if missing:
-        raise SchemaError(f"{where} lacks {missing[0]!r}.")
-    return list(found)
+        if info.stored != wanted[name]:
+            raise SchemaError(f"{where}: {name!r} must be {wanted[name]}; got {info.stored}.")
+    for name in needed:
+        if name not in header.entries:
+            or_images = " or 'images'" if name == "tokens" else ""
+            raise SchemaError(f"{where} lacks {name!r}{or_images}.")
+    return populations
 
 
-def _population(header: store.Header, name: str) -> Population:
+def _population(header: store.Header, name: str, what: str) -> Population | ImagePopulation:
     at = f"populations.{name}."
-    judged = header.entries[at + "tokens"].attributes
+    judged = dict(header.entries[at + what].attributes)
     if set(judged) != {"kind", "split", "chance"}:
         raise SchemaError(
-            f"load_corpus: {header.path!r}: {at}tokens must have the attributes kind, split and "
+            f"load_corpus: {header.path!r}: {at}{what} must have the attributes kind, split and "
             f"chance; got {sorted(judged)}."
         )
-    arrays = {part: store.read(header, at + part) for part in _OF_POPULATION}
+    parts = _OF_POPULATION if what == "tokens" else _OF_IMAGES
+    arrays = {part: store.read(header, at + part) for part in parts}
     try:
-        return Population(**arrays, **judged)  # type: ignore[arg-type]  # the record checks them
+        if what == "tokens":
+            return Population(**arrays, **judged)  # type: ignore[arg-type]  # the record checks
+        require_choice("ImagePopulation", "kind", judged.pop("kind"), [IMAGE_KIND])
+        return ImagePopulation(**arrays, **judged)  # type: ignore[arg-type]
     except RefcurvError as error:
         raise SchemaError(f"load_corpus: {header.path!r}: {name!r}: {error}") from None

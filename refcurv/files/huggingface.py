@@ -1,14 +1,13 @@
 """A Hugging Face checkpoint directory (config.json, *.safetensors) ↔ a weights file. No torch.
 
-Families differ in data only: where they normalise, and what their tensors are called. A key of
-config.json is read, must have one value, or is known not to matter; any other key is an error,
-for it might change the mathematics.
+Families differ in data only (families.py). A key of config.json is read, must have one value, or
+is known not to matter; any other key is an error, for it might change the mathematics. So with
+tensors: each becomes a parameter, or is known to be none.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import secrets
 import shutil
@@ -20,104 +19,43 @@ from typing import Any, Final
 import numpy as np
 from tqdm import tqdm
 
-from refcurv.files import safetensors, store, weights
+from refcurv.files import checkpoints, safetensors, store, weights
 from refcurv.files.disk import (
     WRITING,
     PathLike,
     file_sha256,
     machine_faults,
     one_line,
-    output_path,
     parse_json,
     sync_folder,
 )
+from refcurv.files.families import FAMILIES, Family, Form, Slot, join, split, tensor_shape
+from refcurv.files.keys import only
 from refcurv.files.safetensors import Tensor
-from refcurv.law.checks import Array, ConventionError, RefcurvError, SchemaError
-from refcurv.model.config import ModelConfig, NormPlace, QKNorm
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """What a `model_type` means: architecture, norms, and its names for our parameters."""
-
-    model_type: str
-    architecture: str
-    norm_place: NormPlace
-    qk_norm: QKNorm
-    names: Mapping[str, str]
-
-
-_SHARED: Final = {
-    "embed": "model.embed_tokens",
-    "blocks.*.attn.q": "model.layers.*.self_attn.q_proj",
-    "blocks.*.attn.k": "model.layers.*.self_attn.k_proj",
-    "blocks.*.attn.v": "model.layers.*.self_attn.v_proj",
-    "blocks.*.attn.o": "model.layers.*.self_attn.o_proj",
-    "blocks.*.mlp.gate": "model.layers.*.mlp.gate_proj",
-    "blocks.*.mlp.up": "model.layers.*.mlp.up_proj",
-    "blocks.*.mlp.down": "model.layers.*.mlp.down_proj",
-    "final_norm": "model.norm",
-    "head": "lm_head",
-}
-
-FAMILIES: Final = (
-    Family(
-        "olmo2",
-        "Olmo2ForCausalLM",
-        NormPlace.POST,
-        QKNorm.FULL,
-        _SHARED
-        | {
-            "blocks.*.attn.q_norm": "model.layers.*.self_attn.q_norm",
-            "blocks.*.attn.k_norm": "model.layers.*.self_attn.k_norm",
-            "blocks.*.attn_norm": "model.layers.*.post_attention_layernorm",
-            "blocks.*.mlp_norm": "model.layers.*.post_feedforward_layernorm",
-        },
-    ),
-    Family(
-        "llama",
-        "LlamaForCausalLM",
-        NormPlace.PRE,
-        QKNorm.NONE,
-        _SHARED
-        | {
-            "blocks.*.attn_norm": "model.layers.*.input_layernorm",
-            "blocks.*.mlp_norm": "model.layers.*.post_attention_layernorm",
-        },
-    ),
+from refcurv.law.checks import (
+    Array,
+    ConventionError,
+    RefcurvError,
+    SchemaError,
+    require_finite,
 )
+from refcurv.model.config import ModelConfig
 
-_SIZES: Final = {
-    "vocab_size": "vocabulary",
-    "hidden_size": "width",
-    "num_hidden_layers": "layers",
-    "num_attention_heads": "heads",
-    "num_key_value_heads": "kv_heads",
-    "head_dim": "head_width",
-    "intermediate_size": "mlp_width",
+_EVERYWHERE: Final = {
+    rule.keys[0]: rule
+    for rule in (
+        only("pretraining_tp", 1, None),
+        only("partial_rotary_factor", 1, None),
+        only("clip_qkv", None),
+        only("sliding_window", None),
+        only("quantization_config", None),
+        only("is_encoder_decoder", False, None),
+        only("add_cross_attention", False, None),
+        only("pruned_heads", {}, None),
+        only("chunk_size_feed_forward", 0, None),
+    )
 }
-_ROPE: Final = ("rope_theta", "rope_parameters", "rope_scaling")
-_READ: Final = frozenset({"model_type", "rms_norm_eps", "tie_word_embeddings", *_SIZES, *_ROPE})
-
-_ONLY: Final[Mapping[str, tuple[object, ...]]] = {
-    "hidden_act": ("silu",),
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "attention_dropout": (0, None),
-    "hidden_dropout": (0, None),
-    "embedding_dropout": (0, None),
-    "pretraining_tp": (1, None),
-    "partial_rotary_factor": (1, None),
-    "rope_interleaved": (False, None),
-    "clip_qkv": (None,),
-    "sliding_window": (None,),
-    "quantization_config": (None,),
-    "is_encoder_decoder": (False, None),
-    "add_cross_attention": (False, None),
-    "pruned_heads": ({}, None),
-    "chunk_size_feed_forward": (0, None),
-}
-"""Keys that change the mathematics, and the values that do not."""
+"""What any config.json may say, where its family has no rule of its own for it."""
 
 _IRRELEVANT: Final = frozenset(
     "architectures attn_implementation bos_token_id dtype eos_token_id finetuning_task id2label "
@@ -125,25 +63,24 @@ _IRRELEVANT: Final = frozenset(
     "output_hidden_states pad_token_id prefix problem_type return_dict sep_token_id "
     "task_specific_params tf_legacy_loss tokenizer_class torch_dtype torchscript "
     "transformers_version unsloth_fixed unsloth_version use_bfloat16 use_cache "
-    "_attn_implementation _attn_implementation_autoset _commit_hash _name_or_path".split()
+    "_attn_implementation _attn_implementation_autoset _commit_hash _name_or_path "
+    "attention_dropout attention_probs_dropout_prob attn_pdrop classifier_dropout embd_pdrop "
+    "embed_dropout embedding_dropout hidden_dropout hidden_dropout_prob resid_dropout "
+    "resid_pdrop residual_dropout".split()
 )
-"""Keys of no consequence for a forward and backward pass on given tokens.
+"""Keys of no consequence for a forward and backward pass on given tokens, without dropout.
 
 One has consequence in torch: it gives the embedding of `pad_token_id` no gradient. Here every
 embedding has the gradient of the loss.
 """
 
-_ROPE_THETA: Final = 10_000.0  # both families', where config.json is silent
-_FILE_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
-_IGNORED: Final = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-_MAX_TEXT: Final = 8_000_000
-_INDEX: Final = "model.safetensors.index.json"
-_PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt")
-
 
 @dataclass(frozen=True, slots=True)
 class Mapped:
-    """One tensor of a checkpoint and the parameter that it became; `name` is None if ignored."""
+    """One tensor of a checkpoint and a parameter that it became; `name` is None if ignored.
+
+    A fused tensor has one for each of its parts. `shape` is the tensor's.
+    """
 
     checkpoint_name: str
     name: str | None
@@ -155,12 +92,14 @@ def convert(directory: PathLike, path: PathLike) -> list[Mapped]:
     """Turn a checkpoint directory into a weights file.
 
     Definition
-        Every tensor is copied bit for bit under its new name (LAYOUT: both families store
-        (d_out, d_in) already); rotary buffers and the second copy of a tied head are ignored.
+        Every number is copied bit for bit under its new name: Conv1D weights are turned (LAYOUT),
+        fused tensors (q, k, v; gate, up) are split, the kernel of a patch embedding is flattened.
+        Buffers, a pooler and the second copy of a tied head are ignored, and listed.
 
     Args:
-        directory: Holds config.json (model_type olmo2 or llama) and model.safetensors, or shards
-            with model.safetensors.index.json. A snapshot of the Hub's cache will do.
+        directory: Holds config.json (its model_type one of refcurv.files.families.FAMILIES) and
+            model.safetensors, or shards with model.safetensors.index.json. A snapshot of the
+            Hub's cache will do.
         path: The weights file to write.
 
     Returns:
@@ -170,36 +109,37 @@ def convert(directory: PathLike, path: PathLike) -> list[Mapped]:
         ConventionError: Another model_type, a configuration that refcurv does not compute, or a
             checkpoint in pickle format.
         SchemaError: A file is missing or damaged; a tensor is missing, unknown or misshapen.
+        NonFiniteError: A tensor holds NaN or infinity.
         StorageError: The machine failed.
 
-    Cost: One tensor in memory; reads each shard twice, once for its SHA-256.
-    Source: transformers 5.23, models/olmo2 and models/llama.
+    Cost: One tensor in memory, and a copy of a part if it is fused; reads each shard twice, once
+        for its SHA-256, and a fused tensor once for each part.
+    Source: transformers 5.23, models/*/configuration_*.py and modeling_*.py.
     Proof:  tests/test_peers.py::test_logits_loss_gradients_and_factors
     """
     folder = Path(directory)
     if not folder.is_dir():
         raise SchemaError(f"convert: there is no folder {str(folder)!r}.")
     with machine_faults("convert", folder):
-        text = _text(folder, "config.json")
+        text = checkpoints.read_text(folder, "config.json")
         family, config = read_config(f"convert: {str(folder / 'config.json')!r}", text)
-        tensors = _tensors(folder)
+        tensors = checkpoints.read_tensors(folder)
     if config.layers > len(tensors):  # before as many names are made
         raise SchemaError(
             f"convert: {str(folder)!r}: config.json asks for {config.layers} layers, but there are "
             f"only {len(tensors)} tensors."
         )
-    plan = _plan(folder, family, config, tensors)
+    plan = _plan(f"convert: {str(folder)!r}", family, config, tensors)
     shards = sorted({tensor.path for tensor in tensors.values()})
     made_from = {
         "inputs": {p.name: file_sha256(p) for p in [folder / "config.json", *shards]},
         "checkpoint_config": text,
     }
-    weights.write(path, config, _entries(plan), made_from)
-    taken = {tensor.name for tensor in plan.values()}
-    mapped = [Mapped(t.name, name, t.shape, t.stored) for name, t in plan.items()]
-    return mapped + [
-        Mapped(t.name, None, t.shape, t.stored) for t in tensors.values() if t.name not in taken
-    ]
+    weights.write(path, config, _entries(config, plan), made_from)
+    taken = {source.tensor.name for source in plan.values()}
+    mapped = [(source.tensor, name) for name, source in plan.items()]
+    ignored = [(tensor, None) for tensor in tensors.values() if tensor.name not in taken]
+    return [Mapped(t.name, name, t.shape, t.stored) for t, name in [*mapped, *ignored]]
 
 
 def export(path: PathLike, directory: PathLike) -> None:
@@ -207,33 +147,44 @@ def export(path: PathLike, directory: PathLike) -> None:
 
     Definition
         config.json is the checkpoint's own, verbatim, if it still describes the model, otherwise
-        a minimal one; model.safetensors holds every tensor as stored, bit for bit.
+        a minimal one of its family, or of the first family that can describe it;
+        model.safetensors holds every number as stored, bit for bit, where `convert` found it.
 
     Args:
         path: A weights file.
         directory: A folder that does not exist or is empty; it appears whole or not at all.
 
     Raises:
-        ConventionError: No known family normalises as this model does.
+        ConventionError: No known family computes what this model does, or the parts of a fused
+            tensor are stored in different dtypes.
         SchemaError: Not a weights file; the folder is not empty.
         StorageError: The machine failed.
 
-    Cost: One tensor in memory.
+    Cost: One tensor in memory, and its parts if it is fused.
     Source: https://huggingface.co/docs/safetensors, the format.
     Proof:  tests/test_huggingface.py::test_round_trip
     """
     model = weights.load(path)
     header: store.Header = model.source["header"]
-    family = _family_of(model.config)
-    text = _config_text(header, family, model.config, model.stored)
-    shapes = model.config.parameter_shapes()
-    ours = {their_name(family, name): name for name in shapes}
+    config = model.config
+    family, text = _config_text(header, config, model.stored)
+    slots = _named(header, family, tensors_of(family, config))
+    shapes = config.parameter_shapes()
+    rows = []
+    for name, (slot, ours) in slots.items():
+        kinds = sorted({model.stored[part] for part in ours})
+        if len(kinds) > 1:
+            raise ConventionError(
+                f"export: {', '.join(ours)} make up {name!r}, but are stored as "
+                f"{' and '.join(kinds)}. Store them alike."
+            )
+        rows.append((name, kinds[0], tensor_shape(slot, config, [shapes[p] for p in ours])))
 
     def read(name: str) -> Array:
-        return store.read(header, weights.PARAMETERS + ours[name])
+        slot, ours = slots[name]
+        return join(slot, config, [store.read(header, weights.PARAMETERS + p) for p in ours])
 
-    rows = [(name, model.stored[mine], shapes[mine]) for name, mine in ours.items()]
-    target = _new_folder(directory)
+    target = checkpoints.new_folder(directory)
     partial = target.with_name(f".refcurv-{secrets.token_hex(6)}.partial")
     try:
         with machine_faults("export", target, WRITING):
@@ -250,42 +201,93 @@ def export(path: PathLike, directory: PathLike) -> None:
 
 # ------------------------------------------------------------------ names
 
+Tensors = dict[str, tuple[Slot, tuple[str, ...]]]
+"""The checkpoint's name of a tensor → how it holds which of our parameters."""
 
-def their_name(family: Family, name: str) -> str:
-    """Our parameter's name → the family's."""
-    layer, _, kind = name.rpartition(".")
-    block = re.fullmatch(r"blocks\.(\d+)\.(.+)", layer)
-    if block is None:
-        return f"{family.names[layer]}.{kind}"
-    return f"{family.names[f'blocks.*.{block[2]}'].replace('*', block[1])}.{kind}"
+
+def tensors_of(family: Family, config: ModelConfig) -> Tensors:
+    """Every tensor that a checkpoint of this family and configuration has."""
+    shapes = config.parameter_shapes()
+    found: Tensors = {}
+    for slot in family.slots:
+        for block in map(str, range(config.layers)) if "*" in slot.theirs else ("",):
+            for kind in ("weight", "bias"):
+                ours = tuple(f"{name.replace('*', block)}.{kind}" for name in slot.ours)
+                if not all(name in shapes for name in ours):
+                    continue
+                suffix = "" if slot.form is Form.BARE else f".{kind}"
+                found[slot.theirs.replace("*", block) + suffix] = (slot, ours)
+    named = {name for _, ours in found.values() for name in ours}
+    assert named == set(shapes), f"{family.model_type}: no name for {set(shapes) - named}"
+    return found
+
+
+def _whole(family: Family, names: list[str]) -> dict[str, str]:
+    """A checkpoint's names → the same with the family's prefix, which the base model's lack."""
+    if any(name.startswith(family.prefix) for name in names):
+        return {name: name for name in names}
+    heads = {slot.theirs for slot in family.slots if slot.ours == ("head",)}
+    return {n: n if n.rpartition(".")[0] in heads else family.prefix + n for n in names}
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Where a parameter comes from: part `index` of a tensor whose parts are `ours`."""
+
+    tensor: Tensor
+    slot: Slot
+    ours: tuple[str, ...]
+    index: int
 
 
 def _plan(
-    folder: Path, family: Family, config: ModelConfig, tensors: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Parameter → tensor, each there in its shape, and no tensor left that could matter."""
-    where = f"convert: {str(folder)!r}"
-    plan: dict[str, Tensor] = {}
-    for name, shape in config.parameter_shapes().items():
-        theirs = their_name(family, name)
-        if theirs not in tensors:
-            hint = " Is tie_word_embeddings missing from config.json?" if name[:4] == "head" else ""
-            raise SchemaError(f"{where} lacks the tensor {theirs!r} ({name}).{hint}")
-        if tensors[theirs].shape != shape:
+    where: str, family: Family, config: ModelConfig, tensors: Mapping[str, Tensor]
+) -> dict[str, _Source]:
+    """Parameter → source, each there in its shape, and no tensor left that could matter."""
+    whole = {name: tensors[mine] for mine, name in _whole(family, list(tensors)).items()}
+    shapes = config.parameter_shapes()
+    sources: dict[str, _Source] = {}
+    wanted = tensors_of(family, config)
+    for theirs, (slot, ours) in wanted.items():
+        tensor = whole.get(theirs)
+        if tensor is None:
             raise SchemaError(
-                f"{where}: tensor {theirs!r} has shape {tensors[theirs].shape}; config.json asks "
+                f"{where} lacks the tensor {theirs!r} ({', '.join(ours)}).{_hint(ours)}"
+            )
+        shape = tensor_shape(slot, config, [shapes[name] for name in ours])
+        if tensor.shape != shape:
+            raise SchemaError(
+                f"{where}: tensor {tensor.name!r} has shape {tensor.shape}; config.json asks "
                 f"for {shape}."
             )
-        plan[name] = tensors[theirs]
-    taken = {tensor.name for tensor in plan.values()}
-    for name, tensor in tensors.items():
-        if name in taken or _IGNORED.fullmatch(name):
+        if tensor.stored not in weights.STORED:
+            raise SchemaError(
+                f"convert: {str(tensor.path)!r}: tensor {tensor.name!r} is of type "
+                f"{tensor.stored!r}; parameters are "
+                f"{', '.join(weights.STORED)}. A quantised checkpoint must be dequantised first."
+            )
+        sources |= {name: _Source(tensor, slot, ours, i) for i, name in enumerate(ours)}
+    for theirs, tensor in whole.items():
+        if theirs in wanted or any(re.fullmatch(p, theirs) for p in family.ignored):
             continue
-        if name == "lm_head.weight" and config.tied:
-            _require_same(where, tensor, plan["embed.weight"])
+        head = next(slot.theirs for slot in family.slots if slot.ours == ("head",))
+        if theirs == f"{head}.weight" and config.tied:
+            _require_same(where, tensor, sources["embed.weight"].tensor)
             continue
-        raise SchemaError(f"{where} holds a tensor {name!r} that a {family.model_type} has not.")
-    return plan
+        raise SchemaError(
+            f"{where} holds a tensor {tensor.name!r} that a {family.model_type} of this "
+            "config.json has not."
+        )
+    return {name: sources[name] for name in shapes}
+
+
+def _hint(ours: tuple[str, ...]) -> str:
+    if ours == ("head.weight",):
+        return (
+            " Is tie_word_embeddings missing from config.json, or was the base model saved, "
+            "without its head?"
+        )
+    return ""
 
 
 def _require_same(where: str, head: Tensor, embed: Tensor) -> None:
@@ -300,12 +302,37 @@ def _require_same(where: str, head: Tensor, embed: Tensor) -> None:
         )
 
 
-def _entries(plan: Mapping[str, Tensor]) -> Iterator[store.Entry]:
-    for name, tensor in tqdm(
+def _entries(config: ModelConfig, plan: Mapping[str, _Source]) -> Iterator[store.Entry]:
+    shapes = config.parameter_shapes()
+    for name, source in tqdm(
         plan.items(), desc="convert", unit="tensor", disable=None, delay=1, leave=False
     ):
-        raw = safetensors.read_tensor(tensor)
+        tensor, parts = source.tensor, [shapes[part] for part in source.ours]
+        array = safetensors.read_tensor(tensor)
+        raw = split(source.slot, config, array, parts, source.index)
+        del array
+        finite = (raw & 0x7F80) != 0x7F80 if tensor.stored == "bfloat16" else np.isfinite(raw)
+        if not finite.all():
+            wide = weights.widen(raw, tensor.stored, "float64")
+            require_finite(f"convert: {str(tensor.path)!r}", f"tensor {tensor.name!r}", wide)
         yield weights.parameter_entry(name, raw, tensor.stored, tensor.name)
+
+
+def _named(header: store.Header, family: Family, tensors: Tensors) -> Tensors:
+    """The names that the checkpoint itself had, where they are recorded and those of `family`."""
+
+    def recorded(name: str) -> str:
+        attributes = header.entries[weights.PARAMETERS + name].attributes
+        return str(attributes.get("checkpoint_name", ""))
+
+    own = {theirs: {recorded(name) for name in ours} for theirs, (_, ours) in tensors.items()}
+    flat = [name for names in own.values() for name in names]
+    if len(flat) != len(tensors) or len(set(flat)) != len(flat):
+        return tensors
+    whole = _whole(family, flat)
+    if any(whole[next(iter(names))] != theirs for theirs, names in own.items()):
+        return tensors
+    return {next(iter(own[theirs])): found for theirs, found in tensors.items()}
 
 
 # ------------------------------------------------------------------ config.json
@@ -321,199 +348,79 @@ def read_config(where: str, text: str) -> tuple[Family, ModelConfig]:
     family = kinds.get(str(data.get("model_type")))
     if family is None:
         raise ConventionError(
-            f"{where}: model_type is {data.get('model_type')!r}; known are {', '.join(kinds)}."
+            f"{where}: model_type is {data.get('model_type')!r:.60}; known are {', '.join(kinds)}."
         )
-    for key, value in data.items():
-        if key in _ONLY:
-            if value not in _ONLY[key]:
-                raise ConventionError(
-                    f"{where}: {key} is {value!r}; refcurv computes only {_ONLY[key][0]!r}."
-                )
-        elif key not in _READ and key not in _IRRELEVANT:
-            raise ConventionError(
-                f"{where}: the key {key!r} is unknown and might change the mathematics. Remove it "
-                "if it does not."
-            )
-    fields = {
-        **_sizes(where, data),
-        "norm_place": family.norm_place,
-        "qk_norm": family.qk_norm,
-        "norm_eps": _required(where, data, "rms_norm_eps"),
-        "rope_theta": _rope_theta(where, data),
-        "tied": data.get("tie_word_embeddings", False),
-    }
+    try:
+        _require_known(family, data)
+        fields: dict[str, Any] = {}
+        for rule in family.rules:
+            found = rule.read(data, fields)
+            both = (*fields.get("biases", ()), *found.get("biases", ()))
+            fields |= found | ({"biases": both} if both else {})
+    except RefcurvError as error:
+        kind = ConventionError if isinstance(error, ConventionError) else SchemaError
+        raise kind(f"{where}: {one_line(error)}.") from None
     try:
         return family, ModelConfig(**fields)
     except RefcurvError as error:
         raise SchemaError(f"{where}: {one_line(error)}.") from None
 
 
-def _required(where: str, data: Mapping[str, Any], key: str) -> Any:
-    if data.get(key) is None:
-        raise SchemaError(f"{where} lacks the key {key!r}.")
-    return data[key]
-
-
-def _sizes(where: str, data: Mapping[str, Any]) -> dict[str, int]:
-    """The seven sizes; head_dim and num_key_value_heads follow from the others if absent."""
-    sizes: dict[str, Any] = dict(data)
-    if sizes.get("num_key_value_heads") is None:
-        sizes["num_key_value_heads"] = _required(where, data, "num_attention_heads")
-    if sizes.get("head_dim") is None:
-        width, heads = (_required(where, data, k) for k in ("hidden_size", "num_attention_heads"))
-        if type(width) is not int or type(heads) is not int or heads < 1 or width % heads:
-            raise SchemaError(
-                f"{where}: hidden_size {width!r} is no multiple of num_attention_heads {heads!r}, "
-                "and head_dim is absent."
+def _require_known(family: Family, data: Mapping[str, Any]) -> None:
+    """No key that might change the mathematics unread, and no class that computes otherwise."""
+    own = {key for rule in family.rules for key in rule.keys} | {"model_type"}
+    for key in data.keys() - own:
+        if key in _EVERYWHERE:
+            _EVERYWHERE[key].read(data, {})
+        elif key not in _IRRELEVANT and key not in family.irrelevant:
+            raise ConventionError(
+                f"the key {key!r:.80} is unknown and might change the mathematics. Remove it if it "
+                "does not"
             )
-        sizes["head_dim"] = width // heads
-    return {ours: _required(where, sizes, theirs) for theirs, ours in _SIZES.items()}
-
-
-def _rope_theta(where: str, data: Mapping[str, Any]) -> Any:
-    """The one base of plain rotary positions, from transformers 5's keys or the older ones."""
-    found = [data["rope_theta"]] if data.get("rope_theta") is not None else []
-    for key in ("rope_parameters", "rope_scaling"):
-        block = data.get(key)
-        if block is None:
-            continue
-        if not isinstance(block, dict):
-            raise SchemaError(f"{where}: {key} must be an object; got {block!r}.")
-        plain = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}
-        for inner, value in block.items():
-            if inner == "rope_theta":
-                found.append(value)
-            elif inner not in plain or value != plain[inner]:
-                raise ConventionError(
-                    f"{where}: {key} has {inner} = {value!r}; refcurv computes plain rotary "
-                    "positions only (rope_type 'default')."
-                )
-    if any(theta != found[0] for theta in found):
-        raise ConventionError(f"{where}: rope_theta is given as {found}; which one is meant?")
-    return found[0] if found else _ROPE_THETA
-
-
-def _family_of(config: ModelConfig) -> Family:
-    for family in FAMILIES:
-        if (family.norm_place, family.qk_norm) == (config.norm_place, config.qk_norm):
-            return family
-    known = ", ".join(f"{f.model_type} ({f.norm_place}, {f.qk_norm})" for f in FAMILIES)
-    raise ConventionError(
-        f"export: no family known here has norm_place {config.norm_place} and qk_norm "
-        f"{config.qk_norm}; known are {known}. refcurv itself reads the weights file."
-    )
+    classes = data.get("architectures")
+    for name, reason in (family.refused or {}).items():
+        if isinstance(classes, list) and name in classes:
+            raise ConventionError(f"architectures has {name}: {reason}")
 
 
 def _config_text(
-    header: store.Header, family: Family, config: ModelConfig, stored: Mapping[str, str]
-) -> str:
-    """The checkpoint's own config.json if it still describes the model, else a minimal one."""
-    kept = header.provenance.get("checkpoint_config")
+    header: store.Header, config: ModelConfig, stored: Mapping[str, str]
+) -> tuple[Family, str]:
+    """A family and its config.json: the checkpoint's own if it still describes the model."""
+    kept, families = header.provenance.get("checkpoint_config"), list(FAMILIES)
     if isinstance(kept, str):
         try:
-            if read_config("export: checkpoint_config", kept) == (family, config):
-                return kept
+            family, read = read_config("export: checkpoint_config", kept)
         except RefcurvError:
             pass  # not ours to judge: a minimal one describes the model just as well
+        else:
+            if read == config:
+                return family, kept
+            families.insert(0, family)
+    for family in families:
+        text = minimal_config(family, config, stored)
+        try:
+            if read_config("export", text)[1] == config:
+                return family, text
+        except RefcurvError:
+            continue
+    raise ConventionError(
+        f"export: none of the families known here ({', '.join(f.model_type for f in FAMILIES)}) "
+        "computes what this model does. refcurv itself reads the weights file."
+    )
+
+
+def minimal_config(family: Family, config: ModelConfig, stored: Mapping[str, str]) -> str:
+    """A config.json with all that the family's rules can say about `config`."""
     used = set(stored.values())
-    values = config.to_json()
-    minimal = {
+    values: dict[str, Any] = {
         "architectures": [family.architecture],
         "model_type": family.model_type,
         "dtype": next(dtype for dtype in weights.STORED if dtype in used),
-        **{theirs: values[ours] for theirs, ours in _SIZES.items()},
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,  # transformers 4
-        "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
-        "tie_word_embeddings": config.tied,
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": None,
     }
-    return json.dumps(minimal, indent=2) + "\n"
-
-
-# ------------------------------------------------------------------ the directory
-
-
-def _inside(folder: Path, name: str) -> Path:
-    """A file of the checkpoint, by its plain name; links may lead to the Hub cache's own blobs."""
-    if not _FILE_NAME.fullmatch(name):
-        raise SchemaError(f"convert: {name!r} is no plain file name inside {str(folder)!r}.")
-    home = Path(os.path.realpath(folder))
-    homes = {home}
-    if home.parent.name == "snapshots":
-        homes.add(home.parent.parent / "blobs")
-    real = Path(os.path.realpath(folder / name))
-    if real.parent not in homes:
-        raise SchemaError(f"convert: {str(folder / name)!r} leads outside, to {str(real)!r}.")
-    if not real.is_file():
-        raise SchemaError(f"convert: there is no file {str(folder / name)!r}.")
-    return folder / name
-
-
-def _text(folder: Path, name: str) -> str:
-    path = _inside(folder, name)
-    with machine_faults("convert", path):
-        data = path.read_bytes() if path.stat().st_size <= _MAX_TEXT else b"\xff"
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        raise SchemaError(f"convert: {str(path)!r} is no UTF-8 text, or too long.") from None
-
-
-def _tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of the checkpoint by its name, from one file or from the index's shards."""
-    if (folder / _INDEX).exists():
-        return _sharded(folder)
-    names = sorted(p.name for p in folder.glob("*.safetensors"))
-    if len(names) == 1:
-        return {t.name: t for t in safetensors.read_header(_inside(folder, names[0]))}
-    if names:
-        raise SchemaError(
-            f"convert: {str(folder)!r} holds {len(names)} safetensors files but no {_INDEX}."
-        )
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
-    if pickles:
-        raise ConventionError(
-            f"convert: {str(folder / pickles[0])!r} is a pickle, which can run code when it is "
-            "loaded. Load it where you trust it and save it with transformers' "
-            "model.save_pretrained(folder), which writes safetensors."
-        )
-    raise SchemaError(f"convert: {str(folder)!r} holds no safetensors file.")
-
-
-def _sharded(folder: Path) -> dict[str, Tensor]:
-    where = f"convert: {str(folder / _INDEX)!r}"
-    shard_of = parse_json("convert", where, _text(folder, _INDEX)).get("weight_map")
-    if not isinstance(shard_of, dict) or not all(isinstance(s, str) for s in shard_of.values()):
-        raise SchemaError(f"{where} has no weight_map from tensor names to file names.")
-    shards = sorted(set(shard_of.values()))
-    if (folder / "model.safetensors").exists() and "model.safetensors" not in shards:
-        raise SchemaError(f"{where} does not mention model.safetensors beside it. Remove one.")
-    tensors: dict[str, Tensor] = {}
-    for shard, path in [(shard, _inside(folder, shard)) for shard in shards]:
-        for tensor in safetensors.read_header(path):
-            if shard_of.get(tensor.name) != shard:
-                raise SchemaError(
-                    f"{where}: {shard} holds {tensor.name!r}, which the index expects in "
-                    f"{shard_of.get(tensor.name)!r}."
-                )
-            tensors[tensor.name] = tensor
-    for name, shard in shard_of.items():
-        if name not in tensors:
-            raise SchemaError(f"{where} expects {name!r} in {shard}, which does not hold it.")
-    return tensors
-
-
-def _new_folder(directory: PathLike) -> Path:
-    target = output_path("export", directory)
-    with machine_faults("export", target, WRITING):
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise SchemaError(
-                f"export: {str(target)!r} exists and is no empty folder. Name another."
-            )
-    return target
+    for rule in family.rules:
+        values |= rule.write(config)
+    return json.dumps(values, indent=2) + "\n"

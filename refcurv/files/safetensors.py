@@ -23,13 +23,24 @@ from refcurv.law.checks import Array, SchemaError
 DTYPES: Final = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Their names and ours."""
 
+OTHERS: Final = {
+    **{name: 1 for name in ("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0")},
+    **{name: 2 for name in ("U16", "I16")},
+    **{name: 4 for name in ("U32", "I32")},
+    **{name: 8 for name in ("U64", "I64", "C64")},
+}
+"""What no parameter is stored in, and the bytes of an item: masks and counters."""
+
 _MAX_HEADER: Final = 100_000_000  # the reference implementation's own bound
 _MAX_AXES: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """One tensor of a checkpoint and where its bytes lie. `stored` is one of DTYPES' values."""
+    """One tensor of a checkpoint and where its bytes lie.
+
+    `stored` is one of DTYPES' values, or a key of OTHERS for a tensor that cannot be read.
+    """
 
     name: str
     stored: str
@@ -52,7 +63,11 @@ def read_header(path: Path) -> list[Tensor]:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER):
             raise SchemaError(f"{where} is no safetensors file, or cut short. Download it again.")
-        header = parse_json("convert", f"the header of {str(path)!r}", file.read(length))
+        try:
+            text = file.read(length).decode()
+        except UnicodeDecodeError:
+            raise SchemaError(f"{where}: the header is no UTF-8 text.") from None
+    header = parse_json("convert", f"the header of {str(path)!r}", text)
     header.pop("__metadata__", None)
     tensors = [_tensor(where, path, 8 + length, name, entry) for name, entry in header.items()]
     tensors.sort(key=lambda tensor: (tensor.begin, tensor.nbytes))
@@ -71,12 +86,13 @@ def read_header(path: Path) -> list[Tensor]:
 def _tensor(where: str, path: Path, start: int, name: str, entry: object) -> Tensor:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise SchemaError(f"{where}: tensor {name!r} must have just dtype, shape, data_offsets.")
-    stored = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
-    if stored is None:
+    dtype = entry["dtype"]
+    if not isinstance(dtype, str) or (dtype not in DTYPES and dtype not in OTHERS):
         raise SchemaError(
-            f"{where}: tensor {name!r} is of type {entry['dtype']!r}; known are "
-            f"{', '.join(DTYPES)}. A quantised checkpoint must be dequantised first."
+            f"{where}: tensor {name!r} is of type {dtype!r:.40}; known are "
+            f"{', '.join([*DTYPES, *OTHERS])}."
         )
+    stored = DTYPES.get(dtype, dtype)
     shape, offsets = entry["shape"], entry["data_offsets"]
     if (
         not _naturals(shape)
@@ -84,8 +100,10 @@ def _tensor(where: str, path: Path, start: int, name: str, entry: object) -> Ten
         or not _naturals(offsets)
         or len(offsets) != 2
     ):
-        raise SchemaError(f"{where}: tensor {name!r} has shape {shape!r} at bytes {offsets!r}.")
-    nbytes = raw_dtype(stored).itemsize
+        raise SchemaError(
+            f"{where}: tensor {name!r} has shape {shape!r:.80} at bytes {offsets!r:.80}."
+        )
+    nbytes = OTHERS.get(dtype) or raw_dtype(stored).itemsize
     for length in shape:
         nbytes *= length
     if offsets[1] - offsets[0] != nbytes:

@@ -11,21 +11,24 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from refcurv.curvature.eigenbasis import Bases, decompose
 from refcurv.curvature.factors import Factors, collect
 from refcurv.curvature.problem import Batch
-from refcurv.files.corpus import Corpus
+from refcurv.files.corpus import Corpus, require_tokens
 from refcurv.files.lazy import Lazy
 from refcurv.law import tolerance
-from refcurv.law.checks import Array, EmptyError, require_finite, require_token_ids
+from refcurv.law.checks import Array, EmptyError, require_finite
 from refcurv.law.conventions import NO_LABEL
 from refcurv.model import transformer
 from refcurv.model.config import Model, ModelConfig
+from refcurv.model.inputs import patches
 from refcurv.model.layers import DEFINITIONS, Layout, Ops, Saved
 from refcurv.model.transformer import Parameters, Slope, Tap
+from refcurv.passes.shards import require_fit, require_inputs
 
 SEQUENCES, WIDTH = 8, 64
 """Of the batch, at most: identities hold on any, and a few hundred positions show every fault."""
@@ -73,9 +76,7 @@ def plan(config: ModelConfig, corpus: Corpus, memory: int) -> Plan:
     third, left_out = memory // 3, []
     sizes = {name: math.prod(shape) for name, shape in config.parameter_shapes().items()}
     resident = 8 * sum(sizes.values()) <= third
-    sequences, width = min(SEQUENCES, len(corpus.tokens)), min(WIDTH, corpus.tokens.shape[1])
-    while _activations(config, sequences, width) > third and sequences * width > 8:
-        sequences, width = (sequences // 2, width) if sequences > 2 else (sequences, width // 2)
+    sequences, width = _batch_shape(config, corpus, third)
     if not resident:
         left_out.append(
             f"the weights need {8 * sum(sizes.values()) / 2**30:,.2f} GiB in float64: they are "
@@ -103,6 +104,23 @@ def plan(config: ModelConfig, corpus: Corpus, memory: int) -> Plan:
         )
     return Plan(memory, resident, sequences, width, tuple(directions), tuple(layers), enumerated,
                 tuple(left_out))  # fmt: skip
+
+
+def _batch_shape(config: ModelConfig, corpus: Corpus, memory: int) -> tuple[int, int]:
+    """How many sequences, and how wide; of images only the number can be less."""
+    require_inputs("audit", corpus, config)
+    if config.image is not None and corpus.images is not None:
+        sequences, width = min(SEQUENCES, len(corpus.images)), config.image.positions
+        while _activations(config, sequences, width) > memory and sequences > 1:
+            sequences //= 2
+        return sequences, width
+    sequences, width = require_tokens("audit", corpus).shape
+    sequences, width = min(SEQUENCES, sequences), min(WIDTH, width)
+    if config.learned_positions:
+        width = min(width, config.learned_positions)
+    while _activations(config, sequences, width) > memory and sequences * width > 8:
+        sequences, width = (sequences // 2, width) if sequences > 2 else (sequences, width // 2)
+    return sequences, width
 
 
 def _activations(config: ModelConfig, sequences: int, width: int) -> int:
@@ -178,8 +196,9 @@ class Bench:
     """One batch, run once; its factors and bases are found when a check first asks for them.
 
     Fields:
-        config, parameters, plan, seed; batch: tokens, labels and segments (B, T); real (B, T) bool;
-        layout. taps: layer → Tap, a and g (B, T, ·), the head's included. norms: every RMSNorm.
+        config, parameters, plan, seed; corpus: the part of it that is looked at; batch: the same
+        as the definitions read it; layout. taps: layer → Tap, a and g (B, T, ·), the head's
+        included. norms: every RMSNorm.
         key_slopes: block → the gradient of the rotated keys, before and after the rotation is
             undone, (B, T, K, E). final (B, T, D); logits (B, T, V).
         amplification: by how many of its own roundings (eps) a float32 run of the same pass is off,
@@ -191,8 +210,8 @@ class Bench:
     parameters: Parameters
     plan: Plan
     seed: int
+    corpus: Corpus
     batch: Batch
-    real: Array
     layout: Layout
     taps: Mapping[str, Tap]
     norms: tuple[NormCall, ...]
@@ -200,6 +219,11 @@ class Bench:
     final: Array
     logits: Array
     amplification: float
+
+    @property
+    def real(self) -> Array:
+        """(B, T) bool, False on padding."""
+        return _real(self.corpus, self.batch)
 
     @property
     def first_order(self) -> float:
@@ -219,10 +243,12 @@ class Bench:
         """`collect` on some sequences of the batch; None where the plan has no layer for it."""
         if not self.plan.layers:
             return None
-        b = self.batch
-        own = b.token_BT[part], b.label_BT[part], self.real[part], b.segment_BT[part]
+        fields = ("tokens", "labels", "mask", "segments", "images")
+        given = {name: getattr(self.corpus, name) for name in fields}
+        own: dict[str, Any] = {name: x[part] for name, x in given.items() if x is not None}
+        some = Corpus(**own)
         model = Model(self.config, self.parameters)
-        return collect(model, Corpus(*own), ",".join(self.plan.layers), fisher, self.seed)
+        return collect(model, some, ",".join(self.plan.layers), fisher, self.seed)
 
     @cached_property
     def empirical(self) -> Factors | None:
@@ -246,8 +272,9 @@ def prepare(
     """Choose the batch, run forward and backward, write down what flows."""
     for name in parameters:
         require_finite("audit", f"parameter {name!r}", parameters[name])
-    batch, real_BT = _batch(config, corpus, planned)
-    layout = transformer.layout_of(config, real_BT, batch.segment_BT)
+    some = _some(config, corpus, planned)
+    batch = _batch(config, some)
+    layout = transformer.layout_of(config, _real(some, batch), batch.segment_BT)
     log = _Log()
     taps, final_BTD = flow(config, parameters, batch, layout, _watched(log))
     # forward: q and k of each block, from below; backward: from above
@@ -258,8 +285,9 @@ def prepare(
     with np.errstate(all="ignore"):
         rough, _ = flow(config, narrow, batch, layout)
     off = max(_distance(rough[name].g, taps[name].g) for name in taps) / tolerance.eps(np.float32)
-    return Bench(config, parameters, planned, seed, batch, real_BT, layout, taps, tuple(log.norms),
-                 slopes, final_BTD, logits, max(off, LEAST) if np.isfinite(off) else UNMEASURED)  # fmt: skip
+    amplification = max(off, LEAST) if np.isfinite(off) else UNMEASURED
+    return Bench(config, parameters, planned, seed, some, batch, layout, taps, tuple(log.norms),
+                 slopes, final_BTD, logits, amplification)  # fmt: skip
 
 
 def flow(
@@ -270,7 +298,7 @@ def flow(
     ops: Ops = DEFINITIONS,
 ) -> tuple[dict[str, Tap], Array]:
     """What flows through every linear layer, (B, T, ·), and what the head reads."""
-    final_BTD, trace = transformer.forward(config, parameters, batch.token_BT, layout, ops)
+    final_BTD, trace = transformer.forward(config, parameters, batch.inputs, layout, ops)
     rows: list[Array] = []
 
     def take(step: Tap | Slope) -> None:
@@ -294,13 +322,20 @@ def _distance(rough: Array, fine: Array) -> float:
     return float(np.linalg.norm(rough - fine)) / size if size else 0.0
 
 
-def _batch(config: ModelConfig, corpus: Corpus, planned: Plan) -> tuple[Batch, Array]:
+def _some(config: ModelConfig, corpus: Corpus, planned: Plan) -> Corpus:
     """The corpus's first sequences with at least two labels in the planned width, cut to it.
 
-    The last column has no label, so that there is a position that reaches none (O30).
+    The last column has no label, so that there is a position that reaches none (O30). Of images
+    the first that have a label.
     """
+    label = require_fit("audit", corpus, config)
+    if corpus.images is not None:
+        good = np.flatnonzero(label[:, 0] >= 0)[: planned.sequences]
+        if not len(good):
+            raise EmptyError("audit: no image of the corpus has a label. Give some.")
+        return Corpus(images=corpus.images[good], labels=label[good, 0])
     T = planned.width
-    label = corpus.label[:, :T].copy()
+    label = label[:, :T].copy()
     label[:, -1] = NO_LABEL
     good = np.flatnonzero((label >= 0).sum(axis=1) >= min(2, T - 1))[: planned.sequences]
     if not len(good) or T < 2:
@@ -308,8 +343,20 @@ def _batch(config: ModelConfig, corpus: Corpus, planned: Plan) -> tuple[Batch, A
             f"audit: no sequence of the corpus has two labels in its first {T} positions; the "
             "identities of gradients need some. Give a corpus of longer sequences."
         )
-    token = corpus.tokens[good, :T].astype(np.int64)
-    require_token_ids("audit", "tokens", token, config.vocabulary)
-    require_token_ids("audit", "labels", np.maximum(label[good], 0), config.vocabulary)
-    segment = corpus.segment[good, :T].astype(np.int64)
-    return Batch(config, token, label[good], segment, good), corpus.real[good, :T]
+    token, part = require_tokens("audit", corpus), np.ix_(good, np.arange(T))
+    return Corpus(token[part], label[part], corpus.real[part], corpus.segment[part])
+
+
+def _batch(config: ModelConfig, some: Corpus) -> Batch:
+    """What the definitions read of it."""
+    index = np.arange(len(some.label))
+    if some.images is not None and config.image is not None:
+        inputs = patches(config, some.images)
+        segment = np.zeros((len(index), config.image.positions), np.int64)
+        return Batch(config, inputs, some.label, segment, index)
+    token = require_tokens("audit", some).astype(np.int64)
+    return Batch(config, token, some.label, some.segment.astype(np.int64), index)
+
+
+def _real(some: Corpus, batch: Batch) -> Array:
+    return np.ones(batch.segment_BT.shape, bool) if some.images is not None else some.real

@@ -27,7 +27,7 @@ from refcurv.law import tolerance
 from refcurv.law.checks import Array
 from refcurv.law.conventions import NO_LABEL
 from refcurv.model import transformer
-from refcurv.model.config import ModelConfig, NormPlace, QKNorm
+from refcurv.model.config import Activation, ModelConfig, NormPlace, Pool, QKNorm
 from refcurv.model.layers import ACTIVATIONS, rope_frequencies
 from refcurv.model.transformer import Parameters, Tap
 from refcurv.passes.fast import FAST
@@ -131,9 +131,9 @@ def head_slopes_sum_to_zero(bench: Bench) -> Iterator[Measure]:
     """Output gradients of the head sum to zero over the vocabulary."""
     if bench.config.logit_cap is not None:  # it is the capped logits' that do
         return
-    g = bench.taps["head"].g
-    budget = tolerance.gamma(2 * g.shape[-1], np.float64)
-    yield _measure(g.sum(axis=-1), 0, np.abs(g).sum(axis=-1), budget, "head")
+    g = bench.taps["head"].g[bench.batch.label_BT >= 0]
+    terms = np.full(len(g), 2.0)  # g = p − onehot
+    yield _measure(g.sum(axis=-1), 0, terms, tolerance.gamma(2 * g.shape[-1], np.float64), "head")
 
 
 def head_slopes_by_label(bench: Bench) -> Iterator[Measure]:
@@ -152,6 +152,8 @@ def head_slopes_by_label(bench: Bench) -> Iterator[Measure]:
 
 def unreached_positions(bench: Bench) -> Iterator[Measure]:
     """A position that reaches no label has no gradient: exactly 0."""
+    if bench.config.image is not None:  # every one reaches its image's
+        return
     reached = _reached(bench)
     for name, tap in bench.taps.items():
         yield _exactly(not tap.g[~reached].any(), name)
@@ -160,6 +162,8 @@ def unreached_positions(bench: Bench) -> Iterator[Measure]:
 def _reached(bench: Bench) -> Array:
     """ROWS, by loops of its own: positions from which a label of their segment is reached."""
     label, segment = bench.batch.label_BT, bench.batch.segment_BT
+    if bench.config.image is not None:
+        return np.repeat(label >= 0, segment.shape[1], axis=1)
     out = label >= 0
     for t in range(out.shape[1] - 2, -1, -1):
         out[:, t] |= out[:, t + 1] & (segment[:, t] == segment[:, t + 1])
@@ -304,7 +308,7 @@ def causality(bench: Bench) -> Iterator[Measure]:
     """Another last token changes no earlier position, bit for bit."""
     if not bench.config.causal:
         return
-    token = bench.batch.token_BT.copy()
+    token = bench.batch.inputs.copy()
     token[:, -1] = (token[:, -1] + 1) % bench.config.vocabulary
     final = _final(bench, token, bench.real, bench.batch.segment_BT)
     yield _exactly(bool((final[:, :-1] == bench.final[:, :-1]).all()), "what the head reads")
@@ -312,7 +316,9 @@ def causality(bench: Bench) -> Iterator[Measure]:
 
 def padding(bench: Bench) -> Iterator[Measure]:
     """Padding at the right changes no real position."""
-    token = np.pad(bench.batch.token_BT, ((0, 0), (0, 3)))
+    if bench.config.image is not None:
+        return
+    token = np.pad(bench.batch.inputs, ((0, 0), (0, 3)))
     real = np.pad(bench.real, ((0, 0), (0, 3)))
     segment = np.pad(bench.batch.segment_BT, ((0, 0), (0, 3)), mode="edge")
     got, want = _final(bench, token, real, segment)[:, :-3], bench.final
@@ -321,9 +327,14 @@ def padding(bench: Bench) -> Iterator[Measure]:
 
 def packing(bench: Bench) -> Iterator[Measure]:
     """Documents packed as segments are what they are alone."""
-    if len(bench.real) < 2 or bench.batch.segment_BT[:2].any() or not bench.real[:2].all():
+    if (
+        bench.config.image is not None
+        or len(bench.real) < 2
+        or bench.batch.segment_BT[:2].any()
+        or not bench.real[:2].all()
+    ):
         return
-    token = bench.batch.token_BT[:2].reshape(1, -1)
+    token = bench.batch.inputs[:2].reshape(1, -1)
     segment = np.repeat([[0, 1]], bench.real.shape[1], axis=1)
     got = _final(bench, token, np.ones(token.shape, bool), segment)
     want = bench.final[:2].reshape(got.shape)
@@ -345,7 +356,7 @@ def _problem(bench: Bench, sequences: int = 2, eps: float | None = None) -> Prob
     b, config = bench.batch, bench.config
     if eps is not None:
         config = replace(config, norm_eps=eps)
-    few = (x[:sequences] for x in (b.token_BT, b.label_BT, b.segment_BT, b.index_B))
+    few = (x[:sequences] for x in (b.inputs, b.label_BT, b.segment_BT, b.index_B))
     return of_batch(Batch(config, *few), bench.parameters)
 
 
@@ -425,13 +436,15 @@ def ggn_is_the_expected_fisher(bench: Bench) -> Iterator[Measure]:
 
 
 def _few_terms(bench: Bench) -> Batch:
-    """One short sequence with as many loss positions as the plan enumerates."""
+    """One short sequence with as many loss positions as the plan enumerates, or one image."""
     b, n = bench.batch, bench.plan.enumerated
+    if bench.config.image is not None:
+        return Batch(bench.config, b.inputs[:1], b.label_BT[:1], b.segment_BT[:1], b.index_B[:1])
     covering = np.flatnonzero(b.label_BT[0] >= 0)[:n][-1] + 1
-    width = min(max(2 * n + 1, covering), b.token_BT.shape[1])
+    width = min(max(2 * n + 1, covering), b.inputs.shape[1])
     label = b.label_BT[:1, :width].copy()
     label[:, : np.flatnonzero(label[0] >= 0)[-n:][0]] = NO_LABEL
-    part = (b.token_BT[:1, :width], label, b.segment_BT[:1, :width], b.index_B[:1])
+    part = (b.inputs[:1, :width], label, b.segment_BT[:1, :width], b.index_B[:1])
     return Batch(bench.config, *part)
 
 
@@ -440,7 +453,7 @@ def last_block_has_no_cross_terms(bench: Bench) -> Iterator[Measure]:
 
     Along random matrices X: Σ_c (Σ_s g_s X a_s)² = Σ_c Σ_s (g_s X a_s)².
     """
-    if not bench.plan.enumerated:
+    if not bench.plan.enumerated or bench.config.pool is Pool.MEAN:
         return
     made = of_batch(_few_terms(bench), bench.parameters)
     at = f"blocks.{bench.config.layers - 1}."
@@ -459,6 +472,8 @@ def last_block_has_no_cross_terms(bench: Bench) -> Iterator[Measure]:
 
 def scale_invariance(bench: Bench) -> Iterator[Measure]:
     """Scale-free W at eps = 0: <W, ∇W> = 0, GGN·W = 0, H·W = −∇W."""
+    if bench.config.activation is Activation.RELU and bench.config.norm_place is not NormPlace.PRE:
+        return  # a dead MLP's output is 0, which no norm without eps can scale
     made = _problem(bench, eps=0.0)
     at = f"blocks.{bench.config.layers - 1}."
     for name in (f"{at}{layer}.weight" for layer in _scale_free(bench.config)):
@@ -471,11 +486,14 @@ def scale_invariance(bench: Bench) -> Iterator[Measure]:
                        f"<W, ∇W> of {name}")  # fmt: skip
         X = bench.rng(5).normal(size=W[name].shape)
         X *= length / np.linalg.norm(X)
-        size = np.linalg.norm(exact.ggnvp(made, wrt=name, vector={name: X})[name])
+        size, size_H = (
+            np.linalg.norm(product(made, wrt=name, vector={name: X})[name])
+            for product in (exact.ggnvp, exact.hvp)
+        )
         GGN_W = exact.ggnvp(made, wrt=name, vector=W)[name]
         yield _measure(GGN_W, 0, size, bench.second_order, f"GGN·W of {name}")
         H_W = exact.hvp(made, wrt=name, vector=W)[name]
-        yield _measure(H_W, -d, np.array([np.linalg.norm(d), size]), bench.second_order,
+        yield _measure(H_W, -d, np.array([np.linalg.norm(d), size_H]), bench.second_order,
                        f"H·W of {name}")  # fmt: skip
 
 
@@ -497,7 +515,8 @@ def kl_is_the_quadratic_form(bench: Bench) -> Iterator[Measure]:
 
     (KL(+t) + KL(−t)) / 2t² at two steps, extrapolated, is good to t⁴.
     """
-    if not bench.plan.directions:
+    kinked = bench.config.activation is Activation.RELU or bench.config.qkv_clip is not None
+    if not bench.plan.directions or kinked:  # a step, however small, may cross a kink
         return
     made, d = _problem(bench, sequences=1), _direction(bench, 6)
     quadratic = float(_flat(d) @ _flat(exact.ggnvp(made, wrt=_wrt(bench), vector=d))) / 2
@@ -598,6 +617,8 @@ def edits_project(bench: Bench) -> Iterator[Measure]:
     Twice is once; ‖W‖² = ‖W'‖² + ‖W − W'‖²; ρ = 1 keeps all; smaller ρ keeps a subset.
     """
     for name, _, basis in _bases(bench):
+        if not basis.lam[0] * basis.mu[0]:  # no curvature to take a share of
+            continue
         W = bench.parameters[bench.config.weight_of(name)]
         budget = 4 * tolerance.eigenpair(max(W.shape))
         stairs = cut(basis.lam, basis.mu, RHO, name)
@@ -621,6 +642,8 @@ def edits_project(bench: Bench) -> Iterator[Measure]:
 def predicted_damage(bench: Bench) -> Iterator[Measure]:
     """½ Σ_dropped λ_i μ_j C_ij² = ½ <ΔW, G ΔW A>."""
     for name, factors, basis in _bases(bench):
+        if not basis.lam[0] * basis.mu[0]:  # no curvature to take a share of
+            continue
         W = bench.parameters[bench.config.weight_of(name)]
         stairs = cut(basis.lam, basis.mu, RHO, name)
         C = basis.U_G.T @ W @ basis.U_A
@@ -654,7 +677,7 @@ def rotary_rows(bench: Bench) -> Iterator[Measure]:
         return
     labelled = b.label_BT >= 0
     here, there = (
-        nats(config, p, b.token_BT, b.label_BT, bench.layout)[labelled]
+        nats(config, p, b.inputs, b.label_BT, bench.layout)[labelled]
         for p in (bench.parameters, _over(turned, bench.parameters))
     )
     fall = here - there

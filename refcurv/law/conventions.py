@@ -39,10 +39,26 @@ LAW: Final[Mapping[str, str]] = MappingProxyType(
         "LOSS": "The sum of nats over labelled positions; g is the gradient of that sum.",
         "COUNTS": "Stored: S_A = Σ a aᵀ, n_A, S_G = Σ g gᵀ, n_G = rows × draws. A = S_A/n_A, "
         "G = S_G/n_G, K = n_A (G ⊗ A); G ⊗ A approximates the curvature of the mean loss per row.",
-        "LABELS": "labels[b, t] is what position t should predict; negative = none. Default: the "
-        "next token of the same segment, so the last position of a segment has none.",
-        "ROWS": "`reached` (default): real positions from which a label is reached, those at or "
-        "before the last labelled one of their segment. `labelled`: only those with a label.",
+        "BIAS": "`separate` (default): W has K = n_A (G ⊗ A), as without a bias, and b, whose "
+        "input is 1, K = n_A G. `joint`: [W b], b the last column, has the input [a; 1] and "
+        "A = [[S_A, Σ a], [Σ aᵀ, n_A]] / n_A, whose corner is exactly 1.",
+        "EMBEDDING": "A table (V, D) of tokens or positions is the transpose of a linear layer of "
+        "one-hot inputs: S_A = diag(counts) over the kept rows, stored as (V,); g is the gradient "
+        "of the stored entry, embed_scale included. Tied, `embed` and `head` are the factors of "
+        "the two uses by themselves; the shared matrix has F = F_embed + F_head + C + Cᵀ, C their "
+        "cross terms, and no K.",
+        "VECTOR": "A gain, a bias or a special position of images has no Kronecker form: its block "
+        "is F = Σ D Dᵀ over sequences (and, for `expected`, loss positions and entries), D the "
+        "gradient summed over the sequence's positions.",
+        "LABELS": "labels[b, t] is what position t should predict; negative = none. Default of a "
+        "causal model: the next token of the same segment, so the last position of a segment has "
+        "none. Bidirectional models and images have no default; an image has one label, its class.",
+        "ROWS": "`reached` (default): real positions from which a label is reached: in a causal "
+        "model those at or before the last labelled one of their segment, in a bidirectional one "
+        "all of a segment that has a label, all of an image that has one. `labelled`: only those "
+        "with a label. `all`: every real position; of images as `reached`. `cls`: the first "
+        "position of an image that has a label. A head that reads images pooled has one row for "
+        "each label; patches have no rows for what stands before them.",
         "FISHER": "Whose labels the backward pass uses: `expected` (exact over the vocabulary: one "
         "backward per loss position and entry v, of column v of S = diag(√p) − p √pᵀ), `signed` "
         "(an unbiased estimate of it without labels: one joint backward per sequence and draw, of "
@@ -54,7 +70,8 @@ LAW: Final[Mapping[str, str]] = MappingProxyType(
         "Label: the first v with c_v > u·c_{V−1}, c the sequential float64 cumsum of "
         "exp(z − max z), else the last with positive probability. Signs of position t: entry v is "
         "bit v mod 64 (0 the least significant) of word n = v div 64, which is word n mod 4 of the "
-        "block at counter (1 + n div 4, 1 + t, draw, corpus index); 1 means +1, 0 means −1.",
+        "block at counter (1 + n div 4, 1 + t, draw, corpus index); 1 means +1, 0 means −1. Of an "
+        "image t = 0.",
         "THREE": "F (exact block), F_tok (cross-position terms dropped) and K are three matrices, "
         "never one.",
         "ORDER": "Eigenvalues descending, eigenvectors in columns; the entry of largest magnitude "
@@ -69,11 +86,11 @@ LAW: Final[Mapping[str, str]] = MappingProxyType(
         "choice); the products of one backward pass over a shard in that dtype; the fold over "
         "passes and shards, eigensolvers, factors and bases in float64; edited weights in the "
         "dtype of their source.",
-        "SHARD, BLOCK": "Shard = max(1, 2048 div T) consecutive sequences, T the corpus's width; "
-        "the head in chunks of 512 kept rows; block = 64 consecutive shards. A shard's backward "
-        "passes (by draw, or by position and then entry) are added in order to a shard sum that "
-        "starts from zero, shard sums to a block sum that starts from zero, block sums to the "
-        "total.",
+        "SHARD, BLOCK": "Shard = max(1, 2048 div T) consecutive sequences, T the corpus's width "
+        "(of images: the model's positions); the head in chunks of 512 kept rows; block = 64 "
+        "consecutive shards. A shard's backward passes (by draw, or by position and then entry) "
+        "are added in order to a shard sum that starts from zero, shard sums to a block sum that "
+        "starts from zero, block sums to the total.",
     }
 )
 
@@ -113,6 +130,15 @@ class Rows(StrEnum):
 
     REACHED = "reached"
     LABELLED = "labelled"
+    ALL = "all"
+    CLS = "cls"
+
+
+class Bias(StrEnum):
+    """BIAS: is the bias a column of its layer's matrix, or a block of its own."""
+
+    SEPARATE = "separate"
+    JOINT = "joint"
 
 
 class Gain(StrEnum):

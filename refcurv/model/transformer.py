@@ -350,6 +350,9 @@ def block_backward(
 
 # ------------------------------------------------------------------ input and output
 
+TABLES = ("embed", "position")
+"""The tables of vectors that positions read one entry of."""
+
 
 def input_forward(
     config: ModelConfig, parameters: Parameters, inputs: Inputs, layout: Layout
@@ -369,6 +372,25 @@ def input_forward(
     return x_BTD
 
 
+def input_taps(
+    config: ModelConfig, inputs: Inputs, layout: Layout, d_x_BTD: Array
+) -> Iterator[Tap]:
+    """What flows through the layers that make x; a table's `a` is which entries were read, (B, T).
+
+    A table is a linear layer of one-hot inputs: its g is the gradient of the entry as it is stored.
+    """
+    if config.learned_positions:
+        # forward:  x[b, t] = ... + P[position[b, t]]
+        yield Tap("position", layout.position_BT, d_x_BTD)
+    if config.image is None:
+        # forward:  x[b, t] = E[token[b, t]] * scale
+        scale = config.embed_scale
+        yield Tap("embed", inputs, d_x_BTD if scale == 1 else d_x_BTD * scale)
+    else:
+        # forward:  x = [specials, W_patch patches + b]
+        yield Tap("patch", inputs, d_x_BTD[:, len(config.image.specials) :])
+
+
 def input_backward(
     config: ModelConfig,
     parameters: Parameters,
@@ -377,27 +399,17 @@ def input_backward(
     d_x_BTD: Array,
 ) -> Iterator[Tap | Slope]:
     """Undo `input_forward`; the gradients end here."""
-    if config.learned_positions:
-        # forward:  x[b, t] = ... + P[position[b, t]]
-        d_P = np.zeros((config.learned_positions, config.width), d_x_BTD.dtype)
-        np.add.at(d_P, np.broadcast_to(layout.position_BT, d_x_BTD.shape[:2]), d_x_BTD)
-        yield Slope("position.weight", d_P)
-    if config.image is None:
-        # forward:  x[b, t] = E[token[b, t]] * scale
-        d_embed_VD = np.zeros((config.vocabulary, config.width), dtype=d_x_BTD.dtype)
-        np.add.at(d_embed_VD, np.broadcast_to(inputs, d_x_BTD.shape[:2]), d_x_BTD)
-        if config.embed_scale != 1:
-            d_embed_VD *= config.embed_scale
-        yield Slope("embed.weight", d_embed_VD)
-        return
-    # forward:  x = [specials, W_patch patches + b]
-    specials = config.image.specials
-    for n, name in enumerate(specials):
+    for tap in input_taps(config, inputs, layout, d_x_BTD):
+        if tap.name in TABLES:
+            d_table = np.zeros(parameters[f"{tap.name}.weight"].shape, d_x_BTD.dtype)
+            np.add.at(d_table, np.broadcast_to(tap.a, tap.g.shape[:2]), tap.g)
+            yield Slope(f"{tap.name}.weight", d_table)
+            continue
+        yield tap
+        if config.has_bias(tap.name):
+            yield Slope(f"{tap.name}.bias", tap.g.reshape(-1, config.width).sum(axis=0))
+    for n, name in enumerate(config.image.specials if config.image else ()):
         yield Slope(f"{name}.weight", d_x_BTD[:, n].sum(axis=0))
-    g = d_x_BTD[:, len(specials) :]
-    yield Tap("patch", inputs, g)
-    if config.has_bias("patch"):
-        yield Slope("patch.bias", g.reshape(-1, config.width).sum(axis=0))
 
 
 def pool_forward(config: ModelConfig, x_BTD: Array) -> Array:
@@ -497,24 +509,39 @@ def forward(
     return pool_forward(config, final_BTD), Trace(inputs, layout, rope, lowest, blocks, saved)
 
 
-def backward(
+def blocks_backward(
     config: ModelConfig,
     parameters: Parameters,
     d_final_BTD: Array,
     trace: Trace,
     ops: Ops = DEFINITIONS,
     consume: bool = False,
-) -> Iterator[Tap | Slope]:
-    """Undo `forward` from the gradient of what the head reads, down to block `trace.lowest`.
+) -> Steps:
+    """Undo `forward` down to block `trace.lowest`; returns the gradient of what that block reads.
 
-    When every block was kept, the input's own gradients come last. With `consume` each block's
-    trace is given up as the backward leaves it, and the trace serves no second time.
+    With `consume` each block's trace is given up as the backward leaves it, and the trace serves no
+    second time.
     """
     d_x_BTD = pool_backward(config, d_final_BTD, trace.layout.position_BT.shape[1])
     d_x_BTD = yield from norm_backward(config, "final_norm", d_x_BTD, trace.final_norm, ops)
     for i in reversed(range(trace.lowest, config.layers)):
         block = trace.blocks.pop() if consume else trace.blocks[i - trace.lowest]
         d_x_BTD = yield from block_backward(config, parameters, i, d_x_BTD, block, trace.rope, ops)
+    return d_x_BTD
+
+
+def backward(
+    config: ModelConfig,
+    parameters: Parameters,
+    d_final_BTD: Array,
+    trace: Trace,
+    ops: Ops = DEFINITIONS,
+) -> Iterator[Tap | Slope]:
+    """Undo `forward` from the gradient of what the head reads, down to block `trace.lowest`.
+
+    When every block was kept, the input's own gradients come last.
+    """
+    d_x_BTD = yield from blocks_backward(config, parameters, d_final_BTD, trace, ops)
     if trace.lowest == 0:
         yield from input_backward(config, parameters, trace.inputs, trace.layout, d_x_BTD)
 

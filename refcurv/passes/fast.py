@@ -13,7 +13,7 @@ import numpy as np
 from refcurv.algebra import kernels
 from refcurv.law.checks import Array
 from refcurv.model.config import Activation
-from refcurv.model.layers import Layout, Ops, Saved, centre, mlp_backward, mlp_forward, rotate
+from refcurv.model.layers import Layout, Ops, Saved, centre, rotate
 
 QUERY_ROWS = 128
 """Queries of one attention block: their scores against the needed keys fit the cache."""
@@ -34,23 +34,38 @@ def _rms_norm_backward(d_y: Array, saved: Saved) -> tuple[Array, Array]:
     return d_x_ND.reshape(d_y.shape), d_gain
 
 
+_WHICH = {
+    Activation.SILU: (0,) * kernels.SILU,
+    Activation.GELU: (0,) * kernels.GELU,
+    Activation.GELU_TANH: (0,) * kernels.GELU_TANH,
+    Activation.RELU: (0,) * kernels.RELU,
+}
+"""How the kernels are told which activation they are for."""
+
+
 def _mlp_forward(activation: Activation, gate: Array | None, up: Array) -> tuple[Array, Saved]:
-    if gate is None or activation is not Activation.SILU:
-        return mlp_forward(activation, gate, up)
-    h = np.empty_like(gate)
-    kernels.swiglu_forward(gate.reshape(-1), up.reshape(-1), h.reshape(-1))
+    h = np.empty(up.shape, up.dtype)
+    kernels.mlp_forward(_WHICH[activation], _flat(gate), up.reshape(-1), h.reshape(-1))
     return h, (activation, gate, up)
 
 
 def _mlp_backward(d_h: Array, saved: Saved) -> tuple[Array | None, Array]:
     activation, gate, up = saved
-    if gate is None or activation is not Activation.SILU:
-        return mlp_backward(d_h, saved)
-    d_gate, d_up = np.empty_like(gate), np.empty_like(up)
-    kernels.swiglu_backward(
-        d_h.reshape(-1), gate.reshape(-1), up.reshape(-1), d_gate.reshape(-1), d_up.reshape(-1)
+    d_gate = None if gate is None else np.empty(gate.shape, gate.dtype)
+    d_up = np.empty(up.shape, up.dtype)
+    kernels.mlp_backward(
+        _WHICH[activation],
+        d_h.reshape(-1),
+        _flat(gate),
+        up.reshape(-1),
+        _flat(d_gate),
+        d_up.reshape(-1),
     )
     return d_gate, d_up
+
+
+def _flat(x: Array | None) -> Array | None:
+    return None if x is None else x.reshape(-1)
 
 
 def _heads(x_BTHE: Array, kv_heads: int) -> Array:

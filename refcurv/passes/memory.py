@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
-from refcurv.law.checks import Array
+from refcurv.law.checks import Array, EmptyError
 from refcurv.law.conventions import Fisher
 from refcurv.model import transformer
 from refcurv.model.config import Model, ModelConfig
+from refcurv.model.inputs import patches
 from refcurv.model.layers import Layout
 from refcurv.model.loss import cross_entropy, draw_labels, root_product, signs, uniforms
-from refcurv.model.transformer import Cotangent, Inputs, Parameters, Slope, Tap
+from refcurv.model.transformer import (
+    TABLES,
+    Cotangent,
+    Inputs,
+    Parameters,
+    Slope,
+    Steps,
+    Tap,
+    Trace,
+)
 from refcurv.passes.fast import FAST
 from refcurv.passes.shards import Shard
 
@@ -42,9 +52,14 @@ class Sweep:
         """Is there one backward pass to a shard?"""
         return self.draws == 1 and self.fisher is not Fisher.EXPECTED
 
+    @property
+    def inputs(self) -> frozenset[str]:
+        """The wanted layers below all blocks: patches, tables."""
+        return self.layers & {"patch", *TABLES}
+
     def lowest(self, config: ModelConfig) -> int:
         """The lowest block that a wanted layer belongs to; `config.layers` if none does."""
-        if "patch" in self.layers:
+        if self.inputs:
             return 0
         blocks = [int(name.split(".")[1]) for name in self.layers if name.startswith("blocks.")]
         return min(blocks, default=config.layers)
@@ -62,9 +77,15 @@ def sweep(
     They come top down (the head in chunks of HEAD_ROWS), in the same order for every shard and
     pass. Layers that read the same input carry the very same array `a`. Nothing below the lowest
     wanted layer is computed.
+
+    Raises EmptyError for patches of which no row is kept.
     """
+    inputs = shard.inputs
+    if config.image is not None:
+        _require_patches(config, shard, job)
+        inputs = patches(config, inputs)
     final_BTD, trace = transformer.forward(
-        config, parameters, shard.inputs, shard.layout, FAST, job.lowest(config)
+        config, parameters, inputs, shard.layout, FAST, job.lowest(config)
     )
     want_head = "head" in job.layers
     rows = _Rows(shard.keep_BT)
@@ -75,13 +96,30 @@ def sweep(
             head, partial(_take_taps, take, number) if want_head else _ignore
         )
         last = number == len(passes) - 1
-        steps = transformer.backward(config, parameters, d_final_BTD, trace, FAST, last)
-        missing = len(job.layers) - want_head
-        while missing:
-            step = next(steps)
-            if isinstance(step, Tap) and step.name in job.layers:
-                take(number, Tap(step.name, rows.of_input(step.a), rows.of(step.g)))
-                missing -= 1
+        steps = transformer.blocks_backward(config, parameters, d_final_BTD, trace, FAST, last)
+        for tap in _taps(config, trace, steps, job):
+            take(number, Tap(tap.name, rows.of_input(tap.a), rows.of(tap.g)))
+
+
+def _require_patches(config: ModelConfig, shard: Shard, job: Sweep) -> None:
+    assert config.image is not None
+    if "patch" in job.layers and not shard.keep_BT[:, len(config.image.specials) :].any():
+        raise EmptyError("collect: 'patch' has no row among rows='cls'. Take rows='all' for it.")
+
+
+def _taps(config: ModelConfig, trace: Trace, steps: Steps, job: Sweep) -> Iterator[Tap]:
+    """The wanted layers' Taps without the head's, and no step behind the last of them."""
+    missing = len(job.layers - job.inputs - {"head"})
+    while missing:
+        step = next(steps)
+        if isinstance(step, Tap) and step.name in job.layers:
+            yield step
+            missing -= 1
+    if job.inputs:
+        d_x_BTD = transformer.drain(steps, _ignore)
+        for tap in transformer.input_taps(config, trace.inputs, trace.layout, d_x_BTD):
+            if tap.name in job.inputs:
+                yield tap
 
 
 def _take_taps(take: Take, number: int, step: Tap | Slope) -> None:
@@ -94,7 +132,7 @@ def _ignore(_step: Tap | Slope) -> None:
 
 
 class _Rows:
-    """The kept rows of (B, T, X), (N, X); an input that two layers share is selected once.
+    """The kept rows (N, X) of (B, T, X), (N,) of (B, T); an input of two layers is selected once.
 
     Patches have no rows for the specials before them.
     """
@@ -105,7 +143,7 @@ class _Rows:
         self._last: tuple[Array, Array] | None = None
 
     def of(self, x_BTX: Array) -> Array:
-        x_NX = x_BTX.reshape(-1, x_BTX.shape[-1])
+        x_NX = x_BTX.reshape(-1, *x_BTX.shape[2:])
         return x_NX if self._all else x_NX[self._keep_BT[:, -x_BTX.shape[1] :].reshape(-1)]
 
     def of_input(self, a_BTI: Array) -> Array:
@@ -129,7 +167,10 @@ def cotangents(shard: Shard, job: Sweep, vocabulary: int) -> list[Cotangent]:
             return [partial(_signed_root, shard, job.seed, draw) for draw in draws]
         case Fisher.EXPECTED:
             entries = range(vocabulary)
-            return [partial(_root_column, shard, t, v) for t in labelled(shard) for v in entries]
+            at = labelled(shard)
+            if not at:  # its rows have g = 0
+                return [partial(_corpus_slope, shard)]
+            return [partial(_root_column, shard, t, v) for t in at for v in entries]
 
 
 def labelled(shard: Shard) -> list[int]:

@@ -1,4 +1,4 @@
-"""Logits, loss and gradients of a Model on plain token arrays."""
+"""Logits, loss and gradients of a Model on plain arrays of tokens or images."""
 
 from __future__ import annotations
 
@@ -6,41 +6,50 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from refcurv.algebra.blas import one_blas_thread
-from refcurv.files.corpus import Corpus
-from refcurv.law.checks import Array, require_token_ids
+from refcurv.files.corpus import Corpus, require_tokens
+from refcurv.law.checks import Array
+from refcurv.law.conventions import NO_LABEL
 from refcurv.model import transformer
 from refcurv.model.config import Model
-from refcurv.model.transformer import layout_of
+from refcurv.model.inputs import as_images, patches, require_labels
+from refcurv.model.layers import Layout
+from refcurv.model.transformer import Inputs, image_layout, layout_of
 from refcurv.passes.fast import FAST
 from refcurv.passes.memory import final_states, resident
+from refcurv.passes.shards import require_fit, require_inputs
 
 
 def logits(model: Model, tokens: ArrayLike) -> Array:
-    """The logits of every position.
+    """The logits of every position, or of every image.
 
     Definition
-        z[b, t, v], from tokens[b, :t+1] alone: p(next token = v) = softmax(z[b, t])[v].
+        z[b, t, v], from tokens[b, :t+1] alone: p(next token = v) = softmax(z[b, t])[v]. From the
+        whole of tokens[b] if the model is bidirectional; of images p(class v) = softmax(z[b])[v].
 
     Args:
         model: computes in its `dtype`.
-        tokens: (B, T) integers in [0, vocabulary).
+        tokens: (B, T) integers in [0, vocabulary), or (B, C, H, W) images (see Corpus).
 
     Returns:
-        (B, T, V) in the model's dtype.
+        (B, T, V), of images (B, V), in the model's dtype.
 
     Raises:
-        ShapeError, DTypeError: tokens are not a matrix of integers. RangeError: ids out of range.
+        ShapeError, DTypeError: no matrix of integers, or no images of the model's size.
+        RangeError: ids out of range, or more positions than the model has learned.
+        NonFiniteError: NaN or infinity in an image.
 
     Cost: one forward pass; B·T·V numbers at once.
     Source: DESIGN 4.
-    Proof: tests/test_peers.py (transformers), tests/test_fast.py
+    Proof: tests/test_peers.py (transformers), tests/test_fast.py,
+        tests/test_images.py::test_logits_are_the_loops
     """
-    token_BT, corpus = _tokens("logits", model, tokens)
+    corpus = _corpus(model, tokens, None)
+    require_inputs("logits", corpus, model.config)
     with one_blas_thread():
         parameters = resident(model)
-        layout = layout_of(model.config, corpus.real, corpus.segment)
-        final_BTD = final_states(model.config, parameters, token_BT, layout)
-        return transformer.head_logits(model.config, parameters, final_BTD)
+        final_BTD = final_states(model.config, parameters, *_inputs(model, corpus))
+        logit_BTV = transformer.head_logits(model.config, parameters, final_BTD)
+        return logit_BTV if corpus.images is None else logit_BTV[:, 0]
 
 
 def loss_and_gradient(
@@ -53,37 +62,47 @@ def loss_and_gradient(
 
     Args:
         model: computes in its `dtype`.
-        tokens: (B, T) integers in [0, vocabulary).
-        labels: (B, T) integers, negative = none; by default the next token (LABELS).
+        tokens: (B, T) integers in [0, vocabulary), or (B, C, H, W) images (see Corpus).
+        labels: (B, T) integers, negative = none; by default the next token (LABELS). (B,) of
+            images.
 
     Returns:
         (L [nats], {parameter name: array of its shape}), in the model's dtype.
 
     Raises:
-        ShapeError, DTypeError, RangeError: as `logits`, for tokens and labels.
+        ShapeError, DTypeError, RangeError, NonFiniteError: as `logits`, for tokens and labels.
+        ConventionError: no labels, where LABELS has no default.
 
     Cost: one forward and one backward pass, with every activation in memory.
     Source: LOSS, LABELS; DESIGN 4.
     Proof: tests/test_transformer.py::test_gradient_of_every_parameter_equals_complex_step,
-        tests/test_fast.py, tests/test_peers.py (PyTorch)
+        tests/test_fast.py, tests/test_peers.py (PyTorch),
+        tests/test_images.py::test_loss_and_gradient_equal_the_complex_step
     """
-    token_BT, corpus = _tokens("loss_and_gradient", model, tokens, labels)
-    label_BT = corpus.label
-    require_token_ids(
-        "loss_and_gradient", "labels", np.maximum(label_BT, 0), model.config.vocabulary
-    )
+    require_labels("loss_and_gradient", model.config, labels is not None)
+    corpus = _corpus(model, tokens, labels)
+    label_BT = require_fit("loss_and_gradient", corpus, model.config)
     with one_blas_thread():
-        layout = layout_of(model.config, corpus.real, corpus.segment)
+        inputs, layout = _inputs(model, corpus)
         loss, gradient = transformer.loss_and_gradient(
-            model.config, resident(model), token_BT, label_BT, layout, FAST
+            model.config, resident(model), inputs, label_BT, layout, FAST
         )
     return float(loss), gradient
 
 
-def _tokens(
-    who: str, model: Model, tokens: ArrayLike, labels: ArrayLike | None = None
-) -> tuple[Array, Corpus]:
-    """Checked tokens, and the corpus record that checked them."""
-    corpus = Corpus(np.asarray(tokens), None if labels is None else np.asarray(labels))
-    require_token_ids(who, "tokens", corpus.tokens, model.config.vocabulary)
-    return corpus.tokens.astype(np.int64), corpus
+def _corpus(model: Model, tokens: ArrayLike, labels: ArrayLike | None) -> Corpus:
+    """The record that checks arrays of what the model reads; images without labels get none."""
+    if model.config.image is None:
+        return Corpus(tokens, labels)  # type: ignore[arg-type]  # the record makes them arrays
+    images = as_images("Corpus", tokens)
+    own = np.full(len(images), NO_LABEL) if labels is None else labels
+    return Corpus(images=images, labels=own)  # type: ignore[arg-type]
+
+
+def _inputs(model: Model, corpus: Corpus) -> tuple[Inputs, Layout]:
+    """What the forward reads, and its layout."""
+    if corpus.images is None:
+        token_BT = require_tokens("logits", corpus).astype(np.int64)
+        return token_BT, layout_of(model.config, corpus.real, corpus.segment)
+    patch_BNI = patches(model.config, corpus.images)
+    return patch_BNI, image_layout(model.config, len(patch_BNI))

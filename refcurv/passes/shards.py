@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from refcurv.files.corpus import Corpus
-from refcurv.law.checks import Array, EmptyError, require_token_ids
+from refcurv.files.corpus import Corpus, require_tokens
+from refcurv.law.checks import Array, ConventionError, EmptyError, require_token_ids
 from refcurv.law.conventions import Rows, shard_sequences
 from refcurv.model.config import ModelConfig
+from refcurv.model.inputs import kept, require_image_size, require_labels, require_rows
 from refcurv.model.layers import Layout
-from refcurv.model.loss import reached
-from refcurv.model.transformer import Inputs, layout_of
+from refcurv.model.transformer import Inputs, image_layout, layout_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +22,8 @@ class Shard:
     Where attention is causal, columns behind the last kept position reach nothing and are cut off.
 
     Fields: number, from 0; index_B, the sequences' rows in the corpus (SAMPLING); inputs: tokens
-    (B, T) or patches (B, n, ·); label_BT, (B, 1) of images; keep_BT bool, the rows of A and G, and
-    head_BT those of the head, shaped like the labels; layout.
+    (B, T), or images (B, C, H, W) as the corpus has them; label_BT, (B, 1) of images; keep_BT bool,
+    the rows of A and G, and head_BT those of the head, shaped like the labels; layout.
     """
 
     number: int
@@ -39,32 +39,73 @@ def shards(corpus: Corpus, config: ModelConfig, rows: Rows = Rows.REACHED) -> li
     """The shards of a corpus, in order; those without any kept row are left out, numbers stay.
 
     Raises:
-        RangeError: a token or label outside the vocabulary.
+        ConventionError, ShapeError, RangeError: the corpus does not fit the model (`require_fit`),
+            or the model has no such rows (ROWS).
         EmptyError: no position has a label, so that nothing could be differentiated.
+
+    Proof: tests/test_factors.py::test_factors_equal_the_naive_sums,
+        tests/test_images.py::test_factors_equal_the_naive_sums
     """
-    vocabulary = config.vocabulary
-    require_token_ids("shards", "tokens", corpus.tokens, vocabulary)
-    label_NT = corpus.label
-    require_token_ids("shards", "labels", np.maximum(label_NT, 0), vocabulary)
-    if rows is Rows.REACHED:
-        keep_NT = reached(label_NT, corpus.real, corpus.segment, config.causal)
-    else:
-        keep_NT = label_NT >= 0
-    if not keep_NT.any():
+    rows = require_rows("shards", config, rows)
+    label_NT = require_fit("shards", corpus, config)
+    if not (label_NT >= 0).any():
         raise EmptyError(
-            f"shards: none of the corpus's {corpus.tokens.size} positions has a label. Sequences "
-            "of length 1 predict nothing; give longer ones, or a corpus with labels of its own."
+            f"shards: none of the corpus's {label_NT.size} labels is >= 0. Sequences of length 1 "
+            "predict nothing; give longer ones, or a corpus with labels of its own."
         )
-    size = shard_sequences(corpus.tokens.shape[1])
+    if corpus.images is not None:
+        keep_NT = kept(config, rows, label_NT)
+    else:
+        keep_NT = kept(config, rows, label_NT, corpus.real, corpus.segment)
+    size = shard_sequences(keep_NT.shape[1])
     out = []
-    for number, begin in enumerate(range(0, len(corpus.tokens), size)):
-        index_B = np.arange(begin, min(begin + size, len(corpus.tokens)))
-        kept_T = np.flatnonzero(keep_NT[index_B].any(axis=0))
-        if not len(kept_T):
-            continue
-        part = np.s_[index_B, : kept_T[-1] + 1 if config.causal else None]
-        layout = layout_of(config, corpus.real[part], corpus.segment[part])
-        token_BT = corpus.tokens[part].astype(np.int64)
-        keep_BT = keep_NT[part]
-        out.append(Shard(number, index_B, token_BT, label_NT[part], keep_BT, keep_BT, layout))
+    for number, begin in enumerate(range(0, len(keep_NT), size)):
+        part = slice(begin, begin + size)
+        if keep_NT[part].any():
+            out.append(_shard(corpus, config, number, part, label_NT, keep_NT))
     return out
+
+
+def _shard(
+    corpus: Corpus, config: ModelConfig, number: int, part: slice, label_NT: Array, keep_NT: Array
+) -> Shard:
+    index_B = np.arange(len(label_NT))[part]
+    if corpus.images is not None:
+        label_B1, layout = label_NT[part], image_layout(config, len(index_B))
+        images = corpus.images[part]
+        return Shard(number, index_B, images, label_B1, keep_NT[part], label_B1 >= 0, layout)
+    last = int(np.flatnonzero(keep_NT[part].any(axis=0))[-1])
+    at = part, slice(last + 1 if config.causal else None)
+    token_BT = require_tokens("shards", corpus)[at].astype(np.int64)
+    layout = layout_of(config, corpus.real[at], corpus.segment[at])
+    return Shard(number, index_B, token_BT, label_NT[at], keep_NT[at], keep_NT[at], layout)
+
+
+def require_inputs(who: str, corpus: Corpus, config: ModelConfig) -> None:
+    """Refuse a corpus that the model cannot read.
+
+    Raises:
+        ConventionError: tokens for a model of images, or the reverse. ShapeError: images of another
+        size. RangeError: a token outside the vocabulary.
+    """
+    if (corpus.images is None) != (config.image is None):
+        has, reads = ("tokens", "images") if corpus.images is None else ("images", "tokens")
+        raise ConventionError(f"{who}: the corpus has {has}, but the model reads {reads}.")
+    if corpus.images is not None:
+        require_image_size(who, corpus.images, config)
+    else:
+        require_token_ids(who, "tokens", require_tokens(who, corpus), config.vocabulary)
+
+
+def require_fit(who: str, corpus: Corpus, config: ModelConfig) -> Array:
+    """The labels (N, T), (N, 1) of images, of a corpus that the model can read and be judged by.
+
+    Raises:
+        As `require_inputs`. ConventionError: no labels where LABELS has no default. RangeError: a
+        label outside the vocabulary.
+    """
+    require_inputs(who, corpus, config)
+    require_labels(who, config, corpus.labels is not None)
+    label_NT = corpus.label
+    require_token_ids(who, "labels", np.maximum(label_NT, 0), config.vocabulary)
+    return label_NT

@@ -318,7 +318,8 @@ def _made(results: Json) -> list[str]:
     """The commands, the files and the seconds."""
     commands = "\n".join(_commands(results.get("settings") or {}, results.get("files") or {}))
     parts = [
-        "<p><code>refcurv demo</code> does all of it; step by step it is:</p>",
+        "<p>One command does all of it (<code>refcurv demo</code> on the shipped files, "
+        "<code>refcurv report</code> on others); step by step it is:</p>",
         f"<pre>{escape(commands)}</pre>",
     ]
     seconds = [f"{k} {decimal(v, 1)} s" for k, v in (results.get("seconds") or {}).items()]
@@ -335,15 +336,17 @@ def _commands(settings: Json, files: Json) -> list[str]:
         shlex.quote(str(files.get(name) or default)) for name, default in defaults.items()
     )
     options = {"layers": settings.get("collected", "blocks.*.mlp.*")}
-    options |= {key: settings[key] for key in ("fisher", "seed", "dtype") if key in settings}
+    choices = ("fisher", "rows", "seed", "dtype")
+    options |= {key: settings[key] for key in choices if key in settings}
     flags = " ".join(f"--{key} {shlex.quote(str(value))}" for key, value in options.items())
+    bias = f" --bias {shlex.quote(str(settings['bias']))}" if "bias" in settings else ""
     rho = settings.get("rho")
     shares: Mapping[str, Any]
     shares = rho if isinstance(rho, Mapping) else {str(settings.get("layers", "**")): rho}
     cuts = " ".join(f"--rho {shlex.quote(f'{k}={rho_text(v)}')}" for k, v in shares.items())
     return [
         f"refcurv collect {model} {corpus} -o {factors} {flags}",
-        f"refcurv decompose {factors} -o {basis}",
+        f"refcurv decompose {factors} -o {basis}{bias}",
         f"refcurv edit {model} {basis} -o {edited} {cuts}",
         f"refcurv evaluate {edited} {corpus} --baseline {model}",
     ]

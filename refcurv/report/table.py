@@ -26,6 +26,7 @@ MEASURES: Mapping[str, tuple[str, ...]] = {
     "recite": ("strict", "loose", "distance"),
     "answer": ("accuracy",),
     "text": ("perplexity",),
+    "label": ("accuracy",),
 }
 """What each kind of population measures, the retained one first."""
 

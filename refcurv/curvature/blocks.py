@@ -1,0 +1,247 @@
+"""The exact Fisher blocks of vectors: gains, biases, the special positions of images (VECTOR).
+
+A gain multiplies, d_gain = Σ_s g_s x̂_s, so that F = Σ (Σ_s g x̂)(Σ_s g x̂)ᵀ has no Kronecker form;
+but it is small. One backward per sequence and cotangent gives the gradients, whose second moment it
+is: no approximation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+import numpy as np
+
+from refcurv.algebra import blas
+from refcurv.curvature.sums import Moment, accumulate, require_few_passes, sweep_of
+from refcurv.files.corpus import Corpus
+from refcurv.law.checks import (
+    Array,
+    NonFiniteError,
+    RangeError,
+)
+from refcurv.law.conventions import Fisher
+from refcurv.model import transformer
+from refcurv.model.config import Model, ModelConfig, expand
+from refcurv.model.inputs import patches
+from refcurv.model.layers import Layout
+from refcurv.model.transformer import Parameters, Slope, Tap
+from refcurv.passes import memory
+from refcurv.passes.fast import FAST
+from refcurv.passes.memory import Sweep
+from refcurv.passes.parallel import Progress, Turnstile, cores
+from refcurv.passes.shards import Shard, shards
+
+MOST_BYTES = 2**33
+"""Of all blocks together: total, sum of 64 shards, and those of the shards in flight."""
+
+ROWS = 512
+"""Gradients that are multiplied at one time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One vector's exact block: sum_F (P, P) [nats²/parameter²], float64, exactly symmetric.
+
+    Fields: sum_F = Σ D Dᵀ; sequences, those with a label; draws, of labels or signs.
+    """
+
+    sum_F: Array
+    sequences: int
+    draws: int
+
+    @property
+    def F(self) -> Array:
+        """(1/draws) Σ D Dᵀ, of the summed loss."""
+        return self.sum_F / self.draws
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks(Mapping[str, Block]):
+    """The blocks of some vectors, by parameter name in file order, and how they were made."""
+
+    blocks: Mapping[str, Block]
+    fisher: Fisher
+    seed: int
+    draws: int
+    dtype: str
+
+    def __getitem__(self, name: str) -> Block:
+        """The block of one parameter."""
+        return self.blocks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """Parameter names, in file order."""
+        return iter(self.blocks)
+
+    def __len__(self) -> int:
+        """How many parameters."""
+        return len(self.blocks)
+
+
+def collect_blocks(
+    model: Model,
+    corpus: Corpus,
+    parameters: str = "**_norm.*",
+    fisher: str = "sampled",
+    seed: int = 0,
+    draws: int = 1,
+    *,
+    in_flight: int | None = None,
+    progress: Progress = lambda done, total: None,
+) -> Blocks:
+    """The exact Fisher blocks of vectors: norm gains and biases, linear biases, special positions.
+
+    Definition
+        F = (1/draws) Σ_seq Σ_c D_c D_cᵀ, D_c (P,) the gradient of one sequence's summed nats, all
+        its positions together, against what FISHER sends back: the labels or signs of one draw, or
+        for `expected` one column of the root at one position. No Kronecker form is assumed, and no
+        cross-position term dropped (THREE, VECTOR).
+
+    Args:
+        model: its `dtype` is that of the gradients and of their products in a shard (PRECISION).
+        corpus: as for `collect`.
+        parameters: a pattern over the model's vectors, e.g. "final_norm.weight" or "**.bias".
+        fisher: "sampled", "signed", "empirical" or, for small models, "expected" (FISHER).
+        seed: of what is drawn (SAMPLING), in [0, 2**64).
+        draws: of labels or signs per position.
+        in_flight: shards at a time; by default one per core. Changes no bit.
+        progress: called with (shards done, shards).
+
+    Returns:
+        Blocks: parameter name → sum_F (P, P), sequences, draws, and F.
+
+    Raises:
+        NameUnknownError: no vector matches. RangeError: token ids, seed or draws out of range;
+        blocks of more than 8 GiB; an `expected` of more than 2**16 backward passes.
+        EmptyError: no label anywhere. NonFiniteError: a gradient is NaN or infinite.
+        ConventionError: an unknown choice.
+
+    Cost: for each sequence one forward and `draws` backward passes (`expected`: labelled positions
+        × vocabulary) down to the lowest block named, and P² per pass; memory 8 P² bytes,
+        2 + `in_flight` times each.
+    Source: ORACLES 49; FISHER.
+    Proof: tests/test_biases.py::test_O49_blocks_are_the_exact_fisher,
+        tests/test_biases.py::test_blocks_are_independent_of_threads
+    """
+    config = model.config
+    vectors = _vectors(config, parameters, in_flight or cores())
+    job = sweep_of("collect_blocks", vectors, fisher, seed, draws)
+    units = shards(corpus, config)
+    alone = [one for unit in units for one in _alone(unit)]
+    require_few_passes("collect_blocks", alone, job, config.vocabulary)
+    resident = memory.resident(model)
+    totals = {name: Moment(size, size) for name, size in vectors.items()}
+
+    def work(ordinal: int, unit: Shard, turnstile: Turnstile) -> None:
+        found = _ShardBlocks(config, resident, unit, job)
+        for name in vectors:
+            with turnstile.turn(name, ordinal):
+                totals[name].add(found.product[name], found.sequences)
+
+    accumulate(units, work, totals, in_flight, None, progress)
+    blocks = {name: _finish(name, total, job.draws) for name, total in totals.items()}
+    return Blocks(MappingProxyType(blocks), job.fisher, job.seed, job.draws, model.dtype)
+
+
+def _vectors(config: ModelConfig, pattern: str, in_flight: int) -> dict[str, int]:
+    """The vectors that the pattern names, with their sizes; refuses what memory would not hold."""
+    shapes = config.parameter_shapes()
+    vectors = {name: shape[0] for name, shape in shapes.items() if len(shape) == 1}
+    names = expand(pattern, list(vectors))
+    size = sum(8 * (2 + in_flight) * vectors[name] ** 2 for name in names)
+    if size > MOST_BYTES:
+        raise RangeError(
+            f"collect_blocks: the {len(names)} blocks would take {size / 2**30:,.1f} GiB (at most "
+            f"{MOST_BYTES >> 30} GiB are made). Name fewer parameters at a time.",
+            size=size,
+        )
+    return {name: vectors[name] for name in names}
+
+
+def _finish(name: str, total: Moment, draws: int) -> Block:
+    sum_F = total.finish()
+    if not np.isfinite(sum_F).all():
+        raise NonFiniteError(
+            f"collect_blocks: the block of {name!r} holds NaN or infinity. Do the weights hold "
+            "NaN, or did float32 activations overflow? Try float64."
+        )
+    return Block(sum_F, total.rows, draws)
+
+
+# ------------------------------------------------------------------ one shard
+
+
+class _ShardBlocks:
+    """Σ D Dᵀ over one shard's sequences and passes, lower triangles in the compute dtype."""
+
+    def __init__(self, config: ModelConfig, parameters: Parameters, shard: Shard, job: Sweep):
+        self.product = {
+            name: np.zeros((len(parameters[name]),) * 2, parameters[name].dtype)
+            for name in job.layers
+        }
+        self.sequences = 0
+        self._open: list[dict[str, Array]] = []
+        for one in _alone(shard):
+            self.sequences += 1
+            for gradient in _gradients(config, parameters, one, job):
+                self._open.append(gradient)
+                if len(self._open) == ROWS:
+                    self._multiply()
+        self._multiply()
+
+    def _multiply(self) -> None:
+        for name, product in self.product.items():
+            if self._open:
+                rows = np.stack([gradient[name] for gradient in self._open])
+                blas.add_gram(rows, product, onto=True)
+        self._open.clear()
+
+
+def _alone(shard: Shard) -> Iterator[Shard]:
+    """Each labelled sequence of a shard as a shard of its own; its place in the corpus stays."""
+    for b in np.flatnonzero((shard.label_BT >= 0).any(axis=1)):
+        one = slice(b, b + 1)
+        layout = shard.layout
+        yield replace(
+            shard,
+            index_B=shard.index_B[one],
+            inputs=shard.inputs[one],
+            label_BT=shard.label_BT[one],
+            keep_BT=shard.keep_BT[one],
+            head_BT=shard.head_BT[one],
+            layout=Layout(layout.position_BT[one], layout.first_BT[one], layout.last_BT[one]),
+        )
+
+
+def _gradients(
+    config: ModelConfig, parameters: Parameters, shard: Shard, job: Sweep
+) -> Iterator[dict[str, Array]]:
+    """One sequence's gradient of every wanted vector, once per cotangent."""
+    inputs = shard.inputs
+    if config.image is not None:
+        inputs = patches(config, inputs)
+    lowest = _lowest(config, job.layers)
+    final_BTD, trace = transformer.forward(config, parameters, inputs, shard.layout, FAST, lowest)
+    for cotangent in memory.cotangents(shard, job, config.vocabulary):
+        found: dict[str, Array] = {}
+
+        def take(step: Tap | Slope, found: dict[str, Array] = found) -> None:
+            if isinstance(step, Slope) and step.name in job.layers:
+                found[step.name] = found[step.name] + step.d if step.name in found else step.d
+
+        head = transformer.head_transpose(config, parameters, final_BTD, shard.head_BT, cotangent)
+        d_final_BTD = transformer.drain(head, take)  # in chunks: the head's bias comes in parts
+        steps = transformer.backward(config, parameters, d_final_BTD, trace, FAST)
+        while len(found) < len(job.layers):
+            take(next(steps))
+        yield found
+
+
+def _lowest(config: ModelConfig, names: frozenset[str]) -> int:
+    """The lowest block that a wanted vector belongs to."""
+    if names & {"patch.bias", "cls.weight", "distillation.weight"}:
+        return 0
+    blocks = [int(name.split(".")[1]) for name in names if name.startswith("blocks.")]
+    return min(blocks, default=config.layers)

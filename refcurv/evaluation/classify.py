@@ -1,0 +1,87 @@
+"""What a model says that images are: one likeliest class each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from refcurv.evaluation.decode import likeliest
+from refcurv.files.corpus import ImagePopulation
+from refcurv.law.checks import Array, ConventionError, require_token_ids
+from refcurv.law.conventions import shard_sequences
+from refcurv.model.config import ModelConfig
+from refcurv.model.inputs import patches, require_image_size
+from refcurv.model.layers import Layout
+from refcurv.model.transformer import Parameters, image_layout
+from refcurv.passes import parallel
+from refcurv.passes.memory import final_states
+
+
+def image_batches(config: ModelConfig, population: ImagePopulation) -> list[slice]:
+    """Consecutive images as they are read together: no more than one shard's (SHARD).
+
+    Proof:  tests/test_images.py::test_evaluation_is_argmax_one_image_at_a_time
+    """
+    assert config.image is not None
+    size, N = shard_sequences(config.image.positions), len(population.images)
+    return [slice(begin, begin + size) for begin in range(0, N, size)]
+
+
+def image_inputs(
+    config: ModelConfig, population: ImagePopulation, row: slice
+) -> tuple[Array, Layout]:
+    """Some images as the model reads them: (patches, layout)."""
+    images = population.images[row]
+    return patches(config, images), image_layout(config, len(images))
+
+
+def require_image_population(
+    who: str, name: str, population: ImagePopulation, config: ModelConfig
+) -> None:
+    """Refuse images that the model cannot read or be judged on.
+
+    Raises:
+        ConventionError: the model reads tokens. ShapeError: images of another size. RangeError: a
+        label that is none of the model's classes.
+    """
+    if config.image is None:
+        raise ConventionError(f"{who}: population {name!r} has images, but the model reads tokens.")
+    require_image_size(f"{who}: population {name!r}", population.images, config)
+    what = f"labels of population {name!r}"
+    require_token_ids(who, what, population.labels, config.vocabulary)
+
+
+def classify(
+    config: ModelConfig,
+    parameters: Parameters,
+    population: ImagePopulation,
+    done: Callable[[], object] = lambda: None,
+) -> Array:
+    """The likeliest class of each image: argmax_v z[v], the lowest id on ties.
+
+    Batches are read several at a time; the number of threads changes no bit.
+
+    Args:
+        config: the model's shape.
+        parameters: its parameters by name, all in memory.
+        population: the images; its labels are not read.
+        done: called once per finished batch (a progress bar's update).
+
+    Returns:
+        (N,) int64.
+
+    Raises:
+        NonFiniteError: a logit is NaN or infinite.
+
+    Cost: one forward pass.
+    Source: PAPER §2, Task accuracy.
+    Proof:  tests/test_images.py::test_evaluation_is_argmax_one_image_at_a_time
+    """
+
+    def work(_: int, row: slice) -> Array:
+        inputs, layout = image_inputs(config, population, row)
+        final_B1D = final_states(config, parameters, inputs, layout)
+        return likeliest("evaluate", config, parameters, final_B1D[:, 0])
+
+    return np.concatenate(parallel.run(image_batches(config, population), work, done=done))

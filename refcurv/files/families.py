@@ -1,0 +1,726 @@
+"""The families of checkpoints: what their config.json means and what their tensors are called.
+
+Everything that differs between families is here, as data. How to add one:
+validation/peers/ADDING.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+import numpy as np
+
+from refcurv.files.keys import (
+    Rule,
+    activation,
+    bias,
+    choice,
+    field,
+    fixed,
+    images,
+    local_blocks,
+    nullable,
+    one_window,
+    only,
+    query_scalar,
+    rope,
+    scaled_embedding,
+    sizes,
+    upper_blocks,
+    windows_by_layer,
+)
+from refcurv.law.checks import Array
+from refcurv.model.config import ModelConfig, Norm, NormPlace, Pool, QKNorm, Residual
+
+
+class Form(StrEnum):
+    """How a checkpoint's tensor holds our weights W (d_out, d_in).
+
+    rows: W, or several stacked: [W_q; W_k; W_v].
+    turned: the transpose of that (GPT-2's Conv1D).
+    heads: for each head in turn its rows of W_q, W_k, W_v.
+    patch: W as the kernel of a convolution, (d_out, channels, side, side).
+    bare: no `.weight` behind its name, and axes of length 1 before the others, three in all.
+    """
+
+    ROWS = "rows"
+    TURNED = "turned"
+    HEADS = "heads"
+    PATCH = "patch"
+    BARE = "bare"
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One module of a checkpoint: its name, our layers in it in their order, and how.
+
+    `*` in the names is the number of a block.
+    """
+
+    theirs: str
+    ours: tuple[str, ...]
+    form: Form = Form.ROWS
+
+
+def tensor_shape(slot: Slot, config: ModelConfig, parts: list[tuple[int, ...]]) -> tuple[int, ...]:
+    """The shape of the checkpoint's tensor, from those of our parts."""
+    shape = (sum(part[0] for part in parts), *parts[0][1:])
+    if slot.form is Form.TURNED:
+        return shape[::-1]
+    if slot.form is Form.BARE:
+        return (1,) * (3 - len(shape)) + shape
+    if slot.form is Form.PATCH and len(shape) == 2:
+        image = config.image
+        assert image is not None
+        return shape[0], image.channels, image.patch, image.patch
+    return shape
+
+
+def join(slot: Slot, config: ModelConfig, parts: list[Array]) -> Array:
+    """Our parts → the checkpoint's tensor, the same numbers bit for bit."""
+    shape = tensor_shape(slot, config, [part.shape for part in parts])
+    if slot.form is Form.HEADS:
+        by_head = [part.reshape(config.heads, config.head_width, -1) for part in parts]
+        return np.concatenate(by_head, axis=1).reshape(shape)
+    joined = np.concatenate(parts) if len(parts) > 1 else parts[0]
+    return joined.T if slot.form is Form.TURNED else joined.reshape(shape)
+
+
+def split(
+    slot: Slot, config: ModelConfig, tensor: Array, parts: list[tuple[int, ...]], index: int
+) -> Array:
+    """The reverse of `join`: the checkpoint's tensor → our part `index` of those shapes."""
+    if slot.form is Form.HEADS:
+        by_head = tensor.reshape(config.heads, len(parts), config.head_width, -1)
+        return np.ascontiguousarray(by_head[:, index]).reshape(parts[index])
+    joined = tensor.T if slot.form is Form.TURNED else tensor
+    start = sum(part[0] for part in parts[:index])
+    if len(parts) > 1:
+        joined = joined[start : start + parts[index][0]]
+    return np.ascontiguousarray(joined).reshape(parts[index])
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What a `model_type` means.
+
+    Fields:
+        model_type: as config.json says it; architecture: transformers' class of the whole model.
+        prefix: before the names of all tensors but the head's; a checkpoint that was saved from
+            the base model lacks it.
+        rules: config.json ↔ ModelConfig, in order.
+        slots: the tensors.
+        ignored: patterns of tensors that are no parameters (buffers, a pooler).
+        irrelevant: keys of its own that no forward depends on.
+        refused: other classes of this model_type, and why not.
+    """
+
+    model_type: str
+    architecture: str
+    prefix: str
+    rules: tuple[Rule, ...]
+    slots: tuple[Slot, ...]
+    ignored: tuple[str, ...] = ()
+    irrelevant: frozenset[str] = frozenset()
+    refused: Mapping[str, str] | None = None
+
+
+def _slots(names: Mapping[str, str]) -> tuple[Slot, ...]:
+    return tuple(Slot(theirs, (ours,)) for ours, theirs in names.items())
+
+
+def _block(prefix: str, names: Mapping[str, str]) -> dict[str, str]:
+    return {f"blocks.*.{ours}": prefix + theirs for ours, theirs in names.items()}
+
+
+# ------------------------------------------------------------------ what many have in common
+
+_ATTENTION: Final = _block(
+    "model.layers.*.self_attn.",
+    {
+        "attn.q": "q_proj",
+        "attn.k": "k_proj",
+        "attn.v": "v_proj",
+        "attn.q_norm": "q_norm",
+        "attn.k_norm": "k_norm",
+        "attn.o": "o_proj",
+    },
+)
+_GATED_MLP: Final = _block(
+    "model.layers.*.mlp.", {"mlp.gate": "gate_proj", "mlp.up": "up_proj", "mlp.down": "down_proj"}
+)
+_ENDS: Final = {
+    "embed": "model.embed_tokens",
+    "final_norm": "model.norm",
+    "head": "lm_head",
+}
+_PRE: Final = _block(
+    "model.layers.*.", {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+)
+_POST: Final = _block(
+    "model.layers.*.",
+    {"attn_norm": "post_attention_layernorm", "mlp_norm": "post_feedforward_layernorm"},
+)
+_BOTH: Final = _block(
+    "model.layers.*.",
+    {
+        "attn_norm": "input_layernorm",
+        "attn_post_norm": "post_attention_layernorm",
+        "mlp_norm": "pre_feedforward_layernorm",
+        "mlp_post_norm": "post_feedforward_layernorm",
+    },
+)
+_LLAMA_SLOTS: Final = _slots(_ENDS | _ATTENTION | _GATED_MLP | _PRE)
+_ROTARY: Final = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
+
+_VOCABULARY: Final = field("vocab_size", "vocabulary")
+_RMS_EPS: Final = field("rms_norm_eps", "norm_eps")
+_SILU: Final = activation("hidden_act", "silu")
+_QKVO: Final = ("q", "k", "v", "o")
+_ATTENTION_BIAS: Final = bias("attention_bias", False, *_QKVO)
+_PRE_RMS: Final = fixed(norm_place=NormPlace.PRE, qk_norm=QKNorm.NONE)
+_LAYER_NORM: Final = fixed(norm=Norm.LAYER, norm_bias=True, qk_norm=QKNorm.NONE)
+_HEADS_GIVEN: Final = ("head_width",)
+"""Where transformers' default of num_key_value_heads is a number, the key must be there."""
+
+
+def _tied(default: bool) -> Rule:
+    return field("tie_word_embeddings", "tied", default)
+
+
+# ------------------------------------------------------------------ AI2
+
+_OLMO2: Final = (
+    _VOCABULARY,
+    sizes(),
+    fixed(norm_place=NormPlace.POST, qk_norm=QKNorm.FULL),
+    _RMS_EPS,
+    _SILU,
+    _ATTENTION_BIAS,
+    _tied(False),
+)
+
+OLMO2: Final = Family(
+    "olmo2",
+    "Olmo2ForCausalLM",
+    "model.",
+    (*_OLMO2, rope(), only("clip_qkv", None)),
+    _slots(_ENDS | _ATTENTION | _GATED_MLP | _POST),
+    _ROTARY,
+)
+
+OLMO3: Final = Family(
+    "olmo3",
+    "Olmo3ForCausalLM",
+    "model.",
+    (
+        *_OLMO2,
+        rope(theta=500_000.0, scalings=(), nested=True),
+        windows_by_layer(lambda i, data: "full_attention" if i % 4 == 3 else "sliding_attention"),
+    ),
+    _slots(_ENDS | _ATTENTION | _GATED_MLP | _POST),
+    _ROTARY,
+)
+
+OLMO: Final = Family(
+    "olmo",
+    "OlmoForCausalLM",
+    "model.",
+    (
+        _VOCABULARY,
+        sizes(),
+        _PRE_RMS,
+        fixed(norm=Norm.LAYER, norm_gain=False, norm_eps=1e-5),
+        _SILU,
+        _ATTENTION_BIAS,
+        nullable("clip_qkv", "qkv_clip"),
+        rope(),
+        _tied(False),
+    ),
+    _LLAMA_SLOTS,
+    _ROTARY,
+)
+
+# ------------------------------------------------------------------ Llama and its kin
+
+LLAMA: Final = Family(
+    "llama",
+    "LlamaForCausalLM",
+    "model.",
+    (
+        _VOCABULARY,
+        sizes(),
+        _PRE_RMS,
+        _RMS_EPS,
+        _SILU,
+        _ATTENTION_BIAS,
+        bias("mlp_bias", False, "gate", "up", "down"),
+        rope(),
+        _tied(False),
+        only("rope_interleaved", False, None),
+    ),
+    _LLAMA_SLOTS,
+    _ROTARY,
+)
+
+MISTRAL: Final = Family(
+    "mistral",
+    "MistralForCausalLM",
+    "model.",
+    (
+        _VOCABULARY,
+        sizes(derived=_HEADS_GIVEN),
+        _PRE_RMS,
+        _RMS_EPS,
+        _SILU,
+        rope(),
+        one_window(4096),
+        _tied(False),
+    ),
+    _LLAMA_SLOTS,
+    _ROTARY,
+)
+
+_QWEN: Final = (
+    _VOCABULARY,
+    _RMS_EPS,
+    _SILU,
+    rope(),
+    windows_by_layer(upper_blocks, "use_sliding_window", ("max_window_layers",)),
+    _tied(False),
+)
+
+QWEN2: Final = Family(
+    "qwen2",
+    "Qwen2ForCausalLM",
+    "model.",
+    (
+        sizes(derived=_HEADS_GIVEN),
+        *_QWEN,
+        _PRE_RMS,
+        fixed(biases=("q", "k", "v")),
+        only("use_mrope", False, None),
+    ),
+    _LLAMA_SLOTS,
+    _ROTARY,
+)
+
+QWEN3: Final = Family(
+    "qwen3",
+    "Qwen3ForCausalLM",
+    "model.",
+    (
+        sizes(derived=()),
+        *_QWEN,
+        fixed(norm_place=NormPlace.PRE, qk_norm=QKNorm.HEAD),
+        _ATTENTION_BIAS,
+    ),
+    _LLAMA_SLOTS,
+    _ROTARY,
+)
+
+# ------------------------------------------------------------------ Gemma
+
+_GEMMA: Final = (
+    _VOCABULARY,
+    sizes(derived=()),
+    scaled_embedding(),
+    fixed(norm_offset=True),
+    _RMS_EPS,
+    _ATTENTION_BIAS,
+    rope(),
+    _tied(True),
+    only("use_bidirectional_attention", False, None),
+)
+_TANH: Final = "gelu_pytorch_tanh"
+
+GEMMA: Final = Family(
+    "gemma",
+    "GemmaForCausalLM",
+    "model.",
+    (
+        *_GEMMA,
+        _PRE_RMS,
+        # the first releases said "gelu" and meant the approximation
+        fixed(activation="gelu_tanh"),
+        only("hidden_act", _TANH, "gelu", "gelu_new", None),
+        only("hidden_activation", _TANH, None),
+    ),
+    _LLAMA_SLOTS,
+    _ROTARY,
+)
+
+GEMMA2: Final = Family(
+    "gemma2",
+    "Gemma2ForCausalLM",
+    "model.",
+    (
+        *_GEMMA,
+        fixed(norm_place=NormPlace.BOTH, qk_norm=QKNorm.NONE, activation="gelu_tanh"),
+        only("hidden_activation", _TANH, "gelu_new", None),
+        only("hidden_act", _TANH, "gelu_new", None),
+        query_scalar("query_pre_attn_scalar", 256),
+        nullable("attn_logit_softcapping", "score_cap", 50.0),
+        nullable("final_logit_softcapping", "logit_cap", 30.0),
+        windows_by_layer(lambda i, data: "full_attention" if i % 2 else "sliding_attention"),
+    ),
+    _slots(_ENDS | _ATTENTION | _GATED_MLP | _BOTH),
+    _ROTARY,
+    frozenset({"cache_implementation"}),
+)
+
+# ------------------------------------------------------------------ GPT
+
+_GPT: Final = fixed(norm_place=NormPlace.PRE, gated=False, rope_theta=None)
+_GPT_ENDS: Final = {
+    "embed": "transformer.wte",
+    "position": "transformer.wpe",
+    "final_norm": "transformer.ln_f",
+    "head": "lm_head",
+}
+_GPT_NORMS: Final = _block("transformer.h.*.", {"attn_norm": "ln_1", "mlp_norm": "ln_2"})
+_SUMMARY: Final = frozenset(
+    "summary_activation summary_first_dropout summary_proj_to_labels summary_type "
+    "summary_use_proj n_ctx reorder_and_upcast_attn gradient_checkpointing".split()
+)
+"""A head that no language model has, an older name of n_positions, and how to compute."""
+
+GPT2: Final = Family(
+    "gpt2",
+    "GPT2LMHeadModel",
+    "transformer.",
+    (
+        _VOCABULARY,
+        sizes("n_embd", "n_layer", "n_head", "n_inner", None, None, ("mlp_width",)),
+        _GPT,
+        _LAYER_NORM,
+        fixed(biases=(*_QKVO, "up", "down")),
+        field("layer_norm_epsilon", "norm_eps"),
+        field("n_positions", "learned_positions"),
+        activation("activation_function", "gelu_new"),
+        choice("scale_attn_weights", "score_scale", {True: None, False: 1.0}, True),
+        only("scale_attn_by_inverse_layer_idx", False, None),
+        _tied(True),
+    ),
+    (
+        *_slots(_GPT_ENDS | _GPT_NORMS),
+        Slot(
+            "transformer.h.*.attn.c_attn",
+            ("blocks.*.attn.q", "blocks.*.attn.k", "blocks.*.attn.v"),
+            Form.TURNED,
+        ),
+        Slot("transformer.h.*.attn.c_proj", ("blocks.*.attn.o",), Form.TURNED),
+        Slot("transformer.h.*.mlp.c_fc", ("blocks.*.mlp.up",), Form.TURNED),
+        Slot("transformer.h.*.mlp.c_proj", ("blocks.*.mlp.down",), Form.TURNED),
+    ),
+    (r"transformer\.h\.\d+\.attn\.(masked_)?bias",),
+    _SUMMARY,
+)
+
+GPT_NEO: Final = Family(
+    "gpt_neo",
+    "GPTNeoForCausalLM",
+    "transformer.",
+    (
+        _VOCABULARY,
+        sizes(
+            layers="num_layers",
+            heads="num_heads",
+            kv_heads=None,
+            head_width=None,
+            derived=("mlp_width",),
+        ),
+        _GPT,
+        _LAYER_NORM,
+        fixed(biases=("o", "up", "down"), score_scale=1.0),
+        field("layer_norm_epsilon", "norm_eps"),
+        field("max_position_embeddings", "learned_positions"),
+        activation("activation_function", "gelu_new"),
+        local_blocks(),
+        _tied(True),
+    ),
+    _slots(
+        _GPT_ENDS
+        | _GPT_NORMS
+        | _block(
+            "transformer.h.*.",
+            {
+                "attn.q": "attn.attention.q_proj",
+                "attn.k": "attn.attention.k_proj",
+                "attn.v": "attn.attention.v_proj",
+                "attn.o": "attn.attention.out_proj",
+                "mlp.up": "mlp.c_fc",
+                "mlp.down": "mlp.c_proj",
+            },
+        )
+    ),
+    (r"transformer\.h\.\d+\.attn\.attention\.(masked_)?bias",),
+    _SUMMARY,
+)
+
+GPT_NEOX: Final = Family(
+    "gpt_neox",
+    "GPTNeoXForCausalLM",
+    "gpt_neox.",
+    (
+        _VOCABULARY,
+        sizes(kv_heads=None, head_width=None),
+        _LAYER_NORM,
+        fixed(norm_place=NormPlace.PRE, gated=False, biases=("up", "down")),
+        field("layer_norm_eps", "norm_eps"),
+        activation("hidden_act", "gelu"),
+        bias("attention_bias", True, *_QKVO),
+        choice(
+            "use_parallel_residual",
+            "residual",
+            {True: Residual.PARALLEL, False: Residual.SEQUENTIAL},
+            True,
+        ),
+        rope("rotary_emb_base", partial_key="rotary_pct", partial=0.25),
+        _tied(False),
+    ),
+    (
+        *_slots(
+            {
+                "embed": "gpt_neox.embed_in",
+                "final_norm": "gpt_neox.final_layer_norm",
+                "head": "embed_out",
+            }
+            | _block(
+                "gpt_neox.layers.*.",
+                {
+                    "attn_norm": "input_layernorm",
+                    "attn.o": "attention.dense",
+                    "mlp_norm": "post_attention_layernorm",
+                    "mlp.up": "mlp.dense_h_to_4h",
+                    "mlp.down": "mlp.dense_4h_to_h",
+                },
+            )
+        ),
+        Slot(
+            "gpt_neox.layers.*.attention.query_key_value",
+            ("blocks.*.attn.q", "blocks.*.attn.k", "blocks.*.attn.v"),
+            Form.HEADS,
+        ),
+    ),
+    (r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",),
+)
+
+# ------------------------------------------------------------------ Phi
+
+_OWN_COPY: Final = frozenset({"auto_map"})
+"""It names the authors' own copy of the class, which transformers does not run unasked."""
+
+PHI: Final = Family(
+    "phi",
+    "PhiForCausalLM",
+    "model.",
+    (
+        _VOCABULARY,
+        sizes(),
+        fixed(
+            norm_place=NormPlace.PRE,
+            norm=Norm.LAYER,
+            norm_bias=True,
+            residual=Residual.SHARED,
+            gated=False,
+            biases=(*_QKVO, "up", "down", "head"),
+        ),
+        field("layer_norm_eps", "norm_eps"),
+        activation("hidden_act", "gelu_new"),
+        choice("qk_layernorm", "qk_norm", {False: QKNorm.NONE, True: QKNorm.HEAD}, False),
+        rope(partial_key="partial_rotary_factor", partial=0.5),
+        _tied(False),
+    ),
+    _slots(
+        _ENDS
+        | {"final_norm": "model.final_layernorm"}
+        | _ATTENTION
+        | _block(
+            "model.layers.*.",
+            {
+                "attn_norm": "input_layernorm",
+                "attn.q_norm": "self_attn.q_layernorm",
+                "attn.k_norm": "self_attn.k_layernorm",
+                "attn.o": "self_attn.dense",
+                "mlp.up": "mlp.fc1",
+                "mlp.down": "mlp.fc2",
+            },
+        )
+    ),
+    _ROTARY,
+    _OWN_COPY,
+)
+
+PHI3: Final = Family(
+    "phi3",
+    "Phi3ForCausalLM",
+    "model.",
+    (
+        _VOCABULARY,
+        sizes(),
+        _PRE_RMS,
+        _RMS_EPS,
+        _SILU,
+        # transformers takes "yarn" for another name of longrope here
+        rope(partial_key="partial_rotary_factor", scalings=()),
+        one_window(None),
+        only("attention_bias", False, None),
+        _tied(False),
+    ),
+    (
+        *_slots(
+            _ENDS
+            | _PRE
+            | _block("model.layers.*.", {"attn.o": "self_attn.o_proj", "mlp.down": "mlp.down_proj"})
+        ),
+        Slot(
+            "model.layers.*.self_attn.qkv_proj",
+            ("blocks.*.attn.q", "blocks.*.attn.k", "blocks.*.attn.v"),
+        ),
+        Slot("model.layers.*.mlp.gate_up_proj", ("blocks.*.mlp.gate", "blocks.*.mlp.up")),
+    ),
+    _ROTARY,
+    _OWN_COPY | {"original_max_position_embeddings"},
+)
+
+# ------------------------------------------------------------------ others
+
+STARCODER2: Final = Family(
+    "starcoder2",
+    "Starcoder2ForCausalLM",
+    "model.",
+    (
+        _VOCABULARY,
+        sizes(derived=_HEADS_GIVEN),
+        _LAYER_NORM,
+        fixed(norm_place=NormPlace.PRE, gated=False),
+        field("norm_epsilon", "norm_eps"),
+        activation("hidden_act", _TANH),
+        bias("use_bias", True, *_QKVO, "up", "down"),
+        rope(),
+        one_window(None),
+        only("mlp_type", "default", None),
+        only("norm_type", "layer_norm", None),
+        _tied(True),
+    ),
+    _slots(
+        _ENDS
+        | _ATTENTION
+        | _PRE
+        | _block("model.layers.*.mlp.", {"mlp.up": "c_fc", "mlp.down": "c_proj"})
+    ),
+    _ROTARY,
+)
+
+STABLELM: Final = Family(
+    "stablelm",
+    "StableLmForCausalLM",
+    "model.",
+    (
+        _VOCABULARY,
+        sizes(head_width=None, derived=()),
+        _LAYER_NORM,
+        fixed(norm_place=NormPlace.PRE),
+        field("layer_norm_eps", "norm_eps"),
+        _SILU,
+        bias("use_qkv_bias", False, "q", "k", "v"),
+        only("qk_layernorm", False, None),  # it has a norm of its own for each head
+        choice(
+            "use_parallel_residual",
+            "residual",
+            {False: Residual.SEQUENTIAL, True: Residual.SHARED},
+            False,
+        ),
+        rope(partial_key="partial_rotary_factor", partial=0.25),
+        _tied(False),
+    ),
+    _LLAMA_SLOTS,
+    _ROTARY,
+)
+
+# ------------------------------------------------------------------ images
+
+
+def _vision(model_type: str, architecture: str, specials: tuple[str, ...]) -> Family:
+    at = f"{model_type}.encoder.layer.*."
+    tokens = tuple(
+        Slot(f"{model_type}.embeddings.{name}_token", (name,), Form.BARE) for name in specials
+    )
+    return Family(
+        model_type,
+        architecture,
+        f"{model_type}.",
+        (
+            sizes(kv_heads=None),
+            _LAYER_NORM,
+            fixed(
+                norm_place=NormPlace.PRE,
+                rope_theta=None,
+                gated=False,
+                causal=False,
+                tied=False,
+                pool=Pool.CLS,
+                biases=("patch", "o", "up", "down", "head"),
+            ),
+            field("layer_norm_eps", "norm_eps"),
+            activation("hidden_act", "gelu"),
+            bias("qkv_bias", True, "q", "k", "v"),
+            images(specials),
+        ),
+        (
+            *_slots({"final_norm": f"{model_type}.layernorm", "head": "classifier"}),
+            *_slots(
+                _block(
+                    at,
+                    {
+                        "attn_norm": "layernorm_before",
+                        "attn.q": "attention.attention.query",
+                        "attn.k": "attention.attention.key",
+                        "attn.v": "attention.attention.value",
+                        "attn.o": "attention.output.dense",
+                        "mlp_norm": "layernorm_after",
+                        "mlp.up": "intermediate.dense",
+                        "mlp.down": "output.dense",
+                    },
+                )
+            ),
+            *tokens,
+            Slot(f"{model_type}.embeddings.position_embeddings", ("position",), Form.BARE),
+            Slot(f"{model_type}.embeddings.patch_embeddings.projection", ("patch",), Form.PATCH),
+        ),
+        (rf"{model_type}\.pooler\.dense\.(weight|bias)",),
+        frozenset({"encoder_stride", "pooler_act", "pooler_output_size", "tie_word_embeddings"}),
+        {
+            "DeiTForImageClassificationWithTeacher": "it averages two heads, one on the "
+            "distillation token. refcurv computes one; save it as DeiTForImageClassification",
+        },
+    )
+
+
+VIT: Final = _vision("vit", "ViTForImageClassification", ("cls",))
+DEIT: Final = _vision("deit", "DeiTForImageClassification", ("cls", "distillation"))
+
+FAMILIES: Final = (
+    OLMO2,
+    OLMO3,
+    OLMO,
+    LLAMA,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    GEMMA,
+    GEMMA2,
+    GPT2,
+    GPT_NEO,
+    GPT_NEOX,
+    PHI,
+    PHI3,
+    STARCODER2,
+    STABLELM,
+    VIT,
+    DEIT,
+)

@@ -1,0 +1,319 @@
+"""Texts → corpus: tokenized, cut or packed into rows; populations by file."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
+
+import numpy as np
+
+from refcurv.files import store
+from refcurv.files.corpus import KINDS, SPLITS, Corpus, Population, load_corpus
+from refcurv.files.disk import (
+    PathLike,
+    file_sha256,
+    identity,
+    input_path,
+    machine_faults,
+    output_path,
+)
+from refcurv.files.documents import MAX_ID, WHO, Document, Progress, Reader, load_tokenizer
+from refcurv.law.checks import (
+    Array,
+    ConventionError,
+    EmptyError,
+    RangeError,
+    SchemaError,
+    require_choice,
+    require_range,
+)
+
+_SYNTAX: Final = "NAME:KIND:SPLIT[:CHANCE]=FILE"
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """One population as asked for."""
+
+    name: str
+    kind: str
+    split: str
+    chance: float
+    file: str
+
+
+# ------------------------------------------------------------------ the function
+
+
+def build_corpus(
+    texts: Sequence[PathLike],
+    tokenizer: PathLike | None = None,
+    *,
+    length: int = 512,
+    pack: bool = False,
+    eos: str | None = None,
+    populations: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Corpus:
+    """Tokenize files into rows of a corpus, and files of prefixes and suffixes into populations.
+
+    Definition
+        Documents, by the name of the file. `.jsonl`: an object per line, either a document (`text`
+        or `input_ids`) or a pair of `prefix` (or `prefix_ids`, `prefix_text`) and `suffix` (or
+        `suffix_ids`, `target_suffix`, `suffix_text`), each text or a list of ids; ids go before
+        text where a line has both, other keys are counted as ignored. `.npy`: integers, (T,) one
+        document or (N, T) one per row. `.h5`: a corpus file, alone, whose rows stay as they are
+        and whose populations gain those asked for. Anything else is UTF-8 text, one document per
+        file; of its characters only a byte order mark is left out.
+        Without `pack` a document is cut every `length` tokens, each piece a row, padded on the
+        right. With it the documents follow one another through rows of `length` and are cut
+        where a row ends; each piece is a segment, numbered from 0 in its row. Neither drops a
+        token. A row's width is `length`, or the longest row if that is shorter. Labels are
+        LABELS' default, so that the last token of each piece has none.
+        Special tokens: a text gets what the tokenizer's own post-processor puts before and behind
+        it (often nothing), then `eos` if given; a prefix gets what is put before, a suffix
+        nothing: its ids are those of the suffix alone, which at the seam may differ from those
+        of both together. Ids given as ids get nothing. A special token spelled out in a text is
+        that token. Truncation and padding that a tokenizer.json asks for are turned off.
+        Texts longer than PIECE letters are tokenized in pieces that end at line ends; each such
+        seam is counted.
+        Populations: prefix and suffix are never cut. A whole document is cut every `length`
+        tokens with prompt_length 1, and is of kind `text` only.
+
+    Args:
+        texts: Files for the rows; may be empty if there are populations.
+        tokenizer: A tokenizer.json; not needed where all is ids.
+        length: The largest width of a row, at least 2.
+        pack: Several documents in a row, as segments.
+        eos: The token, spelled as in tokenizer.json, that is put behind each whole text.
+        populations: Each `NAME:KIND:SPLIT[:CHANCE]=FILE`, as in `quotes:recite:test=quotes.jsonl`.
+        progress: Called with (bytes read, bytes).
+
+    Returns:
+        Corpus; source["made_from"] has files by SHA-256, options, versions and `counts`: hand it
+        to `save_corpus` as its `made_from`.
+
+    Raises:
+        SchemaError: A file that is missing, changed meanwhile, or not what its name says; names
+            the file and the line or row.
+        ConventionError: A population that is no `NAME:KIND:SPLIT[:CHANCE]=FILE`, a name used
+            twice, text without a tokenizer, a tokenizer that draws at random.
+        DTypeError, RangeError, ShapeError: Ids that are no integers, negative, or unknown to the
+            tokenizer; arrays of other than one or two axes; length below 2.
+        NameUnknownError: The tokenizer has no token `eos`.
+        EmptyError: A file without any token; neither texts nor populations.
+        StorageError: The disk cannot be read.
+
+    Cost: One pass over the files after one to hash them; 8 bytes a token, and PIECE letters at a
+        time in the tokenizer.
+    Source: DESIGN §4, Files; keys as in the files of goodfire-ai/memorization_kfac, `data/`.
+    Proof:  tests/test_texts.py::test_rows_by_hand, ::test_packing_equals_loops,
+        ::test_no_token_is_lost_or_doubled, ::test_O52_packed_documents_are_separate_documents
+    """
+    _require_length(length)
+    asked = [_parse(text) for text in populations]
+    files = [*texts, *(one.file for one in asked)]
+    if not files:
+        raise EmptyError(f"{WHO}: neither texts nor populations are given.")
+    names = _hashed([*files, *([] if tokenizer is None else [tokenizer])])
+    known = None if tokenizer is None else load_tokenizer(tokenizer, eos)
+    if eos is not None and known is None:
+        raise ConventionError(f"{WHO}: eos {eos!r} is a token of a tokenizer; give the tokenizer.")
+    reader = Reader(files, known, progress)
+    old = _old_corpus(texts, pack, [one.name for one in asked])
+    rows, counts = ({}, {}) if old else _rows(map(reader, texts), length, pack)
+    new = {one.name: _population(one, reader(one.file), length) for one in asked}
+    _require_unchanged(names)
+    if progress:
+        progress(reader.total, reader.total)
+    made_from = {
+        "inputs": {name: sha256 for name, (sha256, _, _) in names.items()},
+        "tokenizer": dict(known.facts) if known else None,
+        "options": {"length": length, "pack": pack, "eos": eos, "populations": [*populations]},
+        "counts": counts | {
+            "populations": {name: count for name, (_, count) in new.items()},
+            "ignored_keys": sorted(reader.ignored)[:100],
+        },
+    }  # fmt: skip
+    made = {name: population for name, (population, _) in new.items()}
+    source = MappingProxyType({"made_from": made_from})
+    if old:
+        return dataclasses.replace(old, populations={**old.populations, **made}, source=source)
+    return Corpus(**rows, populations=made, source=source)
+
+
+def require_apart(output: PathLike, inputs: Iterable[PathLike], populations: Sequence[str]) -> None:
+    """Refuse an output that is one of the inputs, or whose folder does not exist."""
+    target = output_path(WHO, output)
+    for path in [*inputs, *(_parse(text).file for text in populations)]:
+        if target.exists() and Path(path).exists() and target.samefile(path):
+            raise SchemaError(
+                f"{WHO}: {str(output)!r} is an input too. Give the output another name."
+            )
+
+
+# ------------------------------------------------------------------ what is asked for
+
+
+def _require_length(length: int) -> None:
+    if isinstance(length, bool) or not isinstance(length, int) or not 2 <= length <= MAX_ID:
+        raise RangeError(
+            f"{WHO}: length must be an integer of at least 2, for a row of one token predicts "
+            f"nothing; got {length!r}."
+        )
+
+
+def _parse(text: str) -> _Asked:
+    """'quotes:recite:test=quotes.jsonl' → _Asked."""
+    words, _, file = text.partition("=")
+    parts = words.split(":")
+    if not file or len(parts) not in (3, 4):
+        raise ConventionError(
+            f"{WHO}: a population is {_SYNTAX}, as in quotes:recite:test=quotes.jsonl; got "
+            f"{text!r}."
+        )
+    name, kind, split = parts[:3]
+    if "." in name:
+        raise ConventionError(f"{WHO}: a population's name has no dots; got {name!r}.")
+    store.to_path(name)
+    require_choice(WHO, f"kind of population {name!r}", kind, KINDS)
+    require_choice(WHO, f"split of population {name!r}", split, SPLITS)
+    chance = parts[3] if len(parts) == 4 else 0.0
+    chance = require_range(WHO, f"chance of population {name!r}", chance, 0.0, 1.0)  # type: ignore[arg-type]
+    return _Asked(name, kind, split, chance, file)
+
+
+def _hashed(files: Sequence[PathLike]) -> dict[str, tuple[str, Path, tuple[int, ...]]]:
+    """{file name: (sha256, path, identity)}; the whole path where two files have one name."""
+    out: dict[str, tuple[str, Path, tuple[int, ...]]] = {}
+    for file in files:
+        path = input_path(file)
+        name = path.name if out.get(path.name, ("", path))[1] == path else str(path)
+        if name not in out:
+            with machine_faults("open", path):
+                which = identity(path)
+            out[name] = (file_sha256(path), path, which)
+    return out
+
+
+def _require_unchanged(names: Mapping[str, tuple[str, Path, tuple[int, ...]]]) -> None:
+    for _, path, which in names.values():
+        with machine_faults("open", path):
+            if not path.exists() or identity(path) != which:
+                raise SchemaError(
+                    f"{WHO}: {str(path)!r} was replaced or changed meanwhile. Start again with it."
+                )
+
+
+def _old_corpus(texts: Sequence[PathLike], pack: bool, names: Sequence[str]) -> Corpus | None:
+    """The corpus that populations are added to, if that is asked for; refuse names used twice."""
+    old = [path for path in texts if Path(path).suffix.lower() == ".h5"]
+    if old and (len(texts) > 1 or pack):
+        raise ConventionError(
+            f"{WHO}: {str(old[0])!r} is a corpus file, to which populations are added. Its "
+            "rows stay as they are: give no other text, and do not pack."
+        )
+    if old and not names:
+        raise EmptyError(f"{WHO}: no population to add to {str(old[0])!r} is given.")
+    corpus = load_corpus(old[0]) if old else None
+    taken = list(corpus.populations) if corpus else []
+    for name in names:
+        if name in taken:
+            raise ConventionError(f"{WHO}: two populations are named {name!r}.")
+        taken.append(name)
+    return corpus
+
+
+# ------------------------------------------------------------------ rows
+
+
+def _rows(files: Iterable[Iterator[Document]], length: int, pack: bool) -> tuple[Any, Any]:
+    """The arrays of a Corpus, and the counts that are printed."""
+    found = [document for file in files for document in file]
+    documents = [document.ids for document in found if len(document.ids)]
+    if pack:
+        tokens, real, segments = _pack(documents, length)
+        pieces = int((segments.max(axis=1, initial=-1) + 1).sum())
+    else:
+        tokens, lengths = _cut(documents, length)
+        real, segments = np.arange(tokens.shape[1]) < lengths[:, None], None
+        pieces = len(tokens)
+    n = int(real.sum())
+    counts = {
+        "documents": len(documents),
+        "empty": len(found) - len(documents),
+        "tokens": n,
+        "rows": len(tokens),
+        "width": tokens.shape[1],
+        "padding": tokens.size - n,
+        "cuts": pieces - len(documents),
+        "seams": sum(document.seams for document in found),
+        "unlabelled": pieces,
+    }
+    mask = None if n == tokens.size else real.astype(np.uint8)
+    return {"tokens": tokens, "mask": mask, "segments": segments}, counts
+
+
+def _cut(documents: Sequence[Array], length: int) -> tuple[Array, Array]:
+    """Each document's pieces of `length`: (N, T) padded with 0, and how long each is."""
+    pieces = [ids[i : i + length] for ids in documents for i in range(0, len(ids), length)]
+    lengths = np.array([len(piece) for piece in pieces], np.int32)
+    tokens = np.zeros((len(pieces), int(lengths.max(initial=0)) or length), np.int32)
+    for row, piece in zip(tokens, pieces, strict=True):
+        row[: len(piece)] = piece
+    return tokens, lengths
+
+
+def _pack(documents: Sequence[Array], length: int) -> tuple[Array, Array, Array]:
+    """Documents end to end, folded into rows of `length`: tokens, real and segments, (N, T)."""
+    lengths = [len(ids) for ids in documents]
+    total = sum(lengths)
+    width = min(length, total) or length
+    shape = (-(-total // width), width)
+    tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    tokens.reshape(-1)[:total] = np.concatenate(documents) if documents else []
+    segments.reshape(-1)[:total] = np.repeat(np.arange(len(documents), dtype=np.int32), lengths)
+    real = (np.arange(tokens.size) < total).reshape(shape)
+    return tokens, real, np.where(real, segments - segments[:, :1], 0).astype(np.int32)
+
+
+def _population(
+    asked: _Asked, documents: Iterable[Document], length: int
+) -> tuple[Population, dict[str, int | str]]:
+    """One population, and its counts."""
+    sequences: list[Array] = []
+    prompts: list[int] = []
+    empty = seams = 0
+    for document in documents:
+        ids, prompt = document.ids, document.prompt
+        seams += document.seams
+        if prompt is not None:
+            if not 1 <= prompt < len(ids):
+                part = "prefix" if prompt < 1 else "suffix"
+                raise EmptyError(f"{WHO}: {document.where}: the {part} has no token.")
+            sequences.append(ids)
+            prompts.append(prompt)
+            continue
+        if asked.kind != "text":
+            raise SchemaError(
+                f"{WHO}: {document.where} has no prefix and suffix, which population "
+                f"{asked.name!r} of kind {asked.kind!r} needs. Give a .jsonl of pairs."
+            )
+        empty += not len(ids)
+        pieces = [ids[i : i + length] for i in range(0, len(ids), length)]
+        sequences += pieces
+        prompts += [1] * len(pieces)
+    longest = max(map(len, sequences))
+    tokens, lengths = _cut(sequences, longest)
+    prompt_length = np.array(prompts, np.int32)
+    counts: dict[str, int | str] = {
+        "kind": asked.kind, "split": asked.split, "rows": len(tokens), "width": longest,
+        "tokens": int(lengths.sum()), "padding": tokens.size - int(lengths.sum()), "empty": empty,
+        "seams": seams, "asked": int((lengths - prompt_length).sum()),
+    }  # fmt: skip
+    made = Population(tokens, prompt_length, lengths, asked.kind, asked.split, asked.chance)
+    return made, counts
