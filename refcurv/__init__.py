@@ -8,7 +8,7 @@ The public names, in the order in which data flow:
 
     convert, export                 checkpoint directory ↔ weights file
     load, save, Model, ModelConfig  weights file ↔ model
-    load_corpus, save_corpus, Corpus, Population
+    load_corpus, save_corpus, Corpus, Population, ImagePopulation
     build_corpus                    texts, JSON lines, arrays of ids → corpus
     logits, loss_and_gradient       forward and backward
     collect, Factors, Factor        A and G         save_factors, load_factors
@@ -31,7 +31,7 @@ from refcurv.curvature.factors import Factor, Factors, collect
 from refcurv.curvature.factors_file import load_factors, save_factors
 from refcurv.editing.projection import EditRecord, edit
 from refcurv.evaluation.suite import Evaluation, evaluate
-from refcurv.files.corpus import Corpus, Population, load_corpus, save_corpus
+from refcurv.files.corpus import Corpus, ImagePopulation, Population, load_corpus, save_corpus
 from refcurv.files.huggingface import convert, export
 from refcurv.files.texts import build_corpus
 from refcurv.files.weights import load, save
@@ -51,6 +51,7 @@ __all__ = [
     "Evaluation",
     "Factor",
     "Factors",
+    "ImagePopulation",
     "Model",
     "ModelConfig",
     "Population",

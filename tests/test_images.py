@@ -281,7 +281,7 @@ def test_exact_and_collect_agree(fisher: str, rows: str) -> None:
     made = problem(model_of(one), images, label[:, 0], rows=rows)
     layers = [name for name in one.config.linear_layers() if rows == "all" or name != "patch"]
     got = rc.collect(model_of(one), corpus_of(one, images), ",".join(layers), fisher, 3, rows=rows)
-    allowed = 40 * budget(one)
+    allowed = budget(one)
     for name in layers:
         want = exact.moments(made, wrt=f"{name}.weight", fisher=fisher, seed=3)
         assert got[name].n_A == want.rows
@@ -289,12 +289,12 @@ def test_exact_and_collect_agree(fisher: str, rows: str) -> None:
         # what softmax makes of nothing: key gradients cancel, their scale is the queries'
         size = np.linalg.norm(want.G) + np.linalg.norm(got["head"].G)
         assert_within(got[name].G, want.G, allowed, size, f"G {name}")
-    K = exact.kfac(made, wrt="blocks.1.mlp.up.weight", fisher=fisher, seed=3)
-    up = got["blocks.1.mlp.up"]
+    K = exact.kfac(made, wrt="blocks.0.mlp.up.weight", fisher=fisher, seed=3)
+    up = got["blocks.0.mlp.up"]
     assert_within(np.kron(up.sum_G, up.A), K, allowed, K, "K")
     three = distance._three(
-        made, "blocks.1.mlp.up.weight", exact._labels("x", fisher, "sequence", 3, 1), lambda *_: 0
-    )["blocks.1.mlp.up.weight"]
+        made, "blocks.0.mlp.up.weight", exact._labels("x", fisher, "sequence", 3, 1), lambda *_: 0
+    )["blocks.0.mlp.up.weight"]
     assert_within(three.K, K, allowed, K, "K of compare")
 
 

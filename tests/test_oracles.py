@@ -660,20 +660,20 @@ def drawn(s: One, kind: str, draws: int, index: int) -> list[Any]:
 def along(s: One, layer: str, u: np.ndarray) -> np.ndarray:
     """(T, V, S): ∂ nats[t, v] / ∂ y_s along u.
 
-    h = 2⁻²⁰: two norms of nearly vanishing vectors, one upon the other, bend within 1e-3.
+    h = 2⁻²²: three norms of nearly vanishing vectors, one upon the other, bend within 1e-4.
     """
 
     def nats(x_S: np.ndarray) -> np.ndarray:
         probe = {(layer, n): x * u for n, x in enumerate(x_S)}
         return oracles.nats(s.config, s.parameters, s.token, s.segment, probe)
 
-    return oracles.jacobian(nats, np.zeros(len(s.inputs(layer)), WIDE), h=2**-20)
+    return oracles.jacobian(nats, np.zeros(len(s.inputs(layer)), WIDE), h=2**-22)
 
 
 def compare_rows_and_fishers(one: Case, layer: str, kind: str) -> None:
     """The layer's a, u·g, uᵀGu and (u ⊗ w)ᵀF(u ⊗ w) along random u and w, from kernels and loops.
 
-    The error of a difference is DIFFERENCE of |g|, or of (1 + |z|) / 8: ten u of nats, over h.
+    The error of a difference is DIFFERENCE of |g|, or of (1 + |z|) / 2: ten u of nats, over h.
     """
     if one.config.image is not None:  # as a corpus stores them
         one = replace(one, token=one.token.astype(np.float32).astype(np.float64))
@@ -688,7 +688,7 @@ def compare_rows_and_fishers(one: Case, layer: str, kind: str) -> None:
         a_SI, near = s.inputs(layer), budget(one) + budget(one, WIDE)
         size = moved(one, lambda P, s=s: s.inputs(layer, P), b)
         slope = along(s, layer, u)
-        noise = float((1 + np.abs(s.logits)).max(axis=1).sum()) / 8
+        noise = float((1 + np.abs(s.logits)).max(axis=1).sum()) / 2
         for weight, back in s.worlds(kind, drawn=drawn(s, kind, draws, b)):
             g_S = oracles.carried(slope, back)
             assert (g_S[~keep] == 0).all()

@@ -145,7 +145,7 @@ def _settings(job: Job, model: rc.Model, corpus: rc.Corpus) -> dict[str, Any]:
             name: getattr(job, name)
             for name in ("fisher", "rows", "seed", "bias", "dtype", "split")
         },
-        "calibration_tokens": corpus.label.size,
+        f"calibration_{'tokens' if corpus.images is None else 'images'}": corpus.label.size,
         "architecture": describe(model),
     }
 
