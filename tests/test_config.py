@@ -15,6 +15,7 @@ from refcurv.law.checks import ConventionError, NameUnknownError, RangeError, Sh
 from refcurv.model.config import Image, ModelConfig, RopeScaling, expand
 
 VIT = Image(channels=1, height=4, width=4, patch=2)
+YARN = RopeScaling(kind="yarn", factor=2.0, original=8, slow=1.0, fast=4.0)
 NO_CLS = Image(channels=1, height=4, width=4, patch=2, specials=())
 NAMES = [f"blocks.{i}.{n}" for i in range(12) for n in ("attn.q", "mlp.gate", "mlp.up")] + ["head"]
 
@@ -102,6 +103,7 @@ def test_broken_patterns(pattern: str) -> None:
         ({"rope_theta": None, "rope_width": 2}, ConventionError, "need a rope_theta"),
         ({"rope_width": 4}, ConventionError, "rope_width at most head_width"),
         ({"rope_width": 1}, ConventionError, "even"),
+        ({"rope_theta": 1.0, "rope_scaling": YARN}, ConventionError, "all are one"),
         ({"rope_scaling": {"factor": 2}}, ConventionError, "must be a RopeScaling"),
         ({"biases": ("q", "q")}, ConventionError, "different names"),
         ({"biases": ("w",)}, ConventionError, "biases"),

@@ -101,7 +101,7 @@ def order_of_eigenvalues() -> None:
 
 
 def swiglu_identity() -> None:
-    test_identities.test_O36_gate_and_up_of_swiglu.hypothesis.inner_test(default_labels())
+    test_identities.test_O36_gate_and_up.hypothesis.inner_test(default_labels())
 
 
 def first_query() -> None:

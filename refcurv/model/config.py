@@ -431,8 +431,11 @@ def _require_heads(config: ModelConfig, who: str) -> None:
             f"be even, and rope_width at most head_width; got {config.head_width}, "
             f"{config.rope_width}."
         )
-    if config.rope_scaling is not None and not isinstance(config.rope_scaling, RopeScaling):
+    scaling = config.rope_scaling
+    if scaling is not None and not isinstance(scaling, RopeScaling):
         raise ConventionError(f"{who}: rope_scaling must be a RopeScaling or None.")
+    if scaling is not None and scaling.kind is Scaling.YARN and config.rope_theta == 1:
+        raise ConventionError(f"{who}: yarn orders frequencies, and with rope_theta 1 all are one.")
 
 
 def _require_windows(config: ModelConfig, who: str) -> None:
