@@ -26,10 +26,10 @@ from refcurv.judge import audit as judge
 from refcurv.judge import bench, identities
 from refcurv.judge.identities import CHECKS
 from refcurv.law.checks import ConventionError, EmptyError, NonFiniteError, RangeError
-from refcurv.model import layers, transformer
+from refcurv.model import inputs, layers, transformer
 from refcurv.model.config import ModelConfig, NormPlace, QKNorm
 from refcurv.model.layers import DEFINITIONS
-from refcurv.passes import fast, shards
+from refcurv.passes import fast
 
 
 def model_of(one: Case) -> tuple[rc.Model, rc.Corpus]:
@@ -179,13 +179,13 @@ PLANTED: list[tuple[str, str, list[tuple[Any, str, Any]]]] = [
      [(DEFINITIONS, "attention_forward", bugs.tiled_groups)]),
     ("B50 attention to the future", "O39",
      [(transformer, "causal_layout", future)]),
-    ("SwiGLU without silu'", "O36", [(DEFINITIONS, "mlp_backward", bugs.ungated_slope)]),
+    ("SwiGLU without silu'", "O36", [(DEFINITIONS, "mlp_backward", bugs.gate_without_slope)]),
     ("softmax without its Jacobian", "O31",
      [(DEFINITIONS, "attention_backward", bugs.no_softmax_jacobian)]),
     ("B1 mean loss", "O41", [(transformer, "cross_entropy", gradient_of_the_mean)]),
     ("a kernel's eps", "R6", [(fast.FAST, "rms_norm_forward", wrong_fast_norm)]),
     ("B32 A and G swapped", "O18", [(factors, "_finish", swapped_factors)]),
-    ("B27 the last position counted", "O18", [(shards, "reached", bugs.all_real)]),
+    ("B27 the last position counted", "O18", [(inputs, "reached", bugs.all_real)]),
     ("B65 ascending spectrum", "P4", [(eigenbasis.blas, "eigh", bugs.ascending)]),
     ("B65 the complement kept", "O54", [(identities, "project", complement)]),
 ]  # fmt: skip
@@ -293,7 +293,7 @@ def test_the_text_names_what_failed_and_what_was_left_out(
     for finding in data["findings"]:
         assert f" {finding['id']} " in text
     assert max(map(len, text.splitlines())) <= 100 and "…" not in text
-    with bugs.planted(DEFINITIONS, "mlp_backward", bugs.ungated_slope):
+    with bugs.planted(DEFINITIONS, "mlp_backward", bugs.gate_without_slope):
         assert main(["audit", *files]) == 1
     assert "FAIL O36: MLP" in capsys.readouterr().out
 

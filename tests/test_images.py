@@ -18,7 +18,7 @@ import oracles
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import Case, assert_within, case, config, image_cases, random_parameters
+from strategies import Case, assert_within, case, config, few, image_cases, random_parameters
 from test_transformer import budget, complex_step_gradient
 
 import refcurv as rc
@@ -116,6 +116,7 @@ def test_logits_are_the_loops(both: tuple[Case, np.ndarray]) -> None:
         assert_within(got[b], want, budget(one), scale, f"image {b}")
 
 
+@few(8)  # test_transformer draws more of them
 @given(labelled_images)
 def test_loss_and_gradient_equal_the_complex_step(both: tuple[Case, np.ndarray]) -> None:
     one, images = both
