@@ -147,7 +147,7 @@ def corpus(args: argparse.Namespace) -> None:
         progress=progress_bar("tokenize"),
     )
     made_from = made.source["made_from"]
-    rc.save_corpus(made, args.output, made_from)
+    rc.save_corpus(made, args.output)
     print("\n".join(_corpus_lines(made_from["counts"])))
     print(f"→ {args.output}")
     _write_json(args.json, made_from)
@@ -176,7 +176,7 @@ def collect(args: argparse.Namespace) -> None:
     rows = {name: factor.n_A for name, factor in factors.items()}
     most = max(rows.values())
     few = ", ".join(f"{name} {n:,}" for name, n in rows.items() if n != most)  # of images
-    print(f"{len(factors)} layers, {most:,} rows{few and f' ({few})'} → {args.output}")
+    print(f"{_layers(len(factors))}, {most:,} rows{few and f' ({few})'} → {args.output}")
     if worst := least_certain(factors):
         layer, share = worst
         print(f"standard error of G over the draws: at most {share:.2%} of |G|, in {layer}")
@@ -189,7 +189,7 @@ def decompose(args: argparse.Namespace) -> None:
 
     factors = rc.load_factors(args.factors)
     decompose_to(factors, args.output, args.bias, progress=progress_bar("decompose"))
-    print(f"{len(factors)} layers → {args.output}")
+    print(f"{_layers(len(factors))} → {args.output}")
 
 
 def edit(args: argparse.Namespace) -> None:
@@ -201,7 +201,7 @@ def edit(args: argparse.Namespace) -> None:
     edited, record = rc.edit(rc.load(args.weights), rc.load_bases(args.basis), rho)
     rc.save(edited, args.output, {"edit": record.to_json()})
     print(format_edit(record.to_json()))
-    print(f"\n{len(record.layers)} layers edited → {args.output}")
+    print(f"\n{_layers(len(record.layers))} edited → {args.output}")
     _write_json(args.json, record.to_json())
 
 
@@ -464,6 +464,10 @@ def _corpus_lines(counts: dict[str, Any]) -> Iterator[str]:
         yield f"long texts were tokenized in pieces, with {seams:,} seams at line ends"
     if counts["ignored_keys"]:
         yield f"keys ignored: {', '.join(map(repr, counts['ignored_keys']))}"
+
+
+def _layers(count: int) -> str:
+    return f"{count} layer" + "s" * (count != 1)
 
 
 def _shape(shape: Sequence[int]) -> str:

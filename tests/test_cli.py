@@ -237,8 +237,8 @@ def checksums(path: str) -> dict[str, object]:
     return out
 
 
-@pytest.mark.parametrize("command", ["", *("demo convert export inspect collect decompose edit "
-                                           "evaluate").split()])  # fmt: skip
+@pytest.mark.parametrize("command", ["", *("demo report convert export inspect corpus collect "
+                                           "decompose edit evaluate audit").split()])  # fmt: skip
 def test_help_has_examples(command: str, capsys) -> None:
     with pytest.raises(SystemExit) as stop:
         main([*command.split(), "--help"])

@@ -397,7 +397,7 @@ def test_populations_are_added_to_a_corpus_that_exists(at: Path) -> None:
     write("p.jsonl", [{"prefix": "a", "suffix": "b"}])
     first = build_corpus([write("a.txt", "a b c")], "t.json", pack=True, length=2,
                          populations=["old:text:dev=a.txt"])  # fmt: skip
-    rc.save_corpus(first, "c.h5", first.source["made_from"])
+    rc.save_corpus(first, "c.h5")
     more = build_corpus(["c.h5"], "t.json", populations=["new:recite:test=p.jsonl"])
     assert list(more.populations) == ["old", "new"]
     for name in ("tokens", "mask", "segments"):
@@ -416,7 +416,7 @@ def test_provenance_and_determinism(at: Path) -> None:
     for out in ("one.h5", "two.h5"):
         made = build_corpus(files, "t.json", length=2, eos="</s>", pack=True,
                             populations=["x:text:dev=a.txt"])  # fmt: skip
-        rc.save_corpus(made, out, made.source["made_from"])
+        rc.save_corpus(made, out)
     assert Path("one.h5").read_bytes() == Path("two.h5").read_bytes()
     got = rc.load_corpus("one.h5").source["provenance"]
     assert set(got["inputs"]) == {"a.txt", str(at / "sub" / "a.txt"), "t.json"}

@@ -350,7 +350,8 @@ def save_corpus(corpus: Corpus, path: PathLike, made_from: Mapping[str, Any] | N
     Args:
         corpus: The Corpus.
         path: The file; one that exists is replaced at the end, or not at all.
-        made_from: JSON items for the provenance, beside the source's file name and SHA-256.
+        made_from: JSON items for the provenance, beside the source's file name and SHA-256, or what
+            `build_corpus` says.
 
     Raises:
         SchemaError, StorageError: As `store.write`.
@@ -367,7 +368,9 @@ def save_corpus(corpus: Corpus, path: PathLike, made_from: Mapping[str, Any] | N
         format="refcurv-corpus",
         attributes={},
         arrays=_entries(corpus),
-        provenance=store.provenance(**{**origin, **(made_from or {})}),
+        provenance=store.provenance(
+            **{**origin, **corpus.source.get("made_from", {}), **(made_from or {})}
+        ),
     )
 
 

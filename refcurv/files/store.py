@@ -76,7 +76,7 @@ VERSION: Final = 1
 FORMATS: Final[Mapping[str, str]] = MappingProxyType(
     {
         "refcurv-weights": "`refcurv convert` or rc.save",
-        "refcurv-corpus": "rc.save_corpus",
+        "refcurv-corpus": "`refcurv corpus` or rc.save_corpus",
         "refcurv-factors": "`refcurv collect`",
         "refcurv-basis": "`refcurv decompose`",
     }

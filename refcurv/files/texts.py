@@ -94,8 +94,8 @@ def build_corpus(
         progress: Called with (bytes read, bytes).
 
     Returns:
-        Corpus; source["made_from"] has files by SHA-256, options, versions and `counts`: hand it
-        to `save_corpus` as its `made_from`.
+        Corpus; source["made_from"] has files by SHA-256, options, versions and `counts`:
+        `save_corpus` writes it into the file.
 
     Raises:
         SchemaError: A file that is missing, changed meanwhile, or not what its name says; names
