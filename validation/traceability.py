@@ -16,6 +16,7 @@ import importlib
 import json
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -176,14 +177,15 @@ def tests_of(row: Row) -> list[str]:
     return list(dict.fromkeys([*named, *row.tests]))
 
 
-def all_tests() -> list[str]:
+@cache
+def all_tests() -> tuple[str, ...]:
     """Every test function of tests/, as file::name."""
-    return [
+    return tuple(
         f"{path.name}::{node.name}"
         for path in sorted((ROOT / "tests").glob("test_*.py"))
         for node in ast.parse(path.read_text(encoding="utf-8")).body
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
-    ]
+    )
 
 
 def function(name: str) -> Any:
