@@ -153,6 +153,19 @@ def test_frequencies_by_hand(frequency: Callable[..., float]) -> None:
             assert frequency(j, 16, 1e8, scaling) == pytest.approx(want, rel=1e-14), (scaling, j)
 
 
+@pytest.mark.parametrize("frequency", [by_the_package, by_the_oracle])
+def test_yarns_ramp_ends_within_the_entries(frequency: Callable[..., float]) -> None:
+    """4 entries, theta = 4: pair j turns by 2^-j, 64 · 2^-j times in 402 positions.
+
+    64 turns are before pair 0, which starts the ramp there; 1 turn is pair 6, behind entry 3, which
+    ends it.
+    """
+    scaling = RopeScaling(kind="yarn", factor=5.0, original=402, slow=1.0, fast=64.0)
+    assert frequency(0, 4, 4.0, scaling) == 1
+    third = 1 - 1 / 3 + (1 / 3) / 5
+    assert frequency(1, 4, 4.0, scaling) == pytest.approx(third / 2, rel=1e-14)
+
+
 @given(st.integers(1, 5), st.sampled_from([1.5, 3.0, 1e4, 1e6]), scalings(), st.integers(0, 99))
 def test_frequencies_are_the_oracle(
     half: int, theta: float, scaling: RopeScaling, position: int
