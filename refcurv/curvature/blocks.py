@@ -24,14 +24,13 @@ from refcurv.law.checks import (
 from refcurv.law.conventions import Fisher
 from refcurv.model import transformer
 from refcurv.model.config import Model, ModelConfig, expand
-from refcurv.model.inputs import patches
 from refcurv.model.layers import Layout
 from refcurv.model.transformer import Parameters, Slope, Tap
 from refcurv.passes import memory
 from refcurv.passes.fast import FAST
 from refcurv.passes.memory import Sweep
 from refcurv.passes.parallel import Progress, Turnstile, cores
-from refcurv.passes.shards import Shard, shards
+from refcurv.passes.shards import Shard, inputs_of, shards
 
 MOST_BYTES = 2**33
 """Of all blocks together: total, sum of 64 shards, and those of the shards in flight."""
@@ -207,7 +206,7 @@ def _alone(shard: Shard) -> Iterator[Shard]:
         yield replace(
             shard,
             index_B=shard.index_B[one],
-            inputs=shard.inputs[one],
+            source=shard.source[one],
             label_BT=shard.label_BT[one],
             keep_BT=shard.keep_BT[one],
             head_BT=shard.head_BT[one],
@@ -219,10 +218,7 @@ def _gradients(
     config: ModelConfig, parameters: Parameters, shard: Shard, job: Sweep
 ) -> Iterator[dict[str, Array]]:
     """One sequence's gradient of every wanted vector, once per cotangent."""
-    inputs = shard.inputs
-    if config.image is not None:
-        inputs = patches(config, inputs)
-    lowest = _lowest(config, job.layers)
+    inputs, lowest = inputs_of(config, shard), _lowest(config, job.layers)
     final_BTD, trace = transformer.forward(config, parameters, inputs, shard.layout, FAST, lowest)
     for cotangent in memory.cotangents(shard, job, config.vocabulary):
         found: dict[str, Array] = {}

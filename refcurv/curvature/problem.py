@@ -181,8 +181,13 @@ def _images(
         raise ConventionError("exact: segments are for tokens; an image is one by itself.")
     image_BCHW = as_images("exact", images)
     require_image_size("exact", image_BCHW, config)
+    return image_batch(config, image_BCHW, _integers("labels", labels, (len(image_BCHW),))[:, None])
+
+
+def image_batch(config: ModelConfig, image_BCHW: Array, label_B1: Array) -> Batch:
+    """Checked images with their labels, each one segment."""
+    assert config.image is not None
     B = len(image_BCHW)
-    label_B1 = _integers("labels", labels, (B,))[:, None]
     segment_BT = np.zeros((B, config.image.positions), np.int64)
     patch_BNI = patches(config, image_BCHW)
     return Batch(config, patch_BNI, label_B1, segment_BT, np.arange(B))

@@ -17,7 +17,7 @@ import numpy as np
 
 from refcurv.curvature.eigenbasis import Bases, decompose
 from refcurv.curvature.factors import Factors, collect
-from refcurv.curvature.problem import Batch
+from refcurv.curvature.problem import Batch, image_batch
 from refcurv.files.corpus import Corpus, require_tokens
 from refcurv.files.lazy import Lazy
 from refcurv.law import tolerance
@@ -25,7 +25,6 @@ from refcurv.law.checks import Array, EmptyError, require_finite
 from refcurv.law.conventions import NO_LABEL
 from refcurv.model import transformer
 from refcurv.model.config import Model, ModelConfig
-from refcurv.model.inputs import patches
 from refcurv.model.layers import DEFINITIONS, Layout, Ops, Saved
 from refcurv.model.transformer import Parameters, Slope, Tap
 from refcurv.passes.shards import require_fit, require_inputs
@@ -349,13 +348,10 @@ def _some(config: ModelConfig, corpus: Corpus, planned: Plan) -> Corpus:
 
 def _batch(config: ModelConfig, some: Corpus) -> Batch:
     """What the definitions read of it."""
-    index = np.arange(len(some.label))
-    if some.images is not None and config.image is not None:
-        inputs = patches(config, some.images)
-        segment = np.zeros((len(index), config.image.positions), np.int64)
-        return Batch(config, inputs, some.label, segment, index)
+    if some.images is not None:
+        return image_batch(config, some.images, some.label)
     token = require_tokens("audit", some).astype(np.int64)
-    return Batch(config, token, some.label, some.segment.astype(np.int64), index)
+    return Batch(config, token, some.label, some.segment.astype(np.int64), np.arange(len(token)))
 
 
 def _real(some: Corpus, batch: Batch) -> Array:

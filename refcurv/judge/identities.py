@@ -596,6 +596,11 @@ def _bases(bench: Bench) -> Iterator[tuple[str, Factors, Eigenbasis]]:
             yield name, bench.sampled, basis
 
 
+def _curved(bench: Bench) -> Iterator[tuple[str, Factors, Eigenbasis]]:
+    """The bases of layers that have any curvature to take a share of."""
+    return (found for found in _bases(bench) if found[2].lam[0] * found[2].mu[0])
+
+
 def bases_recompose(bench: Bench) -> Iterator[Measure]:
     """U diag(λ) Uᵀ is the factor, UᵀU = 1, eigenvalues descend."""
     for name, factors, basis in _bases(bench):
@@ -616,9 +621,7 @@ def edits_project(bench: Bench) -> Iterator[Measure]:
 
     Twice is once; ‖W‖² = ‖W'‖² + ‖W − W'‖²; ρ = 1 keeps all; smaller ρ keeps a subset.
     """
-    for name, _, basis in _bases(bench):
-        if not basis.lam[0] * basis.mu[0]:  # no curvature to take a share of
-            continue
+    for name, _, basis in _curved(bench):
         W = bench.parameters[bench.config.weight_of(name)]
         budget = 4 * tolerance.eigenpair(max(W.shape))
         stairs = cut(basis.lam, basis.mu, RHO, name)
@@ -641,9 +644,7 @@ def edits_project(bench: Bench) -> Iterator[Measure]:
 
 def predicted_damage(bench: Bench) -> Iterator[Measure]:
     """½ Σ_dropped λ_i μ_j C_ij² = ½ <ΔW, G ΔW A>."""
-    for name, factors, basis in _bases(bench):
-        if not basis.lam[0] * basis.mu[0]:  # no curvature to take a share of
-            continue
+    for name, factors, basis in _curved(bench):
         W = bench.parameters[bench.config.weight_of(name)]
         stairs = cut(basis.lam, basis.mu, RHO, name)
         C = basis.U_G.T @ W @ basis.U_A

@@ -12,7 +12,6 @@ from refcurv.law.checks import Array, EmptyError
 from refcurv.law.conventions import Fisher
 from refcurv.model import transformer
 from refcurv.model.config import Model, ModelConfig
-from refcurv.model.inputs import patches
 from refcurv.model.layers import Layout
 from refcurv.model.loss import cross_entropy, draw_labels, root_product, signs, uniforms
 from refcurv.model.transformer import (
@@ -26,7 +25,7 @@ from refcurv.model.transformer import (
     Trace,
 )
 from refcurv.passes.fast import FAST
-from refcurv.passes.shards import Shard
+from refcurv.passes.shards import Shard, inputs_of
 
 
 def resident(model: Model) -> dict[str, Array]:
@@ -80,12 +79,9 @@ def sweep(
 
     Raises EmptyError for patches of which no row is kept.
     """
-    inputs = shard.inputs
-    if config.image is not None:
-        _require_patches(config, shard, job)
-        inputs = patches(config, inputs)
+    _require_patches(config, shard, job)
     final_BTD, trace = transformer.forward(
-        config, parameters, inputs, shard.layout, FAST, job.lowest(config)
+        config, parameters, inputs_of(config, shard), shard.layout, FAST, job.lowest(config)
     )
     want_head = "head" in job.layers
     rows = _Rows(shard.keep_BT)
@@ -102,8 +98,9 @@ def sweep(
 
 
 def _require_patches(config: ModelConfig, shard: Shard, job: Sweep) -> None:
-    assert config.image is not None
-    if "patch" in job.layers and not shard.keep_BT[:, len(config.image.specials) :].any():
+    if config.image is None or "patch" not in job.layers:
+        return
+    if not shard.keep_BT[:, len(config.image.specials) :].any():
         raise EmptyError("collect: 'patch' has no row among rows='cls'. Take rows='all' for it.")
 
 

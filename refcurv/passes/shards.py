@@ -10,7 +10,7 @@ from refcurv.files.corpus import Corpus, require_tokens
 from refcurv.law.checks import Array, ConventionError, EmptyError, require_token_ids
 from refcurv.law.conventions import Rows, shard_sequences
 from refcurv.model.config import ModelConfig
-from refcurv.model.inputs import kept, require_image_size, require_labels, require_rows
+from refcurv.model.inputs import kept, patches, require_image_size, require_labels, require_rows
 from refcurv.model.layers import Layout
 from refcurv.model.transformer import Inputs, image_layout, layout_of
 
@@ -21,18 +21,23 @@ class Shard:
 
     Where attention is causal, columns behind the last kept position reach nothing and are cut off.
 
-    Fields: number, from 0; index_B, the sequences' rows in the corpus (SAMPLING); inputs: tokens
+    Fields: number, from 0; index_B, the sequences' rows in the corpus (SAMPLING); source: tokens
     (B, T), or images (B, C, H, W) as the corpus has them; label_BT, (B, 1) of images; keep_BT bool,
     the rows of A and G, and head_BT those of the head, shaped like the labels; layout.
     """
 
     number: int
     index_B: Array
-    inputs: Inputs
+    source: Array
     label_BT: Array
     keep_BT: Array
     head_BT: Array
     layout: Layout
+
+
+def inputs_of(config: ModelConfig, shard: Shard) -> Inputs:
+    """What the forward reads; images are cut into patches when their shard's turn comes."""
+    return shard.source if config.image is None else patches(config, shard.source)
 
 
 def shards(corpus: Corpus, config: ModelConfig, rows: Rows = Rows.REACHED) -> list[Shard]:
