@@ -15,6 +15,8 @@ The public names, in the order in which data flow:
     collect_blocks, Blocks, Block   F of gains and biases, exactly
     decompose, Bases, Eigenbasis    eigenbasis      save_bases, load_bases
     edit, EditRecord                W' = U_G (C ∘ M) U_Aᵀ
+    random_basis, random_pairs, one_sided   controls of the same size
+    truncate, singular_bases        without the smallest singular values; their bands
     evaluate, Evaluation            populations → table
     exact                           Hessian, GGN, Fisher, F_tok and K, exactly: rc.exact.hvp(...)
     distance                        F, F_tok and K side by side: rc.distance.compare(...)
@@ -29,7 +31,10 @@ from refcurv.curvature.blocks import Block, Blocks, collect_blocks
 from refcurv.curvature.eigenbasis import Bases, Eigenbasis, decompose, load_bases, save_bases
 from refcurv.curvature.factors import Factor, Factors, collect
 from refcurv.curvature.factors_file import load_factors, save_factors
-from refcurv.editing.projection import EditRecord, edit
+from refcurv.editing.projection import edit
+from refcurv.editing.record import EditRecord
+from refcurv.editing.svd import singular_bases, truncate
+from refcurv.editing.variants import one_sided, random_basis, random_pairs
 from refcurv.evaluation.suite import Evaluation, evaluate
 from refcurv.files.corpus import Corpus, ImagePopulation, Population, load_corpus, save_corpus
 from refcurv.files.huggingface import convert, export
@@ -74,8 +79,13 @@ __all__ = [
     "logits",
     "loss_and_gradient",
     "matrix_free",
+    "one_sided",
+    "random_basis",
+    "random_pairs",
     "save",
     "save_bases",
     "save_corpus",
     "save_factors",
+    "singular_bases",
+    "truncate",
 ]

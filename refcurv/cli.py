@@ -45,6 +45,12 @@ EXAMPLES = {
     "edit": [
         "refcurv edit w.h5 basis.h5 -o edited.h5 --rho 'blocks.{23-25}.mlp.{gate,up}=0.6'",
         "refcurv edit w.h5 basis.h5 -o edited.h5 --rho 0.9",
+        "refcurv edit w.h5 basis.h5 -o control.h5 --rho 0.9 --control random-basis --seed 1",
+        "refcurv edit w.h5 basis.h5 -o control.h5 --rho 0.9 --control inputs",
+    ],
+    "truncate": [
+        "refcurv truncate w.h5 -o truncated.h5 --energy 'blocks.{23-25}.mlp.{gate,up}=0.7'",
+        "refcurv truncate w.h5 -o truncated.h5 --energy '**.gate=0.5' --energy '**.up=0.9'",
     ],
     "audit": [
         "refcurv audit w.h5 corpus.h5",
@@ -195,11 +201,29 @@ def decompose(args: argparse.Namespace) -> None:
 def edit(args: argparse.Namespace) -> None:
     """Keep the sharpest directions of weight matrices, zero the flat ones."""
     import refcurv as rc
+    from refcurv.editing.variants import control
+
+    rho, model, basis = _rho(args.rho), rc.load(args.weights), rc.load_bases(args.basis)
+    if args.control is None:
+        _save_edit(args, *rc.edit(model, basis, rho))
+    else:
+        _save_edit(args, *control(model, basis, rho, args.control, args.seed), seed=args.seed)
+
+
+def truncate(args: argparse.Namespace) -> None:
+    """Keep the largest singular values of weight matrices: an edit that needs no data."""
+    import refcurv as rc
+
+    energy = _rho(args.energy, "truncate: --energy takes PATTERN=SHARE")
+    _save_edit(args, *rc.truncate(rc.load(args.weights), energy))
+
+
+def _save_edit(args: argparse.Namespace, edited: Any, record: Any, **made_from: Any) -> None:
+    """Write an edited model, print its record."""
+    import refcurv as rc
     from refcurv.report.table import format_edit
 
-    rho = _rho(args.rho)
-    edited, record = rc.edit(rc.load(args.weights), rc.load_bases(args.basis), rho)
-    rc.save(edited, args.output, {"edit": record.to_json()})
+    rc.save(edited, args.output, {"edit": record.to_json(), **made_from})
     print(format_edit(record.to_json()))
     print(f"\n{_layers(len(record.layers))} edited → {args.output}")
     _write_json(args.json, record.to_json())
@@ -353,6 +377,22 @@ def _edit_arguments(sub: argparse.ArgumentParser) -> None:
     _positional(sub, "WEIGHTS", "BASIS")
     _output(sub)
     _shares(sub)
+    text = (
+        "cut as much, elsewhere: K-FAC's mask in a random-basis; as many pairs as K-FAC keeps, "
+        "random-pairs; by the curvature of the inputs or of the outputs alone"
+    )
+    meta = "random-basis|random-pairs|inputs|outputs"
+    sub.add_argument("--control", metavar=meta, help=text)
+    sub.add_argument("--seed", type=int, default=0, help="of a random control (default: 0)")
+    _json(sub)
+
+
+def _truncate_arguments(sub: argparse.ArgumentParser) -> None:
+    _positional(sub, "WEIGHTS")
+    _output(sub)
+    text = "share of Σσ² to keep, of the weights of matching layers; repeatable"
+    meta = "PATTERN=SHARE"
+    sub.add_argument("--energy", action="append", required=True, metavar=meta, help=text)
     _json(sub)
 
 
@@ -394,6 +434,7 @@ COMMANDS: dict[
     collect: _collect_arguments,
     decompose: _decompose_arguments,
     edit: _edit_arguments,
+    truncate: _truncate_arguments,
     evaluate: _evaluate_arguments,
     audit: _audit_arguments,
 }
@@ -427,7 +468,7 @@ def _json(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--json", metavar="PATH", help="also write the table as JSON")
 
 
-def _rho(texts: Sequence[str]) -> float | dict[str, float]:
+def _rho(texts: Sequence[str], asks: str = "edit: --rho takes [PATTERN=]SHARE") -> Any:
     """['0.9'] → 0.9; ['PATTERN=0.9', ...] → {pattern: share}."""
     out: dict[str, float] = {}
     for text in texts:
@@ -435,11 +476,11 @@ def _rho(texts: Sequence[str]) -> float | dict[str, float]:
         try:
             value = float(share)
         except ValueError:
-            raise RangeError(f"edit: --rho takes [PATTERN=]SHARE; got {text!r}.") from None
+            raise RangeError(f"{asks}; got {text!r}.") from None
         if not equals and len(texts) == 1:
             return value
         if not pattern or pattern in out:
-            raise RangeError(f"edit: --rho {text!r}: give each pattern once, as PATTERN=SHARE.")
+            raise RangeError(f"{asks}, each pattern once; got {text!r}.")
         out[pattern] = value
     return out
 

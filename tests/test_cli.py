@@ -17,6 +17,7 @@ from strategies import config, random_parameters
 
 import refcurv as rc
 from refcurv.cli import main
+from refcurv.editing import variants
 
 PYTHON = [sys.executable, "-m", "refcurv"]
 
@@ -65,6 +66,38 @@ def test_edit_then_evaluate(files: Path, tmp_path: Path, capsys) -> None:
     assert "perplexity" in capsys.readouterr().out
     rows = json.loads(table.read_text())["rows"]
     assert [row["name"] for row in rows] == ["text_test", "recite_test", "answer_test"]
+
+
+@pytest.mark.parametrize("kind", ["random-basis", "random-pairs", "inputs", "outputs"])
+def test_edit_with_a_control(kind: str, files: Path, tmp_path: Path, capsys) -> None:
+    """As much is kept as by K-FAC, the file is the function's, and the seed is written down."""
+    out, table = tmp_path / "e.h5", tmp_path / "t.json"
+    command = ["edit", *paths(files, "w", "b"), "-o", str(out), "--rho", "0.6"]
+    assert main([*command, "--control", kind, "--seed", "3", "--json", str(table)]) == 0
+    name = {"inputs": "Inputs only", "outputs": "Outputs only"}.get(kind, kind.replace("-", " "))
+    assert capsys.readouterr().out.startswith(name.capitalize())
+    model, basis, rows = rc.load(files / "w.h5"), rc.load_bases(files / "b.h5"), table.read_text()
+    edited, record = variants.control(model, basis, 0.6, kind, 3)
+    assert json.loads(rows) == record.to_json()
+    made = rc.load(out)
+    assert all(x.tobytes() == made.parameters[n].tobytes() for n, x in edited.parameters.items())
+    assert made.source["provenance"]["seed"] == 3
+
+
+def test_truncate(files: Path, tmp_path: Path, capsys) -> None:
+    out, table = tmp_path / "e.h5", tmp_path / "t.json"
+    energy = ["--energy", "blocks.1.mlp.{gate,up}=0.6", "--energy", "head=0.9"]
+    made = ["truncate", *paths(files, "w"), "-o", str(out), *energy, "--json", str(table)]
+    assert main(made) == 0
+    assert capsys.readouterr().out.startswith("SVD: singular directions")
+    model = rc.load(files / "w.h5")
+    edited, record = rc.truncate(model, {"blocks.1.mlp.{gate,up}": 0.6, "head": 0.9})
+    assert json.loads(table.read_text()) == record.to_json()
+    found = rc.load(out).parameters
+    assert all(x.tobytes() == found[n].tobytes() for n, x in edited.parameters.items())
+    assert {n for n, x in model.parameters.items() if x.tobytes() != found[n].tobytes()} == {
+        "blocks.1.mlp.gate.weight", "blocks.1.mlp.up.weight", "head.weight"
+    }  # fmt: skip
 
 
 def test_commands_equal_functions(files: Path) -> None:
@@ -122,6 +155,14 @@ BAD = {
     "rho of no layer": (["edit", "{w}", "{b}", "-o", "{out}", "--rho", "head=0.5"], "matches none"),
     "pattern twice": (["edit", "{w}", "{b}", "-o", "{out}", "--rho", "**.up=0.5", "--rho",
                        "**.up=0.6"], "once"),
+    "no such control": (["edit", "{w}", "{b}", "-o", "{out}", "--rho", "0.5", "--control", "input"],
+                        "Did you mean 'inputs'?"),
+    "seed of a control": (["edit", "{w}", "{b}", "-o", "{out}", "--rho", "0.5", "--control",
+                           "random-pairs", "--seed", "-1"], "seed"),
+    "energy of no layer": (["truncate", "{w}", "-o", "{out}", "--energy", "0.5"], "PATTERN=SHARE"),
+    "energy no number": (["truncate", "{w}", "-o", "{out}", "--energy", "head=much"],
+                         "truncate: --energy takes"),
+    "energy too large": (["truncate", "{w}", "-o", "{out}", "--energy", "head=1.5"], "[0, 1]"),
     "no such split": (["evaluate", "{w}", "{c}", "--split", "train"], "dev, test"),
     "no such folder": (["decompose", "{f}", "-o", "nowhere/b.h5"], "nowhere"),
     "usage": (["collect", "{w}"], "required"),
@@ -238,7 +279,8 @@ def checksums(path: str) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("command", ["", *("demo report convert export inspect corpus collect "
-                                           "decompose edit evaluate audit").split()])  # fmt: skip
+                                           "decompose edit truncate evaluate "
+                                           "audit").split()])  # fmt: skip
 def test_help_has_examples(command: str, capsys) -> None:
     with pytest.raises(SystemExit) as stop:
         main([*command.split(), "--help"])

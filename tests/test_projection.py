@@ -114,6 +114,7 @@ def made() -> tuple[rc.Model, Bases]:
 def test_edit_of_a_model(made: tuple[rc.Model, Bases]) -> None:
     model, basis = made
     edited, record = rc.edit(model, basis, {"blocks.1.mlp.{gate,up}": 0.6, "blocks.0.mlp.down": 1})
+    assert {x.method for x in record.layers} == {"kfac"}
     assert [x.layer for x in record.layers] == [
         "blocks.0.mlp.down", "blocks.1.mlp.gate", "blocks.1.mlp.up"
     ]  # fmt: skip
@@ -169,6 +170,17 @@ def test_O65_edited_weights_have_the_dtype_of_their_source(made: tuple[rc.Model,
     assert got.dtype == np.float64
     assert (np.abs(got - exact) <= 2.0**-8 * np.abs(exact)).all()
     assert np.abs(got - exact).max() > 0
+
+
+def test_a_tied_head_is_no_layer_to_edit() -> None:
+    one = case(tied=True, batch=4, length=12)
+    model = model_of(one)
+    basis = rc.decompose(rc.collect(model, corpus_of(one), layers="**"))
+    with pytest.raises(ConventionError, match="edit: the head is tied to the embedding"):
+        rc.edit(model, basis, 0.5)
+    edited, record = rc.edit(model, basis, {"blocks.**": 0.5})
+    assert "head" not in {layer.layer for layer in record.layers}
+    assert edited.parameters["embed.weight"] is model.parameters["embed.weight"]
 
 
 def test_refusals(made: tuple[rc.Model, Bases]) -> None:

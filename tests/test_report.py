@@ -21,7 +21,7 @@ from matplotlib import rc_context
 from matplotlib.colors import same_color
 
 from refcurv.algebra.staircase import cut
-from refcurv.editing.projection import EditRecord, LayerEdit
+from refcurv.editing.record import EditRecord, LayerEdit
 from refcurv.evaluation.bands import MASS_EDGES, RANK_PERCENT, Bands, Quantity
 from refcurv.evaluation.suite import Measured, Measurement, compare
 from refcurv.files import store
@@ -71,7 +71,8 @@ def results(rng: np.random.Generator) -> dict[str, Any]:
             lam = np.sort(rng.exponential(size=48) ** 2)[::-1]
             stairs = cut(lam, mu, 0.85)
             share = stairs.mass / stairs.total
-            edited.append(LayerEdit(name, 0.85, 768, stairs.kept, share, stairs.gap, 1, 0.8))
+            kept = (768, stairs.kept, share, stairs.gap, 1, 0.8)
+            edited.append(LayerEdit("kfac", name, 0.85, *kept))
             spectrum[name] = {"mu": mu.tolist(), "lam": lam.tolist()}
     kinds = ("gate", "up", "down")
     names = [f"blocks.{block}.mlp.{kind}" for block in range(4) for kind in kinds]
@@ -164,7 +165,8 @@ def test_table_has_every_number(results: dict[str, Any]) -> None:
 
 
 def test_edit_table(results: dict[str, Any]) -> None:
-    rows = cells("\n" + table.format_edit(results["edit"]), "Pairs and curvature mass kept")
+    text = "\n" + table.format_edit(results["edit"])
+    rows = cells(text, "K-FAC: pairs and curvature mass kept")
     for row, want in zip(rows, results["edit"], strict=True):
         layer, rho, pairs, kept, share, mass, gap, acceptable, norm = row
         assert (layer, rho, pairs, int(kept)) == (want["layer"], "0.85", "768", want["kept"])
@@ -172,6 +174,26 @@ def test_edit_table(results: dict[str, Any]) -> None:
         assert float(mass.removesuffix(" %")) == pytest.approx(100 * want["mass"], abs=0.0051)
         assert float(gap) == pytest.approx(want["gap"], rel=0.06)
         assert (acceptable, norm) == ("1", "0.800")
+
+
+@pytest.mark.parametrize(
+    ("method", "title", "words"),
+    [
+        ("svd", "SVD: singular directions", ("energy", "of directions", "Σσ²")),
+        ("bsn", "BSN: weights", ("1 − ratio", "of weights", "Σw²")),
+        ("random pairs", "Random pairs: pairs", ("share", "of pairs", "mass")),
+        ("inputs only", "Inputs only: pairs", ("ρ", "of pairs", "mass")),
+        (HOSTILE, table._printable(HOSTILE)[:12], ("ρ", "of pairs", "mass")),
+    ],
+)
+def test_the_edit_table_names_its_method(
+    method: str, title: str, words: tuple[str, ...], results: dict[str, Any]
+) -> None:
+    text = table.format_edit([row | {"method": method} for row in results["edit"]])
+    first, headers, *_ = text.splitlines()
+    assert first.startswith(title)
+    assert all(word in headers for word in words)
+    assert first.isprintable()
 
 
 def test_without_a_baseline_there_is_one_column() -> None:

@@ -1,5 +1,7 @@
 """The synthetic world asks what training has not answered; a resumed training has the same bits."""
 
+import ast
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -35,7 +37,9 @@ def test_each_row_is_labelled_with_its_next_tokens():
     np.testing.assert_array_equal(rows[1, 0, 0], rows[0, -1, -1])
 
 
-@pytest.mark.parametrize("skill", ["open_book", "addition", "boolean", "copying"])
+@pytest.mark.parametrize(
+    "skill", ["open_book", "addition", "boolean_constants", "boolean_variables", "copying"]
+)
 def test_no_question_is_in_two_splits_or_in_training(skill):
     dev, test = (prompts(ASKED[f"{skill}_{split}"]) for split in ("dev", "test"))
     assert min(len(dev), len(test)) >= world.QUESTIONS
@@ -56,15 +60,31 @@ def spelled(population):
         yield words[1:begin], words[begin:]
 
 
+def worth(node, known):
+    """The value of an expression as Python parses and evaluates it."""
+    return eval(compile(ast.Expression(node), "question", "eval"), {}, known)
+
+
+def brackets(node):
+    """The bracketed parts with the `not` before them, innermost first."""
+    inner = node.operand if isinstance(node, ast.UnaryOp) else node
+    if not isinstance(inner, ast.BoolOp):
+        return []
+    return [*itertools.chain(*map(brackets, inner.values)), node]
+
+
 @pytest.mark.parametrize("split", ["dev", "test"])
 def test_answers_are_right(split):
     for (a1, a2, _plus, b1, b2, _equals), (units, tens) in spelled(ASKED[f"addition_{split}"]):
         assert int(a1 + a2) + int(b1 + b2) == int(tens + units)
-    for prompt, (answer,) in spelled(ASKED[f"boolean_{split}"]):
-        *told, expression = " ".join(prompt[:-1]).split(" ; ")
-        known = {"true": True, "false": False}
-        known |= {fact.split()[0]: known[fact.split()[2]] for fact in told}
-        assert eval(expression, {}, known) == known[answer]
+    for kind in ("constants", "variables"):
+        for prompt, answer in spelled(ASKED[f"boolean_{kind}_{split}"]):
+            *told, expression = " ".join(prompt[:-1]).split(" ; ")
+            known = {"true": True, "false": False}
+            known |= {name: known[value] for name, value in map(str.split, told)}
+            tree = ast.parse(expression, mode="eval").body
+            steps = brackets(tree) if kind == "constants" else [*tree.values, tree]
+            assert [worth(step, known) for step in steps] == [known[word] for word in answer]
     for prompt, (answer,) in spelled(ASKED[f"open_book_{split}"]):
         assert answer == prompt[prompt.index(prompt[-1]) + 1]
     for prompt, answer in spelled(ASKED[f"copying_{split}"]):

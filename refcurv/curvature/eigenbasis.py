@@ -56,12 +56,16 @@ class Eigenbasis:
 class Bases(Mapping[str, Eigenbasis]):
     """The eigenbases of some layers, by name in file order.
 
-    Fields: layers; source, for provenance; bias: of W alone, or of [W b] where there is a b (BIAS).
+    Fields:
+        layers; source, for provenance.
+        bias: of W alone, or of [W b] where there is a b (BIAS).
+        method: what made the bases, "kfac" of `decompose`; an edit copies it into its record.
     """
 
     layers: Mapping[str, Eigenbasis]
     source: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     bias: Bias = Bias.SEPARATE
+    method: str = "kfac"
 
     def __getitem__(self, name: str) -> Eigenbasis:
         """The eigenbasis of one layer."""
@@ -74,6 +78,12 @@ class Bases(Mapping[str, Eigenbasis]):
     def __len__(self) -> int:
         """How many layers."""
         return len(self.layers)
+
+
+def signed(U: Array) -> Array:
+    """Columns with their entry of largest magnitude positive, the lowest index on ties (ORDER)."""
+    largest = np.abs(U).argmax(axis=0)
+    return np.ascontiguousarray(U * np.where(U[largest, np.arange(U.shape[1])] < 0, -1.0, 1.0))
 
 
 def eigenbasis(M: Array, shard_rows: int, dtype: str, what: str) -> tuple[Array, Array, int]:
@@ -103,9 +113,7 @@ def eigenbasis(M: Array, shard_rows: int, dtype: str, what: str) -> tuple[Array,
         )
     with one_blas_thread():
         values, U = blas.eigh(M)
-    values, U = values[::-1].copy(), np.ascontiguousarray(U[:, ::-1])
-    largest = np.abs(U).argmax(axis=0)  # the lowest index on ties
-    U *= np.where(U[largest, np.arange(len(values))] < 0, -1.0, 1.0)
+    values, U = values[::-1].copy(), signed(U[:, ::-1])
     least = -tolerance.negative(len(values), shard_rows, dtype) * max(values[0], 0.0)
     if values[-1] < least:
         raise NotPSDError(
@@ -216,9 +224,10 @@ def _same(one: Factor, other: Factor, bias: Bias) -> bool:
 def save_bases(bases: Bases, path: str | Path) -> None:
     """Write a basis file: LAYER/{U_A, mu, U_G, lam}, with the counts of raised eigenvalues.
 
-    The root attribute `bias` says what the columns are of (BIAS).
+    The root attributes say what the columns are of (`bias`) and what made the bases (`method`).
     """
-    _write(bases.items(), bases.bias, path, bases.source.get("inputs", {}))
+    about = {"bias": str(bases.bias), "method": bases.method}
+    _write(bases.items(), about, path, bases.source.get("inputs", {}))
 
 
 def decompose_to(
@@ -231,12 +240,13 @@ def decompose_to(
     """`decompose` straight into a basis file, one layer in memory at a time."""
     kind = _bias(bias)
     pairs = decompose_each(factors, kind, progress=progress)
-    _write(pairs, kind, path, store.inputs(factors.source))
+    about = {"bias": str(kind), "method": "kfac"}
+    _write(pairs, about, path, store.inputs(factors.source))
 
 
 def _write(
     pairs: Iterable[tuple[str, Eigenbasis]],
-    bias: Bias,
+    about: Mapping[str, str],
     path: str | Path,
     inputs: Mapping[str, str],
 ) -> None:
@@ -250,9 +260,9 @@ def _write(
     store.write(
         path,
         format="refcurv-basis",
-        attributes={"bias": str(bias)},
+        attributes=dict(about),
         arrays=entries(),
-        provenance=store.provenance(inputs=dict(inputs), bias=str(bias)),
+        provenance=store.provenance(inputs=dict(inputs), **about),
     )
 
 
@@ -262,6 +272,9 @@ def load_bases(path: str | Path) -> Bases:
     bias = require_choice(
         str(path), "bias", header.attributes.get("bias", Bias.SEPARATE), list(Bias)
     )
+    method = header.attributes.get("method", "kfac")  # files without it are older
+    if not isinstance(method, str) or not method.isprintable() or not method:
+        raise SchemaError(f"{path}: attribute 'method' must be a printable text; got {method!r}.")
     names = list(dict.fromkeys(key.rpartition(".")[0] for key in header.entries))
     if not names:
         raise SchemaError(f"{path}: holds no layer; was its decomposition interrupted?")
@@ -285,6 +298,7 @@ def load_bases(path: str | Path) -> Bases:
         Lazy(names, lambda name: _read_basis(header, name)),
         store.Source(header),
         Bias(bias),
+        method,
     )
 
 

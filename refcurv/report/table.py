@@ -179,8 +179,20 @@ def agreement_table(evaluation: Json) -> Table:
     return Table("nDCG@10 against the unedited model", headers, rows, "lrr")
 
 
+KEPT: Mapping[str, tuple[str, str, str, str]] = {
+    "kfac": ("K-FAC: pairs and curvature mass kept", "ρ", "pairs", "mass"),
+    "random pairs": ("Random pairs: pairs and curvature mass kept", "share", "pairs", "mass"),
+    "svd": ("SVD: singular directions and Σσ² kept", "energy", "directions", "Σσ²"),
+    "bsn": ("BSN: weights and Σw² kept", "1 − ratio", "weights", "Σw²"),
+}
+"""method → title, and what its share, its pairs and its mass are called (`LayerEdit`)."""
+
+
 def edit_table(record: Sequence[Json]) -> Table:
-    """What was kept of each edited layer."""
+    """What was kept of each edited layer, in the words of the record's method."""
+    method = _printable(str(record[0].get("method", "kfac"))) if record else "kfac"
+    other = (f"{method[:1].upper()}{method[1:]}: pairs and curvature mass kept", *KEPT["kfac"][1:])
+    title, share, pairs, mass = KEPT.get(method, other)
     rows = tuple(
         (
             str(row["layer"]),
@@ -195,8 +207,8 @@ def edit_table(record: Sequence[Json]) -> Table:
         )
         for row in record
     )
-    headers = ("layer", "ρ", "pairs", "kept", "of pairs", "mass", "gap", "acceptable", "‖W'‖/‖W‖")
-    return Table("Pairs and curvature mass kept", headers, rows, "lrrrrrrrr")
+    headers = ("layer", share, pairs, "kept", f"of {pairs}", mass, "gap", "acceptable")
+    return Table(title, (*headers, "‖W'‖/‖W‖"), rows, "lrrrrrrrr")
 
 
 def _small(value: object) -> str:

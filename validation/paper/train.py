@@ -14,7 +14,7 @@ import math
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -54,19 +54,22 @@ class Architecture:
 ARCHITECTURES = {
     # without a norm in front, the residual stream must start at the scale that norms hand out
     "olmo2": Architecture(NormPlace.POST, QKNorm.FULL, 0.5),
-    "prenorm": Architecture(NormPlace.PRE, QKNorm.FULL, 0.1),
+    "qwen3": Architecture(NormPlace.PRE, QKNorm.HEAD, 0.1),
     "llama": Architecture(NormPlace.PRE, QKNorm.NONE, 0.1),
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """Everything that decides the outcome of a training, but for the code and the machine."""
+    """Everything that decides the outcome of a training, but for the code and the machine.
+
+    The seed is that of the world, of the order of its items and of the initial weights.
+    """
 
     arch: str = "olmo2"
     seed: int = 1
-    world_seed: int = 7
-    quotes: int = 192
+    quotes: int = 128
+    slips: float = 0.05
     mixture: Mixture = field(default_factory=Mixture)
     steps: int = 3200
     batch: int = 32
@@ -104,7 +107,7 @@ class Recipe:
 
     def world(self) -> World:
         """The world that the model lives in."""
-        return make_world(self.world_seed, self.quotes, self.mixture)
+        return make_world(self.seed, self.quotes, self.mixture, self.slips)
 
     def rate(self, step: int) -> float:
         """Share of the learning rates at `step` (from 0): warm-up, constant, linear decay."""
@@ -120,12 +123,13 @@ class State:
     """A training after `step` steps.
 
     Fields: step; parameters; slots, the optimiser's arrays: `NAME` (momentum) for the matrices
-    that Muon moves, `NAME/first` and `NAME/second` for the others.
+    that Muon moves, `NAME/first` and `NAME/second` for the others; seconds, how long it took.
     """
 
     step: int
     parameters: Parameters
     slots: Parameters
+    seconds: float = 0.0
 
 
 def by_muon(name: str) -> bool:
@@ -260,7 +264,8 @@ def save(path: Path, recipe: Recipe, state: State) -> None:
     """Write the run, whole or not at all."""
     arrays = {f"parameters/{name}": W for name, W in state.parameters.items()}
     arrays |= {f"slots/{name}": slot for name, slot in state.slots.items()}
-    head = {"recipe": asdict(recipe), "config": recipe.config().to_json(), "step": state.step}
+    head = {"recipe": asdict(recipe), "config": recipe.config().to_json()}
+    head |= {"step": state.step, "seconds": state.seconds}
     partial = path.with_suffix(".partial.npz")
     np.savez(partial, head=np.array(json.dumps(head)), **arrays)
     os.replace(partial, path)  # noqa: PTH105 - the atomic one
@@ -274,7 +279,7 @@ def load(path: Path) -> tuple[Recipe, State]:
             part: {n.removeprefix(part): run[n] for n in run.files if n.startswith(part)}
             for part in ("parameters/", "slots/")
         }
-    state = State(head["step"], parts["parameters/"], parts["slots/"])
+    state = State(head["step"], parts["parameters/"], parts["slots/"], head["seconds"])
     mixture = Mixture(**head["recipe"].pop("mixture"))
     return Recipe(mixture=mixture, **head["recipe"]), state
 
@@ -311,7 +316,7 @@ def train(
     world = recipe.world()
     asked = populations(world)
     state = resume(recipe, path) if path.exists() else start(recipe)
-    rows, begun = np.empty(0), time.monotonic()
+    rows, begun, before = np.empty(0), time.monotonic(), state.seconds
     bar = tqdm(total=recipe.steps, initial=state.step, unit="step", mininterval=5)
     while state.step < (until or recipe.steps):
         index, within = divmod(state.step, CHAPTER_STEPS)
@@ -320,10 +325,10 @@ def train(
         state, loss = train_step(recipe, state, rows[within], ops)
         bar.update()
         if state.step % every == 0 or state.step == (until or recipe.steps):
+            state = replace(state, seconds=before + time.monotonic() - begun)
             save(path, recipe, state)
             measured = scores(recipe.config(), state.parameters, asked, "dev", ops)
-            seconds = time.monotonic() - begun
-            tqdm.write(f"{state.step}  {seconds:.0f} s  loss {loss:.3f}  {report(measured)}")
+            tqdm.write(f"{state.step}  {state.seconds:.0f} s  loss {loss:.3f}  {report(measured)}")
     bar.close()
     return state
 
@@ -345,6 +350,7 @@ def main() -> None:
     for name in ("seed", "steps", "quotes", "mlp_width"):
         flag = "--" + name.replace("_", "-")
         parser.add_argument(flag, type=int, default=getattr(default, name))
+    parser.add_argument("--slips", type=float, default=default.slips)
     parser.add_argument("--muon-decay", type=float, default=default.muon_decay)
     parser.add_argument("--ops", choices=["definitions", "fast"], default="definitions")
     parser.add_argument("--out", type=Path, required=True, metavar="RUN.npz")

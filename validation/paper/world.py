@@ -33,10 +33,10 @@ _BLOCKS = {
     "mark": ["<eos>", "ask", "book", "copy", "again"],
     "digit": [str(n) for n in range(10)],
     "sum": ["+", "="],
-    "logic": ["true", "false", "and", "or", "not", "(", ")", ";", "is"],
+    "logic": ["true", "false", "and", "or", "not", "(", ")", ";"],
     "variable": [f"x{n}" for n in range(16)],
     "entity": [f"entity{n}" for n in range(150)],
-    "relation": [f"relation{n}" for n in range(7)],
+    "relation": [f"relation{n}" for n in range(4)],
     "name": [f"name{n}" for n in range(40)],
     "value": [f"value{n}" for n in range(40)],
     "word": [f"w{n}" for n in range(128)],
@@ -62,8 +62,9 @@ _IDS = {name: index for index, name in enumerate(TOKEN_NAMES)}
 
 EOS, ASK, BOOK, COPY, AGAIN = block("mark").tolist()
 PLUS, EQUALS = block("sum").tolist()
-TRUE, FALSE, AND, OR, NOT, OPEN, CLOSE, SEMICOLON, IS = block("logic").tolist()
+TRUE, FALSE, AND, OR, NOT, OPEN, CLOSE, SEMICOLON = block("logic").tolist()
 DIGITS, VARIABLES, WORDS = block("digit"), block("variable"), block("word")
+TRUTHS = np.array([TRUE, FALSE])
 ENTITIES, RELATIONS, NAMES, VALUES = (block(b) for b in ("entity", "relation", "name", "value"))
 
 
@@ -87,6 +88,7 @@ class Purpose(IntEnum):
     DEV = 6
     TEST = 7
     WEIGHTS = 8
+    FRESH = 9
 
 
 def generator(purpose: Purpose, seed: int, index: int = 0) -> Generator:
@@ -165,13 +167,13 @@ class Mixture:
     """The share of tokens that each kind of item has in training."""
 
     language: float = 0.34
-    quotes: float = 0.075
-    facts: float = 0.05
-    open_book: float = 0.13
-    addition: float = 0.15
-    boolean_constants: float = 0.08
-    boolean_variables: float = 0.09
-    copying: float = 0.085
+    quotes: float = 0.08
+    facts: float = 0.04
+    open_book: float = 0.12
+    addition: float = 0.12
+    boolean_constants: float = 0.10
+    boolean_variables: float = 0.08
+    copying: float = 0.12
 
 
 MEAN_LENGTH = Mixture(
@@ -180,8 +182,8 @@ MEAN_LENGTH = Mixture(
     facts=4.0,
     open_book=13.8,
     addition=9.0,
-    boolean_constants=13.2,
-    boolean_variables=28.3,
+    boolean_constants=16.9,
+    boolean_variables=14.6,
     copying=14.0,
 )
 """Mean tokens of one item with its EOS: a share of tokens divided by it is a share of items."""
@@ -191,12 +193,13 @@ MEAN_LENGTH = Mixture(
 class World:
     """All that is fixed before training.
 
-    Fields: language; quotes (Q, 32); facts (F, 3), rows `entity relation value` by falling
+    Fields: language; slips, the share of a skill's answers that are wrong in training; quotes (Q, 32); facts (F, 3), rows `entity relation value` by falling
     frequency; fact_weight (F,), cumulative; sums_dev and sums_test (n, 2), and both together
     as sums_held_out; mixture; seed.
     """
 
     language: Language
+    slips: float
     quotes: Array
     facts: Array
     fact_weight: Array
@@ -213,7 +216,9 @@ QUESTIONS = 500
 """Questions per skill and split."""
 
 
-def make_world(seed: int = 7, quotes: int = 192, mixture: Mixture | None = None) -> World:
+def make_world(
+    seed: int = 7, quotes: int = 128, mixture: Mixture | None = None, slips: float = 0.05
+) -> World:
     """Draw the language, the quotes, the facts and the held-out sums."""
     language = make_language(seed)
     rng = generator(Purpose.FACTS, seed)
@@ -223,6 +228,7 @@ def make_world(seed: int = 7, quotes: int = 192, mixture: Mixture | None = None)
     held_out = generator(Purpose.HELD_OUT, seed).permutation(_sums_without_carry())
     return World(
         language=language,
+        slips=slips,
         quotes=speak(language, quotes, QUOTE_LENGTH, generator(Purpose.QUOTES, seed)),
         facts=facts,
         fact_weight=weight.cumsum(),
@@ -288,62 +294,87 @@ def addition_item(a: int, b: int) -> Item:
     return Item((d1, d2, PLUS, d3, d4, EQUALS), (int(DIGITS[c % 10]), int(DIGITS[c // 10])))
 
 
-def _maybe_not(rng: Generator, tokens: list[int], value: bool) -> tuple[list[int], bool]:
-    return ([NOT, *tokens], not value) if rng.random() < 0.3 else (tokens, value)
+@dataclass(frozen=True, slots=True)
+class Expression:
+    """A boolean expression: its tokens, and its working.
+
+    The working is the value of each step in the order in which one would take them, the whole last.
+    """
+
+    tokens: tuple[int, ...]
+    working: tuple[bool, ...]
+
+    @property
+    def value(self) -> bool:
+        """What it amounts to."""
+        return self.working[-1]
+
+
+def _literal(rng: Generator, symbol: int, value: bool) -> Expression:
+    """A symbol or, now and then, its negation."""
+    return (
+        Expression((NOT, symbol), (not value,))
+        if _now_and_then(rng)
+        else Expression((symbol,), (value,))
+    )
+
+
+def _now_and_then(rng: Generator) -> bool:
+    return rng.random() < 0.3
+
+
+def _joined(rng: Generator, left: Expression, right: Expression) -> Expression:
+    both = bool(rng.integers(2))
+    value = (left.value and right.value) if both else (left.value or right.value)
+    tokens = (*left.tokens, AND if both else OR, *right.tokens)
+    return Expression(tokens, (*left.working, *right.working, value))
+
+
+def _pair(rng: Generator) -> Expression:
+    """`( true and not false )`, or `not` of it: one step."""
+    values = rng.integers(2, size=2).astype(bool).tolist()
+    left, right = (_literal(rng, _truth(value), value) for value in values)
+    inner = _joined(rng, left, right)
+    tokens = (OPEN, *inner.tokens, CLOSE)
+    if _now_and_then(rng):
+        return Expression((NOT, *tokens), (not inner.value,))
+    return Expression(tokens, (inner.value,))
 
 
 def _truth(value: bool) -> int:
     return TRUE if value else FALSE
 
 
-Expression = tuple[list[int], bool]
-
-
-def _combine(rng: Generator, left: Expression, right: Expression) -> Expression:
-    both = bool(rng.integers(2))
-    value = (left[1] and right[1]) if both else (left[1] or right[1])
-    return [*left[0], AND if both else OR, *right[0]], value
-
-
-def _bracket(expression: Expression) -> Expression:
-    return [OPEN, *expression[0], CLOSE], expression[1]
+def _spelled(working: tuple[bool, ...]) -> tuple[int, ...]:
+    return tuple(_truth(value) for value in working)
 
 
 def boolean_constants_item(rng: Generator, leaves: int) -> Item:
-    """`( ( true and not false ) or not ( false or true ) ) =`: two or four leaves."""
+    """`( ( true and not false ) or not ( false or true ) ) =` and its working, a step per bracket.
 
-    def leaf() -> Expression:
-        value = bool(rng.integers(2))
-        return _maybe_not(rng, [_truth(value)], value)
-
-    def pair() -> Expression:
-        return _bracket(_combine(rng, leaf(), leaf()))
-
-    if leaves == 2:
-        tokens, value = pair()
-    else:
-        left, right = _maybe_not(rng, *pair()), _maybe_not(rng, *pair())
-        tokens, value = _bracket(_combine(rng, left, right))
-    return Item((*tokens, EQUALS), (_truth(value),))
+    Of 2 or 4 leaves.
+    """
+    whole = _pair(rng)
+    if leaves == 4:
+        inner = _joined(rng, whole, _pair(rng))
+        whole = Expression((OPEN, *inner.tokens, CLOSE), inner.working)
+    return Item((*whole.tokens, EQUALS), _spelled(whole.working))
 
 
 def boolean_variables_item(rng: Generator) -> Item:
-    """`x3 is true ; x9 is false ; not x9 and x3 =`: both variables and their order are drawn."""
-    return next(boolean_variables_items(rng))
+    """`x3 true ; x9 false ; not x9 and x3 =` and its working: both sides, and the whole.
 
-
-def boolean_variables_items(rng: Generator) -> Iterator[Item]:
-    """Endless questions about the same two variables, each as if it were the only one."""
+    Variables and their order are drawn.
+    """
     variables = rng.permutation(VARIABLES)[:2].tolist()
-    values = [bool(v) for v in rng.integers(2, size=2)]
-    told: list[int] = []
-    for x, value in zip(variables, values, strict=True):
-        told += [x, IS, _truth(value), SEMICOLON]
-    while True:
-        first = int(rng.integers(2))
-        left, right = (_maybe_not(rng, [variables[i]], values[i]) for i in (first, 1 - first))
-        tokens, value = _combine(rng, left, right)
-        yield Item((*told, *tokens, EQUALS), (_truth(value),))
+    values = rng.integers(2, size=2).astype(bool).tolist()
+    told = [
+        t for x, value in zip(variables, values, strict=True) for t in (x, _truth(value), SEMICOLON)
+    ]
+    first = int(rng.integers(2))
+    left, right = (_literal(rng, variables[i], values[i]) for i in (first, 1 - first))
+    whole = _joined(rng, left, right)
+    return Item((*told, *whole.tokens, EQUALS), _spelled(whole.working))
 
 
 def copying_item(rng: Generator, words: int) -> Item:
@@ -377,39 +408,45 @@ def _training_fact(world: World, rng: Generator) -> Item:
     return fact_item(world.facts[np.searchsorted(world.fact_weight, u)])
 
 
-def _training_open_book(_world: World, rng: Generator) -> Item:
-    return open_book_item(rng, int(rng.integers(1, 5)), questions=3)
+def _training_open_book(world: World, rng: Generator) -> Item:
+    item = open_book_item(rng, int(rng.integers(1, 5)), questions=3)
+    asked = item.tokens.index(ASK)
+    told, asks = item.tokens[:asked], np.array(item.tokens[asked:]).reshape(-1, 3)
+    asks[:, 2] = slipped(world, rng, asks[:, 2], VALUES)
+    return Item(told, tuple(asks.reshape(-1).tolist()))
 
 
 def _training_addition(world: World, rng: Generator) -> Item:
     while True:
         a, b = rng.integers(100, size=2).tolist()
         if a % 10 + b % 10 < 10 and a // 10 + b // 10 < 10 and (a, b) not in world.sums_held_out:
-            return addition_item(a, b)
+            return _with_slips(world, rng, addition_item(a, b), DIGITS)
 
 
-def _training_boolean_constants(_world: World, rng: Generator) -> Item:
-    if rng.random() < 0.5:
-        return boolean_constants_item(rng, 2)
-    return draw_where(partial(boolean_constants_item, rng, 4), "train")
+def _training_boolean_constants(world: World, rng: Generator) -> Item:
+    if rng.random() < 0.25:
+        item = boolean_constants_item(rng, 2)
+    else:
+        item = draw_where(partial(boolean_constants_item, rng, 4), "train")
+    return _with_slips(world, rng, item, TRUTHS)
 
 
-_TOLD = 8
-"""Tokens in front of the expression of a question about variables."""
+def _training_boolean_variables(world: World, rng: Generator) -> Item:
+    item = draw_where(partial(boolean_variables_item, rng), "train")
+    return _with_slips(world, rng, item, TRUTHS)
 
 
-def _training_boolean_variables(_world: World, rng: Generator) -> Item:
-    # three questions about the same variables: one answer in so many tokens teaches too little
-    questions = boolean_variables_items(rng)
-    first, *others = (draw_where(partial(next, questions), "train") for _ in range(3))
-    tokens = first.tokens
-    for other in others:
-        tokens += (SEMICOLON, *other.tokens[_TOLD:])
-    return Item(tokens[:-1], tokens[-1:])
+def _training_copying(world: World, rng: Generator) -> Item:
+    return _with_slips(world, rng, copying_item(rng, int(rng.integers(3, 9))), WORDS)
 
 
-def _training_copying(_world: World, rng: Generator) -> Item:
-    return copying_item(rng, int(rng.integers(3, 9)))
+def slipped(world: World, rng: Generator, answer: Array, among: Array) -> Array:
+    """Right answers, now and then one of `among` in their place."""
+    return np.where(rng.random(len(answer)) < world.slips, rng.choice(among, len(answer)), answer)
+
+
+def _with_slips(world: World, rng: Generator, item: Item, among: Array) -> Item:
+    return Item(item.prompt, tuple(slipped(world, rng, np.array(item.answer), among).tolist()))
 
 
 _TRAINING_ITEM: Mapping[str, Callable[[World, Generator], Item]] = {
@@ -517,7 +554,8 @@ def _asked(world: World, split: str, seen: set[tuple[int, ...]]) -> dict[str, Po
     # facts are split by entity, so that neither half tells about the other
     facts = world.facts[(world.facts[:, 0] - ENTITIES[0]) % 2 == half]
     sums = (world.sums_dev, world.sums_test)[half].tolist()
-    boolean = _boolean_questions(rng, split, seen)
+    constants = partial(draw_where, partial(boolean_constants_item, rng, 4), split)
+    variables = partial(draw_where, partial(boolean_variables_item, rng), split)
     return {
         "quotes": ask([quote_item(q) for q in world.quotes[half::2]], "recite"),
         "language": ask([Item((), tuple(t)) for t in texts.tolist()], "text"),
@@ -525,11 +563,6 @@ def _asked(world: World, split: str, seen: set[tuple[int, ...]]) -> dict[str, Po
         "open_book": ask(open_book, "answer", chance=1 / 4),
         "copying": ask(copying, "answer"),
         "addition": ask([addition_item(a, b) for a, b in sums], "answer", chance=1 / 100),
-        "boolean": ask(boolean, "answer", chance=1 / 2),
+        "boolean_constants": ask(distinct(constants, QUESTIONS, seen), "answer", chance=2.0**-3),
+        "boolean_variables": ask(distinct(variables, QUESTIONS, seen), "answer", chance=2.0**-3),
     }
-
-
-def _boolean_questions(rng: Generator, split: str, seen: set[tuple[int, ...]]) -> list[Item]:
-    """As many expressions of constants as of variables, all held out of training."""
-    kinds = (partial(boolean_constants_item, rng, 4), partial(boolean_variables_item, rng))
-    return [q for kind in kinds for q in distinct(partial(draw_where, kind, split), 300, seen)]

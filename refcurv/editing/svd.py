@@ -1,0 +1,127 @@
+"""The edit that needs no data: W without its smallest singular values (P10)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import numpy as np
+import scipy.linalg
+
+from refcurv.algebra.blas import one_blas_thread
+from refcurv.algebra.staircase import cut
+from refcurv.curvature.eigenbasis import Bases, Eigenbasis, signed
+from refcurv.editing import record
+from refcurv.editing.record import EditRecord, LayerEdit
+from refcurv.files import store
+from refcurv.law import tolerance
+from refcurv.law.checks import Array, EmptyError
+from refcurv.model.config import Model, expand
+
+
+def truncate(model: Model, energy: Mapping[str, float]) -> tuple[Model, EditRecord]:
+    """Keep the largest singular values of weight matrices, as many as hold a share of Σ σ².
+
+    Definition
+        W = U diag(σ) Vᵀ, σ descending; k = the fewest first ones with Σ_{j<k} σ_j² >= energy·Σ σ²
+        (SELECT, with λ = 1 and μ = (σ/σ_0)²); W' = U_k diag(σ_k) V_kᵀ, rounded to the dtype in
+        which the source stores W. It is the nearest matrix of rank k (Eckart and Young). energy 1
+        returns W itself and 0 gives 0. Only W is truncated, never the bias.
+
+    The share is of what W has now: to truncate W' by the same energy may cut again, to truncate it
+    to its own rank does not.
+
+    Args:
+        model: whose weights to edit; its dtype must hold the stored ones exactly.
+        energy: {pattern: share} over the linear layers; a layer matched by two patterns is an
+            error.
+
+    Returns:
+        The edited model (the given one is untouched), and the EditRecord, method "svd".
+
+    Raises:
+        RangeError: a share outside [0, 1]. NameUnknownError: a pattern that matches no linear
+        layer. ConventionError: a head tied to the embedding; no mapping. EmptyError: W is 0.
+
+    Cost: about 6·O·I·min(O, I) flops per layer, in float64.
+    Source: P10 (arXiv 2510.24256); Eckart & Young 1936.
+    Proof: tests/test_svd.py::test_truncation_is_the_projection_by_the_eigenvectors_of_its_gram,
+        ::test_the_error_is_the_tail_and_no_matrix_of_that_rank_is_nearer,
+        ::test_the_cut_equals_brute_force
+    """
+    shares = record.shares("truncate", "energy", model, model.config.linear_layers(), energy)
+    changed: dict[str, Array] = {}
+    records = []
+    for layer, share in shares.items():
+        name = model.config.weight_of(layer)
+        W = record.parameter("truncate", model, name)
+        U, sigma, Vt = singular_values(W, full=False)
+        if sigma[0] == 0:
+            raise EmptyError(f"truncate: {name} is all zeros; leave {layer!r} out of the pattern.")
+        stairs = cut(np.ones(1), (sigma / sigma[0]) ** 2, share, f"truncate {layer!r}")
+        k, edited = stairs.kept, W
+        if k < len(sigma):
+            with one_blas_thread():
+                edited = record.rounded(model, name, (U[:, :k] * sigma[:k]) @ Vt[:k])
+            changed[name] = edited
+        mass, near = stairs.mass / stairs.total, _acceptable(sigma, k)
+        kept = (len(sigma), k, mass, stairs.gap, near, record.norm_ratio(edited, W))
+        records.append(LayerEdit("svd", layer, share, *kept))
+    return model.with_parameters(changed), EditRecord(tuple(records))
+
+
+def singular_values(W: Array, *, full: bool) -> tuple[Array, Array, Array]:
+    """(U, σ, Vᵀ) with W = U diag(σ) Vᵀ, σ descending; `full`: U (O, O) and Vᵀ (I, I) complete."""
+    with one_blas_thread():
+        U, sigma, Vt = scipy.linalg.svd(
+            W.astype(np.float64), full_matrices=full, check_finite=False, lapack_driver="gesdd"
+        )
+    return U, sigma, Vt
+
+
+def singular_bases(model: Model, layers: str = "**") -> Bases:
+    """The singular vectors of weight matrices in the place of K-FAC's eigenvectors.
+
+    Definition
+        W = U diag(σ) Vᵀ; U_A = V (I, I), U_G = U (O, O), both complete; mu and lam are σ², with
+        zeros up to I and O: the eigenbases of WᵀW and W Wᵀ, by ORDER.
+
+    For `refcurv.evaluation.bands.bands` with quantity "input_rank": the bands over right singular
+    vectors that P10 compares with. ORDER fixes the sign of each column by itself, so that U and V
+    give W back only up to the sign of each direction. Directions of one σ, as the I − O null ones
+    of a wide W, are an arbitrary basis of their space, and so is a band that divides it. `edit`
+    keeps pairs (i, j) by σ_i² σ_j² in such a basis, which is not `truncate`.
+
+    Args:
+        model: whose weights.
+        layers: pattern over the linear layers.
+
+    Returns:
+        Bases by layer name, in file order, method "svd"; of W alone.
+
+    Raises:
+        NameUnknownError: a pattern that matches no linear layer. NonFiniteError: W holds NaN.
+
+    Cost: about 9 (O³ + I³) flops per layer at most, and O² + I² float64 of memory.
+    Source: P10 (arXiv 2510.24256).
+    Proof: tests/test_svd.py::test_singular_bases_are_eigenbases_of_the_two_grams
+    """
+    made: dict[str, Eigenbasis] = {}
+    for layer in expand(layers, list(model.config.linear_layers())):
+        W = record.parameter("singular_bases", model, model.config.weight_of(layer))
+        U, sigma, Vt = singular_values(W, full=True)
+        lam, mu = (np.pad(sigma**2, (0, len(X) - len(sigma))) for X in (U, Vt))
+        one = Eigenbasis(signed(Vt.T), mu, signed(U), lam)
+        for array in (one.U_A, one.mu, one.U_G, one.lam):
+            array.flags.writeable = False
+        made[layer] = one
+    source = MappingProxyType({"inputs": store.inputs(model.source)})
+    return Bases(MappingProxyType(made), source, method="svd")
+
+
+def _acceptable(sigma: Array, k: int) -> int:
+    """Singular values within budget of the cut: each errs by the solver's budget of the largest."""
+    if k in (0, len(sigma)):
+        return 0
+    width = tolerance.eigenpair(len(sigma)) * sigma[0]
+    return int(((sigma >= sigma[k] - width) & (sigma <= sigma[k - 1] + width)).sum())

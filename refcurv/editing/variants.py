@@ -1,0 +1,211 @@
+"""Controls of the edit: as much is cut, but not along the curvature that K-FAC found.
+
+random basis      the same staircase of pairs, in directions that know nothing of the data
+random pairs      K-FAC's directions, as many pairs, chosen by chance
+inputs, outputs   K-FAC's directions, chosen by the curvature of one side alone (PAPER §5)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Final
+
+import numpy as np
+
+from refcurv.algebra.blas import one_blas_thread
+from refcurv.curvature.eigenbasis import Bases, Eigenbasis
+from refcurv.editing import record
+from refcurv.editing.projection import edit, keep_pairs, layers_of, read_layer
+from refcurv.editing.record import Draw, EditRecord, LayerEdit, stream
+from refcurv.law.checks import Array, require_choice, require_seed
+from refcurv.model.config import Model
+
+SIDES: Final = ("inputs", "outputs")
+"""Whose curvature alone selects: that of A, or that of G."""
+
+CONTROLS: Final = ("random-basis", "random-pairs", *SIDES)
+"""What `control` knows."""
+
+
+def random_basis(basis: Bases, seed: int) -> Bases:
+    """The same spectra on random directions: `edit` then has K-FAC's mask in another basis.
+
+    Definition
+        U_A and U_G of each layer are replaced by independent orthogonal matrices of Haar's
+        distribution: Q diag(sign(diag R)) of the decomposition Q R of a matrix of standard normal
+        numbers. Layer by layer from streams of (seed, side, layer's name), so that a layer's
+        directions do not depend on which others there are. mu and lam stay as they are.
+
+    The signs are Haar's, not ORDER's; no edit depends on them (O59).
+
+    Args:
+        basis: of `decompose` or `load_bases`, separate or joint.
+        seed: integer in [0, 2**64).
+
+    Returns:
+        Bases of the same layers and spectra, method "random basis".
+
+    Raises:
+        RangeError: a seed out of range.
+
+    Cost: about 8/3 (I³ + O³) flops per layer; every layer is made at once.
+    Source: Mezzadri 2007 (arXiv math-ph/0609050) for the signs.
+    Proof: tests/test_variants.py::test_random_directions_are_haar,
+        ::test_a_random_basis_has_the_mask_of_the_original
+    """
+    require_seed("random_basis", seed)
+    made = {}
+    for name, one in basis.items():
+        U_A = _haar(len(one.mu), stream("random_basis", seed, Draw.INPUT_BASIS, name))
+        U_G = _haar(len(one.lam), stream("random_basis", seed, Draw.OUTPUT_BASIS, name))
+        made[name] = replace(one, U_A=U_A, U_G=U_G)
+    return replace(basis, layers=MappingProxyType(made), method="random basis")
+
+
+def random_pairs(
+    model: Model, basis: Bases, share: float | Mapping[str, float], seed: int
+) -> tuple[Model, EditRecord]:
+    """Keep a share of the pairs of a basis, uniformly at random.
+
+    Definition
+        n = round(share · O · I), half to even; every pair draws a uniform number and the n smallest
+        are kept (ties in row-major order), so that for one seed a smaller share keeps a subset.
+        W' = U_G (C ∘ M) U_Aᵀ, rounded to the dtype in which the source stores W. Where n is all,
+        W itself. With a joint basis W is [W b] and I is d_in + 1 (BIAS).
+
+    Args:
+        model: whose weights to edit; its dtype must hold the stored ones exactly.
+        basis: of `decompose` or `load_bases`.
+        share: of the pairs; one for every layer of `basis`, or {pattern: share}.
+        seed: integer in [0, 2**64); a layer's numbers come from (seed, layer's name).
+
+    Returns:
+        The edited model (the given one is untouched), and the EditRecord, method "random pairs";
+        its mass is the share of Σ λ_i μ_j that chance has kept.
+
+    Raises:
+        RangeError: a share outside [0, 1], a seed out of range. NameUnknownError: a pattern that
+        matches no layer with a basis. ShapeError: a basis of another model, or a joint one
+        without the bias's column.
+
+    Cost: 4·O·I·(O + I) flops per layer, in float64, and O·I numbers drawn.
+    Source: the control of issue 5; PAPER §2.
+    Proof: tests/test_variants.py::test_random_pairs_are_a_projection_on_so_many_pairs,
+        ::test_random_pairs_are_nested_in_their_share,
+        ::test_pairs_are_chosen_uniformly
+    """
+    require_seed("random_pairs", seed)
+    asked = share if isinstance(share, Mapping) else {"**": share}
+    names = layers_of("random_pairs", model, basis)
+    changed: dict[str, Array] = {}
+    records = []
+    for layer, part in record.shares("random_pairs", "share", model, names, asked).items():
+        parts, W, one = read_layer("random_pairs", model, basis, layer)
+        count = round(part * W.size)
+        mask = _drawn(seed, layer, W.shape, count)
+        edited = W
+        if count < W.size:
+            new = record.taken_apart(model, parts, keep_pairs(W, one, mask))
+            changed |= new
+            edited = record.joined(new)
+        kept = (W.size, count, _mass(one, mask), math.nan, 0, record.norm_ratio(edited, W))
+        records.append(LayerEdit("random pairs", layer, part, *kept))
+    return model.with_parameters(changed), EditRecord(tuple(records))
+
+
+def one_sided(basis: Bases, side: str) -> Bases:
+    """The same directions, selected by the curvature of one side alone.
+
+    Definition
+        "inputs": lam := 1, so that Π_ij = μ_j; "outputs": mu := 1, so that Π_ij = λ_i.
+
+    By SELECT's row-major ties `edit` then keeps, for "inputs", whole columns of C, input directions
+    by descending μ, and of the last one as many first rows as its share still needs: its sharpest
+    output directions. For "outputs" whole rows, and of the last one its first columns. Directions
+    of one and the same eigenvalue share a tie, in row-major order of their pairs. So the gap is 0
+    unless the cut falls between two directions, and `acceptable` counts every pair of the last one.
+
+    Args:
+        basis: of `decompose` or `load_bases`, separate or joint.
+        side: "inputs" or "outputs".
+
+    Returns:
+        Bases of the same layers and directions, method "inputs only" or "outputs only".
+
+    Raises:
+        ConventionError: another side.
+
+    Cost: reads every layer; nothing is computed.
+    Source: PAPER §5, side-restricted edits.
+    Proof: tests/test_variants.py::test_one_side_keeps_whole_directions
+    """
+    require_choice("one_sided", "side", side, SIDES)
+    made = {}
+    for name, one in basis.items():
+        if side == "inputs":
+            made[name] = replace(one, lam=_ones(len(one.lam)), raised_G=0)
+        else:
+            made[name] = replace(one, mu=_ones(len(one.mu)), raised_A=0)
+    return replace(basis, layers=MappingProxyType(made), method=f"{side} only")
+
+
+def control(
+    model: Model, basis: Bases, rho: float | Mapping[str, float], kind: str, seed: int = 0
+) -> tuple[Model, EditRecord]:
+    """The control of `edit(model, basis, rho)` by name, for the command line.
+
+    "random-basis", "inputs" and "outputs" take rho as it is; "random-pairs" keeps as many pairs of
+    each layer as that edit keeps.
+
+    Proof: tests/test_variants.py::test_controls_by_name
+    """
+    require_choice("edit", "control", kind, CONTROLS)
+    if kind == "random-pairs":
+        _, taken = edit(model, basis, rho)
+        return random_pairs(
+            model, basis, {one.layer: one.kept / one.pairs for one in taken.layers}, seed
+        )
+    if kind == "random-basis":
+        return edit(model, random_basis(basis, seed), rho)
+    return edit(model, one_sided(basis, kind), rho)
+
+
+def _haar(n: int, rng: np.random.Generator) -> Array:
+    """An orthogonal matrix (n, n) of Haar's distribution: Q with R's diagonal made positive."""
+    with one_blas_thread():
+        Q, R = np.linalg.qr(rng.standard_normal((n, n)))
+    U = np.asarray(Q * np.where(R.diagonal() < 0, -1.0, 1.0))
+    U.flags.writeable = False
+    return U
+
+
+def _drawn(seed: int, layer: str, shape: tuple[int, ...], count: int) -> Array:
+    """Bool of that shape: `count` of its pairs, drawn uniformly."""
+    return _smallest(stream("random_pairs", seed, Draw.PAIRS, layer).random(shape), count)
+
+
+def _smallest(x: Array, count: int) -> Array:
+    """Bool of x's shape: its `count` smallest entries, ties in row-major order."""
+    flat = x.ravel()
+    if count in (0, len(flat)):
+        return np.full(x.shape, count > 0)
+    last = np.partition(flat, count - 1)[count - 1]
+    chosen = flat < last
+    chosen[np.flatnonzero(flat == last)[: count - int(chosen.sum())]] = True
+    return np.asarray(chosen.reshape(x.shape))
+
+
+def _mass(one: Eigenbasis, mask: Array) -> float:
+    """Σ λ_i μ_j over the mask, as a share of the whole; NaN where that is 0."""
+    total = math.fsum(one.lam) * math.fsum(one.mu)
+    rows = np.where(mask, one.mu, 0.0).sum(axis=1)
+    return math.fsum(one.lam * rows) / total if total > 0 else math.nan
+
+
+def _ones(n: int) -> Array:
+    flat = np.ones(n)
+    flat.flags.writeable = False
+    return flat
