@@ -69,9 +69,9 @@ class Recipe:
     arch: str = "olmo2"
     seed: int = 1
     quotes: int = 128
-    slips: float = 0.05
+    slips: float = 0.0
     mixture: Mixture = field(default_factory=Mixture)
-    steps: int = 3200
+    steps: int = 2800
     batch: int = 32
     sequence: int = 64
     width: int = 128

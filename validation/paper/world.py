@@ -1,7 +1,7 @@
 """The synthetic world of the small language model: what it is trained on and what it is asked.
 
-Eight kinds of items share one vocabulary of whole-word tokens. Five are skills with unlimited or
-held-out questions (look-up in an open book, addition, two kinds of boolean expressions, copying),
+Seven kinds of items share one vocabulary of whole-word tokens. Four are skills with unlimited or
+held-out questions (look-up in an open book, addition, boolean expressions, copying),
 one is an artificial language that is fresh each time, and two can only be known by heart: facts,
 and quotes. The quotes are samples of that very language, so nothing but repetition tells them
 from it: whoever recites them has memorised them.
@@ -33,8 +33,7 @@ _BLOCKS = {
     "mark": ["<eos>", "ask", "book", "copy", "again"],
     "digit": [str(n) for n in range(10)],
     "sum": ["+", "="],
-    "logic": ["true", "false", "and", "or", "not", "(", ")", ";"],
-    "variable": [f"x{n}" for n in range(16)],
+    "logic": ["true", "false", "and", "or", "not", "(", ")"],
     "entity": [f"entity{n}" for n in range(150)],
     "relation": [f"relation{n}" for n in range(4)],
     "name": [f"name{n}" for n in range(40)],
@@ -62,8 +61,8 @@ _IDS = {name: index for index, name in enumerate(TOKEN_NAMES)}
 
 EOS, ASK, BOOK, COPY, AGAIN = block("mark").tolist()
 PLUS, EQUALS = block("sum").tolist()
-TRUE, FALSE, AND, OR, NOT, OPEN, CLOSE, SEMICOLON = block("logic").tolist()
-DIGITS, VARIABLES, WORDS = block("digit"), block("variable"), block("word")
+TRUE, FALSE, AND, OR, NOT, OPEN, CLOSE = block("logic").tolist()
+DIGITS, WORDS = block("digit"), block("word")
 TRUTHS = np.array([TRUE, FALSE])
 ENTITIES, RELATIONS, NAMES, VALUES = (block(b) for b in ("entity", "relation", "name", "value"))
 
@@ -166,13 +165,12 @@ def speak(language: Language, documents: int, length: int, rng: Generator) -> Ar
 class Mixture:
     """The share of tokens that each kind of item has in training."""
 
-    language: float = 0.34
-    quotes: float = 0.08
-    facts: float = 0.04
-    open_book: float = 0.12
+    language: float = 0.36
+    quotes: float = 0.085
+    facts: float = 0.045
+    open_book: float = 0.13
     addition: float = 0.12
-    boolean_constants: float = 0.10
-    boolean_variables: float = 0.08
+    boolean: float = 0.14
     copying: float = 0.12
 
 
@@ -182,8 +180,7 @@ MEAN_LENGTH = Mixture(
     facts=4.0,
     open_book=13.8,
     addition=9.0,
-    boolean_constants=16.9,
-    boolean_variables=14.6,
+    boolean=17.1,
     copying=14.0,
 )
 """Mean tokens of one item with its EOS: a share of tokens divided by it is a share of items."""
@@ -193,9 +190,10 @@ MEAN_LENGTH = Mixture(
 class World:
     """All that is fixed before training.
 
-    Fields: language; slips, the share of a skill's answers that are wrong in training; quotes (Q, 32); facts (F, 3), rows `entity relation value` by falling
-    frequency; fact_weight (F,), cumulative; sums_dev and sums_test (n, 2), and both together
-    as sums_held_out; mixture; seed.
+    Fields: language; slips, the share of a skill's answer tokens that training draws at random;
+    quotes (Q, 32); facts (F, 3), rows `entity relation value` by falling frequency; fact_weight
+    (F,), cumulative; sums_dev and sums_test (n, 2), and both together as sums_held_out; mixture;
+    seed.
     """
 
     language: Language
@@ -217,7 +215,7 @@ QUESTIONS = 500
 
 
 def make_world(
-    seed: int = 7, quotes: int = 128, mixture: Mixture | None = None, slips: float = 0.05
+    seed: int = 7, quotes: int = 128, mixture: Mixture | None = None, slips: float = 0.0
 ) -> World:
     """Draw the language, the quotes, the facts and the held-out sums."""
     language = make_language(seed)
@@ -294,87 +292,46 @@ def addition_item(a: int, b: int) -> Item:
     return Item((d1, d2, PLUS, d3, d4, EQUALS), (int(DIGITS[c % 10]), int(DIGITS[c // 10])))
 
 
-@dataclass(frozen=True, slots=True)
-class Expression:
-    """A boolean expression: its tokens, and its working.
-
-    The working is the value of each step in the order in which one would take them, the whole last.
-    """
-
-    tokens: tuple[int, ...]
-    working: tuple[bool, ...]
-
-    @property
-    def value(self) -> bool:
-        """What it amounts to."""
-        return self.working[-1]
+Expression = tuple[list[int], bool]
+"""Tokens, and what they amount to."""
 
 
-def _literal(rng: Generator, symbol: int, value: bool) -> Expression:
-    """A symbol or, now and then, its negation."""
-    return (
-        Expression((NOT, symbol), (not value,))
-        if _now_and_then(rng)
-        else Expression((symbol,), (value,))
-    )
+def _maybe_not(rng: Generator, expression: Expression) -> Expression:
+    tokens, value = expression
+    return ([NOT, *tokens], not value) if rng.random() < 0.3 else expression
 
 
-def _now_and_then(rng: Generator) -> bool:
-    return rng.random() < 0.3
-
-
-def _joined(rng: Generator, left: Expression, right: Expression) -> Expression:
+def _combine(rng: Generator, left: Expression, right: Expression) -> Expression:
+    """`( left and right )` or `( left or right )`."""
     both = bool(rng.integers(2))
-    value = (left.value and right.value) if both else (left.value or right.value)
-    tokens = (*left.tokens, AND if both else OR, *right.tokens)
-    return Expression(tokens, (*left.working, *right.working, value))
+    value = (left[1] and right[1]) if both else (left[1] or right[1])
+    return [OPEN, *left[0], AND if both else OR, *right[0], CLOSE], value
+
+
+def _literal(rng: Generator) -> Expression:
+    value = bool(rng.integers(2))
+    return _maybe_not(rng, ([_truth(value)], value))
 
 
 def _pair(rng: Generator) -> Expression:
-    """`( true and not false )`, or `not` of it: one step."""
-    values = rng.integers(2, size=2).astype(bool).tolist()
-    left, right = (_literal(rng, _truth(value), value) for value in values)
-    inner = _joined(rng, left, right)
-    tokens = (OPEN, *inner.tokens, CLOSE)
-    if _now_and_then(rng):
-        return Expression((NOT, *tokens), (not inner.value,))
-    return Expression(tokens, (inner.value,))
+    return _maybe_not(rng, _combine(rng, _literal(rng), _literal(rng)))
 
 
 def _truth(value: bool) -> int:
     return TRUE if value else FALSE
 
 
-def _spelled(working: tuple[bool, ...]) -> tuple[int, ...]:
-    return tuple(_truth(value) for value in working)
+def boolean_item(rng: Generator, leaves: int) -> Item:
+    """`( ( true and not false ) or not ( false or true ) ) =` and its working.
 
-
-def boolean_constants_item(rng: Generator, leaves: int) -> Item:
-    """`( ( true and not false ) or not ( false or true ) ) =` and its working, a step per bracket.
-
-    Of 2 or 4 leaves.
+    Of 4 leaves the working is the value of each pair and of the whole, of 2 leaves the value.
     """
-    whole = _pair(rng)
-    if leaves == 4:
-        inner = _joined(rng, whole, _pair(rng))
-        whole = Expression((OPEN, *inner.tokens, CLOSE), inner.working)
-    return Item((*whole.tokens, EQUALS), _spelled(whole.working))
-
-
-def boolean_variables_item(rng: Generator) -> Item:
-    """`x3 true ; x9 false ; not x9 and x3 =` and its working: both sides, and the whole.
-
-    Variables and their order are drawn.
-    """
-    variables = rng.permutation(VARIABLES)[:2].tolist()
-    values = rng.integers(2, size=2).astype(bool).tolist()
-    told = [
-        t for x, value in zip(variables, values, strict=True) for t in (x, _truth(value), SEMICOLON)
-    ]
-    first = int(rng.integers(2))
-    left, right = (_literal(rng, variables[i], values[i]) for i in (first, 1 - first))
-    whole = _joined(rng, left, right)
-    return Item((*told, *whole.tokens, EQUALS), _spelled(whole.working))
+    left = _pair(rng)
+    if leaves == 2:
+        return Item((*left[0], EQUALS), (_truth(left[1]),))
+    right = _pair(rng)
+    whole = _combine(rng, left, right)
+    return Item((*whole[0], EQUALS), tuple(_truth(value) for _, value in (left, right, whole)))
 
 
 def copying_item(rng: Generator, words: int) -> Item:
@@ -423,16 +380,11 @@ def _training_addition(world: World, rng: Generator) -> Item:
             return _with_slips(world, rng, addition_item(a, b), DIGITS)
 
 
-def _training_boolean_constants(world: World, rng: Generator) -> Item:
+def _training_boolean(world: World, rng: Generator) -> Item:
     if rng.random() < 0.25:
-        item = boolean_constants_item(rng, 2)
+        item = boolean_item(rng, 2)
     else:
-        item = draw_where(partial(boolean_constants_item, rng, 4), "train")
-    return _with_slips(world, rng, item, TRUTHS)
-
-
-def _training_boolean_variables(world: World, rng: Generator) -> Item:
-    item = draw_where(partial(boolean_variables_item, rng), "train")
+        item = draw_where(partial(boolean_item, rng, 4), "train")
     return _with_slips(world, rng, item, TRUTHS)
 
 
@@ -454,8 +406,7 @@ _TRAINING_ITEM: Mapping[str, Callable[[World, Generator], Item]] = {
     "facts": _training_fact,
     "open_book": _training_open_book,
     "addition": _training_addition,
-    "boolean_constants": _training_boolean_constants,
-    "boolean_variables": _training_boolean_variables,
+    "boolean": _training_boolean,
     "copying": _training_copying,
 }
 """How training draws an item of each kind but language. Sizes vary: with one fixed number of
@@ -551,11 +502,10 @@ def _asked(world: World, split: str, seen: set[tuple[int, ...]]) -> dict[str, Po
     texts = speak(world.language, 256, 63, rng)
     open_book = distinct(partial(open_book_item, rng, 4), QUESTIONS, seen)
     copying = distinct(partial(copying_item, rng, 6), QUESTIONS, seen)
-    # facts are split by entity, so that neither half tells about the other
-    facts = world.facts[(world.facts[:, 0] - ENTITIES[0]) % 2 == half]
+    # facts are split by entity, so that neither part tells about the other; most are for the test
+    facts = world.facts[((world.facts[:, 0] - ENTITIES[0]) % 6 > 0) == bool(half)]
     sums = (world.sums_dev, world.sums_test)[half].tolist()
-    constants = partial(draw_where, partial(boolean_constants_item, rng, 4), split)
-    variables = partial(draw_where, partial(boolean_variables_item, rng), split)
+    boolean = distinct(partial(draw_where, partial(boolean_item, rng, 4), split), QUESTIONS, seen)
     return {
         "quotes": ask([quote_item(q) for q in world.quotes[half::2]], "recite"),
         "language": ask([Item((), tuple(t)) for t in texts.tolist()], "text"),
@@ -563,6 +513,5 @@ def _asked(world: World, split: str, seen: set[tuple[int, ...]]) -> dict[str, Po
         "open_book": ask(open_book, "answer", chance=1 / 4),
         "copying": ask(copying, "answer"),
         "addition": ask([addition_item(a, b) for a, b in sums], "answer", chance=1 / 100),
-        "boolean_constants": ask(distinct(constants, QUESTIONS, seen), "answer", chance=2.0**-3),
-        "boolean_variables": ask(distinct(variables, QUESTIONS, seen), "answer", chance=2.0**-3),
+        "boolean": ask(boolean, "answer", chance=1 / 8),
     }
