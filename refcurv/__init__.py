@@ -17,6 +17,7 @@ The public names, in the order in which data flow:
     edit, EditRecord                W' = U_G (C ∘ M) U_Aᵀ
     random_basis, random_pairs, one_sided   controls of the same size
     truncate, singular_bases        without the smallest singular values; their bands
+    train_scores, Scores, prune     without the weights that a mask learned to drop
     evaluate, Evaluation            populations → table
     exact                           Hessian, GGN, Fisher, F_tok and K, exactly: rc.exact.hvp(...)
     distance                        F, F_tok and K side by side: rc.distance.compare(...)
@@ -31,6 +32,7 @@ from refcurv.curvature.blocks import Block, Blocks, collect_blocks
 from refcurv.curvature.eigenbasis import Bases, Eigenbasis, decompose, load_bases, save_bases
 from refcurv.curvature.factors import Factor, Factors, collect
 from refcurv.curvature.factors_file import load_factors, save_factors
+from refcurv.editing.bsn import Scores, prune, train_scores
 from refcurv.editing.projection import edit
 from refcurv.editing.record import EditRecord
 from refcurv.editing.svd import singular_bases, truncate
@@ -61,6 +63,7 @@ __all__ = [
     "ModelConfig",
     "Population",
     "RefcurvError",
+    "Scores",
     "audit",
     "build_corpus",
     "collect",
@@ -80,6 +83,7 @@ __all__ = [
     "loss_and_gradient",
     "matrix_free",
     "one_sided",
+    "prune",
     "random_basis",
     "random_pairs",
     "save",
@@ -87,5 +91,6 @@ __all__ = [
     "save_corpus",
     "save_factors",
     "singular_bases",
+    "train_scores",
     "truncate",
 ]

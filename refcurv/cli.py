@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from refcurv.law.checks import RangeError, RefcurvError
+from refcurv.law.checks import RangeError, RefcurvError, require_choice
 
 DONE, JUDGED_AND_FAILED, BAD_INPUT, MACHINE, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -51,6 +51,12 @@ EXAMPLES = {
     "truncate": [
         "refcurv truncate w.h5 -o truncated.h5 --energy 'blocks.{23-25}.mlp.{gate,up}=0.7'",
         "refcurv truncate w.h5 -o truncated.h5 --energy '**.gate=0.5' --energy '**.up=0.9'",
+    ],
+    "prune": [
+        "refcurv prune w.h5 corpus.h5 -o pruned.h5 --layers 'blocks.{23-25}.mlp.{gate,up}' \\\n"
+        "      --forget quotes --ratio 0.05 --dtype float32",
+        "refcurv prune w.h5 corpus.h5 -o pruned.h5 --layers '**.up' --forget quotes --ratio 0.01 "
+        "--weight 0.7",
     ],
     "audit": [
         "refcurv audit w.h5 corpus.h5",
@@ -216,6 +222,31 @@ def truncate(args: argparse.Namespace) -> None:
 
     energy = _rho(args.energy, "truncate: --energy takes PATTERN=SHARE")
     _save_edit(args, *rc.truncate(rc.load(args.weights), energy))
+
+
+def prune(args: argparse.Namespace) -> None:
+    """Learn which weights to zero to forget a population and retain the corpus's own tokens."""
+    import refcurv as rc
+    from refcurv.files.disk import output_path
+
+    output_path("prune", args.output)  # before the work, not after it
+    corpus = rc.load_corpus(args.corpus)
+    forget = require_choice("prune", "--forget", args.forget, corpus.populations)
+    scores = rc.train_scores(
+        rc.load(args.weights, dtype=args.dtype),
+        args.layers,
+        corpus.populations[forget],  # type: ignore[arg-type]  # it refuses images
+        corpus,
+        ratio=args.ratio,
+        weight=args.weight,
+        steps=args.steps,
+        rate=args.rate,
+        batch=args.batch,
+        seed=args.seed,
+        progress=progress_bar("train"),
+    )
+    edited, record = rc.prune(rc.load(args.weights), scores)
+    _save_edit(args, edited, record, bsn=scores.settings(), **scores.source)
 
 
 def _save_edit(args: argparse.Namespace, edited: Any, record: Any, **made_from: Any) -> None:
@@ -396,6 +427,25 @@ def _truncate_arguments(sub: argparse.ArgumentParser) -> None:
     _json(sub)
 
 
+def _prune_arguments(sub: argparse.ArgumentParser) -> None:
+    _positional(sub, "WEIGHTS", "CORPUS")
+    _output(sub)
+    sub.add_argument("--layers", required=True, metavar="PATTERN", help="whose weights")
+    text = "a population, recite or answer, whose suffixes to forget; the corpus is what to retain"
+    sub.add_argument("--forget", required=True, metavar="NAME", help=text)
+    text = "share of the weights to zero, of all the layers together"
+    sub.add_argument("--ratio", required=True, type=float, help=text)
+    text = "of the forgotten in the loss (default: 1)"
+    sub.add_argument("--weight", type=float, default=1.0, help=text)
+    sub.add_argument("--steps", type=int, default=60, help="of Adam (default: 60)")
+    sub.add_argument("--rate", type=float, default=0.02, help="Adam's (default: 0.02)")
+    text = "rows of each, corpus and population, in one step (default: 32)"
+    sub.add_argument("--batch", type=int, default=32, help=text)
+    sub.add_argument("--seed", type=int, default=0, help="of start and batches (default: 0)")
+    _dtype(sub)
+    _json(sub)
+
+
 def _shares(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--rho",
@@ -435,6 +485,7 @@ COMMANDS: dict[
     decompose: _decompose_arguments,
     edit: _edit_arguments,
     truncate: _truncate_arguments,
+    prune: _prune_arguments,
     evaluate: _evaluate_arguments,
     audit: _audit_arguments,
 }

@@ -100,6 +100,30 @@ def test_truncate(files: Path, tmp_path: Path, capsys) -> None:
     }  # fmt: skip
 
 
+def test_prune(files: Path, tmp_path: Path, capsys) -> None:
+    """The file is the function's, made in float32 from weights of float32; it says how."""
+    out, table = tmp_path / "e.h5", tmp_path / "t.json"
+    layers = "blocks.1.mlp.{gate,up}"
+    choices = dict(ratio=0.2, weight=0.7, steps=2, rate=0.1, batch=5, seed=3)
+    options = [x for name, value in choices.items() for x in (f"--{name}", str(value))]
+    command = ["prune", *paths(files, "w", "c"), "-o", str(out), "--layers", layers, "--forget",
+               "recite_dev", *options, "--dtype", "float32", "--json", str(table)]  # fmt: skip
+    assert main(command) == 0
+    assert capsys.readouterr().out.startswith("BSN: weights")
+    corpus = rc.load_corpus(files / "c.h5")
+    forget = corpus.populations["recite_dev"]
+    model = rc.load(files / "w.h5", dtype="float32")
+    scores = rc.train_scores(model, layers, forget, corpus, **choices)
+    edited, record = rc.prune(rc.load(files / "w.h5"), scores)
+    assert json.loads(table.read_text()) == record.to_json()
+    made = rc.load(out)
+    assert all(x.tobytes() == made.parameters[n].tobytes() for n, x in edited.parameters.items())
+    found = made.source["header"].provenance
+    assert found["bsn"] == {"layers": ["blocks.1.mlp.gate", "blocks.1.mlp.up"], **choices,
+                            "dtype": "float32"}  # fmt: skip
+    assert set(found["inputs"]) == {"w.h5", "c.h5"}
+
+
 def test_commands_equal_functions(files: Path) -> None:
     model, corpus = rc.load(files / "w.h5"), rc.load_corpus(files / "c.h5")
     factors = rc.collect(model, corpus)
@@ -163,6 +187,12 @@ BAD = {
     "energy no number": (["truncate", "{w}", "-o", "{out}", "--energy", "head=much"],
                          "truncate: --energy takes"),
     "energy too large": (["truncate", "{w}", "-o", "{out}", "--energy", "head=1.5"], "[0, 1]"),
+    "nothing of that name to forget": (["prune", "{w}", "{c}", "-o", "{out}", "--layers", "**.up",
+                                        "--forget", "recite", "--ratio", "0.1"], "recite_dev"),
+    "text to forget": (["prune", "{w}", "{c}", "-o", "{out}", "--layers", "**.up", "--forget",
+                        "text_dev", "--ratio", "0.1"], "must be one of recite, answer"),
+    "more than all": (["prune", "{w}", "{c}", "-o", "{out}", "--layers", "**.up", "--forget",
+                       "recite_dev", "--ratio", "5"], "[0, 1]"),
     "no such split": (["evaluate", "{w}", "{c}", "--split", "train"], "dev, test"),
     "no such folder": (["decompose", "{f}", "-o", "nowhere/b.h5"], "nowhere"),
     "usage": (["collect", "{w}"], "required"),
@@ -279,7 +309,7 @@ def checksums(path: str) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("command", ["", *("demo report convert export inspect corpus collect "
-                                           "decompose edit truncate evaluate "
+                                           "decompose edit truncate prune evaluate "
                                            "audit").split()])  # fmt: skip
 def test_help_has_examples(command: str, capsys) -> None:
     with pytest.raises(SystemExit) as stop:

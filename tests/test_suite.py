@@ -183,8 +183,8 @@ def test_text_is_the_naive_loop(rng, dtype, head_rows):
     spy = lambda *a: seen.append(len(a[2])) or transformer.head_logits(*a)  # noqa: E731
     with (
         mock.patch.object(decode, "shard_sequences", lambda width: 3),
-        mock.patch.object(suite, "HEAD_ROWS", head_rows),
-        mock.patch.object(suite, "head_logits", spy),
+        mock.patch.object(decode, "HEAD_ROWS", head_rows),
+        mock.patch.object(decode, "head_logits", spy),
     ):
         row = evaluate(model, corpus, baseline=baseline)["text"]
     assert sum(seen) == 2 * row.tokens == 2 * (10 + 3 + 5 + 1 + 0 + 9 + 1)

@@ -29,7 +29,7 @@ from refcurv.model.inputs import kept, require_rows
 from refcurv.model.layers import Layout
 from refcurv.model.transformer import Inputs, Parameters
 from refcurv.passes import memory, parallel
-from refcurv.passes.parallel import Progress
+from refcurv.passes.parallel import Progress, counter
 
 
 class Quantity(StrEnum):
@@ -200,8 +200,8 @@ def bands(
         aligned = bool(_scored(clean, columns))
     begin, total = len(job.parts(memorised)), len(job.parts(memorised)) + len(job.parts(clean))
     progress(0, total)
-    hot = _mean_norms(job, memorised, None, _counter(progress, 0, total))
-    cold = _mean_norms(job, clean, columns if aligned else None, _counter(progress, begin, total))
+    hot = _mean_norms(job, memorised, None, counter(progress, total))
+    cold = _mean_norms(job, clean, columns if aligned else None, counter(progress, total, begin))
     edges = MASS_EDGES if kind is Quantity.PAIR_MASS else tuple(p / 100 for p in RANK_PERCENT)
     return {
         name: Bands(name, kind, edges, probe.sizes, tuple(m), tuple(c), aligned)
@@ -351,14 +351,3 @@ def _mean_norms(
     if not count.all():
         raise EmptyError("bands: the clean population has no token behind any prompt.")
     return np.asarray(total / count)
-
-
-def _counter(progress: Progress, begin: int, total: int) -> Callable[[], None]:
-    finished = begin
-
-    def done() -> None:
-        nonlocal finished
-        finished += 1
-        progress(finished, total)
-
-    return done

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 
@@ -34,6 +35,9 @@ from refcurv.model.transformer import (
 )
 from refcurv.passes import parallel
 from refcurv.passes.fast import FAST
+from refcurv.passes.memory import final_states
+
+Result = TypeVar("Result")
 
 
 def greedy(config: ModelConfig, parameters: Parameters, prompt: Array, steps: int) -> Array:
@@ -62,16 +66,38 @@ def greedy(config: ModelConfig, parameters: Parameters, prompt: Array, steps: in
     Source: PAPER §2, Recitation.
     Proof:  tests/test_decode.py::test_cached_equals_recomputed; ::test_ties_go_to_the_lowest_id
     """
-    require_shape("greedy", "prompt", prompt, (None, None), "(B, P)")
-    require_dtype("greedy", "prompt", prompt, "iu", "integer token ids")
-    require_token_ids("greedy", "prompt", prompt, config.vocabulary)
+
+    def choose(_: int, final_BD: Array) -> Array:
+        return likeliest("greedy", config, parameters, final_BD)
+
+    return continued("greedy", config, parameters, prompt, steps, choose)
+
+
+def continued(
+    who: str,
+    config: ModelConfig,
+    parameters: Parameters,
+    prompt: Array,
+    steps: int,
+    choose: Callable[[int, Array], Array],
+) -> Array:
+    """(B, steps) tokens, the n-th of each row chosen by `choose(n, final_BD)` from what precedes.
+
+    final_BD is what the head reads at the last position. Arguments, errors and cost as `greedy`.
+
+    Proof:  tests/test_decode.py::test_cached_equals_recomputed;
+            tests/test_coherence.py::test_samples_are_drawn_from_the_recomputed_distribution
+    """
+    require_shape(who, "prompt", prompt, (None, None), "(B, P)")
+    require_dtype(who, "prompt", prompt, "iu", "integer token ids")
+    require_token_ids(who, "prompt", prompt, config.vocabulary)
     if prompt.shape[1] == 0:
-        raise EmptyError("greedy: a prompt needs at least one token to continue; got none.")
+        raise EmptyError(f"{who}: a prompt needs at least one token to continue; got none.")
     if steps < 0:
-        raise RangeError(f"greedy: steps must be >= 0; got {steps}.")
+        raise RangeError(f"{who}: steps must be >= 0; got {steps}.")
     if not config.causal:
-        raise ConventionError("greedy: only a causal model can be decoded from left to right.")
-    require_positions("greedy", prompt.shape[1] + steps - 1, config.learned_positions)
+        raise ConventionError(f"{who}: only a causal model can be decoded from left to right.")
+    require_positions(who, prompt.shape[1] + steps - 1, config.learned_positions)
     out_BN = np.empty((len(prompt), steps), dtype=np.int64)
     if not len(prompt):
         return out_BN
@@ -79,7 +105,7 @@ def greedy(config: ModelConfig, parameters: Parameters, prompt: Array, steps: in
     token_BT, begin = prompt.astype(np.int64), 0
     for n in range(steps):
         final_BD = _advance(config, parameters, token_BT, begin, cache)
-        out_BN[:, n] = likeliest("greedy", config, parameters, final_BD)
+        out_BN[:, n] = choose(n, final_BD)
         begin += token_BT.shape[1]
         token_BT = out_BN[:, n : n + 1]
     return out_BN
@@ -156,6 +182,32 @@ def teacher_forced(
     label_BT = shift_labels(token_BT, real_BT, np.zeros_like(token_BT))
     label_BT[index_T < population.prompt_length[row][:, None] - 1] = NO_LABEL
     return token_BT, label_BT, layout_of(config, real_BT, np.zeros_like(token_BT))
+
+
+def at_scored(
+    config: ModelConfig,
+    parameters: Parameters,
+    population: Population,
+    take: Callable[[Array, Array], Result],
+    done: Callable[[], object] = lambda: None,
+) -> list[Result]:
+    """What `take(logits (N, V), labels (N,))` makes of every scored position, in pieces.
+
+    Positions come in the order of `batches`, row by row in each; a piece has at most HEAD_ROWS of
+    them, so that no more logits exist at one time per thread.
+
+    Proof:  tests/test_suite.py::test_text_is_the_naive_loop
+    """
+
+    def work(_: int, row: Array) -> list[Result]:
+        token_BT, label_BT, layout = teacher_forced(config, population, row)
+        scored_BT = label_BT >= 0
+        final_ND = final_states(config, parameters, token_BT, layout)[scored_BT]
+        label_N = label_BT[scored_BT]
+        pieces = [slice(begin, begin + HEAD_ROWS) for begin in range(0, len(label_N), HEAD_ROWS)]
+        return [take(head_logits(config, parameters, final_ND[p]), label_N[p]) for p in pieces]
+
+    return [one for part in parallel.run(batches(population), work, done=done) for one in part]
 
 
 def require_population(who: str, name: str, population: Population, config: ModelConfig) -> None:

@@ -63,15 +63,24 @@ def recitation(decoded: Sequence[Array], truth: Sequence[Array]) -> Recitation:
     Source: PAPER §2, Recitation.
     Proof:  tests/test_metrics.py::test_recitation_is_the_definition; ::test_loose_is_exact
     """
-    _require_rows("recitation", decoded, truth)
-    lengths = [len(row) for row in truth]
-    d = [Levenshtein.distance(a.tolist(), b.tolist()) for a, b in zip(decoded, truth, strict=True)]
-    pairs = list(zip(d, lengths, strict=True))
+    pairs = edit_distances(decoded, truth)
     return Recitation(
         strict=sum(x == 0 for x, _ in pairs) / len(pairs),
         loose=sum(4 * x <= L for x, L in pairs) / len(pairs),
         distance=math.fsum(x / L for x, L in pairs) / len(pairs),
     )
+
+
+def edit_distances(decoded: Sequence[Array], truth: Sequence[Array]) -> list[tuple[int, int]]:
+    """(d, L) of each row, as `recitation` defines them; its arguments and errors.
+
+    Proof:  tests/test_metrics.py::test_recitation_is_the_definition
+    """
+    _require_rows("recitation", decoded, truth)
+    return [
+        (Levenshtein.distance(a.tolist(), b.tolist()), len(b))
+        for a, b in zip(decoded, truth, strict=True)
+    ]
 
 
 def exact_match(decoded: Sequence[Array], truth: Sequence[Array]) -> float:

@@ -12,11 +12,11 @@ import numpy as np
 
 from refcurv.evaluation.classify import classify, image_batches, require_image_population
 from refcurv.evaluation.decode import (
+    at_scored,
     batches,
     decode_population,
     require_population,
     suffixes,
-    teacher_forced,
 )
 from refcurv.evaluation.metrics import (
     NDCG_K,
@@ -37,13 +37,12 @@ from refcurv.law.checks import (
     NameUnknownError,
     require_choice,
 )
-from refcurv.law.conventions import HEAD_ROWS, Gain
+from refcurv.law.conventions import Gain
 from refcurv.model.config import Model, ModelConfig
 from refcurv.model.loss import cross_entropy
-from refcurv.model.transformer import Parameters, head_logits
-from refcurv.passes import parallel
-from refcurv.passes.memory import final_states, resident
-from refcurv.passes.parallel import Progress
+from refcurv.model.transformer import Parameters
+from refcurv.passes.memory import resident
+from refcurv.passes.parallel import Progress, counter
 
 RETAINED = MappingProxyType({"answer": "accuracy", "recite": "strict", "label": "accuracy"})
 """The value that a retention is of, by kind; a perplexity is not retained."""
@@ -231,13 +230,8 @@ def measure(
     wanted = _populations(corpus, split)
     _require_readable(wanted, model.config)
     parameters = resident(model)
-    total, finished = _batch_count(model.config, wanted), 0
-
-    def done() -> None:
-        nonlocal finished
-        finished += 1
-        progress(finished, total)
-
+    total = _batch_count(model.config, wanted)
+    done = counter(progress, total)
     progress(0, total)
     measured = {
         name: _measured(model.config, parameters, name, population, done)
@@ -372,27 +366,11 @@ def _text(
     done: Callable[[], object],
 ) -> tuple[Array, Array]:
     """Nats (N,) float64 and likeliest ids (N, K) of every scored position, batch by batch."""
-
-    def work(_: int, row: Array) -> tuple[Array, Array]:
-        token_BT, label_BT, layout = teacher_forced(config, population, row)
-        final_BTD = final_states(config, parameters, token_BT, layout)
-        scored_BT = label_BT >= 0
-        return _scores(config, parameters, final_BTD[scored_BT], label_BT[scored_BT])
-
-    found = parallel.run(batches(population), work, done=done)
-    return np.concatenate([n for n, _ in found]), np.concatenate([top for _, top in found])
-
-
-def _scores(
-    config: ModelConfig, parameters: Parameters, final_ND: Array, label_N: Array
-) -> tuple[Array, Array]:
-    """Nats and likeliest ids of some positions; HEAD_ROWS of them have logits at one time."""
     K = min(NDCG_K, config.vocabulary)
-    nats_N = np.empty(len(final_ND), dtype=np.float64)
-    top_NK = np.empty((len(final_ND), K), dtype=np.int32)
-    for begin in range(0, len(final_ND), HEAD_ROWS):
-        chunk = slice(begin, begin + HEAD_ROWS)
-        logit_NV = head_logits(config, parameters, final_ND[chunk])
-        top_NK[chunk] = top_ids(logit_NV, K)
-        nats_N[chunk] = cross_entropy(logit_NV, label_N[chunk])[0]
-    return nats_N, top_NK
+
+    def take(logit_NV: Array, label_N: Array) -> tuple[Array, Array]:
+        top_NK = top_ids(logit_NV, K).astype(np.int32)
+        return cross_entropy(logit_NV, label_N)[0].astype(np.float64), top_NK
+
+    found = at_scored(config, parameters, population, take, done)
+    return np.concatenate([n for n, _ in found]), np.concatenate([top for _, top in found])

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,6 +51,44 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_bytes(who: str, path: PathLike, data: bytes) -> None:
+    """Write a file whole or not at all: a temporary neighbour takes its place when it is complete.
+
+    Raises:
+        SchemaError: its folder does not exist. StorageError: the machine could not write.
+
+    Proof: tests/test_report.py::test_writing_is_atomic
+    """
+    target = output_path(who, path)
+    with machine_faults(who, path, WRITING):
+        descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:80]}.")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            mask = os.umask(0)
+            os.umask(mask)
+            Path(name).chmod(0o666 & ~mask)
+            Path(name).replace(target)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+        sync_folder(target.parent)
+
+
+def write_json(data: object, path: PathLike) -> None:
+    """Write JSON, UTF-8, whole or not at all; half a character in a text becomes "?".
+
+    Raises:
+        SchemaError, StorageError: as `write_bytes`.
+
+    Proof: tests/test_report.py::test_json_is_written_whole
+    """
+    text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
+    write_bytes("write", path, f"{text}\n".encode("utf-8", "replace"))
 
 
 def input_path(path: PathLike) -> Path:

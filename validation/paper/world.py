@@ -485,7 +485,7 @@ def distinct(draw: Callable[[], Item], count: int, seen: set[tuple[int, ...]]) -
     return found
 
 
-def populations(world: World) -> Mapping[str, Population]:
+def populations(world: World) -> dict[str, Population]:
     """All populations, NAME_dev before NAME_test; no question is in two of them."""
     seen: set[tuple[int, ...]] = set()
     return {

@@ -1,0 +1,211 @@
+"""Edits of one perplexity: how strongly a method may cut, and what each strength costs.
+
+A method is a function of one number, its strength; what it changes is none of this module's
+business. Methods are compared where they cost the same, not where their own numbers agree (PAPER
+§5: rho is not comparable between estimators, data sizes or bases).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from scipy.optimize import brentq
+
+from refcurv.evaluation.items import hits, suffix_nats
+from refcurv.evaluation.metrics import perplexity
+from refcurv.files.corpus import Population
+from refcurv.law.checks import ConventionError, EmptyError, RangeError, require_range
+from refcurv.model.config import Model
+from refcurv.passes.parallel import Progress
+
+Strengthen = Callable[[float], Model]
+"""A method: strength → edited model."""
+
+LARGEST = 700.0
+"""Mean nats beyond which exp overflows; an infinite perplexity counts as this much."""
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The edit whose perplexity was to be the target.
+
+    Fields:
+        strength, perplexity: of the edit that is returned.
+        target: what its perplexity was to be.
+        matched: does it lie within the tolerance?
+        tried: every (strength, perplexity) that was measured, in that order.
+    """
+
+    strength: float
+    perplexity: float
+    target: float
+    matched: bool
+    tried: tuple[tuple[float, float], ...]
+
+    @property
+    def verdict(self) -> str:
+        """"matched", "overshoots" or "falls short"."""
+        if self.matched:
+            return "matched"
+        return "overshoots" if self.perplexity > self.target else "falls short"
+
+
+def at_perplexity(
+    strengthen: Strengthen,
+    target: float,
+    text: Population,
+    *,
+    weakest: float,
+    strongest: float,
+    tolerance: float = 0.005,
+    most: int = 30,
+) -> Match:
+    """The strength at which a method's perplexity on a text is the target.
+
+    Definition
+        |perplexity(strengthen(s)) / target − 1| <= tolerance, s between weakest and strongest
+
+    What is guaranteed: `matched` says that the perplexity at the returned strength was measured and
+    is within the tolerance; nothing else can set it. Measured first is `weakest`: if it is above
+    the target, it is returned ("overshoots"), whatever stronger settings would do. Then
+    `strongest`: if it is below, it is returned ("falls short"), whatever weaker ones would do. If
+    the target lies between the two, Brent's method keeps a bracket, one end below the target and
+    one above, so that it finds a crossing where there is one: *a* crossing, not always the weakest
+    one, for perplexity need not rise everywhere. Edits are counted in whole pairs: where the
+    perplexity jumps over the target, or after `most` measurements, the tried strength whose
+    perplexity is nearest by ratio is returned, not matched.
+
+    Args:
+        strengthen: strength → edited model. It should depend on the strength smoothly, as with the
+            logarithm of the share that is removed.
+        target: perplexity, >= 1.
+        text: of kind `text`, with tokens behind its prompts.
+        weakest, strongest: the two ends of the search; either may be the larger number.
+        tolerance: relative, >= 0 and < 1.
+        most: how many edits may be measured, >= 2.
+
+    Returns:
+        Match. The same for any number of threads.
+
+    Raises:
+        RangeError: an argument outside its range, or one end that is the other.
+        ConventionError: a population of another kind. EmptyError: one without a token to score.
+        Whatever `strengthen` raises.
+
+    Cost: one edit and one forward pass over the text for each of Match.tried, about 7 of them.
+    Source: issue 5; PAPER §5. Brent 1973.
+    Proof: tests/test_matching.py::test_the_perplexity_is_matched, ::test_overshoot_and_shortfall,
+        ::test_a_jump_is_not_a_match, ::test_perplexity_need_not_be_monotone
+    """
+    _require_search(target, weakest, strongest, tolerance, most)
+    _require_text(text)
+    tried: dict[float, float] = {}
+
+    def excess(strength: float) -> float:
+        """ln(perplexity / target); 0 within the tolerance, where the search ends."""
+        if strength not in tried:
+            tried[strength] = text_perplexity(strengthen(strength), text)
+        return 0.0 if near(tried[strength]) else _log(tried[strength]) - math.log(target)
+
+    def near(value: float) -> bool:
+        return abs(value / target - 1) <= tolerance
+
+    def match(strength: float) -> Match:
+        found = tried[strength]
+        return Match(strength, found, float(target), near(found), tuple(tried.items()))
+
+    low, high = float(weakest), float(strongest)
+    if excess(low) >= 0:
+        return match(low)
+    if excess(high) <= 0:
+        return match(high)
+    brentq(excess, low, high, xtol=1e-9 * abs(high - low), maxiter=most - 2, disp=False)
+    return match(min(tried, key=lambda s: abs(_log(tried[s]) - math.log(target))))
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One strength: the share of texts still recited without an error, and the perplexity."""
+
+    strength: float
+    recitation: float
+    perplexity: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; an infinite perplexity becomes null."""
+        return {k: v if math.isfinite(v) else None for k, v in asdict(self).items()}
+
+
+def tradeoff(
+    strengthen: Strengthen,
+    strengths: Iterable[float],
+    recite: Population,
+    text: Population,
+    *,
+    progress: Progress = lambda done, total: None,
+) -> tuple[Point, ...]:
+    """What each strength leaves of recitation, and what it costs in perplexity.
+
+    Args:
+        strengthen: strength → edited model.
+        strengths: in the order wanted.
+        recite: of kind `recite`. text: of kind `text`; both as `rc.evaluate` measures them.
+        progress: called with (strengths done, strengths).
+
+    Returns:
+        One Point for each strength, in their order.
+
+    Raises:
+        ConventionError: a population of another kind. EmptyError: a text without a token to score.
+
+    Cost: per strength one edit and one forward pass over both populations.
+    Source: PAPER, appendix D, the Pareto front.
+    Proof: tests/test_matching.py::test_a_tradeoff_is_what_evaluate_says
+    """
+    _require_text(text)
+    if recite.kind != "recite":
+        raise ConventionError(f"tradeoff: recite must be of kind 'recite'; got {recite.kind!r}.")
+    asked, found = list(strengths), []
+    progress(0, len(asked))
+    for done, strength in enumerate(asked, 1):
+        model = strengthen(strength)
+        recited = float(hits(model, recite).mean())
+        found.append(Point(float(strength), recited, text_perplexity(model, text)))
+        progress(done, len(asked))
+    return tuple(found)
+
+
+def text_perplexity(model: Model, text: Population) -> float:
+    """The perplexity of `rc.evaluate`, to rounding, without its nDCG; infinite if it overflows."""
+    return perplexity(suffix_nats(model, text), text.length - text.prompt_length)
+
+
+def _log(value: float) -> float:
+    return min(math.log(value), LARGEST) if value > 0 else -LARGEST
+
+
+def _require_text(text: Population) -> None:
+    if text.kind != "text":
+        raise ConventionError(f"matching: text must be of kind 'text'; got {text.kind!r}.")
+    if not (text.length > text.prompt_length).any():
+        raise EmptyError("matching: the text has no token behind any prompt.")
+
+
+def _require_search(
+    target: float, weakest: float, strongest: float, tolerance: float, most: int
+) -> None:
+    who, largest = "at_perplexity", 1e300
+    require_range(who, "target", target, 1, largest)
+    ends = [
+        require_range(who, what, end, -largest, largest)
+        for what, end in (("weakest", weakest), ("strongest", strongest))
+    ]
+    if ends[0] == ends[1]:
+        raise RangeError(f"{who}: weakest and strongest are both {weakest!r}: nothing to search.")
+    if require_range(who, "tolerance", tolerance, 0, 1) == 1:
+        raise RangeError(f"{who}: tolerance must be below 1; got {tolerance!r}.")
+    if isinstance(most, bool) or not isinstance(most, int) or most < 2:
+        raise RangeError(f"{who}: most must be an integer >= 2; got {most!r}.")
