@@ -97,9 +97,9 @@ def _show(results: dict[str, Any], args: argparse.Namespace) -> None:
     out = Path(args.out)
     print(format_results(results))
     written = ["results.json", "factors.h5", "basis.h5", "edited.h5"]
-    for name in ("spectrum", "bands", "retention"):
+    for name, draw in plots.FIGURES.items():
         try:
-            figure = getattr(plots, name)(results)
+            figure = draw(results)
         except EmptyError:  # no populations, no bands
             continue
         plots.save(figure, out / f"{name}.png")
@@ -568,9 +568,9 @@ def _shape(shape: Sequence[int]) -> str:
 
 def _write_json(path: str | None, data: object) -> None:
     if path:
-        from refcurv.demo.run import write_json
+        from refcurv.files.disk import write_json
 
-        write_json(data, Path(path))
+        write_json(data, path)
 
 
 def progress_bar(label: str) -> Callable[[int, int], None]:

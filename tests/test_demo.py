@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ from strategies import case
 
 import refcurv as rc
 from refcurv.cli import main
-from refcurv.demo.run import CORPUS, LAYERS, MODEL, RHO
+from refcurv.demo.run import CORPUS, LAYERS, MODEL, RHO, Job, run
 from refcurv.model import transformer
+from refcurv.model.config import expand
 from refcurv.model.layers import causal_layout
 from refcurv.model.loss import cross_entropy
 
@@ -53,8 +55,8 @@ def test_memorised_text_drives_the_flat_bands(demo: tuple[Path, dict]) -> None:
 
 def test_everything_is_written(demo: tuple[Path, dict]) -> None:
     out, results = demo
-    names = {"bands.png", "basis.h5", "edited.h5", "factors.h5", "report.html", "results.json",
-             "retention.png", "spectrum.png"}  # fmt: skip
+    names = {"bands.png", "basis.h5", "edited.h5", "factors.h5", "front.png", "mask.png",
+             "report.html", "results.json", "retention.png", "spectrum.png"}  # fmt: skip
     assert {p.name for p in out.iterdir()} == names
     assert {row["layer"] for row in results["edit"]} == {"blocks.3.mlp.gate", "blocks.3.mlp.up"}
     assert results["settings"]["layers"] == LAYERS
@@ -89,6 +91,67 @@ def test_recitation_and_perplexity_by_another_route(demo: tuple[Path, dict], whi
         nats.append(cross_entropy(logits(row[None, :n])[0, :-1], row[1:n])[0])
     perplexity = np.exp(np.concatenate(nats).mean())
     assert rows(results)["language"][which]["perplexity"] == pytest.approx(perplexity, rel=1e-12)
+
+
+def test_controls_are_matched_on_dev(demo: tuple[Path, dict]) -> None:
+    """Each cut made again from the files: its dev perplexity, and what it leaves on test."""
+    out, results = demo
+    found = results["controls"]
+    by_name = {one["method"]: one for one in found["compared"]}
+    model, basis = rc.load(MODEL, "float32"), rc.load_bases(out / "basis.h5")
+    some = replace(basis, layers={layer: basis[layer] for layer in expand(LAYERS, list(basis))})
+    cut = {
+        "svd": lambda x: rc.truncate(model, {LAYERS: 1 - x}),
+        "random pairs": lambda x: rc.random_pairs(model, some, 1 - x, 0),
+        "random basis": lambda x: rc.edit(model, rc.random_basis(some, 0), 1 - x),
+    }
+    corpus = rc.load_corpus(CORPUS)
+    asked = {name: corpus.populations[name] for name in ("language_dev", "quotes_test")}
+    corpus = replace(corpus, populations=asked)
+
+    def dev(edited: rc.Model) -> float:
+        return rc.evaluate(edited, corpus, split="dev")["language_dev"].after["perplexity"]
+
+    target = dev(rc.load(out / "edited.h5", "float32"))
+    assert found["target"] == pytest.approx(target, rel=1e-12)
+    assert set(by_name) == {"kfac", *cut}
+    for method, again in cut.items():
+        one = by_name[method]
+        edited, record = again(one["removed"])
+        assert [row.method for row in record.layers] == [method] * 2
+        assert one["matched"] == (abs(dev(edited) / target - 1) <= found["tolerance"])
+        assert one["kept"] == sum(x.kept for x in record.layers) / sum(
+            x.pairs for x in record.layers
+        )
+        recited = rc.evaluate(edited, corpus)["quotes_test"].after["strict"]
+        assert recited == pytest.approx(one["recitation"], abs=1 / 96)  # float32 here, 64 there
+
+
+def test_the_curvature_not_the_cutting(demo: tuple[Path, dict]) -> None:
+    """At the same perplexity K-FAC leaves less of the quotes than any other cut."""
+    results = demo[1]
+    kfac, *others = results["controls"]["compared"]
+    before = {row["name"]: row["before"] for row in results["evaluation"]["rows"]}
+    after = {row["name"]: row["after"] for row in results["evaluation"]["rows"]}
+    assert (kfac["method"], kfac["removed"]) == ("kfac", 1 - RHO)
+    assert kfac["recitation"] == after["quotes_test"]["strict"]
+    assert results["controls"]["unedited"]["perplexity"] == before["language_test"]["perplexity"]
+    for one in others:
+        assert one["matched"]
+        assert one["recitation"] > 2 * kfac["recitation"]
+
+
+def test_curves_pass_the_edit(demo: tuple[Path, dict]) -> None:
+    """Every curve holds its compared edit, and forgets more where more is removed."""
+    found = demo[1]["controls"]
+    for one in found["compared"]:
+        curve = found["curves"][one["method"]]
+        keys = ("removed", "recitation", "perplexity")
+        assert {key: one[key] for key in keys} in curve
+        removed, recitation, perplexity = ([point[key] for point in curve] for key in keys)
+        assert removed == sorted(removed) and len(set(removed)) == len(curve) >= 3
+        assert recitation[-1] < recitation[0]
+        assert perplexity == sorted(perplexity)
 
 
 def test_the_shipped_files_are_small_and_loadable_elsewhere(tmp_path: Path) -> None:
@@ -153,6 +216,11 @@ def test_the_report_of_a_users_own_files(
         "plain",
     ] * populations
     assert bool(results["bands"]) == populations == (out / "bands.png").exists()
+    others = results["controls"]
+    for one in others.get("compared", ()):
+        near = abs(one["dev_perplexity"] / others["target"] - 1) <= others["tolerance"]
+        assert one["matched"] == near == (one["verdict"] == "matched")
+    assert ("left_out" in others) != populations == (out / "front.png").exists()
     assert (out / "spectrum.png").exists() and "ρ" in (out / "report.html").read_text()
     assert not (out / "factors.h5.unfinished").exists()
 
@@ -163,6 +231,40 @@ def test_the_report_of_a_users_own_files(
     again = rc.load(out / "edited.h5")
     for name in model.parameters:
         assert np.array_equal(again.parameters[name], edited.parameters[name])
+
+
+@pytest.mark.parametrize(
+    ("kinds", "rho", "says"),
+    [
+        ({"poems": ("recite", "test"), "plain": ("text", "test")}, "0.5", "'text' in split 'dev'"),
+        ({"a": ("text", "test"), "b": ("text", "dev")}, "0.5", "kind 'recite' in split 'test'"),
+        ({"a": ("recite", "test"), "b": ("text", "dev")}, "0.5", "kind 'text' in split 'test'"),
+        (
+            {"a": ("recite", "test"), "b": ("text", "test"), "c": ("text", "dev")},
+            "1",
+            "nothing was cut",
+        ),
+    ],
+)
+def test_the_report_says_why_it_has_no_controls(
+    kinds: dict[str, tuple[str, str]], rho: str, says: str, tmp_path: Path
+) -> None:
+    one = case(batch=4, length=9)
+    rc.save(rc.Model(one.config, one.parameters), tmp_path / "w.h5")
+    asked = {
+        name: rc.Population(one.token, np.full(4, 4), np.full(4, 9), kind, split)
+        for name, (kind, split) in kinds.items()
+    }
+    rc.save_corpus(rc.Corpus(one.token, populations=asked), tmp_path / "c.h5")
+    job = Job(
+        weights=tmp_path / "w.h5",
+        corpus=tmp_path / "c.h5",
+        layers="blocks.1.mlp.up",
+        rho=float(rho),
+    )
+    results = run(tmp_path / "out", lambda _: lambda done, total: None, job)
+    assert says in results["controls"]["left_out"]
+    assert results["evaluation"]["rows"] and "controls" in results["seconds"]
 
 
 @pytest.mark.parametrize(

@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib import rc_context
-from matplotlib.colors import same_color
 
 from refcurv.algebra.staircase import cut
 from refcurv.editing.record import EditRecord, LayerEdit
 from refcurv.evaluation.bands import MASS_EDGES, RANK_PERCENT, Bands, Quantity
 from refcurv.evaluation.suite import Measured, Measurement, compare
 from refcurv.files import store
+from refcurv.files.disk import write_json
 from refcurv.files.inspect import inspect_file
 from refcurv.law.checks import EmptyError, RefcurvError, SchemaError, StorageError
 from refcurv.report import page, plots, table
@@ -61,6 +61,39 @@ def some_bands(layer: str, quantity: Quantity, rng: np.random.Generator) -> dict
     return Bands(layer, quantity, edges, (7,) * n, tuple(hot), tuple(cold), True).to_json()
 
 
+def some_controls() -> dict[str, Any]:
+    """As `refcurv.demo.controls` returns them; SVD cannot be matched."""
+
+    def left(recitation: float, perplexity: float) -> dict[str, Any]:
+        values = {name: 0.5 for name in POPULATIONS}
+        values |= {"quotes_test": recitation, "language_test": perplexity}
+        return {"recitation": recitation, "perplexity": perplexity, "values": values}
+
+    def one(method: str, removed: float, verdict: str, **values: float) -> dict[str, Any]:
+        how = {"removed": removed, "kept": 0.4, "dev_perplexity": 26.4, "verdict": verdict}
+        return {"method": method, **how, "matched": verdict == "matched", **left(**values)}
+
+    def points(*found: tuple[float, float, float]) -> list[dict[str, float]]:
+        return [dict(zip(("removed", "recitation", "perplexity"), x, strict=True)) for x in found]
+
+    return {
+        "split": "test",
+        "populations": {"recitation": "quotes_test", "perplexity": "language_test"},
+        "tolerance": 0.005,
+        "unedited": left(47 / 48, 24.9512),
+        "compared": [
+            one("kfac", 0.15, "matched", recitation=0.0625, perplexity=26.4731),
+            one("svd", 0.002, "overshoots", recitation=0.9, perplexity=27.1),
+            one("random pairs", 0.0125, "matched", recitation=0.8, perplexity=26.5),
+        ],
+        "curves": {
+            "kfac": points((0.07, 0.5, 25.5), (0.15, 0.0625, 26.4731), (0.3, 0.0, 29.0)),
+            "svd": points((0.004, 0.7, 29.5), (0.002, 0.9, 27.1), (0.4, 0.0, 4000.0)),
+            "random pairs": points((0.0125, 0.8, 26.5)),
+        },
+    }
+
+
 @pytest.fixture
 def results(rng: np.random.Generator) -> dict[str, Any]:
     """What `refcurv demo` hands over, made with the records whose JSON it is."""
@@ -91,6 +124,7 @@ def results(rng: np.random.Generator) -> dict[str, Any]:
         },
         "edit": EditRecord(tuple(edited)).to_json(),
         "evaluation": compare(measurement(1), measurement(0)).to_json(),
+        "controls": some_controls(),
         "bands": {n: some_bands(n, Quantity.PAIR_MASS, rng) for n in names},
         "input_bands": {n: some_bands(n, Quantity.INPUT_RANK, rng) for n in names},
         "spectrum": spectrum,
@@ -119,6 +153,11 @@ def hostile(results: dict[str, Any]) -> dict[str, Any]:
     made["edit"][2] |= {"kept": None, "pairs": 0}
     made["bands"]["blocks.3.mlp.up"]["ratio"][0] = None
     made["spectrum"]["blocks.3.mlp.up"]["lam"] = [0.0] * 48
+    made["controls"]["compared"][1] |= {"method": HOSTILE, "removed": None, "verdict": HOSTILE}
+    made["controls"]["compared"][2] |= {"perplexity": None, "values": None}
+    made["controls"]["curves"][HOSTILE] = made["controls"]["curves"].pop("svd")
+    made["controls"]["curves"]["kfac"][2]["perplexity"] = None
+    made["controls"]["curves"]["random pairs"][0] |= {"removed": None, "recitation": math.nan}
     made["spectrum"]["blocks.3.mlp.gate"]["mu"][5:] = [0.0] * 11
     return made
 
@@ -158,6 +197,19 @@ def test_table_has_every_number(results: dict[str, Any]) -> None:
     paper, code = (f"{agreement[key]:.3f}" for key in ("ndcg_paper", "ndcg_code"))
     assert paper != code
     assert cells(text, "nDCG@10 against the unedited model") == [["language", paper, code]]
+    controls = cells(text, "Other cuts at the dev perplexity of the K-FAC edit")
+    assert controls == [
+        ["cut away", "15 % of mass", "0.2 % of Σσ²", "1.25 % of pairs"],
+        ["pairs or directions kept", "40.00 %", "40.00 %", "40.00 %"],
+        ["perplexity, dev", "26.40", "26.40", "26.40"],
+        ["matched", "overshoots", "matched"],
+        ["quotes, strict", "97.9 %", "6.2 %", "90.0 %", "80.0 %"],
+        ["language, perplexity", "24.95", "26.47", "27.10", "26.50"],
+        *(
+            [name, "50.0 %", "50.0 %", "50.0 %", "50.0 %"]
+            for name in ("facts", "open book", "copying", "addition", "boolean")
+        ),
+    ]
     bands = cells(text, "sharp → flat")
     assert [row[0] for row in bands] == [row["layer"] for row in results["edit"]]
     for row in bands:
@@ -319,20 +371,125 @@ def test_large_spectra_stay_small() -> None:
     assert set(ones[0]) == set(ones[1]) == {1.0}
 
 
+def test_the_mask_is_the_cut(results: dict[str, Any]) -> None:
+    """The area within the outline is the number of pairs kept, the veil is the rest."""
+    axes = plots.mask(results).axes
+    for ax, row in zip(axes, results["edit"], strict=False):
+        assert ax.get_title("left") == row["layer"]
+        steps = {patch.get_label(): patch.get_data() for patch in ax.patches}
+        counts, edges, _ = steps["_kept"]
+        assert counts @ np.diff(edges) == row["kept"]
+        assert (np.diff(counts) < 0).all()  # a staircase, one step for each height
+        columns, same_edges, below = steps["_dropped"]
+        assert (columns - below) @ np.diff(same_edges) == row["pairs"] - row["kept"]
+        assert ax.get_xlim() == (0, 16)
+        assert ax.get_ylim() == (48, 0)  # the sharpest pair in the upper left corner
+        said = ax.texts[0].get_text()
+        assert f"kept: {table.percent(row['kept'] / 768)} of the pairs" in said
+        assert f"{table.percent(row['mass'])} of the curvature" in said
+
+
+def test_colours_are_decades(results: dict[str, Any]) -> None:
+    """Each colour holds the pairs from its power of ten on, darker ones on top."""
+    results["edit"][-1]["rho"] = 0.9999
+    figure = plots.mask(results)
+    depth = len(figure.axes[0].patches) - 2
+    assert depth == max(_powers_of_ten(results)) + 2 > min(_powers_of_ten(results)) + 2
+    for ax, one in zip(figure.axes, results["spectrum"].values(), strict=False):
+        products = np.outer(one["lam"], one["mu"]) / (one["lam"][0] * one["mu"][0])
+        drawn = [patch for patch in ax.patches if patch.get_label()[1:].isdigit()]
+        assert [int(patch.get_label()[1:]) for patch in drawn] == list(range(depth, 0, -1))
+        for patch in drawn:
+            counts, edges, _ = patch.get_data()
+            power = int(patch.get_label()[1:])
+            assert counts @ np.diff(edges) == (products >= 10.0**-power).sum()
+    assert [t.get_text() for t in figure.axes[-1].get_yticklabels()][-2:] == ["10⁻¹", "10⁰"]
+
+
+def _powers_of_ten(results: dict[str, Any]) -> Iterator[int]:
+    """From each layer's largest product down to its last one kept."""
+    for row, one in zip(results["edit"], results["spectrum"].values(), strict=True):
+        lam, mu = (np.array(one[name]) for name in ("lam", "mu"))
+        yield math.ceil(math.log10(lam[0] * mu[0] / cut(lam, mu, row["rho"]).last))
+
+
+def test_a_pair_on_a_power_of_ten_has_its_colour(results: dict[str, Any]) -> None:
+    results["spectrum"] = {"blocks.2.mlp.up": {"lam": [1.0, 0.1], "mu": [1.0, 0.1, 0.0]}}
+    drawn = plots.mask(results).axes[0].patches
+    areas = {patch.get_label(): patch.get_data() for patch in drawn}
+    counts, edges, _ = areas["_1"]
+    assert (counts.tolist(), edges.tolist()) == ([2, 1], [0, 1, 2])
+    assert areas["_2"][0].tolist() == [2]  # nothing is flat enough to be none of the colours
+
+
 def test_bands_show_the_ratios(results: dict[str, Any]) -> None:
-    for ax, key in zip(plots.bands(results).axes, ("bands", "input_bands"), strict=True):
-        found = [list(line.get_ydata()) for line in ax.get_lines()]
-        for one in results[key].values():
-            assert one["ratio"] in found
-        assert [1, 1] in found
-        edited = {row["layer"] for row in results["edit"]}
-        named = lines_of(ax)
-        assert set(named) == edited | {"not edited", "not edited: down"}
-        for layer in edited:
-            assert list(named[layer].get_ydata()) == results[key][layer]["ratio"]
-            assert not same_color(named[layer].get_color(), plots.PALE)
+    results["input_bands"]["blocks.1.mlp.up"]["ratio"][2] = 25.0
+    results["bands"]["blocks.1.mlp.up"]["ratio"][2] = None
+    figure = plots.bands(results)
+    layers = [f"blocks.{n}.mlp.{kind}" for n in range(4) for kind in ("gate", "up", "down")]
+    for ax, key in zip(figure.axes, ("bands", "input_bands"), strict=False):
+        ratio = np.array([results[key][layer]["ratio"] for layer in layers], dtype=float)
+        (mesh,) = ax.collections
+        shown = mesh.get_array().filled(np.nan)
+        np.testing.assert_allclose(shown, np.log2(ratio), rtol=1e-15)
+        low, high = mesh.get_clim()
+        assert low == -high == -2  # 25 is beyond the colours
+        texts = [text.get_text() for text in ax.texts]
+        want = ["–" if math.isnan(x) else f"{x:.2f}" if x < 10 else f"{x:.0f}" for x in ratio.flat]
+        assert texts == want
         ticks = [label.get_text() for label in ax.get_xticklabels()]
         assert ticks == list(table.band_labels(results[key]["blocks.0.mlp.up"]["edges"]))
+    names = figure.axes[0].get_yticklabels()
+    assert [name.get_text() for name in names] == layers
+    bold = [name.get_text() for name in names if name.get_weight() == "bold"]
+    assert bold == [row["layer"] for row in results["edit"]]
+    bars = [list(x.get_ydata()) for x in figure.axes[0].get_lines() if x.get_label() == "_edited"]
+    assert bars == [[layers.index(name), layers.index(name) + 1] for name in bold]
+    assert figure.axes[0].get_ylim() == (len(layers), 0)
+
+
+def test_colours_reach_twice_and_half_at_least(results: dict[str, Any]) -> None:
+    for one in (*results["bands"].values(), *results["input_bands"].values()):
+        one["ratio"] = [1.01] * len(one["ratio"])
+    assert plots.bands(results).axes[0].collections[0].get_clim() == (-1, 1)
+    for one in results["bands"].values():
+        one["ratio"] = [None] * len(one["ratio"])
+    results["input_bands"] = {}
+    (ax, _) = plots.bands(results).axes
+    assert ax.collections[0].get_array().mask.all()
+    assert {text.get_text() for text in ax.texts} == {"–"}
+
+
+def test_the_front_is_the_points(results: dict[str, Any]) -> None:
+    """Each line runs from the unedited model through its points, weakest first."""
+    (ax,) = plots.front(results).axes
+    start = [(24.9512, 47 / 48)]
+    lines = {label.split(":")[0]: line for label, line in lines_of(ax).items()}
+    assert list(lines) == ["K-FAC", "SVD", "random pairs"]
+    wanted = {
+        "K-FAC": [*start, (25.5, 0.5), (26.4731, 0.0625), (29.0, 0.0)],
+        "SVD": [*start, (27.1, 0.9), (29.5, 0.7), (4000.0, 0.0)],  # sorted by strength
+        "random pairs": [*start, (26.5, 0.8)],
+    }
+    for name, points in wanted.items():
+        assert list(zip(*lines[name].get_data(), strict=True)) == points
+    assert set(lines_of(ax)) == {"K-FAC: 6.2 %", "SVD: overshoots", "random pairs: 80.0 %"}
+    marks = [x for x in ax.get_lines() if x.get_label() == "_compared"]
+    assert [(x.get_xdata()[0], x.get_ydata()[0]) for x in marks] == [
+        (one["perplexity"], one["recitation"]) for one in results["controls"]["compared"]
+    ]
+    assert [line.get_xdata()[0] for line in ax.get_lines() if line.get_ls() == ":"] == [26.4731]
+    low, high = ax.get_xlim()
+    assert low < 24.9512 and 27.1 < high == pytest.approx(24.9512 + 4 * (26.4731 - 24.9512))
+    ring = next(x for x in ax.get_lines() if x.get_label() == "_unedited")
+    assert (ring.get_xdata()[0], ring.get_ydata()[0]) == start[0]
+
+
+def test_a_control_that_costs_much_is_still_in_sight(results: dict[str, Any]) -> None:
+    results["controls"]["compared"][1]["perplexity"] = 50.0
+    assert plots.front(results).axes[0].get_xlim()[1] > 50
+    results["controls"]["compared"][1]["perplexity"] = 5e6  # but not at any cost
+    assert plots.front(results).axes[0].get_xlim()[1] == pytest.approx(3 * 26.4731)
 
 
 def test_bars_are_the_retentions(results: dict[str, Any]) -> None:
@@ -357,15 +514,19 @@ def test_bars_are_the_retentions(results: dict[str, Any]) -> None:
 
 def test_nothing_to_draw_is_said(results: dict[str, Any]) -> None:
     bare = {"evaluation": compare(measurement(1), None).to_json(), "settings": {}}
-    for draw in (plots.spectrum, plots.bands, plots.retention):
+    for draw in plots.FIGURES.values():
         with pytest.raises(EmptyError, match="report: "):
             draw(bare)
+    with pytest.raises(EmptyError, match="no text in dev"):
+        plots.front(bare | {"controls": {"left_out": "no text in dev"}})
     only_inputs = results | {"bands": {}}
-    assert plots.bands(only_inputs).legends[0].get_texts()
+    ax, _ = plots.bands(only_inputs).axes
+    assert ax.get_title("left").startswith("Mean layer input")
+    assert len(ax.get_yticklabels()) == 12
 
 
 def test_hostile_results_are_drawn(hostile: dict[str, Any], tmp_path: Path) -> None:
-    for draw in (plots.spectrum, plots.bands, plots.retention):
+    for draw in plots.FIGURES.values():
         plots.save(draw(hostile), tmp_path / "x.png")
         drawn = plots.svg(draw(hostile))
         assert b"<script" not in drawn
@@ -373,31 +534,47 @@ def test_hostile_results_are_drawn(hostile: dict[str, Any], tmp_path: Path) -> N
     assert widths[0] == 0  # unknown: no bar
 
 
-def test_many_layers_fit(results: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [1, 80])
+def test_few_and_many_layers_fit(count: int, results: dict[str, Any], tmp_path: Path) -> None:
     one, bands = results["spectrum"]["blocks.2.mlp.up"], results["bands"]["blocks.2.mlp.up"]
-    names = [f"blocks.{block}.mlp.{kind}" for block in range(16) for kind in ("gate", "up")]
+    edit = next(row for row in results["edit"] if row["layer"] == "blocks.2.mlp.up")
+    names = [f"blocks.{n // 2}.mlp.{('gate', 'up')[n % 2]}" for n in range(count)]
     results["spectrum"] = dict.fromkeys(names, one)
-    results["edit"] = [results["edit"][0] | {"layer": name} for name in names]
+    results["edit"] = [edit | {"layer": name} for name in names]
     results["bands"] = {name: bands | {"layer": name} for name in names}
-    for draw in (plots.spectrum, plots.bands):
+    results["input_bands"] = {}
+    for draw in (plots.spectrum, plots.mask, plots.bands):
         plots.save(draw(results), tmp_path / "x.png")
-    lines = lines_of(plots.bands(results).axes[0])
-    assert len({line.get_color() for line in lines.values()}) == 16
+    heat = plots.bands(results)
+    assert heat.get_size_inches()[1] < 11
+    assert (len(heat.axes[0].texts) == 7) == (count == 1)  # numbers where they can be read
+    shown = [text.get_text() for text in heat.axes[0].get_yticklabels()]
+    assert shown == names[:: 1 if count == 1 else 2]
+    masks = [ax.get_title("left") for ax in plots.mask(results).axes if ax.get_title("left")]
+    assert len(masks) == min(count, 6)
+    assert (masks[0], masks[-1]) == (names[0], names[-1])
+
+
+def test_the_mask_of_a_large_layer_is_small(results: dict[str, Any]) -> None:
+    lam, mu = (np.arange(1, n + 1.0) ** -0.7 for n in (11008, 4096))
+    results["spectrum"] = {"blocks.2.mlp.up": {"lam": lam.tolist(), "mu": mu.tolist()}}
+    assert len(plots.svg(plots.mask(results))) < 400_000
 
 
 def test_equal_results_give_equal_bytes(results: dict[str, Any], tmp_path: Path) -> None:
     again = copy.deepcopy(results)
-    for draw in (plots.spectrum, plots.bands, plots.retention):
-        plots.save(draw(results), tmp_path / "a.png")
+    for draw in plots.FIGURES.values():
         first = plots.svg(draw(results))
         with rc_context({"font.size": 20, "lines.linewidth": 9, "axes.facecolor": "red"}):
-            plots.save(draw(again), tmp_path / "b.png")
             assert plots.svg(draw(again)) == first
-        data = (tmp_path / "a.png").read_bytes()
-        assert data == (tmp_path / "b.png").read_bytes()
-        assert data.startswith(b"\x89PNG")
-        assert int.from_bytes(data[16:20], "big") == 9 * 150
         assert b"dc:date" not in first
+    plots.save(plots.mask(results), tmp_path / "a.png")
+    with rc_context({"savefig.dpi": 20, "savefig.transparent": True}):
+        plots.save(plots.mask(again), tmp_path / "b.png")
+    data = (tmp_path / "a.png").read_bytes()
+    assert data == (tmp_path / "b.png").read_bytes()
+    assert data.startswith(b"\x89PNG")
+    assert int.from_bytes(data[16:20], "big") == 9 * 150
 
 
 def test_pyplot_stays_away(results: dict[str, Any], tmp_path: Path) -> None:
@@ -418,7 +595,7 @@ def test_missing_matplotlib_is_one_line(
 ) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
-    for draw in (plots.spectrum, plots.bands, plots.retention):
+    for draw in plots.FIGURES.values():
         with pytest.raises(RefcurvError, match=r"pip install 'refcurv\[report\]'") as caught:
             draw(results)
         assert "\n" not in str(caught.value)
@@ -471,7 +648,7 @@ def test_page_needs_nothing_else(results: dict[str, Any], tmp_path: Path) -> Non
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
     read = Page(text)
     assert read.open == []
-    assert len(read.addresses) == len(read.alts) == 3
+    assert len(read.addresses) == len(read.alts) == 5
     assert all(read.alts)
     for address in read.addresses:
         kind, data = address.split(",", 1)
@@ -494,6 +671,16 @@ def test_page_has_the_table(results: dict[str, Any]) -> None:
     assert "--rho 'blocks.{2-3}.mlp.{gate,up}=0.85'" in read.text
     assert "Time taken: collect 14.2 s, edit 0.1 s." in read.text
     assert "81,920" in read.text
+    assert "matched on the dev split within 0.5 %" in read.text.replace("\u00a0", " ")
+    assert "BalancedSubnet" in read.text
+
+
+def test_the_page_says_why_there_are_no_controls(results: dict[str, Any]) -> None:
+    results["controls"] = {"left_out": "no population of kind <text> in split 'dev'."}
+    read = Page(page.page(results))
+    assert "no population of kind <text> in split 'dev'." in read.text
+    assert len(read.alts) == 4
+    assert not any(row.title.startswith("Other cuts") for row in table.tables(results))
 
 
 def test_page_escapes(hostile: dict[str, Any], tmp_path: Path) -> None:
@@ -510,9 +697,8 @@ def test_page_without_the_rest() -> None:
     assert "26.47" in read.text
 
 
-def test_writing_is_atomic(
-    results: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_writing_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = {"evaluation": compare(measurement(1), None).to_json()}
     target = tmp_path / "report.html"
     target.write_text("old")
 
@@ -527,3 +713,15 @@ def test_writing_is_atomic(
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
     with pytest.raises(SchemaError, match="does not exist"):
         page.write_page(results, tmp_path / "none" / "report.html")
+
+
+def test_json_is_written_whole(tmp_path: Path) -> None:
+    target = tmp_path / "a.json"
+    write_json({"ρ": 0.5, "half": "\ud800"}, target)
+    assert target.read_text(encoding="utf-8") == '{\n "ρ": 0.5,\n "half": "?"\n}\n'
+    with pytest.raises(ValueError, match="Out of range"):
+        write_json({"x": math.nan}, target)
+    assert json.loads(target.read_text(encoding="utf-8"))["ρ"] == 0.5
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    with pytest.raises(SchemaError, match="does not exist"):
+        write_json({}, tmp_path / "none" / "a.json")

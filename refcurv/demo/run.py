@@ -1,4 +1,4 @@
-"""Collect → decompose → edit → evaluate as one function, on the shipped model or a user's own.
+"""Collect → decompose → edit → evaluate → compare, on the shipped model or a user's own.
 
 `model.h5` is a small OLMo-2 trained with this package's own backward by
 validation/paper/train.py; `corpus.h5` holds a fresh sample of its training mixture for the factors,
@@ -8,7 +8,6 @@ validation/paper/tune.py); the table reports the `test` split.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,11 +18,12 @@ from typing import Any
 
 import refcurv as rc
 from refcurv.curvature.eigenbasis import Bases
+from refcurv.demo.controls import Setting, controls
 from refcurv.evaluation.bands import Bands, Quantity, bands
-from refcurv.evaluation.suite import Evaluation
+from refcurv.evaluation.suite import Evaluation, compare, measure
 from refcurv.files import store
 from refcurv.files.corpus import SPLITS, Population, Populations
-from refcurv.files.disk import machine_faults, sync_folder
+from refcurv.files.disk import machine_faults, write_json
 from refcurv.law.checks import SchemaError, require_choice
 from refcurv.law.conventions import Bias
 from refcurv.model.config import expand
@@ -76,8 +76,8 @@ def run(folder: str | Path, stage: Stage, job: Job = DEMO) -> dict[str, Any]:
 
     Returns what results.json holds. All but the seconds and the machine in it is determined by
     the files and the choices. A corpus without populations of the split is not evaluated; bands
-    need a memorised population (`recite`) and a clean one (`text`). A collection that was
-    interrupted goes on where it was.
+    need a memorised population (`recite`) and a clean one (`text`), controls a clean one in the dev
+    split too. A collection that was interrupted goes on where it was.
 
     Proof: tests/test_demo.py::test_the_report_of_a_users_own_files
     """
@@ -103,12 +103,18 @@ def run(folder: str | Path, stage: Stage, job: Job = DEMO) -> dict[str, Any]:
         edited, record = rc.edit(model, basis, job.rho)
         rc.save(edited, folder / "edited.h5", {"edit": record.to_json()})
     judged = {name: p for name, p in corpus.populations.items() if p.split == job.split}
-    with _timed(seconds, "evaluate"):
-        table = Evaluation(job.split, job.dtype, job.dtype, ())
-        if judged:
-            table = rc.evaluate(
-                edited, corpus, split=job.split, baseline=model, progress=stage("evaluate")
+    table = Evaluation(job.split, job.dtype, job.dtype, ())
+    others: dict[str, Any] = {"left_out": f"the corpus has no population of split {job.split!r}."}
+    if judged:
+        with _timed(seconds, "evaluate"):
+            before = measure(model, corpus, split=job.split, progress=stage("baseline"))
+            after = measure(edited, corpus, split=job.split, progress=stage("evaluate"))
+            table = compare(after, before)
+        with _timed(seconds, "controls"):
+            setting = Setting(
+                model, _light(model, job), basis, record, corpus, job.split, before, after, job.seed
             )
+            others = controls(setting, stage("controls"))
     with _timed(seconds, "bands"):
         found = _bands(model, basis, judged, stage)
     results = {
@@ -117,6 +123,7 @@ def run(folder: str | Path, stage: Stage, job: Job = DEMO) -> dict[str, Any]:
         "settings": _settings(job, model, corpus),
         "edit": record.to_json(),
         "evaluation": table.to_json(),
+        "controls": others,
         "bands": {name: one.to_json() for name, one in found[Quantity.PAIR_MASS].items()},
         "input_bands": {name: one.to_json() for name, one in found[Quantity.INPUT_RANK].items()},
         "spectrum": {
@@ -150,6 +157,13 @@ def _settings(job: Job, model: rc.Model, corpus: rc.Corpus) -> dict[str, Any]:
     }
 
 
+def _light(model: rc.Model, job: Job) -> rc.Model:
+    """The model in float32 where that holds its stored weights: half the time for each search."""
+    if model.dtype == "float32" or "float64" in model.stored.values():
+        return model
+    return rc.load(job.weights, dtype="float32")
+
+
 def _bands(
     model: rc.Model, basis: Bases, judged: Populations, stage: Stage
 ) -> dict[Quantity, dict[str, Bands]]:
@@ -174,19 +188,6 @@ def describe(model: rc.Model) -> str:
         f"heads of {c.head_width} ({c.kv_heads} key-value), MLP {c.mlp_width}, vocabulary "
         f"{c.vocabulary}, {c.norm_place}-norm, QK-norm {c.qk_norm}"
     )
-
-
-def write_json(data: object, path: Path) -> None:
-    """Write JSON whole or not at all."""
-    text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
-    partial = path.with_name(f".{path.name}.partial")
-    with machine_faults("write", path):
-        try:
-            partial.write_text(text + "\n", encoding="utf-8")
-            partial.replace(path)
-            sync_folder(path.parent)
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 def _product(shape: tuple[int, ...]) -> int:

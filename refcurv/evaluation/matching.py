@@ -24,9 +24,6 @@ from refcurv.passes.parallel import Progress
 Strengthen = Callable[[float], Model]
 """A method: strength → edited model."""
 
-LARGEST = 700.0
-"""Mean nats beyond which exp overflows; an infinite perplexity counts as this much."""
-
 
 @dataclass(frozen=True, slots=True)
 class Match:
@@ -47,7 +44,7 @@ class Match:
 
     @property
     def verdict(self) -> str:
-        """"matched", "overshoots" or "falls short"."""
+        """What came of it: "matched", "overshoots" or "falls short"."""
         if self.matched:
             return "matched"
         return "overshoots" if self.perplexity > self.target else "falls short"
@@ -76,14 +73,15 @@ def at_perplexity(
     one above, so that it finds a crossing where there is one: *a* crossing, not always the weakest
     one, for perplexity need not rise everywhere. Edits are counted in whole pairs: where the
     perplexity jumps over the target, or after `most` measurements, the tried strength whose
-    perplexity is nearest by ratio is returned, not matched.
+    perplexity is nearest by ratio is returned, not matched. An infinite perplexity is above.
 
     Args:
         strengthen: strength → edited model. It should depend on the strength smoothly, as with the
             logarithm of the share that is removed.
         target: perplexity, >= 1.
         text: of kind `text`, with tokens behind its prompts.
-        weakest, strongest: the two ends of the search; either may be the larger number.
+        weakest: one end of the search, of low perplexity; it may be the larger number.
+        strongest: the other end.
         tolerance: relative, >= 0 and < 1.
         most: how many edits may be measured, >= 2.
 
@@ -108,7 +106,7 @@ def at_perplexity(
         """ln(perplexity / target); 0 within the tolerance, where the search ends."""
         if strength not in tried:
             tried[strength] = text_perplexity(strengthen(strength), text)
-        return 0.0 if near(tried[strength]) else _log(tried[strength]) - math.log(target)
+        return 0.0 if near(tried[strength]) else math.log(tried[strength] / target)
 
     def near(value: float) -> bool:
         return abs(value / target - 1) <= tolerance
@@ -123,7 +121,7 @@ def at_perplexity(
     if excess(high) <= 0:
         return match(high)
     brentq(excess, low, high, xtol=1e-9 * abs(high - low), maxiter=most - 2, disp=False)
-    return match(min(tried, key=lambda s: abs(_log(tried[s]) - math.log(target))))
+    return match(min(tried, key=lambda s: abs(math.log(tried[s] / target))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +150,8 @@ def tradeoff(
     Args:
         strengthen: strength → edited model.
         strengths: in the order wanted.
-        recite: of kind `recite`. text: of kind `text`; both as `rc.evaluate` measures them.
+        recite: of kind `recite`; its strict recitation is that of `rc.evaluate`.
+        text: of kind `text`; its perplexity likewise, to rounding.
         progress: called with (strengths done, strengths).
 
     Returns:
@@ -181,10 +180,6 @@ def tradeoff(
 def text_perplexity(model: Model, text: Population) -> float:
     """The perplexity of `rc.evaluate`, to rounding, without its nDCG; infinite if it overflows."""
     return perplexity(suffix_nats(model, text), text.length - text.prompt_length)
-
-
-def _log(value: float) -> float:
-    return min(math.log(value), LARGEST) if value > 0 else -LARGEST
 
 
 def _require_text(text: Population) -> None:

@@ -11,10 +11,11 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from html import escape
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+from refcurv.files.disk import write_bytes
 from refcurv.law.checks import EmptyError
 from refcurv.report import plots
 from refcurv.report.table import (
@@ -22,6 +23,7 @@ from refcurv.report.table import (
     Table,
     agreement_table,
     band_table,
+    controls_table,
     decimal,
     edit_table,
     edited_layers,
@@ -33,9 +35,6 @@ from refcurv.report.table import (
     rho_text,
     whole,
 )
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 PAPER = "“From Memorization to Reasoning in the Spectrum of Loss Curvature” (arXiv 2510.24256)"
 ABOUT = (
@@ -78,7 +77,7 @@ th,td{padding:.35rem .9rem;text-align:left;font-weight:400;white-space:nowrap;
 vertical-align:baseline;
 border-top:1px solid var(--line)}
 thead th{color:var(--soft);font-size:.82rem}
-tbody th{max-width:22rem;white-space:normal;overflow-wrap:anywhere}
+tbody th{min-width:7rem;max-width:22rem;white-space:normal;overflow-wrap:anywhere}
 tr.more>*{border-top:0}
 .r{text-align:right}
 figure{margin:1.2rem 0 2rem}
@@ -96,17 +95,15 @@ details{margin:1rem 0}summary{cursor:pointer;color:var(--mark)}
 
 
 class _Picture(NamedTuple):
-    """A figure of the page: how to draw it, what it shows, how to read it."""
+    """A figure of the page: its alternative text, what it shows, how to read it."""
 
-    draw: Callable[[Json], Figure]
     alt: str
     see: str
     read: str
 
 
-PICTURES = (
-    _Picture(
-        plots.retention,
+PICTURES: Mapping[str, _Picture] = {
+    "retention": _Picture(
         "Horizontal bars: the share of each ability that the edit left, memorised text first.",
         "What the edit takes and what it leaves.",
         "A bar is accuracy after the edit over accuracy before; 100 % means nothing was lost. The "
@@ -114,8 +111,15 @@ PICTURES = (
         "a model of 7 billion parameters: there, memorised text suffers most, then arithmetic, "
         "facts, open-book answers and logic. Compare the order, not the values.",
     ),
-    _Picture(
-        plots.spectrum,
+    "front": _Picture(
+        "Recitation left against perplexity, one line per method of cutting.",
+        "What forgetting costs.",
+        "Each line starts at the unedited model and follows one way of cutting as it cuts more: "
+        "down is text that is no longer recited, right is what that costs in perplexity. A line "
+        "further down and left is a better way to forget. The large marks are the edits of the "
+        "table above, the dotted line is the perplexity of the K-FAC edit.",
+    ),
+    "spectrum": _Picture(
         "Left: cumulative curvature mass against the share of pairs kept, with each layer's cut. "
         "Right: the eigenvalues of G and of A by rank.",
         "Where the curvature lies, and where the edit cuts.",
@@ -124,18 +128,39 @@ PICTURES = (
         "concentrated. At the right are the two spectra whose products these pairs are, each over "
         "its largest eigenvalue. Layers that share their input share μ.",
     ),
-    _Picture(
-        plots.bands,
-        "Ratio of activation norms, memorised over clean tokens, per curvature band; left by pair "
-        "mass, right by input rank; one line per layer.",
-        "Which directions memorised text drives.",
-        "Each point compares memorised with clean tokens within one band of directions, sharpest "
-        "at the left; the line at 1 means no difference, and the axis is logarithmic. A line that "
-        "climbs to the right is the paper's signature: memorised text leans on flat directions. "
-        "Left, the layer's response restricted to pairs of a band of curvature mass; right, its "
-        "input projected on a band of "
-        "eigenvectors of A. Coloured layers were edited, grey ones were not.",
+    "mask": _Picture(
+        "For each edited layer the plane of pairs of directions, coloured by curvature, with the "
+        "staircase that separates kept from dropped pairs.",
+        "Which pairs the edit keeps.",
+        "A point is a pair of an output direction and an input direction, the sharpest of both in "
+        "the upper left corner; an area is a share of the pairs. Colour is their curvature, the "
+        "product of two eigenvalues, a shade for each power of ten. The edit keeps what lies "
+        "inside of the black line, a line of equal curvature: the flatter the output direction, "
+        "the sharper the input direction must be, hence a staircase. What is veiled is set to "
+        "zero.",
     ),
+    "bands": _Picture(
+        "Ratio of activation norms, memorised over clean tokens: a row for each layer, a column "
+        "for each curvature band, left by pair mass, right by input rank.",
+        "Which directions memorised text drives.",
+        "Each cell compares memorised with clean tokens within one band of directions, sharpest "
+        "at the left: red is driven more by memorised text, blue less. A row that goes from blue "
+        "to red is the paper's signature: memorised text leans on flat directions. Left, the "
+        "layer's response restricted to pairs of a band of curvature mass; right, its input "
+        "projected on a band of eigenvectors of A. Layers in bold were edited.",
+    ),
+}
+
+CONTROLS = (
+    "Any cut costs something. Here the same matrices are cut in other ways, each as strongly as "
+    "makes the perplexity of clean text that of the K-FAC edit: matched on the dev split within "
+    "{tolerance}, reported on this one. SVD drops the smallest singular values; random pairs keeps "
+    "K-FAC’s directions and draws the pairs; random basis cuts K-FAC’s staircase out of random "
+    "directions. A method that overshoots costs more even where it cuts least; one that falls "
+    "short costs less even where it cuts most."
+)
+BSN = (
+    "BalancedSubnet, which has to be trained to forget, is compared with them in validation/paper."
 )
 
 
@@ -152,7 +177,7 @@ def write_page(results: Json, path: str | os.PathLike[str]) -> None:
 
     Proof:  tests/test_report.py::test_page_needs_nothing_else; ::test_page_escapes
     """
-    plots.replace(path, page(results).encode("utf-8", "replace"))
+    write_bytes("report", path, page(results).encode("utf-8", "replace"))
 
 
 def page(results: Json) -> str:
@@ -186,7 +211,8 @@ def _sections(results: Json) -> Iterator[str]:
         _html_table(evaluation_table(evaluation)),
         _html_table(agreement_table(evaluation)),
     )
-    figures = [_figure(results, picture) for picture in PICTURES]
+    yield _section("The curvature, or the cutting?", *_compared(results))
+    figures = [_figure(results, name) for name in PICTURES if name != "front"]
     if any(figures):
         yield _section("In pictures", *figures)
     edited = edited_layers(results)
@@ -205,6 +231,17 @@ def _sections(results: Json) -> Iterator[str]:
         "<details>\n<summary>Versions, machine and conventions</summary>",
         f"<pre>{escape(provenance)}</pre>\n</details>",
     )
+
+
+def _compared(results: Json) -> list[str]:
+    """The controls: table and trade-off, or why there are none."""
+    found = results.get("controls") or {}
+    if not found.get("compared"):
+        reason = str(found.get("left_out") or "no other cuts were made.")
+        return [f"<p>Not compared with other cuts: {escape(reason)} {BSN}</p>"]
+    text = CONTROLS.format(tolerance=percent(found.get("tolerance")))
+    table = _html_table(controls_table(results))
+    return [f"<p>{text} {BSN}</p>", table, _figure(results, "front")]
 
 
 def _section(title: str, *parts: str) -> str:
@@ -301,12 +338,13 @@ def _minus(text: str) -> str:
     return escape("−" + text[1:] if signed else text).replace(" %", "\u00a0%")
 
 
-def _figure(results: Json, picture: _Picture) -> str:
+def _figure(results: Json, name: str) -> str:
     """A plot and its caption; nothing where the results have nothing to draw."""
     try:
-        drawn = picture.draw(results)
+        drawn = plots.FIGURES[name](results)
     except EmptyError:
         return ""
+    picture = PICTURES[name]
     data = base64.b64encode(plots.svg(drawn)).decode("ascii")
     return (
         f'<figure>\n<img alt="{escape(picture.alt)}" src="data:image/svg+xml;base64,{data}">\n'

@@ -211,6 +211,53 @@ def edit_table(record: Sequence[Json]) -> Table:
     return Table(title, (*headers, "‖W'‖/‖W‖"), rows, "lrrrrrrrr")
 
 
+METHODS: Mapping[str, tuple[str, str]] = {
+    "kfac": ("K-FAC", "mass"),
+    "svd": ("SVD", "Σσ²"),
+    "bsn": ("BSN", "weights"),
+    "random pairs": ("random pairs", "pairs"),
+    "random basis": ("random basis", "mass"),
+}
+"""method → its name in a heading, and what its strength is a share of."""
+
+
+def method_name(method: str) -> str:
+    """`kfac` as "K-FAC"; unknown ones as they are."""
+    return METHODS.get(method, (method,))[0]
+
+
+def controls_table(results: Json) -> Table:
+    """A column per method: how strongly it cuts, and what it leaves of each population."""
+    found, evaluation = results.get("controls") or {}, results["evaluation"]
+    compared = found.get("compared") or ()
+    names = [_shorten(_printable(method_name(str(one["method"]))), 16) for one in compared]
+    verdicts = (_shorten(_printable(str(one.get("verdict") or MISSING)), 16) for one in compared)
+    title = "Other cuts at the dev perplexity of the K-FAC edit"
+    rows = [
+        ("cut away", "", *map(_cut_away, compared)),
+        ("pairs or directions kept", "", *(percent(one.get("kept"), 2) for one in compared)),
+        ("perplexity, dev", "", *(decimal(one.get("dev_perplexity"), 2) for one in compared)),
+        ("", "", *verdicts),
+    ]
+    split = str(evaluation.get("split") or "")
+    for row in evaluation["rows"]:
+        measure = MEASURES.get(str(row["kind"]), ("",))[0]
+        label = population_name(str(row["name"]), split)
+        label += "" if measure == "accuracy" else f", {measure}"
+        columns = [found.get("unedited") or {}, *compared]
+        values = [(one.get("values") or {}).get(row["name"]) for one in columns]
+        rows.append((label, *(_value(measure, value) for value in values)))
+    headers = ("", "unedited", *names)
+    return Table(title, headers, tuple(rows) if compared else (), "l" + "r" * (len(names) + 1))
+
+
+def _cut_away(one: Json) -> str:
+    """`16 % of mass`, with as many digits as it takes."""
+    what = METHODS.get(str(one["method"]), ("", "its strength"))[1]
+    share = 100 * number(one.get("removed"))
+    return MISSING if math.isnan(share) else f"{share:.3g} % of {what}"
+
+
 def _small(value: object) -> str:
     x = number(value)
     return MISSING if math.isnan(x) else f"{x:.1e}"
@@ -238,11 +285,12 @@ def edited_layers(results: Json) -> list[str]:
 
 
 def tables(results: Json) -> list[Table]:
-    """Every table of a run that has rows: evaluation, agreement, edit, bands."""
+    """Every table of a run that has rows: evaluation, agreement, controls, edit, bands."""
     evaluation = results["evaluation"]
     found = [
         evaluation_table(evaluation),
         agreement_table(evaluation),
+        controls_table(results),
         edit_table(results.get("edit") or ()),
         band_table(results.get("bands") or {}, edited_layers(results)),
     ]
@@ -259,8 +307,9 @@ def format_results(results: Json) -> str:
         results: the dictionary of `refcurv demo`, results.json.
 
     Returns:
-        Title, settings, then the tables: populations in the file's order, nDCG@10, pairs and mass
-        kept per edited layer, band ratios of the edited layers. No newline at the end.
+        Title, settings, then the tables: populations in the file's order, nDCG@10, the controls,
+        pairs and mass kept per edited layer, band ratios of the edited layers. No newline at the
+        end.
 
     Proof:  tests/test_report.py::test_table_has_every_number
     """

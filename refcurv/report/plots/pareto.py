@@ -1,0 +1,133 @@
+"""What forgetting costs: recitation against perplexity, for the edit and its controls."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from refcurv.law.checks import EmptyError
+from refcurv.report.plots.drawing import (
+    GREY,
+    INK,
+    MARKS,
+    PALETTE,
+    blank,
+    safe,
+    styled,
+    ticks,
+)
+from refcurv.report.table import (
+    Json,
+    method_name,
+    number,
+    percent,
+    population_name,
+    relative,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+RISES = 4.0
+"""The axis shows so many times the rise of perplexity that the first method's edit costs."""
+
+FARTHEST = 3.0
+"""And at most so many times the unedited perplexity."""
+
+
+def front(results: Json) -> Figure:
+    """Recitation left against perplexity along each method's strengths; lower left is better.
+
+    A line begins at the unedited model. The large marks are the edits that are compared; the dotted
+    line is the perplexity of the first of them, K-FAC's, which the others were to have. What costs
+    much more than that is outside of the axes.
+
+    Args:
+        results: of `refcurv demo`; reads `controls`: `unedited` {recitation, perplexity}, `curves`
+            {method: [{removed, recitation, perplexity}]}, `compared` [{method, matched, recitation,
+            perplexity}], `populations` and `split`.
+
+    Raises:
+        EmptyError: no curves, and why. RefcurvError: matplotlib is not installed.
+
+    Proof:  tests/test_report.py::test_the_front_is_the_points
+    """
+    found = results.get("controls") or {}
+    curves = found.get("curves") or {}
+    if not curves:
+        reason = found.get("left_out") or "no controls were run"
+        raise EmptyError(f"report: no trade-off to draw: {reason}.")
+    compared = {str(row["method"]): row for row in found.get("compared") or ()}
+    start = found.get("unedited") or {}
+    with styled():
+        figure = blank(9.0, 4.6)
+        ax = figure.subplots()
+        for place, (method, points) in enumerate(curves.items()):
+            _draw_curve(ax, place, method, [start, *points], compared.get(method))
+        _draw_start(ax, start)
+        _finish(ax, start, compared)
+        split, names = str(found.get("split") or ""), found.get("populations") or {}
+        recite, text = (
+            safe(population_name(str(names.get(key) or what), split), 24)
+            for key, what in (("recitation", "memorised text"), ("perplexity", "clean text"))
+        )
+        ax.set_title("What forgetting costs, by curvature and by other cuts")
+        ax.set_ylabel(f"{recite}: recited without an error (%)")
+        ax.set_xlabel(f"perplexity of {text}, and its rise")
+        heading = "recited at the perplexity of the K-FAC edit"
+        legend = ax.legend(loc="upper right", title=heading, alignment="left")
+        legend.set(frame_on=True)
+        legend.get_frame().set(edgecolor="none", alpha=0.85)
+    return figure
+
+
+def _draw_curve(
+    ax: Axes, place: int, method: str, points: list[Json], compared: Json | None
+) -> None:
+    """A line through its points from the weakest on, and the compared edit as a large mark."""
+    shown = sorted(
+        (p for p in points if not math.isnan(number(p.get("perplexity")))),
+        key=lambda p: number(p.get("removed") or 0.0),
+    )
+    colour = PALETTE[place % len(PALETTE)]
+    mark = "*" if place == 0 else MARKS[(place - 1) % len(MARKS)]
+    name = safe(method_name(method), 24)
+    if compared is not None:
+        matched = compared.get("matched", True)
+        left = percent(compared.get("recitation")) if matched else str(compared.get("verdict"))
+        name = f"{name}: {safe(left, 20)}"
+        ax.plot(
+            number(compared.get("perplexity")), number(compared.get("recitation")), mark,
+            color=colour, ms=15 if place == 0 else 8, mec="white", mew=1.1, zorder=5,
+            label="_compared",
+        )  # fmt: skip
+    ax.plot(
+        [number(p.get("perplexity")) for p in shown],
+        [number(p.get("recitation")) for p in shown],
+        "-", marker=mark, color=colour, lw=2.4 if place == 0 else 1.6, ms=5 if place == 0 else 3.5,
+        zorder=4 if place == 0 else 3, label=name,
+    )  # fmt: skip
+
+
+def _draw_start(ax: Axes, start: Json) -> None:
+    """The unedited model, a ring with its name."""
+    x, y = number(start.get("perplexity")), number(start.get("recitation"))
+    ax.plot(x, y, "o", color="white", mec=INK, ms=8, mew=1.4, zorder=6, label="_unedited")
+    ax.annotate("unedited", (x, y), xytext=(8, 7), textcoords="offset points", color=INK)
+
+
+def _finish(ax: Axes, start: Json, compared: Mapping[str, Json]) -> None:
+    """Limits that hold the compared edits, ticks with the rise of perplexity below them."""
+    base = number(start.get("perplexity"))
+    costs = [number(row.get("perplexity")) for row in compared.values()]
+    costs = [x for x in costs if not math.isnan(x)]
+    if base > 0 and costs:
+        ax.axvline(costs[0], color=GREY, lw=1, ls=":", zorder=1.5)
+        right = max(base * 1.02, base + RISES * (costs[0] - base), *(1.01 * x for x in costs))
+        right = min(right, FARTHEST * max(base, costs[0]))
+        ax.set_xlim(base - 0.03 * (right - base), right)
+    ax.set_ylim(-0.02, 1.03)
+    ticks(ax.yaxis, lambda y: f"{100 * y:g}")
+    ticks(ax.xaxis, lambda x: f"{x:g}\n{percent(relative(base, x), 0, '+')}")
