@@ -177,10 +177,9 @@ def _first(corpus: rc.Corpus, split: str, kind: str) -> tuple[str, Population]:
 
 def _how(removed: float, record: EditRecord, match: Match) -> dict[str, Any]:
     """How strongly was cut, and how near it came to the target."""
-    kept, pairs = (sum(getattr(row, what) for row in record.layers) for what in ("kept", "pairs"))
     return {
         "removed": removed,
-        "kept": kept / pairs,
+        "kept": record.kept,
         "dev_perplexity": _finite(match.perplexity),
         "matched": match.matched,
         "verdict": match.verdict,

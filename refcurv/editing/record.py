@@ -66,6 +66,15 @@ class EditRecord:
 
     layers: tuple[LayerEdit, ...]
 
+    @property
+    def kept(self) -> float:
+        """The share of the pairs (directions, weights) of all its layers together that stay.
+
+        Proof: tests/test_demo.py::test_controls_are_matched_on_dev
+        """
+        pairs = sum(x.pairs for x in self.layers)
+        return sum(x.kept for x in self.layers) / pairs if pairs else 1.0
+
     def to_json(self) -> list[dict[str, Any]]:
         """Plain values, a dictionary per layer; NaN as None."""
         rows = [asdict(layer) for layer in self.layers]

@@ -1,0 +1,254 @@
+"""The figures of validation/paper/README.md, from the result files.
+
+    python -m validation.paper.figures
+
+A point or bar is a mean over seeds, a whisker its 95 % t interval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from refcurv.report.plots import GREY, PALE, PALETTE, STYLE, save
+from validation.paper.statistics import Interval, interval
+from validation.paper.tables import (
+    METHODS,
+    ORDER,
+    VARIANTS,
+    Json,
+    Runs,
+    kept_share,
+    load,
+    named,
+    over,
+    rows,
+)
+
+HERE = Path(__file__).parent
+LOOK = dict(zip((*METHODS, *VARIANTS), (*PALETTE, "#999933", "#882255"), strict=True))
+PAPER = {"quotes": (3, 16), "addition": (66, 74), "facts": (74, 86), "open_book": (93, 99),
+         "boolean": (95, 106)}  # fmt: skip
+"""Retention in the paper [%] (PAPER §3)."""
+
+
+def figure(width: float, height: float) -> Figure:
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def whisker(ax: Axes, x: float, found: Interval, scale: float = 100) -> None:
+    if np.isfinite(found.half):
+        at, half = scale * found.mean, scale * found.half
+        ax.plot([x, x], [at - half, at + half], color="#222222", lw=1, zorder=4)
+
+
+# ------------------------------------------------------------------ language model
+
+
+def retention(runs: Runs) -> Figure:
+    """Figure 3: what each method leaves, by kind of task, at one perplexity."""
+    drawn = figure(9, 3.8)
+    ax = drawn.subplots()
+    width = 0.8 / len(METHODS)
+    for m, method in enumerate(METHODS):
+        for k, name in enumerate(ORDER):
+            found = over(
+                runs, lambda run, m=method, n=name: kept_share(rows(run["compared"][m])[n])
+            )
+            x = k + (m - (len(METHODS) - 1) / 2) * width
+            label = named(method) if k == 0 else None
+            ax.bar(x, 100 * found.mean, width * 0.9, color=LOOK[method], label=label, zorder=2)
+            whisker(ax, x, found)
+    for k, name in enumerate(ORDER):
+        if name in PAPER:
+            low, high = PAPER[name]
+            label = "paper, K-FAC" if k == 0 else None
+            ax.fill_between([k - 0.46, k + 0.46], low, high, color=PALE, zorder=1, label=label)
+    ax.axhline(100, color=GREY, lw=1)
+    ax.set_xticks(range(len(ORDER)), [name.replace("_", " ") for name in ORDER])
+    ax.set_ylabel("retained: after / before [%]")
+    ax.set_title("What each edit leaves at the perplexity of the K-FAC edit")
+    drawn.legend(loc="outside lower center", ncols=6)
+    return drawn
+
+
+def front(runs: Runs) -> Figure:
+    """Recitation against the rise of perplexity along every method's strengths."""
+    drawn = figure(9, 4.2)
+    axes = drawn.subplots(1, 2, sharex=True)
+    others = [name for name in ORDER if name != "quotes"]
+    for method in (*METHODS, *VARIANTS):
+        dashed = "--" if method in VARIANTS else "-"
+        count = len(runs[0]["curves"][method])
+
+        def mean(value: Callable[[Json, Json], float], k: int, m: str = method) -> float:
+            return interval([value(run, run["curves"][m][k]) for run in runs]).mean
+
+        x = [100 * mean(rise, k) for k in range(count)]
+        look = {"color": LOOK[method], "ls": dashed, "lw": 1.6, "marker": "o", "ms": 3}
+        quotes = [100 * mean(left("quotes"), k) for k in range(count)]
+        rest = [100 * np.mean([mean(left(name), k) for name in others]) for k in range(count)]
+        axes[0].plot(x, quotes, label=named(method), **look)
+        axes[1].plot(x, rest, **look)
+    chosen = [over(runs, lambda run, n=n: kept_share(rows(run["compared"]["kfac"])[n])).mean
+              for n in ("quotes", *others)]  # fmt: skip
+    at = 100 * over(runs, lambda run: perplexity_rise(run["compared"]["kfac"])).mean
+    axes[0].plot(at, 100 * chosen[0], "*", color="#222222", ms=11, zorder=5, label="chosen")
+    axes[1].plot(at, 100 * np.mean(chosen[1:]), "*", color="#222222", ms=11, zorder=5)
+    axes[0].set_title("Quotes still recited")
+    axes[1].set_title("All other abilities, mean")
+    for ax in axes:
+        ax.set_xlim(0, 60)
+        ax.set_ylim(0, 103)
+        ax.set_xlabel("rise of perplexity [%]")
+        ax.set_ylabel("retained [%]")
+    drawn.legend(loc="outside lower center", ncols=5)
+    return drawn
+
+
+def left(name: str) -> Callable[[Json, Json], float]:
+    """What a point of a curve leaves of a population."""
+
+    def value(run: Json, point: Json) -> float:
+        row = next(r for r in run["baseline"]["test"] if r["name"] == f"{name}_test")
+        before = row["after"].get("strict", row["after"].get("accuracy"))
+        return point["test"][name] / before
+
+    return value
+
+
+def rise(run: Json, point: Json) -> float:
+    """The rise of perplexity at a point of a curve."""
+    row = next(r for r in run["baseline"]["test"] if r["name"] == "language_test")
+    return point["test"]["language"] / row["after"]["perplexity"] - 1
+
+
+def perplexity_rise(edit: Json) -> float:
+    """The rise of perplexity of a compared edit."""
+    row = rows(edit)["language"]
+    return row["after"]["perplexity"] / row["before"]["perplexity"] - 1
+
+
+def band_ratios(runs: Runs) -> Figure:
+    """Figure 2: ratios of quotes to language, layer by layer and band by band."""
+    kinds = {
+        "pair_mass": "curvature: ‖W_b x‖ by pair mass",
+        "input_rank": "curvature: ‖P_b x‖ by rank in A",
+        "svd": "SVD: ‖P_b x‖ by rank in V",
+    }
+    layers = list(runs[0]["activation"]["pair_mass"])
+    drawn = figure(10, 0.32 * len(layers) + 1.2)
+    axes = drawn.subplots(1, 3, sharey=True, width_ratios=[7, 4, 4])
+    for ax, (kind, title) in zip(axes, kinds.items(), strict=True):
+        ratio = np.array(
+            [
+                [interval([run["activation"][kind][layer]["ratio"][b] for run in runs]).mean
+                 for b in range(len(runs[0]["activation"][kind][layer]["ratio"]))]
+                for layer in layers
+            ]
+        )  # fmt: skip
+        edges = runs[0]["activation"][kind][layers[0]]["edges"]
+        shades = ax.imshow(np.log2(ratio), cmap="RdBu_r", vmin=-1.5, vmax=1.5, aspect="auto")
+        for (i, b), value in np.ndenumerate(ratio):
+            dark = abs(np.log2(value)) > 1
+            ax.text(b, i, f"{value:.2f}", ha="center", va="center", fontsize=7,
+                    color="white" if dark else "#222222")  # fmt: skip
+        ax.set_xticks(range(ratio.shape[1]), [f"{100 * e:g}" for e in edges[1:]])
+        ax.set_yticks(range(len(layers)), [name.removeprefix("blocks.") for name in layers])
+        ax.set_title(title)
+        ax.set_xlabel("band ends at [%]; sharp → flat")
+        ax.grid(visible=False)
+    bar = drawn.colorbar(shades, ax=axes, shrink=0.8, ticks=[-1, 0, 1])
+    bar.ax.set_yticklabels(["½", "1", "2"])
+    bar.set_label("quotes / language")
+    return drawn
+
+
+def ratio_against_retention(runs: Runs) -> Figure:
+    """Figure 4: how much a task drives what is cut, and what it keeps."""
+    drawn = figure(6.2, 4)
+    ax = drawn.subplots()
+    for name, colour in zip(ORDER, PALETTE, strict=True):
+        x, y = [], []
+        for run in runs:
+            layers = run["tasks"][name].values()
+            flat = [np.mean(one["ratio"][4:]) / one["ratio"][0] for one in layers]
+            x.append(np.mean(flat))
+            y.append(100 * kept_share(rows(run["compared"]["kfac"])[name]))
+        ax.plot(x, y, "o", color=colour, ms=4, alpha=0.5)
+        ax.plot(np.mean(x), np.mean(y), "o", color=colour, ms=9, label=name.replace("_", " "))
+    ax.set_xlabel("flat bands (80-100 %) over the sharpest one, task / language")
+    ax.set_ylabel("retained [%]")
+    ax.set_title("What drives flat directions is lost")
+    ax.legend()
+    return drawn
+
+
+def facts_by_frequency(runs: Runs) -> Figure:
+    """Figure 5: facts by tenths of their frequency."""
+    drawn = figure(5.2, 3.4)
+    ax = drawn.subplots()
+    for when, colour in (("before", GREY), ("after", PALETTE[0])):
+        found = [over(runs, lambda run, t=t, w=when: run["facts"][w][t]) for t in range(10)]
+        ax.plot(range(1, 11), [100 * x.mean for x in found], "o-", color=colour, label=when)
+        for t, one in enumerate(found):
+            whisker(ax, t + 1, one)
+    ax.set_xlabel("tenth of the facts, most frequent first")
+    ax.set_ylabel("known [%]")
+    ax.set_ylim(0, 103)
+    ax.set_title("Facts by frequency, before and after the K-FAC edit")
+    ax.legend()
+    return drawn
+
+
+def removal(runs: Runs) -> Figure:
+    """One band gone, and all flatter or sharper ones with it."""
+    edges = (0, 20, 40, 60, 80, 90, 99, 100)
+    drawn = figure(10, 3.6)
+    axes = drawn.subplots(1, 3, sharey=True)
+    kinds = {
+        "alone": ("one band gone", [f"{a}-{b}" for a, b in pairwise(edges)]),
+        "with_flatter": ("all flatter than", [str(e) for e in edges[1:-1]]),
+        "with_sharper": ("all sharper than", [str(e) for e in edges[1:-1]]),
+    }
+    for ax, (kind, (title, ticks)) in zip(axes, kinds.items(), strict=True):
+        for name, colour in zip(ORDER, PALETTE, strict=True):
+            y = [100 * over(runs, lambda run, j=kind, k=k, n=name: run["removal"][j][k][n]).mean
+                 for k in range(len(ticks))]  # fmt: skip
+            ax.plot(y, "o-", color=colour, ms=4, label=name.replace("_", " "))
+        ax.set_xticks(range(len(ticks)), ticks)
+        ax.set_title(title)
+        ax.set_xlabel("cumulative curvature mass [%]")
+    axes[0].set_ylabel("right [%]")
+    handles, labels = axes[0].get_legend_handles_labels()
+    drawn.legend(handles, labels, loc="outside lower center", ncols=6)
+    return drawn
+
+
+FIGURES: Mapping[str, Callable[[Any], Figure]] = {
+    "retention": retention,
+    "front": front,
+    "bands": band_ratios,
+    "ratio-retention": ratio_against_retention,
+    "facts": facts_by_frequency,
+    "removal": removal,
+}
+
+
+def main() -> None:
+    """Draw every figure."""
+    runs = load("lm")
+    with style.context(["default", STYLE]):
+        for name, draw in FIGURES.items():
+            save(draw(runs), HERE / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main()

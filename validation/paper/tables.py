@@ -1,0 +1,584 @@
+"""Every table of validation/paper/README.md, from the result files.
+
+    python -m validation.paper.tables            # rewrites the tables between their marks
+
+A number is a mean over seeds with the half width of its 95 % t interval.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from refcurv.evaluation.metrics import retention, retention_above_chance
+from validation.paper.statistics import Interval, interval, paired
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+DEVELOPMENT = "lm-1-development"
+"""The run on which the recipe was chosen; it is not among those that are reported."""
+
+Json = Any
+Runs = Sequence[Json]
+
+ORDER = ("quotes", "addition", "facts", "copying", "open_book", "boolean")  # fmt: skip
+"""Populations by the damage that the paper finds: memorised text, arithmetic, facts, the rest."""
+
+METHODS = ("kfac", "svd", "bsn", "random pairs", "random basis")
+VARIANTS = ("inputs only", "outputs only", "corrected marginals")
+NAMES = {"kfac": "K-FAC", "svd": "SVD", "bsn": "BSN"}
+PAPER_KEPT = {
+    "quotes": "3 to 16", "addition": "66 to 74", "facts": "74 to 86",
+    "open_book": "93 to 99", "boolean": "95 to 106",
+}  # fmt: skip
+
+PAPER_STRESSED = {"bsn": "4.6, 9.8", "kfac": "6.6, 13.3", "svd": "6.3, 12.8"}
+"""Mean longest match from the own prompt and from shifted ones (PAPER §3)."""
+
+
+def load(kind: str) -> list[Json]:
+    """The result files `KIND-SEED.json`, by seed: those of the reported seeds."""
+    seeds = (re.fullmatch(rf"{kind}-(\d+)", path.stem) for path in RESULTS.glob("*.json"))
+    return [read(f"{kind}-{seed}") for seed in sorted(int(m[1]) for m in seeds if m)]
+
+
+def load_controls() -> list[Json]:
+    """The result files of models that were trained without quotes, by seed."""
+    return [read(path.stem) for path in sorted(RESULTS.glob("lm-*-without-quotes.json"))]
+
+
+def read(name: str) -> Json:
+    """One result file."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+# ------------------------------------------------------------------ reading a run
+
+
+def rows(edit: Json) -> Mapping[str, Json]:
+    """Population → row of the test table."""
+    return {row["name"].removesuffix("_test"): row for row in edit["test"]}
+
+
+def strict(edit: Json, half: str = "test") -> float:
+    """Share of the quotes of one half that is still recited."""
+    return (
+        edit["quotes_dev"]["strict"] if half == "dev" else rows(edit)["quotes"]["after"]["strict"]
+    )
+
+
+def score(row: Json, when: str) -> float:
+    """What a retention is of."""
+    return row[when].get("strict", row[when].get("accuracy"))
+
+
+def rise(edit: Json) -> float:
+    """Perplexity after over before, less 1."""
+    row = rows(edit)["language"]
+    return row["after"]["perplexity"] / row["before"]["perplexity"] - 1
+
+
+def kept_share(row: Json, chance: bool = False) -> float:
+    """Retention of one population, raw or above chance."""
+    before, after = score(row, "before"), score(row, "after")
+    return (
+        retention_above_chance(before, after, row["chance"]) if chance else retention(before, after)
+    )
+
+
+def over(runs: Runs, value: Callable[[Json], float]) -> Interval:
+    """The interval of one number per run."""
+    return interval([value(run) for run in runs])
+
+
+def percent(found: Interval) -> str:
+    """As per cent with one decimal."""
+    return found.text(1, 100)
+
+
+def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [list(head), ["---"] * len(head), *map(list, body)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def named(method: str) -> str:
+    """A method as a table writes it."""
+    first, comma, rest = method.partition(", ")
+    return NAMES.get(first, first) + comma + rest
+
+
+# ------------------------------------------------------------------ tables
+
+
+def skills(runs: Runs) -> str:
+    """What the unedited models can do."""
+
+    def cells(name: str) -> list[str]:
+        found = []
+        for split in ("dev", "test"):
+
+            def value(run: Json, split: str = split) -> float:
+                by_name = {row["name"]: row for row in run["baseline"][split]}
+                after = by_name[f"{name}_{split}"]["after"]
+                return after.get("perplexity", after.get("strict", after.get("accuracy")))
+
+            found.append(over(runs, value))
+        text = [x.text(2) for x in found] if name == "language" else [percent(x) for x in found]
+        items = runs[0]["baseline"]["test"]
+        count = next(row["items"] for row in items if row["name"] == f"{name}_test")
+        return [name.replace("_", " "), str(count), *text]
+
+    head = ["population", "items a split", "dev", "test"]
+    return table(head, [cells(name) for name in (*ORDER, "language")])
+
+
+def table1(runs: Runs) -> str:
+    """Tables 1 and 5 of the paper."""
+
+    def cells(method: str) -> list[str]:
+        def edit(run: Json) -> Json:
+            return run["compared"][method]
+
+        quotes = {
+            key: over(runs, lambda run, key=key: rows(edit(run))["quotes"]["after"][key])
+            for key in ("strict", "loose", "distance")
+        }
+        ndcg = over(runs, lambda run: rows(edit(run))["language"]["agreement"]["ndcg_paper"])
+        return [
+            named(method),
+            percent(over(runs, lambda run: strict(edit(run), "dev"))),
+            percent(quotes["strict"]),
+            percent(quotes["loose"]),
+            quotes["distance"].text(3),
+            "+" + percent(over(runs, lambda run: rise(edit(run)))),
+            ndcg.text(3),
+            matched(runs, method),
+        ]
+
+    head = ["method", "strict, half told [%]", "strict, other half [%]", "loose [%]", "distance",
+            "perplexity [%]", "nDCG@10", "matched"]  # fmt: skip
+    methods = (*METHODS, "random pairs, same size", "random basis, same size")
+    return table(head, [unedited(runs), *map(cells, methods)])
+
+
+def unedited(runs: Runs) -> list[str]:
+    """The row of no edit at all."""
+
+    def quotes(split: str, key: str) -> Interval:
+        return over(
+            runs,
+            lambda run: next(
+                row["after"][key]
+                for row in run["baseline"][split]
+                if row["name"] == f"quotes_{split}"
+            ),
+        )
+
+    return ["none", percent(quotes("dev", "strict")), percent(quotes("test", "strict")),
+            percent(quotes("test", "loose")), quotes("test", "distance").text(3), "0", "1",
+            ""]  # fmt: skip
+
+
+def matched(runs: Runs, method: str) -> str:
+    """In how many runs the dev perplexity is within 0.5 % of K-FAC's."""
+    if "same size" in method:
+        return "not meant to be"
+    count = sum(run["compared"][method]["verdict"] == "matched" for run in runs)
+    return f"{count} of {len(runs)}"
+
+
+def against(runs: Runs) -> str:
+    """Paired differences of strict recitation, K-FAC less another method."""
+
+    def cells(method: str) -> list[str]:
+        ours = [strict(run["compared"]["kfac"]) for run in runs]
+        theirs = [strict(run["compared"][method]) for run in runs]
+        found = paired(ours, theirs)
+        wins = sum(a < b for a, b in zip(ours, theirs, strict=True))
+        verdict = "yes" if found.below_zero else "no"
+        return [named(method), percent(found), f"{wins} of {len(runs)}", verdict]
+
+    head = ["K-FAC less", "strict, other half [points]", "seeds with less", "interval below 0"]
+    return table(head, [cells(m) for m in (*METHODS[1:], *VARIANTS)])
+
+
+def kept_by_task(runs: Runs, chance: bool = False) -> str:
+    """Figure 3: retention by kind of task, of every method at the same perplexity."""
+    methods = (*METHODS, *VARIANTS)
+
+    def cells(name: str) -> list[str]:
+        return [
+            name.replace("_", " "),
+            *(
+                percent(
+                    over(runs, lambda run, m=m: kept_share(rows(run["compared"][m])[name], chance))
+                )
+                for m in methods
+            ),
+            PAPER_KEPT.get(name, "-"),
+        ]
+
+    head = ["kept [%]", *map(named, methods), "paper, K-FAC"]
+    return table(head, [cells(name) for name in ORDER])
+
+
+def left_out(runs: Runs) -> str:
+    """The K-FAC edit from factors with quotes in their corpus, and from factors without."""
+
+    def cells(name: str, edit: Callable[[Json], Json]) -> list[str]:
+        return [
+            name,
+            percent(over(runs, lambda run: strict(edit(run)))),
+            "+" + percent(over(runs, lambda run: rise(edit(run)))),
+            *(
+                percent(over(runs, lambda run, t=t: kept_share(rows(edit(run))[t])))
+                for t in ORDER[1:]
+            ),
+        ]
+
+    head = [
+        "quotes in the corpus",
+        "strict [%]",
+        "perplexity [%]",
+        *(t.replace("_", " ") for t in ORDER[1:]),
+    ]
+    body = [
+        cells("at their natural rate", lambda run: run["compared"]["kfac"]),
+        cells("none", lambda run: run["left_out"]),
+    ]
+    return table(head, body)
+
+
+def special(runs: Runs, controls: Runs) -> str:
+    """Nats per word lost by quotes and by fresh sentences, at the same rise of perplexity."""
+
+    def cells(name: str, found: Runs) -> list[str]:
+        def lost(what: str) -> Callable[[Json], float]:
+            return lambda run: run["special"][what]["after"] - run["special"][what]["before"]
+
+        extra = [lost("quotes")(run) - lost("fresh")(run) for run in found]
+        return [
+            name,
+            percent(over(found, lambda run: run["special"]["quotes"]["strict_before"])),
+            percent(over(found, lambda run: run["special"]["quotes"]["strict_after"])),
+            over(found, lost("quotes")).text(3),
+            over(found, lost("fresh")).text(3),
+            interval(extra).text(3),
+        ]
+
+    head = [
+        "trained",
+        "strict before [%]",
+        "after [%]",
+        "nats lost, quotes",
+        "fresh sentences",
+        "difference",
+    ]
+    return table(head, [cells("with quotes", runs), cells("without", controls)])
+
+
+def facts(runs: Runs) -> str:
+    """Figure 5: facts by tenths of their frequency, before and after the K-FAC edit."""
+    tenths = range(10)
+    head = ["facts [%]", "most frequent", *(str(t + 1) for t in tenths[1:-1]), "rarest"]
+    body = [
+        [when, *(percent(over(runs, lambda run, t=t, w=when: run["facts"][w][t])) for t in tenths)]
+        for when in ("before", "after")
+    ]
+    return table(head, body)
+
+
+def removal(runs: Runs) -> str:
+    """What is left without one band of curvature mass, and without it and all flatter ones."""
+    edges = (0, 20, 40, 60, 80, 90, 99, 100)
+    spans = [f"{a} to {b} %" for a, b in pairwise(edges)]
+
+    def cells(kind: str, k: int, label: str) -> list[str]:
+        def value(name: str) -> Callable[[Json], float]:
+            return lambda run: run["removal"][kind][k][name]
+
+        shown = [percent(over(runs, value(name))) for name in ORDER]
+        return [label, *shown, over(runs, value("language")).text(1)]
+
+    head = ["gone", *(name.replace("_", " ") for name in ORDER), "perplexity"]
+    body = [cells("alone", k, span) for k, span in enumerate(spans)]
+    body += [cells("with_flatter", k, f"all from {edges[k + 1]} %") for k in range(len(spans) - 1)]
+    body += [cells("with_sharper", k, f"all up to {edges[k + 1]} %") for k in range(len(spans) - 1)]
+    return table(head, body)
+
+
+def detector(runs: Runs) -> str:
+    """AUC of per-item scores for quotes against fresh sentences."""
+    names = list(runs[0]["detector"])
+    return table(
+        ["score of an item", "AUC"],
+        [[name, over(runs, lambda run, n=name: run["detector"][n]).text(3)] for name in names],
+    )
+
+
+def swept(runs: Runs) -> str:
+    """Appendix D: for each set of layers, the least cut that leaves a tenth, by dev split."""
+    sets = list(dict.fromkeys(row["layers"] for row in runs[0]["sweep"]["rows"]))
+
+    def first(run: Json, layers: str) -> Json:
+        before = run["sweep"]["before"]["quotes"]
+        mine = [row for row in run["sweep"]["rows"] if row["layers"] == layers]
+        enough = [row for row in mine if row["dev"]["quotes"] <= before / 10]
+        return min(enough or mine, key=lambda row: row["dev"]["language"])
+
+    def cells(layers: str) -> list[str]:
+        def value(name: str) -> Callable[[Json], float]:
+            return lambda run: first(run, layers)["dev"][name]
+
+        chosen = sum(run["sweep"]["chosen"]["layers"] == layers for run in runs)
+        increase = over(
+            runs, lambda run: value("language")(run) / run["sweep"]["before"]["language"] - 1
+        )
+        return [
+            f"`{layers.removeprefix('blocks.')}`",
+            over(runs, lambda run: first(run, layers)["rho"]).text(2),
+            "+" + percent(increase),
+            *(percent(over(runs, value(name))) for name in ORDER),
+            str(chosen),
+        ]
+
+    head = [
+        "layers",
+        "rho",
+        "perplexity [%]",
+        *(n.replace("_", " ") for n in ORDER),
+        "chosen by seeds",
+    ]
+    return table(head, [cells(layers) for layers in sets])
+
+
+def stressed(runs: Runs) -> str:
+    """Table 6: mean longest match, of 16 tokens, from quotes' own prompts and from shifted ones."""
+    names = ("none", *METHODS)
+
+    def cells(name: str) -> list[str]:
+        found = [
+            over(runs, lambda run, p=p: run["stressed"][name][p]) for p in ("original", "stressed")
+        ]
+        return [named(name), *(one.text(2) for one in found), PAPER_STRESSED.get(name, "-")]
+
+    head = ["method", "own prompt", "best of shifted prompts", "paper, 7B"]
+    return table(head, map(cells, names))
+
+
+def coherent(runs: Runs) -> str:
+    """Table 7: what the models say by themselves, judged by the true language."""
+
+    def cells(name: str, of: str, voice: str) -> list[str]:
+        found = [
+            over(runs, lambda run, k=k: run["coherent"][of][voice][k])
+            for k in ("nats", "outside", "repeated", "length")
+        ]
+        shares = [percent(one) for one in found[1:3]]
+        return [name, found[0].text(2), *shares, found[3].text(1)]
+
+    said = [
+        cells(f"{named(m)}, {voice}", m, voice)
+        for m in ("none", *METHODS)
+        for voice in ("sampled", "greedy")
+    ]
+    truth = [
+        cells("the language itself", "none", "own"),
+        cells("its words shuffled", "none", "shuffled"),
+    ]
+    head = ["who speaks", "nats a word", "no words [%]", "repeated 4-grams [%]", "words"]
+    return table(head, [*truth, *said])
+
+
+def ratios(runs: Runs) -> str:
+    """Figure 2 in numbers: the bands of the layers that are cut, mean over them, by seeds."""
+
+    def cells(kind: str) -> list[str]:
+        def value(run: Json, b: int) -> float:
+            layers = [run["activation"][kind][name]["ratio"] for name in cut_layers(run)]
+            return sum(ratio[b] for ratio in layers) / len(layers)
+
+        first = next(iter(runs[0]["activation"][kind].values()))["ratio"]
+        shown = [over(runs, lambda run, b=b: value(run, b)).text(2) for b in range(len(first))]
+        rising = sum(
+            all(x < y for x, y in pairwise(value(run, b) for b in range(len(first))))
+            for run in runs
+        )
+        blank = [""] * (7 - len(first))
+        return [kind.replace("_", " "), *shown, *blank, f"{rising} of {len(runs)}"]
+
+    head = ["quotes / language", "sharpest band", *map(str, range(2, 8)), "sorted"]
+    return table(head, map(cells, ("pair_mass", "input_rank", "svd")))
+
+
+def cut_layers(run: Json) -> list[str]:
+    """The layers that the chosen edit cuts."""
+    return list(run["tasks"]["quotes"])
+
+
+def grid(development: Json) -> str:
+    """BSN's settings on the development seed: what is left on the dev split."""
+    head = ["ratio", "weight", "steps", *(n.replace("_", " ") for n in ORDER), "perplexity"]
+    body = [
+        [f"{row['ratio']:g}", f"{row['weight']:g}", str(row["steps"]),
+         *(f"{100 * row['dev'][name]:.1f}" for name in ORDER), f"{row['dev']['language']:.2f}"]
+        for row in development["grid"]
+    ]  # fmt: skip
+    return table(head, body)
+
+
+def seconds(runs: Runs) -> str:
+    """How long the stages of a run took."""
+    names = list(runs[0]["seconds"])
+    body = [[name, over(runs, lambda run, n=name: run["seconds"][n]).text(0)] for name in names]
+    total = over(runs, lambda run: sum(run["seconds"].values()) / 60)
+    return table(["stage", "seconds"], [*body, ["all, in minutes", total.text(1)]])
+
+
+# ------------------------------------------------------------------ vision transformer
+
+
+VIT_METHODS = ("kfac", "svd", "random pairs", "random basis", "inputs only", "outputs only",
+               "kfac, bias joint", "kfac, up and down", "svd, up and down")  # fmt: skip
+SHOWN = ("memorised", "returned", "true", "clean", "validation")
+
+
+def images(point: Json, name: str) -> float:
+    """An accuracy of the test half."""
+    return point["test"].get(name, math.nan)
+
+
+def mean_of(points: Sequence[Json | None], name: str) -> str:
+    """An accuracy of the test half over the seeds that have such a point; `-` if none has."""
+    found = [images(point, name) for point in points if point]
+    return percent(interval(found)) if found else "-"
+
+
+def vit_table2(runs: Runs) -> str:
+    """Table 2: the best of each method by the dev half, reported on the test half."""
+
+    def cells(method: str) -> list[str]:
+        best = [run["compared"][method]["best"] for run in runs]
+        falls = [
+            images(run["baseline"], "validation") - images(one, "validation")
+            for run, one in zip(runs, best, strict=True)
+            if one
+        ]
+        shown = [mean_of(best, name) for name in SHOWN]
+        fall = percent(interval(falls)) if falls else "-"
+        return [named(method), *shown, fall, f"{len(falls)} of {len(runs)}"]
+
+    before = [percent(over(runs, lambda run, n=name: images(run["baseline"], n))) for name in SHOWN]
+    head = ["method", "false label kept [%]", "true label of those memorised [%]",
+            "true label of all noised [%]", "clean training images [%]", "validation [%]",
+            "its fall [points]", "seeds with such a strength"]  # fmt: skip
+    return table(head, [["none", *before, "0", ""], *map(cells, VIT_METHODS)])
+
+
+def vit_matched(runs: Runs) -> str:
+    """The same methods where they leave as few false labels as K-FAC's best, by the dev half."""
+
+    def cells(method: str) -> list[str]:
+        found = [run["compared"][method]["matched"] for run in runs]
+        shown = [mean_of(found, name) for name in ("memorised", "returned", "clean", "validation")]
+        return [named(method), *shown, f"{sum(map(bool, found))} of {len(runs)}"]
+
+    head = ["method", "false label kept [%]", "true label of those memorised [%]",
+            "clean training images [%]", "validation [%]", "seeds that get there"]  # fmt: skip
+    return table(head, map(cells, VIT_METHODS))
+
+
+def vit_layers(runs: Runs) -> str:
+    """Layer by layer and in pairs, K-FAC, each at its best by the dev half."""
+
+    def cells(place: str) -> list[str]:
+        best = [run["by_layer"][place]["best"] for run in runs]
+        shown = [mean_of(best, name) for name in ("memorised", "returned", "validation")]
+        return [place, *shown, f"{sum(map(bool, best))} of {len(runs)}"]
+
+    head = ["blocks", "false label kept [%]", "true label of those memorised [%]",
+            "validation [%]", "seeds with such a strength"]  # fmt: skip
+    return table(head, map(cells, runs[0]["by_layer"]))
+
+
+def vit_decay(runs: Runs) -> str:
+    """H.1: weight decay, what it memorises, what the edit gives back, and how the bands part."""
+
+    def cells(decay: str) -> list[str]:
+        mine = [run["decay"][decay] for run in runs]
+        before = [
+            percent(interval([one["before"]["test"][name] for one in mine]))
+            for name in ("memorised", "validation")
+        ]
+        edits = [one["best"]["kfac"] for one in mine]
+        best = [mean_of(edits, name) for name in ("memorised", "returned", "validation")]
+        parted = interval([separation(one["input_rank"]) for one in mine])
+        return [decay, *before, *best, parted.text(2)]
+
+    head = ["decay", "memorised [%]", "validation [%]", "edited: false label kept [%]",
+            "true label of those memorised [%]", "validation [%]",
+            "flattest / sharpest band"]  # fmt: skip
+    return table(head, map(cells, sorted(runs[0]["decay"], key=float)))
+
+
+def separation(layers: Json) -> float:
+    """Ratio of noised to clean images, flattest band over sharpest, mean over layers."""
+    found = [one["ratio"][-1] / one["ratio"][0] for one in layers.values()]
+    return sum(found) / len(found)
+
+
+# ------------------------------------------------------------------ the page
+
+
+def blocks() -> Mapping[str, str]:
+    """Every generated table by its mark."""
+    runs, controls, pictures = load("lm"), load_controls(), load("vit")
+    return {
+        "skills": skills(runs),
+        "table1": table1(runs),
+        "against": against(runs),
+        "kept": kept_by_task(runs),
+        "kept-above-chance": kept_by_task(runs, chance=True),
+        "left-out": left_out(runs),
+        "special": special(runs, controls),
+        "facts": facts(runs),
+        "removal": removal(runs),
+        "detector": detector(runs),
+        "sweep": swept(runs),
+        "ratios": ratios(runs),
+        "stressed": stressed(runs),
+        "coherent": coherent(runs),
+        "grid": grid(read(DEVELOPMENT)),
+        "seconds": seconds(runs),
+        "vit-table2": vit_table2(pictures),
+        "vit-matched": vit_matched(pictures),
+        "vit-layers": vit_layers(pictures),
+        "vit-decay": vit_decay(pictures),
+        "vit-seconds": seconds(pictures),
+    }
+
+
+def filled(page: str, made: Mapping[str, str]) -> str:
+    """The page with each `<!-- NAME -->` ... `<!-- /NAME -->` holding its table."""
+    for name, text in made.items():
+        mark = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- /{re.escape(name)} -->)", re.S)
+        page, count = mark.subn(lambda m, t=text: f"{m[1]}{t}\n{m[2]}", page)
+        if count != 1:
+            raise SystemExit(f"tables: README.md has {count} places for {name!r}, not one.")
+    return page
+
+
+def main() -> None:
+    """Rewrite the tables of README.md."""
+    readme = HERE / "README.md"
+    readme.write_text(filled(readme.read_text(), blocks()))
+
+
+if __name__ == "__main__":
+    main()
