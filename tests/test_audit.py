@@ -81,6 +81,11 @@ def test_every_configuration_passes(made: ModelConfig, seed: int) -> None:
     """The whole space: what does not hold for an architecture is left out, nothing fails."""
     # a window of 1 leaves q and k without any gradient that an error could be relative to
     made = replace(made, windows=tuple(2 if w == 1 else w for w in made.windows))
+    # as does a single position, be it a patch
+    if made.image is not None and made.image.positions == 1:
+        wide = replace(made.image, width=2 * made.image.width)
+        learned = wide.positions if made.learned_positions else 0
+        made = replace(made, image=wide, learned_positions=learned)
     # nor does a LayerNorm of two numbers leave anything but their signs
     made = replace(made, vocabulary=7, width=8, head_width=4, mlp_width=10)
     rng = np.random.default_rng(seed)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib import style
@@ -37,6 +36,10 @@ LOOK = dict(zip((*METHODS, *VARIANTS), (*PALETTE, "#999933", "#882255"), strict=
 PAPER = {"quotes": (3, 16), "addition": (66, 74), "facts": (74, 86), "open_book": (93, 99),
          "boolean": (95, 106)}  # fmt: skip
 """Retention in the paper [%] (PAPER §3)."""
+
+
+ENDS = {7: (20, 40, 60, 80, 90, 99, 100), 4: (10, 25, 50, 100)}
+"""Where bands end [%], by how many there are: of the curvature mass, or of the directions."""
 
 
 def figure(width: float, height: float) -> Figure:
@@ -136,8 +139,8 @@ def perplexity_rise(edit: Json) -> float:
     return row["after"]["perplexity"] / row["before"]["perplexity"] - 1
 
 
-def band_ratios(runs: Runs) -> Figure:
-    """Figure 2: ratios of quotes to language, layer by layer and band by band."""
+def band_ratios(runs: Runs, label: str = "quotes / language") -> Figure:
+    """Figure 2: activation ratios, layer by layer and band by band."""
     kinds = {
         "pair_mass": "curvature: ‖W_b x‖ by pair mass",
         "input_rank": "curvature: ‖P_b x‖ by rank in A",
@@ -154,20 +157,20 @@ def band_ratios(runs: Runs) -> Figure:
                 for layer in layers
             ]
         )  # fmt: skip
-        edges = runs[0]["activation"][kind][layers[0]]["edges"]
+        ends = ENDS[ratio.shape[1]]
         shades = ax.imshow(np.log2(ratio), cmap="RdBu_r", vmin=-1.5, vmax=1.5, aspect="auto")
         for (i, b), value in np.ndenumerate(ratio):
             dark = abs(np.log2(value)) > 1
             ax.text(b, i, f"{value:.2f}", ha="center", va="center", fontsize=7,
                     color="white" if dark else "#222222")  # fmt: skip
-        ax.set_xticks(range(ratio.shape[1]), [f"{100 * e:g}" for e in edges[1:]])
+        ax.set_xticks(range(ratio.shape[1]), [f"{end}" for end in ends])
         ax.set_yticks(range(len(layers)), [name.removeprefix("blocks.") for name in layers])
         ax.set_title(title)
         ax.set_xlabel("band ends at [%]; sharp → flat")
         ax.grid(visible=False)
     bar = drawn.colorbar(shades, ax=axes, shrink=0.8, ticks=[-1, 0, 1])
     bar.ax.set_yticklabels(["½", "1", "2"])
-    bar.set_label("quotes / language")
+    bar.set_label(label)
     return drawn
 
 
@@ -210,7 +213,7 @@ def facts_by_frequency(runs: Runs) -> Figure:
 
 def removal(runs: Runs) -> Figure:
     """One band gone, and all flatter or sharper ones with it."""
-    edges = (0, 20, 40, 60, 80, 90, 99, 100)
+    edges = (0, *ENDS[7])
     drawn = figure(10, 3.6)
     axes = drawn.subplots(1, 3, sharey=True)
     kinds = {
@@ -232,7 +235,43 @@ def removal(runs: Runs) -> Figure:
     return drawn
 
 
-FIGURES: Mapping[str, Callable[[Any], Figure]] = {
+# ------------------------------------------------------------------ vision transformer
+
+VIT = ("kfac", "svd", "random pairs", "random basis")
+
+
+def vit_front(runs: Runs) -> Figure:
+    """What is forgotten, and what comes back, against the fall of validation accuracy."""
+    drawn = figure(9, 4)
+    axes = drawn.subplots(1, 2, sharex=True)
+    for method, colour in zip(VIT, (PALETTE[0], PALETTE[1], PALETTE[3], PALETTE[4]), strict=True):
+        points = [run["curves"][method] for run in runs]
+        fall, kept, returned = (
+            [100 * np.mean([value(run, curve[k]) for run, curve in zip(runs, points, strict=True)])
+             for k in range(len(points[0]))]
+            for value in (fallen, lambda _, p: p["test"]["memorised"],
+                          lambda _, p: p["test"]["returned"])
+        )  # fmt: skip
+        for ax, y in zip(axes, (kept, returned), strict=True):
+            ax.plot(fall, y, "o-", color=colour, ms=4, lw=1.6, label=named(method))
+    axes[0].set_title("False label still given")
+    axes[1].set_title("True label given instead")
+    for ax in axes:
+        ax.axvline(3, color=GREY, lw=1, ls=":")
+        ax.set_xlim(-2, 20)
+        ax.set_ylim(0, 103)
+        ax.set_xlabel("fall of validation accuracy [points]")
+        ax.set_ylabel("noised training images [%]")
+    axes[0].legend()
+    return drawn
+
+
+def fallen(run: Json, point: Json) -> float:
+    """By how much validation accuracy is lower than without an edit."""
+    return run["baseline"]["test"]["validation"] - point["test"]["validation"]
+
+
+FIGURES: Mapping[str, Callable[[Runs], Figure]] = {
     "retention": retention,
     "front": front,
     "bands": band_ratios,
@@ -240,14 +279,19 @@ FIGURES: Mapping[str, Callable[[Any], Figure]] = {
     "facts": facts_by_frequency,
     "removal": removal,
 }
+VIT_FIGURES: Mapping[str, Callable[[Runs], Figure]] = {
+    "vit-front": vit_front,
+    "vit-bands": lambda runs: band_ratios(runs, "noised / clean images"),
+}
 
 
 def main() -> None:
     """Draw every figure."""
-    runs = load("lm")
     with style.context(["default", STYLE]):
-        for name, draw in FIGURES.items():
-            save(draw(runs), HERE / f"{name}.png")
+        for kind, figures in (("lm", FIGURES), ("vit", VIT_FIGURES)):
+            runs = load(kind)
+            for name, draw in figures.items():
+                save(draw(runs), HERE / f"{name}.png")
 
 
 if __name__ == "__main__":

@@ -24,13 +24,13 @@ from refcurv.cli import progress_bar
 from refcurv.editing.bsn import Scores
 from refcurv.evaluation import items
 from refcurv.evaluation.bands import Quantity, band_weights, bands
-from refcurv.evaluation.matching import at_perplexity
+from refcurv.evaluation.matching import Match, at_perplexity
 from refcurv.evaluation.perturb import perturbation
 from refcurv.evaluation.suite import RETAINED, Evaluation, Measurement, compare, measure
 from refcurv.model.config import expand
 from validation.paper import stages
 from validation.paper.coherence import coherence
-from validation.paper.methods import Method, methods
+from validation.paper.methods import Edit, Method, methods
 from validation.paper.train import Recipe, choose_ops, train
 from validation.paper.world import (
     QUOTE_LENGTH,
@@ -229,21 +229,44 @@ def choose(before: Json, rows: Sequence[Json]) -> Json:
 
 
 def compared(lab: Lab) -> Json:
-    """Tables 1 and 5: every method at the dev perplexity of the chosen K-FAC edit."""
-    target = lab.chosen["dev"]["language"]
-    out = {}
+    """Tables 1 and 5: the chosen K-FAC edit, and every other method at its dev perplexity."""
+    found = {}
     for name, method in tqdm(lab.methods.items(), desc="  compared", leave=False):
-        match = at_perplexity(
-            lambda x, cut=method.cut: cut(10.0**x)[0], target, lab["language_dev"],
-            weakest=np.log10(method.weakest), strongest=np.log10(method.strongest),
-        )  # fmt: skip
-        edited, record = method.cut(10.0**match.strength)
-        out[name] = outcome(lab, edited, record) | {
-            "removed": 10.0**match.strength,
-            "dev_perplexity": match.perplexity,
-            "verdict": match.verdict,
-        }
-    return out | same_size(lab)
+        match = as_chosen(lab) if name == "kfac" else matched(lab, method)
+        found[name] = outcome(lab, *method.cut(match.strength)) | said(match)
+    return found | same_size(lab)
+
+
+def as_chosen(lab: Lab) -> Match:
+    """The chosen edit, which needs no search."""
+    perplexity = lab.chosen["dev"]["language"]
+    return Match(1 - lab.chosen["rho"], perplexity, perplexity, True, ())
+
+
+def matched(lab: Lab, method: Method) -> Match:
+    """The share to remove at which a method has the dev perplexity of the chosen edit."""
+    return removed_at(method.cut, lab.chosen["dev"]["language"], lab["language_dev"],
+                      method.weakest, method.strongest)  # fmt: skip
+
+
+def removed_at(
+    cut: Edit, target: float, text: rc.Population, weakest: float, strongest: float
+) -> Match:
+    """`at_perplexity` by the logarithm of the share removed; `strength` is the share itself."""
+    match = at_perplexity(
+        lambda x: cut(10.0**x)[0], target, text,
+        weakest=np.log10(weakest), strongest=np.log10(strongest),
+    )  # fmt: skip
+    return replace(match, strength=10.0**match.strength)
+
+
+def said(match: Match) -> Json:
+    """How strongly was cut, and whether that is the perplexity that was wanted."""
+    return {
+        "removed": match.strength,
+        "dev_perplexity": match.perplexity,
+        "verdict": match.verdict,
+    }
 
 
 def same_size(lab: Lab) -> Json:
@@ -400,17 +423,16 @@ def special(lab: Lab) -> Json:
 
     In a model that never saw the quotes they are fresh sentences themselves.
     """
-    bases = rc.Bases({name: lab.bases[name] for name in expand(SPECIAL_LAYERS, list(lab.bases))})
     base = lab.baseline["dev"].populations["language_dev"].values["perplexity"]
-    match = at_perplexity(
-        lambda x: rc.edit(lab.model, bases, 1 - 10.0**x)[0], SPECIAL_RISE * base,
-        lab["language_dev"], weakest=np.log10(0.002), strongest=np.log10(0.6),
-    )  # fmt: skip
-    edited, _ = rc.edit(lab.model, bases, 1 - 10.0**match.strength)
+
+    def cut(removed: float) -> tuple[rc.Model, rc.EditRecord]:
+        return rc.edit(lab.model, lab.bases, {SPECIAL_LAYERS: 1 - removed})
+
+    match = removed_at(cut, SPECIAL_RISE * base, lab["language_dev"], 0.002, 0.6)
+    edited, _ = cut(match.strength)
     asked = _told_apart(lab) | {"quotes_dev": lab["quotes_dev"]}
     return {
-        "removed": 10.0**match.strength,
-        "verdict": match.verdict,
+        **said(match),
         **{
             name: {
                 "before": float(nats(lab.model, p).mean()),
@@ -427,18 +449,11 @@ def left_out(lab: Lab) -> Json:
     """The K-FAC edit from factors of a corpus without quotes, at the same perplexity."""
     target, layers = lab.chosen["dev"]["language"], lab.chosen["layers"]
 
-    def cut(x: float) -> tuple[rc.Model, rc.EditRecord]:
-        return rc.edit(lab.model, lab.bases_without_quotes, {layers: 1 - 10.0**x})
+    def cut(removed: float) -> tuple[rc.Model, rc.EditRecord]:
+        return rc.edit(lab.model, lab.bases_without_quotes, {layers: 1 - removed})
 
-    match = at_perplexity(
-        lambda x: cut(x)[0], target, lab["language_dev"],
-        weakest=np.log10(0.002), strongest=np.log10(0.6),
-    )  # fmt: skip
-    return outcome(lab, *cut(match.strength)) | {
-        "removed": 10.0**match.strength,
-        "dev_perplexity": match.perplexity,
-        "verdict": match.verdict,
-    }
+    match = removed_at(cut, target, lab["language_dev"], 0.002, 0.6)
+    return outcome(lab, *cut(match.strength)) | said(match)
 
 
 def grid(lab: Lab) -> Json:

@@ -1,9 +1,9 @@
 """Make the files that ship with the package from a finished training run.
 
-    python -m validation.paper.ship olmo2-1.npz refcurv/demo
+    python -m validation.paper.ship runs/lm-1/run.npz refcurv/demo
 
-Writes model.h5 (float32, as trained) and corpus.h5: a fresh sample of the training mixture for the
-factors, and every population of the world, dev and test.
+Writes model.h5 (float32, as trained) and corpus.h5: the sample of the training mixture that the
+experiments take the factors from, and every population of the world, dev and test.
 """
 
 from __future__ import annotations
@@ -13,11 +13,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import refcurv as rc
+from validation.paper.lm import SEQUENCES
 from validation.paper.train import load
 from validation.paper.world import calibration, populations
-
-SEQUENCES, SEED = 1600, 20251024
-"""Calibration: 102,400 tokens; fewer than 80,000 cost accuracy on addition (EXPERIMENTS 2f)."""
 
 
 def ship(run: Path, folder: Path) -> tuple[Path, Path]:
@@ -29,8 +27,8 @@ def ship(run: Path, folder: Path) -> tuple[Path, Path]:
     made_from = {"recipe": asdict(recipe), "steps": state.step, "by": "validation/paper/train.py"}
     rc.save(model, folder / "model.h5", made_from)
     world = recipe.world()
-    corpus = rc.Corpus(calibration(world, SEQUENCES, SEED), populations=populations(world))
-    made_from = {"by": "validation/paper/ship.py", "sequences": SEQUENCES, "seed": SEED}
+    corpus = rc.Corpus(calibration(world, SEQUENCES, recipe.seed), populations=populations(world))
+    made_from = {"by": "validation/paper/ship.py", "sequences": SEQUENCES, "seed": recipe.seed}
     rc.save_corpus(corpus, folder / "corpus.h5", made_from)
     return folder / "model.h5", folder / "corpus.h5"
 
