@@ -208,12 +208,15 @@ def edit(args: argparse.Namespace) -> None:
     """Keep the sharpest directions of weight matrices, zero the flat ones."""
     import refcurv as rc
     from refcurv.editing.variants import control
+    from refcurv.files import store
 
     rho, model, basis = _rho(args.rho), rc.load(args.weights), rc.load_bases(args.basis)
+    came_from = {"inputs": store.inputs(model.source, basis.source)}
     if args.control is None:
-        _save_edit(args, *rc.edit(model, basis, rho))
+        _save_edit(args, *rc.edit(model, basis, rho), **came_from)
     else:
-        _save_edit(args, *control(model, basis, rho, args.control, args.seed), seed=args.seed)
+        made = control(model, basis, rho, args.control, args.seed)
+        _save_edit(args, *made, seed=args.seed, **came_from)
 
 
 def truncate(args: argparse.Namespace) -> None:

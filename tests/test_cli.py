@@ -18,6 +18,7 @@ from strategies import config, random_parameters
 import refcurv as rc
 from refcurv.cli import main
 from refcurv.editing import variants
+from refcurv.files.disk import file_sha256
 
 PYTHON = [sys.executable, "-m", "refcurv"]
 
@@ -82,6 +83,8 @@ def test_edit_with_a_control(kind: str, files: Path, tmp_path: Path, capsys) -> 
     made = rc.load(out)
     assert all(x.tobytes() == made.parameters[n].tobytes() for n, x in edited.parameters.items())
     assert made.source["provenance"]["seed"] == 3
+    came_from = {name: file_sha256(files / name) for name in ("w.h5", "b.h5")}
+    assert made.source["provenance"]["inputs"] == came_from
 
 
 def test_truncate(files: Path, tmp_path: Path, capsys) -> None:

@@ -142,7 +142,7 @@ def test_the_curvature_not_the_cutting(demo: tuple[Path, dict]) -> None:
 
 
 def test_curves_pass_the_edit(demo: tuple[Path, dict]) -> None:
-    """Every curve holds its compared edit, and forgets more where more is removed."""
+    """Every curve holds its compared edit; where more is removed it forgets more and costs more."""
     found = demo[1]["controls"]
     for one in found["compared"]:
         curve = found["curves"][one["method"]]
@@ -151,8 +151,10 @@ def test_curves_pass_the_edit(demo: tuple[Path, dict]) -> None:
         removed, recitation, perplexity = ([point[key] for point in curve] for key in keys)
         assert removed == sorted(removed) and len(set(removed)) == len(curve) >= 3
         assert recitation == sorted(recitation, reverse=True)
-        assert one["method"] != "kfac" or recitation[-1] < recitation[0]
-        assert perplexity == sorted(perplexity)
+        assert perplexity[0] < perplexity[-1]
+        if one["method"] == "kfac":
+            assert recitation[-1] < recitation[0]
+            assert perplexity == sorted(perplexity)
 
 
 def test_the_shipped_files_are_small_and_loadable_elsewhere(tmp_path: Path) -> None:

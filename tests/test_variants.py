@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -22,6 +23,7 @@ from refcurv.algebra.staircase import cut
 from refcurv.curvature.eigenbasis import Bases, Eigenbasis, decompose_to
 from refcurv.editing.projection import keep_pairs, project
 from refcurv.editing.variants import _drawn, _smallest, control
+from refcurv.files.disk import file_sha256
 from refcurv.law import tolerance
 from refcurv.law.checks import (
     ConventionError,
@@ -306,6 +308,16 @@ def test_the_method_is_in_the_basis_file(made: tuple[rc.Model, Bases], tmp_path)
     factors = rc.collect(model, corpus_of(case()), UP)
     decompose_to(factors, path)
     assert rc.load_bases(path).method == rc.decompose(factors).method == "kfac"
+
+
+def test_a_basis_saved_again_names_the_file_it_came_from(
+    made: tuple[rc.Model, Bases], tmp_path: Path
+) -> None:
+    first, again = tmp_path / "first.h5", tmp_path / "again.h5"
+    rc.save_bases(made[1], first)
+    rc.save_bases(rc.random_basis(rc.load_bases(first), 0), again)
+    wanted = {"first.h5": file_sha256(first)}
+    assert rc.load_bases(again).source["provenance"]["inputs"] == wanted
 
 
 def test_records_are_json(made: tuple[rc.Model, Bases]) -> None:

@@ -42,7 +42,6 @@ def _row(id: str, statement: str, functions: str = "", tests: str = "", waits: s
 
 
 ESTIMATORS = "the estimators: EK-FAC, reduce, FOOF, TKFAC, Shampoo"
-BASELINES = "the baselines: issue 5"
 
 EXACT, LAYERS = "curvature.exact.", "model.layers."
 CASES, IDENTITIES = "test_exact_cases.py::", "test_identities.py::"
@@ -73,8 +72,13 @@ ROWS = (
          "test_projection.py::test_edit_of_a_model"),
     _row("P9", "bands of eigenvectors and the activation ratio", "evaluation.bands.bands",
          "test_bands.py::test_norms_are_the_definition"),
-    _row("P10", "control: the SVD of W", waits=BASELINES),
-    _row("P11", "baseline: BalancedSubnet", waits=BASELINES),
+    _row("P10", "control: bands and truncation by the SVD of W",
+         "editing.svd.truncate editing.svd.singular_bases",
+         "test_svd.py::test_the_cut_equals_brute_force "
+         "test_svd.py::test_bands_over_right_singular_vectors"),
+    _row("P11", "baseline: BalancedSubnet", "editing.bsn.train_scores editing.bsn.prune",
+         "test_bsn.py::test_the_gradient_is_the_complex_step_of_a_soft_mask "
+         "test_bsn.py::test_the_training_is_the_recipe_in_loops"),
     _row("O1", "one datum at one position: K is the exact block", EXACT + "kfac"),
     _row("O2", "deep linear net, square loss: K is the GGN", EXACT + "kfac"),
     _row("O3", "pooled before the loss: K is exact behind the pool only; reduce before it",

@@ -227,7 +227,8 @@ def save_bases(bases: Bases, path: str | Path) -> None:
     The root attributes say what the columns are of (`bias`) and what made the bases (`method`).
     """
     about = {"bias": str(bases.bias), "method": bases.method}
-    _write(bases.items(), about, path, bases.source.get("inputs", {}))
+    came_from = bases.source.get("inputs") or store.inputs(bases.source)
+    _write(bases.items(), about, path, came_from)
 
 
 def decompose_to(

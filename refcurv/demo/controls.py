@@ -24,7 +24,7 @@ from refcurv.passes.parallel import Progress
 TOLERANCE: Final = 0.005
 """How far apart two perplexities are that count as one."""
 
-STEPS: Final = (-2, -1, 1)
+STEPS: Final = (-2, -1, 1, 2)
 """Points of a curve beside the compared edit, in powers of `Cut.spread`."""
 
 
@@ -94,9 +94,9 @@ def cuts(setting: Setting) -> tuple[Cut, ...]:
 
     return (
         Cut("kfac", kfac, 0.002, 0.9, 1.4),
-        Cut("svd", svd, 0.002, 0.9, 1.5),
-        Cut("random pairs", pairs, 1e-4, 0.9, 1.8),
-        Cut("random basis", elsewhere, 1e-9, 0.9, 2.2),
+        Cut("svd", svd, 1e-6, 0.9, 3.0),
+        Cut("random pairs", pairs, 1e-4, 0.9, 3.0),
+        Cut("random basis", elsewhere, 1e-9, 0.9, 3.0),
     )
 
 

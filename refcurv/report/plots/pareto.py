@@ -128,6 +128,6 @@ def _finish(ax: Axes, start: Json, compared: Mapping[str, Json]) -> None:
         right = max(base * 1.02, base + RISES * (costs[0] - base), *(1.01 * x for x in costs))
         right = min(right, FARTHEST * max(base, costs[0]))
         ax.set_xlim(base - 0.03 * (right - base), right)
-    ax.set_ylim(-0.02, 1.03)
+    ax.set_ylim(-0.02, 1.09)
     ticks(ax.yaxis, lambda y: f"{100 * y:g}")
     ticks(ax.xaxis, lambda x: f"{x:g}\n{percent(relative(base, x), 0, '+')}")
