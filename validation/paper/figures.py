@@ -24,10 +24,14 @@ from validation.paper.tables import (
     VARIANTS,
     Json,
     Runs,
+    curve_kept,
+    curve_rise,
     kept_share,
     load,
     named,
     over,
+    refit_rise,
+    rise,
     rows,
 )
 
@@ -83,60 +87,48 @@ def retention(runs: Runs) -> Figure:
 
 
 def front(runs: Runs) -> Figure:
-    """Recitation against the rise of perplexity along every method's strengths."""
-    drawn = figure(9, 4.2)
-    axes = drawn.subplots(1, 2, sharex=True)
+    """Recitation against both perplexities along every method's strengths, and what it costs."""
+    drawn = figure(10.5, 4.2)
+    axes = drawn.subplots(1, 3)
     others = [name for name in ORDER if name != "quotes"]
     for method in (*METHODS, *VARIANTS):
-        dashed = "--" if method in VARIANTS else "-"
-        count = len(runs[0]["curves"][method])
+        curves = [run["curves"][method] for run in runs]
 
-        def mean(value: Callable[[Json, Json], float], k: int, m: str = method) -> float:
-            return interval([value(run, run["curves"][m][k]) for run in runs]).mean
+        def mean(value: Callable[[Json, Json], float], curves: Json = curves) -> list[float]:
+            """At each strength, in per cent."""
+            pairs = [list(zip(runs, points, strict=True)) for points in zip(*curves, strict=True)]
+            return [100 * float(np.mean([value(*pair) for pair in at])) for at in pairs]
 
-        x = [100 * mean(rise, k) for k in range(count)]
-        look = {"color": LOOK[method], "ls": dashed, "lw": 1.6, "marker": "o", "ms": 3}
-        quotes = [100 * mean(left("quotes"), k) for k in range(count)]
-        rest = [100 * np.mean([mean(left(name), k) for name in others]) for k in range(count)]
-        axes[0].plot(x, quotes, label=named(method), **look)
-        axes[1].plot(x, rest, **look)
-    chosen = [over(runs, lambda run, n=n: kept_share(rows(run["compared"]["kfac"])[n])).mean
-              for n in ("quotes", *others)]  # fmt: skip
-    at = 100 * over(runs, lambda run: perplexity_rise(run["compared"]["kfac"])).mean
-    axes[0].plot(at, 100 * chosen[0], "*", color="#222222", ms=11, zorder=5, label="chosen")
-    axes[1].plot(at, 100 * np.mean(chosen[1:]), "*", color="#222222", ms=11, zorder=5)
-    axes[0].set_title("Quotes still recited")
-    axes[1].set_title("All other abilities, mean")
-    for ax in axes:
-        ax.set_xlim(0, 60)
+        quotes, rest = mean(left("quotes")), np.mean([mean(left(n)) for n in others], axis=0)
+        look = {"color": LOOK[method], "ls": "--" if method in VARIANTS else "-", "lw": 1.6,
+                "marker": "o", "ms": 3}  # fmt: skip
+        axes[0].plot([0, *mean(curve_rise)], [100, *quotes], label=named(method), **look)
+        axes[1].plot([0, *mean(refit_rise)], [100, *quotes], **look)
+        axes[2].plot([100, *quotes], [100, *rest], **look)
+    edits = [rows(run["compared"]["kfac"]) for run in runs]
+    chosen = {n: 100 * float(np.mean([kept_share(edit[n]) for edit in edits])) for n in ORDER}
+    at = 100 * over(runs, lambda run: rise(run["compared"]["kfac"])).mean
+    star = {"color": "#222222", "marker": "*", "ms": 11, "ls": "", "zorder": 5}
+    axes[0].plot(at, chosen["quotes"], label="chosen", **star)
+    axes[2].plot(chosen["quotes"], np.mean([chosen[name] for name in others]), **star)
+    for ax, title in zip(axes, ("By perplexity", "At the best temperature", "By forgetting"),
+                         strict=True):  # fmt: skip
+        ax.set_title(title)
         ax.set_ylim(0, 103)
+    for ax in axes[:2]:
+        ax.set_xlim(-1, 60)
         ax.set_xlabel("rise of perplexity [%]")
-        ax.set_ylabel("retained [%]")
+        ax.set_ylabel("quotes still recited [%]")
+    axes[2].set_xlim(103, -3)
+    axes[2].set_xlabel("quotes still recited [%]")
+    axes[2].set_ylabel("all other abilities retained, mean [%]")
     drawn.legend(loc="outside lower center", ncols=5)
     return drawn
 
 
 def left(name: str) -> Callable[[Json, Json], float]:
     """What a point of a curve leaves of a population."""
-
-    def value(run: Json, point: Json) -> float:
-        row = next(r for r in run["baseline"]["test"] if r["name"] == f"{name}_test")
-        before = row["after"].get("strict", row["after"].get("accuracy"))
-        return point["test"][name] / before
-
-    return value
-
-
-def rise(run: Json, point: Json) -> float:
-    """The rise of perplexity at a point of a curve."""
-    row = next(r for r in run["baseline"]["test"] if r["name"] == "language_test")
-    return point["test"]["language"] / row["after"]["perplexity"] - 1
-
-
-def perplexity_rise(edit: Json) -> float:
-    """The rise of perplexity of a compared edit."""
-    row = rows(edit)["language"]
-    return row["after"]["perplexity"] / row["before"]["perplexity"] - 1
+    return lambda run, point: curve_kept(run, point, name)
 
 
 def band_ratios(runs: Runs, label: str = "quotes / language") -> Figure:

@@ -31,6 +31,7 @@ from refcurv.model.config import expand
 from validation.paper import stages
 from validation.paper.coherence import coherence
 from validation.paper.methods import Edit, Method, methods
+from validation.paper.temperature import refit
 from validation.paper.train import Recipe, choose_ops, train
 from validation.paper.world import (
     QUOTE_LENGTH,
@@ -207,8 +208,9 @@ def plain(table: Evaluation) -> dict[str, float]:
 
 
 def baseline(lab: Lab) -> Json:
-    """What the model can do, on both splits."""
-    return {split: compare(one, None).to_json()["rows"] for split, one in lab.baseline.items()}
+    """What the model can do, on both splits, and its perplexity at the best temperature."""
+    rows = {split: compare(one, None).to_json()["rows"] for split, one in lab.baseline.items()}
+    return rows | {"refit": refitted(lab, lab.model)}
 
 
 def sweep(lab: Lab) -> Json:
@@ -285,14 +287,22 @@ def outcome(lab: Lab, edited: rc.Model, record: rc.EditRecord) -> Json:
 
 
 def curves(lab: Lab) -> Json:
-    """Figure: what is left on the test split, along every method's strengths."""
+    """Figure: what is left on the test split, along every method's strengths.
+
+    `refit` is the perplexity of language when the temperature is set again on the dev split.
+    """
     points = [(name, x) for name, method in lab.methods.items() for x in method.grid]
     out: dict[str, list[Json]] = {name: [] for name in lab.methods}
     for name, removed in tqdm(points, desc="  curves", leave=False):
         edited, record = lab.methods[name].cut(removed)
-        found = plain(lab.table(edited))
+        found = plain(lab.table(edited)) | {"refit": refitted(lab, edited)}
         out[name].append({"removed": removed, "kept": record.kept, "test": found})
     return out
+
+
+def refitted(lab: Lab, model: rc.Model) -> float:
+    """The test perplexity at the temperature that is best on the dev split."""
+    return refit(model, lab["language_dev"], lab["language_test"])[1]
 
 
 def activation(lab: Lab) -> Json:

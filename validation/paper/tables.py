@@ -120,15 +120,10 @@ def skills(runs: Runs) -> str:
     """What the unedited models can do."""
 
     def cells(name: str) -> list[str]:
-        found = []
-        for split in ("dev", "test"):
-
-            def value(run: Json, split: str = split) -> float:
-                by_name = {row["name"]: row for row in run["baseline"][split]}
-                after = by_name[f"{name}_{split}"]["after"]
-                return after.get("perplexity", after.get("strict", after.get("accuracy")))
-
-            found.append(over(runs, value))
+        found = [
+            over(runs, lambda run, s=split: unedited_value(run, name, s))
+            for split in ("dev", "test")
+        ]
         text = [x.text(2) for x in found] if name == "language" else [percent(x) for x in found]
         items = runs[0]["baseline"]["test"]
         count = next(row["items"] for row in items if row["name"] == f"{name}_test")
@@ -226,6 +221,64 @@ def kept_by_task(runs: Runs, chance: bool = False) -> str:
 
     head = ["kept [%]", *map(named, methods), "paper, K-FAC"]
     return table(head, [cells(name) for name in ORDER])
+
+
+def forgotten(runs: Runs) -> str:
+    """The weakest point of each curve that leaves a tenth of the quotes, whatever it costs.
+
+    The points are those of the grid, and read on the test split: a view of the curves, no choice.
+    """
+
+    def cells(method: str) -> list[str]:
+        found = [(run, first_forgotten(run, method)) for run in runs]
+        there = [(run, point) for run, point in found if point]
+        count = f"{len(there)} of {len(runs)}"
+        if not there:
+            return [named(method), *["-"] * 9, count]
+
+        def shown(value: Callable[[Json, Json], float]) -> str:
+            return percent(interval([value(run, point) for run, point in there]))
+
+        return [
+            named(method),
+            shown(lambda _, point: point["kept"]),
+            "+" + shown(curve_rise),
+            "+" + shown(refit_rise),
+            *(shown(lambda run, point, n=name: curve_kept(run, point, n)) for name in ORDER),
+            count,
+        ]
+
+    head = ["method", "pairs (directions, weights) kept [%]", "perplexity [%]",
+            "at the best temperature [%]", *(n.replace("_", " ") for n in ORDER),
+            "seeds that get there"]  # fmt: skip
+    return table(head, map(cells, (*METHODS, *VARIANTS)))
+
+
+def first_forgotten(run: Json, method: str) -> Json | None:
+    """The weakest point of a curve that leaves at most a tenth of the quotes."""
+    return next((p for p in run["curves"][method] if curve_kept(run, p, "quotes") <= 0.1), None)
+
+
+def unedited_value(run: Json, name: str, split: str = "test") -> float:
+    """What the unedited model has: perplexity, strict recitation or accuracy."""
+    row = next(row for row in run["baseline"][split] if row["name"] == f"{name}_{split}")
+    after = row["after"]
+    return after.get("perplexity", after.get("strict", after.get("accuracy")))
+
+
+def curve_kept(run: Json, point: Json, name: str) -> float:
+    """Retention at a point of a curve."""
+    return retention(unedited_value(run, name), point["test"][name])
+
+
+def curve_rise(run: Json, point: Json) -> float:
+    """The rise of perplexity at a point of a curve."""
+    return point["test"]["language"] / unedited_value(run, "language") - 1
+
+
+def refit_rise(run: Json, point: Json) -> float:
+    """The same, before and after at the temperature that is best."""
+    return point["test"]["refit"] / run["baseline"]["refit"] - 1
 
 
 def left_out(runs: Runs) -> str:
@@ -545,6 +598,7 @@ def blocks() -> Mapping[str, str]:
         "against": against(runs),
         "kept": kept_by_task(runs),
         "kept-above-chance": kept_by_task(runs, chance=True),
+        "forgotten": forgotten(runs),
         "left-out": left_out(runs),
         "special": special(runs, controls),
         "facts": facts(runs),
