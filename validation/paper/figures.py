@@ -17,8 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from refcurv.report.plots import GREY, PALE, PALETTE, STYLE, save
-from validation.paper.statistics import Interval, interval
-from validation.paper.tables import (
+from validation.paper.results import (
     METHODS,
     ORDER,
     VARIANTS,
@@ -34,6 +33,7 @@ from validation.paper.tables import (
     rise,
     rows,
 )
+from validation.paper.statistics import Interval, interval
 
 HERE = Path(__file__).parent
 LOOK = dict(zip((*METHODS, *VARIANTS), (*PALETTE, "#999933", "#882255"), strict=True))
@@ -135,8 +135,8 @@ def band_ratios(runs: Runs, label: str = "quotes / language") -> Figure:
     """Figure 2: activation ratios, layer by layer and band by band."""
     kinds = {
         "pair_mass": "curvature: ‖W_b x‖ by pair mass",
-        "input_rank": "curvature: ‖P_b x‖ by rank in A",
-        "svd": "SVD: ‖P_b x‖ by rank in V",
+        "input_rank": "‖P_b x‖, rank in A",
+        "svd": "‖P_b x‖, SVD of W",
     }
     layers = list(runs[0]["activation"]["pair_mass"])
     drawn = figure(10, 0.32 * len(layers) + 1.2)
@@ -181,7 +181,7 @@ def ratio_against_retention(runs: Runs) -> Figure:
         ax.plot(np.mean(x), np.mean(y), "o", color=colour, ms=9, label=name.replace("_", " "))
     ax.set_xlabel("flat bands (80-100 %) over the sharpest one, task / language")
     ax.set_ylabel("retained [%]")
-    ax.set_title("What drives flat directions is lost")
+    ax.set_title("What a task drives, and what it keeps")
     ax.legend()
     return drawn
 

@@ -1,37 +1,33 @@
-"""Every table of validation/paper/README.md, from the result files.
-
-    python -m validation.paper.tables            # rewrites the tables between their marks
-
-A number is a mean over seeds with the half width of its 95 % t interval.
-"""
+"""The tables of the language model."""
 
 from __future__ import annotations
 
-import json
-import math
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
-from refcurv.evaluation.metrics import retention, retention_above_chance
+from validation.paper.results import (
+    METHODS,
+    ORDER,
+    VARIANTS,
+    Json,
+    Runs,
+    curve_kept,
+    curve_rise,
+    cut_layers,
+    first_forgotten,
+    kept_share,
+    named,
+    over,
+    percent,
+    refit_rise,
+    rise,
+    rows,
+    strict,
+    table,
+    unedited_value,
+)
 from validation.paper.statistics import Interval, interval, paired
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results"
-DEVELOPMENT = "lm-1-development"
-"""The run on which the recipe was chosen; it is not among those that are reported."""
-
-Json = Any
-Runs = Sequence[Json]
-
-ORDER = ("quotes", "addition", "facts", "copying", "open_book", "boolean")  # fmt: skip
-"""Populations by the damage that the paper finds: memorised text, arithmetic, facts, the rest."""
-
-METHODS = ("kfac", "svd", "bsn", "random pairs", "random basis")
-VARIANTS = ("inputs only", "outputs only", "corrected marginals")
-NAMES = {"kfac": "K-FAC", "svd": "SVD", "bsn": "BSN"}
 PAPER_KEPT = {
     "quotes": "3 to 16", "addition": "66 to 74", "facts": "74 to 86",
     "open_book": "93 to 99", "boolean": "95 to 106",
@@ -39,78 +35,6 @@ PAPER_KEPT = {
 
 PAPER_STRESSED = {"bsn": "4.6, 9.8", "kfac": "6.6, 13.3", "svd": "6.3, 12.8"}
 """Mean longest match from the own prompt and from shifted ones (PAPER §3)."""
-
-
-def load(kind: str) -> list[Json]:
-    """The result files `KIND-SEED.json`, by seed: those of the reported seeds."""
-    seeds = (re.fullmatch(rf"{kind}-(\d+)", path.stem) for path in RESULTS.glob("*.json"))
-    return [read(f"{kind}-{seed}") for seed in sorted(int(m[1]) for m in seeds if m)]
-
-
-def load_controls() -> list[Json]:
-    """The result files of models that were trained without quotes, by seed."""
-    return [read(path.stem) for path in sorted(RESULTS.glob("lm-*-without-quotes.json"))]
-
-
-def read(name: str) -> Json:
-    """One result file."""
-    return json.loads((RESULTS / f"{name}.json").read_text())
-
-
-# ------------------------------------------------------------------ reading a run
-
-
-def rows(edit: Json) -> Mapping[str, Json]:
-    """Population → row of the test table."""
-    return {row["name"].removesuffix("_test"): row for row in edit["test"]}
-
-
-def strict(edit: Json, half: str = "test") -> float:
-    """Share of the quotes of one half that is still recited."""
-    return (
-        edit["quotes_dev"]["strict"] if half == "dev" else rows(edit)["quotes"]["after"]["strict"]
-    )
-
-
-def score(row: Json, when: str) -> float:
-    """What a retention is of."""
-    return row[when].get("strict", row[when].get("accuracy"))
-
-
-def rise(edit: Json) -> float:
-    """Perplexity after over before, less 1."""
-    row = rows(edit)["language"]
-    return row["after"]["perplexity"] / row["before"]["perplexity"] - 1
-
-
-def kept_share(row: Json, chance: bool = False) -> float:
-    """Retention of one population, raw or above chance."""
-    before, after = score(row, "before"), score(row, "after")
-    return (
-        retention_above_chance(before, after, row["chance"]) if chance else retention(before, after)
-    )
-
-
-def over(runs: Runs, value: Callable[[Json], float]) -> Interval:
-    """The interval of one number per run."""
-    return interval([value(run) for run in runs])
-
-
-def percent(found: Interval) -> str:
-    """As per cent with one decimal."""
-    return found.text(1, 100)
-
-
-def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [list(head), ["---"] * len(head), *map(list, body)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def named(method: str) -> str:
-    """A method as a table writes it."""
-    first, comma, rest = method.partition(", ")
-    return NAMES.get(first, first) + comma + rest
 
 
 # ------------------------------------------------------------------ tables
@@ -252,33 +176,6 @@ def forgotten(runs: Runs) -> str:
             "at the best temperature [%]", *(n.replace("_", " ") for n in ORDER),
             "seeds that get there"]  # fmt: skip
     return table(head, map(cells, (*METHODS, *VARIANTS)))
-
-
-def first_forgotten(run: Json, method: str) -> Json | None:
-    """The weakest point of a curve that leaves at most a tenth of the quotes."""
-    return next((p for p in run["curves"][method] if curve_kept(run, p, "quotes") <= 0.1), None)
-
-
-def unedited_value(run: Json, name: str, split: str = "test") -> float:
-    """What the unedited model has: perplexity, strict recitation or accuracy."""
-    row = next(row for row in run["baseline"][split] if row["name"] == f"{name}_{split}")
-    after = row["after"]
-    return after.get("perplexity", after.get("strict", after.get("accuracy")))
-
-
-def curve_kept(run: Json, point: Json, name: str) -> float:
-    """Retention at a point of a curve."""
-    return retention(unedited_value(run, name), point["test"][name])
-
-
-def curve_rise(run: Json, point: Json) -> float:
-    """The rise of perplexity at a point of a curve."""
-    return point["test"]["language"] / unedited_value(run, "language") - 1
-
-
-def refit_rise(run: Json, point: Json) -> float:
-    """The same, before and after at the temperature that is best."""
-    return point["test"]["refit"] / run["baseline"]["refit"] - 1
 
 
 def left_out(runs: Runs) -> str:
@@ -470,11 +367,6 @@ def ratios(runs: Runs) -> str:
     return table(head, map(cells, ("pair_mass", "input_rank", "svd")))
 
 
-def cut_layers(run: Json) -> list[str]:
-    """The layers that the chosen edit cuts."""
-    return list(run["tasks"]["quotes"])
-
-
 def grid(development: Json) -> str:
     """BSN's settings on the development seed: what is left on the dev split."""
     head = ["ratio", "weight", "steps", *(n.replace("_", " ") for n in ORDER), "perplexity"]
@@ -492,147 +384,3 @@ def seconds(runs: Runs) -> str:
     body = [[name, over(runs, lambda run, n=name: run["seconds"][n]).text(0)] for name in names]
     total = over(runs, lambda run: sum(run["seconds"].values()) / 60)
     return table(["stage", "seconds"], [*body, ["all, in minutes", total.text(1)]])
-
-
-# ------------------------------------------------------------------ vision transformer
-
-
-VIT_METHODS = ("kfac", "svd", "random pairs", "random basis", "inputs only", "outputs only",
-               "kfac, bias joint", "kfac, up and down", "svd, up and down")  # fmt: skip
-SHOWN = ("memorised", "returned", "true", "clean", "validation")
-
-
-def images(point: Json, name: str) -> float:
-    """An accuracy of the test half."""
-    return point["test"].get(name, math.nan)
-
-
-def mean_of(points: Sequence[Json | None], name: str) -> str:
-    """An accuracy of the test half over the seeds that have such a point; `-` if none has."""
-    found = [images(point, name) for point in points if point]
-    return percent(interval(found)) if found else "-"
-
-
-def vit_table2(runs: Runs) -> str:
-    """Table 2: the best of each method by the dev half, reported on the test half."""
-
-    def cells(method: str) -> list[str]:
-        best = [run["compared"][method]["best"] for run in runs]
-        falls = [
-            images(run["baseline"], "validation") - images(one, "validation")
-            for run, one in zip(runs, best, strict=True)
-            if one
-        ]
-        shown = [mean_of(best, name) for name in SHOWN]
-        fall = percent(interval(falls)) if falls else "-"
-        return [named(method), *shown, fall, f"{len(falls)} of {len(runs)}"]
-
-    before = [percent(over(runs, lambda run, n=name: images(run["baseline"], n))) for name in SHOWN]
-    head = ["method", "false label kept [%]", "true label of those memorised [%]",
-            "true label of all noised [%]", "clean training images [%]", "validation [%]",
-            "its fall [points]", "seeds with such a strength"]  # fmt: skip
-    return table(head, [["none", *before, "0", ""], *map(cells, VIT_METHODS)])
-
-
-def vit_matched(runs: Runs) -> str:
-    """The same methods where they leave as few false labels as K-FAC's best, by the dev half."""
-
-    def cells(method: str) -> list[str]:
-        found = [run["compared"][method]["matched"] for run in runs]
-        shown = [mean_of(found, name) for name in ("memorised", "returned", "clean", "validation")]
-        return [named(method), *shown, f"{sum(map(bool, found))} of {len(runs)}"]
-
-    head = ["method", "false label kept [%]", "true label of those memorised [%]",
-            "clean training images [%]", "validation [%]", "seeds that get there"]  # fmt: skip
-    return table(head, map(cells, VIT_METHODS))
-
-
-def vit_layers(runs: Runs) -> str:
-    """Layer by layer and in pairs, K-FAC, each at its best by the dev half."""
-
-    def cells(place: str) -> list[str]:
-        best = [run["by_layer"][place]["best"] for run in runs]
-        shown = [mean_of(best, name) for name in ("memorised", "returned", "validation")]
-        return [place, *shown, f"{sum(map(bool, best))} of {len(runs)}"]
-
-    head = ["blocks", "false label kept [%]", "true label of those memorised [%]",
-            "validation [%]", "seeds with such a strength"]  # fmt: skip
-    return table(head, map(cells, runs[0]["by_layer"]))
-
-
-def vit_decay(runs: Runs) -> str:
-    """H.1: weight decay, what it memorises, what the edit gives back, and how the bands part."""
-
-    def cells(decay: str) -> list[str]:
-        mine = [run["decay"][decay] for run in runs]
-        before = [
-            percent(interval([one["before"]["test"][name] for one in mine]))
-            for name in ("memorised", "validation")
-        ]
-        edits = [one["best"]["kfac"] for one in mine]
-        best = [mean_of(edits, name) for name in ("memorised", "returned", "validation")]
-        parted = interval([separation(one["input_rank"]) for one in mine])
-        return [decay, *before, *best, parted.text(2)]
-
-    head = ["decay", "memorised [%]", "validation [%]", "edited: false label kept [%]",
-            "true label of those memorised [%]", "validation [%]",
-            "flattest / sharpest band"]  # fmt: skip
-    return table(head, map(cells, sorted(runs[0]["decay"], key=float)))
-
-
-def separation(layers: Json) -> float:
-    """Ratio of noised to clean images, flattest band over sharpest, mean over layers."""
-    found = [one["ratio"][-1] / one["ratio"][0] for one in layers.values()]
-    return sum(found) / len(found)
-
-
-# ------------------------------------------------------------------ the page
-
-
-def blocks() -> Mapping[str, str]:
-    """Every generated table by its mark."""
-    runs, controls, pictures = load("lm"), load_controls(), load("vit")
-    return {
-        "skills": skills(runs),
-        "table1": table1(runs),
-        "against": against(runs),
-        "kept": kept_by_task(runs),
-        "kept-above-chance": kept_by_task(runs, chance=True),
-        "forgotten": forgotten(runs),
-        "left-out": left_out(runs),
-        "special": special(runs, controls),
-        "facts": facts(runs),
-        "removal": removal(runs),
-        "detector": detector(runs),
-        "sweep": swept(runs),
-        "ratios": ratios(runs),
-        "stressed": stressed(runs),
-        "coherent": coherent(runs),
-        "grid": grid(read(DEVELOPMENT)),
-        "seconds": seconds(runs),
-        "vit-table2": vit_table2(pictures),
-        "vit-matched": vit_matched(pictures),
-        "vit-layers": vit_layers(pictures),
-        "vit-decay": vit_decay(pictures),
-        "vit-seconds": seconds(pictures),
-    }
-
-
-def filled(page: str, made: Mapping[str, str]) -> str:
-    """The page with each `<!-- NAME -->` ... `<!-- /NAME -->` holding its table."""
-    for name, text in made.items():
-        mark = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- /{re.escape(name)} -->)", re.S)
-        page, count = mark.subn(lambda m, t=text: f"{m[1]}{t}\n{m[2]}", page)
-        if count != 1:
-            raise SystemExit(f"tables: README.md has {count} places for {name!r}, not one.")
-    return page
-
-
-def main() -> None:
-    """Rewrite the tables of README.md."""
-    readme = HERE / "README.md"
-    readme.write_text(filled(readme.read_text(), blocks()))
-
-
-if __name__ == "__main__":
-    main()
