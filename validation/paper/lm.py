@@ -32,7 +32,7 @@ from validation.paper import stages
 from validation.paper.coherence import coherence
 from validation.paper.methods import Edit, Method, methods
 from validation.paper.temperature import refit
-from validation.paper.train import Recipe, choose_ops, train
+from validation.paper.train import ARCHITECTURES, Recipe, choose_ops, train
 from validation.paper.world import (
     QUOTE_LENGTH,
     Mixture,
@@ -487,6 +487,9 @@ STAGES = (baseline, sweep, compared, curves, activation, tasks, facts, stressed,
 DEVELOPMENT = (*STAGES, grid)
 """Of seed 1, on which recipes were chosen; it is not among the seeds that are reported."""
 
+OTHERS = (baseline, sweep, compared)
+"""What is asked of another architecture."""
+
 CONTROL = (baseline, special)
 """What is asked of a model that was trained without quotes."""
 
@@ -501,9 +504,12 @@ def main() -> None:
     """Read the command line, run, write the result file."""
     parser = stages.parser(__doc__)
     parser.add_argument("--without-quotes", action="store_true", help="train the control")
+    parser.add_argument("--arch", choices=ARCHITECTURES, default=Recipe().arch)
     args = parser.parse_args()
-    recipe, name = Recipe(seed=args.seed), f"lm-{args.seed}"
+    recipe, name = Recipe(arch=args.arch, seed=args.seed), f"lm-{args.seed}"
     asked = DEVELOPMENT if args.seed == DEVELOPED_ON else STAGES
+    if args.arch != Recipe().arch:
+        name, asked = f"{name}-{args.arch}", OTHERS
     if args.without_quotes:
         recipe = replace(recipe, mixture=unquoted(recipe.mixture))
         name, asked = f"{name}-without-quotes", CONTROL
