@@ -378,6 +378,23 @@ def grid(development: Json) -> str:
     return table(head, body)
 
 
+def architectures(one: Json, other: Json) -> str:
+    """The chosen K-FAC edit of two architectures in the same world, and its controls, on test."""
+
+    def cells(run: Json, method: str) -> list[str]:
+        edit = run["compared"][method]
+        left = rows(edit)
+        return [
+            f"{run['recipe']['arch']}, {named(method)}",
+            f"`{run['sweep']['chosen']['layers'].removeprefix('blocks.')}`",
+            f"{100 * rise(edit):+.1f}",
+            *(f"{100 * kept_share(left[name]):.1f}" for name in ORDER),
+        ]
+
+    head = ["kept [%]", "layers", "perplexity [%]", *(n.replace("_", " ") for n in ORDER)]
+    return table(head, [cells(run, method) for run in (one, other) for method in METHODS])
+
+
 def seconds(runs: Runs) -> str:
     """How long the stages of a run took."""
     names = list(runs[0]["seconds"])

@@ -33,6 +33,7 @@ def blocks() -> Mapping[str, str]:
         "stressed": lm_tables.stressed(runs),
         "coherent": lm_tables.coherent(runs),
         "grid": lm_tables.grid(read(DEVELOPMENT)),
+        "arch": lm_tables.architectures(read("lm-2"), read("lm-2-qwen3")),
         "seconds": lm_tables.seconds(runs),
         "vit-table2": vit_tables.table2(pictures),
         "vit-matched": vit_tables.matched(pictures),
