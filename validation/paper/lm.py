@@ -487,9 +487,6 @@ STAGES = (baseline, sweep, compared, curves, activation, tasks, facts, stressed,
 DEVELOPMENT = (*STAGES, grid)
 """Of seed 1, on which recipes were chosen; it is not among the seeds that are reported."""
 
-OTHERS = (baseline, sweep, compared)
-"""What is asked of another architecture."""
-
 CONTROL = (baseline, special)
 """What is asked of a model that was trained without quotes."""
 
@@ -509,7 +506,7 @@ def main() -> None:
     recipe, name = Recipe(arch=args.arch, seed=args.seed), f"lm-{args.seed}"
     asked = DEVELOPMENT if args.seed == DEVELOPED_ON else STAGES
     if args.arch != Recipe().arch:
-        name, asked = f"{name}-{args.arch}", OTHERS
+        name, asked = f"{name}-{args.arch}", STAGES
     if args.without_quotes:
         recipe = replace(recipe, mixture=unquoted(recipe.mixture))
         name, asked = f"{name}-without-quotes", CONTROL
