@@ -87,3 +87,13 @@ def test_layers_are_short_enough_to_read() -> None:
                 doc = ast.get_docstring(node)
                 lines = (node.end_lineno or 0) - node.lineno - (len(doc.splitlines()) if doc else 0)
                 assert lines <= 60, f"{module.__name__}.{node.name}: {lines} lines"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [p for p in sorted((ROOT / "validation").rglob("*.py")) if p.parent.name != "mutation"],
+    ids=lambda path: path.stem,
+)
+def test_every_experiment_can_be_imported(path: Path) -> None:
+    """What only a long run would find: a name that an experiment imports is gone."""
+    importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
