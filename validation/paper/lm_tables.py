@@ -378,21 +378,22 @@ def grid(development: Json) -> str:
     return table(head, body)
 
 
-def architectures(one: Json, other: Json) -> str:
-    """The chosen K-FAC edit of two architectures in the same world, and its controls, on test."""
+def architectures(runs: Runs, others: Runs) -> str:
+    """The compared edits of two architectures in the same worlds: retention of the test split."""
+    shared = {run["recipe"]["seed"] for run in others}
+    same = [run for run in runs if run["recipe"]["seed"] in shared]
 
-    def cells(run: Json, method: str) -> list[str]:
-        edit = run["compared"][method]
-        left = rows(edit)
-        return [
-            f"{run['recipe']['arch']}, {named(method)}",
-            f"`{run['sweep']['chosen']['layers'].removeprefix('blocks.')}`",
-            f"{100 * rise(edit):+.1f}",
-            *(f"{100 * kept_share(left[name]):.1f}" for name in ORDER),
+    def cells(found: Runs, method: str) -> list[str]:
+        edits = [run["compared"][method] for run in found]
+        kept = [
+            percent(interval([kept_share(rows(edit)[name]) for edit in edits])) for name in ORDER
         ]
+        risen = percent(interval([rise(edit) for edit in edits]))
+        return [f"{found[0]['recipe']['arch']}, {named(method)}", f"+{risen}", *kept]
 
-    head = ["kept [%]", "layers", "perplexity [%]", *(n.replace("_", " ") for n in ORDER)]
-    return table(head, [cells(run, method) for run in (one, other) for method in METHODS])
+    head = ["kept [%]", "perplexity [%]", *(n.replace("_", " ") for n in ORDER)]
+    methods = (*METHODS, "random pairs, same size", "random basis, same size")
+    return table(head, [cells(found, method) for found in (same, others) for method in methods])
 
 
 def seconds(runs: Runs) -> str:

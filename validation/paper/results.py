@@ -30,15 +30,14 @@ VARIANTS = ("inputs only", "outputs only", "corrected marginals")
 NAMES = {"kfac": "K-FAC", "svd": "SVD", "bsn": "BSN"}
 
 
-def load(kind: str) -> list[Json]:
-    """The result files `KIND-SEED.json`, by seed: those of the reported seeds."""
-    seeds = (re.fullmatch(rf"{kind}-(\d+)", path.stem) for path in RESULTS.glob("*.json"))
-    return [read(f"{kind}-{seed}") for seed in sorted(int(m[1]) for m in seeds if m)]
+def load(kind: str, variant: str = "") -> list[Json]:
+    """The result files `KIND-SEED.json`, by seed: those of the reported seeds.
 
-
-def load_controls() -> list[Json]:
-    """The result files of models that were trained without quotes, by seed."""
-    return [read(path.stem) for path in sorted(RESULTS.glob("lm-*-without-quotes.json"))]
+    Or `KIND-SEED-VARIANT.json`: "without-quotes" in the training, another architecture.
+    """
+    tail = f"-{variant}" if variant else ""
+    seeds = (re.fullmatch(rf"{kind}-(\d+){tail}", path.stem) for path in RESULTS.glob("*.json"))
+    return [read(f"{kind}-{seed}{tail}") for seed in sorted(int(m[1]) for m in seeds if m)]
 
 
 def read(name: str) -> Json:
