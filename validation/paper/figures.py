@@ -20,6 +20,7 @@ from refcurv.report.plots import GREY, PALE, PALETTE, STYLE, save
 from validation.paper.results import (
     METHODS,
     ORDER,
+    PAPER_KEPT,
     VARIANTS,
     Json,
     Runs,
@@ -37,11 +38,6 @@ from validation.paper.statistics import Interval, interval
 
 HERE = Path(__file__).parent
 LOOK = dict(zip((*METHODS, *VARIANTS), (*PALETTE, "#999933", "#882255"), strict=True))
-PAPER = {"quotes": (3, 16), "addition": (66, 74), "facts": (74, 86), "open_book": (93, 99),
-         "boolean": (95, 106)}  # fmt: skip
-"""Retention in the paper [%] (PAPER §3)."""
-
-
 ENDS = {7: (20, 40, 60, 80, 90, 99, 100), 4: (10, 25, 50, 100)}
 """Where bands end [%], by how many there are: of the curvature mass, or of the directions."""
 
@@ -74,8 +70,8 @@ def retention(runs: Runs) -> Figure:
             ax.bar(x, 100 * found.mean, width * 0.9, color=LOOK[method], label=label, zorder=2)
             whisker(ax, x, found)
     for k, name in enumerate(ORDER):
-        if name in PAPER:
-            low, high = PAPER[name]
+        if name in PAPER_KEPT:
+            low, high = PAPER_KEPT[name]
             label = "paper, K-FAC" if k == 0 else None
             ax.fill_between([k - 0.46, k + 0.46], low, high, color=PALE, zorder=1, label=label)
     ax.axhline(100, color=GREY, lw=1)

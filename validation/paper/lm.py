@@ -31,8 +31,9 @@ from refcurv.model.config import expand
 from validation.paper import stages
 from validation.paper.coherence import coherence
 from validation.paper.methods import Edit, Method, methods
+from validation.paper.results import METHODS
 from validation.paper.temperature import refit
-from validation.paper.train import ARCHITECTURES, Recipe, choose_ops, train
+from validation.paper.train import ARCHITECTURES, Recipe, choose_ops, train, trained
 from validation.paper.world import (
     QUOTE_LENGTH,
     Mixture,
@@ -64,9 +65,6 @@ LEFT = 1 / 10
 SPECIAL_LAYERS, SPECIAL_RISE = "blocks.{2-3}.mlp.{gate,up}", 1.10
 """Where and how strongly models with and without memorised quotes are cut to be compared."""
 
-MAIN = ("kfac", "svd", "bsn", "random pairs", "random basis")
-"""The methods of Tables 6 and 7."""
-
 BSN_RATIO, BSN_WEIGHT = 0.05, 1.0
 """Chosen on the development seed, by this grid."""
 
@@ -95,9 +93,7 @@ class Lab:
         self.world = recipe.world()
         state = train(recipe, folder / "run.npz", choose_ops("fast"))
         self.seconds = state.seconds
-        config = recipe.config()
-        parameters = {name: state.parameters[name] for name in config.parameter_shapes()}
-        self.model = rc.Model(config, parameters, "float32")
+        self.model = trained(recipe.config(), state)
 
     @cached_property
     def corpus(self) -> rc.Corpus:
@@ -351,8 +347,8 @@ def facts(lab: Lab) -> Json:
 
 def shown(lab: Lab) -> dict[str, rc.Model]:
     """The unedited model and the main methods' edits at the compared strengths."""
-    strength = {name: one["removed"] for name, one in lab.done("compared").items() if name in MAIN}
-    edits = {name: lab.methods[name].cut(removed)[0] for name, removed in strength.items()}
+    found = lab.done("compared")
+    edits = {name: lab.methods[name].cut(found[name]["removed"])[0] for name in METHODS}
     return {"none": lab.model, **edits}
 
 

@@ -8,6 +8,8 @@ from itertools import pairwise
 from validation.paper.results import (
     METHODS,
     ORDER,
+    PAPER_KEPT,
+    SAME_SIZE,
     VARIANTS,
     Json,
     Runs,
@@ -24,14 +26,10 @@ from validation.paper.results import (
     rows,
     strict,
     table,
+    unedited,
     unedited_value,
 )
 from validation.paper.statistics import Interval, interval, paired
-
-PAPER_KEPT = {
-    "quotes": "3 to 16", "addition": "66 to 74", "facts": "74 to 86",
-    "open_book": "93 to 99", "boolean": "95 to 106",
-}  # fmt: skip
 
 PAPER_STRESSED = {"bsn": "4.6, 9.8", "kfac": "6.6, 13.3", "svd": "6.3, 12.8"}
 """Mean longest match from the own prompt and from shifted ones (PAPER §3)."""
@@ -49,8 +47,7 @@ def skills(runs: Runs) -> str:
             for split in ("dev", "test")
         ]
         text = [x.text(2) for x in found] if name == "language" else [percent(x) for x in found]
-        items = runs[0]["baseline"]["test"]
-        count = next(row["items"] for row in items if row["name"] == f"{name}_test")
+        count = unedited(runs[0], name)["items"]
         return [name.replace("_", " "), str(count), *text]
 
     head = ["population", "items a split", "dev", "test"]
@@ -82,22 +79,14 @@ def table1(runs: Runs) -> str:
 
     head = ["method", "strict, half told [%]", "strict, other half [%]", "loose [%]", "distance",
             "perplexity [%]", "nDCG@10", "matched"]  # fmt: skip
-    methods = (*METHODS, "random pairs, same size", "random basis, same size")
-    return table(head, [unedited(runs), *map(cells, methods)])
+    return table(head, [no_edit(runs), *map(cells, (*METHODS, *SAME_SIZE))])
 
 
-def unedited(runs: Runs) -> list[str]:
+def no_edit(runs: Runs) -> list[str]:
     """The row of no edit at all."""
 
     def quotes(split: str, key: str) -> Interval:
-        return over(
-            runs,
-            lambda run: next(
-                row["after"][key]
-                for row in run["baseline"][split]
-                if row["name"] == f"quotes_{split}"
-            ),
-        )
+        return over(runs, lambda run: unedited(run, "quotes", split)["after"][key])
 
     return ["none", percent(quotes("dev", "strict")), percent(quotes("test", "strict")),
             percent(quotes("test", "loose")), quotes("test", "distance").text(3), "0", "1",
@@ -106,7 +95,7 @@ def unedited(runs: Runs) -> list[str]:
 
 def matched(runs: Runs, method: str) -> str:
     """In how many runs the dev perplexity is within 0.5 % of K-FAC's."""
-    if "same size" in method:
+    if method in SAME_SIZE:
         return "not meant to be"
     count = sum(run["compared"][method]["verdict"] == "matched" for run in runs)
     return f"{count} of {len(runs)}"
@@ -140,7 +129,7 @@ def kept_by_task(runs: Runs, chance: bool = False) -> str:
                 )
                 for m in methods
             ),
-            PAPER_KEPT.get(name, "-"),
+            "{} to {}".format(*PAPER_KEPT[name]) if name in PAPER_KEPT else "-",
         ]
 
     head = ["kept [%]", *map(named, methods), "paper, K-FAC"]
@@ -392,7 +381,7 @@ def architectures(runs: Runs, others: Runs) -> str:
         return [f"{found[0]['recipe']['arch']}, {named(method)}", f"+{risen}", *kept]
 
     head = ["kept [%]", "perplexity [%]", *(n.replace("_", " ") for n in ORDER)]
-    methods = (*METHODS, "random pairs, same size", "random basis, same size")
+    methods = (*METHODS, *SAME_SIZE)
     return table(head, [cells(found, method) for found in (same, others) for method in methods])
 
 

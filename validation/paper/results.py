@@ -27,7 +27,12 @@ ORDER = ("quotes", "addition", "facts", "copying", "open_book", "boolean")  # fm
 
 METHODS = ("kfac", "svd", "bsn", "random pairs", "random basis")
 VARIANTS = ("inputs only", "outputs only", "corrected marginals")
+SAME_SIZE = ("random pairs, same size", "random basis, same size")
 NAMES = {"kfac": "K-FAC", "svd": "SVD", "bsn": "BSN"}
+
+PAPER_KEPT = {"quotes": (3, 16), "addition": (66, 74), "facts": (74, 86), "open_book": (93, 99),
+              "boolean": (95, 106)}  # fmt: skip
+"""Retention in the paper [%] (PAPER §3)."""
 
 
 def load(kind: str, variant: str = "") -> list[Json]:
@@ -106,10 +111,14 @@ def first_forgotten(run: Json, method: str) -> Json | None:
     return next((p for p in run["curves"][method] if curve_kept(run, p, "quotes") <= 0.1), None)
 
 
+def unedited(run: Json, name: str, split: str = "test") -> Json:
+    """The unedited model's row of a population."""
+    return next(row for row in run["baseline"][split] if row["name"] == f"{name}_{split}")
+
+
 def unedited_value(run: Json, name: str, split: str = "test") -> float:
     """What the unedited model has: perplexity, strict recitation or accuracy."""
-    row = next(row for row in run["baseline"][split] if row["name"] == f"{name}_{split}")
-    after = row["after"]
+    after = unedited(run, name, split)["after"]
     return after.get("perplexity", after.get("strict", after.get("accuracy")))
 
 

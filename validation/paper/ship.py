@@ -14,16 +14,14 @@ from pathlib import Path
 
 import refcurv as rc
 from validation.paper.lm import SEQUENCES
-from validation.paper.train import load
+from validation.paper.train import load, trained
 from validation.paper.world import calibration, populations
 
 
 def ship(run: Path, folder: Path) -> tuple[Path, Path]:
     """Write model.h5 and corpus.h5 into `folder`."""
     recipe, state = load(run)
-    config = recipe.config()
-    parameters = {name: state.parameters[name] for name in config.parameter_shapes()}
-    model = rc.Model(config, parameters, "float32")
+    model = trained(recipe.config(), state)
     made_from = {"recipe": asdict(recipe), "steps": state.step, "by": "validation/paper/train.py"}
     rc.save(model, folder / "model.h5", made_from)
     world = recipe.world()

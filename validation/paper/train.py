@@ -22,7 +22,7 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from refcurv import Population
-from refcurv.model.config import ModelConfig, NormPlace, QKNorm
+from refcurv.model.config import Model, ModelConfig, NormPlace, QKNorm
 from refcurv.model.layers import DEFINITIONS, Layout, Ops, causal_layout
 from refcurv.model.loss import cross_entropy
 from refcurv.model.transformer import forward, head_logits, loss_and_gradient
@@ -282,6 +282,12 @@ def load(path: Path) -> tuple[Recipe, State]:
     state = State(head["step"], parts["parameters/"], parts["slots/"], head["seconds"])
     mixture = Mixture(**head["recipe"].pop("mixture"))
     return Recipe(mixture=mixture, **head["recipe"]), state
+
+
+def trained(config: ModelConfig, state: State) -> Model:
+    """A run's model, float32, its parameters in file order."""
+    parameters = {name: state.parameters[name] for name in config.parameter_shapes()}
+    return Model(config, parameters, "float32")
 
 
 def load_model(path: str | Path) -> tuple[ModelConfig, Parameters]:

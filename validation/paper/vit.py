@@ -25,7 +25,7 @@ from refcurv.law.conventions import Rows
 from refcurv.model.config import Pool
 from validation.paper import stages
 from validation.paper.digits import Recipe, corpus, populations, train
-from validation.paper.train import choose_ops
+from validation.paper.train import choose_ops, trained
 
 Array = np.ndarray
 Json = Any
@@ -71,9 +71,7 @@ class Lab:
         state = train(recipe, self.digits, folder / f"decay-{recipe.decay:g}.npz",
                       choose_ops("fast"))  # fmt: skip
         self.seconds = state.seconds
-        config = recipe.config()
-        parameters = {name: state.parameters[name] for name in config.parameter_shapes()}
-        self.model = rc.Model(config, parameters, "float32")
+        self.model = trained(recipe.config(), state)
 
     @cached_property
     def corpus(self) -> rc.Corpus:
