@@ -7,66 +7,13 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from refcurv.law.checks import RangeError, RefcurvError, require_choice
+from refcurv.arguments import parser, shares
+from refcurv.law.checks import RefcurvError, require_choice
 
 DONE, JUDGED_AND_FAILED, BAD_INPUT, MACHINE, INTERRUPTED = 0, 1, 2, 3, 130
-
-EXAMPLES = {
-    "demo": ["refcurv demo", "refcurv demo --out results/"],
-    "report": [
-        "refcurv report w.h5 corpus.h5 --rho 'blocks.{23-25}.mlp.{gate,up}=0.6' --out results/",
-        "refcurv report w.h5 corpus.h5 --layers 'blocks.11.mlp.*' --rho 0.75 --split dev",
-    ],
-    "convert": ["refcurv convert ~/models/OLMo-2-1B olmo2-1b.h5"],
-    "export": ["refcurv export edited.h5 olmo2-1b-edited/"],
-    "corpus": [
-        "refcurv corpus books/*.txt --tokenizer tokenizer.json -o corpus.h5 --length 512 --pack",
-        "refcurv corpus pile.jsonl --tokenizer tokenizer.json -o corpus.h5 \\\n"
-        "      --population quotes:recite:test=quotes.jsonl --population clean:text:test=clean.txt",
-        "refcurv corpus tokens.npy -o corpus.h5",
-        "refcurv corpus corpus.h5 -o more.h5 --population facts:answer:dev=facts.jsonl",
-    ],
-    "inspect": ["refcurv inspect olmo2-1b.h5", "refcurv inspect factors.h5 --json facts.json"],
-    "collect": [
-        "refcurv collect w.h5 corpus.h5 -o factors.h5 --layers 'blocks.*.mlp.*'",
-        "refcurv collect w.h5 corpus.h5 -o f.h5 --layers 'blocks.{23-25}.mlp.{gate,up}' "
-        "--dtype float32",
-        "refcurv collect w.h5 corpus.h5 -o f.h5 --fisher signed --draws 8",
-        "refcurv collect vit.h5 images.h5 -o f.h5 --layers 'blocks.*.mlp.*' --rows cls",
-    ],
-    "decompose": [
-        "refcurv decompose factors.h5 -o basis.h5",
-        "refcurv decompose factors.h5 -o basis.h5 --bias joint",
-    ],
-    "edit": [
-        "refcurv edit w.h5 basis.h5 -o edited.h5 --rho 'blocks.{23-25}.mlp.{gate,up}=0.6'",
-        "refcurv edit w.h5 basis.h5 -o edited.h5 --rho 0.9",
-        "refcurv edit w.h5 basis.h5 -o control.h5 --rho 0.9 --control random-basis --seed 1",
-        "refcurv edit w.h5 basis.h5 -o control.h5 --rho 0.9 --control inputs",
-    ],
-    "truncate": [
-        "refcurv truncate w.h5 -o truncated.h5 --energy 'blocks.{23-25}.mlp.{gate,up}=0.7'",
-        "refcurv truncate w.h5 -o truncated.h5 --energy '**.gate=0.5' --energy '**.up=0.9'",
-    ],
-    "prune": [
-        "refcurv prune w.h5 corpus.h5 -o pruned.h5 --layers 'blocks.{23-25}.mlp.{gate,up}' \\\n"
-        "      --forget quotes --ratio 0.05 --dtype float32",
-        "refcurv prune w.h5 corpus.h5 -o pruned.h5 --layers '**.up' --forget quotes --ratio 0.01 "
-        "--weight 0.7",
-    ],
-    "audit": [
-        "refcurv audit w.h5 corpus.h5",
-        "refcurv audit w.h5 corpus.h5 --memory 2 --json audit.json",
-    ],
-    "evaluate": [
-        "refcurv evaluate edited.h5 corpus.h5 --baseline w.h5",
-        "refcurv evaluate w.h5 corpus.h5 --split dev --json dev.json",
-    ],
-}
 
 
 # ------------------------------------------------------------------ commands
@@ -84,7 +31,7 @@ def report(args: argparse.Namespace) -> None:
     from refcurv.demo.run import Job, run
 
     choices = ("weights", "corpus", "layers", "fisher", "rows", "seed", "bias", "split", "dtype")
-    job = Job(rho=_rho(args.rho), **{name: getattr(args, name) for name in choices})
+    job = Job(rho=shares(args.rho), **{name: getattr(args, name) for name in choices})
     _show(run(Path(args.out), progress_bar, job), args)
 
 
@@ -210,7 +157,7 @@ def edit(args: argparse.Namespace) -> None:
     from refcurv.editing.variants import control
     from refcurv.files import store
 
-    rho, model, basis = _rho(args.rho), rc.load(args.weights), rc.load_bases(args.basis)
+    rho, model, basis = shares(args.rho), rc.load(args.weights), rc.load_bases(args.basis)
     came_from = {"inputs": store.inputs(model.source, basis.source)}
     if args.control is None:
         _save_edit(args, *rc.edit(model, basis, rho), **came_from)
@@ -223,7 +170,7 @@ def truncate(args: argparse.Namespace) -> None:
     """Keep the largest singular values of weight matrices: an edit that needs no data."""
     import refcurv as rc
 
-    energy = _rho(args.energy, "truncate: --energy takes PATTERN=SHARE")
+    energy = shares(args.energy, "truncate: --energy takes PATTERN=SHARE")
     _save_edit(args, *rc.truncate(rc.load(args.weights), energy))
 
 
@@ -297,246 +244,13 @@ def audit(args: argparse.Namespace) -> int:
     return DONE if found.passed else JUDGED_AND_FAILED
 
 
-# ------------------------------------------------------------------ arguments
+COMMANDS = (
+    demo, report, convert, export, inspect, corpus, collect, decompose, edit, truncate, prune,
+    evaluate, audit,
+)  # fmt: skip
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="refcurv",
-        description="The ground truth for the loss curvature of transformers: K-FAC factors, "
-        "eigenbases and edits on a CPU, from HDF5 files. Start with: refcurv demo",
-    )
-    version = f"refcurv {metadata.version('refcurv')}"
-    parser.add_argument("--version", action="version", version=version)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for work, add_arguments in COMMANDS.items():
-        summary = (work.__doc__ or "").splitlines()[0]
-        sub = commands.add_parser(
-            work.__name__,
-            help=summary,
-            description=summary,
-            epilog="examples:\n  " + "\n  ".join(EXAMPLES[work.__name__]),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        sub.set_defaults(work=work)
-        add_arguments(sub)
-    return parser
-
-
-def _demo_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--out", default="refcurv-demo", help="folder to write (default: %(default)s)")
-    _json(sub)
-
-
-def _report_arguments(sub: argparse.ArgumentParser) -> None:
-    _positional(sub, "WEIGHTS", "CORPUS")
-    _shares(sub)
-    text = "folder to write (default: %(default)s)"
-    sub.add_argument("--out", default="refcurv-report", help=text)
-    _how_to_collect(sub)
-    _bias(sub)
-    sub.add_argument("--split", default="test", help="test (default) or dev populations")
-    _dtype(sub)
-    _json(sub)
-
-
-def _convert_arguments(sub: argparse.ArgumentParser) -> None:
-    _positional(sub, "DIRECTORY", "WEIGHTS")
-    _json(sub)
-
-
-def _export_arguments(sub: argparse.ArgumentParser) -> None:
-    _positional(sub, "WEIGHTS", "DIRECTORY")
-
-
-def _inspect_arguments(sub: argparse.ArgumentParser) -> None:
-    _positional(sub, "FILE")
-    _json(sub)
-
-
-def _corpus_arguments(sub: argparse.ArgumentParser) -> None:
-    text = (
-        "one document a file; .jsonl: one a line, of text or input_ids, or of prefix and suffix; "
-        ".npy: ids, (T,) or (N, T); .h5: a corpus, alone, that keeps its rows"
-    )
-    sub.add_argument("texts", nargs="*", metavar="TEXT", help=text)
-    _output(sub)
-    sub.add_argument("--tokenizer", metavar="JSON", help="tokenizer.json; not needed for ids alone")
-    text = "largest width of a row; longer documents are cut, nothing is dropped (default: 512)"
-    sub.add_argument("--length", type=int, default=512, help=text)
-    text = "several documents in a row, as segments that do not see one another"
-    sub.add_argument("--pack", action="store_true", help=text)
-    text = "put this token behind each whole text (default: only what the tokenizer itself adds)"
-    sub.add_argument("--eos", metavar="TOKEN", help=text)
-    text = (
-        "repeatable; KIND recite or answer: a .jsonl of prefix and suffix; text: any file, for "
-        "perplexity; SPLIT dev or test; CHANCE the score of guessing (default: 0)"
-    )
-    meta = "NAME:KIND:SPLIT[:CHANCE]=FILE"
-    sub.add_argument("--population", action="append", default=[], metavar=meta, help=text)
-    _json(sub)
-
-
-def _collect_arguments(sub: argparse.ArgumentParser) -> None:
-    _positional(sub, "WEIGHTS", "CORPUS")
-    _output(sub)
-    _how_to_collect(sub)
-    text = "of labels or signs per position; two or more give a standard error (default: 1)"
-    sub.add_argument("--draws", type=int, default=1, help=text)
-    _dtype(sub)
-
-
-def _how_to_collect(sub: argparse.ArgumentParser) -> None:
-    text = "pattern (default: %(default)s); embed and position only where they are spelled out"
-    sub.add_argument("--layers", default="blocks.*.mlp.*", help=text)
-    text = "sampled (default), signed, empirical or, for small models, expected labels"
-    sub.add_argument("--fisher", default="sampled", help=text)
-    text = "positions: reached (default), labelled or all; of images all (default) or cls"
-    sub.add_argument("--rows", default="reached", help=text)
-    sub.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
-
-
-def _decompose_arguments(sub: argparse.ArgumentParser) -> None:
-    _positional(sub, "FACTORS")
-    _output(sub)
-    _bias(sub)
-
-
-def _bias(sub: argparse.ArgumentParser) -> None:
-    text = "weight alone (separate, default), or with the bias as its last column (joint)"
-    sub.add_argument("--bias", default="separate", help=text)
-
-
-def _edit_arguments(sub: argparse.ArgumentParser) -> None:
-    _positional(sub, "WEIGHTS", "BASIS")
-    _output(sub)
-    _shares(sub)
-    text = (
-        "cut as much, elsewhere: K-FAC's mask in a random-basis; as many pairs as K-FAC keeps, "
-        "random-pairs; by the curvature of the inputs or of the outputs alone"
-    )
-    meta = "random-basis|random-pairs|inputs|outputs"
-    sub.add_argument("--control", metavar=meta, help=text)
-    sub.add_argument("--seed", type=int, default=0, help="of a random control (default: 0)")
-    _json(sub)
-
-
-def _truncate_arguments(sub: argparse.ArgumentParser) -> None:
-    _positional(sub, "WEIGHTS")
-    _output(sub)
-    text = "share of Σσ² to keep, of the weights of matching layers; repeatable"
-    meta = "PATTERN=SHARE"
-    sub.add_argument("--energy", action="append", required=True, metavar=meta, help=text)
-    _json(sub)
-
-
-def _prune_arguments(sub: argparse.ArgumentParser) -> None:
-    _positional(sub, "WEIGHTS", "CORPUS")
-    _output(sub)
-    sub.add_argument("--layers", required=True, metavar="PATTERN", help="whose weights")
-    text = "a population, recite or answer, whose suffixes to forget; the corpus is what to retain"
-    sub.add_argument("--forget", required=True, metavar="NAME", help=text)
-    text = "share of the weights to zero, of all the layers together"
-    sub.add_argument("--ratio", required=True, type=float, help=text)
-    text = "of the forgotten in the loss (default: 1)"
-    sub.add_argument("--weight", type=float, default=1.0, help=text)
-    sub.add_argument("--steps", type=int, default=60, help="of Adam (default: 60)")
-    sub.add_argument("--rate", type=float, default=0.02, help="Adam's (default: 0.02)")
-    text = "rows of each, corpus and population, in one step (default: 32)"
-    sub.add_argument("--batch", type=int, default=32, help=text)
-    sub.add_argument("--seed", type=int, default=0, help="of start and batches (default: 0)")
-    _dtype(sub)
-    _json(sub)
-
-
-def _shares(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument(
-        "--rho",
-        action="append",
-        required=True,
-        metavar="[PATTERN=]SHARE",
-        help="share of the curvature mass to keep, of all or of matching layers; repeatable",
-    )
-
-
-def _evaluate_arguments(sub: argparse.ArgumentParser) -> None:
-    _positional(sub, "WEIGHTS", "CORPUS")
-    sub.add_argument("--baseline", metavar="WEIGHTS", help="the unedited model to compare with")
-    sub.add_argument("--split", default="test", help="test (default) or dev populations")
-    _dtype(sub)
-    _json(sub)
-
-
-def _audit_arguments(sub: argparse.ArgumentParser) -> None:
-    _positional(sub, "WEIGHTS", "CORPUS")
-    text = "GiB that it may take (default: half of what is free); it says what it left out"
-    sub.add_argument("--memory", type=float, metavar="GIB", help=text)
-    sub.add_argument("--seed", type=int, default=0, help="of the random directions (default: 0)")
-    _json(sub)
-
-
-COMMANDS: dict[
-    Callable[[argparse.Namespace], int | None], Callable[[argparse.ArgumentParser], None]
-] = {
-    demo: _demo_arguments,
-    report: _report_arguments,
-    convert: _convert_arguments,
-    export: _export_arguments,
-    inspect: _inspect_arguments,
-    corpus: _corpus_arguments,
-    collect: _collect_arguments,
-    decompose: _decompose_arguments,
-    edit: _edit_arguments,
-    truncate: _truncate_arguments,
-    prune: _prune_arguments,
-    evaluate: _evaluate_arguments,
-    audit: _audit_arguments,
-}
-
-MEANINGS = {
-    "WEIGHTS": "weights file (.h5)",
-    "CORPUS": "corpus file (.h5)",
-    "FACTORS": "factors file (.h5)",
-    "BASIS": "basis file (.h5)",
-    "FILE": "any file of refcurv's (.h5)",
-    "DIRECTORY": "checkpoint directory",
-}
-
-
-def _positional(sub: argparse.ArgumentParser, *names: str) -> None:
-    for name in names:
-        sub.add_argument(name.lower(), metavar=name, help=MEANINGS[name])
-
-
-def _output(sub: argparse.ArgumentParser) -> None:
-    text = "file to write; what it held is replaced at the end, or not at all"
-    sub.add_argument("-o", "--output", required=True, metavar="OUT.h5", help=text)
-
-
-def _dtype(sub: argparse.ArgumentParser) -> None:
-    text = "what to compute in: float64 (default) or float32"
-    sub.add_argument("--dtype", default="float64", help=text)
-
-
-def _json(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--json", metavar="PATH", help="also write the table as JSON")
-
-
-def _rho(texts: Sequence[str], asks: str = "edit: --rho takes [PATTERN=]SHARE") -> Any:
-    """['0.9'] → 0.9; ['PATTERN=0.9', ...] → {pattern: share}."""
-    out: dict[str, float] = {}
-    for text in texts:
-        pattern, equals, share = text.rpartition("=")
-        try:
-            value = float(share)
-        except ValueError:
-            raise RangeError(f"{asks}; got {text!r}.") from None
-        if not equals and len(texts) == 1:
-            return value
-        if not pattern or pattern in out:
-            raise RangeError(f"{asks}, each pattern once; got {text!r}.")
-        out[pattern] = value
-    return out
+# ------------------------------------------------------------------ what they print
 
 
 def _corpus_lines(counts: dict[str, Any]) -> Iterator[str]:
@@ -599,7 +313,7 @@ def progress_bar(label: str) -> Callable[[int, int], None]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status. Every error is one line on stderr."""
     try:
-        args = _parser().parse_args(arguments)
+        args = parser(COMMANDS).parse_args(arguments)
         if getattr(args, "json", None):
             from refcurv.files.disk import output_path
 
