@@ -187,6 +187,9 @@ def test_the_readmes_numbers_are_the_demos(demo: tuple[Path, dict]) -> None:
         got = [scale * row[when][value] for when in ("before", "after")]
         digits = 2 if value == "perplexity" else 1
         assert stated == [round(x, digits) for x in got], label
+    left = [100 * one["recitation"] for one in demo[1]["controls"]["compared"][1:]]
+    assert f"leave {min(left):.0f} to {max(left):.0f} % of the quotes" in text
+    assert f"keeping {100 * RHO:.0f} % of the curvature mass" in text
 
 
 def own_files(folder: Path, populations: bool) -> list[str]:

@@ -107,6 +107,34 @@ def test_a_page_without_a_place_for_a_table_is_refused():
         page.filled(text, {"b": "new"})
 
 
+def test_equal_forgetting_lies_between_two_points():
+    """Of 80 % recited: 60, 16, 0 %: a tenth of what was lies halfway between the last two."""
+
+    def point(kept, quotes, copying, language, refit):
+        test = dict.fromkeys(results.ORDER, 1.0)
+        test |= {"quotes": quotes, "copying": copying, "language": language, "refit": refit}
+        return {"kept": kept, "test": test}
+
+    values = {"strict": 0.8, "accuracy": 0.5, "perplexity": 20.0}
+    measure = {"quotes": "strict", "language": "perplexity"}
+    baseline = [
+        {"name": f"{name}_test", "after": {measure.get(name, "accuracy"): value}}
+        for name in (*results.ORDER, "language")
+        for value in [values[measure.get(name, "accuracy")]]
+    ]
+    points = [point(0.8, 0.6, 0.5, 20.2, 18.2), point(0.5, 0.16, 0.4, 21.0, 18.9),
+              point(0.3, 0.0, 0.1, 25.0, 19.8), point(0.1, 0.0, 0.0, 99.0, 99.0)]  # fmt: skip
+    curves = {"a": points, "b": points[:2], "c": points[2:]}
+    run = {"curves": curves, "baseline": {"test": baseline, "refit": 18.0}}
+    found = results.at_forgetting(run, "a")
+    wanted = {"quotes": 0.1, "kept": 0.4, "copying": 0.5, "perplexity": 0.15, "refit": 0.075}
+    assert {name: found[name] for name in wanted} == pytest.approx(wanted)
+    assert found["facts"] == 2.0
+    assert results.at_forgetting(run, "b") is None
+    # the first cut forgets all: nine tenths of the way from no cut
+    assert results.at_forgetting(run, "c")["kept"] == pytest.approx(0.1 + 0.9 * 0.3)
+
+
 # ------------------------------------------------------------------ the laboratory
 
 
@@ -169,6 +197,20 @@ def test_the_choice_is_the_least_perplexity_that_forgets():
     rows = [row(0.5, 20.0), row(0.09, 26.0), row(0.1, 25.0), row(0.0, 30.0)]
     assert lm.choose({"quotes": 1.0}, rows) is rows[2]
     assert lm.choose({"quotes": 0.95}, rows) is rows[1]
+
+
+def test_bsn_has_the_setting_that_the_grid_found():
+    run = results.read(results.DEVELOPMENT)
+    found = lm.gentlest(run["sweep"]["before"], run["grid"])
+    assert {key: found[key] for key in lm.BSN} == lm.BSN
+
+    def row(quotes, copying, language):
+        dev = dict.fromkeys(results.ORDER, 1.0)
+        return {"dev": dev | {"quotes": quotes, "copying": copying, "language": language}}
+
+    rows = [row(0.5, 1.0, 20.0), row(0.0, 0.9, 21.0), row(0.1, 1.0, 26.0), row(0.0, 1.0, 25.0)]
+    assert lm.gentlest({"quotes": 1.0}, rows) is rows[3]
+    assert lm.gentlest({"quotes": 1.0}, rows[:3]) is rows[2]
 
 
 def test_bands_taken_away_together_are_the_edit(lab, monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 
 from validation.paper import train, world
 from validation.paper.muon import orthogonalise
+from validation.paper.trainings import load, trained
 
 WORLD = world.make_world()
 ASKED = world.populations(WORLD)
@@ -103,5 +104,5 @@ def test_a_resumed_training_has_the_same_bits(tmp_path, monkeypatch):
     assert resumed.step == straight.step == 5
     for name, array in straight.parameters.items():
         np.testing.assert_array_equal(array, resumed.parameters[name], strict=True)
-    config, parameters = train.load_model(tmp_path / "killed.npz")
-    assert list(parameters) == list(config.parameter_shapes())
+    model = trained(tiny.config(), load(tmp_path / "killed.npz")[1])
+    assert list(model.parameters) == list(tiny.config().parameter_shapes())

@@ -1,6 +1,6 @@
 """Collect → decompose → edit → evaluate → compare, on the shipped model or a user's own.
 
-`model.h5` is a small OLMo-2 trained with this package's own backward by
+`model.h5` is a small Qwen 3 trained with this package's own backward by
 validation/paper/train.py; `corpus.h5` holds a fresh sample of its training mixture for the factors,
 and the populations that it is judged on. Layers and rho were tuned on the `dev` split (the sweep of
 validation/paper/lm.py); the table reports the `test` split.
@@ -38,7 +38,7 @@ COLLECTED = "blocks.*.mlp.*"
 LAYERS = "blocks.3.mlp.{gate,up}"
 """What the demo edits: gate and up of the last block."""
 
-RHO = 0.89
+RHO = 0.83
 """The share of curvature mass that it keeps."""
 
 TITLE = "Memory and reasoning along the spectrum of loss curvature"

@@ -153,10 +153,18 @@ VISION = (
 )  # fmt: skip
 
 
+HEAD = ("claim", "should be", "found", "seeds", "holds")
+
+
+def of_language(runs: Runs) -> str:
+    """The claims about language models: what was found, and whether it holds."""
+    return table(HEAD, [claim.row(runs) for claim in LANGUAGE])
+
+
 def table_of(runs: Runs, controls: Runs, pictures: Runs) -> str:
     """Every claim, what was found, and whether it holds."""
     absent = Claim("the same in models that never saw the quotes [nats a word]", extra_nats, 0.05,
                    above=False, scale=1)  # fmt: skip
     body = [claim.row(runs) for claim in LANGUAGE]
     body += [absent.row(controls), *(claim.row(pictures) for claim in VISION)]
-    return table(["claim", "should be", "found", "seeds", "holds"], body)
+    return table(HEAD, body)

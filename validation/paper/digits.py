@@ -10,14 +10,12 @@ one has the same bits as an uninterrupted one.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -29,10 +27,11 @@ from refcurv.model.inputs import patches
 from refcurv.model.layers import DEFINITIONS, Ops
 from refcurv.model.transformer import image_layout, loss_and_gradient
 from validation.paper.muon import adamw
-from validation.paper.train import State, clipped, save
+from validation.paper.train import clipped
+from validation.paper.trainings import Parameters, State, resume, save
+from validation.paper.world import generator
 
 Array = np.ndarray
-Parameters = dict[str, Array]
 
 CLASSES = 10
 DARK = np.float32(-0.3)
@@ -49,13 +48,6 @@ class Purpose(IntEnum):
     ORDER = 2
     SHIFTS = 3
     WEIGHTS = 4
-
-
-def generator(purpose: Purpose, seed: int, index: int = 0) -> np.random.Generator:
-    """The generator number `index` of a purpose and a seed."""
-    key = np.array([seed, purpose], dtype=np.uint64)
-    philox = np.random.Philox(key=key, counter=[0, 0, 0, index])
-    return np.random.Generator(philox)
 
 
 # ------------------------------------------------------------------ the images
@@ -303,31 +295,6 @@ def train_step(
 
 
 # ------------------------------------------------------------------ the run
-
-
-def load(path: Path) -> tuple[Recipe, State]:
-    """What `save` wrote."""
-    with np.load(path, allow_pickle=False) as run:
-        head = json.loads(str(run["head"]))
-        parts = {
-            part: {n.removeprefix(part): run[n] for n in run.files if n.startswith(part)}
-            for part in ("parameters/", "slots/")
-        }
-    chosen = head["recipe"] | {"betas": tuple(head["recipe"]["betas"])}
-    chosen["pool"] = Pool(chosen["pool"])
-    state = State(head["step"], parts["parameters/"], parts["slots/"], head["seconds"])
-    return Recipe(**chosen), state
-
-
-def resume(recipe: Recipe, path: Path) -> State:
-    """The state that `path` holds, which must be of this very recipe."""
-    try:
-        found, state = load(path)
-    except (ValueError, KeyError, EOFError, BadZipFile):
-        raise SystemExit(f"digits: {path} is no training; delete it to begin anew.") from None
-    if found != recipe:
-        raise SystemExit(f"digits: {path} holds a run of another recipe: {found}.")
-    return state
 
 
 def train(

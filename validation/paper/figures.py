@@ -16,6 +16,7 @@ from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from refcurv.evaluation.bands import MASS_EDGES, RANK_PERCENT
 from refcurv.report.plots import GREY, PALE, PALETTE, STYLE, save
 from validation.paper.results import (
     METHODS,
@@ -38,8 +39,6 @@ from validation.paper.statistics import Interval, interval
 
 HERE = Path(__file__).parent
 LOOK = dict(zip((*METHODS, *VARIANTS), (*PALETTE, "#999933", "#882255"), strict=True))
-ENDS = {7: (20, 40, 60, 80, 90, 99, 100), 4: (10, 25, 50, 100)}
-"""Where bands end [%], by how many there are: of the curvature mass, or of the directions."""
 
 
 def figure(width: float, height: float) -> Figure:
@@ -112,7 +111,7 @@ def front(runs: Runs) -> Figure:
         ax.set_title(title)
         ax.set_ylim(0, 103)
     for ax in axes[:2]:
-        ax.set_xlim(-1, 60)
+        ax.set_xlim(-1, 30)
         ax.set_xlabel("rise of perplexity [%]")
         ax.set_ylabel("quotes still recited [%]")
     axes[2].set_xlim(103, -3)
@@ -145,13 +144,13 @@ def band_ratios(runs: Runs, label: str = "quotes / language") -> Figure:
                 for layer in layers
             ]
         )  # fmt: skip
-        ends = ENDS[ratio.shape[1]]
+        ends = [100 * edge for edge in MASS_EDGES] if kind == "pair_mass" else RANK_PERCENT
         shades = ax.imshow(np.log2(ratio), cmap="RdBu_r", vmin=-1.5, vmax=1.5, aspect="auto")
         for (i, b), value in np.ndenumerate(ratio):
             dark = abs(np.log2(value)) > 1
             ax.text(b, i, f"{value:.2f}", ha="center", va="center", fontsize=7,
                     color="white" if dark else "#222222")  # fmt: skip
-        ax.set_xticks(range(ratio.shape[1]), [f"{end}" for end in ends])
+        ax.set_xticks(range(ratio.shape[1]), [f"{end:.0f}" for end in ends[1:]])
         ax.set_yticks(range(len(layers)), [name.removeprefix("blocks.") for name in layers])
         ax.set_title(title)
         ax.set_xlabel("band ends at [%]; sharp → flat")
@@ -201,7 +200,7 @@ def facts_by_frequency(runs: Runs) -> Figure:
 
 def removal(runs: Runs) -> Figure:
     """One band gone, and all flatter or sharper ones with it."""
-    edges = (0, *ENDS[7])
+    edges = [round(100 * edge) for edge in MASS_EDGES]
     drawn = figure(10, 3.6)
     axes = drawn.subplots(1, 3, sharey=True)
     kinds = {

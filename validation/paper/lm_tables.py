@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import pairwise
 
+from refcurv.evaluation.bands import MASS_EDGES
 from validation.paper.results import (
+    LEFT,
     METHODS,
     ORDER,
     PAPER_KEPT,
@@ -13,15 +15,12 @@ from validation.paper.results import (
     VARIANTS,
     Json,
     Runs,
-    curve_kept,
-    curve_rise,
+    at_forgetting,
     cut_layers,
-    first_forgotten,
     kept_share,
     named,
     over,
     percent,
-    refit_rise,
     rise,
     rows,
     strict,
@@ -137,32 +136,25 @@ def kept_by_task(runs: Runs, chance: bool = False) -> str:
 
 
 def forgotten(runs: Runs) -> str:
-    """The weakest point of each curve that leaves a tenth of the quotes, whatever it costs.
+    """Each curve where it leaves a tenth of the quotes, whatever it costs.
 
-    The points are those of the grid, and read on the test split: a view of the curves, no choice.
+    The curves are read on the test split: a view of them, no choice.
     """
 
     def cells(method: str) -> list[str]:
-        found = [(run, first_forgotten(run, method)) for run in runs]
-        there = [(run, point) for run, point in found if point]
+        there = [found for run in runs if (found := at_forgetting(run, method))]
         count = f"{len(there)} of {len(runs)}"
         if not there:
-            return [named(method), *["-"] * 9, count]
+            return [named(method), *["-"] * 8, count]
 
-        def shown(value: Callable[[Json, Json], float]) -> str:
-            return percent(interval([value(run, point) for run, point in there]))
+        def shown(name: str) -> str:
+            return percent(interval([found[name] for found in there]))
 
-        return [
-            named(method),
-            shown(lambda _, point: point["kept"]),
-            "+" + shown(curve_rise),
-            "+" + shown(refit_rise),
-            *(shown(lambda run, point, n=name: curve_kept(run, point, n)) for name in ORDER),
-            count,
-        ]
+        prices = [shown("kept"), "+" + shown("perplexity"), "+" + shown("refit")]
+        return [named(method), *prices, *map(shown, ORDER[1:]), count]
 
     head = ["method", "pairs (directions, weights) kept [%]", "perplexity [%]",
-            "at the best temperature [%]", *(n.replace("_", " ") for n in ORDER),
+            "at the best temperature [%]", *(n.replace("_", " ") for n in ORDER[1:]),
             "seeds that get there"]  # fmt: skip
     return table(head, map(cells, (*METHODS, *VARIANTS)))
 
@@ -235,7 +227,7 @@ def facts(runs: Runs) -> str:
 
 def removal(runs: Runs) -> str:
     """What is left without one band of curvature mass, and without it and all flatter ones."""
-    edges = (0, 20, 40, 60, 80, 90, 99, 100)
+    edges = [round(100 * edge) for edge in MASS_EDGES]
     spans = [f"{a} to {b} %" for a, b in pairwise(edges)]
 
     def cells(kind: str, k: int, label: str) -> list[str]:
@@ -268,7 +260,7 @@ def swept(runs: Runs) -> str:
     def first(run: Json, layers: str) -> Json:
         before = run["sweep"]["before"]["quotes"]
         mine = [row for row in run["sweep"]["rows"] if row["layers"] == layers]
-        enough = [row for row in mine if row["dev"]["quotes"] <= before / 10]
+        enough = [row for row in mine if row["dev"]["quotes"] <= LEFT * before]
         return min(enough or mine, key=lambda row: row["dev"]["language"])
 
     def cells(layers: str) -> list[str]:
@@ -368,9 +360,7 @@ def grid(development: Json) -> str:
 
 
 def architectures(runs: Runs, others: Runs) -> str:
-    """The compared edits of two architectures in the same worlds: retention of the test split."""
-    shared = {run["recipe"]["seed"] for run in others}
-    same = [run for run in runs if run["recipe"]["seed"] in shared]
+    """The compared edits of two architectures: retention of the test split."""
 
     def cells(found: Runs, method: str) -> list[str]:
         edits = [run["compared"][method] for run in found]
@@ -382,7 +372,7 @@ def architectures(runs: Runs, others: Runs) -> str:
 
     head = ["kept [%]", "perplexity [%]", *(n.replace("_", " ") for n in ORDER)]
     methods = (*METHODS, *SAME_SIZE)
-    return table(head, [cells(found, method) for found in (same, others) for method in methods])
+    return table(head, [cells(found, method) for found in (runs, others) for method in methods])
 
 
 def seconds(runs: Runs) -> str:

@@ -9,12 +9,13 @@ import re
 from collections.abc import Mapping
 
 from validation.paper import claims, lm_tables, vit_tables
-from validation.paper.results import DEVELOPMENT, HERE, load, read
+from validation.paper.results import DEVELOPMENT, HERE, OTHER, load, read
 
 
 def blocks() -> Mapping[str, str]:
     """Every generated table by its mark."""
     runs, controls, pictures = load("lm"), load("lm", "without-quotes"), load("vit")
+    others = load("lm", OTHER)
     return {
         "claims": claims.table_of(runs, controls, pictures),
         "skills": lm_tables.skills(runs),
@@ -33,7 +34,9 @@ def blocks() -> Mapping[str, str]:
         "stressed": lm_tables.stressed(runs),
         "coherent": lm_tables.coherent(runs),
         "grid": lm_tables.grid(read(DEVELOPMENT)),
-        "arch": lm_tables.architectures(runs, load("lm", "qwen3")),
+        "arch": lm_tables.architectures(runs, others),
+        "other-claims": claims.of_language(others),
+        "other-forgotten": lm_tables.forgotten(others),
         "seconds": lm_tables.seconds(runs),
         "vit-table2": vit_tables.table2(pictures),
         "vit-matched": vit_tables.matched(pictures),

@@ -17,7 +17,12 @@ from validation.paper.statistics import Interval, interval
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 DEVELOPMENT = "lm-1-development"
-"""The run on which the recipe was chosen; it is not among those that are reported."""
+"""The run on which BSN's settings were chosen; it is not among those that are reported."""
+OTHER = "olmo2"
+"""The architecture that the first one is set beside."""
+
+LEFT = 1 / 10
+"""The share of the recitation that counts as forgotten."""
 
 Json = Any
 Runs = Sequence[Json]
@@ -38,7 +43,7 @@ PAPER_KEPT = {"quotes": (3, 16), "addition": (66, 74), "facts": (74, 86), "open_
 def load(kind: str, variant: str = "") -> list[Json]:
     """The result files `KIND-SEED.json`, by seed: those of the reported seeds.
 
-    Or `KIND-SEED-VARIANT.json`: "without-quotes" in the training, another architecture.
+    Or `KIND-SEED-VARIANT.json`: another architecture, or "without-quotes" in the training.
     """
     tail = f"-{variant}" if variant else ""
     seeds = (re.fullmatch(rf"{kind}-(\d+){tail}", path.stem) for path in RESULTS.glob("*.json"))
@@ -106,11 +111,6 @@ def named(method: str) -> str:
     return NAMES.get(first, first) + comma + rest
 
 
-def first_forgotten(run: Json, method: str) -> Json | None:
-    """The weakest point of a curve that leaves at most a tenth of the quotes."""
-    return next((p for p in run["curves"][method] if curve_kept(run, p, "quotes") <= 0.1), None)
-
-
 def unedited(run: Json, name: str, split: str = "test") -> Json:
     """The unedited model's row of a population."""
     return next(row for row in run["baseline"][split] if row["name"] == f"{name}_{split}")
@@ -135,6 +135,26 @@ def curve_rise(run: Json, point: Json) -> float:
 def refit_rise(run: Json, point: Json) -> float:
     """The same, before and after at the temperature that is best."""
     return point["test"]["refit"] / run["baseline"]["refit"] - 1
+
+
+def at_forgetting(run: Json, method: str) -> dict[str, float] | None:
+    """Where a curve first leaves LEFT of the quotes, linearly between its two points there.
+
+    Returns what is "kept" of pairs, "perplexity" and "refit" (rises) and the retention of each
+    population; None if the strongest cut leaves more.
+    """
+    before = dict.fromkeys(("kept", *ORDER), 1.0) | {"perplexity": 0.0, "refit": 0.0}
+    for point in run["curves"][method]:
+        here = {name: curve_kept(run, point, name) for name in ORDER} | {
+            "kept": point["kept"],
+            "perplexity": curve_rise(run, point),
+            "refit": refit_rise(run, point),
+        }
+        if here["quotes"] <= LEFT:
+            t = (before["quotes"] - LEFT) / (before["quotes"] - here["quotes"])
+            return {name: (1 - t) * before[name] + t * value for name, value in here.items()}
+        before = here
+    return None
 
 
 def cut_layers(run: Json) -> list[str]:

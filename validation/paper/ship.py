@@ -14,13 +14,15 @@ from pathlib import Path
 
 import refcurv as rc
 from validation.paper.lm import SEQUENCES
-from validation.paper.train import load, trained
-from validation.paper.world import calibration, populations
+from validation.paper.train import Recipe
+from validation.paper.trainings import load, trained
+from validation.paper.world import Mixture, calibration, populations
 
 
 def ship(run: Path, folder: Path) -> tuple[Path, Path]:
     """Write model.h5 and corpus.h5 into `folder`."""
-    recipe, state = load(run)
+    found, state = load(run)
+    recipe = Recipe(**found | {"mixture": Mixture(**found["mixture"])})
     model = trained(recipe.config(), state)
     made_from = {"recipe": asdict(recipe), "steps": state.step, "by": "validation/paper/train.py"}
     rc.save(model, folder / "model.h5", made_from)

@@ -1,6 +1,6 @@
 """Train the small language model with this package's own backward.
 
-    python -m validation.paper.train --arch olmo2 --seed 1 --out olmo2-1.npz
+    python -m validation.paper.train --seed 1 --out run.npz
 
 A run saves its whole state to `--out` every 250 steps and goes on from there when started again;
 the resumed run has the same bits as an uninterrupted one. Reports are made on the dev split only.
@@ -9,12 +9,10 @@ the resumed run has the same bits as an uninterrupted one. Reports are made on t
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +20,12 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from refcurv import Population
-from refcurv.model.config import Model, ModelConfig, NormPlace, QKNorm
+from refcurv.model.config import ModelConfig, NormPlace, QKNorm
 from refcurv.model.layers import DEFINITIONS, Layout, Ops, causal_layout
 from refcurv.model.loss import cross_entropy
 from refcurv.model.transformer import forward, head_logits, loss_and_gradient
 from validation.paper.muon import adamw, muon
+from validation.paper.trainings import Parameters, State, resume, save
 from validation.paper.world import (
     VOCABULARY,
     Mixture,
@@ -39,7 +38,6 @@ from validation.paper.world import (
 )
 
 Array = np.ndarray
-Parameters = dict[str, Array]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +64,7 @@ class Recipe:
     The seed is that of the world, of the order of its items and of the initial weights.
     """
 
-    arch: str = "olmo2"
+    arch: str = "qwen3"
     seed: int = 1
     quotes: int = 128
     slips: float = 0.0
@@ -116,20 +114,6 @@ class Recipe:
 
 
 # ------------------------------------------------------------------ one step
-
-
-@dataclass(frozen=True, slots=True)
-class State:
-    """A training after `step` steps.
-
-    Fields: step; parameters; slots, the optimiser's arrays: `NAME` (momentum) for the matrices
-    that Muon moves, `NAME/first` and `NAME/second` for the others; seconds, how long it took.
-    """
-
-    step: int
-    parameters: Parameters
-    slots: Parameters
-    seconds: float = 0.0
 
 
 def by_muon(name: str) -> bool:
@@ -257,59 +241,11 @@ def report(measured: Mapping[str, float]) -> str:
     )
 
 
-# ------------------------------------------------------------------ files
-
-
-def save(path: Path, recipe: Recipe, state: State) -> None:
-    """Write the run, whole or not at all."""
-    arrays = {f"parameters/{name}": W for name, W in state.parameters.items()}
-    arrays |= {f"slots/{name}": slot for name, slot in state.slots.items()}
-    head = {"recipe": asdict(recipe), "config": recipe.config().to_json()}
-    head |= {"step": state.step, "seconds": state.seconds}
-    partial = path.with_suffix(".partial.npz")
-    np.savez(partial, head=np.array(json.dumps(head)), **arrays)
-    os.replace(partial, path)  # noqa: PTH105 - the atomic one
-
-
-def load(path: Path) -> tuple[Recipe, State]:
-    """What `save` wrote."""
-    with np.load(path, allow_pickle=False) as run:
-        head = json.loads(str(run["head"]))
-        parts = {
-            part: {n.removeprefix(part): run[n] for n in run.files if n.startswith(part)}
-            for part in ("parameters/", "slots/")
-        }
-    state = State(head["step"], parts["parameters/"], parts["slots/"], head["seconds"])
-    mixture = Mixture(**head["recipe"].pop("mixture"))
-    return Recipe(mixture=mixture, **head["recipe"]), state
-
-
-def trained(config: ModelConfig, state: State) -> Model:
-    """A run's model, float32, its parameters in file order."""
-    parameters = {name: state.parameters[name] for name in config.parameter_shapes()}
-    return Model(config, parameters, "float32")
-
-
-def load_model(path: str | Path) -> tuple[ModelConfig, Parameters]:
-    """The configuration and the float32 parameters of a run, in file order."""
-    recipe, state = load(Path(path))
-    config = recipe.config()
-    return config, {name: state.parameters[name] for name in config.parameter_shapes()}
-
-
 # ------------------------------------------------------------------ the run
 
 
 CHAPTER_STEPS = 50
 """Steps whose rows are drawn together. It is part of the recipe: another number, another run."""
-
-
-def resume(recipe: Recipe, path: Path) -> State:
-    """The state that `path` holds, which must be of this very recipe."""
-    found, state = load(path)
-    if found != recipe:
-        raise SystemExit(f"train: {path} holds a run of another recipe: {found}.")
-    return state
 
 
 def train(

@@ -25,7 +25,8 @@ from refcurv.law.conventions import Rows
 from refcurv.model.config import Pool
 from validation.paper import stages
 from validation.paper.digits import Recipe, corpus, populations, train
-from validation.paper.train import choose_ops, trained
+from validation.paper.train import choose_ops
+from validation.paper.trainings import trained
 
 Array = np.ndarray
 Json = Any

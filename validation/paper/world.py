@@ -90,7 +90,7 @@ class Purpose(IntEnum):
     FRESH = 9
 
 
-def generator(purpose: Purpose, seed: int, index: int = 0) -> Generator:
+def generator(purpose: IntEnum, seed: int, index: int = 0) -> Generator:
     """The generator number `index` of a purpose and a seed."""
     philox = np.random.Philox(key=[seed, int(purpose)], counter=[0, 0, 0, index])
     return np.random.Generator(philox)

@@ -77,9 +77,7 @@ def front(results: Json) -> Figure:
         ax.set_ylabel(f"{recite}: recited without an error (%)")
         ax.set_xlabel(f"perplexity of {text}, and its rise")
         heading = "recited at the perplexity of the K-FAC edit"
-        legend = ax.legend(loc="best", title=heading, alignment="left")
-        legend.set(frame_on=True)
-        legend.get_frame().set(edgecolor="none", alpha=0.85)
+        figure.legend(loc="outside lower center", ncols=4, title=heading)
     return figure
 
 
