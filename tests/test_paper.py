@@ -74,8 +74,24 @@ def test_at_least_five_seeds_of_one_recipe(kind, names):
         assert recipes[0] == json.loads(json.dumps(lm.asdict(Recipe(seed=0))))
 
 
+@pytest.mark.parametrize("variant", ["without-quotes", results.OTHER])
+def test_variants_are_the_recipe_but_for_one_thing(variant):
+    runs = results.load("lm", variant)
+    assert len(runs) >= 5
+    for run in runs:
+        recipe = Recipe(seed=run["recipe"]["seed"])
+        if variant == results.OTHER:
+            recipe = lm.replace(recipe, arch=variant)
+        else:
+            recipe = lm.replace(recipe, mixture=lm.unquoted(recipe.mixture))
+        assert run["recipe"] == json.loads(json.dumps(lm.asdict(recipe)))
+    if variant == "without-quotes":  # the reported seeds, one by one
+        seeds = [[run["recipe"]["seed"] for run in some] for some in (runs, results.load("lm"))]
+        assert seeds[0] == seeds[1]
+
+
 def test_matched_means_within_half_a_per_cent():
-    for run in results.load("lm"):
+    for run in [*results.load("lm"), *results.load("lm", results.OTHER)]:
         target = run["sweep"]["chosen"]["dev"]["language"]
         for one in [*run["compared"].values(), run["left_out"]]:
             if one.get("verdict") == "matched":

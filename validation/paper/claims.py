@@ -153,18 +153,12 @@ VISION = (
 )  # fmt: skip
 
 
-HEAD = ("claim", "should be", "found", "seeds", "holds")
+ABSENT = Claim("the same in models that never saw the quotes [nats a word]", extra_nats, 0.05,
+               above=False, scale=1)  # fmt: skip
 
 
-def of_language(runs: Runs) -> str:
-    """The claims about language models: what was found, and whether it holds."""
-    return table(HEAD, [claim.row(runs) for claim in LANGUAGE])
-
-
-def table_of(runs: Runs, controls: Runs, pictures: Runs) -> str:
-    """Every claim, what was found, and whether it holds."""
-    absent = Claim("the same in models that never saw the quotes [nats a word]", extra_nats, 0.05,
-                   above=False, scale=1)  # fmt: skip
-    body = [claim.row(runs) for claim in LANGUAGE]
-    body += [absent.row(controls), *(claim.row(pictures) for claim in VISION)]
-    return table(HEAD, body)
+def table_of(runs: Runs, controls: Runs, pictures: Runs | None = None) -> str:
+    """Every claim, what was found, and whether it holds; `pictures` are the ViT's runs."""
+    body = [*(claim.row(runs) for claim in LANGUAGE), ABSENT.row(controls)]
+    body += [claim.row(pictures) for claim in VISION] if pictures else []
+    return table(["claim", "should be", "found", "seeds", "holds"], body)

@@ -359,20 +359,19 @@ def grid(development: Json) -> str:
     return table(head, body)
 
 
-def architectures(runs: Runs, others: Runs) -> str:
-    """The compared edits of two architectures: retention of the test split."""
+def architectures(*each: Runs) -> str:
+    """The compared edits of several architectures: retention of the test split."""
 
-    def cells(found: Runs, method: str) -> list[str]:
-        edits = [run["compared"][method] for run in found]
-        kept = [
-            percent(interval([kept_share(rows(edit)[name]) for edit in edits])) for name in ORDER
-        ]
-        risen = percent(interval([rise(edit) for edit in edits]))
-        return [f"{found[0]['recipe']['arch']}, {named(method)}", f"+{risen}", *kept]
+    def cells(runs: Runs, method: str) -> list[str]:
+        def kept(name: str) -> Interval:
+            return over(runs, lambda run: kept_share(rows(run["compared"][method])[name]))
 
-    head = ["kept [%]", "perplexity [%]", *(n.replace("_", " ") for n in ORDER)]
-    methods = (*METHODS, *SAME_SIZE)
-    return table(head, [cells(found, method) for found in (runs, others) for method in methods])
+        risen = over(runs, lambda run: rise(run["compared"][method]))
+        name = f"{runs[0]['recipe']['arch']}, {named(method)}"
+        return [name, "+" + percent(risen), *(percent(kept(n)) for n in ORDER), str(len(runs))]
+
+    head = ["kept [%]", "perplexity [%]", *(n.replace("_", " ") for n in ORDER), "seeds"]
+    return table(head, [cells(runs, m) for runs in each for m in (*METHODS, *SAME_SIZE)])
 
 
 def seconds(runs: Runs) -> str:

@@ -35,7 +35,7 @@ def blocks() -> Mapping[str, str]:
         "coherent": lm_tables.coherent(runs),
         "grid": lm_tables.grid(read(DEVELOPMENT)),
         "arch": lm_tables.architectures(runs, others),
-        "other-claims": claims.of_language(others),
+        "other-claims": claims.table_of(others, load("lm", f"{OTHER}-without-quotes")),
         "other-forgotten": lm_tables.forgotten(others),
         "seconds": lm_tables.seconds(runs),
         "vit-table2": vit_tables.table2(pictures),
