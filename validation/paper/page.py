@@ -34,7 +34,7 @@ def blocks() -> Mapping[str, str]:
         "stressed": lm_tables.stressed(runs),
         "coherent": lm_tables.coherent(runs),
         "grid": lm_tables.grid(read(DEVELOPMENT)),
-        "arch": lm_tables.architectures(runs, others),
+        "arch": lm_tables.architectures(runs, others, load("lm", "llama")),
         "other-claims": claims.table_of(others, load("lm", f"{OTHER}-without-quotes")),
         "other-forgotten": lm_tables.forgotten(others),
         "seconds": lm_tables.seconds(runs),
