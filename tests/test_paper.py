@@ -131,13 +131,9 @@ def test_equal_forgetting_lies_between_two_points():
         test |= {"quotes": quotes, "copying": copying, "language": language, "refit": refit}
         return {"kept": kept, "test": test}
 
-    values = {"strict": 0.8, "accuracy": 0.5, "perplexity": 20.0}
-    measure = {"quotes": "strict", "language": "perplexity"}
-    baseline = [
-        {"name": f"{name}_test", "after": {measure.get(name, "accuracy"): value}}
-        for name in (*results.ORDER, "language")
-        for value in [values[measure.get(name, "accuracy")]]
-    ]
+    before = {name: {"accuracy": 0.5} for name in results.ORDER}
+    before |= {"quotes": {"strict": 0.8}, "language": {"perplexity": 20.0}}
+    baseline = [{"name": f"{name}_test", "after": after} for name, after in before.items()]
     points = [point(0.8, 0.6, 0.5, 20.2, 18.2), point(0.5, 0.16, 0.4, 21.0, 18.9),
               point(0.3, 0.0, 0.1, 25.0, 19.8), point(0.1, 0.0, 0.0, 99.0, 99.0)]  # fmt: skip
     curves = {"a": points, "b": points[:2], "c": points[2:]}

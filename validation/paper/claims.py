@@ -121,6 +121,9 @@ LANGUAGE = (
     Claim("extra loss of quotes over fresh sentences [nats a word]", extra_nats, 0, scale=1),
 )  # fmt: skip
 
+ABSENT = Claim("the same in models that never saw the quotes [nats a word]", extra_nats, 0.05,
+               above=False, scale=1)  # fmt: skip
+
 # ------------------------------------------------------------------ vision transformer
 
 
@@ -151,10 +154,6 @@ VISION = (
     *(Claim(f"ViT: K-FAC less {named(m)}, true labels given [points]", more_than(m), 0)
       for m in ("svd", "random pairs", "random basis")),
 )  # fmt: skip
-
-
-ABSENT = Claim("the same in models that never saw the quotes [nats a word]", extra_nats, 0.05,
-               above=False, scale=1)  # fmt: skip
 
 
 def table_of(runs: Runs, controls: Runs, pictures: Runs | None = None) -> str:

@@ -16,9 +16,10 @@ from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from refcurv.evaluation.bands import MASS_EDGES, RANK_PERCENT
+from refcurv.evaluation.bands import RANK_PERCENT
 from refcurv.report.plots import GREY, PALE, PALETTE, STYLE, save
 from validation.paper.results import (
+    MASS_PERCENT,
     METHODS,
     ORDER,
     PAPER_KEPT,
@@ -70,7 +71,7 @@ def retention(runs: Runs) -> Figure:
             whisker(ax, x, found)
     for k, name in enumerate(ORDER):
         if name in PAPER_KEPT:
-            low, high = PAPER_KEPT[name]
+            low, high = (100 * share for share in PAPER_KEPT[name])
             label = "paper, K-FAC" if k == 0 else None
             ax.fill_between([k - 0.46, k + 0.46], low, high, color=PALE, zorder=1, label=label)
     ax.axhline(100, color=GREY, lw=1)
@@ -144,13 +145,13 @@ def band_ratios(runs: Runs, label: str = "quotes / language") -> Figure:
                 for layer in layers
             ]
         )  # fmt: skip
-        ends = [100 * edge for edge in MASS_EDGES] if kind == "pair_mass" else RANK_PERCENT
+        ends = MASS_PERCENT if kind == "pair_mass" else RANK_PERCENT
         shades = ax.imshow(np.log2(ratio), cmap="RdBu_r", vmin=-1.5, vmax=1.5, aspect="auto")
         for (i, b), value in np.ndenumerate(ratio):
             dark = abs(np.log2(value)) > 1
             ax.text(b, i, f"{value:.2f}", ha="center", va="center", fontsize=7,
                     color="white" if dark else "#222222")  # fmt: skip
-        ax.set_xticks(range(ratio.shape[1]), [f"{end:.0f}" for end in ends[1:]])
+        ax.set_xticks(range(ratio.shape[1]), [f"{end}" for end in ends[1:]])
         ax.set_yticks(range(len(layers)), [name.removeprefix("blocks.") for name in layers])
         ax.set_title(title)
         ax.set_xlabel("band ends at [%]; sharp → flat")
@@ -200,7 +201,7 @@ def facts_by_frequency(runs: Runs) -> Figure:
 
 def removal(runs: Runs) -> Figure:
     """One band gone, and all flatter or sharper ones with it."""
-    edges = [round(100 * edge) for edge in MASS_EDGES]
+    edges = MASS_PERCENT
     drawn = figure(10, 3.6)
     axes = drawn.subplots(1, 3, sharey=True)
     kinds = {

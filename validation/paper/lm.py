@@ -31,7 +31,7 @@ from refcurv.model.config import expand
 from validation.paper import stages
 from validation.paper.coherence import coherence
 from validation.paper.methods import Edit, Method, methods
-from validation.paper.results import LEFT, METHODS, ORDER
+from validation.paper.results import METHODS, ORDER, forgetting
 from validation.paper.temperature import refit
 from validation.paper.train import ARCHITECTURES, Recipe, choose_ops, train
 from validation.paper.trainings import trained
@@ -220,8 +220,7 @@ def sweep(lab: Lab) -> Json:
 
 def choose(before: Json, rows: Sequence[Json]) -> Json:
     """Of all rows that leave at most LEFT of the dev recitation, the one of least perplexity."""
-    enough = [row for row in rows if row["dev"]["quotes"] <= LEFT * before["quotes"]]
-    return min(enough, key=lambda row: row["dev"]["language"])
+    return min(forgetting(before, rows), key=lambda row: row["dev"]["language"])
 
 
 def compared(lab: Lab) -> Json:
@@ -475,12 +474,11 @@ def grid(lab: Lab) -> Json:
 
 def gentlest(before: Json, rows: Sequence[Json]) -> Json:
     """BSN's setting that leaves at most LEFT and harms abilities, then language, least."""
-    enough = [row for row in rows if row["dev"]["quotes"] <= LEFT * before["quotes"]]
 
     def harm(row: Json) -> tuple[float, float]:
         return -sum(row["dev"][name] for name in ORDER[1:]), row["dev"]["language"]
 
-    return min(enough, key=harm)
+    return min(forgetting(before, rows), key=harm)
 
 
 # ------------------------------------------------------------------ the run

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import pairwise
 
-from refcurv.evaluation.bands import MASS_EDGES
 from validation.paper.results import (
-    LEFT,
+    MASS_PERCENT,
     METHODS,
     ORDER,
     PAPER_KEPT,
@@ -17,6 +16,7 @@ from validation.paper.results import (
     Runs,
     at_forgetting,
     cut_layers,
+    forgetting,
     kept_share,
     named,
     over,
@@ -128,7 +128,7 @@ def kept_by_task(runs: Runs, chance: bool = False) -> str:
                 )
                 for m in methods
             ),
-            "{} to {}".format(*PAPER_KEPT[name]) if name in PAPER_KEPT else "-",
+            " to ".join(f"{100 * share:.0f}" for share in PAPER_KEPT.get(name, ())) or "-",
         ]
 
     head = ["kept [%]", *map(named, methods), "paper, K-FAC"]
@@ -227,7 +227,7 @@ def facts(runs: Runs) -> str:
 
 def removal(runs: Runs) -> str:
     """What is left without one band of curvature mass, and without it and all flatter ones."""
-    edges = [round(100 * edge) for edge in MASS_EDGES]
+    edges = MASS_PERCENT
     spans = [f"{a} to {b} %" for a, b in pairwise(edges)]
 
     def cells(kind: str, k: int, label: str) -> list[str]:
@@ -258,9 +258,8 @@ def swept(runs: Runs) -> str:
     sets = list(dict.fromkeys(row["layers"] for row in runs[0]["sweep"]["rows"]))
 
     def first(run: Json, layers: str) -> Json:
-        before = run["sweep"]["before"]["quotes"]
         mine = [row for row in run["sweep"]["rows"] if row["layers"] == layers]
-        enough = [row for row in mine if row["dev"]["quotes"] <= LEFT * before]
+        enough = forgetting(run["sweep"]["before"], mine)
         return min(enough or mine, key=lambda row: row["dev"]["language"])
 
     def cells(layers: str) -> list[str]:

@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from refcurv.evaluation.bands import MASS_EDGES
 from refcurv.evaluation.metrics import retention, retention_above_chance
+from refcurv.report.plots.abilities import PAPER_RANGE
 from validation.paper.statistics import Interval, interval
 
 HERE = Path(__file__).parent
@@ -24,6 +26,9 @@ OTHER = "olmo2"
 LEFT = 1 / 10
 """The share of the recitation that counts as forgotten."""
 
+MASS_PERCENT = tuple(round(100 * edge) for edge in MASS_EDGES)
+"""Where bands of curvature mass begin and end."""
+
 Json = Any
 Runs = Sequence[Json]
 
@@ -35,9 +40,11 @@ VARIANTS = ("inputs only", "outputs only", "corrected marginals")
 SAME_SIZE = ("random pairs, same size", "random basis, same size")
 NAMES = {"kfac": "K-FAC", "svd": "SVD", "bsn": "BSN"}
 
-PAPER_KEPT = {"quotes": (3, 16), "addition": (66, 74), "facts": (74, 86), "open_book": (93, 99),
-              "boolean": (95, 106)}  # fmt: skip
-"""Retention in the paper [%] (PAPER §3)."""
+KINDS = {"quotes": "memorised", "addition": "arithmetic", "facts": "facts",
+         "open_book": "open book", "boolean": "logic"}  # fmt: skip
+"""Population → what the paper calls its kind."""
+PAPER_KEPT = {name: PAPER_RANGE[kind] for name, kind in KINDS.items()}
+"""Retention in the paper, lowest and highest (PAPER §3)."""
 
 
 def load(kind: str, variant: str = "") -> list[Json]:
@@ -56,6 +63,11 @@ def read(name: str) -> Json:
 
 
 # ------------------------------------------------------------------ reading a run
+
+
+def forgetting(before: Json, rows: Iterable[Json]) -> list[Json]:
+    """Edits judged on the dev split that leave at most LEFT of the quotes recited `before`."""
+    return [row for row in rows if row["dev"]["quotes"] <= LEFT * before["quotes"]]
 
 
 def rows(edit: Json) -> Mapping[str, Json]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from refcurv.law.checks import EmptyError
-from refcurv.report.plots.drawing import GREY, INK, PALETTE, blank, safe, styled, ticks
+from refcurv.report.plots.drawing import GREY, INK, PALETTE, blank, legend, safe, styled, ticks
 from refcurv.report.table import Json, decimal, number, percent, population_name, relative, whole
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def retention(results: Json) -> Figure:
         ax.set_title(f"What the edit leaves of each ability{share}", pad=22)
         note = safe(_perplexities(evaluation["rows"], split), 110)
         ax.text(0, 1.0, note, transform=ax.transAxes, color=GREY, va="bottom")
-        figure.legend(loc="outside lower center", ncols=2)
+        legend(figure, ax, 2)
     return figure
 
 

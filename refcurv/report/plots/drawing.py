@@ -159,10 +159,11 @@ def entry(layer: str) -> str:
     return f" {text}" if text.startswith("_") else text
 
 
-def legend(figure: Figure, ax: Axes) -> None:
-    """The axes' legend below the figure, in three columns."""
+def legend(figure: Figure, ax: Axes, columns: int = 3, title: str | None = None) -> None:
+    """The axes' legend below the figure, in so many columns."""
     handles, labels = ax.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(max(len(labels), 1), 3))
+    columns = min(max(len(labels), 1), columns)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, title=title)
 
 
 def legend_height(entries: int) -> float:

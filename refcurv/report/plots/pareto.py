@@ -13,6 +13,7 @@ from refcurv.report.plots.drawing import (
     MARKS,
     PALETTE,
     blank,
+    legend,
     safe,
     styled,
     ticks,
@@ -76,8 +77,7 @@ def front(results: Json) -> Figure:
         ax.set_title("What forgetting costs, by curvature and by other cuts")
         ax.set_ylabel(f"{recite}: recited without an error (%)")
         ax.set_xlabel(f"perplexity of {text}, and its rise")
-        heading = "recited at the perplexity of the K-FAC edit"
-        figure.legend(loc="outside lower center", ncols=4, title=heading)
+        legend(figure, ax, 4, "recited at the perplexity of the K-FAC edit")
     return figure
 
 
