@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from refcurv.law.checks import RangeError
@@ -105,6 +106,35 @@ def shares(texts: Sequence[str], asks: str = "edit: --rho takes [PATTERN=]SHARE"
             raise RangeError(f"{asks}, each pattern once; got {text!r}.")
         out[pattern] = value
     return out
+
+
+def files(args: argparse.Namespace) -> tuple[dict[str, str], dict[str, str]]:
+    """The files that a command reads, and those that it writes, by what its usage calls them.
+
+    The folders of `report`, `demo` and `export` are looked after by these.
+    """
+    given = {name: value for name, value in vars(args).items() if isinstance(value, str)}
+    reads = {name.upper(): given[name] for name in _READ if name in given}
+    writes = {f"--{name}": given[name] for name in ("output", "json") if name in given}
+    reads |= {f"TEXT {path}": path for path in getattr(args, "texts", [])}
+    reads |= {
+        f"--population {text}": text.partition("=")[2] for text in getattr(args, "population", [])
+    }
+    if args.command == "convert":
+        writes["WEIGHTS"] = reads.pop("WEIGHTS")
+        folder = Path(args.directory)
+        reads |= {f"{p.name} of DIRECTORY": str(p) for p in (*folder.glob("*"),)}
+    if args.command == "collect":
+        writes["the checkpoint of --output"] = unfinished(args.output)
+    return reads, writes
+
+
+def unfinished(output: str) -> str:
+    """Where `collect` keeps its sums until `output` is on the disk."""
+    return f"{output}.unfinished"
+
+
+_READ = ("weights", "corpus", "factors", "basis", "file", "baseline", "tokenizer")
 
 
 # ------------------------------------------------------------------ of one command

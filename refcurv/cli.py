@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import errno
-import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from refcurv.arguments import parser, shares
+from refcurv import terminal
+from refcurv.arguments import files, parser, shares, unfinished
 from refcurv.law.checks import RefcurvError, require_choice
+from refcurv.terminal import progress_bar
 
 DONE, JUDGED_AND_FAILED, BAD_INPUT, MACHINE, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -92,10 +93,7 @@ def inspect(args: argparse.Namespace) -> None:
 def corpus(args: argparse.Namespace) -> None:
     """Tokenize texts, JSON lines and arrays of ids into a corpus file with populations."""
     import refcurv as rc
-    from refcurv.files.texts import require_apart
 
-    inputs = [*args.texts, *([args.tokenizer] if args.tokenizer else [])]
-    require_apart(args.output, inputs, args.population)
     made = rc.build_corpus(
         args.texts,
         args.tokenizer,
@@ -116,9 +114,7 @@ def collect(args: argparse.Namespace) -> None:
     """Accumulate the factors A and G of linear layers over a corpus."""
     import refcurv as rc
     from refcurv.curvature.factors import least_certain
-    from refcurv.files.disk import output_path
 
-    output_path("collect", args.output)  # before the work, not after it
     model = rc.load(args.weights, dtype=args.dtype)
     factors = rc.collect(
         model,
@@ -128,10 +124,10 @@ def collect(args: argparse.Namespace) -> None:
         args.seed,
         args.draws,
         rows=args.rows,
-        checkpoint=f"{args.output}.unfinished",
+        checkpoint=unfinished(args.output),
         progress=progress_bar("collect"),
     )
-    rc.save_factors(factors, args.output)
+    rc.save_factors(factors, args.output, unfinished(args.output))
     rows = {name: factor.n_A for name, factor in factors.items()}
     most = max(rows.values())
     few = ", ".join(f"{name} {n:,}" for name, n in rows.items() if n != most)  # of images
@@ -177,9 +173,7 @@ def truncate(args: argparse.Namespace) -> None:
 def prune(args: argparse.Namespace) -> None:
     """Learn which weights to zero to forget a population and retain the corpus's own tokens."""
     import refcurv as rc
-    from refcurv.files.disk import output_path
 
-    output_path("prune", args.output)  # before the work, not after it
     corpus = rc.load_corpus(args.corpus)
     forget = require_choice("prune", "--forget", args.forget, corpus.populations)
     scores = rc.train_scores(
@@ -290,58 +284,48 @@ def _write_json(path: str | None, data: object) -> None:
         write_json(data, path)
 
 
-def progress_bar(label: str) -> Callable[[int, int], None]:
-    """A bar on stderr, if that is a terminal; called with (done, all)."""
-    from tqdm import tqdm
-
-    bar: Any = None
-
-    def update(done: int, total: int) -> None:
-        nonlocal bar
-        if bar is None:
-            bar = tqdm(total=total, desc=f"{label:>10}", disable=None, file=sys.stderr)
-        bar.update(done - bar.n)
-        if done >= total:
-            bar.close()
-
-    return update
-
-
 # ------------------------------------------------------------------ entry
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status. Every error is one line on stderr."""
     try:
-        args = parser(COMMANDS).parse_args(arguments)
-        if getattr(args, "json", None):
-            from refcurv.files.disk import output_path
-
-            output_path(args.command, args.json)  # before the work, not after it
-        status = args.work(args)
-        sys.stdout.flush()
+        with terminal.streams():
+            args = parser(COMMANDS).parse_args(arguments)
+            _require_targets(args)
+            status = args.work(args)
         return DONE if status is None else int(status)
-    except RefcurvError as error:
-        return _fail(str(error), error.status)
     except KeyboardInterrupt:
+        terminal.ignore_interrupts()
         hint = (
             "interrupted; no output was changed. A collection goes on where it was when run again"
         )
         return _fail(hint, INTERRUPTED)
+    except BrokenPipeError:  # the reader of our output has left, as in `| head`
+        return DONE
+    except RefcurvError as error:
+        return _fail(str(error), error.status)
     except MemoryError as error:
         return _fail(
             f"out of memory: {error}. Fewer --layers, or --dtype float32, need less", MACHINE
         )
-    except BrokenPipeError:  # the reader of our output has left, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
     except OSError as error:
         kind = MACHINE if error.errno in (errno.ENOSPC, errno.EIO, errno.EDQUOT) else BAD_INPUT
         return _fail(str(error), kind)
 
 
+def _require_targets(args: argparse.Namespace) -> None:
+    """Before the work: every output can be written, and takes the place of no input."""
+    from refcurv.files.disk import require_apart, require_writable
+
+    reads, writes = files(args)
+    require_apart(args.command, writes, reads)
+    for path in writes.values():
+        require_writable(args.command, path)
+
+
 def _fail(message: str, status: int) -> int:
-    print(f"refcurv: {' '.join(message.split())}", file=sys.stderr)
+    terminal.say(message)
     return status
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import h5py
@@ -16,6 +17,7 @@ import pytest
 from strategies import config, random_parameters
 
 import refcurv as rc
+from refcurv import terminal
 from refcurv.cli import main
 from refcurv.editing import variants
 from refcurv.files.disk import file_sha256
@@ -230,6 +232,56 @@ def test_bad_input_is_one_line_and_status_2(name: str, files: Path, tmp_path: Pa
     assert out.read_bytes() == b"the old output"
 
 
+APART = {
+    "convert": ["{hf}", "{out}"],
+    "inspect": ["{w}", "--json", "{out}"],
+    "corpus": ["{npy}", "-o", "{out}", "--population", "p:text:test={txt}", "--tokenizer", "{tok}"],
+    "collect": ["{w}", "{c}", "-o", "{out}"],
+    "decompose": ["{f}", "-o", "{out}"],
+    "edit": ["{w}", "{b}", "-o", "{out}", "--rho", "0.5"],
+    "truncate": ["{w}", "-o", "{out}", "--energy", "**.up=0.5"],
+    "prune": ["{w}", "{c}", "-o", "{out}", "--layers", "**.up", "--forget", "recite_dev", "--ratio",
+              "0.1"],
+    "evaluate": ["{w}", "{c}", "--baseline", "{b}", "--json", "{out}"],
+    "audit": ["{w}", "{c}", "--json", "{out}"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", list(APART))
+def test_no_output_may_take_the_place_of_an_input(
+    command: str, files: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    """Nor of another output; links resolved; and nothing is read or computed before."""
+    for name in "wcfb":
+        (tmp_path / f"{name}.h5").write_bytes((files / f"{name}.h5").read_bytes())
+    (tmp_path / "hf").mkdir()
+    for name in ("ids.npy", "a.txt", "t.json", "hf/config.json"):
+        (tmp_path / name).write_bytes(b"{}")
+    where = {k: str(tmp_path / f"{k}.h5") for k in "wcfb"}
+    where |= {"npy": str(tmp_path / "ids.npy"), "txt": str(tmp_path / "a.txt"),
+              "tok": str(tmp_path / "t.json"), "hf": str(tmp_path / "hf")}  # fmt: skip
+    used = [text for text in APART[command] if "{" in text and "out" not in text]
+    inputs = [Path(text.partition("=")[2] or text) for t in used if (text := t.format(**where))]
+    inputs = [path / "config.json" if path.name == "hf" else path for path in inputs]
+    before = {path: path.read_bytes() for path in inputs}
+    link, hard = tmp_path / "soft", tmp_path / "hard"
+    for path in inputs:
+        link.symlink_to(path)
+        os.link(path, hard)
+        for out in (path, link, hard):
+            arguments = [a.format(**where, out=out) for a in APART[command]]
+            assert main([command, *arguments]) == 2
+            assert "is the same file as" in capsys.readouterr().err
+        link.unlink()
+        hard.unlink()
+    if "--json" not in APART[command] and command not in ("collect", "decompose"):
+        new = str(tmp_path / "new")
+        arguments = [a.format(**where, out=new) for a in APART[command]]
+        assert main([command, *arguments, "--json", new]) == 2
+        assert "is the same file as" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in inputs} == before
+
+
 def test_a_damaged_file_is_named(files: Path, tmp_path: Path, capsys) -> None:
     data = bytearray((files / "f.h5").read_bytes())
     with h5py.File(files / "f.h5") as file:
@@ -320,6 +372,64 @@ def test_help_has_examples(command: str, capsys) -> None:
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert not command or f"examples:\n  refcurv {command} " in text or command == "demo"
+
+
+def run(*command: str, **options: object) -> subprocess.CompletedProcess[str]:
+    pipes: dict[str, object] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    return subprocess.run([*PYTHON, *command], text=True, check=False, **pipes)  # type: ignore
+
+
+def test_streams_that_are_closed_or_full(files: Path) -> None:
+    """Nobody to print to is no error, no room to print is one line, in no case a traceback."""
+    command = " ".join([*PYTHON, "inspect", str(files / "f.h5")])
+    for shell, status in [(">&-", 0), ("2>&-", 0), (">&- 2>&-", 0), (">/dev/full", 3)]:
+        done = subprocess.run(
+            f"{command} {shell}", shell=True, capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stderr.count("\n")) == (status, int(status == 3)), done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_no_text_is_too_strange_to_print(files: Path, tmp_path: Path) -> None:
+    """A terminal that knows only ASCII; names of control and half characters, of any length."""
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    assert "\\u2192" in run("decompose", str(files / "f.h5"), "-o", str(tmp_path / "b.h5"),
+                           env=ascii_only).stdout  # fmt: skip
+    for name in ("\x1b[31m\r\nred", "a\udcff", "\u2028", "x" * 100_000):
+        done = run("edit", "w.h5", "b.h5", "-o", str(tmp_path / "e.h5"), "--rho", f"{name}=much",
+                   cwd=files)  # fmt: skip
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert len(done.stderr) < 1200 and "\x1b" not in done.stderr
+
+
+def test_a_warning_is_one_line(files: Path, capsys, monkeypatch) -> None:
+    import refcurv.files.inspect as module
+
+    right = module.inspect_file
+
+    def warned(*args, **options):
+        warnings.warn("overflow\nencountered", RuntimeWarning, stacklevel=1)
+        return right(*args, **options)
+
+    monkeypatch.setattr(module, "inspect_file", warned)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert main(["inspect", str(files / "f.h5")]) == 0
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and err.startswith("refcurv: warning: overflow encountered (")
+
+
+def test_progress_goes_into_a_log_too(capsys, monkeypatch) -> None:
+    """A line from time to time where there is no terminal."""
+    clock = iter([0.0, 10.0, 29.0, 31.0, 40.0, 62.0])
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: next(clock))
+    update = terminal.progress_bar("collect")
+    for done in range(1, 6):
+        update(done * 1000, 5000)
+    assert capsys.readouterr().err.splitlines() == [
+        "refcurv: collect: 3,000 of 5,000 after 31 s",
+        "refcurv: collect: 5,000 of 5,000 after 62 s",
+    ]
 
 
 def test_a_reader_that_leaves_is_no_error(files: Path) -> None:

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from matplotlib import rc_context
 
 from refcurv.algebra.staircase import cut
@@ -298,6 +300,23 @@ def test_hostile_names_stay_on_their_line(hostile: dict[str, Any]) -> None:
     assert rows[5][3:6] == ["-", "97.4 %", "-"]
 
 
+@given(st.text(st.sampled_from("ab\u0301\u4e00 "), max_size=30), st.integers(1, 20))
+def test_a_text_is_shortened_to_as_many_columns_as_fit(text: str, width: int) -> None:
+    found = table._shorten(text, width)
+    if table._display_width(text) <= width:
+        assert found == text
+    else:
+        fits = [text[:n] for n in range(len(text)) if table._display_width(text[:n]) < width]
+        assert found == fits[-1] + "…"
+
+
+def test_a_long_attribute_is_shown_at_once(tmp_path: Path) -> None:
+    """In time that grows with its length: by its square, this test would take days."""
+    facts = {"path": "x.h5", "format": "refcurv-basis", "version": 2, "nbytes": 0, "entries": []}
+    text = table.format_inspect({**facts, "attributes": {"config": "x" * 10**6}})
+    assert max(map(len, text.splitlines())) <= 100
+
+
 def test_inspect_names_every_array(tmp_path: Path) -> None:
     entries = [
         store.Entry("blocks.0.mlp.up.sum_A", np.ones((3, 4)), {"rows": 7}),
@@ -313,7 +332,7 @@ def test_inspect_names_every_array(tmp_path: Path) -> None:
     text = table.format_inspect(inspect_file(tmp_path / "a.h5"))
     lines = text.splitlines()
     assert max(map(len, lines)) <= 100
-    assert "refcurv-factors, version 1: 2 arrays, 104 B, every checksum verified" in lines
+    assert "refcurv-factors, version 2: 2 arrays, 104 B, every checksum verified" in lines
     assert re.search(r'^config +\{"width": 128\}$', text, re.M)
     row = next(line for line in lines if line.startswith("blocks"))
     found = re.split(r" {2,}", row)

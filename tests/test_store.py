@@ -359,6 +359,31 @@ def test_other_dtypes_are_not_written(tmp_path: Path, dtype: Any) -> None:
         put(tmp_path / "f.h5", Entry("a", np.zeros(2, dtype)))
 
 
+def test_an_entry_is_what_is_asked_for_or_refused(path: Path) -> None:
+    header = store.open_file(path)
+    assert store.require_entry(header, "a.W", "float32", (2, None)) == (2, 3)
+    assert store.require_entry(header, "a.n", "int64", ()) == ()
+    wrong = [("a.x", "float32", (2, 3)), ("a.W", "float64", (2, 3)), ("a.W", "float32", (2,)),
+             ("a.W", "float32", (3, 2)), ("a.n", "int64", (1,))]  # fmt: skip
+    for name, dtype, shape in wrong:
+        with pytest.raises(SchemaError, match=r"f\.h5.*a\."):
+            store.require_entry(header, name, dtype, shape)
+    empty = store.open_file(put(path, Entry("e", np.zeros((0, 3), np.float32))))
+    with pytest.raises(SchemaError, match="any, 3"):
+        store.require_entry(empty, "e", "float32", (None, 3))
+
+
+def test_an_attribute_is_what_is_asked_for_or_refused() -> None:
+    facts = {"n": 3, "x": 0.5, "t": "text", "inf": np.inf, "long": "x" * 10**6}
+    assert store.fact("f", facts, "n", int) == 3 and store.fact("f", facts, "n", float) == 3.0
+    assert store.fact("f", facts, "x", float) == 0.5 and store.fact("f", facts, "t", str) == "text"
+    for key, kind in [("x", int), ("t", int), ("n", str), ("inf", float), ("t", float),
+                      ("none", int), ("long", float)]:  # fmt: skip
+        with pytest.raises(SchemaError, match=f"f: attribute '{key}' must be") as caught:
+            store.fact("f", facts, key, kind)
+        assert len(str(caught.value)) < 200
+
+
 # ------------------------------------------------------------------ opening: nothing is believed
 
 

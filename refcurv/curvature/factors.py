@@ -9,8 +9,7 @@ Sum and count, never a running mean; the division happens once, on reading A or 
 
 from __future__ import annotations
 
-import hashlib
-import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from refcurv.curvature.checkpoint import Checkpoint
 from refcurv.curvature.sums import (
-    Checkpoint,
     Moment,
     ShardSums,
     accumulate,
@@ -32,6 +31,7 @@ from refcurv.curvature.sums import (
 )
 from refcurv.files import store
 from refcurv.files.corpus import Corpus
+from refcurv.files.disk import require_room
 from refcurv.law.checks import (
     Array,
     ConventionError,
@@ -152,7 +152,8 @@ def collect(
         rows: "reached" or "labelled" (ROWS).
         in_flight: shards at a time; by default one per core. Changes no bit.
         checkpoint: a file to keep the sums in after every block of 64 shards; if it exists, the
-            run goes on from there, with the bits of an uninterrupted one. Deleted at the end.
+            run goes on from there, with the bits of an uninterrupted one. It holds the whole sums
+            at the end: delete it once the factors are on disk, as `collect_to` does.
         progress: called with (shards done, shards).
 
     Returns:
@@ -189,9 +190,11 @@ def collect(
         memory.sweep(config, parameters, unit, job, sums.take)
         sums.finish()
 
-    resume = (
-        Checkpoint(Path(checkpoint), _fingerprint(model, corpus, job, keep)) if checkpoint else None
-    )
+    resume = None
+    if checkpoint:
+        need = sum(8 * math.prod(total.shape) for total in totals.values())
+        require_room("collect", checkpoint, need)
+        resume = Checkpoint(Path(checkpoint), _fingerprint(model, corpus, job, keep))
     accumulate(units, work, totals, in_flight, resume, progress)
     return Factors(
         MappingProxyType(_finish(config, job, totals)),
@@ -205,13 +208,22 @@ def collect(
     )
 
 
-def _fingerprint(model: Model, corpus: Corpus, job: memory.Sweep, keep: Rows) -> str:
-    """What a checkpoint's sums depend on, as one SHA-256; model and corpus must be files."""
+def _fingerprint(model: Model, corpus: Corpus, job: memory.Sweep, keep: Rows) -> dict[str, Any]:
+    """FINGERPRINT: what decides the bits of the sums; model and corpus must be files."""
     if "sha256" not in model.source or "sha256" not in corpus.source:
         raise ConventionError("collect: a checkpoint needs a model and a corpus read from files.")
-    facts = [model.source["sha256"], corpus.source["sha256"], model.dtype, sorted(job.layers)]
-    facts += [str(job.fisher), job.seed, job.draws, str(keep), describe()]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    return {
+        "weights": model.source["sha256"],
+        "corpus": corpus.source["sha256"],
+        "dtype": model.dtype,
+        "layers": sorted(job.layers),
+        "fisher": str(job.fisher),
+        "seed": job.seed,
+        "draws": job.draws,
+        "rows": str(keep),
+        "law": describe(),
+        **store.machine(),
+    }
 
 
 def _finish(

@@ -95,7 +95,7 @@ def run(folder: str | Path, stage: Stage, job: Job = DEMO) -> dict[str, Any]:
             model, corpus, job.layers, job.fisher, job.seed,
             rows=job.rows, checkpoint=unfinished, progress=stage("collect"),
         )  # fmt: skip
-        rc.save_factors(factors, folder / "factors.h5")
+        rc.save_factors(factors, folder / "factors.h5", unfinished)
     with _timed(seconds, "decompose"):
         basis = rc.decompose(factors, job.bias, progress=stage("decompose"))
         rc.save_bases(basis, folder / "basis.h5")

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -82,6 +83,22 @@ def _same_file(one: Path, other: Path) -> bool:
         return one == other or one.samefile(other)
     except OSError:  # one of them does not exist
         return False
+
+
+def room(path: PathLike) -> int:
+    """Bytes free on the disk that `path` lies on, or would."""
+    with machine_faults("write", path, WRITING):
+        return shutil.disk_usage(Path(os.path.realpath(path)).parent).free
+
+
+def require_room(who: str, path: PathLike, nbytes: int) -> None:
+    """StorageError, before the work, where `path` could not hold so many bytes."""
+    free = room(path)
+    if nbytes > free:
+        raise StorageError(
+            f"{who}: {os.fspath(path)!r} will take {nbytes / 1e9:.2f} GB, but its disk has "
+            f"{free / 1e9:.2f} GB free. Make room, or take fewer layers."
+        )
 
 
 def sync_folder(folder: Path) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import signal
 import struct
@@ -21,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, TypeVar
 
 import h5py
 import numpy as np
@@ -38,7 +39,7 @@ from refcurv.files.disk import (
     parse_json,
     replacing,
 )
-from refcurv.files.provenance import provenance
+from refcurv.files.provenance import machine, provenance
 from refcurv.law.checks import (
     Array,
     ChecksumError,
@@ -57,10 +58,14 @@ __all__ = [
     "Header",
     "Info",
     "Source",
+    "declared",
+    "fact",
     "file_sha256",
+    "machine",
     "open_file",
     "provenance",
     "read",
+    "require_entry",
     "sha256",
     "to_name",
     "to_path",
@@ -691,6 +696,45 @@ def read(header: Header, name: str, *, verify: bool = True, finite: bool = False
         values = from_bfloat16(array) if info.encoding == BFLOAT16 else array
         require_finite(f"read: {header.path!r}", f"dataset {name!r}", values)
     return array
+
+
+def require_entry(
+    header: Header, name: str, dtype: str, shape: tuple[int | None, ...]
+) -> tuple[int, ...]:
+    """The shape of dataset `name`; SchemaError unless it has that dtype and shape, None any >= 1.
+
+    Proof: tests/test_store.py::test_an_entry_is_what_is_asked_for_or_refused
+    """
+    info = header.entries.get(name)
+    wanted = f"({', '.join('any' if n is None else str(n) for n in shape)}) of {dtype}"
+    if info is None:
+        raise SchemaError(f"open: {header.path!r} lacks {name!r}, {wanted}.")
+    fits = len(info.shape) == len(shape) and all(
+        (have >= 1) if want is None else want == have
+        for want, have in zip(shape, info.shape, strict=True)
+    )
+    if info.stored != dtype or not fits:
+        raise SchemaError(
+            f"open: {header.path!r}: {name!r} must be {wanted}; got {info.shape} of {info.stored}."
+        )
+    return info.shape
+
+
+Fact = TypeVar("Fact", str, int, float)
+
+
+def fact(where: str, attributes: Mapping[str, Scalar], key: str, kind: type[Fact]) -> Fact:
+    """The attribute `key` as a text, an integer or a finite number; SchemaError for another.
+
+    Proof: tests/test_store.py::test_an_attribute_is_what_is_asked_for_or_refused
+    """
+    value = attributes.get(key)
+    if kind is float and isinstance(value, int | float) and math.isfinite(value):
+        return kind(value)
+    if kind is not float and isinstance(value, kind):
+        return value
+    what = {str: "a text", int: "an integer", float: "a finite number"}[kind]
+    raise SchemaError(f"{where}: attribute {key!r} must be {what}; got {value!r:.80}.")
 
 
 def verify(header: Header) -> list[tuple[str, bool]]:

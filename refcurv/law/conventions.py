@@ -91,6 +91,10 @@ LAW: Final[Mapping[str, str]] = MappingProxyType(
         "consecutive shards. A shard's backward passes (by draw, or by position and then entry) "
         "are added in order to a shard sum that starts from zero, shard sums to a block sum that "
         "starts from zero, block sums to the total.",
+        "FINGERPRINT": "A collection goes on from a checkpoint only if it shares with the run that "
+        "began it: the files of weights and corpus (SHA-256), layers, fisher, seed, draws, rows, "
+        "dtype, this law, the versions of refcurv, Python, NumPy, SciPy, Numba and h5py, the BLAS "
+        "kernels, the CPU's features and how the kernels are compiled. What differs is named.",
     }
 )
 

@@ -362,9 +362,10 @@ def format_inspect(facts: Json) -> str:
     Proof:  tests/test_report.py::test_inspect_names_every_array
     """
     entries = facts["entries"]
+    which = "every checksum" if facts["version"] > 1 else "the arrays' checksums"
     head = (
         f"{facts['path']}\n{facts['format']}, version {facts['version']}: {len(entries)} arrays, "
-        f"{size(facts['nbytes'])}, every checksum verified"
+        f"{size(facts['nbytes'])}, {which} verified"
     )
     pairs = [(what, facts.get(what) or {}) for what in ("attributes", "provenance")]
     tables = [
@@ -509,11 +510,14 @@ def _columns(character: str) -> int:
 
 
 def _shorten(text: str, width: int) -> str:
-    if _display_width(text) <= width:
-        return text
-    while text and _display_width(text) > width - 1:
-        text = text[:-1]
-    return text + "…"
+    used = fits = 0
+    for n, character in enumerate(text, start=1):
+        used += _columns(character)
+        if used > width:
+            return text[:fits] + "…"
+        if used < width:
+            fits = n
+    return text
 
 
 def _padded(text: str, width: int, side: str) -> str:
