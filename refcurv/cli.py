@@ -23,14 +23,18 @@ DONE, JUDGED_AND_FAILED, BAD_INPUT, MACHINE, INTERRUPTED = 0, 1, 2, 3, 130
 def demo(args: argparse.Namespace) -> None:
     """Run the paper on the shipped model: table, plots, report.html, results.json."""
     from refcurv.demo.run import run
+    from refcurv.report.plots import require_matplotlib
 
+    require_matplotlib()
     _show(run(Path(args.out), progress_bar), args)
 
 
 def report(args: argparse.Namespace) -> None:
     """Collect, decompose, edit and evaluate on your own files: table, plots, report.html."""
     from refcurv.demo.run import Job, run
+    from refcurv.report.plots import require_matplotlib
 
+    require_matplotlib()
     choices = ("weights", "corpus", "layers", "fisher", "rows", "seed", "bias", "split", "dtype")
     job = Job(rho=shares(args.rho), **{name: getattr(args, name) for name in choices})
     _show(run(Path(args.out), progress_bar, job), args)
@@ -207,18 +211,28 @@ def _save_edit(args: argparse.Namespace, edited: Any, record: Any, **made_from: 
 def evaluate(args: argparse.Namespace) -> None:
     """Judge a model on the corpus's populations, beside a baseline if one is given."""
     import refcurv as rc
+    from refcurv.evaluation.suite import Evaluation
     from refcurv.report.table import format_evaluation
 
     baseline = rc.load(args.baseline, dtype=args.dtype) if args.baseline else None
-    table = rc.evaluate(
-        rc.load(args.weights, dtype=args.dtype),
-        rc.load_corpus(args.corpus),
-        split=args.split,
-        baseline=baseline,
-        progress=progress_bar("evaluate"),
-    )
-    print(format_evaluation(table.to_json()))
-    _write_json(args.json, table.to_json())
+    table: dict[str, Any] = {}
+
+    def keep(so_far: Evaluation) -> None:
+        table.update(so_far.to_json())
+        _write_json(args.json, table)
+
+    try:
+        rc.evaluate(
+            rc.load(args.weights, dtype=args.dtype),
+            rc.load_corpus(args.corpus),
+            split=args.split,
+            baseline=baseline,
+            progress=progress_bar("evaluate"),
+            each=keep,
+        )
+    finally:  # what was evaluated is not lost to what fails later
+        if table:
+            print(format_evaluation(table))
 
 
 def audit(args: argparse.Namespace) -> int:

@@ -120,13 +120,23 @@ def require_untied(who: str, model: Model, layers: Iterable[str]) -> None:
 # ------------------------------------------------------------------ reading and rounding
 
 
-def parameter(who: str, model: Model, name: str) -> Array:
-    """A parameter that can be edited: finite, and read without rounding."""
+def require_exact(who: str, model: Model, layers: Iterable[str]) -> None:
+    """Refuse layers whose weights were rounded when the model was loaded; nothing is read."""
+    for layer in layers:
+        _require_exact(who, model, f"{layer}.weight")
+
+
+def _require_exact(who: str, model: Model, name: str) -> None:
     if model.stored.get(name, model.dtype) == "float64" and model.dtype != "float64":
         raise DTypeError(
             f"{who}: {name} is stored in float64 but the model was loaded as {model.dtype}; "
             'load it with dtype="float64".'
         )
+
+
+def parameter(who: str, model: Model, name: str) -> Array:
+    """A parameter that can be edited: finite, and read without rounding."""
+    _require_exact(who, model, name)
     array = np.asarray(model.parameters[name])
     require_finite(who, name, array)
     return array
