@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+import threadpoolctl
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -189,6 +191,16 @@ def test_provenance_says_what_and_with_what() -> None:
     assert made["blas"] and all(b["architecture"] for b in made["blas"])
     assert made["blas_threads"] == 1
     assert json.loads(json.dumps(made)) == made == store.provenance(inputs={"w.h5": "ab"}, seed=3)
+
+
+def test_provenance_does_not_depend_on_what_was_loaded_first(monkeypatch) -> None:
+    blas = {"user_api": "blas", "internal_api": "openblas", "version": "0.3"}
+    found = [blas | {"architecture": name} for name in ("Haswell", "SkylakeX", "Zen")]
+    made = []
+    for order in itertools.permutations(found):
+        monkeypatch.setattr(threadpoolctl, "threadpool_info", lambda order=order: list(order))
+        made.append(json.dumps(store.provenance()))
+    assert len(set(made)) == 1
 
 
 def test_provenance_may_name_a_file_that_is_not_utf8(tmp_path: Path) -> None:
