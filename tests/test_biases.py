@@ -4,24 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import product
 
 import h5py
 import numpy as np
 import pytest
+import test_factors
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import Case, assert_within, case, cases, few, gap, image_cases
-from test_factors import (
-    alone,
-    corpus_of,
-    drawn_labels,
-    flow,
-    gappy,
-    model_of,
-    naive_rows,
-    sent_back,
-)
+from test_factors import alone, corpus_of, flow, gappy, model_of, naive_rows, sent_back
 
 import refcurv as rc
 from refcurv.algebra.kron import kron_dense
@@ -506,9 +497,9 @@ def gradients(one: Case, fisher: str, seed: int) -> list[dict[str, np.ndarray]]:
     """Of each segment and each cotangent, by the definitions, one whole sequence at a time."""
     out = []
     for sent in sent_back(one, fisher, seed):
-        for b, s in product(range(len(one.token)), np.unique(one.segment)):
+        for b, segment in ((b, s) for b, row in enumerate(one.segment) for s in np.unique(row)):
             part = alone(one, b)
-            made, inside = part.config, part.segment == s
+            made, inside = part.config, part.segment == segment
             final, trace = transformer.forward(made, part.parameters, part.token, part.layout)
             z = transformer.head_logits(made, part.parameters, final)
             own = sent[b : b + 1] * inside[:, : z.shape[1], None]
@@ -674,7 +665,7 @@ def test_O52_packing_changes_no_block(fisher: str) -> None:
         if fisher == "sampled":
             packed, _, _ = packings(one)
             as_packed = replace(one, label=packed.label, real=packed.real, segment=packed.segment)
-            one = replace(one, label=drawn_labels(as_packed, 3, 0))
+            one = replace(one, label=test_factors.drawn_labels(as_packed, 3, 0))
         packed, apart, merged = packings(one)
         model, kind = model_of(one), "expected" if fisher == "expected" else "empirical"
         got = rc.collect_blocks(model, packed, "**", fisher, seed=3)

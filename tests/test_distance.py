@@ -35,6 +35,7 @@ KINDS = [
     dict(fisher="empirical"),
     dict(fisher="sampled", seed=3, draws=2),
     dict(fisher="sampled", seed=3, draws=2, per="term"),
+    dict(fisher="signed", seed=3, draws=2),
 ]
 
 

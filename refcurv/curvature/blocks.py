@@ -131,8 +131,9 @@ def collect_blocks(
     vectors = _vectors(config, parameters, in_flight or cores())
     job = sweep_of("collect_blocks", vectors, fisher, seed, draws)
     units = shards(corpus, config)
-    alone = [one.sent for unit in units for one in _segments(config, unit)]
-    require_few_passes("collect_blocks", alone, job, config.vocabulary)
+    if job.fisher is Fisher.EXPECTED:
+        alone = (one.sent for unit in units for one in _segments(config, unit))
+        require_few_passes("collect_blocks", alone, job, config.vocabulary)
     resident = memory.resident(model)
     totals = {name: Moment(size, size) for name, size in vectors.items()}
 
