@@ -19,7 +19,7 @@ from scipy.sparse.linalg import eigsh
 from refcurv.algebra.blas import add_gram, one_blas_thread
 from refcurv.algebra.kron import from_rearranged, kron_dense, rearranged
 from refcurv.curvature import exact
-from refcurv.curvature.exact import Problem, Progress
+from refcurv.curvature.exact import Problem, Progress, Tokens
 from refcurv.law import tolerance
 from refcurv.law.checks import Array, EmptyError, RangeError
 from refcurv.model.config import Model
@@ -83,12 +83,12 @@ class Distances:
 @one_blas_thread()
 def compare(
     model: Model | Problem,
-    tokens: ArrayLike | None = None,
+    tokens: Tokens = None,
     labels: ArrayLike | None = None,
     *,
     wrt: str,
     fisher: str = "expected",
-    per: str = "sequence",
+    per: str = "segment",
     seed: int = 0,
     draws: int = 1,
     top: Sequence[int] = (1, 10, 100),
@@ -125,7 +125,7 @@ def _three(made: Problem, wrt: str, labels: exact._Labels, progress: Progress) -
     F = {name: np.zeros((block.size, block.size)) for name, block in blocks.items()}
     positions: dict[str, list[_Positions]] = {name: [] for name in names}
     cotangents = exact._cotangents(made, labels, True, progress)
-    for _, batches in groupby(cotangents, key=lambda batch: id(batch[0])):  # one sequence
+    for _, batches in groupby(cotangents, key=lambda batch: id(batch[0])):  # one segment
         at: dict[str, _Positions] = {}
         for part, saved, d_z in batches:
             for tap in exact._steps(part, part.parameters, saved, d_z, names):
@@ -141,11 +141,11 @@ def _three(made: Problem, wrt: str, labels: exact._Labels, progress: Progress) -
 
 
 _Positions = tuple[Array, Array, Array]
-"""One sequence's a_s (T, I), Σ_c g_s g_sᵀ (T, O, O), and which of them are rows (T,)."""
+"""One segment's a_s (T, I), Σ_c g_s g_sᵀ (T, O, O), and which of them are rows (T,)."""
 
 
 def _assembled(block: exact._Block, F: Array, positions: list[_Positions]) -> Three:
-    """Three, from F's lower triangle and the positions of every sequence."""
+    """Three, from F's lower triangle and the positions of every segment."""
     O, I = exact._layer_shape("compare", block)  # noqa: E741
     R, sum_G = np.zeros((O * O, I * I)), np.zeros((O, O))
     for a_TI, gg_TOO, keep_T in positions:

@@ -48,8 +48,10 @@ LAW: Final[Mapping[str, str]] = MappingProxyType(
         "the two uses by themselves; the shared matrix has F = F_embed + F_head + C + Cᵀ, C their "
         "cross terms, and no K.",
         "VECTOR": "A gain, a bias or a special position of images has no Kronecker form: its block "
-        "is F = Σ D Dᵀ over sequences (and, for `expected`, loss positions and entries), D the "
-        "gradient summed over the sequence's positions.",
+        "is F = Σ D Dᵀ over segments (and, for `expected`, loss positions and entries), D the "
+        "gradient summed over the segment's positions. A segment is a document of a packed "
+        "sequence, a sequence that is not packed, or an image: nothing reaches from one to "
+        "another, so that packing and padding change no F, of vectors or matrices.",
         "LABELS": "labels[b, t] is what position t should predict; negative = none. Default of a "
         "causal model: the next token of the same segment, so the last position of a segment has "
         "none. Bidirectional models and images have no default; an image has one label, its class.",
@@ -61,10 +63,10 @@ LAW: Final[Mapping[str, str]] = MappingProxyType(
         "each label; patches have no rows for what stands before them.",
         "FISHER": "Whose labels the backward pass uses: `expected` (exact over the vocabulary: one "
         "backward per loss position and entry v, of column v of S = diag(√p) − p √pᵀ), `signed` "
-        "(an unbiased estimate of it without labels: one joint backward per sequence and draw, of "
+        "(an unbiased estimate of it without labels: one joint backward per segment and draw, of "
         "S ε, ε ∈ {±1}^V at each position), `sampled` (labels drawn from the model: one joint "
-        "backward per sequence and draw), `empirical` (the corpus's labels). Only positions where "
-        "the corpus has a label send anything back.",
+        "backward per segment and draw), `empirical` (the corpus's labels: one joint backward per "
+        "segment). Only positions where the corpus has a label send anything back.",
         "SAMPLING": "Philox4x64-10, key (seed, 0); the uniform of position t is word t mod 4 of "
         "the block at counter (1 + t div 4, 0, draw, corpus index), its top 53 bits times 2⁻⁵³. "
         "Label: the first v with c_v > u·c_{V−1}, c the sequential float64 cumsum of "
