@@ -1,0 +1,76 @@
+"""published_configs.json: config.json as the Hub has them, with tiny sizes in place of theirs.
+
+Each converts to the model that it describes, or is refused for a true reason. The keys and values
+are the published ones but for sizes, the ids of special tokens, and lists as long as a size.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_families import checkpoint
+
+from refcurv.files import huggingface, weights
+from refcurv.files.huggingface import convert, read_config
+from refcurv.law.checks import ConventionError
+
+TABLE: dict[str, dict[str, Any]] = json.loads(
+    (Path(__file__).parent / "published_configs.json").read_text(encoding="utf-8")
+)
+READ = [name for name, row in TABLE.items() if "becomes" in row]
+REFUSED = [name for name, row in TABLE.items() if "refused" in row]
+
+
+def test_the_table_has_every_family_but_one() -> None:
+    """Of DeiT the Hub has the teacher's class, which is refused; its others are ViTs."""
+    kinds = {TABLE[name]["config"]["model_type"] for name in READ}
+    assert kinds == {f.model_type for f in huggingface.FAMILIES} - {"deit", "olmo3"}
+    assert len(READ) >= 40 and len(READ) + len(REFUSED) == len(TABLE)
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_published_config_converts(tmp_path: Path, name: str) -> None:
+    row = TABLE[name]
+    folder = checkpoint(tmp_path / "hf", row["config"], ("float16",))
+    mapped = convert(folder, tmp_path / "w.h5")
+    found = weights.load(tmp_path / "w.h5").config
+    assert {m.name for m in mapped} == set(found.parameter_shapes())
+    said = found.to_json()
+    for field, value in row["becomes"].items():
+        if isinstance(value, dict):
+            said[field] = {key: said[field][key] for key in value}
+        assert json.loads(json.dumps(said[field])) == value, field
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_published_config_is_refused_for_its_reason(name: str) -> None:
+    row = TABLE[name]
+    with pytest.raises(ConventionError) as caught:
+        read_config("dir/config.json", json.dumps(row["config"]))
+    text, at = str(caught.value), 0
+    for part in row["refused"].split(".*"):
+        at = text.find(part, at)
+        assert at >= 0, text
+    assert text.startswith("dir/config.json: ") and "\n" not in text and len(text) < 500
+
+
+@pytest.mark.peers
+@pytest.mark.slow
+@pytest.mark.parametrize("name", READ)
+def test_transformers_reads_it_alike(tmp_path: Path, name: str) -> None:
+    """The same logits from the same folder: every key means here what it means there."""
+    pytest.importorskip("torch", reason="extra `peers`")
+    from peers_compare import BUDGET, batch, converted, distances, family_of, run_ours, run_theirs
+
+    config = dict(TABLE[name]["config"])
+    if config.get("hidden_act") == "gelu_fast":  # its constant has ten digits
+        config["hidden_act"] = "gelu_new"
+    folder = checkpoint(tmp_path / "hf", config, ("float64",))
+    ours = converted(folder)
+    data = batch(ours.config)
+    theirs = run_theirs(folder, family_of(ours), ours.config, data)
+    found = distances(run_ours(ours, data), theirs, data)
+    assert found["logits"] < BUDGET, found["logits"]
