@@ -414,6 +414,10 @@ WRONG_TENSORS = {
     "bias": (more(Q_BIAS), "q_proj.bias' that a llama of this config.json has not"),
     "too many layers": (more(NEXT_UP), "layers.1.mlp.up_proj.weight' that a llama of this"),
     "shape": (more("lm_head.weight"), r"shape \(4,\); config.json asks for \(7, 4\)"),
+    "partitioned": (
+        lambda of: of | {"model.norm.weight": (np.zeros(0, np.float32), "float32")},
+        r"has shape \(0,\); config.json asks for \(4,\)\. It is empty: a model that DeepSpeed's",
+    ),
     "half a prefix": (
         lambda of: {name.replace("model.n", "n"): value for name, value in of.items()},
         "lacks the tensor 'model.norm.weight'",
@@ -482,6 +486,13 @@ def test_a_safetensors_file_that_is_refused(folder: Path, tmp_path: Path, name: 
     with pytest.raises(SchemaError, match=fragment) as caught:
         convert(folder, tmp_path / "w.h5")
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_a_pointer_of_git_lfs(folder: Path, tmp_path: Path) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab12\nsize 4995584424\n"
+    (folder / "model.safetensors").write_bytes(pointer)
+    with pytest.raises(SchemaError, match="is a pointer of git-lfs, not the file: git lfs pull"):
+        convert(folder, tmp_path / "w.h5")
 
 
 @pytest.mark.parametrize("data", [b"", b"1234567", b"\xff" * 100, (2**40).to_bytes(8, "little")])

@@ -91,6 +91,28 @@ def test_what_is_left_out_is_said() -> None:
         assert found.renamed == said
 
 
+REPORTED = {
+    "torch.compile of a DDP module": ("llama", "_orig_mod.module.", []),
+    "GPT-2 in a wrapper, with its masks": (
+        "gpt2", "model.", ["transformer.h.0.attn.masked_bias", "transformer.h.1.attn.bias"],
+    ),
+    "GPT-Neo as a backbone": ("gpt_neo", "backbone.", ["transformer.h.0.attn.attention.bias"]),
+    "a text model of a vision model": ("llama", "language_model.", []),
+}  # fmt: skip
+"""Prefixes that public reports show, and the buffers beside them."""
+
+
+@pytest.mark.parametrize("name", REPORTED)
+def test_wrappers_that_were_reported(name: str) -> None:
+    kind, before, buffers = REPORTED[name]
+    family, config, tensors = tensors_of(kind)
+    whole = tensors | {buffer: record(buffer) for buffer in buffers}
+    found = naming.plan("x", family, config, renamed(whole, lambda n: before + n))
+    assert same_sources(
+        naming.plan("x", family, config, tensors), found, lambda n: before + n
+    ) and len(found.ignored) == len(buffers)
+
+
 def test_the_base_model_wrapped_and_its_head_not() -> None:
     family, config, tensors = tensors_of("llama")
 
@@ -273,7 +295,9 @@ def test_a_head_alone_comes_out_as_the_embedding(tmp_path: Path) -> None:
 
 STRANGE = {
     "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": "PEFT adapter.*Merge it fir",
+    "model.layers.0.self_attn.q_proj.lora_A.default.weight": "PEFT adapter's. Merge it first",
     "model.layers.0.self_attn.q_proj.base_layer.weight": "PEFT adapter's. Merge it first",
+    "model.layers.0.mlp.down_proj.SCB": "quantised by bitsandbytes: dequantise it first",
     "model.layers.0.self_attn.q_proj.qweight": "as GPTQ and AWQ write it: take the checkpoint",
     "model.layers.0.mlp.up_proj.weight.absmax": "bitsandbytes: dequantise it first",
     "model.layers.0.mlp.up_proj.weight.quant_state.bitsandbytes__nf4": "by bitsandbytes",

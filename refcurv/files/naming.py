@@ -206,7 +206,7 @@ def _require_readable(where: str, tensor: Tensor, shape: tuple[int, ...]) -> Non
     if tensor.shape != shape:
         raise SchemaError(
             f"{where}: tensor {tensor.name!r:.200} has shape {tensor.shape}; config.json asks "
-            f"for {shape}."
+            f"for {shape}.{'' if tensor.shape != (0,) else _PARTITIONED}"
         )
     if tensor.stored not in weights.STORED:
         raise SchemaError(
@@ -214,6 +214,12 @@ def _require_readable(where: str, tensor: Tensor, shape: tuple[int, ...]) -> Non
             f"{tensor.stored!r}; parameters are "
             f"{', '.join(weights.STORED)}. A quantised checkpoint must be dequantised first."
         )
+
+
+_PARTITIONED: Final = (
+    " It is empty: a model that DeepSpeed's ZeRO-3 had partitioned was saved. Gather it first, "
+    "with zero_to_fp32.py or stage3_gather_16bit_weights_on_model_save."
+)
 
 
 def _hint(ours: tuple[str, ...]) -> str:

@@ -60,7 +60,12 @@ def read_header(path: Path) -> list[Tensor]:
     where = f"convert: {str(path)!r}"
     with machine_faults("convert", path), path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        if start == b"version ":
+            raise SchemaError(
+                f"{where} is a pointer of git-lfs, not the file: git lfs pull, or hf download."
+            )
         if size < 8 or length > min(size - 8, _MAX_HEADER):
             raise SchemaError(f"{where} is no safetensors file, or cut short. Download it again.")
         try:
