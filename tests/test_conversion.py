@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from test_naming import with_names
 
 import refcurv as rc
 from refcurv.cli import main
+from refcurv.files import huggingface
 from refcurv.files.checkpoints import BESIDE
 from refcurv.files.huggingface import Mapped, convert, export
 from refcurv.files.store import open_file
@@ -27,22 +29,27 @@ def printed(capsys: pytest.CaptureFixture[str], *command: object) -> str:
     return capsys.readouterr().out
 
 
-def test_a_model_of_thirty_blocks_is_a_short_table(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_model_of_thirty_blocks_is_a_short_table(tmp_path: Path) -> None:
     config = config_of("llama", num_hidden_layers=30, tie_word_embeddings=True, mlp_bias=False)
     folder = checkpoint(tmp_path / "hf", config, ("bfloat16",))
-    out = printed(capsys, "convert", folder, tmp_path / "w.h5", "--json", tmp_path / "j")
-    lines = [" ".join(line.split()) for line in out.splitlines()]
+    done = huggingface.conversion(folder, tmp_path / "w.h5")
+    lines = [" ".join(t.split()) for t in conversion.format_conversion(done, "w.h5").splitlines()]
     at = "model.layers.{0-29}."
     assert (
         f"blocks.{{0-29}}.attn.q.weight 30 x (8, 8) bfloat16 {at}self_attn.q_proj.weight" in lines
     )
     assert "embed.weight (7, 8) bfloat16 model.embed_tokens.weight" in lines
-    assert len(lines) == 2 + 11 + 2 and lines[-1].startswith("272 tensors → 272 parameters in")
-    assert len(json.loads((tmp_path / "j").read_text())) == 272
-    whole = printed(capsys, "convert", folder, tmp_path / "w.h5", "--verbose")
+    assert len(lines) == 2 + 11 + 2 and lines[-1] == "272 tensors → 272 parameters in w.h5"
+    whole = conversion.format_conversion(done, "w.h5", verbose=True)
     assert len(whole.splitlines()) == 2 + 272 + 2 and "model.layers.17.mlp.up_proj.weight" in whole
+
+
+def test_the_whole_table_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = checkpoint(tmp_path / "hf", config_of("llama"), ("float32",))
+    command = ["convert", folder, tmp_path / "w.h5", "--json", tmp_path / "j"]
+    assert "blocks.{0-1}.mlp.up.weight" in printed(capsys, *command)
+    assert "blocks.1.mlp.up.weight" in printed(capsys, *command, "--verbose")
+    assert len(json.loads((tmp_path / "j").read_text())) == 27
 
 
 def test_every_tensor_is_on_one_line_of_the_summary() -> None:
@@ -140,6 +147,15 @@ def test_what_another_family_reads_may_be_ignored(tmp_path: Path) -> None:
         convert(folder, tmp_path / "w.h5")
     convert(folder, tmp_path / "w.h5", ignore_keys=["sliding_window"])
     assert rc.load(tmp_path / "w.h5").config.windows == ()
+
+
+def test_own_code_may_be_vouched_for(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "hf", config_of("llama"))
+    code = {"auto_map": {"AutoModelForCausalLM": "modeling_mine.MineForCausalLM"}}
+    (folder / "config.json").write_text(json.dumps(config_of("llama", **code)))
+    with pytest.raises(ConventionError, match="auto_map names code of its own"):
+        convert(folder, tmp_path / "w.h5")
+    convert(folder, tmp_path / "w.h5", ignore_keys=["auto_map"])
 
 
 # ------------------------------------------------------------------ a tokenizer beside the weights
@@ -276,14 +292,22 @@ def relink(path: Path) -> None:
     path.symlink_to(moved)
 
 
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with w.h5 and its export e."""
+    folder = tmp_path_factory.mktemp("exported")
+    convert(checkpoint(folder / "hf", config_of("llama")), folder / "w.h5")
+    export(folder / "w.h5", folder / "e")
+    return folder
+
+
 @pytest.mark.parametrize("name", CHANGES)
-def test_anything_else_is_refused_and_kept(tmp_path: Path, name: str) -> None:
-    convert(checkpoint(tmp_path / "hf", config_of("llama")), tmp_path / "w.h5")
-    export(tmp_path / "w.h5", tmp_path / "e")
+def test_anything_else_is_refused_and_kept(exported: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(exported / "e", tmp_path / "e")
     CHANGES[name](tmp_path / "e")
     before = {p.name: p.read_bytes() for p in (tmp_path / "e").iterdir() if p.is_file()}
     with pytest.raises(SchemaError, match="exists and is no empty folder"):
-        export(tmp_path / "w.h5", tmp_path / "e")
+        export(exported / "w.h5", tmp_path / "e")
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "e").iterdir() if p.is_file()}
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from strategies import few
 
 from refcurv.cli import main
-from refcurv.files import families, huggingface, safetensors, store, weights
+from refcurv.files import families, huggingface, known, safetensors, store, weights
 from refcurv.files.bfloat16 import to_bfloat16
 from refcurv.files.families import FAMILIES, Family
 from refcurv.files.huggingface import convert, export, read_config, tensors_of
@@ -531,7 +531,10 @@ def test_every_key_is_known_once() -> None:
         keys = [key for rule in family.rules for key in rule.keys]
         assert len(keys) == len(set(keys)), family.model_type
         assert not set(keys) & family.irrelevant
+        assert not set(family.aliases) & {*keys, *family.irrelevant}
+        assert set(family.aliases.values()) <= set(keys)
         assert all(re.compile(pattern) for pattern in family.ignored)
+        assert set(family.in_memory.values()) <= {slot.theirs for slot in family.slots}
 
 
 # ------------------------------------------------------------------ tensors
@@ -661,8 +664,9 @@ def mutated(draw: st.DrawFn, data: Any) -> Any:
 
 
 def keys_of(family: Family) -> dict[str, Any]:
-    """Every key that the family reads, absent ones as null."""
+    """Every key that the family or any other reads, absent ones as null."""
     keys = {key for rule in family.rules for key in rule.keys}
+    keys |= {*known.EVERYWHERE, *known.ELSEWHERE, *family.aliases, "auto_map", "architectures"}
     return {key: None for key in sorted(keys - {"head_dim", "num_key_value_heads"})}
 
 

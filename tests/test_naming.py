@@ -16,12 +16,13 @@ from strategies import few
 from test_families import KINDS, checkpoint, config_of
 
 from refcurv.files import families, naming, safetensors, weights
-from refcurv.files.families import FAMILIES
+from refcurv.files.families import FAMILIES, Family
 from refcurv.files.huggingface import conversion, convert, export, read_config
 from refcurv.files.naming import Plan
 from refcurv.files.safetensors import Tensor
 from refcurv.files.store import open_file
 from refcurv.law.checks import ConventionError, SchemaError
+from refcurv.model.config import ModelConfig
 
 NOWHERE = Path("no such file")
 
@@ -30,14 +31,18 @@ def record(name: str, shape: tuple[int, ...] = (1,)) -> Tensor:
     return Tensor(name, "float32", shape, NOWHERE, 0, 0)
 
 
-def tensors_of(kind: str, **changed: Any) -> tuple[families.Family, Any, dict[str, Tensor]]:
-    """A family, its small configuration, and the tensors of a checkpoint, none of them on disk."""
-    family, config = read_config("x", json.dumps(config_of(kind, **changed)))
+def records(family: Family, config: ModelConfig) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by name, none of them on disk."""
     shapes = config.parameter_shapes()
-    found = {}
-    for name, (slot, ours) in naming.tensors_of(family, config).items():
-        found[name] = record(name, families.tensor_shape(slot, config, [shapes[p] for p in ours]))
-    return family, config, found
+    return {
+        name: record(name, families.tensor_shape(slot, config, [shapes[p] for p in ours]))
+        for name, (slot, ours) in naming.tensors_of(family, config).items()
+    }
+
+
+def tensors_of(kind: str, **changed: Any) -> tuple[Family, ModelConfig, dict[str, Tensor]]:
+    family, config = read_config("x", json.dumps(config_of(kind, **changed)))
+    return family, config, records(family, config)
 
 
 def renamed(tensors: dict[str, Tensor], change: Any) -> dict[str, Tensor]:
@@ -58,7 +63,7 @@ PREFIXES = ("_orig_mod.", "module.", "base_model.model.", "model.", "transformer
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@few(15)
+@few(8)
 @given(data=st.data())
 def test_a_prefix_of_all_names_is_left_out(kind: str, data: st.DataObject) -> None:
     """Any of them, several, one that the family has itself; and the base model's may be missing."""
@@ -267,7 +272,7 @@ def with_names(folder: Path, change: Any) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "vit"])
+@pytest.mark.parametrize("kind", ["gpt_neox", "vit"])
 def test_a_wrapped_checkpoint_comes_out_plain(tmp_path: Path, kind: str) -> None:
     """The same parameters; exported under the names that transformers loads; and it is written."""
     folder = checkpoint(tmp_path / "hf", config_of(kind))

@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 from test_families import checkpoint
+from test_naming import records
 
-from refcurv.files import huggingface, weights
+from refcurv.files import huggingface, naming, weights
 from refcurv.files.huggingface import convert, read_config
 from refcurv.law.checks import ConventionError
+from refcurv.model.config import ModelConfig
 
 TABLE: dict[str, dict[str, Any]] = json.loads(
     (Path(__file__).parent / "published_configs.json").read_text(encoding="utf-8")
@@ -31,18 +33,34 @@ def test_the_table_has_every_family_but_one() -> None:
     assert len(READ) >= 40 and len(READ) + len(REFUSED) == len(TABLE)
 
 
-@pytest.mark.parametrize("name", READ)
-def test_a_published_config_converts(tmp_path: Path, name: str) -> None:
-    row = TABLE[name]
-    folder = checkpoint(tmp_path / "hf", row["config"], ("float16",))
-    mapped = convert(folder, tmp_path / "w.h5")
-    found = weights.load(tmp_path / "w.h5").config
-    assert {m.name for m in mapped} == set(found.parameter_shapes())
+def check(found: ModelConfig, becomes: dict[str, Any]) -> None:
     said = found.to_json()
-    for field, value in row["becomes"].items():
+    for field, value in becomes.items():
         if isinstance(value, dict):
             said[field] = {key: said[field][key] for key in value}
         assert json.loads(json.dumps(said[field])) == value, field
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_published_config_is_read(name: str) -> None:
+    """It says the model that the table expects, and every tensor of it has its place."""
+    family, config = read_config("x", json.dumps(TABLE[name]["config"]))
+    check(config, TABLE[name]["becomes"])
+    made = naming.plan("x", family, config, records(family, config))
+    assert set(made.sources) == set(config.parameter_shapes()) and not made.ignored
+
+
+FIRST = {TABLE[name]["config"]["model_type"]: name for name in reversed(READ)}
+"""One of each family converts here; all of them in the slow test below."""
+
+
+@pytest.mark.parametrize("name", FIRST.values())
+def test_a_published_config_converts(tmp_path: Path, name: str) -> None:
+    folder = checkpoint(tmp_path / "hf", TABLE[name]["config"], ("float16",))
+    mapped = convert(folder, tmp_path / "w.h5")
+    found = weights.load(tmp_path / "w.h5").config
+    assert {m.name for m in mapped} == set(found.parameter_shapes())
+    check(found, TABLE[name]["becomes"])
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -70,6 +88,7 @@ def test_transformers_reads_it_alike(tmp_path: Path, name: str) -> None:
         config["hidden_act"] = "gelu_new"
     folder = checkpoint(tmp_path / "hf", config, ("float64",))
     ours = converted(folder)
+    check(ours.config, TABLE[name]["becomes"])
     data = batch(ours.config)
     theirs = run_theirs(folder, family_of(ours), ours.config, data)
     found = distances(run_ours(ours, data), theirs, data)

@@ -362,7 +362,7 @@ def _without_aliases(family: Family, data: Mapping[str, Any]) -> dict[str, Any]:
     for alias, key in family.aliases.items():
         if alias in found:
             value = found.pop(alias)
-            if not same(found.setdefault(key, value), value):
+            if value is not None and not same(found.setdefault(key, value), value):
                 raise ConventionError(
                     f"{key} is {found[key]!r:.40} and {alias}, another name of it, is "
                     f"{value!r:.40}; which one is meant?"
