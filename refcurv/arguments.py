@@ -19,8 +19,14 @@ EXAMPLES = {
         "refcurv report w.h5 corpus.h5 --rho 'blocks.{23-25}.mlp.{gate,up}=0.6' --out results/",
         "refcurv report w.h5 corpus.h5 --layers 'blocks.11.mlp.*' --rho 0.75 --split dev",
     ],
-    "convert": ["refcurv convert ~/models/OLMo-2-1B olmo2-1b.h5"],
-    "export": ["refcurv export edited.h5 olmo2-1b-edited/"],
+    "convert": [
+        "refcurv convert ~/models/OLMo-2-1B olmo2-1b.h5",
+        "refcurv convert ~/models/mine mine.h5 --ignore-key my_note --verbose",
+    ],
+    "export": [
+        "refcurv export edited.h5 olmo2-1b-edited/",
+        "refcurv export edited.h5 olmo2-1b-edited/ --tokenizer-from ~/models/OLMo-2-1B",
+    ],
     "corpus": [
         "refcurv corpus books/*.txt --tokenizer tokenizer.json -o corpus.h5 --length 512 --pack",
         "refcurv corpus pile.jsonl --tokenizer tokenizer.json -o corpus.h5 \\\n"
@@ -159,11 +165,16 @@ def _report(sub: argparse.ArgumentParser) -> None:
 
 def _convert(sub: argparse.ArgumentParser) -> None:
     _positional(sub, "DIRECTORY", "WEIGHTS")
+    text = "a key of config.json that is unknown here and changes nothing, you say; repeatable"
+    sub.add_argument("--ignore-key", action="append", default=[], metavar="NAME", help=text)
+    sub.add_argument("--verbose", action="store_true", help="a line for each tensor, not each kind")
     _json(sub)
 
 
 def _export(sub: argparse.ArgumentParser) -> None:
     _positional(sub, "WEIGHTS", "DIRECTORY")
+    text = "copy the tokenizer's and generation files of this folder, the checkpoint's own"
+    sub.add_argument("--tokenizer-from", metavar="FOLDER", help=text)
 
 
 def _inspect(sub: argparse.ArgumentParser) -> None:

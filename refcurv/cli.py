@@ -63,25 +63,22 @@ def _show(results: dict[str, Any], args: argparse.Namespace) -> None:
 
 def convert(args: argparse.Namespace) -> None:
     """Turn a checkpoint directory (config.json, *.safetensors) into a weights file."""
-    import refcurv as rc
-    from refcurv.report.table import format_rows
+    from refcurv.files.huggingface import conversion
+    from refcurv.report.conversion import format_conversion, rows
 
-    mapped = rc.convert(args.directory, args.weights)
-    rows = [[m.checkpoint_name, m.name or "(ignored)", _shape(m.shape), m.dtype] for m in mapped]
-    print(format_rows(["checkpoint", "refcurv", "shape", "stored as"], rows, "llll"))
-    parameters = sum(m.name is not None for m in mapped)
-    print(f"\n{len({m.checkpoint_name for m in mapped})} tensors → {parameters} parameters in "
-          f"{args.weights}")  # fmt: skip
-    _write_json(args.json, [dict(zip(("checkpoint_name", "name", "shape", "dtype"), r, strict=True))
-                            for r in rows])  # fmt: skip
+    done = conversion(args.directory, args.weights, args.ignore_key)
+    print(format_conversion(done, args.weights, args.verbose))
+    keys = ("checkpoint_name", "name", "shape", "dtype")
+    _write_json(args.json, [dict(zip(keys, row, strict=True)) for row in rows(done.mapped)])
 
 
 def export(args: argparse.Namespace) -> None:
     """Turn a weights file into a checkpoint directory that transformers loads."""
     import refcurv as rc
+    from refcurv.report.conversion import format_export
 
-    rc.export(args.weights, args.directory)
-    print(f"{args.weights} → {args.directory}/config.json, model.safetensors")
+    done = rc.export(args.weights, args.directory, args.tokenizer_from)
+    print(format_export(done, args.weights, args.directory))
 
 
 def inspect(args: argparse.Namespace) -> None:
@@ -285,10 +282,6 @@ def _corpus_lines(counts: dict[str, Any]) -> Iterator[str]:
 
 def _layers(count: int) -> str:
     return f"{count} layer" + "s" * (count != 1)
-
-
-def _shape(shape: Sequence[int]) -> str:
-    return " x ".join(map(str, shape))
 
 
 def _write_json(path: str | None, data: object) -> None:

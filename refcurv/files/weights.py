@@ -29,6 +29,9 @@ from refcurv.model.config import Model, ModelConfig
 STORED: Final = ("float64", "float32", "float16", "bfloat16")
 """What a parameter can be stored in."""
 
+OF_CHECKPOINT: Final = ("checkpoint_config", "ignored_keys", "beside")
+"""What the provenance says of the checkpoint, for `export`: carried from file to file."""
+
 PARAMETERS: Final = "parameters."
 """Before a parameter's name, in the file."""
 
@@ -113,8 +116,8 @@ def save(model: Model, path: PathLike, made_from: Mapping[str, Any] | None = Non
     origin: dict[str, Any] = {}
     if header is not None:
         origin["inputs"] = {Path(header.path).name: model.source["sha256"]}
-        kept = header.provenance.get("checkpoint_config")
-        origin |= {"checkpoint_config": kept} if kept is not None else {}
+        kept = {name: header.provenance.get(name) for name in OF_CHECKPOINT}
+        origin |= {name: value for name, value in kept.items() if value is not None}
     write(
         path,
         model.config,
