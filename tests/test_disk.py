@@ -24,15 +24,25 @@ WRITER = """
 """
 
 
-def writing(path: Path) -> subprocess.Popen[str]:
+def writing(path: Path, program: str = WRITER) -> subprocess.Popen[str]:
     """Another process that has written half of `path`."""
     running = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(WRITER), str(path)],
+        [sys.executable, "-c", textwrap.dedent(program), str(path)],
         stdout=subprocess.PIPE,
         text=True,
     )
     assert running.stdout is not None and running.stdout.readline() == "here\n"
     return running
+
+
+FOLDER = """
+    import sys, time
+    from refcurv.files.disk import new_folder, write_bytes
+    with new_folder("write", sys.argv[1]) as folder:
+        write_bytes("write", folder / "half", b"half")
+        print("here", flush=True)
+        time.sleep(60)
+"""
 
 
 def names(folder: Path) -> list[str]:
@@ -52,6 +62,27 @@ def test_a_killed_writer_leaves_nothing_behind_the_next_one(tmp_path: Path) -> N
     assert len(names(tmp_path)) == 2  # what the other file's writer left is not this one's
     disk.write_bytes("write", other, b"new")
     assert names(tmp_path) == ["f.h5", "g.h5"]
+
+
+def test_a_killed_writer_of_a_folder_leaves_nothing_behind_the_next_one(tmp_path: Path) -> None:
+    path = tmp_path / "hf"
+    killed = writing(path, FOLDER)
+    killed.kill()
+    killed.wait()
+    assert not path.exists() and len(names(tmp_path)) == 1
+    alive = writing(path, FOLDER)
+    try:
+        assert len(names(tmp_path)) == 1
+        with disk.new_folder("write", path) as folder:
+            disk.write_bytes("write", folder / "whole", b"new")
+            assert len(names(tmp_path)) == 2  # that of the one that lives, and ours
+    finally:
+        alive.kill()
+        alive.wait()
+    assert names(path) == ["whole"]
+    with pytest.raises(ZeroDivisionError), disk.new_folder("write", tmp_path / "other"):
+        raise ZeroDivisionError
+    assert "other" not in names(tmp_path) and len(names(tmp_path)) == 2
 
 
 def test_a_writer_that_lives_keeps_its_file(tmp_path: Path) -> None:

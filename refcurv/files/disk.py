@@ -157,24 +157,63 @@ def require_writable(who: str, path: PathLike) -> Path:
     return target
 
 
+@contextmanager
+def new_folder(who: str, path: PathLike) -> Iterator[Path]:
+    """An empty folder that is renamed to `path` when the block ends well, as `replacing` does.
+
+    Nothing may be at `path`, or an empty folder. What is written into it must be synced.
+
+    Raises:
+        SchemaError, StorageError: as `output_path`; the machine could not write.
+
+    Proof: tests/test_disk.py::test_a_killed_writer_leaves_nothing_behind_the_next_one
+    """
+    target = output_path(who, path)
+    partial = _partial(target)
+    with machine_faults(who, path, WRITING):
+        try:
+            _remove_left_over(target)
+            partial.mkdir()
+            descriptor = os.open(partial, os.O_RDONLY)
+            try:
+                _lock(descriptor)
+                yield partial
+                sync_folder(partial)
+                partial.rename(target)
+                sync_folder(target.parent)
+            finally:
+                os.close(descriptor)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
 def _locked(partial: Path) -> BinaryIO:
     """A new file, and its lock, which ends when the file is closed."""
     while True:
         raw = partial.open("x+b", buffering=0)
         with suppress(OSError):  # a file system without locks
-            fcntl.flock(raw, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(raw.fileno())
         if partial.exists():  # nobody took it for one that was left, between those two lines
             return raw
         raw.close()
 
 
+def _lock(descriptor: int) -> None:
+    """Until it is closed, also by a kill; OSError if somebody else has it."""
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def _remove_left_over(target: Path) -> None:
-    """Unlink the partial files of writers of `target` that are no more alive."""
+    """Remove the partial files and folders of writers of `target` that are no more alive."""
     for partial in target.parent.glob(_partial(target, "*").name):
         with suppress(OSError):  # somebody's who lives, or not ours
-            with partial.open("r+b") as raw:
-                fcntl.flock(raw, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                partial.unlink()
+            descriptor = os.open(partial, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                _lock(descriptor)
+                shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+            finally:
+                os.close(descriptor)
 
 
 def _partial(target: Path, which: str = "") -> Path:

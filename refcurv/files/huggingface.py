@@ -8,8 +8,6 @@ tensors: each becomes a parameter, or is known to be none.
 from __future__ import annotations
 
 import json
-import secrets
-import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +22,11 @@ from refcurv.files.disk import (
     PathLike,
     file_sha256,
     machine_faults,
+    new_folder,
     one_line,
     output_path,
     parse_json,
-    sync_folder,
+    write_bytes,
 )
 from refcurv.files.families import FAMILIES, Family, join, split, tensor_shape
 from refcurv.files.keys import same
@@ -219,8 +218,11 @@ def export(path: PathLike, directory: PathLike, tokenizer_from: PathLike | None 
     left = tuple(name for name in kept if name not in copied)
     with machine_faults("export", target, WRITING):
         again = _is_there(target, files, rows, read)
-        if not again:
-            _write_folder(target, files, rows, read)
+    if not again:
+        with new_folder("export", target) as folder:
+            for name, data in files.items():
+                write_bytes("export", folder / name, data)
+            safetensors.write_file(folder / _WEIGHTS, rows, read)
     return Exported((_CONFIG, _WEIGHTS, *copied), again, left)
 
 
@@ -271,24 +273,6 @@ def _is_there(
         if alike and safetensors.holds(target / _WEIGHTS, rows, read):
             return True
     raise SchemaError(f"export: {str(target)!r} exists and is no empty folder. Name another.")
-
-
-def _write_folder(
-    target: Path, files: Mapping[str, bytes], rows: safetensors.Rows, read: Callable[[str], Array]
-) -> None:
-    """All files or none: a neighbour takes the folder's name when it is complete."""
-    partial = target.with_name(f".refcurv-{secrets.token_hex(6)}.partial")
-    try:
-        partial.mkdir()
-        for name, data in files.items():
-            (partial / name).write_bytes(data)
-        safetensors.write_file(partial / _WEIGHTS, rows, read)
-        sync_folder(partial)
-        partial.rename(target)
-        sync_folder(target.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _entries(config: ModelConfig, sources: Mapping[str, Source]) -> Iterator[store.Entry]:
