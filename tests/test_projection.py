@@ -134,7 +134,7 @@ def test_edit_of_a_model(made: tuple[rc.Model, Bases]) -> None:
     assert gate.kept == stairs.kept
     assert 0.6 <= gate.mass < 1
     assert gate.norm == pytest.approx(np.linalg.norm(want) / np.linalg.norm(W))
-    assert gate.acceptable == 2  # the last pair kept and the first one dropped
+    assert gate.acceptable == 0  # no key lies near the cut
     assert record.to_json()[1]["rho"] == 0.6
 
 

@@ -5,12 +5,13 @@ With a joint basis W stands for [W b], the bias its last column (BIAS).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
 
 from refcurv.algebra.blas import one_blas_thread
-from refcurv.algebra.staircase import Staircase, count_between, cut
+from refcurv.algebra.staircase import cut, undecided
 from refcurv.curvature.eigenbasis import Bases, Eigenbasis
 from refcurv.editing import record
 from refcurv.editing.record import EditRecord, LayerEdit
@@ -77,7 +78,7 @@ def edit(model: Model, basis: Bases, rho: float | Mapping[str, float]) -> tuple[
             new = record.taken_apart(model, parts, project(W, one, stairs.counts))
             changed |= new
             edited = record.joined(new)
-        mass, acceptable = stairs.mass / stairs.total, _acceptable(one, stairs)
+        mass, acceptable = stairs.mass / stairs.total, _acceptable(one, share)
         kept = (W.size, stairs.kept, mass, stairs.gap, acceptable, record.norm_ratio(edited, W))
         records.append(LayerEdit(basis.method, layer, share, *kept))
     return model.with_parameters(changed), EditRecord(tuple(records))
@@ -105,10 +106,17 @@ def read_layer(
     return parts, W, one
 
 
-def _acceptable(one: Eigenbasis, stairs: Staircase) -> int:
-    """Pairs within budget of the cut: eigenvalues err by their solver's budget of the largest."""
-    if stairs.kept in (0, len(one.lam) * len(one.mu)):
+def _acceptable(one: Eigenbasis, rho: float) -> int:
+    """How many pairs another correct program may decide the other way (ACCEPTABLE)."""
+    if rho in (0, 1):
         return 0
-    solver = tolerance.eigenpair(max(len(one.lam), len(one.mu)))
-    width = 2 * solver * float(one.lam[0] * one.mu[0])
-    return count_between(one.lam, one.mu, stairs.first_out - width, stairs.last + width)
+    (O, Lam), (I, Mu) = ((len(x), float(x.sum())) for x in (one.lam, one.mu))  # noqa: E741
+    e_G, e_A = (
+        tolerance.eigenvalues(len(x)) * x[0] * float(np.linalg.norm(x / x[0]))
+        for x in (one.lam, one.mu)
+    )
+    first = math.sqrt(I) * Lam * e_A + math.sqrt(O) * Mu * e_G
+    slack = max(rho, 1 - rho) * (first + math.sqrt(O * I) * e_A * e_G)
+    errors = (np.full(O, e_G), np.full(I, e_A))
+    sure, possible = undecided(one.lam, one.mu, rho, errors, slack)
+    return int((possible - sure).sum())

@@ -43,9 +43,8 @@ class LayerEdit:
         gap: (last kept − first dropped) / last kept, of their λ_i μ_j or σ²: the cut's two
             neighbours. NaN when nothing was dropped or kept, and where no order was cut ("random
             pairs", "bsn").
-        acceptable: pairs whose key lies within its rounding budget of the cut, so that another
-            correct program may decide them either way (SELECT); "svd": singular values within
-            the solver's budget of it. 0 where no order was cut.
+        acceptable: pairs ("svd": singular values) that another correct program may decide the
+            other way, by ACCEPTABLE; 0 where the cut is clear, and where no order was cut.
         norm: ‖W'‖/‖W‖ in Frobenius norm, of [W b] where that was edited; 1 if W is 0.
     """
 

@@ -9,7 +9,7 @@ import numpy as np
 import scipy.linalg
 
 from refcurv.algebra.blas import one_blas_thread
-from refcurv.algebra.staircase import cut
+from refcurv.algebra.staircase import cut, undecided
 from refcurv.curvature.eigenbasis import Bases, Eigenbasis, signed
 from refcurv.editing import record
 from refcurv.editing.record import EditRecord, LayerEdit
@@ -64,7 +64,7 @@ def truncate(model: Model, energy: Mapping[str, float]) -> tuple[Model, EditReco
             with one_blas_thread():
                 edited = record.rounded(model, name, (U[:, :k] * sigma[:k]) @ Vt[:k])
             changed[name] = edited
-        mass, near = stairs.mass / stairs.total, _acceptable(sigma, k)
+        mass, near = stairs.mass / stairs.total, _acceptable(sigma, share, max(W.shape))
         kept = (len(sigma), k, mass, stairs.gap, near, record.norm_ratio(edited, W))
         records.append(LayerEdit("svd", layer, share, *kept))
     return model.with_parameters(changed), EditRecord(tuple(records))
@@ -119,9 +119,14 @@ def singular_bases(model: Model, layers: str = "**") -> Bases:
     return Bases(MappingProxyType(made), source, method="svd")
 
 
-def _acceptable(sigma: Array, k: int) -> int:
-    """Singular values within budget of the cut: each errs by the solver's budget of the largest."""
-    if k in (0, len(sigma)):
+def _acceptable(sigma: Array, energy: float, size: int) -> int:
+    """How many singular values another solver may drop or keep, of W's larger side (ACCEPTABLE)."""
+    if energy in (0, 1):
         return 0
-    width = tolerance.eigenpair(len(sigma)) * sigma[0]
-    return int(((sigma >= sigma[k] - width) & (sigma <= sigma[k - 1] + width)).sum())
+    x = sigma / sigma[0]
+    length = float(np.linalg.norm(x))
+    e = tolerance.eigenvalues(size) * length
+    slack = max(energy, 1 - energy) * (2 * length + e) * e
+    errors = (np.zeros(1), (2 * x + e) * e)
+    sure, possible = undecided(np.ones(1), x**2, energy, errors, slack)
+    return int((possible - sure).sum())

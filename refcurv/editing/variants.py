@@ -126,7 +126,7 @@ def one_sided(basis: Bases, side: str) -> Bases:
     by descending μ, and of the last one as many first rows as its share still needs: its sharpest
     output directions. For "outputs" whole rows, and of the last one its first columns. Directions
     of one and the same eigenvalue share a tie, in row-major order of their pairs. So the gap is 0
-    unless the cut falls between two directions, and `acceptable` counts every pair of the last one.
+    unless the cut falls between two directions, and `acceptable` counts all pairs of a divided one.
 
     Args:
         basis: of `decompose` or `load_bases`, separate or joint.
