@@ -5,6 +5,7 @@ With bias="joint" the block is that of [W b] and A that of [a; 1] (BIAS).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,10 +23,12 @@ from refcurv.law import tolerance
 from refcurv.law.checks import (
     Array,
     ConventionError,
+    EmptyError,
     NotPSDError,
     NotSymmetricError,
     SchemaError,
     require_choice,
+    require_dtype,
     require_finite,
     require_shape,
 )
@@ -78,6 +81,58 @@ class Bases(Mapping[str, Eigenbasis]):
     def __len__(self) -> int:
         """How many layers."""
         return len(self.layers)
+
+
+PROBES = 8
+"""Random vectors that orthogonality is measured on."""
+
+
+def require_basis(who: str, layer: str, one: Eigenbasis) -> None:
+    """Refuse what is no eigenbasis: as given by a caller, or read from a file.
+
+    Definition
+        U square, finite, ‖UᵀU − I‖ <= budget·‖I‖; values finite, descending and >= 0 (ORDER).
+        The norm is measured as ‖Uᵀ(U x) − x‖/‖x‖ over 8 random x, whose square has the mean
+        ‖UᵀU − I‖²/n. A U that misses the budget tenfold passes at most once in 10⁷ draws.
+
+    The budget is that of an eigensolver in the dtype of U, and the rounding of U x and Uᵀ(U x).
+
+    Cost: O(n²) for each side, where UᵀU would take n³.
+    Proof: tests/test_eigenbasis.py::test_what_is_no_basis_is_refused
+    """
+    for side, U, values in (("A", one.U_A, one.mu), ("G", one.U_G, one.lam)):
+        spectrum, what = f"{'mu' if side == 'A' else 'lam'} of {layer!r}", f"U_{side} of {layer!r}"
+        require_spectrum(who, spectrum, values)
+        n = len(values)
+        require_shape(who, what, U, (n, n), f"(n, n), n the length of {spectrum}")
+        require_dtype(who, what, U, "f", "real numbers")
+        require_finite(who, what, U)
+        x = np.random.default_rng(0).standard_normal((n, PROBES))
+        with one_blas_thread():
+            error = float(np.linalg.norm(U.T @ (U @ x) - x) / np.linalg.norm(x))
+        solver = tolerance.eigenpair(n, U.dtype)
+        budget = solver + 2 * tolerance.gamma(n, np.float64) * math.sqrt(n)
+        if not error <= budget:  # NaN if it overflows
+            raise ConventionError(
+                f"{who}: {what} has |UᵀU − I|/|I| = {error:.1e} > {budget:.1e}: its columns are "
+                "not orthonormal. Were they scaled, or stored in a shorter float than their dtype?"
+            )
+
+
+def require_spectrum(who: str, what: str, values: Array) -> None:
+    """Refuse eigenvalues that are no vector of finite numbers, descending and >= 0 (ORDER)."""
+    require_shape(who, what, values, (None,), "(n,)")
+    require_dtype(who, what, values, "f", "real numbers")
+    require_finite(who, what, values)
+    if not len(values):
+        raise EmptyError(f"{who}: {what} is empty.")
+    wrong = np.flatnonzero((values < 0) | (np.diff(values, prepend=values[0]) > 0))
+    if len(wrong):
+        raise ConventionError(
+            f"{who}: {what} must be descending and >= 0 (ORDER, NEGATIVE); entry {wrong[0]} is "
+            f"{values[wrong[0]]:.6g} after {values[max(wrong[0] - 1, 0)]:.6g}. eigh ascends: was "
+            "the order left as it came?"
+        )
 
 
 def signed(U: Array) -> Array:
@@ -225,10 +280,17 @@ def save_bases(bases: Bases, path: str | Path) -> None:
     """Write a basis file: LAYER/{U_A, mu, U_G, lam}, with the counts of raised eigenvalues.
 
     The root attributes say what the columns are of (`bias`) and what made the bases (`method`).
+    What is no eigenbasis is refused.
     """
     about = {"bias": str(bases.bias), "method": bases.method}
     came_from = bases.source.get("inputs") or store.inputs(bases.source)
-    _write(bases.items(), about, path, came_from)
+
+    def checked() -> Iterator[tuple[str, Eigenbasis]]:
+        for name, one in bases.items():
+            require_basis("save_bases", name, one)
+            yield name, one
+
+    _write(checked(), about, path, came_from)
 
 
 def decompose_to(

@@ -12,7 +12,7 @@ import numpy as np
 
 from refcurv.algebra.blas import one_blas_thread
 from refcurv.algebra.staircase import cut, undecided
-from refcurv.curvature.eigenbasis import Bases, Eigenbasis
+from refcurv.curvature.eigenbasis import Bases, Eigenbasis, require_basis
 from refcurv.editing import record
 from refcurv.editing.record import EditRecord, LayerEdit
 from refcurv.law import tolerance
@@ -58,7 +58,8 @@ def edit(model: Model, basis: Bases, rho: float | Mapping[str, float]) -> tuple[
     Raises:
         RangeError: rho outside [0, 1]. NameUnknownError: a pattern that matches no layer with a
         basis. ShapeError: a basis of another model, or a joint one without the bias's column.
-        EmptyError: a layer without curvature.
+        EmptyError: a layer without curvature. ShapeError, NonFiniteError, ConventionError: what is
+        no eigenbasis (`require_basis`).
 
     Cost: 4·O·I·(O + I) flops per layer, in float64.
     Source: P5-P8 (arXiv 2510.24256).
@@ -101,6 +102,7 @@ def read_layer(
     """The layer's parts, its matrix W or [W b], and its basis, which must fit."""
     parts = record.matrix_parts(who, model, layer, basis.bias)
     W, one = record.joined(parts), basis[layer]
+    require_basis(who, layer, one)
     axes = "(O, I) of its basis" if len(parts) == 1 else "(O, I + 1) of its joint basis"
     require_shape(who, " with ".join(parts), W, (len(one.lam), len(one.mu)), axes)
     return parts, W, one

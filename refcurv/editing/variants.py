@@ -16,7 +16,7 @@ from typing import Final
 import numpy as np
 
 from refcurv.algebra.blas import one_blas_thread
-from refcurv.curvature.eigenbasis import Bases, Eigenbasis
+from refcurv.curvature.eigenbasis import Bases, Eigenbasis, require_basis
 from refcurv.editing import record
 from refcurv.editing.projection import edit, keep_pairs, layers_of, read_layer
 from refcurv.editing.record import Draw, EditRecord, LayerEdit, stream
@@ -49,7 +49,7 @@ def random_basis(basis: Bases, seed: int) -> Bases:
         Bases of the same layers and spectra, method "random basis".
 
     Raises:
-        RangeError: a seed out of range.
+        RangeError: a seed out of range. What `require_basis` refuses.
 
     Cost: about 8/3 (I³ + O³) flops per layer; every layer is made at once.
     Source: Mezzadri 2007 (arXiv math-ph/0609050) for the signs.
@@ -59,6 +59,7 @@ def random_basis(basis: Bases, seed: int) -> Bases:
     require_seed("random_basis", seed)
     made = {}
     for name, one in basis.items():
+        require_basis("random_basis", name, one)
         U_A = _haar(len(one.mu), stream("random_basis", seed, Draw.INPUT_BASIS, name))
         U_G = _haar(len(one.lam), stream("random_basis", seed, Draw.OUTPUT_BASIS, name))
         made[name] = replace(one, U_A=U_A, U_G=U_G)
@@ -89,7 +90,7 @@ def random_pairs(
     Raises:
         RangeError: a share outside [0, 1], a seed out of range. NameUnknownError: a pattern that
         matches no layer with a basis. ShapeError: a basis of another model, or a joint one
-        without the bias's column.
+        without the bias's column. What `require_basis` refuses.
 
     Cost: 4·O·I·(O + I) flops per layer, in float64, and O·I numbers drawn.
     Source: the control of issue 5; PAPER §2.
@@ -136,7 +137,7 @@ def one_sided(basis: Bases, side: str) -> Bases:
         Bases of the same layers and directions, method "inputs only" or "outputs only".
 
     Raises:
-        ConventionError: another side.
+        ConventionError: another side. What `require_basis` refuses.
 
     Cost: reads every layer; nothing is computed.
     Source: PAPER §5, side-restricted edits.
@@ -145,6 +146,7 @@ def one_sided(basis: Bases, side: str) -> Bases:
     require_choice("one_sided", "side", side, SIDES)
     made = {}
     for name, one in basis.items():
+        require_basis("one_sided", name, one)
         if side == "inputs":
             made[name] = replace(one, lam=_ones(len(one.lam)), raised_G=0)
         else:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from refcurv.algebra.staircase import cut
-from refcurv.curvature.eigenbasis import Eigenbasis
+from refcurv.curvature.eigenbasis import Eigenbasis, require_basis
 from refcurv.evaluation.classify import image_batches, image_inputs, require_image_population
 from refcurv.evaluation.decode import batches, require_population, teacher_forced
 from refcurv.files.corpus import ImagePopulation, Population
@@ -278,6 +278,7 @@ def _probe(
         expand(name, list(known))  # raises, and says which layers there are
     O, I = known[name]  # noqa: E741
     W = parameters[model.config.weight_of(name)].astype(np.float64)
+    require_basis("bands", name, basis)
     joint = model.config.has_bias(name) and len(basis.mu) == I + 1  # of [W b], see BIAS
     if joint:
         W = np.column_stack([W, parameters[f"{name}.bias"].astype(np.float64)])
