@@ -12,7 +12,7 @@ from test_factors import corpus_of, model_of
 import refcurv as rc
 from refcurv.algebra.staircase import cut
 from refcurv.curvature.eigenbasis import Bases, Eigenbasis, eigenbasis
-from refcurv.editing.projection import project
+from refcurv.editing.projection import keep_pairs, project, restored
 from refcurv.law.checks import ConventionError, DTypeError, EmptyError, NameUnknownError, RangeError
 
 
@@ -170,6 +170,19 @@ def test_O65_edited_weights_have_the_dtype_of_their_source(made: tuple[rc.Model,
     assert got.dtype == np.float64
     assert (np.abs(got - exact) <= 2.0**-8 * np.abs(exact)).all()
     assert np.abs(got - exact).max() > 0
+
+
+def test_what_was_cut_before_is_no_part_to_restore() -> None:
+    """A second cut by one basis has nothing left to cut: no share of rounding by rounding."""
+    rng = np.random.default_rng(0)
+    basis = random_basis(8, 9, 0)
+    mask = cut(basis.lam, basis.mu, 0.6).mask(9)
+    once = keep_pairs(rng.normal(size=(8, 9)), basis, mask)
+    exact = keep_pairs(once, basis, mask)
+    assert restored(once, exact, exact.astype(np.float32), basis, mask) == 0
+    W = rng.normal(size=(8, 9))
+    exact = keep_pairs(W, basis, mask)
+    assert restored(W, exact, exact.astype(np.float32), basis, mask) > 0
 
 
 def test_a_tied_head_is_no_layer_to_edit() -> None:

@@ -228,6 +228,16 @@ def test_edit_table(results: dict[str, Any]) -> None:
         assert (acceptable, norm) == ("1", "0.800")
 
 
+def test_what_rounding_restored_has_a_column_where_there_is_any(results: dict[str, Any]) -> None:
+    (first, *rest) = results["edit"]
+    for restored, shown in ((0.0, None), (1e-17, None), (3.14e-4, "3.1e-04")):
+        text = table.format_edit([{**first, "restored": restored}, *rest])
+        assert ("restored" in text) == (shown is not None)
+        if shown:
+            rows = cells("\n" + text, "K-FAC: pairs and curvature mass kept")
+            assert [row[-1] for row in rows] == [shown, *["0.0e+00"] * len(rest)]
+
+
 @pytest.mark.parametrize(
     ("method", "title", "words"),
     [

@@ -17,6 +17,7 @@ import refcurv as rc
 from refcurv.curvature.eigenbasis import Eigenbasis, eigenbasis
 from refcurv.evaluation.bands import bands
 from refcurv.files.corpus import Population
+from refcurv.files.weights import narrow, widen
 from refcurv.law import tolerance
 from refcurv.law.checks import (
     ConventionError,
@@ -189,6 +190,26 @@ def test_only_the_named_weights_change_and_in_their_own_dtype() -> None:
     assert (got.astype(np.float32).view(np.uint32) & 0xFFFF == 0).all()
     assert (np.abs(got - want) <= 2.0**-8 * np.abs(want)).all()
     assert np.abs(got - want).max() > 0
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32", "float64"])
+@pytest.mark.parametrize("O", [3, 8, 11])
+def test_what_rounding_restores_is_the_brute_force(O: int, stored: str) -> None:
+    """Along each dropped u vᵀ: the rounding's coefficient, over those of W."""
+    W = narrow(spread(O, 4), stored)
+    W = widen(W, stored, "float64")
+    model = replace(with_weight(W), stored={f"{UP}.weight": stored})
+    edited, record = rc.truncate(model, {UP: 0.6})
+    exact, _ = rc.truncate(with_weight(W), {UP: 0.6})
+    new, whole = (x.parameters[f"{UP}.weight"] for x in (edited, exact))
+    U, sigma, Vt = np.linalg.svd(W)
+    back = sum(
+        (U[:, j] @ (new - whole) @ Vt[j]) ** 2 for j in range(record.layers[0].kept, len(sigma))
+    )
+    cut = np.linalg.norm(sigma[record.layers[0].kept :])
+    assert record.layers[0].restored == pytest.approx(np.sqrt(back) / cut, rel=1e-6, abs=0)
+    assert (record.layers[0].restored == 0) == (stored == "float64")
+    assert rc.truncate(model, {UP: 1})[1].layers[0].restored == 0
 
 
 # ------------------------------------------------------------------ singular vectors as a basis

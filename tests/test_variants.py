@@ -24,6 +24,7 @@ from refcurv.curvature.eigenbasis import Bases, Eigenbasis, decompose_to
 from refcurv.editing.projection import keep_pairs, project
 from refcurv.editing.variants import _drawn, _smallest, control
 from refcurv.files.disk import file_sha256
+from refcurv.files.weights import narrow, widen
 from refcurv.law import tolerance
 from refcurv.law.checks import (
     ConventionError,
@@ -204,6 +205,43 @@ def test_smallest_by_sorting(values: list[int], count: int) -> None:
     want = np.zeros(len(values), bool)
     want[sorted(range(len(values)), key=lambda n: (values[n], n))[:count]] = True
     assert (_smallest(np.array(values, float), count) == want).all()
+
+
+# ------------------------------------------------------------------ rounding
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32", "float64"])
+@pytest.mark.parametrize("bias", ["separate", "joint"])
+def test_what_rounding_restores_is_the_brute_force(stored: str, bias: str) -> None:
+    """Σ over the dropped pairs of their coefficients, of the rounding and of W, one by one."""
+    one, up, gate = biased(), "blocks.0.mlp.up", "blocks.0.mlp.gate"
+    short = {f"{up}.weight": stored, f"{up}.bias": "bfloat16", f"{gate}.weight": stored}
+    kept = {n: widen(narrow(x, short.get(n, "float64")), short.get(n, "float64"), "float64")
+            for n, x in one.parameters.items()}  # fmt: skip
+    model = rc.Model(one.config, kept, "float64", short)
+    basis = rc.decompose(rc.collect(model, corpus_of(one), "blocks.0.mlp.*"), bias)
+    rho = {up: 0.6, gate: 0.9, "blocks.0.mlp.down": 0.5}
+    for method in ("edit", "random_pairs"):
+        more = (3,) if method == "random_pairs" else ()
+        edited, record = getattr(rc, method)(model, basis, rho, *more)
+        exact, _ = getattr(rc, method)(replace(model, stored={}), basis, rho, *more)
+        for row in record.layers:
+            old, new, whole = (matrix(x, basis, row.layer) for x in (model, edited, exact))
+            made = basis[row.layer]
+            back = cut = 0.0
+            for i, j in np.argwhere(~kept_pairs(model, exact, basis, row.layer)):
+                u, v = made.U_G[:, i], made.U_A[:, j]
+                back += (u @ (new - whole) @ v) ** 2
+                cut += (u @ old @ v) ** 2
+            assert row.restored == pytest.approx(math.sqrt(back / cut), rel=1e-6, abs=0)
+            bits = {"bfloat16": 8, "float16": 11, "float32": 24, "float64": 53}[stored]
+            rounds = row.layer == gate or (row.layer == up and bias == "separate")
+            if rounds:
+                assert (row.restored == 0) == (stored == "float64")
+                assert row.restored <= 2.0**-bits * np.linalg.norm(whole) / math.sqrt(cut)
+        assert record.to_json()[0]["restored"] == record.layers[0].restored
+    none, all_of_it = (rc.edit(model, basis, {up: share})[1].layers[0] for share in (1, 0))
+    assert (none.restored, all_of_it.restored) == (0, 0)
 
 
 # ------------------------------------------------------------------ one side

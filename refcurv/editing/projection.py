@@ -32,6 +32,21 @@ def keep_pairs(W: Array, basis: Eigenbasis, mask: Array) -> Array:
         return np.asarray(basis.U_G @ C @ basis.U_A.T)
 
 
+def restored(W: Array, exact: Array, edited: Array, basis: Eigenbasis, mask: Array) -> float:
+    """‖P(W' − exact)‖/‖P(W)‖, P the projection on the pairs that are not in the mask.
+
+    Cost: 2·O·I·(O + I) flops where W' is rounded at all.
+    Proof: tests/test_variants.py::test_what_rounding_restores_is_the_brute_force
+    """
+    off = edited.astype(np.float64) - exact
+    if mask.all() or not off.any():
+        return 0.0
+    with one_blas_thread():
+        C = basis.U_G.T @ off @ basis.U_A
+    C[mask] = 0
+    return record.restored(C, W, exact)
+
+
 def project(W: Array, basis: Eigenbasis, counts: Array) -> Array:
     """`keep_pairs` of a staircase: M[i, j] = (j < counts[i])."""
     return keep_pairs(W, basis, np.arange(W.shape[1]) < counts[:, None])
@@ -61,7 +76,7 @@ def edit(model: Model, basis: Bases, rho: float | Mapping[str, float]) -> tuple[
         EmptyError: a layer without curvature. ShapeError, NonFiniteError, ConventionError: what is
         no eigenbasis (`require_basis`).
 
-    Cost: 4·O·I·(O + I) flops per layer, in float64.
+    Cost: 4·O·I·(O + I) flops per layer, in float64; half as much again where W is stored shorter.
     Source: P5-P8 (arXiv 2510.24256).
     Proof: tests/test_projection.py::test_O54_edit_is_an_orthogonal_projection,
         tests/test_biases.py::test_O47_a_joint_edit_is_the_projection_of_weight_and_bias,
@@ -74,14 +89,17 @@ def edit(model: Model, basis: Bases, rho: float | Mapping[str, float]) -> tuple[
     for layer, share in shares.items():
         parts, W, one = read_layer("edit", model, basis, layer)
         stairs = cut(one.lam, one.mu, share, f"edit {layer!r}")
-        edited = W
+        edited, back = W, 0.0
         if share != 1:
-            new = record.taken_apart(model, parts, project(W, one, stairs.counts))
+            mask = stairs.mask(W.shape[1])
+            exact = keep_pairs(W, one, mask)
+            new = record.taken_apart(model, parts, exact)
             changed |= new
             edited = record.joined(new)
-        mass, acceptable = stairs.mass / stairs.total, _acceptable(one, share)
-        kept = (W.size, stairs.kept, mass, stairs.gap, acceptable, record.norm_ratio(edited, W))
-        records.append(LayerEdit(basis.method, layer, share, *kept))
+            back = restored(W, exact, edited, one, mask)
+        kept = (W.size, stairs.kept, stairs.mass / stairs.total, stairs.gap)
+        found = (*kept, _acceptable(one, share), record.norm_ratio(edited, W), back)
+        records.append(LayerEdit(basis.method, layer, share, *found))
     return model.with_parameters(changed), EditRecord(tuple(records))
 
 

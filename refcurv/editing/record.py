@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from refcurv.files.weights import narrow, widen
+from refcurv.law import tolerance
 from refcurv.law.checks import (
     Array,
     ConventionError,
@@ -46,6 +47,10 @@ class LayerEdit:
         acceptable: pairs ("svd": singular values) that another correct program may decide the
             other way, by ACCEPTABLE; 0 where the cut is clear, and where no order was cut.
         norm: ‖W'‖/‖W‖ in Frobenius norm, of [W b] where that was edited; 1 if W is 0.
+        restored: how much of what was cut comes back when W' is rounded to its stored dtype,
+            ‖P(W' − exact)‖/‖P(W)‖ with P the projection on the dropped pairs ("svd": on the
+            dropped u_j v_jᵀ). 0 where nothing was cut or rounded, and of "bsn", whose zeros are
+            exact.
     """
 
     method: str
@@ -57,6 +62,7 @@ class LayerEdit:
     gap: float
     acceptable: int
     norm: float
+    restored: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +171,16 @@ def norm_ratio(new: Array, old: Array) -> float:
     """‖new‖/‖old‖ in Frobenius norm, in float64; 1 if `old` is 0."""
     size = float(np.linalg.norm(old.astype(np.float64)))
     return float(np.linalg.norm(new.astype(np.float64))) / size if size else 1.0
+
+
+def restored(back: Array, W: Array, exact: Array) -> float:
+    """‖back‖/‖W − exact‖: what rounding gave back, of what the projection `exact` of W cut.
+
+    0 where the projection cuts no more than its own rounding.
+    """
+    cut, size = (float(np.linalg.norm(X)) for X in (W - exact, W.astype(np.float64)))
+    rounding = tolerance.eigenpair(max(W.shape)) * size
+    return float(np.linalg.norm(back)) / cut if cut > rounding else 0.0
 
 
 # ------------------------------------------------------------------ drawing

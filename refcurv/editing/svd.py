@@ -43,7 +43,7 @@ def truncate(model: Model, energy: Mapping[str, float]) -> tuple[Model, EditReco
         RangeError: a share outside [0, 1]. NameUnknownError: a pattern that matches no linear
         layer. ConventionError: a head tied to the embedding; no mapping. EmptyError: W is 0.
 
-    Cost: about 6·O·I·min(O, I) flops per layer, in float64.
+    Cost: about 6·O·I·min(O, I) flops per layer, in float64; 8 where W is stored shorter.
     Source: P10 (arXiv 2510.24256); Eckart & Young 1936.
     Proof: tests/test_svd.py::test_truncation_is_the_projection_by_the_eigenvectors_of_its_gram,
         ::test_the_error_is_the_tail_and_no_matrix_of_that_rank_is_nearer,
@@ -59,15 +59,28 @@ def truncate(model: Model, energy: Mapping[str, float]) -> tuple[Model, EditReco
         if sigma[0] == 0:
             raise EmptyError(f"truncate: {name} is all zeros; leave {layer!r} out of the pattern.")
         stairs = cut(np.ones(1), (sigma / sigma[0]) ** 2, share, f"truncate {layer!r}")
-        k, edited = stairs.kept, W
+        k, edited, back = stairs.kept, W, 0.0
         if k < len(sigma):
             with one_blas_thread():
-                edited = record.rounded(model, name, (U[:, :k] * sigma[:k]) @ Vt[:k])
-            changed[name] = edited
+                exact = (U[:, :k] * sigma[:k]) @ Vt[:k]
+            changed[name] = edited = record.rounded(model, name, exact)
+            back = restored(W, exact, edited, U[:, k:], Vt[k:])
         mass, near = stairs.mass / stairs.total, _acceptable(sigma, share, max(W.shape))
-        kept = (len(sigma), k, mass, stairs.gap, near, record.norm_ratio(edited, W))
+        kept = (len(sigma), k, mass, stairs.gap, near, record.norm_ratio(edited, W), back)
         records.append(LayerEdit("svd", layer, share, *kept))
     return model.with_parameters(changed), EditRecord(tuple(records))
+
+
+def restored(W: Array, exact: Array, edited: Array, U: Array, Vt: Array) -> float:
+    """What rounding gave back along the dropped u_j v_jᵀ, as a share of what they held.
+
+    Proof: tests/test_svd.py::test_what_rounding_restores_is_the_brute_force
+    """
+    off = edited.astype(np.float64) - exact
+    if not off.any():
+        return 0.0
+    with one_blas_thread():
+        return record.restored((U * (off @ Vt.T)).sum(axis=0), W, exact)
 
 
 def singular_values(W: Array, *, full: bool) -> tuple[Array, Array, Array]:

@@ -18,7 +18,7 @@ import numpy as np
 from refcurv.algebra.blas import one_blas_thread
 from refcurv.curvature.eigenbasis import Bases, Eigenbasis, require_basis
 from refcurv.editing import record
-from refcurv.editing.projection import edit, keep_pairs, layers_of, read_layer
+from refcurv.editing.projection import edit, keep_pairs, layers_of, read_layer, restored
 from refcurv.editing.record import Draw, EditRecord, LayerEdit, stream
 from refcurv.law.checks import Array, require_choice, require_seed
 from refcurv.model.config import Model
@@ -107,12 +107,14 @@ def random_pairs(
         parts, W, one = read_layer("random_pairs", model, basis, layer)
         count = round(part * W.size)
         mask = _drawn(seed, layer, W.shape, count)
-        edited = W
+        edited, back = W, 0.0
         if count < W.size:
-            new = record.taken_apart(model, parts, keep_pairs(W, one, mask))
+            exact = keep_pairs(W, one, mask)
+            new = record.taken_apart(model, parts, exact)
             changed |= new
             edited = record.joined(new)
-        kept = (W.size, count, _mass(one, mask), math.nan, 0, record.norm_ratio(edited, W))
+            back = restored(W, exact, edited, one, mask)
+        kept = (W.size, count, _mass(one, mask), math.nan, 0, record.norm_ratio(edited, W), back)
         records.append(LayerEdit("random pairs", layer, part, *kept))
     return model.with_parameters(changed), EditRecord(tuple(records))
 

@@ -220,7 +220,8 @@ def _sections(results: Json) -> Iterator[str]:
         "The edit",
         "<p>Gap is the relative distance between the last pair kept and the first one dropped; "
         "acceptable pairs lie so close to the cut that another correct program may decide them "
-        "differently.</p>",
+        "differently. Restored is the share of what was cut that rounding to the stored dtype gave "
+        "back.</p>",
         _html_table(edit_table(results.get("edit") or ())),
         _html_table(band_table(results.get("bands") or {}, edited)),
     )

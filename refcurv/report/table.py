@@ -188,11 +188,19 @@ KEPT: Mapping[str, tuple[str, str, str, str]] = {
 """method → title, and what its share, its pairs and its mass are called (`LayerEdit`)."""
 
 
+ROUNDING = 2.0**-52
+"""A share of what was cut that is not worth a column: what float64 itself gives back."""
+
+
 def edit_table(record: Sequence[Json]) -> Table:
-    """What was kept of each edited layer, in the words of the record's method."""
+    """What was kept of each edited layer, in the words of the record's method.
+
+    A column says what rounding to the stored dtype restored of what was cut, where it did.
+    """
     method = _printable(str(record[0].get("method", "kfac"))) if record else "kfac"
     other = (f"{method[:1].upper()}{method[1:]}: pairs and curvature mass kept", *KEPT["kfac"][1:])
     title, share, pairs, mass = KEPT.get(method, other)
+    gave_back = any(number(row.get("restored")) > ROUNDING for row in record)
     rows = tuple(
         (
             str(row["layer"]),
@@ -204,11 +212,13 @@ def edit_table(record: Sequence[Json]) -> Table:
             _small(row.get("gap")),
             whole(row.get("acceptable")),
             decimal(row.get("norm")),
+            *((_small(row.get("restored")),) if gave_back else ()),
         )
         for row in record
     )
     headers = ("layer", share, pairs, "kept", f"of {pairs}", mass, "gap", "acceptable")
-    return Table(title, (*headers, "‖W'‖/‖W‖"), rows, "lrrrrrrrr")
+    headers = (*headers, "‖W'‖/‖W‖", *(("restored",) if gave_back else ()))
+    return Table(title, headers, rows, "l" + "r" * (len(headers) - 1))
 
 
 METHODS: Mapping[str, tuple[str, str]] = {
