@@ -18,6 +18,7 @@ from refcurv.algebra import blas
 from refcurv.algebra.blas import one_blas_thread
 from refcurv.curvature.factors import Factor, Factors
 from refcurv.files import store
+from refcurv.files.digest import recorded
 from refcurv.files.lazy import Lazy
 from refcurv.law import tolerance
 from refcurv.law.checks import (
@@ -63,12 +64,14 @@ class Bases(Mapping[str, Eigenbasis]):
         layers; source, for provenance.
         bias: of W alone, or of [W b] where there is a b (BIAS).
         method: what made the bases, "kfac" of `decompose`; an edit copies it into its record.
+        weights: which the model had (`refcurv.files.digest`); None where a file does not say.
     """
 
     layers: Mapping[str, Eigenbasis]
     source: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     bias: Bias = Bias.SEPARATE
     method: str = "kfac"
+    weights: str | None = None
 
     def __getitem__(self, name: str) -> Eigenbasis:
         """The eigenbasis of one layer."""
@@ -117,6 +120,12 @@ def require_basis(who: str, layer: str, one: Eigenbasis) -> None:
                 f"{who}: {what} has |UᵀU − I|/|I| = {error:.1e} > {budget:.1e}: its columns are "
                 "not orthonormal. Were they scaled, or stored in a shorter float than their dtype?"
             )
+
+
+def named(basis: Bases) -> str:
+    """The basis and its file, for messages."""
+    path = basis.source.get("path")
+    return "the basis" + (f" {str(path)!r}" if path else "")
 
 
 def require_spectrum(who: str, what: str, values: Array) -> None:
@@ -215,7 +224,8 @@ def decompose(
     """
     kind = _bias(bias)
     layers = MappingProxyType(dict(decompose_each(factors, kind, progress=progress)))
-    return Bases(layers, MappingProxyType({"inputs": store.inputs(factors.source)}), kind)
+    source = MappingProxyType({"inputs": store.inputs(factors.source)})
+    return Bases(layers, source, kind, weights=factors.weights)
 
 
 def _bias(bias: str) -> Bias:
@@ -279,10 +289,11 @@ def _same(one: Factor, other: Factor, bias: Bias) -> bool:
 def save_bases(bases: Bases, path: str | Path) -> None:
     """Write a basis file: LAYER/{U_A, mu, U_G, lam}, with the counts of raised eigenvalues.
 
-    The root attributes say what the columns are of (`bias`) and what made the bases (`method`).
+    The root attributes say what the columns are of (`bias`), what made the bases (`method`), and
+    from which weights (`weights`).
     What is no eigenbasis is refused.
     """
-    about = {"bias": str(bases.bias), "method": bases.method}
+    about = _about(bases.bias, bases.method, bases.weights)
     came_from = bases.source.get("inputs") or store.inputs(bases.source)
 
     def checked() -> Iterator[tuple[str, Eigenbasis]]:
@@ -303,8 +314,12 @@ def decompose_to(
     """`decompose` straight into a basis file, one layer in memory at a time."""
     kind = _bias(bias)
     pairs = decompose_each(factors, kind, progress=progress)
-    about = {"bias": str(kind), "method": "kfac"}
+    about = _about(kind, "kfac", factors.weights)
     _write(pairs, about, path, store.inputs(factors.source))
+
+
+def _about(bias: Bias, method: str, weights: str | None) -> dict[str, str]:
+    return {"bias": str(bias), "method": method, **({"weights": weights} if weights else {})}
 
 
 def _write(
@@ -362,6 +377,7 @@ def load_bases(path: str | Path) -> Bases:
         store.Source(header),
         Bias(bias),
         method,
+        recorded(header),
     )
 
 

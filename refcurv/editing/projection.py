@@ -12,11 +12,12 @@ import numpy as np
 
 from refcurv.algebra.blas import one_blas_thread
 from refcurv.algebra.staircase import cut, undecided
-from refcurv.curvature.eigenbasis import Bases, Eigenbasis, require_basis
+from refcurv.curvature.eigenbasis import Bases, Eigenbasis, named, require_basis
 from refcurv.editing import record
 from refcurv.editing.record import EditRecord, LayerEdit
 from refcurv.law import tolerance
 from refcurv.law.checks import Array, NameUnknownError, require_shape
+from refcurv.law.conventions import Bias
 from refcurv.model.config import Model
 
 
@@ -52,7 +53,9 @@ def project(W: Array, basis: Eigenbasis, counts: Array) -> Array:
     return keep_pairs(W, basis, np.arange(W.shape[1]) < counts[:, None])
 
 
-def edit(model: Model, basis: Bases, rho: float | Mapping[str, float]) -> tuple[Model, EditRecord]:
+def edit(
+    model: Model, basis: Bases, rho: float | Mapping[str, float], *, force: bool = False
+) -> tuple[Model, EditRecord]:
     """Keep the sharpest directions of weight matrices, as many as hold a share rho of the mass.
 
     Definition
@@ -66,15 +69,18 @@ def edit(model: Model, basis: Bases, rho: float | Mapping[str, float]) -> tuple[
         basis: of `decompose` or `load_bases`.
         rho: one share for every layer of `basis`, or {pattern: share}; a layer matched by two
             patterns is an error.
+        force: take a basis that was made from other weights than the model's, edited ones say.
 
     Returns:
-        The edited model (the given one is untouched), and the EditRecord.
+        The edited model (the given one is untouched), and the EditRecord, which says what it
+        started from.
 
     Raises:
         RangeError: rho outside [0, 1]. NameUnknownError: a pattern that matches no layer with a
         basis. ShapeError: a basis of another model, or a joint one without the bias's column.
-        EmptyError: a layer without curvature. ShapeError, NonFiniteError, ConventionError: what is
-        no eigenbasis (`require_basis`).
+        EmptyError: a layer without curvature. ConventionError: a basis of other weights, without
+        `force`. ShapeError, NonFiniteError, ConventionError: what is no eigenbasis
+        (`require_basis`).
 
     Cost: 4·O·I·(O + I) flops per layer, in float64; half as much again where W is stored shorter.
     Source: P5-P8 (arXiv 2510.24256).
@@ -84,6 +90,7 @@ def edit(model: Model, basis: Bases, rho: float | Mapping[str, float]) -> tuple[
     """
     asked = rho if isinstance(rho, Mapping) else {"**": rho}
     shares = record.shares("edit", "rho", model, layers_of("edit", model, basis), asked)
+    begun = record.before("edit", model, (named(basis), basis.weights), force)
     changed: dict[str, Array] = {}
     records = []
     for layer, share in shares.items():
@@ -100,7 +107,7 @@ def edit(model: Model, basis: Bases, rho: float | Mapping[str, float]) -> tuple[
         kept = (W.size, stairs.kept, stairs.mass / stairs.total, stairs.gap)
         found = (*kept, _acceptable(one, share), record.norm_ratio(edited, W), back)
         records.append(LayerEdit(basis.method, layer, share, *found))
-    return model.with_parameters(changed), EditRecord(tuple(records))
+    return record.after(begun, changed, records, basis.bias is Bias.JOINT)
 
 
 def layers_of(who: str, model: Model, basis: Bases) -> list[str]:

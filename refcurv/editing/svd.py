@@ -14,6 +14,7 @@ from refcurv.curvature.eigenbasis import Bases, Eigenbasis, signed
 from refcurv.editing import record
 from refcurv.editing.record import EditRecord, LayerEdit
 from refcurv.files import store
+from refcurv.files.digest import digest
 from refcurv.law import tolerance
 from refcurv.law.checks import Array, EmptyError
 from refcurv.model.config import Model, expand
@@ -50,6 +51,7 @@ def truncate(model: Model, energy: Mapping[str, float]) -> tuple[Model, EditReco
         ::test_the_cut_equals_brute_force
     """
     shares = record.shares("truncate", "energy", model, model.config.linear_layers(), energy)
+    begun = record.before("truncate", model)
     changed: dict[str, Array] = {}
     records = []
     for layer, share in shares.items():
@@ -68,7 +70,7 @@ def truncate(model: Model, energy: Mapping[str, float]) -> tuple[Model, EditReco
         mass, near = stairs.mass / stairs.total, _acceptable(sigma, share, max(W.shape))
         kept = (len(sigma), k, mass, stairs.gap, near, record.norm_ratio(edited, W), back)
         records.append(LayerEdit("svd", layer, share, *kept))
-    return model.with_parameters(changed), EditRecord(tuple(records))
+    return record.after(begun, changed, records)
 
 
 def restored(W: Array, exact: Array, edited: Array, U: Array, Vt: Array) -> float:
@@ -129,7 +131,7 @@ def singular_bases(model: Model, layers: str = "**") -> Bases:
             array.flags.writeable = False
         made[layer] = one
     source = MappingProxyType({"inputs": store.inputs(model.source)})
-    return Bases(MappingProxyType(made), source, method="svd")
+    return Bases(MappingProxyType(made), source, method="svd", weights=digest(model))
 
 
 def _acceptable(sigma: Array, energy: float, size: int) -> int:

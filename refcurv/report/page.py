@@ -29,6 +29,7 @@ from refcurv.report.table import (
     edited_layers,
     evaluation_table,
     number,
+    past_table,
     percent,
     population_name,
     relative,
@@ -220,9 +221,9 @@ def _sections(results: Json) -> Iterator[str]:
         "The edit",
         "<p>Gap is the relative distance between the last pair kept and the first one dropped; "
         "acceptable pairs lie so close to the cut that another correct program may decide them "
-        "differently. Restored is the share of what was cut that rounding to the stored dtype gave "
-        "back.</p>",
+        "differently.</p>",
         _html_table(edit_table(results.get("edit") or ())),
+        _html_table(past_table(results.get("edit") or ())),
         _html_table(band_table(results.get("bands") or {}, edited)),
     )
     yield _section("How it was made", *_made(results))
