@@ -231,6 +231,8 @@ def _edit(sub: argparse.ArgumentParser) -> None:
     meta = "random-basis|random-pairs|inputs|outputs"
     sub.add_argument("--control", metavar=meta, help=text)
     sub.add_argument("--seed", type=int, default=0, help="of a random control (default: 0)")
+    text = "take a basis that was made from other weights than these; the output says so"
+    sub.add_argument("--force", action="store_true", help=text)
     _json(sub)
 
 

@@ -157,9 +157,9 @@ def edit(args: argparse.Namespace) -> None:
     rho, model, basis = shares(args.rho), rc.load(args.weights), rc.load_bases(args.basis)
     came_from = {"inputs": store.inputs(model.source, basis.source)}
     if args.control is None:
-        _save_edit(args, *rc.edit(model, basis, rho), **came_from)
+        _save_edit(args, *rc.edit(model, basis, rho, force=args.force), **came_from)
     else:
-        made = control(model, basis, rho, args.control, args.seed)
+        made = control(model, basis, rho, args.control, args.seed, force=args.force)
         _save_edit(args, *made, seed=args.seed, **came_from)
 
 
@@ -197,11 +197,12 @@ def prune(args: argparse.Namespace) -> None:
 def _save_edit(args: argparse.Namespace, edited: Any, record: Any, **made_from: Any) -> None:
     """Write an edited model, print its record."""
     import refcurv as rc
-    from refcurv.report.table import format_edit
+    from refcurv.report.table import format_edit, format_start
 
     rc.save(edited, args.output, {"edit": record.to_json(), **made_from})
     print(format_edit(record.to_json()))
-    print(f"\n{_layers(len(record.layers))} edited → {args.output}")
+    print(f"\n{format_start(record.start.to_json())}")
+    print(f"{_layers(len(record.layers))} edited → {args.output}")
     _write_json(args.json, record.to_json())
 
 

@@ -135,7 +135,7 @@ def test_O47_a_joint_edit_is_the_projection_of_weight_and_bias(rho: float) -> No
     basis = joint[layer]
     want = project(np.column_stack([W, b]), basis, cut(basis.lam, basis.mu, rho).counts)
 
-    edited, record = rc.edit(model, joint, {layer: rho})
+    edited, record = rc.edit(model, joint, {layer: rho}, force=True)
     new_W, new_b = (edited.parameters[f"{layer}.{part}"] for part in ("weight", "bias"))
     assert new_b.tobytes() == want[:, -1].astype(np.float32).astype(np.float64).tobytes()
     assert (new_W.astype(np.float32).view(np.uint32) & 0xFFFF == 0).all()
@@ -146,7 +146,7 @@ def test_O47_a_joint_edit_is_the_projection_of_weight_and_bias(rho: float) -> No
     share = np.linalg.norm(both) / np.linalg.norm(np.column_stack([W, b]))
     assert record.layers[0].norm == pytest.approx(share, rel=1e-14)
 
-    apart, record = rc.edit(model, separate, {layer: rho})
+    apart, record = rc.edit(model, separate, {layer: rho}, force=True)
     assert apart.parameters[f"{layer}.bias"] is model.parameters[f"{layer}.bias"]
     assert gap(apart.parameters[f"{layer}.weight"], new_W) > 0.01
     assert record.layers[0].pairs == W.size
@@ -187,7 +187,7 @@ def test_refusals_of_joint_edits() -> None:
         rc.edit(model, mixed, {"blocks.0.mlp.up": 0.5})
     broken = one.parameters | {"blocks.0.mlp.up.bias": np.full(5, np.nan)}
     with pytest.raises(NonFiniteError, match=r"up\.bias"):
-        rc.edit(rc.Model(one.config, broken), joint, 0.5)
+        rc.edit(rc.Model(one.config, broken), joint, 0.5, force=True)
 
 
 def test_the_command_decomposes_jointly(tmp_path, capsys) -> None:

@@ -89,6 +89,45 @@ def test_edit_with_a_control(kind: str, files: Path, tmp_path: Path, capsys) -> 
     assert made.source["provenance"]["inputs"] == came_from
 
 
+def test_a_basis_of_other_weights_needs_force(files: Path, tmp_path: Path, capsys) -> None:
+    """What it starts from is printed, and what was forced; `inspect` shows both."""
+    once, twice = tmp_path / "once.h5", tmp_path / "twice.h5"
+    rho = ["--rho", "**.up=0.6"]
+    assert main(["edit", *paths(files, "w", "b"), "-o", str(once), *rho]) == 0
+    own = rc.load_bases(files / "b.h5").weights[:12]
+    assert (
+        f"starts from weights {own}, of which no earlier edit is known\n" in capsys.readouterr().out
+    )
+    again = ["edit", str(once), *paths(files, "b"), "-o", str(twice), "--rho", "**.up=0.3"]
+    for control in ([], ["--control", "inputs"], ["--control", "random-pairs"]):
+        assert main([*again, *control]) == 2
+        assert not twice.exists()
+        says = capsys.readouterr().err
+        assert says.startswith("refcurv: edit: the basis ")
+        assert f"made from weights {own}" in says
+        assert "which is that one after an edit (kfac)" in says
+        assert "--force" in says
+        assert says.count("\n") == 1
+    assert main([*again, "--force"]) == 0
+    says = capsys.readouterr().out
+    assert "edited before by kfac 0.6 of blocks.0.mlp.up and 1 more; kept" in says
+    assert f"forced: what chose was made from others, {own}" in says
+    assert "‖W'‖ of the original" in says
+    assert main(["inspect", str(twice)]) == 0
+    says = capsys.readouterr().out
+    assert f"edited by kfac, {own} → " in says
+    assert ", forced\n" in says
+    for kind in ("b", "f"):
+        assert main(["inspect", *paths(files, kind)]) == 0
+        assert own in capsys.readouterr().out
+        older = tmp_path / f"{kind}.h5"
+        older.write_bytes((files / f"{kind}.h5").read_bytes())
+        with h5py.File(older, "a") as file:
+            del file.attrs["weights"]
+        assert main(["inspect", str(older)]) == 0
+        assert "not recorded: made by an older refcurv" in capsys.readouterr().out
+
+
 def test_truncate(files: Path, tmp_path: Path, capsys) -> None:
     out, table = tmp_path / "e.h5", tmp_path / "t.json"
     energy = ["--energy", "blocks.1.mlp.{gate,up}=0.6", "--energy", "head=0.9"]

@@ -2,18 +2,40 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import scipy.linalg
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import config, random_parameters
 
+import refcurv as rc
 from refcurv.algebra import blas
-from refcurv.curvature.eigenbasis import decompose, eigenbasis, load_bases, save_bases
+from refcurv.curvature.eigenbasis import (
+    Bases,
+    Eigenbasis,
+    decompose,
+    eigenbasis,
+    load_bases,
+    require_basis,
+    save_bases,
+)
 from refcurv.curvature.factors import Factor, Factors
+from refcurv.evaluation.bands import bands
+from refcurv.files.corpus import Population
 from refcurv.law import tolerance
-from refcurv.law.checks import NonFiniteError, NotPSDError, NotSymmetricError, ShapeError
+from refcurv.law.checks import (
+    ConventionError,
+    DTypeError,
+    NonFiniteError,
+    NotPSDError,
+    NotSymmetricError,
+    ShapeError,
+)
 from refcurv.law.conventions import Fisher, Rows
+from refcurv.model.config import QKNorm
 
 
 def moment(
@@ -111,6 +133,95 @@ def test_basis_file_round_trip(tmp_path) -> None:
 def test_refusals(M: np.ndarray, error: type, says: str) -> None:
     with pytest.raises(error, match=says):
         eigenbasis(M, 10, "float64", "A of 'blocks.0.mlp.up'")
+
+
+def broken(one: Eigenbasis, how: str) -> Eigenbasis:
+    """A basis with one fault in it."""
+    U, mu, lam = one.U_A.copy(), one.mu.copy(), one.lam.copy()
+    if how == "a row is missing":
+        return replace(one, U_A=U[1:])
+    if how == "a column is missing":
+        return replace(one, U_A=U[:, 1:])
+    if how == "a column is scaled":
+        U[:, 2] *= 1 + 1e-9
+    elif how == "a column is there twice":
+        U[:, 2] = U[:, 1]
+    elif how == "of float32":
+        U = U.astype(np.float32).astype(np.float64)
+    elif how == "NaN in U":
+        U[1, 2] = np.nan
+    elif how == "integers":
+        return replace(one, U_A=np.eye(len(mu), dtype=int))
+    elif how == "ascending":
+        lam = lam[::-1].copy()
+    elif how == "negative":
+        lam[-1] = -lam[0]
+    elif how == "infinite":
+        mu[0] = np.inf
+    elif how == "no vector":
+        return replace(one, lam=lam[:, None])
+    return replace(one, U_A=U, mu=mu, lam=lam)
+
+
+FAULTS = {
+    "a row is missing": (ShapeError, r"U_A of '.*gate' must be \(6, 6\) .*got \(5, 6\)"),
+    "a column is missing": (ShapeError, r"U_A of '.*gate' must be \(6, 6\) .*got \(6, 5\)"),
+    "a column is scaled": (ConventionError, r"U_A of '.*gate' has .*e-\d+ > .*not orthonormal"),
+    "a column is there twice": (ConventionError, r"U_A of '.*gate' has .*not orthonormal"),
+    "of float32": (ConventionError, r"U_A of '.*gate' has .*shorter float"),
+    "NaN in U": (NonFiniteError, r"U_A of '.*gate' holds nan at \[1, 2\]"),
+    "integers": (DTypeError, r"U_A of '.*gate' must hold real numbers; got int64"),
+    "ascending": (ConventionError, r"lam of '.*gate' must be descending .* entry 1 is"),
+    "negative": (ConventionError, r"lam of '.*gate' must be descending and >= 0 .* entry 3 is -"),
+    "infinite": (NonFiniteError, r"mu of '.*gate' holds inf at \[0\]"),
+    "no vector": (ShapeError, r"lam of '.*gate' must be \(any\) = \(n,\); got \(4, 1\)"),
+}
+
+
+@pytest.mark.parametrize("how", FAULTS)
+def test_what_is_no_basis_is_refused(how: str, tmp_path) -> None:
+    """By everyone who takes one from a caller, in one line that names the layer."""
+    made = config(width=6, heads=3, kv_heads=3, mlp_width=4, qk_norm=QKNorm.NONE)
+    model = rc.Model(made, random_parameters(made, 0))
+    name = "blocks.0.mlp.gate"
+    bases = Bases({name: broken(decompose(factors())[name], how)})
+    rng = np.random.default_rng(0)
+    hot, cold = (
+        Population(rng.integers(0, 7, (2, 8)), np.full(2, 3), np.full(2, 7), kind, "test")
+        for kind in ("recite", "text")
+    )
+    takers = {
+        "edit": lambda: rc.edit(model, bases, 0.5),
+        "random_pairs": lambda: rc.random_pairs(model, bases, 0.5, 0),
+        "random_basis": lambda: rc.random_basis(bases, 0),
+        "one_sided": lambda: rc.one_sided(bases, "inputs"),
+        "bands": lambda: bands(model, bases, hot, cold, quantity="input_rank"),
+        "save_bases": lambda: save_bases(bases, tmp_path / "b.h5"),
+    }
+    error, says = FAULTS[how]
+    for who, take in takers.items():
+        with pytest.raises(error, match=f"^{who}: {says}") as caught:
+            take()
+        assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@given(st.integers(1, 60), st.integers(0, 999), st.sampled_from(["float64", "float32"]))
+def test_what_a_solver_makes_is_a_basis(n: int, seed: int, dtype: str) -> None:
+    """Judged by the eps of its own dtype; ten budgets off is seen, of whatever rank."""
+    rng = np.random.default_rng(seed)
+    M = moment(n, n + 2, seed, 0.1)
+    values, U = np.linalg.eigh(M.astype(dtype))
+    lam, G = np.ones(1), np.ones((1, 1))
+    one = Eigenbasis(U[:, ::-1], np.maximum(values[::-1], 0), G, lam)
+    require_basis("test", "x", one)
+    solver = tolerance.eigenpair(n, dtype) + 2 * tolerance.gamma(n, np.float64) * np.sqrt(n)
+    off = rng.normal(size=(n, rng.integers(1, n + 1)))
+    off = off @ off.T  # U (I + E/2) has UᵀU − I = E + E²/4
+    E = 20 * solver * np.sqrt(n) * off / np.linalg.norm(off)
+    wrong = (U.astype(np.float64) @ (np.eye(n) + E / 2)).astype(dtype)
+    with pytest.raises(ConventionError, match="not orthonormal"):
+        require_basis("test", "x", Eigenbasis(wrong[:, ::-1], one.mu, G, lam))
 
 
 @given(st.integers(2, 12), st.integers(0, 999), st.floats(1e-9, 1e-2))

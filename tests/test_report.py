@@ -230,6 +230,54 @@ def test_edit_table(results: dict[str, Any]) -> None:
         assert (acceptable, norm) == ("1", "0.800")
 
 
+def test_what_rounding_restored_is_shown_where_there_is_any(results: dict[str, Any]) -> None:
+    (first, *rest) = results["edit"]
+    for restored, shown in ((0.0, None), (1e-17, None), (3.14e-4, "3.1e-04")):
+        text = table.format_edit([{**first, "restored": restored}, *rest])
+        assert ("restored" in text) == (shown is not None)
+        if shown:
+            rows = cells("\n" + text, "Beside it: what rounding gave back of the cut")
+            wanted = [shown, *["0.0e+00"] * len(rest)]
+            assert rows == [
+                [row["layer"], x] for row, x in zip(results["edit"], wanted, strict=True)
+            ]
+
+
+def test_the_norm_against_the_original_is_shown_after_an_earlier_edit(
+    results: dict[str, Any],
+) -> None:
+    first, *rest = results["edit"]
+    assert table.past_table(results["edit"]).rows == ()
+    again = table.past_table([{**first, "norm_original": 0.25}, *rest])
+    assert again.headers == ("layer", "‖W'‖ of the original")
+    assert again.rows[0] == (first["layer"], "0.250")
+    assert [row[1] for row in again.rows[1:]] == ["-"] * len(rest)
+    assert table.past_table([{**first, "norm_original": first["norm"]}]).rows == ()
+
+
+def test_what_an_edit_starts_from_is_one_line() -> None:
+    own, other = "a" * 64, "b" * 64
+    row = {"rho": 0.6, "norm": 0.5, "restored": 0.0, "joint": False}
+    past = {"method": "kfac", "weights": other, "made_for": other, "became": own, "forced": False}
+    past["layers"] = {"blocks.0.mlp.up": row, "blocks.1.mlp.up": {**row, "rho": 0.75}}
+    says = table.format_start
+    same = {"weights": own, "made_for": own, "forced": False, "earlier": []}
+    assert says(same) == "starts from weights aaaaaaaaaaaa, of which no earlier edit is known"
+    assert says({**same, "made_for": None}).endswith(
+        "; the basis does not say which weights it was made from"
+    )
+    again = says({**same, "made_for": other, "forced": True, "earlier": [past, past]})
+    one = "kfac 0.6 to 0.75 of blocks.0.mlp.up and 1 more"
+    assert again == (
+        f"starts from weights aaaaaaaaaaaa, edited before by {one}, then {one}; kept, mass and "
+        "norm are of what that left; forced: what chose was made from others, bbbbbbbbbbbb"
+    )
+    hostile = {**past, "method": HOSTILE, "layers": {HOSTILE: row}}
+    assert says({**same, "earlier": [hostile]}).isprintable()
+    nothing = {**past, "layers": {}}
+    assert "edited before by kfac" in says({**same, "earlier": [nothing]})
+
+
 @pytest.mark.parametrize(
     ("method", "title", "words"),
     [

@@ -9,11 +9,13 @@ threshold: at most 63 walks of O + I steps, exact, where sorting all pairs takes
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from refcurv.algebra import kernels
+from refcurv.law import tolerance
 from refcurv.law.checks import (
     Array,
     ConventionError,
@@ -150,13 +152,73 @@ def _staircase(lam: Array, mu: Array, counts: Array, total: float) -> Staircase:
     return Staircase(counts, int(counts.sum()), mass, total, float(last), float(first_out))
 
 
-def count_between(lam: Array, mu: Array, low: float, high: float) -> int:
-    """How many pairs have low <= fl(λ_i μ_j) <= high."""
-    count = np.empty(len(lam), np.int64)
-    kernels.count_at_least(lam, mu, low, count)
-    at_least_low = int(count.sum())
-    kernels.count_at_least(lam, mu, float(np.nextafter(high, np.inf)), count)
-    return at_least_low - int(count.sum())
+def undecided(
+    lam: Array, mu: Array, rho: float, errors: tuple[Array, Array], slack: float
+) -> tuple[Array, Array]:
+    """The pairs that spectra a little different may decide otherwise, between two staircases.
+
+    Definition
+        least and greatest: the keys (λ_i − e_i)₊(μ_j − e_j)₊ and (λ_i + e_i)(μ_j + e_j).
+        p is surely kept if the pairs q with greatest(q) >= least(p), itself left out, weigh less
+        than the target − slack: no order puts enough before it.
+        p is surely dropped if the pairs q with least(q) > greatest(p) weigh at least the target +
+        slack: every order puts enough before it.
+
+    Args:
+        lam: (O,) as `cut` takes it, of total mass > 0.
+        mu: (I,) likewise.
+        rho: 0 < rho < 1.
+        errors: of each λ_i (O,) and each μ_j (I,), >= 0; λ − e and μ − e descend where positive.
+        slack: by how much the mass of any set of pairs, less the target, may move. The rounding of
+            both programs' masses (SELECT: 7 each) and of the sums here is added to it.
+
+    Returns:
+        Counts per row, twice (O,): (i, j) is surely kept if j < sure[i], surely dropped if
+        j >= possible[i], and acceptable between them.
+
+    Cost: as `cut`.
+    Source: ACCEPTABLE.
+    Proof: tests/test_staircase.py::test_every_pair_that_changes_side_is_acceptable
+    """
+    prefix = np.concatenate([[0.0], np.cumsum(mu)])
+    total = float(lam.sum()) * float(mu.sum())
+    target = rho * total
+    slack += tolerance.gamma(len(lam) + len(mu) + 16, np.float64) * total
+    least = [np.maximum(x - e, 0) for x, e in zip((lam, mu), errors, strict=True)]
+    greatest = [x + e for x, e in zip((lam, mu), errors, strict=True)]
+    top = 2 * max(float(greatest[0][0] * greatest[1][0]), slack)
+
+    def above(spectra: list[Array], key: float) -> Array:
+        count = np.empty(len(lam), np.int64)
+        kernels.count_at_least(spectra[0], spectra[1], key, count)
+        return count
+
+    def others_may_reach(key: float) -> bool:
+        return float(lam @ prefix[above(greatest, key)]) - key + slack >= target
+
+    def first_must_reach(key: float) -> bool:
+        return float(lam @ prefix[above(least, _next(key))]) - slack >= target
+
+    sure = above(least, _next(_largest(others_may_reach, top)))
+    if not first_must_reach(0.0):
+        return sure, np.full(len(lam), len(mu), np.int64)
+    return sure, above(greatest, _next(_largest(first_must_reach, top)))
+
+
+def _largest(holds: Callable[[float], bool], top: float) -> float:
+    """The largest float at which a condition holds that holds at 0 and, once false, stays so."""
+    low, high = 0, int(np.float64(top).view(np.int64))
+    while high - low > 1:
+        middle = (low + high) // 2
+        if holds(float(np.int64(middle).view(np.float64))):
+            low = middle
+        else:
+            high = middle
+    return float(np.int64(low).view(np.float64))
+
+
+def _next(key: float) -> float:
+    return float(np.nextafter(key, np.inf))
 
 
 def _spectrum(x: Array, what: str) -> Array:

@@ -5,6 +5,7 @@ With bias="joint" the block is that of [W b] and A that of [a; 1] (BIAS).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,15 +18,18 @@ from refcurv.algebra import blas
 from refcurv.algebra.blas import one_blas_thread
 from refcurv.curvature.factors import Factor, Factors
 from refcurv.files import store
+from refcurv.files.digest import recorded
 from refcurv.files.lazy import Lazy
 from refcurv.law import tolerance
 from refcurv.law.checks import (
     Array,
     ConventionError,
+    EmptyError,
     NotPSDError,
     NotSymmetricError,
     SchemaError,
     require_choice,
+    require_dtype,
     require_finite,
     require_shape,
 )
@@ -60,12 +64,14 @@ class Bases(Mapping[str, Eigenbasis]):
         layers; source, for provenance.
         bias: of W alone, or of [W b] where there is a b (BIAS).
         method: what made the bases, "kfac" of `decompose`; an edit copies it into its record.
+        weights: which the model had (`refcurv.files.digest`); None where a file does not say.
     """
 
     layers: Mapping[str, Eigenbasis]
     source: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     bias: Bias = Bias.SEPARATE
     method: str = "kfac"
+    weights: str | None = None
 
     def __getitem__(self, name: str) -> Eigenbasis:
         """The eigenbasis of one layer."""
@@ -78,6 +84,64 @@ class Bases(Mapping[str, Eigenbasis]):
     def __len__(self) -> int:
         """How many layers."""
         return len(self.layers)
+
+
+PROBES = 8
+"""Random vectors that orthogonality is measured on."""
+
+
+def require_basis(who: str, layer: str, one: Eigenbasis) -> None:
+    """Refuse what is no eigenbasis: as given by a caller, or read from a file.
+
+    Definition
+        U square, finite, ‖UᵀU − I‖ <= budget·‖I‖; values finite, descending and >= 0 (ORDER).
+        The norm is measured as ‖Uᵀ(U x) − x‖/‖x‖ over 8 random x, whose square has the mean
+        ‖UᵀU − I‖²/n. A U that misses the budget tenfold passes at most once in 10⁷ draws.
+
+    The budget is that of an eigensolver in the dtype of U, and the rounding of U x and Uᵀ(U x).
+
+    Cost: O(n²) for each side, where UᵀU would take n³.
+    Proof: tests/test_eigenbasis.py::test_what_is_no_basis_is_refused
+    """
+    for side, U, values in (("A", one.U_A, one.mu), ("G", one.U_G, one.lam)):
+        spectrum, what = f"{'mu' if side == 'A' else 'lam'} of {layer!r}", f"U_{side} of {layer!r}"
+        require_spectrum(who, spectrum, values)
+        n = len(values)
+        require_shape(who, what, U, (n, n), f"(n, n), n the length of {spectrum}")
+        require_dtype(who, what, U, "f", "real numbers")
+        require_finite(who, what, U)
+        x = np.random.default_rng(0).standard_normal((n, PROBES))
+        with one_blas_thread():
+            error = float(np.linalg.norm(U.T @ (U @ x) - x) / np.linalg.norm(x))
+        solver = tolerance.eigenpair(n, U.dtype)
+        budget = solver + 2 * tolerance.gamma(n, np.float64) * math.sqrt(n)
+        if not error <= budget:  # NaN if it overflows
+            raise ConventionError(
+                f"{who}: {what} has |UᵀU − I|/|I| = {error:.1e} > {budget:.1e}: its columns are "
+                "not orthonormal. Were they scaled, or stored in a shorter float than their dtype?"
+            )
+
+
+def named(basis: Bases) -> str:
+    """The basis and its file, for messages."""
+    path = basis.source.get("path")
+    return "the basis" + (f" {str(path)!r}" if path else "")
+
+
+def require_spectrum(who: str, what: str, values: Array) -> None:
+    """Refuse eigenvalues that are no vector of finite numbers, descending and >= 0 (ORDER)."""
+    require_shape(who, what, values, (None,), "(n,)")
+    require_dtype(who, what, values, "f", "real numbers")
+    require_finite(who, what, values)
+    if not len(values):
+        raise EmptyError(f"{who}: {what} is empty.")
+    wrong = np.flatnonzero((values < 0) | (np.diff(values, prepend=values[0]) > 0))
+    if len(wrong):
+        raise ConventionError(
+            f"{who}: {what} must be descending and >= 0 (ORDER, NEGATIVE); entry {wrong[0]} is "
+            f"{values[wrong[0]]:.6g} after {values[max(wrong[0] - 1, 0)]:.6g}. eigh ascends: was "
+            "the order left as it came?"
+        )
 
 
 def signed(U: Array) -> Array:
@@ -160,7 +224,8 @@ def decompose(
     """
     kind = _bias(bias)
     layers = MappingProxyType(dict(decompose_each(factors, kind, progress=progress)))
-    return Bases(layers, MappingProxyType({"inputs": store.inputs(factors.source)}), kind)
+    source = MappingProxyType({"inputs": store.inputs(factors.source)})
+    return Bases(layers, source, kind, weights=factors.weights)
 
 
 def _bias(bias: str) -> Bias:
@@ -224,11 +289,19 @@ def _same(one: Factor, other: Factor, bias: Bias) -> bool:
 def save_bases(bases: Bases, path: str | Path) -> None:
     """Write a basis file: LAYER/{U_A, mu, U_G, lam}, with the counts of raised eigenvalues.
 
-    The root attributes say what the columns are of (`bias`) and what made the bases (`method`).
+    The root attributes say what the columns are of (`bias`), what made the bases (`method`), and
+    from which weights (`weights`).
+    What is no eigenbasis is refused.
     """
-    about = {"bias": str(bases.bias), "method": bases.method}
+    about = _about(bases.bias, bases.method, bases.weights)
     came_from = bases.source.get("inputs") or store.inputs(bases.source)
-    _write(bases.items(), about, path, came_from)
+
+    def checked() -> Iterator[tuple[str, Eigenbasis]]:
+        for name, one in bases.items():
+            require_basis("save_bases", name, one)
+            yield name, one
+
+    _write(checked(), about, path, came_from)
 
 
 def decompose_to(
@@ -241,8 +314,12 @@ def decompose_to(
     """`decompose` straight into a basis file, one layer in memory at a time."""
     kind = _bias(bias)
     pairs = decompose_each(factors, kind, progress=progress)
-    about = {"bias": str(kind), "method": "kfac"}
+    about = _about(kind, "kfac", factors.weights)
     _write(pairs, about, path, store.inputs(factors.source))
+
+
+def _about(bias: Bias, method: str, weights: str | None) -> dict[str, str]:
+    return {"bias": str(bias), "method": method, **({"weights": weights} if weights else {})}
 
 
 def _write(
@@ -300,6 +377,7 @@ def load_bases(path: str | Path) -> Bases:
         store.Source(header),
         Bias(bias),
         method,
+        recorded(header),
     )
 
 

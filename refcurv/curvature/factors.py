@@ -31,6 +31,7 @@ from refcurv.curvature.sums import (
 )
 from refcurv.files import store
 from refcurv.files.corpus import Corpus
+from refcurv.files.digest import digest
 from refcurv.files.disk import require_room
 from refcurv.law.checks import (
     Array,
@@ -92,7 +93,8 @@ class Factors(Mapping[str, Factor]):
     """The factors of some linear layers, by name in file order, and how they were made.
 
     Fields: layers; fisher, rows, seed, draws: the choices of `collect`; dtype, of the products;
-    shard_rows, the most rows that one product summed (for the budgets); source, for provenance.
+    shard_rows, the most rows that one product summed (for the budgets); source, for provenance;
+    weights, which the model had (`refcurv.files.digest`), None where an older file does not say.
     """
 
     layers: Mapping[str, Factor]
@@ -103,6 +105,7 @@ class Factors(Mapping[str, Factor]):
     dtype: str
     shard_rows: int
     source: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    weights: str | None = None
 
     def __getitem__(self, name: str) -> Factor:
         """The factor of one layer."""
@@ -205,6 +208,7 @@ def collect(
         model.dtype,
         max(int(unit.keep_BT.sum()) for unit in units),
         MappingProxyType({"inputs": store.inputs(model.source, corpus.source)}),
+        digest(model),
     )
 
 

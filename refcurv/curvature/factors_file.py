@@ -9,6 +9,7 @@ import numpy as np
 
 from refcurv.curvature.factors import Factor, Factors
 from refcurv.files import store
+from refcurv.files.digest import recorded
 from refcurv.files.disk import WRITING, machine_faults
 from refcurv.files.lazy import Lazy
 from refcurv.law.checks import SchemaError
@@ -34,6 +35,7 @@ def save_factors(factors: Factors, path: str | Path, checkpoint: str | Path | No
         "draws": factors.draws,
         "dtype": factors.dtype,
         "shard_rows": factors.shard_rows,
+        **({"weights": factors.weights} if factors.weights else {}),
     }
 
     def entries() -> Iterator[store.Entry]:
@@ -87,6 +89,7 @@ def load_factors(path: str | Path) -> Factors:
             str(at["dtype"]),
             int(at["shard_rows"]),
             store.Source(header),
+            recorded(header),
         )
     except (KeyError, ValueError) as error:
         raise SchemaError(

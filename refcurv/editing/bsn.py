@@ -14,6 +14,7 @@ from refcurv.editing import record
 from refcurv.editing.record import Draw, EditRecord, LayerEdit
 from refcurv.files import store
 from refcurv.files.corpus import Corpus, Population
+from refcurv.files.digest import digest
 from refcurv.law.checks import (
     Array,
     ConventionError,
@@ -59,6 +60,7 @@ class Scores:
         dtype: what the gradients were computed in.
         retain_nats, forget_nats: (steps,) float64, CE of each step's batches, before the step.
         source: for provenance.
+        weights: which the model had (`refcurv.files.digest`); None if it is not known.
     """
 
     layers: Mapping[str, Array]
@@ -72,6 +74,7 @@ class Scores:
     retain_nats: Array
     forget_nats: Array
     source: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    weights: str | None = None
 
     def settings(self) -> dict[str, Any]:
         """The choices as plain JSON values."""
@@ -175,10 +178,13 @@ def train_scores(
         array.flags.writeable = False
     choices = (ratio, weight, steps, rate, batch, seed, model.dtype)
     source = MappingProxyType({"inputs": store.inputs(model.source, retain.source)})
-    return Scores(MappingProxyType(scores), *choices, nats["retain"], nats["forget"], source)
+    nats_of = (nats["retain"], nats["forget"])
+    return Scores(MappingProxyType(scores), *choices, *nats_of, source, digest(model))
 
 
-def prune(model: Model, scores: Scores, ratio: float | None = None) -> tuple[Model, EditRecord]:
+def prune(
+    model: Model, scores: Scores, ratio: float | None = None, *, force: bool = False
+) -> tuple[Model, EditRecord]:
     """Set the weights of lowest score to 0.
 
     Definition
@@ -189,13 +195,15 @@ def prune(model: Model, scores: Scores, ratio: float | None = None) -> tuple[Mod
         model: whose weights to edit; its dtype must hold the stored ones exactly.
         scores: of `train_scores`.
         ratio: the share that is dropped, in [0, 1]; None for the one that was trained with.
+        force: take scores that were trained on other weights than the model's.
 
     Returns:
         The edited model (the given one is untouched), and the EditRecord, method "bsn".
 
     Raises:
         RangeError: ratio outside [0, 1]. NameUnknownError, ShapeError: scores of another model.
-        NonFiniteError: W holds NaN. ConventionError: a head tied to the embedding.
+        NonFiniteError: W holds NaN. ConventionError: a head tied to the embedding; scores of other
+        weights, without `force`.
 
     Cost: a selection among all scores.
     Source: P11 (arXiv 2510.24256).
@@ -204,6 +212,7 @@ def prune(model: Model, scores: Scores, ratio: float | None = None) -> tuple[Mod
     share = require_range("prune", "ratio", scores.ratio if ratio is None else ratio, 0, 1)
     known = model.config.linear_layers()
     record.require_untied("prune", model, scores.layers)
+    begun = record.before("prune", model, ("the list of scores", scores.weights), force)
     changed: dict[str, Array] = {}
     records = []
     for layer, kept in keep(scores.layers, share).items():
@@ -219,7 +228,7 @@ def prune(model: Model, scores: Scores, ratio: float | None = None) -> tuple[Mod
         mass = float(square.sum(where=kept) / square.sum()) if W.any() else math.nan
         found = (W.size, int(kept.sum()), mass, math.nan, 0, record.norm_ratio(edited, W))
         records.append(LayerEdit("bsn", layer, 1 - share, *found))
-    return model.with_parameters(changed), EditRecord(tuple(records))
+    return record.after(begun, changed, records)
 
 
 # ------------------------------------------------------------------ the mask

@@ -9,11 +9,12 @@ import numpy as np
 import scipy.linalg
 
 from refcurv.algebra.blas import one_blas_thread
-from refcurv.algebra.staircase import cut
+from refcurv.algebra.staircase import cut, undecided
 from refcurv.curvature.eigenbasis import Bases, Eigenbasis, signed
 from refcurv.editing import record
 from refcurv.editing.record import EditRecord, LayerEdit
 from refcurv.files import store
+from refcurv.files.digest import digest
 from refcurv.law import tolerance
 from refcurv.law.checks import Array, EmptyError
 from refcurv.model.config import Model, expand
@@ -43,13 +44,14 @@ def truncate(model: Model, energy: Mapping[str, float]) -> tuple[Model, EditReco
         RangeError: a share outside [0, 1]. NameUnknownError: a pattern that matches no linear
         layer. ConventionError: a head tied to the embedding; no mapping. EmptyError: W is 0.
 
-    Cost: about 6·O·I·min(O, I) flops per layer, in float64.
+    Cost: about 6·O·I·min(O, I) flops per layer, in float64; 8 where W is stored shorter.
     Source: P10 (arXiv 2510.24256); Eckart & Young 1936.
     Proof: tests/test_svd.py::test_truncation_is_the_projection_by_the_eigenvectors_of_its_gram,
         ::test_the_error_is_the_tail_and_no_matrix_of_that_rank_is_nearer,
         ::test_the_cut_equals_brute_force
     """
     shares = record.shares("truncate", "energy", model, model.config.linear_layers(), energy)
+    begun = record.before("truncate", model)
     changed: dict[str, Array] = {}
     records = []
     for layer, share in shares.items():
@@ -59,15 +61,28 @@ def truncate(model: Model, energy: Mapping[str, float]) -> tuple[Model, EditReco
         if sigma[0] == 0:
             raise EmptyError(f"truncate: {name} is all zeros; leave {layer!r} out of the pattern.")
         stairs = cut(np.ones(1), (sigma / sigma[0]) ** 2, share, f"truncate {layer!r}")
-        k, edited = stairs.kept, W
+        k, edited, back = stairs.kept, W, 0.0
         if k < len(sigma):
             with one_blas_thread():
-                edited = record.rounded(model, name, (U[:, :k] * sigma[:k]) @ Vt[:k])
-            changed[name] = edited
-        mass, near = stairs.mass / stairs.total, _acceptable(sigma, k)
-        kept = (len(sigma), k, mass, stairs.gap, near, record.norm_ratio(edited, W))
+                exact = (U[:, :k] * sigma[:k]) @ Vt[:k]
+            changed[name] = edited = record.rounded(model, name, exact)
+            back = restored(W, exact, edited, U[:, k:], Vt[k:])
+        mass, near = stairs.mass / stairs.total, _acceptable(sigma, share, max(W.shape))
+        kept = (len(sigma), k, mass, stairs.gap, near, record.norm_ratio(edited, W), back)
         records.append(LayerEdit("svd", layer, share, *kept))
-    return model.with_parameters(changed), EditRecord(tuple(records))
+    return record.after(begun, changed, records)
+
+
+def restored(W: Array, exact: Array, edited: Array, U: Array, Vt: Array) -> float:
+    """What rounding gave back along the dropped u_j v_jᵀ, as a share of what they held.
+
+    Proof: tests/test_svd.py::test_what_rounding_restores_is_the_brute_force
+    """
+    off = edited.astype(np.float64) - exact
+    if not off.any():
+        return 0.0
+    with one_blas_thread():
+        return record.restored((U * (off @ Vt.T)).sum(axis=0), W, exact)
 
 
 def singular_values(W: Array, *, full: bool) -> tuple[Array, Array, Array]:
@@ -116,12 +131,17 @@ def singular_bases(model: Model, layers: str = "**") -> Bases:
             array.flags.writeable = False
         made[layer] = one
     source = MappingProxyType({"inputs": store.inputs(model.source)})
-    return Bases(MappingProxyType(made), source, method="svd")
+    return Bases(MappingProxyType(made), source, method="svd", weights=digest(model))
 
 
-def _acceptable(sigma: Array, k: int) -> int:
-    """Singular values within budget of the cut: each errs by the solver's budget of the largest."""
-    if k in (0, len(sigma)):
+def _acceptable(sigma: Array, energy: float, size: int) -> int:
+    """How many singular values another solver may drop or keep, of W's larger side (ACCEPTABLE)."""
+    if energy in (0, 1):
         return 0
-    width = tolerance.eigenpair(len(sigma)) * sigma[0]
-    return int(((sigma >= sigma[k] - width) & (sigma <= sigma[k - 1] + width)).sum())
+    x = sigma / sigma[0]
+    length = float(np.linalg.norm(x))
+    e = tolerance.eigenvalues(size) * length
+    slack = max(energy, 1 - energy) * (2 * length + e) * e
+    errors = (np.zeros(1), (2 * x + e) * e)
+    sure, possible = undecided(np.ones(1), x**2, energy, errors, slack)
+    return int((possible - sure).sum())

@@ -84,6 +84,14 @@ LAW: Final[Mapping[str, str]] = MappingProxyType(
         "Kept: the fewest first pairs whose mass ≥ fl(fl(ρ·fsum(λ))·fsum(μ)), where a staircase "
         "with c_i pairs in row i weighs fsum_i fl(λ_i·P[c_i]), P the correctly rounded prefix "
         "sums of μ. ρ = 1 keeps everything and returns W itself; ρ = 0 keeps nothing.",
+        "ACCEPTABLE": "Of one A and G two correct solvers differ by at most e_G = "
+        "(16·O + 2)·eps·‖λ‖₂ and e_A = (16·I + 2)·eps·‖μ‖₂, in 2-norm over all eigenvalues. So a "
+        "key lies between (λ_i − e_G)₊(μ_j − e_A)₊ and (λ_i + e_G)(μ_j + e_A), and the mass of any "
+        "set of pairs, less the target, moves by at most s = max(ρ, 1 − ρ)·(√I·Σλ·e_A + √O·Σμ·e_G "
+        "+ √(O·I)·e_A·e_G) and the rounding of SELECT. A pair is surely kept if all others that "
+        "may come before it weigh less than the target − s; surely dropped if those that must come "
+        "before it weigh the target + s or more. `acceptable` counts all other pairs; it is 0 at "
+        "ρ = 0 and 1. Of singular values e = (16·max(O, I) + 2)·eps·‖σ‖₂, the key being σ².",
         "PRECISION": "Exact widening on reading; one dtype for computing (float64, or float32 by "
         "choice); the products of one backward pass over a shard in that dtype; the fold over "
         "passes and shards, eigensolvers, factors and bases in float64; edited weights in the "

@@ -52,6 +52,16 @@ def eigenpair(size: int, dtype: DTypeLike = np.float64) -> float:
     return 8 * size * eps(dtype)
 
 
+def eigenvalues(size: int) -> float:
+    """ACCEPTABLE: |lam' - lam| over |lam|, of two solvers of one matrix, both in 2-norm.
+
+    Hoffman and Wielandt: eigenvalues, in order, move by at most the Frobenius norm of the error,
+    and each solver errs by its own residual. The last term is the rounding of a key's product and
+    of the bounds that it is compared with.
+    """
+    return 2 * eigenpair(size) + 2 * eps(np.float64)
+
+
 def negative(size: int, shard_rows: int, dtype: DTypeLike) -> float:
     """NEGATIVE: how far below zero, as a share of the largest eigenvalue, rounding can reach.
 
