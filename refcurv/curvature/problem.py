@@ -17,9 +17,8 @@ from refcurv.law.checks import (
     ConventionError,
     EmptyError,
     RangeError,
-    require_dtype,
+    as_integers,
     require_finite,
-    require_shape,
     require_token_ids,
 )
 from refcurv.law.conventions import Rows
@@ -261,10 +260,7 @@ def _cross_entropy(batch: Batch, b_N: Array, t_N: Array) -> Loss:
 
 
 def _integers(what: str, array: ArrayLike, shape: Sequence[int] | None) -> Array:
-    out = np.asarray(array)
-    require_shape("exact", what, out, shape or (None, None), "(B, T)")
-    require_dtype("exact", what, out, "iu", "integers")
-    return out.astype(np.int64)
+    return as_integers("exact", what, array, shape or (None, None), "(B, T)")
 
 
 # ------------------------------------------------------------------ part of a layer
