@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from refcurv.algebra.scaling import exponent, norm, shifted
 from refcurv.files.weights import narrow, widen
 from refcurv.law.checks import (
     Array,
@@ -164,8 +165,9 @@ def taken_apart(model: Model, parts: Mapping[str, Array], new: Array) -> dict[st
 
 def norm_ratio(new: Array, old: Array) -> float:
     """‖new‖/‖old‖ in Frobenius norm, in float64; 1 if `old` is 0."""
-    size = float(np.linalg.norm(old.astype(np.float64)))
-    return float(np.linalg.norm(new.astype(np.float64))) / size if size else 1.0
+    k = exponent(old)
+    size, left = (float(norm(shifted(x, -k))) for x in (old, new))
+    return left / size if size else 1.0
 
 
 # ------------------------------------------------------------------ drawing
