@@ -6,6 +6,8 @@ import argparse
 import errno
 import os
 import sys
+import textwrap
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,11 @@ from refcurv.arguments import parser, shares
 from refcurv.law.checks import RefcurvError, require_choice
 
 DONE, JUDGED_AND_FAILED, BAD_INPUT, MACHINE, INTERRUPTED = 0, 1, 2, 3, 130
+
+TRACEBACK = "REFCURV_TRACEBACK"
+"""The environment variable that asks for the traceback of a bug."""
+
+HOUSE = Path(__file__).parent
 
 
 # ------------------------------------------------------------------ commands
@@ -321,23 +328,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = args.work(args)
         sys.stdout.flush()
         return DONE if status is None else int(status)
-    except RefcurvError as error:
-        return _fail(str(error), error.status)
     except KeyboardInterrupt:
         hint = (
             "interrupted; no output was changed. A collection goes on where it was when run again"
         )
         return _fail(hint, INTERRUPTED)
-    except MemoryError as error:
-        return _fail(
-            f"out of memory: {error}. Fewer --layers, or --dtype float32, need less", MACHINE
-        )
     except BrokenPipeError:  # the reader of our output has left, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
-    except OSError as error:
-        kind = MACHINE if error.errno in (errno.ENOSPC, errno.EIO, errno.EDQUOT) else BAD_INPUT
-        return _fail(str(error), kind)
+    except Exception as error:
+        return _fail(*_sentence(error))
+
+
+def _sentence(error: Exception) -> tuple[str, int]:
+    """What an error says in one line, and its exit status: never that of a judgement."""
+    if isinstance(error, RefcurvError):
+        return str(error), error.status
+    if isinstance(error, MemoryError):
+        hint = "Fewer --layers, or --dtype float32, need less"
+        return f"out of memory: {error}. {hint}", MACHINE
+    if isinstance(error, OSError):
+        machine = error.errno in (errno.ENOSPC, errno.EIO, errno.EDQUOT)
+        return str(error), MACHINE if machine else BAD_INPUT
+    return _bug(error), MACHINE
+
+
+def _bug(error: Exception) -> str:
+    """What nobody foresaw: not the input's fault. With REFCURV_TRACEBACK the traceback first."""
+    if os.environ.get(TRACEBACK):
+        traceback.print_exception(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    at = [f for f in frames if HOUSE in Path(f.filename).parents][-1]
+    place = f"{Path(at.filename).relative_to(HOUSE.parent)}:{at.lineno}"
+    said = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
+    return (
+        f"{said} (at {place}). This is a bug of refcurv, whatever the input: please report this "
+        f"line, with the traceback that {TRACEBACK}=1 prints"
+    )
 
 
 def _fail(message: str, status: int) -> int:

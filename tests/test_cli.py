@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -228,6 +229,73 @@ def test_bad_input_is_one_line_and_status_2(name: str, files: Path, tmp_path: Pa
     assert name == "usage" or captured.err.count("\n") == 1
     assert "Traceback" not in captured.err
     assert out.read_bytes() == b"the old output"
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (np.linalg.LinAlgError("Eigenvalues did not converge"), "LinAlgError: Eigenvalues did not"),
+        (ZeroDivisionError("division by zero"), "ZeroDivisionError: division by zero"),
+        (OverflowError("intermediate overflow in fsum"), "OverflowError: intermediate"),
+        (FloatingPointError("underflow"), "FloatingPointError: underflow"),
+        (ValueError("two\nlines"), "ValueError: two lines"),
+        (IndexError(), "IndexError"),
+        (AssertionError("x" * 5000), "AssertionError"),
+        (RuntimeError("a" + " b" * 5000), "RuntimeError: a b b"),
+        (KeyError("blocks.0"), "KeyError: 'blocks.0'"),
+        (NotImplementedError(), "NotImplementedError"),
+        (RecursionError("maximum depth"), "RecursionError"),
+    ],
+    ids=lambda x: type(x).__name__ if isinstance(x, Exception) else "",
+)
+def test_what_nobody_foresaw_is_one_line_and_no_verdict(
+    error: Exception, says: str, files: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    """Status 1 means judged and failed; of a bug it would say so of a sound model."""
+
+    def fail(*_: object) -> None:
+        raise error
+
+    # in a thread, deep inside, where `audit` and `decompose` work
+    monkeypatch.setattr("refcurv.curvature.eigenbasis.signed", fail)
+    monkeypatch.delenv("REFCURV_TRACEBACK", raising=False)
+    arguments = ["decompose", *paths(files, "f"), "-o", str(tmp_path / "b.h5")]
+    assert main(arguments) == 3
+    line = capsys.readouterr().err
+    assert line.startswith(f"refcurv: {says}")
+    assert line.count("\n") == 1 and len(line) < 600
+    assert "Traceback" not in line
+    assert re.search(
+        r"\(at refcurv/curvature/eigenbasis\.py:\d+\)\. This is a bug of refcurv", line
+    )
+    assert "REFCURV_TRACEBACK=1" in line
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("REFCURV_TRACEBACK", "1")
+    assert main(arguments) == 3
+    told = capsys.readouterr().err
+    assert told.startswith("Traceback") and told.endswith(line)
+
+
+def test_an_audit_that_breaks_is_not_an_audit_that_failed(files: Path, capsys, monkeypatch) -> None:
+    def fail(*_: object) -> None:
+        raise np.linalg.LinAlgError("no")
+
+    monkeypatch.setattr("refcurv.judge.audit.prepare", fail)
+    assert main(["audit", *paths(files, "w", "c")]) == 3
+    assert "bug of refcurv" in capsys.readouterr().err
+
+
+def test_a_job_that_memory_does_not_hold_is_status_3(
+    files: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr("refcurv.curvature.room.available", lambda: 1000)
+    out = ["-o", str(tmp_path / "out.h5")]
+    for command, names in (("collect", "wc"), ("decompose", "f")):
+        assert main([command, *paths(files, *names), *out]) == 3
+        line = capsys.readouterr().err
+        assert line.startswith(f"refcurv: {command}: needs 0.0 GiB")
+        assert "--layers" in line and line.count("\n") == 1
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_a_damaged_file_is_named(files: Path, tmp_path: Path, capsys) -> None:
