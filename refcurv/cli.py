@@ -350,6 +350,8 @@ def _sentence(error: Exception) -> tuple[str, int]:
     if isinstance(error, OSError):
         machine = error.errno in (errno.ENOSPC, errno.EIO, errno.EDQUOT)
         return str(error), MACHINE if machine else BAD_INPUT
+    if isinstance(error, ImportError):
+        return f"{error}: a package that refcurv needs is missing or broken; install it", MACHINE
     return _bug(error), MACHINE
 
 
@@ -358,8 +360,9 @@ def _bug(error: Exception) -> str:
     if os.environ.get(TRACEBACK):
         traceback.print_exception(error)
     frames = traceback.extract_tb(error.__traceback__)
-    at = [f for f in frames if HOUSE in Path(f.filename).parents][-1]
-    place = f"{Path(at.filename).relative_to(HOUSE.parent)}:{at.lineno}"
+    places = [(Path(frame.filename), frame.lineno) for frame in frames]
+    inside = [(path.relative_to(HOUSE.parent), at) for path, at in places if HOUSE in path.parents]
+    place = ":".join(map(str, (inside or places)[-1]))
     said = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
     return (
         f"{said} (at {place}). This is a bug of refcurv, whatever the input: please report this "

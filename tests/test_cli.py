@@ -285,6 +285,14 @@ def test_an_audit_that_breaks_is_not_an_audit_that_failed(files: Path, capsys, m
     assert "bug of refcurv" in capsys.readouterr().err
 
 
+def test_a_missing_package_is_no_bug(files: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "refcurv.report.table", None)
+    assert main(["evaluate", *paths(files, "w", "c")]) == 3
+    line = capsys.readouterr().err
+    assert "refcurv.report.table" in line and "missing or broken" in line
+    assert line.count("\n") == 1 and "bug" not in line
+
+
 def test_a_job_that_memory_does_not_hold_is_status_3(
     files: Path, tmp_path: Path, capsys, monkeypatch
 ) -> None:

@@ -141,6 +141,25 @@ def test_the_mass_of_random_pairs_has_no_units(
     assert 0 < records[0].layers[0].mass == records[1].layers[0].mass
 
 
+@pytest.mark.parametrize("a", [-500, 500])
+@pytest.mark.parametrize("b", [-500, 500])
+def test_an_edit_has_the_same_bits_in_any_units_of_the_curvature(
+    a: int, b: int, made: tuple[rc.Model, rc.Bases, rc.Scores]
+) -> None:
+    model, _, _ = made
+    factors = rc.collect(model, corpus_of(case()), UP)
+    one = factors[UP]
+    far = replace(one, sum_A=np.ldexp(one.sum_A, a), sum_G=np.ldexp(one.sum_G, b))
+    found = [
+        rc.edit(model, rc.decompose(replace(factors, layers={UP: x})), 0.6) for x in (one, far)
+    ]
+    first, second = (edited.parameters[f"{UP}.weight"].tobytes() for edited, _ in found)
+    assert first == second
+    for field in ("kept", "mass", "gap", "norm"):
+        want, got = (getattr(record.layers[0], field) for _, record in found)
+        assert want == got
+
+
 def test_a_singular_value_beyond_the_range_is_refused(
     made: tuple[rc.Model, rc.Bases, rc.Scores],
 ) -> None:
