@@ -204,16 +204,16 @@ def eps_outside(x: np.ndarray, gain: np.ndarray, eps: float) -> Any:
     return x * r * gain, (x * r, r, gain)
 
 
-def ascending(M: np.ndarray) -> Any:
-    values, U = EIGH(M)
+def ascending(M: np.ndarray, *more: Any) -> Any:
+    values, U = EIGH(M, *more)
     return values[::-1], U[:, ::-1]
 
 
 EIGH = eigenbasis.blas.eigh
 
 
-def rows_for_columns(M: np.ndarray) -> Any:
-    values, U = EIGH(M)
+def rows_for_columns(M: np.ndarray, *more: Any) -> Any:
+    values, U = EIGH(M, *more)
     return values, U.T[::-1, ::-1]
 
 

@@ -19,8 +19,11 @@ from typing import Any
 
 import numpy as np
 
+from refcurv.algebra.scaling import norm
+from refcurv.curvature import room
 from refcurv.curvature.checkpoint import Checkpoint
 from refcurv.curvature.sums import (
+    SQUARED,
     Moment,
     ShardSums,
     accumulate,
@@ -32,7 +35,7 @@ from refcurv.curvature.sums import (
 from refcurv.files import store
 from refcurv.files.corpus import Corpus
 from refcurv.files.digest import digest
-from refcurv.files.disk import require_room
+from refcurv.files.disk import require_space
 from refcurv.law.checks import (
     Array,
     ConventionError,
@@ -58,7 +61,7 @@ class Factor:
     error_G and error_trace_G are standard errors given the corpus, of the labels or signs that were
     drawn and of nothing else: sqrt(E|G − E G|²) in Frobenius norm, and sqrt(E(tr G − E tr G)²). 0
     where nothing is drawn (`expected`, `empirical`), None where they are not known: one draw alone
-    does not tell.
+    does not tell, nor do squares that leave the range of float64.
     """
 
     sum_A: Array
@@ -153,7 +156,8 @@ def collect(
         draws: draws of labels or signs per position; n_G = rows × draws. From two on, each factor
             says how exactly they determine its G: error_G, error_trace_G.
         rows: "reached" or "labelled" (ROWS).
-        in_flight: shards at a time; by default one per core. Changes no bit.
+        in_flight: shards at a time, at most; by default one per core. Fewer where memory holds the
+            sums of no more. Changes no bit.
         checkpoint: a file to keep the sums in after every block of 64 shards; if it exists, the
             run goes on from there, with the bits of an uninterrupted one. It holds the whole sums
             at the end: delete it once the factors are on disk, as `collect_to` does.
@@ -168,7 +172,8 @@ def collect(
         NameUnknownError: no layer matches. RangeError: token ids, seed or draws out of range, or an
         `expected` of more than 2**16 backward passes over all shards.
         EmptyError: no label anywhere. NonFiniteError: a sum holds NaN or infinity.
-        ConventionError: an unknown choice, or a checkpoint of another run.
+        ConventionError: an unknown choice, or a checkpoint of another run. RoomError: sums that
+        memory does not hold, before any work.
 
     Cost: one forward and `draws` backward passes down to the lowest layer (`expected`: labelled
         positions × vocabulary), plus N·(I² + O²) per layer; memory: weights, float64 sums, the
@@ -186,6 +191,8 @@ def collect(
     job = sweep_of("collect", names, fisher, seed, draws)
     units = shards(corpus, config, keep)
     require_few_passes("collect", units, job, config.vocabulary)
+    need = room.to_collect(config, job, np.dtype(model.dtype).itemsize, units)
+    in_flight = room.in_flight("collect", need, in_flight)
     parameters, totals = memory.resident(model), moments(config, job)
 
     def work(ordinal: int, unit: Shard, turnstile: Turnstile) -> None:
@@ -195,8 +202,8 @@ def collect(
 
     resume = None
     if checkpoint:
-        need = sum(8 * math.prod(total.shape) for total in totals.values())
-        require_room("collect", checkpoint, need)
+        nbytes = sum(8 * math.prod(total.shape) for total in totals.values())
+        require_space("collect", checkpoint, nbytes)
         resume = Checkpoint(Path(checkpoint), _fingerprint(model, corpus, job, keep))
     accumulate(units, work, totals, in_flight, resume, progress)
     return Factors(
@@ -262,7 +269,8 @@ def _finish(
         n_G = totals[g].rows
         # a variance of 0 can come out negative by rounding
         errors = np.sqrt(np.maximum(totals[g].variance, 0)) / n_G
-        error_G, error_trace_G = map(float, errors) if known else (None, None)
+        told = known and (not sums[g].any() or SQUARED[0] <= norm(sums[g]) <= SQUARED[1])
+        error_G, error_trace_G = map(float, errors) if told else (None, None)
         sum_a = sums[f"a {read}"] if config.has_bias(name) else None
         out[name] = Factor(sums[a], totals[a].rows, sums[g], n_G, error_G, error_trace_G, sum_a)
     return out
@@ -274,7 +282,7 @@ def least_certain(factors: Factors) -> tuple[str, float] | None:
     Where G is 0 so is its error.
     """
     shares = {
-        name: factor.error_G * factor.n_G / float(np.linalg.norm(factor.sum_G))
+        name: factor.error_G * factor.n_G / float(norm(factor.sum_G))
         for name, factor in factors.items()
         if factor.error_G
     }

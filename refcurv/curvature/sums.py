@@ -113,18 +113,25 @@ class _Passes:
     def variance(self) -> Array:
         """Of the sum and of its trace; 0 unless there are draws to tell from."""
         M = self._draws
-        return np.zeros(2) if M == 1 else M / (M - 1) * (self._squares - _squares(self.sum) / M)
+        with np.errstate(invalid="ignore"):  # of squares that overflowed, see SQUARED
+            return np.zeros(2) if M == 1 else M / (M - 1) * (self._squares - _squares(self.sum) / M)
+
+
+SQUARED = (2.0**-480, 2.0**500)
+"""|Σ g gᵀ| whose square, and those of its parts, neither overflow nor vanish: beyond, `variance`
+says nothing."""
 
 
 def _squares(triangle: Array) -> Array:
     """(|M|², (tr M)²), Frobenius norm, float64, of the symmetric M that has this lower triangle."""
     diagonal, below, tile = triangle.diagonal().astype(np.float64), 0.0, 256
-    for top in range(0, len(triangle), tile):
-        rows = slice(top, top + tile)
-        left = triangle[rows, :top].astype(np.float64)
-        corner = np.tril(triangle[rows, rows], -1).astype(np.float64)
-        below += float(np.vdot(left, left) + np.vdot(corner, corner))
-    return np.array([2 * below + diagonal @ diagonal, diagonal.sum() ** 2])
+    with np.errstate(over="ignore", under="ignore"):
+        for top in range(0, len(triangle), tile):
+            rows = slice(top, top + tile)
+            left = triangle[rows, :top].astype(np.float64)
+            corner = np.tril(triangle[rows, rows], -1).astype(np.float64)
+            below += float(np.vdot(left, left) + np.vdot(corner, corner))
+        return np.array([2 * below + diagonal @ diagonal, diagonal.sum() ** 2])
 
 
 MOST_PASSES = 2**16

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from refcurv.algebra.scaling import exponent, shifted
 from refcurv.editing import record
 from refcurv.editing.record import Draw, EditRecord, LayerEdit
 from refcurv.files import store
@@ -224,7 +225,7 @@ def prune(
         edited = W
         if not kept.all():
             changed[name] = edited = np.where(kept, W, 0)
-        square = W.astype(np.float64) ** 2
+        square = shifted(W, -exponent(W)) ** 2
         mass = float(square.sum(where=kept) / square.sum()) if W.any() else math.nan
         found = (W.size, int(kept.sum()), mass, math.nan, 0, record.norm_ratio(edited, W))
         records.append(LayerEdit("bsn", layer, 1 - share, *found))

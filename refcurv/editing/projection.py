@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from refcurv.algebra.blas import one_blas_thread
+from refcurv.algebra.scaling import exponent, shifted
 from refcurv.algebra.staircase import cut, undecided
 from refcurv.curvature.eigenbasis import Bases, Eigenbasis, named, require_basis
 from refcurv.editing import record
@@ -137,13 +138,11 @@ def _acceptable(one: Eigenbasis, rho: float) -> int:
     """How many pairs another correct program may decide the other way (ACCEPTABLE)."""
     if rho in (0, 1):
         return 0
-    (O, Lam), (I, Mu) = ((len(x), float(x.sum())) for x in (one.lam, one.mu))  # noqa: E741
-    e_G, e_A = (
-        tolerance.eigenvalues(len(x)) * x[0] * float(np.linalg.norm(x / x[0]))
-        for x in (one.lam, one.mu)
-    )
+    lam, mu = (shifted(x, -exponent(x)) for x in (one.lam, one.mu))  # as SELECT takes them
+    (O, Lam), (I, Mu) = ((len(x), float(x.sum())) for x in (lam, mu))  # noqa: E741
+    e_G, e_A = (tolerance.eigenvalues(len(x)) * float(np.linalg.norm(x)) for x in (lam, mu))
     first = math.sqrt(I) * Lam * e_A + math.sqrt(O) * Mu * e_G
     slack = max(rho, 1 - rho) * (first + math.sqrt(O * I) * e_A * e_G)
     errors = (np.full(O, e_G), np.full(I, e_A))
-    sure, possible = undecided(one.lam, one.mu, rho, errors, slack)
+    sure, possible = undecided(lam, mu, rho, errors, slack)
     return int((possible - sure).sum())

@@ -80,7 +80,8 @@ LAW: Final[Mapping[str, str]] = MappingProxyType(
         "(lowest index on ties) is positive.",
         "NEGATIVE": "Eigenvalues within λ_max·c·(n_shard·eps(compute) + d·eps(float64)) of 0 "
         "become 0 and are counted; a more negative one is an error.",
-        "SELECT": "Keys fl(λ_i μ_j) in float64, descending, ties in row-major order of (i, j). "
+        "SELECT": "λ and μ are first brought to λ_1, μ_1 in [1, 2) by powers of two. Keys "
+        "fl(λ_i μ_j) in float64, descending, ties in row-major order of (i, j). "
         "Kept: the fewest first pairs whose mass ≥ fl(fl(ρ·fsum(λ))·fsum(μ)), where a staircase "
         "with c_i pairs in row i weighs fsum_i fl(λ_i·P[c_i]), P the correctly rounded prefix "
         "sums of μ. ρ = 1 keeps everything and returns W itself; ρ = 0 keeps nothing.",
