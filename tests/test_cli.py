@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -558,7 +559,7 @@ def test_an_interrupt_that_python_drops_is_raised_by_the_next_progress(
 def test_progress_goes_into_a_log_too(capsys, monkeypatch) -> None:
     """A line from time to time where there is no terminal."""
     clock = iter([0.0, 10.0, 29.0, 31.0, 40.0, 62.0])
-    monkeypatch.setattr(terminal.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(terminal, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     update = terminal.progress_bar("collect")
     for done in range(1, 6):
         update(done * 1000, 5000)
