@@ -17,6 +17,8 @@ from test_factors import corpus_of, model_of
 
 import refcurv as rc
 from refcurv.algebra.scaling import exponent, far_exponent, norm, shifted, total
+from refcurv.evaluation import bands
+from refcurv.evaluation.bands import Quantity
 from refcurv.law.checks import RangeError
 
 REAL = np.finfo(np.float64)
@@ -171,6 +173,18 @@ def test_a_singular_value_beyond_the_range_is_refused(
             rc.singular_bases(far, UP)
     with pytest.raises(RangeError, match=f"truncate: '{UP}' has a singular value beyond"):
         rc.truncate(far, {UP: 0.5})
+
+
+@pytest.mark.parametrize("power", FAR)
+@pytest.mark.parametrize("quantity", list(Quantity))
+def test_norms_of_bands_are_those_of_their_inputs(
+    quantity: Quantity, power: int, made: tuple[rc.Model, rc.Bases, rc.Scores]
+) -> None:
+    model, basis, _ = made
+    norms = bands._probe(model, model.parameters, UP, basis[UP], quantity).norms
+    x_NI = np.random.default_rng(0).normal(size=(3, 8))
+    got = np.ldexp(norms(np.ldexp(x_NI, power)), -power)
+    assert (got > 0).any() and np.allclose(got, norms(x_NI), rtol=1e-13, atol=0)
 
 
 @pytest.mark.parametrize("power", FAR)

@@ -86,11 +86,12 @@ def test_O59_powers_of_two_change_no_pair(
     assert want.gap == got.gap or (math.isnan(want.gap) and math.isnan(got.gap))
 
 
-def test_keys_below_the_normal_numbers_are_told_apart() -> None:
+@pytest.mark.parametrize(("a", "b"), [(0, 0), (-500, -500), (100, -1000), (-1000, 100)])
+def test_keys_below_the_normal_numbers_are_told_apart(a: int, b: int) -> None:
     """2^-30 (1 + 2^-50) against 2^-30: at 2^-1000 both would be the same subnormal number."""
-    lam, mu = np.array([1, 2.0**-30 * (1 + 2.0**-50)]), np.array([1, 2.0**-30])
-    for unit in (1, 2.0**-500):
-        assert cut(unit * lam, unit * mu, 1 - 2.0**-30).counts.tolist() == [1, 1]
+    lam, mu = np.array([1, 2.0**-20 * (1 + 2.0**-50)]), np.array([1, 2.0**-10, 2.0**-30])
+    rho = 1 - 1.5 * 2.0**-30
+    assert cut(lam * 2.0**a, mu * 2.0**b, rho).counts.tolist() == [2, 2]
 
 
 @given(spectra(ties=False), spectra(ties=False), st.floats(0.01, 0.99))
