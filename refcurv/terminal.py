@@ -78,6 +78,7 @@ def interrupts() -> Iterator[None]:
     finally:
         signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
         sys.unraisablehook = hook
+        _interrupted.clear()
 
 
 _interrupted = threading.Event()
