@@ -23,6 +23,7 @@ TARGETS = {
         "unfold",
         "rms_norm_forward",
         "rms_norm_backward",
+        "unit_scale",
         "centre",
         "visible_keys",
         "softmax_over",
