@@ -7,11 +7,13 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 from strategies import Case, assert_within, case, cases, image_cases, scaled
 from test_factors import model_of
 
 import refcurv as rc
 from refcurv.algebra import blas, kernels
+from refcurv.curvature.sums import add_gram
 from refcurv.law import tolerance
 from refcurv.law.checks import NonFiniteError
 from refcurv.model import layers, transformer
@@ -172,6 +174,14 @@ def test_what_leaves_the_range_is_refused_in_one_line(name: str) -> None:
             entrances(one, "float64")[name]()
 
 
+def test_a_gradient_that_leaves_the_range_is_refused() -> None:
+    """The norms divide by a stream so small that its reciprocal is no float32."""
+    one = scaled(1e-40)
+    with pytest.raises(NonFiniteError, match=r"the gradient of '.*' holds .*compute in float64"):
+        rc.loss_and_gradient(model_of(one, "float32"), one.token)
+    rc.loss_and_gradient(model_of(one), one.token)
+
+
 # ------------------------------------------------------------------ activations
 
 
@@ -236,6 +246,21 @@ def test_gram_is_the_lower_triangle_of_the_product(dtype: type, rows: int, size:
         assert (np.abs(np.tril(total) - want) <= tolerance.gamma(rows + 2, dtype) * scale).all()
     with pytest.raises(ValueError, match="add_gram"):
         blas.add_gram(x, np.zeros((size + 1, size + 1), dtype), onto=False)
+
+
+@given(st.lists(st.sampled_from([0.0, 1e-30, 1e-20, 1e-9, 1.0]), min_size=1, max_size=4))
+def test_products_that_would_vanish_in_float32_are_made_in_float64(sizes: list[float]) -> None:
+    """Chunk by chunk, in any order; what was held in float32 stays there."""
+    rng = np.random.default_rng(0)
+    chunks = [(rng.normal(size=(5, 4)) * size).astype(np.float32) for size in sizes]
+    got = np.empty((4, 4), np.float32)
+    for n, x in enumerate(chunks):
+        got = add_gram(x, got, onto=n > 0)
+    wide = np.concatenate(chunks).astype(np.float64)
+    budget = tolerance.gram(len(wide), 1, np.float32) * np.linalg.norm(wide) ** 2
+    assert np.linalg.norm(np.tril(got - wide.T @ wide)) <= budget
+    first = next((size for size in sizes if size), 1.0)
+    assert got.dtype == (np.float32 if first > 1e-15 else np.float64)
 
 
 @pytest.mark.parametrize("size", [1, 5, 63, 64, 65, 200])
