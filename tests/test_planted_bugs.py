@@ -201,7 +201,7 @@ ATTENTION = layers.attention_forward
 
 def eps_outside(x: np.ndarray, gain: np.ndarray, eps: float) -> Any:
     r = 1 / (np.sqrt((x * x).mean(axis=-1, keepdims=True)) + eps)
-    return x * r * gain, (x * r, r, gain)
+    return x * r * gain, (x * r, r, x.dtype.type(1), gain)
 
 
 def ascending(M: np.ndarray, *more: Any) -> Any:

@@ -18,6 +18,7 @@ from refcurv.law.checks import (
     ShapeError,
     as_array,
     as_integers,
+    overflow_hint,
     require_choice,
     require_dtype,
     require_finite,
@@ -186,7 +187,7 @@ def top_ids(logits: Array, k: int) -> Array:
     logits = as_array("top_ids", "logits", logits, "(N, V)")
     require_shape("top_ids", "logits", logits, (None, None), "(N, V)")
     require_dtype("top_ids", "logits", logits, "biuf", "real numbers")
-    require_finite("top_ids", "logits", logits, "Are the weights finite?")
+    require_finite("top_ids", "logits", logits, overflow_hint(logits.dtype))
     V = logits.shape[1]
     if isinstance(k, bool) or not isinstance(k, int | np.integer) or not 1 <= k <= V:
         raise RangeError(

@@ -176,6 +176,13 @@ def require_finite(who: str, what: str, array: Array, hint: str = "") -> None:
     )
 
 
+def overflow_hint(dtype: DTypeLike) -> str:
+    """What makes a number computed in `dtype` infinite or NaN, and what to do about it."""
+    real = np.zeros(0, dtype).real.dtype
+    wider = ", or compute in float64" if real.itemsize < 8 else ""
+    return f"NaN in the weights, or products beyond the range of {real}: check the weights{wider}."
+
+
 def require_range(who: str, what: str, value: float, low: float, high: float) -> float:
     """Return `value` as a float, or raise RangeError unless low <= value <= high."""
     try:

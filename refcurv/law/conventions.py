@@ -94,9 +94,9 @@ LAW: Final[Mapping[str, str]] = MappingProxyType(
         "before it weigh the target + s or more. `acceptable` counts all other pairs; it is 0 at "
         "ρ = 0 and 1. Of singular values e = (16·max(O, I) + 2)·eps·‖σ‖₂, the key being σ².",
         "PRECISION": "Exact widening on reading; one dtype for computing (float64, or float32 by "
-        "choice); the products of one backward pass over a shard in that dtype; the fold over "
-        "passes and shards, eigensolvers, factors and bases in float64; edited weights in the "
-        "dtype of their source.",
+        "choice); the products of one backward pass over a shard in that dtype, in float64 where "
+        "all of float32's would vanish; the fold over passes and shards, eigensolvers, factors and "
+        "bases in float64; edited weights in the dtype of their source.",
         "SHARD, BLOCK": "Shard = max(1, 2048 div T) consecutive sequences, T the corpus's width "
         "(of images: the model's positions); the head in chunks of 512 kept rows; block = 64 "
         "consecutive shards. A shard's backward passes (by draw, or by position and then entry) "
