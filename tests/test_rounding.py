@@ -94,22 +94,29 @@ def test_the_estimate_is_the_error(which: str, dtype: type) -> None:
     assert kinds == {True, False}
 
 
-def no_layer_is_refused(one: Case) -> None:
+def sound_if_and_only_if_not_refused(one: Case) -> None:
+    """Random models hold noise too: of a text of one token, for example."""
     if (one.label >= 0).any():
+        exact = gradients(one, np.longdouble)
         for name, factor in collected(one, np.float64).items():
-            assert not refused(factor), name
+            trace = factor.sum_G.trace()  # of 0 nothing can be cut anyway
+            off = abs(trace - np.square(exact[name]).sum())
+            if off < 0.01 * trace:
+                assert not refused(factor), name
+            elif off > 0.5 * trace > 0:
+                assert refused(factor), name
 
 
 @given(one=cases())
-def test_no_sound_layer_is_refused(one: Case) -> None:
-    no_layer_is_refused(one)
+def test_sound_layers_are_not_refused_and_noise_is(one: Case) -> None:
+    sound_if_and_only_if_not_refused(one)
 
 
 @pytest.mark.slow
 @settings(max_examples=1000)
 @given(one=cases(layers=3))
-def test_no_layer_of_a_thousand_sound_models_is_refused(one: Case) -> None:
-    no_layer_is_refused(one)
+def test_a_thousand_models(one: Case) -> None:
+    sound_if_and_only_if_not_refused(one)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
