@@ -43,10 +43,11 @@ from refcurv.law.checks import (
     NonFiniteError,
     require_choice,
 )
-from refcurv.law.conventions import Fisher, Rows, describe
+from refcurv.law.conventions import BLOCK_SHARDS, Fisher, Rows, describe
 from refcurv.model.config import Model, ModelConfig, expand
 from refcurv.passes import memory
 from refcurv.passes.parallel import Progress, Turnstile, run
+from refcurv.passes.rounding import rounding
 from refcurv.passes.shards import Shard, shards
 
 
@@ -61,7 +62,8 @@ class Factor:
     error_G and error_trace_G are standard errors given the corpus, of the labels or signs that were
     drawn and of nothing else: sqrt(E|G − E G|²) in Frobenius norm, and sqrt(E(tr G − E tr G)²). 0
     where nothing is drawn (`expected`, `empirical`), None where they are not known: one draw alone
-    does not tell, nor do squares that leave the range of float64.
+    does not tell, nor do squares that leave the range of float64. rounding_G estimates how much of
+    tr sum_G is rounding (NEGATIVE); None of factors that were made without it.
     """
 
     sum_A: Array
@@ -71,6 +73,7 @@ class Factor:
     error_G: float | None = None
     error_trace_G: float | None = None
     sum_a: Array | None = None
+    rounding_G: float | None = None
 
     @property
     def A(self) -> Array:
@@ -194,11 +197,15 @@ def collect(
     need = room.to_collect(config, job, np.dtype(model.dtype).itemsize, units)
     in_flight = room.in_flight("collect", need, in_flight)
     parameters, totals = memory.resident(model), moments(config, job)
+    looked_at = _first_of_blocks(units)
 
     def work(ordinal: int, unit: Shard, turnstile: Turnstile) -> None:
         sums = ShardSums(config, totals, turnstile, ordinal, job)
         memory.sweep(config, parameters, unit, job, sums.take)
         sums.finish()
+        if unit.number in looked_at:  # alone in its block, so that it needs no turn
+            for name, (square, count) in rounding(config, parameters, unit, job).items():
+                totals[f"e {name}"].add(np.array([square]), count)
 
     resume = None
     if checkpoint:
@@ -217,6 +224,15 @@ def collect(
         MappingProxyType({"inputs": store.inputs(model.source, corpus.source)}),
         digest(model),
     )
+
+
+def _first_of_blocks(units: list[Shard]) -> set[int]:
+    """The numbers of each block's first shard that has a label: whose rounding is looked at."""
+    first: dict[int, int] = {}
+    for unit in units:
+        if (unit.label_BT >= 0).any():
+            first.setdefault(unit.number // BLOCK_SHARDS, unit.number)
+    return set(first.values())
 
 
 def _fingerprint(model: Model, corpus: Corpus, job: memory.Sweep, keep: Rows) -> dict[str, Any]:
@@ -272,8 +288,14 @@ def _finish(
         told = known and (not sums[g].any() or SQUARED[0] <= norm(sums[g]) <= SQUARED[1])
         error_G, error_trace_G = map(float, errors) if told else (None, None)
         sum_a = sums[f"a {read}"] if config.has_bias(name) else None
-        out[name] = Factor(sums[a], totals[a].rows, sums[g], n_G, error_G, error_trace_G, sum_a)
+        drawn, rounding_G = (error_G, error_trace_G), _rounding(totals[f"e {name}"], n_G)
+        out[name] = Factor(sums[a], totals[a].rows, sums[g], n_G, *drawn, sum_a, rounding_G)
     return out
+
+
+def _rounding(squares: Moment, n_G: int) -> float | None:
+    """Σ |e|² over n_G rows, from the rows that were looked at; None if there were none."""
+    return float(squares.state()[0]) * n_G / squares.rows if squares.rows else None
 
 
 def least_certain(factors: Factors) -> tuple[str, float] | None:

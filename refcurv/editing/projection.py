@@ -17,8 +17,8 @@ from refcurv.curvature.eigenbasis import Bases, Eigenbasis, named, require_basis
 from refcurv.editing import record
 from refcurv.editing.record import EditRecord, LayerEdit
 from refcurv.law import tolerance
-from refcurv.law.checks import Array, NameUnknownError, require_shape
-from refcurv.law.conventions import Bias
+from refcurv.law.checks import Array, EmptyError, NameUnknownError, require_shape
+from refcurv.law.conventions import MOST_ROUNDING, Bias
 from refcurv.model.config import Model
 
 
@@ -79,9 +79,9 @@ def edit(
     Raises:
         RangeError: rho outside [0, 1]. NameUnknownError: a pattern that matches no layer with a
         basis. ShapeError: a basis of another model, or a joint one without the bias's column.
-        EmptyError: a layer without curvature. ConventionError: a basis of other weights, without
-        `force`. ShapeError, NonFiniteError, ConventionError: what is no eigenbasis
-        (`require_basis`).
+        EmptyError: a layer without curvature, or with none but rounding (NEGATIVE).
+        ConventionError: a basis of other weights, without `force`. ShapeError, NonFiniteError,
+        ConventionError: what is no eigenbasis (`require_basis`).
 
     Cost: 4·O·I·(O + I) flops per layer, in float64; half as much again where W is stored shorter.
     Source: P5-P8 (arXiv 2510.24256).
@@ -96,6 +96,7 @@ def edit(
     records = []
     for layer, share in shares.items():
         parts, W, one = read_layer("edit", model, basis, layer)
+        _require_curvature(layer, one)
         stairs = cut(one.lam, one.mu, share, f"edit {layer!r}")
         edited, back = W, 0.0
         if share != 1:
@@ -132,6 +133,17 @@ def read_layer(
     axes = "(O, I) of its basis" if len(parts) == 1 else "(O, I + 1) of its joint basis"
     require_shape(who, " with ".join(parts), W, (len(one.lam), len(one.mu)), axes)
     return parts, W, one
+
+
+def _require_curvature(layer: str, one: Eigenbasis) -> None:
+    """Refuse a layer whose G is largely rounding (NEGATIVE); where that is not known, none."""
+    trace = float(one.lam.sum())
+    if trace > 0 and one.rounding is not None and one.rounding > MOST_ROUNDING * trace:
+        raise EmptyError(
+            f"edit {layer!r}: G has trace {trace:.1e}, of which rounding alone makes "
+            f"{one.rounding:.1e}: its directions are noise (NEGATIVE). Collect it in float64, or "
+            "leave the layer out: its gradient may be zero by theory."
+        )
 
 
 def _acceptable(one: Eigenbasis, rho: float) -> int:

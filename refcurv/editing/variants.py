@@ -160,7 +160,7 @@ def one_sided(basis: Bases, side: str) -> Bases:
     for name, one in basis.items():
         require_basis("one_sided", name, one)
         if side == "inputs":
-            made[name] = replace(one, lam=_ones(len(one.lam)), raised_G=0)
+            made[name] = replace(one, lam=_ones(len(one.lam)), raised_G=0, rounding=None)
         else:
             made[name] = replace(one, mu=_ones(len(one.mu)), raised_A=0)
     return replace(basis, layers=MappingProxyType(made), method=f"{side} only")
