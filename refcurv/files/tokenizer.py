@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,10 +23,10 @@ from refcurv.law.checks import (
     SchemaError,
 )
 
-PIECE: Final = 2**20
+PIECE: Final = 2**18
 """Letters tokenized at one time; the library takes some 130 bytes for each."""
 
-OVERLAP: Final = 2**16
+OVERLAP: Final = 2**14
 """Letters that two pieces share."""
 
 PARTS: Final = 2048
@@ -72,7 +73,7 @@ def encode_pairs(
 
     Definition
         ids = those of the text prefix + suffix. The prefix has the tokens up to the first one that
-        reaches over the seam or begins behind it; a token that is of both is the suffix's.
+        ends behind the seam; a token that is of both is the suffix's.
 
     Proof: tests/test_tokenizer.py::test_a_pair_has_the_ids_of_its_text
     """
@@ -93,7 +94,7 @@ def _cut_before(encoding: Any, text: str, seam: int) -> tuple[int, bool]:
     """
     spans = np.array(encoding.offsets, np.int64).reshape(-1, 2)
     starts, ends = spans[:, 0], spans[:, 1]
-    behind = np.flatnonzero((starts >= seam) | (ends > seam))
+    behind = np.flatnonzero(ends > seam)
     k = int(behind[0]) if len(behind) else len(spans)
     reach, following = int(ends[:k].max(initial=0)), int(starts[k:].min(initial=len(text)))
     if 0 < reach <= seam < following and _composes(text[reach - 1 : seam], text[seam:following]):
@@ -113,7 +114,10 @@ def _composes(left: str, right: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """The tokens of text[begin:end]: ids, where in the text (n, 2), which begin a word."""
+    """The tokens of text[begin:end]: ids, where in the text (n, 2), which begin a word.
+
+    The last two are known of the first and the last OVERLAP letters; elsewhere the place is -1.
+    """
 
     begin: int
     end: int
@@ -167,11 +171,20 @@ def in_pieces(library: Any, text: str, at: Callable[[int], None]) -> Array:
 
 
 def _piece(library: Any, text: str, begin: int, end: int) -> _Piece:
+    """Tokenize text[begin:end]; places and words are looked up where other pieces share it."""
     found = library.encode(text[begin:end], add_special_tokens=False)
-    spans = np.array(found.offsets, np.int64).reshape(-1, 2) + begin
-    words = np.array([-1 if word is None else word for word in found.word_ids], np.int64)
-    first = np.diff(words, prepend=-2) != 0
-    return _Piece(begin, min(end, len(text)), np.array(found.ids, np.int32), spans, first)
+    n, end = len(found), min(end, len(text))
+    head, tail = (
+        bisect_left(range(n), letter, key=lambda i: found.token_to_chars(i)[0])
+        for letter in (OVERLAP, end - begin - OVERLAP)
+    )
+    shared = [*range(head), *range(max(head, tail), n)]
+    spans, words = np.full((n, 2), -1, np.int64), np.full(n, -1, np.int64)
+    for i in shared:
+        spans[i] = found.token_to_chars(i)
+        words[i] = -1 if (word := found.token_to_word(i)) is None else word
+    spans[shared] += begin
+    return _Piece(begin, end, np.array(found.ids, np.int32), spans, np.diff(words, prepend=-2) != 0)
 
 
 def _joint(left: _Piece, right: _Piece, inside_words: bool) -> tuple[int, int] | None:
@@ -257,7 +270,8 @@ def load_tokenizer(file: PathLike, eos: str | None) -> Tokenizer:
         library.no_padding()
         ids = sorted(library.get_vocab(with_added_tokens=True).values())
         before, behind = _template(library, ids, where)
-        library.post_processor = None  # done with; it would trim spaces off the offsets
+        # what it does is known now, and it may trim spaces off the offsets
+        library.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
         last = None if eos is None else library.token_to_id(eos)
     _require_certain(library, where)
     if eos is not None and last is None:
