@@ -77,6 +77,16 @@ def test_wrong_bins(tmp_path: Path, name: str) -> None:
     assert says in str(caught.value)
 
 
+def test_ids_that_were_lost_in_writing(tmp_path: Path) -> None:
+    """Ids of 300 letters do not fit a byte: 44 may have been 300."""
+    (tmp_path / "a.bin").write_bytes(b"\1\2\44")
+    made = tokenizers.Tokenizer(models.WordLevel({str(i): i for i in range(300)}, unk_token="0"))
+    made.save(str(tmp_path / "t.json"))
+    with pytest.raises(ConventionError, match="holds uint8, and the tokenizer has 300 ids: those"):
+        build_corpus([tmp_path / "a.bin"], tmp_path / "t.json", token_dtype="uint8")
+    assert build_corpus([tmp_path / "a.bin"], token_dtype="uint8").tokens.size == 3
+
+
 def test_a_megatron_bin_lacks_its_documents(tmp_path: Path) -> None:
     (tmp_path / "a_text_document.bin").write_bytes(b"\1\0\2\0")
     (tmp_path / "a_text_document.idx").write_bytes(b"MMIDIDX\0\0" + bytes(30))

@@ -126,6 +126,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "types": ({**IDS, "token_type_ids": [0, 1, 1]}, "no types of tokens"),
     "loss_mask": ({**IDS, "loss_mask": [0, 1, 1]}, "'loss_mask', which says how its tokens count"),
     "completion_mask": ({**IDS, "completion_mask": [0, 1, 1]}, "'completion_mask', which says"),
+    "both": ({**IDS, "attention_mask": [1, 1, 1], "completion_mask": [0, 1, 1]}, "'completion_m"),
     "any mask": ({**IDS, "Prompt_Mask_2": [0, 1, 1]}, "'Prompt_Mask_2', which says"),
     "segments": ({**IDS, "segment_ids": [0, 1, 1]}, "'segment_ids', which says"),
     "lengths": ({**IDS, "seq_lens": [1, 2]}, "'seq_lens', which says"),

@@ -104,7 +104,8 @@ class Reader:
             yield from (Item(at, 0, ids) for at, ids in npy_rows(path))
         elif suffix == ".bin":
             self.bare += 1
-            yield Item(where, 0, read_bin(path, self._token_dtype))
+            vocabulary = self._tokenizer.vocabulary if self._tokenizer else None
+            yield Item(where, 0, read_bin(path, self._token_dtype, vocabulary))
         elif suffix in JSON_LINES:
             for start, at, line in lines(path):
                 self._at(start)

@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Any, BinaryIO, Final
 
 import numpy as np
 
@@ -51,30 +51,22 @@ def npy_rows(path: Path) -> Iterator[tuple[str, Array]]:
         yield (where if array.ndim == 1 else f"{where} row {n}"), row
 
 
-def read_bin(path: Path, token_dtype: str | None) -> Array:
-    """The ids of a .bin: of a shard of llm.c, else all of the file as `token_dtype`."""
+def read_bin(path: Path, token_dtype: str | None, vocabulary: int | None) -> Array:
+    """The ids of a .bin: of a shard of llm.c, else all of the file as `token_dtype`.
+
+    Where the tokenizer's vocabulary is known, ids that could not hold it are refused: those
+    beyond were written as others.
+    """
     where = repr(str(path))
     with machine_faults("open", path):
         data = path.read_bytes()
     _require_plain(path, where)
-    magic, version, count = np.frombuffer(data[:12].ljust(12, b"\0"), "<i4").tolist()
-    if magic == _EVALUATION:
-        raise SchemaError(f"{WHO}: {where} holds llm.c's questions, not plain ids. Give a .jsonl.")
-    if magic in SHARDS:
-        dtype = _shard_dtype(where, magic, version, token_dtype)
-        data = data[_HEADER:]
-        if count * dtype.itemsize != len(data):
-            raise SchemaError(
-                f"{WHO}: {where} declares {count} ids of {dtype}, and holds {len(data)} bytes of "
-                "them. Copy or make it again."
-            )
-    elif token_dtype is None:
+    dtype, data = _opened(where, data, token_dtype)
+    if vocabulary and vocabulary - 1 > (top := np.iinfo(dtype).max):
         raise ConventionError(
-            f"{WHO}: {where} does not say what it holds. If it is bare token ids, give their "
-            "--token-dtype: uint16 as nanoGPT writes them, uint32 for vocabularies above 65,536."
+            f"{WHO}: {where} holds {dtype}, and the tokenizer has {vocabulary} ids: those beyond "
+            f"{top} were lost in writing. Write it anew, or leave the tokenizer out."
         )
-    else:
-        dtype = np.dtype(require_choice(WHO, "token_dtype", token_dtype, TOKEN_DTYPES))
     if len(data) % dtype.itemsize:
         raise SchemaError(f"{WHO}: {where} holds {len(data)} bytes, no whole number of {dtype}.")
     ids = np.frombuffer(data, dtype.newbyteorder("<"))
@@ -82,10 +74,20 @@ def read_bin(path: Path, token_dtype: str | None) -> Array:
     return ids.astype(np.int32)
 
 
-def _shard_dtype(
-    where: str, magic: int, version: int, token_dtype: str | None
-) -> np.dtype[np.generic]:
-    """What a shard of llm.c holds; refuse another version, and a dtype that contradicts it."""
+def _opened(
+    where: str, data: bytes, token_dtype: str | None
+) -> tuple[np.dtype[np.integer[Any]], bytes]:
+    """What the ids are, and their bytes; refuse a file that does not say, or says another."""
+    magic, version, count = np.frombuffer(data[:12].ljust(12, b"\0"), "<i4").tolist()
+    if magic == _EVALUATION:
+        raise SchemaError(f"{WHO}: {where} holds llm.c's questions, not plain ids. Give a .jsonl.")
+    if magic not in SHARDS:
+        if token_dtype is None:
+            raise ConventionError(
+                f"{WHO}: {where} does not say what it holds. If it is bare token ids, give their "
+                "--token-dtype: uint16 as nanoGPT writes them, uint32 for larger vocabularies."
+            )
+        return np.dtype(require_choice(WHO, "token_dtype", token_dtype, TOKEN_DTYPES)), data
     known, own = SHARDS[magic]
     if version != known:
         raise SchemaError(f"{WHO}: {where} is llm.c's, of version {version}; {known} is known.")
@@ -94,7 +96,13 @@ def _shard_dtype(
             f"{WHO}: {where} is a shard of llm.c that holds {own}, and token_dtype is "
             f"{token_dtype!r}. Give it in a run of its own, without --token-dtype."
         )
-    return np.dtype(own)
+    dtype, data = np.dtype(own), data[_HEADER:]
+    if count * dtype.itemsize != len(data):
+        raise SchemaError(
+            f"{WHO}: {where} declares {count} ids of {dtype}, and holds {len(data)} bytes of "
+            "them. Copy or make it again."
+        )
+    return dtype, data
 
 
 def _require_plain(path: Path, where: str) -> None:

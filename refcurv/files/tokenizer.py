@@ -33,7 +33,7 @@ PARTS: Final = 2048
 """Texts tokenized at one time, when they are short."""
 
 _MAX_FILE: Final = 2**28  # bytes of a tokenizer.json; the largest known has a tenth
-_VOCABULARIES: Final = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt")
+_VOCABULARIES: Final = ("*.model", "*.tiktoken", "vocab.json", "merges.txt", "vocab.txt")
 _BESIDE: Final = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
@@ -230,9 +230,9 @@ def find_tokenizer(path: PathLike) -> Path:
     found = Path(path)
     with machine_faults("open", path):
         folder = found if found.is_dir() else found.parent
-        there = [name for name in _VOCABULARIES if (folder / name).is_file()]
+        there = [one.name for like in _VOCABULARIES for one in sorted(folder.glob(like))][:8]
         is_made = (folder / "tokenizer.json").is_file()
-    if found != folder and found.name not in (*_BESIDE, *there) and found.suffix != ".model":
+    if found != folder and not any(map(found.match, (*_BESIDE, *_VOCABULARIES))):
         return found
     if is_made and found == folder:
         return folder / "tokenizer.json"
