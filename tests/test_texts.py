@@ -278,7 +278,7 @@ def test_special_tokens(at: Path) -> None:
         build_corpus(["a.txt"], "st.json", eos="</s>")
 
 
-def test_prefix_and_suffix_are_one_text(at: Path) -> None:
+def test_prefix_and_suffix_are_one_text(at: Path, capsys: Any) -> None:
     """The seam of the official quotes, "Att" and "itude", lies within a token."""
     tokenizer = tokenizers.Tokenizer.from_file("bpe.json")
     write("q.jsonl", [{"prefix": "the att", "target_suffix": "itude"},
@@ -290,6 +290,11 @@ def test_prefix_and_suffix_are_one_text(at: Path) -> None:
     assert tokenizer.encode("the attitude").tokens[-1] == "Ġattitude"
     assert got.prompt_length.tolist() == [got.length[0] - 1, len(tokenizer.encode("the cat sat"))]
     assert counts(made)["populations"]["q"]["straddling"] == 1
+    assert main(["corpus", "--tokenizer", "bpe.json", "-o", "q.h5", "--population",
+                 "q:answer:dev=q.jsonl"]) == 0  # fmt: skip
+    assert "1 prefixes end within a token, which is asked for with" in capsys.readouterr().out
+    provenance = rc.load_corpus("q.h5").source["provenance"]
+    assert provenance["counts"]["populations"]["q"]["straddling"] == 1
 
 
 def test_truncation_and_padding_of_the_tokenizer_are_off(at: Path) -> None:
