@@ -109,6 +109,8 @@ def corpus(args: argparse.Namespace) -> None:
         length=args.length,
         pack=args.pack,
         eos=args.eos,
+        separator=args.separator,
+        token_dtype=args.token_dtype,
         populations=args.population,
         progress=progress_bar("tokenize"),
     )
@@ -283,8 +285,10 @@ def _corpus_lines(counts: dict[str, Any]) -> Iterator[str]:
     parts = [counts, *counts["populations"].values()]
     if empty := sum(part.get("empty", 0) for part in parts):
         yield f"left out: {empty:,} documents without a token"
-    if seams := sum(part.get("seams", 0) for part in parts):
-        yield f"long texts were tokenized in pieces, with {seams:,} seams at line ends"
+    if straddling := sum(part.get("straddling", 0) for part in parts):
+        yield (
+            f"{straddling:,} prefixes end within a token, which is asked for with their suffixes"
+        )
     if counts["ignored_keys"]:
         yield f"keys ignored: {', '.join(map(repr, counts['ignored_keys']))}"
 
