@@ -597,11 +597,14 @@ def _columns(character: str) -> int:
 
 
 def _shorten(text: str, width: int) -> str:
-    if _display_width(text) <= width:
-        return text
-    while text and _display_width(text) > width - 1:
-        text = text[:-1]
-    return text + "…"
+    used = end = 0
+    for place, character in enumerate(text, 1):
+        used += _columns(character)
+        if used > width:
+            return text[:end] + "…"
+        if used < width:
+            end = place
+    return text
 
 
 def _padded(text: str, width: int, side: str) -> str:
