@@ -185,6 +185,7 @@ def collect(
     job = sweep_of("collect", names, fisher, seed, draws)
     units = shards(corpus, config, keep)
     require_few_passes("collect", units, job, config.vocabulary)
+    own = digest(model)
     parameters, totals = memory.resident(model), moments(config, job)
 
     def work(ordinal: int, unit: Shard, turnstile: Turnstile) -> None:
@@ -205,7 +206,7 @@ def collect(
         model.dtype,
         max(int(unit.keep_BT.sum()) for unit in units),
         MappingProxyType({"inputs": store.inputs(model.source, corpus.source)}),
-        digest(model),
+        own,
     )
 
 
