@@ -196,6 +196,7 @@ def collect(
     require_few_passes("collect", units, job, config.vocabulary)
     need = room.to_collect(config, job, np.dtype(model.dtype).itemsize, units)
     in_flight = room.in_flight("collect", need, in_flight)
+    own = digest(model)
     parameters, totals = memory.resident(model), moments(config, job)
     looked_at = _first_of_blocks(units)
 
@@ -222,7 +223,7 @@ def collect(
         model.dtype,
         max(int(unit.keep_BT.sum()) for unit in units),
         MappingProxyType({"inputs": store.inputs(model.source, corpus.source)}),
-        digest(model),
+        own,
     )
 
 

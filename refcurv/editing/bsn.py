@@ -157,7 +157,7 @@ def train_scores(
         side: _orders(who, side, _labelled(who, side, corpus, config), (steps, batch), seed)
         for side, corpus in sides.items()
     }
-    parameters = resident(model)
+    own, parameters = digest(model), resident(model)
     weights = {name: parameters[config.weight_of(name)] for name in names}
     scores = {name: _start(who, seed, name, W.shape) for name, W in weights.items()}
     moments = {name: (np.zeros(W.shape), np.zeros(W.shape)) for name, W in weights.items()}
@@ -180,7 +180,7 @@ def train_scores(
     choices = (ratio, weight, steps, rate, batch, seed, model.dtype)
     source = MappingProxyType({"inputs": store.inputs(model.source, retain.source)})
     nats_of = (nats["retain"], nats["forget"])
-    return Scores(MappingProxyType(scores), *choices, *nats_of, source, digest(model))
+    return Scores(MappingProxyType(scores), *choices, *nats_of, source, own)
 
 
 def prune(
