@@ -131,7 +131,7 @@ NO_IDS: dict[str, tuple[Any, str]] = {
     "ragged arrays": ([np.arange(3), np.arange(2)], "row 1 is of length 2"),
     "a number for a row": ([[1, 2], 3], "row 1 is no list"),
     "ragged within": ([[[1], [2, 3]], [[1], [2]]], "must be"),
-    "text": ("ab", "got ()"),
+    "text": ("ab", "must hold integers; got <U2"),
     "texts": ([["a", "b"]], "must hold integers; got <U1"),
     "None within": ([[None, 1]], "must hold integers; got object"),
     "floats": ([[1.5, 2.0]], "must hold integers; got float64"),
@@ -143,7 +143,7 @@ NO_IDS: dict[str, tuple[Any, str]] = {
     "beyond 64 bits": ([[2**70, 1]], "must hold integers; got object"),
     "one axis": ([1, 2], "got (2,)"),
     "nothing": ([], "got (0,)"),
-    "a mapping": ({1: 2}, "got ()"),
+    "a mapping": ({1: 2}, "must hold integers; got object"),
     "no array at all": (Stubborn(), "can't convert device tensor to numpy"),
 }
 

@@ -152,6 +152,8 @@ def as_integers(
     Proof: tests/test_corpus.py::test_what_is_no_matrix_of_ids_is_refused_everywhere
     """
     array = as_array(who, what, given, axes)
+    if array.size:  # an empty list is one of floats to NumPy
+        require_dtype(who, what, array, kinds, "integers")
     require_shape(who, what, array, shape, axes)
     require_dtype(who, what, array, kinds, "integers")
     info = np.iinfo(np.dtype(dtype))
