@@ -5,13 +5,14 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.linalg
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import config, random_parameters
+from strategies import config, opened_for_lies, random_parameters
 
 import refcurv as rc
 from refcurv.algebra import blas
@@ -36,6 +37,7 @@ from refcurv.law.checks import (
     NotPSDError,
     NotSymmetricError,
     RangeError,
+    SchemaError,
     ShapeError,
     SolverError,
 )
@@ -362,3 +364,34 @@ def test_O63_davis_kahan(n: int, seed: int, size: float) -> None:
     rounding = tolerance.eigenpair(n) * values[0]
     assert gap > 0
     assert sine <= (np.linalg.norm(E, 2) + rounding) / gap
+
+
+def test_a_basis_file_that_lies_is_refused(tmp_path: Path) -> None:
+    """Other dtypes and shapes when it is opened, attributes of another kind when they are read."""
+    path = tmp_path / "b.h5"
+    basis = decompose(factors())
+    save_bases(basis, path)
+    good = path.read_bytes()
+    name = next(iter(basis))
+    group = name.replace(".", "/")
+    for part, value in (
+        ("mu", np.zeros(0)), ("mu", np.zeros((6, 1))), ("mu", np.zeros(4)),
+        ("U_A", np.zeros((5, 4))), ("U_A", np.zeros((6, 6), "f4")), ("lam", np.zeros(4, "i8")),
+    ):  # fmt: skip
+        path.write_bytes(good)
+        with opened_for_lies(path) as file:
+            attributes = dict(file[f"{group}/{part}"].attrs)
+            del file[f"{group}/{part}"]
+            file[f"{group}/{part}"] = value
+            for key, found in attributes.items():
+                file[f"{group}/{part}"].attrs[key] = found
+        with pytest.raises(SchemaError, match=r"b\.h5"):
+            load_bases(path)
+    for part, key, value in (
+        ("mu", "raised", np.inf), ("lam", "raised", np.bytes_("1")), ("lam", "rounding", np.nan),
+    ):  # fmt: skip
+        path.write_bytes(good)
+        with opened_for_lies(path) as file:
+            file[f"{group}/{part}"].attrs[key] = value
+        with pytest.raises(SchemaError, match=f"{part} of .*attribute {key!r} must be"):
+            load_bases(path)[name]

@@ -640,6 +640,11 @@ def _info(path: Path, inner: str, dataset: Any) -> Info:
     return Info.of(tuple(map(int, shape)), dtype, nbytes, attributes)
 
 
+def _same(one: Info, other: Info) -> bool:
+    """Equal in every fact; NaN is NaN."""
+    return declared({}, {"": one}) == declared({}, {"": other})
+
+
 def _dtype(where: str, kind: Any) -> str:
     """The name of a little-endian integer or float; exactly those, not merely of their size."""
     for name, known in _TYPES.items():
@@ -682,7 +687,9 @@ def read(header: Header, name: str, *, verify: bool = True, finite: bool = False
             if not isinstance(node, h5py.Group) or part not in node:
                 raise SchemaError(_replaced("read", header.path))
             node = _member(path, node, part, "/".join(parts))
-        if not isinstance(node, h5py.Dataset) or _info(path, "/".join(parts), node) != info:
+        if not isinstance(node, h5py.Dataset) or not _same(
+            _info(path, "/".join(parts), node), info
+        ):
             raise SchemaError(_replaced("read", header.path))
         array: Array = np.empty(info.shape, dtype=np.dtype(info.dtype).newbyteorder("<"))
         if info.nbytes:
