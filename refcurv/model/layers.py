@@ -171,7 +171,7 @@ def rms_norm_backward(d_y: Array, saved: Saved) -> tuple[Array, Array]:
 
 def centre(x: Array) -> Array:
     """x − mean(x) over the last axis: LayerNorm is RMSNorm of this. It is its own transpose."""
-    return np.asarray(x - x.mean(axis=-1, keepdims=True))
+    return np.asanyarray(x - x.mean(axis=-1, keepdims=True))
 
 
 # ------------------------------------------------------------------ attention
@@ -189,7 +189,7 @@ def softmax_over(score: Array, visible: Array) -> Array:
     top = np.where(np.isfinite(top), top, 0)
     e = np.where(visible, np.exp(np.where(visible, score - top, 0)), 0)
     total = e.sum(axis=-1, keepdims=True)
-    return np.asarray(e / np.where(visible.any(axis=-1, keepdims=True), total, 1))
+    return np.asanyarray(e / np.where(visible.any(axis=-1, keepdims=True), total, 1))
 
 
 def attention_forward(
@@ -263,23 +263,23 @@ def sigmoid(z: Array) -> Array:
     """1 / (1 + exp(-z)), through the exponential that does not overflow."""
     positive = z.real >= 0
     e = np.exp(np.where(positive, -z, z))
-    return np.asarray(np.where(positive, 1, e) / (1 + e))
+    return np.asanyarray(np.where(positive, 1, e) / (1 + e))
 
 
 def erf(z: Array) -> Array:
     """2/√π ∫₀ᶻ exp(−t²) dt. SciPy has no longdouble loop: there a series of positive terms."""
     if z.dtype == np.clongdouble:  # a complex step: erf(x + ih) = erf(x) + ih erf'(x)
         slope = np.exp(-z.real * z.real) / np.sqrt(np.arctan(np.longdouble(1)))
-        return np.asarray(erf(z.real) + 1j * z.imag * slope)
+        return np.asanyarray(erf(z.real) + 1j * z.imag * slope)
     if z.dtype != np.longdouble:
-        return np.asarray(special.erf(z))
+        return np.asanyarray(special.erf(z))
     x = np.clip(z, -7, 7)  # erf(7) = 1 − 4e-23
     term, total, n = x, x, 0
     while (np.abs(term) > np.finfo(x.dtype).eps * np.abs(total)).any():
         n += 1
         term = term * (2 * x * x) / (2 * n + 1)
         total = total + term
-    return np.asarray(np.exp(-x * x) * total / np.sqrt(np.arctan(x.dtype.type(1))))
+    return np.asanyarray(np.exp(-x * x) * total / np.sqrt(np.arctan(x.dtype.type(1))))
 
 
 def silu(z: Array) -> tuple[Array, Array]:
