@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 from strategies import Case, assert_within, case, cases, image_cases
 
 from refcurv.algebra import blas, kernels
 from refcurv.law import tolerance
 from refcurv.model import layers, transformer
 from refcurv.model.config import Activation, NormPlace, QKNorm
-from refcurv.model.layers import DEFINITIONS
+from refcurv.model.layers import DEFINITIONS, Layout, Ops
 from refcurv.model.magnitudes import gradient_scale
 from refcurv.passes.fast import FAST, QUERY_ROWS
 
@@ -77,6 +80,143 @@ def test_long_sequences_with_scale_cap_windows_and_partial_rotary(
 @given(one=image_cases())
 def test_images(dtype: type, one: Case) -> None:
     compare(one, dtype)
+
+
+# ------------------------------------------------------------------ attention by itself
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What one attention reads, in the dtype to compute in, and the gradient sent back to it."""
+
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    d: np.ndarray
+    layout: Layout
+    cap: float | None
+
+    def run(self, ops: Ops, dtype: type) -> tuple[tuple[np.ndarray, ...], layers.Saved]:
+        """The gradients of q, k and v, and what the forward saved."""
+        q, k, v, d = (x.astype(dtype) for x in (self.q, self.k, self.v, self.d))
+        _, saved = ops.attention_forward(q, k, v, self.layout, None, self.cap)
+        return ops.attention_backward(d, saved), saved
+
+
+@st.composite
+def heads(draw: st.DrawFn, dtype: type) -> Heads:
+    """Heads of every shape, from flat to saturated: scores of 1 to 1e5."""
+    B, T = draw(st.integers(1, 2)), draw(st.integers(1, 6))
+    K, R, E = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 80]))
+    rng = np.random.default_rng(draw(st.integers(0, 9999)))
+    size = 10 ** draw(st.floats(0, 2))  # of q and of k
+    lengths = rng.integers(1, T + 1, (B, 1)) if draw(st.booleans()) else np.full((B, 1), T)
+    real = np.arange(T) < lengths
+    segment = np.cumsum(rng.random((B, T)) < draw(st.sampled_from([0, 0.4, 1])), axis=1)
+    if draw(st.booleans()):
+        layout = layers.full_layout(real, segment)
+    else:
+        layout = layers.causal_layout(real, segment)
+        window = draw(st.integers(0, 3))
+        layout = layers.windowed(layout, window) if window else layout
+    q, d = rng.normal(size=(2, B, T, K * R, E))
+    k, v = rng.normal(size=(2, B, T, K, E))
+    arrays = (x.astype(dtype) for x in (q * size, k * size, v, d))
+    return Heads(*arrays, layout, draw(st.sampled_from([None, 0.7, 30.0])))
+
+
+def rounding(one: Heads, saved: layers.Saved) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What rounding may do to each entry of the gradients of q, k and v; `saved` in longdouble.
+
+    A score sums E products. An error of it is a relative one of e to its power: p is off by `off`,
+    however small p is. One of a key with more than half of p is d_p[key] the start: then 1 − p is
+    no term, neither of the other keys' gradients, p (d_p − start), nor of its own, minus their sum.
+    What underflows is off by the smallest normal number.
+    """
+    q, k, v, p, _ = saved
+    dtype, (E, S) = one.q.dtype, (q.shape[-1], k.shape[-2])
+    size, unit = 1 / np.sqrt(np.longdouble(E)), tolerance.gamma(E + 8, dtype)
+    score, (q, k, v) = (q @ k.swapaxes(-1, -2)) * size, (np.abs(x) for x in (q, k, v))
+    d = np.abs(one.d).astype(p.dtype).reshape(q.transpose(0, 3, 1, 2, 4).shape)
+    d = d.transpose(0, 2, 3, 1, 4)
+    terms = (q @ k.swapaxes(-1, -2)) * size
+    visible = layers.visible_keys(one.layout, S)[:, None, None]
+    largest = np.where(visible, terms, 0).max(axis=-1, keepdims=True)
+    off = np.expm1(2 * unit * (largest + (one.cap or 0))) + tolerance.gamma(S + 16, dtype)
+    off_v, slope = off, size
+    if one.cap is not None:
+        slope = slope * layers.soft_cap(score, one.cap)[1]
+        off = off + np.expm1(2 * unit * terms / one.cap)
+    d_p = np.where(visible, d @ v.swapaxes(-1, -2), 0)
+    first = p > 0.5
+    start = np.where(first, d_p, 0).sum(axis=-1, keepdims=True)
+    others = np.where(first, 0, p * (d_p + start))
+    rest = others.sum(axis=-1, keepdims=True)
+    d_score = np.where(first, rest, others + p * rest) * slope
+    d_score *= 4 * (off + tolerance.gamma(2 * E + 3 * S, dtype))
+    d_score += np.finfo(dtype).tiny * size * np.where(visible, 1 + d_p.sum(-1, keepdims=True), 0)
+    d_v = (p * (off_v + tolerance.gamma(3 * S, dtype)) + np.finfo(dtype).tiny).swapaxes(-1, -2) @ d
+    d_k = d_score.swapaxes(-1, -2) @ q
+    return tuple(
+        x.transpose(0, 3, 1, 2, 4).reshape(shape)
+        for x, shape in (
+            (d_score @ k, one.q.shape),
+            (d_k.sum(axis=2, keepdims=True), one.k.shape),
+            (d_v.sum(axis=2, keepdims=True), one.v.shape),
+        )
+    )
+
+
+@pytest.mark.parametrize("ops", [DEFINITIONS, FAST], ids=["definition", "fast"])
+@pytest.mark.parametrize("dtype", FLOATS)
+@given(data=st.data())
+def test_attention_on_flat_and_saturated_heads(dtype: type, ops: Ops, data: st.DataObject) -> None:
+    """Each entry within the rounding of its own terms; what is exactly zero is exactly zero."""
+    one = data.draw(heads(dtype))
+    want, saved = one.run(DEFINITIONS, np.longdouble)
+    got, _ = one.run(ops, dtype)
+    for x, exact, budget in zip(got, want, rounding(one, saved), strict=True):
+        assert x.dtype == dtype
+        assert (np.abs(x - exact) <= budget).all()
+    # a query that gives all of p to one key, in this dtype, has no slope; nor has an unseen key
+    p = one.run(DEFINITIONS, dtype)[1][3]
+    alone = ((p == 0) | (p == 1)).all(axis=-1)
+    B, T, H = one.q.shape[:3]
+    assert not got[0][alone.reshape(B, H, T).transpose(0, 2, 1)].any()
+    assert not got[1][alone.all(axis=(2, 3)).reshape(B, -1, 1).repeat(T, 2).swapaxes(1, 2)].any()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@given(keys=st.integers(1, 70), size=st.floats(0.1, 200), seed=st.integers(0, 99))
+def test_the_backward_has_the_forwards_probabilities(
+    dtype: type, keys: int, size: float, seed: int
+) -> None:
+    """Bit for bit, wherever a row's keys begin and end."""
+    rng = np.random.default_rng(seed)
+    first, last = np.sort(rng.integers(0, keys, (2, 1, 5)), axis=0)
+    last[0, -1] = -1  # a row that sees nothing
+    p = (rng.normal(size=(1, 2, 5, keys)) * size).astype(dtype)
+    again, d_p, rows = p.copy(), p.copy(), np.empty((2, 1, 2, 5), dtype)
+    scale = dtype(1 / np.sqrt(80))
+    kernels.softmax_forward(p, first, last, 0, scale, *rows)
+    kernels.softmax_backward(again, d_p, first, last, 0, scale, scale, *rows)
+    assert again.tobytes() == p.tobytes()
+
+
+ONE_KEY = {"two positions": (2, 0), "windows of one": (5, 1)}
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("ops", [DEFINITIONS, FAST], ids=["definition", "fast"])
+@pytest.mark.parametrize("which", ONE_KEY)
+def test_one_key_sends_nothing_to_queries_and_keys(which: str, ops: Ops, dtype: type) -> None:
+    """All labels hang on positions that see one key: the gradients of q and k are exactly zero."""
+    length, window = ONE_KEY[which]
+    one = case(length=length, norm_place=NormPlace.PRE, windows=(window,) * 2)
+    _, gradient = transformer.loss_and_gradient(one.config, one.astype(dtype), *one.batch, ops=ops)
+    for name, slope in gradient.items():
+        nothing = any(part in name for part in ("attn.q", "attn.k"))
+        assert slope.any() != nothing, name
 
 
 # ------------------------------------------------------------------ activations

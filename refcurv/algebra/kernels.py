@@ -26,6 +26,7 @@ _LANES = {"contract", "nsz", "reassoc"}
 @njit(cache=True, nogil=True, fastmath=_EXACT, error_model="numpy")
 def _exp32(x: Any) -> Any:
     """e^x in float32 to 2 ulp: Cody-Waite reduction and a polynomial, so that loops vectorise."""
+    none = x < np.float32(-87.0)
     x = min(max(x, np.float32(-87.0)), np.float32(88.0))
     n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
     r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
@@ -36,11 +37,11 @@ def _exp32(x: Any) -> Any:
     p = p * r + np.float32(1.6666665459e-1)
     p = p * r + np.float32(5.0000001201e-1)
     power = np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
-    return (p * r * r + r + np.float32(1)) * power
+    return np.float32(0) if none else (p * r * r + r + np.float32(1)) * power
 
 
 def exp(x: Any) -> Any:
-    """np.exp of one number; below -87 in float32 it stays at e^-87 = 1.6e-38."""
+    """np.exp of one number; in float32 e^88 above 88 and 0 below -87, where e^x is 1.6e-38."""
     return np.exp(x)
 
 
@@ -204,15 +205,30 @@ def mlp_backward(
             d_up_N[n] = d_h_N[n] * f
 
 
+@njit(cache=True, nogil=True, fastmath=_EXACT, error_model="numpy")
+def _exponentials(row: Array, top: Any, scale: Any) -> None:
+    """In place: x → exp((x − top) scale), in forward and backward with the same bits."""
+    for s in range(row.shape[0]):
+        row[s] = exp((row[s] - top) * scale)
+
+
 @njit(cache=True, nogil=True, fastmath=_LANES, error_model="numpy")
 def softmax_forward(
-    score_BHTS: Array, first_BT: Array, last_BT: Array, begin: Any, scale: Any, lse_BHT: Array
+    score_BHTS: Array,
+    first_BT: Array,
+    last_BT: Array,
+    begin: Any,
+    scale: Any,
+    top_BHT: Array,
+    total_BHT: Array,
 ) -> None:
     """In place: scores q·k → probabilities over the visible keys; key s of the block is begin + s.
 
-    Definition: model.layers.softmax_over(score * scale, visible); also the log of each row's sum.
+    Definition: model.layers.softmax_over(score * scale, visible); also each row's top = max q·k and
+    total = Σ exp((q·k − top) scale), of which `softmax_backward` makes the same probabilities.
     """
     B, H, T, S = score_BHTS.shape
+    zero = number(0.0, scale)
     for b in range(B):
         for h in range(H):
             for t in range(T):
@@ -221,23 +237,20 @@ def softmax_forward(
                 high = max(min(last_BT[b, t] - begin + 1, S), low)
                 row[:low] = 0
                 row[high:] = 0
-                if high <= low:
-                    lse_BHT[b, h, t] = 0
-                    continue
-                top = row[low]
+                top = row[low] if high > low else zero
                 for s in range(low, high):
                     top = max(top, row[s])
-                total = top * 0
+                _exponentials(row[low:high], top, scale)
+                total = zero
                 for s in range(low, high):
-                    e = exp((row[s] - top) * scale)
-                    row[s] = e
-                    total += e
+                    total += row[s]
                 for s in range(low, high):
                     row[s] /= total
-                lse_BHT[b, h, t] = top * scale + np.log(total)
+                top_BHT[b, h, t] = top
+                total_BHT[b, h, t] = total
 
 
-@njit(cache=True, nogil=True, fastmath=_EXACT, error_model="numpy")
+@njit(cache=True, nogil=True, fastmath=_LANES, error_model="numpy")
 def softmax_backward(
     score_BHTS: Array,
     d_p_BHTS: Array,
@@ -245,15 +258,17 @@ def softmax_backward(
     last_BT: Array,
     begin: Any,
     scale: Any,
-    lse_BHT: Array,
-    delta_BHT: Array,
+    size: Any,
+    top_BHT: Array,
+    total_BHT: Array,
 ) -> None:
-    """In place: scores q·k → probabilities, and their gradient → the scores' gradient.
+    """In place: scores q·k → the forward's probabilities, and their gradient → the scores', · size.
 
-    d_score = p (d_p − delta) scale, delta = Σ_s p d_p = context · d_context. Definition:
-    model.layers.attention_backward.
+    d_score = p (d_p − Σ_s p d_p), d_p counted from that of a key with more than half of p. All keys
+    of a row lie in its block. Definition: model.layers.attention_backward.
     """
     B, H, T, S = score_BHTS.shape
+    zero, half = number(0.0, scale), number(0.5, scale)
     for b in range(B):
         for h in range(H):
             for t in range(T):
@@ -264,11 +279,16 @@ def softmax_backward(
                 row[high:] = 0
                 d_row[:low] = 0
                 d_row[high:] = 0
-                lse, delta = lse_BHT[b, h, t], delta_BHT[b, h, t]
+                top, total, start, delta = top_BHT[b, h, t], total_BHT[b, h, t], zero, zero
+                _exponentials(row[low:high], top, scale)
                 for s in range(low, high):
-                    p = exp(row[s] * scale - lse)
-                    row[s] = p
-                    d_row[s] = p * (d_row[s] - delta) * scale
+                    row[s] /= total
+                    start += d_row[s] if row[s] > half else zero  # of one key at most
+                for s in range(low, high):
+                    d_row[s] -= start
+                    delta += row[s] * d_row[s]
+                for s in range(low, high):
+                    d_row[s] = row[s] * (d_row[s] - delta) * size
 
 
 # ------------------------------------------------------------------ selection

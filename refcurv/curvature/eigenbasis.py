@@ -42,6 +42,7 @@ class Eigenbasis:
         U_A (I, I), mu (I,); U_G (O, O), lam (O,): float64, eigenvalues descending and >= 0. For
             [W b] jointly I is d_in + 1.
         raised_A, raised_G: how many eigenvalues rounding had made negative; they are 0 now.
+        rounding: how much of Σ lam, the trace of G, is rounding (NEGATIVE); None if not known.
     """
 
     U_A: Array
@@ -50,6 +51,7 @@ class Eigenbasis:
     lam: Array
     raised_A: int = 0
     raised_G: int = 0
+    rounding: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,27 +183,35 @@ def decompose_each(
                 "by itself, or collect without it."
             )
     facts = (factors.shard_rows, factors.dtype)
+    rounding: dict[str, float | None] = {}
 
     def work(_: int, side: tuple[str, Array | None]) -> tuple[Array, Array, int] | None:
         what, M = side
         return None if M is None else eigenbasis(M, *facts, what)
 
     progress(0, len(factors))
-    found = stream(_sides(factors, bias), work)
+    found = stream(_sides(factors, bias, rounding), work)
     A_side = None
     for done, name in enumerate(factors, start=1):
         A_side = next(found) or A_side  # None: the layer before reads the same input
         G_side = next(found)
         if A_side is not None and G_side is not None:
             (U_A, mu, raised_A), (U_G, lam, raised_G) = A_side, G_side
-            yield name, Eigenbasis(U_A, mu, U_G, lam, raised_A, raised_G)
+            yield name, Eigenbasis(U_A, mu, U_G, lam, raised_A, raised_G, rounding[name])
         progress(done, len(factors))
 
 
-def _sides(factors: Factors, bias: Bias) -> Iterator[tuple[str, Array | None]]:
-    """A and G of each layer in turn; no A where it is the layer's before (gate and up: O37)."""
+def _sides(
+    factors: Factors, bias: Bias, rounding: dict[str, float | None]
+) -> Iterator[tuple[str, Array | None]]:
+    """A and G of each layer in turn; no A where it is the layer's before (gate and up: O37).
+
+    Each factor is read once; what it says of its rounding goes to `rounding`, by name.
+    """
     before: Factor | None = None
     for name, factor in factors.items():
+        known = factor.rounding_G
+        rounding[name] = None if known is None else known / factor.n_G
         shared = before is not None and _same(before, factor, bias)
         A = factor.A_joint if bias is Bias.JOINT else factor.A
         yield f"A of {name!r}", None if shared else A
@@ -256,7 +266,8 @@ def _write(
             yield store.Entry(f"{name}.U_A", basis.U_A)
             yield store.Entry(f"{name}.mu", basis.mu, {"raised": basis.raised_A})
             yield store.Entry(f"{name}.U_G", basis.U_G)
-            yield store.Entry(f"{name}.lam", basis.lam, {"raised": basis.raised_G})
+            known = {} if basis.rounding is None else {"rounding": basis.rounding}
+            yield store.Entry(f"{name}.lam", basis.lam, {"raised": basis.raised_G, **known})
 
     store.write(
         path,
@@ -310,4 +321,6 @@ def _read_basis(header: store.Header, name: str) -> Eigenbasis:
     raised = [
         int(header.entries[f"{name}.{part}"].attributes.get("raised", 0)) for part in ("mu", "lam")
     ]
-    return Eigenbasis(U_A, mu, U_G, lam, *raised)
+    rounding = header.entries[f"{name}.lam"].attributes.get("rounding")  # of older files unknown
+    known = None if rounding is None else float(rounding)
+    return Eigenbasis(U_A, mu, U_G, lam, raised[0], raised[1], known)

@@ -39,10 +39,11 @@ from refcurv.law.checks import (
     NonFiniteError,
     require_choice,
 )
-from refcurv.law.conventions import Fisher, Rows, describe
+from refcurv.law.conventions import BLOCK_SHARDS, Fisher, Rows, describe
 from refcurv.model.config import Model, ModelConfig, expand
 from refcurv.passes import memory
 from refcurv.passes.parallel import Progress, Turnstile, run
+from refcurv.passes.rounding import rounding
 from refcurv.passes.shards import Shard, shards
 
 
@@ -57,7 +58,8 @@ class Factor:
     error_G and error_trace_G are standard errors given the corpus, of the labels or signs that were
     drawn and of nothing else: sqrt(E|G − E G|²) in Frobenius norm, and sqrt(E(tr G − E tr G)²). 0
     where nothing is drawn (`expected`, `empirical`), None where they are not known: one draw alone
-    does not tell.
+    does not tell. rounding_G estimates how much of tr sum_G is rounding (NEGATIVE); None of factors
+    that were made without it.
     """
 
     sum_A: Array
@@ -67,6 +69,7 @@ class Factor:
     error_G: float | None = None
     error_trace_G: float | None = None
     sum_a: Array | None = None
+    rounding_G: float | None = None
 
     @property
     def A(self) -> Array:
@@ -183,11 +186,15 @@ def collect(
     units = shards(corpus, config, keep)
     require_few_passes("collect", units, job, config.vocabulary)
     parameters, totals = memory.resident(model), moments(config, job)
+    looked_at = _first_of_blocks(units)
 
     def work(ordinal: int, unit: Shard, turnstile: Turnstile) -> None:
         sums = ShardSums(config, totals, turnstile, ordinal, job)
         memory.sweep(config, parameters, unit, job, sums.take)
         sums.finish()
+        if unit.number in looked_at:  # alone in its block, so that it needs no turn
+            for name, (square, count) in rounding(config, parameters, unit, job).items():
+                totals[f"e {name}"].add(np.array([square]), count)
 
     resume = (
         Checkpoint(Path(checkpoint), _fingerprint(model, corpus, job, keep)) if checkpoint else None
@@ -203,6 +210,15 @@ def collect(
         max(int(unit.keep_BT.sum()) for unit in units),
         MappingProxyType({"inputs": store.inputs(model.source, corpus.source)}),
     )
+
+
+def _first_of_blocks(units: list[Shard]) -> set[int]:
+    """The numbers of each block's first shard that has a label: whose rounding is looked at."""
+    first: dict[int, int] = {}
+    for unit in units:
+        if (unit.label_BT >= 0).any():
+            first.setdefault(unit.number // BLOCK_SHARDS, unit.number)
+    return set(first.values())
 
 
 def _fingerprint(model: Model, corpus: Corpus, job: memory.Sweep, keep: Rows) -> str:
@@ -248,8 +264,14 @@ def _finish(
         errors = np.sqrt(np.maximum(totals[g].variance, 0)) / n_G
         error_G, error_trace_G = map(float, errors) if known else (None, None)
         sum_a = sums[f"a {read}"] if config.has_bias(name) else None
-        out[name] = Factor(sums[a], totals[a].rows, sums[g], n_G, error_G, error_trace_G, sum_a)
+        drawn, rounding_G = (error_G, error_trace_G), _rounding(totals[f"e {name}"], n_G)
+        out[name] = Factor(sums[a], totals[a].rows, sums[g], n_G, *drawn, sum_a, rounding_G)
     return out
+
+
+def _rounding(squares: Moment, n_G: int) -> float | None:
+    """Σ |e|² over n_G rows, from the rows that were looked at; None if there were none."""
+    return float(squares.state()[0]) * n_G / squares.rows if squares.rows else None
 
 
 def least_certain(factors: Factors) -> tuple[str, float] | None:

@@ -163,12 +163,13 @@ def moments(config: ModelConfig, job: memory.Sweep) -> dict[str, Moment]:
     "A input"   Σ a aᵀ of what layers read, (I, I), shared by its readers; of a table the counts
                 of its entries, (entries,)
     "a input"   Σ a, (I,), where a reader has a bias (BIAS)
+    "e layer"   Σ |e|² over some rows, (1,), e the rounding error of g (NEGATIVE)
     """
     out: dict[str, Moment] = {}
     for name, (d_out, d_in) in (config.linear_layers() | tables(config)).items():
         if name in job.layers:
             read = config.input_of(name)
-            out[f"G {name}"] = Moment(d_out, d_out)
+            out[f"G {name}"], out[f"e {name}"] = Moment(d_out, d_out), Moment(1)
             out.setdefault(f"A {read}", Moment(d_in) if name in TABLES else Moment(d_in, d_in))
             if config.has_bias(name):
                 out.setdefault(f"a {read}", Moment(d_in))

@@ -15,7 +15,8 @@ from refcurv.curvature.eigenbasis import Bases, Eigenbasis
 from refcurv.editing import record
 from refcurv.editing.record import EditRecord, LayerEdit
 from refcurv.law import tolerance
-from refcurv.law.checks import Array, NameUnknownError, require_shape
+from refcurv.law.checks import Array, EmptyError, NameUnknownError, require_shape
+from refcurv.law.conventions import MOST_ROUNDING
 from refcurv.model.config import Model
 
 
@@ -57,7 +58,7 @@ def edit(model: Model, basis: Bases, rho: float | Mapping[str, float]) -> tuple[
     Raises:
         RangeError: rho outside [0, 1]. NameUnknownError: a pattern that matches no layer with a
         basis. ShapeError: a basis of another model, or a joint one without the bias's column.
-        EmptyError: a layer without curvature.
+        EmptyError: a layer without curvature, or with none but rounding (NEGATIVE).
 
     Cost: 4·O·I·(O + I) flops per layer, in float64.
     Source: P5-P8 (arXiv 2510.24256).
@@ -71,6 +72,7 @@ def edit(model: Model, basis: Bases, rho: float | Mapping[str, float]) -> tuple[
     records = []
     for layer, share in shares.items():
         parts, W, one = read_layer("edit", model, basis, layer)
+        _require_curvature(layer, one)
         stairs = cut(one.lam, one.mu, share, f"edit {layer!r}")
         edited = W
         if share != 1:
@@ -103,6 +105,17 @@ def read_layer(
     axes = "(O, I) of its basis" if len(parts) == 1 else "(O, I + 1) of its joint basis"
     require_shape(who, " with ".join(parts), W, (len(one.lam), len(one.mu)), axes)
     return parts, W, one
+
+
+def _require_curvature(layer: str, one: Eigenbasis) -> None:
+    """Refuse a layer whose G is largely rounding (NEGATIVE); where that is not known, none."""
+    trace = float(one.lam.sum())
+    if trace > 0 and one.rounding is not None and one.rounding > MOST_ROUNDING * trace:
+        raise EmptyError(
+            f"edit {layer!r}: G has trace {trace:.1e}, of which rounding alone makes "
+            f"{one.rounding:.1e}: its directions are noise (NEGATIVE). Collect it in float64, or "
+            "leave the layer out: its gradient may be zero by theory."
+        )
 
 
 def _acceptable(one: Eigenbasis, stairs: Staircase) -> int:

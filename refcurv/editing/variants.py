@@ -146,7 +146,7 @@ def one_sided(basis: Bases, side: str) -> Bases:
     made = {}
     for name, one in basis.items():
         if side == "inputs":
-            made[name] = replace(one, lam=_ones(len(one.lam)), raised_G=0)
+            made[name] = replace(one, lam=_ones(len(one.lam)), raised_G=0, rounding=None)
         else:
             made[name] = replace(one, mu=_ones(len(one.mu)), raised_A=0)
     return replace(basis, layers=MappingProxyType(made), method=f"{side} only")

@@ -77,7 +77,8 @@ LAW: Final[Mapping[str, str]] = MappingProxyType(
         "ORDER": "Eigenvalues descending, eigenvectors in columns; the entry of largest magnitude "
         "(lowest index on ties) is positive.",
         "NEGATIVE": "Eigenvalues within λ_max·c·(n_shard·eps(compute) + d·eps(float64)) of 0 "
-        "become 0 and are counted; a more negative one is an error.",
+        "become 0 and are counted; a more negative one is an error. A layer of whose tr S_G "
+        "rounding makes more than 1/64 is not edited.",
         "SELECT": "Keys fl(λ_i μ_j) in float64, descending, ties in row-major order of (i, j). "
         "Kept: the fewest first pairs whose mass ≥ fl(fl(ρ·fsum(λ))·fsum(μ)), where a staircase "
         "with c_i pairs in row i weighs fsum_i fl(λ_i·P[c_i]), P the correctly rounded prefix "
@@ -114,6 +115,10 @@ COMPUTE_DTYPES: Final = ("float64", "float32")
 
 NEGATIVE_FACTOR: Final = 4.0
 """NEGATIVE: the constant c; tests/test_eigenbasis.py measures how much of it is used."""
+
+
+MOST_ROUNDING: Final = 1 / 64
+"""NEGATIVE: the share of tr S_G that may be rounding; `passes.rounding` estimates it."""
 
 
 class Fisher(StrEnum):

@@ -234,6 +234,8 @@ def attention_backward(d_context_BTHE: Array, saved: Saved) -> tuple[Array, Arra
     d_p = d_context_BKRTE @ v_BK1SE.swapaxes(-1, -2)
     d_v = (p_BKRTS.swapaxes(-1, -2) @ d_context_BKRTE).sum(axis=2)
     # forward:  p = softmax(score)
+    # Σ p = 1, so d_p counts from any number: from that of a key with most of p, lest 1 − p cancel
+    d_p = d_p - np.where(p_BKRTS.real > 0.5, d_p, 0).sum(axis=-1, keepdims=True)
     d_score = p_BKRTS * (d_p - (d_p * p_BKRTS).sum(axis=-1, keepdims=True))
     # forward:  score = cap(q @ kᵀ * scale); size = scale · cap'
     d_product = d_score * size
@@ -245,9 +247,10 @@ def attention_backward(d_context_BTHE: Array, saved: Saved) -> tuple[Array, Arra
 
 
 def soft_cap(x: Array, cap: float) -> tuple[Array, Array]:
-    """y = cap · tanh(x / cap), and its derivative 1 − (y / cap)²."""
-    t = np.tanh(x / cap)
-    return cap * t, 1 - t * t
+    """y = cap · tanh(x / cap), and its derivative 1 / cosh(x / cap)²."""
+    u = x / cap
+    e = np.exp(np.where(u.real >= 0, -2 * u, 2 * u))  # 1 − tanh² would cancel
+    return cap * np.tanh(u), 4 * e / (1 + e) ** 2
 
 
 def clip(x: Array, bound: float) -> tuple[Array, Array]:

@@ -26,7 +26,6 @@ from refcurv.model.layers import (
     clip,
     full_layout,
     rope_tables,
-    soft_cap,
     windowed,
 )
 from refcurv.model.loss import cross_entropy
@@ -564,7 +563,8 @@ class Loss:
 def head_logits(config: ModelConfig, parameters: Parameters, final: Array) -> Array:
     """(..., D) → logits (..., V), soft-capped where the model does so."""
     logit = linear_forward(config, parameters, "head", final)
-    return logit if config.logit_cap is None else soft_cap(logit, config.logit_cap)[0]
+    cap = config.logit_cap
+    return logit if cap is None else cap * np.tanh(logit / cap)
 
 
 def uncapped(config: ModelConfig, logit: Array, d_logit: Array) -> Array:
