@@ -12,7 +12,7 @@ import oracles
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import Case, assert_within, case, cases, config, random_parameters
+from strategies import Case, assert_within, case, cases, config, random_parameters, scaled
 from test_loss import sign_by_hand
 
 import refcurv as rc
@@ -729,8 +729,10 @@ def test_refusals(tmp_path) -> None:
         rc.collect(model, rc.Corpus(one.token[:, :1]))
     broken = dict(one.parameters)
     broken["blocks.1.mlp.up.weight"] = broken["blocks.1.mlp.up.weight"] * np.nan
-    with pytest.raises(NonFiniteError, match=r"sum_. of 'blocks"):
+    with pytest.raises(NonFiniteError, match=r"the input of 'blocks\.1\.mlp\.down' holds nan"):
         rc.collect(rc.Model(one.config, broken), corpus)
+    with pytest.raises(NonFiniteError, match=r"sum_G of 'blocks\.1\.mlp\.down'.*Try float64"):
+        rc.collect(model_of(scaled(1e-25), dtype="float32"), corpus, layers="blocks.1.mlp.down")
     with pytest.raises(SchemaError):
         rc.load_bases(_factors_file(tmp_path))
 
@@ -743,11 +745,11 @@ def _factors_file(folder) -> str:
 
 
 def test_a_failure_in_one_shard_stops_all_and_is_the_one_reported() -> None:
-    """The embedding of one token is NaN: exactly the shard that holds it produces NaN sums."""
+    """The embedding of one token is NaN: exactly the shard that holds it is refused."""
     made = config(vocabulary=9)
     parameters = random_parameters(made, 0)
     parameters["embed.weight"][8] = np.nan
     tokens = np.zeros((60, 100), dtype=int)
     tokens[59, 5] = 8
-    with pytest.raises(NonFiniteError, match="first at"):
+    with pytest.raises(NonFiniteError, match=r"blocks\.0\.attn\.q' holds nan at \[19, 5, 0\]"):
         rc.collect(rc.Model(made, parameters), rc.Corpus(tokens), in_flight=2)

@@ -25,8 +25,11 @@ _LANES = {"contract", "nsz", "reassoc"}
 
 @njit(cache=True, nogil=True, fastmath=_EXACT, error_model="numpy")
 def _exp32(x: Any) -> Any:
-    """e^x in float32 to 2 ulp: Cody-Waite reduction and a polynomial, so that loops vectorise."""
-    none = x < np.float32(-87.0)
+    """e^x in float32 to 2 ulp: Cody-Waite reduction and a polynomial, so that loops vectorise.
+
+    0 below e^-87 and infinite above e^88, close to the smallest and the largest number there is.
+    """
+    low, high = x < np.float32(-87.0), x > np.float32(88.0)
     x = min(max(x, np.float32(-87.0)), np.float32(88.0))
     n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
     r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
@@ -37,11 +40,12 @@ def _exp32(x: Any) -> Any:
     p = p * r + np.float32(1.6666665459e-1)
     p = p * r + np.float32(5.0000001201e-1)
     power = np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
-    return np.float32(0) if none else (p * r * r + r + np.float32(1)) * power
+    y = (p * r * r + r + np.float32(1)) * power
+    return np.float32(0) if low else np.float32(np.inf) if high else y
 
 
 def exp(x: Any) -> Any:
-    """np.exp of one number; in float32 e^88 above 88 and 0 below -87, where e^x is 1.6e-38."""
+    """np.exp of one number; in float32 0 below e^-87 and infinite above e^88."""
     return np.exp(x)
 
 
@@ -118,14 +122,14 @@ def mirror_triangle(total_DD: Array) -> None:
 
 
 @njit(cache=True, nogil=True, fastmath=_LANES, error_model="numpy")
-def rms_norm_forward(x_ND: Array, gain_D: Array, eps: Any, y_ND: Array, r_N: Array) -> None:
-    """Definition: model.layers.rms_norm_forward, with r = 1 / sqrt(mean(x²) + eps) per row."""
+def rms_norm_forward(x_ND: Array, gain_D: Array, eps_N: Array, y_ND: Array, r_N: Array) -> None:
+    """Definition: model.layers.rms_norm_forward at s = 1, r = 1 / sqrt(mean(x²) + eps) per row."""
     N, D = x_ND.shape
     for n in range(N):
         square = gain_D[0] * 0
         for d in range(D):
             square += x_ND[n, d] * x_ND[n, d]
-        r = gain_D.dtype.type(1) / np.sqrt(square / gain_D.dtype.type(D) + eps)
+        r = gain_D.dtype.type(1) / np.sqrt(square / gain_D.dtype.type(D) + eps_N[n])
         r_N[n] = r
         for d in range(D):
             y_ND[n, d] = x_ND[n, d] * r * gain_D[d]
@@ -135,7 +139,7 @@ def rms_norm_forward(x_ND: Array, gain_D: Array, eps: Any, y_ND: Array, r_N: Arr
 def rms_norm_backward(
     d_y_ND: Array, x_ND: Array, gain_D: Array, r_N: Array, d_x_ND: Array, d_gain_D: Array
 ) -> None:
-    """Definition: model.layers.rms_norm_backward; d_gain is summed in row order from zero."""
+    """Definition: model.layers.rms_norm_backward at s = 1; d_gain is a sum in row order."""
     N, D = x_ND.shape
     for n in range(N):
         r = r_N[n]
@@ -169,7 +173,7 @@ def activation(which: tuple[int, ...], z: Any) -> tuple[Any, Any]:
         return z * Phi, Phi + z * e * number(1 / math.sqrt(2 * math.pi), z)
     x, slope = z, one
     if kind == GELU_TANH:
-        w = min(max(z, number(-10.0, z)), number(10.0, z))  # there sigmoid(2u) is e^±87
+        w = min(max(z, number(-99.0, z)), number(99.0, z))  # there sigmoid(2u) is 0 or 1
         size, c = number(2 * math.sqrt(2 / math.pi), z), number(0.044715, z)
         x, slope = size * w * (one + c * w * w), size * (one + number(3.0, z) * c * w * w)
     s = one / (one + exp(-x))

@@ -204,7 +204,7 @@ class ShardSums:
         self._ordinal, self._job = ordinal, job
         self._open: dict[str, tuple[Array, int]] = {}
         self._passes: dict[str, _Passes] = {}
-        self._spare: dict[int, list[Array]] = {}
+        self._spare: dict[tuple[int, np.dtype], list[Array]] = {}
         self._at = (-1, "")
         self._input: tuple[str, Array] | None = None
 
@@ -233,15 +233,13 @@ class ShardSums:
 
     def _add_gram(self, key: str, x_NX: Array) -> None:
         rows, size = x_NX.shape
-        before = self._open.get(key)
-        if before is not None:
-            blas.add_gram(x_NX, before[0], onto=True)
-            self._open[key] = (before[0], before[1] + rows)
+        if key in self._open:
+            product, before = self._open[key]
+            self._open[key] = (add_gram(x_NX, product, onto=True), before + rows)
             return
-        spare = self._spare.get(size)
+        spare = self._spare.get((size, x_NX.dtype))
         product = spare.pop() if spare else np.empty((size, size), x_NX.dtype)
-        blas.add_gram(x_NX, product, onto=False)
-        self._open[key] = (product, rows)
+        self._open[key] = (add_gram(x_NX, product, onto=False), rows)
 
     def _complete(self) -> None:
         """Every open product goes where it belongs; a matrix's memory serves the next."""
@@ -254,7 +252,7 @@ class ShardSums:
                     self._passes[key] = _Passes(len(product), self._job.draws)
                 self._passes[key].add(product, rows)
             if product.ndim == 2:
-                self._spare.setdefault(len(product), []).append(product)
+                self._spare.setdefault((len(product), product.dtype), []).append(product)
         self._open.clear()
 
     def finish(self) -> None:
@@ -265,6 +263,22 @@ class ShardSums:
                 rows = passes.rows * self._job.draws
                 self._moments[key].add(passes.sum, rows, passes.variance())
         self._passes.clear()
+
+
+def add_gram(x_NX: Array, product_XX: Array, *, onto: bool) -> Array:
+    """The product with xᵀ x added `onto` it, by lower triangle; it is used up.
+
+    In its dtype; from the first rows on whose squares would vanish in it, in float64 (PRECISION):
+    where no square is N X times the smallest normal number, what was lost could be seen.
+    """
+    blas.add_gram(x_NX.astype(product_XX.dtype, copy=False), product_XX, onto=onto)
+    seen = x_NX.size * np.finfo(product_XX.dtype).smallest_normal
+    small = product_XX.dtype != np.float64 and product_XX.diagonal().max(initial=0) < seen
+    if not (small and x_NX.any()):
+        return product_XX
+    wide_XX = np.empty(product_XX.shape)  # the rows before were zeros, or it would be wide
+    blas.add_gram(x_NX.astype(np.float64), wide_XX, onto=False)
+    return wide_XX
 
 
 # ------------------------------------------------------------------ over the shards

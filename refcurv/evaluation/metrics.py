@@ -14,6 +14,7 @@ from refcurv.law.checks import (
     EmptyError,
     RangeError,
     ShapeError,
+    overflow_hint,
     require_choice,
     require_finite,
     require_range,
@@ -177,7 +178,7 @@ def top_ids(logits: Array, k: int) -> Array:
     Proof:  tests/test_metrics.py::test_top_ids_is_a_stable_sort
     """
     require_shape("top_ids", "logits", logits, (None, None), "(N, V)")
-    require_finite("top_ids", "logits", logits, "Are the weights finite?")
+    require_finite("top_ids", "logits", logits, overflow_hint(logits.dtype))
     V = logits.shape[1]
     if not 1 <= k <= V:
         raise RangeError(f"top_ids: k must lie in [1, {V}], the vocabulary's size; got {k}.")

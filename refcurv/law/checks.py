@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 Array = NDArray[Any]
 
@@ -111,6 +111,13 @@ def require_finite(who: str, what: str, array: Array, hint: str = "") -> None:
         f"entries are not finite." + (f" {hint}" if hint else ""),
         index=index,
     )
+
+
+def overflow_hint(dtype: DTypeLike) -> str:
+    """What makes a number computed in `dtype` infinite or NaN, and what to do about it."""
+    real = np.zeros(0, dtype).real.dtype
+    wider = ", or compute in float64" if real.itemsize < 8 else ""
+    return f"NaN in the weights, or products beyond the range of {real}: check the weights{wider}."
 
 
 def require_range(who: str, what: str, value: float, low: float, high: float) -> float:

@@ -84,9 +84,9 @@ LAW: Final[Mapping[str, str]] = MappingProxyType(
         "with c_i pairs in row i weighs fsum_i fl(λ_i·P[c_i]), P the correctly rounded prefix "
         "sums of μ. ρ = 1 keeps everything and returns W itself; ρ = 0 keeps nothing.",
         "PRECISION": "Exact widening on reading; one dtype for computing (float64, or float32 by "
-        "choice); the products of one backward pass over a shard in that dtype; the fold over "
-        "passes and shards, eigensolvers, factors and bases in float64; edited weights in the "
-        "dtype of their source.",
+        "choice); the products of one backward pass over a shard in that dtype, in float64 where "
+        "all of float32's would vanish; the fold over passes and shards, eigensolvers, factors and "
+        "bases in float64; edited weights in the dtype of their source.",
         "SHARD, BLOCK": "Shard = max(1, 2048 div T) consecutive sequences, T the corpus's width "
         "(of images: the model's positions); the head in chunks of 512 kept rows; block = 64 "
         "consecutive shards. A shard's backward passes (by draw, or by position and then entry) "

@@ -13,24 +13,38 @@ import numpy as np
 from refcurv.algebra import kernels
 from refcurv.law.checks import Array
 from refcurv.model.config import Activation
-from refcurv.model.layers import Layout, Ops, Saved, centre, rotate
+from refcurv.model.layers import Layout, Ops, Saved, centre, rotate, unit_scale
 
 QUERY_ROWS = 128
 """Queries of one attention block: their scores against the needed keys fit the cache."""
 
 
 def _rms_norm_forward(x: Array, gain: Array, eps: float) -> tuple[Array, Saved]:
+    """The kernel on x; where squares overflow or vanish, again on s x with s² eps."""
     x_ND = np.ascontiguousarray(x).reshape(-1, x.shape[-1])
     y_ND, r_N = np.empty_like(x_ND), np.empty(len(x_ND), x.dtype)
-    kernels.rms_norm_forward(x_ND, gain, x.dtype.type(eps), y_ND, r_N)
-    return y_ND.reshape(x.shape), (x_ND, gain, r_N)
+    kernels.rms_norm_forward(x_ND, gain, np.full(len(x_ND), eps, x.dtype), y_ND, r_N)
+    if _ordinary(r_N):
+        return y_ND.reshape(x.shape), (x_ND, gain, r_N, None)
+    s_N1 = unit_scale(x_ND, eps)
+    x_ND, eps_N = x_ND * s_N1, (eps * s_N1 * s_N1)[:, 0]
+    kernels.rms_norm_forward(x_ND, gain, eps_N, y_ND, r_N)
+    return y_ND.reshape(x.shape), (x_ND, gain, r_N, s_N1)
+
+
+def _ordinary(r_N: Array) -> bool:
+    """Is every mean(x²) + eps = 1/r² finite, and far above squares that lose digits or vanish?"""
+    number = np.finfo(r_N.dtype)
+    return bool(((r_N > 0) & (r_N <= np.sqrt(number.eps / number.smallest_normal))).all())
 
 
 def _rms_norm_backward(d_y: Array, saved: Saved) -> tuple[Array, Array]:
-    x_ND, gain, r_N = saved
+    x_ND, gain, r_N, s_N1 = saved
     d_x_ND, d_gain = np.empty_like(x_ND), np.zeros_like(gain)
     d_y_ND = np.ascontiguousarray(d_y).reshape(x_ND.shape)
     kernels.rms_norm_backward(d_y_ND, x_ND, gain, r_N, d_x_ND, d_gain)
+    if s_N1 is not None:
+        d_x_ND *= s_N1
     return d_x_ND.reshape(d_y.shape), d_gain
 
 
