@@ -11,7 +11,7 @@ import numpy as np
 from strategies import any_config, random_parameters
 
 import refcurv as rc
-from refcurv.model.config import ModelConfig
+from refcurv.model.config import ModelConfig, Norm, NormPlace
 
 SIZES = (1e-3, 0.03, 1.0, 5.0, 30.0)
 """Times the usual weights: activations that hardly bend, and softmaxes with one entry of 1."""
@@ -28,10 +28,18 @@ def sound_model(seed: int) -> tuple[rc.Model, rc.Corpus]:
 
 
 def _other_sizes(config: ModelConfig, rng: np.random.Generator) -> ModelConfig:
-    """Some wider than the space's, and some of a single number."""
+    """Some wider than the space's, some of a single number; caps and epsilons that files have."""
     sizes = {"vocabulary": (1, 7, 40), "width": (1, 8, 24), "mlp_width": (1, 10)}
-    chosen = {name: int(rng.choice(n)) for name, n in sizes.items() if rng.random() < 0.5}
-    return replace(config, **chosen, norm_eps=float(rng.choice([1e-6, config.norm_eps])))
+    fields: dict[str, object] = {
+        name: int(rng.choice(n)) for name, n in sizes.items() if rng.random() < 0.5
+    }
+    for name, cap in (("score_cap", 50.0), ("logit_cap", 30.0), ("qkv_clip", 8.0)):
+        if getattr(config, name) is not None and rng.random() < 0.5:
+            fields[name] = cap
+    # without an epsilon no norm may read zeros, as one behind a dead MLP would
+    alone = config.norm is Norm.RMS and config.norm_place is NormPlace.PRE
+    fields["norm_eps"] = float(rng.choice([0.0 if alone else 1e-6, 1e-6, config.norm_eps]))
+    return replace(config, **fields)
 
 
 def _scaled(parameters: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:

@@ -252,6 +252,7 @@ def test_a_file_with_interleaved_rows_of_q_and_k_is_noticed() -> None:
         made = bench.prepare(model.config, parameters, corpus, planned, 0)
         (measure,) = identities.rotary_rows(made)
         assert (measure.error > measure.budget) == noticed
+        assert measure.error <= 1 < 100 * measure.budget  # no loss falls by more than all of it
         for check in (identities.rotated_key_slopes, identities.norm_defect):
             assert all(m.error <= m.budget for m in check(made))
 

@@ -205,7 +205,7 @@ class Bench:
         included. norms: every RMSNorm.
         key_slopes: block → the gradient of the rotated keys, before and after the rotation is
             undone, (B, T, K, E). key_terms: block → the sum of the magnitudes of its terms.
-        final (B, T, D); logits (B, T, V).
+        final (B, T, D); logits (B, T, V). hessians: random direction → H times it, once known.
     """
 
     config: ModelConfig
@@ -221,6 +221,7 @@ class Bench:
     key_terms: Mapping[int, Array]
     final: Array
     logits: Array
+    hessians: dict[int, Runs] = field(default_factory=dict, repr=False)
     _moved: dict[int, Mapping[str, Tap]] = field(default_factory=dict, repr=False)
 
     @property

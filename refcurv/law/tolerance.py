@@ -18,7 +18,6 @@ from refcurv.law.conventions import NEGATIVE_FACTOR
 OPERATIONS_PER_BLOCK = 64
 """Roundings on a path through one block outside its sums: norms, rotary, softmax, gate."""
 
-
 LAMBDA = 8.0
 """Standard deviations that a budget of random roundings allows: odds of 3e-14."""
 
