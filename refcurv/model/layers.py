@@ -251,8 +251,11 @@ def attention_backward(d_context_BTHE: Array, saved: Saved) -> tuple[Array, Arra
     d_p = d_context_BKRTE @ v_BK1SE.swapaxes(-1, -2)
     d_v = (p_BKRTS.swapaxes(-1, -2) @ d_context_BKRTE).sum(axis=2)
     # forward:  p = softmax(score)
-    # Σ p = 1, so d_p counts from any number: from that of a key with most of p, lest 1 − p cancel
-    d_p = d_p - np.where(p_BKRTS.real > 0.5, d_p, 0).sum(axis=-1, keepdims=True)
+    # Σ p = 1, so d_p counts from any number: from that of the likeliest keys, lest 1 − p cancel
+    real = p_BKRTS.real
+    top = real == real.max(axis=-1, keepdims=True)
+    ties = top.sum(axis=-1, keepdims=True, dtype=real.dtype)
+    d_p = d_p - np.where(top, d_p, 0).sum(axis=-1, keepdims=True) / ties
     d_score = p_BKRTS * (d_p - (d_p * p_BKRTS).sum(axis=-1, keepdims=True))
     # forward:  score = cap(q @ kᵀ * scale); size = scale · cap'
     d_product = d_score * size
