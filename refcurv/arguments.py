@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from refcurv.law.checks import RangeError
@@ -18,13 +19,22 @@ EXAMPLES = {
         "refcurv report w.h5 corpus.h5 --rho 'blocks.{23-25}.mlp.{gate,up}=0.6' --out results/",
         "refcurv report w.h5 corpus.h5 --layers 'blocks.11.mlp.*' --rho 0.75 --split dev",
     ],
-    "convert": ["refcurv convert ~/models/OLMo-2-1B olmo2-1b.h5"],
-    "export": ["refcurv export edited.h5 olmo2-1b-edited/"],
+    "convert": [
+        "refcurv convert ~/models/OLMo-2-1B olmo2-1b.h5",
+        "refcurv convert ~/models/mine mine.h5 --ignore-key my_note --verbose",
+    ],
+    "export": [
+        "refcurv export edited.h5 olmo2-1b-edited/",
+        "refcurv export edited.h5 olmo2-1b-edited/ --tokenizer-from ~/models/OLMo-2-1B",
+    ],
     "corpus": [
         "refcurv corpus books/*.txt --tokenizer tokenizer.json -o corpus.h5 --length 512 --pack",
         "refcurv corpus pile.jsonl --tokenizer tokenizer.json -o corpus.h5 \\\n"
         "      --population quotes:recite:test=quotes.jsonl --population clean:text:test=clean.txt",
+        "refcurv corpus stories.txt --tokenizer model/ -o corpus.h5 --pack "
+        "--separator '<|endoftext|>'",
         "refcurv corpus tokens.npy -o corpus.h5",
+        "refcurv corpus train.bin -o corpus.h5 --token-dtype uint16",
         "refcurv corpus corpus.h5 -o more.h5 --population facts:answer:dev=facts.jsonl",
     ],
     "inspect": ["refcurv inspect olmo2-1b.h5", "refcurv inspect factors.h5 --json facts.json"],
@@ -107,6 +117,37 @@ def shares(texts: Sequence[str], asks: str = "edit: --rho takes [PATTERN=]SHARE"
     return out
 
 
+def files(args: argparse.Namespace) -> tuple[dict[str, str], dict[str, str]]:
+    """The files that a command reads, and those that it writes, by what its usage calls them.
+
+    The folders of `report`, `demo` and `export` are looked after by these.
+    """
+    given = {name: value for name, value in vars(args).items() if isinstance(value, str)}
+    reads = {name.upper(): given[name] for name in _READ if name in given}
+    writes = {f"--{name}": given[name] for name in ("output", "json") if name in given}
+    reads |= {f"TEXT {path}": path for path in getattr(args, "texts", [])}
+    reads |= {
+        f"--population {text}": text.partition("=")[2] for text in getattr(args, "population", [])
+    }
+    if "TOKENIZER" in reads and Path(reads["TOKENIZER"]).is_dir():
+        reads["TOKENIZER"] = str(Path(reads["TOKENIZER"]) / "tokenizer.json")
+    if args.command == "convert":
+        writes["WEIGHTS"] = reads.pop("WEIGHTS")
+        folder = Path(args.directory)
+        reads |= {f"{p.name} of DIRECTORY": str(p) for p in (*folder.glob("*"),)}
+    if args.command == "collect":
+        writes["the checkpoint of --output"] = unfinished(args.output)
+    return reads, writes
+
+
+def unfinished(output: str) -> str:
+    """Where `collect` keeps its sums until `output` is on the disk."""
+    return f"{output}.unfinished"
+
+
+_READ = ("weights", "corpus", "factors", "basis", "file", "baseline", "tokenizer")
+
+
 # ------------------------------------------------------------------ of one command
 
 
@@ -129,11 +170,16 @@ def _report(sub: argparse.ArgumentParser) -> None:
 
 def _convert(sub: argparse.ArgumentParser) -> None:
     _positional(sub, "DIRECTORY", "WEIGHTS")
+    text = "a key of config.json that is unknown here and changes nothing, you say; repeatable"
+    sub.add_argument("--ignore-key", action="append", default=[], metavar="NAME", help=text)
+    sub.add_argument("--verbose", action="store_true", help="a line for each tensor, not each kind")
     _json(sub)
 
 
 def _export(sub: argparse.ArgumentParser) -> None:
     _positional(sub, "WEIGHTS", "DIRECTORY")
+    text = "copy the tokenizer's and generation files of this folder, the checkpoint's own"
+    sub.add_argument("--tokenizer-from", metavar="FOLDER", help=text)
 
 
 def _inspect(sub: argparse.ArgumentParser) -> None:
@@ -143,18 +189,25 @@ def _inspect(sub: argparse.ArgumentParser) -> None:
 
 def _corpus(sub: argparse.ArgumentParser) -> None:
     text = (
-        "one document a file; .jsonl: one a line, of text or input_ids, or of prefix and suffix; "
-        ".npy: ids, (T,) or (N, T); .h5: a corpus, alone, that keeps its rows"
+        "UTF-8, one document a file; .jsonl: one a line, of text or input_ids, or of prefix and "
+        "suffix; .npy: ids, (T,) or (N, T); .bin: ids; .h5: a corpus, alone, that keeps its rows"
     )
     sub.add_argument("texts", nargs="*", metavar="TEXT", help=text)
     _output(sub)
-    sub.add_argument("--tokenizer", metavar="JSON", help="tokenizer.json; not needed for ids alone")
+    text = "tokenizer.json, or the folder that has it; not needed for ids alone"
+    sub.add_argument("--tokenizer", metavar="JSON", help=text)
     text = "largest width of a row; longer documents are cut, nothing is dropped (default: 512)"
     sub.add_argument("--length", type=int, default=512, help=text)
     text = "several documents in a row, as segments that do not see one another"
     sub.add_argument("--pack", action="store_true", help=text)
     text = "put this token behind each whole text (default: only what the tokenizer itself adds)"
     sub.add_argument("--eos", metavar="TOKEN", help=text)
+    text = (
+        "what stands between the documents of a text file, as '<|endoftext|>'; is in none of them"
+    )
+    sub.add_argument("--separator", metavar="TEXT", help=text)
+    text = "what a .bin of bare token ids holds, as nanoGPT's uint16; shards of llm.c say it"
+    sub.add_argument("--token-dtype", metavar="DTYPE", help=text)
     text = (
         "repeatable; KIND recite or answer: a .jsonl of prefix and suffix; text: any file, for "
         "perplexity; SPLIT dev or test; CHANCE the score of guessing (default: 0)"
@@ -190,6 +243,8 @@ def _edit(sub: argparse.ArgumentParser) -> None:
     meta = "random-basis|random-pairs|inputs|outputs"
     sub.add_argument("--control", metavar=meta, help=text)
     sub.add_argument("--seed", type=int, default=0, help="of a random control (default: 0)")
+    text = "take a basis that was made from other weights than these; the output says so"
+    sub.add_argument("--force", action="store_true", help=text)
     _json(sub)
 
 

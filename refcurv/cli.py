@@ -6,14 +6,23 @@ import argparse
 import errno
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import textwrap
+import traceback
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from refcurv.arguments import parser, shares
+from refcurv import terminal
+from refcurv.arguments import files, parser, shares, unfinished
 from refcurv.law.checks import RefcurvError, require_choice
+from refcurv.terminal import progress_bar
 
 DONE, JUDGED_AND_FAILED, BAD_INPUT, MACHINE, INTERRUPTED = 0, 1, 2, 3, 130
+
+TRACEBACK = "REFCURV_TRACEBACK"
+"""The environment variable that asks for the traceback of a bug."""
+
+HOUSE = Path(__file__).parent
 
 
 # ------------------------------------------------------------------ commands
@@ -22,14 +31,18 @@ DONE, JUDGED_AND_FAILED, BAD_INPUT, MACHINE, INTERRUPTED = 0, 1, 2, 3, 130
 def demo(args: argparse.Namespace) -> None:
     """Run the paper on the shipped model: table, plots, report.html, results.json."""
     from refcurv.demo.run import run
+    from refcurv.report.plots import require_matplotlib
 
+    require_matplotlib()
     _show(run(Path(args.out), progress_bar), args)
 
 
 def report(args: argparse.Namespace) -> None:
     """Collect, decompose, edit and evaluate on your own files: table, plots, report.html."""
     from refcurv.demo.run import Job, run
+    from refcurv.report.plots import require_matplotlib
 
+    require_matplotlib()
     choices = ("weights", "corpus", "layers", "fisher", "rows", "seed", "bias", "split", "dtype")
     job = Job(rho=shares(args.rho), **{name: getattr(args, name) for name in choices})
     _show(run(Path(args.out), progress_bar, job), args)
@@ -58,25 +71,22 @@ def _show(results: dict[str, Any], args: argparse.Namespace) -> None:
 
 def convert(args: argparse.Namespace) -> None:
     """Turn a checkpoint directory (config.json, *.safetensors) into a weights file."""
-    import refcurv as rc
-    from refcurv.report.table import format_rows
+    from refcurv.files.huggingface import conversion
+    from refcurv.report.conversion import format_conversion, rows
 
-    mapped = rc.convert(args.directory, args.weights)
-    rows = [[m.checkpoint_name, m.name or "(ignored)", _shape(m.shape), m.dtype] for m in mapped]
-    print(format_rows(["checkpoint", "refcurv", "shape", "stored as"], rows, "llll"))
-    parameters = sum(m.name is not None for m in mapped)
-    print(f"\n{len({m.checkpoint_name for m in mapped})} tensors → {parameters} parameters in "
-          f"{args.weights}")  # fmt: skip
-    _write_json(args.json, [dict(zip(("checkpoint_name", "name", "shape", "dtype"), r, strict=True))
-                            for r in rows])  # fmt: skip
+    done = conversion(args.directory, args.weights, args.ignore_key)
+    print(format_conversion(done, args.weights, args.verbose))
+    keys = ("checkpoint_name", "name", "shape", "dtype")
+    _write_json(args.json, [dict(zip(keys, row, strict=True)) for row in rows(done.mapped)])
 
 
 def export(args: argparse.Namespace) -> None:
     """Turn a weights file into a checkpoint directory that transformers loads."""
     import refcurv as rc
+    from refcurv.report.conversion import format_export
 
-    rc.export(args.weights, args.directory)
-    print(f"{args.weights} → {args.directory}/config.json, model.safetensors")
+    done = rc.export(args.weights, args.directory, args.tokenizer_from)
+    print(format_export(done, args.weights, args.directory))
 
 
 def inspect(args: argparse.Namespace) -> None:
@@ -92,16 +102,15 @@ def inspect(args: argparse.Namespace) -> None:
 def corpus(args: argparse.Namespace) -> None:
     """Tokenize texts, JSON lines and arrays of ids into a corpus file with populations."""
     import refcurv as rc
-    from refcurv.files.texts import require_apart
 
-    inputs = [*args.texts, *([args.tokenizer] if args.tokenizer else [])]
-    require_apart(args.output, inputs, args.population)
     made = rc.build_corpus(
         args.texts,
         args.tokenizer,
         length=args.length,
         pack=args.pack,
         eos=args.eos,
+        separator=args.separator,
+        token_dtype=args.token_dtype,
         populations=args.population,
         progress=progress_bar("tokenize"),
     )
@@ -116,9 +125,7 @@ def collect(args: argparse.Namespace) -> None:
     """Accumulate the factors A and G of linear layers over a corpus."""
     import refcurv as rc
     from refcurv.curvature.factors import least_certain
-    from refcurv.files.disk import output_path
 
-    output_path("collect", args.output)  # before the work, not after it
     model = rc.load(args.weights, dtype=args.dtype)
     factors = rc.collect(
         model,
@@ -128,10 +135,10 @@ def collect(args: argparse.Namespace) -> None:
         args.seed,
         args.draws,
         rows=args.rows,
-        checkpoint=f"{args.output}.unfinished",
+        checkpoint=unfinished(args.output),
         progress=progress_bar("collect"),
     )
-    rc.save_factors(factors, args.output)
+    rc.save_factors(factors, args.output, unfinished(args.output))
     rows = {name: factor.n_A for name, factor in factors.items()}
     most = max(rows.values())
     few = ", ".join(f"{name} {n:,}" for name, n in rows.items() if n != most)  # of images
@@ -160,9 +167,9 @@ def edit(args: argparse.Namespace) -> None:
     rho, model, basis = shares(args.rho), rc.load(args.weights), rc.load_bases(args.basis)
     came_from = {"inputs": store.inputs(model.source, basis.source)}
     if args.control is None:
-        _save_edit(args, *rc.edit(model, basis, rho), **came_from)
+        _save_edit(args, *rc.edit(model, basis, rho, force=args.force), **came_from)
     else:
-        made = control(model, basis, rho, args.control, args.seed)
+        made = control(model, basis, rho, args.control, args.seed, force=args.force)
         _save_edit(args, *made, seed=args.seed, **came_from)
 
 
@@ -177,9 +184,7 @@ def truncate(args: argparse.Namespace) -> None:
 def prune(args: argparse.Namespace) -> None:
     """Learn which weights to zero to forget a population and retain the corpus's own tokens."""
     import refcurv as rc
-    from refcurv.files.disk import output_path
 
-    output_path("prune", args.output)  # before the work, not after it
     corpus = rc.load_corpus(args.corpus)
     forget = require_choice("prune", "--forget", args.forget, corpus.populations)
     scores = rc.train_scores(
@@ -202,29 +207,40 @@ def prune(args: argparse.Namespace) -> None:
 def _save_edit(args: argparse.Namespace, edited: Any, record: Any, **made_from: Any) -> None:
     """Write an edited model, print its record."""
     import refcurv as rc
-    from refcurv.report.table import format_edit
+    from refcurv.report.table import format_edit, format_start
 
     rc.save(edited, args.output, {"edit": record.to_json(), **made_from})
     print(format_edit(record.to_json()))
-    print(f"\n{_layers(len(record.layers))} edited → {args.output}")
+    print(f"\n{format_start(record.start.to_json())}")
+    print(f"{_layers(len(record.layers))} edited → {args.output}")
     _write_json(args.json, record.to_json())
 
 
 def evaluate(args: argparse.Namespace) -> None:
     """Judge a model on the corpus's populations, beside a baseline if one is given."""
     import refcurv as rc
+    from refcurv.evaluation.suite import Evaluation
     from refcurv.report.table import format_evaluation
 
     baseline = rc.load(args.baseline, dtype=args.dtype) if args.baseline else None
-    table = rc.evaluate(
-        rc.load(args.weights, dtype=args.dtype),
-        rc.load_corpus(args.corpus),
-        split=args.split,
-        baseline=baseline,
-        progress=progress_bar("evaluate"),
-    )
-    print(format_evaluation(table.to_json()))
-    _write_json(args.json, table.to_json())
+    table: dict[str, Any] = {}
+
+    def keep(so_far: Evaluation) -> None:
+        table.update(so_far.to_json())
+        _write_json(args.json, table)
+
+    try:
+        rc.evaluate(
+            rc.load(args.weights, dtype=args.dtype),
+            rc.load_corpus(args.corpus),
+            split=args.split,
+            baseline=baseline,
+            progress=progress_bar("evaluate"),
+            each=keep,
+        )
+    finally:  # what was evaluated is not lost to what fails later
+        if table:
+            print(format_evaluation(table))
 
 
 def audit(args: argparse.Namespace) -> int:
@@ -269,18 +285,16 @@ def _corpus_lines(counts: dict[str, Any]) -> Iterator[str]:
     parts = [counts, *counts["populations"].values()]
     if empty := sum(part.get("empty", 0) for part in parts):
         yield f"left out: {empty:,} documents without a token"
-    if seams := sum(part.get("seams", 0) for part in parts):
-        yield f"long texts were tokenized in pieces, with {seams:,} seams at line ends"
+    if straddling := sum(part.get("straddling", 0) for part in parts):
+        yield (
+            f"{straddling:,} prefixes end within a token, which is asked for with their suffixes"
+        )
     if counts["ignored_keys"]:
         yield f"keys ignored: {', '.join(map(repr, counts['ignored_keys']))}"
 
 
 def _layers(count: int) -> str:
     return f"{count} layer" + "s" * (count != 1)
-
-
-def _shape(shape: Sequence[int]) -> str:
-    return " x ".join(map(str, shape))
 
 
 def _write_json(path: str | None, data: object) -> None:
@@ -290,58 +304,75 @@ def _write_json(path: str | None, data: object) -> None:
         write_json(data, path)
 
 
-def progress_bar(label: str) -> Callable[[int, int], None]:
-    """A bar on stderr, if that is a terminal; called with (done, all)."""
-    from tqdm import tqdm
-
-    bar: Any = None
-
-    def update(done: int, total: int) -> None:
-        nonlocal bar
-        if bar is None:
-            bar = tqdm(total=total, desc=f"{label:>10}", disable=None, file=sys.stderr)
-        bar.update(done - bar.n)
-        if done >= total:
-            bar.close()
-
-    return update
-
-
 # ------------------------------------------------------------------ entry
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status. Every error is one line on stderr."""
-    try:
-        args = parser(COMMANDS).parse_args(arguments)
-        if getattr(args, "json", None):
-            from refcurv.files.disk import output_path
+    with terminal.interrupts():
+        return _main(arguments)
 
-            output_path(args.command, args.json)  # before the work, not after it
-        status = args.work(args)
-        sys.stdout.flush()
+
+def _main(arguments: Sequence[str] | None) -> int:
+    try:
+        with terminal.streams():
+            args = parser(COMMANDS).parse_args(arguments)
+            _require_targets(args)
+            status = args.work(args)
         return DONE if status is None else int(status)
-    except RefcurvError as error:
-        return _fail(str(error), error.status)
     except KeyboardInterrupt:
         hint = (
             "interrupted; no output was changed. A collection goes on where it was when run again"
         )
         return _fail(hint, INTERRUPTED)
-    except MemoryError as error:
-        return _fail(
-            f"out of memory: {error}. Fewer --layers, or --dtype float32, need less", MACHINE
-        )
     except BrokenPipeError:  # the reader of our output has left, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
-    except OSError as error:
-        kind = MACHINE if error.errno in (errno.ENOSPC, errno.EIO, errno.EDQUOT) else BAD_INPUT
-        return _fail(str(error), kind)
+    except Exception as error:
+        return _fail(*_sentence(error))
+
+
+def _sentence(error: Exception) -> tuple[str, int]:
+    """What an error says in one line, and its exit status: never that of a judgement."""
+    if isinstance(error, RefcurvError):
+        return str(error), error.status
+    if isinstance(error, MemoryError):
+        hint = "Fewer --layers, or --dtype float32, need less"
+        return f"out of memory: {error}. {hint}", MACHINE
+    if isinstance(error, OSError):
+        machine = error.errno in (errno.ENOSPC, errno.EIO, errno.EDQUOT)
+        return str(error), MACHINE if machine else BAD_INPUT
+    if isinstance(error, ImportError):
+        return f"{error}: a package that refcurv needs is missing or broken; install it", MACHINE
+    return _bug(error), MACHINE
+
+
+def _bug(error: Exception) -> str:
+    """What nobody foresaw: not the input's fault. With REFCURV_TRACEBACK the traceback first."""
+    if os.environ.get(TRACEBACK):
+        traceback.print_exception(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [(Path(frame.filename), frame.lineno) for frame in frames]
+    inside = [(path.relative_to(HOUSE.parent), at) for path, at in places if HOUSE in path.parents]
+    place = ":".join(map(str, (inside or places)[-1]))
+    said = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
+    return (
+        f"{said} (at {place}). This is a bug of refcurv, whatever the input: please report this "
+        f"line, with the traceback that {TRACEBACK}=1 prints"
+    )
+
+
+def _require_targets(args: argparse.Namespace) -> None:
+    """Before the work: every output can be written, and takes the place of no input."""
+    from refcurv.files.disk import require_apart, require_writable
+
+    reads, writes = files(args)
+    require_apart(args.command, writes, reads)
+    for path in writes.values():
+        require_writable(args.command, path)
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"refcurv: {' '.join(message.split())}", file=sys.stderr)
+    terminal.say(message)
     return status
 
 

@@ -541,15 +541,18 @@ def worlds(
     p_TV: Array,
     label_T: Sequence[int],
     kind: str,
-    per: str = "sequence",
+    per: str = "segment",
     drawn: Sequence[Any] = (),
+    segment_T: Sequence[int] | None = None,
 ) -> list[World]:
     """FISHER: what is carried back, and how much its square counts; labelled positions only.
 
     `expected`: every entry of every position by itself, by its probability. `empirical`: the
     corpus's labels. `sampled`: each draw's labels, (T,). `signed`: each draw's signs ε, (T, V), as
-    Σ_v ε_v √p_v nats[t, v]. The last three carry a sequence at once, or with per="term" each t.
+    Σ_v ε_v √p_v nats[t, v]. The last three carry a segment at once, or with per="term" each t;
+    without `segment_T` the sequence is one.
     """
+    segment = [0] * len(label_T) if segment_T is None else segment_T
     labelled = [t for t, v in enumerate(label_T) if v >= 0]
     if kind == "expected":
         return [(p, {(t, v): 1}) for t in labelled for v, p in enumerate(p_TV[t])]
@@ -562,8 +565,12 @@ def worlds(
     weight = p_TV.dtype.type(1) / len(terms)
     if per == "term":
         return [(weight, one) for draw in terms for one in draw.values()]
-    assert per == "sequence", per
-    return [(weight, {at: c for one in draw.values() for at, c in one.items()}) for draw in terms]
+    assert per == "segment", per
+    return [
+        (weight, {at: c for t in labelled if segment[t] == s for at, c in draw[t].items()})
+        for draw in terms
+        for s in dict.fromkeys(segment)
+    ]
 
 
 def signed_root(t: int, p_V: Array, sign_V: Sequence[int]) -> dict[tuple[int, int], Any]:
@@ -727,6 +734,8 @@ def selection(lam: np.ndarray, mu: np.ndarray, rho: float) -> np.ndarray:
     counts = np.zeros(len(lam), dtype=np.int64)
     if rho == 1:
         return counts + len(mu)
+    lam, mu = ([float(x) * 2.0 ** (1 - math.frexp(s[0])[1]) for x in s] for s in (lam, mu))
+    lam = np.array(lam)
     target = (rho * math.fsum(lam)) * math.fsum(mu)
     prefix = np.array([math.fsum(mu[:n]) for n in range(len(mu) + 1)])
     pairs = sorted(

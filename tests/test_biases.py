@@ -5,12 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-import h5py
 import numpy as np
 import pytest
+import test_factors
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import Case, assert_within, case, cases, few, gap, image_cases, scaled
+from strategies import (
+    Case,
+    assert_within,
+    case,
+    cases,
+    few,
+    gap,
+    image_cases,
+    opened_for_lies,
+    scaled,
+)
 from test_factors import alone, corpus_of, flow, gappy, model_of, naive_rows, sent_back
 
 import refcurv as rc
@@ -19,7 +29,6 @@ from refcurv.algebra.staircase import cut
 from refcurv.cli import main
 from refcurv.curvature import blocks
 from refcurv.curvature.eigenbasis import Bases
-from refcurv.curvature.problem import problem
 from refcurv.editing.projection import project
 from refcurv.law import conventions, tolerance
 from refcurv.law.checks import (
@@ -114,11 +123,11 @@ def test_O47_a_joint_basis_is_of_the_homogeneous_coordinate(tmp_path) -> None:
     back = rc.load_bases(tmp_path / "b.h5")
     assert back.bias is Bias.JOINT
     assert back[q].U_A.tobytes() == joint[q].U_A.tobytes()
-    with h5py.File(tmp_path / "b.h5", "r+") as file:
+    with opened_for_lies(tmp_path / "b.h5") as file:
         file.attrs["bias"] = np.bytes_("joined")
     with pytest.raises(ConventionError, match=r"bias must be one of .*Did you mean 'joint'\?"):
         rc.load_bases(tmp_path / "b.h5")
-    with h5py.File(tmp_path / "b.h5", "r+") as file:
+    with opened_for_lies(tmp_path / "b.h5") as file:
         del file.attrs["bias"]  # as refcurv 0.1 wrote it, for models without biases
     assert rc.load_bases(tmp_path / "b.h5").bias is Bias.SEPARATE
 
@@ -136,7 +145,7 @@ def test_O47_a_joint_edit_is_the_projection_of_weight_and_bias(rho: float) -> No
     basis = joint[layer]
     want = project(np.column_stack([W, b]), basis, cut(basis.lam, basis.mu, rho).counts)
 
-    edited, record = rc.edit(model, joint, {layer: rho})
+    edited, record = rc.edit(model, joint, {layer: rho}, force=True)
     new_W, new_b = (edited.parameters[f"{layer}.{part}"] for part in ("weight", "bias"))
     assert new_b.tobytes() == want[:, -1].astype(np.float32).astype(np.float64).tobytes()
     assert (new_W.astype(np.float32).view(np.uint32) & 0xFFFF == 0).all()
@@ -147,7 +156,7 @@ def test_O47_a_joint_edit_is_the_projection_of_weight_and_bias(rho: float) -> No
     share = np.linalg.norm(both) / np.linalg.norm(np.column_stack([W, b]))
     assert record.layers[0].norm == pytest.approx(share, rel=1e-14)
 
-    apart, record = rc.edit(model, separate, {layer: rho})
+    apart, record = rc.edit(model, separate, {layer: rho}, force=True)
     assert apart.parameters[f"{layer}.bias"] is model.parameters[f"{layer}.bias"]
     assert gap(apart.parameters[f"{layer}.weight"], new_W) > 0.01
     assert record.layers[0].pairs == W.size
@@ -188,7 +197,7 @@ def test_refusals_of_joint_edits() -> None:
         rc.edit(model, mixed, {"blocks.0.mlp.up": 0.5})
     broken = one.parameters | {"blocks.0.mlp.up.bias": np.full(5, np.nan)}
     with pytest.raises(NonFiniteError, match=r"up\.bias"):
-        rc.edit(rc.Model(one.config, broken), joint, 0.5)
+        rc.edit(rc.Model(one.config, broken), joint, 0.5, force=True)
 
 
 def test_the_command_decomposes_jointly(tmp_path, capsys) -> None:
@@ -494,15 +503,16 @@ def test_O48_a_tied_matrix_has_two_uses_and_their_cross_terms() -> None:
 
 
 def gradients(one: Case, fisher: str, seed: int) -> list[dict[str, np.ndarray]]:
-    """Of each sequence and each cotangent, by the definitions, one sequence at a time."""
+    """Of each segment and each cotangent, by the definitions, one whole sequence at a time."""
     out = []
     for sent in sent_back(one, fisher, seed):
-        for b in range(len(one.token)):
+        for b, segment in ((b, s) for b, row in enumerate(one.segment) for s in np.unique(row)):
             part = alone(one, b)
-            made = part.config
+            made, inside = part.config, part.segment == segment
             final, trace = transformer.forward(made, part.parameters, part.token, part.layout)
             z = transformer.head_logits(made, part.parameters, final)
-            d_z = transformer.uncapped(made, z, sent[b : b + 1])
+            own = sent[b : b + 1] * inside[:, : z.shape[1], None]
+            d_z = transformer.uncapped(made, z, own)
             found = {"head.bias": d_z.sum(axis=(0, 1))}
             d_final = d_z @ part.parameters[made.weight_of("head")]
             steps = transformer.backward(made, part.parameters, d_final, trace)
@@ -516,8 +526,8 @@ VECTORS = st.sampled_from(["empirical", "sampled", "signed", "expected"])
 
 @few(10)
 @given(cases(), VECTORS, st.integers(0, 2**64 - 1))
-def test_O49_blocks_are_the_sums_over_sequences(one: Case, fisher: str, seed: int) -> None:
-    """Every gain and every bias of the whole space of models: Σ D Dᵀ, D of one sequence."""
+def test_O49_blocks_are_the_sums_over_segments(one: Case, fisher: str, seed: int) -> None:
+    """Every gain and every bias of the whole space of models: Σ D Dᵀ, D of one segment."""
     vectors = [n for n, x in one.parameters.items() if x.ndim == 1]
     if not (one.label >= 0).any() or not vectors:
         return
@@ -530,7 +540,8 @@ def test_O49_blocks_are_the_sums_over_sequences(one: Case, fisher: str, seed: in
         budget = 40 * tolerance.path(one.config.layers, 64, np.float64)
         assert_within(block.sum_F, D.T @ D, budget, scale, name)
         assert (block.sum_F == block.sum_F.T).all()
-        assert block.sequences == (one.label >= 0).any(axis=1).sum()
+        labelled = np.argwhere(one.label >= 0)
+        assert block.segments == len({(b, one.segment[b, t]) for b, t in labelled})
         assert np.array_equal(block.F, block.sum_F)
 
 
@@ -575,10 +586,11 @@ def test_O49_blocks_and_positions_of_images(one: Case, fisher: str, seed: int) -
 
 @pytest.mark.parametrize("fisher", list(Fisher))
 def test_blocks_across_shards_and_chunks(fisher: Fisher, monkeypatch) -> None:
-    """Two sequences to a shard; chunks of the head that end and begin inside a sequence."""
+    """Two sequences to a shard, documents in them; chunks of the head that end inside a segment."""
     monkeypatch.setattr(conventions, "SHARD_TOKENS", 12)
-    monkeypatch.setattr(transformer, "HEAD_ROWS", 3)
-    test_O49_blocks_are_the_sums_over_sequences.hypothesis.inner_test(gappy(), fisher, 11)
+    monkeypatch.setattr(transformer, "HEAD_ROWS", 2)
+    one = replace(gappy(), segment=np.array([[0] * 6, [1, 1, 1, 2, 2, 2], [4, 4, 4, 3, 3, 3]]))
+    test_O49_blocks_are_the_sums_over_segments.hypothesis.inner_test(one, fisher, 11)
 
 
 @pytest.mark.parametrize(("fisher", "draws"), [("expected", 1), ("sampled", 3), ("empirical", 1)])
@@ -591,7 +603,7 @@ def test_O49_blocks_are_the_exact_fisher(fisher: str, draws: int) -> None:
     for name, block in got.items():
         F = rc.exact.fisher(model, one.token, wrt=name, fisher=fisher, seed=8, draws=draws)
         assert_within(block.F, F, 10 * BUDGET, F, name)
-        assert (block.sequences, block.draws) == (3, draws)
+        assert (block.segments, block.draws) == (3, draws)
 
 
 def test_O49_a_gain_has_no_kronecker_form() -> None:
@@ -616,18 +628,64 @@ def test_O49_a_gain_has_no_kronecker_form() -> None:
         assert singular[1] > 0.05 * singular[0]  # of G ⊗ A there would be one (O24)
 
 
-def test_blocks_of_packed_and_of_bidirectional_models_are_exact() -> None:
-    """Documents of one row are one sequence of the Fisher, though they do not see one another."""
+@pytest.mark.parametrize(("fisher", "draws"), [("empirical", 1), ("sampled", 2), ("signed", 2)])
+def test_blocks_of_packed_and_of_bidirectional_models_are_exact(fisher: str, draws: int) -> None:
+    """Documents of one row, padding behind them; the second route has one problem a document."""
     for causal in (True, False):
-        one = labels_given(biased(causal=causal))
-        one = replace(one, segment=np.tile([0, 0, 0, 1, 1, 1, 1], (3, 1)))
-        made = problem(model_of(one), one.token, one.label, one.segment)
+        one = labels_given(biased(causal=causal, layers=1))
+        model, (corpus, _, merged) = model_of(one), packings(one)
         names = "blocks.0.attn.q_norm.weight,blocks.0.mlp.up.bias"
-        got = rc.collect_blocks(model_of(one), corpus_of(one), names, "empirical")
+        got = rc.collect_blocks(model, corpus, names, fisher, 5, draws)
+        options = dict(fisher=fisher, seed=5, draws=draws)
         for name, block in got.items():
-            F = rc.exact.fisher(made, wrt=name, fisher="empirical")
+            F = rc.exact.fisher(model, corpus, wrt=name, **options)
             assert_within(block.F, F, 10 * BUDGET, F, name)
-            assert gap(rc.exact.fisher(made, wrt=name, fisher="empirical", per="term"), F) > 0.01
+            assert gap(rc.exact.fisher(model, merged, wrt=name, **options), F) > 0.01
+            if fisher == "empirical":
+                apart = rc.exact.fisher(model, corpus, wrt=name, per="term", **options)
+                assert gap(apart, F) > 0.01
+
+
+def packings(one: Case) -> tuple[rc.Corpus, rc.Corpus, rc.Corpus]:
+    """Seven documents of three rows: packed, each in a row of its own, and run into one another."""
+    own = np.array([[0, 0, 0, 1, 1, 1, 9], [5, 2, 2, 2, 2, 2, 2], [0, 1, 1, 2, 2, 9, 9]])
+    mask, width = (own < 9).astype(np.uint8), one.token.shape[1]
+    label = np.where(mask, one.label, -1)
+    rows = []
+    for b, s in ((0, 0), (0, 1), (1, 5), (1, 2), (2, 0), (2, 1), (2, 2)):
+        at = np.flatnonzero(own[b] == s)
+        rest = width - len(at)
+        rows.append((np.pad(one.token[b, at], (0, rest)),
+                     np.pad(label[b, at], (0, rest), constant_values=-1),
+                     np.pad(np.ones(len(at), np.uint8), (0, rest))))  # fmt: skip
+    apart = rc.Corpus(*(np.stack(part) for part in zip(*rows, strict=True)))
+    return rc.Corpus(one.token, label, mask, own), apart, rc.Corpus(one.token, label, mask)
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "sampled", "expected"])
+def test_O52_packing_changes_no_block(fisher: str) -> None:
+    """Seven documents in three rows or in seven; without segments F is another by 10 % and more.
+
+    What is drawn goes by the row and the position, so that the labels that packed documents drew
+    are given to them in rows of their own.
+    """
+    for causal in (True, False):
+        one = labels_given(biased(causal=causal, layers=1, vocabulary=4))
+        if fisher == "sampled":
+            packed, _, _ = packings(one)
+            as_packed = replace(one, label=packed.label, real=packed.real, segment=packed.segment)
+            one = replace(one, label=test_factors.drawn_labels(as_packed, 3, 0))
+        packed, apart, merged = packings(one)
+        model, kind = model_of(one), "expected" if fisher == "expected" else "empirical"
+        got = rc.collect_blocks(model, packed, "**", fisher, seed=3)
+        want, wrong = (rc.collect_blocks(model, x, "**", kind) for x in (apart, merged))
+        off = []
+        for name, block in want.items():
+            assert got[name].segments == block.segments == 7
+            scale = np.abs(block.F).max() + 1e-3
+            assert_within(got[name].F, block.F, 10 * BUDGET, scale, name)
+            off.append(np.linalg.norm(wrong[name].F - block.F) / (np.linalg.norm(block.F) + 1e-3))
+        assert np.median(off) > 0.1
 
 
 @pytest.mark.parametrize(("fisher", "draws"), [("sampled", 2), ("expected", 1)])

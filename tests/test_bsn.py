@@ -304,7 +304,7 @@ def test_prune_zeroes_the_lowest_scores_and_nothing_else() -> None:
     scores = train(one)
     masks = {}
     for ratio in (None, 0.0, 0.1, 0.5, 1.0):
-        edited, record = rc.prune(model, scores, ratio)
+        edited, record = rc.prune(model, scores, ratio, force=True)
         share = 0.3 if ratio is None else ratio
         kept = bsn.keep(scores.layers, share)
         masks[share] = np.concatenate([k.ravel() for k in kept.values()])
@@ -328,8 +328,8 @@ def test_prune_zeroes_the_lowest_scores_and_nothing_else() -> None:
     assert all((a >= b).all() for a, b in pairwise(nested))
     assert edited.stored == stored
     blank = model.with_parameters({"blocks.0.mlp.up.weight": np.zeros((5, 8))})
-    assert math.isnan(rc.prune(blank, scores)[1].layers[1].mass)
-    assert rc.prune(blank, scores)[1].to_json()[1]["mass"] is None
+    assert math.isnan(rc.prune(blank, scores, force=True)[1].layers[1].mass)
+    assert rc.prune(blank, scores, force=True)[1].to_json()[1]["mass"] is None
 
 
 def test_a_model_that_recites_forgets_and_keeps_its_language() -> None:
@@ -418,16 +418,16 @@ def test_refusals_of_prune() -> None:
     with pytest.raises(RangeError, match=r"prune: ratio must lie in \[0, 1\]; got -0.1"):
         rc.prune(model, scores, -0.1)
     with pytest.raises(NameUnknownError, match=r"prune: the model has no 'blocks.0.mlp.gate'\. Sc"):
-        rc.prune(model_of(case(gated=False)), scores)
+        rc.prune(model_of(case(gated=False)), scores, force=True)
     with pytest.raises(
         ShapeError, match=r"prune: the scores of 'blocks.0.mlp.gate' must be \(9, 8"
     ):
-        rc.prune(model_of(case(mlp_width=9)), scores)
+        rc.prune(model_of(case(mlp_width=9)), scores, force=True)
     with pytest.raises(ConventionError, match="prune: the head is tied to the embedding"):
         rc.prune(model_of(case(tied=True)), train(one, "head"))
     with pytest.raises(NonFiniteError, match=r"prune: blocks.0.mlp.up.weight holds nan"):
         broken = {"blocks.0.mlp.up.weight": np.full((5, 8), np.nan)}
-        rc.prune(model.with_parameters(broken), scores)
+        rc.prune(model.with_parameters(broken), scores, force=True)
     wide = {"blocks.0.mlp.gate.weight": "float64"}
     with pytest.raises(DTypeError, match=r"prune: .* stored in float64 but .* loaded as float32"):
-        rc.prune(replace(model_of(one, "float32"), stored=wide), scores)
+        rc.prune(replace(model_of(one, "float32"), stored=wide), scores, force=True)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
 import pytest
-from strategies import config, random_parameters
+from strategies import config, opened_for_lies, random_parameters
 
 import refcurv as rc
+from refcurv import terminal
 from refcurv.cli import main
 from refcurv.editing import variants
 from refcurv.files.disk import file_sha256
@@ -85,6 +89,45 @@ def test_edit_with_a_control(kind: str, files: Path, tmp_path: Path, capsys) -> 
     assert made.source["provenance"]["seed"] == 3
     came_from = {name: file_sha256(files / name) for name in ("w.h5", "b.h5")}
     assert made.source["provenance"]["inputs"] == came_from
+
+
+def test_a_basis_of_other_weights_needs_force(files: Path, tmp_path: Path, capsys) -> None:
+    """What it starts from is printed, and what was forced; `inspect` shows both."""
+    once, twice = tmp_path / "once.h5", tmp_path / "twice.h5"
+    rho = ["--rho", "**.up=0.6"]
+    assert main(["edit", *paths(files, "w", "b"), "-o", str(once), *rho]) == 0
+    own = rc.load_bases(files / "b.h5").weights[:12]
+    assert (
+        f"starts from weights {own}, of which no earlier edit is known\n" in capsys.readouterr().out
+    )
+    again = ["edit", str(once), *paths(files, "b"), "-o", str(twice), "--rho", "**.up=0.3"]
+    for control in ([], ["--control", "inputs"], ["--control", "random-pairs"]):
+        assert main([*again, *control]) == 2
+        assert not twice.exists()
+        says = capsys.readouterr().err
+        assert says.startswith("refcurv: edit: the basis ")
+        assert f"made from weights {own}" in says
+        assert "which is that one after an edit (kfac)" in says
+        assert "--force" in says
+        assert says.count("\n") == 1
+    assert main([*again, "--force"]) == 0
+    says = capsys.readouterr().out
+    assert "edited before by kfac 0.6 of blocks.0.mlp.up and 1 more; kept" in says
+    assert f"forced: what chose was made from others, {own}" in says
+    assert "‖W'‖ of the original" in says
+    assert main(["inspect", str(twice)]) == 0
+    says = capsys.readouterr().out
+    assert f"edited by kfac, {own} → " in says
+    assert ", forced\n" in says
+    for kind in ("b", "f"):
+        assert main(["inspect", *paths(files, kind)]) == 0
+        assert own in capsys.readouterr().out
+        older = tmp_path / f"{kind}.h5"
+        older.write_bytes((files / f"{kind}.h5").read_bytes())
+        with opened_for_lies(older) as file:
+            del file.attrs["weights"]
+        assert main(["inspect", str(older)]) == 0
+        assert "not recorded: made by an older refcurv" in capsys.readouterr().out
 
 
 def test_truncate(files: Path, tmp_path: Path, capsys) -> None:
@@ -230,6 +273,131 @@ def test_bad_input_is_one_line_and_status_2(name: str, files: Path, tmp_path: Pa
     assert out.read_bytes() == b"the old output"
 
 
+APART = {
+    "convert": ["{hf}", "{out}"],
+    "inspect": ["{w}", "--json", "{out}"],
+    "corpus": ["{npy}", "-o", "{out}", "--population", "p:text:test={txt}", "--tokenizer", "{tok}"],
+    "collect": ["{w}", "{c}", "-o", "{out}"],
+    "decompose": ["{f}", "-o", "{out}"],
+    "edit": ["{w}", "{b}", "-o", "{out}", "--rho", "0.5"],
+    "truncate": ["{w}", "-o", "{out}", "--energy", "**.up=0.5"],
+    "prune": ["{w}", "{c}", "-o", "{out}", "--layers", "**.up", "--forget", "recite_dev", "--ratio",
+              "0.1"],
+    "evaluate": ["{w}", "{c}", "--baseline", "{b}", "--json", "{out}"],
+    "audit": ["{w}", "{c}", "--json", "{out}"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", list(APART))
+def test_no_output_may_take_the_place_of_an_input(
+    command: str, files: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    """Nor of another output; links resolved; and nothing is read or computed before."""
+    for name in "wcfb":
+        (tmp_path / f"{name}.h5").write_bytes((files / f"{name}.h5").read_bytes())
+    (tmp_path / "hf").mkdir()
+    for name in ("ids.npy", "a.txt", "t.json", "hf/config.json"):
+        (tmp_path / name).write_bytes(b"{}")
+    where = {k: str(tmp_path / f"{k}.h5") for k in "wcfb"}
+    where |= {"npy": str(tmp_path / "ids.npy"), "txt": str(tmp_path / "a.txt"),
+              "tok": str(tmp_path / "t.json"), "hf": str(tmp_path / "hf")}  # fmt: skip
+    used = [text for text in APART[command] if "{" in text and "out" not in text]
+    inputs = [Path(text.partition("=")[2] or text) for t in used if (text := t.format(**where))]
+    inputs = [path / "config.json" if path.name == "hf" else path for path in inputs]
+    before = {path: path.read_bytes() for path in inputs}
+    link, hard = tmp_path / "soft", tmp_path / "hard"
+    for path in inputs:
+        link.symlink_to(path)
+        os.link(path, hard)
+        for out in (path, link, hard):
+            arguments = [a.format(**where, out=out) for a in APART[command]]
+            assert main([command, *arguments]) == 2
+            assert "is the same file as" in capsys.readouterr().err
+        link.unlink()
+        hard.unlink()
+    if "--json" not in APART[command] and command not in ("collect", "decompose"):
+        new = str(tmp_path / "new")
+        arguments = [a.format(**where, out=new) for a in APART[command]]
+        assert main([command, *arguments, "--json", new]) == 2
+        assert "is the same file as" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in inputs} == before
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (np.linalg.LinAlgError("Eigenvalues did not converge"), "LinAlgError: Eigenvalues did not"),
+        (ZeroDivisionError("division by zero"), "ZeroDivisionError: division by zero"),
+        (OverflowError("intermediate overflow in fsum"), "OverflowError: intermediate"),
+        (FloatingPointError("underflow"), "FloatingPointError: underflow"),
+        (ValueError("two\nlines"), "ValueError: two lines"),
+        (IndexError(), "IndexError"),
+        (AssertionError("x" * 5000), "AssertionError"),
+        (RuntimeError("a" + " b" * 5000), "RuntimeError: a b b"),
+        (KeyError("blocks.0"), "KeyError: 'blocks.0'"),
+        (NotImplementedError(), "NotImplementedError"),
+        (RecursionError("maximum depth"), "RecursionError"),
+    ],
+    ids=lambda x: type(x).__name__ if isinstance(x, Exception) else "",
+)
+def test_what_nobody_foresaw_is_one_line_and_no_verdict(
+    error: Exception, says: str, files: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    """Status 1 means judged and failed; of a bug it would say so of a sound model."""
+
+    def fail(*_: object) -> None:
+        raise error
+
+    # in a thread, deep inside, where `audit` and `decompose` work
+    monkeypatch.setattr("refcurv.curvature.eigenbasis.signed", fail)
+    monkeypatch.delenv("REFCURV_TRACEBACK", raising=False)
+    arguments = ["decompose", *paths(files, "f"), "-o", str(tmp_path / "b.h5")]
+    assert main(arguments) == 3
+    line = capsys.readouterr().err
+    assert line.startswith(f"refcurv: {says}")
+    assert line.count("\n") == 1 and len(line) < 600
+    assert "Traceback" not in line
+    assert re.search(
+        r"\(at refcurv/curvature/eigenbasis\.py:\d+\)\. This is a bug of refcurv", line
+    )
+    assert "REFCURV_TRACEBACK=1" in line
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("REFCURV_TRACEBACK", "1")
+    assert main(arguments) == 3
+    told = capsys.readouterr().err
+    assert told.startswith("Traceback") and told.endswith(line)
+
+
+def test_an_audit_that_breaks_is_not_an_audit_that_failed(files: Path, capsys, monkeypatch) -> None:
+    def fail(*_: object) -> None:
+        raise np.linalg.LinAlgError("no")
+
+    monkeypatch.setattr("refcurv.judge.audit.prepare", fail)
+    assert main(["audit", *paths(files, "w", "c")]) == 3
+    assert "bug of refcurv" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_no_bug(files: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "refcurv.report.table", None)
+    assert main(["evaluate", *paths(files, "w", "c")]) == 3
+    line = capsys.readouterr().err
+    assert "refcurv.report.table" in line and "missing or broken" in line
+    assert line.count("\n") == 1 and "bug" not in line
+
+
+def test_a_job_that_memory_does_not_hold_is_status_3(
+    files: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr("refcurv.curvature.room.available", lambda: 1000)
+    out = ["-o", str(tmp_path / "out.h5")]
+    for command, names in (("collect", "wc"), ("decompose", "f")):
+        assert main([command, *paths(files, *names), *out]) == 3
+        line = capsys.readouterr().err
+        assert line.startswith(f"refcurv: {command}: needs 0.0 GiB")
+        assert "--layers" in line and line.count("\n") == 1
+        assert list(tmp_path.iterdir()) == []
+
+
 def test_a_damaged_file_is_named(files: Path, tmp_path: Path, capsys) -> None:
     data = bytearray((files / "f.h5").read_bytes())
     with h5py.File(files / "f.h5") as file:
@@ -320,6 +488,85 @@ def test_help_has_examples(command: str, capsys) -> None:
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert not command or f"examples:\n  refcurv {command} " in text or command == "demo"
+
+
+def run(*command: str, **options: object) -> subprocess.CompletedProcess[str]:
+    pipes: dict[str, object] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    return subprocess.run([*PYTHON, *command], text=True, check=False, **pipes)  # type: ignore
+
+
+def test_streams_that_are_closed_or_full(files: Path) -> None:
+    """Nobody to print to is no error, no room to print is one line, in no case a traceback."""
+    command = " ".join([*PYTHON, "inspect", str(files / "f.h5")])
+    for shell, status in [(">&-", 0), ("2>&-", 0), (">&- 2>&-", 0), (">/dev/full", 3)]:
+        done = subprocess.run(
+            f"{command} {shell}", shell=True, capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stderr.count("\n")) == (status, int(status == 3)), done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_no_text_is_too_strange_to_print(files: Path, tmp_path: Path) -> None:
+    """A terminal that knows only ASCII; names of control and half characters, of any length."""
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    assert "\\u2192" in run("decompose", str(files / "f.h5"), "-o", str(tmp_path / "b.h5"),
+                           env=ascii_only).stdout  # fmt: skip
+    for name in ("\x1b[31m\r\nred", "a\udcff", "\u2028", "x" * 100_000):
+        done = run("edit", "w.h5", "b.h5", "-o", str(tmp_path / "e.h5"), "--rho", f"{name}=much",
+                   cwd=files)  # fmt: skip
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert len(done.stderr) < 1200 and "\x1b" not in done.stderr
+
+
+def test_a_warning_is_one_line(files: Path, capsys, monkeypatch) -> None:
+    import refcurv.files.inspect as module
+
+    right = module.inspect_file
+
+    def warned(*args, **options):
+        warnings.warn("overflow\nencountered", RuntimeWarning, stacklevel=1)
+        return right(*args, **options)
+
+    monkeypatch.setattr(module, "inspect_file", warned)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert main(["inspect", str(files / "f.h5")]) == 0
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and err.startswith("refcurv: warning: overflow encountered (")
+
+
+def test_an_interrupt_that_python_drops_is_raised_by_the_next_progress(
+    files: Path, capsys, monkeypatch
+) -> None:
+    """Ctrl-C while a destructor runs: Python prints a traceback and goes on."""
+
+    class Dropping:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    def inspected(path: str, progress) -> None:
+        Dropping()
+        signal.raise_signal(signal.SIGINT)  # a second one changes nothing
+        progress(1, 2)
+        raise AssertionError("went on")
+
+    monkeypatch.setattr("refcurv.files.inspect.inspect_file", inspected)
+    assert main(["inspect", str(files / "f.h5")]) == 130
+    err = capsys.readouterr().err
+    assert err.startswith("refcurv: interrupted") and err.count("\n") == 1
+
+
+def test_progress_goes_into_a_log_too(capsys, monkeypatch) -> None:
+    """A line from time to time where there is no terminal."""
+    clock = iter([0.0, 10.0, 29.0, 31.0, 40.0, 62.0])
+    monkeypatch.setattr(terminal, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    update = terminal.progress_bar("collect")
+    for done in range(1, 6):
+        update(done * 1000, 5000)
+    assert capsys.readouterr().err.splitlines() == [
+        "refcurv: collect: 3,000 of 5,000 after 31 s",
+        "refcurv: collect: 5,000 of 5,000 after 62 s",
+    ]
 
 
 def test_a_reader_that_leaves_is_no_error(files: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from strategies import case
 import refcurv as rc
 from refcurv.cli import main
 from refcurv.demo.run import CORPUS, LAYERS, MODEL, RHO, Job, run
+from refcurv.evaluation import suite
 from refcurv.model import transformer
 from refcurv.model.config import expand
 from refcurv.model.layers import causal_layout
@@ -281,6 +283,12 @@ def test_the_report_says_why_it_has_no_controls(
         (["--rho", "0.5", "--split", "train"], "split"),
         (["--rho", "0.5", "--bias", "both"], "bias"),
         (["--rho", "half"], "SHARE"),
+        (["--rho", "1.5"], "[0, 1]"),
+        (["--rho", "**.up=0.5", "--rho", "blocks.1.**=0.5"], "matched by two patterns"),
+        (["--rho", "0.5", "--dtype", "float32"], "stored in float64"),
+        (["--rho", "0.5", "--fisher", "gold"], "sampled"),
+        (["--rho", "0.5", "--rows", "some"], "reached"),
+        (["--rho", "0.5", "--seed", "-1"], "seed"),
     ],
 )
 def test_a_report_refuses_before_the_work(
@@ -290,3 +298,67 @@ def test_a_report_refuses_before_the_work(
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1
     assert not list(tmp_path.glob("out/*"))
+
+
+def test_a_report_refuses_what_it_could_not_judge_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tied head, a population of another tokenizer or too long, plots that cannot be drawn."""
+    one = case(batch=4, length=9, tied=True)
+    rc.save(rc.Model(one.config, one.parameters), tmp_path / "w.h5")
+    full, bad = np.full(4, 9), one.token.copy()
+    bad[2, 5] = one.config.vocabulary
+
+    def refused(says: str, *flags: str, tokens: np.ndarray = one.token, prompt: int = 4) -> None:
+        asked = {"poems": rc.Population(tokens, np.full(4, prompt), full, "text", "test")}
+        rc.save_corpus(rc.Corpus(one.token, populations=asked), tmp_path / "c.h5")
+        files = [str(tmp_path / name) for name in ("w.h5", "c.h5")]
+        assert main(["report", *files, "--out", str(tmp_path / "out"), "--rho", "0.5", *flags]) == 2
+        assert says in capsys.readouterr().err
+        assert not list(tmp_path.glob("out/*.h5*"))
+
+    refused("tied", "--layers", "head")
+    refused("outside the model's vocabulary", tokens=bad)
+    refused("no token behind any prompt", prompt=9)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)
+        refused("plots need matplotlib")
+    (tmp_path / "out").mkdir(exist_ok=True)
+    (tmp_path / "out" / "edited.h5").hardlink_to(tmp_path / "w.h5")
+    assert main(["report", str(tmp_path / "out/edited.h5"), str(tmp_path / "c.h5"), "--rho", "0.5",
+                 "--out", str(tmp_path / "out")]) == 2  # fmt: skip
+    assert "edited.h5 of --out" in capsys.readouterr().err
+
+
+def test_what_was_evaluated_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failure later on leaves the table of every population that was done."""
+    files = own_files(tmp_path, True)
+    command = ["report", *files, "--split", "dev", "--rho", "0.6", "--layers", "blocks.1.mlp.up"]
+    right, calls = suite._measured, iter(range(99))
+
+    def failing(*arguments: object) -> object:
+        if next(calls) == 3:  # the last population of the edited model
+            raise MemoryError("no room")
+        return right(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(suite, "_measured", failing)
+        assert main(command) == 3
+    known = json.loads((tmp_path / "out" / "results.json.unfinished").read_text())
+    assert [row["name"] for row in known["evaluation"]["rows"]] == ["poems"]
+    assert known["evaluation"]["rows"][0]["before"] and known["edit"]
+    assert not (tmp_path / "out" / "results.json").exists()
+    assert main(command) == 0
+    assert not (tmp_path / "out" / "results.json.unfinished").exists()
+    whole = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert whole["evaluation"]["rows"][0] == known["evaluation"]["rows"][0]
+
+    table = tmp_path / "t.json"
+    calls = iter([0, 3])
+    with monkeypatch.context() as patch:
+        patch.setattr(suite, "_measured", failing)
+        assert main(["evaluate", *files[:2], "--split", "dev", "--json", str(table)]) == 3
+    assert "poems" in capsys.readouterr().out
+    assert [row["name"] for row in json.loads(table.read_text())["rows"]] == ["poems"]

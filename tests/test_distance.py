@@ -35,6 +35,7 @@ KINDS = [
     dict(fisher="empirical"),
     dict(fisher="sampled", seed=3, draws=2),
     dict(fisher="sampled", seed=3, draws=2, per="term"),
+    dict(fisher="signed", seed=3, draws=2),
 ]
 
 
@@ -44,7 +45,7 @@ def model(**changes: object) -> tuple[Model, np.ndarray]:
 
 
 def sweep(made: exact.Problem, wrt: str, **options: object) -> dict[str, Three]:
-    kind = dict(fisher="expected", per="sequence", seed=0, draws=1) | options
+    kind = dict(fisher="expected", per="segment", seed=0, draws=1) | options
     return distance._three(made, wrt, exact._labels("test", **kind), lambda done, total: None)
 
 
@@ -105,7 +106,7 @@ def test_a_part_of_a_layer_has_that_part_of_its_matrices() -> None:
 def test_under_the_head_the_curvature_is_the_same() -> None:
     """validation/curvature measures with D cotangents a position, not V."""
     made, wrt = problem(*model(vocabulary=23)), "blocks.*.{attn,mlp}.{k,v,gate,down}.weight"
-    under, labelled = under_head(made), exact._labels("test", "expected", "sequence", 0, 1)
+    under, labelled = under_head(made), exact._labels("test", "expected", "segment", 0, 1)
     plain, fewer = sweep(made, wrt), sweep(under, wrt)
     for name, three in fewer.items():
         for got, want in ((three.F, plain[name].F), (three.F_tok, plain[name].F_tok)):

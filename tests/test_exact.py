@@ -13,7 +13,7 @@ from functools import cache
 import numpy as np
 import oracles
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import Case, assert_within, case, cases, few, gap
 from zoo import causal_mix, mlp, net
@@ -32,6 +32,7 @@ from refcurv.law.checks import (
     RangeError,
     ShapeError,
 )
+from refcurv.law.conventions import Fisher
 from refcurv.model import transformer
 from refcurv.model.config import Model, NormPlace, QKNorm
 from refcurv.model.loss import shift_labels
@@ -45,9 +46,8 @@ BUDGET = tolerance.path(2, 8, np.float64)
 
 def problem_of(one: Case, dtype: type = np.float64) -> Problem:
     """The case, with its padding and segments, at parameters of any dtype."""
-    label = np.where(one.real, one.label, -1)
-    segment = np.where(one.real, one.segment, one.segment.max() + 1)  # padding is one by itself
-    batch = Batch(one.config, one.token, label, segment, np.arange(len(one.token)))
+    label, index = np.where(one.real, one.label, -1), np.arange(len(one.token))
+    batch = Batch(one.config, one.token, label, one.segment, index, real_BT=one.real)
     return of_batch(batch, one.astype(dtype))
 
 
@@ -161,6 +161,81 @@ def test_the_step_is_never_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         assert gap(flat(exact.hvp(made, wrt="**", vector=v)), H_v) < 1e-14
 
 
+def along_all(made: Problem, v: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Everything that takes a direction."""
+    wrt = ",".join(v)
+    out = {
+        "hvp": flat(exact.hvp(made, wrt=wrt, vector=v)),
+        "ggnvp": flat(exact.ggnvp(made, wrt=wrt, vector=v)),
+        "fisher_along": exact.fisher_along(made, vector=v, fisher="sampled", draws=2),
+        "derivative": np.array(exact.derivative(made, vector=v)),
+    }
+    for kind in exact.PRODUCTS if flat(v).dtype == np.float64 else ():
+        out[kind] = exact.operator(made, wrt=wrt, kind=kind) @ flat(v)
+    return out
+
+
+def whole_numbers(made: Problem, seed: int) -> dict[str, np.ndarray]:
+    """A direction whose every power of two is exact, down to the least positive number."""
+    rng = np.random.default_rng(seed)
+    return {n: rng.integers(-8, 9, x.shape).astype(x.dtype) for n, x in made.parameters.items()}
+
+
+@few(12)
+@given(st.integers(-1074, 1000), st.sampled_from(["transformer", "net"]), st.integers(0, 99))
+@example(-1074, "net", 0).via("the least positive number")
+def test_products_are_linear_over_the_whole_range(k: int, what: str, seed: int) -> None:
+    """2^k v gives the bits of 2^k times what v gives, the vectors of subnormal numbers too."""
+    net_of_two = mlp("tanh", n=2, T=2).problem()
+    made = net_of_two if what == "net" else problem_of(case(length=3, layers=1))
+    v = whole_numbers(made, seed)
+    one, other = along_all(made, v), along_all(made, {n: np.ldexp(x, k) for n, x in v.items()})
+    for name, want in one.items():
+        assert np.array_equal(other[name], np.ldexp(want, k)), name
+        assert np.any(want), name
+    zero = along_all(made, {n: 0 * x for n, x in v.items()})
+    assert not any(np.any(x) for x in zero.values())
+
+
+@needs_longdouble
+@pytest.mark.parametrize("k", [-16_400, 16_000])
+def test_products_are_linear_in_longdouble_too(k: int) -> None:
+    made = problem_of(case(length=3, layers=1), np.longdouble)
+    v = whole_numbers(made, 0)
+    far = {n: np.ldexp(x, k) for n, x in v.items()}
+    for product in (exact.hvp, exact.ggnvp):
+        want = flat(product(made, wrt="**", vector=v))
+        got = flat(product(made, wrt="**", vector=far))
+        assert want.dtype == np.longdouble and np.array_equal(got, np.ldexp(want, k))
+
+
+@pytest.mark.parametrize(("large", "small"), [(1e200, 1.0), (1e300, 1e-300), (1.0, 5e-324)])
+def test_small_entries_are_not_lost_beside_large_ones(large: float, small: float) -> None:
+    """The large ones stand where nothing depends on them: the product is that of the small."""
+    one = case(length=3, layers=1)
+    made, unread = problem_of(one), np.setdiff1d(np.arange(7), one.token)
+    v = {n: np.copysign(small, x) for n, x in direction(made, 0).items()}
+    v["embed.weight"][unread] = 0
+    want = along_all(made, v)
+    v["embed.weight"][unread] = large
+    for name, got in along_all(made, v).items():
+        assert np.array_equal(got, want[name]) and np.any(got), name
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.int8])
+def test_vectors_and_models_of_narrow_types(dtype: type) -> None:
+    """As their very values in float64: nothing is computed in less."""
+    one = case(length=3, layers=1)
+    narrow = Model(one.config, one.astype(np.float32), "float32")
+    wide = Model(one.config, {n: x.astype(np.float64) for n, x in narrow.parameters.items()})
+    v = {n: (3 * x).astype(dtype) for n, x in direction(problem_of(one), 0).items()}
+    got = exact.hvp(narrow, one.token, wrt="**", vector=v)
+    same = {name: x.astype(np.float64) for name, x in v.items()}
+    want = exact.hvp(wide, one.token, wrt="**", vector=same)
+    for name, array in got.items():
+        assert array.dtype == np.float64 and np.array_equal(array, want[name])
+
+
 @few(10)
 @given(labelled_cases, st.integers(0, 99))
 def test_O14_hessian_is_symmetric_and_linear_and_ggn_is_psd(one: Case, seed: int) -> None:
@@ -210,7 +285,7 @@ def test_O15_the_derivative_along_a_vector(one: Case, seed: int) -> None:
 
 
 @pytest.mark.parametrize("wrt", ["blocks.0.{attn,mlp}.*.weight", "**"])
-@pytest.mark.parametrize("kind", ["expected", "sampled", "empirical"])
+@pytest.mark.parametrize("kind", list(Fisher))
 def test_fisher_along_a_vector(wrt: str, kind: str) -> None:
     made = problem_of(case(length=3, layers=1))
     v = direction(made, 3, wrt)
@@ -238,20 +313,21 @@ def test_O11_the_empirical_fisher_is_another_matrix() -> None:
 
 
 @pytest.mark.parametrize("per", exact.PER)
-def test_O12_sampled_fishers_converge_to_the_expected_one(per: str) -> None:
+@pytest.mark.parametrize("kind", ["sampled", "signed"])
+def test_O12_sampled_fishers_converge_to_the_expected_one(kind: str, per: str) -> None:
     """The mean of 100 seeds lies within 4 standard errors in trace (p = 6e-5, seed fixed)."""
     made = problem_of(case(length=4, batch=1))
     wrt = "blocks.1.attn.v.weight"
     traces = [
-        np.trace(exact.fisher(made, wrt=wrt, fisher="sampled", per=per, seed=seed))
+        np.trace(exact.fisher(made, wrt=wrt, fisher=kind, per=per, seed=seed))
         for seed in range(100)
     ]
     error = np.std(traces, ddof=1) / np.sqrt(len(traces))
     truth = np.trace(exact.fisher(made, wrt=wrt))
     assert abs(np.mean(traces) - truth) < 4 * error
     assert error < 0.2 * truth
-    many = exact.fisher(made, wrt=wrt, fisher="sampled", per=per, seed=5, draws=200)
-    one = exact.fisher(made, wrt=wrt, fisher="sampled", per=per, seed=5)
+    many = exact.fisher(made, wrt=wrt, fisher=kind, per=per, seed=5, draws=200)
+    one = exact.fisher(made, wrt=wrt, fisher=kind, per=per, seed=5)
     F = exact.fisher(made, wrt=wrt)
     assert gap(many, F) < gap(one, F) / 5
 
@@ -260,30 +336,39 @@ def test_O12_sampled_fishers_converge_to_the_expected_one(per: str) -> None:
 def naive_rows(layer: str, b: int) -> oracles.Rows:
     one = packed_case()
     parameters = one.astype(np.longdouble)
-    return oracles.rows(one.config, parameters, layer, one.token[b], one.segment[b])
+    at = one.real[b]
+    return oracles.rows(one.config, parameters, layer, one.token[b, at], one.segment[b, at])
 
 
 def packed_case() -> Case:
-    """Two blocks, two sequences, one of them packed; positions mix behind the first block."""
-    one = case(1, batch=2, length=3, vocabulary=3, width=3, heads=2, kv_heads=1, mlp_width=2)
-    segment = np.array([[0, 0, 0], [0, 1, 1]])
-    return replace(one, segment=segment, label=shift_labels(one.token, one.real, segment))
+    """Two blocks; the second sequence has two labelled documents and padding between the rows."""
+    one = case(1, batch=2, length=4, vocabulary=3, width=3, heads=2, kv_heads=1, mlp_width=2)
+    segment, real = np.array([[0, 0, 0, 0], [0, 0, 1, 1]]), np.arange(4) < np.array([[3], [4]])
+    label = shift_labels(one.token, real, segment)
+    label[1, 3] = 2  # of the corpus's own
+    return replace(one, segment=segment, real=real, label=label)
 
 
 def naive(one: Case, layer: str, kind: str, per: str, draws: int) -> dict[str, np.ndarray]:
     """F, F_tok and K of a layer by oracles.py: loops, and central differences in longdouble."""
     parameters = one.astype(np.longdouble)
     F, F_tok, sums = 0, 0, [0, 0, 0]
-    for b, token in enumerate(one.token):
-        label, segment = one.label[b], one.segment[b]
+    for b, at in enumerate(one.real):  # padding is cut off
+        token, label, segment = one.token[b, at], one.label[b, at], one.segment[b, at]
         rows = naive_rows(layer, b)
         p_TV = np.exp(-oracles.nats(one.config, parameters, token, segment))
         z_TV = oracles.logits(one.config, parameters, token, segment)
-        drawn = [oracles.drawn_labels(z_TV, label, 7, draw, b) for draw in range(draws)]
-        worlds = oracles.worlds(p_TV, label, kind, per, drawn)
+        T, V = z_TV.shape
+        drawn = [
+            [oracles.signs(7, draw, b, t, V) for t in range(T)]
+            if kind == "signed"
+            else oracles.drawn_labels(z_TV, label, 7, draw, b)
+            for draw in range(draws)
+        ]
+        worlds = oracles.worlds(p_TV, label, kind, per, drawn, segment)
         F = F + oracles.fisher(oracles.weight_slopes(rows), worlds)
         F_tok = F_tok + oracles.f_tok(rows, worlds)
-        keep = oracles.reached(label[None], one.real[b : b + 1], segment[None])[0]
+        keep = oracles.reached(label[None], one.real[b : b + 1, at], segment[None])[0]
         sums = [x + y for x, y in zip(sums, oracles.factor_sums(rows, worlds, keep), strict=True)]
     return {"fisher": F, "f_tok": F_tok, "kfac": oracles.kfac(*sums)}
 
@@ -291,8 +376,9 @@ def naive(one: Case, layer: str, kind: str, per: str, draws: int) -> dict[str, n
 @pytest.mark.parametrize("layer", ["blocks.0.attn.v", "blocks.0.mlp.up", "blocks.0.attn.o", "head"])
 @pytest.mark.parametrize(
     ("kind", "per", "draws"),
-    [("expected", "sequence", 1), ("sampled", "sequence", 3), ("empirical", "sequence", 1),
-     ("sampled", "term", 2), ("empirical", "term", 1)],
+    [("expected", "segment", 1), ("sampled", "segment", 3), ("empirical", "segment", 1),
+     ("sampled", "term", 2), ("empirical", "term", 1), ("signed", "segment", 2),
+     ("signed", "term", 1)],
 )  # fmt: skip
 def test_F_F_tok_and_K_equal_the_naive_sums(layer: str, kind: str, per: str, draws: int) -> None:
     one = packed_case()
@@ -478,7 +564,7 @@ def test_operators_are_the_dense_matrices() -> None:
         )
 
 
-@pytest.mark.parametrize("fisher", ["sampled", "empirical", "expected"])
+@pytest.mark.parametrize("fisher", list(Fisher))
 def test_moments_are_collected(fisher: str) -> None:
     """`collect`, on kernels and shards, finds the A and G of the definition; positions mix."""
     one = case(batch=3, length=5)
@@ -546,10 +632,10 @@ def test_O49_norm_gains_have_a_fisher_of_their_own() -> None:
     one = case(length=4, layers=1, norm_place=NormPlace.PRE)
     made = problem_of(one)
     z, (final, trace, _) = made.forward(made.parameters)
-    x_hat, _, _ = trace.final_norm
+    x_hat = trace.final_norm[0]
     F = np.zeros((8, 8))
     for part, saved, d_z in exact._cotangents(
-        made, exact._labels("t", "expected", "sequence", 0, 1), True, lambda *_: 0
+        made, exact._labels("t", "expected", "segment", 0, 1), True, lambda *_: 0
     ):
         head = next(iter(part.backward(part.parameters, saved, d_z)))
         g = head.g @ one.parameters["head.weight"]  # of the norm's output
@@ -635,7 +721,19 @@ def test_refusals() -> None:
         (ShapeError, "vector", exact.hvp, (own,), dict(vector={name: W[name].T})),
         (NameUnknownError, "only one of the two", exact.hvp, (own,), dict(vector={})),
         (NonFiniteError, "vector", exact.hvp, (own,), dict(vector={name: W[name] * np.inf})),
+        (DTypeError, "real numbers", exact.hvp, (own,), dict(vector={name: W[name] * 1j})),
+        (DTypeError, "float64 or longdouble; .*float32", H, (problem_of(one, np.float32),), {}),
     ):  # fmt: skip
         with pytest.raises(error, match=says) as caught:
             what(*given_, **(dict(wrt=name) | options))
         assert "\n" not in str(caught.value)
+    up = exact.gradient(own, wrt=name)[name]
+    with pytest.raises(RangeError, match="derivative: the product is beyond the range of float64"):
+        exact.derivative(own, vector={name: np.copysign(1.7e308, up)})
+    operator, v = exact.operator(own, wrt=name), np.ones(W[name].size)
+    for error, says, bad in (
+        (DTypeError, "real numbers", 1j * v),
+        (NonFiniteError, "nan", np.nan * v),
+    ):
+        with pytest.raises(error, match=f"exact.operator: the vector .*{says}"):
+            operator @ bad

@@ -39,7 +39,10 @@ def test_O1_one_datum_makes_kfac_exact(seed: int, activation: str, loss: str) ->
     made = mlp(activation, loss=loss, seed=seed).problem()
     for name in LAYERS:
         equal(exact.kfac(made, wrt=name), exact.ggn(made, wrt=name), name)
-        for options in (dict(fisher="empirical"), dict(fisher="sampled", seed=3, draws=5)):
+        drawn = dict(seed=3, draws=5)
+        for options in (
+            dict(fisher="empirical"), dict(fisher="sampled") | drawn, dict(fisher="signed") | drawn
+        ):  # fmt: skip
             K, F = exact.kfac(made, wrt=name, **options), exact.fisher(made, wrt=name, **options)
             equal(K, F, f"{name} {options}")
 

@@ -5,21 +5,32 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
+from unittest.mock import Mock
 
-import h5py
 import numpy as np
 import oracles
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import Case, assert_within, case, cases, config, random_parameters, scaled
+from strategies import (
+    Case,
+    assert_within,
+    case,
+    cases,
+    config,
+    opened_for_lies,
+    random_parameters,
+    scaled,
+)
 from test_loss import sign_by_hand
 
 import refcurv as rc
 from refcurv.algebra import blas
 from refcurv.curvature import factors, sums
+from refcurv.curvature.checkpoint import Checkpoint
 from refcurv.curvature.factors import least_certain
 from refcurv.curvature.sums import Moment
+from refcurv.files import disk, provenance, store
 from refcurv.law import conventions, tolerance
 from refcurv.law.checks import (
     ConventionError,
@@ -28,6 +39,7 @@ from refcurv.law.checks import (
     NonFiniteError,
     RangeError,
     SchemaError,
+    StorageError,
 )
 from refcurv.law.conventions import Fisher
 from refcurv.model import transformer
@@ -606,19 +618,133 @@ def test_a_killed_run_goes_on_with_the_same_bits(
     assert state.exists()
     with pytest.raises(SchemaError, match="unfinished collection"):
         rc.load_factors(state)
-    with pytest.raises(ConventionError, match="another run"):
+    for changes, says in [
+        (lambda patch: patch.setattr(factors, "describe", lambda: {"PRECISION": "?"}), "law "),
+        (lambda patch: patch.setattr(provenance, "_version", lambda of: "0.1"), "0.1 here"),
+        (lambda patch: patch.setattr(provenance, "jit", lambda: {"cpu": "z80"}), "cpu is z80 here"),
+        (lambda patch: patch.setattr(provenance, "_cpu_features", lambda: []), r"has \[\] here"),
+    ]:
+        with monkeypatch.context() as patch, pytest.raises(ConventionError, match=says):
+            changes(patch)
+            rc.collect(model, corpus, *args, checkpoint=state)
+    with pytest.raises(ConventionError, match="another run: seed is 1 here, 0 there"):
         rc.collect(model, corpus, *args[:2], 1, draws, checkpoint=state)
-    with monkeypatch.context() as patch, pytest.raises(ConventionError, match="another run"):
-        patch.setattr(factors, "describe", lambda: {"PRECISION": "another law"})
-        rc.collect(model, corpus, *args, checkpoint=state)
     state.with_suffix(".again").touch()
     swept.clear()
     again = rc.collect(model, corpus, *args, checkpoint=state)
     assert sorted(set(swept)) == list(range(32, 50))
-    assert not state.exists()
     same_bits(whole, again)
     with pytest.raises(ConventionError, match="read from files"):
         rc.collect(model, rc.Corpus(corpus.tokens), *args, checkpoint=state)
+
+
+@pytest.fixture
+def unfinished(tmp_path, monkeypatch):
+    """A small collection of three blocks, and its checkpoint after the second."""
+    monkeypatch.setattr(conventions, "SHARD_TOKENS", 8)
+    monkeypatch.setattr(sums, "BLOCK_SHARDS", 2)
+    made = config(biases=BIASED)
+    rc.save(rc.Model(made, random_parameters(made, 1)), tmp_path / "w.h5")
+    rng = np.random.default_rng(0)
+    rc.save_corpus(rc.Corpus(rng.integers(0, 7, (6, 8))), tmp_path / "c.h5")
+    model, corpus = rc.load(tmp_path / "w.h5"), rc.load_corpus(tmp_path / "c.h5")
+    state = tmp_path / "f.h5.unfinished"
+
+    def collect():
+        return rc.collect(model, corpus, "blocks.0.mlp.*,embed", checkpoint=state)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        right = Checkpoint.save
+
+        def dying(self, moments, blocks) -> None:
+            right(self, moments, blocks)
+            if blocks == 2:
+                raise KeyboardInterrupt
+
+        patch.setattr(Checkpoint, "save", dying)
+        collect()
+    return state, collect
+
+
+def test_what_was_collected_is_never_lost(unfinished, monkeypatch) -> None:
+    """Its last write fails: the sums are kept, and the next run computes nothing again."""
+    state, collect = unfinished
+    out = state.with_suffix("")
+    made = collect()
+    for failure in (StorageError("no space"), KeyboardInterrupt()):
+        with monkeypatch.context() as patch, pytest.raises(type(failure)):
+            patch.setattr(store, "replacing", Mock(side_effect=failure))
+            rc.save_factors(made, out, state)
+        assert state.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "sweep", Mock(side_effect=AssertionError("computed again")))
+        again = collect()
+    rc.save_factors(again, out, state)
+    assert not state.exists()
+    same_bits(made, rc.load_factors(out))
+
+
+def test_a_collection_that_fits_no_disk_is_refused_before_the_work(unfinished, monkeypatch) -> None:
+    _, collect = unfinished
+    monkeypatch.setattr(memory, "sweep", Mock(side_effect=AssertionError("began")))
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: Mock(free=1000))
+    with pytest.raises(StorageError, match="its disk has 0"):
+        collect()
+
+
+def test_the_whole_sums_are_kept_only_where_they_fit_twice(unfinished, monkeypatch) -> None:
+    state, collect = unfinished
+    before = state.read_bytes()
+    nbytes = sum(info.nbytes for info in store.open_file(state).entries.values())
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: Mock(free=2 * nbytes))
+    collect()
+    assert state.read_bytes() == before
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: Mock(free=2 * nbytes + 1))
+    collect()
+    assert store.open_file(state).attributes["blocks"] == 3
+
+
+def test_a_checkpoint_is_checked_before_a_kernel_sees_it(unfinished) -> None:
+    """Any dataset of another dtype or shape, more or fewer of them, any fact of another kind."""
+    state, collect = unfinished
+    header = store.open_file(state)
+    entries = {
+        name: store.Entry(name, store.read(header, name), info.attributes)
+        for name, info in header.entries.items()
+    }
+    facts = dict(header.attributes)
+
+    def refused(changed: dict, **other) -> None:
+        store.write(state, format="refcurv-factors", attributes=facts | other,
+                    arrays=changed.values(), provenance={})  # fmt: skip
+        with pytest.raises(SchemaError):
+            collect()
+
+    for name in ("G.blocks.0.mlp.gate", "a.blocks.0.mlp.down"):
+        entry = entries[name]
+        x, at = entry.array, entry.attributes
+        for wrong in (x.astype("f4"), x.astype("i8"), x[:0], x[:-1], x[None], np.float64(1)):
+            refused(entries | {name: store.Entry(name, wrong, at)})
+        bad = ({"rows": -1}, {"rows": 2.5}, {"rows": "1"}, {"variance": "1"})
+        for change in bad:
+            refused(entries | {name: store.Entry(name, x, at | change)})
+        refused({key: one for key, one in entries.items() if key != name})
+    refused(entries | {"G.more": store.Entry("G.more", np.zeros((2, 2)), {"rows": 1})})
+    for blocks in (0, 4, -1, 1.0, "1"):
+        refused(entries, blocks=blocks)
+    for text in ("", "[]", "{"):
+        refused(entries, unfinished=text)
+    refused(entries, unfinished=3)
+    store.write(state, format="refcurv-factors", attributes=facts, arrays=entries.values(),
+                provenance={})  # fmt: skip
+    collect()
+
+
+def test_a_finished_file_is_no_checkpoint(unfinished) -> None:
+    state, collect = unfinished
+    rc.save_factors(collect(), state)
+    with pytest.raises(SchemaError, match="finished factors file"):
+        collect()
 
 
 def test_file_round_trip(tmp_path) -> None:
@@ -680,7 +806,7 @@ def test_factors_of_files_that_lie(tmp_path) -> None:
     ):
         bad = tmp_path / "bad.h5"
         bad.write_bytes(path.read_bytes())
-        with h5py.File(bad, "r+") as file:
+        with opened_for_lies(bad) as file:
             digest = file[part].attrs["sha256"]
             del file[part]
             file[part] = value
@@ -695,14 +821,14 @@ def test_a_file_without_standard_errors_loads_without_them(tmp_path) -> None:
     path, name = tmp_path / "f.h5", "blocks.0.mlp.up"
     made = rc.collect(model_of(one), corpus_of(one), name, draws=2)
     rc.save_factors(made, path)
-    with h5py.File(path, "r+") as file:
+    with opened_for_lies(path) as file:
         for part in ("error_G", "error_trace_G"):
             assert file["blocks/0/mlp/up/sum_G"].attrs[part].dtype == np.float64
             del file["blocks/0/mlp/up/sum_G"].attrs[part]
     assert rc.load_factors(path)[name].error_G is None
     rc.save_factors(rc.load_factors(path), tmp_path / "again.h5")
     assert rc.load_factors(tmp_path / "again.h5")[name].error_trace_G is None
-    with h5py.File(path, "r+") as file:
+    with opened_for_lies(path) as file:
         file["blocks/0/mlp/up/sum_G"].attrs["error_G"] = np.bytes_("small")
     with pytest.raises(SchemaError, match="no standard error"):
         rc.load_factors(path)[name]

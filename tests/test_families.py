@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from strategies import few
 
 from refcurv.cli import main
-from refcurv.files import families, huggingface, safetensors, store, weights
+from refcurv.files import families, huggingface, known, safetensors, store, weights
 from refcurv.files.bfloat16 import to_bfloat16
 from refcurv.files.families import FAMILIES, Family
 from refcurv.files.huggingface import convert, export, read_config, tensors_of
@@ -463,9 +463,15 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "gpt2, cross": ("gpt2", {"add_cross_attention": True}, "add_cross_attention is True"),
     "gpt2, text": ("gpt2", {"scale_attn_weights": "yes"}, "scale_attn_weights is 'yes'"),
     "gpt2, activation": ("gpt2", {"activation_function": "tanh"}, "activation_function is 'tanh'"),
-    "stablelm, norms": ("stablelm", {"qk_layernorm": True}, "qk_layernorm is True"),
-    "phi3, long": ("phi3", {"rope_scaling": {"type": "longrope"}}, "rope_type is 'longrope'"),
-    "phi3, su": ("phi3", {"rope_scaling": {"type": "su"}}, "rope_type is 'su'"),
+    "stablelm, norms": ("stablelm", {"qk_layernorm": True}, "qk_layernorm is true: .*not built"),
+    "phi3, long": (
+        "phi3",
+        {"rope_scaling": {"type": "longrope"}},
+        "'longrope', which is not built",
+    ),
+    "phi3, su": ("phi3", {"rope_scaling": {"type": "su"}}, "'su', which is not built yet"),
+    "gpt2, two widths": ("gpt2", {"hidden_size": 9}, "n_embd is 8 and hidden_size.* which one"),
+    "starcoder2, eps": ("starcoder2", {"layer_norm_epsilon": 0.1}, "_epsilon is 0.1 and norm_eps"),
     "gemma, two ways": ("gemma", {"use_bidirectional_attention": True}, "bidirectional_attention"),
     "gemma, silu": ("gemma", {"hidden_act": "silu"}, "hidden_act is 'silu'"),
     "gemma, differing": ("gemma", {"hidden_activation": "gelu"}, "hidden_activation is 'gelu'"),
@@ -484,8 +490,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "use_sliding_window is not true",
     ),
     "qwen2, list": ("qwen2", {"max_window_layers": [1]}, "max_window_layers must be a positive"),
-    "phi3, yarn": ("phi3", {"rope_scaling": YARN}, "rope_type is 'yarn'; .* only default"),
-    "olmo3, yarn": ("olmo3", {"rope_scaling": YARN}, "rope_type is 'yarn'; .* only default"),
+    "phi3, yarn": ("phi3", {"rope_scaling": YARN}, "'yarn', which is not built yet; .* default"),
+    "olmo3, yarn": ("olmo3", {"rope_scaling": YARN}, "'yarn', which is not built yet; .* default"),
     "olmo3, theta": (
         "olmo3",
         {"rope_parameters": {"sliding_attention": {"rope_theta": 1e4}}},
@@ -525,7 +531,10 @@ def test_every_key_is_known_once() -> None:
         keys = [key for rule in family.rules for key in rule.keys]
         assert len(keys) == len(set(keys)), family.model_type
         assert not set(keys) & family.irrelevant
+        assert not set(family.aliases) & {*keys, *family.irrelevant}
+        assert set(family.aliases.values()) <= set(keys)
         assert all(re.compile(pattern) for pattern in family.ignored)
+        assert set(family.in_memory.values()) <= {slot.theirs for slot in family.slots}
 
 
 # ------------------------------------------------------------------ tensors
@@ -655,8 +664,9 @@ def mutated(draw: st.DrawFn, data: Any) -> Any:
 
 
 def keys_of(family: Family) -> dict[str, Any]:
-    """Every key that the family reads, absent ones as null."""
+    """Every key that the family or any other reads, absent ones as null."""
     keys = {key for rule in family.rules for key in rule.keys}
+    keys |= {*known.EVERYWHERE, *known.ELSEWHERE, *family.aliases, "auto_map", "architectures"}
     return {key: None for key in sorted(keys - {"head_dim", "num_key_value_heads"})}
 
 
@@ -709,10 +719,9 @@ def test_a_header_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, d
 # ------------------------------------------------------------------ the command
 
 
-def shard_out_of_the_folder(folder: Path) -> None:
-    (folder.parent / "elsewhere").mkdir()
-    (folder / "model.safetensors").rename(folder.parent / "elsewhere/model.safetensors")
-    (folder / "model.safetensors").symlink_to(folder.parent / "elsewhere/model.safetensors")
+def linked_to_a_folder(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(folder.parent)
 
 
 def pickled(folder: Path) -> None:
@@ -737,11 +746,11 @@ def unknown(folder: Path) -> None:
 
 
 HOSTILE = {
-    "a link that leaves": (shard_out_of_the_folder, "leads outside, to"),
+    "a link to a folder": (linked_to_a_folder, "which is a folder"),
     "a pickle": (pickled, "is a pickle, which can run code"),
     "UTF-16": (header_in_utf_16, "the header is no UTF-8 text"),
     "cut short": (cut, "Download it again"),
-    "another family": (unknown, "model_type is 'mamba'; known are olmo2, "),
+    "another family": (unknown, "model_type is 'mamba', which is not built yet; known are olmo2, "),
 }
 
 

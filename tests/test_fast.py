@@ -14,6 +14,7 @@ from test_factors import model_of
 
 import refcurv as rc
 from refcurv.algebra import blas, kernels
+from refcurv.curvature.sums import add_gram
 from refcurv.law import tolerance
 from refcurv.law.checks import NonFiniteError
 from refcurv.model import layers, transformer
@@ -84,6 +85,102 @@ def test_long_sequences_with_scale_cap_windows_and_partial_rotary(
 @given(one=image_cases())
 def test_images(dtype: type, one: Case) -> None:
     compare(one, dtype)
+
+
+# ------------------------------------------------------------------ the ends of the range
+
+
+@pytest.mark.parametrize("kind", list(Norm))
+@pytest.mark.parametrize("k", [-100, -60, 60, 100])
+def test_a_stream_of_any_size_has_the_same_logits_and_factors(k: int, kind: Norm) -> None:
+    """2ᵏ times the residual stream: in float32 its squares overflow or vanish, and 4⁻ᵏ G does.
+
+    Not one bit of the logits and of 2ᵏ g differs. G is within the budget of its sums: where all of
+    them would vanish in float32 they are float64's.
+    """
+    made = [scaled(2.0**n, norm=kind, biases=("down",)) for n in (0, k)]
+    one, far = (model_of(c, "float32") for c in made)
+    assert (rc.logits(far, made[1].token) == rc.logits(one, made[0].token)).all()
+    (loss, gradient), (want_loss, want) = (
+        rc.loss_and_gradient(m, made[0].token) for m in (far, one)
+    )
+    assert loss == want_loss
+    assert (gradient["blocks.0.mlp.up.weight"] == want["blocks.0.mlp.up.weight"]).all()
+    bias = "blocks.0.mlp.down.bias"
+    assert (np.ldexp(gradient[bias], k) == want[bias]).all()
+    if k == -100:  # g is huge, and there is no float32 for its squares
+        for collect, what in ((rc.collect, "blocks.**"), (rc.collect_blocks, bias)):
+            with pytest.raises(NonFiniteError, match="Try float64"):
+                collect(far, rc.Corpus(made[1].token), what)
+        return
+    corpus = rc.Corpus(made[1].token)
+    for draws in (1, 2):
+        got, right = (rc.collect(m, corpus, "blocks.**", draws=draws) for m in (far, one))
+        for name in right:
+            power = 2 * k * name.endswith((".o", ".down"))
+            size = np.sqrt(np.outer(*[np.diag(right[name].G)] * 2))
+            error = np.abs(np.ldexp(got[name].G, power) - right[name].G)
+            assert (error <= 2 * tolerance.gram(got[name].n_G, 1, np.float32) * size).all()
+            assert (got[name].A == right[name].A).all()
+    blocks, right = (rc.collect_blocks(m, corpus, bias)[bias].F for m in (far, one))
+    size = np.sqrt(np.outer(*[np.diag(right)] * 2))
+    within = 2 * tolerance.gram(len(corpus.tokens), 1, np.float32) * size
+    assert (np.abs(np.ldexp(blocks, 2 * k) - right) <= within).all()
+
+
+def entrances(one: Case, dtype: str) -> dict[str, Callable[[], object]]:
+    """Everything that runs a model forward."""
+    model = model_of(one, dtype)
+    rows, at = one.token, np.full(len(one.token), 2)
+    text = rc.Population(rows, at * 0 + 1, at * 3, "text", "test")
+    said = rc.Population(rows, at, at * 3, "recite", "test")
+    return {
+        "logits": lambda: rc.logits(model, rows),
+        "loss": lambda: rc.loss_and_gradient(model, rows),
+        "collect": lambda: rc.collect(model, rc.Corpus(rows)),
+        "signed": lambda: rc.collect(model, rc.Corpus(rows), "head", fisher="signed"),
+        "blocks": lambda: rc.collect_blocks(model, rc.Corpus(rows)),
+        "evaluate": lambda: rc.evaluate(model, rc.Corpus(rows, populations={"p": text})),
+        "recite": lambda: rc.evaluate(model, rc.Corpus(rows, populations={"p": said})),
+        "exact": lambda: rc.exact.ggn(model, rows, wrt="final_norm.weight"),
+    }
+
+
+@pytest.mark.parametrize("name", list(entrances(case(), "float32")))
+@pytest.mark.filterwarnings("ignore:(overflow|invalid):RuntimeWarning")
+def test_what_leaves_the_range_is_refused_in_one_line(name: str) -> None:
+    """Named are the layer, the dtype and the way out; in float64 the same weights are fine."""
+    broken = {
+        "the input of 'blocks.1.mlp.down'": {"blocks.1.mlp.up.weight": 1e30, "gate": 1e30},
+        "the input of 'blocks.0.attn.o'": {"blocks.0.attn.q.weight": 1e30, "attn.k": 1e30},
+        "logit": {"final_norm.weight": 1e30, "head.weight": 1e30},
+    }
+    for says, sizes in broken.items():
+        one = case(norm_place=NormPlace.PRE, qk_norm=QKNorm.NONE)
+        for part, size in sizes.items():
+            for full in (n for n in one.parameters if part in n):
+                one.parameters[full] = one.parameters[full] * size
+        if name != "exact":
+            with pytest.raises(NonFiniteError, match=says) as raised:
+                entrances(one, "float32")[name]()
+            assert "beyond the range of float32" in str(raised.value)
+            assert "compute in float64" in str(raised.value)
+            assert "\n" not in str(raised.value)
+        if "attn" not in says:
+            entrances(one, "float64")[name]()
+        for full, array in one.parameters.items():
+            if any(part in full for part in sizes):
+                one.parameters[full] = array * 1e170
+        with pytest.raises(NonFiniteError, match="beyond the range of float64: check the weights"):
+            entrances(one, "float64")[name]()
+
+
+def test_a_gradient_that_leaves_the_range_is_refused() -> None:
+    """The norms divide by a stream so small that its reciprocal is no float32."""
+    one = scaled(1e-40)
+    with pytest.raises(NonFiniteError, match=r"the gradient of '.*' holds .*compute in float64"):
+        rc.loss_and_gradient(model_of(one, "float32"), one.token)
+    rc.loss_and_gradient(model_of(one), one.token)
 
 
 # ------------------------------------------------------------------ attention by itself
@@ -223,94 +320,6 @@ def test_one_key_sends_nothing_to_queries_and_keys(which: str, ops: Ops, dtype: 
         assert slope.any() != nothing, name
 
 
-# ------------------------------------------------------------------ the ends of the range
-
-
-@pytest.mark.parametrize("kind", list(Norm))
-@pytest.mark.parametrize("k", [-100, -60, 60, 100])
-def test_a_stream_of_any_size_has_the_same_logits_and_factors(k: int, kind: Norm) -> None:
-    """2ᵏ times the residual stream: in float32 its squares overflow or vanish, and 4⁻ᵏ G does.
-
-    Not one bit of the logits and of 2ᵏ g differs. G is within the budget of its sums: where all of
-    them would vanish in float32 they are float64's.
-    """
-    made = [scaled(2.0**n, norm=kind, biases=("down",)) for n in (0, k)]
-    one, far = (model_of(c, "float32") for c in made)
-    assert (rc.logits(far, made[1].token) == rc.logits(one, made[0].token)).all()
-    (loss, gradient), (want_loss, want) = (
-        rc.loss_and_gradient(m, made[0].token) for m in (far, one)
-    )
-    assert loss == want_loss
-    assert (gradient["blocks.0.mlp.up.weight"] == want["blocks.0.mlp.up.weight"]).all()
-    bias = "blocks.0.mlp.down.bias"
-    assert (np.ldexp(gradient[bias], k) == want[bias]).all()
-    if k == -100:  # g is huge, and there is no float32 for its squares
-        for collect, what in ((rc.collect, "blocks.**"), (rc.collect_blocks, bias)):
-            with pytest.raises(NonFiniteError, match="Try float64"):
-                collect(far, rc.Corpus(made[1].token), what)
-        return
-    corpus = rc.Corpus(made[1].token)
-    for draws in (1, 2):
-        got, right = (rc.collect(m, corpus, "blocks.**", draws=draws) for m in (far, one))
-        for name in right:
-            power = 2 * k * name.endswith((".o", ".down"))
-            size = np.sqrt(np.outer(*[np.diag(right[name].G)] * 2))
-            error = np.abs(np.ldexp(got[name].G, power) - right[name].G)
-            assert (error <= 2 * tolerance.gram(got[name].n_G, 1, np.float32) * size).all()
-            assert (got[name].A == right[name].A).all()
-    blocks, right = (rc.collect_blocks(m, corpus, bias)[bias].F for m in (far, one))
-    size = np.sqrt(np.outer(*[np.diag(right)] * 2))
-    within = 2 * tolerance.gram(len(corpus.tokens), 1, np.float32) * size
-    assert (np.abs(np.ldexp(blocks, 2 * k) - right) <= within).all()
-
-
-def entrances(one: Case, dtype: str) -> dict[str, Callable[[], object]]:
-    """Everything that runs a model forward."""
-    model = model_of(one, dtype)
-    rows, at = one.token, np.full(len(one.token), 2)
-    text = rc.Population(rows, at * 0 + 1, at * 3, "text", "test")
-    said = rc.Population(rows, at, at * 3, "recite", "test")
-    return {
-        "logits": lambda: rc.logits(model, rows),
-        "loss": lambda: rc.loss_and_gradient(model, rows),
-        "collect": lambda: rc.collect(model, rc.Corpus(rows)),
-        "signed": lambda: rc.collect(model, rc.Corpus(rows), "head", fisher="signed"),
-        "blocks": lambda: rc.collect_blocks(model, rc.Corpus(rows)),
-        "evaluate": lambda: rc.evaluate(model, rc.Corpus(rows, populations={"p": text})),
-        "recite": lambda: rc.evaluate(model, rc.Corpus(rows, populations={"p": said})),
-        "exact": lambda: rc.exact.ggn(model, rows, wrt="final_norm.weight"),
-    }
-
-
-@pytest.mark.parametrize("name", list(entrances(case(), "float32")))
-@pytest.mark.filterwarnings("ignore:(overflow|invalid):RuntimeWarning")
-def test_what_leaves_the_range_is_refused_in_one_line(name: str) -> None:
-    """Named are the layer, the dtype and the way out; in float64 the same weights are fine."""
-    broken = {
-        "the input of 'blocks.1.mlp.down'": {"blocks.1.mlp.up.weight": 1e30, "gate": 1e30},
-        "the input of 'blocks.0.attn.o'": {"blocks.0.attn.q.weight": 1e30, "attn.k": 1e30},
-        "logit": {"final_norm.weight": 1e30, "head.weight": 1e30},
-    }
-    for says, sizes in broken.items():
-        one = case(norm_place=NormPlace.PRE, qk_norm=QKNorm.NONE)
-        for part, size in sizes.items():
-            for full in (n for n in one.parameters if part in n):
-                one.parameters[full] = one.parameters[full] * size
-        if name != "exact":
-            with pytest.raises(NonFiniteError, match=says) as raised:
-                entrances(one, "float32")[name]()
-            assert "beyond the range of float32" in str(raised.value)
-            assert "compute in float64" in str(raised.value)
-            assert "\n" not in str(raised.value)
-        if "attn" not in says:
-            entrances(one, "float64")[name]()
-        for full, array in one.parameters.items():
-            if any(part in full for part in sizes):
-                one.parameters[full] = array * 1e170
-        with pytest.raises(NonFiniteError, match="beyond the range of float64: check the weights"):
-            entrances(one, "float64")[name]()
-
-
 # ------------------------------------------------------------------ activations
 
 
@@ -375,6 +384,21 @@ def test_gram_is_the_lower_triangle_of_the_product(dtype: type, rows: int, size:
         assert (np.abs(np.tril(total) - want) <= tolerance.gamma(rows + 2, dtype) * scale).all()
     with pytest.raises(ValueError, match="add_gram"):
         blas.add_gram(x, np.zeros((size + 1, size + 1), dtype), onto=False)
+
+
+@given(st.lists(st.sampled_from([0.0, 1e-30, 1e-20, 1e-9, 1.0]), min_size=1, max_size=4))
+def test_products_that_would_vanish_in_float32_are_made_in_float64(sizes: list[float]) -> None:
+    """Chunk by chunk, in any order; what was held in float32 stays there."""
+    rng = np.random.default_rng(0)
+    chunks = [(rng.normal(size=(5, 4)) * size).astype(np.float32) for size in sizes]
+    got = np.empty((4, 4), np.float32)
+    for n, x in enumerate(chunks):
+        got = add_gram(x, got, onto=n > 0)
+    wide = np.concatenate(chunks).astype(np.float64)
+    budget = tolerance.gram(len(wide), 1, np.float32) * np.linalg.norm(wide) ** 2
+    assert np.linalg.norm(np.tril(got - wide.T @ wide)) <= budget
+    first = next((size for size in sizes if size), 1.0)
+    assert got.dtype == (np.float32 if first > 1e-15 else np.float64)
 
 
 @pytest.mark.parametrize("size", [1, 5, 63, 64, 65, 200])

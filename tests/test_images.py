@@ -40,6 +40,7 @@ from refcurv.law.checks import (
     SchemaError,
     ShapeError,
 )
+from refcurv.law.conventions import Fisher
 from refcurv.model import transformer
 from refcurv.model.config import Image, NormPlace, Pool, QKNorm
 from refcurv.model.magnitudes import gradient_scale
@@ -272,14 +273,14 @@ def test_patches_are_widened_before_they_are_multiplied() -> None:
 
 
 @pytest.mark.parametrize("rows", ["all", "cls"])
-@pytest.mark.parametrize("fisher", ["expected", "empirical", "sampled"])
+@pytest.mark.parametrize("fisher", list(Fisher))
 def test_exact_and_collect_agree(fisher: str, rows: str) -> None:
     """A, G and K of a ViT by the complex-step route's Problem and by the passes."""
     one, images = vit(images=4)
     label = one.label.copy()
     label[1] = -1
     one = replace(one, label=label)
-    made = problem(model_of(one), images, label[:, 0], rows=rows)
+    made = problem(model_of(one), corpus_of(one, images), rows=rows)
     layers = [name for name in one.config.linear_layers() if rows == "all" or name != "patch"]
     got = rc.collect(model_of(one), corpus_of(one, images), ",".join(layers), fisher, 3, rows=rows)
     allowed = budget(one)
@@ -294,7 +295,7 @@ def test_exact_and_collect_agree(fisher: str, rows: str) -> None:
     up = got["blocks.0.mlp.up"]
     assert_within(np.kron(up.sum_G, up.A), K, allowed, K, "K")
     three = distance._three(
-        made, "blocks.0.mlp.up.weight", exact._labels("x", fisher, "sequence", 3, 1), lambda *_: 0
+        made, "blocks.0.mlp.up.weight", exact._labels("x", fisher, "segment", 3, 1), lambda *_: 0
     )["blocks.0.mlp.up.weight"]
     assert_within(three.K, K, allowed, K, "K of compare")
 
@@ -449,8 +450,8 @@ def test_what_does_not_fit_the_model() -> None:
     refused(EmptyError, "none of the 7 labels", lambda: problem(model, images, np.full(7, -1)))
     for work in (lambda: rc.loss_and_gradient(model, images), lambda: problem(model, images)):
         refused(ConventionError, "images have no default labels", work)
-    refused(ConventionError, "segments are for tokens",
-            lambda: problem(model, images, label, np.zeros((7, 7), int)))  # fmt: skip
+    refused(ConventionError, "exact: the corpus has tokens, but the model reads images",
+            lambda: problem(model, Corpus(tokens.token)))  # fmt: skip
     refused(ShapeError, "images must be", lambda: rc.logits(model, tokens.token))
     refused(ShapeError, "images must be", lambda: problem(model, tokens.token, label))
     refused(DTypeError, "tokens must hold", lambda: rc.logits(model_of(tokens), images))

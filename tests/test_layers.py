@@ -89,6 +89,20 @@ def test_rms_norm_of_any_size_with_any_eps(
         assert (np.abs(y - want) <= within).all(), eps
 
 
+@BOTH
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_rms_norm_of_the_smallest_and_the_largest_numbers(ops: Ops, dtype: type) -> None:
+    """Subnormal ones too, whose reciprocals have no number."""
+    number = np.finfo(dtype)
+    for unit in (number.smallest_subnormal, number.smallest_normal, number.max / 4):
+        for eps in (0.0, float(number.smallest_normal)):
+            x = np.array([[3, -4, 0]], dtype) * unit
+            root = np.sqrt(np.longdouble(25) / 3 * unit * unit + dtype(eps))
+            y, _ = ops.rms_norm_forward(x, np.ones(3, dtype), eps)
+            within = 8 * number.eps * np.abs(x / root) + number.smallest_subnormal
+            assert (np.abs(y - x / root) <= within).all()
+
+
 @given(REALS, st.integers(1, 40), st.integers(0, 99), st.sampled_from([0.0, 1e-6, 0.1]))
 def test_the_scale_of_a_norm_moves_no_bit(dtype: type, width: int, seed: int, eps: float) -> None:
     """Where squares are ordinary numbers, y and d_x are those of the formula as it is written."""

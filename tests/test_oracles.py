@@ -101,7 +101,7 @@ class One:
         """Which of its rows count: patches stand behind the specials, a pooled head alone."""
         return self.reached[len(self.reached) - len(self.inputs(layer)) :]
 
-    def worlds(self, kind: str, per: str = "sequence", drawn: Any = ()) -> list[oracles.World]:
+    def worlds(self, kind: str, per: str = "segment", drawn: Any = ()) -> list[oracles.World]:
         return oracles.worlds(self.p, self.label, kind, per, drawn)
 
     def fisher(self, layer: str, some: list[oracles.World]) -> np.ndarray:
@@ -478,7 +478,7 @@ MIXING = pytest.mark.parametrize("layer", ["blocks.0.attn.k", "blocks.0.attn.v",
 
 
 @MIXING
-@pytest.mark.parametrize("per", ["sequence", "term"])
+@pytest.mark.parametrize("per", ["segment", "term"])
 def test_O12_sampling_averages_to_the_expected_fisher(layer: str, per: str) -> None:
     """Every joint label of the sequence, by its probability."""
     one = small()

@@ -224,7 +224,7 @@ def enumerated(f: Function) -> Curvature:
 
 
 def run_ours(
-    peer: Peer, model: Model, labels: np.ndarray = LABELS, wrt: str = "**", per: str = "sequence"
+    peer: Peer, model: Model, labels: np.ndarray = LABELS, wrt: str = "**", per: str = "segment"
 ) -> Curvature:
     """All kinds in the block `wrt`; H v of all parameters."""
     given = (model, TOKENS, labels)

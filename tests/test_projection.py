@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import assert_within, case
+from strategies import assert_within, case, opened_for_lies
+from test_biases import biased
 from test_factors import corpus_of, model_of
 
 import refcurv as rc
 from refcurv.algebra.staircase import cut
-from refcurv.curvature.eigenbasis import Bases, Eigenbasis, eigenbasis
-from refcurv.editing.projection import project
-from refcurv.law.checks import ConventionError, DTypeError, EmptyError, NameUnknownError, RangeError
+from refcurv.curvature.eigenbasis import Bases, Eigenbasis, decompose_to, eigenbasis
+from refcurv.editing.projection import keep_pairs, project, restored
+from refcurv.editing.variants import CONTROLS, control
+from refcurv.evaluation.bands import bands
+from refcurv.files.corpus import Population
+from refcurv.files.digest import digest
+from refcurv.law.checks import (
+    ConventionError,
+    DTypeError,
+    EmptyError,
+    NameUnknownError,
+    RangeError,
+    SchemaError,
+)
+
+UP = "blocks.0.mlp.up"
 
 
 def random_basis(O: int, I: int, seed: int) -> Eigenbasis:
@@ -134,7 +151,7 @@ def test_edit_of_a_model(made: tuple[rc.Model, Bases]) -> None:
     assert gate.kept == stairs.kept
     assert 0.6 <= gate.mass < 1
     assert gate.norm == pytest.approx(np.linalg.norm(want) / np.linalg.norm(W))
-    assert gate.acceptable == 2  # the last pair kept and the first one dropped
+    assert gate.acceptable == 0  # no key lies near the cut
     assert record.to_json()[1]["rho"] == 0.6
 
 
@@ -151,8 +168,8 @@ def test_O56_rho_one_returns_W_itself_and_zero_nothing(made: tuple[rc.Model, Bas
 def test_O64_edits_of_different_layers_commute(made: tuple[rc.Model, Bases]) -> None:
     model, basis = made
     one, two = {"blocks.0.mlp.up": 0.5}, {"blocks.1.attn.q": 0.7}
-    forth, _ = rc.edit(rc.edit(model, basis, one)[0], basis, two)
-    back, _ = rc.edit(rc.edit(model, basis, two)[0], basis, one)
+    forth, _ = rc.edit(rc.edit(model, basis, one)[0], basis, two, force=True)
+    back, _ = rc.edit(rc.edit(model, basis, two)[0], basis, one, force=True)
     both, _ = rc.edit(model, basis, one | two)
     for name in model.parameters:
         first = forth.parameters[name].tobytes()
@@ -164,12 +181,161 @@ def test_O65_edited_weights_have_the_dtype_of_their_source(made: tuple[rc.Model,
     model, basis = made
     name = "blocks.0.mlp.up.weight"
     short = rc.Model(model.config, model.parameters, "float64", {name: "bfloat16"})
-    got = rc.edit(short, basis, {"blocks.0.mlp.up": 0.6})[0].parameters[name]
+    got = rc.edit(short, basis, {"blocks.0.mlp.up": 0.6}, force=True)[0].parameters[name]
     exact = rc.edit(model, basis, {"blocks.0.mlp.up": 0.6})[0].parameters[name]
     assert (got.astype(np.float32).view(np.uint32) & 0xFFFF == 0).all()
     assert got.dtype == np.float64
     assert (np.abs(got - exact) <= 2.0**-8 * np.abs(exact)).all()
     assert np.abs(got - exact).max() > 0
+
+
+def test_what_was_cut_before_is_no_part_to_restore() -> None:
+    """A second cut by one basis has nothing left to cut: no share of rounding by rounding."""
+    rng = np.random.default_rng(0)
+    basis = random_basis(8, 9, 0)
+    mask = cut(basis.lam, basis.mu, 0.6).mask(9)
+    once = keep_pairs(rng.normal(size=(8, 9)), basis, mask)
+    exact = keep_pairs(once, basis, mask)
+    assert restored(once, exact, exact.astype(np.float32), basis, mask) == 0
+    W = rng.normal(size=(8, 9))
+    exact = keep_pairs(W, basis, mask)
+    assert restored(W, exact, exact.astype(np.float32), basis, mask) > 0
+
+
+# ------------------------------------------------------------------ which weights, and what before
+
+
+def of_file(model: rc.Model, path: Path, stored: str = "float32") -> rc.Model:
+    """The model's weights in a file of that dtype, read again."""
+    short = dict.fromkeys(model.parameters, stored)
+    rc.save(rc.Model(model.config, model.parameters, "float64", short), path)
+    return rc.load(path)
+
+
+def test_a_basis_of_another_model_is_refused(tmp_path: Path) -> None:
+    """By everyone who takes a basis (or scores) and a model; `force` means it, and is recorded."""
+    one = case(batch=4, length=12)
+    model, other = (of_file(model_of(case(seed)), tmp_path / f"{seed}.h5") for seed in (0, 1))
+    rc.save_factors(rc.collect(model, corpus_of(one), UP), tmp_path / "f.h5")
+    rc.save_bases(rc.decompose(rc.load_factors(tmp_path / "f.h5")), tmp_path / "b.h5")
+    basis = rc.load_bases(tmp_path / "b.h5")
+    assert basis.weights == digest(model) == rc.load_factors(tmp_path / "f.h5").weights
+    decompose_to(rc.load_factors(tmp_path / "f.h5"), tmp_path / "b2.h5")
+    assert rc.load_bases(tmp_path / "b2.h5").weights == basis.weights
+    tokens, prompt = one.token, np.full(4, 3)
+    hot, cold = (
+        Population(tokens, prompt, prompt + 4, kind, "test") for kind in ("recite", "text")
+    )
+    scores = rc.train_scores(model, UP, hot, corpus_of(one), ratio=0.2, steps=1)
+    takers = {
+        "edit": lambda x, **k: rc.edit(x, basis, 0.5, **k),
+        "random_pairs": lambda x, **k: rc.random_pairs(x, basis, 0.5, 0, **k),
+        **{kind: lambda x, kind=kind, **k: control(x, basis, 0.5, kind, **k) for kind in CONTROLS},
+        "bands": lambda x, **k: bands(x, basis, hot, cold, **k),
+        "svd bands": lambda x, **k: bands(
+            x, rc.singular_bases(model, UP), hot, cold, quantity="input_rank", **k
+        ),
+        "prune": lambda x, **k: rc.prune(x, scores, **k),
+    }
+    same = [model, rc.load(tmp_path / "0.h5", "float32"),
+            rc.Model(model.config, dict(model.parameters), "float64", model.stored)]  # fmt: skip
+    for who, take in takers.items():
+        for mine in same:
+            take(mine)
+        with pytest.raises(ConventionError) as caught:
+            take(other)
+        says = str(caught.value)
+        assert f"made from weights {basis.weights[:12]}, but the model" in says, who
+        assert f"1.h5' has {digest(other)[:12]}. Make it anew" in says
+        assert ("b.h5" in says) == (who not in ("svd bands", "prune"))
+        assert "\n" not in says
+        found = take(other, force=True)
+        if "bands" not in who:
+            edited, record = found
+            start = record.start
+            assert (start.forced, start.made_for, start.weights) == (
+                True, basis.weights, digest(other)
+            )  # fmt: skip
+            rc.save(edited, tmp_path / "e.h5")
+            (told,) = rc.load(tmp_path / "e.h5").source["provenance"]["edits"]
+            assert (told["forced"], told["made_for"]) == (True, basis.weights)
+
+
+def test_a_basis_that_does_not_say_is_taken_and_the_record_says_so(
+    made: tuple[rc.Model, Bases], tmp_path: Path
+) -> None:
+    model, basis = made
+    rc.save_bases(basis, tmp_path / "b.h5")
+    with opened_for_lies(tmp_path / "b.h5") as file:
+        del file.attrs["weights"]
+    older = rc.load_bases(tmp_path / "b.h5")
+    assert older.weights is None
+    start = rc.edit(model, older, {UP: 0.5})[1].start
+    assert (start.weights, start.made_for, start.forced) == (digest(model), None, False)
+    for wrong in ("", "x" * 64, 3):
+        with opened_for_lies(tmp_path / "b.h5") as file:
+            file.attrs["weights"] = np.bytes_(wrong) if isinstance(wrong, str) else wrong
+        with pytest.raises(SchemaError, match="attribute 'weights' must be 64 hexadecimal digits"):
+            rc.load_bases(tmp_path / "b.h5")
+
+
+@pytest.mark.parametrize("in_a_file", [False, True])
+def test_an_edit_of_edited_weights_says_what_it_starts_from(
+    made: tuple[rc.Model, Bases], in_a_file: bool, tmp_path: Path
+) -> None:
+    """The chain: digests link, methods, shares and layers are there, norms are of the original."""
+    model, basis = made
+    first = model
+
+    def pause(edited: rc.Model) -> rc.Model:
+        if not in_a_file:
+            return edited
+        rc.save(edited, tmp_path / "e.h5")
+        return rc.load(tmp_path / "e.h5")
+
+    gate, down = "blocks.0.mlp.gate", "blocks.1.mlp.down"
+    steps = [
+        lambda x: rc.edit(x, basis, {UP: 0.6, gate: 0.7}),
+        lambda x: rc.truncate(x, {UP: 0.5}),
+        lambda x: rc.edit(x, basis, {UP: 1}, force=True),
+        lambda x: rc.random_pairs(x, basis, {UP: 0.9, down: 0.9}, 3, force=True),
+    ]
+    for n, step in enumerate(steps):
+        edited, record = step(model)
+        assert record.start.earlier == model.edits
+        assert record.start.weights == digest(model)
+        assert len(model.edits) == min(n, 2)  # what keeps W itself is no edit
+        for row in record.layers:
+            old, start, new = (x.parameters[f"{row.layer}.weight"] for x in (first, model, edited))
+            assert row.norm == pytest.approx(np.linalg.norm(new) / np.linalg.norm(start), rel=1e-13)
+            whole = np.linalg.norm(new) / np.linalg.norm(old)
+            assert row.norm_original == pytest.approx(whole, rel=1e-13)
+        if n != 2:
+            told = edited.edits[-1]
+            assert (told["weights"], told["became"]) == (digest(model), digest(edited))
+            assert told["method"] == record.layers[0].method
+            assert {k: v["rho"] for k, v in told["layers"].items()} == {
+                row.layer: row.rho for row in record.layers
+            }
+        model = pause(edited)
+    assert [edit["method"] for edit in model.edits] == ["kfac", "svd", "random pairs"]
+    assert [edit["forced"] for edit in model.edits] == [False, False, True]
+    moved = {f"{gate}.weight": model.parameters[f"{gate}.weight"] * 2}
+    _, record = rc.truncate(model.with_parameters(moved), {UP: 0.9})
+    assert math.isnan(record.layers[0].norm_original)  # they were changed otherwise, too
+    assert record.to_json()[0]["norm_original"] is None
+
+
+def test_norms_of_weight_and_of_weight_and_bias_are_not_multiplied() -> None:
+    one = biased()
+    model = model_of(one)
+    factors = rc.collect(model, corpus_of(one), f"{UP},blocks.0.mlp.gate")
+    joint, separate = rc.decompose(factors, "joint"), rc.decompose(factors)
+    for bases, known in ((joint, True), (separate, False)):
+        edited, _ = rc.edit(model, joint, 0.8)
+        _, record = rc.edit(edited, bases, 0.6, force=True)
+        found = {row.layer: not math.isnan(row.norm_original) for row in record.layers}
+        assert found == {UP: known, "blocks.0.mlp.gate": True}  # gate has no bias
 
 
 def test_a_tied_head_is_no_layer_to_edit() -> None:

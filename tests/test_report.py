@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from matplotlib import rc_context
 
 from refcurv.algebra.staircase import cut
@@ -228,6 +230,54 @@ def test_edit_table(results: dict[str, Any]) -> None:
         assert (acceptable, norm) == ("1", "0.800")
 
 
+def test_what_rounding_restored_is_shown_where_there_is_any(results: dict[str, Any]) -> None:
+    (first, *rest) = results["edit"]
+    for restored, shown in ((0.0, None), (1e-17, None), (3.14e-4, "3.1e-04")):
+        text = table.format_edit([{**first, "restored": restored}, *rest])
+        assert ("restored" in text) == (shown is not None)
+        if shown:
+            rows = cells("\n" + text, "Beside it: what rounding gave back of the cut")
+            wanted = [shown, *["0.0e+00"] * len(rest)]
+            assert rows == [
+                [row["layer"], x] for row, x in zip(results["edit"], wanted, strict=True)
+            ]
+
+
+def test_the_norm_against_the_original_is_shown_after_an_earlier_edit(
+    results: dict[str, Any],
+) -> None:
+    first, *rest = results["edit"]
+    assert table.past_table(results["edit"]).rows == ()
+    again = table.past_table([{**first, "norm_original": 0.25}, *rest])
+    assert again.headers == ("layer", "‖W'‖ of the original")
+    assert again.rows[0] == (first["layer"], "0.250")
+    assert [row[1] for row in again.rows[1:]] == ["-"] * len(rest)
+    assert table.past_table([{**first, "norm_original": first["norm"]}]).rows == ()
+
+
+def test_what_an_edit_starts_from_is_one_line() -> None:
+    own, other = "a" * 64, "b" * 64
+    row = {"rho": 0.6, "norm": 0.5, "restored": 0.0, "joint": False}
+    past = {"method": "kfac", "weights": other, "made_for": other, "became": own, "forced": False}
+    past["layers"] = {"blocks.0.mlp.up": row, "blocks.1.mlp.up": {**row, "rho": 0.75}}
+    says = table.format_start
+    same = {"weights": own, "made_for": own, "forced": False, "earlier": []}
+    assert says(same) == "starts from weights aaaaaaaaaaaa, of which no earlier edit is known"
+    assert says({**same, "made_for": None}).endswith(
+        "; the basis does not say which weights it was made from"
+    )
+    again = says({**same, "made_for": other, "forced": True, "earlier": [past, past]})
+    one = "kfac 0.6 to 0.75 of blocks.0.mlp.up and 1 more"
+    assert again == (
+        f"starts from weights aaaaaaaaaaaa, edited before by {one}, then {one}; kept, mass and "
+        "norm are of what that left; forced: what chose was made from others, bbbbbbbbbbbb"
+    )
+    hostile = {**past, "method": HOSTILE, "layers": {HOSTILE: row}}
+    assert says({**same, "earlier": [hostile]}).isprintable()
+    nothing = {**past, "layers": {}}
+    assert "edited before by kfac" in says({**same, "earlier": [nothing]})
+
+
 @pytest.mark.parametrize(
     ("method", "title", "words"),
     [
@@ -298,6 +348,23 @@ def test_hostile_names_stay_on_their_line(hostile: dict[str, Any]) -> None:
     assert rows[5][3:6] == ["-", "97.4 %", "-"]
 
 
+@given(st.text(st.sampled_from("ab\u0301\u4e00 "), max_size=30), st.integers(1, 20))
+def test_a_text_is_shortened_to_as_many_columns_as_fit(text: str, width: int) -> None:
+    found = table._shorten(text, width)
+    if table._display_width(text) <= width:
+        assert found == text
+    else:
+        fits = [text[:n] for n in range(len(text)) if table._display_width(text[:n]) < width]
+        assert found == fits[-1] + "…"
+
+
+def test_a_long_attribute_is_shown_at_once(tmp_path: Path) -> None:
+    """In time that grows with its length: by its square, this test would take days."""
+    facts = {"path": "x.h5", "format": "refcurv-basis", "version": 2, "nbytes": 0, "entries": []}
+    text = table.format_inspect({**facts, "attributes": {"config": "x" * 10**6}})
+    assert max(map(len, text.splitlines())) <= 100
+
+
 def test_inspect_names_every_array(tmp_path: Path) -> None:
     entries = [
         store.Entry("blocks.0.mlp.up.sum_A", np.ones((3, 4)), {"rows": 7}),
@@ -313,7 +380,7 @@ def test_inspect_names_every_array(tmp_path: Path) -> None:
     text = table.format_inspect(inspect_file(tmp_path / "a.h5"))
     lines = text.splitlines()
     assert max(map(len, lines)) <= 100
-    assert "refcurv-factors, version 1: 2 arrays, 104 B, every checksum verified" in lines
+    assert "refcurv-factors, version 2: 2 arrays, 104 B, every checksum verified" in lines
     assert re.search(r'^config +\{"width": 128\}$', text, re.M)
     row = next(line for line in lines if line.startswith("blocks"))
     found = re.split(r" {2,}", row)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +21,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+import threadpoolctl
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -82,14 +88,14 @@ def test_attributes_and_order_come_back(tmp_path: Path) -> None:
     assert header.attributes == {"config": LONG, "empty": "", "rho": 0.1, "k": 2}
     assert list(header.entries) == ["z.9", "a.10"]
     assert header.entries["z.9"].attributes == entries[0].attributes
-    assert header.provenance == {"seed": 1} and header.version == 1
+    assert header.provenance == {"seed": 1} and header.version == 2
     assert isinstance(header.attributes["k"], int) and isinstance(header.attributes["rho"], float)
 
 
 def test_anyone_can_read_it(path: Path) -> None:
     """With plain h5py and no refcurv: names, bytes, layout, byte order, checksum."""
     with h5py.File(path) as file:
-        assert file.attrs["format"] == b"refcurv-basis" and file.attrs["version"] == 1
+        assert file.attrs["format"] == b"refcurv-basis" and file.attrs["version"] == 2
         assert json.loads(file.attrs["provenance"]) == {"seed": 1}
         data = file["a/W"]
         assert data.chunks is None and data.dtype == "<f4" and (data[()] == W).all()
@@ -106,6 +112,76 @@ def test_same_input_same_file(tmp_path: Path) -> None:
     assert store.Source(store.open_file(one))["sha256"] == store.file_sha256(two)
 
 
+def by_hand(path: Path) -> str:
+    """The root's sha256 as its definition reads, from plain h5py."""
+    facts: list[bytes] = []
+
+    def attributes(node: Any) -> None:
+        for key in sorted(node.attrs):
+            value = node.attrs[key]
+            if node.name == "/" and key == "sha256":
+                continue
+            facts.append(key.encode())
+            if isinstance(value, bytes):
+                facts.append(value)
+            elif value.dtype.kind == "f":
+                facts.append(np.array(value, ">f8").tobytes().hex().encode())
+            else:
+                facts.append(b"%d" % value)
+
+    with h5py.File(path) as file:
+        facts.append(b"")
+        attributes(file)
+        found = {}
+        file.visititems(lambda n, d: found.update({n.replace("/", "."): d})
+                        if isinstance(d, h5py.Dataset) else None)  # fmt: skip
+        for name in sorted(found):
+            data = found[name]
+            shape = ",".join(str(n) for n in data.shape)
+            facts += [name.encode(), data.dtype.name.encode(), shape.encode()]
+            attributes(data)
+    text = b"".join(str(len(fact)).encode() + b":" + fact + b"," for fact in facts)
+    return hashlib.sha256(text).hexdigest()
+
+
+def test_the_root_declares_what_its_definition_says(tmp_path: Path) -> None:
+    entries = [
+        Entry("z.W", W, {"meaning": "Größe", "empty": "", "n": -3, "share": -0.0}),
+        Entry("a", np.float64(2), {"error": 5e-324}),
+        Entry("b.u", np.zeros((2, 0, 3), np.uint16), {"encoding": "bfloat16"}),
+    ]
+    path = put(tmp_path / "f.h5", *entries, k=2**60, rho=np.float32(0.1), half="a\udcff")
+    with h5py.File(path) as file:
+        assert file.attrs["sha256"].decode() == by_hand(path)
+    store.open_file(path)
+
+
+@pytest.mark.parametrize("count", [3, 12])  # of more than 8, HDF5 checks no long one itself
+def test_every_bit_of_an_attribute_is_checked(tmp_path: Path, count: int) -> None:
+    """Any bit of any attribute's name or value, flipped: refused, or it changes no fact."""
+    known = {f"some_fact_{i}": f"of value {i} in {i * 7:03d} " * 300 for i in range(count)}
+    path = put(tmp_path / "f.h5", Entry("a", W, {"raised": 5}), **known)
+    good = store.open_file(path)
+    data = path.read_bytes()
+    at = [
+        i
+        for text in [*known, *(v[:20] for v in known.values())]
+        if (i := data.find(text.encode())) > 0
+    ]
+    at = [i + k for i in at for k in range(0, 11, 5)]
+    assert len(at) > 2 * count
+    for place in at:
+        for bit in range(8):
+            flipped = bytearray(data)
+            flipped[place] ^= 1 << bit
+            path.write_bytes(flipped)
+            try:
+                found = store.open_file(path)
+            except SchemaError:
+                continue
+            assert (found.attributes, found.entries) == (good.attributes, good.entries)
+
+
 def test_provenance_says_what_and_with_what() -> None:
     made = store.provenance(inputs={"w.h5": "ab"}, seed=3)
     assert made["inputs"] == {"w.h5": "ab"} and made["seed"] == 3
@@ -115,6 +191,16 @@ def test_provenance_says_what_and_with_what() -> None:
     assert made["blas"] and all(b["architecture"] for b in made["blas"])
     assert made["blas_threads"] == 1
     assert json.loads(json.dumps(made)) == made == store.provenance(inputs={"w.h5": "ab"}, seed=3)
+
+
+def test_provenance_does_not_depend_on_what_was_loaded_first(monkeypatch) -> None:
+    blas = {"user_api": "blas", "internal_api": "openblas", "version": "0.3"}
+    found = [blas | {"architecture": name} for name in ("Haswell", "SkylakeX", "Zen")]
+    made = []
+    for order in itertools.permutations(found):
+        monkeypatch.setattr(threadpoolctl, "threadpool_info", lambda order=order: list(order))
+        made.append(json.dumps(store.provenance()))
+    assert len(set(made)) == 1
 
 
 def test_provenance_may_name_a_file_that_is_not_utf8(tmp_path: Path) -> None:
@@ -232,7 +318,7 @@ def test_a_link_is_followed_and_stays(path: Path, tmp_path: Path) -> None:
 def test_writing_where_nothing_can_be_written(tmp_path: Path) -> None:
     with pytest.raises(SchemaError, match=r"folder .*nowhere' does not exist"):
         put(tmp_path / "nowhere" / "f.h5", Entry("a", W))
-    with pytest.raises(SchemaError, match="no regular file"):
+    with pytest.raises(SchemaError, match="is a folder"):
         put(tmp_path, Entry("a", W))
     with pytest.raises(SchemaError, match="no regular file"):
         put(Path(os.devnull), Entry("a", W))
@@ -241,6 +327,27 @@ def test_writing_where_nothing_can_be_written(tmp_path: Path) -> None:
     with pytest.raises(SchemaError, match="is no path"):
         put(Path("a\0b"), Entry("a", W))
     assert only(tmp_path)
+
+
+def test_an_interrupt_at_any_moment_of_a_write_is_an_interrupt(tmp_path: Path) -> None:
+    """Ctrl-C inside one of HDF5's calls to our file does not come out as another error."""
+    path = put(tmp_path / "f.h5", Entry("old", W))
+    old, stopped = path.read_bytes(), 0
+    for delay in np.linspace(0, 0.03, 60):
+        timer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT))
+        try:
+            timer.start()
+            put(path, *(Entry(f"a{i}", np.zeros((50, 50))) for i in range(60)), **{"k": LONG})
+            timer.join()
+            time.sleep(0.01)
+        except KeyboardInterrupt:
+            stopped += 1
+        timer.join()
+        assert only(tmp_path, "f.h5")
+        if stopped and path.read_bytes() != old:
+            store.open_file(path)
+            path.write_bytes(old)
+    assert stopped
 
 
 @pytest.mark.parametrize(
@@ -262,6 +369,31 @@ def test_names_do_not_collide(tmp_path: Path, names: tuple[str, str]) -> None:
 def test_other_dtypes_are_not_written(tmp_path: Path, dtype: Any) -> None:
     with pytest.raises(DTypeError, match="files hold float16"):
         put(tmp_path / "f.h5", Entry("a", np.zeros(2, dtype)))
+
+
+def test_an_entry_is_what_is_asked_for_or_refused(path: Path) -> None:
+    header = store.open_file(path)
+    assert store.require_entry(header, "a.W", "float32", (2, None)) == (2, 3)
+    assert store.require_entry(header, "a.n", "int64", ()) == ()
+    wrong = [("a.x", "float32", (2, 3)), ("a.W", "float64", (2, 3)), ("a.W", "float32", (2,)),
+             ("a.W", "float32", (3, 2)), ("a.n", "int64", (1,))]  # fmt: skip
+    for name, dtype, shape in wrong:
+        with pytest.raises(SchemaError, match=r"f\.h5.*a\."):
+            store.require_entry(header, name, dtype, shape)
+    empty = store.open_file(put(path, Entry("e", np.zeros((0, 3), np.float32))))
+    with pytest.raises(SchemaError, match="any, 3"):
+        store.require_entry(empty, "e", "float32", (None, 3))
+
+
+def test_an_attribute_is_what_is_asked_for_or_refused() -> None:
+    facts = {"n": 3, "x": 0.5, "t": "text", "inf": np.inf, "long": "x" * 10**6}
+    assert store.fact("f", facts, "n", int) == 3 and store.fact("f", facts, "n", float) == 3.0
+    assert store.fact("f", facts, "x", float) == 0.5 and store.fact("f", facts, "t", str) == "text"
+    for key, kind in [("x", int), ("t", int), ("n", str), ("inf", float), ("t", float),
+                      ("none", int), ("long", float)]:  # fmt: skip
+        with pytest.raises(SchemaError, match=f"f: attribute '{key}' must be") as caught:
+            store.fact("f", facts, key, kind)
+        assert len(str(caught.value)) < 200
 
 
 # ------------------------------------------------------------------ opening: nothing is believed
@@ -332,7 +464,8 @@ HOSTILE: dict[str, tuple[Callable[[h5py.File], None], str]] = {
     "foreign format": (attribute("format", "netcdf"), "its attribute 'format' is 'netcdf'"),
     "other format": (attribute("format", "refcurv-corpus"), "is a refcurv-corpus file .*deco"),
     "no version": (without("version"), "has version None; this refcurv reads 1"),
-    "newer version": (attribute("version", 2), "version 2; .*newer"),
+    "newer version": (attribute("version", 3), "version 3; .*newer"),
+    "no checksum": (attribute("version", 2), "do not match their SHA-256"),
     "version is text": (attribute("version", "1"), "version '1'"),
     "version is a float": (attribute("version", 1.0), "version 1.0"),
     "no provenance": (without("provenance"), "no text attribute 'provenance'"),
@@ -396,6 +529,8 @@ HOSTILE: dict[str, tuple[Callable[[h5py.File], None], str]] = {
 def test_a_hostile_file_is_refused_in_one_line(path: Path, name: str) -> None:
     change, fragment = HOSTILE[name]
     with h5py.File(path, "r+", libver=("v108", "latest")) as file:
+        file.attrs["version"] = 1  # which needs no checksum of what it declares
+        del file.attrs["sha256"]
         change(file)
     with pytest.raises(SchemaError, match=fragment) as caught:
         store.open_file(path, format="refcurv-basis")

@@ -254,6 +254,19 @@ def test_baseline_is_evaluated_once():
     assert json.dumps(whole.to_json()) == json.dumps(again.to_json())
 
 
+def test_what_was_evaluated_is_handed_over_at_once():
+    """Each population as soon as it is done, the same rows that the whole table has."""
+    measured, tables = [], []
+    whole = evaluate(counting_model(2), by_hand(), baseline=counting_model(), each=tables.append)
+    assert [len(table.rows) for table in tables] == list(range(1, len(whole.rows) + 1))
+    assert json.dumps(tables[-1].to_json()) == json.dumps(whole.to_json())
+    measure(counting_model(), by_hand(), each=measured.append)
+    names = [row.name for row in whole.rows]
+    assert [list(one.populations) for one in measured] == [
+        names[: n + 1] for n in range(len(names))
+    ]
+
+
 def test_dtypes_may_differ():
     table = evaluate(counting_model(dtype="float32"), by_hand(), baseline=counting_model())
     assert (table.dtype, table.baseline_dtype) == ("float32", "float64")

@@ -17,6 +17,7 @@ import refcurv as rc
 from refcurv.curvature.eigenbasis import Eigenbasis, eigenbasis
 from refcurv.evaluation.bands import bands
 from refcurv.files.corpus import Population
+from refcurv.files.weights import narrow, widen
 from refcurv.law import tolerance
 from refcurv.law.checks import (
     ConventionError,
@@ -72,10 +73,9 @@ def test_truncation_is_the_projection_by_the_eigenvectors_of_its_gram(
     assert one.norm == pytest.approx(np.sqrt(mass[k - 1]), rel=1e-13)
     if k < one.pairs:
         assert one.gap == pytest.approx(1 - 0.8**2, rel=1e-10)
-        assert one.acceptable == 2  # the last one kept and the first one dropped
     else:
         assert np.isnan(one.gap)
-        assert one.acceptable == 0
+    assert one.acceptable == 0  # no share within 1e-9 of the cut, no singular value near another
 
 
 @given(SIZES, SEEDS, SHARES)
@@ -119,6 +119,22 @@ def test_equal_singular_values_at_the_cut_are_counted() -> None:
     assert record.layers[0].gap == 0
     assert record.layers[0].mass == pytest.approx(17 / 22, rel=1e-15)
     assert np.linalg.matrix_rank(got) == 3
+
+
+def test_what_another_solver_may_drop_is_counted_and_nothing_else() -> None:
+    """Singular values as near as two solvers' errors, or a share that one of them may miss."""
+    e = tolerance.eigenvalues(8) * np.sqrt(2.1)
+    for distance, near in ((0.0, True), (1.3 * e, True), (5 * e, False)):
+        sigma = [1.0, 1 - distance, 0.3, 0.1, 0, 0, 0, 0]
+        assert truncated(np.diag(sigma), 0.4)[1].layers[0].acceptable == 2 * near
+    squares = np.array([1.0, 0.25, 0.04])
+    W = np.diag([*np.sqrt(squares), 0, 0, 0, 0, 0])
+    for below, near in ((1e-14, True), (5e-13, False)):
+        share = 1.25 / 1.29
+        # a solver that finds a little less than the target keeps the next one, too
+        assert truncated(W, share - below)[1].layers[0].acceptable == near
+        # one that finds a little more does not need the last one
+        assert truncated(W, share + below)[1].layers[0].acceptable == near
 
 
 @given(SIZES, SEEDS, SHARES)
@@ -174,6 +190,26 @@ def test_only_the_named_weights_change_and_in_their_own_dtype() -> None:
     assert (got.astype(np.float32).view(np.uint32) & 0xFFFF == 0).all()
     assert (np.abs(got - want) <= 2.0**-8 * np.abs(want)).all()
     assert np.abs(got - want).max() > 0
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32", "float64"])
+@pytest.mark.parametrize("O", [3, 8, 11])
+def test_what_rounding_restores_is_the_brute_force(O: int, stored: str) -> None:
+    """Along each dropped u vᵀ: the rounding's coefficient, over those of W."""
+    W = narrow(spread(O, 4), stored)
+    W = widen(W, stored, "float64")
+    model = replace(with_weight(W), stored={f"{UP}.weight": stored})
+    edited, record = rc.truncate(model, {UP: 0.6})
+    exact, _ = rc.truncate(with_weight(W), {UP: 0.6})
+    new, whole = (x.parameters[f"{UP}.weight"] for x in (edited, exact))
+    U, sigma, Vt = np.linalg.svd(W)
+    back = sum(
+        (U[:, j] @ (new - whole) @ Vt[j]) ** 2 for j in range(record.layers[0].kept, len(sigma))
+    )
+    cut = np.linalg.norm(sigma[record.layers[0].kept :])
+    assert record.layers[0].restored == pytest.approx(np.sqrt(back) / cut, rel=1e-6, abs=0)
+    assert (record.layers[0].restored == 0) == (stored == "float64")
+    assert rc.truncate(model, {UP: 1})[1].layers[0].restored == 0
 
 
 # ------------------------------------------------------------------ singular vectors as a basis

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 
 from refcurv.files import store, weights
 from refcurv.files.bfloat16 import from_bfloat16, to_bfloat16
+from refcurv.files.digest import changed, digest
 from refcurv.files.store import Entry
 from refcurv.law.checks import (
     ChecksumError,
@@ -322,3 +325,108 @@ def test_a_weights_file_is_an_ordinary_file(path: Path) -> None:
     header = store.open_file(path, format="refcurv-weights")
     assert json.loads(str(header.attributes["config"])) == CONFIG.to_json()
     assert Entry and header.entries["parameters.embed.weight"].encoding == "bfloat16"
+
+
+# ------------------------------------------------------------------ which weights they are
+
+
+def by_definition(path: Path, config: dict[str, Any]) -> str:
+    """The digest from the bytes of a file, written out."""
+    header = store.open_file(path)
+    rows = [
+        [name, list(shape), header.entries[f"parameters.{name}"].stored,
+         hashlib.sha256(store.read(header, f"parameters.{name}").tobytes()).hexdigest()]
+        for name, shape in CONFIG.parameter_shapes().items()
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps([config, rows], sort_keys=True).encode()).hexdigest()
+
+
+def test_the_digest_is_of_what_is_stored(path: Path, tmp_path: Path) -> None:
+    """However it was widened, in memory or in a file, copied or not; nothing of a file is read."""
+    model = weights.load(path)
+    told = {f.name: getattr(CONFIG, f.name) for f in dataclasses.fields(CONFIG)
+            if getattr(CONFIG, f.name) != f.default}  # fmt: skip
+    assert "vocabulary" in told
+    assert "causal" not in told
+    want = by_definition(path, told)
+    assert digest(model) == digest(weights.load(path, "float32")) == want
+    for dtype in ("float64", "float32"):
+        weights.save(weights.load(path, dtype), tmp_path / f"{dtype}.h5", {"seed": 3})
+        assert digest(weights.load(tmp_path / f"{dtype}.h5")) == want
+    in_memory = Model(CONFIG, dict(model.parameters), "float64", model.stored)
+    assert digest(in_memory) == want
+    name = "blocks.1.mlp.up.weight"
+    moved = model.with_parameters({name: np.ones((3, 4))})
+    assert set(changed(moved)) == {name}
+    assert digest(moved.with_parameters({name: model.parameters[name]})) == want
+    weights.save(moved, tmp_path / "moved.h5")
+    assert digest(moved) == digest(weights.load(tmp_path / "moved.h5")) != want
+    with mock.patch.object(store, "read", side_effect=AssertionError("a tensor was read")):
+        assert digest(weights.load(path)) == want
+        assert digest(moved) != want  # one array is hashed, none is read
+
+
+def test_every_change_of_a_model_changes_its_digest(raw: dict[str, Any]) -> None:
+    parameters = {n: weights.widen(a, s, "float64") for n, (a, s) in raw.items()}
+    stored = {n: s for n, (_, s) in raw.items()}
+    model = Model(CONFIG, parameters, "float64", stored)
+    found = [digest(model)]
+    for name, (_, kind) in raw.items():
+        step = 2.0 ** -{"bfloat16": 7, "float16": 10, "float32": 23, "float64": 52}[kind]
+        one = parameters[name].copy()
+        one.flat[-1] *= 1 + step  # the next number, or the one after it
+        found.append(digest(model.with_parameters({name: one})))
+        other = "float32" if kind == "float64" else "float64"
+        found.append(digest(dataclasses.replace(model, stored={**stored, name: other})))
+    found.append(
+        digest(dataclasses.replace(model, config=dataclasses.replace(CONFIG, norm_eps=1e-6)))
+    )
+    found.append(
+        digest(dataclasses.replace(model, config=dataclasses.replace(CONFIG, causal=False)))
+    )
+    swapped = dict(parameters)
+    a, b = "blocks.0.mlp.gate.weight", "blocks.0.mlp.up.weight"
+    swapped[a], swapped[b] = swapped[b], swapped[a]
+    found.append(digest(dataclasses.replace(model, parameters=swapped)))
+    assert len(set(found)) == len(found) == 2 * len(raw) + 4
+
+
+# ------------------------------------------------------------------ what was done to them
+
+ROW = {"rho": 0.6, "norm": 0.5, "restored": 1e-3, "joint": False}
+PAST = {"method": "kfac", "weights": "a", "made_for": None, "became": "b", "forced": False,
+        "layers": {"head": ROW}}  # fmt: skip
+
+
+def test_edits_travel_with_the_weights(path: Path, tmp_path: Path) -> None:
+    model = weights.load(path)
+    assert model.edits == ()
+    weights.save(dataclasses.replace(model, edits=(PAST, PAST)), tmp_path / "e.h5", {"seed": 3})
+    back = weights.load(tmp_path / "e.h5")
+    assert back.edits == (PAST, PAST)
+    assert back.with_parameters({}).edits == (PAST, PAST)
+    assert back.source["provenance"]["seed"] == 3
+    weights.save(back, tmp_path / "again.h5")
+    assert weights.load(tmp_path / "again.h5").edits == (PAST, PAST)
+
+
+def test_the_rows_of_older_files_are_one_edit(path: Path, tmp_path: Path) -> None:
+    row = {"method": "svd", "layer": "head", "rho": 0.7, "norm": 0.5, "kept": 3, "gap": None}
+    weights.save(weights.load(path), tmp_path / "e.h5", {"edit": [row]})
+    (one,) = weights.load(tmp_path / "e.h5").edits
+    assert (one["method"], one["weights"], one["became"]) == ("svd", None, None)
+    assert one["layers"] == {"head": {"rho": 0.7, "norm": 0.5, "restored": 0.0, "joint": False}}
+    for other in (3, [], ["x"], {"a": 1}, [{"layer": 3}], [{"layer": "head"}]):
+        weights.save(weights.load(path), tmp_path / "e.h5", {"edit": other})
+        assert weights.load(tmp_path / "e.h5").edits == ()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [3, {}, [3], [{}], [{**PAST, "method": 3}], [{**PAST, "weights": 3}], [{**PAST, "layers": []}],
+     [{**PAST, "layers": {"head": {}}}], [{**PAST, "layers": {"head": {**ROW, "rho": "much"}}}]],
+)  # fmt: skip
+def test_what_is_no_list_of_edits_is_refused(wrong: Any, path: Path, tmp_path: Path) -> None:
+    weights.save(weights.load(path), tmp_path / "e.h5", {"edits": wrong})
+    with pytest.raises(SchemaError, match="provenance 'edits' is no list of edits"):
+        weights.load(tmp_path / "e.h5")

@@ -21,6 +21,7 @@ from refcurv.model.loss import (
     draw_labels,
     hessian_product,
     root_product,
+    signs,
     uniforms,
 )
 from refcurv.model.transformer import Slope, Tap
@@ -123,7 +124,11 @@ def softmax_loss(label_N: Array) -> Loss:
     def drawn(z: Array, seed: int, draw: int) -> Array:
         return cross_entropy(z, draw_labels(z, uniforms(seed, draw, 0, len(z))))[1]
 
-    return Loss(lambda z: cross_entropy(z, label_N), hessian_product, root_product, drawn)
+    def signed(z: Array, seed: int, draw: int) -> Array:
+        sign = [signs(seed, draw, 0, t, z.shape[1]) for t in range(len(z))]
+        return root_product(z, np.stack(sign))
+
+    return Loss(lambda z: cross_entropy(z, label_N), hessian_product, root_product, drawn, signed)
 
 
 def square_loss(target_NV: Array) -> Loss:
@@ -132,11 +137,14 @@ def square_loss(target_NV: Array) -> Loss:
     def drawn(z: Array, seed: int, draw: int) -> Array:
         return np.random.default_rng([seed, draw]).normal(size=z.shape)
 
+    def signed(z: Array, seed: int, draw: int) -> Array:
+        return np.random.default_rng([seed, draw, 1]).choice([-1.0, 1.0], size=z.shape)
+
     def terms(z: Array) -> tuple[Array, Array]:
         r = z - target_NV
         return (r * r).sum(axis=-1) / 2, r
 
-    return Loss(terms, lambda z, v: v, lambda z, e: e, drawn)
+    return Loss(terms, lambda z, v: v, lambda z, e: e, drawn, signed)
 
 
 def net(

@@ -11,13 +11,21 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from llvmlite.binding import get_host_cpu_name
+from numba import config, njit, types
 from numba.extending import overload
 
 from refcurv.law.checks import Array
 
 _EXACT = {"contract", "nsz"}
 _LANES = {"contract", "nsz", "reassoc"}
+
+
+def jit() -> dict[str, Any]:
+    """What decides how kernels are compiled: Numba's settings, and the CPU that it compiles for."""
+    names = ("DISABLE_JIT", "CPU_FEATURES", "OPT", "ENABLE_AVX", "LOOP_VECTORIZE", "SLP_VECTORIZE")
+    settings = {name.lower(): str(getattr(config, name, None)) for name in names}
+    return {"cpu": getattr(config, "CPU_NAME", None) or get_host_cpu_name(), **settings}
 
 
 # ------------------------------------------------------------------ functions of one number

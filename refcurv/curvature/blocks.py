@@ -1,8 +1,9 @@
 """The exact Fisher blocks of vectors: gains, biases, the special positions of images (VECTOR).
 
 A gain multiplies, d_gain = Σ_s g_s x̂_s, so that F = Σ (Σ_s g x̂)(Σ_s g x̂)ᵀ has no Kronecker form;
-but it is small. One backward per sequence and cotangent gives the gradients, whose second moment it
-is: no approximation.
+but it is small. One backward per segment and cotangent gives the gradients, whose second moment it
+is: no approximation. A segment is a document of a packed sequence, a sequence that is not packed,
+or an image: nothing is attended across segments, so each runs by itself.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from refcurv.law.checks import (
     NonFiniteError,
     RangeError,
 )
-from refcurv.law.conventions import Fisher
+from refcurv.law.conventions import NO_LABEL, Fisher
 from refcurv.model import transformer
 from refcurv.model.config import Model, ModelConfig, expand
 from refcurv.model.layers import Layout
-from refcurv.model.transformer import Parameters, Slope, Tap
+from refcurv.model.transformer import Cotangent, Parameters, Slope, Tap
 from refcurv.passes import memory
 from refcurv.passes.fast import FAST
 from refcurv.passes.memory import Sweep
@@ -42,11 +43,11 @@ ROWS = 512
 class Block:
     """One vector's exact block: sum_F (P, P) [nats²/parameter²], float64, exactly symmetric.
 
-    Fields: sum_F = Σ D Dᵀ; sequences, those with a label; draws, of labels or signs.
+    Fields: sum_F = Σ D Dᵀ; segments, those with a label; draws, of labels or signs.
     """
 
     sum_F: Array
-    sequences: int
+    segments: int
     draws: int
 
     @property
@@ -92,10 +93,11 @@ def collect_blocks(
     """The exact Fisher blocks of vectors: norm gains and biases, linear biases, special positions.
 
     Definition
-        F = (1/draws) Σ_seq Σ_c D_c D_cᵀ, D_c (P,) the gradient of one sequence's summed nats, all
+        F = (1/draws) Σ_seg Σ_c D_c D_cᵀ, D_c (P,) the gradient of one segment's summed nats, all
         its positions together, against what FISHER sends back: the labels or signs of one draw, or
-        for `expected` one column of the root at one position. No Kronecker form is assumed, and no
-        cross-position term dropped (THREE, VECTOR).
+        for `expected` one column of the root at one position. A segment is a document, or an image:
+        packing changes nothing but which labels and signs are drawn (SAMPLING). No Kronecker form
+        is assumed, and no cross-position term dropped (THREE, VECTOR).
 
     Args:
         model: its `dtype` is that of the gradients and of their products in a shard (PRECISION).
@@ -108,7 +110,7 @@ def collect_blocks(
         progress: called with (shards done, shards).
 
     Returns:
-        Blocks: parameter name → sum_F (P, P), sequences, draws, and F.
+        Blocks: parameter name → sum_F (P, P), segments, draws, and F.
 
     Raises:
         NameUnknownError: no vector matches. RangeError: token ids, seed or draws out of range;
@@ -116,19 +118,21 @@ def collect_blocks(
         EmptyError: no label anywhere. NonFiniteError: a gradient is NaN or infinite.
         ConventionError: an unknown choice.
 
-    Cost: for each sequence one forward and `draws` backward passes (`expected`: labelled positions
+    Cost: for each segment one forward and `draws` backward passes (`expected`: labelled positions
         × vocabulary) down to the lowest block named, and P² per pass; memory 8 P² bytes,
         2 + `in_flight` times each.
     Source: ORACLES 49; FISHER.
     Proof: tests/test_biases.py::test_O49_blocks_are_the_exact_fisher,
+        tests/test_biases.py::test_O52_packing_changes_no_block,
         tests/test_biases.py::test_blocks_are_independent_of_threads
     """
     config = model.config
     vectors = _vectors(config, parameters, in_flight or cores())
     job = sweep_of("collect_blocks", vectors, fisher, seed, draws)
     units = shards(corpus, config)
-    alone = [one for unit in units for one in _alone(unit)]
-    require_few_passes("collect_blocks", alone, job, config.vocabulary)
+    if job.fisher is Fisher.EXPECTED:
+        alone = (one.sent for unit in units for one in _segments(config, unit))
+        require_few_passes("collect_blocks", alone, job, config.vocabulary)
     resident = memory.resident(model)
     totals = {name: Moment(size, size) for name, size in vectors.items()}
 
@@ -136,7 +140,7 @@ def collect_blocks(
         found = _ShardBlocks(config, resident, unit, job)
         for name in vectors:
             with turnstile.turn(name, ordinal):
-                totals[name].add(found.product[name], found.sequences)
+                totals[name].add(found.product[name], found.segments)
 
     accumulate(units, work, totals, in_flight, None, progress)
     blocks = {name: _finish(name, total, job.draws) for name, total in totals.items()}
@@ -172,17 +176,17 @@ def _finish(name: str, total: Moment, draws: int) -> Block:
 
 
 class _ShardBlocks:
-    """Σ D Dᵀ over one shard's sequences and passes, lower triangles in the compute dtype."""
+    """Σ D Dᵀ over one shard's segments and passes, lower triangles in the compute dtype."""
 
     def __init__(self, config: ModelConfig, parameters: Parameters, shard: Shard, job: Sweep):
         self.product = {
             name: np.zeros((len(parameters[name]),) * 2, parameters[name].dtype)
             for name in job.layers
         }
-        self.sequences = 0
+        self.segments = 0
         self._open: list[dict[str, Array]] = []
-        for one in _alone(shard):
-            self.sequences += 1
+        for one in _segments(config, shard):
+            self.segments += 1
             for gradient in _gradients(config, parameters, one, job):
                 self._open.append(gradient)
                 if len(self._open) == ROWS:
@@ -197,29 +201,61 @@ class _ShardBlocks:
         self._open.clear()
 
 
-def _alone(shard: Shard) -> Iterator[Shard]:
-    """Each labelled sequence of a shard as a shard of its own; its place in the corpus stays."""
-    for b in np.flatnonzero((shard.label_BT >= 0).any(axis=1)):
-        one = slice(b, b + 1)
-        layout = shard.layout
-        yield replace(
-            shard,
-            index_B=shard.index_B[one],
-            source=shard.source[one],
-            label_BT=shard.label_BT[one],
-            keep_BT=shard.keep_BT[one],
-            head_BT=shard.head_BT[one],
-            layout=Layout(layout.position_BT[one], layout.first_BT[one], layout.last_BT[one]),
-        )
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    """One segment of a shard by itself.
+
+    Fields: shard, its positions alone; sent, its whole sequence with no labels but the segment's,
+    for what is drawn goes by the position in the sequence (SAMPLING); first, where it begins there.
+    """
+
+    shard: Shard
+    sent: Shard
+    first: int
+
+
+def _segments(config: ModelConfig, shard: Shard) -> Iterator[_Segment]:
+    """Each labelled segment of a shard, in order."""
+    for b, label_T in enumerate(shard.label_BT):
+        first_T, real_T = shard.layout.first_BT[b], shard.layout.last_BT[b] >= 0
+        for first in np.unique(first_T[np.flatnonzero(label_T >= 0)]):
+            own_T = first_T == first  # of an image every position, and its one label
+            end = int(first) + int((own_T & real_T).sum())
+            sent = _cut(config, shard, b, 0, len(first_T))
+            label_BT = np.where(own_T[: len(label_T)], label_T, NO_LABEL)[None]
+            part = _cut(config, shard, b, int(first), end)
+            yield _Segment(part, replace(sent, label_BT=label_BT), int(first))
+
+
+def _cut(config: ModelConfig, shard: Shard, b: int, first: int, end: int) -> Shard:
+    """Positions first .. end − 1 of one sequence as a shard; its row in the corpus stays."""
+    row, at = slice(b, b + 1), (slice(b, b + 1), slice(first, end))
+    layout = shard.layout
+    return replace(
+        shard,
+        index_B=shard.index_B[row],
+        source=shard.source[at if config.image is None else row],
+        label_BT=shard.label_BT[at],
+        keep_BT=shard.keep_BT[at],
+        head_BT=shard.head_BT[at],
+        layout=Layout(
+            layout.position_BT[at], layout.first_BT[at] - first, layout.last_BT[at] - first
+        ),
+    )
 
 
 def _gradients(
-    config: ModelConfig, parameters: Parameters, shard: Shard, job: Sweep
+    config: ModelConfig, parameters: Parameters, one: _Segment, job: Sweep
 ) -> Iterator[dict[str, Array]]:
-    """One sequence's gradient of every wanted vector, once per cotangent."""
-    inputs, lowest = inputs_of(config, shard), _lowest(config, job.layers)
+    """One segment's gradient of every wanted vector, once per cotangent."""
+    shard, lowest = one.shard, _lowest(config, job.layers)
+    inputs = inputs_of(config, shard)
     final_BTD, trace = transformer.forward(config, parameters, inputs, shard.layout, FAST, lowest)
-    for cotangent in memory.cotangents(shard, job, config.vocabulary):
+    for whole in memory.cotangents(one.sent, job, config.vocabulary):
+
+        def cotangent(row_N: Array, logit_NV: Array, whole: Cotangent = whole) -> Array:
+            return whole(row_N + one.first, logit_NV)
+
         found: dict[str, Array] = {}
 
         def take(step: Tap | Slope, found: dict[str, Array] = found) -> None:

@@ -12,9 +12,12 @@ where s_c runs over the cotangents on the outputs z that FISHER names: for `expe
 of a root of ∂²L/∂z², one loss position and one vocabulary entry at a time. GGN goes forward first
 and Fisher backward only, so that their equality (O11) proves both.
 
-Every function takes a Model with tokens and labels, or a Problem: whatever has parameters, a
-forward, a backward and a loss. It stands on `model/` alone, and shares nothing with the factors,
-bases and kernels that it is there to judge.
+Products are linear in v over the whole range of its dtype: v is brought to order 1 by powers of two
+before the step, and the product brought back (`_sizes`).
+
+Every function takes a Model with a Corpus, or with tokens and labels, or else a Problem: whatever
+has parameters, a forward, a backward and a loss. It stands on `model/` alone, and shares nothing
+with the factors, bases and kernels that it is there to judge.
 """
 
 from __future__ import annotations
@@ -31,14 +34,16 @@ from scipy.sparse.linalg import LinearOperator
 
 from refcurv.algebra.blas import one_blas_thread
 from refcurv.algebra.kron import from_rearranged, kron_dense
-from refcurv.curvature.problem import Loss, Problem, problem
+from refcurv.curvature.problem import Data, Loss, Problem, problem
 from refcurv.law.checks import (
     Array,
     ConventionError,
+    DTypeError,
     NameUnknownError,
     RangeError,
     require_choice,
     require_draws,
+    require_dtype,
     require_finite,
     require_seed,
     require_shape,
@@ -73,12 +78,17 @@ STEP = 1e-30
 DENSE = 8192
 """Parameters of the largest block that is made dense: half a GiB."""
 
+SPAN = 512
+"""Powers of two between the largest and the smallest entry of a vector that one step carries: h
+times the smallest is 2⁻⁶¹², as far above underflow as products of the model's numbers need."""
+
 COTANGENTS = 64
-"""Cotangents of one sequence that are pulled back side by side."""
+"""Cotangents of one segment that are pulled back side by side."""
 
-PER = ("sequence", "term")
-"""FISHER: the square of a sequence's summed gradient, or of each of its terms'."""
+PER = ("segment", "term")
+"""FISHER: the square of a segment's summed gradient, or of each of its terms'."""
 
+Tokens = ArrayLike | Data | None
 Vector = Mapping[str, Array]
 Progress = Callable[[int, int], object]
 
@@ -127,7 +137,7 @@ class _Block:
 def _block(
     who: str,
     model: Model | Problem,
-    tokens: ArrayLike | None,
+    tokens: Tokens,
     labels: ArrayLike | None,
     wrt: str,
 ) -> _Block:
@@ -135,15 +145,25 @@ def _block(
     if isinstance(model, Problem):
         if tokens is not None or labels is not None:
             raise ConventionError(f"exact.{who}: a Problem has its own data; leave tokens out.")
-        return _Block(model, expand(wrt, list(model.parameters)))
+        return _Block(model, _float64(who, model, expand(wrt, list(model.parameters))))
     if tokens is None:
-        raise ConventionError(f"exact.{who}: a Model needs tokens, (B, T) integers, or images.")
+        raise ConventionError(
+            f"exact.{who}: a Model needs tokens: a Corpus, (B, T) integers, or images."
+        )
     names = expand(wrt, list(model.config.parameter_shapes()))
     return _Block(problem(model, tokens, labels), names)
 
 
-def _wide(array: Array) -> Array:
-    return np.asarray(array, np.result_type(array.dtype, np.float64))
+def _float64(who: str, made: Problem, names: list[str]) -> list[str]:
+    """The names, of parameters that a complex step of 1e-30 can move: float64 or wider."""
+    for name in names:
+        dtype = made.parameters[name].dtype
+        if dtype.kind != "f" or np.finfo(dtype).maxexp < np.finfo(np.float64).maxexp:
+            raise DTypeError(
+                f"exact.{who}: a Problem's parameters must be float64 or longdouble; {name!r} is "
+                f"{dtype}. Widen them first: no value changes."
+            )
+    return names
 
 
 # ------------------------------------------------------------------ products
@@ -237,10 +257,46 @@ PRODUCTS: Mapping[str, Callable[[_Block], Callable[[Array], Array]]] = {
 """What `operator` can be: H, GGN, and H − GGN by its own route."""
 
 
+def _product(who: str, block: _Block, kind: str) -> Callable[[Array], Array]:
+    """v (P,) → M v, linear in v whatever its length."""
+    product = PRODUCTS[kind](block)
+    return lambda v_P: _joined(who, [(e, product(u_P)) for e, u_P in _sizes(v_P)])
+
+
+def _sizes(v_P: Array) -> list[tuple[int, Array]]:
+    """[(e, u)] with v = Σ 2^e u, exactly: the largest |u| in [1, 2), the others within 2^SPAN.
+
+    Entries of one size, as nearly always, are one u. Others are stepped by themselves: beside 1e200
+    a part of 1e-200 would step by less than the least positive number, and where the large part has
+    no effect its product is all there is.
+    """
+    parts: list[tuple[int, Array]] = []
+    rest_P = v_P
+    while not parts or rest_P.any():
+        e = int(np.frexp(np.abs(rest_P).max())[1]) - 1
+        u_P = np.ldexp(rest_P, -e)
+        near_P = np.abs(u_P) >= 2.0**-SPAN
+        parts.append((e, np.where(near_P, u_P, 0)))
+        rest_P = np.where(near_P, 0, rest_P)
+    return parts
+
+
+def _joined(who: str, parts: list[tuple[int, Array]]) -> Array:
+    """Σ 2^e x over the parts [(e, x)] of a product."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        out = sum((np.ldexp(x, e) for e, x in parts[1:]), np.ldexp(parts[0][1], parts[0][0]))
+    if not np.isfinite(out).all() and all(np.isfinite(x).all() for _, x in parts):
+        raise RangeError(
+            f"exact.{who}: the product is beyond the range of {out.dtype}. It is linear in the "
+            "vector: divide the vector by a power of two."
+        )
+    return np.asarray(out)
+
+
 @one_blas_thread()
 def gradient(
     model: Model | Problem,
-    tokens: ArrayLike | None = None,
+    tokens: Tokens = None,
     labels: ArrayLike | None = None,
     *,
     wrt: str,
@@ -266,7 +322,7 @@ def gradient(
 @one_blas_thread()
 def derivative(
     model: Model | Problem,
-    tokens: ArrayLike | None = None,
+    tokens: Tokens = None,
     labels: ArrayLike | None = None,
     *,
     vector: Vector,
@@ -283,15 +339,19 @@ def derivative(
     Proof: tests/test_exact.py::test_O15_the_derivative_along_a_vector
     """
     block = _block("derivative", model, tokens, labels, ",".join(vector))
-    stepped = _stepped(block, _direction("derivative", block, vector))
-    z_NV, _ = block.problem.forward(stepped)
-    return float(block.problem.loss.terms(z_NV)[0].sum().imag / STEP)
+
+    def product(v_P: Array) -> Array:
+        z_NV, _ = block.problem.forward(_stepped(block, v_P))
+        return np.asarray(block.problem.loss.terms(z_NV)[0].sum().imag / STEP)
+
+    v_P = _direction("derivative", block, vector)
+    return float(_joined("derivative", [(e, product(u_P)) for e, u_P in _sizes(v_P)]))
 
 
 @one_blas_thread()
 def hvp(
     model: Model | Problem,
-    tokens: ArrayLike | None = None,
+    tokens: Tokens = None,
     labels: ArrayLike | None = None,
     *,
     wrt: str,
@@ -303,31 +363,39 @@ def hvp(
         H v = Im ∇L(θ + i h v) / h, h = 1e-30: exact to rounding, no differences.
 
     Args:
-        model: a Model with tokens and labels, or a Problem without.
-        tokens: (B, T) integers in [0, vocabulary), or images (B, C, H, W).
-        labels: (B, T) integers, negative = none; by default the next token (LABELS).
+        model: a Model with what it reads, or a Problem without (see `problem` for its rows).
+        tokens: a Corpus, with its labels, mask and segments, as `collect` takes it; or (B, T)
+            integers in [0, vocabulary), or images (B, C, H, W).
+        labels: of plain tokens: (B, T) integers, negative = none; by default the next token
+            (LABELS). A Corpus has its own.
         wrt: pattern over parameters, e.g. "blocks.*.mlp.*.weight": the block of H.
-        vector: {name: array of its shape} for every parameter of the block.
+        vector: {name: array of its shape} for every parameter of the block, real numbers of any
+            size: the product of 2^k v has the bits of 2^k times the product of v, wherever neither
+            leaves the range of normal numbers.
 
     Returns:
         {name: array of its shape} [nats / parameter], float64.
 
     Raises:
         NameUnknownError: no such parameter. ShapeError: of the vector. NonFiniteError: NaN in the
-        weights or the vector. EmptyError: no label. RangeError: ids.
+        weights or the vector. EmptyError: no label. RangeError: ids; a product beyond 1.8e308.
+        DTypeError: a vector that is not real. ConventionError: labels beside a Corpus.
 
-    Cost: one forward and one backward in complex arithmetic, every activation in memory.
+    Cost: one forward and one backward in complex arithmetic, every activation in memory; as often
+        again for entries of the vector that are 2^512 times smaller than others.
     Source: DESIGN §5; Martins, Sturdza & Alonso 2003 (complex step); Pearlmutter 1994 (H v).
-    Proof: tests/test_exact.py::test_hessian_equals_central_differences_in_longdouble
+    Proof: tests/test_exact.py::test_hessian_equals_central_differences_in_longdouble,
+        tests/test_exact.py::test_products_are_linear_over_the_whole_range,
+        tests/test_problem.py::test_curvature_of_a_batch_is_that_of_its_documents
     """
     block = _block("hvp", model, tokens, labels, wrt)
-    return block.named(_hessian_product(block)(_direction("hvp", block, vector)))
+    return block.named(_product("hvp", block, "hessian")(_direction("hvp", block, vector)))
 
 
 @one_blas_thread()
 def ggnvp(
     model: Model | Problem,
-    tokens: ArrayLike | None = None,
+    tokens: Tokens = None,
     labels: ArrayLike | None = None,
     *,
     wrt: str,
@@ -345,7 +413,7 @@ def ggnvp(
     Proof: tests/test_exact.py::test_O11_ggn_is_the_expected_fisher
     """
     block = _block("ggnvp", model, tokens, labels, wrt)
-    return block.named(_ggn_product(block)(_direction("ggnvp", block, vector)))
+    return block.named(_product("ggnvp", block, "ggn")(_direction("ggnvp", block, vector)))
 
 
 def _direction(who: str, block: _Block, vector: Vector) -> Array:
@@ -356,16 +424,17 @@ def _direction(who: str, block: _Block, vector: Vector) -> Array:
             f"{unknown[0]!r} is in only one of the two."
         )
     for name in block.names:
-        shape = block.problem.parameters[name].shape
-        require_shape(f"exact.{who}", f"vector[{name!r}]", np.asarray(vector[name]), shape, name)
-    v_P = _wide(block.flat(vector))
+        shape, one = block.problem.parameters[name].shape, np.asarray(vector[name])
+        require_shape(f"exact.{who}", f"vector[{name!r}]", one, shape, name)
+        require_dtype(f"exact.{who}", f"vector[{name!r}]", one, "fiub", "real numbers")
+    v_P = block.flat(vector)
     require_finite(f"exact.{who}", "the vector", v_P)
-    return v_P
+    return np.asarray(v_P, np.result_type(v_P.dtype, np.float64))
 
 
 def operator(
     model: Model | Problem,
-    tokens: ArrayLike | None = None,
+    tokens: Tokens = None,
     labels: ArrayLike | None = None,
     *,
     wrt: str,
@@ -388,14 +457,16 @@ def operator(
     """
     require_choice("exact.operator", "kind", kind, PRODUCTS)
     block = _block("operator", model, tokens, labels, wrt)
-    product = PRODUCTS[kind](block)
-    one = partial(_vector, product)
+    one = partial(_vector, _product("operator", block, kind))
     return LinearOperator(shape=(block.size,) * 2, matvec=one, rmatvec=one, dtype=np.float64)
 
 
 @one_blas_thread()
 def _vector(product: Callable[[Array], Array], v: Array) -> Array:
-    return product(np.asarray(v, np.float64).reshape(-1))
+    require_dtype("exact.operator", "the vector", v, "fiub", "real numbers")
+    v_P = np.asarray(v, np.float64).reshape(-1)
+    require_finite("exact.operator", "the vector", v_P)
+    return product(v_P)
 
 
 # ------------------------------------------------------------------ dense matrices
@@ -408,7 +479,7 @@ def _no_progress(done: int, total: int) -> None:
 @one_blas_thread()
 def hessian(
     model: Model | Problem,
-    tokens: ArrayLike | None = None,
+    tokens: Tokens = None,
     labels: ArrayLike | None = None,
     *,
     wrt: str,
@@ -437,7 +508,7 @@ def hessian(
 @one_blas_thread()
 def ggn(
     model: Model | Problem,
-    tokens: ArrayLike | None = None,
+    tokens: Tokens = None,
     labels: ArrayLike | None = None,
     *,
     wrt: str,
@@ -458,7 +529,7 @@ def ggn(
 
 
 def _columns(block: _Block, kind: str, progress: Progress) -> Array:
-    product, P = PRODUCTS[kind](block), block.size
+    product, P = _product(kind, block, kind), block.size
     dtype = np.result_type(*(block.problem.parameters[name].dtype for name in block.names))
     out = np.empty((P, P), dtype)
     unit = np.zeros(P, dtype)
@@ -473,7 +544,7 @@ def _columns(block: _Block, kind: str, progress: Progress) -> Array:
 def _small(
     who: str,
     model: Model | Problem,
-    tokens: ArrayLike | None,
+    tokens: Tokens,
     labels: ArrayLike | None,
     wrt: str,
 ) -> _Block:
@@ -504,12 +575,12 @@ class _Labels:
 @one_blas_thread()
 def fisher(
     model: Model | Problem,
-    tokens: ArrayLike | None = None,
+    tokens: Tokens = None,
     labels: ArrayLike | None = None,
     *,
     wrt: str,
     fisher: str = "expected",
-    per: str = "sequence",
+    per: str = "segment",
     seed: int = 0,
     draws: int = 1,
     progress: Progress = _no_progress,
@@ -518,23 +589,28 @@ def fisher(
 
     Definition
         expected    F = Σ_t Σ_v p_tv ∇(−log p_tv) ∇(−log p_tv)ᵀ over loss positions t and entries v;
-        sampled     F = (1/M) Σ_m Σ_seq D Dᵀ, D = Σ_t ∇(−log p_t[y_t]), y_t ~ p_t drawn anew for
-                    each of M draws (SAMPLING); unbiased for `expected`;
+        sampled     F = (1/M) Σ_m Σ_seg D Dᵀ, D = Σ_t ∇(−log p_t[y_t]) over the segment's loss
+                    positions, y_t ~ p_t drawn anew for each of M draws (SAMPLING); unbiased for
+                    `expected`;
+        signed      the same with D = Σ_t J_tᵀ S_t ε_t, ε_t drawn signs; unbiased for `expected`;
         empirical   the same with the corpus's labels, once.
-        With per="term", D Dᵀ becomes Σ_t D_t D_tᵀ. For `expected` the two are equal: given the
-        tokens, labels are independent and E D_t = 0.
+        A segment is a document of a packed sequence, a sequence that is not packed, or an image, so
+        that packing and padding change nothing (VECTOR). With per="term", D Dᵀ becomes
+        Σ_t D_t D_tᵀ. For `expected` the two are equal: given the tokens, labels are independent and
+        E D_t = 0.
 
-    Args: as `hessian`; fisher, per, seed, draws as above; progress gets (sequences done, all).
+    Args: as `hessian`; fisher, per, seed, draws as above; progress gets (segments done, all).
 
     Returns:
         (P, P), symmetric, positive semi-definite.
 
     Raises: as `hessian`; ConventionError for a choice that the law does not know.
 
-    Cost: one forward per sequence, and T·V (expected), T·M (per="term") or M backward passes.
+    Cost: one forward per segment, and T·V (expected), T·M (per="term") or M backward passes.
     Source: P3, FISHER; Kunstner et al. 2019 (arXiv 1905.12558) on `empirical`.
     Proof: tests/test_exact.py::test_F_F_tok_and_K_equal_the_naive_sums,
-        tests/test_exact.py::test_O11_ggn_is_the_expected_fisher
+        tests/test_exact.py::test_O11_ggn_is_the_expected_fisher,
+        tests/test_problem.py::test_O52_curvature_of_packed_documents_is_that_of_separate_ones
     """
     block = _small("fisher", model, tokens, labels, wrt)
     labelled = _labels("fisher", fisher, per, seed, draws)
@@ -550,12 +626,12 @@ def fisher(
 @one_blas_thread()
 def fisher_along(
     model: Model | Problem,
-    tokens: ArrayLike | None = None,
+    tokens: Tokens = None,
     labels: ArrayLike | None = None,
     *,
     vector: Vector,
     fisher: str = "expected",
-    per: str = "sequence",
+    per: str = "segment",
     seed: int = 0,
     draws: int = 1,
     progress: Progress = _no_progress,
@@ -568,37 +644,42 @@ def fisher_along(
     Args: as `fisher`; the vector names its own parameters, any number of them.
 
     Returns:
-        (C,), C = Σ T·V over sequences for `expected`.
+        (C,), C = Σ T·V over segments for `expected`.
 
     Raises, Cost, Source: as `fisher`, without the limit of size.
     Proof: tests/test_exact.py::test_fisher_along_a_vector
     """
     block = _block("fisher_along", model, tokens, labels, ",".join(vector))
-    named = block.named(_direction("fisher_along", block, vector))
+    sizes = _sizes(_direction("fisher_along", block, vector))
+    parts = [(e, block.named(u_P)) for e, u_P in sizes]
     labelled = _labels("fisher_along", fisher, per, seed, draws)
     wide = block.problem.linear.issuperset(block.names)
     out = []
     for part, saved, d_z in _cotangents(block.problem, labelled, wide, progress):
-        x_C = np.zeros(len(d_z))
+        x_KC = np.zeros((len(parts), len(d_z)))
         for step in _steps(part, part.parameters, saved, d_z, block.names):
-            v = named[step.name]
-            if isinstance(step, Tap):
-                x_C += (step.g * (step.a @ v.T)).sum(axis=(1, 2))
-            else:
-                x_C += (step.d * v).sum()
-        out.append(x_C)
+            for k, (_, u) in enumerate(parts):
+                x_KC[k] += _along(step, u[step.name])
+        out.append(_joined("fisher_along", [(e, x_KC[k]) for k, (e, _) in enumerate(parts)]))
     return np.concatenate(out)
+
+
+def _along(step: Tap | Slope, u: Array) -> Array:
+    """<D, u> of one parameter, D the gradient that the step carries: (C,), or () of a Slope."""
+    if isinstance(step, Tap):
+        return np.asarray((step.g * (step.a @ u.T)).sum(axis=(1, 2)))
+    return np.asarray((step.d * u).sum())
 
 
 @one_blas_thread()
 def f_tok(
     model: Model | Problem,
-    tokens: ArrayLike | None = None,
+    tokens: Tokens = None,
     labels: ArrayLike | None = None,
     *,
     wrt: str,
     fisher: str = "expected",
-    per: str = "sequence",
+    per: str = "segment",
     seed: int = 0,
     draws: int = 1,
     progress: Progress = _no_progress,
@@ -643,12 +724,12 @@ def _kron_sum(a_TI: Array, gg_TOO: Array) -> Array:
 @one_blas_thread()
 def moments(
     model: Model | Problem,
-    tokens: ArrayLike | None = None,
+    tokens: Tokens = None,
     labels: ArrayLike | None = None,
     *,
     wrt: str,
     fisher: str = "expected",
-    per: str = "sequence",
+    per: str = "segment",
     seed: int = 0,
     draws: int = 1,
     progress: Progress = _no_progress,
@@ -683,12 +764,12 @@ def moments(
 @one_blas_thread()
 def kfac(
     model: Model | Problem,
-    tokens: ArrayLike | None = None,
+    tokens: Tokens = None,
     labels: ArrayLike | None = None,
     *,
     wrt: str,
     fisher: str = "expected",
-    per: str = "sequence",
+    per: str = "segment",
     seed: int = 0,
     draws: int = 1,
     progress: Progress = _no_progress,
@@ -711,19 +792,19 @@ def kfac(
 @one_blas_thread()
 def rows(
     model: Model | Problem,
-    tokens: ArrayLike | None = None,
+    tokens: Tokens = None,
     labels: ArrayLike | None = None,
     *,
     wrt: str,
     fisher: str = "expected",
-    per: str = "sequence",
+    per: str = "segment",
     seed: int = 0,
     draws: int = 1,
 ) -> list[tuple[Array, Array]]:
     """What F, F_tok and K of one linear layer are made of: its inputs and output gradients.
 
     Definition
-        Pairs (a (T, I), g (C, T, O)), some cotangents c of one sequence at a time:
+        Pairs (a (T, I), g (C, T, O)), some cotangents c of one segment at a time:
         D_c = Σ_s g_cs a_sᵀ.
 
     Args, Raises, Cost: as `moments`.
@@ -741,11 +822,10 @@ def rows(
 
 
 def _labels(who: str, fisher: str, per: str, seed: int, draws: int) -> _Labels:
-    kinds = (Fisher.EXPECTED, Fisher.SAMPLED, Fisher.EMPIRICAL)
-    kind = Fisher(require_choice(f"exact.{who}", "fisher", fisher, kinds))
+    kind = Fisher(require_choice(f"exact.{who}", "fisher", fisher, list(Fisher)))
     require_choice(f"exact.{who}", "per", per, PER)
     require_draws(f"exact.{who}", draws)
-    if draws != 1 and kind is not Fisher.SAMPLED:
+    if draws != 1 and kind not in (Fisher.SAMPLED, Fisher.SIGNED):
         raise ConventionError(f"exact.{who}: {kind} labels are not drawn; draws must be 1.")
     return _Labels(kind, per, require_seed(f"exact.{who}", seed), draws)
 
@@ -753,20 +833,20 @@ def _labels(who: str, fisher: str, per: str, seed: int, draws: int) -> _Labels:
 def _cotangents(
     made: Problem, labels: _Labels, wide: bool, progress: Progress
 ) -> Iterator[tuple[Problem, Saved, Array]]:
-    """(one sequence, its forward, cotangents (C, N, V)): the sum of their squares is the Fisher."""
+    """(one segment, its forward, cotangents (C, N, V)): the sum of their squares is the Fisher."""
     parts = list(made.split())
     for done, part in enumerate(parts):
         progress(done, len(parts))
         z_NV, saved = part.forward(part.parameters)
-        for d_CNV in _of_sequence(part.loss, z_NV, labels):
+        for d_CNV in _of_segment(part.loss, z_NV, labels):
             step = COTANGENTS if wide else 1
             for begin in range(0, len(d_CNV), step):
                 yield part, saved, d_CNV[begin : begin + step]
     progress(len(parts), len(parts))
 
 
-def _of_sequence(loss: Loss, z_NV: Array, labels: _Labels) -> Iterator[Array]:
-    """The cotangents of one sequence, a few (C, N, V) at a time."""
+def _of_segment(loss: Loss, z_NV: Array, labels: _Labels) -> Iterator[Array]:
+    """The cotangents of one segment, a few (C, N, V) at a time."""
     N, V = z_NV.shape
     if labels.fisher is Fisher.EXPECTED:
         # column v of the root of every position; each position by itself, for positions mix (O13)
@@ -779,9 +859,10 @@ def _of_sequence(loss: Loss, z_NV: Array, labels: _Labels) -> Iterator[Array]:
     if labels.fisher is Fisher.EMPIRICAL:
         d_MNV = loss.terms(z_NV)[1][None]
     else:
-        d_MNV = np.stack([loss.drawn(z_NV, labels.seed, draw) for draw in range(labels.draws)])
+        sent = loss.drawn if labels.fisher is Fisher.SAMPLED else loss.signed
+        d_MNV = np.stack([sent(z_NV, labels.seed, draw) for draw in range(labels.draws)])
         d_MNV = d_MNV / math.sqrt(labels.draws)
-    if labels.per == "sequence":
+    if labels.per == "segment":
         yield d_MNV
         return
     for d_NV in d_MNV:
@@ -789,7 +870,7 @@ def _of_sequence(loss: Loss, z_NV: Array, labels: _Labels) -> Iterator[Array]:
 
 
 def _taps(block: _Block, labels: _Labels, progress: Progress) -> Iterator[tuple[Problem, Tap]]:
-    """(One sequence, the linear layer's a (1, T, I) and g (C, T, O)), over all cotangents."""
+    """(One segment, the linear layer's a (1, T, I) and g (C, T, O)), over all cotangents."""
     for part, saved, d_z in _cotangents(block.problem, labels, True, progress):
         yield part, _tap(part, part.parameters, saved, d_z, block.names[0])
 

@@ -9,8 +9,7 @@ Sum and count, never a running mean; the division happens once, on reading A or 
 
 from __future__ import annotations
 
-import hashlib
-import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,8 +19,11 @@ from typing import Any
 
 import numpy as np
 
+from refcurv.algebra.scaling import norm
+from refcurv.curvature import room
+from refcurv.curvature.checkpoint import Checkpoint
 from refcurv.curvature.sums import (
-    Checkpoint,
+    SQUARED,
     Moment,
     ShardSums,
     accumulate,
@@ -32,6 +34,8 @@ from refcurv.curvature.sums import (
 )
 from refcurv.files import store
 from refcurv.files.corpus import Corpus
+from refcurv.files.digest import digest
+from refcurv.files.disk import require_space
 from refcurv.law.checks import (
     Array,
     ConventionError,
@@ -58,8 +62,8 @@ class Factor:
     error_G and error_trace_G are standard errors given the corpus, of the labels or signs that were
     drawn and of nothing else: sqrt(E|G − E G|²) in Frobenius norm, and sqrt(E(tr G − E tr G)²). 0
     where nothing is drawn (`expected`, `empirical`), None where they are not known: one draw alone
-    does not tell. rounding_G estimates how much of tr sum_G is rounding (NEGATIVE); None of factors
-    that were made without it.
+    does not tell, nor do squares that leave the range of float64. rounding_G estimates how much of
+    tr sum_G is rounding (NEGATIVE); None of factors that were made without it.
     """
 
     sum_A: Array
@@ -95,7 +99,8 @@ class Factors(Mapping[str, Factor]):
     """The factors of some linear layers, by name in file order, and how they were made.
 
     Fields: layers; fisher, rows, seed, draws: the choices of `collect`; dtype, of the products;
-    shard_rows, the most rows that one product summed (for the budgets); source, for provenance.
+    shard_rows, the most rows that one product summed (for the budgets); source, for provenance;
+    weights, which the model had (`refcurv.files.digest`), None where an older file does not say.
     """
 
     layers: Mapping[str, Factor]
@@ -106,6 +111,7 @@ class Factors(Mapping[str, Factor]):
     dtype: str
     shard_rows: int
     source: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    weights: str | None = None
 
     def __getitem__(self, name: str) -> Factor:
         """The factor of one layer."""
@@ -153,9 +159,11 @@ def collect(
         draws: draws of labels or signs per position; n_G = rows × draws. From two on, each factor
             says how exactly they determine its G: error_G, error_trace_G.
         rows: "reached" or "labelled" (ROWS).
-        in_flight: shards at a time; by default one per core. Changes no bit.
+        in_flight: shards at a time, at most; by default one per core. Fewer where memory holds the
+            sums of no more. Changes no bit.
         checkpoint: a file to keep the sums in after every block of 64 shards; if it exists, the
-            run goes on from there, with the bits of an uninterrupted one. Deleted at the end.
+            run goes on from there, with the bits of an uninterrupted one. It holds the whole sums
+            at the end: delete it once the factors are on disk, as `collect_to` does.
         progress: called with (shards done, shards).
 
     Returns:
@@ -167,7 +175,8 @@ def collect(
         NameUnknownError: no layer matches. RangeError: token ids, seed or draws out of range, or an
         `expected` of more than 2**16 backward passes over all shards.
         EmptyError: no label anywhere. NonFiniteError: a sum holds NaN or infinity.
-        ConventionError: an unknown choice, or a checkpoint of another run.
+        ConventionError: an unknown choice, or a checkpoint of another run. RoomError: sums that
+        memory does not hold, before any work.
 
     Cost: one forward and `draws` backward passes down to the lowest layer (`expected`: labelled
         positions × vocabulary), plus N·(I² + O²) per layer; memory: weights, float64 sums, the
@@ -185,6 +194,9 @@ def collect(
     job = sweep_of("collect", names, fisher, seed, draws)
     units = shards(corpus, config, keep)
     require_few_passes("collect", units, job, config.vocabulary)
+    need = room.to_collect(config, job, np.dtype(model.dtype).itemsize, units)
+    in_flight = room.in_flight("collect", need, in_flight)
+    own = digest(model)
     parameters, totals = memory.resident(model), moments(config, job)
     looked_at = _first_of_blocks(units)
 
@@ -196,9 +208,11 @@ def collect(
             for name, (square, count) in rounding(config, parameters, unit, job).items():
                 totals[f"e {name}"].add(np.array([square]), count)
 
-    resume = (
-        Checkpoint(Path(checkpoint), _fingerprint(model, corpus, job, keep)) if checkpoint else None
-    )
+    resume = None
+    if checkpoint:
+        nbytes = sum(8 * math.prod(total.shape) for total in totals.values())
+        require_space("collect", checkpoint, nbytes)
+        resume = Checkpoint(Path(checkpoint), _fingerprint(model, corpus, job, keep))
     accumulate(units, work, totals, in_flight, resume, progress)
     return Factors(
         MappingProxyType(_finish(config, job, totals)),
@@ -209,6 +223,7 @@ def collect(
         model.dtype,
         max(int(unit.keep_BT.sum()) for unit in units),
         MappingProxyType({"inputs": store.inputs(model.source, corpus.source)}),
+        own,
     )
 
 
@@ -221,13 +236,22 @@ def _first_of_blocks(units: list[Shard]) -> set[int]:
     return set(first.values())
 
 
-def _fingerprint(model: Model, corpus: Corpus, job: memory.Sweep, keep: Rows) -> str:
-    """What a checkpoint's sums depend on, as one SHA-256; model and corpus must be files."""
+def _fingerprint(model: Model, corpus: Corpus, job: memory.Sweep, keep: Rows) -> dict[str, Any]:
+    """FINGERPRINT: what decides the bits of the sums; model and corpus must be files."""
     if "sha256" not in model.source or "sha256" not in corpus.source:
         raise ConventionError("collect: a checkpoint needs a model and a corpus read from files.")
-    facts = [model.source["sha256"], corpus.source["sha256"], model.dtype, sorted(job.layers)]
-    facts += [str(job.fisher), job.seed, job.draws, str(keep), describe()]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    return {
+        "weights": model.source["sha256"],
+        "corpus": corpus.source["sha256"],
+        "dtype": model.dtype,
+        "layers": sorted(job.layers),
+        "fisher": str(job.fisher),
+        "seed": job.seed,
+        "draws": job.draws,
+        "rows": str(keep),
+        "law": describe(),
+        **store.machine(),
+    }
 
 
 def _finish(
@@ -262,7 +286,8 @@ def _finish(
         n_G = totals[g].rows
         # a variance of 0 can come out negative by rounding
         errors = np.sqrt(np.maximum(totals[g].variance, 0)) / n_G
-        error_G, error_trace_G = map(float, errors) if known else (None, None)
+        told = known and (not sums[g].any() or SQUARED[0] <= norm(sums[g]) <= SQUARED[1])
+        error_G, error_trace_G = map(float, errors) if told else (None, None)
         sum_a = sums[f"a {read}"] if config.has_bias(name) else None
         drawn, rounding_G = (error_G, error_trace_G), _rounding(totals[f"e {name}"], n_G)
         out[name] = Factor(sums[a], totals[a].rows, sums[g], n_G, *drawn, sum_a, rounding_G)
@@ -280,7 +305,7 @@ def least_certain(factors: Factors) -> tuple[str, float] | None:
     Where G is 0 so is its error.
     """
     shares = {
-        name: factor.error_G * factor.n_G / float(np.linalg.norm(factor.sum_G))
+        name: factor.error_G * factor.n_G / float(norm(factor.sum_G))
         for name, factor in factors.items()
         if factor.error_G
     }

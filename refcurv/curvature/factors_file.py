@@ -9,6 +9,8 @@ import numpy as np
 
 from refcurv.curvature.factors import Factor, Factors
 from refcurv.files import store
+from refcurv.files.digest import recorded
+from refcurv.files.disk import WRITING, machine_faults
 from refcurv.files.lazy import Lazy
 from refcurv.law.checks import SchemaError
 from refcurv.law.conventions import Fisher, Rows
@@ -18,11 +20,14 @@ _ERRORS = ("error_G", "error_trace_G", "rounding_G")
 _PARTS = ("sum_A", "n_A", "sum_a", "sum_G", "n_G")
 
 
-def save_factors(factors: Factors, path: str | Path) -> None:
+def save_factors(factors: Factors, path: str | Path, checkpoint: str | Path | None = None) -> None:
     """Write a factors file: LAYER/{sum_A, n_A, sum_G, n_G}, float64 and int64 (DESIGN 4).
 
     With a bias also LAYER/sum_a. The errors that are known, of what was drawn and of rounding, are
-    float64 attributes of sum_G.
+    float64 attributes of sum_G. The `checkpoint` that they were collected with is deleted once they
+    are on disk.
+
+    Proof: tests/test_factors.py::test_what_was_collected_is_never_lost
     """
     attributes: dict[str, str | int | float] = {
         "fisher": str(factors.fisher),
@@ -31,6 +36,7 @@ def save_factors(factors: Factors, path: str | Path) -> None:
         "draws": factors.draws,
         "dtype": factors.dtype,
         "shard_rows": factors.shard_rows,
+        **({"weights": factors.weights} if factors.weights else {}),
     }
 
     def entries() -> Iterator[store.Entry]:
@@ -51,6 +57,9 @@ def save_factors(factors: Factors, path: str | Path) -> None:
         arrays=entries(),
         provenance=store.provenance(inputs=factors.source.get("inputs", {}), **attributes),
     )
+    if checkpoint is not None:
+        with machine_faults("collect", checkpoint, WRITING):
+            Path(checkpoint).unlink(missing_ok=True)
 
 
 def load_factors(path: str | Path) -> Factors:
@@ -81,6 +90,7 @@ def load_factors(path: str | Path) -> Factors:
             str(at["dtype"]),
             int(at["shard_rows"]),
             store.Source(header),
+            recorded(header),
         )
     except (KeyError, ValueError) as error:
         raise SchemaError(

@@ -7,7 +7,8 @@ MLPs in its place, for which theory says what the curvature must be.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -17,9 +18,8 @@ from refcurv.law.checks import (
     ConventionError,
     EmptyError,
     RangeError,
-    require_dtype,
+    as_integers,
     require_finite,
-    require_shape,
     require_token_ids,
 )
 from refcurv.law.conventions import Rows
@@ -33,13 +33,14 @@ from refcurv.model.inputs import (
     require_labels,
     require_rows,
 )
-from refcurv.model.layers import Saved
+from refcurv.model.layers import Layout, Saved
 from refcurv.model.loss import (
     cross_entropy,
     draw_labels,
     hessian_product,
     root_product,
     shift_labels,
+    signs,
     uniforms,
 )
 from refcurv.model.transformer import Inputs, Parameters, Slope, Tap
@@ -54,12 +55,14 @@ class Loss:
         hessian: (z, v (N, V)) → (∂²L/∂z²) v, term by term.
         root: (z, e (N, V)) → S e with S Sᵀ = ∂²L/∂z², term by term.
         drawn: (z, seed, draw) → ∂L/∂z against labels drawn from the model (SAMPLING).
+        signed: (z, seed, draw) → S ε, term by term, ε the signs of SAMPLING.
     """
 
     terms: Callable[[Array], tuple[Array, Array]]
     hessian: Callable[[Array, Array], Array]
     root: Callable[[Array, Array], Array]
     drawn: Callable[[Array, int, int], Array]
+    signed: Callable[[Array, int, int], Array]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +74,13 @@ class Problem:
         forward: parameters → (z (N, V), saved).
         backward: (parameters, saved, d_z) → the Taps of linear layers and Slopes of all else, as
             `transformer.backward` yields them, but named by their parameter. d_z is (N, V), or
-            (C, N, V): C cotangents of a problem of one sequence, which take the batch's place in
+            (C, N, V): C cotangents of a problem of one segment, which take the batch's place in
             the Taps' g.
         loss: of z.
         linear: the parameters that occur in one Tap and nothing else.
         kept: a Tap → which of its positions are rows of A and G, (B, T) bool (ROWS).
-        split: the same problem, one independent sequence at a time.
+        split: the same problem, one segment at a time: a document, an image, or whatever else
+            shares nothing with the rest.
     """
 
     parameters: Parameters
@@ -91,11 +95,49 @@ class Problem:
 # ------------------------------------------------------------------ the transformer as a Problem
 
 
+@runtime_checkable
+class Data(Protocol):
+    """What `rc.Corpus` is: tokens or images, with all that belongs to them.
+
+    A Corpus has checked itself: padding stands right, a segment is one run, no label is on padding.
+    """
+
+    @property
+    def tokens(self) -> Array | None:
+        """(B, T) integers; None where there are images."""
+
+    @property
+    def labels(self) -> Array | None:
+        """(B, T) integers, (B,) of images; None is the default of LABELS."""
+
+    @property
+    def mask(self) -> Array | None:
+        """(B, T), 0 on padding; None where there is none."""
+
+    @property
+    def segments(self) -> Array | None:
+        """(B, T), the documents of packed sequences; None where each sequence is one."""
+
+    @property
+    def images(self) -> Array | None:
+        """(B, C, H, W); None where there are tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrays:
+    """Plain arrays as Data: nothing is padded, nothing packed."""
+
+    tokens: ArrayLike | None
+    labels: ArrayLike | None
+    images: ArrayLike | None
+    mask: None = None
+    segments: None = None
+
+
 def problem(
     model: Model,
-    tokens: ArrayLike,
+    tokens: ArrayLike | Data,
     labels: ArrayLike | None = None,
-    segments: ArrayLike | None = None,
     *,
     rows: str = "reached",
 ) -> Problem:
@@ -103,31 +145,30 @@ def problem(
 
     Args:
         model: its parameters are read once, and computed with in float64 whatever its dtype.
-        tokens: (B, T) integers in [0, vocabulary). Padding stands right and has no label; of a
-            bidirectional model, which would see it, it is a segment of its own. Or (B, C, H, W)
-            images of the model's size, exactly float32.
-        labels: (B, T) integers, negative = none; by default the next token (LABELS). (B,) of
-            images.
-        segments: (B, T) integers, the documents of packed sequences; by default one a row.
+        tokens: a Corpus, which `collect` takes too, with its labels, mask and segments. Or (B, T)
+            integers in [0, vocabulary), or (B, C, H, W) images of the model's size, exactly
+            float32.
+        labels: of plain arrays: (B, T) integers, negative = none; by default the next token
+            (LABELS). (B,) of images. A Corpus has its own.
         rows: the positions that enter A and G: "reached", "labelled", "all" or "cls" (ROWS).
 
     Raises:
         ShapeError, DTypeError, RangeError: as their names say. EmptyError: no label.
         NonFiniteError: NaN or infinity in a parameter or an image.
-        ConventionError: no labels where LABELS has no default, rows that the model does not have.
+        ConventionError: no labels where LABELS has no default, labels beside a Corpus, tokens for a
+        model of images or the reverse, rows that the model does not have.
 
     Cost: the parameters; a forward or backward holds every activation and N·V logits at once.
     Source: LOSS, LABELS, ROWS.
     Proof: tests/test_exact.py::test_gradient_is_the_transformers,
+        tests/test_problem.py::test_padded_and_packed_batches_are_collected,
         tests/test_images.py::test_exact_and_collect_agree
     """
     config = model.config
     choice = require_rows("exact", config, rows)
-    require_labels("exact", config, labels is not None)
-    if config.image is not None:
-        batch = _images(config, tokens, labels, segments)
-    else:
-        batch = _sequences(config, tokens, labels, segments)
+    data = _data(config, tokens, labels)
+    require_labels("exact", config, data.labels is not None)
+    batch = _sequences(config, data) if config.image is None else _images(config, data)
     require_token_ids("exact", "labels", np.maximum(batch.label_BT, 0), config.vocabulary)
     if not (batch.label_BT >= 0).any():
         raise EmptyError(
@@ -142,12 +183,29 @@ def problem(
     return of_batch(batch, resident, choice)
 
 
+def _data(
+    config: ModelConfig, tokens: ArrayLike | Data, labels: ArrayLike | None
+) -> Data | _Arrays:
+    """A Corpus that the model reads, or plain arrays in its place."""
+    if not isinstance(tokens, Data):
+        images = config.image is not None
+        return _Arrays(None if images else tokens, labels, tokens if images else None)
+    if labels is not None:
+        raise ConventionError("exact: a Corpus has its own labels; leave labels out.")
+    if (tokens.images is None) != (config.image is None):
+        has, reads = ("tokens", "images") if tokens.images is None else ("images", "tokens")
+        raise ConventionError(f"exact: the corpus has {has}, but the model reads {reads}.")
+    return tokens
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A model's shape and what it reads; index_B as SAMPLING counts it.
+    """A model's shape and what it reads.
 
-    inputs are tokens (B, T) or patches (B, n, C·P·P); label_BT is (B, 1) of images, segment_BT has
-    the positions that the blocks see.
+    Fields: inputs are tokens (B, T) or patches (B, n, C·P·P). label_BT is (B, 1) of images,
+    segment_BT has the positions that the blocks see. real_BT is False on padding; None: there is
+    none. index_B and start say which row of the corpus each is, and at which of its positions it
+    begins (SAMPLING).
     """
 
     config: ModelConfig
@@ -155,33 +213,36 @@ class Batch:
     label_BT: Array
     segment_BT: Array
     index_B: Array
+    real_BT: Array | None = field(default=None, kw_only=True)
+    start: int = field(default=0, kw_only=True)
+
+    @property
+    def real(self) -> Array:
+        """False on padding, (B, T)."""
+        return np.ones(self.segment_BT.shape, bool) if self.real_BT is None else self.real_BT
 
 
-def _sequences(
-    config: ModelConfig, tokens: ArrayLike, labels: ArrayLike | None, segments: ArrayLike | None
-) -> Batch:
-    token_BT = _integers("tokens", tokens, None)
+def _sequences(config: ModelConfig, data: Data | _Arrays) -> Batch:
+    token_BT = _integers("tokens", data.tokens, None)
     require_token_ids("exact", "tokens", token_BT, config.vocabulary)
     shape = token_BT.shape
-    segment_BT = (
-        np.zeros(shape, np.int64) if segments is None else _integers("segments", segments, shape)
-    )
-    if labels is None:
-        label_BT = shift_labels(token_BT, np.ones(shape, dtype=bool), segment_BT)
+    real_BT, segment_BT = np.ones(shape, bool), np.zeros(shape, np.int64)
+    if data.mask is not None:
+        real_BT = _integers("mask", data.mask, shape) != 0
+    if data.segments is not None:
+        segment_BT = _integers("segments", data.segments, shape)
+    if data.labels is None:
+        label_BT = shift_labels(token_BT, real_BT, segment_BT)
     else:
-        label_BT = _integers("labels", labels, shape)
-    return Batch(config, token_BT, label_BT, segment_BT, np.arange(len(token_BT)))
+        label_BT = _integers("labels", data.labels, shape)
+    return Batch(config, token_BT, label_BT, segment_BT, np.arange(len(token_BT)), real_BT=real_BT)
 
 
-def _images(
-    config: ModelConfig, images: ArrayLike, labels: ArrayLike | None, segments: ArrayLike | None
-) -> Batch:
-    assert config.image is not None and labels is not None
-    if segments is not None:
-        raise ConventionError("exact: segments are for tokens; an image is one by itself.")
-    image_BCHW = as_images("exact", images)
+def _images(config: ModelConfig, data: Data | _Arrays) -> Batch:
+    image_BCHW = as_images("exact", data.images)  # type: ignore[arg-type]  # whatever it is
     require_image_size("exact", image_BCHW, config)
-    return image_batch(config, image_BCHW, _integers("labels", labels, (len(image_BCHW),))[:, None])
+    label_B = _integers("labels", data.labels, (len(image_BCHW),))
+    return image_batch(config, image_BCHW, label_B[:, None])
 
 
 def image_batch(config: ModelConfig, image_BCHW: Array, label_B1: Array) -> Batch:
@@ -196,8 +257,7 @@ def image_batch(config: ModelConfig, image_BCHW: Array, label_B1: Array) -> Batc
 def of_batch(batch: Batch, parameters: Parameters, rows: Rows = Rows.REACHED) -> Problem:
     """`problem` without a check, on any Mapping of parameters: one that reads lazily stays lazy."""
     config = batch.config
-    real_BT = np.ones(batch.segment_BT.shape, dtype=bool)
-    layout = transformer.layout_of(config, real_BT, batch.segment_BT)
+    layout = transformer.layout_of(config, batch.real, batch.segment_BT)
     b_N, t_N = np.nonzero(batch.label_BT >= 0)
 
     def forward(parameters: Parameters) -> tuple[Array, Saved]:
@@ -224,20 +284,10 @@ def of_batch(batch: Batch, parameters: Parameters, rows: Rows = Rows.REACHED) ->
             )
 
     def split() -> Iterator[Problem]:
-        for b in range(len(batch.label_BT)):
-            if (batch.label_BT[b] >= 0).any():
-                one = slice(b, b + 1)
-                part = Batch(
-                    config,
-                    batch.inputs[one],
-                    batch.label_BT[one],
-                    batch.segment_BT[one],
-                    batch.index_B[one],
-                )
-                yield of_batch(part, parameters, rows)
+        return (of_batch(part, parameters, rows) for part in _segments(batch, layout))
 
     linear = {config.weight_of(layer) for layer in config.linear_layers()} - {"embed.weight"}
-    keep_BT = kept(config, rows, batch.label_BT, real_BT, batch.segment_BT)
+    keep_BT = kept(config, rows, batch.label_BT, batch.real, batch.segment_BT)
 
     def keep(tap: Tap) -> Array:
         if config.image is not None and tap.name == "head.weight":
@@ -248,23 +298,45 @@ def of_batch(batch: Batch, parameters: Parameters, rows: Rows = Rows.REACHED) ->
     return Problem(parameters, forward, backward, loss, frozenset(linear), keep, split)
 
 
+def _segments(batch: Batch, layout: Layout) -> Iterator[Batch]:
+    """Each segment that has a label as a batch of its own: nothing is attended across segments."""
+    for b, label_T in enumerate(batch.label_BT):
+        for first in np.unique(layout.first_BT[b, np.flatnonzero(label_T >= 0)]):
+            length = (batch.real[b] & (layout.first_BT[b] == first)).sum()
+            at = slice(b, b + 1), slice(first, first + length)
+            yield replace(
+                batch,
+                inputs=batch.inputs[at if batch.config.image is None else at[0]],
+                label_BT=batch.label_BT[at],
+                segment_BT=batch.segment_BT[at],
+                index_B=batch.index_B[at[0]],
+                real_BT=batch.real[at],
+                start=batch.start + int(first),
+            )
+
+
 def _cross_entropy(batch: Batch, b_N: Array, t_N: Array) -> Loss:
     """LOSS, at the labelled positions (b_N, t_N)."""
     label_N = batch.label_BT[b_N, t_N]
+    index_N, place_N = batch.index_B[b_N], batch.start + t_N
 
     def drawn(z_NV: Array, seed: int, draw: int) -> Array:
-        T = batch.label_BT.shape[1]
-        u_BT = np.stack([uniforms(seed, draw, int(i), T) for i in batch.index_B])
-        return cross_entropy(z_NV, draw_labels(z_NV, u_BT[b_N, t_N]))[1]
+        end = batch.start + batch.label_BT.shape[1]
+        u = {int(i): uniforms(seed, draw, int(i), end) for i in batch.index_B}
+        u_N = np.array([u[int(i)][t] for i, t in zip(index_N, place_N, strict=True)])
+        return cross_entropy(z_NV, draw_labels(z_NV, u_N))[1]
 
-    return Loss(lambda z_NV: cross_entropy(z_NV, label_N), hessian_product, root_product, drawn)
+    def signed(z_NV: Array, seed: int, draw: int) -> Array:
+        at, V = zip(index_N, place_N, strict=True), z_NV.shape[1]
+        return root_product(z_NV, np.stack([signs(seed, draw, int(i), int(t), V) for i, t in at]))
+
+    return Loss(
+        lambda z_NV: cross_entropy(z_NV, label_N), hessian_product, root_product, drawn, signed
+    )
 
 
-def _integers(what: str, array: ArrayLike, shape: Sequence[int] | None) -> Array:
-    out = np.asarray(array)
-    require_shape("exact", what, out, shape or (None, None), "(B, T)")
-    require_dtype("exact", what, out, "iu", "integers")
-    return out.astype(np.int64)
+def _integers(what: str, array: ArrayLike | None, shape: Sequence[int] | None) -> Array:
+    return as_integers("exact", what, array, shape or (None, None), "(B, T)")
 
 
 # ------------------------------------------------------------------ part of a layer

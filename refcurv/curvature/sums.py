@@ -8,14 +8,12 @@ compute dtype; everything after it is float64.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from refcurv.algebra import blas, kernels
-from refcurv.files import store
 from refcurv.law.checks import (
     Array,
     ConventionError,
@@ -28,7 +26,7 @@ from refcurv.law.conventions import BLOCK_SHARDS, Fisher
 from refcurv.model.config import ModelConfig
 from refcurv.model.transformer import TABLES, Tap
 from refcurv.passes import memory
-from refcurv.passes.parallel import Progress, Turnstile, run
+from refcurv.passes.parallel import Progress, Turnstile, counter, run
 from refcurv.passes.shards import Shard
 
 
@@ -40,10 +38,10 @@ class Moment:
     that of its trace, given the corpus: shards draw independently, so that theirs add up.
     """
 
-    __slots__ = ("_block", "_shape", "_total", "rows", "variance")
+    __slots__ = ("_block", "_total", "rows", "shape", "variance")
 
     def __init__(self, *shape: int) -> None:
-        self._shape = shape
+        self.shape = shape
         self._block: Array | None = None  # made when its first shard comes
         self._total: Array | None = None
         self.rows = 0
@@ -52,7 +50,7 @@ class Moment:
     def add(self, product: Array, rows: int, variance: Array | float = 0.0) -> None:
         """Fold one shard's sum, a matrix by its lower triangle; shards come in order."""
         if self._block is None:
-            self._block = np.zeros(self._shape)
+            self._block = np.zeros(self.shape)
         _fold(self._block, product)
         self.rows += rows
         self.variance += variance
@@ -67,7 +65,7 @@ class Moment:
 
     def state(self) -> Array:
         """The total of the closed blocks, of a matrix the lower triangle."""
-        return np.zeros(self._shape) if self._total is None else self._total
+        return np.zeros(self.shape) if self._total is None else self._total
 
     def restore(self, total: Array, rows: int, variance: Array) -> None:
         """Go on from a `state`."""
@@ -115,18 +113,25 @@ class _Passes:
     def variance(self) -> Array:
         """Of the sum and of its trace; 0 unless there are draws to tell from."""
         M = self._draws
-        return np.zeros(2) if M == 1 else M / (M - 1) * (self._squares - _squares(self.sum) / M)
+        with np.errstate(invalid="ignore"):  # of squares that overflowed, see SQUARED
+            return np.zeros(2) if M == 1 else M / (M - 1) * (self._squares - _squares(self.sum) / M)
+
+
+SQUARED = (2.0**-480, 2.0**500)
+"""|Σ g gᵀ| whose square, and those of its parts, neither overflow nor vanish: beyond, `variance`
+says nothing."""
 
 
 def _squares(triangle: Array) -> Array:
     """(|M|², (tr M)²), Frobenius norm, float64, of the symmetric M that has this lower triangle."""
     diagonal, below, tile = triangle.diagonal().astype(np.float64), 0.0, 256
-    for top in range(0, len(triangle), tile):
-        rows = slice(top, top + tile)
-        left = triangle[rows, :top].astype(np.float64)
-        corner = np.tril(triangle[rows, rows], -1).astype(np.float64)
-        below += float(np.vdot(left, left) + np.vdot(corner, corner))
-    return np.array([2 * below + diagonal @ diagonal, diagonal.sum() ** 2])
+    with np.errstate(over="ignore", under="ignore"):
+        for top in range(0, len(triangle), tile):
+            rows = slice(top, top + tile)
+            left = triangle[rows, :top].astype(np.float64)
+            corner = np.tril(triangle[rows, rows], -1).astype(np.float64)
+            below += float(np.vdot(left, left) + np.vdot(corner, corner))
+        return np.array([2 * below + diagonal @ diagonal, diagonal.sum() ** 2])
 
 
 MOST_PASSES = 2**16
@@ -284,91 +289,45 @@ def add_gram(x_NX: Array, product_XX: Array, *, onto: bool) -> Array:
 # ------------------------------------------------------------------ over the shards
 
 
+class Resume(Protocol):
+    """Where a run puts its sums after each block, and goes on from (`checkpoint.Checkpoint`)."""
+
+    def load(self, moments: Mapping[str, Moment], blocks: int) -> int:
+        """How many blocks are done; their sums are in the moments."""
+
+    def save(self, moments: Mapping[str, Moment], blocks: int) -> None:
+        """Keep the sums of so many blocks."""
+
+    def save_last(self, moments: Mapping[str, Moment], blocks: int) -> None:
+        """Keep the sums of all blocks."""
+
+
 def accumulate(
     units: Sequence[Shard],
     work: Callable[[int, Shard, Turnstile], None],
     totals: Mapping[str, Moment],
     in_flight: int | None,
-    resume: Checkpoint | None,
+    resume: Resume | None,
     progress: Progress,
 ) -> None:
     """Run the shards block by block; within a block several are in flight, folded in order.
 
     `work` adds one shard's sums to the totals, each when the turnstile lets its ordinal pass.
     """
-    finished = 0
-
-    def done() -> None:
-        nonlocal finished
-        finished += 1
-        progress(finished, len(units))
-
-    progress(0, len(units))
-    begin = resume.load(totals) if resume else 0
-    last = units[-1].number // BLOCK_SHARDS
-    for number, block in groupby(units, key=lambda unit: unit.number // BLOCK_SHARDS):
-        members = list(block)
-        if number < begin:
-            finished += len(members)
-            progress(finished, len(units))
-            continue
+    blocks = units[-1].number // BLOCK_SHARDS + 1
+    begin = resume.load(totals, blocks) if resume else 0
+    left = [unit for unit in units if unit.number // BLOCK_SHARDS >= begin]
+    done = counter(progress, len(units), len(units) - len(left))
+    progress(len(units) - len(left), len(units))
+    for number, block in groupby(left, key=lambda unit: unit.number // BLOCK_SHARDS):
         gate = Turnstile()
 
         def one(ordinal: int, unit: Shard, gate: Turnstile = gate) -> None:
             work(ordinal, unit, gate)
 
-        run(members, one, in_flight=in_flight, turnstile=gate, done=done)
+        run(list(block), one, in_flight=in_flight, turnstile=gate, done=done)
         for total in totals.values():
             total.close()
-        if resume and number != last:
-            resume.save(totals, number + 1)
-    if resume:
-        resume.path.unlink(missing_ok=True)
-
-
-# ------------------------------------------------------------------ what a killed run goes on from
-
-
-_VARIANCE = ("variance", "variance_trace")
-
-
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """The totals of the closed blocks on disk, so that a killed run can go on."""
-
-    path: Path
-    fingerprint: str
-
-    def save(self, moments: Mapping[str, Moment], blocks: int) -> None:
-        """Write every total; the file before it stays whole until this one is."""
-        store.write(
-            self.path,
-            format="refcurv-factors",
-            attributes={"unfinished": self.fingerprint, "blocks": blocks},
-            arrays=(
-                store.Entry(
-                    key.replace(" ", "."),
-                    moment.state(),
-                    {"rows": moment.rows, **dict(zip(_VARIANCE, moment.variance, strict=True))},
-                )
-                for key, moment in moments.items()
-            ),
-            provenance=store.provenance(),
-        )
-
-    def load(self, moments: Mapping[str, Moment]) -> int:
-        """Fill the moments; returns how many blocks are done, 0 without a file."""
-        if not self.path.exists():
-            return 0
-        header = store.open_file(self.path, format="refcurv-factors")
-        if header.attributes.get("unfinished") != self.fingerprint:
-            raise ConventionError(
-                f"collect: the checkpoint {str(self.path)!r} belongs to another run (other model, "
-                "corpus or options). Finish that one, or delete the file to start anew."
-            )
-        for key, moment in moments.items():
-            name = key.replace(" ", ".")
-            at = header.entries[name].attributes
-            variance = np.array([float(at[part]) for part in _VARIANCE])
-            moment.restore(store.read(header, name, finite=True), int(at["rows"]), variance)
-        return int(header.attributes["blocks"])
+        if resume:
+            keep = resume.save if number + 1 < blocks else resume.save_last
+            keep(totals, number + 1)

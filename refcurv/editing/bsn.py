@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from refcurv.algebra.scaling import exponent, shifted
 from refcurv.editing import record
 from refcurv.editing.record import Draw, EditRecord, LayerEdit
 from refcurv.files import store
 from refcurv.files.corpus import Corpus, Population
+from refcurv.files.digest import digest
 from refcurv.law.checks import (
     Array,
     ConventionError,
@@ -59,6 +61,7 @@ class Scores:
         dtype: what the gradients were computed in.
         retain_nats, forget_nats: (steps,) float64, CE of each step's batches, before the step.
         source: for provenance.
+        weights: which the model had (`refcurv.files.digest`); None if it is not known.
     """
 
     layers: Mapping[str, Array]
@@ -72,6 +75,7 @@ class Scores:
     retain_nats: Array
     forget_nats: Array
     source: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    weights: str | None = None
 
     def settings(self) -> dict[str, Any]:
         """The choices as plain JSON values."""
@@ -153,7 +157,7 @@ def train_scores(
         side: _orders(who, side, _labelled(who, side, corpus, config), (steps, batch), seed)
         for side, corpus in sides.items()
     }
-    parameters = resident(model)
+    own, parameters = digest(model), resident(model)
     weights = {name: parameters[config.weight_of(name)] for name in names}
     scores = {name: _start(who, seed, name, W.shape) for name, W in weights.items()}
     moments = {name: (np.zeros(W.shape), np.zeros(W.shape)) for name, W in weights.items()}
@@ -175,10 +179,13 @@ def train_scores(
         array.flags.writeable = False
     choices = (ratio, weight, steps, rate, batch, seed, model.dtype)
     source = MappingProxyType({"inputs": store.inputs(model.source, retain.source)})
-    return Scores(MappingProxyType(scores), *choices, nats["retain"], nats["forget"], source)
+    nats_of = (nats["retain"], nats["forget"])
+    return Scores(MappingProxyType(scores), *choices, *nats_of, source, own)
 
 
-def prune(model: Model, scores: Scores, ratio: float | None = None) -> tuple[Model, EditRecord]:
+def prune(
+    model: Model, scores: Scores, ratio: float | None = None, *, force: bool = False
+) -> tuple[Model, EditRecord]:
     """Set the weights of lowest score to 0.
 
     Definition
@@ -189,13 +196,15 @@ def prune(model: Model, scores: Scores, ratio: float | None = None) -> tuple[Mod
         model: whose weights to edit; its dtype must hold the stored ones exactly.
         scores: of `train_scores`.
         ratio: the share that is dropped, in [0, 1]; None for the one that was trained with.
+        force: take scores that were trained on other weights than the model's.
 
     Returns:
         The edited model (the given one is untouched), and the EditRecord, method "bsn".
 
     Raises:
         RangeError: ratio outside [0, 1]. NameUnknownError, ShapeError: scores of another model.
-        NonFiniteError: W holds NaN. ConventionError: a head tied to the embedding.
+        NonFiniteError: W holds NaN. ConventionError: a head tied to the embedding; scores of other
+        weights, without `force`.
 
     Cost: a selection among all scores.
     Source: P11 (arXiv 2510.24256).
@@ -204,6 +213,7 @@ def prune(model: Model, scores: Scores, ratio: float | None = None) -> tuple[Mod
     share = require_range("prune", "ratio", scores.ratio if ratio is None else ratio, 0, 1)
     known = model.config.linear_layers()
     record.require_untied("prune", model, scores.layers)
+    begun = record.before("prune", model, ("the list of scores", scores.weights), force)
     changed: dict[str, Array] = {}
     records = []
     for layer, kept in keep(scores.layers, share).items():
@@ -215,11 +225,11 @@ def prune(model: Model, scores: Scores, ratio: float | None = None) -> tuple[Mod
         edited = W
         if not kept.all():
             changed[name] = edited = np.where(kept, W, 0)
-        square = W.astype(np.float64) ** 2
+        square = shifted(W, -exponent(W)) ** 2
         mass = float(square.sum(where=kept) / square.sum()) if W.any() else math.nan
         found = (W.size, int(kept.sum()), mass, math.nan, 0, record.norm_ratio(edited, W))
         records.append(LayerEdit("bsn", layer, 1 - share, *found))
-    return model.with_parameters(changed), EditRecord(tuple(records))
+    return record.after(begun, changed, records)
 
 
 # ------------------------------------------------------------------ the mask

@@ -7,14 +7,18 @@ A method decides only what to keep. K-FAC and its controls keep pairs of directi
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from enum import IntEnum
 from typing import Any
 
 import numpy as np
 
+from refcurv.algebra.scaling import exponent, norm, shifted
+from refcurv.files.digest import Checksums, checksum, checksums, digest, require_same
 from refcurv.files.weights import narrow, widen
+from refcurv.law import tolerance
 from refcurv.law.checks import (
     Array,
     ConventionError,
@@ -43,10 +47,16 @@ class LayerEdit:
         gap: (last kept − first dropped) / last kept, of their λ_i μ_j or σ²: the cut's two
             neighbours. NaN when nothing was dropped or kept, and where no order was cut ("random
             pairs", "bsn").
-        acceptable: pairs whose key lies within its rounding budget of the cut, so that another
-            correct program may decide them either way (SELECT); "svd": singular values within
-            the solver's budget of it. 0 where no order was cut.
+        acceptable: pairs ("svd": singular values) that another correct program may decide the
+            other way, by ACCEPTABLE; 0 where the cut is clear, and where no order was cut.
         norm: ‖W'‖/‖W‖ in Frobenius norm, of [W b] where that was edited; 1 if W is 0.
+        restored: how much of what was cut comes back when W' is rounded to its stored dtype,
+            ‖P(W' − exact)‖/‖P(W)‖ with P the projection on the dropped pairs ("svd": on the
+            dropped u_j v_jᵀ). 0 where nothing was cut or rounded, and of "bsn", whose zeros are
+            exact.
+        norm_original: ‖W'‖ over ‖W‖ before the first edit that is known (`Start.earlier`); `norm`
+            itself where none has touched the layer, NaN where the weights were also changed
+            otherwise, or W and [W b] were edited in turn.
     """
 
     method: str
@@ -58,13 +68,39 @@ class LayerEdit:
     gap: float
     acceptable: int
     norm: float
+    restored: float = 0.0
+    norm_original: float = math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What an edit starts from: `kept`, `mass` and `norm` are relative to these weights.
+
+    Fields:
+        weights: their digest (`refcurv.files.digest`).
+        made_for: that of the weights which the basis, or the scores, were made from; None where an
+            older file does not say.
+        forced: are these others, and the caller meant it?
+        earlier: the edits that made the weights what they are, oldest first (`Model.edits`).
+    """
+
+    weights: str = ""
+    made_for: str | None = None
+    forced: bool = False
+    earlier: tuple[Mapping[str, Any], ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as plain values."""
+        earlier = [dict(edit) for edit in self.earlier]
+        return {f.name: getattr(self, f.name) for f in fields(self)} | {"earlier": earlier}
 
 
 @dataclass(frozen=True, slots=True)
 class EditRecord:
-    """What an edit did, layer by layer in file order."""
+    """What an edit did, layer by layer in file order, and what it started from."""
 
     layers: tuple[LayerEdit, ...]
+    start: Start = Start()
 
     @property
     def kept(self) -> float:
@@ -79,6 +115,86 @@ class EditRecord:
         """Plain values, a dictionary per layer; NaN as None."""
         rows = [asdict(layer) for layer in self.layers]
         return [{k: None if v != v else v for k, v in row.items()} for row in rows]  # noqa: PLR0124
+
+
+# ------------------------------------------------------------------ what it starts from
+
+
+@dataclass(frozen=True, slots=True)
+class Before:
+    """A model about to be edited, its checksums, and what the record will say of it."""
+
+    model: Model
+    sums: Checksums
+    start: Start
+
+
+def before(
+    who: str, model: Model, made: tuple[str, str | None] | None = None, force: bool = False
+) -> Before:
+    """Which weights these are; refuses what was made from others, unless `force`.
+
+    `made` is what tells the edit what to keep, for messages, and the digest of the weights that it
+    was made from. None for W alone.
+
+    Cost: parameters that are not a file's own are hashed.
+    Proof: tests/test_projection.py::test_a_basis_of_another_model_is_refused
+    """
+    sums = checksums(model)
+    own = digest(model, sums)
+    what, made_for = made or ("", own)
+    forced = require_same(who, what, made_for, model, force, own)
+    return Before(model, sums, Start(own, made_for, forced, model.edits))
+
+
+def after(
+    begun: Before, changed: Mapping[str, Array], rows: Sequence[LayerEdit], joint: bool = False
+) -> tuple[Model, EditRecord]:
+    """The edited model, which knows what was done to it, and the record.
+
+    Each of `Model.edits` has method, weights, made_for and forced as in the record, became (the
+    digest after it), and layers: {name: rho, norm, restored, joint (was it [W b]?)}.
+
+    Cost: the changed parameters are hashed.
+    Proof: tests/test_projection.py::test_an_edit_of_edited_weights_says_what_it_starts_from
+    """
+    start, config = begun.start, begun.model.config
+    whole = {row.layer: joint and config.has_bias(row.layer) for row in rows}
+    rows = [
+        replace(row, norm_original=row.norm * _norm_before(start, row.layer, whole[row.layer]))
+        for row in rows
+    ]
+    record = EditRecord(tuple(rows), start)
+    if not changed:
+        return begun.model, record
+    edited = begun.model.with_parameters(changed)
+    sums = {n: checksum(edited, n, edited.parameters[n]) for n in changed}
+    layers = {
+        row.layer: {
+            "rho": row.rho, "norm": row.norm, "restored": row.restored, "joint": whole[row.layer]
+        }
+        for row in rows
+    }  # fmt: skip
+    done = {
+        "method": rows[0].method,
+        "weights": start.weights,
+        "made_for": start.made_for,
+        "forced": start.forced,
+        "became": digest(edited, {**begun.sums, **sums}),
+        "layers": layers,
+    }
+    return replace(edited, edits=(*start.earlier, done)), record
+
+
+def _norm_before(start: Start, layer: str, joint: bool) -> float:
+    """‖W‖ of the start over ‖W‖ before all known edits; NaN where these do not tell."""
+    steps = [*(edit["weights"] for edit in start.earlier), start.weights]
+    if [edit["became"] for edit in start.earlier] != steps[1:]:
+        return math.nan
+    past = [edit["layers"][layer] for edit in start.earlier if layer in edit["layers"]]
+    if any(row["joint"] != joint for row in past):
+        return math.nan
+    return math.prod(float(row["norm"]) for row in past)
 
 
 # ------------------------------------------------------------------ which layers
@@ -120,13 +236,23 @@ def require_untied(who: str, model: Model, layers: Iterable[str]) -> None:
 # ------------------------------------------------------------------ reading and rounding
 
 
-def parameter(who: str, model: Model, name: str) -> Array:
-    """A parameter that can be edited: finite, and read without rounding."""
+def require_exact(who: str, model: Model, layers: Iterable[str]) -> None:
+    """Refuse layers whose weights were rounded when the model was loaded; nothing is read."""
+    for layer in layers:
+        _require_exact(who, model, f"{layer}.weight")
+
+
+def _require_exact(who: str, model: Model, name: str) -> None:
     if model.stored.get(name, model.dtype) == "float64" and model.dtype != "float64":
         raise DTypeError(
             f"{who}: {name} is stored in float64 but the model was loaded as {model.dtype}; "
             'load it with dtype="float64".'
         )
+
+
+def parameter(who: str, model: Model, name: str) -> Array:
+    """A parameter that can be edited: finite, and read without rounding."""
+    _require_exact(who, model, name)
     array = np.asarray(model.parameters[name])
     require_finite(who, name, array)
     return array
@@ -164,8 +290,19 @@ def taken_apart(model: Model, parts: Mapping[str, Array], new: Array) -> dict[st
 
 def norm_ratio(new: Array, old: Array) -> float:
     """‖new‖/‖old‖ in Frobenius norm, in float64; 1 if `old` is 0."""
-    size = float(np.linalg.norm(old.astype(np.float64)))
-    return float(np.linalg.norm(new.astype(np.float64))) / size if size else 1.0
+    k = exponent(old)
+    size, left = (float(norm(shifted(x, -k))) for x in (old, new))
+    return left / size if size else 1.0
+
+
+def restored(back: Array, W: Array, exact: Array) -> float:
+    """‖back‖/‖W − exact‖: what rounding gave back, of what the projection `exact` of W cut.
+
+    0 where the projection cuts no more than its own rounding.
+    """
+    k = exponent(W)
+    cut, size, came = (float(norm(shifted(X, -k))) for X in (W - exact, W, back))
+    return came / cut if cut > tolerance.eigenpair(max(W.shape)) * size else 0.0
 
 
 # ------------------------------------------------------------------ drawing

@@ -6,16 +6,18 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 import numpy as np
-import scipy.linalg
 
+from refcurv.algebra import blas
 from refcurv.algebra.blas import one_blas_thread
-from refcurv.algebra.staircase import cut
+from refcurv.algebra.scaling import exponent
+from refcurv.algebra.staircase import cut, undecided
 from refcurv.curvature.eigenbasis import Bases, Eigenbasis, signed
 from refcurv.editing import record
 from refcurv.editing.record import EditRecord, LayerEdit
 from refcurv.files import store
+from refcurv.files.digest import digest
 from refcurv.law import tolerance
-from refcurv.law.checks import Array, EmptyError
+from refcurv.law.checks import Array, EmptyError, RangeError
 from refcurv.model.config import Model, expand
 
 
@@ -42,40 +44,59 @@ def truncate(model: Model, energy: Mapping[str, float]) -> tuple[Model, EditReco
     Raises:
         RangeError: a share outside [0, 1]. NameUnknownError: a pattern that matches no linear
         layer. ConventionError: a head tied to the embedding; no mapping. EmptyError: W is 0.
+        SolverError, RoomError: as `blas.svd`.
 
-    Cost: about 6·O·I·min(O, I) flops per layer, in float64.
+    Cost: about 6·O·I·min(O, I) flops per layer, in float64; 8 where W is stored shorter.
     Source: P10 (arXiv 2510.24256); Eckart & Young 1936.
     Proof: tests/test_svd.py::test_truncation_is_the_projection_by_the_eigenvectors_of_its_gram,
         ::test_the_error_is_the_tail_and_no_matrix_of_that_rank_is_nearer,
         ::test_the_cut_equals_brute_force
     """
     shares = record.shares("truncate", "energy", model, model.config.linear_layers(), energy)
+    begun = record.before("truncate", model)
     changed: dict[str, Array] = {}
     records = []
     for layer, share in shares.items():
         name = model.config.weight_of(layer)
         W = record.parameter("truncate", model, name)
-        U, sigma, Vt = singular_values(W, full=False)
+        U, sigma, Vt = singular_values(f"truncate: {layer!r}", W, full=False)
         if sigma[0] == 0:
             raise EmptyError(f"truncate: {name} is all zeros; leave {layer!r} out of the pattern.")
         stairs = cut(np.ones(1), (sigma / sigma[0]) ** 2, share, f"truncate {layer!r}")
-        k, edited = stairs.kept, W
+        k, edited, back = stairs.kept, W, 0.0
         if k < len(sigma):
             with one_blas_thread():
-                edited = record.rounded(model, name, (U[:, :k] * sigma[:k]) @ Vt[:k])
-            changed[name] = edited
-        mass, near = stairs.mass / stairs.total, _acceptable(sigma, k)
-        kept = (len(sigma), k, mass, stairs.gap, near, record.norm_ratio(edited, W))
+                exact = (U[:, :k] * sigma[:k]) @ Vt[:k]
+            changed[name] = edited = record.rounded(model, name, exact)
+            back = restored(W, exact, edited, U[:, k:], Vt[k:])
+        mass, near = stairs.mass / stairs.total, _acceptable(sigma, share, max(W.shape))
+        kept = (len(sigma), k, mass, stairs.gap, near, record.norm_ratio(edited, W), back)
         records.append(LayerEdit("svd", layer, share, *kept))
-    return model.with_parameters(changed), EditRecord(tuple(records))
+    return record.after(begun, changed, records)
 
 
-def singular_values(W: Array, *, full: bool) -> tuple[Array, Array, Array]:
-    """(U, σ, Vᵀ) with W = U diag(σ) Vᵀ, σ descending; `full`: U (O, O) and Vᵀ (I, I) complete."""
+def restored(W: Array, exact: Array, edited: Array, U: Array, Vt: Array) -> float:
+    """What rounding gave back along the dropped u_j v_jᵀ, as a share of what they held.
+
+    Proof: tests/test_svd.py::test_what_rounding_restores_is_the_brute_force
+    """
+    off = edited.astype(np.float64) - exact
+    if not off.any():
+        return 0.0
     with one_blas_thread():
-        U, sigma, Vt = scipy.linalg.svd(
-            W.astype(np.float64), full_matrices=full, check_finite=False, lapack_driver="gesdd"
-        )
+        return record.restored((U * (off @ Vt.T)).sum(axis=0), W, exact)
+
+
+def singular_values(who: str, W: Array, *, full: bool) -> tuple[Array, Array, Array]:
+    """(U, σ, Vᵀ) with W = U diag(σ) Vᵀ, σ descending; `full`: U (O, O) and Vᵀ (I, I) complete.
+
+    Raises:
+        RangeError: a singular value that overflows. SolverError, RoomError: as `blas.svd`.
+    """
+    with one_blas_thread():
+        U, sigma, Vt = blas.svd(W.astype(np.float64), who, full=full)
+    if sigma[0] == np.inf:
+        raise RangeError(f"{who} has a singular value beyond the largest float64; rescale it.")
     return U, sigma, Vt
 
 
@@ -101,6 +122,7 @@ def singular_bases(model: Model, layers: str = "**") -> Bases:
 
     Raises:
         NameUnknownError: a pattern that matches no linear layer. NonFiniteError: W holds NaN.
+        RangeError: a σ² beyond float64. SolverError, RoomError: as `blas.svd`.
 
     Cost: about 9 (O³ + I³) flops per layer at most, and O² + I² float64 of memory.
     Source: P10 (arXiv 2510.24256).
@@ -109,19 +131,29 @@ def singular_bases(model: Model, layers: str = "**") -> Bases:
     made: dict[str, Eigenbasis] = {}
     for layer in expand(layers, list(model.config.linear_layers())):
         W = record.parameter("singular_bases", model, model.config.weight_of(layer))
-        U, sigma, Vt = singular_values(W, full=True)
+        U, sigma, Vt = singular_values(f"singular_bases: {layer!r}", W, full=True)
+        if sigma[0] and abs(exponent(sigma)) >= 511:
+            raise RangeError(
+                f"singular_bases: {layer!r} has the singular value {sigma[0]:.1e}, whose square is "
+                "not in the range of float64; rescale it."
+            )
         lam, mu = (np.pad(sigma**2, (0, len(X) - len(sigma))) for X in (U, Vt))
         one = Eigenbasis(signed(Vt.T), mu, signed(U), lam)
         for array in (one.U_A, one.mu, one.U_G, one.lam):
             array.flags.writeable = False
         made[layer] = one
     source = MappingProxyType({"inputs": store.inputs(model.source)})
-    return Bases(MappingProxyType(made), source, method="svd")
+    return Bases(MappingProxyType(made), source, method="svd", weights=digest(model))
 
 
-def _acceptable(sigma: Array, k: int) -> int:
-    """Singular values within budget of the cut: each errs by the solver's budget of the largest."""
-    if k in (0, len(sigma)):
+def _acceptable(sigma: Array, energy: float, size: int) -> int:
+    """How many singular values another solver may drop or keep, of W's larger side (ACCEPTABLE)."""
+    if energy in (0, 1):
         return 0
-    width = tolerance.eigenpair(len(sigma)) * sigma[0]
-    return int(((sigma >= sigma[k] - width) & (sigma <= sigma[k - 1] + width)).sum())
+    x = sigma / sigma[0]
+    length = float(np.linalg.norm(x))
+    e = tolerance.eigenvalues(size) * length
+    slack = max(energy, 1 - energy) * (2 * length + e) * e
+    errors = (np.zeros(1), (2 * x + e) * e)
+    sure, possible = undecided(np.ones(1), x**2, energy, errors, slack)
+    return int((possible - sure).sum())

@@ -16,11 +16,13 @@ from typing import Final
 import numpy as np
 
 from refcurv.algebra.blas import one_blas_thread
-from refcurv.curvature.eigenbasis import Bases, Eigenbasis
+from refcurv.algebra.scaling import exponent, shifted
+from refcurv.curvature.eigenbasis import Bases, Eigenbasis, named, require_basis
 from refcurv.editing import record
-from refcurv.editing.projection import edit, keep_pairs, layers_of, read_layer
+from refcurv.editing.projection import edit, keep_pairs, layers_of, read_layer, restored
 from refcurv.editing.record import Draw, EditRecord, LayerEdit, stream
 from refcurv.law.checks import Array, require_choice, require_seed
+from refcurv.law.conventions import Bias
 from refcurv.model.config import Model
 
 SIDES: Final = ("inputs", "outputs")
@@ -49,7 +51,7 @@ def random_basis(basis: Bases, seed: int) -> Bases:
         Bases of the same layers and spectra, method "random basis".
 
     Raises:
-        RangeError: a seed out of range.
+        RangeError: a seed out of range. What `require_basis` refuses.
 
     Cost: about 8/3 (I³ + O³) flops per layer; every layer is made at once.
     Source: Mezzadri 2007 (arXiv math-ph/0609050) for the signs.
@@ -59,6 +61,7 @@ def random_basis(basis: Bases, seed: int) -> Bases:
     require_seed("random_basis", seed)
     made = {}
     for name, one in basis.items():
+        require_basis("random_basis", name, one)
         U_A = _haar(len(one.mu), stream("random_basis", seed, Draw.INPUT_BASIS, name))
         U_G = _haar(len(one.lam), stream("random_basis", seed, Draw.OUTPUT_BASIS, name))
         made[name] = replace(one, U_A=U_A, U_G=U_G)
@@ -66,7 +69,12 @@ def random_basis(basis: Bases, seed: int) -> Bases:
 
 
 def random_pairs(
-    model: Model, basis: Bases, share: float | Mapping[str, float], seed: int
+    model: Model,
+    basis: Bases,
+    share: float | Mapping[str, float],
+    seed: int,
+    *,
+    force: bool = False,
 ) -> tuple[Model, EditRecord]:
     """Keep a share of the pairs of a basis, uniformly at random.
 
@@ -81,6 +89,7 @@ def random_pairs(
         basis: of `decompose` or `load_bases`.
         share: of the pairs; one for every layer of `basis`, or {pattern: share}.
         seed: integer in [0, 2**64); a layer's numbers come from (seed, layer's name).
+        force: take a basis that was made from other weights than the model's.
 
     Returns:
         The edited model (the given one is untouched), and the EditRecord, method "random pairs";
@@ -89,7 +98,8 @@ def random_pairs(
     Raises:
         RangeError: a share outside [0, 1], a seed out of range. NameUnknownError: a pattern that
         matches no layer with a basis. ShapeError: a basis of another model, or a joint one
-        without the bias's column.
+        without the bias's column. ConventionError: a basis of other weights, without `force`. What
+        `require_basis` refuses.
 
     Cost: 4·O·I·(O + I) flops per layer, in float64, and O·I numbers drawn.
     Source: the control of issue 5; PAPER §2.
@@ -100,20 +110,23 @@ def random_pairs(
     require_seed("random_pairs", seed)
     asked = share if isinstance(share, Mapping) else {"**": share}
     names = layers_of("random_pairs", model, basis)
+    begun = record.before("random_pairs", model, (named(basis), basis.weights), force)
     changed: dict[str, Array] = {}
     records = []
     for layer, part in record.shares("random_pairs", "share", model, names, asked).items():
         parts, W, one = read_layer("random_pairs", model, basis, layer)
         count = round(part * W.size)
         mask = _drawn(seed, layer, W.shape, count)
-        edited = W
+        edited, back = W, 0.0
         if count < W.size:
-            new = record.taken_apart(model, parts, keep_pairs(W, one, mask))
+            exact = keep_pairs(W, one, mask)
+            new = record.taken_apart(model, parts, exact)
             changed |= new
             edited = record.joined(new)
-        kept = (W.size, count, _mass(one, mask), math.nan, 0, record.norm_ratio(edited, W))
+            back = restored(W, exact, edited, one, mask)
+        kept = (W.size, count, _mass(one, mask), math.nan, 0, record.norm_ratio(edited, W), back)
         records.append(LayerEdit("random pairs", layer, part, *kept))
-    return model.with_parameters(changed), EditRecord(tuple(records))
+    return record.after(begun, changed, records, basis.bias is Bias.JOINT)
 
 
 def one_sided(basis: Bases, side: str) -> Bases:
@@ -126,7 +139,7 @@ def one_sided(basis: Bases, side: str) -> Bases:
     by descending μ, and of the last one as many first rows as its share still needs: its sharpest
     output directions. For "outputs" whole rows, and of the last one its first columns. Directions
     of one and the same eigenvalue share a tie, in row-major order of their pairs. So the gap is 0
-    unless the cut falls between two directions, and `acceptable` counts every pair of the last one.
+    unless the cut falls between two directions, and `acceptable` counts all pairs of a divided one.
 
     Args:
         basis: of `decompose` or `load_bases`, separate or joint.
@@ -136,7 +149,7 @@ def one_sided(basis: Bases, side: str) -> Bases:
         Bases of the same layers and directions, method "inputs only" or "outputs only".
 
     Raises:
-        ConventionError: another side.
+        ConventionError: another side. What `require_basis` refuses.
 
     Cost: reads every layer; nothing is computed.
     Source: PAPER §5, side-restricted edits.
@@ -145,6 +158,7 @@ def one_sided(basis: Bases, side: str) -> Bases:
     require_choice("one_sided", "side", side, SIDES)
     made = {}
     for name, one in basis.items():
+        require_basis("one_sided", name, one)
         if side == "inputs":
             made[name] = replace(one, lam=_ones(len(one.lam)), raised_G=0, rounding=None)
         else:
@@ -153,7 +167,13 @@ def one_sided(basis: Bases, side: str) -> Bases:
 
 
 def control(
-    model: Model, basis: Bases, rho: float | Mapping[str, float], kind: str, seed: int = 0
+    model: Model,
+    basis: Bases,
+    rho: float | Mapping[str, float],
+    kind: str,
+    seed: int = 0,
+    *,
+    force: bool = False,
 ) -> tuple[Model, EditRecord]:
     """The control of `edit(model, basis, rho)` by name, for the command line.
 
@@ -164,13 +184,11 @@ def control(
     """
     require_choice("edit", "control", kind, CONTROLS)
     if kind == "random-pairs":
-        _, taken = edit(model, basis, rho)
-        return random_pairs(
-            model, basis, {one.layer: one.kept / one.pairs for one in taken.layers}, seed
-        )
-    if kind == "random-basis":
-        return edit(model, random_basis(basis, seed), rho)
-    return edit(model, one_sided(basis, kind), rho)
+        _, taken = edit(model, basis, rho, force=force)
+        parts = {one.layer: one.kept / one.pairs for one in taken.layers}
+        return random_pairs(model, basis, parts, seed, force=force)
+    other = random_basis(basis, seed) if kind == "random-basis" else one_sided(basis, kind)
+    return edit(model, other, rho, force=force)
 
 
 def _haar(n: int, rng: np.random.Generator) -> Array:
@@ -200,9 +218,10 @@ def _smallest(x: Array, count: int) -> Array:
 
 def _mass(one: Eigenbasis, mask: Array) -> float:
     """Σ λ_i μ_j over the mask, as a share of the whole; NaN where that is 0."""
-    total = math.fsum(one.lam) * math.fsum(one.mu)
-    rows = np.where(mask, one.mu, 0.0).sum(axis=1)
-    return math.fsum(one.lam * rows) / total if total > 0 else math.nan
+    lam, mu = (shifted(x, -exponent(x)) for x in (one.lam, one.mu))
+    total = math.fsum(lam) * math.fsum(mu)
+    rows = np.where(mask, mu, 0.0).sum(axis=1)
+    return math.fsum(lam * rows) / total if total > 0 else math.nan
 
 
 def _ones(n: int) -> Array:

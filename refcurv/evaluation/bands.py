@@ -17,11 +17,13 @@ from typing import Any
 
 import numpy as np
 
+from refcurv.algebra.scaling import norm
 from refcurv.algebra.staircase import cut
-from refcurv.curvature.eigenbasis import Eigenbasis
+from refcurv.curvature.eigenbasis import Bases, Eigenbasis, named, require_basis
 from refcurv.evaluation.classify import image_batches, image_inputs, require_image_population
 from refcurv.evaluation.decode import batches, require_population, teacher_forced
 from refcurv.files.corpus import ImagePopulation, Population
+from refcurv.files.digest import require_same
 from refcurv.law.checks import Array, ConventionError, EmptyError, require_choice, require_shape
 from refcurv.law.conventions import Rows
 from refcurv.model.config import Model, ModelConfig, expand
@@ -144,6 +146,7 @@ def bands(
     layers: str = "**",
     quantity: Quantity | str = Quantity.PAIR_MASS,
     rows: str = "reached",
+    force: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> dict[str, Bands]:
     """Mean norm of what each band makes of memorised and of clean inputs, and their ratio.
@@ -167,6 +170,7 @@ def bands(
         layers: pattern over the basis's names.
         quantity: which of the two.
         rows: of images "reached", which is "all", or "cls"; of tokens only "reached".
+        force: take a basis that was made from other weights than the model's.
         progress: called with (batches done, batches).
 
     Returns:
@@ -178,7 +182,8 @@ def bands(
         ShapeError: a basis that does not fit its layer; images of another size.
         NameUnknownError: a pattern that matches no layer, or a layer that the model lacks.
         ConventionError: an unknown quantity; tokens for a model of images or the reverse; rows that
-            the model or the patches do not have.
+            the model or the patches do not have; a basis of other weights, without `force`. What
+            `require_basis` refuses.
 
     Cost: one forward pass over both populations; per layer and position 2 I² flops, and for
         pair_mass 2·7·O·I more; one float64 copy of each named weight.
@@ -188,6 +193,8 @@ def bands(
     """
     kind = Quantity(require_choice("bands", "quantity", quantity, Quantity))
     names = expand(layers, list(basis))
+    if isinstance(basis, Bases):
+        require_same("bands", named(basis), basis.weights, model, force)
     choice = _require_rows(model.config, rows, names)
     for what, population in (("memorised", memorised), ("clean", clean)):
         _require_readable(what, population, model.config)
@@ -278,6 +285,7 @@ def _probe(
         expand(name, list(known))  # raises, and says which layers there are
     O, I = known[name]  # noqa: E741
     W = parameters[model.config.weight_of(name)].astype(np.float64)
+    require_basis("bands", name, basis)
     joint = model.config.has_bias(name) and len(basis.mu) == I + 1  # of [W b], see BIAS
     if joint:
         W = np.column_stack([W, parameters[f"{name}.bias"].astype(np.float64)])
@@ -301,16 +309,14 @@ def _rank_norms(x_NI: Array, basis: Eigenbasis, bounds: Array) -> Array:
     """‖P_b x‖ = ‖U_bᵀ x‖."""
     z_NI = x_NI @ basis.U_A
     spans = pairwise(bounds)
-    return np.stack([np.linalg.norm(z_NI[:, a:b], axis=-1) for a, b in spans], axis=-1)
+    return np.stack([norm(z_NI[:, a:b], axis=-1) for a, b in spans], axis=-1)
 
 
 def _mass_norms(x_NI: Array, basis: Eigenbasis, C: Array, bounds: Array) -> Array:
     """‖W_b x‖ = ‖(C ∘ M_b) U_Aᵀ x‖, for U_G keeps norms."""
     z_NI = x_NI @ basis.U_A
     spans = pairwise(bounds)
-    return np.stack(
-        [np.linalg.norm(z_NI @ _restricted(C, a, b).T, axis=-1) for a, b in spans], axis=-1
-    )
+    return np.stack([norm(z_NI @ _restricted(C, a, b).T, axis=-1) for a, b in spans], axis=-1)
 
 
 def _columns(population: Population) -> tuple[int, int]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -77,6 +77,11 @@ class Measurement:
     vocabulary: int
     dtype: str
     populations: Mapping[str, Measured]
+
+    def only(self, names: Iterable[str]) -> Measurement:
+        """Of these populations alone."""
+        known = {name: self.populations[name] for name in names if name in self.populations}
+        return replace(self, populations=MappingProxyType(known))
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +173,7 @@ def evaluate(
     split: str = "test",
     baseline: Model | Measurement | None = None,
     progress: Progress = lambda done, total: None,
+    each: Callable[[Evaluation], object] = lambda table: None,
 ) -> Evaluation:
     """What a model still does, population by population, beside what its baseline did.
 
@@ -183,6 +189,7 @@ def evaluate(
         split: "test" to report, "dev" to tune on.
         baseline: the unedited model, evaluated once; or its `measure`, made once for many edits.
         progress: called with (batches done, batches), of both models together.
+        each: called with the table so far, whenever the model has done a population.
 
     Returns:
         Evaluation: plain records, one per population, with `to_json()`.
@@ -204,16 +211,27 @@ def evaluate(
     """
     wanted = _populations(corpus, split)
     pending = [model, baseline] if isinstance(baseline, Model) else [model]
-    for each in pending:
-        _require_readable(wanted, each.config)
+    for one in pending:
+        require_readable(wanted, one.config)
     total = len(pending) * _batch_count(model.config, wanted)
     if isinstance(baseline, Model):
         baseline = measure(baseline, corpus, split=split, progress=lambda n, _: progress(n, total))
         ahead = total // 2
     else:
         ahead = 0
-    after = measure(model, corpus, split=split, progress=lambda n, _: progress(ahead + n, total))
-    return compare(after, baseline)
+    before = baseline
+
+    def table(so_far: Measurement) -> Evaluation:
+        return compare(so_far, None if before is None else before.only(so_far.populations))
+
+    after = measure(
+        model,
+        corpus,
+        split=split,
+        progress=lambda n, _: progress(ahead + n, total),
+        each=lambda so_far: each(table(so_far)),
+    )
+    return compare(after, before)
 
 
 def measure(
@@ -222,22 +240,26 @@ def measure(
     *,
     split: str = "test",
     progress: Progress = lambda done, total: None,
+    each: Callable[[Measurement], object] = lambda so_far: None,
 ) -> Measurement:
     """One model on every population of the split; arguments and errors as `evaluate`.
 
-    Proof:  tests/test_suite.py::test_baseline_is_evaluated_once
+    Proof:  tests/test_suite.py::test_baseline_is_evaluated_once,
+        ::test_what_was_evaluated_is_handed_over_at_once
     """
     wanted = _populations(corpus, split)
-    _require_readable(wanted, model.config)
+    require_readable(wanted, model.config)
     parameters = resident(model)
     total = _batch_count(model.config, wanted)
     done = counter(progress, total)
     progress(0, total)
-    measured = {
-        name: _measured(model.config, parameters, name, population, done)
-        for name, population in wanted.items()
-    }
-    return Measurement(split, model.config.vocabulary, model.dtype, MappingProxyType(measured))
+    found = Measurement(split, model.config.vocabulary, model.dtype, MappingProxyType({}))
+    for name, population in wanted.items():
+        measured = _measured(model.config, parameters, population, done)
+        known = MappingProxyType({**found.populations, name: measured})
+        found = replace(found, populations=known)
+        each(found)
+    return found
 
 
 def compare(after: Measurement, before: Measurement | None) -> Evaluation:
@@ -316,12 +338,15 @@ def _populations(corpus: Corpus, split: str) -> Populations:
     return wanted
 
 
-def _require_readable(wanted: Populations, config: ModelConfig) -> None:
+def require_readable(wanted: Populations, config: ModelConfig) -> None:
+    """Refuse, before any work, populations that a model cannot be judged on."""
     for name, population in wanted.items():
         if isinstance(population, ImagePopulation):
             require_image_population("evaluate", name, population, config)
-        else:
-            require_population("evaluate", name, population, config)
+            continue
+        require_population("evaluate", name, population, config)
+        if (population.length == population.prompt_length).all():
+            raise EmptyError(f"evaluate: population {name!r} has no token behind any prompt.")
 
 
 def _batch_count(config: ModelConfig, wanted: Populations) -> int:
@@ -334,7 +359,6 @@ def _batch_count(config: ModelConfig, wanted: Populations) -> int:
 def _measured(
     config: ModelConfig,
     parameters: Parameters,
-    name: str,
     population: Population | ImagePopulation,
     done: Callable[[], object],
 ) -> Measured:
@@ -345,8 +369,6 @@ def _measured(
     kind, chance = str(population.kind), float(population.chance)
     tokens = int((population.length - population.prompt_length).sum())
     facts = (kind, len(population.tokens), tokens, chance)
-    if tokens == 0:
-        raise EmptyError(f"evaluate: population {name!r} has no token behind any prompt.")
     if kind == "text":
         nats, top = _text(config, parameters, population, done)
         return Measured(*facts, MappingProxyType({"perplexity": perplexity(nats, tokens)}), top)

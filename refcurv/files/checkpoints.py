@@ -1,40 +1,80 @@
-"""A checkpoint directory as it lies on the disk: config.json, tensors by name, in one file or many.
+"""A checkpoint directory as it lies on the disk: config.json, tensors, in one file or many.
 
-No name leads out of the directory but the links of a Hub snapshot, which end among its own blobs.
+A file is named plainly, inside the directory. If it is a link, as in the Hub's cache, it is
+followed to its end, which must be a regular file.
 """
 
 from __future__ import annotations
 
-import os
+import errno
 import re
+import stat
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from refcurv.files import safetensors
-from refcurv.files.disk import WRITING, PathLike, machine_faults, output_path, parse_json
+from refcurv.files.disk import (
+    file_sha256,
+    machine_faults,
+    parse_json,
+)
+from refcurv.files.mistaken import PICKLES, SHARD, no_config, no_weights
 from refcurv.files.safetensors import Tensor
-from refcurv.law.checks import ConventionError, SchemaError
+from refcurv.law.checks import SchemaError
 
 _FILE_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
 _MAX_TEXT: Final = 64_000_000
+_SINGLE: Final = "model.safetensors"
 _INDEX: Final = "model.safetensors.index.json"
-_PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt")
+_OTHER: Final = re.compile(r"adapter_.*|consolidated.*|optimizer.*|training_args.*")
+
+BESIDE: Final = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "merges.txt",
+    "preprocessor_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+"""Files of a tokenizer and of generation: no part of the model, but of what others load."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The tensors of a checkpoint by name, and the files with weights that were not read."""
+
+    tensors: dict[str, Tensor]
+    not_read: tuple[str, ...]
 
 
 def inside(folder: Path, name: str) -> Path:
-    """A file of the checkpoint, by its plain name; links may lead to the Hub cache's own blobs."""
+    """A regular file of the checkpoint, by its plain name; a link is followed to its end."""
     if not _FILE_NAME.fullmatch(name):
         raise SchemaError(f"convert: {name!r:.120} is no plain file name inside {str(folder)!r}.")
-    home = Path(os.path.realpath(folder))
-    homes = {home}
-    if home.parent.name == "snapshots":
-        homes.add(home.parent.parent / "blobs")
-    real = Path(os.path.realpath(folder / name))
-    if real.parent not in homes:
-        raise SchemaError(f"convert: {str(folder / name)!r} leads outside, to {str(real)!r}.")
-    if not real.is_file():
-        raise SchemaError(f"convert: there is no file {str(folder / name)!r}.")
-    return folder / name
+    path = folder / name
+    link = f"is a link to {str(path.readlink())!r:.200}, " if path.is_symlink() else ""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise SchemaError(f"convert: {str(path)!r} {link}which leads in a circle.") from None
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+            raise
+        if link:
+            raise SchemaError(
+                f"convert: {str(path)!r} {link}where there is nothing. Download it again."
+            ) from None
+        raise SchemaError(f"convert: there is no file {str(path)!r}.") from None
+    if not stat.S_ISREG(mode):
+        what = "a folder" if stat.S_ISDIR(mode) else "no regular file"
+        raise SchemaError(f"convert: {str(path)!r} {link + 'which ' if link else ''}is {what}.")
+    return path
 
 
 def read_text(folder: Path, name: str) -> str:
@@ -48,25 +88,38 @@ def read_text(folder: Path, name: str) -> str:
         raise SchemaError(f"convert: {str(path)!r} is no UTF-8 text, or too long.") from None
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
+def read_config_text(folder: Path) -> str:
+    """config.json; where there is none, what the folder is instead."""
+    if not there(folder / "config.json"):
+        raise no_config(folder)
+    return read_text(folder, "config.json")
+
+
+def there(path: Path) -> bool:
+    """Is something of this name there, if only a link that leads nowhere?"""
+    return path.exists() or path.is_symlink()
+
+
+def read_tensors(folder: Path) -> Found:
     """Every tensor of the checkpoint by its name, from one file or from the index's shards."""
-    if (folder / _INDEX).exists():
-        return _sharded(folder)
-    names = sorted(p.name for p in folder.glob("*.safetensors"))
-    if len(names) == 1:
-        return {t.name: t for t in safetensors.read_header(inside(folder, names[0]))}
-    if names:
-        raise SchemaError(
-            f"convert: {str(folder)!r} holds {len(names)} safetensors files but no {_INDEX}."
-        )
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
-    if pickles:
-        raise ConventionError(
-            f"convert: {str(folder / pickles[0])!r} is a pickle, which can run code when it is "
-            "loaded. Load it where you trust it and save it with transformers' "
-            "model.save_pretrained(folder), which writes safetensors."
-        )
-    raise SchemaError(f"convert: {str(folder)!r} holds no safetensors file.")
+    names = sorted(path.name for path in folder.iterdir() if path.suffix == ".safetensors")
+    if there(folder / _INDEX):
+        tensors = _sharded(folder)
+    else:
+        mine = [name for name in names if not _OTHER.fullmatch(name)]
+        if _SINGLE not in names and (len(mine) != 1 or SHARD.fullmatch(mine[0])):
+            raise no_weights(folder, mine or names)
+        name = _SINGLE if _SINGLE in names else mine[0]
+        tensors = {t.name: t for t in safetensors.read_header(inside(folder, name))}
+    read = {tensor.path.name for tensor in tensors.values()}
+    others = [path.name for path in folder.iterdir() if path.suffix in (*PICKLES, ".gguf")]
+    return Found(tensors, tuple(sorted((set(names) - read) | set(others))))
+
+
+def beside(folder: Path) -> dict[str, str]:
+    """The tokenizer's and generation files beside the weights, by name, with their SHA-256."""
+    paths = [folder / name for name in BESIDE]
+    return {path.name: file_sha256(path) for path in paths if path.is_file()}
 
 
 def _sharded(folder: Path) -> dict[str, Tensor]:
@@ -75,7 +128,7 @@ def _sharded(folder: Path) -> dict[str, Tensor]:
     if not isinstance(shard_of, dict) or not all(isinstance(s, str) for s in shard_of.values()):
         raise SchemaError(f"{where} has no weight_map from tensor names to file names.")
     shards = sorted(set(shard_of.values()))
-    if (folder / "model.safetensors").exists() and "model.safetensors" not in shards:
+    if there(folder / _SINGLE) and _SINGLE not in shards:
         raise SchemaError(f"{where} does not mention model.safetensors beside it. Remove one.")
     tensors: dict[str, Tensor] = {}
     for shard, path in [(shard, inside(folder, shard)) for shard in shards]:
@@ -90,14 +143,3 @@ def _sharded(folder: Path) -> dict[str, Tensor]:
         if name not in tensors:
             raise SchemaError(f"{where} expects {name!r} in {shard}, which does not hold it.")
     return tensors
-
-
-def new_folder(directory: PathLike) -> Path:
-    """Where a checkpoint is to be written: a folder that does not exist or is empty."""
-    target = output_path("export", directory)
-    with machine_faults("export", target, WRITING):
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise SchemaError(
-                f"export: {str(target)!r} exists and is no empty folder. Name another."
-            )
-    return target

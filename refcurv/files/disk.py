@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import secrets
+import shutil
 import stat
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 from refcurv.law.checks import SchemaError, StorageError
 
@@ -44,6 +46,61 @@ def output_path(who: str, path: PathLike) -> Path:
     raise SchemaError(f"{who}: the folder {str(target.parent)!r} does not exist. Create it first.")
 
 
+def output_file(who: str, path: PathLike) -> Path:
+    """`output_path` of a file; SchemaError where something else is, such as a folder."""
+    target = output_path(who, path)
+    with machine_faults(who, path, WRITING):
+        if target.exists() and not target.is_file():
+            kind = "is a folder" if target.is_dir() else "is no regular file"
+            raise SchemaError(f"{who}: {str(target)!r} {kind}. Give the name of a file.")
+    return target
+
+
+def require_apart(
+    who: str, outputs: Mapping[str, PathLike], inputs: Mapping[str, PathLike]
+) -> None:
+    """SchemaError where an output would replace an input or another output, links resolved.
+
+    Both map what a file is for, as a message may call it, to where it is.
+
+    Proof: tests/test_cli.py::test_no_output_may_take_the_place_of_an_input
+    """
+    written: dict[str, Path] = {}
+    for name, path in outputs.items():
+        target = Path(os.path.realpath(path))
+        for other, known in {**inputs, **written}.items():
+            if _same_file(target, Path(os.path.realpath(known))):
+                raise SchemaError(
+                    f"{who}: {name} {os.fspath(path)!r} is the same file as {other}, which it "
+                    "would destroy. Give another name."
+                )
+        written[name] = target
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    """The same place, or two hard links to one file."""
+    try:
+        return one == other or one.samefile(other)
+    except OSError:  # one of them does not exist
+        return False
+
+
+def free_bytes(path: PathLike) -> int:
+    """Bytes free on the disk that `path` lies on, or would."""
+    with machine_faults("write", path, WRITING):
+        return shutil.disk_usage(Path(os.path.realpath(path)).parent).free
+
+
+def require_space(who: str, path: PathLike, nbytes: int) -> None:
+    """StorageError, before the work, where `path` could not hold so many bytes."""
+    free = free_bytes(path)
+    if nbytes > free:
+        raise StorageError(
+            f"{who}: {os.fspath(path)!r} will take {nbytes / 1e9:.2f} GB, but its disk has "
+            f"{free / 1e9:.2f} GB free. Make room, or take fewer layers."
+        )
+
+
 def sync_folder(folder: Path) -> None:
     """Make a rename inside `folder` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -53,30 +110,130 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_bytes(who: str, path: PathLike, data: bytes) -> None:
-    """Write a file whole or not at all: a temporary neighbour takes its place when it is complete.
+@contextmanager
+def replacing(who: str, path: PathLike) -> Iterator[BinaryIO]:
+    """A new file, open for writing, that takes the place of `path` when the block ends well.
+
+    It lies beside `path` until then, on the disk before it is renamed, so that `path` holds its old
+    bytes or its new ones, never half. It is locked for as long as this process lives: the next
+    writer of `path` removes what a killed one left. A symbolic link is followed.
 
     Raises:
-        SchemaError: its folder does not exist. StorageError: the machine could not write.
+        SchemaError: the folder does not exist, or `path` is no regular file.
+        StorageError: the machine could not write; the old file, if any, is untouched.
+
+    Proof: tests/test_disk.py::test_a_killed_writer_leaves_nothing_behind_the_next_one
+    """
+    target = output_file(who, path)
+    partial = _partial(target)
+    try:
+        with machine_faults(who, path, WRITING):
+            _remove_left_over(target)
+            raw = _locked(partial)
+        with raw:
+            yield raw
+            with machine_faults(who, path, WRITING):
+                os.fsync(raw.fileno())
+                partial.replace(target)
+                sync_folder(target.parent)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def require_writable(who: str, path: PathLike) -> Path:
+    """`output_file`, once a file could be made there: asked before the work, not after it.
+
+    Raises:
+        SchemaError, StorageError: as `replacing`.
+
+    Proof: tests/test_disk.py::test_a_target_that_cannot_be_written_is_refused_at_once
+    """
+    target = output_file(who, path)
+    with machine_faults(who, path, WRITING):
+        partial = _partial(target)
+        with _locked(partial):
+            partial.unlink()
+    return target
+
+
+@contextmanager
+def new_folder(who: str, path: PathLike) -> Iterator[Path]:
+    """An empty folder that is renamed to `path` when the block ends well, as `replacing` does.
+
+    Nothing may be at `path`, or an empty folder. What is written into it must be synced.
+
+    Raises:
+        SchemaError, StorageError: as `output_path`; the machine could not write.
+
+    Proof: tests/test_disk.py::test_a_killed_writer_leaves_nothing_behind_the_next_one
+    """
+    target = output_path(who, path)
+    partial = _partial(target)
+    with machine_faults(who, path, WRITING):
+        try:
+            _remove_left_over(target)
+            partial.mkdir()
+            descriptor = os.open(partial, os.O_RDONLY)
+            try:
+                _lock(descriptor)
+                yield partial
+                sync_folder(partial)
+                partial.rename(target)
+                sync_folder(target.parent)
+            finally:
+                os.close(descriptor)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def _locked(partial: Path) -> BinaryIO:
+    """A new file, and its lock, which ends when the file is closed."""
+    while True:
+        raw = partial.open("x+b", buffering=0)
+        with suppress(OSError):  # a file system without locks
+            _lock(raw.fileno())
+        if partial.exists():  # nobody took it for one that was left, between those two lines
+            return raw
+        raw.close()
+
+
+def _lock(descriptor: int) -> None:
+    """Until it is closed, also by a kill; OSError if somebody else has it."""
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _remove_left_over(target: Path) -> None:
+    """Remove the partial files and folders of writers of `target` that are no more alive."""
+    for partial in target.parent.glob(_partial(target, "*").name):
+        with suppress(OSError):  # somebody's who lives, or not ours
+            descriptor = os.open(partial, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                _lock(descriptor)
+                shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+            finally:
+                os.close(descriptor)
+
+
+def _partial(target: Path, which: str = "") -> Path:
+    """A name for the new file beside `target`; with `which` "*", the pattern of all such names."""
+    of = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:8]
+    return target.with_name(f".refcurv-{of}-{which or secrets.token_hex(6)}.partial")
+
+
+def write_bytes(who: str, path: PathLike, data: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        SchemaError, StorageError: as `replacing`.
 
     Proof: tests/test_report.py::test_writing_is_atomic
     """
-    target = output_path(who, path)
-    with machine_faults(who, path, WRITING):
-        descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:80]}.")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            mask = os.umask(0)
-            os.umask(mask)
-            Path(name).chmod(0o666 & ~mask)
-            Path(name).replace(target)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
-        sync_folder(target.parent)
+    with replacing(who, path) as file, machine_faults(who, path, WRITING):
+        view = memoryview(data)
+        while view:
+            view = view[file.write(view) :]
 
 
 def write_json(data: object, path: PathLike) -> None:

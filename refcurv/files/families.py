@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from dataclasses import field as field_of
 from enum import StrEnum
 from typing import Final
 
@@ -18,10 +19,12 @@ from refcurv.files.keys import (
     activation,
     bias,
     choice,
+    echo,
     field,
     fixed,
     images,
     local_blocks,
+    not_built,
     nullable,
     one_window,
     only,
@@ -113,9 +116,11 @@ class Family:
             the base model lacks it.
         rules: config.json ↔ ModelConfig, in order.
         slots: the tensors.
-        ignored: patterns of tensors that are no parameters (buffers, a pooler).
+        ignored: patterns of tensors that are no parameters, beside BUFFERS (masks, a pooler).
         irrelevant: keys of its own that no forward depends on.
         refused: other classes of this model_type, and why not.
+        aliases: keys that transformers takes for others, other names of the same attribute.
+        in_memory: modules that transformers 5 calls otherwise than the checkpoint does.
     """
 
     model_type: str
@@ -126,6 +131,15 @@ class Family:
     ignored: tuple[str, ...] = ()
     irrelevant: frozenset[str] = frozenset()
     refused: Mapping[str, str] | None = None
+    aliases: Mapping[str, str] = field_of(default_factory=dict)
+    in_memory: Mapping[str, str] = field_of(default_factory=dict)
+
+
+BUFFERS: Final = (
+    r"(.+\.)?rotary_emb\.(\w+_)?(inv_freq|(cos|sin)_cached)",
+    r"(.+\.)?embed_tokens\.embed_scale",
+)
+"""Tensors of any family that follow from config.json, which earlier releases stored."""
 
 
 def _slots(names: Mapping[str, str]) -> tuple[Slot, ...]:
@@ -174,7 +188,6 @@ _BOTH: Final = _block(
     },
 )
 _LLAMA_SLOTS: Final = _slots(_ENDS | _ATTENTION | _GATED_MLP | _PRE)
-_ROTARY: Final = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 
 _VOCABULARY: Final = field("vocab_size", "vocabulary")
 _RMS_EPS: Final = field("rms_norm_eps", "norm_eps")
@@ -209,7 +222,6 @@ OLMO2: Final = Family(
     "model.",
     (*_OLMO2, rope(), only("clip_qkv", None)),
     _slots(_ENDS | _ATTENTION | _GATED_MLP | _POST),
-    _ROTARY,
 )
 
 OLMO3: Final = Family(
@@ -222,7 +234,6 @@ OLMO3: Final = Family(
         windows_by_layer(lambda i, data: "full_attention" if i % 4 == 3 else "sliding_attention"),
     ),
     _slots(_ENDS | _ATTENTION | _GATED_MLP | _POST),
-    _ROTARY,
 )
 
 OLMO: Final = Family(
@@ -241,7 +252,6 @@ OLMO: Final = Family(
         _tied(False),
     ),
     _LLAMA_SLOTS,
-    _ROTARY,
 )
 
 # ------------------------------------------------------------------ Llama and its kin
@@ -263,7 +273,6 @@ LLAMA: Final = Family(
         only("rope_interleaved", False, None),
     ),
     _LLAMA_SLOTS,
-    _ROTARY,
 )
 
 MISTRAL: Final = Family(
@@ -281,7 +290,6 @@ MISTRAL: Final = Family(
         _tied(False),
     ),
     _LLAMA_SLOTS,
-    _ROTARY,
 )
 
 _QWEN: Final = (
@@ -305,7 +313,6 @@ QWEN2: Final = Family(
         only("use_mrope", False, None),
     ),
     _LLAMA_SLOTS,
-    _ROTARY,
 )
 
 QWEN3: Final = Family(
@@ -319,7 +326,6 @@ QWEN3: Final = Family(
         _ATTENTION_BIAS,
     ),
     _LLAMA_SLOTS,
-    _ROTARY,
 )
 
 # ------------------------------------------------------------------ Gemma
@@ -350,7 +356,6 @@ GEMMA: Final = Family(
         only("hidden_activation", _TANH, None),
     ),
     _LLAMA_SLOTS,
-    _ROTARY,
 )
 
 GEMMA2: Final = Family(
@@ -368,8 +373,6 @@ GEMMA2: Final = Family(
         windows_by_layer(lambda i, data: "full_attention" if i % 2 else "sliding_attention"),
     ),
     _slots(_ENDS | _ATTENTION | _GATED_MLP | _BOTH),
-    _ROTARY,
-    frozenset({"cache_implementation"}),
 )
 
 # ------------------------------------------------------------------ GPT
@@ -384,7 +387,7 @@ _GPT_ENDS: Final = {
 _GPT_NORMS: Final = _block("transformer.h.*.", {"attn_norm": "ln_1", "mlp_norm": "ln_2"})
 _SUMMARY: Final = frozenset(
     "summary_activation summary_first_dropout summary_proj_to_labels summary_type "
-    "summary_use_proj n_ctx reorder_and_upcast_attn gradient_checkpointing".split()
+    "summary_use_proj n_ctx reorder_and_upcast_attn".split()
 )
 """A head that no language model has, an older name of n_positions, and how to compute."""
 
@@ -418,6 +421,12 @@ GPT2: Final = Family(
     ),
     (r"transformer\.h\.\d+\.attn\.(masked_)?bias",),
     _SUMMARY,
+    aliases={
+        "hidden_size": "n_embd",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "max_position_embeddings": "n_positions",
+    },
 )
 
 GPT_NEO: Final = Family(
@@ -459,6 +468,7 @@ GPT_NEO: Final = Family(
     ),
     (r"transformer\.h\.\d+\.attn\.attention\.(masked_)?bias",),
     _SUMMARY,
+    aliases={"num_hidden_layers": "num_layers", "num_attention_heads": "num_heads"},
 )
 
 GPT_NEOX: Final = Family(
@@ -506,13 +516,11 @@ GPT_NEOX: Final = Family(
             Form.HEADS,
         ),
     ),
-    (r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",),
+    (r"gpt_neox\.layers\.\d+\.attention\.(masked_)?bias",),
+    in_memory={"lm_head": "embed_out"},
 )
 
 # ------------------------------------------------------------------ Phi
-
-_OWN_COPY: Final = frozenset({"auto_map"})
-"""It names the authors' own copy of the class, which transformers does not run unasked."""
 
 PHI: Final = Family(
     "phi",
@@ -551,8 +559,6 @@ PHI: Final = Family(
             },
         )
     ),
-    _ROTARY,
-    _OWN_COPY,
 )
 
 PHI3: Final = Family(
@@ -569,6 +575,10 @@ PHI3: Final = Family(
         rope(partial_key="partial_rotary_factor", scalings=()),
         one_window(None),
         only("attention_bias", False, None),
+        only("mlp_bias", False, None),
+        only("lm_head_bias", False, None),
+        only("full_attn_mod", 1, None),
+        only("interpolate_factor", 1, None),
         _tied(False),
     ),
     (
@@ -583,8 +593,7 @@ PHI3: Final = Family(
         ),
         Slot("model.layers.*.mlp.gate_up_proj", ("blocks.*.mlp.gate", "blocks.*.mlp.up")),
     ),
-    _ROTARY,
-    _OWN_COPY | {"original_max_position_embeddings"},
+    irrelevant=frozenset({"original_max_position_embeddings"}),
 )
 
 # ------------------------------------------------------------------ others
@@ -605,6 +614,7 @@ STARCODER2: Final = Family(
         one_window(None),
         only("mlp_type", "default", None),
         only("norm_type", "layer_norm", None),
+        echo("layer_norm_epsilon", "norm_epsilon"),
         _tied(True),
     ),
     _slots(
@@ -613,7 +623,7 @@ STARCODER2: Final = Family(
         | _PRE
         | _block("model.layers.*.mlp.", {"mlp.up": "c_fc", "mlp.down": "c_proj"})
     ),
-    _ROTARY,
+    irrelevant=frozenset({"activation_function"}),  # its activation is hidden_act
 )
 
 STABLELM: Final = Family(
@@ -628,7 +638,9 @@ STABLELM: Final = Family(
         field("layer_norm_eps", "norm_eps"),
         _SILU,
         bias("use_qkv_bias", False, "q", "k", "v"),
-        only("qk_layernorm", False, None),  # it has a norm of its own for each head
+        not_built(
+            "qk_layernorm", "a norm of queries and keys with a gain of its own for each head"
+        ),
         choice(
             "use_parallel_residual",
             "residual",
@@ -639,10 +651,21 @@ STABLELM: Final = Family(
         _tied(False),
     ),
     _LLAMA_SLOTS,
-    _ROTARY,
 )
 
 # ------------------------------------------------------------------ images
+
+
+_VISION_IN_MEMORY: Final = {
+    "layernorm_before": "layernorm_before",
+    "attention.q_proj": "attention.attention.query",
+    "attention.k_proj": "attention.attention.key",
+    "attention.v_proj": "attention.attention.value",
+    "attention.o_proj": "attention.output.dense",
+    "layernorm_after": "layernorm_after",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
 
 
 def _vision(model_type: str, architecture: str, specials: tuple[str, ...]) -> Family:
@@ -697,6 +720,10 @@ def _vision(model_type: str, architecture: str, specials: tuple[str, ...]) -> Fa
         {
             "DeiTForImageClassificationWithTeacher": "it averages two heads, one on the "
             "distillation token. refcurv computes one; save it as DeiTForImageClassification",
+        },
+        in_memory={
+            f"{model_type}.layers.*.{mine}": at + theirs
+            for mine, theirs in _VISION_IN_MEMORY.items()
         },
     )
 

@@ -8,10 +8,7 @@ tensors: each becomes a parameter, or is known to be none.
 from __future__ import annotations
 
 import json
-import re
-import secrets
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -25,13 +22,17 @@ from refcurv.files.disk import (
     PathLike,
     file_sha256,
     machine_faults,
+    new_folder,
     one_line,
+    output_path,
     parse_json,
-    sync_folder,
+    write_bytes,
 )
-from refcurv.files.families import FAMILIES, Family, Form, Slot, join, split, tensor_shape
-from refcurv.files.keys import only
-from refcurv.files.safetensors import Tensor
+from refcurv.files.families import FAMILIES, Family, join, split, tensor_shape
+from refcurv.files.keys import same
+from refcurv.files.known import require_known
+from refcurv.files.mistaken import no_folder, unknown_model
+from refcurv.files.naming import Source, Tensors, plan, tensors_of, whole
 from refcurv.law.checks import (
     Array,
     ConventionError,
@@ -41,38 +42,10 @@ from refcurv.law.checks import (
 )
 from refcurv.model.config import ModelConfig
 
-_EVERYWHERE: Final = {
-    rule.keys[0]: rule
-    for rule in (
-        only("pretraining_tp", 1, None),
-        only("partial_rotary_factor", 1, None),
-        only("clip_qkv", None),
-        only("sliding_window", None),
-        only("quantization_config", None),
-        only("is_encoder_decoder", False, None),
-        only("add_cross_attention", False, None),
-        only("pruned_heads", {}, None),
-        only("chunk_size_feed_forward", 0, None),
-    )
-}
-"""What any config.json may say, where its family has no rule of its own for it."""
-
-_IRRELEVANT: Final = frozenset(
-    "architectures attn_implementation bos_token_id dtype eos_token_id finetuning_task id2label "
-    "initializer_range is_decoder label2id max_length max_position_embeddings output_attentions "
-    "output_hidden_states pad_token_id prefix problem_type return_dict sep_token_id "
-    "task_specific_params tf_legacy_loss tokenizer_class torch_dtype torchscript "
-    "transformers_version unsloth_fixed unsloth_version use_bfloat16 use_cache "
-    "_attn_implementation _attn_implementation_autoset _commit_hash _name_or_path "
-    "attention_dropout attention_probs_dropout_prob attn_pdrop classifier_dropout embd_pdrop "
-    "embed_dropout embedding_dropout hidden_dropout hidden_dropout_prob resid_dropout "
-    "resid_pdrop residual_dropout".split()
-)
-"""Keys of no consequence for a forward and backward pass on given tokens, without dropout.
-
-One has consequence in torch: it gives the embedding of `pad_token_id` no gradient. Here every
-embedding has the gradient of the loss.
-"""
+_CONFIG: Final = "config.json"
+_WEIGHTS: Final = "model.safetensors"
+_LONGEST: Final = 600
+"""Letters of a sentence about config.json."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,19 +61,53 @@ class Mapped:
     dtype: str
 
 
-def convert(directory: PathLike, path: PathLike) -> list[Mapped]:
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What became of a checkpoint.
+
+    Fields:
+        mapped: one for each parameter, in file order, then one for each ignored tensor.
+        renamed: what was left out of all tensors' names, in a sentence, or "".
+        ignored_keys: keys of config.json that the caller said to ignore.
+        not_read: files with weights that are no part of the model.
+        beside: files of a tokenizer and of generation that lie beside the weights.
+    """
+
+    mapped: list[Mapped]
+    renamed: str
+    ignored_keys: tuple[str, ...]
+    not_read: tuple[str, ...]
+    beside: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What `export` wrote: files; `again`, if all of them were there; `left`, what was not copied.
+
+    `left` are the tokenizer's and generation files that lay beside the checkpoint.
+    """
+
+    files: tuple[str, ...]
+    again: bool
+    left: tuple[str, ...]
+
+
+def convert(directory: PathLike, path: PathLike, ignore_keys: Collection[str] = ()) -> list[Mapped]:
     """Turn a checkpoint directory into a weights file.
 
     Definition
         Every number is copied bit for bit under its new name: Conv1D weights are turned (LAYOUT),
         fused tensors (q, k, v; gate, up) are split, the kernel of a patch embedding is flattened.
-        Buffers, a pooler and the second copy of a tied head are ignored, and listed.
+        Buffers, a pooler and the second copy of a tied head are ignored, and listed. A prefix that
+        all names share and the base model has not is left out.
 
     Args:
         directory: Holds config.json (its model_type one of refcurv.files.families.FAMILIES) and
             model.safetensors, or shards with model.safetensors.index.json. A snapshot of the
-            Hub's cache will do.
+            Hub's cache will do: links are followed.
         path: The weights file to write.
+        ignore_keys: Keys of config.json that are unknown here and change nothing, the caller
+            says; the file's provenance lists them. A key that the family reads is refused.
 
     Returns:
         One Mapped for each parameter, in file order, then one for each ignored tensor.
@@ -117,195 +124,161 @@ def convert(directory: PathLike, path: PathLike) -> list[Mapped]:
     Source: transformers 5.23, models/*/configuration_*.py and modeling_*.py.
     Proof:  tests/test_peers.py::test_logits_loss_gradients_and_factors
     """
+    return conversion(directory, path, ignore_keys).mapped
+
+
+def conversion(
+    directory: PathLike, path: PathLike, ignore_keys: Collection[str] = ()
+) -> Conversion:
+    """`convert`, and all that it noticed."""
     folder = Path(directory)
+    keys = (ignore_keys,) if isinstance(ignore_keys, str) else tuple(sorted(set(ignore_keys)))
     if not folder.is_dir():
-        raise SchemaError(f"convert: there is no folder {str(folder)!r}.")
+        raise no_folder(directory)
     with machine_faults("convert", folder):
-        text = checkpoints.read_text(folder, "config.json")
-        family, config = read_config(f"convert: {str(folder / 'config.json')!r}", text)
-        tensors = checkpoints.read_tensors(folder)
-    if config.layers > len(tensors):  # before as many names are made
+        text = checkpoints.read_config_text(folder)
+        family, config = read_config(f"convert: {str(folder / _CONFIG)!r}", text, keys)
+        found = checkpoints.read_tensors(folder)
+        beside = checkpoints.beside(folder)
+    if config.layers > len(found.tensors):  # before as many names are made
         raise SchemaError(
             f"convert: {str(folder)!r}: config.json asks for {config.layers} layers, but there are "
-            f"only {len(tensors)} tensors."
+            f"only {len(found.tensors)} tensors."
         )
-    plan = _plan(f"convert: {str(folder)!r}", family, config, tensors)
-    shards = sorted({tensor.path for tensor in tensors.values()})
-    made_from = {
-        "inputs": {p.name: file_sha256(p) for p in [folder / "config.json", *shards]},
-        "checkpoint_config": text,
+    made = plan(f"convert: {str(folder)!r}", family, config, found.tensors)
+    shards = sorted({tensor.path for tensor in found.tensors.values()})
+    noticed = {
+        "ignored_keys": list(keys),
+        "renamed": made.renamed,
+        "not_read": list(found.not_read),
+        "beside": beside,
     }
-    weights.write(path, config, _entries(config, plan), made_from)
-    taken = {source.tensor.name for source in plan.values()}
-    mapped = [(source.tensor, name) for name, source in plan.items()]
-    ignored = [(tensor, None) for tensor in tensors.values() if tensor.name not in taken]
-    return [Mapped(t.name, name, t.shape, t.stored) for t, name in [*mapped, *ignored]]
+    made_from = {
+        "inputs": {p.name: file_sha256(p) for p in [folder / _CONFIG, *shards]},
+        "checkpoint_config": text,
+        **{name: value for name, value in noticed.items() if value},
+    }
+    weights.write(path, config, _entries(config, made.sources), made_from)
+    mapped = [(source.tensor, name) for name, source in made.sources.items()]
+    ignored = [(tensor, None) for tensor in made.ignored]
+    rows = [Mapped(t.name, name, t.shape, t.stored) for t, name in [*mapped, *ignored]]
+    return Conversion(rows, made.renamed, keys, found.not_read, tuple(beside))
 
 
-def export(path: PathLike, directory: PathLike) -> None:
+def export(path: PathLike, directory: PathLike, tokenizer_from: PathLike | None = None) -> Exported:
     """Turn a weights file into a checkpoint directory that transformers loads.
 
     Definition
         config.json is the checkpoint's own, verbatim, if it still describes the model, otherwise
         a minimal one of its family, or of the first family that can describe it;
-        model.safetensors holds every number as stored, bit for bit, where `convert` found it.
+        model.safetensors holds every number as stored, bit for bit, where `convert` found it
+        (without what it left out of the names). A tokenizer is copied from `tokenizer_from` alone:
+        no path that a weights file names is ever opened.
 
     Args:
         path: A weights file.
-        directory: A folder that does not exist or is empty; it appears whole or not at all.
+        directory: A folder that does not exist or is empty; it appears whole or not at all. One
+            that holds just what would be written is done already, and left as it is.
+        tokenizer_from: A folder, the checkpoint's own as a rule, whose files of a tokenizer and
+            of generation (refcurv.files.checkpoints.BESIDE) are copied.
+
+    Returns:
+        Exported: the files; `again` if they were there; `left`, which files that lay beside the
+        checkpoint were not copied.
 
     Raises:
         ConventionError: No known family computes what this model does, or the parts of a fused
-            tensor are stored in different dtypes.
-        SchemaError: Not a weights file; the folder is not empty.
+            tensor are stored in different dtypes; a file of `tokenizer_from` is not the one that
+            lay beside the checkpoint.
+        SchemaError: Not a weights file; the folder is not empty; `tokenizer_from` has no such file.
         StorageError: The machine failed.
 
-    Cost: One tensor in memory, and its parts if it is fused.
+    Cost: One tensor in memory, and its parts if it is fused; another where the folder is there.
     Source: https://huggingface.co/docs/safetensors, the format.
     Proof:  tests/test_huggingface.py::test_round_trip
+        tests/test_conversion.py::test_an_export_that_is_there_is_done
     """
     model = weights.load(path)
     header: store.Header = model.source["header"]
     config = model.config
     family, text = _config_text(header, config, model.stored)
     slots = _named(header, family, tensors_of(family, config))
+    rows = _rows(config, slots, model.stored)
+
+    def read(name: str) -> Array:
+        slot, ours = slots[name]
+        return join(slot, config, [store.read(header, weights.PARAMETERS + p) for p in ours])
+
+    recorded = header.provenance.get("beside")
+    seen = recorded if isinstance(recorded, dict) else {}
+    kept = {name: seen[name] for name in checkpoints.BESIDE if name in seen}
+    copied = {} if tokenizer_from is None else _beside(Path(tokenizer_from), kept)
+    files = {_CONFIG: text.encode(), **copied}
+    target = output_path("export", directory)
+    left = tuple(name for name in kept if name not in copied)
+    with machine_faults("export", target, WRITING):
+        again = _is_there(target, files, rows, read)
+    if not again:
+        with new_folder("export", target) as folder:
+            for name, data in files.items():
+                write_bytes("export", folder / name, data)
+            safetensors.write_file(folder / _WEIGHTS, rows, read)
+    return Exported((_CONFIG, _WEIGHTS, *copied), again, left)
+
+
+def _rows(config: ModelConfig, slots: Tensors, stored: Mapping[str, str]) -> safetensors.Rows:
+    """Name, dtype and shape of each tensor to write."""
     shapes = config.parameter_shapes()
     rows = []
     for name, (slot, ours) in slots.items():
-        kinds = sorted({model.stored[part] for part in ours})
+        kinds = sorted({stored[part] for part in ours})
         if len(kinds) > 1:
             raise ConventionError(
                 f"export: {', '.join(ours)} make up {name!r}, but are stored as "
                 f"{' and '.join(kinds)}. Store them alike."
             )
         rows.append((name, kinds[0], tensor_shape(slot, config, [shapes[p] for p in ours])))
-
-    def read(name: str) -> Array:
-        slot, ours = slots[name]
-        return join(slot, config, [store.read(header, weights.PARAMETERS + p) for p in ours])
-
-    target = checkpoints.new_folder(directory)
-    partial = target.with_name(f".refcurv-{secrets.token_hex(6)}.partial")
-    try:
-        with machine_faults("export", target, WRITING):
-            partial.mkdir()
-            (partial / "config.json").write_text(text, encoding="utf-8", newline="")
-            safetensors.write_file(partial / "model.safetensors", rows, read)
-            sync_folder(partial)
-            partial.rename(target)
-            sync_folder(target.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    return rows
 
 
-# ------------------------------------------------------------------ names
-
-Tensors = dict[str, tuple[Slot, tuple[str, ...]]]
-"""The checkpoint's name of a tensor → how it holds which of our parameters."""
-
-
-def tensors_of(family: Family, config: ModelConfig) -> Tensors:
-    """Every tensor that a checkpoint of this family and configuration has."""
-    shapes = config.parameter_shapes()
-    found: Tensors = {}
-    for slot in family.slots:
-        for block in map(str, range(config.layers)) if "*" in slot.theirs else ("",):
-            for kind in ("weight", "bias"):
-                ours = tuple(f"{name.replace('*', block)}.{kind}" for name in slot.ours)
-                if not all(name in shapes for name in ours):
-                    continue
-                suffix = "" if slot.form is Form.BARE else f".{kind}"
-                found[slot.theirs.replace("*", block) + suffix] = (slot, ours)
-    named = {name for _, ours in found.values() for name in ours}
-    assert named == set(shapes), f"{family.model_type}: no name for {set(shapes) - named}"
-    return found
-
-
-def _whole(family: Family, names: list[str]) -> dict[str, str]:
-    """A checkpoint's names → the same with the family's prefix, which the base model's lack."""
-    if any(name.startswith(family.prefix) for name in names):
-        return {name: name for name in names}
-    heads = {slot.theirs for slot in family.slots if slot.ours == ("head",)}
-    return {n: n if n.rpartition(".")[0] in heads else family.prefix + n for n in names}
-
-
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """Where a parameter comes from: part `index` of a tensor whose parts are `ours`."""
-
-    tensor: Tensor
-    slot: Slot
-    ours: tuple[str, ...]
-    index: int
-
-
-def _plan(
-    where: str, family: Family, config: ModelConfig, tensors: Mapping[str, Tensor]
-) -> dict[str, _Source]:
-    """Parameter → source, each there in its shape, and no tensor left that could matter."""
-    whole = {name: tensors[mine] for mine, name in _whole(family, list(tensors)).items()}
-    shapes = config.parameter_shapes()
-    sources: dict[str, _Source] = {}
-    wanted = tensors_of(family, config)
-    for theirs, (slot, ours) in wanted.items():
-        tensor = whole.get(theirs)
-        if tensor is None:
+def _beside(folder: Path, recorded: Mapping[str, Any]) -> dict[str, bytes]:
+    """The tokenizer's and generation files of a folder, which must be those that convert saw."""
+    if not folder.is_dir():
+        raise SchemaError(f"export: there is no folder {str(folder)!r} to take a tokenizer from.")
+    with machine_faults("export", folder):
+        there = checkpoints.beside(folder)
+        for name, sha256 in there.items():
+            if recorded.get(name, sha256) != sha256:
+                raise ConventionError(
+                    f"export: {str(folder / name)!r} is not the file that lay beside the "
+                    "checkpoint when it was converted. Name that folder, or copy it yourself."
+                )
+        if not there:
             raise SchemaError(
-                f"{where} lacks the tensor {theirs!r} ({', '.join(ours)}).{_hint(ours)}"
+                f"export: {str(folder)!r} has no tokenizer.json or other file of a tokenizer."
             )
-        shape = tensor_shape(slot, config, [shapes[name] for name in ours])
-        if tensor.shape != shape:
-            raise SchemaError(
-                f"{where}: tensor {tensor.name!r} has shape {tensor.shape}; config.json asks "
-                f"for {shape}."
-            )
-        if tensor.stored not in weights.STORED:
-            raise SchemaError(
-                f"convert: {str(tensor.path)!r}: tensor {tensor.name!r} is of type "
-                f"{tensor.stored!r}; parameters are "
-                f"{', '.join(weights.STORED)}. A quantised checkpoint must be dequantised first."
-            )
-        sources |= {name: _Source(tensor, slot, ours, i) for i, name in enumerate(ours)}
-    for theirs, tensor in whole.items():
-        if theirs in wanted or any(re.fullmatch(p, theirs) for p in family.ignored):
-            continue
-        head = next(slot.theirs for slot in family.slots if slot.ours == ("head",))
-        if theirs == f"{head}.weight" and config.tied:
-            _require_same(where, tensor, sources["embed.weight"].tensor)
-            continue
-        raise SchemaError(
-            f"{where} holds a tensor {tensor.name!r} that a {family.model_type} of this "
-            "config.json has not."
-        )
-    return {name: sources[name] for name in shapes}
+        return {name: (folder / name).read_bytes() for name in there}
 
 
-def _hint(ours: tuple[str, ...]) -> str:
-    if ours == ("head.weight",):
-        return (
-            " Is tie_word_embeddings missing from config.json, or was the base model saved, "
-            "without its head?"
-        )
-    return ""
+def _is_there(
+    target: Path, files: Mapping[str, bytes], rows: safetensors.Rows, read: Callable[[str], Array]
+) -> bool:
+    """Does the folder hold just what would be written? SchemaError if it holds anything else."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return False
+    names = {path.name for path in target.iterdir()} if target.is_dir() else set()
+    plain = all((target / n).is_file() and not (target / n).is_symlink() for n in names)
+    if plain and names == {*files, _WEIGHTS}:
+        alike = all((target / name).read_bytes() == data for name, data in files.items())
+        if alike and safetensors.holds(target / _WEIGHTS, rows, read):
+            return True
+    raise SchemaError(f"export: {str(target)!r} exists and is no empty folder. Name another.")
 
 
-def _require_same(where: str, head: Tensor, embed: Tensor) -> None:
-    """A tied checkpoint may store its head a second time, but not another one."""
-    same = (head.shape, head.stored) == (embed.shape, embed.stored) and np.array_equal(
-        safetensors.read_tensor(head).view(np.uint8), safetensors.read_tensor(embed).view(np.uint8)
-    )
-    if not same:
-        raise ConventionError(
-            f"{where}: config.json ties the head to the embedding, but {head.name!r} differs from "
-            f"{embed.name!r}. Which one is meant? Delete one, or set tie_word_embeddings to false."
-        )
-
-
-def _entries(config: ModelConfig, plan: Mapping[str, _Source]) -> Iterator[store.Entry]:
+def _entries(config: ModelConfig, sources: Mapping[str, Source]) -> Iterator[store.Entry]:
     shapes = config.parameter_shapes()
     for name, source in tqdm(
-        plan.items(), desc="convert", unit="tensor", disable=None, delay=1, leave=False
+        sources.items(), desc="convert", unit="tensor", disable=None, delay=1, leave=False
     ):
         tensor, parts = source.tensor, [shapes[part] for part in source.ours]
         array = safetensors.read_tensor(tensor)
@@ -329,8 +302,8 @@ def _named(header: store.Header, family: Family, tensors: Tensors) -> Tensors:
     flat = [name for names in own.values() for name in names]
     if len(flat) != len(tensors) or len(set(flat)) != len(flat):
         return tensors
-    whole = _whole(family, flat)
-    if any(whole[next(iter(names))] != theirs for theirs, names in own.items()):
+    full = whole(family, flat)
+    if any(full[next(iter(names))] != theirs for theirs, names in own.items()):
         return tensors
     return {next(iter(own[theirs])): found for theirs, found in tensors.items()}
 
@@ -338,8 +311,8 @@ def _named(header: store.Header, family: Family, tensors: Tensors) -> Tensors:
 # ------------------------------------------------------------------ config.json
 
 
-def read_config(where: str, text: str) -> tuple[Family, ModelConfig]:
-    """The family and configuration that a config.json describes.
+def read_config(where: str, text: str, ignore: Collection[str] = ()) -> tuple[Family, ModelConfig]:
+    """The family and configuration that a config.json describes, read without the keys `ignore`.
 
     Raises ConventionError for what refcurv does not compute, SchemaError for what is missing.
     """
@@ -347,11 +320,11 @@ def read_config(where: str, text: str) -> tuple[Family, ModelConfig]:
     kinds = {family.model_type: family for family in FAMILIES}
     family = kinds.get(str(data.get("model_type")))
     if family is None:
-        raise ConventionError(
-            f"{where}: model_type is {data.get('model_type')!r:.60}; known are {', '.join(kinds)}."
-        )
+        kind, classes = data.get("model_type"), data.get("architectures")
+        raise ConventionError(unknown_model(where, kind, classes, kinds))
     try:
-        _require_known(family, data)
+        require_known(family, data, ignore)
+        data = _without_aliases(family, data)
         fields: dict[str, Any] = {}
         for rule in family.rules:
             found = rule.read(data, fields)
@@ -359,28 +332,26 @@ def read_config(where: str, text: str) -> tuple[Family, ModelConfig]:
             fields |= found | ({"biases": both} if both else {})
     except RefcurvError as error:
         kind = ConventionError if isinstance(error, ConventionError) else SchemaError
-        raise kind(f"{where}: {one_line(error)}.") from None
+        text = " ".join(str(error).split())[:_LONGEST].rstrip(".")
+        raise kind(f"{where}: {text}.") from None
     try:
         return family, ModelConfig(**fields)
     except RefcurvError as error:
         raise SchemaError(f"{where}: {one_line(error)}.") from None
 
 
-def _require_known(family: Family, data: Mapping[str, Any]) -> None:
-    """No key that might change the mathematics unread, and no class that computes otherwise."""
-    own = {key for rule in family.rules for key in rule.keys} | {"model_type"}
-    for key in data.keys() - own:
-        if key in _EVERYWHERE:
-            _EVERYWHERE[key].read(data, {})
-        elif key not in _IRRELEVANT and key not in family.irrelevant:
-            raise ConventionError(
-                f"the key {key!r:.80} is unknown and might change the mathematics. Remove it if it "
-                "does not"
-            )
-    classes = data.get("architectures")
-    for name, reason in (family.refused or {}).items():
-        if isinstance(classes, list) and name in classes:
-            raise ConventionError(f"architectures has {name}: {reason}")
+def _without_aliases(family: Family, data: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json with each attribute under one name; where both are there, they agree."""
+    found = dict(data)
+    for alias, key in family.aliases.items():
+        if alias in found:
+            value = found.pop(alias)
+            if value is not None and not same(found.setdefault(key, value), value):
+                raise ConventionError(
+                    f"{key} is {found[key]!r:.40} and {alias}, another name of it, is "
+                    f"{value!r:.40}; which one is meant?"
+                )
+    return found
 
 
 def _config_text(
@@ -388,9 +359,11 @@ def _config_text(
 ) -> tuple[Family, str]:
     """A family and its config.json: the checkpoint's own if it still describes the model."""
     kept, families = header.provenance.get("checkpoint_config"), list(FAMILIES)
+    ignored = header.provenance.get("ignored_keys")
+    keys = [key for key in ignored if isinstance(key, str)] if isinstance(ignored, list) else []
     if isinstance(kept, str):
         try:
-            family, read = read_config("export: checkpoint_config", kept)
+            family, read = read_config("export: checkpoint_config", kept, keys)
         except RefcurvError:
             pass  # not ours to judge: a minimal one describes the model just as well
         else:

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from refcurv.files import store
+from refcurv.files.digest import digest
 from refcurv.files.disk import PathLike
+from refcurv.files.weights import load
 
 
 def inspect_file(
@@ -16,8 +18,9 @@ def inspect_file(
     """A refcurv file of any kind as plain values; every dataset's checksum is verified.
 
     Returns:
-        path, format, version, attributes (JSON texts parsed), provenance, bytes, and entries: a
-        dictionary per dataset with name, shape, stored (dtype), nbytes, sha256, attributes.
+        path, format, version, attributes (JSON texts parsed), provenance, bytes, entries: a
+        dictionary per dataset with name, shape, stored (dtype), nbytes, sha256, attributes; of a
+        weights file also weights, its digest, and edits, what was done to them.
 
     Raises:
         SchemaError: not one of our files. ChecksumError: names the first damaged dataset.
@@ -41,10 +44,15 @@ def inspect_file(
             }
         )
         progress(done, len(header.entries))
+    about: dict[str, Any] = {}
+    if header.format == "refcurv-weights":
+        model = load(header.path)
+        about = {"weights": digest(model), "edits": list(model.edits)}
     return {
         "path": header.path,
         "format": header.format,
         "version": header.version,
+        **about,
         "attributes": {key: _parsed(value) for key, value in header.attributes.items()},
         "provenance": dict(header.provenance),
         "nbytes": sum(info.nbytes for info in header.entries.values()),

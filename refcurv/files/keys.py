@@ -135,6 +135,31 @@ def only(key: str, *values: Any) -> Rule:
     return Rule((key,), read, lambda config: {})
 
 
+def not_built(key: str, what: str) -> Rule:
+    """A switch of something that a family has and refcurv does not."""
+
+    def read(data: Values, found: Fields) -> Fields:
+        if flag(data, key, False):
+            raise ConventionError(f"{key} is true: {what} is not built yet")
+        return {}
+
+    return Rule((key,), read, lambda config: {})
+
+
+def echo(key: str, of: str, default: Any = None) -> Rule:
+    """A key that no forward reads, an older spelling of `of`: null, or the same value."""
+
+    def read(data: Values, found: Fields) -> Fields:
+        value, meant = data.get(key), data.get(of, default)
+        if value is not None and not same(value, meant):
+            raise ConventionError(
+                f"{key} is {value!r:.40} and {of} is {meant!r:.40}; which one is meant?"
+            )
+        return {}
+
+    return Rule((key,), read, lambda config: {})
+
+
 def bias(key: str, default: bool, *layers: str) -> Rule:
     """Do these linear layers have a bias?"""
     return Rule(
@@ -229,6 +254,9 @@ _KINDS: Final = {
 }
 """The keys of each kind of scaling; those of every kind come beside them."""
 
+NOT_BUILT: Final = ("axial", "dynamic", "longrope", "mrope", "proportional", "su", "yarn")
+"""Kinds of rotary positions that published models have, where a family does not compute them."""
+
 _BLOCKS: Final = ("rope_parameters", "rope_scaling")
 _NESTED: Final = ("full_attention", "sliding_attention")
 
@@ -261,6 +289,7 @@ def rope(
         context = data.get("max_position_embeddings")
 
         def one(*of: Values) -> Fields:
+            _require_built(of, scalings)
             merged = {"rope_theta": theta, "partial_rotary_factor": partial, **_merged(top, *of)}
             fields = _rope_fields(merged, found["head_width"], scalings, context)
             if partial_key is None and fields["rope_width"] is not None:
@@ -322,6 +351,18 @@ def _merged(*blocks: Values) -> Fields:
     return merged
 
 
+def _require_built(blocks: tuple[Values, ...], scalings: tuple[Scaling, ...]) -> None:
+    """Say of a kind that is known and not built that it is that; later releases write it twice."""
+    kinds = [block.get(key) for block in blocks for key in ("rope_type", "type")]
+    kinds += ["mrope" for block in blocks if block.get("mrope_section") is not None]
+    for kind in kinds:
+        if kind in NOT_BUILT and kind not in scalings:
+            raise ConventionError(
+                f"rope_type is {kind!r}, which is not built yet; built are "
+                f"{', '.join([_PLAIN, *scalings])}"
+            )
+
+
 def _rope_fields(
     block: Fields, head_width: int, scalings: tuple[Scaling, ...], context: object
 ) -> Fields:
@@ -335,9 +376,7 @@ def _rope_fields(
     kind = block.get("rope_type", _PLAIN)
     kinds = {_PLAIN: (), **{str(k): _KINDS[k] for k in scalings}}
     if not isinstance(kind, str) or kind not in kinds:
-        raise ConventionError(
-            f"rope_type is {kind!r:.40}; refcurv computes only {', '.join(kinds)}"
-        )
+        raise ConventionError(f"rope_type is {kind!r:.40}; known are {', '.join(kinds)}")
     for key, value in block.items():
         if key not in (*kinds[kind], "rope_type", "rope_theta", "partial_rotary_factor"):
             raise ConventionError(

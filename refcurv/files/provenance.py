@@ -9,6 +9,7 @@ from typing import Any
 
 import threadpoolctl
 
+from refcurv.algebra.kernels import jit
 from refcurv.law.conventions import describe
 
 
@@ -19,8 +20,22 @@ def provenance(**made_from: Any) -> dict[str, Any]:
         made_from: Anything that belongs to this file: inputs ({file name: sha256}), seed, dtype.
 
     Returns:
-        Versions, platform, BLAS libraries with core type and threads, CPU features, the law
-        (`conventions`), and the items of `made_from`.
+        What `machine` says, platform, BLAS threads, the law (`conventions`), and the items of
+        `made_from`.
+    """
+    return {
+        **machine(),
+        "platform": platform.platform(),
+        "blas_threads": 1,  # every pass limits it (DESIGN §6)
+        "conventions": describe(),
+        **made_from,
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What decides the bits beside inputs, choices and law: versions, BLAS kernels, CPU, JIT.
+
+    The same in every run on one machine, whatever order the libraries were loaded in.
     """
     blas = [
         {key: library.get(key) for key in ("internal_api", "version", "architecture")}
@@ -31,12 +46,9 @@ def provenance(**made_from: Any) -> dict[str, Any]:
         "refcurv": _version("refcurv"),
         "libraries": {name: _version(name) for name in ("numpy", "scipy", "numba", "h5py")},
         "python": platform.python_version(),
-        "platform": platform.platform(),
-        "blas": blas,
-        "blas_threads": 1,  # every pass limits it (DESIGN §6)
+        "blas": sorted(blas, key=lambda library: sorted(map(str, library.values()))),
         "cpu_features": _cpu_features(),
-        "conventions": describe(),
-        **made_from,
+        "jit": jit(),
     }
 
 

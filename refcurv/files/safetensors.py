@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -60,7 +60,12 @@ def read_header(path: Path) -> list[Tensor]:
     where = f"convert: {str(path)!r}"
     with machine_faults("convert", path), path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        if start == b"version ":
+            raise SchemaError(
+                f"{where} is a pointer of git-lfs, not the file: git lfs pull, or hf download."
+            )
         if size < 8 or length > min(size - 8, _MAX_HEADER):
             raise SchemaError(f"{where} is no safetensors file, or cut short. Download it again.")
         try:
@@ -128,12 +133,27 @@ def read_tensor(tensor: Tensor) -> Array:
     return array
 
 
-def write_file(
-    path: Path,
-    tensors: Sequence[tuple[str, str, tuple[int, ...]]],
-    read: Callable[[str], Array],
-) -> None:
-    """Write (name, stored, shape) tensors, each one's raw array got from `read(name)`; synced.
+Rows = Sequence[tuple[str, str, tuple[int, ...]]]
+"""Name, stored and shape of each tensor that a file is made of."""
+
+
+def write_file(path: Path, tensors: Rows, read: Callable[[str], Array]) -> None:
+    """Write (name, stored, shape) tensors, each one's raw array got from `read(name)`; synced."""
+    with path.open("xb") as file:
+        for chunk in _chunks(tensors, read):
+            file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def holds(path: Path, tensors: Rows, read: Callable[[str], Array]) -> bool:
+    """Is the file at `path`, byte for byte, what `write_file` would write?"""
+    with path.open("rb") as file:
+        return all(file.read(len(c)) == c for c in _chunks(tensors, read)) and not file.read(1)
+
+
+def _chunks(tensors: Rows, read: Callable[[str], Array]) -> Iterator[bytes | memoryview]:
+    """The bytes of a file: its header, then tensor by tensor.
 
     The widest dtype comes first, so that every tensor is aligned to its own items.
     """
@@ -146,10 +166,7 @@ def write_file(
         header[name] = {"dtype": names[stored], "shape": shape, "data_offsets": (begin, end)}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("xb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name, stored, _shape in ordered:
-            raw = np.asarray(read(name), dtype=raw_dtype(stored), order="C")
-            file.write(raw.reshape(-1).view(np.uint8).data)
-        file.flush()
-        os.fsync(file.fileno())
+    yield len(text).to_bytes(8, "little") + text
+    for name, stored, _shape in ordered:
+        raw = np.asarray(read(name), dtype=raw_dtype(stored), order="C")
+        yield raw.reshape(-1).view(np.uint8).data

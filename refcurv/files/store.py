@@ -2,8 +2,8 @@
 
 A file is a root with the attributes `format`, `version`, `provenance` and those of its kind, and
 datasets named with `/` where Python has dots. Each dataset is contiguous and little-endian and
-carries the SHA-256 of its C-order bytes. Attributes are scalars or fixed-length UTF-8 strings, so
-that they lie in object headers, which HDF5 checksums itself (file version 1.8 and later).
+carries the SHA-256 of its C-order bytes. Attributes are scalars or fixed-length UTF-8 strings; the
+root's `sha256` is that of everything declared (`declared`): names, shapes, dtypes, attributes.
 
 A file is input like any other: everything that it declares is checked before anything is believed.
 """
@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import math
 import re
-import secrets
+import signal
+import struct
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, TypeVar
 
 import h5py
 import numpy as np
@@ -34,11 +36,10 @@ from refcurv.files.disk import (
     input_path,
     machine_faults,
     one_line,
-    output_path,
     parse_json,
-    sync_folder,
+    replacing,
 )
-from refcurv.files.provenance import provenance
+from refcurv.files.provenance import machine, provenance
 from refcurv.law.checks import (
     Array,
     ChecksumError,
@@ -57,10 +58,14 @@ __all__ = [
     "Header",
     "Info",
     "Source",
+    "declared",
+    "fact",
     "file_sha256",
+    "machine",
     "open_file",
     "provenance",
     "read",
+    "require_entry",
     "sha256",
     "to_name",
     "to_path",
@@ -70,8 +75,8 @@ __all__ = [
 
 Scalar = str | int | float
 
-VERSION: Final = 1
-"""Of the files: goes up when a reader of the previous one would be wrong."""
+VERSION: Final = 2
+"""Of the files that are written. Version 1 lacks the root's `sha256`, and is read as well."""
 
 FORMATS: Final[Mapping[str, str]] = MappingProxyType(
     {
@@ -131,6 +136,15 @@ class Info:
     encoding: str
     nbytes: int
     attributes: Mapping[str, Scalar]
+
+    @classmethod
+    def of(
+        cls, shape: tuple[int, ...], dtype: str, nbytes: int, attributes: Mapping[str, Scalar]
+    ) -> Info:
+        """From all attributes of a dataset, sha256 and encoding among them."""
+        rest = dict(attributes)
+        checksum, encoding = rest.pop("sha256", None), rest.pop("encoding", "")
+        return cls(shape, dtype, str(checksum), str(encoding), nbytes, MappingProxyType(rest))
 
     @property
     def stored(self) -> str:
@@ -210,6 +224,42 @@ def sha256(array: Array) -> str:
     return hashlib.sha256(_little_endian(array).reshape(-1).view(np.uint8).data).hexdigest()
 
 
+def declared(root: Mapping[str, Scalar], entries: Mapping[str, Info]) -> str:
+    """SHA-256 of all that a file declares: the root's `sha256`.
+
+    Definition
+        Fields, each as its length in bytes in decimal, ":", its bytes, "," (a netstring): for the
+        root, whose name is empty, and then for every dataset by ascending dotted name: the name; of
+        a dataset its dtype and its shape, as "3,4"; and for every attribute by ascending name,
+        without the root's sha256: its name and its value, a text in UTF-8, an integer in decimal, a
+        float as the 16 hexadecimal digits of its big-endian IEEE 754 double.
+
+    Proof: tests/test_store.py::test_every_bit_of_an_attribute_is_checked
+    """
+    made = hashlib.sha256()
+
+    def field(value: Scalar) -> None:
+        if isinstance(value, float):
+            value = struct.pack(">d", value).hex()
+        data = str(value).encode()
+        made.update(b"%d:%b," % (len(data), data))
+
+    def object(name: str, facts: tuple[str, ...], attributes: Mapping[str, Scalar]) -> None:
+        for fact in (name, *facts):
+            field(fact)
+        for key in sorted(attributes):
+            field(key)
+            field(attributes[key])
+
+    object("", (), root)
+    for name in sorted(entries):
+        info = entries[name]
+        known = {"sha256": info.sha256} | ({"encoding": info.encoding} if info.encoding else {})
+        shape = ",".join(map(str, info.shape))
+        object(name, (info.dtype, shape), {**info.attributes, **known})
+    return made.hexdigest()
+
+
 def _little_endian(array: Array) -> Array:
     array = np.asarray(array)
     if array.dtype.name not in _TYPES:
@@ -229,12 +279,32 @@ class _Sink:
 
     HDF5 does not survive a write that fails: it cannot close the file, retries at exit and dies
     there by SIGSEGV (seen with h5py 3.16, HDF5 2.0, under RLIMIT_FSIZE). After a failure this
-    file takes everything and keeps nothing; `check` then raises what happened.
+    file takes everything and keeps nothing; `check` then raises what happened. Ctrl-C is such a
+    failure: while HDF5 works it is only noted (`shielded`), since it would leave h5py's callbacks
+    as a RuntimeError.
     """
 
     def __init__(self, raw: BinaryIO) -> None:
         self._raw = raw
         self._failure: BaseException | None = None
+
+    @contextmanager
+    def shielded(self) -> Iterator[None]:
+        """Within, an interrupt becomes this file's failure, and what follows from one is silent."""
+
+        def note(_number: int, _frame: object) -> None:
+            self._failure = self._failure or KeyboardInterrupt()
+
+        main = threading.current_thread() is threading.main_thread()  # no other meets interrupts
+        before = signal.signal(signal.SIGINT, note) if main else None
+        try:
+            yield
+        except Exception:
+            if self._failure is None:  # else HDF5 missed what this file did not keep
+                raise
+        finally:
+            if main:
+                signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
 
     def check(self) -> None:
         if self._failure is not None:
@@ -246,7 +316,7 @@ class _Sink:
         try:
             while self._failure is None and done < len(view):
                 done += self._raw.write(view[done:])
-        except BaseException as failure:  # KeyboardInterrupt too; `check` raises it
+        except BaseException as failure:
             self._failure = failure
         return len(view)
 
@@ -297,42 +367,40 @@ def write(
         SchemaError: The folder does not exist, or the path is no regular file.
         StorageError: Disk full, no permission, write error. The old file, if any, is untouched.
     """
-    target = output_path("write", path)
-    with machine_faults("write", target, WRITING):
-        if target.exists() and not target.is_file():
-            raise SchemaError(f"write: {str(target)!r} is no regular file. Give a file name.")
-    partial = target.with_name(f".refcurv-{secrets.token_hex(6)}.partial")
-    root = {"format": format, "version": VERSION, **attributes}
+    root: dict[str, Scalar] = {"format": format, "version": VERSION, **attributes}
     root["provenance"] = json.dumps(dict(provenance), ensure_ascii=False, allow_nan=False)
-    try:
-        with machine_faults("write", target, WRITING):
-            raw = partial.open("x+b", buffering=0)
-        with raw:
-            _fill(raw, target, root, arrays)
-            with machine_faults("write", target, WRITING):
-                os.fsync(raw.fileno())
-        with machine_faults("write", target, WRITING):
-            partial.replace(target)
-            sync_folder(target.parent)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with replacing("write", path) as raw:
+        _fill(raw, path, root, arrays)
 
 
-def _fill(raw: BinaryIO, target: Path, root: Mapping[str, Scalar], arrays: Iterable[Entry]) -> None:
+def _fill(
+    raw: BinaryIO, target: PathLike, root: Mapping[str, Scalar], arrays: Iterable[Entry]
+) -> None:
+    """The file's bytes. An array is made, checked and hashed outside HDF5, then handed to it."""
     sink = _Sink(raw)
+    found: dict[str, Info] = {}
     taken: set[str] = set()
-    with h5py.File(sink, "w", libver=("v108", "v108")) as file:
-        for key, value in root.items():
-            _write_attribute(file, key, value)
+    with sink.shielded():
+        file = h5py.File(sink, "w", libver=("v108", "v108"))
+    with machine_faults("write", target, WRITING):
+        sink.check()
+    try:
         for entry in arrays:
             _claim(entry.name, taken)
             array = _little_endian(entry.array)
-            dataset = file.create_dataset(to_path(entry.name), data=array)
-            for key, value in {"sha256": sha256(array), **entry.attributes}.items():
-                _write_attribute(dataset, key, value)
+            about = {"sha256": sha256(array), **_written(entry.attributes)}
+            found[entry.name] = Info.of(array.shape, array.dtype.name, array.nbytes, about)
+            with sink.shielded():
+                dataset = file.create_dataset(to_path(entry.name), data=array)
+                _write_attributes(dataset, about)
             with machine_faults("write", target, WRITING):
                 sink.check()
+        root = _written(root)
+        with sink.shielded():
+            _write_attributes(file, {**root, "sha256": declared(root, found)})
+    finally:
+        with sink.shielded():
+            file.close()
     with machine_faults("write", target, WRITING):
         sink.check()
 
@@ -346,13 +414,25 @@ def _claim(name: str, taken: set[str]) -> None:
     taken |= above | {path}
 
 
-def _write_attribute(where: Any, key: str, value: Scalar) -> None:
-    if isinstance(value, str):
-        data = value.encode(errors="backslashreplace")  # a JSON escape, of a file name's stray byte
-        kind = h5py.string_dtype("utf-8", max(1, len(data)))
-        where.attrs.create(key, np.array(data, dtype=kind), dtype=kind)
-    else:
-        where.attrs.create(key, value, dtype="<f8" if isinstance(value, float) else "<i8")
+def _written(attributes: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """Attributes as they will be read: half a character in a text becomes its JSON escape."""
+
+    def plain(value: Scalar) -> Scalar:
+        if isinstance(value, str):
+            return value.encode(errors="backslashreplace").decode()
+        return float(value) if isinstance(value, float | np.floating) else int(value)
+
+    return {key: plain(value) for key, value in attributes.items()}
+
+
+def _write_attributes(where: Any, attributes: Mapping[str, Scalar]) -> None:
+    for key, value in attributes.items():
+        if isinstance(value, str):
+            data = value.encode()
+            kind = h5py.string_dtype("utf-8", max(1, len(data)))
+            where.attrs.create(key, np.array(data, dtype=kind), dtype=kind)
+        else:
+            where.attrs.create(key, value, dtype="<f8" if isinstance(value, float) else "<i8")
 
 
 # ------------------------------------------------------------------ opening
@@ -379,9 +459,16 @@ def open_file(path: PathLike, *, format: str | None = None) -> Header:
         which = identity(found)
     with _opened("open", found) as file:
         root = _attributes(found, "the root", file)
+        checksum = root.pop("sha256", None)
+        everything = dict(root)
         version, made = _require_format(found, root, format), root.pop("provenance")
         kind = str(root.pop("format"))
         entries = _entries(found, file)
+    if (version > 1 or checksum is not None) and checksum != declared(everything, entries):
+        raise ChecksumError(
+            f"open: {str(found)!r}: its attributes, names or shapes do not match their SHA-256. "
+            "The file was damaged or edited after it was written; copy or make it again."
+        )
     return Header(
         path=str(found),
         format=kind,
@@ -428,10 +515,10 @@ def _require_format(path: Path, root: dict[str, Scalar], format: str | None) -> 
             f"here (written by {FORMATS[format]})."
         )
     version = root.pop("version", None)
-    if version != VERSION or not isinstance(version, int):
+    if not isinstance(version, int) or not 1 <= version <= VERSION:
         raise SchemaError(
-            f"{where} has version {version!r}; this refcurv reads {VERSION}. Was it written by a "
-            "newer one?"
+            f"{where} has version {version!r}; this refcurv reads 1 to {VERSION}. Was it written "
+            "by a newer one?"
         )
     if not isinstance(root.get("provenance"), str):
         raise SchemaError(f"{where} has no text attribute 'provenance' (JSON; '{{}}' will do).")
@@ -543,15 +630,14 @@ def _info(path: Path, inner: str, dataset: Any) -> Info:
             f"{dataset.id.get_storage_size()}. Was it written at all?"
         )
     attributes = _attributes(path, f"dataset {to_name(inner)!r}", dataset)
-    checksum, encoding = attributes.pop("sha256", None), attributes.pop("encoding", "")
+    checksum, encoding = attributes.get("sha256"), attributes.get("encoding", "")
     if not isinstance(checksum, str) or not re.fullmatch("[0-9a-f]{64}", checksum):
         raise SchemaError(f"{where} has no attribute 'sha256' of 64 lowercase hexadecimal digits.")
     if encoding not in ("", BFLOAT16) or (encoding and dtype != "uint16"):
         raise SchemaError(
             f"{where}, {dtype}, has encoding {encoding!r}; known: bfloat16 in uint16."
         )
-    frozen = MappingProxyType(attributes)
-    return Info(tuple(map(int, shape)), dtype, checksum, str(encoding), nbytes, frozen)
+    return Info.of(tuple(map(int, shape)), dtype, nbytes, attributes)
 
 
 def _dtype(where: str, kind: Any) -> str:
@@ -610,6 +696,52 @@ def read(header: Header, name: str, *, verify: bool = True, finite: bool = False
         values = from_bfloat16(array) if info.encoding == BFLOAT16 else array
         require_finite(f"read: {header.path!r}", f"dataset {name!r}", values)
     return array
+
+
+def require_entry(
+    header: Header, name: str, dtype: str, shape: tuple[int | None, ...]
+) -> tuple[int, ...]:
+    """The shape of dataset `name`; SchemaError unless it has that dtype and shape, None any >= 1.
+
+    Proof: tests/test_store.py::test_an_entry_is_what_is_asked_for_or_refused
+    """
+    info = header.entries.get(name)
+    wanted = f"({', '.join('any' if n is None else str(n) for n in shape)}) of {dtype}"
+    if info is None:
+        raise SchemaError(f"open: {header.path!r} lacks {name!r}, {wanted}.")
+    fits = len(info.shape) == len(shape) and all(
+        (have >= 1) if want is None else want == have
+        for want, have in zip(shape, info.shape, strict=True)
+    )
+    if info.stored != dtype or not fits:
+        raise SchemaError(
+            f"open: {header.path!r}: {name!r} must be {wanted}; got {info.shape} of {info.stored}."
+        )
+    return info.shape
+
+
+Fact = TypeVar("Fact", str, int, float)
+
+
+def fact(
+    where: str,
+    attributes: Mapping[str, Scalar],
+    key: str,
+    kind: type[Fact],
+    *,
+    finite: bool = True,
+) -> Fact:
+    """The attribute `key` as a text, an integer or a (finite) number; SchemaError for another.
+
+    Proof: tests/test_store.py::test_an_attribute_is_what_is_asked_for_or_refused
+    """
+    value = attributes.get(key)
+    if kind is float and isinstance(value, int | float) and (math.isfinite(value) or not finite):
+        return kind(value)
+    if kind is not float and isinstance(value, kind):
+        return value
+    what = {str: "a text", int: "an integer", float: "a finite number"}[kind]
+    raise SchemaError(f"{where}: attribute {key!r} must be {what}; got {value!r:.80}.")
 
 
 def verify(header: Header) -> list[tuple[str, bool]]:

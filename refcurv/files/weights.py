@@ -13,6 +13,7 @@ import numpy as np
 from refcurv.files import store
 from refcurv.files.bfloat16 import from_bfloat16, to_bfloat16
 from refcurv.files.disk import PathLike, one_line, parse_json
+from refcurv.files.history import past_edits
 from refcurv.files.lazy import Lazy
 from refcurv.law.checks import (
     Array,
@@ -29,8 +30,21 @@ from refcurv.model.config import Model, ModelConfig
 STORED: Final = ("float64", "float32", "float16", "bfloat16")
 """What a parameter can be stored in."""
 
+OF_CHECKPOINT: Final = ("checkpoint_config", "ignored_keys", "beside")
+"""What the provenance says of the checkpoint, for `export`: carried from file to file."""
+
 PARAMETERS: Final = "parameters."
 """Before a parameter's name, in the file."""
+
+
+class Parameters(Lazy[Array]):
+    """The parameters of a weights file, read one by one; `header` says what the file holds."""
+
+    __slots__ = ("header",)
+
+    def __init__(self, header: store.Header, names: tuple[str, ...], dtype: str) -> None:
+        super().__init__(names, lambda name: _read_parameter(header, name, dtype))
+        self.header = header
 
 
 def _read_parameter(header: store.Header, name: str, dtype: str) -> Array:
@@ -57,7 +71,7 @@ def load(path: PathLike, dtype: str = "float64") -> Model:
         Model(config, parameters, dtype, stored, source). Each access of `parameters` reads the
         file, verifies the SHA-256 and returns a read-only array of the shape that the
         configuration asks for. `source` has path, header, provenance and (hashed when asked for)
-        sha256.
+        sha256; `edits` what the file says was done to the weights.
 
     Raises:
         ConventionError: `dtype` is neither.
@@ -77,10 +91,11 @@ def load(path: PathLike, dtype: str = "float64") -> Model:
     stored = {name: header.entries[PARAMETERS + name].stored for name in names}
     return Model(
         config,
-        Lazy(names, lambda name: _read_parameter(header, name, dtype)),
+        Parameters(header, names, dtype),
         dtype,
         MappingProxyType(stored),
         store.Source(header),
+        past_edits(header),
     )
 
 
@@ -96,7 +111,7 @@ def save(model: Model, path: PathLike, made_from: Mapping[str, Any] | None = Non
         model: Any Model; parameters that `model.stored` does not list keep their own dtype.
         path: The file; one that exists is replaced at the end, or not at all.
         made_from: JSON items for the provenance, beside the source's file name and SHA-256 and
-            the checkpoint's configuration, which are carried along.
+            the checkpoint's configuration and the model's `edits`, which are carried along.
 
     Raises:
         ShapeError: A parameter has not the shape that the configuration asks for.
@@ -113,13 +128,18 @@ def save(model: Model, path: PathLike, made_from: Mapping[str, Any] | None = Non
     origin: dict[str, Any] = {}
     if header is not None:
         origin["inputs"] = {Path(header.path).name: model.source["sha256"]}
-        kept = header.provenance.get("checkpoint_config")
-        origin |= {"checkpoint_config": kept} if kept is not None else {}
+        kept = {name: header.provenance.get(name) for name in OF_CHECKPOINT}
+        origin |= {name: value for name, value in kept.items() if value is not None}
     write(
         path,
         model.config,
         (_entry(model, header, name, shape) for name, shape in shapes.items()),
-        {**origin, "dtype": model.dtype, **(made_from or {})},
+        {
+            **origin,
+            "dtype": model.dtype,
+            **(made_from or {}),
+            **({"edits": [dict(edit) for edit in model.edits]} if model.edits else {}),
+        },
     )
 
 

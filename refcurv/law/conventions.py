@@ -48,8 +48,10 @@ LAW: Final[Mapping[str, str]] = MappingProxyType(
         "the two uses by themselves; the shared matrix has F = F_embed + F_head + C + Cᵀ, C their "
         "cross terms, and no K.",
         "VECTOR": "A gain, a bias or a special position of images has no Kronecker form: its block "
-        "is F = Σ D Dᵀ over sequences (and, for `expected`, loss positions and entries), D the "
-        "gradient summed over the sequence's positions.",
+        "is F = Σ D Dᵀ over segments (and, for `expected`, loss positions and entries), D the "
+        "gradient summed over the segment's positions. A segment is a document of a packed "
+        "sequence, a sequence that is not packed, or an image: nothing reaches from one to "
+        "another, so that packing and padding change no F, of vectors or matrices.",
         "LABELS": "labels[b, t] is what position t should predict; negative = none. Default of a "
         "causal model: the next token of the same segment, so the last position of a segment has "
         "none. Bidirectional models and images have no default; an image has one label, its class.",
@@ -61,10 +63,10 @@ LAW: Final[Mapping[str, str]] = MappingProxyType(
         "each label; patches have no rows for what stands before them.",
         "FISHER": "Whose labels the backward pass uses: `expected` (exact over the vocabulary: one "
         "backward per loss position and entry v, of column v of S = diag(√p) − p √pᵀ), `signed` "
-        "(an unbiased estimate of it without labels: one joint backward per sequence and draw, of "
+        "(an unbiased estimate of it without labels: one joint backward per segment and draw, of "
         "S ε, ε ∈ {±1}^V at each position), `sampled` (labels drawn from the model: one joint "
-        "backward per sequence and draw), `empirical` (the corpus's labels). Only positions where "
-        "the corpus has a label send anything back.",
+        "backward per segment and draw), `empirical` (the corpus's labels: one joint backward per "
+        "segment). Only positions where the corpus has a label send anything back.",
         "SAMPLING": "Philox4x64-10, key (seed, 0); the uniform of position t is word t mod 4 of "
         "the block at counter (1 + t div 4, 0, draw, corpus index), its top 53 bits times 2⁻⁵³. "
         "Label: the first v with c_v > u·c_{V−1}, c the sequential float64 cumsum of "
@@ -79,10 +81,19 @@ LAW: Final[Mapping[str, str]] = MappingProxyType(
         "NEGATIVE": "Eigenvalues within λ_max·c·(n_shard·eps(compute) + d·eps(float64)) of 0 "
         "become 0 and are counted; a more negative one is an error. A layer of whose tr S_G "
         "rounding makes more than 1/64 is not edited.",
-        "SELECT": "Keys fl(λ_i μ_j) in float64, descending, ties in row-major order of (i, j). "
+        "SELECT": "λ and μ are first brought to λ_1, μ_1 in [1, 2) by powers of two. Keys "
+        "fl(λ_i μ_j) in float64, descending, ties in row-major order of (i, j). "
         "Kept: the fewest first pairs whose mass ≥ fl(fl(ρ·fsum(λ))·fsum(μ)), where a staircase "
         "with c_i pairs in row i weighs fsum_i fl(λ_i·P[c_i]), P the correctly rounded prefix "
         "sums of μ. ρ = 1 keeps everything and returns W itself; ρ = 0 keeps nothing.",
+        "ACCEPTABLE": "Of one A and G two correct solvers differ by at most e_G = "
+        "(16·O + 2)·eps·‖λ‖₂ and e_A = (16·I + 2)·eps·‖μ‖₂, in 2-norm over all eigenvalues. So a "
+        "key lies between (λ_i − e_G)₊(μ_j − e_A)₊ and (λ_i + e_G)(μ_j + e_A), and the mass of any "
+        "set of pairs, less the target, moves by at most s = max(ρ, 1 − ρ)·(√I·Σλ·e_A + √O·Σμ·e_G "
+        "+ √(O·I)·e_A·e_G) and the rounding of SELECT. A pair is surely kept if all others that "
+        "may come before it weigh less than the target − s; surely dropped if those that must come "
+        "before it weigh the target + s or more. `acceptable` counts all other pairs; it is 0 at "
+        "ρ = 0 and 1. Of singular values e = (16·max(O, I) + 2)·eps·‖σ‖₂, the key being σ².",
         "PRECISION": "Exact widening on reading; one dtype for computing (float64, or float32 by "
         "choice); the products of one backward pass over a shard in that dtype, in float64 where "
         "all of float32's would vanish; the fold over passes and shards, eigensolvers, factors and "
@@ -92,6 +103,10 @@ LAW: Final[Mapping[str, str]] = MappingProxyType(
         "consecutive shards. A shard's backward passes (by draw, or by position and then entry) "
         "are added in order to a shard sum that starts from zero, shard sums to a block sum that "
         "starts from zero, block sums to the total.",
+        "FINGERPRINT": "A collection goes on from a checkpoint only if it shares with the run that "
+        "began it: the files of weights and corpus (SHA-256), layers, fisher, seed, draws, rows, "
+        "dtype, this law, the versions of refcurv, Python, NumPy, SciPy, Numba and h5py, the BLAS "
+        "kernels, the CPU's features and how the kernels are compiled. What differs is named.",
     }
 )
 

@@ -13,6 +13,7 @@ import math
 import numpy as np
 from numpy.typing import DTypeLike
 
+from refcurv.law.checks import RangeError
 from refcurv.law.conventions import NEGATIVE_FACTOR
 
 OPERATIONS_PER_BLOCK = 64
@@ -31,7 +32,10 @@ def gamma(n: float, dtype: DTypeLike) -> float:
     """Bound for the relative error of a sum of n products, of the sum of their magnitudes."""
     roundings = n * eps(dtype) / 2
     if roundings >= 1:
-        raise ValueError(f"tolerance: {n} roundings in {np.dtype(dtype)} leave no digit")
+        raise RangeError(
+            f"tolerance: {n:.3g} roundings in {np.dtype(dtype)} leave no digit. Compute in "
+            "float64, or on fewer rows at a time."
+        )
     return roundings / (1 - roundings)
 
 
@@ -65,6 +69,16 @@ def path(depth: int, width: int, dtype: DTypeLike) -> float:
 def eigenpair(size: int, dtype: DTypeLike = np.float64) -> float:
     """Residual |A U - U diag(mu)| over |A| and |UᵀU - I|, for a backward stable eigensolver."""
     return 8 * size * eps(dtype)
+
+
+def eigenvalues(size: int) -> float:
+    """ACCEPTABLE: |lam' - lam| over |lam|, of two solvers of one matrix, both in 2-norm.
+
+    Hoffman and Wielandt: eigenvalues, in order, move by at most the Frobenius norm of the error,
+    and each solver errs by its own residual. The last term is the rounding of a key's product and
+    of the bounds that it is compared with.
+    """
+    return 2 * eigenpair(size) + 2 * eps(np.float64)
 
 
 def negative(size: int, shard_rows: int, dtype: DTypeLike) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Any
@@ -491,6 +491,8 @@ class Model:
         stored: Mapping from name to the dtype in which the source holds it ("float32",
             "bfloat16", ...); a parameter without an entry is stored in the dtype of its array.
         source: Mapping of what the parameters were read from, for provenance (may be empty).
+        edits: what was done to them before, oldest first, as JSON values; see
+            `refcurv.editing.record.after`.
     """
 
     config: ModelConfig
@@ -498,6 +500,7 @@ class Model:
     dtype: str = "float64"
     stored: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     source: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    edits: tuple[Mapping[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse an unknown dtype and parameters that the configuration does not ask for."""
@@ -524,27 +527,25 @@ class Model:
             own = np.array(array, dtype=self.dtype)
             own.flags.writeable = False
             replaced[name] = own
-        return Model(
-            self.config, _Overlay(self.parameters, replaced), self.dtype, self.stored, self.source
-        )
+        return replace(self, parameters=Overlay(self.parameters, replaced))
 
 
-class _Overlay(Mapping[str, Array]):
-    """A mapping with some entries replaced, lazy in the others."""
+class Overlay(Mapping[str, Array]):
+    """A mapping `base` with the entries of `top` in place of its own, lazy in the others."""
 
     def __init__(self, base: Mapping[str, Array], top: Mapping[str, Array]) -> None:
-        under = base if isinstance(base, _Overlay) else None
-        self._base: Mapping[str, Array] = under._base if under else base
-        self._top: dict[str, Array] = {**(under._top if under else {}), **top}
+        under = base if isinstance(base, Overlay) else None
+        self.base: Mapping[str, Array] = under.base if under else base
+        self.top: dict[str, Array] = {**(under.top if under else {}), **top}
 
     def __getitem__(self, name: str) -> Array:
-        return self._top[name] if name in self._top else self._base[name]
+        return self.top[name] if name in self.top else self.base[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._base)
+        return iter(self.base)
 
     def __len__(self) -> int:
-        return len(self._base)
+        return len(self.base)
 
 
 def expand(pattern: str, names: list[str]) -> list[str]:

@@ -29,6 +29,7 @@ from refcurv.report.table import (
     edited_layers,
     evaluation_table,
     number,
+    past_table,
     percent,
     population_name,
     relative,
@@ -222,6 +223,7 @@ def _sections(results: Json) -> Iterator[str]:
         "acceptable pairs lie so close to the cut that another correct program may decide them "
         "differently.</p>",
         _html_table(edit_table(results.get("edit") or ())),
+        _html_table(past_table(results.get("edit") or ())),
         _html_table(band_table(results.get("bands") or {}, edited)),
     )
     yield _section("How it was made", *_made(results))

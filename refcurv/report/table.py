@@ -188,6 +188,10 @@ KEPT: Mapping[str, tuple[str, str, str, str]] = {
 """method → title, and what its share, its pairs and its mass are called (`LayerEdit`)."""
 
 
+ROUNDING = 2.0**-52
+"""A share of what was cut that is not worth a column: what float64 itself gives back."""
+
+
 def edit_table(record: Sequence[Json]) -> Table:
     """What was kept of each edited layer, in the words of the record's method."""
     method = _printable(str(record[0].get("method", "kfac"))) if record else "kfac"
@@ -209,6 +213,29 @@ def edit_table(record: Sequence[Json]) -> Table:
     )
     headers = ("layer", share, pairs, "kept", f"of {pairs}", mass, "gap", "acceptable")
     return Table(title, (*headers, "‖W'‖/‖W‖"), rows, "lrrrrrrrr")
+
+
+def past_table(record: Sequence[Json]) -> Table:
+    """What rounding to the stored dtype restored of what was cut, and the norm before all edits.
+
+    Each has a column where it says something; without both the table has no row.
+    """
+    gave_back = any(number(row.get("restored")) > ROUNDING for row in record)
+    again = any(row.get("norm_original") not in (None, row.get("norm")) for row in record)
+    rows = tuple(
+        (
+            str(row["layer"]),
+            *((_small(row.get("restored")),) if gave_back else ()),
+            *((decimal(row.get("norm_original")),) if again else ()),
+        )
+        for row in record
+        if gave_back or again
+    )
+    headers = ("layer", *(("restored",) * gave_back), *(("‖W'‖ of the original",) * again))
+    words = ("what rounding gave back of the cut",) * gave_back
+    words += ("the norm against that before all known edits",) * again
+    title = f"Beside it: {' and '.join(words)}"
+    return Table(title, headers, rows, "l" + "r" * (len(headers) - 1))
 
 
 METHODS: Mapping[str, tuple[str, str]] = {
@@ -292,6 +319,7 @@ def tables(results: Json) -> list[Table]:
         agreement_table(evaluation),
         controls_table(results),
         edit_table(results.get("edit") or ()),
+        past_table(results.get("edit") or ()),
         band_table(results.get("bands") or {}, edited_layers(results)),
     ]
     return [table for table in found if table.rows]
@@ -343,14 +371,52 @@ def format_evaluation(evaluation: Json) -> str:
 
 
 def format_edit(record: Sequence[Json]) -> str:
-    """The table of `refcurv edit`.
+    """The table of `refcurv edit`, and what rounding and earlier edits add to it.
 
     Args:
         record: `EditRecord.to_json()`.
 
     Proof:  tests/test_report.py::test_edit_table
     """
-    return _titled(edit_table(record))
+    past = past_table(record)
+    return "\n\n".join(map(_titled, [edit_table(record), *([past] if past.rows else [])]))
+
+
+def format_start(start: Json) -> str:
+    """One line: which weights an edit started from, and what had been done to them before.
+
+    Args:
+        start: `Start.to_json()` of the record.
+
+    Proof:  tests/test_report.py::test_what_an_edit_starts_from_is_one_line
+    """
+    line = f"starts from weights {digest_text(start.get('weights'))}"
+    if earlier := start.get("earlier") or ():
+        line += f", edited before by {', then '.join(map(_past_edit, earlier))}"
+        line += "; kept, mass and norm are of what that left"
+    else:
+        line += ", of which no earlier edit is known"
+    if start.get("forced"):
+        line += f"; forced: what chose was made from others, {digest_text(start.get('made_for'))}"
+    elif start.get("made_for") is None:
+        line += "; the basis does not say which weights it was made from"
+    return _printable(line)
+
+
+def digest_text(digest: object) -> str:
+    """The first letters of a digest; "unknown" without one."""
+    return str(digest)[:12] if digest else "unknown"
+
+
+def _past_edit(edit: Json) -> str:
+    """`kfac 0.6 of blocks.0.mlp.up and 1 more`."""
+    layers: Json = edit["layers"]
+    shares = sorted({number(row["rho"]) for row in layers.values()})
+    first = next(iter(layers), MISSING)
+    more = f" and {len(layers) - 1} more" if len(layers) > 1 else ""
+    share = " to ".join(_plain(x) for x in dict.fromkeys((shares[0], shares[-1]))) if shares else ""
+    forced = " (forced)" if edit.get("forced") else ""
+    return f"{edit['method']} {share} of {first}{more}{forced}"
 
 
 def format_inspect(facts: Json) -> str:
@@ -362,11 +428,18 @@ def format_inspect(facts: Json) -> str:
     Proof:  tests/test_report.py::test_inspect_names_every_array
     """
     entries = facts["entries"]
+    which = "every checksum" if facts["version"] > 1 else "the arrays' checksums"
     head = (
         f"{facts['path']}\n{facts['format']}, version {facts['version']}: {len(entries)} arrays, "
-        f"{size(facts['nbytes'])}, every checksum verified"
+        f"{size(facts['nbytes'])}, {which} verified"
     )
-    pairs = [(what, facts.get(what) or {}) for what in ("attributes", "provenance")]
+    if facts.get("weights"):
+        head += f"\nweights {digest_text(facts['weights'])}"
+    if edits := facts.get("edits") or ():
+        head += f", edited by {', then '.join(map(_past_edit, edits))}"
+    pairs = [(what, dict(facts.get(what) or {})) for what in ("attributes", "provenance")]
+    if facts["format"] in MADE_FROM:
+        pairs[0][1].setdefault("weights", "not recorded: made by an older refcurv")
     tables = [
         Table(what, ("name", "value"), tuple((k, _compact(v)) for k, v in found.items()), "ll")
         for what, found in pairs
@@ -381,9 +454,25 @@ def format_inspect(facts: Json) -> str:
         )
         for one in entries
     )
+    tables += [_past_table(edit) for edit in edits]
     tables.append(Table("arrays", ("name", "shape", "stored as", "size", ""), rows, "lllrl"))
     lines = [_shorten(_printable(line), WIDTH) for line in head.split("\n")]
     return "\n\n".join(["\n".join(lines), *(_titled(table) for table in tables if table.rows)])
+
+
+MADE_FROM = ("refcurv-factors", "refcurv-basis")
+"""Files that say which weights they were made from."""
+
+
+def _past_table(edit: Json) -> Table:
+    """What a past edit left of each layer."""
+    title = f"edited by {_printable(str(edit['method']))}, {digest_text(edit.get('weights'))} → "
+    title += digest_text(edit.get("became")) + (", forced" if edit.get("forced") else "")
+    rows = tuple(
+        (name, _plain(row["rho"]), decimal(row["norm"]), _small(row["restored"]))
+        for name, row in edit["layers"].items()
+    )
+    return Table(title, ("layer", "share", "‖W'‖/‖W‖", "restored"), rows, "lrrr")
 
 
 def size(count: object) -> str:
@@ -509,11 +598,14 @@ def _columns(character: str) -> int:
 
 
 def _shorten(text: str, width: int) -> str:
-    if _display_width(text) <= width:
-        return text
-    while text and _display_width(text) > width - 1:
-        text = text[:-1]
-    return text + "…"
+    used = fits = 0
+    for n, character in enumerate(text, start=1):
+        used += _columns(character)
+        if used > width:
+            return text[:fits] + "…"
+        if used < width:
+            fits = n
+    return text
 
 
 def _padded(text: str, width: int, side: str) -> str:

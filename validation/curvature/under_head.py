@@ -54,6 +54,9 @@ def under_head(made: Problem, head: str = "head.weight") -> Problem:
     def drawn(f_ND: Array, seed: int, draw: int) -> Array:
         return made.loss.drawn(f_ND @ W_VD.T, seed, draw) @ W_VD
 
+    def signed(f_ND: Array, seed: int, draw: int) -> Array:
+        return made.loss.signed(f_ND @ W_VD.T, seed, draw) @ W_VD
+
     def split() -> Iterator[Problem]:
         return (under_head(part, head) for part in made.split())
 
@@ -62,7 +65,7 @@ def under_head(made: Problem, head: str = "head.weight") -> Problem:
         parameters={name: array for name, array in made.parameters.items() if name != head},
         forward=forward,
         backward=backward,
-        loss=Loss(terms, hessian, root, drawn),
+        loss=Loss(terms, hessian, root, drawn, signed),
         linear=made.linear - {head},
         split=split,
     )

@@ -20,7 +20,6 @@ import numpy as np
 from tqdm import tqdm
 
 import refcurv as rc
-from refcurv.cli import progress_bar
 from refcurv.editing.bsn import Scores
 from refcurv.evaluation import items
 from refcurv.evaluation.bands import Quantity, band_weights, bands
@@ -28,6 +27,7 @@ from refcurv.evaluation.matching import Match, at_perplexity
 from refcurv.evaluation.perturb import perturbation
 from refcurv.evaluation.suite import RETAINED, Evaluation, Measurement, compare, measure
 from refcurv.model.config import expand
+from refcurv.terminal import progress_bar
 from validation.paper import stages
 from validation.paper.coherence import coherence
 from validation.paper.methods import Edit, Method, methods

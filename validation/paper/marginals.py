@@ -10,6 +10,7 @@ whose outer product, over Σ r = Σ c, is the best that a product of marginals c
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import MappingProxyType
 
 import numpy as np
@@ -64,7 +65,7 @@ def corrected(
         name: _sorted(one, *(np.sum([part[name][k] for part in parts], axis=0) for k in (0, 1)))
         for name, one in basis.items()
     }
-    return rc.Bases(MappingProxyType(layers), basis.source, basis.bias, "corrected marginals")
+    return replace(basis, layers=MappingProxyType(layers), method="corrected marginals")
 
 
 def _sorted(one: rc.Eigenbasis, c: Array, r: Array) -> rc.Eigenbasis:

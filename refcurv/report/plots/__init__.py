@@ -8,7 +8,16 @@ from types import MappingProxyType
 
 from refcurv.report.plots.abilities import retention
 from refcurv.report.plots.activation import bands
-from refcurv.report.plots.drawing import GREY, INK, PALE, PALETTE, STYLE, save, svg
+from refcurv.report.plots.drawing import (
+    GREY,
+    INK,
+    PALE,
+    PALETTE,
+    STYLE,
+    require_matplotlib,
+    save,
+    svg,
+)
 from refcurv.report.plots.pareto import front
 from refcurv.report.plots.spectra import POINTS, cumulative, mask, spectrum
 
@@ -29,6 +38,7 @@ __all__ = [
     "cumulative",
     "front",
     "mask",
+    "require_matplotlib",
     "retention",
     "save",
     "spectrum",

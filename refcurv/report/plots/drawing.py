@@ -86,13 +86,20 @@ def _render(figure: Figure, kind: str, metadata: Mapping[str, None]) -> bytes:
 # ------------------------------------------------------------------ what figures share
 
 
+def require_matplotlib() -> None:
+    """RefcurvError without it; asked before the work that the plots are of."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise RefcurvError("report: plots need matplotlib: pip install 'refcurv[report]'") from None
+
+
 @contextmanager
 def styled() -> Iterator[None]:
     """Matplotlib's defaults and ours, whatever the user's matplotlibrc says."""
-    try:
-        from matplotlib import style
-    except ImportError:
-        raise RefcurvError("report: plots need matplotlib: pip install 'refcurv[report]'") from None
+    require_matplotlib()
+    from matplotlib import style
+
     with style.context(["default", STYLE]):
         yield
 

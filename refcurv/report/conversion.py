@@ -1,0 +1,110 @@
+"""What `refcurv convert` and `export` say: by kind of tensor, and what was left out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+from refcurv.files.huggingface import Conversion, Exported, Mapped
+from refcurv.report.table import format_rows
+
+IGNORED = "(ignored)"
+
+
+def rows(mapped: Sequence[Mapped]) -> list[list[str]]:
+    """Every tensor and what it became: checkpoint, refcurv, shape, stored as."""
+    return [
+        [m.checkpoint_name, m.name or IGNORED, " x ".join(map(str, m.shape)), m.dtype]
+        for m in mapped
+    ]
+
+
+def kinds(mapped: Sequence[Mapped]) -> list[list[str]]:
+    """The same with tensors that differ in the number of their block alone on one line.
+
+    Their names become the pattern that matches them: `blocks.{0-29}.attn.q.weight`.
+    """
+    groups: dict[tuple[str, str | None, tuple[int, ...], str], list[int]] = {}
+    for m in mapped:
+        theirs, block = _without_block(m.checkpoint_name)
+        ours = None if m.name is None else _without_block(m.name)[0]
+        group = groups.setdefault((theirs, ours, m.shape, m.dtype), [])
+        if block is not None:
+            group.append(block)
+    out = []
+    for (theirs, ours, shape, dtype), blocks in groups.items():
+        which = _runs(blocks)
+        count = f"{len(blocks)} x " if len(blocks) > 1 else ""
+        names = [name.replace("\0", which) for name in (ours or IGNORED, theirs)]
+        out.append([names[0], f"{count}{shape}", dtype, names[1]])
+    return out
+
+
+def _without_block(name: str) -> tuple[str, int | None]:
+    """A name with its first number replaced by a mark, and the number."""
+    found = re.search(r"(?<![^.])\d{1,9}(?![^.])", name)
+    if found is None:
+        return name, None
+    return f"{name[: found.start()]}\0{name[found.end() :]}", int(found[0])
+
+
+def _runs(numbers: Sequence[int]) -> str:
+    """[3] → "3", [0, 1, 2, 5] → "{0-2,5}"."""
+    runs: list[list[int]] = []
+    for n in sorted(set(numbers)):
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    texts = [str(low) if low == high else f"{low}-{high}" for low, high in runs]
+    return texts[0] if len(numbers) == 1 else "{" + ",".join(texts) + "}"
+
+
+def format_conversion(done: Conversion, path: str, verbose: bool = False) -> str:
+    """The text of `refcurv convert`: a line for each kind of tensor, or for each tensor.
+
+    Proof:  tests/test_conversion.py::test_a_model_of_thirty_blocks_is_a_short_table
+    """
+    if verbose:
+        table = format_rows(
+            ["checkpoint", "refcurv", "shape", "stored as"], rows(done.mapped), "llll"
+        )
+    else:
+        table = format_rows(
+            ["refcurv", "shape", "stored as", "checkpoint"], kinds(done.mapped), "llll"
+        )
+    return f"{table}\n\n" + "\n".join(_notes(done, path))
+
+
+def _notes(done: Conversion, path: str) -> Iterator[str]:
+    tensors = {m.checkpoint_name for m in done.mapped}
+    parameters = sum(m.name is not None for m in done.mapped)
+    yield f"{len(tensors)} tensors → {parameters} parameters in {path}"
+    if ignored := len(done.mapped) - parameters:
+        yield f"{ignored} tensors that are no parameters were ignored"
+    if done.renamed:
+        yield done.renamed
+    if done.ignored_keys:
+        yield f"ignored as asked: the keys {', '.join(done.ignored_keys)} of config.json"
+    if done.not_read:
+        yield f"not read: {', '.join(done.not_read)}"
+    if done.beside:
+        yield f"not part of a weights file: {', '.join(done.beside)}"
+
+
+def format_export(done: Exported, path: str, directory: str) -> str:
+    """The text of `refcurv export`: the files, and those of a tokenizer that are not there.
+
+    Proof:  tests/test_conversion.py::test_export_says_what_it_does_not_copy
+    """
+    lines = [f"{path} → {directory}/{', '.join(done.files)}"]
+    if done.again:
+        lines.append("all of it was there already; nothing was written")
+    if done.left:
+        lines.append(
+            f"not copied: {', '.join(done.left)}, which lay beside the checkpoint. "
+            "--tokenizer-from FOLDER copies them"
+        )
+    elif len(done.files) == 2:
+        lines.append("no tokenizer: --tokenizer-from FOLDER copies one")
+    return "\n".join(lines)

@@ -1,0 +1,157 @@
+"""What a person or a log sees: one line for an error or a warning, progress, and broken streams."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TextIO
+
+_MOST = 1_000
+"""Letters of one line: a name out of a stranger's file may be of any length."""
+
+_SECONDS = 30
+"""Between two lines of progress in a log."""
+
+
+@contextmanager
+def streams() -> Iterator[None]:
+    """Any text can be printed, a warning is one line, and what was printed is out at the end.
+
+    Raises OSError, BrokenPipeError where the reader has left, if it cannot be.
+
+    Proof: tests/test_cli.py::test_no_text_is_too_strange_to_print
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # None where it was closed
+            stream.reconfigure(errors="backslashreplace")
+    with warnings.catch_warnings():
+        warnings.showwarning = _warn
+        try:
+            yield
+        except BaseException:
+            with suppress(OSError):
+                _flush()
+            raise
+        _flush()
+
+
+def say(message: str) -> None:
+    """One line on stderr."""
+    if sys.stderr is not None:
+        print(f"refcurv: {_line(message)}", file=sys.stderr)
+
+
+@contextmanager
+def interrupts() -> Iterator[None]:
+    """The first Ctrl-C ends the command, whatever Python was doing; further ones change nothing.
+
+    An interrupt inside a destructor or a weak reference's callback is dropped by Python with a
+    traceback: the next call of a progress raises it again (`_raise_lost`).
+
+    Proof: tests/test_cli.py::test_an_interrupt_that_python_drops_is_raised_by_the_next_progress
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(_number: int, _frame: object) -> None:
+        if not _interrupted.is_set():
+            _interrupted.set()
+            raise KeyboardInterrupt
+
+    def quiet(dropped: Any) -> None:
+        if dropped.exc_type is not KeyboardInterrupt:
+            sys.__unraisablehook__(dropped)
+
+    _interrupted.clear()
+    before, hook = signal.signal(signal.SIGINT, stop), sys.unraisablehook
+    sys.unraisablehook = quiet
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
+        sys.unraisablehook = hook
+        _interrupted.clear()
+
+
+_interrupted = threading.Event()
+
+
+def _raise_lost() -> None:
+    if _interrupted.is_set() and threading.current_thread() is threading.main_thread():
+        raise KeyboardInterrupt
+
+
+def progress_bar(label: str) -> Callable[[int, int], None]:
+    """What to call with (done, all): a bar on a terminal, a line from time to time in a log.
+
+    Proof: tests/test_cli.py::test_progress_goes_into_a_log_too
+    """
+    if sys.stderr is not None and sys.stderr.isatty():
+        return _bar(label)
+    begin = last = time.monotonic()
+
+    def update(done: int, total: int) -> None:
+        nonlocal last
+        _raise_lost()
+        now = time.monotonic()
+        if now - last >= _SECONDS:
+            last = now
+            say(f"{label}: {done:,} of {total:,} after {now - begin:,.0f} s")
+
+    return update
+
+
+def _bar(label: str) -> Callable[[int, int], None]:
+    from tqdm import tqdm
+
+    bar: Any = None
+
+    def update(done: int, total: int) -> None:
+        nonlocal bar
+        _raise_lost()
+        if bar is None:
+            bar = tqdm(total=total, desc=f"{label:>10}", file=sys.stderr)
+        bar.update(done - bar.n)
+        if done >= total:
+            bar.close()
+
+    return update
+
+
+def _warn(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    say(f"warning: {message} ({Path(filename).name}:{lineno})")
+
+
+def _line(message: str) -> str:
+    """On one line, nothing in it that a terminal obeys, and not too long."""
+    text = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))
+    if len(text) <= _MOST:
+        return text
+    left = len(text) - _MOST
+    return f"{text[: _MOST * 3 // 4]} … ({left:,} letters more) … {text[-_MOST // 4 :]}"
+
+
+def _flush() -> None:
+    """Flush what was printed; what cannot be is dropped, or Python would try again at exit."""
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise

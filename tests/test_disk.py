@@ -1,0 +1,139 @@
+"""files/disk.py: writing is whole, what a killed run left is removed, targets are checked."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from refcurv.files import disk
+from refcurv.law.checks import RefcurvError, SchemaError, StorageError
+
+WRITER = """
+    import sys, time
+    from refcurv.files.disk import replacing
+    with replacing("write", sys.argv[1]) as file:
+        file.write(b"half")
+        print("here", flush=True)
+        time.sleep(60)
+"""
+
+
+def writing(path: Path, program: str = WRITER) -> subprocess.Popen[str]:
+    """Another process that has written half of `path`."""
+    running = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program), str(path)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert running.stdout is not None and running.stdout.readline() == "here\n"
+    return running
+
+
+FOLDER = """
+    import sys, time
+    from refcurv.files.disk import new_folder, write_bytes
+    with new_folder("write", sys.argv[1]) as folder:
+        write_bytes("write", folder / "half", b"half")
+        print("here", flush=True)
+        time.sleep(60)
+"""
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_a_killed_writer_leaves_nothing_behind_the_next_one(tmp_path: Path) -> None:
+    path, other = tmp_path / "f.h5", tmp_path / "g.h5"
+    path.write_bytes(b"old")
+    killed, elsewhere = writing(path), writing(other)
+    for one in (killed, elsewhere):
+        one.send_signal(signal.SIGKILL)
+        one.wait()
+    assert path.read_bytes() == b"old" and len(names(tmp_path)) == 3
+    disk.write_bytes("write", path, b"new")
+    assert path.read_bytes() == b"new"
+    assert len(names(tmp_path)) == 2  # what the other file's writer left is not this one's
+    disk.write_bytes("write", other, b"new")
+    assert names(tmp_path) == ["f.h5", "g.h5"]
+
+
+def test_a_killed_writer_of_a_folder_leaves_nothing_behind_the_next_one(tmp_path: Path) -> None:
+    path = tmp_path / "hf"
+    killed = writing(path, FOLDER)
+    killed.kill()
+    killed.wait()
+    assert not path.exists() and len(names(tmp_path)) == 1
+    alive = writing(path, FOLDER)
+    try:
+        assert len(names(tmp_path)) == 1
+        with disk.new_folder("write", path) as folder:
+            disk.write_bytes("write", folder / "whole", b"new")
+            assert len(names(tmp_path)) == 2  # that of the one that lives, and ours
+    finally:
+        alive.kill()
+        alive.wait()
+    assert names(path) == ["whole"]
+    with pytest.raises(ZeroDivisionError), disk.new_folder("write", tmp_path / "other"):
+        raise ZeroDivisionError
+    assert "other" not in names(tmp_path) and len(names(tmp_path)) == 2
+
+
+def test_a_writer_that_lives_keeps_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "f.h5"
+    alive = writing(path)
+    try:
+        before = names(tmp_path)
+        disk.write_bytes("write", path, b"new")
+        assert names(tmp_path) == sorted([*before, "f.h5"])
+    finally:
+        alive.kill()
+        alive.wait()
+
+
+def test_a_failure_inside_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    path.write_bytes(b"old")
+    with pytest.raises(ZeroDivisionError), disk.replacing("write", path) as file:
+        file.write(b"half")
+        raise ZeroDivisionError
+    assert path.read_bytes() == b"old" and names(tmp_path) == ["f"]
+
+
+def test_a_target_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for path, kind, says in [
+        (tmp_path / "folder", SchemaError, "is a folder"),
+        (tmp_path / "pipe", SchemaError, "is no regular file"),
+        (Path(os.devnull), SchemaError, "is no regular file"),
+        (tmp_path / "nowhere" / "f", SchemaError, "does not exist"),
+        (Path("/proc/f.h5"), StorageError, "/proc/f.h5"),  # nobody may make a file there
+    ]:
+        with pytest.raises(kind, match=says):
+            disk.require_writable("collect", path)
+    (tmp_path / "there").write_bytes(b"old")
+    assert disk.require_writable("collect", tmp_path / "there") == tmp_path / "there"
+    disk.require_writable("collect", tmp_path / "new")
+    assert names(tmp_path) == ["folder", "pipe", "there"]
+
+
+def test_outputs_are_apart_from_inputs_and_from_each_other(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.write_bytes(b"1")
+    (tmp_path / "soft").symlink_to(one)
+    (tmp_path / "dangling").symlink_to(two)
+    os.link(one, tmp_path / "hard")
+    for name in ("one", "soft", "hard", "../" + tmp_path.name + "/one"):
+        with pytest.raises(SchemaError, match=r"--output .* is the same file as WEIGHTS"):
+            disk.require_apart("edit", {"--output": tmp_path / name}, {"WEIGHTS": one})
+    with pytest.raises(SchemaError, match=r"--json .* is the same file as --output"):
+        disk.require_apart("edit", {"--output": two, "--json": tmp_path / "dangling"}, {})
+    disk.require_apart("edit", {"--output": two, "--json": tmp_path / "three"}, {"WEIGHTS": one})
+    assert issubclass(SchemaError, RefcurvError)
