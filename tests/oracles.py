@@ -214,7 +214,7 @@ def yarn(j: int, f: Any, width: int, theta: float, scaling: Any) -> Any:
     low, high = pair(scaling.fast), pair(scaling.slow)
     if scaling.truncate:
         low, high = np.floor(low), np.ceil(high)
-    low, high = max(low, 0), min(high, width - 1)
+    low, high = max(low, number(0)), min(high, number(width - 1))
     if low == high:
         high += number(0.001)
     keeps = 1 - min(max((j - low) / (high - low), 0), 1)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -113,6 +114,10 @@ def case(seed: int = 0, batch: int = 2, length: int = 6, **changes: object) -> C
     )
 
 
+Pick = Callable[[Sequence[Any]], Any]
+"""Chooses one of several: hypothesis draws it, or a seeded generator does."""
+
+
 def scaled(size: float, seed: int = 0, length: int = 6, **changes: object) -> Case:
     """A pre-norm case whose residual stream is `size` times as large.
 
@@ -131,86 +136,89 @@ def scaled(size: float, seed: int = 0, length: int = 6, **changes: object) -> Ca
 @st.composite
 def configs(draw: st.DrawFn, layers: int = 2, images: bool = False) -> ModelConfig:
     """The whole space of configurations, every option against every other."""
-    kv_heads = draw(st.integers(1, 2))
-    blocks = draw(st.integers(1, layers))
-    head_width = 2 * draw(st.integers(1, 2))
-    place = draw(st.sampled_from(list(NormPlace)))
+    return any_config(lambda options: draw(st.sampled_from(options)), layers, images)
+
+
+def any_config(pick: Pick, layers: int = 2, images: bool = False) -> ModelConfig:
+    """One point of the whole space of configurations, in which every field takes every value."""
+    yes = (False, True)
+    kv_heads, blocks = pick((1, 2)), pick(range(1, layers + 1))
+    place = pick(list(NormPlace))
     residuals = [r for r in Residual if r is not Residual.SHARED or place is NormPlace.PRE]
-    gated, gain = draw(st.booleans()), draw(st.booleans())
+    gated, gain = pick(yes), pick(yes)
     kinds = [n for n in LINEAR if (gated or n != "gate") and (images or n != "patch")]
-    theta = draw(st.sampled_from([None, 3.0, 1e4]))
+    theta = pick([None, 3.0, 1e4])
     fields: dict[str, object] = dict(
-        vocabulary=draw(st.integers(2, 6)),
-        width=draw(st.integers(2, 6)),
+        vocabulary=pick(range(2, 7)),
+        width=pick(range(2, 7)),
         layers=blocks,
-        heads=kv_heads * draw(st.integers(1, 3)),
+        heads=kv_heads * pick((1, 2, 3)),
         kv_heads=kv_heads,
-        head_width=head_width,
-        mlp_width=draw(st.integers(2, 5)),
+        head_width=pick((2, 4)),
+        mlp_width=pick(range(2, 6)),
         norm_place=place,
-        qk_norm=draw(st.sampled_from(list(QKNorm))),
-        norm_eps=draw(st.sampled_from([1e-3, 0.1])),
+        qk_norm=pick(list(QKNorm)),
+        norm_eps=pick([1e-3, 0.1]),
         rope_theta=theta,
-        norm=draw(st.sampled_from(list(Norm))),
+        norm=pick(list(Norm)),
         norm_gain=gain,
-        norm_offset=gain and draw(st.booleans()),
-        norm_bias=draw(st.booleans()),
-        biases=tuple(draw(st.lists(st.sampled_from(kinds), unique=True))),
+        norm_offset=gain and pick(yes),
+        norm_bias=pick(yes),
+        biases=tuple(kind for kind in kinds if pick(yes)),
         gated=gated,
-        activation=draw(st.sampled_from(list(Activation))),
-        residual=draw(st.sampled_from(residuals)),
-        score_scale=draw(st.sampled_from([None, 0.3])),
-        score_cap=draw(st.sampled_from([None, 0.7])),
-        logit_cap=draw(st.sampled_from([None, 1.5])),
-        qkv_clip=draw(st.sampled_from([None, 0.8])),
+        activation=pick(list(Activation)),
+        residual=pick(residuals),
+        score_scale=pick([None, 0.3]),
+        score_cap=pick([None, 0.7]),
+        logit_cap=pick([None, 1.5]),
+        qkv_clip=pick([None, 0.8]),
     )
     if theta is not None:
-        fields["rope_width"] = draw(st.sampled_from([None, 2]))
-        fields["rope_scaling"] = draw(st.one_of(st.none(), scalings()))
+        fields["rope_width"] = pick([None, 2])
+        fields["rope_scaling"] = _scaling(pick) if pick(yes) else None
     if images:
-        return ModelConfig(**fields, **draw(image_fields()))
-    fields["causal"] = causal = draw(st.booleans())
+        return ModelConfig(**fields, **_image_fields(pick))
+    fields["causal"] = causal = pick(yes)
     if causal:
-        window = st.integers(0, 3)
-        fields["windows"] = tuple(draw(st.lists(window, min_size=blocks, max_size=blocks)))
+        fields["windows"] = tuple(pick(range(4)) for _ in range(blocks))
     return ModelConfig(
         **fields,
-        learned_positions=draw(st.sampled_from([0, 5])),
-        embed_scale=draw(st.sampled_from([1.0, 1.7])),
-        tied=draw(st.booleans()),
+        learned_positions=pick([0, 5]),
+        embed_scale=pick([1.0, 1.7]),
+        tied=pick(yes),
     )
 
 
 @st.composite
 def scalings(draw: st.DrawFn) -> RopeScaling:
-    slow = draw(st.sampled_from([0.3, 1.0]))
+    """How rotary frequencies are stretched."""
+    return _scaling(lambda options: draw(st.sampled_from(options)))
+
+
+def _scaling(pick: Pick) -> RopeScaling:
+    slow = pick([0.3, 1.0])
     return RopeScaling(
-        kind=draw(st.sampled_from(list(Scaling))),
-        factor=draw(st.sampled_from([0.5, 4.0])),
-        original=draw(st.integers(1, 40)),
+        kind=pick(list(Scaling)),
+        factor=pick([0.5, 4.0]),
+        original=pick(range(1, 41)),
         slow=slow,
-        fast=slow * draw(st.sampled_from([2.0, 30.0])),
-        attention=draw(st.sampled_from([1.0, 1.2])),
-        truncate=draw(st.booleans()),
+        fast=slow * pick([2.0, 30.0]),
+        attention=pick([1.0, 1.2]),
+        truncate=pick((False, True)),
     )
 
 
-@st.composite
-def image_fields(draw: st.DrawFn) -> dict[str, object]:
-    specials = draw(st.sampled_from([(), ("cls",), ("cls", "distillation")]))
+def _image_fields(pick: Pick) -> dict[str, object]:
+    specials = pick([(), ("cls",), ("cls", "distillation")])
     image = Image(
-        channels=draw(st.integers(1, 2)),
-        height=2 * draw(st.integers(1, 2)),
-        width=2,
-        patch=draw(st.integers(1, 2)),
-        specials=specials,
+        channels=pick((1, 2)), height=pick((2, 4)), width=2, patch=pick((1, 2)), specials=specials
     )
     return dict(
         causal=False,
         tied=False,
         image=image,
-        pool=draw(st.sampled_from([Pool.MEAN, Pool.CLS] if specials else [Pool.MEAN])),
-        learned_positions=draw(st.sampled_from([0, image.positions])),
+        pool=pick([Pool.MEAN, Pool.CLS] if specials else [Pool.MEAN]),
+        learned_positions=pick([0, image.positions]),
     )
 
 

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from contextlib import ExitStack
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import pytest
 import test_planted_bugs as bugs
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import Case, assert_within, case, configs, few, random_parameters
+from strategies import Case, assert_within, case, few
 
 import refcurv as rc
 from refcurv.cli import main
@@ -27,9 +27,14 @@ from refcurv.judge import bench, identities
 from refcurv.judge.identities import CHECKS
 from refcurv.law.checks import ConventionError, EmptyError, NonFiniteError, RangeError
 from refcurv.model import inputs, layers, transformer
-from refcurv.model.config import ModelConfig, NormPlace, QKNorm
+from refcurv.model.config import NormPlace, QKNorm
 from refcurv.model.layers import DEFINITIONS
 from refcurv.passes import fast
+
+
+def bench_of(model: rc.Model, corpus: rc.Corpus, seed: int = 0) -> bench.Bench:
+    planned = bench.plan(model.config, corpus, 2**32)
+    return bench.prepare(model.config, model.parameters, corpus, planned, seed)
 
 
 def model_of(one: Case) -> tuple[rc.Model, rc.Corpus]:
@@ -65,40 +70,14 @@ def test_budgets_are_a_thousandth_of_what_they_must_see(of_demo: rc.Audit) -> No
 
 @pytest.mark.parametrize("place", list(NormPlace))
 @pytest.mark.parametrize("qk", list(QKNorm))
-@pytest.mark.parametrize("tied", [False, True])
-def test_every_architecture_passes(place: NormPlace, qk: QKNorm, tied: bool) -> None:
+def test_what_an_architecture_does_not_have_is_left_out(place: NormPlace, qk: QKNorm) -> None:
+    tied = qk is QKNorm.HEAD
     found = rc.audit(*small(norm_place=place, qk_norm=qk, tied=tied))
     assert found.failed == ()
     absent = {f.id for f in found.findings if f.verdict == "left out"}
     assert absent == ({"O8"} if tied else set()) | (
         {"O35"} if place is NormPlace.PRE and qk is QKNorm.NONE else set()
     )
-
-
-@few(12)
-@given(made=st.one_of(configs(), configs(images=True)), seed=st.integers(0, 999))
-def test_every_configuration_passes(made: ModelConfig, seed: int) -> None:
-    """The whole space: what does not hold for an architecture is left out, nothing fails."""
-    # a window of 1 leaves q and k without any gradient that an error could be relative to
-    made = replace(made, windows=tuple(2 if w == 1 else w for w in made.windows))
-    # as does a single position, be it a patch
-    if made.image is not None and made.image.positions == 1:
-        wide = replace(made.image, width=2 * made.image.width)
-        learned = wide.positions if made.learned_positions else 0
-        made = replace(made, image=wide, learned_positions=learned)
-    # nor does a LayerNorm of two numbers leave anything but their signs
-    made = replace(made, vocabulary=7, width=8, head_width=4, mlp_width=10)
-    rng = np.random.default_rng(seed)
-    if made.image is not None:
-        size = (3, made.image.channels, made.image.height, made.image.width)
-        images = rng.normal(size=size).astype(np.float32)
-        corpus = rc.Corpus(images=images, labels=rng.integers(0, 7, 3))
-    else:
-        token = rng.integers(0, 7, (3, 5))
-        corpus = rc.Corpus(token, None if made.causal else (token + 1) % 7)
-    found = rc.audit(rc.Model(made, random_parameters(made, seed)), corpus)
-    assert found.failed == (), [f for f in found.findings if f.verdict == "fail"]
-    assert sum(f.verdict == "pass" for f in found.findings) >= (15 if made.image is None else 12)
 
 
 def test_packed_padded_and_partly_labelled_sequences_pass() -> None:
@@ -120,21 +99,33 @@ def test_packed_padded_and_partly_labelled_sequences_pass() -> None:
 @few(8)
 @given(seed=st.integers(0, 99), place=st.sampled_from(list(NormPlace)))
 def test_budgets_cover_the_rounding_that_longdouble_shows(seed: int, place: NormPlace) -> None:
-    """Every layer's g within first_order, H v within second_order; observed 8 % and 3 %."""
+    """Every layer's g and H v are off by less than their terms allow: observed 6 % and 2 %."""
     model, corpus = model_of(case(seed, batch=2, length=7, head_width=4, norm_place=place))
-    planned = bench.plan(model.config, corpus, 2**32)
-    made = bench.prepare(model.config, model.parameters, corpus, planned, seed)
+    made = bench_of(model, corpus, seed)
     wide = {name: W.astype(np.longdouble) for name, W in model.parameters.items()}
     taps, _ = bench.flow(model.config, wide, made.batch, made.layout)
     for name, tap in taps.items():
         assert tap.g.dtype == np.longdouble
-        assert_within(made.taps[name].g, tap.g, made.first_order, tap.g, f"g of {name}")
+        terms = made.runs_of_taps(partial(identities._output_slope, name)).size()
+        assert_within(made.taps[name].g, tap.g, made.budget, terms, f"g of {name}")
     v = identities._direction(made, 0)
-    H_v, H_v_wide = (
-        identities._flat(exact.hvp(of_batch(made.batch, p), wrt="**", vector=v))
-        for p in (model.parameters, wide)
-    )
-    assert_within(H_v, H_v_wide, made.second_order, H_v_wide, "H v")
+    H_v = identities._products(made, made.batch, "hessian", v)
+    H_v_wide = identities._flat(exact.hvp(of_batch(made.batch, wide), wrt="**", vector=v))
+    assert_within(H_v.here, H_v_wide, made.budget, H_v.size(), "H v")
+
+
+def test_one_label_is_enough_and_may_be_the_last() -> None:
+    """A single position, an answer's last token, a lone class: there is a gradient to look at."""
+    one = case(1, batch=3, length=5)
+    model, last = rc.Model(one.config, one.parameters), np.arange(5) == 4
+    for corpus in (
+        rc.Corpus(one.token[:, :1], one.token[:, 1:2]),
+        rc.Corpus(one.token, np.where(last, one.token, -1)),
+        rc.Corpus(one.token, np.where(np.arange(5) == 1, one.token, -1)),
+    ):
+        found = rc.audit(model, corpus)
+        assert found.failed == ()
+        assert {f.id for f in found.findings if f.verdict == "pass"} >= {"R6", "O9", "O15", "O18"}
 
 
 def test_labels_that_come_late_are_found() -> None:
@@ -261,6 +252,7 @@ def test_a_file_with_interleaved_rows_of_q_and_k_is_noticed() -> None:
         made = bench.prepare(model.config, parameters, corpus, planned, 0)
         (measure,) = identities.rotary_rows(made)
         assert (measure.error > measure.budget) == noticed
+        assert measure.error <= 1 < 100 * measure.budget  # no loss falls by more than all of it
         for check in (identities.rotated_key_slopes, identities.norm_defect):
             assert all(m.error <= m.budget for m in check(made))
 
@@ -316,8 +308,8 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     single = rc.Model(model.config, dict(model.parameters), "float32")
     for error, says, arguments, options in (
         (ConventionError, "float64", (single, corpus), {}),
-        (EmptyError, "two labels", (model, rc.Corpus(corpus.tokens[:, :1])), {}),
-        (EmptyError, "two labels", (model, rc.Corpus(corpus.tokens, corpus.tokens * 0 - 1)), {}),
+        (EmptyError, "has a label", (model, rc.Corpus(corpus.tokens[:, :1])), {}),
+        (EmptyError, "has a label", (model, rc.Corpus(corpus.tokens, corpus.tokens * 0 - 1)), {}),
         (RangeError, "vocabulary", (model, rc.Corpus(corpus.tokens + 5)), {}),
         (RangeError, "memory", (model, corpus), dict(memory=-1)),
         (RangeError, "memory", (model, corpus), dict(memory=float("nan"))),

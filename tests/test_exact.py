@@ -426,7 +426,7 @@ def test_O18_O19_traces_and_marginals_of_F_tok(one: Case, which: int) -> None:
     """tr F_tok = Σ ‖a‖²‖g‖²; Tr_out = Σ ‖g‖² a aᵀ; Tr_in = Σ ‖a‖² g gᵀ; tr K by the means."""
     made = problem_of(one)
     layers = [n for n in made.linear if n.startswith("blocks.0.")]
-    name = sorted(layers)[which]
+    name = sorted(layers)[which % len(layers)]
     O, I = made.parameters[name].shape
     F_tok = exact.f_tok(made, wrt=name).reshape(O, I, O, I)
     sums = [0.0, np.zeros((I, I)), np.zeros((O, O))]

@@ -276,11 +276,11 @@ def softmax_backward(
 ) -> None:
     """In place: scores q·k → the forward's probabilities, and their gradient → the scores', · size.
 
-    d_score = p (d_p − Σ_s p d_p), d_p counted from that of a key with more than half of p. All keys
-    of a row lie in its block. Definition: model.layers.attention_backward.
+    d_score = p (d_p − Σ_s p d_p), d_p counted from the mean of the likeliest keys', whose e^0 is 1.
+    All keys of a row lie in its block. Definition: model.layers.attention_backward.
     """
     B, H, T, S = score_BHTS.shape
-    zero, half = number(0.0, scale), number(0.5, scale)
+    zero, one = number(0.0, scale), number(1.0, scale)
     for b in range(B):
         for h in range(H):
             for t in range(T):
@@ -291,11 +291,14 @@ def softmax_backward(
                 row[high:] = 0
                 d_row[:low] = 0
                 d_row[high:] = 0
-                top, total, start, delta = top_BHT[b, h, t], total_BHT[b, h, t], zero, zero
+                top, total = top_BHT[b, h, t], total_BHT[b, h, t]
+                start, ties, delta = zero, zero, zero
                 _exponentials(row[low:high], top, scale)
                 for s in range(low, high):
+                    start += d_row[s] if row[s] >= one else zero
+                    ties += one if row[s] >= one else zero
                     row[s] /= total
-                    start += d_row[s] if row[s] > half else zero  # of one key at most
+                start /= max(ties, one)
                 for s in range(low, high):
                     d_row[s] -= start
                     delta += row[s] * d_row[s]

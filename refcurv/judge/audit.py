@@ -91,8 +91,9 @@ def audit(
 
     Definition
         Each identity of `judge.identities.CHECKS` is measured where it applies; its error is
-        relative to the terms that it sums, its budget derived from eps(float64), the sizes of its
-        sums and the amplification that a float32 run of the same pass shows.
+        relative to the terms that it sums, its budget derived from eps(float64) and the sizes of
+        its sums. Where passes are compared, the terms are those of the whole pass, whose sizes a
+        run of the same pass with every operation shaken shows (`judge.roundings`).
 
     Args:
         model: loaded in float64.
@@ -109,11 +110,12 @@ def audit(
         ConventionError: the model was loaded as float32. EmptyError: no labels. RangeError: token
         ids of another vocabulary; memory or seed out of range. NonFiniteError: NaN in a weight.
 
-    Cost: some thirty forward and backward passes over the batch, and V backward passes for each of
+    Cost: some forty forward and backward passes over the batch, and V backward passes for each of
         at most three loss positions. The demo model: a quarter of a minute.
     Source: ORACLES; DESIGN §5.
-    Proof: tests/test_audit.py::test_the_demo_model_passes,
-        tests/test_audit.py::test_a_planted_bug_is_named
+    Proof: tests/test_audit.py::test_a_planted_bug_is_named,
+        tests/test_sound_models.py::test_a_thousand_sound_models_pass,
+        tests/test_budgets.py::test_a_budget_sees_a_fault_that_a_hundred_budgets_hide
     """
     begin = time.perf_counter()
     if model.dtype != "float64":

@@ -8,7 +8,7 @@ written down, by formulas of their own.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -19,13 +19,15 @@ from refcurv.curvature.eigenbasis import Bases, decompose
 from refcurv.curvature.factors import Factors, collect
 from refcurv.curvature.problem import Batch, image_batch
 from refcurv.files.corpus import Corpus, require_tokens
-from refcurv.files.lazy import Lazy
+from refcurv.judge import roundings
+from refcurv.judge.roundings import Runs
 from refcurv.law import tolerance
 from refcurv.law.checks import Array, EmptyError, require_finite
 from refcurv.law.conventions import NO_LABEL
 from refcurv.model import transformer
 from refcurv.model.config import Model, ModelConfig
 from refcurv.model.layers import DEFINITIONS, Layout, Ops, Saved
+from refcurv.model.magnitudes import MAGNITUDES
 from refcurv.model.transformer import Parameters, Slope, Tap
 from refcurv.passes.shards import require_fit, require_inputs
 
@@ -35,17 +37,11 @@ SEQUENCES, WIDTH = 8, 64
 ENUMERATED = 2048
 """Backward passes that enumerating the vocabulary may take."""
 
+SHAKEN = 0x5AFE
+"""Of the seeds of shaken runs, which must be no direction's."""
+
 BASIS_WIDTH = 4096
 """Sides of the widest layer whose eigenbasis and edit are checked."""
-
-SAFETY = 16
-"""Roundings of one run differ from those of another by chance: how much more is allowed."""
-
-LEAST = 10.0
-"""Amplification of the smallest models, where one run may by chance round to almost nothing."""
-
-UNMEASURED = 1e6
-"""Amplification taken for granted where float32 overflows; models seen have 10 to 1,000."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,10 +119,10 @@ def _batch_shape(config: ModelConfig, corpus: Corpus, memory: int) -> tuple[int,
 
 
 def _activations(config: ModelConfig, sequences: int, width: int) -> int:
-    """Bytes of a complex forward and backward."""
+    """Bytes of a complex forward and backward, and of as much again that is kept."""
     wide = 14 * config.width + 6 * config.mlp_width + 6 * config.heads * config.head_width
     per_block = wide + 3 * config.heads * width
-    return 16 * sequences * width * (config.layers * per_block + 4 * config.vocabulary)
+    return 32 * sequences * width * (config.layers * per_block + 4 * config.vocabulary)
 
 
 def _two_blocks(config: ModelConfig) -> list[tuple[str, tuple[int, int]]]:
@@ -164,10 +160,11 @@ class NormCall:
 class _Log:
     norms: list[NormCall] = field(default_factory=list)
     rotated: list[tuple[Array, Array]] = field(default_factory=list)
+    key_terms: list[Array] = field(default_factory=list)
 
 
 def _watched(log: _Log) -> Ops:
-    """The definitions, with a log of norms and rotations."""
+    """The definitions, with a log of norms, of rotations and of what keys' gradients sum."""
 
     def norm_forward(x: Array, gain: Array, eps: float) -> tuple[Array, Saved]:
         y, saved = DEFINITIONS.rms_norm_forward(x, gain, eps)
@@ -185,8 +182,16 @@ def _watched(log: _Log) -> Ops:
         log.rotated.append((x, y))
         return y
 
+    def attention_backward(d_context: Array, saved: Saved) -> tuple[Array, Array, Array]:
+        log.key_terms.append(MAGNITUDES.attention_backward(np.abs(d_context), saved)[1])
+        return DEFINITIONS.attention_backward(d_context, saved)
+
     return replace(
-        DEFINITIONS, rms_norm_forward=norm_forward, rms_norm_backward=norm_backward, rotate=rotate
+        DEFINITIONS,
+        rms_norm_forward=norm_forward,
+        rms_norm_backward=norm_backward,
+        rotate=rotate,
+        attention_backward=attention_backward,
     )
 
 
@@ -199,10 +204,8 @@ class Bench:
         as the definitions read it; layout. taps: layer → Tap, a and g (B, T, ·), the head's
         included. norms: every RMSNorm.
         key_slopes: block → the gradient of the rotated keys, before and after the rotation is
-            undone, (B, T, K, E). final (B, T, D); logits (B, T, V).
-        amplification: by how many of its own roundings (eps) a float32 run of the same pass is off,
-            in the worst layer. Errors are proportional to eps, so the float64 run is off by as many
-            of its own: this, and not a worst case over all paths, is what budgets are made of.
+            undone, (B, T, K, E). key_terms: block → the sum of the magnitudes of its terms.
+        final (B, T, D); logits (B, T, V). hessians: random direction → H times it, once known.
     """
 
     config: ModelConfig
@@ -215,9 +218,11 @@ class Bench:
     taps: Mapping[str, Tap]
     norms: tuple[NormCall, ...]
     key_slopes: Mapping[int, tuple[Array, Array]]
+    key_terms: Mapping[int, Array]
     final: Array
     logits: Array
-    amplification: float
+    hessians: dict[int, Runs] = field(default_factory=dict, repr=False)
+    _moved: dict[int, Mapping[str, Tap]] = field(default_factory=dict, repr=False)
 
     @property
     def real(self) -> Array:
@@ -225,14 +230,45 @@ class Bench:
         return _real(self.corpus, self.batch)
 
     @property
-    def first_order(self) -> float:
-        """Budget of what went forward and backward once, relative to the sizes that it sums."""
-        return SAFETY * self.amplification * tolerance.eps(np.float64)
+    def longest(self) -> int:
+        """The most terms that any sum of a pass has."""
+        one = self.config
+        sides = (one.width, one.mlp_width, one.heads * one.head_width, one.vocabulary)
+        patch = one.image.patch_size if one.image else 0
+        return max(*sides, patch, int(self.batch.segment_BT.size))
 
     @property
-    def second_order(self) -> float:
-        """Budget of a product with curvature, which passes through every amplification twice."""
-        return self.first_order * max(self.amplification, 1.0)
+    def budget(self) -> float:
+        """Of a result that went through whole passes, relative to its terms (`Runs.size`)."""
+        return tolerance.probable(self.longest, np.float64)
+
+    def runs(self, result: Callable[[Parameters], Array]) -> Runs:
+        """What the definitions make of the parameters, and of shaken ones."""
+        return roundings.runs(
+            np.asarray(result(self.parameters)), lambda n: result(self._shaken(n))
+        )
+
+    def runs_of_taps(self, result: Callable[[Mapping[str, Tap]], Array]) -> Runs:
+        """What is made of the taps, and of those of shaken runs."""
+        return roundings.runs(result(self.taps), lambda n: result(self._taps(n)))
+
+    def _shaken(self, n: int) -> Parameters:
+        return roundings.shaken(self.parameters, [self.seed, n, SHAKEN])
+
+    def _taps(self, n: int) -> Mapping[str, Tap]:
+        if n not in self._moved:
+            self._moved[n], _ = flow(self.config, self._shaken(n), self.batch, self.layout)
+        return self._moved[n]
+
+    @property
+    def amplification(self) -> float:
+        """By how many relative roundings everywhere the layers' gradients are off, in the whole."""
+
+        def slopes(taps: Mapping[str, Tap]) -> Array:
+            return np.concatenate([tap.g.ravel() for tap in taps.values()])
+
+        own = roundings.norm(slopes(self.taps))
+        return self.runs_of_taps(slopes).size() / own if own else 1.0
 
     def rng(self, salt: int) -> np.random.Generator:
         """A stream of its own for each use."""
@@ -280,13 +316,9 @@ def prepare(
     undone = log.rotated[2 * config.layers + 1 :: 2]
     slopes = {config.layers - 1 - n: call for n, call in enumerate(undone)}
     logits = transformer.head_logits(config, parameters, final_BTD)
-    narrow = Lazy(list(parameters), lambda name: parameters[name].astype(np.float32))
-    with np.errstate(all="ignore"):
-        rough, _ = flow(config, narrow, batch, layout)
-    off = max(_distance(rough[name].g, taps[name].g) for name in taps) / tolerance.eps(np.float32)
-    amplification = max(off, LEAST) if np.isfinite(off) else UNMEASURED
+    terms = {config.layers - 1 - n: call for n, call in enumerate(log.key_terms)}
     return Bench(config, parameters, planned, seed, some, batch, layout, taps, tuple(log.norms),
-                 slopes, final_BTD, logits, amplification)  # fmt: skip
+                 slopes, terms, final_BTD, logits)  # fmt: skip
 
 
 def flow(
@@ -315,17 +347,11 @@ def flow(
     return taps, final_BTD
 
 
-def _distance(rough: Array, fine: Array) -> float:
-    """|rough − fine| / |fine|, 0 where there is nothing."""
-    size = float(np.linalg.norm(fine))
-    return float(np.linalg.norm(rough - fine)) / size if size else 0.0
-
-
 def _some(config: ModelConfig, corpus: Corpus, planned: Plan) -> Corpus:
-    """The corpus's first sequences with at least two labels in the planned width, cut to it.
+    """The corpus's first sequences that have labels in the planned width, cut to it.
 
-    The last column has no label, so that there is a position that reaches none (O30). Of images
-    the first that have a label.
+    Two labels each, if there are such; none in the last column, if others remain, so that there is
+    a position that reaches none (O30). Of images the first that have a label.
     """
     label = require_fit("audit", corpus, config)
     if corpus.images is not None:
@@ -334,24 +360,26 @@ def _some(config: ModelConfig, corpus: Corpus, planned: Plan) -> Corpus:
             raise EmptyError("audit: no image of the corpus has a label. Give some.")
         return Corpus(images=corpus.images[good], labels=label[good, 0])
     T = planned.width
-    label = label[:, :T].copy()
-    label[:, -1] = NO_LABEL
-    good = np.flatnonzero((label >= 0).sum(axis=1) >= min(2, T - 1))[: planned.sequences]
-    if not len(good) or T < 2:
-        raise EmptyError(
-            f"audit: no sequence of the corpus has two labels in its first {T} positions; the "
-            "identities of gradients need some. Give a corpus of longer sequences."
-        )
-    token, part = require_tokens("audit", corpus), np.ix_(good, np.arange(T))
-    return Corpus(token[part], label[part], corpus.real[part], corpus.segment[part])
+    whole = label[:, :T]
+    cut = np.where(np.arange(T) < T - 1, whole, NO_LABEL)
+    for label, least in ((cut, 2), (cut, 1), (whole, 1)):
+        good = np.flatnonzero((label >= 0).sum(axis=1) >= least)[: planned.sequences]
+        if len(good):
+            token, part = require_tokens("audit", corpus), np.ix_(good, np.arange(T))
+            return Corpus(token[part], label[part], corpus.real[part], corpus.segment[part])
+    raise EmptyError(
+        f"audit: no sequence of the corpus has a label in its first {T} positions; the identities "
+        "of gradients need some. Give a corpus of longer sequences, or labels."
+    )
 
 
 def _batch(config: ModelConfig, some: Corpus) -> Batch:
-    """What the definitions read of it."""
+    """What the definitions read of it; padding is a segment of its own, which nothing sees."""
     if some.images is not None:
         return image_batch(config, some.images, some.label)
-    token = require_tokens("audit", some).astype(np.int64)
-    return Batch(config, token, some.label, some.segment.astype(np.int64), np.arange(len(token)))
+    token, segment = require_tokens("audit", some).astype(np.int64), some.segment.astype(np.int64)
+    segment = np.where(some.real, segment, segment.max() + 1)
+    return Batch(config, token, some.label, segment, np.arange(len(token)))
 
 
 def _real(some: Corpus, batch: Batch) -> Array:

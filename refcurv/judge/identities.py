@@ -1,16 +1,20 @@
 """The identities that hold on any model, as checks: each measures its error and derives its budget.
 
 The ids are those of the oracles (O) and of the method's statements (P). An error is relative to
-the size of the terms that the identity sums, never to a result that may vanish. A check yields one
-`Measure` for each place where it looked, or none where its subject does not occur in the model.
+the size of the terms that the identity sums, never to a result that may vanish: the magnitudes of
+the products where both sides are made of what was written down, and where two passes are compared
+what roundings anywhere in a pass can do (`judge.roundings`). A check yields one `Measure` for each
+place where it looked, or none where its subject does not occur in the model.
 """
 
 from __future__ import annotations
 
 import math
 from collections import ChainMap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
 from types import MappingProxyType
 
 import numpy as np
@@ -20,21 +24,32 @@ from refcurv.algebra.staircase import cut
 from refcurv.curvature import exact
 from refcurv.curvature.eigenbasis import Eigenbasis
 from refcurv.curvature.factors import Factors
-from refcurv.curvature.problem import Batch, Problem, of_batch
+from refcurv.curvature.problem import Batch, of_batch
 from refcurv.editing.projection import project
+from refcurv.judge import roundings
 from refcurv.judge.bench import Bench, flow
+from refcurv.judge.roundings import Runs
 from refcurv.law import tolerance
 from refcurv.law.checks import Array
 from refcurv.law.conventions import NO_LABEL
 from refcurv.model import transformer
 from refcurv.model.config import Activation, ModelConfig, NormPlace, Pool, QKNorm
-from refcurv.model.layers import ACTIVATIONS, rope_frequencies
+from refcurv.model.layers import ACTIVATIONS, DEFINITIONS, Saved, rope_frequencies, windowed
 from refcurv.model.transformer import Parameters, Tap
 from refcurv.passes.fast import FAST
 from refcurv.passes.memory import nats
 
 RHO = 0.8
 """The share of mass at which an edit is checked."""
+
+LEAST = float(np.finfo(np.float64).tiny / np.finfo(np.float64).eps)
+"""Below it squares and products lose digits to underflow, in part or altogether."""
+
+LIKE = 1e-4
+"""How nearly two steps must say the same, each further above the rounding of logits than that."""
+
+STEPS = 12
+"""Times that a step is halved before it is given up to find one that is small."""
 
 SHAPE = 1e-3
 """Budget of an identity that holds in the limit of small steps, here after one extrapolation."""
@@ -55,12 +70,14 @@ Check = Callable[[Bench], Iterator[Measure]]
 def _measure(
     got: ArrayLike, want: ArrayLike, scale: ArrayLike, budget: float, where: str = ""
 ) -> Measure:
-    """|got − want| / |scale| in Frobenius norm; infinite without a scale, or between shapes."""
+    """|got − want| / |scale| in Frobenius norm; infinite between shapes.
+
+    What underflows loses digits that no scale knows of, so a scale is at least LEAST.
+    """
     if np.shape(want) not in ((), np.shape(got)):
         return Measure(math.inf, budget, f"{where}: {np.shape(got)} for {np.shape(want)}")
-    error = float(np.linalg.norm(np.asarray(got) - np.asarray(want)))
-    size = float(np.linalg.norm(scale))
-    return Measure(error / size if size else (math.inf if error else 0.0), budget, where)
+    error = roundings.norm(np.asarray(got) - np.asarray(want))
+    return Measure(error / max(roundings.norm(scale), LEAST), budget, where)
 
 
 def _exactly(same: bool, where: str = "") -> Measure:
@@ -83,11 +100,15 @@ def _blocks(config: ModelConfig) -> Iterator[tuple[int, str]]:
 def fast_is_the_definition(bench: Bench) -> Iterator[Measure]:
     """Kernels give each weight the gradient Σ_s g_s a_sᵀ."""
     fast, _ = flow(bench.config, bench.parameters, bench.batch, bench.layout, FAST)
-    for name, tap in bench.taps.items():
+    for name in bench.taps:
         if name != "head":
-            d, d_fast = (_outer(x.g, x.a) for x in (tap, fast[name]))
-            terms = _outer(np.abs(tap.g), np.abs(tap.a))
-            yield _measure(d_fast, d, terms, bench.first_order, f"{name}.weight")
+            slope = partial(_slope, name)
+            size = bench.runs_of_taps(slope).size()
+            yield _measure(slope(fast), slope(bench.taps), size, bench.budget, f"{name}.weight")
+
+
+def _slope(layer: str, taps: Mapping[str, Tap]) -> Array:
+    return _outer(taps[layer].g, taps[layer].a)
 
 
 def _outer(g: Array, a: Array) -> Array:
@@ -96,7 +117,7 @@ def _outer(g: Array, a: Array) -> Array:
 
 def weight_slopes(bench: Bench) -> Iterator[Measure]:
     """Σ_s <g_s, W a_s> = <W, ∇W>, the gradient of W by the definitions."""
-    made = _problem(bench, len(bench.real))
+    made = of_batch(_batch(bench, len(bench.real)), bench.parameters)
     weights = {bench.config.weight_of(name): name for name in bench.taps}
     names = [w for w in weights if w in bench.plan.directions and w in made.linear]
     if not names:
@@ -105,8 +126,22 @@ def weight_slopes(bench: Bench) -> Iterator[Measure]:
     for weight in names:
         W, tap = bench.parameters[weight], bench.taps[weights[weight]]
         through = float((tap.g * (tap.a @ W.T)).sum())
-        size = float((np.abs(tap.g) * (np.abs(tap.a) @ np.abs(W).T)).sum())
-        yield _measure((W * gradient[weight]).sum(), through, size, bench.first_order, weight)
+        squares = float(((tap.g * tap.g) * ((tap.a * tap.a) @ (W * W).T)).sum())
+        size = bench.runs_of_taps(partial(_slope_along, weights[weight], W)).size()
+        scale = [math.sqrt(squares), size]
+        yield _measure((W * gradient[weight]).sum(), through, scale, bench.budget, weight)
+
+
+def _slope_along(layer: str, W: Array, taps: Mapping[str, Tap]) -> Array:
+    """The terms of <W, ∇W> by entries of W, and by outputs."""
+    tap = taps[layer]
+    return np.append(_along(W, _slope(layer, taps)), tap.g * (tap.a @ W.T))
+
+
+def _along(v: Array, x: Array) -> Array:
+    """The terms of <v, x>, and their sum: roundings of one entry, and of many at once."""
+    terms = np.ravel(v * x)
+    return np.append(terms, terms.sum())
 
 
 def last_layer_in_closed_form(bench: Bench) -> Iterator[Measure]:
@@ -119,12 +154,22 @@ def last_layer_in_closed_form(bench: Bench) -> Iterator[Measure]:
     X = bench.rng(7).normal(size=made.parameters[head].shape)
     z, (final, *_) = made.forward(made.parameters)
     h = final[batch.label_BT >= 0]
-    p = np.exp(z - z.max(axis=1, keepdims=True))
-    p /= p.sum(axis=1, keepdims=True)
-    y = transformer.uncapped(bench.config, z, h @ X.T)
-    variance = (p * y * y).sum(axis=1) - (p * y).sum(axis=1) ** 2
+    e = np.exp(z - z.max(axis=1, keepdims=True))
+    p = e / e.sum(axis=1, keepdims=True)
+    y, terms = (
+        transformer.uncapped(bench.config, z, x) for x in (h @ X.T, np.abs(h) @ np.abs(X).T)
+    )
+    # the variance about the likeliest entry, of which p may leave nothing to the others
+    top = np.arange(len(z)), z.argmax(axis=1)
+    off, size = y - y[top][:, None], terms + terms[top][:, None]
+    mean = (p * off).sum(axis=1, keepdims=True)
+    variance = (p * (off - mean) ** 2).sum()
     x = exact.fisher_along(made, vector={head: X})
-    yield _measure(x @ x, variance.sum(), (p * y * y).sum(), bench.second_order, head)
+    rest = p.copy()
+    rest[top] = 0
+    scale = (rest * size * size).sum() + (p[top] * (rest * size).sum(axis=1) ** 2).sum()
+    budget = tolerance.gamma(8 * sum(X.shape), np.float64)
+    yield _measure(x @ x, variance, scale, budget, head)
 
 
 def head_slopes_sum_to_zero(bench: Bench) -> Iterator[Measure]:
@@ -132,31 +177,38 @@ def head_slopes_sum_to_zero(bench: Bench) -> Iterator[Measure]:
     if bench.config.logit_cap is not None:  # it is the capped logits' that do
         return
     g = bench.taps["head"].g[bench.batch.label_BT >= 0]
-    terms = np.full(len(g), 2.0)  # g = p − onehot
-    yield _measure(g.sum(axis=-1), 0, terms, tolerance.gamma(2 * g.shape[-1], np.float64), "head")
+    budget = tolerance.gamma(4 * g.shape[-1], np.float64)
+    yield _measure(g.sum(axis=-1), 0, np.abs(g).sum(axis=-1), budget, "head")
 
 
 def head_slopes_by_label(bench: Bench) -> Iterator[Measure]:
-    """‖g‖² of the head is 1 − 2 p_y + Σ p² at every labelled position."""
+    """‖g‖² of the head is (1 − p_y)² + Σ_{v≠y} p_v² at every label."""
     if bench.config.logit_cap is not None:
         return
     b, t = np.nonzero(bench.batch.label_BT >= 0)
+    n, own = np.arange(len(b)), bench.batch.label_BT[b, t]
     z = bench.logits[b, t]
     p = np.exp(z - z.max(axis=-1, keepdims=True))
     p /= p.sum(axis=-1, keepdims=True)
-    own = p[np.arange(len(p)), bench.batch.label_BT[b, t]]
+    p[n, own] = 0
+    p[n, own] = p.sum(axis=-1)  # 1 − p_y
     square = (bench.taps["head"].g[b, t] ** 2).sum(axis=-1)
-    want = 1 - 2 * own + (p * p).sum(axis=-1)
-    yield _measure(square, want, np.ones(len(p)), tolerance.gamma(8 * z.shape[-1], np.float64))
+    want = (p * p).sum(axis=-1)
+    # a logit is rounded at the size of its terms, and so p by as much of itself
+    W, h = bench.parameters[bench.config.weight_of("head")], bench.final[b, t]
+    terms = (np.abs(h) @ np.abs(W).T).max(axis=-1) + np.abs(z).max(axis=-1)
+    budget = tolerance.gamma(8 * sum(W.shape), np.float64)
+    yield _measure(square, want, want * (1 + terms), budget)
 
 
 def unreached_positions(bench: Bench) -> Iterator[Measure]:
     """A position that reaches no label has no gradient: exactly 0."""
-    if bench.config.image is not None:  # every one reaches its image's
-        return
     reached = _reached(bench)
+    if reached.all():
+        return
     for name, tap in bench.taps.items():
-        yield _exactly(not tap.g[~reached].any(), name)
+        if tap.g.shape[:2] == reached.shape:  # neither a pooled head nor patches
+            yield _exactly(not tap.g[~reached].any(), name)
 
 
 def _reached(bench: Bench) -> Array:
@@ -173,12 +225,14 @@ def _reached(bench: Bench) -> Array:
 
 
 def first_queries(bench: Bench) -> Iterator[Measure]:
-    """The first query of a segment has no gradient: exactly 0."""
-    if not bench.config.causal:
-        return
-    first = bench.layout.first_BT == bench.layout.last_BT
-    for _, at in _blocks(bench.config):
-        yield _exactly(not bench.taps[f"{at}attn.q"].g[first].any(), f"{at}attn.q")
+    """A query that sees one key has no gradient: exactly 0."""
+    for i, at in _blocks(bench.config):
+        layout, window = bench.layout, bench.config.window(i)
+        if window:
+            layout = windowed(layout, window)
+        alone = layout.first_BT == layout.last_BT
+        if alone.any():
+            yield _exactly(not bench.taps[f"{at}attn.q"].g[alone].any(), f"{at}attn.q")
 
 
 def rotated_key_slopes(bench: Bench) -> Iterator[Measure]:
@@ -187,13 +241,13 @@ def rotated_key_slopes(bench: Bench) -> Iterator[Measure]:
     The rotation is made here anew: pairs (j, j + R/2) as complex numbers, θ^(-2j/R) a turn. Without
     rotary positions and norms of keys it is the layer's own gradients that sum to 0.
     """
-    config, segment = bench.config, bench.layout.first_BT
+    config = bench.config
     if config.score_cap is not None:  # scores are not shift invariant then
         return
     if config.rope_theta is None:
         for i, at in _blocks(config):
             if config.qk_norm is QKNorm.NONE and config.qkv_clip is None:
-                yield _sums_to_zero(bench.taps[f"{at}attn.k"].g, segment, bench, i)
+                yield _sums_to_zero(bench, i, bench.taps[f"{at}attn.k"].g)
         return
     R = config.rope_width or config.head_width
     if config.rope_scaling is None:
@@ -203,18 +257,25 @@ def rotated_key_slopes(bench: Bench) -> Iterator[Measure]:
     angle = bench.layout.position_BT[:, :, None, None] * turn
     for i, (_, d_k) in bench.key_slopes.items():
         z = (d_k[..., : R // 2] + 1j * d_k[..., R // 2 : R]) * np.exp(1j * angle)
-        yield _sums_to_zero(np.concatenate([z, d_k[..., R:]], axis=-1), segment, bench, i)
+        yield _sums_to_zero(bench, i, np.concatenate([z, d_k[..., R:]], axis=-1))
 
 
-def _sums_to_zero(x_BT: Array, segment_BT: Array, bench: Bench, i: int) -> Measure:
-    """Σ x over each segment is 0, beside Σ |x|."""
+def _sums_to_zero(bench: Bench, i: int, x_BT: Array) -> Measure:
+    """Σ x over each segment is 0, beside the magnitudes of all that x sums."""
+    config, segment_BT = bench.config, bench.layout.first_BT
+    B, T = segment_BT.shape
+    terms_BT, x_BT = (x.reshape(B, T, -1) for x in (bench.key_terms[i], x_BT))
+    if config.rope_scaling is not None:
+        terms_BT = terms_BT * max(1.0, config.rope_scaling.attention)
     sums, sizes = [], []
-    for b in range(len(segment_BT)):
+    for b in range(B):
         for one in np.unique(segment_BT[b]):
-            member = x_BT[b, segment_BT[b] == one]
-            sums.append(member.sum(axis=0).ravel())
-            sizes.append(np.abs(member).sum(axis=0).ravel())
-    return _measure(np.array(sums), 0, np.array(sizes), bench.first_order, f"blocks.{i}.attn.k")
+            sums.append(x_BT[b, segment_BT[b] == one].sum(axis=0))
+            sizes.append(terms_BT[b, segment_BT[b] == one].sum(axis=0))
+    # a sum over keys of sums over queries and heads; and angles of T radians
+    summed = T * (2 + config.heads // config.kv_heads) + 2 * config.head_width + T
+    budget = tolerance.gamma(4 * summed, np.float64)
+    return _measure(np.array(sums), 0, np.array(sizes), budget, f"blocks.{i}.attn.k")
 
 
 def grouped_queries(bench: Bench) -> Iterator[Measure]:
@@ -239,9 +300,13 @@ def grouped_queries(bench: Bench) -> Iterator[Measure]:
     for name in (f"blocks.{config.layers - 1}.attn.{x}" for x in ("k", "v")):
         g = bench.taps[name].g
         copies = found[name].g.reshape(*g.shape[:2], K, R, E)
-        scale = np.abs(copies).sum(axis=3)
         # each copy normalises by the same root, so a full-width norm's slope is shared too
-        yield _measure(copies.sum(axis=3).reshape(g.shape), g, scale, R * bench.first_order, name)
+        scale = [roundings.norm(copies), bench.runs_of_taps(partial(_output_slope, name)).size()]
+        yield _measure(copies.sum(axis=3).reshape(g.shape), g, scale, bench.budget, name)
+
+
+def _output_slope(layer: str, taps: Mapping[str, Tap]) -> Array:
+    return taps[layer].g
 
 
 def norm_defect(bench: Bench) -> Iterator[Measure]:
@@ -277,7 +342,7 @@ def gated_slopes(bench: Bench) -> Iterator[Measure]:
             yield _measure(up.g, g_h * slope, size_h * (size_up + 1), budget, f"{at}mlp.up")
             continue
         gate, z_gate, size_gate = _outputs(bench, f"{at}mlp.gate")
-        scale = size_h * size_up + np.abs(up.g * z_up)
+        scale = size_h * np.abs(down.a) + np.abs(up.g) * size_up
         yield _measure(up.g * z_up, g_h * down.a, scale, budget, f"{at}mlp.up")
         slope = f(z_gate + 1j * exact.STEP)[0].imag / exact.STEP
         scale = size_h * size_up * (size_gate + 1)
@@ -306,7 +371,7 @@ def shared_inputs(bench: Bench) -> Iterator[Measure]:
 
 def causality(bench: Bench) -> Iterator[Measure]:
     """Another last token changes no earlier position, bit for bit."""
-    if not bench.config.causal:
+    if not bench.config.causal or bench.real.shape[1] < 2:
         return
     token = bench.batch.inputs.copy()
     token[:, -1] = (token[:, -1] + 1) % bench.config.vocabulary
@@ -322,7 +387,8 @@ def padding(bench: Bench) -> Iterator[Measure]:
     real = np.pad(bench.real, ((0, 0), (0, 3)))
     segment = np.pad(bench.batch.segment_BT, ((0, 0), (0, 3)), mode="edge")
     got, want = _final(bench, token, real, segment)[:, :-3], bench.final
-    yield _measure(got[bench.real], want[bench.real], want[bench.real], bench.first_order)
+    runs = bench.runs_of_taps(lambda taps: taps["head"].a[bench.real])
+    yield _measure(got[bench.real], want[bench.real], runs.size(), bench.budget)
 
 
 def packing(bench: Bench) -> Iterator[Measure]:
@@ -337,8 +403,8 @@ def packing(bench: Bench) -> Iterator[Measure]:
     token = bench.batch.inputs[:2].reshape(1, -1)
     segment = np.repeat([[0, 1]], bench.real.shape[1], axis=1)
     got = _final(bench, token, np.ones(token.shape, bool), segment)
-    want = bench.final[:2].reshape(got.shape)
-    yield _measure(got, want, want, bench.first_order)
+    runs = bench.runs_of_taps(lambda taps: taps["head"].a[:2])
+    yield _measure(got, bench.final[:2].reshape(got.shape), runs.size(), bench.budget)
 
 
 def _final(bench: Bench, token: Array, real: Array, segment: Array) -> Array:
@@ -351,13 +417,12 @@ def _final(bench: Bench, token: Array, real: Array, segment: Array) -> Array:
 # ------------------------------------------------------------------ curvature, in random directions
 
 
-def _problem(bench: Bench, sequences: int = 2, eps: float | None = None) -> Problem:
-    """The first sequences, as a Problem that reads its parameters where it needs them."""
+def _batch(bench: Bench, sequences: int = 2, eps: float | None = None) -> Batch:
+    """The first sequences."""
     b, config = bench.batch, bench.config
     if eps is not None:
         config = replace(config, norm_eps=eps)
-    few = (x[:sequences] for x in (b.inputs, b.label_BT, b.segment_BT, b.index_B))
-    return of_batch(Batch(config, *few), bench.parameters)
+    return Batch(config, *(x[:sequences] for x in (b.inputs, b.label_BT, b.segment_BT, b.index_B)))
 
 
 def _direction(bench: Bench, salt: int) -> dict[str, Array]:
@@ -374,24 +439,43 @@ def _flat(named: dict[str, Array]) -> Array:
     return np.concatenate([x.ravel() for x in named.values()])
 
 
-def _wrt(bench: Bench) -> str:
-    return ",".join(bench.plan.directions)
+def _wrt(bench: Bench, names: Iterable[str] | None = None) -> str:
+    """The pattern of some parameters, by default of those that random directions move."""
+    some = list(bench.plan.directions if names is None else names)
+    return "**" if len(some) == len(bench.parameters) else ",".join(some)
+
+
+def _products(bench: Bench, batch: Batch, kind: str, v: dict[str, Array]) -> Runs:
+    """A matrix of curvature times v, as it is and as shaken."""
+
+    def product(parameters: Parameters) -> Array:
+        made = of_batch(batch, parameters)
+        return np.asarray(exact.operator(made, wrt=_wrt(bench, v), kind=kind) @ _flat(v))
+
+    return bench.runs(product)
+
+
+def _hessian_along(bench: Bench, salt: int) -> Runs:
+    """H times a random direction of the first sequences; two identities ask for it."""
+    if salt not in bench.hessians:
+        bench.hessians[salt] = _products(bench, _batch(bench), "hessian", _direction(bench, salt))
+    return bench.hessians[salt]
+
+
+def _gradients(bench: Bench, batch: Batch, wrt: str) -> Runs:
+    return bench.runs(lambda p: _flat(exact.gradient(of_batch(batch, p), wrt=wrt)))
 
 
 def gradient_by_complex_step(bench: Bench) -> Iterator[Measure]:
     """<∇L, v> by the backward is Im L(θ + i h v)/h by the forward."""
-    made, names = _problem(bench), list(bench.plan.directions)
-    if not names:
+    if not bench.plan.directions:
         return
-    gradient = _flat(exact.gradient(made, wrt=_wrt(bench)))
+    batch = _batch(bench)
+    made, backward = of_batch(batch, bench.parameters), _gradients(bench, batch, _wrt(bench))
     for salt in range(3):
         v = _direction(bench, salt)
-        slope = exact.derivative(made, vector=v)
-        scale = np.linalg.norm(gradient) * np.linalg.norm(_flat(v))
-        # the loss itself is rounded at its own size
-        z, _ = made.forward(made.parameters)
-        loss = float(np.abs(made.loss.terms(z)[0]).sum())
-        yield _measure(slope, gradient @ _flat(v), np.array([scale, loss]), bench.first_order,
+        forward, scale = exact.derivative(made, vector=v), backward.size(partial(_along, _flat(v)))
+        yield _measure(forward, backward.here @ _flat(v), scale, bench.budget,
                        f"direction {salt + 1}")  # fmt: skip
 
 
@@ -399,40 +483,42 @@ def hessian_is_symmetric_and_linear(bench: Bench) -> Iterator[Measure]:
     """u·Hv = v·Hu, and H(2u − 3v) = 2Hu − 3Hv."""
     if not bench.plan.directions:
         return
-    made, u, v = _problem(bench), _direction(bench, 0), _direction(bench, 1)
+    u, v = _direction(bench, 0), _direction(bench, 1)
     both = {name: 2 * u[name] - 3 * v[name] for name in u}
-    H_u, H_v, H_both = (_flat(exact.hvp(made, wrt=_wrt(bench), vector=x)) for x in (u, v, both))
-    size = np.linalg.norm(_flat(u)) * np.linalg.norm(H_v) + np.linalg.norm(
-        _flat(v)
-    ) * np.linalg.norm(H_u)
-    yield _measure(_flat(u) @ H_v, _flat(v) @ H_u, size, bench.second_order, "symmetry")
-    yield _measure(H_both, 2 * H_u - 3 * H_v, 2 * np.abs(H_u) + 3 * np.abs(H_v),
-                   bench.second_order, "linearity")  # fmt: skip
+    H_u, H_v = (_hessian_along(bench, salt) for salt in (0, 1))
+    made = of_batch(_batch(bench), bench.parameters)
+    H_both = _flat(exact.hvp(made, wrt=_wrt(bench), vector=both))
+    scale = [H_v.size(partial(_along, _flat(u))), H_u.size(partial(_along, _flat(v)))]
+    yield _measure(_flat(u) @ H_v.here, _flat(v) @ H_u.here, scale, bench.budget, "symmetry")
+    scale = [2 * H_u.size(), 3 * H_v.size()]
+    yield _measure(H_both, 2 * H_u.here - 3 * H_v.here, scale, bench.budget, "linearity")
 
 
 def hessian_is_ggn_plus_residual(bench: Bench) -> Iterator[Measure]:
     """H v = GGN v + Σ r ∂²z v, three routes; v·GGN v ≥ 0."""
     if not bench.plan.directions:
         return
-    made, v = _problem(bench), _direction(bench, 2)
-    H, GGN, R = (exact.operator(made, wrt=_wrt(bench), kind=kind) @ _flat(v)
-                 for kind in exact.PRODUCTS)  # fmt: skip
-    yield _measure(GGN + R, H, np.abs(GGN) + np.abs(R), bench.second_order, "H v")
-    size = np.linalg.norm(GGN) * np.linalg.norm(_flat(v))
-    negative = max(0.0, -float(_flat(v) @ GGN) / float(size)) if size else 0.0
-    yield Measure(negative, bench.second_order, "v GGN v ≥ 0")
+    batch, v = _batch(bench), _direction(bench, 0)
+    H, GGN = _hessian_along(bench, 0), _products(bench, batch, "ggn", v)
+    made = of_batch(batch, bench.parameters)
+    R = exact.operator(made, wrt=_wrt(bench), kind="residual") @ _flat(v)
+    # H has the terms of both, and GGN those of its own route
+    yield _measure(GGN.here + R, H.here, [H.size(), GGN.size()], bench.budget, "H v")
+    square = _flat(v) @ GGN.here
+    size = GGN.size(partial(_along, _flat(v)))
+    yield _measure(min(0.0, float(square)), 0, size, bench.budget, "v GGN v ≥ 0")
 
 
 def ggn_is_the_expected_fisher(bench: Bench) -> Iterator[Measure]:
     """v·GGN v, forward first, is Σ_t Σ_v p (∇log p · v)², backward only."""
     if not bench.plan.enumerated:
         return
-    made = of_batch(_few_terms(bench), bench.parameters)
+    batch = _few_terms(bench)
+    made = of_batch(batch, bench.parameters)
     v = {name: x for name, x in _direction(bench, 3).items() if name in made.linear}
-    GGN_v = _flat(exact.ggnvp(made, wrt=",".join(v), vector=v))
-    x = exact.fisher_along(made, vector=v)
-    square = float(x @ x)
-    yield _measure(_flat(v) @ GGN_v, square, square, bench.second_order, "v F v")
+    GGN_v, x = _products(bench, batch, "ggn", v), exact.fisher_along(made, vector=v)
+    scale = GGN_v.size(partial(_along, _flat(v)))
+    yield _measure(_flat(v) @ GGN_v.here, x @ x, scale, bench.budget, "v F v")
 
 
 def _few_terms(bench: Bench) -> Batch:
@@ -455,7 +541,8 @@ def last_block_has_no_cross_terms(bench: Bench) -> Iterator[Measure]:
     """
     if not bench.plan.enumerated or bench.config.pool is Pool.MEAN:
         return
-    made = of_batch(_few_terms(bench), bench.parameters)
+    batch = _few_terms(bench)
+    made = of_batch(batch, bench.parameters)
     at = f"blocks.{bench.config.layers - 1}."
     for layer in ("attn.q", "attn.o", "mlp.gate", "mlp.up", "mlp.down"):
         name = f"{at}{layer}.weight"
@@ -467,34 +554,60 @@ def last_block_has_no_cross_terms(bench: Bench) -> Iterator[Measure]:
             along = np.einsum("cto,to->ct", g_CTO, a_TI @ X.T)
             F += float((along.sum(axis=1) ** 2).sum())
             F_tok += float((along**2).sum())
-        yield _measure(F, F_tok, F_tok, bench.second_order, name)
+        # every cotangent is of one position, so that the sums have one term that is not 0
+        cotangents = bench.plan.enumerated * bench.config.vocabulary
+        budget = tolerance.gamma(4 * (batch.label_BT.shape[1] + cotangents), np.float64)
+        yield _measure(F, F_tok, F_tok, budget, name)
 
 
 def scale_invariance(bench: Bench) -> Iterator[Measure]:
-    """Scale-free W at eps = 0: <W, ∇W> = 0, GGN·W = 0, H·W = −∇W."""
-    if bench.config.activation is Activation.RELU and bench.config.norm_place is not NormPlace.PRE:
-        return  # a dead MLP's output is 0, which no norm without eps can scale
-    made = _problem(bench, eps=0.0)
-    at = f"blocks.{bench.config.layers - 1}."
-    for name in (f"{at}{layer}.weight" for layer in _scale_free(bench.config)):
-        if name not in bench.plan.directions:
-            continue
-        W = {name: bench.parameters[name]}
-        length = np.linalg.norm(W[name])
-        d = exact.gradient(made, wrt=name)[name]
-        yield _measure((W[name] * d).sum(), 0, length * np.linalg.norm(d), bench.first_order,
-                       f"<W, ∇W> of {name}")  # fmt: skip
-        X = bench.rng(5).normal(size=W[name].shape)
-        X *= length / np.linalg.norm(X)
-        size, size_H = (
-            np.linalg.norm(product(made, wrt=name, vector={name: X})[name])
-            for product in (exact.ggnvp, exact.hvp)
-        )
-        GGN_W = exact.ggnvp(made, wrt=name, vector=W)[name]
-        yield _measure(GGN_W, 0, size, bench.second_order, f"GGN·W of {name}")
-        H_W = exact.hvp(made, wrt=name, vector=W)[name]
-        yield _measure(H_W, -d, np.array([np.linalg.norm(d), size_H]), bench.second_order,
+    """Scale-free W at eps = 0: <W, ∇W> = 0, GGN·W = 0, H·W = −∇W.
+
+    At once for all of a block: with any c, GGN Σ c_n W_n = 0, H Σ c_n W_n = −(c_n ∇W_n)_n.
+    """
+    batch, at = _batch(bench, eps=0.0), f"blocks.{bench.config.layers - 1}."
+    names = [f"{at}{layer}.weight" for layer in _scale_free(bench.config)]
+    W = {name: bench.parameters[name] for name in bench.plan.directions if name in names}
+    if not W or _reads_zeros(bench, batch):
+        return
+    c = dict(zip(W, bench.rng(5).choice([-1.0, 1.0], len(W)), strict=True))
+    d = _gradients(bench, batch, ",".join(W))
+    v = {name: c[name] * x for name, x in W.items()}
+    GGN_v, H_v = (_products(bench, batch, kind, v) for kind in ("ggn", "hessian"))
+    end = 0
+    for name, x in W.items():
+        begin, end = end, end + x.size
+        one = partial(_part, begin, end)
+        along = partial(_along_part, begin, end, _flat({name: x}))
+        slope, size = (x.ravel() * one(d.here)).sum(), d.size(along)
+        yield _measure(slope, 0, size, bench.budget, f"<W, ∇W> of {name}")
+        yield _measure(one(GGN_v.here), 0, GGN_v.size(one), bench.budget, f"GGN·W of {name}")
+        scale = [d.size(one), H_v.size(one)]
+        yield _measure(one(H_v.here), -c[name] * one(d.here), scale, bench.budget,
                        f"H·W of {name}")  # fmt: skip
+
+
+def _part(begin: int, end: int, x: Array) -> Array:
+    return x[begin:end]
+
+
+def _along_part(begin: int, end: int, v: Array, x: Array) -> Array:
+    return _along(v, x[begin:end])
+
+
+def _reads_zeros(bench: Bench, batch: Batch) -> bool:
+    """Does any norm read a row of zeros, which none without eps can scale?"""
+    seen = []
+
+    def norm_forward(x: Array, gain: Array, eps: float) -> tuple[Array, Saved]:
+        seen.append(bool(((x * x).mean(axis=-1) == 0).any()))
+        return DEFINITIONS.rms_norm_forward(x, gain, max(eps, LEAST))
+
+    ops = replace(DEFINITIONS, rms_norm_forward=norm_forward)
+    real = np.ones(batch.segment_BT.shape, bool)
+    layout = transformer.layout_of(batch.config, real, batch.segment_BT)
+    transformer.forward(batch.config, bench.parameters, batch.inputs, layout, ops)
+    return any(seen)
 
 
 def _scale_free(config: ModelConfig) -> list[str]:
@@ -513,26 +626,50 @@ def _scale_free(config: ModelConfig) -> list[str]:
 def kl_is_the_quadratic_form(bench: Bench) -> Iterator[Measure]:
     """KL(p_θ ‖ p_{θ+d}) is ½ d·F d for small d.
 
-    (KL(+t) + KL(−t)) / 2t² at two steps, extrapolated, is good to t⁴.
+    (KL(+t) + KL(−t)) / 2t² at two steps, extrapolated, is good to t⁴. A step is small where half
+    of it says the same; the first that is small is taken.
     """
     kinked = bench.config.activation is Activation.RELU or bench.config.qkv_clip is not None
     if not bench.plan.directions or kinked:  # a step, however small, may cross a kink
         return
-    made, d = _problem(bench, sequences=1), _direction(bench, 6)
+    batch, d = _batch(bench, sequences=1), _direction(bench, 6)
+    made = of_batch(batch, bench.parameters)
     quadratic = float(_flat(d) @ _flat(exact.ggnvp(made, wrt=_wrt(bench), vector=d))) / 2
     if quadratic <= 0:
         return
-    t = 1e-3 / math.sqrt(quadratic)  # about a millionth of a nat
+    z, _ = made.forward(made.parameters)
 
     def kl(step: float) -> float:
         moved = {name: made.parameters[name] + step * d[name] for name in d}
-        z, y = (made.forward(p)[0] for p in (made.parameters, _over(moved, made.parameters)))
-        log_p, log_q = (x - x.max(axis=1, keepdims=True) for x in (z, y))
-        log_p, log_q = (x - np.log(np.exp(x).sum(axis=1, keepdims=True)) for x in (log_p, log_q))
-        return float((np.exp(log_p) * (log_p - log_q)).sum())
+        change = made.forward(_over(moved, made.parameters))[0] - z
+        seen = roundings.norm(change) > tolerance.eps(np.float64) * roundings.norm(z) / LIKE
+        return _kl(z, change) if seen else math.nan
 
-    wide, narrow = ((kl(s) + kl(-s)) / (2 * s * s) for s in (t, t / 2))
-    yield _measure((4 * narrow - wide) / 3, quadratic, quadratic, SHAPE, "½ d F d")
+    def curved(step: float) -> float:
+        return (kl(step) + kl(-step)) / (2 * step * step)
+
+    # about a millionth of a nat, and of every parameter a thousandth at most
+    t = min(1e-3 / math.sqrt(quadratic), 1e-3)
+    found = [curved(t), curved(t / 2)]
+    for _ in range(STEPS):
+        t /= 2
+        found.append(curved(t / 2))
+        wide, narrow = ((4 * b - a) / 3 for a, b in pairwise(found[-3:]))
+        if abs(wide - narrow) <= LIKE * abs(narrow):
+            yield _measure(narrow, quadratic, quadratic, SHAPE, "½ d F d")
+            return
+
+
+def _kl(z: Array, step: Array) -> float:
+    """KL of softmax(z) and softmax(z + step), summed over rows, from the step alone."""
+    p = np.exp(z - z.max(axis=1, keepdims=True))
+    p /= p.sum(axis=1, keepdims=True)
+    x = step - (p * step).sum(axis=1, keepdims=True)
+    # log Σ p eˣ with Σ p x = 0; eˣ − 1 − x is x²/2 to three terms where it cancels
+    small = np.abs(x) < 1e-3
+    series = x * x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x / 120)))
+    over = np.where(small, series, np.expm1(x) - x)
+    return float(np.log1p((p * over).sum(axis=1)).sum())
 
 
 # ------------------------------------------------------------------ factors, bases, edits
@@ -548,30 +685,44 @@ def factors_are_the_sums(bench: Bench) -> Iterator[Measure]:
         tap = bench.taps[name]
         a, g = tap.a[reached], tap.g[reached]
         yield _exactly(factor.n_A == factor.n_G == len(a), f"rows of {name}")
-        yield _measure(factor.sum_A, a.T @ a, (a * a).sum(), 2 * bench.first_order, f"A of {name}")
-        yield _measure(factor.sum_G, g.T @ g, (g * g).sum(), 2 * bench.first_order, f"G of {name}")
+        size_A, size_G = (bench.runs_of_taps(partial(_gram, name, x, reached)) for x in "ag")
+        yield _measure(factor.sum_A, a.T @ a, size_A.size(), bench.budget, f"A of {name}")
+        yield _measure(factor.sum_G, g.T @ g, size_G.size(), bench.budget, f"G of {name}")
         traces = np.trace(factor.A) * np.trace(factor.G) * factor.n_A
         square_a, square_g = (a * a).sum(axis=1), (g * g).sum(axis=1)
         covariance = ((square_a - square_a.mean()) * (square_g - square_g.mean())).sum()
-        yield _measure(traces, (square_a * square_g).sum() - covariance, traces,
-                       4 * bench.first_order, f"tr K of {name}")  # fmt: skip
+        off_a, off_g = (bench.runs_of_taps(partial(_squares, name, x, reached)) for x in "ag")
+        scale = [square_a.sum() * off_g.size(), square_g.sum() * off_a.size(), traces]
+        yield _measure(traces, (square_a * square_g).sum() - covariance, scale,
+                       2 * bench.budget, f"tr K of {name}")  # fmt: skip
+
+
+def _gram(layer: str, side: str, rows: Array, taps: Mapping[str, Tap]) -> Array:
+    x = getattr(taps[layer], side)[rows]
+    return np.asarray(x.T @ x)
+
+
+def _squares(layer: str, side: str, rows: Array, taps: Mapping[str, Tap]) -> Array:
+    x = getattr(taps[layer], side)[rows]
+    return np.asarray((x * x).sum(axis=1))
 
 
 def factors_add(bench: Bench) -> Iterator[Measure]:
     """Sums of factors add over disjoint data, and only grow."""
-    half, whole = len(bench.real) // 2, bench.empirical
+    half, whole, reached = len(bench.real) // 2, bench.empirical, _reached(bench)
     if not half or whole is None:
         return
     one, two = (bench.collect("empirical", p) for p in (slice(half), slice(half, None)))
     if one is None or two is None:
         return
     for name, factor in whole.items():
-        for side in ("sum_A", "sum_G"):
-            total = getattr(factor, side)
+        size = {x: bench.runs_of_taps(partial(_gram, name, x, reached)).size() for x in "ag"}
+        for side, scale in (("sum_A", size["a"]), ("sum_G", size["g"])):
             got = getattr(one[name], side) + getattr(two[name], side)
-            yield _measure(got, total, np.trace(total), 2 * bench.first_order, f"{side} of {name}")
-        grown = np.linalg.eigvalsh(factor.sum_A - one[name].sum_A)[0] / np.trace(factor.sum_A)
-        yield Measure(max(0.0, -float(grown)), 2 * bench.first_order, f"growth of A of {name}")
+            yield _measure(got, getattr(factor, side), scale, bench.budget, f"{side} of {name}")
+        grown = np.linalg.eigvalsh(factor.sum_A - one[name].sum_A)[0]
+        budget = bench.budget + tolerance.eigenpair(len(factor.sum_A))
+        yield _measure(min(0.0, float(grown)), 0, size["a"], budget, f"growth of A of {name}")
 
 
 def factors_are_second_moments(bench: Bench) -> Iterator[Measure]:
@@ -584,7 +735,7 @@ def factors_are_second_moments(bench: Bench) -> Iterator[Measure]:
             yield _exactly(bool((M == M.T).all()), f"symmetry of {side} of {name}")
             values = np.linalg.eigvalsh(M)[::-1]
             floor = tolerance.negative(len(M), factors.shard_rows, np.float64)
-            top = max(float(values[0]), 1e-300)
+            top = max(float(values[0]), LEAST)
             yield Measure(max(0.0, -float(values[-1]) / top), floor, f"{side} ≥ 0 of {name}")
             beyond = values[factor.n_A :] if factor.n_A < len(M) else np.zeros(1)
             yield Measure(float(np.abs(beyond).max()) / top, floor, f"rank of {side} of {name}")
@@ -649,11 +800,18 @@ def predicted_damage(bench: Bench) -> Iterator[Measure]:
         stairs = cut(basis.lam, basis.mu, RHO, name)
         C = basis.U_G.T @ W @ basis.U_A
         dropped = np.arange(W.shape[1]) >= stairs.counts[:, None]
+        if not dropped.any():
+            continue
         predicted = (np.outer(basis.lam, basis.mu) * C * C)[dropped].sum() / 2
         change = W - project(W, basis, stairs.counts)
         quadratic = (change * (factors[name].G @ change @ factors[name].A)).sum() / 2
-        size = basis.lam[0] * basis.mu[0] * (change * change).sum()
-        yield _measure(predicted, quadratic, size, 8 * tolerance.eigenpair(max(W.shape)), name)
+        budget = 8 * tolerance.eigenpair(max(W.shape))
+        budget += 2 * tolerance.negative(max(W.shape), factors.shard_rows, np.float64)
+        # the change is rounded at the size of W, and may hold as much of what was kept
+        far, off = roundings.norm(change), budget * roundings.norm(W)
+        top, first_out = basis.lam[0] * basis.mu[0], stairs.first_out
+        scale = top * (far * far + off * off / budget) + first_out * far * roundings.norm(W)
+        yield _measure(predicted, quadratic, scale, budget, name)
 
 
 # ------------------------------------------------------------------ the file
@@ -677,6 +835,8 @@ def rotary_rows(bench: Bench) -> Iterator[Measure]:
     if not turned:
         return
     labelled = b.label_BT >= 0
+    if labelled.sum() < 32:  # too few to tell a standard error
+        return
     here, there = (
         nats(config, p, b.inputs, b.label_BT, bench.layout)[labelled]
         for p in (bench.parameters, _over(turned, bench.parameters))

@@ -8,6 +8,8 @@ Accuracy and Stability of Numerical Algorithms, section 3.1), in any order of su
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import DTypeLike
 
@@ -16,6 +18,9 @@ from refcurv.law.conventions import NEGATIVE_FACTOR
 
 OPERATIONS_PER_BLOCK = 64
 """Roundings on a path through one block outside its sums: norms, rotary, softmax, gate."""
+
+LAMBDA = 8.0
+"""Standard deviations that a budget of random roundings allows: odds of 3e-14."""
 
 
 def eps(dtype: DTypeLike) -> float:
@@ -32,6 +37,16 @@ def gamma(n: float, dtype: DTypeLike) -> float:
             "float64, or on fewer rows at a time."
         )
     return roundings / (1 - roundings)
+
+
+def probable(n: float, dtype: DTypeLike) -> float:
+    """What n roundings on the way to each term amount to, relative to the root of their squares.
+
+    Roundings are of either sign: n of them add up like their root (Higham & Mary 2019, A new
+    approach to probabilistic rounding error analysis), and beyond LAMBDA sqrt(n) u with odds of
+    2 exp(−LAMBDA²/2).
+    """
+    return LAMBDA * math.sqrt(n) * eps(dtype) / 2
 
 
 def gram(rows: int, shards: int, dtype: DTypeLike) -> float:

@@ -188,7 +188,7 @@ def unit_scale(x: Array, eps: float) -> Array:
 
 def centre(x: Array) -> Array:
     """x − mean(x) over the last axis: LayerNorm is RMSNorm of this. It is its own transpose."""
-    return np.asarray(x - x.mean(axis=-1, keepdims=True))
+    return np.asanyarray(x - x.mean(axis=-1, keepdims=True))
 
 
 # ------------------------------------------------------------------ attention
@@ -206,7 +206,7 @@ def softmax_over(score: Array, visible: Array) -> Array:
     top = np.where(np.isfinite(top), top, 0)
     e = np.where(visible, np.exp(np.where(visible, score - top, 0)), 0)
     total = e.sum(axis=-1, keepdims=True)
-    return np.asarray(e / np.where(visible.any(axis=-1, keepdims=True), total, 1))
+    return np.asanyarray(e / np.where(visible.any(axis=-1, keepdims=True), total, 1))
 
 
 def attention_forward(
@@ -251,8 +251,11 @@ def attention_backward(d_context_BTHE: Array, saved: Saved) -> tuple[Array, Arra
     d_p = d_context_BKRTE @ v_BK1SE.swapaxes(-1, -2)
     d_v = (p_BKRTS.swapaxes(-1, -2) @ d_context_BKRTE).sum(axis=2)
     # forward:  p = softmax(score)
-    # Σ p = 1, so d_p counts from any number: from that of a key with most of p, lest 1 − p cancel
-    d_p = d_p - np.where(p_BKRTS.real > 0.5, d_p, 0).sum(axis=-1, keepdims=True)
+    # Σ p = 1, so d_p counts from any number: from that of the likeliest keys, lest 1 − p cancel
+    real = p_BKRTS.real
+    top = real == real.max(axis=-1, keepdims=True)
+    ties = top.sum(axis=-1, keepdims=True, dtype=real.dtype)
+    d_p = d_p - np.where(top, d_p, 0).sum(axis=-1, keepdims=True) / ties
     d_score = p_BKRTS * (d_p - (d_p * p_BKRTS).sum(axis=-1, keepdims=True))
     # forward:  score = cap(q @ kᵀ * scale); size = scale · cap'
     d_product = d_score * size
@@ -283,23 +286,23 @@ def sigmoid(z: Array) -> Array:
     """1 / (1 + exp(-z)), through the exponential that does not overflow."""
     positive = z.real >= 0
     e = np.exp(np.where(positive, -z, z))
-    return np.asarray(np.where(positive, 1, e) / (1 + e))
+    return np.asanyarray(np.where(positive, 1, e) / (1 + e))
 
 
 def erf(z: Array) -> Array:
     """2/√π ∫₀ᶻ exp(−t²) dt. SciPy has no longdouble loop: there a series of positive terms."""
     if z.dtype == np.clongdouble:  # a complex step: erf(x + ih) = erf(x) + ih erf'(x)
         slope = np.exp(-z.real * z.real) / np.sqrt(np.arctan(np.longdouble(1)))
-        return np.asarray(erf(z.real) + 1j * z.imag * slope)
+        return np.asanyarray(erf(z.real) + 1j * z.imag * slope)
     if z.dtype != np.longdouble:
-        return np.asarray(special.erf(z))
+        return np.asanyarray(special.erf(z))
     x = np.clip(z, -7, 7)  # erf(7) = 1 − 4e-23
     term, total, n = x, x, 0
     while (np.abs(term) > np.finfo(x.dtype).eps * np.abs(total)).any():
         n += 1
         term = term * (2 * x * x) / (2 * n + 1)
         total = total + term
-    return np.asarray(np.exp(-x * x) * total / np.sqrt(np.arctan(x.dtype.type(1))))
+    return np.asanyarray(np.exp(-x * x) * total / np.sqrt(np.arctan(x.dtype.type(1))))
 
 
 def silu(z: Array) -> tuple[Array, Array]:

@@ -55,7 +55,7 @@ def _mlp_backward(d_h: Array, saved: Saved) -> tuple[Array | None, Array]:
     return d_h * np.abs(up) * (1 + np.abs(gate)), d_h * np.abs(gate)
 
 
-_MAGNITUDES = Ops(
+MAGNITUDES = Ops(
     DEFINITIONS.rms_norm_forward,
     _rms_norm_backward,
     _centre,
@@ -65,6 +65,7 @@ _MAGNITUDES = Ops(
     DEFINITIONS.mlp_forward,
     _mlp_backward,
 )
+"""The definitions forward; backward, of magnitudes, the magnitudes of all terms."""
 
 
 def gradient_scale(
@@ -96,6 +97,6 @@ def gradient_scale(
 
     head = transformer.linear_backward(config, positive, "head", final_BTD, g_BTV)
     d_final_BTD = transformer.drain(head, take)
-    for step in transformer.backward(config, positive, d_final_BTD, trace, _MAGNITUDES):
+    for step in transformer.backward(config, positive, d_final_BTD, trace, MAGNITUDES):
         take(step)
     return scale

@@ -78,7 +78,7 @@ def linear_backward(
     yield Tap(layer, a, g)
     if config.has_bias(layer):
         yield Slope(f"{layer}.bias", g.reshape(-1, g.shape[-1]).sum(axis=0))
-    return np.asarray(g @ parameters[config.weight_of(layer)])
+    return np.asanyarray(g @ parameters[config.weight_of(layer)])
 
 
 def norm_forward(
