@@ -31,7 +31,10 @@ EXAMPLES = {
         "refcurv corpus books/*.txt --tokenizer tokenizer.json -o corpus.h5 --length 512 --pack",
         "refcurv corpus pile.jsonl --tokenizer tokenizer.json -o corpus.h5 \\\n"
         "      --population quotes:recite:test=quotes.jsonl --population clean:text:test=clean.txt",
+        "refcurv corpus stories.txt --tokenizer model/ -o corpus.h5 --pack "
+        "--separator '<|endoftext|>'",
         "refcurv corpus tokens.npy -o corpus.h5",
+        "refcurv corpus train.bin -o corpus.h5 --token-dtype uint16",
         "refcurv corpus corpus.h5 -o more.h5 --population facts:answer:dev=facts.jsonl",
     ],
     "inspect": ["refcurv inspect olmo2-1b.h5", "refcurv inspect factors.h5 --json facts.json"],
@@ -126,6 +129,8 @@ def files(args: argparse.Namespace) -> tuple[dict[str, str], dict[str, str]]:
     reads |= {
         f"--population {text}": text.partition("=")[2] for text in getattr(args, "population", [])
     }
+    if "TOKENIZER" in reads and Path(reads["TOKENIZER"]).is_dir():
+        reads["TOKENIZER"] = str(Path(reads["TOKENIZER"]) / "tokenizer.json")
     if args.command == "convert":
         writes["WEIGHTS"] = reads.pop("WEIGHTS")
         folder = Path(args.directory)
@@ -184,18 +189,25 @@ def _inspect(sub: argparse.ArgumentParser) -> None:
 
 def _corpus(sub: argparse.ArgumentParser) -> None:
     text = (
-        "one document a file; .jsonl: one a line, of text or input_ids, or of prefix and suffix; "
-        ".npy: ids, (T,) or (N, T); .h5: a corpus, alone, that keeps its rows"
+        "UTF-8, one document a file; .jsonl: one a line, of text or input_ids, or of prefix and "
+        "suffix; .npy: ids, (T,) or (N, T); .bin: ids; .h5: a corpus, alone, that keeps its rows"
     )
     sub.add_argument("texts", nargs="*", metavar="TEXT", help=text)
     _output(sub)
-    sub.add_argument("--tokenizer", metavar="JSON", help="tokenizer.json; not needed for ids alone")
+    text = "tokenizer.json, or the folder that has it; not needed for ids alone"
+    sub.add_argument("--tokenizer", metavar="JSON", help=text)
     text = "largest width of a row; longer documents are cut, nothing is dropped (default: 512)"
     sub.add_argument("--length", type=int, default=512, help=text)
     text = "several documents in a row, as segments that do not see one another"
     sub.add_argument("--pack", action="store_true", help=text)
     text = "put this token behind each whole text (default: only what the tokenizer itself adds)"
     sub.add_argument("--eos", metavar="TOKEN", help=text)
+    text = (
+        "what stands between the documents of a text file, as '<|endoftext|>'; is in none of them"
+    )
+    sub.add_argument("--separator", metavar="TEXT", help=text)
+    text = "what a .bin of bare token ids holds, as nanoGPT's uint16; shards of llm.c say it"
+    sub.add_argument("--token-dtype", metavar="DTYPE", help=text)
     text = (
         "repeatable; KIND recite or answer: a .jsonl of prefix and suffix; text: any file, for "
         "perplexity; SPLIT dev or test; CHANCE the score of guessing (default: 0)"

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 import sys
+import textwrap
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,11 @@ from refcurv.law.checks import RefcurvError, require_choice
 from refcurv.terminal import progress_bar
 
 DONE, JUDGED_AND_FAILED, BAD_INPUT, MACHINE, INTERRUPTED = 0, 1, 2, 3, 130
+
+TRACEBACK = "REFCURV_TRACEBACK"
+"""The environment variable that asks for the traceback of a bug."""
+
+HOUSE = Path(__file__).parent
 
 
 # ------------------------------------------------------------------ commands
@@ -101,6 +109,8 @@ def corpus(args: argparse.Namespace) -> None:
         length=args.length,
         pack=args.pack,
         eos=args.eos,
+        separator=args.separator,
+        token_dtype=args.token_dtype,
         populations=args.population,
         progress=progress_bar("tokenize"),
     )
@@ -275,8 +285,10 @@ def _corpus_lines(counts: dict[str, Any]) -> Iterator[str]:
     parts = [counts, *counts["populations"].values()]
     if empty := sum(part.get("empty", 0) for part in parts):
         yield f"left out: {empty:,} documents without a token"
-    if seams := sum(part.get("seams", 0) for part in parts):
-        yield f"long texts were tokenized in pieces, with {seams:,} seams at line ends"
+    if straddling := sum(part.get("straddling", 0) for part in parts):
+        yield (
+            f"{straddling:,} prefixes end within a token, which is asked for with their suffixes"
+        )
     if counts["ignored_keys"]:
         yield f"keys ignored: {', '.join(map(repr, counts['ignored_keys']))}"
 
@@ -297,6 +309,11 @@ def _write_json(path: str | None, data: object) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status. Every error is one line on stderr."""
+    with terminal.interrupts():
+        return _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     try:
         with terminal.streams():
             args = parser(COMMANDS).parse_args(arguments)
@@ -304,22 +321,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
             status = args.work(args)
         return DONE if status is None else int(status)
     except KeyboardInterrupt:
-        terminal.ignore_interrupts()
         hint = (
             "interrupted; no output was changed. A collection goes on where it was when run again"
         )
         return _fail(hint, INTERRUPTED)
     except BrokenPipeError:  # the reader of our output has left, as in `| head`
         return DONE
-    except RefcurvError as error:
-        return _fail(str(error), error.status)
-    except MemoryError as error:
-        return _fail(
-            f"out of memory: {error}. Fewer --layers, or --dtype float32, need less", MACHINE
-        )
-    except OSError as error:
-        kind = MACHINE if error.errno in (errno.ENOSPC, errno.EIO, errno.EDQUOT) else BAD_INPUT
-        return _fail(str(error), kind)
+    except Exception as error:
+        return _fail(*_sentence(error))
+
+
+def _sentence(error: Exception) -> tuple[str, int]:
+    """What an error says in one line, and its exit status: never that of a judgement."""
+    if isinstance(error, RefcurvError):
+        return str(error), error.status
+    if isinstance(error, MemoryError):
+        hint = "Fewer --layers, or --dtype float32, need less"
+        return f"out of memory: {error}. {hint}", MACHINE
+    if isinstance(error, OSError):
+        machine = error.errno in (errno.ENOSPC, errno.EIO, errno.EDQUOT)
+        return str(error), MACHINE if machine else BAD_INPUT
+    if isinstance(error, ImportError):
+        return f"{error}: a package that refcurv needs is missing or broken; install it", MACHINE
+    return _bug(error), MACHINE
+
+
+def _bug(error: Exception) -> str:
+    """What nobody foresaw: not the input's fault. With REFCURV_TRACEBACK the traceback first."""
+    if os.environ.get(TRACEBACK):
+        traceback.print_exception(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [(Path(frame.filename), frame.lineno) for frame in frames]
+    inside = [(path.relative_to(HOUSE.parent), at) for path, at in places if HOUSE in path.parents]
+    place = ":".join(map(str, (inside or places)[-1]))
+    said = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
+    return (
+        f"{said} (at {place}). This is a bug of refcurv, whatever the input: please report this "
+        f"line, with the traceback that {TRACEBACK}=1 prints"
+    )
 
 
 def _require_targets(args: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -47,9 +48,45 @@ def say(message: str) -> None:
         print(f"refcurv: {_line(message)}", file=sys.stderr)
 
 
-def ignore_interrupts() -> None:
-    """The first Ctrl-C ends the command; further ones must not end its end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+@contextmanager
+def interrupts() -> Iterator[None]:
+    """The first Ctrl-C ends the command, whatever Python was doing; further ones change nothing.
+
+    An interrupt inside a destructor or a weak reference's callback is dropped by Python with a
+    traceback: the next call of a progress raises it again (`_raise_lost`).
+
+    Proof: tests/test_cli.py::test_an_interrupt_that_python_drops_is_raised_by_the_next_progress
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(_number: int, _frame: object) -> None:
+        if not _interrupted.is_set():
+            _interrupted.set()
+            raise KeyboardInterrupt
+
+    def quiet(dropped: Any) -> None:
+        if dropped.exc_type is not KeyboardInterrupt:
+            sys.__unraisablehook__(dropped)
+
+    _interrupted.clear()
+    before, hook = signal.signal(signal.SIGINT, stop), sys.unraisablehook
+    sys.unraisablehook = quiet
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
+        sys.unraisablehook = hook
+        _interrupted.clear()
+
+
+_interrupted = threading.Event()
+
+
+def _raise_lost() -> None:
+    if _interrupted.is_set() and threading.current_thread() is threading.main_thread():
+        raise KeyboardInterrupt
 
 
 def progress_bar(label: str) -> Callable[[int, int], None]:
@@ -63,6 +100,7 @@ def progress_bar(label: str) -> Callable[[int, int], None]:
 
     def update(done: int, total: int) -> None:
         nonlocal last
+        _raise_lost()
         now = time.monotonic()
         if now - last >= _SECONDS:
             last = now
@@ -78,6 +116,7 @@ def _bar(label: str) -> Callable[[int, int], None]:
 
     def update(done: int, total: int) -> None:
         nonlocal bar
+        _raise_lost()
         if bar is None:
             bar = tqdm(total=total, desc=f"{label:>10}", file=sys.stderr)
         bar.update(done - bar.n)

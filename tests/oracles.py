@@ -734,6 +734,8 @@ def selection(lam: np.ndarray, mu: np.ndarray, rho: float) -> np.ndarray:
     counts = np.zeros(len(lam), dtype=np.int64)
     if rho == 1:
         return counts + len(mu)
+    lam, mu = ([float(x) * 2.0 ** (1 - math.frexp(s[0])[1]) for x in s] for s in (lam, mu))
+    lam = np.array(lam)
     target = (rho * math.fsum(lam)) * math.fsum(mu)
     prefix = np.array([math.fsum(mu[:n]) for n in range(len(mu) + 1)])
     pairs = sorted(

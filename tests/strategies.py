@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import h5py
@@ -111,6 +111,21 @@ def case(seed: int = 0, batch: int = 2, length: int = 6, **changes: object) -> C
         segment,
         shift_labels(token, real, segment),
     )
+
+
+def scaled(size: float, seed: int = 0, length: int = 6, **changes: object) -> Case:
+    """A pre-norm case whose residual stream is `size` times as large.
+
+    The logits are the same; the gradients of what is added to the stream are 1/size as large.
+    """
+    fields = dict(norm_place=NormPlace.PRE, qk_norm=QKNorm.NONE, norm_eps=0.0) | changes
+    one = case(seed, length=length, **fields)
+    stream = ("embed.weight", "position.weight", ".o.weight", ".o.bias", "down.weight", "down.bias")
+    parameters = {
+        name: array * size if name.endswith(stream) else array
+        for name, array in one.parameters.items()
+    }
+    return replace(one, parameters=parameters)
 
 
 @st.composite

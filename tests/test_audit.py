@@ -213,8 +213,8 @@ def test_a_planted_bug_is_named(bug: str, named: str, places: list[tuple[Any, st
          "y = np.empty_like(x_BTHE * cos[..., :1]); x1, x2 = x_BTHE[..., ::2], x_BTHE[..., 1::2]\n"
          "    y[..., ::2], y[..., 1::2] = x1 * cos - x2 * sin, x2 * cos + x1 * sin\n"
          "    return y"),
-        ("O34", "r = 1 / np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps)",
-         "r = 1 / (np.sqrt((x * x).mean(axis=-1, keepdims=True)) + eps)"),
+        ("O34", "r = 1 / np.sqrt((u * u).mean(axis=-1, keepdims=True) + eps * s * s)",
+         "r = 1 / (np.sqrt((u * u).mean(axis=-1, keepdims=True)) + eps * s)"),
     ],
     ids=["rotary layout", "norm eps placement"],
 )  # fmt: skip

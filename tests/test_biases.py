@@ -10,7 +10,17 @@ import pytest
 import test_factors
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import Case, assert_within, case, cases, few, gap, image_cases, opened_for_lies
+from strategies import (
+    Case,
+    assert_within,
+    case,
+    cases,
+    few,
+    gap,
+    image_cases,
+    opened_for_lies,
+    scaled,
+)
 from test_factors import alone, corpus_of, flow, gappy, model_of, naive_rows, sent_back
 
 import refcurv as rc
@@ -718,8 +728,11 @@ def test_progress_and_refusals_of_blocks(monkeypatch) -> None:
         patch.setattr(blocks, "MOST_BYTES", 1000)
         rc.collect_blocks(model, corpus)
     broken = one.parameters | {"final_norm.weight": np.full(8, np.nan)}
-    with pytest.raises(NonFiniteError, match="the block of 'blocks"):
+    with pytest.raises(NonFiniteError, match="loss: the largest logit of each row holds nan"):
         rc.collect_blocks(rc.Model(one.config, broken), corpus)
+    steep = scaled(1e-25, biases=("down",))
+    with pytest.raises(NonFiniteError, match=r"the block of 'blocks\.1.*Try float64"):
+        rc.collect_blocks(model_of(steep, "float32"), corpus_of(steep), "blocks.1.mlp.down.bias")
 
 
 def test_blocks_of_one_vector_alone_have_its_bits(monkeypatch) -> None:

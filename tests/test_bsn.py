@@ -13,7 +13,7 @@ import oracles
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from strategies import Case, assert_within, case, cases
+from strategies import Case, assert_within, case, cases, scaled
 from test_factors import corpus_of, model_of
 from test_transformer import STEP, budget, loss_of
 
@@ -407,7 +407,9 @@ def test_refusals() -> None:
     refused(RangeError, "7 positions, but the model has learned 6",
             model_of(case(learned_positions=6)), rc.Corpus(np.zeros((2, 7), int)))  # fmt: skip
     broken = model.with_parameters({"blocks.0.mlp.up.weight": np.full((5, 8), np.nan)})
-    refused(NonFiniteError, "the gradient of 'blocks.0.mlp.gate' in step 1 holds nan", broken)
+    refused(NonFiniteError, "the input of 'blocks.0.mlp.down' holds nan", broken)
+    steep = model_of(scaled(1e-40), dtype="float32")
+    refused(NonFiniteError, "the gradient of 'blocks.0.mlp.gate' in step 1 holds", steep)
 
 
 def test_refusals_of_prune() -> None:

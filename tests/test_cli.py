@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
 import pytest
-from strategies import config, random_parameters
+from strategies import config, opened_for_lies, random_parameters
 
 import refcurv as rc
 from refcurv import terminal
@@ -122,7 +124,7 @@ def test_a_basis_of_other_weights_needs_force(files: Path, tmp_path: Path, capsy
         assert own in capsys.readouterr().out
         older = tmp_path / f"{kind}.h5"
         older.write_bytes((files / f"{kind}.h5").read_bytes())
-        with h5py.File(older, "a") as file:
+        with opened_for_lies(older) as file:
             del file.attrs["weights"]
         assert main(["inspect", str(older)]) == 0
         assert "not recorded: made by an older refcurv" in capsys.readouterr().out
@@ -321,6 +323,81 @@ def test_no_output_may_take_the_place_of_an_input(
     assert {path: path.read_bytes() for path in inputs} == before
 
 
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (np.linalg.LinAlgError("Eigenvalues did not converge"), "LinAlgError: Eigenvalues did not"),
+        (ZeroDivisionError("division by zero"), "ZeroDivisionError: division by zero"),
+        (OverflowError("intermediate overflow in fsum"), "OverflowError: intermediate"),
+        (FloatingPointError("underflow"), "FloatingPointError: underflow"),
+        (ValueError("two\nlines"), "ValueError: two lines"),
+        (IndexError(), "IndexError"),
+        (AssertionError("x" * 5000), "AssertionError"),
+        (RuntimeError("a" + " b" * 5000), "RuntimeError: a b b"),
+        (KeyError("blocks.0"), "KeyError: 'blocks.0'"),
+        (NotImplementedError(), "NotImplementedError"),
+        (RecursionError("maximum depth"), "RecursionError"),
+    ],
+    ids=lambda x: type(x).__name__ if isinstance(x, Exception) else "",
+)
+def test_what_nobody_foresaw_is_one_line_and_no_verdict(
+    error: Exception, says: str, files: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    """Status 1 means judged and failed; of a bug it would say so of a sound model."""
+
+    def fail(*_: object) -> None:
+        raise error
+
+    # in a thread, deep inside, where `audit` and `decompose` work
+    monkeypatch.setattr("refcurv.curvature.eigenbasis.signed", fail)
+    monkeypatch.delenv("REFCURV_TRACEBACK", raising=False)
+    arguments = ["decompose", *paths(files, "f"), "-o", str(tmp_path / "b.h5")]
+    assert main(arguments) == 3
+    line = capsys.readouterr().err
+    assert line.startswith(f"refcurv: {says}")
+    assert line.count("\n") == 1 and len(line) < 600
+    assert "Traceback" not in line
+    assert re.search(
+        r"\(at refcurv/curvature/eigenbasis\.py:\d+\)\. This is a bug of refcurv", line
+    )
+    assert "REFCURV_TRACEBACK=1" in line
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("REFCURV_TRACEBACK", "1")
+    assert main(arguments) == 3
+    told = capsys.readouterr().err
+    assert told.startswith("Traceback") and told.endswith(line)
+
+
+def test_an_audit_that_breaks_is_not_an_audit_that_failed(files: Path, capsys, monkeypatch) -> None:
+    def fail(*_: object) -> None:
+        raise np.linalg.LinAlgError("no")
+
+    monkeypatch.setattr("refcurv.judge.audit.prepare", fail)
+    assert main(["audit", *paths(files, "w", "c")]) == 3
+    assert "bug of refcurv" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_no_bug(files: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "refcurv.report.table", None)
+    assert main(["evaluate", *paths(files, "w", "c")]) == 3
+    line = capsys.readouterr().err
+    assert "refcurv.report.table" in line and "missing or broken" in line
+    assert line.count("\n") == 1 and "bug" not in line
+
+
+def test_a_job_that_memory_does_not_hold_is_status_3(
+    files: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr("refcurv.curvature.room.available", lambda: 1000)
+    out = ["-o", str(tmp_path / "out.h5")]
+    for command, names in (("collect", "wc"), ("decompose", "f")):
+        assert main([command, *paths(files, *names), *out]) == 3
+        line = capsys.readouterr().err
+        assert line.startswith(f"refcurv: {command}: needs 0.0 GiB")
+        assert "--layers" in line and line.count("\n") == 1
+        assert list(tmp_path.iterdir()) == []
+
+
 def test_a_damaged_file_is_named(files: Path, tmp_path: Path, capsys) -> None:
     data = bytearray((files / "f.h5").read_bytes())
     with h5py.File(files / "f.h5") as file:
@@ -458,10 +535,31 @@ def test_a_warning_is_one_line(files: Path, capsys, monkeypatch) -> None:
     assert err.count("\n") == 1 and err.startswith("refcurv: warning: overflow encountered (")
 
 
+def test_an_interrupt_that_python_drops_is_raised_by_the_next_progress(
+    files: Path, capsys, monkeypatch
+) -> None:
+    """Ctrl-C while a destructor runs: Python prints a traceback and goes on."""
+
+    class Dropping:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    def inspected(path: str, progress) -> None:
+        Dropping()
+        signal.raise_signal(signal.SIGINT)  # a second one changes nothing
+        progress(1, 2)
+        raise AssertionError("went on")
+
+    monkeypatch.setattr("refcurv.files.inspect.inspect_file", inspected)
+    assert main(["inspect", str(files / "f.h5")]) == 130
+    err = capsys.readouterr().err
+    assert err.startswith("refcurv: interrupted") and err.count("\n") == 1
+
+
 def test_progress_goes_into_a_log_too(capsys, monkeypatch) -> None:
     """A line from time to time where there is no terminal."""
     clock = iter([0.0, 10.0, 29.0, 31.0, 40.0, 62.0])
-    monkeypatch.setattr(terminal.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(terminal, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     update = terminal.progress_bar("collect")
     for done in range(1, 6):
         update(done * 1000, 5000)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import config, random_parameters
 
+import refcurv as rc
 from refcurv.files import store
 from refcurv.files.corpus import Corpus, Population, load_corpus, save_corpus
 from refcurv.law.checks import (
@@ -18,6 +23,7 @@ from refcurv.law.checks import (
     RefcurvError,
     SchemaError,
     ShapeError,
+    as_integers,
 )
 from refcurv.model.loss import reached
 
@@ -111,6 +117,90 @@ def test_a_corpus_against_the_law(name: str) -> None:
     arguments, error, fragment = REFUSED[name]
     with pytest.raises(error, match=fragment):
         Corpus(**{"tokens": TOKENS, **arguments})
+
+
+class Stubborn:
+    """What says that it is an array and then is none, as a tensor on another device does."""
+
+    def __array__(self, *_: object, **__: object) -> np.ndarray:
+        raise TypeError("can't convert device tensor\nto numpy")
+
+
+NO_IDS: dict[str, tuple[Any, str]] = {
+    "ragged": ([[1, 2], [3]], "row 0 is of length 2, row 1 is of length 1. Pad"),
+    "ragged arrays": ([np.arange(3), np.arange(2)], "row 1 is of length 2"),
+    "a number for a row": ([[1, 2], 3], "row 1 is no list"),
+    "ragged within": ([[[1], [2, 3]], [[1], [2]]], "must be"),
+    "text": ("ab", "must hold integers; got <U2"),
+    "texts": ([["a", "b"]], "must hold integers; got <U1"),
+    "None within": ([[None, 1]], "must hold integers; got object"),
+    "floats": ([[1.5, 2.0]], "must hold integers; got float64"),
+    "whole floats": ([[1.0, 2.0]], "must hold integers; got float64"),
+    "complex": ([[1j, 2]], "must hold integers; got complex128"),
+    "booleans": ([[True, False]], "must hold integers; got bool"),
+    "beyond 63 bits": (np.array([[2**63 + 1, 2]], np.uint64), "must fit int"),
+    "minus one in 64 bits": (np.array([[2**64 - 1, 2]], np.uint64), "must fit int"),
+    "beyond 64 bits": ([[2**70, 1]], "must hold integers; got object"),
+    "one axis": ([1, 2], "got (2,)"),
+    "nothing": ([], "got (0,)"),
+    "a mapping": ({1: 2}, "must hold integers; got object"),
+    "no array at all": (Stubborn(), "can't convert device tensor to numpy"),
+}
+
+
+def doors() -> dict[str, Callable[[Any], object]]:
+    """Every public function that takes token ids or labels, as a function of them."""
+    made = config(vocabulary=9)
+    model = rc.Model(made, random_parameters(made, 0), "float64")
+    ids = [[1, 2]]
+    return {
+        "Corpus.tokens": Corpus,
+        "Corpus.labels": lambda x: Corpus(ids, labels=x),
+        "Corpus.segments": lambda x: Corpus(ids, segments=x),
+        "Population.tokens": lambda x: population(tokens=x),
+        "logits": lambda x: rc.logits(model, x),
+        "loss": lambda x: rc.loss_and_gradient(model, x),
+        "loss.labels": lambda x: rc.loss_and_gradient(model, ids, x),
+        "exact": lambda x: rc.exact.hessian(model, x, wrt="final_norm.weight"),
+        "exact.labels": lambda x: rc.exact.hessian(model, ids, x, wrt="final_norm.weight"),
+    }
+
+
+DOORS = doors()
+
+
+@pytest.mark.parametrize("what", NO_IDS)
+@pytest.mark.parametrize("door", DOORS)
+def test_what_is_no_matrix_of_ids_is_refused_everywhere(door: str, what: str) -> None:
+    """In one sentence that says what came; never a bare error, nothing rounded or wrapped."""
+    thing, says = NO_IDS[what]
+    with pytest.raises(RefcurvError) as refused:
+        DOORS[door](thing)
+    text = str(refused.value)
+    assert says in text
+    assert "\n" not in text and len(text) < 250
+
+
+junk = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=2),
+    lambda inner: st.lists(inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(junk)
+def test_integers_are_taken_exactly_or_refused(thing: Any) -> None:
+    try:
+        got = as_integers("who", "what", thing, (None, None), "(N, T)", np.int32)
+    except RefcurvError:
+        return
+    assert got.dtype == np.int32
+    assert got.tolist() == thing and not any(isinstance(x, bool) for row in thing for x in row)
+
+
+def test_ragged_images_are_refused() -> None:
+    with pytest.raises(ShapeError, match="row 1 is of length 1"):
+        Corpus(images=[[[[0.0]], [[0.0]]], [[[0.0]]]], labels=[0, 0])
 
 
 def test_padding_may_repeat_an_earlier_segment_id() -> None:

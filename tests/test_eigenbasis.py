@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +15,7 @@ from strategies import config, random_parameters
 
 import refcurv as rc
 from refcurv.algebra import blas
+from refcurv.algebra.staircase import cut
 from refcurv.curvature.eigenbasis import (
     Bases,
     Eigenbasis,
@@ -32,7 +35,9 @@ from refcurv.law.checks import (
     NonFiniteError,
     NotPSDError,
     NotSymmetricError,
+    RangeError,
     ShapeError,
+    SolverError,
 )
 from refcurv.law.conventions import Fisher, Rows
 from refcurv.model.config import QKNorm
@@ -90,6 +95,117 @@ def test_the_lapack_door_has_scipys_bits(n: int) -> None:
     assert np.array_equal(M, moment(n, n + 1, 3, 0.1))  # the argument is left alone
 
 
+powers = st.one_of(st.integers(-500, 500), st.sampled_from([-500, -257, 0, 257, 500]))
+
+
+@given(st.integers(1, 12), st.integers(1, 20), st.integers(0, 999), st.floats(0, 2), powers)
+def test_powers_of_two_change_no_bit(
+    n: int, rows: int, seed: int, decay: float, power: int
+) -> None:
+    """2^k M has the same directions and 2^k its eigenvalues, from 1e-150 to 1e150."""
+    M = moment(n, rows, seed, decay)
+    U, values, raised = eigenbasis(M, rows, "float64", "A")
+    got_U, got_values, got_raised = eigenbasis(M * 2.0**power, rows, "float64", "A")
+    assert got_U.tobytes() == U.tobytes()
+    assert got_values.tobytes() == (values * 2.0**power).tobytes()
+    assert got_raised == raised
+
+
+@given(st.integers(0, 999), powers, powers, st.floats(0.01, 0.999))
+def test_powers_of_two_keep_the_same_pairs(seed: int, a: int, b: int, rho: float) -> None:
+    """What is kept does not depend on the units of A and G."""
+    kept, masses = [], []
+    for unit_A, unit_G in ((1.0, 1.0), (2.0**a, 2.0**b)):
+        A, G = moment(6, 30, seed, 0.5) * unit_A, moment(5, 30, seed + 1, 0.5) * unit_G
+        mu, lam = (eigenbasis(M, 30, "float64", "M")[1] for M in (A, G))
+        stairs = cut(lam, mu, rho)
+        kept.append(stairs.counts.tolist())
+        masses.append(stairs.mass / (unit_A * unit_G))
+        assert stairs.kept == sum(kept[-1])
+    assert kept[0] == kept[1]
+    assert masses[0] == masses[1]
+
+
+@given(powers, st.sampled_from([0, 580, -560]))
+def test_asymmetry_is_seen_at_every_scale(power: int, more: int) -> None:
+    """At 1e160 and 1e-160 the squares of M are infinite or 0, and so would be |M − Mᵀ|/|M|."""
+    unit = np.ldexp(1.0, power // 2 + more)  # up to 2^±830
+    with pytest.raises(NotSymmetricError, match=r"= 9\.1e-02 >"):
+        eigenbasis(np.array([[1.0, 0.5], [0.4, 1.0]]) * unit, 10, "float64", "A")
+    with pytest.raises(NotPSDError, match="eigenvalue -"):
+        eigenbasis(np.diag([1.0, -1e-3]) * unit, 10, "float64", "A")
+    with pytest.raises(NotSymmetricError):  # M − Mᵀ itself overflows
+        eigenbasis(np.array([[1.0, 1.7e308], [-1.7e308, 1.0]]), 10, "float64", "A")
+
+
+def test_an_eigenvalue_beyond_float64_is_refused() -> None:
+    with pytest.raises(RangeError, match="A of 'up' has an eigenvalue beyond the largest"):
+        eigenbasis(np.full((3, 3), 1e308), 10, "float64", "A of 'up'")
+    _, values, _ = eigenbasis(np.full((3, 3), 1e308) / 3, 10, "float64", "A of 'up'")
+    assert values[0] == pytest.approx(1e308)
+
+
+def test_subnormal_moments_are_decomposed() -> None:
+    U, values, _ = eigenbasis(np.array([[2.0, 1.0], [1.0, 2.0]]) * 2.0**-1060, 1, "float64", "A")
+    assert values.tolist() == [3 * 2.0**-1060, 2.0**-1060]
+    assert np.allclose(np.abs(U), np.sqrt(0.5))
+
+
+@given(st.integers(9, 24), st.integers(1, 40), st.integers(0, 999), st.integers(-500, 500))
+def test_numpys_route_for_large_matrices_agrees(n: int, rows: int, seed: int, power: int) -> None:
+    """Above 32,766, here above 8: the same values and, where they stand apart, the same columns."""
+    M = moment(n, rows, seed, 0.1) * 2.0**power
+    U, values, _ = eigenbasis(M, rows, "float64", "A")
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blas, "_MOST_SQUARE", 8)
+        patch.setattr(np.linalg, "eigh", lambda M, eigh=np.linalg.eigh: calls.append(0) or eigh(M))
+        V, other, _ = eigenbasis(M, rows, "float64", "A")
+    assert calls == [0]
+    budget = tolerance.eigenpair(n) * values[0]
+    assert (np.abs(values - other) <= budget).all()
+    size, inside = values[0], M / values[0]
+    assert np.linalg.norm(inside @ V - V * (other / size)) <= tolerance.eigenpair(n) * np.sqrt(n)
+    assert np.linalg.norm(V.T @ V - np.eye(n)) <= tolerance.eigenpair(n) * np.sqrt(n)
+    largest = np.abs(V).argmax(axis=0)
+    assert (V[largest, np.arange(n)] > 0).all()
+    assert V.flags.c_contiguous and (np.diff(other) <= 0).all()
+    gaps = np.diff(values, prepend=np.inf, append=-np.inf)
+    alone = np.minimum(-gaps[:-1], -gaps[1:]) > 1e-3 * size
+    # Davis & Kahan; the entry that fixes a sign may be the other of two equally large ones
+    apart = np.minimum(np.linalg.norm(U - V, axis=0), np.linalg.norm(U + V, axis=0))
+    assert (apart[alone] <= 4 * tolerance.eigenpair(n) * 1e3).all()
+
+
+def test_whether_numpys_lapack_counts_in_64_bits() -> None:
+    """As OpenBLAS says of itself; where it does not, wider matrices are refused."""
+    about = np.show_config(mode="dicts")["Build Dependencies"]["lapack"]
+    if "openblas configuration" not in about:
+        pytest.skip(f"NumPy stands on {about.get('name')}, which does not say")
+    assert blas.has_long_integers() == ("USE64BITINT" in about["openblas configuration"])
+
+
+def test_a_solver_that_gives_up_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    M = moment(4, 9, 0)
+
+    def no_routine(*_: object) -> Callable[..., None]:
+        def give_up(*operands: object) -> None:
+            ctypes.c_int.from_address(operands[-1]).value = 3
+
+        return give_up
+
+    def no_eigh(M: np.ndarray) -> None:
+        raise np.linalg.LinAlgError("Eigenvalues did not converge")
+
+    for name, change in (("_routine", no_routine), ("_MOST_SQUARE", 2)):
+        monkeypatch.setattr(blas, name, change)
+        monkeypatch.setattr(np.linalg, "eigh", no_eigh)
+        with pytest.raises(SolverError, match=r"A of 'up' \(4 x 4, finite\).*not converge") as told:
+            eigenbasis(M, 9, "float64", "A of 'up'")
+        assert told.value.status == 3
+        assert "OPENBLAS_CORETYPE" in str(told.value) and "\n" not in str(told.value)
+
+
 def factors(seed: int = 0) -> Factors:
     A = moment(6, 30, seed)
     layers = {
@@ -128,6 +244,10 @@ def test_basis_file_round_trip(tmp_path) -> None:
         (np.diag([1.0, -1e-3]), NotPSDError, "-1.000e-03"),
         (np.diag([1.0, np.nan]), NonFiniteError, r"\[1, 1\]"),
         (np.ones((2, 3)), ShapeError, r"\(2, 3\)"),
+        (np.ones(3), ShapeError, r"\(3,\)"),
+        (np.zeros((0, 0)), ShapeError, r"\(0, 0\)"),
+        (np.float64(3), ShapeError, r"got \(\)"),
+        (np.diag([1.0, -np.inf]), NonFiniteError, "-inf"),
     ],
 )
 def test_refusals(M: np.ndarray, error: type, says: str) -> None:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 from hypothesis import given
-from strategies import Case, assert_within, case, cases, image_cases
+from hypothesis import strategies as st
+from strategies import Case, assert_within, case, cases, image_cases, scaled
+from test_factors import model_of
 
+import refcurv as rc
 from refcurv.algebra import blas, kernels
+from refcurv.curvature.sums import add_gram
 from refcurv.law import tolerance
+from refcurv.law.checks import NonFiniteError
 from refcurv.model import layers, transformer
-from refcurv.model.config import Activation, NormPlace, QKNorm
-from refcurv.model.layers import DEFINITIONS
+from refcurv.model.config import Activation, Norm, NormPlace, QKNorm
+from refcurv.model.layers import DEFINITIONS, Layout, Ops
 from refcurv.model.magnitudes import gradient_scale
 from refcurv.passes.fast import FAST, QUERY_ROWS
 
@@ -79,6 +87,239 @@ def test_images(dtype: type, one: Case) -> None:
     compare(one, dtype)
 
 
+# ------------------------------------------------------------------ the ends of the range
+
+
+@pytest.mark.parametrize("kind", list(Norm))
+@pytest.mark.parametrize("k", [-100, -60, 60, 100])
+def test_a_stream_of_any_size_has_the_same_logits_and_factors(k: int, kind: Norm) -> None:
+    """2ᵏ times the residual stream: in float32 its squares overflow or vanish, and 4⁻ᵏ G does.
+
+    Not one bit of the logits and of 2ᵏ g differs. G is within the budget of its sums: where all of
+    them would vanish in float32 they are float64's.
+    """
+    made = [scaled(2.0**n, norm=kind, biases=("down",)) for n in (0, k)]
+    one, far = (model_of(c, "float32") for c in made)
+    assert (rc.logits(far, made[1].token) == rc.logits(one, made[0].token)).all()
+    (loss, gradient), (want_loss, want) = (
+        rc.loss_and_gradient(m, made[0].token) for m in (far, one)
+    )
+    assert loss == want_loss
+    assert (gradient["blocks.0.mlp.up.weight"] == want["blocks.0.mlp.up.weight"]).all()
+    bias = "blocks.0.mlp.down.bias"
+    assert (np.ldexp(gradient[bias], k) == want[bias]).all()
+    if k == -100:  # g is huge, and there is no float32 for its squares
+        for collect, what in ((rc.collect, "blocks.**"), (rc.collect_blocks, bias)):
+            with pytest.raises(NonFiniteError, match="Try float64"):
+                collect(far, rc.Corpus(made[1].token), what)
+        return
+    corpus = rc.Corpus(made[1].token)
+    for draws in (1, 2):
+        got, right = (rc.collect(m, corpus, "blocks.**", draws=draws) for m in (far, one))
+        for name in right:
+            power = 2 * k * name.endswith((".o", ".down"))
+            size = np.sqrt(np.outer(*[np.diag(right[name].G)] * 2))
+            error = np.abs(np.ldexp(got[name].G, power) - right[name].G)
+            assert (error <= 2 * tolerance.gram(got[name].n_G, 1, np.float32) * size).all()
+            assert (got[name].A == right[name].A).all()
+    blocks, right = (rc.collect_blocks(m, corpus, bias)[bias].F for m in (far, one))
+    size = np.sqrt(np.outer(*[np.diag(right)] * 2))
+    within = 2 * tolerance.gram(len(corpus.tokens), 1, np.float32) * size
+    assert (np.abs(np.ldexp(blocks, 2 * k) - right) <= within).all()
+
+
+def entrances(one: Case, dtype: str) -> dict[str, Callable[[], object]]:
+    """Everything that runs a model forward."""
+    model = model_of(one, dtype)
+    rows, at = one.token, np.full(len(one.token), 2)
+    text = rc.Population(rows, at * 0 + 1, at * 3, "text", "test")
+    said = rc.Population(rows, at, at * 3, "recite", "test")
+    return {
+        "logits": lambda: rc.logits(model, rows),
+        "loss": lambda: rc.loss_and_gradient(model, rows),
+        "collect": lambda: rc.collect(model, rc.Corpus(rows)),
+        "signed": lambda: rc.collect(model, rc.Corpus(rows), "head", fisher="signed"),
+        "blocks": lambda: rc.collect_blocks(model, rc.Corpus(rows)),
+        "evaluate": lambda: rc.evaluate(model, rc.Corpus(rows, populations={"p": text})),
+        "recite": lambda: rc.evaluate(model, rc.Corpus(rows, populations={"p": said})),
+        "exact": lambda: rc.exact.ggn(model, rows, wrt="final_norm.weight"),
+    }
+
+
+@pytest.mark.parametrize("name", list(entrances(case(), "float32")))
+@pytest.mark.filterwarnings("ignore:(overflow|invalid):RuntimeWarning")
+def test_what_leaves_the_range_is_refused_in_one_line(name: str) -> None:
+    """Named are the layer, the dtype and the way out; in float64 the same weights are fine."""
+    broken = {
+        "the input of 'blocks.1.mlp.down'": {"blocks.1.mlp.up.weight": 1e30, "gate": 1e30},
+        "the input of 'blocks.0.attn.o'": {"blocks.0.attn.q.weight": 1e30, "attn.k": 1e30},
+        "logit": {"final_norm.weight": 1e30, "head.weight": 1e30},
+    }
+    for says, sizes in broken.items():
+        one = case(norm_place=NormPlace.PRE, qk_norm=QKNorm.NONE)
+        for part, size in sizes.items():
+            for full in (n for n in one.parameters if part in n):
+                one.parameters[full] = one.parameters[full] * size
+        if name != "exact":
+            with pytest.raises(NonFiniteError, match=says) as raised:
+                entrances(one, "float32")[name]()
+            assert "beyond the range of float32" in str(raised.value)
+            assert "compute in float64" in str(raised.value)
+            assert "\n" not in str(raised.value)
+        if "attn" not in says:
+            entrances(one, "float64")[name]()
+        for full, array in one.parameters.items():
+            if any(part in full for part in sizes):
+                one.parameters[full] = array * 1e170
+        with pytest.raises(NonFiniteError, match="beyond the range of float64: check the weights"):
+            entrances(one, "float64")[name]()
+
+
+def test_a_gradient_that_leaves_the_range_is_refused() -> None:
+    """The norms divide by a stream so small that its reciprocal is no float32."""
+    one = scaled(1e-40)
+    with pytest.raises(NonFiniteError, match=r"the gradient of '.*' holds .*compute in float64"):
+        rc.loss_and_gradient(model_of(one, "float32"), one.token)
+    rc.loss_and_gradient(model_of(one), one.token)
+
+
+# ------------------------------------------------------------------ attention by itself
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What one attention reads, in the dtype to compute in, and the gradient sent back to it."""
+
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    d: np.ndarray
+    layout: Layout
+    cap: float | None
+
+    def run(self, ops: Ops, dtype: type) -> tuple[tuple[np.ndarray, ...], layers.Saved]:
+        """The gradients of q, k and v, and what the forward saved."""
+        q, k, v, d = (x.astype(dtype) for x in (self.q, self.k, self.v, self.d))
+        _, saved = ops.attention_forward(q, k, v, self.layout, None, self.cap)
+        return ops.attention_backward(d, saved), saved
+
+
+@st.composite
+def heads(draw: st.DrawFn, dtype: type) -> Heads:
+    """Heads of every shape, from flat to saturated: scores of 1 to 1e5."""
+    B, T = draw(st.integers(1, 2)), draw(st.integers(1, 6))
+    K, R, E = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 80]))
+    rng = np.random.default_rng(draw(st.integers(0, 9999)))
+    size = 10 ** draw(st.floats(0, 2))  # of q and of k
+    lengths = rng.integers(1, T + 1, (B, 1)) if draw(st.booleans()) else np.full((B, 1), T)
+    real = np.arange(T) < lengths
+    segment = np.cumsum(rng.random((B, T)) < draw(st.sampled_from([0, 0.4, 1])), axis=1)
+    if draw(st.booleans()):
+        layout = layers.full_layout(real, segment)
+    else:
+        layout = layers.causal_layout(real, segment)
+        window = draw(st.integers(0, 3))
+        layout = layers.windowed(layout, window) if window else layout
+    q, d = rng.normal(size=(2, B, T, K * R, E))
+    k, v = rng.normal(size=(2, B, T, K, E))
+    arrays = (x.astype(dtype) for x in (q * size, k * size, v, d))
+    return Heads(*arrays, layout, draw(st.sampled_from([None, 0.7, 30.0])))
+
+
+def rounding(one: Heads, saved: layers.Saved) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What rounding may do to each entry of the gradients of q, k and v; `saved` in longdouble.
+
+    A score sums E products. An error of it is a relative one of e to its power: p is off by `off`,
+    however small p is. One of a key with more than half of p is d_p[key] the start: then 1 − p is
+    no term, neither of the other keys' gradients, p (d_p − start), nor of its own, minus their sum.
+    What underflows is off by the smallest normal number.
+    """
+    q, k, v, p, _ = saved
+    dtype, (E, S) = one.q.dtype, (q.shape[-1], k.shape[-2])
+    size, unit = 1 / np.sqrt(np.longdouble(E)), tolerance.gamma(E + 8, dtype)
+    score, (q, k, v) = (q @ k.swapaxes(-1, -2)) * size, (np.abs(x) for x in (q, k, v))
+    d = np.abs(one.d).astype(p.dtype).reshape(q.transpose(0, 3, 1, 2, 4).shape)
+    d = d.transpose(0, 2, 3, 1, 4)
+    terms = (q @ k.swapaxes(-1, -2)) * size
+    visible = layers.visible_keys(one.layout, S)[:, None, None]
+    largest = np.where(visible, terms, 0).max(axis=-1, keepdims=True)
+    off = np.expm1(2 * unit * (largest + (one.cap or 0))) + tolerance.gamma(S + 16, dtype)
+    off_v, slope = off, size
+    if one.cap is not None:
+        slope = slope * layers.soft_cap(score, one.cap)[1]
+        off = off + np.expm1(2 * unit * terms / one.cap)
+    d_p = np.where(visible, d @ v.swapaxes(-1, -2), 0)
+    first = p > 0.5
+    start = np.where(first, d_p, 0).sum(axis=-1, keepdims=True)
+    others = np.where(first, 0, p * (d_p + start))
+    rest = others.sum(axis=-1, keepdims=True)
+    d_score = np.where(first, rest, others + p * rest) * slope
+    d_score *= 4 * (off + tolerance.gamma(2 * E + 3 * S, dtype))
+    d_score += np.finfo(dtype).tiny * size * np.where(visible, 1 + d_p.sum(-1, keepdims=True), 0)
+    d_v = (p * (off_v + tolerance.gamma(3 * S, dtype)) + np.finfo(dtype).tiny).swapaxes(-1, -2) @ d
+    d_k = d_score.swapaxes(-1, -2) @ q
+    return tuple(
+        x.transpose(0, 3, 1, 2, 4).reshape(shape)
+        for x, shape in (
+            (d_score @ k, one.q.shape),
+            (d_k.sum(axis=2, keepdims=True), one.k.shape),
+            (d_v.sum(axis=2, keepdims=True), one.v.shape),
+        )
+    )
+
+
+@pytest.mark.parametrize("ops", [DEFINITIONS, FAST], ids=["definition", "fast"])
+@pytest.mark.parametrize("dtype", FLOATS)
+@given(data=st.data())
+def test_attention_on_flat_and_saturated_heads(dtype: type, ops: Ops, data: st.DataObject) -> None:
+    """Each entry within the rounding of its own terms; what is exactly zero is exactly zero."""
+    one = data.draw(heads(dtype))
+    want, saved = one.run(DEFINITIONS, np.longdouble)
+    got, _ = one.run(ops, dtype)
+    for x, exact, budget in zip(got, want, rounding(one, saved), strict=True):
+        assert x.dtype == dtype
+        assert (np.abs(x - exact) <= budget).all()
+    # a query that gives all of p to one key, in this dtype, has no slope; nor has an unseen key
+    p = one.run(DEFINITIONS, dtype)[1][3]
+    alone = ((p == 0) | (p == 1)).all(axis=-1)
+    B, T, H = one.q.shape[:3]
+    assert not got[0][alone.reshape(B, H, T).transpose(0, 2, 1)].any()
+    assert not got[1][alone.all(axis=(2, 3)).reshape(B, -1, 1).repeat(T, 2).swapaxes(1, 2)].any()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@given(keys=st.integers(1, 70), size=st.floats(0.1, 200), seed=st.integers(0, 99))
+def test_the_backward_has_the_forwards_probabilities(
+    dtype: type, keys: int, size: float, seed: int
+) -> None:
+    """Bit for bit, wherever a row's keys begin and end."""
+    rng = np.random.default_rng(seed)
+    first, last = np.sort(rng.integers(0, keys, (2, 1, 5)), axis=0)
+    last[0, -1] = -1  # a row that sees nothing
+    p = (rng.normal(size=(1, 2, 5, keys)) * size).astype(dtype)
+    again, d_p, rows = p.copy(), p.copy(), np.empty((2, 1, 2, 5), dtype)
+    scale = dtype(1 / np.sqrt(80))
+    kernels.softmax_forward(p, first, last, 0, scale, *rows)
+    kernels.softmax_backward(again, d_p, first, last, 0, scale, scale, *rows)
+    assert again.tobytes() == p.tobytes()
+
+
+ONE_KEY = {"two positions": (2, 0), "windows of one": (5, 1)}
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("ops", [DEFINITIONS, FAST], ids=["definition", "fast"])
+@pytest.mark.parametrize("which", ONE_KEY)
+def test_one_key_sends_nothing_to_queries_and_keys(which: str, ops: Ops, dtype: type) -> None:
+    """All labels hang on positions that see one key: the gradients of q and k are exactly zero."""
+    length, window = ONE_KEY[which]
+    one = case(length=length, norm_place=NormPlace.PRE, windows=(window,) * 2)
+    _, gradient = transformer.loss_and_gradient(one.config, one.astype(dtype), *one.batch, ops=ops)
+    for name, slope in gradient.items():
+        nothing = any(part in name for part in ("attn.q", "attn.k"))
+        assert slope.any() != nothing, name
+
+
 # ------------------------------------------------------------------ activations
 
 
@@ -143,6 +384,21 @@ def test_gram_is_the_lower_triangle_of_the_product(dtype: type, rows: int, size:
         assert (np.abs(np.tril(total) - want) <= tolerance.gamma(rows + 2, dtype) * scale).all()
     with pytest.raises(ValueError, match="add_gram"):
         blas.add_gram(x, np.zeros((size + 1, size + 1), dtype), onto=False)
+
+
+@given(st.lists(st.sampled_from([0.0, 1e-30, 1e-20, 1e-9, 1.0]), min_size=1, max_size=4))
+def test_products_that_would_vanish_in_float32_are_made_in_float64(sizes: list[float]) -> None:
+    """Chunk by chunk, in any order; what was held in float32 stays there."""
+    rng = np.random.default_rng(0)
+    chunks = [(rng.normal(size=(5, 4)) * size).astype(np.float32) for size in sizes]
+    got = np.empty((4, 4), np.float32)
+    for n, x in enumerate(chunks):
+        got = add_gram(x, got, onto=n > 0)
+    wide = np.concatenate(chunks).astype(np.float64)
+    budget = tolerance.gram(len(wide), 1, np.float32) * np.linalg.norm(wide) ** 2
+    assert np.linalg.norm(np.tril(got - wide.T @ wide)) <= budget
+    first = next((size for size in sizes if size), 1.0)
+    assert got.dtype == (np.float32 if first > 1e-15 else np.float64)
 
 
 @pytest.mark.parametrize("size", [1, 5, 63, 64, 65, 200])

@@ -29,6 +29,153 @@ def test_rms_norm_by_hand(ops: Ops) -> None:
     assert np.allclose(y, [[3 * r, 8 * r]], rtol=1e-15)
 
 
+REALS = st.sampled_from([np.float32, np.float64, np.longdouble])
+
+
+def norm(ops: Ops, x: np.ndarray, gain: np.ndarray, eps: float, d_y: np.ndarray) -> tuple:
+    y, saved = ops.rms_norm_forward(x, gain, eps)
+    d_x, d_gain = ops.rms_norm_backward(d_y, saved)
+    return y, d_x, d_gain
+
+
+def draws(seed: int, dtype: type, width: int) -> tuple[np.ndarray, ...]:
+    """x and d_y of three rows, and a gain."""
+    rng = np.random.default_rng(seed)
+    x, d_y = rng.normal(size=(2, 3, width)).astype(dtype)
+    return x, d_y, rng.normal(size=width).astype(dtype)
+
+
+@BOTH
+@given(REALS, st.integers(1, 9), st.integers(0, 99), st.floats(-1, 1))
+def test_rms_norm_knows_no_scale(
+    ops: Ops, dtype: type, width: int, seed: int, share: float
+) -> None:
+    """2ᵏ x with 4ᵏ eps: the same bits of y and of the gain's gradient, those of d_x times 2⁻ᵏ.
+
+    Over the whole range of the dtype, in which the squares of most have no number.
+    """
+    if ops is FAST and dtype is np.longdouble:
+        return
+    x, d_y, gain = draws(seed, dtype, width)
+    x[np.abs(x) < 2**-6] = 1
+    number = np.finfo(dtype)
+    k = int(share * (number.maxexp - 8))
+    d_y = d_y if k < 0 else np.ldexp(d_y, k)  # so that d_x is a normal number as well
+    for eps in (0.0, 0.25) if abs(2 * k) < min(number.maxexp, 1024) - 8 else (0.0,):
+        y, d_x, d_gain = norm(ops, x, gain, eps, d_y)
+        far = norm(ops, np.ldexp(x, k), gain, float(np.ldexp(eps, 2 * k)), d_y)
+        assert (far[0] == y).all()
+        assert (far[2] == d_gain).all()
+        with np.errstate(over="ignore"):
+            assert (far[1] == np.ldexp(d_x, -k)).all()
+
+
+@BOTH
+@given(REALS, st.integers(1, 9), st.integers(0, 99), st.floats(-1, 1))
+def test_rms_norm_of_any_size_with_any_eps(
+    ops: Ops, dtype: type, width: int, seed: int, share: float
+) -> None:
+    """y against numbers that hold the squares; eps may count for all or for nothing."""
+    if dtype is np.longdouble:
+        return
+    x, _, gain = draws(seed, dtype, width)
+    x *= dtype(10.0 ** (share * 0.95 * np.log10(float(np.finfo(dtype).max))))
+    for eps in (1e-30, 1e-12, 1e-5, 0.1, 1e30):
+        wide = x.astype(np.longdouble)
+        want = wide / np.sqrt((wide * wide).mean(axis=-1, keepdims=True) + dtype(eps)) * gain
+        y, _ = ops.rms_norm_forward(x, gain, eps)
+        smallest = np.finfo(dtype).smallest_normal
+        within = (width + 8) * np.finfo(dtype).eps * np.abs(want) + smallest
+        assert (np.abs(y - want) <= within).all(), eps
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_rms_norm_of_the_smallest_and_the_largest_numbers(ops: Ops, dtype: type) -> None:
+    """Subnormal ones too, whose reciprocals have no number."""
+    number = np.finfo(dtype)
+    for unit in (number.smallest_subnormal, number.smallest_normal, number.max / 4):
+        for eps in (0.0, float(number.smallest_normal)):
+            x = np.array([[3, -4, 0]], dtype) * unit
+            root = np.sqrt(np.longdouble(25) / 3 * unit * unit + dtype(eps))
+            y, _ = ops.rms_norm_forward(x, np.ones(3, dtype), eps)
+            within = 8 * number.eps * np.abs(x / root) + number.smallest_subnormal
+            assert (np.abs(y - x / root) <= within).all()
+
+
+@given(REALS, st.integers(1, 40), st.integers(0, 99), st.sampled_from([0.0, 1e-6, 0.1]))
+def test_the_scale_of_a_norm_moves_no_bit(dtype: type, width: int, seed: int, eps: float) -> None:
+    """Where squares are ordinary numbers, y and d_x are those of the formula as it is written."""
+    x, d_y, gain = draws(seed, dtype, width)
+    r = 1 / np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps)
+    x_hat, d_hat = x * r, d_y * gain
+    y, d_x, _ = norm(DEFINITIONS, x, gain, eps, d_y)
+    assert (y == x_hat * gain).all()
+    assert (d_x == r * (d_hat - x_hat * (d_hat * x_hat).mean(axis=-1, keepdims=True))).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_row_of_a_fast_norm_is_by_itself(dtype: type) -> None:
+    """An ordinary row keeps its bits beside rows whose squares overflow, vanish or are NaN."""
+    x, d_y, gain = draws(0, dtype, 33)
+    most = np.finfo(dtype).max
+    beside = np.stack([x[0] * 0 + most, x[0] / most, x[0] * np.nan, x[0]])
+    y, d_x, _ = norm(FAST, beside, gain, 1e-6, np.tile(d_y[0], (4, 1)))
+    alone = norm(FAST, x[:1], gain, 1e-6, d_y[:1])
+    assert (y[3] == alone[0][0]).all()
+    assert (d_x[3] == alone[1][0]).all()
+    assert np.isfinite(y[:2]).all()
+    assert np.isnan(y[2]).all()
+
+
+@pytest.mark.parametrize("share", [-0.9, -0.6, 0.0, 0.6, 0.9])
+@pytest.mark.parametrize("dtype", [np.complex128, np.clongdouble])
+def test_the_slope_of_a_norm_of_any_size_is_its_complex_step(dtype: type, share: float) -> None:
+    real = np.zeros(0, dtype).real.dtype.type
+    x, d_y, gain = draws(3, real, 7)
+    step = draws(4, real, 7)[0]
+    k = int(share * (np.finfo(real).maxexp - 100))
+    x = np.ldexp(x, k)
+    for eps in (0.0, 1e-6):
+        y, _ = layers.rms_norm_forward(x + 1j * np.ldexp(step, k - 80), gain, eps)
+        _, d_x, _ = norm(DEFINITIONS, x, gain, eps, d_y)
+        got, want = (np.ldexp(y.imag, 80) * d_y).sum(), (np.ldexp(d_x, k) * step).sum()
+        terms = np.abs(np.ldexp(y.imag, 80) * d_y).sum()
+        assert abs(got - want) <= 64 * np.finfo(real).eps * terms
+
+
+@BOTH
+def test_what_is_no_number_stays_none(ops: Ops) -> None:
+    """Nothing makes a number of NaN, and no norm of an infinite entry."""
+    z = np.array([np.nan, 1.0])
+    for name in Activation:
+        assert np.isnan(ops.mlp_forward(name, None, z)[0][0])
+        assert np.isnan(ops.mlp_forward(name, z, np.ones(2))[0][0])
+    for bad in (np.nan, np.inf, -np.inf):
+        x = np.array([[bad, 1.0], [1.0, bad]])
+        with np.errstate(invalid="ignore"):
+            y, _ = ops.rms_norm_forward(x, np.ones(2), 1e-5)
+        assert np.isnan(y).any(axis=1).all()
+    y, slope = layers.clip(np.array([np.nan, 9.0, 1.0]), 2.0)
+    assert np.isnan(y[0]) and y[1:].tolist() == [2, 1]
+    assert slope.tolist()[1:] == [0, 1]
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("name", list(Activation))
+def test_activations_at_the_ends_of_the_range(ops: Ops, name: Activation, dtype: type) -> None:
+    """0 and z, slopes 0 and 1, to the last bit: an exp that stops short of 0 would show here."""
+    root = np.sqrt(np.finfo(dtype).max)
+    for large in (dtype(2e4), root, root * 1000, np.finfo(dtype).max / 4):
+        z, ones = np.array([-large, large], dtype), np.ones(2, dtype)
+        with np.errstate(over="ignore"):
+            h, saved = ops.mlp_forward(name, None, z)
+            _, slope = ops.mlp_backward(ones, saved)
+        assert h.tolist() == [0, large]
+        assert slope.tolist() == [0, 1]
+
+
 def test_centre_by_hand() -> None:
     assert (layers.centre(np.array([[1.0, 2, 6], [0, 0, 3]])) == [[-2, -1, 3], [-1, -1, 2]]).all()
 
@@ -91,14 +238,15 @@ def test_erf_in_longdouble_is_the_oracles() -> None:
 
 
 def test_soft_cap_and_clip_and_their_slopes() -> None:
-    x = np.array([-1e4, -2.0, -0.5, 0, 0.3, 2.0, 2.1, 1e4])
+    x = np.array([-1e4, -30.0, -2.0, -0.5, 0, 0.3, 2.0, 2.1, 1e4])
     y, slope = layers.soft_cap(x, 2.0)
     assert np.allclose(y, [2 * math.tanh(one / 2) for one in x], rtol=1e-15)
-    assert np.allclose(slope, [1 / math.cosh(min(abs(one) / 2, 300)) ** 2 for one in x], atol=1e-15)
+    want = [1 / math.cosh(min(abs(one) / 2, 300)) ** 2 for one in x]
+    assert np.allclose(slope, want, rtol=1e-15, atol=1e-200)
     assert np.allclose(layers.soft_cap(x + 1e-30j, 2.0)[0].imag / 1e-30, slope, atol=1e-15)
     y, slope = layers.clip(x, 2.0)
-    assert (y == [-2, -2, -0.5, 0, 0.3, 2, 2, 2]).all()
-    assert (slope == [0, 1, 1, 1, 1, 1, 0, 0]).all()
+    assert (y == [-2, -2, -2, -0.5, 0, 0.3, 2, 2, 2]).all()
+    assert (slope == [0, 0, 1, 1, 1, 1, 1, 0, 0]).all()
     assert (layers.clip(x + 1e-30j, 2.0)[0].imag / 1e-30 == slope).all()
 
 

@@ -26,6 +26,7 @@ from refcurv.law.checks import (
     NotSymmetricError,
     RangeError,
     ShapeError,
+    SolverError,
 )
 
 SEEDS = st.integers(0, 2**64 - 1)
@@ -386,6 +387,47 @@ def test_asymmetry_is_found_and_noise_of_float32_is_not() -> None:
     for A in (turned, turned[:9, :9]):  # by Lanczos and by the dense way
         with pytest.raises(NotSymmetricError, match="missed transpose"):
             extreme_eigenvalues(Matrix(A), 2)
+
+
+@pytest.mark.parametrize("power", [-900, -600, 600, 900])
+def test_the_units_of_the_operator_do_not_matter(power: int) -> None:
+    """Of 2^k H all answers are 2^k times those of H, errors too, though squares leave the range."""
+    H = symmetric(np.linspace(-1, 2, 40) ** 3)
+    for P in (12, 40):  # one is solved densely, one by Lanczos
+        one, two = (extreme_eigenvalues(Matrix(x[:P, :P]), 2) for x in (H, np.ldexp(H, power)))
+        assert_within(np.ldexp(two.values, -power), one.values, 1e-13, one.values, "values")
+        assert (np.ldexp(two.residuals, -power) < 1e-6).all()
+    for run in (lambda x: hutchinson(x, 6, 0), lambda x: xtrace(x, 12, 0)):
+        one, two = run(Matrix(H)), run(Matrix(np.ldexp(H, power)))
+        for field in ("value", "standard_error"):
+            want = getattr(one, field)
+            assert math.ldexp(getattr(two, field), -power) == pytest.approx(want, rel=1e-11)
+    one, two = (spectral_density(Matrix(x), 2, 5, 0) for x in (H, np.ldexp(H, power)))
+    assert_within(np.ldexp(two.nodes, -power), one.nodes, 1e-12, one.nodes, "nodes")
+    mean = two.average(lambda nodes: nodes)
+    want = one.average(lambda nodes: nodes)
+    assert math.ldexp(mean.standard_error, -power) == pytest.approx(want.standard_error, rel=1e-11)
+    skew = np.ldexp(H + np.triu(np.ones_like(H)), power)
+    with pytest.raises(NotSymmetricError):
+        extreme_eigenvalues(Matrix(skew), 2)
+    with pytest.raises(NotSymmetricError):
+        spectral_density(Matrix(skew), 2, 5, 0)
+
+
+def test_a_solver_that_gives_up_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def give_up(*_: object, **__: object) -> None:
+        raise np.linalg.LinAlgError("it did not converge")
+
+    H = Matrix(symmetric(np.arange(1.0, 13.0)))
+    for solver, run in (
+        ("eigh", lambda: extreme_eigenvalues(H, 2)),
+        ("svd", lambda: xtrace(H, 4, 0)),
+        ("eigh_tridiagonal", lambda: spectral_density(H, 2, 5, 0)),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"scipy.linalg.{solver}", give_up)
+            with pytest.raises(SolverError, match=r"finite\): the solver did not converge"):
+                run()
 
 
 # ------------------------------------------------------------------ probes and products

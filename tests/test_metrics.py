@@ -24,6 +24,7 @@ from refcurv.evaluation.metrics import (
 )
 from refcurv.law.checks import (
     ConventionError,
+    DTypeError,
     EmptyError,
     NonFiniteError,
     RangeError,
@@ -164,6 +165,16 @@ def test_perplexity_sums_in_float64():
         perplexity(np.array([1.0, np.nan]), 2)
 
 
+def test_perplexity_at_the_ends_of_the_range():
+    """Sums whose sum is beyond float64 have a perplexity all the same: infinite, or 0."""
+    assert perplexity(np.full(3, 1e308), 3) == math.inf
+    assert perplexity(np.array([1e308, 1e308, -1e308, -1e308]), 3) == 1.0
+    assert perplexity(np.full(3, -1e308), 3) == 0.0
+    for count in (math.nan, 2.0, "3", None):
+        with pytest.raises(DTypeError, match="count must hold integers"):
+            perplexity(1.0, count)
+
+
 # ------------------------------------------------------------------ nDCG
 
 
@@ -230,6 +241,66 @@ def test_top_ids_is_a_stable_sort(drawn):
     base, _, k = drawn
     want = np.argsort(-base, axis=-1, kind="stable")[:, :k]
     np.testing.assert_array_equal(top_ids(base, k), want)
+
+
+KINDS = [np.bool_, np.int8, np.uint8, np.int16, np.uint64, np.int64, np.float16, np.longdouble]
+
+
+@given(st.data(), st.sampled_from(KINDS))
+def test_top_ids_of_every_dtype(data, dtype):
+    """No value is negated: -(-128) is -128 in int8, and a bool has no negative."""
+    low, high = (0, 1) if dtype is np.bool_ else (-7, 7)
+    if np.dtype(dtype).kind in "iu":
+        low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
+    value = st.sampled_from([low, high, 0, 1]) | st.integers(low, high)
+    rows = data.draw(st.lists(st.lists(value, min_size=6, max_size=6), min_size=1, max_size=3))
+    k = data.draw(st.integers(1, 6))
+    x = np.array(rows).astype(dtype) if dtype is np.bool_ else np.array(rows, dtype)
+    assert top_ids(x, k).tolist() == [ranked(row, k) for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("logits", "k", "error", "says"),
+    [
+        ([[1.0, np.nan]], 1, NonFiniteError, "nan"),
+        ([[1.0, -np.inf]], 1, NonFiniteError, "-inf"),
+        ([["a", "b"]], 1, DTypeError, "real numbers; got <U1"),
+        ([[1j, 2]], 1, DTypeError, "complex128"),
+        ([[None, 1]], 1, DTypeError, "object"),
+        ([[1, 2], [3]], 1, ShapeError, "row 1 is of length 1"),
+        ([1.0, 2.0], 1, ShapeError, r"\(2,\)"),
+        ([[1.0, 2.0]], 0, RangeError, r"integer in \[1, 2\]"),
+        ([[1.0, 2.0]], 1.0, RangeError, r"got 1\.0"),
+        ([[1.0, 2.0]], True, RangeError, "got True"),
+        ([[], []], 1, RangeError, r"\[1, 0\]"),
+    ],
+)
+def test_top_ids_refusals(logits, k, error, says):
+    with pytest.raises(error, match=says):
+        top_ids(logits, k)
+
+
+id_lists = st.lists(st.lists(st.integers(0, 3), min_size=3, max_size=3), min_size=1, max_size=3)
+
+
+@given(id_lists, st.booleans(), st.sampled_from(list(Gain)))
+def test_an_id_counts_once_or_is_refused(rows, first, gain):
+    """E = (1, 1, 1) against B = (1, 2, 3) would gain three times over: nDCG 2."""
+    lists = np.array(rows), np.tile([0, 1, 2], (len(rows), 1))
+    lists = lists if first else lists[::-1]
+    if all(len(set(row)) == 3 for row in rows):
+        assert ((ndcg_of_ids(*lists, gain) >= 0) & (ndcg_of_ids(*lists, gain) <= 1 + 1e-15)).all()
+        return
+    with pytest.raises(ConventionError, match=f"the {'baseline' if first else 'edited'} ids"):
+        ndcg_of_ids(*lists, gain)
+
+
+def test_ids_are_integers_in_a_matrix():
+    for ids, error in (([[1.0]], DTypeError), ([[1, 2], [3]], ShapeError), ([1], ShapeError)):
+        with pytest.raises(error):
+            ndcg_of_ids(ids, [[1]])
+        with pytest.raises(error):
+            ndcg_of_ids([[1]], ids)
 
 
 def test_gains_differ():

@@ -190,7 +190,7 @@ def tiled(q: np.ndarray, k: np.ndarray, *rest: Any) -> Any:
 
 def eps_outside(x: np.ndarray, gain: np.ndarray, eps: float) -> Any:
     r = 1 / (np.sqrt((x * x).mean(axis=-1, keepdims=True)) + eps)
-    return x * r * gain, (x * r, r, gain)
+    return x * r * gain, (x * r, r, x.dtype.type(1), gain)
 
 
 def ops(**changed: Any) -> Callable[[Model], Ops]:

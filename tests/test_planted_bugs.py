@@ -201,19 +201,19 @@ ATTENTION = layers.attention_forward
 
 def eps_outside(x: np.ndarray, gain: np.ndarray, eps: float) -> Any:
     r = 1 / (np.sqrt((x * x).mean(axis=-1, keepdims=True)) + eps)
-    return x * r * gain, (x * r, r, gain)
+    return x * r * gain, (x * r, r, x.dtype.type(1), gain)
 
 
-def ascending(M: np.ndarray) -> Any:
-    values, U = EIGH(M)
+def ascending(M: np.ndarray, *more: Any) -> Any:
+    values, U = EIGH(M, *more)
     return values[::-1], U[:, ::-1]
 
 
 EIGH = eigenbasis.blas.eigh
 
 
-def rows_for_columns(M: np.ndarray) -> Any:
-    values, U = EIGH(M)
+def rows_for_columns(M: np.ndarray, *more: Any) -> Any:
+    values, U = EIGH(M, *more)
     return values, U.T[::-1, ::-1]
 
 

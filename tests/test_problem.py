@@ -188,7 +188,7 @@ def test_refusals() -> None:
         (ConventionError, "a Corpus has its own labels; leave labels out", (corpus, one.label)),
         (ConventionError, "the corpus has images, but the model reads tokens", (images,)),
         (EmptyError, "none of the 12 labels", (rc.Corpus(one.token, one.token * 0 - 1),)),
-        (ShapeError, r"tokens must be \(B, T\): ", ([[1, 2], [3]],)),
+        (ShapeError, r"tokens must be \(B, T\); row 0", ([[1, 2], [3]],)),
     ):
         with pytest.raises(error, match=f"exact: {says}"):
             exact.gradient(model, *given_, wrt=name)

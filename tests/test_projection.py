@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import assert_within, case
+from strategies import assert_within, case, opened_for_lies
 from test_biases import biased
 from test_factors import corpus_of, model_of
 
@@ -267,14 +266,14 @@ def test_a_basis_that_does_not_say_is_taken_and_the_record_says_so(
 ) -> None:
     model, basis = made
     rc.save_bases(basis, tmp_path / "b.h5")
-    with h5py.File(tmp_path / "b.h5", "a") as file:
+    with opened_for_lies(tmp_path / "b.h5") as file:
         del file.attrs["weights"]
     older = rc.load_bases(tmp_path / "b.h5")
     assert older.weights is None
     start = rc.edit(model, older, {UP: 0.5})[1].start
     assert (start.weights, start.made_for, start.forced) == (digest(model), None, False)
     for wrong in ("", "x" * 64, 3):
-        with h5py.File(tmp_path / "b.h5", "a") as file:
+        with opened_for_lies(tmp_path / "b.h5") as file:
             file.attrs["weights"] = np.bytes_(wrong) if isinstance(wrong, str) else wrong
         with pytest.raises(SchemaError, match="attribute 'weights' must be 64 hexadecimal digits"):
             rc.load_bases(tmp_path / "b.h5")

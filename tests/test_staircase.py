@@ -69,12 +69,29 @@ def test_O55_cuts_are_nested(lam: np.ndarray, mu: np.ndarray, one: float, two: f
     assert (small.counts <= large.counts).all()
 
 
-@given(spectra(), spectra(), st.floats(1e-6, 1), st.integers(-30, 30), st.integers(-30, 30))
+POWERS = st.one_of(st.integers(-500, 500), st.sampled_from([-500, 0, 500]))
+
+
+@given(spectra(), spectra(), st.floats(1e-6, 1), POWERS, POWERS)
 def test_O59_powers_of_two_change_no_pair(
     lam: np.ndarray, mu: np.ndarray, rho: float, a: int, b: int
 ) -> None:
-    scaled = cut(lam * 2.0**a, mu * 2.0**b, rho)
-    assert scaled.counts.tolist() == cut(lam, mu, rho).counts.tolist()
+    """Whatever the units of A and G: the same pairs and shares, and masses in those units."""
+    lam, mu = lam / lam[0], mu / mu[0]
+    want, got = cut(lam, mu, rho), cut(lam * 2.0**a, mu * 2.0**b, rho)
+    assert got.counts.tolist() == want.counts.tolist()
+    assert math.ldexp(want.mass, a + b) == got.mass
+    assert math.ldexp(want.total, a + b) == got.total
+    assert math.ldexp(want.last, a + b) == got.last
+    assert want.gap == got.gap or (math.isnan(want.gap) and math.isnan(got.gap))
+
+
+@pytest.mark.parametrize(("a", "b"), [(0, 0), (-500, -500), (100, -1000), (-1000, 100)])
+def test_keys_below_the_normal_numbers_are_told_apart(a: int, b: int) -> None:
+    """2^-30 (1 + 2^-50) against 2^-30: at 2^-1000 both would be the same subnormal number."""
+    lam, mu = np.array([1, 2.0**-20 * (1 + 2.0**-50)]), np.array([1, 2.0**-10, 2.0**-30])
+    rho = 1 - 1.5 * 2.0**-30
+    assert cut(lam * 2.0**a, mu * 2.0**b, rho).counts.tolist() == [2, 2]
 
 
 @given(spectra(ties=False), spectra(ties=False), st.floats(0.01, 0.99))
@@ -268,6 +285,9 @@ def test_the_budget_of_the_mass_is_one_that_solvers_can_use() -> None:
         ([1.0], [1.0], float("nan"), RangeError, "rho"),
         ([1.0], [1.0], "much", RangeError, "rho must be a number"),
         ([1e200], [1e200], 0.5, ConventionError, "overflow"),
+        ([1e308, 1e308], [1.0], 0.5, ConventionError, "overflow"),
+        ([1e-200], [1e-200], 0.5, ConventionError, "underflow"),
+        ([np.inf], [1.0], 0.5, NonFiniteError, "inf"),
         ([], [1.0], 0.5, ConventionError, "at least one"),
     ],
 )

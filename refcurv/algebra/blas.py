@@ -2,6 +2,9 @@
 
 SciPy's own wrappers hold the GIL while the library works. SciPy exports the same routines for other
 compilers (`scipy.linalg.cython_blas`, `cython_lapack`), and ctypes releases the lock around them.
+
+SciPy's LAPACK counts in 32 bits. What is too large for that goes to NumPy's, whose wheels have one
+that counts in 64.
 """
 
 from __future__ import annotations
@@ -14,12 +17,17 @@ from typing import Any
 
 import numpy as np
 import scipy.linalg
+from numpy.linalg import LinAlgError, _umath_linalg
 from scipy.linalg import cython_blas, cython_lapack
+from scipy.sparse.linalg import ArpackError
 from threadpoolctl import ThreadpoolController
 
-from refcurv.law.checks import Array
+from refcurv.algebra.scaling import shifted
+from refcurv.law.checks import Array, RoomError, SolverError
 
-_MOST = 32_766  # beyond it dsyevd's workspace overflows LAPACK's 32-bit integers
+_MOST_INT = 2**31 - 1
+
+_MOST_SQUARE = 32_766  # beyond it dsyevd's workspace, 1 + 6 n + 2 n² numbers, exceeds _MOST_INT
 
 
 @contextmanager
@@ -57,28 +65,102 @@ def add_gram(x_NX: Array, sum_XX: Array, *, onto: bool) -> None:
     routine(b"U", b"N", *(array.ctypes.data for array in operands))
 
 
-def eigh(M: Array) -> tuple[Array, Array]:
-    """(values, U) with M = U diag(values) Uᵀ, values ascending, U (n, n) Fortran-ordered.
+def eigh(M: Array, who: str = "eigh", exponent: int = 0) -> tuple[Array, Array]:
+    """(values, U) with 2^-exponent M = U diag(values) Uᵀ, values ascending, U (n, n).
 
     Reads the lower triangle of M, (n, n) float64. The definition is
-    scipy.linalg.eigh(M, driver="evd"), whose bits it has (tests/test_eigenbasis.py).
+    scipy.linalg.eigh(M, driver="evd"), whose bits it has (tests/test_eigenbasis.py) up to
+    n = 32,766; beyond, it is numpy.linalg.eigh(M). `eigh_bytes` says what it takes.
 
     Raises:
-        ArithmeticError: LAPACK did not converge.
+        SolverError: LAPACK did not converge. RoomError: n is too large for its integers.
     """
     n = len(M)
-    if n < 2 or n > _MOST:
-        values, U = scipy.linalg.eigh(M, driver="evd", check_finite=False)
-        return values, U
+    require_solvable(who, n)
+    if n > _MOST_SQUARE:
+        with solving(who, M):
+            values, U = np.linalg.eigh(shifted(M, -exponent))
+            return values, U
     U = np.array(M, dtype=np.float64, order="F")
+    if exponent:
+        np.ldexp(U, -exponent, out=U)
+    if n < 2:
+        return U.diagonal().copy(), np.ones_like(U)
     values, work = np.empty(n), np.empty(1 + 6 * n + 2 * n * n)
     iwork = np.empty(3 + 5 * n, np.intc)
     size, lwork, liwork, info = (np.array([k], np.intc) for k in (n, len(work), len(iwork), 0))
     operands = (size, U, size, values, work, lwork, iwork, liwork, info)
     _routine(cython_lapack, "dsyevd", 11)(b"V", b"L", *(array.ctypes.data for array in operands))
-    if info[0]:
-        raise ArithmeticError(f"LAPACK dsyevd failed with info = {info[0]}.")
+    with solving(who, M):
+        if info[0]:
+            raise LinAlgError(f"dsyevd: info = {info[0]}")
     return values, U
+
+
+def eigh_bytes(n: int) -> int:
+    """Memory that `eigh` of an (n, n) takes beside M, its result included.
+
+    The matrix that becomes U, and a workspace of 2 n² numbers; NumPy's makes two copies more.
+
+    Proof: tests/test_room.py::test_an_eigenbasis_takes_the_memory_that_is_foreseen
+    """
+    return 8 * n * n * (5 if n > _MOST_SQUARE else 3)
+
+
+def svd(W: Array, who: str = "svd", *, full: bool = False) -> tuple[Array, Array, Array]:
+    """(U, σ, Vᵀ) of a float64 W, σ descending; `full`: U (O, O) and Vᵀ (I, I) complete.
+
+    The definition is scipy.linalg.svd(W, full, lapack_driver="gesdd"); of a W whose workspace
+    SciPy's LAPACK cannot count, it is numpy.linalg.svd(W, full).
+
+    Raises:
+        SolverError: LAPACK did not converge. RoomError: W is too large for its integers.
+    """
+    low, high = sorted(W.shape)
+    # what gesdd asks for: 4 low² + 7 low numbers, and blocks of at most 128 columns
+    asked = max(4 * low**2 + 128 * (low + high), high * (high if full else low))
+    with solving(who, W):
+        if asked <= _MOST_INT:
+            U, sigma, Vt = scipy.linalg.svd(W, full_matrices=full, check_finite=False)
+        else:
+            _require_long_integers(who, f"{W.shape[0]:,} x {W.shape[1]:,}")
+            U, sigma, Vt = np.linalg.svd(W, full_matrices=full)
+    return U, sigma, Vt
+
+
+def require_solvable(who: str, n: int) -> None:
+    """Raise RoomError for an (n, n) that no LAPACK here can decompose, whatever the memory."""
+    if n > _MOST_SQUARE:
+        _require_long_integers(who, f"{n:,} x {n:,}")
+
+
+def has_long_integers() -> bool:
+    """Does NumPy's LAPACK count in 64 bits (ILP64)? That of its wheels does."""
+    return bool(getattr(_umath_linalg, "_ilp64", False))
+
+
+def _require_long_integers(who: str, shape: str) -> None:
+    if not has_long_integers():
+        raise RoomError(
+            f"{who} is {shape}, too large for a LAPACK that counts in 32 bits, and so does the one "
+            "of this NumPy. Install NumPy's own wheel (pip install numpy), or collect without the "
+            "layer (--layers)."
+        )
+
+
+@contextmanager
+def solving(who: str, *matrices: Array) -> Iterator[None]:
+    """What LAPACK and ARPACK say of a failure, in one sentence (SolverError)."""
+    try:
+        yield
+    except (LinAlgError, ArpackError) as error:
+        shapes = ", ".join(" x ".join(f"{n:,}" for n in M.shape) for M in matrices)
+        finite = "finite" if all(np.isfinite(M).all() for M in matrices) else "not finite"
+        raise SolverError(
+            f"{who} ({shapes}, {finite}): the solver did not converge ({error}). Of finite numbers "
+            "this is a fault of the linear algebra library: try another kernel of it "
+            "(OPENBLAS_CORETYPE=Haswell) or another version of NumPy and SciPy."
+        ) from None
 
 
 @cache

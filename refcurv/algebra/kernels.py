@@ -73,7 +73,11 @@ def jit() -> dict[str, Any]:
 
 @njit(cache=True, nogil=True, fastmath=_EXACT, error_model="numpy")
 def _exp32(x: Any) -> Any:
-    """e^x in float32 to 2 ulp: Cody-Waite reduction and a polynomial, so that loops vectorise."""
+    """e^x in float32 to 2 ulp: Cody-Waite reduction and a polynomial, so that loops vectorise.
+
+    0 below e^-87 and infinite above e^88, close to the smallest and the largest number there is.
+    """
+    low, high = x < np.float32(-87.0), x > np.float32(88.0)
     x = min(max(x, np.float32(-87.0)), np.float32(88.0))
     n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
     r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
@@ -84,11 +88,12 @@ def _exp32(x: Any) -> Any:
     p = p * r + np.float32(1.6666665459e-1)
     p = p * r + np.float32(5.0000001201e-1)
     power = np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
-    return (p * r * r + r + np.float32(1)) * power
+    y = (p * r * r + r + np.float32(1)) * power
+    return np.float32(0) if low else np.float32(np.inf) if high else y
 
 
 def exp(x: Any) -> Any:
-    """np.exp of one number; below -87 in float32 it stays at e^-87 = 1.6e-38."""
+    """np.exp of one number; in float32 0 below e^-87 and infinite above e^88."""
     return np.exp(x)
 
 
@@ -165,14 +170,14 @@ def mirror_triangle(total_DD: Array) -> None:
 
 
 @njit(cache=True, nogil=True, fastmath=_LANES, error_model="numpy")
-def rms_norm_forward(x_ND: Array, gain_D: Array, eps: Any, y_ND: Array, r_N: Array) -> None:
-    """Definition: model.layers.rms_norm_forward, with r = 1 / sqrt(mean(x²) + eps) per row."""
+def rms_norm_forward(x_ND: Array, gain_D: Array, eps_N: Array, y_ND: Array, r_N: Array) -> None:
+    """Definition: model.layers.rms_norm_forward at s = 1, r = 1 / sqrt(mean(x²) + eps) per row."""
     N, D = x_ND.shape
     for n in range(N):
         square = gain_D[0] * 0
         for d in range(D):
             square += x_ND[n, d] * x_ND[n, d]
-        r = gain_D.dtype.type(1) / np.sqrt(square / gain_D.dtype.type(D) + eps)
+        r = gain_D.dtype.type(1) / np.sqrt(square / gain_D.dtype.type(D) + eps_N[n])
         r_N[n] = r
         for d in range(D):
             y_ND[n, d] = x_ND[n, d] * r * gain_D[d]
@@ -182,7 +187,7 @@ def rms_norm_forward(x_ND: Array, gain_D: Array, eps: Any, y_ND: Array, r_N: Arr
 def rms_norm_backward(
     d_y_ND: Array, x_ND: Array, gain_D: Array, r_N: Array, d_x_ND: Array, d_gain_D: Array
 ) -> None:
-    """Definition: model.layers.rms_norm_backward; d_gain is summed in row order from zero."""
+    """Definition: model.layers.rms_norm_backward at s = 1; d_gain is a sum in row order."""
     N, D = x_ND.shape
     for n in range(N):
         r = r_N[n]
@@ -216,7 +221,7 @@ def activation(which: tuple[int, ...], z: Any) -> tuple[Any, Any]:
         return z * Phi, Phi + z * e * number(1 / math.sqrt(2 * math.pi), z)
     x, slope = z, one
     if kind == GELU_TANH:
-        w = min(max(z, number(-10.0, z)), number(10.0, z))  # there sigmoid(2u) is e^±87
+        w = min(max(z, number(-99.0, z)), number(99.0, z))  # there sigmoid(2u) is 0 or 1
         size, c = number(2 * math.sqrt(2 / math.pi), z), number(0.044715, z)
         x, slope = size * w * (one + c * w * w), size * (one + number(3.0, z) * c * w * w)
     s = one / (one + exp(-x))
@@ -252,15 +257,30 @@ def mlp_backward(
             d_up_N[n] = d_h_N[n] * f
 
 
+@njit(cache=True, nogil=True, fastmath=_EXACT, error_model="numpy")
+def _exponentials(row: Array, top: Any, scale: Any) -> None:
+    """In place: x → exp((x − top) scale), in forward and backward with the same bits."""
+    for s in range(row.shape[0]):
+        row[s] = exp((row[s] - top) * scale)
+
+
 @njit(cache=True, nogil=True, fastmath=_LANES, error_model="numpy")
 def softmax_forward(
-    score_BHTS: Array, first_BT: Array, last_BT: Array, begin: Any, scale: Any, lse_BHT: Array
+    score_BHTS: Array,
+    first_BT: Array,
+    last_BT: Array,
+    begin: Any,
+    scale: Any,
+    top_BHT: Array,
+    total_BHT: Array,
 ) -> None:
     """In place: scores q·k → probabilities over the visible keys; key s of the block is begin + s.
 
-    Definition: model.layers.softmax_over(score * scale, visible); also the log of each row's sum.
+    Definition: model.layers.softmax_over(score * scale, visible); also each row's top = max q·k and
+    total = Σ exp((q·k − top) scale), of which `softmax_backward` makes the same probabilities.
     """
     B, H, T, S = score_BHTS.shape
+    zero = number(0.0, scale)
     for b in range(B):
         for h in range(H):
             for t in range(T):
@@ -269,23 +289,20 @@ def softmax_forward(
                 high = max(min(last_BT[b, t] - begin + 1, S), low)
                 row[:low] = 0
                 row[high:] = 0
-                if high <= low:
-                    lse_BHT[b, h, t] = 0
-                    continue
-                top = row[low]
+                top = row[low] if high > low else zero
                 for s in range(low, high):
                     top = max(top, row[s])
-                total = top * 0
+                _exponentials(row[low:high], top, scale)
+                total = zero
                 for s in range(low, high):
-                    e = exp((row[s] - top) * scale)
-                    row[s] = e
-                    total += e
+                    total += row[s]
                 for s in range(low, high):
                     row[s] /= total
-                lse_BHT[b, h, t] = top * scale + np.log(total)
+                top_BHT[b, h, t] = top
+                total_BHT[b, h, t] = total
 
 
-@njit(cache=True, nogil=True, fastmath=_EXACT, error_model="numpy")
+@njit(cache=True, nogil=True, fastmath=_LANES, error_model="numpy")
 def softmax_backward(
     score_BHTS: Array,
     d_p_BHTS: Array,
@@ -293,15 +310,17 @@ def softmax_backward(
     last_BT: Array,
     begin: Any,
     scale: Any,
-    lse_BHT: Array,
-    delta_BHT: Array,
+    size: Any,
+    top_BHT: Array,
+    total_BHT: Array,
 ) -> None:
-    """In place: scores q·k → probabilities, and their gradient → the scores' gradient.
+    """In place: scores q·k → the forward's probabilities, and their gradient → the scores', · size.
 
-    d_score = p (d_p − delta) scale, delta = Σ_s p d_p = context · d_context. Definition:
-    model.layers.attention_backward.
+    d_score = p (d_p − Σ_s p d_p), d_p counted from that of a key with more than half of p. All keys
+    of a row lie in its block. Definition: model.layers.attention_backward.
     """
     B, H, T, S = score_BHTS.shape
+    zero, half = number(0.0, scale), number(0.5, scale)
     for b in range(B):
         for h in range(H):
             for t in range(T):
@@ -312,11 +331,16 @@ def softmax_backward(
                 row[high:] = 0
                 d_row[:low] = 0
                 d_row[high:] = 0
-                lse, delta = lse_BHT[b, h, t], delta_BHT[b, h, t]
+                top, total, start, delta = top_BHT[b, h, t], total_BHT[b, h, t], zero, zero
+                _exponentials(row[low:high], top, scale)
                 for s in range(low, high):
-                    p = exp(row[s] * scale - lse)
-                    row[s] = p
-                    d_row[s] = p * (d_row[s] - delta) * scale
+                    row[s] /= total
+                    start += d_row[s] if row[s] > half else zero  # of one key at most
+                for s in range(low, high):
+                    d_row[s] -= start
+                    delta += row[s] * d_row[s]
+                for s in range(low, high):
+                    d_row[s] = row[s] * (d_row[s] - delta) * size
 
 
 # ------------------------------------------------------------------ selection

@@ -15,6 +15,7 @@ is set, else −1, as signs are. Kind 2 is NumPy's `standard_normal`.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -23,6 +24,8 @@ import numpy as np
 import scipy.linalg
 from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
+from refcurv.algebra.blas import solving, svd
+from refcurv.algebra.scaling import far_exponent, norm, shifted
 from refcurv.law import tolerance
 from refcurv.law.checks import (
     Array,
@@ -47,6 +50,8 @@ ASYMMETRY = tolerance.eps(np.float32) ** 0.5
 
 HALF_THE_DIGITS = tolerance.eps(np.float64) ** 0.5
 """Of an eigenvector: all digits of an eigenvalue that stands apart; its error is residual²/gap."""
+
+_ARPACK_SCALE = tolerance.eps(np.float64) ** (2 / 3)
 
 _LANCZOS_START = 2**64 - 1  # index of the Gaussian probe it starts from; xtrace counts from 0
 _SEEDED_RESTART = "rng" in inspect.signature(eigsh).parameters  # SciPy >= 1.17
@@ -135,7 +140,7 @@ class SpectralDensity:
         each = np.array(
             [np.tensordot(w, function(n), 1) for n, w in zip(self.nodes, self.weights, strict=True)]
         )
-        return each.mean(axis=0), each.std(axis=0, ddof=1) / np.sqrt(len(each))
+        return _mean_and_error(each)
 
 
 def extreme_eigenvalues(
@@ -183,11 +188,13 @@ def extreme_eigenvalues(
     limit, basis = _whole(who, "restarts", restarts, 1), max(2 * n + 1, 20)
     P, product = _products(who, operator, progress, 1 + n + basis * (limit + 1))
     z = _normal(require_seed(who, seed), _LANCZOS_START, P)
-    scale = float(np.linalg.norm(product(z)) / np.linalg.norm(z))
+    scale = float(norm(product(z)) / norm(z))
     if scale == 0:  # H z = 0 for a random z: H = 0
         U = np.eye(P, min(n, P))
     elif P <= basis:
-        _, U = scipy.linalg.eigh(_columns(product, np.eye(P)), driver="evd")
+        H = _columns(product, np.eye(P))
+        with solving(who, H):
+            _, U = scipy.linalg.eigh(H, driver="evd")
         low, high = {"largest": (0, n), "smallest": (n, 0), "both": (n // 2, n // 2)}[end]
         U = U if n >= P else np.hstack([U[:, :low], U[:, P - high :]])
     else:
@@ -196,7 +203,7 @@ def extreme_eigenvalues(
         U = _arpack(product, scale, n, options)
     HU = _columns(product, U)
     values = (U * HU).sum(axis=0)
-    residuals = np.linalg.norm(HU - U * values, axis=0)
+    residuals = norm(HU - U * values, axis=0)
     top = max(scale, float(np.abs(values).max()))
     _require_symmetric(who, float(residuals.max()) - tol * top, top)
     order = np.argsort(-values, kind="stable")
@@ -209,7 +216,7 @@ def _arpack(product: Product, scale: float, n: int, options: dict[str, Any]) -> 
 
     Otherwise a small eigenvalue of a large H would be asked for more digits than products have.
     """
-    unit = 2.0 ** np.round(np.log2(tolerance.eps(np.float64) ** (2 / 3) / scale))
+    unit = 2.0 ** round(min(max(math.log2(_ARPACK_SCALE / scale), -1000), 1000))
     P = len(options["v0"])
     H = LinearOperator((P, P), matvec=lambda v: product(v.ravel()) * unit, dtype=np.float64)
     if _SEEDED_RESTART:
@@ -304,7 +311,7 @@ def xtrace(
     m = count // 2
     Omega = np.column_stack([_normal(key, i, P) for i in range(m)])
     Y = _columns(product, Omega)
-    Q, sigma, V = scipy.linalg.svd(Y, full_matrices=False)
+    Q, sigma, V = svd(Y, who)
     # Q_i Q_iᵀ = Q (I − s_i s_iᵀ) Qᵀ, the unit s_i orthogonal to the coordinates σ ∘ V_j of every
     # j ≠ i. Singular values below rounding are raised to it, a change of Y that rounding makes too.
     sigma = np.maximum(sigma, tolerance.eps(np.float64) * sigma[0]) if sigma[0] else sigma + 1
@@ -361,7 +368,8 @@ def spectral_density(
     nodes, weights, made = np.empty(shape), np.zeros(shape), 0
     for i in range(count):
         alpha, beta = _lanczos(product, _signs(key, i, P), shape[1])
-        points, U = scipy.linalg.eigh_tridiagonal(alpha, beta, lapack_driver="stev")
+        with solving(who, alpha):
+            points, U = scipy.linalg.eigh_tridiagonal(alpha, beta, lapack_driver="stev")
         nodes[i], made = points[-1], made + len(points)  # of weight 0 unless overwritten
         nodes[i, : len(points)], weights[i, : len(points)] = points, U[0] ** 2
     return SpectralDensity(nodes, weights, P, made)
@@ -373,18 +381,18 @@ def _lanczos(product: Product, start: Array, steps: int) -> tuple[Array, Array]:
     Ends early when what is left of H v is rounding: the space is invariant and T exact.
     """
     V, alpha, beta = np.empty((steps, len(start))), np.empty(steps), np.empty(steps)
-    V[0], largest = start / np.linalg.norm(start), 0.0
+    V[0], largest = start / norm(start), 0.0
     for k in range(steps):
         w = product(V[k])
-        largest = max(largest, float(np.linalg.norm(w)))
+        largest = max(largest, float(norm(w)))
         along = V[: k + 1] @ w
         surplus = along[:k].copy()  # v_jᵀ H v_k is beta for j = k − 1 and 0 for those before
         if k:
             surplus[-1] -= beta[k - 1]
-        _require_symmetric("spectral_density", float(np.linalg.norm(surplus)), largest)
+        _require_symmetric("spectral_density", float(norm(surplus)), largest)
         w -= along @ V[: k + 1]
         w -= (V[: k + 1] @ w) @ V[: k + 1]  # twice is enough (Parlett, section 6.9)
-        alpha[k], beta[k] = along[k], np.linalg.norm(w)
+        alpha[k], beta[k] = along[k], norm(w)
         if k + 1 == steps or beta[k] <= tolerance.eigenpair(k + 1) * largest:
             break
         V[k + 1] = w / beta[k]
@@ -415,8 +423,16 @@ def _columns(product: Product, X: Array) -> Array:
 
 
 def _mean(each: Array, samples: int) -> Estimate:
-    error = each.std(ddof=1) / np.sqrt(len(each))
-    return Estimate(float(each.mean()), float(error), samples)
+    value, error = _mean_and_error(each)
+    return Estimate(float(value), float(error), samples)
+
+
+def _mean_and_error(each: Array) -> tuple[Array, Array]:
+    """Over the first axis, the mean and its standard error."""
+    k = far_exponent(each)
+    inside = shifted(each, -k) if k else each
+    error = inside.std(axis=0, ddof=1) / np.sqrt(len(each))
+    return shifted(inside.mean(axis=0), k), shifted(error, k)
 
 
 def _philox(seed: int, kind: int, index: int) -> np.random.Philox:

@@ -4,6 +4,9 @@ With both spectra descending, the first n pairs in key order always form a stair
 diagram): row i keeps its first c_i columns, c_i never growing with i. So a cut is O numbers, the
 mass of a staircase is a sum over rows, and the cut is found by bisecting the bit pattern of the
 threshold: at most 63 walks of O + I steps, exact, where sorting all pairs takes O·I·log(O·I).
+
+All of it is done on 2^-a λ and 2^-b μ, whose largest entries lie in [1, 2): of those no product
+that weighs anything leaves the range of float64, whatever the units of A and G are.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from refcurv.algebra import kernels
+from refcurv.algebra.scaling import exponent, shifted
 from refcurv.law import tolerance
 from refcurv.law.checks import (
     Array,
@@ -23,6 +27,8 @@ from refcurv.law.checks import (
     require_finite,
     require_range,
 )
+
+_SMALLEST = float(np.finfo(np.float64).tiny)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +40,7 @@ class Staircase:
         kept: how many pairs are kept.
         mass: their mass by the law, and total: the mass of all pairs.
         last, first_out: key of the last pair kept and of the first one dropped (NaN if none).
+        gap: (last − first_out) / last: how far apart these two are; NaN without.
     """
 
     counts: Array
@@ -42,11 +49,7 @@ class Staircase:
     total: float
     last: float
     first_out: float
-
-    @property
-    def gap(self) -> float:
-        """(last − first_out) / last: how far apart the cut's two neighbours are; NaN without."""
-        return (self.last - self.first_out) / self.last if self.last > 0 else math.nan
+    gap: float
 
     def mask(self, columns: int) -> Array:
         """(O, columns) bool."""
@@ -63,32 +66,32 @@ def cut(lam: Array, mu: Array, rho: float, name: str = "cut") -> Staircase:
         name: who is being cut, for messages.
 
     Raises:
-        RangeError: rho outside [0, 1], or products that overflow.
-        ConventionError: a spectrum that is not descending or not >= 0.
+        RangeError: rho outside [0, 1].
+        ConventionError: a spectrum that is not descending or not >= 0; a total that overflows, or
+        a largest product below the normal numbers.
         EmptyError: no mass to take a share of.
 
     Cost: O((O + I)·63) time, O(O + I) memory; about a millisecond at 4096 x 11008.
     Source: P6, P7; SELECT.
-    Proof: tests/test_staircase.py::test_cut_equals_brute_force
+    Proof: tests/test_staircase.py::test_cut_equals_brute_force,
+        ::test_O59_powers_of_two_change_no_pair
     """
     rho = require_range(name, "rho", rho, 0, 1)
     lam, mu = _spectrum(lam, f"{name}: lam"), _spectrum(mu, f"{name}: mu")
-    with np.errstate(over="ignore"):
-        total = math.fsum(lam) * math.fsum(mu)
-    if not math.isfinite(total):
-        raise ConventionError(f"{name}: the products of lam and mu overflow; rescale A or G.")
-    if total == 0:
+    if lam[0] == 0 or mu[0] == 0:
         raise EmptyError(
             f"{name}: the curvature mass is 0, so there is no share to take. Were all rows masked, "
             "or is the layer's gradient zero by theory?"
         )
-    if rho == 0:
-        return _staircase(lam, mu, np.zeros(len(lam), np.int64), total)
-    if rho == 1:
-        return _staircase(lam, mu, np.full(len(lam), len(mu), np.int64), total)
+    a, b = exponent(lam), exponent(mu)
+    lam, mu = shifted(lam, -a), shifted(mu, -b)
     prefix = _prefix(mu)
-    target = (rho * math.fsum(lam)) * math.fsum(mu)
-    return _staircase(lam, mu, _counts(lam, mu, prefix, target), total)
+    if rho in (0, 1):
+        counts = np.full(len(lam), len(mu) if rho else 0, np.int64)
+    else:
+        target = (rho * math.fsum(lam)) * math.fsum(mu)
+        counts = _counts(lam, mu, prefix, target)
+    return _staircase(lam, mu, prefix, counts, (a + b, name))
 
 
 def _counts(lam: Array, mu: Array, prefix: Array, target: float) -> Array:
@@ -102,8 +105,6 @@ def _counts(lam: Array, mu: Array, prefix: Array, target: float) -> Array:
     low, high = 0, int(np.float64(lam[0] * mu[0]).view(np.int64)) + 1
     if not _reaches(lam, prefix, at_least(low), target):
         return np.full(len(lam), len(mu), np.int64)  # rounding: even all pairs fall short
-    if target <= 0:
-        return np.zeros(len(lam), np.int64)  # rho so small that the target underflows
     while high - low > 1:
         middle = (low + high) // 2
         if _reaches(lam, prefix, at_least(middle), target):
@@ -143,13 +144,23 @@ def _prefix(mu: Array) -> Array:
     return high
 
 
-def _staircase(lam: Array, mu: Array, counts: Array, total: float) -> Staircase:
+def _staircase(
+    lam: Array, mu: Array, prefix: Array, counts: Array, unit: tuple[int, str]
+) -> Staircase:
+    """The record, its keys and masses multiplied by 2^k, unit being (k, who)."""
+    k, name = unit
     inside, outside = counts > 0, counts < len(mu)
     last = (lam[inside] * mu[counts[inside] - 1]).min() if inside.any() else math.nan
     first_out = (lam[outside] * mu[counts[outside]]).max() if outside.any() else math.nan
+    gap = float((last - first_out) / last) if last > 0 else math.nan
     counts.flags.writeable = False
-    mass = math.fsum(lam * _prefix(mu)[counts])
-    return Staircase(counts, int(counts.sum()), mass, total, float(last), float(first_out))
+    total, most = math.fsum(lam) * math.fsum(mu), lam[0] * mu[0]
+    sizes = shifted([math.fsum(lam * prefix[counts]), total, last, first_out, most], k).tolist()
+    for wrong, says in ((sizes[1] == math.inf, "over"), (sizes[4] < _SMALLEST, "under")):
+        if wrong:
+            raise ConventionError(f"{name}: the products of lam and mu {says}flow; rescale A or G.")
+    mass, total, last, first_out, _ = sizes
+    return Staircase(counts, int(counts.sum()), mass, total, last, first_out, gap)
 
 
 def undecided(
@@ -226,7 +237,7 @@ def _spectrum(x: Array, what: str) -> Array:
     require_finite("cut", what, x)
     if x.ndim != 1 or not len(x):
         raise ConventionError(f"{what} must be a vector with at least one entry; got {x.shape}.")
-    if (x < 0).any() or (np.diff(x) > 0).any():
+    if (x < 0).any() or (x[1:] > x[:-1]).any():
         raise ConventionError(
             f"{what} must be descending and >= 0 (ORDER, NEGATIVE). "
             "eigh ascends: was the order left as it came?"

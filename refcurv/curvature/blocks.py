@@ -14,8 +14,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from refcurv.algebra import blas
-from refcurv.curvature.sums import Moment, accumulate, require_few_passes, sweep_of
+from refcurv.curvature.sums import Moment, accumulate, add_gram, require_few_passes, sweep_of
 from refcurv.files.corpus import Corpus
 from refcurv.law.checks import (
     Array,
@@ -198,7 +197,7 @@ class _ShardBlocks:
         for name, product in self.product.items():
             if self._open:
                 rows = np.stack([gradient[name] for gradient in self._open])
-                blas.add_gram(rows, product, onto=True)
+                self.product[name] = add_gram(rows, product, onto=True)
         self._open.clear()
 
 

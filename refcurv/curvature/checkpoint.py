@@ -12,7 +12,7 @@ import numpy as np
 
 from refcurv.curvature.sums import Moment
 from refcurv.files import store
-from refcurv.files.disk import parse_json, room
+from refcurv.files.disk import free_bytes, parse_json
 from refcurv.law.checks import ConventionError, SchemaError
 
 _VARIANCE = ("variance", "variance_trace")
@@ -47,7 +47,7 @@ class Checkpoint:
 
     def save_last(self, moments: Mapping[str, Moment], blocks: int) -> None:
         """`save` the whole sums where the disk holds them twice: here, and as the factors."""
-        if 2 * sum(moment.state().nbytes for moment in moments.values()) < room(self.path):
+        if 2 * sum(moment.state().nbytes for moment in moments.values()) < free_bytes(self.path):
             self.save(moments, blocks)
 
     def load(self, moments: Mapping[str, Moment], blocks: int) -> int:
@@ -72,7 +72,9 @@ class Checkpoint:
         for key, moment in moments.items():
             store.require_entry(header, _entry(key), "float64", moment.shape)
             at, what = header.entries[_entry(key)].attributes, f"{where}: {_entry(key)}"
-            variance = np.array([store.fact(what, at, part, float) for part in _VARIANCE])
+            variance = np.array(  # infinite or NaN where squares leave the range (sums.SQUARED)
+                [store.fact(what, at, part, float, finite=False) for part in _VARIANCE]
+            )
             rows = store.fact(what, at, "rows", int)
             if rows < 0:
                 raise SchemaError(f"{what} counts {rows} rows.")

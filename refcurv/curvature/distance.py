@@ -16,8 +16,9 @@ import scipy.linalg
 from numpy.typing import ArrayLike
 from scipy.sparse.linalg import eigsh
 
-from refcurv.algebra.blas import add_gram, one_blas_thread
+from refcurv.algebra.blas import add_gram, one_blas_thread, solving
 from refcurv.algebra.kron import from_rearranged, kron_dense, rearranged
+from refcurv.algebra.scaling import far_exponent, shifted
 from refcurv.curvature import exact
 from refcurv.curvature.exact import Problem, Progress, Tokens
 from refcurv.law import tolerance
@@ -169,6 +170,9 @@ def distances(three: Three, top: Sequence[int] = (1, 10, 100), name: str = "this
     """
     F, F_tok, K = three.F, three.F_tok, three.K
     shape = len(three.moments.G), len(three.moments.A)
+    k = far_exponent(F)
+    if k:
+        F, F_tok, K = (shifted(M, -k) for M in (F, F_tok, K))
     norm, trace = float(np.linalg.norm(F)), float(np.trace(F))
     if norm == 0:
         raise EmptyError(
@@ -187,8 +191,8 @@ def distances(three: Three, top: Sequence[int] = (1, 10, 100), name: str = "this
     return Distances(
         shape=shape,
         rows=three.moments.rows,
-        norm=norm,
-        trace=trace,
+        norm=float(shifted(norm, k)),
+        trace=float(shifted(trace, k)),
         F_F_tok=gap(F, F_tok),
         F_tok_K=gap(F_tok, K),
         F_K=gap(F, K),
@@ -226,10 +230,11 @@ def nearest_kronecker(F: Array, shape: tuple[int, int]) -> tuple[Array, Array]:
 def _leading(M: Array, k: int) -> tuple[Array, Array]:
     """(values (k,), U (P, k)) of the k largest eigenvalues of a symmetric matrix, descending."""
     P = len(M)
-    if P <= 256 or 8 * k > P:
-        values, U = scipy.linalg.eigh(M, subset_by_index=(P - k, P - 1))
-    else:
-        values, U = eigsh(M, k, which="LA", v0=uniforms(0, 0, 0, P) - 0.5)
+    with solving("distances", M):
+        if P <= 256 or 8 * k > P:
+            values, U = scipy.linalg.eigh(M, subset_by_index=(P - k, P - 1))
+        else:
+            values, U = eigsh(M, k, which="LA", v0=uniforms(0, 0, 0, P) - 0.5)
     order = np.argsort(-values, kind="stable")
     return values[order], U[:, order]
 

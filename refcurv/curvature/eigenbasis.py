@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,6 +16,8 @@ import numpy as np
 
 from refcurv.algebra import blas
 from refcurv.algebra.blas import one_blas_thread
+from refcurv.algebra.scaling import far_exponent, norm, shifted
+from refcurv.curvature import room
 from refcurv.curvature.factors import Factor, Factors
 from refcurv.files import store
 from refcurv.files.digest import recorded
@@ -27,6 +29,7 @@ from refcurv.law.checks import (
     EmptyError,
     NotPSDError,
     NotSymmetricError,
+    RangeError,
     SchemaError,
     require_choice,
     require_dtype,
@@ -46,6 +49,7 @@ class Eigenbasis:
         U_A (I, I), mu (I,); U_G (O, O), lam (O,): float64, eigenvalues descending and >= 0. For
             [W b] jointly I is d_in + 1.
         raised_A, raised_G: how many eigenvalues rounding had made negative; they are 0 now.
+        rounding: how much of Σ lam, the trace of G, is rounding (NEGATIVE); None if not known.
     """
 
     U_A: Array
@@ -54,6 +58,7 @@ class Eigenbasis:
     lam: Array
     raised_A: int = 0
     raised_G: int = 0
+    rounding: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,32 +166,40 @@ def eigenbasis(M: Array, shard_rows: int, dtype: str, what: str) -> tuple[Array,
 
     Raises:
         ShapeError, NonFiniteError, NotSymmetricError, NotPSDError (more than rounding explains).
+        RangeError: an eigenvalue that overflows. SolverError, RoomError: as `blas.eigh`.
 
-    Cost: about 9 n³ flops, 3 n² float64 of memory.
-    Proof: tests/test_eigenbasis.py::test_reconstruction_orthogonality_and_order
+    Cost: about 9 n³ flops, 3 n² float64 of memory; 5 n² above n = 32,766.
+    Proof: tests/test_eigenbasis.py::test_reconstruction_orthogonality_and_order,
+        ::test_powers_of_two_change_no_bit
     """
-    require_shape("decompose", what, M, (M.shape[0], M.shape[0]), "(n, n)")
+    who, n = f"decompose: {what}", max(len(M), 1) if np.ndim(M) else 1
+    require_shape("decompose", what, M, (n, n), "(n, n)")
     require_finite("decompose", what, M)
-    size = float(np.linalg.norm(M))
-    skew = float(np.linalg.norm(M - M.T))
+    k = far_exponent(M)
+    inside = shifted(M, -k) if k else M
+    size, skew = norm(inside), norm(inside - inside.T)
     budget = tolerance.asymmetry(shard_rows, dtype)
+    del inside
     if skew > budget * size:
         raise NotSymmetricError(
-            f"decompose: {what} has |M - Mᵀ|/|M| = {skew / size:.1e} > {budget:.1e}. Rounding "
+            f"{who} has |M - Mᵀ|/|M| = {skew / size:.1e} > {budget:.1e}. Rounding "
             "cannot explain this; look for a missed transpose or a partial (sharded) sum."
         )
     with one_blas_thread():
-        values, U = blas.eigh(M)
+        values, U = blas.eigh(M, who, k)
     values, U = values[::-1].copy(), signed(U[:, ::-1])
-    least = -tolerance.negative(len(values), shard_rows, dtype) * max(values[0], 0.0)
+    least = -tolerance.negative(n, shard_rows, dtype) * max(values[0], 0.0)
     if values[-1] < least:
+        lowest, bound, highest = shifted(np.array([values[-1], least, values[0]]), k)
         raise NotPSDError(
-            f"decompose: {what} has eigenvalue {values[-1]:.3e} < {least:.1e}, the largest being "
-            f"{values[0]:.3e}. A second moment cannot; was it centred, averaged in a short float, "
+            f"{who} has eigenvalue {lowest:.3e} < {bound:.1e}, the largest being "
+            f"{highest:.3e}. A second moment cannot; was it centred, averaged in a short float, "
             "or is it a difference of two?"
         )
     raised = int((values < 0).sum())
-    values = np.where(values > 0, values, 0.0)
+    values = shifted(np.where(values > 0, values, 0.0), k)
+    if values[0] == np.inf:
+        raise RangeError(f"{who} has an eigenvalue beyond the largest float64; rescale it.")
     for array in (U, values):
         array.flags.writeable = False
     return U, values, raised
@@ -216,6 +229,7 @@ def decompose(
     Raises:
         NotSymmetricError, NotPSDError, NonFiniteError: names the layer, the side and the size.
         ConventionError: the factors of a table, whose A is diagonal already; an unknown choice.
+        RoomError: matrices that memory does not hold or LAPACK cannot count, before any work.
 
     Cost: about 9 (I³ + O³) flops per layer; layers that read the same input share one U_A.
     Source: P4; Martens & Grosse 2015 (arXiv 1503.05671) for the homogeneous coordinate.
@@ -237,7 +251,8 @@ def decompose_each(
 ) -> Iterator[tuple[str, Eigenbasis]]:
     """`decompose`, a layer at a time, for factors that do not fit in memory together.
 
-    Matrices are decomposed side by side, one per core; each by itself, so no bit depends on it.
+    Matrices are decomposed side by side, one per core or as many as memory holds; each by itself,
+    so no bit depends on it. What no memory or no LAPACK here can hold is refused at once.
     """
     for table in TABLES:
         if table in factors:
@@ -245,33 +260,79 @@ def decompose_each(
                 f"decompose: {table!r} is a table, whose A is diagonal already; decompose its G "
                 "by itself, or collect without it."
             )
+    width = _widths(factors, bias)
+    for side, n in width.items():
+        blas.require_solvable(f"decompose: {side}", n)
+    workers = room.in_flight("decompose", room.to_decompose(width))
+    return _each(factors, bias, workers, progress)
+
+
+def _each(
+    factors: Factors, bias: Bias, workers: int, progress: Progress
+) -> Iterator[tuple[str, Eigenbasis]]:
     facts = (factors.shard_rows, factors.dtype)
+    rounding: dict[str, float | None] = {}
 
     def work(_: int, side: tuple[str, Array | None]) -> tuple[Array, Array, int] | None:
         what, M = side
         return None if M is None else eigenbasis(M, *facts, what)
 
     progress(0, len(factors))
-    found = stream(_sides(factors, bias), work)
+    found = stream(_sides(factors, bias, rounding), work, in_flight=workers)
     A_side = None
     for done, name in enumerate(factors, start=1):
         A_side = next(found) or A_side  # None: the layer before reads the same input
         G_side = next(found)
         if A_side is not None and G_side is not None:
             (U_A, mu, raised_A), (U_G, lam, raised_G) = A_side, G_side
-            yield name, Eigenbasis(U_A, mu, U_G, lam, raised_A, raised_G)
+            yield name, Eigenbasis(U_A, mu, U_G, lam, raised_A, raised_G, rounding[name])
         progress(done, len(factors))
 
 
-def _sides(factors: Factors, bias: Bias) -> Iterator[tuple[str, Array | None]]:
-    """A and G of each layer in turn; no A where it is the layer's before (gate and up: O37)."""
+def _widths(factors: Factors, bias: Bias) -> dict[str, int]:
+    """{"A of layer": I, "G of layer": O}; no matrix is read from a file for it."""
+    if isinstance(factors.layers, Lazy):
+        entries = factors.source["header"].entries
+        shapes = {key: entry.shape for key, entry in entries.items()}
+    else:
+        parts = ("sum_A", "sum_a", "sum_G")
+        shapes = {
+            f"{name}.{part}": array.shape
+            for name, factor in factors.items()
+            for part in parts
+            if (array := getattr(factor, part)) is not None
+        }
+    width: dict[str, int] = {}
+    for name in factors:
+        joint = bias is Bias.JOINT and f"{name}.sum_a" in shapes
+        width[f"A of {name!r}"] = shapes[f"{name}.sum_A"][0] + joint
+        width[f"G of {name!r}"] = shapes[f"{name}.sum_G"][0]
+    return width
+
+
+def _sides(
+    factors: Factors, bias: Bias, rounding: dict[str, float | None]
+) -> Iterator[tuple[str, Array | None]]:
+    """A and G of each layer in turn; no A where it is the layer's before (gate and up: O37).
+
+    Each factor is read once; what it says of its rounding goes to `rounding`, by name.
+    """
     before: Factor | None = None
     for name, factor in factors.items():
+        known = factor.rounding_G
+        rounding[name] = None if known is None else known / factor.n_G
         shared = before is not None and _same(before, factor, bias)
         A = factor.A_joint if bias is Bias.JOINT else factor.A
         yield f"A of {name!r}", None if shared else A
-        yield f"G of {name!r}", factor.G
-        before = factor
+        del A
+        G = factor.G
+        before = replace(factor, sum_G=_READ)
+        del factor  # a sum that was read from a file is not held while its eigenbasis is computed
+        yield f"G of {name!r}", G
+        del G
+
+
+_READ = np.zeros((0, 0))
 
 
 def _same(one: Factor, other: Factor, bias: Bias) -> bool:
@@ -333,7 +394,8 @@ def _write(
             yield store.Entry(f"{name}.U_A", basis.U_A)
             yield store.Entry(f"{name}.mu", basis.mu, {"raised": basis.raised_A})
             yield store.Entry(f"{name}.U_G", basis.U_G)
-            yield store.Entry(f"{name}.lam", basis.lam, {"raised": basis.raised_G})
+            known = {} if basis.rounding is None else {"rounding": basis.rounding}
+            yield store.Entry(f"{name}.lam", basis.lam, {"raised": basis.raised_G, **known})
 
     store.write(
         path,
@@ -388,4 +450,6 @@ def _read_basis(header: store.Header, name: str) -> Eigenbasis:
     raised = [
         int(header.entries[f"{name}.{part}"].attributes.get("raised", 0)) for part in ("mu", "lam")
     ]
-    return Eigenbasis(U_A, mu, U_G, lam, *raised)
+    rounding = header.entries[f"{name}.lam"].attributes.get("rounding")  # of older files unknown
+    known = None if rounding is None else float(rounding)
+    return Eigenbasis(U_A, mu, U_G, lam, raised[0], raised[1], known)

@@ -19,8 +19,11 @@ from typing import Any
 
 import numpy as np
 
+from refcurv.algebra.scaling import norm
+from refcurv.curvature import room
 from refcurv.curvature.checkpoint import Checkpoint
 from refcurv.curvature.sums import (
+    SQUARED,
     Moment,
     ShardSums,
     accumulate,
@@ -32,7 +35,7 @@ from refcurv.curvature.sums import (
 from refcurv.files import store
 from refcurv.files.corpus import Corpus
 from refcurv.files.digest import digest
-from refcurv.files.disk import require_room
+from refcurv.files.disk import require_space
 from refcurv.law.checks import (
     Array,
     ConventionError,
@@ -40,10 +43,11 @@ from refcurv.law.checks import (
     NonFiniteError,
     require_choice,
 )
-from refcurv.law.conventions import Fisher, Rows, describe
+from refcurv.law.conventions import BLOCK_SHARDS, Fisher, Rows, describe
 from refcurv.model.config import Model, ModelConfig, expand
 from refcurv.passes import memory
 from refcurv.passes.parallel import Progress, Turnstile, run
+from refcurv.passes.rounding import rounding
 from refcurv.passes.shards import Shard, shards
 
 
@@ -58,7 +62,8 @@ class Factor:
     error_G and error_trace_G are standard errors given the corpus, of the labels or signs that were
     drawn and of nothing else: sqrt(E|G − E G|²) in Frobenius norm, and sqrt(E(tr G − E tr G)²). 0
     where nothing is drawn (`expected`, `empirical`), None where they are not known: one draw alone
-    does not tell.
+    does not tell, nor do squares that leave the range of float64. rounding_G estimates how much of
+    tr sum_G is rounding (NEGATIVE); None of factors that were made without it.
     """
 
     sum_A: Array
@@ -68,6 +73,7 @@ class Factor:
     error_G: float | None = None
     error_trace_G: float | None = None
     sum_a: Array | None = None
+    rounding_G: float | None = None
 
     @property
     def A(self) -> Array:
@@ -153,7 +159,8 @@ def collect(
         draws: draws of labels or signs per position; n_G = rows × draws. From two on, each factor
             says how exactly they determine its G: error_G, error_trace_G.
         rows: "reached" or "labelled" (ROWS).
-        in_flight: shards at a time; by default one per core. Changes no bit.
+        in_flight: shards at a time, at most; by default one per core. Fewer where memory holds the
+            sums of no more. Changes no bit.
         checkpoint: a file to keep the sums in after every block of 64 shards; if it exists, the
             run goes on from there, with the bits of an uninterrupted one. It holds the whole sums
             at the end: delete it once the factors are on disk, as `collect_to` does.
@@ -168,7 +175,8 @@ def collect(
         NameUnknownError: no layer matches. RangeError: token ids, seed or draws out of range, or an
         `expected` of more than 2**16 backward passes over all shards.
         EmptyError: no label anywhere. NonFiniteError: a sum holds NaN or infinity.
-        ConventionError: an unknown choice, or a checkpoint of another run.
+        ConventionError: an unknown choice, or a checkpoint of another run. RoomError: sums that
+        memory does not hold, before any work.
 
     Cost: one forward and `draws` backward passes down to the lowest layer (`expected`: labelled
         positions × vocabulary), plus N·(I² + O²) per layer; memory: weights, float64 sums, the
@@ -186,17 +194,24 @@ def collect(
     job = sweep_of("collect", names, fisher, seed, draws)
     units = shards(corpus, config, keep)
     require_few_passes("collect", units, job, config.vocabulary)
+    need = room.to_collect(config, job, np.dtype(model.dtype).itemsize, units)
+    in_flight = room.in_flight("collect", need, in_flight)
+    own = digest(model)
     parameters, totals = memory.resident(model), moments(config, job)
+    looked_at = _first_of_blocks(units)
 
     def work(ordinal: int, unit: Shard, turnstile: Turnstile) -> None:
         sums = ShardSums(config, totals, turnstile, ordinal, job)
         memory.sweep(config, parameters, unit, job, sums.take)
         sums.finish()
+        if unit.number in looked_at:  # alone in its block, so that it needs no turn
+            for name, (square, count) in rounding(config, parameters, unit, job).items():
+                totals[f"e {name}"].add(np.array([square]), count)
 
     resume = None
     if checkpoint:
-        need = sum(8 * math.prod(total.shape) for total in totals.values())
-        require_room("collect", checkpoint, need)
+        nbytes = sum(8 * math.prod(total.shape) for total in totals.values())
+        require_space("collect", checkpoint, nbytes)
         resume = Checkpoint(Path(checkpoint).absolute(), _fingerprint(model, corpus, job, keep))
     accumulate(units, work, totals, in_flight, resume, progress)
     return Factors(
@@ -208,8 +223,17 @@ def collect(
         model.dtype,
         max(int(unit.keep_BT.sum()) for unit in units),
         MappingProxyType({"inputs": store.inputs(model.source, corpus.source)}),
-        digest(model),
+        own,
     )
+
+
+def _first_of_blocks(units: list[Shard]) -> set[int]:
+    """The numbers of each block's first shard that has a label: whose rounding is looked at."""
+    first: dict[int, int] = {}
+    for unit in units:
+        if (unit.label_BT >= 0).any():
+            first.setdefault(unit.number // BLOCK_SHARDS, unit.number)
+    return set(first.values())
 
 
 def _fingerprint(model: Model, corpus: Corpus, job: memory.Sweep, keep: Rows) -> dict[str, Any]:
@@ -262,10 +286,17 @@ def _finish(
         n_G = totals[g].rows
         # a variance of 0 can come out negative by rounding
         errors = np.sqrt(np.maximum(totals[g].variance, 0)) / n_G
-        error_G, error_trace_G = map(float, errors) if known else (None, None)
+        told = known and (not sums[g].any() or SQUARED[0] <= norm(sums[g]) <= SQUARED[1])
+        error_G, error_trace_G = map(float, errors) if told else (None, None)
         sum_a = sums[f"a {read}"] if config.has_bias(name) else None
-        out[name] = Factor(sums[a], totals[a].rows, sums[g], n_G, error_G, error_trace_G, sum_a)
+        drawn, rounding_G = (error_G, error_trace_G), _rounding(totals[f"e {name}"], n_G)
+        out[name] = Factor(sums[a], totals[a].rows, sums[g], n_G, *drawn, sum_a, rounding_G)
     return out
+
+
+def _rounding(squares: Moment, n_G: int) -> float | None:
+    """Σ |e|² over n_G rows, from the rows that were looked at; None if there were none."""
+    return float(squares.state()[0]) * n_G / squares.rows if squares.rows else None
 
 
 def least_certain(factors: Factors) -> tuple[str, float] | None:
@@ -274,7 +305,7 @@ def least_certain(factors: Factors) -> tuple[str, float] | None:
     Where G is 0 so is its error.
     """
     shares = {
-        name: factor.error_G * factor.n_G / float(np.linalg.norm(factor.sum_G))
+        name: factor.error_G * factor.n_G / float(norm(factor.sum_G))
         for name, factor in factors.items()
         if factor.error_G
     }

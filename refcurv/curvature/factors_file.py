@@ -16,15 +16,16 @@ from refcurv.law.checks import SchemaError
 from refcurv.law.conventions import Fisher, Rows
 from refcurv.model.transformer import TABLES
 
-_ERRORS = ("error_G", "error_trace_G")
+_ERRORS = ("error_G", "error_trace_G", "rounding_G")
 _PARTS = ("sum_A", "n_A", "sum_a", "sum_G", "n_G")
 
 
 def save_factors(factors: Factors, path: str | Path, checkpoint: str | Path | None = None) -> None:
     """Write a factors file: LAYER/{sum_A, n_A, sum_G, n_G}, float64 and int64 (DESIGN 4).
 
-    With a bias also LAYER/sum_a. The standard errors that are known are float64 attributes of
-    sum_G. The `checkpoint` that they were collected with is deleted once they are on disk.
+    With a bias also LAYER/sum_a. The errors that are known, of what was drawn and of rounding, are
+    float64 attributes of sum_G. The `checkpoint` that they were collected with is deleted once they
+    are on disk.
 
     Proof: tests/test_factors.py::test_what_was_collected_is_never_lost
     """
@@ -126,9 +127,9 @@ def _read_factor(header: store.Header, name: str) -> Factor:
         raise SchemaError(f"{header.path}: layer {name!r} counts {n_A} and {n_G} rows.")
     at = header.entries[f"{name}.sum_G"].attributes
     try:
-        error, error_trace = (float(at[part]) if part in at else None for part in _ERRORS)
+        errors = {part: float(at[part]) for part in _ERRORS if part in at}
     except ValueError as bad:
         raise SchemaError(f"{header.path}: sum_G of {name!r}: no standard error: {bad}") from None
     biased = f"{name}.sum_a" in header.entries
     sum_a = store.read(header, f"{name}.sum_a", finite=True) if biased else None
-    return Factor(sum_A, int(n_A), sum_G, int(n_G), error, error_trace, sum_a)
+    return Factor(sum_A, int(n_A), sum_G, int(n_G), sum_a=sum_a, **errors)

@@ -18,10 +18,8 @@ from refcurv.law.checks import (
     ConventionError,
     EmptyError,
     RangeError,
-    ShapeError,
-    require_dtype,
+    as_integers,
     require_finite,
-    require_shape,
     require_token_ids,
 )
 from refcurv.law.conventions import Rows
@@ -338,13 +336,7 @@ def _cross_entropy(batch: Batch, b_N: Array, t_N: Array) -> Loss:
 
 
 def _integers(what: str, array: ArrayLike | None, shape: Sequence[int] | None) -> Array:
-    try:
-        out = np.asarray(array)
-    except ValueError as error:  # ragged lists
-        raise ShapeError(f"exact: {what} must be (B, T): {error}.") from None
-    require_shape("exact", what, out, shape or (None, None), "(B, T)")
-    require_dtype("exact", what, out, "iu", "integers")
-    return out.astype(np.int64)
+    return as_integers("exact", what, array, shape or (None, None), "(B, T)")
 
 
 # ------------------------------------------------------------------ part of a layer

@@ -113,18 +113,25 @@ class _Passes:
     def variance(self) -> Array:
         """Of the sum and of its trace; 0 unless there are draws to tell from."""
         M = self._draws
-        return np.zeros(2) if M == 1 else M / (M - 1) * (self._squares - _squares(self.sum) / M)
+        with np.errstate(invalid="ignore"):  # of squares that overflowed, see SQUARED
+            return np.zeros(2) if M == 1 else M / (M - 1) * (self._squares - _squares(self.sum) / M)
+
+
+SQUARED = (2.0**-480, 2.0**500)
+"""|Σ g gᵀ| whose square, and those of its parts, neither overflow nor vanish: beyond, `variance`
+says nothing."""
 
 
 def _squares(triangle: Array) -> Array:
     """(|M|², (tr M)²), Frobenius norm, float64, of the symmetric M that has this lower triangle."""
     diagonal, below, tile = triangle.diagonal().astype(np.float64), 0.0, 256
-    for top in range(0, len(triangle), tile):
-        rows = slice(top, top + tile)
-        left = triangle[rows, :top].astype(np.float64)
-        corner = np.tril(triangle[rows, rows], -1).astype(np.float64)
-        below += float(np.vdot(left, left) + np.vdot(corner, corner))
-    return np.array([2 * below + diagonal @ diagonal, diagonal.sum() ** 2])
+    with np.errstate(over="ignore", under="ignore"):
+        for top in range(0, len(triangle), tile):
+            rows = slice(top, top + tile)
+            left = triangle[rows, :top].astype(np.float64)
+            corner = np.tril(triangle[rows, rows], -1).astype(np.float64)
+            below += float(np.vdot(left, left) + np.vdot(corner, corner))
+        return np.array([2 * below + diagonal @ diagonal, diagonal.sum() ** 2])
 
 
 MOST_PASSES = 2**16
@@ -161,12 +168,13 @@ def moments(config: ModelConfig, job: memory.Sweep) -> dict[str, Moment]:
     "A input"   Σ a aᵀ of what layers read, (I, I), shared by its readers; of a table the counts
                 of its entries, (entries,)
     "a input"   Σ a, (I,), where a reader has a bias (BIAS)
+    "e layer"   Σ |e|² over some rows, (1,), e the rounding error of g (NEGATIVE)
     """
     out: dict[str, Moment] = {}
     for name, (d_out, d_in) in (config.linear_layers() | tables(config)).items():
         if name in job.layers:
             read = config.input_of(name)
-            out[f"G {name}"] = Moment(d_out, d_out)
+            out[f"G {name}"], out[f"e {name}"] = Moment(d_out, d_out), Moment(1)
             out.setdefault(f"A {read}", Moment(d_in) if name in TABLES else Moment(d_in, d_in))
             if config.has_bias(name):
                 out.setdefault(f"a {read}", Moment(d_in))
@@ -201,7 +209,7 @@ class ShardSums:
         self._ordinal, self._job = ordinal, job
         self._open: dict[str, tuple[Array, int]] = {}
         self._passes: dict[str, _Passes] = {}
-        self._spare: dict[int, list[Array]] = {}
+        self._spare: dict[tuple[int, np.dtype], list[Array]] = {}
         self._at = (-1, "")
         self._input: tuple[str, Array] | None = None
 
@@ -230,15 +238,13 @@ class ShardSums:
 
     def _add_gram(self, key: str, x_NX: Array) -> None:
         rows, size = x_NX.shape
-        before = self._open.get(key)
-        if before is not None:
-            blas.add_gram(x_NX, before[0], onto=True)
-            self._open[key] = (before[0], before[1] + rows)
+        if key in self._open:
+            product, before = self._open[key]
+            self._open[key] = (add_gram(x_NX, product, onto=True), before + rows)
             return
-        spare = self._spare.get(size)
+        spare = self._spare.get((size, x_NX.dtype))
         product = spare.pop() if spare else np.empty((size, size), x_NX.dtype)
-        blas.add_gram(x_NX, product, onto=False)
-        self._open[key] = (product, rows)
+        self._open[key] = (add_gram(x_NX, product, onto=False), rows)
 
     def _complete(self) -> None:
         """Every open product goes where it belongs; a matrix's memory serves the next."""
@@ -251,7 +257,7 @@ class ShardSums:
                     self._passes[key] = _Passes(len(product), self._job.draws)
                 self._passes[key].add(product, rows)
             if product.ndim == 2:
-                self._spare.setdefault(len(product), []).append(product)
+                self._spare.setdefault((len(product), product.dtype), []).append(product)
         self._open.clear()
 
     def finish(self) -> None:
@@ -262,6 +268,22 @@ class ShardSums:
                 rows = passes.rows * self._job.draws
                 self._moments[key].add(passes.sum, rows, passes.variance())
         self._passes.clear()
+
+
+def add_gram(x_NX: Array, product_XX: Array, *, onto: bool) -> Array:
+    """The product with xᵀ x added `onto` it, by lower triangle; it is used up.
+
+    In its dtype; from the first rows on whose squares would vanish in it, in float64 (PRECISION):
+    where no square is N X times the smallest normal number, what was lost could be seen.
+    """
+    blas.add_gram(x_NX.astype(product_XX.dtype, copy=False), product_XX, onto=onto)
+    seen = x_NX.size * np.finfo(product_XX.dtype).smallest_normal
+    small = product_XX.dtype != np.float64 and product_XX.diagonal().max(initial=0) < seen
+    if not (small and x_NX.any()):
+        return product_XX
+    wide_XX = np.empty(product_XX.shape)  # the rows before were zeros, or it would be wide
+    blas.add_gram(x_NX.astype(np.float64), wide_XX, onto=False)
+    return wide_XX
 
 
 # ------------------------------------------------------------------ over the shards

@@ -21,7 +21,13 @@ from refcurv.curvature.eigenbasis import Bases
 from refcurv.demo.controls import Setting, controls
 from refcurv.editing.record import require_exact, shares
 from refcurv.evaluation.bands import Bands, Quantity, bands
-from refcurv.evaluation.suite import Evaluation, compare, measure, require_readable
+from refcurv.evaluation.suite import (
+    Evaluation,
+    Measurement,
+    compare,
+    measure,
+    require_readable,
+)
 from refcurv.files import store
 from refcurv.files.corpus import SPLITS, Population, Populations
 from refcurv.files.disk import machine_faults, require_apart, require_writable, write_json
@@ -104,12 +110,7 @@ def run(folder: str | Path, stage: Stage, job: Job = DEMO) -> dict[str, Any]:
         write_json(known, folder / UNFINISHED)
 
     with _timed(seconds, "collect"):
-        unfinished = folder / "factors.h5.unfinished"
-        factors = rc.collect(
-            model, corpus, job.layers, job.fisher, job.seed,
-            rows=job.rows, checkpoint=unfinished, progress=stage("collect"),
-        )  # fmt: skip
-        rc.save_factors(factors, folder / "factors.h5", unfinished)
+        factors = _factors(job, model, corpus, folder / "factors.h5", stage("collect"))
     with _timed(seconds, "decompose"):
         basis = rc.decompose(factors, job.bias, progress=stage("decompose"))
         rc.save_bases(basis, folder / "basis.h5")
@@ -121,16 +122,7 @@ def run(folder: str | Path, stage: Stage, job: Job = DEMO) -> dict[str, Any]:
     others: dict[str, Any] = {"left_out": f"the corpus has no population of split {job.split!r}."}
     if judged:
         with _timed(seconds, "evaluate"):
-            before = measure(
-                model, corpus, split=job.split, progress=stage("baseline"),
-                each=lambda so_far: keep(evaluation=compare(so_far, None).to_json()),
-            )  # fmt: skip
-            after = measure(
-                edited, corpus, split=job.split, progress=stage("evaluate"),
-                each=lambda so_far: keep(
-                    evaluation=compare(so_far, before.only(so_far.populations)).to_json()
-                ),
-            )  # fmt: skip
+            before, after = _measured(job, model, edited, corpus, stage, keep)
             table = compare(after, before)
         with _timed(seconds, "controls"):
             setting = Setting(
@@ -163,6 +155,41 @@ def run(folder: str | Path, stage: Stage, job: Job = DEMO) -> dict[str, Any]:
     write_json(results, folder / "results.json")
     (folder / UNFINISHED).unlink(missing_ok=True)
     return results
+
+
+def _factors(
+    job: Job, model: rc.Model, corpus: rc.Corpus, path: Path, progress: Progress
+) -> rc.Factors:
+    """Collected and on the disk; what an interrupted collection had is used."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    made = rc.collect(
+        model, corpus, job.layers, job.fisher, job.seed,
+        rows=job.rows, checkpoint=unfinished, progress=progress,
+    )  # fmt: skip
+    rc.save_factors(made, path, unfinished)
+    return made
+
+
+def _measured(
+    job: Job,
+    model: rc.Model,
+    edited: rc.Model,
+    corpus: rc.Corpus,
+    stage: Stage,
+    keep: Callable[..., None],
+) -> tuple[Measurement, Measurement]:
+    """Before and after; the table so far is kept with every population that is done."""
+
+    def one(so_far: Measurement) -> None:
+        keep(evaluation=compare(so_far, None).to_json())
+
+    before = measure(model, corpus, split=job.split, progress=stage("baseline"), each=one)
+
+    def other(so_far: Measurement) -> None:
+        keep(evaluation=compare(so_far, before.only(so_far.populations)).to_json())
+
+    after = measure(edited, corpus, split=job.split, progress=stage("evaluate"), each=other)
+    return before, after
 
 
 def _checked(job: Job, model: rc.Model, corpus: rc.Corpus) -> tuple[list[str], Populations]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from refcurv.algebra.scaling import exponent, shifted
 from refcurv.editing import record
 from refcurv.editing.record import Draw, EditRecord, LayerEdit
 from refcurv.files import store
@@ -156,7 +157,7 @@ def train_scores(
         side: _orders(who, side, _labelled(who, side, corpus, config), (steps, batch), seed)
         for side, corpus in sides.items()
     }
-    parameters = resident(model)
+    own, parameters = digest(model), resident(model)
     weights = {name: parameters[config.weight_of(name)] for name in names}
     scores = {name: _start(who, seed, name, W.shape) for name, W in weights.items()}
     moments = {name: (np.zeros(W.shape), np.zeros(W.shape)) for name, W in weights.items()}
@@ -179,7 +180,7 @@ def train_scores(
     choices = (ratio, weight, steps, rate, batch, seed, model.dtype)
     source = MappingProxyType({"inputs": store.inputs(model.source, retain.source)})
     nats_of = (nats["retain"], nats["forget"])
-    return Scores(MappingProxyType(scores), *choices, *nats_of, source, digest(model))
+    return Scores(MappingProxyType(scores), *choices, *nats_of, source, own)
 
 
 def prune(
@@ -224,7 +225,7 @@ def prune(
         edited = W
         if not kept.all():
             changed[name] = edited = np.where(kept, W, 0)
-        square = W.astype(np.float64) ** 2
+        square = shifted(W, -exponent(W)) ** 2
         mass = float(square.sum(where=kept) / square.sum()) if W.any() else math.nan
         found = (W.size, int(kept.sum()), mass, math.nan, 0, record.norm_ratio(edited, W))
         records.append(LayerEdit("bsn", layer, 1 - share, *found))

@@ -11,13 +11,14 @@ from collections.abc import Mapping
 import numpy as np
 
 from refcurv.algebra.blas import one_blas_thread
+from refcurv.algebra.scaling import exponent, shifted
 from refcurv.algebra.staircase import cut, undecided
 from refcurv.curvature.eigenbasis import Bases, Eigenbasis, named, require_basis
 from refcurv.editing import record
 from refcurv.editing.record import EditRecord, LayerEdit
 from refcurv.law import tolerance
-from refcurv.law.checks import Array, NameUnknownError, require_shape
-from refcurv.law.conventions import Bias
+from refcurv.law.checks import Array, EmptyError, NameUnknownError, require_shape
+from refcurv.law.conventions import MOST_ROUNDING, Bias
 from refcurv.model.config import Model
 
 
@@ -78,9 +79,9 @@ def edit(
     Raises:
         RangeError: rho outside [0, 1]. NameUnknownError: a pattern that matches no layer with a
         basis. ShapeError: a basis of another model, or a joint one without the bias's column.
-        EmptyError: a layer without curvature. ConventionError: a basis of other weights, without
-        `force`. ShapeError, NonFiniteError, ConventionError: what is no eigenbasis
-        (`require_basis`).
+        EmptyError: a layer without curvature, or with none but rounding (NEGATIVE).
+        ConventionError: a basis of other weights, without `force`. ShapeError, NonFiniteError,
+        ConventionError: what is no eigenbasis (`require_basis`).
 
     Cost: 4·O·I·(O + I) flops per layer, in float64; half as much again where W is stored shorter.
     Source: P5-P8 (arXiv 2510.24256).
@@ -95,6 +96,7 @@ def edit(
     records = []
     for layer, share in shares.items():
         parts, W, one = read_layer("edit", model, basis, layer)
+        _require_curvature(layer, one)
         stairs = cut(one.lam, one.mu, share, f"edit {layer!r}")
         edited, back = W, 0.0
         if share != 1:
@@ -133,17 +135,26 @@ def read_layer(
     return parts, W, one
 
 
+def _require_curvature(layer: str, one: Eigenbasis) -> None:
+    """Refuse a layer whose G is largely rounding (NEGATIVE); where that is not known, none."""
+    trace = float(one.lam.sum())
+    if trace > 0 and one.rounding is not None and one.rounding > MOST_ROUNDING * trace:
+        raise EmptyError(
+            f"edit {layer!r}: G has trace {trace:.1e}, of which rounding alone makes "
+            f"{one.rounding:.1e}: its directions are noise (NEGATIVE). Collect it in float64, or "
+            "leave the layer out: its gradient may be zero by theory."
+        )
+
+
 def _acceptable(one: Eigenbasis, rho: float) -> int:
     """How many pairs another correct program may decide the other way (ACCEPTABLE)."""
     if rho in (0, 1):
         return 0
-    (O, Lam), (I, Mu) = ((len(x), float(x.sum())) for x in (one.lam, one.mu))  # noqa: E741
-    e_G, e_A = (
-        tolerance.eigenvalues(len(x)) * x[0] * float(np.linalg.norm(x / x[0]))
-        for x in (one.lam, one.mu)
-    )
+    lam, mu = (shifted(x, -exponent(x)) for x in (one.lam, one.mu))  # as SELECT takes them
+    (O, Lam), (I, Mu) = ((len(x), float(x.sum())) for x in (lam, mu))  # noqa: E741
+    e_G, e_A = (tolerance.eigenvalues(len(x)) * float(np.linalg.norm(x)) for x in (lam, mu))
     first = math.sqrt(I) * Lam * e_A + math.sqrt(O) * Mu * e_G
     slack = max(rho, 1 - rho) * (first + math.sqrt(O * I) * e_A * e_G)
     errors = (np.full(O, e_G), np.full(I, e_A))
-    sure, possible = undecided(one.lam, one.mu, rho, errors, slack)
+    sure, possible = undecided(lam, mu, rho, errors, slack)
     return int((possible - sure).sum())

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from refcurv.algebra.scaling import exponent, norm, shifted
 from refcurv.files.digest import Checksums, checksum, checksums, digest, require_same
 from refcurv.files.weights import narrow, widen
 from refcurv.law import tolerance
@@ -289,8 +290,9 @@ def taken_apart(model: Model, parts: Mapping[str, Array], new: Array) -> dict[st
 
 def norm_ratio(new: Array, old: Array) -> float:
     """‖new‖/‖old‖ in Frobenius norm, in float64; 1 if `old` is 0."""
-    size = float(np.linalg.norm(old.astype(np.float64)))
-    return float(np.linalg.norm(new.astype(np.float64))) / size if size else 1.0
+    k = exponent(old)
+    size, left = (float(norm(shifted(x, -k))) for x in (old, new))
+    return left / size if size else 1.0
 
 
 def restored(back: Array, W: Array, exact: Array) -> float:
@@ -298,9 +300,9 @@ def restored(back: Array, W: Array, exact: Array) -> float:
 
     0 where the projection cuts no more than its own rounding.
     """
-    cut, size = (float(np.linalg.norm(X)) for X in (W - exact, W.astype(np.float64)))
-    rounding = tolerance.eigenpair(max(W.shape)) * size
-    return float(np.linalg.norm(back)) / cut if cut > rounding else 0.0
+    k = exponent(W)
+    cut, size, came = (float(norm(shifted(X, -k))) for X in (W - exact, W, back))
+    return came / cut if cut > tolerance.eigenpair(max(W.shape)) * size else 0.0
 
 
 # ------------------------------------------------------------------ drawing

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 import numpy as np
-import scipy.linalg
 
+from refcurv.algebra import blas
 from refcurv.algebra.blas import one_blas_thread
+from refcurv.algebra.scaling import exponent
 from refcurv.algebra.staircase import cut, undecided
 from refcurv.curvature.eigenbasis import Bases, Eigenbasis, signed
 from refcurv.editing import record
@@ -16,7 +17,7 @@ from refcurv.editing.record import EditRecord, LayerEdit
 from refcurv.files import store
 from refcurv.files.digest import digest
 from refcurv.law import tolerance
-from refcurv.law.checks import Array, EmptyError
+from refcurv.law.checks import Array, EmptyError, RangeError
 from refcurv.model.config import Model, expand
 
 
@@ -43,6 +44,7 @@ def truncate(model: Model, energy: Mapping[str, float]) -> tuple[Model, EditReco
     Raises:
         RangeError: a share outside [0, 1]. NameUnknownError: a pattern that matches no linear
         layer. ConventionError: a head tied to the embedding; no mapping. EmptyError: W is 0.
+        SolverError, RoomError: as `blas.svd`.
 
     Cost: about 6·O·I·min(O, I) flops per layer, in float64; 8 where W is stored shorter.
     Source: P10 (arXiv 2510.24256); Eckart & Young 1936.
@@ -57,7 +59,7 @@ def truncate(model: Model, energy: Mapping[str, float]) -> tuple[Model, EditReco
     for layer, share in shares.items():
         name = model.config.weight_of(layer)
         W = record.parameter("truncate", model, name)
-        U, sigma, Vt = singular_values(W, full=False)
+        U, sigma, Vt = singular_values(f"truncate: {layer!r}", W, full=False)
         if sigma[0] == 0:
             raise EmptyError(f"truncate: {name} is all zeros; leave {layer!r} out of the pattern.")
         stairs = cut(np.ones(1), (sigma / sigma[0]) ** 2, share, f"truncate {layer!r}")
@@ -85,12 +87,16 @@ def restored(W: Array, exact: Array, edited: Array, U: Array, Vt: Array) -> floa
         return record.restored((U * (off @ Vt.T)).sum(axis=0), W, exact)
 
 
-def singular_values(W: Array, *, full: bool) -> tuple[Array, Array, Array]:
-    """(U, σ, Vᵀ) with W = U diag(σ) Vᵀ, σ descending; `full`: U (O, O) and Vᵀ (I, I) complete."""
+def singular_values(who: str, W: Array, *, full: bool) -> tuple[Array, Array, Array]:
+    """(U, σ, Vᵀ) with W = U diag(σ) Vᵀ, σ descending; `full`: U (O, O) and Vᵀ (I, I) complete.
+
+    Raises:
+        RangeError: a singular value that overflows. SolverError, RoomError: as `blas.svd`.
+    """
     with one_blas_thread():
-        U, sigma, Vt = scipy.linalg.svd(
-            W.astype(np.float64), full_matrices=full, check_finite=False, lapack_driver="gesdd"
-        )
+        U, sigma, Vt = blas.svd(W.astype(np.float64), who, full=full)
+    if sigma[0] == np.inf:
+        raise RangeError(f"{who} has a singular value beyond the largest float64; rescale it.")
     return U, sigma, Vt
 
 
@@ -116,6 +122,7 @@ def singular_bases(model: Model, layers: str = "**") -> Bases:
 
     Raises:
         NameUnknownError: a pattern that matches no linear layer. NonFiniteError: W holds NaN.
+        RangeError: a σ² beyond float64. SolverError, RoomError: as `blas.svd`.
 
     Cost: about 9 (O³ + I³) flops per layer at most, and O² + I² float64 of memory.
     Source: P10 (arXiv 2510.24256).
@@ -124,7 +131,12 @@ def singular_bases(model: Model, layers: str = "**") -> Bases:
     made: dict[str, Eigenbasis] = {}
     for layer in expand(layers, list(model.config.linear_layers())):
         W = record.parameter("singular_bases", model, model.config.weight_of(layer))
-        U, sigma, Vt = singular_values(W, full=True)
+        U, sigma, Vt = singular_values(f"singular_bases: {layer!r}", W, full=True)
+        if sigma[0] and abs(exponent(sigma)) >= 511:
+            raise RangeError(
+                f"singular_bases: {layer!r} has the singular value {sigma[0]:.1e}, whose square is "
+                "not in the range of float64; rescale it."
+            )
         lam, mu = (np.pad(sigma**2, (0, len(X) - len(sigma))) for X in (U, Vt))
         one = Eigenbasis(signed(Vt.T), mu, signed(U), lam)
         for array in (one.U_A, one.mu, one.U_G, one.lam):

@@ -16,6 +16,7 @@ from typing import Final
 import numpy as np
 
 from refcurv.algebra.blas import one_blas_thread
+from refcurv.algebra.scaling import exponent, shifted
 from refcurv.curvature.eigenbasis import Bases, Eigenbasis, named, require_basis
 from refcurv.editing import record
 from refcurv.editing.projection import edit, keep_pairs, layers_of, read_layer, restored
@@ -159,7 +160,7 @@ def one_sided(basis: Bases, side: str) -> Bases:
     for name, one in basis.items():
         require_basis("one_sided", name, one)
         if side == "inputs":
-            made[name] = replace(one, lam=_ones(len(one.lam)), raised_G=0)
+            made[name] = replace(one, lam=_ones(len(one.lam)), raised_G=0, rounding=None)
         else:
             made[name] = replace(one, mu=_ones(len(one.mu)), raised_A=0)
     return replace(basis, layers=MappingProxyType(made), method=f"{side} only")
@@ -217,9 +218,10 @@ def _smallest(x: Array, count: int) -> Array:
 
 def _mass(one: Eigenbasis, mask: Array) -> float:
     """Σ λ_i μ_j over the mask, as a share of the whole; NaN where that is 0."""
-    total = math.fsum(one.lam) * math.fsum(one.mu)
-    rows = np.where(mask, one.mu, 0.0).sum(axis=1)
-    return math.fsum(one.lam * rows) / total if total > 0 else math.nan
+    lam, mu = (shifted(x, -exponent(x)) for x in (one.lam, one.mu))
+    total = math.fsum(lam) * math.fsum(mu)
+    rows = np.where(mask, mu, 0.0).sum(axis=1)
+    return math.fsum(lam * rows) / total if total > 0 else math.nan
 
 
 def _ones(n: int) -> Array:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from refcurv.algebra.scaling import norm
 from refcurv.algebra.staircase import cut
 from refcurv.curvature.eigenbasis import Bases, Eigenbasis, named, require_basis
 from refcurv.evaluation.classify import image_batches, image_inputs, require_image_population
@@ -308,16 +309,14 @@ def _rank_norms(x_NI: Array, basis: Eigenbasis, bounds: Array) -> Array:
     """‖P_b x‖ = ‖U_bᵀ x‖."""
     z_NI = x_NI @ basis.U_A
     spans = pairwise(bounds)
-    return np.stack([np.linalg.norm(z_NI[:, a:b], axis=-1) for a, b in spans], axis=-1)
+    return np.stack([norm(z_NI[:, a:b], axis=-1) for a, b in spans], axis=-1)
 
 
 def _mass_norms(x_NI: Array, basis: Eigenbasis, C: Array, bounds: Array) -> Array:
     """‖W_b x‖ = ‖(C ∘ M_b) U_Aᵀ x‖, for U_G keeps norms."""
     z_NI = x_NI @ basis.U_A
     spans = pairwise(bounds)
-    return np.stack(
-        [np.linalg.norm(z_NI @ _restricted(C, a, b).T, axis=-1) for a, b in spans], axis=-1
-    )
+    return np.stack([norm(z_NI @ _restricted(C, a, b).T, axis=-1) for a, b in spans], axis=-1)
 
 
 def _columns(population: Population) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from refcurv.law.checks import (
     ConventionError,
     EmptyError,
     RangeError,
+    overflow_hint,
     require_dtype,
     require_finite,
     require_shape,
@@ -141,7 +142,7 @@ def likeliest(who: str, config: ModelConfig, parameters: Parameters, final_BD: A
     for begin in range(0, len(final_BD), HEAD_ROWS):
         chunk = slice(begin, begin + HEAD_ROWS)
         logit_NV = head_logits(config, parameters, final_BD[chunk])
-        require_finite(who, "the logits", logit_NV, "Are the weights finite?")
+        require_finite(who, "the logits", logit_NV, overflow_hint(logit_NV.dtype))
         out_B[chunk] = logit_NV.argmax(axis=-1)
     return out_B
 

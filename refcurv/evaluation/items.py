@@ -26,6 +26,7 @@ from refcurv.law.checks import (
     DTypeError,
     EmptyError,
     ShapeError,
+    overflow_hint,
     require_finite,
 )
 from refcurv.model.config import Model
@@ -135,7 +136,7 @@ def suffix_nats(
     require_population("suffix_nats", population.kind, population, model.config)
 
     def take(logit_NV: Array, label_N: Array) -> Array:
-        require_finite("suffix_nats", "the logits", logit_NV, "Are the weights finite?")
+        require_finite("suffix_nats", "the logits", logit_NV, overflow_hint(logit_NV.dtype))
         return cross_entropy(logit_NV, label_N)[0].astype(np.float64)
 
     parts = batches(population)

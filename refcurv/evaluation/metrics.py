@@ -9,12 +9,18 @@ from dataclasses import dataclass
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 
+from refcurv.algebra.scaling import total
 from refcurv.law.checks import (
     Array,
+    ConventionError,
     EmptyError,
     RangeError,
     ShapeError,
+    as_array,
+    as_integers,
+    overflow_hint,
     require_choice,
+    require_dtype,
     require_finite,
     require_range,
     require_shape,
@@ -141,7 +147,7 @@ def perplexity(nats: Array | float, count: Array | int) -> float:
 
     Raises:
         EmptyError: no tokens.
-        NonFiniteError: a sum is NaN or infinite.
+        NonFiniteError: a sum is NaN or infinite. DTypeError: tokens that are no integers.
 
     Source: PAPER §2, Perplexity. The official code takes the mean over batches of exp(batch
         loss) instead: never smaller for batches of equal size (Jensen), different in general.
@@ -149,11 +155,13 @@ def perplexity(nats: Array | float, count: Array | int) -> float:
     """
     part = np.asarray(nats, dtype=np.float64)
     require_finite("perplexity", "nats", part)
-    tokens = int(np.asarray(count).sum())
+    counted = np.asarray(count)
+    require_dtype("perplexity", "count", counted, "iu", "integers")
+    tokens = int(counted.sum())
     if tokens <= 0:
         raise EmptyError("perplexity: there are no tokens to average over.")
     with np.errstate(over="ignore"):
-        return float(np.exp(math.fsum(part.ravel().tolist()) / tokens))
+        return float(np.exp(total(part.ravel().tolist()) / tokens))
 
 
 # ------------------------------------------------------------------ nDCG
@@ -163,32 +171,39 @@ def top_ids(logits: Array, k: int) -> Array:
     """The ids of the k largest logits of each row, largest first, the lowest id first on ties.
 
     Args:
-        logits: (N, V), any real dtype; compared as they are.
+        logits: (N, V), any real dtype, integers and booleans too; compared as they are.
         k: 1 <= k <= V.
 
     Returns:
         (N, k) int64.
 
     Raises:
-        RangeError: k outside [1, V].
+        RangeError: k is no integer in [1, V]. DTypeError: complex numbers, texts, objects.
         NonFiniteError: a logit is NaN or infinite.
 
     Cost: O(N V): selection, not sorting.
     Proof:  tests/test_metrics.py::test_top_ids_is_a_stable_sort
     """
+    logits = as_array("top_ids", "logits", logits, "(N, V)")
     require_shape("top_ids", "logits", logits, (None, None), "(N, V)")
-    require_finite("top_ids", "logits", logits, "Are the weights finite?")
+    require_dtype("top_ids", "logits", logits, "biuf", "real numbers")
+    require_finite("top_ids", "logits", logits, overflow_hint(logits.dtype))
     V = logits.shape[1]
-    if not 1 <= k <= V:
-        raise RangeError(f"top_ids: k must lie in [1, {V}], the vocabulary's size; got {k}.")
+    if isinstance(k, bool) or not isinstance(k, int | np.integer) or not 1 <= k <= V:
+        raise RangeError(
+            f"top_ids: k must be an integer in [1, {V}], the vocabulary's size; got {k!r}."
+        )
     id_NK = np.argpartition(logits, V - k, axis=-1)[:, V - k :]
     least_N1 = np.take_along_axis(logits, id_NK, axis=-1).min(axis=-1, keepdims=True)
     # more ids than k reach the k-th value: the lowest of those that equal it are wanted
     for n in np.flatnonzero((logits >= least_N1).sum(axis=-1) > k):
         above, equal = np.flatnonzero(logits[n] > least_N1[n]), logits[n] == least_N1[n]
         id_NK[n] = np.concatenate([above, np.flatnonzero(equal)[: k - len(above)]])
-    id_NK = np.sort(id_NK, axis=-1)
-    order_NK = np.argsort(-np.take_along_axis(logits, id_NK, axis=-1), axis=-1, kind="stable")
+    # ascending by value from the highest id on, read backwards: no value is negated, for -(-128) is
+    # -128 in int8, and unsigned numbers wrap
+    id_NK = np.sort(id_NK, axis=-1)[:, ::-1]
+    value_NK = np.take_along_axis(logits, id_NK, axis=-1)
+    order_NK = np.argsort(value_NK, axis=-1, kind="stable")[:, ::-1]
     return np.asarray(np.take_along_axis(id_NK, order_NK, axis=-1), dtype=np.int64)
 
 
@@ -209,17 +224,20 @@ def ndcg_of_ids(baseline: Array, edited: Array, gain: Gain | str = Gain.PAPER) -
         (N,) float64 in [0, 1], 1 where both lists are the same.
 
     Raises:
-        ShapeError: the lists differ in shape, or K = 0.
-        ConventionError: an unknown gain.
+        ShapeError: the lists differ in shape, or K = 0. DTypeError: ids that are no integers.
+        ConventionError: an unknown gain, or a list that holds an id twice.
 
     Source: PAPER §2, nDCG@K.
     Proof:  tests/test_metrics.py::test_ndcg_is_the_definition; ::test_gains_differ
     """
     reading = Gain(require_choice("ndcg", "gain", gain, Gain))
-    require_shape("ndcg", "edited ids", edited, baseline.shape, "(N, K)")
+    baseline = as_integers("ndcg", "baseline ids", baseline, (None, None), "(N, K)")
+    edited = as_integers("ndcg", "edited ids", edited, baseline.shape, "(N, K)")
     K = baseline.shape[-1]
     if K == 0:
         raise ShapeError("ndcg: the lists must hold at least one id per position.")
+    _require_distinct("baseline", baseline)
+    _require_distinct("edited", edited)
     grade_K = np.arange(K, 0, -1, dtype=np.float64)
     discount_K = 1 / np.log2(np.arange(2, K + 2, dtype=np.float64))
     gain_NK = np.zeros(edited.shape, dtype=np.float64)
@@ -229,6 +247,18 @@ def ndcg_of_ids(baseline: Array, edited: Array, gain: Gain | str = Gain.PAPER) -
     # the ideal is summed like the score, so that a list scores exactly 1 against itself
     ideal_NK = np.tile(grade_K, (len(edited), 1)) * discount_K
     return np.asarray((gain_NK * discount_K).sum(axis=-1) / ideal_NK.sum(axis=-1))
+
+
+def _require_distinct(what: str, id_NK: Array) -> None:
+    """A token has one rank: an id that stands twice would gain twice."""
+    sorted_NK = np.sort(id_NK, axis=-1)
+    twice_NK = sorted_NK[:, 1:] == sorted_NK[:, :-1]
+    if twice_NK.any():
+        n, r = (int(i) for i in np.argwhere(twice_NK)[0])
+        raise ConventionError(
+            f"ndcg: the {what} ids of position {n} hold {sorted_NK[n, r]} twice; a list of the "
+            "likeliest tokens names each once."
+        )
 
 
 def ndcg(

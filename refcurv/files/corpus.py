@@ -21,10 +21,9 @@ from refcurv.law.checks import (
     RefcurvError,
     SchemaError,
     ShapeError,
+    as_integers,
     require_choice,
-    require_dtype,
     require_range,
-    require_shape,
 )
 from refcurv.model.inputs import as_images
 from refcurv.model.loss import shift_labels
@@ -278,17 +277,8 @@ def _own(
     record: object, who: str, name: str, dtype: DTypeLike, shape: tuple[int | None, ...], axes: str
 ) -> Array:
     """Replace a field by a read-only copy of the dtype, exactly; the caller's array stays his."""
-    try:
-        array = np.asarray(getattr(record, name))
-    except ValueError as error:  # ragged lists
-        raise ShapeError(f"{who}: {name} must be {axes}: {error}.") from None
-    require_dtype(who, name, array, "iub" if name == "mask" else "iu", "integers")
-    require_shape(who, name, array, shape, axes)
-    info = np.iinfo(np.dtype(dtype))
-    if array.size and not (info.min <= array.min() and array.max() <= info.max):
-        raise RangeError(f"{who}: {name} must fit {np.dtype(dtype)}; they span {array.min()} to "
-                         f"{array.max()}.")  # fmt: skip
-    copy = array.astype(dtype, order="C")
+    kinds = "iub" if name == "mask" else "iu"
+    copy = as_integers(who, name, getattr(record, name), shape, axes, dtype, kinds=kinds)
     copy.flags.writeable = False
     object.__setattr__(record, name, copy)
     return copy

@@ -96,15 +96,15 @@ def _same_file(one: Path, other: Path) -> bool:
         return False
 
 
-def room(path: PathLike) -> int:
+def free_bytes(path: PathLike) -> int:
     """Bytes free on the disk that `path` lies on, or would."""
     with machine_faults("write", path, WRITING):
         return shutil.disk_usage(Path(os.path.realpath(path)).parent).free
 
 
-def require_room(who: str, path: PathLike, nbytes: int) -> None:
+def require_space(who: str, path: PathLike, nbytes: int) -> None:
     """StorageError, before the work, where `path` could not hold so many bytes."""
-    free = room(path)
+    free = free_bytes(path)
     if nbytes > free:
         raise StorageError(
             f"{who}: {os.fspath(path)!r} will take {nbytes / 1e9:.2f} GB, but its disk has "

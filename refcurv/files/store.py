@@ -727,13 +727,20 @@ def require_entry(
 Fact = TypeVar("Fact", str, int, float)
 
 
-def fact(where: str, attributes: Mapping[str, Scalar], key: str, kind: type[Fact]) -> Fact:
-    """The attribute `key` as a text, an integer or a finite number; SchemaError for another.
+def fact(
+    where: str,
+    attributes: Mapping[str, Scalar],
+    key: str,
+    kind: type[Fact],
+    *,
+    finite: bool = True,
+) -> Fact:
+    """The attribute `key` as a text, an integer or a (finite) number; SchemaError for another.
 
     Proof: tests/test_store.py::test_an_attribute_is_what_is_asked_for_or_refused
     """
     value = attributes.get(key)
-    if kind is float and isinstance(value, int | float) and math.isfinite(value):
+    if kind is float and isinstance(value, int | float) and (math.isfinite(value) or not finite):
         return kind(value)
     if kind is not float and isinstance(value, kind):
         return value

@@ -19,9 +19,10 @@ from refcurv.files.disk import (
     identity,
     input_path,
     machine_faults,
-    output_path,
 )
-from refcurv.files.documents import MAX_ID, WHO, Document, Progress, Reader, load_tokenizer
+from refcurv.files.documents import Document, Progress, Reader
+from refcurv.files.ids import MAX_ID, TOKEN_DTYPES, WHO
+from refcurv.files.tokenizer import find_tokenizer, load_tokenizer
 from refcurv.law.checks import (
     Array,
     ConventionError,
@@ -31,6 +32,8 @@ from refcurv.law.checks import (
     require_choice,
     require_range,
 )
+from refcurv.law.conventions import NO_LABEL
+from refcurv.model.loss import shift_labels
 
 _SYNTAX: Final = "NAME:KIND:SPLIT[:CHANCE]=FILE"
 
@@ -56,40 +59,53 @@ def build_corpus(
     length: int = 512,
     pack: bool = False,
     eos: str | None = None,
+    separator: str | None = None,
+    token_dtype: str | None = None,
     populations: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Corpus:
     """Tokenize files into rows of a corpus, and files of prefixes and suffixes into populations.
 
     Definition
-        Documents, by the name of the file. `.jsonl`: an object per line, either a document (`text`
-        or `input_ids`) or a pair of `prefix` (or `prefix_ids`, `prefix_text`) and `suffix` (or
-        `suffix_ids`, `target_suffix`, `suffix_text`), each text or a list of ids; ids go before
-        text where a line has both, other keys are counted as ignored. `.npy`: integers, (T,) one
-        document or (N, T) one per row. `.h5`: a corpus file, alone, whose rows stay as they are
-        and whose populations gain those asked for. Anything else is UTF-8 text, one document per
-        file; of its characters only a byte order mark is left out.
+        Documents, by the suffix of the file's name. `.jsonl`, `.ndjson`, `.jsonlines`: an object
+        per line, either a document (`text` or `input_ids`) or a pair of `prefix` (or `prefix_ids`,
+        `prefix_text`) and `suffix` (or `suffix_ids`, `target_suffix`, `suffix_text`), each text or
+        a list of ids; ids go before text where a line has both, other keys are counted as ignored.
+        `.npy`: integers, (T,) one document or (N, T) one per row. `.bin`: one document, a shard
+        of llm.c or bare ids of `token_dtype`, little-endian. `.h5`: a corpus file, alone, whose
+        rows stay as they are and whose populations gain those asked for. NO_TEXT's suffixes are
+        refused. Anything else is text: UTF-8 without a NUL, one document per file, or those
+        between the separators; of its characters only a byte order mark is left out.
+        Beside `input_ids`: `attention_mask`, whose zeros (padding, on the right) are left out;
+        `labels`, each that of its own token as in Hugging Face's data, or negative: not asked for.
+        `position_ids` and `token_type_ids` must say nothing. What else says how tokens count
+        (`loss_mask`, `segment_ids`, ...) is refused.
         Without `pack` a document is cut every `length` tokens, each piece a row, padded on the
         right. With it the documents follow one another through rows of `length` and are cut
         where a row ends; each piece is a segment, numbered from 0 in its row. Neither drops a
         token. A row's width is `length`, or the longest row if that is shorter. Labels are
-        LABELS' default, so that the last token of each piece has none.
+        LABELS' default, so that the last token of each piece has none, less those of tokens that
+        are not asked for.
+        Ids are those of the whole text, however long it is, of a pair those of prefix + suffix.
+        The prefix has the tokens up to the seam; a token that is of both sides of it is the
+        suffix's, and the pair is counted as `straddling`.
         Special tokens: a text gets what the tokenizer's own post-processor puts before and behind
-        it (often nothing), then `eos` if given; a prefix gets what is put before, a suffix
-        nothing: its ids are those of the suffix alone, which at the seam may differ from those
-        of both together. Ids given as ids get nothing. A special token spelled out in a text is
-        that token. Truncation and padding that a tokenizer.json asks for are turned off.
-        Texts longer than PIECE letters are tokenized in pieces that end at line ends; each such
-        seam is counted.
+        it (often nothing), then `eos` if given; a pair gets what is put before. Ids given as ids
+        get nothing, and of a pair with one text the text's ids are those of it alone. A special
+        token spelled out in a text is that token. Truncation and padding that a tokenizer.json
+        asks for are turned off.
         Populations: prefix and suffix are never cut. A whole document is cut every `length`
         tokens with prompt_length 1, and is of kind `text` only.
 
     Args:
         texts: Files for the rows; may be empty if there are populations.
-        tokenizer: A tokenizer.json; not needed where all is ids.
+        tokenizer: A tokenizer.json, or the folder that has it; not needed where all is ids.
         length: The largest width of a row, at least 2.
         pack: Several documents in a row, as segments.
         eos: The token, spelled as in tokenizer.json, that is put behind each whole text.
+        separator: What stands between the documents of a text file, letter by letter, as in
+            `<|endoftext|>`; is in none of them.
+        token_dtype: One of TOKEN_DTYPES, for `.bin` files.
         populations: Each `NAME:KIND:SPLIT[:CHANCE]=FILE`, as in `quotes:recite:test=quotes.jsonl`.
         progress: Called with (bytes read, bytes).
 
@@ -101,39 +117,45 @@ def build_corpus(
         SchemaError: A file that is missing, changed meanwhile, or not what its name says; names
             the file and the line or row.
         ConventionError: A population that is no `NAME:KIND:SPLIT[:CHANCE]=FILE`, a name used
-            twice, text without a tokenizer, a tokenizer that draws at random.
+            twice, text without a tokenizer, a tokenizer that draws at random, padding that is not
+            on the right, labels of other tokens, a separator or token_dtype for nothing.
         DTypeError, RangeError, ShapeError: Ids that are no integers, negative, or unknown to the
             tokenizer; arrays of other than one or two axes; length below 2.
         NameUnknownError: The tokenizer has no token `eos`.
         EmptyError: A file without any token; neither texts nor populations.
         StorageError: The disk cannot be read.
 
-    Cost: One pass over the files after one to hash them; 8 bytes a token, and PIECE letters at a
-        time in the tokenizer.
+    Cost: One pass over the files after one to hash them; 8 bytes a token, one text file, and PIECE
+        letters at a time in the tokenizer (a pair, and a text whose words do not end, at once).
     Source: DESIGN §4, Files; keys as in the files of goodfire-ai/memorization_kfac, `data/`.
     Proof:  tests/test_texts.py::test_rows_by_hand, ::test_packing_equals_loops,
-        ::test_no_token_is_lost_or_doubled, ::test_O52_packed_documents_are_separate_documents
+        ::test_no_token_is_lost_or_doubled, ::test_O52_packed_documents_are_separate_documents;
+        tests/test_tokenizer.py::test_ids_in_pieces_are_those_of_the_whole,
+        ::test_a_pair_has_the_ids_of_its_text; tests/test_json_lines.py::test_labels_by_hand
     """
-    _require_length(length)
+    _require_options(length, separator, token_dtype)
     asked = [_parse(text) for text in populations]
     files = [*texts, *(one.file for one in asked)]
     if not files:
         raise EmptyError(f"{WHO}: neither texts nor populations are given.")
+    tokenizer = None if tokenizer is None else find_tokenizer(tokenizer)
     names = _hashed([*files, *([] if tokenizer is None else [tokenizer])])
     known = None if tokenizer is None else load_tokenizer(tokenizer, eos)
     if eos is not None and known is None:
         raise ConventionError(f"{WHO}: eos {eos!r} is a token of a tokenizer; give the tokenizer.")
-    reader = Reader(files, known, progress)
+    reader = Reader(files, known, progress, separator, token_dtype)
     old = _old_corpus(texts, pack, [one.name for one in asked])
     rows, counts = ({}, {}) if old else _rows(map(reader, texts), length, pack)
     new = {one.name: _population(one, reader(one.file), length) for one in asked}
+    _require_used(reader, separator, token_dtype)
     _require_unchanged(names)
     if progress:
         progress(reader.total, reader.total)
     made_from = {
         "inputs": {name: sha256 for name, (sha256, _, _) in names.items()},
         "tokenizer": dict(known.facts) if known else None,
-        "options": {"length": length, "pack": pack, "eos": eos, "populations": [*populations]},
+        "options": {"length": length, "pack": pack, "eos": eos, "separator": separator,
+                    "token_dtype": token_dtype, "populations": [*populations]},
         "counts": counts | {
             "populations": {name: count for name, (_, count) in new.items()},
             "ignored_keys": sorted(reader.ignored)[:100],
@@ -146,25 +168,30 @@ def build_corpus(
     return Corpus(**rows, populations=made, source=source)
 
 
-def require_apart(output: PathLike, inputs: Iterable[PathLike], populations: Sequence[str]) -> None:
-    """Refuse an output that is one of the inputs, or whose folder does not exist."""
-    target = output_path(WHO, output)
-    for path in [*inputs, *(_parse(text).file for text in populations)]:
-        if target.exists() and Path(path).exists() and target.samefile(path):
-            raise SchemaError(
-                f"{WHO}: {str(output)!r} is an input too. Give the output another name."
-            )
-
-
 # ------------------------------------------------------------------ what is asked for
 
 
-def _require_length(length: int) -> None:
+def _require_options(length: int, separator: str | None, token_dtype: str | None) -> None:
     if isinstance(length, bool) or not isinstance(length, int) or not 2 <= length <= MAX_ID:
         raise RangeError(
             f"{WHO}: length must be an integer of at least 2, for a row of one token predicts "
             f"nothing; got {length!r}."
         )
+    if separator == "":
+        raise ConventionError(f"{WHO}: the separator is empty, and would part every letter.")
+    if token_dtype is not None:
+        require_choice(WHO, "token_dtype", token_dtype, TOKEN_DTYPES)
+
+
+def _require_used(reader: Reader, separator: str | None, token_dtype: str | None) -> None:
+    """Refuse options that did nothing: they were meant for files that are not here."""
+    if separator is not None and not reader.split:
+        raise ConventionError(
+            f"{WHO}: the separator {separator!r} is in no text file. Is it spelled as there? Leave "
+            "it out if each file is one document."
+        )
+    if token_dtype is not None and not reader.bare:
+        raise ConventionError(f"{WHO}: token_dtype is for .bin files, and none is given.")
 
 
 def _parse(text: str) -> _Asked:
@@ -234,14 +261,16 @@ def _old_corpus(texts: Sequence[PathLike], pack: bool, names: Sequence[str]) -> 
 def _rows(files: Iterable[Iterator[Document]], length: int, pack: bool) -> tuple[Any, Any]:
     """The arrays of a Corpus, and the counts that are printed."""
     found = [document for file in files for document in file]
-    documents = [document.ids for document in found if len(document.ids)]
+    documents = [document for document in found if len(document.ids)]
+    ids = [document.ids for document in documents]
     if pack:
-        tokens, real, segments = _pack(documents, length)
+        tokens, real, segments = _pack(ids, length)
         pieces = int((segments.max(axis=1, initial=-1) + 1).sum())
     else:
-        tokens, lengths = _cut(documents, length)
+        tokens, lengths = _cut(ids, length)
         real, segments = np.arange(tokens.shape[1]) < lengths[:, None], None
         pieces = len(tokens)
+    labels = _labels(documents, tokens, real, segments)
     n = int(real.sum())
     counts = {
         "documents": len(documents),
@@ -251,11 +280,26 @@ def _rows(files: Iterable[Iterator[Document]], length: int, pack: bool) -> tuple
         "width": tokens.shape[1],
         "padding": tokens.size - n,
         "cuts": pieces - len(documents),
-        "seams": sum(document.seams for document in found),
-        "unlabelled": pieces,
+        "unlabelled": pieces if labels is None else int((real & (labels < 0)).sum()),
     }
     mask = None if n == tokens.size else real.astype(np.uint8)
-    return {"tokens": tokens, "mask": mask, "segments": segments}, counts
+    return {"tokens": tokens, "mask": mask, "segments": segments, "labels": labels}, counts
+
+
+def _labels(
+    documents: Sequence[Document], tokens: Array, real: Array, segments: Array | None
+) -> Array | None:
+    """LABELS' default, less those of tokens that are not asked for; None if all are."""
+    if all(document.asked is None or document.asked.all() for document in documents):
+        return None
+    asked = np.zeros(tokens.shape, bool)
+    asked[real] = np.concatenate(
+        [np.ones(len(one.ids), bool) if one.asked is None else one.asked for one in documents]
+    )
+    runs = np.zeros_like(tokens) if segments is None else segments
+    labels = shift_labels(tokens, real, runs).astype(np.int32)
+    labels[:, :-1][~asked[:, 1:]] = NO_LABEL
+    return labels
 
 
 def _cut(documents: Sequence[Array], length: int) -> tuple[Array, Array]:
@@ -281,28 +325,40 @@ def _pack(documents: Sequence[Array], length: int) -> tuple[Array, Array, Array]
     return tokens, real, np.where(real, segments - segments[:, :1], 0).astype(np.int32)
 
 
+def _require_judgeable(asked: _Asked, document: Document) -> None:
+    """Refuse a document that a population cannot ask for as it says."""
+    prompt, where = document.prompt, f"{WHO}: {document.where}"
+    if document.asked is not None and not document.asked.all():
+        raise ConventionError(
+            f"{where} has labels, and population {asked.name!r} asks for all of a document or for "
+            "a suffix. Give prefix_ids and suffix_ids."
+        )
+    if prompt is None and asked.kind != "text":
+        raise SchemaError(
+            f"{where} has no prefix and suffix, which population {asked.name!r} of kind "
+            f"{asked.kind!r} needs. Give a .jsonl of pairs."
+        )
+    if prompt is not None and not 1 <= prompt < len(document.ids):
+        part = "prefix" if prompt < 1 else "suffix"
+        own = " of its own: the first goes on into the suffix" * document.straddles
+        raise EmptyError(f"{where}: the {part} has no token{own}.")
+
+
 def _population(
     asked: _Asked, documents: Iterable[Document], length: int
 ) -> tuple[Population, dict[str, int | str]]:
     """One population, and its counts."""
     sequences: list[Array] = []
     prompts: list[int] = []
-    empty = seams = 0
+    empty = straddling = 0
     for document in documents:
-        ids, prompt = document.ids, document.prompt
-        seams += document.seams
-        if prompt is not None:
-            if not 1 <= prompt < len(ids):
-                part = "prefix" if prompt < 1 else "suffix"
-                raise EmptyError(f"{WHO}: {document.where}: the {part} has no token.")
+        _require_judgeable(asked, document)
+        ids = document.ids
+        if document.prompt is not None:
             sequences.append(ids)
-            prompts.append(prompt)
+            prompts.append(document.prompt)
+            straddling += document.straddles
             continue
-        if asked.kind != "text":
-            raise SchemaError(
-                f"{WHO}: {document.where} has no prefix and suffix, which population "
-                f"{asked.name!r} of kind {asked.kind!r} needs. Give a .jsonl of pairs."
-            )
         empty += not len(ids)
         pieces = [ids[i : i + length] for i in range(0, len(ids), length)]
         sequences += pieces
@@ -313,7 +369,7 @@ def _population(
     counts: dict[str, int | str] = {
         "kind": asked.kind, "split": asked.split, "rows": len(tokens), "width": longest,
         "tokens": int(lengths.sum()), "padding": tokens.size - int(lengths.sum()), "empty": empty,
-        "seams": seams, "asked": int((lengths - prompt_length).sum()),
+        "straddling": straddling, "asked": int((lengths - prompt_length).sum()),
     }  # fmt: skip
     made = Population(tokens, prompt_length, lengths, asked.kind, asked.split, asked.chance)
     return made, counts

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from refcurv.algebra.blas import one_blas_thread
+from refcurv.curvature.room import available
 from refcurv.files.corpus import Corpus
 from refcurv.judge.bench import Bench, Plan, plan, prepare
 from refcurv.judge.identities import CHECKS, Measure
@@ -160,8 +160,5 @@ def _excess(measure: Measure) -> float:
 
 def free_memory() -> int:
     """Bytes that the machine can give without swapping, or 4 GiB where it does not say."""
-    try:
-        report = Path("/proc/meminfo").read_text(encoding="ascii")
-        return 1024 * int(report.partition("MemAvailable:")[2].split()[0])
-    except (OSError, ValueError, IndexError):
-        return 4 * GIB
+    known = available()
+    return 4 * GIB if known is None else known

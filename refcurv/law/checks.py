@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 Array = NDArray[Any]
 
@@ -76,6 +76,18 @@ class StorageError(RefcurvError):
     status = 3
 
 
+class RoomError(RefcurvError):
+    """The machine cannot hold the job: it has too little memory, or a library of too short ints."""
+
+    status = 3
+
+
+class SolverError(RefcurvError):
+    """LAPACK or ARPACK gave up on a matrix that it should solve."""
+
+    status = 3
+
+
 def require_shape(
     who: str, what: str, array: Array, shape: Sequence[int | None], axes: str, hint: str = ""
 ) -> None:
@@ -99,6 +111,59 @@ def require_dtype(who: str, what: str, array: Array, kinds: str, wanted: str) ->
         raise DTypeError(f"{who}: {what} must hold {wanted}; got {array.dtype}.")
 
 
+def as_array(who: str, what: str, given: Any, axes: str) -> Array:
+    """`given` as an array, itself if it is one; ShapeError if it is none, as of ragged lists."""
+    try:
+        return np.asarray(given)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        why = _ragged(given) or " ".join(str(error).split())
+        raise ShapeError(f"{who}: {what} must be {axes}; {why}") from None
+
+
+def _ragged(given: Any) -> str:
+    """Which of the rows is the first whose length is not that of row 0; empty if none is."""
+    if not isinstance(given, Sequence) or not given:
+        return ""
+    lengths = [len(row) if isinstance(row, Sequence | np.ndarray) else None for row in given]
+    for n, length in enumerate(lengths):
+        if length != lengths[0]:
+            both = ("no list" if x is None else f"of length {x}" for x in (lengths[0], length))
+            return "row 0 is {}, row {} is {}. Pad them to one length.".format(next(both), n, *both)
+    return ""
+
+
+def as_integers(
+    who: str,
+    what: str,
+    given: Any,
+    shape: Sequence[int | None],
+    axes: str,
+    dtype: DTypeLike = np.int64,
+    *,
+    kinds: str = "iu",
+) -> Array:
+    """A copy of `given` as integers of `dtype`, exactly: nothing is rounded or wrapped.
+
+    Raises:
+        ShapeError: no array, as of ragged lists, or of another shape (see `require_shape`).
+        DTypeError: floats, texts, None, and booleans unless `kinds` has "b".
+        RangeError: a number that `dtype` does not hold.
+
+    Proof: tests/test_corpus.py::test_what_is_no_matrix_of_ids_is_refused_everywhere
+    """
+    array = as_array(who, what, given, axes)
+    if array.size:  # an empty list is one of floats to NumPy
+        require_dtype(who, what, array, kinds, "integers")
+    require_shape(who, what, array, shape, axes)
+    require_dtype(who, what, array, kinds, "integers")
+    info = np.iinfo(np.dtype(dtype))
+    if array.size and not (info.min <= array.min() and array.max() <= info.max):
+        raise RangeError(
+            f"{who}: {what} must fit {np.dtype(dtype)}; they span {array.min()} to {array.max()}."
+        )
+    return array.astype(dtype, order="C")
+
+
 def require_finite(who: str, what: str, array: Array, hint: str = "") -> None:
     """Raise NonFiniteError naming the first index that is NaN or infinite."""
     finite = np.isfinite(array)
@@ -111,6 +176,13 @@ def require_finite(who: str, what: str, array: Array, hint: str = "") -> None:
         f"entries are not finite." + (f" {hint}" if hint else ""),
         index=index,
     )
+
+
+def overflow_hint(dtype: DTypeLike) -> str:
+    """What makes a number computed in `dtype` infinite or NaN, and what to do about it."""
+    real = np.zeros(0, dtype).real.dtype
+    wider = ", or compute in float64" if real.itemsize < 8 else ""
+    return f"NaN in the weights, or products beyond the range of {real}: check the weights{wider}."
 
 
 def require_range(who: str, what: str, value: float, low: float, high: float) -> float:

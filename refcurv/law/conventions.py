@@ -79,8 +79,10 @@ LAW: Final[Mapping[str, str]] = MappingProxyType(
         "ORDER": "Eigenvalues descending, eigenvectors in columns; the entry of largest magnitude "
         "(lowest index on ties) is positive.",
         "NEGATIVE": "Eigenvalues within λ_max·c·(n_shard·eps(compute) + d·eps(float64)) of 0 "
-        "become 0 and are counted; a more negative one is an error.",
-        "SELECT": "Keys fl(λ_i μ_j) in float64, descending, ties in row-major order of (i, j). "
+        "become 0 and are counted; a more negative one is an error. A layer of whose tr S_G "
+        "rounding makes more than 1/64 is not edited.",
+        "SELECT": "λ and μ are first brought to λ_1, μ_1 in [1, 2) by powers of two. Keys "
+        "fl(λ_i μ_j) in float64, descending, ties in row-major order of (i, j). "
         "Kept: the fewest first pairs whose mass ≥ fl(fl(ρ·fsum(λ))·fsum(μ)), where a staircase "
         "with c_i pairs in row i weighs fsum_i fl(λ_i·P[c_i]), P the correctly rounded prefix "
         "sums of μ. ρ = 1 keeps everything and returns W itself; ρ = 0 keeps nothing.",
@@ -93,9 +95,9 @@ LAW: Final[Mapping[str, str]] = MappingProxyType(
         "before it weigh the target + s or more. `acceptable` counts all other pairs; it is 0 at "
         "ρ = 0 and 1. Of singular values e = (16·max(O, I) + 2)·eps·‖σ‖₂, the key being σ².",
         "PRECISION": "Exact widening on reading; one dtype for computing (float64, or float32 by "
-        "choice); the products of one backward pass over a shard in that dtype; the fold over "
-        "passes and shards, eigensolvers, factors and bases in float64; edited weights in the "
-        "dtype of their source.",
+        "choice); the products of one backward pass over a shard in that dtype, in float64 where "
+        "all of float32's would vanish; the fold over passes and shards, eigensolvers, factors and "
+        "bases in float64; edited weights in the dtype of their source.",
         "SHARD, BLOCK": "Shard = max(1, 2048 div T) consecutive sequences, T the corpus's width "
         "(of images: the model's positions); the head in chunks of 512 kept rows; block = 64 "
         "consecutive shards. A shard's backward passes (by draw, or by position and then entry) "
@@ -128,6 +130,10 @@ COMPUTE_DTYPES: Final = ("float64", "float32")
 
 NEGATIVE_FACTOR: Final = 4.0
 """NEGATIVE: the constant c; tests/test_eigenbasis.py measures how much of it is used."""
+
+
+MOST_ROUNDING: Final = 1 / 64
+"""NEGATIVE: the share of tr S_G that may be rounding; `passes.rounding` estimates it."""
 
 
 class Fisher(StrEnum):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import DTypeLike
 
+from refcurv.law.checks import RangeError
 from refcurv.law.conventions import NEGATIVE_FACTOR
 
 OPERATIONS_PER_BLOCK = 64
@@ -26,7 +27,10 @@ def gamma(n: float, dtype: DTypeLike) -> float:
     """Bound for the relative error of a sum of n products, of the sum of their magnitudes."""
     roundings = n * eps(dtype) / 2
     if roundings >= 1:
-        raise ValueError(f"tolerance: {n} roundings in {np.dtype(dtype)} leave no digit")
+        raise RangeError(
+            f"tolerance: {n:.3g} roundings in {np.dtype(dtype)} leave no digit. Compute in "
+            "float64, or on fewer rows at a time."
+        )
     return roundings / (1 - roundings)
 
 

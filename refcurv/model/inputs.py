@@ -11,6 +11,7 @@ from refcurv.law.checks import (
     DTypeError,
     EmptyError,
     ShapeError,
+    as_array,
     require_choice,
     require_finite,
     require_shape,
@@ -33,10 +34,7 @@ def as_images(who: str, images: ArrayLike) -> Array:
         ShapeError: not four axes. EmptyError: one of C, H, W is 0. NonFiniteError: NaN or infinity.
         DTypeError: not exactly float32.
     """
-    try:
-        array = np.asarray(images)
-    except ValueError as error:  # ragged lists
-        raise ShapeError(f"{who}: images must be {AXES}: {error}.") from None
+    array = as_array(who, "images", images, AXES)
     require_shape(who, "images", array, (None, None, None, None), AXES)
     if 0 in array.shape[1:]:
         raise EmptyError(f"{who}: images hold no pixel; got {AXES} = {array.shape}.")

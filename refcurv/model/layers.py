@@ -153,20 +153,37 @@ def unfold(image_BCHW: Array, patch: int) -> Array:
 
 
 def rms_norm_forward(x: Array, gain: Array, eps: float) -> tuple[Array, Saved]:
-    """y = gain · x / sqrt(mean(x²) + eps), over the last axis; eps inside the root."""
-    r = 1 / np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps)
-    x_hat = x * r
-    return x_hat * gain, (x_hat, r, gain)
+    """y = gain · x / sqrt(mean(x²) + eps), over the last axis; eps inside the root.
+
+    Of s x, s a power of two near 1/max(|x|, √eps), with s² eps: that changes no bit where x² and
+    eps are numbers of the dtype, and elsewhere keeps x² from overflowing or vanishing.
+    """
+    s = unit_scale(x, eps)
+    u = x * s
+    r = 1 / np.sqrt((u * u).mean(axis=-1, keepdims=True) + eps * s * s)
+    x_hat = u * r
+    return x_hat * gain, (x_hat, r, s, gain)
 
 
 def rms_norm_backward(d_y: Array, saved: Saved) -> tuple[Array, Array]:
     """Gradients of `rms_norm_forward` with respect to x and gain."""
-    x_hat, r, gain = saved
-    # forward:  y = x_hat * gain;  x_hat = x * r;  r = (mean(x²) + eps)^(-1/2)
+    x_hat, r, s, gain = saved
+    # forward:  y = x_hat * gain;  x_hat = u * r;  r = (mean(u²) + s² eps)^(-1/2);  u = x * s
     d_hat = d_y * gain
-    d_x = r * (d_hat - x_hat * (d_hat * x_hat).mean(axis=-1, keepdims=True))
+    d_x = s * (r * (d_hat - x_hat * (d_hat * x_hat).mean(axis=-1, keepdims=True)))
     d_gain = (d_y * x_hat).reshape(-1, gain.shape[0]).sum(axis=0)
     return d_x, d_gain
+
+
+def unit_scale(x: Array, eps: float) -> Array:
+    """A power of two s per row with max(|s x|, s √eps) in [1/2, 1), (..., 1) real.
+
+    Of numbers so small that s would overflow, the largest power of two; of zeros 1.
+    """
+    real = x.real.dtype.type
+    largest = np.abs(x.real).max(axis=-1, keepdims=True)
+    _, exponent = np.frexp(np.maximum(largest, np.sqrt(real(eps))))
+    return np.asarray(np.ldexp(real(1), np.minimum(-exponent, np.finfo(real).maxexp - 1)))
 
 
 def centre(x: Array) -> Array:
@@ -234,6 +251,8 @@ def attention_backward(d_context_BTHE: Array, saved: Saved) -> tuple[Array, Arra
     d_p = d_context_BKRTE @ v_BK1SE.swapaxes(-1, -2)
     d_v = (p_BKRTS.swapaxes(-1, -2) @ d_context_BKRTE).sum(axis=2)
     # forward:  p = softmax(score)
+    # Σ p = 1, so d_p counts from any number: from that of a key with most of p, lest 1 − p cancel
+    d_p = d_p - np.where(p_BKRTS.real > 0.5, d_p, 0).sum(axis=-1, keepdims=True)
     d_score = p_BKRTS * (d_p - (d_p * p_BKRTS).sum(axis=-1, keepdims=True))
     # forward:  score = cap(q @ kᵀ * scale); size = scale · cap'
     d_product = d_score * size
@@ -245,15 +264,16 @@ def attention_backward(d_context_BTHE: Array, saved: Saved) -> tuple[Array, Arra
 
 
 def soft_cap(x: Array, cap: float) -> tuple[Array, Array]:
-    """y = cap · tanh(x / cap), and its derivative 1 − (y / cap)²."""
-    t = np.tanh(x / cap)
-    return cap * t, 1 - t * t
+    """y = cap · tanh(x / cap), and its derivative 1 / cosh(x / cap)²."""
+    u = x / cap
+    e = np.exp(np.where(u.real >= 0, -2 * u, 2 * u))  # 1 − tanh² would cancel
+    return cap * np.tanh(u), 4 * e / (1 + e) ** 2
 
 
 def clip(x: Array, bound: float) -> tuple[Array, Array]:
     """x between −bound and bound, and its derivative, 1 inside and 0 outside."""
-    inside = np.abs(x.real) <= bound
-    return np.where(inside, x, np.copysign(bound, x.real)), inside
+    outside = np.abs(x.real) > bound  # NaN is nowhere, and stays what it is
+    return np.where(outside, np.copysign(bound, x.real), x), ~outside
 
 
 # ------------------------------------------------------------------ MLP
@@ -301,15 +321,15 @@ def gelu_tanh(z: Array) -> tuple[Array, Array]:
     """z (1 + t)/2 and (1 + t)/2 + z (1 − t²) u'/2, t = tanh u, u = √(2/π) (z + 0.044715 z³)."""
     real = z.real.dtype.type
     half, root = real(0.5), 1 / np.sqrt(2 * np.arctan(real(1)))
-    t = np.tanh(root * (z + real(0.044715) * z * z * z))
-    slope = root * (1 + 3 * real(0.044715) * z * z)
+    w, _ = clip(z, 99)  # far behind it t is ±1, and z³ may overflow
+    t = np.tanh(root * (w + real(0.044715) * w * w * w))
+    slope = root * (1 + 3 * real(0.044715) * w * w)
     return half * z * (1 + t), half * (1 + t) + half * z * (1 - t * t) * slope
 
 
 def relu(z: Array) -> tuple[Array, Array]:
-    """z and 1 where z > 0, else 0 and 0."""
-    positive = z.real > 0
-    return np.where(positive, z, 0), positive.astype(z.dtype)
+    """z and 1 where z > 0, else 0 and 0; NaN stays NaN."""
+    return np.where(z.real <= 0, 0, z), (z.real > 0).astype(z.dtype)
 
 
 ACTIVATIONS: Final[Mapping[Activation, Callable[[Array], tuple[Array, Array]]]] = MappingProxyType(

@@ -17,9 +17,9 @@ from refcurv.model.transformer import Inputs, Parameters, Slope, Tap
 
 
 def _rms_norm_backward(d_y: Array, saved: Saved) -> tuple[Array, Array]:
-    x_hat, r, gain = saved
+    x_hat, r, s, gain = saved
     d_hat, x_hat = d_y * np.abs(gain), np.abs(x_hat)
-    d_x = r * (d_hat + x_hat * (d_hat * x_hat).mean(axis=-1, keepdims=True))
+    d_x = s * (r * (d_hat + x_hat * (d_hat * x_hat).mean(axis=-1, keepdims=True)))
     return d_x, (d_y * x_hat).reshape(-1, gain.shape[0]).sum(axis=0)
 
 

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from refcurv.law.checks import Array, RangeError
+from refcurv.law.checks import Array, RangeError, overflow_hint, require_finite
 from refcurv.law.conventions import HEAD_ROWS
 from refcurv.model.config import ModelConfig, Norm, NormPlace, Pool, QKNorm, Residual
 from refcurv.model.layers import (
@@ -26,7 +26,6 @@ from refcurv.model.layers import (
     clip,
     full_layout,
     rope_tables,
-    soft_cap,
     windowed,
 )
 from refcurv.model.loss import cross_entropy
@@ -289,6 +288,8 @@ def block_forward(
 
     `past` holds the keys and values of earlier positions (B, S, K, E), for decoding; the third
     result is theirs followed by this call's.
+
+    Raises NonFiniteError where a number leaves the range of the dtype; names the layer.
     """
     at, pre = f"blocks.{i}.", config.norm_place is not NormPlace.POST
     if config.window(i):
@@ -311,8 +312,22 @@ def block_forward(
         m_BTD, mlp_norm = norm("mlp_norm" if pre else None, read)
     down_BTD, mlp = mlp_forward(config, parameters, f"{at}mlp.", m_BTD, ops)
     update, mlp_post_norm = norm(_post_norm(config, "mlp"), down_BTD)
+    out_BTD = after_BTD + update
     trace = BlockTrace(attn_norm, attn, attn_post_norm, mlp_norm, mlp, mlp_post_norm)
-    return after_BTD + update, trace, keys_and_values
+    _require_numbers(at, trace, out_BTD)
+    return out_BTD, trace, keys_and_values
+
+
+def _require_numbers(at: str, trace: BlockTrace, out_BTD: Array) -> None:
+    """Raise NonFiniteError if a block's output is not finite, naming where that began."""
+    if np.isfinite(out_BTD).all():
+        return
+    reads = {"attn.q": trace.attn.a, "attn.o": trace.attn.context}
+    reads |= {"mlp.up": trace.mlp.a, "mlp.down": trace.mlp.hidden}
+    hint = overflow_hint(out_BTD.dtype)
+    for layer, a in reads.items():
+        require_finite("forward", f"the input of '{at}{layer}'", a, hint)
+    require_finite("forward", f"the output of '{at[:-1]}'", out_BTD, hint)
 
 
 def block_backward(
@@ -564,7 +579,8 @@ class Loss:
 def head_logits(config: ModelConfig, parameters: Parameters, final: Array) -> Array:
     """(..., D) → logits (..., V), soft-capped where the model does so."""
     logit = linear_forward(config, parameters, "head", final)
-    return logit if config.logit_cap is None else soft_cap(logit, config.logit_cap)[0]
+    cap = config.logit_cap
+    return logit if cap is None else cap * np.tanh(logit / cap)
 
 
 def uncapped(config: ModelConfig, logit: Array, d_logit: Array) -> Array:

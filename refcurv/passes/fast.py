@@ -13,24 +13,38 @@ import numpy as np
 from refcurv.algebra import kernels
 from refcurv.law.checks import Array
 from refcurv.model.config import Activation
-from refcurv.model.layers import Layout, Ops, Saved, centre, rotate
+from refcurv.model.layers import Layout, Ops, Saved, centre, rotate, unit_scale
 
 QUERY_ROWS = 128
 """Queries of one attention block: their scores against the needed keys fit the cache."""
 
 
 def _rms_norm_forward(x: Array, gain: Array, eps: float) -> tuple[Array, Saved]:
+    """The kernel on x; where squares overflow or vanish, again on s x with s² eps."""
     x_ND = np.ascontiguousarray(x).reshape(-1, x.shape[-1])
     y_ND, r_N = np.empty_like(x_ND), np.empty(len(x_ND), x.dtype)
-    kernels.rms_norm_forward(x_ND, gain, x.dtype.type(eps), y_ND, r_N)
-    return y_ND.reshape(x.shape), (x_ND, gain, r_N)
+    kernels.rms_norm_forward(x_ND, gain, np.full(len(x_ND), eps, x.dtype), y_ND, r_N)
+    if _ordinary(r_N):
+        return y_ND.reshape(x.shape), (x_ND, gain, r_N, None)
+    s_N1 = unit_scale(x_ND, eps)
+    x_ND, eps_N = x_ND * s_N1, (eps * s_N1 * s_N1)[:, 0]
+    kernels.rms_norm_forward(x_ND, gain, eps_N, y_ND, r_N)
+    return y_ND.reshape(x.shape), (x_ND, gain, r_N, s_N1)
+
+
+def _ordinary(r_N: Array) -> bool:
+    """Is every mean(x²) + eps = 1/r² finite, and far above squares that lose digits or vanish?"""
+    number = np.finfo(r_N.dtype)
+    return bool(((r_N > 0) & (r_N <= np.sqrt(number.eps / number.smallest_normal))).all())
 
 
 def _rms_norm_backward(d_y: Array, saved: Saved) -> tuple[Array, Array]:
-    x_ND, gain, r_N = saved
+    x_ND, gain, r_N, s_N1 = saved
     d_x_ND, d_gain = np.empty_like(x_ND), np.zeros_like(gain)
     d_y_ND = np.ascontiguousarray(d_y).reshape(x_ND.shape)
     kernels.rms_norm_backward(d_y_ND, x_ND, gain, r_N, d_x_ND, d_gain)
+    if s_N1 is not None:
+        d_x_ND *= s_N1
     return d_x_ND.reshape(d_y.shape), d_gain
 
 
@@ -99,42 +113,52 @@ def _attention_forward(
     q, k, v = _heads(q_BTHE, K), _heads(k_BSKE, K), _heads(v_BSKE, K)
     context_BTHE = np.empty_like(q_BTHE)
     context = _heads(context_BTHE, K)
-    lse_BHT = np.empty((B, H, T), q_BTHE.dtype)
+    top_BHT, total_BHT = np.empty((2, B, H, T), q_BTHE.dtype)
     for t, s in _blocks(layout, S):
         p = q[..., t, :] @ k[..., s, :].swapaxes(-1, -2)
         inner = _cap(p, size, cap)
-        flat = p.reshape(B, H, *p.shape[-2:])
         kernels.softmax_forward(
-            flat, layout.first_BT[:, t], layout.last_BT[:, t], s.start, inner, lse_BHT[:, :, t]
+            p.reshape(B, H, *p.shape[-2:]),
+            layout.first_BT[:, t],
+            layout.last_BT[:, t],
+            s.start,
+            inner,
+            top_BHT[:, :, t],
+            total_BHT[:, :, t],
         )
         context[..., t, :] = p @ v[..., s, :]
-    return context_BTHE, (q, k, v, context, lse_BHT, layout, size, cap)
+    return context_BTHE, (q, k, v, top_BHT, total_BHT, layout, size, cap)
 
 
 def _cap(p: Array, size: Any, cap: float | None) -> Any:
-    """Soft-cap products q·k in place; returns what they still have to be multiplied by."""
+    """Products q·k → x in place, tanh(q·k size / cap) with a soft-cap; returns c: score = c x."""
     if cap is None:
         return size
     p *= size / p.dtype.type(cap)
     np.tanh(p, out=p)
-    p *= p.dtype.type(cap)
-    return p.dtype.type(1)
+    return p.dtype.type(cap)
+
+
+def _bend(p: Array, size: Any, cap: float | None) -> Array | None:
+    """The soft-cap's derivative at products q·k, 1 / cosh²."""
+    if cap is None:
+        return None
+    e = np.exp(np.abs(p) * (-2 * size / p.dtype.type(cap)))
+    return np.asarray(4 * e / (1 + e) ** 2)
 
 
 def _attention_backward(d_context_BTHE: Array, saved: Saved) -> tuple[Array, Array, Array]:
-    q, k, v, context, lse_BHT, layout, size, cap = saved
+    q, k, v, top_BHT, total_BHT, layout, size, cap = saved
     B, K, R, T, E = q.shape
     S = k.shape[3]
     d_context = _heads(d_context_BTHE, K)
     d_q_BTHE = np.empty((B, T, K * R, E), q.dtype)
     d_q = _heads(d_q_BTHE, K)
     d_k, d_v = np.zeros((B, K, S, E), q.dtype), np.zeros((B, K, S, E), q.dtype)
-    delta_BHT = (context * d_context).sum(axis=-1).reshape(B, K * R, T)
     for t, s in _blocks(layout, S):
         p = q[..., t, :] @ k[..., s, :].swapaxes(-1, -2)
-        inner = _cap(p, size, cap)
-        # forward:  score = cap tanh(q·k size / cap)
-        bend = None if cap is None else size * (1 - (p / p.dtype.type(cap)) ** 2)
+        # forward:  score = cap(q·k size)
+        bend, inner = _bend(p, size, cap), _cap(p, size, cap)
         d_p = d_context[..., t, :] @ v[..., s, :].swapaxes(-1, -2)
         kernels.softmax_backward(
             p.reshape(B, K * R, *p.shape[-2:]),
@@ -143,8 +167,9 @@ def _attention_backward(d_context_BTHE: Array, saved: Saved) -> tuple[Array, Arr
             layout.last_BT[:, t],
             s.start,
             inner,
-            lse_BHT[:, :, t],
-            delta_BHT[:, :, t],
+            size,
+            top_BHT[:, :, t],
+            total_BHT[:, :, t],
         )
         if bend is not None:
             d_p *= bend

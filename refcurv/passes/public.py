@@ -7,7 +7,7 @@ from numpy.typing import ArrayLike
 
 from refcurv.algebra.blas import one_blas_thread
 from refcurv.files.corpus import Corpus, require_tokens
-from refcurv.law.checks import Array
+from refcurv.law.checks import Array, overflow_hint, require_finite
 from refcurv.law.conventions import NO_LABEL
 from refcurv.model import transformer
 from refcurv.model.config import Model
@@ -36,7 +36,7 @@ def logits(model: Model, tokens: ArrayLike) -> Array:
     Raises:
         ShapeError, DTypeError: no matrix of integers, or no images of the model's size.
         RangeError: ids out of range, or more positions than the model has learned.
-        NonFiniteError: NaN or infinity in an image.
+        NonFiniteError: NaN or infinity in an image, or on the way to the logits; names the layer.
 
     Cost: one forward pass; B·T·V numbers at once.
     Source: DESIGN 4.
@@ -49,6 +49,7 @@ def logits(model: Model, tokens: ArrayLike) -> Array:
         parameters = resident(model)
         final_BTD = final_states(model.config, parameters, *_inputs(model, corpus))
         logit_BTV = transformer.head_logits(model.config, parameters, final_BTD)
+        require_finite("logits", "the logits", logit_BTV, overflow_hint(logit_BTV.dtype))
         return logit_BTV if corpus.images is None else logit_BTV[:, 0]
 
 
@@ -70,7 +71,8 @@ def loss_and_gradient(
         (L [nats], {parameter name: array of its shape}), in the model's dtype.
 
     Raises:
-        ShapeError, DTypeError, RangeError, NonFiniteError: as `logits`, for tokens and labels.
+        ShapeError, DTypeError, RangeError, NonFiniteError: as `logits`, for tokens and labels; also
+            for a loss or a gradient that is not finite.
         ConventionError: no labels, where LABELS has no default.
 
     Cost: one forward and one backward pass, with every activation in memory.
@@ -87,6 +89,9 @@ def loss_and_gradient(
         loss, gradient = transformer.loss_and_gradient(
             model.config, resident(model), inputs, label_BT, layout, FAST
         )
+    for what, array in {"the loss": loss, **gradient}.items():
+        name = what if what == "the loss" else f"the gradient of {what!r}"
+        require_finite("loss_and_gradient", name, array, overflow_hint(array.dtype))
     return float(loss), gradient
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -33,6 +33,16 @@ class Shard:
     keep_BT: Array
     head_BT: Array
     layout: Layout
+
+    def of(self, sequences: Array) -> Shard:
+        """Some of its sequences, by their indices in it; their places in the corpus stay."""
+        parts = ("index_B", "source", "label_BT", "keep_BT", "head_BT")
+        layout = (self.layout.position_BT, self.layout.first_BT, self.layout.last_BT)
+        return replace(
+            self,
+            layout=Layout(*(array[sequences] for array in layout)),
+            **{part: getattr(self, part)[sequences] for part in parts},
+        )
 
 
 def inputs_of(config: ModelConfig, shard: Shard) -> Inputs:

@@ -1,0 +1,150 @@
+"""Files of token ids: .npy, and .bin as nanoGPT and llm.c write them; read with suspicion."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+import numpy as np
+
+from refcurv.files.disk import machine_faults, one_line
+from refcurv.law.checks import (
+    Array,
+    ConventionError,
+    DTypeError,
+    RangeError,
+    SchemaError,
+    ShapeError,
+    require_choice,
+)
+
+WHO: Final = "build_corpus"
+"""Who speaks in an error."""
+
+MAX_ID: Final = 2**31 - 1
+"""A corpus holds int32."""
+
+TOKEN_DTYPES: Final = ("uint8", "uint16", "uint32", "uint64", "int32", "int64")
+"""What the ids of a .bin may be, little-endian."""
+
+SHARDS: Final = {20240520: (1, "uint16"), 20240801: (7, "uint32")}
+"""llm.c's shards, magic → (version, ids): 256 int32 of header, the third the count, then ids."""
+
+_HEADER: Final = 256 * 4  # bytes of a shard's header
+_EVALUATION: Final = 20240522  # llm.c's magic of files that are no plain ids
+_MEGATRON: Final = b"MMIDIDX"  # how the index beside a Megatron .bin begins
+
+
+def npy_rows(path: Path) -> Iterator[tuple[str, Array]]:
+    """A (T,) array as one document, an (N, T) array as N: where each is, and its ids."""
+    where = repr(str(path))
+    with machine_faults("open", path), path.open("rb") as file:
+        array = _read_npy(file, where)
+    if array.ndim not in (1, 2):
+        raise ShapeError(f"{WHO}: {where} must be (T,) or (N, T); got {array.shape}.")
+    _require_ids(where, array)
+    for n, row in enumerate(np.atleast_2d(array).astype(np.int32)):
+        yield (where if array.ndim == 1 else f"{where} row {n}"), row
+
+
+def read_bin(path: Path, token_dtype: str | None, vocabulary: int | None) -> Array:
+    """The ids of a .bin: of a shard of llm.c, else all of the file as `token_dtype`.
+
+    Where the tokenizer's vocabulary is known, ids that could not hold it are refused: those
+    beyond were written as others.
+    """
+    where = repr(str(path))
+    with machine_faults("open", path):
+        data = path.read_bytes()
+    _require_plain(path, where)
+    dtype, data = _opened(where, data, token_dtype)
+    if vocabulary and vocabulary - 1 > (top := np.iinfo(dtype).max):
+        raise ConventionError(
+            f"{WHO}: {where} holds {dtype}, and the tokenizer has {vocabulary} ids: those beyond "
+            f"{top} were lost in writing. Write it anew, or leave the tokenizer out."
+        )
+    if len(data) % dtype.itemsize:
+        raise SchemaError(f"{WHO}: {where} holds {len(data)} bytes, no whole number of {dtype}.")
+    ids = np.frombuffer(data, dtype.newbyteorder("<"))
+    _require_ids(where, ids)
+    return ids.astype(np.int32)
+
+
+def _opened(
+    where: str, data: bytes, token_dtype: str | None
+) -> tuple[np.dtype[np.integer[Any]], bytes]:
+    """What the ids are, and their bytes; refuse a file that does not say, or says another."""
+    magic, version, count = np.frombuffer(data[:12].ljust(12, b"\0"), "<i4").tolist()
+    if magic == _EVALUATION:
+        raise SchemaError(f"{WHO}: {where} holds llm.c's questions, not plain ids. Give a .jsonl.")
+    if magic not in SHARDS:
+        if token_dtype is None:
+            raise ConventionError(
+                f"{WHO}: {where} does not say what it holds. If it is bare token ids, give their "
+                "--token-dtype: uint16 as nanoGPT writes them, uint32 for larger vocabularies."
+            )
+        return np.dtype(require_choice(WHO, "token_dtype", token_dtype, TOKEN_DTYPES)), data
+    known, own = SHARDS[magic]
+    if version != known:
+        raise SchemaError(f"{WHO}: {where} is llm.c's, of version {version}; {known} is known.")
+    if token_dtype not in (None, own):
+        raise ConventionError(
+            f"{WHO}: {where} is a shard of llm.c that holds {own}, and token_dtype is "
+            f"{token_dtype!r}. Give it in a run of its own, without --token-dtype."
+        )
+    dtype, data = np.dtype(own), data[_HEADER:]
+    if count * dtype.itemsize != len(data):
+        raise SchemaError(
+            f"{WHO}: {where} declares {count} ids of {dtype}, and holds {len(data)} bytes of "
+            "them. Copy or make it again."
+        )
+    return dtype, data
+
+
+def _require_plain(path: Path, where: str) -> None:
+    """Refuse the half of a Megatron data set whose documents are told by its other half."""
+    index = path.with_suffix(".idx")
+    with machine_faults("open", index):
+        if index.is_file():
+            with index.open("rb") as file:
+                if file.read(len(_MEGATRON)) == _MEGATRON:
+                    raise SchemaError(
+                        f"{WHO}: {where}: its documents are told by {index.name!r}, which is not "
+                        "read. Write a .jsonl with an input_ids a line."
+                    )
+
+
+def _require_ids(where: str, array: Array) -> None:
+    if array.size and (array.min() < 0 or array.max() > MAX_ID):
+        index = [int(i) for i in np.argwhere((array < 0) | (array > MAX_ID))[0]]
+        raise RangeError(f"{WHO}: {where}: {index} is no id: {array[tuple(index)]}.")
+
+
+def _read_npy(file: BinaryIO, where: str) -> Array:
+    """The integers of a .npy file whose header is true to its size; objects are never read."""
+    headers = {(1, 0): np.lib.format.read_array_header_1_0,
+               (2, 0): np.lib.format.read_array_header_2_0}  # fmt: skip
+    try:
+        with warnings.catch_warnings(action="ignore"):  # about headers of Python 2
+            shape, fortran, dtype = headers[np.lib.format.read_magic(file)](file)
+    except OSError:
+        raise
+    except Exception as error:  # NumPy parses the header with Python's own parser
+        raise SchemaError(
+            f"{WHO}: {where} is no .npy file: {one_line(error)}. If it is bare token ids, as "
+            "np.memmap writes them, name it .bin and give their --token-dtype."
+        ) from None
+    if dtype.kind not in "iu":
+        raise DTypeError(f"{WHO}: {where} must hold integers; got {dtype}.")
+    there = os.fstat(file.fileno()).st_size - file.tell()
+    if min(shape, default=1) < 0 or math.prod(shape) * dtype.itemsize != there:
+        raise SchemaError(
+            f"{WHO}: {where} declares {shape} of {dtype}, and holds {there} bytes. Copy or make "
+            "it again."
+        )
+    data = np.frombuffer(file.read(there), dtype)
+    return data.reshape(shape, order="F" if fortran else "C")

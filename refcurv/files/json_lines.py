@@ -1,0 +1,212 @@
+"""JSON lines → items: a document or a pair in each, and what stands beside its ids."""
+
+from __future__ import annotations
+
+import codecs
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from refcurv.files.disk import machine_faults, one_line, parse_json
+from refcurv.files.ids import MAX_ID, WHO
+from refcurv.law.checks import (
+    Array,
+    ConventionError,
+    DTypeError,
+    RangeError,
+    SchemaError,
+    ShapeError,
+)
+
+JSON_LINES: Final = (".jsonl", ".ndjson", ".jsonlines")
+"""Suffixes of files with a JSON object a line."""
+
+_WHOLE: Final = ("input_ids", "text")
+_PREFIX: Final = ("prefix_ids", "prefix", "prefix_text")
+_SUFFIX: Final = ("suffix_ids", "target_suffix", "suffix", "suffix_text")
+_MAX_LINE: Final = 2**26  # bytes of one JSON line
+
+_BESIDE_IDS: Final = ("attention_mask", "labels", "position_ids", "token_type_ids")
+_HARMLESS: Final = ("special_tokens_mask",)
+_NOT_READ: Final = (
+    "assistant_tokens", "cu_seqlens", "document_ids", "loss_weights", "segment_ids", "seq_lens",
+    "sequence_ids", "token_weights",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """What a file has in one place: a text or ids, or a prefix with its suffix.
+
+    `start`: how far in the file it begins. `asked` (n,): which of the ids are to be predicted.
+    """
+
+    where: str
+    start: int
+    content: str | Array
+    suffix: str | Array | None = None
+    asked: Array | None = None
+
+    @property
+    def parts(self) -> list[str | Array]:
+        """The whole, or prefix and suffix."""
+        return [self.content] if self.suffix is None else [self.content, self.suffix]
+
+    @property
+    def pair(self) -> tuple[str, str] | None:
+        """Prefix and suffix if both are text."""
+        if isinstance(self.content, str) and isinstance(self.suffix, str):
+            return self.content, self.suffix
+        return None
+
+
+# ------------------------------------------------------------------ lines
+
+
+def lines(path: Path) -> Iterator[tuple[int, str, str]]:
+    """Each line that is not blank: where it begins, its name in an error, itself."""
+    with machine_faults("open", path), path.open("rb") as file:
+        number = start = 0
+        while line := file.readline(_MAX_LINE + 1):
+            number += 1
+            where = f"{str(path)!r} line {number}"
+            if number == 1:
+                require_utf8_mark(repr(str(path)), line)
+            if len(line) > _MAX_LINE:
+                raise SchemaError(f"{WHO}: {where} is longer than {_MAX_LINE} bytes.")
+            try:
+                text = line.decode("utf-8-sig").strip()
+            except UnicodeDecodeError as error:
+                raise SchemaError(f"{WHO}: {where} is not UTF-8: {one_line(error)}.") from None
+            if text:
+                yield start, where, text
+            start = file.tell()
+
+
+def line_item(start: int, where: str, line: str, ignored: set[str]) -> Item:
+    """The document or pair that is in one line of JSON."""
+    record = {k: v for k, v in parse_json(WHO, where, line).items() if v is not None}
+    whole, prefix, suffix = (
+        next((key for key in keys if key in record), "") for keys in (_WHOLE, _PREFIX, _SUFFIX)
+    )
+    if bool(prefix) != bool(suffix) or bool(whole) == bool(prefix):
+        wanted = [" or ".join(keys) for keys in (_WHOLE, _PREFIX, _SUFFIX)]
+        raise SchemaError(
+            f"{WHO}: {where} must have either {wanted[0]}, or both {wanted[1]} and {wanted[2]}; "
+            f"its keys are {', '.join(map(repr, record))[:200] or 'none'}."
+        )
+    read = {whole, prefix, suffix}
+    content = _value(where, whole or prefix, record[whole or prefix])
+    behind = _value(where, suffix, record[suffix]) if suffix else None
+    if whole and not isinstance(content, str):
+        read |= {key for key in _BESIDE_IDS if _numbers(record.get(key))}
+    for key in sorted(record.keys() - read):
+        _require_no_meaning(where, key, record[key])
+        ignored.add(key.encode("ascii", "backslashreplace").decode()[:100])
+    if prefix or isinstance(content, str):
+        return Item(where, start, content, behind)
+    return _masked(Item(where, start, content), content, record)
+
+
+def _value(where: str, key: str, value: object) -> str | Array:
+    """A text, or a list of ids."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise SchemaError(f"{WHO}: {where}: {key!r}: {one_line(error)}.") from None
+        return value
+    if not isinstance(value, list):
+        kind = type(value).__name__
+        raise DTypeError(f"{WHO}: {where}: {key!r} must be text or a list of ids; got {kind}.")
+    for i, one in enumerate(value):
+        if type(one) is not int:
+            raise DTypeError(f"{WHO}: {where}: {key}[{i}] must be an integer; got {one!r:.50}.")
+        if not 0 <= one <= MAX_ID:
+            raise RangeError(f"{WHO}: {where}: {key}[{i}] is no id: {one!r:.50}.")
+    return np.array(value, np.int32)
+
+
+def require_utf8_mark(where: str, data: bytes) -> None:
+    """Refuse the byte order marks of UTF-16 and UTF-32."""
+    marks = {"UTF-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
+             "UTF-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)}  # fmt: skip
+    for name, marked in marks.items():
+        if data.startswith(marked):
+            raise SchemaError(
+                f"{WHO}: {where} is {name}, not UTF-8. Convert it: iconv -f {name} -t UTF-8."
+            )
+
+
+# ------------------------------------------------------------------ what stands beside ids
+
+
+def _numbers(value: object) -> bool:
+    """Whether this is a list of numbers, or of lists: a thing for each token."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], int | float | list)
+
+
+def _require_no_meaning(where: str, key: str, value: object) -> None:
+    """Refuse a key that says how tokens count, where it is not read; others may be ignored."""
+    counts = key in (*_BESIDE_IDS, *_NOT_READ) or "mask" in key.lower()
+    if counts and key not in _HARMLESS and _numbers(value):
+        raise ConventionError(
+            f"{WHO}: {where} has {key!r}, which says how its tokens count and is not read here. "
+            "Give input_ids with attention_mask and labels, -100 where none is asked for, or "
+            "leave the key out."
+        )
+
+
+def _masked(item: Item, ids: Array, record: Mapping[str, Any]) -> Item:
+    """The ids without their padding, and which of them are asked for.
+
+    A label is that of its own token, as in Hugging Face's data: position t - 1 predicts it.
+    """
+    where = item.where
+    mask, labels, position_ids, types = (
+        _beside(where, key, record.get(key), len(ids)) for key in _BESIDE_IDS
+    )
+    real = len(ids)
+    if mask is not None:
+        real = int((mask == 1).sum())
+        if (mask != (np.arange(len(ids)) < real)).any():
+            raise ConventionError(
+                f"{WHO}: {where}: 'attention_mask' must be 1 on tokens and 0 on padding, which "
+                "stands on the right only. Pad on the right, or write the ids without padding."
+            )
+    if position_ids is not None and (position_ids[:real] != np.arange(real)).any():
+        raise ConventionError(
+            f"{WHO}: {where}: 'position_ids' are not 0, 1, 2, ... Are several documents in the "
+            "line? Give each a line of its own."
+        )
+    if types is not None and types[:real].any():
+        raise ConventionError(
+            f"{WHO}: {where}: 'token_type_ids' are not all 0; a corpus has no types of tokens."
+        )
+    if labels is None:
+        return dataclasses.replace(item, content=ids[:real])
+    stray = (labels >= 0) & ((labels != ids) | (np.arange(len(ids)) >= real))
+    if stray.any():
+        n = int(np.argmax(stray))
+        own = f"input_ids[{n}] is {ids[n]}" if n < real else "that is padding"
+        raise ConventionError(
+            f"{WHO}: {where}: labels[{n}] is {labels[n]} and {own}. A label must be that of its "
+            "own token, as in Hugging Face's data, or -100. If they are shifted, shift them back."
+        )
+    return dataclasses.replace(item, content=ids[:real], asked=labels[:real] >= 0)
+
+
+def _beside(where: str, key: str, value: object, count: int) -> Array | None:
+    """A list of integers, one an id; None where there is none."""
+    if not isinstance(value, list) or (value and not _numbers(value)):
+        return None
+    for i, one in enumerate(value):
+        if not isinstance(one, int) or not -(2**31) <= one <= MAX_ID:
+            raise DTypeError(f"{WHO}: {where}: {key}[{i}] must be an integer; got {one!r:.50}.")
+    if len(value) != count:
+        raise ShapeError(f"{WHO}: {where}: {key!r} has {len(value)} entries for {count} ids.")
+    return np.array(value, np.int64)

@@ -1,0 +1,266 @@
+"""Memory: what there is, what a job takes, and the refusal of one that cannot end."""
+
+from __future__ import annotations
+
+import os
+import tracemalloc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+import pytest
+from strategies import config, random_parameters
+
+import refcurv as rc
+from refcurv.algebra import blas
+from refcurv.curvature import eigenbasis, room, sums
+from refcurv.curvature.factors import Factor, Factors
+from refcurv.law.checks import RoomError
+from refcurv.law.conventions import Bias, Fisher, Rows
+from refcurv.model.config import Model, ModelConfig
+from refcurv.passes.memory import Sweep
+from refcurv.passes.shards import Shard
+
+GIB = 2**30
+WORDS = 49_152
+
+
+# ------------------------------------------------------------------ what there is
+
+
+def machine(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+HOST = {"proc/meminfo": "MemTotal:  9000 kB\nMemFree:  10 kB\nMemAvailable:   8000 kB\n"}
+V2 = {"proc/self/cgroup": "0::/pod/job\n", "sys/fs/cgroup/pod/job/memory.max": "max\n",
+      "sys/fs/cgroup/pod/job/memory.current": "5000\n"}  # fmt: skip
+POD = {"sys/fs/cgroup/pod/memory.max": "9000\n", "sys/fs/cgroup/pod/memory.current": "7000\n"}
+CACHE = {"sys/fs/cgroup/pod/memory.stat": "anon 4000\nactive_file 1000\ninactive_file 2000\n"}
+V1 = {"proc/self/cgroup": "9:cpu:/x\n4:cpuset,memory:/docker/abc\n",
+      "sys/fs/cgroup/memory/memory.limit_in_bytes": "9000\n",
+      "sys/fs/cgroup/memory/memory.usage_in_bytes": "5000\n",
+      "sys/fs/cgroup/memory/memory.stat": "inactive_file 1\ntotal_inactive_file 500\n"}  # fmt: skip
+SPENT = {"sys/fs/cgroup/pod/memory.current": "10000\n"}
+
+
+@pytest.mark.parametrize(
+    ("files", "want"),
+    [
+        (HOST, 8000 * 1024),
+        (HOST | V2, 8000 * 1024),  # no limit
+        (HOST | V2 | POD, 2000),  # the parent's
+        (HOST | V2 | POD | CACHE, 5000),  # the page cache is given up
+        (HOST | V2 | POD | SPENT, 0),
+        (HOST | V1, 4500),  # in a container its own group is seen as the root
+        (HOST | {"proc/self/cgroup": "nonsense\n\n"}, 8000 * 1024),
+    ],
+    ids=["host", "no-limit", "parent", "cache", "spent", "version-1", "nonsense"],
+)
+def test_what_is_available_is_the_least_of_host_and_groups(
+    files: dict[str, str], want: int, tmp_path: Path
+) -> None:
+    assert room.available(machine(tmp_path, files)) == want
+
+
+def test_without_proc_it_is_all_memory_or_unknown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": 100, "SC_PAGE_SIZE": 4096}.__getitem__)
+    assert room.available(tmp_path) == 409_600
+    monkeypatch.delattr(os, "sysconf")
+    assert room.available(tmp_path) is None
+
+
+def test_of_this_machine_something_is_known() -> None:
+    assert (room.available() or 0) > 2**20
+
+
+# ------------------------------------------------------------------ what a job takes
+
+
+def peak(work: Callable[[], object]) -> int:
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        work()
+        return tracemalloc.get_traced_memory()[1] - before
+    finally:
+        tracemalloc.stop()
+
+
+def one_large(n: int) -> Factors:
+    x = np.random.default_rng(0).normal(size=(n + 8, n))
+    layers = {"patch": Factor(np.eye(2), 9, x.T @ x, 9), "head": Factor(np.eye(3), 9, np.eye(2), 9)}
+    return Factors(MappingProxyType(layers), Fisher.EMPIRICAL, Rows.REACHED, 0, 1, "float64", 9)
+
+
+@pytest.mark.parametrize("read", [False, True], ids=["in-memory", "from-a-file"])
+def test_an_eigenbasis_takes_the_memory_that_is_foreseen(
+    read: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never more is asked for than is used, or what could be done would be refused."""
+    monkeypatch.setattr(room, "cores", lambda: 1)
+    n, factors = 400, one_large(400)
+    if read:
+        rc.save_factors(factors, tmp_path / "f.h5")
+        factors = rc.load_factors(tmp_path / "f.h5")
+    need = room.to_decompose({"G": n, "A": 2}).bytes(1)
+    assert need == 4 * 8 * n * n
+    assert 0.95 * need <= peak(lambda: rc.decompose(factors)) <= 1.2 * need
+
+
+def test_numpys_route_makes_two_copies_more() -> None:
+    n = 32_766
+    assert blas.eigh_bytes(n) == 3 * 8 * n**2
+    assert blas.eigh_bytes(n + 1) == 5 * 8 * (n + 1) ** 2
+
+
+def wide(**changes: object) -> ModelConfig:
+    return config(**dict(vocabulary=500, width=4, head_width=2, mlp_width=500, layers=1) | changes)
+
+
+def model_of(made: ModelConfig, dtype: str) -> Model:
+    parameters = {k: v.astype(dtype) for k, v in random_parameters(made, 0).items()}
+    return Model(made, parameters, dtype)
+
+
+@pytest.mark.parametrize("layers", ["head", "blocks.0.mlp.{up,down}", "**"])
+@pytest.mark.parametrize(
+    ("dtype", "draws", "blocks"), [("float64", 1, 1), ("float32", 1, 2), ("float64", 2, 1)]
+)
+def test_a_collection_takes_the_memory_that_is_foreseen(
+    layers: str, dtype: str, draws: int, blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three shards, one at a time, in one block of the law's or in two."""
+    if blocks == 2:
+        for module in (sums, room):
+            monkeypatch.setattr(module, "BLOCK_SHARDS", 2)
+    monkeypatch.setattr("refcurv.law.conventions.SHARD_TOKENS", 3)
+    found: list[room.Need] = []
+    foresee = room.to_collect
+
+    def spy(config: ModelConfig, job: Sweep, itemsize: int, units: list[Shard]) -> room.Need:
+        assert len(units) == 3
+        found.append(foresee(config, job, itemsize, units))
+        return found[-1]
+
+    monkeypatch.setattr(room, "to_collect", spy)
+    model = model_of(wide(), dtype)
+    corpus = rc.Corpus(np.random.default_rng(0).integers(0, 300, (3, 3)))
+
+    def work() -> None:
+        rc.collect(model, corpus, layers, draws=draws, in_flight=1)
+
+    work()  # what is made once
+    used, need = peak(work), found[-1].bytes(1)
+    tiles = 4 * 8 * 256**2 if draws > 1 else 0  # of the standard errors, whatever the width
+    assert 0.95 * need <= used <= 1.15 * need + tiles
+
+
+# ------------------------------------------------------------------ what is refused, and when
+
+
+def test_fewer_are_in_flight_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    need = room.Need(100, (50, 50, 20), "G of 'head', 9 x 9")
+    monkeypatch.setattr(room, "cores", lambda: 4)
+    for free, want in ((None, 4), (500, 4), (220, 4), (219, 2), (200, 2), (199, 1), (150, 1)):
+        monkeypatch.setattr(room, "available", lambda free=free: free)
+        assert room.in_flight("collect", need) == want
+        assert room.in_flight("collect", need, 3) == min(want, 3)
+    monkeypatch.setattr(room, "available", lambda: 149)
+    with pytest.raises(RoomError, match="'head', 9 x 9") as refused:
+        room.in_flight("collect", need)
+    assert refused.value.status == 3
+    assert refused.value.values == {"need": 150, "room": 149}
+
+
+def test_memory_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room for three shards and sides at a time, and for one."""
+    monkeypatch.setattr("refcurv.law.conventions.SHARD_TOKENS", 3)
+    monkeypatch.setattr(room, "cores", lambda: 3)
+    model = model_of(wide(), "float64")
+    corpus = rc.Corpus(np.random.default_rng(0).integers(0, 300, (4, 3)))
+    made = []
+    for room_to_collect, room_to_decompose in ((None, None), (4_100_000, 8_100_000)):
+        monkeypatch.setattr(room, "available", lambda free=room_to_collect: free)
+        factors = rc.collect(model, corpus, "head")
+        monkeypatch.setattr(room, "available", lambda free=room_to_decompose: free)
+        basis = rc.decompose(factors)["head"]
+        made.append([factors["head"].sum_G.tobytes(), basis.U_G.tobytes(), basis.lam.tobytes()])
+    assert made[0] == made[1]
+
+
+class Unread(dict[str, np.ndarray]):
+    """The parameters of a model too large for a test: whoever reads one has begun to work."""
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        raise AssertionError(f"{name} was read")
+
+
+def test_a_head_that_memory_does_not_hold_is_refused_before_any_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """G of 49,152 words: 18 GiB in the sum and again in a shard's product; 108 to decompose it."""
+    monkeypatch.setattr(room, "available", lambda: 24 * GIB)
+    made = config(vocabulary=WORDS, width=2048, head_width=128, mlp_width=8192)
+    model = Model(made, Unread(dict.fromkeys(made.parameter_shapes())), "float64")  # type: ignore[arg-type]
+    corpus = rc.Corpus(np.arange(12).reshape(3, 4))
+    with pytest.raises(RoomError, match=r"collect: needs 36\.1 GiB") as refused:
+        rc.collect(model, corpus, "head")
+    for part in ("G of 'head', 49,152 x 49,152", "24.0 GiB are free", "--layers"):
+        assert part in str(refused.value)
+    assert "\n" not in str(refused.value)
+    with pytest.raises(AssertionError, match="was read"):
+        rc.collect(model, corpus, "blocks.0.attn.q")
+    many = rc.Corpus(np.zeros((65 * 512, 4), int))  # 65 shards: a total and a block
+    with pytest.raises(RoomError, match=r"collect: needs 54\.1 GiB"):
+        rc.collect(model, many, "head")
+    need = room.to_decompose({"G of 'head'": WORDS})
+    assert need.bytes(1) >= 58e9
+    monkeypatch.setattr(room, "available", lambda: need.bytes(1) - 1)
+    with pytest.raises(RoomError, match=r"decompose: needs 108\.0 GiB"):
+        room.in_flight("decompose", need)
+
+
+def factors_unread(n: int) -> Factors:
+    """Of a head of n words: numbers that take no memory, in matrices whose widths are real."""
+    flat = np.broadcast_to(np.float64(1), (n, n))
+    layers = MappingProxyType({"head": Factor(np.eye(2), 9, flat, 9)})
+    return Factors(layers, Fisher.EMPIRICAL, Rows.REACHED, 0, 1, "float64", 9)
+
+
+@pytest.fixture
+def idle(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whatever decomposes a matrix fails."""
+
+    def begun(*_: object) -> None:
+        raise AssertionError("a matrix was decomposed")
+
+    monkeypatch.setattr(eigenbasis, "eigenbasis", begun)
+    yield
+
+
+@pytest.mark.usefixtures("idle")
+def test_a_decomposition_is_refused_before_any_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    out = tmp_path / "b.h5"
+    monkeypatch.setattr(room, "available", lambda: 24 * GIB)
+    for work in (
+        lambda: rc.decompose(factors_unread(WORDS)),
+        lambda: eigenbasis.decompose_to(factors_unread(WORDS), out),
+    ):
+        with pytest.raises(RoomError, match=r"needs 108.0 GiB.*24.0 GiB are free.*--layers"):
+            work()
+    assert not out.exists()
+    monkeypatch.setattr(room, "available", lambda: None)  # unknown memory refuses nothing
+    eigenbasis.decompose_each(factors_unread(WORDS), Bias.SEPARATE)
+    monkeypatch.setattr(blas, "has_long_integers", lambda: False)
+    with pytest.raises(RoomError, match=r"G of 'head' is 49,152 x 49,152.*32 bits.*--layers"):
+        rc.decompose(factors_unread(WORDS))
+    eigenbasis.decompose_each(factors_unread(32_766), Bias.SEPARATE)

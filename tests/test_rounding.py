@@ -1,0 +1,219 @@
+"""Noise is told from curvature: what `collect` says of rounding, and what `edit` refuses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import test_images
+from hypothesis import given, settings
+from strategies import Case, case, cases
+
+import refcurv as rc
+from refcurv.cli import main
+from refcurv.curvature.eigenbasis import decompose_to
+from refcurv.law.checks import EmptyError
+from refcurv.law.conventions import MOST_ROUNDING, NO_LABEL
+from refcurv.model import transformer
+from refcurv.model.config import Norm, NormPlace, QKNorm
+from refcurv.model.transformer import Tap
+from refcurv.passes import rounding
+
+FLOATS = [np.float64, np.float32]
+
+
+def collected(one: Case, dtype: type, fisher: str = "empirical", layers: str = "**") -> rc.Factors:
+    name = np.dtype(dtype).name
+    corpus = rc.Corpus(one.token, one.label, one.real.astype(np.uint8), one.segment)
+    return rc.collect(rc.Model(one.config, one.astype(dtype), name), corpus, layers, fisher)
+
+
+def refused(factor: rc.Factor) -> bool:
+    assert factor.rounding_G is not None
+    return 0 < factor.sum_G.trace() < factor.rounding_G / MOST_ROUNDING
+
+
+def gradients(one: Case, dtype: type) -> dict[str, np.ndarray]:
+    """g of every layer at the positions that reach a label, by the definitions."""
+    parameters = {name: x.astype(dtype) for name, x in one.parameters.items()}
+    label, out = one.label, {}
+
+    def take(step: object) -> None:
+        if isinstance(step, Tap):
+            out[step.name] = step.g
+
+    final, trace = transformer.forward(one.config, parameters, one.token, one.layout)
+    head = transformer.head_backward(one.config, parameters, final, label, label >= 0)
+    loss = transformer.drain(head, take)
+    for step in transformer.blocks_backward(one.config, parameters, loss.d_final_BTD, trace):
+        take(step)
+    return out
+
+
+# ------------------------------------------------------------------ models of noise
+
+
+def same_tokens(seed: int, **changes: object) -> Case:
+    """One token again and again, no learned positions: all values are the same vector."""
+    one = case(seed, **changes)
+    return replace(one, token=np.full_like(one.token, 3))
+
+
+def narrow_norm(seed: int, **changes: object) -> Case:
+    """A norm whose output is a sign: RMSNorm of one number, LayerNorm of two."""
+    return case(seed, norm_eps=1e-30, **changes)
+
+
+NOISE = {
+    "same tokens": lambda seed: same_tokens(seed, norm_place=NormPlace.PRE, qk_norm=QKNorm.NONE),
+    "same tokens, deep": lambda seed: same_tokens(seed, layers=5, length=20, width=16),
+    "RMSNorm of 1": lambda seed: narrow_norm(seed, width=1),
+    "LayerNorm of 2": lambda seed: narrow_norm(seed, width=2, norm=Norm.LAYER),
+    "heads of 2": lambda seed: narrow_norm(seed, norm=Norm.LAYER, qk_norm=QKNorm.HEAD),
+}
+
+
+def verdicts(one: Case, dtype: type) -> set[str]:
+    """What was refused: noise, which longdouble does not find again, and nothing that it does."""
+    one = replace(one, parameters=one.astype(dtype))
+    exact, found = gradients(one, np.longdouble), set()
+    for name, factor in collected(one, dtype).items():
+        trace = factor.sum_G.trace()  # of 0 nothing can be cut anyway
+        off = abs(trace - np.square(exact[name]).sum())
+        if off < 0.01 * trace:
+            assert not refused(factor), name
+            found.add("sound")
+        elif off > 0.5 * trace > 0:
+            assert refused(factor), name
+            found.add("noise")
+    return found
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("which", NOISE)
+def test_the_estimate_is_the_error(which: str, dtype: type) -> None:
+    found = set.union(*(verdicts(NOISE[which](seed), dtype) for seed in range(3)))
+    assert found == {"sound", "noise"}
+
+
+@given(one=cases())
+def test_sound_layers_are_not_refused_and_noise_is(one: Case) -> None:
+    """Random models hold noise too: of a text of one token, for example."""
+    if (one.label >= 0).any():
+        verdicts(one, np.float64)
+
+
+@pytest.mark.slow
+@settings(max_examples=1000)
+@given(one=cases(layers=3))
+def test_a_thousand_models(one: Case) -> None:
+    if (one.label >= 0).any():
+        verdicts(one, np.float64)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_saturated_heads_are_no_noise(dtype: type) -> None:
+    """Their curvature is far below the square of eps, and right: it is not refused."""
+    least = 1.0
+    for seed in range(5):
+        one = case(seed, norm_place=NormPlace.PRE, qk_norm=QKNorm.NONE)
+        for name in ("blocks.0.attn.q.weight", "blocks.1.attn.k.weight"):
+            one.parameters[name][:] *= 1000 if dtype == np.float64 else 300
+        factors = collected(one, dtype)
+        assert not any(map(refused, factors.values()))
+        traces = [factor.sum_G.trace() for factor in factors.values()]
+        least = min(least, *(x / max(traces) for x in traces if x))
+    assert least < np.finfo(dtype).eps ** 2 / 100
+
+
+def test_squares_that_underflow_are_rounding() -> None:
+    """In float32 what is below 1e-22 has no square, and below 1e-19 one of few digits."""
+    one = case(0, norm_place=NormPlace.PRE, qk_norm=QKNorm.NONE)
+    seen = set()
+    for small in (1e-12, 1e-20, 1e-21, 1e-22, 1e-30):
+        one.parameters["blocks.1.mlp.down.weight"][:] = (
+            small * case(0).parameters["blocks.1.mlp.down.weight"]
+        )
+        few, many = (collected(one, x, layers="blocks.1.mlp.up") for x in (np.float32, np.float64))
+        trace, exact = (x["blocks.1.mlp.up"].sum_G.trace() for x in (few, many))
+        if refused(few["blocks.1.mlp.up"]):
+            seen.add("refused")
+        elif trace:
+            seen.add("sound")
+            assert abs(trace - exact) < 0.1 * exact
+        assert not refused(many["blocks.1.mlp.up"])
+    assert seen == {"refused", "sound"}
+
+
+@pytest.mark.parametrize("fisher", ["sampled", "signed", "expected"])
+def test_every_fisher_and_images_too(fisher: str) -> None:
+    sound, noise = case(0, length=4), same_tokens(0, length=4)
+    assert not any(map(refused, collected(sound, np.float64, fisher).values()))
+    noisy = collected(noise, np.float64, fisher)  # of equal bits block 0 makes exact zeros
+    found = {name for name, x in noisy.items() if refused(x) or not x.sum_G.any()}
+    assert found == {f"blocks.{i}.attn.{part}" for i in range(2) for part in "qk"}
+    assert refused(noisy["blocks.1.attn.q"])
+    one, images = test_images.vit(0)
+    factors = rc.collect(
+        test_images.model_of(one), test_images.corpus_of(one, images), "**", fisher
+    )
+    shares = [factor.rounding_G / factor.sum_G.trace() for factor in factors.values()]
+    assert 1e-36 < min(shares) < max(shares) < 1e-20
+
+
+def test_labelled_sequences_are_looked_at(monkeypatch) -> None:
+    """As many as fit, one at least; the first of a corpus may have no label."""
+    one = case(0, batch=4, length=5)
+    label = one.label.copy()
+    label[:2] = NO_LABEL
+    estimates = []
+    for positions in (3, 7, 8):  # of width 4: the last column reaches no label
+        monkeypatch.setattr(rounding, "POSITIONS", positions)
+        factors = collected(replace(one, label=label), np.float64, layers="blocks.1.mlp.up")
+        estimates.append(factors["blocks.1.mlp.up"].rounding_G)
+    assert 1e-40 < estimates[0] == estimates[1] != estimates[2] > 1e-40
+
+
+# ------------------------------------------------------------------ what comes of it
+
+
+def test_edit_refuses_what_is_rounding(tmp_path: Path) -> None:
+    """By name, through both files; files that do not say, and sides without G, are edited."""
+    one = same_tokens(0)
+    model = rc.Model(one.config, one.parameters, "float64")
+    rc.save_factors(collected(one, np.float64), tmp_path / "f.h5")
+    factors = rc.load_factors(tmp_path / "f.h5")
+    rc.save_bases(rc.decompose(factors), tmp_path / "b.h5")
+    decompose_to(factors, tmp_path / "b2.h5")
+    for name in ("b", "b2"):
+        basis = rc.load_bases(tmp_path / f"{name}.h5")
+        with pytest.raises(EmptyError, match=r"'blocks.1.attn.q': G has trace .* are noise"):
+            rc.edit(model, basis, {"blocks.1.attn.q": 0.5})
+        rc.edit(model, basis, {"blocks.*.mlp.*": 0.5})
+    rc.edit(model, rc.one_sided(basis, "inputs"), {"blocks.1.attn.q": 0.5})
+    with pytest.raises(EmptyError, match="noise"):
+        rc.edit(model, rc.one_sided(basis, "outputs"), {"blocks.1.attn.q": 0.5})
+    with h5py.File(tmp_path / "b.h5", "r+") as file:
+        del file["blocks/1/attn/q/lam"].attrs["rounding"]
+    rc.edit(model, rc.load_bases(tmp_path / "b.h5"), {"blocks.1.attn.q": 0.5})
+    with h5py.File(tmp_path / "f.h5", "r+") as file:
+        del file["blocks/1/attn/q/sum_G"].attrs["rounding_G"]
+    assert rc.load_factors(tmp_path / "f.h5")["blocks.1.attn.q"].rounding_G is None
+
+
+def test_the_command_line_names_a_layer_without_curvature(tmp_path: Path, capsys) -> None:
+    """Two positions: the one that has a label sees one key. q's gradient is exactly zero."""
+    one = case(0, length=2)
+    w, c, f, b = (str(tmp_path / f"{name}.h5") for name in "wcfb")
+    rc.save(rc.Model(one.config, one.parameters, "float64"), w)
+    rc.save_corpus(rc.Corpus(one.token), c)
+    assert main(["collect", w, c, "-o", f, "--layers", "blocks.*.attn.*"]) == 0
+    assert main(["decompose", f, "-o", b]) == 0
+    assert main(["edit", w, b, "-o", str(tmp_path / "e.h5"), "--rho", "0.6"]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "'blocks.0.attn.q'" in said
+    assert "curvature mass is 0" in said
+    assert not (tmp_path / "e.h5").exists()
