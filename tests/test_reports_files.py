@@ -128,6 +128,37 @@ def test_a_file_system_without_locks_is_written_to(tmp_path: Path, monkeypatch) 
         disk.write_bytes("write", path, b"second")
         first.write(b"first")
     assert path.read_bytes() == b"first"
+    with disk.new_folder("export", tmp_path / "d") as folder:
+        (folder / "config.json").touch()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["d", "w"]
+
+
+@pytest.mark.parametrize("make", [disk.replacing, disk.new_folder])
+def test_what_is_taken_for_a_dead_writers_is_made_anew(make, tmp_path: Path, monkeypatch) -> None:
+    """Another writer meets it after it was made and before it was locked, and removes it."""
+    right, others = fcntl.flock, []
+
+    def flock(descriptor: int, how: int) -> None:
+        if not others:
+            (partial,) = tmp_path.iterdir()
+            held = os.open(partial, os.O_RDONLY)
+            right(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+            def remove() -> None:
+                partial.rmdir() if partial.is_dir() else partial.unlink()
+                os.close(held)
+
+            others.append(threading.Timer(0.05, remove))
+            others[0].start()
+        right(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with make("write", tmp_path / "w") as made:
+        others[0].join()
+        if isinstance(made, Path):
+            (made / "config.json").touch()
+        else:
+            made.write(b"new")
     assert [p.name for p in tmp_path.iterdir()] == ["w"]
 
 

@@ -187,10 +187,8 @@ def new_folder(who: str, path: PathLike) -> Iterator[Path]:
     with machine_faults(who, path, WRITING):
         try:
             _remove_left_over(target)
-            partial.mkdir()
-            descriptor = os.open(partial, os.O_RDONLY)
+            descriptor = _locked_folder(partial)
             try:
-                _lock(descriptor)
                 yield partial
                 sync_folder(partial)
                 partial.rename(target)
@@ -206,11 +204,34 @@ def _locked(partial: Path) -> BinaryIO:
     """A new file, and its lock, which ends when the file is closed."""
     while True:
         raw = partial.open("x+b", buffering=0)
-        with suppress(OSError):  # a file system without locks
-            _lock(raw.fileno())
-        if partial.exists():  # nobody took it for one that was left, between those two lines
+        if _still_there(partial, raw.fileno()):
             return raw
         raw.close()
+
+
+def _locked_folder(partial: Path) -> int:
+    """A new folder, opened, and its lock, which ends when it is closed."""
+    while True:
+        partial.mkdir()
+        try:
+            descriptor = os.open(partial, os.O_RDONLY)
+        except FileNotFoundError:  # as below, before it could be opened
+            continue
+        if _still_there(partial, descriptor):
+            return descriptor
+        os.close(descriptor)
+
+
+def _still_there(partial: Path, descriptor: int) -> bool:
+    """Once locked: did nobody take what was just made for something left, before it was locked?
+
+    Who did has locked it until it is removed, and is waited for.
+
+    Proof: tests/test_reports_files.py::test_what_is_taken_for_a_dead_writers_is_made_anew
+    """
+    with suppress(OSError):  # a file system without locks
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return partial.exists()
 
 
 def _take_permissions(raw: BinaryIO, target: Path) -> None:
@@ -219,18 +240,13 @@ def _take_permissions(raw: BinaryIO, target: Path) -> None:
         os.fchmod(raw.fileno(), target.stat().st_mode & 0o777)
 
 
-def _lock(descriptor: int) -> None:
-    """Until it is closed, also by a kill; OSError if somebody else has it."""
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
 def _remove_left_over(target: Path) -> None:
     """Remove the partial files and folders of writers of `target` that are no more alive."""
     for partial in target.parent.glob(_partial(target, "*").name):
         with suppress(OSError):  # somebody's who lives, or not ours
             descriptor = os.open(partial, os.O_RDONLY | os.O_NOFOLLOW)
             try:
-                _lock(descriptor)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
             finally:
                 os.close(descriptor)
