@@ -329,7 +329,7 @@ def test_writing_where_nothing_can_be_written(tmp_path: Path) -> None:
         put(tmp_path, Entry("a", W))
     with pytest.raises(SchemaError, match="no regular file"):
         put(Path(os.devnull), Entry("a", W))
-    with pytest.raises(StorageError, match="File name too long"):
+    with pytest.raises(SchemaError, match="File name too long"):
         put(tmp_path / ("n" * 300), Entry("a", W))
     with pytest.raises(SchemaError, match="is no path"):
         put(Path("a\0b"), Entry("a", W))

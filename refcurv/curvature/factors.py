@@ -214,7 +214,7 @@ def collect(
     if checkpoint:
         nbytes = sum(8 * math.prod(total.shape) for total in totals.values())
         require_space("collect", checkpoint, nbytes)
-        resume = Checkpoint(Path(checkpoint), _fingerprint(model, corpus, job, keep))
+        resume = Checkpoint(Path(checkpoint).absolute(), _fingerprint(model, corpus, job, keep))
     accumulate(units, work, totals, in_flight, resume, progress)
     return Factors(
         MappingProxyType(_finish(config, job, totals)),
