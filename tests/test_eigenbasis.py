@@ -395,3 +395,14 @@ def test_a_basis_file_that_lies_is_refused(tmp_path: Path) -> None:
             file[f"{group}/{part}"].attrs[key] = value
         with pytest.raises(SchemaError, match=f"{part} of .*attribute {key!r} must be"):
             load_bases(path)[name]
+
+
+@pytest.mark.parametrize("power", range(-1100, -1000, 7))
+def test_what_underflow_makes_negative_is_raised(power: int) -> None:
+    """Of rank 7 in 20 dimensions, its sums at the lower end of the range."""
+    rng = np.random.default_rng(power + 2000)
+    x = rng.normal(size=(7, 20))
+    M = np.ldexp(x.T @ x, power)
+    U, values, _ = eigenbasis(M, 7, "float64", "G")
+    error = np.abs((U * values) @ U.T - M).max()
+    assert error <= 20 * tolerance.eigenpair(20) * values[0] + tolerance.underflow(20, 7, "float64")

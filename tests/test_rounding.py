@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
 import test_images
 from hypothesis import given, settings
-from strategies import Case, case, cases
+from strategies import Case, case, cases, opened_for_lies
 
 import refcurv as rc
 from refcurv.cli import main
@@ -198,10 +197,10 @@ def test_edit_refuses_what_is_rounding(tmp_path: Path) -> None:
     with pytest.raises(EmptyError, match="noise"):
         rc.edit(model, rc.one_sided(basis, "outputs"), {noise: 0.5})
     at = noise.replace(".", "/")
-    with h5py.File(tmp_path / "b.h5", "r+") as file:
+    with opened_for_lies(tmp_path / "b.h5") as file:
         del file[f"{at}/lam"].attrs["rounding"]
     rc.edit(model, rc.load_bases(tmp_path / "b.h5"), {noise: 0.5})
-    with h5py.File(tmp_path / "f.h5", "r+") as file:
+    with opened_for_lies(tmp_path / "f.h5") as file:
         del file[f"{at}/sum_G"].attrs["rounding_G"]
     assert rc.load_factors(tmp_path / "f.h5")[noise].rounding_G is None
 

@@ -188,7 +188,8 @@ def eigenbasis(M: Array, shard_rows: int, dtype: str, what: str) -> tuple[Array,
     with one_blas_thread():
         values, U = blas.eigh(M, who, k)
     values, U = values[::-1].copy(), signed(U[:, ::-1])
-    least = -tolerance.negative(n, shard_rows, dtype) * max(values[0], 0.0)
+    underflow = float(shifted(tolerance.underflow(n, shard_rows, dtype), -k))
+    least = -tolerance.negative(n, shard_rows, dtype) * max(values[0], 0.0) - underflow
     if values[-1] < least:
         lowest, bound, highest = shifted(np.array([values[-1], least, values[0]]), k)
         raise NotPSDError(
