@@ -25,7 +25,15 @@ from refcurv.demo.run import CORPUS, MODEL
 from refcurv.judge import audit as judge
 from refcurv.judge import bench, identities
 from refcurv.judge.identities import CHECKS
-from refcurv.law.checks import ConventionError, EmptyError, NonFiniteError, RangeError
+from refcurv.law.checks import (
+    ConventionError,
+    EmptyError,
+    NonFiniteError,
+    RangeError,
+    RoomError,
+    SolverError,
+    StorageError,
+)
 from refcurv.model import inputs, layers, transformer
 from refcurv.model.config import NormPlace, QKNorm
 from refcurv.model.layers import DEFINITIONS
@@ -331,6 +339,21 @@ def test_an_error_inside_a_check_is_a_finding(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(judge, "CHECKS", {"X1": broken})
     found = rc.audit(*small())
     assert found.failed == ("X1",) and "nothing there" in found.findings[0].where
+
+
+@pytest.mark.parametrize("kind", [StorageError, RoomError, SolverError])
+def test_a_fault_of_the_machine_is_no_finding(
+    kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Status 1 would say that the model was judged."""
+
+    def broken(bench: Any) -> Any:
+        """Something holds."""
+        raise kind("no room")
+
+    monkeypatch.setattr(judge, "CHECKS", {"X1": broken})
+    with pytest.raises(kind):
+        rc.audit(*small())
 
 
 @pytest.mark.parametrize(("error", "says"), [(np.nan, "nan"), (np.inf, "infinite")])

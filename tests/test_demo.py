@@ -321,6 +321,11 @@ def test_a_report_refuses_what_it_could_not_judge_before_the_work(
     refused("outside the model's vocabulary", tokens=bad)
     refused("no token behind any prompt", prompt=9)
     with monkeypatch.context() as patch:
+        patch.setattr("refcurv.curvature.room.available", lambda: 1000)
+        assert main(["report", str(tmp_path / "w.h5"), str(tmp_path / "c.h5"), "--rho", "0.5",
+                     "--out", str(tmp_path / "out")]) == 3  # fmt: skip
+        assert "report: needs" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "matplotlib", None)
         refused("plots need matplotlib")
     (tmp_path / "out").mkdir(exist_ok=True)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.linalg
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import config, random_parameters
+from strategies import config, opened_for_lies, random_parameters
 
 import refcurv as rc
 from refcurv.algebra import blas
@@ -36,6 +37,7 @@ from refcurv.law.checks import (
     NotPSDError,
     NotSymmetricError,
     RangeError,
+    SchemaError,
     ShapeError,
     SolverError,
 )
@@ -362,3 +364,45 @@ def test_O63_davis_kahan(n: int, seed: int, size: float) -> None:
     rounding = tolerance.eigenpair(n) * values[0]
     assert gap > 0
     assert sine <= (np.linalg.norm(E, 2) + rounding) / gap
+
+
+def test_a_basis_file_that_lies_is_refused(tmp_path: Path) -> None:
+    """Other dtypes and shapes when it is opened, attributes of another kind when they are read."""
+    path = tmp_path / "b.h5"
+    basis = decompose(factors())
+    save_bases(basis, path)
+    good = path.read_bytes()
+    name = next(iter(basis))
+    group = name.replace(".", "/")
+    for part, value in (
+        ("mu", np.zeros(0)), ("mu", np.zeros((6, 1))), ("mu", np.zeros(4)),
+        ("U_A", np.zeros((5, 4))), ("U_A", np.zeros((6, 6), "f4")), ("lam", np.zeros(4, "i8")),
+    ):  # fmt: skip
+        path.write_bytes(good)
+        with opened_for_lies(path) as file:
+            attributes = dict(file[f"{group}/{part}"].attrs)
+            del file[f"{group}/{part}"]
+            file[f"{group}/{part}"] = value
+            for key, found in attributes.items():
+                file[f"{group}/{part}"].attrs[key] = found
+        with pytest.raises(SchemaError, match=r"b\.h5"):
+            load_bases(path)
+    for part, key, value in (
+        ("mu", "raised", np.inf), ("lam", "raised", np.bytes_("1")), ("lam", "rounding", np.nan),
+    ):  # fmt: skip
+        path.write_bytes(good)
+        with opened_for_lies(path) as file:
+            file[f"{group}/{part}"].attrs[key] = value
+        with pytest.raises(SchemaError, match=f"{part} of .*attribute {key!r} must be"):
+            load_bases(path)[name]
+
+
+@pytest.mark.parametrize("power", range(-1100, -1000, 7))
+def test_what_underflow_makes_negative_is_raised(power: int) -> None:
+    """Of rank 7 in 20 dimensions, its sums at the lower end of the range."""
+    rng = np.random.default_rng(power + 2000)
+    x = rng.normal(size=(7, 20))
+    M = np.ldexp(x.T @ x, power)
+    U, values, _ = eigenbasis(M, 7, "float64", "G")
+    error = np.abs((U * values) @ U.T - M).max()
+    assert error <= 20 * tolerance.eigenpair(20) * values[0] + tolerance.underflow(20, 7, "float64")

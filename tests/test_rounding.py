@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
 import test_images
 from hypothesis import given, settings
-from strategies import Case, case, cases
+from strategies import Case, case, cases, opened_for_lies
 
 import refcurv as rc
 from refcurv.cli import main
@@ -150,12 +149,12 @@ def test_squares_that_underflow_are_rounding() -> None:
 
 @pytest.mark.parametrize("fisher", ["sampled", "signed", "expected"])
 def test_every_fisher_and_images_too(fisher: str) -> None:
-    sound, noise = case(0, length=4), same_tokens(0, length=4)
+    sound, noise = case(0, length=4), same_tokens(0, length=8, layers=3, width=16)
     assert not any(map(refused, collected(sound, np.float64, fisher).values()))
-    noisy = collected(noise, np.float64, fisher)  # of equal bits block 0 makes exact zeros
+    noisy = collected(noise, np.float64, fisher)  # equal bits can make exact zeros too
     found = {name for name, x in noisy.items() if refused(x) or not x.sum_G.any()}
-    assert found == {f"blocks.{i}.attn.{part}" for i in range(2) for part in "qk"}
-    assert refused(noisy["blocks.1.attn.q"])
+    assert found == {f"blocks.{i}.attn.{part}" for i in range(3) for part in "qk"}
+    assert any(map(refused, noisy.values()))
     one, images = test_images.vit(0)
     factors = rc.collect(
         test_images.model_of(one), test_images.corpus_of(one, images), "**", fisher
@@ -182,26 +181,28 @@ def test_labelled_sequences_are_looked_at(monkeypatch) -> None:
 
 def test_edit_refuses_what_is_rounding(tmp_path: Path) -> None:
     """By name, through both files; files that do not say, and sides without G, are edited."""
-    one = same_tokens(0)
+    one = same_tokens(0, length=8, layers=3, width=16)
     model = rc.Model(one.config, one.parameters, "float64")
-    rc.save_factors(collected(one, np.float64), tmp_path / "f.h5")
+    rc.save_factors(collected(one, np.float64, layers="blocks.*.*.{q,up}"), tmp_path / "f.h5")
     factors = rc.load_factors(tmp_path / "f.h5")
+    noise = [name for name in factors if refused(factors[name])][-1]
     rc.save_bases(rc.decompose(factors), tmp_path / "b.h5")
     decompose_to(factors, tmp_path / "b2.h5")
     for name in ("b", "b2"):
         basis = rc.load_bases(tmp_path / f"{name}.h5")
-        with pytest.raises(EmptyError, match=r"'blocks.1.attn.q': G has trace .* are noise"):
-            rc.edit(model, basis, {"blocks.1.attn.q": 0.5})
+        with pytest.raises(EmptyError, match=rf"'{noise}': G has trace .* are noise"):
+            rc.edit(model, basis, {noise: 0.5})
         rc.edit(model, basis, {"blocks.*.mlp.*": 0.5})
-    rc.edit(model, rc.one_sided(basis, "inputs"), {"blocks.1.attn.q": 0.5})
+    rc.edit(model, rc.one_sided(basis, "inputs"), {noise: 0.5})
     with pytest.raises(EmptyError, match="noise"):
-        rc.edit(model, rc.one_sided(basis, "outputs"), {"blocks.1.attn.q": 0.5})
-    with h5py.File(tmp_path / "b.h5", "r+") as file:
-        del file["blocks/1/attn/q/lam"].attrs["rounding"]
-    rc.edit(model, rc.load_bases(tmp_path / "b.h5"), {"blocks.1.attn.q": 0.5})
-    with h5py.File(tmp_path / "f.h5", "r+") as file:
-        del file["blocks/1/attn/q/sum_G"].attrs["rounding_G"]
-    assert rc.load_factors(tmp_path / "f.h5")["blocks.1.attn.q"].rounding_G is None
+        rc.edit(model, rc.one_sided(basis, "outputs"), {noise: 0.5})
+    at = noise.replace(".", "/")
+    with opened_for_lies(tmp_path / "b.h5") as file:
+        del file[f"{at}/lam"].attrs["rounding"]
+    rc.edit(model, rc.load_bases(tmp_path / "b.h5"), {noise: 0.5})
+    with opened_for_lies(tmp_path / "f.h5") as file:
+        del file[f"{at}/sum_G"].attrs["rounding_G"]
+    assert rc.load_factors(tmp_path / "f.h5")[noise].rounding_G is None
 
 
 def test_the_command_line_names_a_layer_without_curvature(tmp_path: Path, capsys) -> None:

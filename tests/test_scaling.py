@@ -151,7 +151,12 @@ def test_an_edit_has_the_same_bits_in_any_units_of_the_curvature(
     model, _, _ = made
     factors = rc.collect(model, corpus_of(case()), UP)
     one = factors[UP]
-    far = replace(one, sum_A=np.ldexp(one.sum_A, a), sum_G=np.ldexp(one.sum_G, b))
+    far = replace(
+        one,
+        sum_A=np.ldexp(one.sum_A, a),
+        sum_G=np.ldexp(one.sum_G, b),
+        rounding_G=np.ldexp(one.rounding_G, b),
+    )
     found = [
         rc.edit(model, rc.decompose(replace(factors, layers={UP: x})), 0.6) for x in (one, far)
     ]

@@ -92,6 +92,13 @@ def test_attributes_and_order_come_back(tmp_path: Path) -> None:
     assert isinstance(header.attributes["k"], int) and isinstance(header.attributes["rho"], float)
 
 
+def test_an_attribute_may_be_no_number(tmp_path: Path) -> None:
+    """A variance whose squares overflowed."""
+    header = store.open_file(put(tmp_path / "f.h5", Entry("a", W, {"x": np.nan, "y": np.inf})))
+    assert np.isnan(header.entries["a"].attributes["x"])
+    assert (store.read(header, "a") == W).all()
+
+
 def test_anyone_can_read_it(path: Path) -> None:
     """With plain h5py and no refcurv: names, bytes, layout, byte order, checksum."""
     with h5py.File(path) as file:
@@ -322,7 +329,7 @@ def test_writing_where_nothing_can_be_written(tmp_path: Path) -> None:
         put(tmp_path, Entry("a", W))
     with pytest.raises(SchemaError, match="no regular file"):
         put(Path(os.devnull), Entry("a", W))
-    with pytest.raises(StorageError, match="File name too long"):
+    with pytest.raises(SchemaError, match="File name too long"):
         put(tmp_path / ("n" * 300), Entry("a", W))
     with pytest.raises(SchemaError, match="is no path"):
         put(Path("a\0b"), Entry("a", W))

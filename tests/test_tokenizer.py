@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, p
 
 from refcurv.files import tokenizer
 from refcurv.files.texts import build_corpus
-from refcurv.files.tokenizer import encode_pairs, find_tokenizer, in_pieces, load_tokenizer
+from refcurv.files.tokenizer import PIECE, encode_pairs, find_tokenizer, in_pieces, load_tokenizer
 from refcurv.law.checks import SchemaError
 
 LEARNT = [
@@ -355,3 +357,26 @@ def test_a_folder_with_a_tokenizer(tmp_path: Path) -> None:
         assert made.tokens.tolist() == [whole("bytes", "the cat")]
         assert "tokenizer.json" in made.source["made_from"]["inputs"]
     assert find_tokenizer("nowhere/t.json") == Path("nowhere/t.json")
+
+
+def test_a_panic_of_the_library_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+    """Rust prints lines of its own on the process's stderr before Python hears of it."""
+
+    class PanicException(BaseException):
+        """What the library raises."""
+
+    def panic(*_: object, **__: object) -> None:
+        os.write(2, b"thread '<unnamed>' panicked at src/lib.rs:1:1\nnote: run with ...\n")
+        raise PanicException("index out of bounds")
+
+    library = SimpleNamespace(encode=panic, encode_batch=panic, encode_batch_fast=panic)
+    broken = tokenizer.Tokenizer(library, (), (), 8, {})
+    for use in (
+        lambda: tokenizer.encode(broken, ["a"], "a.txt", lambda done: None),
+        lambda: tokenizer.encode(broken, ["a b " * PIECE], "a.txt", lambda done: None),
+        lambda: encode_pairs(broken, [("a", "b")], "p.jsonl"),
+    ):
+        with pytest.raises(SchemaError, match=r"cannot use the tokenizer.*: index out of bounds"):
+            use()
+    os.write(2, b"seen\n")
+    assert capfd.readouterr().err == "seen\n"

@@ -17,6 +17,7 @@ from validation.traceability import ROWS, Row  # noqa: E402
 
 TESTS = set(traceability.all_tests())
 DEVIATIONS = (ROOT / "validation" / "DEVIATIONS.md").read_text(encoding="utf-8")
+REPORTS = (ROOT / "validation" / "REPORTS.md").read_text(encoding="utf-8")
 
 
 def test_every_id_has_its_row() -> None:
@@ -62,3 +63,18 @@ def test_every_deviation_has_a_test_that_exists() -> None:
         assert tests, f"no test: {line}"
         for test in tests:
             assert test in TESTS, test
+
+
+@pytest.mark.parametrize("part", re.split(r"^## ", REPORTS, flags=re.MULTILINE)[1:])
+def test_every_report_has_a_source_and_tests_that_exist(part: str) -> None:
+    """Source, what it says, what came out, tests; each address once, at least ten of each part."""
+    title, _, table = part.partition("\n")
+    rows = [line for line in table.splitlines() if line.startswith("|")][2:]
+    assert len(rows) >= 10 or title.startswith("Loaders")
+    cells = [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows]
+    for source, says, came, tests in cells:
+        assert re.fullmatch(r"\[[^]]+\]\(https://\S+\)", source), source
+        assert says and came
+        named = re.findall(r"`tests/(test_\w+\.py::test_\w+)`", tests)
+        assert named and set(named) <= TESTS, f"no such test: {tests}"
+    assert len({source for source, *_ in cells}) == len(cells)

@@ -8,14 +8,54 @@ split a row's sum over the lanes of one register, always in the same way.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
+import numba
 import numpy as np
 from llvmlite.binding import get_host_cpu_name
-from numba import config, njit, types
+from numba import config, types
+from numba.core.caching import FunctionCache
 from numba.extending import overload
 
 from refcurv.law.checks import Array
+
+
+class _Kept(FunctionCache):
+    """Compiled code kept on disk; what cannot be read or kept there is compiled anew.
+
+    Proof: tests/test_reports_files.py::test_compiled_code_that_was_cut_short_is_compiled_anew
+    """
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)  # type: ignore[no-untyped-call]
+        except Exception:  # whatever a file that a kill or a full disk cut short unpickles to
+            with suppress(Exception):
+                self.flush()  # type: ignore[no-untyped-call]
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        with suppress(Exception):
+            super().save_overload(sig, data)  # type: ignore[no-untyped-call]
+
+
+def njit(*, cache: bool, **options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """`numba.njit`, its compiled code kept on disk if `cache`, and where there is a place for it.
+
+    Proof: tests/test_reports_files.py::test_compiled_code_that_can_be_kept_nowhere_is_compiled_anew
+    """
+
+    def compiled(function: Callable[..., Any]) -> Any:
+        made = numba.njit(**options)(function)
+        if cache and hasattr(made, "enable_caching"):  # else NUMBA_DISABLE_JIT is set
+            with suppress(RuntimeError):  # a read-only installation, and no home
+                made._cache = _Kept(function)  # type: ignore[no-untyped-call]
+        return made
+
+    return compiled
+
 
 _EXACT = {"contract", "nsz"}
 _LANES = {"contract", "nsz", "reassoc"}

@@ -188,7 +188,8 @@ def eigenbasis(M: Array, shard_rows: int, dtype: str, what: str) -> tuple[Array,
     with one_blas_thread():
         values, U = blas.eigh(M, who, k)
     values, U = values[::-1].copy(), signed(U[:, ::-1])
-    least = -tolerance.negative(n, shard_rows, dtype) * max(values[0], 0.0)
+    underflow = float(shifted(tolerance.underflow(n, shard_rows, dtype), -k))
+    least = -tolerance.negative(n, shard_rows, dtype) * max(values[0], 0.0) - underflow
     if values[-1] < least:
         lowest, bound, highest = shifted(np.array([values[-1], least, values[0]]), k)
         raise NotPSDError(
@@ -419,21 +420,9 @@ def load_bases(path: str | Path) -> Bases:
     if not names:
         raise SchemaError(f"{path}: holds no layer; was its decomposition interrupted?")
     for name in names:
-        shapes = {
-            part: header.entries[f"{name}.{part}"].shape
-            for part in ("U_A", "mu", "U_G", "lam")
-            if f"{name}.{part}" in header.entries
-        }
-        square = all(
-            shapes.get(U) == (*shapes.get(v, ()), *shapes.get(v, ()))
-            and len(shapes.get(v, ())) == 1
-            for U, v in (("U_A", "mu"), ("U_G", "lam"))
-        )
-        if not square:
-            raise SchemaError(
-                f"{path}: layer {name!r} needs U_A (I, I), mu (I,), U_G (O, O), lam (O,); "
-                f"got {shapes}."
-            )
+        for U, values in (("U_A", "mu"), ("U_G", "lam")):
+            n = store.require_entry(header, f"{name}.{values}", "float64", (None,))
+            store.require_entry(header, f"{name}.{U}", "float64", n * 2)
     return Bases(
         Lazy(names, lambda name: _read_basis(header, name)),
         store.Source(header),
@@ -447,9 +436,12 @@ def _read_basis(header: store.Header, name: str) -> Eigenbasis:
     U_A, mu, U_G, lam = (
         store.read(header, f"{name}.{part}", finite=True) for part in ("U_A", "mu", "U_G", "lam")
     )
-    raised = [
-        int(header.entries[f"{name}.{part}"].attributes.get("raised", 0)) for part in ("mu", "lam")
-    ]
-    rounding = header.entries[f"{name}.lam"].attributes.get("rounding")  # of older files unknown
-    known = None if rounding is None else float(rounding)
-    return Eigenbasis(U_A, mu, U_G, lam, raised[0], raised[1], known)
+
+    def attribute(part: str, key: str, kind: type[store.Fact]) -> store.Fact | None:
+        at = header.entries[f"{name}.{part}"].attributes
+        where = f"{header.path}: {part} of {name!r}"
+        return store.fact(where, at, key, kind) if key in at else None
+
+    raised = [attribute(part, "raised", int) or 0 for part in ("mu", "lam")]
+    rounding = attribute("lam", "rounding", float)  # of older files unknown
+    return Eigenbasis(U_A, mu, U_G, lam, raised[0], raised[1], rounding)

@@ -169,7 +169,8 @@ def collect(
     Returns:
         Factors: layer name → sum_A (I, I), n_A, sum_G (O, O), n_G and A, G; float64, exactly
         symmetric. With a bias also sum_a (I,), for A_joint; whether weight and bias are one matrix
-        is chosen later, by `decompose`. Tables have sum_A (entries,), a diagonal.
+        is chosen later, by `decompose`. Tables have sum_A (entries,), a diagonal. rounding_G says
+        how much of tr sum_G is rounding, from other runs over a few sequences (NEGATIVE).
 
     Raises:
         NameUnknownError: no layer matches. RangeError: token ids, seed or draws out of range, or an
@@ -185,7 +186,8 @@ def collect(
         Sutskever & Swersky 2012 (curvature propagation).
     Proof: tests/test_factors.py::test_factors_equal_the_naive_sums,
         ::test_O11_expected_is_the_mean_over_every_label,
-        ::test_O12_draws_converge_with_the_stated_standard_error, tests/test_peers.py (PyTorch).
+        ::test_O12_draws_converge_with_the_stated_standard_error,
+        tests/test_rounding.py::test_the_estimate_is_the_error, tests/test_peers.py (PyTorch).
     """
     keep = Rows(require_choice("collect", "rows", rows, list(Rows)))
     config = model.config
@@ -198,7 +200,7 @@ def collect(
     in_flight = room.in_flight("collect", need, in_flight)
     own = digest(model)
     parameters, totals = memory.resident(model), moments(config, job)
-    looked_at = _first_of_blocks(units)
+    looked_at = _looked_at(units)
 
     def work(ordinal: int, unit: Shard, turnstile: Turnstile) -> None:
         sums = ShardSums(config, totals, turnstile, ordinal, job)
@@ -212,7 +214,7 @@ def collect(
     if checkpoint:
         nbytes = sum(8 * math.prod(total.shape) for total in totals.values())
         require_space("collect", checkpoint, nbytes)
-        resume = Checkpoint(Path(checkpoint), _fingerprint(model, corpus, job, keep))
+        resume = Checkpoint(Path(checkpoint).absolute(), _fingerprint(model, corpus, job, keep))
     accumulate(units, work, totals, in_flight, resume, progress)
     return Factors(
         MappingProxyType(_finish(config, job, totals)),
@@ -227,12 +229,13 @@ def collect(
     )
 
 
-def _first_of_blocks(units: list[Shard]) -> set[int]:
-    """The numbers of each block's first shard that has a label: whose rounding is looked at."""
+def _looked_at(units: list[Shard]) -> set[int]:
+    """The first shard with a label of blocks 0, 1, 3, 7, ...: their rounding is looked at."""
     first: dict[int, int] = {}
     for unit in units:
-        if (unit.label_BT >= 0).any():
-            first.setdefault(unit.number // BLOCK_SHARDS, unit.number)
+        block = unit.number // BLOCK_SHARDS
+        if not block & (block + 1) and (unit.label_BT >= 0).any():
+            first.setdefault(block, unit.number)
     return set(first.values())
 
 

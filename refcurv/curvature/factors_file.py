@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,12 +13,17 @@ from refcurv.files import store
 from refcurv.files.digest import recorded
 from refcurv.files.disk import WRITING, machine_faults
 from refcurv.files.lazy import Lazy
-from refcurv.law.checks import SchemaError
-from refcurv.law.conventions import Fisher, Rows
+from refcurv.law.checks import (
+    SchemaError,
+    require_choice,
+    require_draws,
+    require_range,
+    require_seed,
+)
+from refcurv.law.conventions import COMPUTE_DTYPES, Fisher, Rows
 from refcurv.model.transformer import TABLES
 
 _ERRORS = ("error_G", "error_trace_G", "rounding_G")
-_PARTS = ("sum_A", "n_A", "sum_a", "sum_G", "n_G")
 
 
 def save_factors(factors: Factors, path: str | Path, checkpoint: str | Path | None = None) -> None:
@@ -78,44 +84,47 @@ def load_factors(path: str | Path) -> Factors:
     if not names:
         raise SchemaError(f"{path}: holds no layer; was its collection interrupted?")
     for name in names:
-        _require_shapes(header, name)
-    at = header.attributes
-    try:
-        return Factors(
-            Lazy(names, lambda name: _read_factor(header, name)),
-            Fisher(str(at["fisher"])),
-            Rows(str(at["rows"])),
-            int(at["seed"]),
-            int(at["draws"]),
-            str(at["dtype"]),
-            int(at["shard_rows"]),
-            store.Source(header),
-            recorded(header),
-        )
-    except (KeyError, ValueError) as error:
+        _require_parts(header, name)
+    where, at = f"load: {header.path!r}", header.attributes
+    return Factors(
+        Lazy(names, lambda name: _read_factor(header, name)),
+        Fisher(require_choice(where, "fisher", at.get("fisher"), list(Fisher))),
+        Rows(require_choice(where, "rows", at.get("rows"), list(Rows))),
+        _seed(where, store.fact(where, at, "seed", str)),
+        require_draws(where, store.fact(where, at, "draws", int)),
+        require_choice(where, "dtype", at.get("dtype"), COMPUTE_DTYPES),
+        int(require_range(where, "shard_rows", store.fact(where, at, "shard_rows", int), 1, 2**62)),
+        store.Source(header),
+        recorded(header),
+    )
+
+
+def _seed(where: str, text: str) -> int:
+    """A seed lies in the file as a text: it may be larger than HDF5's integers."""
+    if not re.fullmatch("[0-9]{1,20}", text):
         raise SchemaError(
-            f"{path}: root attributes are not those of a factors file: {error}."
-        ) from None
+            f"{where}: attribute 'seed' must be a number in decimal; got {text!r:.80}."
+        )
+    return require_seed(where, int(text))
 
 
-def _require_shapes(header: store.Header, name: str) -> None:
-    """Square matrices and numbers; of a table a vector of counts; sum_a as long as sum_A."""
-    found = {part: header.entries.get(f"{name}.{part}") for part in _PARTS}
-    shapes = {part: info.shape for part, info in found.items() if info}
-    table = name in TABLES
-    for part, dims in (("sum_A", 1 if table else 2), ("n_A", 0), ("sum_G", 2), ("n_G", 0)):
-        shape = shapes.get(part)
-        if shape is None or len(shape) != dims or len(set(shape)) > 1:
+def _require_parts(header: store.Header, name: str) -> None:
+    """float64 sums and int64 counts: square matrices, of a table a vector; sum_a fits sum_A."""
+    square: tuple[int | None, ...] = (None, None)
+    sides = {
+        part: store.require_entry(header, f"{name}.{part}", "float64", wanted)
+        for part, wanted in (("sum_A", square[: 1 if name in TABLES else 2]), ("sum_G", square))
+    }
+    for part, shape in sides.items():
+        if len(set(shape)) > 1:
             raise SchemaError(
-                f"{header.path}: layer {name!r} needs {part} as a "
-                f"{('number', 'vector', 'square matrix')[dims]}; "
-                f"got {'nothing' if shape is None else shape}."
+                f"open: {header.path!r}: {part} of layer {name!r} must be a square matrix; got "
+                f"{shape}."
             )
-    if shapes.get("sum_a", shapes["sum_A"][:1]) != shapes["sum_A"][:1]:
-        raise SchemaError(
-            f"{header.path}: sum_a of {name!r} must be {shapes['sum_A'][:1]}, as sum_A is "
-            f"{shapes['sum_A']}; got {shapes['sum_a']}."
-        )
+    for part in ("n_A", "n_G"):
+        store.require_entry(header, f"{name}.{part}", "int64", ())
+    if f"{name}.sum_a" in header.entries:
+        store.require_entry(header, f"{name}.sum_a", "float64", sides["sum_A"][:1])
 
 
 def _read_factor(header: store.Header, name: str) -> Factor:
@@ -125,11 +134,8 @@ def _read_factor(header: store.Header, name: str) -> Factor:
     )
     if n_A < 1 or n_G < 1:
         raise SchemaError(f"{header.path}: layer {name!r} counts {n_A} and {n_G} rows.")
-    at = header.entries[f"{name}.sum_G"].attributes
-    try:
-        errors = {part: float(at[part]) for part in _ERRORS if part in at}
-    except ValueError as bad:
-        raise SchemaError(f"{header.path}: sum_G of {name!r}: no standard error: {bad}") from None
+    at, where = header.entries[f"{name}.sum_G"].attributes, f"{header.path}: sum_G of {name!r}"
+    errors = {part: store.fact(where, at, part, float) for part in _ERRORS if part in at}
     biased = f"{name}.sum_a" in header.entries
     sum_a = store.read(header, f"{name}.sum_a", finite=True) if biased else None
     return Factor(sum_A, int(n_A), sum_G, int(n_G), sum_a=sum_a, **errors)

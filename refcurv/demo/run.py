@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import Any
 
 import refcurv as rc
+from refcurv.curvature import room
 from refcurv.curvature.eigenbasis import Bases
 from refcurv.demo.controls import Setting, controls
 from refcurv.editing.record import require_exact, shares
@@ -200,6 +201,9 @@ def _checked(job: Job, model: rc.Model, corpus: rc.Corpus) -> tuple[list[str], P
     asked = job.rho if isinstance(job.rho, Mapping) else {"**": job.rho}
     cut = list(shares("report", "rho", model, named, asked))
     require_exact("report", model, cut)
+    width = {f"{side} of {name!r}": n for name in named
+             for side, n in zip("GA", model.config.linear_layers()[name], strict=True)}  # fmt: skip
+    room.in_flight("report", room.to_decompose(width))
     read = {name: p for name, p in corpus.populations.items() if p.split in (job.split, "dev")}
     require_readable(read, model.config)
     judged = {name: p for name, p in read.items() if p.split == job.split}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -21,14 +22,24 @@ PathLike = str | os.PathLike[str]
 READING: Final = "Check the disk and the permissions."
 WRITING: Final = "Check space and permissions; nothing that existed was changed."
 
+_NO_PATH: Final = (errno.ENAMETOOLONG, errno.ELOOP)
+"""What the path itself is to blame for: a name that is too long, links that lead in a circle."""
+
 
 @contextmanager
 def machine_faults(who: str, path: PathLike, hint: str = READING) -> Iterator[None]:
-    """Turn an OSError (disk full, permission, read error) into a StorageError of one line."""
+    """Turn an OSError (disk full, permission, read error) into a StorageError of one line.
+
+    A path that no file can have is a SchemaError: the machine is not at fault.
+
+    Proof: tests/test_reports_files.py::test_a_path_that_no_file_can_have_is_bad_input
+    """
     try:
         yield
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else one_line(error)
+        if error.errno in _NO_PATH:
+            raise SchemaError(f"{who}: {os.fspath(path)!r}: {reason}. Give another path.") from None
         raise StorageError(
             f"{who}: {os.fspath(path)!r}: {reason}. {hint}", errno=error.errno
         ) from error
@@ -116,13 +127,15 @@ def replacing(who: str, path: PathLike) -> Iterator[BinaryIO]:
 
     It lies beside `path` until then, on the disk before it is renamed, so that `path` holds its old
     bytes or its new ones, never half. It is locked for as long as this process lives: the next
-    writer of `path` removes what a killed one left. A symbolic link is followed.
+    writer of `path` removes what a killed one left. A symbolic link is followed. It has the
+    permissions of the file that it replaces, else those that the umask leaves.
 
     Raises:
         SchemaError: the folder does not exist, or `path` is no regular file.
         StorageError: the machine could not write; the old file, if any, is untouched.
 
-    Proof: tests/test_disk.py::test_a_killed_writer_leaves_nothing_behind_the_next_one
+    Proof: tests/test_disk.py::test_a_killed_writer_leaves_nothing_behind_the_next_one,
+        tests/test_reports_files.py::test_a_replaced_file_keeps_its_permissions
     """
     target = output_file(who, path)
     partial = _partial(target)
@@ -131,6 +144,7 @@ def replacing(who: str, path: PathLike) -> Iterator[BinaryIO]:
             _remove_left_over(target)
             raw = _locked(partial)
         with raw:
+            _take_permissions(raw, target)
             yield raw
             with machine_faults(who, path, WRITING):
                 os.fsync(raw.fileno())
@@ -173,10 +187,8 @@ def new_folder(who: str, path: PathLike) -> Iterator[Path]:
     with machine_faults(who, path, WRITING):
         try:
             _remove_left_over(target)
-            partial.mkdir()
-            descriptor = os.open(partial, os.O_RDONLY)
+            descriptor = _locked_folder(partial)
             try:
-                _lock(descriptor)
                 yield partial
                 sync_folder(partial)
                 partial.rename(target)
@@ -192,16 +204,40 @@ def _locked(partial: Path) -> BinaryIO:
     """A new file, and its lock, which ends when the file is closed."""
     while True:
         raw = partial.open("x+b", buffering=0)
-        with suppress(OSError):  # a file system without locks
-            _lock(raw.fileno())
-        if partial.exists():  # nobody took it for one that was left, between those two lines
+        if _still_there(partial, raw.fileno()):
             return raw
         raw.close()
 
 
-def _lock(descriptor: int) -> None:
-    """Until it is closed, also by a kill; OSError if somebody else has it."""
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+def _locked_folder(partial: Path) -> int:
+    """A new folder, opened, and its lock, which ends when it is closed."""
+    while True:
+        partial.mkdir()
+        try:
+            descriptor = os.open(partial, os.O_RDONLY)
+        except FileNotFoundError:  # as below, before it could be opened
+            continue
+        if _still_there(partial, descriptor):
+            return descriptor
+        os.close(descriptor)
+
+
+def _still_there(partial: Path, descriptor: int) -> bool:
+    """Once locked: did nobody take what was just made for something left, before it was locked?
+
+    Who did has locked it until it is removed, and is waited for.
+
+    Proof: tests/test_reports_files.py::test_what_is_taken_for_a_dead_writers_is_made_anew
+    """
+    with suppress(OSError):  # a file system without locks
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return partial.exists()
+
+
+def _take_permissions(raw: BinaryIO, target: Path) -> None:
+    """Those of `target`, before anything is written that not everybody may read."""
+    with suppress(OSError):  # there is none, or a file system without permissions
+        os.fchmod(raw.fileno(), target.stat().st_mode & 0o777)
 
 
 def _remove_left_over(target: Path) -> None:
@@ -210,7 +246,7 @@ def _remove_left_over(target: Path) -> None:
         with suppress(OSError):  # somebody's who lives, or not ours
             descriptor = os.open(partial, os.O_RDONLY | os.O_NOFOLLOW)
             try:
-                _lock(descriptor)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
             finally:
                 os.close(descriptor)

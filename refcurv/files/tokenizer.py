@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import unicodedata
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -57,7 +58,8 @@ def encode(
     """The ids of each text, as of the whole of it; `at` hears how far a long one is."""
     with _library_faults(f"the tokenizer, on {where} or soon after it"):
         short = [text for text in texts if len(text) <= PIECE]
-        found = iter(tokenizer.library.encode_batch_fast(short, add_special_tokens=False))
+        with _nothing_printed():
+            found = iter(tokenizer.library.encode_batch_fast(short, add_special_tokens=False))
         return [
             np.array(next(found).ids, np.int32)
             if len(text) <= PIECE
@@ -79,7 +81,8 @@ def encode_pairs(
     """
     with _library_faults(f"the tokenizer, on {where} or soon after it"):
         texts = [prefix + suffix for prefix, suffix in pairs]
-        found = tokenizer.library.encode_batch(texts, add_special_tokens=False)
+        with _nothing_printed():
+            found = tokenizer.library.encode_batch(texts, add_special_tokens=False)
         return [
             (np.array(one.ids, np.int32), *_cut_before(one, text, len(prefix)))
             for one, text, (prefix, _) in zip(found, texts, pairs, strict=True)
@@ -161,7 +164,9 @@ def in_pieces(library: Any, text: str, at: Callable[[int], None]) -> Array:
             longer = _piece(library, text, left.begin, 2 * left.end - left.begin)
             known = slice(0, used + 1)
             if used and not left.same(known, longer, known):
-                return np.array(library.encode(text, add_special_tokens=False).ids, np.int32)
+                with _nothing_printed():
+                    found = library.encode(text, add_special_tokens=False)
+                return np.array(found.ids, np.int32)
             left = longer
         else:
             ids.append(left.ids[used : joint[0]])
@@ -172,7 +177,8 @@ def in_pieces(library: Any, text: str, at: Callable[[int], None]) -> Array:
 
 def _piece(library: Any, text: str, begin: int, end: int) -> _Piece:
     """Tokenize text[begin:end]; places and words are looked up where other pieces share it."""
-    found = library.encode(text[begin:end], add_special_tokens=False)
+    with _nothing_printed():
+        found = library.encode(text[begin:end], add_special_tokens=False)
     n, end = len(found), min(end, len(text))
     head, tail = (
         bisect_left(range(n), letter, key=lambda i: found.token_to_chars(i)[0])
@@ -265,7 +271,8 @@ def load_tokenizer(file: PathLike, eos: str | None) -> Tokenizer:
     where = repr(str(path))
     data = _read(path)
     with _library_faults(f"{where} as a tokenizer.json"):
-        library = tokenizers.Tokenizer.from_buffer(data)
+        with _nothing_printed():
+            library = tokenizers.Tokenizer.from_buffer(data)
         library.no_truncation()
         library.no_padding()
         ids = sorted(library.get_vocab(with_added_tokens=True).values())
@@ -380,3 +387,21 @@ def _library_faults(what: str) -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise SchemaError(f"{WHO}: cannot use {what}: {one_line(error)}.") from None
+
+
+@contextmanager
+def _nothing_printed() -> Iterator[None]:
+    """A panic of the library prints its own lines on stderr, whatever becomes of it."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # stderr is closed
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

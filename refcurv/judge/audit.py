@@ -14,7 +14,7 @@ from refcurv.curvature.room import available
 from refcurv.files.corpus import Corpus
 from refcurv.judge.bench import Bench, Plan, plan, prepare
 from refcurv.judge.identities import CHECKS, Measure
-from refcurv.law.checks import ConventionError, require_range, require_seed
+from refcurv.law.checks import ConventionError, RefcurvError, require_range, require_seed
 from refcurv.model.config import Model
 from refcurv.passes.parallel import Progress
 
@@ -143,6 +143,8 @@ def _finding(name: str, bench: Bench) -> Finding:
         measures = list(check(bench))
     except (ValueError, ArithmeticError) as error:
         # a step refused what this model led to, RefcurvError or not: a finding, not an accident
+        if isinstance(error, RefcurvError) and error.status != 2:  # the machine's fault: neither
+            raise
         return Finding(name, statement, "fail", None, None, str(error), 0)
     if not measures:
         return Finding(name, statement, "left out", None, None, "does not occur or fit here", 0)

@@ -90,6 +90,15 @@ def negative(size: int, shard_rows: int, dtype: DTypeLike) -> float:
     return NEGATIVE_FACTOR * (shard_rows * eps(dtype) + size * eps(np.float64))
 
 
+def underflow(size: int, shard_rows: int, dtype: DTypeLike) -> float:
+    """NEGATIVE: how far below zero products reach that underflow, of whatever size the rest is.
+
+    Each entry of a sum is off by at most the smallest number for each row; the norm of a matrix is
+    at most its size times its largest entry.
+    """
+    return size * shard_rows * float(np.finfo(dtype).smallest_subnormal)
+
+
 def asymmetry(rows: int, dtype: DTypeLike) -> float:
     """|A - Aᵀ| over |A| that two orders of the same sum can differ by."""
     return 2 * gamma(rows + 1, dtype)

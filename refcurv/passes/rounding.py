@@ -24,9 +24,9 @@ from refcurv.passes.memory import Sweep
 from refcurv.passes.shards import Shard
 
 POSITIONS = 512
-"""Positions that are looked at, of one shard of each block; one sequence at least."""
+"""Positions that are looked at, of one shard of a block; one sequence at least."""
 
-NUDGES = (4, -5)
+NUDGES = (4, -5, 9)
 """Units in the last place by which the other runs' inputs are larger."""
 
 
@@ -39,7 +39,7 @@ def rounding(
     and the square of each entry of g by the smallest number that there is.
     What is sent back is that of the first draw; of `expected` it is all columns with random signs.
 
-    Cost: three forward and backward passes over some labelled sequences of the shard.
+    Cost: four forward and backward passes over some labelled sequences of the shard.
     Proof: tests/test_rounding.py::test_the_estimate_is_the_error
     """
     few = _few(shard)
