@@ -114,12 +114,12 @@ def test_budgets_cover_the_rounding_that_longdouble_shows(seed: int, place: Norm
     taps, _ = bench.flow(model.config, wide, made.batch, made.layout)
     for name, tap in taps.items():
         assert tap.g.dtype == np.longdouble
-        terms = made.runs_of_taps(partial(identities._output_slope, name)).size()
+        terms = made.runs_of_taps(partial(identities._output_slope, name)).size(1)
         assert_within(made.taps[name].g, tap.g, made.budget, terms, f"g of {name}")
     v = identities._direction(made, 0)
     H_v = identities._products(made, made.batch, "hessian", v)
     H_v_wide = identities._flat(exact.hvp(of_batch(made.batch, wide), wrt="**", vector=v))
-    assert_within(H_v.here, H_v_wide, made.budget, H_v.size(), "H v")
+    assert_within(H_v.here, H_v_wide, made.budget, H_v.size(1), "H v")
 
 
 def test_one_label_is_enough_and_may_be_the_last() -> None:

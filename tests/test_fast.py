@@ -287,6 +287,27 @@ def test_attention_on_flat_and_saturated_heads(dtype: type, ops: Ops, data: st.D
     assert not got[1][alone.all(axis=(2, 3)).reshape(B, -1, 1).repeat(T, 2).swapaxes(1, 2)].any()
 
 
+@pytest.mark.parametrize("ops", [DEFINITIONS, FAST], ids=["definition", "fast"])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_keys_that_share_all_of_p_keep_the_digits_of_what_tells_them_apart(
+    dtype: type, ops: Ops
+) -> None:
+    """Of two keys alike p is 1/2 each: what their values have in common leaves no rounding behind.
+
+    A query's gradient is (d_1 − d_2) k / 4 and as much with the other sign: 0.
+    """
+    rng = np.random.default_rng(0)
+    k = np.repeat(rng.normal(size=(1, 1, 1, 4)), 2, axis=1).astype(dtype)
+    v = (1000 + rng.normal(size=(1, 2, 1, 4))).astype(dtype)
+    q, d = rng.normal(size=(2, 1, 2, 8, 4)).astype(dtype)
+    layout = layers.full_layout(np.ones((1, 2), bool), np.zeros((1, 2), int))
+    _, saved = ops.attention_forward(q, k, v, layout, None, None)
+    d_q, d_k, _ = ops.attention_backward(d, saved)
+    apart = np.abs((d * (v[:, :1] - v[:, 1:])).sum(axis=-1)).max()
+    assert np.abs(d_k).max() > apart / 100
+    assert np.abs(d_q).max() <= 4 * tolerance.eps(dtype) * apart * np.abs(k).max()
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 @given(keys=st.integers(1, 70), size=st.floats(0.1, 200), seed=st.integers(0, 99))
 def test_the_backward_has_the_forwards_probabilities(

@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from refcurv.algebra.scaling import norm
 from refcurv.curvature.eigenbasis import Bases, decompose
 from refcurv.curvature.factors import Factors, collect
 from refcurv.curvature.problem import Batch, image_batch
 from refcurv.files.corpus import Corpus, require_tokens
-from refcurv.judge import roundings
-from refcurv.judge.roundings import Runs
+from refcurv.judge.roundings import Runs, shaken
 from refcurv.law import tolerance
 from refcurv.law.checks import Array, EmptyError, require_finite
 from refcurv.law.conventions import NO_LABEL
@@ -244,16 +244,14 @@ class Bench:
 
     def runs(self, result: Callable[[Parameters], Array]) -> Runs:
         """What the definitions make of the parameters, and of shaken ones."""
-        return roundings.runs(
-            np.asarray(result(self.parameters)), lambda n: result(self._shaken(n))
-        )
+        return Runs(np.asarray(result(self.parameters)), lambda n: result(self._shaken(n)))
 
     def runs_of_taps(self, result: Callable[[Mapping[str, Tap]], Array]) -> Runs:
         """What is made of the taps, and of those of shaken runs."""
-        return roundings.runs(result(self.taps), lambda n: result(self._taps(n)))
+        return Runs(result(self.taps), lambda n: result(self._taps(n)))
 
     def _shaken(self, n: int) -> Parameters:
-        return roundings.shaken(self.parameters, [self.seed, n, SHAKEN])
+        return shaken(self.parameters, [self.seed, n, SHAKEN])
 
     def _taps(self, n: int) -> Mapping[str, Tap]:
         if n not in self._moved:
@@ -267,8 +265,9 @@ class Bench:
         def slopes(taps: Mapping[str, Tap]) -> Array:
             return np.concatenate([tap.g.ravel() for tap in taps.values()])
 
-        own = roundings.norm(slopes(self.taps))
-        return self.runs_of_taps(slopes).size() / own if own else 1.0
+        runs = self.runs_of_taps(slopes)
+        own = float(norm(runs.here))
+        return runs.size(1) / own if own else 1.0
 
     def rng(self, salt: int) -> np.random.Generator:
         """A stream of its own for each use."""

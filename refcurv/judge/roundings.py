@@ -20,12 +20,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
+from refcurv.algebra.scaling import norm
 from refcurv.files.lazy import Lazy
 from refcurv.law.checks import Array
 from refcurv.model.transformer import Parameters
@@ -111,11 +111,8 @@ def _shake(x: Any, shakes: Shakes | None) -> None:
         np.multiply(part, shakes.factors(part.shape), out=part)
 
 
-FEW = 256
-"""Numbers, below which one run by chance may move a result too little: then there are several."""
-
-RUNS = 4
-"""Runs for a result of few numbers: that all move it by less than a hundredth has odds of 2e-8."""
+RUNS = 8
+"""Runs where one by chance may have moved a result too little: that all did so has no odds."""
 
 
 def shaken(parameters: Parameters, seed: list[int]) -> Parameters:
@@ -131,32 +128,20 @@ def shaken(parameters: Parameters, seed: list[int]) -> Parameters:
     return Lazy(list(parameters), read)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Runs:
-    """A result as it is, and as it comes out when everything is shaken."""
+    """A result as it is, and as it comes out when everything is shaken, run n by its own seed."""
 
     here: Array
-    moved: tuple[Array, ...]
+    again: Callable[[int], Array]
+    moved: list[Array] = field(default_factory=list)
 
-    def size(self, part: Callable[[Array], Array] = np.asarray) -> float:
+    def size(self, runs: int, part: Callable[[Array], Array] = np.asarray) -> float:
         """The root of the sum of squares of the terms of (a linear part of) the result.
 
         Its own size is among them, for it is rounded itself.
         """
-        moves = [norm(part(x - self.here)) / SHAKE for x in self.moved]
-        return norm([norm(part(self.here)), norm(moves) / math.sqrt(len(moves))])
-
-
-def runs(here: Array, moved: Callable[[int], Array]) -> Runs:
-    """A result and one shaken run, or several of a result of few numbers."""
-    number = RUNS if here.size < FEW else 1
-    return Runs(here, tuple(np.asarray(moved(n)) for n in range(number)))
-
-
-def norm(x: ArrayLike) -> float:
-    """The Euclidean norm of all entries, whose squares neither overflow nor vanish."""
-    flat = np.abs(np.ravel(x))
-    top = float(flat.max(initial=0.0))
-    if not 0 < top < np.inf:
-        return top
-    return top * float(np.linalg.norm(flat / top))
+        while len(self.moved) < runs:
+            self.moved.append(np.asarray(self.again(len(self.moved))))
+        moves = [float(norm(part(x - self.here))) for x in self.moved[:runs]]
+        return math.hypot(norm(part(self.here)), math.hypot(*moves) / math.sqrt(runs) / SHAKE)
