@@ -56,6 +56,8 @@ def _show(results: dict[str, Any], args: argparse.Namespace) -> None:
 
     out = Path(args.out)
     print(format_results(results))
+    if why := results["controls"].get("left_out"):
+        print(f"\nno other cuts beside it: {why}")
     written = ["results.json", "factors.h5", "basis.h5", "edited.h5"]
     for name, draw in plots.FIGURES.items():
         try:
@@ -322,7 +324,8 @@ def _main(arguments: Sequence[str] | None) -> int:
         return DONE if status is None else int(status)
     except KeyboardInterrupt:
         hint = (
-            "interrupted; no output was changed. A collection goes on where it was when run again"
+            "interrupted; no output was changed. A collection goes on from its last full block of "
+            "64 shards when it is run again"
         )
         return _fail(hint, INTERRUPTED)
     except BrokenPipeError:  # the reader of our output has left, as in `| head`
