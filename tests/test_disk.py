@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -137,3 +138,20 @@ def test_outputs_are_apart_from_inputs_and_from_each_other(tmp_path: Path) -> No
         disk.require_apart("edit", {"--output": two, "--json": tmp_path / "dangling"}, {})
     disk.require_apart("edit", {"--output": two, "--json": tmp_path / "three"}, {"WEIGHTS": one})
     assert issubclass(SchemaError, RefcurvError)
+
+
+def test_what_was_made_anew_meanwhile_is_not_removed(tmp_path: Path) -> None:
+    """Between finding a dead writer's file and locking it, a living one may take its name."""
+    target = tmp_path / "out"
+    partial = disk._partial(target)
+    partial.touch()
+
+    def lock(_descriptor: int, _how: int) -> None:
+        partial.unlink()
+        partial.write_text("alive")
+
+    with mock.patch.object(disk.fcntl, "flock", lock):
+        disk._remove_left_over(target)
+    assert partial.read_text() == "alive"
+    disk._remove_left_over(target)
+    assert not partial.exists()

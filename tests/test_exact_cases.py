@@ -248,3 +248,19 @@ def test_biases_have_curvature_too() -> None:
         joint = what(ones, wrt="one.weight")[np.ix_(last, last)]
         equal(what(made, wrt="one.bias"), joint, what.__name__)
     equal(exact.fisher(made, wrt="*.bias"), exact.ggn(made, wrt="*.bias"), "both biases")
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_matrix_that_two_layers_share_has_both_parts(n: int) -> None:
+    """Of several data too: gradient and products are those of two matrices, added up."""
+    once, again = ("linear", "one"), ("linear", "two")
+    apart = net([once, ("tanh",), again], {"one": (4, 4), "two": (4, 4)}, n=n, T=2)
+    W = apart.parameters["one.weight"]
+    two = Net(apart.stages, {"one.weight": W, "two.weight": W}, apart.x, apart.label).problem()
+    shared = Net([once, ("tanh",), once], {"one.weight": W}, apart.x, apart.label).problem()
+    parts = exact.gradient(two, wrt="*.weight")
+    got = exact.gradient(shared, wrt="one.weight")["one.weight"]
+    equal(got, parts["one.weight"] + parts["two.weight"], "gradient")
+    for what in (exact.hessian, exact.ggn, exact.fisher):
+        both = what(two, wrt="*.weight").reshape(2, W.size, 2, W.size)
+        equal(what(shared, wrt="one.weight"), both.sum(axis=(0, 2)), what.__name__)

@@ -422,6 +422,15 @@ def test_products_that_would_vanish_in_float32_are_made_in_float64(sizes: list[f
     assert got.dtype == (np.float32 if first > 1e-15 else np.float64)
 
 
+def test_small_products_are_kept_when_more_rows_follow() -> None:
+    """One row whose squares float32 just holds, then many that it does not."""
+    few, many = np.full((1, 2), 3.2e-19, np.float32), np.full((60, 2), 1e-22, np.float32)
+    got = add_gram(many, add_gram(few, np.empty((2, 2), np.float32), onto=False), onto=True)
+    wide = np.concatenate([few, many]).astype(np.float64)
+    gap = np.abs(got.astype(np.float64) - wide.T @ wide) / 1e-37
+    assert np.tril(gap).max() < 2e-5  # 60 squares of 1e-44 vanish beside it
+
+
 @pytest.mark.parametrize("size", [1, 5, 63, 64, 65, 200])
 def test_folding_and_mirroring(size: int) -> None:
     rng = np.random.default_rng(0)

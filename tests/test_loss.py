@@ -265,6 +265,15 @@ def test_text_known_by_heart(dtype: type) -> None:
         assert nats[0] > 0
 
 
+@FLOATS
+def test_between_a_half_and_certainty(dtype: type) -> None:
+    """Of two entries the label's is −1/(1 + exp(gap)); p − 1 would lose a digit from 0.9 on."""
+    for gap in np.linspace(0.01, 12, 500).astype(dtype):
+        _, slope = cross_entropy(np.array([[gap, 0]], dtype), np.array([0]))
+        want = -1 / (1 + np.exp(gap.astype(np.longdouble)))
+        assert abs(slope[0, 0] - want) <= 3 * np.finfo(dtype).eps * (1 + gap / 8) * -want
+
+
 @pytest.mark.parametrize("dtype", [np.complex64, np.complex128, np.clongdouble])
 @given(st.data())
 def test_a_complex_step_keeps_every_digit(dtype: type, data: st.DataObject) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
+from unittest import mock
 
 import numpy as np
 import oracles
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 from refcurv.algebra.staircase import cut, undecided
 from refcurv.curvature.eigenbasis import Eigenbasis
+from refcurv.editing import projection
 from refcurv.editing.projection import _acceptable
 from refcurv.law import tolerance
 from refcurv.law.checks import ConventionError, EmptyError, NonFiniteError, RangeError
@@ -253,6 +256,22 @@ def test_the_budget_of_a_key_is_one_that_solvers_can_use() -> None:
         assert acceptable(one, lam, 0.4).sum() == 2 * either
         sure, possible = undecided(lam, one, 0.4, (np.full(2, e), np.zeros(1)), 0.0)
         assert (possible - sure).tolist() == [either, either]
+
+
+@pytest.mark.parametrize(("O", "I"), [(2, 50), (50, 2)])
+@pytest.mark.parametrize("rho", [0.1, 0.9])
+def test_the_slack_is_what_flat_spectra_can_move(O: int, I: int, rho: float) -> None:
+    """All pairs, less the target, or no pair, less it: whichever of the two moves further."""
+    one = Eigenbasis(np.eye(I), np.ones(I), np.eye(O), np.ones(O))
+    with mock.patch.object(projection, "undecided", return_value=(np.ones(1), np.ones(1))) as told:
+        _acceptable(one, rho)
+    *_, (e_G, e_A), slack = told.call_args.args
+    # the whole budget e of a side, in 2-norm, spread over its n values
+    of_G, of_A = tolerance.eigenvalues(O) * math.sqrt(O), tolerance.eigenvalues(I) * math.sqrt(I)
+    assert e_G == pytest.approx(np.full(O, of_G), rel=1e-12)
+    assert e_A == pytest.approx(np.full(I, of_A), rel=1e-12)
+    lam, mu = (n + Fraction(e * math.sqrt(n)) for n, e in ((O, of_G), (I, of_A)))
+    assert slack == pytest.approx(max(rho, 1 - rho) * float(lam * mu - O * I), rel=1e-12)
 
 
 def test_the_budget_of_the_mass_is_one_that_solvers_can_use() -> None:

@@ -361,6 +361,9 @@ def test_the_digest_is_of_what_is_stored(path: Path, tmp_path: Path) -> None:
     assert digest(moved.with_parameters({name: model.parameters[name]})) == want
     weights.save(moved, tmp_path / "moved.h5")
     assert digest(moved) == digest(weights.load(tmp_path / "moved.h5")) != want
+    longer = dataclasses.replace(model, stored=dict.fromkeys(model.stored, "float64"))
+    weights.save(longer, tmp_path / "longer.h5")  # to be stored otherwise than in its file
+    assert digest(longer) == digest(weights.load(tmp_path / "longer.h5")) != want
     with mock.patch.object(store, "read", side_effect=AssertionError("a tensor was read")):
         assert digest(weights.load(path)) == want
         assert digest(moved) != want  # one array is hashed, none is read

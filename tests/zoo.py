@@ -48,9 +48,8 @@ class Net:
         def kept(tap: Tap) -> np.ndarray:
             return np.ones(tap.a.shape[:2], dtype=bool)
 
-        names = {s[1] for s in self.stages if s[0] == "linear"}
-        names |= {name for s in self.stages if s[0] == "swiglu" for name in s[1:]}
-        linear = frozenset(f"{name}.weight" for name in names)
+        read = [name for s in self.stages if s[0] in ("linear", "swiglu") for name in s[1:]]
+        linear = frozenset(f"{name}.weight" for name in read if read.count(name) == 1)
         return Problem(
             self.parameters, self.forward, self.backward, self.loss(), linear, kept, self.split
         )

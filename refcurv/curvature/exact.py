@@ -190,7 +190,8 @@ def _jacobian_rows(
     out: dict[str, Array] = {}
     for step in _steps(made, parameters, saved, d_z, names):
         d = step.g.swapaxes(-1, -2) @ step.a if isinstance(step, Tap) else step.d[None]
-        out[step.name] = out[step.name].sum(axis=0) + d if step.name in out else d
+        before = out.get(step.name)
+        out[step.name] = d if before is None else (before.sum(axis=0) + d.sum(axis=0))[None]
     return out
 
 

@@ -276,12 +276,13 @@ def add_gram(x_NX: Array, product_XX: Array, *, onto: bool) -> Array:
     In its dtype; from the first rows on whose squares would vanish in it, in float64 (PRECISION):
     where no square is N X times the smallest normal number, what was lost could be seen.
     """
+    none_before = not (onto and product_XX.diagonal().any())
     blas.add_gram(x_NX.astype(product_XX.dtype, copy=False), product_XX, onto=onto)
     seen = x_NX.size * np.finfo(product_XX.dtype).smallest_normal
     small = product_XX.dtype != np.float64 and product_XX.diagonal().max(initial=0) < seen
-    if not (small and x_NX.any()):
+    if not (small and none_before and x_NX.any()):
         return product_XX
-    wide_XX = np.empty(product_XX.shape)  # the rows before were zeros, or it would be wide
+    wide_XX = np.empty(product_XX.shape)
     blas.add_gram(x_NX.astype(np.float64), wide_XX, onto=False)
     return wide_XX
 

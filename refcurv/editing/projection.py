@@ -26,7 +26,7 @@ def keep_pairs(W: Array, basis: Eigenbasis, mask: Array) -> Array:
     """U_G (C ∘ M) U_Aᵀ with C = U_Gᵀ W U_A and M = mask, (O, I) bool; float64.
 
     W and the result are (O, I); an orthogonal projection: twice is once (O54).
-    Cost: 2·O·I·(O + I) multiplications, twice.
+    Cost: 4·O·I·(O + I) flops.
     """
     with one_blas_thread():
         C = basis.U_G.T @ W.astype(np.float64) @ basis.U_A

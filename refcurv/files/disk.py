@@ -241,13 +241,17 @@ def _take_permissions(raw: BinaryIO, target: Path) -> None:
 
 
 def _remove_left_over(target: Path) -> None:
-    """Remove the partial files and folders of writers of `target` that are no more alive."""
+    """Remove the partial files and folders of writers of `target` that are no more alive.
+
+    Proof: tests/test_disk.py::test_what_was_made_anew_meanwhile_is_not_removed
+    """
     for partial in target.parent.glob(_partial(target, "*").name):
         with suppress(OSError):  # somebody's who lives, or not ours
             descriptor = os.open(partial, os.O_RDONLY | os.O_NOFOLLOW)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+                if os.path.samestat(os.fstat(descriptor), partial.lstat()):  # not made anew since
+                    shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
             finally:
                 os.close(descriptor)
 
