@@ -77,6 +77,11 @@ def test_totals_are_correctly_rounded_or_infinite(x: list[float]) -> None:
     assert total(x) == want
 
 
+def test_a_small_rest_of_large_terms_is_kept() -> None:
+    assert total([1e308, 1e308, 1e-310, -1e308, -1e308]) == 1e-310
+    assert total([-1e308, -1e308]) == -np.inf
+
+
 @given(st.floats(allow_nan=False, allow_infinity=False))
 def test_exponents(x: float) -> None:
     k = exponent(np.array([0.0, x]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -69,4 +70,8 @@ def total(x: Iterable[float]) -> float:
     try:
         return math.fsum(x)
     except OverflowError:  # a partial sum, or the whole
-        return float(shifted(math.fsum(shifted(x, -64)), 64))
+        exact = sum(map(Fraction, x))
+        try:
+            return float(exact)
+        except OverflowError:
+            return math.inf if exact > 0 else -math.inf
