@@ -87,7 +87,7 @@ def parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
     made.add_argument("--version", action="version", version=version)
     known = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for work in commands:
-        name, summary = work.__name__, (work.__doc__ or "").splitlines()[0]
+        name, summary = work.__name__, (work.__doc__ or "").partition("\n")[0]
         sub = known.add_parser(
             name,
             help=summary,

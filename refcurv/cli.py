@@ -22,6 +22,17 @@ DONE, JUDGED_AND_FAILED, BAD_INPUT, MACHINE, INTERRUPTED = 0, 1, 2, 3, 130
 TRACEBACK = "REFCURV_TRACEBACK"
 """The environment variable that asks for the traceback of a bug."""
 
+FAULTS = (
+    errno.ENOSPC,
+    errno.EIO,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+)
+"""Errors of the operating system that no other input would have spared."""
+
 HOUSE = Path(__file__).parent
 
 
@@ -328,8 +339,6 @@ def _main(arguments: Sequence[str] | None) -> int:
             "64 shards when it is run again"
         )
         return _fail(hint, INTERRUPTED)
-    except BrokenPipeError:  # the reader of our output has left, as in `| head`
-        return DONE
     except Exception as error:
         return _fail(*_sentence(error))
 
@@ -342,7 +351,7 @@ def _sentence(error: Exception) -> tuple[str, int]:
         hint = "Fewer --layers, or --dtype float32, need less"
         return f"out of memory: {error}. {hint}", MACHINE
     if isinstance(error, OSError):
-        machine = error.errno in (errno.ENOSPC, errno.EIO, errno.EDQUOT)
+        machine = error.errno in FAULTS
         return str(error), MACHINE if machine else BAD_INPUT
     if isinstance(error, ImportError):
         return f"{error}: a package that refcurv needs is missing or broken; install it", MACHINE
@@ -369,9 +378,20 @@ def _require_targets(args: argparse.Namespace) -> None:
     from refcurv.files.disk import require_apart, require_writable
 
     reads, writes = files(args)
-    require_apart(args.command, writes, reads)
+    require_apart(args.command, {**_of_folder(args), **writes}, reads)
     for path in writes.values():
         require_writable(args.command, path)
+
+
+def _of_folder(args: argparse.Namespace) -> dict[str, Path]:
+    """What `report` and `demo` write into their folder."""
+    if not hasattr(args, "out"):
+        return {}
+    from refcurv.demo.run import WRITTEN
+    from refcurv.report.plots import FIGURES
+
+    names = (*WRITTEN, "report.html", *(f"{name}.png" for name in FIGURES))
+    return {f"{name} of --out": Path(args.out) / name for name in names}
 
 
 def _fail(message: str, status: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -24,28 +25,67 @@ _SECONDS = 30
 def streams() -> Iterator[None]:
     """Any text can be printed, a warning is one line, and what was printed is out at the end.
 
-    Raises OSError, BrokenPipeError where the reader has left, if it cannot be.
+    A reader that leaves, as in `| head`, ends nothing but the printing. Raises OSError where what
+    was printed cannot be written.
 
-    Proof: tests/test_cli.py::test_no_text_is_too_strange_to_print
+    Proof: tests/test_cli.py::test_no_text_is_too_strange_to_print,
+        ::test_a_reader_that_leaves_ends_nothing_but_the_printing
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # None where it was closed
             stream.reconfigure(errors="backslashreplace")
-    with warnings.catch_warnings():
-        warnings.showwarning = _warn
+    out, sys.stdout = sys.stdout, None if sys.stdout is None else _Patient(sys.stdout)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            try:
+                yield
+            except BaseException:
+                with suppress(OSError):
+                    _flush()
+                raise
+            _flush()
+    finally:
+        sys.stdout = out
+
+
+class _Patient(io.TextIOBase):
+    """A stream that takes everything when nobody reads it any more."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """As much as is read."""
+        with suppress(BrokenPipeError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """What is buffered of what is read."""
         try:
-            yield
-        except BaseException:
-            with suppress(OSError):
-                _flush()
-            raise
-        _flush()
+            self._stream.flush()
+        except BrokenPipeError:  # what is left in the buffer must go somewhere
+            _drop(self._stream)
+
+    def fileno(self) -> int:
+        """Of the stream."""
+        return self._stream.fileno()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """Of the stream."""
+        return self._stream.encoding
 
 
 def say(message: str) -> None:
     """One line on stderr."""
-    if sys.stderr is not None:
-        print(f"refcurv: {_line(message)}", file=sys.stderr)
+    if sys.stderr is None:
+        return
+    try:
+        print(f"refcurv: {_line(message)}", file=sys.stderr, flush=True)
+    except OSError:  # nobody reads it, or there is no room
+        _drop(sys.stderr)
 
 
 @contextmanager
@@ -153,5 +193,12 @@ def _flush() -> None:
     try:
         sys.stdout.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop(sys.stdout)
         raise
+
+
+def _drop(stream: TextIO) -> None:
+    """From now on the stream's file is nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)

@@ -388,6 +388,7 @@ def test_refusals() -> None:
     refused(RangeError, "rate must be a number; got 'fast'", rate="fast")
     refused(RangeError, "steps must be an integer >= 0; got 2.0", steps=2.0)
     refused(RangeError, "batch must be an integer >= 1; got 0", batch=0)
+    refused(RangeError, "steps must be below", steps=2**63)
     refused(RangeError, "seed must be an integer", seed=-1)
     refused(NameUnknownError, "matches none", "blocks.7.mlp.up")
     refused(ConventionError, "tied to the embedding", model_of(case(tied=True)), "head")

@@ -569,6 +569,39 @@ def test_progress_goes_into_a_log_too(capsys, monkeypatch) -> None:
     ]
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_leaves_ends_nothing_but_the_printing(
+    unbuffered: str, files: Path, tmp_path: Path
+) -> None:
+    """Status 0 only if all was done: the JSON is there; and a status survives a full stderr."""
+    where = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    command = [*PYTHON, "inspect", str(files / "f.h5"), "--json", str(tmp_path / "j.json")]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, env=where, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert json.loads((tmp_path / "j.json").read_text())["format"] == "refcurv-factors"
+    with Path("/dev/full").open("w") as full:
+        failed = subprocess.run([*PYTHON, "inspect", "nowhere.h5"], stderr=full, env=where,
+                                check=False)  # fmt: skip
+    assert failed.returncode == 2
+
+
+def test_docstrings_may_be_left_out(files: Path) -> None:
+    done = run("inspect", str(files / "f.h5"), env={**os.environ, "PYTHONOPTIMIZE": "2"})
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_json_of_a_report_takes_the_place_of_none_of_its_files(
+    files: Path, tmp_path: Path, capsys
+) -> None:
+    for name in ("edited.h5", "results.json", "report.html", "bands.png"):
+        arguments = ["report", *paths(files, "w", "c"), "--rho", "0.5", "--out", str(tmp_path)]
+        assert main([*arguments, "--json", str(tmp_path / name)]) == 2
+        assert f"is the same file as {name} of --out" in capsys.readouterr().err
+
+
 def test_a_reader_that_leaves_is_no_error(files: Path) -> None:
     command = " ".join([*PYTHON, "inspect", str(files / "f.h5")])
     done = subprocess.run(

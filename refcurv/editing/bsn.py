@@ -397,4 +397,6 @@ def _rows(corpus: Corpus, row_B: Array) -> Corpus:
 def _count(who: str, what: str, value: int, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise RangeError(f"{who}: {what} must be an integer >= {least}; got {value!r}.")
+    if value >= 2**31:
+        raise RangeError(f"{who}: {what} must be below 2**31; got {value}.")
     return value

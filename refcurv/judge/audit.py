@@ -138,7 +138,7 @@ def audit(
 
 def _finding(name: str, bench: Bench) -> Finding:
     check = CHECKS[name]
-    statement = (check.__doc__ or "").splitlines()[0]
+    statement = (check.__doc__ or "").partition("\n")[0]
     try:
         measures = list(check(bench))
     except (ValueError, ArithmeticError) as error:

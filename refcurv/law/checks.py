@@ -214,9 +214,9 @@ def require_seed(who: str, seed: int) -> int:
 
 
 def require_draws(who: str, draws: int) -> int:
-    """Return how often labels or signs are drawn, or raise RangeError unless an integer >= 1."""
-    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
-        raise RangeError(f"{who}: draws must be an integer >= 1; got {draws!r}.")
+    """Return how often labels or signs are drawn; RangeError unless an integer in [1, 2**31)."""
+    if isinstance(draws, bool) or not isinstance(draws, int) or not 1 <= draws < 2**31:
+        raise RangeError(f"{who}: draws must be an integer in [1, 2**31); got {draws!r}.")
     return draws
 
 

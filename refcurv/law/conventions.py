@@ -78,7 +78,7 @@ LAW: Final[Mapping[str, str]] = MappingProxyType(
         "never one.",
         "ORDER": "Eigenvalues descending, eigenvectors in columns; the entry of largest magnitude "
         "(lowest index on ties) is positive.",
-        "NEGATIVE": "Eigenvalues within λ_max·c·(n_shard·eps(compute) + d·eps(float64)) + "
+        "NEGATIVE": "Negative eigenvalues within λ_max·c·(n_shard·eps(compute) + d·eps(float64)) + "
         "d·n_shard·(the smallest number of compute) of 0 become 0 and are counted; a more negative "
         "one is an error. A layer of whose tr S_G "
         "rounding makes more than 1/64 is not edited.",

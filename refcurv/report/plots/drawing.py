@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from refcurv.files.disk import write_bytes
+from refcurv.files.disk import one_line, write_bytes
 from refcurv.law.checks import RefcurvError
 
 if TYPE_CHECKING:
@@ -92,6 +92,8 @@ def require_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise RefcurvError("report: plots need matplotlib: pip install 'refcurv[report]'") from None
+    except ValueError as error:  # MPLBACKEND, a style, a file of settings
+        raise RefcurvError(f"report: matplotlib cannot be used: {one_line(error)}.") from None
 
 
 @contextmanager
