@@ -26,6 +26,10 @@ The public names, in the order in which data flow:
     RefcurvError                    every refusal is one of these
 """
 
+from refcurv.starting import look_after_imports
+
+look_after_imports()  # before anything large is imported
+
 from refcurv.algebra import matrix_free
 from refcurv.curvature import distance, exact
 from refcurv.curvature.blocks import Block, Blocks, collect_blocks

@@ -588,6 +588,21 @@ def test_a_reader_that_leaves_ends_nothing_but_the_printing(
     assert failed.returncode == 2
 
 
+def test_what_happens_while_it_is_imported_is_no_traceback(files: Path) -> None:
+    """Ctrl-C in the first second, and a machine on which a library cannot be imported."""
+    command = [*PYTHON, "inspect", str(files / "f.h5")]
+    for delay in np.linspace(0.15, 0.9, 6):
+        running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                                   text=True)  # fmt: skip
+        time.sleep(delay)
+        running.send_signal(signal.SIGINT)
+        _, err = running.communicate(timeout=60)
+        assert "Traceback" not in err and running.returncode in (-signal.SIGINT, 130, 0), err
+    done = run(*command[3:], env={**os.environ, "NUMBA_NUM_THREADS": "0"})
+    assert done.returncode == 3, done.stderr
+    assert done.stderr.startswith("refcurv: could not start: ") and done.stderr.count("\n") == 1
+
+
 def test_docstrings_may_be_left_out(files: Path) -> None:
     done = run("inspect", str(files / "f.h5"), env={**os.environ, "PYTHONOPTIMIZE": "2"})
     assert done.returncode == 0, done.stderr
