@@ -163,7 +163,7 @@ def collect(
             sums of no more. Changes no bit.
         checkpoint: a file to keep the sums in after every block of 64 shards; if it exists, the
             run goes on from there, with the bits of an uninterrupted one. It holds the whole sums
-            at the end: delete it once the factors are on disk, as `collect_to` does.
+            at the end: `save_factors`, given it too, deletes it once the factors are on disk.
         progress: called with (shards done, shards).
 
     Returns:
