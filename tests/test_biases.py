@@ -512,7 +512,8 @@ def gradients(one: Case, fisher: str, seed: int) -> list[dict[str, np.ndarray]]:
             final, trace = transformer.forward(made, part.parameters, part.token, part.layout)
             z = transformer.head_logits(made, part.parameters, final)
             own = sent[b : b + 1] * inside[:, : z.shape[1], None]
-            d_z = transformer.uncapped(made, z, own)
+            y = transformer.linear_forward(made, part.parameters, "head", final)
+            d_z = transformer.uncapped(made, y, own)
             found = {"head.bias": d_z.sum(axis=(0, 1))}
             d_final = d_z @ part.parameters[made.weight_of("head")]
             steps = transformer.backward(made, part.parameters, d_final, trace)

@@ -167,9 +167,10 @@ def naive_rows(
         oracles.logits(made, P, image, None, None, seen)  # the rows of A, by the oracle
         patch = np.array(oracles.patches(made.image, image.astype(np.float64)))[None]
         final, trace = transformer.forward(made, P, patch, image_layout(made, 1))
-        logit = transformer.head_logits(made, P, final)[0, 0]
+        y = transformer.linear_forward(made, P, "head", final)[0, 0]
+        logit = transformer.capped(made, y)
         for c, d_logit in enumerate(sent_back(logit, label, fisher, seed, b)):
-            d_y = transformer.uncapped(made, logit, d_logit)
+            d_y = transformer.uncapped(made, y, d_logit)
             taps = [Tap("head", final, d_y[None, None])]
             steps = transformer.backward(made, P, (d_y @ P["head.weight"])[None, None], trace)
             taps += [step for step in steps if isinstance(step, Tap)]

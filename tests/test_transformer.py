@@ -150,3 +150,27 @@ def test_the_backward_stops_where_the_trace_ends() -> None:
     ]
     assert names[0] == "final_norm.weight"
     assert all(name.startswith("blocks.2.") for name in names[1:])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_saturated_logits_keep_the_slope_of_their_soft_cap(dtype: type) -> None:
+    """Entry by entry to a few roundings, at 40 caps too; from the logits it is off by 6 % at 8."""
+    cap, at = 2.0, np.array([[-3, 1.5, 0.25], [8, 8.25, -8], [12, -13, 11], [40, 20, -40]])
+    made = case(width=3, heads=1, kv_heads=1, vocabulary=4, logit_cap=cap).config
+    parameters = {"head.weight": (cap * at).astype(dtype)}  # (V, D): of the identity y is its rows
+    final_BTD, label_BT = np.eye(3, dtype=dtype)[None], np.array([[0, 3, 2]])
+    taps: list[transformer.Tap | transformer.Slope] = []
+    head = transformer.head_backward(made, parameters, final_BTD, label_BT, label_BT >= 0)
+    transformer.drain(head, taps.append)
+    u = at.T.astype(np.longdouble)
+    e = np.exp(cap * np.tanh(u))
+    d_logit = e / e.sum(axis=1, keepdims=True)
+    d_logit[range(3), label_BT[0]] -= 1
+    want = d_logit / np.cosh(u) ** 2
+    (tap,) = taps
+    assert tap.g.dtype == dtype
+    roundings = 8 + 2 * np.abs(u)  # of exp(2u), whose argument is rounded, and of what follows
+    assert_within(
+        (tap.g.reshape(3, 4) / want - 1) / roundings, np.zeros((3, 4)),
+        np.finfo(dtype).eps, np.ones((3, 4)), "g",
+    )  # fmt: skip

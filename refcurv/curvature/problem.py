@@ -262,12 +262,12 @@ def of_batch(batch: Batch, parameters: Parameters, rows: Rows = Rows.REACHED) ->
 
     def forward(parameters: Parameters) -> tuple[Array, Saved]:
         final_BTD, trace = transformer.forward(config, parameters, batch.inputs, layout)
-        z_NV = transformer.head_logits(config, parameters, final_BTD[b_N, t_N])
-        return z_NV, (final_BTD, trace, z_NV)
+        y_NV = transformer.linear_forward(config, parameters, "head", final_BTD[b_N, t_N])
+        return transformer.capped(config, y_NV), (final_BTD, trace, y_NV)
 
     def backward(parameters: Parameters, saved: Saved, d_z: Array) -> Iterator[Tap | Slope]:
-        final_BTD, trace, z_NV = saved
-        d_y = transformer.uncapped(config, z_NV, d_z)
+        final_BTD, trace, y_NV = saved
+        d_y = transformer.uncapped(config, y_NV, d_z)
         g = np.zeros((*d_z.shape[:-2], *final_BTD.shape[:2], config.vocabulary), d_y.dtype)
         g[..., b_N, t_N, :] = d_y
         g_BTV = g.reshape(-1, *g.shape[-2:])

@@ -181,12 +181,12 @@ def last_layer_in_closed_form(bench: Bench) -> Iterator[Measure]:
     batch = _few_terms(bench)
     made = of_batch(batch, bench.parameters)
     X = bench.rng(7).normal(size=made.parameters[head].shape)
-    z, (final, *_) = made.forward(made.parameters)
+    z, (final, _, output) = made.forward(made.parameters)
     h = final[batch.label_BT >= 0]
     e = np.exp(z - z.max(axis=1, keepdims=True))
     p = e / e.sum(axis=1, keepdims=True)
     y, terms = (
-        transformer.uncapped(bench.config, z, x) for x in (h @ X.T, np.abs(h) @ np.abs(X).T)
+        transformer.uncapped(bench.config, output, x) for x in (h @ X.T, np.abs(h) @ np.abs(X).T)
     )
     # the variance about the likeliest entry, of which p may leave nothing to the others
     top = np.arange(len(z)), z.argmax(axis=1)

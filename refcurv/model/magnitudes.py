@@ -77,12 +77,13 @@ def gradient_scale(
     Proof: tests/test_transformer.py::test_scale_bounds_the_rounding
     """
     final_BTD, trace = transformer.forward(config, parameters, inputs, layout)
-    logit_BTV = transformer.head_logits(config, parameters, final_BTD)
+    y_BTV = transformer.linear_forward(config, parameters, "head", final_BTD)
+    logit_BTV = transformer.capped(config, y_BTV)
     d_logit = softmax_over(logit_BTV, np.ones(logit_BTV.shape, dtype=bool))
     b, t = np.nonzero(label_BT >= 0)
     d_logit[b, t, label_BT[b, t]] += 1
     d_logit[label_BT < 0] = 0
-    g_BTV = transformer.uncapped(config, logit_BTV, d_logit)
+    g_BTV = transformer.uncapped(config, y_BTV, d_logit)
     positive = {name: np.abs(array) for name, array in parameters.items()}
     scale: dict[str, Array] = {}
 

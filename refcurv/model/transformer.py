@@ -26,6 +26,7 @@ from refcurv.model.layers import (
     clip,
     full_layout,
     rope_tables,
+    soft_cap,
     windowed,
 )
 from refcurv.model.loss import cross_entropy
@@ -578,17 +579,21 @@ class Loss:
 
 def head_logits(config: ModelConfig, parameters: Parameters, final: Array) -> Array:
     """(..., D) → logits (..., V), soft-capped where the model does so."""
-    logit = linear_forward(config, parameters, "head", final)
-    cap = config.logit_cap
-    return logit if cap is None else cap * np.tanh(logit / cap)
+    return capped(config, linear_forward(config, parameters, "head", final))
 
 
-def uncapped(config: ModelConfig, logit: Array, d_logit: Array) -> Array:
-    """The gradient of the head's outputs from that of the logits, which the soft-cap made."""
-    if config.logit_cap is None:
-        return d_logit
+def capped(config: ModelConfig, y: Array) -> Array:
+    """The logits of the head's outputs y: cap · tanh(y / cap), or y itself without a cap."""
+    return y if config.logit_cap is None else soft_cap(y, config.logit_cap)[0]
+
+
+def uncapped(config: ModelConfig, y: Array, d_logit: Array) -> Array:
+    """The gradient of the head's outputs y from that of the logits, which the soft-cap made.
+
+    The slope is taken from y. A saturated logit has lost it: there 1 − (logit / cap)² cancels.
+    """
     # forward:  logit = cap tanh(y / cap)
-    return d_logit * (1 - (logit / config.logit_cap) ** 2)
+    return d_logit if config.logit_cap is None else d_logit * soft_cap(y, config.logit_cap)[1]
 
 
 def head_transpose(
@@ -609,8 +614,8 @@ def head_transpose(
     for begin in range(0, len(row_N), HEAD_ROWS):
         chunk = row_N[begin : begin + HEAD_ROWS]
         a_ND = final_ND[chunk]
-        logit_NV = head_logits(config, parameters, a_ND)
-        g_NV = uncapped(config, logit_NV, cotangent(chunk, logit_NV))
+        y_NV = linear_forward(config, parameters, "head", a_ND)
+        g_NV = uncapped(config, y_NV, cotangent(chunk, capped(config, y_NV)))
         d_final_ND[chunk] = yield from linear_backward(config, parameters, "head", a_ND, g_NV)
     return d_final_ND.reshape(final_BTD.shape)
 
