@@ -42,13 +42,14 @@ from refcurv.editing.record import EditRecord
 from refcurv.editing.svd import singular_bases, truncate
 from refcurv.editing.variants import one_sided, random_basis, random_pairs
 from refcurv.evaluation.suite import Evaluation, evaluate
-from refcurv.files.corpus import Corpus, ImagePopulation, Population, load_corpus, save_corpus
+from refcurv.files.corpus import load_corpus, save_corpus
 from refcurv.files.huggingface import convert, export
 from refcurv.files.texts import build_corpus
 from refcurv.files.weights import load, save
 from refcurv.judge.audit import Audit, audit
 from refcurv.law.checks import RefcurvError
 from refcurv.model.config import Model, ModelConfig
+from refcurv.model.corpus import Corpus, ImagePopulation, Population
 from refcurv.passes.public import logits, loss_and_gradient
 
 __all__ = [

@@ -23,10 +23,11 @@ from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
 from refcurv.files import huggingface, weights
-from refcurv.files.corpus import Corpus
 from refcurv.files.families import Family, Form, Slot
 from refcurv.model import transformer
 from refcurv.model.config import Model, ModelConfig
+from refcurv.model.corpus import Corpus
+from refcurv.model.gradient import head_backward, loss_and_gradient
 from refcurv.model.layers import DEFINITIONS, Ops, unfold
 
 BUDGET = 1e-12
@@ -306,16 +307,14 @@ def run_ours(model: Model, batch: Batch, ops: Ops = DEFINITIONS) -> Found:
             a[step.name], g[step.name] = step.a, step.g
 
     keep = batch.label >= 0
-    head = transformer.head_backward(config, parameters, final, batch.label, keep)
+    head = head_backward(config, parameters, final, batch.label, keep)
     loss = transformer.drain(head, take)
     rows = {"a": a["head"], "g": g["head"]}
     a["head"], g["head"] = (np.zeros((*keep.shape, r.shape[-1])) for r in rows.values())
     a["head"][keep], g["head"][keep] = rows["a"], rows["g"]
     for step in transformer.backward(config, parameters, loss.d_final_BTD, trace, ops):
         take(step)
-    total, gradient = transformer.loss_and_gradient(
-        config, parameters, inputs, batch.label, layout, ops
-    )
+    total, gradient = loss_and_gradient(config, parameters, inputs, batch.label, layout, ops)
     logits = transformer.head_logits(config, parameters, final)
     return Found(logits, float(total), gradient, *moments(batch, a, g))
 

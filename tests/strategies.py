@@ -27,8 +27,8 @@ from refcurv.model.config import (
     RopeScaling,
     Scaling,
 )
+from refcurv.model.labels import shift_labels
 from refcurv.model.layers import Layout
-from refcurv.model.loss import shift_labels
 from refcurv.model.transformer import image_layout, layout_of
 
 

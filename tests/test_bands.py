@@ -24,7 +24,6 @@ from refcurv.evaluation.bands import (
     mass_bounds,
     rank_bounds,
 )
-from refcurv.files.corpus import Population
 from refcurv.law.checks import (
     ConventionError,
     EmptyError,
@@ -34,6 +33,7 @@ from refcurv.law.checks import (
 )
 from refcurv.model import transformer
 from refcurv.model.config import Model
+from refcurv.model.corpus import Population
 from refcurv.model.layers import DEFINITIONS, causal_layout
 
 LAYERS = ("blocks.0.attn.q", "blocks.1.attn.o", "blocks.0.mlp.up", "blocks.1.mlp.down", "head")

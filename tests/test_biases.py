@@ -42,7 +42,8 @@ from refcurv.law.conventions import Bias, Fisher
 from refcurv.model import transformer
 from refcurv.model.config import Norm, NormPlace, QKNorm
 from refcurv.model.transformer import Slope
-from refcurv.passes import memory
+from refcurv.passes import forward as forward_pass
+from refcurv.passes import sweep
 
 BIASED = ("q", "v", "o", "up", "down", "head")
 BUDGET = 1e-12  # of three paths through two blocks of width 8, with gains of order 1
@@ -417,7 +418,8 @@ def test_O46_the_other_rope_layout_permutes_q_and_k(rope_width: int | None, monk
             moves |= {f"{at}.weight": of_rows(wide), f"{at}_norm.weight": of_rows(P)}
             moves |= {f"{at}.bias": of_rows(wide)} if name == "q" else {}
             sides[f"G {at}"] = wide
-    monkeypatch.setattr(memory, "FAST", replace(memory.FAST, rotate=interleaved))
+    for module in (forward_pass, sweep):
+        monkeypatch.setattr(module, "FAST", replace(module.FAST, rotate=interleaved))
     other = model_of(moved(one, moves))
     assert_within(rc.logits(other, one.token), logits, BUDGET, logits, "logits")
     assert gap(rc.logits(model_of(one), one.token), logits) > 0.01  # without the permutation

@@ -13,10 +13,10 @@ from strategies import config, configs, random_parameters
 
 from refcurv.evaluation import decode
 from refcurv.evaluation.decode import batches, decode_population, greedy, suffixes, teacher_forced
-from refcurv.files.corpus import Population
 from refcurv.law.checks import EmptyError, NonFiniteError, RangeError
 from refcurv.model import transformer
 from refcurv.model.config import ModelConfig
+from refcurv.model.corpus import Population
 from refcurv.model.layers import DEFINITIONS, causal_layout
 from refcurv.passes import parallel
 

@@ -10,7 +10,7 @@ import pytest
 
 import refcurv as rc
 from refcurv.model.config import Pool, expand
-from refcurv.passes import memory
+from refcurv.passes.forward import layer_inputs, resident
 from validation.paper import digits, vit
 
 TINY = digits.Recipe(
@@ -287,7 +287,7 @@ def inputs_of(model, layer, images):
     """What a layer reads, (N, T, I) float64."""
     patch = digits.patches(model.config, images)
     layout = digits.image_layout(model.config, len(images))
-    found = memory.layer_inputs(model.config, memory.resident(model), patch, layout, [layer])
+    found = layer_inputs(model.config, resident(model), patch, layout, [layer])
     return found[layer].astype(np.float64)
 
 

@@ -28,7 +28,6 @@ from refcurv.curvature.eigenbasis import (
 )
 from refcurv.curvature.factors import Factor, Factors
 from refcurv.evaluation.bands import bands
-from refcurv.files.corpus import Population
 from refcurv.law import tolerance
 from refcurv.law.checks import (
     ConventionError,
@@ -43,6 +42,7 @@ from refcurv.law.checks import (
 )
 from refcurv.law.conventions import Fisher, Rows
 from refcurv.model.config import QKNorm
+from refcurv.model.corpus import Population
 
 
 def moment(

@@ -33,9 +33,9 @@ from refcurv.law.checks import (
     ShapeError,
 )
 from refcurv.law.conventions import Fisher
-from refcurv.model import transformer
 from refcurv.model.config import Model, NormPlace, QKNorm
-from refcurv.model.loss import shift_labels
+from refcurv.model.gradient import loss_and_gradient
+from refcurv.model.labels import shift_labels
 
 WIDE = np.finfo(np.longdouble).eps < np.finfo(np.float64).eps
 needs_longdouble = pytest.mark.skipif(not WIDE, reason="longdouble is no wider than float64 here")
@@ -74,9 +74,7 @@ def test_gradient_is_the_transformers(one: Case) -> None:
     names = list(one.parameters)
     got = exact.gradient(made, wrt="**")
     label = np.where(one.real, one.label, -1)
-    loss, want = transformer.loss_and_gradient(
-        one.config, one.parameters, one.token, label, one.layout
-    )
+    loss, want = loss_and_gradient(one.config, one.parameters, one.token, label, one.layout)
     z, _ = made.forward(made.parameters)
     assert_within(made.loss.terms(z)[0].sum(), loss, BUDGET, loss, "loss")
     for name in names:

@@ -26,10 +26,10 @@ from test_loss import sign_by_hand
 
 import refcurv as rc
 from refcurv.algebra import blas
-from refcurv.curvature import factors, sums
+from refcurv.curvature import accumulate, factors
 from refcurv.curvature.checkpoint import Checkpoint
 from refcurv.curvature.factors import least_certain
-from refcurv.curvature.sums import Moment
+from refcurv.curvature.moments import RunningSum
 from refcurv.files import disk, provenance, store
 from refcurv.law import conventions, tolerance
 from refcurv.law.checks import (
@@ -43,11 +43,16 @@ from refcurv.law.checks import (
     StorageError,
 )
 from refcurv.law.conventions import Fisher
+from refcurv.model import fisher as model_fisher
 from refcurv.model import transformer
 from refcurv.model.config import NormPlace, Residual
-from refcurv.model.loss import root_product, shift_labels, uniforms
+from refcurv.model.labels import shift_labels
+from refcurv.model.loss import root_product
+from refcurv.model.sampling import uniforms
 from refcurv.model.transformer import Tap
-from refcurv.passes import memory, shards
+from refcurv.passes import shards
+from refcurv.passes.forward import resident
+from refcurv.passes.sweep import Sweep, sweep
 
 BIASED = ("q", "o", "up", "down", "head")
 
@@ -294,11 +299,11 @@ def test_O8_expected_for_the_head_is_its_closed_form() -> None:
     assert_within(got.sum_G, want, 1e-13, want, "head")
 
 
-def joint_columns(shard, t, v, row_N, logit_NV):
+def joint_columns(label_BT, t, v, row_N, logit_NV):
     """Column v at all labelled positions at once, as if S were one root for them all (B18)."""
     sent = np.zeros_like(logit_NV)
-    if t == memory.labelled(shard)[0]:
-        at = np.flatnonzero(shard.label_BT.reshape(-1)[row_N] >= 0)
+    if t == model_fisher.labelled(label_BT)[0]:
+        at = np.flatnonzero(label_BT.reshape(-1)[row_N] >= 0)
         sent[at] = root_product(logit_NV[at], np.eye(logit_NV.shape[1])[np.full(len(at), v)])
     return sent
 
@@ -311,7 +316,7 @@ def test_O13_columns_of_all_positions_at_once_are_another_matrix(monkeypatch) ->
     one = case(batch=4, length=6)
     args = (model_of(one), corpus_of(one), "**", "expected")
     right = rc.collect(*args)
-    monkeypatch.setattr(memory, "_root_column", joint_columns)
+    monkeypatch.setattr(model_fisher, "_root_column", joint_columns)
     joint = rc.collect(*args)
     off = {
         name: np.linalg.norm(joint[name].sum_G - f.sum_G) / np.linalg.norm(f.sum_G)
@@ -332,7 +337,7 @@ def test_O13_signs_over_every_pattern_are_the_expectation(monkeypatch) -> None:
     want = rc.collect(model, corpus, "**", "expected")
     patterns = list(product((-1, 1), repeat=4))
     monkeypatch.setattr(
-        memory, "signs", lambda seed, draw, index, t, V: patterns[draw][V * t : V * (t + 1)]
+        model_fisher, "signs", lambda seed, draw, index, t, V: patterns[draw][V * t : V * (t + 1)]
     )
     got = rc.collect(model, corpus, "**", "signed", draws=16)
     for name, factor in got.items():
@@ -362,11 +367,11 @@ def test_O12_the_standard_error_is_unbiased(fisher: str, monkeypatch) -> None:
     ]
     found, pair = np.zeros(2), [0, 0]
 
-    def planned(shard, seed, draw, row_N, logit_NV):
+    def planned(label_BT, index_B, seed, draw, row_N, logit_NV):
         return worlds[pair[draw]][1].reshape(-1, 2)[row_N]
 
-    monkeypatch.setattr(memory, "_drawn_slope", planned)
-    monkeypatch.setattr(memory, "_signed_root", planned)
+    monkeypatch.setattr(model_fisher, "_drawn_slope", planned)
+    monkeypatch.setattr(model_fisher, "_signed_root", planned)
     for pair[0], pair[1] in product(range(len(worlds)), repeat=2):
         got = rc.collect(model, corpus, name, fisher, draws=2)[name]
         weight = weights[pair[0]] * weights[pair[1]]
@@ -398,7 +403,9 @@ def test_O12_errors_of_shards_add_as_variances(monkeypatch) -> None:
     one = case(batch=3)
     model = model_of(one)
     monkeypatch.setattr(conventions, "SHARD_TOKENS", 6)
-    monkeypatch.setattr(memory, "uniforms", lambda seed, draw, index, T: uniforms(seed, draw, 0, T))
+    monkeypatch.setattr(
+        model_fisher, "uniforms", lambda seed, draw, index, T: uniforms(seed, draw, 0, T)
+    )
     whole = rc.collect(model, corpus_of(one), "**", draws=2)
     parts = [rc.collect(model, rc.Corpus(row[None]), "**", draws=2) for row in one.token]
     for name, factor in whole.items():
@@ -473,9 +480,9 @@ def test_passes_sum_as_the_law_says(fisher: str, draws: int) -> None:
         blas.add_gram(tap.g, out, onto=False)
         total[tap.name] += np.tril(out)
 
-    job = memory.Sweep(frozenset(got), Fisher(fisher), 5, draws)
+    job = Sweep(frozenset(got), Fisher(fisher), 5, draws)
     (unit,) = shards.shards(corpus_of(one), model.config)
-    memory.sweep(model.config, memory.resident(model), unit, job, take)
+    sweep(model.config, resident(model), unit, job, take)
     for name, factor in got.items():
         assert np.tril(factor.sum_G).tobytes() == total[name].tobytes()
 
@@ -554,7 +561,7 @@ def test_O6_a_factorial_design_makes_kfac_exact(rng: np.random.Generator) -> Non
     pairs = [(x, y) for x in a for y in g]
     sides = {}
     for side, index, size in (("A", 0, 3), ("G", 1, 2)):
-        moment = Moment(size, size)
+        moment = RunningSum(size, size)
         for shard in range(0, len(pairs), 4):
             rows = np.array([p[index] for p in pairs[shard : shard + 4]])
             moment.add(rows.T @ rows, len(rows))
@@ -595,7 +602,7 @@ def test_a_killed_run_goes_on_with_the_same_bits(
 ) -> None:
     """Interrupted in the third block: two blocks are not computed again, and no bit differs."""
     monkeypatch.setattr(conventions, "SHARD_TOKENS", 8)  # one sequence to a shard
-    monkeypatch.setattr(sums, "BLOCK_SHARDS", 16)
+    monkeypatch.setattr(accumulate, "BLOCK_SHARDS", 16)
     monkeypatch.setattr(factors, "BLOCK_SHARDS", 16)  # the first of each is swept for its rounding
     made = config(biases=BIASED)
     rc.save(rc.Model(made, random_parameters(made, 1)), tmp_path / "w.h5")
@@ -605,7 +612,7 @@ def test_a_killed_run_goes_on_with_the_same_bits(
     state, args = tmp_path / "f.h5.unfinished", ("blocks.{0,1}.mlp.*,embed", fisher, 0, draws)
     whole = rc.collect(model, corpus, *args)
     swept: list[int] = []
-    right = memory.sweep
+    right = factors.sweep
 
     def dying(config, parameters, shard, job, take) -> None:
         if shard.number == 35 and not state.with_suffix(".again").exists():
@@ -613,7 +620,7 @@ def test_a_killed_run_goes_on_with_the_same_bits(
         swept.append(shard.number)
         right(config, parameters, shard, job, take)
 
-    monkeypatch.setattr(memory, "sweep", dying)
+    monkeypatch.setattr(factors, "sweep", dying)
     with pytest.raises(KeyboardInterrupt):
         rc.collect(model, corpus, *args, checkpoint=state)
     assert state.exists()
@@ -643,7 +650,7 @@ def test_a_killed_run_goes_on_with_the_same_bits(
 def unfinished(tmp_path, monkeypatch):
     """A small collection of three blocks, and its checkpoint after the second."""
     monkeypatch.setattr(conventions, "SHARD_TOKENS", 8)
-    monkeypatch.setattr(sums, "BLOCK_SHARDS", 2)
+    monkeypatch.setattr(accumulate, "BLOCK_SHARDS", 2)
     made = config(biases=BIASED)
     rc.save(rc.Model(made, random_parameters(made, 1)), tmp_path / "w.h5")
     rng = np.random.default_rng(0)
@@ -657,8 +664,8 @@ def unfinished(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         right = Checkpoint.save
 
-        def dying(self, moments, blocks) -> None:
-            right(self, moments, blocks)
+        def dying(self, totals, blocks) -> None:
+            right(self, totals, blocks)
             if blocks == 2:
                 raise KeyboardInterrupt
 
@@ -678,7 +685,7 @@ def test_what_was_collected_is_never_lost(unfinished, monkeypatch) -> None:
             rc.save_factors(made, out, state)
         assert state.exists()
     with monkeypatch.context() as patch:
-        patch.setattr(memory, "sweep", Mock(side_effect=AssertionError("computed again")))
+        patch.setattr(factors, "sweep", Mock(side_effect=AssertionError("computed again")))
         again = collect()
     rc.save_factors(again, out, state)
     assert not state.exists()
@@ -687,7 +694,7 @@ def test_what_was_collected_is_never_lost(unfinished, monkeypatch) -> None:
 
 def test_a_collection_that_fits_no_disk_is_refused_before_the_work(unfinished, monkeypatch) -> None:
     _, collect = unfinished
-    monkeypatch.setattr(memory, "sweep", Mock(side_effect=AssertionError("began")))
+    monkeypatch.setattr(factors, "sweep", Mock(side_effect=AssertionError("began")))
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: Mock(free=1000))
     with pytest.raises(StorageError, match="its disk has 0"):
         collect()

@@ -14,11 +14,12 @@ from test_factors import model_of
 
 import refcurv as rc
 from refcurv.algebra import blas, kernels
-from refcurv.curvature.sums import add_gram
+from refcurv.curvature.accumulate import add_gram
 from refcurv.law import tolerance
 from refcurv.law.checks import NonFiniteError
-from refcurv.model import layers, transformer
+from refcurv.model import layers
 from refcurv.model.config import Activation, Norm, NormPlace, QKNorm
+from refcurv.model.gradient import loss_and_gradient
 from refcurv.model.layers import DEFINITIONS, Layout, Ops
 from refcurv.model.magnitudes import gradient_scale
 from refcurv.passes.fast import FAST, QUERY_ROWS
@@ -28,10 +29,8 @@ FLOATS = [np.float64, np.float32]
 
 def compare(one: Case, dtype: type) -> None:
     parameters = one.astype(dtype)
-    loss, gradient = transformer.loss_and_gradient(one.config, parameters, *one.batch, ops=FAST)
-    want_loss, want = transformer.loss_and_gradient(
-        one.config, one.parameters, *one.batch, ops=DEFINITIONS
-    )
+    loss, gradient = loss_and_gradient(one.config, parameters, *one.batch, ops=FAST)
+    want_loss, want = loss_and_gradient(one.config, one.parameters, *one.batch, ops=DEFINITIONS)
     widest = max(one.config.mlp_width, one.config.vocabulary, one.token.size)
     budget = tolerance.path(one.config.layers, widest, dtype)
     scale = gradient_scale(one.config, one.parameters, *one.batch)
@@ -335,7 +334,7 @@ def test_one_key_sends_nothing_to_queries_and_keys(which: str, ops: Ops, dtype: 
     """All labels hang on positions that see one key: the gradients of q and k are exactly zero."""
     length, window = ONE_KEY[which]
     one = case(length=length, norm_place=NormPlace.PRE, windows=(window,) * 2)
-    _, gradient = transformer.loss_and_gradient(one.config, one.astype(dtype), *one.batch, ops=ops)
+    _, gradient = loss_and_gradient(one.config, one.astype(dtype), *one.batch, ops=ops)
     for name, slope in gradient.items():
         nothing = any(part in name for part in ("attn.q", "attn.k"))
         assert slope.any() != nothing, name

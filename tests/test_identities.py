@@ -12,8 +12,9 @@ from strategies import Case, assert_within, case, cases, config
 from refcurv.law import tolerance
 from refcurv.model import layers, transformer
 from refcurv.model.config import NormPlace, QKNorm
+from refcurv.model.gradient import head_backward, loss_and_gradient
+from refcurv.model.labels import shift_labels
 from refcurv.model.layers import DEFINITIONS, causal_layout
-from refcurv.model.loss import shift_labels
 from refcurv.model.transformer import Slope, Tap
 
 ALL = [(place, qk) for place in NormPlace for qk in QKNorm]
@@ -38,7 +39,7 @@ def taps(
         if isinstance(step, Tap):
             out[step.name] = step
 
-    head = transformer.head_backward(
+    head = head_backward(
         one.config, one.parameters, final, label, one.real if keep is None else keep
     )
     loss = transformer.drain(head, take)
@@ -59,7 +60,7 @@ def flat(x: np.ndarray) -> np.ndarray:
 
 @given(cases())
 def test_O29_weight_gradient_is_the_sum_over_rows(one: Case) -> None:
-    _, gradient = transformer.loss_and_gradient(one.config, one.parameters, *one.batch)
+    _, gradient = loss_and_gradient(one.config, one.parameters, *one.batch)
     for name, tap in taps(one, keep=one.label >= 0).items():  # the same bits: zeros stay zeros
         W = one.parameters[one.config.weight_of(name)]
         a, g = flat(tap.a), flat(tap.g)
@@ -336,7 +337,7 @@ def test_slopes_cover_every_parameter_that_is_no_linear_layer() -> None:
     one = case()
     token, label, layout = one.batch
     final, trace = transformer.forward(one.config, one.parameters, token, layout, DEFINITIONS)
-    head = transformer.head_backward(one.config, one.parameters, final, label, label >= 0)
+    head = head_backward(one.config, one.parameters, final, label, label >= 0)
     loss = transformer.drain(head, lambda tap: None)
     steps = list(transformer.backward(one.config, one.parameters, loss.d_final_BTD, trace))
     slopes = {s.name for s in steps if isinstance(s, Slope)}

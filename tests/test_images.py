@@ -28,7 +28,7 @@ from refcurv.curvature.problem import problem
 from refcurv.evaluation import classify, decode
 from refcurv.evaluation.bands import Quantity, band_weights, bands, rank_bounds
 from refcurv.files import store
-from refcurv.files.corpus import Corpus, ImagePopulation, Population, load_corpus, save_corpus
+from refcurv.files.corpus import load_corpus, save_corpus
 from refcurv.law import conventions, tolerance
 from refcurv.law.checks import (
     ConventionError,
@@ -43,6 +43,8 @@ from refcurv.law.checks import (
 from refcurv.law.conventions import Fisher
 from refcurv.model import transformer
 from refcurv.model.config import Image, NormPlace, Pool, QKNorm
+from refcurv.model.corpus import Corpus, ImagePopulation, Population
+from refcurv.model.gradient import head_backward
 from refcurv.model.magnitudes import gradient_scale
 from refcurv.model.transformer import Tap, image_layout
 from refcurv.passes import parallel
@@ -335,7 +337,7 @@ def test_O5_a_convolution_with_stride_of_its_kernel_is_a_linear_layer_on_patches
     mine = transformer.linear_forward(made, one.parameters, "patch", one.token)
     convolved = y.reshape(len(images), O, -1).swapaxes(1, 2)
     assert_within(mine, convolved, tolerance.gamma(C * P * P, np.float64), 10, "outputs")
-    head = transformer.head_backward(made, one.parameters, final, one.label, one.label >= 0)
+    head = head_backward(made, one.parameters, final, one.label, one.label >= 0)
     loss = transformer.drain(head, lambda step: None)
     (tap,) = [
         step

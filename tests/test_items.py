@@ -20,7 +20,6 @@ from refcurv.demo.run import CORPUS, LAYERS, MODEL
 from refcurv.evaluation import decode
 from refcurv.evaluation.items import auc, distances, hits, suffix_nats
 from refcurv.evaluation.metrics import perplexity
-from refcurv.files.corpus import Corpus
 from refcurv.law import tolerance
 from refcurv.law.checks import (
     ConventionError,
@@ -30,7 +29,8 @@ from refcurv.law.checks import (
     RangeError,
     ShapeError,
 )
-from refcurv.passes.memory import resident
+from refcurv.model.corpus import Corpus
+from refcurv.passes.forward import resident
 
 # ------------------------------------------------------------------ by hand
 

@@ -15,18 +15,10 @@ from strategies import Case, assert_within, cases
 
 from refcurv.law import tolerance
 from refcurv.law.checks import NonFiniteError, RangeError
-from refcurv.model.loss import (
-    CACHED,
-    _few_rows,
-    cross_entropy,
-    draw_labels,
-    hessian_product,
-    reached,
-    root_product,
-    shift_labels,
-    signs,
-    uniforms,
-)
+from refcurv.model.labels import shift_labels
+from refcurv.model.loss import CACHED, cross_entropy, few_rows, hessian_product, root_product
+from refcurv.model.rows import reached
+from refcurv.model.sampling import draw_labels, signs, uniforms
 
 
 @given(st.integers(0, 2**64 - 1), st.integers(0, 2**40), st.integers(0, 2**40), st.integers(1, 13))
@@ -429,7 +421,7 @@ def test_rows_are_worked_on_a_portion_at_a_time(vocabulary: int) -> None:
     """As many as fit CACHED logits, and never none: a vocabulary may be larger than that."""
     rows = 2 * CACHED // vocabulary + 3
     logits = np.broadcast_to(0.0, (rows, vocabulary))
-    portions = list(_few_rows(logits))
+    portions = list(few_rows(logits))
     assert [n for part in portions for n in range(rows)[part]] == list(range(rows))
     size = portions[0].stop - portions[0].start
     assert size == 1 or size * vocabulary <= CACHED

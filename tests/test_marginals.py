@@ -4,8 +4,9 @@ import numpy as np
 
 import refcurv as rc
 from refcurv.law.conventions import Fisher
-from refcurv.passes import memory
+from refcurv.passes.forward import resident
 from refcurv.passes.shards import shards
+from refcurv.passes.sweep import Sweep, sweep
 from tests.strategies import assert_within
 from validation.paper.marginals import corrected
 
@@ -20,10 +21,10 @@ def test_marginals_are_those_of_the_corrected_eigenvalues():
     basis = rc.decompose(rc.collect(model, corpus, LAYERS, seed=3))
     found = corrected(model, corpus, basis, seed=3)
     rows = {name: [] for name in basis}
-    job = memory.Sweep(frozenset(basis), Fisher.SAMPLED, 3)
+    job = Sweep(frozenset(basis), Fisher.SAMPLED, 3)
     for unit in shards(corpus, model.config):
-        memory.sweep(
-            model.config, memory.resident(model), unit, job,
+        sweep(
+            model.config, resident(model), unit, job,
             lambda _, tap: rows[tap.name].append((tap.a.copy(), tap.g.copy())),
         )  # fmt: skip
     for name, one in basis.items():

@@ -11,9 +11,9 @@ from strategies import assert_within, case
 
 import refcurv as rc
 from refcurv.evaluation.matching import Match, Point, at_perplexity, tradeoff
-from refcurv.files.corpus import ImagePopulation, Population
 from refcurv.law import tolerance
 from refcurv.law.checks import ConventionError, EmptyError, RangeError
+from refcurv.model.corpus import ImagePopulation, Population
 from refcurv.passes import parallel
 
 ONE = case(batch=6, length=9)

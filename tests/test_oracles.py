@@ -26,9 +26,10 @@ from refcurv.law import tolerance
 from refcurv.law.conventions import Fisher
 from refcurv.model import transformer
 from refcurv.model.config import Image, NormPlace, QKNorm, RopeScaling
+from refcurv.model.gradient import head_backward, loss_and_gradient
 from refcurv.model.magnitudes import gradient_scale
-from refcurv.passes.memory import Sweep, sweep
 from refcurv.passes.shards import shards
+from refcurv.passes.sweep import Sweep, sweep
 
 WIDE = np.longdouble
 EPS = float(np.finfo(WIDE).eps)
@@ -599,7 +600,7 @@ def compare_logits(one: Case) -> float:
             assert got.dtype == dtype
             share = max(share, assert_within(got[b, real], s.logits, within, scale, "logits"))
             rows = one.config, parameters, final, one.label, one.label >= 0
-            loss = transformer.drain(transformer.head_backward(*rows), lambda step: None)
+            loss = transformer.drain(head_backward(*rows), lambda step: None)
             # log Σ exp z − z_v moves by at most twice what the logits move by
             assert_within(loss.nats_BT[b].sum(), nats, within, 2 * scale.sum(), "loss")
     return share
@@ -859,7 +860,7 @@ VIT: dict[str, Any] = dict(
     ids=["post", "pre", "two", "gpt2", "gemma2", "neox", "phi", "olmo", "vit", "vit-mean"],
 )
 def test_the_gradient_is_the_oracle(one: Case) -> None:
-    loss, gradient = transformer.loss_and_gradient(one.config, one.astype(WIDE), *one.batch)
+    loss, gradient = loss_and_gradient(one.config, one.astype(WIDE), *one.batch)
     each, names = sequences(one), list(one.parameters)
     x = oracles.flat(each[0].parameters, names)
 

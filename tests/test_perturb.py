@@ -16,8 +16,8 @@ from test_suite import by_hand, counting_model, rows
 import refcurv as rc
 from refcurv.evaluation import decode
 from refcurv.evaluation.perturb import perturbation
-from refcurv.files.corpus import Population
 from refcurv.law.checks import ConventionError, NonFiniteError, RangeError
+from refcurv.model.corpus import Population
 from refcurv.passes import parallel
 
 # ------------------------------------------------------------------ the definition, literally

@@ -23,14 +23,16 @@ import test_transformer
 from strategies import Case, case
 from test_oracles import GEMMA2, GPT2, NEOX, OLMO, PHI, images, padded
 
-from refcurv.curvature import eigenbasis, factors, sums
+from refcurv.curvature import eigenbasis, factors, moments
 from refcurv.law.checks import RefcurvError
 from refcurv.law.conventions import Fisher
-from refcurv.model import inputs, layers, loss, transformer
+from refcurv.model import fisher as model_fisher
+from refcurv.model import gradient, labels, layers, loss, rows, sampling, transformer
+from refcurv.model import images as model_images
 from refcurv.model.config import Activation, Residual, RopeScaling, Scaling
 from refcurv.model.layers import ACTIVATIONS, DEFINITIONS, Ops
 from refcurv.model.transformer import Slope
-from refcurv.passes import memory
+from refcurv.passes.sweep import Sweep
 
 
 @contextmanager
@@ -51,7 +53,7 @@ def default_labels() -> Case:
     real = np.array([[True] * 6, [True] * 4 + [False] * 2])
     return Case(
         one.config, one.parameters, one.token, real, one.segment,
-        loss.shift_labels(one.token, real, one.segment),
+        labels.shift_labels(one.token, real, one.segment),
     )  # fmt: skip
 
 
@@ -150,29 +152,29 @@ def everything(label: np.ndarray, real: np.ndarray, *more: Any) -> np.ndarray:
 
 
 def gold(config: Any, parameters: Any, shard: Any, job: Any, take: Any) -> None:
-    SWEEP(config, parameters, shard, memory.Sweep(job.layers, Fisher.EMPIRICAL), take)
+    SWEEP(config, parameters, shard, Sweep(job.layers, Fisher.EMPIRICAL), take)
 
 
-SWEEP = memory.sweep
+SWEEP = factors.sweep
 
 
 def shared_signs(seed: int, draw: int, index: int, t: int, vocabulary: int) -> np.ndarray:
     return SIGNS(seed, draw, index, 0, vocabulary)
 
 
-SIGNS = loss.signs
+SIGNS = sampling.signs
 
 
 def one_uniform(seed: int, draw: int, index: int, length: int) -> np.ndarray:
     return np.full(length, UNIFORMS(seed, draw, index, 1)[0])
 
 
-UNIFORMS = loss.uniforms
+UNIFORMS = sampling.uniforms
 
 
-def root_everywhere(shard: Any, t: int, v: int, row: np.ndarray, logit: np.ndarray) -> np.ndarray:
+def root_everywhere(label: Any, t: int, v: int, row: np.ndarray, logit: np.ndarray) -> np.ndarray:
     sent = loss.root_product(logit, np.eye(logit.shape[1])[np.full(len(logit), v)])
-    sent[row % shard.label_BT.shape[1] != t] = 0
+    sent[row % label.shape[1] != t] = 0
     return sent
 
 
@@ -180,7 +182,7 @@ def biased_variance(passes: Any) -> np.ndarray:
     return VARIANCE(passes) / 2
 
 
-VARIANCE = sums._Passes.variance
+VARIANCE = moments.PassSum.variance
 
 
 def interleaved(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
@@ -370,18 +372,19 @@ Bug = tuple[str, Any, str, Any, Callable[[], None]]
 
 BUGS: list[Bug] = [
     ("B32 A and G swapped", factors, "_finish", swapped_sides, lambda: naive_sums("empirical")),
-    ("B1 mean loss", transformer, "cross_entropy", mean_loss, complex_step),
-    ("B27 last position kept", inputs, "reached", all_real, lambda: naive_sums("empirical")),
-    ("B15 data labels for sampled", memory, "sweep", gold, lambda: naive_sums("sampled")),
-    ("B17 one uniform for all positions", memory, "uniforms", one_uniform,
+    ("B1 mean loss", gradient, "cross_entropy", mean_loss, complex_step),
+    ("B27 last position kept", rows, "reached", all_real, lambda: naive_sums("empirical")),
+    ("B15 data labels for sampled", factors, "sweep", gold, lambda: naive_sums("sampled")),
+    ("B17 one uniform for all positions", model_fisher, "uniforms", one_uniform,
      lambda: naive_sums("sampled")),
-    ("signs shared across positions", memory, "signs", shared_signs, lambda: naive_sums("signed")),
-    ("B18 joint columns, no signs", memory, "_root_column", test_factors.joint_columns,
+    ("signs shared across positions", model_fisher, "signs", shared_signs,
+     lambda: naive_sums("signed")),
+    ("B18 joint columns, no signs", model_fisher, "_root_column", test_factors.joint_columns,
      lambda: naive_sums("expected")),
-    ("B19 unlabelled positions count too", memory, "_root_column", root_everywhere,
+    ("B19 unlabelled positions count too", model_fisher, "_root_column", root_everywhere,
      lambda: naive_sums("expected", test_factors.gappy())),
-    ("1/M in the standard error", sums._Passes, "variance", biased_variance, unbiased_error),
-    ("B28 pads counted", inputs, "reached", everything, lambda: naive_sums("empirical")),
+    ("1/M in the standard error", moments.PassSum, "variance", biased_variance, unbiased_error),
+    ("B28 pads counted", rows, "reached", everything, lambda: naive_sums("empirical")),
     ("B51 interleaved rotary", layers, "rotate", interleaved, rotary_by_hand),
     ("B52 tiled query groups", DEFINITIONS, "attention_forward", tiled_groups, attention_by_loops),
     ("B53 eps outside the root", layers, "rms_norm_forward", eps_outside, norm_defect),
@@ -479,7 +482,7 @@ ARCHITECTURE: list[Bug] = [
      lambda: forward(images(5, pool="mean"))),
     ("specials swapped", transformer, "input_forward", specials_swapped,
      lambda: forward(images(5))),
-    ("patches by (row, column, channel)", inputs, "unfold", pixel_by_pixel,
+    ("patches by (row, column, channel)", model_images, "unfold", pixel_by_pixel,
      lambda: rows_and_fishers(images(5), "patch")),
     ("patches by (row, column, channel), by loops", layers, "unfold", pixel_by_pixel,
      unfold_by_loops),

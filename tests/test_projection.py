@@ -19,7 +19,6 @@ from refcurv.curvature.eigenbasis import Bases, Eigenbasis, decompose_to, eigenb
 from refcurv.editing.projection import keep_pairs, project, restored
 from refcurv.editing.variants import CONTROLS, control
 from refcurv.evaluation.bands import bands
-from refcurv.files.corpus import Population
 from refcurv.files.digest import digest
 from refcurv.law.checks import (
     ConventionError,
@@ -29,6 +28,7 @@ from refcurv.law.checks import (
     RangeError,
     SchemaError,
 )
+from refcurv.model.corpus import Population
 
 UP = "blocks.0.mlp.up"
 

@@ -25,7 +25,7 @@ from strategies import config, random_parameters
 import refcurv as rc
 from refcurv.algebra import kernels
 from refcurv.cli import main
-from refcurv.curvature import sums
+from refcurv.curvature import accumulate
 from refcurv.files import disk, safetensors, store
 from refcurv.files.disk import file_sha256
 from refcurv.law import conventions
@@ -279,7 +279,7 @@ def test_what_a_callback_raises_comes_out_and_the_run_goes_on_from_there(
     kind: type[BaseException], files: Path, tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.setattr(conventions, "SHARD_TOKENS", 8)
-    monkeypatch.setattr(sums, "BLOCK_SHARDS", 2)
+    monkeypatch.setattr(accumulate, "BLOCK_SHARDS", 2)
     model, corpus = rc.load(files / "w.h5"), rc.load_corpus(files / "c.h5")
     whole = rc.collect(model, corpus)
 

@@ -14,13 +14,13 @@ from strategies import config, random_parameters
 
 import refcurv as rc
 from refcurv.algebra import blas
-from refcurv.curvature import eigenbasis, room, sums
+from refcurv.curvature import accumulate, eigenbasis, room
 from refcurv.curvature.factors import Factor, Factors
 from refcurv.law.checks import RoomError
 from refcurv.law.conventions import Bias, Fisher, Rows
 from refcurv.model.config import Model, ModelConfig
-from refcurv.passes.memory import Sweep
 from refcurv.passes.shards import Shard
+from refcurv.passes.sweep import Sweep
 
 GIB = 2**30
 WORDS = 49_152
@@ -138,7 +138,7 @@ def test_a_collection_takes_the_memory_that_is_foreseen(
 ) -> None:
     """Three shards, one at a time, in one block of the law's or in two."""
     if blocks == 2:
-        for module in (sums, room):
+        for module in (accumulate, room):
             monkeypatch.setattr(module, "BLOCK_SHARDS", 2)
     monkeypatch.setattr("refcurv.law.conventions.SHARD_TOKENS", 3)
     found: list[room.Need] = []

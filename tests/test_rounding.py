@@ -19,6 +19,7 @@ from refcurv.law.checks import EmptyError
 from refcurv.law.conventions import MOST_ROUNDING, NO_LABEL
 from refcurv.model import transformer
 from refcurv.model.config import Norm, NormPlace, QKNorm
+from refcurv.model.gradient import head_backward
 from refcurv.model.transformer import Tap
 from refcurv.passes import rounding
 
@@ -46,7 +47,7 @@ def gradients(one: Case, dtype: type) -> dict[str, np.ndarray]:
             out[step.name] = step.g
 
     final, trace = transformer.forward(one.config, parameters, one.token, one.layout)
-    head = transformer.head_backward(one.config, parameters, final, label, label >= 0)
+    head = head_backward(one.config, parameters, final, label, label >= 0)
     loss = transformer.drain(head, take)
     for step in transformer.blocks_backward(one.config, parameters, loss.d_final_BTD, trace):
         take(step)

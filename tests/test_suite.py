@@ -13,11 +13,11 @@ from strategies import config, random_parameters
 from refcurv.evaluation import decode, suite
 from refcurv.evaluation.metrics import ndcg
 from refcurv.evaluation.suite import compare, evaluate, measure
-from refcurv.files.corpus import Corpus, Population
 from refcurv.law.checks import ConventionError, EmptyError, NameUnknownError, RangeError
 from refcurv.law.conventions import HEAD_ROWS
 from refcurv.model import transformer
 from refcurv.model.config import Model, NormPlace, QKNorm
+from refcurv.model.corpus import Corpus, Population
 from refcurv.model.layers import DEFINITIONS, causal_layout
 
 V = 12

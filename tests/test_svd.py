@@ -16,7 +16,6 @@ from test_factors import model_of
 import refcurv as rc
 from refcurv.curvature.eigenbasis import Eigenbasis, eigenbasis
 from refcurv.evaluation.bands import bands
-from refcurv.files.corpus import Population
 from refcurv.files.weights import narrow, widen
 from refcurv.law import tolerance
 from refcurv.law.checks import (
@@ -27,6 +26,7 @@ from refcurv.law.checks import (
     NonFiniteError,
     RangeError,
 )
+from refcurv.model.corpus import Population
 
 UP = "blocks.1.mlp.up"  # (m, 8): tall, square or wide as the mlp is
 SIZES, SEEDS, SHARES = st.integers(1, 12), st.integers(0, 999), st.floats(0.001, 0.999)

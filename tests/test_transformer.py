@@ -11,6 +11,7 @@ from strategies import Case, assert_within, case, cases, image_cases
 from refcurv.law import tolerance
 from refcurv.model import transformer
 from refcurv.model.config import NormPlace, QKNorm
+from refcurv.model.gradient import head_backward, loss_and_gradient
 from refcurv.model.magnitudes import gradient_scale
 
 STEP = 1e-30
@@ -32,7 +33,7 @@ def complex_step_gradient(one: Case, name: str) -> np.ndarray:
 def loss_of(one: Case, parameters: dict[str, np.ndarray]) -> np.complex128:
     token, label, layout = one.batch
     final, _ = transformer.forward(one.config, parameters, token, layout)
-    head = transformer.head_backward(one.config, parameters, final, label, label >= 0)
+    head = head_backward(one.config, parameters, final, label, label >= 0)
     return transformer.drain(head, lambda step: None).nats_BT.sum()
 
 
@@ -49,7 +50,7 @@ def budget(one: Case, dtype: object = np.float64) -> float:
 @given(ANY)
 def test_gradient_of_every_parameter_equals_complex_step(one: Case) -> None:
     # observed: 1.5 % of the budget; planted bugs: tests/test_planted_bugs.py
-    _, gradient = transformer.loss_and_gradient(one.config, one.parameters, *one.batch)
+    _, gradient = loss_and_gradient(one.config, one.parameters, *one.batch)
     scale = gradient_scale(one.config, one.parameters, *one.batch)
     assert gradient.keys() == one.parameters.keys()
     for name in one.parameters:
@@ -62,10 +63,8 @@ def test_scale_bounds_the_rounding(one: Case) -> None:
     """The same code in longdouble: what float64 rounding does; observed 2 % of the budget."""
     if np.finfo(np.longdouble).eps >= np.finfo(np.float64).eps:
         pytest.skip("longdouble is no wider than float64 on this platform")
-    loss, gradient = transformer.loss_and_gradient(one.config, one.parameters, *one.batch)
-    wide_loss, wide = transformer.loss_and_gradient(
-        one.config, one.astype(np.longdouble), *one.batch
-    )
+    loss, gradient = loss_and_gradient(one.config, one.parameters, *one.batch)
+    wide_loss, wide = loss_and_gradient(one.config, one.astype(np.longdouble), *one.batch)
     assert wide_loss.dtype == np.longdouble
     scale = gradient_scale(one.config, one.parameters, *one.batch)
     largest = max(float(np.abs(scale[n] * one.parameters[n]).sum()) for n in scale)
@@ -77,8 +76,8 @@ def test_scale_bounds_the_rounding(one: Case) -> None:
 @given(ANY)
 def test_float32_stays_float32_and_within_its_budget(one: Case) -> None:
     # observed: 12 % of the budget
-    loss, gradient = transformer.loss_and_gradient(one.config, one.astype(np.float32), *one.batch)
-    _, truth = transformer.loss_and_gradient(one.config, one.parameters, *one.batch)
+    loss, gradient = loss_and_gradient(one.config, one.astype(np.float32), *one.batch)
+    _, truth = loss_and_gradient(one.config, one.parameters, *one.batch)
     scale = gradient_scale(one.config, one.parameters, *one.batch)
     assert loss.dtype == np.float32
     for name in gradient:
@@ -92,7 +91,7 @@ def test_structural_zeros(place: NormPlace, qk_norm: QKNorm) -> None:
     """One visible key makes the softmax constant: q, k and their gains get exactly nothing."""
     one = case(length=1, norm_place=place, qk_norm=qk_norm)
     one = Case(one.config, one.parameters, one.token, one.real, one.segment, one.token * 0 + 1)
-    _, gradient = transformer.loss_and_gradient(one.config, one.parameters, *one.batch)
+    _, gradient = loss_and_gradient(one.config, one.parameters, *one.batch)
     for name, d in gradient.items():
         silent = any(part in name for part in (".q.", ".k.", ".q_norm.", ".k_norm."))
         assert (np.abs(d).max() == 0) == silent, name
@@ -100,7 +99,7 @@ def test_structural_zeros(place: NormPlace, qk_norm: QKNorm) -> None:
 
 def test_tokens_that_never_occur_have_no_embedding_gradient() -> None:
     one = case()
-    _, gradient = transformer.loss_and_gradient(one.config, one.parameters, *one.batch)
+    _, gradient = loss_and_gradient(one.config, one.parameters, *one.batch)
     absent = np.setdiff1d(np.arange(one.config.vocabulary), one.token[:, :-1])
     assert (gradient["embed.weight"][absent] == 0).all()
     present = np.unique(one.token[:, :-1])
@@ -109,7 +108,7 @@ def test_tokens_that_never_occur_have_no_embedding_gradient() -> None:
 
 def test_no_label_means_no_loss_and_no_gradient() -> None:
     one = case()
-    loss, gradient = transformer.loss_and_gradient(
+    loss, gradient = loss_and_gradient(
         one.config, one.parameters, one.token, np.full(one.token.shape, -1), one.layout
     )
     assert loss == 0
@@ -121,7 +120,7 @@ def test_head_chunks_change_nothing() -> None:
     """More labelled rows than HEAD_ROWS: the same loss as all logits at once."""
     one = case(batch=9, length=80)
     token, label, layout = one.batch
-    loss, gradient = transformer.loss_and_gradient(one.config, one.parameters, token, label, layout)
+    loss, gradient = loss_and_gradient(one.config, one.parameters, token, label, layout)
     final, _ = transformer.forward(one.config, one.parameters, token, layout)
     logit = transformer.head_logits(one.config, one.parameters, final)[label >= 0]
     assert len(logit) > 512
@@ -143,7 +142,7 @@ def test_the_backward_stops_where_the_trace_ends() -> None:
     token, label, layout = one.batch
     final, trace = transformer.forward(one.config, one.parameters, token, layout, lowest=2)
     assert len(trace.blocks) == 1
-    head = transformer.head_backward(one.config, one.parameters, final, label, label >= 0)
+    head = head_backward(one.config, one.parameters, final, label, label >= 0)
     loss = transformer.drain(head, lambda step: None)
     names = [
         s.name for s in transformer.backward(one.config, one.parameters, loss.d_final_BTD, trace)
@@ -160,7 +159,7 @@ def test_saturated_logits_keep_the_slope_of_their_soft_cap(dtype: type) -> None:
     parameters = {"head.weight": (cap * at).astype(dtype)}  # (V, D): of the identity y is its rows
     final_BTD, label_BT = np.eye(3, dtype=dtype)[None], np.array([[0, 3, 2]])
     taps: list[transformer.Tap | transformer.Slope] = []
-    head = transformer.head_backward(made, parameters, final_BTD, label_BT, label_BT >= 0)
+    head = head_backward(made, parameters, final_BTD, label_BT, label_BT >= 0)
     transformer.drain(head, taps.append)
     u = at.T.astype(np.longdouble)
     e = np.exp(cap * np.tanh(u))

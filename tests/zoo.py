@@ -16,14 +16,8 @@ from refcurv.curvature.problem import Loss, Problem
 from refcurv.law.checks import Array
 from refcurv.model import layers
 from refcurv.model.config import Activation
-from refcurv.model.loss import (
-    cross_entropy,
-    draw_labels,
-    hessian_product,
-    root_product,
-    signs,
-    uniforms,
-)
+from refcurv.model.loss import cross_entropy, hessian_product, root_product
+from refcurv.model.sampling import draw_labels, signs, uniforms
 from refcurv.model.transformer import Slope, Tap
 
 Stage = tuple[Any, ...]

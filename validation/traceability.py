@@ -56,7 +56,7 @@ ROWS = (
     _row("P2", "the block of the Fisher is about G ⊗ A", "algebra.kron.kron_dense " + EXACT +
          "kfac", f"{NAIVE} {CASES}test_O1_one_datum_makes_kfac_exact"),
     _row("P3", "labels sampled from the model; the Fisher is the GGN",
-         f"model.loss.draw_labels {EXACT}fisher {EXACT}ggn",
+         f"model.sampling.draw_labels {EXACT}fisher {EXACT}ggn",
          "test_loss.py::test_labels_are_drawn_by_the_law "
          f"test_exact.py::test_O11_ggn_is_the_expected_fisher {CURVED_PEERS}"),
     _row("P4", "eigenbases of A and G; curvature of u_i v_jᵀ is λ_i μ_j",
@@ -101,7 +101,7 @@ ROWS = (
          + EXACT + "moments"),
     _row("O14", "H symmetric, products linear, GGN and Fisher ≥ 0", EXACT + "hvp"),
     _row("O15", "complex step is exact to rounding", f"{EXACT}derivative "
-         "model.transformer.loss_and_gradient",
+         "model.gradient.loss_and_gradient",
          "test_transformer.py::test_gradient_of_every_parameter_equals_complex_step "
          "test_exact.py::test_the_step_is_never_seen"),
     _row("O16", "head gradients sum to 0 over the vocabulary", "model.loss.cross_entropy"),
@@ -124,8 +124,8 @@ ROWS = (
          "test_float32_products_push_null_eigenvalues_below_zero_within_budget"),
     _row("O27", "more data, larger sums", EXACT + "moments"),
     _row("O28", "FOOF's trace", waits=ESTIMATORS),
-    _row("O29", "∇W = Σ g aᵀ", "model.transformer.loss_and_gradient"),
-    _row("O30", "no reachable label, no gradient", "model.loss.reached"),
+    _row("O29", "∇W = Σ g aᵀ", "model.gradient.loss_and_gradient"),
+    _row("O30", "no reachable label, no gradient", "model.rows.reached"),
     _row("O31", "the first query has no gradient", LAYERS + "attention_backward"),
     _row("O32", "gradients of rotated keys sum to 0", LAYERS + "attention_backward"),
     _row("O33", "a key-value head sums its group", LAYERS + "attention_backward"),
@@ -135,7 +135,7 @@ ROWS = (
     _row("O37", "gate and up share A; q, k, v too", "curvature.factors.collect"),
     _row("O38", "last block: F = F_tok for q, o, gate, up, down, head", f"{EXACT}f_tok"),
     _row("O39", "causality", "model.transformer.forward"),
-    _row("O40", "E g = 0 over the model's labels", "model.loss.draw_labels"),
+    _row("O40", "E g = 0 over the model's labels", "model.sampling.draw_labels"),
     _row("O41", "the head's trace by kind of label", "model.loss.cross_entropy"),
     _row("O42", "sums add over disjoint data", "curvature.factors.collect"),
     _row("O43", "a mean loss shrinks G by m²", "model.transformer.backward"),
@@ -153,7 +153,7 @@ ROWS = (
     _row("O51", "padding adds nothing", "curvature.factors.collect " + EXACT + "problem"),
     _row("O52", "packed documents are separate documents",
          f"{LAYERS}causal_layout {EXACT}fisher curvature.blocks.collect_blocks"),
-    _row("O53", "labels do not depend on the batch", "model.loss.uniforms"),
+    _row("O53", "labels do not depend on the batch", "model.sampling.uniforms"),
     _row("O54", "the edit is an orthogonal projection", "editing.projection.project"),
     _row("O55", "nested and monotone in ρ", "algebra.staircase.cut"),
     _row("O56", "ρ = 1 is W itself, ρ = 0 nothing", "editing.projection.edit"),

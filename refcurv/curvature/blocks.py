@@ -14,8 +14,8 @@ from types import MappingProxyType
 
 import numpy as np
 
-from refcurv.curvature.sums import Moment, accumulate, add_gram, require_few_passes, sweep_of
-from refcurv.files.corpus import Corpus
+from refcurv.curvature.accumulate import accumulate, add_gram
+from refcurv.curvature.moments import RunningSum
 from refcurv.law.checks import (
     Array,
     NonFiniteError,
@@ -24,13 +24,14 @@ from refcurv.law.checks import (
 from refcurv.law.conventions import NO_LABEL, Fisher
 from refcurv.model import transformer
 from refcurv.model.config import Model, ModelConfig, expand
+from refcurv.model.corpus import Corpus
 from refcurv.model.layers import Layout
 from refcurv.model.transformer import Cotangent, Parameters, Slope, Tap
-from refcurv.passes import memory
 from refcurv.passes.fast import FAST
-from refcurv.passes.memory import Sweep
+from refcurv.passes.forward import resident
 from refcurv.passes.parallel import Progress, Turnstile, cores
 from refcurv.passes.shards import Shard, inputs_of, shards
+from refcurv.passes.sweep import Sweep, lowest_block, require_few_passes, sweep_of
 
 MOST_BYTES = 2**33
 """Of all blocks together: total, sum of 64 shards, and those of the shards in flight."""
@@ -133,11 +134,11 @@ def collect_blocks(
     if job.fisher is Fisher.EXPECTED:
         alone = (one.sent for unit in units for one in _segments(config, unit))
         require_few_passes("collect_blocks", alone, job, config.vocabulary)
-    resident = memory.resident(model)
-    totals = {name: Moment(size, size) for name, size in vectors.items()}
+    read = resident(model)
+    totals = {name: RunningSum(size, size) for name, size in vectors.items()}
 
     def work(ordinal: int, unit: Shard, turnstile: Turnstile) -> None:
-        found = _ShardBlocks(config, resident, unit, job)
+        found = _ShardBlocks(config, read, unit, job)
         for name in vectors:
             with turnstile.turn(name, ordinal):
                 totals[name].add(found.product[name], found.segments)
@@ -162,7 +163,7 @@ def _vectors(config: ModelConfig, pattern: str, in_flight: int) -> dict[str, int
     return {name: vectors[name] for name in names}
 
 
-def _finish(name: str, total: Moment, draws: int) -> Block:
+def _finish(name: str, total: RunningSum, draws: int) -> Block:
     sum_F = total.finish()
     if not np.isfinite(sum_F).all():
         raise NonFiniteError(
@@ -248,10 +249,10 @@ def _gradients(
     config: ModelConfig, parameters: Parameters, one: _Segment, job: Sweep
 ) -> Iterator[dict[str, Array]]:
     """One segment's gradient of every wanted vector, once per cotangent."""
-    shard, lowest = one.shard, _lowest(config, job.layers)
+    shard, lowest = one.shard, lowest_block(config, job.layers)
     inputs = inputs_of(config, shard)
     final_BTD, trace = transformer.forward(config, parameters, inputs, shard.layout, FAST, lowest)
-    for whole in memory.cotangents(one.sent, job, config.vocabulary):
+    for whole in job.cotangents(one.sent, config.vocabulary):
 
         def cotangent(row_N: Array, logit_NV: Array, whole: Cotangent = whole) -> Array:
             return whole(row_N + one.first, logit_NV)
@@ -268,11 +269,3 @@ def _gradients(
         while len(found) < len(job.layers):
             take(next(steps))
         yield found
-
-
-def _lowest(config: ModelConfig, names: frozenset[str]) -> int:
-    """The lowest block that a wanted vector belongs to."""
-    if names & {"patch.bias", "cls.weight", "distillation.weight"}:
-        return 0
-    blocks = [int(name.split(".")[1]) for name in names if name.startswith("blocks.")]
-    return min(blocks, default=config.layers)

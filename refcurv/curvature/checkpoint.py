@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from refcurv.curvature.sums import Moment
+from refcurv.curvature.moments import Key, RunningSum
 from refcurv.files import store
 from refcurv.files.disk import free_bytes, parse_json
 from refcurv.law.checks import ConventionError, SchemaError
@@ -28,7 +28,7 @@ class Checkpoint:
     path: Path
     facts: Mapping[str, Any]
 
-    def save(self, moments: Mapping[str, Moment], blocks: int) -> None:
+    def save(self, sums: Mapping[Key, RunningSum], blocks: int) -> None:
         """Write every total; the file before it stays whole until this one is."""
         store.write(
             self.path,
@@ -37,21 +37,21 @@ class Checkpoint:
             arrays=(
                 store.Entry(
                     _entry(key),
-                    moment.state(),
-                    {"rows": moment.rows, **dict(zip(_VARIANCE, moment.variance, strict=True))},
+                    one.state(),
+                    {"rows": one.rows, **dict(zip(_VARIANCE, one.variance, strict=True))},
                 )
-                for key, moment in moments.items()
+                for key, one in sums.items()
             ),
             provenance=store.provenance(),
         )
 
-    def save_last(self, moments: Mapping[str, Moment], blocks: int) -> None:
+    def save_last(self, sums: Mapping[Key, RunningSum], blocks: int) -> None:
         """`save` the whole sums where the disk holds them twice: here, and as the factors."""
-        if 2 * sum(moment.state().nbytes for moment in moments.values()) < free_bytes(self.path):
-            self.save(moments, blocks)
+        if 2 * sum(one.state().nbytes for one in sums.values()) < free_bytes(self.path):
+            self.save(sums, blocks)
 
-    def load(self, moments: Mapping[str, Moment], blocks: int) -> int:
-        """Fill the moments; returns how many of the `blocks` are done, 0 without a file.
+    def load(self, sums: Mapping[Key, RunningSum], blocks: int) -> int:
+        """Fill the sums; returns how many of the `blocks` are done, 0 without a file.
 
         Raises:
             ConventionError: the file belongs to another run, named by what differs.
@@ -67,18 +67,18 @@ class Checkpoint:
         theirs = store.fact(where, header.attributes, "unfinished", str)
         self._require_same(where, parse_json("collect", f"{where}: 'unfinished'", theirs))
         done = store.fact(where, header.attributes, "blocks", int)
-        if not 1 <= done <= blocks or set(header.entries) != set(map(_entry, moments)):
+        if not 1 <= done <= blocks or set(header.entries) != set(map(_entry, sums)):
             raise SchemaError(f"{where} is not what this run writes. Delete it to start anew.")
-        for key, moment in moments.items():
-            store.require_entry(header, _entry(key), "float64", moment.shape)
+        for key, one in sums.items():
+            store.require_entry(header, _entry(key), "float64", one.shape)
             at, what = header.entries[_entry(key)].attributes, f"{where}: {_entry(key)}"
-            variance = np.array(  # infinite or NaN where squares leave the range (sums.SQUARED)
+            variance = np.array(  # infinite or NaN where squares leave the range (moments.SQUARED)
                 [store.fact(what, at, part, float, finite=False) for part in _VARIANCE]
             )
             rows = store.fact(what, at, "rows", int)
             if rows < 0:
                 raise SchemaError(f"{what} counts {rows} rows.")
-            moment.restore(store.read(header, _entry(key), finite=True), rows, variance)
+            one.restore(store.read(header, _entry(key), finite=True), rows, variance)
         return done
 
     def _require_same(self, where: str, theirs: Mapping[str, Any]) -> None:
@@ -92,9 +92,9 @@ class Checkpoint:
             )
 
 
-def _entry(key: str) -> str:
-    """The name in the file of the sum `key`."""
-    return key.replace(" ", ".")
+def _entry(key: Key) -> str:
+    """The name of a sum in the file."""
+    return f"{key.side}.{key.name}"
 
 
 def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[str]:

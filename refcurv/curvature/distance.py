@@ -24,7 +24,7 @@ from refcurv.curvature.exact import Problem, Progress, Tokens
 from refcurv.law import tolerance
 from refcurv.law.checks import Array, EmptyError, RangeError
 from refcurv.model.config import Model
-from refcurv.model.loss import uniforms
+from refcurv.model.sampling import uniforms
 from refcurv.model.transformer import Tap
 
 VISIBLE = 1e-3

@@ -21,19 +21,10 @@ import numpy as np
 
 from refcurv.algebra.scaling import norm
 from refcurv.curvature import room
+from refcurv.curvature.accumulate import ShardSums, accumulate
 from refcurv.curvature.checkpoint import Checkpoint
-from refcurv.curvature.sums import (
-    SQUARED,
-    Moment,
-    ShardSums,
-    accumulate,
-    moments,
-    require_few_passes,
-    sweep_of,
-    tables,
-)
+from refcurv.curvature.moments import SQUARED, Key, RunningSum, Side, empty_sums, tables
 from refcurv.files import store
-from refcurv.files.corpus import Corpus
 from refcurv.files.digest import digest
 from refcurv.files.disk import require_space
 from refcurv.law.checks import (
@@ -45,10 +36,13 @@ from refcurv.law.checks import (
 )
 from refcurv.law.conventions import BLOCK_SHARDS, Fisher, Rows, describe
 from refcurv.model.config import Model, ModelConfig, expand
-from refcurv.passes import memory
+from refcurv.model.corpus import Corpus
+from refcurv.model.fisher import DRAWN
+from refcurv.passes.forward import resident
 from refcurv.passes.parallel import Progress, Turnstile, run
 from refcurv.passes.rounding import rounding
 from refcurv.passes.shards import Shard, shards
+from refcurv.passes.sweep import Sweep, require_few_passes, sweep, sweep_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,16 +193,16 @@ def collect(
     need = room.to_collect(config, job, np.dtype(model.dtype).itemsize, units)
     in_flight = room.in_flight("collect", need, in_flight)
     own = digest(model)
-    parameters, totals = memory.resident(model), moments(config, job)
+    parameters, totals = resident(model), empty_sums(config, job)
     looked_at = _looked_at(units)
 
     def work(ordinal: int, unit: Shard, turnstile: Turnstile) -> None:
         sums = ShardSums(config, totals, turnstile, ordinal, job)
-        memory.sweep(config, parameters, unit, job, sums.take)
+        sweep(config, parameters, unit, job, sums.take)
         sums.finish()
         if unit.number in looked_at:  # alone in its block, so that it needs no turn
             for name, (square, count) in rounding(config, parameters, unit, job).items():
-                totals[f"e {name}"].add(np.array([square]), count)
+                totals[Key(Side.e, name)].add(np.array([square]), count)
 
     resume = None
     if checkpoint:
@@ -239,7 +233,7 @@ def _looked_at(units: list[Shard]) -> set[int]:
     return set(first.values())
 
 
-def _fingerprint(model: Model, corpus: Corpus, job: memory.Sweep, keep: Rows) -> dict[str, Any]:
+def _fingerprint(model: Model, corpus: Corpus, job: Sweep, keep: Rows) -> dict[str, Any]:
     """FINGERPRINT: what decides the bits of the sums; model and corpus must be files."""
     if "sha256" not in model.source or "sha256" not in corpus.source:
         raise ConventionError("collect: a checkpoint needs a model and a corpus read from files.")
@@ -257,33 +251,30 @@ def _fingerprint(model: Model, corpus: Corpus, job: memory.Sweep, keep: Rows) ->
     }
 
 
-def _finish(
-    config: ModelConfig, job: memory.Sweep, totals: Mapping[str, Moment]
-) -> dict[str, Factor]:
+def _finish(config: ModelConfig, job: Sweep, totals: Mapping[Key, RunningSum]) -> dict[str, Factor]:
     """Sums to factors; layers that read the same input share the very same A."""
     keys = list(totals)
 
-    def finish(_: int, key: str) -> tuple[Array, bool]:
+    def finish(_: int, key: Key) -> tuple[Array, bool]:
         total = totals[key].finish()
         return total, bool(np.isfinite(total).all())
 
-    sums: dict[str, Array] = {}
+    sums: dict[Key, Array] = {}
     for key, (total, finite) in zip(keys, run(keys, finish), strict=True):
         sums[key] = total
         if not finite:
-            side, _, name = key.partition(" ")
             index = [int(i) for i in np.argwhere(~np.isfinite(total))[0]]
             raise NonFiniteError(
-                f"collect: sum_{side} of {name!r} holds NaN or infinity, first at {index}. "
+                f"collect: sum_{key.side} of {key.name!r} holds NaN or infinity, first at {index}. "
                 "Do the weights hold NaN, or did float32 activations overflow? Try float64."
             )
     out = {}
-    known = job.fisher not in memory.DRAWN or job.draws > 1
+    known = job.fisher not in DRAWN or job.draws > 1
     for name in config.linear_layers() | tables(config):
         if name not in job.layers:
             continue
-        read, g = config.input_of(name), f"G {name}"
-        a = f"A {read}"
+        read = config.input_of(name)
+        a, g = Key(Side.A, read), Key(Side.G, name)
         if not totals[a].rows:
             raise EmptyError(f"collect: no row reached {name!r}.")
         n_G = totals[g].rows
@@ -291,13 +282,13 @@ def _finish(
         errors = np.sqrt(np.maximum(totals[g].variance, 0)) / n_G
         told = known and (not sums[g].any() or SQUARED[0] <= norm(sums[g]) <= SQUARED[1])
         error_G, error_trace_G = map(float, errors) if told else (None, None)
-        sum_a = sums[f"a {read}"] if config.has_bias(name) else None
-        drawn, rounding_G = (error_G, error_trace_G), _rounding(totals[f"e {name}"], n_G)
+        sum_a = sums[Key(Side.a, read)] if config.has_bias(name) else None
+        drawn, rounding_G = (error_G, error_trace_G), _rounding(totals[Key(Side.e, name)], n_G)
         out[name] = Factor(sums[a], totals[a].rows, sums[g], n_G, *drawn, sum_a, rounding_G)
     return out
 
 
-def _rounding(squares: Moment, n_G: int) -> float | None:
+def _rounding(squares: RunningSum, n_G: int) -> float | None:
     """Σ |e|² over n_G rows, from the rows that were looked at; None if there were none."""
     return float(squares.state()[0]) * n_G / squares.rows if squares.rows else None
 

@@ -25,24 +25,12 @@ from refcurv.law.checks import (
 from refcurv.law.conventions import Rows
 from refcurv.model import transformer
 from refcurv.model.config import Model, ModelConfig
-from refcurv.model.inputs import (
-    as_images,
-    kept,
-    patches,
-    require_image_size,
-    require_labels,
-    require_rows,
-)
+from refcurv.model.images import as_images, patches, require_image_size
+from refcurv.model.labels import require_labels, shift_labels
 from refcurv.model.layers import Layout, Saved
-from refcurv.model.loss import (
-    cross_entropy,
-    draw_labels,
-    hessian_product,
-    root_product,
-    shift_labels,
-    signs,
-    uniforms,
-)
+from refcurv.model.loss import cross_entropy, hessian_product, root_product
+from refcurv.model.rows import kept, require_rows
+from refcurv.model.sampling import draw_labels, signs, uniforms
 from refcurv.model.transformer import Inputs, Parameters, Slope, Tap
 
 

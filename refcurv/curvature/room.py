@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from refcurv.algebra import blas
-from refcurv.curvature.sums import tables
+from refcurv.curvature.moments import tables
 from refcurv.law.checks import RoomError
 from refcurv.law.conventions import BLOCK_SHARDS
 from refcurv.model.config import ModelConfig
 from refcurv.model.transformer import TABLES
-from refcurv.passes.memory import Sweep
 from refcurv.passes.parallel import cores
 from refcurv.passes.shards import Shard
+from refcurv.passes.sweep import Sweep
 
 GIB = 2**30
 

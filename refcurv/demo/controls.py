@@ -17,8 +17,8 @@ from refcurv.curvature.eigenbasis import Bases
 from refcurv.editing.record import EditRecord
 from refcurv.evaluation.matching import Match, Strengthen, at_perplexity, text_perplexity, tradeoff
 from refcurv.evaluation.suite import RETAINED, Measurement, measure
-from refcurv.files.corpus import Population
 from refcurv.law.checks import EmptyError, RefcurvError
+from refcurv.model.corpus import Population
 from refcurv.passes.parallel import Progress
 
 TOLERANCE: Final = 0.005

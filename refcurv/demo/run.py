@@ -30,11 +30,11 @@ from refcurv.evaluation.suite import (
     require_readable,
 )
 from refcurv.files import store
-from refcurv.files.corpus import SPLITS, Population, Populations
 from refcurv.files.disk import machine_faults, require_apart, require_writable, write_json
 from refcurv.law.checks import SchemaError, require_choice
 from refcurv.law.conventions import Bias
 from refcurv.model.config import expand
+from refcurv.model.corpus import SPLITS, Population, Populations
 from refcurv.passes.parallel import Progress
 
 HERE = Path(__file__).parent

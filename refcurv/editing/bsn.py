@@ -14,7 +14,6 @@ from refcurv.algebra.scaling import exponent, shifted
 from refcurv.editing import record
 from refcurv.editing.record import Draw, EditRecord, LayerEdit
 from refcurv.files import store
-from refcurv.files.corpus import Corpus, Population
 from refcurv.files.digest import digest
 from refcurv.law.checks import (
     Array,
@@ -28,15 +27,18 @@ from refcurv.law.checks import (
     require_seed,
     require_shape,
 )
-from refcurv.law.conventions import NO_LABEL, Fisher
+from refcurv.law.conventions import NO_LABEL
 from refcurv.model import transformer
 from refcurv.model.config import Model, ModelConfig, expand
+from refcurv.model.corpus import Corpus, Population, require_fit
+from refcurv.model.gradient import head_backward
 from refcurv.model.transformer import Parameters, Slope, Tap, layout_of
 from refcurv.passes import parallel
 from refcurv.passes.fast import FAST
-from refcurv.passes.memory import Sweep, resident
+from refcurv.passes.forward import resident
 from refcurv.passes.parallel import Progress
-from refcurv.passes.shards import Shard, require_fit, shards
+from refcurv.passes.shards import Shard, shards
+from refcurv.passes.sweep import lowest_block
 
 CAP = 6.0
 """Nats per token of the forgotten suffixes beyond which nothing more is gained."""
@@ -329,13 +331,10 @@ def _slopes(
             d_OI = g_NO.T @ step.a.reshape(-1, step.a.shape[-1])
             found[step.name] = found[step.name] + d_OI if step.name in found else d_OI
 
-    lowest = Sweep(layers, Fisher.EMPIRICAL).lowest(config)
     final_BTD, trace = transformer.forward(
-        config, parameters, shard.source, shard.layout, FAST, lowest
+        config, parameters, shard.source, shard.layout, FAST, lowest_block(config, layers)
     )
-    head = transformer.head_backward(
-        config, parameters, final_BTD, shard.label_BT, shard.label_BT >= 0
-    )
+    head = head_backward(config, parameters, final_BTD, shard.label_BT, shard.label_BT >= 0)
     loss = transformer.drain(head, take)
     steps = transformer.blocks_backward(
         config, parameters, loss.d_final_BTD, trace, FAST, consume=True

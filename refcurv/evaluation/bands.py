@@ -22,15 +22,16 @@ from refcurv.algebra.staircase import cut
 from refcurv.curvature.eigenbasis import Bases, Eigenbasis, named, require_basis
 from refcurv.evaluation.classify import image_batches, image_inputs, require_image_population
 from refcurv.evaluation.decode import batches, require_population, teacher_forced
-from refcurv.files.corpus import ImagePopulation, Population
 from refcurv.files.digest import require_same
 from refcurv.law.checks import Array, ConventionError, EmptyError, require_choice, require_shape
 from refcurv.law.conventions import Rows
 from refcurv.model.config import Model, ModelConfig, expand
-from refcurv.model.inputs import kept, require_rows
+from refcurv.model.corpus import ImagePopulation, Population
 from refcurv.model.layers import Layout
+from refcurv.model.rows import kept, require_rows
 from refcurv.model.transformer import Inputs, Parameters
-from refcurv.passes import memory, parallel
+from refcurv.passes import parallel
+from refcurv.passes.forward import layer_inputs, resident
 from refcurv.passes.parallel import Progress, counter
 
 
@@ -198,7 +199,7 @@ def bands(
     choice = _require_rows(model.config, rows, names)
     for what, population in (("memorised", memorised), ("clean", clean)):
         _require_readable(what, population, model.config)
-    parameters = memory.resident(model)
+    parameters = resident(model)
     probes = [_probe(model, parameters, name, basis[name], kind) for name in names]
     job = _Job(model.config, parameters, names, probes, choice)
     columns, aligned = None, True
@@ -344,7 +345,7 @@ def _mean_norms(
 
     def work(_: int, part: Any) -> tuple[Array, Array]:
         inputs, layout, keep_BT = job.read(population, part, columns)
-        x = memory.layer_inputs(job.config, job.parameters, inputs, layout, job.names)
+        x = layer_inputs(job.config, job.parameters, inputs, layout, job.names)
         rows = [job.inputs_of(name, x[name], keep_BT) for name in job.names]
         sums = [probe.norms(x_NI).sum(axis=0) for probe, x_NI in zip(job.probes, rows, strict=True)]
         return np.stack(sums), np.array([[len(x_NI)] for x_NI in rows])

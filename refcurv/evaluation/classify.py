@@ -7,15 +7,15 @@ from collections.abc import Callable
 import numpy as np
 
 from refcurv.evaluation.decode import likeliest
-from refcurv.files.corpus import ImagePopulation
 from refcurv.law.checks import Array, ConventionError, require_token_ids
 from refcurv.law.conventions import shard_sequences
 from refcurv.model.config import ModelConfig
-from refcurv.model.inputs import patches, require_image_size
+from refcurv.model.corpus import ImagePopulation
+from refcurv.model.images import patches, require_image_size
 from refcurv.model.layers import Layout
 from refcurv.model.transformer import Parameters, image_layout
 from refcurv.passes import parallel
-from refcurv.passes.memory import final_states
+from refcurv.passes.forward import final_states
 
 
 def image_batches(config: ModelConfig, population: ImagePopulation) -> list[slice]:

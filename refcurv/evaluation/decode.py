@@ -7,7 +7,6 @@ from typing import TypeVar
 
 import numpy as np
 
-from refcurv.files.corpus import Population
 from refcurv.law.checks import (
     Array,
     ConventionError,
@@ -21,22 +20,20 @@ from refcurv.law.checks import (
 )
 from refcurv.law.conventions import HEAD_ROWS, NO_LABEL, shard_sequences
 from refcurv.model.config import ModelConfig
+from refcurv.model.corpus import Population
+from refcurv.model.labels import shift_labels
 from refcurv.model.layers import Layout
-from refcurv.model.loss import shift_labels
 from refcurv.model.transformer import (
     KeysAndValues,
     Parameters,
-    block_forward,
+    forward,
     head_logits,
-    input_forward,
     layout_of,
-    norm_forward,
     require_positions,
-    rope_of,
 )
 from refcurv.passes import parallel
 from refcurv.passes.fast import FAST
-from refcurv.passes.memory import final_states
+from refcurv.passes.forward import final_states
 
 Result = TypeVar("Result")
 
@@ -123,14 +120,8 @@ def _advance(
     B, T = token_BT.shape
     position_BT = np.tile(np.arange(begin, begin + T), (B, 1))
     layout = Layout(position_BT, np.zeros_like(position_BT), position_BT)
-    x_BTD = input_forward(config, parameters, token_BT, layout)
-    rope = rope_of(config, layout, x_BTD.dtype)
-    for i in range(config.layers):
-        x_BTD, _, cache[i] = block_forward(
-            config, parameters, i, x_BTD, layout, rope, FAST, past=cache[i]
-        )
-    final_BD, _ = norm_forward(config, parameters, "final_norm", x_BTD[:, -1], FAST)
-    return final_BD
+    final_BTD, _ = forward(config, parameters, token_BT, layout, FAST, config.layers, cache)
+    return np.asarray(final_BTD[:, -1])
 
 
 def likeliest(who: str, config: ModelConfig, parameters: Parameters, final_BD: Array) -> Array:

@@ -19,7 +19,6 @@ from refcurv.evaluation.decode import (
     suffixes,
 )
 from refcurv.evaluation.metrics import edit_distances
-from refcurv.files.corpus import ImagePopulation, Population
 from refcurv.law.checks import (
     Array,
     ConventionError,
@@ -30,8 +29,9 @@ from refcurv.law.checks import (
     require_finite,
 )
 from refcurv.model.config import Model
+from refcurv.model.corpus import ImagePopulation, Population
 from refcurv.model.loss import cross_entropy
-from refcurv.passes.memory import resident
+from refcurv.passes.forward import resident
 from refcurv.passes.parallel import Progress, counter
 
 

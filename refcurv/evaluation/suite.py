@@ -29,7 +29,6 @@ from refcurv.evaluation.metrics import (
     retention_above_chance,
     top_ids,
 )
-from refcurv.files.corpus import SPLITS, Corpus, ImagePopulation, Population, Populations
 from refcurv.law.checks import (
     Array,
     ConventionError,
@@ -39,9 +38,10 @@ from refcurv.law.checks import (
 )
 from refcurv.law.conventions import Gain
 from refcurv.model.config import Model, ModelConfig
+from refcurv.model.corpus import SPLITS, Corpus, ImagePopulation, Population, Populations
 from refcurv.model.loss import cross_entropy
 from refcurv.model.transformer import Parameters
-from refcurv.passes.memory import resident
+from refcurv.passes.forward import resident
 from refcurv.passes.parallel import Progress, counter
 
 RETAINED = MappingProxyType({"answer": "accuracy", "recite": "strict", "label": "accuracy"})

@@ -41,6 +41,7 @@ from refcurv.files.disk import (
 )
 from refcurv.files.provenance import machine, provenance
 from refcurv.law.checks import (
+    PART,
     Array,
     ChecksumError,
     ConventionError,
@@ -109,7 +110,6 @@ _LAYOUTS: Final = {
     h5py.h5d.COMPACT: "compact",
     h5py.h5d.VIRTUAL: "virtual",
 }
-_PART: Final = re.compile(r"[A-Za-z0-9_+-]{1,100}")
 _MAX_DEPTH: Final = 16
 _MAX_OBJECTS: Final = 200_000
 _MAX_AXES: Final = 8
@@ -210,7 +210,7 @@ def inputs(*sources: Mapping[str, Any]) -> dict[str, str]:
 def to_path(name: str) -> str:
     """Dotted name → path in the file; ConventionError unless every part is a plain word."""
     parts = name.split(".")
-    if len(parts) > _MAX_DEPTH or not all(_PART.fullmatch(part) for part in parts):
+    if len(parts) > _MAX_DEPTH or not all(PART.fullmatch(part) for part in parts):
         raise ConventionError(
             f"write: {name!r} cannot name a dataset: at most {_MAX_DEPTH} parts joined by dots, "
             "each 1 to 100 of the characters A-Z a-z 0-9 _ + -."
@@ -602,7 +602,7 @@ def _datasets(path: Path, file: Any) -> Iterator[tuple[str, Any]]:
 def _member(path: Path, group: Any, part: str, inner: str) -> Any:
     """The group or dataset behind one hard link; nothing else is followed."""
     where = f"open: {str(path)!r}: {inner!r}"
-    if not _PART.fullmatch(part):
+    if not PART.fullmatch(part):
         raise SchemaError(f"{where} is no plain name (A-Z a-z 0-9 _ + -, at most 100 of them).")
     link = group.get(part, getlink=True)
     if not isinstance(link, h5py.HardLink):

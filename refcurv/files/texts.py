@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 
 from refcurv.files import store
-from refcurv.files.corpus import KINDS, SPLITS, Corpus, Population, load_corpus
+from refcurv.files.corpus import load_corpus
 from refcurv.files.disk import (
     PathLike,
     file_sha256,
@@ -33,7 +33,8 @@ from refcurv.law.checks import (
     require_range,
 )
 from refcurv.law.conventions import NO_LABEL
-from refcurv.model.loss import shift_labels
+from refcurv.model.corpus import KINDS, SPLITS, Corpus, Population
+from refcurv.model.labels import shift_labels
 
 _SYNTAX: Final = "NAME:KIND:SPLIT[:CHANCE]=FILE"
 

@@ -19,17 +19,17 @@ from refcurv.algebra.scaling import norm
 from refcurv.curvature.eigenbasis import Bases, decompose
 from refcurv.curvature.factors import Factors, collect
 from refcurv.curvature.problem import Batch, image_batch
-from refcurv.files.corpus import Corpus, require_tokens
 from refcurv.judge.roundings import Runs, shaken
 from refcurv.law import tolerance
 from refcurv.law.checks import Array, EmptyError, require_finite
 from refcurv.law.conventions import NO_LABEL
 from refcurv.model import transformer
 from refcurv.model.config import Model, ModelConfig
+from refcurv.model.corpus import Corpus, require_fit, require_inputs, require_tokens
+from refcurv.model.gradient import head_backward
 from refcurv.model.layers import DEFINITIONS, Layout, Ops, Saved
 from refcurv.model.magnitudes import MAGNITUDES
 from refcurv.model.transformer import Parameters, Slope, Tap
-from refcurv.passes.shards import require_fit, require_inputs
 
 SEQUENCES, WIDTH = 8, 64
 """Of the batch, at most: identities hold on any, and a few hundred positions show every fault."""
@@ -336,7 +336,7 @@ def flow(
             rows.append(step.g)
 
     everywhere = np.ones(batch.label_BT.shape, dtype=bool)
-    head = transformer.head_backward(config, parameters, final_BTD, batch.label_BT, everywhere)
+    head = head_backward(config, parameters, final_BTD, batch.label_BT, everywhere)
     loss = transformer.drain(head, take)
     g_BTV = np.concatenate(rows).reshape(*everywhere.shape, -1)
     taps = {"head": Tap("head", final_BTD, g_BTV)}

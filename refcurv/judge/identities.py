@@ -37,7 +37,7 @@ from refcurv.model.config import Activation, ModelConfig, NormPlace, Pool, QKNor
 from refcurv.model.layers import ACTIVATIONS, DEFINITIONS, Saved, rope_frequencies, windowed
 from refcurv.model.transformer import Parameters, Tap
 from refcurv.passes.fast import FAST
-from refcurv.passes.memory import nats
+from refcurv.passes.forward import nats
 
 RHO = 0.8
 """The share of mass at which an edit is checked."""

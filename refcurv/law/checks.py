@@ -7,13 +7,17 @@ few: a caller distinguishes kinds of trouble, never texts.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 Array = NDArray[Any]
+
+PART: Final = re.compile(r"[A-Za-z0-9_+-]{1,100}")
+"""One part of a dotted name, as files hold it."""
 
 
 class RefcurvError(ValueError):

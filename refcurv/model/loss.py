@@ -1,4 +1,4 @@
-"""Cross-entropy in nats: value, gradient and Hessian, and the labels that it is taken against."""
+"""LOSS: cross-entropy in nats, its gradient, its Hessian and a root of it, by the logits."""
 
 from __future__ import annotations
 
@@ -6,39 +6,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from refcurv.law.checks import Array, overflow_hint, require_finite, require_seed
-from refcurv.law.conventions import NO_LABEL
+from refcurv.law.checks import Array, overflow_hint, require_finite
 
 CACHED = 2**17
 """Logits worked on at one time: a megabyte in float64, within a core's own cache."""
-
-
-def shift_labels(token_BT: Array, real_BT: Array, segment_BT: Array) -> Array:
-    """LABELS: the next token of the same segment; NO_LABEL at its last position and on padding."""
-    label_BT = np.full(token_BT.shape, NO_LABEL, dtype=np.int64)
-    follows = real_BT[:, 1:] & (segment_BT[:, 1:] == segment_BT[:, :-1])
-    label_BT[:, :-1] = np.where(follows, token_BT[:, 1:], NO_LABEL)
-    return label_BT
-
-
-def reached(label_BT: Array, real_BT: Array, segment_BT: Array, causal: bool = True) -> Array:
-    """ROWS: real positions from which a label of their segment is reached, (B, T) bool.
-
-    Causal: those at or before the last labelled one. Bidirectional: all.
-    """
-    if not causal:
-        at_or_before = reached(label_BT, real_BT, segment_BT)
-        at_or_behind = reached(label_BT[:, ::-1], real_BT[:, ::-1], segment_BT[:, ::-1])[:, ::-1]
-        return np.asarray(at_or_before | at_or_behind)
-    out = np.zeros(label_BT.shape, dtype=bool)
-    labelled = label_BT >= 0
-    after = np.zeros(label_BT.shape[0], dtype=bool)
-    for t in range(label_BT.shape[1] - 1, -1, -1):
-        if t + 1 < label_BT.shape[1]:
-            after &= segment_BT[:, t] == segment_BT[:, t + 1]
-        after |= labelled[:, t]
-        out[:, t] = after
-    return np.asarray(out & real_BT)
 
 
 def cross_entropy(logit_NV: Array, label_N: Array) -> tuple[Array, Array]:
@@ -60,7 +31,7 @@ def cross_entropy(logit_NV: Array, label_N: Array) -> tuple[Array, Array]:
     """
     nats_N = np.zeros(len(label_N), dtype=logit_NV.dtype)
     d_logit_NV = np.empty(logit_NV.shape, dtype=logit_NV.dtype)
-    for rows in _few_rows(logit_NV):
+    for rows in few_rows(logit_NV):
         z_NV, p_NV, label_n = logit_NV[rows], d_logit_NV[rows], label_N[rows]
         k_N = _below_top(z_NV, p_NV)
         np.exp(p_NV, out=p_NV)
@@ -85,7 +56,7 @@ def hessian_product(logit_NV: Array, v_NV: Array) -> Array:
         ::test_every_digit_of_the_roots_and_of_the_hessian
     """
     out_NV = np.empty(v_NV.shape, np.result_type(logit_NV, v_NV))
-    for rows in _few_rows(logit_NV):
+    for rows in few_rows(logit_NV):
         e_NV = np.empty_like(out_NV[rows])
         k_N = _below_top(logit_NV[rows], e_NV)
         np.exp(e_NV, out=e_NV)
@@ -106,7 +77,7 @@ def root_product(logit_NV: Array, e_NV: Array) -> Array:
         ::test_every_digit_of_the_roots_and_of_the_hessian
     """
     out_NV = np.empty(e_NV.shape, np.result_type(logit_NV, e_NV))
-    for rows in _few_rows(logit_NV):
+    for rows in few_rows(logit_NV):
         root_NV = out_NV[rows]
         k_N = _below_top(logit_NV[rows], root_NV)
         root_NV /= 2  # exp(x/2) is there long after exp(x) has underflowed
@@ -166,39 +137,8 @@ def _log1p(x: Array) -> Array:
     return np.asarray(np.log1p(a * (2 + a) + b * b) / 2 + 1j * np.arctan2(b, 1 + a))
 
 
-def _few_rows(logit_NV: Array) -> Iterator[slice]:
+def few_rows(logit_NV: Array) -> Iterator[slice]:
     """Rows whose numbers stay in the cache while they are worked on; each row is by itself."""
     N, V = logit_NV.shape
     step = max(1, CACHED // V)
     return (slice(begin, begin + step) for begin in range(0, N, step))
-
-
-def uniforms(seed: int, draw: int, index: int, length: int) -> Array:
-    """SAMPLING: the uniforms of positions 0 .. length − 1 of sequence `index`, (length,)."""
-    seed = require_seed("uniforms", seed)
-    philox = np.random.Philox(key=seed, counter=[0, 0, draw, index])
-    return np.random.Generator(philox).random(length)
-
-
-def signs(seed: int, draw: int, index: int, t: int, vocabulary: int) -> Array:
-    """SAMPLING: the signs of position t of sequence `index`, +1 or −1 per entry, (V,) int8."""
-    seed = require_seed("signs", seed)
-    philox = np.random.Philox(key=seed, counter=[0, 1 + t, draw, index])
-    word = philox.random_raw(-(-vocabulary // 64)).astype("<u8")
-    bit_V = np.unpackbits(word.view(np.uint8), count=vocabulary, bitorder="little")
-    return 2 * bit_V.astype(np.int8) - 1
-
-
-def draw_labels(logit_NV: Array, uniform_N: Array) -> Array:
-    """SAMPLING: one label per row by inverting the sequential float64 cumsum of exp(z − max z)."""
-    label_N = np.empty(len(uniform_N), dtype=np.int64)
-    for rows in _few_rows(logit_NV):
-        z_NV = logit_NV[rows].astype(np.float64)
-        z_NV -= z_NV.max(axis=-1, keepdims=True)
-        e_NV = np.exp(z_NV, out=z_NV)
-        c_NV = np.cumsum(e_NV, axis=-1)
-        label_N[rows] = (c_NV <= (uniform_N[rows] * c_NV[:, -1])[:, None]).sum(axis=-1)
-        # u·c can round up to c itself: then no entry lies above it
-        last_N = e_NV.shape[-1] - 1 - np.argmax(e_NV[:, ::-1] > 0, axis=-1)
-        label_N[rows] = np.where(label_N[rows] < e_NV.shape[-1], label_N[rows], last_N)
-    return label_N

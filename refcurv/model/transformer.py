@@ -29,7 +29,6 @@ from refcurv.model.layers import (
     soft_cap,
     windowed,
 )
-from refcurv.model.loss import cross_entropy
 
 Parameters = Mapping[str, Array]
 
@@ -506,10 +505,14 @@ def forward(
     layout: Layout,
     ops: Ops = DEFINITIONS,
     lowest: int = 0,
+    past: list[KeysAndValues | None] | None = None,
 ) -> tuple[Array, Trace]:
     """Tokens or patches → what the head reads, and the trace of the blocks from `lowest` up.
 
     The first result is (B, T, D), or (B, 1, D) where the model pools.
+
+    `past` is for decoding: for each block the keys and values of the positions before these, or
+    None where there are none. Those of these positions are appended in place.
     """
     if config.image is not None:
         inputs = inputs.astype(parameters["patch.weight"].real.dtype, copy=False)
@@ -517,7 +520,11 @@ def forward(
     rope = rope_of(config, layout, x_BTD.dtype)
     blocks = []
     for i in range(config.layers):
-        x_BTD, trace, _ = block_forward(config, parameters, i, x_BTD, layout, rope, ops)
+        x_BTD, trace, keys_and_values = block_forward(
+            config, parameters, i, x_BTD, layout, rope, ops, past[i] if past else None
+        )
+        if past:
+            past[i] = keys_and_values
         if i >= lowest:
             blocks.append(trace)
         del trace
@@ -569,14 +576,6 @@ Cotangent = Callable[[Array, Array], Array]
 """What is sent back at the logits: (rows of the flattened (B, T), their logits (N, V)) → (N, V)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Loss:
-    """What the head found: nats_BT, 0 where unlabelled; d_final_BTD, the gradient of their sum."""
-
-    nats_BT: Array
-    d_final_BTD: Array
-
-
 def head_logits(config: ModelConfig, parameters: Parameters, final: Array) -> Array:
     """(..., D) → logits (..., V), soft-capped where the model does so."""
     return capped(config, linear_forward(config, parameters, "head", final))
@@ -618,60 +617,6 @@ def head_transpose(
         g_NV = uncapped(config, y_NV, cotangent(chunk, capped(config, y_NV)))
         d_final_ND[chunk] = yield from linear_backward(config, parameters, "head", a_ND, g_NV)
     return d_final_ND.reshape(final_BTD.shape)
-
-
-def head_backward(
-    config: ModelConfig,
-    parameters: Parameters,
-    final_BTD: Array,
-    label_BT: Array,
-    keep_BT: Array,
-) -> Generator[Tap | Slope, None, Loss]:
-    """Loss over the kept rows, and its gradient; yields the steps of `head_transpose`."""
-    label_N = label_BT.astype(np.int64).reshape(-1)
-    nats_N = np.zeros(label_N.shape, dtype=final_BTD.dtype)
-
-    def slope(row_N: Array, logit_NV: Array) -> Array:
-        nats_N[row_N], d_logit_NV = cross_entropy(logit_NV, label_N[row_N])
-        return d_logit_NV
-
-    d_final_BTD = yield from head_transpose(config, parameters, final_BTD, keep_BT, slope)
-    return Loss(nats_N.reshape(label_BT.shape), d_final_BTD)
-
-
-def loss_and_gradient(
-    config: ModelConfig,
-    parameters: Parameters,
-    inputs: Inputs,
-    label_BT: Array,
-    layout: Layout,
-    ops: Ops = DEFINITIONS,
-) -> tuple[Array, dict[str, Array]]:
-    """LOSS: the summed nats over labelled positions, and its gradient for every parameter.
-
-    A linear layer's gradient is Σ g aᵀ over positions; a tied embedding receives the head's too.
-    Labels are (B, T), or (B, 1) where the model pools.
-    """
-    gradient: dict[str, Array] = {}
-
-    def add(name: str, d: Array) -> None:
-        gradient[name] = gradient[name] + d if name in gradient else d
-
-    def take(step: Tap | Slope) -> None:
-        if isinstance(step, Slope):
-            add(step.name, step.d)
-            return
-        g_NO = step.g.reshape(-1, step.g.shape[-1])
-        add(config.weight_of(step.name), g_NO.T @ step.a.reshape(-1, step.a.shape[-1]))
-
-    final_BTD, trace = forward(config, parameters, inputs, layout, ops)
-    head = head_backward(config, parameters, final_BTD, label_BT, label_BT >= 0)
-    loss = drain(head, take)
-    for step in backward(config, parameters, loss.d_final_BTD, trace, ops):
-        take(step)
-    for name, shape in config.parameter_shapes().items():
-        gradient.setdefault(name, np.zeros(shape, dtype=final_BTD.dtype))  # no label anywhere
-    return loss.nats_BT.sum(), {name: gradient[name] for name in config.parameter_shapes()}
 
 
 Result = TypeVar("Result")

@@ -6,17 +6,18 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from refcurv.algebra.blas import one_blas_thread
-from refcurv.files.corpus import Corpus, require_tokens
 from refcurv.law.checks import Array, overflow_hint, require_finite
 from refcurv.law.conventions import NO_LABEL
+from refcurv.model import gradient as model_gradient
 from refcurv.model import transformer
 from refcurv.model.config import Model
-from refcurv.model.inputs import as_images, patches, require_labels
+from refcurv.model.corpus import Corpus, require_fit, require_inputs, require_tokens
+from refcurv.model.images import as_images, patches
+from refcurv.model.labels import require_labels
 from refcurv.model.layers import Layout
 from refcurv.model.transformer import Inputs, image_layout, layout_of
 from refcurv.passes.fast import FAST
-from refcurv.passes.memory import final_states, resident
-from refcurv.passes.shards import require_fit, require_inputs
+from refcurv.passes.forward import final_states, resident
 
 
 def logits(model: Model, tokens: ArrayLike) -> Array:
@@ -86,7 +87,7 @@ def loss_and_gradient(
     label_BT = require_fit("loss_and_gradient", corpus, model.config)
     with one_blas_thread():
         inputs, layout = _inputs(model, corpus)
-        loss, gradient = transformer.loss_and_gradient(
+        loss, gradient = model_gradient.loss_and_gradient(
             model.config, resident(model), inputs, label_BT, layout, FAST
         )
     for what, array in {"the loss": loss, **gradient}.items():

@@ -19,9 +19,8 @@ from refcurv.law.checks import Array
 from refcurv.law.conventions import Fisher
 from refcurv.model.config import ModelConfig
 from refcurv.model.transformer import Parameters, Tap
-from refcurv.passes import memory
-from refcurv.passes.memory import Sweep
 from refcurv.passes.shards import Shard
+from refcurv.passes.sweep import Sweep, sweep
 
 POSITIONS = 512
 """Positions that are looked at, of one shard of a block; one sequence at least."""
@@ -53,7 +52,7 @@ def rounding(
         rows[tap.name] += len(tap.g)
         squares[tap.name] += tap.g.size * float(np.finfo(tap.g.dtype).smallest_subnormal)
 
-    memory.sweep(config, parameters, few, one, keep)
+    sweep(config, parameters, few, one, keep)
     for nudge in NUDGES:
         again = iter(first)
 
@@ -61,7 +60,7 @@ def rounding(
             e = tap.g.astype(np.float64) - next(again)
             squares[tap.name] += float(np.vdot(e, e)) / 2 / len(NUDGES)
 
-        memory.sweep(*_nudged(config, parameters, few, nudge), one, compare)
+        sweep(*_nudged(config, parameters, few, nudge), one, compare)
     return {name: (squares[name], rows[name]) for name in job.layers}
 
 

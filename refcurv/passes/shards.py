@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from refcurv.files.corpus import Corpus, require_tokens
-from refcurv.law.checks import Array, ConventionError, EmptyError, require_token_ids
+from refcurv.law.checks import Array, EmptyError
 from refcurv.law.conventions import Rows, shard_sequences
 from refcurv.model.config import ModelConfig
-from refcurv.model.inputs import kept, patches, require_image_size, require_labels, require_rows
+from refcurv.model.corpus import Corpus, require_fit, require_tokens
+from refcurv.model.images import patches
 from refcurv.model.layers import Layout
+from refcurv.model.rows import kept, require_rows
 from refcurv.model.transformer import Inputs, image_layout, layout_of
 
 
@@ -94,33 +95,3 @@ def _shard(
     token_BT = require_tokens("shards", corpus)[at].astype(np.int64)
     layout = layout_of(config, corpus.real[at], corpus.segment[at])
     return Shard(number, index_B, token_BT, label_NT[at], keep_NT[at], keep_NT[at], layout)
-
-
-def require_inputs(who: str, corpus: Corpus, config: ModelConfig) -> None:
-    """Refuse a corpus that the model cannot read.
-
-    Raises:
-        ConventionError: tokens for a model of images, or the reverse. ShapeError: images of another
-        size. RangeError: a token outside the vocabulary.
-    """
-    if (corpus.images is None) != (config.image is None):
-        has, reads = ("tokens", "images") if corpus.images is None else ("images", "tokens")
-        raise ConventionError(f"{who}: the corpus has {has}, but the model reads {reads}.")
-    if corpus.images is not None:
-        require_image_size(who, corpus.images, config)
-    else:
-        require_token_ids(who, "tokens", require_tokens(who, corpus), config.vocabulary)
-
-
-def require_fit(who: str, corpus: Corpus, config: ModelConfig) -> Array:
-    """The labels (N, T), (N, 1) of images, of a corpus that the model can read and be judged by.
-
-    Raises:
-        As `require_inputs`. ConventionError: no labels where LABELS has no default. RangeError: a
-        label outside the vocabulary.
-    """
-    require_inputs(who, corpus, config)
-    require_labels(who, config, corpus.labels is not None)
-    label_NT = corpus.label
-    require_token_ids(who, "labels", np.maximum(label_NT, 0), config.vocabulary)
-    return label_NT

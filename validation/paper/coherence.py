@@ -19,10 +19,10 @@ import numpy as np
 import refcurv as rc
 from refcurv.evaluation.decode import continued, greedy
 from refcurv.law.conventions import shard_sequences
-from refcurv.model.loss import draw_labels
+from refcurv.model.sampling import draw_labels
 from refcurv.model.transformer import head_logits
 from refcurv.passes import parallel
-from refcurv.passes.memory import resident
+from refcurv.passes.forward import resident
 from validation.paper.world import EOS, VOCABULARY, WORDS, Language, generator, speak
 
 Array = np.ndarray

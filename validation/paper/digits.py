@@ -23,9 +23,10 @@ from tqdm import tqdm
 
 from refcurv import Corpus, ImagePopulation
 from refcurv.model.config import Activation, Image, ModelConfig, Norm, NormPlace, Pool, QKNorm
-from refcurv.model.inputs import patches
+from refcurv.model.gradient import loss_and_gradient
+from refcurv.model.images import patches
 from refcurv.model.layers import DEFINITIONS, Ops
-from refcurv.model.transformer import image_layout, loss_and_gradient
+from refcurv.model.transformer import image_layout
 from validation.paper.muon import adamw
 from validation.paper.train import clipped
 from validation.paper.trainings import Parameters, State, resume, save

@@ -18,9 +18,10 @@ import numpy as np
 import refcurv as rc
 from refcurv.law.conventions import Fisher
 from refcurv.model.transformer import Tap
-from refcurv.passes import memory
+from refcurv.passes.forward import resident
 from refcurv.passes.parallel import Progress, run
 from refcurv.passes.shards import Shard, shards
+from refcurv.passes.sweep import Sweep, sweep
 
 Array = np.ndarray
 
@@ -38,8 +39,8 @@ def corrected(
 
     Proof: tests/test_marginals.py::test_marginals_are_those_of_the_corrected_eigenvalues
     """
-    parameters = memory.resident(model)
-    job = memory.Sweep(frozenset(basis), Fisher.SAMPLED, seed)
+    parameters = resident(model)
+    job = Sweep(frozenset(basis), Fisher.SAMPLED, seed)
     units = shards(corpus, model.config)
     finished = 0
 
@@ -52,7 +53,7 @@ def corrected(
             c += ((a_NI @ one.U_A) ** 2).T @ (g_NO**2).sum(axis=1)
             r += ((g_NO @ one.U_G) ** 2).T @ (a_NI**2).sum(axis=1)
 
-        memory.sweep(model.config, parameters, unit, job, take)
+        sweep(model.config, parameters, unit, job, take)
         return sums
 
     def done() -> None:

@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 from refcurv import Population
 from refcurv.model.config import ModelConfig, NormPlace, QKNorm
+from refcurv.model.gradient import loss_and_gradient
 from refcurv.model.layers import DEFINITIONS, Layout, Ops, causal_layout
 from refcurv.model.loss import cross_entropy
-from refcurv.model.transformer import forward, head_logits, loss_and_gradient
+from refcurv.model.transformer import forward, head_logits
 from validation.paper.muon import adamw, muon
 from validation.paper.trainings import Parameters, State, resume, save
 from validation.paper.world import (

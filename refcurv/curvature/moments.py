@@ -1,0 +1,170 @@
+"""Sums over rows, added in one fixed order (SHARD, BLOCK): what is summed, and how much it varies.
+
+One backward pass over one shard is added in the compute dtype. Everything after that is float64.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import NamedTuple
+
+import numpy as np
+
+from refcurv.algebra import kernels
+from refcurv.law.checks import Array
+from refcurv.model.config import ModelConfig
+from refcurv.model.transformer import TABLES
+from refcurv.passes.sweep import Sweep
+
+
+class Side(StrEnum):
+    """What is summed over the kept rows of a layer.
+
+    A   Σ a aᵀ of what layers read, (I, I), shared by its readers; for a table the counts of its
+        entries, (entries,).
+    a   Σ a, (I,), where a reader has a bias (BIAS).
+    G   Σ g gᵀ of one layer, (O, O).
+    e   Σ |e|² over some rows, (1,), e the rounding error of g (NEGATIVE).
+    """
+
+    A = "A"
+    a = "a"
+    G = "G"
+    e = "e"
+
+
+class Key(NamedTuple):
+    """One sum: the side, and the name of the layer (G, e) or of what layers read (A, a)."""
+
+    side: Side
+    name: str
+
+
+class RunningSum:
+    """The sum over all shards of one quantity, an (X, X) matrix or an (X,) vector (BLOCK).
+
+    Shards are added to the sum of their block, and blocks to the total. The first block's sum is
+    itself the total until a second block is closed, because 0 + x has the bits of x. A matrix is
+    kept as its lower triangle until `finish` mirrors it.
+
+    Fields: shape; rows, how many rows were summed; variance (2,), of the sum and of its trace,
+    given the corpus. Shards draw independently, so their variances add up.
+    """
+
+    __slots__ = ("_block", "_total", "rows", "shape", "variance")
+
+    def __init__(self, *shape: int) -> None:
+        self.shape = shape
+        self._block: Array | None = None  # made when its first shard comes
+        self._total: Array | None = None
+        self.rows = 0
+        self.variance = np.zeros(2)
+
+    def add(self, product: Array, rows: int, variance: Array | float = 0.0) -> None:
+        """Fold one shard's sum, a matrix by its lower triangle; shards come in order."""
+        if self._block is None:
+            self._block = np.zeros(self.shape)
+        _fold(self._block, product)
+        self.rows += rows
+        self.variance += variance
+
+    def close(self) -> None:
+        """End a block: its sum joins the total."""
+        if self._block is not None and self._total is not None:
+            _fold(self._total, self._block)
+        elif self._block is not None:
+            self._total = self._block
+        self._block = None
+
+    def state(self) -> Array:
+        """The total of the closed blocks, of a matrix the lower triangle."""
+        return np.zeros(self.shape) if self._total is None else self._total
+
+    def restore(self, total: Array, rows: int, variance: Array) -> None:
+        """Go on from a `state`."""
+        self._total, self.rows = np.array(total, dtype=np.float64), rows
+        self.variance = variance
+
+    def finish(self) -> Array:
+        """The sum, a matrix exactly symmetric; every block must be closed."""
+        total = self.state()
+        if total.ndim == 2:
+            kernels.mirror_triangle(total)
+        total.flags.writeable = False
+        return total
+
+
+def _fold(total: Array, product: Array) -> None:
+    """`total += product`, widened to float64; of matrices the lower triangle."""
+    if total.ndim == 2:
+        kernels.fold_triangle(total, product)
+    else:
+        total += product
+
+
+class PassSum:
+    """The sum S = Σ P over the backward passes of one shard, and how much it varies.
+
+    Given the corpus, the M draws P are independent and have one distribution. Then
+    M/(M−1) (Σ|P|² − |S|²/M) is an unbiased estimate of E|S − E S|². It holds in Frobenius norm, and
+    for the trace.
+    """
+
+    __slots__ = ("_draws", "_squares", "rows", "sum")
+
+    def __init__(self, size: int, draws: int) -> None:
+        self.sum = np.zeros((size, size))  # lower triangle
+        self.rows = 0
+        self._draws, self._squares = draws, np.zeros(2)
+
+    def add(self, product: Array, rows: int) -> None:
+        """Fold one pass's product, its lower triangle; passes come in order."""
+        kernels.fold_triangle(self.sum, product)
+        self.rows = rows  # the same in every pass
+        if self._draws > 1:
+            self._squares += _squares(product)
+
+    def variance(self) -> Array:
+        """Of the sum and of its trace; 0 unless there are draws to tell from."""
+        M = self._draws
+        with np.errstate(invalid="ignore"):  # of squares that overflowed, see SQUARED
+            return np.zeros(2) if M == 1 else M / (M - 1) * (self._squares - _squares(self.sum) / M)
+
+
+SQUARED = (2.0**-480, 2.0**500)
+"""|Σ g gᵀ| whose square, and those of its parts, neither overflow nor vanish: beyond, `variance`
+says nothing."""
+
+
+def _squares(triangle: Array) -> Array:
+    """(|M|², (tr M)²), Frobenius norm, float64, of the symmetric M that has this lower triangle."""
+    diagonal, below, tile = triangle.diagonal().astype(np.float64), 0.0, 256
+    with np.errstate(over="ignore", under="ignore"):
+        for top in range(0, len(triangle), tile):
+            rows = slice(top, top + tile)
+            left = triangle[rows, :top].astype(np.float64)
+            corner = np.tril(triangle[rows, rows], -1).astype(np.float64)
+            below += float(np.vdot(left, left) + np.vdot(corner, corner))
+        return np.array([2 * below + diagonal @ diagonal, diagonal.sum() ** 2])
+
+
+def empty_sums(config: ModelConfig, job: Sweep) -> dict[Key, RunningSum]:
+    """A sum of zero for everything that a collection adds up."""
+    out: dict[Key, RunningSum] = {}
+    for name, (d_out, d_in) in (config.linear_layers() | tables(config)).items():
+        if name in job.layers:
+            read = config.input_of(name)
+            out[Key(Side.G, name)] = RunningSum(d_out, d_out)
+            out[Key(Side.e, name)] = RunningSum(1)
+            shape = (d_in,) if name in TABLES else (d_in, d_in)
+            out.setdefault(Key(Side.A, read), RunningSum(*shape))
+            if config.has_bias(name):
+                out.setdefault(Key(Side.a, read), RunningSum(d_in))
+    return out
+
+
+def tables(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """The model's tables of vectors, as the linear layers that they are: name → (D, entries)."""
+    shapes = config.parameter_shapes()
+    found = {name: shapes.get(f"{name}.weight") for name in TABLES}
+    return {name: (shape[1], shape[0]) for name, shape in found.items() if shape}
