@@ -34,7 +34,7 @@ from refcurv.law.checks import (
     SolverError,
     StorageError,
 )
-from refcurv.model import gradient, layers, rows
+from refcurv.model import gradient, layers, rows, transformer
 from refcurv.model.config import NormPlace, QKNorm
 from refcurv.model.layers import DEFINITIONS
 from refcurv.passes import fast
