@@ -48,8 +48,9 @@ from refcurv.files.texts import build_corpus
 from refcurv.files.weights import load, save
 from refcurv.judge.audit import Audit, audit
 from refcurv.law.checks import RefcurvError
-from refcurv.model.config import Model, ModelConfig
+from refcurv.model.config import ModelConfig
 from refcurv.model.corpus import Corpus, ImagePopulation, Population
+from refcurv.model.weights import Model
 from refcurv.passes.public import logits, loss_and_gradient
 
 __all__ = [

@@ -25,10 +25,11 @@ from transformers.pytorch_utils import Conv1D
 from refcurv.files import huggingface, weights
 from refcurv.files.families import Family, Form, Slot
 from refcurv.model import transformer
-from refcurv.model.config import Model, ModelConfig
+from refcurv.model.config import ModelConfig
 from refcurv.model.corpus import Corpus
 from refcurv.model.gradient import head_backward, loss_and_gradient
 from refcurv.model.layers import DEFINITIONS, Ops, unfold
+from refcurv.model.weights import Model
 
 BUDGET = 1e-12
 LINEAR = (torch.nn.Linear, torch.nn.Conv2d, Conv1D)

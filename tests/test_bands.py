@@ -32,9 +32,9 @@ from refcurv.law.checks import (
     ShapeError,
 )
 from refcurv.model import transformer
-from refcurv.model.config import Model
 from refcurv.model.corpus import Population
 from refcurv.model.layers import DEFINITIONS, causal_layout
+from refcurv.model.weights import Model
 
 LAYERS = ("blocks.0.attn.q", "blocks.1.attn.o", "blocks.0.mlp.up", "blocks.1.mlp.down", "head")
 

@@ -12,7 +12,8 @@ from strategies import config, configs, random_parameters
 
 import refcurv as rc
 from refcurv.law.checks import ConventionError, NameUnknownError, RangeError, ShapeError
-from refcurv.model.config import Image, ModelConfig, RopeScaling, expand
+from refcurv.model.config import Image, ModelConfig, RopeScaling
+from refcurv.model.weights import expand
 
 VIT = Image(channels=1, height=4, width=4, patch=2)
 YARN = RopeScaling(kind="yarn", factor=2.0, original=8, slow=1.0, fast=4.0)

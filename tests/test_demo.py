@@ -16,9 +16,9 @@ from refcurv.cli import main
 from refcurv.demo.run import CORPUS, LAYERS, MODEL, RHO, Job, run
 from refcurv.evaluation import suite
 from refcurv.model import transformer
-from refcurv.model.config import expand
 from refcurv.model.layers import causal_layout
 from refcurv.model.loss import cross_entropy
+from refcurv.model.weights import expand
 
 
 @pytest.fixture(scope="module")

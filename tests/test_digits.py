@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import refcurv as rc
-from refcurv.model.config import Pool, expand
+from refcurv.model.config import Pool
+from refcurv.model.weights import expand
 from refcurv.passes.forward import layer_inputs, resident
 from validation.paper import digits, vit
 

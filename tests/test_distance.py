@@ -22,7 +22,7 @@ from refcurv.curvature.distance import Distances, Three, compare, distances, nea
 from refcurv.curvature.problem import of_outputs, problem
 from refcurv.law import tolerance
 from refcurv.law.checks import ConventionError, EmptyError, NameUnknownError, RangeError
-from refcurv.model.config import Model
+from refcurv.model.weights import Model
 from validation.curvature.under_head import under_head
 
 BUDGET = tolerance.gamma(400, np.float64)

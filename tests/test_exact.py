@@ -33,9 +33,10 @@ from refcurv.law.checks import (
     ShapeError,
 )
 from refcurv.law.conventions import Fisher
-from refcurv.model.config import Model, NormPlace, QKNorm
+from refcurv.model.config import NormPlace, QKNorm
 from refcurv.model.gradient import loss_and_gradient
 from refcurv.model.labels import shift_labels
+from refcurv.model.weights import Model
 
 WIDE = np.finfo(np.longdouble).eps < np.finfo(np.float64).eps
 needs_longdouble = pytest.mark.skipif(not WIDE, reason="longdouble is no wider than float64 here")

@@ -18,7 +18,7 @@ from zoo import Net, causal_mix, mlp, net
 from refcurv.curvature import exact
 from refcurv.curvature.problem import Problem
 from refcurv.law import tolerance
-from refcurv.model.config import Model
+from refcurv.model.weights import Model
 
 LAYERS = ("one.weight", "two.weight", "three.weight")
 BUDGET = tolerance.gamma(400, np.float64)

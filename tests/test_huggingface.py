@@ -15,7 +15,8 @@ from refcurv.files import huggingface, safetensors, store, weights
 from refcurv.files.bfloat16 import to_bfloat16
 from refcurv.files.huggingface import Mapped, convert, export
 from refcurv.law.checks import ConventionError, RefcurvError, SchemaError, StorageError
-from refcurv.model.config import Model, ModelConfig, NormPlace, QKNorm
+from refcurv.model.config import ModelConfig, NormPlace, QKNorm
+from refcurv.model.weights import Model
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

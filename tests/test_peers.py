@@ -41,8 +41,9 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from refcurv.files import families, huggingface, keys, store, weights  # noqa: E402
 from refcurv.files.bfloat16 import from_bfloat16, to_bfloat16  # noqa: E402
 from refcurv.files.families import FAMILIES, Family  # noqa: E402
-from refcurv.model.config import Model, ModelConfig, QKNorm  # noqa: E402
+from refcurv.model.config import ModelConfig, QKNorm  # noqa: E402
 from refcurv.model.layers import DEFINITIONS, Ops, attention_forward  # noqa: E402
+from refcurv.model.weights import Model  # noqa: E402
 
 pytestmark = pytest.mark.peers
 

@@ -18,7 +18,8 @@ from refcurv.curvature import accumulate, eigenbasis, room
 from refcurv.curvature.factors import Factor, Factors
 from refcurv.law.checks import RoomError
 from refcurv.law.conventions import Bias, Fisher, Rows
-from refcurv.model.config import Model, ModelConfig
+from refcurv.model.config import ModelConfig
+from refcurv.model.weights import Model
 from refcurv.passes.shards import Shard
 from refcurv.passes.sweep import Sweep
 

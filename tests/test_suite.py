@@ -16,9 +16,10 @@ from refcurv.evaluation.suite import compare, evaluate, measure
 from refcurv.law.checks import ConventionError, EmptyError, NameUnknownError, RangeError
 from refcurv.law.conventions import HEAD_ROWS
 from refcurv.model import transformer
-from refcurv.model.config import Model, NormPlace, QKNorm
+from refcurv.model.config import NormPlace, QKNorm
 from refcurv.model.corpus import Corpus, Population
 from refcurv.model.layers import DEFINITIONS, causal_layout
+from refcurv.model.weights import Model
 
 V = 12
 

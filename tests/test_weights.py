@@ -28,7 +28,8 @@ from refcurv.law.checks import (
     SchemaError,
     ShapeError,
 )
-from refcurv.model.config import Model, ModelConfig
+from refcurv.model.config import ModelConfig
+from refcurv.model.weights import Model
 
 CONFIG = ModelConfig(
     vocabulary=7,

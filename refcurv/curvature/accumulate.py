@@ -9,11 +9,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from refcurv.algebra import blas
-from refcurv.curvature.moments import Key, PassSum, RunningSum, Side, tables
+from refcurv.curvature.moments import Key, PassSum, RunningSum, Side
 from refcurv.law.checks import Array
 from refcurv.law.conventions import BLOCK_SHARDS
-from refcurv.model.config import ModelConfig
-from refcurv.model.transformer import TABLES, Tap
+from refcurv.model.config import TABLES, ModelConfig
+from refcurv.model.transformer import Tap
 from refcurv.passes.parallel import Progress, Turnstile, counter, run
 from refcurv.passes.shards import Shard
 from refcurv.passes.sweep import Sweep
@@ -56,7 +56,7 @@ class ShardSums:
         if number == 0 and not known:
             self._input = (read, tap.a)
             if tap.name in TABLES:
-                entries = tables(self._config)[tap.name][1]
+                entries = self._config.tables()[tap.name][1]
                 self._add(Key(Side.A, read), np.bincount(tap.a, minlength=entries), len(tap.a))
                 return
             self._add_gram(Key(Side.A, read), tap.a)

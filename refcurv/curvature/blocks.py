@@ -23,10 +23,11 @@ from refcurv.law.checks import (
 )
 from refcurv.law.conventions import NO_LABEL, Fisher
 from refcurv.model import transformer
-from refcurv.model.config import Model, ModelConfig, expand
+from refcurv.model.config import ModelConfig
 from refcurv.model.corpus import Corpus
 from refcurv.model.layers import Layout
 from refcurv.model.transformer import Cotangent, Parameters, Slope, Tap
+from refcurv.model.weights import Model, expand
 from refcurv.passes.fast import FAST
 from refcurv.passes.forward import resident
 from refcurv.passes.parallel import Progress, Turnstile, cores

@@ -23,9 +23,9 @@ from refcurv.curvature import exact
 from refcurv.curvature.exact import Problem, Progress, Tokens
 from refcurv.law import tolerance
 from refcurv.law.checks import Array, EmptyError, RangeError
-from refcurv.model.config import Model
 from refcurv.model.sampling import uniforms
 from refcurv.model.transformer import Tap
+from refcurv.model.weights import Model
 
 VISIBLE = 1e-3
 """An overlap is given only where rounding can move it by less."""

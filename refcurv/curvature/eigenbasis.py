@@ -37,7 +37,7 @@ from refcurv.law.checks import (
     require_shape,
 )
 from refcurv.law.conventions import Bias
-from refcurv.model.transformer import TABLES
+from refcurv.model.config import TABLES
 from refcurv.passes.parallel import Progress, stream
 
 

@@ -49,9 +49,9 @@ from refcurv.law.checks import (
     require_shape,
 )
 from refcurv.law.conventions import Fisher
-from refcurv.model.config import Model, expand
 from refcurv.model.layers import Saved
 from refcurv.model.transformer import Parameters, Slope, Tap
+from refcurv.model.weights import Model, expand
 
 __all__ = [
     "Moments",

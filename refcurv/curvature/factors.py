@@ -23,7 +23,7 @@ from refcurv.algebra.scaling import norm
 from refcurv.curvature import room
 from refcurv.curvature.accumulate import ShardSums, accumulate
 from refcurv.curvature.checkpoint import Checkpoint
-from refcurv.curvature.moments import SQUARED, Key, RunningSum, Side, empty_sums, tables
+from refcurv.curvature.moments import SQUARED, Key, RunningSum, Side, empty_sums
 from refcurv.files import store
 from refcurv.files.digest import digest
 from refcurv.files.disk import require_space
@@ -35,9 +35,10 @@ from refcurv.law.checks import (
     require_choice,
 )
 from refcurv.law.conventions import BLOCK_SHARDS, Fisher, Rows, describe
-from refcurv.model.config import Model, ModelConfig, expand
+from refcurv.model.config import ModelConfig
 from refcurv.model.corpus import Corpus
 from refcurv.model.fisher import DRAWN
+from refcurv.model.weights import Model, expand
 from refcurv.passes.forward import resident
 from refcurv.passes.parallel import Progress, Turnstile, run
 from refcurv.passes.rounding import rounding
@@ -185,7 +186,7 @@ def collect(
     """
     keep = Rows(require_choice("collect", "rows", rows, list(Rows)))
     config = model.config
-    spelled = [name for name in tables(config) if name in re.findall(r"\w+", layers)]
+    spelled = [name for name in config.tables() if name in re.findall(r"\w+", layers)]
     names = expand(layers, [*config.linear_layers(), *spelled])
     job = sweep_of("collect", names, fisher, seed, draws)
     units = shards(corpus, config, keep)
@@ -270,7 +271,7 @@ def _finish(config: ModelConfig, job: Sweep, totals: Mapping[Key, RunningSum]) -
             )
     out = {}
     known = job.fisher not in DRAWN or job.draws > 1
-    for name in config.linear_layers() | tables(config):
+    for name in config.linear_layers() | config.tables():
         if name not in job.layers:
             continue
         read = config.input_of(name)

@@ -21,7 +21,7 @@ from refcurv.law.checks import (
     require_seed,
 )
 from refcurv.law.conventions import COMPUTE_DTYPES, Fisher, Rows
-from refcurv.model.transformer import TABLES
+from refcurv.model.config import TABLES
 
 _ERRORS = ("error_G", "error_trace_G", "rounding_G")
 

@@ -12,8 +12,7 @@ import numpy as np
 
 from refcurv.algebra import kernels
 from refcurv.law.checks import Array
-from refcurv.model.config import ModelConfig
-from refcurv.model.transformer import TABLES
+from refcurv.model.config import TABLES, ModelConfig
 from refcurv.passes.sweep import Sweep
 
 
@@ -151,7 +150,7 @@ def _squares(triangle: Array) -> Array:
 def empty_sums(config: ModelConfig, job: Sweep) -> dict[Key, RunningSum]:
     """A sum of zero for everything that a collection adds up."""
     out: dict[Key, RunningSum] = {}
-    for name, (d_out, d_in) in (config.linear_layers() | tables(config)).items():
+    for name, (d_out, d_in) in (config.linear_layers() | config.tables()).items():
         if name in job.layers:
             read = config.input_of(name)
             out[Key(Side.G, name)] = RunningSum(d_out, d_out)
@@ -161,10 +160,3 @@ def empty_sums(config: ModelConfig, job: Sweep) -> dict[Key, RunningSum]:
             if config.has_bias(name):
                 out.setdefault(Key(Side.a, read), RunningSum(d_in))
     return out
-
-
-def tables(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """The model's tables of vectors, as the linear layers that they are: name → (D, entries)."""
-    shapes = config.parameter_shapes()
-    found = {name: shapes.get(f"{name}.weight") for name in TABLES}
-    return {name: (shape[1], shape[0]) for name, shape in found.items() if shape}

@@ -24,7 +24,7 @@ from refcurv.law.checks import (
 )
 from refcurv.law.conventions import Rows
 from refcurv.model import transformer
-from refcurv.model.config import Model, ModelConfig
+from refcurv.model.config import ModelConfig
 from refcurv.model.images import as_images, patches, require_image_size
 from refcurv.model.labels import require_labels, shift_labels
 from refcurv.model.layers import Layout, Saved
@@ -32,6 +32,7 @@ from refcurv.model.loss import cross_entropy, hessian_product, root_product
 from refcurv.model.rows import kept, require_rows
 from refcurv.model.sampling import draw_labels, signs, uniforms
 from refcurv.model.transformer import Inputs, Parameters, Slope, Tap
+from refcurv.model.weights import Model
 
 
 @dataclass(frozen=True, slots=True)

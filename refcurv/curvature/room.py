@@ -13,11 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from refcurv.algebra import blas
-from refcurv.curvature.moments import tables
 from refcurv.law.checks import RoomError
 from refcurv.law.conventions import BLOCK_SHARDS
-from refcurv.model.config import ModelConfig
-from refcurv.model.transformer import TABLES
+from refcurv.model.config import TABLES, ModelConfig
 from refcurv.passes.parallel import cores
 from refcurv.passes.shards import Shard
 from refcurv.passes.sweep import Sweep
@@ -116,7 +114,7 @@ def to_collect(config: ModelConfig, job: Sweep, itemsize: int, shards: Sequence[
     """
     width: dict[str, int] = {}
     spare: Counter[int] = Counter()
-    for name, (d_out, d_in) in (config.linear_layers() | tables(config)).items():
+    for name, (d_out, d_in) in (config.linear_layers() | config.tables()).items():
         if name in job.layers:
             sides = {f"G of {name!r}": d_out}
             if name not in TABLES:

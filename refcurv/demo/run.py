@@ -33,8 +33,8 @@ from refcurv.files import store
 from refcurv.files.disk import machine_faults, require_apart, require_writable, write_json
 from refcurv.law.checks import SchemaError, require_choice
 from refcurv.law.conventions import Bias
-from refcurv.model.config import expand
 from refcurv.model.corpus import SPLITS, Population, Populations
+from refcurv.model.weights import expand
 from refcurv.passes.parallel import Progress
 
 HERE = Path(__file__).parent

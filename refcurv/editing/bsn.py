@@ -29,10 +29,11 @@ from refcurv.law.checks import (
 )
 from refcurv.law.conventions import NO_LABEL
 from refcurv.model import transformer
-from refcurv.model.config import Model, ModelConfig, expand
+from refcurv.model.config import ModelConfig
 from refcurv.model.corpus import Corpus, Population, require_fit
 from refcurv.model.gradient import head_backward
 from refcurv.model.transformer import Parameters, Slope, Tap, layout_of
+from refcurv.model.weights import Model, expand
 from refcurv.passes import parallel
 from refcurv.passes.fast import FAST
 from refcurv.passes.forward import resident

@@ -19,7 +19,7 @@ from refcurv.editing.record import EditRecord, LayerEdit
 from refcurv.law import tolerance
 from refcurv.law.checks import Array, EmptyError, NameUnknownError, require_shape
 from refcurv.law.conventions import MOST_ROUNDING, Bias
-from refcurv.model.config import Model
+from refcurv.model.weights import Model
 
 
 def keep_pairs(W: Array, basis: Eigenbasis, mask: Array) -> Array:

@@ -28,7 +28,7 @@ from refcurv.law.checks import (
     require_seed,
 )
 from refcurv.law.conventions import Bias
-from refcurv.model.config import Model, expand
+from refcurv.model.weights import Model, expand
 
 
 @dataclass(frozen=True, slots=True)

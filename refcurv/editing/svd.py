@@ -18,7 +18,7 @@ from refcurv.files import store
 from refcurv.files.digest import digest
 from refcurv.law import tolerance
 from refcurv.law.checks import Array, EmptyError, RangeError
-from refcurv.model.config import Model, expand
+from refcurv.model.weights import Model, expand
 
 
 def truncate(model: Model, energy: Mapping[str, float]) -> tuple[Model, EditRecord]:

@@ -23,7 +23,7 @@ from refcurv.editing.projection import edit, keep_pairs, layers_of, read_layer, 
 from refcurv.editing.record import Draw, EditRecord, LayerEdit, stream
 from refcurv.law.checks import Array, require_choice, require_seed
 from refcurv.law.conventions import Bias
-from refcurv.model.config import Model
+from refcurv.model.weights import Model
 
 SIDES: Final = ("inputs", "outputs")
 """Whose curvature alone selects: that of A, or that of G."""

@@ -25,11 +25,12 @@ from refcurv.evaluation.decode import batches, require_population, teacher_force
 from refcurv.files.digest import require_same
 from refcurv.law.checks import Array, ConventionError, EmptyError, require_choice, require_shape
 from refcurv.law.conventions import Rows
-from refcurv.model.config import Model, ModelConfig, expand
+from refcurv.model.config import ModelConfig
 from refcurv.model.corpus import ImagePopulation, Population
 from refcurv.model.layers import Layout
 from refcurv.model.rows import kept, require_rows
 from refcurv.model.transformer import Inputs, Parameters
+from refcurv.model.weights import Model, expand
 from refcurv.passes import parallel
 from refcurv.passes.forward import layer_inputs, resident
 from refcurv.passes.parallel import Progress, counter

@@ -28,9 +28,9 @@ from refcurv.law.checks import (
     overflow_hint,
     require_finite,
 )
-from refcurv.model.config import Model
 from refcurv.model.corpus import ImagePopulation, Population
 from refcurv.model.loss import cross_entropy
+from refcurv.model.weights import Model
 from refcurv.passes.forward import resident
 from refcurv.passes.parallel import Progress, counter
 

@@ -17,8 +17,8 @@ from scipy.optimize import brentq
 from refcurv.evaluation.items import hits, suffix_nats
 from refcurv.evaluation.metrics import perplexity
 from refcurv.law.checks import ConventionError, EmptyError, RangeError, require_range
-from refcurv.model.config import Model
 from refcurv.model.corpus import Population
+from refcurv.model.weights import Model
 from refcurv.passes.parallel import Progress
 
 Strengthen = Callable[[float], Model]

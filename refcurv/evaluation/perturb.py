@@ -15,8 +15,8 @@ import numpy as np
 from refcurv.evaluation.decode import suffixes
 from refcurv.evaluation.items import decoded_rows, require_decoded
 from refcurv.law.checks import Array, RangeError
-from refcurv.model.config import Model
 from refcurv.model.corpus import Population
+from refcurv.model.weights import Model
 from refcurv.passes.parallel import Progress
 
 

@@ -37,10 +37,11 @@ from refcurv.law.checks import (
     require_choice,
 )
 from refcurv.law.conventions import Gain
-from refcurv.model.config import Model, ModelConfig
+from refcurv.model.config import ModelConfig
 from refcurv.model.corpus import SPLITS, Corpus, ImagePopulation, Population, Populations
 from refcurv.model.loss import cross_entropy
 from refcurv.model.transformer import Parameters
+from refcurv.model.weights import Model
 from refcurv.passes.forward import resident
 from refcurv.passes.parallel import Progress, counter
 

@@ -14,7 +14,7 @@ import numpy as np
 from refcurv.files import store
 from refcurv.files.weights import PARAMETERS, Parameters, narrow
 from refcurv.law.checks import Array, ConventionError, SchemaError
-from refcurv.model.config import Model, Overlay
+from refcurv.model.weights import Model, Overlay
 
 Checksums = Mapping[str, tuple[str, str]]
 """Of each parameter, by name: the dtype it is stored in, and the SHA-256 of the stored bytes."""

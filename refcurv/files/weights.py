@@ -25,7 +25,8 @@ from refcurv.law.checks import (
     require_finite,
 )
 from refcurv.law.conventions import COMPUTE_DTYPES
-from refcurv.model.config import Model, ModelConfig
+from refcurv.model.config import ModelConfig
+from refcurv.model.weights import Model
 
 STORED: Final = ("float64", "float32", "float16", "bfloat16")
 """What a parameter can be stored in."""

@@ -14,8 +14,8 @@ from refcurv.curvature.room import available
 from refcurv.judge.bench import Bench, Plan, plan, prepare
 from refcurv.judge.identities import CHECKS, Measure
 from refcurv.law.checks import ConventionError, RefcurvError, require_range, require_seed
-from refcurv.model.config import Model
 from refcurv.model.corpus import Corpus
+from refcurv.model.weights import Model
 from refcurv.passes.parallel import Progress
 
 GIB = 2**30

@@ -24,12 +24,13 @@ from refcurv.law import tolerance
 from refcurv.law.checks import Array, EmptyError, require_finite
 from refcurv.law.conventions import NO_LABEL
 from refcurv.model import transformer
-from refcurv.model.config import Model, ModelConfig
+from refcurv.model.config import ModelConfig
 from refcurv.model.corpus import Corpus, require_fit, require_inputs, require_tokens
 from refcurv.model.gradient import head_backward
 from refcurv.model.layers import DEFINITIONS, Layout, Ops, Saved
 from refcurv.model.magnitudes import MAGNITUDES
 from refcurv.model.transformer import Parameters, Slope, Tap
+from refcurv.model.weights import Model
 
 SEQUENCES, WIDTH = 8, 64
 """Of the batch, at most: identities hold on any, and a few hundred positions show every fault."""

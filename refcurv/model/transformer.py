@@ -16,7 +16,7 @@ import numpy as np
 
 from refcurv.law.checks import Array, RangeError, overflow_hint, require_finite
 from refcurv.law.conventions import HEAD_ROWS
-from refcurv.model.config import ModelConfig, Norm, NormPlace, Pool, QKNorm, Residual
+from refcurv.model.config import TABLES, ModelConfig, Norm, NormPlace, Pool, QKNorm, Residual
 from refcurv.model.layers import (
     DEFINITIONS,
     Layout,
@@ -364,9 +364,6 @@ def block_backward(
 
 
 # ------------------------------------------------------------------ input and output
-
-TABLES = ("embed", "position")
-"""The tables of vectors that positions read one entry of."""
 
 
 def input_forward(

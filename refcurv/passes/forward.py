@@ -6,10 +6,11 @@ import numpy as np
 
 from refcurv.law.checks import Array
 from refcurv.model import transformer
-from refcurv.model.config import Model, ModelConfig
+from refcurv.model.config import ModelConfig
 from refcurv.model.gradient import head_backward
 from refcurv.model.layers import Layout
 from refcurv.model.transformer import Inputs, Parameters
+from refcurv.model.weights import Model
 from refcurv.passes.fast import FAST
 from refcurv.passes.sweep import lowest_block
 

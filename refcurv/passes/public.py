@@ -10,12 +10,12 @@ from refcurv.law.checks import Array, overflow_hint, require_finite
 from refcurv.law.conventions import NO_LABEL
 from refcurv.model import gradient as model_gradient
 from refcurv.model import transformer
-from refcurv.model.config import Model
 from refcurv.model.corpus import Corpus, require_fit, require_inputs, require_tokens
 from refcurv.model.images import as_images, patches
 from refcurv.model.labels import require_labels
 from refcurv.model.layers import Layout
 from refcurv.model.transformer import Inputs, image_layout, layout_of
+from refcurv.model.weights import Model
 from refcurv.passes.fast import FAST
 from refcurv.passes.forward import final_states, resident
 

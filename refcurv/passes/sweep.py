@@ -17,9 +17,9 @@ from refcurv.law.checks import (
 )
 from refcurv.law.conventions import Fisher
 from refcurv.model import transformer
-from refcurv.model.config import ModelConfig
+from refcurv.model.config import TABLES, ModelConfig
 from refcurv.model.fisher import DRAWN, cotangents, labelled
-from refcurv.model.transformer import TABLES, Cotangent, Parameters, Slope, Steps, Tap, Trace
+from refcurv.model.transformer import Cotangent, Parameters, Slope, Steps, Tap, Trace
 from refcurv.passes.fast import FAST
 from refcurv.passes.shards import Shard, inputs_of
 

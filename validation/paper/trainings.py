@@ -11,7 +11,8 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from refcurv.model.config import Model, ModelConfig
+from refcurv.model.config import ModelConfig
+from refcurv.model.weights import Model
 
 Parameters = dict[str, np.ndarray]
 Recipe = Any

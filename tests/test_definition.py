@@ -1,0 +1,72 @@
+"""`collect` equals the definition of A and G: over models, corpora, images, and every choice."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import test_images
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import Case, assert_within, cases
+from test_factors import BIASED, case, corpus_of, gappy, model_of
+
+import refcurv as rc
+from refcurv.curvature import definition
+from refcurv.law import conventions, tolerance
+from refcurv.law.conventions import Fisher
+
+ROUNDING = 1e-6
+"""tr S_G of one row below which all of it may be rounding: the weights are of order 1."""
+
+
+def compare(model: rc.Model, corpus: rc.Corpus, layers: str, **choice: object) -> None:
+    got = rc.collect(model, corpus, layers, **choice)
+    want = definition.factors(model, corpus, layers, **choice)
+    assert set(got) == set(want)
+    budget = 40 * tolerance.path(model.config.layers, 64, model.dtype)
+    for name, one in got.items():
+        sums = want[name]
+        assert (one.n_A, one.n_G) == (sums.n_A, sums.n_G), name
+        scale = np.trace(sums.S_G) + ROUNDING * sums.n_G
+        assert_within(one.sum_G, sums.S_G, budget, scale, f"S_G of {name}")
+        A = np.diag(one.sum_A) if one.sum_A.ndim == 1 else one.sum_A
+        assert_within(A, sums.S_A, budget, np.trace(sums.S_A), f"S_A of {name}")
+        if one.sum_a is not None:
+            scale = np.sqrt(sums.n_A * np.trace(sums.S_A))  # Σ |a| by Cauchy and Schwarz
+            assert_within(one.sum_a, sums.s_a, budget, scale, f"Σ a of {name}")
+
+
+@given(
+    cases(), st.sampled_from(list(Fisher)), st.sampled_from(["reached", "labelled", "all"]),
+    st.integers(0, 2**64 - 1),
+)  # fmt: skip
+def test_collect_equals_the_definition(one: Case, fisher: Fisher, rows: str, seed: int) -> None:
+    if not (one.label >= 0).any():
+        return
+    tables = [name for name in ("embed", "position") if f"{name}.weight" in one.parameters]
+    draws = 2 if fisher in (Fisher.SAMPLED, Fisher.SIGNED) else 1
+    choice = {"fisher": fisher, "rows": rows, "seed": seed, "draws": draws}
+    compare(model_of(one), corpus_of(one), ",".join(["**", *tables]), **choice)
+
+
+@pytest.mark.parametrize("rows", ["all", "cls"])
+@pytest.mark.parametrize("fisher", list(Fisher))
+def test_images_too(fisher: Fisher, rows: str) -> None:
+    one, images = test_images.vit()
+    layers = "{head,blocks.**}" if rows == "cls" else "**,position"
+    corpus = test_images.corpus_of(one, images)
+    compare(test_images.model_of(one), corpus, layers, fisher=fisher, rows=rows, seed=3)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_shards_of_several_sequences_are_the_sequences_one_by_one(dtype: str, monkeypatch) -> None:
+    monkeypatch.setattr(conventions, "SHARD_TOKENS", 12)
+    one = gappy()
+    for fisher in Fisher:
+        compare(model_of(one, dtype), corpus_of(one), "**,embed,position", fisher=fisher, seed=1)
+
+
+def test_only_the_named_layers_are_summed() -> None:
+    one = case(biases=BIASED)
+    found = definition.factors(model_of(one), corpus_of(one), "blocks.0.mlp.*")
+    assert list(found) == [f"blocks.0.mlp.{name}" for name in ("gate", "up", "down")]
