@@ -137,7 +137,7 @@ def _three(made: Problem, wrt: str, choice: Choice) -> dict[str, Three]:
         layer_shape("compare", layer)
     F = {name: np.zeros((layer.size, layer.size)) for name, layer in layers.items()}
     positions: dict[str, list[_Positions]] = {name: [] for name in names}
-    for _, batches in groupby(cotangents(made, choice), key=lambda sent: id(sent[0])):  # a segment
+    for _, batches in groupby(cotangents(made, choice), key=lambda one: id(one[0])):  # a segment
         at: dict[str, _Positions] = {}
         for part, saved, d_z in batches:
             for tap in steps(part, part.parameters, saved, d_z, names):

@@ -58,7 +58,10 @@ PER = ("segment", "term")
 class Sent(TypedDict, total=False):
     """What is sent back through the model, and what of it is squared: the options of this module.
 
-    Keys, each one a keyword of every function here; `collect` has the same fisher, seed and draws:
+    Each key is a keyword of every function here. `fisher`, `seed` and `draws` mean what they mean
+    in `collect`, which draws labels by default.
+
+    Keys:
         fisher: whose labels: "expected" (default), "signed", "sampled" or "empirical" (FISHER).
         per: "segment" (default) squares the summed gradient of a segment, "term" the gradient of
             each loss position by itself.
