@@ -8,6 +8,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,60 @@ def test_every_proof_resolves(module) -> None:
             if test:
                 assert test in TESTS[file], f"{module.__name__}: {file}::{test}"
         assert file, f"{module.__name__}: a Proof names no test"
+
+
+def private_names_of_others(source: str) -> list[str]:
+    """Names with one leading underscore that a module takes from another one of refcurv.
+
+    Seen are `from refcurv.x import _name`, and `x._name` where x was imported from refcurv.
+    """
+    tree, found, ours = ast.parse(source), [], {"refcurv"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            if node.level or (node.module or "").split(".")[0] == "refcurv":
+                ours |= {alias.asname or alias.name for alias in node.names}
+                found += [alias.name for alias in node.names if is_private(alias.name)]
+        elif isinstance(node, ast.Import):
+            ours |= {a.asname for a in node.names if a.asname and a.name.startswith("refcurv.")}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and is_private(node.attr):
+            path = ast.unparse(node)
+            if path.split(".")[0] in ours:
+                found.append(path)
+    return found
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)
+def test_no_module_takes_a_private_name_of_another(module) -> None:
+    assert private_names_of_others(inspect.getsource(module)) == []
+
+
+@pytest.mark.parametrize(
+    "taken",
+    [
+        "from refcurv.law.checks import _one",
+        "from .checks import _one",
+        "from refcurv.law import checks\nx = checks._one(2)",
+        "from refcurv.law import checks as c\ndef f(): return c._one",
+        "import refcurv.law.checks as c\nc._one",
+        "import refcurv\nrefcurv.law.checks._one",
+    ],
+)
+def test_private_names_are_seen(taken: str) -> None:
+    assert len(private_names_of_others(taken)) == 1
+    assert not private_names_of_others(taken.replace("_one", "one"))
+    assert not private_names_of_others("import os\nself._one\nos._exit(1)\nrefcurv.__doc__")
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)
+def test_no_name_hides_a_module(module) -> None:
+    """`package.x` is the module x of the package, never a function that is called the same."""
+    package, _, name = module.__name__.rpartition(".")
+    assert getattr(sys.modules[package], name) is module
 
 
 @pytest.mark.parametrize("name", refcurv.__all__)

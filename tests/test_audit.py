@@ -20,7 +20,7 @@ from strategies import Case, assert_within, case, few
 import refcurv as rc
 from refcurv.cli import main
 from refcurv.curvature import eigenbasis, exact, factors
-from refcurv.curvature.problem import of_batch
+from refcurv.curvature.exact.problems import of_batch
 from refcurv.demo.run import CORPUS, MODEL
 from refcurv.judge import audit as judge
 from refcurv.judge import bench, identities

@@ -19,7 +19,8 @@ from zoo import causal_mix, mlp, net
 from refcurv.algebra.kron import kron_dense, rvec
 from refcurv.curvature import distance, exact
 from refcurv.curvature.distance import Distances, Three, compare, distances, nearest_kronecker
-from refcurv.curvature.problem import of_outputs, problem
+from refcurv.curvature.exact import fishers, of_outputs, problem
+from refcurv.curvature.exact.fishers import Choice
 from refcurv.law import tolerance
 from refcurv.law.checks import ConventionError, EmptyError, NameUnknownError, RangeError
 from refcurv.model.weights import Model
@@ -45,8 +46,7 @@ def model(**changes: object) -> tuple[Model, np.ndarray]:
 
 
 def sweep(made: exact.Problem, wrt: str, **options: object) -> dict[str, Three]:
-    kind = dict(fisher="expected", per="segment", seed=0, draws=1) | options
-    return distance._three(made, wrt, exact._labels("test", **kind), lambda done, total: None)
+    return distance._three(made, wrt, Choice(**options))
 
 
 def psd(P: int, rng: np.random.Generator, rank: int = 0) -> np.ndarray:
@@ -86,7 +86,7 @@ def test_one_sweep_gives_the_three_exact_matrices(options: dict[str, object]) ->
 def test_batches_of_cotangents_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     made = mlp("tanh", n=3, T=2).problem()
     whole = sweep(made, "*.weight")
-    monkeypatch.setattr(exact, "COTANGENTS", 2)
+    monkeypatch.setattr(fishers, "COTANGENTS", 2)
     for name, three in sweep(made, "*.weight").items():
         assert_within(three.F, whole[name].F, BUDGET, whole[name].F, name)
         assert_within(three.F_tok, whole[name].F_tok, BUDGET, whole[name].F_tok, name)
@@ -106,13 +106,13 @@ def test_a_part_of_a_layer_has_that_part_of_its_matrices() -> None:
 def test_under_the_head_the_curvature_is_the_same() -> None:
     """validation/curvature measures with D cotangents a position, not V."""
     made, wrt = problem(*model(vocabulary=23)), "blocks.*.{attn,mlp}.{k,v,gate,down}.weight"
-    under, labelled = under_head(made), exact._labels("test", "expected", "segment", 0, 1)
+    under = under_head(made)
     plain, fewer = sweep(made, wrt), sweep(under, wrt)
     for name, three in fewer.items():
         for got, want in ((three.F, plain[name].F), (three.F_tok, plain[name].F_tok)):
             assert_within(got, want, BUDGET, want, name)  # observed 2e-15; the head's condition: 3
     for one, each in ((made, 23), (under, 8)):
-        sizes = [len(d) for *_, d in exact._cotangents(one, labelled, True, lambda i, n: None)]
+        sizes = [len(d) for *_, d in fishers.cotangents(one, Choice())]
         assert sum(sizes) == 6 * each
     with pytest.raises(NameUnknownError):
         compare(under, wrt="head.weight")

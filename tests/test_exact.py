@@ -7,7 +7,7 @@ the expected Fisher 8e-16, F and F_tok against loops 1e-12.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache
 
 import numpy as np
@@ -21,7 +21,12 @@ from zoo import causal_mix, mlp, net
 import refcurv as rc
 from refcurv.algebra.kron import rvec
 from refcurv.curvature import exact
-from refcurv.curvature.problem import Batch, Problem, of_batch, of_outputs
+from refcurv.curvature.exact import Problem, of_outputs, products
+from refcurv.curvature.exact.fishers import PER, Choice, cotangents, input_rows
+from refcurv.curvature.exact.problems import Batch, of_batch
+from refcurv.curvature.exact.products import PRODUCTS, gradient_at
+from refcurv.curvature.exact.variables import Variables, variables_of
+from refcurv.files.lazy import Lazy
 from refcurv.law import tolerance
 from refcurv.law.checks import (
     ConventionError,
@@ -54,7 +59,7 @@ def problem_of(one: Case, dtype: type = np.float64) -> Problem:
 
 def direction(made: Problem, seed: int, wrt: str = "**") -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
-    names = exact._block("test", made, None, None, wrt).names
+    names = variables_of("test", made, None, None, wrt).names
     return {name: rng.normal(size=made.parameters[name].shape) for name in names}
 
 
@@ -94,12 +99,12 @@ def test_hessian_equals_central_differences_in_longdouble(
     one = case(seed, batch=1, length=3, norm_place=NormPlace(place), qk_norm=QKNorm(qk))
     H = exact.hessian(problem_of(one), wrt="**")
     wide = problem_of(one, np.longdouble)
-    block = exact._block("test", wide, None, None, "**")
+    block = variables_of("test", wide, None, None, "**")
     theta = block.flat(wide.parameters)
     h = np.longdouble(3e-7)
 
     def gradient(at: np.ndarray) -> np.ndarray:
-        return block.flat(exact._gradient(wide, block.named(at), block.names))
+        return block.flat(gradient_at(block, block.named(at)))
 
     columns = np.arange(0, len(theta), every)
     differences = np.empty((len(theta), len(columns)))
@@ -110,7 +115,7 @@ def test_hessian_equals_central_differences_in_longdouble(
     assert H.shape == (len(theta),) * 2 and len(theta) >= 776
     assert_within(H[:, columns], differences, 1e-11, H[:, columns], "Hessian")
     for name in ("embed.weight", "blocks.0.attn.k.weight", "final_norm.weight"):
-        at = exact._block("test", wide, None, None, name)
+        at = variables_of("test", wide, None, None, name)
         assert at.size < block.size
         part = exact.hessian(problem_of(one), wrt=name)
         begin = offset(block, name)
@@ -118,7 +123,7 @@ def test_hessian_equals_central_differences_in_longdouble(
         assert_within(part, H[rows, rows], BUDGET, H, name)
 
 
-def offset(block: exact._Block, name: str) -> int:
+def offset(block: Variables, name: str) -> int:
     before = block.names[: block.names.index(name)]
     return sum(block.problem.parameters[n].size for n in before)
 
@@ -156,7 +161,7 @@ def test_the_step_is_never_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     v = direction(made, 0)
     H_v = flat(exact.hvp(made, wrt="**", vector=v))
     for h in (1e-20, 1e-100):
-        monkeypatch.setattr(exact, "STEP", h)
+        monkeypatch.setattr(products, "STEP", h)
         assert gap(flat(exact.hvp(made, wrt="**", vector=v)), H_v) < 1e-14
 
 
@@ -169,7 +174,7 @@ def along_all(made: Problem, v: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         "fisher_along": exact.fisher_along(made, vector=v, fisher="sampled", draws=2),
         "derivative": np.array(exact.derivative(made, vector=v)),
     }
-    for kind in exact.PRODUCTS if flat(v).dtype == np.float64 else ():
+    for kind in PRODUCTS if flat(v).dtype == np.float64 else ():
         out[kind] = exact.operator(made, wrt=wrt, kind=kind) @ flat(v)
     return out
 
@@ -256,7 +261,7 @@ def test_O9_hessian_is_ggn_plus_residual(one: Case) -> None:
     """Three products by three routes: ∇L stepped; J stepped then Jᵀ; Jᵀ r stepped with r fixed."""
     made = problem_of(one)
     v = flat(direction(made, 1))
-    H, GGN, R = (exact.operator(made, wrt="**", kind=kind) @ v for kind in exact.PRODUCTS)
+    H, GGN, R = (exact.operator(made, wrt="**", kind=kind) @ v for kind in PRODUCTS)
     assert_within(GGN + R, H, 1e3 * BUDGET, np.abs(GGN) + np.abs(R), "H v")
 
 
@@ -307,11 +312,11 @@ def test_O11_ggn_is_the_expected_fisher(one: Case) -> None:
 def test_O11_the_empirical_fisher_is_another_matrix() -> None:
     made = problem_of(case(length=4))
     F = exact.fisher(made, wrt="blocks.**")
-    for per in exact.PER:
+    for per in PER:
         assert gap(exact.fisher(made, wrt="blocks.**", fisher="empirical", per=per), F) > 0.3
 
 
-@pytest.mark.parametrize("per", exact.PER)
+@pytest.mark.parametrize("per", PER)
 @pytest.mark.parametrize("kind", ["sampled", "signed"])
 def test_O12_sampled_fishers_converge_to_the_expected_one(kind: str, per: str) -> None:
     """The mean of 100 seeds lies within 4 standard errors in trace (p = 6e-5, seed fixed)."""
@@ -468,7 +473,7 @@ def test_O20_O25_O26_traces_ranks_and_signs(one: Case) -> None:
     made = problem_of(one)
     name = "blocks.0.attn.v.weight"
     found = exact.moments(made, wrt=name)
-    a = exact._inputs(exact._block("test", made, None, None, name))
+    a = input_rows(variables_of("test", made, None, None, name))
     assert found.rows == len(a)
     assert_within(np.trace(found.A), (a * a).sum() / len(a), BUDGET, np.trace(found.A), "tr A")
     z, _ = made.forward(made.parameters)
@@ -633,9 +638,7 @@ def test_O49_norm_gains_have_a_fisher_of_their_own() -> None:
     z, (final, trace, _) = made.forward(made.parameters)
     x_hat = trace.final_norm[0]
     F = np.zeros((8, 8))
-    for part, saved, d_z in exact._cotangents(
-        made, exact._labels("t", "expected", "segment", 0, 1), True, lambda *_: 0
-    ):
+    for part, saved, d_z in cotangents(made, Choice()):
         head = next(iter(part.backward(part.parameters, saved, d_z)))
         g = head.g @ one.parameters["head.weight"]  # of the norm's output
         d_gain = (g * saved[1].final_norm[0]).sum(axis=1)
@@ -683,7 +686,31 @@ def test_O61_predicted_damage(rho: float) -> None:
     assert rest(1e-2) / rest(5e-3) == pytest.approx(8, rel=0.1)
 
 
-# ------------------------------------------------------------------ bad input
+# ------------------------------------------------------------------ options and bad input
+
+
+def test_every_option_has_a_default() -> None:
+    """`Sent` says which keywords there are, `Choice` what they are by default."""
+    assert exact.Sent.__annotations__.keys() == {f.name for f in fields(Choice)}
+    made, name = mlp("tanh", n=2, T=2).problem(), "two.weight"
+    by_default = {f.name: f.default for f in fields(Choice)}
+    for what in MATRICES.values():
+        assert np.array_equal(what(made, wrt=name), what(made, wrt=name, **by_default))
+
+
+def test_only_a_dense_matrix_asks_for_sizes() -> None:
+    """Each parameter is read once, for its dtype; a lazy one is read anew whenever it is asked."""
+    one, read = case(length=3, layers=1), []
+
+    def parameter(name: str) -> np.ndarray:
+        read.append(name)
+        return one.parameters[name]
+
+    made = replace(problem_of(one), parameters=Lazy(list(one.parameters), parameter))
+    variables_of("test", made, None, None, "**")
+    once = len(read)
+    variables_of("test", made, None, None, "**", dense=True)
+    assert (once, len(read)) == (len(one.parameters), 3 * len(one.parameters))
 
 
 def test_refusals() -> None:
@@ -713,6 +740,7 @@ def test_refusals() -> None:
         (ConventionError, "one linear layer", exact.kfac, (own,), dict(wrt="blocks.0.mlp.**")),
         (ConventionError, "fisher must be one of", F, (own,), dict(fisher="gold")),
         (ConventionError, "per must be one of", F, (own,), dict(per="row")),
+        (TypeError, "unexpected keyword argument 'seeds'", F, (own,), dict(seeds=1)),
         (ConventionError, "kind must be one of", exact.operator, (own,), dict(kind="H")),
         (RangeError, "draws", F, (own,), dict(fisher="sampled", draws=0)),
         (ConventionError, "not drawn", F, (own,), dict(draws=2)),

@@ -16,7 +16,8 @@ from strategies import assert_within, case, few, gap
 from zoo import Net, causal_mix, mlp, net
 
 from refcurv.curvature import exact
-from refcurv.curvature.problem import Problem
+from refcurv.curvature.exact import Problem
+from refcurv.curvature.exact.fishers import tap_of
 from refcurv.law import tolerance
 from refcurv.model.weights import Model
 
@@ -209,7 +210,7 @@ def test_O13_columns_of_all_positions_at_once_are_wrong_where_positions_mix(mixe
         joint = np.zeros_like(exact.moments(made, wrt=name).G)
         for e in np.eye(z_NV.shape[1]):
             d_z = made.loss.root(z_NV, np.tile(e, (T, 1)))
-            g = exact._tap(made, made.parameters, saved, d_z, name).g.reshape(T, -1)
+            g = tap_of(made, saved, d_z, name).g.reshape(T, -1)
             joint += g.T @ g / T
         right = exact.moments(made, wrt=name).G
         if mixed and before:

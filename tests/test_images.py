@@ -24,7 +24,8 @@ from test_transformer import budget, complex_step_gradient
 import refcurv as rc
 from refcurv.cli import main
 from refcurv.curvature import distance, exact
-from refcurv.curvature.problem import problem
+from refcurv.curvature.exact import problem
+from refcurv.curvature.exact.fishers import Choice
 from refcurv.evaluation import classify, decode
 from refcurv.evaluation.bands import Quantity, band_weights, bands, rank_bounds
 from refcurv.files import store
@@ -297,9 +298,9 @@ def test_exact_and_collect_agree(fisher: str, rows: str) -> None:
     K = exact.kfac(made, wrt="blocks.0.mlp.up.weight", fisher=fisher, seed=3)
     up = got["blocks.0.mlp.up"]
     assert_within(np.kron(up.sum_G, up.A), K, allowed, K, "K")
-    three = distance._three(
-        made, "blocks.0.mlp.up.weight", exact._labels("x", fisher, "segment", 3, 1), lambda *_: 0
-    )["blocks.0.mlp.up.weight"]
+    three = distance._three(made, "blocks.0.mlp.up.weight", Choice(fisher, seed=3))[
+        "blocks.0.mlp.up.weight"
+    ]
     assert_within(three.K, K, allowed, K, "K of compare")
 
 

@@ -20,7 +20,10 @@ from test_factors import corpus_of, model_of
 
 import refcurv as rc
 from refcurv.curvature import distance, exact
-from refcurv.curvature.problem import Data, problem
+from refcurv.curvature.exact import Data, problem
+from refcurv.curvature.exact.fishers import Choice
+from refcurv.curvature.exact.products import gradient_at
+from refcurv.curvature.exact.variables import variables_of
 from refcurv.law.checks import ConventionError, EmptyError, ShapeError
 from refcurv.law.conventions import Fisher
 
@@ -89,7 +92,7 @@ def test_every_function_takes_a_corpus() -> None:
     operator = exact.operator(model, corpus, wrt=name)
     assert np.array_equal(operator @ flat(v), flat(exact.hvp(made, wrt=name, vector=v)))
     assert len(exact.rows(model, corpus, wrt=name, **options)) == 7
-    three = distance._three(made, name, exact._labels("x", per="segment", **options), lambda *_: 0)
+    three = distance._three(made, name, Choice(**options))
     want = exact.fisher(model, corpus, wrt=name, **options)
     assert_within(three[name].F, want, BUDGET, want, "F of compare")
     found = distance.compare(model, corpus, wrt=name, **options)[name]
@@ -128,14 +131,14 @@ def test_the_step_and_central_differences_agree(one: Case, seed: int) -> None:
     if one.config.activation == "relu" or one.config.qkv_clip is not None:  # they bend
         return
     made = problem_of(one, np.longdouble)
-    v = direction(made, seed)
+    v, every = direction(made, seed), variables_of("test", made, None, None, "**")
 
     def slope(h: float) -> np.ndarray:
         sides = (
             {n: x + sign * np.longdouble(h) * v[n] for n, x in made.parameters.items()}
             for sign in (1, -1)
         )
-        ahead, behind = (flat(exact._gradient(made, moved, list(v))) for moved in sides)
+        ahead, behind = (flat(gradient_at(every, moved)) for moved in sides)
         return (ahead - behind) / (2 * np.longdouble(h))
 
     want = (4 * slope(1e-5) - slope(2e-5)) / 3

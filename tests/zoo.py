@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from refcurv.curvature.problem import Loss, Problem
+from refcurv.curvature.exact import OutputLoss, Problem
 from refcurv.law.checks import Array
 from refcurv.model import layers
 from refcurv.model.config import Activation
@@ -54,7 +54,7 @@ class Net:
             target = None if self.target is None else self.target[i : i + 1]
             yield replace(self, x=self.x[i : i + 1], label=label, target=target).problem()
 
-    def loss(self) -> Loss:
+    def loss(self) -> OutputLoss:
         if self.label is not None:
             return softmax_loss(self.label.reshape(-1))
         return square_loss(self.target.reshape(-1, self.target.shape[-1]))
@@ -111,33 +111,35 @@ class Net:
                 d = d * what[0]
 
 
-def softmax_loss(label_N: Array) -> Loss:
+def softmax_loss(label_N: Array) -> OutputLoss:
     """Cross-entropy; the labels of datum 0 are drawn with the uniforms of corpus index 0."""
 
     def drawn(z: Array, seed: int, draw: int) -> Array:
         return cross_entropy(z, draw_labels(z, uniforms(seed, draw, 0, len(z))))[1]
 
-    def signed(z: Array, seed: int, draw: int) -> Array:
+    def signed_root(z: Array, seed: int, draw: int) -> Array:
         sign = [signs(seed, draw, 0, t, z.shape[1]) for t in range(len(z))]
         return root_product(z, np.stack(sign))
 
-    return Loss(lambda z: cross_entropy(z, label_N), hessian_product, root_product, drawn, signed)
+    return OutputLoss(
+        lambda z: cross_entropy(z, label_N), hessian_product, root_product, drawn, signed_root
+    )
 
 
-def square_loss(target_NV: Array) -> Loss:
+def square_loss(target_NV: Array) -> OutputLoss:
     """½ Σ (z − y)²: the nats, but for a constant, of a normal distribution with unit variance."""
 
     def drawn(z: Array, seed: int, draw: int) -> Array:
         return np.random.default_rng([seed, draw]).normal(size=z.shape)
 
-    def signed(z: Array, seed: int, draw: int) -> Array:
+    def signed_root(z: Array, seed: int, draw: int) -> Array:
         return np.random.default_rng([seed, draw, 1]).choice([-1.0, 1.0], size=z.shape)
 
     def terms(z: Array) -> tuple[Array, Array]:
         r = z - target_NV
         return (r * r).sum(axis=-1) / 2, r
 
-    return Loss(terms, lambda z, v: v, lambda z, e: e, drawn, signed)
+    return OutputLoss(terms, lambda z, v: v, lambda z, e: e, drawn, signed_root)
 
 
 def net(

@@ -9,23 +9,39 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import scipy.linalg
-from numpy.typing import ArrayLike
 from scipy.sparse.linalg import eigsh
 
 from refcurv.algebra.blas import add_gram, one_blas_thread, solving
 from refcurv.algebra.kron import from_rearranged, kron_dense, rearranged
 from refcurv.algebra.scaling import far_exponent, shifted
-from refcurv.curvature import exact
-from refcurv.curvature.exact import Problem, Progress, Tokens
+from refcurv.curvature.exact.fishers import (
+    Choice,
+    Moments,
+    Sent,
+    checked,
+    cotangents,
+    input_rows,
+    kron_sum,
+    position_moments,
+)
+from refcurv.curvature.exact.problems import Problem
+from refcurv.curvature.exact.products import steps
+from refcurv.curvature.exact.variables import (
+    Labels,
+    Subject,
+    Tokens,
+    Variables,
+    layer_shape,
+    variables_of,
+)
 from refcurv.law import tolerance
 from refcurv.law.checks import Array, EmptyError, RangeError
 from refcurv.model.sampling import uniforms
 from refcurv.model.transformer import Tap
-from refcurv.model.weights import Model
 
 VISIBLE = 1e-3
 """An overlap is given only where rounding can move it by less."""
@@ -37,7 +53,7 @@ class Three:
 
     F: Array
     F_tok: Array
-    moments: exact.Moments
+    moments: Moments
 
     @property
     def K(self) -> Array:
@@ -83,17 +99,13 @@ class Distances:
 
 @one_blas_thread()
 def compare(
-    model: Model | Problem,
+    model: Subject,
     tokens: Tokens = None,
-    labels: ArrayLike | None = None,
+    labels: Labels = None,
     *,
     wrt: str,
-    fisher: str = "expected",
-    per: str = "segment",
-    seed: int = 0,
-    draws: int = 1,
     top: Sequence[int] = (1, 10, 100),
-    progress: Progress = exact._no_progress,
+    **sent: Unpack[Sent],
 ) -> dict[str, Distances]:
     """The distances between F, F_tok and K of every linear layer that `wrt` names.
 
@@ -102,7 +114,7 @@ def compare(
     Args: as `exact.f_tok`; top: of how many leading eigenvectors; those ≥ O·I are left out.
 
     Returns:
-        {name of the weight: Distances}. Large layers go by parts: see `problem.of_outputs`.
+        {name of the weight: Distances}. Large layers go by parts: see `exact.of_outputs`.
 
     Raises: as `exact.f_tok`, for each layer. EmptyError: F = 0. RangeError: top below 1.
 
@@ -112,50 +124,49 @@ def compare(
     Proof: tests/test_distance.py::test_one_sweep_gives_the_three_exact_matrices,
         tests/test_distance.py::test_distances_are_what_numpy_says
     """
-    made = exact._block("compare", model, tokens, labels, wrt).problem
-    labelled = exact._labels("compare", fisher, per, seed, draws)
-    return {n: distances(one, top, n) for n, one in _three(made, wrt, labelled, progress).items()}
+    made = variables_of("compare", model, tokens, labels, wrt).problem
+    found = _three(made, wrt, checked("compare", sent))
+    return {name: distances(one, top, name) for name, one in found.items()}
 
 
-def _three(made: Problem, wrt: str, labels: exact._Labels, progress: Progress) -> dict[str, Three]:
+def _three(made: Problem, wrt: str, choice: Choice) -> dict[str, Three]:
     """The matrices of every layer that `wrt` names, from one sweep of cotangents."""
-    names = exact._block("compare", made, None, None, wrt).names
-    blocks = {name: exact._small("compare", made, None, None, name) for name in names}
-    for block in blocks.values():
-        exact._layer_shape("compare", block)
-    F = {name: np.zeros((block.size, block.size)) for name, block in blocks.items()}
+    names = variables_of("compare", made, None, None, wrt).names
+    layers = {n: variables_of("compare", made, None, None, n, dense=True) for n in names}
+    for layer in layers.values():
+        layer_shape("compare", layer)
+    F = {name: np.zeros((layer.size, layer.size)) for name, layer in layers.items()}
     positions: dict[str, list[_Positions]] = {name: [] for name in names}
-    cotangents = exact._cotangents(made, labels, True, progress)
-    for _, batches in groupby(cotangents, key=lambda batch: id(batch[0])):  # one segment
+    for _, batches in groupby(cotangents(made, choice), key=lambda one: id(one[0])):  # a segment
         at: dict[str, _Positions] = {}
         for part, saved, d_z in batches:
-            for tap in exact._steps(part, part.parameters, saved, d_z, names):
+            for tap in steps(part, part.parameters, saved, d_z, names):
                 assert isinstance(tap, Tap)  # each of them is linear
                 D_CP = (tap.g.swapaxes(1, 2) @ tap.a[0]).reshape(len(d_z), -1)
                 add_gram(D_CP, F[tap.name], onto=True)
-                gg_TOO = exact._position_moments(tap.g)
+                gg_TOO = position_moments(tap.g)
                 before = at[tap.name][1] if tap.name in at else 0
                 at[tap.name] = tap.a[0], gg_TOO + before, part.kept(tap)[0]
         for name, one in at.items():
             positions[name].append(one)
-    return {name: _assembled(blocks[name], F.pop(name), positions[name]) for name in names}
+    return {name: _assembled(layers[name], F.pop(name), positions[name]) for name in names}
 
 
 _Positions = tuple[Array, Array, Array]
 """One segment's a_s (T, I), Σ_c g_s g_sᵀ (T, O, O), and which of them are rows (T,)."""
 
 
-def _assembled(block: exact._Block, F: Array, positions: list[_Positions]) -> Three:
+def _assembled(layer: Variables, F: Array, positions: list[_Positions]) -> Three:
     """Three, from F's lower triangle and the positions of every segment."""
-    O, I = exact._layer_shape("compare", block)  # noqa: E741
+    O, I = layer_shape("compare", layer)  # noqa: E741
     R, sum_G = np.zeros((O * O, I * I)), np.zeros((O, O))
     for a_TI, gg_TOO, keep_T in positions:
-        R += exact._kron_sum(a_TI, gg_TOO)
+        R += kron_sum(a_TI, gg_TOO)
         sum_G += gg_TOO[keep_T].sum(axis=0)
     F_tok = from_rearranged(R, (O, I))
-    a_NI = exact._inputs(block)
+    a_NI = input_rows(layer)
     n, lower = len(a_NI), np.tril(F)
-    moments = exact.Moments(a_NI.T @ a_NI / n, sum_G / n, n)
+    moments = Moments(a_NI.T @ a_NI / n, sum_G / n, n)
     return Three(lower + np.tril(lower, -1).T, F_tok, moments)
 
 

@@ -17,8 +17,8 @@ import numpy as np
 
 from refcurv.algebra.scaling import norm
 from refcurv.curvature.eigenbasis import Bases, decompose
+from refcurv.curvature.exact.problems import Batch, image_batch
 from refcurv.curvature.factors import Factors, collect
-from refcurv.curvature.problem import Batch, image_batch
 from refcurv.judge.roundings import Runs, shaken
 from refcurv.law import tolerance
 from refcurv.law.checks import Array, EmptyError, require_finite

@@ -24,8 +24,9 @@ from refcurv.algebra.scaling import norm
 from refcurv.algebra.staircase import cut
 from refcurv.curvature import exact
 from refcurv.curvature.eigenbasis import Eigenbasis
+from refcurv.curvature.exact.problems import Batch, of_batch
+from refcurv.curvature.exact.products import STEP
 from refcurv.curvature.factors import Factors
-from refcurv.curvature.problem import Batch, of_batch
 from refcurv.editing.projection import project
 from refcurv.judge.bench import Bench, flow
 from refcurv.judge.roundings import RUNS, Runs
@@ -368,13 +369,13 @@ def gated_slopes(bench: Bench) -> Iterator[Measure]:
         W_down = bench.parameters[f"{at}mlp.down.weight"]
         g_h, size_h = down.g @ W_down, np.abs(down.g) @ np.abs(W_down)
         if not bench.config.gated:
-            slope = f(z_up + 1j * exact.STEP)[0].imag / exact.STEP
+            slope = f(z_up + 1j * STEP)[0].imag / STEP
             yield _measure(up.g, g_h * slope, size_h * (size_up + 1), budget, f"{at}mlp.up")
             continue
         gate, z_gate, size_gate = _outputs(bench, f"{at}mlp.gate")
         scale = size_h * np.abs(down.a) + np.abs(up.g) * size_up
         yield _measure(up.g * z_up, g_h * down.a, scale, budget, f"{at}mlp.up")
-        slope = f(z_gate + 1j * exact.STEP)[0].imag / exact.STEP
+        slope = f(z_gate + 1j * STEP)[0].imag / STEP
         scale = size_h * size_up * (size_gate + 1)
         yield _measure(gate.g, g_h * z_up * slope, scale, budget, f"{at}mlp.gate")
 

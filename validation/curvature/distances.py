@@ -25,7 +25,7 @@ from tqdm import tqdm
 import refcurv as rc
 from refcurv.algebra.blas import one_blas_thread
 from refcurv.curvature.distance import compare
-from refcurv.curvature.problem import Problem, of_outputs, problem
+from refcurv.curvature.exact import Problem, of_outputs, problem
 from refcurv.demo.run import CORPUS, MODEL
 from refcurv.files import store
 from refcurv.files.disk import write_json

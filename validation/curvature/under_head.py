@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from refcurv.curvature.problem import Loss, Problem
+from refcurv.curvature.exact import OutputLoss, Problem
 from refcurv.law.checks import Array
 from refcurv.model.transformer import Parameters, Slope, Tap
 
@@ -54,8 +54,8 @@ def under_head(made: Problem, head: str = "head.weight") -> Problem:
     def drawn(f_ND: Array, seed: int, draw: int) -> Array:
         return made.loss.drawn(f_ND @ W_VD.T, seed, draw) @ W_VD
 
-    def signed(f_ND: Array, seed: int, draw: int) -> Array:
-        return made.loss.signed(f_ND @ W_VD.T, seed, draw) @ W_VD
+    def signed_root(f_ND: Array, seed: int, draw: int) -> Array:
+        return made.loss.signed_root(f_ND @ W_VD.T, seed, draw) @ W_VD
 
     def split() -> Iterator[Problem]:
         return (under_head(part, head) for part in made.split())
@@ -65,7 +65,7 @@ def under_head(made: Problem, head: str = "head.weight") -> Problem:
         parameters={name: array for name, array in made.parameters.items() if name != head},
         forward=forward,
         backward=backward,
-        loss=Loss(terms, hessian, root, drawn, signed),
+        loss=OutputLoss(terms, hessian, root, drawn, signed_root),
         linear=made.linear - {head},
         split=split,
     )

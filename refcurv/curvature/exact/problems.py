@@ -36,22 +36,22 @@ from refcurv.model.weights import Model
 
 
 @dataclass(frozen=True, slots=True)
-class Loss:
-    """A sum of independent terms, one per loss position n, of the outputs z (N, V).
+class OutputLoss:
+    """The loss as a function of the outputs z (N, V): independent terms, one per loss position n.
 
     Fields:
         terms: z → (nats (N,), their gradient ∂L/∂z (N, V)); analytic, also of complex z.
         hessian: (z, v (N, V)) → (∂²L/∂z²) v, term by term.
         root: (z, e (N, V)) → S e with S Sᵀ = ∂²L/∂z², term by term.
         drawn: (z, seed, draw) → ∂L/∂z against labels drawn from the model (SAMPLING).
-        signed: (z, seed, draw) → S ε, term by term, ε the signs of SAMPLING.
+        signed_root: (z, seed, draw) → S ε, term by term, ε the signs of SAMPLING.
     """
 
     terms: Callable[[Array], tuple[Array, Array]]
     hessian: Callable[[Array, Array], Array]
     root: Callable[[Array, Array], Array]
     drawn: Callable[[Array, int, int], Array]
-    signed: Callable[[Array, int, int], Array]
+    signed_root: Callable[[Array, int, int], Array]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class Problem:
     parameters: Parameters
     forward: Callable[[Parameters], tuple[Array, Saved]]
     backward: Callable[[Parameters, Saved, Array], Iterable[Tap | Slope]]
-    loss: Loss
+    loss: OutputLoss
     linear: frozenset[str]
     kept: Callable[[Tap], Array]
     split: Callable[[], Iterable[Problem]]
@@ -304,7 +304,7 @@ def _segments(batch: Batch, layout: Layout) -> Iterator[Batch]:
             )
 
 
-def _cross_entropy(batch: Batch, b_N: Array, t_N: Array) -> Loss:
+def _cross_entropy(batch: Batch, b_N: Array, t_N: Array) -> OutputLoss:
     """LOSS, at the labelled positions (b_N, t_N)."""
     label_N = batch.label_BT[b_N, t_N]
     index_N, place_N = batch.index_B[b_N], batch.start + t_N
@@ -315,12 +315,16 @@ def _cross_entropy(batch: Batch, b_N: Array, t_N: Array) -> Loss:
         u_N = np.array([u[int(i)][t] for i, t in zip(index_N, place_N, strict=True)])
         return cross_entropy(z_NV, draw_labels(z_NV, u_N))[1]
 
-    def signed(z_NV: Array, seed: int, draw: int) -> Array:
+    def signed_root(z_NV: Array, seed: int, draw: int) -> Array:
         at, V = zip(index_N, place_N, strict=True), z_NV.shape[1]
         return root_product(z_NV, np.stack([signs(seed, draw, int(i), int(t), V) for i, t in at]))
 
-    return Loss(
-        lambda z_NV: cross_entropy(z_NV, label_N), hessian_product, root_product, drawn, signed
+    return OutputLoss(
+        terms=lambda z_NV: cross_entropy(z_NV, label_N),
+        hessian=hessian_product,
+        root=root_product,
+        drawn=drawn,
+        signed_root=signed_root,
     )
 
 
