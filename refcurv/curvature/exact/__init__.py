@@ -22,7 +22,7 @@ from refcurv.curvature.exact.fishers import (
     moments,
     rows,
 )
-from refcurv.curvature.exact.problems import Data, OutputLoss, Problem, of_outputs, problem
+from refcurv.curvature.exact.problems import OutputLoss, Problem, of_outputs, problem
 from refcurv.curvature.exact.products import (
     derivative,
     ggn,
@@ -34,7 +34,6 @@ from refcurv.curvature.exact.products import (
 )
 
 __all__ = [
-    "Data",
     "Moments",
     "OutputLoss",
     "Problem",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -25,6 +24,7 @@ from refcurv.law.checks import (
 from refcurv.law.conventions import Rows
 from refcurv.model import transformer
 from refcurv.model.config import ModelConfig
+from refcurv.model.corpus import Corpus
 from refcurv.model.images import as_images, patches, require_image_size
 from refcurv.model.labels import require_labels, shift_labels
 from refcurv.model.layers import Layout, Saved
@@ -84,37 +84,9 @@ class Problem:
 # ------------------------------------------------------------------ the transformer as a Problem
 
 
-@runtime_checkable
-class Data(Protocol):
-    """What `rc.Corpus` is: tokens or images, with all that belongs to them.
-
-    A Corpus has checked itself: padding stands right, a segment is one run, no label is on padding.
-    """
-
-    @property
-    def tokens(self) -> Array | None:
-        """(B, T) integers; None where there are images."""
-
-    @property
-    def labels(self) -> Array | None:
-        """(B, T) integers, (B,) of images; None is the default of LABELS."""
-
-    @property
-    def mask(self) -> Array | None:
-        """(B, T), 0 on padding; None where there is none."""
-
-    @property
-    def segments(self) -> Array | None:
-        """(B, T), the documents of packed sequences; None where each sequence is one."""
-
-    @property
-    def images(self) -> Array | None:
-        """(B, C, H, W); None where there are tokens."""
-
-
 @dataclass(frozen=True, slots=True)
 class _Arrays:
-    """Plain arrays as Data: nothing is padded, nothing packed."""
+    """Plain arrays in a Corpus's place: nothing is padded, nothing packed."""
 
     tokens: ArrayLike | None
     labels: ArrayLike | None
@@ -125,7 +97,7 @@ class _Arrays:
 
 def problem(
     model: Model,
-    tokens: ArrayLike | Data,
+    tokens: ArrayLike | Corpus,
     labels: ArrayLike | None = None,
     *,
     rows: str = "reached",
@@ -173,10 +145,10 @@ def problem(
 
 
 def _data(
-    config: ModelConfig, tokens: ArrayLike | Data, labels: ArrayLike | None
-) -> Data | _Arrays:
+    config: ModelConfig, tokens: ArrayLike | Corpus, labels: ArrayLike | None
+) -> Corpus | _Arrays:
     """A Corpus that the model reads, or plain arrays in its place."""
-    if not isinstance(tokens, Data):
+    if not isinstance(tokens, Corpus):
         images = config.image is not None
         return _Arrays(None if images else tokens, labels, tokens if images else None)
     if labels is not None:
@@ -211,7 +183,7 @@ class Batch:
         return np.ones(self.segment_BT.shape, bool) if self.real_BT is None else self.real_BT
 
 
-def _sequences(config: ModelConfig, data: Data | _Arrays) -> Batch:
+def _sequences(config: ModelConfig, data: Corpus | _Arrays) -> Batch:
     token_BT = _integers("tokens", data.tokens, None)
     require_token_ids("exact", "tokens", token_BT, config.vocabulary)
     shape = token_BT.shape
@@ -227,7 +199,7 @@ def _sequences(config: ModelConfig, data: Data | _Arrays) -> Batch:
     return Batch(config, token_BT, label_BT, segment_BT, np.arange(len(token_BT)), real_BT=real_BT)
 
 
-def _images(config: ModelConfig, data: Data | _Arrays) -> Batch:
+def _images(config: ModelConfig, data: Corpus | _Arrays) -> Batch:
     image_BCHW = as_images("exact", data.images)  # type: ignore[arg-type]  # whatever it is
     require_image_size("exact", image_BCHW, config)
     label_B = _integers("labels", data.labels, (len(image_BCHW),))

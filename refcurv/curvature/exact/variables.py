@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from refcurv.curvature.exact.problems import Data, Problem, problem
+from refcurv.curvature.exact.problems import Problem, problem
 from refcurv.law.checks import (
     Array,
     ConventionError,
@@ -23,6 +23,7 @@ from refcurv.law.checks import (
     require_finite,
     require_shape,
 )
+from refcurv.model.corpus import Corpus
 from refcurv.model.weights import Model, expand
 
 DENSE = 8192
@@ -31,7 +32,7 @@ DENSE = 8192
 Subject = Model | Problem
 """What has curvature: a Model with what it reads, or a Problem, which has its own data."""
 
-Tokens = ArrayLike | Data | None
+Tokens = ArrayLike | Corpus | None
 """What a Model reads: a Corpus, (B, T) integers, or images; None beside a Problem."""
 
 Labels = ArrayLike | None
