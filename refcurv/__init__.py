@@ -32,12 +32,14 @@ look_after_imports()  # before anything large is imported
 
 from refcurv.algebra import matrix_free
 from refcurv.curvature import distance, exact
+from refcurv.curvature.bases import decompose
+from refcurv.curvature.bases_file import load_bases, save_bases
 from refcurv.curvature.blocks import Block, Blocks, collect_blocks
-from refcurv.curvature.eigenbasis import Bases, Eigenbasis, decompose, load_bases, save_bases
+from refcurv.curvature.eigenbasis import Bases, Eigenbasis
 from refcurv.curvature.factors import Factor, Factors, collect
 from refcurv.curvature.factors_file import load_factors, save_factors
 from refcurv.editing.bsn import Scores, prune, train_scores
-from refcurv.editing.projection import edit
+from refcurv.editing.kfac import edit
 from refcurv.editing.record import EditRecord
 from refcurv.editing.svd import singular_bases, truncate
 from refcurv.editing.variants import one_sided, random_basis, random_pairs

@@ -164,7 +164,7 @@ def collect(args: argparse.Namespace) -> None:
 def decompose(args: argparse.Namespace) -> None:
     """Compute the eigenbases of A and G of every layer in a factors file."""
     import refcurv as rc
-    from refcurv.curvature.eigenbasis import decompose_to
+    from refcurv.curvature.bases_file import decompose_to
 
     factors = rc.load_factors(args.factors)
     decompose_to(factors, args.output, args.bias, progress=progress_bar("decompose"))

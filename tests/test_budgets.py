@@ -13,7 +13,8 @@ from strategies import case
 from test_planted_bugs import planted
 
 import refcurv as rc
-from refcurv.curvature import eigenbasis, factors, problem
+from refcurv.curvature import eigenbasis, factors
+from refcurv.curvature.exact import problems
 from refcurv.judge import audit, bench, identities
 from refcurv.judge.identities import CHECKS
 from refcurv.model import gradient, transformer
@@ -133,17 +134,17 @@ USUAL = (1.0,)
 
 SMOOTH = [
     Fault("R6", "queries' gradients of the kernels", 1e-12, scaled(0), FAST, "attention_backward"),
-    Fault("O8", "the root of the loss", 3e-12, scaled(), problem, "root_product"),
-    Fault("O9", "the loss's Hessian", 1e-11, scaled(), problem, "hessian_product"),
-    Fault("O11", "the loss's Hessian", 1e-11, scaled(), problem, "hessian_product"),
+    Fault("O8", "the root of the loss", 3e-12, scaled(), problems, "root_product"),
+    Fault("O9", "the loss's Hessian", 1e-11, scaled(), problems, "hessian_product"),
+    Fault("O11", "the loss's Hessian", 1e-11, scaled(), problems, "hessian_product"),
     Fault("O14", "up's gradients", 1e-10, scaled(1), DEFINITIONS, "mlp_backward"),
     Fault("O15", "up's gradients", 1e-12, scaled(1), DEFINITIONS, "mlp_backward", USUAL),
     Fault("O16", "the label's entry", 1e-13, changed(label_entry), gradient, "cross_entropy"),
-    Fault("O17", "the loss's Hessian", 1e-2, scaled(), problem, "hessian_product"),
+    Fault("O17", "the loss's Hessian", 1e-2, scaled(), problems, "hessian_product"),
     Fault("O18", "G", 1e-12, sums(lambda f, s: f.sum_G * (1 + s)), factors, "_finish"),
     Fault("O26", "G's smallest eigenvalue, below 0 by a share of the trace", 1e-13, sums(lowered),
           factors, "_finish"),
-    Fault("O29", "the loss's gradient", 1e-13, scaled(1), problem, "cross_entropy"),
+    Fault("O29", "the loss's gradient", 1e-13, scaled(1), problems, "cross_entropy"),
     Fault("O32", "the first key's gradient", 1e-11, changed(first_key),
           DEFINITIONS, "attention_backward"),
     Fault("O33", "values' gradients of groups", 1e-12, changed(of_groups),

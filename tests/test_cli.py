@@ -349,7 +349,7 @@ def test_what_nobody_foresaw_is_one_line_and_no_verdict(
         raise error
 
     # in a thread, deep inside, where `audit` and `decompose` work
-    monkeypatch.setattr("refcurv.curvature.eigenbasis.signed", fail)
+    monkeypatch.setattr("refcurv.curvature.eigenbasis.oriented", fail)
     monkeypatch.delenv("REFCURV_TRACEBACK", raising=False)
     arguments = ["decompose", *paths(files, "f"), "-o", str(tmp_path / "b.h5")]
     assert main(arguments) == 3

@@ -17,15 +17,9 @@ from strategies import config, opened_for_lies, random_parameters
 import refcurv as rc
 from refcurv.algebra import blas
 from refcurv.algebra.staircase import cut
-from refcurv.curvature.eigenbasis import (
-    Bases,
-    Eigenbasis,
-    decompose,
-    eigenbasis,
-    load_bases,
-    require_basis,
-    save_bases,
-)
+from refcurv.curvature.bases import decompose
+from refcurv.curvature.bases_file import load_bases, save_bases
+from refcurv.curvature.eigenbasis import Bases, Eigenbasis, eigenbasis, require_basis
 from refcurv.curvature.factors import Factor, Factors
 from refcurv.evaluation.bands import bands
 from refcurv.law import tolerance

@@ -15,8 +15,11 @@ from test_factors import corpus_of, model_of
 
 import refcurv as rc
 from refcurv.algebra.staircase import cut
-from refcurv.curvature.eigenbasis import Bases, Eigenbasis, decompose_to, eigenbasis
-from refcurv.editing.projection import keep_pairs, project, restored
+from refcurv.curvature.bases_file import decompose_to
+from refcurv.curvature.eigenbasis import Bases, Eigenbasis, eigenbasis
+from refcurv.editing.kfac import restored
+from refcurv.editing.projection import keep_pairs, project, projected
+from refcurv.editing.record import joined, matrix_parts
 from refcurv.editing.variants import CONTROLS, control
 from refcurv.evaluation.bands import bands
 from refcurv.files.digest import digest
@@ -28,6 +31,7 @@ from refcurv.law.checks import (
     RangeError,
     SchemaError,
 )
+from refcurv.law.conventions import Bias
 from refcurv.model.corpus import Population
 
 UP = "blocks.0.mlp.up"
@@ -369,3 +373,18 @@ def test_refusals(made: tuple[rc.Model, Bases]) -> None:
     )
     with pytest.raises(DTypeError, match="dtype"):
         rc.edit(narrow, basis, {"blocks.0.mlp.up": 0.5})
+
+
+@pytest.mark.parametrize("rho", [0, 0.3, 0.83, 0.999, 1])
+def test_the_edit_equals_its_definition(rho: float) -> None:
+    """The staircase's edit of a model, and the projection with a mask from sorting: one matrix."""
+    one = case(biases=("up", "o"))
+    model = model_of(one)
+    for bias in Bias:
+        basis = rc.decompose(rc.collect(model, corpus_of(one), "**", draws=2), bias)
+        edited, _ = rc.edit(model, basis, rho)
+        for name in basis:
+            W = joined(matrix_parts("test", model, name, bias))
+            want = projected(W, basis[name], rho)
+            got = joined(matrix_parts("test", edited, name, bias))
+            assert (got == want).all(), name

@@ -14,7 +14,7 @@ from strategies import config, random_parameters
 
 import refcurv as rc
 from refcurv.algebra import blas
-from refcurv.curvature import accumulate, eigenbasis, room
+from refcurv.curvature import accumulate, bases, bases_file, room
 from refcurv.curvature.factors import Factor, Factors
 from refcurv.law.checks import RoomError
 from refcurv.law.conventions import Bias, Fisher, Rows
@@ -242,7 +242,7 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def begun(*_: object) -> None:
         raise AssertionError("a matrix was decomposed")
 
-    monkeypatch.setattr(eigenbasis, "eigenbasis", begun)
+    monkeypatch.setattr(bases, "eigenbasis", begun)
     yield
 
 
@@ -254,14 +254,14 @@ def test_a_decomposition_is_refused_before_any_work(
     monkeypatch.setattr(room, "available", lambda: 24 * GIB)
     for work in (
         lambda: rc.decompose(factors_unread(WORDS)),
-        lambda: eigenbasis.decompose_to(factors_unread(WORDS), out),
+        lambda: bases_file.decompose_to(factors_unread(WORDS), out),
     ):
         with pytest.raises(RoomError, match=r"needs 108.0 GiB.*24.0 GiB are free.*--layers"):
             work()
     assert not out.exists()
     monkeypatch.setattr(room, "available", lambda: None)  # unknown memory refuses nothing
-    eigenbasis.decompose_each(factors_unread(WORDS), Bias.SEPARATE)
+    bases.decompose_each(factors_unread(WORDS), Bias.SEPARATE)
     monkeypatch.setattr(blas, "has_long_integers", lambda: False)
     with pytest.raises(RoomError, match=r"G of 'head' is 49,152 x 49,152.*32 bits.*--layers"):
         rc.decompose(factors_unread(WORDS))
-    eigenbasis.decompose_each(factors_unread(32_766), Bias.SEPARATE)
+    bases.decompose_each(factors_unread(32_766), Bias.SEPARATE)

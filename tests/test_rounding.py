@@ -14,7 +14,7 @@ from strategies import Case, case, cases, opened_for_lies
 
 import refcurv as rc
 from refcurv.cli import main
-from refcurv.curvature.eigenbasis import decompose_to
+from refcurv.curvature.bases_file import decompose_to
 from refcurv.law.checks import EmptyError
 from refcurv.law.conventions import MOST_ROUNDING, NO_LABEL
 from refcurv.model import transformer

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from refcurv.algebra.staircase import cut, undecided
 from refcurv.curvature.eigenbasis import Eigenbasis
-from refcurv.editing import projection
-from refcurv.editing.projection import _acceptable
+from refcurv.editing import kfac
+from refcurv.editing.kfac import _acceptable
 from refcurv.law import tolerance
 from refcurv.law.checks import ConventionError, EmptyError, NonFiniteError, RangeError
 
@@ -263,7 +263,7 @@ def test_the_budget_of_a_key_is_one_that_solvers_can_use() -> None:
 def test_the_slack_is_what_flat_spectra_can_move(O: int, I: int, rho: float) -> None:
     """All pairs, less the target, or no pair, less it: whichever of the two moves further."""
     one = Eigenbasis(np.eye(I), np.ones(I), np.eye(O), np.ones(O))
-    with mock.patch.object(projection, "undecided", return_value=(np.ones(1), np.ones(1))) as told:
+    with mock.patch.object(kfac, "undecided", return_value=(np.ones(1), np.ones(1))) as told:
         _acceptable(one, rho)
     *_, (e_G, e_A), slack = told.call_args.args
     # the whole budget e of a side, in 2-norm, spread over its n values

@@ -11,7 +11,7 @@ from refcurv.algebra import blas
 from refcurv.algebra.blas import one_blas_thread
 from refcurv.algebra.scaling import exponent
 from refcurv.algebra.staircase import cut, undecided
-from refcurv.curvature.eigenbasis import Bases, Eigenbasis, signed
+from refcurv.curvature.eigenbasis import Bases, Eigenbasis, oriented
 from refcurv.editing import record
 from refcurv.editing.record import EditRecord, LayerEdit
 from refcurv.files import store
@@ -138,7 +138,7 @@ def singular_bases(model: Model, layers: str = "**") -> Bases:
                 "not in the range of float64; rescale it."
             )
         lam, mu = (np.pad(sigma**2, (0, len(X) - len(sigma))) for X in (U, Vt))
-        one = Eigenbasis(signed(Vt.T), mu, signed(U), lam)
+        one = Eigenbasis(oriented(Vt.T), mu, oriented(U), lam)
         for array in (one.U_A, one.mu, one.U_G, one.lam):
             array.flags.writeable = False
         made[layer] = one

@@ -19,7 +19,8 @@ from refcurv.algebra.blas import one_blas_thread
 from refcurv.algebra.scaling import exponent, shifted
 from refcurv.curvature.eigenbasis import Bases, Eigenbasis, named, require_basis
 from refcurv.editing import record
-from refcurv.editing.projection import edit, keep_pairs, layers_of, read_layer, restored
+from refcurv.editing.kfac import edit, layers_of, read_layer, restored
+from refcurv.editing.projection import keep_pairs
 from refcurv.editing.record import Draw, EditRecord, LayerEdit, stream
 from refcurv.law.checks import Array, require_choice, require_seed
 from refcurv.law.conventions import Bias

@@ -257,7 +257,7 @@ def run_collect(folder: Path, _size: Size) -> Record:
 
 def run_decompose(folder: Path, _size: Size) -> Record:
     import refcurv as rc
-    from refcurv.curvature.eigenbasis import decompose_to
+    from refcurv.curvature.bases_file import decompose_to
 
     records: Record = {}
     with measured(records, "decompose"):

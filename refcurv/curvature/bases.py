@@ -1,0 +1,160 @@
+"""The eigenbases of all layers: matrices side by side, as many as memory holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from types import MappingProxyType
+
+import numpy as np
+
+from refcurv.algebra import blas
+from refcurv.curvature import room
+from refcurv.curvature.eigenbasis import Bases, Eigenbasis, eigenbasis
+from refcurv.curvature.factors import Factor, Factors
+from refcurv.files import store
+from refcurv.files.lazy import Lazy
+from refcurv.law.checks import Array, ConventionError, require_choice
+from refcurv.law.conventions import Bias
+from refcurv.model.config import TABLES
+from refcurv.passes.parallel import Progress, stream
+
+
+def decompose(
+    factors: Factors,
+    bias: str = "separate",
+    *,
+    progress: Progress = lambda done, total: None,
+) -> Bases:
+    """The eigenbases of every layer's A and G.
+
+    Definition
+        A = U_A diag(mu) U_Aᵀ, G = U_G diag(lam) U_Gᵀ; eigenvalues descending, sign fixed (ORDER);
+        eigenvalues that rounding made negative become 0 and are counted (NEGATIVE).
+
+    Args:
+        factors: of `collect` or `load_factors`.
+        bias: "separate", or "joint": A is then that of [a; 1] for layers with a bias, so that an
+            edit moves weight and bias as one matrix (BIAS). Layers without one are the same.
+        progress: called with (layers done, layers).
+
+    Returns:
+        Bases: layer name → U_A (I, I), mu (I,), U_G (O, O), lam (O,), float64.
+
+    Raises:
+        NotSymmetricError, NotPSDError, NonFiniteError: names the layer, the side and the size.
+        ConventionError: the factors of a table, whose A is diagonal already; an unknown choice.
+        RoomError: matrices that memory does not hold or LAPACK cannot count, before any work.
+
+    Cost: about 9 (I³ + O³) flops per layer; layers that read the same input share one U_A.
+    Source: P4; Martens & Grosse 2015 (arXiv 1503.05671) for the homogeneous coordinate.
+    Proof: tests/test_eigenbasis.py::test_reconstruction_orthogonality_and_order,
+        tests/test_biases.py::test_O47_a_joint_basis_is_of_the_homogeneous_coordinate
+    """
+    kind = bias_of(bias)
+    layers = MappingProxyType(dict(decompose_each(factors, kind, progress=progress)))
+    source = MappingProxyType({"inputs": store.inputs(factors.source)})
+    return Bases(layers, source, kind, weights=factors.weights)
+
+
+def bias_of(bias: str) -> Bias:
+    """The choice of `bias`, checked."""
+    return Bias(require_choice("decompose", "bias", bias, list(Bias)))
+
+
+def decompose_each(
+    factors: Factors, bias: Bias, *, progress: Progress = lambda done, total: None
+) -> Iterator[tuple[str, Eigenbasis]]:
+    """`decompose`, a layer at a time, for factors that do not fit in memory together.
+
+    Matrices are decomposed side by side, one per core or as many as memory holds; each by itself,
+    so no bit depends on it. What no memory or no LAPACK here can hold is refused at once.
+    """
+    for table in TABLES:
+        if table in factors:
+            raise ConventionError(
+                f"decompose: {table!r} is a table, whose A is diagonal already; decompose its G "
+                "by itself, or collect without it."
+            )
+    width = _widths(factors, bias)
+    for side, n in width.items():
+        blas.require_solvable(f"decompose: {side}", n)
+    workers = room.in_flight("decompose", room.to_decompose(width))
+    return _each(factors, bias, workers, progress)
+
+
+def _each(
+    factors: Factors, bias: Bias, workers: int, progress: Progress
+) -> Iterator[tuple[str, Eigenbasis]]:
+    facts = (factors.shard_rows, factors.dtype)
+    rounding: dict[str, float | None] = {}
+
+    def work(_: int, side: tuple[str, Array | None]) -> tuple[Array, Array, int] | None:
+        what, M = side
+        return None if M is None else eigenbasis(M, *facts, what)
+
+    progress(0, len(factors))
+    found = stream(_sides(factors, bias, rounding), work, in_flight=workers)
+    A_side = None
+    for done, name in enumerate(factors, start=1):
+        A_side = next(found) or A_side  # None: the layer before reads the same input
+        G_side = next(found)
+        if A_side is not None and G_side is not None:
+            (U_A, mu, raised_A), (U_G, lam, raised_G) = A_side, G_side
+            yield name, Eigenbasis(U_A, mu, U_G, lam, raised_A, raised_G, rounding[name])
+        progress(done, len(factors))
+
+
+def _widths(factors: Factors, bias: Bias) -> dict[str, int]:
+    """{"A of layer": I, "G of layer": O}; no matrix is read from a file for it."""
+    if isinstance(factors.layers, Lazy):
+        entries = factors.source["header"].entries
+        shapes = {key: entry.shape for key, entry in entries.items()}
+    else:
+        parts = ("sum_A", "sum_a", "sum_G")
+        shapes = {
+            f"{name}.{part}": array.shape
+            for name, factor in factors.items()
+            for part in parts
+            if (array := getattr(factor, part)) is not None
+        }
+    width: dict[str, int] = {}
+    for name in factors:
+        joint = bias is Bias.JOINT and f"{name}.sum_a" in shapes
+        width[f"A of {name!r}"] = shapes[f"{name}.sum_A"][0] + joint
+        width[f"G of {name!r}"] = shapes[f"{name}.sum_G"][0]
+    return width
+
+
+def _sides(
+    factors: Factors, bias: Bias, rounding: dict[str, float | None]
+) -> Iterator[tuple[str, Array | None]]:
+    """A and G of each layer in turn; no A where it is the layer's before (gate and up: O37).
+
+    Each factor is read once; what it says of its rounding goes to `rounding`, by name.
+    """
+    before: Factor | None = None
+    for name, factor in factors.items():
+        known = factor.rounding_G
+        rounding[name] = None if known is None else known / factor.n_G
+        shared = before is not None and _same(before, factor, bias)
+        A = factor.A_joint if bias is Bias.JOINT else factor.A
+        yield f"A of {name!r}", None if shared else A
+        del A
+        G = factor.G
+        before = replace(factor, sum_G=_READ)
+        del factor  # a sum that was read from a file is not held while its eigenbasis is computed
+        yield f"G of {name!r}", G
+        del G
+
+
+_READ = np.zeros((0, 0))
+
+
+def _same(one: Factor, other: Factor, bias: Bias) -> bool:
+    """Do two layers share their A? gate and up do, and q, k, v (O37), if their biases let them."""
+    if bias is Bias.JOINT and (one.sum_a is None) != (other.sum_a is None):
+        return False
+    return one.n_A == other.n_A and (
+        one.sum_A is other.sum_A or np.array_equal(one.sum_A, other.sum_A)
+    )

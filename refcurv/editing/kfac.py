@@ -1,0 +1,141 @@
+"""The K-FAC edit of a model: the projection of each named matrix, cut by the staircase."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from refcurv.algebra.blas import one_blas_thread
+from refcurv.algebra.scaling import exponent, shifted
+from refcurv.algebra.staircase import cut, undecided
+from refcurv.curvature.eigenbasis import Bases, Eigenbasis, named, require_basis
+from refcurv.editing import record
+from refcurv.editing.projection import keep_pairs
+from refcurv.editing.record import EditRecord, LayerEdit
+from refcurv.law import tolerance
+from refcurv.law.checks import Array, EmptyError, NameUnknownError, require_shape
+from refcurv.law.conventions import MOST_ROUNDING, Bias
+from refcurv.model.weights import Model
+
+
+def edit(
+    model: Model, basis: Bases, rho: float | Mapping[str, float], *, force: bool = False
+) -> tuple[Model, EditRecord]:
+    """Keep the sharpest directions of weight matrices, as many as hold a share rho of the mass.
+
+    Definition
+        C = U_Gᵀ W U_A, Π_ij = λ_i μ_j; keep pairs by descending Π until their mass is >= rho of
+        the total (SELECT); W' = U_G (C ∘ M) U_Aᵀ, rounded to the dtype in which the source stores
+        W. rho = 1 returns W itself. A joint basis edits [W b] as one matrix, each part rounded to
+        its own dtype; a separate one leaves b alone (BIAS).
+
+    Args:
+        model: whose weights to edit; its dtype must hold the stored ones exactly.
+        basis: of `decompose` or `load_bases`.
+        rho: one share for every layer of `basis`, or {pattern: share}; a layer matched by two
+            patterns is an error.
+        force: take a basis that was made from other weights than the model's, edited ones say.
+
+    Returns:
+        The edited model (the given one is untouched), and the EditRecord, which says what it
+        started from.
+
+    Raises:
+        RangeError: rho outside [0, 1]. NameUnknownError: a pattern that matches no layer with a
+        basis. ShapeError: a basis of another model, or a joint one without the bias's column.
+        EmptyError: a layer without curvature, or with none but rounding (NEGATIVE).
+        ConventionError: a basis of other weights, without `force`. ShapeError, NonFiniteError,
+        ConventionError: what is no eigenbasis (`require_basis`).
+
+    Cost: 4·O·I·(O + I) flops per layer, in float64; half as much again where W is stored shorter.
+    Source: P5-P8 (arXiv 2510.24256).
+    Proof: tests/test_projection.py::test_O54_edit_is_an_orthogonal_projection,
+        tests/test_biases.py::test_O47_a_joint_edit_is_the_projection_of_weight_and_bias,
+        tests/test_staircase.py::test_cut_equals_brute_force
+    """
+    asked = rho if isinstance(rho, Mapping) else {"**": rho}
+    shares = record.shares("edit", "rho", model, layers_of("edit", model, basis), asked)
+    begun = record.before("edit", model, (named(basis), basis.weights), force)
+    changed: dict[str, Array] = {}
+    records = []
+    for layer, share in shares.items():
+        parts, W, one = read_layer("edit", model, basis, layer)
+        _require_curvature(layer, one)
+        stairs = cut(one.lam, one.mu, share, f"edit {layer!r}")
+        edited, back = W, 0.0
+        if share != 1:
+            mask = stairs.mask(W.shape[1])
+            exact = keep_pairs(W, one, mask)
+            new = record.taken_apart(model, parts, exact)
+            changed |= new
+            edited = record.joined(new)
+            back = restored(W, exact, edited, one, mask)
+        kept = (W.size, stairs.kept, stairs.mass / stairs.total, stairs.gap)
+        found = (*kept, _acceptable(one, share), record.norm_ratio(edited, W), back)
+        records.append(LayerEdit(basis.method, layer, share, *found))
+    return record.after(begun, changed, records, basis.bias is Bias.JOINT)
+
+
+def layers_of(who: str, model: Model, basis: Bases) -> list[str]:
+    """The model's layers that have a basis, in file order."""
+    order = [name for name in model.config.linear_layers() if name in basis]
+    if not order:
+        raise NameUnknownError(
+            f"{who}: the basis has layers {list(basis)[:3]}, the model none of them. "
+            "Is it the basis of another model?"
+        )
+    return order
+
+
+def read_layer(
+    who: str, model: Model, basis: Bases, layer: str
+) -> tuple[dict[str, Array], Array, Eigenbasis]:
+    """The layer's parts, its matrix W or [W b], and its basis, which must fit."""
+    parts = record.matrix_parts(who, model, layer, basis.bias)
+    W, one = record.joined(parts), basis[layer]
+    require_basis(who, layer, one)
+    axes = "(O, I) of its basis" if len(parts) == 1 else "(O, I + 1) of its joint basis"
+    require_shape(who, " with ".join(parts), W, (len(one.lam), len(one.mu)), axes)
+    return parts, W, one
+
+
+def restored(W: Array, exact: Array, edited: Array, basis: Eigenbasis, mask: Array) -> float:
+    """‖P(W' − exact)‖/‖P(W)‖, P the projection on the pairs that are not in the mask.
+
+    Cost: 2·O·I·(O + I) flops where W' is rounded at all.
+    Proof: tests/test_variants.py::test_what_rounding_restores_is_the_brute_force
+    """
+    off = edited.astype(np.float64) - exact
+    if mask.all() or not off.any():
+        return 0.0
+    with one_blas_thread():
+        C = basis.U_G.T @ off @ basis.U_A
+    C[mask] = 0
+    return record.restored(C, W, exact)
+
+
+def _require_curvature(layer: str, one: Eigenbasis) -> None:
+    """Refuse a layer whose G is largely rounding (NEGATIVE); where that is not known, none."""
+    trace = float(one.lam.sum())
+    if trace > 0 and one.rounding is not None and one.rounding > MOST_ROUNDING * trace:
+        raise EmptyError(
+            f"edit {layer!r}: G has trace {trace:.1e}, of which rounding alone makes "
+            f"{one.rounding:.1e}: its directions are noise (NEGATIVE). Collect it in float64, or "
+            "leave the layer out: its gradient may be zero by theory."
+        )
+
+
+def _acceptable(one: Eigenbasis, rho: float) -> int:
+    """How many pairs another correct program may decide the other way (ACCEPTABLE)."""
+    if rho in (0, 1):
+        return 0
+    lam, mu = (shifted(x, -exponent(x)) for x in (one.lam, one.mu))  # as SELECT takes them
+    (O, Lam), (I, Mu) = ((len(x), float(x.sum())) for x in (lam, mu))  # noqa: E741
+    e_G, e_A = (tolerance.eigenvalues(len(x)) * float(np.linalg.norm(x)) for x in (lam, mu))
+    first = math.sqrt(I) * Lam * e_A + math.sqrt(O) * Mu * e_G
+    slack = max(rho, 1 - rho) * (first + math.sqrt(O * I) * e_A * e_G)
+    errors = (np.full(O, e_G), np.full(I, e_A))
+    sure, possible = undecided(lam, mu, rho, errors, slack)
+    return int((possible - sure).sum())
