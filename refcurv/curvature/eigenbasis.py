@@ -46,10 +46,10 @@ class Eigenbasis:
     """A = U_A diag(mu) U_Aᵀ and G = U_G diag(lam) U_Gᵀ of one layer, by ORDER.
 
     Fields:
-        U_A (I, I), mu (I,); U_G (O, O), lam (O,): float64, eigenvalues descending and >= 0. For
-            [W b] jointly I is d_in + 1.
+        U_A (I, I), mu (I,); U_G (O, O), lam (O,): float64, eigenvalues descending and >= 0. In a
+            joint basis, of [W b], I is d_in + 1.
         raised_A, raised_G: how many eigenvalues rounding had made negative; they are 0 now.
-        rounding: how much of Σ lam, the trace of G, is rounding (NEGATIVE); None if not known.
+        rounding: the part of Σ lam, the trace of G, that is rounding (NEGATIVE); None if unknown.
     """
 
     U_A: Array
@@ -66,10 +66,11 @@ class Bases(Mapping[str, Eigenbasis]):
     """The eigenbases of some layers, by name in file order.
 
     Fields:
-        layers; source, for provenance.
-        bias: of W alone, or of [W b] where there is a b (BIAS).
-        method: what made the bases, "kfac" of `decompose`; an edit copies it into its record.
-        weights: which the model had (`refcurv.files.digest`); None where a file does not say.
+        layers: the Eigenbasis of each layer, by name.
+        source: for provenance.
+        bias: separate, of W alone; joint, of [W b] for layers that have a b (BIAS).
+        method: what made the bases; `decompose` says "kfac". An edit copies it into its record.
+        weights: the digest of the model's weights (`refcurv.files.digest`); None if unknown.
     """
 
     layers: Mapping[str, Eigenbasis]
@@ -92,18 +93,20 @@ class Bases(Mapping[str, Eigenbasis]):
 
 
 PROBES = 8
-"""Random vectors that orthogonality is measured on."""
+"""How many random vectors orthogonality is measured on."""
 
 
 def require_basis(who: str, layer: str, one: Eigenbasis) -> None:
-    """Refuse what is no eigenbasis: as given by a caller, or read from a file.
+    """Refuse what is no eigenbasis, whether a caller or a file gave it.
 
     Definition
         U square, finite, ‖UᵀU − I‖ <= budget·‖I‖; values finite, descending and >= 0 (ORDER).
-        The norm is measured as ‖Uᵀ(U x) − x‖/‖x‖ over 8 random x, whose square has the mean
-        ‖UᵀU − I‖²/n. A U that misses the budget tenfold passes at most once in 10⁷ draws.
+        ‖UᵀU − I‖/‖I‖ is measured as ‖Uᵀ(U x) − x‖/‖x‖ over 8 normal x. Its square has the mean
+        ‖UᵀU − I‖²/n. Errors of rank one spread most, like χ² with 8 degrees of freedom. So a U ten
+        times over the budget passes at most once in 10⁷ draws: P(χ²₈ <= 8/100) = 1e-7.
 
-    The budget is that of an eigensolver in the dtype of U, and the rounding of U x and Uᵀ(U x).
+    The budget is that of an eigensolver in the dtype of U, and the rounding of the two products. A
+    product with U errs by gamma(n) ‖|U|‖₂ ‖x‖ at most, and ‖|U|‖₂ <= ‖U‖ = √n.
 
     Cost: O(n²) for each side, where UᵀU would take n³.
     Proof: tests/test_eigenbasis.py::test_what_is_no_basis_is_refused
@@ -134,7 +137,7 @@ def named(basis: Bases) -> str:
 
 
 def require_spectrum(who: str, what: str, values: Array) -> None:
-    """Refuse eigenvalues that are no vector of finite numbers, descending and >= 0 (ORDER)."""
+    """Refuse eigenvalues unless they are a vector, finite, descending and >= 0 (ORDER)."""
     require_shape(who, what, values, (None,), "(n,)")
     require_dtype(who, what, values, "f", "real numbers")
     require_finite(who, what, values)
@@ -150,7 +153,7 @@ def require_spectrum(who: str, what: str, values: Array) -> None:
 
 
 def signed(U: Array) -> Array:
-    """Columns with their entry of largest magnitude positive, the lowest index on ties (ORDER)."""
+    """U with each column's entry of largest magnitude made positive; see ORDER."""
     largest = np.abs(U).argmax(axis=0)
     return np.ascontiguousarray(U * np.where(U[largest, np.arange(U.shape[1])] < 0, -1.0, 1.0))
 
@@ -165,7 +168,8 @@ def eigenbasis(M: Array, shard_rows: int, dtype: str, what: str) -> tuple[Array,
         what: name for messages, e.g. "A of 'blocks.0.mlp.up'".
 
     Raises:
-        ShapeError, NonFiniteError, NotSymmetricError, NotPSDError (more than rounding explains).
+        ShapeError, NonFiniteError: of M.
+        NotSymmetricError, NotPSDError: by more than rounding explains.
         RangeError: an eigenvalue that overflows. SolverError, RoomError: as `blas.eigh`.
 
     Cost: about 9 n³ flops, 3 n² float64 of memory; 5 n² above n = 32,766.
@@ -194,8 +198,8 @@ def eigenbasis(M: Array, shard_rows: int, dtype: str, what: str) -> tuple[Array,
         lowest, bound, highest = shifted(np.array([values[-1], least, values[0]]), k)
         raise NotPSDError(
             f"{who} has eigenvalue {lowest:.3e} < {bound:.1e}, the largest being "
-            f"{highest:.3e}. A second moment cannot; was it centred, averaged in a short float, "
-            "or is it a difference of two?"
+            f"{highest:.3e}. A second moment has none below 0; was it centred, averaged in a short "
+            "float, or is it a difference of two?"
         )
     raised = int((values < 0).sum())
     values = shifted(np.where(values > 0, values, 0.0), k)
@@ -220,17 +224,17 @@ def decompose(
 
     Args:
         factors: of `collect` or `load_factors`.
-        bias: "separate", or "joint": A is then that of [a; 1] for layers with a bias, so that an
-            edit moves weight and bias as one matrix (BIAS). Layers without one are the same.
+        bias: "separate" or "joint". With "joint", A of a layer with a bias is that of [a; 1], so
+            that an edit moves weight and bias as one matrix (BIAS). Other layers are the same.
         progress: called with (layers done, layers).
 
     Returns:
         Bases: layer name → U_A (I, I), mu (I,), U_G (O, O), lam (O,), float64.
 
     Raises:
-        NotSymmetricError, NotPSDError, NonFiniteError: names the layer, the side and the size.
+        NotSymmetricError, NotPSDError, NonFiniteError: with the layer, the side and the size.
         ConventionError: the factors of a table, whose A is diagonal already; an unknown choice.
-        RoomError: matrices that memory does not hold or LAPACK cannot count, before any work.
+        RoomError: a matrix too large for memory or LAPACK's integers; raised before any work.
 
     Cost: about 9 (I³ + O³) flops per layer; layers that read the same input share one U_A.
     Source: P4; Martens & Grosse 2015 (arXiv 1503.05671) for the homogeneous coordinate.
@@ -250,10 +254,11 @@ def _bias(bias: str) -> Bias:
 def decompose_each(
     factors: Factors, bias: Bias, *, progress: Progress = lambda done, total: None
 ) -> Iterator[tuple[str, Eigenbasis]]:
-    """`decompose`, a layer at a time, for factors that do not fit in memory together.
+    """`decompose` as an iterator over layers, for factors that do not fit in memory together.
 
-    Matrices are decomposed side by side, one per core or as many as memory holds; each by itself,
-    so no bit depends on it. What no memory or no LAPACK here can hold is refused at once.
+    Several matrices are decomposed at a time: one per core, or fewer if memory is short. Each is
+    decomposed by itself, so that their number changes no bit. A matrix that is too large for memory
+    or LAPACK is refused at once.
     """
     for table in TABLES:
         if table in factors:
@@ -291,7 +296,7 @@ def _each(
 
 
 def _widths(factors: Factors, bias: Bias) -> dict[str, int]:
-    """{"A of layer": I, "G of layer": O}; no matrix is read from a file for it."""
+    """{"A of layer": I, "G of layer": O}, without reading a matrix from a file."""
     if isinstance(factors.layers, Lazy):
         entries = factors.source["header"].entries
         shapes = {key: entry.shape for key, entry in entries.items()}
@@ -314,9 +319,9 @@ def _widths(factors: Factors, bias: Bias) -> dict[str, int]:
 def _sides(
     factors: Factors, bias: Bias, rounding: dict[str, float | None]
 ) -> Iterator[tuple[str, Array | None]]:
-    """A and G of each layer in turn; no A where it is the layer's before (gate and up: O37).
+    """A and G of each layer in turn; None for an A that the layer before has too (O37).
 
-    Each factor is read once; what it says of its rounding goes to `rounding`, by name.
+    Each factor is read once. Its rounding goes to `rounding`, by layer.
     """
     before: Factor | None = None
     for name, factor in factors.items():
@@ -337,7 +342,7 @@ _READ = np.zeros((0, 0))
 
 
 def _same(one: Factor, other: Factor, bias: Bias) -> bool:
-    """Do two layers share their A? gate and up do, and q, k, v (O37), if their biases let them."""
+    """Do two layers share A? gate and up do, and q, k, v (O37); jointly, not if one lacks a b."""
     if bias is Bias.JOINT and (one.sum_a is None) != (other.sum_a is None):
         return False
     return one.n_A == other.n_A and (
@@ -351,9 +356,8 @@ def _same(one: Factor, other: Factor, bias: Bias) -> bool:
 def save_bases(bases: Bases, path: str | Path) -> None:
     """Write a basis file: LAYER/{U_A, mu, U_G, lam}, with the counts of raised eigenvalues.
 
-    The root attributes say what the columns are of (`bias`), what made the bases (`method`), and
-    from which weights (`weights`).
-    What is no eigenbasis is refused.
+    The root attributes say whether the bases are of W or [W b] (`bias`), what made them (`method`)
+    and from which weights (`weights`). What is no eigenbasis is refused.
     """
     about = _about(bases.bias, bases.method, bases.weights)
     came_from = bases.source.get("inputs") or store.inputs(bases.source)
