@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -450,3 +451,16 @@ def test_counting_kernel_against_its_definition() -> None:
             got = np.empty(6, np.int64)
             kernels.count_at_least(lam, mu, threshold, got)
             assert got.tolist() == (np.outer(lam, mu) >= threshold).sum(axis=1).tolist()
+
+
+def test_the_exponential_and_normal_of_the_kernels_are_as_exact_as_they_say() -> None:
+    """In float32: e^x to 2 ulp (observed 1.01), Φ to 3e-7 (observed 2.5e-7)."""
+    for x in np.linspace(-87, 88, 2001, dtype=np.float32):
+        want = math.exp(float(x))
+        assert abs(float(kernels._exp32(x)) - want) <= 2 * np.spacing(np.float32(want))
+    for z in np.linspace(-8, 8, 2001, dtype=np.float32):
+        e = np.float32(math.exp(-(float(z) ** 2) / 2))
+        want = 0.5 * math.erfc(-float(z) * math.sqrt(0.5))
+        assert abs(float(kernels._normal32(z, e)) - want) <= 3e-7
+    assert kernels._exp32(np.float32(-87.1)) == 0
+    assert kernels._exp32(np.float32(88.1)) == np.inf

@@ -3,8 +3,8 @@
 SciPy's own wrappers hold the GIL while the library works. SciPy exports the same routines for other
 compilers (`scipy.linalg.cython_blas`, `cython_lapack`), and ctypes releases the lock around them.
 
-SciPy's LAPACK counts in 32 bits. What is too large for that goes to NumPy's, whose wheels have one
-that counts in 64.
+SciPy's LAPACK counts in 32 bits. Matrices that are too large for that go to NumPy's LAPACK. The one
+in NumPy's wheels counts in 64 bits.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ def _pools() -> ThreadpoolController:
 
 
 def add_gram(x_NX: Array, sum_XX: Array, *, onto: bool) -> None:
-    """The lower triangle of sum_XX becomes xᵀ x, added `onto` what it holds or not (syrk).
+    """Write xᵀ x to the lower triangle of sum_XX (syrk); with `onto`, add it to what is there.
 
-    Definition: sum_XX[i, :i+1] = (onto ? sum_XX[i, :i+1] : 0) + Σ_n x[n, i] x[n, :i+1]. Half the
-    work of a product of two matrices; the upper triangle is left as it is. float32 or float64.
+    Definition: sum_XX[i, :i+1] = (onto ? sum_XX[i, :i+1] : 0) + Σ_n x[n, i] x[n, :i+1]. It takes
+    half the work of a product of two matrices. The upper triangle stays as it is. float32, float64.
     """
     N, X = x_NX.shape
     x_NX = np.ascontiguousarray(x_NX)
@@ -68,9 +68,9 @@ def add_gram(x_NX: Array, sum_XX: Array, *, onto: bool) -> None:
 def eigh(M: Array, who: str = "eigh", exponent: int = 0) -> tuple[Array, Array]:
     """(values, U) with 2^-exponent M = U diag(values) Uᵀ, values ascending, U (n, n).
 
-    Reads the lower triangle of M, (n, n) float64. The definition is
-    scipy.linalg.eigh(M, driver="evd"), whose bits it has (tests/test_eigenbasis.py) up to
-    n = 32,766; beyond, it is numpy.linalg.eigh(M). `eigh_bytes` says what it takes.
+    M is (n, n) float64, and only its lower triangle is read. The definition is
+    scipy.linalg.eigh(M, driver="evd") up to n = 32,766, with the same bits
+    (tests/test_eigenbasis.py), and numpy.linalg.eigh(M) beyond. Memory: see `eigh_bytes`.
 
     Raises:
         SolverError: LAPACK did not converge. RoomError: n is too large for its integers.
@@ -100,7 +100,7 @@ def eigh(M: Array, who: str = "eigh", exponent: int = 0) -> tuple[Array, Array]:
 def eigh_bytes(n: int) -> int:
     """Memory that `eigh` of an (n, n) takes beside M, its result included.
 
-    The matrix that becomes U, and a workspace of 2 n² numbers; NumPy's makes two copies more.
+    n² numbers of U and 2 n² of workspace; NumPy's makes two copies more.
 
     Proof: tests/test_room.py::test_an_eigenbasis_takes_the_memory_that_is_foreseen
     """
@@ -110,8 +110,8 @@ def eigh_bytes(n: int) -> int:
 def svd(W: Array, who: str = "svd", *, full: bool = False) -> tuple[Array, Array, Array]:
     """(U, σ, Vᵀ) of a float64 W, σ descending; `full`: U (O, O) and Vᵀ (I, I) complete.
 
-    The definition is scipy.linalg.svd(W, full, lapack_driver="gesdd"); of a W whose workspace
-    SciPy's LAPACK cannot count, it is numpy.linalg.svd(W, full).
+    The definition is scipy.linalg.svd(W, full, lapack_driver="gesdd"), or numpy.linalg.svd(W, full)
+    if W's workspace is too large for the integers of SciPy's LAPACK.
 
     Raises:
         SolverError: LAPACK did not converge. RoomError: W is too large for its integers.
@@ -129,36 +129,36 @@ def svd(W: Array, who: str = "svd", *, full: bool = False) -> tuple[Array, Array
 
 
 def require_solvable(who: str, n: int) -> None:
-    """Raise RoomError for an (n, n) that no LAPACK here can decompose, whatever the memory."""
+    """Raise RoomError if an (n, n) matrix is too large for the integers of every LAPACK here."""
     if n > _MOST_SQUARE:
         _require_long_integers(who, f"{n:,} x {n:,}")
 
 
 def has_long_integers() -> bool:
-    """Does NumPy's LAPACK count in 64 bits (ILP64)? That of its wheels does."""
+    """Does NumPy's LAPACK count in 64 bits (ILP64)? The one in its wheels does."""
     return bool(getattr(_umath_linalg, "_ilp64", False))
 
 
 def _require_long_integers(who: str, shape: str) -> None:
     if not has_long_integers():
         raise RoomError(
-            f"{who} is {shape}, too large for a LAPACK that counts in 32 bits, and so does the one "
-            "of this NumPy. Install NumPy's own wheel (pip install numpy), or collect without the "
-            "layer (--layers)."
+            f"{who} is {shape}, too large for a LAPACK that counts in 32 bits, and this NumPy has "
+            "no other. Install NumPy's own wheel (pip install numpy), or collect without the layer "
+            "(--layers)."
         )
 
 
 @contextmanager
 def solving(who: str, *matrices: Array) -> Iterator[None]:
-    """What LAPACK and ARPACK say of a failure, in one sentence (SolverError)."""
+    """Raise SolverError, in one sentence, where LAPACK or ARPACK fails on the matrices."""
     try:
         yield
     except (LinAlgError, ArpackError) as error:
         shapes = ", ".join(" x ".join(f"{n:,}" for n in M.shape) for M in matrices)
         finite = "finite" if all(np.isfinite(M).all() for M in matrices) else "not finite"
         raise SolverError(
-            f"{who} ({shapes}, {finite}): the solver did not converge ({error}). Of finite numbers "
-            "this is a fault of the linear algebra library: try another kernel of it "
+            f"{who} ({shapes}, {finite}): the solver did not converge ({error}). For finite "
+            "numbers this is a fault of the linear algebra library: try another kernel of it "
             "(OPENBLAS_CORETYPE=Haswell) or another version of NumPy and SciPy."
         ) from None
 

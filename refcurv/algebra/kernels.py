@@ -1,8 +1,8 @@
-"""The only importer of numba: what NumPy is slow at. BLAS does the products.
+"""The only importer of numba: loops that NumPy is slow at. BLAS does the products.
 
-Each kernel computes what the definition named in its docstring computes, on one thread and without
-the GIL: parallelism is over shards, so that no thread count changes a bit. `reassoc` lets LLVM
-split a row's sum over the lanes of one register, always in the same way.
+Each kernel computes its definition, which its docstring names. It runs on one thread and without
+the GIL. Parallelism is over shards, so that the number of threads changes no bit. `reassoc` lets
+LLVM split a row's sum over the lanes of one register, always in the same way.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from refcurv.law.checks import Array
 
 
 class _Kept(FunctionCache):
-    """Compiled code kept on disk; what cannot be read or kept there is compiled anew.
+    """Compiled code kept on disk. Code that cannot be read from there is compiled again.
 
     Proof: tests/test_reports_files.py::test_compiled_code_that_was_cut_short_is_compiled_anew
     """
@@ -31,7 +31,7 @@ class _Kept(FunctionCache):
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
             return super().load_overload(sig, target_context)  # type: ignore[no-untyped-call]
-        except Exception:  # whatever a file that a kill or a full disk cut short unpickles to
+        except Exception:  # a kill or a full disk cut the file short: unpickling may raise anything
             with suppress(Exception):
                 self.flush()  # type: ignore[no-untyped-call]
             return None
@@ -42,7 +42,7 @@ class _Kept(FunctionCache):
 
 
 def njit(*, cache: bool, **options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """`numba.njit`, its compiled code kept on disk if `cache`, and where there is a place for it.
+    """`numba.njit`; with `cache` the compiled code is kept on disk, where a folder allows it.
 
     Proof: tests/test_reports_files.py::test_compiled_code_that_can_be_kept_nowhere_is_compiled_anew
     """
@@ -50,7 +50,7 @@ def njit(*, cache: bool, **options: Any) -> Callable[[Callable[..., Any]], Any]:
     def compiled(function: Callable[..., Any]) -> Any:
         made = numba.njit(**options)(function)
         if cache and hasattr(made, "enable_caching"):  # else NUMBA_DISABLE_JIT is set
-            with suppress(RuntimeError):  # a read-only installation, and no home
+            with suppress(RuntimeError):  # the installation is read-only, and there is no home
                 made._cache = _Kept(function)  # type: ignore[no-untyped-call]
         return made
 
@@ -62,7 +62,7 @@ _LANES = {"contract", "nsz", "reassoc"}
 
 
 def jit() -> dict[str, Any]:
-    """What decides how kernels are compiled: Numba's settings, and the CPU that it compiles for."""
+    """What decides how kernels are compiled: Numba's settings and its target CPU."""
     names = ("DISABLE_JIT", "CPU_FEATURES", "OPT", "ENABLE_AVX", "LOOP_VECTORIZE", "SLP_VECTORIZE")
     settings = {name.lower(): str(getattr(config, name, None)) for name in names}
     return {"cpu": getattr(config, "CPU_NAME", None) or get_host_cpu_name(), **settings}
@@ -75,7 +75,12 @@ def jit() -> dict[str, Any]:
 def _exp32(x: Any) -> Any:
     """e^x in float32 to 2 ulp: Cody-Waite reduction and a polynomial, so that loops vectorise.
 
-    0 below e^-87 and infinite above e^88, close to the smallest and the largest number there is.
+    e^x = 2^n e^r with n = round(x / ln 2), |r| <= ln 2 / 2, and e^r = 1 + r + r² p(r). ln 2 is the
+    sum of 0.693359375 = 355/512, whose product with n is exact, and −2.12194440e-4. 2^n is built
+    from its bits, which needs n in [−126, 127]. So the result is 0 below x = −87 and infinite above
+    88; the smallest normal float32 is e^-87.3, the largest e^88.7.
+
+    Source: Moshier, Cephes Mathematical Library, expf.c: the constants and p.
     """
     low, high = x < np.float32(-87.0), x > np.float32(88.0)
     x = min(max(x, np.float32(-87.0)), np.float32(88.0))
@@ -106,7 +111,13 @@ def _exp(x):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True, fastmath=_EXACT, error_model="numpy")
 def _normal32(z: Any, e: Any) -> Any:
-    """Φ(z) in float32 to 0.8e-7: Abramowitz & Stegun 7.1.26, so that loops vectorise."""
+    """Φ(z) in float32 to 3e-7, without branches, so that loops vectorise.
+
+    erf(x) = 1 − (a_1 t + ... + a_5 t⁵) exp(−x²), t = 1/(1 + 0.3275911 x), x = |z|/√2, to 1.5e-7. Φ
+    has half of that. Rounding adds the rest: the a_k alternate in sign, up to 1.45.
+
+    Source: Abramowitz & Stegun 1964, 7.1.26.
+    """
     one = np.float32(1)
     t = one / (one + np.float32(0.3275911 * math.sqrt(0.5)) * abs(z))
     p = np.float32(1.061405429) * t - np.float32(1.453152027)
@@ -146,7 +157,7 @@ def _number(x, like):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def fold_triangle(total_DD: Array, product_DD: Array) -> None:
-    """total[i, :i+1] += product[i, :i+1], widened to float64: a shard's sum joins its block's.
+    """total[i, :i+1] += product[i, :i+1], widened to float64: adds a shard's sum to a total.
 
     Definition: total += np.tril(product.astype(float64)).
     """
@@ -187,7 +198,10 @@ def rms_norm_forward(x_ND: Array, gain_D: Array, eps_N: Array, y_ND: Array, r_N:
 def rms_norm_backward(
     d_y_ND: Array, x_ND: Array, gain_D: Array, r_N: Array, d_x_ND: Array, d_gain_D: Array
 ) -> None:
-    """Definition: model.layers.rms_norm_backward at s = 1; d_gain is a sum in row order."""
+    """Definition: model.layers.rms_norm_backward at s = 1; d_gain is a sum in row order.
+
+    Here x_hat = x r, so that x_hat mean(d_hat x_hat) = x · r² Σ d_hat x / D.
+    """
     N, D = x_ND.shape
     for n in range(N):
         r = r_N[n]
@@ -201,15 +215,16 @@ def rms_norm_backward(
 
 
 SILU, GELU, GELU_TANH, RELU = range(4)
-"""The activations. Which one a kernel is for is said by the length of a tuple, `(0,) * GELU`: that
-is a type, and Numba compiles a loop without branches for each type."""
+"""The activations. A kernel takes one as a tuple of that length, `(0,) * GELU`. The length is part
+of the tuple's type, and Numba compiles each type by itself: a loop without branches."""
 
 
 @njit(cache=True, nogil=True, fastmath=_EXACT, error_model="numpy")
 def activation(which: tuple[int, ...], z: Any) -> tuple[Any, Any]:
     """Definition: model.layers.ACTIVATIONS, f(z) and f'(z) of one number.
 
-    gelu_tanh is z · sigmoid(2u), for (1 + tanh u) / 2 = 1 / (1 + exp(−2u)).
+    gelu_tanh is z · sigmoid(2u), for (1 + tanh u) / 2 = 1 / (1 + exp(−2u)). silu is z · sigmoid(z).
+    Both have the form z · s(x), s = sigmoid, with f' = s + z s (1 − s) x'.
     """
     kind, one, half = len(which), number(1.0, z), number(0.5, z)
     if kind == RELU:
@@ -259,7 +274,7 @@ def mlp_backward(
 
 @njit(cache=True, nogil=True, fastmath=_EXACT, error_model="numpy")
 def _exponentials(row: Array, top: Any, scale: Any) -> None:
-    """In place: x → exp((x − top) scale), in forward and backward with the same bits."""
+    """In place: x → exp((x − top) scale). Forward and backward call it, and get the same bits."""
     for s in range(row.shape[0]):
         row[s] = exp((row[s] - top) * scale)
 
@@ -274,10 +289,10 @@ def softmax_forward(
     top_BHT: Array,
     total_BHT: Array,
 ) -> None:
-    """In place: scores q·k → probabilities over the visible keys; key s of the block is begin + s.
+    """In place: scores q·k → probabilities over the visible keys. Column s is key begin + s.
 
-    Definition: model.layers.softmax_over(score * scale, visible); also each row's top = max q·k and
-    total = Σ exp((q·k − top) scale), of which `softmax_backward` makes the same probabilities.
+    Definition: model.layers.softmax_over(score * scale, visible). Each row's top = max q·k and
+    total = Σ exp((q·k − top) scale) are kept: `softmax_backward` makes the same p from them.
     """
     B, H, T, S = score_BHTS.shape
     zero = number(0.0, scale)
@@ -314,10 +329,11 @@ def softmax_backward(
     top_BHT: Array,
     total_BHT: Array,
 ) -> None:
-    """In place: scores q·k → the forward's probabilities, and their gradient → the scores', · size.
+    """In place: scores q·k → probabilities p, and d_p → d_score · size.
 
-    d_score = p (d_p − Σ_s p d_p), d_p counted from the mean of the likeliest keys', whose e^0 is 1.
-    All keys of a row lie in its block. Definition: model.layers.attention_backward.
+    d_score = p (d_p − Σ_s p d_p). First `start` is subtracted from d_p: its mean over the likeliest
+    keys, those with exp(0) = 1. A row's visible keys are all here. See `attention_backward` in
+    model.layers, which is the definition.
     """
     B, H, T, S = score_BHTS.shape
     zero, one = number(0.0, scale), number(1.0, scale)
@@ -372,7 +388,11 @@ def _two_sum(a: float, b: float) -> tuple[float, float]:
 
 @njit(cache=True, nogil=True)
 def prefix_sums(x_N: Array, high_N: Array, low_N: Array) -> None:
-    """high[n] + low[n] ≈ the exact sum of x[:n], to n·2⁻¹⁰⁶ relative; high is its rounding."""
+    """high[n] + low[n] ≈ the exact sum of x[:n], to n·2⁻¹⁰⁶ relative; high is its rounding; x >= 0.
+
+    Only low + e rounds. Where high + x[n] lies in [2^m, 2^(m+1)), |low| and |e| are at most half an
+    ulp, 2^(m−53). So low + e is at most 2^(m−52), and its half ulp at most 2^(m−106).
+    """
     high, low = 0.0, 0.0
     high_N[0], low_N[0] = high, low
     for n in range(x_N.shape[0]):

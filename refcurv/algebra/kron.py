@@ -38,7 +38,7 @@ def kron_dense(G: Array, A: Array) -> Array:
 
 
 def rearranged(F: Array, shape: tuple[int, int]) -> Array:
-    """R (O², I²) with R[o·O + p, i·I + j] = F[o·I + i, p·I + j]: of G ⊗ A it is rvec(G) rvec(A)ᵀ.
+    """R (O², I²) with R[o·O + p, i·I + j] = F[o·I + i, p·I + j]; for F = G ⊗ A, rvec(G) rvec(A)ᵀ.
 
     >>> G, A = np.array([[2.0, 1.0], [0.0, 1.0]]), np.array([[1.0, 3.0, 0.0]] * 3)
     >>> bool((rearranged(kron_dense(G, A), (2, 3)) == np.outer(G, A)).all())
@@ -49,7 +49,7 @@ def rearranged(F: Array, shape: tuple[int, int]) -> Array:
 
 
 def from_rearranged(R: Array, shape: tuple[int, int]) -> Array:
-    """F (O·I, O·I), the reverse of `rearranged`.
+    """F (O·I, O·I) from R: the inverse of `rearranged`.
 
     >>> F = np.arange(36.0).reshape(6, 6)
     >>> bool((from_rearranged(rearranged(F, (2, 3)), (2, 3)) == F).all())

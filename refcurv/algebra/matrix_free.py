@@ -1,15 +1,15 @@
-"""What products with vectors alone tell of a large symmetric matrix: its ends, trace and spectrum.
+"""Extreme eigenvalues, trace and spectrum of a large symmetric matrix, from products with vectors.
 
-The matrix H is (P, P), real and symmetric, and nobody writes it down: `operator` has `shape` and
-`matvec`, as a `scipy.sparse.linalg.LinearOperator` has. Every answer comes with its error, a
-measured residual or a standard error over probes. Every function refuses an operator that is not
-square (ShapeError), real (DTypeError) and finite (NonFiniteError), and calls `progress`.
+The matrix H is (P, P), real and symmetric, and is never written down. `operator` has `shape` and
+`matvec`, like a `scipy.sparse.linalg.LinearOperator`. Every answer comes with its error: a measured
+residual, or a standard error over probes. Every function refuses an operator that is not square
+(ShapeError), real (DTypeError) and finite (NonFiniteError), and calls `progress`.
 
-Probe i is a function of (seed, i) alone, so that more samples extend the earlier ones: Philox as
-in SAMPLING, key words (seed, 0), first block at counter (1, kind, 0, i). Label draws have kind 0,
-so that one seed serves both; SAMPLING's signs have the kinds from 1 on, so that beside `signed`
-factors another seed is wanted. Kind 1 is Rademacher: entry p is +1 if bit p mod 64 of word p div 64
-is set, else −1, as signs are. Kind 2 is NumPy's `standard_normal`.
+Probe i is a function of (seed, i) alone, so that more samples extend the earlier ones. It comes
+from Philox as in SAMPLING: key words (seed, 0), first block at counter (1, kind, 0, i). Kind 1 is
+Rademacher: entry p is +1 if bit p mod 64 of word p div 64 is set, else −1, as for SAMPLING's signs.
+Kind 2 is NumPy's `standard_normal`. Label draws have kind 0: one seed can serve them and probes.
+SAMPLING's signs use the kinds from 1 on: beside `signed` factors, give probes another seed.
 """
 
 from __future__ import annotations
@@ -46,14 +46,16 @@ Progress = Callable[[int, int], object]
 """Called with (products made, the most that there may be)."""
 
 ASYMMETRY = tolerance.eps(np.float32) ** 0.5
-"""Share of H by which uᵀ(Hv) and vᵀ(Hu) may differ: half the digits of products in float32."""
+"""Share of H by which uᵀ(Hv) and vᵀ(Hu) may differ. Chosen: half the digits of float32 products."""
 
 HALF_THE_DIGITS = tolerance.eps(np.float64) ** 0.5
-"""Of an eigenvector: all digits of an eigenvalue that stands apart; its error is residual²/gap."""
+"""A residual with half the digits. An eigenvalue that stands apart then has all of them: its error
+is at most residual²/gap (Parlett, The Symmetric Eigenvalue Problem, section 11.7)."""
 
 _ARPACK_SCALE = tolerance.eps(np.float64) ** (2 / 3)
+"""ARPACK takes a Ritz value θ when its residual is at most tol·max(|θ|, eps^⅔) (dsconv)."""
 
-_LANCZOS_START = 2**64 - 1  # index of the Gaussian probe it starts from; xtrace counts from 0
+_LANCZOS_START = 2**64 - 1  # the Gaussian probe that Lanczos starts from; xtrace counts from 0
 _SEEDED_RESTART = "rng" in inspect.signature(eigsh).parameters  # SciPy >= 1.17
 
 
@@ -71,8 +73,8 @@ class Estimate:
     """A number found by sampling.
 
     Fields:
-        value, and its standard_error from the spread over probes; rounding comes on top.
-        samples: products with H that it took.
+        value; standard_error, from the spread over probes. Rounding comes on top of it.
+        samples: how many products with H it took.
     """
 
     value: float
@@ -97,12 +99,12 @@ class SpectralDensity:
     """The spectrum of H as point masses, one set per probe.
 
     Each method estimates (1/P) tr f(H), the mean of f over the P eigenvalues, and its standard
-    error over probes. That error knows nothing of `steps`: whatever f has beyond a polynomial of
-    degree 2·steps − 1 adds a bias.
+    error over probes. This error does not include a bias: the part of f that is no polynomial of
+    degree 2·steps − 1 is not integrated exactly.
 
     Fields:
-        nodes, weights: (probes, steps) float64; a row of weights sums to 1. A probe whose Krylov
-            space was exhausted early is filled up with weights 0.
+        nodes, weights: (probes, steps) float64; a row of weights sums to 1. If a probe's Krylov
+            space has fewer than `steps` dimensions, the rest of its weights are 0.
         size: P.       products: with H, that it took.
     """
 
@@ -155,21 +157,22 @@ def extreme_eigenvalues(
 ) -> Eigenpairs:
     """The k largest or k smallest (most negative) eigenvalues, or k at either end.
 
-    Definition: λ_i = v_iᵀ H v_i, with v_i from SciPy's Lanczos (ARPACK) or, where one Lanczos basis
-    would span everything, from H column by column.
+    Definition: λ_i = v_iᵀ H v_i, v_i from SciPy's Lanczos (ARPACK). If P is not above the size of
+    a Lanczos basis, v_i is from H itself, made column by column.
 
     Args:
         operator: H, (P, P).
-        k: >= 1; P and more are all of them.
+        k: >= 1; with P or more, all of them.
         which: `largest`, `smallest` or `both`.
         seed: of the start vector z.
         accuracy: residual asked of Lanczos, as a share of max(|λ_i|, ‖H z‖/‖z‖).
-        restarts: of Lanczos, at most.
+        restarts: the most restarts of Lanczos.
         progress: see Progress.
 
     Returns:
-        Eigenpairs. A residual proves an eigenvalue near, not that none was passed over: of one
-        that repeats, or of a cluster narrower than the residual, Lanczos can miss members.
+        Eigenpairs. A residual proves that an eigenvalue is near. It does not prove that none was
+        missed: Lanczos can miss copies of a repeated eigenvalue, and members of a cluster that is
+        narrower than the residual.
 
     Raises:
         RangeError: k < 1, accuracy outside [0, 1], or no convergence within `restarts`.
@@ -212,9 +215,10 @@ def extreme_eigenvalues(
 
 
 def _arpack(product: Product, scale: float, n: int, options: dict[str, Any]) -> Array:
-    """Eigenvectors by eigsh. It stops at tol·max(|λ|, eps^⅔), so H is brought to the scale eps^⅔.
+    """Eigenvectors by eigsh, from H scaled to about eps^⅔ (see _ARPACK_SCALE).
 
-    Otherwise a small eigenvalue of a large H would be asked for more digits than products have.
+    So a small eigenvalue is asked for a residual of tol times the scale of H. Unscaled, a large H
+    would be asked for more digits than its products have.
     """
     unit = 2.0 ** round(min(max(math.log2(_ARPACK_SCALE / scale), -1000), 1000))
     P = len(options["v0"])
@@ -240,7 +244,8 @@ def hutchinson(
 ) -> Estimate:
     """The trace of H from Rademacher probes: the plain way, and the baseline for `xtrace`.
 
-    Definition: mean over i of z_iᵀ H z_i, z_i in {−1, 1}ᴾ. The variance of one is 2 Σ_{p≠q} H_pq².
+    Definition: mean over i of z_iᵀ H z_i, z_i in {−1, 1}ᴾ. E z zᵀ = I makes it unbiased. Each term
+    is tr H + Σ_{p≠q} H_pq z_p z_q, of variance 2 Σ_{p≠q} H_pq².
 
     Args:
         operator: H, (P, P).
@@ -273,12 +278,14 @@ def xtrace(
     *,
     progress: Progress = lambda done, most: None,
 ) -> Estimate:
-    """The trace of H by XTrace: exactly on a subspace that catches most of H, by probes beside it.
+    """The trace of H by XTrace: exact on a subspace that catches most of H, by probes outside it.
 
-    Definition: of m = samples/2 Gaussian probes ω_j, let Q_i be an orthonormal basis of the span of
-    all H ω_j with j ≠ i, and x_i = (I − Q_i Q_iᵀ) ω_i. The estimate is the mean over i of
+    Definition: m = samples/2 Gaussian probes ω_j. Q_i is an orthonormal basis of the span of all
+    H ω_j with j ≠ i, and x_i = (I − Q_i Q_iᵀ) ω_i. The estimate is the mean over i of
 
         tr(Q_iᵀ H Q_i) + (P − m + 1) · x_iᵀ H x_i / ‖x_i‖².
+
+    It is unbiased: x_i/‖x_i‖ is uniform on the unit sphere of the P − m + 1 dimensions outside Q_i.
 
     Args:
         operator: H, (P, P).
@@ -287,8 +294,8 @@ def xtrace(
         progress: see Progress.
 
     Returns:
-        Estimate, unbiased; exact to rounding if rank H < samples/2 or samples = 2 P. The standard
-        error is the paper's, as if the m terms were independent. They share probes: on four spectra
+        Estimate; exact to rounding if rank H < samples/2 or samples = 2 P. The standard error is
+        the paper's, which takes the m terms for independent. They share probes: on four spectra
         the true error was 1.1 to 1.5 times as large.
 
     Raises:
@@ -312,15 +319,16 @@ def xtrace(
     Omega = np.column_stack([_normal(key, i, P) for i in range(m)])
     Y = _columns(product, Omega)
     Q, sigma, V = svd(Y, who)
-    # Q_i Q_iᵀ = Q (I − s_i s_iᵀ) Qᵀ, the unit s_i orthogonal to the coordinates σ ∘ V_j of every
-    # j ≠ i. Singular values below rounding are raised to it, a change of Y that rounding makes too.
+    # Y_j = Q (σ ∘ V_j), V_j the columns of V. Q_i Q_iᵀ = Q (I − s_i s_iᵀ) Qᵀ with a unit s_i
+    # orthogonal to σ ∘ V_j for all j ≠ i: s_i ∝ V_i / σ, for (V_i / σ)·(σ ∘ V_j) = V_i·V_j = 0.
+    # Singular values below rounding are raised to it. Rounding changes Y by as much.
     sigma = np.maximum(sigma, tolerance.eps(np.float64) * sigma[0]) if sigma[0] else sigma + 1
     S = V * (sigma[-1] / sigma)[:, None]
     S /= np.linalg.norm(S, axis=0)
     HQ = _columns(product, Q)
     inside, W = Q.T @ HQ, Q.T @ Omega
     W -= S * (S * W).sum(axis=0)
-    X = Omega - Q @ W
+    X = Omega - Q @ W  # x_i, and H X = Y − H Q W
     outside = (X * (Y - HQ @ W)).sum(axis=0) / (X * X).sum(axis=0)
     return _mean(np.trace(inside) - (S * (inside @ S)).sum(axis=0) + (P - m + 1) * outside, count)
 
@@ -336,25 +344,26 @@ def spectral_density(
     """The spectrum of H by stochastic Lanczos quadrature.
 
     Definition: for each Rademacher probe z, `steps` steps of Lanczos from z/‖z‖ give a tridiagonal
-    T; the nodes are its eigenvalues, the weights the squared first entries of its eigenvectors.
-    This is the Gauss quadrature of f ↦ zᵀ f(H) z / P, exact for degrees up to 2·steps − 1.
+    T. The nodes are its eigenvalues, the weights the squared first entries of its eigenvectors. Σ
+    weight · f(node) is the Gauss quadrature of zᵀ f(H) z / P, exact for polynomials f of degree up
+    to 2·steps − 1. Its mean over z is tr f(H) / P, as in `hutchinson`.
 
     Args:
         operator: H, (P, P).
         probes: >= 2.
-        steps: >= 1; more than P are P.
+        steps: >= 1; at most P are made.
         seed: of the probes.
         progress: see Progress.
 
     Returns:
-        SpectralDensity. With as many steps as H has distinct eigenvalues, the nodes are those.
+        SpectralDensity. With as many steps as H has distinct eigenvalues, the nodes are these.
 
     Raises:
         RangeError: probes < 2 or steps < 1.
-        NotSymmetricError: H v misses what it must have along earlier v, seen from step 2 on.
+        NotSymmetricError: H v is not along the earlier v as it must be; seen from step 2 on.
 
-    Cost: probes·steps products; O(P·probes·steps²) time, for each basis is orthogonalised in full,
-    twice; `steps` vectors.
+    Cost: probes·steps products; O(P·probes·steps²) time, for each basis is orthogonalised in full
+    and twice; memory of `steps` vectors.
     Source: Golub & Meurant 2010, Matrices, Moments and Quadrature, chapter 6; Ubaru, Chen & Saad
     2017, SIAM J. Matrix Anal. Appl. 38(4).
     Proof: tests/test_matrix_free.py::test_moments_of_each_probe_are_exact,
@@ -378,7 +387,9 @@ def spectral_density(
 def _lanczos(product: Product, start: Array, steps: int) -> tuple[Array, Array]:
     """(alpha, beta) of T = Vᵀ H V, V an orthonormal basis of the Krylov space of `start`.
 
-    Ends early when what is left of H v is rounding: the space is invariant and T exact.
+        H v_k = beta_{k−1} v_{k−1} + alpha_k v_k + beta_k v_{k+1}
+
+    It ends early where beta_k is no more than rounding: then the space is invariant and T exact.
     """
     V, alpha, beta = np.empty((steps, len(start))), np.empty(steps), np.empty(steps)
     V[0], largest = start / norm(start), 0.0
@@ -386,7 +397,7 @@ def _lanczos(product: Product, start: Array, steps: int) -> tuple[Array, Array]:
         w = product(V[k])
         largest = max(largest, float(norm(w)))
         along = V[: k + 1] @ w
-        surplus = along[:k].copy()  # v_jᵀ H v_k is beta for j = k − 1 and 0 for those before
+        surplus = along[:k].copy()  # by symmetry v_jᵀ H v_k is beta_j for j = k − 1, 0 below
         if k:
             surplus[-1] -= beta[k - 1]
         _require_symmetric("spectral_density", float(norm(surplus)), largest)
@@ -400,7 +411,7 @@ def _lanczos(product: Product, start: Array, steps: int) -> tuple[Array, Array]:
 
 
 def _products(who: str, operator: Operator, progress: Progress, most: int) -> tuple[int, Product]:
-    """(P, v ↦ H v), each product checked, counted, and an array of its own."""
+    """(P, v ↦ H v); each product is checked, counted, and copied."""
     shape, done = tuple(operator.shape), 0
     if len(shape) != 2 or shape[0] != shape[1] or shape[0] < 1:
         raise ShapeError(f"{who}: the operator must be square, (P, P) with P >= 1; got {shape}.")
@@ -460,7 +471,7 @@ def _whole(who: str, what: str, value: int, low: int) -> int:
 def _require_symmetric(who: str, gap: float, scale: float) -> None:
     if gap > ASYMMETRY * scale:
         raise NotSymmetricError(
-            f"{who}: the operator is not symmetric: its products miss what symmetry demands by "
-            f"{gap / scale:.1e} of H > {ASYMMETRY:.1e}. Rounding cannot explain this; look for a "
-            "missed transpose, or for noise that changes from product to product."
+            f"{who}: the operator is not symmetric: its products are off by {gap / scale:.1e} > "
+            f"{ASYMMETRY:.1e} of H from what symmetry demands. Rounding cannot explain this; look "
+            "for a missed transpose, or for noise that changes from product to product."
         )

@@ -1,7 +1,7 @@
-"""Sums and norms that hold up to the ends of a float's range: powers of two bring them inside.
+"""Sums and norms that are right up to the ends of the range of float64.
 
-Squares of float64 leave its range at 1e-154 and 1e154. A power of two changes no digit, so what is
-computed of 2^-k x is that of x.
+Squares leave that range below 1e-154 and above 1e154. To multiply by a power of two changes no
+digit. So the digits of a result for 2^-k x are those for x.
 """
 
 from __future__ import annotations
@@ -17,11 +17,15 @@ from numpy.typing import ArrayLike
 from refcurv.law.checks import Array
 
 _PLAIN = (2.0**-480, 2.0**511)
-"""Norms whose squares neither overflow nor lose a visible part below the smallest normal number."""
+"""Norms between these are sound without scaling.
+
+Below 2^511 the sum of squares is below 2^1022. Above 2^-480 it is above 2^-960. Squares below the
+smallest normal number lose at most 2^-1075 each: n of them 2^-115 n of the sum.
+"""
 
 
 def exponent(x: Array) -> int:
-    """The k with 2^k <= max |x| < 2^(k+1), of finite x; 0 if all of it is 0 or there is none."""
+    """The k with 2^k <= max |x| < 2^(k+1) for finite x; 0 if x is empty or all 0."""
     if not x.size:
         return 0
     top = max(float(x.max()), -float(x.min()))
@@ -29,10 +33,10 @@ def exponent(x: Array) -> int:
 
 
 def far_exponent(x: Array) -> int:
-    """`exponent`, or 0 within 2^±256: there nothing that counts is squared out of the range.
+    """`exponent`, or 0 if it lies within ±256. Then squares lie within 2^±512, and are safe.
 
-    LAPACK too scales only what lies further out. So x as it comes and 2^-far_exponent(x) x are safe
-    to compute with, and what is computed of ordinary numbers keeps its bits.
+    2^-far_exponent(x) x is always safe to square, and ordinary numbers are left as they are. 256 is
+    chosen: far inside 2^±485, beyond which LAPACK's eigensolver scales by itself.
     """
     k = exponent(x)
     return 0 if abs(k) <= 256 else k
@@ -47,8 +51,8 @@ def shifted(x: ArrayLike, k: int) -> Array:
 def norm(x: Array, axis: int | None = None) -> Any:
     """‖x‖: Frobenius norm, or Euclidean norm along an axis, of finite x in float64.
 
-    Infinite only where the norm itself is beyond float64. The definition is numpy.linalg.norm(x,
-    axis=axis), whose bits it has wherever no square over- or underflows.
+    It is infinite only if the norm itself is beyond float64. The definition is
+    numpy.linalg.norm(x, axis=axis), with the same bits wherever no square over- or underflows.
 
     Proof: tests/test_scaling.py::test_norms_are_right_up_to_the_ends_of_the_range
     """
@@ -65,11 +69,11 @@ def norm(x: Array, axis: int | None = None) -> Any:
 
 
 def total(x: Iterable[float]) -> float:
-    """The correctly rounded sum (math.fsum) of finite numbers; infinite only if it is too large."""
+    """The correctly rounded sum (math.fsum) of finite numbers; infinite if beyond float64."""
     x = list(x)
     try:
         return math.fsum(x)
-    except OverflowError:  # a partial sum, or the whole
+    except OverflowError:  # of a partial sum, or of the whole
         exact = sum(map(Fraction, x))
         try:
             return float(exact)

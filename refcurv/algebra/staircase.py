@@ -1,11 +1,14 @@
 """The law's cut (SELECT): which products λ_i μ_j make up a share of their total mass.
 
-With both spectra descending, the first n pairs in key order always form a staircase (a Young
-diagram): row i keeps its first c_i columns, c_i never growing with i. So a cut is O numbers, the
-mass of a staircase is a sum over rows, and the cut is found by bisecting the bit pattern of the
-threshold: at most 63 walks of O + I steps, exact, where sorting all pairs takes O·I·log(O·I).
+Both spectra descend. So the first n pairs in key order always form a staircase (a Young diagram):
+row i keeps its first c_i columns, and c_i never grows with i. A cut is then O numbers, and its mass
+is a sum over rows.
 
-All of it is done on 2^-a λ and 2^-b μ, whose largest entries lie in [1, 2): of those no product
+The threshold is found by bisecting its bit pattern: floats >= 0 are in the order of their bits.
+A key is below 4, whose bits are 0x401 · 2^52, a number below 2^63. So there are at most 63
+halvings, each a walk of O + I steps. That is exact. Sorting all pairs would take O·I·log(O·I).
+
+All of it is done on 2^-a λ and 2^-b μ, whose largest entries lie in [1, 2). No product of these
 that weighs anything leaves the range of float64, whatever the units of A and G are.
 """
 
@@ -40,7 +43,7 @@ class Staircase:
         kept: how many pairs are kept.
         mass: their mass by the law, and total: the mass of all pairs.
         last, first_out: key of the last pair kept and of the first one dropped (NaN if none).
-        gap: (last − first_out) / last: how far apart these two are; NaN without.
+        gap: (last − first_out) / last, how far apart these two are; NaN if one is missing.
     """
 
     counts: Array
@@ -125,7 +128,12 @@ def _counts(lam: Array, mu: Array, prefix: Array, target: float) -> Array:
 
 
 def _reaches(lam: Array, prefix: Array, count: Array, target: float) -> bool:
-    """Is fsum_i fl(λ_i · P[c_i]) >= target? A nearly exact sum decides unless it is too close."""
+    """Is fsum_i fl(λ_i · P[c_i]) >= target? A nearly exact sum decides unless it is too close.
+
+    `high` and fsum both round the exact sum, up to n·2⁻¹⁰⁶ (`kernels.prefix_sums`). So they are
+    equal or neighbours. A neighbour of `high` lies at most 2 spacings of the target away, unless
+    `high` is at least twice the target. 2 spacings would suffice; 4 leave a factor of 2.
+    """
     high, _ = kernels.staircase_mass(lam, prefix, count)
     if abs(high - target) > 4 * np.spacing(target):
         return bool(high > target)
@@ -133,7 +141,12 @@ def _reaches(lam: Array, prefix: Array, count: Array, target: float) -> bool:
 
 
 def _prefix(mu: Array) -> Array:
-    """P[n] = the correctly rounded sum of mu[:n], n = 0 .. I."""
+    """P[n] = the correctly rounded sum of mu[:n], n = 0 .. I.
+
+    `high` rounds high + low, and the exact sum is high + low up to n·2⁻¹⁰⁶ (`kernels.prefix_sums`).
+    It could round to the neighbour only where |low| is that close to half of the gap to it. There
+    math.fsum decides, ties included. 2⁻¹⁰⁰ leaves a factor of 64, and costs a few more calls.
+    """
     high, low = np.empty(len(mu) + 1), np.empty(len(mu) + 1)
     kernels.prefix_sums(mu, high, low)
     toward = np.where(low < 0, 0.0, np.inf)
@@ -147,7 +160,7 @@ def _prefix(mu: Array) -> Array:
 def _staircase(
     lam: Array, mu: Array, prefix: Array, counts: Array, unit: tuple[int, str]
 ) -> Staircase:
-    """The record, its keys and masses multiplied by 2^k, unit being (k, who)."""
+    """The record, with keys and masses multiplied by 2^k; `unit` is (k, who)."""
     k, name = unit
     inside, outside = counts > 0, counts < len(mu)
     last = (lam[inside] * mu[counts[inside] - 1]).min() if inside.any() else math.nan
@@ -166,22 +179,22 @@ def _staircase(
 def undecided(
     lam: Array, mu: Array, rho: float, errors: tuple[Array, Array], slack: float
 ) -> tuple[Array, Array]:
-    """The pairs that spectra a little different may decide otherwise, between two staircases.
+    """The pairs that slightly different spectra may decide otherwise: between two staircases.
 
     Definition
         least and greatest: the keys (λ_i − e_i)₊(μ_j − e_j)₊ and (λ_i + e_i)(μ_j + e_j).
-        p is surely kept if the pairs q with greatest(q) >= least(p), itself left out, weigh less
-        than the target − slack: no order puts enough before it.
+        p is surely kept if the pairs q with greatest(q) >= least(p), without p itself, weigh less
+        than the target − slack: in no order does enough come before p.
         p is surely dropped if the pairs q with least(q) > greatest(p) weigh at least the target +
-        slack: every order puts enough before it.
+        slack: in every order enough comes before p.
 
     Args:
         lam: (O,) as `cut` takes it, of total mass > 0.
         mu: (I,) likewise.
         rho: 0 < rho < 1.
-        errors: of each λ_i (O,) and each μ_j (I,), >= 0; λ − e and μ − e descend where positive.
-        slack: by how much the mass of any set of pairs, less the target, may move. The rounding of
-            both programs' masses (SELECT: 7 each) and of the sums here is added to it.
+        errors: e of each λ_i (O,) and each μ_j (I,), >= 0; λ − e and μ − e descend where positive.
+        slack: by how much the mass of any set of pairs, less the target, may move. Rounding is
+            added to it: see the comment.
 
     Returns:
         Counts per row, twice (O,): (i, j) is surely kept if j < sure[i], surely dropped if
@@ -194,7 +207,12 @@ def undecided(
     prefix = np.concatenate([[0.0], np.cumsum(mu)])
     total = float(lam.sum()) * float(mu.sum())
     target = rho * total
+    # Roundings, each of at most u · total. SELECT has 7: P, its product with λ and fsum in the
+    # mass, two sums and two products in the target. Two programs have 14. The mass here has
+    # O + I − 1. The 3 that remain are chosen: NumPy's sums in the target may take some 50. These
+    # are small beside (16 (O + I) + 4) u · total, which the solvers' budgets put into `slack`.
     slack += tolerance.gamma(len(lam) + len(mu) + 16, np.float64) * total
+    # above `top` no key and no slack: neither condition below can hold
     least = [np.maximum(x - e, 0) for x, e in zip((lam, mu), errors, strict=True)]
     greatest = [x + e for x, e in zip((lam, mu), errors, strict=True)]
     top = 2 * max(float(greatest[0][0] * greatest[1][0]), slack)
@@ -217,7 +235,7 @@ def undecided(
 
 
 def _largest(holds: Callable[[float], bool], top: float) -> float:
-    """The largest float at which a condition holds that holds at 0 and, once false, stays so."""
+    """The largest float below `top` at which `holds`. It holds at 0; once false it stays false."""
     low, high = 0, int(np.float64(top).view(np.int64))
     while high - low > 1:
         middle = (low + high) // 2

@@ -34,17 +34,17 @@ def decompose(
 
     Args:
         factors: of `collect` or `load_factors`.
-        bias: "separate", or "joint": A is then that of [a; 1] for layers with a bias, so that an
-            edit moves weight and bias as one matrix (BIAS). Layers without one are the same.
+        bias: "separate" or "joint". With "joint", A of a layer with a bias is that of [a; 1], so
+            that an edit moves weight and bias as one matrix (BIAS). Other layers are the same.
         progress: called with (layers done, layers).
 
     Returns:
         Bases: layer name → U_A (I, I), mu (I,), U_G (O, O), lam (O,), float64.
 
     Raises:
-        NotSymmetricError, NotPSDError, NonFiniteError: names the layer, the side and the size.
+        NotSymmetricError, NotPSDError, NonFiniteError: with the layer, the side and the size.
         ConventionError: the factors of a table, whose A is diagonal already; an unknown choice.
-        RoomError: matrices that memory does not hold or LAPACK cannot count, before any work.
+        RoomError: a matrix too large for memory or LAPACK's integers; raised before any work.
 
     Cost: about 9 (I³ + O³) flops per layer; layers that read the same input share one U_A.
     Source: P4; Martens & Grosse 2015 (arXiv 1503.05671) for the homogeneous coordinate.
@@ -65,10 +65,11 @@ def bias_of(bias: str) -> Bias:
 def decompose_each(
     factors: Factors, bias: Bias, *, progress: Progress = lambda done, total: None
 ) -> Iterator[tuple[str, Eigenbasis]]:
-    """`decompose`, a layer at a time, for factors that do not fit in memory together.
+    """`decompose` as an iterator over layers, for factors that do not fit in memory together.
 
-    Matrices are decomposed side by side, one per core or as many as memory holds; each by itself,
-    so no bit depends on it. What no memory or no LAPACK here can hold is refused at once.
+    Several matrices are decomposed at a time: one per core, or fewer if memory is short. Each is
+    decomposed by itself, so that their number changes no bit. A matrix that is too large for memory
+    or LAPACK is refused at once.
     """
     for table in TABLES:
         if table in factors:
@@ -106,7 +107,7 @@ def _each(
 
 
 def _widths(factors: Factors, bias: Bias) -> dict[str, int]:
-    """{"A of layer": I, "G of layer": O}; no matrix is read from a file for it."""
+    """{"A of layer": I, "G of layer": O}, without reading a matrix from a file."""
     if isinstance(factors.layers, Lazy):
         entries = factors.source["header"].entries
         shapes = {key: entry.shape for key, entry in entries.items()}
@@ -129,9 +130,9 @@ def _widths(factors: Factors, bias: Bias) -> dict[str, int]:
 def _sides(
     factors: Factors, bias: Bias, rounding: dict[str, float | None]
 ) -> Iterator[tuple[str, Array | None]]:
-    """A and G of each layer in turn; no A where it is the layer's before (gate and up: O37).
+    """A and G of each layer in turn; None for an A that the layer before has too (O37).
 
-    Each factor is read once; what it says of its rounding goes to `rounding`, by name.
+    Each factor is read once. Its rounding goes to `rounding`, by layer.
     """
     before: Factor | None = None
     for name, factor in factors.items():
@@ -152,7 +153,7 @@ _READ = np.zeros((0, 0))
 
 
 def _same(one: Factor, other: Factor, bias: Bias) -> bool:
-    """Do two layers share their A? gate and up do, and q, k, v (O37), if their biases let them."""
+    """Do two layers share A? gate and up do, and q, k, v (O37); jointly, not if one lacks a b."""
     if bias is Bias.JOINT and (one.sum_a is None) != (other.sum_a is None):
         return False
     return one.n_A == other.n_A and (

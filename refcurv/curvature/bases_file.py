@@ -19,9 +19,8 @@ from refcurv.passes.parallel import Progress
 def save_bases(bases: Bases, path: str | Path) -> None:
     """Write a basis file: LAYER/{U_A, mu, U_G, lam}, with the counts of raised eigenvalues.
 
-    The root attributes say what the columns are of (`bias`), what made the bases (`method`), and
-    from which weights (`weights`).
-    What is no eigenbasis is refused.
+    The root attributes say whether the bases are of W or [W b] (`bias`), what made them (`method`)
+    and from which weights (`weights`). What is no eigenbasis is refused.
     """
     about = _about(bases.bias, bases.method, bases.weights)
     came_from = bases.source.get("inputs") or store.inputs(bases.source)

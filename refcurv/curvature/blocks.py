@@ -1,9 +1,9 @@
 """The exact Fisher blocks of vectors: gains, biases, the special positions of images (VECTOR).
 
-A gain multiplies, d_gain = Σ_s g_s x̂_s, so that F = Σ (Σ_s g x̂)(Σ_s g x̂)ᵀ has no Kronecker form;
-but it is small. One backward per segment and cotangent gives the gradients, whose second moment it
-is: no approximation. A segment is a document of a packed sequence, a sequence that is not packed,
-or an image: nothing is attended across segments, so each runs by itself.
+A gain multiplies: d_gain = Σ_s g_s x̂_s. So F = Σ (Σ_s g x̂)(Σ_s g x̂)ᵀ has no Kronecker form, but
+it is small. It is the second moment of gradients, one backward pass for each segment and
+cotangent, without approximation. A segment is a document of a packed sequence, a sequence that is
+not packed, or an image. Nothing is attended across segments, so each runs by itself.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from refcurv.passes.shards import Shard, inputs_of, shards
 from refcurv.passes.sweep import Sweep, lowest_block, require_few_passes, sweep_of
 
 MOST_BYTES = 2**33
-"""Of all blocks together: total, sum of 64 shards, and those of the shards in flight."""
+"""The most memory for all blocks together: totals, sums of 64 shards, shards in flight."""
 
 ROWS = 512
-"""Gradients that are multiplied at one time."""
+"""How many gradients are multiplied at one time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +150,7 @@ def collect_blocks(
 
 
 def _vectors(config: ModelConfig, pattern: str, in_flight: int) -> dict[str, int]:
-    """The vectors that the pattern names, with their sizes; refuses what memory would not hold."""
+    """The vectors that the pattern names, with their sizes; refuses more than MOST_BYTES."""
     shapes = config.parameter_shapes()
     vectors = {name: shape[0] for name, shape in shapes.items() if len(shape) == 1}
     names = expand(pattern, list(vectors))
@@ -207,8 +207,9 @@ class _ShardBlocks:
 class _Segment:
     """One segment of a shard by itself.
 
-    Fields: shard, its positions alone; sent, its whole sequence with no labels but the segment's,
-    for what is drawn goes by the position in the sequence (SAMPLING); first, where it begins there.
+    Fields: shard, the segment's positions alone; sent, its whole sequence with the segment's labels
+    only, because labels are drawn by the position in the sequence (SAMPLING); first, where the
+    segment begins in the sequence.
     """
 
     shard: Shard

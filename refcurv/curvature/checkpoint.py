@@ -20,16 +20,17 @@ _VARIANCE = ("variance", "variance_trace")
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """The file, and the facts that two runs must share for one to go on from it (FINGERPRINT).
+    """A checkpoint's file, and the facts of this run (FINGERPRINT).
 
-    `facts` are JSON values: what is collected, and the machine and libraries that decide the bits.
+    A run goes on from the file only if it has the same facts as the run that wrote it. They are
+    JSON values: what is collected, and the machine and libraries that decide the bits.
     """
 
     path: Path
     facts: Mapping[str, Any]
 
     def save(self, sums: Mapping[Key, RunningSum], blocks: int) -> None:
-        """Write every total; the file before it stays whole until this one is."""
+        """Write every total. The file before it stays whole until the new one is."""
         store.write(
             self.path,
             format="refcurv-factors",
@@ -46,17 +47,18 @@ class Checkpoint:
         )
 
     def save_last(self, sums: Mapping[Key, RunningSum], blocks: int) -> None:
-        """`save` the whole sums where the disk holds them twice: here, and as the factors."""
+        """`save` the final sums if the disk has room for them twice: here and as factors."""
         if 2 * sum(one.state().nbytes for one in sums.values()) < free_bytes(self.path):
             self.save(sums, blocks)
 
     def load(self, sums: Mapping[Key, RunningSum], blocks: int) -> int:
         """Fill the sums; returns how many of the `blocks` are done, 0 without a file.
 
+        Every array's dtype and shape are checked before a kernel sees it.
+
         Raises:
-            ConventionError: the file belongs to another run, named by what differs.
-            SchemaError, ChecksumError: it is damaged, or not what such a run writes. No array
-                reaches a kernel before its dtype and shape are those that the model asks for.
+            ConventionError: the file belongs to another run; the message says what differs.
+            SchemaError, ChecksumError: it is damaged, or not what such a run writes.
         """
         if not self.path.exists():
             return 0

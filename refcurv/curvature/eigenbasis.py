@@ -36,10 +36,10 @@ class Eigenbasis:
     """A = U_A diag(mu) U_Aᵀ and G = U_G diag(lam) U_Gᵀ of one layer, by ORDER.
 
     Fields:
-        U_A (I, I), mu (I,); U_G (O, O), lam (O,): float64, eigenvalues descending and >= 0. For
-            [W b] jointly I is d_in + 1.
+        U_A (I, I), mu (I,); U_G (O, O), lam (O,): float64, eigenvalues descending and >= 0. In a
+            joint basis, of [W b], I is d_in + 1.
         raised_A, raised_G: how many eigenvalues rounding had made negative; they are 0 now.
-        rounding: how much of Σ lam, the trace of G, is rounding (NEGATIVE); None if not known.
+        rounding: the part of Σ lam, the trace of G, that is rounding (NEGATIVE); None if unknown.
     """
 
     U_A: Array
@@ -56,10 +56,11 @@ class Bases(Mapping[str, Eigenbasis]):
     """The eigenbases of some layers, by name in file order.
 
     Fields:
-        layers; source, for provenance.
-        bias: of W alone, or of [W b] where there is a b (BIAS).
-        method: what made the bases, "kfac" of `decompose`; an edit copies it into its record.
-        weights: which the model had (`refcurv.files.digest`); None where a file does not say.
+        layers: the Eigenbasis of each layer, by name.
+        source: for provenance.
+        bias: separate, of W alone; joint, of [W b] for layers that have a b (BIAS).
+        method: what made the bases; `decompose` says "kfac". An edit copies it into its record.
+        weights: the digest of the model's weights (`refcurv.files.digest`); None if unknown.
     """
 
     layers: Mapping[str, Eigenbasis]
@@ -91,7 +92,8 @@ def eigenbasis(M: Array, shard_rows: int, dtype: str, what: str) -> tuple[Array,
         what: name for messages, e.g. "A of 'blocks.0.mlp.up'".
 
     Raises:
-        ShapeError, NonFiniteError, NotSymmetricError, NotPSDError (more than rounding explains).
+        ShapeError, NonFiniteError: of M.
+        NotSymmetricError, NotPSDError: by more than rounding explains.
         RangeError: an eigenvalue that overflows. SolverError, RoomError: as `blas.eigh`.
 
     Cost: about 9 n³ flops, 3 n² float64 of memory; 5 n² above n = 32,766.
@@ -120,8 +122,8 @@ def eigenbasis(M: Array, shard_rows: int, dtype: str, what: str) -> tuple[Array,
         lowest, bound, highest = shifted(np.array([values[-1], least, values[0]]), k)
         raise NotPSDError(
             f"{who} has eigenvalue {lowest:.3e} < {bound:.1e}, the largest being "
-            f"{highest:.3e}. A second moment cannot; was it centred, averaged in a short float, "
-            "or is it a difference of two?"
+            f"{highest:.3e}. A second moment has none below 0; was it centred, averaged in a short "
+            "float, or is it a difference of two?"
         )
     raised = int((values < 0).sum())
     values = shifted(np.where(values > 0, values, 0.0), k)
@@ -133,7 +135,7 @@ def eigenbasis(M: Array, shard_rows: int, dtype: str, what: str) -> tuple[Array,
 
 
 def oriented(U: Array) -> Array:
-    """Columns with their entry of largest magnitude positive, the lowest index on ties (ORDER)."""
+    """U with each column's entry of largest magnitude made positive; see ORDER."""
     largest = np.abs(U).argmax(axis=0)
     return np.ascontiguousarray(U * np.where(U[largest, np.arange(U.shape[1])] < 0, -1.0, 1.0))
 
@@ -141,18 +143,20 @@ def oriented(U: Array) -> Array:
 # ------------------------------------------------------------------ checks
 
 PROBES = 8
-"""Random vectors that orthogonality is measured on."""
+"""How many random vectors orthogonality is measured on."""
 
 
 def require_basis(who: str, layer: str, one: Eigenbasis) -> None:
-    """Refuse what is no eigenbasis: as given by a caller, or read from a file.
+    """Refuse what is no eigenbasis, whether a caller or a file gave it.
 
     Definition
         U square, finite, ‖UᵀU − I‖ <= budget·‖I‖; values finite, descending and >= 0 (ORDER).
-        The norm is measured as ‖Uᵀ(U x) − x‖/‖x‖ over 8 random x, whose square has the mean
-        ‖UᵀU − I‖²/n. A U that misses the budget tenfold passes at most once in 10⁷ draws.
+        ‖UᵀU − I‖/‖I‖ is measured as ‖Uᵀ(U x) − x‖/‖x‖ over 8 normal x. Its square has the mean
+        ‖UᵀU − I‖²/n. Errors of rank one spread most, like χ² with 8 degrees of freedom. So a U ten
+        times over the budget passes at most once in 10⁷ draws: P(χ²₈ <= 8/100) = 1e-7.
 
-    The budget is that of an eigensolver in the dtype of U, and the rounding of U x and Uᵀ(U x).
+    The budget is that of an eigensolver in the dtype of U, and the rounding of the two products. A
+    product with U errs by gamma(n) ‖|U|‖₂ ‖x‖ at most, and ‖|U|‖₂ <= ‖U‖ = √n.
 
     Cost: O(n²) for each side, where UᵀU would take n³.
     Proof: tests/test_eigenbasis.py::test_what_is_no_basis_is_refused
@@ -177,7 +181,7 @@ def require_basis(who: str, layer: str, one: Eigenbasis) -> None:
 
 
 def require_spectrum(who: str, what: str, values: Array) -> None:
-    """Refuse eigenvalues that are no vector of finite numbers, descending and >= 0 (ORDER)."""
+    """Refuse eigenvalues unless they are a vector, finite, descending and >= 0 (ORDER)."""
     require_shape(who, what, values, (None,), "(n,)")
     require_dtype(who, what, values, "f", "real numbers")
     require_finite(who, what, values)

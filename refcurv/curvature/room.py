@@ -1,7 +1,7 @@
-"""Memory: what the machine has to give, what a job takes, and how much of it fits at one time.
+"""Memory: what the machine has free, what a job takes, and how much of the job fits at one time.
 
-What a job takes follows from the widths of its matrices alone, so that one that cannot end is
-refused before it begins. Swap is not counted: a matrix that pages is never decomposed.
+What a job takes follows from the widths of its matrices alone. So a job that does not fit is
+refused before it begins. Swap is not counted: to decompose a matrix that pages takes forever.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ GIB = 2**30
 
 
 def available(root: Path = Path("/")) -> int | None:
-    """Bytes that this process can still get without swapping, or None where nothing says so.
+    """Bytes that this process can still get without swapping, or None if nothing says so.
 
-    The least of what the kernel reports, and what each control group above the process leaves of
-    its limit, as a container's does. Where there is no /proc, all memory that the machine has.
+    It is the least of what the kernel reports as available, and of what each control group above
+    the process (a container, for example) leaves of its limit. Where there is no /proc, it is all
+    memory that the machine has.
 
     Proof: tests/test_room.py::test_what_is_available_is_the_least_of_host_and_groups
     """
@@ -62,7 +63,7 @@ def _groups(root: Path) -> Iterator[int | None]:
 
 
 def _left(folder: Path, limit: str, used: str, prefix: str) -> int | None:
-    """The limit less what is used and not the page cache, which is given up when asked for."""
+    """The limit minus what is used. The page cache does not count: the kernel gives it up."""
     try:
         most, now = int(_text(folder / limit)), int(_text(folder / used))
     except ValueError:  # "max", or there is no such file
@@ -73,7 +74,7 @@ def _left(folder: Path, limit: str, used: str, prefix: str) -> int | None:
 
 
 def _numbers(path: Path) -> dict[str, int]:
-    """The lines "name number ..." of a file of the kernel's."""
+    """{name: number} of the lines "name number ..." of a kernel's file."""
     words = [line.split() for line in _text(path).splitlines()]
     return {w[0]: int(w[1]) for w in words if len(w) > 1 and w[1].isdecimal()}
 
@@ -90,9 +91,9 @@ def _text(path: Path) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """Bytes of memory: `once`, and `each` of the pieces that may be in flight, the largest first.
+    """Bytes of memory: `once`, and for `each` piece that may be in flight, the largest first.
 
-    `largest` names the matrix that takes the most, and says how wide it is.
+    `largest` says which matrix takes the most, and how wide it is.
     """
 
     once: int
@@ -100,15 +101,15 @@ class Need:
     largest: str
 
     def bytes(self, pieces: int) -> int:
-        """With so many pieces in flight, the largest ones."""
+        """Bytes with that many pieces in flight, the largest ones."""
         return self.once + sum(self.each[:pieces])
 
 
 def to_collect(config: ModelConfig, job: Sweep, itemsize: int, shards: Sequence[Shard]) -> Need:
-    """The sums of a collection: of the total and of the block, and those of the shards in flight.
+    """What a collection takes: the sums of the total and the block, and each shard in flight.
 
     A shard holds the products of one layer at a time, in the compute dtype, and keeps their memory
-    for the next; with several passes also the float64 sums of its G over them.
+    for the next. With several passes it also holds float64 sums of G over them.
 
     Proof: tests/test_room.py::test_a_collection_takes_the_memory_that_is_foreseen
     """
@@ -129,7 +130,7 @@ def to_collect(config: ModelConfig, job: Sweep, itemsize: int, shards: Sequence[
 
 
 def to_decompose(width: Mapping[str, int]) -> Need:
-    """The eigenbases of matrices by name: each is its sum's quotient, and what `eigh` takes.
+    """What eigenbases take: for each matrix the mean made from its sum, and what `eigh` takes.
 
     Proof: tests/test_room.py::test_an_eigenbasis_takes_the_memory_that_is_foreseen
     """
@@ -143,10 +144,12 @@ def _largest(width: Mapping[str, int]) -> str:
 
 
 def in_flight(who: str, need: Need, asked: int | None = None) -> int:
-    """How many pieces fit at one time: as asked, by default one per core, or fewer, but one.
+    """How many pieces to have in flight: as asked (by default one per core), or as many as fit.
+
+    If the memory is unknown, it is as asked.
 
     Raises:
-        RoomError: not even one fits. Memory of which nothing is known holds everything.
+        RoomError: not even one fits.
 
     Proof: tests/test_room.py::test_fewer_are_in_flight_where_memory_is_short
     """
@@ -159,7 +162,7 @@ def in_flight(who: str, need: Need, asked: int | None = None) -> int:
     raise RoomError(
         f"{who}: needs {need.bytes(1) / GIB:,.1f} GiB of memory for sums, copies and workspace, "
         f"but {room / GIB:,.1f} GiB are free. The largest matrix is {need.largest}: collect "
-        "without its layer (--layers), or take a machine with more memory.",
+        "without its layer (--layers), or use a machine with more memory.",
         need=need.bytes(1),
         room=room,
     )

@@ -42,21 +42,23 @@ from refcurv.passes.shards import Shard, shards
 from refcurv.passes.sweep import lowest_block
 
 CAP = 6.0
-"""Nats per token of the forgotten suffixes beyond which nothing more is gained."""
+"""The loss gains nothing from more nats per token of the forgotten suffixes than this. Chosen: a
+recited token costs almost none, and 6 nats are a probability of 1/400."""
 
 START, SPREAD = 0.5, 0.01
-"""Scores start uniform in [START, START + SPREAD)."""
+"""Scores start uniform in [START, START + SPREAD). Chosen: only differences matter, and these are
+smaller than Adam's first step at the default rate."""
 
 FIRST_DECAY, SECOND_DECAY, EPSILON = 0.9, 0.999, 1e-8
 """Adam's β₁, β₂ and ε (Kingma & Ba 2015)."""
 
 FORGOTTEN = ("recite", "answer")
-"""The kinds of population that ask for something, which can be forgotten."""
+"""The kinds of population that have an answer to forget."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """One score per weight of some matrices, trained: the lowest are what `prune` sets to 0.
+    """One trained score per weight of some matrices: `prune` sets the weights of the lowest to 0.
 
     Fields:
         layers: name → (O, I) float64, in file order.
@@ -64,7 +66,7 @@ class Scores:
         dtype: what the gradients were computed in.
         retain_nats, forget_nats: (steps,) float64, CE of each step's batches, before the step.
         source: for provenance.
-        weights: which the model had (`refcurv.files.digest`); None if it is not known.
+        weights: the digest of the model's weights (`refcurv.files.digest`); None if unknown.
     """
 
     layers: Mapping[str, Array]
@@ -100,7 +102,7 @@ def train_scores(
     seed: int = 0,
     progress: Progress = lambda done, total: None,
 ) -> Scores:
-    """Scores of single weights, such that a model without the lowest forgets and little else.
+    """Train scores of single weights: without the lowest the model forgets, and does little else.
 
     Definition
         s = 0.5 + 0.01 u, u uniform by the seed; at each step
@@ -110,11 +112,12 @@ def train_scores(
         dL/dM = dL/dW' ∘ W is passed to s as if M were s (straight through). At CE(forget) >= 6 the
         second term has no gradient. Adam: β = (0.9, 0.999), ε = 1e-8, no weight decay.
 
-    A step reads `batch` rows of each, or all if there are fewer: random orders of the rows that
-    have a label, end to end. Of `forget` the suffixes alone are scored. `retain` should not hold
-    what is to be forgotten. The ratio is of all matrices together, so that which of them loses
-    how much is learned too. Sakarvadia et al. instead cut each matrix by itself, by |s|, start
-    from Kaiming's uniform and train by SGD on batches of both kinds mixed, without a cap.
+    A step reads `batch` rows of `retain` and of `forget`, or all if there are fewer. They come from
+    random orders of the rows that have a label, one order after the other. In `forget` only the
+    suffixes are scored. `retain` should not hold what is to be forgotten. The ratio is that of all
+    matrices together: how much each of them loses is learned too. Sakarvadia et al. differ: they
+    cut each matrix by itself, by |s|, start from Kaiming's uniform, and train by SGD on batches
+    that mix both kinds, without a cap.
 
     Args:
         model: computes in its `dtype`; it is not changed.
@@ -122,10 +125,10 @@ def train_scores(
         forget: a population of kind `recite` or `answer`.
         retain: tokens (N, T), with labels, mask and segments if it has them.
         ratio: the share of the weights that is dropped while training, in [0, 1].
-        weight: of the forgotten in the loss, in [0, 1e6].
-        steps: 0 leaves the start: random weights.
+        weight: of CE(forget) in the loss, in [0, 1e6].
+        steps: >= 0; with 0 the scores stay random.
         rate: Adam's learning rate, in [0, 1].
-        batch: rows of each in one step.
+        batch: rows of `retain`, and of `forget`, in one step.
         seed: in [0, 2**64), of the start and of the orders: `record.stream` of the draw SCORES by
             the layer's name, by "retain" and by "forget"; an order sorts the rows' uniforms.
         progress: called with (steps done, steps).
@@ -137,7 +140,7 @@ def train_scores(
         NameUnknownError: a pattern that matches no layer. RangeError: a number outside its range,
         a token outside the vocabulary, or more positions than the model has learned.
         ConventionError: images, a bidirectional model, a head tied to the embedding, or a
-        population of text, which asks for nothing. EmptyError: `retain` has no label.
+        population of text, which has no answer to forget. EmptyError: `retain` has no label.
         NonFiniteError: a gradient holds NaN or infinity.
 
     Cost: `steps` forward and backward passes over both batches, down to the lowest layer; memory:
@@ -192,8 +195,8 @@ def prune(
     """Set the weights of lowest score to 0.
 
     Definition
-        W' = W ∘ M, M the mask of `keep`: of n weights in all layers together, round(ratio·n) are
-        dropped.
+        W' = W ∘ M, M the mask of `keep`: round(ratio·n) of the n weights of all layers together
+        become 0.
 
     Args:
         model: whose weights to edit; its dtype must hold the stored ones exactly.
@@ -202,7 +205,7 @@ def prune(
         force: take scores that were trained on other weights than the model's.
 
     Returns:
-        The edited model (the given one is untouched), and the EditRecord, method "bsn".
+        The edited model and the EditRecord, method "bsn". The given model is not changed.
 
     Raises:
         RangeError: ratio outside [0, 1]. NameUnknownError, ShapeError: scores of another model.
@@ -221,7 +224,9 @@ def prune(
     records = []
     for layer, kept in keep(scores.layers, share).items():
         if layer not in known:
-            raise NameUnknownError(f"prune: the model has no {layer!r}. Scores of another model?")
+            raise NameUnknownError(
+                f"prune: the model has no {layer!r}. Scores of another model were given."
+            )
         name = model.config.weight_of(layer)
         W = record.parameter("prune", model, name)
         require_shape("prune", f"the scores of {layer!r}", kept, W.shape, f"(O, I) of {name}")
@@ -239,9 +244,10 @@ def prune(
 
 
 def keep(scores: Mapping[str, Array], ratio: float) -> dict[str, Array]:
-    """The mask by layer, bool: all but the round(ratio·n) lowest of the n scores together.
+    """The mask by layer, bool: False at the round(ratio·n) lowest of all n scores together.
 
-    Half is rounded to even. Of equal scores the first in row-major order, layer by layer, stay.
+    Half is rounded to even. Among equal scores at the border the first are kept, layer by layer and
+    in row-major order.
 
     Cost: O(n): a selection, not a sort.
     Proof: tests/test_bsn.py::test_the_mask_equals_brute_force
@@ -250,7 +256,7 @@ def keep(scores: Mapping[str, Array], ratio: float) -> dict[str, Array]:
     dropped = round(ratio * score_N.size)
     keep_N = np.ones(score_N.size, dtype=bool)
     if dropped:
-        highest = np.partition(score_N, dropped - 1)[dropped - 1]  # of those that are dropped
+        highest = np.partition(score_N, dropped - 1)[dropped - 1]  # the highest that is dropped
         keep_N = score_N > highest
         equal = np.flatnonzero(score_N == highest)
         staying = score_N.size - dropped - int(keep_N.sum())
@@ -261,7 +267,7 @@ def keep(scores: Mapping[str, Array], ratio: float) -> dict[str, Array]:
 
 
 def _start(who: str, seed: int, layer: str, shape: tuple[int, ...]) -> Array:
-    """What no gradient has moved yet."""
+    """The scores before training."""
     return START + SPREAD * record.stream(who, seed, Draw.SCORES, layer).random(shape)
 
 
@@ -323,7 +329,7 @@ def objective(
 def _slopes(
     config: ModelConfig, parameters: Parameters, shard: Shard, layers: frozenset[str]
 ) -> tuple[float, dict[str, Array]]:
-    """The summed nats of a shard and their gradient for the matrices of `layers`; no step below."""
+    """A shard's summed nats and their gradient for the matrices of `layers`, and none deeper."""
     found: dict[str, Array] = {}
 
     def take(step: Tap | Slope) -> None:
@@ -349,14 +355,17 @@ def _slopes(
 
 
 def suffixes(who: str, config: ModelConfig, forget: Population) -> Corpus:
-    """A population as a corpus: token t + 1 is the label of t where it lies in the suffix.
+    """A population as a corpus: token t + 1 is the label of t if it lies in the suffix.
 
-    The last token is only a label, never read; padding becomes id 0.
+    The last token is a label only, and is never read. Padding becomes id 0.
 
     Proof: tests/test_bsn.py::test_the_suffix_alone_is_scored
     """
     if config.image is not None or not config.causal:
-        raise ConventionError(f"{who}: what is forgotten are next tokens, of a causal model alone.")
+        raise ConventionError(
+            f"{who}: only the next tokens of a causal model can be forgotten; this model "
+            f"{'is bidirectional' if config.image is None else 'reads images'}."
+        )
     if not isinstance(forget, Population):
         raise ConventionError(f"{who}: forget must be a Population; got {type(forget).__name__}.")
     require_choice(who, "the kind of what to forget", forget.kind, FORGOTTEN)
@@ -368,7 +377,7 @@ def suffixes(who: str, config: ModelConfig, forget: Population) -> Corpus:
 
 
 def _labelled(who: str, side: str, corpus: Corpus, config: ModelConfig) -> Array:
-    """The rows that have a label, of a corpus that the model can read."""
+    """The indices of the rows that have a label, in a corpus that the model can read."""
     label_NT = require_fit(f"{who}: {side}", corpus, config)
     if config.learned_positions:
         layout_of(config, corpus.real, corpus.segment)  # refuses more than were learned
@@ -379,7 +388,7 @@ def _labelled(who: str, side: str, corpus: Corpus, config: ModelConfig) -> Array
 
 
 def _orders(who: str, side: str, row_N: Array, shape: tuple[int, int], seed: int) -> Array:
-    """Rows for every step, (steps, rows in a batch): random orders of them, end to end."""
+    """Rows for every step, (steps, rows in a batch): random orders, one after the other."""
     steps, batch = shape[0], min(shape[1], len(row_N))
     draws = record.stream(who, seed, Draw.SCORES, side)
     rounds = -(-steps * batch // len(row_N))

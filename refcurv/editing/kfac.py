@@ -23,7 +23,7 @@ from refcurv.model.weights import Model
 def edit(
     model: Model, basis: Bases, rho: float | Mapping[str, float], *, force: bool = False
 ) -> tuple[Model, EditRecord]:
-    """Keep the sharpest directions of weight matrices, as many as hold a share rho of the mass.
+    """Keep the sharpest directions of weight matrices: those that hold a share rho of the mass.
 
     Definition
         C = U_Gᵀ W U_A, Π_ij = λ_i μ_j; keep pairs by descending Π until their mass is >= rho of
@@ -36,20 +36,21 @@ def edit(
         basis: of `decompose` or `load_bases`.
         rho: one share for every layer of `basis`, or {pattern: share}; a layer matched by two
             patterns is an error.
-        force: take a basis that was made from other weights than the model's, edited ones say.
+        force: take a basis that was made from other weights than the model's, for example to edit
+            an edited model again.
 
     Returns:
-        The edited model (the given one is untouched), and the EditRecord, which says what it
-        started from.
+        The edited model and the EditRecord, which says what it started from. The given model is
+        not changed.
 
     Raises:
         RangeError: rho outside [0, 1]. NameUnknownError: a pattern that matches no layer with a
         basis. ShapeError: a basis of another model, or a joint one without the bias's column.
-        EmptyError: a layer without curvature, or with none but rounding (NEGATIVE).
+        EmptyError: a layer without curvature, or whose curvature is rounding (NEGATIVE).
         ConventionError: a basis of other weights, without `force`. ShapeError, NonFiniteError,
-        ConventionError: what is no eigenbasis (`require_basis`).
+        ConventionError: a basis that is none (`require_basis`).
 
-    Cost: 4·O·I·(O + I) flops per layer, in float64; half as much again where W is stored shorter.
+    Cost: 4·O·I·(O + I) flops per layer, in float64; 6·O·I·(O + I) where W' is rounded.
     Source: P5-P8 (arXiv 2510.24256).
     Proof: tests/test_projection.py::test_O54_edit_is_an_orthogonal_projection,
         tests/test_biases.py::test_O47_a_joint_edit_is_the_projection_of_weight_and_bias,
@@ -92,7 +93,7 @@ def layers_of(who: str, model: Model, basis: Bases) -> list[str]:
 def read_layer(
     who: str, model: Model, basis: Bases, layer: str
 ) -> tuple[dict[str, Array], Array, Eigenbasis]:
-    """The layer's parts, its matrix W or [W b], and its basis, which must fit."""
+    """The layer's parts, its matrix W or [W b], and its basis, whose shape must fit."""
     parts = record.matrix_parts(who, model, layer, basis.bias)
     W, one = record.joined(parts), basis[layer]
     require_basis(who, layer, one)
@@ -102,9 +103,9 @@ def read_layer(
 
 
 def restored(W: Array, exact: Array, edited: Array, basis: Eigenbasis, mask: Array) -> float:
-    """‖P(W' − exact)‖/‖P(W)‖, P the projection on the pairs that are not in the mask.
+    """‖P(W' − exact)‖/‖P(W)‖, where P projects on the pairs outside the mask.
 
-    Cost: 2·O·I·(O + I) flops where W' is rounded at all.
+    Cost: 2·O·I·(O + I) flops; none where W' was not rounded.
     Proof: tests/test_variants.py::test_what_rounding_restores_is_the_brute_force
     """
     off = edited.astype(np.float64) - exact
@@ -117,7 +118,7 @@ def restored(W: Array, exact: Array, edited: Array, basis: Eigenbasis, mask: Arr
 
 
 def _require_curvature(layer: str, one: Eigenbasis) -> None:
-    """Refuse a layer whose G is largely rounding (NEGATIVE); where that is not known, none."""
+    """Refuse a layer whose G is known to be largely rounding (NEGATIVE)."""
     trace = float(one.lam.sum())
     if trace > 0 and one.rounding is not None and one.rounding > MOST_ROUNDING * trace:
         raise EmptyError(
@@ -132,6 +133,7 @@ def _acceptable(one: Eigenbasis, rho: float) -> int:
     if rho in (0, 1):
         return 0
     lam, mu = (shifted(x, -exponent(x)) for x in (one.lam, one.mu))  # as SELECT takes them
+    # Σ over pairs of w (λ'μ' − λμ), w = 1 − rho in the set and −rho outside; Σ|λ' − λ| <= √O e_G
     (O, Lam), (I, Mu) = ((len(x), float(x.sum())) for x in (lam, mu))  # noqa: E741
     e_G, e_A = (tolerance.eigenvalues(len(x)) * float(np.linalg.norm(x)) for x in (lam, mu))
     first = math.sqrt(I) * Lam * e_A + math.sqrt(O) * Mu * e_G

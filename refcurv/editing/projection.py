@@ -35,7 +35,7 @@ def projected(W: Array, basis: Eigenbasis, rho: float) -> Array:
 def keep_pairs(W: Array, basis: Eigenbasis, mask: Array) -> Array:
     """U_G (C ∘ M) U_Aᵀ with C = U_Gᵀ W U_A and M = mask, (O, I) bool; float64.
 
-    W and the result are (O, I); an orthogonal projection: twice is once (O54).
+    W and the result are (O, I). It is an orthogonal projection: twice is once (O54).
     Cost: 4·O·I·(O + I) flops.
     """
     with one_blas_thread():

@@ -22,16 +22,15 @@ from refcurv.model.weights import Model, expand
 
 
 def truncate(model: Model, energy: Mapping[str, float]) -> tuple[Model, EditRecord]:
-    """Keep the largest singular values of weight matrices, as many as hold a share of Σ σ².
+    """Keep the largest singular values of weight matrices: those that hold a share of Σ σ².
 
     Definition
-        W = U diag(σ) Vᵀ, σ descending; k = the fewest first ones with Σ_{j<k} σ_j² >= energy·Σ σ²
-        (SELECT, with λ = 1 and μ = (σ/σ_0)²); W' = U_k diag(σ_k) V_kᵀ, rounded to the dtype in
+        W = U diag(σ) Vᵀ, σ descending. k is the least number with Σ_{j<k} σ_j² >= energy·Σ σ²
+        (SELECT, with λ = 1 and μ = (σ/σ_0)²). W' = U_k diag(σ_k) V_kᵀ, rounded to the dtype in
         which the source stores W. It is the nearest matrix of rank k (Eckart and Young). energy 1
         returns W itself and 0 gives 0. Only W is truncated, never the bias.
 
-    The share is of what W has now: to truncate W' by the same energy may cut again, to truncate it
-    to its own rank does not.
+    The share is that of the present W: to truncate W' by the same energy may cut again.
 
     Args:
         model: whose weights to edit; its dtype must hold the stored ones exactly.
@@ -39,14 +38,14 @@ def truncate(model: Model, energy: Mapping[str, float]) -> tuple[Model, EditReco
             error.
 
     Returns:
-        The edited model (the given one is untouched), and the EditRecord, method "svd".
+        The edited model and the EditRecord, method "svd". The given model is not changed.
 
     Raises:
         RangeError: a share outside [0, 1]. NameUnknownError: a pattern that matches no linear
         layer. ConventionError: a head tied to the embedding; no mapping. EmptyError: W is 0.
         SolverError, RoomError: as `blas.svd`.
 
-    Cost: about 6·O·I·min(O, I) flops per layer, in float64; 8 where W is stored shorter.
+    Cost: about 6·O·I·min(O, I) flops per layer, in float64; 8·O·I·min(O, I) if W' is rounded.
     Source: P10 (arXiv 2510.24256); Eckart & Young 1936.
     Proof: tests/test_svd.py::test_truncation_is_the_projection_by_the_eigenvectors_of_its_gram,
         ::test_the_error_is_the_tail_and_no_matrix_of_that_rank_is_nearer,
@@ -76,7 +75,7 @@ def truncate(model: Model, energy: Mapping[str, float]) -> tuple[Model, EditReco
 
 
 def restored(W: Array, exact: Array, edited: Array, U: Array, Vt: Array) -> float:
-    """What rounding gave back along the dropped u_j v_jᵀ, as a share of what they held.
+    """What rounding gave back along the dropped directions u_j v_jᵀ, as a share of what they held.
 
     Proof: tests/test_svd.py::test_what_rounding_restores_is_the_brute_force
     """
@@ -101,24 +100,25 @@ def singular_values(who: str, W: Array, *, full: bool) -> tuple[Array, Array, Ar
 
 
 def singular_bases(model: Model, layers: str = "**") -> Bases:
-    """The singular vectors of weight matrices in the place of K-FAC's eigenvectors.
+    """The singular vectors of weight matrices, in place of K-FAC's eigenvectors.
 
     Definition
         W = U diag(σ) Vᵀ; U_A = V (I, I), U_G = U (O, O), both complete; mu and lam are σ², with
         zeros up to I and O: the eigenbases of WᵀW and W Wᵀ, by ORDER.
 
-    For `refcurv.evaluation.bands.bands` with quantity "input_rank": the bands over right singular
-    vectors that P10 compares with. ORDER fixes the sign of each column by itself, so that U and V
-    give W back only up to the sign of each direction. Directions of one σ, as the I − O null ones
-    of a wide W, are an arbitrary basis of their space, and so is a band that divides it. `edit`
-    keeps pairs (i, j) by σ_i² σ_j² in such a basis, which is not `truncate`.
+    They are for `refcurv.evaluation.bands.bands` with quantity "input_rank": the bands over right
+    singular vectors that P10 compares with. ORDER fixes the sign of each column of U and of V, so
+    that together they give W back only up to the sign of each direction. Directions of equal σ,
+    like the I − O null ones of a wide W, are an arbitrary basis of their space; a band that divides
+    this space is arbitrary too. `edit` in such a basis keeps pairs (i, j) by σ_i² σ_j². It is not
+    `truncate`.
 
     Args:
         model: whose weights.
         layers: pattern over the linear layers.
 
     Returns:
-        Bases by layer name, in file order, method "svd"; of W alone.
+        Bases by layer name, in file order, method "svd"; of W without the bias.
 
     Raises:
         NameUnknownError: a pattern that matches no linear layer. NonFiniteError: W holds NaN.
@@ -147,7 +147,11 @@ def singular_bases(model: Model, layers: str = "**") -> Bases:
 
 
 def _acceptable(sigma: Array, energy: float, size: int) -> int:
-    """How many singular values another solver may drop or keep, of W's larger side (ACCEPTABLE)."""
+    """How many singular values another solver may decide otherwise (ACCEPTABLE); size = max(O, I).
+
+    Two solvers' x differ by at most e in 2-norm. So a key x² moves by at most (2x + e) e, and
+    Σ x² over any set by at most (2‖x‖ + e) e.
+    """
     if energy in (0, 1):
         return 0
     x = sigma / sigma[0]

@@ -1,7 +1,7 @@
-"""Controls of the edit: as much is cut, but not along the curvature that K-FAC found.
+"""Controls of the edit: they cut as much, but not along the curvature that K-FAC found.
 
-random basis      the same staircase of pairs, in directions that know nothing of the data
-random pairs      K-FAC's directions, as many pairs, chosen by chance
+random basis      the same staircase of pairs, in random directions
+random pairs      K-FAC's directions and as many pairs, chosen at random
 inputs, outputs   K-FAC's directions, chosen by the curvature of one side alone (PAPER §5)
 """
 
@@ -27,10 +27,10 @@ from refcurv.law.conventions import Bias
 from refcurv.model.weights import Model
 
 SIDES: Final = ("inputs", "outputs")
-"""Whose curvature alone selects: that of A, or that of G."""
+"""The side whose curvature alone selects: inputs, that of A; outputs, that of G."""
 
 CONTROLS: Final = ("random-basis", "random-pairs", *SIDES)
-"""What `control` knows."""
+"""The names that `control` takes."""
 
 
 def random_basis(basis: Bases, seed: int) -> Bases:
@@ -38,9 +38,9 @@ def random_basis(basis: Bases, seed: int) -> Bases:
 
     Definition
         U_A and U_G of each layer are replaced by independent orthogonal matrices of Haar's
-        distribution: Q diag(sign(diag R)) of the decomposition Q R of a matrix of standard normal
-        numbers. Layer by layer from streams of (seed, side, layer's name), so that a layer's
-        directions do not depend on which others there are. mu and lam stay as they are.
+        distribution: Q diag(sign(diag R)), where Q R is a matrix of standard normal numbers. Each
+        comes from the stream of (seed, side, layer's name), so that a layer's directions do not
+        depend on the other layers. mu and lam stay as they are.
 
     The signs are Haar's, not ORDER's; no edit depends on them (O59).
 
@@ -80,10 +80,11 @@ def random_pairs(
     """Keep a share of the pairs of a basis, uniformly at random.
 
     Definition
-        n = round(share · O · I), half to even; every pair draws a uniform number and the n smallest
-        are kept (ties in row-major order), so that for one seed a smaller share keeps a subset.
-        W' = U_G (C ∘ M) U_Aᵀ, rounded to the dtype in which the source stores W. Where n is all,
-        W itself. With a joint basis W is [W b] and I is d_in + 1 (BIAS).
+        n = round(share · O · I), half to even. Every pair draws a uniform number, and the pairs of
+        the n smallest are kept (ties in row-major order): with one seed, a smaller share keeps a
+        subset.
+        W' = U_G (C ∘ M) U_Aᵀ, rounded to the dtype in which the source stores W; W itself if all
+        pairs are kept. With a joint basis W is [W b] and I is d_in + 1 (BIAS).
 
     Args:
         model: whose weights to edit; its dtype must hold the stored ones exactly.
@@ -93,8 +94,8 @@ def random_pairs(
         force: take a basis that was made from other weights than the model's.
 
     Returns:
-        The edited model (the given one is untouched), and the EditRecord, method "random pairs";
-        its mass is the share of Σ λ_i μ_j that chance has kept.
+        The edited model and the EditRecord, method "random pairs"; its mass is the share of
+        Σ λ_i μ_j that was kept. The given model is not changed.
 
     Raises:
         RangeError: a share outside [0, 1], a seed out of range. NameUnknownError: a pattern that
@@ -136,11 +137,11 @@ def one_sided(basis: Bases, side: str) -> Bases:
     Definition
         "inputs": lam := 1, so that Π_ij = μ_j; "outputs": mu := 1, so that Π_ij = λ_i.
 
-    By SELECT's row-major ties `edit` then keeps, for "inputs", whole columns of C, input directions
-    by descending μ, and of the last one as many first rows as its share still needs: its sharpest
-    output directions. For "outputs" whole rows, and of the last one its first columns. Directions
-    of one and the same eigenvalue share a tie, in row-major order of their pairs. So the gap is 0
-    unless the cut falls between two directions, and `acceptable` counts all pairs of a divided one.
+    With "inputs" `edit` keeps whole columns of C: input directions by descending μ. The last column
+    may be divided. By SELECT's row-major ties its first rows are then kept, which are its sharpest
+    output directions. With "outputs" it keeps whole rows, and the first columns of the last one.
+    Directions of equal eigenvalue are tied, and their pairs are taken in row-major order. If the
+    cut divides a direction, or tied ones, the gap is 0 and `acceptable` counts all their pairs.
 
     Args:
         basis: of `decompose` or `load_bases`, separate or joint.
@@ -178,8 +179,8 @@ def control(
 ) -> tuple[Model, EditRecord]:
     """The control of `edit(model, basis, rho)` by name, for the command line.
 
-    "random-basis", "inputs" and "outputs" take rho as it is; "random-pairs" keeps as many pairs of
-    each layer as that edit keeps.
+    "random-basis", "inputs" and "outputs" are edits with this rho. "random-pairs" keeps as many
+    pairs of each layer as `edit(model, basis, rho)`.
 
     Proof: tests/test_variants.py::test_controls_by_name
     """
@@ -193,7 +194,7 @@ def control(
 
 
 def _haar(n: int, rng: np.random.Generator) -> Array:
-    """An orthogonal matrix (n, n) of Haar's distribution: Q with R's diagonal made positive."""
+    """An orthogonal matrix (n, n) of Haar's distribution: Q of Q R, signs such that R_ii > 0."""
     with one_blas_thread():
         Q, R = np.linalg.qr(rng.standard_normal((n, n)))
     U = np.asarray(Q * np.where(R.diagonal() < 0, -1.0, 1.0))
@@ -207,7 +208,7 @@ def _drawn(seed: int, layer: str, shape: tuple[int, ...], count: int) -> Array:
 
 
 def _smallest(x: Array, count: int) -> Array:
-    """Bool of x's shape: its `count` smallest entries, ties in row-major order."""
+    """Bool of x's shape: True at its `count` smallest entries, ties in row-major order."""
     flat = x.ravel()
     if count in (0, len(flat)):
         return np.full(x.shape, count > 0)

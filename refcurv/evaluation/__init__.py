@@ -1,1 +1,1 @@
-"""What a model still does: recites, answers, predicts; knows nothing of edits."""
+"""What a model can do: recite, answer, predict. Nothing here depends on how it was edited."""

@@ -47,7 +47,7 @@ MASS_EDGES = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.99, 1.0)
 """pair_mass: cumulative share of the curvature mass."""
 
 RANK_PERCENT = (0, 10, 25, 50, 100)
-"""input_rank: percent of the eigenvectors of A, sharpest first."""
+"""input_rank: cumulative percent of the eigenvectors of A, sharpest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +57,9 @@ class Bands:
     Fields:
         layer; quantity.
         edges: (n + 1,) cumulative shares, of the mass or of the ranks.
-        sizes: (n,) pairs, or eigenvectors, in each band; 0 where one pair spans a whole band.
+        sizes: (n,) pairs, or eigenvectors, in each band. A band is empty if one pair spans it.
         memorised, clean: (n,) mean norm over the positions of each population.
-        aligned: were the clean inputs taken from the memorised ones' range of positions?
+        aligned: were clean inputs taken from the same range of positions as memorised ones?
     """
 
     layer: str
@@ -94,7 +94,7 @@ class Bands:
 
 
 def rank_bounds(size: int) -> Array:
-    """input_rank: band b holds the eigenvectors bounds[b] .. bounds[b+1] - 1 of `size`.
+    """input_rank: band b holds eigenvectors bounds[b] .. bounds[b+1] - 1; there are `size` of them.
 
     Bounds are rounded up, in integers, so that the sharpest band is never empty.
 
@@ -106,8 +106,8 @@ def rank_bounds(size: int) -> Array:
 def mass_bounds(basis: Eigenbasis, name: str = "bands") -> Array:
     """pair_mass: band b holds the columns bounds[b, i] .. bounds[b+1, i] - 1 of row i, (n+1, O).
 
-    Each bound is the SELECT cut at one of MASS_EDGES; the kept sets of one order are nested, so
-    that the bands are disjoint and hold every pair.
+    Each bound is the SELECT cut at one of MASS_EDGES. All cuts take pairs in one order, so that
+    what they keep is nested: the bands are disjoint, and together hold every pair.
 
     Proof:  tests/test_bands.py::test_band_weights_sum_to_the_weight
     """
@@ -121,7 +121,7 @@ def band_weights(W: Array, basis: Eigenbasis) -> list[Array]:
         W: (O, I).
         basis: the layer's.
 
-    Cost: O(O²I + OI²) per band; `bands` itself does without U_G, which changes no norm.
+    Cost: O(O²I + OI²) per band. `bands` leaves out U_G, which changes no norm.
     Source: P4, P5, P8.
     Proof:  tests/test_bands.py::test_band_weights_sum_to_the_weight; ::test_two_by_two_by_hand
     """
@@ -131,7 +131,7 @@ def band_weights(W: Array, basis: Eigenbasis) -> list[Array]:
 
 
 def _restricted(C: Array, low: Array, high: Array) -> Array:
-    """C ∘ M_b, the columns low[i] .. high[i] - 1 of each row i."""
+    """C ∘ M_b: C in the columns low[i] .. high[i] - 1 of row i, else 0."""
     j = np.arange(C.shape[1])
     return np.where((low[:, None] <= j) & (j < high[:, None]), C, 0.0)
 
@@ -151,27 +151,28 @@ def bands(
     force: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> dict[str, Bands]:
-    """Mean norm of what each band makes of memorised and of clean inputs, and their ratio.
+    """How large each band's output is on memorised and on clean inputs: mean norms and their ratio.
 
     Definition
         ratio_b = mean over memorised x of ‖W_b x‖ / mean over clean x of ‖W_b x‖   (pair_mass)
         the same with ‖P_b x‖ (input_rank); x is the layer's input at one position
         (a joint basis has [W b] and [x; 1] in their place)
 
-    Memorised tokens are the positions whose next token lies in a suffix, prompt_length - 1 ..
-    length - 2 of each row. Clean ones are such positions of the clean population *within the
-    columns that memorised ones occupy*, so that position itself does not tell them apart; where
-    there is none, all its scored positions, and `aligned` is False. Of images it is all positions
-    or the CLS, and they are always aligned; a head that reads them pooled has one input an image.
+    A memorised input is at a position whose next token lies in a suffix: prompt_length - 1 ..
+    length - 2 of each row. A clean input is at such a position of the clean population *in the
+    columns where memorised ones stand*, so that position itself does not tell them apart. If there
+    is none, all scored positions of the clean population are taken, and `aligned` is False. Images
+    give all positions, or the CLS, and are always aligned. A head that pools reads one input an
+    image.
 
     Args:
-        model: gives the inputs x and the weights W; the unedited one.
+        model: the unedited one; it gives the inputs x and the weights W.
         basis: eigenbases by layer name, of `decompose`.
         memorised: a population of kind `recite`, or of images: those with noised labels.
         clean: a population of kind `text`, or of images.
         layers: pattern over the basis's names.
         quantity: which of the two.
-        rows: of images "reached", which is "all", or "cls"; of tokens only "reached".
+        rows: for images "reached" (the same as "all") or "cls"; for tokens only "reached".
         force: take a basis that was made from other weights than the model's.
         progress: called with (batches done, batches).
 
@@ -221,7 +222,9 @@ def bands(
 def _require_rows(config: ModelConfig, rows: str, names: list[str]) -> Rows:
     choice = require_rows("bands", config, rows)
     if config.image is None and choice is not Rows.REACHED:
-        raise ConventionError(f"bands: rows={rows!r} is not for tokens; their suffixes are taken.")
+        raise ConventionError(
+            f"bands: rows={rows!r} is not for tokens, whose suffixes are taken. Leave out rows."
+        )
     if choice is Rows.CLS and "patch" in names:
         raise ConventionError("bands: 'patch' has no row among rows='cls'. Leave it out of layers.")
     return choice
@@ -238,7 +241,7 @@ def _require_readable(
 
 @dataclass(frozen=True, slots=True)
 class _Probe:
-    """One layer's bands: sizes, and x (N, I) float64 → norms (N, n)."""
+    """One layer's bands: their sizes, and the function from x (N, I) float64 to norms (N, n)."""
 
     sizes: tuple[int, ...]
     norms: Callable[[Array], Array]
@@ -253,7 +256,7 @@ class _Job:
     rows: Rows
 
     def parts(self, population: Population | ImagePopulation) -> list[Any]:
-        """What is read together: rows of token sequences, slices of images."""
+        """Batches: indices of token rows, slices of images."""
         if isinstance(population, ImagePopulation):
             return list(image_batches(self.config, population))
         return list(batches(population))
@@ -315,14 +318,14 @@ def _rank_norms(x_NI: Array, basis: Eigenbasis, bounds: Array) -> Array:
 
 
 def _mass_norms(x_NI: Array, basis: Eigenbasis, C: Array, bounds: Array) -> Array:
-    """‖W_b x‖ = ‖(C ∘ M_b) U_Aᵀ x‖, for U_G keeps norms."""
+    """‖W_b x‖ = ‖(C ∘ M_b) U_Aᵀ x‖, for U_G is orthogonal."""
     z_NI = x_NI @ basis.U_A
     spans = pairwise(bounds)
     return np.stack([norm(z_NI @ _restricted(C, a, b).T, axis=-1) for a, b in spans], axis=-1)
 
 
 def _columns(population: Population) -> tuple[int, int]:
-    """First and last position that scores a token in any row."""
+    """The first and the last position at which any row has a scored next token."""
     has = population.length > population.prompt_length
     if not has.any():
         raise EmptyError("bands: the memorised population has no token behind any prompt.")
@@ -342,7 +345,7 @@ def _mean_norms(
     columns: tuple[int, int] | None,
     done: Callable[[], object],
 ) -> Array:
-    """Mean norm over the population's positions, (layers, bands); sums added in batch order."""
+    """Mean norms over the population's positions, (layers, bands); sums are in batch order."""
 
     def work(_: int, part: Any) -> tuple[Array, Array]:
         inputs, layout, keep_BT = job.read(population, part, columns)

@@ -1,4 +1,4 @@
-"""What a model says that images are: one likeliest class each."""
+"""Which class a model gives each image: the likeliest one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from refcurv.passes.forward import final_states
 
 
 def image_batches(config: ModelConfig, population: ImagePopulation) -> list[slice]:
-    """Consecutive images as they are read together: no more than one shard's (SHARD).
+    """Batches of consecutive images, as many as a shard has (SHARD).
 
     Proof:  tests/test_images.py::test_evaluation_is_argmax_one_image_at_a_time
     """
@@ -42,8 +42,8 @@ def require_image_population(
     """Refuse images that the model cannot read or be judged on.
 
     Raises:
-        ConventionError: the model reads tokens. ShapeError: images of another size. RangeError: a
-        label that is none of the model's classes.
+        ConventionError: the model reads tokens. ShapeError: images of another size.
+        RangeError: a label that is not one of the model's classes.
     """
     if config.image is None:
         raise ConventionError(f"{who}: population {name!r} has images, but the model reads tokens.")

@@ -1,7 +1,7 @@
-"""What a model does item by item; the values of `rc.evaluate` are means of these.
+"""What a model does item by item. The values of `rc.evaluate` are means of these.
 
-For what a mean hides: facts by frequency, the damage that an edit does to each item
-(suffix_nats after minus before), and whether that damage tells memorised items from others (auc).
+They show what a mean hides: facts by frequency, the damage that an edit does to each item
+(suffix_nats after minus before), and whether the damage tells memorised items from others (auc).
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def distances(
 def suffix_nats(
     model: Model, population: Population, *, progress: Progress = lambda done, total: None
 ) -> Array:
-    """The nats that each item's own tokens behind the prompt cost, the truth being fed in.
+    """The nats of each item's true tokens behind the prompt, when the true ones before are given.
 
     Definition
         nats_n = Σ_t −log p(token t | tokens before t)      t = prompt_length .. length − 1
@@ -121,7 +121,7 @@ def suffix_nats(
         progress: called with (batches done, batches).
 
     Returns:
-        (N,) float64 [nats], summed over length − prompt_length tokens each: 0 where that is 0.
+        (N,) float64 [nats], each summed over length − prompt_length tokens; 0 if there are none.
 
     Raises:
         ConventionError, RangeError: as `hits`; images have no suffix.
@@ -165,9 +165,9 @@ def auc(positive: ArrayLike, negative: ArrayLike) -> float:
 
     Raises:
         EmptyError: a group without scores.
-        ShapeError: scores that are not one number an item.
-        DTypeError: scores that are no real numbers.
-        NonFiniteError: a score is NaN, which no order knows.
+        ShapeError: a group that is not one score per item.
+        DTypeError: scores that are not real numbers.
+        NonFiniteError: a score is NaN, which has no place in an order.
 
     Cost: O((P + N) log (P + N)).
     Source: Mann & Whitney 1947: AUC = U / (P N), U from the ranks, ties at their mean rank.
@@ -175,7 +175,8 @@ def auc(positive: ArrayLike, negative: ArrayLike) -> float:
     """
     p, n = (_scores(what, x) for what, x in (("positive", positive), ("negative", negative)))
     rank = rankdata(np.concatenate([p, n]))
-    # ranks are halves of integers: these sums are exact, and the order of the scores is no matter
+    # Ranks are halves of integers. So these sums are exact, in any order of the scores.
+    # Σ ranks of p = |p|(|p| + 1)/2, their ranks among themselves, + the pairs in which p is above.
     above = rank[: len(p)].sum() - len(p) * (len(p) + 1) / 2
     return float(above / (len(p) * len(n)))
 
@@ -205,7 +206,7 @@ def decoded_rows(model: Model, population: Population, progress: Progress) -> li
 
 
 def require_decoded(who: str, model: Model, population: Population) -> None:
-    """Refuse what is not to be decoded: images, text, tokens that the model cannot read."""
+    """Refuse a population that cannot be decoded: images, text, tokens the model cannot read."""
     _require_tokens(who, population)
     if population.kind == "text":
         raise ConventionError(

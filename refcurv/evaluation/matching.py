@@ -1,8 +1,8 @@
-"""Edits of one perplexity: how strongly a method may cut, and what each strength costs.
+"""Edits of equal perplexity: how strongly a method may cut, and what each strength costs.
 
-A method is a function of one number, its strength; what it changes is none of this module's
-business. Methods are compared where they cost the same, not where their own numbers agree (PAPER
-§5: rho is not comparable between estimators, data sizes or bases).
+A method is a function from a number, its strength, to an edited model. Methods are compared where
+they cost the same, not where their strengths agree (PAPER §5: rho is not comparable between
+estimators, data sizes or bases).
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ Strengthen = Callable[[float], Model]
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """The edit whose perplexity was to be the target.
+    """The result of a search for the edit whose perplexity is the target.
 
     Fields:
-        strength, perplexity: of the edit that is returned.
-        target: what its perplexity was to be.
-        matched: does it lie within the tolerance?
-        tried: every (strength, perplexity) that was measured, in that order.
+        strength, perplexity: of the edit that was found.
+        target: the perplexity that was asked for.
+        matched: is the perplexity within the tolerance of the target?
+        tried: every (strength, perplexity) that was measured, in order.
     """
 
     strength: float
@@ -44,7 +44,7 @@ class Match:
 
     @property
     def verdict(self) -> str:
-        """What came of it: "matched", "overshoots" or "falls short"."""
+        """The word for it: "matched", or it "overshoots" or "falls short" of the target."""
         if self.matched:
             return "matched"
         return "overshoots" if self.perplexity > self.target else "falls short"
@@ -65,15 +65,15 @@ def at_perplexity(
     Definition
         |perplexity(strengthen(s)) / target − 1| <= tolerance, s between weakest and strongest
 
-    What is guaranteed: `matched` says that the perplexity at the returned strength was measured and
-    is within the tolerance; nothing else can set it. Measured first is `weakest`: if it is above
-    the target, it is returned ("overshoots"), whatever stronger settings would do. Then
-    `strongest`: if it is below, it is returned ("falls short"), whatever weaker ones would do. If
-    the target lies between the two, Brent's method keeps a bracket, one end below the target and
-    one above, so that it finds a crossing where there is one: *a* crossing, not always the weakest
-    one, for perplexity need not rise everywhere. Edits are counted in whole pairs: where the
-    perplexity jumps over the target, or after `most` measurements, the tried strength whose
-    perplexity is nearest by ratio is returned, not matched. An infinite perplexity is above.
+    `matched` guarantees that the perplexity at the returned strength was measured and is within the
+    tolerance. `weakest` is measured first. If its perplexity is above the target, it is returned
+    ("overshoots"), whatever stronger settings would do. `strongest` is next. If its perplexity is
+    below, it is returned ("falls short"), whatever weaker settings would do. Otherwise Brent's
+    method keeps a bracket with one end below the target and one above, and finds a crossing. It is
+    not always the weakest crossing, for perplexity need not rise everywhere. Edits are counted in
+    whole pairs, so perplexity may jump over the target. There, or after `most` measurements, the
+    tried strength whose perplexity is nearest by ratio is returned, not matched. An infinite
+    perplexity is above the target.
 
     Args:
         strengthen: strength → edited model. It should depend on the strength smoothly, as with the
@@ -103,7 +103,7 @@ def at_perplexity(
     tried: dict[float, float] = {}
 
     def excess(strength: float) -> float:
-        """ln(perplexity / target); 0 within the tolerance, where the search ends."""
+        """ln(perplexity / target), or 0 within the tolerance, which ends the search."""
         if strength not in tried:
             tried[strength] = text_perplexity(strengthen(strength), text)
         return 0.0 if near(tried[strength]) else math.log(tried[strength] / target)
@@ -126,7 +126,7 @@ def at_perplexity(
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One strength: the share of texts still recited without an error, and the perplexity."""
+    """One strength, the share of texts still recited without an error, and the perplexity."""
 
     strength: float
     recitation: float
@@ -149,7 +149,7 @@ def tradeoff(
 
     Args:
         strengthen: strength → edited model.
-        strengths: in the order wanted.
+        strengths: those to try, in any order.
         recite: of kind `recite`; its strict recitation is that of `rc.evaluate`.
         text: of kind `text`; its perplexity likewise, to rounding.
         progress: called with (strengths done, strengths).
@@ -178,7 +178,7 @@ def tradeoff(
 
 
 def text_perplexity(model: Model, text: Population) -> float:
-    """The perplexity of `rc.evaluate`, to rounding, without its nDCG; infinite if it overflows."""
+    """The perplexity of `rc.evaluate`, to rounding; infinite if it overflows."""
     return perplexity(suffix_nats(model, text), text.length - text.prompt_length)
 
 

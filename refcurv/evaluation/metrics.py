@@ -1,4 +1,4 @@
-"""Numbers about what a model says: pure functions of arrays, no model in sight (PAPER §2)."""
+"""Numbers about what a model says: pure functions of arrays, without a model (PAPER §2)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Recitation:
     """How much of the true suffixes was recited.
 
     Fields: strict, the share of rows with d = 0; loose, the share with 1 - d/L >= 0.75; distance,
-    the mean of d/L. d is the Levenshtein distance over token ids, L the suffix's length.
+    the mean of d/L. d is the Levenshtein distance over token ids, L the length of the suffix.
     """
 
     strict: float
@@ -90,7 +90,7 @@ def edit_distances(decoded: Sequence[Array], truth: Sequence[Array]) -> list[tup
 
 
 def exact_match(decoded: Sequence[Array], truth: Sequence[Array]) -> float:
-    """The share of rows decoded without a single wrong token: task accuracy.
+    """The share of rows decoded without a wrong token: task accuracy.
 
     Raises:
         EmptyError, ShapeError: as `recitation`.
@@ -103,7 +103,7 @@ def exact_match(decoded: Sequence[Array], truth: Sequence[Array]) -> float:
 
 
 def accuracy(predicted: Array, label: Array) -> float:
-    """The share of items whose predicted class is the label: of (N,) and (N,) integers.
+    """The share of items whose predicted class is the label; both are (N,) integers.
 
     Raises:
         ShapeError: they differ in number. EmptyError: there are none.
@@ -138,16 +138,16 @@ def perplexity(nats: Array | float, count: Array | int) -> float:
     """exp of the mean nats per token: exp(total nats / total tokens), in float64.
 
     Args:
-        nats: summed nats, of everything or per batch, any shape; added correctly rounded, so that
-            how the tokens were batched changes no bit that the sums themselves do not.
-        count: the tokens that they were summed over, alike.
+        nats: summed nats, of everything or per batch, in any shape. They are added with one
+            rounding, so that the order of batches changes no bit.
+        count: the numbers of tokens that they were summed over.
 
     Returns:
         Perplexity, >= 1 for any true likelihood; infinite beyond a mean of 709.78 nats.
 
     Raises:
         EmptyError: no tokens.
-        NonFiniteError: a sum is NaN or infinite. DTypeError: tokens that are no integers.
+        NonFiniteError: a sum is NaN or infinite. DTypeError: counts that are not integers.
 
     Source: PAPER §2, Perplexity. The official code takes the mean over batches of exp(batch
         loss) instead: never smaller for batches of equal size (Jensen), different in general.
@@ -171,7 +171,7 @@ def top_ids(logits: Array, k: int) -> Array:
     """The ids of the k largest logits of each row, largest first, the lowest id first on ties.
 
     Args:
-        logits: (N, V), any real dtype, integers and booleans too; compared as they are.
+        logits: (N, V), of any real dtype, also integers or booleans; compared without conversion.
         k: 1 <= k <= V.
 
     Returns:
@@ -195,12 +195,12 @@ def top_ids(logits: Array, k: int) -> Array:
         )
     id_NK = np.argpartition(logits, V - k, axis=-1)[:, V - k :]
     least_N1 = np.take_along_axis(logits, id_NK, axis=-1).min(axis=-1, keepdims=True)
-    # more ids than k reach the k-th value: the lowest of those that equal it are wanted
+    # where more than k ids reach the k-th largest value, take the lowest of those that equal it
     for n in np.flatnonzero((logits >= least_N1).sum(axis=-1) > k):
         above, equal = np.flatnonzero(logits[n] > least_N1[n]), logits[n] == least_N1[n]
         id_NK[n] = np.concatenate([above, np.flatnonzero(equal)[: k - len(above)]])
-    # ascending by value from the highest id on, read backwards: no value is negated, for -(-128) is
-    # -128 in int8, and unsigned numbers wrap
+    # Sort ids downwards, then stably by value upwards, and read backwards. Negating the values
+    # would be simpler, but -(-128) is -128 in int8, and unsigned numbers wrap.
     id_NK = np.sort(id_NK, axis=-1)[:, ::-1]
     value_NK = np.take_along_axis(logits, id_NK, axis=-1)
     order_NK = np.argsort(value_NK, axis=-1, kind="stable")[:, ::-1]
@@ -208,7 +208,7 @@ def top_ids(logits: Array, k: int) -> Array:
 
 
 def ndcg_of_ids(baseline: Array, edited: Array, gain: Gain | str = Gain.PAPER) -> Array:
-    """nDCG of each position, given the likeliest ids B and E of both models, in order.
+    """nDCG of each position, from the likeliest ids of both models in order: B baseline, E edited.
 
     Definition
         nDCG = Σ_r gain_r / log2(r + 1)  /  Σ_r (K - r + 1) / log2(r + 1)        r = 1 .. K
@@ -217,14 +217,14 @@ def ndcg_of_ids(baseline: Array, edited: Array, gain: Gain | str = Gain.PAPER) -
 
     Args:
         baseline: (N, K) ids, likeliest first, no id twice in a row.
-        edited: (N, K), alike.
-        gain: whose rank grades a token that is in both lists.
+        edited: (N, K), likewise.
+        gain: which list's rank grades a token that is in both.
 
     Returns:
         (N,) float64 in [0, 1], 1 where both lists are the same.
 
     Raises:
-        ShapeError: the lists differ in shape, or K = 0. DTypeError: ids that are no integers.
+        ShapeError: the lists differ in shape, or K = 0. DTypeError: ids that are not integers.
         ConventionError: an unknown gain, or a list that holds an id twice.
 
     Source: PAPER §2, nDCG@K.
@@ -244,13 +244,13 @@ def ndcg_of_ids(baseline: Array, edited: Array, gain: Gain | str = Gain.PAPER) -
     for b in range(K):
         same_NK = edited == baseline[:, b : b + 1]
         gain_NK += same_NK * (grade_K if reading is Gain.PAPER else grade_K[b])
-    # the ideal is summed like the score, so that a list scores exactly 1 against itself
+    # the ideal is summed in the same order as the score: a list scores exactly 1 against itself
     ideal_NK = np.tile(grade_K, (len(edited), 1)) * discount_K
     return np.asarray((gain_NK * discount_K).sum(axis=-1) / ideal_NK.sum(axis=-1))
 
 
 def _require_distinct(what: str, id_NK: Array) -> None:
-    """A token has one rank: an id that stands twice would gain twice."""
+    """Refuse an id that stands twice in a row: it would gain twice."""
     sorted_NK = np.sort(id_NK, axis=-1)
     twice_NK = sorted_NK[:, 1:] == sorted_NK[:, :-1]
     if twice_NK.any():
@@ -266,8 +266,8 @@ def ndcg(
 ) -> float:
     """nDCG@k of the edited model's likeliest tokens against the baseline's, mean over positions.
 
-    `ndcg_of_ids` of the `top_ids` of both. Unchanged by a shift or a positive scaling of either
-    model's logits, up to ties that rounding makes.
+    It is `ndcg_of_ids` of the `top_ids` of both. A shift or a positive scaling of either model's
+    logits changes nothing, except where rounding makes ties.
 
     Args:
         baseline_logits: (N, V) of the unedited model.
@@ -280,7 +280,7 @@ def ndcg(
 
     Raises:
         EmptyError: no positions.
-        ShapeError, RangeError, NonFiniteError, ConventionError: as its parts.
+        ShapeError, RangeError, NonFiniteError, ConventionError: as `top_ids`, `ndcg_of_ids`.
 
     Source: PAPER §2, nDCG@K.
     Proof:  tests/test_metrics.py::test_ndcg_is_the_definition; ::test_O66_ndcg_of_itself_is_one
@@ -296,10 +296,10 @@ def ndcg(
 
 
 def retention(before: float, after: float) -> float:
-    """after / before: the share of an ability that an edit left. May exceed 1.
+    """after / before: the share of an ability that is left after an edit. It may exceed 1.
 
-    NaN where it has no meaning, in a table "-": before == 0 (there was nothing to retain, whatever
-    came after), or either value is NaN (not measured).
+    NaN (in a table "-") where it has no meaning: before == 0, so that there was nothing to retain,
+    or either value is NaN, so that it was not measured.
 
     Raises:
         RangeError: a negative value.
@@ -313,9 +313,9 @@ def retention(before: float, after: float) -> float:
 def retention_above_chance(before: float, after: float, chance: float) -> float:
     """(after - chance) / (before - chance): the share of what was known, not guessed.
 
-    NaN where it has no meaning, in a table "-": before <= chance (nothing was known; the ratio of
-    two excesses over guessing would be noise, or have its sign turned), or either value is NaN.
-    Negative where the edited model does worse than guessing; not clipped. With chance = 0 it is
+    NaN (in a table "-") where it has no meaning: before <= chance, so that nothing was known and
+    the ratio would be noise or have the wrong sign, or either value is NaN. It is negative where
+    the edited model does worse than guessing, and is not clipped. With chance = 0 it is
     `retention`.
 
     Args:

@@ -1,7 +1,7 @@
-"""Position perturbation: is recitation gone, or only out of reach of the one prompt that was tried?
+"""Position perturbation: is recitation gone, or does another prompt still bring it out?
 
-A memorised text that an edit has hidden may come back when the prompt is cut elsewhere (Huang et
-al. 2024). Each item is asked again from other places, and the best answer counts.
+A memorised text that an edit has hidden may come back when its prompt is cut elsewhere (Huang et
+al. 2024). Each item is asked again with other prompts, and the best answer counts.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from refcurv.passes.parallel import Progress
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Perturbation:
-    """How many tokens of each suffix are recited in a row, from its own prompt and from others.
+    """How many tokens of each suffix are recited in a row, after its own prompt and after others.
 
     Fields:
         t: how far prompts were moved.
-        original: (N,) int64, the match from the item's own prompt.
+        original: (N,) int64, the match after the item's own prompt.
         stressed: (N,) int64, the largest match over its variants.
-        variants: (N,) int64, how many there are of each; the item's own prompt is none of them.
+        variants: (N,) int64, how many variants there are; the item's own prompt is not one.
     """
 
     t: int
@@ -61,22 +61,22 @@ def perturbation(
     *,
     progress: Progress = lambda done, total: None,
 ) -> Perturbation:
-    """The longest match of each item under position perturbation, and without.
+    """The longest match of each item with and without position perturbation.
 
     Definition
         An item has the prompt x_1 .. x_n and the suffix x_{n+1} .. x_{n+L}. Its variants:
 
-            longer    x_1 .. x_{n+i}          i = 1 .. min(t, L)       to go on with x_{n+i+1} ..
-            window    x_{n-w+1} .. x_n        w = t + 1 .. n − 1       to go on with x_{n+1} ..
+            longer    x_1 .. x_{n+i}          i = 1 .. min(t, L)       truth x_{n+i+1} ..
+            window    x_{n-w+1} .. x_n        w = t + 1 .. n − 1       truth x_{n+1} ..
 
-        The score of a prompt is how many tokens of its greedy continuation equal what it is to go
-        on with, counted from the start up to the first that does not. stressed is the largest
-        score over the variants, original that of x_1 .. x_n alone.
+        The score of a prompt is the number of tokens of its greedy continuation that equal the
+        truth before the first that does not. stressed is the largest score over the variants,
+        original that of x_1 .. x_n alone.
 
-    A prompt with n <= t + 1 has no windows. The variant i = L, the whole text, has nothing left to
-    say: its score is 0 by definition, it counts as a variant, and nothing is decoded. With t >= 1
-    and L >= 1 there is always a variant. A window is a text of its own: its positions begin at 0,
-    and a token that starts every prompt is lost with what is cut off.
+    A prompt with n <= t + 1 has no windows. The variant i = L is the whole text: it counts, with
+    score 0 by definition, and nothing is decoded. With t >= 1 and L >= 1 there is always a variant.
+    A window is a text of its own: its positions begin at 0, and it lacks a token that starts every
+    prompt.
 
     Args:
         model: computes in its `dtype`.
@@ -88,8 +88,8 @@ def perturbation(
         Perturbation, per item in the population's order.
 
     Raises:
-        RangeError: t is no integer >= 1; a token outside the vocabulary, or more positions than
-            were learned.
+        RangeError: t is not an integer >= 1; a token outside the vocabulary, or more positions
+            than were learned.
         ConventionError: a population of kind `text` or of images; a model that is bidirectional or
             reads images.
         NonFiniteError: a logit is NaN or infinite.
@@ -120,7 +120,7 @@ def _lengths(population: Population) -> tuple[Array, Array]:
 
 
 def _prompts(population: Population, t: int) -> tuple[Population, Array]:
-    """Rows to decode, and the item that each is of: first the N own prompts, then the variants."""
+    """Rows to decode, and the item of each row: first the N own prompts, then the variants."""
     sizes = list(enumerate(zip(*map(np.ndarray.tolist, _lengths(population)), strict=True)))
     cuts = [(item, 0, n) for item, (n, _) in sizes]
     cuts += [(item, begin, end) for item, (n, L) in sizes for begin, end in _variants(n, L, t)]
@@ -133,12 +133,12 @@ def _prompts(population: Population, t: int) -> tuple[Population, Array]:
 
 
 def _variants(n: int, L: int, t: int) -> Iterator[tuple[int, int]]:
-    """The prompts tokens[begin:end] of an item's variants, but for the whole text."""
+    """The prompts tokens[begin:end] of an item's variants, without the whole text."""
     yield from ((0, n + i) for i in range(1, min(t, L) + 1) if i < L)
     yield from ((n - w, n) for w in range(t + 1, n))
 
 
 def _matches(decoded: Sequence[Array], truth: Sequence[Array]) -> Array:
-    """(N,) int64: how many tokens are equal before the first that is not."""
+    """(N,) int64: how many tokens are equal before the first that differs."""
     rows = [np.append(said != true, True) for said, true in zip(decoded, truth, strict=True)]
     return np.array([int(np.argmax(row)) for row in rows], dtype=np.int64)

@@ -46,7 +46,7 @@ from refcurv.passes.forward import resident
 from refcurv.passes.parallel import Progress, counter
 
 RETAINED = MappingProxyType({"answer": "accuracy", "recite": "strict", "label": "accuracy"})
-"""The value that a retention is of, by kind; a perplexity is not retained."""
+"""By kind, the value whose retention is given; perplexity has none."""
 
 
 # ------------------------------------------------------------------ records
@@ -56,10 +56,13 @@ RETAINED = MappingProxyType({"answer": "accuracy", "recite": "strict", "label": 
 class Measured:
     """One model on one population.
 
-    Fields: kind; items, rows or images; tokens, how many of them are decoded or scored, 0 of
-    images; chance; values by name (answer, label: accuracy; recite: strict, loose, distance; text:
-    perplexity); top, for text the ids (tokens, min(10, V)) of the likeliest tokens at every scored
-    position, else None.
+    Fields:
+        kind; chance: of the population.
+        items: rows or images. tokens: how many tokens are decoded or scored; 0 for images.
+        values: by name (answer, label: accuracy; recite: strict, loose, distance; text:
+            perplexity).
+        top: for text, the ids (tokens, min(10, V)) of the likeliest tokens at every scored
+            position; else None.
     """
 
     kind: str
@@ -72,7 +75,7 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One model on every population of one split; what `compare` needs of a baseline."""
+    """One model on every population of one split; `compare` takes two of them."""
 
     split: str
     vocabulary: int
@@ -80,7 +83,7 @@ class Measurement:
     populations: Mapping[str, Measured]
 
     def only(self, names: Iterable[str]) -> Measurement:
-        """Of these populations alone."""
+        """The same with these populations only."""
         known = {name: self.populations[name] for name in names if name in self.populations}
         return replace(self, populations=MappingProxyType(known))
 
@@ -94,8 +97,8 @@ class Row:
         before, after: values by name of the baseline (None without one) and of the model.
         agreement: for text with a baseline, nDCG@10 by both readings, "ndcg_paper" and
             "ndcg_code"; else empty.
-        retention, retention_above_chance: of the accuracy or of strict recitation; NaN for text,
-            without a baseline, and where `metrics` says that they have no meaning.
+        retention, retention_above_chance: of the accuracy or of strict recitation. NaN for text,
+            without a baseline, and where it has no meaning (`metrics.retention`).
     """
 
     name: str
@@ -129,7 +132,7 @@ class Row:
 class Evaluation:
     """A table: one Row per population of the split, in the corpus's order.
 
-    Fields: split; dtype and baseline_dtype, what each model computed in (None without a baseline);
+    Fields: split; dtype, baseline_dtype: what each model computed in (None without a baseline);
     rows.
     """
 
@@ -176,21 +179,23 @@ def evaluate(
     progress: Progress = lambda done, total: None,
     each: Callable[[Evaluation], object] = lambda table: None,
 ) -> Evaluation:
-    """What a model still does, population by population, beside what its baseline did.
+    """What a model still does, population by population, beside what its baseline does.
 
     Definition
-        answer: accuracy, exact match of the greedy answer. recite: strict, loose and mean
-        distance of the greedy suffix. text: perplexity, and nDCG@10 against the baseline by both
-        readings, at the positions whose next token lies in [prompt_length, length). label, of
-        images: accuracy, the likeliest class (the lowest id on ties) is the label.
+        answer: accuracy, exact match of the greedy answer.
+        recite: strict, loose and mean distance of the greedy suffix.
+        text:   perplexity, and nDCG@10 against the baseline by both readings, at the positions
+                whose next token lies in [prompt_length, length).
+        label:  of images, accuracy: the likeliest class (the lowest id on ties) is the label.
 
     Args:
         model: the (edited) model.
         corpus: its populations are evaluated; its own tokens or images are not read.
         split: "test" to report, "dev" to tune on.
-        baseline: the unedited model, evaluated once; or its `measure`, made once for many edits.
+        baseline: the unedited model, or the Measurement that `measure` made of it. The latter
+            serves many edits.
         progress: called with (batches done, batches), of both models together.
-        each: called with the table so far, whenever the model has done a population.
+        each: called with the table so far, after each population of the model.
 
     Returns:
         Evaluation: plain records, one per population, with `to_json()`.
@@ -203,7 +208,7 @@ def evaluate(
         ConventionError: an unknown split; a baseline of another vocabulary or split; tokens for a
             model of images or the reverse; a bidirectional model of tokens.
 
-    Cost: one forward pass over each population's tokens and model. Logits exist for at most
+    Cost: for each model one forward pass over each population's tokens. Logits exist for at most
         HEAD_ROWS positions per thread.
     Source: PAPER §2.
     Proof:  tests/test_suite.py::test_by_hand; ::test_text_is_the_naive_loop;
@@ -264,7 +269,7 @@ def measure(
 
 
 def compare(after: Measurement, before: Measurement | None) -> Evaluation:
-    """The table of two measurements of the same populations; without `before`, of one.
+    """The table of two measurements of the same populations, or of one if `before` is None.
 
     Raises:
         ConventionError: they differ in vocabulary, split, populations, or numbers of tokens.
@@ -312,7 +317,7 @@ def _require_alike(before: Measurement, after: Measurement) -> None:
         if getattr(before, what) != getattr(after, what):
             raise ConventionError(
                 f"evaluate: the baseline's {what} is {getattr(before, what)!r}, the model's "
-                f"{getattr(after, what)!r}; only like can be compared."
+                f"{getattr(after, what)!r}. They must be equal to be compared."
             )
     facts = [
         {name: (p.kind, p.items, p.tokens, p.chance) for name, p in m.populations.items()}
@@ -340,7 +345,7 @@ def _populations(corpus: Corpus, split: str) -> Populations:
 
 
 def require_readable(wanted: Populations, config: ModelConfig) -> None:
-    """Refuse, before any work, populations that a model cannot be judged on."""
+    """Refuse populations that the model cannot be judged on, before any work."""
     for name, population in wanted.items():
         if isinstance(population, ImagePopulation):
             require_image_population("evaluate", name, population, config)

@@ -51,11 +51,11 @@ class NotPSDError(RefcurvError):
 
 
 class ConventionError(RefcurvError):
-    """A choice that the law does not know, or that contradicts another."""
+    """A choice that the law does not know, or that contradicts another choice."""
 
 
 class SchemaError(RefcurvError):
-    """A file is not what it says it is, or not a file of ours."""
+    """A file is not what it says it is, or not a refcurv file."""
 
 
 class ChecksumError(SchemaError):
@@ -81,13 +81,13 @@ class StorageError(RefcurvError):
 
 
 class RoomError(RefcurvError):
-    """The machine cannot hold the job: it has too little memory, or a library of too short ints."""
+    """The machine cannot hold the job: too little memory, or a library with integers too short."""
 
     status = 3
 
 
 class SolverError(RefcurvError):
-    """LAPACK or ARPACK gave up on a matrix that it should solve."""
+    """LAPACK or ARPACK did not converge on a matrix that it should solve."""
 
     status = 3
 
@@ -95,7 +95,7 @@ class SolverError(RefcurvError):
 def require_shape(
     who: str, what: str, array: Array, shape: Sequence[int | None], axes: str, hint: str = ""
 ) -> None:
-    """Raise ShapeError unless `array` has `shape`, None meaning any length; `axes` names them."""
+    """Raise ShapeError unless `array` has `shape`; None is any length, `axes` names the lengths."""
     got = np.shape(array)
     if len(got) == len(shape) and all(
         want is None or want == have for want, have in zip(shape, got, strict=True)
@@ -116,7 +116,7 @@ def require_dtype(who: str, what: str, array: Array, kinds: str, wanted: str) ->
 
 
 def as_array(who: str, what: str, given: Any, axes: str) -> Array:
-    """`given` as an array, itself if it is one; ShapeError if it is none, as of ragged lists."""
+    """`given` as an array (an array is not copied); ShapeError if it is none, like ragged lists."""
     try:
         return np.asarray(given)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
@@ -125,7 +125,7 @@ def as_array(who: str, what: str, given: Any, axes: str) -> Array:
 
 
 def _ragged(given: Any) -> str:
-    """Which of the rows is the first whose length is not that of row 0; empty if none is."""
+    """Names the first row whose length differs from row 0's; empty if there is none."""
     if not isinstance(given, Sequence) or not given:
         return ""
     lengths = [len(row) if isinstance(row, Sequence | np.ndarray) else None for row in given]
@@ -149,14 +149,14 @@ def as_integers(
     """A copy of `given` as integers of `dtype`, exactly: nothing is rounded or wrapped.
 
     Raises:
-        ShapeError: no array, as of ragged lists, or of another shape (see `require_shape`).
-        DTypeError: floats, texts, None, and booleans unless `kinds` has "b".
-        RangeError: a number that `dtype` does not hold.
+        ShapeError: `given` is no array (ragged lists), or has another shape (`require_shape`).
+        DTypeError: it holds floats, texts, None, or booleans unless `kinds` has "b".
+        RangeError: it holds a number outside the range of `dtype`.
 
     Proof: tests/test_corpus.py::test_what_is_no_matrix_of_ids_is_refused_everywhere
     """
     array = as_array(who, what, given, axes)
-    if array.size:  # an empty list is one of floats to NumPy
+    if array.size:  # NumPy makes an array of floats from an empty list
         require_dtype(who, what, array, kinds, "integers")
     require_shape(who, what, array, shape, axes)
     require_dtype(who, what, array, kinds, "integers")
@@ -183,7 +183,7 @@ def require_finite(who: str, what: str, array: Array, hint: str = "") -> None:
 
 
 def overflow_hint(dtype: DTypeLike) -> str:
-    """What makes a number computed in `dtype` infinite or NaN, and what to do about it."""
+    """Why a number computed in `dtype` may be infinite or NaN, and what to do about it."""
     real = np.zeros(0, dtype).real.dtype
     wider = ", or compute in float64" if real.itemsize < 8 else ""
     return f"NaN in the weights, or products beyond the range of {real}: check the weights{wider}."
@@ -218,7 +218,7 @@ def require_seed(who: str, seed: int) -> int:
 
 
 def require_draws(who: str, draws: int) -> int:
-    """Return how often labels or signs are drawn; RangeError unless an integer in [1, 2**31)."""
+    """Return `draws`, or raise RangeError unless it is an integer in [1, 2**31)."""
     if isinstance(draws, bool) or not isinstance(draws, int) or not 1 <= draws < 2**31:
         raise RangeError(f"{who}: draws must be an integer in [1, 2**31); got {draws!r}.")
     return draws

@@ -21,14 +21,14 @@ SMALLEST = float(np.finfo(np.float64).tiny)
 
 
 class Norm(StrEnum):
-    """RMSNorm, or LayerNorm: RMSNorm of what is left when the mean is taken away."""
+    """RMSNorm, or LayerNorm, which is RMSNorm of x − mean(x)."""
 
     RMS = "rms"
     LAYER = "layer"
 
 
 class NormPlace(StrEnum):
-    """Where a block normalises: before attention and MLP, behind them (OLMo-2), or both (Gemma)."""
+    """Where a block normalises: before attention and MLP, after them (OLMo-2), or both (Gemma)."""
 
     PRE = "pre"
     POST = "post"
@@ -44,7 +44,10 @@ class QKNorm(StrEnum):
 
 
 class Residual(StrEnum):
-    """What the MLP reads: the attention's sum, the block's own input, or its input's one norm."""
+    """What the MLP of a block with input x reads.
+
+    sequential: norm(x + attention). parallel: norm(x), its own. shared: the norm(x) of attention.
+    """
 
     SEQUENTIAL = "sequential"
     PARALLEL = "parallel"
@@ -83,18 +86,19 @@ SPECIALS = ("cls", "distillation")
 """The vectors that stand before an image's patches."""
 
 TABLES = ("embed", "position")
-"""The tables of vectors that positions read one entry of."""
+"""The tables of vectors; a position reads one entry of each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeScaling:
-    """Frequencies of long context: f/factor where the trained context holds few turns.
+    """How rotary frequencies f are stretched for a context longer than the trained one.
 
     Fields:
         kind: which rule (see `layers.rope_frequencies`).
-        factor: by how much positions are squeezed.
-        original: positions of the trained context; a frequency f turns original·f/2π times in it.
-        slow, fast: below `slow` turns a frequency is divided by the factor, above `fast` it stays.
+        factor: a stretched frequency is f / factor.
+        original: positions of the trained context. A frequency f makes original·f/2π turns in it.
+        slow, fast: a frequency is stretched if it makes fewer turns than `slow`; it stays if it
+            makes more than `fast`; between them it is in part stretched.
         attention: cos and sin are multiplied by it (yarn).
         truncate: yarn's ramp starts and ends at whole dimensions.
     """
@@ -108,7 +112,7 @@ class RopeScaling:
     truncate: bool = True
 
     def __post_init__(self) -> None:
-        """Refuse what stretches nothing."""
+        """Refuse fields that make no rule."""
         who = "RopeScaling"
         kind = Scaling(require_choice(who, "kind", self.kind, Scaling))
         object.__setattr__(self, "kind", kind)
@@ -126,10 +130,10 @@ class RopeScaling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Image:
-    """What a vision transformer reads: images cut in square patches, row by row.
+    """What a vision transformer reads: images cut into square patches, row by row.
 
-    Fields: channels, height, width, patch (pixels of a side); specials: the vectors before the
-    patches, none, ("cls",) or ("cls", "distillation").
+    Fields: channels, height, width; patch, its side in pixels; specials, the vectors that stand
+    before the patches: (), ("cls",) or ("cls", "distillation").
     """
 
     channels: int
@@ -139,7 +143,7 @@ class Image:
     specials: tuple[str, ...] = ("cls",)
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be cut."""
+        """Refuse an image that cannot be cut into patches."""
         who = "Image"
         _require_naturals(self, who, ("channels", "height", "width", "patch"), 1)
         if self.height % self.patch or self.width % self.patch:
@@ -149,7 +153,7 @@ class Image:
             )
         _require_names(self, who, "specials", SPECIALS)
         if self.specials != SPECIALS[: len(self.specials)]:
-            raise ConventionError(f"{who}: specials begin with 'cls'; got {self.specials}.")
+            raise ConventionError(f"{who}: specials must begin with 'cls'; got {self.specials}.")
 
     @property
     def patches(self) -> int:
@@ -174,20 +178,22 @@ class ModelConfig:
     Fields, sizes first:
         vocabulary: outputs of the head: tokens, or an image classifier's classes.
         width, layers, heads, kv_heads, head_width, mlp_width.
-        norm_place, qk_norm, norm_eps; norm; norm_gain: do norms have one; norm_offset: is the
-            gain stored less 1; norm_bias.
+        norm_place, qk_norm, norm_eps; norm; norm_gain: do norms have a gain; norm_offset: does the
+            file hold gain − 1; norm_bias: do norms have a bias.
         rope_theta: base of rotary positions, or None; rope_width: how many of a head's first
             entries turn, None for all; rope_scaling.
         learned_positions: rows of the table of learned positions, or 0.
         tied: is the head's weight the embedding.
-        biases: the kinds of linear layers (LINEAR) that have one.
+        biases: the kinds of linear layers (LINEAR) that have a bias.
         gated: h = f(gate) · up, else h = f(up); activation: f.
         residual: what the MLP reads.
-        score_scale: of q·k, None for head_width^(-1/2); score_cap, logit_cap: c · tanh(x/c), or
-            None; qkv_clip: q, k, v lie in ±clip, or None.
-        windows: for each block how many last positions a query sees, 0 for all; () for all blocks.
-        embed_scale: of the token embedding.
-        causal: does a position see only earlier ones.
+        score_scale: q·k is multiplied by it, None for head_width^(-1/2).
+        score_cap, logit_cap: scores or logits become c · tanh(x/c); None leaves them.
+        qkv_clip: q, k and v are clipped to ±qkv_clip; None leaves them.
+        windows: for each block, how many last positions a query sees, 0 for all. () means all in
+            every block.
+        embed_scale: the token embedding is multiplied by it.
+        causal: does a position see only itself and earlier ones.
         image: what a vision transformer reads, None for tokens; pool: what its head reads.
 
     Every field is checked on construction; a contradiction is a ConventionError or RangeError.
@@ -228,7 +234,7 @@ class ModelConfig:
     pool: Pool = Pool.NONE
 
     def __post_init__(self) -> None:
-        """Refuse what no transformer can be."""
+        """Refuse fields that contradict each other."""
         who = "ModelConfig"
         _require_naturals(self, who, _SIZES, 1)
         _require_naturals(self, who, ("learned_positions",), 0)
@@ -327,7 +333,7 @@ class ModelConfig:
         return "embed.weight" if layer == "head" and self.tied else f"{layer}.weight"
 
     def input_of(self, layer: str) -> str:
-        """The name of the input that `layer` reads; q, k, v share one, and gate, up another."""
+        """The name of the input that `layer` reads: q, k and v share one, gate and up another."""
         block, _, name = layer.rpartition(".")
         if name in ("q", "k", "v"):
             return f"{block}.qkv"
@@ -349,7 +355,7 @@ class ModelConfig:
 
 
 def _fields(record: type[Any], data: object) -> dict[str, Any]:
-    """A JSON object that has every field without a default, and no other; lists are tuples."""
+    """The fields of a JSON object, lists as tuples. A field may be missing if it has a default."""
     who = record.__name__
     if not isinstance(data, dict):
         raise ConventionError(f"{who}: expected a JSON object; got {type(data).__name__}.")
@@ -405,10 +411,12 @@ def _require_number(record: object, who: str, name: str, least: float) -> None:
 
 
 def _require_names(record: object, who: str, field_name: str, known: Sequence[str]) -> None:
-    """A tuple of different known names, kept in their order."""
+    """Refuse all but different known names; keep them as a tuple, in the order of `known`."""
     value = getattr(record, field_name)
     if not isinstance(value, tuple | list) or len(set(map(str, value))) != len(value):
-        raise ConventionError(f"{who}: {field_name} must be different names; got {value!r:.80}.")
+        raise ConventionError(
+            f"{who}: {field_name} must be a list of different names; got {value!r:.80}."
+        )
     for name in value:
         require_choice(who, field_name, name, known)
     object.__setattr__(record, field_name, tuple(name for name in known if name in value))
@@ -421,7 +429,9 @@ def _require_heads(config: ModelConfig, who: str) -> None:
         )
     if config.rope_theta is None:
         if config.rope_width is not None or config.rope_scaling is not None:
-            raise ConventionError(f"{who}: rope_width and rope_scaling need a rope_theta.")
+            raise ConventionError(
+                f"{who}: rope_width and rope_scaling need a rope_theta, and it is None."
+            )
         return
     if config.rope_width is None:
         width = config.head_width
@@ -430,15 +440,19 @@ def _require_heads(config: ModelConfig, who: str) -> None:
         width = config.rope_width
     if width % 2 or width > config.head_width:
         raise ConventionError(
-            f"{who}: rotary positions turn pairs: head_width, or rope_width if it is given, must "
-            f"be even, and rope_width at most head_width; got {config.head_width}, "
-            f"{config.rope_width}."
+            f"{who}: rotary positions turn pairs: rope_width (by default head_width) must be even, "
+            f"and rope_width at most head_width; got rope_width {config.rope_width}, head_width "
+            f"{config.head_width}."
         )
     scaling = config.rope_scaling
     if scaling is not None and not isinstance(scaling, RopeScaling):
-        raise ConventionError(f"{who}: rope_scaling must be a RopeScaling or None.")
+        raise ConventionError(
+            f"{who}: rope_scaling must be a RopeScaling or None; got {scaling!r:.80}."
+        )
     if scaling is not None and scaling.kind is Scaling.YARN and config.rope_theta == 1:
-        raise ConventionError(f"{who}: yarn orders frequencies, and with rope_theta 1 all are one.")
+        raise ConventionError(
+            f"{who}: yarn orders frequencies, and with rope_theta 1 all are one. Give a larger one."
+        )
 
 
 def _require_windows(config: ModelConfig, who: str) -> None:
@@ -450,32 +464,38 @@ def _require_windows(config: ModelConfig, who: str) -> None:
             f"or nothing; got {windows!r:.80}."
         )
     if any(windows) and not config.causal:
-        raise ConventionError(f"{who}: windows are for causal attention.")
+        raise ConventionError(f"{who}: windows need causal attention, but causal is False.")
     object.__setattr__(config, "windows", tuple(windows) if any(windows) else ())
 
 
 def _require_input(config: ModelConfig, who: str) -> None:
-    """Tokens or patches, norms and residuals: what must go together."""
+    """Refuse choices that do not go together: of inputs, norms and residuals."""
     if config.residual is Residual.SHARED and config.norm_place is not NormPlace.PRE:
-        raise ConventionError(f"{who}: a norm that attention and MLP share stands before them.")
+        raise ConventionError(
+            f"{who}: the norm that attention and MLP share stands before them: residual 'shared' "
+            f"needs norm_place 'pre'; got {str(config.norm_place)!r}."
+        )
     if config.norm_offset and not config.norm_gain:
-        raise ConventionError(f"{who}: norm_offset is of a gain, and norm_gain says there is none.")
+        raise ConventionError(f"{who}: norm_offset needs a gain, but norm_gain is False.")
     if not config.gated and "gate" in config.biases:
-        raise ConventionError(f"{who}: there is no gate that could have a bias.")
+        raise ConventionError(f"{who}: biases names 'gate', but gated is False: there is no gate.")
     image = config.image
     if image is None:
         if config.pool is not Pool.NONE or "patch" in config.biases:
-            raise ConventionError(f"{who}: pool and a patch bias are for images.")
+            raise ConventionError(
+                f"{who}: pool and a bias of 'patch' are for images, but image is None."
+            )
         return
     if not isinstance(image, Image):
         raise ConventionError(f"{who}: image must be an Image or None; got {image!r:.80}.")
     if config.causal or config.tied or config.embed_scale != 1 or config.pool is Pool.NONE:
         raise ConventionError(
-            f"{who}: with an image, causal and tied are False, embed_scale is 1 and pool is cls or "
-            "mean."
+            f"{who}: with an image, causal and tied must be False, embed_scale 1 and pool 'cls' or "
+            f"'mean'; got {config.causal}, {config.tied}, {config.embed_scale:g} and "
+            f"{str(config.pool)!r}."
         )
     if config.pool is Pool.CLS and not image.specials:
-        raise ConventionError(f"{who}: pool is cls, but the image has no such position.")
+        raise ConventionError(f"{who}: pool is 'cls', but the image has no such position.")
     if config.learned_positions not in (0, image.positions):
         raise ConventionError(
             f"{who}: learned_positions must be {image.positions}, one for each special and patch, "

@@ -1,9 +1,10 @@
 """The layers, each forward beside its hand-written backward. These are the definitions.
 
 NumPy, in any of float32, float64, longdouble, complex128. A forward returns (output, saved); its
-backward takes (gradient of the output, saved) and quotes the line that it differentiates. All of
-it is analytic, so that a complex step through either is exact: nothing takes an absolute value, a
-conjugate or a maximum of complex values, and branches look at the real part.
+backward takes (gradient of the output, saved) and quotes the line that it differentiates. Both are
+analytic, so that a complex step through either is exact. So nothing takes an absolute value, a
+conjugate or a maximum of complex values, and branches look at the real part. π is 4 arctan(1),
+which has all digits in every dtype.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Layout:
     """Where each position stands in its segment, and which keys it sees: first <= s <= last.
 
     Fields: position_BT, first_BT, last_BT (B, T) int64. A padded position sees nothing
-    (last = -1), and nothing sees it, for it stands right of every real one.
+    (last = -1). Nothing sees it either: all padding stands to the right of the real positions.
     """
 
     position_BT: Array
@@ -55,7 +56,7 @@ def causal_layout(real_BT: Array, segment_BT: Array) -> Layout:
 
 
 def full_layout(real_BT: Array, segment_BT: Array) -> Layout:
-    """The same, bidirectional: a position sees the whole of its segment."""
+    """The layout of a bidirectional model: a position sees its whole segment."""
     causal = causal_layout(real_BT, segment_BT)
     index_T = np.arange(real_BT.shape[1])
     ends_BT = np.ones(real_BT.shape, dtype=bool)
@@ -66,7 +67,7 @@ def full_layout(real_BT: Array, segment_BT: Array) -> Layout:
 
 
 def windowed(layout: Layout, window: int) -> Layout:
-    """A causal layout in which a query sees its last `window` positions, itself among them."""
+    """A causal layout in which a query sees only the last `window` positions, its own included."""
     first_BT = np.maximum(layout.first_BT, layout.last_BT - window + 1)
     return Layout(layout.position_BT, first_BT, layout.last_BT)
 
@@ -76,11 +77,12 @@ def rope_frequencies(
 ) -> Array:
     """f_j = theta^(-2j/width), j < width/2, stretched by `scaling`, (width/2,) in a real dtype.
 
-    In the trained context f turns original·f/2π times. With a share s of the stretched frequency
+    A frequency f makes original·f/2π turns in the trained context. `scaling` replaces f by
 
-        f' = s f/factor + (1 − s) f,      linear: s = 1
-        llama3: s falls with the turns, from 1 at `slow` to 0 at `fast`
-        yarn:   s rises with j, from 0 where f turns `fast` times to 1 where it turns `slow` times
+        f' = s f/factor + (1 − s) f,      s between 0 and 1
+        linear: s = 1
+        llama3: s falls linearly with the turns, from 1 at `slow` turns to 0 at `fast`
+        yarn:   s rises linearly with j, from 0 where f makes `fast` turns to 1 where `slow`
     """
     real = dtype.type
     f = real(theta) ** (-np.arange(0, width, 2).astype(dtype) / width)
@@ -93,7 +95,7 @@ def rope_frequencies(
     if scaling.kind is Scaling.LLAMA3:
         s = (fast - scaling.original * f / two_pi) / (fast - slow)
     else:
-        # f turns n times at j = width log(original / 2πn) / 2 log theta
+        # original·f_j/2π = n at j = width log(original / 2πn) / 2 log theta
         start, end = (
             width * np.log(scaling.original / (two_pi * n)) / (2 * np.log(real(theta)))
             for n in (fast, slow)
@@ -101,6 +103,7 @@ def rope_frequencies(
         if scaling.truncate:
             start, end = np.floor(start), np.ceil(end)
         start, end = max(start, real(0)), min(end, real(width - 1))
+        # a ramp of no width is a step; its 0.001 is that of transformers
         s = (np.arange(width // 2) - start) / (end - start if end != start else real(0.001))
     s = np.clip(s, 0, 1)
     return np.asarray(s * (f / factor) + (1 - s) * f)
@@ -128,8 +131,8 @@ def rope_tables(
 def rotate(x_BTHE: Array, cos: Array, sin: Array) -> Array:
     """Rotary positions, half-split: pairs are (x[j], x[j + R/2]), R = 2 · (entries of cos).
 
-    What lies behind the first R entries of a head does not turn. Its backward is
-    rotate(d, cos, -sin).
+    Entries from R on stay as they are. Each pair is multiplied by [[cos, −sin], [sin, cos]]. The
+    backward multiplies by its transpose, the inverse rotation: it is rotate(d, cos, -sin).
     """
     half = cos.shape[-1]
     x1, x2, rest = x_BTHE[..., :half], x_BTHE[..., half : 2 * half], x_BTHE[..., 2 * half :]
@@ -155,8 +158,9 @@ def unfold(image_BCHW: Array, patch: int) -> Array:
 def rms_norm_forward(x: Array, gain: Array, eps: float) -> tuple[Array, Saved]:
     """y = gain · x / sqrt(mean(x²) + eps), over the last axis; eps inside the root.
 
-    Of s x, s a power of two near 1/max(|x|, √eps), with s² eps: that changes no bit where x² and
-    eps are numbers of the dtype, and elsewhere keeps x² from overflowing or vanishing.
+    It is computed from u = s x and s² eps, where s is a power of two near 1/max(|x|, √eps): s
+    cancels, and u² neither overflows nor vanishes. Where x² and eps are in the range of the dtype,
+    s changes no bit.
     """
     s = unit_scale(x, eps)
     u = x * s
@@ -169,6 +173,7 @@ def rms_norm_backward(d_y: Array, saved: Saved) -> tuple[Array, Array]:
     """Gradients of `rms_norm_forward` with respect to x and gain."""
     x_hat, r, s, gain = saved
     # forward:  y = x_hat * gain;  x_hat = u * r;  r = (mean(u²) + s² eps)^(-1/2);  u = x * s
+    # ∂r/∂u_j = −r³ u_j / D, so ∂x_hat_i/∂u_j = r (δ_ij − x_hat_i x_hat_j / D): symmetric
     d_hat = d_y * gain
     d_x = s * (r * (d_hat - x_hat * (d_hat * x_hat).mean(axis=-1, keepdims=True)))
     d_gain = (d_y * x_hat).reshape(-1, gain.shape[0]).sum(axis=0)
@@ -178,7 +183,7 @@ def rms_norm_backward(d_y: Array, saved: Saved) -> tuple[Array, Array]:
 def unit_scale(x: Array, eps: float) -> Array:
     """A power of two s per row with max(|s x|, s √eps) in [1/2, 1), (..., 1) real.
 
-    Of numbers so small that s would overflow, the largest power of two; of zeros 1.
+    Where s would overflow it is the largest power of two. Where x and eps are 0 it is 1.
     """
     real = x.real.dtype.type
     largest = np.abs(x.real).max(axis=-1, keepdims=True)
@@ -187,7 +192,10 @@ def unit_scale(x: Array, eps: float) -> Array:
 
 
 def centre(x: Array) -> Array:
-    """x − mean(x) over the last axis: LayerNorm is RMSNorm of this. It is its own transpose."""
+    """x − mean(x) over the last axis: LayerNorm is RMSNorm of this.
+
+    It is its own backward, for its matrix I − 1 1ᵀ/D is symmetric.
+    """
     return np.asanyarray(x - x.mean(axis=-1, keepdims=True))
 
 
@@ -242,7 +250,8 @@ def attention_forward(
 def attention_backward(d_context_BTHE: Array, saved: Saved) -> tuple[Array, Array, Array]:
     """Gradients of `attention_forward` with respect to q, k and v.
 
-    Of one sequence, several gradients can be undone at once: their axis takes the batch's place.
+    Many gradients of one sequence can be sent back at once: `saved` has then B = 1, and the axis
+    of the gradients takes the place of B in d_context.
     """
     q_BKRTE, k_BK1SE, v_BK1SE, p_BKRTS, size = saved
     B, (K, R, T, E) = len(d_context_BTHE), q_BKRTE.shape[1:]
@@ -250,8 +259,9 @@ def attention_backward(d_context_BTHE: Array, saved: Saved) -> tuple[Array, Arra
     # forward:  context = p @ v
     d_p = d_context_BKRTE @ v_BK1SE.swapaxes(-1, -2)
     d_v = (p_BKRTS.swapaxes(-1, -2) @ d_context_BKRTE).sum(axis=2)
-    # forward:  p = softmax(score)
-    # Σ p = 1, so d_p counts from any number: from that of the likeliest keys, lest 1 − p cancel
+    # forward:  p = softmax(score), ∂p_r/∂score_s = p_r (δ_rs − p_s): J = diag(p) − p pᵀ, symmetric
+    # d_score = J d_p = p (d_p − Σ p d_p). At a key with p near 1 this difference would cancel.
+    # J 1 = 0, for Σ p = 1: so d_p of the likeliest keys may be subtracted from all of d_p first.
     real = p_BKRTS.real
     top = real == real.max(axis=-1, keepdims=True)
     ties = top.sum(axis=-1, keepdims=True, dtype=real.dtype)
@@ -269,13 +279,14 @@ def attention_backward(d_context_BTHE: Array, saved: Saved) -> tuple[Array, Arra
 def soft_cap(x: Array, cap: float) -> tuple[Array, Array]:
     """y = cap · tanh(x / cap), and its derivative 1 / cosh(x / cap)²."""
     u = x / cap
-    e = np.exp(np.where(u.real >= 0, -2 * u, 2 * u))  # 1 − tanh² would cancel
+    # 1 / cosh² = 4 / (exp(u) + exp(−u))² = 4 e / (1 + e)², e = exp(−2|u|); 1 − tanh² would cancel
+    e = np.exp(np.where(u.real >= 0, -2 * u, 2 * u))
     return cap * np.tanh(u), 4 * e / (1 + e) ** 2
 
 
 def clip(x: Array, bound: float) -> tuple[Array, Array]:
     """x between −bound and bound, and its derivative, 1 inside and 0 outside."""
-    outside = np.abs(x.real) > bound  # NaN is nowhere, and stays what it is
+    outside = np.abs(x.real) > bound  # false for NaN, which stays NaN
     return np.where(outside, np.copysign(bound, x.real), x), ~outside
 
 
@@ -290,14 +301,23 @@ def sigmoid(z: Array) -> Array:
 
 
 def erf(z: Array) -> Array:
-    """2/√π ∫₀ᶻ exp(−t²) dt. SciPy has no longdouble loop: there a series of positive terms."""
-    if z.dtype == np.clongdouble:  # a complex step: erf(x + ih) = erf(x) + ih erf'(x)
+    """2/√π ∫₀ᶻ exp(−t²) dt; in longdouble, for which SciPy has no loop, from a series.
+
+        erf(x) = 2/√π exp(−x²) Σ_n 2ⁿ x^(2n+1) / (1·3·5···(2n + 1))
+
+    All terms have the sign of x, so nothing cancels.
+
+    Source: NIST Digital Library of Mathematical Functions, 7.6.2.
+    """
+    if z.dtype == np.clongdouble:
+        # a complex step: erf(x + ih) = erf(x) + ih erf'(x), erf'(x) = 2/√π exp(−x²), √π/2 = √(π/4)
         slope = np.exp(-z.real * z.real) / np.sqrt(np.arctan(np.longdouble(1)))
         return np.asanyarray(erf(z.real) + 1j * z.imag * slope)
     if z.dtype != np.longdouble:
         return np.asanyarray(special.erf(z))
-    x = np.clip(z, -7, 7)  # erf(7) = 1 − 4e-23
+    x = np.clip(z, -7, 7)  # erf(7) = 1 − 4e-23, which is 1 in a longdouble of 64 binary digits
     term, total, n = x, x, 0
+    # at its end a term is less than half the one before: what follows adds less than one eps
     while (np.abs(term) > np.finfo(x.dtype).eps * np.abs(total)).any():
         n += 1
         term = term * (2 * x * x) / (2 * n + 1)
@@ -306,25 +326,28 @@ def erf(z: Array) -> Array:
 
 
 def silu(z: Array) -> tuple[Array, Array]:
-    """z · s and s (1 + z (1 − s)), s = sigmoid(z)."""
+    """z · s and s (1 + z (1 − s)), s = sigmoid(z), for s' = s (1 − s)."""
     s = sigmoid(z)
     return z * s, s * (1 + z * (1 - s))
 
 
 def gelu(z: Array) -> tuple[Array, Array]:
-    """z · Φ and Φ + z φ, Φ = (1 + erf(z/√2))/2, φ = exp(−z²/2)/√(2π)."""
+    """z · Φ and Φ + z φ, Φ = (1 + erf(z/√2))/2 and Φ' = φ = exp(−z²/2)/√(2π)."""
     real = z.real.dtype.type
     half, root = real(0.5), np.sqrt(real(2))
     Phi = half * (1 + erf(z / root))
-    phi = np.exp(-half * z * z) / (root * 2 * np.sqrt(np.arctan(real(1))))
+    phi = np.exp(-half * z * z) / (root * 2 * np.sqrt(np.arctan(real(1))))  # √2 · 2 √(π/4) = √(2π)
     return z * Phi, Phi + z * phi
 
 
 def gelu_tanh(z: Array) -> tuple[Array, Array]:
-    """z (1 + t)/2 and (1 + t)/2 + z (1 − t²) u'/2, t = tanh u, u = √(2/π) (z + 0.044715 z³)."""
+    """z (1 + t)/2 and (1 + t)/2 + z (1 − t²) u'/2, t = tanh u, u = √(2/π) (z + 0.044715 z³).
+
+    Source: Hendrycks & Gimpel 2016 (arXiv 1606.08415): t approximates erf(z/√2).
+    """
     real = z.real.dtype.type
-    half, root = real(0.5), 1 / np.sqrt(2 * np.arctan(real(1)))
-    w, _ = clip(z, 99)  # far behind it t is ±1, and z³ may overflow
+    half, root = real(0.5), 1 / np.sqrt(2 * np.arctan(real(1)))  # √(2/π)
+    w, _ = clip(z, 99)  # z³ may overflow beyond; at |z| = 99 |u| is 34,690, and t ±1 in any dtype
     t = np.tanh(root * (w + real(0.044715) * w * w * w))
     slope = root * (1 + 3 * real(0.044715) * w * w)
     return half * z * (1 + t), half * (1 + t) + half * z * (1 - t * t) * slope

@@ -51,14 +51,14 @@ class Tap:
 
 @dataclass(frozen=True, slots=True)
 class Slope:
-    """The gradient of the summed loss with respect to a parameter that is no matrix W."""
+    """The gradient of the summed loss for a parameter that is not a W: a bias, gain or table."""
 
     name: str
     d: Array
 
 
 Steps = Generator[Tap | Slope, None, Array]
-"""A backward: yields what it passes, returns the gradient of what its forward read."""
+"""A backward: yields Taps and Slopes on its way, returns the gradient of its forward's input."""
 
 
 # ------------------------------------------------------------------ linear layers and norms
@@ -254,7 +254,7 @@ def mlp_backward(
 
 @dataclass(frozen=True, slots=True)
 class BlockTrace:
-    """What one block's forward keeps for its backward; a norm that is not there is None."""
+    """What one block's forward keeps for its backward; None for a norm that the block lacks."""
 
     attn_norm: Saved
     attn: AttentionTrace
@@ -265,7 +265,7 @@ class BlockTrace:
 
 
 def _post_norm(config: ModelConfig, part: str) -> str | None:
-    """The name of the norm behind attention or MLP: OLMo-2's only one, Gemma's second."""
+    """The name of the norm after attention or MLP (OLMo-2's only one, Gemma's second), or None."""
     names = {
         NormPlace.PRE: None,
         NormPlace.POST: f"{part}_norm",
@@ -284,12 +284,12 @@ def block_forward(
     ops: Ops = DEFINITIONS,
     past: KeysAndValues | None = None,
 ) -> tuple[Array, BlockTrace, KeysAndValues]:
-    """Block i: x → x + attention → x + MLP, with norms before or behind each of the two.
+    """Block i: x → x + attention → x + MLP, with norms before or after each of the two.
 
-    `past` holds the keys and values of earlier positions (B, S, K, E), for decoding; the third
-    result is theirs followed by this call's.
+    `past` holds the keys and values of earlier positions (B, S, K, E), for decoding. The third
+    result has them and then this call's.
 
-    Raises NonFiniteError where a number leaves the range of the dtype; names the layer.
+    Raises NonFiniteError where a number leaves the range of the dtype, with the layer's name.
     """
     at, pre = f"blocks.{i}.", config.norm_place is not NormPlace.POST
     if config.window(i):
@@ -387,9 +387,10 @@ def input_forward(
 def input_taps(
     config: ModelConfig, inputs: Inputs, layout: Layout, d_x_BTD: Array
 ) -> Iterator[Tap]:
-    """What flows through the layers that make x; a table's `a` is which entries were read, (B, T).
+    """What flows through the layers that make x.
 
-    A table is a linear layer of one-hot inputs: its g is the gradient of the entry as it is stored.
+    A table is a linear layer of one-hot inputs. Its `a` holds the indices that were read, (B, T),
+    its g the gradient of the entries as they are stored.
     """
     if config.learned_positions:
         # forward:  x[b, t] = ... + P[position[b, t]]

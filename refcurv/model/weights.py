@@ -21,12 +21,12 @@ class Model:
 
     Fields:
         config: the ModelConfig.
-        parameters: Mapping from name to array in `dtype`; may read lazily from a file.
+        parameters: Mapping from name to array in `dtype`; it may read lazily from a file.
         dtype: what the passes compute in (PRECISION).
         stored: Mapping from name to the dtype in which the source holds it ("float32",
             "bfloat16", ...); a parameter without an entry is stored in the dtype of its array.
-        source: Mapping of what the parameters were read from, for provenance (may be empty).
-        edits: what was done to them before, oldest first, as JSON values; see
+        source: Mapping that says where the parameters were read from; may be empty.
+        edits: what was done to the parameters before, oldest first, as JSON values; see
             `refcurv.editing.record.after`.
     """
 
@@ -66,7 +66,7 @@ class Model:
 
 
 class Overlay(Mapping[str, Array]):
-    """A mapping `base` with the entries of `top` in place of its own, lazy in the others."""
+    """`base` with some entries replaced by those of `top`; the others are read when asked for."""
 
     def __init__(self, base: Mapping[str, Array], top: Mapping[str, Array]) -> None:
         under = base if isinstance(base, Overlay) else None
@@ -111,7 +111,7 @@ def _regex(pattern: str) -> str:
         elif pattern[i] == "{":
             end = pattern.find("}", i)
             if end < 0:
-                raise NameUnknownError(f"pattern {pattern!r} opens a brace and never closes it.")
+                raise NameUnknownError(f"pattern {pattern!r} has a '{{' without a '}}'.")
             out += "(?:" + "|".join(_alternative(a) for a in pattern[i + 1 : end].split(",")) + ")"
             i = end + 1
         else:
@@ -125,5 +125,5 @@ def _alternative(text: str) -> str:
         return _regex(text.strip())
     low, high = int(bounds[1]), int(bounds[2])
     if low > high:
-        raise NameUnknownError(f"range {{{text}}} runs backwards.")
+        raise NameUnknownError(f"range {{{text}}} runs backwards; write {{{high}-{low}}}.")
     return "|".join(str(n) for n in range(low, high + 1))

@@ -1,8 +1,8 @@
-"""The fast layer functions: kernels and blocked attention, equal to `model.layers` in value.
+"""The fast layer functions: kernels and attention by tiles, equal to `model.layers` in value.
 
-A score sums products, and e to a score turns its rounding into a relative error of p: where Σ|q||k|
-is 1e5, p is known to a few per cent in float32, by definition and kernel alike. For that p all that
-follows is right to rounding, however saturated a head is.
+A score is a sum of products. exp(score) turns its absolute rounding error into a relative error of
+p: where Σ|q||k| is 1e5, float32 knows p to a few per cent, in the definition as in the kernel. For
+the p that was found, all that follows is right to rounding, however saturated a head is.
 
 Proof: tests/test_fast.py compares each with its definition in float32 and float64, within the
 budget of its sums.
@@ -20,7 +20,7 @@ from refcurv.model.config import Activation
 from refcurv.model.layers import Layout, Ops, Saved, centre, rotate, unit_scale
 
 QUERY_ROWS = 128
-"""Queries of one attention block: their scores against the needed keys fit the cache."""
+"""Queries of one tile of attention: their scores against the needed keys fit the cache."""
 
 
 def _rms_norm_forward(x: Array, gain: Array, eps: float) -> tuple[Array, Saved]:
@@ -92,14 +92,14 @@ def _heads(x_BTHE: Array, kv_heads: int) -> Array:
     return x_BTHE.reshape(B, T, kv_heads, H // kv_heads, E).transpose(0, 2, 3, 1, 4)
 
 
-def _blocks(layout: Layout, keys: int) -> list[tuple[slice, slice]]:
-    """Blocks of queries, each with the range of keys that any of them sees."""
+def _tiles(layout: Layout, keys: int) -> list[tuple[slice, slice]]:
+    """Ranges of queries, each with the range of keys that any of them sees."""
     out = []
     for begin in range(0, layout.first_BT.shape[1], QUERY_ROWS):
-        block = slice(begin, begin + QUERY_ROWS)
-        last = min(int(layout.last_BT[:, block].max()) + 1, keys)
-        first = min(int(layout.first_BT[:, block].min()), max(last - 1, 0))
-        out.append((block, slice(first, max(last, first + 1))))
+        query = slice(begin, begin + QUERY_ROWS)
+        last = min(int(layout.last_BT[:, query].max()) + 1, keys)
+        first = min(int(layout.first_BT[:, query].min()), max(last - 1, 0))
+        out.append((query, slice(first, max(last, first + 1))))
     return out
 
 
@@ -118,7 +118,7 @@ def _attention_forward(
     context_BTHE = np.empty_like(q_BTHE)
     context = _heads(context_BTHE, K)
     top_BHT, total_BHT = np.empty((2, B, H, T), q_BTHE.dtype)
-    for t, s in _blocks(layout, S):
+    for t, s in _tiles(layout, S):
         p = q[..., t, :] @ k[..., s, :].swapaxes(-1, -2)
         inner = _cap(p, size, cap)
         kernels.softmax_forward(
@@ -159,7 +159,7 @@ def _attention_backward(d_context_BTHE: Array, saved: Saved) -> tuple[Array, Arr
     d_q_BTHE = np.empty((B, T, K * R, E), q.dtype)
     d_q = _heads(d_q_BTHE, K)
     d_k, d_v = np.zeros((B, K, S, E), q.dtype), np.zeros((B, K, S, E), q.dtype)
-    for t, s in _blocks(layout, S):
+    for t, s in _tiles(layout, S):
         p = q[..., t, :] @ k[..., s, :].swapaxes(-1, -2)
         # forward:  score = cap(q·k size)
         bend, inner = _bend(p, size, cap), _cap(p, size, cap)

@@ -20,7 +20,7 @@ Progress = Callable[[int, int], object]
 
 
 def counter(progress: Progress, total: int, begin: int = 0) -> Callable[[], None]:
-    """What to call once per finished piece, so that `progress` counts from `begin` to `total`."""
+    """A function to call once per finished piece: `progress` counts from `begin` to `total`."""
     finished = begin
 
     def done() -> None:
@@ -43,10 +43,10 @@ class Stopped(Exception):
 
 
 class Turnstile:
-    """Lets pieces of work pass a named point one by one, in their order, whoever arrives first.
+    """Lets pieces of work pass a named point one by one, in the order of their ordinals.
 
-    Sums folded inside `turn` are folded in order, so that the number of workers changes no bit,
-    and nobody needs to hold a partial total.
+    Sums folded inside `turn` are folded in that order. So the number of workers changes no bit, and
+    no worker needs to hold a partial total.
     """
 
     def __init__(self) -> None:
@@ -82,8 +82,8 @@ def stream(
 ) -> Iterator[Result]:
     """Do `work(ordinal, item)` for every item on threads; results in order, BLAS on one thread.
 
-    Items start in order, and at most one result more than `in_flight` (by default one per core)
-    waits to be taken. The first failure, or Ctrl-C, stops the others and is raised here.
+    Items start in order. At most `in_flight` + 1 results (by default one per core, and one) wait to
+    be taken. The first failure, or Ctrl-C, stops the others and is raised here.
     """
     gate, workers = turnstile or Turnstile(), in_flight or cores()
 
@@ -127,7 +127,7 @@ def run(
 
 
 def _first_cause(pending: Iterable[Future[Result]], error: BaseException) -> BaseException:
-    """The failure behind a Stopped: whoever gave up quietly did so because of a later item."""
+    """The failure behind a Stopped: an item gives up quietly because another one failed."""
     if not isinstance(error, Stopped):
         return error
     for future in pending:

@@ -1,10 +1,9 @@
-"""How much of a layer's gradients is rounding: the same pass again, on other digits.
+"""How much of a layer's gradients is rounding: the same pass again, with other roundings.
 
-A gradient that is zero by theory, or far smaller than what cancelled on the way to it, comes out as
-noise, and the second moment of noise has a spectrum like any other. No bound on single steps tells
-noise from a small gradient; other runs do. They read the input a few units in the last place larger
-or smaller: the gradients stay what they are, as exactly as the input is known, and every rounding
-is another one.
+Some gradients are zero by theory, or far smaller than the terms that cancelled on the way. They
+come out as noise, and the second moment of noise has a spectrum like any other. No bound on single
+steps tells noise from a small gradient, but other runs do. Their input is a few units in the last
+place larger or smaller. That hardly changes the gradients, and changes every rounding.
 """
 
 from __future__ import annotations
@@ -23,20 +22,20 @@ from refcurv.passes.shards import Shard
 from refcurv.passes.sweep import Sweep, sweep
 
 POSITIONS = 512
-"""Positions that are looked at, of one shard of a block; one sequence at least."""
+"""How many positions of a shard are looked at; at least one sequence."""
 
 NUDGES = (4, -5, 9)
-"""Units in the last place by which the other runs' inputs are larger."""
+"""By how many units in the last place the other runs' inputs are larger."""
 
 
 def rounding(
     config: ModelConfig, parameters: Parameters, shard: Shard, job: Sweep
 ) -> dict[str, tuple[float, int]]:
-    """Σ |e|² over some kept rows of each wanted layer, e what g errs by, and how many rows.
+    """Σ |e|² over some kept rows of each wanted layer, e the error of g, and how many rows.
 
-    Two runs err independently, so that one's |e|² is half of |g' − g|², here the mean over NUDGES,
-    and the square of each entry of g by the smallest number that there is.
-    What is sent back is that of the first draw; of `expected` it is all columns with random signs.
+    Two runs err independently, so that |e|² of one is half of |g' − g|²: here the mean over NUDGES.
+    The smallest number of the dtype is added for each entry of g, whose square may underflow. What
+    is sent back is that of the first draw; for `expected`, all columns with random signs.
 
     Cost: four forward and backward passes over some labelled sequences of the shard.
     Proof: tests/test_rounding.py::test_the_estimate_is_the_error
@@ -73,7 +72,7 @@ def _few(shard: Shard) -> Shard:
 def _nudged(
     config: ModelConfig, parameters: Parameters, shard: Shard, nudge: int
 ) -> tuple[ModelConfig, Parameters, Shard]:
-    """The same model and shard, embeddings or pixels by so many units in the last place larger."""
+    """The same model and shard, with embeddings or pixels larger by `nudge` times eps."""
     dtype = parameters[config.weight_of("head")].dtype
     factor = 1 + nudge * tolerance.eps(dtype)
     if config.image is None:

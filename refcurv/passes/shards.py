@@ -20,11 +20,11 @@ from refcurv.model.transformer import Inputs, image_layout, layout_of
 class Shard:
     """One unit of computation (SHARD): a few sequences, and which of their positions count.
 
-    Where attention is causal, columns behind the last kept position reach nothing and are cut off.
+    With causal attention the columns after the last kept position reach nothing, and are cut off.
 
     Fields: number, from 0; index_B, the sequences' rows in the corpus (SAMPLING); source: tokens
-    (B, T), or images (B, C, H, W) as the corpus has them; label_BT, (B, 1) of images; keep_BT bool,
-    the rows of A and G, and head_BT those of the head, shaped like the labels; layout.
+    (B, T), or images (B, C, H, W) as in the corpus; label_BT, for images (B, 1); keep_BT bool, the
+    rows of A and G; head_BT bool, those of the head, shaped like the labels; layout.
     """
 
     number: int
@@ -36,7 +36,7 @@ class Shard:
     layout: Layout
 
     def of(self, sequences: Array) -> Shard:
-        """Some of its sequences, by their indices in it; their places in the corpus stay."""
+        """A shard of some of these sequences, by their indices here; index_B goes with them."""
         parts = ("index_B", "source", "label_BT", "keep_BT", "head_BT")
         layout = (self.layout.position_BT, self.layout.first_BT, self.layout.last_BT)
         return replace(
@@ -47,17 +47,17 @@ class Shard:
 
 
 def inputs_of(config: ModelConfig, shard: Shard) -> Inputs:
-    """What the forward reads; images are cut into patches when their shard's turn comes."""
+    """What the forward reads. Images are cut into patches only here, shard by shard."""
     return shard.source if config.image is None else patches(config, shard.source)
 
 
 def shards(corpus: Corpus, config: ModelConfig, rows: Rows = Rows.REACHED) -> list[Shard]:
-    """The shards of a corpus, in order; those without any kept row are left out, numbers stay.
+    """The shards of a corpus, in order. Those without a kept row are left out, but still numbered.
 
     Raises:
         ConventionError, ShapeError, RangeError: the corpus does not fit the model (`require_fit`),
             or the model has no such rows (ROWS).
-        EmptyError: no position has a label, so that nothing could be differentiated.
+        EmptyError: no position has a label, so that there is no loss.
 
     Proof: tests/test_factors.py::test_factors_equal_the_naive_sums,
         tests/test_images.py::test_factors_equal_the_naive_sums
