@@ -182,14 +182,14 @@ def moments(config: ModelConfig, job: memory.Sweep) -> dict[str, Moment]:
 
 
 def tables(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """The model's tables of vectors, as the linear layers that they are: name → (D, entries)."""
+    """EMBEDDING: the model's tables, as the linear layers that they are: name → (D, entries)."""
     shapes = config.parameter_shapes()
     found = {name: shapes.get(f"{name}.weight") for name in TABLES}
     return {name: (shape[1], shape[0]) for name, shape in found.items() if shape}
 
 
 class ShardSums:
-    """One shard's products, opened in the compute dtype, folded in float64 when complete.
+    """One shard's products (COUNTS), in the compute dtype, folded in float64 when complete.
 
     A product is complete when the next layer's rows come, or the next pass's. With one backward
     pass it then joins the moment; with several it joins the shard's sum of G over the passes, which

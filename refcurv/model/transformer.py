@@ -66,7 +66,7 @@ Steps = Generator[Tap | Slope, None, Array]
 
 
 def linear_forward(config: ModelConfig, parameters: Parameters, layer: str, a: Array) -> Array:
-    """y = W a + b, b where the layer has one."""
+    """ORIENTATION: y = W a + b, b where the layer has one."""
     y = a @ parameters[config.weight_of(layer)].T
     return y + parameters[f"{layer}.bias"] if config.has_bias(layer) else y
 
@@ -393,7 +393,8 @@ def input_taps(
 ) -> Iterator[Tap]:
     """What flows through the layers that make x; a table's `a` is which entries were read, (B, T).
 
-    A table is a linear layer of one-hot inputs: its g is the gradient of the entry as it is stored.
+    A table is a linear layer of one-hot inputs: its g is the gradient by the stored entry
+    (EMBEDDING).
     """
     if config.learned_positions:
         # forward:  x[b, t] = ... + P[position[b, t]]

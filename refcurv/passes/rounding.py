@@ -1,4 +1,4 @@
-"""How much of a layer's gradients is rounding: the same pass again, on other digits.
+"""How much of a layer's gradients is rounding (NEGATIVE): the same pass, on other digits.
 
 A gradient that is zero by theory, or far smaller than what cancelled on the way to it, comes out as
 noise, and the second moment of noise has a spectrum like any other. No bound on single steps tells
