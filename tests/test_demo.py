@@ -20,6 +20,11 @@ from refcurv.model.layers import causal_layout
 from refcurv.model.loss import cross_entropy
 from refcurv.model.weights import expand
 
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from validation import first_page  # noqa: E402
+
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory) -> tuple[Path, dict]:
@@ -192,6 +197,22 @@ def test_the_readmes_numbers_are_the_demos(demo: tuple[Path, dict]) -> None:
     left = [100 * one["recitation"] for one in demo[1]["controls"]["compared"][1:]]
     assert f"leave {min(left):.0f} to {max(left):.0f} % of the quotes" in text
     assert f"keeping {100 * RHO:.0f} % of the curvature mass" in text
+
+
+def test_the_readmes_picture_and_example_are_the_demos(demo: tuple[Path, dict]) -> None:
+    """The bands, and the lines that the example prints, which runs in test_readme.py."""
+    text = first_page.PAGE.read_text(encoding="utf-8")
+    assert first_page.between(text, "bands") == first_page.picture(demo[1])
+    printed = [
+        " ".join(
+            [row["name"]]
+            + [f"{key} {row['before'][key]:.2f} -> {x:.2f}" for key, x in row["after"].items()]
+        )
+        for row in demo[1]["evaluation"]["rows"][:2]
+    ]
+    example = first_page.between(text, "example")
+    assert "\n".join(["", *printed, ""]) in example
+    assert f'"{LAYERS}"' in example and f"rho={RHO}" in example
 
 
 def own_files(folder: Path, populations: bool) -> list[str]:

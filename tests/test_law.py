@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import re
+import sys
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +18,55 @@ from refcurv.law import checks, conventions, tolerance
 from refcurv.law.conventions import LAW
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from validation import first_page  # noqa: E402
 
 
 def test_the_readmes_table_is_the_law() -> None:
-    rows = re.findall(r"^\| `([^|]+)` \| (.+) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert dict(rows) == dict(LAW)
+    """`python -m validation.first_page` after a change of the law."""
+    text = first_page.PAGE.read_text(encoding="utf-8")
+    assert first_page.between(text, "law") == first_page.law()
+    rows = re.findall(r"^\| `([A-Z, ]+)` \| (.+) \| (.+) \|$", text, re.MULTILINE)
+    assert {name: said.replace("<br>", " ") for name, said, _ in rows} == conventions.describe()
+
+
+@pytest.mark.parametrize("name", LAW)
+def test_every_decision_says_where_it_is_carried_out(name: str) -> None:
+    """Each place is defined there, not passed on from elsewhere, and its file names the law."""
+    assert LAW[name].where
+    for where in LAW[name].where:
+        module_name, _, path = where.partition(":")
+        module = importlib.import_module(module_name)
+        place = attrgetter(path)(module)
+        first = getattr(module, path.partition(".")[0])
+        assert callable(place) or isinstance(place, property), where
+        assert f"{first.__module__}.".startswith(f"{module_name}."), f"{where} is imported there"
+        source = inspect.getsource(inspect.getmodule(first))
+        assert any(re.search(rf"\b{one}\b", source) for one in name.split(", ")), where
+
+
+def test_the_law_states_the_constants() -> None:
+    """A number in a sentence is that of the code."""
+    stated = {
+        "SHARD, BLOCK": (
+            f"max(1, {conventions.SHARD_TOKENS} div T)",
+            f"on {conventions.HEAD_ROWS} kept rows",
+            f"is {conventions.BLOCK_SHARDS} consecutive shards",
+        ),
+        "SAMPLING": (f"top {conventions.WORD_BITS_KEPT} bits",),
+        "NEGATIVE": (
+            f"c = {conventions.NEGATIVE_FACTOR:g},",
+            f"1/{1 / conventions.MOST_ROUNDING:g} of",
+        ),
+        "PRECISION": conventions.COMPUTE_DTYPES,
+        "FISHER": [f"`{one}`" for one in conventions.Fisher],
+        "ROWS": [f"`{one}`" for one in conventions.Rows],
+        "BIAS": [f"`{one}`" for one in conventions.Bias],
+    }
+    for name, parts in stated.items():
+        for part in parts:
+            assert part in LAW[name].text, f"{name}: {part}"
 
 
 def test_shards_hold_2048_positions() -> None:
@@ -68,6 +116,6 @@ def test_errors_carry_their_status_and_values() -> None:
 
 
 def test_every_error_message_is_one_line() -> None:
-    for sentence in LAW.values():
-        assert "\n" not in sentence
-    assert conventions.describe() == dict(LAW)
+    for decision in LAW.values():
+        for sentence in decision.sentences:
+            assert sentence.endswith(".") and not {"\n", "|", "<"} & set(sentence), sentence

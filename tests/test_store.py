@@ -192,7 +192,7 @@ def test_every_bit_of_an_attribute_is_checked(tmp_path: Path, count: int) -> Non
 def test_provenance_says_what_and_with_what() -> None:
     made = store.provenance(inputs={"w.h5": "ab"}, seed=3)
     assert made["inputs"] == {"w.h5": "ab"} and made["seed"] == 3
-    assert made["conventions"] == dict(conventions.LAW)
+    assert made["conventions"] == conventions.describe()
     assert made["libraries"]["numpy"] == np.__version__
     assert {"refcurv", "python", "platform", "blas", "cpu_features"} <= set(made)
     assert made["blas"] and all(b["architecture"] for b in made["blas"])

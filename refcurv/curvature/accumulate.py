@@ -20,7 +20,7 @@ from refcurv.passes.sweep import Sweep
 
 
 class ShardSums:
-    """The products of one shard: made in the compute dtype, added in float64 when complete.
+    """The products of one shard (COUNTS): made in the compute dtype, added in float64.
 
     A product is complete when the rows of the next layer or of the next pass come. With one
     backward pass it is then added to the running sum. With several passes, G is first added over

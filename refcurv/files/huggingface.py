@@ -96,10 +96,10 @@ def convert(directory: PathLike, path: PathLike, ignore_keys: Collection[str] = 
     """Turn a checkpoint directory into a weights file.
 
     Definition
-        Every number is copied bit for bit under its new name: Conv1D weights are turned (LAYOUT),
-        fused tensors (q, k, v; gate, up) are split, the kernel of a patch embedding is flattened.
-        Buffers, a pooler and the second copy of a tied head are ignored, and listed. A prefix that
-        all names share and the base model has not is left out.
+        Every number is copied bit for bit under its new name: Conv1D weights are turned
+        (ORIENTATION), fused tensors (q, k, v; gate, up) are split, the kernel of a patch embedding
+        is flattened. Buffers, a pooler and the second copy of a tied head are ignored, and listed.
+        A prefix that all names share and the base model has not is left out.
 
     Args:
         directory: Holds config.json (its model_type one of refcurv.files.families.FAMILIES) and

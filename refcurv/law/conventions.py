@@ -1,7 +1,8 @@
 """The law: every ambiguity that makes two right programs disagree, decided here by name.
 
-`LAW` holds the sentences; the constants and enums below are their executable form. Errors quote
-the names, every file records them (`describe`), and the README's table is tested to equal `LAW`.
+`LAW` holds the sentences, and the functions that carry them out. The constants and enums below are
+their executable form. Errors quote the names. Every file records the sentences (`describe`). The
+README prints them, and a test holds that table equal to `LAW`.
 
 Axis letters, used as suffixes of local arrays in `model/` and `passes/`: see `AXES`.
 """
@@ -9,6 +10,7 @@ Axis letters, used as suffixes of local arrays in `model/` and `passes/`: see `A
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Final
@@ -30,84 +32,245 @@ AXES: Final[Mapping[str, str]] = MappingProxyType(
     }
 )
 
-LAW: Final[Mapping[str, str]] = MappingProxyType(
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """One article of the law.
+
+    Fields: sentences, one idea each; where, the functions that carry it out, as "module:name".
+    """
+
+    sentences: tuple[str, ...]
+    where: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """The sentences in one line."""
+        return " ".join(self.sentences)
+
+
+def _decision(where: str, *sentences: str) -> Decision:
+    """A Decision; `where` names places below `refcurv`, separated by spaces."""
+    return Decision(sentences, tuple(f"refcurv.{place}" for place in where.split()))
+
+
+LAW: Final[Mapping[str, Decision]] = MappingProxyType(
     {
-        "LAYOUT": "W is (d_out, d_in); y = x Wᵀ. Checkpoints stored the other way are turned at "
-        "conversion.",
-        "VEC, KRON": "Row-major vec: rvec(W)[o·I + i] = W[o, i]; the block is G ⊗ A; "
-        "(G ⊗ A) rvec(X) = rvec(G X A).",
-        "LOSS": "The sum of nats over labelled positions; g is the gradient of that sum.",
-        "COUNTS": "Stored: S_A = Σ a aᵀ, n_A, S_G = Σ g gᵀ, n_G = rows × draws. A = S_A/n_A, "
-        "G = S_G/n_G, K = n_A (G ⊗ A); G ⊗ A approximates the curvature of the mean loss per row.",
-        "BIAS": "`separate` (default): W has K = n_A (G ⊗ A), as without a bias, and b, whose "
-        "input is 1, K = n_A G. `joint`: [W b], b the last column, has the input [a; 1] and "
-        "A = [[S_A, Σ a], [Σ aᵀ, n_A]] / n_A, whose corner is exactly 1.",
-        "EMBEDDING": "A table (V, D) of tokens or positions is the transpose of a linear layer of "
-        "one-hot inputs: S_A = diag(counts) over the kept rows, stored as (V,); g is the gradient "
-        "of the stored entry, embed_scale included. Tied, `embed` and `head` are the factors of "
-        "the two uses by themselves; the shared matrix has F = F_embed + F_head + C + Cᵀ, C their "
-        "cross terms, and no K.",
-        "VECTOR": "A gain, a bias or a special position of images has no Kronecker form: its block "
-        "is F = Σ D Dᵀ over segments (and, for `expected`, loss positions and entries), D the "
-        "gradient summed over the segment's positions. A segment is a document of a packed "
-        "sequence, a sequence that is not packed, or an image: nothing reaches from one to "
-        "another, so that packing and padding change no F, of vectors or matrices.",
-        "LABELS": "labels[b, t] is what position t should predict; negative = none. Default of a "
-        "causal model: the next token of the same segment, so the last position of a segment has "
-        "none. Bidirectional models and images have no default; an image has one label, its class.",
-        "ROWS": "`reached` (default): real positions from which a label is reached: in a causal "
-        "model those at or before the last labelled one of their segment, in a bidirectional one "
-        "all of a segment that has a label, all of an image that has one. `labelled`: only those "
-        "with a label. `all`: every real position; of images as `reached`. `cls`: the first "
-        "position of an image that has a label. A head that reads images pooled has one row for "
-        "each label; patches have no rows for what stands before them.",
-        "FISHER": "Whose labels the backward pass uses: `expected` (exact over the vocabulary: one "
-        "backward per loss position and entry v, of column v of S = diag(√p) − p √pᵀ), `signed` "
-        "(an unbiased estimate of it without labels: one joint backward per segment and draw, of "
-        "S ε, ε ∈ {±1}^V at each position), `sampled` (labels drawn from the model: one joint "
-        "backward per segment and draw), `empirical` (the corpus's labels: one joint backward per "
-        "segment). Only positions where the corpus has a label send anything back.",
-        "SAMPLING": "Philox4x64-10, key (seed, 0); the uniform of position t is word t mod 4 of "
-        "the block at counter (1 + t div 4, 0, draw, corpus index), its top 53 bits times 2⁻⁵³. "
-        "Label: the first v with c_v > u·c_{V−1}, c the sequential float64 cumsum of "
-        "exp(z − max z), else the last with positive probability. Signs of position t: entry v is "
-        "bit v mod 64 (0 the least significant) of word n = v div 64, which is word n mod 4 of the "
-        "block at counter (1 + n div 4, 1 + t, draw, corpus index); 1 means +1, 0 means −1. Of an "
-        "image t = 0.",
-        "THREE": "F (exact block), F_tok (cross-position terms dropped) and K are three matrices, "
-        "never one.",
-        "ORDER": "Eigenvalues descending, eigenvectors in columns; the entry of largest magnitude "
-        "(lowest index on ties) is positive.",
-        "NEGATIVE": "Negative eigenvalues within λ_max·c·(n_shard·eps(compute) + d·eps(float64)) + "
-        "d·n_shard·(the smallest number of compute) of 0 become 0 and are counted; a more negative "
-        "one is an error. A layer of whose tr S_G "
-        "rounding makes more than 1/64 is not edited.",
-        "SELECT": "λ and μ are first brought to λ_1, μ_1 in [1, 2) by powers of two. Keys "
-        "fl(λ_i μ_j) in float64, descending, ties in row-major order of (i, j). "
-        "Kept: the fewest first pairs whose mass ≥ fl(fl(ρ·fsum(λ))·fsum(μ)), where a staircase "
-        "with c_i pairs in row i weighs fsum_i fl(λ_i·P[c_i]), P the correctly rounded prefix "
-        "sums of μ. ρ = 1 keeps everything and returns W itself; ρ = 0 keeps nothing.",
-        "ACCEPTABLE": "Of one A and G two correct solvers differ by at most e_G = "
-        "(16·O + 2)·eps·‖λ‖₂ and e_A = (16·I + 2)·eps·‖μ‖₂, in 2-norm over all eigenvalues. So a "
-        "key lies between (λ_i − e_G)₊(μ_j − e_A)₊ and (λ_i + e_G)(μ_j + e_A), and the mass of any "
-        "set of pairs, less the target, moves by at most s = max(ρ, 1 − ρ)·(√I·Σλ·e_A + √O·Σμ·e_G "
-        "+ √(O·I)·e_A·e_G) and the rounding of SELECT. A pair is surely kept if all others that "
-        "may come before it weigh less than the target − s; surely dropped if those that must come "
-        "before it weigh the target + s or more. `acceptable` counts all other pairs; it is 0 at "
-        "ρ = 0 and 1. Of singular values e = (16·max(O, I) + 2)·eps·‖σ‖₂, the key being σ².",
-        "PRECISION": "Exact widening on reading; one dtype for computing (float64, or float32 by "
-        "choice); the products of one backward pass over a shard in that dtype, in float64 where "
-        "all of float32's would vanish; the fold over passes and shards, eigensolvers, factors and "
-        "bases in float64; edited weights in the dtype of their source.",
-        "SHARD, BLOCK": "Shard = max(1, 2048 div T) consecutive sequences, T the corpus's width "
-        "(of images: the model's positions); the head in chunks of 512 kept rows; block = 64 "
-        "consecutive shards. A shard's backward passes (by draw, or by position and then entry) "
-        "are added in order to a shard sum that starts from zero, shard sums to a block sum that "
-        "starts from zero, block sums to the total.",
-        "FINGERPRINT": "A collection goes on from a checkpoint only if it shares with the run that "
-        "began it: the files of weights and corpus (SHA-256), layers, fisher, seed, draws, rows, "
-        "dtype, this law, the versions of refcurv, Python, NumPy, SciPy, Numba and h5py, the BLAS "
-        "kernels, the CPU's features and how the kernels are compiled. What differs is named.",
+        "ORIENTATION": _decision(
+            "model.transformer:linear_forward files.huggingface:convert",
+            "W has the shape (d_out, d_in).",
+            "A layer computes y = x Wᵀ of rows x.",
+            "A checkpoint that stores W the other way is turned at conversion.",
+        ),
+        "VEC, KRON": _decision(
+            "algebra.kron:rvec algebra.kron:kron_dense algebra.kron:kron_apply",
+            "Matrices become vectors row by row: rvec(W)[o·I + i] = W[o, i].",
+            "The block of a layer is G ⊗ A, in this order.",
+            "So (G ⊗ A) rvec(X) = rvec(G X A).",
+        ),
+        "LOSS": _decision(
+            "model.loss:cross_entropy",
+            "The loss is the sum of nats over the labelled positions, never their mean.",
+            "g is the gradient of that sum with respect to a layer's output.",
+        ),
+        "COUNTS": _decision(
+            "curvature.definition:factors curvature.accumulate:ShardSums curvature.factors:Factor",
+            "Sums and counts are stored: S_A = Σ a aᵀ, n_A, S_G = Σ g gᵀ and n_G.",
+            "a is the input of a kept row, g its output gradient.",
+            "n_A is the number of rows.",
+            "n_G is the number of rows times the number of draws.",
+            "A = S_A / n_A, G = S_G / n_G and K = n_A (G ⊗ A).",
+            "G ⊗ A approximates the curvature of the mean loss per row.",
+        ),
+        "BIAS": _decision(
+            "curvature.factors:Factor.A_joint curvature.bases:decompose",
+            "A bias is either a block of its own or a column of its layer's matrix.",
+            "`separate` (default): W has K = n_A (G ⊗ A), as if there were no bias.",
+            "The bias has K = n_A G, because its input is 1.",
+            "`joint`: weight and bias are one matrix [W b], b its last column.",
+            "The input of [W b] is [a; 1].",
+            "Its A is [[S_A, Σ a], [Σ aᵀ, n_A]] / n_A, whose corner is exactly 1.",
+        ),
+        "EMBEDDING": _decision(
+            "model.transformer:input_taps model.config:ModelConfig.tables",
+            "A table of tokens or positions has the shape (V, D), one row for each entry.",
+            "It counts as the transpose of a linear layer that reads one-hot vectors.",
+            "So S_A is diagonal: how often the kept rows read each entry.",
+            "Only the diagonal is stored, (V,).",
+            "g is the gradient with respect to the stored entry, so embed_scale is a factor of it.",
+            "A tied table has two uses, `embed` and `head`.",
+            "Each use has the factors that it would have without the other.",
+            "The shared matrix has F = F_embed + F_head + C + Cᵀ, C the cross terms of the uses.",
+            "The shared matrix has no K.",
+        ),
+        "VECTOR": _decision(
+            "curvature.blocks:collect_blocks",
+            "A gain, a bias and a special position of images have no Kronecker form.",
+            "The block of such a vector is F = Σ D Dᵀ over segments.",
+            "D is the gradient of the vector, summed over the positions of the segment.",
+            "For `expected` the sum is also over loss positions and vocabulary entries.",
+            "A segment is a document of a packed sequence, a sequence that is not packed, or an "
+            "image.",
+            "No position reaches a position of another segment.",
+            "So packing and padding change no F, whether of vectors or of matrices.",
+        ),
+        "LABELS": _decision(
+            "model.labels:shift_labels model.labels:require_labels",
+            "labels[b, t] is what position t of sequence b should predict.",
+            "A negative label means none.",
+            "The default label of a causal model is the next token of the same segment.",
+            "So the last position of a segment has no default label.",
+            "Bidirectional models and images have no default.",
+            "An image has one label, its class.",
+        ),
+        "ROWS": _decision(
+            "model.rows:kept model.rows:reached model.rows:require_rows",
+            "Rows are the positions that enter A and G.",
+            "Padding is never a row.",
+            "`reached` (default): the positions from which a label is reached.",
+            "In a causal model these are the positions at or before the last labelled one of their "
+            "segment.",
+            "In a bidirectional model they are all positions of a segment that has a label.",
+            "Of images they are all positions of an image that has a label.",
+            "`labelled`: the positions that have a label; images cannot choose it.",
+            "`all`: every real position; of images the same as `reached`.",
+            "`cls`: the first position of each image that has a label; tokens cannot choose it.",
+            "A head that reads images pooled has one row for each label.",
+            "The `patch` layer has one row for each patch; special positions are not rows of it.",
+        ),
+        "FISHER": _decision(
+            "model.fisher:cotangents",
+            "FISHER says whose labels the backward passes use.",
+            "Only positions where the corpus has a label send anything back.",
+            "p are the probabilities of the model at a position, and S = diag(√p) − p √pᵀ.",
+            "S is a root of the Hessian of the loss by the logits: S Sᵀ = diag p − p pᵀ.",
+            "`expected`: the exact mean over all labels that the model could draw.",
+            "It takes one backward pass for each loss position and vocabulary entry v, which sends "
+            "back column v of S.",
+            "`signed`: an unbiased estimate of `expected` that draws signs instead of labels.",
+            "It takes one backward pass for each segment and draw, which sends back S ε from all "
+            "positions jointly, ε ∈ {±1}^V at each of them.",
+            "`sampled`: labels are drawn from the model.",
+            "It takes one backward pass for each segment and draw, all positions jointly.",
+            "`empirical`: the labels are the corpus's.",
+            "It takes one backward pass for each segment, all positions jointly.",
+        ),
+        "SAMPLING": _decision(
+            "model.sampling:uniforms model.sampling:draw_labels model.sampling:signs",
+            "The generator is Philox4x64-10 with the key (seed, 0).",
+            "A block is its output at one counter, four 64-bit words numbered from 0.",
+            "The corpus index numbers the sequences or images of the corpus from 0.",
+            "The uniform u of position t is made of word t mod 4 of the block at counter "
+            "(1 + t div 4, 0, draw, corpus index).",
+            "u is the top 53 bits of that word times 2⁻⁵³.",
+            "For a label, c is the sequential float64 cumsum of exp(z − max z) over the logits z.",
+            "The label is the first v with c_v > u·c_{V−1}.",
+            "If there is none, it is the last v with exp(z_v − max z) > 0.",
+            "The sign of entry v at position t is bit v mod 64 of word n = v div 64, bit 0 the "
+            "least significant.",
+            "Word n is word n mod 4 of the block at counter (1 + n div 4, 1 + t, draw, corpus "
+            "index).",
+            "A bit of 1 means +1, a bit of 0 means −1.",
+            "For an image t = 0.",
+        ),
+        "THREE": _decision(
+            "curvature.exact.fishers:fisher curvature.exact.fishers:f_tok curvature.exact.fishers:kfac",
+            "F, F_tok and K are three matrices, never one.",
+            "F is the exact block.",
+            "F_tok is F without the terms between two positions.",
+            "K is n_A (G ⊗ A), as in COUNTS.",
+        ),
+        "ORDER": _decision(
+            "curvature.eigenbasis:eigenbasis curvature.eigenbasis:oriented",
+            "Eigenvalues descend.",
+            "Eigenvectors are columns.",
+            "The entry of largest magnitude of each eigenvector is positive.",
+            "If several entries have that magnitude, the one of lowest index counts.",
+        ),
+        "NEGATIVE": _decision(
+            "curvature.eigenbasis:eigenbasis law.tolerance:negative law.tolerance:underflow "
+            "passes.rounding:rounding",
+            "Rounding can make an eigenvalue of a (d, d) factor negative.",
+            "It reaches −b at most, where b = λ_max·c·(n_shard·eps(compute) + d·eps(float64)) + "
+            "d·n_shard·(the smallest positive number of compute).",
+            "Here λ_max is the largest eigenvalue, c = 4, n_shard the most rows of one shard and "
+            "compute the dtype of the products.",
+            "An eigenvalue from −b to 0 becomes 0; those below 0 are counted.",
+            "An eigenvalue below −b is an error.",
+            "A layer is not edited if rounding makes more than 1/64 of tr S_G.",
+        ),
+        "SELECT": _decision(
+            "algebra.selection:select algebra.staircase:cut",
+            "λ is first multiplied by a power of two so that its largest entry lies in [1, 2), and "
+            "μ likewise.",
+            "The key of pair (i, j) is fl(λ_i μ_j), the product rounded to float64.",
+            "Pairs are ordered by descending key, equal keys by i and then by j.",
+            "The first pairs in this order always form a staircase: row i holds its first c_i "
+            "pairs.",
+            "fsum is the correctly rounded sum.",
+            "The mass of a staircase is fsum_i fl(λ_i·P[c_i]), P[c] the fsum of the first c "
+            "entries of μ.",
+            "The target is fl(fl(ρ·fsum(λ))·fsum(μ)).",
+            "The fewest first pairs whose mass is the target or more are kept.",
+            "If rounding leaves the mass of all pairs below the target, all are kept.",
+            "ρ = 1 keeps everything and returns W itself.",
+            "ρ = 0 keeps nothing.",
+        ),
+        "ACCEPTABLE": _decision(
+            "algebra.staircase:undecided law.tolerance:eigenvalues",
+            "A pair is acceptable if another correct solver may decide it the other way.",
+            "Of one G two correct solvers differ by at most e_G = (16·O + 2)·eps·‖λ‖₂, in 2-norm "
+            "over all eigenvalues.",
+            "Of one A they differ by at most e_A = (16·I + 2)·eps·‖μ‖₂.",
+            "So a key lies between (λ_i − e_G)₊(μ_j − e_A)₊, its least, and "
+            "(λ_i + e_G)(μ_j + e_A), its greatest.",
+            "The mass of any set of pairs, less the target, moves by at most s and the rounding of "
+            "SELECT.",
+            "s = max(ρ, 1 − ρ)·(√I·Σλ·e_A + √O·Σμ·e_G + √(O·I)·e_A·e_G).",
+            "The pairs that may come before pair p are the others whose greatest key is p's least "
+            "key or more.",
+            "p is surely kept if the mass of these is less than the target − s.",
+            "The pairs that must come before p are those whose least key is above p's greatest "
+            "key.",
+            "p is surely dropped if the mass of these is the target + s or more.",
+            "`acceptable` counts the pairs that are neither.",
+            "It is 0 at ρ = 0 and at ρ = 1.",
+            "For singular values the key is σ² and e = (16·max(O, I) + 2)·eps·‖σ‖₂.",
+        ),
+        "PRECISION": _decision(
+            "files.weights:widen curvature.accumulate:add_gram curvature.moments:RunningSum "
+            "editing.record:rounded",
+            "Reading widens stored numbers exactly.",
+            "The passes compute in one dtype, float64 or by choice float32.",
+            "The products of one backward pass over a shard are in that dtype.",
+            "They are in float64 where all of float32's would vanish.",
+            "The sums over passes and shards, the eigensolvers, the factors and the bases are in "
+            "float64.",
+            "Edited weights have the dtype of their source.",
+        ),
+        "SHARD, BLOCK": _decision(
+            "passes.shards:shards law.conventions:shard_sequences curvature.accumulate:accumulate",
+            "A shard is max(1, 2048 div T) consecutive sequences.",
+            "T is the width of the corpus, for images the number of the model's positions.",
+            "The head works on 512 kept rows at a time.",
+            "A block is 64 consecutive shards.",
+            "The backward passes of a shard are ordered by draw, for `expected` by position and "
+            "then entry.",
+            "They are added in this order to a shard sum that starts from zero.",
+            "Shard sums are added in order to a block sum that starts from zero.",
+            "Block sums are added in order to the total.",
+        ),
+        "FINGERPRINT": _decision(
+            "curvature.factors:_fingerprint curvature.checkpoint:Checkpoint",
+            "A collection goes on from a checkpoint only if it shares all of the following with "
+            "the run that began it.",
+            "The inputs: the files of weights and corpus, by SHA-256.",
+            "The choices: layers, fisher, seed, draws, rows and dtype.",
+            "This law.",
+            "The versions of refcurv, Python, NumPy, SciPy, Numba and h5py.",
+            "The machine: the BLAS kernels, the CPU's features and how the kernels are compiled.",
+            "A refusal names what differs.",
+        ),
     }
 )
 
@@ -175,5 +338,5 @@ def shard_sequences(width: int) -> int:
 
 
 def describe() -> dict[str, str]:
-    """The law as it is written into every file's provenance."""
-    return dict(LAW)
+    """The law as it is written into every file's provenance: name → its sentences in one line."""
+    return {name: decision.text for name, decision in LAW.items()}

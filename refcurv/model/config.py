@@ -315,7 +315,7 @@ class ModelConfig:
         return layers
 
     def tables(self) -> dict[str, tuple[int, int]]:
-        """The tables of vectors, as the linear layers of one-hot inputs: name → (D, entries)."""
+        """EMBEDDING: the tables, as linear layers of one-hot inputs: name → (D, entries)."""
         shapes = self.parameter_shapes()
         found = {name: shapes.get(f"{name}.weight") for name in TABLES}
         return {name: (shape[1], shape[0]) for name, shape in found.items() if shape}

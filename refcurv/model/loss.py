@@ -13,7 +13,7 @@ CACHED = 2**17
 
 
 def cross_entropy(logit_NV: Array, label_N: Array) -> tuple[Array, Array]:
-    """Nats −log p[label] per row, and their gradient p − onehot(label) with respect to the logits.
+    """LOSS: nats −log p[label] per row, and their gradient p − onehot(label) by the logits.
 
     A row whose label is negative has neither: 0 nats, gradient 0. With k the likeliest entry and
     R = Σ_{v≠k} exp(z_v − z_k), all of it keeps its digits as p → 1 and p → 0:

@@ -65,7 +65,7 @@ Steps = Generator[Tap | Slope, None, Array]
 
 
 def linear_forward(config: ModelConfig, parameters: Parameters, layer: str, a: Array) -> Array:
-    """y = W a + b, b where the layer has one."""
+    """ORIENTATION: y = W a + b, b where the layer has one."""
     y = a @ parameters[config.weight_of(layer)].T
     return y + parameters[f"{layer}.bias"] if config.has_bias(layer) else y
 
@@ -389,8 +389,8 @@ def input_taps(
 ) -> Iterator[Tap]:
     """What flows through the layers that make x.
 
-    A table is a linear layer of one-hot inputs. Its `a` holds the indices that were read, (B, T),
-    its g the gradient of the entries as they are stored.
+    A table is a linear layer of one-hot inputs (EMBEDDING). Its `a` holds the indices that were
+    read, (B, T), its g the gradient of the entries as they are stored.
     """
     if config.learned_positions:
         # forward:  x[b, t] = ... + P[position[b, t]]

@@ -1,4 +1,4 @@
-"""How much of a layer's gradients is rounding: the same pass again, with other roundings.
+"""How much of a layer's gradients is rounding (NEGATIVE): the same pass, other roundings.
 
 Some gradients are zero by theory, or far smaller than the terms that cancelled on the way. They
 come out as noise, and the second moment of noise has a spectrum like any other. No bound on single
