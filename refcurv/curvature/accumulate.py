@@ -1,4 +1,4 @@
-"""Add up over shards: several in flight, in one fixed order, with a checkpoint after each block."""
+"""Sums over shards: several in flight, one order (SHARD, BLOCK), a checkpoint after each block."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sums over rows, added in one fixed order (SHARD, BLOCK): what is summed, and how much it varies.
+"""Sums over rows, in float64 and one order (PRECISION, BLOCK): what is summed, how it varies.
 
 One backward pass over one shard is added in the compute dtype. Everything after that is float64.
 """

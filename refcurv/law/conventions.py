@@ -174,7 +174,8 @@ LAW: Final[Mapping[str, Decision]] = MappingProxyType(
             "For an image t = 0.",
         ),
         "THREE": _decision(
-            "curvature.exact.fishers:fisher curvature.exact.fishers:f_tok curvature.exact.fishers:kfac",
+            "curvature.exact.fishers:fisher curvature.exact.fishers:f_tok "
+            "curvature.exact.fishers:kfac",
             "F, F_tok and K are three matrices, never one.",
             "F is the exact block.",
             "F_tok is F without the terms between two positions.",
