@@ -2,6 +2,7 @@
 
 `LAW` holds the sentences; the constants and enums below are their executable form. Errors quote
 the names, every file records them (`describe`), and the README's table is tested to equal `LAW`.
+Why each is decided so, and where it is computed and proved: validation/METHOD.md.
 
 Axis letters, used as suffixes of local arrays in `model/` and `passes/`: see `AXES`.
 """
