@@ -27,7 +27,7 @@ IDS = [id for id, _ in method.statements(METHOD)]
 PLACES = method.law(METHOD)
 
 FOLDERS = ("refcurv", "tests", "validation", ".ci", ".github")
-SUFFIXES = {".py", ".md", ".toml", ".yml", ".yaml", ""}
+SUFFIXES = {".py", ".md", ".toml", ".yml", ".yaml", ".cff", ""}
 ELSEWHERE = r"\b(DESIGN|ORACLES|STYLE|PAPER|EXPERIMENTS|PERFORMANCE|ANCHORS)\b(?!`)"
 """Pages that this house was planned on, and that are not in it."""
 
