@@ -134,7 +134,7 @@ def test_the_top_level_is_what_the_user_fixed() -> None:
 
 
 def test_layers_are_short_enough_to_read() -> None:
-    """STYLE R15: one screen per idea."""
+    """One screen per idea."""
     for module in MODULES:
         tree = ast.parse(inspect.getsource(module))
         for node in ast.walk(tree):

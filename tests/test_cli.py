@@ -454,7 +454,7 @@ def test_interrupting_a_run_is_status_130_and_leaves_the_old_output(
 
 
 def test_threads_of_the_environment_change_no_bit(files: Path, tmp_path: Path) -> None:
-    """Two processes, the thread variables at 1 and at 2: identical datasets (DESIGN 6)."""
+    """Two processes, the thread variables at 1 and 2: identical datasets (METHOD, Determinism)."""
     found = []
     for threads in ("1", "2"):
         names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")

@@ -1,4 +1,4 @@
-"""Identities of ORACLES.md on the transformer's own rows; each test names its id."""
+"""The identities (METHOD, Identities) on the transformer's own rows; each test names its id."""
 
 from __future__ import annotations
 

@@ -183,7 +183,7 @@ def ranked(row, k):
 
 
 def ndcg_by_definition(base, edited, k, gain):
-    """PAPER §2, position by position and rank by rank."""
+    """METHOD, nDCG@K, position by position and rank by rank."""
     total = 0.0
     for b_row, e_row in zip(base.tolist(), edited.tolist(), strict=True):
         B, E = ranked(b_row, k), ranked(e_row, k)

@@ -1,4 +1,4 @@
-"""Bugs of ORACLES.md, planted one at a time: the suite must fail, in the test named here.
+"""Bugs (METHOD, Bugs), planted one at a time: the suite must fail, in the test named here.
 
 Each case replaces one function by a plausible wrong one, runs a test on a fixed case, and expects
 it to fail; the same test passes without the bug.

@@ -123,7 +123,7 @@ def collect_blocks(
     Cost: for each segment one forward and `draws` backward passes (`expected`: labelled positions
         × vocabulary) down to the lowest block named, and P² per pass; memory 8 P² bytes,
         2 + `in_flight` times each.
-    Source: ORACLES 49; FISHER.
+    Source: O49; VECTOR, FISHER.
     Proof: tests/test_biases.py::test_O49_blocks_are_the_exact_fisher,
         tests/test_biases.py::test_O52_packing_changes_no_block,
         tests/test_biases.py::test_blocks_are_independent_of_threads

@@ -120,7 +120,7 @@ def compare(
 
     Cost: the sweep of `exact.fisher` down to the lowest layer; 2 P² numbers and C·P² operations
         for each layer of P parameters and C cotangents, and then eigenvectors.
-    Source: THREE; ORACLES.md §0, O18, O24, O38.
+    Source: THREE; METHOD, Notation; O18, O24, O38.
     Proof: tests/test_distance.py::test_one_sweep_gives_the_three_exact_matrices,
         tests/test_distance.py::test_distances_are_what_numpy_says
     """

@@ -27,7 +27,7 @@ _ERRORS = ("error_G", "error_trace_G", "rounding_G")
 
 
 def save_factors(factors: Factors, path: str | Path, checkpoint: str | Path | None = None) -> None:
-    """Write a factors file: LAYER/{sum_A, n_A, sum_G, n_G}, float64 and int64 (DESIGN 4).
+    """Write a factors file: LAYER/{sum_A, n_A, sum_G, n_G}, float64 and int64 (METHOD, Files).
 
     With a bias also LAYER/sum_a. The errors that are known, of what was drawn and of rounding, are
     float64 attributes of sum_G. The `checkpoint` that they were collected with is deleted once they

@@ -2,7 +2,7 @@
 
 random basis      the same staircase of pairs, in random directions
 random pairs      K-FAC's directions and as many pairs, chosen at random
-inputs, outputs   K-FAC's directions, chosen by the curvature of one side alone (PAPER §5)
+inputs, outputs   K-FAC's directions, chosen by the curvature of one side alone (METHOD, Later work)
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def random_pairs(
         `require_basis` refuses.
 
     Cost: 4·O·I·(O + I) flops per layer, in float64, and O·I numbers drawn.
-    Source: the control of issue 5; PAPER §2.
+    Source: METHOD, Controls.
     Proof: tests/test_variants.py::test_random_pairs_are_a_projection_on_so_many_pairs,
         ::test_random_pairs_are_nested_in_their_share,
         ::test_pairs_are_chosen_uniformly
@@ -154,7 +154,7 @@ def one_sided(basis: Bases, side: str) -> Bases:
         ConventionError: another side. What `require_basis` refuses.
 
     Cost: reads every layer; nothing is computed.
-    Source: PAPER §5, side-restricted edits.
+    Source: METHOD, Controls; METHOD, Later work.
     Proof: tests/test_variants.py::test_one_side_keeps_whole_directions
     """
     require_choice("one_sided", "side", side, SIDES)

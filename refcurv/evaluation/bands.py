@@ -190,7 +190,7 @@ def bands(
 
     Cost: one forward pass over both populations; per layer and position 2 I² flops, and for
         pair_mass 2·7·O·I more; one float64 copy of each named weight.
-    Source: P9, PAPER §2, Bands.
+    Source: P9; METHOD, Bands.
     Proof:  tests/test_bands.py::test_norms_are_the_definition; ::test_identical_populations;
             tests/test_images.py::test_bands_are_the_definition
     """

@@ -75,7 +75,7 @@ def classify(
         NonFiniteError: a logit is NaN or infinite.
 
     Cost: one forward pass.
-    Source: PAPER §2, Task accuracy.
+    Source: METHOD, Task accuracy.
     Proof:  tests/test_images.py::test_evaluation_is_argmax_one_image_at_a_time
     """
 

@@ -61,7 +61,7 @@ def greedy(config: ModelConfig, parameters: Parameters, prompt: Array, steps: in
         NonFiniteError: a logit is NaN or infinite: the argmax would mean nothing.
 
     Cost: (P + steps - 1) positions per sequence, and per step one copy of the keys and values.
-    Source: PAPER §2, Recitation.
+    Source: METHOD, Recitation.
     Proof:  tests/test_decode.py::test_cached_equals_recomputed; ::test_ties_go_to_the_lowest_id
     """
 
@@ -252,7 +252,7 @@ def decode_population(
         EmptyError, RangeError, NonFiniteError: as `greedy`.
 
     Cost: one forward pass over the population's tokens, plus a copy of the cache per step.
-    Source: DESIGN §4, Files (populations).
+    Source: METHOD, Files (populations).
     Proof:  tests/test_decode.py::test_population_rows_are_decoded_alone;
             tests/test_decode.py::test_padding_and_suffix_are_never_read
     """

@@ -63,7 +63,7 @@ def hits(
         NonFiniteError: a logit is NaN or infinite.
 
     Cost: one forward pass over the population.
-    Source: PAPER §2, Recitation, Task accuracy.
+    Source: METHOD, Recitation; METHOD, Task accuracy.
     Proof:  tests/test_items.py::test_by_hand; ::test_the_whole_chain_by_another_route;
             tests/test_items.py::test_images_by_hand
     """
@@ -99,7 +99,7 @@ def distances(
         ConventionError, RangeError, NonFiniteError: as `hits`; images have no distance.
 
     Cost: one forward pass over the population.
-    Source: PAPER §2, Recitation.
+    Source: METHOD, Recitation.
     Proof:  tests/test_items.py::test_by_hand; ::test_the_whole_chain_by_another_route
     """
     require_decoded("distances", model, population)
@@ -128,7 +128,7 @@ def suffix_nats(
         NonFiniteError: a logit is NaN or infinite.
 
     Cost: one forward pass over the population's tokens; logits of HEAD_ROWS positions per thread.
-    Source: PAPER §2, Perplexity; §5, per-item damage.
+    Source: METHOD, Perplexity; METHOD, Later work.
     Proof:  tests/test_items.py::test_suffix_nats_is_the_naive_loop;
             tests/test_items.py::test_the_whole_chain_by_another_route
     """

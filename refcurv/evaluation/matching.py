@@ -1,8 +1,8 @@
 """Edits of equal perplexity: how strongly a method may cut, and what each strength costs.
 
 A method is a function from a number, its strength, to an edited model. Methods are compared where
-they cost the same, not where their strengths agree (PAPER §5: rho is not comparable between
-estimators, data sizes or bases).
+they cost the same, not where their strengths agree (METHOD, Later work: rho is not comparable
+between estimators, data sizes or bases).
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def at_perplexity(
         Whatever `strengthen` raises.
 
     Cost: one edit and one forward pass over the text for each of Match.tried, about 7 of them.
-    Source: issue 5; PAPER §5. Brent 1973.
+    Source: METHOD, Controls; Brent 1973.
     Proof: tests/test_matching.py::test_the_perplexity_is_matched, ::test_overshoot_and_shortfall,
         ::test_a_jump_is_not_a_match, ::test_perplexity_need_not_be_monotone
     """
@@ -161,7 +161,7 @@ def tradeoff(
         ConventionError: a population of another kind. EmptyError: a text without a token to score.
 
     Cost: per strength one edit and one forward pass over both populations.
-    Source: PAPER, appendix D, the Pareto front.
+    Source: arXiv 2510.24256, appendix D, the Pareto front.
     Proof: tests/test_matching.py::test_a_tradeoff_is_what_evaluate_says
     """
     _require_text(text)

@@ -1,4 +1,4 @@
-"""Numbers about what a model says: pure functions of arrays, without a model (PAPER §2)."""
+"""Numbers about what a model says: pure functions of arrays, without a model (METHOD, Metrics)."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def recitation(decoded: Sequence[Array], truth: Sequence[Array]) -> Recitation:
         ShapeError: a row's decoded and true suffix differ in length.
 
     Cost: O(L² / 64) per row.
-    Source: PAPER §2, Recitation.
+    Source: METHOD, Recitation.
     Proof:  tests/test_metrics.py::test_recitation_is_the_definition; ::test_loose_is_exact
     """
     pairs = edit_distances(decoded, truth)
@@ -149,7 +149,7 @@ def perplexity(nats: Array | float, count: Array | int) -> float:
         EmptyError: no tokens.
         NonFiniteError: a sum is NaN or infinite. DTypeError: counts that are not integers.
 
-    Source: PAPER §2, Perplexity. The official code takes the mean over batches of exp(batch
+    Source: METHOD, Perplexity. The official code takes the mean over batches of exp(batch
         loss) instead: never smaller for batches of equal size (Jensen), different in general.
     Proof:  tests/test_metrics.py::test_O66_perplexity_knows_no_batches
     """
@@ -227,7 +227,7 @@ def ndcg_of_ids(baseline: Array, edited: Array, gain: Gain | str = Gain.PAPER) -
         ShapeError: the lists differ in shape, or K = 0. DTypeError: ids that are not integers.
         ConventionError: an unknown gain, or a list that holds an id twice.
 
-    Source: PAPER §2, nDCG@K.
+    Source: METHOD, nDCG@K.
     Proof:  tests/test_metrics.py::test_ndcg_is_the_definition; ::test_gains_differ
     """
     reading = Gain(require_choice("ndcg", "gain", gain, Gain))
@@ -282,7 +282,7 @@ def ndcg(
         EmptyError: no positions.
         ShapeError, RangeError, NonFiniteError, ConventionError: as `top_ids`, `ndcg_of_ids`.
 
-    Source: PAPER §2, nDCG@K.
+    Source: METHOD, nDCG@K.
     Proof:  tests/test_metrics.py::test_ndcg_is_the_definition; ::test_O66_ndcg_of_itself_is_one
     """
     require_shape("ndcg", "edited_logits", edited_logits, np.shape(baseline_logits), "(N, V)")
@@ -304,7 +304,7 @@ def retention(before: float, after: float) -> float:
     Raises:
         RangeError: a negative value.
 
-    Source: PAPER §2, Task accuracy.
+    Source: METHOD, Task accuracy.
     Proof:  tests/test_metrics.py::test_retention_edges
     """
     return retention_above_chance(before, after, 0.0)
@@ -326,7 +326,7 @@ def retention_above_chance(before: float, after: float, chance: float) -> float:
     Raises:
         RangeError: a negative value, or chance outside [0, 1].
 
-    Source: PAPER §2, Task accuracy.
+    Source: METHOD, Task accuracy.
     Proof:  tests/test_metrics.py::test_retention_edges
     """
     require_range("retention", "chance", chance, 0, 1)

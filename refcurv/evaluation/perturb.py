@@ -95,7 +95,7 @@ def perturbation(
         NonFiniteError: a logit is NaN or infinite.
 
     Cost: 1 + min(t, L) + max(0, n − 1 − t) texts an item, decoded as `decode_population`.
-    Source: PAPER §2, Position perturbation; Huang et al. 2024.
+    Source: METHOD, Position perturbation; Huang et al. 2024.
     Proof:  tests/test_perturb.py::test_every_prompt_literally; ::test_by_hand; ::test_edges
     """
     if isinstance(t, bool) or not isinstance(t, int | np.integer) or t < 1:

@@ -210,7 +210,7 @@ def evaluate(
 
     Cost: for each model one forward pass over each population's tokens. Logits exist for at most
         HEAD_ROWS positions per thread.
-    Source: PAPER §2.
+    Source: METHOD, Metrics.
     Proof:  tests/test_suite.py::test_by_hand; ::test_text_is_the_naive_loop;
             tests/test_suite.py::test_padding_is_never_read;
             tests/test_images.py::test_evaluation_is_argmax_one_image_at_a_time

@@ -35,7 +35,7 @@ def save_corpus(corpus: Corpus, path: PathLike, made_from: Mapping[str, Any] | N
         SchemaError, StorageError: As `store.write`.
 
     Cost: One pass over the arrays.
-    Source: DESIGN §4, Files.
+    Source: METHOD, Files.
     Proof:  tests/test_corpus.py::test_round_trip
     """
     origin: dict[str, Any] = {}
@@ -59,7 +59,7 @@ def load_corpus(path: PathLike) -> Corpus:
         The reverse of `save_corpus`: the same arrays, bit for bit.
 
     Args:
-        path: A file that `save_corpus` wrote, or another program after DESIGN §4.
+        path: A file that `save_corpus` wrote, or another program after METHOD, Files.
 
     Returns:
         Corpus; its `source` has path, header, provenance and (hashed when asked for) sha256.
@@ -71,7 +71,7 @@ def load_corpus(path: PathLike) -> Corpus:
         StorageError: The disk cannot be read.
 
     Cost: Reads and hashes the whole file.
-    Source: DESIGN §4, Files.
+    Source: METHOD, Files.
     Proof:  tests/test_corpus.py::test_round_trip
     """
     header = store.open_file(path, format="refcurv-corpus")

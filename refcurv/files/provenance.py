@@ -26,7 +26,7 @@ def provenance(**made_from: Any) -> dict[str, Any]:
     return {
         **machine(),
         "platform": platform.platform(),
-        "blas_threads": 1,  # every pass limits it (DESIGN §6)
+        "blas_threads": 1,  # every pass limits it (METHOD, Determinism)
         "conventions": describe(),
         **made_from,
     }

@@ -128,7 +128,7 @@ def build_corpus(
 
     Cost: One pass over the files after one to hash them; 8 bytes a token, one text file, and PIECE
         letters at a time in the tokenizer (a pair, and a text whose words do not end, at once).
-    Source: DESIGN §4, Files; keys as in the files of goodfire-ai/memorization_kfac, `data/`.
+    Source: METHOD, Files; keys as in the files of goodfire-ai/memorization_kfac, `data/`.
     Proof:  tests/test_texts.py::test_rows_by_hand, ::test_packing_equals_loops,
         ::test_no_token_is_lost_or_doubled, ::test_O52_packed_documents_are_separate_documents;
         tests/test_tokenizer.py::test_ids_in_pieces_are_those_of_the_whole,

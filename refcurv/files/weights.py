@@ -81,7 +81,7 @@ def load(path: PathLike, dtype: str = "float64") -> Model:
         StorageError: The disk cannot be read.
 
     Cost: Opening reads no tensor; an access reads and hashes one.
-    Source: DESIGN §4, Files.
+    Source: METHOD, Files.
     Proof:  tests/test_weights.py::test_load_widens_exactly
     """
     require_choice("load", "dtype", dtype, COMPUTE_DTYPES)
@@ -121,7 +121,7 @@ def save(model: Model, path: PathLike, made_from: Mapping[str, Any] | None = Non
         SchemaError, StorageError: As `store.write`.
 
     Cost: One parameter in memory at a time (two where loading had rounded).
-    Source: DESIGN §3, PRECISION.
+    Source: PRECISION.
     Proof:  tests/test_weights.py::test_save_of_loaded_is_identical
     """
     shapes = model.config.parameter_shapes()

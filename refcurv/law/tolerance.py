@@ -1,9 +1,9 @@
 """Error budgets, derived from dtype, size and conditioning; no bare 1e-5 anywhere.
 
-Every budget multiplies a *scale*: the same sum with each product in absolute value (DESIGN §5),
-never the result, which may vanish by theory or by cancellation. u is the unit roundoff, half of
-eps; a dot product of n terms errs by at most gamma(n) = n u / (1 - n u) of that scale (Higham,
-Accuracy and Stability of Numerical Algorithms, section 3.1), in any order of summation.
+Every budget multiplies a *scale*: the same sum with each product in absolute value (METHOD,
+Budgets), never the result, which may vanish by theory or by cancellation. u is the unit roundoff,
+half of eps; a dot product of n terms errs by at most gamma(n) = n u / (1 - n u) of that scale
+(Higham, Accuracy and Stability of Numerical Algorithms, section 3.1), in any order of summation.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def logits(model: Model, tokens: ArrayLike) -> Array:
         NonFiniteError: NaN or infinity in an image, or on the way to the logits; names the layer.
 
     Cost: one forward pass; B·T·V numbers at once.
-    Source: DESIGN 4.
+    Source: the definition of each family (validation/peers/ADDING.md).
     Proof: tests/test_peers.py (transformers), tests/test_fast.py,
         tests/test_images.py::test_logits_are_the_loops
     """
@@ -77,7 +77,7 @@ def loss_and_gradient(
         ConventionError: no labels, where LABELS has no default.
 
     Cost: one forward and one backward pass, with every activation in memory.
-    Source: LOSS, LABELS; DESIGN 4.
+    Source: LOSS, LABELS.
     Proof: tests/test_transformer.py::test_gradient_of_every_parameter_equals_complex_step,
         tests/test_fast.py, tests/test_peers.py (PyTorch),
         tests/test_images.py::test_loss_and_gradient_equal_the_complex_step

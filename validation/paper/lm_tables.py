@@ -31,7 +31,7 @@ from validation.paper.results import (
 from validation.paper.statistics import Interval, interval, paired
 
 PAPER_STRESSED = {"bsn": "4.6, 9.8", "kfac": "6.6, 13.3", "svd": "6.3, 12.8"}
-"""Mean longest match from the own prompt and from shifted ones (PAPER §3)."""
+"""Mean longest match from the own prompt and from shifted ones (METHOD, Reported results)."""
 
 
 # ------------------------------------------------------------------ tables

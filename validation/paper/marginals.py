@@ -1,4 +1,4 @@
-"""The marginals of the corrected eigenvalues, from norm-weighted sums (PAPER §5).
+"""The marginals of the corrected eigenvalues, from norm-weighted sums (METHOD, Later work).
 
 In the basis of K-FAC the curvature of a pair is exactly Λ_ij = E[(u_iᵀ g)² (v_jᵀ a)²] if rows were
 independent (EK-FAC); K-FAC takes λ_i μ_j for it. A cut by rows and columns needs of Λ only

@@ -44,7 +44,7 @@ KINDS = {"quotes": "memorised", "addition": "arithmetic", "facts": "facts",
          "open_book": "open book", "boolean": "logic"}  # fmt: skip
 """Population → what the paper calls its kind."""
 PAPER_KEPT = {name: PAPER_RANGE[kind] for name, kind in KINDS.items()}
-"""Retention in the paper, lowest and highest (PAPER §3)."""
+"""Retention in the paper, lowest and highest (METHOD, Reported results)."""
 
 
 def load(kind: str, variant: str = "") -> list[Json]:

@@ -251,7 +251,7 @@ def f_tok(
     Raises: as `fisher`; ConventionError: `wrt` is not the weight of one linear layer.
 
     Cost: as `fisher`.
-    Source: ORACLES.md §0; Eschenhagen et al. 2023 (arXiv 2311.00636), the expand setting.
+    Source: METHOD, Notation; Eschenhagen et al. 2023 (arXiv 2311.00636), the expand setting.
     Proof: tests/test_exact.py::test_F_F_tok_and_K_equal_the_naive_sums
     """
     variables = variables_of("f_tok", model, tokens, labels, wrt, dense=True)

@@ -1,6 +1,6 @@
 """Gradient, Hessian and GGN by complex step: products with a vector, and the dense matrices.
 
-One code, three derivatives (DESIGN §5). The forward and the backward are analytic, so that with
+One code, three derivatives (O15). The forward and the backward are analytic, so that with
 h = 1e-30 and a direction v over the parameters
 
     z(θ + i h v)  = z + i h J v            the Jacobian-vector product, exact to rounding
@@ -255,7 +255,7 @@ def hvp(
 
     Cost: one forward and one backward in complex arithmetic, every activation in memory; as often
         again for entries of the vector that are 2^512 times smaller than others.
-    Source: DESIGN §5; Martins, Sturdza & Alonso 2003 (complex step); Pearlmutter 1994 (H v).
+    Source: O15; Martins, Sturdza & Alonso 2003 (complex step); Pearlmutter 1994 (H v).
     Proof: tests/test_exact.py::test_hessian_equals_central_differences_in_longdouble,
         tests/test_exact.py::test_products_are_linear_over_the_whole_range,
         tests/test_problem.py::test_curvature_of_a_batch_is_that_of_its_documents

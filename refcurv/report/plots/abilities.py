@@ -32,7 +32,7 @@ PAPER_RANGE = {
     "open book": (0.93, 0.99),
     "logic": (0.95, 1.06),
 }
-"""Retention in the paper (PAPER §3: OLMo-2 7B, K-FAC edit), to set beside ours."""
+"""Retention in the paper (METHOD, Reported results: OLMo-2 7B, K-FAC edit), to set beside ours."""
 
 
 def retention(results: Json) -> Figure:
