@@ -13,12 +13,13 @@ from strategies import case
 
 import refcurv as rc
 from refcurv.cli import main
-from refcurv.demo.run import CORPUS, LAYERS, MODEL, RHO, Job, run
+from refcurv.demo import CORPUS, LAYERS, MODEL, RHO
 from refcurv.evaluation import suite
 from refcurv.model import transformer
 from refcurv.model.config import expand
 from refcurv.model.layers import causal_layout
 from refcurv.model.loss import cross_entropy
+from refcurv.pipeline import Job, run
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +271,7 @@ def test_the_report_says_why_it_has_no_controls(
         layers="blocks.1.mlp.up",
         rho=float(rho),
     )
-    results = run(tmp_path / "out", lambda _: lambda done, total: None, job)
+    results = run(job, tmp_path / "out")
     assert says in results["controls"]["left_out"]
     assert results["evaluation"]["rows"] and "controls" in results["seconds"]
 

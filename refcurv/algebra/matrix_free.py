@@ -39,11 +39,9 @@ from refcurv.law.checks import (
     require_seed,
     require_shape,
 )
+from refcurv.progress import Progress
 
 Product = Callable[[Array], Array]
-
-Progress = Callable[[int, int], object]
-"""Called with (products made, the most that there may be)."""
 
 ASYMMETRY = tolerance.eps(np.float32) ** 0.5
 """Share of H by which uᵀ(Hv) and vᵀ(Hu) may differ: half the digits of products in float32."""
@@ -165,7 +163,7 @@ def extreme_eigenvalues(
         seed: of the start vector z.
         accuracy: residual asked of Lanczos, as a share of max(|λ_i|, ‖H z‖/‖z‖).
         restarts: of Lanczos, at most.
-        progress: see Progress.
+        progress: called with (products made, the most that there may be).
 
     Returns:
         Eigenpairs. A residual proves an eigenvalue near, not that none was passed over: of one
@@ -246,7 +244,7 @@ def hutchinson(
         operator: H, (P, P).
         samples: probes and products, >= 2.
         seed: of the probes.
-        progress: see Progress.
+        progress: called with (products made, the most that there may be).
 
     Returns:
         Estimate, unbiased. Exact for a diagonal H.
@@ -284,7 +282,7 @@ def xtrace(
         operator: H, (P, P).
         samples: products, even, from 4 to 2 P.
         seed: of the probes.
-        progress: see Progress.
+        progress: called with (products made, the most that there may be).
 
     Returns:
         Estimate, unbiased; exact to rounding if rank H < samples/2 or samples = 2 P. The standard
@@ -344,7 +342,7 @@ def spectral_density(
         probes: >= 2.
         steps: >= 1; more than P are P.
         seed: of the probes.
-        progress: see Progress.
+        progress: called with (products made, the most that there may be).
 
     Returns:
         SpectralDensity. With as many steps as H has distinct eigenvalues, the nodes are those.

@@ -29,8 +29,9 @@ from refcurv.model.transformer import Cotangent, Parameters, Slope, Tap
 from refcurv.passes import memory
 from refcurv.passes.fast import FAST
 from refcurv.passes.memory import Sweep
-from refcurv.passes.parallel import Progress, Turnstile, cores
+from refcurv.passes.parallel import Turnstile, cores
 from refcurv.passes.shards import Shard, inputs_of, shards
+from refcurv.progress import Progress
 
 MOST_BYTES = 2**33
 """Of all blocks together: total, sum of 64 shards, and those of the shards in flight."""

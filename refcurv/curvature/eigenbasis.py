@@ -38,7 +38,8 @@ from refcurv.law.checks import (
 )
 from refcurv.law.conventions import Bias
 from refcurv.model.transformer import TABLES
-from refcurv.passes.parallel import Progress, stream
+from refcurv.passes.parallel import stream
+from refcurv.progress import Progress
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,9 +46,10 @@ from refcurv.law.checks import (
 from refcurv.law.conventions import BLOCK_SHARDS, Fisher, Rows, describe
 from refcurv.model.config import Model, ModelConfig, expand
 from refcurv.passes import memory
-from refcurv.passes.parallel import Progress, Turnstile, run
+from refcurv.passes.parallel import Turnstile, run
 from refcurv.passes.rounding import rounding
 from refcurv.passes.shards import Shard, shards
+from refcurv.progress import Progress
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,8 +26,9 @@ from refcurv.law.conventions import BLOCK_SHARDS, Fisher
 from refcurv.model.config import ModelConfig
 from refcurv.model.transformer import TABLES, Tap
 from refcurv.passes import memory
-from refcurv.passes.parallel import Progress, Turnstile, counter, run
+from refcurv.passes.parallel import Turnstile, run
 from refcurv.passes.shards import Shard
+from refcurv.progress import Progress, counter
 
 
 class Moment:

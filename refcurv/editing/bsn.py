@@ -35,8 +35,8 @@ from refcurv.model.transformer import Parameters, Slope, Tap, layout_of
 from refcurv.passes import parallel
 from refcurv.passes.fast import FAST
 from refcurv.passes.memory import Sweep, resident
-from refcurv.passes.parallel import Progress
 from refcurv.passes.shards import Shard, require_fit, shards
+from refcurv.progress import Progress
 
 CAP = 6.0
 """Nats per token of the forgotten suffixes beyond which nothing more is gained."""

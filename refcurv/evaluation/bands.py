@@ -31,7 +31,7 @@ from refcurv.model.inputs import kept, require_rows
 from refcurv.model.layers import Layout
 from refcurv.model.transformer import Inputs, Parameters
 from refcurv.passes import memory, parallel
-from refcurv.passes.parallel import Progress, counter
+from refcurv.progress import Progress, counter
 
 
 class Quantity(StrEnum):

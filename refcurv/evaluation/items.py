@@ -32,7 +32,7 @@ from refcurv.law.checks import (
 from refcurv.model.config import Model
 from refcurv.model.loss import cross_entropy
 from refcurv.passes.memory import resident
-from refcurv.passes.parallel import Progress, counter
+from refcurv.progress import Progress, counter
 
 
 def hits(

@@ -19,7 +19,7 @@ from refcurv.evaluation.metrics import perplexity
 from refcurv.files.corpus import Population
 from refcurv.law.checks import ConventionError, EmptyError, RangeError, require_range
 from refcurv.model.config import Model
-from refcurv.passes.parallel import Progress
+from refcurv.progress import Progress
 
 Strengthen = Callable[[float], Model]
 """A method: strength → edited model."""

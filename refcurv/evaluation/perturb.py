@@ -17,7 +17,7 @@ from refcurv.evaluation.items import decoded_rows, require_decoded
 from refcurv.files.corpus import Population
 from refcurv.law.checks import Array, RangeError
 from refcurv.model.config import Model
-from refcurv.passes.parallel import Progress
+from refcurv.progress import Progress
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -42,7 +42,7 @@ from refcurv.model.config import Model, ModelConfig
 from refcurv.model.loss import cross_entropy
 from refcurv.model.transformer import Parameters
 from refcurv.passes.memory import resident
-from refcurv.passes.parallel import Progress, counter
+from refcurv.progress import Progress, counter
 
 RETAINED = MappingProxyType({"answer": "accuracy", "recite": "strict", "label": "accuracy"})
 """The value that a retention is of, by kind; a perplexity is not retained."""

@@ -16,7 +16,7 @@ from refcurv.judge.bench import Bench, Plan, plan, prepare
 from refcurv.judge.identities import CHECKS, Measure
 from refcurv.law.checks import ConventionError, RefcurvError, require_range, require_seed
 from refcurv.model.config import Model
-from refcurv.passes.parallel import Progress
+from refcurv.progress import Progress
 
 GIB = 2**30
 LEAST_MEMORY = 0.001

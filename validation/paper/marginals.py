@@ -19,8 +19,9 @@ import refcurv as rc
 from refcurv.law.conventions import Fisher
 from refcurv.model.transformer import Tap
 from refcurv.passes import memory
-from refcurv.passes.parallel import Progress, run
+from refcurv.passes.parallel import run
 from refcurv.passes.shards import Shard, shards
+from refcurv.progress import Progress
 
 Array = np.ndarray
 

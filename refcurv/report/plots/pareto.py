@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from refcurv.law.checks import EmptyError
+from refcurv.report.cells import Json, number, percent, population_name, relative
 from refcurv.report.plots.drawing import (
     GREY,
     INK,
@@ -18,14 +19,7 @@ from refcurv.report.plots.drawing import (
     styled,
     ticks,
 )
-from refcurv.report.table import (
-    Json,
-    method_name,
-    number,
-    percent,
-    population_name,
-    relative,
-)
+from refcurv.report.table import method_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
