@@ -20,6 +20,7 @@ from refcurv.model.config import expand
 from refcurv.model.layers import causal_layout
 from refcurv.model.loss import cross_entropy
 from refcurv.pipeline import Job, run
+from refcurv.report.folder import outputs
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,8 @@ def test_everything_is_written(demo: tuple[Path, dict]) -> None:
     names = {"bands.png", "basis.h5", "edited.h5", "factors.h5", "front.png", "mask.png",
              "report.html", "results.json", "retention.png", "spectrum.png"}  # fmt: skip
     assert {p.name for p in out.iterdir()} == names
+    known = {path.name for path in outputs(out).values()}
+    assert known == names | {"factors.h5.unfinished", "results.json.unfinished"}
     assert {row["layer"] for row in results["edit"]} == {"blocks.3.mlp.gate", "blocks.3.mlp.up"}
     assert results["settings"]["layers"] == LAYERS
     assert all(row["rho"] == RHO <= row["mass"] for row in results["edit"])
@@ -329,7 +332,9 @@ def test_a_report_refuses_what_it_could_not_judge_before_the_work(
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "matplotlib", None)
         refused("plots need matplotlib")
-    (tmp_path / "out").mkdir(exist_ok=True)
+    (tmp_path / "out" / "report.html").mkdir(parents=True)
+    refused("is a folder. Give the name of a file")
+    (tmp_path / "out" / "report.html").rmdir()
     (tmp_path / "out" / "edited.h5").hardlink_to(tmp_path / "w.h5")
     assert main(["report", str(tmp_path / "out/edited.h5"), str(tmp_path / "c.h5"), "--rho", "0.5",
                  "--out", str(tmp_path / "out")]) == 2  # fmt: skip

@@ -579,6 +579,20 @@ def test_a_control_that_costs_much_is_still_in_sight(results: dict[str, Any]) ->
     assert plots.front(results).axes[0].get_xlim()[1] == pytest.approx(3 * 26.4731)
 
 
+def test_an_edit_that_lowers_perplexity_is_in_sight(results: dict[str, Any]) -> None:
+    """So are its line and its mark; the axis is as wide as if it had risen as much."""
+    found = results["controls"]
+    found["compared"][0]["perplexity"] = 22.0
+    found["curves"]["kfac"] = [
+        {"removed": x, "recitation": 0.5, "perplexity": y} for x, y in ((0.1, 23.0), (0.3, 21.5))
+    ]
+    low, high = plots.front(results).axes[0].get_xlim()
+    assert low < 21.5 and high == pytest.approx(24.9512 + 4 * (24.9512 - 22))
+    found["curves"].pop("kfac")
+    low, _ = plots.front(results).axes[0].get_xlim()
+    assert low < 22.0
+
+
 def test_bars_are_the_retentions(results: dict[str, Any]) -> None:
     figure = plots.retention(results)
     ax = figure.axes[0]
