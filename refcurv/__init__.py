@@ -24,6 +24,17 @@ The public names, in the order in which data flow:
     matrix_free                     eigenvalues, trace and density of what is too large to write
     audit, Audit                    every identity that can be checked on a model
     RefcurvError                    every refusal is one of these
+
+All of it at once is imported by its own name:
+
+    refcurv.pipeline                collect → decompose → edit → evaluate → compare → results:
+                                    `run(Job(weights=..., corpus=..., layers=..., rho=...), folder)`
+    refcurv.demo                    the shipped model and corpus, and their `JOB`
+    refcurv.report.folder           `draw(results, folder)`: figures and a page of HTML
+
+On the command line `refcurv report` does all of it on your own files, `refcurv demo` on the shipped
+ones. The other commands take the steps one by one: convert, export, inspect, corpus, collect,
+decompose, edit, truncate, prune, evaluate, audit. `refcurv COMMAND --help` has examples.
 """
 
 from refcurv.starting import look_after_imports

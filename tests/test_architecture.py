@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import refcurv
+from refcurv.commands import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 MODULES = [
@@ -118,6 +119,18 @@ def test_public_names_are_documented_and_listed(name: str) -> None:
         )
         for part in wanted:
             assert part in doc, f"{name} has no {part}"
+
+
+def test_the_contents_name_every_command_and_the_whole() -> None:
+    """What `help(refcurv)` lists beside the public names exists, and no command is left out."""
+    text = refcurv.__doc__ or ""
+    _, _, last = text.rpartition("On the command line")
+    for command in COMMANDS:
+        assert re.search(rf"\b{command.__name__}\b", last), command.__name__
+    called = dict(re.findall(r"^    refcurv\.([\w.]+)[^`]*`(\w+)", text, re.MULTILINE))
+    assert called == {"pipeline": "run", "demo": "JOB", "report.folder": "draw"}
+    for module, name in called.items():
+        assert hasattr(importlib.import_module(f"refcurv.{module}"), name)
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)

@@ -21,7 +21,7 @@ import refcurv as rc
 from refcurv.cli import main
 from refcurv.curvature import eigenbasis, exact, factors
 from refcurv.curvature.exact.problems import of_batch
-from refcurv.demo.run import CORPUS, MODEL
+from refcurv.demo import CORPUS, MODEL
 from refcurv.judge import audit as judge
 from refcurv.judge import bench, identities
 from refcurv.judge.identities import CHECKS

@@ -18,7 +18,7 @@ from test_factors import corpus_of, model_of
 from test_transformer import STEP, budget, loss_of
 
 import refcurv as rc
-from refcurv.demo.run import CORPUS, MODEL
+from refcurv.demo import CORPUS, MODEL
 from refcurv.editing import bsn
 from refcurv.law import tolerance
 from refcurv.law.checks import (

@@ -378,10 +378,10 @@ def test_an_audit_that_breaks_is_not_an_audit_that_failed(files: Path, capsys, m
 
 
 def test_a_missing_package_is_no_bug(files: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "refcurv.report.table", None)
+    monkeypatch.setitem(sys.modules, "refcurv.report.printed", None)
     assert main(["evaluate", *paths(files, "w", "c")]) == 3
     line = capsys.readouterr().err
-    assert "refcurv.report.table" in line and "missing or broken" in line
+    assert "refcurv.report.printed" in line and "missing or broken" in line
     assert line.count("\n") == 1 and "bug" not in line
 
 

@@ -13,12 +13,14 @@ from strategies import case
 
 import refcurv as rc
 from refcurv.cli import main
-from refcurv.demo.run import CORPUS, LAYERS, MODEL, RHO, Job, run
+from refcurv.demo import CORPUS, LAYERS, MODEL, RHO
 from refcurv.evaluation import suite
 from refcurv.model import transformer
 from refcurv.model.layers import causal_layout
 from refcurv.model.loss import cross_entropy
 from refcurv.model.weights import expand
+from refcurv.pipeline import Job, run
+from refcurv.report.folder import outputs
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -65,6 +67,8 @@ def test_everything_is_written(demo: tuple[Path, dict]) -> None:
     names = {"bands.png", "basis.h5", "edited.h5", "factors.h5", "front.png", "mask.png",
              "report.html", "results.json", "retention.png", "spectrum.png"}  # fmt: skip
     assert {p.name for p in out.iterdir()} == names
+    known = {path.name for path in outputs(out).values()}
+    assert known == names | {"factors.h5.unfinished", "results.json.unfinished"}
     assert {row["layer"] for row in results["edit"]} == {"blocks.3.mlp.gate", "blocks.3.mlp.up"}
     assert results["settings"]["layers"] == LAYERS
     assert all(row["rho"] == RHO <= row["mass"] for row in results["edit"])
@@ -291,7 +295,7 @@ def test_the_report_says_why_it_has_no_controls(
         layers="blocks.1.mlp.up",
         rho=float(rho),
     )
-    results = run(tmp_path / "out", lambda _: lambda done, total: None, job)
+    results = run(job, tmp_path / "out")
     assert says in results["controls"]["left_out"]
     assert results["evaluation"]["rows"] and "controls" in results["seconds"]
 
@@ -349,7 +353,9 @@ def test_a_report_refuses_what_it_could_not_judge_before_the_work(
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "matplotlib", None)
         refused("plots need matplotlib")
-    (tmp_path / "out").mkdir(exist_ok=True)
+    (tmp_path / "out" / "report.html").mkdir(parents=True)
+    refused("is a folder. Give the name of a file")
+    (tmp_path / "out" / "report.html").rmdir()
     (tmp_path / "out" / "edited.h5").hardlink_to(tmp_path / "w.h5")
     assert main(["report", str(tmp_path / "out/edited.h5"), str(tmp_path / "c.h5"), "--rho", "0.5",
                  "--out", str(tmp_path / "out")]) == 2  # fmt: skip

@@ -16,7 +16,7 @@ from test_metrics import edit_distance, ndcg_by_definition
 from test_suite import by_hand, counting_model, naive_text, random_model, random_text, rows
 
 import refcurv as rc
-from refcurv.demo.run import CORPUS, LAYERS, MODEL
+from refcurv.demo import CORPUS, LAYERS, MODEL
 from refcurv.evaluation import decode
 from refcurv.evaluation.items import auc, distances, hits, suffix_nats
 from refcurv.evaluation.metrics import perplexity

@@ -29,7 +29,8 @@ from refcurv.files import store
 from refcurv.files.disk import write_json
 from refcurv.files.inspect import inspect_file
 from refcurv.law.checks import EmptyError, RefcurvError, SchemaError, StorageError
-from refcurv.report import page, plots, table
+from refcurv.report import cells, page, plots, printed, table
+from refcurv.report.text import _display_width, format_rows, printable, shorten
 
 POPULATIONS = {  # kind, items, chance, before, after
     "quotes_test": ("recite", 48, 0.0, (47 / 48, 1.0, 0.005), (0.0625, 0.3125, 0.412)),
@@ -64,7 +65,7 @@ def some_bands(layer: str, quantity: Quantity, rng: np.random.Generator) -> dict
 
 
 def some_controls() -> dict[str, Any]:
-    """As `refcurv.demo.controls` returns them; SVD cannot be matched."""
+    """As `refcurv.judge.controls` returns them; SVD cannot be matched."""
 
     def left(recitation: float, perplexity: float) -> dict[str, Any]:
         values = {name: 0.5 for name in POPULATIONS}
@@ -174,17 +175,17 @@ def _no_warnings() -> Iterator[None]:
 # ------------------------------------------------------------------ table
 
 
-def cells(text: str, title: str) -> list[list[str]]:
+def rows_of(text: str, title: str) -> list[list[str]]:
     """The rows of one table of a text, cut where two blanks stand."""
     lines = text.split(title, 1)[1].split("\n\n", maxsplit=1)[0].splitlines()[3:]
     return [re.split(r" {2,}", line.strip()) for line in lines]
 
 
 def test_table_has_every_number(results: dict[str, Any]) -> None:
-    text = table.format_results(results)
+    text = printed.format_results(results)
     assert max(map(len, text.splitlines())) <= 100
     assert not any(line != line.rstrip() for line in text.splitlines())
-    assert cells(text, "Memory and reasoning, split test") == [
+    assert rows_of(text, "Memory and reasoning, split test") == [
         ["quotes", "strict", "48", "97.9 %", "6.2 %", "-91.7 pt", "6.4 %"],
         ["loose", "100.0 %", "31.2 %", "-68.8 pt"],
         ["distance", "0.005", "0.412", "+0.407"],
@@ -198,8 +199,8 @@ def test_table_has_every_number(results: dict[str, Any]) -> None:
     agreement = results["evaluation"]["rows"][1]["agreement"]
     paper, code = (f"{agreement[key]:.3f}" for key in ("ndcg_paper", "ndcg_code"))
     assert paper != code
-    assert cells(text, "nDCG@10 against the unedited model") == [["language", paper, code]]
-    controls = cells(text, "Other cuts at the dev perplexity of the K-FAC edit")
+    assert rows_of(text, "nDCG@10 against the unedited model") == [["language", paper, code]]
+    controls = rows_of(text, "Other cuts at the dev perplexity of the K-FAC edit")
     assert controls == [
         ["cut away", "15 % of mass", "0.2 % of Σσ²", "1.25 % of pairs"],
         ["pairs or directions kept", "40.00 %", "40.00 %", "40.00 %"],
@@ -212,15 +213,15 @@ def test_table_has_every_number(results: dict[str, Any]) -> None:
             for name in ("facts", "open book", "copying", "addition", "boolean")
         ),
     ]
-    bands = cells(text, "sharp → flat")
+    bands = rows_of(text, "sharp → flat")
     assert [row[0] for row in bands] == [row["layer"] for row in results["edit"]]
     for row in bands:
         assert row[1:] == [f"{ratio:.2f}" for ratio in results["bands"][row[0]]["ratio"]]
 
 
 def test_edit_table(results: dict[str, Any]) -> None:
-    text = "\n" + table.format_edit(results["edit"])
-    rows = cells(text, "K-FAC: pairs and curvature mass kept")
+    text = "\n" + printed.format_edit(results["edit"])
+    rows = rows_of(text, "K-FAC: pairs and curvature mass kept")
     for row, want in zip(rows, results["edit"], strict=True):
         layer, rho, pairs, kept, share, mass, gap, acceptable, norm = row
         assert (layer, rho, pairs, int(kept)) == (want["layer"], "0.85", "768", want["kept"])
@@ -233,10 +234,10 @@ def test_edit_table(results: dict[str, Any]) -> None:
 def test_what_rounding_restored_is_shown_where_there_is_any(results: dict[str, Any]) -> None:
     (first, *rest) = results["edit"]
     for restored, shown in ((0.0, None), (1e-17, None), (3.14e-4, "3.1e-04")):
-        text = table.format_edit([{**first, "restored": restored}, *rest])
+        text = printed.format_edit([{**first, "restored": restored}, *rest])
         assert ("restored" in text) == (shown is not None)
         if shown:
-            rows = cells("\n" + text, "Beside it: what rounding gave back of the cut")
+            rows = rows_of("\n" + text, "Beside it: what rounding gave back of the cut")
             wanted = [shown, *["0.0e+00"] * len(rest)]
             assert rows == [
                 [row["layer"], x] for row, x in zip(results["edit"], wanted, strict=True)
@@ -260,7 +261,7 @@ def test_what_an_edit_starts_from_is_one_line() -> None:
     row = {"rho": 0.6, "norm": 0.5, "restored": 0.0, "joint": False}
     past = {"method": "kfac", "weights": other, "made_for": other, "became": own, "forced": False}
     past["layers"] = {"blocks.0.mlp.up": row, "blocks.1.mlp.up": {**row, "rho": 0.75}}
-    says = table.format_start
+    says = printed.format_start
     same = {"weights": own, "made_for": own, "forced": False, "earlier": []}
     assert says(same) == "starts from weights aaaaaaaaaaaa, of which no earlier edit is known"
     assert says({**same, "made_for": None}).endswith(
@@ -285,13 +286,13 @@ def test_what_an_edit_starts_from_is_one_line() -> None:
         ("bsn", "BSN: weights", ("1 − ratio", "of weights", "Σw²")),
         ("random pairs", "Random pairs: pairs", ("share", "of pairs", "mass")),
         ("inputs only", "Inputs only: pairs", ("ρ", "of pairs", "mass")),
-        (HOSTILE, table._printable(HOSTILE)[:12], ("ρ", "of pairs", "mass")),
+        (HOSTILE, printable(HOSTILE)[:12], ("ρ", "of pairs", "mass")),
     ],
 )
 def test_the_edit_table_names_its_method(
     method: str, title: str, words: tuple[str, ...], results: dict[str, Any]
 ) -> None:
-    text = table.format_edit([row | {"method": method} for row in results["edit"]])
+    text = printed.format_edit([row | {"method": method} for row in results["edit"]])
     first, headers, *_ = text.splitlines()
     assert first.startswith(title)
     assert all(word in headers for word in words)
@@ -299,8 +300,8 @@ def test_the_edit_table_names_its_method(
 
 
 def test_without_a_baseline_there_is_one_column() -> None:
-    text = table.format_evaluation(compare(measurement(1), None).to_json())
-    rows = cells(text, "Memory and reasoning, split test")
+    text = printed.format_evaluation(compare(measurement(1), None).to_json())
+    rows = rows_of(text, "Memory and reasoning, split test")
     assert rows[0] == ["quotes", "strict", "48", "6.2 %"]
     assert rows[3] == ["language", "perplexity", "256", "26.47"]
     assert "nDCG" not in text
@@ -308,39 +309,39 @@ def test_without_a_baseline_there_is_one_column() -> None:
 
 
 def test_unknown_is_a_dash() -> None:
-    text = table.format_rows(["name", "x"], [["a", None], ["b", math.nan], ["c", 0]], "lr")
+    text = format_rows(["name", "x"], [["a", None], ["b", math.nan], ["c", 0]], "lr")
     assert text.splitlines()[2:] == ["a     -", "b     -", "c     0"]
     for value in (None, math.nan, math.inf, "x", True):
-        assert table.percent(value) == table.decimal(value) == table.whole(value) == "-"
-    assert table.percent(-0.0004) == "0.0 %"
-    assert table.decimal(np.float32(0.5), 2) == "0.50"
-    assert table.percent(table.relative(0, 3)) == "-"
-    assert table.decimal(12345678.0) == "1.235e+07"
+        assert cells.percent(value) == cells.decimal(value) == cells.whole(value) == "-"
+    assert cells.percent(-0.0004) == "0.0 %"
+    assert cells.decimal(np.float32(0.5), 2) == "0.50"
+    assert cells.percent(cells.relative(0, 3)) == "-"
+    assert cells.decimal(12345678.0) == "1.235e+07"
 
 
 def test_names_are_readable() -> None:
-    assert table.population_name("open_book_test", "test") == "open book"
-    assert table.population_name("open_book_test", "dev") == "open book test"
-    assert table.population_name("_test", "test") == " test"
-    assert table.rho_text({"blocks.*": 0.9, "head": 0.5}) == "blocks.* 0.9, head 0.5"
+    assert cells.population_name("open_book_test", "test") == "open book"
+    assert cells.population_name("open_book_test", "dev") == "open book test"
+    assert cells.population_name("_test", "test") == " test"
+    assert cells.rho_text({"blocks.*": 0.9, "head": 0.5}) == "blocks.* 0.9, head 0.5"
 
 
 def test_rows_are_aligned() -> None:
-    text = table.format_rows(["layer", "n"], [["漢字", 5], ["é" * 2 + "e\u0301", 12]], "lr")
+    text = format_rows(["layer", "n"], [["漢字", 5], ["é" * 2 + "e\u0301", 12]], "lr")
     assert text.splitlines() == ["layer   n", "─" * 9, "漢字    5", "éée\u0301    12"]
-    long = table.format_rows(["layer", "n"], [["x" * 300, 1], ["y", 123456]], "lr", width=30)
+    long = format_rows(["layer", "n"], [["x" * 300, 1], ["y", 123456]], "lr", width=30)
     assert long.splitlines()[2] == "x" * 21 + "…       1"
     assert {len(line) for line in long.splitlines()[1:]} == {30}
-    assert table.format_rows(["a"], [], "l") == "a\n─"
+    assert format_rows(["a"], [], "l") == "a\n─"
     with pytest.raises(ValueError, match="shorter"):
-        table.format_rows(["a", "b"], [["only"]], "ll")
+        format_rows(["a", "b"], [["only"]], "ll")
 
 
 def test_hostile_names_stay_on_their_line(hostile: dict[str, Any]) -> None:
-    text = table.format_results(hostile)
+    text = printed.format_results(hostile)
     assert all(c.isprintable() or c == "\n" for c in text)
     assert max(map(len, text.splitlines())) <= 100
-    rows = cells(text, "Memory and reasoning, split test")
+    rows = rows_of(text, "Memory and reasoning, split test")
     assert len(rows) == 9
     assert rows[0][-1] == "-"
     assert rows[3] == ["language", "perplexity", "256", "24.95", "-", "-"]
@@ -350,19 +351,38 @@ def test_hostile_names_stay_on_their_line(hostile: dict[str, Any]) -> None:
 
 @given(st.text(st.sampled_from("ab\u0301\u4e00 "), max_size=30), st.integers(1, 20))
 def test_a_text_is_shortened_to_as_many_columns_as_fit(text: str, width: int) -> None:
-    found = table._shorten(text, width)
-    if table._display_width(text) <= width:
+    found = shorten(text, width)
+    if _display_width(text) <= width:
         assert found == text
     else:
-        fits = [text[:n] for n in range(len(text)) if table._display_width(text[:n]) < width]
+        fits = [text[:n] for n in range(len(text)) if _display_width(text[:n]) < width]
         assert found == fits[-1] + "…"
 
 
 def test_a_long_attribute_is_shown_at_once(tmp_path: Path) -> None:
     """In time that grows with its length: by its square, this test would take days."""
     facts = {"path": "x.h5", "format": "refcurv-basis", "version": 2, "nbytes": 0, "entries": []}
-    text = table.format_inspect({**facts, "attributes": {"config": "x" * 10**6}})
+    text = printed.format_inspect({**facts, "attributes": {"config": "x" * 10**6}})
     assert max(map(len, text.splitlines())) <= 100
+
+
+def test_what_a_terminal_obeys_is_escaped() -> None:
+    """As Python writes it, so that nothing is lost: newlines, escapes, half characters."""
+    text = "a\n\tb\x1b[31m\u2028\u00a0\ud800é漢"
+    assert printable(text) == r"a\n\tb\x1b[31m\u2028\xa0\ud800é漢"
+    assert format_rows(["x"], [[text]], "l").splitlines()[2] == printable(text)
+
+
+def test_inspect_shows_a_text_of_several_lines_on_one() -> None:
+    """In a text as in JSON, where a newline is an escape already; in a path too."""
+    facts = {"path": "a\nb.h5", "format": "x", "version": 2, "nbytes": 0, "entries": []}
+    config = {"plain": "one\ntwo", "parsed": {"note": "one\ntwo"}}
+    first, _, *lines = printed.format_inspect({**facts, "attributes": config}).splitlines()
+    assert first == r"a\nb.h5"
+    assert [re.split(r" {2,}", line) for line in lines[-2:]] == [
+        ["plain", r"one\ntwo"],
+        ["parsed", r'{"note": "one\ntwo"}'],
+    ]
 
 
 def test_inspect_names_every_array(tmp_path: Path) -> None:
@@ -377,7 +397,7 @@ def test_inspect_names_every_array(tmp_path: Path) -> None:
         arrays=entries,
         provenance=store.provenance(seed=0),
     )
-    text = table.format_inspect(inspect_file(tmp_path / "a.h5"))
+    text = printed.format_inspect(inspect_file(tmp_path / "a.h5"))
     lines = text.splitlines()
     assert max(map(len, lines)) <= 100
     assert "refcurv-factors, version 2: 2 arrays, 104 B, every checksum verified" in lines
@@ -388,8 +408,8 @@ def test_inspect_names_every_array(tmp_path: Path) -> None:
     assert next(line for line in lines if line.startswith("n  ")).endswith("8 B")
     assert "…" in text  # the conventions are cut, not wrapped
     sizes = {None: "- B", 999: "999 B", 1000: "1.0 kB", 999949: "999.9 kB", 10**6: "1.0 MB"}
-    assert {n: table.size(n) for n in sizes} == sizes
-    assert table.size(3.9e15) == "3900.0 TB"
+    assert {n: cells.size(n) for n in sizes} == sizes
+    assert cells.size(3.9e15) == "3900.0 TB"
 
 
 # ------------------------------------------------------------------ plots
@@ -452,8 +472,8 @@ def test_the_mask_is_the_cut(results: dict[str, Any]) -> None:
         assert ax.get_xlim() == (0, 16)
         assert ax.get_ylim() == (48, 0)  # the sharpest pair in the upper left corner
         said = ax.texts[0].get_text()
-        assert f"kept: {table.percent(row['kept'] / 768)} of the pairs" in said
-        assert f"{table.percent(row['mass'])} of the curvature" in said
+        assert f"kept: {cells.percent(row['kept'] / 768)} of the pairs" in said
+        assert f"{cells.percent(row['mass'])} of the curvature" in said
 
 
 def test_colours_are_decades(results: dict[str, Any]) -> None:
@@ -557,6 +577,20 @@ def test_a_control_that_costs_much_is_still_in_sight(results: dict[str, Any]) ->
     assert plots.front(results).axes[0].get_xlim()[1] > 50
     results["controls"]["compared"][1]["perplexity"] = 5e6  # but not at any cost
     assert plots.front(results).axes[0].get_xlim()[1] == pytest.approx(3 * 26.4731)
+
+
+def test_an_edit_that_lowers_perplexity_is_in_sight(results: dict[str, Any]) -> None:
+    """So are its line and its mark; the axis is as wide as if it had risen as much."""
+    found = results["controls"]
+    found["compared"][0]["perplexity"] = 22.0
+    found["curves"]["kfac"] = [
+        {"removed": x, "recitation": 0.5, "perplexity": y} for x, y in ((0.1, 23.0), (0.3, 21.5))
+    ]
+    low, high = plots.front(results).axes[0].get_xlim()
+    assert low < 21.5 and high == pytest.approx(24.9512 + 4 * (24.9512 - 22))
+    found["curves"].pop("kfac")
+    low, _ = plots.front(results).axes[0].get_xlim()
+    assert low < 22.0
 
 
 def test_bars_are_the_retentions(results: dict[str, Any]) -> None:

@@ -39,11 +39,9 @@ from refcurv.law.checks import (
     require_seed,
     require_shape,
 )
+from refcurv.progress import Progress, silent
 
 Product = Callable[[Array], Array]
-
-Progress = Callable[[int, int], object]
-"""Called with (products made, the most that there may be)."""
 
 ASYMMETRY = tolerance.eps(np.float32) ** 0.5
 """Share of H by which uᵀ(Hv) and vᵀ(Hu) may differ. Chosen: half the digits of float32 products."""
@@ -153,7 +151,7 @@ def extreme_eigenvalues(
     *,
     accuracy: float = HALF_THE_DIGITS,
     restarts: int = 1000,
-    progress: Progress = lambda done, most: None,
+    progress: Progress = silent,
 ) -> Eigenpairs:
     """The k largest or k smallest (most negative) eigenvalues, or k at either end.
 
@@ -167,7 +165,7 @@ def extreme_eigenvalues(
         seed: of the start vector z.
         accuracy: residual asked of Lanczos, as a share of max(|λ_i|, ‖H z‖/‖z‖).
         restarts: the most restarts of Lanczos.
-        progress: see Progress.
+        progress: called with (products made, the most that there may be).
 
     Returns:
         Eigenpairs. A residual proves that an eigenvalue is near. It does not prove that none was
@@ -240,7 +238,7 @@ def hutchinson(
     samples: int,
     seed: int,
     *,
-    progress: Progress = lambda done, most: None,
+    progress: Progress = silent,
 ) -> Estimate:
     """The trace of H from Rademacher probes: the plain way, and the baseline for `xtrace`.
 
@@ -251,7 +249,7 @@ def hutchinson(
         operator: H, (P, P).
         samples: probes and products, >= 2.
         seed: of the probes.
-        progress: see Progress.
+        progress: called with (products made, the most that there may be).
 
     Returns:
         Estimate, unbiased. Exact for a diagonal H.
@@ -276,7 +274,7 @@ def xtrace(
     samples: int,
     seed: int,
     *,
-    progress: Progress = lambda done, most: None,
+    progress: Progress = silent,
 ) -> Estimate:
     """The trace of H by XTrace: exact on a subspace that catches most of H, by probes outside it.
 
@@ -291,7 +289,7 @@ def xtrace(
         operator: H, (P, P).
         samples: products, even, from 4 to 2 P.
         seed: of the probes.
-        progress: see Progress.
+        progress: called with (products made, the most that there may be).
 
     Returns:
         Estimate; exact to rounding if rank H < samples/2 or samples = 2 P. The standard error is
@@ -339,7 +337,7 @@ def spectral_density(
     steps: int,
     seed: int,
     *,
-    progress: Progress = lambda done, most: None,
+    progress: Progress = silent,
 ) -> SpectralDensity:
     """The spectrum of H by stochastic Lanczos quadrature.
 
@@ -353,7 +351,7 @@ def spectral_density(
         probes: >= 2.
         steps: >= 1; at most P are made.
         seed: of the probes.
-        progress: see Progress.
+        progress: called with (products made, the most that there may be).
 
     Returns:
         SpectralDensity. With as many steps as H has distinct eigenvalues, the nodes are these.

@@ -14,9 +14,10 @@ from refcurv.law.checks import Array
 from refcurv.law.conventions import BLOCK_SHARDS
 from refcurv.model.config import TABLES, ModelConfig
 from refcurv.model.transformer import Tap
-from refcurv.passes.parallel import Progress, Turnstile, counter, run
+from refcurv.passes.parallel import Turnstile, run
 from refcurv.passes.shards import Shard
 from refcurv.passes.sweep import Sweep
+from refcurv.progress import Progress, counter
 
 
 class ShardSums:

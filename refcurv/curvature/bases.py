@@ -17,14 +17,15 @@ from refcurv.files.lazy import Lazy
 from refcurv.law.checks import Array, ConventionError, require_choice
 from refcurv.law.conventions import Bias
 from refcurv.model.config import TABLES
-from refcurv.passes.parallel import Progress, stream
+from refcurv.passes.parallel import stream
+from refcurv.progress import Progress, silent
 
 
 def decompose(
     factors: Factors,
     bias: str = "separate",
     *,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
 ) -> Bases:
     """The eigenbases of every layer's A and G.
 
@@ -63,7 +64,7 @@ def bias_of(bias: str) -> Bias:
 
 
 def decompose_each(
-    factors: Factors, bias: Bias, *, progress: Progress = lambda done, total: None
+    factors: Factors, bias: Bias, *, progress: Progress = silent
 ) -> Iterator[tuple[str, Eigenbasis]]:
     """`decompose` as an iterator over layers, for factors that do not fit in memory together.
 

@@ -13,7 +13,7 @@ from refcurv.files.digest import recorded
 from refcurv.files.lazy import Lazy
 from refcurv.law.checks import SchemaError, require_choice
 from refcurv.law.conventions import Bias
-from refcurv.passes.parallel import Progress
+from refcurv.progress import Progress, silent
 
 
 def save_bases(bases: Bases, path: str | Path) -> None:
@@ -38,7 +38,7 @@ def decompose_to(
     path: str | Path,
     bias: str = "separate",
     *,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
 ) -> None:
     """`decompose` straight into a basis file, one layer in memory at a time."""
     kind = bias_of(bias)

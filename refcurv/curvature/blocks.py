@@ -30,9 +30,10 @@ from refcurv.model.transformer import Cotangent, Parameters, Slope, Tap
 from refcurv.model.weights import Model, expand
 from refcurv.passes.fast import FAST
 from refcurv.passes.forward import resident
-from refcurv.passes.parallel import Progress, Turnstile, cores
+from refcurv.passes.parallel import Turnstile, cores
 from refcurv.passes.shards import Shard, inputs_of, shards
 from refcurv.passes.sweep import Sweep, lowest_block, require_few_passes, sweep_of
+from refcurv.progress import Progress, silent
 
 MOST_BYTES = 2**33
 """The most memory for all blocks together: totals, sums of 64 shards, shards in flight."""
@@ -90,7 +91,7 @@ def collect_blocks(
     draws: int = 1,
     *,
     in_flight: int | None = None,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
 ) -> Blocks:
     """The exact Fisher blocks of vectors: norm gains and biases, linear biases, special positions.
 

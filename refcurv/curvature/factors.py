@@ -40,10 +40,11 @@ from refcurv.model.corpus import Corpus
 from refcurv.model.fisher import DRAWN
 from refcurv.model.weights import Model, expand
 from refcurv.passes.forward import resident
-from refcurv.passes.parallel import Progress, Turnstile, run
+from refcurv.passes.parallel import Turnstile, run
 from refcurv.passes.rounding import rounding
 from refcurv.passes.shards import Shard, shards
 from refcurv.passes.sweep import Sweep, require_few_passes, sweep, sweep_of
+from refcurv.progress import Progress, silent
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +133,7 @@ def collect(
     rows: str = "reached",
     in_flight: int | None = None,
     checkpoint: str | Path | None = None,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
 ) -> Factors:
     """The K-FAC factors of linear layers: second moments of inputs and of output gradients.
 

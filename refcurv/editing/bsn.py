@@ -37,9 +37,9 @@ from refcurv.model.weights import Model, expand
 from refcurv.passes import parallel
 from refcurv.passes.fast import FAST
 from refcurv.passes.forward import resident
-from refcurv.passes.parallel import Progress
 from refcurv.passes.shards import Shard, shards
 from refcurv.passes.sweep import lowest_block
+from refcurv.progress import Progress, silent
 
 CAP = 6.0
 """The loss gains nothing from more nats per token of the forgotten suffixes than this. Chosen: a
@@ -100,7 +100,7 @@ def train_scores(
     rate: float = 0.02,
     batch: int = 32,
     seed: int = 0,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
 ) -> Scores:
     """Train scores of single weights: without the lowest the model forgets, and does little else.
 

@@ -33,7 +33,7 @@ from refcurv.model.transformer import Inputs, Parameters
 from refcurv.model.weights import Model, expand
 from refcurv.passes import parallel
 from refcurv.passes.forward import layer_inputs, resident
-from refcurv.passes.parallel import Progress, counter
+from refcurv.progress import Progress, counter, silent
 
 
 class Quantity(StrEnum):
@@ -149,7 +149,7 @@ def bands(
     quantity: Quantity | str = Quantity.PAIR_MASS,
     rows: str = "reached",
     force: bool = False,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
 ) -> dict[str, Bands]:
     """How large each band's output is on memorised and on clean inputs: mean norms and their ratio.
 

@@ -32,14 +32,14 @@ from refcurv.model.corpus import ImagePopulation, Population
 from refcurv.model.loss import cross_entropy
 from refcurv.model.weights import Model
 from refcurv.passes.forward import resident
-from refcurv.passes.parallel import Progress, counter
+from refcurv.progress import Progress, counter, silent
 
 
 def hits(
     model: Model,
     population: Population | ImagePopulation,
     *,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
 ) -> Array:
     """Which items the model gets right.
 
@@ -79,9 +79,7 @@ def hits(
     return np.array([np.array_equal(said, true) for said, true in pairs])
 
 
-def distances(
-    model: Model, population: Population, *, progress: Progress = lambda done, total: None
-) -> Array:
+def distances(model: Model, population: Population, *, progress: Progress = silent) -> Array:
     """How far each greedy continuation is from the true one, as a share of its length.
 
     Definition
@@ -107,9 +105,7 @@ def distances(
     return np.array([d / L for d, L in edit_distances(decoded, suffixes(population))])
 
 
-def suffix_nats(
-    model: Model, population: Population, *, progress: Progress = lambda done, total: None
-) -> Array:
+def suffix_nats(model: Model, population: Population, *, progress: Progress = silent) -> Array:
     """The nats of each item's true tokens behind the prompt, when the true ones before are given.
 
     Definition

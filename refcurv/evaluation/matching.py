@@ -19,7 +19,7 @@ from refcurv.evaluation.metrics import perplexity
 from refcurv.law.checks import ConventionError, EmptyError, RangeError, require_range
 from refcurv.model.corpus import Population
 from refcurv.model.weights import Model
-from refcurv.passes.parallel import Progress
+from refcurv.progress import Progress, silent
 
 Strengthen = Callable[[float], Model]
 """A method: strength → edited model."""
@@ -143,7 +143,7 @@ def tradeoff(
     recite: Population,
     text: Population,
     *,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
 ) -> tuple[Point, ...]:
     """What each strength leaves of recitation, and what it costs in perplexity.
 

@@ -17,7 +17,7 @@ from refcurv.evaluation.items import decoded_rows, require_decoded
 from refcurv.law.checks import Array, RangeError
 from refcurv.model.corpus import Population
 from refcurv.model.weights import Model
-from refcurv.passes.parallel import Progress
+from refcurv.progress import Progress, silent
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,7 +59,7 @@ def perturbation(
     population: Population,
     t: int,
     *,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
 ) -> Perturbation:
     """The longest match of each item with and without position perturbation.
 

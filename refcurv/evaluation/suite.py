@@ -43,7 +43,7 @@ from refcurv.model.loss import cross_entropy
 from refcurv.model.transformer import Parameters
 from refcurv.model.weights import Model
 from refcurv.passes.forward import resident
-from refcurv.passes.parallel import Progress, counter
+from refcurv.progress import Progress, counter, silent
 
 RETAINED = MappingProxyType({"answer": "accuracy", "recite": "strict", "label": "accuracy"})
 """By kind, the value whose retention is given; perplexity has none."""
@@ -176,7 +176,7 @@ def evaluate(
     *,
     split: str = "test",
     baseline: Model | Measurement | None = None,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
     each: Callable[[Evaluation], object] = lambda table: None,
 ) -> Evaluation:
     """What a model still does, population by population, beside what its baseline does.
@@ -245,7 +245,7 @@ def measure(
     corpus: Corpus,
     *,
     split: str = "test",
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
     each: Callable[[Measurement], object] = lambda so_far: None,
 ) -> Measurement:
     """One model on every population of the split; arguments and errors as `evaluate`.

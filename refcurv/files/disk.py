@@ -96,6 +96,11 @@ def _same_file(one: Path, other: Path) -> bool:
         return False
 
 
+def unfinished(path: PathLike) -> str:
+    """Beside an output: where what is known of it is kept until it is whole."""
+    return f"{os.fspath(path)}.unfinished"
+
+
 def free_bytes(path: PathLike) -> int:
     """Bytes free on the disk that `path` lies on, or would."""
     with machine_faults("write", path, WRITING):

@@ -24,6 +24,7 @@ from refcurv.law.checks import (
     RangeError,
     SchemaError,
 )
+from refcurv.progress import Progress
 
 _WAYS_OUT: Final = {
     "Give a .jsonl, an object per line: jq -c '.[]' f > g.jsonl": ".json",
@@ -41,8 +42,6 @@ _WAYS_OUT: Final = {
 }
 NO_TEXT: Final = {suffix: way for way, many in _WAYS_OUT.items() for suffix in many.split()}
 """Suffixes of what is no text, even where its bytes are: what to do instead."""
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)

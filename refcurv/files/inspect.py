@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 from refcurv.files import store
 from refcurv.files.digest import digest
 from refcurv.files.disk import PathLike
 from refcurv.files.weights import load
+from refcurv.progress import Progress, silent
 
 
-def inspect_file(
-    path: PathLike, progress: Callable[[int, int], object] = lambda done, total: None
-) -> dict[str, Any]:
+def inspect_file(path: PathLike, progress: Progress = silent) -> dict[str, Any]:
     """A refcurv file of any kind as plain values; every dataset's checksum is verified.
 
     Returns:

@@ -20,7 +20,7 @@ from refcurv.files.disk import (
     input_path,
     machine_faults,
 )
-from refcurv.files.documents import Document, Progress, Reader
+from refcurv.files.documents import Document, Reader
 from refcurv.files.ids import MAX_ID, TOKEN_DTYPES, WHO
 from refcurv.files.tokenizer import find_tokenizer, load_tokenizer
 from refcurv.law.checks import (
@@ -35,6 +35,7 @@ from refcurv.law.checks import (
 from refcurv.law.conventions import NO_LABEL
 from refcurv.model.corpus import KINDS, SPLITS, Corpus, Population
 from refcurv.model.labels import shift_labels
+from refcurv.progress import Progress
 
 _SYNTAX: Final = "NAME:KIND:SPLIT[:CHANCE]=FILE"
 

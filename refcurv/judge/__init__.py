@@ -1,1 +1,1 @@
-"""Judging: the identities on a user's own model."""
+"""Judging: the identities on a user's own model; an edit beside other cuts."""

@@ -16,7 +16,7 @@ from refcurv.judge.identities import CHECKS, Measure
 from refcurv.law.checks import ConventionError, RefcurvError, require_range, require_seed
 from refcurv.model.corpus import Corpus
 from refcurv.model.weights import Model
-from refcurv.passes.parallel import Progress
+from refcurv.progress import Progress, silent
 
 GIB = 2**30
 LEAST_MEMORY = 0.001
@@ -85,7 +85,7 @@ def audit(
     *,
     memory: float | None = None,
     seed: int = 0,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
 ) -> Audit:
     """Check on this model, on a few of this corpus's tokens, every identity that can be.
 

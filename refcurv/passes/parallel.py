@@ -15,21 +15,6 @@ from refcurv.algebra.blas import one_blas_thread
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-Progress = Callable[[int, int], object]
-"""Called with (done, all) as work proceeds."""
-
-
-def counter(progress: Progress, total: int, begin: int = 0) -> Callable[[], None]:
-    """A function to call once per finished piece: `progress` counts from `begin` to `total`."""
-    finished = begin
-
-    def done() -> None:
-        nonlocal finished
-        finished += 1
-        progress(finished, total)
-
-    return done
-
 
 def cores() -> int:
     """The processors that this process may use."""

@@ -1,1 +1,1 @@
-"""What a run found, for people: a terminal's table, three plots, one page of HTML."""
+"""What a run found, for people: a terminal's tables, figures, one page of HTML."""

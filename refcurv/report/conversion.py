@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from refcurv.files.huggingface import Conversion, Exported, Mapped
-from refcurv.report.table import format_rows
+from refcurv.report.text import format_rows
 
 IGNORED = "(ignored)"
 

@@ -18,23 +18,25 @@ from typing import Any, NamedTuple
 from refcurv.files.disk import write_bytes
 from refcurv.law.checks import EmptyError
 from refcurv.report import plots
-from refcurv.report.table import (
+from refcurv.report.cells import (
     Json,
-    Table,
-    agreement_table,
-    band_table,
-    controls_table,
     decimal,
-    edit_table,
-    edited_layers,
-    evaluation_table,
     number,
-    past_table,
     percent,
     population_name,
     relative,
     rho_text,
     whole,
+)
+from refcurv.report.table import (
+    Table,
+    agreement_table,
+    band_table,
+    controls_table,
+    edit_table,
+    edited_layers,
+    evaluation_table,
+    past_table,
 )
 
 PAPER = "“From Memorization to Reasoning in the Spectrum of Loss Curvature” (arXiv 2510.24256)"

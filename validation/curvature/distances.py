@@ -26,7 +26,7 @@ import refcurv as rc
 from refcurv.algebra.blas import one_blas_thread
 from refcurv.curvature.distance import compare
 from refcurv.curvature.exact import Problem, of_outputs, problem
-from refcurv.demo.run import CORPUS, MODEL
+from refcurv.demo import CORPUS, MODEL
 from refcurv.files import store
 from refcurv.files.disk import write_json
 from validation.curvature.under_head import under_head

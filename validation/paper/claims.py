@@ -15,9 +15,9 @@ from validation.paper.results import (
     Json,
     Runs,
     cut_layers,
-    kept_share,
     named,
     over,
+    retained,
     rows,
     strict,
     table,
@@ -51,7 +51,7 @@ class Claim:
 
 def kept(name: str) -> Callable[[Json], float]:
     """What the chosen K-FAC edit leaves of a population of the test split."""
-    return lambda run: kept_share(rows(run["compared"]["kfac"])[name])
+    return lambda run: retained(rows(run["compared"]["kfac"])[name])
 
 
 def margin(run: Json) -> float:

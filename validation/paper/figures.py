@@ -28,11 +28,11 @@ from validation.paper.results import (
     Runs,
     curve_kept,
     curve_rise,
-    kept_share,
     load,
     named,
     over,
     refit_rise,
+    retained,
     rise,
     rows,
 )
@@ -62,9 +62,7 @@ def retention(runs: Runs) -> Figure:
     width = 0.8 / len(METHODS)
     for m, method in enumerate(METHODS):
         for k, name in enumerate(ORDER):
-            found = over(
-                runs, lambda run, m=method, n=name: kept_share(rows(run["compared"][m])[n])
-            )
+            found = over(runs, lambda run, m=method, n=name: retained(rows(run["compared"][m])[n]))
             x = k + (m - (len(METHODS) - 1) / 2) * width
             label = named(method) if k == 0 else None
             ax.bar(x, 100 * found.mean, width * 0.9, color=LOOK[method], label=label, zorder=2)
@@ -102,7 +100,7 @@ def front(runs: Runs) -> Figure:
         axes[1].plot([0, *mean(refit_rise)], [100, *quotes], **look)
         axes[2].plot([100, *quotes], [100, *rest], **look)
     edits = [rows(run["compared"]["kfac"]) for run in runs]
-    chosen = {n: 100 * float(np.mean([kept_share(edit[n]) for edit in edits])) for n in ORDER}
+    chosen = {n: 100 * float(np.mean([retained(edit[n]) for edit in edits])) for n in ORDER}
     at = 100 * over(runs, lambda run: rise(run["compared"]["kfac"])).mean
     star = {"color": "#222222", "marker": "*", "ms": 11, "ls": "", "zorder": 5}
     axes[0].plot(at, chosen["quotes"], label="chosen", **star)
@@ -172,7 +170,7 @@ def ratio_against_retention(runs: Runs) -> Figure:
             layers = run["tasks"][name].values()
             flat = [np.mean(one["ratio"][4:]) / one["ratio"][0] for one in layers]
             x.append(np.mean(flat))
-            y.append(100 * kept_share(rows(run["compared"]["kfac"])[name]))
+            y.append(100 * retained(rows(run["compared"]["kfac"])[name]))
         ax.plot(x, y, "o", color=colour, ms=4, alpha=0.5)
         ax.plot(np.mean(x), np.mean(y), "o", color=colour, ms=9, label=name.replace("_", " "))
     ax.set_xlabel("flat bands (80-100 %) over the sharpest one, task / language")

@@ -17,10 +17,10 @@ from validation.paper.results import (
     at_forgetting,
     cut_layers,
     forgetting,
-    kept_share,
     named,
     over,
     percent,
+    retained,
     rise,
     rows,
     strict,
@@ -124,7 +124,7 @@ def kept_by_task(runs: Runs, chance: bool = False) -> str:
             name.replace("_", " "),
             *(
                 percent(
-                    over(runs, lambda run, m=m: kept_share(rows(run["compared"][m])[name], chance))
+                    over(runs, lambda run, m=m: retained(rows(run["compared"][m])[name], chance))
                 )
                 for m in methods
             ),
@@ -168,7 +168,7 @@ def left_out(runs: Runs) -> str:
             percent(over(runs, lambda run: strict(edit(run)))),
             "+" + percent(over(runs, lambda run: rise(edit(run)))),
             *(
-                percent(over(runs, lambda run, t=t: kept_share(rows(edit(run))[t])))
+                percent(over(runs, lambda run, t=t: retained(rows(edit(run))[t])))
                 for t in ORDER[1:]
             ),
         ]
@@ -363,7 +363,7 @@ def architectures(*each: Runs) -> str:
 
     def cells(runs: Runs, method: str) -> list[str]:
         def kept(name: str) -> Interval:
-            return over(runs, lambda run: kept_share(rows(run["compared"][method])[name]))
+            return over(runs, lambda run: retained(rows(run["compared"][method])[name]))
 
         risen = over(runs, lambda run: rise(run["compared"][method]))
         name = f"{runs[0]['recipe']['arch']}, {named(method)}"

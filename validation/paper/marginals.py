@@ -19,9 +19,10 @@ import refcurv as rc
 from refcurv.law.conventions import Fisher
 from refcurv.model.transformer import Tap
 from refcurv.passes.forward import resident
-from refcurv.passes.parallel import Progress, run
+from refcurv.passes.parallel import run
 from refcurv.passes.shards import Shard, shards
 from refcurv.passes.sweep import Sweep, sweep
+from refcurv.progress import Progress
 
 Array = np.ndarray
 

@@ -93,7 +93,7 @@ def rise(edit: Json) -> float:
     return row["after"]["perplexity"] / row["before"]["perplexity"] - 1
 
 
-def kept_share(row: Json, chance: bool = False) -> float:
+def retained(row: Json, chance: bool = False) -> float:
     """Retention of one population, raw or above chance."""
     before, after = score(row, "before"), score(row, "after")
     return (

@@ -24,14 +24,12 @@ from refcurv.curvature.exact.problems import OutputLoss, Problem
 from refcurv.curvature.exact.products import by_size, jacobian_rows, joined, steps
 from refcurv.curvature.exact.variables import (
     Labels,
-    Progress,
     Subject,
     Tokens,
     Variables,
     Vector,
     direction,
     layer_shape,
-    silent,
     variables_of,
 )
 from refcurv.law.checks import (
@@ -45,6 +43,7 @@ from refcurv.law.checks import (
 from refcurv.law.conventions import Fisher
 from refcurv.model.layers import Saved
 from refcurv.model.transformer import Slope, Tap
+from refcurv.progress import Progress, silent
 
 COTANGENTS = 64
 """Cotangents of one segment that are pulled back side by side."""

@@ -26,18 +26,17 @@ from refcurv.algebra.blas import one_blas_thread
 from refcurv.curvature.exact.problems import Problem
 from refcurv.curvature.exact.variables import (
     Labels,
-    Progress,
     Subject,
     Tokens,
     Variables,
     Vector,
     direction,
-    silent,
     variables_of,
 )
 from refcurv.law.checks import Array, RangeError, require_choice, require_dtype, require_finite
 from refcurv.model.layers import Saved
 from refcurv.model.transformer import Parameters, Slope, Tap
+from refcurv.progress import Progress, silent
 
 STEP = 1e-30
 """h of the complex step: its square is below every rounding, so no digit of it is ever seen."""

@@ -6,7 +6,7 @@ Every function of `exact` begins here. What it was given becomes a Problem, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,13 +40,6 @@ Labels = ArrayLike | None
 
 Vector = Mapping[str, Array]
 """{name: array of the parameter's shape}."""
-
-Progress = Callable[[int, int], object]
-"""Called with (done, total)."""
-
-
-def silent(done: int, total: int) -> None:
-    """The Progress of a run that nobody watches."""
 
 
 @dataclass(frozen=True, slots=True)

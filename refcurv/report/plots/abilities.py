@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from refcurv.law.checks import EmptyError
+from refcurv.report.cells import Json, decimal, number, percent, population_name, relative, whole
 from refcurv.report.plots.drawing import GREY, INK, PALETTE, blank, legend, safe, styled, ticks
-from refcurv.report.table import Json, decimal, number, percent, population_name, relative, whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from refcurv.law.checks import Array, EmptyError
+from refcurv.report.cells import Json, number
 from refcurv.report.plots.drawing import GREY, INK, blank, safe, split, styled
-from refcurv.report.table import Json, band_labels, edited_layers, number
+from refcurv.report.table import band_labels, edited_layers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

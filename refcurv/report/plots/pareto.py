@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from refcurv.law.checks import EmptyError
+from refcurv.report.cells import Json, number, percent, population_name, relative
 from refcurv.report.plots.drawing import (
     GREY,
     INK,
@@ -18,21 +19,14 @@ from refcurv.report.plots.drawing import (
     styled,
     ticks,
 )
-from refcurv.report.table import (
-    Json,
-    method_name,
-    number,
-    percent,
-    population_name,
-    relative,
-)
+from refcurv.report.table import method_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 RISES = 4.0
-"""The axis shows so many times the rise of perplexity that the first method's edit costs."""
+"""The axis shows so many times what the first method's edit changes the perplexity by."""
 
 FARTHEST = 3.0
 """And at most so many times the unedited perplexity."""
@@ -43,7 +37,7 @@ def front(results: Json) -> Figure:
 
     A line begins at the unedited model. The large marks are the edits that are compared; the dotted
     line is the perplexity of the first of them, K-FAC's, which the others were to have. What costs
-    much more than that is outside of the axes.
+    much more than that is outside of the axes; every perplexity below the unedited one is inside.
 
     Args:
         results: of `refcurv demo`; reads `controls`: `unedited` {recitation, perplexity}, `curves`
@@ -68,7 +62,7 @@ def front(results: Json) -> Figure:
         for place, (method, points) in enumerate(curves.items()):
             _draw_curve(ax, place, method, [start, *points], compared.get(method))
         _draw_start(ax, start)
-        _finish(ax, start, compared)
+        _finish(ax, start, compared, curves)
         split, names = str(found.get("split") or ""), found.get("populations") or {}
         recite, text = (
             safe(population_name(str(names.get(key) or what), split), 24)
@@ -116,16 +110,23 @@ def _draw_start(ax: Axes, start: Json) -> None:
     ax.annotate("unedited", (x, y), xytext=(8, 7), textcoords="offset points", color=INK)
 
 
-def _finish(ax: Axes, start: Json, compared: Mapping[str, Json]) -> None:
+def _finish(
+    ax: Axes, start: Json, compared: Mapping[str, Json], curves: Mapping[str, Sequence[Json]]
+) -> None:
     """Limits that hold the compared edits, ticks with the rise of perplexity below them."""
     base = number(start.get("perplexity"))
-    costs = [number(row.get("perplexity")) for row in compared.values()]
-    costs = [x for x in costs if not math.isnan(x)]
+    costs = _perplexities(compared.values())
     if base > 0 and costs:
         ax.axvline(costs[0], color=GREY, lw=1, ls=":", zorder=1.5)
-        right = max(base * 1.02, base + RISES * (costs[0] - base), *(1.01 * x for x in costs))
+        left = min(base, *costs, *_perplexities(p for points in curves.values() for p in points))
+        right = max(base * 1.02, base + RISES * abs(costs[0] - base), *(1.01 * x for x in costs))
         right = min(right, FARTHEST * max(base, costs[0]))
-        ax.set_xlim(base - 0.03 * (right - base), right)
+        ax.set_xlim(left - 0.03 * (right - left), right)
     ax.set_ylim(-0.02, 1.09)
     ticks(ax.yaxis, lambda y: f"{100 * y:g}")
     ticks(ax.xaxis, lambda x: f"{x:g}\n{percent(relative(base, x), 0, '+')}")
+
+
+def _perplexities(points: Iterable[Json]) -> list[float]:
+    """Those that are known, in their order."""
+    return [x for p in points if not math.isnan(x := number(p.get("perplexity")))]

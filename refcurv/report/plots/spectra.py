@@ -10,6 +10,7 @@ import numpy as np
 
 from refcurv.algebra.staircase import Staircase, cut
 from refcurv.law.checks import Array, EmptyError, RefcurvError
+from refcurv.report.cells import Json, number, percent
 from refcurv.report.plots.drawing import (
     INK,
     INSIDE,
@@ -23,7 +24,7 @@ from refcurv.report.plots.drawing import (
     styled,
     ticks,
 )
-from refcurv.report.table import Json, kept_share, number, percent
+from refcurv.report.table import share_of_pairs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -116,7 +117,7 @@ def _pairs(one: Json) -> int:
 def _draw_mass(ax: Axes, lam: Array, mu: Array, row: Json | None, label: str, look: Look) -> None:
     share, mass = cumulative(lam, mu)
     if row is not None:
-        kept, held = kept_share(row), number(row.get("mass"))
+        kept, held = share_of_pairs(row), number(row.get("mass"))
         label = f"{label}: keeps {percent(kept)}"
         ax.plot([kept, kept], [0, held], ":", color=look.colour, lw=1, label="_drop")
         ax.plot(

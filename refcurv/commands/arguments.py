@@ -8,10 +8,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from refcurv.files.disk import unfinished
 from refcurv.law.checks import RangeError
 
-Command = Callable[[argparse.Namespace], int | None]
-"""Its name is the command's, the first line of its docstring the summary."""
+Command = Callable[[argparse.Namespace], bool | None]
+"""Its name is the command's, the first line of its docstring the summary; False: it failed."""
 
 EXAMPLES = {
     "demo": ["refcurv demo", "refcurv demo --out results/"],
@@ -138,11 +139,6 @@ def files(args: argparse.Namespace) -> tuple[dict[str, str], dict[str, str]]:
     if args.command == "collect":
         writes["the checkpoint of --output"] = unfinished(args.output)
     return reads, writes
-
-
-def unfinished(output: str) -> str:
-    """Where `collect` keeps its sums until `output` is on the disk."""
-    return f"{output}.unfinished"
 
 
 _READ = ("weights", "corpus", "factors", "basis", "file", "baseline", "tokenizer")

@@ -19,7 +19,7 @@ from refcurv.evaluation.matching import Match, Strengthen, at_perplexity, text_p
 from refcurv.evaluation.suite import RETAINED, Measurement, measure
 from refcurv.law.checks import EmptyError, RefcurvError
 from refcurv.model.corpus import Population
-from refcurv.passes.parallel import Progress
+from refcurv.progress import Progress, silent
 
 TOLERANCE: Final = 0.005
 """How far apart two perplexities are that count as one."""
@@ -105,7 +105,7 @@ def largest_cut(record: EditRecord) -> float:
     return max((1 - row.rho for row in record.layers), default=0.0)
 
 
-def controls(setting: Setting, progress: Progress = lambda done, total: None) -> dict[str, Any]:
+def controls(setting: Setting, progress: Progress = silent) -> dict[str, Any]:
     """Every cut at the K-FAC edit's dev perplexity, and what each leaves along its strengths.
 
     Returns:

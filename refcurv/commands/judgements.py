@@ -1,0 +1,55 @@
+"""What a model can still do, and whether every identity holds on it."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from refcurv.commands.output import write_json
+from refcurv.terminal import progress_bar
+
+if TYPE_CHECKING:
+    from refcurv import Evaluation
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Judge a model on the corpus's populations, beside a baseline if one is given."""
+    import refcurv as rc
+    from refcurv.report.printed import format_evaluation
+
+    baseline = rc.load(args.baseline, dtype=args.dtype) if args.baseline else None
+    table: dict[str, Any] = {}
+
+    def keep(so_far: Evaluation) -> None:
+        table.update(so_far.to_json())
+        write_json(args.json, table)
+
+    try:
+        rc.evaluate(
+            rc.load(args.weights, dtype=args.dtype),
+            rc.load_corpus(args.corpus),
+            split=args.split,
+            baseline=baseline,
+            progress=progress_bar("evaluate"),
+            each=keep,
+        )
+    finally:  # what was evaluated is not lost to what fails later
+        if table:
+            print(format_evaluation(table))
+
+
+def audit(args: argparse.Namespace) -> bool:
+    """Check every identity that can be checked on this model; exit status 1 if one fails."""
+    import refcurv as rc
+    from refcurv.report.printed import format_audit
+
+    found = rc.audit(
+        rc.load(args.weights),
+        rc.load_corpus(args.corpus),
+        memory=args.memory,
+        seed=args.seed,
+        progress=progress_bar("audit"),
+    )
+    print(format_audit(found.to_json()))
+    write_json(args.json, found.to_json())
+    return found.passed

@@ -1,0 +1,275 @@
+"""The whole method on two files: collect → decompose → edit → evaluate → compare → results.
+
+`refcurv demo` runs it on the shipped model, `refcurv report` on a user's own.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import refcurv as rc
+from refcurv.curvature import room
+from refcurv.curvature.eigenbasis import Bases
+from refcurv.editing.record import require_exact, shares
+from refcurv.evaluation.bands import Bands, Quantity, bands
+from refcurv.evaluation.suite import (
+    Evaluation,
+    Measurement,
+    compare,
+    measure,
+    require_readable,
+)
+from refcurv.files import store
+from refcurv.files.disk import PathLike, unfinished, write_json
+from refcurv.judge.controls import Setting, controls
+from refcurv.law.checks import require_choice
+from refcurv.law.conventions import Bias
+from refcurv.model.corpus import SPLITS, Population, Populations
+from refcurv.model.weights import expand
+from refcurv.progress import Progress, silent
+from refcurv.report.folder import BASIS, EDITED, FACTORS, RESULTS, prepare
+
+TITLE = "Memory and reasoning along the spectrum of loss curvature"
+
+Stage = Callable[[str], Progress]
+"""Given a stage's name, what to call with (done, all)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """Two files and the choices of `collect`, `decompose`, `edit` and `evaluate`.
+
+    Fields: weights, corpus, files; layers, whose factors are collected; rho, one share for all of
+    them or {pattern: share}; fisher, rows, seed, bias, split, dtype.
+    """
+
+    weights: str | Path
+    corpus: str | Path
+    layers: str
+    rho: float | Mapping[str, float]
+    fisher: str = "sampled"
+    rows: str = "reached"
+    seed: int = 0
+    bias: str = "separate"
+    split: str = "test"
+    dtype: str = "float64"
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """A job at work: what it reads, where it writes, and what is known so far.
+
+    Fields: job; model; corpus; cut, the layers that are edited; judged, the populations of the
+    split; folder; stage; known of results.json; seconds of each stage.
+    """
+
+    job: Job
+    model: rc.Model
+    corpus: rc.Corpus
+    cut: list[str]
+    judged: Populations
+    folder: Path
+    stage: Stage
+    known: dict[str, Any]
+    seconds: dict[str, float]
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """A stage, whose seconds are counted."""
+        begin = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - begin
+
+    def keep(self, **found: Any) -> None:
+        """What is known so far, on the disk: a later failure does not take it along."""
+        self.known.update(found)
+        write_json(self.known, unfinished(self.folder / RESULTS))
+
+
+def run(job: Job, folder: PathLike, stage: Stage = lambda name: silent) -> dict[str, Any]:
+    """The main job on two files; writes factors.h5, basis.h5, edited.h5 and results.json.
+
+    Everything that can be checked is checked before the work. Returns what results.json holds;
+    until that is whole, results.json.unfinished has what is known. All but the seconds and the
+    machine in it is determined by the files and the choices. A corpus without populations of the
+    split is not evaluated; bands need a memorised population (`recite`) and a clean one (`text`),
+    controls a clean one in the dev split too. A collection that was interrupted goes on where it
+    was. `refcurv.report.folder.draw` makes figures and a page of the results.
+
+    Proof: tests/test_demo.py::test_the_report_of_a_users_own_files,
+        ::test_a_report_refuses_before_the_work, ::test_what_was_evaluated_is_kept
+    """
+    model, corpus = rc.load(job.weights, dtype=job.dtype), rc.load_corpus(job.corpus)
+    cut, judged = _checked(job, model, corpus)
+    folder = prepare(folder, {"WEIGHTS": job.weights, "CORPUS": job.corpus})
+    this = _Run(job, model, corpus, cut, judged, folder, stage, {}, {})
+    with this.timed("collect"):
+        factors = _factors(this)
+    with this.timed("decompose"):
+        basis = rc.decompose(factors, job.bias, progress=stage("decompose"))
+        rc.save_bases(basis, folder / BASIS)
+    with this.timed("edit"):
+        edited, record = rc.edit(model, basis, job.rho)
+        rc.save(edited, folder / EDITED, {"edit": record.to_json()})
+        this.keep(edit=record.to_json())
+    table, others = _evaluated(this, basis, edited, record)
+    with this.timed("bands"):
+        found = _bands(this, basis)
+    results = _results(this, basis, record, table, others, found)
+    write_json(results, folder / RESULTS)
+    Path(unfinished(folder / RESULTS)).unlink(missing_ok=True)
+    return results
+
+
+def _factors(this: _Run) -> rc.Factors:
+    """Collected and on the disk; what an interrupted collection had is used."""
+    job, path = this.job, this.folder / FACTORS
+    made = rc.collect(
+        this.model, this.corpus, job.layers, job.fisher, job.seed,
+        rows=job.rows, checkpoint=unfinished(path), progress=this.stage("collect"),
+    )  # fmt: skip
+    rc.save_factors(made, path, unfinished(path))
+    return made
+
+
+def _evaluated(
+    this: _Run, basis: Bases, edited: rc.Model, record: rc.EditRecord
+) -> tuple[Evaluation, dict[str, Any]]:
+    """The table of the edit, and other cuts beside it."""
+    job, model, corpus = this.job, this.model, this.corpus
+    if not this.judged:
+        why = f"the corpus has no population of split {job.split!r}."
+        return Evaluation(job.split, job.dtype, job.dtype, ()), {"left_out": why}
+    with this.timed("evaluate"):
+        before, after = _measured(this, edited)
+        table = compare(after, before)
+    with this.timed("controls"):
+        setting = Setting(
+            model, _light(model, job), basis, record, corpus, job.split, before, after, job.seed
+        )
+        others = controls(setting, this.stage("controls"))
+        this.keep(evaluation=table.to_json(), controls=others)
+    return table, others
+
+
+def _measured(this: _Run, edited: rc.Model) -> tuple[Measurement, Measurement]:
+    """Before and after; the table so far is kept with every population that is done."""
+    corpus, split = this.corpus, this.job.split
+
+    def one(so_far: Measurement) -> None:
+        this.keep(evaluation=compare(so_far, None).to_json())
+
+    before = measure(this.model, corpus, split=split, progress=this.stage("baseline"), each=one)
+
+    def other(so_far: Measurement) -> None:
+        this.keep(evaluation=compare(so_far, before.only(so_far.populations)).to_json())
+
+    after = measure(edited, corpus, split=split, progress=this.stage("evaluate"), each=other)
+    return before, after
+
+
+def _results(
+    this: _Run,
+    basis: Bases,
+    record: rc.EditRecord,
+    table: Evaluation,
+    others: dict[str, Any],
+    found: dict[Quantity, dict[str, Bands]],
+) -> dict[str, Any]:
+    """What results.json holds."""
+    job = this.job
+    return {
+        "title": TITLE,
+        "refcurv": store.provenance()["refcurv"],
+        "settings": _settings(job, this.model, this.corpus),
+        "edit": record.to_json(),
+        "evaluation": table.to_json(),
+        "controls": others,
+        "bands": {name: one.to_json() for name, one in found[Quantity.PAIR_MASS].items()},
+        "input_bands": {name: one.to_json() for name, one in found[Quantity.INPUT_RANK].items()},
+        "spectrum": {
+            name: {"mu": basis[name].mu.tolist(), "lam": basis[name].lam.tolist()}
+            for name in this.cut
+        },
+        "seconds": {name: round(value, 2) for name, value in this.seconds.items()},
+        "files": {
+            "model": str(job.weights),
+            "corpus": str(job.corpus),
+            "factors": FACTORS,
+            "basis": BASIS,
+            "edited": EDITED,
+        },
+        "provenance": store.provenance(inputs=store.inputs(this.model.source, this.corpus.source)),
+    }
+
+
+def _checked(job: Job, model: rc.Model, corpus: rc.Corpus) -> tuple[list[str], Populations]:
+    """The layers that are edited and the populations that are judged; bad choices end here."""
+    require_choice("report", "split", job.split, SPLITS)
+    require_choice("report", "bias", job.bias, list(Bias))
+    named = expand(job.layers, list(model.config.linear_layers()))
+    asked = job.rho if isinstance(job.rho, Mapping) else {"**": job.rho}
+    cut = list(shares("report", "rho", model, named, asked))
+    require_exact("report", model, cut)
+    width = {f"{side} of {name!r}": n for name in named
+             for side, n in zip("GA", model.config.linear_layers()[name], strict=True)}  # fmt: skip
+    room.in_flight("report", room.to_decompose(width))
+    read = {name: p for name, p in corpus.populations.items() if p.split in (job.split, "dev")}
+    require_readable(read, model.config)
+    judged = {name: p for name, p in read.items() if p.split == job.split}
+    return cut, judged
+
+
+def _settings(job: Job, model: rc.Model, corpus: rc.Corpus) -> dict[str, Any]:
+    """The choices, as the report shows them; one pattern is named apart from its share."""
+    asked = dict(job.rho) if isinstance(job.rho, Mapping) else {job.layers: job.rho}
+    one = {"layers": next(iter(asked)), "rho": next(iter(asked.values()))}
+    return {
+        "collected": job.layers,
+        **(one if len(asked) == 1 else {"rho": asked}),
+        **{
+            name: getattr(job, name)
+            for name in ("fisher", "rows", "seed", "bias", "dtype", "split")
+        },
+        f"calibration_{'tokens' if corpus.images is None else 'images'}": corpus.label.size,
+        "architecture": describe(model),
+    }
+
+
+def _light(model: rc.Model, job: Job) -> rc.Model:
+    """The model in float32 where that holds its stored weights: half the time for each search."""
+    if model.dtype == "float32" or "float64" in model.stored.values():
+        return model
+    return rc.load(job.weights, dtype="float32")
+
+
+def _bands(this: _Run, basis: Bases) -> dict[Quantity, dict[str, Bands]]:
+    """Both quantities on the first memorised and the first clean population; empty without."""
+    tokens = [p for p in this.judged.values() if isinstance(p, Population)]
+    hot, cold = (next((p for p in tokens if p.kind == kind), None) for kind in ("recite", "text"))
+    if hot is None or cold is None:
+        return {quantity: {} for quantity in Quantity}
+    return {
+        quantity: bands(
+            this.model, basis, hot, cold, quantity=quantity, progress=this.stage("bands")
+        )
+        for quantity in Quantity
+    }
+
+
+def describe(model: rc.Model) -> str:
+    """The model in one line."""
+    c = model.config
+    size = sum(1 for _ in c.parameter_shapes())
+    count = sum(math.prod(shape) for shape in c.parameter_shapes().values())
+    return (
+        f"{count:,} parameters in {size} tensors: {c.layers} blocks, width {c.width}, {c.heads} "
+        f"heads of {c.head_width} ({c.kv_heads} key-value), MLP {c.mlp_width}, vocabulary "
+        f"{c.vocabulary}, {c.norm_place}-norm, QK-norm {c.qk_norm}"
+    )

@@ -1,0 +1,24 @@
+"""How long work says how far it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+Progress = Callable[[int, int], object]
+"""Called with (done, all) as work proceeds."""
+
+
+def silent(done: int, total: int) -> None:
+    """The progress of what nobody watches."""
+
+
+def counter(progress: Progress, total: int, begin: int = 0) -> Callable[[], None]:
+    """What to call once per finished piece, so that `progress` counts from `begin` to `total`."""
+    finished = begin
+
+    def done() -> None:
+        nonlocal finished
+        finished += 1
+        progress(finished, total)
+
+    return done

@@ -1,0 +1,64 @@
+"""The folder of a report: each file in it by name; its figures and its page drawn from results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from refcurv.files.disk import (
+    PathLike,
+    machine_faults,
+    require_apart,
+    require_writable,
+    unfinished,
+)
+from refcurv.law.checks import EmptyError, SchemaError
+from refcurv.report import page, plots
+from refcurv.report.cells import Json
+
+FACTORS, BASIS, EDITED, RESULTS = "factors.h5", "basis.h5", "edited.h5", "results.json"
+PAGE = "report.html"
+
+
+def outputs(folder: PathLike) -> dict[str, Path]:
+    """Every file that a report may write, by what a message calls it."""
+    figures = (f"{name}.png" for name in plots.FIGURES)
+    names = (FACTORS, unfinished(FACTORS), BASIS, EDITED, RESULTS, unfinished(RESULTS), PAGE)
+    return {f"{name} of --out": Path(folder) / name for name in (*names, *figures)}
+
+
+def prepare(folder: PathLike, inputs: Mapping[str, PathLike]) -> Path:
+    """The folder, in which every file can be written and none takes an input's place.
+
+    Proof: tests/test_demo.py::test_a_report_refuses_what_it_could_not_judge_before_the_work
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise SchemaError(f"report: {str(folder)!r} is no folder. Name another with --out.")
+    with machine_faults("report", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    files = outputs(folder)
+    require_apart("report", files, inputs)
+    for path in files.values():
+        require_writable("report", path)
+    return folder
+
+
+def draw(results: Json, folder: PathLike) -> list[str]:
+    """Write the page, and each figure that there is something for.
+
+    Returns:
+        The names of all files that the report has now, the page first.
+
+    Proof: tests/test_demo.py::test_everything_is_written
+    """
+    folder, drawn = Path(folder), []
+    for name, figure_of in plots.FIGURES.items():
+        try:
+            figure = figure_of(results)
+        except EmptyError:  # no populations, no bands
+            continue
+        plots.save(figure, folder / f"{name}.png")
+        drawn.append(f"{name}.png")
+    page.write_page(results, folder / PAGE)
+    return [PAGE, *sorted([FACTORS, BASIS, EDITED, RESULTS, *drawn])]

@@ -1,0 +1,258 @@
+"""The text that each command prints, made of the dictionaries that it also writes as JSON.
+
+`convert` and `export` have theirs in `refcurv.report.conversion`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+
+from refcurv.report.cells import (
+    MISSING,
+    Json,
+    decimal,
+    number,
+    plain,
+    rho_text,
+    scientific,
+    size,
+    small,
+)
+from refcurv.report.table import (
+    Table,
+    agreement_table,
+    edit_table,
+    evaluation_table,
+    past_table,
+    tables,
+)
+from refcurv.report.text import WIDTH, format_rows, printable, shorten
+
+
+def format_results(results: Json) -> str:
+    """Everything a run found, as one text of at most 100 columns.
+
+    Args:
+        results: the dictionary of `refcurv demo`, results.json.
+
+    Returns:
+        Title, settings, then the tables: populations in the file's order, nDCG@10, the controls,
+        pairs and mass kept per edited layer, band ratios of the edited layers. No newline at the
+        end.
+
+    Proof:  tests/test_report.py::test_table_has_every_number
+    """
+    head = [shorten(printable(str(results.get("title") or "refcurv")), WIDTH)]
+    settings = results.get("settings") or {}
+    if settings:
+        head.append(shorten(printable(settings_line(settings)), WIDTH))
+    return "\n\n".join(["\n".join(head), *map(_titled, tables(results))])
+
+
+def settings_line(settings: Json) -> str:
+    """ρ, layers, Fisher, seed and dtype on one line."""
+    rho = settings.get("rho")
+    where = "" if isinstance(rho, Mapping) else f" on {settings.get('layers', MISSING)}"
+    return (
+        f"ρ {rho_text(rho)}{where}; Fisher {settings.get('fisher', MISSING)}, "
+        f"seed {settings.get('seed', MISSING)}, {settings.get('dtype', MISSING)}"
+    )
+
+
+def format_evaluation(evaluation: Json) -> str:
+    """The table of `refcurv evaluate`, with or without a baseline.
+
+    Args:
+        evaluation: `Evaluation.to_json()`.
+
+    Proof:  tests/test_report.py::test_without_a_baseline_there_is_one_column
+    """
+    both = (evaluation_table(evaluation), agreement_table(evaluation))
+    return "\n\n".join(_titled(table) for table in both if table.rows)
+
+
+def format_corpus(counts: Json) -> str:
+    """The text of `refcurv corpus`: nothing is left out, cut or ignored without a word.
+
+    Args:
+        counts: of the corpus's `source["made_from"]`.
+
+    Proof:  tests/test_texts.py::test_the_command
+    """
+    return "\n".join(_corpus_lines(counts))
+
+
+def _corpus_lines(counts: Json) -> Iterator[str]:
+    if counts.get("rows"):
+        yield (
+            "{documents:,} documents, {tokens:,} tokens → {rows:,} rows of {width:,}: {padding:,} "
+            "positions of padding, {cuts:,} cuts within documents, {unlabelled:,} tokens without "
+            "a label".format_map(counts)
+        )
+    for name, found in counts["populations"].items():
+        yield f"{name}: " + (
+            "{kind}, {split}, {rows:,} rows of at most {width:,}: {tokens:,} tokens, {asked:,} of "
+            "them asked for".format_map(found)
+        )
+    parts = [counts, *counts["populations"].values()]
+    if empty := sum(part.get("empty", 0) for part in parts):
+        yield f"left out: {empty:,} documents without a token"
+    if straddling := sum(part.get("straddling", 0) for part in parts):
+        yield (
+            f"{straddling:,} prefixes end within a token, which is asked for with their suffixes"
+        )
+    if counts["ignored_keys"]:
+        yield f"keys ignored: {', '.join(map(repr, counts['ignored_keys']))}"
+
+
+def format_edit(record: Sequence[Json]) -> str:
+    """The table of `refcurv edit`, and what rounding and earlier edits add to it.
+
+    Args:
+        record: `EditRecord.to_json()`.
+
+    Proof:  tests/test_report.py::test_edit_table
+    """
+    past = past_table(record)
+    return "\n\n".join(map(_titled, [edit_table(record), *([past] if past.rows else [])]))
+
+
+def format_start(start: Json) -> str:
+    """One line: which weights an edit started from, and what had been done to them before.
+
+    Args:
+        start: `Start.to_json()` of the record.
+
+    Proof:  tests/test_report.py::test_what_an_edit_starts_from_is_one_line
+    """
+    line = f"starts from weights {digest_text(start.get('weights'))}"
+    if earlier := start.get("earlier") or ():
+        line += f", edited before by {', then '.join(map(_past_edit, earlier))}"
+        line += "; kept, mass and norm are of what that left"
+    else:
+        line += ", of which no earlier edit is known"
+    if start.get("forced"):
+        line += f"; forced: what chose was made from others, {digest_text(start.get('made_for'))}"
+    elif start.get("made_for") is None:
+        line += "; the basis does not say which weights it was made from"
+    return printable(line)
+
+
+def digest_text(digest: object) -> str:
+    """The first letters of a digest; "unknown" without one."""
+    return str(digest)[:12] if digest else "unknown"
+
+
+def _past_edit(edit: Json) -> str:
+    """`kfac 0.6 of blocks.0.mlp.up and 1 more`."""
+    layers: Json = edit["layers"]
+    shares = sorted({number(row["rho"]) for row in layers.values()})
+    first = next(iter(layers), MISSING)
+    more = f" and {len(layers) - 1} more" if len(layers) > 1 else ""
+    share = " to ".join(plain(x) for x in dict.fromkeys((shares[0], shares[-1]))) if shares else ""
+    forced = " (forced)" if edit.get("forced") else ""
+    return f"{edit['method']} {share} of {first}{more}{forced}"
+
+
+def format_inspect(facts: Json) -> str:
+    """The text of `refcurv inspect`: what a file is, what it was made with, what it holds.
+
+    Args:
+        facts: of `refcurv.files.inspect.inspect_file`; long values are shortened to the width.
+
+    Proof:  tests/test_report.py::test_inspect_names_every_array,
+        ::test_inspect_shows_a_text_of_several_lines_on_one
+    """
+    pairs = [(what, dict(facts.get(what) or {})) for what in ("attributes", "provenance")]
+    if facts["format"] in MADE_FROM:
+        pairs[0][1].setdefault("weights", "not recorded: made by an older refcurv")
+    tables = [
+        Table(what, ("name", "value"), tuple((k, _compact(v)) for k, v in found.items()), "ll")
+        for what, found in pairs
+    ]
+    rows = tuple(
+        (
+            str(one["name"]),
+            " × ".join(map(str, one["shape"])) or "scalar",
+            str(one["stored"]),
+            size(one["nbytes"]),
+            ", ".join(f"{k} {_compact(v)}" for k, v in one["attributes"].items()),
+        )
+        for one in facts["entries"]
+    )
+    tables += [_past_table(edit) for edit in facts.get("edits") or ()]
+    tables.append(Table("arrays", ("name", "shape", "stored as", "size", ""), rows, "lllrl"))
+    lines = [shorten(printable(line), WIDTH) for line in _what_it_is(facts)]
+    return "\n\n".join(["\n".join(lines), *(_titled(table) for table in tables if table.rows)])
+
+
+def _what_it_is(facts: Json) -> Iterator[str]:
+    """Path, format, size; of a weights file also its digest and what was done to it."""
+    yield str(facts["path"])
+    which = "every checksum" if facts["version"] > 1 else "the arrays' checksums"
+    yield (
+        f"{facts['format']}, version {facts['version']}: {len(facts['entries'])} arrays, "
+        f"{size(facts['nbytes'])}, {which} verified"
+    )
+    edits = facts.get("edits") or ()
+    edited = f", edited by {', then '.join(map(_past_edit, edits))}" if edits else ""
+    if facts.get("weights"):
+        yield f"weights {digest_text(facts['weights'])}{edited}"
+
+
+MADE_FROM = ("refcurv-factors", "refcurv-basis")
+"""Files that say which weights they were made from."""
+
+
+def _past_table(edit: Json) -> Table:
+    """What a past edit left of each layer."""
+    title = f"edited by {printable(str(edit['method']))}, {digest_text(edit.get('weights'))} → "
+    title += digest_text(edit.get("became")) + (", forced" if edit.get("forced") else "")
+    rows = tuple(
+        (name, plain(row["rho"]), decimal(row["norm"]), small(row["restored"]))
+        for name, row in edit["layers"].items()
+    )
+    return Table(title, ("layer", "share", "‖W'‖/‖W‖", "restored"), rows, "lrrr")
+
+
+def _compact(value: object) -> str:
+    """A text as it is, anything else as JSON on one line."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def format_audit(audit: Json) -> str:
+    """The text of `refcurv audit`: each identity, what failed and where, what was not checked.
+
+    Args:
+        audit: `Audit.to_json()`.
+
+    Proof:  tests/test_audit.py::test_the_text_names_what_failed_and_what_was_left_out
+    """
+    findings, plan = audit["findings"], audit["plan"]
+    rows = [
+        (f["verdict"], f["id"], scientific(f["error"]), scientific(f["budget"]), f["statement"])
+        for f in findings
+    ]
+    counts = {v: sum(f["verdict"] == v for f in findings) for v in ("pass", "fail", "left out")}
+    lines = [
+        f"{plan['sequences']} sequences of {plan['width']} positions; errors are relative, budgets "
+        f"from float64",
+        "",
+        format_rows(("", "id", "error", "budget", "identity"), rows, "llrrl"),
+        "",
+    ]
+    for finding in findings:
+        if finding["verdict"] == "fail":
+            where = printable(finding["where"])
+            lines.append(f"FAIL {finding['id']}: {finding['statement']} Not so: {where}.")
+    lines += [f"not checked: {printable(reason)}" for reason in plan["left_out"]]
+    lines.append(
+        f"{counts['pass']} hold, {counts['fail']} fail, {counts['left out']} do not occur or fit; "
+        f"{audit['seconds']:.0f} s"
+    )
+    return "\n".join(lines)
+
+
+def _titled(table: Table) -> str:
+    return f"{table.title}\n{format_rows(table.headers, table.rows, table.align)}"

@@ -1,0 +1,96 @@
+"""Rows of cells as lines of a terminal: aligned, no wider than it, nothing that it obeys."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Iterable, Sequence
+
+from refcurv.report.cells import MISSING
+
+WIDTH = 100
+GAP = "  "
+
+
+def format_rows(
+    headers: Sequence[object], rows: Iterable[Sequence[object]], align: str, width: int = WIDTH
+) -> str:
+    """Aligned columns under one rule.
+
+    Args:
+        headers: one per column.
+        rows: cells; None and NaN are shown as "-", anything else by `str`.
+        align: "l" or "r" per column.
+        width: columns of the terminal; the widest left-aligned cells are shortened to fit.
+
+    Returns:
+        Lines without trailing blanks, joined by newlines; control characters are escaped.
+
+    Raises:
+        ValueError: a row with another number of cells than `align` has letters.
+
+    Proof:  tests/test_report.py::test_rows_are_aligned; ::test_hostile_names_stay_on_their_line
+    """
+    lines = [[_cell(cell) for cell in line] for line in (headers, *rows)]
+    widths = _widths(lines, align, width)
+    texts = []
+    for line in lines:
+        cells = zip(line, widths, align, strict=True)
+        texts.append(GAP.join(_padded(cell, size, side) for cell, size, side in cells).rstrip())
+    rule = "─" * (sum(widths) + len(GAP) * (len(widths) - 1))
+    return "\n".join([texts[0], rule, *texts[1:]])
+
+
+def _widths(lines: Sequence[Sequence[str]], align: str, width: int) -> list[int]:
+    """Widest cell per column, then the widest left-aligned column narrowed until all fit."""
+    columns = zip(*lines, strict=True)
+    widths = [max(map(_display_width, column)) for column in columns]
+    left = [n for n, side in enumerate(align) if side == "l"] or list(range(len(widths)))
+    excess = sum(widths) + len(GAP) * (len(widths) - 1) - width
+    while excess > 0 and max(widths[n] for n in left) > 4:
+        widths[max(left, key=lambda n: widths[n])] -= 1
+        excess -= 1
+    return widths
+
+
+def _cell(value: object) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return MISSING
+    return printable(str(value))
+
+
+def printable(text: str) -> str:
+    r"""What a terminal would obey, or not show, as Python's escapes: a newline as \n.
+
+    Proof: tests/test_report.py::test_what_a_terminal_obeys_is_escaped
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _display_width(text: str) -> int:
+    return sum(_columns(c) for c in text)
+
+
+def _columns(character: str) -> int:
+    """Terminal columns of one character: 2 for wide ones, 0 for combining marks."""
+    if unicodedata.combining(character):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+
+
+def shorten(text: str, width: int) -> str:
+    """A text, or as much of it as fits so many columns with an ellipsis behind it."""
+    used = fits = 0
+    for n, character in enumerate(text, start=1):
+        used += _columns(character)
+        if used > width:
+            return text[:fits] + "…"
+        if used < width:
+            fits = n
+    return text
+
+
+def _padded(text: str, width: int, side: str) -> str:
+    text = shorten(text, width)
+    blank = " " * (width - _display_width(text))
+    return blank + text if side == "r" else text + blank
