@@ -36,7 +36,7 @@ def corrected(
 
     Labels are sampled as by `collect` with the same seed.
 
-    Proof: tests/test_marginals.py::test_marginals_are_those_of_the_corrected_eigenvalues
+    Proof: tests/validation/test_marginals.py::test_marginals_are_those_of_the_corrected_eigenvalues
     """
     parameters = memory.resident(model)
     job = memory.Sweep(frozenset(basis), Fisher.SAMPLED, seed)
