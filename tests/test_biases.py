@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import budgets
 import numpy as np
 import pytest
 import test_factors
@@ -76,7 +77,7 @@ def test_O47_the_homogeneous_coordinate_of_a_bias(dtype: str) -> None:
             continue
         joint, (O, I), n = factor.A_joint, one.config.linear_layers()[name], factor.n_A
         a = inputs[name][0]
-        budget = tolerance.path(2, 16, dtype)
+        budget = budgets.path(2, 16, dtype)
         size = np.abs(a).mean(axis=0)
         assert_within(joint[:-1, -1], a.mean(axis=0), budget, size, f"mean input of {name}")
         assert joint[-1, -1] == 1  # exactly, whatever the dtype
@@ -538,7 +539,7 @@ def test_O49_blocks_are_the_sums_over_segments(one: Case, fisher: str, seed: int
     for name, block in got.items():
         D = np.stack([slope[name] for slope in slopes])
         scale = len(D) * np.abs(D).max(initial=1e-3) ** 2
-        budget = 40 * tolerance.path(one.config.layers, 64, np.float64)
+        budget = 40 * budgets.path(one.config.layers, 64, np.float64)
         assert_within(block.sum_F, D.T @ D, budget, scale, name)
         assert (block.sum_F == block.sum_F.T).all()
         labelled = np.argwhere(one.label >= 0)
@@ -565,7 +566,7 @@ def test_O49_blocks_and_positions_of_images(one: Case, fisher: str, seed: int) -
         return
     one = replace(one, token=one.token.astype(np.float32).astype(np.float64))
     model, corpus = model_of(one), images_of(one)
-    budget = 40 * tolerance.path(one.config.layers, 64, np.float64)
+    budget = 40 * budgets.path(one.config.layers, 64, np.float64)
     vectors = [n for n, x in one.parameters.items() if x.ndim == 1]
     if vectors:
         got = rc.collect_blocks(model, corpus, "**", fisher, seed)

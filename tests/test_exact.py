@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 
+import budgets
 import numpy as np
 import oracles
 import pytest
@@ -22,7 +23,6 @@ import refcurv as rc
 from refcurv.algebra.kron import rvec
 from refcurv.curvature import exact
 from refcurv.curvature.problem import Batch, Problem, of_batch, of_outputs
-from refcurv.law import tolerance
 from refcurv.law.checks import (
     ConventionError,
     DTypeError,
@@ -40,7 +40,7 @@ from refcurv.model.loss import shift_labels
 WIDE = np.finfo(np.longdouble).eps < np.finfo(np.float64).eps
 needs_longdouble = pytest.mark.skipif(not WIDE, reason="longdouble is no wider than float64 here")
 MATRICES = {"fisher": exact.fisher, "f_tok": exact.f_tok, "kfac": exact.kfac}
-BUDGET = tolerance.path(2, 8, np.float64)
+BUDGET = budgets.path(2, 8, np.float64)
 """Of the widest small decoder here; relative to a matrix whose terms do not cancel."""
 
 

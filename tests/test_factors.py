@@ -8,6 +8,7 @@ from itertools import product
 from pathlib import Path
 from unittest.mock import Mock
 
+import budgets
 import numpy as np
 import oracles
 import pytest
@@ -32,7 +33,7 @@ from refcurv.curvature.checkpoint import Checkpoint
 from refcurv.curvature.factors import least_certain
 from refcurv.curvature.sums import Moment
 from refcurv.files import disk, provenance, store
-from refcurv.law import conventions, tolerance
+from refcurv.law import conventions
 from refcurv.law.checks import (
     ConventionError,
     EmptyError,
@@ -189,7 +190,7 @@ def test_factors_equal_the_naive_sums(one: Case, fisher: str, seed: int) -> None
     got = rc.collect(model_of(one), corpus_of(one), layers=layers, fisher=fisher, seed=seed)
     passes = [naive_rows(one, sent) for sent in sent_back(one, fisher, seed)]
     assert list(got) == [*one.config.linear_layers(), *tables]
-    budget = 40 * tolerance.path(one.config.layers, 64, np.float64)
+    budget = 40 * budgets.path(one.config.layers, 64, np.float64)
     for name in got:
         a, gs = passes[0][name][0], [rows[name][1] for rows in passes]
         n = len(a)

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import budgets
 import numpy as np
 import oracles
 import pytest
@@ -26,7 +27,6 @@ from refcurv.law import tolerance
 from refcurv.law.conventions import Fisher
 from refcurv.model import transformer
 from refcurv.model.config import Image, NormPlace, QKNorm, RopeScaling
-from refcurv.model.magnitudes import gradient_scale
 from refcurv.passes.memory import Sweep, sweep
 from refcurv.passes.shards import shards
 
@@ -866,7 +866,7 @@ def test_the_gradient_is_the_oracle(one: Case) -> None:
     def naive(x: np.ndarray) -> Any:
         return sum(s.loss(names)(x) for s in each)
 
-    scale = gradient_scale(one.config, one.parameters, *one.batch)
+    scale = budgets.gradient_scale(one.config, one.parameters, *one.batch)
     assert_within(loss, naive(x), 2 * budget(one, WIDE), sum(s.sum() for s in scale.values()), "")
     want = oracles.placed(one.parameters, names, oracles.gradient(naive, x))
     for name in names:

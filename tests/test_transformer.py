@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import budgets
 import numpy as np
 import pytest
 from hypothesis import given
@@ -11,7 +12,6 @@ from strategies import Case, assert_within, case, cases, image_cases
 from refcurv.law import tolerance
 from refcurv.model import transformer
 from refcurv.model.config import NormPlace, QKNorm
-from refcurv.model.magnitudes import gradient_scale
 
 STEP = 1e-30
 ANY = st.one_of(cases(), image_cases())
@@ -43,14 +43,14 @@ def budget(one: Case, dtype: object = np.float64) -> float:
         one.token.size,
         one.token.shape[1],
     )
-    return tolerance.path(one.config.layers, widest, dtype)
+    return budgets.path(one.config.layers, widest, dtype)
 
 
 @given(ANY)
 def test_gradient_of_every_parameter_equals_complex_step(one: Case) -> None:
     # observed: 1.5 % of the budget; planted bugs: tests/test_planted_bugs.py
     _, gradient = transformer.loss_and_gradient(one.config, one.parameters, *one.batch)
-    scale = gradient_scale(one.config, one.parameters, *one.batch)
+    scale = budgets.gradient_scale(one.config, one.parameters, *one.batch)
     assert gradient.keys() == one.parameters.keys()
     for name in one.parameters:
         truth = complex_step_gradient(one, name)
@@ -67,7 +67,7 @@ def test_scale_bounds_the_rounding(one: Case) -> None:
         one.config, one.astype(np.longdouble), *one.batch
     )
     assert wide_loss.dtype == np.longdouble
-    scale = gradient_scale(one.config, one.parameters, *one.batch)
+    scale = budgets.gradient_scale(one.config, one.parameters, *one.batch)
     largest = max(float(np.abs(scale[n] * one.parameters[n]).sum()) for n in scale)
     assert abs(loss - wide_loss) <= budget(one) * max(largest, abs(wide_loss))
     for name in gradient:
@@ -79,7 +79,7 @@ def test_float32_stays_float32_and_within_its_budget(one: Case) -> None:
     # observed: 12 % of the budget
     loss, gradient = transformer.loss_and_gradient(one.config, one.astype(np.float32), *one.batch)
     _, truth = transformer.loss_and_gradient(one.config, one.parameters, *one.batch)
-    scale = gradient_scale(one.config, one.parameters, *one.batch)
+    scale = budgets.gradient_scale(one.config, one.parameters, *one.batch)
     assert loss.dtype == np.float32
     for name in gradient:
         assert gradient[name].dtype == np.float32

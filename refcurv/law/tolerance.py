@@ -16,9 +16,6 @@ from numpy.typing import DTypeLike
 from refcurv.law.checks import RangeError
 from refcurv.law.conventions import NEGATIVE_FACTOR
 
-OPERATIONS_PER_BLOCK = 64
-"""Roundings on a path through one block outside its sums: norms, rotary, softmax, gate."""
-
 LAMBDA = 8.0
 """Standard deviations that a budget of random roundings allows: odds of 3e-14."""
 
@@ -47,23 +44,6 @@ def probable(n: float, dtype: DTypeLike) -> float:
     2 exp(−LAMBDA²/2).
     """
     return LAMBDA * math.sqrt(n) * eps(dtype) / 2
-
-
-def gram(rows: int, shards: int, dtype: DTypeLike) -> float:
-    """A sum of outer products: `rows` in one shard in `dtype`, `shards` folded in float64.
-
-    Relative to |X|ᵀ|X|, entry by entry. Cauchy-Schwarz makes that at most 1 on the diagonal.
-    """
-    return gamma(rows + 1, dtype) + gamma(shards + 1, np.float64)
-
-
-def path(depth: int, width: int, dtype: DTypeLike) -> float:
-    """A value that passed through `depth` blocks, each summing at most `width` terms thrice.
-
-    Relative to the sum over all paths of the magnitudes of their products
-    (`refcurv.model.magnitudes`): roundings on one path add up, whatever their order.
-    """
-    return gamma((depth + 1) * (3 * width + OPERATIONS_PER_BLOCK), dtype)
 
 
 def eigenpair(size: int, dtype: DTypeLike = np.float64) -> float:
