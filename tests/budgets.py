@@ -26,6 +26,8 @@ def gram(rows: int, shards: int, dtype: DTypeLike) -> float:
     """A sum of outer products: `rows` in one shard in `dtype`, `shards` folded in float64.
 
     Relative to |X|ᵀ|X|, entry by entry. Cauchy-Schwarz makes that at most 1 on the diagonal.
+
+    Kind: worst case, as `gamma`; of a hundred rows 4 % is used, of two thousand 1 %.
     """
     return tolerance.gamma(rows + 1, dtype) + tolerance.gamma(shards + 1, np.float64)
 
@@ -35,6 +37,9 @@ def path(depth: int, width: int, dtype: DTypeLike) -> float:
 
     Relative to the sum over all paths of the magnitudes of their products (`gradient_scale`):
     roundings on one path add up, whatever their order.
+
+    Kind: worst case: all roundings of a path on one side, and all paths alike. Gradients use 0.5 to
+    4 % of it.
     """
     return tolerance.gamma((depth + 1) * (3 * width + OPERATIONS_PER_BLOCK), dtype)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import budgets
 import numpy as np
 import pytest
@@ -72,6 +74,25 @@ def test_scale_bounds_the_rounding(one: Case) -> None:
     assert abs(loss - wide_loss) <= budget(one) * max(largest, abs(wide_loss))
     for name in gradient:
         assert_within(gradient[name], wide[name], budget(one), scale[name], name)
+
+
+@given(cases())
+def test_the_scale_of_the_head_is_the_sum_of_its_magnitudes(one: Case) -> None:
+    """Σ (p + 1 at the label) |a|, without a cap; and no gradient is larger than its scale."""
+    one = replace(one, config=replace(one.config, logit_cap=None, tied=False))
+    one.parameters.setdefault("head.weight", one.parameters["embed.weight"].copy())
+    token, label, layout = one.batch
+    scale = budgets.gradient_scale(one.config, one.parameters, *one.batch)
+    _, gradient = transformer.loss_and_gradient(one.config, one.parameters, *one.batch)
+    final, _ = transformer.forward(one.config, one.parameters, token, layout)
+    z = transformer.head_logits(one.config, one.parameters, final)
+    p = np.exp(z) / np.exp(z).sum(axis=-1, keepdims=True)
+    want = np.zeros(gradient["head.weight"].shape)
+    for b, t in np.argwhere(label >= 0):
+        want += np.outer(p[b, t] + (np.arange(len(want)) == label[b, t]), np.abs(final[b, t]))
+    assert scale["head.weight"] == pytest.approx(want, rel=1e-12)
+    for name, d in gradient.items():
+        assert (np.abs(d) <= scale[name] * (1 + 1e-12)).all(), name
 
 
 @given(ANY)
