@@ -204,7 +204,7 @@ def assert_naive(one: Case, images: np.ndarray, fisher: str, seed: int, rows: st
         per_image = {"head": 1, "patch": one.config.image.patches}
         expected = 1 if rows == "cls" else per_image.get(name, one.config.image.positions)
         assert got[name].n_A == got[name].n_G == n == labelled * expected
-        allowed = 40 * budgets.path(one.config.layers, 64, np.float64)
+        allowed = 10 * budgets.path(one.config.layers, 64, np.float64)
         scale = np.abs(a).T @ np.abs(a)
         assert_within(got[name].sum_A, oracles.second_moment(a), allowed, scale, f"A {name}")
         sum_G = sum(oracles.second_moment(g) for g in gs)
@@ -477,8 +477,8 @@ def test_bidirectional_models_of_tokens_need_labels_of_their_own() -> None:
     assert loss == pytest.approx(want, rel=1e-12)
     assert rc.collect(model, Corpus(one.token, own))["blocks.0.mlp.up"].n_A == one.token.size
     exactly = exact.gradient(model, one.token, own, wrt="head.weight")
-    assert_within(exactly["head.weight"], gradient["head.weight"], 1e-13, exactly["head.weight"],
-                  "head")  # fmt: skip
+    one_way, other = exactly["head.weight"], gradient["head.weight"]
+    assert_within(one_way, other, budgets.path(2, 8, np.float64), one_way, "head")
     lengths = np.full(2, 6)
     text = Population(one.token, lengths - 3, lengths, "text", "test")
     refused(ConventionError, "population 'p' asks for next tokens, which a bidirectional model",
