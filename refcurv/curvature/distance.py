@@ -109,8 +109,8 @@ def compare(
     Cost: the sweep of `exact.fisher` down to the lowest layer; 2 P² numbers and C·P² operations
         for each layer of P parameters and C cotangents, and then eigenvectors.
     Source: THREE; ORACLES.md §0, O18, O24, O38.
-    Proof: tests/test_distance.py::test_one_sweep_gives_the_three_exact_matrices,
-        tests/test_distance.py::test_distances_are_what_numpy_says
+    Proof: tests/test_distance.py::test_O2_every_distance_is_seen_where_its_cause_is,
+        ::test_O38_in_the_last_block_positions_do_not_mix
     """
     made = exact._block("compare", model, tokens, labels, wrt).problem
     labelled = exact._labels("compare", fisher, per, seed, draws)
@@ -118,7 +118,10 @@ def compare(
 
 
 def _three(made: Problem, wrt: str, labels: exact._Labels, progress: Progress) -> dict[str, Three]:
-    """The matrices of every layer that `wrt` names, from one sweep of cotangents."""
+    """The matrices of every layer that `wrt` names, from one sweep of cotangents.
+
+    Proof: tests/test_distance.py::test_one_sweep_gives_the_three_exact_matrices
+    """
     names = exact._block("compare", made, None, None, wrt).names
     blocks = {name: exact._small("compare", made, None, None, name) for name in names}
     for block in blocks.values():

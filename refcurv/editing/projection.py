@@ -27,6 +27,7 @@ def keep_pairs(W: Array, basis: Eigenbasis, mask: Array) -> Array:
 
     W and the result are (O, I); an orthogonal projection: twice is once (O54).
     Cost: 4·O·I·(O + I) flops.
+    Proof: tests/test_projection.py::test_O54_edit_is_an_orthogonal_projection
     """
     with one_blas_thread():
         C = basis.U_G.T @ W.astype(np.float64) @ basis.U_A
@@ -85,9 +86,8 @@ def edit(
 
     Cost: 4·O·I·(O + I) flops per layer, in float64; half as much again where W is stored shorter.
     Source: P5-P8 (arXiv 2510.24256).
-    Proof: tests/test_projection.py::test_O54_edit_is_an_orthogonal_projection,
-        tests/test_biases.py::test_O47_a_joint_edit_is_the_projection_of_weight_and_bias,
-        tests/test_staircase.py::test_cut_equals_brute_force
+    Proof: tests/test_projection.py::test_edit_of_a_model,
+        tests/test_biases.py::test_O47_a_joint_edit_is_the_projection_of_weight_and_bias
     """
     asked = rho if isinstance(rho, Mapping) else {"**": rho}
     shares = record.shares("edit", "rho", model, layers_of("edit", model, basis), asked)
