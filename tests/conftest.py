@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import strategies
 from hypothesis import HealthCheck, settings
+from proofs import Proofs
 from threadpoolctl import threadpool_info, threadpool_limits
 
 COMMON = dict(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -23,6 +24,13 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 def pytest_addoption(parser: pytest.Parser) -> None:
     text = "write each test's error nearest to its budget to this JSON file (with -n 0)"
     parser.addoption("--measured", metavar="PATH", help=text)
+    text = "run the tests that Proof: lines name, and see that they execute it (with -n 0)"
+    parser.addoption("--proofs", action="store_true", help=text)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--proofs"):
+        config.pluginmanager.register(Proofs())
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -26,9 +26,9 @@ MODULES = [
 
 def test_functions_by_name() -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
-    for path in (ROOT / "tests").glob("test_*.py"):
+    for path in (ROOT / "tests").rglob("test_*.py"):
         tree = ast.parse(path.read_text())
-        found[f"tests/{path.name}"] = {
+        found[path.relative_to(ROOT).as_posix()] = {
             node.name for node in tree.body if isinstance(node, ast.FunctionDef)
         }
     return found
@@ -44,7 +44,7 @@ def test_every_proof_resolves(module) -> None:
     source = inspect.getsource(module)
     for block in re.findall(r"Proof:(.*?)(?:\n\s*\n|\"\"\")", source, re.DOTALL):
         file = ""
-        for path, test in re.findall(r"(tests/\w+\.py)?(?:::(\w+))?", block):
+        for path, test in re.findall(r"(tests/[\w/]+\.py)?(?:::(\w+))?", block):
             file = path or file
             if path:
                 assert path in TESTS, f"{module.__name__}: {path}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import budgets
 import numpy as np
 import pytest
 import test_factors
@@ -46,7 +47,7 @@ from refcurv.passes import forward as forward_pass
 from refcurv.passes import sweep
 
 BIASED = ("q", "v", "o", "up", "down", "head")
-BUDGET = 1e-12  # of three paths through two blocks of width 8, with gains of order 1
+BUDGET = budgets.path(2, 8, np.float64)
 
 Move = Callable[[np.ndarray], np.ndarray]
 
@@ -77,7 +78,7 @@ def test_O47_the_homogeneous_coordinate_of_a_bias(dtype: str) -> None:
             continue
         joint, (O, I), n = factor.A_joint, one.config.linear_layers()[name], factor.n_A
         a = inputs[name][0]
-        budget = tolerance.path(2, 16, dtype)
+        budget = budgets.path(2, 16, dtype)
         size = np.abs(a).mean(axis=0)
         assert_within(joint[:-1, -1], a.mean(axis=0), budget, size, f"mean input of {name}")
         assert joint[-1, -1] == 1  # exactly, whatever the dtype
@@ -334,7 +335,7 @@ def test_O45_the_natural_gradient_does_not_see_an_affine_change_of_inputs() -> N
         steps.append(ones @ (G @ (g.T @ ones) @ np.linalg.inv(factor.A_joint)).T)
         W = G @ (g.T @ x) @ np.linalg.inv(factor.A)
         apart.append(x @ W.T + G @ g.sum(axis=0))
-    assert_within(steps[1], steps[0], 1e-12, steps[0], "joint")
+    assert_within(steps[1], steps[0], BUDGET, steps[0], "joint")
     assert gap(apart[1], apart[0]) > 0.1
 
 
@@ -540,7 +541,7 @@ def test_O49_blocks_are_the_sums_over_segments(one: Case, fisher: str, seed: int
     for name, block in got.items():
         D = np.stack([slope[name] for slope in slopes])
         scale = len(D) * np.abs(D).max(initial=1e-3) ** 2
-        budget = 40 * tolerance.path(one.config.layers, 64, np.float64)
+        budget = 10 * budgets.path(one.config.layers, 64, np.float64)
         assert_within(block.sum_F, D.T @ D, budget, scale, name)
         assert (block.sum_F == block.sum_F.T).all()
         labelled = np.argwhere(one.label >= 0)
@@ -567,7 +568,7 @@ def test_O49_blocks_and_positions_of_images(one: Case, fisher: str, seed: int) -
         return
     one = replace(one, token=one.token.astype(np.float32).astype(np.float64))
     model, corpus = model_of(one), images_of(one)
-    budget = 40 * tolerance.path(one.config.layers, 64, np.float64)
+    budget = 10 * budgets.path(one.config.layers, 64, np.float64)
     vectors = [n for n, x in one.parameters.items() if x.ndim == 1]
     if vectors:
         got = rc.collect_blocks(model, corpus, "**", fisher, seed)
@@ -605,7 +606,8 @@ def test_O49_blocks_are_the_exact_fisher(fisher: str, draws: int) -> None:
     assert len(got) == sum(x.ndim == 1 for x in one.parameters.values())
     for name, block in got.items():
         F = rc.exact.fisher(model, one.token, wrt=name, fisher=fisher, seed=8, draws=draws)
-        assert_within(block.F, F, 10 * BUDGET, F, name)
+        # drawn slopes of queries nearly cancel: F is 1e-3 of what it sums
+        assert_within(block.F, F, 400 * BUDGET, F, name)
         assert (block.segments, block.draws) == (3, draws)
 
 

@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 from itertools import pairwise
 
+import budgets
 import numpy as np
 import oracles
 import pytest
@@ -30,7 +31,6 @@ from refcurv.law.checks import (
     RangeError,
     ShapeError,
 )
-from refcurv.model.magnitudes import gradient_scale
 from refcurv.passes import parallel
 
 MLP = "blocks.*.mlp.{gate,up}"
@@ -86,7 +86,7 @@ def test_the_gradient_is_the_complex_step_of_a_soft_mask(
     found, slope = bsn.objective(made, masked, layers, drawn, weight)
     parts = [as_case(one, corpus, masked) for corpus in drawn.values()]
     count = [(part.label >= 0).sum() for part in parts]
-    scales = [gradient_scale(made, masked, *part.batch) for part in parts]
+    scales = [budgets.gradient_scale(made, masked, *part.batch) for part in parts]
     allowed = max(budget(part) for part in parts)
 
     def loss(soft: dict[str, np.ndarray]) -> list[np.complex128]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import budgets
 import numpy as np
 import pytest
 import test_images
@@ -12,7 +13,7 @@ from test_factors import BIASED, case, corpus_of, gappy, model_of
 
 import refcurv as rc
 from refcurv.curvature import definition
-from refcurv.law import conventions, tolerance
+from refcurv.law import conventions
 from refcurv.law.conventions import Fisher
 
 ROUNDING = 1e-6
@@ -23,7 +24,7 @@ def compare(model: rc.Model, corpus: rc.Corpus, layers: str, **choice: object) -
     got = rc.collect(model, corpus, layers, **choice)
     want = definition.factors(model, corpus, layers, **choice)
     assert set(got) == set(want)
-    budget = 40 * tolerance.path(model.config.layers, 64, model.dtype)
+    budget = 40 * budgets.path(model.config.layers, 64, model.dtype)
     for name, one in got.items():
         sums = want[name]
         assert (one.n_A, one.n_G) == (sums.n_A, sums.n_G), name

@@ -74,6 +74,18 @@ def test_float32_products_push_null_eigenvalues_below_zero_within_budget() -> No
     assert 0 < worst < 1
 
 
+@pytest.mark.parametrize("rows", [64, 2048])
+def test_a_moment_in_a_shorter_float_is_no_moment(rows: int) -> None:
+    """float32 in one triangle, then in both: 1e-9 below zero, where rounding explains 2e-12."""
+    M = moment(48, 20, 0, 0.1)
+    eigenbasis(M, rows, "float64", "A")
+    short = M.astype(np.float32).astype(np.float64)
+    with pytest.raises(NotSymmetricError, match="Rounding cannot explain this"):
+        eigenbasis(np.tril(M) + np.triu(short, 1), rows, "float64", "A")
+    with pytest.raises(NotPSDError, match="averaged in a short float"):
+        eigenbasis(short, rows, "float64", "A")
+
+
 def test_hand_basis() -> None:
     U, values, _ = eigenbasis(np.array([[2.0, 1.0], [1.0, 2.0]]), 1, "float64", "A")
     assert np.allclose(values, [3, 1], rtol=1e-15)
@@ -220,6 +232,14 @@ def test_decompose_divides_by_the_counts_and_shares_equal_inputs() -> None:
     A = made["blocks.0.mlp.up"].A
     assert np.allclose(up.U_A * up.mu @ up.U_A.T, A, rtol=0, atol=1e-14 * np.abs(A).max())
     assert np.isclose(up.mu.sum(), np.trace(A), rtol=1e-14)
+
+
+def test_equal_sums_of_other_counts_are_other_moments() -> None:
+    """The same Σ a aᵀ over twice the rows is half of A: no layer takes the other's mu."""
+    gate, up = factors().layers.values()
+    layers = {"blocks.0.mlp.gate": gate, "blocks.0.mlp.up": replace(up, n_A=2 * gate.n_A)}
+    basis = decompose(replace(factors(), layers=layers))
+    assert (basis["blocks.0.mlp.up"].mu == basis["blocks.0.mlp.gate"].mu / 2).all()
 
 
 def test_basis_file_round_trip(tmp_path) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import budgets
 import numpy as np
 import pytest
 from hypothesis import given
@@ -22,7 +23,6 @@ from refcurv.model import layers
 from refcurv.model.config import Activation, Norm, NormPlace, QKNorm
 from refcurv.model.gradient import loss_and_gradient
 from refcurv.model.layers import DEFINITIONS, Layout, Ops
-from refcurv.model.magnitudes import gradient_scale
 from refcurv.passes.fast import FAST, QUERY_ROWS
 
 FLOATS = [np.float64, np.float32]
@@ -33,8 +33,8 @@ def compare(one: Case, dtype: type) -> None:
     loss, gradient = loss_and_gradient(one.config, parameters, *one.batch, ops=FAST)
     want_loss, want = loss_and_gradient(one.config, one.parameters, *one.batch, ops=DEFINITIONS)
     widest = max(one.config.mlp_width, one.config.vocabulary, one.token.size)
-    budget = tolerance.path(one.config.layers, widest, dtype)
-    scale = gradient_scale(one.config, one.parameters, *one.batch)
+    budget = budgets.path(one.config.layers, widest, dtype)
+    scale = budgets.gradient_scale(one.config, one.parameters, *one.batch)
     assert abs(loss - want_loss) <= budget * max(abs(want_loss), one.token.size)
     for name in want:
         assert gradient[name].dtype == dtype
@@ -120,11 +120,11 @@ def test_a_stream_of_any_size_has_the_same_logits_and_factors(k: int, kind: Norm
             power = 2 * k * name.endswith((".o", ".down"))
             size = np.sqrt(np.outer(*[np.diag(right[name].G)] * 2))
             error = np.abs(np.ldexp(got[name].G, power) - right[name].G)
-            assert (error <= 2 * tolerance.gram(got[name].n_G, 1, np.float32) * size).all()
+            assert (error <= 2 * budgets.gram(got[name].n_G, 1, np.float32) * size).all()
             assert (got[name].A == right[name].A).all()
     blocks, right = (rc.collect_blocks(m, corpus, bias)[bias].F for m in (far, one))
     size = np.sqrt(np.outer(*[np.diag(right)] * 2))
-    within = 2 * tolerance.gram(len(corpus.tokens), 1, np.float32) * size
+    within = 2 * budgets.gram(len(corpus.tokens), 1, np.float32) * size
     assert (np.abs(np.ldexp(blocks, 2 * k) - right) <= within).all()
 
 
@@ -416,7 +416,7 @@ def test_products_that_would_vanish_in_float32_are_made_in_float64(sizes: list[f
     for n, x in enumerate(chunks):
         got = add_gram(x, got, onto=n > 0)
     wide = np.concatenate(chunks).astype(np.float64)
-    budget = tolerance.gram(len(wide), 1, np.float32) * np.linalg.norm(wide) ** 2
+    budget = budgets.gram(len(wide), 1, np.float32) * np.linalg.norm(wide) ** 2
     assert np.linalg.norm(np.tril(got - wide.T @ wide)) <= budget
     first = next((size for size in sizes if size), 1.0)
     assert got.dtype == (np.float32 if first > 1e-15 else np.float64)

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from unittest import mock
 
+import budgets
 import numpy as np
 import pytest
 from hypothesis import given
@@ -74,7 +75,7 @@ def test_suffix_nats_is_the_naive_loop(rng, dtype):
     want = [sum(part) for part in np.split(every, ends[:-1])]
     assert got.dtype == np.float64
     assert got[4] == 0 == want[4]
-    budget = tolerance.path(model.config.layers, model.config.width, dtype)
+    budget = budgets.path(model.config.layers, model.config.width, dtype)
     assert_within(got, want, budget, want, "nats")  # observed: a hundredth of it
 
 
@@ -219,7 +220,7 @@ def test_the_whole_chain_by_another_route(shipped):
     """
     model, edited, corpus = shipped
     table = rc.evaluate(edited, corpus, baseline=model)
-    budget = tolerance.path(model.config.layers, model.config.mlp_width, "float64")
+    budget = budgets.path(model.config.layers, model.config.mlp_width, "float64")
     for which, when in ((model, "before"), (edited, "after")):
         for name, population in corpus.populations.items():
             row = getattr(table[name], when)

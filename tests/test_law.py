@@ -9,6 +9,7 @@ import sys
 from operator import attrgetter
 from pathlib import Path
 
+import budgets
 import numpy as np
 import pytest
 from hypothesis import given
@@ -87,10 +88,10 @@ def test_gamma_bounds_a_dot_product(n: int, seed: int) -> None:
 
 def test_budgets_are_tight_enough_to_see_one_position() -> None:
     """A budget that one extra row in 20,000 would fit into is too loose."""
-    assert tolerance.gram(20_000, 10, np.float64) < 1e-4 / 20_000
-    assert tolerance.path(32, 4096, np.float64) < 1e-9
+    assert budgets.gram(20_000, 10, np.float64) < 1e-4 / 20_000
+    assert budgets.path(32, 4096, np.float64) < 1e-9
     assert tolerance.eigenpair(11_008) < 1e-10
-    assert tolerance.gram(2048, 9, np.float32) > tolerance.gram(2048, 9, np.float64)
+    assert budgets.gram(2048, 9, np.float32) > budgets.gram(2048, 9, np.float64)
 
 
 def test_budgets_know_complex_and_long() -> None:

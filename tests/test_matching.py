@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import budgets
 import numpy as np
 import pytest
 from strategies import assert_within, case
@@ -20,7 +21,7 @@ ONE = case(batch=6, length=9)
 MODEL = rc.Model(ONE.config, ONE.parameters)
 LENGTH = np.array([9, 9, 5, 7, 9, 4])
 TEXT = Population(ONE.token, np.full(6, 2), LENGTH, "text", "dev")
-BUDGET = tolerance.path(ONE.config.layers, ONE.config.width, np.float64)
+BUDGET = budgets.path(ONE.config.layers, ONE.config.width, np.float64)
 RECITE = Population(ONE.token, np.full(6, 3), np.full(6, 4), "recite", "dev")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import budgets
 import numpy as np
 import oracles
 import pytest
@@ -27,7 +28,6 @@ from refcurv.law.conventions import Fisher
 from refcurv.model import transformer
 from refcurv.model.config import Image, NormPlace, QKNorm, RopeScaling
 from refcurv.model.gradient import head_backward, loss_and_gradient
-from refcurv.model.magnitudes import gradient_scale
 from refcurv.passes.shards import shards
 from refcurv.passes.sweep import Sweep, sweep
 
@@ -867,7 +867,7 @@ def test_the_gradient_is_the_oracle(one: Case) -> None:
     def naive(x: np.ndarray) -> Any:
         return sum(s.loss(names)(x) for s in each)
 
-    scale = gradient_scale(one.config, one.parameters, *one.batch)
+    scale = budgets.gradient_scale(one.config, one.parameters, *one.batch)
     assert_within(loss, naive(x), 2 * budget(one, WIDE), sum(s.sum() for s in scale.values()), "")
     want = oracles.placed(one.parameters, names, oracles.gradient(naive, x))
     for name in names:

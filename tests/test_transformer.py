@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import budgets
 import numpy as np
 import pytest
 from hypothesis import given
@@ -12,7 +15,6 @@ from refcurv.law import tolerance
 from refcurv.model import transformer
 from refcurv.model.config import NormPlace, QKNorm
 from refcurv.model.gradient import head_backward, loss_and_gradient
-from refcurv.model.magnitudes import gradient_scale
 
 STEP = 1e-30
 ANY = st.one_of(cases(), image_cases())
@@ -44,14 +46,14 @@ def budget(one: Case, dtype: object = np.float64) -> float:
         one.token.size,
         one.token.shape[1],
     )
-    return tolerance.path(one.config.layers, widest, dtype)
+    return budgets.path(one.config.layers, widest, dtype)
 
 
 @given(ANY)
 def test_gradient_of_every_parameter_equals_complex_step(one: Case) -> None:
     # observed: 1.5 % of the budget; planted bugs: tests/test_planted_bugs.py
     _, gradient = loss_and_gradient(one.config, one.parameters, *one.batch)
-    scale = gradient_scale(one.config, one.parameters, *one.batch)
+    scale = budgets.gradient_scale(one.config, one.parameters, *one.batch)
     assert gradient.keys() == one.parameters.keys()
     for name in one.parameters:
         truth = complex_step_gradient(one, name)
@@ -66,11 +68,30 @@ def test_scale_bounds_the_rounding(one: Case) -> None:
     loss, gradient = loss_and_gradient(one.config, one.parameters, *one.batch)
     wide_loss, wide = loss_and_gradient(one.config, one.astype(np.longdouble), *one.batch)
     assert wide_loss.dtype == np.longdouble
-    scale = gradient_scale(one.config, one.parameters, *one.batch)
+    scale = budgets.gradient_scale(one.config, one.parameters, *one.batch)
     largest = max(float(np.abs(scale[n] * one.parameters[n]).sum()) for n in scale)
     assert abs(loss - wide_loss) <= budget(one) * max(largest, abs(wide_loss))
     for name in gradient:
         assert_within(gradient[name], wide[name], budget(one), scale[name], name)
+
+
+@given(cases())
+def test_the_scale_of_the_head_is_the_sum_of_its_magnitudes(one: Case) -> None:
+    """Σ (p + 1 at the label) |a|, without a cap; and no gradient is larger than its scale."""
+    one = replace(one, config=replace(one.config, logit_cap=None, tied=False))
+    one.parameters.setdefault("head.weight", one.parameters["embed.weight"].copy())
+    token, label, layout = one.batch
+    scale = budgets.gradient_scale(one.config, one.parameters, *one.batch)
+    _, gradient = transformer.loss_and_gradient(one.config, one.parameters, *one.batch)
+    final, _ = transformer.forward(one.config, one.parameters, token, layout)
+    z = transformer.head_logits(one.config, one.parameters, final)
+    p = np.exp(z) / np.exp(z).sum(axis=-1, keepdims=True)
+    want = np.zeros(gradient["head.weight"].shape)
+    for b, t in np.argwhere(label >= 0):
+        want += np.outer(p[b, t] + (np.arange(len(want)) == label[b, t]), np.abs(final[b, t]))
+    assert scale["head.weight"] == pytest.approx(want, rel=1e-12)
+    for name, d in gradient.items():
+        assert (np.abs(d) <= scale[name] * (1 + 1e-12)).all(), name
 
 
 @given(ANY)
@@ -78,7 +99,7 @@ def test_float32_stays_float32_and_within_its_budget(one: Case) -> None:
     # observed: 12 % of the budget
     loss, gradient = loss_and_gradient(one.config, one.astype(np.float32), *one.batch)
     _, truth = loss_and_gradient(one.config, one.parameters, *one.batch)
-    scale = gradient_scale(one.config, one.parameters, *one.batch)
+    scale = budgets.gradient_scale(one.config, one.parameters, *one.batch)
     assert loss.dtype == np.float32
     for name in gradient:
         assert gradient[name].dtype == np.float32

@@ -174,10 +174,11 @@ def tests_of(row: Row) -> list[str]:
 
 @cache
 def all_tests() -> tuple[str, ...]:
-    """Every test function of tests/, as file::name."""
+    """Every test function of tests/, as file::name, the file as `tests/` knows it."""
+    folder = ROOT / "tests"
     return tuple(
-        f"{path.name}::{node.name}"
-        for path in sorted((ROOT / "tests").glob("test_*.py"))
+        f"{path.relative_to(folder).as_posix()}::{node.name}"
+        for path in sorted(folder.rglob("test_*.py"))
         for node in ast.parse(path.read_text(encoding="utf-8")).body
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
     )

@@ -49,7 +49,7 @@ def decompose(
 
     Cost: about 9 (I³ + O³) flops per layer; layers that read the same input share one U_A.
     Source: P4; Martens & Grosse 2015 (arXiv 1503.05671) for the homogeneous coordinate.
-    Proof: tests/test_eigenbasis.py::test_reconstruction_orthogonality_and_order,
+    Proof: tests/test_eigenbasis.py::test_decompose_divides_by_the_counts_and_shares_equal_inputs,
         tests/test_biases.py::test_O47_a_joint_basis_is_of_the_homogeneous_coordinate
     """
     kind = bias_of(bias)

@@ -121,8 +121,8 @@ def compare(
     Cost: the sweep of `exact.fisher` down to the lowest layer; 2 P² numbers and C·P² operations
         for each layer of P parameters and C cotangents, and then eigenvectors.
     Source: THREE; METHOD, Notation; O18, O24, O38.
-    Proof: tests/test_distance.py::test_one_sweep_gives_the_three_exact_matrices,
-        tests/test_distance.py::test_distances_are_what_numpy_says
+    Proof: tests/test_distance.py::test_O2_every_distance_is_seen_where_its_cause_is,
+        ::test_O38_in_the_last_block_positions_do_not_mix
     """
     made = variables_of("compare", model, tokens, labels, wrt).problem
     found = _three(made, wrt, checked("compare", sent))
@@ -130,7 +130,10 @@ def compare(
 
 
 def _three(made: Problem, wrt: str, choice: Choice) -> dict[str, Three]:
-    """The matrices of every layer that `wrt` names, from one sweep of cotangents."""
+    """The matrices of every layer that `wrt` names, from one sweep of cotangents.
+
+    Proof: tests/test_distance.py::test_one_sweep_gives_the_three_exact_matrices
+    """
     names = variables_of("compare", made, None, None, wrt).names
     layers = {n: variables_of("compare", made, None, None, n, dense=True) for n in names}
     for layer in layers.values():

@@ -147,8 +147,8 @@ def train_scores(
         eight float64 per weight, the gradients of a shard per core, activations as `collect`.
     Source: P11 (arXiv 2510.24256); Sakarvadia et al. 2025 (arXiv 2410.02159); Ramanujan et al. 2020
         (arXiv 1911.13299) for the straight-through scores.
-    Proof: tests/test_bsn.py::test_the_gradient_is_the_complex_step_of_a_soft_mask,
-        ::test_the_training_is_the_recipe_in_loops, ::test_the_number_of_threads_changes_no_bit
+    Proof: tests/test_bsn.py::test_the_training_is_the_recipe_in_loops,
+        ::test_the_number_of_threads_changes_no_bit
     """
     who, config = "train_scores", model.config
     ratio = require_range(who, "ratio", ratio, 0, 1)

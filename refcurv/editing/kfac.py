@@ -52,9 +52,8 @@ def edit(
 
     Cost: 4·O·I·(O + I) flops per layer, in float64; 6·O·I·(O + I) where W' is rounded.
     Source: P5-P8 (arXiv 2510.24256).
-    Proof: tests/test_projection.py::test_O54_edit_is_an_orthogonal_projection,
-        tests/test_biases.py::test_O47_a_joint_edit_is_the_projection_of_weight_and_bias,
-        tests/test_staircase.py::test_cut_equals_brute_force
+    Proof: tests/test_projection.py::test_edit_of_a_model,
+        tests/test_biases.py::test_O47_a_joint_edit_is_the_projection_of_weight_and_bias
     """
     asked = rho if isinstance(rho, Mapping) else {"**": rho}
     shares = record.shares("edit", "rho", model, layers_of("edit", model, basis), asked)

@@ -37,6 +37,7 @@ def keep_pairs(W: Array, basis: Eigenbasis, mask: Array) -> Array:
 
     W and the result are (O, I). It is an orthogonal projection: twice is once (O54).
     Cost: 4·O·I·(O + I) flops.
+    Proof: tests/test_projection.py::test_O54_edit_is_an_orthogonal_projection
     """
     with one_blas_thread():
         C = basis.U_G.T @ W.astype(np.float64) @ basis.U_A

@@ -106,8 +106,7 @@ def random_pairs(
     Cost: 4·O·I·(O + I) flops per layer, in float64, and O·I numbers drawn.
     Source: METHOD, Controls.
     Proof: tests/test_variants.py::test_random_pairs_are_a_projection_on_so_many_pairs,
-        ::test_random_pairs_are_nested_in_their_share,
-        ::test_pairs_are_chosen_uniformly
+        ::test_random_pairs_are_nested_in_their_share
     """
     require_seed("random_pairs", seed)
     asked = share if isinstance(share, Mapping) else {"**": share}
@@ -203,7 +202,10 @@ def _haar(n: int, rng: np.random.Generator) -> Array:
 
 
 def _drawn(seed: int, layer: str, shape: tuple[int, ...], count: int) -> Array:
-    """Bool of that shape: `count` of its pairs, drawn uniformly."""
+    """Bool of that shape: `count` of its pairs, drawn uniformly.
+
+    Proof: tests/test_variants.py::test_pairs_are_chosen_uniformly
+    """
     return _smallest(stream("random_pairs", seed, Draw.PAIRS, layer).random(shape), count)
 
 

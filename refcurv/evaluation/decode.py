@@ -84,7 +84,7 @@ def continued(
     final_BD is what the head reads at the last position. Arguments, errors and cost as `greedy`.
 
     Proof:  tests/test_decode.py::test_cached_equals_recomputed;
-            tests/test_coherence.py::test_samples_are_drawn_from_the_recomputed_distribution
+            tests/validation/test_coherence.py::test_samples_are_drawn_from_the_recomputed_distribution
     """
     require_shape(who, "prompt", prompt, (None, None), "(B, P)")
     require_dtype(who, "prompt", prompt, "iu", "integer token ids")

@@ -185,7 +185,7 @@ def new_folder(who: str, path: PathLike) -> Iterator[Path]:
     Raises:
         SchemaError, StorageError: as `output_path`; the machine could not write.
 
-    Proof: tests/test_disk.py::test_a_killed_writer_leaves_nothing_behind_the_next_one
+    Proof: tests/test_disk.py::test_a_killed_writer_of_a_folder_leaves_nothing_behind_the_next_one
     """
     target = output_path(who, path)
     partial = _partial(target)

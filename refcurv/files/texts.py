@@ -132,8 +132,7 @@ def build_corpus(
     Source: METHOD, Files; keys as in the files of goodfire-ai/memorization_kfac, `data/`.
     Proof:  tests/test_texts.py::test_rows_by_hand, ::test_packing_equals_loops,
         ::test_no_token_is_lost_or_doubled, ::test_O52_packed_documents_are_separate_documents;
-        tests/test_tokenizer.py::test_ids_in_pieces_are_those_of_the_whole,
-        ::test_a_pair_has_the_ids_of_its_text; tests/test_json_lines.py::test_labels_by_hand
+        tests/test_json_lines.py::test_labels_by_hand
     """
     _require_options(length, separator, token_dtype)
     asked = [_parse(text) for text in populations]

@@ -29,7 +29,6 @@ from refcurv.model.config import ModelConfig
 from refcurv.model.corpus import Corpus, require_fit, require_inputs, require_tokens
 from refcurv.model.gradient import head_backward
 from refcurv.model.layers import DEFINITIONS, Layout, Ops, Saved
-from refcurv.model.magnitudes import MAGNITUDES
 from refcurv.model.transformer import Parameters, Slope, Tap
 from refcurv.model.weights import Model
 
@@ -165,6 +164,20 @@ class _Log:
     key_terms: list[Array] = field(default_factory=list)
 
 
+def attention_magnitudes(d_context_BTHE: Array, saved: Saved) -> tuple[Array, Array, Array]:
+    """`attention_backward` with every product in absolute value: what its gradients sum."""
+    q, k, v, p, size = saved
+    B, K, R, T, E = q.shape
+    d_context = d_context_BTHE.reshape(B, T, K, R, E).transpose(0, 2, 3, 1, 4)
+    d_p = d_context @ np.abs(v).swapaxes(-1, -2)
+    d_v = (p.swapaxes(-1, -2) @ d_context).sum(axis=2)
+    d_product = p * (d_p + (d_p * p).sum(axis=-1, keepdims=True)) * size
+    d_q = d_product @ np.abs(k)
+    d_k = (d_product.swapaxes(-1, -2) @ np.abs(q)).sum(axis=2)
+    d_q_BTHE = d_q.transpose(0, 3, 1, 2, 4).reshape(B, T, K * R, E)
+    return d_q_BTHE, d_k.transpose(0, 2, 1, 3), d_v.transpose(0, 2, 1, 3)
+
+
 def _watched(log: _Log) -> Ops:
     """The definitions, with a log of norms, of rotations and of what keys' gradients sum."""
 
@@ -185,7 +198,7 @@ def _watched(log: _Log) -> Ops:
         return y
 
     def attention_backward(d_context: Array, saved: Saved) -> tuple[Array, Array, Array]:
-        log.key_terms.append(MAGNITUDES.attention_backward(np.abs(d_context), saved)[1])
+        log.key_terms.append(attention_magnitudes(np.abs(d_context), saved)[1])
         return DEFINITIONS.attention_backward(d_context, saved)
 
     return replace(

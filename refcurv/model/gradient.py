@@ -62,6 +62,8 @@ def loss_and_gradient(
 
     A linear layer's gradient is Σ g aᵀ over positions; a tied embedding receives the head's too.
     Labels are (B, T), or (B, 1) where the model pools.
+
+    Proof: tests/test_transformer.py::test_gradient_of_every_parameter_equals_complex_step
     """
     gradient: dict[str, Array] = {}
 

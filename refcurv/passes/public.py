@@ -78,8 +78,7 @@ def loss_and_gradient(
 
     Cost: one forward and one backward pass, with every activation in memory.
     Source: LOSS, LABELS.
-    Proof: tests/test_transformer.py::test_gradient_of_every_parameter_equals_complex_step,
-        tests/test_fast.py, tests/test_peers.py (PyTorch),
+    Proof: tests/test_fast.py, tests/test_peers.py (PyTorch),
         tests/test_images.py::test_loss_and_gradient_equal_the_complex_step
     """
     require_labels("loss_and_gradient", model.config, labels is not None)

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mutants import TARGETS, Mutant, code, every_mutant, find, identity, versions
+from mutants import Mutant, code, every_mutant, find, identity, targets, versions
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -146,7 +146,7 @@ def tables(f: Findings, now: dict[str, str]) -> str:
         parts += ["## Survivors", listed([(m, "") for m in left], "")]
     bare = [
         line
-        for path, names in TARGETS.items()
+        for path, names in targets(ROOT).items()
         for name in names
         for line in bare_lines(f, path, name)
     ]
@@ -157,7 +157,7 @@ def tables(f: Findings, now: dict[str, str]) -> str:
 def counts(f: Findings) -> str:
     """The table of counts, a line for each function."""
     rows = []
-    for path, names in TARGETS.items():
+    for path, names in targets(ROOT).items():
         tree = ast.parse((ROOT / path).read_text())
         for name in names:
             body, mine = code(find(tree, name)), f.of(path, name)

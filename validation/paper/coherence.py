@@ -122,8 +122,9 @@ def true_nats(language: Language, tokens: Array, prompt_length: int, slip: float
 
     Cost: N T topics K numbers.
     Source: `world.speak`.
-    Proof:  tests/test_coherence.py::test_likelihood_by_enumeration; ::test_next_words_sum_to_one;
-            tests/test_coherence.py::test_frequencies_are_those_of_speak
+    Proof: tests/validation/test_coherence.py::test_likelihood_by_enumeration;
+        ::test_next_words_sum_to_one;
+        ::test_frequencies_are_those_of_speak
     """
     word_NT = _word_of(tokens, len(language.class_of))
     belief, p_NT = silence(language, len(tokens)), np.zeros(tokens.shape)
@@ -168,7 +169,8 @@ def sampled(model: rc.Model, prompt: Array, steps: int, seed: int) -> Array:
     Item n has a stream of its own, so that what it draws depends on no other item. A token is
     drawn by the law's rule, SAMPLING, from that stream's next uniform.
 
-    Proof:  tests/test_coherence.py::test_samples_are_drawn_from_the_recomputed_distribution
+    Proof: tests/validation/test_coherence.py
+        ::test_samples_are_drawn_from_the_recomputed_distribution
     """
     parameters = resident(model)
     streams = (generator(Stream.SAMPLES, seed, n) for n in range(len(prompt)))
@@ -244,7 +246,7 @@ class Coherence:
 def coherence(model: rc.Model, language: Language, seed: int, items: int = 512) -> Coherence:
     """Let a model and the truth go on from the same beginnings, which nobody has seen before.
 
-    Proof:  tests/test_coherence.py::test_the_language_itself_is_coherent
+    Proof: tests/validation/test_coherence.py::test_the_language_itself_is_coherent
     """
     told = speak(language, items, PROMPT + STEPS, generator(Stream.PROMPTS, seed))
     given, own = told[:, :PROMPT], told[:, PROMPT:]
@@ -263,7 +265,7 @@ def coherence(model: rc.Model, language: Language, seed: int, items: int = 512) 
 def voice(language: Language, given: Array, said: Array) -> Voice:
     """Judge continuations (N, L) of `given` (N, P), each up to its first EOS.
 
-    Proof:  tests/test_coherence.py::test_a_voice_by_hand
+    Proof: tests/validation/test_coherence.py::test_a_voice_by_hand
     """
     before_end = np.logical_and.accumulate(said != EOS, axis=1)
     nats = true_nats(language, np.concatenate([given, said], axis=1), given.shape[1], SLIP)

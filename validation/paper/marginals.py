@@ -38,7 +38,7 @@ def corrected(
 
     Labels are sampled as by `collect` with the same seed.
 
-    Proof: tests/test_marginals.py::test_marginals_are_those_of_the_corrected_eigenvalues
+    Proof: tests/validation/test_marginals.py::test_marginals_are_those_of_the_corrected_eigenvalues
     """
     parameters = resident(model)
     job = Sweep(frozenset(basis), Fisher.SAMPLED, seed)

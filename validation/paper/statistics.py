@@ -37,7 +37,7 @@ class Interval:
 def interval(values: Sequence[float]) -> Interval:
     """mean ± t s/√n of one number per seed, s with n − 1.
 
-    Proof: tests/test_paper.py::test_t_interval_by_scipy_and_by_hand
+    Proof: tests/validation/test_paper.py::test_t_interval_by_scipy_and_by_hand
     """
     x = np.asarray(values, dtype=np.float64)
     if len(x) < 2:

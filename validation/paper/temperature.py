@@ -26,7 +26,7 @@ def refit(model: rc.Model, fit_on: rc.Population, judged: rc.Population) -> tupl
     [COLDEST, HOTTEST].
 
     Cost: one forward pass over both, whose logits are held at one time; about 15 log-softmaxes.
-    Proof: tests/test_paper.py::test_a_temperature_is_found_again
+    Proof: tests/validation/test_paper.py::test_a_temperature_is_found_again
     """
     logit_NV, label_N = scored(model, fit_on)
 

@@ -3,7 +3,7 @@
     python -m validation.peers.table            measures anew (extra `peers`), a minute
     python -m validation.peers.table --render   writes README.md from results.json, without torch
 
-tests/test_parity_table.py fails when README.md is not what results.json says.
+tests/validation/test_parity_table.py fails when README.md is not what results.json says.
 """
 
 from __future__ import annotations

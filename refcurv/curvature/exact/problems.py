@@ -121,8 +121,7 @@ def problem(
 
     Cost: the parameters; a forward or backward holds every activation and N·V logits at once.
     Source: LOSS, LABELS, ROWS.
-    Proof: tests/test_exact.py::test_gradient_is_the_transformers,
-        tests/test_problem.py::test_padded_and_packed_batches_are_collected,
+    Proof: tests/test_problem.py::test_padded_and_packed_batches_are_collected,
         tests/test_images.py::test_exact_and_collect_agree
     """
     config = model.config
@@ -216,7 +215,10 @@ def image_batch(config: ModelConfig, image_BCHW: Array, label_B1: Array) -> Batc
 
 
 def of_batch(batch: Batch, parameters: Parameters, rows: Rows = Rows.REACHED) -> Problem:
-    """`problem` without a check, on any Mapping of parameters: one that reads lazily stays lazy."""
+    """`problem` without a check, on any Mapping of parameters: one that reads lazily stays lazy.
+
+    Proof: tests/test_exact.py::test_gradient_is_the_transformers
+    """
     config = batch.config
     layout = transformer.layout_of(config, batch.real, batch.segment_BT)
     b_N, t_N = np.nonzero(batch.label_BT >= 0)

@@ -255,7 +255,7 @@ def hvp(
     Cost: one forward and one backward in complex arithmetic, every activation in memory; as often
         again for entries of the vector that are 2^512 times smaller than others.
     Source: O15; Martins, Sturdza & Alonso 2003 (complex step); Pearlmutter 1994 (H v).
-    Proof: tests/test_exact.py::test_hessian_equals_central_differences_in_longdouble,
+    Proof: tests/test_problem.py::test_the_step_and_central_differences_agree,
         tests/test_exact.py::test_products_are_linear_over_the_whole_range,
         tests/test_problem.py::test_curvature_of_a_batch_is_that_of_its_documents
     """
@@ -277,7 +277,8 @@ def ggnvp(
 
     Cost: one complex forward, one real forward and backward.
     Source: P3; Martens 2014 (arXiv 1412.1193), section 8.
-    Proof: tests/test_exact.py::test_O11_ggn_is_the_expected_fisher
+    Proof: tests/test_exact.py::test_products_round_as_float64_does,
+        ::test_O14_hessian_is_symmetric_and_linear_and_ggn_is_psd
     """
     variables = variables_of("ggnvp", model, tokens, labels, wrt)
     product = _product("ggnvp", variables, "ggn")

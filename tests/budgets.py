@@ -1,19 +1,55 @@
-"""How large a gradient's terms are before they cancel: the scale that rounding errors live on.
+"""Budgets that tests alone use, and how large a gradient's terms are before they cancel.
 
-The backward once more, with every product in absolute value: the sum over all paths from the loss
-to a parameter of the magnitude of that path's product. A gradient that is zero by theory, or that
-cancels, still has a large scale, and `law.tolerance.path` times the scale bounds its error.
+`gradient_scale` is the backward once more, with every product in absolute value: the sum over all
+paths from the loss to a parameter of the magnitude of that path's product. A gradient that is zero
+by theory, or that cancels, still has a large scale, and `path` times the scale bounds its error.
 """
 
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import DTypeLike
 
+from refcurv.judge.bench import attention_magnitudes
+from refcurv.law import tolerance
 from refcurv.law.checks import Array
 from refcurv.model import transformer
 from refcurv.model.config import ModelConfig
 from refcurv.model.layers import DEFINITIONS, Layout, Ops, Saved, softmax_over
 from refcurv.model.transformer import Inputs, Parameters, Slope, Tap
+
+OPERATIONS_PER_BLOCK = 64
+"""Roundings on a path through one transformer block, outside its sums.
+
+Chosen. A Llama block has about 35: two norms of 7, rotary 3, scale 1, softmax 5, gate 8, two
+residual sums. Every option together makes about twice as many. Beside the sums this is little.
+"""
+
+
+def gram(rows: int, shards: int, dtype: DTypeLike) -> float:
+    """A sum of outer products: `rows` in one shard in `dtype`, `shards` folded in float64.
+
+    Relative to |X|ᵀ|X|, entry by entry. Cauchy-Schwarz makes that at most 1 on the diagonal.
+
+    Kind: worst case, as `gamma`; of a hundred rows 4 % is used, of two thousand 1 %.
+    """
+    return tolerance.gamma(rows + 1, dtype) + tolerance.gamma(shards + 1, np.float64)
+
+
+def path(depth: int, width: int, dtype: DTypeLike) -> float:
+    """A value or gradient through `depth` transformer blocks, of sums of at most `width` terms.
+
+    Relative to the sum over all paths of the magnitudes of their products (`gradient_scale`): the
+    roundings on one path add up, whatever their order.
+
+    The count is chosen, not proved. It has three sums a block: attention, up, down. In the worst
+    case a path passes six forward and six backward, and the forward's own values have errors, which
+    softmax enlarges where scores are large (`refcurv.passes.fast`). But roundings are of either
+    sign, so that N of them add up like sqrt(N).
+
+    Kind: chosen; gradients use 0.5 to 4 % of it.
+    """
+    return tolerance.gamma((depth + 1) * (3 * width + OPERATIONS_PER_BLOCK), dtype)
 
 
 def _rms_norm_backward(d_y: Array, saved: Saved) -> tuple[Array, Array]:
@@ -34,19 +70,6 @@ def _rotate(d_BTHE: Array, cos: Array, sin: Array) -> Array:
     return np.concatenate([d1 * cos + d2 * sin, d2 * cos + d1 * sin, rest], axis=-1)
 
 
-def _attention_backward(d_context_BTHE: Array, saved: Saved) -> tuple[Array, Array, Array]:
-    q, k, v, p, size = saved
-    B, K, R, T, E = q.shape
-    d_context = d_context_BTHE.reshape(B, T, K, R, E).transpose(0, 2, 3, 1, 4)
-    d_p = d_context @ np.abs(v).swapaxes(-1, -2)
-    d_v = (p.swapaxes(-1, -2) @ d_context).sum(axis=2)
-    d_product = p * (d_p + (d_p * p).sum(axis=-1, keepdims=True)) * size
-    d_q = d_product @ np.abs(k)
-    d_k = (d_product.swapaxes(-1, -2) @ np.abs(q)).sum(axis=2)
-    d_q_BTHE = d_q.transpose(0, 3, 1, 2, 4).reshape(B, T, K * R, E)
-    return d_q_BTHE, d_k.transpose(0, 2, 1, 3), d_v.transpose(0, 2, 1, 3)
-
-
 def _mlp_backward(d_h: Array, saved: Saved) -> tuple[Array | None, Array]:
     """f and f' are sums too: |z| and 1 + |z| bound the terms of every activation's."""
     _activation, gate, up = saved
@@ -61,7 +84,7 @@ MAGNITUDES = Ops(
     _centre,
     _rotate,
     DEFINITIONS.attention_forward,
-    _attention_backward,
+    attention_magnitudes,
     DEFINITIONS.mlp_forward,
     _mlp_backward,
 )

@@ -1,13 +1,13 @@
 """The marginals of the corrected eigenvalues against the whole matrix of them."""
 
 import numpy as np
+from strategies import assert_within
 
 import refcurv as rc
 from refcurv.law.conventions import Fisher
 from refcurv.passes.forward import resident
 from refcurv.passes.shards import shards
 from refcurv.passes.sweep import Sweep, sweep
-from tests.strategies import assert_within
 from validation.paper.marginals import corrected
 
 LAYERS = "blocks.3.mlp.{gate,down}"
