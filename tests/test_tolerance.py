@@ -16,7 +16,7 @@ import budgets
 import numpy as np
 import pytest
 import scipy.linalg
-from refcurv.curvature.sums import add_gram
+from refcurv.curvature.accumulate import add_gram
 from strategies import case
 from test_budgets import SMOOTH, worst
 

@@ -82,7 +82,7 @@ def test_the_scale_of_the_head_is_the_sum_of_its_magnitudes(one: Case) -> None:
     one.parameters.setdefault("head.weight", one.parameters["embed.weight"].copy())
     token, label, layout = one.batch
     scale = budgets.gradient_scale(one.config, one.parameters, *one.batch)
-    _, gradient = transformer.loss_and_gradient(one.config, one.parameters, *one.batch)
+    _, gradient = loss_and_gradient(one.config, one.parameters, *one.batch)
     final, _ = transformer.forward(one.config, one.parameters, token, layout)
     z = transformer.head_logits(one.config, one.parameters, final)
     p = np.exp(z) / np.exp(z).sum(axis=-1, keepdims=True)
