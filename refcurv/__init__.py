@@ -35,6 +35,11 @@ All of it at once is imported by its own name:
 On the command line `refcurv report` does all of it on your own files, `refcurv demo` on the shipped
 ones. The other commands take the steps one by one: convert, export, inspect, corpus, collect,
 decompose, edit, truncate, prune, evaluate, audit. `refcurv COMMAND --help` has examples.
+
+To check the mathematics, read these files in this order (README counts their lines):
+
+    law.conventions → model.config → model.layers → model.transformer → curvature.definition
+    → curvature.eigenbasis → algebra.selection → editing.projection
 """
 
 from refcurv.starting import look_after_imports
@@ -43,10 +48,10 @@ look_after_imports()  # before anything large is imported
 
 from refcurv.algebra import matrix_free
 from refcurv.curvature import distance, exact
-from refcurv.curvature.bases import decompose
+from refcurv.curvature.bases import Bases, decompose
 from refcurv.curvature.bases_file import load_bases, save_bases
 from refcurv.curvature.blocks import Block, Blocks, collect_blocks
-from refcurv.curvature.eigenbasis import Bases, Eigenbasis
+from refcurv.curvature.eigenbasis import Eigenbasis
 from refcurv.curvature.factors import Factor, Factors, collect
 from refcurv.curvature.factors_file import load_factors, save_factors
 from refcurv.editing.bsn import Scores, prune, train_scores

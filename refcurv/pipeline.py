@@ -15,7 +15,7 @@ from typing import Any
 
 import refcurv as rc
 from refcurv.curvature import room
-from refcurv.curvature.eigenbasis import Bases
+from refcurv.curvature.bases import Bases
 from refcurv.editing.record import require_exact, shares
 from refcurv.evaluation.bands import Bands, Quantity, bands
 from refcurv.evaluation.suite import (
@@ -31,7 +31,7 @@ from refcurv.judge.controls import Setting, controls
 from refcurv.law.checks import require_choice
 from refcurv.law.conventions import Bias
 from refcurv.model.corpus import SPLITS, Population, Populations
-from refcurv.model.weights import expand
+from refcurv.model.patterns import expand
 from refcurv.progress import Progress, silent
 from refcurv.report.folder import BASIS, EDITED, FACTORS, RESULTS, prepare
 

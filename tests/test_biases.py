@@ -29,7 +29,7 @@ from refcurv.algebra.kron import kron_dense
 from refcurv.algebra.staircase import cut
 from refcurv.cli import main
 from refcurv.curvature import blocks
-from refcurv.curvature.eigenbasis import Bases
+from refcurv.curvature.bases import Bases
 from refcurv.editing.projection import project
 from refcurv.law import conventions, tolerance
 from refcurv.law.checks import (

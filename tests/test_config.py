@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from strategies import config, configs, random_parameters
 
 import refcurv as rc
+from refcurv.files.weights import config_from_json, config_to_json
 from refcurv.law.checks import ConventionError, NameUnknownError, RangeError, ShapeError
 from refcurv.model.config import Image, ModelConfig, RopeScaling
-from refcurv.model.weights import expand
+from refcurv.model.patterns import expand
 
 VIT = Image(channels=1, height=4, width=4, patch=2)
 YARN = RopeScaling(kind="yarn", factor=2.0, original=8, slow=1.0, fast=4.0)
@@ -26,7 +27,7 @@ ANY = st.one_of(configs(), configs(images=True))
 
 @given(ANY)
 def test_json_round_trip(made: ModelConfig) -> None:
-    again = ModelConfig.from_json(json.loads(json.dumps(made.to_json())))
+    again = config_from_json(json.loads(json.dumps(config_to_json(made))))
     assert again == made and hash(again) == hash(made)
 
 
@@ -47,11 +48,11 @@ def test_a_file_of_before_these_fields_means_what_it_meant() -> None:
     old = dict(vocabulary=7, width=8, layers=2, heads=4, kv_heads=2, head_width=2, mlp_width=5,
                norm_place="post", qk_norm="full", norm_eps=0.01,
                rope_theta=50.0, tied=False)  # fmt: skip
-    made = ModelConfig.from_json(old)
+    made = config_from_json(old)
     assert made.norm == "rms" and made.gated and made.causal and made.biases == ()
     for name in old:
         with pytest.raises(ConventionError, match=f"missing fields .'{name}'"):
-            ModelConfig.from_json({k: v for k, v in old.items() if k != name})
+            config_from_json({k: v for k, v in old.items() if k != name})
 
 
 @pytest.mark.parametrize(
@@ -168,15 +169,15 @@ def test_contradictions_inside(record: type, change: dict, says: str) -> None:
     [
         [],
         {"width": 3},
-        {**config().to_json(), "colour": 1},
-        {**config().to_json(), "image": [2]},
-        {**config().to_json(), "image": {"channels": 1}},
-        {**config().to_json(), "rope_scaling": {"kind": "linear", "factor": 2, "mscale": 1}},
+        {**config_to_json(config()), "colour": 1},
+        {**config_to_json(config()), "image": [2]},
+        {**config_to_json(config()), "image": {"channels": 1}},
+        {**config_to_json(config()), "rope_scaling": {"kind": "linear", "factor": 2, "mscale": 1}},
     ],
 )
 def test_foreign_json(data: object) -> None:
     with pytest.raises(ConventionError, match=r"ModelConfig|Image|RopeScaling"):
-        ModelConfig.from_json(data)
+        config_from_json(data)
 
 
 def test_models_refuse_what_their_configuration_does_not_ask_for() -> None:

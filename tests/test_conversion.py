@@ -18,7 +18,7 @@ from refcurv.files.checkpoints import BESIDE
 from refcurv.files.huggingface import Mapped, convert, export
 from refcurv.files.store import open_file
 from refcurv.law.checks import ConventionError, RefcurvError, SchemaError, StorageError
-from refcurv.model.weights import expand
+from refcurv.model.patterns import expand
 from refcurv.report import conversion
 
 # ------------------------------------------------------------------ convert's table

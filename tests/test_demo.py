@@ -18,7 +18,7 @@ from refcurv.evaluation import suite
 from refcurv.model import transformer
 from refcurv.model.layers import causal_layout
 from refcurv.model.loss import cross_entropy
-from refcurv.model.weights import expand
+from refcurv.model.patterns import expand
 from refcurv.pipeline import Job, run
 from refcurv.report.folder import outputs
 

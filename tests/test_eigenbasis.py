@@ -17,10 +17,11 @@ from strategies import config, opened_for_lies, random_parameters
 import refcurv as rc
 from refcurv.algebra import blas
 from refcurv.algebra.staircase import cut
-from refcurv.curvature.bases import decompose
+from refcurv.curvature.bases import Bases, decompose
 from refcurv.curvature.bases_file import load_bases, save_bases
-from refcurv.curvature.eigenbasis import Bases, Eigenbasis, eigenbasis, require_basis
+from refcurv.curvature.eigenbasis import Eigenbasis, eigenbasis
 from refcurv.curvature.factors import Factor, Factors
+from refcurv.curvature.given import require_basis
 from refcurv.evaluation.bands import bands
 from refcurv.law import tolerance
 from refcurv.law.checks import (

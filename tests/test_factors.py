@@ -27,7 +27,7 @@ from strategies import (
 from test_loss import sign_by_hand
 
 import refcurv as rc
-from refcurv.algebra import blas
+from refcurv.algebra import gram
 from refcurv.curvature import accumulate, factors, moments
 from refcurv.curvature.checkpoint import Checkpoint
 from refcurv.curvature.factors import least_certain
@@ -490,7 +490,7 @@ def test_passes_sum_as_the_law_says(fisher: str, draws: int) -> None:
 
     def take(number: int, tap: Tap) -> None:
         out = np.zeros(total[tap.name].shape, np.float32)
-        blas.add_gram(tap.g, out, onto=False)
+        gram.add_gram(tap.g, out, onto=False)
         total[tap.name] += np.tril(out)
 
     job = Sweep(frozenset(got), Fisher(fisher), 5, draws)

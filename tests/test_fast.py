@@ -15,7 +15,7 @@ from strategies import Case, assert_within, case, cases, image_cases, scaled
 from test_factors import model_of
 
 import refcurv as rc
-from refcurv.algebra import blas, kernels
+from refcurv.algebra import gram, kernels
 from refcurv.curvature.accumulate import add_gram
 from refcurv.law import tolerance
 from refcurv.law.checks import NonFiniteError
@@ -398,13 +398,13 @@ def test_gram_is_the_lower_triangle_of_the_product(dtype: type, rows: int, size:
     x, before = rng.normal(size=(rows, size)).astype(dtype), rng.normal(size=(size, size))
     for onto in (False, True):
         total = before.astype(dtype)
-        blas.add_gram(x, total, onto=onto)
+        gram.add_gram(x, total, onto=onto)
         wide = x.astype(np.float64)
         want = np.tril(wide.T @ wide + onto * before)
         scale = np.abs(wide).T @ np.abs(wide) + np.abs(before)
         assert (np.abs(np.tril(total) - want) <= tolerance.gamma(rows + 2, dtype) * scale).all()
     with pytest.raises(ValueError, match="add_gram"):
-        blas.add_gram(x, np.zeros((size + 1, size + 1), dtype), onto=False)
+        gram.add_gram(x, np.zeros((size + 1, size + 1), dtype), onto=False)
 
 
 @given(st.lists(st.sampled_from([0.0, 1e-30, 1e-20, 1e-9, 1.0]), min_size=1, max_size=4))

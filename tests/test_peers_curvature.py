@@ -41,7 +41,8 @@ from peers_compare import (  # noqa: E402
 from peers_zoo import llama, olmo2  # noqa: E402
 
 from refcurv.curvature import exact  # noqa: E402
-from refcurv.model.weights import Model, expand  # noqa: E402
+from refcurv.model.patterns import expand  # noqa: E402
+from refcurv.model.weights import Model  # noqa: E402
 
 pytestmark = pytest.mark.peers
 

@@ -15,8 +15,9 @@ from test_factors import corpus_of, model_of
 
 import refcurv as rc
 from refcurv.algebra.staircase import cut
+from refcurv.curvature.bases import Bases
 from refcurv.curvature.bases_file import decompose_to
-from refcurv.curvature.eigenbasis import Bases, Eigenbasis, eigenbasis
+from refcurv.curvature.eigenbasis import Eigenbasis, eigenbasis
 from refcurv.editing.kfac import restored
 from refcurv.editing.projection import keep_pairs, project, projected
 from refcurv.editing.record import joined, matrix_parts

@@ -21,6 +21,7 @@ from refcurv.cli import main
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+import refcurv  # noqa: E402
 from validation import first_page  # noqa: E402
 
 PAGES = ("README.md", ".github/CONTRIBUTING.md")
@@ -147,3 +148,23 @@ def test_the_floors_are_the_contracts() -> None:
 def test_types_are_shipped() -> None:
     assert (ROOT / "refcurv/py.typed").is_file()
     assert "refcurv" in PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+
+
+def test_the_reading_order_and_its_lines() -> None:
+    """`python -m validation.first_page` after a change of what is read."""
+    assert first_page.between(README, "reading") == first_page.reading()
+    whole = first_page.imported("curvature/definition.py", "editing/projection.py")
+    assert set(first_page.READING) <= whole
+    assert sum(map(first_page.lines, whole)) <= first_page.MOST_LINES
+    order = str(refcurv.__doc__).partition("To check the mathematics")[2]
+    said = re.findall(r"[a-z]+\.[a-z]+", order)
+    assert [f"{name.replace('.', '/')}.py" for name in said] == list(first_page.READING)
+
+
+def test_imports_are_followed_wherever_they_stand() -> None:
+    found = first_page.imported("curvature/definition.py")
+    assert {"model/fisher.py", "model/sampling.py", "model/loss.py", "law/checks.py"} <= found
+    hidden = (
+        "def f():\n    from refcurv.model import rows\n    from refcurv.law.checks import PART\n"
+    )
+    assert set(first_page._imports(hidden)) >= {"model/rows.py", "law/checks.py"}

@@ -16,10 +16,10 @@ import budgets
 import numpy as np
 import pytest
 import scipy.linalg
-from refcurv.curvature.accumulate import add_gram
 from strategies import case
 from test_budgets import SMOOTH, worst
 
+from refcurv.curvature.accumulate import add_gram
 from refcurv.curvature.eigenbasis import Eigenbasis, eigenbasis
 from refcurv.editing.kfac import _acceptable
 from refcurv.judge import audit

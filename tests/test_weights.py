@@ -20,6 +20,7 @@ from refcurv.files import store, weights
 from refcurv.files.bfloat16 import from_bfloat16, to_bfloat16
 from refcurv.files.digest import changed, digest
 from refcurv.files.store import Entry
+from refcurv.files.weights import config_to_json
 from refcurv.law.checks import (
     ChecksumError,
     ConventionError,
@@ -237,7 +238,7 @@ def test_a_configuration_that_is_refused(
     tmp_path: Path, raw: dict[str, Any], config: Any, fragment: str
 ) -> None:
     if isinstance(config, dict):
-        config = json.dumps(CONFIG.to_json() | config)
+        config = json.dumps(config_to_json(CONFIG) | config)
     store.write(
         tmp_path / "w.h5",
         format="refcurv-weights",
@@ -324,7 +325,7 @@ def test_what_cannot_be_saved(
 
 def test_a_weights_file_is_an_ordinary_file(path: Path) -> None:
     header = store.open_file(path, format="refcurv-weights")
-    assert json.loads(str(header.attributes["config"])) == CONFIG.to_json()
+    assert json.loads(str(header.attributes["config"])) == config_to_json(CONFIG)
     assert Entry and header.entries["parameters.embed.weight"].encoding == "bfloat16"
 
 

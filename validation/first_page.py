@@ -1,22 +1,40 @@
-"""The generated parts of README.md: the table of the law, and the picture of the demo.
+"""The generated parts of README.md: the law, the reading order, and the picture of the demo.
 
-    python -m validation.first_page                              the law
+    python -m validation.first_page                              the law and the reading order
     python -m validation.first_page refcurv-demo/results.json    the picture too, of that demo
 
-tests/test_law.py and tests/test_demo.py fail when README.md says anything else.
+tests/test_law.py, test_readme.py and test_demo.py fail when README.md says anything else.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from refcurv.law.conventions import LAW
 
-PAGE = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+PAGE, HOUSE = ROOT / "README.md", ROOT / "refcurv"
+
+READING = {
+    "law/conventions.py": "every choice that two right programs could make differently",
+    "model/config.py": "the shape of a model, and the names of its parameters",
+    "model/layers.py": "norms, rotary positions, attention and MLP, forward and backward",
+    "model/transformer.py": "the forward, and the backward that yields a and g of each layer",
+    "curvature/definition.py": "A and G",
+    "curvature/eigenbasis.py": "U_A, μ and U_G, λ",
+    "algebra/selection.py": "which pairs are kept",
+    "editing/projection.py": "W'",
+}
+"""The files that are the whole paper, in the order to read them, and what each defines."""
+
+MOST_LINES = 3000
+"""Of the reading, with all that it imports."""
 
 PICTURED = "blocks.3.mlp.gate"
 """The layer whose bands the picture shows."""
@@ -36,6 +54,51 @@ def law() -> str:
 
 def _place(where: str) -> str:
     return f"`{where.removeprefix('refcurv.')}`"
+
+
+def reading() -> str:
+    """The table of the reading order: lines that are not blank, and those of all imports."""
+    rows = [
+        f"| {n} | [`{name}`](refcurv/{name}) | {lines(name)} | {what} |"
+        for n, (name, what) in enumerate(READING.items(), start=1)
+    ]
+    also = sorted(imported("curvature/definition.py", "editing/projection.py") - set(READING))
+    also = [name for name in also if lines(name) > 1]
+    names = ", ".join(f"`{name}`" for name in also)
+    rows.append(f"| | what they import: {names} | {sum(map(lines, also))} | |")
+    total = sum(map(lines, [*READING, *also]))
+    rows.append(f"| | all together | {total} | at most {MOST_LINES} |")
+    return "\n".join(["| | file | lines | what it defines |", "| --- | --- | --- | --- |", *rows])
+
+
+def lines(name: str) -> int:
+    """The lines of a file of the package that are not blank."""
+    return sum(map(bool, map(str.strip, (HOUSE / name).read_text(encoding="utf-8").splitlines())))
+
+
+def imported(*names: str) -> set[str]:
+    """The files of the package that these files import, directly or not, and themselves."""
+    found: set[str] = set()
+    left = list(names)
+    while left:
+        name = left.pop()
+        if name not in found:
+            found.add(name)
+            left += _imports((HOUSE / name).read_text(encoding="utf-8"))
+    return found
+
+
+def _imports(source: str) -> Iterator[str]:
+    """The files that a source imports, wherever in it: `from refcurv.a.b import c` alone."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            assert not any(one.name.startswith("refcurv") for one in node.names)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("refcurv."):
+            parts = str(node.module).split(".")[1:]
+            for one in [parts, *([*parts, alias.name] for alias in node.names)]:
+                for name in ("/".join(one) + ".py", "/".join([*one, "__init__.py"])):
+                    if (HOUSE / name).is_file():
+                        yield name
 
 
 def picture(results: dict[str, Any]) -> str:
@@ -69,5 +132,6 @@ def write(mark: str, part: str) -> None:
 
 if __name__ == "__main__":
     write("law", law())
+    write("reading", reading())
     for path in sys.argv[1:]:
         write("bands", picture(json.loads(Path(path).read_text(encoding="utf-8"))))

@@ -16,18 +16,17 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-import scipy.linalg
 from numpy.linalg import LinAlgError, _umath_linalg
-from scipy.linalg import cython_blas, cython_lapack
+from scipy.linalg import cython_lapack
 from scipy.sparse.linalg import ArpackError
 from threadpoolctl import ThreadpoolController
 
 from refcurv.algebra.scaling import shifted
 from refcurv.law.checks import Array, RoomError, SolverError
 
-_MOST_INT = 2**31 - 1
+MOST_INT = 2**31 - 1
 
-_MOST_SQUARE = 32_766  # beyond it dsyevd's workspace, 1 + 6 n + 2 n² numbers, exceeds _MOST_INT
+_MOST_SQUARE = 32_766  # beyond it dsyevd's workspace, 1 + 6 n + 2 n² numbers, exceeds MOST_INT
 
 
 @contextmanager
@@ -41,28 +40,6 @@ def one_blas_thread() -> Iterator[None]:
 def _pools() -> ThreadpoolController:
     """The thread pools of NumPy's and SciPy's BLAS; finding them takes longer than a product."""
     return ThreadpoolController()
-
-
-def add_gram(x_NX: Array, sum_XX: Array, *, onto: bool) -> None:
-    """Write xᵀ x to the lower triangle of sum_XX (syrk); with `onto`, add it to what is there.
-
-    Definition: sum_XX[i, :i+1] = (onto ? sum_XX[i, :i+1] : 0) + Σ_n x[n, i] x[n, :i+1]. It takes
-    half the work of a product of two matrices. The upper triangle stays as it is. float32, float64.
-    """
-    N, X = x_NX.shape
-    x_NX = np.ascontiguousarray(x_NX)
-    if x_NX.dtype != sum_XX.dtype or not sum_XX.flags.c_contiguous or sum_XX.shape != (X, X):
-        raise ValueError("add_gram: sum_XX must be C-contiguous (X, X) of x's dtype.")
-    if not N:
-        sum_XX[:] = sum_XX if onto else 0
-        return
-    real = x_NX.dtype
-    sizes = [np.array([n], np.intc) for n in (X, N, X, X)]
-    one, beta = np.ones(1, real), np.array([1 if onto else 0], real)
-    operands = (sizes[0], sizes[1], one, x_NX, sizes[2], beta, sum_XX, sizes[3])
-    routine = _routine(cython_blas, "ssyrk" if real == np.float32 else "dsyrk", 10)
-    # Fortran reads our rows as columns: x is (X, N) there, and the lower triangle is its upper one
-    routine(b"U", b"N", *(array.ctypes.data for array in operands))
 
 
 def eigh(M: Array, who: str = "eigh", exponent: int = 0) -> tuple[Array, Array]:
@@ -90,7 +67,7 @@ def eigh(M: Array, who: str = "eigh", exponent: int = 0) -> tuple[Array, Array]:
     iwork = np.empty(3 + 5 * n, np.intc)
     size, lwork, liwork, info = (np.array([k], np.intc) for k in (n, len(work), len(iwork), 0))
     operands = (size, U, size, values, work, lwork, iwork, liwork, info)
-    _routine(cython_lapack, "dsyevd", 11)(b"V", b"L", *(array.ctypes.data for array in operands))
+    routine(cython_lapack, "dsyevd", 11)(b"V", b"L", *(array.ctypes.data for array in operands))
     with solving(who, M):
         if info[0]:
             raise LinAlgError(f"dsyevd: info = {info[0]}")
@@ -107,31 +84,10 @@ def eigh_bytes(n: int) -> int:
     return 8 * n * n * (5 if n > _MOST_SQUARE else 3)
 
 
-def svd(W: Array, who: str = "svd", *, full: bool = False) -> tuple[Array, Array, Array]:
-    """(U, σ, Vᵀ) of a float64 W, σ descending; `full`: U (O, O) and Vᵀ (I, I) complete.
-
-    The definition is scipy.linalg.svd(W, full, lapack_driver="gesdd"), or numpy.linalg.svd(W, full)
-    if W's workspace is too large for the integers of SciPy's LAPACK.
-
-    Raises:
-        SolverError: LAPACK did not converge. RoomError: W is too large for its integers.
-    """
-    low, high = sorted(W.shape)
-    # what gesdd asks for: 4 low² + 7 low numbers, and blocks of at most 128 columns
-    asked = max(4 * low**2 + 128 * (low + high), high * (high if full else low))
-    with solving(who, W):
-        if asked <= _MOST_INT:
-            U, sigma, Vt = scipy.linalg.svd(W, full_matrices=full, check_finite=False)
-        else:
-            _require_long_integers(who, f"{W.shape[0]:,} x {W.shape[1]:,}")
-            U, sigma, Vt = np.linalg.svd(W, full_matrices=full)
-    return U, sigma, Vt
-
-
 def require_solvable(who: str, n: int) -> None:
     """Raise RoomError if an (n, n) matrix is too large for the integers of every LAPACK here."""
     if n > _MOST_SQUARE:
-        _require_long_integers(who, f"{n:,} x {n:,}")
+        require_long_integers(who, f"{n:,} x {n:,}")
 
 
 def has_long_integers() -> bool:
@@ -139,7 +95,8 @@ def has_long_integers() -> bool:
     return bool(getattr(_umath_linalg, "_ilp64", False))
 
 
-def _require_long_integers(who: str, shape: str) -> None:
+def require_long_integers(who: str, shape: str) -> None:
+    """Raise RoomError for a matrix that only a LAPACK of 64-bit integers can take, without one."""
     if not has_long_integers():
         raise RoomError(
             f"{who} is {shape}, too large for a LAPACK that counts in 32 bits, and this NumPy has "
@@ -164,7 +121,7 @@ def solving(who: str, *matrices: Array) -> Iterator[None]:
 
 
 @cache
-def _routine(module: Any, name: str, arguments: int) -> Any:
+def routine(module: Any, name: str, arguments: int) -> Any:
     """The Fortran routine behind SciPy's capsule, taking pointers; calling it releases the GIL."""
     capsule = module.__pyx_capi__[name]
     name_of, pointer = ctypes.pythonapi.PyCapsule_GetName, ctypes.pythonapi.PyCapsule_GetPointer

@@ -24,8 +24,9 @@ import numpy as np
 import scipy.linalg
 from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
-from refcurv.algebra.blas import solving, svd
+from refcurv.algebra.blas import solving
 from refcurv.algebra.scaling import far_exponent, norm, shifted
+from refcurv.algebra.svd import svd
 from refcurv.law import tolerance
 from refcurv.law.checks import (
     Array,

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from refcurv.algebra import blas
+from refcurv.algebra import gram
 from refcurv.curvature.moments import Key, PassSum, RunningSum, Side
 from refcurv.law.checks import Array
 from refcurv.law.conventions import BLOCK_SHARDS
@@ -109,13 +109,13 @@ def add_gram(x_NX: Array, product_XX: Array, *, onto: bool) -> Array:
     where no square is N X times the smallest normal number, what was lost could be seen.
     """
     none_before = not (onto and product_XX.diagonal().any())
-    blas.add_gram(x_NX.astype(product_XX.dtype, copy=False), product_XX, onto=onto)
+    gram.add_gram(x_NX.astype(product_XX.dtype, copy=False), product_XX, onto=onto)
     seen = x_NX.size * np.finfo(product_XX.dtype).smallest_normal
     small = product_XX.dtype != np.float64 and product_XX.diagonal().max(initial=0) < seen
     if not (small and none_before and x_NX.any()):
         return product_XX
     wide_XX = np.empty(product_XX.shape)
-    blas.add_gram(x_NX.astype(np.float64), wide_XX, onto=False)
+    gram.add_gram(x_NX.astype(np.float64), wide_XX, onto=False)
     return wide_XX
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
 from refcurv.algebra import blas
 from refcurv.curvature import room
-from refcurv.curvature.eigenbasis import Bases, Eigenbasis, eigenbasis
+from refcurv.curvature.eigenbasis import Eigenbasis, eigenbasis
 from refcurv.curvature.factors import Factor, Factors
 from refcurv.files import store
 from refcurv.files.lazy import Lazy
@@ -19,6 +20,43 @@ from refcurv.law.conventions import Bias
 from refcurv.model.config import TABLES
 from refcurv.passes.parallel import stream
 from refcurv.progress import Progress, silent
+
+
+@dataclass(frozen=True, slots=True)
+class Bases(Mapping[str, Eigenbasis]):
+    """The eigenbases of some layers, by name in file order.
+
+    Fields:
+        layers: the Eigenbasis of each layer, by name.
+        source: for provenance.
+        bias: separate, of W alone; joint, of [W b] for layers that have a b (BIAS).
+        method: what made the bases; `decompose` says "kfac". An edit copies it into its record.
+        weights: the digest of the model's weights (`refcurv.files.digest`); None if unknown.
+    """
+
+    layers: Mapping[str, Eigenbasis]
+    source: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    bias: Bias = Bias.SEPARATE
+    method: str = "kfac"
+    weights: str | None = None
+
+    def __getitem__(self, name: str) -> Eigenbasis:
+        """The eigenbasis of one layer."""
+        return self.layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """Layer names, in file order."""
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        """How many layers."""
+        return len(self.layers)
+
+
+def named(basis: Bases) -> str:
+    """The basis and its file, for messages."""
+    path = basis.source.get("path")
+    return "the basis" + (f" {str(path)!r}" if path else "")
 
 
 def decompose(

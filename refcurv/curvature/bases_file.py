@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from refcurv.curvature.bases import bias_of, decompose_each
-from refcurv.curvature.eigenbasis import Bases, Eigenbasis, require_basis
+from refcurv.curvature.bases import Bases, bias_of, decompose_each
+from refcurv.curvature.eigenbasis import Eigenbasis
 from refcurv.curvature.factors import Factors
+from refcurv.curvature.given import require_basis
 from refcurv.files import store
 from refcurv.files.digest import recorded
 from refcurv.files.lazy import Lazy

@@ -26,8 +26,9 @@ from refcurv.model import transformer
 from refcurv.model.config import ModelConfig
 from refcurv.model.corpus import Corpus
 from refcurv.model.layers import Layout
+from refcurv.model.patterns import expand
 from refcurv.model.transformer import Cotangent, Parameters, Slope, Tap
-from refcurv.model.weights import Model, expand
+from refcurv.model.weights import Model
 from refcurv.passes.fast import FAST
 from refcurv.passes.forward import resident
 from refcurv.passes.parallel import Turnstile, cores

@@ -10,7 +10,7 @@ Nothing here is fast, blocked, resumable or distributed. It stands on the defini
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +25,7 @@ from refcurv.model.images import patches
 from refcurv.model.layers import Layout
 from refcurv.model.rows import kept, require_rows
 from refcurv.model.transformer import Cotangent, Inputs, Parameters, Slope, Tap
-from refcurv.model.weights import Model, expand
+from refcurv.model.weights import Model
 
 
 @dataclass(slots=True)
@@ -62,7 +62,7 @@ class Sequence:
 def factors(
     model: Model,
     corpus: Corpus,
-    layers: str,
+    layers: Iterable[str],
     fisher: str = "sampled",
     seed: int = 0,
     draws: int = 1,
@@ -70,8 +70,8 @@ def factors(
 ) -> dict[str, Sums]:
     """S_A, n_A, S_G and n_G of linear layers, by their definition.
 
-    Args: as `collect`, but the pattern matches tables too. A table of vectors is the linear layer
-    of one-hot inputs, so that its S_A is a diagonal matrix (EMBEDDING).
+    Args: as `collect`, but `layers` are names. A table of vectors is the linear layer of one-hot
+    inputs, so that its S_A is a diagonal matrix (EMBEDDING).
 
     Returns:
         {layer name: Sums}, float64; A = S_A / n_A, G = S_G / n_G.
@@ -83,7 +83,7 @@ def factors(
     config, kind = model.config, Fisher(fisher)
     parameters = {name: np.asarray(model.parameters[name]) for name in config.parameter_shapes()}
     shapes = config.linear_layers() | config.tables()
-    sums = {name: _zero(*shapes[name]) for name in expand(layers, list(shapes))}
+    sums = {name: _zero(*shapes[name]) for name in layers}
     for one in _sequences(config, corpus, require_rows("factors", config, rows)):
         final_BTD, trace = transformer.forward(config, parameters, one.inputs, one.layout)
         sent = cotangents(kind, one.label_BT, one.index_B, config.vocabulary, seed, draws)

@@ -15,7 +15,8 @@ import numpy as np
 import scipy.linalg
 from scipy.sparse.linalg import eigsh
 
-from refcurv.algebra.blas import add_gram, one_blas_thread, solving
+from refcurv.algebra.blas import one_blas_thread, solving
+from refcurv.algebra.gram import add_gram
 from refcurv.algebra.kron import from_rearranged, kron_dense, rearranged
 from refcurv.algebra.scaling import far_exponent, shifted
 from refcurv.curvature.exact.fishers import (

@@ -5,11 +5,7 @@ With bias="joint" the block is that of [W b] and A that of [a; 1] (BIAS).
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,16 +15,12 @@ from refcurv.algebra.scaling import far_exponent, norm, shifted
 from refcurv.law import tolerance
 from refcurv.law.checks import (
     Array,
-    ConventionError,
-    EmptyError,
     NotPSDError,
     NotSymmetricError,
     RangeError,
-    require_dtype,
     require_finite,
     require_shape,
 )
-from refcurv.law.conventions import Bias
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,37 +41,6 @@ class Eigenbasis:
     raised_A: int = 0
     raised_G: int = 0
     rounding: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Bases(Mapping[str, Eigenbasis]):
-    """The eigenbases of some layers, by name in file order.
-
-    Fields:
-        layers: the Eigenbasis of each layer, by name.
-        source: for provenance.
-        bias: separate, of W alone; joint, of [W b] for layers that have a b (BIAS).
-        method: what made the bases; `decompose` says "kfac". An edit copies it into its record.
-        weights: the digest of the model's weights (`refcurv.files.digest`); None if unknown.
-    """
-
-    layers: Mapping[str, Eigenbasis]
-    source: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-    bias: Bias = Bias.SEPARATE
-    method: str = "kfac"
-    weights: str | None = None
-
-    def __getitem__(self, name: str) -> Eigenbasis:
-        """The eigenbasis of one layer."""
-        return self.layers[name]
-
-    def __iter__(self) -> Iterator[str]:
-        """Layer names, in file order."""
-        return iter(self.layers)
-
-    def __len__(self) -> int:
-        """How many layers."""
-        return len(self.layers)
 
 
 def eigenbasis(M: Array, shard_rows: int, dtype: str, what: str) -> tuple[Array, Array, int]:
@@ -138,65 +99,3 @@ def oriented(U: Array) -> Array:
     """U with each column's entry of largest magnitude made positive; see ORDER."""
     largest = np.abs(U).argmax(axis=0)
     return np.ascontiguousarray(U * np.where(U[largest, np.arange(U.shape[1])] < 0, -1.0, 1.0))
-
-
-# ------------------------------------------------------------------ checks
-
-PROBES = 8
-"""How many random vectors orthogonality is measured on."""
-
-
-def require_basis(who: str, layer: str, one: Eigenbasis) -> None:
-    """Refuse what is no eigenbasis, whether a caller or a file gave it.
-
-    Definition
-        U square, finite, ‖UᵀU − I‖ <= budget·‖I‖; values finite, descending and >= 0 (ORDER).
-        ‖UᵀU − I‖/‖I‖ is measured as ‖Uᵀ(U x) − x‖/‖x‖ over 8 normal x. Its square has the mean
-        ‖UᵀU − I‖²/n. Errors of rank one spread most, like χ² with 8 degrees of freedom. So a U ten
-        times over the budget passes at most once in 10⁷ draws: P(χ²₈ <= 8/100) = 1e-7.
-
-    The budget is that of an eigensolver in the dtype of U, and the rounding of the two products. A
-    product with U errs by gamma(n) ‖|U|‖₂ ‖x‖ at most, and ‖|U|‖₂ <= ‖U‖ = √n.
-
-    Cost: O(n²) for each side, where UᵀU would take n³.
-    Proof: tests/test_eigenbasis.py::test_what_is_no_basis_is_refused
-    """
-    for side, U, values in (("A", one.U_A, one.mu), ("G", one.U_G, one.lam)):
-        spectrum, what = f"{'mu' if side == 'A' else 'lam'} of {layer!r}", f"U_{side} of {layer!r}"
-        require_spectrum(who, spectrum, values)
-        n = len(values)
-        require_shape(who, what, U, (n, n), f"(n, n), n the length of {spectrum}")
-        require_dtype(who, what, U, "f", "real numbers")
-        require_finite(who, what, U)
-        x = np.random.default_rng(0).standard_normal((n, PROBES))
-        with one_blas_thread():
-            error = float(np.linalg.norm(U.T @ (U @ x) - x) / np.linalg.norm(x))
-        solver = tolerance.eigenpair(n, U.dtype)
-        budget = solver + 2 * tolerance.gamma(n, np.float64) * math.sqrt(n)
-        if not error <= budget:  # NaN if it overflows
-            raise ConventionError(
-                f"{who}: {what} has |UᵀU − I|/|I| = {error:.1e} > {budget:.1e}: its columns are "
-                "not orthonormal. Were they scaled, or stored in a shorter float than their dtype?"
-            )
-
-
-def require_spectrum(who: str, what: str, values: Array) -> None:
-    """Refuse eigenvalues unless they are a vector, finite, descending and >= 0 (ORDER)."""
-    require_shape(who, what, values, (None,), "(n,)")
-    require_dtype(who, what, values, "f", "real numbers")
-    require_finite(who, what, values)
-    if not len(values):
-        raise EmptyError(f"{who}: {what} is empty.")
-    wrong = np.flatnonzero((values < 0) | (np.diff(values, prepend=values[0]) > 0))
-    if len(wrong):
-        raise ConventionError(
-            f"{who}: {what} must be descending and >= 0 (ORDER, NEGATIVE); entry {wrong[0]} is "
-            f"{values[wrong[0]]:.6g} after {values[max(wrong[0] - 1, 0)]:.6g}. eigh ascends: was "
-            "the order left as it came?"
-        )
-
-
-def named(basis: Bases) -> str:
-    """The basis and its file, for messages."""
-    path = basis.source.get("path")
-    return "the basis" + (f" {str(path)!r}" if path else "")

@@ -38,7 +38,8 @@ from refcurv.law.conventions import BLOCK_SHARDS, Fisher, Rows, describe
 from refcurv.model.config import ModelConfig
 from refcurv.model.corpus import Corpus
 from refcurv.model.fisher import DRAWN
-from refcurv.model.weights import Model, expand
+from refcurv.model.patterns import expand
+from refcurv.model.weights import Model
 from refcurv.passes.forward import resident
 from refcurv.passes.parallel import Turnstile, run
 from refcurv.passes.rounding import rounding

@@ -32,8 +32,9 @@ from refcurv.model import transformer
 from refcurv.model.config import ModelConfig
 from refcurv.model.corpus import Corpus, Population, require_fit
 from refcurv.model.gradient import head_backward
+from refcurv.model.patterns import expand
 from refcurv.model.transformer import Parameters, Slope, Tap, layout_of
-from refcurv.model.weights import Model, expand
+from refcurv.model.weights import Model
 from refcurv.passes import parallel
 from refcurv.passes.fast import FAST
 from refcurv.passes.forward import resident

@@ -28,7 +28,8 @@ from refcurv.law.checks import (
     require_seed,
 )
 from refcurv.law.conventions import Bias
-from refcurv.model.weights import Model, expand
+from refcurv.model.patterns import expand
+from refcurv.model.weights import Model
 
 
 @dataclass(frozen=True, slots=True)

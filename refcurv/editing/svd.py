@@ -7,18 +7,20 @@ from types import MappingProxyType
 
 import numpy as np
 
-from refcurv.algebra import blas
 from refcurv.algebra.blas import one_blas_thread
 from refcurv.algebra.scaling import exponent
 from refcurv.algebra.staircase import cut, undecided
-from refcurv.curvature.eigenbasis import Bases, Eigenbasis, oriented
+from refcurv.algebra.svd import svd
+from refcurv.curvature.bases import Bases
+from refcurv.curvature.eigenbasis import Eigenbasis, oriented
 from refcurv.editing import record
 from refcurv.editing.record import EditRecord, LayerEdit
 from refcurv.files import store
 from refcurv.files.digest import digest
 from refcurv.law import tolerance
 from refcurv.law.checks import Array, EmptyError, RangeError
-from refcurv.model.weights import Model, expand
+from refcurv.model.patterns import expand
+from refcurv.model.weights import Model
 
 
 def truncate(model: Model, energy: Mapping[str, float]) -> tuple[Model, EditRecord]:
@@ -43,7 +45,7 @@ def truncate(model: Model, energy: Mapping[str, float]) -> tuple[Model, EditReco
     Raises:
         RangeError: a share outside [0, 1]. NameUnknownError: a pattern that matches no linear
         layer. ConventionError: a head tied to the embedding; no mapping. EmptyError: W is 0.
-        SolverError, RoomError: as `blas.svd`.
+        SolverError, RoomError: as `algebra.svd.svd`.
 
     Cost: about 6·O·I·min(O, I) flops per layer, in float64; 8·O·I·min(O, I) if W' is rounded.
     Source: P10 (arXiv 2510.24256); Eckart & Young 1936.
@@ -90,10 +92,10 @@ def singular_values(who: str, W: Array, *, full: bool) -> tuple[Array, Array, Ar
     """(U, σ, Vᵀ) with W = U diag(σ) Vᵀ, σ descending; `full`: U (O, O) and Vᵀ (I, I) complete.
 
     Raises:
-        RangeError: a singular value that overflows. SolverError, RoomError: as `blas.svd`.
+        RangeError: a singular value that overflows. SolverError, RoomError: as `algebra.svd.svd`.
     """
     with one_blas_thread():
-        U, sigma, Vt = blas.svd(W.astype(np.float64), who, full=full)
+        U, sigma, Vt = svd(W.astype(np.float64), who, full=full)
     if sigma[0] == np.inf:
         raise RangeError(f"{who} has a singular value beyond the largest float64; rescale it.")
     return U, sigma, Vt
@@ -122,7 +124,7 @@ def singular_bases(model: Model, layers: str = "**") -> Bases:
 
     Raises:
         NameUnknownError: a pattern that matches no linear layer. NonFiniteError: W holds NaN.
-        RangeError: a σ² beyond float64. SolverError, RoomError: as `blas.svd`.
+        RangeError: a σ² beyond float64. SolverError, RoomError: as `algebra.svd.svd`.
 
     Cost: about 9 (O³ + I³) flops per layer at most, and O² + I² float64 of memory.
     Source: P10 (arXiv 2510.24256).

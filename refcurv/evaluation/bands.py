@@ -19,7 +19,9 @@ import numpy as np
 
 from refcurv.algebra.scaling import norm
 from refcurv.algebra.staircase import cut
-from refcurv.curvature.eigenbasis import Bases, Eigenbasis, named, require_basis
+from refcurv.curvature.bases import Bases, named
+from refcurv.curvature.eigenbasis import Eigenbasis
+from refcurv.curvature.given import require_basis
 from refcurv.evaluation.classify import image_batches, image_inputs, require_image_population
 from refcurv.evaluation.decode import batches, require_population, teacher_forced
 from refcurv.files.digest import require_same
@@ -28,9 +30,10 @@ from refcurv.law.conventions import Rows
 from refcurv.model.config import ModelConfig
 from refcurv.model.corpus import ImagePopulation, Population
 from refcurv.model.layers import Layout
+from refcurv.model.patterns import expand
 from refcurv.model.rows import kept, require_rows
 from refcurv.model.transformer import Inputs, Parameters
-from refcurv.model.weights import Model, expand
+from refcurv.model.weights import Model
 from refcurv.passes import parallel
 from refcurv.passes.forward import layer_inputs, resident
 from refcurv.progress import Progress, counter, silent

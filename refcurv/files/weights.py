@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -17,6 +18,7 @@ from refcurv.files.history import past_edits
 from refcurv.files.lazy import Lazy
 from refcurv.law.checks import (
     Array,
+    ConventionError,
     DTypeError,
     RefcurvError,
     SchemaError,
@@ -25,7 +27,7 @@ from refcurv.law.checks import (
     require_finite,
 )
 from refcurv.law.conventions import COMPUTE_DTYPES
-from refcurv.model.config import ModelConfig
+from refcurv.model.config import Image, ModelConfig, RopeScaling
 from refcurv.model.weights import Model
 
 STORED: Final = ("float64", "float32", "float16", "bfloat16")
@@ -151,7 +153,7 @@ def write(
     store.write(
         path,
         format="refcurv-weights",
-        attributes={"config": json.dumps(config.to_json())},
+        attributes={"config": json.dumps(config_to_json(config))},
         arrays=arrays,
         provenance=store.provenance(**made_from),
     )
@@ -214,7 +216,7 @@ def _config(header: store.Header) -> ModelConfig:
     if not isinstance(text, str):
         raise SchemaError(f"{where} has no text attribute 'config'. Was it written by refcurv?")
     try:
-        config = ModelConfig.from_json(parse_json("load", "config", text))
+        config = config_from_json(parse_json("load", "config", text))
     except RefcurvError as error:
         raise SchemaError(f"{where}: its configuration is refused: {one_line(error)}.") from None
     if config.layers > len(header.entries):  # before as many names are made
@@ -244,3 +246,37 @@ def _require_parameters(header: store.Header, config: ModelConfig) -> None:
             raise SchemaError(
                 f"{where}: {name!r} holds {info.stored}; parameters are {', '.join(STORED)}."
             )
+
+
+# ------------------------------------------------------------------ the configuration as JSON
+
+
+def config_to_json(config: ModelConfig) -> dict[str, Any]:
+    """The fields of a configuration as plain JSON values."""
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    return plain
+
+
+def config_from_json(data: object) -> ModelConfig:
+    """The reverse of `config_to_json`: a field may be missing where it has a default."""
+    inner = dict(_fields(ModelConfig, data))
+    for name, record in (("rope_scaling", RopeScaling), ("image", Image)):
+        if inner.get(name) is not None:
+            inner[name] = record(**_fields(record, inner[name]))
+    return ModelConfig(**inner)
+
+
+def _fields(record: type[Any], data: object) -> dict[str, Any]:
+    """The fields of a JSON object, lists as tuples. A field may be missing if it has a default."""
+    who = record.__name__
+    if not isinstance(data, dict):
+        raise ConventionError(f"{who}: expected a JSON object; got {type(data).__name__}.")
+    known = {f.name: f.default is MISSING for f in fields(record)}
+    missing = sorted(name for name, required in known.items() if required and name not in data)
+    unknown = sorted(str(name) for name in set(data) - set(known))
+    if missing or unknown:
+        raise ConventionError(
+            f"{who}: missing fields {missing}, unknown fields {unknown}. "
+            "Was the file written by another version of refcurv?"
+        )
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in data.items()}

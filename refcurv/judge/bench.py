@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 
 from refcurv.algebra.scaling import norm
-from refcurv.curvature.bases import decompose
-from refcurv.curvature.eigenbasis import Bases
+from refcurv.curvature.bases import Bases, decompose
 from refcurv.curvature.exact.problems import Batch, image_batch
 from refcurv.curvature.factors import Factors, collect
 from refcurv.judge.roundings import Runs, shaken

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 import refcurv as rc
-from refcurv.curvature.eigenbasis import Bases
+from refcurv.curvature.bases import Bases
 from refcurv.editing.record import EditRecord
 from refcurv.evaluation.matching import Match, Strengthen, at_perplexity, text_perplexity, tradeoff
 from refcurv.evaluation.suite import RETAINED, Measurement, measure

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
 
 import numpy as np
 
@@ -338,36 +336,6 @@ class ModelConfig:
         if name in ("q", "k", "v"):
             return f"{block}.qkv"
         return f"{block}.gate_up" if name in ("gate", "up") else layer
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as plain JSON values."""
-        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return plain
-
-    @classmethod
-    def from_json(cls, data: object) -> ModelConfig:
-        """The reverse of `to_json`: a field may be missing where it has a default."""
-        inner = dict(_fields(cls, data))
-        for name, record in (("rope_scaling", RopeScaling), ("image", Image)):
-            if inner.get(name) is not None:
-                inner[name] = record(**_fields(record, inner[name]))
-        return cls(**inner)
-
-
-def _fields(record: type[Any], data: object) -> dict[str, Any]:
-    """The fields of a JSON object, lists as tuples. A field may be missing if it has a default."""
-    who = record.__name__
-    if not isinstance(data, dict):
-        raise ConventionError(f"{who}: expected a JSON object; got {type(data).__name__}.")
-    known = {f.name: f.default is MISSING for f in fields(record)}
-    missing = sorted(name for name, required in known.items() if required and name not in data)
-    unknown = sorted(str(name) for name in set(data) - set(known))
-    if missing or unknown:
-        raise ConventionError(
-            f"{who}: missing fields {missing}, unknown fields {unknown}. "
-            "Was the file written by another version of refcurv?"
-        )
-    return {name: tuple(v) if isinstance(v, list) else v for name, v in data.items()}
 
 
 # ------------------------------------------------------------------ what fields must be

@@ -10,7 +10,7 @@ import pytest
 
 import refcurv as rc
 from refcurv.model.config import Pool
-from refcurv.model.weights import expand
+from refcurv.model.patterns import expand
 from refcurv.passes.forward import layer_inputs, resident
 from validation.paper import digits, vit
 

@@ -26,7 +26,7 @@ from refcurv.evaluation.bands import Quantity, band_weights, bands
 from refcurv.evaluation.matching import Match, at_perplexity
 from refcurv.evaluation.perturb import perturbation
 from refcurv.evaluation.suite import RETAINED, Evaluation, Measurement, compare, measure
-from refcurv.model.weights import expand
+from refcurv.model.patterns import expand
 from refcurv.terminal import progress_bar
 from validation.paper import stages
 from validation.paper.coherence import coherence

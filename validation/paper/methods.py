@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import refcurv as rc
 from refcurv.editing.bsn import Scores
-from refcurv.model.weights import expand
+from refcurv.model.patterns import expand
 from validation.paper.marginals import corrected
 
 Edit = Callable[[float], tuple[rc.Model, rc.EditRecord]]

@@ -11,6 +11,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from refcurv.files.weights import config_to_json
 from refcurv.model.config import ModelConfig
 from refcurv.model.weights import Model
 
@@ -37,7 +38,7 @@ def save(path: Path, recipe: Recipe, state: State) -> None:
     """Write the run, whole or not at all."""
     arrays = {f"parameters/{name}": W for name, W in state.parameters.items()}
     arrays |= {f"slots/{name}": slot for name, slot in state.slots.items()}
-    head = {"recipe": asdict(recipe), "config": recipe.config().to_json()}
+    head = {"recipe": asdict(recipe), "config": config_to_json(recipe.config())}
     head |= {"step": state.step, "seconds": state.seconds}
     partial = path.with_suffix(".partial.npz")
     np.savez(partial, head=np.array(json.dumps(head)), **arrays)

@@ -24,7 +24,8 @@ from refcurv.law.checks import (
     require_shape,
 )
 from refcurv.model.corpus import Corpus
-from refcurv.model.weights import Model, expand
+from refcurv.model.patterns import expand
+from refcurv.model.weights import Model
 
 DENSE = 8192
 """Parameters of the largest block that is made dense: half a GiB."""
