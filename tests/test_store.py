@@ -1,9 +1,8 @@
-"""files/store.py: what is written comes back bit for bit, whole or not at all; lies are refused."""
+"""files/store/: what is written comes back bit for bit, whole or not at all; lies are refused."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import itertools
 import json
 import os
@@ -251,7 +250,7 @@ def limited(program: str, *arguments: object) -> subprocess.CompletedProcess[str
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "PYTHONPATH": str(Path(store.__file__).parents[2])},
+        env={**os.environ, "PYTHONPATH": str(Path(store.__file__).parents[3])},
     )
 
 
@@ -289,15 +288,14 @@ def test_a_disk_that_fails_at_any_write(
     """From the first byte to the last header, which HDF5 writes on closing."""
     entries, left = [Entry("a.W", W), Entry("b", W)], [10**6]
 
-    class Disk(io.FileIO):
-        def write(self, data: Any) -> int:
-            left[0] -= 1
-            if left[0] < 0:
-                raise failure
-            return super().write(data)
+    def write(descriptor: int, data: Any, right: Any = os.write) -> int:
+        left[0] -= 1
+        if left[0] < 0:
+            raise failure
+        return right(descriptor, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", lambda path, mode, buffering: Disk(path, mode.replace("b", "")))
+        patch.setattr(os, "write", write)
         put(path, *entries)
         writes = 10**6 - left[0]
         for left[0] in range(writes):

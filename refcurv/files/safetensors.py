@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from refcurv.files.disk import machine_faults, parse_json
+from refcurv.files.disk import machine_faults, parse_json, replacing
 from refcurv.law.checks import Array, SchemaError
 
 DTYPES: Final = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -138,12 +138,10 @@ Rows = Sequence[tuple[str, str, tuple[int, ...]]]
 
 
 def write_file(path: Path, tensors: Rows, read: Callable[[str], Array]) -> None:
-    """Write (name, stored, shape) tensors, each one's raw array got from `read(name)`; synced."""
-    with path.open("xb") as file:
+    """Write (name, stored, shape) tensors, each one's raw array got from `read(name)`."""
+    with replacing("export", path) as file:
         for chunk in _chunks(tensors, read):
             file.write(chunk)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def holds(path: Path, tensors: Rows, read: Callable[[str], Array]) -> bool:
