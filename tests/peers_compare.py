@@ -25,7 +25,8 @@ from transformers.pytorch_utils import Conv1D
 
 from refcurv.files import huggingface, weights
 from refcurv.files.corpus import Corpus
-from refcurv.files.families import Family, Form, Slot
+from refcurv.files.families import Family
+from refcurv.files.slots import Form, Slot
 from refcurv.model import transformer
 from refcurv.model.config import Model, ModelConfig
 from refcurv.model.layers import DEFINITIONS, Ops, unfold

@@ -16,7 +16,7 @@ from names_in_memory import in_memory
 from strategies import few
 from test_families import KINDS, checkpoint, config_of
 
-from refcurv.files import families, naming, safetensors, weights
+from refcurv.files import naming, safetensors, slots, weights
 from refcurv.files.families import FAMILIES, Family
 from refcurv.files.huggingface import conversion, convert, export, read_config
 from refcurv.files.naming import Plan
@@ -36,7 +36,7 @@ def records(family: Family, config: ModelConfig) -> dict[str, Tensor]:
     """The tensors of a checkpoint by name, none of them on disk."""
     shapes = config.parameter_shapes()
     return {
-        name: record(name, families.tensor_shape(slot, config, [shapes[p] for p in ours]))
+        name: record(name, slots.tensor_shape(slot, config, [shapes[p] for p in ours]))
         for name, (slot, ours) in naming.tensors_of(family, config).items()
     }
 

@@ -14,9 +14,10 @@ from typing import Final
 import numpy as np
 
 from refcurv.files.disk import PathLike, input_path, machine_faults
+from refcurv.files.encoding import PARTS, PIECE, encode, encode_pairs
 from refcurv.files.ids import WHO, npy_rows, read_bin
 from refcurv.files.json_lines import JSON_LINES, Item, line_item, lines, require_utf8_mark
-from refcurv.files.tokenizer import PARTS, PIECE, Tokenizer, encode, encode_pairs
+from refcurv.files.tokenizer import Tokenizer
 from refcurv.law.checks import (
     Array,
     ConventionError,

@@ -9,10 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import field as field_of
-from enum import StrEnum
 from typing import Final
-
-import numpy as np
 
 from refcurv.files.keys import (
     Rule,
@@ -23,87 +20,17 @@ from refcurv.files.keys import (
     field,
     fixed,
     images,
-    local_blocks,
     not_built,
     nullable,
-    one_window,
     only,
     query_scalar,
-    rope,
     scaled_embedding,
     sizes,
-    upper_blocks,
-    windows_by_layer,
 )
-from refcurv.law.checks import Array
-from refcurv.model.config import ModelConfig, Norm, NormPlace, Pool, QKNorm, Residual
-
-
-class Form(StrEnum):
-    """How a checkpoint's tensor holds our weights W (d_out, d_in).
-
-    rows: W, or several stacked: [W_q; W_k; W_v].
-    turned: the transpose of that (GPT-2's Conv1D).
-    heads: for each head in turn its rows of W_q, W_k, W_v.
-    patch: W as the kernel of a convolution, (d_out, channels, side, side).
-    bare: no `.weight` behind its name, and axes of length 1 before the others, three in all.
-    """
-
-    ROWS = "rows"
-    TURNED = "turned"
-    HEADS = "heads"
-    PATCH = "patch"
-    BARE = "bare"
-
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """One module of a checkpoint: its name, our layers in it in their order, and how.
-
-    `*` in the names is the number of a block.
-    """
-
-    theirs: str
-    ours: tuple[str, ...]
-    form: Form = Form.ROWS
-
-
-def tensor_shape(slot: Slot, config: ModelConfig, parts: list[tuple[int, ...]]) -> tuple[int, ...]:
-    """The shape of the checkpoint's tensor, from those of our parts."""
-    shape = (sum(part[0] for part in parts), *parts[0][1:])
-    if slot.form is Form.TURNED:
-        return shape[::-1]
-    if slot.form is Form.BARE:
-        return (1,) * (3 - len(shape)) + shape
-    if slot.form is Form.PATCH and len(shape) == 2:
-        image = config.image
-        assert image is not None
-        return shape[0], image.channels, image.patch, image.patch
-    return shape
-
-
-def join(slot: Slot, config: ModelConfig, parts: list[Array]) -> Array:
-    """Our parts → the checkpoint's tensor, the same numbers bit for bit."""
-    shape = tensor_shape(slot, config, [part.shape for part in parts])
-    if slot.form is Form.HEADS:
-        by_head = [part.reshape(config.heads, config.head_width, -1) for part in parts]
-        return np.concatenate(by_head, axis=1).reshape(shape)
-    joined = np.concatenate(parts) if len(parts) > 1 else parts[0]
-    return joined.T if slot.form is Form.TURNED else joined.reshape(shape)
-
-
-def split(
-    slot: Slot, config: ModelConfig, tensor: Array, parts: list[tuple[int, ...]], index: int
-) -> Array:
-    """The reverse of `join`: the checkpoint's tensor → our part `index` of those shapes."""
-    if slot.form is Form.HEADS:
-        by_head = tensor.reshape(config.heads, len(parts), config.head_width, -1)
-        return np.ascontiguousarray(by_head[:, index]).reshape(parts[index])
-    joined = tensor.T if slot.form is Form.TURNED else tensor
-    start = sum(part[0] for part in parts[:index])
-    if len(parts) > 1:
-        joined = joined[start : start + parts[index][0]]
-    return np.ascontiguousarray(joined).reshape(parts[index])
+from refcurv.files.rotary_keys import rope
+from refcurv.files.slots import Form, Slot
+from refcurv.files.window_keys import local_blocks, one_window, upper_blocks, windows_by_layer
+from refcurv.model.config import Norm, NormPlace, Pool, QKNorm, Residual
 
 
 @dataclass(frozen=True, slots=True)

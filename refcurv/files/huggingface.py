@@ -28,11 +28,12 @@ from refcurv.files.disk import (
     parse_json,
     write_bytes,
 )
-from refcurv.files.families import FAMILIES, Family, join, split, tensor_shape
+from refcurv.files.families import FAMILIES, Family
 from refcurv.files.keys import same
 from refcurv.files.known import require_known
 from refcurv.files.mistaken import no_folder, unknown_model
 from refcurv.files.naming import Source, Tensors, plan, tensors_of, whole
+from refcurv.files.slots import join, split, tensor_shape
 from refcurv.law.checks import (
     Array,
     ConventionError,

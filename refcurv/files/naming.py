@@ -14,9 +14,10 @@ from typing import Final
 import numpy as np
 
 from refcurv.files import safetensors, weights
-from refcurv.files.families import BUFFERS, Family, Form, Slot, tensor_shape
+from refcurv.files.families import BUFFERS, Family
 from refcurv.files.mistaken import require_plain_tensors
 from refcurv.files.safetensors import Tensor
+from refcurv.files.slots import Form, Slot, tensor_shape
 from refcurv.law.checks import ConventionError, SchemaError
 from refcurv.model.config import ModelConfig
 
