@@ -1,4 +1,4 @@
-"""files/encoding.py and tokenizer.py: pairs and long texts have the ids of the whole text; files."""
+"""files/encoding.py, tokenizer.py: pairs and long texts have the ids of the whole; the file."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ BESIDE: Final = (
     "tokenizer_config.json",
     "vocab.json",
 )
-"""Files of a tokenizer and of generation: no part of the model, but of what others load."""
+"""Files of a tokenizer and of generation. They are no part of the model; others load them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,14 +89,14 @@ def read_text(folder: Path, name: str) -> str:
 
 
 def read_config_text(folder: Path) -> str:
-    """config.json; where there is none, what the folder is instead."""
+    """The text of config.json. If there is none, the error says what the folder is instead."""
     if not there(folder / "config.json"):
         raise no_config(folder)
     return read_text(folder, "config.json")
 
 
 def there(path: Path) -> bool:
-    """Is something of this name there, if only a link that leads nowhere?"""
+    """Is there anything of this name? A link that leads nowhere counts."""
     return path.exists() or path.is_symlink()
 
 
@@ -125,9 +125,9 @@ def beside(folder: Path) -> dict[str, str]:
 
 
 def _weight_map(folder: Path, files: list[str]) -> dict[str, str] | None:
-    """Tensor → shard, as the index says; None if it was left by shards that are no more there.
+    """Tensor → shard, as the index says; None if the index is left over and its shards are gone.
 
-    transformers' `save_pretrained` replaces shards by model.safetensors and leaves their index.
+    transformers' `save_pretrained` leaves the index when it replaces shards by model.safetensors.
 
     Proof: tests/test_huggingface.py::test_an_index_that_its_shards_left_behind
     """

@@ -1,4 +1,4 @@
-"""Paths, faults of the machine, texts: what every file needs, whatever its format."""
+"""What every file needs, whatever its format: paths, faults of the machine, whole writing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WRITING: Final = "Check space and permissions; nothing that existed was changed.
 _IN_PLACE: Final = "What was written is in its place, but a power cut may undo it. Check the disk."
 
 _NO_PATH: Final = (errno.ENAMETOOLONG, errno.ELOOP)
-"""What the path itself is to blame for: a name that is too long, links that lead in a circle."""
+"""Errors that the path itself causes: a name that is too long, links that lead in a circle."""
 
 
 @contextmanager
@@ -72,9 +72,9 @@ def output_file(who: str, path: PathLike) -> Path:
 def require_apart(
     who: str, outputs: Mapping[str, PathLike], inputs: Mapping[str, PathLike]
 ) -> None:
-    """SchemaError where an output would replace an input or another output, links resolved.
+    """SchemaError if an output would replace an input or another output. Links are resolved.
 
-    Both map what a file is for, as a message may call it, to where it is.
+    `outputs` and `inputs` map what a message calls a file to its path.
 
     Proof: tests/test_cli.py::test_no_output_may_take_the_place_of_an_input
     """
@@ -99,13 +99,13 @@ def _same_file(one: Path, other: Path) -> bool:
 
 
 def free_bytes(path: PathLike) -> int:
-    """Bytes free on the disk that `path` lies on, or would."""
+    """Free bytes on the disk of `path`, which need not exist."""
     with machine_faults("write", path, WRITING):
         return shutil.disk_usage(Path(os.path.realpath(path)).parent).free
 
 
 def require_space(who: str, path: PathLike, nbytes: int) -> None:
-    """StorageError, before the work, where `path` could not hold so many bytes."""
+    """StorageError if the disk of `path` has not so many bytes free. Asked before the work."""
     free = free_bytes(path)
     if nbytes > free:
         raise StorageError(
@@ -179,7 +179,7 @@ def new_folder(who: str, path: PathLike) -> Iterator[Path]:
 
 
 def require_writable(who: str, path: PathLike) -> Path:
-    """`output_file`, once a file could be made there: asked before the work, not after it.
+    """`output_file`, after a trial that a file can be made there. Asked before the work.
 
     Raises:
         SchemaError, StorageError: as `replacing`.
@@ -201,11 +201,11 @@ def require_writable(who: str, path: PathLike) -> Path:
 def _beside(
     who: str, path: PathLike, target: Path, make: Callable[[Path], int]
 ) -> Iterator[tuple[Path, int]]:
-    """What `make` makes, a file or a folder, and its descriptor; every output is written here.
+    """A new file or folder beside `target`, and its descriptor. Every output is written this way.
 
-    It lies beside `target`. When the block ends well it is synced, and renamed to `target`. When
-    the block fails it is removed. It is locked for as long as this process lives: the next writer
-    of `target` removes what a killed one left, and only that.
+    When the block ends well, it is synced and renamed to `target`. When the block fails, it is
+    removed. It is locked until then. A writer that is killed leaves it without a lock; the next
+    writer of `target` removes it then, and only then.
 
     Proof: tests/test_kills.py::test_every_writer_killed_at_any_step_leaves_the_old_or_the_new
     """
@@ -261,9 +261,9 @@ def _locked(partial: Path, make: Callable[[Path], int]) -> int:
 
 
 def _take_permissions(descriptor: int, target: Path) -> None:
-    """Those of `target`, before anything is written that not everybody may read.
+    """Take over the permissions of `target`, before anything is written that is not for everybody.
 
-    A folder stays its owner's to write to.
+    The owner of a folder may always write to it.
 
     Proof: tests/test_disk.py::test_a_folder_takes_the_permissions_of_the_empty_one_there
     """
@@ -274,7 +274,7 @@ def _take_permissions(descriptor: int, target: Path) -> None:
 
 
 def _remove_left_over(target: Path) -> None:
-    """Remove the partial files and folders of writers of `target` that are no more alive.
+    """Remove the partial files and folders of writers of `target` that have died.
 
     Proof: tests/test_disk.py::test_what_was_made_anew_meanwhile_is_not_removed
     """
@@ -386,6 +386,6 @@ def parse_json(who: str, what: str, text: str | bytes) -> dict[str, Any]:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, on one line of bounded length, without the final stop."""
+    """The text of an error in one line of bounded length, without the final stop."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     return " ".join(text.split())[:200].rstrip(".") or type(error).__name__

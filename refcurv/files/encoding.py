@@ -14,19 +14,19 @@ from refcurv.files.tokenizer import Tokenizer, library_faults, nothing_printed
 from refcurv.law.checks import Array
 
 PIECE: Final = 2**18
-"""Letters tokenized at one time; the library takes some 130 bytes for each."""
+"""Letters that are tokenized at one time; the library takes about 130 bytes for each."""
 
 OVERLAP: Final = 2**14
 """Letters that two pieces share."""
 
 PARTS: Final = 2048
-"""Texts tokenized at one time, when they are short."""
+"""Short texts that are tokenized at one time."""
 
 
 def encode(
     tokenizer: Tokenizer, texts: Sequence[str], where: str, at: Callable[[int], None]
 ) -> list[Array]:
-    """The ids of each text, as of the whole of it; `at` hears how far a long one is."""
+    """The ids of each text, those of the whole text; `at` is told how far a long one is read."""
     with library_faults(f"the tokenizer, on {where} or soon after it"):
         short = [text for text in texts if len(text) <= PIECE]
         with nothing_printed():
@@ -42,11 +42,12 @@ def encode(
 def encode_pairs(
     tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], where: str
 ) -> list[tuple[Array, int, bool]]:
-    """The ids of prefix and suffix together, how many are the prefix's, whether one is of both.
+    """For each pair: the ids of its text, how many are the prefix's, whether a token is of both.
 
     Definition
-        ids = those of the text prefix + suffix. The prefix has the tokens up to the first one that
-        ends behind the seam; a token that is of both is the suffix's.
+        The ids are those of the text prefix + suffix. The seam is where the suffix begins. The
+        prefix has the tokens up to the first one that ends behind the seam. A token on both sides
+        of the seam is therefore the suffix's.
 
     Proof: tests/test_tokenizer.py::test_a_pair_has_the_ids_of_its_text
     """
@@ -63,8 +64,8 @@ def encode_pairs(
 def _cut_before(encoding: Any, text: str, seam: int) -> tuple[int, bool]:
     """How many tokens lie before the letter `seam`, and whether a token lies on both sides.
 
-    A composing normalizer (NFC) gives a token the offsets of its first letter alone. The letters
-    behind it that are in no token belong to it if they compose with it.
+    A composing normalizer (NFC) reports only the first letter of what it composed as a token's
+    place. Letters behind it that are in no token belong to the token if they compose with it.
     """
     spans = np.array(encoding.offsets, np.int64).reshape(-1, 2)
     starts, ends = spans[:, 0], spans[:, 1]
@@ -88,9 +89,11 @@ def _composes(left: str, right: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """The tokens of text[begin:end]: ids, where in the text (n, 2), which begin a word.
+    """The tokens of text[begin:end].
 
-    The last two are known of the first and the last OVERLAP letters; elsewhere the place is -1.
+    Fields: begin, end; ids (n,); spans (n, 2), where each token lies in the text; first (n,), which
+    tokens begin a word. spans and first are known in the first and the last OVERLAP letters;
+    elsewhere the spans are -1.
     """
 
     begin: int
@@ -105,7 +108,7 @@ class _Piece:
         return slice(inside[0], inside[-1] + 1) if len(inside) else slice(0, 0)
 
     def same(self, mine: slice, other: _Piece, its: slice) -> bool:
-        """Whether two stretches are the same tokens at the same places, words and all."""
+        """Do two stretches have the same tokens, at the same places, with the same words?"""
         return (
             np.array_equal(self.ids[mine], other.ids[its])
             and np.array_equal(self.spans[mine], other.spans[its])
@@ -117,10 +120,10 @@ def in_pieces(library: Any, text: str, at: Callable[[int], None]) -> Array:
     """The ids of a long text, PIECE letters at a time.
 
     Definition
-        Those of the whole text: library.encode(text).ids. Neighbouring pieces share OVERLAP
-        letters, and are joined in the middle of them (`_joint`). Where that cannot be, the left
-        piece is doubled until it can, in the end to the whole text. If that changes a token which
-        an earlier joint took for sure, the whole text is tokenized at one time.
+        The ids are those of the whole text, library.encode(text).ids. Neighbouring pieces share
+        OVERLAP letters, and are joined in the middle of them (`_joint`). If they cannot be joined,
+        the left piece is doubled until they can, at most to the whole text. If a doubled piece
+        changes a token that was already joined, the whole text is tokenized at one time.
 
     Cost: As of the text at one time; memory of PIECE letters, of more only where no words end.
     Proof: tests/test_tokenizer.py::test_ids_in_pieces_are_those_of_the_whole
@@ -147,7 +150,7 @@ def in_pieces(library: Any, text: str, at: Callable[[int], None]) -> Array:
 
 
 def _piece(library: Any, text: str, begin: int, end: int) -> _Piece:
-    """Tokenize text[begin:end]; places and words are looked up where other pieces share it."""
+    """Tokenize text[begin:end]; look up places and words in what neighbouring pieces share."""
     with nothing_printed():
         found = library.encode(text[begin:end], add_special_tokens=False)
     n, end = len(found), min(end, len(text))
@@ -167,17 +170,18 @@ def _piece(library: Any, text: str, begin: int, end: int) -> _Piece:
 def _joint(left: _Piece, right: _Piece, inside_words: bool) -> tuple[int, int] | None:
     """Where `left` ends and `right` goes on: an index into the tokens of each; None if nowhere.
 
-    Both must have the same tokens in the middle half of what they share, and the joint is
+    Both must have the same tokens in the middle half of what they share. The joint lies there:
 
-    - the beginning of a word there. Words are found by a scan to the right, and are tokenized one
-      by one: two scans that meet go on together, whatever came before.
-    - or, in BPE, between any two tokens there: a sequence of tokens is that of its text if and
-      only if each pair of neighbours is that of its own text, for merges on either side of a
-      boundary that is never merged away do not see one another. Each pair of the joined sequence
-      stands in one of the pieces.
+    - At the beginning of a word. Words are found by a scan to the right, and are tokenized one by
+      one. Two scans that once begin a word at the same letter agree from there on.
+    - In BPE, if no word begins there, between any two tokens. A sequence of tokens is that of its
+      text if and only if each pair of neighbours is that of the pair's own text: merges on the two
+      sides of a boundary that is never merged away do not affect each other. Each pair of the
+      joined sequence lies in one of the pieces.
 
-    A rule that looks ahead to the end of a run (digits by threes from the right) may see no end
-    in either piece, and both be wrong alike. The piece that sees it will not join: `in_pieces`.
+    Some rules look ahead to the end of a run, such as digits by threes from the right. If neither
+    piece sees the end, both may be wrong in the same way. A later piece that sees the end will not
+    join, and `in_pieces` starts again.
     """
     quarter = (left.end - right.begin) // 4
     low, high = right.begin + quarter, left.end - quarter

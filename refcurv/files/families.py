@@ -38,16 +38,17 @@ class Family:
     """What a `model_type` means.
 
     Fields:
-        model_type: as config.json says it; architecture: transformers' class of the whole model.
-        prefix: before the names of all tensors but the head's; a checkpoint that was saved from
-            the base model lacks it.
-        rules: config.json ↔ ModelConfig, in order.
-        slots: the tensors.
-        ignored: patterns of tensors that are no parameters, beside BUFFERS (masks, a pooler).
-        irrelevant: keys of its own that no forward depends on.
-        refused: other classes of this model_type, and why not.
-        aliases: keys that transformers takes for others, other names of the same attribute.
-        in_memory: modules that transformers 5 calls otherwise than the checkpoint does.
+        model_type: the value of that key in config.json.
+        architecture: the name of transformers' class for the whole model.
+        prefix: what the names of all tensors but the head's begin with. A checkpoint of the base
+            model alone lacks it.
+        rules: config.json ↔ ModelConfig. They are read in order.
+        slots: the modules of the checkpoint, and our layers in them.
+        ignored: patterns of tensors that are no parameters (masks, a pooler), besides BUFFERS.
+        irrelevant: keys of config.json that no forward of the family depends on.
+        refused: other classes of this model_type → why they are refused.
+        aliases: keys that transformers reads as another key → that key.
+        in_memory: transformers 5's name of a module in memory → its name in the checkpoint.
     """
 
     model_type: str
@@ -66,7 +67,7 @@ BUFFERS: Final = (
     r"(.+\.)?rotary_emb\.(\w+_)?(inv_freq|(cos|sin)_cached)",
     r"(.+\.)?embed_tokens\.embed_scale",
 )
-"""Tensors of any family that follow from config.json, which earlier releases stored."""
+"""Tensors that earlier releases stored in any family; they follow from config.json."""
 
 
 def _slots(names: Mapping[str, str]) -> tuple[Slot, ...]:
@@ -124,7 +125,7 @@ _ATTENTION_BIAS: Final = bias("attention_bias", False, *_QKVO)
 _PRE_RMS: Final = fixed(norm_place=NormPlace.PRE, qk_norm=QKNorm.NONE)
 _LAYER_NORM: Final = fixed(norm=Norm.LAYER, norm_bias=True, qk_norm=QKNorm.NONE)
 _HEADS_GIVEN: Final = ("head_width",)
-"""Where transformers' default of num_key_value_heads is a number, the key must be there."""
+"""For `sizes(derived=)`: num_key_value_heads must be there, for its default is a fixed number."""
 
 
 def _tied(default: bool) -> Rule:
@@ -316,7 +317,7 @@ _SUMMARY: Final = frozenset(
     "summary_activation summary_first_dropout summary_proj_to_labels summary_type "
     "summary_use_proj n_ctx reorder_and_upcast_attn".split()
 )
-"""A head that no language model has, an older name of n_positions, and how to compute."""
+"""Keys of a classification head, an older name of n_positions, and a choice of kernel."""
 
 GPT2: Final = Family(
     "gpt2",

@@ -1,8 +1,10 @@
 """Keys of a config.json ↔ fields of a ModelConfig: the rules that a family is written in.
 
-A rule knows its keys and works in both directions. It never guesses: a value that it does not
-know is an error, raised as a sentence about the key; who reads the file puts its name in front.
-A key that is absent or null has transformers' own default, where there is a harmless one.
+A rule knows its keys and works in both directions. A rule never guesses: a value that it does not
+know is an error. The error is a sentence about the key; the caller puts the file's name in front.
+An absent or null key has transformers' own default, if that default is harmless.
+
+Rotary positions are in `rotary_keys`, windows in `window_keys`.
 """
 
 from __future__ import annotations
@@ -28,9 +30,12 @@ _MOST_LAYERS: Final = 10_000
 class Rule:
     """Some keys and what they mean.
 
-    Fields: keys; read (config.json, the fields found by earlier rules) → fields; write
-    ModelConfig → config.json. Where ModelConfig says what the keys cannot, `write` writes
-    something else or nothing: the exporter reads its text back and compares.
+    Fields:
+        keys: the keys of config.json that the rule reads.
+        read: (config.json, the fields that earlier rules found) → more fields of ModelConfig.
+        write: ModelConfig → keys and values for config.json. The keys cannot describe every
+            ModelConfig. `write` then gives other values or none, and the exporter notices: it reads
+            its own text back and compares.
     """
 
     keys: tuple[str, ...]
@@ -49,7 +54,7 @@ def required(data: Values, key: str) -> Any:
 
 
 def natural(data: Values, key: str, most: int = _MOST) -> int:
-    """A positive integer; neither true nor 1.0 is one."""
+    """A positive integer. The JSON values true and 1.0 are refused."""
     value = required(data, key)
     if type(value) is not int or not 1 <= value <= most:
         raise SchemaError(f"{key} must be a positive integer up to {most}; got {value!r:.40}")
@@ -73,7 +78,7 @@ def flag(data: Values, key: str, default: bool) -> bool:
 
 
 def same(one: object, two: object) -> bool:
-    """Equal as JSON: 1 and 1.0 are, 1 and true are not."""
+    """Are two JSON values equal? 1 equals 1.0; 1 does not equal true."""
     return isinstance(one, bool) == isinstance(two, bool) and one == two
 
 
@@ -83,12 +88,12 @@ _REQUIRED: Final = object()
 
 
 def fixed(**fields: Any) -> Rule:
-    """What the family decides and no key says."""
+    """Fields that have one value in the whole family, and no key."""
     return Rule((), lambda data, found: dict(fields), lambda config: {})
 
 
 def field(key: str, name: str, default: Any = _REQUIRED) -> Rule:
-    """A key that is a field by another name; null or absent means `default`."""
+    """The value of a key becomes the field `name`; a key that is null or absent means `default`."""
 
     def read(data: Values, found: Fields) -> Fields:
         if default is _REQUIRED:
@@ -99,7 +104,7 @@ def field(key: str, name: str, default: Any = _REQUIRED) -> Rule:
 
 
 def nullable(key: str, name: str, default: Any = None) -> Rule:
-    """The same where null says that there is none; absent means `default`."""
+    """As `field`, but null is a value of its own: there is none. An absent key means `default`."""
     return Rule(
         (key,),
         lambda data, found: {name: data.get(key, default)},
@@ -108,7 +113,10 @@ def nullable(key: str, name: str, default: Any = None) -> Rule:
 
 
 def choice(key: str, name: str, meanings: Mapping[Any, Any], default: Any = _REQUIRED) -> Rule:
-    """A key with few known values, (value, what the field is then); the first is preferred."""
+    """A key with few known values: {value of the key: value of the field}; any other is refused.
+
+    `write` takes the default where it fits, else the first value that does.
+    """
 
     def read(data: Values, found: Fields) -> Fields:
         value = default if data.get(key) is None else data[key]
@@ -127,7 +135,7 @@ def choice(key: str, name: str, meanings: Mapping[Any, Any], default: Any = _REQ
 
 
 def only(key: str, *values: Any) -> Rule:
-    """A key that changes the mathematics, and the values that do not."""
+    """A key that could change the mathematics: these values do not, and any other is refused."""
 
     def read(data: Values, found: Fields) -> Fields:
         if key in data and not any(same(data[key], value) for value in values):
@@ -138,7 +146,7 @@ def only(key: str, *values: Any) -> Rule:
 
 
 def not_built(key: str, what: str) -> Rule:
-    """A switch of something that a family has and refcurv does not."""
+    """A key that switches on what refcurv does not compute: true is refused."""
 
     def read(data: Values, found: Fields) -> Fields:
         if flag(data, key, False):
@@ -149,7 +157,10 @@ def not_built(key: str, what: str) -> Rule:
 
 
 def echo(key: str, of: str, default: Any = None) -> Rule:
-    """A key that no forward reads, an older spelling of `of`: null, or the same value."""
+    """A key that transformers no longer reads, the older name of `of`.
+
+    It may be null, or have the same value as `of`.
+    """
 
     def read(data: Values, found: Fields) -> Fields:
         value, meant = data.get(key), data.get(of, default)
@@ -163,7 +174,7 @@ def echo(key: str, of: str, default: Any = None) -> Rule:
 
 
 def bias(key: str, default: bool, *layers: str) -> Rule:
-    """Do these linear layers have a bias?"""
+    """A key that says whether these linear layers have a bias."""
     return Rule(
         (key,),
         lambda data, found: {"biases": layers if flag(data, key, default) else ()},
@@ -188,11 +199,11 @@ ACTIVATIONS: Final = {
     "gelu_fast": Activation.GELU_TANH,
     "relu": Activation.RELU,
 }
-"""transformers' names. `gelu_fast` writes √(2/π) with ten digits, 4e-12 off."""
+"""transformers' names → ours. `gelu_fast` has √(2/π) to ten digits, an error of 4e-12."""
 
 
 def activation(key: str, default: str) -> Rule:
-    """The MLP's function."""
+    """The key that names the activation function of the MLP."""
     return choice(key, "activation", ACTIVATIONS, default)
 
 
@@ -205,7 +216,11 @@ def sizes(
     head_width: str | None = "head_dim",
     derived: tuple[str, ...] = ("kv_heads", "head_width"),
 ) -> Rule:
-    """The sizes by their keys; those in `derived` follow from others where a key is absent."""
+    """The sizes, each by its key.
+
+    A size in `derived` may lack its key; it then follows from the others: kv_heads = heads,
+    mlp_width = 4 width, head_width = width / heads. Without a key name (None) it always does.
+    """
     named = {
         "width": width,
         "layers": layers,
@@ -238,12 +253,12 @@ def sizes(
 
 
 def scaled_embedding() -> Rule:
-    """Gemma: the embedding times the root of its width."""
+    """Gemma multiplies the embedding by the square root of the width."""
     return Rule((), lambda data, found: {"embed_scale": found["width"] ** 0.5}, lambda config: {})
 
 
 def query_scalar(key: str, default: int) -> Rule:
-    """Gemma-2: scores times query_pre_attn_scalar^(-1/2)."""
+    """Gemma-2 multiplies the scores by query_pre_attn_scalar^(-1/2)."""
 
     def read(data: Values, found: Fields) -> Fields:
         scalar = number({key: default, **data}, key)
@@ -305,7 +320,7 @@ def _sides(data: Values, key: str) -> tuple[int, int]:
 
 
 def _classes(data: Values) -> int:
-    """The number of labels; transformers' default is two."""
+    """The number of classes: as many as id2label names, or num_labels, by default two."""
     labels = data.get("id2label")
     if labels is None:
         return natural({"num_labels": 2, **data}, "num_labels")

@@ -37,10 +37,10 @@ _KINDS: Final = {
         "truncate",
     ),
 }
-"""The keys of each kind of scaling; those of every kind come beside them."""
+"""The keys of each kind of scaling, beside rope_type, rope_theta and partial_rotary_factor."""
 
 NOT_BUILT: Final = ("axial", "dynamic", "longrope", "mrope", "proportional", "su", "yarn")
-"""Kinds of rotary positions that published models have, where a family does not compute them."""
+"""Kinds of rotary positions in published models; refused where a family does not compute them."""
 
 _BLOCKS: Final = ("rope_parameters", "rope_scaling")
 _NESTED: Final = (FULL, SLIDING)
@@ -54,15 +54,15 @@ def rope(
     scalings: tuple[Scaling, ...] = tuple(Scaling),
     nested: bool = False,
 ) -> Rule:
-    """Rotary positions, in transformers 5's keys or the older ones.
+    """Rotary positions, in the keys of transformers 5 or the older ones.
 
     Args:
         theta_key: The older key of the base.
-        theta: The base where no key says one.
-        partial_key: The older key of the share of a head's width that turns; None for all of it.
-        partial: The share where no key says one.
-        scalings: Those that transformers computes for the family.
-        nested: rope_parameters has a block for each kind of attention, and rope_scaling is of
+        theta: The base, if no key gives one.
+        partial_key: The older key of the rotated share of a head's width; None: all of it rotates.
+        partial: The share, if no key gives one.
+        scalings: The kinds of scaling that transformers computes for the family.
+        nested: rope_parameters has a block for each kind of attention, and rope_scaling is about
             full attention.
     """
 
@@ -120,7 +120,7 @@ def _block(value: object, name: str) -> Values:
 
 
 def _merged(*blocks: Values) -> Fields:
-    """All of them as one; null says nothing, and what is said twice must agree."""
+    """All blocks as one. A null is skipped; a key that occurs twice must have one value."""
     merged: Fields = {}
     for block in blocks:
         for key, value in block.items():
@@ -137,7 +137,7 @@ def _merged(*blocks: Values) -> Fields:
 
 
 def _require_built(blocks: tuple[Values, ...], scalings: tuple[Scaling, ...]) -> None:
-    """Say of a kind that is known and not built that it is that; later releases write it twice."""
+    """Refuse a kind that is known and not built, under either key (releases may write both)."""
     kinds = [block.get(key) for block in blocks for key in ("rope_type", "type")]
     kinds += ["mrope" for block in blocks if block.get("mrope_section") is not None]
     for kind in kinds:
@@ -151,7 +151,7 @@ def _require_built(blocks: tuple[Values, ...], scalings: tuple[Scaling, ...]) ->
 def _rope_fields(
     block: Fields, head_width: int, scalings: tuple[Scaling, ...], context: object
 ) -> Fields:
-    """What one merged block says."""
+    """The fields of a ModelConfig that one merged block describes."""
     base, share = (number(block, key) for key in ("rope_theta", "partial_rotary_factor"))
     if share > 1:
         raise SchemaError(f"partial_rotary_factor must be at most 1; got {share:g}")

@@ -14,11 +14,11 @@ from refcurv.model.config import ModelConfig
 class Form(StrEnum):
     """How a checkpoint's tensor holds our weights W (d_out, d_in).
 
-    rows: W, or several stacked: [W_q; W_k; W_v].
-    turned: the transpose of that (GPT-2's Conv1D).
-    heads: for each head in turn its rows of W_q, W_k, W_v.
+    rows: W itself, or several W stacked: [W_q; W_k; W_v].
+    turned: the transpose of `rows` (GPT-2's Conv1D).
+    heads: the rows of W_q, W_k and W_v of the first head, then those of the second, and so on.
     patch: W as the kernel of a convolution, (d_out, channels, side, side).
-    bare: no `.weight` behind its name, and axes of length 1 before the others, three in all.
+    bare: a vector or matrix whose name has no `.weight`, with leading axes of length 1 up to three.
     """
 
     ROWS = "rows"
@@ -30,9 +30,12 @@ class Form(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """One module of a checkpoint: its name, our layers in it in their order, and how.
+    """One module of a checkpoint.
 
-    `*` in the names is the number of a block.
+    Fields:
+        theirs: its name; `*` is the number of a block.
+        ours: the names of our layers that it holds, in order.
+        form: how it holds them.
     """
 
     theirs: str

@@ -27,7 +27,7 @@ _BESIDE: Final = ("tokenizer_config.json", "special_tokens_map.json", "added_tok
 
 @dataclass(frozen=True, slots=True)
 class Tokenizer:
-    """The library's object, and what is put before and behind each text."""
+    """The library's object, and the ids that are put before and behind each text."""
 
     library: Any
     before: tuple[int, ...]
@@ -40,7 +40,7 @@ class Tokenizer:
 
 
 def find_tokenizer(path: PathLike) -> Path:
-    """The tokenizer.json meant: the file itself, or the one in a folder.
+    """The tokenizer.json that `path` means: the file itself, or the one in a folder.
 
     Raises:
         SchemaError: There is none; says how to make it of the vocabulary that is there.
@@ -164,7 +164,7 @@ def _tokens_of(path: Path, record: Mapping[str, Any]) -> Iterator[tuple[str, int
 
 
 def _spelled(token: Any) -> str | None:
-    """'<s>' or {"content": "<s>", ...} → '<s>'."""
+    """The spelling of a token, from '<s>' or {"content": "<s>", ...}."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) and text else None
 
@@ -172,7 +172,7 @@ def _spelled(token: Any) -> str | None:
 def _template(
     library: Any, ids: Sequence[int], where: str
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What the post-processor puts before and behind a text, tried on a word of the vocabulary."""
+    """The ids that the post-processor puts before and behind a text; tried on words it knows."""
     if not ids:
         raise SchemaError(f"{WHO}: {where} has no vocabulary.")
     if not library.num_special_tokens_to_add(False):
@@ -203,7 +203,7 @@ def library_faults(what: str) -> Iterator[None]:
 
 @contextmanager
 def nothing_printed() -> Iterator[None]:
-    """A panic of the library prints its own lines on stderr, whatever becomes of it."""
+    """Send stderr to nowhere: a panic of the library prints its own lines there."""
     try:
         kept = os.dup(2)
     except OSError:  # stderr is closed

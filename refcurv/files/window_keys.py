@@ -11,7 +11,7 @@ from refcurv.model.config import ModelConfig
 
 
 def one_window(default: int | None) -> Rule:
-    """sliding_window of every block; null for none."""
+    """The key sliding_window, one window for every block; null means no window."""
     key = "sliding_window"
 
     def read(data: Values, found: Fields) -> Fields:
@@ -28,11 +28,11 @@ def one_window(default: int | None) -> Rule:
 def windows_by_layer(
     pattern: Callable[[int, Values], str], switch: str | None = None, more: tuple[str, ...] = ()
 ) -> Rule:
-    """layer_types says which blocks have the sliding_window.
+    """The key layer_types, which says which blocks have the window of sliding_window.
 
     Args:
-        pattern: (block, config.json) → its type where layer_types is absent.
-        switch: A key that turns windows on; off where it is absent.
+        pattern: (number of a block, config.json) → the block's type, if layer_types is absent.
+        switch: A key that turns windows on. If the key is absent from config.json, they are off.
         more: The keys that `pattern` reads.
     """
     keys = ("sliding_window", "layer_types")
@@ -71,12 +71,12 @@ def windows_by_layer(
 
 
 def upper_blocks(i: int, data: Values) -> str:
-    """Qwen: the blocks from max_window_layers on have the window."""
+    """A `pattern`, Qwen's: the blocks from max_window_layers on have the window."""
     return SLIDING if i >= natural({"max_window_layers": 28, **data}, "max_window_layers") else FULL
 
 
 def local_blocks() -> Rule:
-    """GPT-Neo: attention_types, [[["global", "local"], times], ...], and window_size."""
+    """GPT-Neo's keys: attention_types, [[["global", "local"], times], ...], and window_size."""
 
     def read(data: Values, found: Fields) -> Fields:
         types = data.get("attention_types")

@@ -1,10 +1,9 @@
 """How much of a layer's gradients is rounding: the same pass again, on other digits.
 
-A gradient that is zero by theory, or far smaller than what cancelled on the way to it, comes out as
-noise, and the second moment of noise has a spectrum like any other. No bound on single steps tells
-noise from a small gradient; other runs do. They read the input a few units in the last place larger
-or smaller: the gradients stay what they are, as exactly as the input is known, and every rounding
-is another one.
+Some gradients are zero by theory, or far smaller than the terms that cancel in them. What is
+computed for them is noise, and the second moment of noise has a spectrum like any other. No bound
+on single steps can tell noise from a small gradient. Further runs can. Their input is larger or
+smaller by a few units in the last place. The true gradients hardly change; every rounding does.
 """
 
 from __future__ import annotations
@@ -24,20 +23,24 @@ from refcurv.passes.memory import Sweep
 from refcurv.passes.shards import Shard
 
 POSITIONS = 512
-"""Positions that are looked at, of one shard of a block; one sequence at least."""
+"""How many positions of a shard are looked at; at least one sequence."""
 
 NUDGES = (4, -5, 9)
-"""Units in the last place by which the other runs' inputs are larger."""
+"""By how many units in the last place the input of each further run is larger."""
 
 
 def rounding(
     config: ModelConfig, parameters: Parameters, shard: Shard, job: Sweep
 ) -> dict[str, tuple[float, int]]:
-    """Σ |e|² over some kept rows of each wanted layer, e what g errs by, and how many rows.
+    """Σ |e|² over some kept rows of each wanted layer, and how many rows; e is the error of g.
 
-    Two runs err independently, so that one's |e|² is half of |g' − g|², here the mean over NUDGES,
-    and the square of each entry of g by the smallest number that there is.
-    What is sent back is that of the first draw; of `expected` it is all columns with random signs.
+    Two runs have independent errors. The |e|² of one run is therefore half of |g' − g|², where g'
+    is the gradient of another run. The mean over NUDGES is taken.
+
+    One subnormal number is added for each entry of g: squares below it cannot be seen.
+
+    The gradients are those of the first draw. Under `expected` they are those of one draw of random
+    signs (SIGNED).
 
     Cost: four forward and backward passes over some labelled sequences of the shard.
     Proof: tests/test_rounding.py::test_the_estimate_is_the_error
@@ -74,7 +77,7 @@ def _few(shard: Shard) -> Shard:
 def _nudged(
     config: ModelConfig, parameters: Parameters, shard: Shard, nudge: int
 ) -> tuple[ModelConfig, Parameters, Shard]:
-    """The same model and shard, embeddings or pixels by so many units in the last place larger."""
+    """The same model and shard; embeddings or pixels are `nudge` units in the last place larger."""
     dtype = parameters[config.weight_of("head")].dtype
     factor = 1 + nudge * tolerance.eps(dtype)
     if config.image is None:

@@ -83,9 +83,9 @@ def open_file(path: PathLike, *, format: str | None = None) -> Header:
 
 @contextmanager
 def opened(who: str, path: Path) -> Iterator[Any]:
-    """The HDF5 file, read-only; whatever HDF5 says about its contents becomes one line.
+    """The HDF5 file, read-only. Whatever HDF5 says about its contents becomes one line.
 
-    No locks: a file of ours is never changed in place, only replaced.
+    It is opened without a lock: a file of ours is never changed in place, only replaced.
     """
     try:
         with h5py.File(path, "r", locking=False) as file:
@@ -174,7 +174,7 @@ def _entries(path: Path, file: Any) -> dict[str, Info]:
 
 
 def _datasets(path: Path, file: Any) -> Iterator[tuple[str, Any]]:
-    """Walk the tree: hard links only, each object met once, so that no cycle is entered."""
+    """Every dataset of the tree. Only hard links are followed, and an object may be met once."""
     seen = {h5py.h5o.get_info(file.id).addr}
     waiting = [("", file)]
     while waiting:
@@ -212,7 +212,7 @@ def member(path: Path, group: Any, part: str, inner: str) -> Any:
 
 
 def info_of(path: Path, inner: str, dataset: Any) -> Info:
-    """What a dataset declares, checked: plain type, contiguous storage of just its size."""
+    """What a dataset declares, checked: a plain type, and contiguous storage of the right size."""
     where = f"open: {str(path)!r}: dataset {to_name(inner)!r}"
     dtype = _dtype(where, dataset.id.get_type())
     plist, shape = dataset.id.get_create_plist(), dataset.shape
@@ -242,7 +242,7 @@ def info_of(path: Path, inner: str, dataset: Any) -> Info:
 
 
 def _dtype(where: str, kind: Any) -> str:
-    """The name of a little-endian integer or float; exactly those, not merely of their size."""
+    """The name of a little-endian integer or float. A type of the same size only is refused."""
     for name, known in TYPES.items():
         if kind.equal(known):
             return name

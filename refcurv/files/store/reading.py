@@ -1,4 +1,4 @@
-"""A header → its arrays and attributes, as they are asked for; and what a record was read from."""
+"""A header → its arrays and attributes, each read when asked for; what a record was read from."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def _matches(header: Header, name: str) -> bool:
 
 
 def _same(one: Info, other: Info) -> bool:
-    """Equal in every fact; NaN is NaN."""
+    """Are two datasets declared alike? NaN equals NaN."""
     return declared({}, {"": one}) == declared({}, {"": other})
 
 
