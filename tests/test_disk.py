@@ -146,6 +146,8 @@ def test_a_write_takes_everything_or_says_why(tmp_path: Path, monkeypatch) -> No
         with pytest.raises(StorageError, match=r"/f': No space left .* nothing that existed"):
             file.write(b"abcdefghi")
     assert (tmp_path / "f").read_bytes() == b"0123456789abcdef"
+    with pytest.raises(ValueError, match="closed file"):  # and never another file's descriptor
+        file.write(b"late")
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])

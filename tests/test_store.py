@@ -355,6 +355,21 @@ def test_an_interrupt_at_any_moment_of_a_write_is_an_interrupt(tmp_path: Path) -
     assert stopped
 
 
+def test_an_interrupt_while_hdf5_begins_a_file_leaves_none_open(path: Path, monkeypatch) -> None:
+    """HDF5 closes at exit what is open, and dies there: the file of Python's is gone by then."""
+    before, right = path.read_bytes(), h5py.File
+
+    def interrupted(*arguments: Any, **options: Any) -> h5py.File:
+        os.kill(os.getpid(), signal.SIGINT)
+        return right(*arguments, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(h5py, "File", interrupted)
+        put(path, Entry("a", W))
+    assert not h5py.h5f.get_obj_count(h5py.h5f.OBJ_ALL, h5py.h5f.OBJ_FILE)
+    assert path.read_bytes() == before and only(path.parent, "f.h5")
+
+
 @pytest.mark.parametrize(
     "name", ["", ".", "a..b", "a/b", "a b", "ü", "a.", "x" * 101, "a." * 16 + "a"]
 )

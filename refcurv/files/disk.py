@@ -158,7 +158,8 @@ def replacing(who: str, path: PathLike) -> Iterator[NewFile]:
         tests/test_reports_files.py::test_a_replaced_file_keeps_its_permissions
     """
     with _beside(who, path, output_file(who, path), _make_file) as (_, descriptor):
-        yield NewFile(descriptor, who, path)
+        with NewFile(descriptor, who, path) as file:  # closed before its descriptor is another's
+            yield file
 
 
 @contextmanager

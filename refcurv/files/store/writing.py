@@ -58,10 +58,11 @@ def _fill(raw: NewFile, root: Mapping[str, Scalar], arrays: Iterable[Entry]) -> 
     sink = Sink(raw)
     found: dict[str, Info] = {}
     taken: set[str] = set()
-    with sink.shielded():
-        file = h5py.File(sink, "w", libver=("v108", "v108"))
-    sink.check()
+    file = None
     try:
+        with sink.shielded():
+            file = h5py.File(sink, "w", libver=("v108", "v108"))
+        sink.check()
         for entry in arrays:
             _claim(entry.name, taken)
             array = little_endian(entry.array)
@@ -74,9 +75,10 @@ def _fill(raw: NewFile, root: Mapping[str, Scalar], arrays: Iterable[Entry]) -> 
         root = _written(root)
         with sink.shielded():
             _write_attributes(file, {**root, "sha256": declared(root, found)})
-    finally:
+    finally:  # HDF5 dies at exit by SIGSEGV if it has to close the file itself
         with sink.shielded():
-            file.close()
+            if file is not None:
+                file.close()
     sink.check()
 
 
