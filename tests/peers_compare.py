@@ -18,12 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from names_in_memory import in_memory
 from peers_zoo import LENGTH, VOCABULARY, ZOO
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
 from refcurv.files import huggingface, weights
-from refcurv.files.families import Family, Form, Slot
+from refcurv.files.families import Family
+from refcurv.files.slots import Form, Slot
 from refcurv.model import transformer
 from refcurv.model.config import ModelConfig
 from refcurv.model.corpus import Corpus
@@ -211,24 +213,6 @@ def modules(family: Family, config: ModelConfig) -> dict[str, tuple[str, Slot, i
     }
 
 
-RENAMED = (  # what transformers 5 calls the hub's names once loaded
-    ("embed_out", "lm_head"),
-    (".encoder.layer.", ".layers."),
-    ("attention.attention.query", "attention.q_proj"),
-    ("attention.attention.key", "attention.k_proj"),
-    ("attention.attention.value", "attention.v_proj"),
-    ("attention.output.dense", "attention.o_proj"),
-    ("intermediate.dense", "mlp.fc1"),
-    ("output.dense", "mlp.fc2"),
-)
-
-
-def loaded_name(name: str) -> str:
-    for old, new in RENAMED:
-        name = name.replace(old, new)
-    return name
-
-
 def in_our_names(
     family: Family, config: ModelConfig, model: Any, a: Tensors, g: Tensors
 ) -> tuple[Tensors, Tensors, Tensors]:
@@ -239,7 +223,7 @@ def in_our_names(
     a_ours: Tensors = {}
     g_ours: Tensors = {}
     for layer, (module, slot, index) in modules(family, config).items():
-        own = loaded_name(module)
+        own = in_memory(module)
         for kind in ("weight", "bias"):
             name = f"{layer}.{kind}"
             if name not in shapes:

@@ -316,10 +316,14 @@ def test_an_export_that_fails_leaves_nothing(
 ) -> None:
     convert(checkpoint(tmp_path / "hf", config_of("llama")), tmp_path / "w.h5")
 
-    def full(self: Path, target: Path) -> None:
-        raise OSError(28, "No space left on device")
+    right = Path.replace
 
-    monkeypatch.setattr(Path, "rename", full)
+    def full(self: Path, target: Path) -> None:
+        if self.is_dir():  # the files in it are there by now
+            raise OSError(28, "No space left on device")
+        right(self, target)
+
+    monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(StorageError, match="No space left"):
         export(tmp_path / "w.h5", tmp_path / "e")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "w.h5"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -98,6 +99,26 @@ def test_a_writer_that_lives_keeps_its_file(tmp_path: Path) -> None:
         alive.wait()
 
 
+WRITES = re.compile(
+    r"\.write_(text|bytes)\(|\bopen\([^)]*[\"'][wxa]|\.rename\(|\bos\.(replace|link)\(|np\.save|"
+    r"\.tofile\(|json\.dump\(|tempfile|shutil\.(copy|move)"
+)
+"""What writes or moves files in Python, NumPy and json."""
+
+
+def test_nothing_but_disk_writes_files() -> None:
+    """What keeps a file writes it whole or not at all: with files/disk.py."""
+    root = Path(disk.__file__).parents[1]
+    found = {
+        (path.relative_to(root).as_posix(), line.strip())
+        for path in root.rglob("*.py")
+        if path != Path(disk.__file__)
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if WRITES.search(line)
+    }
+    assert not found
+
+
 def test_a_failure_inside_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "f"
     path.write_bytes(b"old")
@@ -105,6 +126,65 @@ def test_a_failure_inside_leaves_the_old_file(tmp_path: Path) -> None:
         file.write(b"half")
         raise ZeroDivisionError
     assert path.read_bytes() == b"old" and names(tmp_path) == ["f"]
+
+
+def test_a_write_takes_everything_or_says_why(tmp_path: Path, monkeypatch) -> None:
+    """The system may take a part of what it is given (2 GiB at most), and fail at the next one."""
+    right, room = os.write, [100]
+
+    def write(descriptor: int, data: memoryview) -> int:
+        if not room[0]:
+            raise OSError(28, "full")
+        room[0] -= 1
+        return right(descriptor, data[:3])
+
+    monkeypatch.setattr(os, "write", write)
+    with disk.replacing("write", tmp_path / "f") as file:
+        assert file.write(b"0123456789") == 10
+        assert file.write(memoryview(b"")) == 0
+        room[0] = 2
+        with pytest.raises(StorageError, match=r"/f': No space left .* nothing that existed"):
+            file.write(b"abcdefghi")
+    assert (tmp_path / "f").read_bytes() == b"0123456789abcdef"
+    with pytest.raises(ValueError, match="closed file"):  # and never another file's descriptor
+        file.write(b"late")
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_sync_that_fails_at_the_end_says_that_the_new_file_is_there(
+    kind: str, tmp_path: Path, monkeypatch
+) -> None:
+    """The folder is synced after the rename: what existed was changed."""
+    path, right = tmp_path / "f", os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if os.path.samestat(os.fstat(descriptor), tmp_path.stat()):
+            raise OSError(5, "Input/output error")
+        right(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(StorageError, match="What was written is in its place") as caught:
+        if kind == "file":
+            path.write_bytes(b"old")
+            disk.write_bytes("write", path, b"new")
+        else:
+            with disk.new_folder("write", path) as folder:
+                (folder / "f").write_bytes(b"new")
+    assert "nothing that existed" not in str(caught.value)
+    assert (path if kind == "file" else path / "f").read_bytes() == b"new"
+    assert names(tmp_path) == ["f"]
+
+
+def test_a_folder_takes_the_permissions_of_the_empty_one_there(tmp_path: Path) -> None:
+    """What only its owner may read stays so; one that not even its owner may write to is filled."""
+    for old, new in [(0o700, 0o700), (0o2775, 0o2775), (0o555, 0o755)]:
+        path = tmp_path / f"{old:o}"
+        path.mkdir()
+        path.chmod(old)
+        with disk.new_folder("write", path) as folder:
+            assert folder.stat().st_mode & 0o7777 == new
+            disk.write_bytes("write", folder / "f", b"new")
+        assert path.stat().st_mode & 0o7777 == new and names(path) == ["f"]
 
 
 def test_a_target_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:

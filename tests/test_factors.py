@@ -738,7 +738,7 @@ def test_what_was_collected_is_never_lost(unfinished, monkeypatch) -> None:
     made = collect()
     for failure in (StorageError("no space"), KeyboardInterrupt()):
         with monkeypatch.context() as patch, pytest.raises(type(failure)):
-            patch.setattr(store, "replacing", Mock(side_effect=failure))
+            patch.setattr(store, "write", Mock(side_effect=failure))
             rc.save_factors(made, out, state)
         assert state.exists()
     with monkeypatch.context() as patch:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from strategies import few
 
 from refcurv.cli import main
-from refcurv.files import families, huggingface, known, safetensors, store, weights
+from refcurv.files import huggingface, known, safetensors, slots, store, weights
 from refcurv.files.bfloat16 import to_bfloat16
 from refcurv.files.families import FAMILIES, Family
 from refcurv.files.huggingface import convert, export, read_config, tensors_of
@@ -370,7 +370,7 @@ def checkpoint(folder: Path, config: dict[str, Any], kinds: tuple[str, ...] = MI
     shapes, rng = ours.parameter_shapes(), np.random.default_rng(3)
     rows, arrays = [], {}
     for n, (name, (slot, parts)) in enumerate(tensors_of(family, ours).items()):
-        shape = families.tensor_shape(slot, ours, [shapes[p] for p in parts])
+        shape = slots.tensor_shape(slot, ours, [shapes[p] for p in parts])
         values, stored = rng.standard_normal(shape), kinds[n % len(kinds)]
         arrays[name] = to_bfloat16(values) if stored == "bfloat16" else values.astype(stored)
         rows.append((name, stored, shape))

@@ -527,12 +527,25 @@ def test_an_index_that_is_refused(tmp_path: Path, change: Any, fragment: str) ->
     assert "\n" not in str(caught.value)
 
 
+def test_an_index_that_its_shards_left_behind(tmp_path: Path) -> None:
+    """`save_pretrained` over shards removes them and not their index; then the file is read."""
+    folder = checkpoint(tmp_path / "hf", LLAMA, tensors(), 3)
+    plain = checkpoint(tmp_path / "plain", LLAMA, other := tensors(kinds=("float16",)))
+    write_shard(folder / "model.safetensors", other)
+    shards = sorted(folder.glob("model-*"))
+    while shards:  # two sets of weights: nobody knows which is meant
+        with pytest.raises(
+            SchemaError, match=rf"names {shards[0].name} but not model\.saf.* two sets"
+        ):
+            convert(folder, tmp_path / "w.h5")
+        shards.pop().unlink()
+    convert(folder, tmp_path / "w.h5")
+    convert(plain, tmp_path / "p.h5")
+    assert datasets(tmp_path / "w.h5") == datasets(tmp_path / "p.h5")
+
+
 def test_directories_that_are_refused(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "w.h5"
-    (folder / INDEX).write_text(json.dumps({"weight_map": {}}))
-    with pytest.raises(SchemaError, match=r"does not mention model\.safetensors beside it"):
-        convert(folder, out)
-    (folder / INDEX).unlink()
     (folder / "config.json").write_bytes(b"\xff")
     with pytest.raises(SchemaError, match="is no UTF-8 text"):
         convert(folder, out)

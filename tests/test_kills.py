@@ -2,18 +2,193 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from strategies import config, random_parameters
 
 import refcurv as rc
+from refcurv.curvature import eigenbasis
+from refcurv.curvature.checkpoint import Checkpoint
+from refcurv.files import disk, huggingface
+from refcurv.model.config import ModelConfig
+from refcurv.report import plots
+from validation.paper import trainings
 
 pytestmark = pytest.mark.slow
+
+# ------------------------------------------------------------------ every writer, at every step
+
+STEPS = {
+    os: ("open", "mkdir", "write", "fsync", "fchmod", "replace", "unlink", "rmdir"),
+    fcntl: ("flock",),
+}
+"""Everything that a writer asks of the system; between two of them nothing changes on the disk."""
+
+MADE = config(layers=1)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    seed: int
+
+    def config(self) -> ModelConfig:
+        return MADE
+
+
+def model(seed: int) -> rc.Model:
+    return rc.Model(MADE, random_parameters(MADE, seed))
+
+
+def corpus(seed: int) -> rc.Corpus:
+    return rc.Corpus(np.random.default_rng(seed).integers(0, 7, (3, 6)))
+
+
+def factors(seed: int) -> rc.Factors:
+    return rc.collect(model(seed), corpus(seed), "head", "sampled", seed=seed)
+
+
+def figure(seed: int) -> Figure:
+    made = Figure(figsize=(1, 1))
+    made.add_subplot().plot([0, seed])
+    return made
+
+
+def training(seed: int) -> trainings.State:
+    return trainings.State(seed, dict(model(seed).parameters), {"x": np.full(3, seed)})
+
+
+class Sums:
+    """A moment, as far as a checkpoint asks."""
+
+    shape, rows, variance = (2, 2), 3, np.zeros(2)
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def state(self) -> np.ndarray:
+        return np.full(self.shape, float(self.seed))
+
+
+def checkpoint(sums: Sums, path: Path) -> None:
+    Checkpoint(path, {"seed": sums.seed}).save({"head A": sums}, 1)  # type: ignore[dict-item]
+
+
+def saved(seed: int, path: Path) -> Path:
+    rc.save(model(seed), path)
+    return path
+
+
+WRITERS: dict[str, tuple[Callable[[int], Any], Callable[[Any, Path], object]]] = {
+    "bytes": (lambda seed: b"%d" % seed * 99, lambda x, path: disk.write_bytes("write", path, x)),
+    "JSON": (lambda seed: {"seed": seed}, disk.write_json),
+    "weights": (model, rc.save),
+    "corpus": (corpus, rc.save_corpus),
+    "factors": (factors, rc.save_factors),
+    "checkpoint": (Sums, checkpoint),
+    "bases": (lambda seed: rc.decompose(factors(seed)), eigenbasis.save_bases),
+    "plot": (figure, plots.save),
+    "training": (training, lambda x, path: trainings.save(path, Recipe(x.step), x)),
+}
+"""What is written, made from a seed, and what writes it. A report's page is written as bytes."""
+
+
+def killed_before(step: int, write: Callable[[], object]) -> bool:
+    """Write in a child that is killed before its `step`-th call to the system; was it?"""
+    child = os.fork()
+    if not child:
+        count = 0
+
+        def counted(right: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*arguments: Any, **options: Any) -> Any:
+                nonlocal count
+                if count == step:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                count += 1
+                return right(*arguments, **options)
+
+            return call
+
+        with suppress(BaseException):
+            for module, functions in STEPS.items():
+                for name in functions:
+                    setattr(module, name, counted(getattr(module, name)))
+            write()
+            os._exit(0)
+        os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WIFSIGNALED(status)
+
+
+def content(path: Path) -> object:
+    """The bytes of a file or of a folder's files; the arrays of a training, whose zip has dates."""
+    if path.is_dir():
+        return {inner.name: inner.read_bytes() for inner in path.iterdir()}
+    if path.suffix == ".npz":
+        head, state = trainings.load(path)
+        return head, {name: array.tobytes() for name, array in state.parameters.items()}
+    return path.read_bytes() if path.exists() else None
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_every_writer_killed_at_any_step_leaves_the_old_or_the_new(kind: str, tmp_path) -> None:
+    """SIGKILL before each call to the system, and once more with what that left lying there.
+
+    The run after it leaves its own file and no other.
+    """
+    make, write = WRITERS[kind]
+    path = tmp_path / ("f.npz" if kind == "training" else "f")
+    old, new = make(1), make(2)
+    write(new, path)
+    made = content(path)
+    write(old, path)
+    before = content(path)
+    assert made != before
+    step, left = 0, 0
+    while killed_before(step, lambda: write(new, path)):
+        left += len(list(tmp_path.iterdir())) > 1
+        killed_before(step, lambda: write(new, path))
+        assert content(path) in (before, made)
+        write(old, path)
+        assert content(path) == before and list(tmp_path.iterdir()) == [path]
+        step += 1
+    assert content(path) == made and list(tmp_path.iterdir()) == [path]
+    assert step > 5 and left > 2
+
+
+def test_an_export_killed_at_any_step_leaves_nothing_or_all_of_it(tmp_path: Path) -> None:
+    weights, folder = saved(1, tmp_path / "w.h5"), tmp_path / "hf"
+    huggingface.export(weights, folder)
+    made = content(folder)
+    shutil.rmtree(folder)
+    step, left = 0, 0
+    while killed_before(step, lambda: huggingface.export(weights, folder)):
+        left += len(list(tmp_path.iterdir())) > 1 + folder.exists()
+        killed_before(step, lambda: huggingface.export(weights, folder))
+        assert content(folder) in (None, made)
+        huggingface.export(weights, folder)
+        assert content(folder) == made and sorted(tmp_path.iterdir()) == [folder, weights]
+        shutil.rmtree(folder)
+        step += 1
+    assert content(folder) == made and sorted(tmp_path.iterdir()) == [folder, weights]
+    assert step > 5 and left > 2
+
+
+# ------------------------------------------------------------------ a long run, at any moment
 
 
 def test_a_collection_killed_again_and_again_ends_with_the_same_file(tmp_path: Path) -> None:

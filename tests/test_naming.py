@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from names_in_memory import in_memory
 from strategies import few
 from test_families import KINDS, checkpoint, config_of
 
-from refcurv.files import families, naming, safetensors, weights
+from refcurv.files import naming, safetensors, slots, weights
 from refcurv.files.families import FAMILIES, Family
 from refcurv.files.huggingface import conversion, convert, export, read_config
 from refcurv.files.naming import Plan
@@ -35,7 +36,7 @@ def records(family: Family, config: ModelConfig) -> dict[str, Tensor]:
     """The tensors of a checkpoint by name, none of them on disk."""
     shapes = config.parameter_shapes()
     return {
-        name: record(name, families.tensor_shape(slot, config, [shapes[p] for p in ours]))
+        name: record(name, slots.tensor_shape(slot, config, [shapes[p] for p in ours]))
         for name, (slot, ours) in naming.tensors_of(family, config).items()
     }
 
@@ -218,17 +219,7 @@ def test_names_in_memory_by_hand(kind: str, bare: bool) -> None:
     family, config, tensors = tensors_of(kind)
 
     def change(name: str) -> str:
-        for old, new in (
-            ("embed_out", "lm_head"),
-            ("encoder.layer.", "layers."),
-            ("attention.attention.query", "attention.q_proj"),
-            ("attention.attention.key", "attention.k_proj"),
-            ("attention.attention.value", "attention.v_proj"),
-            ("attention.output.dense", "attention.o_proj"),
-            ("intermediate.dense", "mlp.fc1"),
-            ("output.dense", "mlp.fc2"),
-        ):
-            name = name.replace(old, new)
+        name = in_memory(name)
         return name.removeprefix(family.prefix) if bare else name
 
     assert any(change(name) != name for name in tensors)

@@ -1,9 +1,8 @@
-"""files/store.py: what is written comes back bit for bit, whole or not at all; lies are refused."""
+"""files/store/: what is written comes back bit for bit, whole or not at all; lies are refused."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import itertools
 import json
 import os
@@ -251,7 +250,7 @@ def limited(program: str, *arguments: object) -> subprocess.CompletedProcess[str
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "PYTHONPATH": str(Path(store.__file__).parents[2])},
+        env={**os.environ, "PYTHONPATH": str(Path(store.__file__).parents[3])},
     )
 
 
@@ -289,15 +288,14 @@ def test_a_disk_that_fails_at_any_write(
     """From the first byte to the last header, which HDF5 writes on closing."""
     entries, left = [Entry("a.W", W), Entry("b", W)], [10**6]
 
-    class Disk(io.FileIO):
-        def write(self, data: Any) -> int:
-            left[0] -= 1
-            if left[0] < 0:
-                raise failure
-            return super().write(data)
+    def write(descriptor: int, data: Any, right: Any = os.write) -> int:
+        left[0] -= 1
+        if left[0] < 0:
+            raise failure
+        return right(descriptor, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", lambda path, mode, buffering: Disk(path, mode.replace("b", "")))
+        patch.setattr(os, "write", write)
         put(path, *entries)
         writes = 10**6 - left[0]
         for left[0] in range(writes):
@@ -355,6 +353,21 @@ def test_an_interrupt_at_any_moment_of_a_write_is_an_interrupt(tmp_path: Path) -
             store.open_file(path)
             path.write_bytes(old)
     assert stopped
+
+
+def test_an_interrupt_while_hdf5_begins_a_file_leaves_none_open(path: Path, monkeypatch) -> None:
+    """HDF5 closes at exit what is open, and dies there: the file of Python's is gone by then."""
+    before, right = path.read_bytes(), h5py.File
+
+    def interrupted(*arguments: Any, **options: Any) -> h5py.File:
+        os.kill(os.getpid(), signal.SIGINT)
+        return right(*arguments, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(h5py, "File", interrupted)
+        put(path, Entry("a", W))
+    assert not h5py.h5f.get_obj_count(h5py.h5f.OBJ_ALL, h5py.h5f.OBJ_FILE)
+    assert path.read_bytes() == before and only(path.parent, "f.h5")
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,7 @@ from tokenizers import models, pre_tokenizers, processors, trainers
 
 import refcurv as rc
 from refcurv.cli import main
-from refcurv.files import documents
-from refcurv.files import tokenizer as tokenizer_module
+from refcurv.files import documents, encoding
 from refcurv.files.texts import build_corpus
 from refcurv.law.checks import ConventionError, RefcurvError, SchemaError
 
@@ -314,9 +313,9 @@ def test_long_texts_are_tokenized_in_pieces(at: Path, monkeypatch: pytest.Monkey
     names = ("long.txt", "long.jsonl", "line.txt")
     whole = [build_corpus([name], "bpe.json", length=4096) for name in names]
     heard: list[int] = []
-    for module in (tokenizer_module, documents):
+    for module in (encoding, documents):
         monkeypatch.setattr(module, "PIECE", 64)
-    monkeypatch.setattr(tokenizer_module, "OVERLAP", 64 - 43)
+    monkeypatch.setattr(encoding, "OVERLAP", 64 - 43)
     monkeypatch.setattr(documents, "PARTS", 3)
     for name, want in zip(names, whole, strict=True):
         got = build_corpus([name], "bpe.json", length=4096, progress=lambda i, n: heard.append(i))

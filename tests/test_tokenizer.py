@@ -1,4 +1,4 @@
-"""files/tokenizer.py: ids of pairs and of long texts are those of the whole text; the file."""
+"""files/encoding.py, tokenizer.py: pairs and long texts have the ids of the whole; the file."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, processors, trainers
 
-from refcurv.files import tokenizer
+from refcurv.files import encoding, tokenizer
+from refcurv.files.encoding import PIECE, encode_pairs, in_pieces
 from refcurv.files.texts import build_corpus
-from refcurv.files.tokenizer import PIECE, encode_pairs, find_tokenizer, in_pieces, load_tokenizer
+from refcurv.files.tokenizer import find_tokenizer, load_tokenizer
 from refcurv.law.checks import SchemaError
 
 LEARNT = [
@@ -152,15 +153,15 @@ def test_ids_in_pieces_are_those_of_the_whole(kind: str, runs: list[tuple[str, i
     want = whole(kind, text)
     for shared in (63, 64):
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(tokenizer, "PIECE", 213)
-            patched.setattr(tokenizer, "OVERLAP", shared)
+            patched.setattr(encoding, "PIECE", 213)
+            patched.setattr(encoding, "OVERLAP", shared)
             assert in_pieces(library(kind), text, lambda at: None).tolist() == want
 
 
 def test_pieces_are_joined_without_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """No text longer than three pieces reaches the library where words end."""
-    monkeypatch.setattr(tokenizer, "PIECE", 213)
-    monkeypatch.setattr(tokenizer, "OVERLAP", 63)
+    monkeypatch.setattr(encoding, "PIECE", 213)
+    monkeypatch.setattr(encoding, "OVERLAP", 63)
     text = "the cat sat on the mat, 12345 dogs 🐶 on the log; " * 200
     for kind in KINDS:
         longest = 0
@@ -372,8 +373,8 @@ def test_a_panic_of_the_library_is_one_line(capfd: pytest.CaptureFixture[str]) -
     library = SimpleNamespace(encode=panic, encode_batch=panic, encode_batch_fast=panic)
     broken = tokenizer.Tokenizer(library, (), (), 8, {})
     for use in (
-        lambda: tokenizer.encode(broken, ["a"], "a.txt", lambda done: None),
-        lambda: tokenizer.encode(broken, ["a b " * PIECE], "a.txt", lambda done: None),
+        lambda: encoding.encode(broken, ["a"], "a.txt", lambda done: None),
+        lambda: encoding.encode(broken, ["a b " * PIECE], "a.txt", lambda done: None),
         lambda: encode_pairs(broken, [("a", "b")], "p.jsonl"),
     ):
         with pytest.raises(SchemaError, match=r"cannot use the tokenizer.*: index out of bounds"):

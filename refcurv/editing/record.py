@@ -1,7 +1,8 @@
 """What an edit did, and the steps that every edit shares: read, choose layers, round, draw.
 
-A method decides only what to keep. K-FAC and its controls keep pairs of directions
-(`refcurv.editing.projection`, `variants`), SVD singular directions (`svd`), BSN weights (`bsn`).
+The methods differ only in what they keep. K-FAC and its controls keep pairs of directions
+(`refcurv.editing.projection`, `variants`). SVD keeps singular directions (`svd`). BSN keeps single
+weights (`bsn`).
 """
 
 from __future__ import annotations
@@ -37,27 +38,28 @@ class LayerEdit:
     """What was kept of one layer.
 
     Fields:
-        method: what chose: "kfac", "svd", "bsn", "random pairs", or of another basis `Bases.method`
-            ("random basis", "inputs only", "outputs only").
-        layer, rho: as asked. rho is the share of what `mass` measures ("kfac" and other bases,
-            "svd"), of the pairs ("random pairs"), of the weights of all layers together ("bsn").
-        pairs: what there was to keep or drop: O·I pairs of directions, O·(I + 1) of [W b];
-            "svd": min(O, I) singular directions; "bsn": O·I weights. kept: how many of them stay.
-        mass: the share that the kept ones hold, of Σ λ_i μ_j; "svd": of Σ σ²; "bsn": of Σ w². NaN
-            when the total is 0.
-        gap: (last kept − first dropped) / last kept, of their λ_i μ_j or σ²: the cut's two
-            neighbours. NaN when nothing was dropped or kept, and where no order was cut ("random
-            pairs", "bsn").
-        acceptable: pairs ("svd": singular values) that another correct program may decide the
-            other way, by ACCEPTABLE; 0 where the cut is clear, and where no order was cut.
-        norm: ‖W'‖/‖W‖ in Frobenius norm, of [W b] where that was edited; 1 if W is 0.
-        restored: how much of what was cut comes back when W' is rounded to its stored dtype,
-            ‖P(W' − exact)‖/‖P(W)‖ with P the projection on the dropped pairs ("svd": on the
-            dropped u_j v_jᵀ). 0 where nothing was cut or rounded, and of "bsn", whose zeros are
-            exact.
-        norm_original: ‖W'‖ over ‖W‖ before the first edit that is known (`Start.earlier`); `norm`
-            itself where none has touched the layer, NaN where the weights were also changed
-            otherwise, or W and [W b] were edited in turn.
+        method: which method chose: "kfac", "svd", "bsn" or "random pairs". An edit with another
+            basis has the name in `Bases.method` ("random basis", "inputs only", "outputs only").
+        layer: the layer's name.
+        rho: the share that was asked for. "kfac", other bases and "svd": the share of what `mass`
+            measures. "random pairs": of the pairs. "bsn": of the weights of all layers together.
+        pairs: how many there were to choose from. A basis has O·I pairs of directions, or
+            O·(I + 1) of [W b]. "svd" has min(O, I) singular directions, "bsn" O·I weights.
+        kept: how many of them were kept.
+        mass: the share of the total that the kept ones hold. The total is Σ λ_i μ_j; of "svd" it is
+            Σ σ², of "bsn" Σ w². NaN if the total is 0.
+        gap: (last kept − first dropped) / last kept, in values of λ_i μ_j or σ². It is the distance
+            between the two neighbours of the cut. NaN if all were kept or none, and for "random
+            pairs" and "bsn", which cut no ordered list.
+        acceptable: how many pairs (of "svd": singular values) another correct program may decide
+            the other way, by ACCEPTABLE. 0 if the cut is clear, or if no ordered list was cut.
+        norm: ‖W'‖/‖W‖ in Frobenius norm, or that of [W b] if it was edited. 1 if W is 0.
+        restored: the share of what was cut that rounding W' to its stored dtype brings back:
+            ‖P(W' − exact)‖/‖P(W)‖, where P projects on the dropped pairs (of "svd": on the dropped
+            u_j v_jᵀ). 0 if nothing was cut or rounded. 0 for "bsn", whose zeros are exact.
+        norm_original: ‖W'‖ over the norm of W before the first known edit (`Start.earlier`). It
+            equals `norm` if no earlier edit touched the layer. It is NaN if something other than
+            these edits changed the weights, or if W was edited in one of them and [W b] in another.
     """
 
     method: str
@@ -75,14 +77,14 @@ class LayerEdit:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """What an edit starts from: `kept`, `mass` and `norm` are relative to these weights.
+    """The weights that an edit starts from. `kept`, `mass` and `norm` are relative to them.
 
     Fields:
-        weights: their digest (`refcurv.files.digest`).
-        made_for: that of the weights which the basis, or the scores, were made from; None where an
+        weights: the digest of these weights (`refcurv.files.digest`).
+        made_for: the digest of the weights that the basis or the scores were made from. None if an
             older file does not say.
-        forced: are these others, and the caller meant it?
-        earlier: the edits that made the weights what they are, oldest first (`Model.edits`).
+        forced: whether the two digests differ and the caller edits all the same.
+        earlier: the edits that were made to the weights before, oldest first (`Model.edits`).
     """
 
     weights: str = ""
@@ -105,7 +107,7 @@ class EditRecord:
 
     @property
     def kept(self) -> float:
-        """The share of the pairs (directions, weights) of all its layers together that stay.
+        """The share of pairs (directions, weights) that are kept, over all edited layers together.
 
         Proof: tests/test_demo.py::test_controls_are_matched_on_dev
         """
@@ -133,10 +135,10 @@ class Before:
 def before(
     who: str, model: Model, made: tuple[str, str | None] | None = None, force: bool = False
 ) -> Before:
-    """Which weights these are; refuses what was made from others, unless `force`.
+    """Find out which weights these are, and refuse a basis or scores of others, unless `force`.
 
-    `made` is what tells the edit what to keep, for messages, and the digest of the weights that it
-    was made from. None for W alone.
+    `made` is a pair: the name, for messages, of what says what to keep, and the digest of the
+    weights that it was made from. It is None if the edit needs nothing but W.
 
     Cost: parameters that are not a file's own are hashed.
     Proof: tests/test_projection.py::test_a_basis_of_another_model_is_refused
@@ -151,10 +153,11 @@ def before(
 def after(
     begun: Before, changed: Mapping[str, Array], rows: Sequence[LayerEdit], joint: bool = False
 ) -> tuple[Model, EditRecord]:
-    """The edited model, which knows what was done to it, and the record.
+    """The edited model, with this edit appended to its `edits`, and the record.
 
-    Each of `Model.edits` has method, weights, made_for and forced as in the record, became (the
-    digest after it), and layers: {name: rho, norm, restored, joint (was it [W b]?)}.
+    An item of `Model.edits` has method, weights, made_for and forced, as the record has them. It
+    has `became`, the digest of the weights after the edit. It has layers, a dictionary: for each
+    layer its rho, norm and restored, and joint, whether [W b] was edited.
 
     Cost: the changed parameters are hashed.
     Proof: tests/test_projection.py::test_an_edit_of_edited_weights_says_what_it_starts_from
@@ -188,7 +191,7 @@ def after(
 
 
 def _norm_before(start: Start, layer: str, joint: bool) -> float:
-    """‖W‖ of the start over ‖W‖ before all known edits; NaN where these do not tell."""
+    """‖W‖ at the start over ‖W‖ before all known edits; NaN if they do not say."""
     steps = [*(edit["weights"] for edit in start.earlier), start.weights]
     if [edit["became"] for edit in start.earlier] != steps[1:]:
         return math.nan
@@ -204,7 +207,7 @@ def _norm_before(start: Start, layer: str, joint: bool) -> float:
 def shares(
     who: str, what: str, model: Model, layers: Iterable[str], asked: Mapping[str, float]
 ) -> dict[str, float]:
-    """{pattern: share} over `layers`, names in file order, as {layer: share} in their order.
+    """{pattern: share} → {layer: share}. `layers` are all names in file order, and give the order.
 
     Raises:
         RangeError: a share outside [0, 1]. NameUnknownError: a pattern that matches no layer.
@@ -238,7 +241,7 @@ def require_untied(who: str, model: Model, layers: Iterable[str]) -> None:
 
 
 def require_exact(who: str, model: Model, layers: Iterable[str]) -> None:
-    """Refuse layers whose weights were rounded when the model was loaded; nothing is read."""
+    """Refuse layers whose weights were rounded when the model was loaded. No weight is read."""
     for layer in layers:
         _require_exact(who, model, f"{layer}.weight")
 
@@ -266,7 +269,7 @@ def rounded(model: Model, name: str, new: Array) -> Array:
 
 
 def matrix_parts(who: str, model: Model, layer: str, bias: Bias) -> dict[str, Array]:
-    """The parameters that a basis has the columns of, by name: W, or with its bias W and b."""
+    """The parameters that a basis is for, by name: W, or W and b under JOINT (BIAS)."""
     names = [model.config.weight_of(layer)]
     if bias is Bias.JOINT and model.config.has_bias(layer):
         names.append(f"{layer}.bias")
@@ -280,7 +283,7 @@ def joined(parts: Mapping[str, Array]) -> Array:
 
 
 def taken_apart(model: Model, parts: Mapping[str, Array], new: Array) -> dict[str, Array]:
-    """The parts of a new W or [W b], each rounded to its own stored dtype."""
+    """A new W or [W b] → its parts by name, each rounded to its own stored dtype."""
     first, *_ = parts.values()
     columns = np.split(new, [first.shape[1]], axis=1)
     return {
@@ -297,9 +300,10 @@ def norm_ratio(new: Array, old: Array) -> float:
 
 
 def restored(back: Array, W: Array, exact: Array) -> float:
-    """‖back‖/‖W − exact‖: what rounding gave back, of what the projection `exact` of W cut.
+    """‖back‖/‖W − exact‖: how much rounding brought back, relative to how much was cut.
 
-    0 where the projection cuts no more than its own rounding.
+    `exact` is the projection of W before rounding. The result is 0 if W − exact is no larger than
+    the rounding of the projection itself.
     """
     k = exponent(W)
     cut, size, came = (float(norm(shifted(X, -k))) for X in (W - exact, W, back))
@@ -310,7 +314,7 @@ def restored(back: Array, W: Array, exact: Array) -> float:
 
 
 class Draw(IntEnum):
-    """What an edit draws: word 1 of the key (SAMPLING has 0)."""
+    """What an edit draws; the value is word 1 of the key, which is 0 in SAMPLING."""
 
     INPUT_BASIS = 1
     OUTPUT_BASIS = 2
@@ -319,10 +323,10 @@ class Draw(IntEnum):
 
 
 def stream(who: str, seed: int, draw: Draw, layer: str) -> np.random.Generator:
-    """Philox, key (seed, draw), counter (0, 0, h): h the first 128 bits of the name's SHA-256.
+    """A Philox stream with key (seed, draw) and counter (0, 0, h).
 
-    A function of the layer's own name, so that what is drawn for it does not depend on which other
-    layers are edited.
+    h is the first 128 bits of the SHA-256 of the layer's name. What is drawn for a layer therefore
+    does not depend on which other layers are edited.
     """
     digest = hashlib.sha256(layer.encode()).digest()
     counter = np.zeros(4, np.uint64)

@@ -20,10 +20,10 @@ def from_bfloat16(bits: Array) -> Array:
 def to_bfloat16(values: Array) -> Array:
     """float64 or float32 → uint16 bits of the nearest bfloat16, ties to the even one, rounded ONCE.
 
-    A float64 that went through the nearest float32 would be rounded twice, and wrongly when the
-    float32 lands on a tie. So the float32 is rounded to odd: cut towards zero, its last bit set
-    if anything was cut off. It then lies on the value's own side of every tie. Overflow gives
-    infinity, NaN the quiet NaN 0x7FC0.
+    Rounding a float64 to the nearest float32 first would round twice. The result would be wrong
+    where the float32 is a tie. The float32 is therefore rounded to odd: it is cut towards zero, and
+    its last bit is set if anything was cut off. It then lies on the same side of every tie as the
+    value itself. Overflow gives infinity. NaN gives the quiet NaN 0x7FC0.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         single = np.asarray(values, order="C").astype(np.float32)

@@ -42,7 +42,7 @@ BESIDE: Final = (
     "tokenizer_config.json",
     "vocab.json",
 )
-"""Files of a tokenizer and of generation: no part of the model, but of what others load."""
+"""Files of a tokenizer and of generation. They are no part of the model; others load them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,22 +89,24 @@ def read_text(folder: Path, name: str) -> str:
 
 
 def read_config_text(folder: Path) -> str:
-    """config.json; where there is none, what the folder is instead."""
+    """The text of config.json. If there is none, the error says what the folder is instead."""
     if not there(folder / "config.json"):
         raise no_config(folder)
     return read_text(folder, "config.json")
 
 
 def there(path: Path) -> bool:
-    """Is something of this name there, if only a link that leads nowhere?"""
+    """Is there anything of this name? A link that leads nowhere counts."""
     return path.exists() or path.is_symlink()
 
 
 def read_tensors(folder: Path) -> Found:
     """Every tensor of the checkpoint by its name, from one file or from the index's shards."""
-    names = sorted(path.name for path in folder.iterdir() if path.suffix == ".safetensors")
-    if there(folder / _INDEX):
-        tensors = _sharded(folder)
+    files = sorted(path.name for path in folder.iterdir())
+    names = [name for name in files if name.endswith(".safetensors")]
+    shard_of = _weight_map(folder, files) if there(folder / _INDEX) else None
+    if shard_of is not None:
+        tensors = _sharded(folder, shard_of)
     else:
         mine = [name for name in names if not _OTHER.fullmatch(name)]
         if _SINGLE not in names and (len(mine) != 1 or SHARD.fullmatch(mine[0])):
@@ -112,8 +114,8 @@ def read_tensors(folder: Path) -> Found:
         name = _SINGLE if _SINGLE in names else mine[0]
         tensors = {t.name: t for t in safetensors.read_header(inside(folder, name))}
     read = {tensor.path.name for tensor in tensors.values()}
-    others = [path.name for path in folder.iterdir() if path.suffix in (*PICKLES, ".gguf")]
-    return Found(tensors, tuple(sorted((set(names) - read) | set(others))))
+    others = {name for name in files if name.endswith((*PICKLES, ".gguf"))}
+    return Found(tensors, tuple(sorted((set(names) - read) | others)))
 
 
 def beside(folder: Path) -> dict[str, str]:
@@ -122,16 +124,32 @@ def beside(folder: Path) -> dict[str, str]:
     return {path.name: file_sha256(path) for path in paths if path.is_file()}
 
 
-def _sharded(folder: Path) -> dict[str, Tensor]:
+def _weight_map(folder: Path, files: list[str]) -> dict[str, str] | None:
+    """Tensor → shard, as the index says; None if the index is left over and its shards are gone.
+
+    transformers' `save_pretrained` leaves the index when it replaces shards by model.safetensors.
+
+    Proof: tests/test_huggingface.py::test_an_index_that_its_shards_left_behind
+    """
     where = f"convert: {str(folder / _INDEX)!r}"
     shard_of = parse_json("convert", where, read_text(folder, _INDEX)).get("weight_map")
     if not isinstance(shard_of, dict) or not all(isinstance(s, str) for s in shard_of.values()):
         raise SchemaError(f"{where} has no weight_map from tensor names to file names.")
-    shards = sorted(set(shard_of.values()))
-    if there(folder / _SINGLE) and _SINGLE not in shards:
-        raise SchemaError(f"{where} does not mention model.safetensors beside it. Remove one.")
+    shards = set(shard_of.values())
+    if _SINGLE not in files or _SINGLE in shards:
+        return shard_of
+    if here := sorted(shards & set(files)):
+        raise SchemaError(
+            f"{where} names {here[0]:.120} but not model.safetensors beside it. These are two sets "
+            "of weights, of which transformers reads model.safetensors. Remove one."
+        )
+    return None
+
+
+def _sharded(folder: Path, shard_of: dict[str, str]) -> dict[str, Tensor]:
+    where = f"convert: {str(folder / _INDEX)!r}"
     tensors: dict[str, Tensor] = {}
-    for shard, path in [(shard, inside(folder, shard)) for shard in shards]:
+    for shard, path in [(shard, inside(folder, shard)) for shard in sorted(set(shard_of.values()))]:
         for tensor in safetensors.read_header(path):
             if shard_of.get(tensor.name) != shard:
                 raise SchemaError(

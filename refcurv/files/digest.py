@@ -1,4 +1,4 @@
-"""Which weights a model has: one digest, that factors, bases and edits carry with them."""
+"""The digest of a model's weights, which factors, bases and edits record."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from refcurv.law.checks import Array, ConventionError, SchemaError
 from refcurv.model.weights import Model, Overlay
 
 Checksums = Mapping[str, tuple[str, str]]
-"""Of each parameter, by name: the dtype it is stored in, and the SHA-256 of the stored bytes."""
+"""Name of a parameter → the dtype that it is stored in, and the SHA-256 of the stored bytes."""
 
 
 def checksums(model: Model) -> Checksums:
-    """What `save` would write of each parameter, as checksums; in file order.
+    """The checksum of what `save` would write of each parameter, in file order.
 
-    Of parameters that still are a file's own the checksums are the file's: nothing is read, and it
-    makes no difference what they were widened to. The others are rounded and hashed.
+    A parameter that was loaded and not changed has the checksum in its file: it is not read again,
+    and the dtype that it was widened to makes no difference. Any other is rounded and hashed.
 
     Cost: one pass over the parameters that are in memory.
     Proof: tests/test_weights.py::test_the_digest_is_of_what_is_stored
@@ -48,7 +48,7 @@ def changed(model: Model) -> Mapping[str, Array]:
 
 
 def checksum(model: Model, name: str, array: Array) -> tuple[str, str]:
-    """One entry of `checksums`, of an array in the place of the parameter."""
+    """One entry of `checksums`, if the parameter were this array."""
     stored = model.stored.get(name, array.dtype.name)
     return stored, store.sha256(narrow(array, stored))
 

@@ -1,19 +1,20 @@
-"""Paths, faults of the machine, texts: what every file needs, whatever its format."""
+"""What every file needs, whatever its format: paths, faults of the machine, whole writing."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
 from refcurv.law.checks import SchemaError, StorageError
 
@@ -21,9 +22,10 @@ PathLike = str | os.PathLike[str]
 
 READING: Final = "Check the disk and the permissions."
 WRITING: Final = "Check space and permissions; nothing that existed was changed."
+_IN_PLACE: Final = "What was written is in its place, but a power cut may undo it. Check the disk."
 
 _NO_PATH: Final = (errno.ENAMETOOLONG, errno.ELOOP)
-"""What the path itself is to blame for: a name that is too long, links that lead in a circle."""
+"""Errors that the path itself causes: a name that is too long, links that lead in a circle."""
 
 
 @contextmanager
@@ -70,9 +72,9 @@ def output_file(who: str, path: PathLike) -> Path:
 def require_apart(
     who: str, outputs: Mapping[str, PathLike], inputs: Mapping[str, PathLike]
 ) -> None:
-    """SchemaError where an output would replace an input or another output, links resolved.
+    """SchemaError if an output would replace an input or another output. Links are resolved.
 
-    Both map what a file is for, as a message may call it, to where it is.
+    `outputs` and `inputs` map what a message calls a file to its path.
 
     Proof: tests/test_cli.py::test_no_output_may_take_the_place_of_an_input
     """
@@ -102,13 +104,13 @@ def unfinished(path: PathLike) -> str:
 
 
 def free_bytes(path: PathLike) -> int:
-    """Bytes free on the disk that `path` lies on, or would."""
+    """Free bytes on the disk of `path`, which need not exist."""
     with machine_faults("write", path, WRITING):
         return shutil.disk_usage(Path(os.path.realpath(path)).parent).free
 
 
 def require_space(who: str, path: PathLike, nbytes: int) -> None:
-    """StorageError, before the work, where `path` could not hold so many bytes."""
+    """StorageError if the disk of `path` has not so many bytes free. Asked before the work."""
     free = free_bytes(path)
     if nbytes > free:
         raise StorageError(
@@ -117,51 +119,73 @@ def require_space(who: str, path: PathLike, nbytes: int) -> None:
         )
 
 
-def sync_folder(folder: Path) -> None:
-    """Make a rename inside `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+class NewFile(io.FileIO):
+    """A file that is being written: `write` takes all that it is given, or says why it cannot.
+
+    The system itself may take less at one time, and never takes more than 2 GiB.
+
+    Proof: tests/test_disk.py::test_a_write_takes_everything_or_says_why
+    """
+
+    def __init__(self, descriptor: int, who: str, path: PathLike) -> None:
+        super().__init__(descriptor, "r+", closefd=False)
+        self._who, self._path = who, path
+
+    def write(self, data: Any) -> int:
+        """All of `data`."""
+        view, done = memoryview(data), 0
+        if view.nbytes:  # what is empty cannot be cast
+            view = view.cast("B")
+        with machine_faults(self._who, self._path, WRITING):
+            while done < view.nbytes:
+                done += os.write(self.fileno(), view[done:])
+        return done
+
+    def truncate(self, size: int | None = None) -> int:
+        """The system's, with its faults in one line."""
+        with machine_faults(self._who, self._path, WRITING):
+            return super().truncate(size)
 
 
 @contextmanager
-def replacing(who: str, path: PathLike) -> Iterator[BinaryIO]:
+def replacing(who: str, path: PathLike) -> Iterator[NewFile]:
     """A new file, open for writing, that takes the place of `path` when the block ends well.
 
-    It lies beside `path` until then, on the disk before it is renamed, so that `path` holds its old
-    bytes or its new ones, never half. It is locked for as long as this process lives: the next
-    writer of `path` removes what a killed one left. A symbolic link is followed. It has the
-    permissions of the file that it replaces, else those that the umask leaves.
+    `path` holds its old bytes or its new ones, never half (`_beside`). A symbolic link is followed.
+    The file has the permissions of the one that it replaces, else those that the umask leaves.
 
     Raises:
         SchemaError: the folder does not exist, or `path` is no regular file.
-        StorageError: the machine could not write; the old file, if any, is untouched.
+        StorageError: the machine could not write. The message says which file is there now: the
+            old one, or the new one where only the last sync failed.
 
     Proof: tests/test_disk.py::test_a_killed_writer_leaves_nothing_behind_the_next_one,
         tests/test_reports_files.py::test_a_replaced_file_keeps_its_permissions
     """
-    target = output_file(who, path)
-    partial = _partial(target)
-    try:
+    with _beside(who, path, output_file(who, path), _make_file) as (_, descriptor):
+        with NewFile(descriptor, who, path) as file:  # closed before its descriptor is another's
+            yield file
+
+
+@contextmanager
+def new_folder(who: str, path: PathLike) -> Iterator[Path]:
+    """An empty folder that is renamed to `path` when the block ends well, as `replacing` does.
+
+    Nothing may be at `path`, or an empty folder, whose permissions it takes. The files in it are
+    written with `replacing`, so that they are on the disk before the folder is renamed.
+
+    Raises:
+        SchemaError, StorageError: as `output_path`; the machine could not write.
+
+    Proof: tests/test_disk.py::test_a_killed_writer_of_a_folder_leaves_nothing_behind_the_next_one
+    """
+    with _beside(who, path, output_path(who, path), _make_folder) as (folder, _):
         with machine_faults(who, path, WRITING):
-            _remove_left_over(target)
-            raw = _locked(partial)
-        with raw:
-            _take_permissions(raw, target)
-            yield raw
-            with machine_faults(who, path, WRITING):
-                os.fsync(raw.fileno())
-                partial.replace(target)
-                sync_folder(target.parent)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+            yield folder
 
 
 def require_writable(who: str, path: PathLike) -> Path:
-    """`output_file`, once a file could be made there: asked before the work, not after it.
+    """`output_file`, after a trial that a file can be made there. Asked before the work.
 
     Raises:
         SchemaError, StorageError: as `replacing`.
@@ -171,82 +195,95 @@ def require_writable(who: str, path: PathLike) -> Path:
     target = output_file(who, path)
     with machine_faults(who, path, WRITING):
         partial = _partial(target)
-        with _locked(partial):
-            partial.unlink()
+        os.close(_make_file(partial))
+        partial.unlink(missing_ok=True)  # another writer may have taken it for left over
     return target
 
 
-@contextmanager
-def new_folder(who: str, path: PathLike) -> Iterator[Path]:
-    """An empty folder that is renamed to `path` when the block ends well, as `replacing` does.
+# ------------------------------------------------------------------ the old or the new, never half
 
-    Nothing may be at `path`, or an empty folder. What is written into it must be synced.
+
+@contextmanager
+def _beside(
+    who: str, path: PathLike, target: Path, make: Callable[[Path], int]
+) -> Iterator[tuple[Path, int]]:
+    """A new file or folder beside `target`, and its descriptor. Every output is written this way.
+
+    When the block ends well, it is synced and renamed to `target`. When the block fails, it is
+    removed. It is locked until then. A writer that is killed leaves it without a lock; the next
+    writer of `target` removes it then, and only then.
 
     Raises:
         SchemaError, StorageError: as `output_path`; the machine could not write.
 
-    Proof: tests/test_disk.py::test_a_killed_writer_of_a_folder_leaves_nothing_behind_the_next_one
+    Proof: tests/test_kills.py::test_every_writer_killed_at_any_step_leaves_the_old_or_the_new
     """
-    target = output_path(who, path)
     partial = _partial(target)
-    with machine_faults(who, path, WRITING):
-        try:
+    try:
+        with machine_faults(who, path, WRITING):
             _remove_left_over(target)
-            descriptor = _locked_folder(partial)
-            try:
-                yield partial
-                sync_folder(partial)
-                partial.rename(target)
-                sync_folder(target.parent)
-            finally:
-                os.close(descriptor)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+            descriptor = _locked(partial, make)
+        try:
+            _take_permissions(descriptor, target)
+            yield partial, descriptor
+            with machine_faults(who, path, WRITING):
+                os.fsync(descriptor)
+                partial.replace(target)
+        finally:
+            os.close(descriptor)
+    except BaseException:
+        with suppress(OSError):
+            _remove(partial)
+        raise
+    with machine_faults(who, path, _IN_PLACE):
+        _sync_folder(target.parent)
 
 
-def _locked(partial: Path) -> BinaryIO:
-    """A new file, and its lock, which ends when the file is closed."""
-    while True:
-        raw = partial.open("x+b", buffering=0)
-        if _still_there(partial, raw.fileno()):
-            return raw
-        raw.close()
+def _make_file(partial: Path) -> int:
+    """A new file, open for reading and writing."""
+    return os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
 
 
-def _locked_folder(partial: Path) -> int:
-    """A new folder, opened, and its lock, which ends when it is closed."""
+def _make_folder(partial: Path) -> int:
+    """A new folder, opened."""
     while True:
         partial.mkdir()
-        try:
-            descriptor = os.open(partial, os.O_RDONLY)
-        except FileNotFoundError:  # as below, before it could be opened
-            continue
-        if _still_there(partial, descriptor):
+        with suppress(FileNotFoundError):  # taken for left over, and removed, before it was opened
+            return os.open(partial, os.O_RDONLY)
+
+
+def _locked(partial: Path, make: Callable[[Path], int]) -> int:
+    """What `make` makes, locked until its descriptor is closed.
+
+    Another writer may take it for left over before it is locked. That writer holds the lock until
+    it has removed it. It is then made anew.
+
+    Proof: tests/test_reports_files.py::test_what_is_taken_for_a_dead_writers_is_made_anew
+    """
+    while True:
+        descriptor = make(partial)
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if partial.exists():
             return descriptor
         os.close(descriptor)
 
 
-def _still_there(partial: Path, descriptor: int) -> bool:
-    """Once locked: did nobody take what was just made for something left, before it was locked?
+def _take_permissions(descriptor: int, target: Path) -> None:
+    """Take over the permissions of `target`, before anything is written that is not for everybody.
 
-    Who did has locked it until it is removed, and is waited for.
+    The owner of a folder may always write to it.
 
-    Proof: tests/test_reports_files.py::test_what_is_taken_for_a_dead_writers_is_made_anew
+    Proof: tests/test_disk.py::test_a_folder_takes_the_permissions_of_the_empty_one_there
     """
-    with suppress(OSError):  # a file system without locks
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    return partial.exists()
-
-
-def _take_permissions(raw: BinaryIO, target: Path) -> None:
-    """Those of `target`, before anything is written that not everybody may read."""
     with suppress(OSError):  # there is none, or a file system without permissions
-        os.fchmod(raw.fileno(), target.stat().st_mode & 0o777)
+        mode = target.stat().st_mode
+        own = stat.S_IMODE(mode) | stat.S_IRWXU if stat.S_ISDIR(mode) else mode & 0o777
+        os.fchmod(descriptor, own)
 
 
 def _remove_left_over(target: Path) -> None:
-    """Remove the partial files and folders of writers of `target` that are no more alive.
+    """Remove the partial files and folders of writers of `target` that have died.
 
     Proof: tests/test_disk.py::test_what_was_made_anew_meanwhile_is_not_removed
     """
@@ -256,15 +293,32 @@ def _remove_left_over(target: Path) -> None:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if os.path.samestat(os.fstat(descriptor), partial.lstat()):  # not made anew since
-                    shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+                    _remove(partial)
             finally:
                 os.close(descriptor)
+
+
+def _remove(partial: Path) -> None:
+    """Remove a file, or a folder and what is in it."""
+    shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
 
 
 def _partial(target: Path, which: str = "") -> Path:
     """A name for the new file beside `target`; with `which` "*", the pattern of all such names."""
     of = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:8]
     return target.with_name(f".refcurv-{of}-{which or secrets.token_hex(6)}.partial")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ------------------------------------------------------------------ bytes and texts
 
 
 def write_bytes(who: str, path: PathLike, data: bytes) -> None:
@@ -275,10 +329,8 @@ def write_bytes(who: str, path: PathLike, data: bytes) -> None:
 
     Proof: tests/test_report.py::test_writing_is_atomic
     """
-    with replacing(who, path) as file, machine_faults(who, path, WRITING):
-        view = memoryview(data)
-        while view:
-            view = view[file.write(view) :]
+    with replacing(who, path) as file:
+        file.write(data)
 
 
 def write_json(data: object, path: PathLike) -> None:
@@ -343,6 +395,6 @@ def parse_json(who: str, what: str, text: str | bytes) -> dict[str, Any]:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, on one line of bounded length, without the final stop."""
+    """The text of an error in one line of bounded length, without the final stop."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     return " ".join(text.split())[:200].rstrip(".") or type(error).__name__

@@ -14,9 +14,10 @@ from typing import Final
 import numpy as np
 
 from refcurv.files.disk import PathLike, input_path, machine_faults
+from refcurv.files.encoding import PARTS, PIECE, encode, encode_pairs
 from refcurv.files.ids import WHO, npy_rows, read_bin
 from refcurv.files.json_lines import JSON_LINES, Item, line_item, lines, require_utf8_mark
-from refcurv.files.tokenizer import PARTS, PIECE, Tokenizer, encode, encode_pairs
+from refcurv.files.tokenizer import Tokenizer
 from refcurv.law.checks import (
     Array,
     ConventionError,
@@ -41,14 +42,16 @@ _WAYS_OUT: Final = {
     "Give the texts": ".h5 .hdf5 .model .tiktoken",
 }
 NO_TEXT: Final = {suffix: way for way, many in _WAYS_OUT.items() for suffix in many.split()}
-"""Suffixes of what is no text, even where its bytes are: what to do instead."""
+"""Suffixes of files that are not read as text, even if their bytes are text → what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """ids (n,) int32; how many of them are the prefix of a pair, None for a whole text.
+    """The token ids of a text, or of a prefix and its suffix.
 
-    `straddles`: a token is of prefix and suffix. `asked` (n,) bool: to be predicted; None = all.
+    Fields: ids (n,) int32; how many of them are the prefix's, None for a whole text; `straddles`,
+    whether a token covers the end of the prefix and the start of the suffix; `asked` (n,) bool,
+    which ids are to be predicted, None for all.
     """
 
     where: str
@@ -62,9 +65,10 @@ class Document:
 
 
 class Reader:
-    """file → its documents, one after another; knows how far it is, and the keys it ignored.
+    """Reads the documents of files, one after another, and remembers what it met.
 
-    `split` counts the separators found, `bare` the files that token_dtype is for.
+    It knows how far it has read and which keys it ignored. `split` counts the separators found,
+    `bare` the files that were read with token_dtype.
     """
 
     def __init__(
@@ -133,7 +137,7 @@ class Reader:
 
 
 def _batches(items: Iterator[Item]) -> Iterator[list[Item]]:
-    """Items that are tokenized at one time: some PIECE letters, or PARTS of them."""
+    """Groups of items that are tokenized at one time: about PIECE letters, or PARTS items."""
     batch: list[Item] = []
     letters = 0
     for item in items:
@@ -174,7 +178,7 @@ def _encoded(
 
 
 def _with_specials(document: Document, tokenizer: Tokenizer | None) -> Document:
-    """With what is put before and behind a text, if it has any token."""
+    """The ids with the special tokens before and behind them; an empty text gets none."""
     if tokenizer is None or not len(document.ids):
         return document
     before = np.array(tokenizer.before, np.int32)
@@ -198,13 +202,13 @@ def _require_known(where: str, ids: Array, tokenizer: Tokenizer | None) -> Array
 
 
 def _require_text(path: Path) -> None:
-    """Refuse what is no text by its name."""
+    """Refuse a file whose suffix says that it is no text."""
     if way_out := NO_TEXT.get(path.suffix.lower()):
         raise SchemaError(f"{WHO}: {str(path)!r} is no text here. {way_out}.")
 
 
 def _read_text(path: Path, where: str) -> str:
-    """All of a file that is UTF-8 without a NUL; of its letters a byte order mark is left out."""
+    """The text of a file that is UTF-8 without a NUL; a byte order mark is left out."""
     with machine_faults("open", path):
         data = path.read_bytes()
     require_utf8_mark(where, data)

@@ -9,10 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import field as field_of
-from enum import StrEnum
 from typing import Final
-
-import numpy as np
 
 from refcurv.files.keys import (
     Rule,
@@ -23,87 +20,17 @@ from refcurv.files.keys import (
     field,
     fixed,
     images,
-    local_blocks,
     not_built,
     nullable,
-    one_window,
     only,
     query_scalar,
-    rope,
     scaled_embedding,
     sizes,
-    upper_blocks,
-    windows_by_layer,
 )
-from refcurv.law.checks import Array
-from refcurv.model.config import ModelConfig, Norm, NormPlace, Pool, QKNorm, Residual
-
-
-class Form(StrEnum):
-    """How a checkpoint's tensor holds our weights W (d_out, d_in).
-
-    rows: W, or several stacked: [W_q; W_k; W_v].
-    turned: the transpose of that (GPT-2's Conv1D).
-    heads: for each head in turn its rows of W_q, W_k, W_v.
-    patch: W as the kernel of a convolution, (d_out, channels, side, side).
-    bare: no `.weight` behind its name, and axes of length 1 before the others, three in all.
-    """
-
-    ROWS = "rows"
-    TURNED = "turned"
-    HEADS = "heads"
-    PATCH = "patch"
-    BARE = "bare"
-
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """One module of a checkpoint: its name, our layers in it in their order, and how.
-
-    `*` in the names is the number of a block.
-    """
-
-    theirs: str
-    ours: tuple[str, ...]
-    form: Form = Form.ROWS
-
-
-def tensor_shape(slot: Slot, config: ModelConfig, parts: list[tuple[int, ...]]) -> tuple[int, ...]:
-    """The shape of the checkpoint's tensor, from those of our parts."""
-    shape = (sum(part[0] for part in parts), *parts[0][1:])
-    if slot.form is Form.TURNED:
-        return shape[::-1]
-    if slot.form is Form.BARE:
-        return (1,) * (3 - len(shape)) + shape
-    if slot.form is Form.PATCH and len(shape) == 2:
-        image = config.image
-        assert image is not None
-        return shape[0], image.channels, image.patch, image.patch
-    return shape
-
-
-def join(slot: Slot, config: ModelConfig, parts: list[Array]) -> Array:
-    """Our parts → the checkpoint's tensor, the same numbers bit for bit."""
-    shape = tensor_shape(slot, config, [part.shape for part in parts])
-    if slot.form is Form.HEADS:
-        by_head = [part.reshape(config.heads, config.head_width, -1) for part in parts]
-        return np.concatenate(by_head, axis=1).reshape(shape)
-    joined = np.concatenate(parts) if len(parts) > 1 else parts[0]
-    return joined.T if slot.form is Form.TURNED else joined.reshape(shape)
-
-
-def split(
-    slot: Slot, config: ModelConfig, tensor: Array, parts: list[tuple[int, ...]], index: int
-) -> Array:
-    """The reverse of `join`: the checkpoint's tensor → our part `index` of those shapes."""
-    if slot.form is Form.HEADS:
-        by_head = tensor.reshape(config.heads, len(parts), config.head_width, -1)
-        return np.ascontiguousarray(by_head[:, index]).reshape(parts[index])
-    joined = tensor.T if slot.form is Form.TURNED else tensor
-    start = sum(part[0] for part in parts[:index])
-    if len(parts) > 1:
-        joined = joined[start : start + parts[index][0]]
-    return np.ascontiguousarray(joined).reshape(parts[index])
+from refcurv.files.rotary_keys import rope
+from refcurv.files.slots import Form, Slot
+from refcurv.files.window_keys import local_blocks, one_window, upper_blocks, windows_by_layer
+from refcurv.model.config import Norm, NormPlace, Pool, QKNorm, Residual
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,16 +38,17 @@ class Family:
     """What a `model_type` means.
 
     Fields:
-        model_type: as config.json says it; architecture: transformers' class of the whole model.
-        prefix: before the names of all tensors but the head's; a checkpoint that was saved from
-            the base model lacks it.
-        rules: config.json ↔ ModelConfig, in order.
-        slots: the tensors.
-        ignored: patterns of tensors that are no parameters, beside BUFFERS (masks, a pooler).
-        irrelevant: keys of its own that no forward depends on.
-        refused: other classes of this model_type, and why not.
-        aliases: keys that transformers takes for others, other names of the same attribute.
-        in_memory: modules that transformers 5 calls otherwise than the checkpoint does.
+        model_type: the value of that key in config.json.
+        architecture: the name of transformers' class for the whole model.
+        prefix: what the names of all tensors but the head's begin with. A checkpoint of the base
+            model alone lacks it.
+        rules: config.json ↔ ModelConfig. They are read in order.
+        slots: the modules of the checkpoint, and our layers in them.
+        ignored: patterns of tensors that are no parameters (masks, a pooler), besides BUFFERS.
+        irrelevant: keys of config.json that no forward of the family depends on.
+        refused: other classes of this model_type → why they are refused.
+        aliases: keys that transformers reads as another key → that key.
+        in_memory: transformers 5's name of a module in memory → its name in the checkpoint.
     """
 
     model_type: str
@@ -139,7 +67,7 @@ BUFFERS: Final = (
     r"(.+\.)?rotary_emb\.(\w+_)?(inv_freq|(cos|sin)_cached)",
     r"(.+\.)?embed_tokens\.embed_scale",
 )
-"""Tensors of any family that follow from config.json, which earlier releases stored."""
+"""Tensors that earlier releases stored in any family; they follow from config.json."""
 
 
 def _slots(names: Mapping[str, str]) -> tuple[Slot, ...]:
@@ -197,7 +125,7 @@ _ATTENTION_BIAS: Final = bias("attention_bias", False, *_QKVO)
 _PRE_RMS: Final = fixed(norm_place=NormPlace.PRE, qk_norm=QKNorm.NONE)
 _LAYER_NORM: Final = fixed(norm=Norm.LAYER, norm_bias=True, qk_norm=QKNorm.NONE)
 _HEADS_GIVEN: Final = ("head_width",)
-"""Where transformers' default of num_key_value_heads is a number, the key must be there."""
+"""For `sizes(derived=)`: num_key_value_heads must be there, for its default is a fixed number."""
 
 
 def _tied(default: bool) -> Rule:
@@ -389,7 +317,7 @@ _SUMMARY: Final = frozenset(
     "summary_activation summary_first_dropout summary_proj_to_labels summary_type "
     "summary_use_proj n_ctx reorder_and_upcast_attn".split()
 )
-"""A head that no language model has, an older name of n_positions, and how to compute."""
+"""Keys of a classification head, an older name of n_positions, and a choice of kernel."""
 
 GPT2: Final = Family(
     "gpt2",

@@ -1,4 +1,4 @@
-"""What was done to the weights of a file before: the edits that its provenance tells of."""
+"""The edits that were made to the weights of a file before, as its provenance lists them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _ROW: Final = ("rho", "norm", "restored", "joint")
 
 
 def past_edits(header: store.Header) -> tuple[Mapping[str, Any], ...]:
-    """What a weights file says was done to its weights before, oldest first (`Model.edits`).
+    """The edits that a weights file lists, oldest first (`Model.edits`).
 
-    Files that are older than this list have the rows of the last edit alone.
+    Older files have no such list, but the rows of the last edit alone.
     """
     told = header.provenance.get("edits")
     if told is None:
@@ -44,7 +44,7 @@ def _is_edit(one: Any) -> bool:
 
 
 def _from_rows(rows: Any) -> tuple[Mapping[str, Any], ...]:
-    """The edit that a list of `LayerEdit` rows tells of; () if it is none."""
+    """The one edit that a list of `LayerEdit` rows describes; () if it is no such list."""
     if not isinstance(rows, list) or not rows:
         return ()
     layers = {

@@ -1,8 +1,8 @@
 """A Hugging Face checkpoint directory (config.json, *.safetensors) ↔ a weights file. No torch.
 
-Families differ in data only (families.py). A key of config.json is read, must have one value, or
-is known not to matter; any other key is an error, for it might change the mathematics. So with
-tensors: each becomes a parameter, or is known to be none.
+Families differ in data only (families.py). A key of config.json is read, or must have one value, or
+is known not to matter. Any other key is an error, for it might change the mathematics. Each tensor
+becomes a parameter, or is known to be none; any other tensor is an error too.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from refcurv.files.disk import (
     parse_json,
     write_bytes,
 )
-from refcurv.files.families import FAMILIES, Family, join, split, tensor_shape
+from refcurv.files.families import FAMILIES, Family
 from refcurv.files.keys import same
 from refcurv.files.known import require_known
 from refcurv.files.mistaken import no_folder, unknown_model
 from refcurv.files.naming import Source, Tensors, plan, tensors_of, whole
+from refcurv.files.slots import join, split, tensor_shape
 from refcurv.law.checks import (
     Array,
     ConventionError,
@@ -50,9 +51,10 @@ _LONGEST: Final = 600
 
 @dataclass(frozen=True, slots=True)
 class Mapped:
-    """One tensor of a checkpoint and a parameter that it became; `name` is None if ignored.
+    """A tensor of a checkpoint, and a parameter that was made of it.
 
-    A fused tensor has one for each of its parts. `shape` is the tensor's.
+    `name` is the parameter's, None if the tensor is ignored. `shape` and `dtype` are the tensor's.
+    A fused tensor has one record for each of its parts.
     """
 
     checkpoint_name: str
@@ -82,9 +84,13 @@ class Conversion:
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """What `export` wrote: files; `again`, if all of them were there; `left`, what was not copied.
+    """What `export` did.
 
-    `left` are the tokenizer's and generation files that lay beside the checkpoint.
+    Fields:
+        files: the names of the files that it wrote.
+        again: whether all of them were there already, just as they would be written.
+        left: files of a tokenizer and of generation that lay beside the checkpoint when it was
+            converted, and were not copied.
     """
 
     files: tuple[str, ...]
@@ -96,18 +102,20 @@ def convert(directory: PathLike, path: PathLike, ignore_keys: Collection[str] = 
     """Turn a checkpoint directory into a weights file.
 
     Definition
-        Every number is copied bit for bit under its new name: Conv1D weights are turned
-        (ORIENTATION), fused tensors (q, k, v; gate, up) are split, the kernel of a patch embedding
-        is flattened. Buffers, a pooler and the second copy of a tied head are ignored, and listed.
-        A prefix that all names share and the base model has not is left out.
+        Every number is copied bit for bit under its new name. Conv1D weights are transposed
+        (ORIENTATION), fused tensors (q, k, v; gate, up) are split, and the kernel of a patch
+        embedding is flattened. Buffers, a pooler and the second copy of a tied head are ignored,
+        and listed.
+        A prefix of all names that the family does not have is left out.
 
     Args:
         directory: Holds config.json (its model_type one of refcurv.files.families.FAMILIES) and
-            model.safetensors, or shards with model.safetensors.index.json. A snapshot of the
-            Hub's cache will do: links are followed.
+            model.safetensors, or shards with model.safetensors.index.json. An index whose shards
+            are gone is left over, and is not read. A snapshot of the Hub's cache will do: links
+            are followed.
         path: The weights file to write.
-        ignore_keys: Keys of config.json that are unknown here and change nothing, the caller
-            says; the file's provenance lists them. A key that the family reads is refused.
+        ignore_keys: Unknown keys of config.json of which the caller says that they change nothing.
+            The file's provenance lists them. A key that the family reads is refused.
 
     Returns:
         One Mapped for each parameter, in file order, then one for each ignored tensor.
@@ -169,18 +177,18 @@ def export(path: PathLike, directory: PathLike, tokenizer_from: PathLike | None 
     """Turn a weights file into a checkpoint directory that transformers loads.
 
     Definition
-        config.json is the checkpoint's own, verbatim, if it still describes the model, otherwise
-        a minimal one of its family, or of the first family that can describe it;
-        model.safetensors holds every number as stored, bit for bit, where `convert` found it
-        (without what it left out of the names). A tokenizer is copied from `tokenizer_from` alone:
-        no path that a weights file names is ever opened.
+        config.json is the checkpoint's own, verbatim, if it still describes the model. Otherwise it
+        is a minimal one of the checkpoint's family, or of the first family that can describe the
+        model. model.safetensors holds every number as stored, bit for bit, under the name that
+        `convert` found, without the prefix that it left out. A tokenizer is copied from
+        `tokenizer_from` alone: no path that a weights file names is ever opened.
 
     Args:
         path: A weights file.
-        directory: A folder that does not exist or is empty; it appears whole or not at all. One
-            that holds just what would be written is done already, and left as it is.
-        tokenizer_from: A folder, the checkpoint's own as a rule, whose files of a tokenizer and
-            of generation (refcurv.files.checkpoints.BESIDE) are copied.
+        directory: A folder that does not exist or is empty. It appears whole or not at all. One
+            that holds just what would be written is left as it is.
+        tokenizer_from: A folder, usually that of the checkpoint. Its files of a tokenizer and of
+            generation (refcurv.files.checkpoints.BESIDE) are copied.
 
     Returns:
         Exported: the files; `again` if they were there; `left`, which files that lay beside the
@@ -292,7 +300,7 @@ def _entries(config: ModelConfig, sources: Mapping[str, Source]) -> Iterator[sto
 
 
 def _named(header: store.Header, family: Family, tensors: Tensors) -> Tensors:
-    """The names that the checkpoint itself had, where they are recorded and those of `family`."""
+    """The names that the checkpoint itself had, if they are recorded and fit `family`."""
 
     def recorded(name: str) -> str:
         attributes = header.entries[weights.PARAMETERS + name].attributes
@@ -341,7 +349,7 @@ def read_config(where: str, text: str, ignore: Collection[str] = ()) -> tuple[Fa
 
 
 def _without_aliases(family: Family, data: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json with each attribute under one name; where both are there, they agree."""
+    """config.json with each alias replaced by its key; if both are there, they must agree."""
     found = dict(data)
     for alias, key in family.aliases.items():
         if alias in found:

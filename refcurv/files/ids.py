@@ -23,16 +23,19 @@ from refcurv.law.checks import (
 )
 
 WHO: Final = "build_corpus"
-"""Who speaks in an error."""
+"""The name of the command, in errors."""
 
 MAX_ID: Final = 2**31 - 1
-"""A corpus holds int32."""
+"""The largest id: a corpus holds int32."""
 
 TOKEN_DTYPES: Final = ("uint8", "uint16", "uint32", "uint64", "int32", "int64")
-"""What the ids of a .bin may be, little-endian."""
+"""The dtypes of ids in a .bin, little-endian."""
 
 SHARDS: Final = {20240520: (1, "uint16"), 20240801: (7, "uint32")}
-"""llm.c's shards, magic → (version, ids): 256 int32 of header, the third the count, then ids."""
+"""llm.c's shards: magic → (version, dtype of the ids).
+
+A shard is a header of 256 int32, the third of them the number of ids, and then the ids.
+"""
 
 _HEADER: Final = 256 * 4  # bytes of a shard's header
 _EVALUATION: Final = 20240522  # llm.c's magic of files that are no plain ids
@@ -40,7 +43,7 @@ _MEGATRON: Final = b"MMIDIDX"  # how the index beside a Megatron .bin begins
 
 
 def npy_rows(path: Path) -> Iterator[tuple[str, Array]]:
-    """A (T,) array as one document, an (N, T) array as N: where each is, and its ids."""
+    """Each document's name in an error, and its ids. A (T,) array is one document, (N, T) are N."""
     where = repr(str(path))
     with machine_faults("open", path), path.open("rb") as file:
         array = _read_npy(file, where)
@@ -52,10 +55,10 @@ def npy_rows(path: Path) -> Iterator[tuple[str, Array]]:
 
 
 def read_bin(path: Path, token_dtype: str | None, vocabulary: int | None) -> Array:
-    """The ids of a .bin: of a shard of llm.c, else all of the file as `token_dtype`.
+    """The ids of a .bin: those of a shard of llm.c, or else the whole file as `token_dtype`.
 
-    Where the tokenizer's vocabulary is known, ids that could not hold it are refused: those
-    beyond were written as others.
+    A dtype that is too narrow for the tokenizer's vocabulary is refused, if that is known: larger
+    ids would have been written as other ones.
     """
     where = repr(str(path))
     with machine_faults("open", path):
@@ -77,7 +80,7 @@ def read_bin(path: Path, token_dtype: str | None, vocabulary: int | None) -> Arr
 def _opened(
     where: str, data: bytes, token_dtype: str | None
 ) -> tuple[np.dtype[np.integer[Any]], bytes]:
-    """What the ids are, and their bytes; refuse a file that does not say, or says another."""
+    """The dtype of the ids, and their bytes; refuse a file whose dtype is not certain."""
     magic, version, count = np.frombuffer(data[:12].ljust(12, b"\0"), "<i4").tolist()
     if magic == _EVALUATION:
         raise SchemaError(f"{WHO}: {where} holds llm.c's questions, not plain ids. Give a .jsonl.")
@@ -106,7 +109,7 @@ def _opened(
 
 
 def _require_plain(path: Path, where: str) -> None:
-    """Refuse the half of a Megatron data set whose documents are told by its other half."""
+    """Refuse the .bin of a Megatron data set: its documents are listed in the .idx beside it."""
     index = path.with_suffix(".idx")
     with machine_faults("open", index):
         if index.is_file():
@@ -125,7 +128,7 @@ def _require_ids(where: str, array: Array) -> None:
 
 
 def _read_npy(file: BinaryIO, where: str) -> Array:
-    """The integers of a .npy file whose header is true to its size; objects are never read."""
+    """The integers of a .npy file; its size must fit its header, and objects are never read."""
     headers = {(1, 0): np.lib.format.read_array_header_1_0,
                (2, 0): np.lib.format.read_array_header_2_0}  # fmt: skip
     try:

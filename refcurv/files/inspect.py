@@ -16,9 +16,9 @@ def inspect_file(path: PathLike, progress: Progress = silent) -> dict[str, Any]:
     """A refcurv file of any kind as plain values; every dataset's checksum is verified.
 
     Returns:
-        path, format, version, attributes (JSON texts parsed), provenance, bytes, entries: a
-        dictionary per dataset with name, shape, stored (dtype), nbytes, sha256, attributes; of a
-        weights file also weights, its digest, and edits, what was done to them.
+        path, format, version, attributes (JSON texts parsed), provenance, bytes and entries, which
+        has a dictionary for each dataset: name, shape, stored (dtype), nbytes, sha256, attributes.
+        A weights file also has weights, its digest, and edits, what was done to the weights.
 
     Raises:
         SchemaError: not one of our files. ChecksumError: names the first damaged dataset.

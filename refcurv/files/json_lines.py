@@ -1,4 +1,4 @@
-"""JSON lines → items: a document or a pair in each, and what stands beside its ids."""
+"""JSON lines → items: a line holds a document or a pair, and may say which ids count."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from refcurv.law.checks import (
 )
 
 JSON_LINES: Final = (".jsonl", ".ndjson", ".jsonlines")
-"""Suffixes of files with a JSON object a line."""
+"""Suffixes of files with one JSON object in each line."""
 
 _WHOLE: Final = ("input_ids", "text")
 _PREFIX: Final = ("prefix_ids", "prefix", "prefix_text")
@@ -40,9 +40,10 @@ _NOT_READ: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """What a file has in one place: a text or ids, or a prefix with its suffix.
+    """One entry of a file: a text or its ids, or a prefix with its suffix.
 
-    `start`: how far in the file it begins. `asked` (n,): which of the ids are to be predicted.
+    `start` is the byte of the file at which it begins. `asked` (n,) says which ids are to be
+    predicted.
     """
 
     where: str
@@ -53,12 +54,12 @@ class Item:
 
     @property
     def parts(self) -> list[str | Array]:
-        """The whole, or prefix and suffix."""
+        """The whole text, or the prefix and the suffix."""
         return [self.content] if self.suffix is None else [self.content, self.suffix]
 
     @property
     def pair(self) -> tuple[str, str] | None:
-        """Prefix and suffix if both are text."""
+        """The prefix and the suffix, if both are text."""
         if isinstance(self.content, str) and isinstance(self.suffix, str):
             return self.content, self.suffix
         return None
@@ -68,7 +69,7 @@ class Item:
 
 
 def lines(path: Path) -> Iterator[tuple[int, str, str]]:
-    """Each line that is not blank: where it begins, its name in an error, itself."""
+    """Each line that is not blank: the byte at which it begins, its name in an error, its text."""
     with machine_faults("open", path), path.open("rb") as file:
         number = start = 0
         while line := file.readline(_MAX_LINE + 1):
@@ -88,7 +89,7 @@ def lines(path: Path) -> Iterator[tuple[int, str, str]]:
 
 
 def line_item(start: int, where: str, line: str, ignored: set[str]) -> Item:
-    """The document or pair that is in one line of JSON."""
+    """The document or the pair in one line of JSON."""
     record = {k: v for k, v in parse_json(WHO, where, line).items() if v is not None}
     whole, prefix, suffix = (
         next((key for key in keys if key in record), "") for keys in (_WHOLE, _PREFIX, _SUFFIX)
@@ -146,12 +147,12 @@ def require_utf8_mark(where: str, data: bytes) -> None:
 
 
 def _numbers(value: object) -> bool:
-    """Whether this is a list of numbers, or of lists: a thing for each token."""
+    """Is this a list of numbers or of lists, so probably one entry for each token?"""
     return isinstance(value, list) and bool(value) and isinstance(value[0], int | float | list)
 
 
 def _require_no_meaning(where: str, key: str, value: object) -> None:
-    """Refuse a key that says how tokens count, where it is not read; others may be ignored."""
+    """Refuse a key that is not read and says how tokens count. Any other key may be ignored."""
     counts = key in (*_BESIDE_IDS, *_NOT_READ) or "mask" in key.lower()
     if counts and key not in _HARMLESS and _numbers(value):
         raise ConventionError(
@@ -162,9 +163,9 @@ def _require_no_meaning(where: str, key: str, value: object) -> None:
 
 
 def _masked(item: Item, ids: Array, record: Mapping[str, Any]) -> Item:
-    """The ids without their padding, and which of them are asked for.
+    """The ids without their padding, and which of them are to be predicted.
 
-    A label is that of its own token, as in Hugging Face's data: position t - 1 predicts it.
+    labels[t] is about token t, as in Hugging Face's data; position t - 1 predicts that token.
     """
     where = item.where
     mask, labels, position_ids, types = (
@@ -201,7 +202,7 @@ def _masked(item: Item, ids: Array, record: Mapping[str, Any]) -> Item:
 
 
 def _beside(where: str, key: str, value: object, count: int) -> Array | None:
-    """A list of integers, one an id; None where there is none."""
+    """A list of integers, one for each id; None if the key is absent."""
     if not isinstance(value, list) or (value and not _numbers(value)):
         return None
     for i, one in enumerate(value):

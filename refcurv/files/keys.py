@@ -1,22 +1,26 @@
 """Keys of a config.json ↔ fields of a ModelConfig: the rules that a family is written in.
 
-A rule knows its keys and works in both directions. It never guesses: a value that it does not
-know is an error, raised as a sentence about the key; who reads the file puts its name in front.
-A key that is absent or null has transformers' own default, where there is a harmless one.
+A rule knows its keys and works in both directions. A rule never guesses: a value that it does not
+know is an error. The error is a sentence about the key; the caller puts the file's name in front.
+An absent or null key has transformers' own default, if that default is harmless.
+
+Rotary positions are in `rotary_keys`, windows in `window_keys`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from refcurv.law.checks import ConventionError, SchemaError
-from refcurv.model.config import LARGEST, Activation, Image, ModelConfig, RopeScaling, Scaling
+from refcurv.model.config import LARGEST, Activation, Image, ModelConfig
 
 Values = Mapping[str, Any]
 Fields = dict[str, Any]
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""transformers' names for attention without and with a window."""
 
 _MOST: Final = 2**31 - 1
 _MOST_LAYERS: Final = 10_000
@@ -26,9 +30,12 @@ _MOST_LAYERS: Final = 10_000
 class Rule:
     """Some keys and what they mean.
 
-    Fields: keys; read (config.json, the fields found by earlier rules) → fields; write
-    ModelConfig → config.json. Where ModelConfig says what the keys cannot, `write` writes
-    something else or nothing: the exporter reads its text back and compares.
+    Fields:
+        keys: the keys of config.json that the rule reads.
+        read: (config.json, the fields that earlier rules found) → more fields of ModelConfig.
+        write: ModelConfig → keys and values for config.json. The keys cannot describe every
+            ModelConfig. `write` then gives other values or none, and the exporter notices: it reads
+            its own text back and compares.
     """
 
     keys: tuple[str, ...]
@@ -47,7 +54,7 @@ def required(data: Values, key: str) -> Any:
 
 
 def natural(data: Values, key: str, most: int = _MOST) -> int:
-    """A positive integer; neither true nor 1.0 is one."""
+    """A positive integer. The JSON values true and 1.0 are refused."""
     value = required(data, key)
     if type(value) is not int or not 1 <= value <= most:
         raise SchemaError(f"{key} must be a positive integer up to {most}; got {value!r:.40}")
@@ -71,7 +78,7 @@ def flag(data: Values, key: str, default: bool) -> bool:
 
 
 def same(one: object, two: object) -> bool:
-    """Equal as JSON: 1 and 1.0 are, 1 and true are not."""
+    """Are two JSON values equal? 1 equals 1.0; 1 does not equal true."""
     return isinstance(one, bool) == isinstance(two, bool) and one == two
 
 
@@ -81,12 +88,12 @@ _REQUIRED: Final = object()
 
 
 def fixed(**fields: Any) -> Rule:
-    """What the family decides and no key says."""
+    """Fields that have one value in the whole family, and no key."""
     return Rule((), lambda data, found: dict(fields), lambda config: {})
 
 
 def field(key: str, name: str, default: Any = _REQUIRED) -> Rule:
-    """A key that is a field by another name; null or absent means `default`."""
+    """The value of a key becomes the field `name`; a key that is null or absent means `default`."""
 
     def read(data: Values, found: Fields) -> Fields:
         if default is _REQUIRED:
@@ -97,7 +104,7 @@ def field(key: str, name: str, default: Any = _REQUIRED) -> Rule:
 
 
 def nullable(key: str, name: str, default: Any = None) -> Rule:
-    """The same where null says that there is none; absent means `default`."""
+    """As `field`, but null is a value of its own: there is none. An absent key means `default`."""
     return Rule(
         (key,),
         lambda data, found: {name: data.get(key, default)},
@@ -106,7 +113,10 @@ def nullable(key: str, name: str, default: Any = None) -> Rule:
 
 
 def choice(key: str, name: str, meanings: Mapping[Any, Any], default: Any = _REQUIRED) -> Rule:
-    """A key with few known values, (value, what the field is then); the first is preferred."""
+    """A key with few known values: {value of the key: value of the field}; any other is refused.
+
+    `write` takes the default where it fits, else the first value that does.
+    """
 
     def read(data: Values, found: Fields) -> Fields:
         value = default if data.get(key) is None else data[key]
@@ -125,7 +135,7 @@ def choice(key: str, name: str, meanings: Mapping[Any, Any], default: Any = _REQ
 
 
 def only(key: str, *values: Any) -> Rule:
-    """A key that changes the mathematics, and the values that do not."""
+    """A key that could change the mathematics: these values do not, and any other is refused."""
 
     def read(data: Values, found: Fields) -> Fields:
         if key in data and not any(same(data[key], value) for value in values):
@@ -136,7 +146,7 @@ def only(key: str, *values: Any) -> Rule:
 
 
 def not_built(key: str, what: str) -> Rule:
-    """A switch of something that a family has and refcurv does not."""
+    """A key that switches on what refcurv does not compute: true is refused."""
 
     def read(data: Values, found: Fields) -> Fields:
         if flag(data, key, False):
@@ -147,7 +157,10 @@ def not_built(key: str, what: str) -> Rule:
 
 
 def echo(key: str, of: str, default: Any = None) -> Rule:
-    """A key that no forward reads, an older spelling of `of`: null, or the same value."""
+    """A key that transformers no longer reads, the older name of `of`.
+
+    It may be null, or have the same value as `of`.
+    """
 
     def read(data: Values, found: Fields) -> Fields:
         value, meant = data.get(key), data.get(of, default)
@@ -161,7 +174,7 @@ def echo(key: str, of: str, default: Any = None) -> Rule:
 
 
 def bias(key: str, default: bool, *layers: str) -> Rule:
-    """Do these linear layers have a bias?"""
+    """A key that says whether these linear layers have a bias."""
     return Rule(
         (key,),
         lambda data, found: {"biases": layers if flag(data, key, default) else ()},
@@ -186,11 +199,11 @@ ACTIVATIONS: Final = {
     "gelu_fast": Activation.GELU_TANH,
     "relu": Activation.RELU,
 }
-"""transformers' names. `gelu_fast` writes √(2/π) with ten digits, 4e-12 off."""
+"""transformers' names → ours. `gelu_fast` has √(2/π) to ten digits, an error of 4e-12."""
 
 
 def activation(key: str, default: str) -> Rule:
-    """The MLP's function."""
+    """The key that names the activation function of the MLP."""
     return choice(key, "activation", ACTIVATIONS, default)
 
 
@@ -203,7 +216,11 @@ def sizes(
     head_width: str | None = "head_dim",
     derived: tuple[str, ...] = ("kv_heads", "head_width"),
 ) -> Rule:
-    """The sizes by their keys; those in `derived` follow from others where a key is absent."""
+    """The sizes, each by its key.
+
+    A size in `derived` may lack its key; it then follows from the others: kv_heads = heads,
+    mlp_width = 4 width, head_width = width / heads. Without a key name (None) it always does.
+    """
     named = {
         "width": width,
         "layers": layers,
@@ -232,328 +249,16 @@ def sizes(
     )
 
 
-# ------------------------------------------------------------------ rotary positions
-
-_PLAIN: Final = "default"
-_KINDS: Final = {
-    Scaling.LINEAR: ("factor",),
-    Scaling.LLAMA3: (
-        "factor",
-        "original_max_position_embeddings",
-        "low_freq_factor",
-        "high_freq_factor",
-    ),
-    Scaling.YARN: (
-        "factor",
-        "original_max_position_embeddings",
-        "beta_slow",
-        "beta_fast",
-        "attention_factor",
-        "truncate",
-    ),
-}
-"""The keys of each kind of scaling; those of every kind come beside them."""
-
-NOT_BUILT: Final = ("axial", "dynamic", "longrope", "mrope", "proportional", "su", "yarn")
-"""Kinds of rotary positions that published models have, where a family does not compute them."""
-
-_BLOCKS: Final = ("rope_parameters", "rope_scaling")
-_NESTED: Final = ("full_attention", "sliding_attention")
-
-
-def rope(
-    theta_key: str = "rope_theta",
-    theta: float = 10_000.0,
-    partial_key: str | None = None,
-    partial: float = 1.0,
-    scalings: tuple[Scaling, ...] = tuple(Scaling),
-    nested: bool = False,
-) -> Rule:
-    """Rotary positions, in transformers 5's keys or the older ones.
-
-    Args:
-        theta_key: The older key of the base.
-        theta: The base where no key says one.
-        partial_key: The older key of the share of a head's width that turns; None for all of it.
-        partial: The share where no key says one.
-        scalings: Those that transformers computes for the family.
-        nested: rope_parameters has a block for each kind of attention, and rope_scaling is of
-            full attention.
-    """
-
-    def read(data: Values, found: Fields) -> Fields:
-        blocks = {name: _block(data.get(name), name) for name in _BLOCKS}
-        top = {"rope_theta": data.get(theta_key)}
-        if partial_key is not None:
-            top["partial_rotary_factor"] = data.get(partial_key)
-        context = data.get("max_position_embeddings")
-
-        def one(*of: Values) -> Fields:
-            _require_built(of, scalings)
-            merged = {"rope_theta": theta, "partial_rotary_factor": partial, **_merged(top, *of)}
-            fields = _rope_fields(merged, found["head_width"], scalings, context)
-            if partial_key is None and fields["rope_width"] is not None:
-                raise ConventionError("partial_rotary_factor below 1 is not of this family")
-            return fields
-
-        if not nested:
-            return one(*blocks.values())
-        for name in blocks["rope_parameters"]:
-            if name not in _NESTED:
-                raise ConventionError(f"rope_parameters has an unknown key {name!r}")
-        full, sliding = (_block(blocks["rope_parameters"].get(n), n) for n in _NESTED)
-        wide, narrow = one(full, blocks["rope_scaling"]), one(sliding)
-        if wide != narrow:
-            raise ConventionError(
-                "full and sliding attention have different rotary positions; refcurv has one for "
-                "all blocks"
-            )
-        return wide
-
-    def write(config: ModelConfig) -> Fields:
-        if config.rope_theta is None:
-            return {}
-        block = _rope_block(config)
-        share = block.pop("partial_rotary_factor")
-        if nested:
-            return {"rope_parameters": {name: block for name in _NESTED}}
-        older: Fields = {theta_key: config.rope_theta}
-        if partial_key is not None:
-            block["partial_rotary_factor"] = older[partial_key] = share
-        if config.rope_scaling is not None:
-            older["rope_scaling"] = block
-        return older | {"rope_parameters": block}
-
-    keys = (theta_key, *_BLOCKS, "max_position_embeddings")
-    return Rule(keys if partial_key is None else (*keys, partial_key), read, write)
-
-
-def _block(value: object, name: str) -> Values:
-    if value is not None and not isinstance(value, dict):
-        raise SchemaError(f"{name} must be an object; got {value!r:.40}")
-    return value or {}
-
-
-def _merged(*blocks: Values) -> Fields:
-    """All of them as one; null says nothing, and what is said twice must agree."""
-    merged: Fields = {}
-    for block in blocks:
-        for key, value in block.items():
-            name = "rope_type" if key == "type" else key
-            if value is None:
-                continue
-            if name in merged and not same(merged[name], value):
-                raise ConventionError(
-                    f"{name} is given as {merged[name]!r:.40} and as {value!r:.40}; which one is "
-                    "meant?"
-                )
-            merged[name] = value
-    return merged
-
-
-def _require_built(blocks: tuple[Values, ...], scalings: tuple[Scaling, ...]) -> None:
-    """Say of a kind that is known and not built that it is that; later releases write it twice."""
-    kinds = [block.get(key) for block in blocks for key in ("rope_type", "type")]
-    kinds += ["mrope" for block in blocks if block.get("mrope_section") is not None]
-    for kind in kinds:
-        if kind in NOT_BUILT and kind not in scalings:
-            raise ConventionError(
-                f"rope_type is {kind!r}, which is not built yet; built are "
-                f"{', '.join([_PLAIN, *scalings])}"
-            )
-
-
-def _rope_fields(
-    block: Fields, head_width: int, scalings: tuple[Scaling, ...], context: object
-) -> Fields:
-    """What one merged block says."""
-    base, share = (number(block, key) for key in ("rope_theta", "partial_rotary_factor"))
-    if share > 1:
-        raise SchemaError(f"partial_rotary_factor must be at most 1; got {share:g}")
-    turning = int(head_width * share)
-    fields: Fields = {"rope_theta": base, "rope_scaling": None}
-    fields["rope_width"] = None if turning == head_width else turning
-    kind = block.get("rope_type", _PLAIN)
-    kinds = {_PLAIN: (), **{str(k): _KINDS[k] for k in scalings}}
-    if not isinstance(kind, str) or kind not in kinds:
-        raise ConventionError(f"rope_type is {kind!r:.40}; known are {', '.join(kinds)}")
-    for key, value in block.items():
-        if key not in (*kinds[kind], "rope_type", "rope_theta", "partial_rotary_factor"):
-            raise ConventionError(
-                f"{key} is {value!r:.40}, which refcurv does not compute beside rope_type {kind!r}"
-            )
-    if kind != _PLAIN:
-        fields["rope_scaling"] = _scaling(Scaling(kind), block, context)
-    return fields
-
-
-def _scaling(kind: Scaling, block: Fields, context: object) -> RopeScaling:
-    factor = number(block, "factor")
-    if kind is Scaling.LINEAR:
-        return RopeScaling(kind=kind, factor=factor)
-    key = "original_max_position_embeddings"
-    original = natural({key: context, **block}, key)
-    if kind is Scaling.LLAMA3:
-        slow, fast = number(block, "low_freq_factor"), number(block, "high_freq_factor")
-        return RopeScaling(kind=kind, factor=factor, original=original, slow=slow, fast=fast)
-    attention = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
-    return RopeScaling(
-        kind=kind,
-        factor=factor,
-        original=original,
-        slow=number({"beta_slow": 1.0, **block}, "beta_slow"),
-        fast=number({"beta_fast": 32.0, **block}, "beta_fast"),
-        attention=number({"attention_factor": attention, **block}, "attention_factor"),
-        truncate=flag(block, "truncate", True),
-    )
-
-
-def _rope_block(config: ModelConfig) -> Fields:
-    """The reverse of `_rope_fields`."""
-    E = config.head_width
-    turning = config.rope_width or E
-    share = turning / E
-    if int(E * share) != turning:  # rounded to below
-        share = math.nextafter(share, 1)
-    block: Fields = {
-        "rope_type": _PLAIN,
-        "rope_theta": config.rope_theta,
-        "partial_rotary_factor": share,
-    }
-    s = config.rope_scaling
-    if s is None:
-        return block
-    values = {
-        "factor": s.factor,
-        "original_max_position_embeddings": s.original,
-        "low_freq_factor": s.slow,
-        "high_freq_factor": s.fast,
-        "beta_slow": s.slow,
-        "beta_fast": s.fast,
-        "attention_factor": s.attention,
-        "truncate": s.truncate,
-    }
-    return block | {"rope_type": str(s.kind)} | {key: values[key] for key in _KINDS[s.kind]}
-
-
-# ------------------------------------------------------------------ windows
-
-_FULL, _SLIDING = _NESTED
-
-
-def one_window(default: int | None) -> Rule:
-    """sliding_window of every block; null for none."""
-    key = "sliding_window"
-
-    def read(data: Values, found: Fields) -> Fields:
-        if data.get(key, default) is None:
-            return {}
-        return {"windows": (natural({key: default, **data}, key),) * found["layers"]}
-
-    def write(config: ModelConfig) -> Fields:
-        return {key: config.windows[0] if config.windows else None}
-
-    return Rule((key,), read, write)
-
-
-def windows_by_layer(
-    pattern: Callable[[int, Values], str], switch: str | None = None, more: tuple[str, ...] = ()
-) -> Rule:
-    """layer_types says which blocks have the sliding_window.
-
-    Args:
-        pattern: (block, config.json) → its type where layer_types is absent.
-        switch: A key that turns windows on; off where it is absent.
-        more: The keys that `pattern` reads.
-    """
-    keys = ("sliding_window", "layer_types")
-
-    def read(data: Values, found: Fields) -> Fields:
-        on = switch is None or flag(data, switch, False)
-        types = data.get("layer_types")
-        if types is None:
-            if not on:
-                return {}
-            types = [pattern(i, data) for i in range(found["layers"])]
-        if not isinstance(types, list) or len(types) != found["layers"]:
-            raise SchemaError(
-                f"layer_types must name the type of each of {found['layers']} blocks; got "
-                f"{types!r:.60}"
-            )
-        for kind in types:
-            if kind not in (_FULL, _SLIDING):
-                raise ConventionError(
-                    f"layer_types has {kind!r:.40}; refcurv computes only {_FULL!r} and "
-                    f"{_SLIDING!r}"
-                )
-        if _SLIDING not in types:
-            return {}
-        if not on:
-            raise ConventionError(f"layer_types has {_SLIDING!r}, but {switch} is not true")
-        window = natural({"sliding_window": 4096, **data}, "sliding_window")
-        return {"windows": tuple(window if kind == _SLIDING else 0 for kind in types)}
-
-    def write(config: ModelConfig) -> Fields:
-        windows = config.windows or (0,) * config.layers
-        types = [_SLIDING if window else _FULL for window in windows]
-        on = {} if switch is None else {switch: any(windows)}
-        return {"layer_types": types, "sliding_window": max(windows) or 4096, **on}
-
-    return Rule((*keys, *more) if switch is None else (*keys, switch, *more), read, write)
-
-
-def upper_blocks(i: int, data: Values) -> str:
-    """Qwen: the blocks from max_window_layers on have the window."""
-    return (
-        _SLIDING if i >= natural({"max_window_layers": 28, **data}, "max_window_layers") else _FULL
-    )
-
-
-def local_blocks() -> Rule:
-    """GPT-Neo: attention_types, [[["global", "local"], times], ...], and window_size."""
-
-    def read(data: Values, found: Fields) -> Fields:
-        types = data.get("attention_types")
-        plain: list[Any] = []
-        groups = types if isinstance(types, list) else []
-        good = bool(groups)
-        for group in groups:
-            good = good and isinstance(group, list) and len(group) == 2
-            good = good and isinstance(group[0], list) and type(group[1]) is int
-            if good and len(plain) <= found["layers"]:
-                plain += group[0] * min(max(group[1], 0), found["layers"] + 1)
-        if not good or len(plain) != found["layers"]:
-            raise SchemaError(
-                f"attention_types must name the type of each of {found['layers']} blocks, as in "
-                f'[[["global", "local"], 6]]; got {types!r:.60}'
-            )
-        if data.get("attention_layers") not in (None, plain):
-            raise ConventionError("attention_layers and attention_types differ")
-        if any(kind not in ("global", "local") for kind in plain):
-            raise ConventionError("attention_types has other than 'global' and 'local'")
-        if "local" not in plain:
-            return {}
-        window = natural({"window_size": 256, **data}, "window_size")
-        return {"windows": tuple(window if kind == "local" else 0 for kind in plain)}
-
-    def write(config: ModelConfig) -> Fields:
-        windows = config.windows or (0,) * config.layers
-        types = ["local" if window else "global" for window in windows]
-        return {"attention_types": [[types, 1]], "window_size": max(windows) or 256}
-
-    return Rule(("attention_types", "attention_layers", "window_size"), read, write)
-
-
 # ------------------------------------------------------------------ derived fields
 
 
 def scaled_embedding() -> Rule:
-    """Gemma: the embedding times the root of its width."""
+    """Gemma multiplies the embedding by the square root of the width."""
     return Rule((), lambda data, found: {"embed_scale": found["width"] ** 0.5}, lambda config: {})
 
 
 def query_scalar(key: str, default: int) -> Rule:
-    """Gemma-2: scores times query_pre_attn_scalar^(-1/2)."""
+    """Gemma-2 multiplies the scores by query_pre_attn_scalar^(-1/2)."""
 
     def read(data: Values, found: Fields) -> Fields:
         scalar = number({key: default, **data}, key)
@@ -615,7 +320,7 @@ def _sides(data: Values, key: str) -> tuple[int, int]:
 
 
 def _classes(data: Values) -> int:
-    """The number of labels; transformers' default is two."""
+    """The number of classes: as many as id2label names, or num_labels, by default two."""
     labels = data.get("id2label")
     if labels is None:
         return natural({"num_labels": 2, **data}, "num_labels")

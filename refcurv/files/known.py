@@ -1,7 +1,7 @@
 """The keys of a config.json that no family reads: which are harmless, and with which values.
 
-A key is harmless if the family's forward does not depend on it. Any other is an error, for it
-might change the mathematics; all of them are named at once, and the user may ignore them by name.
+A key is harmless if the family's forward does not depend on it. Any other key is an error, for it
+might change the mathematics. The error names all such keys; the user may ignore them by name.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from refcurv.model.config import ModelConfig
 
 
 def _checked(key: str, check: Any) -> Rule:
-    """A key that is no field: `check(value, config.json)` raises if it matters."""
+    """A key that gives no field: `check(value, config.json)` raises if its value matters."""
 
     def read(data: Values, found: Fields) -> Fields:
         check(data.get(key), data)
@@ -70,7 +70,7 @@ EVERYWHERE: Final = {
         only("chunk_size_feed_forward", 0, None),
     )
 }
-"""What transformers reads for every family that has no rule of its own for it."""
+"""Rules for keys that transformers reads in any family; a family's own rule comes first."""
 
 ELSEWHERE: Final = {
     rule.keys[0]: rule
@@ -81,7 +81,7 @@ ELSEWHERE: Final = {
         _checked("pretraining_tp", _parts),  # the same products, in parts
     )
 }
-"""What only other families read; a user who knows that this one does not may ignore it."""
+"""Keys that other families read. A user who knows that this one does not may ignore them."""
 
 _GENERATION: Final = (
     "assistant_confidence_threshold assistant_early_exit assistant_ensemble_weight "
@@ -100,7 +100,7 @@ _GENERATION: Final = (
     "sep_token_id sequence_bias speculation_type stop_strings suppress_tokens target_lookbehind "
     "temperature token_healing top_h top_k top_p typical_p use_cache watermarking_config".split()
 )
-"""What generation reads, and no forward."""
+"""Keys that generation reads, and no forward."""
 
 IRRELEVANT: Final = frozenset(_GENERATION) | frozenset(
     "architectures attn_implementation custom_pipelines dtype finetuning_task "
@@ -117,7 +117,7 @@ IRRELEVANT: Final = frozenset(_GENERATION) | frozenset(
 )
 """Keys of no consequence for a forward and backward pass on given tokens, without dropout.
 
-One has consequence in torch: it gives the embedding of `pad_token_id` no gradient. Here every
+`pad_token_id` has a consequence in torch: the embedding of that token gets no gradient. Here every
 embedding has the gradient of the loss.
 """
 
@@ -131,7 +131,7 @@ _OTHER_HEADS: Final = {
 
 
 def require_known(family: Family, data: Mapping[str, Any], ignore: Collection[str]) -> None:
-    """No key that might change the mathematics unread, and no class that computes otherwise."""
+    """Refuse unknown keys, which might change the mathematics, and classes with another head."""
     own = {key for rule in family.rules for key in rule.keys} | {"model_type"} | set(family.aliases)
     _require_ignorable(own, data, ignore)
     _require_class(family, data)
@@ -166,7 +166,7 @@ def _require_ignorable(own: set[str], data: Mapping[str, Any], ignore: Collectio
 
 
 def _require_class(family: Family, data: Mapping[str, Any]) -> None:
-    """The class of the whole model, where `architectures` names one that we know."""
+    """Refuse a class in `architectures` that is known and is not the family's whole model."""
     classes = data.get("architectures")
     reasons = dict(family.refused or {})
     for name in classes if isinstance(classes, list) else ():
@@ -178,7 +178,7 @@ def _require_class(family: Family, data: Mapping[str, Any]) -> None:
 
 
 def _require_own_code(family: Family, value: object) -> None:
-    """auto_map may name the authors' own copy of the family's class, and no other for it."""
+    """Refuse an auto_map with code of another class than the family's; a copy of it is accepted."""
     kind = "AutoModelForImageClassification" if "Image" in family.architecture else ""
     named = value.get(kind or "AutoModelForCausalLM") if isinstance(value, dict) else value
     name = named.rpartition(".")[2] if isinstance(named, str) else named

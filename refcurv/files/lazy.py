@@ -1,4 +1,4 @@
-"""A mapping whose values are read when they are asked for."""
+"""A mapping whose values are read at each access."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Value = TypeVar("Value")
 
 
 class Lazy(Mapping[str, Value]):
-    """Names in order, and a function that reads the value of one; nothing is remembered."""
+    """Names in order, and a function that reads the value of a name; no value is kept."""
 
     __slots__ = ("_names", "_read")
 

@@ -1,6 +1,6 @@
-"""What people take for a checkpoint, and what to do about it: sentences, nothing computed.
+"""Errors for what people take for a checkpoint: what it is instead, and what to do.
 
-Each is raised where reading would fail anyway, so that a sound checkpoint never meets one.
+Each is raised where reading would fail anyway. A sound checkpoint never meets one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from refcurv.law.checks import ConventionError, RefcurvError, SchemaError
 
 PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt")
 SHARD: Final = re.compile(r".*-\d+-of-0*([2-9]|[1-9]\d+)\..*")
-"""One of two files or more."""
+"""The name of one shard of two or more."""
 
 _SAVE: Final = "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
 _GGUF: Final = "is a GGUF file, which is not built yet. Take the safetensors that it was made from."
@@ -46,7 +46,7 @@ _DEQUANTISE: Final = {
     "compressed-tensors": f"{_LOADED}, quantization_config=CompressedTensorsConfig"
     "(dequantize=True)).save_pretrained(new_folder)",
 }
-"""transformers' ways back to plain numbers; GPTQ and AWQ have none there."""
+"""Method of quantisation → how transformers undoes it. It cannot undo GPTQ and AWQ."""
 
 
 def dequantise(method: str) -> str:
@@ -82,11 +82,11 @@ _TENSORS: Final = {
         "in the authors' own format. Take the checkpoint that transformers loads (often called -hf)"
     ),
 }
-"""Tensors that say what a checkpoint is → what they are, and what to do."""
+"""Patterns of tensors that give a checkpoint away → what they are, and what to do."""
 
 
 def require_plain_tensors(where: str, strange: Iterable[str]) -> None:
-    """Say what a checkpoint is, if one of its `strange` tensors, which it should not have, does."""
+    """Say what a checkpoint is, if one of the tensors that it should not have gives it away."""
     strange = list(strange)
     for pattern, what in _TENSORS.items():
         for name in strange:
@@ -141,7 +141,7 @@ def no_config(folder: Path) -> SchemaError | ConventionError:
 
 
 def no_weights(folder: Path, others: list[str]) -> SchemaError | ConventionError:
-    """The error for a folder with a config.json and none, or too many, of `others`' weights."""
+    """The error for a folder with a config.json and no weights, or several; `others` are files."""
     where = f"convert: {str(folder)!r:.200}"
     if "adapter_model.safetensors" in others or (folder / "adapter_config.json").exists():
         return _adapter(folder)
@@ -199,7 +199,7 @@ def _adapter(folder: Path) -> ConventionError:
 
 
 def _checkpoints_within(folder: Path) -> list[Path]:
-    """Folders that hold a config.json, the last first: a Trainer's, a Hub cache's snapshots."""
+    """Folders within that hold a config.json, such as a Trainer's checkpoints; the last first."""
     found = [
         path
         for pattern in ("*", "snapshots/*")

@@ -1,7 +1,8 @@
 """What the tensors of a checkpoint are called, and which of our parameters they hold.
 
-A family has one name for each tensor, the published one. A checkpoint may call it otherwise: with
-a wrapper's prefix before every name, without the base model's own, or as the model in memory.
+A family has one published name for each tensor. A checkpoint may differ from it in three ways: a
+wrapper has put a prefix before every name, the base model's own prefix is missing, or the names
+are those that the model has in memory.
 """
 
 from __future__ import annotations
@@ -14,22 +15,23 @@ from typing import Final
 import numpy as np
 
 from refcurv.files import safetensors, weights
-from refcurv.files.families import BUFFERS, Family, Form, Slot, tensor_shape
+from refcurv.files.families import BUFFERS, Family
 from refcurv.files.mistaken import require_plain_tensors
 from refcurv.files.safetensors import Tensor
+from refcurv.files.slots import Form, Slot, tensor_shape
 from refcurv.law.checks import ConventionError, SchemaError
 from refcurv.model.config import ModelConfig
 
 Tensors = dict[str, tuple[Slot, tuple[str, ...]]]
-"""The checkpoint's name of a tensor → how it holds which of our parameters."""
+"""The checkpoint's name of a tensor → its slot, and the names of our parameters in it."""
 
 _WRAPPERS: Final = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""Modules that torch puts around others, at any depth, and that hold nothing else."""
+"""Modules that torch wraps around others, at any depth."""
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a parameter comes from: part `index` of a tensor whose parts are `ours`."""
+    """Where a parameter comes from: it is part `index` of a tensor, whose parts are `ours`."""
 
     tensor: Tensor
     slot: Slot
@@ -39,9 +41,9 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Where every parameter comes from, in file order; the tensors that are none.
+    """Where every parameter comes from, in file order, and which tensors are no parameters.
 
-    `renamed` says in a sentence what was left out of all names, or is empty.
+    `renamed` is a sentence about what was left out of all names, or empty.
     """
 
     sources: dict[str, Source]
@@ -70,7 +72,7 @@ def tensors_of(family: Family, config: ModelConfig) -> Tensors:
 
 
 def whole(family: Family, names: Iterable[str]) -> dict[str, str]:
-    """A checkpoint's names → the same with the family's prefix, which the base model's lack."""
+    """A checkpoint's names → the same with the family's prefix, where a base model's lack it."""
     names = list(names)
     if any(name.startswith(family.prefix) for name in names):
         return {name: name for name in names}
@@ -83,9 +85,10 @@ def published(
 ) -> tuple[dict[str, str], str]:
     """A checkpoint's names → the family's own, and a sentence about what was left out of them.
 
-    Of the readings below the first that finds most of the `wanted` names: as they are; without
-    the first parts that all of them share. Each with the family's prefix if it lacks it, without
-    torch's wrappers, and with the names in memory turned into the published ones.
+    The names are read in several ways: as they are, and without the leading parts that all of them
+    share. In each way torch's wrappers are left out, the names in memory are replaced by the
+    published ones, and the family's prefix is added where it is missing. The way that finds most
+    of the `wanted` names counts; of equals, the first.
     """
     plain = {name: _unwrapped(name) for name in names}
     wrappers = sorted({part for name in names for part in name.split(".") if part in _WRAPPERS})
@@ -139,7 +142,7 @@ def _as_published(family: Family, name: str) -> str:
 
 
 def plan(where: str, family: Family, config: ModelConfig, tensors: Mapping[str, Tensor]) -> Plan:
-    """Parameter → source, each there in its shape, and no tensor left that could matter."""
+    """Parameter → source. Each must be there in its shape, and no tensor that matters be left."""
     wanted = tensors_of(family, config)
     names, renamed = published(family, wanted, tensors)
     found = _by_published_name(where, names, tensors)
@@ -232,7 +235,7 @@ def _hint(ours: tuple[str, ...]) -> str:
 
 
 def _require_same(where: str, head: Tensor, embed: Tensor) -> None:
-    """A tied checkpoint may store its head a second time, but not another one."""
+    """A tied checkpoint may store the embedding again as the head; another head is refused."""
     if head.name == embed.name:
         return
     same = (head.shape, head.stored) == (embed.shape, embed.stored) and np.array_equal(

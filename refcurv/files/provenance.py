@@ -1,4 +1,4 @@
-"""What a file was made with and from: written into every one of them."""
+"""What a file was made with and from. Every file records it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from refcurv.law.conventions import describe
 
 
 def provenance(**made_from: Any) -> dict[str, Any]:
-    """What a file was made with and from, as JSON values; no clock, so that runs can be compared.
+    """What a file was made with and from, as JSON values. It has no date: equal runs are equal.
 
     Args:
         made_from: Anything that belongs to this file: inputs ({file name: sha256}), seed, dtype.
@@ -33,9 +33,9 @@ def provenance(**made_from: Any) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """What decides the bits beside inputs, choices and law: versions, BLAS kernels, CPU, JIT.
+    """What decides the bits, besides inputs, choices and law: versions, BLAS kernels, CPU, JIT.
 
-    The same in every run on one machine, whatever order the libraries were loaded in.
+    It is the same in every run on one machine; the libraries may be loaded in any order.
     """
     blas = [
         {key: library.get(key) for key in ("internal_api", "version", "architecture")}
@@ -53,7 +53,7 @@ def machine() -> dict[str, Any]:
 
 
 def _cpu_features() -> list[str]:
-    """What NumPy found the CPU to have; it has no public name for that."""
+    """The features of the CPU that NumPy found. NumPy has no public name for them."""
     umath = importlib.import_module("numpy._core._multiarray_umath")
     return sorted(
         name for name, present in getattr(umath, "__cpu_features__", {}).items() if present

@@ -1,9 +1,9 @@
 """The safetensors format: eight bytes of length, a JSON header, the tensors' bytes. No torch.
 
-Read here and not by the `safetensors` package, which hands NumPy no bfloat16 and is an extra; the
-format is four rules, each of them checked: the header fits the file, every dtype is known, a
-tensor's bytes are as many as its shape needs, and together they fill the file without gap or
-overlap, which leaves no room for anything else.
+The `safetensors` package is not used: it is an extra, and it gives NumPy no bfloat16. The format
+has four rules, and each is checked. The header fits the file. Every dtype is known. A tensor has as
+many bytes as its shape needs. All tensors together fill the file without gap or overlap, so that
+there is no room for anything else.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any, Final
 
 import numpy as np
 
-from refcurv.files.disk import machine_faults, parse_json
+from refcurv.files.disk import machine_faults, parse_json, replacing
 from refcurv.law.checks import Array, SchemaError
 
 DTYPES: Final = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""Their names and ours."""
+"""The format's names of dtypes → ours."""
 
 OTHERS: Final = {
     **{name: 1 for name in ("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0")},
@@ -29,7 +29,7 @@ OTHERS: Final = {
     **{name: 4 for name in ("U32", "I32")},
     **{name: 8 for name in ("U64", "I64", "C64")},
 }
-"""What no parameter is stored in, and the bytes of an item: masks and counters."""
+"""Dtypes of masks and counters, in which no parameter is stored → bytes of an item."""
 
 _MAX_HEADER: Final = 100_000_000  # the reference implementation's own bound
 _MAX_AXES: Final = 8
@@ -51,7 +51,7 @@ class Tensor:
 
 
 def raw_dtype(stored: str) -> np.dtype[Any]:
-    """What the bytes are read as: bfloat16 has no dtype in NumPy and stays bits."""
+    """The dtype of the array that is read. NumPy has no bfloat16: its bits are read as uint16."""
     return np.dtype("uint16" if stored == "bfloat16" else stored).newbyteorder("<")
 
 
@@ -134,16 +134,14 @@ def read_tensor(tensor: Tensor) -> Array:
 
 
 Rows = Sequence[tuple[str, str, tuple[int, ...]]]
-"""Name, stored and shape of each tensor that a file is made of."""
+"""Name, stored dtype and shape of each tensor of a file."""
 
 
 def write_file(path: Path, tensors: Rows, read: Callable[[str], Array]) -> None:
-    """Write (name, stored, shape) tensors, each one's raw array got from `read(name)`; synced."""
-    with path.open("xb") as file:
+    """Write the tensors to a file, whole or not at all; `read(name)` gives each one's raw array."""
+    with replacing("export", path) as file:
         for chunk in _chunks(tensors, read):
             file.write(chunk)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def holds(path: Path, tensors: Rows, read: Callable[[str], Array]) -> bool:

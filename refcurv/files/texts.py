@@ -78,24 +78,25 @@ def build_corpus(
         rows stay as they are and whose populations gain those asked for. NO_TEXT's suffixes are
         refused. Anything else is text: UTF-8 without a NUL, one document per file, or those
         between the separators; of its characters only a byte order mark is left out.
-        Beside `input_ids`: `attention_mask`, whose zeros (padding, on the right) are left out;
-        `labels`, each that of its own token as in Hugging Face's data, or negative: not asked for.
-        `position_ids` and `token_type_ids` must say nothing. What else says how tokens count
-        (`loss_mask`, `segment_ids`, ...) is refused.
+        Keys beside `input_ids`: the ids at the zeros of `attention_mask` are padding, on the right,
+        and are left out. labels[t] is about token t, as in Hugging Face's data; a negative label
+        means that the token is not asked for. `position_ids` must be 0, 1, 2, ... and
+        `token_type_ids` 0. Any other key that says how tokens count (`loss_mask`,
+        `segment_ids`, ...) is refused.
         Without `pack` a document is cut every `length` tokens, each piece a row, padded on the
         right. With it the documents follow one another through rows of `length` and are cut
         where a row ends; each piece is a segment, numbered from 0 in its row. Neither drops a
         token. A row's width is `length`, or the longest row if that is shorter. Labels are
         LABELS' default, so that the last token of each piece has none, less those of tokens that
         are not asked for.
-        Ids are those of the whole text, however long it is, of a pair those of prefix + suffix.
-        The prefix has the tokens up to the seam; a token that is of both sides of it is the
-        suffix's, and the pair is counted as `straddling`.
+        Ids are those of the whole text, however long it is. The ids of a pair are those of the
+        text prefix + suffix. The prefix has the tokens up to its end. A token that covers this end
+        belongs to the suffix, and the pair is counted as `straddling`.
         Special tokens: a text gets what the tokenizer's own post-processor puts before and behind
-        it (often nothing), then `eos` if given; a pair gets what is put before. Ids given as ids
-        get nothing, and of a pair with one text the text's ids are those of it alone. A special
-        token spelled out in a text is that token. Truncation and padding that a tokenizer.json
-        asks for are turned off.
+        it (often nothing), then `eos` if given. A pair gets what is put before a text. Ids given as
+        ids get nothing. If only one half of a pair is text, it is tokenized alone. A special token
+        spelled out in a text is that token. Truncation and padding that a tokenizer.json asks for
+        are turned off.
         Populations: prefix and suffix are never cut. A whole document is cut every `length`
         tokens with prompt_length 1, and is of kind `text` only.
 
@@ -105,8 +106,8 @@ def build_corpus(
         length: The largest width of a row, at least 2.
         pack: Several documents in a row, as segments.
         eos: The token, spelled as in tokenizer.json, that is put behind each whole text.
-        separator: What stands between the documents of a text file, letter by letter, as in
-            `<|endoftext|>`; is in none of them.
+        separator: The text between the documents of a text file, such as `<|endoftext|>`. It is
+            part of none of them.
         token_dtype: One of TOKEN_DTYPES, for `.bin` files.
         populations: Each `NAME:KIND:SPLIT[:CHANCE]=FILE`, as in `quotes:recite:test=quotes.jsonl`.
         progress: Called with (bytes read, bytes).
@@ -185,7 +186,7 @@ def _require_options(length: int, separator: str | None, token_dtype: str | None
 
 
 def _require_used(reader: Reader, separator: str | None, token_dtype: str | None) -> None:
-    """Refuse options that did nothing: they were meant for files that are not here."""
+    """Refuse options that had no effect: they were meant for files that are not here."""
     if separator is not None and not reader.split:
         raise ConventionError(
             f"{WHO}: the separator {separator!r} is in no text file. Is it spelled as there? Leave "
@@ -238,7 +239,7 @@ def _require_unchanged(names: Mapping[str, tuple[str, Path, tuple[int, ...]]]) -
 
 
 def _old_corpus(texts: Sequence[PathLike], pack: bool, names: Sequence[str]) -> Corpus | None:
-    """The corpus that populations are added to, if that is asked for; refuse names used twice."""
+    """The corpus to add populations to, if one is given. Names that it has already are refused."""
     old = [path for path in texts if Path(path).suffix.lower() == ".h5"]
     if old and (len(texts) > 1 or pack):
         raise ConventionError(
@@ -290,7 +291,7 @@ def _rows(files: Iterable[Iterator[Document]], length: int, pack: bool) -> tuple
 def _labels(
     documents: Sequence[Document], tokens: Array, real: Array, segments: Array | None
 ) -> Array | None:
-    """LABELS' default, less those of tokens that are not asked for; None if all are."""
+    """LABELS' default without the labels of tokens that are not asked for; None if all are."""
     if all(document.asked is None or document.asked.all() for document in documents):
         return None
     asked = np.zeros(tokens.shape, bool)
@@ -327,7 +328,7 @@ def _pack(documents: Sequence[Array], length: int) -> tuple[Array, Array, Array]
 
 
 def _require_judgeable(asked: _Asked, document: Document) -> None:
-    """Refuse a document that a population cannot ask for as it says."""
+    """Refuse a document that its population cannot use."""
     prompt, where = document.prompt, f"{WHO}: {document.where}"
     if document.asked is not None and not document.asked.all():
         raise ConventionError(

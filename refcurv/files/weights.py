@@ -31,13 +31,13 @@ from refcurv.model.config import Image, ModelConfig, RopeScaling
 from refcurv.model.weights import Model
 
 STORED: Final = ("float64", "float32", "float16", "bfloat16")
-"""What a parameter can be stored in."""
+"""The dtypes that a parameter can be stored in."""
 
 OF_CHECKPOINT: Final = ("checkpoint_config", "ignored_keys", "beside")
-"""What the provenance says of the checkpoint, for `export`: carried from file to file."""
+"""Items of the provenance about the checkpoint, for `export`; copied from file to file."""
 
 PARAMETERS: Final = "parameters."
-"""Before a parameter's name, in the file."""
+"""The first part of a parameter's name in the file."""
 
 
 class Parameters(Lazy[Array]):

@@ -1,8 +1,8 @@
-"""What an audit looks at: a plan that fits the memory, and one pass that nobody's hands touched.
+"""What an audit looks at: a plan that fits the memory, and one recorded pass over one batch.
 
-The forward and the backward run once on the definitions, and every norm and every rotation that
-they call is written down with its inputs and outputs. The identities are then checked on what was
-written down, by formulas of their own.
+The definitions run forward and backward once. Every norm and every rotation that they call is
+recorded, with its inputs and outputs. The identities are then checked on the recorded arrays, with
+formulas of their own.
 """
 
 from __future__ import annotations
@@ -32,28 +32,30 @@ from refcurv.model.transformer import Parameters, Slope, Tap
 from refcurv.model.weights import Model
 
 SEQUENCES, WIDTH = 8, 64
-"""Of the batch, at most: identities hold on any, and a few hundred positions show every fault."""
+"""The largest batch. The identities hold on any batch; a few hundred positions show every fault."""
 
 ENUMERATED = 2048
-"""Backward passes that enumerating the vocabulary may take."""
+"""The most backward passes that enumerating the vocabulary may take."""
 
 SHAKEN = 0x5AFE
-"""Of the seeds of shaken runs, which must be no direction's."""
+"""The last part of a shaken run's seed, which keeps it apart from the directions' seeds."""
 
 BASIS_WIDTH = 4096
-"""Sides of the widest layer whose eigenbasis and edit are checked."""
+"""The longest side of a layer whose eigenbasis and edit are checked."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What fits the memory given; bytes are estimates, generous by about two.
+    """What fits the given memory. Bytes are estimates, too large by a factor of about two.
 
     Fields:
-        memory: bytes given. resident: whether the parameters are held, or read where needed.
-        sequences, width: of the batch. directions: the parameters that random directions move.
-        layers: whose factors and bases are checked. enumerated: loss positions whose Fisher is
-            enumerated over the vocabulary.
-        left_out: what was not checked, and why, in sentences.
+        memory: the given bytes.
+        resident: whether all parameters are held in memory, or each is read where it is needed.
+        sequences, width: the shape of the batch.
+        directions: the parameters that random directions move.
+        layers: the layers whose factors and bases are checked.
+        enumerated: the number of loss positions whose Fisher is enumerated over the vocabulary.
+        left_out: what is not checked and why, in sentences.
     """
 
     memory: int
@@ -67,7 +69,7 @@ class Plan:
 
 
 def plan(config: ModelConfig, corpus: Corpus, memory: int) -> Plan:
-    """Divide the memory: a third for parameters, one for activations, one for directions."""
+    """Divide the memory in thirds: for parameters, for activations, for directions."""
     third, left_out = memory // 3, []
     sizes = {name: math.prod(shape) for name, shape in config.parameter_shapes().items()}
     resident = 8 * sum(sizes.values()) <= third
@@ -102,7 +104,7 @@ def plan(config: ModelConfig, corpus: Corpus, memory: int) -> Plan:
 
 
 def _batch_shape(config: ModelConfig, corpus: Corpus, memory: int) -> tuple[int, int]:
-    """How many sequences, and how wide; of images only the number can be less."""
+    """How many sequences, and their width. Images keep their width; only their number shrinks."""
     require_inputs("audit", corpus, config)
     if config.image is not None and corpus.images is not None:
         sequences, width = min(SEQUENCES, len(corpus.images)), config.image.positions
@@ -119,7 +121,7 @@ def _batch_shape(config: ModelConfig, corpus: Corpus, memory: int) -> tuple[int,
 
 
 def _activations(config: ModelConfig, sequences: int, width: int) -> int:
-    """Bytes of a complex forward and backward, and of as much again that is kept."""
+    """Bytes of a complex forward and backward, and as many for what is kept of them."""
     wide = 14 * config.width + 6 * config.mlp_width + 6 * config.heads * config.head_width
     per_block = wide + 3 * config.heads * width
     return 32 * sequences * width * (config.layers * per_block + 4 * config.vocabulary)
@@ -132,7 +134,7 @@ def _two_blocks(config: ModelConfig) -> list[tuple[str, tuple[int, int]]]:
 
 
 def _fitting(config: ModelConfig, sizes: Mapping[str, int], most: int) -> list[str]:
-    """Weights of the last block and of the first, smallest first, while they fit together."""
+    """Weights of the first and the last block that fit together; small ones are taken first."""
     chosen, used = [], 0
     for name in sorted(
         (config.weight_of(n) for n, _ in _two_blocks(config)), key=sizes.__getitem__
@@ -143,12 +145,12 @@ def _fitting(config: ModelConfig, sizes: Mapping[str, int], most: int) -> list[s
     return [name for name in sizes if name in chosen]
 
 
-# ------------------------------------------------------------------ what was written down
+# ------------------------------------------------------------------ what was recorded
 
 
 @dataclass(frozen=True, slots=True)
 class NormCall:
-    """One RMSNorm, both ways: x → y = gain · x̂, and d_y → d_x; flattened to (N, width)."""
+    """One call of RMSNorm, forward x → y = gain · x̂ and backward d_y → d_x, as (N, width)."""
 
     x: Array
     gain: Array
@@ -178,7 +180,7 @@ def attention_magnitudes(d_context_BTHE: Array, saved: Saved) -> tuple[Array, Ar
 
 
 def _watched(log: _Log) -> Ops:
-    """The definitions, with a log of norms, of rotations and of what keys' gradients sum."""
+    """The definitions, recording norms, rotations and the magnitudes of keys' gradients."""
 
     def norm_forward(x: Array, gain: Array, eps: float) -> tuple[Array, Saved]:
         y, saved = DEFINITIONS.rms_norm_forward(x, gain, eps)
@@ -211,15 +213,20 @@ def _watched(log: _Log) -> Ops:
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """One batch, run once; its factors and bases are found when a check first asks for them.
+    """One batch, run once. Its factors and bases are computed when a check first asks for them.
 
     Fields:
-        config, parameters, plan, seed; corpus: the part of it that is looked at; batch: the same
-        as the definitions read it; layout. taps: layer → Tap, a and g (B, T, ·), the head's
-        included. norms: every RMSNorm.
-        key_slopes: block → the gradient of the rotated keys, before and after the rotation is
-            undone, (B, T, K, E). key_terms: block → the sum of the magnitudes of its terms.
-        final (B, T, D); logits (B, T, V). hessians: random direction → H times it, once known.
+        config, parameters, plan, seed: what the run was made from.
+        corpus: the sequences or images that are looked at.
+        batch, layout: the same, as the definitions read them.
+        taps: layer → Tap, with a and g (B, T, ·). The head is one of the layers.
+        norms: every call of RMSNorm.
+        key_slopes: block → the gradient of the rotated keys, and the same with the rotation undone,
+            each (B, T, K, E).
+        key_terms: block → for each entry of that gradient the sum of its terms' magnitudes.
+        final: (B, T, D), what the head reads.
+        logits: (B, T, V).
+        hessians: random direction → H times the direction, for those computed so far.
     """
 
     config: ModelConfig
@@ -245,7 +252,7 @@ class Bench:
 
     @property
     def longest(self) -> int:
-        """The most terms that any sum of a pass has."""
+        """The number of terms of the longest sum in a pass."""
         one = self.config
         sides = (one.width, one.mlp_width, one.heads * one.head_width, one.vocabulary)
         patch = one.image.patch_size if one.image else 0
@@ -253,15 +260,15 @@ class Bench:
 
     @property
     def budget(self) -> float:
-        """Of a result that went through whole passes, relative to its terms (`Runs.size`)."""
+        """The budget of a result of whole passes, relative to its size of terms (`Runs.size`)."""
         return tolerance.probable(self.longest, np.float64)
 
     def runs(self, result: Callable[[Parameters], Array]) -> Runs:
-        """What the definitions make of the parameters, and of shaken ones."""
+        """A result at the parameters, and at shaken parameters."""
         return Runs(np.asarray(result(self.parameters)), lambda n: result(self._shaken(n)))
 
     def runs_of_taps(self, result: Callable[[Mapping[str, Tap]], Array]) -> Runs:
-        """What is made of the taps, and of those of shaken runs."""
+        """A result from the taps, and from the taps of shaken runs."""
         return Runs(result(self.taps), lambda n: result(self._taps(n)))
 
     def _shaken(self, n: int) -> Parameters:
@@ -274,7 +281,7 @@ class Bench:
 
     @property
     def amplification(self) -> float:
-        """By how many relative roundings everywhere the layers' gradients are off, in the whole."""
+        """The factor by which a relative error of all parameters grows in the layers' gradients."""
 
         def slopes(taps: Mapping[str, Tap]) -> Array:
             return np.concatenate([tap.g.ravel() for tap in taps.values()])
@@ -284,11 +291,11 @@ class Bench:
         return runs.size(1) / own if own else 1.0
 
     def rng(self, salt: int) -> np.random.Generator:
-        """A stream of its own for each use."""
+        """A random stream for one use; each use has its own `salt`."""
         return np.random.default_rng([self.seed, salt])
 
     def collect(self, fisher: str, part: slice = slice(None)) -> Factors | None:
-        """`collect` on some sequences of the batch; None where the plan has no layer for it."""
+        """`collect` on some sequences of the batch; None if the plan has no layers."""
         if not self.plan.layers:
             return None
         fields = ("tokens", "labels", "mask", "segments", "images")
@@ -317,7 +324,7 @@ class Bench:
 def prepare(
     config: ModelConfig, parameters: Parameters, corpus: Corpus, planned: Plan, seed: int
 ) -> Bench:
-    """Choose the batch, run forward and backward, write down what flows."""
+    """Choose the batch, run forward and backward, and record what flows."""
     for name in parameters:
         require_finite("audit", f"parameter {name!r}", parameters[name])
     some = _some(config, corpus, planned)
@@ -361,10 +368,11 @@ def flow(
 
 
 def _some(config: ModelConfig, corpus: Corpus, planned: Plan) -> Corpus:
-    """The corpus's first sequences that have labels in the planned width, cut to it.
+    """The first sequences of the corpus that have labels in the planned width, cut to that width.
 
-    Two labels each, if there are such; none in the last column, if others remain, so that there is
-    a position that reaches none (O30). Of images the first that have a label.
+    Sequences with two labels or more are preferred. A label in the last column does not count if
+    there are others: then some position reaches no label, which O30 needs. Of images, the first
+    ones with a label are taken.
     """
     label = require_fit("audit", corpus, config)
     if corpus.images is not None:
@@ -387,7 +395,7 @@ def _some(config: ModelConfig, corpus: Corpus, planned: Plan) -> Corpus:
 
 
 def _batch(config: ModelConfig, some: Corpus) -> Batch:
-    """What the definitions read of it; padding is a segment of its own, which nothing sees."""
+    """The batch as the definitions read it. Padding is a segment of its own, which nothing sees."""
     if some.images is not None:
         return image_batch(config, some.images, some.label)
     token, segment = require_tokens("audit", some).astype(np.int64), some.segment.astype(np.int64)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from refcurv.files.disk import replacing
 from refcurv.files.weights import config_to_json
 from refcurv.model.config import ModelConfig
 from refcurv.model.weights import Model
@@ -40,9 +40,8 @@ def save(path: Path, recipe: Recipe, state: State) -> None:
     arrays |= {f"slots/{name}": slot for name, slot in state.slots.items()}
     head = {"recipe": asdict(recipe), "config": config_to_json(recipe.config())}
     head |= {"step": state.step, "seconds": state.seconds}
-    partial = path.with_suffix(".partial.npz")
-    np.savez(partial, head=np.array(json.dumps(head)), **arrays)
-    os.replace(partial, path)  # noqa: PTH105 - the atomic one
+    with replacing("paper", path) as file:
+        np.savez(file, head=np.array(json.dumps(head)), **arrays)
 
 
 def load(path: Path) -> tuple[dict[str, Any], State]:
