@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from strategies import config, random_parameters
 
 import refcurv as rc
-from refcurv.curvature import eigenbasis
+from refcurv.curvature import bases_file
 from refcurv.curvature.checkpoint import Checkpoint
 from refcurv.files import disk, huggingface
 from refcurv.model.config import ModelConfig
@@ -99,7 +99,7 @@ WRITERS: dict[str, tuple[Callable[[int], Any], Callable[[Any, Path], object]]] =
     "corpus": (corpus, rc.save_corpus),
     "factors": (factors, rc.save_factors),
     "checkpoint": (Sums, checkpoint),
-    "bases": (lambda seed: rc.decompose(factors(seed)), eigenbasis.save_bases),
+    "bases": (lambda seed: rc.decompose(factors(seed)), bases_file.save_bases),
     "plot": (figure, plots.save),
     "training": (training, lambda x, path: trainings.save(path, Recipe(x.step), x)),
 }

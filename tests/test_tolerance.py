@@ -25,7 +25,7 @@ from refcurv.editing.kfac import _acceptable
 from refcurv.judge import audit
 from refcurv.law import tolerance
 from refcurv.law.checks import NotPSDError, NotSymmetricError
-from refcurv.model import transformer
+from refcurv.model.gradient import loss_and_gradient
 
 U32, TINY32 = 2.0**-24, 2.0**-149
 """float32: the unit roundoff, and the smallest number."""
@@ -123,9 +123,9 @@ def of_a_gram(lost: float = 0.0) -> float:
 def of_a_path(wrong: float = 0.0) -> float:
     """float32 gradients beside float64's; `wrong`: of their own size."""
     one = case()
-    _, got = transformer.loss_and_gradient(one.config, one.astype(np.float32), *one.batch)
+    _, got = loss_and_gradient(one.config, one.astype(np.float32), *one.batch)
     exact = {name: x.astype(np.float64) for name, x in one.astype(np.float32).items()}
-    _, want = transformer.loss_and_gradient(one.config, exact, *one.batch)
+    _, want = loss_and_gradient(one.config, exact, *one.batch)
     scale = budgets.gradient_scale(one.config, exact, *one.batch)
     off = max(
         float(np.linalg.norm(got[n] * (1 + wrong) - want[n]) / np.linalg.norm(scale[n]))
