@@ -23,6 +23,7 @@ from strategies import config, random_parameters
 import refcurv as rc
 from refcurv.curvature import bases_file
 from refcurv.curvature.checkpoint import Checkpoint
+from refcurv.curvature.moments import Key, Side
 from refcurv.files import disk, huggingface
 from refcurv.model.config import ModelConfig
 from refcurv.report import plots
@@ -84,7 +85,7 @@ class Sums:
 
 
 def checkpoint(sums: Sums, path: Path) -> None:
-    Checkpoint(path, {"seed": sums.seed}).save({"head A": sums}, 1)  # type: ignore[dict-item]
+    Checkpoint(path, {"seed": sums.seed}).save({Key(Side.A, "head"): sums}, 1)  # type: ignore[dict-item]
 
 
 def saved(seed: int, path: Path) -> Path:
