@@ -23,8 +23,9 @@ from refcurv.curvature import eigenbasis, exact, factors
 from refcurv.curvature.exact.problems import of_batch
 from refcurv.demo import CORPUS, MODEL
 from refcurv.judge import audit as judge
-from refcurv.judge import bench, identities
-from refcurv.judge.identities import CHECKS
+from refcurv.judge import bench
+from refcurv.judge.identities import CHECKS, Measure, curvature, flow
+from refcurv.judge.identities import factors as of_factors
 from refcurv.law.checks import (
     ConventionError,
     EmptyError,
@@ -114,11 +115,11 @@ def test_budgets_cover_the_rounding_that_longdouble_shows(seed: int, place: Norm
     taps, _ = bench.flow(model.config, wide, made.batch, made.layout)
     for name, tap in taps.items():
         assert tap.g.dtype == np.longdouble
-        terms = made.runs_of_taps(partial(identities._output_slope, name)).size(1)
+        terms = made.runs_of_taps(partial(flow._output_slope, name)).size(1)
         assert_within(made.taps[name].g, tap.g, made.budget, terms, f"g of {name}")
-    v = identities._direction(made, 0)
-    H_v = identities._products(made, made.batch, "hessian", v)
-    H_v_wide = identities._flat(exact.hvp(of_batch(made.batch, wide), wrt="**", vector=v))
+    v = curvature._direction(made, 0)
+    H_v = curvature._products(made, made.batch, "hessian", v)
+    H_v_wide = curvature._flat(exact.hvp(of_batch(made.batch, wide), wrt="**", vector=v))
     assert_within(H_v.here, H_v_wide, made.budget, H_v.size(1), "H v")
 
 
@@ -166,7 +167,7 @@ def complement(W: np.ndarray, basis: Any, counts: np.ndarray) -> np.ndarray:
     return W - PROJECT(W, basis, counts) / 2
 
 
-PROJECT = identities.project
+PROJECT = of_factors.project
 
 
 def gradient_of_the_mean(logit: np.ndarray, label: np.ndarray) -> Any:
@@ -191,7 +192,7 @@ PLANTED: list[tuple[str, str, list[tuple[Any, str, Any]]]] = [
     ("B32 A and G swapped", "O18", [(factors, "_finish", swapped_factors)]),
     ("B27 the last position counted", "O18", [(rows, "reached", bugs.all_real)]),
     ("B65 ascending spectrum", "P4", [(eigenbasis.blas, "eigh", bugs.ascending)]),
-    ("B65 the complement kept", "O54", [(identities, "project", complement)]),
+    ("B65 the complement kept", "O54", [(of_factors, "project", complement)]),
 ]  # fmt: skip
 
 
@@ -258,10 +259,10 @@ def test_a_file_with_interleaved_rows_of_q_and_k_is_noticed() -> None:
     for weights, noticed in ((changed, True), ({}, False)):
         parameters = dict(model.with_parameters(weights).parameters)
         made = bench.prepare(model.config, parameters, corpus, planned, 0)
-        (measure,) = identities.rotary_rows(made)
+        (measure,) = flow.rotary_rows(made)
         assert (measure.error > measure.budget) == noticed
         assert measure.error <= 1 < 100 * measure.budget  # no loss falls by more than all of it
-        for check in (identities.rotated_key_slopes, identities.norm_defect):
+        for check in (flow.rotated_key_slopes, flow.norm_defect):
             assert all(m.error <= m.budget for m in check(made))
 
 
@@ -362,7 +363,7 @@ def test_an_error_that_is_no_number_fails_and_can_be_written(
 ) -> None:
     def broken(bench: Any) -> Any:
         """Something holds."""
-        yield identities.Measure(error, 1e-9, "here")
+        yield Measure(error, 1e-9, "here")
 
     monkeypatch.setattr(judge, "CHECKS", {"X1": broken})
     found = rc.audit(*small())

@@ -15,8 +15,9 @@ from test_planted_bugs import planted
 import refcurv as rc
 from refcurv.curvature import eigenbasis, factors
 from refcurv.curvature.exact import problems
-from refcurv.judge import audit, bench, identities
-from refcurv.judge.identities import CHECKS
+from refcurv.judge import audit, bench
+from refcurv.judge.identities import CHECKS, Measure
+from refcurv.judge.identities import factors as of_factors
 from refcurv.model import gradient, transformer
 from refcurv.model.layers import DEFINITIONS
 from refcurv.passes.fast import FAST
@@ -162,8 +163,8 @@ SMOOTH = [
           DEFINITIONS, "attention_forward", USUAL),
     Fault("O52", "attention, off by the number of keys", 1e-13, changed(by_length),
           DEFINITIONS, "attention_forward", USUAL),
-    Fault("O54", "the edited weights", 1e-12, scaled(), identities, "project"),
-    Fault("O61", "a share of what is cut", 1e-10, changed(some_kept), identities, "project"),
+    Fault("O54", "the edited weights", 1e-12, scaled(), of_factors, "project"),
+    Fault("O61", "a share of what is cut", 1e-10, changed(some_kept), of_factors, "project"),
     Fault("P4", "the eigenvalues", 1e-12, scaled(0), eigenbasis.blas, "eigh"),
 ]  # fmt: skip
 """Of the size of roundings: an identity sees them with its budget, and not with 100 times it."""
@@ -184,7 +185,7 @@ STATISTICAL = ["B51"]
 test_audit.py::test_a_file_with_interleaved_rows_of_q_and_k_is_noticed."""
 
 
-def worst(id: str, weights: float, fault: Fault | None = None) -> identities.Measure:
+def worst(id: str, weights: float, fault: Fault | None = None) -> Measure:
     """The measure that is nearest to its budget, or furthest beyond it."""
     one = case(3, batch=4, length=9, head_width=4)
     corpus = rc.Corpus(one.token)
