@@ -18,9 +18,20 @@ LEFT_OUT: dict[str, tuple[str, ...]] = {
     "refcurv/model/layers.py": (),
     "refcurv/model/loss.py": (),
     "refcurv/model/transformer.py": ("_require_numbers", "require_positions"),
+    "refcurv/model/gradient.py": (),
+    "refcurv/model/labels.py": ("require_labels",),
+    "refcurv/model/rows.py": ("require_rows",),
+    "refcurv/model/sampling.py": (),
+    "refcurv/model/fisher.py": (),
+    "refcurv/curvature/definition.py": (),
+    "refcurv/algebra/selection.py": (),
+    "refcurv/editing/projection.py": (),
 }
-"""The modules of forward, backward and loss. All their functions are targets, but those that only
-refuse what is wrong. A module that joins them, or a new place of theirs, is one line here."""
+"""The modules of forward, backward, loss, A, G and the edit.
+
+All their functions are targets, but those that only refuse what is wrong. A module that joins them,
+or a new place of theirs, is one line here.
+"""
 
 Change = tuple[str, ast.AST]
 """What kind of change, and what stands in the node's place."""

@@ -48,7 +48,7 @@ A run that is killed goes on where it stopped. When the module's code changes, i
 a survivor is tried again when the tests have changed, a killed mutant is not.
 """
 
-FIRST = ["layers", "loss", "transformer", "identities"]
+FIRST = ["layers", "loss", "transformer", "identities", "definition", "selection"]
 LEFT_OUT = {
     "slow, of whole commands": ["audit", "cli", "demo"],
     "about sources and documents": ["architecture", "traceability"],
