@@ -283,7 +283,7 @@ def test_refusals(M: np.ndarray, error: type, says: str) -> None:
         eigenbasis(M, 10, "float64", "A of 'blocks.0.mlp.up'")
 
 
-def broken(one: Eigenbasis, how: str) -> Eigenbasis:
+def broken(one: Eigenbasis, how: str) -> Eigenbasis:  # noqa: PLR0911
     """A basis with one fault in it."""
     U, mu, lam = one.U_A.copy(), one.mu.copy(), one.lam.copy()
     if how == "a row is missing":
