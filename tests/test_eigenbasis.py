@@ -325,7 +325,7 @@ FAULTS = {
     "of float32": (ConventionError, r"U_A of '.*gate' has .*shorter float"),
     "NaN in U": (NonFiniteError, r"U_A of '.*gate' holds nan at \[1, 2\]"),
     "integers": (DTypeError, r"U_A of '.*gate' must hold real numbers; got int64"),
-    "overflows": (ConventionError, r"U_A of '.*gate' has .* = nan >"),
+    "overflows": (ConventionError, r"U_A of '.*gate' has .* = (nan|inf) >"),
     "empty": (EmptyError, r"mu of '.*gate' is empty"),
     "integer values": (DTypeError, r"mu of '.*gate' must hold real numbers; got int64"),
     "ascending": (ConventionError, r"lam of '.*gate' must be descending .* entry 1 is"),
