@@ -25,7 +25,7 @@ The public names, in the order in which data flow:
     audit, Audit                    every identity that can be checked on a model
     RefcurvError                    every refusal is one of these
 
-All of it at once is imported by its own name:
+The modules that do several steps at once are imported by their full names:
 
     refcurv.pipeline                collect → decompose → edit → evaluate → compare → results:
                                     `run(Job(weights=..., corpus=..., layers=..., rho=...), folder)`

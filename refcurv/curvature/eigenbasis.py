@@ -1,6 +1,7 @@
 """The eigenbasis of the block G ⊗ A: directions u_i v_jᵀ, with curvature λ_i μ_j (P4).
 
-With bias="joint" the block is that of [W b] and A that of [a; 1] (BIAS).
+For each layer `decompose` takes `eigenbasis` of A = S_A / n_A and of G = S_G / n_G (COUNTS). With
+bias="joint" the block is that of [W b] and A that of [a; 1] (BIAS).
 """
 
 from __future__ import annotations

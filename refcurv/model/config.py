@@ -1,4 +1,4 @@
-"""One ModelConfig for every architecture, the names of its parameters, and the Model record."""
+"""One ModelConfig for every architecture, and the names and shapes of its parameters."""
 
 from __future__ import annotations
 

@@ -145,6 +145,8 @@ def rotate(x_BTHE: Array, cos: Array, sin: Array) -> Array:
 def unfold(image_BCHW: Array, patch: int) -> Array:
     """Square patches, row by row, each flattened over (channel, row, column): (B, n, C·P·P).
 
+    C, H and W are here the channels, the height and the width of the image, and P is `patch`.
+
     A convolution whose stride is its kernel is a linear layer on these (O5).
     """
     B, C, H, W = image_BCHW.shape
