@@ -29,6 +29,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    for option in ("--proofs", "--measured"):
+        if config.getoption(option) and config.getoption("numprocesses", None):
+            raise pytest.UsageError(f"{option} sees one process alone: give -n 0 too")
     if config.getoption("--proofs"):
         config.pluginmanager.register(Proofs())
 

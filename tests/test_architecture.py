@@ -74,6 +74,19 @@ def private_names_of_others(source: str) -> list[str]:
     return found
 
 
+def test_the_oracles_import_nothing_but_the_law() -> None:
+    """They are a second implementation; what they shared with the first would prove nothing."""
+    taken = set()
+    for node in ast.walk(ast.parse((ROOT / "tests/oracles.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            taken.add(node.module)
+        elif isinstance(node, ast.Import):
+            taken |= {alias.name for alias in node.names}
+    assert {name for name in taken if name.split(".")[0] not in sys.stdlib_module_names} == {
+        "numpy", "refcurv.law.conventions"
+    }  # fmt: skip
+
+
 def is_private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__")
 

@@ -14,6 +14,7 @@ from test_factors import BIASED, case, corpus_of, gappy, model_of
 import refcurv as rc
 from refcurv.curvature import definition
 from refcurv.law import conventions
+from refcurv.law.checks import EmptyError
 from refcurv.law.conventions import Fisher
 
 ROUNDING = 1e-6
@@ -54,9 +55,20 @@ def test_collect_equals_the_definition(one: Case, fisher: Fisher, rows: str, see
 @pytest.mark.parametrize("fisher", list(Fisher))
 def test_images_too(fisher: Fisher, rows: str) -> None:
     one, images = test_images.vit()
+    one.label[1] = -1  # an image without a label has no rows, at the head neither
     layers = "{head,blocks.**}" if rows == "cls" else "**,position"
     corpus = test_images.corpus_of(one, images)
     compare(test_images.model_of(one), corpus, layers, fisher=fisher, rows=rows, seed=3)
+
+
+def test_no_patch_is_a_row_of_cls() -> None:
+    one, images = test_images.vit()
+    model, corpus = test_images.model_of(one), test_images.corpus_of(one, images)
+    sums = definition.factors(model, corpus, ["patch"], rows="cls")["patch"]
+    assert (sums.n_A, sums.n_G) == (0, 0)
+    assert not sums.S_A.any()
+    with pytest.raises(EmptyError):
+        rc.collect(model, corpus, "patch", rows="cls")
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])

@@ -27,6 +27,7 @@ from refcurv.law import tolerance
 from refcurv.law.checks import (
     ConventionError,
     DTypeError,
+    EmptyError,
     NonFiniteError,
     NotPSDError,
     NotSymmetricError,
@@ -92,6 +93,12 @@ def test_hand_basis() -> None:
     assert np.allclose(values, [3, 1], rtol=1e-15)
     h = np.sqrt(0.5)
     assert np.allclose(U, [[h, h], [h, -h]], rtol=1e-15)
+
+
+def test_a_zero_is_not_raised() -> None:
+    _, values, raised = eigenbasis(np.diag([2.0, 0.0]), 1, "float64", "A")
+    assert values.tolist() == [2, 0]
+    assert raised == 0
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 40, 129])
@@ -245,13 +252,17 @@ def test_equal_sums_of_other_counts_are_other_moments() -> None:
 
 def test_basis_file_round_trip(tmp_path) -> None:
     basis = decompose(factors())
+    name = "blocks.0.mlp.up"
+    counted = replace(basis[name], raised_A=1, raised_G=2, rounding=0.5)
+    basis = replace(basis, layers={**basis.layers, name: counted})
     save_bases(basis, tmp_path / "b.h5")
     back = load_bases(tmp_path / "b.h5")
     assert list(back) == list(basis)
     for name, one in basis.items():
         for part in ("U_A", "mu", "U_G", "lam"):
             assert getattr(back[name], part).tobytes() == getattr(one, part).tobytes()
-        assert (back[name].raised_A, back[name].raised_G) == (one.raised_A, one.raised_G)
+        for part in ("raised_A", "raised_G", "rounding"):
+            assert getattr(back[name], part) == getattr(one, part)
 
 
 @pytest.mark.parametrize(
@@ -289,6 +300,12 @@ def broken(one: Eigenbasis, how: str) -> Eigenbasis:
         U[1, 2] = np.nan
     elif how == "integers":
         return replace(one, U_A=np.eye(len(mu), dtype=int))
+    elif how == "overflows":
+        U = np.sign(U) * 1.7e308
+    elif how == "empty":
+        U, mu = np.zeros((0, 0)), np.zeros(0)
+    elif how == "integer values":
+        mu = np.arange(len(mu))[::-1]
     elif how == "ascending":
         lam = lam[::-1].copy()
     elif how == "negative":
@@ -308,6 +325,9 @@ FAULTS = {
     "of float32": (ConventionError, r"U_A of '.*gate' has .*shorter float"),
     "NaN in U": (NonFiniteError, r"U_A of '.*gate' holds nan at \[1, 2\]"),
     "integers": (DTypeError, r"U_A of '.*gate' must hold real numbers; got int64"),
+    "overflows": (ConventionError, r"U_A of '.*gate' has .* = nan >"),
+    "empty": (EmptyError, r"mu of '.*gate' is empty"),
+    "integer values": (DTypeError, r"mu of '.*gate' must hold real numbers; got int64"),
     "ascending": (ConventionError, r"lam of '.*gate' must be descending .* entry 1 is"),
     "negative": (ConventionError, r"lam of '.*gate' must be descending and >= 0 .* entry 3 is -"),
     "infinite": (NonFiniteError, r"mu of '.*gate' holds inf at \[0\]"),

@@ -470,6 +470,14 @@ def test_shards_in_flight_change_no_bit(fisher: str, draws: int) -> None:
         same_bits(runs[0], other)
 
 
+def test_the_longest_product_is_told(monkeypatch) -> None:
+    """Three sequences of 2, 4 and 3 kept rows, two to a shard: 6 in the first, 3 in the last."""
+    monkeypatch.setattr(conventions, "SHARD_TOKENS", 10)
+    one = case(batch=3, length=5)
+    label = np.where(np.arange(5) < np.array([[2], [4], [3]]), 1, -1)
+    assert rc.collect(model_of(one), rc.Corpus(one.token, label)).shard_rows == 6
+
+
 @pytest.mark.parametrize("draws", [1, 2])
 def test_collecting_a_layer_alone_gives_its_bits(draws: int) -> None:
     model, corpus = big_corpus(30)

@@ -14,7 +14,10 @@ from strategies import Case, case, cases, opened_for_lies
 
 import refcurv as rc
 from refcurv.cli import main
+from refcurv.curvature import accumulate
+from refcurv.curvature import factors as collection
 from refcurv.curvature.bases_file import decompose_to
+from refcurv.law import conventions
 from refcurv.law.checks import EmptyError
 from refcurv.law.conventions import MOST_ROUNDING, NO_LABEL
 from refcurv.model import transformer
@@ -200,6 +203,24 @@ def test_labelled_sequences_are_looked_at(monkeypatch) -> None:
         factors = collected(replace(one, label=label), np.float64, layers="blocks.1.mlp.up")
         estimates.append(factors["blocks.1.mlp.up"].rounding_G)
     assert 1e-40 < estimates[0] == estimates[1] != estimates[2] > 1e-40
+
+
+def test_which_shards_are_looked_at(monkeypatch) -> None:
+    """The first that has a label, of blocks 0, 1, 3, 7, ...: fewer and fewer of a long corpus."""
+    monkeypatch.setattr(conventions, "SHARD_TOKENS", 4)
+    for module in (collection, accumulate):
+        monkeypatch.setattr(module, "BLOCK_SHARDS", 2)
+    one, seen, right = case(0, batch=18, length=4), [], collection.rounding
+
+    def watched(*args):
+        seen.append(args[2].number)
+        return right(*args)
+
+    monkeypatch.setattr(collection, "rounding", watched)
+    label = one.label.copy()
+    label[[2, 6, 7]] = NO_LABEL
+    collected(replace(one, label=label), np.float64, layers="blocks.1.mlp.up")
+    assert sorted(seen) == [0, 3, 14]
 
 
 # ------------------------------------------------------------------ what comes of it

@@ -45,7 +45,7 @@ def require_basis(who: str, layer: str, one: Eigenbasis) -> None:
         require_dtype(who, what, U, "f", "real numbers")
         require_finite(who, what, U)
         x = np.random.default_rng(0).standard_normal((n, PROBES))
-        with one_blas_thread():
+        with one_blas_thread(), np.errstate(over="ignore", invalid="ignore"):
             error = float(np.linalg.norm(U.T @ (U @ x) - x) / np.linalg.norm(x))
         solver = tolerance.eigenpair(n, U.dtype)
         budget = solver + 2 * tolerance.gamma(n, np.float64) * math.sqrt(n)

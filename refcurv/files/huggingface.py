@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from refcurv.files import checkpoints, safetensors, store, weights
+from refcurv.files.bfloat16 import EXPONENT
 from refcurv.files.disk import (
     WRITING,
     PathLike,
@@ -292,7 +293,7 @@ def _entries(config: ModelConfig, sources: Mapping[str, Source]) -> Iterator[sto
         array = safetensors.read_tensor(tensor)
         raw = split(source.slot, config, array, parts, source.index)
         del array
-        finite = (raw & 0x7F80) != 0x7F80 if tensor.stored == "bfloat16" else np.isfinite(raw)
+        finite = (raw & EXPONENT) != EXPONENT if tensor.stored == "bfloat16" else np.isfinite(raw)
         if not finite.all():
             wide = weights.widen(raw, tensor.stored, "float64")
             require_finite(f"convert: {str(tensor.path)!r}", f"tensor {tensor.name!r}", wide)
