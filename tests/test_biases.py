@@ -9,6 +9,7 @@ import budgets
 import numpy as np
 import pytest
 import test_factors
+import test_images
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import (
@@ -757,3 +758,14 @@ def test_blocks_of_one_vector_alone_have_its_bits(monkeypatch) -> None:
         assert list(apart) == [name]
         assert apart[name].sum_F.tobytes() == together[name].sum_F.tobytes()
     assert lowest == [0] * 3 + [2] * 6 + [1] * 3
+
+
+def test_blocks_of_what_stands_below_all_blocks_have_their_bits() -> None:
+    """The CLS alone, and the patches' bias, take the backward through every block."""
+    one, images = test_images.vit(images=2)
+    model, corpus = test_images.model_of(one), test_images.corpus_of(one, images)
+    together = rc.collect_blocks(model, corpus, "**")
+    for name in ("cls.weight", "patch.bias"):
+        apart = rc.collect_blocks(model, corpus, name)
+        assert list(apart) == [name]
+        assert apart[name].sum_F.tobytes() == together[name].sum_F.tobytes()

@@ -283,7 +283,7 @@ def test_refusals(M: np.ndarray, error: type, says: str) -> None:
         eigenbasis(M, 10, "float64", "A of 'blocks.0.mlp.up'")
 
 
-def broken(one: Eigenbasis, how: str) -> Eigenbasis:  # noqa: PLR0911
+def broken(one: Eigenbasis, how: str) -> Eigenbasis:
     """A basis with one fault in it."""
     U, mu, lam = one.U_A.copy(), one.mu.copy(), one.lam.copy()
     if how == "a row is missing":
@@ -301,11 +301,11 @@ def broken(one: Eigenbasis, how: str) -> Eigenbasis:  # noqa: PLR0911
     elif how == "integers":
         return replace(one, U_A=np.eye(len(mu), dtype=int))
     elif how == "overflows":
-        U *= 1e305
+        U = np.sign(U) * 1.7e308
     elif how == "empty":
-        return replace(one, U_A=np.zeros((0, 0)), mu=np.zeros(0))
+        U, mu = np.zeros((0, 0)), np.zeros(0)
     elif how == "integer values":
-        return replace(one, mu=np.arange(len(mu))[::-1])
+        mu = np.arange(len(mu))[::-1]
     elif how == "ascending":
         lam = lam[::-1].copy()
     elif how == "negative":
@@ -325,7 +325,7 @@ FAULTS = {
     "of float32": (ConventionError, r"U_A of '.*gate' has .*shorter float"),
     "NaN in U": (NonFiniteError, r"U_A of '.*gate' holds nan at \[1, 2\]"),
     "integers": (DTypeError, r"U_A of '.*gate' must hold real numbers; got int64"),
-    "overflows": (ConventionError, r"U_A of '.*gate' has .* = (nan|inf) >"),
+    "overflows": (ConventionError, r"U_A of '.*gate' has .* = nan >"),
     "empty": (EmptyError, r"mu of '.*gate' is empty"),
     "integer values": (DTypeError, r"mu of '.*gate' must hold real numbers; got int64"),
     "ascending": (ConventionError, r"lam of '.*gate' must be descending .* entry 1 is"),

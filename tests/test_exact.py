@@ -89,6 +89,26 @@ def test_gradient_is_the_transformers(one: Case) -> None:
         assert_within(got[name], want[name], BUDGET, scale, name)
 
 
+def test_a_part_of_the_gradient_has_the_bits_of_the_whole() -> None:
+    """However many matrices are asked for, and wherever the backward may stop."""
+    made = problem_of(case())
+    whole = exact.gradient(made, wrt="**")
+    for wrt in ("blocks.0.mlp.{up,down}.weight", "blocks.1.mlp.{gate,up,down}.weight", "head.*"):
+        part = exact.gradient(made, wrt=wrt)
+        assert part and all((part[name] == whole[name]).all() for name in part)
+
+
+def test_what_is_left_out_is_the_default_and_progress_counts_segments() -> None:
+    made, wrt, seen = problem_of(case()), "blocks.0.mlp.up.weight", []
+    rest = {"per": "segment", "seed": 0, "draws": 1}
+    for kind in Fisher:
+        chosen = {} if kind is Fisher.EXPECTED else {"fisher": kind}
+        want = exact.fisher(made, wrt=wrt, fisher=kind, **rest)
+        assert (exact.fisher(made, wrt=wrt, **chosen) == want).all()
+    exact.fisher(made, wrt=wrt, progress=lambda *at: seen.append(at))
+    assert seen == [(0, 2), (1, 2), (2, 2)]
+
+
 @needs_longdouble
 @pytest.mark.parametrize(
     ("place", "qk", "seed", "every"), [("post", "full", 0, 1), ("pre", "head", 1, 11)]

@@ -478,6 +478,13 @@ def test_the_longest_product_is_told(monkeypatch) -> None:
     assert rc.collect(model_of(one), rc.Corpus(one.token, label)).shard_rows == 6
 
 
+def test_progress_begins_before_the_first_shard(monkeypatch) -> None:
+    monkeypatch.setattr(conventions, "SHARD_TOKENS", 6)
+    one, seen = case(batch=3), []
+    rc.collect(model_of(one), corpus_of(one), progress=lambda *at: seen.append(at))
+    assert seen == [(n, 3) for n in range(4)]
+
+
 @pytest.mark.parametrize("draws", [1, 2])
 def test_collecting_a_layer_alone_gives_its_bits(draws: int) -> None:
     model, corpus = big_corpus(30)

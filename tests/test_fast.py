@@ -403,6 +403,9 @@ def test_gram_is_the_lower_triangle_of_the_product(dtype: type, rows: int, size:
         want = np.tril(wide.T @ wide + onto * before)
         scale = np.abs(wide).T @ np.abs(wide) + np.abs(before)
         assert (np.abs(np.tril(total) - want) <= tolerance.gamma(rows + 2, dtype) * scale).all()
+        again = before.astype(dtype)
+        gram.add_gram(np.asfortranarray(x), again, onto=onto)
+        assert again.tobytes() == total.tobytes()
     with pytest.raises(ValueError, match="add_gram"):
         gram.add_gram(x, np.zeros((size + 1, size + 1), dtype), onto=False)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 from unittest import mock
 
@@ -247,6 +248,17 @@ def test_what_is_near_the_cut_is_acceptable_and_nothing_else() -> None:
         assert acceptable(np.ones(1), mu, 7 / 8 - above).sum() == count
     assert acceptable(np.ones(1), mu, 7 / 8 + 1e-14).sum() == 2
     assert acceptable(np.ones(1), mu, 7 / 8 + 1e-12).tolist() == [[0, 0, 0, 1, 1]]  # a tie
+
+
+@pytest.mark.parametrize("power", [-500, 500])
+def test_units_change_no_acceptable_pair(power: int) -> None:
+    """Of keys that overflow or vanish too: λ μ is 2^±1000 here, and its mass more."""
+    mu = np.array([4.0, 2, 1, 0.5, 0.5])
+    one = Eigenbasis(np.eye(5), mu, np.eye(5), mu)
+    far = Eigenbasis(np.eye(5), np.ldexp(mu, power), np.eye(5), np.ldexp(mu, power))
+    assert _acceptable(far, 0.75) == _acceptable(one, 0.75) > 0
+    lam = np.ldexp(mu, 2 * power)
+    assert _acceptable(replace(far, lam=lam), 0.75) == _acceptable(one, 0.75)
 
 
 def test_the_budget_of_a_key_is_one_that_solvers_can_use() -> None:

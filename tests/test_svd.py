@@ -14,6 +14,7 @@ from test_biases import biased
 from test_factors import model_of
 
 import refcurv as rc
+from refcurv.algebra import svd as solver
 from refcurv.curvature.eigenbasis import Eigenbasis, eigenbasis
 from refcurv.evaluation.bands import bands
 from refcurv.files.weights import narrow, widen
@@ -297,3 +298,16 @@ def test_refusals() -> None:
     tied = model_of(case(tied=True))
     with pytest.raises(ConventionError, match="truncate: the head is tied to the embedding"):
         rc.truncate(tied, {"**": 0.5})
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_numpys_route_for_large_matrices_agrees(full: bool, monkeypatch) -> None:
+    """Where SciPy's integers are too short: σ within the budget, and the same shapes."""
+    W = np.random.default_rng(0).normal(size=(5, 3))
+    ours = solver.svd(W, full=full)
+    monkeypatch.setattr(solver, "MOST_INT", 10)
+    monkeypatch.setattr(solver.scipy.linalg, "svd", None)
+    U, sigma, Vt = solver.svd(W, full=full)
+    assert [x.shape for x in (U, sigma, Vt)] == [x.shape for x in ours]
+    assert_within(sigma, ours[1], tolerance.eigenvalues(5), ours[1], "σ")
+    assert_within(U[:, :3] * sigma @ Vt, W, tolerance.eigenpair(5), W, "W")
