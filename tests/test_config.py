@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import refcurv as rc
 from refcurv.files.weights import config_from_json, config_to_json
 from refcurv.law.checks import ConventionError, NameUnknownError, RangeError, ShapeError
 from refcurv.model.config import Image, ModelConfig, RopeScaling
-from refcurv.model.patterns import expand
+from refcurv.model.patterns import expand, spelled
 
 VIT = Image(channels=1, height=4, width=4, patch=2)
 YARN = RopeScaling(kind="yarn", factor=2.0, original=8, slow=1.0, fast=4.0)
@@ -71,6 +72,12 @@ def test_a_file_of_before_these_fields_means_what_it_meant() -> None:
         ("Head", 0),
         (".*", 0),
         ("blocks.{0-1}.mlp.up,head", 3),
+        ("blocks.{0-1}*.mlp.up", 4),
+        ("blocks.{01,1-9}.mlp.up", 9),
+        ("{,blocks.3.}{mlp.up,he}{ad,}", 2),
+        ("blocks.{1-1}1.mlp.{g**,*p}", 2),
+        ("bl*.mlp.up", 0),
+        ("b**k**1*.*.u*p", 3),
     ],
 )
 def test_patterns(pattern: str, count: int) -> None:
@@ -85,6 +92,31 @@ def test_patterns_keep_file_order() -> None:
     assert expand("head,blocks.3.mlp.up,blocks.1.*.*", NAMES) == [
         "blocks.1.attn.q", "blocks.1.mlp.gate", "blocks.1.mlp.up", "blocks.3.mlp.up", "head"
     ]  # fmt: skip
+
+
+def too_long(*_: object) -> None:
+    raise AssertionError("it does not end")
+
+
+@pytest.mark.parametrize("part", ["**a", "*a", "{1-1111}", "{,**}", "{a,*}"])
+def test_no_pattern_takes_long(part: str) -> None:
+    """More ways lead through a name than anybody waits for; no place in it is tried twice."""
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(20)
+    try:
+        with pytest.raises(NameUnknownError, match="matches none of"):
+            expand(f"{part * 18}!", ["a" * 40, "1" * 40])
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("pattern", [None, 3, ["head"], b"head"])
+def test_a_pattern_is_one_text(pattern: object) -> None:
+    """A list of names is a likely guess: the error says how to write it."""
+    for refuse in (expand, spelled):
+        with pytest.raises(NameUnknownError, match="a pattern is one text, such as"):
+            refuse(pattern, NAMES)
 
 
 @pytest.mark.parametrize("pattern", ["blocks.{3-1}.**", "blocks.{1", "x{", "{a,{b}"])

@@ -10,7 +10,6 @@ Sum and count, never a running mean; the division happens once, on reading A or 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,7 +37,7 @@ from refcurv.law.conventions import BLOCK_SHARDS, Fisher, Rows, describe
 from refcurv.model.config import ModelConfig
 from refcurv.model.corpus import Corpus
 from refcurv.model.fisher import DRAWN
-from refcurv.model.patterns import expand
+from refcurv.model.patterns import expand, spelled
 from refcurv.model.weights import Model
 from refcurv.passes.forward import resident
 from refcurv.passes.parallel import Turnstile, run
@@ -188,8 +187,8 @@ def collect(
     """
     keep = Rows(require_choice("collect", "rows", rows, list(Rows)))
     config = model.config
-    spelled = [name for name in config.tables() if name in re.findall(r"\w+", layers)]
-    names = expand(layers, [*config.linear_layers(), *spelled])
+    tables = spelled(layers, config.tables())
+    names = expand(layers, [*config.linear_layers(), *tables])
     job = sweep_of("collect", names, fisher, seed, draws)
     units = shards(corpus, config, keep)
     require_few_passes("collect", units, job, config.vocabulary)
