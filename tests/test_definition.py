@@ -14,6 +14,7 @@ from test_factors import BIASED, case, corpus_of, gappy, model_of
 import refcurv as rc
 from refcurv.curvature import definition
 from refcurv.law import conventions
+from refcurv.law.checks import ConventionError, NameUnknownError, RangeError
 from refcurv.law.conventions import Fisher
 
 ROUNDING = 1e-6
@@ -71,3 +72,22 @@ def test_only_the_named_layers_are_summed() -> None:
     one = case(biases=BIASED)
     names = ["blocks.1.mlp.up", "embed"]
     assert list(definition.factors(model_of(one), corpus_of(one), names)) == names
+
+
+@pytest.mark.parametrize(
+    ("choice", "error", "says"),
+    [
+        ({"layers": ["blocks.9.mlp.up"]}, NameUnknownError, "no linear layer 'blocks.9.mlp.up'"),
+        ({"fisher": "gold"}, ConventionError, "fisher must be one of"),
+        ({"draws": 0}, RangeError, "draws must be an integer"),
+        ({"fisher": "expected", "draws": 2}, ConventionError, "`expected` draws nothing"),
+        ({"fisher": "empirical", "draws": 2}, ConventionError, "`empirical` draws nothing"),
+        ({"seed": -1}, RangeError, "seed must be an integer"),
+    ],
+)
+def test_what_collect_refuses_has_no_definition_either(choice: dict, error, says: str) -> None:
+    """Two draws of `expected` would halve G: n_G would count what was never drawn."""
+    one = case()
+    choice = {"layers": ["blocks.0.mlp.up"], **choice}
+    with pytest.raises(error, match=f"^factors: .*{says}"):
+        definition.factors(model_of(one), corpus_of(one), **choice)

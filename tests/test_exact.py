@@ -741,10 +741,15 @@ def test_refusals() -> None:
         (ConventionError, "one linear layer", exact.kfac, (own,), dict(wrt="blocks.0.mlp.**")),
         (ConventionError, "fisher must be one of", F, (own,), dict(fisher="gold")),
         (ConventionError, "per must be one of", F, (own,), dict(per="row")),
-        (TypeError, "unexpected keyword argument 'seeds'", F, (own,), dict(seeds=1)),
+        (TypeError, r"^fisher\(\) got .*'seeds'; known are .*seed", F, (own,), dict(seeds=1)),
+        (TypeError, r"^kfac\(\) got an unexpected", exact.kfac, (own,), dict(seeds=1)),
+        (NameUnknownError, "one text, such as", H, (own,), dict(wrt=[name])),
+        (ConventionError, "hvp: a vector is", exact.hvp, (own,), dict(vector=W[name])),
+        (ConventionError, "hvp: a vector is", exact.hvp, (own,), dict(vector={3: W[name]})),
+        (ShapeError, "row 1 is of length 1", exact.hvp, (own,), dict(vector={name: [[1, 2], [3]]})),
         (ConventionError, "kind must be one of", exact.operator, (own,), dict(kind="H")),
         (RangeError, "draws", F, (own,), dict(fisher="sampled", draws=0)),
-        (ConventionError, "not drawn", F, (own,), dict(draws=2)),
+        (ConventionError, "draws nothing", F, (own,), dict(draws=2)),
         (RangeError, "seed", F, (own,), dict(seed=-1)),
         (ShapeError, "vector", exact.hvp, (own,), dict(vector={name: W[name].T})),
         (NameUnknownError, "only one of the two", exact.hvp, (own,), dict(vector={})),
@@ -758,6 +763,9 @@ def test_refusals() -> None:
     up = exact.gradient(own, wrt=name)[name]
     with pytest.raises(RangeError, match="derivative: the product is beyond the range of float64"):
         exact.derivative(own, vector={name: np.copysign(1.7e308, up)})
+    for along in (exact.derivative, exact.fisher_along):
+        with pytest.raises(ConventionError, match=f"{along.__name__}: a vector is"):
+            along(own, vector=[W[name]])
     operator, v = exact.operator(own, wrt=name), np.ones(W[name].size)
     for error, says, bad in (
         (DTypeError, "real numbers", 1j * v),

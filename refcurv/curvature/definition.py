@@ -15,12 +15,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from refcurv.law.checks import Array
-from refcurv.law.conventions import Fisher, Rows
+from refcurv.law.checks import Array, NameUnknownError
+from refcurv.law.conventions import Rows
 from refcurv.model import transformer
 from refcurv.model.config import TABLES, ModelConfig
 from refcurv.model.corpus import Corpus, require_fit, require_tokens
-from refcurv.model.fisher import cotangents
+from refcurv.model.fisher import cotangents, require_fisher
 from refcurv.model.images import patches
 from refcurv.model.layers import Layout
 from refcurv.model.rows import kept, require_rows
@@ -80,10 +80,14 @@ def factors(
     Source: P1-P3; COUNTS, ROWS, FISHER, EMBEDDING.
     Proof: tests/test_definition.py::test_collect_equals_the_definition
     """
-    config, kind = model.config, Fisher(fisher)
+    config, kind = model.config, require_fisher("factors", fisher, seed, draws)
     parameters = {name: np.asarray(model.parameters[name]) for name in config.parameter_shapes()}
     shapes = config.linear_layers() | config.tables()
-    sums = {name: _zero(*shapes[name]) for name in layers}
+    sums = {}
+    for name in layers:
+        if name not in shapes:
+            raise NameUnknownError(f"factors: the model has no linear layer {name!r}.")
+        sums[name] = _zero(*shapes[name])
     for one in _sequences(config, corpus, require_rows("factors", config, rows)):
         final_BTD, trace = transformer.forward(config, parameters, one.inputs, one.layout)
         sent = cotangents(kind, one.label_BT, one.index_B, config.vocabulary, seed, draws)

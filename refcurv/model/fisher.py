@@ -10,7 +10,13 @@ from functools import partial
 
 import numpy as np
 
-from refcurv.law.checks import Array
+from refcurv.law.checks import (
+    Array,
+    ConventionError,
+    require_choice,
+    require_draws,
+    require_seed,
+)
 from refcurv.law.conventions import Fisher
 from refcurv.model.loss import cross_entropy, root_product
 from refcurv.model.sampling import draw_labels, signs, uniforms
@@ -18,6 +24,15 @@ from refcurv.model.transformer import Cotangent
 
 DRAWN = (Fisher.SAMPLED, Fisher.SIGNED)
 """The Fishers that draw something: labels, or signs."""
+
+
+def require_fisher(who: str, fisher: str, seed: int, draws: int) -> Fisher:
+    """The choice of labels, or an error for one that the law does not have (FISHER, SAMPLING)."""
+    kind = Fisher(require_choice(who, "fisher", fisher, list(Fisher)))
+    require_seed(who, seed)
+    if require_draws(who, draws) != 1 and kind not in DRAWN:
+        raise ConventionError(f"{who}: `{kind}` draws nothing; draws must be 1, got {draws}.")
+    return kind
 
 
 def cotangents(

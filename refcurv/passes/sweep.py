@@ -8,17 +8,13 @@ from functools import partial
 
 from refcurv.law.checks import (
     Array,
-    ConventionError,
     EmptyError,
     RangeError,
-    require_choice,
-    require_draws,
-    require_seed,
 )
 from refcurv.law.conventions import Fisher
 from refcurv.model import transformer
 from refcurv.model.config import TABLES, ModelConfig
-from refcurv.model.fisher import DRAWN, cotangents, labelled
+from refcurv.model.fisher import cotangents, labelled, require_fisher
 from refcurv.model.transformer import Cotangent, Parameters, Slope, Steps, Tap, Trace
 from refcurv.passes.fast import FAST
 from refcurv.passes.shards import Shard, inputs_of
@@ -56,11 +52,8 @@ MOST_PASSES = 2**16
 
 def sweep_of(who: str, names: Iterable[str], fisher: str, seed: int, draws: int) -> Sweep:
     """The choices of a collection, checked."""
-    kind = Fisher(require_choice(who, "fisher", fisher, list(Fisher)))
-    require_draws(who, draws)
-    if kind not in DRAWN and draws != 1:
-        raise ConventionError(f"{who}: `{kind}` draws nothing; draws must be 1, got {draws}.")
-    return Sweep(frozenset(names), kind, require_seed(who, seed), draws)
+    kind = require_fisher(who, fisher, seed, draws)
+    return Sweep(frozenset(names), kind, int(seed), draws)
 
 
 def require_few_passes(who: str, units: Iterable[Shard], job: Sweep, vocabulary: int) -> None:

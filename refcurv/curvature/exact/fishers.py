@@ -30,17 +30,16 @@ from refcurv.curvature.exact.variables import (
     Vector,
     direction,
     layer_shape,
+    named_by,
     variables_of,
 )
 from refcurv.law.checks import (
     Array,
-    ConventionError,
     NameUnknownError,
     require_choice,
-    require_draws,
-    require_seed,
 )
 from refcurv.law.conventions import Fisher
+from refcurv.model.fisher import require_fisher
 from refcurv.model.layers import Saved
 from refcurv.model.transformer import Slope, Tap
 from refcurv.progress import Progress, silent
@@ -89,13 +88,15 @@ class Choice:
 
 def checked(who: str, sent: Sent) -> Choice:
     """The choice, once the law is known to have it."""
+    known = Sent.__annotations__
+    if unknown := [option for option in sent if option not in known]:
+        raise TypeError(
+            f"{who}() got an unexpected keyword argument {unknown[0]!r}; known are wrt, "
+            f"{', '.join(known)}"
+        )
     choice, name = Choice(**sent), f"exact.{who}"
-    require_choice(name, "fisher", choice.fisher, list(Fisher))
     require_choice(name, "per", choice.per, PER)
-    require_draws(name, choice.draws)
-    if choice.draws != 1 and choice.fisher not in (Fisher.SAMPLED, Fisher.SIGNED):
-        raise ConventionError(f"{name}: {choice.fisher} labels are not drawn; draws must be 1.")
-    require_seed(name, choice.seed)
+    require_fisher(name, choice.fisher, choice.seed, choice.draws)
     return choice
 
 
@@ -207,7 +208,9 @@ def fisher_along(
     Raises, Cost, Source: as `fisher`, without the limit of size.
     Proof: tests/test_exact.py::test_fisher_along_a_vector
     """
-    variables = variables_of("fisher_along", model, tokens, labels, ",".join(vector))
+    variables = variables_of(
+        "fisher_along", model, tokens, labels, named_by("fisher_along", vector)
+    )
     sizes = by_size(direction("fisher_along", variables, vector))
     parts = [(e, variables.named(u_P)) for e, u_P in sizes]
     made, choice = variables.problem, checked("fisher_along", sent)
@@ -327,6 +330,7 @@ def kfac(
     Source: P2; Martens & Grosse 2015 (arXiv 1503.05671).
     Proof: tests/test_exact_cases.py
     """
+    checked("kfac", sent)
     made = variables_of("kfac", model, tokens, labels, wrt, dense=True).problem
     found = moments(made, wrt=wrt, **sent)
     return found.rows * kron_dense(found.G, found.A)

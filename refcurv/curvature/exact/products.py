@@ -31,6 +31,7 @@ from refcurv.curvature.exact.variables import (
     Variables,
     Vector,
     direction,
+    named_by,
     variables_of,
 )
 from refcurv.law.checks import Array, RangeError, require_choice, require_dtype, require_finite
@@ -210,7 +211,7 @@ def derivative(
     Source: Martins, Sturdza & Alonso 2003.
     Proof: tests/test_exact.py::test_O15_the_derivative_along_a_vector
     """
-    variables = variables_of("derivative", model, tokens, labels, ",".join(vector))
+    variables = variables_of("derivative", model, tokens, labels, named_by("derivative", vector))
     made = variables.problem
 
     def product(v_P: Array) -> Array:

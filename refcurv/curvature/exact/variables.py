@@ -19,6 +19,7 @@ from refcurv.law.checks import (
     DTypeError,
     NameUnknownError,
     RangeError,
+    as_array,
     require_dtype,
     require_finite,
     require_shape,
@@ -126,8 +127,17 @@ def layer_shape(who: str, variables: Variables) -> tuple[int, int]:
     return O, I
 
 
+def named_by(who: str, vector: Vector) -> str:
+    """The pattern that names the parameters of a vector; ConventionError for what is no vector."""
+    if not isinstance(vector, Mapping) or not all(isinstance(name, str) for name in vector):
+        kind = type(vector).__name__
+        raise ConventionError(f"exact.{who}: a vector is {{parameter name: array}}; got {kind}.")
+    return ",".join(vector)
+
+
 def direction(who: str, variables: Variables, vector: Vector) -> Array:
     """The vector as (P,), in float64 or wider, once it is known to fit the variables."""
+    named_by(who, vector)
     unknown = sorted(set(vector) ^ set(variables.names))
     if unknown:
         raise NameUnknownError(
@@ -135,7 +145,8 @@ def direction(who: str, variables: Variables, vector: Vector) -> Array:
             f"{unknown[0]!r} is in only one of the two."
         )
     for name in variables.names:
-        shape, one = variables.problem.parameters[name].shape, np.asarray(vector[name])
+        shape = variables.problem.parameters[name].shape
+        one = as_array(f"exact.{who}", f"vector[{name!r}]", vector[name], f"{shape} = {name}")
         require_shape(f"exact.{who}", f"vector[{name!r}]", one, shape, name)
         require_dtype(f"exact.{who}", f"vector[{name!r}]", one, "fiub", "real numbers")
     v_P = variables.flat(vector)
