@@ -376,6 +376,10 @@ def test_refusals(made: tuple[rc.Model, Bases]) -> None:
     model, basis = made
     with pytest.raises(RangeError, match=r"rho of 'blocks.0.mlp.up' must lie in \[0, 1\]; got 2"):
         rc.edit(model, basis, {"blocks.0.mlp.up": 2})
+    with pytest.raises(RangeError, match="must be a number; got 1000"):
+        rc.edit(model, basis, 10**400)
+    with pytest.raises(EmptyError, match="edit: rho names no layer"):
+        rc.edit(model, basis, {})
     with pytest.raises(NameUnknownError, match=r"'blocks.9.mlp.up' matches none"):
         rc.edit(model, basis, {"blocks.9.mlp.up": 0.5})
     with pytest.raises(ConventionError, match="two patterns"):

@@ -24,6 +24,7 @@ from refcurv.law.checks import (
     Array,
     ConventionError,
     DTypeError,
+    EmptyError,
     require_finite,
     require_range,
     require_seed,
@@ -211,13 +212,16 @@ def shares(
 
     Raises:
         RangeError: a share outside [0, 1]. NameUnknownError: a pattern that matches no layer.
-        ConventionError: a layer that two patterns match; a head tied to the embedding.
+        ConventionError: a layer that two patterns match; a head tied to the embedding. EmptyError:
+        no pattern at all.
 
     Proof: tests/test_projection.py::test_refusals, ::test_a_tied_head_is_no_layer_to_edit
     """
     names = list(layers)
     if not isinstance(asked, Mapping):
         raise ConventionError(f"{who}: {what} must name its layers, PATTERN=SHARE; got {asked!r}.")
+    if not asked:
+        raise EmptyError(f"{who}: {what} names no layer; PATTERN=SHARE is needed.")
     found: dict[str, float] = {}
     for pattern, value in asked.items():
         share = require_range(who, f"{what} of {pattern!r}", value, 0, 1)

@@ -193,7 +193,7 @@ def require_range(who: str, what: str, value: float, low: float, high: float) ->
     """Return `value` as a float, or raise RangeError unless low <= value <= high."""
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise RangeError(f"{who}: {what} must be a number; got {value!r}.") from None
     if not low <= number <= high:
         raise RangeError(f"{who}: {what} must lie in [{low:g}, {high:g}]; got {value!r}.")
