@@ -800,6 +800,10 @@ def test_a_checkpoint_is_checked_before_a_kernel_sees_it(unfinished) -> None:
     for text in ("", "[]", "{"):
         refused(entries, unfinished=text)
     refused(entries, unfinished=3)
+    for damaged in (b"", state.read_bytes()[:-1]):
+        state.write_bytes(damaged)
+        with pytest.raises(SchemaError, match="earlier collection left, delete it to start anew"):
+            collect()
     store.write(state, format="refcurv-factors", attributes=facts, arrays=entries.values(),
                 provenance={})  # fmt: skip
     collect()

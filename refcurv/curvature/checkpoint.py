@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ import numpy as np
 
 from refcurv.curvature.moments import Key, RunningSum
 from refcurv.files import store
-from refcurv.files.disk import free_bytes, parse_json
-from refcurv.law.checks import ConventionError, SchemaError
+from refcurv.files.disk import free_bytes, machine_faults, parse_json
+from refcurv.law.checks import ConventionError, NonFiniteError, SchemaError
 
 _VARIANCE = ("variance", "variance_trace")
 
@@ -58,11 +59,13 @@ class Checkpoint:
 
         Raises:
             ConventionError: the file belongs to another run; the message says what differs.
-            SchemaError, ChecksumError: it is damaged, or not what such a run writes.
+            SchemaError, ChecksumError, NonFiniteError: it is damaged, or no such run wrote it.
         """
-        if not self.path.exists():
-            return 0
-        header = store.open_file(self.path, format="refcurv-factors")
+        with machine_faults("collect", self.path):
+            if not self.path.exists():
+                return 0
+        with _advised():
+            header = store.open_file(self.path, format="refcurv-factors")
         where = f"collect: the checkpoint {str(self.path)!r}"
         if "unfinished" not in header.attributes:
             raise SchemaError(f"{where} is a finished factors file. Move it away, or load it.")
@@ -80,7 +83,9 @@ class Checkpoint:
             rows = store.fact(what, at, "rows", int)
             if rows < 0:
                 raise SchemaError(f"{what} counts {rows} rows.")
-            one.restore(store.read(header, _entry(key), finite=True), rows, variance)
+            with _advised():
+                array = store.read(header, _entry(key), finite=True)
+            one.restore(array, rows, variance)
         return done
 
     def _require_same(self, where: str, theirs: Mapping[str, Any]) -> None:
@@ -92,6 +97,16 @@ class Checkpoint:
                 f"{f'; and {len(differ) - 4} more' if len(differ) > 4 else ''}. Finish that one as "
                 "it was begun, or delete the file to start anew."
             )
+
+
+@contextmanager
+def _advised() -> Iterator[None]:
+    """What is wrong with the file, and what to do about a checkpoint."""
+    try:
+        yield
+    except (SchemaError, NonFiniteError) as error:
+        hint = "If it is what an earlier collection left, delete it to start anew."
+        raise type(error)(f"{error} {hint}") from None
 
 
 def _entry(key: Key) -> str:
