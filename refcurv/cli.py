@@ -14,6 +14,7 @@ from pathlib import Path
 from refcurv import terminal
 from refcurv.commands import COMMANDS
 from refcurv.commands.arguments import files, parser
+from refcurv.files.disk import READING, reason, require_apart, require_writable
 from refcurv.law.checks import RefcurvError
 
 DONE, JUDGED_AND_FAILED, BAD_INPUT, MACHINE, INTERRUPTED = 0, 1, 2, 3, 130
@@ -66,8 +67,9 @@ def _sentence(error: Exception) -> tuple[str, int]:
         hint = "Fewer --layers, or --dtype float32, need less"
         return f"out of memory: {error}. {hint}", MACHINE
     if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
         machine = error.errno in FAULTS
-        return str(error), MACHINE if machine else BAD_INPUT
+        return f"{where}{reason(error)}. {READING}", MACHINE if machine else BAD_INPUT
     if isinstance(error, ImportError):
         return f"{error}: a package that refcurv needs is missing or broken; install it", MACHINE
     return _bug(error), MACHINE
@@ -90,8 +92,6 @@ def _bug(error: Exception) -> str:
 
 def _require_targets(args: argparse.Namespace) -> None:
     """Before the work: every output can be written, and takes the place of no input."""
-    from refcurv.files.disk import require_apart, require_writable
-
     reads, writes = files(args)
     require_apart(args.command, {**_of_folder(args), **writes}, reads)
     for path in writes.values():

@@ -57,7 +57,7 @@ class _Patient(io.TextIOBase):
 
     def write(self, text: str) -> int:
         """As much as is read."""
-        with suppress(BrokenPipeError):
+        with suppress(BrokenPipeError), _named():
             self._stream.write(text)
         return len(text)
 
@@ -191,10 +191,22 @@ def _flush() -> None:
     if sys.stdout is None:
         return
     try:
-        sys.stdout.flush()
+        with _named():
+            sys.stdout.flush()
     except OSError:
         _drop(sys.stdout)
         raise
+
+
+@contextmanager
+def _named() -> Iterator[None]:
+    """Within, a fault says that it is one of standard output."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "standard output") from None
 
 
 def _drop(stream: TextIO) -> None:

@@ -175,8 +175,15 @@ def test_a_path_that_no_file_can_have_is_bad_input(tmp_path: Path, capsys) -> No
                 refuse(path)
     with pytest.raises(SchemaError, match="File name too long"):
         disk.write_bytes("write", long, b"")
-    assert main(["inspect", str(long)]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    for command in (
+        ["inspect", str(long)],
+        ["convert", str(long), str(tmp_path / "w.h5")],
+        ["corpus", "x.txt", "-o", str(tmp_path / "c.h5"), "--tokenizer", str(long)],
+        ["demo", "--out", str(long)],
+    ):
+        assert main(command) == 2, command
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and "long. Give another path" in said, command
 
 
 def test_a_name_may_be_as_long_as_the_disk_allows(tmp_path: Path) -> None:

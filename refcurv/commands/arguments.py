@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -121,7 +122,8 @@ def shares(texts: Sequence[str], asks: str = "edit: --rho takes [PATTERN=]SHARE"
 def files(args: argparse.Namespace) -> tuple[dict[str, str], dict[str, str]]:
     """The files that a command reads, and those that it writes, by what its usage calls them.
 
-    The folders of `report`, `demo` and `export` are looked after by these.
+    The folders of `report`, `demo` and `export` are looked after by these. A path that cannot be
+    looked at (os.path.isdir says no, where Path.is_dir raises) is refused by the command.
     """
     given = {name: value for name, value in vars(args).items() if isinstance(value, str)}
     reads = {name.upper(): given[name] for name in _READ if name in given}
@@ -130,12 +132,13 @@ def files(args: argparse.Namespace) -> tuple[dict[str, str], dict[str, str]]:
     reads |= {
         f"--population {text}": text.partition("=")[2] for text in getattr(args, "population", [])
     }
-    if "TOKENIZER" in reads and Path(reads["TOKENIZER"]).is_dir():
+    if os.path.isdir(reads.get("TOKENIZER", "")):  # noqa: PTH112
         reads["TOKENIZER"] = str(Path(reads["TOKENIZER"]) / "tokenizer.json")
     if args.command == "convert":
         writes["WEIGHTS"] = reads.pop("WEIGHTS")
         folder = Path(args.directory)
-        reads |= {f"{p.name} of DIRECTORY": str(p) for p in (*folder.glob("*"),)}
+        within = folder.glob("*") if os.path.isdir(folder) else ()  # noqa: PTH112
+        reads |= {f"{p.name} of DIRECTORY": str(p) for p in within}
     if args.command == "collect":
         writes["the checkpoint of --output"] = unfinished(args.output)
     return reads, writes

@@ -39,20 +39,28 @@ def machine_faults(who: str, path: PathLike, hint: str = READING) -> Iterator[No
     try:
         yield
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else one_line(error)
+        what = f"{who}: {os.fspath(path)!r}: {reason(error)}."
         if error.errno in _NO_PATH:
-            raise SchemaError(f"{who}: {os.fspath(path)!r}: {reason}. Give another path.") from None
-        raise StorageError(
-            f"{who}: {os.fspath(path)!r}: {reason}. {hint}", errno=error.errno
-        ) from error
+            raise SchemaError(f"{what} Give another path.") from None
+        raise StorageError(f"{what} {hint}", errno=error.errno) from error
+
+
+def reason(error: OSError) -> str:
+    """Why the operating system refused, in its own words."""
+    return os.strerror(error.errno) if error.errno else one_line(error)
+
+
+def _resolved(who: str, path: PathLike) -> Path:
+    """The place that a path leads to through its links; SchemaError for what is no path."""
+    try:
+        return Path(os.path.realpath(path))
+    except ValueError as error:  # a NUL in the path
+        raise SchemaError(f"{who}: {os.fspath(path)!r} is no path: {one_line(error)}.") from None
 
 
 def output_path(who: str, path: PathLike) -> Path:
     """Where an output goes, links resolved; SchemaError unless its folder exists."""
-    try:
-        target = Path(os.path.realpath(path))
-    except ValueError as error:  # a NUL in the path
-        raise SchemaError(f"{who}: {os.fspath(path)!r} is no path: {one_line(error)}.") from None
+    target = _resolved(who, path)
     with machine_faults(who, path):
         if target.parent.is_dir():
             return target
@@ -80,9 +88,9 @@ def require_apart(
     """
     written: dict[str, Path] = {}
     for name, path in outputs.items():
-        target = Path(os.path.realpath(path))
+        target = _resolved(who, path)
         for other, known in {**inputs, **written}.items():
-            if _same_file(target, Path(os.path.realpath(known))):
+            if _same_file(target, _resolved(who, known)):
                 raise SchemaError(
                     f"{who}: {name} {os.fspath(path)!r} is the same file as {other}, which it "
                     "would destroy. Give another name."
@@ -106,7 +114,7 @@ def unfinished(path: PathLike) -> str:
 def free_bytes(path: PathLike) -> int:
     """Free bytes on the disk of `path`, which need not exist."""
     with machine_faults("write", path, WRITING):
-        return shutil.disk_usage(Path(os.path.realpath(path)).parent).free
+        return shutil.disk_usage(_resolved("write", path).parent).free
 
 
 def require_space(who: str, path: PathLike, nbytes: int) -> None:
