@@ -51,8 +51,8 @@ def _main(arguments: Sequence[str] | None) -> int:
         return JUDGED_AND_FAILED if good is False else DONE
     except KeyboardInterrupt:
         hint = (
-            "interrupted; no output was changed. A collection goes on from its last full block of "
-            "64 shards when it is run again"
+            "interrupted; each output is the old one or the new one, whole. A collection goes on "
+            "from its last full block of 64 shards when it is run again"
         )
         return _fail(hint, INTERRUPTED)
     except Exception as error:

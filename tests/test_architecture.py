@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import doctest
+import graphlib
 import importlib
 import inspect
 import pkgutil
@@ -118,6 +119,30 @@ def test_no_name_hides_a_module(module) -> None:
     """`package.x` is the module x of the package, never a function that is called the same."""
     package, _, name = module.__name__.rpartition(".")
     assert getattr(sys.modules[package], name) is module
+
+
+def imported_at_once(tree: ast.AST) -> set[str]:
+    """What a module's first line to last imports, without what stands in a function."""
+    found: set[str] = set()
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            found |= {one.name for one in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {str(node.module), *(f"{node.module}.{one.name}" for one in node.names)}
+        elif not isinstance(node, ast.FunctionDef) and "TYPE_CHECKING" not in ast.dump(node):
+            found |= imported_at_once(node)
+    return found
+
+
+def test_no_module_imports_itself() -> None:
+    """Whichever is imported first: in a circle that depends on who was."""
+    known = {module.__name__ for module in MODULES}
+    graph = {
+        module.__name__: imported_at_once(ast.parse(inspect.getsource(module))) & known
+        for module in MODULES
+    }
+    assert sum(map(len, graph.values())) > 300
+    graphlib.TopologicalSorter(graph).prepare()  # CycleError
 
 
 @pytest.mark.parametrize("name", refcurv.__all__)

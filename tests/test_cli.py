@@ -557,6 +557,21 @@ def test_an_interrupt_that_python_drops_is_raised_by_the_next_progress(
     assert err.startswith("refcurv: interrupted") and err.count("\n") == 1
 
 
+def test_an_interrupt_promises_nothing_about_what_was_written_before_it(
+    files: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    """Ctrl-C between the output and its table: the new file is there, whole."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("refcurv.report.printed.format_edit", stop)
+    out = tmp_path / "e.h5"
+    assert main(["edit", *paths(files, "w", "b"), "-o", str(out), "--rho", "0.6"]) == 130
+    assert "each output is the old one or the new one, whole" in capsys.readouterr().err
+    rc.load(out)
+
+
 def test_progress_goes_into_a_log_too(capsys, monkeypatch) -> None:
     """A line from time to time where there is no terminal."""
     clock = iter([0.0, 10.0, 29.0, 31.0, 40.0, 62.0])

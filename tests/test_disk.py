@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -12,7 +13,10 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from strategies import config, random_parameters
 
+import refcurv as rc
+from refcurv.cli import main
 from refcurv.files import disk
 from refcurv.law.checks import RefcurvError, SchemaError, StorageError
 
@@ -203,6 +207,39 @@ def test_a_target_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> N
     assert disk.require_writable("collect", tmp_path / "there") == tmp_path / "there"
     disk.require_writable("collect", tmp_path / "new")
     assert names(tmp_path) == ["folder", "pipe", "there"]
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(errno.EACCES, 3), (errno.ENAMETOOLONG, 2), (errno.ELOOP, 2)]
+)
+def test_what_may_not_be_looked_at_is_not_called_missing(
+    number: int, status: int, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    """Neither a file nor a folder: one line names the path, with the right exit status."""
+    made = config(vocabulary=20)
+    rc.save(rc.Model(made, random_parameters(made, 0)), weights := tmp_path / "w.h5")
+    hidden, right = tmp_path / "hidden" / "x", Path.stat
+    hidden.parent.mkdir()
+
+    def stat(path: Path, **options: bool) -> os.stat_result:
+        if path.parent.name == "hidden":
+            raise OSError(number, os.strerror(number), str(path))
+        return right(path, **options)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    out = str(tmp_path / "out")
+    for command in (
+        ["inspect", str(hidden)],
+        ["convert", str(hidden), out],
+        ["corpus", "x.txt", "--tokenizer", str(hidden), "-o", out],
+        ["export", str(weights), out, "--tokenizer-from", str(hidden)],
+        ["inspect", str(weights), "--json", str(hidden)],
+        ["demo", "--out", str(hidden)],
+    ):
+        assert main(command) == status, command
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and f"{str(hidden)!r}: {os.strerror(number)}. " in said, said
+    assert disk.mode_of("x", tmp_path / "nothing") == 0 and disk.is_folder("x", tmp_path)
 
 
 def test_outputs_are_apart_from_inputs_and_from_each_other(tmp_path: Path) -> None:

@@ -50,6 +50,32 @@ def reason(error: OSError) -> str:
     return os.strerror(error.errno) if error.errno else one_line(error)
 
 
+def mode_of(who: str, path: PathLike) -> int:
+    """The type and permissions of what is at a path, links followed; 0 where nothing is.
+
+    Path.exists and Path.is_dir are no substitutes. For what may not be looked at they raise in
+    some versions of Python, and say no in others.
+
+    Raises:
+        SchemaError: no file can have this path. StorageError: it may not be looked at.
+
+    Proof: tests/test_disk.py::test_what_may_not_be_looked_at_is_not_called_missing
+    """
+    with machine_faults(who, path):
+        try:
+            return Path(path).stat().st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            return 0
+        except ValueError as error:  # a NUL in the path
+            what = f"{who}: {os.fspath(path)!r} is no path"
+            raise SchemaError(f"{what}: {one_line(error)}.") from None
+
+
+def is_folder(who: str, path: PathLike) -> bool:
+    """Is a folder there? Raises as `mode_of`."""
+    return stat.S_ISDIR(mode_of(who, path))
+
+
 def _resolved(who: str, path: PathLike) -> Path:
     """The place that a path leads to through its links; SchemaError for what is no path."""
     try:
@@ -61,19 +87,18 @@ def _resolved(who: str, path: PathLike) -> Path:
 def output_path(who: str, path: PathLike) -> Path:
     """Where an output goes, links resolved; SchemaError unless its folder exists."""
     target = _resolved(who, path)
-    with machine_faults(who, path):
-        if target.parent.is_dir():
-            return target
+    if is_folder(who, target.parent):
+        return target
     raise SchemaError(f"{who}: the folder {str(target.parent)!r} does not exist. Create it first.")
 
 
 def output_file(who: str, path: PathLike) -> Path:
     """`output_path` of a file; SchemaError where something else is, such as a folder."""
     target = output_path(who, path)
-    with machine_faults(who, path, WRITING):
-        if target.exists() and not target.is_file():
-            kind = "is a folder" if target.is_dir() else "is no regular file"
-            raise SchemaError(f"{who}: {str(target)!r} {kind}. Give the name of a file.")
+    mode = mode_of(who, target)
+    if mode and not stat.S_ISREG(mode):
+        kind = "is a folder" if stat.S_ISDIR(mode) else "is no regular file"
+        raise SchemaError(f"{who}: {str(target)!r} {kind}. Give the name of a file.")
     return target
 
 
@@ -355,14 +380,9 @@ def write_json(data: object, path: PathLike) -> None:
 
 def input_path(path: PathLike) -> Path:
     """An input's absolute path; SchemaError unless a regular file is there."""
-    found = Path(path)
-    with machine_faults("open", path):
-        try:
-            mode = found.stat().st_mode
-        except (FileNotFoundError, NotADirectoryError):
-            raise SchemaError(f"open: there is no file {str(found)!r}.") from None
-        except ValueError as error:  # a NUL in the path
-            raise SchemaError(f"open: {str(found)!r} is no path: {one_line(error)}.") from None
+    found, mode = Path(path), mode_of("open", path)
+    if not mode:
+        raise SchemaError(f"open: there is no file {str(found)!r}.")
     if not stat.S_ISREG(mode):
         what = "a folder" if stat.S_ISDIR(mode) else "no regular file"
         raise SchemaError(f"open: {str(found)!r} is {what}; a file is needed.")

@@ -22,6 +22,7 @@ from refcurv.files.disk import (
     WRITING,
     PathLike,
     file_sha256,
+    is_folder,
     machine_faults,
     new_folder,
     one_line,
@@ -142,9 +143,9 @@ def conversion(
     """`convert`, and all that it noticed."""
     folder = Path(directory)
     keys = (ignore_keys,) if isinstance(ignore_keys, str) else tuple(sorted(set(ignore_keys)))
+    if not is_folder("convert", folder):
+        raise no_folder(directory)
     with machine_faults("convert", folder):
-        if not folder.is_dir():
-            raise no_folder(directory)
         text = checkpoints.read_config_text(folder)
         family, config = read_config(f"convert: {str(folder / _CONFIG)!r}", text, keys)
         found = checkpoints.read_tensors(folder)
@@ -252,11 +253,9 @@ def _rows(config: ModelConfig, slots: Tensors, stored: Mapping[str, str]) -> saf
 
 def _beside(folder: Path, recorded: Mapping[str, Any]) -> dict[str, bytes]:
     """The tokenizer's and generation files of a folder, which must be those that convert saw."""
+    if not is_folder("export", folder):
+        raise SchemaError(f"export: there is no folder {str(folder)!r} to take a tokenizer from.")
     with machine_faults("export", folder):
-        if not folder.is_dir():
-            raise SchemaError(
-                f"export: there is no folder {str(folder)!r} to take a tokenizer from."
-            )
         there = checkpoints.beside(folder)
         for name, sha256 in there.items():
             if recorded.get(name, sha256) != sha256:

@@ -10,7 +10,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
-from refcurv.files.disk import PathLike, input_path, machine_faults, one_line, parse_json
+from refcurv.files.disk import (
+    PathLike,
+    input_path,
+    is_folder,
+    machine_faults,
+    one_line,
+    parse_json,
+)
 from refcurv.files.ids import MAX_ID, WHO
 from refcurv.law.checks import (
     ConventionError,
@@ -47,7 +54,7 @@ def find_tokenizer(path: PathLike) -> Path:
     """
     found = Path(path)
     with machine_faults("open", path):
-        folder = found if found.is_dir() else found.parent
+        folder = found if is_folder("open", found) else found.parent
         there = [one.name for like in _VOCABULARIES for one in sorted(folder.glob(like))][:8]
         is_made = (folder / "tokenizer.json").is_file()
     if found != folder and not any(map(found.match, (*_BESIDE, *_VOCABULARIES))):

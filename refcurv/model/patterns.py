@@ -48,7 +48,7 @@ def spelled(pattern: str, names: Iterable[str]) -> list[str]:
 def _text(pattern: str) -> str:
     if not isinstance(pattern, str):
         raise NameUnknownError(
-            f"a pattern is one text, such as 'blocks.*.mlp.up,head'; got {pattern!r:.80}."
+            f"a pattern is one text, such as 'blocks.*.mlp.up,head'; got {type(pattern).__name__}."
         )
     return pattern
 

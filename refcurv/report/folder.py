@@ -7,7 +7,9 @@ from pathlib import Path
 
 from refcurv.files.disk import (
     PathLike,
+    is_folder,
     machine_faults,
+    mode_of,
     require_apart,
     require_writable,
     unfinished,
@@ -33,9 +35,9 @@ def prepare(folder: PathLike, inputs: Mapping[str, PathLike]) -> Path:
     Proof: tests/test_demo.py::test_a_report_refuses_what_it_could_not_judge_before_the_work
     """
     folder = Path(folder)
+    if mode_of("report", folder) and not is_folder("report", folder):
+        raise SchemaError(f"report: {str(folder)!r} is no folder. Name another with --out.")
     with machine_faults("report", folder):
-        if folder.exists() and not folder.is_dir():
-            raise SchemaError(f"report: {str(folder)!r} is no folder. Name another with --out.")
         folder.mkdir(parents=True, exist_ok=True)
     files = outputs(folder)
     require_apart("report", files, inputs)

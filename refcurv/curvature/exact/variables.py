@@ -130,8 +130,8 @@ def layer_shape(who: str, variables: Variables) -> tuple[int, int]:
 def named_by(who: str, vector: Vector) -> str:
     """The pattern that names the parameters of a vector; ConventionError for what is no vector."""
     if not isinstance(vector, Mapping) or not all(isinstance(name, str) for name in vector):
-        got = " ".join(repr(vector).split())
-        raise ConventionError(f"exact.{who}: a vector is {{parameter name: array}}; got {got:.80}.")
+        kind = type(vector).__name__
+        raise ConventionError(f"exact.{who}: a vector is {{parameter name: array}}; got {kind}.")
     return ",".join(vector)
 
 
