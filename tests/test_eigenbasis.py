@@ -19,9 +19,9 @@ from refcurv.algebra import blas
 from refcurv.algebra.staircase import cut
 from refcurv.curvature.bases import Bases, decompose
 from refcurv.curvature.bases_file import load_bases, save_bases
+from refcurv.curvature.checks import require_basis
 from refcurv.curvature.eigenbasis import Eigenbasis, eigenbasis
 from refcurv.curvature.factors import Factor, Factors
-from refcurv.curvature.given import require_basis
 from refcurv.evaluation.bands import bands
 from refcurv.law import tolerance
 from refcurv.law.checks import (

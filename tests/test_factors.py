@@ -52,8 +52,8 @@ from refcurv.model.labels import shift_labels
 from refcurv.model.loss import root_product
 from refcurv.model.sampling import uniforms
 from refcurv.model.transformer import Tap
+from refcurv.model.weights import resident
 from refcurv.passes import shards
-from refcurv.passes.forward import resident
 from refcurv.passes.sweep import Sweep, sweep
 
 BIASED = ("q", "o", "up", "down", "head")

@@ -31,7 +31,7 @@ from refcurv.law.checks import (
     ShapeError,
 )
 from refcurv.model.corpus import Corpus
-from refcurv.passes.forward import resident
+from refcurv.model.weights import resident
 
 # ------------------------------------------------------------------ by hand
 

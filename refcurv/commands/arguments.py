@@ -162,7 +162,7 @@ def _report(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--out", default="refcurv-report", help=text)
     _how_to_collect(sub)
     _bias(sub)
-    sub.add_argument("--split", default="test", help="test (default) or dev populations")
+    _split(sub)
     _dtype(sub)
     _json(sub)
 
@@ -278,7 +278,7 @@ def _prune(sub: argparse.ArgumentParser) -> None:
 def _evaluate(sub: argparse.ArgumentParser) -> None:
     _positional(sub, "WEIGHTS", "CORPUS")
     sub.add_argument("--baseline", metavar="WEIGHTS", help="the unedited model to compare with")
-    sub.add_argument("--split", default="test", help="test (default) or dev populations")
+    _split(sub)
     _dtype(sub)
     _json(sub)
 
@@ -347,6 +347,10 @@ def _how_to_collect(sub: argparse.ArgumentParser) -> None:
     text = "positions: reached (default), labelled or all; of images all (default) or cls"
     sub.add_argument("--rows", default="reached", help=text)
     sub.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
+
+
+def _split(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--split", default="test", help="test (default) or dev populations")
 
 
 def _bias(sub: argparse.ArgumentParser) -> None:

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from refcurv.curvature.bases import Bases, bias_of, decompose_each
+from refcurv.curvature.checks import require_basis
 from refcurv.curvature.eigenbasis import Eigenbasis
 from refcurv.curvature.factors import Factors
-from refcurv.curvature.given import require_basis
 from refcurv.files import store
 from refcurv.files.digest import recorded
 from refcurv.files.lazy import Lazy

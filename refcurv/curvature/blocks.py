@@ -28,9 +28,8 @@ from refcurv.model.corpus import Corpus
 from refcurv.model.layers import Layout
 from refcurv.model.patterns import expand
 from refcurv.model.transformer import Cotangent, Parameters, Slope, Tap
-from refcurv.model.weights import Model
+from refcurv.model.weights import Model, resident
 from refcurv.passes.fast import FAST
-from refcurv.passes.forward import resident
 from refcurv.passes.parallel import Turnstile, cores
 from refcurv.passes.shards import Shard, inputs_of, shards
 from refcurv.passes.sweep import Sweep, lowest_block, require_few_passes, sweep_of

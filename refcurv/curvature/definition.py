@@ -26,7 +26,7 @@ from refcurv.model.images import patches
 from refcurv.model.layers import Layout
 from refcurv.model.rows import kept, require_rows
 from refcurv.model.transformer import Cotangent, Inputs, Parameters, Slope, Tap
-from refcurv.model.weights import Model
+from refcurv.model.weights import Model, resident
 
 
 @dataclass(slots=True)
@@ -82,7 +82,7 @@ def factors(
     Proof: tests/test_definition.py::test_collect_equals_the_definition
     """
     config, kind = model.config, require_fisher("factors", fisher, seed, draws)
-    parameters = {name: np.asarray(model.parameters[name]) for name in config.parameter_shapes()}
+    parameters = resident(model)
     shapes = config.linear_layers() | config.tables()
     sums = {}
     for name in layers:

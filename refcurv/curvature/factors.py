@@ -38,8 +38,7 @@ from refcurv.model.config import ModelConfig
 from refcurv.model.corpus import Corpus
 from refcurv.model.fisher import DRAWN
 from refcurv.model.patterns import expand, spelled
-from refcurv.model.weights import Model
-from refcurv.passes.forward import resident
+from refcurv.model.weights import Model, resident
 from refcurv.passes.parallel import Turnstile, run
 from refcurv.passes.rounding import rounding
 from refcurv.passes.shards import Shard, shards

@@ -34,10 +34,9 @@ from refcurv.model.corpus import Corpus, Population, require_fit
 from refcurv.model.gradient import head_backward
 from refcurv.model.patterns import expand
 from refcurv.model.transformer import Parameters, Slope, Tap, layout_of
-from refcurv.model.weights import Model
+from refcurv.model.weights import Model, resident
 from refcurv.passes import parallel
 from refcurv.passes.fast import FAST
-from refcurv.passes.forward import resident
 from refcurv.passes.shards import Shard, shards
 from refcurv.passes.sweep import lowest_block
 from refcurv.progress import Progress, silent

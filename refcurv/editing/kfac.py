@@ -11,8 +11,8 @@ from refcurv.algebra.blas import one_blas_thread
 from refcurv.algebra.scaling import exponent, shifted
 from refcurv.algebra.staircase import cut, undecided
 from refcurv.curvature.bases import Bases, named
+from refcurv.curvature.checks import require_basis
 from refcurv.curvature.eigenbasis import Eigenbasis
-from refcurv.curvature.given import require_basis
 from refcurv.editing import record
 from refcurv.editing.projection import keep_pairs
 from refcurv.editing.record import EditRecord, LayerEdit

@@ -18,8 +18,8 @@ import numpy as np
 from refcurv.algebra.blas import one_blas_thread
 from refcurv.algebra.scaling import exponent, shifted
 from refcurv.curvature.bases import Bases, named
+from refcurv.curvature.checks import require_basis
 from refcurv.curvature.eigenbasis import Eigenbasis
-from refcurv.curvature.given import require_basis
 from refcurv.editing import record
 from refcurv.editing.kfac import edit, layers_of, read_layer, restored
 from refcurv.editing.projection import keep_pairs

@@ -20,8 +20,8 @@ import numpy as np
 from refcurv.algebra.scaling import norm
 from refcurv.algebra.staircase import cut
 from refcurv.curvature.bases import Bases, named
+from refcurv.curvature.checks import require_basis
 from refcurv.curvature.eigenbasis import Eigenbasis
-from refcurv.curvature.given import require_basis
 from refcurv.evaluation.classify import image_batches, image_inputs, require_image_population
 from refcurv.evaluation.decode import batches, require_population, teacher_forced
 from refcurv.files.digest import require_same
@@ -33,9 +33,9 @@ from refcurv.model.layers import Layout
 from refcurv.model.patterns import expand
 from refcurv.model.rows import kept, require_rows
 from refcurv.model.transformer import Inputs, Parameters
-from refcurv.model.weights import Model
+from refcurv.model.weights import Model, resident
 from refcurv.passes import parallel
-from refcurv.passes.forward import layer_inputs, resident
+from refcurv.passes.forward import layer_inputs
 from refcurv.progress import Progress, counter, silent
 
 

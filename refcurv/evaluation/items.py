@@ -30,8 +30,7 @@ from refcurv.law.checks import (
 )
 from refcurv.model.corpus import ImagePopulation, Population
 from refcurv.model.loss import cross_entropy
-from refcurv.model.weights import Model
-from refcurv.passes.forward import resident
+from refcurv.model.weights import Model, resident
 from refcurv.progress import Progress, counter, silent
 
 

@@ -41,8 +41,7 @@ from refcurv.model.config import ModelConfig
 from refcurv.model.corpus import SPLITS, Corpus, ImagePopulation, Population, Populations
 from refcurv.model.loss import cross_entropy
 from refcurv.model.transformer import Parameters
-from refcurv.model.weights import Model
-from refcurv.passes.forward import resident
+from refcurv.model.weights import Model, resident
 from refcurv.progress import Progress, counter, silent
 
 RETAINED = MappingProxyType({"answer": "accuracy", "recite": "strict", "label": "accuracy"})
@@ -123,8 +122,8 @@ class Row:
             "before": None if self.before is None else _plain(self.before),
             "after": _plain(self.after),
             "agreement": _plain(self.agreement),
-            "retention": _finite(self.retention),
-            "retention_above_chance": _finite(self.retention_above_chance),
+            "retention": finite(self.retention),
+            "retention_above_chance": finite(self.retention_above_chance),
         }
 
 
@@ -159,12 +158,13 @@ class Evaluation:
         }
 
 
-def _finite(value: float) -> float | None:
+def finite(value: float) -> float | None:
+    """The value as JSON can hold it: None for NaN and infinity."""
     return value if math.isfinite(value) else None
 
 
 def _plain(values: Mapping[str, float]) -> dict[str, float | None]:
-    return {name: _finite(value) for name, value in values.items()}
+    return {name: finite(value) for name, value in values.items()}
 
 
 # ------------------------------------------------------------------ the table

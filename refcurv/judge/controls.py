@@ -6,7 +6,6 @@ edit; what is left then is measured on the split that the table reports.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -16,7 +15,7 @@ import refcurv as rc
 from refcurv.curvature.bases import Bases
 from refcurv.editing.record import EditRecord
 from refcurv.evaluation.matching import Match, Strengthen, at_perplexity, text_perplexity, tradeoff
-from refcurv.evaluation.suite import RETAINED, Measurement, measure
+from refcurv.evaluation.suite import RETAINED, Measurement, finite, measure
 from refcurv.law.checks import EmptyError, RefcurvError
 from refcurv.model.corpus import Population
 from refcurv.progress import Progress, silent
@@ -180,17 +179,17 @@ def _how(removed: float, record: EditRecord, match: Match) -> dict[str, Any]:
     return {
         "removed": removed,
         "kept": record.kept,
-        "dev_perplexity": _finite(match.perplexity),
+        "dev_perplexity": finite(match.perplexity),
         "matched": match.matched,
         "verdict": match.verdict,
-        "tried": [[removed, _finite(value)] for removed, value in match.tried],
+        "tried": [[removed, finite(value)] for removed, value in match.tried],
     }
 
 
 def _left(found: Measurement, recite: str, text: str) -> dict[str, Any]:
     """Strict recitation or accuracy, or perplexity, of every population."""
     values = {
-        name: _finite(one.values[RETAINED.get(one.kind, "perplexity")])
+        name: finite(one.values[RETAINED.get(one.kind, "perplexity")])
         for name, one in found.populations.items()
     }
     return {"recitation": values[recite], "perplexity": values[text], "values": values}
@@ -204,7 +203,3 @@ def _curve(
         point["removed"] = point.pop("strength")
     chosen = {what: left[what] for what in ("recitation", "perplexity")} | {"removed": removed}
     return sorted([*points, chosen], key=lambda point: float(point["removed"]))
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

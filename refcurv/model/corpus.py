@@ -207,6 +207,13 @@ def require_tokens(who: str, corpus: Corpus) -> Array:
     return corpus.tokens
 
 
+def require_kind(who: str, corpus: Corpus, config: ModelConfig) -> None:
+    """Raise ConventionError for tokens where the model reads images, or the reverse."""
+    if (corpus.images is None) != (config.image is None):
+        has, reads = ("tokens", "images") if corpus.images is None else ("images", "tokens")
+        raise ConventionError(f"{who}: the corpus has {has}, but the model reads {reads}.")
+
+
 def require_inputs(who: str, corpus: Corpus, config: ModelConfig) -> None:
     """Refuse a corpus that the model cannot read.
 
@@ -214,9 +221,7 @@ def require_inputs(who: str, corpus: Corpus, config: ModelConfig) -> None:
         ConventionError: tokens for a model of images, or the reverse. ShapeError: images of another
         size. RangeError: a token outside the vocabulary.
     """
-    if (corpus.images is None) != (config.image is None):
-        has, reads = ("tokens", "images") if corpus.images is None else ("images", "tokens")
-        raise ConventionError(f"{who}: the corpus has {has}, but the model reads {reads}.")
+    require_kind(who, corpus, config)
     if corpus.images is not None:
         require_image_size(who, corpus.images, config)
     else:

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from refcurv.law.checks import Array, NameUnknownError, ShapeError, require_choice
 from refcurv.law.conventions import COMPUTE_DTYPES
@@ -62,6 +63,12 @@ class Model:
             own.flags.writeable = False
             replaced[name] = own
         return replace(self, parameters=Overlay(self.parameters, replaced))
+
+
+def resident(model: Model, dtype: DTypeLike | None = None) -> dict[str, Array]:
+    """Every parameter, read once, in the model's dtype or in another one."""
+    names = model.config.parameter_shapes()
+    return {name: np.asarray(model.parameters[name], dtype) for name in names}
 
 
 class Overlay(Mapping[str, Array]):

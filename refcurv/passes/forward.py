@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from refcurv.law.checks import Array
 from refcurv.model import transformer
 from refcurv.model.config import ModelConfig
 from refcurv.model.gradient import head_backward
 from refcurv.model.layers import Layout
 from refcurv.model.transformer import Inputs, Parameters
-from refcurv.model.weights import Model
 from refcurv.passes.fast import FAST
 from refcurv.passes.sweep import lowest_block
-
-
-def resident(model: Model) -> dict[str, Array]:
-    """Every parameter, read once, in the model's dtype."""
-    return {name: np.asarray(model.parameters[name]) for name in model.config.parameter_shapes()}
 
 
 def final_states(

@@ -15,9 +15,9 @@ from refcurv.model.images import as_images, patches
 from refcurv.model.labels import require_labels
 from refcurv.model.layers import Layout
 from refcurv.model.transformer import Inputs, image_layout, layout_of
-from refcurv.model.weights import Model
+from refcurv.model.weights import Model, resident
 from refcurv.passes.fast import FAST
-from refcurv.passes.forward import final_states, resident
+from refcurv.passes.forward import final_states
 
 
 def logits(model: Model, tokens: ArrayLike) -> Array:

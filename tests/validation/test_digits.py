@@ -11,7 +11,8 @@ import pytest
 import refcurv as rc
 from refcurv.model.config import Pool
 from refcurv.model.patterns import expand
-from refcurv.passes.forward import layer_inputs, resident
+from refcurv.model.weights import resident
+from refcurv.passes.forward import layer_inputs
 from validation.paper import digits, vit
 
 TINY = digits.Recipe(

@@ -5,7 +5,7 @@ from strategies import assert_within
 
 import refcurv as rc
 from refcurv.law.conventions import Fisher
-from refcurv.passes.forward import resident
+from refcurv.model.weights import resident
 from refcurv.passes.shards import shards
 from refcurv.passes.sweep import Sweep, sweep
 from validation.paper.marginals import corrected

@@ -21,8 +21,8 @@ from refcurv.evaluation.decode import continued, greedy
 from refcurv.law.conventions import shard_sequences
 from refcurv.model.sampling import draw_labels
 from refcurv.model.transformer import head_logits
+from refcurv.model.weights import resident
 from refcurv.passes import parallel
-from refcurv.passes.forward import resident
 from validation.paper.world import EOS, VOCABULARY, WORDS, Language, generator, speak
 
 Array = np.ndarray

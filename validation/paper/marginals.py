@@ -18,7 +18,7 @@ import numpy as np
 import refcurv as rc
 from refcurv.law.conventions import Fisher
 from refcurv.model.transformer import Tap
-from refcurv.passes.forward import resident
+from refcurv.model.weights import resident
 from refcurv.passes.parallel import run
 from refcurv.passes.shards import Shard, shards
 from refcurv.passes.sweep import Sweep, sweep

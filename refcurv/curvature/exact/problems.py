@@ -24,7 +24,7 @@ from refcurv.law.checks import (
 from refcurv.law.conventions import Rows
 from refcurv.model import transformer
 from refcurv.model.config import ModelConfig
-from refcurv.model.corpus import Corpus
+from refcurv.model.corpus import Corpus, require_kind
 from refcurv.model.images import as_images, patches, require_image_size
 from refcurv.model.labels import require_labels, shift_labels
 from refcurv.model.layers import Layout, Saved
@@ -32,7 +32,7 @@ from refcurv.model.loss import cross_entropy, hessian_product, root_product
 from refcurv.model.rows import kept, require_rows
 from refcurv.model.sampling import draw_labels, signs, uniforms
 from refcurv.model.transformer import Inputs, Parameters, Slope, Tap
-from refcurv.model.weights import Model
+from refcurv.model.weights import Model, resident
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,12 +135,10 @@ def problem(
             f"exact: none of the {batch.label_BT.size} labels is >= 0: without a label there is no "
             "loss to differentiate. Give longer sequences, or labels."
         )
-    resident = {
-        name: np.asarray(model.parameters[name], np.float64) for name in config.parameter_shapes()
-    }
-    for name, array in resident.items():
+    parameters = resident(model, np.float64)
+    for name, array in parameters.items():
         require_finite("exact", f"parameter {name!r}", array)
-    return of_batch(batch, resident, choice)
+    return of_batch(batch, parameters, choice)
 
 
 def _data(
@@ -152,9 +150,7 @@ def _data(
         return _Arrays(None if images else tokens, labels, tokens if images else None)
     if labels is not None:
         raise ConventionError("exact: a Corpus has its own labels; leave labels out.")
-    if (tokens.images is None) != (config.image is None):
-        has, reads = ("tokens", "images") if tokens.images is None else ("images", "tokens")
-        raise ConventionError(f"exact: the corpus has {has}, but the model reads {reads}.")
+    require_kind("exact", tokens, config)
     return tokens
 
 
