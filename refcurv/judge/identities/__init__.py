@@ -5,8 +5,6 @@ the size of the terms that the identity sums, never to a result that may vanish:
 the products where both sides are made of what was written down, and where two passes are compared
 what roundings anywhere in a pass can do (`judge.roundings`). A check yields one `Measure` for each
 place where it looked, or none where its subject does not occur in the model.
-
-Proof: tests/test_budgets.py::test_a_budget_sees_a_fault_that_a_hundred_budgets_hide
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,7 @@
-"""Hessian, GGN and Fisher, in random directions."""
+"""Hessian, GGN and Fisher, in random directions.
+
+Proof: tests/test_budgets.py::test_a_budget_sees_a_fault_that_a_hundred_budgets_hide
+"""
 
 from __future__ import annotations
 

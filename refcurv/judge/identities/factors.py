@@ -1,4 +1,7 @@
-"""Factors, bases and edits."""
+"""Factors, bases and edits.
+
+Proof: tests/test_budgets.py::test_a_budget_sees_a_fault_that_a_hundred_budgets_hide
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What flows through the model: gradients, symmetries, causality, and the order of rotary rows."""
+"""What flows through the model: gradients, symmetries, causality, and the order of rotary rows.
+
+Proof: tests/test_budgets.py::test_a_budget_sees_a_fault_that_a_hundred_budgets_hide
+"""
 
 from __future__ import annotations
 
