@@ -23,6 +23,7 @@ The public names, in the order in which data flow:
     distance                        F, F_tok and K side by side: rc.distance.compare(...)
     matrix_free                     eigenvalues, trace and density of what is too large to write
     audit, Audit                    every identity that can be checked on a model
+    validate, Verdict               another program's factors: how far off, and why
     RefcurvError                    every refusal is one of these
 
 The modules that do several steps at once are imported by their full names:
@@ -34,7 +35,7 @@ The modules that do several steps at once are imported by their full names:
 
 On the command line `refcurv report` does all of it on your own files, `refcurv demo` on the shipped
 ones. The other commands take the steps one by one: convert, export, inspect, corpus, collect,
-decompose, edit, truncate, prune, evaluate, audit. `refcurv COMMAND --help` has examples.
+decompose, edit, truncate, prune, evaluate, audit, validate. `refcurv COMMAND --help` has examples.
 
 To check the mathematics, read these files in this order (README counts their lines):
 
@@ -65,6 +66,8 @@ from refcurv.files.huggingface import convert, export
 from refcurv.files.texts import build_corpus
 from refcurv.files.weights import load, save
 from refcurv.judge.audit import Audit, audit
+from refcurv.judge.judgement import validate
+from refcurv.judge.verdict import Verdict
 from refcurv.law.checks import RefcurvError
 from refcurv.model.config import ModelConfig
 from refcurv.model.corpus import Corpus, ImagePopulation, Population
@@ -88,6 +91,7 @@ __all__ = [
     "Population",
     "RefcurvError",
     "Scores",
+    "Verdict",
     "audit",
     "build_corpus",
     "collect",
@@ -117,4 +121,5 @@ __all__ = [
     "singular_bases",
     "train_scores",
     "truncate",
+    "validate",
 ]

@@ -71,6 +71,15 @@ EXAMPLES = {
         "refcurv audit w.h5 corpus.h5",
         "refcurv audit w.h5 corpus.h5 --memory 2 --json audit.json",
     ],
+    "validate": [
+        "refcurv validate theirs.npz --reference factors.h5",
+        "refcurv validate kfac_factors_blk_23.pt --model w.h5 --corpus corpus.h5 "
+        "--declare fisher=empirical",
+        "refcurv validate factors_mine/ --reference factors.h5 --model w.h5 --corpus corpus.h5 \\\n"
+        "      --arithmetic model=bfloat16,products=float32,sums=float32",
+        "refcurv validate theirs.npz --reference factors.h5 --name blocks.0.mlp.up=h.0.fc "
+        "--accept float32",
+    ],
     "evaluate": [
         "refcurv evaluate edited.h5 corpus.h5 --baseline w.h5",
         "refcurv evaluate w.h5 corpus.h5 --split dev --json dev.json",
@@ -119,6 +128,17 @@ def shares(texts: Sequence[str], asks: str = "edit: --rho takes [PATTERN=]SHARE"
     return out
 
 
+def pairs(option: str, texts: Sequence[str]) -> dict[str, str]:
+    """["KEY=VALUE", ...] → {key: value}; `option` is for messages."""
+    out: dict[str, str] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not (key and equals and value) or key in out:
+            raise RangeError(f"validate: {option} takes KEY=VALUE, each key once; got {text!r}.")
+        out[key] = value
+    return out
+
+
 def files(args: argparse.Namespace) -> tuple[dict[str, str], dict[str, str]]:
     """The files that a command reads, and those that it writes, by what its usage calls them.
 
@@ -144,7 +164,10 @@ def files(args: argparse.Namespace) -> tuple[dict[str, str], dict[str, str]]:
     return reads, writes
 
 
-_READ = ("weights", "corpus", "factors", "basis", "file", "baseline", "tokenizer")
+_READ = (
+    "weights", "corpus", "factors", "basis", "file", "baseline", "tokenizer", "reference", "model",
+    "theirs",
+)  # fmt: skip
 
 
 # ------------------------------------------------------------------ of one command
@@ -291,6 +314,28 @@ def _audit(sub: argparse.ArgumentParser) -> None:
     _json(sub)
 
 
+def _validate(sub: argparse.ArgumentParser) -> None:
+    text = "their factors, bases or edits: a file or a folder of a known format"
+    sub.add_argument("theirs", metavar="THEIRS", help=text)
+    text = "factors file (.h5); without one they are collected from --model and --corpus"
+    sub.add_argument("--reference", metavar="FACTORS", help=text)
+    text = "weights file (.h5), with --corpus: causes that must be computed are tried too"
+    sub.add_argument("--model", metavar="WEIGHTS", help=text)
+    sub.add_argument("--corpus", metavar="CORPUS", help="what the reference was collected from")
+    text = "basis of the reference, for theirs that hold eigenvectors, masks or edited weights"
+    sub.add_argument("--basis", metavar="BASIS", help=text)
+    sub.add_argument("--layers", metavar="PATTERN", help="judge these only (default: all)")
+    text = "our layer and their name for it, where they do not match by themselves; repeatable"
+    sub.add_argument("--name", action="append", default=[], metavar="OURS=THEIRS", help=text)
+    text = "their dtypes: float32, or model=bfloat16,products=float32,sums=float32,solver=float32"
+    sub.add_argument("--arithmetic", default="", metavar="DTYPES", help=text)
+    text = "what theirs does not say of itself, as fisher=sampled; repeatable"
+    sub.add_argument("--declare", action="append", default=[], metavar="KEY=VALUE", help=text)
+    text = "a dtype whose errors pass though nobody declared it; repeatable"
+    sub.add_argument("--accept", action="append", default=[], metavar="DTYPE", help=text)
+    _json(sub)
+
+
 ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "demo": _demo,
     "report": _report,
@@ -305,6 +350,7 @@ ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "prune": _prune,
     "evaluate": _evaluate,
     "audit": _audit,
+    "validate": _validate,
 }
 
 

@@ -1,10 +1,11 @@
-"""What a model can still do, and whether every identity holds on it."""
+"""What a model can still do, whether every identity holds on it, and what is wrong with theirs."""
 
 from __future__ import annotations
 
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from refcurv.commands.arguments import pairs
 from refcurv.commands.output import write_json
 from refcurv.terminal import progress_bar
 
@@ -51,5 +52,28 @@ def audit(args: argparse.Namespace) -> bool:
         progress=progress_bar("audit"),
     )
     print(format_audit(found.to_json()))
+    write_json(args.json, found.to_json())
+    return found.passed
+
+
+def validate(args: argparse.Namespace) -> bool:
+    """Judge another program's factors, and name what is wrong; exit status 1 if something is."""
+    import refcurv as rc
+    from refcurv.report.verdict import format_verdict
+
+    found = rc.validate(
+        args.theirs,
+        args.reference,
+        model=rc.load(args.model) if args.model else None,
+        corpus=rc.load_corpus(args.corpus) if args.corpus else None,
+        basis=args.basis,
+        names=pairs("--name", args.name),
+        arithmetic=args.arithmetic,
+        accept=args.accept,
+        declared=pairs("--declare", args.declare),
+        layers=args.layers,
+        progress=progress_bar("validate"),
+    )
+    print(format_verdict(found.to_json()))
     write_json(args.json, found.to_json())
     return found.passed

@@ -1,0 +1,246 @@
+"""A and G of one layer, theirs beside the truth: by what no choice of scale can change, first.
+
+(c A, G/c) is the same K, so that A/tr A, G/tr G and the one number tr A · tr G come before A and G.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from refcurv.algebra.scaling import norm
+from refcurv.curvature.factors import Factor
+from refcurv.judge.arithmetic import ROUNDOFF
+from refcurv.judge.case import Case
+from refcurv.judge.verdict import (
+    EQUAL_AS,
+    FAIL,
+    LEFT_OUT,
+    MISSING,
+    PASS,
+    UNDECIDED,
+    Comparison,
+)
+from refcurv.law.checks import Array
+
+DEVIATIONS = 4.0
+"""Standard deviations of the norm of a difference that drawn labels are taken to explain.
+
+Chosen. By Markov's inequality |G − E G|² exceeds 16 times its mean with odds of at most 1/16,
+whatever the rows are. Where many rows are summed the norm is nearly that of a normal matrix, and
+the odds are below 1e-4.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One side of one layer, X' theirs and X ours.
+
+    Fields: form, |X'/tr X' − X/tr X| over |X/tr X|; ratio, tr X'/tr X; whole, |X' − X| over |X|;
+    rows, n'/n or None. NaN where traces are not positive.
+    """
+
+    form: float
+    ratio: float
+    whole: float
+    rows: float | None
+
+
+def measure(theirs: Array, ours: Array, n_theirs: float | None, n_ours: int) -> Measured:
+    """The three distances of one side; both (X, X), theirs finite."""
+    ratio = math.nan
+    tr_theirs, tr_ours = float(np.trace(theirs)), float(np.trace(ours))
+    size = float(norm(ours))
+    whole = float(norm(theirs - ours)) / size if size else math.inf * float(norm(theirs) > 0)
+    form = math.nan
+    if tr_ours > 0 and tr_theirs > 0:
+        ratio = tr_theirs / tr_ours
+        form = float(norm(theirs / ratio - ours)) / size
+    rows = None if n_theirs is None else n_theirs / n_ours
+    return Measured(form, ratio, whole, rows)
+
+
+def compare_layer(case: Case, layer: str) -> tuple[list[Comparison], dict[str, Measured]]:
+    """All comparisons of A and G of one layer, and the numbers behind them, by side.
+
+    Proof: tests/test_judge.py::test_distances_are_what_numpy_says
+    """
+    theirs, ours = case.theirs(layer), case.ours(layer)
+    bounds = Bounds(case, layer, drawing(case, layer, theirs.n_G))
+    drawn = {"A": 0.0, "G": bounds.drawing.norm}
+    out: list[Comparison] = []
+    found: dict[str, Measured] = {}
+    for side, given, n_theirs, own, n_ours in (
+        ("A", theirs.A, theirs.n_A, ours.A, ours.n_A),
+        ("G", theirs.G, theirs.n_G, ours.G, ours.n_G),
+    ):
+        true = np.diag(own) if own.ndim == 1 else own  # of a table
+        if given is None:
+            out.append(said(layer, side, MISSING, f"the dump has no {side} of this layer"))
+            continue
+        X = np.diag(given) if given.ndim == 1 and len(given) == len(true) else given
+        trouble = _unfit(side, X, true)
+        if trouble:
+            out.append(said(layer, side, FAIL, trouble))
+            continue
+        found[side] = one = measure(X, true, n_theirs, n_ours)
+        out.append(_symmetry(bounds, side, X))
+        form = f"{side} has another form: no factor makes it ours"
+        out.append(bounds.judged(f"{side}/tr {side}", one.form, form, drawing=drawn[side]))
+        out.append(_rows(case, layer, side, n_theirs))
+    return out + _scales(bounds, found), found
+
+
+def _unfit(side: str, X: Array, true: Array) -> str:
+    """Why theirs cannot be compared; empty if it can."""
+    if X.shape != true.shape:
+        return f"{side} is {X.shape}; ours is {true.shape}"
+    bad = int((~np.isfinite(X)).sum())
+    return f"{bad} of the {X.size} entries of {side} are not finite" if bad else ""
+
+
+def said(layer: str, quantity: str, verdict: str, cause: str) -> Comparison:
+    """A comparison without a number."""
+    return Comparison(layer, quantity, None, None, verdict, None, cause)
+
+
+def _symmetry(bounds: Bounds, side: str, X: Array) -> Comparison:
+    size, skew = float(norm(X)), float(norm(X - X.T))
+    error = skew / size if size else 0.0
+    return bounds.judged(f"symmetry of {side}", error, f"{side} is not symmetric")
+
+
+def _rows(case: Case, layer: str, side: str, theirs: float | None) -> Comparison:
+    """Counts are integers, and agree or do not; a row of G counts once for each draw (COUNTS)."""
+    name, ours = f"n_{side}", case.ours(layer)
+    if theirs is None:
+        return said(layer, name, LEFT_OUT, "the dump does not say")
+    draws = case.dump.declared.get("draws", "1")
+    counts = {"A": [ours.n_A], "G": [ours.n_G, ours.n_A * int(draws)]}[side]
+    error = min(abs(theirs / count - 1) for count in counts)
+    cause = f"{theirs:g} rows; ours are {counts[0]}" if error else ""
+    return Comparison(layer, name, error, 0.0, FAIL if error else PASS, None, cause)
+
+
+def _scales(bounds: Bounds, found: dict[str, Measured]) -> list[Comparison]:
+    """tr A · tr G, then A and G with their scales."""
+    if set(found) != {"A", "G"}:
+        return []
+    layer, free = bounds.layer, bounds.case.dump.scale_free
+    product = found["A"].ratio * found["G"].ratio
+    if free:
+        cause = f"the format does not record the scale of {' and '.join(sorted(free))}; "
+        cause += f"theirs is ours times {product:.9g}"
+        return [said(layer, "tr A · tr G", LEFT_OUT, cause)]
+    cause = f"theirs is ours times {product:.6g}"
+    share, level = bounds.drawing, bounds.case.arithmetic.stored or "float64"
+    if found["G"].form <= bounds.case.budget(layer, "float32"):
+        share = Drawing(0.0, 0.0)  # then no label differs
+    # a scale is off by rounding only where the form is
+    exact = max(one.form for one in found.values()) <= bounds.case.budget(layer, level)
+    both = bounds.judged(
+        "tr A · tr G", abs(product - 1), cause, times=2, drawing=share.trace, inferred=not exact
+    )
+    out = [both]
+    for side, one in found.items():
+        cause = f"theirs is ours times {one.ratio:.6g}"
+        drawn = share.norm if side == "G" else 0.0
+        each = bounds.judged(side, one.whole, cause, drawing=drawn, inferred=not exact)
+        if each.verdict == FAIL and both.verdict == PASS and one.form <= (each.budget or 0):
+            cause += "; tr A · tr G agrees, so that K is the same"
+            each = Comparison(layer, side, one.whole, each.budget, LEFT_OUT, "B8", cause)
+        out.append(each)
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What one layer may differ by: `drawing` is what drawn labels explain."""
+
+    case: Case
+    layer: str
+    drawing: Drawing
+
+    def judged(
+        self,
+        quantity: str,
+        error: float,
+        cause: str,
+        *,
+        times: float = 1,
+        drawing: float = 0.0,
+        inferred: bool = True,
+    ) -> Comparison:
+        """Within budget of what is declared; else of a dtype that nobody declared; else not.
+
+        Args: times, of the budget of one matrix; drawing: what drawn labels explain, NaN if
+            unknown; inferred: may the size of the error tell the dtype?
+        """
+        declared = self.case.arithmetic
+        finest = declared.stored or "float64"
+        budget = times * self.case.budget(self.layer, finest)
+
+        def made(verdict: str, cause: str = "", limit: float = budget) -> Comparison:
+            return Comparison(self.layer, quantity, error, limit, verdict, None, cause)
+
+        if error <= budget:
+            return made(PASS)
+        if inferred and not declared.declared:
+            for dtype in list(ROUNDOFF)[list(ROUNDOFF).index(finest) + 1 :]:
+                limit = times * self.case.budget(self.layer, dtype)
+                if error <= limit:
+                    size = f"the error has the size of {dtype}, which is not declared"
+                    return made(EQUAL_AS + dtype, size, limit)
+        if error <= budget + drawing:
+            limit = budget + drawing
+            return made(PASS, f"drawing labels explains {error:.1%} (up to {limit:.1%})", limit)
+        if math.isnan(drawing):
+            return made(UNDECIDED, _HOW_MUCH_DRAWING)
+        return made(FAIL, cause)
+
+
+_HOW_MUCH_DRAWING = (
+    "labels are drawn, and nothing says how much that changes: give model and corpus, or collect "
+    "the reference with draws=8"
+)
+_WITHOUT_DRAWING = ("empirical", "expected")
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """DEVIATIONS times what theirs less ours varies by drawing: of G over |G|, of tr G over tr G.
+
+    0 where neither side draws, NaN where nobody knows.
+    """
+
+    norm: float
+    trace: float
+
+
+def drawing(case: Case, layer: str, n_G: float | None) -> Drawing:
+    """What drawn labels explain in one layer; n_G is theirs."""
+    theirs, ours = case.dump.declared.get("fisher"), str(case.reference.fisher)
+    we_draw = ours not in _WITHOUT_DRAWING
+    they_draw = theirs not in _WITHOUT_DRAWING if theirs else ours != "empirical"
+    if not (we_draw or they_draw):
+        return Drawing(0.0, 0.0)
+    one, draws = case.ours(layer), case.reference.draws
+    single = (case.noise or {}).get(layer)
+    if single is None and we_draw:
+        single = one_draw(one, draws)
+    if single is None:
+        return Drawing(math.nan, math.nan)
+    their_draws = (n_G or one.n_A) / one.n_A
+    share = DEVIATIONS * math.sqrt(we_draw / draws + they_draw / their_draws)
+    return Drawing(share * single[0], share * single[1])
+
+
+def one_draw(one: Factor, draws: int) -> tuple[float, float] | None:
+    """Standard deviations by one draw of all rows: of G over |G|, and of tr G over tr G."""
+    size, trace = float(norm(one.G)), float(np.trace(one.G))
+    if one.error_G is None or one.error_trace_G is None or not size or not trace:
+        return None
+    root = math.sqrt(draws)
+    return one.error_G * root / size, one.error_trace_G * root / trace

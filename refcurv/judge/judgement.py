@@ -1,0 +1,177 @@
+"""`validate`: another program's factors beside the truth, and what explains the difference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from refcurv.algebra.blas import one_blas_thread
+from refcurv.curvature.bases import Bases
+from refcurv.curvature.bases_file import load_bases
+from refcurv.curvature.factors import Factors, collect
+from refcurv.curvature.factors_file import load_factors
+from refcurv.judge.arithmetic import ROUNDOFF, parse
+from refcurv.judge.case import Case
+from refcurv.judge.compare import Measured, compare_layer, drawing, one_draw, said
+from refcurv.judge.diagnose import diagnose
+from refcurv.judge.foreign import match, read_dump
+from refcurv.judge.verdict import FAIL, LEFT_OUT, MISSING, Comparison, Verdict
+from refcurv.law.checks import ConventionError, EmptyError, require_choice
+from refcurv.model.corpus import Corpus
+from refcurv.model.patterns import expand
+from refcurv.model.weights import Model
+from refcurv.progress import Progress, counter, silent
+
+Theirs = str | Path | Factors | Mapping[str, Any]
+"""A file or folder, or in memory: Factors, or {layer: (A, G, n)}."""
+
+
+def validate(
+    theirs: Theirs,
+    reference: str | Path | Factors | None = None,
+    *,
+    model: Model | None = None,
+    corpus: Corpus | None = None,
+    basis: str | Path | Bases | None = None,
+    names: Mapping[str, str] | None = None,
+    arithmetic: str = "",
+    accept: Sequence[str] = (),
+    declared: Mapping[str, str] | None = None,
+    layers: str | None = None,
+    progress: Progress = silent,
+) -> Verdict:
+    """Judge another program's factors, bases, corrections or edits, layer by layer.
+
+    Definition
+        Theirs are brought to our units by the recipe of their format. For each layer the
+        reference's and theirs are compared: A/tr A, G/tr G and tr A · tr G, which no choice of
+        scale changes; then A and G; then what else the dump holds. An error is judged by the budget
+        of *their* arithmetic (`judge.arithmetic`), and by what drawing labels explains. What does
+        not agree is diagnosed (`judge.diagnose`): each known fault is a transformation of the
+        truth, and the simplest that brings theirs within budget is the cause.
+
+    Args:
+        theirs: a file or folder of a known format (`judge.foreign`), or {layer: (A, G, n)}.
+        reference: Factors, or a factors file. Left out, they are collected from model and corpus,
+            by the choices that theirs declares.
+        model: in float64, for hypotheses that must be recomputed: other labels, rows or tensors.
+        corpus: what the reference was collected from.
+        basis: of the reference, for theirs that hold eigenvectors, masks or edited weights.
+        names: our layer → their name, where names do not match by themselves.
+        arithmetic: their dtypes, "float32" or "model=bfloat16,products=float32,sums=float32".
+        accept: dtypes of which "equal as" counts as a pass.
+        declared: what theirs does not say of itself, {"fisher": "sampled"} for example.
+        layers: a pattern: judge these only.
+        progress: called with (layers done, layers).
+
+    Returns:
+        Verdict: findings, causes, passed.
+
+    Raises:
+        SchemaError: no known format, or a file that breaks it. EmptyError: no layer in common.
+        ConventionError: neither a reference nor model and corpus.
+
+    Cost: reading theirs once, and one norm for each matrix; a failure costs the diagnosis.
+    Source: METHOD, Judging.
+    Proof: tests/test_judge.py::test_the_truth_passes
+    """
+    dump = read_dump(theirs)
+    if declared:
+        dump = replace(dump, declared={**dump.declared, **declared})
+    given = parse("validate", arithmetic).or_else(dump.arithmetic)
+    for dtype in accept:
+        require_choice("validate", "accept", dtype, ROUNDOFF)
+    truth = _reference(reference, model, corpus, dump.declared, layers)
+    wanted = _wanted(truth, layers)
+    shapes = {name: (len(truth[name].sum_G), len(truth[name].sum_A)) for name in wanted}
+    matched, notes = match(dump, shapes, names or {})
+    if not matched:
+        raise EmptyError(
+            f"validate: no layer in common. Theirs: {_few(dump.layers)}; ours: {_few(wanted)}."
+        )
+    bases = load_bases(basis) if isinstance(basis, str | Path) else basis
+    case = Case(dump, truth, matched, given, model, corpus, bases)
+    case = replace(case, noise=_noise(case))
+    findings = [said("", "dump", FAIL, text) for text in dump.problems]
+    findings += [*notes, *_absent(case, wanted)]
+    measured: dict[str, dict[str, Measured]] = {}
+    done = counter(progress, len(matched))
+    with one_blas_thread():
+        for layer in matched:
+            found, measured[layer] = compare_layer(case, layer)
+            findings += found
+            done()
+        causes, excluded, findings = diagnose(case, findings, measured)
+    return Verdict(
+        tuple(findings),
+        causes,
+        excluded,
+        dump.program,
+        dump.recipe,
+        dict(matched),
+        arithmetic=str(given),
+        accepted=tuple(accept),
+    )
+
+
+def _reference(
+    given: str | Path | Factors | None,
+    model: Model | None,
+    corpus: Corpus | None,
+    declared: Mapping[str, str],
+    layers: str | None,
+) -> Factors:
+    if isinstance(given, Factors):
+        return given
+    if given is not None:
+        return load_factors(given)
+    if model is None or corpus is None:
+        raise ConventionError("validate: give a reference, or both a model and a corpus.")
+    fisher, rows = declared.get("fisher", "sampled"), declared.get("rows", "reached")
+    return collect(model, corpus, layers or "**", fisher, rows=rows)
+
+
+def _wanted(truth: Factors, layers: str | None) -> list[str]:
+    return list(truth) if layers is None else expand(layers, list(truth))
+
+
+def _few(names: Iterable[str], most: int = 4) -> str:
+    """The first names, and how many more there are."""
+    every = list(names)
+    more = f" and {len(every) - most} more" if len(every) > most else ""
+    return ", ".join(every[:most]) + more or "none"
+
+
+def _absent(case: Case, wanted: Sequence[str]) -> list[Comparison]:
+    """Layers of ours that theirs lacks, and of theirs that nothing of ours stands for."""
+    missing = [name for name in wanted if name not in case.matched]
+    extra = [name for name in case.dump.layers if name not in case.matched.values()]
+    out = [said(name, "names", MISSING, "no layer of the dump stands for it") for name in missing]
+    if extra:
+        out.append(said("", "names", LEFT_OUT, f"theirs alone: {_few(extra)}"))
+    return out
+
+
+SAMPLE = 4096
+"""Positions of which a collection finds out how much drawing labels changes."""
+
+
+def _noise(case: Case) -> dict[str, tuple[float, float]] | None:
+    """`Case.noise`, from eight draws on a few sequences."""
+    model, corpus = case.model, case.corpus
+    unknown = [n for n in case.matched if math.isnan(drawing(case, n, None).norm)]
+    if model is None or corpus is None or not unknown:
+        return None
+    few = corpus.of(slice(0, max(1, SAMPLE // corpus.label.shape[1])))
+    rows, draws = case.reference.rows, 8
+    drawn = collect(model, few, ",".join(unknown), "sampled", draws=draws, rows=rows)
+    out = {}
+    for name in unknown:
+        single = one_draw(drawn[name], draws)
+        if single is not None:
+            fewer = math.sqrt(min(1, drawn[name].n_A / case.ours(name).n_A))
+            out[name] = single[0] * fewer, single[1] * fewer
+    return out

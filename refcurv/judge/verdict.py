@@ -1,0 +1,119 @@
+"""What `validate` says: comparisons, their verdicts, and the causes of what does not agree."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+PASS: Final = "pass"
+FAIL: Final = "fail"
+MISSING: Final = "missing"
+LEFT_OUT: Final = "left out"
+UNDECIDED: Final = "undecided"
+"""Nothing says whether drawing explains the difference; the cause says what would."""
+EQUAL_AS: Final = "equal as "
+"""And a dtype: the size of the error is that of a dtype that nobody declared."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One quantity of one layer, theirs beside the reference's: an entry of `Verdict.findings`.
+
+    Fields:
+        layer: our name; "" for the dump as a whole.
+        quantity: "A/tr A", "G/tr G", "tr A · tr G", "A", "G", "n_A", "n_G", "symmetry of A",
+            "basis of A", "orthogonality of U_A", "Lambda", "mask", "W", "names", ...
+        error, budget: relative; None where there is nothing to measure.
+        verdict: PASS, FAIL, MISSING, LEFT_OUT, UNDECIDED, or EQUAL_AS and a dtype.
+        fault: the id of the cause ("B15", METHOD, Bugs), or None.
+        cause: a sentence: the cause where it is known, else what was seen.
+    """
+
+    layer: str
+    quantity: str
+    error: float | None
+    budget: float | None
+    verdict: str
+    fault: str | None = None
+    cause: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Cause:
+    """What explains a disagreement: a hypothesis that brings theirs within budget.
+
+    Fields:
+        fault: its id ("B15"), or None of a difference that has a name but no id.
+        sentence: what they did, and how it shows. remedy: what to change in their code.
+        layers, quantities: what it explains. before, after: the largest error over these without
+            and with the hypothesis. alike: other ids that leave the same trace in this dump.
+    """
+
+    fault: str | None
+    sentence: str
+    remedy: str
+    layers: tuple[str, ...]
+    quantities: tuple[str, ...]
+    before: float
+    after: float
+    alike: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What `validate` found.
+
+    Fields:
+        findings: in the order of layers; the dump as a whole first.
+        causes: the simplest set that explains what failed; empty if nothing did, or nothing does.
+        excluded: where something stayed unexplained, the hypotheses that were tried, each with
+            the error that it left.
+        program, recipe: whose format, and what was done to read it. matched: our layer → theirs.
+        arithmetic: by which dtypes they were judged, and which were inferred, in words.
+        accepted: dtypes that the caller accepts without a declaration.
+    """
+
+    findings: tuple[Comparison, ...]
+    causes: tuple[Cause, ...] = ()
+    excluded: tuple[str, ...] = ()
+    program: str = ""
+    recipe: tuple[str, ...] = ()
+    matched: Mapping[str, str] | None = None
+    arithmetic: str = ""
+    accepted: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Every comparison passed, and none is missing. What was left out does not count."""
+        return all(self._fine(f.verdict) for f in self.findings)
+
+    @property
+    def failed(self) -> tuple[Comparison, ...]:
+        """The comparisons that keep it from passing."""
+        return tuple(f for f in self.findings if not self._fine(f.verdict))
+
+    def _fine(self, verdict: str) -> bool:
+        accepted = verdict.removeprefix(EQUAL_AS) in self.accepted
+        return verdict in (PASS, LEFT_OUT) or (verdict.startswith(EQUAL_AS) and accepted)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; an error that is no number becomes a text, "infinite" or "nan"."""
+        rows = [asdict(one) for one in self.findings]
+        causes = [asdict(one) for one in self.causes]
+        for row in [*rows, *causes]:
+            for name in ("error", "before", "after"):
+                if isinstance(row.get(name), float) and not math.isfinite(row[name]):
+                    row[name] = "nan" if math.isnan(row[name]) else "infinite"
+        return {
+            "passed": self.passed,
+            "program": self.program,
+            "findings": rows,
+            "causes": causes,
+            "excluded": list(self.excluded),
+            "recipe": list(self.recipe),
+            "matched": dict(self.matched or {}),
+            "arithmetic": self.arithmetic,
+            "accepted": list(self.accepted),
+        }
