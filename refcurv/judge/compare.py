@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -172,15 +173,18 @@ class Bounds:
         times: float = 1,
         drawing: float = 0.0,
         inferred: bool = True,
+        budget_of: Callable[[str], float] | None = None,
     ) -> Comparison:
         """Within budget of what is declared; else of a dtype that nobody declared; else not.
 
         Args: times, of the budget of one matrix; drawing: what drawn labels explain, NaN if
-            unknown; inferred: may the size of the error tell the dtype?
+            unknown; inferred: may the size of the error tell the dtype? budget_of: the budget if
+            undeclared parts have this dtype; of A or G by default.
         """
         declared = self.case.arithmetic
         finest = declared.stored or "float64"
-        budget = times * self.case.budget(self.layer, finest)
+        limit_of = budget_of or (lambda dtype: times * self.case.budget(self.layer, dtype))
+        budget = limit_of(finest)
 
         def made(verdict: str, cause: str = "", limit: float = budget) -> Comparison:
             return Comparison(self.layer, quantity, error, limit, verdict, None, cause)
@@ -189,7 +193,7 @@ class Bounds:
             return made(PASS)
         if inferred and not declared.declared:
             for dtype in list(ROUNDOFF)[list(ROUNDOFF).index(finest) + 1 :]:
-                limit = times * self.case.budget(self.layer, dtype)
+                limit = limit_of(dtype)
                 if error <= limit:
                     size = f"the error has the size of {dtype}, which is not declared"
                     return made(EQUAL_AS + dtype, size, limit)

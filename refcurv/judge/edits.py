@@ -1,0 +1,289 @@
+"""Masks and edited weights of another program: is it the law's cut, and if not, whose rule is it?
+
+A mask or an edited weight does not say which share rho it was cut at. Where nobody declares it, rho
+is the one at which our own edit keeps as many pairs, or as much of the weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from refcurv.algebra.scaling import norm
+from refcurv.algebra.staircase import cut, undecided
+from refcurv.curvature.eigenbasis import Eigenbasis, eigenbasis
+from refcurv.editing.projection import keep_pairs
+from refcurv.judge.arithmetic import ROUNDOFF
+from refcurv.judge.bases import solver_budget
+from refcurv.judge.compare import Bounds, said
+from refcurv.judge.dump import Theirs
+from refcurv.judge.verdict import FAIL, LEFT_OUT, PASS, Comparison
+from refcurv.law.checks import Array
+
+Rule = Callable[[Eigenbasis, Array, int], Array]
+"""The mask (O, I) of another rule that keeps about as many pairs: (basis, C, kept)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Other:
+    """Another way to cut: the fault that it is, what it does, its mask."""
+
+    fault: str
+    sentence: str
+    mask: Rule
+
+
+def _ranked(key: Array, kept: int) -> Array:
+    """The `kept` pairs of largest key."""
+    mask = np.zeros(key.size, dtype=bool)
+    mask[np.argsort(-key, axis=None, kind="stable")[:kept]] = True
+    return np.asarray(mask.reshape(key.shape))
+
+
+def _marginal(basis: Eigenbasis, _: Array, kept: int) -> Array:
+    """The rectangle of one share for each side that keeps nearest to `kept` pairs."""
+    shares = [np.cumsum(x) / x.sum() for x in (basis.lam, basis.mu)]
+    best = min(
+        np.unique(np.concatenate(shares)),
+        key=lambda rho: abs(math.prod(int(np.searchsorted(s, rho)) + 1 for s in shares) - kept),
+    )
+    rows, columns = (np.arange(len(s)) <= np.searchsorted(s, best) for s in shares)
+    return np.asarray(rows[:, None] & columns)
+
+
+def _pairs(basis: Eigenbasis) -> Array:
+    return np.asarray(basis.lam[:, None] * basis.mu)
+
+
+OTHERS = (
+    Other(
+        "B65",
+        "ascending eigenvalues were taken for descending: the flattest pairs are kept",
+        lambda b, _, kept: _ranked(-_pairs(b), kept),
+    ),
+    Other("B73", "a share of each side was kept, a rectangle, and no share of pairs", _marginal),
+    Other(
+        "B74",
+        "pairs are ranked by the curvature of the outputs alone",
+        lambda b, _, kept: _ranked(np.repeat(b.lam[:, None], len(b.mu), axis=1), kept),
+    ),
+    Other(
+        "B74",
+        "pairs are ranked by the curvature of the inputs alone",
+        lambda b, _, kept: _ranked(np.repeat(b.mu[None], len(b.lam), axis=0), kept),
+    ),
+    Other(
+        "B74",
+        "pairs are ranked by λ μ C², the damage of each, and not by λ μ",
+        lambda b, C, kept: _ranked(_pairs(b) * C**2, kept),
+    ),
+    Other(
+        "B74",
+        "pairs are ranked by the size of the coefficient, C², and not by λ μ",
+        lambda _, C, kept: _ranked(C**2, kept),
+    ),
+)
+
+
+def compare_mask(bounds: Bounds, theirs: Theirs, own: Eigenbasis, W: Array | None) -> Comparison:
+    """Their pairs beside those of the law's cut that keeps as many (SELECT, ACCEPTABLE).
+
+    Their eigenvalues order their mask where the dump has them; else it is taken to be in ours. A
+    pair whose key lies within budget of the cut may be decided either way.
+
+    Proof: tests/test_judge_edits.py::test_a_mask_of_the_law_passes_and_others_are_named
+    """
+    mask, layer = theirs.mask, bounds.layer
+    assert mask is not None
+    if mask.shape != (len(own.lam), len(own.mu)):
+        text = f"the mask is {mask.shape}; ours is {(len(own.lam), len(own.mu))}"
+        return said(layer, "mask", FAIL, text)
+    orders = [
+        np.arange(len(x)) if v is None else np.argsort(-v, kind="stable")
+        for x, v in ((own.lam, theirs.lam), (own.mu, theirs.mu))
+    ]
+    mask = mask.astype(bool)[np.ix_(*orders)]
+    kept = int(mask.sum())
+    if kept in (0, mask.size):
+        text = "nothing is kept" if not kept else "everything is kept"
+        return said(layer, "mask", LEFT_OUT, text)
+    rho = _share_of(own, kept)
+    wrong = _disputed(bounds, own, rho, mask)
+    if not wrong:
+        text = f"the law's cut at rho = {rho:.6g}, up to pairs that rounding decides"
+        return Comparison(layer, "mask", 0.0, 0.0, PASS, None, text)
+    C = np.ones_like(_pairs(own)) if W is None else own.U_G.T @ W @ own.U_A
+    for other in OTHERS:
+        if int((other.mask(own, C, kept) ^ mask).sum()) <= max(1, kept // 1000):
+            return Comparison(layer, "mask", wrong / kept, 0.0, FAIL, other.fault, other.sentence)
+    steps = (mask[:, 1:] & ~mask[:, :-1]).any() or (mask[1:] & ~mask[:-1]).any()
+    text = f"{wrong} of {kept} pairs are not those of the law's cut; the mask is "
+    text += "no staircase" if steps else "a staircase all the same"
+    return Comparison(layer, "mask", wrong / kept, 0.0, FAIL, None, text)
+
+
+def _share_of(own: Eigenbasis, kept: int) -> float:
+    """The rho in the middle of those at which the law keeps `kept` pairs, or nearly so many."""
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        if cut(own.lam, own.mu, middle).kept < kept:
+            low = middle
+        else:
+            high = middle
+    top = 1.0
+    for _ in range(60):
+        middle = (high + top) / 2
+        if cut(own.lam, own.mu, middle).kept <= kept:
+            high = middle
+        else:
+            top = middle
+    return (low + high) / 2
+
+
+def _disputed(bounds: Bounds, own: Eigenbasis, rho: float, mask: Array) -> int:
+    """Pairs that are not as the law decides, without those that errors within budget decide."""
+    case, level = bounds.case, bounds.case.arithmetic.stored or "float64"
+    share = case.budget(bounds.layer, level)
+    filled = case.arithmetic.filled(level)
+    spectra = [(own.lam, bounds.drawing.norm), (own.mu, 0.0)]
+    errors, slack = [], 0.0
+    for spectrum, drawn in spectra:
+        relative = (
+            share + solver_budget(len(spectrum), filled) + (0 if math.isnan(drawn) else drawn)
+        )
+        errors.append(np.full(len(spectrum), relative * float(norm(spectrum))))
+        slack += relative * math.sqrt(len(spectrum))
+    total = float(own.lam.sum()) * float(own.mu.sum())
+    sure, possible = undecided(own.lam, own.mu, rho, (errors[0], errors[1]), slack * total)
+    column = np.arange(mask.shape[1])
+    wrong = (column < sure[:, None]) & ~mask | (column >= possible[:, None]) & mask
+    return int(wrong.sum())
+
+
+# ------------------------------------------------------------------ edited weights
+
+
+def compare_weight(
+    bounds: Bounds, edited: Array, own: Eigenbasis, W: Array, rho: float | None
+) -> Comparison:
+    """Their edited weight beside our edit of the same weight (P8).
+
+    Definition: the error is |W' theirs − W' ours| over |W|. The budget is what it moves by if A and
+    G move by their budgets in random directions, four times the largest of RUNS, and the rounding
+    of what is stored.
+
+    Args: W, the weight before the edit; rho, None where nobody declares it.
+
+    Proof: tests/test_judge_edits.py::test_an_edited_weight_of_the_law_passes_and_others_are_named
+    """
+    layer, size = bounds.layer, float(norm(W))
+    if edited.shape != W.shape:
+        return said(layer, "W", FAIL, f"W is {edited.shape}; ours is {W.shape}")
+    if not np.isfinite(edited).all():
+        return said(layer, "W", FAIL, "W is not finite everywhere")
+    stored = ROUNDOFF[bounds.case.arithmetic.stored or "float64"]
+    if float(norm(edited - W)) <= 2 * stored * size:
+        return said(layer, "W", LEFT_OUT, "this weight was not edited")
+    C = own.U_G.T @ W @ own.U_A
+    share = _share_of_weight(own, C, edited) if rho is None else rho
+    ours = keep_pairs(W, own, cut(own.lam, own.mu, share).mask(W.shape[1]))
+    error = float(norm(edited - ours)) / size
+    noise = _Noise(bounds, own, W, share)
+    text = f"W' is not the law's edit at rho = {share:.4g}"
+    found = bounds.judged("W", error, text, budget_of=noise.budget)
+    if found.verdict != FAIL:
+        return found
+    for fault, sentence, other in _otherwise(own, C, W, edited):
+        if float(norm(edited - other)) / size <= max(noise.budget("float32"), 1e-3):
+            return Comparison(layer, "W", error, found.budget, FAIL, fault, sentence)
+    return found
+
+
+def _share_of_weight(own: Eigenbasis, C: Array, edited: Array) -> float:
+    """The rho at which |W'| is theirs, as nearly as pairs allow."""
+    target, low, high = float(norm(edited)), 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        mask = cut(own.lam, own.mu, middle).mask(C.shape[1])
+        low, high = (middle, high) if float(norm(C[mask])) < target else (low, middle)
+    return high
+
+
+def _otherwise(
+    own: Eigenbasis, C: Array, W: Array, edited: Array
+) -> Iterator[tuple[str, str, Array]]:
+    """(fault, sentence, the weight that it gives), each at about their |W'|."""
+    target = float(norm(edited))
+    for other in OTHERS:
+        low, high = 0, C.size
+        while high - low > 1:
+            middle = (low + high) // 2
+            mask = other.mask(own, C, middle)
+            low, high = (middle, high) if float(norm(C[mask])) < target else (low, middle)
+        for kept in (low, high):
+            yield other.fault, other.sentence, keep_pairs(W, own, other.mask(own, C, kept))
+    if C.shape[0] == C.shape[1]:
+        turned = own.U_G.T @ W.T @ own.U_A
+        share = _share_of_weight(own, turned, edited)
+        mask = cut(own.lam, own.mu, share).mask(len(W))
+        yield "B33", "the edit was made of Wᵀ", keep_pairs(W.T, own, mask).T
+    swapped = Eigenbasis(own.U_G, own.lam, own.U_A, own.mu)
+    if C.shape[0] == C.shape[1]:
+        mixed = swapped.U_G.T @ W @ swapped.U_A
+        share = _share_of_weight(swapped, mixed, edited)
+        mask = cut(swapped.lam, swapped.mu, share).mask(len(W))
+        yield "B78", "A and G changed places in the edit", keep_pairs(W, swapped, mask)
+
+
+RUNS = 2
+"""Random directions in which A and G are moved."""
+
+
+class _Noise:
+    """What an edit moves by when A and G move by their budgets; computed once for each dtype."""
+
+    def __init__(self, bounds: Bounds, own: Eigenbasis, W: Array, rho: float) -> None:
+        self._bounds, self._own, self._W, self._rho = bounds, own, W, rho
+        self._known: dict[str, float] = {}
+
+    def budget(self, dtype: str) -> float:
+        """Relative to |W|, if undeclared parts have this dtype."""
+        if dtype not in self._known:
+            filled = self._bounds.case.arithmetic.filled(dtype)
+            moved = max(self._moved(dtype, seed) for seed in range(RUNS))
+            self._known[dtype] = 4 * moved + 4 * ROUNDOFF[str(filled.stored)]
+        return self._known[dtype]
+
+    def _moved(self, dtype: str, seed: int) -> float:
+        case, W, own = self._bounds.case, self._W, self._own
+        filled, rng = case.arithmetic.filled(dtype), np.random.default_rng(seed)
+        sides = []
+        for U, values in ((own.U_A, own.mu), (own.U_G, own.lam)):
+            share = case.budget(self._bounds.layer, dtype) + solver_budget(len(U), filled)
+            E = rng.normal(size=U.shape)
+            E = E + E.T
+            M = (U * values) @ U.T + E * (share * float(norm(values)) / float(norm(E)))
+            moved, vectors = np.linalg.eigh(M)
+            sides.append((vectors[:, ::-1], np.maximum(moved[::-1], 0)))
+        (U_A, mu), (U_G, lam) = sides
+        other = Eigenbasis(U_A, mu, U_G, lam)
+        edits = [
+            keep_pairs(W, b, cut(b.lam, b.mu, self._rho).mask(W.shape[1])) for b in (own, other)
+        ]
+        return float(norm(edits[0] - edits[1])) / float(norm(W))
+
+
+def basis_of(bounds: Bounds) -> Eigenbasis:
+    """Our basis of the layer: the given one, or that of the reference's factors."""
+    case, layer = bounds.case, bounds.layer
+    if case.bases is not None and layer in case.bases:
+        return case.bases[layer]
+    one, truth = case.ours(layer), case.reference
+    facts = (truth.shard_rows, truth.dtype)
+    U_A, mu, _ = eigenbasis(one.A, *facts, f"A of {layer!r}")
+    U_G, lam, _ = eigenbasis(one.G, *facts, f"G of {layer!r}")
+    return Eigenbasis(U_A, mu, U_G, lam)
