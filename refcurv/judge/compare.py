@@ -15,6 +15,7 @@ from refcurv.algebra.scaling import norm
 from refcurv.curvature.factors import Factor
 from refcurv.judge.arithmetic import ROUNDOFF
 from refcurv.judge.case import Case
+from refcurv.judge.dump import Theirs
 from refcurv.judge.verdict import (
     EQUAL_AS,
     FAIL,
@@ -63,13 +64,13 @@ def measure(theirs: Array, ours: Array, n_theirs: float | None, n_ours: int) -> 
     return Measured(form, ratio, whole, rows)
 
 
-def compare_layer(case: Case, layer: str) -> tuple[list[Comparison], dict[str, Measured]]:
+def compare_moments(bounds: Bounds, theirs: Theirs) -> tuple[list[Comparison], dict[str, Measured]]:
     """All comparisons of A and G of one layer, and the numbers behind them, by side.
 
     Proof: tests/test_judge.py::test_distances_are_what_numpy_says
     """
-    theirs, ours = case.theirs(layer), case.ours(layer)
-    bounds = Bounds(case, layer, drawing(case, layer, theirs.n_G))
+    case, layer, ours = bounds.case, bounds.layer, bounds.case.ours(bounds.layer)
+    other = any(getattr(theirs, part) is not None for part in ("U_A", "U_G", "mask", "W"))
     drawn = {"A": 0.0, "G": bounds.drawing.norm}
     out: list[Comparison] = []
     found: dict[str, Measured] = {}
@@ -79,7 +80,8 @@ def compare_layer(case: Case, layer: str) -> tuple[list[Comparison], dict[str, M
     ):
         true = np.diag(own) if own.ndim == 1 else own  # of a table
         if given is None:
-            out.append(said(layer, side, MISSING, f"the dump has no {side} of this layer"))
+            verdict = LEFT_OUT if other else MISSING
+            out.append(said(layer, side, verdict, f"the dump has no {side} of this layer"))
             continue
         X = np.diag(given) if given.ndim == 1 and len(given) == len(true) else given
         trouble = _unfit(side, X, true)

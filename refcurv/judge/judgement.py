@@ -8,18 +8,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from refcurv.algebra.blas import one_blas_thread
 from refcurv.curvature.bases import Bases
 from refcurv.curvature.bases_file import load_bases
 from refcurv.curvature.factors import Factors, collect
 from refcurv.curvature.factors_file import load_factors
 from refcurv.judge.arithmetic import ROUNDOFF, parse
+from refcurv.judge.bases import compare_bases
 from refcurv.judge.case import Case
-from refcurv.judge.compare import Measured, compare_layer, drawing, one_draw, said
+from refcurv.judge.compare import Bounds, Measured, compare_moments, drawing, one_draw, said
 from refcurv.judge.diagnose import diagnose
+from refcurv.judge.edits import basis_of, compare_mask, compare_weight
 from refcurv.judge.foreign import match, read_dump
 from refcurv.judge.verdict import FAIL, LEFT_OUT, MISSING, Comparison, Verdict
-from refcurv.law.checks import ConventionError, EmptyError, require_choice
+from refcurv.law.checks import ConventionError, EmptyError, require_choice, require_range
 from refcurv.model.corpus import Corpus
 from refcurv.model.patterns import expand
 from refcurv.model.weights import Model
@@ -101,7 +105,7 @@ def validate(
     done = counter(progress, len(matched))
     with one_blas_thread():
         for layer in matched:
-            found, measured[layer] = compare_layer(case, layer)
+            found, measured[layer] = _layer(case, layer)
             findings += found
             done()
         causes, excluded, findings = diagnose(case, findings, measured)
@@ -115,6 +119,30 @@ def validate(
         arithmetic=str(given),
         accepted=tuple(accept),
     )
+
+
+def _layer(case: Case, layer: str) -> tuple[list[Comparison], dict[str, Measured]]:
+    """Everything that the dump holds of one layer."""
+    theirs = case.theirs(layer)
+    bounds = Bounds(case, layer, drawing(case, layer, theirs.n_G))
+    findings, measured = compare_moments(bounds, theirs)
+    if theirs.U_A is None and theirs.U_G is None and theirs.mask is None and theirs.W is None:
+        return findings, measured
+    own = basis_of(bounds)
+    findings += compare_bases(bounds, theirs, own)
+    W = None
+    if case.model is not None:
+        W = np.asarray(case.model.parameters[case.model.config.weight_of(layer)], np.float64)
+    if theirs.mask is not None:
+        findings.append(compare_mask(bounds, theirs, own, W))
+    if theirs.W is not None and W is None:
+        text = "give --model: an edited weight is judged beside the one before the edit"
+        findings.append(said(layer, "W", LEFT_OUT, text))
+    elif theirs.W is not None and W is not None:
+        declared = case.dump.declared.get("rho")
+        rho = None if declared is None else require_range("validate", "rho", float(declared), 0, 1)
+        findings.append(compare_weight(bounds, theirs.W, own, W, rho))
+    return findings, measured
 
 
 def _reference(

@@ -1,0 +1,111 @@
+"""Masks and edited weights of others: the law's cut passes, other rules are named."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from strategies import config, random_parameters
+
+import refcurv as rc
+from refcurv.curvature.eigenbasis import Eigenbasis
+from refcurv.editing.projection import keep_pairs, projected
+from refcurv.judge.dump import Dump, Theirs
+from refcurv.judge.edits import OTHERS
+from refcurv.judge.judgement import validate
+
+LAYER = "blocks.1.mlp.up"
+SQUARE = "blocks.1.attn.o"
+
+
+@pytest.fixture(scope="module")
+def setting():
+    made = config(mlp_width=12)
+    model = rc.Model(made, random_parameters(made, 3))
+    tokens = np.random.default_rng(0).integers(0, made.vocabulary, (12, 9))
+    corpus = rc.Corpus(tokens)
+    return model, rc.collect(model, corpus, "blocks.1.{mlp.up,attn.o}", "expected")
+
+
+def weight(model, layer):
+    return np.asarray(model.parameters[f"{layer}.weight"])
+
+
+def judged(monkeypatch, setting, layer, declared=None, **parts):
+    model, factors = setting
+    monkeypatch.setattr("refcurv.judge.judgement.read_dump", lambda theirs: theirs)
+    dump = Dump("test", {layer: Theirs(**parts)}, {layer: frozenset(parts)})
+    corpus = rc.Corpus(np.zeros((1, 4), int))
+    says = {"fisher": "expected"} | (declared or {})
+    verdict = validate(dump, factors, model=model, corpus=corpus, layers=layer, declared=says)
+    return {f.quantity: f for f in verdict.findings}, verdict
+
+
+@pytest.mark.parametrize("rho", [0.3, 0.8, 0.97])
+def test_a_mask_of_the_law_passes_and_others_are_named(monkeypatch, setting, rho):
+    model, factors = setting
+    basis = rc.decompose(factors)[LAYER]
+    law = rc.algebra.selection.select(basis.lam, basis.mu, rho)
+    found, verdict = judged(monkeypatch, setting, LAYER, mask=law)
+    assert verdict.passed
+    C = basis.U_G.T @ weight(model, LAYER) @ basis.U_A
+    for other in OTHERS:
+        mask = other.mask(basis, C, int(law.sum()))
+        if (mask != law).sum() > 2:
+            found, _ = judged(monkeypatch, setting, LAYER, mask=mask)
+            assert (found["mask"].verdict, found["mask"].fault) == ("fail", other.fault)
+            assert found["mask"].cause == other.sentence
+
+
+def test_their_order_is_that_of_their_eigenvalues(monkeypatch, setting):
+    _, factors = setting
+    basis = rc.decompose(factors)[LAYER]
+    law = rc.algebra.selection.select(basis.lam, basis.mu, 0.8)
+    turned = dict(mask=law[::-1, ::-1], lam=basis.lam[::-1], mu=basis.mu[::-1])
+    turned |= dict(U_A=basis.U_A[:, ::-1], U_G=basis.U_G[:, ::-1])
+    assert judged(monkeypatch, setting, LAYER, **turned)[1].passed
+
+
+@pytest.mark.parametrize("rho", [0.5, 0.83])
+@pytest.mark.parametrize("declare", [True, False])
+def test_an_edited_weight_of_the_law_passes_and_others_are_named(
+    monkeypatch, setting, rho, declare
+):
+    model, factors = setting
+    declared = {"rho": str(rho)} if declare else None
+    for layer in (LAYER, SQUARE):
+        basis, W = rc.decompose(factors)[layer], weight(model, layer)
+        good = projected(W, basis, rho)
+        assert judged(monkeypatch, setting, layer, declared, W=good)[1].passed
+        short = good.astype(np.float32).astype(float)
+        found, _ = judged(monkeypatch, setting, layer, declared, W=short)
+        assert found["W"].verdict in ("pass", "equal as float32")
+        C = basis.U_G.T @ W @ basis.U_A
+        for other in OTHERS:
+            edited = keep_pairs(W, basis, other.mask(basis, C, C.size // 3))
+            found, _ = judged(monkeypatch, setting, layer, W=edited)
+            if np.linalg.norm(edited - W) > 0.1 * np.linalg.norm(W):
+                assert found["W"].fault == other.fault, other.sentence
+
+
+def test_a_square_weight_edited_the_wrong_way_round_is_named(monkeypatch, setting):
+    model, factors = setting
+    basis, W = rc.decompose(factors)[SQUARE], weight(model, SQUARE)
+    turned = projected(W.T, basis, 0.8).T
+    assert judged(monkeypatch, setting, SQUARE, W=turned)[0]["W"].fault == "B33"
+    swapped = Eigenbasis(basis.U_G, basis.lam, basis.U_A, basis.mu)
+    assert judged(monkeypatch, setting, SQUARE, W=projected(W, swapped, 0.8))[0]["W"].fault == "B33"
+
+
+def test_what_cannot_be_judged_is_said(monkeypatch, setting):
+    model, _ = setting
+    W = weight(model, LAYER)
+    found, _ = judged(monkeypatch, setting, LAYER, W=W)
+    assert found["W"].verdict == "left out" and "not edited" in found["W"].cause
+    bad = replace(Theirs(), W=W[:3])
+    found, verdict = judged(monkeypatch, setting, LAYER, W=bad.W)
+    assert not verdict.passed and "(3, 8)" in found["W"].cause
+    nan = W.copy()
+    nan[0, 0] = np.nan
+    assert judged(monkeypatch, setting, LAYER, W=nan)[0]["W"].verdict == "fail"
