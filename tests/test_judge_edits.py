@@ -109,3 +109,22 @@ def test_what_cannot_be_judged_is_said(monkeypatch, setting):
     nan = W.copy()
     nan[0, 0] = np.nan
     assert judged(monkeypatch, setting, LAYER, W=nan)[0]["W"].verdict == "fail"
+
+
+def test_an_edited_model_is_read_from_a_file_or_a_checkpoint(setting, tmp_path):
+    """What `edit` writes passes; other layers were not edited, and that is said."""
+    model, factors = setting
+    edited, _ = rc.edit(model, rc.decompose(factors), {LAYER: 0.8})
+    rc.save(edited, tmp_path / "edited.h5")
+    rc.export(tmp_path / "edited.h5", tmp_path / "checkpoint")
+    for theirs in ("edited.h5", "checkpoint"):
+        says = {"fisher": "expected", "rho": "0.8"}
+        corpus = rc.Corpus(np.zeros((1, 4), int))
+        verdict = rc.validate(tmp_path / theirs, factors, model=model, corpus=corpus, declared=says)
+        found = {f.layer: f for f in verdict.findings if f.quantity == "W"}
+        assert verdict.passed, verdict.failed
+        assert found[LAYER].verdict == "pass" and found[SQUARE].verdict == "left out"
+    verdict = rc.validate(
+        tmp_path / "checkpoint", factors, model=model, corpus=corpus, declared={"rho": "0.4"}
+    )
+    assert [f.layer for f in verdict.failed] == [LAYER]

@@ -8,7 +8,9 @@ from typing import Any
 
 from refcurv.curvature.factors import Factors
 from refcurv.curvature.factors_file import load_factors
+from refcurv.files import store
 from refcurv.judge.dump import Dump
+from refcurv.judge.foreign.edited import of_checkpoint, of_weights
 from refcurv.judge.foreign.memory import of_arrays, of_factors
 from refcurv.judge.foreign.names import match
 from refcurv.law.checks import SchemaError
@@ -23,6 +25,9 @@ def read_dump(theirs: str | Path | Factors | Mapping[str, Any]) -> Dump:
     if isinstance(theirs, Mapping):
         return of_arrays(theirs)
     path = Path(theirs)
+    if (path / "config.json").is_file():
+        return of_checkpoint(path)
     if path.suffix == ".h5":
-        return of_factors(load_factors(path))
+        kind = store.open_file(path).format
+        return of_weights(path) if kind == "refcurv-weights" else of_factors(load_factors(path))
     raise SchemaError(f"validate: {path} is no dump of a known format.")
