@@ -1,0 +1,100 @@
+"""The first divergence: the first tensor, in order of computation, in which theirs leaves ours."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from refcurv.judge.arithmetic import AMPLIFICATION, ROUNDOFF
+from refcurv.judge.trace import Trace
+from refcurv.law.checks import Array, NameUnknownError, as_array
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """One tensor of theirs beside ours.
+
+    Fields:
+        name: of the tensor. error: that of the position nearest to its budget or furthest beyond
+            it, over the root of the mean square of all positions. budget: of that position.
+        where: its (sequence, position) in the corpus, or None.
+        first: the (sequence, position) of the first one beyond budget, or None.
+        trouble: why there is no number.
+    """
+
+    name: str
+    error: float | None
+    budget: float | None
+    where: tuple[int, int] | None
+    first: tuple[int, int] | None
+    trouble: str = ""
+
+    @property
+    def agrees(self) -> bool:
+        """Is every position within budget?"""
+        return self.first is None and not self.trouble
+
+
+FACTOR = 16.0
+"""Chosen: how many times the estimated rounding a position may be off. Beside it stands
+AMPLIFICATION u, what is common to all runs, as from a weight that is rounded."""
+
+
+def compare_traces(
+    theirs: Mapping[str, object], ours: Trace, dtype: str = "float64"
+) -> list[Divergence]:
+    """Their tensors in our order of computation; the first that does not agree is where they part.
+
+    Args:
+        theirs: arrays by our names, LAYER.a or LAYER/a; (B, T, X), (T, X) of one sequence, or
+            (B·T, X). What is not there is left out.
+        ours: in float64, with errors (`estimate`).
+        dtype: of their arithmetic, a name of `judge.arithmetic.ROUNDOFF`.
+
+    Raises: NameUnknownError: none of their names is a tensor of ours.
+
+    Proof: tests/test_trace.py::test_the_first_tensor_that_differs_is_named
+    """
+    given = {name.replace("/", "."): x for name, x in theirs.items()}
+    known = [name for name in ours.tensors if name in given]
+    if not known:
+        some = ", ".join(list(ours.tensors)[:3])
+        raise NameUnknownError(f"trace: theirs has no tensor of ours, which begin with {some}.")
+    return [_divergence(name, given[name], ours, ROUNDOFF[dtype]) for name in known]
+
+
+def _divergence(name: str, given: object, ours: Trace, u: float) -> Divergence:
+    """`u`: of their dtype."""
+    true = ours.tensors[name]
+    X = as_array("trace", name, given, "numbers")
+    X = X.reshape(true.shape) if X.size == true.size else X
+    if X.shape != true.shape:
+        return Divergence(name, None, None, None, None, f"it is {X.shape}; ours is {true.shape}")
+    if true.dtype.kind in "iu":
+        first = _first(np.where(true >= 0, X != true, X >= 0), ours)
+        return Divergence(name, float((X != true).mean()), 0.0, first, first)
+    off_BT = _norms(X.astype(np.float64) - true)
+    root = math.sqrt(float((_norms(true) ** 2).mean()))
+    limit_BT = u * (FACTOR * ours.errors[name] / ROUNDOFF["float64"] + AMPLIFICATION * root)
+    first = _first(~(off_BT <= limit_BT), ours)  # NaN is beyond
+    if not root:
+        return Divergence(name, float(off_BT.max()), 0.0, None, first)
+    excess_BT = np.nan_to_num(off_BT / limit_BT, nan=np.inf)  # limits are positive
+    b, t = divmod(int(excess_BT.argmax()), excess_BT.shape[1])
+    error, limit = float(off_BT[b, t]) / root, float(limit_BT[b, t]) / root
+    return Divergence(name, error, limit, (ours.sequences[b], t), first)
+
+
+def _first(bad_BT: Array, ours: Trace) -> tuple[int, int] | None:
+    """The first bad position: the lowest sequence, then the lowest position."""
+    at = np.argwhere(bad_BT)
+    return None if not len(at) else (ours.sequences[int(at[0][0])], int(at[0][1]))
+
+
+def _norms(x_BTX: Array) -> Array:
+    """The Euclidean norm of each position, (B, T)."""
+    x_BTX = x_BTX.reshape(*x_BTX.shape[:2], -1)
+    return np.asarray(np.sqrt((x_BTX**2).sum(axis=-1)))

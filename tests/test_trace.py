@@ -1,0 +1,111 @@
+"""A trace: every tensor of a pass; beside theirs, the first one that differs, and where."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from strategies import config, random_parameters
+
+import refcurv as rc
+from refcurv.judge.divergence import compare_traces
+from refcurv.judge.trace import trace
+from refcurv.model.config import TABLES
+
+
+@pytest.fixture(scope="module")
+def setting():
+    made = config(heads=4, kv_heads=2, biases=("q", "k", "v"))
+    model = rc.Model(made, random_parameters(made, 3))
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, made.vocabulary, (3, 7))
+    mask = np.ones_like(tokens)
+    mask[1, 5:] = 0
+    return model, rc.Corpus(tokens, mask=mask)
+
+
+@pytest.mark.parametrize("fisher", ["sampled", "empirical"])
+def test_a_trace_makes_the_sums_of_collect(setting, fisher):
+    """Σ a aᵀ and Σ g gᵀ over the reached rows are those of `collect`, labels included."""
+    model, corpus = setting
+    found = trace(model, corpus, [0, 1, 2], fisher, 5)
+    factors = rc.collect(model, corpus, "**", fisher, 5)
+    keep = np.zeros((3, 7), bool)
+    keep[:, :-1] = True
+    keep[1, 4:] = False
+    for name, one in factors.items():
+        for side, total in (("a", one.sum_A), ("g", one.sum_G)):
+            x = found.tensors[f"{name}.{side}"][keep]
+            size = max(np.trace(total), 1e-6)
+            assert np.abs(x.T @ x - total).max() <= 1e-12 * size, (name, side)
+    assert not set(TABLES) & {name.rpartition(".")[0] for name in found.tensors}
+
+
+def test_labels_are_those_that_collect_draws(setting):
+    """Drawn labels go out; as a corpus's own they give the same factors without drawing."""
+    model, corpus = setting
+    found = trace(model, corpus, [0, 1, 2], "sampled", 9)
+    own = rc.Corpus(corpus.tokens, labels=found.tensors["labels"], mask=corpus.mask)
+    drawn = rc.collect(model, corpus, "blocks.*.mlp.*", "sampled", 9)
+    given = rc.collect(model, own, "blocks.*.mlp.*", "empirical")
+    for name, one in drawn.items():
+        assert np.array_equal(one.sum_G, given[name].sum_G)
+
+
+def test_names_stand_in_order_of_computation(setting):
+    model, corpus = setting
+    names = list(trace(model, corpus).tensors)
+    middle = names.index("logits")
+    up, down = names[:middle], names[middle + 3 :]
+    assert names[middle : middle + 3] == ["logits", "labels", "nats"]
+    assert up[0].startswith("blocks.0.attn.") and up[-1] == "head.a" and down[0] == "head.g"
+    blocks = [int(n.split(".")[1]) for n in up if n.startswith("blocks")]
+    assert blocks == sorted(blocks)
+    assert [n[:-1] for n in up] == [n[:-1] for n in reversed(down)]
+    assert up.index("blocks.0.attn.o.a") < up.index("blocks.0.mlp.up.a")
+    assert up.index("blocks.0.mlp.up.a") < up.index("blocks.0.mlp.down.a")
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_an_honest_program_agrees(setting, dtype):
+    """refcurv's own pass with other roundings, and in float32."""
+    model, corpus = setting
+    ours = trace(model, corpus, [0, 1], "empirical", estimate=True)
+    other = rc.Model(model.config, {k: v.astype(dtype) for k, v in model.parameters.items()}, dtype)
+    theirs = trace(other, corpus, [0, 1], "empirical").tensors
+    found = compare_traces(theirs, ours, dtype)
+    assert len(found) == len(ours.tensors)
+    assert all(one.agrees for one in found), found
+
+
+FAULTS = ["blocks.1.mlp.up.a", "logits", "blocks.0.attn.q.g", "labels", "nats"]
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_the_first_tensor_that_differs_is_named(setting, name):
+    """From that position on, everything later in the order is off too."""
+    model, corpus = setting
+    ours = trace(model, corpus, [2, 0], "empirical", estimate=True)
+    theirs = {k.replace(".", "/"): v.copy() for k, v in ours.tensors.items()}
+    names = list(ours.tensors)
+    for later in names[names.index(name) :]:
+        theirs[later.replace(".", "/")][1, 3:] += 1
+    found = compare_traces(theirs, ours)
+    bad = [one for one in found if not one.agrees]
+    assert bad[0].name == name and bad[0].first == (0, 3)
+    assert len(bad) == len(names) - names.index(name)
+
+
+def test_what_cannot_be_compared_is_said(setting):
+    model, corpus = setting
+    ours = trace(model, corpus, estimate=True)
+    found = compare_traces({"logits": np.zeros((2, 2))}, ours)
+    assert found[0].trouble and not found[0].agrees
+    nan = ours.tensors["logits"].copy()
+    nan[0, 2] = np.nan
+    one = compare_traces({"logits": nan}, ours)[0]
+    assert one.first == (0, 2) and not one.agrees
+    with pytest.raises(rc.RefcurvError, match="begin with"):
+        compare_traces({"other": nan}, ours)
+    for wrong in (dict(sequences=[3]), dict(sequences=[]), dict(fisher="expected")):
+        with pytest.raises(rc.RefcurvError):
+            trace(model, corpus, **wrong)
