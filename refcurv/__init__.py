@@ -24,6 +24,7 @@ The public names, in the order in which data flow:
     matrix_free                     eigenvalues, trace and density of what is too large to write
     audit, Audit                    every identity that can be checked on a model
     validate, Verdict               another program's factors: how far off, and why
+    trace, Trace, first_divergence  every tensor of a pass, and the first in which theirs differs
     RefcurvError                    every refusal is one of these
 
 The modules that do several steps at once are imported by their full names:
@@ -35,7 +36,8 @@ The modules that do several steps at once are imported by their full names:
 
 On the command line `refcurv report` does all of it on your own files, `refcurv demo` on the shipped
 ones. The other commands take the steps one by one: convert, export, inspect, corpus, collect,
-decompose, edit, truncate, prune, evaluate, audit, validate. `refcurv COMMAND --help` has examples.
+decompose, edit, truncate, prune, evaluate, audit, validate, trace.
+`refcurv COMMAND --help` has examples.
 
 To check the mathematics, read these files in this order (README counts their lines):
 
@@ -66,7 +68,9 @@ from refcurv.files.huggingface import convert, export
 from refcurv.files.texts import build_corpus
 from refcurv.files.weights import load, save
 from refcurv.judge.audit import Audit, audit
+from refcurv.judge.divergence import first_divergence
 from refcurv.judge.judgement import validate
+from refcurv.judge.trace import Trace, trace
 from refcurv.judge.verdict import Verdict
 from refcurv.law.checks import RefcurvError
 from refcurv.model.config import ModelConfig
@@ -91,6 +95,7 @@ __all__ = [
     "Population",
     "RefcurvError",
     "Scores",
+    "Trace",
     "Verdict",
     "audit",
     "build_corpus",
@@ -103,6 +108,7 @@ __all__ = [
     "evaluate",
     "exact",
     "export",
+    "first_divergence",
     "load",
     "load_bases",
     "load_corpus",
@@ -119,6 +125,7 @@ __all__ = [
     "save_corpus",
     "save_factors",
     "singular_bases",
+    "trace",
     "train_scores",
     "truncate",
     "validate",

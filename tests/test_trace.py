@@ -7,8 +7,8 @@ import pytest
 from strategies import config, random_parameters
 
 import refcurv as rc
-from refcurv.judge.divergence import compare_traces
-from refcurv.judge.trace import trace
+from refcurv.judge.divergence import compare_traces, first_divergence
+from refcurv.judge.trace import load_tensors, save_trace, trace
 from refcurv.model.config import TABLES
 
 
@@ -109,3 +109,27 @@ def test_what_cannot_be_compared_is_said(setting):
     for wrong in (dict(sequences=[3]), dict(sequences=[]), dict(fisher="expected")):
         with pytest.raises(rc.RefcurvError):
             trace(model, corpus, **wrong)
+
+
+def test_their_labels_are_taken(setting):
+    """A program that drew its own labels agrees once they are known, and not before."""
+    model, corpus = setting
+    theirs = dict(trace(model, corpus, [2], "sampled", 77).tensors)
+    assert all(one.agrees for one in first_divergence(theirs, model, corpus, [2]))
+    flat = {name: x.reshape(-1, *x.shape[2:]) for name, x in theirs.items()}
+    assert all(one.agrees for one in first_divergence(flat, model, corpus, [2]))
+    del theirs["labels"]
+    found = first_divergence(theirs, model, corpus, [2])
+    assert next(one.name for one in found if not one.agrees) == "nats"
+    for wrong in (np.zeros((1, 6), int), np.full((1, 7), 99), np.zeros((1, 7)), None):
+        with pytest.raises(rc.RefcurvError):
+            first_divergence({"labels": wrong}, model, corpus, [2])
+
+
+def test_a_trace_file_holds_the_trace(setting, tmp_path):
+    model, corpus = setting
+    made = trace(model, corpus, [1])
+    save_trace(made, tmp_path / "t.h5")
+    found = load_tensors(tmp_path / "t.h5")
+    assert set(found) == set(made.tensors)
+    assert all(np.array_equal(found[name], x) for name, x in made.tensors.items())

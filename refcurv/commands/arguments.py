@@ -71,6 +71,10 @@ EXAMPLES = {
         "refcurv audit w.h5 corpus.h5",
         "refcurv audit w.h5 corpus.h5 --memory 2 --json audit.json",
     ],
+    "trace": [
+        "refcurv trace w.h5 corpus.h5 -o trace.h5",
+        "refcurv trace w.h5 corpus.h5 --sequences 0 7 --fisher empirical -o trace.h5",
+    ],
     "validate": [
         "refcurv validate theirs.npz --reference factors.h5",
         "refcurv validate kfac_factors_blk_23.pt --model w.h5 --corpus corpus.h5 "
@@ -314,6 +318,17 @@ def _audit(sub: argparse.ArgumentParser) -> None:
     _json(sub)
 
 
+def _trace(sub: argparse.ArgumentParser) -> None:
+    _positional(sub, "WEIGHTS", "CORPUS")
+    _output(sub)
+    text = "rows of the corpus, from 0 (default: 0)"
+    sub.add_argument("--sequences", type=int, nargs="+", default=[0], metavar="N", help=text)
+    text = "labels: sampled (default), which the file then holds, or empirical"
+    sub.add_argument("--fisher", default="sampled", help=text)
+    sub.add_argument("--seed", type=int, default=0, help="of drawn labels (default: 0)")
+    _dtype(sub)
+
+
 def _validate(sub: argparse.ArgumentParser) -> None:
     text = "their factors, bases or edits: a file or a folder of a known format"
     sub.add_argument("theirs", metavar="THEIRS", help=text)
@@ -350,6 +365,7 @@ ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "prune": _prune,
     "evaluate": _evaluate,
     "audit": _audit,
+    "trace": _trace,
     "validate": _validate,
 }
 

@@ -56,6 +56,22 @@ def audit(args: argparse.Namespace) -> bool:
     return found.passed
 
 
+def trace(args: argparse.Namespace) -> None:
+    """Write every tensor of a pass over a few sequences, to find where two programs part."""
+    import refcurv as rc
+    from refcurv.judge.trace import save_trace
+
+    model, corpus = rc.load(args.weights, dtype=args.dtype), rc.load_corpus(args.corpus)
+    made = rc.trace(model, corpus, args.sequences, args.fisher, args.seed)
+    save_trace(made, args.output)
+    nats, labels = made.tensors["nats"], made.tensors["labels"]
+    count = int((labels >= 0).sum())
+    print(
+        f"{len(made.tensors)} tensors, {nats.sum() / count:.6g} nats a label, {count} labels "
+        f"({made.fisher}) → {args.output}"
+    )
+
+
 def validate(args: argparse.Namespace) -> bool:
     """Judge another program's factors, and name what is wrong; exit status 1 if something is."""
     import refcurv as rc

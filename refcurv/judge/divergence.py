@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from refcurv.judge.arithmetic import AMPLIFICATION, ROUNDOFF
-from refcurv.judge.trace import Trace
-from refcurv.law.checks import Array, NameUnknownError, as_array
+from refcurv.judge.trace import Trace, trace
+from refcurv.law.checks import Array, NameUnknownError, as_array, as_integers
+from refcurv.model.corpus import Corpus
+from refcurv.model.weights import Model
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +47,7 @@ AMPLIFICATION u, what is common to all runs, as from a weight that is rounded.""
 
 
 def compare_traces(
-    theirs: Mapping[str, object], ours: Trace, dtype: str = "float64"
+    theirs: Mapping[str, Any], ours: Trace, dtype: str = "float64"
 ) -> list[Divergence]:
     """Their tensors in our order of computation; the first that does not agree is where they part.
 
@@ -66,7 +69,63 @@ def compare_traces(
     return [_divergence(name, given[name], ours, ROUNDOFF[dtype]) for name in known]
 
 
-def _divergence(name: str, given: object, ours: Trace, u: float) -> Divergence:
+def first_divergence(
+    theirs: Mapping[str, Any],
+    model: Model,
+    corpus: Corpus,
+    sequences: Sequence[int] = (0,),
+    fisher: str = "empirical",
+    seed: int = 0,
+    dtype: str = "float64",
+) -> list[Divergence]:
+    """Their tensors beside our trace of the same sequences, in order of computation.
+
+    If theirs has "labels" (B, T), they are taken for ours too, so that no drawing lies between the
+    two; positions without one hold a negative number.
+
+    Definition
+        A position of a tensor agrees if it lies within FACTOR times the rounding that other runs of
+        the pass show, and AMPLIFICATION u of the tensor's own size.
+
+    Args:
+        theirs: {name: array}, as `compare_traces` takes them.
+        model: in float64.
+        corpus: what they ran on.
+        sequences: their rows in the corpus.
+        fisher: whose labels, where theirs has none: "empirical" or "sampled".
+        seed: of sampled labels.
+        dtype: of their arithmetic: float64, float32, tf32, float16 or bfloat16.
+
+    Returns:
+        A Divergence for each tensor that both have. The first that does not agree is the one to
+        look at: all before it agree.
+
+    Raises:
+        NameUnknownError: no tensor in common. ShapeError, DTypeError, RangeError: of the labels.
+        And as `trace`.
+
+    Cost: four forward and backward passes over these sequences, their activations at once.
+    Source: METHOD, Judging.
+    Proof: tests/test_trace.py::test_their_labels_are_taken
+    """
+    at = list(sequences)
+    if "labels" in theirs:
+        corpus, fisher = _with_labels(corpus, at, theirs["labels"]), "empirical"
+    return compare_traces(theirs, trace(model, corpus, at, fisher, seed, estimate=True), dtype)
+
+
+def _with_labels(corpus: Corpus, at: list[int], given: Any) -> Corpus:
+    """The corpus with other labels in some sequences; of one sequence (T,) is enough."""
+    label_NT = corpus.label.copy()
+    shape = label_NT[at].shape
+    if np.size(given) == math.prod(shape):
+        given = np.reshape(given, shape)
+    label_NT[at] = as_integers("trace", "labels", given, shape, "(B, T)")
+    labels = label_NT if corpus.images is None else label_NT[:, 0]
+    return replace(corpus, labels=labels, populations={})
+
+
+def _divergence(name: str, given: Any, ours: Trace, u: float) -> Divergence:
     """`u`: of their dtype."""
     true = ours.tensors[name]
     X = as_array("trace", name, given, "numbers")

@@ -7,14 +7,17 @@ logits and nats, on the way down the gradients.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
 
 from refcurv.algebra.blas import one_blas_thread
 from refcurv.curvature.room import available
+from refcurv.files import store
 from refcurv.law import tolerance
 from refcurv.law.checks import (
     Array,
@@ -193,6 +196,30 @@ def _joined(taps: list[Tap], shape: tuple[int, ...]) -> Tap:
     """The head's Tap over all positions, from those of its chunks."""
     a, g = (np.concatenate([getattr(tap, side) for tap in taps]) for side in "ag")
     return Tap(taps[0].name, a.reshape(*shape, -1), g.reshape(*shape, -1))
+
+
+def save_trace(made: Trace, path: str | Path) -> None:
+    """Write a trace file: a dataset for each tensor, LAYER/a and LAYER/g (METHOD, Files).
+
+    Proof: tests/test_trace.py::test_a_trace_file_holds_the_trace
+    """
+    attributes: dict[str, str | int | float] = {
+        "fisher": made.fisher,
+        "sequences": json.dumps(made.sequences),
+    }
+    store.write(
+        path,
+        format="refcurv-trace",
+        attributes=attributes,
+        arrays=(store.Entry(name, np.ascontiguousarray(x)) for name, x in made.tensors.items()),
+        provenance=store.provenance(inputs={}, **attributes),
+    )
+
+
+def load_tensors(path: str | Path) -> dict[str, Array]:
+    """The tensors of a trace file, by name."""
+    header = store.open_file(path, format="refcurv-trace")
+    return {name: store.read(header, name) for name in header.entries}
 
 
 NUDGES = (4, -5, 9)
