@@ -151,7 +151,7 @@ def files(args: argparse.Namespace) -> tuple[dict[str, str], dict[str, str]]:
     """
     given = {name: value for name, value in vars(args).items() if isinstance(value, str)}
     reads = {name.upper(): given[name] for name in _READ if name in given}
-    writes = {f"--{name}": given[name] for name in ("output", "json") if name in given}
+    writes = {f"--{name}": given[name] for name in ("output", "json", "html") if name in given}
     reads |= {f"TEXT {path}": path for path in getattr(args, "texts", [])}
     reads |= {
         f"--population {text}": text.partition("=")[2] for text in getattr(args, "population", [])
@@ -348,6 +348,7 @@ def _validate(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--declare", action="append", default=[], metavar="KEY=VALUE", help=text)
     text = "a dtype whose errors pass though nobody declared it; repeatable"
     sub.add_argument("--accept", action="append", default=[], metavar="DTYPE", help=text)
+    sub.add_argument("--html", metavar="PATH", help="also write a page with maps and spectra")
     _json(sub)
 
 

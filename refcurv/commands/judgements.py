@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from refcurv import Evaluation
 
 
+PICTURES = 3
+"""Layers of which `validate --html` shows maps and spectra."""
+
+
 def evaluate(args: argparse.Namespace) -> None:
     """Judge a model on the corpus's populations, beside a baseline if one is given."""
     import refcurv as rc
@@ -75,8 +79,12 @@ def trace(args: argparse.Namespace) -> None:
 def validate(args: argparse.Namespace) -> bool:
     """Judge another program's factors, and name what is wrong; exit status 1 if something is."""
     import refcurv as rc
+    from refcurv.report.plots.drawing import require_matplotlib
     from refcurv.report.verdict import format_verdict
+    from refcurv.report.verdict_page import write_verdict_page
 
+    if args.html:
+        require_matplotlib()
     found = rc.validate(
         args.theirs,
         args.reference,
@@ -88,8 +96,11 @@ def validate(args: argparse.Namespace) -> bool:
         accept=args.accept,
         declared=pairs("--declare", args.declare),
         layers=args.layers,
+        pictures=PICTURES if args.html else 0,
         progress=progress_bar("validate"),
     )
     print(format_verdict(found.to_json()))
     write_json(args.json, found.to_json())
+    if args.html:
+        write_verdict_page(found.to_json(), args.html)
     return found.passed

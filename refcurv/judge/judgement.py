@@ -22,6 +22,8 @@ from refcurv.judge.compare import Bounds, Measured, compare_moments, drawing, on
 from refcurv.judge.diagnose import diagnose
 from refcurv.judge.edits import basis_of, compare_mask, compare_weight
 from refcurv.judge.foreign import match, read_dump
+from refcurv.judge.pictures import Picture
+from refcurv.judge.pictures import pictures as draw
 from refcurv.judge.verdict import FAIL, LEFT_OUT, MISSING, Comparison, Verdict
 from refcurv.law.checks import ConventionError, EmptyError, require_choice, require_range
 from refcurv.model.corpus import Corpus
@@ -45,6 +47,7 @@ def validate(
     accept: Sequence[str] = (),
     declared: Mapping[str, str] | None = None,
     layers: str | None = None,
+    pictures: int = 0,
     progress: Progress = silent,
 ) -> Verdict:
     """Judge another program's factors, bases, corrections or edits, layer by layer.
@@ -69,6 +72,7 @@ def validate(
         accept: dtypes of which "equal as" counts as a pass.
         declared: what theirs does not say of itself, {"fisher": "sampled"} for example.
         layers: a pattern: judge these only.
+        pictures: of how many layers the verdict holds maps and spectra, those that failed first.
         progress: called with (layers done, layers).
 
     Returns:
@@ -109,6 +113,7 @@ def validate(
             findings += found
             done()
         causes, excluded, findings = diagnose(case, findings, measured)
+        shown = _shown(case, findings, pictures)
     return Verdict(
         tuple(findings),
         causes,
@@ -118,7 +123,15 @@ def validate(
         dict(matched),
         arithmetic=str(given),
         accepted=tuple(accept),
+        pictures=tuple(shown),
     )
+
+
+def _shown(case: Case, findings: Sequence[Comparison], count: int) -> list[Picture]:
+    """Pictures of so many layers, those with a failure first."""
+    bad = [f.layer for f in findings if f.layer in case.matched and f.verdict == FAIL]
+    order = list(dict.fromkeys([*bad, *case.matched]))[:count]
+    return [one for layer in order for one in draw(case, layer)]
 
 
 def _layer(case: Case, layer: str) -> tuple[list[Comparison], dict[str, Measured]]:

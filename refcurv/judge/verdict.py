@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
+from refcurv.judge.pictures import Picture
+
 PASS: Final = "pass"
 FAIL: Final = "fail"
 MISSING: Final = "missing"
@@ -72,7 +74,8 @@ class Verdict:
             the error that it left.
         program, recipe: whose format, and what was done to read it. matched: our layer → theirs.
         arithmetic: by which dtypes they were judged, and which were inferred, in words.
-        accepted: dtypes that the caller accepts without a declaration.
+        accepted: dtypes that the caller accepts without a declaration. pictures: of the layers
+            that were asked for, for a report.
     """
 
     findings: tuple[Comparison, ...]
@@ -83,6 +86,7 @@ class Verdict:
     matched: Mapping[str, str] | None = None
     arithmetic: str = ""
     accepted: tuple[str, ...] = ()
+    pictures: tuple[Picture, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -116,4 +120,5 @@ class Verdict:
             "matched": dict(self.matched or {}),
             "arithmetic": self.arithmetic,
             "accepted": list(self.accepted),
+            **({"pictures": [one.to_json() for one in self.pictures]} if self.pictures else {}),
         }

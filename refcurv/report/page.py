@@ -1,12 +1,7 @@
-"""One page of HTML with everything a run found: no script, no request, readable offline.
-
-The page forbids itself any request by its Content-Security-Policy; the plots are SVG inside it.
-Every text from the results is escaped, wherever it comes from.
-"""
+"""One page of HTML with everything a run found."""
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 import os
@@ -28,8 +23,8 @@ from refcurv.report.cells import (
     rho_text,
     whole,
 )
+from refcurv.report.html import document, facts, figure, html_table, minus, section
 from refcurv.report.table import (
-    Table,
     agreement_table,
     band_table,
     controls_table,
@@ -48,53 +43,6 @@ ABOUT = (
     "ones what few inputs need: the tables and figures below show what this model still recites "
     "and what it can still do."
 )
-
-STYLE = """
-:root{color-scheme:light dark;--ink:#1d2126;--soft:#5d6670;--line:#d9dde2;--page:#fbfbfa;
---card:#fff;--mark:#0072b2;--hot:#c04f00}
-@media(prefers-color-scheme:dark){:root{--ink:#e7e9ec;--soft:#a2abb5;--line:#373d45;
---page:#15181c;--card:#1d2126;--mark:#6db9ea;--hot:#f09a5b}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--page);color:var(--ink);
-font:16px/1.6 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
-main,header,footer{max-width:60rem;margin:0 auto;padding:0 1.25rem}
-header{padding-top:3rem}footer{padding-bottom:3rem;color:var(--soft);font-size:.875rem}
-h1{font-size:1.9rem;line-height:1.2;margin:0 0 1rem;overflow-wrap:anywhere;text-wrap:balance}
-h2{font-size:1.25rem;margin:2.75rem 0 .6rem}
-p{margin:.6rem 0;max-width:46rem}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(12rem,1fr));gap:.9rem;
-margin:1.75rem 0 0;padding:0}
-.tiles div{background:var(--card);border:1px solid var(--line);border-radius:.6rem;
-padding:.8rem 1rem;min-width:0}
-.tiles dt{color:var(--soft);font-size:.85rem;overflow-wrap:anywhere}
-.tiles dd{margin:0;font-size:1.45rem;font-weight:650;font-variant-numeric:tabular-nums}
-.tiles .hot dd{color:var(--hot)}
-.tiles dd small{display:block;font-size:.85rem;font-weight:400;color:var(--soft)}
-.facts{display:grid;grid-template-columns:max-content 1fr;gap:.3rem 1.5rem;margin:.6rem 0}
-.facts dt{color:var(--soft)}.facts dd{margin:0;overflow-wrap:anywhere;min-width:0}
-.scroll{overflow-x:auto;border:1px solid var(--line);border-radius:.6rem;background:var(--card);
-margin:.8rem 0 1.4rem}
-table{border-collapse:collapse;width:100%;font-size:.9rem;font-variant-numeric:tabular-nums}
-caption{text-align:left;padding:.7rem .9rem;font-weight:600}
-th,td{padding:.35rem .9rem;text-align:left;font-weight:400;white-space:nowrap;
-vertical-align:baseline;
-border-top:1px solid var(--line)}
-thead th{color:var(--soft);font-size:.82rem}
-tbody th{min-width:7rem;max-width:22rem;white-space:normal;overflow-wrap:anywhere}
-tr.more>*{border-top:0}
-.r{text-align:right}
-figure{margin:1.2rem 0 2rem}
-figure img{display:block;width:100%;height:auto;background:#fff;border:1px solid var(--line);
-border-radius:.6rem;padding:.9rem}
-figcaption{color:var(--soft);font-size:.9rem;margin-top:.6rem;max-width:46rem}
-figcaption b{color:var(--ink)}
-pre,code{font:.86rem/1.55 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace}
-pre{background:var(--card);border:1px solid var(--line);border-radius:.6rem;padding:.9rem 1rem;
-overflow-x:auto;margin:.8rem 0;white-space:pre-wrap;overflow-wrap:anywhere}
-details{margin:1rem 0}summary{cursor:pointer;color:var(--mark)}
-@media(max-width:34rem){.facts{grid-template-columns:1fr;gap:0}.facts dd{margin-bottom:.6rem}}
-@media print{figure,table{break-inside:avoid}}
-"""
 
 
 class _Picture(NamedTuple):
@@ -187,50 +135,38 @@ def page(results: Json) -> str:
     """The page's text; the same for the same results."""
     title = escape(str(results.get("title") or "refcurv"))
     version = escape(str(results.get("refcurv", "")))
-    return "\n".join(
-        [
-            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
-            "img-src data:; style-src 'unsafe-inline'\">",
-            f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>",
-            f"<header>\n<h1>{title}</h1>\n<p>{escape(ABOUT)}</p>",
-            _tiles(results),
-            "</header>\n<main>",
-            *_sections(results),
-            f"</main>\n<footer><p>Made by refcurv {version}.</p></footer>\n</body>\n</html>\n",
-        ]
-    )
+    head = [f"<h1>{title}</h1>\n<p>{escape(ABOUT)}</p>", _tiles(results)]
+    return document(title, head, _sections(results), f"Made by refcurv {version}.")
 
 
 def _sections(results: Json) -> Iterator[str]:
     evaluation = results["evaluation"]
-    yield _section("Settings", _facts(_settings(results.get("settings") or {})))
-    yield _section(
+    yield section("Settings", facts(_settings(results.get("settings") or {})))
+    yield section(
         "Memory versus reasoning",
         "<p>Recitation counts texts continued without a single error (strict), with at most a "
         "quarter of the tokens wrong (loose), and the mean edit distance per token. Retention is "
         "after over before; above chance, both less the accuracy of a guess.</p>",
-        _html_table(evaluation_table(evaluation)),
-        _html_table(agreement_table(evaluation)),
+        html_table(evaluation_table(evaluation)),
+        html_table(agreement_table(evaluation)),
     )
-    yield _section("The curvature, or the cutting?", *_compared(results))
+    yield section("The curvature, or the cutting?", *_compared(results))
     figures = [_figure(results, name) for name in PICTURES if name != "front"]
     if any(figures):
-        yield _section("In pictures", *figures)
+        yield section("In pictures", *figures)
     edited = edited_layers(results)
-    yield _section(
+    yield section(
         "The edit",
         "<p>Gap is the relative distance between the last pair kept and the first one dropped; "
         "acceptable pairs lie so close to the cut that another correct program may decide them "
         "differently.</p>",
-        _html_table(edit_table(results.get("edit") or ())),
-        _html_table(past_table(results.get("edit") or ())),
-        _html_table(band_table(results.get("bands") or {}, edited)),
+        html_table(edit_table(results.get("edit") or ())),
+        html_table(past_table(results.get("edit") or ())),
+        html_table(band_table(results.get("bands") or {}, edited)),
     )
-    yield _section("How it was made", *_made(results))
+    yield section("How it was made", *_made(results))
     provenance = json.dumps(results.get("provenance") or {}, indent=2, ensure_ascii=False)
-    yield _section(
+    yield section(
         "Provenance",
         "<details>\n<summary>Versions, machine and conventions</summary>",
         f"<pre>{escape(provenance)}</pre>\n</details>",
@@ -244,12 +180,8 @@ def _compared(results: Json) -> list[str]:
         reason = str(found.get("left_out") or "no other cuts were made.")
         return [f"<p>Not compared with other cuts: {escape(reason)} {BSN}</p>"]
     text = CONTROLS.format(tolerance=percent(found.get("tolerance")))
-    table = _html_table(controls_table(results))
+    table = html_table(controls_table(results))
     return [f"<p>{text} {BSN}</p>", table, _figure(results, "front")]
-
-
-def _section(title: str, *parts: str) -> str:
-    return "\n".join([f"<section>\n<h2>{escape(title)}</h2>", *filter(None, parts), "</section>"])
 
 
 # ------------------------------------------------------------------ numbers first
@@ -293,8 +225,8 @@ def _tile(row: Json, split: str, lead: str = "") -> str:
 
 def _one_tile(label: str, value: str, note: str, hot: bool = False) -> str:
     kind = ' class="hot"' if hot else ""
-    small = f"<small>{_minus(note)}</small>" if note else ""
-    return f"<div{kind}><dt>{escape(label)}</dt><dd>{_minus(value)}{small}</dd></div>"
+    small = f"<small>{minus(note)}</small>" if note else ""
+    return f"<div{kind}><dt>{escape(label)}</dt><dd>{minus(value)}{small}</dd></div>"
 
 
 # ------------------------------------------------------------------ parts
@@ -312,36 +244,6 @@ def _settings(settings: Json) -> dict[str, str]:
     return found
 
 
-def _facts(facts: Mapping[str, str]) -> str:
-    rows = [f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items()]
-    return '<dl class="facts">\n' + "\n".join(rows) + "\n</dl>" if rows else ""
-
-
-def _html_table(table: Table) -> str:
-    """A table of finished cells; the first column heads its row. Empty without rows."""
-    if not table.rows:
-        return ""
-    sides = [' class="r"' if side == "r" else "" for side in table.align]
-    heads = zip(table.headers, sides, strict=True)
-    lines = [f"<caption>{escape(table.title)}</caption>", "<thead><tr>"]
-    lines += [f'<th scope="col"{side}>{escape(head)}</th>' for head, side in heads]
-    lines.append("</tr></thead>\n<tbody>")
-    for row in table.rows:
-        first = f'<th scope="row">{escape(row[0])}</th>' if row[0] else "<td></td>"
-        cells = zip(row[1:], sides[1:], strict=True)
-        body = "".join(f"<td{side}>{_minus(cell)}</td>" for cell, side in cells)
-        kind = "" if row[0] else ' class="more"'
-        lines.append(f"<tr{kind}>{first}{body}</tr>")
-    lines.append("</tbody>")
-    return '<div class="scroll"><table>\n' + "\n".join(lines) + "\n</table></div>"
-
-
-def _minus(text: str) -> str:
-    """Escaped, with a true minus sign before digits and no line break before a unit."""
-    signed = text.startswith("-") and text[1:2].isdigit()
-    return escape("−" + text[1:] if signed else text).replace(" %", "\u00a0%")
-
-
 def _figure(results: Json, name: str) -> str:
     """A plot and its caption; nothing where the results have nothing to draw."""
     try:
@@ -349,11 +251,7 @@ def _figure(results: Json, name: str) -> str:
     except EmptyError:
         return ""
     picture = PICTURES[name]
-    data = base64.b64encode(plots.svg(drawn)).decode("ascii")
-    return (
-        f'<figure>\n<img alt="{escape(picture.alt)}" src="data:image/svg+xml;base64,{data}">\n'
-        f"<figcaption><b>{escape(picture.see)}</b> {escape(picture.read)}</figcaption>\n</figure>"
-    )
+    return figure(plots.svg(drawn), picture.alt, picture.see, picture.read)
 
 
 def _made(results: Json) -> list[str]:

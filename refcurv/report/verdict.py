@@ -1,25 +1,117 @@
-"""The text of `refcurv validate`: what is wrong first, then a line for each comparison."""
+"""The text of `refcurv validate`: what is wrong and why first, then a line for each layer."""
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Iterator
+
 from refcurv.report.cells import Json, scientific
+from refcurv.report.table import Table
 from refcurv.report.text import WIDTH, format_rows, printable
+
+FINE = ("pass", "left out")
+COLUMNS = ("A/tr A", "G/tr G", "tr A · tr G")
+SHOWN = 12
+"""Findings that did not pass are listed one by one up to so many."""
 
 
 def format_verdict(verdict: Json) -> str:
-    """The causes, and a table of every comparison.
+    """Headline, causes, a line for each layer, and what did not pass.
 
-    Args: verdict: `Verdict.to_json()`.
+    Args:
+        verdict: `Verdict.to_json()`.
+
+    Proof: tests/test_verdict_page.py::test_the_text_says_what_is_wrong_first
     """
-    word = "passed" if verdict["passed"] else "FAILED"
-    rows = []
+    layers, bad = layer_table(verdict), findings_table(verdict)
+    parts = [headline(verdict), *_causes(verdict), _titled(layers)]
+    if bad.rows:
+        parts.append(_titled(bad))
+    parts.append("\n".join(_how(verdict)))
+    return "\n\n".join(filter(None, parts))
+
+
+def headline(verdict: Json) -> str:
+    """One line: passed or not, of how many layers, and the faults by name."""
+    layers = {f["layer"] for f in verdict["findings"] if f["layer"]}
+    bad = {f["layer"] for f in _bad(verdict) if f["layer"]}
+    program = printable(str(verdict["program"]))
+    if verdict["passed"]:
+        return f"passed: {len(layers)} layers of {program}"
+    faults = sorted({c["fault"] or "a cause without a number" for c in verdict["causes"]})
+    named = ", ".join(faults) or "no known cause"
+    return f"FAILED: {len(bad)} of {len(layers)} layers of {program}: {named}"
+
+
+def _causes(verdict: Json) -> Iterator[str]:
+    for one in verdict["causes"]:
+        text = f"{one['fault'] or 'cause'}: {one['sentence']} {one['remedy']}"
+        where = f"{len(one['layers'])} layers, {', '.join(one['quantities'])}"
+        errors = [x if isinstance(x, str) else f"{x:.1e}" for x in (one["before"], one["after"])]
+        text += f" (error {errors[0]}, with this explained {errors[1]}; {where})"
+        if one["alike"]:
+            text += f" Cannot be told from {', '.join(one['alike'])} in this dump."
+        yield textwrap.fill(printable(text), WIDTH, subsequent_indent="  ")
+    if verdict["excluded"]:
+        tried = "; ".join(map(str, verdict["excluded"][:SHOWN]))
+        text = f"tried, and excluded: {tried}"
+        more = len(verdict["excluded"]) - SHOWN
+        text += f"; and {more} more" if more > 0 else ""
+        yield textwrap.fill(printable(text), WIDTH, subsequent_indent="  ")
+
+
+def layer_table(verdict: Json) -> Table:
+    """A row for each layer: the errors that no scale changes, what else failed, the verdict."""
+    layers: dict[str, list[Json]] = {}
     for one in verdict["findings"]:
-        cause = " ".join(filter(None, (one["fault"], one["cause"])))
-        numbers = [None if x is None else scientific(x) for x in (one["error"], one["budget"])]
-        rows.append([one["layer"], one["quantity"], *numbers, one["verdict"], cause])
-    causes = [
-        f"{one['fault'] or '?'}: {one['sentence']} {one['remedy']}" for one in verdict["causes"]
-    ]
-    headers = ("layer", "quantity", "error", "budget", "verdict", "cause")
-    table = format_rows(headers, rows, "llrrll", 2 * WIDTH)
-    return "\n".join([f"{word}: {printable(verdict['program'])}", *map(printable, causes), table])
+        if one["layer"]:
+            layers.setdefault(one["layer"], []).append(one)
+    rows = []
+    for layer, found in layers.items():
+        errors = {f["quantity"]: f["error"] for f in found}
+        cells = [scientific(e) if (e := errors.get(q)) is not None else "" for q in COLUMNS]
+        bad = [f for f in found if f["verdict"] not in FINE]
+        others = ", ".join(f["quantity"] for f in bad if f["quantity"] not in COLUMNS)
+        faults = ", ".join(dict.fromkeys(f["fault"] for f in bad if f["fault"]))
+        word = "pass" if not bad else _worst([f["verdict"] for f in bad])
+        rows.append((layer, *cells, others, faults, word))
+    headers = ("layer", *COLUMNS, "also", "fault", "verdict")
+    title = "Layers: the errors that no choice of scale changes"
+    return Table(title, headers, tuple(rows), "lrrrlll")
+
+
+def _worst(verdicts: list[str]) -> str:
+    order = ("fail", "missing", "undecided")
+    return min(verdicts, key=lambda v: order.index(v) if v in order else len(order))
+
+
+def _bad(verdict: Json) -> list[Json]:
+    return [f for f in verdict["findings"] if f["verdict"] not in FINE]
+
+
+def findings_table(verdict: Json) -> Table:
+    """The comparisons that did not pass, at most SHOWN of them, those with a cause first."""
+    bad = sorted(_bad(verdict), key=lambda f: f["layer"] != "")
+    rows = []
+    for one in bad[:SHOWN]:
+        numbers = ["" if x is None else scientific(x) for x in (one["error"], one["budget"])]
+        rows.append((one["layer"], one["quantity"], *numbers, one["verdict"], one["cause"]))
+    title = "What did not pass"
+    if len(bad) > SHOWN:
+        title += f" ({SHOWN} of {len(bad)}; --json has all)"
+    headers = ("layer", "quantity", "error", "budget", "verdict", "what was seen")
+    return Table(title, headers, tuple(rows), "llrrll")
+
+
+def _titled(table: Table) -> str:
+    return f"{table.title}\n\n" + format_rows(table.headers, table.rows, table.align)
+
+
+def _how(verdict: Json) -> Iterator[str]:
+    for text in verdict["recipe"]:
+        yield textwrap.fill(printable(f"recipe: {text}"), WIDTH, subsequent_indent="  ")
+    if verdict["arithmetic"]:
+        yield printable(f"judged as: {verdict['arithmetic']}")
+    for one in verdict["findings"]:
+        if not one["layer"] and one["verdict"] in FINE and one["cause"]:
+            yield textwrap.fill(printable(f"{one['quantity']}: {one['cause']}"), WIDTH)

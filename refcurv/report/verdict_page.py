@@ -1,0 +1,94 @@
+"""One page of HTML with what `validate` found: the causes, a table of layers, and pictures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from html import escape
+
+from refcurv.files.disk import write_bytes
+from refcurv.report import plots
+from refcurv.report.cells import Json
+from refcurv.report.html import document, facts, figure, html_table, section
+from refcurv.report.plots.verdict import differences
+from refcurv.report.verdict import findings_table, headline, layer_table
+
+ABOUT = (
+    "Another program’s curvature factors beside those of refcurv, layer by layer. A/tr A and "
+    "G/tr G compare the form of the factors, tr A · tr G their scale; no choice of where a "
+    "constant is kept changes these three. An error is judged by the arithmetic of the other program."
+)
+SEE, READ = (
+    "Where it differs.",
+    "At the left, each point is a block of entries of the matrix over its trace: how far theirs is "
+    "from ours, in units of the size of ours. At the right, the eigenvalues over the trace. Bands "
+    "point to features or heads, one row and column to a bias, a diagonal to damping; spectra that "
+    "agree while the map does not point to a permutation.",
+)
+
+
+def write_verdict_page(verdict: Json, path: str | os.PathLike[str]) -> None:
+    """Write one self-contained page of HTML, atomically.
+
+    Args:
+        verdict: `Verdict.to_json()`, with "pictures" or without.
+        path: of the page; its folder must exist.
+
+    Raises:
+        RefcurvError: matplotlib is not installed. SchemaError: no such folder. StorageError: the
+            machine could not write.
+
+    Proof:  tests/test_verdict_page.py::test_the_page_needs_nothing_else
+    """
+    write_bytes("report", path, verdict_page(verdict).encode("utf-8", "replace"))
+
+
+def verdict_page(verdict: Json) -> str:
+    """The page's text; the same for the same verdict."""
+    title = escape(headline(verdict))
+    head = [f"<h1>{title}</h1>\n<p>{escape(ABOUT)}</p>"]
+    return document(title, head, _sections(verdict), "Made by refcurv validate.")
+
+
+def _sections(verdict: Json) -> Iterator[str]:
+    causes = [_cause(one) for one in verdict["causes"]]
+    if not causes:
+        nothing = "Nothing needs one." if verdict["passed"] else "No known fault explains this."
+        causes = [f"<p>{nothing}</p>"]
+    yield section("Causes", *causes)
+    yield section("Layers", html_table(layer_table(verdict)))
+    yield section("What did not pass", html_table(findings_table(verdict)))
+    shown = verdict.get("pictures") or ()
+    if shown:
+        alt = "For each layer a map of the difference of the factors, and both spectra."
+        yield section("In pictures", figure(plots.svg(differences(shown)), alt, SEE, READ))
+    known = {
+        "read as": str(verdict["program"]),
+        "recipe": " ".join(verdict["recipe"]) or "none needed",
+        "arithmetic": str(verdict["arithmetic"]),
+        "accepted without a declaration": ", ".join(verdict["accepted"]) or "nothing",
+    }
+    names = {o: f"their {t}" for o, t in verdict["matched"].items() if o != t}
+    yield section(
+        "How it was read", facts(known), facts({f"{o}": f"their {t}" for o, t in names.items()})
+    )
+    if verdict["excluded"]:
+        tried = "".join(f"<li>{escape(text)}</li>" for text in verdict["excluded"])
+        yield section("Tried, and excluded", f"<ul>{tried}</ul>")
+
+
+def _cause(one: Json) -> str:
+    name = escape(one["fault"] or "cause")
+    text = f"<p><strong>{name}</strong> {escape(one['sentence'])} {escape(one['remedy'])}</p>"
+    pairs = {
+        "layers": ", ".join(one["layers"]),
+        "error before": _number(one["before"]),
+        "error after": _number(one["after"]),
+    }
+    if one["alike"]:
+        pairs["cannot be told from"] = ", ".join(one["alike"])
+    return text + facts(pairs)
+
+
+def _number(value: object) -> str:
+    return value if isinstance(value, str) else f"{value:.1e}"

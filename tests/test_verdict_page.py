@@ -1,0 +1,130 @@
+"""What a person sees of a verdict: the text of the terminal, the figure, the page in a browser."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from strategies import config, random_parameters
+
+import refcurv as rc
+from refcurv.cli import main
+from refcurv.judge.pictures import CELLS, blocks, spectrum
+from refcurv.report.plots.verdict import differences
+from refcurv.report.verdict import format_verdict
+from refcurv.report.verdict_page import verdict_page
+
+
+@pytest.fixture(scope="module")
+def setting():
+    made = config()
+    model = rc.Model(made, random_parameters(made, 3))
+    tokens = np.random.default_rng(0).integers(0, made.vocabulary, (12, 9))
+    return model, rc.Corpus(tokens), rc.collect(model, rc.Corpus(tokens), "**", "empirical")
+
+
+def theirs_of(factors, scale=1.0):
+    return {name: (one.A, scale * one.G, one.n_A) for name, one in factors.items()}
+
+
+def test_the_text_says_what_is_wrong_first(setting):
+    _, _, factors = setting
+    good = rc.validate(factors, factors).to_json()
+    text = format_verdict(good)
+    assert text.startswith(f"passed: {len(factors)} layers of refcurv")
+    theirs = theirs_of(factors)
+    A, G, n = theirs["blocks.0.mlp.up"]
+    theirs["blocks.0.mlp.up"] = (A, np.diag(G.diagonal()), n)
+    bad = rc.validate(theirs, factors).to_json()
+    text = format_verdict(bad)
+    assert text.startswith(f"FAILED: 1 of {len(factors)} layers of memory")
+    row = next(line for line in text.splitlines() if line.startswith("blocks.0.mlp.up"))
+    assert row.endswith("fail") and "G/tr G" in text
+    assert all(len(line) <= 100 for line in text.splitlines())
+
+
+def test_hostile_names_stay_text(setting):
+    """A layer's name comes from a file of a stranger."""
+    _, _, factors = setting
+    name = "blocks.0.mlp.up"
+    theirs = {"<script>\x1b[2J": theirs_of(factors)[name], **theirs_of(factors)}
+    verdict = rc.validate(theirs, factors).to_json()
+    assert "\x1b" not in format_verdict(verdict)
+    assert "<script>" not in verdict_page(verdict)
+
+
+def test_a_map_is_the_block_means():
+    rng = np.random.default_rng(0)
+    for n in (1, 5, CELLS, CELLS + 1, 3 * CELLS + 7):
+        M = rng.normal(size=(n, n))
+        made = blocks(M)
+        assert made.shape == (min(n, CELLS),) * 2
+        edges = np.unique(np.linspace(0, n, min(n, CELLS) + 1).astype(int))
+        a, b = edges[-2], edges[-1]
+        assert made[-1, 0] == pytest.approx(np.sqrt((M[a:b, : edges[1]] ** 2).mean()))
+    X = rng.normal(size=(4, 9))
+    found = spectrum(X @ X.T)
+    assert sum(found) == pytest.approx(1) and found == sorted(found, reverse=True)
+
+
+def test_the_figure_shows_every_picture(setting):
+    _, _, factors = setting
+    verdict = rc.validate(theirs_of(factors, 2), factors, pictures=2)
+    assert len(verdict.pictures) == 4
+    drawn = differences([one.to_json() for one in verdict.pictures])
+    titles = [ax.get_title(loc="left") for ax in drawn.axes]
+    for one in verdict.pictures:
+        assert f"{one.layer}: {one.side}" in titles
+
+
+class Reader(HTMLParser):
+    """Every address that the page names, and its text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.addresses += [v or "" for k, v in attrs if k in ("src", "href", "action")]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_needs_nothing_else(setting):
+    _, _, factors = setting
+    verdict = rc.validate(theirs_of(factors, 2), factors, pictures=1).to_json()
+    reader = Reader()
+    reader.feed(verdict_page(verdict))
+    assert reader.addresses and all(a.startswith("data:") for a in reader.addresses)
+    assert "FAILED" in reader.text and "blocks.0.mlp.up" in reader.text
+    json.dumps(verdict, allow_nan=False)
+
+
+def browser() -> str | None:
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
+
+
+@pytest.mark.skipif(browser() is None, reason="no Chromium (Debian: apt-get install chromium)")
+def test_the_page_opens_in_a_browser(setting, tmp_path):
+    _, _, factors = setting
+    rc.save_factors(factors, tmp_path / "f.h5")
+    theirs = {
+        f"{layer}/{part}": x
+        for layer, parts in theirs_of(factors, 2).items()
+        for part, x in zip("AGn", parts, strict=True)
+    }
+    np.savez(tmp_path / "theirs.npz", **theirs)
+    page = tmp_path / "page.html"
+    arguments = ["validate", str(tmp_path / "theirs.npz"), "--reference", str(tmp_path / "f.h5")]
+    assert main([*arguments, "--html", str(page)]) == 1
+    command = [browser(), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    seen = subprocess.run(
+        [*command, page.as_uri()], capture_output=True, text=True, timeout=120, check=True
+    ).stdout
+    assert "FAILED" in seen and "<figure>" in seen and "What did not pass" in seen
