@@ -16,7 +16,7 @@ from refcurv.report.verdict import findings_table, headline, layer_table
 ABOUT = (
     "Another program’s curvature factors beside those of refcurv, layer by layer. A/tr A and "
     "G/tr G compare the form of the factors, tr A · tr G their scale; no choice of where a "
-    "constant is kept changes these three. An error is judged by the arithmetic of the other program."
+    "constant is kept changes these three. An error is judged by the other program’s arithmetic."
 )
 SEE, READ = (
     "Where it differs.",
