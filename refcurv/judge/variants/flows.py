@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -16,7 +16,7 @@ from refcurv.law.conventions import shard_sequences
 from refcurv.model import transformer
 from refcurv.model.config import NormPlace, Residual
 from refcurv.model.layers import ACTIVATIONS, Layout
-from refcurv.model.transformer import BlockTrace, Slope, Tap
+from refcurv.model.transformer import BlockTrace, Inputs, Slope, Tap
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,7 +27,7 @@ class Flow:
     traces; final, what the head reads; taps, of every linear layer from `lowest` up: a (B, T, I),
     g (B, T, O), or a (1, T, I) of one sequence and g (passes, T, O); d_states, the gradients of
     `states`, None below `lowest`; joint, draw: of `Sent`; first, are these the first passes over
-    these sequences.
+    these sequences; made, other tensors that were computed already.
     """
 
     net: Network
@@ -40,6 +40,7 @@ class Flow:
     joint: bool
     draw: int
     first: bool
+    made: dict[tuple[int, str], dict[str, Array]] = field(default_factory=dict)
 
 
 def flows(net: Network, at: Positions, one: Choice, layers: Collection[str]) -> Iterator[Flow]:
@@ -55,7 +56,8 @@ def flows(net: Network, at: Positions, one: Choice, layers: Collection[str]) -> 
 
 def _shard(net: Network, at: Positions, one: Choice, layers: Collection[str]) -> Iterator[Flow]:
     config, P, layout = net.config, net.parameters, net.layout(at)
-    x = transformer.input_forward(config, P, at.inputs, layout)
+    inputs = at.inputs.astype(P["patch.weight"].dtype) if at.images else at.inputs
+    x = transformer.input_forward(config, P, inputs, layout)
     rope = transformer.rope_of(config, layout, x.dtype)
     states, blocks = [x], []
     for i in range(config.layers):
@@ -65,7 +67,7 @@ def _shard(net: Network, at: Positions, one: Choice, layers: Collection[str]) ->
     normed, saved = transformer.norm_forward(config, P, "final_norm", x, net.ops)
     final = transformer.pool_forward(config, normed)
     y = transformer.linear_forward(config, P, "head", final)
-    behind = partial(_backward, net, at, layout, rope, blocks, saved, final, y, _lowest(layers))
+    behind = partial(_backward, net, inputs, layout, rope, blocks, saved, final, y, _lowest(layers))
     for n, back in enumerate(sent(one, at, transformer.capped(config, y))):
         taps, d_states = behind(back)
         yield Flow(
@@ -81,7 +83,7 @@ def _lowest(layers: Collection[str]) -> int:
 
 
 def _backward(
-    net: Network, at: Positions, layout: Layout, rope: tuple[Array, Array] | None,
+    net: Network, inputs: Inputs, layout: Layout, rope: tuple[Array, Array] | None,
     blocks: list[BlockTrace], saved: object, final: Array, y: Array, lowest: int, back: Sent,
 ) -> tuple[dict[str, Tap], list[Array | None]]:  # fmt: skip
     """The taps of one bunch of passes, by name, and the gradients of the states."""
@@ -103,7 +105,7 @@ def _backward(
         steps = transformer.block_backward(config, P, i, d, blocks[i], rope, net.ops)
         d = d_states[i] = transformer.drain(steps, take)
     if lowest < 0:
-        for tap in transformer.input_taps(config, at.inputs, layout, d):
+        for tap in transformer.input_taps(config, inputs, layout, d):
             take(tap)
     return taps, d_states
 
@@ -126,7 +128,9 @@ def input_tensor(flow: Flow, layer: str, name: str) -> Array | None:
     if name == "mlp's output before":
         found = _outputs(flow, i - 1)["mlp's output"] if i else None
     else:
-        found = _tensors(flow, i, part).get(name)
+        if (i, part) not in flow.made:
+            flow.made[i, part] = _tensors(flow, i, part)
+        found = flow.made[i, part].get(name)
     if found is None or found.shape[-1] != own.shape[-1]:
         return None
     return None if found is own else found

@@ -56,6 +56,7 @@ class Positions:
         """
         first_BT = np.ones(self.real_BT.shape, dtype=bool)
         first_BT[:, 1:] = self.segment_BT[:, 1:] != self.segment_BT[:, :-1]
+        first_BT[:, 1:] |= ~self.real_BT[:, :-1]
         none = np.zeros(self.real_BT.shape, dtype=bool)
         eos = none if self.images else self.real_BT & (self.inputs == self.pad_id)
         prompts = none if self.images else self.reached_BT & (self.label_BT < 0)

@@ -122,6 +122,35 @@ class Setting:
         return tuple(dict.fromkeys(fault for fault in found if fault))
 
     @property
+    def sides(self) -> frozenset[str]:
+        """Which of "A" and "G" can differ from the reference's."""
+        changed = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
+        A = changed & {"rows_A", "count", "pooling_A", "tensor_A", "network"}
+        G = changed - {"rows_A", "pooling_A", "tensor_A", "pads", "mean"}
+        return frozenset(side for side, some in (("A", A), ("G", G)) if some)
+
+    @property
+    def words(self) -> str:
+        """What differs, in words: "labels tempered (0.7), rows of A with last"."""
+        level = {name: f" ({size:g})" if size else "" for name, size in self.network}
+        said = {
+            "labels": f"labels {self.labels}" + (f" ({self.amount:g})" if self.amount else ""),
+            "smoothing": f"labels smoothed by {self.smoothing:g}",
+            "where": f"labels at {self.where}",
+            "rows_A": f"rows of A {self.rows_A}",
+            "rows_G": f"rows of G {self.rows_G}",
+            "count": f"n counts {self.count}",
+            "pooling_A": f"A by {self.pooling_A}",
+            "pooling_G": f"G by {self.pooling_G}" + (f" of {self.batch}" if self.batch else ""),
+            "tensor_A": f"a is {self.tensor_A}",
+            "tensor_G": f"g is that of {self.tensor_G}",
+            "network": ", ".join(name + size for name, size in level.items()),
+            "pads": f"padding sees {self.pads}",
+        }
+        own = {f.name: f.default for f in fields(self)}
+        return ", ".join(text for name, text in said.items() if getattr(self, name) != own[name])
+
+    @property
     def run(self) -> Setting:
         """The part that decides a and g at every position; the rest only adds them up otherwise."""
         names = ("labels", "amount", "smoothing", "where", "network", "pads", "mean")
@@ -218,11 +247,12 @@ def _where(fisher: Fisher, at: Positions) -> Iterator[Setting]:
 
 
 def _rows(at: Positions) -> Iterator[Setting]:
-    own = weights("reference", at)
+    before = [weights("reference", at)]
     for name in ROWS:
         theirs = weights(name, at)
-        if (theirs == own).all() or not theirs.any():
+        if not theirs.any() or any((theirs == one).all() for one in before):
             continue
+        before.append(theirs)
         seen = ("real", "all") if name.startswith("with pads") else ("blind",)
         for pads in seen:
             yield Setting(rows_A=name, rows_G=name, pads=pads)
