@@ -1,12 +1,29 @@
-"""Which convention or bug explains what does not agree."""
+"""Which convention or bug explains what does not agree.
+
+Each hypothesis is a transformation of the truth (`hypotheses`). It explains one side of a layer if
+it brings theirs within budget. The forms of A are explained first, then those of G, then what
+factors are left (`scales`), then how far rounding goes (`precision`). So several faults at once are
+found as one for each of these. The fewest faults that are enough win (`search`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
+import numpy as np
+
+from refcurv.judge import precision, scales
 from refcurv.judge.case import Case
-from refcurv.judge.compare import Measured
-from refcurv.judge.verdict import Cause, Comparison
+from refcurv.judge.compare import Measured, drawing
+from refcurv.judge.faults import FAULTS
+from refcurv.judge.hypotheses import Index, see
+from refcurv.judge.search import Chosen, Ladder, Side, ladder, look, rest, spread, verify
+from refcurv.judge.verdict import FAIL, LEFT_OUT, MISSING, PASS, Cause, Comparison
+
+ROUNDS = 4
+"""How many groups of layers with faults of their own are looked for."""
 
 
 def diagnose(
@@ -14,5 +31,244 @@ def diagnose(
     findings: Sequence[Comparison],
     measured: Mapping[str, Mapping[str, Measured]],
 ) -> tuple[tuple[Cause, ...], tuple[str, ...], list[Comparison]]:
-    """(causes, hypotheses excluded, the findings with their causes)."""
-    return (), (), list(findings)
+    """(causes, hypotheses excluded, the findings with their causes).
+
+    Proof: tests/test_diagnose.py::test_each_fault_has_its_name
+    """
+    if all(f.verdict in (PASS, LEFT_OUT) for f in findings):
+        return (), (), list(findings)
+    found = {side: Side(side) for side in "AG"}
+    index = Index(case)
+    _prepare(case, found, index)
+    for side in found.values():
+        _search(case, side, found, index)
+    made = [*_forms(case, found), *_missing(case, found, findings)]
+    made += _scales(case, found)
+    made += precision.causes(case, found)
+    return tuple(made), tuple(_excluded(found)), _told(findings, made)
+
+
+def _prepare(case: Case, found: Mapping[str, Side], index: Index) -> None:
+    """What no fault leaves, in every layer."""
+    for layer in case.matched:
+        n_G = case.theirs(layer).n_G
+        for side, seen in see(case, layer).items():
+            if seen.T.any() and np.isfinite(seen.T).all():
+                found[side].ladders[layer] = ladder(case, layer, side, n_G)
+        verify(case, [layer], found, index, ())
+
+
+def _search(case: Case, side: Side, found: Mapping[str, Side], index: Index) -> None:
+    """Choose hypotheses for a side until every layer is explained, or nothing explains more."""
+    other = found["A" if side.side == "G" else "G"]
+    for _ in range(ROUNDS):
+        layers = side.open()
+        if not layers:
+            return
+        sample = spread(layers)
+        look(case, sample, found, index)
+        known = {layer: other.of(layer)[0] for layer in layers}
+        chosen = side.choose(sample, known)
+        if chosen is None:
+            return
+        verify(case, rest(layers, sample), found, index, chosen.faults)
+        every = {x: side.table[chosen.faults][x] for x in layers if side.explains(chosen.faults, x)}
+        side.chosen.append(replace(chosen, left=every))
+
+
+def _missing(
+    case: Case, found: Mapping[str, Side], findings: Sequence[Comparison]
+) -> Iterator[Cause]:
+    """Faults that leave no matrix to compare: none, zeros, other numbers, another size."""
+    absent = [f for f in findings if f.verdict == MISSING and f.layer]
+    if absent:
+        yield _cause(case, "B48", "Nothing is stored of it.", absent, math.inf, math.nan)
+    zero, wild, inputs = [], [], []
+    for layer in case.matched:
+        for side, seen in see(case, layer).items():
+            at = [f for f in findings if f.layer == layer and f.quantity in _form_of(side)]
+            if not np.isfinite(seen.T).all():
+                wild += at
+            elif seen.X.any() and not seen.T.any():
+                zero += at
+            elif side == "G" and seen.T.shape != seen.X.shape and not found[side].of(layer)[0]:
+                size = len(case.ours(layer).sum_A)
+                inputs += at if seen.T.shape == (size, size) else []
+    for fault, words, at in (
+        ("B48", "Every entry is 0.", zero),
+        ("B61", "Entries are not finite.", wild),
+        ("B35", "G has the size of the layer's input.", inputs),
+    ):
+        if at:
+            yield _cause(case, fault, words, at, math.inf, math.nan)
+
+
+def _cause(
+    case: Case,
+    fault: str | None,
+    words: str,
+    at: Sequence[Comparison],
+    before: float,
+    after: float,
+    alike: Sequence[str] = (),
+) -> Cause:
+    layers = dict.fromkeys(f.layer for f in at)
+    quantities = dict.fromkeys(f.quantity for f in at)
+    return made(case, fault, words, tuple(layers), tuple(quantities), before, after, alike)
+
+
+def made(
+    case: Case,
+    fault: str | None,
+    words: str,
+    layers: tuple[str, ...],
+    quantities: tuple[str, ...],
+    before: float,
+    after: float,
+    alike: Sequence[str] = (),
+) -> Cause:
+    """A Cause with the words of the registry."""
+    known = None if fault is None else FAULTS[fault]
+    name = "" if known is None else f"{known.name[0].upper()}{known.name[1:]}. "
+    remedy = "" if known is None else known.advice(case.dump.program)
+    return Cause(fault, f"{name}{words}", remedy, layers, quantities, before, after, tuple(alike))
+
+
+def _forms(case: Case, found: Mapping[str, Side]) -> list[Cause]:
+    """A cause for each fault of the chosen hypotheses, A and G together where they share it."""
+    parts: dict[str | None, list[tuple[Side, Chosen]]] = {}
+    for side in found.values():
+        for one in side.chosen:
+            for fault in one.faults or (None,):
+                parts.setdefault(fault, []).append((side, one))
+    out = []
+    for fault, where in parts.items():
+        layers = dict.fromkeys(layer for _, one in where for layer in one.left)
+        quantities = tuple(dict.fromkeys(q for side, _ in where for q in _form_of(side.side)))
+        before = max(side.plain(x).error for side, one in where for x in one.left)
+        after = max(left.error for _, one in where for left in one.left.values())
+        out.append(
+            made(case, fault, _words(where), tuple(layers), quantities, before, after, _like(where))
+        )
+    return out
+
+
+def _form_of(side: str) -> tuple[str, ...]:
+    return (f"{side}/tr {side}", f"symmetry of {side}", side, f"n_{side}", "tr A · tr G")
+
+
+def _words(where: Sequence[tuple[Side, Chosen]]) -> str:
+    """What was seen on each side, in the first layer that shows it, and in how many layers."""
+    out = []
+    for side, one in where:
+        layer, left = next(iter(one.left.items()))
+        notes = {one.note for one in one.left.values()}
+        place = f"In {layer}" if len(notes) > 1 or len(one.left) == 1 else "In each layer"
+        total = f" ({len(one.left)} layers)" if len(one.left) > 1 else ""
+        out.append(f"{place}, {side.side}: {left.note}{total}.")
+    return " ".join(dict.fromkeys(out))
+
+
+def _like(where: Sequence[tuple[Side, Chosen]]) -> tuple[str, ...]:
+    ids = [id for _, one in where for other in one.alike for id in other]
+    ids += [id for _, one in where for left in one.left.values() for id in left.alike]
+    own = {id for _, one in where for id in one.faults}
+    return tuple(id for id in dict.fromkeys(ids) if id not in own)
+
+
+def _scales(case: Case, found: Mapping[str, Side]) -> list[Cause]:
+    """Causes of factors that the forms leave, and of counts."""
+    seen = [one for layer in case.matched if (one := _scale(case, found, layer))]
+    if not seen:
+        return []
+    out = []
+    for named in scales.explain(seen, scales.Counts.of(case)) + scales.counted(seen):
+        if named.fault in ("B8", None):
+            continue  # of the first `compare` speaks; the second explains nothing
+        rows, each = ("n_A", "n_G"), (*named.sides, "tr A · tr G")
+        quantities = rows if named.sides == "n" else each
+        before = max(_far(x, named.sides) for x in seen if x.layer in named.layers)
+        words, layers = f"{named.sentence}.", named.layers
+        alike = named.alike
+        out.append(made(case, named.fault, words, layers, quantities, before, named.left, alike))
+    return out
+
+
+def _far(one: scales.Scale, sides: str) -> float:
+    pairs = {"A": one.c_A, "G": one.c_G}
+    if sides == "n":
+        return max(abs((x or 1.0) - 1) for x in (one.rows_A, one.rows_G))
+    return max(abs((pairs[side] or 1.0) - 1) for side in sides)
+
+
+def _scale(case: Case, found: Mapping[str, Side], layer: str) -> scales.Scale | None:
+    """The factors of one layer that its forms leave; None where a form is unexplained."""
+    theirs, ours = case.theirs(layer), case.ours(layer)
+    c: dict[str, float | None] = {"A": None, "G": None}
+    tol = {"A": 0.0, "G": 0.0}
+    rows: dict[str, float | None] = {"A": None, "G": None}
+    for name, side in found.items():
+        steps = side.ladders.get(layer)
+        if steps is None:
+            continue
+        faults, left = side.of(layer)
+        rank = steps.rank(left.error)
+        if rank > steps.by_drawing or not math.isfinite(left.ratio):
+            continue
+        free = name in case.dump.scale_free
+        c[name] = None if free else left.ratio
+        tol[name] = _tolerance(case, layer, name, steps, rank)
+        n_T = {"A": theirs.n_A, "G": theirs.n_G}[name]
+        if n_T is not None and not faults:
+            rows[name] = n_T / {"A": ours.n_A, "G": ours.n_G}[name]
+    if c == {"A": None, "G": None}:
+        return None
+    return scales.Scale(
+        layer, c["A"], c["G"], tol["A"], tol["G"], rows["A"], rows["G"], len(ours.sum_G)
+    )
+
+
+def _tolerance(case: Case, layer: str, side: str, steps: Ladder, rank: int) -> float:
+    """How far a factor may be from what it is, given how well the form fits."""
+    if rank < steps.by_drawing:
+        return 2 * steps.steps[rank][1]
+    drawn = drawing(case, layer, case.theirs(layer).n_G) if side == "G" else None
+    return 2 * steps.steps[0][1] + (drawn.trace if drawn else 0.0)
+
+
+def _excluded(found: Mapping[str, Side]) -> Iterator[str]:
+    """What was tried where nothing was enough, and the error that it left."""
+    for side in found.values():
+        layers = side.unexplained()
+        for faults, left in side.table.items():
+            errors = [left[x].error for x in layers if x in left]
+            if errors:
+                name = " and ".join(f"{id} ({FAULTS[id].name})" for id in faults)
+                note = name or next(left[x].note for x in layers if x in left)
+                where = f"{side.side} of {len(errors)} layers"
+                yield f"{where}, {note}: leaves {min(errors):.2g} or more"
+
+
+def _told(findings: Sequence[Comparison], causes: Sequence[Cause]) -> list[Comparison]:
+    """The findings with the first cause that speaks of them."""
+    out = []
+    for old in findings:
+        one = old
+        fitting = [c for c in causes if one.layer in c.layers and one.quantity in c.quantities]
+        if fitting and one.verdict != LEFT_OUT and not (one.verdict == PASS and _aside(one)):
+            first = fitting[0]
+            verdict = FAIL if one.verdict == PASS or not _precision(first) else one.verdict
+            verdict = MISSING if one.verdict == MISSING else verdict
+            words = f"{one.cause}. {first.sentence}" if one.cause else first.sentence
+            one = replace(old, fault=first.fault, cause=words, verdict=verdict)
+        out.append(one)
+    return out
+
+
+def _aside(one: Comparison) -> bool:
+    """May this pass although the layer has a fault?"""
+    return "drawing" not in one.cause
+
+
+def _precision(cause: Cause) -> bool:
+    return cause.fault in precision.SIZES

@@ -1,0 +1,289 @@
+"""What theirs would be under a fault, made from the reference and the dump alone.
+
+Each hypothesis is a matrix Y, and theirs is Y times any number if it holds. So forms are searched
+first; what the number is, `scales` asks afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from refcurv.algebra.scaling import norm
+from refcurv.judge.case import Case
+from refcurv.law.checks import Array
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One side of one layer. T is theirs and X ours, means over rows; n_T and n_X their rows.
+
+    `mean` is Σ a / n of ours, where it is known.
+    """
+
+    layer: str
+    side: str
+    T: Array
+    X: Array
+    n_T: float | None
+    n_X: int
+    mean: Array | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Try:
+    """A hypothesis: theirs is Y times a number. `note` says what Y is made of."""
+
+    faults: tuple[str, ...]
+    note: str
+    Y: Array
+    alike: tuple[str, ...] = ()
+    T: Array | None = None  # theirs as Y's rows and columns have it, where that is not all of it
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """What a hypothesis leaves: `error`, |T − r Y| over |r Y| with the best r; `ratio`, this r.
+
+    rows: theirs over what the hypothesis counts, None where nothing is counted.
+    """
+
+    error: float
+    ratio: float
+    note: str = ""
+    alike: tuple[str, ...] = ()
+    rows: float | None = None
+
+
+def fitted(T: Array, Y: Array) -> tuple[float, float]:
+    """(error, r): r = ⟨T, Y⟩/⟨Y, Y⟩, the number by which Y comes nearest to T."""
+    size = float(norm(Y))
+    if not size:
+        return (0.0, 1.0) if not T.any() else (np.inf, np.nan)
+    r = float(np.vdot(T / size, Y / size))
+    return (float(norm(T / r - Y)) / size, r) if r > 0 else (np.inf, r)
+
+
+def see(case: Case, layer: str) -> dict[str, Seen]:
+    """Both sides of a layer, whatever their shape; without what a dump has not."""
+    theirs, ours = case.theirs(layer), case.ours(layer)
+    out = {}
+    mean = None if ours.sum_a is None else ours.sum_a / ours.n_A
+    for side, T, X, n_T, n_X, m in (
+        ("A", theirs.A, ours.A, theirs.n_A, ours.n_A, mean),
+        ("G", theirs.G, ours.G, theirs.n_G, ours.n_G, None),
+    ):
+        if T is not None:
+            out[side] = Seen(layer, side, _full(T), _full(X), n_T, n_X, m)
+    return out
+
+
+def _full(X: Array) -> Array:
+    """Of a table the diagonal alone is stored (EMBEDDING)."""
+    return np.diag(X) if X.ndim == 1 else X
+
+
+def tries(
+    seen: Seen, index: Index, heads: int | None, wanted: Container[str] | None = None
+) -> Iterator[Try]:
+    """Every hypothesis that fits the shapes.
+
+    Args: heads, the width of one attention head, None if unknown; wanted: make these faults only.
+    """
+    fits = seen.T.shape == seen.X.shape
+    if fits:
+        yield Try((), "ours", seen.X)
+    families: dict[str, Callable[[Seen], Iterator[Try]]] = {
+        "B12": _damped,
+        "B45": _centred,
+        "B49": _one_row,
+        "B47": partial(_permuted, heads=heads),
+        "": _triangle,
+    }
+    for fault, family in (families if fits else {"B31": _biased}).items():
+        alike = {"B47": ("B51",), "B31": ("B30",)}.get(fault, ())
+        if wanted is None or any(id in wanted for id in (fault, *alike)):
+            yield from family(seen)
+    if wanted is None or any(id in wanted for id in ("B32", "B34", "B35", "B38")):
+        yield from index.others(seen)
+
+
+def _damped(seen: Seen) -> Iterator[Try]:
+    """T = r (X + δ I), δ > 0: least squares in r and r δ."""
+    X, T, size = seen.X, seen.T, len(seen.X)
+    trace = float(np.trace(X))
+    normal = np.array([[np.vdot(X, X), trace], [trace, size]])
+    if size < 3 or np.linalg.matrix_rank(normal / (1 + abs(normal).max())) < 2:
+        return
+    r, shift = np.linalg.solve(normal, [np.vdot(X, T), np.trace(T)])
+    if r > 0 and shift > 0:
+        delta = float(shift / r)
+        note = f"{delta:.3g} is added to the diagonal"
+        yield Try(("B12",), note, X + delta * np.eye(size))
+
+
+def _centred(seen: Seen) -> Iterator[Try]:
+    """T = r (X − m mᵀ), m the mean; without m, what is missing has rank one and the rows agree."""
+    if seen.mean is not None:
+        yield Try(("B45",), "without the mean", seen.X - np.outer(seen.mean, seen.mean))
+        return
+    for r in (1.0, seen.n_X / max(seen.n_X - 1, 1)):
+        found = _rank_one(seen.X - seen.T / r)
+        if found is not None and found[0] > 0:
+            Y = seen.X - found[0] * np.outer(found[1], found[1])
+            yield Try(("B45",), "a matrix of rank one is missing", Y)
+
+
+def _one_row(seen: Seen) -> Iterator[Try]:
+    """The sums differ by one direction, and the counts differ: a row that is always the same."""
+    if seen.n_T is None or seen.n_T == seen.n_X or seen.side != "A":
+        return
+    found = _rank_one(seen.n_T * seen.T - seen.n_X * seen.X)
+    if found is None or (found[0] > 0) != (seen.n_T > seen.n_X):
+        return
+    Y = (seen.n_X * seen.X + found[0] * np.outer(found[1], found[1])) / seen.n_T
+    more = "more" if found[0] > 0 else "fewer"
+    note = f"{abs(seen.n_T - seen.n_X):g} rows {more}, all along one direction"
+    yield Try(("B49",), note, Y, ("B27", "B28") if found[0] > 0 else ("B20",))
+
+
+def _rank_one(D: Array) -> tuple[float, Array] | None:
+    """(λ, v) of the eigenvalue of D that is largest in magnitude, if D is about λ v vᵀ."""
+    size = float(norm(D))
+    if len(D) < 3 or not size or not np.isfinite(size):
+        return None
+    v = D[:, np.argmax((D * D).sum(axis=0))]
+    for _ in range(4):
+        v = v / norm(v)
+        v = D @ v
+    top = float(norm(v))
+    if not top:
+        return None
+    v = v / top
+    value = float(v @ D @ v)
+    return (value, v) if float(norm(D - value * np.outer(v, v))) < size / 2 else None
+
+
+def _permuted(seen: Seen, heads: int | None) -> Iterator[Try]:
+    """Rows of q and k for another rotary layout; rows, or rows and columns, in another order."""
+    X, T = seen.X, seen.T
+    rotary = seen.side == "G" and seen.layer.endswith((".attn.q", ".attn.k"))
+    if rotary:
+        for width in _widths(len(X), heads):
+            halves = np.arange(len(X)).reshape(-1, 2, width // 2).swapaxes(1, 2).reshape(-1)
+            for order in (halves, np.argsort(halves)):
+                note = f"rows are permuted in heads of {width}"
+                yield Try(("B51",), note, X[np.ix_(order, order)])
+    order = _matched(np.diag(T), np.diag(X))
+    if (order != np.arange(len(X))).any():
+        Y = X[np.ix_(order, order)]
+        yield Try(("B51",) if rotary else ("B47",), "rows and columns have another order", Y)
+    if norm(T - T.T) > 1e-3 * norm(T):  # rounding does not do this, not even bfloat16's
+        rows = _rows_matched(T, X)
+        if rows is not None:
+            yield Try(("B47",), "rows have another order than columns", X[rows])
+
+
+def _widths(size: int, heads: int | None) -> Iterable[int]:
+    every = [w for w in range(4, size + 1, 2) if size % w == 0]
+    return [heads] if heads in every else every
+
+
+def _matched(theirs: Array, ours: Array) -> Array:
+    """The order in which `ours` has the values of `theirs`, by rank; equal ones stay in order."""
+    order = np.empty(len(ours), np.int64)
+    order[np.argsort(theirs, kind="stable")] = np.argsort(ours, kind="stable")
+    return order
+
+
+def _rows_matched(T: Array, X: Array) -> Array | None:
+    """For each row of T the row of X that it is a multiple of; None if two have the same."""
+    lengths = [np.maximum(norm(M, axis=1), np.finfo(float).tiny)[:, None] for M in (T, X)]
+    order = np.argmax((T / lengths[0]) @ (X / lengths[1]).T, axis=1)
+    return order if len(set(order.tolist())) == len(order) else None
+
+
+def _triangle(seen: Seen) -> Iterator[Try]:
+    """One triangle alone is filled."""
+    for part, name in ((np.triu, "upper"), (np.tril, "lower")):
+        if seen.T.any() and not (seen.T - part(seen.T)).any() and len(seen.T) > 1:
+            yield Try((), f"only the {name} triangle is filled", part(seen.X))
+
+
+def _biased(seen: Seen) -> Iterator[Try]:
+    """A has one row and column more: of the bias, last or first."""
+    T, X = seen.T, seen.X
+    if seen.side != "A" or T.shape != (len(X) + 1, len(X) + 1):
+        return
+    for place, inner, corner in (
+        ("last", T[:-1, :-1], T[-1, -1]),
+        ("first", T[1:, 1:], T[0, 0]),
+    ):
+        r = fitted(inner, X)[1]
+        known = "" if seen.mean is None else ", which is their [a; 1]"
+        note = f"A has a column of ones, {place}{known}"
+        fault = "B31"
+        if r > 0 and abs(corner / r - 1) > CORNER:
+            fault, note = "B30", f"{note}, and its corner is {corner / r:.6g} instead of 1"
+        yield Try((fault,), note, X, T=inner)
+
+
+CORNER = 0.005
+"""How far from 1 the corner of a joint A is a fault.  Chosen: bfloat16 rounds it by 0.002."""
+
+
+class Index:
+    """Diagonals of all our matrices, to find those which theirs may be, and these when asked."""
+
+    def __init__(self, case: Case) -> None:
+        self._case = case
+        self._diagonals: dict[tuple[str, str], Array] = {}
+
+    def others(self, seen: Seen, most: int = 2) -> Iterator[Try]:
+        """Ours of other layers and of the other side that T is nearest to, by the diagonals."""
+        if seen.T.ndim != 2 or seen.T.shape[0] != seen.T.shape[1]:
+            return
+        own = _shares(np.diag(seen.T))
+        found = []
+        for (layer, side), diagonal in self._read().items():
+            if len(diagonal) == len(own) and (layer, side) != (seen.layer, seen.side):
+                far = (layer != seen.layer, _kind(layer) != _kind(seen.layer))
+                found.append((float(norm(diagonal - own)), *far, layer, side))
+        for *_, layer, side in sorted(found)[:most]:
+            ours = self._case.ours(layer)
+            Y = ours.A if side == "A" else ours.G
+            Y = np.diag(Y) if Y.ndim == 1 else Y
+            if Y.shape == seen.X.shape and np.array_equal(Y, seen.X):
+                continue  # layers that read the same input
+            fault, alike = _of_another(seen, layer, side)
+            yield Try((fault,), f"it is our {side} of {layer}", Y, alike)
+
+    def _read(self) -> Mapping[tuple[str, str], Array]:
+        if not self._diagonals:
+            for layer in self._case.reference:
+                one = self._case.ours(layer)
+                for side, X in (("A", one.A), ("G", one.G)):
+                    self._diagonals[layer, side] = _shares(X if X.ndim == 1 else np.diag(X))
+        return self._diagonals
+
+
+def _shares(diagonal: Array) -> Array:
+    total = float(diagonal.sum())
+    return diagonal / total if total > 0 else diagonal
+
+
+def _of_another(seen: Seen, layer: str, side: str) -> tuple[str, tuple[str, ...]]:
+    """The fault of theirs being our `side` of `layer`."""
+    if side != seen.side:
+        return ("B32", ()) if layer == seen.layer else ("B32", ("B38",))
+    if _kind(layer) == _kind(seen.layer):
+        return "B38", ()
+    return ("B34" if side == "A" else "B35"), ("B38",)
+
+
+def _kind(layer: str) -> str:
+    """`mlp.up` of `blocks.3.mlp.up`."""
+    return layer.split(".", 2)[-1] if layer.startswith("blocks.") else layer

@@ -1,0 +1,284 @@
+"""Which fault a factor between theirs and ours belongs to: from the numbers alone.
+
+Once the forms agree, each layer leaves two numbers: theirs is c_A times ours in A, c_G in G. What
+they may be is known: squares of whole numbers, powers of 4, quotients of counts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from refcurv.judge.case import Case
+
+FEW = 64
+"""Accumulation steps or workers, at most.  Chosen: more than these, and m counts loss terms."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """One layer: theirs is c_A and c_G times ours; each may be off by tol_A and tol_G of itself.
+
+    rows_A, rows_G: n'/n; None where the dump does not say. outputs: d_out.
+    """
+
+    layer: str
+    c_A: float | None
+    c_G: float | None
+    tol_A: float
+    tol_G: float
+    rows_A: float | None
+    rows_G: float | None
+    outputs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A fault that explains a factor. `sides` are those that it hits; `left`, the error after."""
+
+    fault: str | None
+    sentence: str
+    sides: str
+    left: float
+    alike: tuple[str, ...] = ()
+    layers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What may have been counted, by its name; terms: loss terms of the shortest sequence."""
+
+    rows: int
+    others: Mapping[str, int] = field(default_factory=dict)
+    terms: int | None = None
+    vocabulary: int | None = None
+
+    @classmethod
+    def of(cls, case: Case) -> Counts:
+        """From the corpus and the model, as far as they are given."""
+        rows = max(case.ours(name).n_A for name in case.matched)
+        corpus, vocabulary = case.corpus, None
+        if case.model is not None:
+            vocabulary = case.model.config.vocabulary
+        elif "head" in case.reference:
+            vocabulary = len(case.ours("head").sum_G)
+        if corpus is None:
+            return cls(rows, {}, None, vocabulary)
+        label = corpus.label
+        each = (label >= 0).sum(axis=1)
+        others = {"sequences": len(label), "labels": int(each.sum())}
+        if corpus.images is None:
+            others["tokens"] = int(corpus.real.sum())
+            others["positions, padding too,"] = label.size
+        return cls(rows, others, int(each[each > 0].min()), vocabulary)
+
+
+def explain(scales: Sequence[Scale], counts: Counts) -> list[Named]:
+    """What explains the factors that are not 1: one entry for each group of layers and fault."""
+    out: list[Named] = []
+    for group in _groups(scales):
+        names = tuple(one.layer for one in group)
+        for named in _of_group(group, counts, alone=len(group) < len(scales)):
+            out.append(replace(named, layers=names))
+    return _joined(out)
+
+
+def _off(c: float | None, tol: float) -> bool:
+    return c is not None and not abs(c - 1) <= tol
+
+
+def _groups(scales: Sequence[Scale]) -> list[list[Scale]]:
+    """Layers whose factors are not both 1, those with the same factors together."""
+    groups: list[list[Scale]] = []
+    for one in scales:
+        if not (_off(one.c_A, one.tol_A) or _off(one.c_G, one.tol_G)):
+            continue
+        for group in groups:
+            if _same(group[0], one):
+                group.append(one)
+                break
+        else:
+            groups.append([one])
+    return groups
+
+
+def _same(x: Scale, y: Scale) -> bool:
+    pairs = ((x.c_A, y.c_A, x.tol_A + y.tol_A), (x.c_G, y.c_G, x.tol_G + y.tol_G))
+    return all(a is None or b is None or _near(a, b, tol) for a, b, tol in pairs)
+
+
+def _near(x: float, y: float, tol: float) -> bool:
+    return abs(x - y) <= tol * abs(y)
+
+
+def _of_group(group: Sequence[Scale], counts: Counts, alone: bool) -> list[Named]:
+    """The faults of layers that share their factors."""
+    one = min(group, key=lambda s: s.tol_A + s.tol_G)
+    a = one.c_A if _off(one.c_A, one.tol_A) else 1.0
+    g = one.c_G if _off(one.c_G, one.tol_G) else 1.0
+    assert a is not None and g is not None
+    tol = one.tol_A + one.tol_G
+    if one.c_A is not None and one.c_G is not None and _near(a, g, tol):
+        return [_of_both(a, tol, one, counts)]
+    if a == 1:
+        return _of_gradients(g, one.tol_G, one, counts, alone)
+    if g == 1:
+        return [_of_inputs(a, one.tol_A, one, counts, alone)]
+    if _near(a * g, 1, tol):
+        words = f"A is ours times {a:.6g} and G ours times {g:.6g}; their product is 1"
+        return [Named("B8", words, "AG", abs(a * g - 1))]
+    both = _of_both(a, one.tol_A, one, counts)
+    rest = _of_gradients(g / a, tol, one, counts, alone)
+    if both.fault and all(named.fault for named in rest):
+        return [both, *rest]
+    gauge = _of_gradients(a * g, tol, one, counts, alone)
+    words = f"A is ours times {a:.6g}, which G may make up for"
+    return [Named("B8", words, "AG", 0.0), *gauge]
+
+
+def _of_both(r: float, tol: float, one: Scale, counts: Counts) -> Named:
+    """A and G are both ours times r: the divisor is another count."""
+    words = f"A and G are both ours times {r:.9g}"
+    for name, count in counts.others.items():
+        if count and _near(r * count, counts.rows, tol):
+            words += f": divided by {count} {name} instead of {counts.rows} rows"
+            return Named("B4", words, "AG", abs(r * count / counts.rows - 1))
+    if _near(r, counts.rows, tol):
+        words += ", the number of rows: these are sums"
+        return Named("B4", words, "AG", abs(r / counts.rows - 1))
+    if _near(r, 2, tol):
+        return Named("B39", words + ": each row is added twice", "AG", abs(r / 2 - 1), ("B40",))
+    whole = round(counts.rows / r) if r > 0 else 0
+    if whole >= 1 and tol * whole < 0.1 and _near(counts.rows / r, whole, tol):
+        words += f": divided by {whole} instead of {counts.rows} rows"
+        return Named("B4", words, "AG", abs(r * whole / counts.rows - 1), ("B46",))
+    if tol * counts.rows >= 0.1 and 1 / counts.rows < r < 2 * counts.rows:
+        return Named("B4", words + ": divided by another count", "AG", tol)
+    return Named(None, words, "AG", abs(r - 1))
+
+
+def _of_inputs(a: float, tol: float, one: Scale, counts: Counts, alone: bool) -> Named:
+    """A alone is ours times a."""
+    words = f"A is ours times {a:.9g}, and G is ours"
+    if _near(a, 2, tol):
+        return Named("B39", words + ": each input is added twice", "A", abs(a / 2 - 1), ("B40",))
+    if one.layer == "patch" or (alone and _whole(a, tol)):
+        return Named("B14", words, "A", 0.0, ("B7",))
+    both = _of_both(a, tol, one, counts)
+    return Named(both.fault, words, "A", both.left, both.alike)
+
+
+def _of_gradients(c: float, tol: float, one: Scale, counts: Counts, alone: bool) -> list[Named]:
+    """G alone is ours times c."""
+    if _near(c, 1, tol):
+        return []
+    for named in _candidates(c, tol, one, counts, alone):
+        return [named]
+    for fault, factor in (("B5", 2.0), ("B5", 0.5)):  # two at once
+        for named in _candidates(c / factor, tol, one, counts, alone):
+            if named.fault in ("B1", "B43"):
+                words = f"{named.sentence}, times {factor:g}"
+                return [named, Named(fault, words, "G", named.left)]
+    return [Named(None, f"G is ours times {c:.9g}", "G", abs(c - 1))]
+
+
+def _candidates(c: float, tol: float, one: Scale, counts: Counts, alone: bool) -> Iterator[Named]:
+    """What G = c times ours can be, the likeliest first."""
+    words = f"G is ours times {c:.9g}"
+    if one.layer == "patch":
+        yield Named("B14", words, "G", 0.0, ("B7",))
+    yield from _powers(c, tol, words)
+    yield from _outputs(c, tol, words, one, counts, alone)
+    m = c**-0.5
+    if c < 1 and round(m) >= 2 and (_whole(m, tol / 2) or tol * m > 0.1):
+        yield _mean_loss(c, round(m), tol, words, counts)
+    for name, count in {**counts.others, "rows": counts.rows}.items():
+        if count and (_near(c * count, counts.rows, tol) or _near(c, count, tol)):
+            yield Named("B82", f"{words}: {count} are its {name}", "G", tol, ("B4",))
+
+
+def _powers(c: float, tol: float, words: str) -> Iterator[Named]:
+    """Powers of 4, as the scale of mixed precision leaves them; 2 and a half."""
+    k = round(math.log(c, 4))
+    if k >= 1 and _near(c, 4.0**k, tol):
+        text = f"{words} = 4^{k}: gradients were {2**k} times ours"
+        yield Named("B11", text, "G", abs(c / 4.0**k - 1))
+    for value, text in ((2.0, "twice"), (0.5, "half")):
+        if _near(c, value, tol):
+            yield Named("B5", f"G is {text} ours", "G", abs(c / value - 1))
+
+
+def _outputs(
+    c: float, tol: float, words: str, one: Scale, counts: Counts, alone: bool
+) -> Iterator[Named]:
+    """The number of the network's outputs, or of the layer's own; what differs by layer."""
+    V = counts.vocabulary
+    for value, name in ((V, "V"), (1 / V, "1/V")) if V and not alone else ():
+        if _near(c, value, tol):
+            text = f"{words} = {name}, V = {V} being the number of outputs"
+            yield Named("B6", text, "G", abs(c / value - 1))
+    if not alone or _near(c, 0.25, tol):
+        return
+    if _near(c, one.outputs, tol) or _near(c * one.outputs, 1, tol):
+        yield Named("B6", f"{words}: {one.outputs} are its outputs", "G", tol, ("B7",))
+    if _whole(c, tol) or _whole(1 / c, tol):
+        yield Named("B7", f"{words} in this layer", "G", tol, ("B14",))
+
+
+def _mean_loss(c: float, m: int, tol: float, words: str, counts: Counts) -> Named:
+    """1/m²: the loss was a mean over m terms, or divided by m steps, or averaged over workers."""
+    sharp = tol * m < 0.5
+    least = counts.terms or FEW
+    about = "" if sharp else "about "
+    text = f"{words} = {about}1/{m}²"
+    left = abs(c * m * m - 1)
+    if m == counts.vocabulary and m < least:
+        return Named("B6", f"{text}, the number of outputs squared", "G", left, ("B1", "B43"))
+    if m >= least:
+        alike = ("B43", "B46") if m <= FEW else ()
+        return Named("B1", f"{text}: {m} loss terms were averaged", "G", left, alike)
+    return Named("B43", f"{text}: too few to be the loss terms of a batch", "G", left, ("B46",))
+
+
+def _whole(x: float, tol: float) -> bool:
+    """Is x a whole number from 2 on, and would it be one rarely by chance?"""
+    return x > 1.5 and tol * x < 0.1 and abs(x - round(x)) <= max(tol * x, 1e-12 * x)
+
+
+def _joined(named: Sequence[Named]) -> list[Named]:
+    """The same fault of several groups is one; factors that differ by layer are B7."""
+    differ = len({one.layers for one in named if one.fault is None and one.sides == "G"}) > 1
+    out: dict[str | tuple[str, ...], Named] = {}
+    for one in named:
+        fault = "B7" if one.fault is None and differ else one.fault
+        old = out.get(fault or one.layers)
+        layers = one.layers
+        if old is not None:
+            layers = old.layers + tuple(x for x in one.layers if x not in old.layers)
+        first = old or one
+        left = max(first.left, one.left)
+        out[fault or one.layers] = replace(first, fault=fault, left=left, layers=layers)
+    return list(out.values())
+
+
+def counted(scales: Sequence[Scale]) -> list[Named]:
+    """What explains counts of rows that are not ours, where A and G agree."""
+    out: dict[tuple[str, str], list[str]] = {}
+    details: dict[tuple[str, str], tuple[str, tuple[str, ...]]] = {}
+    for one in scales:
+        a, g = one.rows_A or 1.0, one.rows_G or 1.0
+        if a == g == 1 or _off(one.c_A, one.tol_A) or _off(one.c_G, one.tol_G):
+            continue
+        words, fault = f"n_A is ours times {a:.6g}, n_G times {g:.6g}", "B82"
+        alike: tuple[str, ...] = ("B4",)
+        if a == g and a > 1 and a == round(a):
+            fault, alike = "B40", ("B39",)
+        elif a == round(a) and a > 1 and g == 1:
+            fault, alike = "B39", ()
+        out.setdefault((fault, words), []).append(one.layer)
+        details[fault, words] = words, alike
+    return [
+        Named(fault, words, "n", 0.0, details[fault, words][1], tuple(layers))
+        for (fault, words), layers in out.items()
+    ]

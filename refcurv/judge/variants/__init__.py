@@ -1,0 +1,25 @@
+"""A and G as another program may have made them: recomputed from model and corpus.
+
+`settings` says what can have been done otherwise, `moments` recomputes A and G for it, and `parts`
+gives what weighted sums over sequences and kinds of positions are made of.
+"""
+
+from __future__ import annotations
+
+from refcurv.judge.variants.addends import KINDS, Part, Parts, parts
+from refcurv.judge.variants.collecting import Moments, moments
+from refcurv.judge.variants.setting import REFERENCE, Setting, averaged, combined, settings
+
+__all__ = [
+    "KINDS",
+    "REFERENCE",
+    "Moments",
+    "Part",
+    "Parts",
+    "Setting",
+    "averaged",
+    "combined",
+    "moments",
+    "parts",
+    "settings",
+]

@@ -1,0 +1,247 @@
+"""One network and one choice of labels: what flows through every layer, before rows are chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+
+from refcurv.judge.variants.labels import Choice, Sent, sent
+from refcurv.judge.variants.networks import Network
+from refcurv.judge.variants.positions import Positions
+from refcurv.law.checks import Array
+from refcurv.law.conventions import shard_sequences
+from refcurv.model import transformer
+from refcurv.model.config import NormPlace, Residual
+from refcurv.model.layers import ACTIVATIONS, Layout
+from refcurv.model.transformer import BlockTrace, Inputs, Slope, Tap
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Flow:
+    """What flowed over some sequences in some backward passes.
+
+    Fields: net; at, the sequences; states, what each block reads, and behind the last; blocks, the
+    traces; final, what the head reads; taps, of every linear layer from `lowest` up: a (B, T, I),
+    g (B, T, O), or a (1, T, I) of one sequence and g (passes, T, O); d_states, the gradients of
+    `states`, None below `lowest`; joint, draw: of `Sent`; first, are these the first passes over
+    these sequences; made, other tensors that were computed already.
+    """
+
+    net: Network
+    at: Positions
+    states: list[Array]
+    blocks: list[BlockTrace]
+    final: Array
+    taps: Mapping[str, Tap]
+    d_states: list[Array | None]
+    joint: bool
+    draw: int
+    first: bool
+    made: dict[tuple[int, str], dict[str, Array]] = field(default_factory=dict)
+
+
+def flows(net: Network, at: Positions, one: Choice, layers: Collection[str]) -> Iterator[Flow]:
+    """Every sequence forward, and backward as often as the labels ask.
+
+    Sequences go a shard at a time (SHARD), or one by one where each has passes of its own.
+    """
+    at = at.rolled() if net.left else at
+    step = 1 if one.many else shard_sequences(at.real_BT.shape[1])
+    for begin in range(0, len(at.index_B), step):
+        yield from _shard(net, at.of(slice(begin, begin + step)), one, layers)
+
+
+def _shard(net: Network, at: Positions, one: Choice, layers: Collection[str]) -> Iterator[Flow]:
+    config, P, layout = net.config, net.parameters, net.layout(at)
+    inputs = at.inputs.astype(P["patch.weight"].dtype) if at.images else at.inputs
+    x = transformer.input_forward(config, P, inputs, layout)
+    rope = transformer.rope_of(config, layout, x.dtype)
+    states, blocks = [x], []
+    for i in range(config.layers):
+        x, trace, _ = transformer.block_forward(config, P, i, x, layout, rope, net.ops)
+        states.append(x)
+        blocks.append(trace)
+    normed, saved = transformer.norm_forward(config, P, "final_norm", x, net.ops)
+    final = transformer.pool_forward(config, normed)
+    y = transformer.linear_forward(config, P, "head", final)
+    behind = partial(_backward, net, inputs, layout, rope, blocks, saved, final, y, _lowest(layers))
+    for n, back in enumerate(sent(one, at, transformer.capped(config, y))):
+        taps, d_states = behind(back)
+        yield Flow(
+            net, at, states, blocks, final, taps, d_states, back.joint, back.draw, first=n == 0
+        )
+
+
+def _lowest(layers: Collection[str]) -> int:
+    """The lowest block whose gradients are asked for; −1 where the input's are."""
+    if "patch" in layers:
+        return -1
+    return min((int(name.split(".")[1]) for name in layers if name != "head"), default=1 << 30)
+
+
+def _backward(
+    net: Network, inputs: Inputs, layout: Layout, rope: tuple[Array, Array] | None,
+    blocks: list[BlockTrace], saved: object, final: Array, y: Array, lowest: int, back: Sent,
+) -> tuple[dict[str, Tap], list[Array | None]]:  # fmt: skip
+    """The taps of one bunch of passes, by name, and the gradients of the states."""
+    config, P = net.config, net.parameters
+    taps: dict[str, Tap] = {}
+
+    def take(step: Tap | Slope) -> None:
+        if isinstance(step, Tap):
+            taps[step.name] = step
+
+    # forward:  logits = cap(head(pool(final_norm(x))))
+    g = transformer.uncapped(config, y, back.d_logit) if net.bent else back.d_logit
+    d = transformer.drain(transformer.linear_backward(config, P, "head", final, g), take)
+    d = transformer.pool_backward(config, d, layout.position_BT.shape[1])
+    d = transformer.drain(transformer.norm_backward(config, "final_norm", d, saved, net.ops), take)
+    d_states: list[Array | None] = [None] * (config.layers + 1)
+    d_states[-1] = d
+    for i in reversed(range(max(lowest, 0), config.layers)):
+        steps = transformer.block_backward(config, P, i, d, blocks[i], rope, net.ops)
+        d = d_states[i] = transformer.drain(steps, take)
+    if lowest < 0:
+        for tap in transformer.input_taps(config, inputs, layout, d):
+            take(tap)
+    return taps, d_states
+
+
+# ------------------------------------------------------------------ other tensors
+
+
+def input_tensor(flow: Flow, layer: str, name: str) -> Array | None:
+    """A tensor of the layer's block in the place of its input (`setting.INPUTS`).
+
+    None where the block has no such tensor, or where it is the layer's input itself.
+    """
+    own = flow.taps[layer].a
+    if name == "input":
+        return own
+    if layer in ("head", "patch"):
+        behind = name == "norm's input" and own.shape[:2] == flow.states[-1].shape[:2]
+        return flow.states[-1] if layer == "head" and behind else None
+    i, part = int(layer.split(".")[1]), layer.split(".")[2]
+    if name == "mlp's output before":
+        found = _outputs(flow, i - 1)["mlp's output"] if i else None
+    else:
+        if (i, part) not in flow.made:
+            flow.made[i, part] = _tensors(flow, i, part)
+        found = flow.made[i, part].get(name)
+    if found is None or found.shape[-1] != own.shape[-1]:
+        return None
+    return None if found is own else found
+
+
+def _outputs(flow: Flow, i: int) -> dict[str, Array]:
+    """What attention and MLP of block i give."""
+    config, P, block, at = flow.net.config, flow.net.parameters, flow.blocks[i], f"blocks.{i}."
+    return {
+        "attention's output": transformer.linear_forward(
+            config, P, f"{at}attn.o", block.attn.context
+        ),
+        "mlp's output": transformer.linear_forward(config, P, f"{at}mlp.down", block.mlp.hidden),
+    }
+
+
+def _tensors(flow: Flow, i: int, part: str) -> dict[str, Array]:
+    """INPUTS by name; `part` of the block, "attn" or "mlp", says whose norm is meant."""
+    net, block, at = flow.net, flow.blocks[i], f"blocks.{i}."
+    config, P = net.config, net.parameters
+    out = _outputs(flow, i)
+    update = {"attention": out["attention's output"], "mlp": out["mlp's output"]}
+    if config.norm_place is not NormPlace.PRE:
+        between = "norm" if config.norm_place is NormPlace.POST else "post_norm"
+        for key, short in (("attention", "attn"), ("mlp", "mlp")):
+            name = f"{at}{short}_{between}"
+            update[key] = transformer.norm_forward(config, P, name, update[key], net.ops)[0]
+            out[f"{key}'s update"] = update[key]
+    between_BTD = flow.states[i] + update["attention"]
+    parallel = part == "attn" or config.residual is not Residual.SEQUENTIAL
+    up = transformer.linear_forward(config, P, f"{at}mlp.up", block.mlp.a)
+    if config.gated:
+        gate = transformer.linear_forward(config, P, f"{at}mlp.gate", block.mlp.a)
+        out |= {"gate's output": gate, "activation": ACTIVATIONS[config.activation](gate)[0]}
+    return out | {
+        "norm's input": flow.states[i] if parallel else between_BTD,
+        "attention's input": block.attn.a,
+        "context": block.attn.context,
+        "stream between": between_BTD,
+        "mlp's input": block.mlp.a,
+        "up's output": up,
+        "hidden": block.mlp.hidden,
+        "stream behind": flow.states[i + 1],
+    }
+
+
+def output_tensor(flow: Flow, layer: str, name: str) -> Array | None:
+    """A gradient in the place of that of the layer's output (`setting.OUTPUTS`), or None."""
+    tap, P, config = flow.taps[layer], flow.net.parameters, flow.net.config
+    if name == "output":
+        return tap.g
+    weight = P[config.weight_of(layer)]
+    if name == "input":
+        return tap.g @ weight if weight.shape[0] == weight.shape[1] else None
+    if layer in ("head", "patch"):
+        return None
+    if name == "shared input":
+        return _shared(flow, layer) if weight.shape[0] == weight.shape[1] else None
+    return (_behind_activation if name == "activation" else _behind_norm)(flow, layer)
+
+
+def _readers(flow: Flow, layer: str) -> list[str]:
+    read = flow.net.config.input_of(layer)
+    return [name for name in flow.taps if flow.net.config.input_of(name) == read]
+
+
+def _shared(flow: Flow, layer: str) -> Array | None:
+    """The gradient of what q, k and v read, or gate and up."""
+    names = _readers(flow, layer)
+    if len(names) == 1:
+        return None
+    return sum_of(flow, names)
+
+
+def sum_of(flow: Flow, names: Collection[str]) -> Array:
+    """Σ g W over some layers that read the same."""
+    config, P = flow.net.config, flow.net.parameters
+    terms = [flow.taps[name].g @ P[config.weight_of(name)] for name in names]
+    return np.asarray(sum(terms[1:], start=terms[0]))
+
+
+def _behind_activation(flow: Flow, layer: str) -> Array | None:
+    """Of `gate`, or of `up` without a gate: h = f(gate) · up. Of `up` with one: that of h."""
+    block, kind = layer.rpartition(".")[0], layer.rpartition(".")[2]
+    if kind not in ("gate", "up"):
+        return None
+    d_hidden = sum_of(flow, [f"{block}.down"])
+    if kind == "up":
+        return d_hidden
+    up = transformer.linear_forward(
+        flow.net.config, flow.net.parameters, f"{block}.up", flow.taps[layer].a
+    )
+    return d_hidden * up
+
+
+def _behind_norm(flow: Flow, layer: str) -> Array | None:
+    """Of `o` and `down`: the gradient of what is added to the stream."""
+    config = flow.net.config
+    kind, i = layer.rpartition(".")[2], int(layer.split(".")[1])
+    d_x = flow.d_states[i + 1]
+    if config.norm_place is NormPlace.PRE or kind not in ("o", "down") or d_x is None:
+        return None
+    if kind == "down" or config.residual is not Residual.SEQUENTIAL:
+        return d_x
+    # forward:  x' = after + norm(mlp(read(after)))
+    at = f"blocks.{i}.mlp."
+    d_read = sum_of(flow, [n for n in (f"{at}gate", f"{at}up") if n in flow.taps])
+    if config.norm_place is NormPlace.BOTH:
+        saved = flow.blocks[i].mlp_norm
+        steps = transformer.norm_backward(
+            config, f"blocks.{i}.mlp_norm", d_read, saved, flow.net.ops
+        )
+        d_read = transformer.drain(steps, lambda _: None)
+    return d_x + d_read

@@ -1,0 +1,343 @@
+"""What another program's forward and backward may compute otherwise, one change each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any, Final
+
+import numpy as np
+
+from refcurv.files.bfloat16 import from_bfloat16, to_bfloat16
+from refcurv.judge.variants.positions import Positions
+from refcurv.law.checks import Array, RefcurvError
+from refcurv.model.config import Activation, ModelConfig, Norm, QKNorm, Residual
+from refcurv.model.layers import (
+    DEFINITIONS,
+    Layout,
+    Ops,
+    Saved,
+    attention_backward,
+    attention_forward,
+    causal_layout,
+)
+from refcurv.model.transformer import Parameters, image_layout, layout_of
+
+Level = tuple[str, float]
+"""A change by its name in CHANGES, and how large it is; 0 where it has no size."""
+
+NO_EPS = 1e-30
+"""Stands for an eps of 0: of a row of zeros, 0/0 would be NaN."""
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """The arithmetic of a model, as another program may have it.
+
+    Fields: config, parameters, ops; documents, do those of a packed sequence not see each other;
+    restart, do positions restart with each; shift, added to learned positions; left, does the
+    padding stand on the left and is attended; pads, what a position of padding sees: "blind",
+    nothing, as in `model.layers`; "real", the real positions, as where keys alone are masked;
+    "all", as if it were real; bent, is the logits' soft-cap a part of the backward.
+    """
+
+    config: ModelConfig
+    parameters: Parameters
+    ops: Ops = DEFINITIONS
+    documents: bool = True
+    restart: bool = True
+    shift: int = 0
+    left: bool = False
+    pads: str = "blind"
+    bent: bool = True
+
+    def layout(self, at: Positions) -> Layout:
+        """Which positions see which, and where they stand."""
+        if at.images:
+            return image_layout(self.config, len(at.index_B))
+        one = np.zeros_like(at.segment_BT)
+        segment_BT = at.segment_BT if self.documents else one
+        seen_BT = np.ones_like(at.real_BT) if self.left or self.pads == "all" else at.real_BT
+        out = layout_of(self.config, seen_BT, segment_BT)
+        if self.pads == "real":
+            out = _pads_see_text(out, at.real_BT)
+        if not self.documents and self.restart:
+            out = replace(out, position_BT=causal_layout(seen_BT, at.segment_BT).position_BT)
+        if self.config.learned_positions:
+            last = self.config.learned_positions - 1
+            out = replace(out, position_BT=np.minimum(out.position_BT + self.shift, last))
+        return out
+
+
+def _pads_see_text(layout: Layout, real_BT: Array) -> Layout:
+    """Padding sees the last document, and that alone."""
+    end_B1 = real_BT.sum(axis=1, keepdims=True) - 1
+    first_B1 = np.take_along_axis(layout.first_BT, np.maximum(end_B1, 0), axis=1)
+    return Layout(
+        layout.position_BT,
+        np.where(real_BT, layout.first_BT, first_B1),
+        np.where(real_BT, layout.last_BT, end_B1),
+    )
+
+
+# ------------------------------------------------------------------ other layer functions
+
+
+def rotate_interleaved(x_BTHE: Array, cos: Array, sin: Array) -> Array:
+    """`layers.rotate` of the pairs (x[2j], x[2j + 1])."""
+    turned = 2 * cos.shape[-1]
+    x1, x2 = x_BTHE[..., 0:turned:2], x_BTHE[..., 1:turned:2]
+    pairs = np.stack([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+    flat = pairs.reshape(*x_BTHE.shape[:-1], turned)
+    return np.concatenate([flat, x_BTHE[..., turned:]], axis=-1)
+
+
+def _tiled(heads: int, kv_heads: int) -> Array:
+    """Where query head h reads key-value head h mod K: the heads, those of one group together."""
+    return np.arange(heads).reshape(heads // kv_heads, kv_heads).T.reshape(-1)
+
+
+def tiled_forward(
+    q: Array, k: Array, v: Array, layout: Layout, scale: float | None, cap: float | None
+) -> tuple[Array, Saved]:
+    """`layers.attention_forward` in which query head h reads key-value head h mod K."""
+    order = _tiled(q.shape[2], k.shape[2])
+    context, saved = attention_forward(q[:, :, order], k, v, layout, scale, cap)
+    out = np.empty_like(context)
+    out[:, :, order] = context
+    return out, (order, saved)
+
+
+def tiled_backward(d_context: Array, saved: Saved) -> tuple[Array, Array, Array]:
+    """Undo `tiled_forward`."""
+    order, inner = saved
+    d_grouped, d_k, d_v = attention_backward(d_context[:, :, order], inner)
+    d_q = np.empty_like(d_grouped)
+    d_q[:, :, order] = d_grouped
+    return d_q, d_k, d_v
+
+
+def outside_forward(x: Array, gain: Array, eps: float) -> tuple[Array, Saved]:
+    """y = gain · x / (√mean(x²) + eps)."""
+    root = np.sqrt((x * x).mean(axis=-1, keepdims=True))
+    r = 1 / (root + max(eps, NO_EPS))
+    return x * r * gain, (x * r, r, root, gain)
+
+
+def outside_backward(d_y: Array, saved: Saved) -> tuple[Array, Array]:
+    """Undo `outside_forward`."""
+    x_hat, r, root, gain = saved
+    # forward:  x_hat = x r;  r = 1/(root + eps), so that ∂r/∂x_j = −r² x_j / (D root)
+    d_hat = d_y * gain
+    over = np.maximum(r * root, NO_EPS)
+    d_x = r * (d_hat - x_hat * (d_hat * x_hat).mean(axis=-1, keepdims=True) / over)
+    return d_x, (d_y * x_hat).reshape(-1, gain.shape[0]).sum(axis=0)
+
+
+def rounded(x: Array, dtype: str) -> Array:
+    """x as `dtype` holds it, in its own dtype."""
+    if dtype == "bfloat16":
+        return from_bfloat16(to_bfloat16(x)).astype(x.dtype)
+    with np.errstate(over="ignore"):
+        return x.astype(dtype).astype(x.dtype)
+
+
+# ------------------------------------------------------------------ the changes
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One change of the arithmetic.
+
+    Fields: fault; where, the levels at which it can occur with a model and a corpus, () for never;
+    make, the changed Network.
+    """
+
+    fault: str
+    where: Callable[[ModelConfig, Positions], Sequence[float]]
+    make: Callable[[Network, float], Network]
+
+
+def _if(test: Callable[[ModelConfig, Positions], Any]) -> Callable[..., Sequence[float]]:
+    return lambda config, at: (0.0,) if test(config, at) else ()
+
+
+def _is(**changes: Any) -> Callable[[Network, float], Network]:
+    """Fields of the Network."""
+    return lambda net, _level: replace(net, **changes)
+
+
+def _config(net: Network, **changes: Any) -> Network:
+    return replace(net, config=replace(net.config, **changes))
+
+
+def _has(**changes: Any) -> Callable[[Network, float], Network]:
+    """Fields of the configuration."""
+    return lambda net, _level: _config(net, **changes)
+
+
+def _of_ops(**changes: Any) -> Callable[[Network, float], Network]:
+    return lambda net, _level: replace(net, ops=replace(net.ops, **changes))
+
+
+def _stored(dtype: str) -> Callable[[Network, float], Network]:
+    def make(net: Network, _level: float) -> Network:
+        short = {name: rounded(array, dtype) for name, array in net.parameters.items()}
+        return replace(net, parameters=short)
+
+    return make
+
+
+def _packed(at: Positions) -> bool:
+    inside = at.real_BT[:, 1:] & (at.segment_BT[:, 1:] != at.segment_BT[:, :-1])
+    return bool(inside.any())
+
+
+def _padded(at: Positions) -> bool:
+    return not at.real_BT.all()
+
+
+def _bases(*values: float) -> Callable[[ModelConfig, Positions], Sequence[float]]:
+    """Rotary bases; with two entries that turn the base has no effect, its frequency is 1."""
+
+    def where(config: ModelConfig, _at: Positions) -> Sequence[float]:
+        turns = config.rope_theta is not None and (config.rope_width or config.head_width) > 2
+        return tuple(v for v in values if v != config.rope_theta) if turns else ()
+
+    return where
+
+
+def _eps(config: ModelConfig, _at: Positions) -> Sequence[float]:
+    return tuple(eps for eps in (1e-5, 1e-6, 1e-8, 0.0) if eps != config.norm_eps)
+
+
+def _turned_off(field: str, off: Any) -> Change:
+    """A field that the other program does not know."""
+    return Change("B54", _if(lambda config, _: getattr(config, field) != off), _has(**{field: off}))
+
+
+def _activation(name: Activation) -> Change:
+    return Change("B54", _if(lambda config, _: config.activation is not name),
+                  _has(activation=name))  # fmt: skip
+
+
+def _residual(name: Residual) -> Change:
+    return Change("B54", _if(lambda config, _: config.residual is not name), _has(residual=name))
+
+
+CHANGES: Final[Mapping[str, Change]] = MappingProxyType(
+    {
+        "no causal mask": Change(
+            "B50", _if(lambda config, at: config.causal and at.real_BT.shape[1] > 1),
+            _has(causal=False, windows=()),
+        ),
+        "documents see each other": Change(
+            "B50", _if(lambda _, at: _packed(at)), _is(documents=False)
+        ),
+        "packed as one document": Change(
+            "B50", _if(lambda _, at: _packed(at)), _is(documents=False, restart=False)
+        ),
+        "no windows": Change("B50", _if(lambda config, _: config.windows), _has(windows=())),
+        "padding attended": Change(
+            "B50", _if(lambda config, at: not config.causal and _padded(at)), _is(pads="all")
+        ),
+        "padding attended on the left": Change(
+            "B50", _if(lambda config, at: config.causal and _padded(at) and not _packed(at)),
+            _is(left=True),
+        ),
+        "rotary pairs interleaved": Change(
+            "B51", _if(lambda config, _: (config.rope_width or config.head_width) > 2
+                       and config.rope_theta is not None), _of_ops(rotate=rotate_interleaved),
+        ),
+        "rotary base": Change(
+            "B51", _bases(1e2, 1e3, 1e4, 1e5, 5e5, 1e6),
+            lambda net, theta: _config(net, rope_theta=theta),
+        ),
+        "rotary base times": Change(
+            "B51", _bases(0.1, 0.5, 2.0, 10.0),
+            lambda net, by: _config(net, rope_theta=max(1.0, (net.config.rope_theta or 1) * by)),
+        ),
+        "no rotary scaling": Change(
+            "B51", _if(lambda config, _: config.rope_scaling is not None), _has(rope_scaling=None)
+        ),
+        "no rotary positions": Change(
+            "B51", _if(lambda config, _: config.rope_theta is not None),
+            _has(rope_theta=None, rope_width=None, rope_scaling=None),
+        ),
+        "all of a head is rotary": Change(
+            "B51", _if(lambda config, _: config.rope_width not in (None, config.head_width)
+                       and config.head_width % 2 == 0), _has(rope_width=None),
+        ),
+        "positions shifted": Change(
+            "B51", lambda config, at: tuple(
+                float(n) for n in (1, 2) if not at.images
+                and 0 < at.real_BT.shape[1] <= config.learned_positions - n
+            ),
+            lambda net, by: replace(net, shift=int(by)),
+        ),
+        "grouped heads tiled": Change(
+            "B52", _if(lambda config, _: 1 < config.kv_heads < config.heads),
+            _of_ops(attention_forward=tiled_forward, attention_backward=tiled_backward),
+        ),
+        "eps outside the root": Change(
+            "B53", _if(lambda config, _: config.norm_eps > 0),
+            _of_ops(rms_norm_forward=outside_forward, rms_norm_backward=outside_backward),
+        ),
+        "eps": Change(
+            "B53", _eps, lambda net, eps: _config(net, norm_eps=max(eps, NO_EPS))
+        ),
+        "gain and gain − 1": Change(
+            "B53", _if(lambda config, _: config.norm_gain),
+            lambda net, _: _config(net, norm_offset=not net.config.norm_offset),
+        ),
+        "LayerNorm and RMSNorm": Change(
+            "B53", _if(lambda config, _: config.width > 1),
+            lambda net, _: _config(
+                net, norm=Norm.RMS if net.config.norm is Norm.LAYER else Norm.LAYER
+            ),
+        ),
+        **{f"activation {name}": _activation(name) for name in Activation},
+        **{f"residual {name}": _residual(name) for name in Residual},
+        "no score scale": Change(
+            "B54", _if(lambda config, _: config.score_scale != 1 and config.head_width > 1),
+            _has(score_scale=1.0),
+        ),
+        "usual score scale": _turned_off("score_scale", None),
+        "no QK-norm": _turned_off("qk_norm", QKNorm.NONE),
+        "no soft-cap of scores": _turned_off("score_cap", None),
+        "no soft-cap of logits": _turned_off("logit_cap", None),
+        "no soft-cap in the backward": Change(
+            "B26", _if(lambda config, _: config.logit_cap is not None), _is(bent=False)
+        ),
+        "no clip of q, k and v": _turned_off("qkv_clip", None),
+        "no embedding scale": _turned_off("embed_scale", 1.0),
+        "weights as bfloat16": Change("B57", _if(lambda *_: True), _stored("bfloat16")),
+        "weights as float16": Change("B57", _if(lambda *_: True), _stored("float16")),
+    }
+)  # fmt: skip
+"""The changes by name."""
+
+
+def occurring(config: ModelConfig, at: Positions) -> list[Level]:
+    """The changes, with their levels, that can occur with a model and a corpus."""
+    found, own = [], config.parameter_shapes()
+    for name, change in CHANGES.items():
+        for level in change.where(config, at):
+            try:
+                asked = change.make(Network(config, {}), level).config.parameter_shapes()
+            except RefcurvError:  # a configuration that cannot be
+                continue
+            if asked.items() <= own.items():
+                found.append((name, level))
+    return found
+
+
+def changed(
+    config: ModelConfig, parameters: Parameters, changes: Iterable[Level], pads: str = "blind"
+) -> Network:
+    """The network of a model after some changes."""
+    net = Network(config, parameters, pads=pads)
+    for name, level in changes:
+        net = CHANGES[name].make(net, level)
+    return net

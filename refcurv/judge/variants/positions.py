@@ -1,0 +1,197 @@
+"""The kinds of positions of a corpus, and which rows and labels another program may take there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from types import MappingProxyType
+from typing import Final
+
+import numpy as np
+
+from refcurv.law.checks import Array
+from refcurv.law.conventions import NO_LABEL, Rows
+from refcurv.model.config import ModelConfig
+from refcurv.model.corpus import Corpus, require_tokens
+from refcurv.model.images import patches
+from refcurv.model.rows import kept, reached
+from refcurv.model.transformer import Inputs
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Positions:
+    """Some sequences or images of a corpus, and what stands at each of their positions.
+
+    Fields: index_B, their rows in the corpus; inputs, tokens (B, T) or patches; label_BT, (B, 1) of
+    images; keep_BT, the reference's rows; real_BT; segment_BT; reached_BT, the real positions from
+    which a label is reached; pad_id, the token of all padding where it is a real token too,
+    else NO_LABEL.
+    """
+
+    index_B: Array
+    inputs: Inputs
+    label_BT: Array
+    keep_BT: Array
+    real_BT: Array
+    segment_BT: Array
+    reached_BT: Array
+    pad_id: int = NO_LABEL
+
+    def of(self, at: slice | Array) -> Positions:
+        """Some of its sequences."""
+        arrays = {f.name: getattr(self, f.name)[at] for f in fields(self) if f.name != "pad_id"}
+        return Positions(**arrays, pad_id=self.pad_id)
+
+    @property
+    def images(self) -> bool:
+        """Are these images?"""
+        return self.inputs.ndim == 3
+
+    @property
+    def kinds(self) -> dict[str, Array]:
+        """Kinds of positions by name, each (B, T) bool; a position may be of several.
+
+        `pads`; `last`, real but behind every label; `prompts`, without a label but before one;
+        `first`, of a document; `eos`, a real token that is also the padding's (B25).
+        """
+        first_BT = np.ones(self.real_BT.shape, dtype=bool)
+        first_BT[:, 1:] = self.segment_BT[:, 1:] != self.segment_BT[:, :-1]
+        first_BT[:, 1:] |= ~self.real_BT[:, :-1]
+        none = np.zeros(self.real_BT.shape, dtype=bool)
+        eos = none if self.images else self.real_BT & (self.inputs == self.pad_id)
+        prompts = none if self.images else self.reached_BT & (self.label_BT < 0)
+        return {
+            "pads": ~self.real_BT,
+            "last": self.real_BT & ~self.reached_BT,
+            "prompts": prompts,
+            "first": first_BT & self.real_BT,
+            "eos": eos,
+        }
+
+    def rolled(self) -> Positions:
+        """The same sequences with their padding on the left."""
+        T = self.real_BT.shape[1]
+        from_BT = (np.arange(T) + self.real_BT.sum(axis=1, keepdims=True)) % T
+        turned = {
+            f.name: np.take_along_axis(getattr(self, f.name), from_BT, axis=1)
+            for f in fields(self)
+            if f.name not in ("index_B", "pad_id")
+        }
+        return Positions(self.index_B, **turned, pad_id=self.pad_id)
+
+
+def positions(corpus: Corpus, config: ModelConfig, rows: Rows) -> Positions:
+    """All of a corpus that fits the model."""
+    label_BT = corpus.label
+    index_B = np.arange(len(label_BT))
+    if corpus.images is not None:
+        keep_BT = kept(config, rows, label_BT)
+        reached_BT = kept(config, Rows.ALL, label_BT)
+        real_BT = np.ones(keep_BT.shape, dtype=bool)
+        inputs, segment_BT = patches(config, corpus.images), np.zeros(keep_BT.shape, np.int64)
+        return Positions(index_B, inputs, label_BT, keep_BT, real_BT, segment_BT, reached_BT)
+    real_BT, segment_BT = corpus.real, corpus.segment
+    token_BT = require_tokens("validate", corpus).astype(np.int64)
+    keep_BT = kept(config, rows, label_BT, real_BT, segment_BT)
+    reached_BT = reached(label_BT, real_BT, segment_BT, config.causal)
+    pads = np.unique(token_BT[~real_BT])
+    shared = len(pads) == 1 and bool((token_BT[real_BT] == pads[0]).any())
+    pad_id = int(pads[0]) if shared else NO_LABEL
+    return Positions(index_B, token_BT, label_BT, keep_BT, real_BT, segment_BT, reached_BT, pad_id)
+
+
+# ------------------------------------------------------------------ rows
+
+ROWS: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "with last": "B27",  # real positions behind every label are rows
+        "without last": "B27",
+        "without the last column": "B27",  # the last column, not the last of a document
+        "with prompts": "B20",
+        "without prompts": "B20",
+        "with pads": "B28",  # every position is a row
+        "with pads, without the last column": "B28",
+        "without first": "B49",
+        "first twice": "B49",
+        "without eos": "B25",
+    }
+)
+"""Another program's rows, beside the reference's, and the fault that each is."""
+
+
+def weights(rows: str, at: Positions) -> Array:
+    """How often each position is a row, (B, T) float64."""
+    keep, kind = at.keep_BT, at.kinds
+    before_last = np.arange(keep.shape[1]) < keep.shape[1] - 1
+    chosen = {
+        "reference": keep,
+        "with last": keep | kind["last"],
+        "without last": keep & ~kind["last"],
+        "without the last column": at.real_BT & before_last,
+        "with prompts": keep | kind["prompts"],
+        "without prompts": keep & ~kind["prompts"],
+        "with pads": np.ones_like(keep),
+        "with pads, without the last column": np.broadcast_to(before_last, keep.shape),
+        "without first": keep & ~kind["first"],
+        "first twice": keep + (keep & kind["first"]).astype(np.int64),
+        "without eos": keep & ~kind["eos"],
+    }
+    return np.asarray(chosen[rows].astype(np.float64))
+
+
+# ------------------------------------------------------------------ labels
+
+WHERE: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "pads": "B19",
+        "prompts": "B19",
+        "last": "B19",
+        "everywhere": "B19",
+        "ignored pads": "B24",
+        "ignored prompts": "B24",
+        "ignored everywhere": "B24",
+        "without eos": "B25",
+    }
+)
+"""Where another program has labels, beside the reference's, and the fault that each is.
+
+In `ignored ...` they are the next token of the row, whatever it is; in the others they are drawn.
+"""
+
+
+def supervised(where: str, at: Positions) -> Array:
+    """The positions that have a label, (B, T) bool; (B, 1) of images."""
+    has, kind = at.label_BT >= 0, at.kinds
+    if at.images or where == "labelled":
+        return has
+    which = where.removeprefix("ignored ")
+    if which == "without eos":
+        return np.asarray(has & (at.label_BT != at.pad_id))
+    if which == "everywhere":
+        return np.ones_like(has)
+    return np.asarray(has | kind[which])
+
+
+def gold(kind: str, where: str, at: Positions) -> Array:
+    """The labels of a corpus as another program reads them, NO_LABEL where there is none.
+
+    kind: `empirical`; `double shift`, the label of the next position; `no shift`, the own token.
+    """
+    label_BT = at.label_BT
+    if at.images:
+        return label_BT
+    if where != "labelled":
+        next_BT = np.full_like(label_BT, NO_LABEL)
+        next_BT[:, :-1] = at.inputs[:, 1:]
+        if not where.startswith("ignored"):  # a corpus has labels within a document alone
+            next_BT[:, :-1][at.segment_BT[:, 1:] != at.segment_BT[:, :-1]] = NO_LABEL
+        label_BT = np.where(label_BT >= 0, label_BT, next_BT)
+        label_BT = np.where(supervised(where, at), label_BT, NO_LABEL)
+    if kind == "no shift":
+        return np.asarray(np.where(label_BT >= 0, at.inputs, NO_LABEL))
+    if kind == "double shift":
+        later_BT = np.full_like(label_BT, NO_LABEL)
+        same = at.segment_BT[:, 1:] == at.segment_BT[:, :-1]
+        later_BT[:, :-1] = np.where(same & (label_BT[:, :-1] >= 0), label_BT[:, 1:], NO_LABEL)
+        return later_BT
+    return label_BT

@@ -1,0 +1,311 @@
+"""What another program may have done otherwise: one record, and which of it can have occurred."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from types import MappingProxyType
+from typing import Any, Final
+
+from refcurv.judge.case import Case
+from refcurv.judge.variants.networks import CHANGES, Level, occurring
+from refcurv.judge.variants.positions import ROWS, WHERE, Positions, positions, supervised, weights
+from refcurv.law.conventions import Fisher
+from refcurv.model.config import ModelConfig, NormPlace
+
+LABELS: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "sampled": "B15",
+        "expected": "B15",
+        "empirical": "B15",
+        "argmax": "B16",
+        "one uniform": "B17",
+        "joint": "B18",
+        "tempered": "B21",
+        "nucleus": "B21",
+        "double shift": "B22",
+        "no shift": "B23",
+    }
+)
+"""Other labels than the reference's, and the fault that each is (`labels.sent`)."""
+
+COUNTS: Final[Mapping[str, str]] = MappingProxyType(
+    {"reference": "B29", "sequences": "B4", "labels": "B4", "positions": "B4"}
+)
+"""What n may count in the place of the rows that were added."""
+
+POOLING: Final[Mapping[str, str]] = MappingProxyType(
+    {"sum": "B36", "mean": "B36", "batch": "B44", "batch and rows": "B44", "centred": "B45"}
+)
+"""What may be done to rows before they are squared, or to the mean of the squares.
+
+sum, mean: over the rows of a sequence. batch: the mean over the sequences of a batch, position by
+position. batch and rows: the mean over all rows of a batch. centred: mean meanᵀ is subtracted.
+"""
+
+INPUTS: Final = (
+    "norm's input",
+    "attention's input",
+    "context",
+    "attention's output",
+    "attention's update",
+    "stream between",
+    "mlp's input",
+    "gate's output",
+    "up's output",
+    "activation",
+    "hidden",
+    "mlp's output",
+    "mlp's update",
+    "stream behind",
+    "mlp's output before",
+)
+"""Tensors of the layer's block that may stand in the place of its input (B34)."""
+
+OUTPUTS: Final = ("input", "shared input", "activation", "update")
+"""Gradients that may stand in the place of the layer's output's (B35).
+
+input: of its own input, g W. shared input: of what it and its neighbours read. activation: behind
+the activation. update: behind the norm that follows the layer.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What another program did otherwise. Every default is "as the reference".
+
+    Fields:
+        labels: one of LABELS. amount: the temperature, or the mass of the nucleus.
+        smoothing: ε of label smoothing. where: at which positions labels are (`positions.WHERE`).
+        rows_A, rows_G: which positions are rows (`positions.ROWS`). count: one of COUNTS.
+        pooling_A, pooling_G: of POOLING. batch: sequences of a batch, 0 for all; for B44.
+        tensor_A, tensor_G: of INPUTS and OUTPUTS.
+        network: changes of the arithmetic (`networks.CHANGES`), each with its level.
+        pads: what a position of padding sees (`networks.Network`): no fault by itself.
+        mean: where labels are drawn, is the mean over all draws taken: no fault, but the way to
+            compare with labels that nobody knows.
+    """
+
+    labels: str = "reference"
+    amount: float = 0.0
+    smoothing: float = 0.0
+    where: str = "labelled"
+    rows_A: str = "reference"
+    rows_G: str = "reference"
+    count: str = "rows"
+    pooling_A: str = "none"
+    pooling_G: str = "none"
+    batch: int = 0
+    tensor_A: str = "input"
+    tensor_G: str = "output"
+    network: tuple[Level, ...] = ()
+    pads: str = "blind"
+    mean: bool = False
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """The ids of what differs, in the order of the fields."""
+        rows = {} if self.count == "reference" else ROWS
+        found = [
+            LABELS.get(self.labels),
+            "B26" if self.smoothing else None,
+            WHERE.get(self.where),
+            rows.get(self.rows_A),
+            rows.get(self.rows_G),
+            COUNTS.get(self.count),
+            POOLING.get(self.pooling_A),
+            POOLING.get(self.pooling_G),
+            "B34" if self.tensor_A != "input" else None,
+            "B35" if self.tensor_G != "output" else None,
+            *(CHANGES[name].fault for name, _ in self.network),
+        ]
+        return tuple(dict.fromkeys(fault for fault in found if fault))
+
+    @property
+    def sides(self) -> frozenset[str]:
+        """Which of "A" and "G" can differ from the reference's."""
+        changed = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
+        A = changed & {"rows_A", "count", "pooling_A", "tensor_A", "network"}
+        G = changed - {"rows_A", "pooling_A", "tensor_A", "pads", "mean"}
+        return frozenset(side for side, some in (("A", A), ("G", G)) if some)
+
+    @property
+    def words(self) -> str:
+        """What differs, in words: "labels tempered (0.7), rows of A with last"."""
+        level = {name: f" ({size:g})" if size else "" for name, size in self.network}
+        said = {
+            "labels": f"labels {self.labels}" + (f" ({self.amount:g})" if self.amount else ""),
+            "smoothing": f"labels smoothed by {self.smoothing:g}",
+            "where": f"labels at {self.where}",
+            "rows_A": f"rows of A {self.rows_A}",
+            "rows_G": f"rows of G {self.rows_G}",
+            "count": f"n counts {self.count}",
+            "pooling_A": f"A by {self.pooling_A}",
+            "pooling_G": f"G by {self.pooling_G}" + (f" of {self.batch}" if self.batch else ""),
+            "tensor_A": f"a is {self.tensor_A}",
+            "tensor_G": f"g is that of {self.tensor_G}",
+            "network": ", ".join(name + size for name, size in level.items()),
+            "pads": f"padding sees {self.pads}",
+        }
+        own = {f.name: f.default for f in fields(self)}
+        return ", ".join(text for name, text in said.items() if getattr(self, name) != own[name])
+
+    @property
+    def run(self) -> Setting:
+        """The part that decides a and g at every position; the rest only adds them up otherwise."""
+        names = ("labels", "amount", "smoothing", "where", "network", "pads", "mean")
+        return Setting(**{name: getattr(self, name) for name in names})
+
+
+REFERENCE: Final = Setting()
+
+
+def combined(one: Setting, two: Setting) -> Setting | None:
+    """Both at once; None if they say different things of one field.
+
+    Two changes of the arithmetic go together unless they are the same one.
+    """
+    merged: dict[str, Any] = {}
+    for name in (f.name for f in fields(Setting)):
+        mine, other, none = (getattr(s, name) for s in (one, two, REFERENCE))
+        if name == "network":
+            if {level[0] for level in mine} & {level[0] for level in other}:
+                return None
+            merged[name] = mine + other
+        elif none not in (mine, other):
+            # what is no fault by itself may agree
+            if mine != other or name not in ("mean", "pads", "amount", "batch"):
+                return None
+            merged[name] = mine
+        else:
+            merged[name] = other if mine == none else mine
+    pooled = {merged["pooling_A"], merged["pooling_G"]} & {"sum", "mean"}
+    return None if pooled and merged["count"] != "rows" else Setting(**merged)
+
+
+# ------------------------------------------------------------------ what can have occurred
+
+
+def settings(case: Case) -> list[Setting]:
+    """All single deviations that can occur with the model and the corpus of a case.
+
+    Empty without them. A deviation that needs two fields (pads as rows, and what pads then see)
+    counts as one.
+
+    Proof: tests/test_judge_variants.py::test_every_deviation_differs
+    """
+    if case.model is None or case.corpus is None:
+        return []
+    config = case.model.config
+    at = positions(case.corpus, config, case.reference.rows)
+    found = [*_labels(case.reference.fisher, at), *_where(case.reference.fisher, at)]
+    found += [*_rows(at), *_counts(at), *_pooling(case.reference.fisher, at), *_tensors(config)]
+    found += [Setting(network=(level,)) for level in occurring(config, at)]
+    return list(dict.fromkeys(found))
+
+
+def _labels(fisher: Fisher, at: Positions) -> Iterator[Setting]:
+    drawn = fisher is not Fisher.EMPIRICAL
+    yield from (Setting(labels=name) for name in (
+        ("empirical",) if drawn else ("expected", "sampled")
+    ))  # fmt: skip
+    yield Setting(labels="argmax")
+    yield Setting(smoothing=0.1)
+    if at.images:
+        return
+    labels_B = (at.label_BT >= 0).sum(axis=1)
+    if labels_B.max(initial=0) > 1:
+        yield Setting(labels="joint")
+        if drawn:
+            yield Setting(labels="one uniform")
+    if drawn:
+        yield from (Setting(labels="tempered", amount=t) for t in (0.5, 0.7, 0.8, 1.5, 2.0))
+        yield from (Setting(labels="nucleus", amount=p) for p in (0.9, 0.95, 0.8))
+    if at.inputs.shape[1] > 1:
+        yield from (Setting(labels=name) for name in ("double shift", "no shift"))
+
+
+def _where(fisher: Fisher, at: Positions) -> Iterator[Setting]:
+    """Labels at positions that have none: drawn there, or the next token whatever it is."""
+    if at.images:
+        return
+    drawn = fisher is not Fisher.EMPIRICAL
+    kinds = at.kinds
+    names = [name for name in ("pads", "prompts", "last") if kinds[name].any()]
+    padded = "pads" in names
+    if not drawn:
+        names = [f"ignored {name}" for name in names if name != "last"]
+    if len(names) > 1:
+        names.append("everywhere" if drawn else "ignored everywhere")
+    for name in names:
+        at_pads = padded and name.endswith(("pads", "everywhere"))
+        for pads in ("real", "all") if at_pads else ("blind",):
+            yield Setting(where=name, pads=pads)
+    if kinds["eos"].any():
+        yield Setting(where="without eos")
+        yield Setting(where="without eos", rows_A="without eos", rows_G="without eos")
+
+
+def _rows(at: Positions) -> Iterator[Setting]:
+    before = [weights("reference", at)]
+    for name in ROWS:
+        theirs = weights(name, at)
+        if not theirs.any() or any((theirs == one).all() for one in before):
+            continue
+        before.append(theirs)
+        seen = ("real", "all") if name.startswith("with pads") else ("blind",)
+        for pads in seen:
+            yield Setting(rows_A=name, rows_G=name, pads=pads)
+            yield Setting(rows_A=name, pads=pads)
+            if pads == seen[0]:
+                yield Setting(rows_G=name, pads=pads)
+            if len(seen) > 1:
+                yield Setting(rows_A=name, count="reference", pads=pads)
+
+
+def _counts(at: Positions) -> Iterator[Setting]:
+    n = at.keep_BT.sum()
+    other = {
+        "sequences": at.keep_BT.any(axis=1).sum(),
+        "labels": supervised("labelled", at).sum(),
+        "positions": at.real_BT.size,
+    }
+    yield from (Setting(count=name) for name, size in other.items() if size not in (0, n))
+
+
+def _pooling(fisher: Fisher, at: Positions) -> Iterator[Setting]:
+    yield Setting(pooling_A="centred")
+    if fisher in (Fisher.SAMPLED, Fisher.EMPIRICAL):  # the others' mean is 0
+        yield Setting(pooling_G="centred")
+    if at.keep_BT.sum(axis=1).max(initial=0) > 1:
+        for A in ("mean", "sum"):
+            yield Setting(pooling_A=A)
+            yield Setting(pooling_G=A)
+            yield from (Setting(pooling_A=A, pooling_G=G) for G in ("mean", "sum"))
+        yield Setting(pooling_G="batch and rows", batch=1)
+    N = len(at.index_B)
+    for size in dict.fromkeys(s if s < N else 0 for s in (2, 4, 8, N)):
+        if N > 1:
+            yield Setting(pooling_G="batch", batch=size)
+            yield Setting(pooling_G="batch and rows", batch=size)
+
+
+def _tensors(config: ModelConfig) -> Iterator[Setting]:
+    lacks = set()
+    if not config.gated:
+        lacks |= {"gate's output", "activation"}  # its `hidden` is the activation
+    if config.norm_place is NormPlace.PRE:
+        lacks |= {"attention's update", "mlp's update"}
+    if config.norm_place is NormPlace.POST:
+        lacks |= {"norm's input"}
+    if config.layers == 1:
+        lacks |= {"mlp's output before"}
+    yield from (Setting(tensor_A=name) for name in INPUTS if name not in lacks)
+    for name in OUTPUTS:
+        if name != "update" or config.norm_place is not NormPlace.PRE:
+            yield Setting(tensor_G=name)
+
+
+def averaged(setting: Setting) -> Setting:
+    """The same, with the mean over all labels that the model could draw."""
+    return replace(setting, mean=True)

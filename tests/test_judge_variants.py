@@ -1,0 +1,696 @@
+"""The settings of another program, recomputed: beside `collect`, loops, and what theory says."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+
+import budgets
+import numpy as np
+import oracles
+import pytest
+import test_images
+from strategies import Case, assert_within, case
+from test_factors import corpus_of, gappy, model_of
+
+import refcurv as rc
+from refcurv.judge import case as judged
+from refcurv.judge.arithmetic import Arithmetic
+from refcurv.judge.dump import Dump
+from refcurv.judge.variants import (
+    REFERENCE,
+    Moments,
+    Setting,
+    averaged,
+    combined,
+    moments,
+    parts,
+    settings,
+)
+from refcurv.law.checks import Array
+from refcurv.law.conventions import Fisher
+
+BUDGET = 40 * budgets.path(2, 64, np.float64)
+
+
+def beside(one: Case, fisher: str = "expected", layers: str = "**", **choices: object):
+    """A case of the judge that has no dump."""
+    model, corpus = model_of(one), corpus_of(one)
+    reference = rc.collect(model, corpus, layers, fisher, **choices)
+    return judged.Case(Dump("memory", {}, {}), reference, {}, Arithmetic(), model, corpus)
+
+
+def under(here: judged.Case, setting: Setting, **options: int) -> dict[str, Moments]:
+    """The moments of one setting."""
+    ((_, found),) = moments(here, [setting], list(here.reference), **options)
+    return found
+
+
+def gap(one: Moments, two: Moments) -> float:
+    """The larger of the two relative distances."""
+    return max(
+        np.linalg.norm(x - y) / max(np.linalg.norm(y), 1e-12)
+        for x, y in ((one.A, two.A), (one.G, two.G))
+    )
+
+
+@pytest.mark.parametrize("rows", ["reached", "labelled", "all"])
+@pytest.mark.parametrize("fisher", list(Fisher))
+def test_the_reference_itself(fisher: Fisher, rows: str) -> None:
+    draws = 2 if fisher in ("sampled", "signed") else 1
+    here = beside(gappy(), fisher, rows=rows, seed=5, draws=draws)
+    found = under(here, REFERENCE)
+    assert list(found) == list(here.reference)
+    for name, one in found.items():
+        ours = here.reference[name]
+        assert (one.n_A, one.n_G, one.share) == (ours.n_A, ours.n_G, 1.0)
+        assert_within(one.A, ours.A, BUDGET, np.trace(ours.A), f"A of {name}")
+        assert_within(one.G, ours.G, BUDGET, np.trace(ours.G), f"G of {name}")
+
+
+def test_every_deviation_differs() -> None:
+    """On a model and a corpus where it can; but where nothing flows, no setting is offered."""
+    for one in (gappy(), packed()):
+        here = beside(one)
+        found = dict(moments(here, [REFERENCE, *settings(here)], list(here.reference)))
+        true = found.pop(REFERENCE)
+        for setting, layers in found.items():
+            assert setting.faults
+            worst = max(gap(layer, true[name]) for name, layer in layers.items())
+            assert worst > 1e-7, setting
+
+
+def packed() -> Case:
+    """Two documents in each sequence, windows, partly rotary heads, soft-caps."""
+    one = case(
+        batch=3, head_width=4, rope_width=4, score_cap=1.5, logit_cap=2.0, qkv_clip=0.8,
+        windows=(1, 0), norm_place="both", embed_scale=2.0, learned_positions=9,
+    )  # fmt: skip
+    segment = np.repeat([[0, 0, 0, 1, 1, 1]], 3, axis=0)
+    label = np.where(segment == np.roll(segment, -1, axis=1), np.roll(one.token, -1, axis=1), -1)
+    return replace(one, segment=segment, label=label)
+
+
+def test_parts_add_up() -> None:
+    here = beside(gappy(), rows="reached")
+    found = parts(here, list(here.reference))
+    assert found.exact and found.share == 1
+    for name, part in found.layers.items():
+        for side, at, sums in (("A", part.at_A, "sum_A"), ("G", part.at_G, "sum_G")):
+            whole = found.whole(name, side, ["ordinary", "first", "prompts"]).sum(axis=0)
+            ours = getattr(here.reference[name], sums)
+            assert_within(whole, ours[np.ix_(at, at)], BUDGET, np.trace(ours), f"{side} of {name}")
+
+
+# ------------------------------------------------------------------ beside loops
+
+
+LAYER = "blocks.0.attn.v"
+"""Its gradients come from later positions too, through two blocks of attention."""
+
+
+@pytest.fixture(scope="module")
+def small() -> tuple[Case, list[oracles.Rows], list[Array]]:
+    """Two sequences, all rows of LAYER in longdouble, and the probabilities."""
+    one = tiny()
+    P = one.astype(np.longdouble)
+    rows = [oracles.rows(one.config, P, LAYER, token) for token in one.token]
+    p = [np.exp(-oracles.nats(one.config, P, token)) for token in one.token]
+    return one, rows, p
+
+
+def tiny(**changes: object) -> Case:
+    fields = dict(vocabulary=3, width=4, heads=2, kv_heads=2, mlp_width=4, length=4)
+    one = case(3, **(fields | changes))
+    label = one.label.copy()
+    label[-1, 1:2] = -1  # a position in a prompt
+    return replace(one, label=label)
+
+
+def looped(
+    small: tuple, worlds: Callable[[Array, Array, Array], list[oracles.World]], keep: Array
+) -> tuple[Array, int]:
+    """Σ weight · g gᵀ by `worlds` (p, labels, tokens of a sequence), and the rows."""
+    one, rows, p = small
+    total, n = 0, 0
+    for b in range(len(rows)):
+        some = worlds(p[b], one.label[b], one.token[b])
+        _, S_G, count = oracles.factor_sums(rows[b], some, keep[b])
+        total, n = total + S_G, n + count
+    return total, n
+
+
+def every_labelling(q_TV: Array, at: list[int]) -> list[tuple[float, dict[int, int]]]:
+    """Each way to label these positions, and its probability."""
+    ways = itertools.product(range(q_TV.shape[1]), repeat=len(at))
+    return [
+        (
+            np.prod([q_TV[t, v] for t, v in zip(at, way, strict=True)]),
+            dict(zip(at, way, strict=True)),
+        )
+        for way in ways
+    ]
+
+
+def labelled(label: Array) -> list[int]:
+    return [t for t, v in enumerate(label) if v >= 0]
+
+
+def one_way(labels: dict[int, int]) -> list[oracles.World]:
+    return [(1, {(t, v): 1 for t, v in labels.items()})]
+
+
+def joint_columns(p: Array, label: Array, _: Array) -> list[oracles.World]:
+    return [(1, {(t, v): np.sqrt(p[t, v]) for t in labelled(label)}) for v in range(p.shape[1])]
+
+
+def one_uniform(p: Array, label: Array, _: Array) -> list[oracles.World]:
+    """u lies in the interval of every label at once: a product of intervals."""
+    c, at = np.cumsum(p, axis=1), labelled(label)
+    out = []
+    for way in itertools.product(range(p.shape[1]), repeat=len(at)):
+        pairs = list(zip(at, way, strict=True))
+        low = max(c[t, v] - p[t, v] for t, v in pairs)
+        high = min(c[t, v] for t, v in pairs)
+        out.append((max(high - low, 0), {pair: 1 for pair in pairs}))
+    return out
+
+
+def tempered(p: Array, label: Array, _: Array) -> list[oracles.World]:
+    q = p**2 / (p**2).sum(axis=1, keepdims=True)  # temperature 1/2
+    ways = every_labelling(q, labelled(label))
+    return [(weight, {(t, v): 1 for t, v in way.items()}) for weight, way in ways]
+
+
+def nucleus(p: Array, label: Array, _: Array) -> list[oracles.World]:
+    q = p.copy()
+    for t in range(len(p)):
+        order = sorted(range(len(p[t])), key=lambda v: -p[t, v])
+        for rank, v in enumerate(order):
+            if sum(p[t, w] for w in order[:rank]) >= 0.8:
+                q[t, v] = 0
+    ways = every_labelling(q / q.sum(axis=1, keepdims=True), labelled(label))
+    return [(weight, {(t, v): 1 for t, v in way.items()}) for weight, way in ways]
+
+
+def smoothed(p: Array, label: Array, _: Array) -> list[oracles.World]:
+    out = []
+    V = p.shape[1]
+    for weight, way in every_labelling(p, labelled(label)):
+        back = {(t, v): 0.1 / V + 0.9 * (v == y) for t, y in way.items() for v in range(V)}
+        out.append((weight, back))
+    return out
+
+
+def argmax(p: Array, label: Array, _: Array) -> list[oracles.World]:
+    return one_way({t: int(np.argmax(p[t])) for t in labelled(label)})
+
+
+def double_shift(_: Array, label: Array, __: Array) -> list[oracles.World]:
+    at = [t for t in labelled(label) if t + 1 < len(label) and label[t + 1] >= 0]
+    return one_way({t: int(label[t + 1]) for t in at})
+
+
+def no_shift(_: Array, label: Array, token: Array) -> list[oracles.World]:
+    return one_way({t: int(token[t]) for t in labelled(label)})
+
+
+def at_last(p: Array, label: Array, _: Array) -> list[oracles.World]:
+    at = [*labelled(label), len(label) - 1]
+    return [(p[t, v], {(t, v): 1}) for t in at for v in range(p.shape[1])]
+
+
+def at_prompts(p: Array, label: Array, _: Array) -> list[oracles.World]:
+    return [(p[t, v], {(t, v): 1}) for t in range(len(label) - 1) for v in range(p.shape[1])]
+
+
+def gold_at_prompts(_: Array, label: Array, token: Array) -> list[oracles.World]:
+    return one_way({t: int(token[t + 1]) for t in range(len(label) - 1)})
+
+
+@pytest.mark.parametrize(
+    ("setting", "worlds"),
+    [
+        (Setting(labels="argmax"), argmax),
+        (Setting(labels="joint"), joint_columns),
+        (Setting(labels="one uniform"), one_uniform),
+        (Setting(labels="tempered", amount=0.5), tempered),
+        (Setting(labels="nucleus", amount=0.8), nucleus),
+        (Setting(smoothing=0.1), smoothed),
+        (Setting(labels="double shift"), double_shift),
+        (Setting(labels="no shift"), no_shift),
+        (Setting(where="last"), at_last),
+        (Setting(where="prompts"), at_prompts),
+        (Setting(labels="empirical", where="ignored prompts"), gold_at_prompts),
+    ],
+    ids=lambda x: getattr(x, "words", ""),
+)
+def test_other_labels_are_the_loops(small: tuple, setting: Setting, worlds: Callable) -> None:
+    """G against those labels, every drawn labelling enumerated with its probability."""
+    one = small[0]
+    keep = oracles.reached(one.label, one.real, one.segment)
+    S_G, n = looped(small, worlds, keep)
+    found = under(beside(one, layers=LAYER), setting)[LAYER]
+    assert found.n_G == n
+    assert_within(found.G, S_G / n, LOOPS, np.trace(S_G) / n, setting.words)
+    assert_within(found.A, under(beside(one, layers=LAYER), REFERENCE)[LAYER].A, 1e-12, 1, "A")
+
+
+LOOPS = 1e-10
+"""Relative to tr G.  Chosen: the oracle's central differences in longdouble are good to 2e-11."""
+
+
+def test_an_estimated_mean_is_near_the_mean() -> None:
+    """Eight draws of signs, or of u, or of one sign for all positions, over sixty sequences."""
+    here = beside(case(2, batch=60), layers="blocks.0.*.{v,down}")
+    for setting in (
+        REFERENCE,
+        Setting(labels="one uniform"),
+        Setting(labels="joint"),
+        Setting(labels="tempered", amount=0.5),
+    ):
+        exact, rough = under(here, setting), under(here, setting, most=0)
+        for name, one in exact.items():
+            assert one.exact and not rough[name].exact
+            error = float(np.linalg.norm(one.G - rough[name].G) / np.linalg.norm(one.G))
+            assert 0 < error < 0.5, (setting.words, name, error)
+            assert one.n_G == rough[name].n_G
+
+
+# ------------------------------------------------------------------ other arithmetic
+
+
+def interleaved(x: Array, position: int, theta: float, width: int = 0, scaling=None) -> Array:
+    out = x.copy()
+    for j in range(len(x) // 2):
+        c, s = (f(position * theta ** (-2 * j / len(x))) for f in (np.cos, np.sin))
+        u, v = x[2 * j], x[2 * j + 1]
+        out[2 * j], out[2 * j + 1] = u * c - v * s, u * s + v * c
+    return out
+
+
+def tiled(attention: Callable) -> Callable:
+    def every(q, k, v, visible, scale=None, cap=None):
+        H = q.shape[1]
+        many = [np.stack([x[:, h % x.shape[1]] for h in range(H)], axis=1) for x in (k, v)]
+        return attention(q, *many, visible, scale, cap)
+
+    return every
+
+
+def outside(x: Array, gain: Array, eps: float) -> Array:
+    return gain * x / (np.sqrt((x @ x) / len(x)) + eps)
+
+
+def sees_documents(config, i, segment, t, s) -> bool:
+    return s <= t
+
+
+ARITHMETIC = {
+    "rotary pairs interleaved": (dict(head_width=4), {}, {"rotate": interleaved}),
+    "grouped heads tiled": (dict(kv_heads=2), {}, {"attention": tiled(oracles.attention)}),
+    "eps outside the root": (dict(norm_eps=0.1), {}, {"norm": outside}),
+    "documents see each other": ({}, {}, {"sees": sees_documents}),
+    "no causal mask": ({}, {"causal": False}, {}),
+    "rotary base": (dict(head_width=4), {"rope_theta": 1e4}, {}),
+    "eps": ({}, {"norm_eps": 1e-8}, {}),
+    "gain and gain − 1": ({}, {"norm_offset": True}, {}),
+    "LayerNorm and RMSNorm": ({}, {"norm": "layer"}, {}),
+    "activation gelu": ({}, {"activation": "gelu"}, {}),
+    "no score scale": ({}, {"score_scale": 1.0}, {}),
+    "no QK-norm": ({}, {"qk_norm": "none"}, {}),
+    "no soft-cap of scores": (dict(score_cap=0.5), {"score_cap": None}, {}),
+    "no soft-cap of logits": (dict(logit_cap=0.5), {"logit_cap": None}, {}),
+    "residual parallel": ({}, {"residual": "parallel"}, {}),
+}
+"""name → (the model, what the oracle's configuration has instead, what its functions are)."""
+
+
+TOP = "blocks.1.mlp.down"
+"""Its input has been through all of both blocks."""
+
+
+@pytest.mark.parametrize("name", ARITHMETIC)
+def test_other_arithmetic_is_the_loops(name: str, monkeypatch) -> None:
+    """A behind it all, beside the oracle with the same change; G too where functions differ."""
+    fields, changed, functions = ARITHMETIC[name]
+    one = tiny(**(dict(heads=4, batch=1, length=6) | fields))
+    segment = np.array([[0, 0, 0, 1, 1, 1]])
+    one = replace(one, segment=segment, label=np.array([[1, 2, -1, -1, 0, -1]]))
+    here = beside(one, layers=f"{LAYER},{TOP}")
+    level = changed.get("rope_theta", changed.get("norm_eps", 0.0))
+    setting = Setting(network=((name, level),))
+    assert setting in settings(here)
+    found, true = under(here, setting), under(here, REFERENCE)
+    for function, other in functions.items():
+        monkeypatch.setattr(oracles, function, other)
+    config, P = replace(one.config, **changed), one.astype(np.longdouble)
+    record: dict[oracles.Place, Array] = {}
+    z = oracles.logits(config, P, one.token[0], segment[0], None, record)
+    keep = oracles.reached(one.label, one.real, one.segment)[0]
+    a = np.array([record[TOP, t] for t in np.flatnonzero(keep)])
+    A = a.T @ a / len(a)
+    assert_within(found[TOP].A, A, LOOPS, np.trace(A), f"A under {name}")
+    assert gap(found[LAYER], true[LAYER]) > 1e-8
+    if functions:
+        rows = oracles.rows(config, P, LAYER, one.token[0], segment[0])
+        p = np.exp(z) / np.exp(z).sum(axis=1, keepdims=True)
+        worlds = oracles.worlds(p, one.label[0], "expected")
+        _, S_G, n = oracles.factor_sums(rows, worlds, keep)
+        assert_within(found[LAYER].G, S_G / n, LOOPS, np.trace(S_G) / n, f"G under {name}")
+
+
+# ------------------------------------------------------------------ rows, sums and tensors
+
+
+def flowed(one: Case, layer: str, kind: str = "empirical") -> tuple[list[Array], list[Array]]:
+    """a (T, I) and g (T, O) of each sequence, padding too where it is real in `one`."""
+    P = one.astype(np.longdouble)
+    a, g = [], []
+    for b in range(len(one.token)):
+        rows = oracles.rows(one.config, P, layer, one.token[b], one.segment[b])
+        (world,) = oracles.worlds(
+            np.exp(-oracles.nats(one.config, P, one.token[b])), one.label[b], kind
+        )
+        a.append(rows.a_SI)
+        g.append(oracles.carried(rows.g_TVSO, world[1]))
+    return a, g
+
+
+def square(rows: list[Array]) -> Array:
+    return sum(np.outer(x, x) for x in rows)
+
+
+@pytest.fixture(scope="module")
+def three() -> tuple[judged.Case, list[Array], list[Array], Array]:
+    """Three sequences, gold labels: a case, a and g by the oracle, and the rows."""
+    one = tiny(batch=3)
+    a, g = flowed(one, LAYER)
+    keep = oracles.reached(one.label, one.real, one.segment)
+    return beside(one, "empirical", LAYER), a, g, keep
+
+
+def test_other_rows_are_the_loops(three: tuple) -> None:
+    here, a, g, keep = three
+    label = here.corpus.label
+    first = np.arange(keep.shape[1]) == 0
+    times = {
+        "with last": np.ones_like(keep),
+        "without prompts": keep & (label >= 0),
+        "without first": keep & ~first,
+        "first twice": keep + (keep & first).astype(int),
+    }
+    for name, many in times.items():
+        found = under(here, Setting(rows_A=name, rows_G=name))[LAYER]
+        for x, X, n in ((a, found.A, found.n_A), (g, found.G, found.n_G)):
+            places = [bt for bt in np.ndindex(keep.shape) for _ in range(int(many[bt]))]
+            want = square([x[b][t] for b, t in places])
+            assert n == many.sum()
+            assert_within(X, want / n, LOOPS, np.trace(want) / n, name)
+        alone = under(here, Setting(rows_A=name))[LAYER]
+        assert (alone.A == found.A).all() and gap(alone, under(here, REFERENCE)[LAYER]) > 0
+    n = under(here, Setting(rows_A="with last", count="reference"))[LAYER].n_A
+    assert n == keep.sum()
+    for name, n in (("sequences", 3), ("labels", (label >= 0).sum()), ("positions", keep.size)):
+        one = under(here, Setting(count=name))[LAYER]
+        assert (one.n_A, one.n_G) == (n, n)
+
+
+def test_other_sums_are_the_loops(three: tuple) -> None:
+    here, a, g, keep = three
+    inside = [[x[b][keep[b]] for b in range(3)] for x in (a, g)]
+    every = [np.concatenate(x) for x in inside]
+    n = len(every[0])
+
+    def batched(size: int, flat: bool) -> Array:
+        out = []
+        for begin in range(0, 3, size):
+            some = [g[b] * keep[b][:, None] for b in range(begin, min(begin + size, 3))]
+            if flat:
+                out.append(sum(x.sum(axis=0) for x in some) / keep[begin : begin + size].sum())
+            else:
+                out += [row for t, row in enumerate(sum(some) / len(some)) if keep[begin, t]]
+        return square(out) / len(out)
+
+    mean = [x.mean(axis=0) for x in every]
+    wanted = {
+        Setting(pooling_A="sum", pooling_G="sum"): [
+            square([x.sum(axis=0) for x in side]) / 3 for side in inside
+        ],
+        Setting(pooling_A="mean", pooling_G="mean"): [
+            square([x.mean(axis=0) for x in side]) / 3 for side in inside
+        ],
+        Setting(pooling_A="centred", pooling_G="centred"): [
+            square(x) / n - np.outer(m, m) for x, m in zip(every, mean, strict=True)
+        ],
+        **{
+            Setting(pooling_G=name, batch=size): [square(every[0]) / n, batched(size or 3, flat)]
+            for name, flat in (("batch", False), ("batch and rows", True))
+            for size in (1, 2, 0)
+        },
+    }
+    found = dict(moments(here, list(wanted), [LAYER]))
+    for setting, (A, G) in wanted.items():
+        one = found[setting][LAYER]
+        assert_within(one.A, A, LOOPS, np.trace(square(every[0])), f"A, {setting.words}")
+        assert_within(one.G, G, LOOPS, np.trace(square(every[1])), f"G, {setting.words}")
+
+
+def test_padding_that_sees_text_and_padding_that_is_text() -> None:
+    """Padding as if it were real is a corpus without padding; on the left, one that begins so."""
+    one = tiny(batch=2)
+    real = np.array([[1, 1, 1, 1], [1, 1, 0, 0]], bool)
+    padded = replace(one, real=real, label=np.where(np.roll(real, -1, 1) & real, one.label, -1))
+    padded.label[:, -1] = -1
+    here = beside(padded, "empirical", "**")
+    full = replace(one, label=padded.label)
+    want = rc.collect(model_of(full), corpus_of(full), "**", "empirical", rows="all")
+    all_rows = dict(rows_A="with pads", rows_G="with pads")
+    for name, found in under(here, Setting(**all_rows, pads="all")).items():
+        assert_within(found.A, want[name].A, BUDGET, np.trace(want[name].A), f"A of {name}")
+        scale = np.trace(want[name].G) + 1e-9  # saturated heads leave rounding alone
+        assert_within(found.G, want[name].G, BUDGET, scale, f"G of {name}")
+
+    token = one.token.copy()
+    token[1] = np.roll(token[1], 2)
+    label = padded.label.copy()
+    label[1] = np.roll(label[1], 2)
+    left = replace(one, token=token, label=label)
+    keep = np.array([[1, 1, 0, 0], [0, 0, 1, 0]], bool)
+    assert (keep.sum(axis=1) == oracles.reached(padded.label, real, one.segment).sum(axis=1)).any()
+    found = under(here, Setting(network=(("padding attended on the left", 0.0),)))[LAYER]
+    a, g = flowed(left, LAYER)
+    rows = oracles.reached(padded.label, real, one.segment)
+    rows[1] = np.roll(rows[1], 2)
+    A = square([a[b][t] for b, t in np.argwhere(rows)]) / rows.sum()
+    G = square([g[b][t] for b, t in np.argwhere(rows)]) / rows.sum()
+    assert_within(found.A, A, LOOPS, np.trace(A), "A")
+    assert_within(found.G, G, LOOPS, np.trace(G), "G")
+
+
+@pytest.mark.parametrize("place", ["pre", "post", "both"])
+def test_other_tensors_are_what_the_oracle_records(place: str) -> None:
+    one = tiny(norm_place=place, batch=1)
+    here, P = beside(one, "empirical"), one.astype(np.longdouble)
+    record: dict[oracles.Place, Array] = {}
+    oracles.logits(one.config, P, one.token[0], None, None, record)
+    keep = np.flatnonzero(oracles.reached(one.label, one.real, one.segment)[0])
+
+    def read(layer: str) -> Array:
+        return np.array([record[layer, t] for t in keep])
+
+    at = "blocks.1."
+    gate, up = (read(f"{at}mlp.up") @ P[f"{at}mlp.{k}.weight"].T for k in ("gate", "up"))
+    wanted = {
+        "attention's input": read(f"{at}attn.q"),
+        "context": read(f"{at}attn.o"),
+        "attention's output": read(f"{at}attn.o") @ P[f"{at}attn.o.weight"].T,
+        "mlp's input": read(f"{at}mlp.up"),
+        "gate's output": gate,
+        "up's output": up,
+        "activation": gate / (1 + np.exp(-gate)),
+        "hidden": read(f"{at}mlp.down"),
+        "mlp's output": read(f"{at}mlp.down") @ P[f"{at}mlp.down.weight"].T,
+        "mlp's output before": read("blocks.0.mlp.down") @ P["blocks.0.mlp.down.weight"].T,
+    }
+    if place == "post":  # nothing stands between the stream and what reads it
+        wanted |= {"stream between": read(f"{at}mlp.up")}
+    for name, x in wanted.items():
+        found = under(here, Setting(tensor_A=name))
+        for layer in (f"{at}attn.v", f"{at}mlp.down"):
+            if layer in found:
+                A = x.T @ x / len(keep)
+                assert_within(found[layer].A, A, LOOPS, np.trace(A), f"{name} for {layer}")
+    for short, name in (("attn", "attention's"), ("mlp", "mlp's")):
+        if place == "pre":
+            continue
+        gain = f"{at}{short}_{'norm' if place == 'post' else 'post_norm'}"
+        x = wanted[f"{name} output"]
+        x = np.array([oracles.norm(row, P[f"{gain}.weight"], one.config.norm_eps) for row in x])
+        found = under(here, Setting(tensor_A=f"{name} update"))[f"{at}attn.v"]
+        assert_within(found.A, x.T @ x / len(keep), LOOPS, np.trace(x.T @ x), f"{name} update")
+    if place != "post":
+        part = under(here, Setting(tensor_A="norm's input"))
+        assert part.keys() >= {f"{at}attn.q", f"{at}mlp.up"}
+
+
+@pytest.mark.parametrize("place", ["post", "both"])
+def test_behind_a_norm_g_is_the_gradient_of_its_bias(place: str) -> None:
+    """Of sequences of one position, which a bias does not sum over."""
+    one = tiny(norm_place=place, norm_bias=True, length=1)
+    one.label[:] = [[1], [2]]
+    here = beside(one, "empirical")
+    slopes = [
+        rc.loss_and_gradient(here.model, one.token[b : b + 1], one.label[b : b + 1])[1]
+        for b in range(2)
+    ]
+    found = under(here, Setting(tensor_G="update"))
+    for layer, part in (("attn.o", "attn"), ("mlp.down", "mlp")):
+        for block in ("blocks.0.", "blocks.1."):
+            name = f"{block}{part}_{'norm' if place == 'post' else 'post_norm'}.bias"
+            G = square([slope[name] for slope in slopes]) / 2
+            assert_within(found[block + layer].G, G, BUDGET, np.trace(G), f"{block}{layer}")
+
+
+def test_behind_the_activation_g_is_not_yet_multiplied_by_its_slope() -> None:
+    """Of one row, g of gate is d f'(gate); and g of down W_down is that of what down reads."""
+    one = tiny(batch=1, length=1)
+    one.label[:] = 1
+    here = beside(one, "empirical")
+    found, true = under(here, Setting(tensor_G="activation")), under(here, REFERENCE)
+    W, at = one.parameters, "blocks.0.mlp."
+    record: dict[oracles.Place, Array] = {}
+    oracles.logits(one.config, one.parameters, one.token[0], None, None, record)
+    gate = W[f"{at}gate.weight"] @ record[f"{at}gate", 0]
+    s = 1 / (1 + np.exp(-gate))
+    slope = s * (1 + gate * (1 - s))
+    G = true[f"{at}gate"].G / np.outer(slope, slope)
+    assert_within(found[f"{at}gate"].G, G, BUDGET, np.trace(G), "gate")
+    G = W[f"{at}down.weight"].T @ true[f"{at}down"].G @ W[f"{at}down.weight"]
+    assert_within(found[f"{at}up"].G, G, BUDGET, np.trace(G), "up")
+    inner = under(here, Setting(tensor_G="input"))[f"{at}down"].G
+    assert_within(inner, G, BUDGET, np.trace(G), "down's input")
+    weights = [(k, W[f"{at}{k}.weight"]) for k in ("gate", "up")]
+    gates = [w.T @ true[at + k].G @ w for k, w in weights]
+    both = under(here, Setting(tensor_G="shared input"))[f"{at}up"].G
+    assert np.trace(both) <= 2 * sum(map(np.trace, gates)), "the square of a sum of two"
+    assert gap(Moments(both, 1, both, 1), Moments(gates[1], 1, gates[1], 1)) > 1e-3
+
+
+# ------------------------------------------------------------------ what theory says
+
+
+def test_O13_joint_columns_agree_where_positions_do_not_mix() -> None:
+    here = beside(case(batch=3))
+    joint, true = under(here, Setting(labels="joint")), under(here, REFERENCE)
+    for name in ("blocks.1.attn.o", "blocks.1.mlp.down", "head"):
+        assert gap(joint[name], true[name]) < 1e-13, name
+    assert gap(joint["blocks.1.attn.v"], true["blocks.1.attn.v"]) > 0.01
+
+
+def test_O41_the_trace_of_the_head_tells_the_labels() -> None:
+    """Per row, 1 − Σp² of drawn labels, 1 − 2 p_max + Σp² of the likeliest, 1 − 2 p_y + Σp²."""
+    one = case(batch=3)
+    here = beside(one, layers="head")
+    z = rc.logits(here.model, one.token)
+    p = np.exp(z) / np.exp(z).sum(axis=-1, keepdims=True)
+    has = one.label >= 0
+    square_p, top = (p**2).sum(axis=-1)[has], p.max(axis=-1)[has]
+    own = np.take_along_axis(p, np.maximum(one.label, 0)[..., None], -1)[..., 0][has]
+    for labels, trace in (
+        ("reference", 1 - square_p),
+        ("argmax", 1 - 2 * top + square_p),
+        ("empirical", 1 - 2 * own + square_p),
+    ):
+        G = under(here, Setting(labels=labels))["head"].G
+        assert np.trace(G) == pytest.approx(trace.mean(), rel=1e-12)
+
+
+def test_the_mean_stands_for_labels_that_nobody_knows() -> None:
+    """Of a reference that is drawn, the mean over labels is the reference that is expected."""
+    one = gappy()
+    drawn, expected = beside(one, "sampled", seed=3), beside(one, "expected")
+    for setting in (REFERENCE, Setting(where="last"), Setting(labels="tempered", amount=0.7)):
+        got, want = under(drawn, averaged(setting)), under(expected, setting)
+        assert max(gap(got[name], want[name]) for name in want) < 1e-12
+    assert gap(under(drawn, REFERENCE)["head"], under(expected, REFERENCE)["head"]) > 1e-3
+
+
+# ------------------------------------------------------------------ the record
+
+
+def test_what_differs_is_named_and_combined() -> None:
+    two = combined(Setting(labels="empirical"), Setting(rows_A="with last"))
+    assert two is not None
+    assert (two.faults, two.sides) == (("B15", "B27"), {"A", "G"})
+    assert two.words == "labels empirical, rows of A with last"
+    assert combined(Setting(labels="empirical"), Setting(labels="argmax")) is None
+    assert combined(Setting(count="labels"), Setting(pooling_A="sum")) is None
+    some = [Setting(network=((name, 0.0),)) for name in ("no QK-norm", "grouped heads tiled")]
+    both = combined(*some)
+    assert both is not None and both.faults == ("B54", "B52")
+    assert combined(some[0], some[0]) is None
+    assert REFERENCE.faults == () and REFERENCE.sides == frozenset()
+    assert Setting(rows_A="with pads", count="reference").faults == ("B29",)
+    assert Setting(labels="argmax", mean=True).sides == {"G"}
+
+
+def test_a_pair_is_both_at_once(three: tuple) -> None:
+    here = three[0]
+    pair = combined(Setting(pooling_A="centred"), Setting(labels="argmax"))
+    assert pair is not None
+    both = under(here, pair)[LAYER]
+    assert (both.A == under(here, Setting(pooling_A="centred"))[LAYER].A).all()
+    assert (both.G == under(here, Setting(labels="argmax"))[LAYER].G).all()
+
+
+def test_what_cannot_occur_is_not_tried() -> None:
+    """No padding, no packing, no caps, no grouped heads: none of their faults."""
+    here = beside(case(kv_heads=4, batch=1))
+    offered = settings(here)
+    names = {name for s in offered for name, _ in s.network}
+    assert not names & {
+        "documents see each other", "padding attended on the left", "grouped heads tiled",
+        "no soft-cap of logits", "no windows", "no embedding scale",
+    }  # fmt: skip
+    assert not {"B19", "B25", "B28"} & {id for s in offered for id in s.faults if s.where != "last"}
+    without = judged.Case(here.dump, here.reference, {}, Arithmetic())
+    assert settings(without) == []
+    assert {"B25"} <= {id for s in settings(beside(shared_pad())) for id in s.faults}
+
+
+def shared_pad() -> Case:
+    """Padding by a token that the text has too."""
+    one = gappy()
+    token = one.token.copy()
+    token[~one.real] = token[0, 2]
+    return replace(one, token=token)
+
+
+def test_a_sample_says_so() -> None:
+    here = beside(case(batch=8), "empirical")
+    found = under(here, REFERENCE, limit=13)["head"]
+    assert (found.share, found.n_A) == (2 / 8, 10)
+    assert parts(here, ["head"], limit=13).sequences.tolist() == [0, 7]
+
+
+def test_images_too() -> None:
+    one, images = test_images.vit()
+    one.label[1] = -1
+    model, corpus = test_images.model_of(one), test_images.corpus_of(one, images)
+    for rows in ("all", "cls"):
+        layers = "**" if rows == "all" else "{head,blocks.**}"
+        reference = rc.collect(model, corpus, layers, "expected", rows=rows)
+        here = judged.Case(Dump("memory", {}, {}), reference, {}, Arithmetic(), model, corpus)
+        found = dict(moments(here, [REFERENCE, *settings(here)], list(reference)))
+        for name, moment in found[REFERENCE].items():
+            ours = reference[name]
+            assert (moment.n_A, moment.n_G) == (ours.n_A, ours.n_G)
+            assert_within(moment.A, ours.A, BUDGET, np.trace(ours.A), f"A of {name}")
+            assert_within(moment.G, ours.G, BUDGET, np.trace(ours.G) + 1e-9, f"G of {name}")
+        assert len(found) > 20
+        each = 1 if rows == "cls" else model.config.image.positions
+        assert (
+            parts(here, list(reference)).kept.tolist() == (each * (one.label[:, 0] >= 0)).tolist()
+        )
