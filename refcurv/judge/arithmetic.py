@@ -46,6 +46,13 @@ class Arithmetic:
     stored: str | None = None
 
     @property
+    def text(self) -> str:
+        """The declared dtypes in words."""
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        parts = [f"{name} {dtype}" for name, dtype in own.items() if dtype]
+        return ", ".join(parts) or "no dtype is declared"
+
+    @property
     def declared(self) -> bool:
         """Is the dtype of every part of A and G declared?"""
         return None not in (self.model, self.products, self.sums)

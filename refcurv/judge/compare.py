@@ -141,16 +141,17 @@ def _scales(bounds: Bounds, found: dict[str, Measured]) -> list[Comparison]:
     share, level = bounds.drawing, bounds.case.arithmetic.stored or "float64"
     if found["G"].form <= bounds.case.budget(layer, "float32"):
         share = Drawing(0.0, 0.0)  # then no label differs
-    # a scale is off by rounding only where the form is
-    exact = max(one.form for one in found.values()) <= bounds.case.budget(layer, level)
+    # the size of an error in scale tells a dtype only where the form tells the same
+    worst = max(one.form for one in found.values())
+    rounded = bounds.case.budget(layer, level) < worst <= bounds.case.budget(layer, "bfloat16")
     both = bounds.judged(
-        "tr A · tr G", abs(product - 1), cause, times=2, drawing=share.trace, inferred=not exact
+        "tr A · tr G", abs(product - 1), cause, times=2, drawing=share.trace, inferred=rounded
     )
     out = [both]
     for side, one in found.items():
         cause = f"theirs is ours times {one.ratio:.6g}"
         drawn = share.norm if side == "G" else 0.0
-        each = bounds.judged(side, one.whole, cause, drawing=drawn, inferred=not exact)
+        each = bounds.judged(side, one.whole, cause, drawing=drawn, inferred=rounded)
         if each.verdict == FAIL and both.verdict == PASS and one.form <= (each.budget or 0):
             cause += "; tr A · tr G agrees, so that K is the same"
             each = Comparison(layer, side, one.whole, each.budget, LEFT_OUT, "B8", cause)

@@ -121,7 +121,7 @@ def validate(
         dump.program,
         dump.recipe,
         dict(matched),
-        arithmetic=str(given),
+        arithmetic=given.text,
         accepted=tuple(accept),
         pictures=tuple(shown),
     )

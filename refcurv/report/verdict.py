@@ -111,7 +111,7 @@ def _how(verdict: Json) -> Iterator[str]:
     for text in verdict["recipe"]:
         yield textwrap.fill(printable(f"recipe: {text}"), WIDTH, subsequent_indent="  ")
     if verdict["arithmetic"]:
-        yield printable(f"judged as: {verdict['arithmetic']}")
+        yield printable(f"their arithmetic: {verdict['arithmetic']}")
     for one in verdict["findings"]:
         if not one["layer"] and one["verdict"] in FINE and one["cause"]:
             yield textwrap.fill(printable(f"{one['quantity']}: {one['cause']}"), WIDTH)
