@@ -31,6 +31,16 @@ OTHERS: Final = {
 }
 """Dtypes of masks and counters, in which no parameter is stored → bytes of an item."""
 
+NUMBERS: Final = {
+    "BOOL": "bool",
+    **{
+        f"{sign}{8 * n}": f"{kind}{8 * n}"
+        for sign, kind in (("I", "int"), ("U", "uint"))
+        for n in (1, 2, 4, 8)
+    },
+}
+"""Those of OTHERS that NumPy has: masks and counters of other programs' files can be read."""
+
 _MAX_HEADER: Final = 100_000_000  # the reference implementation's own bound
 _MAX_AXES: Final = 8
 
@@ -39,7 +49,7 @@ _MAX_AXES: Final = 8
 class Tensor:
     """One tensor of a checkpoint and where its bytes lie.
 
-    `stored` is one of DTYPES' values, or a key of OTHERS for a tensor that cannot be read.
+    `stored` is one of DTYPES' values, or a key of OTHERS for a tensor that is no parameter.
     """
 
     name: str
@@ -52,13 +62,19 @@ class Tensor:
 
 def raw_dtype(stored: str) -> np.dtype[Any]:
     """The dtype of the array that is read. NumPy has no bfloat16: its bits are read as uint16."""
-    return np.dtype("uint16" if stored == "bfloat16" else stored).newbyteorder("<")
+    kind = "uint16" if stored == "bfloat16" else NUMBERS.get(stored, stored)
+    return np.dtype(kind).newbyteorder("<")
 
 
-def read_header(path: Path) -> list[Tensor]:
+def read_header(path: Path, who: str = "convert") -> list[Tensor]:
     """The tensors of one file in the order of their bytes; SchemaError for any broken rule."""
-    where = f"convert: {str(path)!r}"
-    with machine_faults("convert", path), path.open("rb") as file:
+    return read_file(path, who)[0]
+
+
+def read_file(path: Path, who: str) -> tuple[list[Tensor], dict[str, Any]]:
+    """`read_header`, and the texts that the header holds besides."""
+    where = f"{who}: {str(path)!r}"
+    with machine_faults(who, path), path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         start = file.read(8)
         length = int.from_bytes(start, "little")
@@ -72,8 +88,8 @@ def read_header(path: Path) -> list[Tensor]:
             text = file.read(length).decode()
         except UnicodeDecodeError:
             raise SchemaError(f"{where}: the header is no UTF-8 text.") from None
-    header = parse_json("convert", f"the header of {str(path)!r}", text)
-    header.pop("__metadata__", None)
+    header = parse_json(who, f"the header of {str(path)!r}", text)
+    texts = header.pop("__metadata__", None)
     tensors = [_tensor(where, path, 8 + length, name, entry) for name, entry in header.items()]
     tensors.sort(key=lambda tensor: (tensor.begin, tensor.nbytes))
     end = 8 + length
@@ -85,7 +101,7 @@ def read_header(path: Path) -> list[Tensor]:
         raise SchemaError(
             f"{where} has {size} bytes, its header describes {end}. Download it again."
         )
-    return tensors
+    return tensors, texts if isinstance(texts, dict) else {}
 
 
 def _tensor(where: str, path: Path, start: int, name: str, entry: object) -> Tensor:
@@ -123,13 +139,13 @@ def _naturals(value: object) -> bool:
     return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
 
 
-def read_tensor(tensor: Tensor) -> Array:
+def read_tensor(tensor: Tensor, who: str = "convert") -> Array:
     """The stored numbers, or the bits of a bfloat16 as uint16."""
     array = np.empty(tensor.shape, dtype=raw_dtype(tensor.stored))
-    with machine_faults("convert", tensor.path), tensor.path.open("rb") as file:
+    with machine_faults(who, tensor.path), tensor.path.open("rb") as file:
         file.seek(tensor.begin)
         if file.readinto(array.reshape(-1).view(np.uint8).data) != tensor.nbytes:
-            raise SchemaError(f"convert: {str(tensor.path)!r} became shorter while it was read.")
+            raise SchemaError(f"{who}: {str(tensor.path)!r} became shorter while it was read.")
     return array
 
 

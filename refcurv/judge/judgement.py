@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -97,14 +97,15 @@ def validate(
     shapes = {name: (len(truth[name].sum_G), len(truth[name].sum_A)) for name in wanted}
     matched, notes = match(dump, shapes, names or {})
     if not matched:
+        why = f" {notes[0].layer}: {notes[0].cause}." if notes else ""
         raise EmptyError(
-            f"validate: no layer in common. Theirs: {_few(dump.layers)}; ours: {_few(wanted)}."
+            f"validate: no layer in common. Theirs: {_few(dump.layers)}; ours: {_few(wanted)}.{why}"
         )
     bases = load_bases(basis) if isinstance(basis, str | Path) else basis
     case = Case(dump, truth, matched, given, model, corpus, bases)
     case = replace(case, noise=_noise(case))
     findings = [said("", "dump", FAIL, text) for text in dump.problems]
-    findings += [*notes, *_absent(case, wanted)]
+    findings += [*notes, *_absent(case, wanted, {note.layer for note in notes})]
     measured: dict[str, dict[str, Measured]] = {}
     done = counter(progress, len(matched))
     with one_blas_thread():
@@ -186,9 +187,9 @@ def _few(names: Iterable[str], most: int = 4) -> str:
     return ", ".join(every[:most]) + more or "none"
 
 
-def _absent(case: Case, wanted: Sequence[str]) -> list[Comparison]:
-    """Layers of ours that theirs lacks, and of theirs that nothing of ours stands for."""
-    missing = [name for name in wanted if name not in case.matched]
+def _absent(case: Case, wanted: Sequence[str], told: Set[str]) -> list[Comparison]:
+    """Layers of ours that theirs lacks, but those `told`, and of theirs that ours has not."""
+    missing = [name for name in wanted if name not in case.matched and name not in told]
     extra = [name for name in case.dump.layers if name not in case.matched.values()]
     out = [said(name, "names", MISSING, "no layer of the dump stands for it") for name in missing]
     if extra:

@@ -12,10 +12,12 @@ A file is input like any other: everything that it declares is checked before an
     sink      the file object that HDF5 writes to
     opening   a file → its header, checked
     reading   a header → its arrays and attributes
+    foreign   the arrays of HDF5 that refcurv did not write
 """
 
 from refcurv.files.disk import file_sha256
 from refcurv.files.provenance import machine, provenance
+from refcurv.files.store.foreign import Outline, foreign_format, open_foreign, read_foreign
 from refcurv.files.store.layout import (
     BFLOAT16,
     FORMATS,
@@ -41,16 +43,20 @@ __all__ = [
     "Fact",
     "Header",
     "Info",
+    "Outline",
     "Scalar",
     "Source",
     "declared",
     "fact",
     "file_sha256",
+    "foreign_format",
     "inputs",
     "machine",
     "open_file",
+    "open_foreign",
     "provenance",
     "read",
+    "read_foreign",
     "require_entry",
     "sha256",
     "to_name",

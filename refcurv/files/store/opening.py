@@ -155,7 +155,7 @@ def _attributes(path: Path, what: str, node: Any) -> dict[str, Scalar]:
 def _entries(path: Path, file: Any) -> dict[str, Info]:
     """Every dataset below the root, in the order in which they lie in the file."""
     found: list[tuple[int, int, str, Info]] = []
-    for inner, dataset in _datasets(path, file):
+    for inner, dataset in datasets(path, file):
         info = info_of(path, inner, dataset)
         found.append((dataset.id.get_offset() or 0, info.nbytes, to_name(inner), info))
     found.sort(key=lambda item: item[:3])
@@ -172,7 +172,7 @@ def _entries(path: Path, file: Any) -> dict[str, Info]:
     return {name: info for _, _, name, info in found}
 
 
-def _datasets(path: Path, file: Any) -> Iterator[tuple[str, Any]]:
+def datasets(path: Path, file: Any, names: re.Pattern[str] = PART) -> Iterator[tuple[str, Any]]:
     """Every dataset of the tree. Only hard links are followed, and an object may be met once."""
     seen = {h5py.h5o.get_info(file.id).addr}
     waiting = [("", file)]
@@ -180,7 +180,7 @@ def _datasets(path: Path, file: Any) -> Iterator[tuple[str, Any]]:
         above, group = waiting.pop()
         for part in group:
             inner = f"{above}/{part}" if above else part
-            node = member(path, group, part, inner)
+            node = member(path, group, part, inner, names)
             address = h5py.h5o.get_info(node.id).addr
             if address in seen:
                 raise SchemaError(f"open: {str(path)!r}: two links lead to the object {inner!r}.")
@@ -195,11 +195,11 @@ def _datasets(path: Path, file: Any) -> Iterator[tuple[str, Any]]:
                 waiting.append((inner, node))
 
 
-def member(path: Path, group: Any, part: str, inner: str) -> Any:
+def member(path: Path, group: Any, part: str, inner: str, names: re.Pattern[str] = PART) -> Any:
     """The group or dataset behind one hard link; nothing else is followed."""
     where = f"open: {str(path)!r}: {inner!r}"
-    if not PART.fullmatch(part):
-        raise SchemaError(f"{where} is no plain name (A-Z a-z 0-9 _ + -, at most 100 of them).")
+    if not names.fullmatch(part):
+        raise SchemaError(f"{where} is no plain name ({names.pattern}).")
     link = group.get(part, getlink=True)
     if not isinstance(link, h5py.HardLink):
         kind = "an external" if isinstance(link, h5py.ExternalLink) else "a soft"

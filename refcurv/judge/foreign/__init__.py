@@ -1,33 +1,71 @@
-"""Other programs' files, read without running anything in them: `read_dump`, `match`."""
+"""Other programs' files, read without running anything in them: `read_dump`, `match`.
+
+kinds        what lies at a path
+stored       one array of a file
+arrays       named arrays of a file → a dump; npz reads those of NumPy
+kronfluence  its folders of factors
+bergson      its folders of shards
+memory       dumps in memory, and refcurv's own records
+names        their layer names and ours
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Final
 
+from refcurv.curvature.bases import Bases
+from refcurv.curvature.bases_file import load_bases
 from refcurv.curvature.factors import Factors
 from refcurv.curvature.factors_file import load_factors
-from refcurv.files import store
 from refcurv.judge.dump import Dump
+from refcurv.judge.foreign.arrays import read_hdf5, read_npz, read_tensors
+from refcurv.judge.foreign.bergson import read_bergson
 from refcurv.judge.foreign.edited import of_checkpoint, of_weights
-from refcurv.judge.foreign.memory import of_arrays, of_factors
+from refcurv.judge.foreign.kinds import kind_of
+from refcurv.judge.foreign.kronfluence import read_kronfluence
+from refcurv.judge.foreign.memory import of_arrays, of_bases, of_factors
 from refcurv.judge.foreign.names import match
-from refcurv.law.checks import SchemaError
+from refcurv.law.checks import ConventionError, SchemaError
 
 __all__ = ["match", "read_dump"]
 
+_READERS: Final[Mapping[str, Callable[[Path], Dump]]] = MappingProxyType(
+    {
+        "factors": lambda path: of_factors(load_factors(path)),
+        "basis": lambda path: of_bases(load_bases(path)),
+        "npz": read_npz,
+        "hdf5": read_hdf5,
+        "safetensors": read_tensors,
+        "kronfluence": read_kronfluence,
+        "bergson": read_bergson,
+        "weights": of_weights,
+        "checkpoint": of_checkpoint,
+    }
+)
+
 
 def read_dump(theirs: str | Path | Factors | Mapping[str, Any]) -> Dump:
-    """The dump in a file or folder, or in memory; by what it is, not by its name's ending."""
+    """The dump in a file or folder, or in memory; by what it is, not by its name's ending.
+
+    Proof: tests/test_foreign.py::test_what_is_no_dump_is_named
+    """
     if isinstance(theirs, Factors):
         return of_factors(theirs)
+    if isinstance(theirs, Bases):
+        return of_bases(theirs)
     if isinstance(theirs, Mapping):
         return of_arrays(theirs)
+    if not isinstance(theirs, str | os.PathLike):
+        raise ConventionError(
+            "validate: theirs must be a path, Factors, or {layer: (A, G, n)}; got "
+            f"{type(theirs).__name__}."
+        )
     path = Path(theirs)
-    if (path / "config.json").is_file():
-        return of_checkpoint(path)
-    if path.suffix == ".h5":
-        kind = store.open_file(path).format
-        return of_weights(path) if kind == "refcurv-weights" else of_factors(load_factors(path))
-    raise SchemaError(f"validate: {path} is no dump of a known format.")
+    kind = kind_of(path)
+    if kind not in _READERS:
+        raise SchemaError(f"validate: {str(path)!r} is a file of torch, which is not read yet.")
+    return _READERS[kind](path)

@@ -1,4 +1,4 @@
-"""Dumps in memory: {layer: (A, G, n)}, and refcurv's own Factors."""
+"""Dumps in memory: {layer: (A, G, n)}, {layer: {"A": A, ...}}, and refcurv's own records."""
 
 from __future__ import annotations
 
@@ -7,11 +7,22 @@ from typing import Any
 
 import numpy as np
 
+from refcurv.curvature.bases import Bases
 from refcurv.curvature.factors import Factors
 from refcurv.files.lazy import Lazy
 from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.dump import Dump, Theirs
-from refcurv.law.checks import as_array
+from refcurv.judge.foreign.arrays import AXES, COUNTS
+from refcurv.judge.foreign.stored import common, count
+from refcurv.law.checks import (
+    Array,
+    ConventionError,
+    DTypeError,
+    EmptyError,
+    as_array,
+    require_choice,
+    require_dtype,
+)
 
 
 def of_factors(factors: Factors) -> Dump:
@@ -30,25 +41,97 @@ def of_factors(factors: Factors) -> Dump:
     )
 
 
+def of_bases(bases: Bases) -> Dump:
+    """refcurv's own eigenbases, read layer by layer."""
+
+    def read(name: str) -> Theirs:
+        one = bases[name]
+        return Theirs(U_A=one.U_A, mu=one.mu, U_G=one.U_G, lam=one.lam)
+
+    return Dump(
+        program="refcurv",
+        layers=Lazy(list(bases), read),
+        holds=dict.fromkeys(bases, frozenset({"U_A", "mu", "U_G", "lam"})),
+        declared={"bias": str(bases.bias), "method": bases.method},
+        arithmetic=Arithmetic(solver="float64", stored="float64"),
+    )
+
+
 def of_arrays(layers: Mapping[str, Any]) -> Dump:
-    """{layer: (A, G, n)}: means over n rows; A or G may be None, and so may n."""
-    found, dtypes = {}, set()
-    for name, (A, G, n) in layers.items():
-        sides = {}
-        for side, X in (("A", A), ("G", G)):
-            if X is not None:
-                array = as_array("validate", f"{side} of {name!r}", X, "numbers")
-                dtypes.add(array.dtype.name)
-                sides[side] = array.astype(np.float64)
-        count = None if n is None else float(n)
-        found[str(name)] = Theirs(sides.get("A"), count, sides.get("G"), count)
-    stored = dtypes.pop() if len(dtypes) == 1 else None
+    """{layer: (A, G, n)}, means over n rows; or {layer: {"A": A, "G": G, "n": n, "U_A": ...}}.
+
+    Anything may be None. An array is whatever NumPy makes one of: a torch tensor, a list of lists.
+
+    Raises:
+        EmptyError: no layer. ConventionError: neither a triple nor a mapping, or unknown keys.
+        ShapeError, DTypeError: no array of real numbers.
+
+    Proof: tests/test_foreign.py::test_what_is_no_dump_in_memory_is_refused
+    """
+    if not layers:
+        raise EmptyError("validate: theirs is empty; give {layer: (A, G, n)}.")
+    problems: list[str] = []
+    found = {}
+    for name, given in layers.items():
+        if not isinstance(name, str):
+            raise ConventionError(f"validate: a layer's name must be a text; got {name!r:.60}.")
+        found[name] = _layer(name, _parts(name, given), problems)
+    stored = [one.stored[side] for one in found.values() for side in "AG" if side in one.stored]
     return Dump(
         program="memory",
         layers=found,
         holds={
-            name: frozenset(k for k in ("A", "G") if getattr(one, k) is not None)
+            name: frozenset(k for k in ("n_A", "n_G", *AXES) if getattr(one, k) is not None)
             for name, one in found.items()
         },
-        arithmetic=Arithmetic(stored=stored if stored in ("float16", "float32") else None),
+        arithmetic=Arithmetic(stored=common(stored)),
+        problems=tuple(problems),
     )
+
+
+def _parts(name: str, given: Any) -> Mapping[str, Any]:
+    """What is given of one layer, by what it is."""
+    if isinstance(given, Mapping):
+        for key in given:
+            require_choice("validate", f"what is given of {name!r:.100}", key, [*AXES, *COUNTS])
+        return given
+    if isinstance(given, tuple | list) and len(given) == 3:
+        return dict(zip(("A", "G", "n"), given, strict=True))
+    long = f" of {len(given)}" if isinstance(given, tuple | list) else ""
+    raise ConventionError(
+        f"validate: {name!r:.100} must be (A, G, n), or a mapping with the keys A, G, n; got "
+        f"{type(given).__name__}{long}."
+    )
+
+
+def _layer(name: str, parts: Mapping[str, Any], problems: list[str]) -> Theirs:
+    arrays: dict[str, Array] = {}
+    counts: dict[str, float | None] = {}
+    dtypes: dict[str, str] = {}
+    for key in COUNTS:
+        if parts.get(key) is not None:
+            number = count(f"{key} of {name!r:.100}", parts[key], problems)
+            counts |= dict.fromkeys(("n_A", "n_G") if key == "n" else (key,), number)
+    for key, axes in AXES.items():
+        if parts.get(key) is None:
+            continue
+        array = _array(f"{key} of {name!r:.100}", parts[key])
+        if array.ndim not in axes:
+            wanted = "a vector" if axes == (1,) else "a matrix"
+            problems.append(f"{key} of {name!r:.100} is {array.shape}; {wanted} is needed")
+            continue
+        dtypes[key] = array.dtype.name
+        arrays[key] = array.astype(bool if key == "mask" else np.float64)
+    given: dict[str, Any] = {**arrays, **counts}
+    return Theirs(**given, stored=dtypes)
+
+
+def _array(what: str, given: Any) -> Array:
+    """`given` as real numbers; DTypeError for texts, objects, complex or masked entries."""
+    if isinstance(given, np.ma.MaskedArray) and np.ma.is_masked(given):
+        raise DTypeError(f"validate: {what} has masked entries. Fill them: numpy.ma.filled.")
+    if "bfloat16" in str(getattr(given, "dtype", "")):
+        raise DTypeError(f"validate: {what} is bfloat16, which NumPy has not; give float32 of it.")
+    array = as_array("validate", what, given, "an array of numbers")
+    require_dtype("validate", what, array, "fiub", "real numbers")
+    return array
