@@ -7,6 +7,7 @@ import pytest
 from strategies import config, random_parameters
 
 import refcurv as rc
+from refcurv.cli import main
 from refcurv.judge.divergence import compare_traces, first_divergence
 from refcurv.judge.trace import load_tensors, save_trace, trace
 from refcurv.model.config import TABLES
@@ -133,3 +134,42 @@ def test_a_trace_file_holds_the_trace(setting, tmp_path):
     found = load_tensors(tmp_path / "t.h5")
     assert set(found) == set(made.tensors)
     assert all(np.array_equal(found[name], x) for name, x in made.tensors.items())
+
+
+def test_a_trace_of_theirs_is_judged_on_the_command_line(setting, tmp_path, capsys):
+    model, corpus = setting
+    rc.save(model, tmp_path / "w.h5")
+    rc.save_corpus(corpus, tmp_path / "c.h5")
+    files = ["--model", str(tmp_path / "w.h5"), "--corpus", str(tmp_path / "c.h5")]
+    made = str(tmp_path / "t.h5")
+    assert main(["trace", *files[1::2], "--sequences", "2", "-o", made]) == 0
+    judge = ["validate", "--trace", made, *files, "--sequences", "2"]
+    assert main(judge) == 0
+    assert "all tensors agree" in capsys.readouterr().out
+    wrong = {name.replace(".", "/"): x for name, x in load_tensors(made).items()}
+    wrong["blocks/1/mlp/up/a"] = wrong["blocks/1/mlp/up/a"] * 1.01
+    np.savez(tmp_path / "t.npz", **wrong)
+    judge[2] = str(tmp_path / "t.npz")
+    assert main(judge) == 1
+    said = capsys.readouterr().out
+    assert said.startswith("the two part at blocks.1.mlp.up.a: sequence 2, position 0")
+    assert main(["validate", made, "--reference", made]) == 2
+    assert main(["validate"]) == 2
+
+
+def test_their_labels_make_the_reference(setting, tmp_path):
+    """A collection with drawn labels is judged without drawing once its labels are known."""
+    model, corpus = setting
+    theirs = rc.collect(model, corpus, "blocks.*.mlp.*", "sampled", 7)
+    labels = trace(model, corpus, [0, 1, 2], "sampled", 7).tensors["labels"]
+    np.savez(tmp_path / "labels.npz", labels=labels)
+    in_memory = {name: (one.A, one.G, one.n_A) for name, one in theirs.items()}
+    for given in (labels, tmp_path / "labels.npz"):
+        verdict = rc.validate(
+            in_memory, model=model, corpus=corpus, labels=given, layers="blocks.*.mlp.*"
+        )
+        assert verdict.passed
+        assert max(f.error for f in verdict.findings if f.quantity == "G") < 1e-13
+    for wrong in (dict(labels=labels[:1]), dict(labels=labels, reference=theirs)):
+        with pytest.raises(rc.RefcurvError):
+            rc.validate(in_memory, model=model, corpus=corpus, **wrong)

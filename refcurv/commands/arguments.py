@@ -81,6 +81,7 @@ EXAMPLES = {
         "--declare fisher=empirical",
         "refcurv validate factors_mine/ --reference factors.h5 --model w.h5 --corpus corpus.h5 \\\n"
         "      --arithmetic model=bfloat16,products=float32,sums=float32",
+        "refcurv validate --trace theirs.npz --model w.h5 --corpus corpus.h5 --sequences 0",
         "refcurv validate theirs.npz --reference factors.h5 --name blocks.0.mlp.up=h.0.fc "
         "--accept float32",
     ],
@@ -170,7 +171,7 @@ def files(args: argparse.Namespace) -> tuple[dict[str, str], dict[str, str]]:
 
 _READ = (
     "weights", "corpus", "factors", "basis", "file", "baseline", "tokenizer", "reference", "model",
-    "theirs",
+    "theirs", "trace", "labels",
 )  # fmt: skip
 
 
@@ -331,7 +332,9 @@ def _trace(sub: argparse.ArgumentParser) -> None:
 
 def _validate(sub: argparse.ArgumentParser) -> None:
     text = "their factors, bases or edits: a file or a folder of a known format"
-    sub.add_argument("theirs", metavar="THEIRS", help=text)
+    sub.add_argument("theirs", metavar="THEIRS", nargs="?", help=text)
+    text = "arrays of a pass of theirs (see refcurv trace), instead of THEIRS: where do two part?"
+    sub.add_argument("--trace", metavar="FILE", help=text)
     text = "factors file (.h5); without one they are collected from --model and --corpus"
     sub.add_argument("--reference", metavar="FACTORS", help=text)
     text = "weights file (.h5), with --corpus: causes that must be computed are tried too"
@@ -349,6 +352,10 @@ def _validate(sub: argparse.ArgumentParser) -> None:
     text = "a dtype whose errors pass though nobody declared it; repeatable"
     sub.add_argument("--accept", action="append", default=[], metavar="DTYPE", help=text)
     sub.add_argument("--html", metavar="PATH", help="also write a page with maps and spectra")
+    text = "rows of the corpus that the trace is of (default: 0)"
+    sub.add_argument("--sequences", type=int, nargs="+", default=[0], metavar="N", help=text)
+    text = "a file with an array `labels` (N, T), those that theirs drew: the reference takes them"
+    sub.add_argument("--labels", metavar="FILE", help=text)
     _json(sub)
 
 

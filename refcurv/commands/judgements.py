@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from refcurv.commands.arguments import pairs
@@ -10,7 +11,7 @@ from refcurv.commands.output import write_json
 from refcurv.terminal import progress_bar
 
 if TYPE_CHECKING:
-    from refcurv import Evaluation
+    from refcurv import Corpus, Evaluation, Model
 
 
 PICTURES = 3
@@ -79,18 +80,26 @@ def trace(args: argparse.Namespace) -> None:
 def validate(args: argparse.Namespace) -> bool:
     """Judge another program's factors, and name what is wrong; exit status 1 if something is."""
     import refcurv as rc
+    from refcurv.law.checks import ConventionError
     from refcurv.report.plots.drawing import require_matplotlib
     from refcurv.report.verdict import format_verdict
     from refcurv.report.verdict_page import write_verdict_page
 
+    if (args.theirs is None) == (args.trace is None):
+        raise ConventionError("validate: give THEIRS, or a pass of theirs with --trace.")
+    model = rc.load(args.model) if args.model else None
+    corpus = rc.load_corpus(args.corpus) if args.corpus else None
+    if args.trace:
+        return _parted(args, model, corpus)
     if args.html:
         require_matplotlib()
     found = rc.validate(
         args.theirs,
         args.reference,
-        model=rc.load(args.model) if args.model else None,
-        corpus=rc.load_corpus(args.corpus) if args.corpus else None,
+        model=model,
+        corpus=corpus,
         basis=args.basis,
+        labels=args.labels,
         names=pairs("--name", args.name),
         arithmetic=args.arithmetic,
         accept=args.accept,
@@ -104,3 +113,21 @@ def validate(args: argparse.Namespace) -> bool:
     if args.html:
         write_verdict_page(found.to_json(), args.html)
     return found.passed
+
+
+def _parted(args: argparse.Namespace, model: Model | None, corpus: Corpus | None) -> bool:
+    """Their pass beside ours: every tensor in order, and the first that differs."""
+    import refcurv as rc
+    from refcurv.judge.foreign import read_arrays
+    from refcurv.law.checks import ConventionError
+    from refcurv.report.divergence import format_divergences
+
+    if model is None or corpus is None:
+        raise ConventionError("validate: --trace needs --model and --corpus.")
+    theirs, at = read_arrays(args.trace), args.sequences
+    dtype = args.arithmetic or "float64"
+    found = rc.first_divergence(theirs, model, corpus, at, dtype=dtype)
+    table = {"agrees": all(one.agrees for one in found), "tensors": [asdict(o) for o in found]}
+    print(format_divergences(table))
+    write_json(args.json, table)
+    return bool(table["agrees"])

@@ -110,17 +110,20 @@ def first_divergence(
     """
     at = list(sequences)
     if "labels" in theirs:
-        corpus, fisher = _with_labels(corpus, at, theirs["labels"]), "empirical"
+        corpus, fisher = with_labels(corpus, at, theirs["labels"]), "empirical"
     return compare_traces(theirs, trace(model, corpus, at, fisher, seed, estimate=True), dtype)
 
 
-def _with_labels(corpus: Corpus, at: list[int], given: Any) -> Corpus:
-    """The corpus with other labels in some sequences; of one sequence (T,) is enough."""
+def with_labels(corpus: Corpus, at: list[int] | slice, given: Any) -> Corpus:
+    """The corpus with other labels in some sequences; without populations.
+
+    Args: given, integers, (B, T) or as many in another shape; a negative one means none.
+    """
     label_NT = corpus.label.copy()
     shape = label_NT[at].shape
     if np.size(given) == math.prod(shape):
         given = np.reshape(given, shape)
-    label_NT[at] = as_integers("trace", "labels", given, shape, "(B, T)")
+    label_NT[at] = as_integers("validate", "labels", given, shape, "(sequences, positions)")
     labels = label_NT if corpus.images is None else label_NT[:, 0]
     return replace(corpus, labels=labels, populations={})
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from refcurv.algebra.blas import one_blas_thread
 from refcurv.curvature.bases import Bases
@@ -20,12 +21,19 @@ from refcurv.judge.bases import compare_bases
 from refcurv.judge.case import Case
 from refcurv.judge.compare import Bounds, Measured, compare_moments, drawing, one_draw, said
 from refcurv.judge.diagnose import diagnose
+from refcurv.judge.divergence import with_labels
 from refcurv.judge.edits import basis_of, compare_mask, compare_weight
-from refcurv.judge.foreign import match, read_dump
+from refcurv.judge.foreign import match, read_arrays, read_dump
 from refcurv.judge.pictures import Picture
 from refcurv.judge.pictures import pictures as draw
 from refcurv.judge.verdict import FAIL, LEFT_OUT, MISSING, Comparison, Verdict
-from refcurv.law.checks import ConventionError, EmptyError, require_choice, require_range
+from refcurv.law.checks import (
+    ConventionError,
+    EmptyError,
+    SchemaError,
+    require_choice,
+    require_range,
+)
 from refcurv.model.corpus import Corpus
 from refcurv.model.patterns import expand
 from refcurv.model.weights import Model
@@ -42,6 +50,7 @@ def validate(
     model: Model | None = None,
     corpus: Corpus | None = None,
     basis: str | Path | Bases | None = None,
+    labels: str | Path | ArrayLike | None = None,
     names: Mapping[str, str] | None = None,
     arithmetic: str = "",
     accept: Sequence[str] = (),
@@ -67,6 +76,8 @@ def validate(
         model: in float64, for hypotheses that must be recomputed: other labels, rows or tensors.
         corpus: what the reference was collected from.
         basis: of the reference, for theirs that hold eigenvectors, masks or edited weights.
+        labels: (N, T) integers, or a file that holds an array `labels`: what theirs drew. The
+            reference is then collected with these, and no drawing lies between the two.
         names: our layer → their name, where names do not match by themselves.
         arithmetic: their dtypes, "float32" or "model=bfloat16,products=float32,sums=float32".
         accept: dtypes of which "equal as" counts as a pass.
@@ -92,6 +103,9 @@ def validate(
     given = parse("validate", arithmetic).or_else(dump.arithmetic)
     for dtype in accept:
         require_choice("validate", "accept", dtype, ROUNDOFF)
+    if labels is not None:
+        corpus = _labelled(reference, model, corpus, labels)
+        dump = replace(dump, declared={**dump.declared, "fisher": "empirical"})
     truth = _reference(reference, model, corpus, dump.declared, layers)
     wanted = _wanted(truth, layers)
     shapes = {name: (len(truth[name].sum_G), len(truth[name].sum_A)) for name in wanted}
@@ -174,6 +188,23 @@ def _reference(
         raise ConventionError("validate: give a reference, or both a model and a corpus.")
     fisher, rows = declared.get("fisher", "sampled"), declared.get("rows", "reached")
     return collect(model, corpus, layers or "**", fisher, rows=rows)
+
+
+def _labelled(
+    reference: object, model: Model | None, corpus: Corpus | None, labels: str | Path | ArrayLike
+) -> Corpus:
+    """The corpus with their labels; the reference must be collected with these."""
+    if reference is not None or model is None or corpus is None:
+        raise ConventionError(
+            "validate: labels need a model and a corpus, and no reference: it is collected anew."
+        )
+    given: Any = labels
+    if isinstance(labels, str | Path):
+        arrays = read_arrays(labels)
+        if "labels" not in arrays:
+            raise SchemaError(f"validate: {str(labels)!r} holds no array `labels`.")
+        given = arrays["labels"]
+    return with_labels(corpus, slice(None), given)
 
 
 def _wanted(truth: Factors, layers: str | None) -> list[str]:

@@ -22,16 +22,16 @@ from refcurv.curvature.bases_file import load_bases
 from refcurv.curvature.factors import Factors
 from refcurv.curvature.factors_file import load_factors
 from refcurv.judge.dump import Dump
-from refcurv.judge.foreign.arrays import read_hdf5, read_npz, read_tensors
+from refcurv.judge.foreign.arrays import arrays_of, read_hdf5, read_npz, read_tensors
 from refcurv.judge.foreign.bergson import read_bergson
 from refcurv.judge.foreign.edited import of_checkpoint, of_weights
 from refcurv.judge.foreign.kinds import kind_of
 from refcurv.judge.foreign.kronfluence import read_kronfluence
 from refcurv.judge.foreign.memory import of_arrays, of_bases, of_factors
 from refcurv.judge.foreign.names import match
-from refcurv.law.checks import ConventionError, SchemaError
+from refcurv.law.checks import Array, ConventionError, SchemaError
 
-__all__ = ["match", "read_dump"]
+__all__ = ["match", "read_arrays", "read_dump"]
 
 _READERS: Final[Mapping[str, Callable[[Path], Dump]]] = MappingProxyType(
     {
@@ -66,6 +66,21 @@ def read_dump(theirs: str | Path | Factors | Mapping[str, Any]) -> Dump:
         )
     path = Path(theirs)
     kind = kind_of(path)
+    if kind == "trace":
+        raise SchemaError(f"validate: {str(path)!r} is a trace; give it with --trace.")
     if kind not in _READERS:
         raise SchemaError(f"validate: {str(path)!r} is a file of torch, which is not read yet.")
     return _READERS[kind](path)
+
+
+def read_arrays(path: str | Path) -> dict[str, Array]:
+    """The arrays of a trace: an .npz, HDF5 or safetensors file, or one of `refcurv trace`.
+
+    Proof: tests/test_trace.py::test_a_trace_of_theirs_is_judged_on_the_command_line
+    """
+    kind = kind_of(Path(path))
+    if kind not in ("npz", "hdf5", "safetensors", "trace"):
+        raise SchemaError(
+            f"trace: {str(path)!r} is no file of arrays LAYER/a, LAYER/g, logits, labels, nats."
+        )
+    return arrays_of(Path(path), kind)

@@ -12,7 +12,7 @@ from refcurv.files.lazy import Lazy
 from refcurv.judge.arithmetic import ROUNDOFF, Arithmetic
 from refcurv.judge.dump import Dump, Theirs
 from refcurv.judge.foreign.npz import open_npz
-from refcurv.judge.foreign.stored import Stored, common, count, numbers, tensors
+from refcurv.judge.foreign.stored import FLOATS, Stored, common, count, numbers, tensors
 from refcurv.law.checks import Array, ConventionError, SchemaError, require_choice
 from refcurv.law.conventions import Fisher, Rows
 
@@ -46,6 +46,10 @@ def read_tensors(path: Path) -> Dump:
 
 def read_hdf5(path: Path) -> Dump:
     """An HDF5 file that refcurv did not write."""
+    return dump_of("hdf5", path, *_hdf5(path))
+
+
+def _hdf5(path: Path) -> tuple[dict[str, Stored], dict[str, Any]]:
     inside, given = store.open_foreign(path, SCALARS)
 
     def of(inner: str, outline: store.Outline) -> Stored:
@@ -53,7 +57,23 @@ def read_hdf5(path: Path) -> Dump:
             outline.dtype, outline.shape, lambda: store.read_foreign(path, inner, outline)
         )
 
-    return dump_of("hdf5", path, {inner: of(inner, one) for inner, one in inside.items()}, given)
+    return {inner: of(inner, one) for inner, one in inside.items()}, given
+
+
+def arrays_of(path: Path, kind: str) -> dict[str, Array]:
+    """Every array of numbers in a file, by its name there; floats become float64.
+
+    Args: kind, "npz", "hdf5", "safetensors" or refcurv's own "trace".
+    """
+    if kind in ("hdf5", "trace"):
+        found = _hdf5(path)[0]
+    else:
+        found = open_npz(path) if kind == "npz" else tensors(path)[0]
+    return {
+        name: numbers(name, one) if one.dtype in FLOATS else one.read()
+        for name, one in found.items()
+        if one.numeric
+    }
 
 
 def dump_of(

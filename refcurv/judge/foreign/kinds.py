@@ -30,13 +30,14 @@ OURS: Final = {
     "refcurv-factors": "factors",
     "refcurv-basis": "basis",
     "refcurv-weights": "weights",
+    "refcurv-trace": "trace",
 }
 
 
 def kind_of(path: Path) -> str:
     """The name of what lies at a path: "npz", "pt", "hdf5", "safetensors", or one below.
 
-    "factors", "basis", "weights" (OURS), "checkpoint", "kronfluence", "bergson".
+    "factors", "basis", "weights", "trace" (OURS), "checkpoint", "kronfluence", "bergson".
 
     Raises:
         SchemaError: anything else; it says what was found, and what is known.
