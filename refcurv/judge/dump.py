@@ -42,8 +42,8 @@ class Dump:
     """Another program's factors, bases, corrections or edits.
 
     Fields:
-        program: whose format it is: "official", "kronfluence", "bergson", "npz", "hdf5", "memory"
-            or "refcurv".
+        program: whose format it is: "official", "torch", "kronfluence", "bergson", "npz", "hdf5",
+            "memory" or "refcurv".
         layers: by their names, in their order; read at each access, so that one is held at a time.
         holds: for each of these names, which fields of `Theirs` there are (known without reading).
         recipe: what was done to bring theirs to our units, a sentence for each step.
@@ -52,6 +52,7 @@ class Dump:
             in the words of the law where there are any.
         arithmetic: the dtypes that the dump declares.
         problems: what is wrong with the dump as a whole, a sentence for each.
+        shapes: for these names, (O, I) as far as it is known without reading; None where it is not.
     """
 
     program: str
@@ -62,3 +63,4 @@ class Dump:
     declared: Mapping[str, str] = field(default_factory=dict)
     arithmetic: Arithmetic = field(default_factory=Arithmetic)
     problems: tuple[str, ...] = ()
+    shapes: Mapping[str, tuple[int | None, int | None]] = field(default_factory=dict)

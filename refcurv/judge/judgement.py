@@ -18,6 +18,7 @@ from refcurv.judge.case import Case
 from refcurv.judge.compare import Measured, compare_layer, drawing, one_draw, said
 from refcurv.judge.diagnose import diagnose
 from refcurv.judge.foreign import match, read_dump
+from refcurv.judge.foreign.loss import of_summed_loss
 from refcurv.judge.verdict import FAIL, LEFT_OUT, MISSING, Comparison, Verdict
 from refcurv.law.checks import ConventionError, EmptyError, require_choice
 from refcurv.model.corpus import Corpus
@@ -79,8 +80,7 @@ def validate(
     Proof: tests/test_judge.py::test_the_truth_passes
     """
     dump = read_dump(theirs)
-    if declared:
-        dump = replace(dump, declared={**dump.declared, **declared})
+    dump = of_summed_loss(replace(dump, declared={**dump.declared, **(declared or {})}))
     given = parse("validate", arithmetic).or_else(dump.arithmetic)
     for dtype in accept:
         require_choice("validate", "accept", dtype, ROUNDOFF)

@@ -11,6 +11,7 @@ from refcurv.curvature.factors_file import load_factors
 from refcurv.judge.dump import Dump
 from refcurv.judge.foreign.memory import of_arrays, of_factors
 from refcurv.judge.foreign.names import match
+from refcurv.judge.foreign.official import is_torch, of_torch
 from refcurv.law.checks import SchemaError
 
 __all__ = ["match", "read_dump"]
@@ -23,6 +24,8 @@ def read_dump(theirs: str | Path | Factors | Mapping[str, Any]) -> Dump:
     if isinstance(theirs, Mapping):
         return of_arrays(theirs)
     path = Path(theirs)
+    if is_torch(path):
+        return of_torch(path)
     if path.suffix == ".h5":
         return of_factors(load_factors(path))
     raise SchemaError(f"validate: {path} is no dump of a known format.")
