@@ -27,6 +27,7 @@ _ZIP: Final = b"PK\x03\x04"
 _OLD: Final = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 """The number that begins a file of torch before 1.6."""
 _ENCRYPTED: Final = 0x1 | 0x40
+_UTF_8: Final = 0x800
 _CHUNK: Final = 2**20
 _SAVE: Final = "Load it where you trust it, and save anew: torch.save(torch.load(path), new_path)."
 
@@ -148,26 +149,33 @@ def _members(where: str, file: BinaryIO) -> dict[str, _Member]:
             raise SchemaError(f"{shown} is encrypted, which torch does not do. {_SAVE}")
         if entry.filename in found:
             raise SchemaError(f"{shown} occurs twice. {_SAVE}")
-        begin = _begin(file, entry.header_offset)
+        begin = _begin(file, entry)
         if begin is None or entry.header_offset < end or begin + entry.file_size > size:
             raise SchemaError(
-                f"{shown} does not lie within the file, or lies in another. Copy or save it again."
+                f"{shown} is not where the archive says, or lies in another. Copy or save it again."
             )
         end = begin + entry.file_size
         found[entry.filename] = _Member(begin, entry.file_size, entry.CRC)
     return found
 
 
-def _begin(file: BinaryIO, header: int) -> int | None:
-    """Where the bytes of a member begin: after its own header, and the name and padding in it."""
-    if header < 0:
+def _begin(file: BinaryIO, entry: zipfile.ZipInfo) -> int | None:
+    """Where a member's bytes begin: after its own header, and the name and padding in it.
+
+    None where its own header is not there, or has another name than the archive's directory: then
+    two readers could see two files.
+    """
+    if entry.header_offset < 0:
         return None
-    file.seek(header)
+    file.seek(entry.header_offset)
     start = file.read(30)
     if len(start) != 30 or start[:4] != _ZIP:
         return None
-    name, padding = struct.unpack("<HH", start[26:30])
-    return header + 30 + int(name) + int(padding)
+    length, padding = struct.unpack("<HH", start[26:30])
+    name = file.read(length)
+    if name != entry.orig_filename.encode("utf-8" if entry.flag_bits & _UTF_8 else "cp437"):
+        return None
+    return entry.header_offset + 30 + int(length) + int(padding)
 
 
 def _whole(where: str, file: BinaryIO, member: _Member) -> bytes:
