@@ -29,6 +29,7 @@ from refcurv.judge.foreign import archive, pickles, read_dump
 from refcurv.judge.foreign.archive import open_saved, read
 from refcurv.judge.foreign.loss import of_summed_loss
 from refcurv.judge.foreign.pickles import Tensor
+from refcurv.judge.foreign.torch_files import gather
 
 # ------------------------------------------------------------------ pickles by hand
 
@@ -155,12 +156,15 @@ def test_hand_made_bytes_are_read(tmp_path):
         "ordered": HOOKS + dic({"_metadata": HOOKS}) + b"b",
     }
     body["again"] = b"h\x00"
+    body["second"] = text("B") + b"\x94"  # MEMOIZE: the next free place
+    body["second again"] = b"h\x01"
     saved = open_saved(save(tmp_path / "x.pt", end(dic(body) + num(3) + b"Ns"), [X]))
     value = saved.value
     assert value.pop("parameter") == Tensor(pickles.Storage("0", "float64", 6), 0, (2, 3), (3, 1))
     assert value.pop("kind") == pickles.Name("torch bfloat16")
     assert value == {
-        **{"same": "A", "again": "A", "none": None, "yes": True, "list": [1, -70000, 2**40]},
+        **{"same": "A", "again": "A", "second": "B", "second again": "B"},
+        **{"none": None, "yes": True, "list": [1, -70000, 2**40]},
         **{"float": 0.25, "size": (2, 3), "device": "cuda 0", "numpy": 7, "ordered": {}},
         "3": None,
     }
@@ -480,6 +484,9 @@ def test_archives_that_torch_does_not_write(tmp_path):
     refused(patched(path, crc, b"\0\0\0\0", 1), "CRC")
     sound(path)
     refused(patched(path, storages[0].tobytes()[:8], bytes(8)), "CRC")
+    part = end(dic({"a": dic({"A": tensor(storage("0", 16), (2, 2), (4, 1))})}))
+    save(path, part, storages)
+    refused(patched(path, storages[0].tobytes()[-8:], bytes(8)), "CRC")  # beyond the part
     with pytest.warns(UserWarning, match="Duplicate name"):
         save(path, pickled, storages, members={"made/data/0": b"x"})
     refused(path, "occurs twice")
@@ -487,12 +494,16 @@ def test_archives_that_torch_does_not_write(tmp_path):
     refused(save(path, pickled, storages, members={"made/byteorder": b"middle"}), "byteorder")
     refused(save(path, pickled), "which the file lacks")
     data = sound(path).read_bytes()
-    first, second = (
-        i for i in range(len(data)) if data[i : i + 4] == central and b"data/" in data[i : i + 60]
-    )
+    entries = [i for i in range(len(data)) if data[i : i + 4] == central]
+    first, second = (i for i in entries if b"data/" in data[i : i + 60])
     offset = data[first + 42 : first + 46]
     path.write_bytes(data[: second + 42] + offset + data[second + 46 :])
     refused(path, "lies in another")
+    for entry, more in ((first, 40), (entries[-1], 10**4)):  # into the next, and beyond the end
+        size = int.from_bytes(data[entry + 24 : entry + 28], "little") + more
+        sizes = 2 * struct.pack("<I", size)
+        path.write_bytes(data[: entry + 20] + sizes + data[entry + 28 :])
+        refused(path, "is not where the archive says")
     long = struct.pack("<I", 2**31)
     path.write_bytes(data[: first + 20] + long + long + data[first + 28 :])
     refused(path, "is not where the archive says")
@@ -773,6 +784,10 @@ def test_what_is_odd_in_a_users_own_is_said(tmp_path):
     refused(own(tmp_path / "x.pt", {"a": 1, "b": None}), "its keys are 'a', 'b'")
     refused(own(tmp_path / "x.pt", {"a": {"A": "x"}}), "A of 'a' is a str")
     refused(own(tmp_path / "x.pt", {"a\nb": {"A": A}}), "cannot be printed")
+    half = own(tmp_path / "x.pt", {"blk0.gate": {"A": A, "G": G}})
+    assert read_dump(half).program == "torch", "the official program's layers have n_tokens"
+    broken = dic({"up": dic({"A": matrix("0", A), "n": b"G" + struct.pack(">d", 9.5)})})
+    assert read_dump(save(tmp_path / "x.pt", end(broken), [A])).problems
     uncounted = read_dump(own(tmp_path / "x.pt", {"up": {"sum_A": A}}))
     assert uncounted.problems == ("sum_A of 'up' has no count, and is taken as it stands",)
     masked = own(tmp_path / "x.pt", {"up": {"mask": A}})
@@ -784,7 +799,9 @@ def test_many_layers_that_share_a_dictionary_are_read_at_once(tmp_path):
     shared = b"q\x07".join([dic({f"k{i}": b"N" for i in range(3000)}), b""])
     many = {f"l{i}": b"h\x07" for i in range(3000)}
     body = dic({"first": shared, **many, "up": dic({"A": matrix("0", A), "n": b"N"})})
-    dump = read_dump(save(tmp_path / "x.pt", end(body), [A]))
+    path = save(tmp_path / "x.pt", end(body), [A])
+    assert len(gather([path]).left) == 6
+    dump = read_dump(path)
     assert list(dump.layers) == ["up"] and dump.recipe[-1].endswith("'l3' and others.")
     wrong = {f"l{i}": {"A": "x"} for i in range(200)}
     dump = read_dump(own(tmp_path / "x.pt", {**wrong, "up": {"A": A}}))
