@@ -788,6 +788,10 @@ def test_what_is_odd_in_a_users_own_is_said(tmp_path):
     assert read_dump(half).program == "torch", "the official program's layers have n_tokens"
     broken = dic({"up": dic({"A": matrix("0", A), "n": b"G" + struct.pack(">d", 9.5)})})
     assert read_dump(save(tmp_path / "x.pt", end(broken), [A])).problems
+    short = {"A": A.astype("f4"), "mask": A > 0}
+    for more, stored in (({}, "float32"), ({"G": G.astype("f2")}, None)):
+        dump = read_dump(own(tmp_path / "x.pt", {"up": short | more}))
+        assert dump.arithmetic.stored == stored
     uncounted = read_dump(own(tmp_path / "x.pt", {"up": {"sum_A": A}}))
     assert uncounted.problems == ("sum_A of 'up' has no count, and is taken as it stands",)
     masked = own(tmp_path / "x.pt", {"up": {"mask": A}})
