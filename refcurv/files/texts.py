@@ -212,7 +212,7 @@ def _parse(text: str) -> _Asked:
     require_choice(WHO, f"kind of population {name!r}", kind, KINDS)
     require_choice(WHO, f"split of population {name!r}", split, SPLITS)
     chance = parts[3] if len(parts) == 4 else 0.0
-    chance = require_range(WHO, f"chance of population {name!r}", chance, 0.0, 1.0)  # type: ignore[arg-type]
+    chance = require_range(WHO, f"chance of population {name!r}", chance, 0.0, 1.0)
     return _Asked(name, kind, split, chance, file)
 
 

@@ -42,8 +42,8 @@ class Dump:
     """Another program's factors, bases, corrections or edits.
 
     Fields:
-        program: whose format it is: "official", "kronfluence", "bergson", "npz", "hdf5", "memory"
-            or "refcurv".
+        program: whose format it is: "official", "torch", "kronfluence", "bergson", "npz", "hdf5",
+            "memory" or "refcurv".
         layers: by their names, in their order; read at each access, so that one is held at a time.
         holds: for each of these names, which fields of `Theirs` there are (known without reading).
         recipe: what was done to bring theirs to our units, a sentence for each step.

@@ -24,6 +24,7 @@ from refcurv.judge.diagnose import diagnose
 from refcurv.judge.divergence import with_labels
 from refcurv.judge.edits import basis_of, compare_mask, compare_weight
 from refcurv.judge.foreign import match, read_arrays, read_dump
+from refcurv.judge.foreign.loss import of_summed_loss
 from refcurv.judge.pictures import Picture
 from refcurv.judge.pictures import pictures as draw
 from refcurv.judge.verdict import FAIL, LEFT_OUT, MISSING, Comparison, Verdict
@@ -98,8 +99,7 @@ def validate(
     Proof: tests/test_judge.py::test_the_truth_passes
     """
     dump = read_dump(theirs)
-    if declared:
-        dump = replace(dump, declared={**dump.declared, **declared})
+    dump = of_summed_loss(replace(dump, declared={**dump.declared, **(declared or {})}))
     given = parse("validate", arithmetic).or_else(dump.arithmetic)
     for dtype in accept:
         require_choice("validate", "accept", dtype, ROUNDOFF)

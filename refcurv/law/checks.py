@@ -189,7 +189,7 @@ def overflow_hint(dtype: DTypeLike) -> str:
     return f"NaN in the weights, or products beyond the range of {real}: check the weights{wider}."
 
 
-def require_range(who: str, what: str, value: float, low: float, high: float) -> float:
+def require_range(who: str, what: str, value: float | str, low: float, high: float) -> float:
     """Return `value` as a float, or raise RangeError unless low <= value <= high."""
     try:
         number = float(value)

@@ -29,6 +29,7 @@ from refcurv.judge.foreign.kinds import kind_of
 from refcurv.judge.foreign.kronfluence import read_kronfluence
 from refcurv.judge.foreign.memory import of_arrays, of_bases, of_factors
 from refcurv.judge.foreign.names import match
+from refcurv.judge.foreign.official import of_torch
 from refcurv.law.checks import Array, ConventionError, SchemaError
 
 __all__ = ["match", "read_arrays", "read_dump"]
@@ -44,6 +45,7 @@ _READERS: Final[Mapping[str, Callable[[Path], Dump]]] = MappingProxyType(
         "bergson": read_bergson,
         "weights": of_weights,
         "checkpoint": of_checkpoint,
+        "torch": of_torch,
     }
 )
 
@@ -68,8 +70,6 @@ def read_dump(theirs: str | Path | Factors | Mapping[str, Any]) -> Dump:
     kind = kind_of(path)
     if kind == "trace":
         raise SchemaError(f"validate: {str(path)!r} is a trace; give it with --trace.")
-    if kind not in _READERS:
-        raise SchemaError(f"validate: {str(path)!r} is a file of torch, which is not read yet.")
     return _READERS[kind](path)
 
 

@@ -11,6 +11,7 @@ from refcurv.files import store
 from refcurv.files.disk import machine_faults, mode_of
 from refcurv.judge.foreign.bergson import is_bergson
 from refcurv.judge.foreign.kronfluence import is_kronfluence
+from refcurv.judge.foreign.official import is_torch
 from refcurv.law.checks import RefcurvError, SchemaError, StorageError
 
 KNOWN: Final = (
@@ -35,7 +36,7 @@ OURS: Final = {
 
 
 def kind_of(path: Path) -> str:
-    """The name of what lies at a path: "npz", "pt", "hdf5", "safetensors", or one below.
+    """The name of what lies at a path: "npz", "torch", "hdf5", "safetensors", or one below.
 
     "factors", "basis", "weights", "trace" (OURS), "checkpoint", "kronfluence", "bergson".
 
@@ -63,7 +64,7 @@ def kind_of(path: Path) -> str:
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 2**32:
         return "safetensors"
     if start[:1] == b"\x80" and start[1:2] <= b"\x05":
-        return "pt"  # a bare pickle
+        return "torch"  # a bare pickle
     for magic, what in _OTHERS:
         if start.startswith(magic):
             raise SchemaError(f"{where} {what}. {KNOWN}.")
@@ -96,7 +97,7 @@ def _of_zip(path: Path) -> str:
         raise
     except (RefcurvError, zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, KeyError):
         return "npz"
-    return "pt" if any(name.endswith("data.pkl") for name in names) else "npz"
+    return "torch" if any(name.endswith("data.pkl") for name in names) else "npz"
 
 
 def _of_folder(folder: Path) -> str:
@@ -107,6 +108,8 @@ def _of_folder(folder: Path) -> str:
             raise SchemaError(f"{where} is an empty folder.")
         if found := _its_kind(folder):
             return found
+        if is_torch(folder):
+            return "torch"
         inner = [p for p in _folders(folder) if _its_kind(p)]
         inner += [q for p in _folders(folder) for q in _folders(p) if _its_kind(q)]
     if inner:
