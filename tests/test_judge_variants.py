@@ -24,12 +24,14 @@ from refcurv.judge.variants import (
     Setting,
     averaged,
     combined,
+    inputs,
     moments,
     parts,
     settings,
 )
 from refcurv.law.checks import Array
 from refcurv.law.conventions import Fisher
+from refcurv.model import transformer
 
 BUDGET = 40 * budgets.path(2, 64, np.float64)
 
@@ -694,3 +696,17 @@ def test_images_too() -> None:
         assert (
             parts(here, list(reference)).kept.tolist() == (each * (one.label[:, 0] >= 0)).tolist()
         )
+
+
+def test_inputs_alone_need_no_backward(monkeypatch) -> None:
+    here = beside(gappy(), "empirical")
+    wanted = [REFERENCE, *settings(here)]
+    both = dict(moments(here, wanted, list(here.reference)))
+    monkeypatch.setattr(transformer, "block_backward", None)
+    alone = dict(inputs(here, wanted, list(here.reference)))
+    assert alone.keys() >= both.keys()
+    for setting, layers in both.items():
+        for name, one in layers.items():
+            A, n = alone[setting][name]
+            assert n == one.n_A
+            assert_within(A, one.A, 1e-14, np.trace(one.A), f"{setting.words}, {name}")
