@@ -24,12 +24,14 @@ from refcurv.judge.variants import (
     Setting,
     averaged,
     combined,
+    inputs,
     moments,
     parts,
     settings,
 )
 from refcurv.law.checks import Array
 from refcurv.law.conventions import Fisher
+from refcurv.model import transformer
 
 BUDGET = 40 * budgets.path(2, 64, np.float64)
 
@@ -92,14 +94,16 @@ def packed() -> Case:
     return replace(one, segment=segment, label=label)
 
 
-def test_parts_add_up() -> None:
-    here = beside(gappy(), rows="reached")
+@pytest.mark.parametrize(("fisher", "draws"), [("expected", 1), ("sampled", 2)])
+def test_parts_add_up(fisher: Fisher, draws: int) -> None:
+    here = beside(gappy(), fisher, rows="reached", draws=draws)
     found = parts(here, list(here.reference))
     assert found.exact and found.share == 1
     for name, part in found.layers.items():
         for side, at, sums in (("A", part.at_A, "sum_A"), ("G", part.at_G, "sum_G")):
             whole = found.whole(name, side, ["ordinary", "first", "prompts"]).sum(axis=0)
             ours = getattr(here.reference[name], sums)
+            ours = ours / (draws if side == "G" else 1)
             assert_within(whole, ours[np.ix_(at, at)], BUDGET, np.trace(ours), f"{side} of {name}")
 
 
@@ -203,6 +207,12 @@ def smoothed(p: Array, label: Array, _: Array) -> list[oracles.World]:
     return out
 
 
+def smoothed_gold(p: Array, label: Array, _: Array) -> list[oracles.World]:
+    V = p.shape[1]
+    at = labelled(label)
+    return [(1, {(t, v): 0.1 / V + 0.9 * (v == label[t]) for t in at for v in range(V)})]
+
+
 def argmax(p: Array, label: Array, _: Array) -> list[oracles.World]:
     return one_way({t: int(np.argmax(p[t])) for t in labelled(label)})
 
@@ -238,6 +248,7 @@ def gold_at_prompts(_: Array, label: Array, token: Array) -> list[oracles.World]
         (Setting(labels="tempered", amount=0.5), tempered),
         (Setting(labels="nucleus", amount=0.8), nucleus),
         (Setting(smoothing=0.1), smoothed),
+        (Setting(labels="empirical", smoothing=0.1), smoothed_gold),
         (Setting(labels="double shift"), double_shift),
         (Setting(labels="no shift"), no_shift),
         (Setting(where="last"), at_last),
@@ -457,36 +468,65 @@ def test_other_sums_are_the_loops(three: tuple) -> None:
         assert_within(one.G, G, LOOPS, np.trace(square(every[1])), f"G, {setting.words}")
 
 
-def test_padding_that_sees_text_and_padding_that_is_text() -> None:
-    """Padding as if it were real is a corpus without padding; on the left, one that begins so."""
+def padded() -> tuple[Case, Array, Array]:
+    """Two sequences, the second of three tokens and a padding; real, and the rows."""
     one = tiny(batch=2)
-    real = np.array([[1, 1, 1, 1], [1, 1, 0, 0]], bool)
-    padded = replace(one, real=real, label=np.where(np.roll(real, -1, 1) & real, one.label, -1))
-    padded.label[:, -1] = -1
-    here = beside(padded, "empirical", "**")
-    full = replace(one, label=padded.label)
+    real = np.array([[1, 1, 1, 1], [1, 1, 1, 0]], bool)
+    label = np.array([[1, 0, 2, -1], [2, 0, -1, -1]])
+    return replace(one, real=real, label=label), real, oracles.reached(label, real, one.segment)
+
+
+def test_padding_as_if_it_were_real_is_a_corpus_without_padding() -> None:
+    one, _, _ = padded()
+    full = replace(one, real=np.ones_like(one.real))
     want = rc.collect(model_of(full), corpus_of(full), "**", "empirical", rows="all")
-    all_rows = dict(rows_A="with pads", rows_G="with pads")
-    for name, found in under(here, Setting(**all_rows, pads="all")).items():
+    every = Setting(rows_A="with pads", rows_G="with pads", pads="all")
+    for name, found in under(beside(one, "empirical"), every).items():
         assert_within(found.A, want[name].A, BUDGET, np.trace(want[name].A), f"A of {name}")
         scale = np.trace(want[name].G) + 1e-9  # saturated heads leave rounding alone
         assert_within(found.G, want[name].G, BUDGET, scale, f"G of {name}")
 
-    token = one.token.copy()
-    token[1] = np.roll(token[1], 2)
-    label = padded.label.copy()
-    label[1] = np.roll(label[1], 2)
-    left = replace(one, token=token, label=label)
-    keep = np.array([[1, 1, 0, 0], [0, 0, 1, 0]], bool)
-    assert (keep.sum(axis=1) == oracles.reached(padded.label, real, one.segment).sum(axis=1)).any()
-    found = under(here, Setting(network=(("padding attended on the left", 0.0),)))[LAYER]
-    a, g = flowed(left, LAYER)
-    rows = oracles.reached(padded.label, real, one.segment)
-    rows[1] = np.roll(rows[1], 2)
-    A = square([a[b][t] for b, t in np.argwhere(rows)]) / rows.sum()
-    G = square([g[b][t] for b, t in np.argwhere(rows)]) / rows.sum()
-    assert_within(found.A, A, LOOPS, np.trace(A), "A")
-    assert_within(found.G, G, LOOPS, np.trace(G), "G")
+
+def test_padding_may_see_the_text_and_not_itself(monkeypatch) -> None:
+    one, real, _ = padded()
+    here = beside(one, "empirical", TOP)
+    found = under(here, Setting(rows_A="with pads", pads="real"))[TOP].A
+    record: dict[oracles.Place, Array] = {}
+    a = []
+    for b in range(2):
+        monkeypatch.setattr(
+            oracles, "sees", lambda config, i, segment, t, s, b=b: s <= t and real[b, s]
+        )
+        record.clear()
+        oracles.logits(one.config, one.astype(np.longdouble), one.token[b], None, None, record)
+        a += [record[TOP, t] for t in range(4)]
+    assert_within(found, square(a) / 8, LOOPS, np.trace(found), "A")
+
+
+def test_padding_on_the_left_is_read_as_text() -> None:
+    one, _, rows = padded()
+    found = under(
+        beside(one, "empirical", LAYER),
+        Setting(network=(("padding attended on the left", 0.0),)),
+    )[LAYER]
+    token, label, real = one.token.copy(), one.label.copy(), np.ones_like(one.real)
+    for array in (token, label, rows):
+        array[1] = np.roll(array[1], 1)
+    a, g = flowed(replace(one, token=token, label=label, real=real), LAYER)
+    for X, x in ((found.A, a), (found.G, g)):
+        want = square([x[b][t] for b, t in np.argwhere(rows)]) / rows.sum()
+        assert_within(X, want, LOOPS, np.trace(want), "left")
+
+
+def test_a_bidirectional_model_may_attend_to_padding() -> None:
+    one, _, _ = padded()
+    one = replace(one, config=replace(one.config, causal=False))
+    full = replace(one, real=np.ones_like(one.real))
+    want = rc.collect(model_of(full), corpus_of(full), TOP, "empirical", rows="labelled")[TOP]
+    here = beside(one, "empirical", TOP, rows="labelled")
+    found = under(here, Setting(network=(("padding attended", 0.0),)))[TOP]
+    assert_within(found.A, want.A, BUDGET, np.trace(want.A), "A")
+    assert gap(found, under(here, REFERENCE)[TOP]) > 1e-3
 
 
 @pytest.mark.parametrize("place", ["pre", "post", "both"])
@@ -531,8 +571,13 @@ def test_other_tensors_are_what_the_oracle_records(place: str) -> None:
         found = under(here, Setting(tensor_A=f"{name} update"))[f"{at}attn.v"]
         assert_within(found.A, x.T @ x / len(keep), LOOPS, np.trace(x.T @ x), f"{name} update")
     if place != "post":
-        part = under(here, Setting(tensor_A="norm's input"))
-        assert part.keys() >= {f"{at}attn.q", f"{at}mlp.up"}
+        before, between, behind = (
+            under(here, Setting(tensor_A=name))
+            for name in ("norm's input", "stream between", "stream behind")
+        )
+        assert (before[f"{at}attn.q"].A == behind["blocks.0.attn.q"].A).all()
+        assert (before[f"{at}mlp.up"].A == between[f"{at}mlp.up"].A).all()
+        assert gap(before[f"{at}attn.q"], between[f"{at}attn.q"]) > 1e-3
 
 
 @pytest.mark.parametrize("place", ["post", "both"])
@@ -694,3 +739,17 @@ def test_images_too() -> None:
         assert (
             parts(here, list(reference)).kept.tolist() == (each * (one.label[:, 0] >= 0)).tolist()
         )
+
+
+def test_inputs_alone_need_no_backward(monkeypatch) -> None:
+    here = beside(gappy(), "empirical")
+    wanted = [REFERENCE, *settings(here)]
+    both = dict(moments(here, wanted, list(here.reference)))
+    monkeypatch.setattr(transformer, "block_backward", None)
+    alone = dict(inputs(here, wanted, list(here.reference)))
+    assert alone.keys() >= both.keys()
+    for setting, layers in both.items():
+        for name, one in layers.items():
+            A, n = alone[setting][name]
+            assert n == one.n_A
+            assert_within(A, one.A, 1e-14, np.trace(one.A), f"{setting.words}, {name}")

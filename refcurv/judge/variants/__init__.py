@@ -1,13 +1,13 @@
 """A and G as another program may have made them: recomputed from model and corpus.
 
-`settings` says what can have been done otherwise, `moments` recomputes A and G for it, and `parts`
-gives what weighted sums over sequences and kinds of positions are made of.
+`settings` says what can have been done otherwise. `moments` recomputes A and G for it, `inputs` A
+alone. `parts` gives what weighted sums over sequences and kinds of positions are made of.
 """
 
 from __future__ import annotations
 
 from refcurv.judge.variants.addends import KINDS, Part, Parts, parts
-from refcurv.judge.variants.collecting import Moments, moments
+from refcurv.judge.variants.collecting import Moments, inputs, moments
 from refcurv.judge.variants.setting import REFERENCE, Setting, averaged, combined, settings
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Setting",
     "averaged",
     "combined",
+    "inputs",
     "moments",
     "parts",
     "settings",

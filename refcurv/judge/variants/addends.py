@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 
 from refcurv.judge.case import Case
-from refcurv.judge.variants.collecting import PASSES, POSITIONS, exactly, rows_of, sample
+from refcurv.judge.variants.collecting import POSITIONS, WORK, exactly, rows_of, sample
 from refcurv.judge.variants.flows import Flow, flows
 from refcurv.judge.variants.labels import choice
 from refcurv.judge.variants.networks import changed
@@ -76,7 +76,7 @@ def parts(
     layers: Sequence[str],
     setting: Setting = REFERENCE,
     limit: int = POSITIONS,
-    most: int = PASSES,
+    most: float = WORK,
 ) -> Parts:
     """The parts of some linear layers, recomputed from model and corpus.
 
@@ -90,7 +90,7 @@ def parts(
     config = case.model.config
     at, share = sample(case, limit)
     names = [name for name in layers if name not in TABLES]
-    one = exactly(choice(setting.run, case.reference), at, config.vocabulary, most)
+    one = exactly(choice(setting.run, case.reference), at, config, most)
     net = changed(config, resident(case.model), setting.network, setting.pads)
     shapes = config.linear_layers()
     N = len(at.index_B)
@@ -100,7 +100,7 @@ def parts(
         here = np.array([place[int(index)] for index in flow.at.index_B])
         kind_BT = kinds_of(flow.at)
         for name, part in found.items():
-            a, g = flow.taps[name].a, flow.taps[name].g
+            a, g = flow.read[name], flow.taps[name].g
             if flow.first:
                 _add(part.A, here, a[..., part.at_A], _kind(name, kind_BT, flow, a))
             g = g[..., part.at_G] / np.sqrt(one.counted)

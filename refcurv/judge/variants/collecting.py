@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -11,19 +12,22 @@ import numpy as np
 from refcurv.judge.case import Case
 from refcurv.judge.variants.flows import Flow, flows, input_tensor, output_tensor
 from refcurv.judge.variants.labels import Choice, choice, passes
-from refcurv.judge.variants.networks import changed
+from refcurv.judge.variants.networks import Network, changed
 from refcurv.judge.variants.positions import Positions, positions, weights
 from refcurv.judge.variants.setting import Setting
 from refcurv.law.checks import Array, NonFiniteError
-from refcurv.model.config import TABLES
+from refcurv.model.config import TABLES, ModelConfig
 from refcurv.model.weights import resident
 
 POSITIONS = 4096
 """Positions of the corpus that are recomputed unless the caller says otherwise."""
 
-PASSES = 2**14
-"""Backward passes over single sequences, at most, for a mean over all labels; else it is estimated
-by a few draws (`labels.ESTIMATES`)."""
+WORK = 2.0**33
+"""Positions times parameters that a run may go through for an exact mean over labels; else that is
+estimated by a few draws (`labels.ESTIMATES`).
+
+Chosen: a few seconds.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +151,7 @@ def moments(
     wanted: Sequence[Setting],
     layers: Sequence[str],
     limit: int = POSITIONS,
-    most: int = PASSES,
+    most: float = WORK,
 ) -> Iterator[tuple[Setting, dict[str, Moments]]]:
     """A and G of some layers as each setting makes them, recomputed from model and corpus.
 
@@ -164,33 +168,81 @@ def moments(
             it has no such tensor (`Setting.tensor_A`, `tensor_G`).
         limit: positions that are recomputed, at most, but one sequence at least: the sequences are
             spread evenly over the corpus. `Moments.share` says how many these are.
-        most: passes over single sequences, at most, for an exact mean over labels.
+        most: positions times parameters that one run goes through, at most, for an exact mean over
+            labels, each of whose passes is over a whole sequence.
 
     Cost: for each different `Setting.run` a forward and its backward passes over the sequences, and
         one product for each layer and Side; memory: the sums of all settings of one run.
     Proof: tests/test_judge_variants.py::test_the_reference_itself
     """
-    assert case.model is not None and case.corpus is not None
+    assert case.model is not None
+    config, parameters = case.model.config, resident(case.model)
     at, share = sample(case, limit)
-    parameters = resident(case.model)
     names = [name for name in layers if name not in TABLES]
     runs: dict[Setting, list[Setting]] = {}
     for setting in wanted:
         runs.setdefault(setting.run, []).append(setting)
     for run, members in runs.items():
-        one = exactly(choice(run, case.reference), at, case.model.config.vocabulary, most)
-        net = changed(case.model.config, parameters, run.network, run.pads)
-        try:
-            with np.errstate(over="ignore", invalid="ignore"):
-                totals = _totals(members, names, at)
-                for flow in flows(net, at, one, names):
-                    _take(flow, totals)
-        except NonFiniteError:
-            continue
-        for setting in members:
-            found = _finished(setting, names, totals, at, one, share)
+        one = exactly(choice(run, case.reference), at, config, most)
+        net = changed(config, parameters, run.network, run.pads)
+        totals = _added(net, at, one, names, members)
+        for setting in members if totals else ():
+            found = {}
+            for name in names:
+                A, G = (
+                    _mean(setting, totals[way], at, draws)
+                    for way, draws in zip(ways(setting, name, at), (1, one.counted), strict=True)
+                )
+                if A is not None and G is not None:
+                    found[name] = Moments(*A, *G, share, one.exact)
             if found:
                 yield setting, found
+
+
+def inputs(
+    case: Case, wanted: Sequence[Setting], layers: Sequence[str], limit: int = POSITIONS
+) -> Iterator[tuple[Setting, dict[str, tuple[Array, float]]]]:
+    """(A, n_A) of some layers as each setting makes them: `moments` without a backward pass.
+
+    Settings that differ in labels alone have one forward.
+
+    Proof: tests/test_judge_variants.py::test_inputs_alone_need_no_backward
+    """
+    assert case.model is not None
+    config, parameters = case.model.config, resident(case.model)
+    at, _ = sample(case, limit)
+    names = [name for name in layers if name not in TABLES]
+    runs: dict[tuple[object, ...], list[Setting]] = {}
+    for setting in wanted:
+        runs.setdefault((setting.network, setting.pads), []).append(setting)
+    for members in runs.values():
+        net = changed(config, parameters, members[0].network, members[0].pads)
+        totals = _added(net, at, None, names, members)
+        for setting in members if totals else ():
+            sides = {name: totals[ways(setting, name, at)[0]] for name in names}
+            means = {name: _mean(setting, total, at, 1) for name, total in sides.items()}
+            found = {name: mean for name, mean in means.items() if mean is not None}
+            if found:
+                yield setting, found
+
+
+def _added(
+    net: Network,
+    at: Positions,
+    one: Choice | None,
+    names: Sequence[str],
+    members: Sequence[Setting],
+) -> dict[Side, Total]:
+    """The sums of all settings of one run; none if its numbers leave the range of the dtype."""
+    every = (way for setting in members for name in names for way in ways(setting, name, at))
+    totals = {way: Total(way) for way in every}
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):
+            for flow in flows(net, at, one, names):
+                _take(flow, totals)
+    except NonFiniteError:
+        return {}
+    return totals
 
 
 def sample(case: Case, limit: int) -> tuple[Positions, float]:
@@ -202,23 +254,20 @@ def sample(case: Case, limit: int) -> tuple[Positions, float]:
     return every.of(np.linspace(0, N - 1, count).round().astype(int)), count / N
 
 
-def exactly(one: Choice, at: Positions, vocabulary: int, most: int) -> Choice:
-    """The same choice, its mean over labels estimated where it would take too many passes."""
-    return replace(one, exact=passes(one, at, vocabulary) <= most)
+def exactly(one: Choice, at: Positions, config: ModelConfig, most: float) -> Choice:
+    """The same choice, its mean over labels estimated where it would be too much work."""
+    size = sum(math.prod(shape) for shape in config.linear_layers().values())
+    work = passes(one, at, config.vocabulary) * at.real_BT.shape[1] * size
+    return replace(one, exact=work <= most)
 
 
-def ways(setting: Setting, layer: str, N: int) -> tuple[Side, Side]:
+def ways(setting: Setting, layer: str, at: Positions) -> tuple[Side, Side]:
     """How a setting adds up A and G of a layer."""
-    batch = setting.batch or N
+    batch = setting.batch or len(at.index_B)
     return (
         Side("A", layer, setting.tensor_A, setting.rows_A, setting.pooling_A, 0),
         Side("G", layer, setting.tensor_G, setting.rows_G, setting.pooling_G, batch),
     )
-
-
-def _totals(members: Sequence[Setting], names: Sequence[str], at: Positions) -> dict[Side, Total]:
-    N = len(at.index_B)
-    return {way: Total(way) for s in members for name in names for way in ways(s, name, N)}
 
 
 def _take(flow: Flow, totals: Mapping[Side, Total]) -> None:
@@ -226,7 +275,7 @@ def _take(flow: Flow, totals: Mapping[Side, Total]) -> None:
     row_BT = {way.rows: weights(way.rows, flow.at) for way in totals}
     drawn = flow.first or flow.draw > 0
     for way, total in totals.items():
-        if way.side == "A" and not flow.first:
+        if not (flow.first if way.side == "A" else flow.taps):
             continue
         of = input_tensor if way.side == "A" else output_tensor
         x = of(flow, way.layer, way.tensor)
@@ -246,30 +295,11 @@ def rows_of(layer: str, w_BT: Array, flow: Flow, x: Array) -> Array:
     return w_BT[:, -x.shape[1] :]
 
 
-def _finished(
-    setting: Setting, names: Sequence[str], totals: Mapping[Side, Total], at: Positions,
-    one: Choice, share: float,
-) -> dict[str, Moments]:  # fmt: skip
-    out = {}
-    for name in names:
-        sides = [totals[way].finish() for way in ways(setting, name, len(at.index_B))]
-        if not all(n > 0 and np.isfinite(square).all() for square, _, n in sides):
-            continue
-        (A, n_A), (G, n_G) = (
-            _mean(setting, side, at, draws, pooling)
-            for side, draws, pooling in zip(
-                sides, (1, one.counted), (setting.pooling_A, setting.pooling_G), strict=True
-            )
-        )
-        out[name] = Moments(A, n_A, G, n_G, share, one.exact)
-    return out
-
-
-def _mean(
-    setting: Setting, side: tuple[Array, Array, float], at: Positions, draws: int, pooling: str
-) -> tuple[Array, float]:
-    """The mean square and its count, which is perhaps not that of the rows."""
-    square, plain, n = side
+def _mean(setting: Setting, total: Total, at: Positions, draws: int) -> tuple[Array, float] | None:
+    """The mean square and its count, which is perhaps not that of the rows; None without rows."""
+    square, plain, n = total.finish()
+    if n <= 0 or not np.isfinite(square).all():
+        return None
     other = {
         "reference": at.keep_BT.sum(),
         "sequences": at.keep_BT.any(axis=1).sum(),
@@ -278,6 +308,6 @@ def _mean(
     }
     n = n if setting.count == "rows" else float(other[setting.count] * draws)
     X = square / n
-    if pooling == "centred":
+    if total.way.pooling == "centred":
         X = X - np.outer(plain, plain) / n**2
     return X, n

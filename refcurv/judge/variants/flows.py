@@ -24,37 +24,41 @@ class Flow:
     """What flowed over some sequences in some backward passes.
 
     Fields: net; at, the sequences; states, what each block reads, and behind the last; blocks, the
-    traces; final, what the head reads; taps, of every linear layer from `lowest` up: a (B, T, I),
-    g (B, T, O), or a (1, T, I) of one sequence and g (passes, T, O); d_states, the gradients of
-    `states`, None below `lowest`; joint, draw: of `Sent`; first, are these the first passes over
-    these sequences; made, other tensors that were computed already.
+    traces; read, the input of every linear layer, (B, T, I); taps, of the layers from `lowest` up,
+    their g (B, T, O), or (passes, T, O) of one sequence; none without a backward; d_states, the
+    gradients of `states`, None below `lowest`; joint, draw: of `Sent`; first, are these the first
+    passes over these sequences; made, other tensors that were computed already.
     """
 
     net: Network
     at: Positions
     states: list[Array]
     blocks: list[BlockTrace]
-    final: Array
+    read: Mapping[str, Array]
     taps: Mapping[str, Tap]
     d_states: list[Array | None]
-    joint: bool
-    draw: int
-    first: bool
+    joint: bool = True
+    draw: int = 0
+    first: bool = True
     made: dict[tuple[int, str], dict[str, Array]] = field(default_factory=dict)
 
 
-def flows(net: Network, at: Positions, one: Choice, layers: Collection[str]) -> Iterator[Flow]:
-    """Every sequence forward, and backward as often as the labels ask.
+def flows(
+    net: Network, at: Positions, one: Choice | None, layers: Collection[str]
+) -> Iterator[Flow]:
+    """Every sequence forward, and backward as often as the labels ask; never without labels.
 
     Sequences go a shard at a time (SHARD), or one by one where each has passes of its own.
     """
     at = at.rolled() if net.left else at
-    step = 1 if one.many else shard_sequences(at.real_BT.shape[1])
+    step = 1 if one is not None and one.many else shard_sequences(at.real_BT.shape[1])
     for begin in range(0, len(at.index_B), step):
         yield from _shard(net, at.of(slice(begin, begin + step)), one, layers)
 
 
-def _shard(net: Network, at: Positions, one: Choice, layers: Collection[str]) -> Iterator[Flow]:
+def _shard(
+    net: Network, at: Positions, one: Choice | None, layers: Collection[str]
+) -> Iterator[Flow]:
     config, P, layout = net.config, net.parameters, net.layout(at)
     inputs = at.inputs.astype(P["patch.weight"].dtype) if at.images else at.inputs
     x = transformer.input_forward(config, P, inputs, layout)
@@ -66,13 +70,28 @@ def _shard(net: Network, at: Positions, one: Choice, layers: Collection[str]) ->
         blocks.append(trace)
     normed, saved = transformer.norm_forward(config, P, "final_norm", x, net.ops)
     final = transformer.pool_forward(config, normed)
+    read = _read(net, blocks) | {"head": final, "patch": inputs}
+    if one is None:
+        yield Flow(net, at, states, blocks, read, {}, [])
+        return
     y = transformer.linear_forward(config, P, "head", final)
     behind = partial(_backward, net, inputs, layout, rope, blocks, saved, final, y, _lowest(layers))
     for n, back in enumerate(sent(one, at, transformer.capped(config, y))):
         taps, d_states = behind(back)
         yield Flow(
-            net, at, states, blocks, final, taps, d_states, back.joint, back.draw, first=n == 0
+            net, at, states, blocks, read, taps, d_states, back.joint, back.draw, first=n == 0
         )
+
+
+def _read(net: Network, blocks: list[BlockTrace]) -> dict[str, Array]:
+    """What the linear layers of the blocks read."""
+    out: dict[str, Array] = {}
+    for i, block in enumerate(blocks):
+        a = {"o": block.attn.context, "down": block.mlp.hidden}
+        a |= dict.fromkeys("qkv", block.attn.a) | dict.fromkeys(("gate", "up"), block.mlp.a)
+        for part, kinds in (("attn", "qkvo"), ("mlp", ("gate", "up", "down"))):
+            out |= {f"blocks.{i}.{part}.{kind}": a[kind] for kind in kinds}
+    return out
 
 
 def _lowest(layers: Collection[str]) -> int:
@@ -118,7 +137,7 @@ def input_tensor(flow: Flow, layer: str, name: str) -> Array | None:
 
     None where the block has no such tensor, or where it is the layer's input itself.
     """
-    own = flow.taps[layer].a
+    own = flow.read[layer]
     if name == "input":
         return own
     if layer in ("head", "patch"):
@@ -221,7 +240,7 @@ def _behind_activation(flow: Flow, layer: str) -> Array | None:
     if kind == "up":
         return d_hidden
     up = transformer.linear_forward(
-        flow.net.config, flow.net.parameters, f"{block}.up", flow.taps[layer].a
+        flow.net.config, flow.net.parameters, f"{block}.up", flow.read[layer]
     )
     return d_hidden * up
 
