@@ -195,6 +195,10 @@ def test_layers_are_short_enough_to_read() -> None:
                 assert lines <= 60, f"{module.__name__}.{node.name}: {lines} lines"
 
 
+PEERS = "bergson curvlinops jax kfac_jax kronfluence nngeometry torch transformers".split()
+"""What only `validation.peers` needs."""
+
+
 @pytest.mark.parametrize(
     "path",
     [p for p in sorted((ROOT / "validation").rglob("*.py")) if p.parent.name != "mutation"],
@@ -202,4 +206,9 @@ def test_layers_are_short_enough_to_read() -> None:
 )
 def test_every_experiment_can_be_imported(path: Path) -> None:
     """What only a long run would find: a name that an experiment imports is gone."""
-    importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    try:
+        importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    except ModuleNotFoundError as error:
+        if error.name not in PEERS:
+            raise
+        pytest.skip(f"{error.name} is not installed")
