@@ -25,6 +25,7 @@ FORMATS: Final[Mapping[str, str]] = MappingProxyType(
         "refcurv-corpus": "`refcurv corpus` or rc.save_corpus",
         "refcurv-factors": "`refcurv collect`",
         "refcurv-basis": "`refcurv decompose`",
+        "refcurv-case": "`refcurv cases`",
     }
 )
 """The kinds of file, and what writes each."""
