@@ -18,7 +18,9 @@ import refcurv as rc
 from refcurv.cli import main
 from refcurv.files.store import machine
 from refcurv.judge.cases import Case, CaseError, Check, accepted
-from refcurv.judge.cases.case import kind_of, write_case
+from refcurv.judge.cases.analytic import analytic
+from refcurv.judge.cases.case import kind_of, law_digest, write_case
+from refcurv.judge.cases.freedom import acceptable
 from refcurv.judge.cases.harness import budgets
 from refcurv.judge.cases.making import MOST_PARAMETERS, cases, subject, valid
 from refcurv.judge.cases.planted import BUGS
@@ -129,7 +131,8 @@ def test_the_page_is_what_the_manifests_say() -> None:
 def test_a_case_is_made_again_byte_for_byte(tmp_path) -> None:
     """On the build that made the stored ones; on another one, twice the same."""
     feature = next(one for one in FEATURES if one.name == "shared-norm")
-    here = MANIFESTS["shared-norm_v1"]["versions"] == json.loads(json.dumps(machine()))
+    was = MANIFESTS["shared-norm_v1"]
+    here = was["versions"] == json.loads(json.dumps(machine())) and was["law"] == law_digest()
     folders = [make.VECTORS, tmp_path / "one"] if here else [tmp_path / "one", tmp_path / "two"]
     for folder in folders:
         if folder != make.VECTORS:
@@ -142,12 +145,15 @@ def test_a_case_is_made_again_byte_for_byte(tmp_path) -> None:
 
 
 def test_freedom_is_accepted_and_is_no_copy() -> None:
-    free = [stored(name) for name, one in MANIFESTS.items() if one["result"] == "acceptable"]
-    kinds = {case.id.split("_")[1].split("-")[0] for case in free}
-    assert kinds == {"signs", "cluster", "ties"}
-    for case in free:
-        true = stored(case.of).arrays
+    by_hand = analytic()
+    free = {case.id.split("_")[1].split("-")[0]: case for case in acceptable(by_hand)}
+    assert set(free) == {"signs", "cluster", "ties"}
+    for case in free.values():
+        assert accepted(case) and case.result == "acceptable" and case.of == by_hand.id
+        true = by_hand.arrays
         assert any(not np.array_equal(x, true[name]) for name, x in case.arrays.items())
+    U = free["cluster"].arrays["basis.linear.U_A"]
+    assert (U[1:4, 1:4] != np.eye(3)).all() and U[0, 0] == U[4, 4] == 1 and not U[0, 1:].any()
 
 
 def test_the_analytic_case_is_by_hand() -> None:

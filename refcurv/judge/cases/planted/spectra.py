@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from refcurv.algebra.selection import select
 from refcurv.judge.cases.planted.bug import Bug, Changed, Plant
 from refcurv.judge.cases.truth import SHARES, Truth, share_name
 from refcurv.law.checks import Array
@@ -67,6 +68,18 @@ def _outputs_alone(lam: Array, mu: Array, rho: float) -> Array:
     return np.outer(_share(lam, rho), np.ones(len(mu), bool))
 
 
+def _one_pair(by: int) -> Callable[[Array, Array, float], Array]:
+    """One pair more or fewer than SELECT keeps."""
+
+    def mask_of(lam: Array, mu: Array, rho: float) -> Array:
+        order = np.argsort(-np.outer(lam, mu), axis=None, kind="stable")
+        mask = np.zeros(len(lam) * len(mu), bool)
+        mask[order[: int(select(lam, mu, rho).sum()) + by]] = True
+        return mask.reshape(len(lam), len(mu))
+
+    return mask_of
+
+
 def _complement(made: Truth) -> Changed:
     """The edit keeps what it should remove."""
     out: dict[str, Array] = {}
@@ -87,6 +100,10 @@ SPECTRA = (
     Bug("B65-edit", "ORDER", "the edit keeps the complement", "edits", _complement),
     Bug("B66", "DEGENERATE", "singular values of the rows in place of eigenvalues",
         "basis", _bases(lambda M, U, v: (U, np.sqrt(v)))),
+    Bug("B69-less", "TIE", "the mask stops before its share: one pair is missing", "edits",
+        _edits(_one_pair(-1))),
+    Bug("B69-more", "TIE", "the mask goes on behind its share: one pair too many", "edits",
+        _edits(_one_pair(1))),
     Bug("B73", "TIE", "each side keeps its own share: the mask is a rectangle",
         "edits", _edits(_marginal)),
     Bug("B74", "TIE", "pairs are ranked by λ alone", "edits", _edits(_outputs_alone)),
