@@ -185,6 +185,8 @@ def test_every_number_has_two_routes_within_budget(small) -> None:
     found = list(checks(made))
     assert all(one.passed for one in found)
     assert {one.quantity for one in found} == {n for n in names if not n.endswith(".kept")}
+    others = {n for n in names if n.startswith("gradients.") and not n.endswith(".k.weight")}
+    names -= others  # of the gradients one will do: each that is wrong is looked at twice
     for k, (name, array) in enumerate(made.arrays.items(), start=1):
         if array.dtype.kind == "f" and name in names:
             made.arrays[name] = array * (1 + 1e-9 * k)

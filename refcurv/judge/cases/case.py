@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def write_case(case: Case, folder: Path, budgets: Mapping[str, Any]) -> dict[str
         arrays=(
             store.Entry(name, array, _budget(case, name)) for name, array in case.arrays.items()
         ),
-        provenance={"refcurv": store.machine()["refcurv"], "law": law_digest()},
+        provenance={"refcurv": build()["refcurv"], "law": law_digest()},
     )
     made = manifest(case, path, budgets)
     write_json(made, folder / f"{case.id}.json")
@@ -116,6 +117,13 @@ def _budget(case: Case, name: str) -> dict[str, float]:
     return {} if budget is None else {"budget": budget}
 
 
+@cache
+def build() -> dict[str, Any]:
+    """What decides the bits; the same in one process, and asked for by every file."""
+    return store.machine()
+
+
+@cache
 def law_digest() -> str:
     """SHA-256 of the law, whose sentences README has: a case is small, and the law is not."""
     return hashlib.sha256(json.dumps(describe(), sort_keys=True).encode()).hexdigest()
@@ -138,7 +146,7 @@ def manifest(case: Case, path: Path, budgets: Mapping[str, Any]) -> dict[str, An
             "bytes": path.stat().st_size,
             "sha256": store.file_sha256(path),
         },
-        "source": {"name": "refcurv", "version": store.machine()["refcurv"]},
+        "source": {"name": "refcurv", "version": build()["refcurv"]},
         "method": dict(case.method),
         "layers": {
             name: [len(case.arrays[f"factors.{name}.sum_{side}"]) for side in "GA"]
@@ -150,7 +158,7 @@ def manifest(case: Case, path: Path, budgets: Mapping[str, Any]) -> dict[str, An
         "diagnostics": dict(case.diagnostics),
         "certificate": None,
         "law": law_digest(),
-        "versions": store.machine(),
+        "versions": build(),
     }  # fmt: skip
 
 
