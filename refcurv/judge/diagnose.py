@@ -19,7 +19,9 @@ from refcurv.judge.case import Case
 from refcurv.judge.compare import Measured, drawing
 from refcurv.judge.faults import FAULTS
 from refcurv.judge.hypotheses import Index, see
-from refcurv.judge.search import Chosen, Ladder, Side, ladder, look, rest, spread, verify
+from refcurv.judge.recomputed import joined, partners, recompute, stages
+from refcurv.judge.search import PLAIN, Chosen, Idea, Ladder, Side, ladder, look, rest, spread
+from refcurv.judge.variants import Setting
 from refcurv.judge.verdict import FAIL, LEFT_OUT, MISSING, PASS, Cause, Comparison
 
 ROUNDS = 4
@@ -35,7 +37,7 @@ def diagnose(
 
     Proof: tests/test_diagnose.py::test_each_fault_has_its_name
     """
-    if all(f.verdict in (PASS, LEFT_OUT) for f in findings):
+    if all(f.verdict in (PASS, LEFT_OUT) and _aside(f) for f in findings):
         return (), (), list(findings)
     found = {side: Side(side) for side in "AG"}
     index = Index(case)
@@ -55,25 +57,113 @@ def _prepare(case: Case, found: Mapping[str, Side], index: Index) -> None:
         for side, seen in see(case, layer).items():
             if seen.T.any() and np.isfinite(seen.T).all():
                 found[side].ladders[layer] = ladder(case, layer, side, n_G)
-        verify(case, [layer], found, index, ())
+        look(case, [layer], found, index, ())
 
 
 def _search(case: Case, side: Side, found: Mapping[str, Side], index: Index) -> None:
     """Choose hypotheses for a side until every layer is explained, or nothing explains more."""
     other = found["A" if side.side == "G" else "G"]
     for _ in range(ROUNDS):
+        known = {layer: other.of(layer)[0] for layer in side.ladders}
         layers = side.open()
+        if side.side == "G":  # what explains A may explain a factor of G
+            layers += [
+                x
+                for x, idea in known.items()
+                if idea.setting and x not in layers and not side.unit(x, side.of(x)[1])
+                and side.of(x)[0] == PLAIN
+            ]  # fmt: skip
         if not layers:
             return
         sample = spread(layers)
         look(case, sample, found, index)
-        known = {layer: other.of(layer)[0] for layer in layers}
-        chosen = side.choose(sample, known)
+        chosen = _chosen(case, side, found, sample, known)
         if chosen is None:
             return
-        verify(case, rest(layers, sample), found, index, chosen.faults)
-        every = {x: side.table[chosen.faults][x] for x in layers if side.explains(chosen.faults, x)}
+        _verify(case, found, index, chosen.idea, list(rest(layers, sample)))
+        free = {x: {*chosen.faults} <= {*known[x].faults} for x in layers}
+        every = {
+            x: side.table[chosen.idea][x]
+            for x in layers
+            if side.explains(chosen.idea, x, bool(chosen.faults) and free[x])
+        }
         side.chosen.append(replace(chosen, left=every))
+
+
+def _verify(
+    case: Case, found: Mapping[str, Side], index: Index, idea: Idea, layers: Sequence[str]
+) -> None:
+    """Try what was chosen on further layers."""
+    if idea.setting is None:
+        look(case, layers, found, index, idea.faults)
+        return
+    for begin in range(0, len(layers), 4):
+        recompute(case, found, layers[begin : begin + 4], [idea.setting])
+
+
+def _chosen(
+    case: Case,
+    side: Side,
+    found: Mapping[str, Side],
+    layers: Sequence[str],
+    known: Mapping[str, Idea],
+) -> Chosen | None:
+    """The simplest of what needs no model; else of what model and corpus make, cheap first."""
+    faults = {layer: idea.faults for layer, idea in known.items()}
+    chosen = side.choose(layers, faults)
+    if case.model is None or case.corpus is None or not _worth(case, side, layers):
+        return chosen
+    partner = partners(case, known[layers[0]].setting) if side.side == "G" else []
+    if partner:
+        recompute(case, found, layers, partner)
+        chosen = side.choose(layers, faults)
+    tried: list[Setting] = []
+    for stage in stages(case, side.side):
+        if _exact(side, chosen):
+            return chosen
+        wanted = [one for one in stage if _soft(side, layers) is False or one.labels in GOLD]
+        recompute(case, found, layers, [*wanted, *joined(partner, wanted)])
+        tried += wanted
+        chosen = side.choose(layers, faults)
+    if chosen is None and not _soft(side, layers):
+        best = sorted(
+            (max(left.error for left in lefts.values()), k)
+            for k, (idea, lefts) in enumerate(side.table.items())
+            if idea.setting
+        )
+        ideas = list(side.table)
+        firsts = [setting for _, k in best[:3] if (setting := ideas[k].setting)]
+        recompute(case, found, layers, joined(firsts, tried))
+        chosen = side.choose(layers, faults)
+    return chosen
+
+
+GOLD = ("empirical", "argmax")
+"""Labels without drawing: theirs may equal them where drawing alone would explain it too."""
+
+
+def _exact(side: Side, chosen: Chosen | None) -> bool:
+    return chosen is not None and all(side.rank(x, y) == 0 for x, y in chosen.left.items())
+
+
+def _soft(side: Side, layers: Sequence[str]) -> bool:
+    """Does drawing explain all of these layers already?"""
+    return all(side.rank(x, side.plain(x)) == side.ladders[x].by_drawing for x in layers)
+
+
+def _worth(case: Case, side: Side, layers: Sequence[str]) -> bool:
+    """Is there more to explain than a dtype no coarser than float32, which is not declared?"""
+    fine = [
+        side.rank(x, side.plain(x)) <= [d for d, _ in side.ladders[x].steps].index("float32")
+        if "float32" in [d for d, _ in side.ladders[x].steps]
+        else False
+        for x in layers
+    ]
+    return (
+        case.arithmetic.declared
+        or not all(fine)
+        or any(side.rank(x, side.plain(x)) == 0 for x in layers)
+    )
 
 
 def _missing(
@@ -91,7 +181,9 @@ def _missing(
                 wild += at
             elif seen.X.any() and not seen.T.any():
                 zero += at
-            elif side == "G" and seen.T.shape != seen.X.shape and not found[side].of(layer)[0]:
+            elif (
+                side == "G" and seen.T.shape != seen.X.shape and not found[side].of(layer)[0].faults
+            ):
                 size = len(case.ours(layer).sum_A)
                 inputs += at if seen.T.shape == (size, size) else []
     for fault, words, at in (
@@ -211,7 +303,7 @@ def _scale(case: Case, found: Mapping[str, Side], layer: str) -> scales.Scale | 
         steps = side.ladders.get(layer)
         if steps is None:
             continue
-        faults, left = side.of(layer)
+        idea, left = side.of(layer)
         rank = steps.rank(left.error)
         if rank > steps.by_drawing or not math.isfinite(left.ratio):
             continue
@@ -219,7 +311,9 @@ def _scale(case: Case, found: Mapping[str, Side], layer: str) -> scales.Scale | 
         c[name] = None if free else left.ratio
         tol[name] = _tolerance(case, layer, name, steps, rank)
         n_T = {"A": theirs.n_A, "G": theirs.n_G}[name]
-        if n_T is not None and not faults:
+        if idea.setting is not None:
+            rows[name] = left.rows
+        elif n_T is not None and not idea.faults:
             rows[name] = n_T / {"A": ours.n_A, "G": ours.n_G}[name]
     if c == {"A": None, "G": None}:
         return None
@@ -240,10 +334,10 @@ def _excluded(found: Mapping[str, Side]) -> Iterator[str]:
     """What was tried where nothing was enough, and the error that it left."""
     for side in found.values():
         layers = side.unexplained()
-        for faults, left in side.table.items():
+        for idea, left in side.table.items():
             errors = [left[x].error for x in layers if x in left]
             if errors:
-                name = " and ".join(f"{id} ({FAULTS[id].name})" for id in faults)
+                name = " and ".join(f"{id} ({FAULTS[id].name})" for id in idea.faults)
                 note = name or next(left[x].note for x in layers if x in left)
                 where = f"{side.side} of {len(errors)} layers"
                 yield f"{where}, {note}: leaves {min(errors):.2g} or more"
