@@ -16,13 +16,17 @@ import numpy as np
 
 from refcurv.judge import precision, scales
 from refcurv.judge.case import Case
-from refcurv.judge.compare import Measured, drawing
+from refcurv.judge.compare import Measured
 from refcurv.judge.faults import FAULTS
 from refcurv.judge.hypotheses import Index, see
-from refcurv.judge.recomputed import joined, partners, recompute, stages
-from refcurv.judge.search import PLAIN, Chosen, Idea, Ladder, Side, ladder, look, rest, spread
+from refcurv.judge.recomputed import cost, joined, partners, recompute, stages
+from refcurv.judge.search import PLAIN, Chosen, Idea, Side, ladder, look, rest, spread
 from refcurv.judge.variants import Setting
 from refcurv.judge.verdict import FAIL, LEFT_OUT, MISSING, PASS, Cause, Comparison
+from refcurv.judge.weighted import weigh
+
+WEIGHTED = ("B2", "B3", "B9", "B41", "B46")
+"""Faults that `weighted` finds."""
 
 ROUNDS = 4
 """How many groups of layers with faults of their own are looked for."""
@@ -44,10 +48,20 @@ def diagnose(
     _prepare(case, found, index)
     for side in found.values():
         _search(case, side, found, index)
+    for side in found.values():
+        seen = [one for layer in case.matched if (one := _scale(case, found, layer))]
+        _by_counts(case, side, found, index, seen)
     made = [*_forms(case, found), *_missing(case, found, findings)]
     made += _scales(case, found)
     made += precision.causes(case, found)
-    return tuple(made), tuple(_excluded(found)), _told(findings, made)
+    kept = tuple(one for one in made if any(_speaks(one, f) for f in findings))
+    return kept, tuple(_excluded(found)), _told(findings, kept)
+
+
+def _speaks(cause: Cause, one: Comparison) -> bool:
+    """Is this a comparison that the cause is about, and that something is wrong with?"""
+    wrong = one.verdict not in (PASS, LEFT_OUT) or not _aside(one)
+    return wrong and one.layer in cause.layers and one.quantity in cause.quantities
 
 
 def _prepare(case: Case, found: Mapping[str, Side], index: Index) -> None:
@@ -66,13 +80,9 @@ def _search(case: Case, side: Side, found: Mapping[str, Side], index: Index) -> 
     for _ in range(ROUNDS):
         known = {layer: other.of(layer)[0] for layer in side.ladders}
         layers = side.open()
+        scaled = [x for x in _scaled(side) if x not in layers]
         if side.side == "G":  # what explains A may explain a factor of G
-            layers += [
-                x
-                for x, idea in known.items()
-                if idea.setting and x not in layers and not side.unit(x, side.of(x)[1])
-                and side.of(x)[0] == PLAIN
-            ]  # fmt: skip
+            layers += [x for x in scaled if known[x].setting]
         if not layers:
             return
         sample = spread(layers)
@@ -80,7 +90,7 @@ def _search(case: Case, side: Side, found: Mapping[str, Side], index: Index) -> 
         chosen = _chosen(case, side, found, sample, known)
         if chosen is None:
             return
-        _verify(case, found, index, chosen.idea, list(rest(layers, sample)))
+        _verify(case, side.side, found, index, chosen.idea, list(rest(layers, sample)))
         free = {x: {*chosen.faults} <= {*known[x].faults} for x in layers}
         every = {
             x: side.table[chosen.idea][x]
@@ -88,17 +98,65 @@ def _search(case: Case, side: Side, found: Mapping[str, Side], index: Index) -> 
             if side.explains(chosen.idea, x, bool(chosen.faults) and free[x])
         }
         side.chosen.append(replace(chosen, left=every))
+        more = [x for x in _scaled(side) if chosen.idea.setting]
+        _verify(case, side.side, found, index, chosen.idea, more)
+        every |= {
+            x: side.table[chosen.idea][x] for x in more if side.explains(chosen.idea, x, True)
+        }
+        side.chosen[-1] = replace(chosen, left=every)
+
+
+def _scaled(side: Side) -> list[str]:
+    """Layers whose form no fault was needed for, but that have a factor."""
+    out = []
+    for layer, steps in side.ladders.items():
+        idea, left = side.of(layer)
+        if idea == PLAIN and side.rank(layer, left) <= steps.by_drawing:
+            out += [] if side.unit(layer, left) else [layer]
+    return out
+
+
+def _by_counts(
+    case: Case, side: Side, found: Mapping[str, Side], index: Index, seen: Sequence[scales.Scale]
+) -> None:
+    """Other rows that change a factor alone, where it is nothing simpler."""
+    layers = _scaled(side)
+    if not layers or case.model is None or case.corpus is None:
+        return
+    named = scales.explain(seen, scales.Counts.of(case))
+    if all(one.fault not in (None, "B82") for one in named):
+        return
+    sample = spread(layers)
+    recompute(case, found, sample, next(stages(case, side.side)))
+    for idea in sorted(side.table, key=lambda idea: len(idea.faults)):
+        if idea.setting and all(_unit(side, idea, x) for x in sample):
+            _verify(case, side.side, found, index, idea, list(rest(layers, sample)))
+            left = {x: side.table[idea][x] for x in layers if _unit(side, idea, x)}
+            side.chosen.append(Chosen(idea, left))
+            return
+
+
+def _unit(side: Side, idea: Idea, layer: str) -> bool:
+    left = side.table[idea].get(layer)
+    return left is not None and side.explains(idea, layer, free=True) and side.unit(layer, left)
 
 
 def _verify(
-    case: Case, found: Mapping[str, Side], index: Index, idea: Idea, layers: Sequence[str]
+    case: Case,
+    side: str,
+    found: Mapping[str, Side],
+    index: Index,
+    idea: Idea,
+    layers: Sequence[str],
 ) -> None:
     """Try what was chosen on further layers."""
-    if idea.setting is None:
+    if idea.setting is None and idea.faults and idea.faults[0] in WEIGHTED:
+        weigh(case, found, side, layers)
+    elif idea.setting is None:
         look(case, layers, found, index, idea.faults)
-        return
-    for begin in range(0, len(layers), 4):
-        recompute(case, found, layers[begin : begin + 4], [idea.setting])
+    else:
+        for begin in range(0, len(layers), 4):
+            recompute(case, found, layers[begin : begin + 4], [idea.setting])
 
 
 def _chosen(
@@ -118,11 +176,16 @@ def _chosen(
         recompute(case, found, layers, partner)
         chosen = side.choose(layers, faults)
     tried: list[Setting] = []
-    for stage in stages(case, side.side):
-        if _exact(side, chosen):
+    small = cost(case) <= SMALL
+    for number, stage in enumerate(stages(case, side.side)):
+        if _exact(side, chosen) or _short(case, side, layers):
             return chosen
-        wanted = [one for one in stage if _soft(side, layers) is False or one.labels in GOLD]
+        wanted = stage
+        if _soft(side, layers):
+            wanted = [s for s in stage if not s.network and (small or s.labels in GOLD)]
         recompute(case, found, layers, [*wanted, *joined(partner, wanted)])
+        if number == 0 and not _soft(side, layers):
+            weigh(case, found, side.side, layers)
         tried += wanted
         chosen = side.choose(layers, faults)
     if chosen is None and not _soft(side, layers):
@@ -141,14 +204,30 @@ def _chosen(
 GOLD = ("empirical", "argmax")
 """Labels without drawing: theirs may equal them where drawing alone would explain it too."""
 
+SMALL = 2.0**28
+"""Parameters times positions where everything is tried even then.  Chosen: some seconds."""
+
 
 def _exact(side: Side, chosen: Chosen | None) -> bool:
     return chosen is not None and all(side.rank(x, y) == 0 for x, y in chosen.left.items())
 
 
+def _short(case: Case, side: Side, layers: Sequence[str]) -> bool:
+    """Are all of these ours, but for sums that have the digits of bfloat16?"""
+    return all(
+        side.rank(x, side.plain(x)) < side.ladders[x].by_drawing
+        and precision.short_sums(case, x, side.side)
+        for x in layers
+    )
+
+
 def _soft(side: Side, layers: Sequence[str]) -> bool:
     """Does drawing explain all of these layers already?"""
-    return all(side.rank(x, side.plain(x)) == side.ladders[x].by_drawing for x in layers)
+    plain = {x: side.plain(x) for x in layers}
+    return all(
+        side.rank(x, left) == side.ladders[x].by_drawing and side.unit(x, left)
+        for x, left in plain.items()
+    )
 
 
 def _worth(case: Case, side: Side, layers: Sequence[str]) -> bool:
@@ -309,7 +388,7 @@ def _scale(case: Case, found: Mapping[str, Side], layer: str) -> scales.Scale | 
             continue
         free = name in case.dump.scale_free
         c[name] = None if free else left.ratio
-        tol[name] = _tolerance(case, layer, name, steps, rank)
+        tol[name] = steps.tolerance(rank)
         n_T = {"A": theirs.n_A, "G": theirs.n_G}[name]
         if idea.setting is not None:
             rows[name] = left.rows
@@ -320,14 +399,6 @@ def _scale(case: Case, found: Mapping[str, Side], layer: str) -> scales.Scale | 
     return scales.Scale(
         layer, c["A"], c["G"], tol["A"], tol["G"], rows["A"], rows["G"], len(ours.sum_G)
     )
-
-
-def _tolerance(case: Case, layer: str, side: str, steps: Ladder, rank: int) -> float:
-    """How far a factor may be from what it is, given how well the form fits."""
-    if rank < steps.by_drawing:
-        return 2 * steps.steps[rank][1]
-    drawn = drawing(case, layer, case.theirs(layer).n_G) if side == "G" else None
-    return 2 * steps.steps[0][1] + (drawn.trace if drawn else 0.0)
 
 
 def _excluded(found: Mapping[str, Side]) -> Iterator[str]:

@@ -67,14 +67,21 @@ def recompute(
     if not wanted or not layers:
         return
     positions = int(case.corpus.label.size)
-    parameters = sum(math.prod(shape) for shape in case.model.config.parameter_shapes().values())
-    limit = int(min(4096, max(256, WORK / parameters)))
+    limit = int(min(4096, max(256, WORK / cost(case) * positions)))
     if positions > limit:
         wanted = _best(case, found, layers, wanted, limit)
         if positions > MOST:
             return
     for side, layer, idea, left in _lefts(case, layers, wanted, positions):
         found[side].add(idea, layer, left)
+
+
+def cost(case: Case) -> float:
+    """Parameters times positions; infinite without model or corpus."""
+    if case.model is None or case.corpus is None:
+        return math.inf
+    parameters = sum(math.prod(shape) for shape in case.model.config.parameter_shapes().values())
+    return float(parameters) * case.corpus.label.size
 
 
 def _best(

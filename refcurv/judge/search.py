@@ -46,10 +46,20 @@ SAMPLE = 8
 
 @dataclass(frozen=True, slots=True)
 class Ladder:
-    """How far one side of a layer may be off: (dtype, budget), finest first; drawn, by drawing."""
+    """How far one side of a layer may be off.
+
+    Fields: steps, (dtype, budget), finest first; drawn, by drawing; traced, its trace by drawing.
+    """
 
     steps: tuple[tuple[str, float], ...]
     drawn: float
+    traced: float = 0.0
+
+    def tolerance(self, rank: int) -> float:
+        """How far a factor may be from what it is, given how well the form fits."""
+        if rank < self.by_drawing:
+            return 2 * self.steps[rank][1]
+        return 2 * self.steps[0][1] + self.traced
 
     def rank(self, error: float) -> int:
         """Which step the error is within; one more if drawing explains it, two more if nothing."""
@@ -74,8 +84,10 @@ def ladder(case: Case, layer: str, side: str, n_G: float | None) -> Ladder:
         budget = bare.budget(layer, dtype)
         if steps[-1][1] < budget <= COARSEST:
             steps.append((dtype, budget))
-    drawn = drawing(case, layer, n_G).norm if side == "G" else 0.0
-    return Ladder(tuple(steps), 0.0 if math.isnan(drawn) else drawn)
+    drawn = drawing(case, layer, n_G)
+    if side == "A" or math.isnan(drawn.norm):
+        return Ladder(tuple(steps), 0.0)
+    return Ladder(tuple(steps), drawn.norm, drawn.trace)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,9 +169,7 @@ class Side:
 
     def unit(self, layer: str, left: Left) -> bool:
         """Is theirs what is left of it, without a factor?"""
-        steps = self.ladders[layer]
-        k = min(steps.rank(left.error), len(steps.steps) - 1)
-        return abs(left.ratio - 1) <= 2 * steps.steps[k][1]
+        return abs(left.ratio - 1) <= self.ladders[layer].tolerance(self.rank(layer, left))
 
     def choose(self, layers: Collection[str], known: Mapping[str, Faults]) -> Chosen | None:
         """The simplest of what explains most of these layers.
