@@ -287,3 +287,24 @@ def test_the_size_of_an_error_names_the_precision(gappy):
         assert verdict.causes
         equal = {f.verdict.startswith("equal as") for f in verdict.failed}
         assert equal == {not arithmetic}
+
+
+def test_signs_are_said_to_be_no_proof(gappy):
+    """Without a model: a rank that is lost, and an error that grows with depth."""
+    factors = gappy[2]
+    rng = np.random.default_rng(0)
+
+    def low(X):
+        x = rng.normal(size=(len(X), 2))
+        return x @ x.T
+
+    theirs = {name: (low(one.A), one.G, one.n_A) for name, one in factors.items()}
+    verdict = rc.validate(theirs, factors, arithmetic="float64", declared={"fisher": "empirical"})
+    assert [cause.fault for cause in verdict.causes] == ["B36"]
+    assert np.isnan(verdict.causes[0].after) and "Not confirmed" in verdict.causes[0].sentence
+    theirs = {}
+    for k, (name, one) in enumerate(factors.items()):
+        x = rng.normal(size=one.A.shape) * np.trace(one.A) * 0.1 * k
+        theirs[name] = (one.A + x + x.T, one.G, one.n_A)
+    verdict = rc.validate(theirs, factors, arithmetic="float64", declared={"fisher": "empirical"})
+    assert [cause.fault for cause in verdict.causes] == ["B57"]

@@ -21,6 +21,7 @@ from refcurv.judge.faults import FAULTS
 from refcurv.judge.hypotheses import Index, see
 from refcurv.judge.recomputed import cost, joined, partners, recompute, stages
 from refcurv.judge.search import PLAIN, Chosen, Idea, Side, ladder, look, rest, spread
+from refcurv.judge.signs import signs
 from refcurv.judge.variants import Setting
 from refcurv.judge.verdict import FAIL, LEFT_OUT, MISSING, PASS, Cause, Comparison
 from refcurv.judge.weighted import weigh
@@ -51,11 +52,18 @@ def diagnose(
     for side in found.values():
         seen = [one for layer in case.matched if (one := _scale(case, found, layer))]
         _by_counts(case, side, found, index, seen)
-    made = [*_forms(case, found), *_missing(case, found, findings)]
-    made += _scales(case, found)
-    made += precision.causes(case, found)
-    kept = tuple(one for one in made if any(_speaks(one, f) for f in findings))
+    causes = [*_forms(case, found), *_missing(case, found, findings)]
+    causes += _scales(case, found)
+    causes += [*precision.causes(case, found), *_signs(case, found)]
+    kept = tuple(one for one in causes if any(_speaks(one, f) for f in findings))
     return kept, tuple(_excluded(found)), _told(findings, kept)
+
+
+def _signs(case: Case, found: Mapping[str, Side]) -> Iterator[Cause]:
+    for one in signs(case, found):
+        before = max(found[one.side].plain(x).error for x in one.layers)
+        at = one.layers, _form_of(one.side)
+        yield made(case, one.fault, f"{one.words}.", *at, before, math.nan, one.alike)
 
 
 def _speaks(cause: Cause, one: Comparison) -> bool:
