@@ -26,6 +26,11 @@ IGNORE = -100
 Dump = dict[str, tuple[Any, Any, Any]]
 
 
+def numbers(x: Any) -> np.ndarray:
+    """As NumPy; NumPy has no bfloat16."""
+    return np.asarray(x.float() if getattr(x, "dtype", None) == torch.bfloat16 else x)
+
+
 class Collector:
     """`collect()` → {layer: (A, G, n)}; labels are "gold", "given", "own" or "expected"."""
 
@@ -44,7 +49,7 @@ class Collector:
         self.G, self.n = dict(self.A), dict(self.A)
         for at in self.batches():
             self.run(self.batch(at))
-        return {k: (np.asarray(A), np.asarray(G), n) for k, (A, G, n) in self.finish().items()}
+        return {k: (numbers(A), numbers(G), n) for k, (A, G, n) in self.finish().items()}
 
     # ------------------------------------------------------------------ model and data
 
@@ -152,16 +157,20 @@ class Collector:
         return self.rows_of(name, self.g[name], gradient=True).to(self.sum_dtype)
 
     def add(self, name: str, b: SimpleNamespace, first: bool) -> None:
-        self.g[name] = self.g.get(name, 0 * self.a[name])
-        g = self.gradients(name, b)
-        keep = self.rows(name, b)
-        self.G[name] = self.G[name] + self.gram(g[keep])
+        self.g.setdefault(name, torch.zeros(self.output_shape(name)))
+        self.G[name] = self.G[name] + self.gram(self.gradients(name, b)[self.rows(name, b)])
         if first:
-            a = self.column(name, self.inputs(name, b))[keep]
-            self.A[name] = self.A[name] + self.gram(a)
-            self.n[name] += len(a)
+            a = self.column(name, self.inputs(name, b), b)
+            self.A[name] = self.A[name] + self.gram(a[self.rows_a(name, b)])
+            self.n[name] += int(self.rows(name, b).sum())
 
-    def column(self, name: str, a: Tensor) -> Tensor:
+    def output_shape(self, name: str) -> tuple[int, ...]:
+        return (*self.a[name].shape[:2], self.config.linear_layers()[name][0])
+
+    def rows_a(self, name: str, b: SimpleNamespace) -> Tensor:
+        return self.rows(name, b)
+
+    def column(self, name: str, a: Tensor, b: SimpleNamespace) -> Tensor:
         """The inputs, and a 1 behind them where a bias is a column."""
         if not (self.setting.joint and self.config.has_bias(name)):
             return a
