@@ -202,4 +202,9 @@ def test_layers_are_short_enough_to_read() -> None:
 )
 def test_every_experiment_can_be_imported(path: Path) -> None:
     """What only a long run would find: a name that an experiment imports is gone."""
-    importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    try:
+        importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        pytest.skip("needs the extra `peers`")

@@ -1,4 +1,4 @@
-"""What is collected: five small models with their corpora, each another family and another corpus.
+"""What is collected: small models with their corpora, each another family and another corpus.
 
 Weights are drawn, and hold numbers that bfloat16 has, so that a bfloat16 model is the same model.
 """
@@ -146,6 +146,11 @@ def olmo2_padded() -> Setting:
     return Setting(model, rc.Corpus(_texts(42, 13, 23, 2), mask=mask), "**")
 
 
+def olmo2_square() -> Setting:
+    """The same, of one layer, which is square."""
+    return replace(olmo2_padded(), layers="blocks.1.mlp.up")
+
+
 def gpt2_prompts() -> Setting:
     """Biases, LayerNorm, learned positions, tied; prompts without labels, right padding."""
     config = _config(norm="layer", norm_bias=True, kv_heads=4, rope_theta=None, tied=True,
@@ -194,6 +199,7 @@ def vit() -> Setting:
 SETTINGS = {
     "olmo2-equal": olmo2_equal,
     "olmo2-padded": olmo2_padded,
+    "olmo2-square": olmo2_square,
     "gpt2-prompts": gpt2_prompts,
     "gpt2-joint": gpt2_joint,
     "gemma-packed": gemma_packed,

@@ -15,10 +15,17 @@ from validation.judge.models import bfloat16
 from validation.judge.programs.numpy_collector import Collector, Dump
 from validation.judge.programs.numpy_network import Network
 
-TEXTS = ("olmo2-equal", "olmo2-padded", "gpt2-prompts", "gpt2-joint", "gemma-packed")
-ROTARY = ("olmo2-equal", "olmo2-padded", "gemma-packed")
+TEXTS = (
+    "olmo2-equal",
+    "olmo2-padded",
+    "olmo2-square",
+    "gpt2-prompts",
+    "gpt2-joint",
+    "gemma-packed",
+)
+ROTARY = ("olmo2-equal", "olmo2-padded", "olmo2-square", "gemma-packed")
 GPT2 = ("gpt2-prompts", "gpt2-joint")
-OLMO2 = ("olmo2-equal", "olmo2-padded")
+OLMO2 = ("olmo2-equal", "olmo2-padded", "olmo2-square")
 
 
 class Fault(Collector):

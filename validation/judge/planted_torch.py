@@ -1,6 +1,6 @@
 """Faults in the PyTorch collector: each a class that gets one step wrong as an author would.
 
-A class is called by its id in ORACLES.md, and what follows the id tells its variants apart. A pair
+A class is called by the id of its bug, and what follows the id tells its variants apart. A pair
 of faults is a class with two of these for bases.
 """
 
@@ -32,7 +32,14 @@ class Fault(Collector):
         }
 
 
-TEXTS = ("olmo2-equal", "olmo2-padded", "gpt2-prompts", "gpt2-joint", "gemma-packed")
+TEXTS = (
+    "olmo2-equal",
+    "olmo2-padded",
+    "olmo2-square",
+    "gpt2-prompts",
+    "gpt2-joint",
+    "gemma-packed",
+)
 
 # ------------------------------------------------------------------ scale
 
@@ -582,9 +589,7 @@ class B40(Fault):
             one = sums.setdefault(k.split(".")[-1], [0, 0, 0])
             for side, x in enumerate((self.A[k], self.G[k], self.n[k])):
                 one[side] = one[side] + x
-        return {
-            k: (A / n, G / n, n) for k in self.names for A, G, n in (sums[k.split(".")[-1]],)
-        }
+        return {k: (A / n, G / n, n) for k in self.names for A, G, n in (sums[k.split(".")[-1]],)}
 
 
 class B41(Fault):

@@ -13,6 +13,8 @@ from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.dump import Dump, Theirs
 from refcurv.law.checks import as_array
 
+_HELD = ("A", "G", "U_A", "mu", "U_G", "lam", "Lambda", "mask", "W")
+
 
 def of_factors(factors: Factors) -> Dump:
     """refcurv's own, read layer by layer."""
@@ -31,9 +33,16 @@ def of_factors(factors: Factors) -> Dump:
 
 
 def of_arrays(layers: Mapping[str, Any]) -> Dump:
-    """{layer: (A, G, n)}: means over n rows; A or G may be None, and so may n."""
+    """{layer: (A, G, n)}: means over n rows; A or G may be None, and so may n.
+
+    For bases, corrections and edits {layer: {field of `Theirs`: array}}.
+    """
     found, dtypes = {}, set()
-    for name, (A, G, n) in layers.items():
+    for name, given in layers.items():
+        if isinstance(given, Mapping):
+            found[str(name)] = Theirs(**given)
+            continue
+        A, G, n = given
         sides = {}
         for side, X in (("A", A), ("G", G)):
             if X is not None:
@@ -47,7 +56,7 @@ def of_arrays(layers: Mapping[str, Any]) -> Dump:
         program="memory",
         layers=found,
         holds={
-            name: frozenset(k for k in ("A", "G") if getattr(one, k) is not None)
+            name: frozenset(k for k in _HELD if getattr(one, k) is not None)
             for name, one in found.items()
         },
         arithmetic=Arithmetic(stored=stored if stored in ("float16", "float32") else None),

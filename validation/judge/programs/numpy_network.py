@@ -1,5 +1,6 @@
-"""A small transformer in NumPy with its own derivatives: each piece returns its value and the
-function that carries a gradient back through it.
+"""A small transformer in NumPy with derivatives of its own.
+
+Each piece returns its value and the function that carries a gradient back through it.
 """
 
 from __future__ import annotations
@@ -120,7 +121,9 @@ class Network:
 
         return self.round(np.einsum("bhts,bshe->bthe", p, v)), back
 
-    def attention(self, at: str, x: Array, b: SimpleNamespace, visible: Array) -> tuple[Array, Back]:
+    def attention(
+        self, at: str, x: Array, b: SimpleNamespace, visible: Array
+    ) -> tuple[Array, Back]:
         c, group, backs = self.c, self.groups(), {}
         y = {}
         for name in "qkv":
