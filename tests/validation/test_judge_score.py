@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import refcurv as rc
+from refcurv.judge.verdict import Comparison, Verdict
 from validation.judge import planted_editor, planted_numpy, score, table
 from validation.judge.cases import (
     ARITHMETIC,
@@ -166,6 +167,18 @@ def test_a_fault_counts_beyond_ten_budgets():
         assert effect(judged(case, broken), honest) == math.inf
 
 
+def test_of_two_yardsticks_the_longer_counts():
+    def verdict(error, budget):
+        return Verdict((Comparison("x", "G", error, budget, "pass"),))
+
+    short, wide = verdict(0.01, 0.02), verdict(0.03, 0.1)
+    assert effect(verdict(0.5, 0.02), short) == 25
+    assert effect(verdict(0.5, 0.02), short, wide) == effect(verdict(0.5, 0.02), wide) == 5
+    drawn = Case("numpy", "vit", "own", "bfloat16", ("B55",))
+    assert [one.dtype for one in drawn.yardsticks] == ["bfloat16", "float64"]
+    assert not any(one.faults for one in drawn.yardsticks)
+
+
 def test_given_labels_leave_nothing_to_drawing():
     case = Case("numpy", "olmo2-padded", "given", "float64")
     layer = "blocks.0.mlp.up"
@@ -203,6 +216,7 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     assert score.Run("code").case(case.honest)["passed"]
     with score.RESULTS.open("a") as file:
         file.write('{"id": "cut sho')
+    assert [one.dtype for one in case.yardsticks] == ["float64"]
     monkeypatch.setattr("validation.judge.cases.judged", None)
     assert score.Run("code").case(case) == first
     assert json.loads(score.RESULTS.read_text().splitlines()[0]) == first
@@ -218,6 +232,9 @@ def test_a_judge_that_raises_is_a_result(tmp_path, monkeypatch):
     monkeypatch.setattr("validation.judge.cases.judged", broken)
     found = score.Run("code").case(Case("numpy", "gpt2-joint", "gold", "float64"))
     assert not found["passed"] and found["raised"] == "KeyError: 'here'"
+    monkeypatch.setattr("validation.judge.cases.dump_of", lambda case: broken(case, None))
+    with pytest.raises(KeyError):
+        score.Run("code").case(Case("numpy", "gpt2-prompts", "gold", "float64"))
 
 
 @pytest.mark.peers

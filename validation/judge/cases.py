@@ -57,6 +57,16 @@ class Case:
         """The same without a fault."""
         return replace(self, faults=())
 
+    @property
+    def yardsticks(self) -> list[Case]:
+        """The honest runs whose budgets the effect of a fault is measured by.
+
+        Beside a program that draws its own labels it is also that of float64, where nothing but
+        drawing can explain what it differs by.
+        """
+        more = [replace(self.honest, dtype="float64")] if self.labels == "own" else []
+        return [self.honest, *more]
+
     def program_class(self) -> Any:
         """The collector, or one with its faults for bases."""
         if not self.faults:
@@ -100,12 +110,16 @@ def judged(case: Case, dump: dict[str, Any]) -> rc.Verdict:
     )  # fmt: skip
 
 
-def effect(verdict: rc.Verdict, honest: rc.Verdict) -> float:
-    """By how many of the honest run's budgets the fault moves what it moves most.
+def effect(verdict: rc.Verdict, *honest: rc.Verdict) -> float:
+    """By how many of the honest runs' budgets the fault moves what it moves most.
 
-    Infinite where a number became none: a shape, a NaN, a count, a layer that is missing.
+    Of two honest runs the larger budget counts: one that had to, allows for drawing. Infinite
+    where a number became none: a shape, a NaN, a count, a layer that is missing.
     """
-    budget = {(f.layer, f.quantity): f.budget for f in honest.findings}
+    budget: dict[tuple[str, str], float] = {}
+    for f in (f for one in honest for f in one.findings):
+        at = f.layer, f.quantity
+        budget[at] = max(budget.get(at, 0.0), f.budget or 0.0)
     most = 0.0
     for f in verdict.findings:
         limit = budget.get((f.layer, f.quantity))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from validation.judge.models import BOS, EOS
+from validation.judge.models import BOS, EOS, SETTINGS
 from validation.judge.programs.torch_collector import IGNORE, Collector, Dump
 
 
@@ -40,6 +40,9 @@ TEXTS = (
     "gpt2-joint",
     "gemma-packed",
 )
+
+MANY = tuple(name for name in SETTINGS if name != "olmo2-square")
+"""Settings of more than one layer."""
 
 # ------------------------------------------------------------------ scale
 
@@ -542,6 +545,7 @@ class B37(Fault):
 
 class B38_next(Fault):
     what = "each block has the next one's factors"
+    settings = MANY
 
     def finish(self) -> Dump:
         found, L = super().finish(), self.config.layers
@@ -557,6 +561,7 @@ class B38_next(Fault):
 
 class B38_group(Fault):
     what = "every block has the first one's factors"
+    settings = MANY
 
     def finish(self) -> Dump:
         found = super().finish()

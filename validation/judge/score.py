@@ -1,6 +1,7 @@
 """The score of the judge: faults planted in programs, each dump judged, what was named counted.
 
     python -m validation.judge.score           everything; goes on where it was stopped
+    python -m validation.judge.score --only 'torch/vit/*/B14*'    some ids alone
     python -m validation.judge.score --quick   two models in float64, gold and given labels
     python -m validation.judge.score --render  README.md from results.jsonl, nothing run
 
@@ -15,6 +16,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +47,11 @@ def read(version: str | None = None) -> dict[str, Record]:
     return {r["id"]: r for r in records if r["code"] == version}
 
 
-def said(verdict: Any, honest: Any) -> Record:
+def said(verdict: Any, *honest: Any) -> Record:
     """What a record keeps of a verdict."""
     from validation.judge.cases import effect
 
-    size = effect(verdict, honest)
+    size = effect(verdict, *honest)
     return {
         "passed": verdict.passed,
         "effect": size if math.isfinite(size) else "infinite",
@@ -66,6 +68,18 @@ def counts(record: Record) -> bool:
     return record.get("effect") == "infinite" or record.get("effect", 0) > BUDGETS
 
 
+class JudgeRaised(Exception):
+    """A judge that raises is a result; a program that raises is not."""
+
+
+def verdict_of(judge: Callable[..., Any], *given: Any) -> Any:
+    """What the judge says, or JudgeRaised."""
+    try:
+        return judge(*given)
+    except Exception as error:
+        raise JudgeRaised(f"{type(error).__name__}: {error}"[:200]) from error
+
+
 class Run:
     """The records of this code, and how to make those that are missing."""
 
@@ -79,9 +93,9 @@ class Run:
             record = {"id": id, "code": self.version, **fields}
             try:
                 record |= make()
-            except Exception as error:  # a judge that raises is a result
+            except JudgeRaised as error:
                 record |= {"passed": False, "effect": "infinite", "named": [], "alike": [],
-                           "raised": f"{type(error).__name__}: {error}"[:200]}  # fmt: skip
+                           "raised": str(error)}  # fmt: skip
             with RESULTS.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
             self.records[id] = record
@@ -91,13 +105,14 @@ class Run:
         """One run of a collector."""
         from validation.judge.cases import dump_of, judged
 
-        def make() -> Record:
-            honest = case.honest
+        def verdict(honest: Any) -> Any:
             if honest.id not in self.honest:
-                self.honest[honest.id] = judged(honest, dump_of(honest))
-            if not case.faults:
-                return said(self.honest[honest.id], self.honest[honest.id])
-            return said(judged(case, dump_of(case)), self.honest[honest.id])
+                self.honest[honest.id] = verdict_of(judged, honest, dump_of(honest))
+            return self.honest[honest.id]
+
+        def make() -> Record:
+            found = verdict_of(judged, case, dump_of(case)) if case.faults else verdict(case)
+            return said(found, *map(verdict, case.yardsticks))
 
         fields = {"program": case.program, "setting": case.setting, "labels": case.labels,
                   "dtype": case.dtype, "faults": list(case.faults)}  # fmt: skip
@@ -120,7 +135,7 @@ class Run:
         fields = {"program": "editor", "setting": setting, "labels": "gold", "dtype": "float64",
                   "faults": [fault] if fault else []}  # fmt: skip
         id = f"editor/{setting}/gold/float64/{fault or 'honest'}"
-        return self.keep(id, lambda: said(*judged_edit(setting, fault)), fields)
+        return self.keep(id, lambda: said(*verdict_of(judged_edit, setting, fault)), fields)
 
 
 def _both_show(case: Any) -> bool:
@@ -154,8 +169,8 @@ def distance(one: dict[str, Any], two: dict[str, Any]) -> float:
     return most
 
 
-def every(quick: bool) -> None:
-    """Run what is not there yet."""
+def every(quick: bool, only: str) -> None:
+    """Run what is not there yet, of the ids that match `only`; pairs where it is "*"."""
     import torch
     from tqdm import tqdm
 
@@ -163,8 +178,11 @@ def every(quick: bool) -> None:
 
     torch.set_num_threads(1)
     run, ran = Run(code()), 0
-    for case in tqdm(list(singles(quick)), unit="dump", desc="one fault"):
+    some = [case for case in singles(quick) if fnmatchcase(case.id, only)]
+    for case in tqdm(some, unit="dump", desc="one fault"):
         run.case(case)
+    if only != "*":
+        return
     edits: Iterable[tuple[str, str]] = [(s, f) for s in EDITED for f in ("", *faults_of("editor"))]
     for setting, fault in tqdm(edits, unit="dump", desc="edits"):
         run.edit(setting, fault)
@@ -183,9 +201,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m validation.judge.score")
     parser.add_argument("--quick", action="store_true", help="two models, float64")
     parser.add_argument("--render", action="store_true", help="write README.md alone")
+    parser.add_argument("--only", default="*", help="ids of collectors' dumps that match, as in "
+                        "'torch/vit/gold/*/B14*'")  # fmt: skip
     given = parser.parse_args()
     if not given.render:
-        every(given.quick)
+        every(given.quick, given.only)
     from validation.judge.table import write
 
     return write(read(None if given.render else code()))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from validation.judge.score import HERE, Record, counts
+from validation.judge.score import HERE, PAIRS, Record, counts
 
 README = HERE / "README.md"
 BEGIN, END = "<!-- score: begin -->", "<!-- score: end -->"
@@ -111,7 +111,7 @@ def share(some: Sequence[Record], what: Any) -> str:
 
 def tables(every: list[Record]) -> str:
     """The generated part."""
-    from validation.judge.cases import faults_of
+    from validation.judge.cases import EDITED, faults_of, singles
 
     libraries = ("numpy", "torch")
     used = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in libraries)
@@ -119,8 +119,9 @@ def tables(every: list[Record]) -> str:
     one = [r for r in every if len(r["faults"]) == 1 and r["program"] != "editor"]
     edits = [r for r in every if r["program"] == "editor"]
     two = [r for r in every if len(r["faults"]) == 2]
+    planned = len(list(singles())) + len(EDITED) * (1 + len(faults_of("editor"))) + PAIRS
     parts = [
-        f"{len(every)} dumps, {datetime.now(UTC):%Y-%m-%d}, python {platform.python_version()}, "
+        f"{len(every)} dumps, of {planned} that there are, {datetime.now(UTC):%Y-%m-%d}, python {platform.python_version()}, "
         f"{used}; code `{version}`.",
         "### One fault",
         summary([r for r in one if counts(r)]),
