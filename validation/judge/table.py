@@ -121,8 +121,8 @@ def tables(every: list[Record]) -> str:
     two = [r for r in every if len(r["faults"]) == 2]
     planned = len(list(singles())) + len(EDITED) * (1 + len(faults_of("editor"))) + PAIRS
     parts = [
-        f"{len(every)} dumps, of {planned} that there are, {datetime.now(UTC):%Y-%m-%d}, python {platform.python_version()}, "
-        f"{used}; code `{version}`.",
+        f"{len(every)} dumps, of {planned} that there are, {datetime.now(UTC):%Y-%m-%d}, "
+        f"python {platform.python_version()}, {used}; code `{version}`.",
         "### One fault",
         summary([r for r in one if counts(r)]),
         "### Honest programs",
