@@ -71,12 +71,11 @@ def compare_moments(bounds: Bounds, theirs: Theirs) -> tuple[list[Comparison], d
     """
     case, layer, ours = bounds.case, bounds.layer, bounds.case.ours(bounds.layer)
     other = any(getattr(theirs, part) is not None for part in ("U_A", "U_G", "mask", "W"))
-    A = ours.A_joint if case.dump.declared.get("bias") == "joint" else ours.A
     drawn = {"A": 0.0, "G": bounds.drawing.norm}
     out: list[Comparison] = []
     found: dict[str, Measured] = {}
     for side, given, n_theirs, own, n_ours in (
-        ("A", theirs.A, theirs.n_A, A, ours.n_A),
+        ("A", theirs.A, theirs.n_A, case.true_A(layer), ours.n_A),
         ("G", theirs.G, theirs.n_G, ours.G, ours.n_G),
     ):
         true = np.diag(own) if own.ndim == 1 else own  # of a table
