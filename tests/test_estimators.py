@@ -25,6 +25,7 @@ from zoo import Net, causal_mix, mlp, net
 import refcurv as rc
 from refcurv.algebra.kron import kron_dense
 from refcurv.curvature import estimators, exact
+from refcurv.curvature.bases_file import decompose_to
 from refcurv.curvature.eigenbasis import Eigenbasis
 from refcurv.curvature.estimators import diagonal, ekfac, reduce, reduced
 from refcurv.curvature.exact import Problem, problem
@@ -189,7 +190,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-NAMES = ["blocks.0.attn.k", "blocks.1.mlp.up", "head"]
+NAMES = ["blocks.0.attn.k", "blocks.1.mlp.gate", "blocks.1.mlp.up", "head"]
 
 
 @pytest.mark.parametrize(
@@ -587,6 +588,8 @@ def test_a_file_says_that_rows_are_segments(tmp_path: Path) -> None:
     rc.save_factors(got, tmp_path / "r.h5")
     back = rc.load_factors(tmp_path / "r.h5")
     assert back.estimator is got.estimator is Estimator.REDUCE
+    decompose_to(back, tmp_path / "b.h5")
+    assert rc.load_bases(tmp_path / "b.h5").method == rc.decompose(got).method == "kfac reduce"
     assert (back["blocks.0.mlp.up"].sum_A == got["blocks.0.mlp.up"].sum_A).all()
     rc.save_factors(rc.collect(model_of(one), corpus_of(one), "head"), tmp_path / "e.h5")
     assert rc.load_factors(tmp_path / "e.h5").estimator is Estimator.EXPAND
