@@ -432,7 +432,8 @@ def _told(findings: Sequence[Comparison], causes: Sequence[Cause]) -> list[Compa
             first = fitting[0]
             verdict = FAIL if one.verdict == PASS or not _precision(first) else one.verdict
             verdict = MISSING if one.verdict == MISSING else verdict
-            words = f"{one.cause}. {first.sentence}" if one.cause else first.sentence
+            measured = one.cause and one.verdict == FAIL  # what else it may be is decided now
+            words = f"{one.cause}. {first.sentence}" if measured else first.sentence
             one = replace(old, fault=first.fault, cause=words, verdict=verdict)
         out.append(one)
     return out
