@@ -233,13 +233,14 @@ def drawing(case: Case, layer: str, n_G: float | None) -> Drawing:
     they_draw = theirs not in _WITHOUT_DRAWING if theirs else ours != "empirical"
     if not (we_draw or they_draw):
         return Drawing(0.0, 0.0)
-    one, draws = case.ours(layer), case.reference.draws
+    draws = case.reference.draws
     single = (case.noise or {}).get(layer)
     if single is None and we_draw:
-        single = one_draw(one, draws)
+        single = case.once(("drawn", layer), lambda: one_draw(case.ours(layer), draws))
     if single is None:
         return Drawing(math.nan, math.nan)
-    their_draws = (n_G or one.n_A) / one.n_A
+    rows = case.once(("rows", layer), lambda: case.ours(layer).n_A)
+    their_draws = (n_G or rows) / rows
     share = DEVIATIONS * math.sqrt(we_draw / draws + they_draw / their_draws)
     return Drawing(share * single[0], share * single[1])
 

@@ -382,7 +382,7 @@ def _far(one: scales.Scale, sides: str) -> float:
 
 def _scale(case: Case, found: Mapping[str, Side], layer: str) -> scales.Scale | None:
     """The factors of one layer that its forms leave; None where a form is unexplained."""
-    theirs, ours = case.theirs(layer), case.ours(layer)
+    counts = case.counts(layer)
     c: dict[str, float | None] = {"A": None, "G": None}
     tol = {"A": 0.0, "G": 0.0}
     rows: dict[str, float | None] = {"A": None, "G": None}
@@ -397,15 +397,15 @@ def _scale(case: Case, found: Mapping[str, Side], layer: str) -> scales.Scale | 
         free = name in case.dump.scale_free
         c[name] = None if free else left.ratio
         tol[name] = steps.tolerance(rank)
-        n_T = {"A": theirs.n_A, "G": theirs.n_G}[name]
+        n_T = counts.theirs[name]
         if idea.setting is not None:
             rows[name] = left.rows
         elif n_T is not None and not idea.faults:
-            rows[name] = n_T / {"A": ours.n_A, "G": ours.n_G}[name]
+            rows[name] = n_T / counts.ours[name]
     if c == {"A": None, "G": None}:
         return None
     return scales.Scale(
-        layer, c["A"], c["G"], tol["A"], tol["G"], rows["A"], rows["G"], len(ours.sum_G)
+        layer, c["A"], c["G"], tol["A"], tol["G"], rows["A"], rows["G"], counts.shape[0]
     )
 
 

@@ -264,10 +264,16 @@ class Index:
     def _read(self) -> Mapping[tuple[str, str], Array]:
         if not self._diagonals:
             for layer in self._case.reference:
-                one = self._case.ours(layer)
-                for side, X in (("A", one.A), ("G", one.G)):
-                    self._diagonals[layer, side] = _shares(X if X.ndim == 1 else np.diag(X))
+                both = self._case.once(("diagonals", layer), partial(diagonals, self._case, layer))
+                self._diagonals |= {(layer, side): both[side] for side in "AG"}
         return self._diagonals
+
+
+def diagonals(case: Case, layer: str) -> dict[str, Array]:
+    """Those of our A and G, each over its sum."""
+    one = case.ours(layer)
+    sums = {"A": one.sum_A, "G": one.sum_G}
+    return {side: _shares(np.array(S if S.ndim == 1 else np.diag(S))) for side, S in sums.items()}
 
 
 def _shares(diagonal: Array) -> Array:

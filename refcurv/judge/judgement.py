@@ -15,10 +15,11 @@ from refcurv.algebra.blas import one_blas_thread
 from refcurv.curvature.bases import Bases
 from refcurv.curvature.bases_file import load_bases
 from refcurv.curvature.factors import Factors, collect
-from refcurv.curvature.factors_file import load_factors
+from refcurv.curvature.factors_file import load_factors, shapes_of
+from refcurv.files.lazy import Recent
 from refcurv.judge.arithmetic import ROUNDOFF, parse
 from refcurv.judge.bases import compare_bases
-from refcurv.judge.case import Case
+from refcurv.judge.case import ROOM, Case
 from refcurv.judge.compare import Bounds, Measured, compare_moments, drawing, one_draw, said
 from refcurv.judge.diagnose import diagnose
 from refcurv.judge.divergence import with_labels
@@ -108,7 +109,10 @@ def validate(
         dump = replace(dump, declared={**dump.declared, "fisher": "empirical"})
     truth = _reference(reference, model, corpus, dump.declared, layers)
     wanted = _wanted(truth, layers)
-    shapes = {name: (len(truth[name].sum_G), len(truth[name].sum_A)) for name in wanted}
+    sizes = shapes_of(truth)
+    shapes = {name: sizes[name] for name in wanted}
+    truth = replace(truth, layers=Recent(truth.layers, ROOM))
+    dump = replace(dump, layers=Recent(dump.layers, ROOM))
     matched, notes = match(dump, shapes, names or {})
     if not matched:
         why = f" {notes[0].layer}: {notes[0].cause}." if notes else ""
