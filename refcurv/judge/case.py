@@ -16,8 +16,8 @@ from refcurv.model.weights import Model
 
 Value = TypeVar("Value")
 
-ROOM = 2**28
-"""Bytes of layers, of each side, that are kept once read.  Chosen: two or three large layers."""
+ROOM = 2**27
+"""Bytes of layers, of each side, that are kept once read.  Chosen: one or two large layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Case:
         bases: of the reference, where a basis is given.
         noise: our layer → what one draw of labels for all rows varies by, where the reference does
             not tell: standard deviations of G over |G|, and of tr G over tr G.
-        known: what `once` found out, small things alone.
+        known: what `once` found out.
     """
 
     dump: Dump
@@ -46,7 +46,7 @@ class Case:
     known: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def once(self, key: Hashable, make: Callable[[], Value]) -> Value:
-        """What `make` gives, which is asked once: a matrix is read for it, and it is small."""
+        """What `make` gives, which is asked once; no matrix of a layer."""
         if key not in self.known:
             self.known[key] = make()
         found: Value = self.known[key]

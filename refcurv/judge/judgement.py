@@ -86,7 +86,8 @@ def validate(
         declared: what theirs does not say of itself, {"fisher": "sampled"} for example.
         layers: a pattern: judge these only.
         pictures: of how many layers the verdict holds maps and spectra, those that failed first.
-        progress: called with (layers done, layers).
+        progress: called with (done, all): each layer counts once for the comparison, and once for
+            the diagnosis, which may go on behind the last; the end comes with the verdict.
 
     Returns:
         Verdict: findings, causes, passed.
@@ -125,14 +126,15 @@ def validate(
     findings = [said("", "dump", FAIL, text) for text in dump.problems]
     findings += [*notes, *_absent(case, wanted, {note.layer for note in notes})]
     measured: dict[str, dict[str, Measured]] = {}
-    done = counter(progress, len(matched))
+    done = counter(progress, 2 * len(matched))
     with one_blas_thread():
         for layer in matched:
             found, measured[layer] = _layer(case, layer)
             findings += found
             done()
-        causes, excluded, findings = diagnose(case, findings, measured)
+        causes, excluded, findings = diagnose(case, findings, measured, done)
         shown = _shown(case, findings, pictures)
+    progress(2 * len(matched), 2 * len(matched))
     return Verdict(
         tuple(findings),
         causes,
