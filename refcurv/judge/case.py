@@ -10,6 +10,7 @@ from refcurv.curvature.bases import Bases
 from refcurv.curvature.factors import Factor, Factors
 from refcurv.judge.arithmetic import Arithmetic, moment_budget
 from refcurv.judge.dump import Dump, Theirs
+from refcurv.law.checks import Array
 from refcurv.law.tolerance import eps
 from refcurv.model.corpus import Corpus
 from refcurv.model.weights import Model
@@ -59,6 +60,11 @@ class Case:
     def ours(self, layer: str) -> Factor:
         """The reference's factor of a layer."""
         return self.reference[layer]
+
+    def true_A(self, layer: str) -> Array:
+        """A of the reference, or that of [a; 1] where theirs is declared to be joint (BIAS)."""
+        one = self.ours(layer)
+        return one.A_joint if self.dump.declared.get("bias") == "joint" else one.A
 
     def budget(self, layer: str, dtype: str) -> float:
         """How far A or G of `layer` may lie from the truth; undeclared parts count as `dtype`.

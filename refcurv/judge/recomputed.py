@@ -210,7 +210,7 @@ def _left(
 ) -> Left:
     """Theirs beside the setting's; of a sample, beside ours and what the setting changes in it."""
     Y, n = (one.A, one.n_A) if seen.side == "A" else (one.G, one.n_G)
-    if base is not None:
+    if base is not None and Y.shape == seen.X.shape:
         Y = seen.X + Y - (base.A if seen.side == "A" else base.G)
     if Y.shape != seen.T.shape:
         return Left(math.inf, math.nan)

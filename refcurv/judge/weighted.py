@@ -52,8 +52,10 @@ def weigh(case: Case, found: Mapping[str, Side], side: str, layers: Sequence[str
         T = seen.T[np.ix_(at, at)]
         each = of.whole(layer, side, KEPT)
         for rule in rules(of, side, T, each):
-            Y = np.tensordot(rule.weight, each, 1)
             counted = _counted(rule, of)
+            if not counted:
+                continue  # sequences without a row
+            Y = np.tensordot(rule.weight, each, 1)
             error, r = fitted(T, Y / counted)
             rows = None if seen.n_T is None else seen.n_T / counted
             left = Left(error, r, rule.name, rule.alike, rows)
