@@ -36,7 +36,7 @@ class Lazy(Mapping[str, Value]):
 class Recent(Mapping[str, Value]):
     """`base`, whose values that were read last are kept, up to so many bytes; the last one always.
 
-    Proof: tests/test_store.py::test_what_was_read_last_is_kept_within_a_bound
+    Proof: tests/test_judge_large.py::test_what_was_read_last_is_kept_within_a_bound
     """
 
     __slots__ = ("_base", "_kept", "_most")

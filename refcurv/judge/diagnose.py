@@ -73,9 +73,7 @@ def _speaks(cause: Cause, one: Comparison) -> bool:
     return wrong and one.layer in cause.layers and one.quantity in cause.quantities
 
 
-def _prepare(
-    case: Case, found: Mapping[str, Side], index: Index, done: Callable[[], None]
-) -> None:
+def _prepare(case: Case, found: Mapping[str, Side], index: Index, done: Callable[[], None]) -> None:
     """What no fault leaves, in every layer."""
     for layer in case.matched:
         n_G = case.counts(layer).theirs["G"]

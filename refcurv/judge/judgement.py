@@ -28,6 +28,9 @@ from refcurv.judge.foreign import match, read_arrays, read_dump
 from refcurv.judge.foreign.loss import of_summed_loss
 from refcurv.judge.pictures import Picture
 from refcurv.judge.pictures import pictures as draw
+from refcurv.judge.recomputed import few_positions, is_large
+from refcurv.judge.search import spread
+from refcurv.judge.variants.collecting import held
 from refcurv.judge.verdict import FAIL, LEFT_OUT, MISSING, Comparison, Verdict
 from refcurv.law.checks import (
     ConventionError,
@@ -234,23 +237,38 @@ def _absent(case: Case, wanted: Sequence[str], told: Set[str]) -> list[Compariso
     return out
 
 
+LAYERS = 4
+"""Layers of a large model of which a collection finds out how much drawing labels changes."""
+
 SAMPLE = 4096
 """Positions of which a collection finds out how much drawing labels changes."""
 
 
 def _noise(case: Case) -> dict[str, tuple[float, float]] | None:
-    """`Case.noise`, from eight draws on a few sequences."""
+    """`Case.noise`, from eight draws on a few sequences; of a large model, on LAYERS layers too.
+
+    The other layers are then taken to vary as much as the one of these that varies most.
+    """
     model, corpus = case.model, case.corpus
     unknown = [n for n in case.matched if math.isnan(drawing(case, n, None).norm)]
     if model is None or corpus is None or not unknown:
         return None
-    few = corpus.of(slice(0, max(1, SAMPLE // corpus.label.shape[1])))
+    some, positions, at_once = unknown, SAMPLE, None
+    if is_large(case):
+        some, positions, at_once = spread(unknown, LAYERS), few_positions(case), 1
+        model = held(case).single(model)
+    few = corpus.of(slice(0, max(1, positions // corpus.label.shape[1])))
     rows, draws = case.reference.rows, 8
-    drawn = collect(model, few, ",".join(unknown), "sampled", draws=draws, rows=rows)
+    drawn = collect(
+        model, few, ",".join(some), "sampled", draws=draws, rows=rows, in_flight=at_once
+    )
     out = {}
-    for name in unknown:
+    for name in some:
         single = one_draw(drawn[name], draws)
         if single is not None:
             fewer = math.sqrt(min(1, drawn[name].n_A / case.ours(name).n_A))
             out[name] = single[0] * fewer, single[1] * fewer
+    if out and len(some) < len(unknown):
+        norms, traces = zip(*out.values(), strict=True)
+        out = dict.fromkeys(unknown, (max(norms), max(traces))) | out
     return out

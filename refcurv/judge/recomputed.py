@@ -79,8 +79,7 @@ def recompute(
     assert case.model is not None and case.corpus is not None
     if not wanted or not layers:
         return
-    positions, large = int(case.corpus.label.size), is_large(case)
-    limit = int(min(4096, max(256, WORK / cost(case) * positions)))
+    positions, large, limit = int(case.corpus.label.size), is_large(case), few_positions(case)
     groups = [list(wanted)]
     if positions > limit and (not large or len({one.run for one in wanted}) > 1):
         wanted = _best(case, found, _top(layers) if large else layers, wanted, limit)
@@ -93,6 +92,12 @@ def recompute(
             found[side].add(idea, layer, left)
         if large and _enough(found, layers, group):
             return
+
+
+def few_positions(case: Case) -> int:
+    """Positions of the sample on which hypotheses are tried first."""
+    assert case.corpus is not None
+    return int(min(4096, max(256, WORK / cost(case) * case.corpus.label.size)))
 
 
 def is_large(case: Case) -> bool:

@@ -77,7 +77,7 @@ class Held(Mapping[str, Array]):
     Each access gives the model's dtype. So a model whose file holds float32 takes half the memory
     of `resident`, and has its bits.
 
-    Proof: tests/test_weights.py::test_held_parameters_are_the_models
+    Proof: tests/test_judge_large.py::test_held_parameters_are_the_models
     """
 
     def __init__(self, model: Model) -> None:
@@ -91,6 +91,11 @@ class Held(Mapping[str, Array]):
 
     def __getitem__(self, name: str) -> Array:
         return np.asarray(self._kept[name], self._dtype)
+
+    def single(self, model: Model) -> Model:
+        """The model in float32."""
+        own = {name: np.asarray(x, np.float32) for name, x in self._kept.items()}
+        return replace(model, parameters=own, dtype="float32")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._kept)

@@ -102,8 +102,6 @@ def make_model(folder: Path, size: bench.Size) -> Record:
 
 def make_reference(folder: Path, size: bench.Size) -> Record:
     """A and G with spectra that decay, and their basis: U diag(μ) Uᵀ, U a few reflections."""
-    import numpy as np
-
     import refcurv as rc
     from refcurv.curvature.eigenbasis import Eigenbasis
     from refcurv.files.lazy import Lazy
@@ -280,9 +278,7 @@ def judge(folder: Path, _size: bench.Size, file: str) -> Record:
         if one.recomputed:
             given["model"] = rc.load(folder / "w.h5")
             given["corpus"] = rc.load_corpus(folder / "c.h5")
-        found = rc.validate(
-            folder / file, arithmetic=one.arithmetic, progress=progress, **given
-        )
+        found = rc.validate(folder / file, arithmetic=one.arithmetic, progress=progress, **given)
     return {**records["judge"], "verdict": verdict_of(found), "progress": last}
 
 
@@ -399,7 +395,8 @@ def block(result: Record) -> str:
         f"Over {LIMIT_SECONDS:.0f} seconds: {', '.join(slow) or 'none'}. "
         f"Over {LIMIT_MIB:.0f} MiB: {', '.join(large) or 'none'}. "
         f"Not named: {', '.join(wrong) or 'none'}.",
-        f"Made by `{result['command']}`, {result['date']}, {machine['cpu']}, {cores} cores. {noise}",
+        f"Made by `{result['command']}`, {result['date']}, {machine['cpu']}, {cores} cores. "
+        f"{noise}",
         table(rows),
     ]
     return "\n\n".join(lines)

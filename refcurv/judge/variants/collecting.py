@@ -281,9 +281,7 @@ def ways(setting: Setting, layer: str, at: Positions) -> tuple[Side, Side]:
     )
 
 
-def _take(
-    flow: Flow, totals: Mapping[Side, Total], through: Callable[[int], Array] | None
-) -> None:
+def _take(flow: Flow, totals: Mapping[Side, Total], through: Callable[[int], Array] | None) -> None:
     """Add what flowed to every total that reads it."""
     row_BT = {way.rows: weights(way.rows, flow.at) for way in totals}
     drawn = flow.first or flow.draw > 0

@@ -51,7 +51,8 @@ def flows(
 ) -> Iterator[Flow]:
     """Every sequence forward, and backward as often as the labels ask; never without labels.
 
-    Sequences go a shard at a time (SHARD), fewer of a large vocabulary, or one by one where each has passes of its own.
+    Sequences go a shard at a time (SHARD), fewer of a large vocabulary, or one by one where each
+    has passes of its own.
     """
     at = at.rolled() if net.left else at
     T = at.real_BT.shape[1]
