@@ -112,12 +112,10 @@ def validate(
         corpus = _labelled(reference, model, corpus, labels)
         dump = replace(dump, declared={**dump.declared, "fisher": "empirical"})
     truth = _reference(reference, model, corpus, dump.declared, layers)
-    wanted = _wanted(truth, layers)
-    sizes = shapes_of(truth)
-    shapes = {name: sizes[name] for name in wanted}
+    wanted, sizes = _wanted(truth, layers), shapes_of(truth)
     truth = replace(truth, layers=Recent(truth.layers, ROOM))
     dump = replace(dump, layers=Recent(dump.layers, ROOM))
-    matched, notes = match(dump, shapes, names or {})
+    matched, notes = match(dump, {name: sizes[name] for name in wanted}, names or {})
     if not matched:
         why = f" {notes[0].layer}: {notes[0].cause}." if notes else ""
         raise EmptyError(
