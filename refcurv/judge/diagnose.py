@@ -96,7 +96,7 @@ def _search(case: Case, side: Side, found: Mapping[str, Side], index: Index) -> 
         if not layers:
             return
         sample = spread(layers)
-        look(case, sample, found, index)
+        look(case, sample, found, index, sides=side.side)
         chosen = _chosen(case, side, found, sample, known)
         if chosen is None:
             return
