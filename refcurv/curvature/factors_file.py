@@ -103,6 +103,15 @@ def load_factors(path: str | Path) -> Factors:
     )
 
 
+def shapes_of(factors: Factors) -> dict[str, tuple[int, int]]:
+    """(O, I) of every layer; of factors that lie in a file no matrix is read for it."""
+    header = factors.source.get("header") if isinstance(factors.layers, Lazy) else None
+    if header is not None:
+        at = header.entries
+        return {n: (at[f"{n}.sum_G"].shape[0], at[f"{n}.sum_A"].shape[0]) for n in factors}
+    return {name: (len(one.sum_G), len(one.sum_A)) for name, one in factors.items()}
+
+
 def _seed(where: str, text: str) -> int:
     """A seed lies in the file as a text: it may be larger than HDF5's integers."""
     if not re.fullmatch("[0-9]{1,20}", text):

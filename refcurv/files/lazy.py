@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import TypeVar
 
 Value = TypeVar("Value")
@@ -30,3 +31,41 @@ class Lazy(Mapping[str, Value]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._names
+
+
+class Recent(Mapping[str, Value]):
+    """`base`, whose values that were read last are kept, up to so many bytes; the last one always.
+
+    Proof: tests/test_judge_large.py::test_what_was_read_last_is_kept_within_a_bound
+    """
+
+    __slots__ = ("_base", "_kept", "_most")
+
+    def __init__(self, base: Mapping[str, Value], most: int) -> None:
+        self._base, self._most = base, most
+        self._kept: dict[str, Value] = {}
+
+    def __getitem__(self, name: str) -> Value:
+        if name in self._kept:
+            value = self._kept.pop(name)
+        else:
+            value = self._base[name]
+        self._kept[name] = value
+        while len(self._kept) > 1 and sum(map(_nbytes, self._kept.values())) > self._most:
+            del self._kept[next(iter(self._kept))]
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._base)
+
+    def __len__(self) -> int:
+        return len(self._base)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._base
+
+
+def _nbytes(value: object) -> int:
+    """Of the arrays in the fields of a record."""
+    parts = [getattr(value, f.name) for f in fields(value)] if is_dataclass(value) else [value]
+    return sum(int(getattr(part, "nbytes", 0)) for part in parts)

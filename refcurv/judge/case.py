@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from refcurv.curvature.bases import Bases
 from refcurv.curvature.factors import Factor, Factors
@@ -13,6 +14,11 @@ from refcurv.law.checks import Array
 from refcurv.law.tolerance import eps
 from refcurv.model.corpus import Corpus
 from refcurv.model.weights import Model
+
+Value = TypeVar("Value")
+
+ROOM = 2**27
+"""Bytes of layers, of each side, that are kept once read.  Chosen: one or two large layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +33,7 @@ class Case:
         bases: of the reference, where a basis is given.
         noise: our layer → what one draw of labels for all rows varies by, where the reference does
             not tell: standard deviations of G over |G|, and of tr G over tr G.
+        known: what `once` found out.
     """
 
     dump: Dump
@@ -37,6 +44,14 @@ class Case:
     corpus: Corpus | None = None
     bases: Bases | None = None
     noise: Mapping[str, tuple[float, float]] | None = None
+    known: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def once(self, key: Hashable, make: Callable[[], Value]) -> Value:
+        """What `make` gives, which is asked once; no matrix of a layer."""
+        if key not in self.known:
+            self.known[key] = make()
+        found: Value = self.known[key]
+        return found
 
     def theirs(self, layer: str) -> Theirs:
         """What the dump holds of our `layer`, read anew."""
@@ -56,12 +71,36 @@ class Case:
 
         The reference's own error is part of it.
         """
-        one = self.ours(layer)
-        kappa = _amplification(one, self.reference.dtype)
+        rows, kappa = self.once(("rounding", layer), lambda: self._rounding(layer))
         own = Arithmetic().filled(self.reference.dtype)
-        return moment_budget(self.arithmetic.filled(dtype), one.n_G, kappa) + moment_budget(
+        return moment_budget(self.arithmetic.filled(dtype), rows, kappa) + moment_budget(
             own, self.reference.shard_rows, kappa
         )
+
+    def _rounding(self, layer: str) -> tuple[int, float | None]:
+        one = self.ours(layer)
+        return one.n_G, _amplification(one, self.reference.dtype)
+
+    def counts(self, layer: str) -> Counts:
+        """The rows of a layer, and its sizes."""
+        return self.once(("counts", layer), lambda: _counts(self.theirs(layer), self.ours(layer)))
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Rows of theirs and of ours, by side; (O, I) of ours."""
+
+    theirs: Mapping[str, float | None]
+    ours: Mapping[str, int]
+    shape: tuple[int, int]
+
+
+def _counts(theirs: Theirs, ours: Factor) -> Counts:
+    return Counts(
+        {"A": theirs.n_A, "G": theirs.n_G},
+        {"A": ours.n_A, "G": ours.n_G},
+        (len(ours.sum_G), len(ours.sum_A)),
+    )
 
 
 def _amplification(one: Factor, dtype: str) -> float | None:

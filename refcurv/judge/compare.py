@@ -110,9 +110,17 @@ def said(layer: str, quantity: str, verdict: str, cause: str) -> Comparison:
 
 
 def _symmetry(bounds: Bounds, side: str, X: Array) -> Comparison:
-    size, skew = float(norm(X)), float(norm(X - X.T))
+    size, skew = float(norm(X)), _skew(X)
     error = skew / size if size else 0.0
     return bounds.judged(f"symmetry of {side}", error, f"{side} is not symmetric")
+
+
+def _skew(X: Array, tile: int = 512) -> float:
+    """|X − Xᵀ|, tile by tile: the transpose of a large matrix as a whole misses every cache."""
+    at = range(0, len(X), tile)
+    pairs = ((slice(i, i + tile), slice(j, j + tile)) for i in at for j in at if i <= j)
+    each = [(p == q, float(norm(X[p, q] - X[q, p].T))) for p, q in pairs]
+    return math.hypot(*(x for same, x in each for _ in range(1 if same else 2)))
 
 
 def _rows(case: Case, layer: str, side: str, theirs: float | None) -> Comparison:
@@ -234,13 +242,14 @@ def drawing(case: Case, layer: str, n_G: float | None) -> Drawing:
     given = case.dump.declared.get("labels") == "given"  # the reference's own
     if given or not (we_draw or they_draw):
         return Drawing(0.0, 0.0)
-    one, draws = case.ours(layer), case.reference.draws
+    draws = case.reference.draws
     single = (case.noise or {}).get(layer)
     if single is None and we_draw:
-        single = one_draw(one, draws)
+        single = case.once(("drawn", layer), lambda: one_draw(case.ours(layer), draws))
     if single is None:
         return Drawing(math.nan, math.nan)
-    their_draws = (n_G or one.n_A) / one.n_A
+    rows = case.once(("rows", layer), lambda: case.ours(layer).n_A)
+    their_draws = (n_G or rows) / rows
     share = DEVIATIONS * math.sqrt(we_draw / draws + they_draw / their_draws)
     return Drawing(share * single[0], share * single[1])
 

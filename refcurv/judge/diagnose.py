@@ -9,17 +9,15 @@ found as one for each of these. The fewest faults that are enough win (`search`)
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-
-import numpy as np
 
 from refcurv.judge import precision, scales
 from refcurv.judge.case import Case
 from refcurv.judge.compare import Measured
 from refcurv.judge.faults import FAULTS
-from refcurv.judge.hypotheses import Index, see
-from refcurv.judge.recomputed import cost, joined, partners, recompute, stages
+from refcurv.judge.hypotheses import Index, states
+from refcurv.judge.recomputed import cost, is_large, joined, partners, recompute, stages
 from refcurv.judge.search import PLAIN, Chosen, Idea, Side, ladder, look, rest, spread
 from refcurv.judge.signs import signs
 from refcurv.judge.variants import Setting
@@ -37,8 +35,11 @@ def diagnose(
     case: Case,
     findings: Sequence[Comparison],
     measured: Mapping[str, Mapping[str, Measured]],
+    done: Callable[[], None] = lambda: None,
 ) -> tuple[tuple[Cause, ...], tuple[str, ...], list[Comparison]]:
     """(causes, hypotheses excluded, the findings with their causes).
+
+    Args: done, called once for each layer that was read again.
 
     Proof: tests/test_diagnose.py::test_each_fault_has_its_name
     """
@@ -46,7 +47,7 @@ def diagnose(
         return (), (), list(findings)
     found = {side: Side(side) for side in "AG"}
     index = Index(case)
-    _prepare(case, found, index)
+    _prepare(case, found, index, done)
     for side in found.values():
         _search(case, side, found, index)
     for side in found.values():
@@ -72,14 +73,15 @@ def _speaks(cause: Cause, one: Comparison) -> bool:
     return wrong and one.layer in cause.layers and one.quantity in cause.quantities
 
 
-def _prepare(case: Case, found: Mapping[str, Side], index: Index) -> None:
+def _prepare(case: Case, found: Mapping[str, Side], index: Index, done: Callable[[], None]) -> None:
     """What no fault leaves, in every layer."""
     for layer in case.matched:
-        n_G = case.theirs(layer).n_G
-        for side, seen in see(case, layer).items():
-            if seen.T.any() and np.isfinite(seen.T).all():
+        n_G = case.counts(layer).theirs["G"]
+        for side, state in states(case, layer).items():
+            if state.filled and state.finite:
                 found[side].ladders[layer] = ladder(case, layer, side, n_G)
         look(case, [layer], found, index, ())
+        done()
 
 
 def _search(case: Case, side: Side, found: Mapping[str, Side], index: Index) -> None:
@@ -94,7 +96,7 @@ def _search(case: Case, side: Side, found: Mapping[str, Side], index: Index) -> 
         if not layers:
             return
         sample = spread(layers)
-        look(case, sample, found, index)
+        look(case, sample, found, index, sides=side.side)
         chosen = _chosen(case, side, found, sample, known)
         if chosen is None:
             return
@@ -163,8 +165,9 @@ def _verify(
     elif idea.setting is None:
         look(case, layers, found, index, idea.faults)
     else:
-        for begin in range(0, len(layers), 4):
-            recompute(case, found, layers[begin : begin + 4], [idea.setting])
+        step = max(1, len(layers)) if is_large(case) else 4
+        for begin in range(0, len(layers), step):
+            recompute(case, found, layers[begin : begin + step], [idea.setting])
 
 
 def _chosen(
@@ -262,17 +265,15 @@ def _missing(
         yield _cause(case, "B48", "Nothing is stored of it.", absent, math.inf, math.nan)
     zero, wild, inputs = [], [], []
     for layer in case.matched:
-        for side, seen in see(case, layer).items():
+        _, size = case.counts(layer).shape
+        for side, state in states(case, layer).items():
             at = [f for f in findings if f.layer == layer and f.quantity in _form_of(side)]
-            if not np.isfinite(seen.T).all():
+            if not state.finite:
                 wild += at
-            elif seen.X.any() and not seen.T.any():
+            elif state.wanted and not state.filled:
                 zero += at
-            elif (
-                side == "G" and seen.T.shape != seen.X.shape and not found[side].of(layer)[0].faults
-            ):
-                size = len(case.ours(layer).sum_A)
-                inputs += at if seen.T.shape == (size, size) else []
+            elif side == "G" and not state.same and not found[side].of(layer)[0].faults:
+                inputs += at if state.shape == (size, size) else []
     for fault, words, at in (
         ("B48", "Every entry is 0.", zero),
         ("B61", "Entries are not finite.", wild),
@@ -382,7 +383,7 @@ def _far(one: scales.Scale, sides: str) -> float:
 
 def _scale(case: Case, found: Mapping[str, Side], layer: str) -> scales.Scale | None:
     """The factors of one layer that its forms leave; None where a form is unexplained."""
-    theirs, ours = case.theirs(layer), case.ours(layer)
+    counts = case.counts(layer)
     c: dict[str, float | None] = {"A": None, "G": None}
     tol = {"A": 0.0, "G": 0.0}
     rows: dict[str, float | None] = {"A": None, "G": None}
@@ -397,15 +398,15 @@ def _scale(case: Case, found: Mapping[str, Side], layer: str) -> scales.Scale | 
         free = name in case.dump.scale_free
         c[name] = None if free else left.ratio
         tol[name] = steps.tolerance(rank)
-        n_T = {"A": theirs.n_A, "G": theirs.n_G}[name]
+        n_T = counts.theirs[name]
         if idea.setting is not None:
             rows[name] = left.rows
         elif n_T is not None and not idea.faults:
-            rows[name] = n_T / {"A": ours.n_A, "G": ours.n_G}[name]
+            rows[name] = n_T / counts.ours[name]
     if c == {"A": None, "G": None}:
         return None
     return scales.Scale(
-        layer, c["A"], c["G"], tol["A"], tol["G"], rows["A"], rows["G"], len(ours.sum_G)
+        layer, c["A"], c["G"], tol["A"], tol["G"], rows["A"], rows["G"], counts.shape[0]
     )
 
 

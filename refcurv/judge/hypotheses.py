@@ -63,7 +63,10 @@ def fitted(T: Array, Y: Array) -> tuple[float, float]:
     size = float(norm(Y))
     if not size:
         return (0.0, 1.0) if not T.any() else (np.inf, np.nan)
-    r = float(np.vdot(T / size, Y / size))
+    if all(1e-100 < x < 1e100 for x in (size, float(norm(T)))):
+        r = float(np.vdot(T, Y)) / size**2
+    else:
+        r = float(np.vdot(T / size, Y / size))
     return (float(norm(T / r - Y)) / size, r) if r > 0 else (np.inf, r)
 
 
@@ -81,6 +84,34 @@ def see(case: Case, layer: str) -> dict[str, Seen]:
         if T is not None:
             out[side] = Seen(layer, side, _full(T), _full(X), n_T, n_X, m)
     return out
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What must be known of one side before it is searched: of theirs, and `wanted`, of ours.
+
+    Fields: finite; filled, is any entry not 0; shape; same, is it that of ours.
+    """
+
+    finite: bool
+    filled: bool
+    wanted: bool
+    shape: tuple[int, ...]
+    same: bool
+
+
+def states(case: Case, layer: str) -> dict[str, State]:
+    """By side, looked at once."""
+
+    def of(one: Seen) -> State:
+        T, X = one.T, one.X
+        return State(
+            bool(np.isfinite(T).all()), bool(T.any()), bool(X.any()), T.shape, T.shape == X.shape
+        )
+
+    return case.once(
+        ("states", layer), lambda: {side: of(one) for side, one in see(case, layer).items()}
+    )
 
 
 def _full(X: Array) -> Array:
@@ -266,10 +297,16 @@ class Index:
     def _read(self) -> Mapping[tuple[str, str], Array]:
         if not self._diagonals:
             for layer in self._case.reference:
-                one = self._case.ours(layer)
-                for side, X in (("A", one.A), ("G", one.G)):
-                    self._diagonals[layer, side] = _shares(X if X.ndim == 1 else np.diag(X))
+                both = self._case.once(("diagonals", layer), partial(diagonals, self._case, layer))
+                self._diagonals |= {(layer, side): both[side] for side in "AG"}
         return self._diagonals
+
+
+def diagonals(case: Case, layer: str) -> dict[str, Array]:
+    """Those of our A and G, each over its sum."""
+    one = case.ours(layer)
+    sums = {"A": one.sum_A, "G": one.sum_G}
+    return {side: _shares(np.array(S if S.ndim == 1 else np.diag(S))) for side, S in sums.items()}
 
 
 def _shares(diagonal: Array) -> Array:

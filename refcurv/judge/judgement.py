@@ -15,10 +15,11 @@ from refcurv.algebra.blas import one_blas_thread
 from refcurv.curvature.bases import Bases
 from refcurv.curvature.bases_file import load_bases
 from refcurv.curvature.factors import Factors, collect
-from refcurv.curvature.factors_file import load_factors
+from refcurv.curvature.factors_file import load_factors, shapes_of
+from refcurv.files.lazy import Recent
 from refcurv.judge.arithmetic import ROUNDOFF, parse
 from refcurv.judge.bases import compare_bases
-from refcurv.judge.case import Case
+from refcurv.judge.case import ROOM, Case
 from refcurv.judge.compare import Bounds, Measured, compare_moments, drawing, one_draw, said
 from refcurv.judge.diagnose import diagnose
 from refcurv.judge.divergence import with_labels
@@ -27,6 +28,9 @@ from refcurv.judge.foreign import match, read_arrays, read_dump
 from refcurv.judge.foreign.loss import of_summed_loss
 from refcurv.judge.pictures import Picture
 from refcurv.judge.pictures import pictures as draw
+from refcurv.judge.recomputed import few_positions, is_large
+from refcurv.judge.search import spread
+from refcurv.judge.variants.collecting import held
 from refcurv.judge.verdict import FAIL, LEFT_OUT, MISSING, Comparison, Verdict
 from refcurv.law.checks import (
     ConventionError,
@@ -85,7 +89,8 @@ def validate(
         declared: what theirs does not say of itself, {"fisher": "sampled"} for example.
         layers: a pattern: judge these only.
         pictures: of how many layers the verdict holds maps and spectra, those that failed first.
-        progress: called with (layers done, layers).
+        progress: called with (done, all): each layer counts once for the comparison, and once for
+            the diagnosis, which may go on behind the last; the end comes with the verdict.
 
     Returns:
         Verdict: findings, causes, passed.
@@ -107,9 +112,10 @@ def validate(
         corpus = _labelled(reference, model, corpus, labels)
         dump = replace(dump, declared={**dump.declared, "fisher": "empirical"})
     truth = _reference(reference, model, corpus, dump.declared, layers)
-    wanted = _wanted(truth, layers)
-    shapes = {name: (len(truth[name].sum_G), len(truth[name].sum_A)) for name in wanted}
-    matched, notes = match(dump, shapes, names or {})
+    wanted, sizes = _wanted(truth, layers), shapes_of(truth)
+    truth = replace(truth, layers=Recent(truth.layers, ROOM))
+    dump = replace(dump, layers=Recent(dump.layers, ROOM))
+    matched, notes = match(dump, {name: sizes[name] for name in wanted}, names or {})
     if not matched:
         why = f" {notes[0].layer}: {notes[0].cause}." if notes else ""
         raise EmptyError(
@@ -121,14 +127,15 @@ def validate(
     findings = [said("", "dump", FAIL, text) for text in dump.problems]
     findings += [*notes, *_absent(case, wanted, {note.layer for note in notes})]
     measured: dict[str, dict[str, Measured]] = {}
-    done = counter(progress, len(matched))
+    done = counter(progress, 2 * len(matched))
     with one_blas_thread():
         for layer in matched:
             found, measured[layer] = _layer(case, layer)
             findings += found
             done()
-        causes, excluded, findings = diagnose(case, findings, measured)
+        causes, excluded, findings = diagnose(case, findings, measured, done)
         shown = _shown(case, findings, pictures)
+    progress(2 * len(matched), 2 * len(matched))
     return Verdict(
         tuple(findings),
         causes,
@@ -228,23 +235,38 @@ def _absent(case: Case, wanted: Sequence[str], told: Set[str]) -> list[Compariso
     return out
 
 
+LAYERS = 4
+"""Layers of a large model of which a collection finds out how much drawing labels changes."""
+
 SAMPLE = 4096
 """Positions of which a collection finds out how much drawing labels changes."""
 
 
 def _noise(case: Case) -> dict[str, tuple[float, float]] | None:
-    """`Case.noise`, from eight draws on a few sequences."""
+    """`Case.noise`, from eight draws on a few sequences; of a large model, on LAYERS layers too.
+
+    The other layers are then taken to vary as much as the one of these that varies most.
+    """
     model, corpus = case.model, case.corpus
     unknown = [n for n in case.matched if math.isnan(drawing(case, n, None).norm)]
     if model is None or corpus is None or not unknown:
         return None
-    few = corpus.of(slice(0, max(1, SAMPLE // corpus.label.shape[1])))
+    some, positions, at_once = unknown, SAMPLE, None
+    if is_large(case):
+        some, positions, at_once = spread(unknown, LAYERS), few_positions(case), 1
+        model = held(case).single(model)
+    few = corpus.of(slice(0, max(1, positions // corpus.label.shape[1])))
     rows, draws = case.reference.rows, 8
-    drawn = collect(model, few, ",".join(unknown), "sampled", draws=draws, rows=rows)
+    drawn = collect(
+        model, few, ",".join(some), "sampled", draws=draws, rows=rows, in_flight=at_once
+    )
     out = {}
-    for name in unknown:
+    for name in some:
         single = one_draw(drawn[name], draws)
         if single is not None:
             fewer = math.sqrt(min(1, drawn[name].n_A / case.ours(name).n_A))
             out[name] = single[0] * fewer, single[1] * fewer
+    if out and len(some) < len(unknown):
+        norms, traces = zip(*out.values(), strict=True)
+        out = dict.fromkeys(unknown, (max(norms), max(traces))) | out
     return out

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
 
 from refcurv.judge.case import Case
 from refcurv.judge.hypotheses import Left, Seen, fitted, see
 from refcurv.judge.search import Idea, Side, usable
 from refcurv.judge.variants import REFERENCE, Moments, Setting, combined, moments, settings
+from refcurv.law.checks import Array
 
 SIDES: Mapping[str, tuple[str, ...]] = {
     "A": ("rows_A", "pooling_A", "tensor_A", "count", "network", "pads"),
@@ -20,8 +24,17 @@ SIDES: Mapping[str, tuple[str, ...]] = {
 ENTRIES = 2**26
 """Numbers in the sums of one run, at most: half a gigabyte."""
 
-WORK = 2.0**37
-"""Parameters times positions of one run, at most.  Chosen: some seconds on two cores."""
+WORK = 2.0**35
+"""Parameters times positions of a run on a sample, at most.  Chosen: seconds on two cores."""
+
+WHOLE = 2.0**38
+"""Parameters times positions of a run on the whole corpus, at most.  Chosen: half a minute."""
+
+WIDTH = 64
+"""Columns on each side of a sketch.  Chosen: its norms are within a fifth of the matrices'."""
+
+PROMISING = 0.9
+"""What a sample must leave of an error for a run on all.  Chosen: the rest is noise."""
 
 BEST = 4
 """Of what was tried on some sequences, so many are tried on all of them."""
@@ -66,14 +79,52 @@ def recompute(
     assert case.model is not None and case.corpus is not None
     if not wanted or not layers:
         return
-    positions = int(case.corpus.label.size)
-    limit = int(min(4096, max(256, WORK / cost(case) * positions)))
-    if positions > limit:
-        wanted = _best(case, found, layers, wanted, limit)
-        if positions > MOST:
+    positions, large, limit = int(case.corpus.label.size), is_large(case), few_positions(case)
+    groups = [list(wanted)]
+    if positions > limit and (not large or len({one.run for one in wanted}) > 1):
+        wanted = _best(case, found, _top(layers) if large else layers, wanted, limit)
+        runs = dict.fromkeys(one.run for one in wanted)
+        groups = [[one for one in wanted if one.run == run] for run in runs] if large else [wanted]
+    if positions > MOST or (large and cost(case) > WHOLE):
+        return
+    for group in groups:
+        for side, layer, idea, left in _lefts(case, layers, group, positions):
+            found[side].add(idea, layer, left)
+        if large and _enough(found, layers, group):
             return
-    for side, layer, idea, left in _lefts(case, layers, wanted, positions):
-        found[side].add(idea, layer, left)
+
+
+def few_positions(case: Case) -> int:
+    """Positions of the sample on which hypotheses are tried first."""
+    assert case.corpus is not None
+    return int(min(4096, max(256, WORK / cost(case) * case.corpus.label.size)))
+
+
+def is_large(case: Case) -> bool:
+    """Are A and G of a few layers too large to be made under many settings? Then sketches are."""
+    assert case.model is not None
+    shapes = case.model.config.linear_layers()
+    sizes = [sum(n * n for n in shapes[name]) for name in case.matched if name in shapes]
+    return max(sizes, default=0) * 8 > ENTRIES
+
+
+def _top(layers: Sequence[str], most: int = 3) -> list[str]:
+    """Some layers of the topmost block: a pass backward ends there."""
+    block = {x: int(x.split(".")[1]) if x.startswith("blocks.") else math.inf for x in layers}
+    top = max(block.values())
+    return [x for x in layers if block[x] == top][:most]
+
+
+def _enough(found: Mapping[str, Side], layers: Sequence[str], group: Sequence[Setting]) -> bool:
+    """Does one of these settings leave no more than the finest rounding wherever it was tried?"""
+    for side in found.values():
+        for setting in group:
+            own = part(setting, side.side)
+            lefts = side.table.get(Idea(own.faults, own), {}) if own.faults else {}
+            tried = [x for x in layers if x in lefts and side.rank(x, side.plain(x)) > 0]
+            if tried and all(side.rank(x, lefts[x]) == 0 for x in tried):
+                return True
+    return False
 
 
 def cost(case: Case) -> float:
@@ -106,6 +157,8 @@ def _best(
     for side in SIDES:
         mine = sorted((error, k) for k, ((s, _), error) in enumerate(worst.items()) if s == side)
         keys = list(worst)
+        if is_large(case):  # every one of them costs much: what is no better is not tried
+            mine = [(error, k) for error, k in mine[:BEST] if error < PROMISING]
         best += [setting for _, k in mine[:BEST] for setting in of[keys[k]][:1]]
     return list(dict.fromkeys(best))
 
@@ -114,32 +167,60 @@ def _lefts(
     case: Case, layers: Sequence[str], wanted: Sequence[Setting], limit: int
 ) -> Iterator[tuple[str, str, Idea, Left]]:
     """(side, layer, hypothesis, what it leaves) of every setting that decides something there."""
-    seen = {layer: see(case, layer) for layer in layers}
+    through = sketch if is_large(case) else None
+    seen = {layer: _sketched(case, layer) if through else see(case, layer) for layer in layers}
     size = sum(one.X.size for sides in seen.values() for one in sides.values())
     bunch = max(2, ENTRIES // max(size, 1))
     every = list(dict.fromkeys(wanted))
     base: dict[str, Moments] = {}
     whole = limit >= (0 if case.corpus is None else case.corpus.label.size)
     if not whole:
-        base = dict(next(moments(case, [REFERENCE], layers, limit))[1])
+        base = dict(next(moments(case, [REFERENCE], layers, limit, through=through))[1])
     for begin in range(0, len(every), bunch):
-        for setting, of in moments(case, every[begin : begin + bunch], layers, limit):
+        some = every[begin : begin + bunch]
+        for setting, of in moments(case, some, layers, limit, through=through):
             for layer, one in of.items():
                 for side, mine in seen[layer].items():
                     own = part(setting, side)
                     if own.faults and usable(mine) and mine.T.shape == mine.X.shape:
                         idea = Idea(own.faults, own)
-                        yield side, layer, idea, _left(mine, own, one, base.get(layer))
+                        yield side, layer, idea, _left(mine, own, one, base.get(layer), through)
 
 
-def _left(seen: Seen, own: Setting, one: Moments, base: Moments | None) -> Left:
+def sketch(size: int) -> Array:
+    """Random signs P and Q side by side, (size, 2 WIDTH): |Pᵀ D Q|² is WIDTH² |D|² on average.
+
+    Two different matrices, because |Pᵀ D P|² holds the trace of D too. That holds for any D; so a
+    difference shows wherever it is.
+    """
+    return np.random.default_rng(size).choice([-1.0, 1.0], (size, 2 * WIDTH))
+
+
+def _sketched(case: Case, layer: str) -> dict[str, Seen]:
+    """`see`, as [P Q]ᵀ T [P Q] and [P Q]ᵀ X [P Q]; without sides of other shapes than ours."""
+
+    def small(one: Seen) -> Seen:
+        R = sketch(len(one.X))
+        return replace(one, T=R.T @ (one.T @ R), X=R.T @ (one.X @ R), mean=None)
+
+    def make() -> dict[str, Seen]:
+        both = see(case, layer).items()
+        return {s: small(x) for s, x in both if x.T.shape == x.X.shape and usable(x)}
+
+    return case.once(("sketch", layer), make)
+
+
+def _left(
+    seen: Seen, own: Setting, one: Moments, base: Moments | None, through: object = None
+) -> Left:
     """Theirs beside the setting's; of a sample, beside ours and what the setting changes in it."""
     Y, n = (one.A, one.n_A) if seen.side == "A" else (one.G, one.n_G)
     if base is not None and Y.shape == seen.X.shape:
         Y = seen.X + Y - (base.A if seen.side == "A" else base.G)
     if Y.shape != seen.T.shape:
         return Left(math.inf, math.nan)
-    error, r = fitted(seen.T, Y)
+    block = np.s_[:WIDTH, WIDTH:] if through else np.s_[:]
+    error, r = fitted(seen.T[block], Y[block])
     rows = None if seen.n_T is None or base is not None else seen.n_T / n
     return Left(error, r, words(own), (), rows)
 

@@ -57,7 +57,7 @@ class Counts:
     @classmethod
     def of(cls, case: Case) -> Counts:
         """From the corpus and the model, as far as they are given."""
-        rows = max(case.ours(name).n_A for name in case.matched)
+        rows = max(case.counts(name).ours["A"] for name in case.matched)
         corpus, vocabulary = case.corpus, None
         if case.model is not None:
             vocabulary = case.model.config.vocabulary

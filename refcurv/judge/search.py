@@ -237,12 +237,13 @@ def look(
     found: Mapping[str, Side],
     index: Index,
     wanted: Container[str] | None = None,
+    sides: str = "AG",
 ) -> None:
-    """Try what needs no model on these layers; `wanted`, only these faults."""
+    """Try what needs no model on these layers; `wanted`, only these faults; `sides`, only these."""
     heads = None if case.model is None else case.model.config.head_width
     for layer in layers:
         for side, seen in see(case, layer).items():
-            if usable(seen):
+            if side in sides and usable(seen):
                 for one in tries(seen, index, heads, wanted):
                     error, r = fitted(seen.T if one.T is None else one.T, one.Y)
                     idea = Idea(one.faults, None, "" if one.faults else one.note)

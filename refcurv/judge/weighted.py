@@ -15,8 +15,10 @@ from scipy.optimize import minimize_scalar
 
 from refcurv.judge.case import Case
 from refcurv.judge.hypotheses import Left, fitted, see
+from refcurv.judge.recomputed import WHOLE, cost
 from refcurv.judge.search import Idea, Side, usable
 from refcurv.judge.variants import Parts, parts
+from refcurv.judge.variants.collecting import POSITIONS, sample
 from refcurv.law.checks import Array
 
 KEPT = ("ordinary", "first", "prompts")
@@ -39,9 +41,9 @@ def weigh(case: Case, found: Mapping[str, Side], side: str, layers: Sequence[str
     """Enter what each rule leaves in these layers."""
     if case.model is None or case.corpus is None or not layers:
         return
-    of = parts(case, layers)
-    if of.share < 1:
+    if sample(case, POSITIONS)[1] < 1 or cost(case) > WHOLE:
         return  # weights of sequences that were not read are unknown
+    of = parts(case, layers)
     for layer in of.layers:
         seen = see(case, layer).get(side)
         if seen is None or not usable(seen) or seen.T.shape != seen.X.shape:

@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 
 from refcurv.judge.case import Case
-from refcurv.judge.variants.collecting import POSITIONS, WORK, exactly, rows_of, sample
+from refcurv.judge.variants.collecting import POSITIONS, WORK, exactly, held, rows_of, sample
 from refcurv.judge.variants.flows import Flow, flows
 from refcurv.judge.variants.labels import choice
 from refcurv.judge.variants.networks import changed
@@ -22,7 +22,6 @@ from refcurv.judge.variants.positions import Positions
 from refcurv.judge.variants.setting import REFERENCE, Setting
 from refcurv.law.checks import Array
 from refcurv.model.config import TABLES
-from refcurv.model.weights import resident
 
 KINDS: Final = ("ordinary", "first", "prompts", "last", "pads")
 """Kinds of positions; each position is of the last of these that fits (`Positions.kinds`).
@@ -91,7 +90,7 @@ def parts(
     at, share = sample(case, limit)
     names = [name for name in layers if name not in TABLES]
     one = exactly(choice(setting.run, case.reference), at, config, most)
-    net = changed(config, resident(case.model), setting.network, setting.pads)
+    net = changed(config, held(case), setting.network, setting.pads)
     shapes = config.linear_layers()
     N = len(at.index_B)
     found = {name: Part(*_empty(N, shapes[name][1]), *_empty(N, shapes[name][0])) for name in names}

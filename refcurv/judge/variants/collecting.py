@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from refcurv.judge.variants.positions import Positions, positions, weights
 from refcurv.judge.variants.setting import Setting
 from refcurv.law.checks import Array, NonFiniteError
 from refcurv.model.config import TABLES, ModelConfig
-from refcurv.model.weights import resident
+from refcurv.model.weights import Held
 
 POSITIONS = 4096
 """Positions of the corpus that are recomputed unless the caller says otherwise."""
@@ -152,6 +152,7 @@ def moments(
     layers: Sequence[str],
     limit: int = POSITIONS,
     most: float = WORK,
+    through: Callable[[int], Array] | None = None,
 ) -> Iterator[tuple[Setting, dict[str, Moments]]]:
     """A and G of some layers as each setting makes them, recomputed from model and corpus.
 
@@ -170,13 +171,15 @@ def moments(
             spread evenly over the corpus. `Moments.share` says how many these are.
         most: positions times parameters that one run goes through, at most, for an exact mean over
             labels, each of whose passes is over a whole sequence.
+        through: the size of a side → a matrix R of so many rows. Rᵀ A R and Rᵀ G R are then what
+            is yielded, and A and G themselves are never made.
 
     Cost: for each different `Setting.run` a forward and its backward passes over the sequences, and
         one product for each layer and Side; memory: the sums of all settings of one run.
     Proof: tests/test_judge_variants.py::test_the_reference_itself
     """
     assert case.model is not None
-    config, parameters = case.model.config, resident(case.model)
+    config, parameters = case.model.config, held(case)
     at, share = sample(case, limit)
     names = [name for name in layers if name not in TABLES]
     runs: dict[Setting, list[Setting]] = {}
@@ -185,7 +188,7 @@ def moments(
     for run, members in runs.items():
         one = exactly(choice(run, case.reference), at, config, most)
         net = changed(config, parameters, run.network, run.pads)
-        totals = _added(net, at, one, names, members)
+        totals = _added(net, at, one, names, members, through)
         for setting in members if totals else ():
             found = {}
             for name in names:
@@ -209,7 +212,7 @@ def inputs(
     Proof: tests/test_judge_variants.py::test_inputs_alone_need_no_backward
     """
     assert case.model is not None
-    config, parameters = case.model.config, resident(case.model)
+    config, parameters = case.model.config, held(case)
     at, _ = sample(case, limit)
     names = [name for name in layers if name not in TABLES]
     runs: dict[tuple[object, ...], list[Setting]] = {}
@@ -217,7 +220,7 @@ def inputs(
         runs.setdefault((setting.network, setting.pads), []).append(setting)
     for members in runs.values():
         net = changed(config, parameters, members[0].network, members[0].pads)
-        totals = _added(net, at, None, names, members)
+        totals = _added(net, at, None, names, members, None)
         for setting in members if totals else ():
             sides = {name: totals[ways(setting, name, at)[0]] for name in names}
             means = {name: _mean(setting, total, at, 1) for name, total in sides.items()}
@@ -232,6 +235,7 @@ def _added(
     one: Choice | None,
     names: Sequence[str],
     members: Sequence[Setting],
+    through: Callable[[int], Array] | None,
 ) -> dict[Side, Total]:
     """The sums of all settings of one run; none if its numbers leave the range of the dtype."""
     every = (way for setting in members for name in names for way in ways(setting, name, at))
@@ -239,10 +243,17 @@ def _added(
     try:
         with np.errstate(over="ignore", invalid="ignore"):
             for flow in flows(net, at, one, names):
-                _take(flow, totals)
+                _take(flow, totals, through)
     except NonFiniteError:
         return {}
     return totals
+
+
+def held(case: Case) -> Held:
+    """The parameters, read once for a case."""
+    assert case.model is not None
+    model = case.model
+    return case.once("parameters", lambda: Held(model))
 
 
 def sample(case: Case, limit: int) -> tuple[Positions, float]:
@@ -270,15 +281,21 @@ def ways(setting: Setting, layer: str, at: Positions) -> tuple[Side, Side]:
     )
 
 
-def _take(flow: Flow, totals: Mapping[Side, Total]) -> None:
+def _take(flow: Flow, totals: Mapping[Side, Total], through: Callable[[int], Array] | None) -> None:
     """Add what flowed to every total that reads it."""
     row_BT = {way.rows: weights(way.rows, flow.at) for way in totals}
     drawn = flow.first or flow.draw > 0
+    made: dict[tuple[str, str, str], Array | None] = {}
     for way, total in totals.items():
         if not (flow.first if way.side == "A" else flow.taps):
             continue
         of = input_tensor if way.side == "A" else output_tensor
-        x = of(flow, way.layer, way.tensor)
+        key = way.side, way.layer, way.tensor
+        if key not in made:
+            found = of(flow, way.layer, way.tensor)
+            small = None if through is None or found is None else found @ through(found.shape[-1])
+            made[key] = found if through is None else small
+        x = made[key]
         if x is None:
             continue
         w_BT = rows_of(way.layer, row_BT[way.rows], flow, x)

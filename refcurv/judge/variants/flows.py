@@ -18,6 +18,9 @@ from refcurv.model.config import NormPlace, Residual
 from refcurv.model.layers import ACTIVATIONS, Layout
 from refcurv.model.transformer import BlockTrace, Inputs, Slope, Tap
 
+LOGITS = 2**22
+"""Logits of the sequences that go together, at most, but one sequence.  Chosen: 32 MiB."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Flow:
@@ -48,10 +51,13 @@ def flows(
 ) -> Iterator[Flow]:
     """Every sequence forward, and backward as often as the labels ask; never without labels.
 
-    Sequences go a shard at a time (SHARD), or one by one where each has passes of its own.
+    Sequences go a shard at a time (SHARD), fewer of a large vocabulary, or one by one where each
+    has passes of its own.
     """
     at = at.rolled() if net.left else at
-    step = 1 if one is not None and one.many else shard_sequences(at.real_BT.shape[1])
+    T = at.real_BT.shape[1]
+    fits = max(1, LOGITS // (T * net.config.vocabulary))
+    step = 1 if one is not None and one.many else min(fits, shard_sequences(T))
     for begin in range(0, len(at.index_B), step):
         yield from _shard(net, at.of(slice(begin, begin + step)), one, layers)
 

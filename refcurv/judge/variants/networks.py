@@ -10,6 +10,7 @@ from typing import Any, Final
 import numpy as np
 
 from refcurv.files.bfloat16 import from_bfloat16, to_bfloat16
+from refcurv.files.lazy import Lazy
 from refcurv.judge.variants.positions import Positions
 from refcurv.law.checks import Array, RefcurvError
 from refcurv.model.config import Activation, ModelConfig, Norm, QKNorm, Residual
@@ -183,8 +184,8 @@ def _of_ops(**changes: Any) -> Callable[[Network, float], Network]:
 
 def _stored(dtype: str) -> Callable[[Network, float], Network]:
     def make(net: Network, _level: float) -> Network:
-        short = {name: rounded(array, dtype) for name, array in net.parameters.items()}
-        return replace(net, parameters=short)
+        own = net.parameters
+        return replace(net, parameters=Lazy(list(own), lambda name: rounded(own[name], dtype)))
 
     return make
 
