@@ -21,6 +21,7 @@ The public names, in the order in which data flow:
     evaluate, Evaluation            populations → table
     exact                           Hessian, GGN, Fisher, F_tok and K, exactly: rc.exact.hvp(...)
     distance                        F, F_tok and K side by side: rc.distance.compare(...)
+    estimators                      K-FAC reduce, EK-FAC's Λ: rc.estimators.reduce(...), ekfac(...)
     matrix_free                     eigenvalues, trace and density of what is too large to write
     audit, Audit                    every identity that can be checked on a model
     validate, Verdict               another program's factors: how far off, and why
@@ -50,7 +51,7 @@ from refcurv.starting import look_after_imports
 look_after_imports()  # before anything large is imported
 
 from refcurv.algebra import matrix_free
-from refcurv.curvature import distance, exact
+from refcurv.curvature import distance, estimators, exact
 from refcurv.curvature.bases import Bases, decompose
 from refcurv.curvature.bases_file import load_bases, save_bases
 from refcurv.curvature.blocks import Block, Blocks, collect_blocks
@@ -105,6 +106,7 @@ __all__ = [
     "decompose",
     "distance",
     "edit",
+    "estimators",
     "evaluate",
     "exact",
     "export",

@@ -64,6 +64,7 @@ def test_the_law_states_the_constants() -> None:
         "FISHER": [f"`{one}`" for one in conventions.Fisher],
         "ROWS": [f"`{one}`" for one in conventions.Rows],
         "BIAS": [f"`{one}`" for one in conventions.Bias],
+        "ESTIMATOR": [f"`{one}`" for one in conventions.Estimator],
     }
     for name, parts in stated.items():
         for part in parts:

@@ -44,12 +44,14 @@ def _row(id: str, functions: str = "", tests: str = "", waits: str = "") -> Row:
     return Row(id, tuple(functions.split()), tuple(tests.split()), waits)
 
 
-ESTIMATORS = "the estimators: EK-FAC, reduce, FOOF, TKFAC, Shampoo"
+ESTIMATORS = "the estimators FOOF, TKFAC, Shampoo"
 
-EXACT, LAYERS = "curvature.exact.", "model.layers."
+EXACT, LAYERS, ESTIMATED = "curvature.exact.", "model.layers.", "curvature.estimators."
 CASES, IDENTITIES = "test_exact_cases.py::", "test_identities.py::"
 PEERS = "test_peers.py::test_logits_loss_gradients_and_factors"
 CURVED_PEERS = "test_peers_curvature.py::test_exact_curvature_is_torchs"
+REDUCE = "test_estimators.py::test_reduce_equals_its_dense_definition"
+EKFAC = "test_estimators.py::test_lambda_equals_its_dense_definition"
 NAIVE = "test_exact.py::test_F_F_tok_and_K_equal_the_naive_sums"
 
 ROWS = (
@@ -81,12 +83,11 @@ ROWS = (
          "test_bsn.py::test_the_training_is_the_recipe_in_loops"),
     _row("O1", EXACT + "kfac"),
     _row("O2", EXACT + "kfac"),
-    _row("O3", EXACT + "kfac", waits="the reduce half: " + ESTIMATORS),
-    _row("O4", waits=ESTIMATORS),
-    _row("O5", LAYERS + "unfold curvature.factors.collect",
-         waits="the shallow convolution: " + ESTIMATORS),
+    _row("O3", f"{EXACT}kfac {ESTIMATED}reduced"),
+    _row("O4", ESTIMATED + "reduced", REDUCE),
+    _row("O5", f"{LAYERS}unfold curvature.factors.collect {ESTIMATED}reduced"),
     _row("O6", EXACT + "f_tok"),
-    _row("O7", waits=ESTIMATORS),
+    _row("O7", f"{EXACT}moments {ESTIMATED}reduced"),
     _row("O8", EXACT + "fisher"),
     _row("O9", EXACT + "operator"),
     _row("O10", EXACT + "hessian"),
@@ -103,13 +104,13 @@ ROWS = (
     _row("O16", "model.loss.cross_entropy"),
     _row("O17", EXACT + "ggnvp"),
     _row("O18", f"{EXACT}f_tok {EXACT}kfac"),
-    _row("O19", EXACT + "f_tok",
+    _row("O19", f"{EXACT}f_tok {ESTIMATED}ekfac",
          "test_exact.py::test_O18_O19_traces_and_marginals_of_F_tok",
          "as the factors of TKFAC and Shampoo: " + ESTIMATORS),
     _row("O20", EXACT + "moments"),
-    _row("O21", waits=ESTIMATORS),
-    _row("O22", waits=ESTIMATORS),
-    _row("O23", waits=ESTIMATORS),
+    _row("O21", ESTIMATED + "ekfac", EKFAC),
+    _row("O22", ESTIMATED + "ekfac", EKFAC),
+    _row("O23", ESTIMATED + "diagonal", EKFAC),
     _row("O24", "curvature.distance.compare"),
     _row("O25", f"{EXACT}moments {EXACT}fisher",
          "test_exact.py::test_O20_O25_O26_traces_ranks_and_signs"),

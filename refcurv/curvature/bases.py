@@ -16,7 +16,7 @@ from refcurv.curvature.factors import Factor, Factors
 from refcurv.files import store
 from refcurv.files.lazy import Lazy
 from refcurv.law.checks import Array, ConventionError, require_choice
-from refcurv.law.conventions import Bias
+from refcurv.law.conventions import Bias, Estimator
 from refcurv.model.config import TABLES
 from refcurv.passes.parallel import stream
 from refcurv.progress import Progress, silent
@@ -30,7 +30,8 @@ class Bases(Mapping[str, Eigenbasis]):
         layers: the Eigenbasis of each layer, by name.
         source: for provenance.
         bias: separate, of W alone; joint, of [W b] for layers that have a b (BIAS).
-        method: what made the bases; `decompose` says "kfac". An edit copies it into its record.
+        method: what made the bases; `decompose` says "kfac", and "kfac reduce" where segments
+            stand in the place of rows (ESTIMATOR). An edit copies it into its record.
         weights: the digest of the model's weights (`refcurv.files.digest`); None if unknown.
     """
 
@@ -93,7 +94,12 @@ def decompose(
     kind = bias_of(bias)
     layers = MappingProxyType(dict(decompose_each(factors, kind, progress=progress)))
     source = MappingProxyType({"inputs": store.inputs(factors.source)})
-    return Bases(layers, source, kind, weights=factors.weights)
+    return Bases(layers, source, kind, method_of(factors), factors.weights)
+
+
+def method_of(factors: Factors) -> str:
+    """What `Bases.method` says of these factors' bases."""
+    return "kfac" if factors.estimator is Estimator.EXPAND else f"kfac {factors.estimator}"
 
 
 def bias_of(bias: str) -> Bias:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from refcurv.curvature.bases import Bases, bias_of, decompose_each
+from refcurv.curvature.bases import Bases, bias_of, decompose_each, method_of
 from refcurv.curvature.checks import require_basis
 from refcurv.curvature.eigenbasis import Eigenbasis
 from refcurv.curvature.factors import Factors
@@ -44,7 +44,7 @@ def decompose_to(
     """`decompose` straight into a basis file, one layer in memory at a time."""
     kind = bias_of(bias)
     pairs = decompose_each(factors, kind, progress=progress)
-    about = _about(kind, "kfac", factors.weights)
+    about = _about(kind, method_of(factors), factors.weights)
     _write(pairs, about, path, store.inputs(factors.source))
 
 

@@ -10,7 +10,7 @@ Sum and count, never a running mean; the division happens once, on reading A or 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -33,7 +33,7 @@ from refcurv.law.checks import (
     NonFiniteError,
     require_choice,
 )
-from refcurv.law.conventions import BLOCK_SHARDS, Fisher, Rows, describe
+from refcurv.law.conventions import BLOCK_SHARDS, Estimator, Fisher, Rows, describe
 from refcurv.model.config import ModelConfig
 from refcurv.model.corpus import Corpus
 from refcurv.model.fisher import DRAWN
@@ -42,7 +42,7 @@ from refcurv.model.weights import Model, resident
 from refcurv.passes.parallel import Turnstile, run
 from refcurv.passes.rounding import rounding
 from refcurv.passes.shards import Shard, shards
-from refcurv.passes.sweep import Sweep, require_few_passes, sweep, sweep_of
+from refcurv.passes.sweep import Sweep, Take, require_few_passes, sweep, sweep_of
 from refcurv.progress import Progress, silent
 
 
@@ -95,7 +95,8 @@ class Factors(Mapping[str, Factor]):
 
     Fields: layers; fisher, rows, seed, draws: the choices of `collect`; dtype, of the products;
     shard_rows, the most rows that one product summed (for the budgets); source, for provenance;
-    weights, which the model had (`refcurv.files.digest`), None where an older file does not say.
+    weights, which the model had (`refcurv.files.digest`), None where an older file does not say;
+    estimator, whether rows are single positions or segments (ESTIMATOR).
     """
 
     layers: Mapping[str, Factor]
@@ -107,6 +108,7 @@ class Factors(Mapping[str, Factor]):
     shard_rows: int
     source: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     weights: str | None = None
+    estimator: Estimator = Estimator.EXPAND
 
     def __getitem__(self, name: str) -> Factor:
         """The factor of one layer."""
@@ -189,17 +191,38 @@ def collect(
     tables = spelled(layers, config.tables())
     names = expand(layers, [*config.linear_layers(), *tables])
     job = sweep_of("collect", names, fisher, seed, draws)
+    return summed("collect", model, corpus, job, keep, in_flight, progress, checkpoint)
+
+
+def summed(
+    who: str,
+    model: Model,
+    corpus: Corpus,
+    job: Sweep,
+    keep: Rows,
+    in_flight: int | None,
+    progress: Progress,
+    checkpoint: str | Path | None = None,
+    through: Callable[[Shard, Take], Take] | None = None,
+    estimator: Estimator = Estimator.EXPAND,
+) -> Factors:
+    """The sums of a collection whose choices are checked; `collect` describes the rest.
+
+    `through` makes, for one shard, of the function that adds up rows the one that `sweep` calls
+    (ESTIMATOR). What it hands on are other rows, of which rounding is not estimated.
+    """
+    config = model.config
     units = shards(corpus, config, keep)
-    require_few_passes("collect", units, job, config.vocabulary)
+    require_few_passes(who, units, job, config.vocabulary)
     need = room.to_collect(config, job, np.dtype(model.dtype).itemsize, units)
-    in_flight = room.in_flight("collect", need, in_flight)
+    in_flight = room.in_flight(who, need, in_flight)
     own = digest(model)
     parameters, totals = resident(model), empty_sums(config, job)
-    looked_at = _looked_at(units)
+    looked_at = set() if through else _looked_at(units)
 
     def work(ordinal: int, unit: Shard, turnstile: Turnstile) -> None:
         sums = ShardSums(config, totals, turnstile, ordinal, job)
-        sweep(config, parameters, unit, job, sums.take)
+        sweep(config, parameters, unit, job, through(unit, sums.take) if through else sums.take)
         sums.finish()
         if unit.number in looked_at:  # alone in its block, so that it needs no turn
             for name, (square, count) in rounding(config, parameters, unit, job).items():
@@ -221,6 +244,7 @@ def collect(
         max(int(unit.keep_BT.sum()) for unit in units),
         MappingProxyType({"inputs": store.inputs(model.source, corpus.source)}),
         own,
+        estimator,
     )
 
 

@@ -20,9 +20,10 @@ from refcurv.law.checks import (
     require_range,
     require_seed,
 )
-from refcurv.law.conventions import COMPUTE_DTYPES, Fisher, Rows
+from refcurv.law.conventions import COMPUTE_DTYPES, Estimator, Fisher, Rows
 from refcurv.model.config import TABLES
 
+_SUMS = (Estimator.EXPAND, Estimator.REDUCE)
 _ERRORS = ("error_G", "error_trace_G", "rounding_G")
 
 
@@ -30,8 +31,9 @@ def save_factors(factors: Factors, path: str | Path, checkpoint: str | Path | No
     """Write a factors file: LAYER/{sum_A, n_A, sum_G, n_G}, float64 and int64 (METHOD, Files).
 
     With a bias also LAYER/sum_a. The errors that are known, of what was drawn and of rounding, are
-    float64 attributes of sum_G. The `checkpoint` that they were collected with is deleted once they
-    are on disk.
+    float64 attributes of sum_G. Of segments in the place of rows the root has the attribute
+    `estimator` (ESTIMATOR). The `checkpoint` that they were collected with is deleted once they are
+    on disk.
 
     Proof: tests/test_factors.py::test_what_was_collected_is_never_lost
     """
@@ -43,6 +45,7 @@ def save_factors(factors: Factors, path: str | Path, checkpoint: str | Path | No
         "dtype": factors.dtype,
         "shard_rows": factors.shard_rows,
         **({"weights": factors.weights} if factors.weights else {}),
+        **({"estimator": "reduce"} if factors.estimator is Estimator.REDUCE else {}),
     }
 
     def entries() -> Iterator[store.Entry]:
@@ -96,6 +99,7 @@ def load_factors(path: str | Path) -> Factors:
         int(require_range(where, "shard_rows", store.fact(where, at, "shard_rows", int), 1, 2**62)),
         store.Source(header),
         recorded(header),
+        Estimator(require_choice(where, "estimator", at.get("estimator", "expand"), _SUMS)),
     )
 
 

@@ -109,8 +109,7 @@ LAW: Final[Mapping[str, Decision]] = MappingProxyType(
             "The block of such a vector is F = Σ D Dᵀ over segments.",
             "D is the gradient of the vector, summed over the positions of the segment.",
             "For `expected` the sum is also over loss positions and vocabulary entries.",
-            "A segment is a document of a packed sequence, a sequence that is not packed, or an "
-            "image.",
+            "A segment is a document of a packed sequence, any other sequence, or an image.",
             "No position reaches a position of another segment.",
             "So packing and padding change no F, whether of vectors or of matrices.",
         ),
@@ -128,8 +127,7 @@ LAW: Final[Mapping[str, Decision]] = MappingProxyType(
             "Rows are the positions that enter A and G.",
             "Padding is never a row.",
             "`reached` (default): the positions from which a label is reached.",
-            "In a causal model these are the positions at or before the last labelled one of their "
-            "segment.",
+            "In a causal model: those at or before the last labelled position of their segment.",
             "In a bidirectional model they are all positions of a segment that has a label.",
             "Of images they are all positions of an image that has a label.",
             "`labelled`: the positions that have a label; images cannot choose it.",
@@ -145,8 +143,7 @@ LAW: Final[Mapping[str, Decision]] = MappingProxyType(
             "p are the probabilities of the model at a position, and S = diag(√p) − p √pᵀ.",
             "S is a root of the Hessian of the loss by the logits: S Sᵀ = diag p − p pᵀ.",
             "`expected`: the exact mean over all labels that the model could draw.",
-            "It takes one backward pass for each loss position and vocabulary entry v, which sends "
-            "back column v of S.",
+            "For each loss position and vocabulary entry v one backward pass sends column v of S.",
             "`signed`: an unbiased estimate of `expected` that draws signs instead of labels.",
             "It takes one backward pass for each segment and draw, which sends back S ε from all "
             "positions jointly, ε ∈ {±1}^V at each of them.",
@@ -168,8 +165,7 @@ LAW: Final[Mapping[str, Decision]] = MappingProxyType(
             "If there is none, it is the last v with exp(z_v − max z) > 0.",
             "The sign of entry v at position t is bit v mod 64 of word n = v div 64, bit 0 the "
             "least significant.",
-            "Word n is word n mod 4 of the block at counter (1 + n div 4, 1 + t, draw, corpus "
-            "index).",
+            "Word n is word n mod 4 of the block at (1 + n div 4, 1 + t, draw, corpus index).",
             "A bit of 1 means +1, a bit of 0 means −1.",
             "For an image t = 0.",
         ),
@@ -180,6 +176,16 @@ LAW: Final[Mapping[str, Decision]] = MappingProxyType(
             "F is the exact block.",
             "F_tok is F without the terms between two positions.",
             "K is n_A (G ⊗ A), as in COUNTS.",
+        ),
+        "ESTIMATOR": _decision(
+            "curvature.estimators:reduce curvature.estimators:ekfac",
+            "`expand` (default): A and G sum over single rows.",
+            "`reduce`: each segment is one row, its a the mean and its g the sum of its rows'.",
+            "n_A then counts segments.",
+            "EK-FAC puts Λ (O, I) in the place of n_A λ μᵀ, in the eigenbases u_i, v_j of G, A.",
+            "Per `token` Λ_ij is the sum of (u_i·g)² (v_j·a)² over rows: the diagonal of F_tok.",
+            "Per `sequence` Λ_ij sums (Σ u_i·g v_j·a)² over segments: the diagonal of F.",
+            "Λ is stored as a sum over draws, and divided by their number once.",
         ),
         "ORDER": _decision(
             "curvature.eigenbasis:eigenbasis curvature.eigenbasis:oriented",
@@ -202,15 +208,12 @@ LAW: Final[Mapping[str, Decision]] = MappingProxyType(
         ),
         "SELECT": _decision(
             "algebra.selection:select algebra.staircase:cut",
-            "λ is first multiplied by a power of two so that its largest entry lies in [1, 2), and "
-            "μ likewise.",
+            "Powers of two first bring the largest entry of λ, and that of μ, into [1, 2).",
             "The key of pair (i, j) is fl(λ_i μ_j), the product rounded to float64.",
             "Pairs are ordered by descending key, equal keys by i and then by j.",
-            "The first pairs in this order always form a staircase: row i holds its first c_i "
-            "pairs.",
+            "The first pairs always form a staircase: row i holds its first c_i pairs.",
             "fsum is the correctly rounded sum.",
-            "The mass of a staircase is fsum_i fl(λ_i·P[c_i]), P[c] the fsum of the first c "
-            "entries of μ.",
+            "A staircase has the mass fsum_i fl(λ_i·P[c_i]), P[c] the fsum of the first c of μ.",
             "The target is fl(fl(ρ·fsum(λ))·fsum(μ)).",
             "The fewest first pairs whose mass is the target or more are kept.",
             "If rounding leaves the mass of all pairs below the target, all are kept.",
@@ -225,14 +228,11 @@ LAW: Final[Mapping[str, Decision]] = MappingProxyType(
             "Of one A they differ by at most e_A = (16·I + 2)·eps·‖μ‖₂.",
             "So a key lies between (λ_i − e_G)₊(μ_j − e_A)₊, its least, and "
             "(λ_i + e_G)(μ_j + e_A), its greatest.",
-            "The mass of any set of pairs, less the target, moves by at most s and the rounding of "
-            "SELECT.",
+            "The mass of a set, less the target, moves by at most s and the rounding of SELECT.",
             "s = max(ρ, 1 − ρ)·(√I·Σλ·e_A + √O·Σμ·e_G + √(O·I)·e_A·e_G).",
-            "The pairs that may come before pair p are the others whose greatest key is p's least "
-            "key or more.",
-            "p is surely kept if the mass of these is less than the target − s.",
-            "The pairs that must come before p are those whose least key is above p's greatest "
-            "key.",
+            "Others may come before pair p if their greatest key is p's least key or more.",
+            "p is surely kept if the mass of these others is less than the target − s.",
+            "The pairs that must come before p are those of a least key above p's greatest key.",
             "p is surely dropped if the mass of these is the target + s or more.",
             "`acceptable` counts the pairs that are neither.",
             "It is 0 at ρ = 0 and at ρ = 1.",
@@ -245,8 +245,7 @@ LAW: Final[Mapping[str, Decision]] = MappingProxyType(
             "The passes compute in one dtype, float64 or by choice float32.",
             "The products of one backward pass over a shard are in that dtype.",
             "They are in float64 where all of float32's would vanish.",
-            "The sums over passes and shards, the eigensolvers, the factors and the bases are in "
-            "float64.",
+            "The sums over passes and shards, eigensolvers, factors and bases are in float64.",
             "Edited weights have the dtype of their source.",
         ),
         "SHARD, BLOCK": _decision(
@@ -255,16 +254,14 @@ LAW: Final[Mapping[str, Decision]] = MappingProxyType(
             "T is the width of the corpus, for images the number of the model's positions.",
             "The head works on 512 kept rows at a time.",
             "A block is 64 consecutive shards.",
-            "The backward passes of a shard are ordered by draw, for `expected` by position and "
-            "then entry.",
+            "A shard's backward passes are ordered by draw, for `expected` by position and entry.",
             "They are added in this order to a shard sum that starts from zero.",
             "Shard sums are added in order to a block sum that starts from zero.",
             "Block sums are added in order to the total.",
         ),
         "FINGERPRINT": _decision(
             "curvature.factors:_fingerprint curvature.checkpoint:Checkpoint",
-            "A collection goes on from a checkpoint only if it shares all of the following with "
-            "the run that began it.",
+            "A collection goes on only from a checkpoint of a run with the same of all these.",
             "The inputs: the files of weights and corpus, by SHA-256.",
             "The choices: layers, fisher, seed, draws, rows and dtype.",
             "This law.",
@@ -317,6 +314,15 @@ class Rows(StrEnum):
     LABELLED = "labelled"
     ALL = "all"
     CLS = "cls"
+
+
+class Estimator(StrEnum):
+    """ESTIMATOR: which sums stand in the place of F."""
+
+    EXPAND = "expand"
+    REDUCE = "reduce"
+    TOKEN = "token"
+    SEQUENCE = "sequence"
 
 
 class Bias(StrEnum):
