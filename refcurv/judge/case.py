@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from refcurv.curvature.bases import Bases
 from refcurv.curvature.factors import Factor, Factors
@@ -26,6 +28,7 @@ class Case:
         bases: of the reference, where a basis is given.
         noise: our layer → what one draw of labels for all rows varies by, where the reference does
             not tell: standard deviations of G over |G|, and of tr G over tr G.
+        joint: layers of ours that are judged with their bias as last column (BIAS).
     """
 
     dump: Dump
@@ -36,14 +39,20 @@ class Case:
     corpus: Corpus | None = None
     bases: Bases | None = None
     noise: Mapping[str, tuple[float, float]] | None = None
+    joint: Set[str] = frozenset()
 
     def theirs(self, layer: str) -> Theirs:
         """What the dump holds of our `layer`, read anew."""
         return self.dump.layers[self.matched[layer]]
 
     def ours(self, layer: str) -> Factor:
-        """The reference's factor of a layer."""
-        return self.reference[layer]
+        """The reference's factor of a layer; A is A_joint where it is judged with its bias."""
+        one = self.reference[layer]
+        if layer not in self.joint or one.sum_a is None:
+            return one
+        column = one.sum_a[:, None]
+        sum_A = np.block([[one.sum_A, column], [column.T, np.full((1, 1), float(one.n_A))]])
+        return replace(one, sum_A=sum_A, sum_a=None)
 
     def budget(self, layer: str, dtype: str) -> float:
         """How far A or G of `layer` may lie from the truth; undeclared parts count as `dtype`.

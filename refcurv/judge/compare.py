@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -93,6 +93,8 @@ def compare_moments(bounds: Bounds, theirs: Theirs) -> tuple[list[Comparison], d
         form = f"{side} has another form: no factor makes it ours"
         out.append(bounds.judged(f"{side}/tr {side}", one.form, form, drawing=drawn[side]))
         out.append(_rows(case, layer, side, n_theirs))
+        if side == "A" and layer in case.joint:
+            out.append(_corner(bounds, X, true))
     return out + _scales(bounds, found), found
 
 
@@ -113,6 +115,22 @@ def _symmetry(bounds: Bounds, side: str, X: Array) -> Comparison:
     size, skew = float(norm(X)), float(norm(X - X.T))
     error = skew / size if size else 0.0
     return bounds.judged(f"symmetry of {side}", error, f"{side} is not symmetric")
+
+
+def _corner(bounds: Bounds, X: Array, true: Array) -> Comparison:
+    """The last entry of a joint A is the mean of 1², once a factor of all of A is taken out.
+
+    It is left out where other entries differ too: then it may not be that mean at all.
+    """
+    scale = float(np.trace(X[:-1, :-1])) / (float(np.trace(true[:-1, :-1])) or math.nan)
+    value = float(X[-1, -1]) / scale if scale > 0 else math.nan
+    rest = true[:-1]
+    off = float(norm(X[:-1] / (scale or math.nan) - rest)) / (float(norm(rest)) or math.nan)
+    if not off <= bounds.case.budget(bounds.layer, "bfloat16"):
+        return said(bounds.layer, "corner of A", LEFT_OUT, "other entries of A differ too")
+    cause = f"the corner of A is {value:.6g} where it should be 1"
+    found = bounds.judged("corner of A", abs(value - 1), cause, times=2)
+    return replace(found, fault="B30") if found.verdict == FAIL else found
 
 
 def _rows(case: Case, layer: str, side: str, theirs: float | None) -> Comparison:

@@ -18,8 +18,10 @@ from refcurv.curvature.factors import Factors, collect
 from refcurv.curvature.factors_file import load_factors
 from refcurv.judge.arithmetic import ROUNDOFF, parse
 from refcurv.judge.bases import compare_bases
+from refcurv.judge.biases import with_biases
 from refcurv.judge.case import Case
 from refcurv.judge.compare import Bounds, Measured, compare_moments, drawing, one_draw, said
+from refcurv.judge.corrections import Truths, causes, compare_corrections
 from refcurv.judge.diagnose import diagnose
 from refcurv.judge.divergence import with_labels
 from refcurv.judge.edits import basis_of, compare_mask, compare_weight
@@ -117,24 +119,25 @@ def validate(
         )
     bases = load_bases(basis) if isinstance(basis, str | Path) else basis
     case = Case(dump, truth, matched, given, model, corpus, bases)
-    case = replace(case, noise=_noise(case))
+    case, biases = with_biases(replace(case, noise=_noise(case)))
     findings = [said("", "dump", FAIL, text) for text in dump.problems]
-    findings += [*notes, *_absent(case, wanted, {note.layer for note in notes})]
+    findings += [*notes, *_absent(case, wanted, {note.layer for note in notes}), *biases]
+    truths = Truths(case)
     measured: dict[str, dict[str, Measured]] = {}
     done = counter(progress, len(matched))
     with one_blas_thread():
         for layer in matched:
-            found, measured[layer] = _layer(case, layer)
+            found, measured[layer] = _layer(case, layer, truths)
             findings += found
             done()
-        causes, excluded, findings = diagnose(case, findings, measured)
+        known, excluded, findings = diagnose(case, findings, measured)
         shown = _shown(case, findings, pictures)
     return Verdict(
         tuple(findings),
-        causes,
+        (*known, *causes(case, findings)),
         excluded,
         dump.program,
-        dump.recipe,
+        case.dump.recipe,
         dict(matched),
         arithmetic=given.text,
         accepted=tuple(accept),
@@ -149,11 +152,12 @@ def _shown(case: Case, findings: Sequence[Comparison], count: int) -> list[Pictu
     return [one for layer in order for one in draw(case, layer)]
 
 
-def _layer(case: Case, layer: str) -> tuple[list[Comparison], dict[str, Measured]]:
+def _layer(case: Case, layer: str, truths: Truths) -> tuple[list[Comparison], dict[str, Measured]]:
     """Everything that the dump holds of one layer."""
     theirs = case.theirs(layer)
     bounds = Bounds(case, layer, drawing(case, layer, theirs.n_G))
     findings, measured = compare_moments(bounds, theirs)
+    findings += compare_corrections(bounds, theirs, measured, truths)
     if theirs.U_A is None and theirs.U_G is None and theirs.mask is None and theirs.W is None:
         return findings, measured
     own = basis_of(bounds)

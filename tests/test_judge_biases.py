@@ -1,0 +1,93 @@
+"""Dumps that join weight and bias: A is judged beside A_joint, and its corner beside 1."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from strategies import config, random_parameters
+
+import refcurv as rc
+
+WITH, WITHOUT = "blocks.0.mlp.up", "blocks.0.mlp.down"
+JOINT = {"bias": "joint"}
+
+
+@pytest.fixture(scope="module")
+def factors():
+    made = config(biases=("up",))
+    model = rc.Model(made, random_parameters(made, 3))
+    tokens = np.random.default_rng(0).integers(0, made.vocabulary, (12, 9))
+    return rc.collect(model, rc.Corpus(tokens), f"{WITH},{WITHOUT}", "expected")
+
+
+def dump_of(factors, change=lambda A: A, scale=1.0):
+    A = change(factors[WITH].A_joint)
+    return {
+        name: (scale * (A if name == WITH else one.A), one.G / scale, one.n_A)
+        for name, one in factors.items()
+    }
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_a_joint_A_is_judged_beside_A_joint(factors, scale):
+    for declared in (JOINT, {}):
+        verdict = rc.validate(dump_of(factors, scale=scale), factors, declared=declared)
+        assert verdict.passed, verdict.failed
+        corners = [one for one in verdict.findings if one.quantity == "corner of A"]
+        assert [one.layer for one in corners] == [WITH] and corners[0].error < 1e-13
+        guessed = [text for text in verdict.recipe if "[a; 1]" in text]
+        assert bool(guessed) == (not declared), "what is not declared is said"
+
+
+def corner(value):
+    def change(A):
+        A = A.copy()
+        A[-1, -1] = value
+        return A
+
+    return change
+
+
+def first(A):
+    order = np.roll(np.arange(len(A)), 1)
+    return A[np.ix_(order, order)]
+
+
+def column(A):
+    """Σ a of other rows."""
+    A = A.copy()
+    A[-1, :-1] = A[:-1, -1] = 1.1 * A[-1, :-1]
+    return A
+
+
+FAULTS = {
+    "the 1 of padding": ("B30", corner(1.25)),
+    "a corner that is a sum": ("B30", corner(96.0)),
+    "the 1 first": ("B31", first),
+    "no 1 at all": ("B31", lambda A: A[:-1, :-1]),
+    "another column": (None, column),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_of_the_bias_has_its_name(factors, name):
+    fault, change = FAULTS[name]
+    verdict = rc.validate(dump_of(factors, change), factors, declared=JOINT, arithmetic="float64")
+    assert not verdict.passed
+    assert {one.layer for one in verdict.failed} == {WITH}
+    assert fault is None or fault in {one.fault for one in verdict.failed}
+    assert {"B30", "B31"} & {one.fault for one in verdict.failed} == ({fault} if fault else set())
+
+
+def test_a_joint_basis_and_a_mask_are_of_the_wider_matrix(factors):
+    bases = rc.decompose(factors, "joint")
+    theirs = {
+        name: {"A": one.A_joint, "G": one.G, "n": one.n_A, "U_A": bases[name].U_A,
+               "mu": bases[name].mu, "U_G": bases[name].U_G, "lam": bases[name].lam}
+        for name, one in factors.items()
+    }  # fmt: skip
+    verdict = rc.validate(theirs, factors)
+    assert verdict.passed and "spaces of A" in {one.quantity for one in verdict.findings}
+    assert rc.validate(theirs, factors, basis=rc.decompose(factors)).passed, "another basis"
+    turned = {name: {**one, "U_A": one["U_A"][::-1]} for name, one in theirs.items()}
+    assert not rc.validate(turned, factors).passed
