@@ -28,6 +28,7 @@ from refcurv.judge.diagnose import made
 from refcurv.judge.dump import Theirs
 from refcurv.judge.hypotheses import fitted
 from refcurv.judge.precision import short
+from refcurv.judge.search import COARSEST
 from refcurv.judge.segments import Pieces, batches, parts, pieces_of
 from refcurv.judge.verdict import EQUAL_AS, FAIL, LEFT_OUT, PASS, Cause, Comparison
 from refcurv.law.checks import Array, RangeError
@@ -37,7 +38,7 @@ from refcurv.model.fisher import DRAWN
 FORM, WHOLE = "form of Lambda", "Lambda"
 """Quantities: Λ up to a factor, and Λ."""
 
-RUNS: Final = 6
+RUNS: Final = 8
 """Draws of ours that say how much Λ of drawn labels varies.  Chosen: its variance is then known to
 about a half, which DEVIATIONS covers."""
 
@@ -149,7 +150,15 @@ def compare_corrections(
         near = _nearest(bounds, L, truths)
     except RangeError as error:
         return [said(bounds.layer, WHOLE, LEFT_OUT, f"not computed: {error}".rstrip("."))]
-    form = _form(bounds, L, near)
+    gold = _of_the_corpus(bounds, L, near, truths)
+    return [gold] if gold is not None else _judged(bounds, L, near, measured, truths)
+
+
+def _judged(
+    bounds: Bounds, L: Array, near: Near, measured: Mapping[str, Measured], truths: Truths
+) -> list[Comparison]:
+    """The form; then the factor, or what explains another form."""
+    form = _form(bounds, near)
     if form.verdict == PASS:
         return [form, _scale(bounds, L, near.truth, measured)]
     if not _right(bounds, measured, "bfloat16"):
@@ -246,9 +255,36 @@ def _labels(case: Case) -> tuple[str, ...]:
     return ("expected", "sampled") if ours == "expected" else (ours,)
 
 
-def _form(bounds: Bounds, L: Array, near: Near, cause: str = "") -> Comparison:
-    text = cause or f"Λ per {near.truth.per} has another form: no factor makes it ours"
-    found = bounds.judged(FORM, near.error, text, times=2, drawing=near.by_drawing)
+def _of_the_corpus(bounds: Bounds, L: Array, near: Near, truths: Truths) -> Comparison | None:
+    """Where labels are drawn: is Λ that of the corpus's labels, to all digits? Noise hides it."""
+    limit = 2 * bounds.case.budget(bounds.layer, "float32")
+    if not near.by_drawing:
+        return None
+    for per in ("sequence", "token"):
+        gold = _near(bounds, L, truths.of(bounds.layer, per, "empirical"))
+        if gold.error <= min(limit, near.error / 10):
+            text = f"Λ has the labels of the corpus, per {per}, where {near.truth.fisher} ones are"
+            return Comparison(
+                bounds.layer, FORM, near.error, limit, FAIL, "B76", f"{text} declared"
+            )
+    return None
+
+
+def _form(bounds: Bounds, near: Near) -> Comparison:
+    """By the budget of A or G, twice.
+
+    The size of an error tells a dtype up to COARSEST alone, and not where drawing makes it.
+    """
+    case, text = bounds.case, f"Λ per {near.truth.per} has another form: no factor makes it ours"
+    finest = 2 * case.budget(bounds.layer, case.arithmetic.stored or "float64")
+    found = bounds.judged(
+        FORM,
+        near.error,
+        text,
+        drawing=near.by_drawing,
+        inferred=not near.by_drawing,
+        budget_of=lambda dtype: max(finest, min(2 * case.budget(bounds.layer, dtype), COARSEST)),
+    )
     if found.verdict == PASS and not found.cause:
         found = replace(found, cause=f"per {near.truth.per}")
     return found
@@ -303,8 +339,12 @@ def _named(
         (1 / rows, f"1/{rows}: it was divided by the rows twice"),
         (1 / segments, f"1/{segments}: it was divided by the sequences too"),
     ):
-        if abs(c / product / value - 1) <= tolerance:
-            return "B10", f" = {words}"
+        far = c / product / value
+        within = abs(far - 1) <= tolerance < 1 / 2
+        # chosen: where drawing blurs the factor, within a quarter of the way to none at all
+        if within or (value != 1 and abs(math.log(far)) <= abs(math.log(value)) / 4):
+            about = "" if within else "about "
+            return "B10", f", {about}{words}"
     return None, ""
 
 
@@ -341,7 +381,8 @@ def _explained(
             rest = [_scale(bounds, L, other.near.truth, measured)] if other.scaled else []
             return [found, *rest]
         tried.append(f"{other.words}: leaves {error:.2g}")
-    return [_rounded(bounds, L, form, measured) or _left(form, near, measured, tried)]
+    rounded = None if near.by_drawing else _rounded(bounds, L, form, measured)
+    return [rounded or _left(form, near, measured, tried)]
 
 
 def _others(bounds: Bounds, L: Array, near: Near, truths: Truths) -> Iterator[Other]:
@@ -418,7 +459,7 @@ def _rounded(
         return form if form.verdict.startswith(EQUAL_AS) else None
     few = case.arithmetic.stored not in ("bfloat16", "float16") and short(L)
     for dtype in ("float32", "float16", "bfloat16"):
-        if error <= 2 * bare.budget(bounds.layer, dtype):
+        if error <= min(2 * bare.budget(bounds.layer, dtype), COARSEST):
             size = "bfloat16" if few else dtype
             digits = ", and has its 8 significant bits" if few else ""
             text = f"Λ alone is off by {error:.2g}, the size of {size}{digits}; A and G are not"
