@@ -7,6 +7,7 @@ import pytest
 from strategies import config, random_parameters
 
 import refcurv as rc
+from refcurv.algebra.selection import select
 
 WITH, WITHOUT = "blocks.0.mlp.up", "blocks.0.mlp.down"
 JOINT = {"bias": "joint"}
@@ -91,3 +92,26 @@ def test_a_joint_basis_and_a_mask_are_of_the_wider_matrix(factors):
     assert rc.validate(theirs, factors, basis=rc.decompose(factors)).passed, "another basis"
     turned = {name: {**one, "U_A": one["U_A"][::-1]} for name, one in theirs.items()}
     assert not rc.validate(turned, factors).passed
+
+
+def test_an_edit_of_weight_and_bias_is_judged_as_one_matrix(factors):
+    made = config(biases=("up",))
+    model = rc.Model(made, random_parameters(made, 3))
+    whole = rc.decompose(factors, "joint")
+    b = whole[WITH]
+    W = np.column_stack([model.parameters[f"{WITH}.{part}"] for part in ("weight", "bias")])
+    mask = select(b.lam, b.mu, 0.9)
+    edited = b.U_G @ ((b.U_G.T @ W @ b.U_A) * mask) @ b.U_A.T
+    one = factors[WITH]
+    theirs = {"A": one.A_joint, "G": one.G, "n": one.n_A, "W": edited, "mask": mask}
+
+    def found(**changes):
+        given = {WITH: {**theirs, **changes}}
+        return rc.validate(given, factors, model=model, layers=WITH)
+
+    verdict = found()
+    assert verdict.passed, verdict.failed
+    assert {"W", "mask"} <= {f.quantity for f in verdict.findings if f.verdict == "pass"}
+    alone = [f for f in found(W=edited[:, :-1]).findings if f.quantity == "W"]
+    assert alone[0].verdict == "left out" and "give [W b]" in alone[0].cause
+    assert not found(W=edited + 0.1 * W).passed

@@ -232,6 +232,7 @@ def test_a_reference_alone_does_not_tell_lambda(setting):
     [
         (lambda one: one.update(Lambda=one["Lambda"].T), "Λ is "),
         (lambda one: one.update(Lambda=-one["Lambda"]), "below 0"),
+        (lambda one: one.update(Lambda=0 * one["Lambda"]), "every entry of Λ is 0"),
         (lambda one: one.update(Lambda=one["Lambda"] * np.nan), "not finite"),
     ],
 )
@@ -243,6 +244,32 @@ def test_what_is_no_lambda_fails(setting, change, text):
     verdict = rc.validate(theirs, factors, model=model, corpus=corpus, declared=SEQUENCE)
     found = of_lambda(verdict)
     assert len(found) == 3 and all(f.verdict == "fail" and text in f.cause for f in found)
+
+
+def test_documents_of_a_packed_corpus_are_segments(setting):
+    model, corpus, _ = setting
+    segments = np.zeros((6, 9), np.int32)
+    segments[:, 5:] = 1
+    packed = rc.Corpus(corpus.tokens, segments=segments)
+    factors = rc.collect(model, packed, "blocks.0.attn.v,head", "empirical")
+    own = model, packed, factors
+    bases = bases_of(factors)
+    assert judged(own, lambdas(model, packed, bases)).passed
+    failed = judged(own, in_batches(own, 1)).failed
+    assert {(one.fault, "of whole sequences, not documents" in one.cause) for one in failed} == {
+        ("B75", True)
+    }
+
+
+def test_a_table_has_neither_basis_nor_lambda(setting):
+    model, corpus, _ = setting
+    factors = rc.collect(model, corpus, f"embed,{LAYERS[0]}", "empirical")
+    one, size = factors["embed"], {"U_A": np.eye(7), "U_G": np.eye(8), "Lambda": np.ones((8, 7))}
+    theirs = {"embed": {"A": one.A, "G": one.G, "n": one.n_A, **size}}
+    verdict = rc.validate(theirs, factors, model=model, corpus=corpus, layers="embed")
+    assert verdict.passed
+    left = {f.quantity for f in verdict.findings if f.verdict == "left out"}
+    assert left == {"basis of A", "Lambda"}
 
 
 def test_without_eigenvectors_lambda_is_left_out(setting):

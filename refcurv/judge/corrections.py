@@ -172,8 +172,11 @@ def _without_ours(bounds: Bounds, L: Array, theirs: Theirs) -> Comparison | None
     case, layer = bounds.case, bounds.layer
     trouble = _unfit(case, layer, theirs)
     if trouble:
-        without = theirs.U_A is None or theirs.U_G is None
-        return said(layer, WHOLE, LEFT_OUT if without else FAIL, trouble)
+        table = case.ours(layer).sum_A.ndim == 1
+        aside = table or theirs.U_A is None or theirs.U_G is None
+        return said(layer, WHOLE, LEFT_OUT if aside else FAIL, trouble)
+    if not L.any() and case.ours(layer).sum_G.any():
+        return replace(said(layer, WHOLE, FAIL, "every entry of Λ is 0"), fault="B48")
     if (L < 0).any():
         text = f"{int((L < 0).sum())} entries of Λ are below 0; it is a mean of squares"
         return said(layer, WHOLE, FAIL, text)
@@ -413,7 +416,10 @@ def _of_batches(bounds: Bounds, L: Array, truth: Truth, pieces: Pieces) -> Itera
     best: Other | None = None
     for size, total in batches(pieces):
         near = _near(bounds, L, replace(truth, Lambda=total / truth.rows))
-        words = f"the gradients of {size} sequences at a time were summed before the square"
+        what = (
+            f"of {size} sequences at a time" if size > 1 else "of whole sequences, not documents,"
+        )
+        words = f"the gradients {what} were summed before the square"
         if best is None or near.error < best.near.error:
             best = Other("B75", words, near)
     if best is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 from refcurv.algebra.blas import one_blas_thread
 from refcurv.curvature.bases import Bases
 from refcurv.curvature.bases_file import load_bases
+from refcurv.curvature.eigenbasis import Eigenbasis
 from refcurv.curvature.factors import Factors, collect
 from refcurv.curvature.factors_file import load_factors
 from refcurv.judge.arithmetic import ROUNDOFF, parse
@@ -24,6 +25,7 @@ from refcurv.judge.compare import Bounds, Measured, compare_moments, drawing, on
 from refcurv.judge.corrections import Truths, causes, compare_corrections
 from refcurv.judge.diagnose import diagnose
 from refcurv.judge.divergence import with_labels
+from refcurv.judge.dump import Theirs as Held
 from refcurv.judge.edits import basis_of, compare_mask, compare_weight
 from refcurv.judge.foreign import match, read_arrays, read_dump
 from refcurv.judge.foreign.loss import of_summed_loss
@@ -31,6 +33,7 @@ from refcurv.judge.pictures import Picture
 from refcurv.judge.pictures import pictures as draw
 from refcurv.judge.verdict import FAIL, LEFT_OUT, MISSING, Comparison, Verdict
 from refcurv.law.checks import (
+    Array,
     ConventionError,
     EmptyError,
     SchemaError,
@@ -160,21 +163,42 @@ def _layer(case: Case, layer: str, truths: Truths) -> tuple[list[Comparison], di
     findings += compare_corrections(bounds, theirs, measured, truths)
     if theirs.U_A is None and theirs.U_G is None and theirs.mask is None and theirs.W is None:
         return findings, measured
+    if case.ours(layer).sum_A.ndim == 1:
+        text = "A of a table is diagonal, and has no basis here"
+        return [*findings, said(layer, "basis of A", LEFT_OUT, text)], measured
     own = basis_of(bounds)
-    findings += compare_bases(bounds, theirs, own)
-    W = None
+    findings += [*compare_bases(bounds, theirs, own), *_edit(bounds, theirs, own)]
+    return findings, measured
+
+
+def _edit(bounds: Bounds, theirs: Held, own: Eigenbasis) -> Iterator[Comparison]:
+    """Their mask and their edited weight; [W b] of a layer that is judged with its bias."""
+    case, layer, W = bounds.case, bounds.layer, None
+    joint = layer in case.joint
     if case.model is not None:
-        W = np.asarray(case.model.parameters[case.model.config.weight_of(layer)], np.float64)
+        W = _weight(case.model, layer, joint)
     if theirs.mask is not None:
-        findings.append(compare_mask(bounds, theirs, own, W))
-    if theirs.W is not None and W is None:
+        yield compare_mask(bounds, theirs, own, W)
+    if theirs.W is None:
+        return
+    if W is None:
         text = "give --model: an edited weight is judged beside the one before the edit"
-        findings.append(said(layer, "W", LEFT_OUT, text))
-    elif theirs.W is not None and W is not None:
+        yield said(layer, "W", LEFT_OUT, text)
+    elif joint and theirs.W.shape == (len(W), W.shape[1] - 1):
+        text = "A is joint, and W has no column for the bias: give [W b]"
+        yield said(layer, "W", LEFT_OUT, text)
+    else:
         declared = case.dump.declared.get("rho")
         rho = None if declared is None else require_range("validate", "rho", float(declared), 0, 1)
-        findings.append(compare_weight(bounds, theirs.W, own, W, rho))
-    return findings, measured
+        yield compare_weight(bounds, theirs.W, own, W, rho)
+
+
+def _weight(model: Model, layer: str, joint: bool) -> Array:
+    """W before any edit; [W b] of a layer that is judged with its bias."""
+    W = np.asarray(model.parameters[model.config.weight_of(layer)], np.float64)
+    if not joint:
+        return W
+    return np.column_stack([W, np.asarray(model.parameters[f"{layer}.bias"], np.float64)])
 
 
 def _reference(
