@@ -77,6 +77,8 @@ def test_a_fault_of_the_bias_has_its_name(factors, name):
     assert not verdict.passed
     assert {one.layer for one in verdict.failed} == {WITH}
     assert fault is None or fault in {one.fault for one in verdict.failed}
+    corners = [one.fault for one in verdict.failed if one.quantity == "corner of A"]
+    assert corners == (["B30"] if fault == "B30" else [])
     assert {"B30", "B31"} & {one.fault for one in verdict.failed} == ({fault} if fault else set())
 
 

@@ -95,10 +95,11 @@ def test_over_sequences_is_right_where_it_is_declared(setting):
     assert [one.fault for one in judged(setting, theirs).causes] == ["B10"]
 
 
-def in_batches(setting, size):
+def in_batches(setting, size, joint=False):
     """The gradients of so many sequences are summed, then squared."""
     model, corpus, factors = setting
-    bases, rows = bases_of(factors), next(iter(factors.values())).n_A
+    bases = bases_of(factors, "joint" if joint else "separate")
+    rows = next(iter(factors.values())).n_A
     out = dict.fromkeys(factors, 0.0)
     for at in range(0, 6, size):
         part = corpus.of(slice(at, at + size))
@@ -106,7 +107,10 @@ def in_batches(setting, size):
             model.config, model.parameters, part.tokens, part.label, layout(model, part)
         )
         for name in factors:
-            D = bases[name].U_G.T @ gradient[f"{name}.weight"] @ bases[name].U_A
+            D = gradient[f"{name}.weight"]
+            if joint and f"{name}.bias" in gradient:
+                D = np.column_stack([D, gradient[f"{name}.bias"]])
+            D = bases[name].U_G.T @ D @ bases[name].U_A
             out[name] = out[name] + D**2 / rows
     return out
 
@@ -169,6 +173,15 @@ def test_a_batch_is_counted_and_a_part_is_listed(setting):
     assert "2 of 6 sequences alone (1, 2)" in said
 
 
+def test_batches_of_weight_and_bias_are_found_too(setting):
+    model, corpus, factors = setting
+    theirs = dump_of(factors, bases_of(factors, "joint"), in_batches(setting, 2, True), True)
+    verdict = rc.validate(theirs, factors, model=model, corpus=corpus, declared=SEQUENCE)
+    assert {(one.fault, "of 2 sequences at a time" in one.cause) for one in verdict.failed} == {
+        ("B75", True)
+    }
+
+
 def test_short_lambda_that_nobody_declared_is_no_pass(setting):
     theirs = {name: bfloat16(L) for name, L in of(setting).items()}
     verdict = judged(setting, theirs, arithmetic="")
@@ -197,6 +210,9 @@ def test_drawn_labels_are_compared_statistically_and_exactly_where_known(setting
     verdict = rc.validate(theirs, ours, **given)
     found = of_lambda(verdict)
     assert all(one.verdict == "pass" and "drawing" in one.cause for one in found), found
+    gold = dump_of(drawn, bases, lambdas(model, corpus, bases))
+    found = of_lambda(rc.validate(gold, ours, **given))
+    assert {one.fault for one in found} == {"B76"} and "labels of the corpus" in found[0].cause
     wrong = {k: {**one, "Lambda": 20 * one["Lambda"]} for k, one in theirs.items()}
     scales = of_lambda(rc.validate(wrong, ours, **given))[1::2]
     assert len(scales) == 3 and not any(one.verdict == "pass" for one in scales)
