@@ -37,7 +37,7 @@ The modules that do several steps at once are imported by their full names:
 
 On the command line `refcurv report` does all of it on your own files, `refcurv demo` on the shipped
 ones. The other commands take the steps one by one: convert, export, inspect, corpus, collect,
-decompose, edit, truncate, prune, evaluate, audit, validate, trace.
+decompose, edit, truncate, prune, evaluate, audit, validate, trace, cases.
 `refcurv COMMAND --help` has examples.
 
 To check the mathematics, read these files in this order (README counts their lines):

@@ -10,7 +10,11 @@ import pytest
 from strategies import config, random_parameters
 
 import refcurv as rc
+from refcurv.judge.arithmetic import ROUNDOFF, Arithmetic
+from refcurv.judge.case import Case
+from refcurv.judge.dump import Dump
 from refcurv.judge.faults import FAULTS
+from refcurv.judge.variants import Setting, moments
 
 METHOD = Path(__file__).parents[1] / "validation" / "METHOD.md"
 
@@ -109,3 +113,215 @@ def test_the_registry_has_the_words_of_the_method():
     rows = re.findall(r"^\| (B\d+) \| (.+?) \| (.+) \|$", METHOD.read_text("utf-8"), re.M)
     assert [(id, one.name, one.shows) for id, one in FAULTS.items()] == rows
     assert len(FAULTS) == 82 and all(one.remedy.endswith(".") for one in FAULTS.values())
+
+
+# ------------------------------------------------------------------ with model and corpus
+
+
+@pytest.fixture(scope="module")
+def gappy():
+    """Sequences of many lengths, some with a prompt, and their factors by the corpus's labels."""
+    made = config(width=6, heads=2, kv_heads=1, head_width=4, mlp_width=7)
+    model = rc.Model(made, random_parameters(made, 5))
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(0, made.vocabulary, (10, 8))
+    length, prompt = rng.integers(4, 9, 10)[:, None], rng.integers(0, 3, 10)[:, None]
+    at = np.arange(8)
+    label = np.full(tokens.shape, -1)
+    label[:, :-1] = tokens[:, 1:]
+    label[(at >= length - 1) | (at < prompt)] = -1
+    corpus = rc.Corpus(tokens, labels=label, mask=(at < length).astype(np.uint8))
+    layers = "blocks.*.mlp.{gate,down},blocks.*.attn.v,head"
+    return model, corpus, rc.collect(model, corpus, layers, "empirical")
+
+
+def judged(setting, theirs, **options):
+    model, corpus, factors = setting
+    options = {"arithmetic": "float64", "declared": {"fisher": "empirical"}} | options
+    return rc.validate(theirs, factors, model=model, corpus=corpus, **options)
+
+
+RECOMPUTED = {
+    "B16": Setting(labels="argmax"),
+    "B22": Setting(labels="double shift"),
+    "B23": Setting(labels="no shift"),
+    "B27": Setting(rows_A="with last", rows_G="with last"),
+    "B28": Setting(rows_A="with pads", rows_G="with pads", pads="real"),
+    "B20": Setting(rows_A="without prompts", rows_G="without prompts"),
+    "B36": Setting(pooling_A="mean", pooling_G="sum"),
+    "B45": Setting(pooling_A="centred"),
+    "B50": Setting(network=(("no causal mask", 0.0),)),
+    "B16 B27": Setting(labels="argmax", rows_A="with last", rows_G="with last"),
+    "B45 B50": Setting(pooling_A="centred", network=(("no causal mask", 0.0),)),
+}
+
+
+SLOW = ("B45 B50", "B23")
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [pytest.param(x, marks=pytest.mark.slow) if x in SLOW else x for x in RECOMPUTED],
+)
+def test_what_model_and_corpus_show(gappy, faults):
+    model, corpus, factors = gappy
+    here = Case(Dump("memory", {}, {}), factors, {}, Arithmetic(), model, corpus)
+    ((_, made),) = moments(here, [RECOMPUTED[faults]], list(factors))
+    theirs = {name: (one.A, one.G, one.n_A) for name, one in made.items()}
+    verdict = judged(gappy, theirs)
+    assert not verdict.passed
+    assert sorted(cause.fault for cause in verdict.causes) == faults.split()
+
+
+def alone(setting):
+    """Each sequence's sums: {layer: (sum_A (N, I, I), sum_G (N, O, O))}."""
+    model, corpus, _ = setting
+    each = [
+        rc.collect(model, corpus.of(slice(n, n + 1)), ",".join(FEW), "empirical")
+        for n in range(len(corpus.label))
+    ]
+    return {
+        name: tuple(np.stack([getattr(one[name], side) for one in each]) for side in SUMS)
+        for name in FEW
+    }
+
+
+FEW = ("blocks.0.mlp.gate", "head")
+SUMS = ("sum_A", "sum_G")
+
+
+def test_weights_of_sequences_and_batches(gappy):
+    _, corpus, _ = gappy
+    of = alone(gappy)
+    order, terms = np.arange(10), (corpus.label >= 0).sum(axis=1)
+    batch, one = order // 4, np.ones(10)
+    decayed = 0.9 ** (batch[-1] - batch) / np.bincount(batch, of_rows(gappy))[batch]
+    for fault, w_A, w_G in (
+        ("B3", one, 1 / terms**2),
+        ("B2", one, 1 / np.bincount(batch, terms)[batch] ** 2),
+        ("B41", order >= 8, one),
+        ("B46", order % 2 == 0, order % 2 == 0),
+        ("B9", decayed, decayed),
+    ):
+        theirs = {}
+        for name, (A, G) in of.items():
+            sums = [np.tensordot(w.astype(float), x, 1) for w, x in ((w_A, A), (w_G, G))]
+            theirs[name] = (sums[0], sums[1], None)
+        named = {cause.fault for cause in judged(gappy, theirs, layers=",".join(FEW)).causes}
+        assert fault in named and named <= {fault, "B4", "B1", "B46"}, fault
+
+
+def of_rows(setting):
+    """Rows of each sequence: the positions at or before its last label."""
+    label = setting[1].label >= 0
+    return label.shape[1] - np.argmax(label[:, ::-1], axis=1)
+
+
+def legitimate(rng, one, size):
+    """The same A and G, summed in another order and rounded as another dtype rounds."""
+    out = []
+    for X in (one.A, one.G):
+        noise = rng.normal(size=X.shape) * size
+        order = rng.permutation(len(X))
+        turned = X[np.ix_(order, order)]  # and back, which rounds nothing
+        back = np.argsort(order)
+        out.append(turned[np.ix_(back, back)] * (1 + (noise + noise.T) / 2))
+    return (*out, one.n_A)
+
+
+@pytest.mark.parametrize("times", [300, pytest.param(1000, marks=pytest.mark.slow)])
+def test_no_alarm_where_nothing_is_wrong(gappy, times):
+    """Noise of the declared dtype is never a cause. Of sums by shards, `merge` is what is tried."""
+    factors = gappy[2]
+    for n in range(times):
+        rng = np.random.default_rng(n)
+        dtype = ("float64", "float32", "bfloat16")[n % 3]
+        size = ROUNDOFF[dtype] * rng.uniform(0.2, 2)
+        names = ["blocks.0.mlp.gate", "blocks.1.attn.v"]
+        theirs = {name: legitimate(rng, factors[name], size) for name in names}
+        verdict = rc.validate(
+            theirs,
+            factors,
+            layers=",".join(names),
+            arithmetic=dtype,
+            declared={"fisher": "empirical"},
+        )
+        assert verdict.passed and not verdict.causes, (n, verdict.failed)
+
+
+def test_other_draws_batches_and_gauges_are_no_fault(gappy):
+    """Another seed, another order of sequences and shards merged by hand, with model and corpus."""
+    model, corpus, _ = gappy
+    names = ",".join(FEW)
+    reference = rc.collect(model, corpus, names, draws=8)
+    for seed in range(1, 3):
+        drawn = rc.collect(model, corpus, names, seed=seed)
+        verdict = rc.validate(drawn, reference, model=model, corpus=corpus)
+        assert verdict.passed and not verdict.causes, verdict.failed
+    of = alone(gappy)
+    order = np.random.default_rng(0).permutation(10)
+    n = of_rows(gappy).sum()
+    merged = {
+        name: (A[order].sum(axis=0) / n, G[order].sum(axis=0) / n, n) for name, (A, G) in of.items()
+    }
+    few = ",".join(FEW)
+    assert judged(gappy, merged, layers=few).passed
+    gauge = {name: (3 * A, G / 3, n) for name, (A, G, n) in merged.items()}
+    verdict = judged(gappy, gauge, layers=few)
+    assert verdict.passed and not verdict.causes
+
+
+def test_labels_of_the_corpus_are_known_from_drawn_ones(gappy):
+    """The corpus's labels come from the model, so that drawing explains theirs. But theirs is G of
+    these labels exactly, which says more.
+    """
+    model, _, _ = gappy
+    rng = np.random.default_rng(4)
+    tokens = rng.integers(0, model.config.vocabulary, (10, 8))
+    logit = rc.logits(model, tokens)
+    labels = (logit + rng.gumbel(size=logit.shape)).argmax(axis=-1)
+    corpus, names = rc.Corpus(tokens, labels=labels), ",".join(FEW)
+    reference = rc.collect(model, corpus, names, draws=4)
+    empirical = rc.collect(model, corpus, names, "empirical")
+    theirs = {name: (one.A, one.G, one.n_A) for name, one in empirical.items()}
+    first = rc.validate(theirs, reference, arithmetic="float64")
+    assert first.passed, first.failed
+    said = {"arithmetic": "float64", "model": model, "corpus": corpus}
+    verdict = rc.validate(theirs, reference, **said)
+    assert not verdict.passed
+    assert [cause.fault for cause in verdict.causes] == ["B15"]
+
+
+def test_the_size_of_an_error_names_the_precision(gappy):
+    _, _, factors = gappy
+    rng = np.random.default_rng(0)
+    theirs = {name: legitimate(rng, one, 2.0**-10) for name, one in factors.items()}
+    said = {"fisher": "empirical"}
+    for arithmetic in ("float32", ""):
+        verdict = rc.validate(theirs, factors, arithmetic=arithmetic, declared=said)
+        assert not verdict.passed
+        assert {c.fault for c in verdict.causes} <= {"B59", "B60"}
+        assert verdict.causes
+        equal = {f.verdict.startswith("equal as") for f in verdict.failed}
+        assert equal == {not arithmetic}
+
+
+def test_signs_are_said_to_be_no_proof(gappy):
+    """Without a model: a rank that is lost, and an error that grows with depth."""
+    factors = gappy[2]
+    rng = np.random.default_rng(0)
+
+    def low(X):
+        x = rng.normal(size=(len(X), 2))
+        return x @ x.T
+
+    theirs = {name: (low(one.A), one.G, one.n_A) for name, one in factors.items()}
+    verdict = rc.validate(theirs, factors, arithmetic="float64", declared={"fisher": "empirical"})
+    assert [cause.fault for cause in verdict.causes] == ["B36"]
+    assert np.isnan(verdict.causes[0].after) and "Not confirmed" in verdict.causes[0].sentence
+    theirs = {}
+    for k, (name, one) in enumerate(factors.items()):
+        x = rng.normal(size=one.A.shape) * np.trace(one.A) * 0.1 * k
+        theirs[name] = (one.A + x + x.T, one.G, one.n_A)
+    verdict = rc.validate(theirs, factors, arithmetic="float64", declared={"fisher": "empirical"})
+    assert [cause.fault for cause in verdict.causes] == ["B57"]

@@ -494,7 +494,10 @@ def chunks_end_segments(segments: Any, tap: Tap) -> Any:
 
 
 def sums_for_means(self: Any, a: np.ndarray, begin: np.ndarray, count: np.ndarray) -> np.ndarray:
-    return np.add.reduceat(a, begin, axis=0)
+    return MEANS(self, a, begin, np.ones_like(count))
+
+
+MEANS = estimators._Reduced._means
 
 
 def means_of_the_sequence(segments: Any, tap: Tap) -> Any:

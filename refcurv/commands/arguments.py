@@ -85,6 +85,10 @@ EXAMPLES = {
         "refcurv validate theirs.npz --reference factors.h5 --name blocks.0.mlp.up=h.0.fc "
         "--accept float32",
     ],
+    "cases": [
+        "refcurv cases tiny.h5 corpus.h5 -o vectors/",
+        "refcurv cases tiny.h5 corpus.h5 -o vectors/ --layers 'blocks.0.mlp.*' --seed 3",
+    ],
     "evaluate": [
         "refcurv evaluate edited.h5 corpus.h5 --baseline w.h5",
         "refcurv evaluate w.h5 corpus.h5 --split dev --json dev.json",
@@ -359,6 +363,15 @@ def _validate(sub: argparse.ArgumentParser) -> None:
     _json(sub)
 
 
+def _cases(sub: argparse.ArgumentParser) -> None:
+    _positional(sub, "WEIGHTS", "CORPUS")
+    text = "folder to write, which must not exist or be empty: a .h5 and a .json for each case"
+    sub.add_argument("-o", "--output", dest="folder", required=True, metavar="DIR", help=text)
+    text = "pattern over linear layers (default: all)"
+    sub.add_argument("--layers", default="**", metavar="PATTERN", help=text)
+    sub.add_argument("--seed", type=int, default=0, help="of the drawn labels (default: 0)")
+
+
 ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "demo": _demo,
     "report": _report,
@@ -375,6 +388,7 @@ ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "audit": _audit,
     "trace": _trace,
     "validate": _validate,
+    "cases": _cases,
 }
 
 

@@ -131,3 +131,26 @@ def _parted(args: argparse.Namespace, model: Model | None, corpus: Corpus | None
     print(format_divergences(table))
     write_json(args.json, table)
     return bool(table["agrees"])
+
+
+def cases(args: argparse.Namespace) -> None:
+    """Make conformance vectors from a tiny model: the truth, planted bugs, and what is acceptable.
+
+    Any program in any language can be tested with them, and so can its tests.
+    """
+    import refcurv as rc
+    from refcurv.judge.cases import make_cases, not_planted
+
+    made = make_cases(
+        rc.load(args.weights),
+        rc.load_corpus(args.corpus),
+        args.folder,
+        layers=args.layers,
+        seed=args.seed,
+        progress=progress_bar("cases"),
+    )
+    results = [one["result"] for one in made]
+    counts = ", ".join(f"{results.count(r)} {r}" for r in ("valid", "invalid", "acceptable"))
+    print(f"{len(made)} cases: {counts} → {args.folder}")
+    if left := not_planted(made):
+        print(f"not planted, for nothing here would show them: {', '.join(left)}")

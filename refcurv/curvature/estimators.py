@@ -191,7 +191,8 @@ class _Reduced:
 
     def __init__(self, segments: _Segments, take: Take) -> None:
         self._segments, self._hand_on = segments, take
-        self._mean: tuple[Array, Array] | None = None  # layers that read one a get one ā
+        # layers that read one array a get one array ā: by that ShardSums knows what they share
+        self._mean: tuple[Array, Array] | None = None
         self._open: tuple[Array, Array, int] | None = None  # the head's, at the end of a chunk
 
     def take(self, number: int, tap: Tap) -> None:

@@ -11,6 +11,7 @@ from refcurv.curvature.bases import Bases
 from refcurv.curvature.factors import Factor, Factors
 from refcurv.judge.arithmetic import Arithmetic, moment_budget
 from refcurv.judge.dump import Dump, Theirs
+from refcurv.law.checks import Array
 from refcurv.law.tolerance import eps
 from refcurv.model.corpus import Corpus
 from refcurv.model.weights import Model
@@ -53,6 +54,11 @@ class Case:
         column = one.sum_a[:, None]
         sum_A = np.block([[one.sum_A, column], [column.T, np.full((1, 1), float(one.n_A))]])
         return replace(one, sum_A=sum_A, sum_a=None)
+
+    def true_A(self, layer: str) -> Array:
+        """A of the reference, or that of [a; 1] where theirs is declared to be joint (BIAS)."""
+        one = self.ours(layer)
+        return one.A_joint if self.dump.declared.get("bias") == "joint" else one.A
 
     def budget(self, layer: str, dtype: str) -> float:
         """How far A or G of `layer` may lie from the truth; undeclared parts count as `dtype`.

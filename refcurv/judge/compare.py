@@ -75,7 +75,7 @@ def compare_moments(bounds: Bounds, theirs: Theirs) -> tuple[list[Comparison], d
     out: list[Comparison] = []
     found: dict[str, Measured] = {}
     for side, given, n_theirs, own, n_ours in (
-        ("A", theirs.A, theirs.n_A, ours.A, ours.n_A),
+        ("A", theirs.A, theirs.n_A, case.true_A(layer), ours.n_A),
         ("G", theirs.G, theirs.n_G, ours.G, ours.n_G),
     ):
         true = np.diag(own) if own.ndim == 1 else own  # of a table
@@ -249,7 +249,8 @@ def drawing(case: Case, layer: str, n_G: float | None) -> Drawing:
     theirs, ours = case.dump.declared.get("fisher"), str(case.reference.fisher)
     we_draw = ours not in _WITHOUT_DRAWING
     they_draw = theirs not in _WITHOUT_DRAWING if theirs else ours != "empirical"
-    if not (we_draw or they_draw):
+    given = case.dump.declared.get("labels") == "given"  # the reference's own
+    if given or not (we_draw or they_draw):
         return Drawing(0.0, 0.0)
     one, draws = case.ours(layer), case.reference.draws
     single = (case.noise or {}).get(layer)

@@ -16,11 +16,18 @@ import numpy as np
 
 from refcurv.judge import precision, scales
 from refcurv.judge.case import Case
-from refcurv.judge.compare import Measured, drawing
+from refcurv.judge.compare import Measured
 from refcurv.judge.faults import FAULTS
 from refcurv.judge.hypotheses import Index, see
-from refcurv.judge.search import Chosen, Ladder, Side, ladder, look, rest, spread, verify
+from refcurv.judge.recomputed import cost, joined, partners, recompute, stages
+from refcurv.judge.search import PLAIN, Chosen, Idea, Side, ladder, look, rest, spread
+from refcurv.judge.signs import signs
+from refcurv.judge.variants import Setting
 from refcurv.judge.verdict import FAIL, LEFT_OUT, MISSING, PASS, Cause, Comparison
+from refcurv.judge.weighted import weigh
+
+WEIGHTED = ("B2", "B3", "B9", "B41", "B46")
+"""Faults that `weighted` finds."""
 
 ROUNDS = 4
 """How many groups of layers with faults of their own are looked for."""
@@ -35,17 +42,34 @@ def diagnose(
 
     Proof: tests/test_diagnose.py::test_each_fault_has_its_name
     """
-    if all(f.verdict in (PASS, LEFT_OUT) for f in findings):
+    if all(f.verdict in (PASS, LEFT_OUT) and _aside(f) for f in findings):
         return (), (), list(findings)
     found = {side: Side(side) for side in "AG"}
     index = Index(case)
     _prepare(case, found, index)
     for side in found.values():
         _search(case, side, found, index)
-    made = [*_forms(case, found), *_missing(case, found, findings)]
-    made += _scales(case, found)
-    made += precision.causes(case, found)
-    return tuple(made), tuple(_excluded(found)), _told(findings, made)
+    for side in found.values():
+        seen = [one for layer in case.matched if (one := _scale(case, found, layer))]
+        _by_counts(case, side, found, index, seen)
+    causes = [*_forms(case, found), *_missing(case, found, findings)]
+    causes += _scales(case, found)
+    causes += [*precision.causes(case, found), *_signs(case, found)]
+    kept = tuple(one for one in causes if any(_speaks(one, f) for f in findings))
+    return kept, tuple(_excluded(found)), _told(findings, kept)
+
+
+def _signs(case: Case, found: Mapping[str, Side]) -> Iterator[Cause]:
+    for one in signs(case, found):
+        before = max(found[one.side].plain(x).error for x in one.layers)
+        at = one.layers, _form_of(one.side)
+        yield made(case, one.fault, f"{one.words}.", *at, before, math.nan, one.alike)
+
+
+def _speaks(cause: Cause, one: Comparison) -> bool:
+    """Is this a comparison that the cause is about, and that something is wrong with?"""
+    wrong = one.verdict not in (PASS, LEFT_OUT) or not _aside(one)
+    return wrong and one.layer in cause.layers and one.quantity in cause.quantities
 
 
 def _prepare(case: Case, found: Mapping[str, Side], index: Index) -> None:
@@ -55,25 +79,178 @@ def _prepare(case: Case, found: Mapping[str, Side], index: Index) -> None:
         for side, seen in see(case, layer).items():
             if seen.T.any() and np.isfinite(seen.T).all():
                 found[side].ladders[layer] = ladder(case, layer, side, n_G)
-        verify(case, [layer], found, index, ())
+        look(case, [layer], found, index, ())
 
 
 def _search(case: Case, side: Side, found: Mapping[str, Side], index: Index) -> None:
     """Choose hypotheses for a side until every layer is explained, or nothing explains more."""
     other = found["A" if side.side == "G" else "G"]
     for _ in range(ROUNDS):
+        known = {layer: other.of(layer)[0] for layer in side.ladders}
         layers = side.open()
+        scaled = [x for x in _scaled(side) if x not in layers]
+        if side.side == "G":  # what explains A may explain a factor of G
+            layers += [x for x in scaled if known[x].setting]
         if not layers:
             return
         sample = spread(layers)
         look(case, sample, found, index)
-        known = {layer: other.of(layer)[0] for layer in layers}
-        chosen = side.choose(sample, known)
+        chosen = _chosen(case, side, found, sample, known)
         if chosen is None:
             return
-        verify(case, rest(layers, sample), found, index, chosen.faults)
-        every = {x: side.table[chosen.faults][x] for x in layers if side.explains(chosen.faults, x)}
+        _verify(case, side.side, found, index, chosen.idea, list(rest(layers, sample)))
+        free = {x: {*chosen.faults} <= {*known[x].faults} for x in layers}
+        every = {
+            x: side.table[chosen.idea][x]
+            for x in layers
+            if side.explains(chosen.idea, x, bool(chosen.faults) and free[x])
+        }
         side.chosen.append(replace(chosen, left=every))
+        more = [x for x in _scaled(side) if chosen.idea.setting]
+        _verify(case, side.side, found, index, chosen.idea, more)
+        every |= {
+            x: side.table[chosen.idea][x] for x in more if side.explains(chosen.idea, x, True)
+        }
+        side.chosen[-1] = replace(chosen, left=every)
+
+
+def _scaled(side: Side) -> list[str]:
+    """Layers whose form no fault was needed for, but that have a factor."""
+    out = []
+    for layer, steps in side.ladders.items():
+        idea, left = side.of(layer)
+        if idea == PLAIN and side.rank(layer, left) <= steps.by_drawing:
+            out += [] if side.unit(layer, left) else [layer]
+    return out
+
+
+def _by_counts(
+    case: Case, side: Side, found: Mapping[str, Side], index: Index, seen: Sequence[scales.Scale]
+) -> None:
+    """Other rows that change a factor alone, where it is nothing simpler."""
+    layers = _scaled(side)
+    if not layers or case.model is None or case.corpus is None:
+        return
+    named = scales.explain(seen, scales.Counts.of(case))
+    if all(one.fault not in (None, "B82") for one in named):
+        return
+    sample = spread(layers)
+    recompute(case, found, sample, next(stages(case, side.side)))
+    for idea in sorted(side.table, key=lambda idea: len(idea.faults)):
+        if idea.setting and all(_unit(side, idea, x) for x in sample):
+            _verify(case, side.side, found, index, idea, list(rest(layers, sample)))
+            left = {x: side.table[idea][x] for x in layers if _unit(side, idea, x)}
+            side.chosen.append(Chosen(idea, left))
+            return
+
+
+def _unit(side: Side, idea: Idea, layer: str) -> bool:
+    left = side.table[idea].get(layer)
+    return left is not None and side.explains(idea, layer, free=True) and side.unit(layer, left)
+
+
+def _verify(
+    case: Case,
+    side: str,
+    found: Mapping[str, Side],
+    index: Index,
+    idea: Idea,
+    layers: Sequence[str],
+) -> None:
+    """Try what was chosen on further layers."""
+    if idea.setting is None and idea.faults and idea.faults[0] in WEIGHTED:
+        weigh(case, found, side, layers)
+    elif idea.setting is None:
+        look(case, layers, found, index, idea.faults)
+    else:
+        for begin in range(0, len(layers), 4):
+            recompute(case, found, layers[begin : begin + 4], [idea.setting])
+
+
+def _chosen(
+    case: Case,
+    side: Side,
+    found: Mapping[str, Side],
+    layers: Sequence[str],
+    known: Mapping[str, Idea],
+) -> Chosen | None:
+    """The simplest of what needs no model; else of what model and corpus make, cheap first."""
+    faults = {layer: idea.faults for layer, idea in known.items()}
+    chosen = side.choose(layers, faults)
+    if case.model is None or case.corpus is None or not _worth(case, side, layers):
+        return chosen
+    partner = partners(case, known[layers[0]].setting) if side.side == "G" else []
+    if partner:
+        recompute(case, found, layers, partner)
+        chosen = side.choose(layers, faults)
+    tried: list[Setting] = []
+    small = cost(case) <= SMALL
+    for number, stage in enumerate(stages(case, side.side)):
+        if _exact(side, chosen) or _short(case, side, layers):
+            return chosen
+        wanted = stage
+        if _soft(side, layers):
+            wanted = [s for s in stage if not s.network and (small or s.labels in GOLD)]
+        recompute(case, found, layers, [*wanted, *joined(partner, wanted)])
+        if number == 0 and not _soft(side, layers):
+            weigh(case, found, side.side, layers)
+        tried += wanted
+        chosen = side.choose(layers, faults)
+    if chosen is None and not _soft(side, layers):
+        best = sorted(
+            (max(left.error for left in lefts.values()), k)
+            for k, (idea, lefts) in enumerate(side.table.items())
+            if idea.setting
+        )
+        ideas = list(side.table)
+        firsts = [setting for _, k in best[:3] if (setting := ideas[k].setting)]
+        recompute(case, found, layers, joined(firsts, tried))
+        chosen = side.choose(layers, faults)
+    return chosen
+
+
+GOLD = ("empirical", "argmax")
+"""Labels without drawing: theirs may equal them where drawing alone would explain it too."""
+
+SMALL = 2.0**28
+"""Parameters times positions where everything is tried even then.  Chosen: some seconds."""
+
+
+def _exact(side: Side, chosen: Chosen | None) -> bool:
+    return chosen is not None and all(side.rank(x, y) == 0 for x, y in chosen.left.items())
+
+
+def _short(case: Case, side: Side, layers: Sequence[str]) -> bool:
+    """Are all of these ours, but for sums that have the digits of bfloat16?"""
+    return all(
+        side.rank(x, side.plain(x)) < side.ladders[x].by_drawing
+        and precision.short_sums(case, x, side.side)
+        for x in layers
+    )
+
+
+def _soft(side: Side, layers: Sequence[str]) -> bool:
+    """Does drawing explain all of these layers already?"""
+    plain = {x: side.plain(x) for x in layers}
+    return all(
+        side.rank(x, left) == side.ladders[x].by_drawing and side.unit(x, left)
+        for x, left in plain.items()
+    )
+
+
+def _worth(case: Case, side: Side, layers: Sequence[str]) -> bool:
+    """Is there more to explain than a dtype no coarser than float32, which is not declared?"""
+    fine = [
+        side.rank(x, side.plain(x)) <= [d for d, _ in side.ladders[x].steps].index("float32")
+        if "float32" in [d for d, _ in side.ladders[x].steps]
+        else False
+        for x in layers
+    ]
+    return (
+        case.arithmetic.declared
+        or not all(fine)
+        or any(side.rank(x, side.plain(x)) == 0 for x in layers)
+    )
 
 
 def _missing(
@@ -91,7 +268,9 @@ def _missing(
                 wild += at
             elif seen.X.any() and not seen.T.any():
                 zero += at
-            elif side == "G" and seen.T.shape != seen.X.shape and not found[side].of(layer)[0]:
+            elif (
+                side == "G" and seen.T.shape != seen.X.shape and not found[side].of(layer)[0].faults
+            ):
                 size = len(case.ours(layer).sum_A)
                 inputs += at if seen.T.shape == (size, size) else []
     for fault, words, at in (
@@ -211,15 +390,17 @@ def _scale(case: Case, found: Mapping[str, Side], layer: str) -> scales.Scale | 
         steps = side.ladders.get(layer)
         if steps is None:
             continue
-        faults, left = side.of(layer)
+        idea, left = side.of(layer)
         rank = steps.rank(left.error)
         if rank > steps.by_drawing or not math.isfinite(left.ratio):
             continue
         free = name in case.dump.scale_free
         c[name] = None if free else left.ratio
-        tol[name] = _tolerance(case, layer, name, steps, rank)
+        tol[name] = steps.tolerance(rank)
         n_T = {"A": theirs.n_A, "G": theirs.n_G}[name]
-        if n_T is not None and not faults:
+        if idea.setting is not None:
+            rows[name] = left.rows
+        elif n_T is not None and not idea.faults:
             rows[name] = n_T / {"A": ours.n_A, "G": ours.n_G}[name]
     if c == {"A": None, "G": None}:
         return None
@@ -228,22 +409,14 @@ def _scale(case: Case, found: Mapping[str, Side], layer: str) -> scales.Scale | 
     )
 
 
-def _tolerance(case: Case, layer: str, side: str, steps: Ladder, rank: int) -> float:
-    """How far a factor may be from what it is, given how well the form fits."""
-    if rank < steps.by_drawing:
-        return 2 * steps.steps[rank][1]
-    drawn = drawing(case, layer, case.theirs(layer).n_G) if side == "G" else None
-    return 2 * steps.steps[0][1] + (drawn.trace if drawn else 0.0)
-
-
 def _excluded(found: Mapping[str, Side]) -> Iterator[str]:
     """What was tried where nothing was enough, and the error that it left."""
     for side in found.values():
         layers = side.unexplained()
-        for faults, left in side.table.items():
+        for idea, left in side.table.items():
             errors = [left[x].error for x in layers if x in left]
             if errors:
-                name = " and ".join(f"{id} ({FAULTS[id].name})" for id in faults)
+                name = " and ".join(f"{id} ({FAULTS[id].name})" for id in idea.faults)
                 note = name or next(left[x].note for x in layers if x in left)
                 where = f"{side.side} of {len(errors)} layers"
                 yield f"{where}, {note}: leaves {min(errors):.2g} or more"
@@ -259,7 +432,8 @@ def _told(findings: Sequence[Comparison], causes: Sequence[Cause]) -> list[Compa
             first = fitting[0]
             verdict = FAIL if one.verdict == PASS or not _precision(first) else one.verdict
             verdict = MISSING if one.verdict == MISSING else verdict
-            words = f"{one.cause}. {first.sentence}" if one.cause else first.sentence
+            measured = one.cause and one.verdict == FAIL  # what else it may be is decided now
+            words = f"{one.cause}. {first.sentence}" if measured else first.sentence
             one = replace(old, fault=first.fault, cause=words, verdict=verdict)
         out.append(one)
     return out

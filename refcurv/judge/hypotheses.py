@@ -72,9 +72,11 @@ def see(case: Case, layer: str) -> dict[str, Seen]:
     """Both sides of a layer, whatever their shape; without what a dump has not."""
     theirs, ours = case.theirs(layer), case.ours(layer)
     out = {}
-    mean = None if ours.sum_a is None else ours.sum_a / ours.n_A
+    A = case.true_A(layer)
+    alone = ours.sum_a is not None and len(A) == len(ours.sum_a)
+    mean = ours.sum_a / ours.n_A if ours.sum_a is not None and alone else None
     for side, T, X, n_T, n_X, m in (
-        ("A", theirs.A, ours.A, theirs.n_A, ours.n_A, mean),
+        ("A", theirs.A, A, theirs.n_A, ours.n_A, mean),
         ("G", theirs.G, ours.G, theirs.n_G, ours.n_G, None),
     ):
         if T is not None:

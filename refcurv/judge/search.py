@@ -10,10 +10,28 @@ from refcurv.judge.arithmetic import ROUNDOFF, Arithmetic
 from refcurv.judge.case import Case
 from refcurv.judge.compare import drawing
 from refcurv.judge.hypotheses import Index, Left, Seen, fitted, see, tries
+from refcurv.judge.variants import Setting
 
 Faults = tuple[str, ...]
-Table = dict[Faults, dict[str, Left]]
-"""Faults → layer → what they leave; the key () is no fault at all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Idea:
+    """A hypothesis that may hold in many layers.
+
+    Fields: faults; setting, if it has one; name, where faults and setting do not tell it.
+    """
+
+    faults: Faults
+    setting: Setting | None = None
+    name: str = ""
+
+
+PLAIN = Idea((), None, "ours")
+"""No fault at all."""
+
+Table = dict[Idea, dict[str, Left]]
+"""Hypothesis → layer → what it leaves."""
 
 COARSEST = 0.05
 """A budget above this explains nothing.  Chosen: ten times what bfloat16 costs."""
@@ -28,10 +46,20 @@ SAMPLE = 8
 
 @dataclass(frozen=True, slots=True)
 class Ladder:
-    """How far one side of a layer may be off: (dtype, budget), finest first; drawn, by drawing."""
+    """How far one side of a layer may be off.
+
+    Fields: steps, (dtype, budget), finest first; drawn, by drawing; traced, its trace by drawing.
+    """
 
     steps: tuple[tuple[str, float], ...]
     drawn: float
+    traced: float = 0.0
+
+    def tolerance(self, rank: int) -> float:
+        """How far a factor may be from what it is, given how well the form fits."""
+        if rank < self.by_drawing:
+            return 2 * self.steps[rank][1]
+        return 2 * self.steps[0][1] + self.traced
 
     def rank(self, error: float) -> int:
         """Which step the error is within; one more if drawing explains it, two more if nothing."""
@@ -56,17 +84,24 @@ def ladder(case: Case, layer: str, side: str, n_G: float | None) -> Ladder:
         budget = bare.budget(layer, dtype)
         if steps[-1][1] < budget <= COARSEST:
             steps.append((dtype, budget))
-    drawn = drawing(case, layer, n_G).norm if side == "G" else 0.0
-    return Ladder(tuple(steps), 0.0 if math.isnan(drawn) else drawn)
+    drawn = drawing(case, layer, n_G)
+    if side == "A" or math.isnan(drawn.norm):
+        return Ladder(tuple(steps), 0.0)
+    return Ladder(tuple(steps), drawn.norm, drawn.trace)
 
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """What was chosen for one side: faults, the layers that they explain, and what each leaves."""
+    """What was chosen for one side, the layers that it explains, and what it leaves in each."""
 
-    faults: Faults
+    idea: Idea
     left: Mapping[str, Left]
     alike: tuple[Faults, ...] = ()
+
+    @property
+    def faults(self) -> Faults:
+        """Its ids."""
+        return self.idea.faults
 
 
 @dataclass(slots=True)
@@ -78,118 +113,141 @@ class Side:
     table: Table = field(default_factory=dict)
     chosen: list[Chosen] = field(default_factory=list)
 
-    def add(self, faults: Faults, layer: str, left: Left) -> None:
-        """Keep the best of what these faults leave in a layer."""
-        entry = self.table.setdefault(faults, {})
+    def add(self, idea: Idea, layer: str, left: Left) -> None:
+        """Keep the best of what a hypothesis leaves in a layer."""
+        entry = self.table.setdefault(idea, {})
         if layer not in entry or left.error < entry[layer].error:
             entry[layer] = left
 
     def plain(self, layer: str) -> Left:
         """What no fault at all leaves."""
-        return self.table.get((), {}).get(layer, Left(math.inf, math.nan))
+        return self.table.get(PLAIN, {}).get(layer, Left(math.inf, math.nan))
 
-    def of(self, layer: str) -> tuple[Faults, Left]:
+    def of(self, layer: str) -> tuple[Idea, Left]:
         """What was chosen for a layer; no fault where nothing was."""
         for one in self.chosen:
             if layer in one.left:
-                return one.faults, one.left[layer]
-        return (), self.plain(layer)
+                return one.idea, one.left[layer]
+        return PLAIN, self.plain(layer)
+
+    def rank(self, layer: str, left: Left) -> int:
+        """`Ladder.rank` of what is left."""
+        return self.ladders[layer].rank(left.error)
 
     def open(self) -> list[str]:
-        """The layers whose form nothing has explained yet, or only a coarser dtype or drawing."""
+        """The layers that no hypothesis has explained, and that are not exactly ours."""
         found = {layer for one in self.chosen for layer in one.left}
         return [
             layer
-            for layer, steps in self.ladders.items()
-            if layer not in found and steps.rank(self.plain(layer).error) > 0
+            for layer in self.ladders
+            if layer not in found and self.rank(layer, self.plain(layer)) > 0
         ]
 
     def unexplained(self) -> list[str]:
         """The layers that no dtype, no drawing and no fault explains."""
-        return [
-            layer
-            for layer in self.open()
-            if self.ladders[layer].rank(self.plain(layer).error) > self.ladders[layer].by_drawing
-        ]
+        return [x for x in self.open() if self.rank(x, self.plain(x)) > self.ladders[x].by_drawing]
 
-    def explains(self, faults: Faults, layer: str) -> bool:
-        """Is theirs within a budget with these faults, and further from it without?"""
-        left, steps = self.table[faults].get(layer), self.ladders[layer]
+    def explains(self, idea: Idea, layer: str, free: bool = False) -> bool:
+        """Is theirs within a budget with it, and further from it without?
+
+        Args: free: its faults are known from the other side. Then a factor that it explains counts
+            too.
+        """
+        left = self.table[idea].get(layer)
         if left is None:
             return False
-        before, after = self.plain(layer).error, left.error
-        rank = steps.rank(after)
-        if rank >= steps.rank(before):
+        plain, steps = self.plain(layer), self.ladders[layer]
+        rank, before = steps.rank(left.error), steps.rank(plain.error)
+        if free and rank <= before and rank <= steps.by_drawing:
+            return rank < before or self.unit(layer, left) > self.unit(layer, plain)
+        if rank >= before:
             return False
         if rank == steps.by_drawing:
             # chosen: a number fitted to noise takes less, and half the matrix is no explanation
-            return after <= min(0.8 * before, 0.5)
-        return after <= before / SHARPER
+            return left.error <= min(0.8 * plain.error, 0.5)
+        return left.error <= plain.error / SHARPER
+
+    def unit(self, layer: str, left: Left) -> bool:
+        """Is theirs what is left of it, without a factor?"""
+        return abs(left.ratio - 1) <= self.ladders[layer].tolerance(self.rank(layer, left))
 
     def choose(self, layers: Collection[str], known: Mapping[str, Faults]) -> Chosen | None:
         """The simplest of what explains most of these layers.
 
         Args: known: layer → faults found on the other side, which cost nothing again.
         """
-        options = []
-        for faults in self.table:
-            covered = [x for x in layers if self.explains(faults, x)]
-            if faults != () and covered:
-                options.append((faults, covered))
+        options = self._options(layers, known)
         if not options:
             return None
-        most = max(len(covered) for _, covered in options)
-        options = [one for one in options if 2 * len(one[1]) >= most]
-        quality = {faults: self._quality(faults, covered) for faults, covered in options}
-        best = min(quality.values())
-
-        def key(one: tuple[Faults, list[str]]) -> tuple[float, ...]:
-            faults, covered = one
-            extra = len(set(faults) - set(known.get(covered[0], ())))
-            worst = max(self.table[faults][x].error for x in covered)
-            return extra, -len(covered), worst
-
-        near = sorted((o for o in options if quality[o[0]] <= SHARPER * best), key=key)
-        faults, covered = near[0]
-        extra, _, worst = key(near[0])
+        most = max(len(one.covered) for one in options)
+        options = [one for one in options if 2 * len(one.covered) >= most]
+        best = min(one.quality for one in options)
+        near = sorted((o for o in options if o.quality <= SHARPER * best), key=Option.key)
+        first = near[0]
         alike = tuple(
-            o[0] for o in near[1:] if key(o)[0] == extra and key(o)[2] <= max(3 * worst, 1e-12)
+            one.idea.faults
+            for one in near[1:]
+            if one.extra == first.extra and one.worst <= max(3 * first.worst, 1e-12)
         )
-        return Chosen(faults, {x: self.table[faults][x] for x in covered}, alike)
+        return Chosen(first.idea, {x: self.table[first.idea][x] for x in first.covered}, alike)
 
-    def _quality(self, faults: Faults, covered: Iterable[str]) -> float:
-        """The largest error in finest budgets; 1 where it is within."""
-        return max(
-            max(1.0, self.table[faults][x].error / self.ladders[x].steps[0][1]) for x in covered
-        )
+    def _options(self, layers: Collection[str], known: Mapping[str, Faults]) -> list[Option]:
+        out = []
+        for idea, lefts in self.table.items():
+            covered = [
+                x
+                for x in layers
+                if idea != PLAIN
+                and self.explains(idea, x, bool(idea.faults) and {*idea.faults} <= {*known[x]})
+            ]
+            if covered:
+                extra = len(set(idea.faults) - set(known[covered[0]])) or (not idea.faults)
+                left = [lefts[x] for x in covered]
+                finest = [self.ladders[x].steps[0][1] for x in covered]
+                ratios = [self.unit(x, lefts[x]) for x in covered]
+                quality = max(max(1.0, y.error / b) for y, b in zip(left, finest, strict=True))
+                worst = max(one.error for one in left)
+                out.append(Option(idea, covered, quality, extra, not all(ratios), worst))
+        return out
 
 
-def look(case: Case, layers: Iterable[str], found: Mapping[str, Side], index: Index) -> None:
-    """Try everything that needs no model on these layers."""
-    _try(case, layers, found, index, None)
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A hypothesis that explains some layers.
+
+    Fields: quality, its largest error in finest budgets, 1 where it is within; extra, how many
+    faults it adds; scaled, is a factor left; worst, its largest error.
+    """
+
+    idea: Idea
+    covered: list[str]
+    quality: float
+    extra: int
+    scaled: bool
+    worst: float
+
+    def key(self) -> tuple[float, ...]:
+        """The simplest comes first."""
+        return self.extra + self.scaled, -len(self.covered), self.worst
 
 
-def verify(
-    case: Case, layers: Iterable[str], found: Mapping[str, Side], index: Index, faults: Faults
-) -> None:
-    """Try one hypothesis on further layers."""
-    _try(case, layers, found, index, faults)
-
-
-def _try(
+def look(
     case: Case,
     layers: Iterable[str],
     found: Mapping[str, Side],
     index: Index,
-    wanted: Container[str] | None,
+    wanted: Container[str] | None = None,
 ) -> None:
+    """Try what needs no model on these layers; `wanted`, only these faults."""
     heads = None if case.model is None else case.model.config.head_width
     for layer in layers:
         for side, seen in see(case, layer).items():
             if usable(seen):
                 for one in tries(seen, index, heads, wanted):
                     error, r = fitted(seen.T if one.T is None else one.T, one.Y)
-                    found[side].add(one.faults, layer, Left(error, r, one.note, one.alike))
+                    idea = Idea(one.faults, None, "" if one.faults else one.note)
+                    left = Left(error, r, one.note, one.alike)
+                    found[side].add(idea, layer, left)
 
 
 def usable(seen: Seen) -> bool:

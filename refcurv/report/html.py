@@ -45,6 +45,7 @@ border-top:1px solid var(--line)}
 thead th{color:var(--soft);font-size:.82rem}
 tbody th{min-width:7rem;max-width:22rem;white-space:normal;overflow-wrap:anywhere}
 tr.more>*{border-top:0}
+td:last-child:not(.r){white-space:normal;overflow-wrap:anywhere}
 .r{text-align:right}
 figure{margin:1.2rem 0 2rem}
 figure img{display:block;width:100%;height:auto;background:#fff;border:1px solid var(--line);

@@ -26,6 +26,7 @@ FORMATS: Final[Mapping[str, str]] = MappingProxyType(
         "refcurv-factors": "`refcurv collect`",
         "refcurv-basis": "`refcurv decompose`",
         "refcurv-trace": "`refcurv trace`",
+        "refcurv-case": "`refcurv cases`",
     }
 )
 """The kinds of file, and what writes each."""

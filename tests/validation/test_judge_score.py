@@ -1,0 +1,252 @@
+"""validation/judge: honest programs agree with refcurv, each fault shows, and what is counted."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+import refcurv as rc
+from refcurv.judge.verdict import Comparison, Verdict
+from validation.judge import planted_editor, planted_numpy, score, table
+from validation.judge.cases import (
+    ARITHMETIC,
+    EDITED,
+    Case,
+    dump_of,
+    edited,
+    effect,
+    faults_of,
+    judged,
+    judged_edit,
+    pairs,
+    reference,
+    setting_of,
+    singles,
+)
+from validation.judge.models import SETTINGS, bfloat16
+from validation.judge.programs.editor import Editor
+from validation.judge.score import distance
+
+WITHIN = {"float64": 1e-13, "float32": 2e-5, "bfloat16": 0.1}
+"""Chosen: observed at most 7e-15, 3e-6 and 0.05; the mildest fault of float64 is at 9e-8."""
+
+
+def truth_of(case):
+    s, truth = setting_of(case.setting), reference(case.setting, case.labels)
+    return {k: (f.A_joint if s.joint else f.A, f.G, f.n_A) for k, f in truth.items()}
+
+
+@pytest.mark.parametrize("labels", ["gold", "given"])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_the_honest_numpy_program_is_collect(setting, labels):
+    case = Case("numpy", setting, labels, "float64")
+    assert distance(dump_of(case), truth_of(case)) < WITHIN["float64"]
+
+
+@pytest.mark.parametrize("dtype", ARITHMETIC)
+def test_honest_programs_pass_in_each_arithmetic(dtype):
+    for setting, labels in (("gpt2-joint", "given"), ("olmo2-padded", "gold")):
+        case = Case("numpy", setting, labels, dtype)
+        dump = dump_of(case)
+        assert distance(dump, truth_of(case)) < WITHIN[dtype]
+        assert judged(case, dump).passed
+
+
+@pytest.fixture
+def torch():
+    """PyTorch on one thread, or a skip."""
+    module = pytest.importorskip("torch", reason="extra `peers`")
+    before = module.get_num_threads()
+    module.set_num_threads(1)
+    yield module
+    module.set_num_threads(before)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_the_honest_torch_program_is_collect(torch, setting):
+    for labels, dtype in (("gold", "float64"), ("given", "float32"), ("own", "bfloat16")):
+        case = Case("torch", setting, labels, dtype)
+        dump = dump_of(case)
+        if labels != "own":
+            assert distance(dump, truth_of(case)) < WITHIN[dtype]
+        assert judged(case, dump).passed
+
+
+@pytest.mark.peers
+@pytest.mark.slow
+def test_the_honest_torch_program_sends_back_every_label(torch):
+    case = Case("torch", "olmo2-padded", "expected", "float64")
+    assert distance(dump_of(case), truth_of(case)) < WITHIN["float64"]
+
+
+def shows(program, name):
+    """How far the fault moves the dump, in the first setting where it does."""
+    fault = faults_of(program)[name]
+    for setting in fault.settings or SETTINGS:
+        labels = "given" if "given" in fault.kinds else fault.kinds[0]
+        case = Case(program, setting, labels, fault.dtypes[0], (name,))
+        moved = distance(dump_of(case), dump_of(case.honest))
+        if moved:
+            return moved
+    return 0.0
+
+
+@pytest.mark.parametrize("name", planted_numpy.FAULTS)
+def test_each_fault_of_the_numpy_program_shows(name):
+    assert shows("numpy", name) > 1e-4
+
+
+@pytest.mark.peers
+@pytest.mark.slow
+def test_each_fault_of_the_torch_program_shows(torch):
+    mild = {name: shows("torch", name) for name in faults_of("torch")}
+    assert min(mild.values()) > 5e-8, mild
+    assert len(mild) > 70
+
+
+def test_the_honest_editor_is_decompose_and_edit():
+    s = edited("olmo2-padded", few=False)
+    basis = rc.decompose(rc.collect(s.model, s.corpus, s.layers, "empirical"))
+    after, record = rc.edit(s.model, basis, rho=Editor.rho)
+    kept, program = {one.layer: one.kept for one in record.layers}, Editor(s)
+    for name, found in program.edit().items():
+        W = after.parameters[f"{name}.weight"]
+        assert np.linalg.norm(found["W"] - W) < 1e-12 * np.linalg.norm(W)
+        assert found["mask"].sum() == kept[name]
+        assert np.allclose(found["mu"], basis[name].mu, rtol=0, atol=1e-13 * found["mu"][0])
+        rows = program.collector.kept[name]
+        trace = sum((a**2).sum(1) @ (g**2).sum(1) for a, g in rows) / found["n_A"]  # O21
+        assert found["Lambda"].sum() == pytest.approx(trace, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", planted_editor.FAULTS)
+def test_each_fault_of_the_editor_shows(name):
+    fault = planted_editor.FAULTS[name]
+    s = edited("olmo2-padded", fault.few)
+    honest = type("Honest", (Editor,), {"rho": fault.rho})(s).edit()
+    moved = [
+        np.linalg.norm(1.0 * one[field] - honest[layer][field])
+        / np.linalg.norm(1.0 * honest[layer][field])
+        for layer, one in fault(s).edit().items()
+        for field in ("U_A", "mu", "Lambda", "mask", "W")
+    ]
+    assert max(moved) > 1e-8
+
+
+def test_an_editors_dump_is_read_and_its_factors_judged():
+    verdict, honest = judged_edit("olmo2-square", "")
+    assert verdict.passed and {f.layer for f in honest.findings} == {EDITED["olmo2-square"]}
+
+
+def test_bfloat16_is_rounded_to_even():
+    x = np.array([1.0, 1 + 2.0**-8, 1 + 3 * 2.0**-8, -1 - 2.0**-7, 3.0e38])
+    assert (bfloat16(x)[:4] == [1, 1, 1 + 2.0**-6, -1 - 2.0**-7]).all()
+    assert np.isfinite(bfloat16(x)).all()
+
+
+def test_a_fault_counts_beyond_ten_budgets():
+    case = Case("numpy", "olmo2-padded", "gold", "float64")
+    dump = dump_of(case)
+    honest = judged(case, dump)
+    budget = next(f.budget for f in honest.findings if f.quantity == "G")
+    layer = next(iter(dump))
+
+    def moved(share):
+        A, G, n = dump[layer]
+        return effect(judged(case, dump | {layer: (A, G * (1 + share), n)}), honest)
+
+    assert effect(honest, honest) < 1
+    assert moved(5 * budget) < 10 < moved(25 * budget)
+    without = {k: v for k, v in dump.items() if k != layer}
+    A, G, n = dump[layer]
+    for broken in (without, dump | {layer: (A, G * np.nan, n)}, dump | {layer: (A, G[1:, 1:], n)}):
+        assert effect(judged(case, broken), honest) == math.inf
+
+
+def test_of_two_yardsticks_the_longer_counts():
+    def verdict(error, budget):
+        return Verdict((Comparison("x", "G", error, budget, "pass"),))
+
+    short, wide = verdict(0.01, 0.02), verdict(0.03, 0.1)
+    assert effect(verdict(0.5, 0.02), short) == 25
+    assert effect(verdict(0.5, 0.02), short, wide) == effect(verdict(0.5, 0.02), wide) == 5
+    drawn = Case("numpy", "vit", "own", "bfloat16", ("B55",))
+    assert [one.dtype for one in drawn.yardsticks] == ["bfloat16", "float64"]
+    assert not any(one.faults for one in drawn.yardsticks)
+
+
+def test_given_labels_leave_nothing_to_drawing():
+    case = Case("numpy", "olmo2-padded", "given", "float64")
+    layer = "blocks.0.mlp.up"
+    A, G, n = dump_of(case)[layer]
+    bent = G.copy()
+    bent[0, 0] *= 1 + 1e-6
+    found = judged(case, {layer: (A, bent, n)}).findings
+    assert {f.verdict for f in found if f.layer == layer and f.quantity == "G/tr G"} == {"fail"}
+
+
+def record(planted, named=(), alike=(), passed=False, effect=99.0):
+    return {"faults": list(planted), "named": list(named), "alike": list(alike), "passed": passed,
+            "effect": effect}  # fmt: skip
+
+
+def test_what_is_exact():
+    assert table.exact(record(["B28_pads"], ["B28"]))
+    assert not table.exact(record(["B28_pads"], []))
+    assert not table.exact(record(["B28_pads"], ["B27"]))
+    assert not table.exact(record(["B28_pads"], ["B28", "B1"]))
+    assert not table.exact(record(["B28_pads"], ["B28"], passed=True))
+    assert table.exact(record(["B46_mean"], ["B43"], ["B46"])), "a listed pair, and the judge says"
+    assert not table.exact(record(["B46_mean"], ["B43"])), "the judge does not say so"
+    assert not table.exact(record(["B3"], ["B2"], ["B3"])), "a pair that the page does not list"
+    assert table.exact(record(["B1", "B28"], ["B28", "B1"]))
+    assert not table.exact(record(["B1", "B28"], ["B28"]))
+    assert score.counts(record([], effect="infinite")) and not score.counts(record([], effect=9.9))
+
+
+def test_a_run_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(score, "RESULTS", tmp_path / "results.jsonl")
+    case = Case("numpy", "gpt2-joint", "gold", "float64", ("B51_offset",))
+    first = score.Run("code").case(case)
+    assert not first["passed"] and score.counts(first)
+    assert score.Run("code").case(case.honest)["passed"]
+    with score.RESULTS.open("a") as file:
+        file.write('{"id": "cut sho')
+    assert [one.dtype for one in case.yardsticks] == ["float64"]
+    monkeypatch.setattr("validation.judge.cases.judged", None)
+    assert score.Run("code").case(case) == first
+    assert json.loads(score.RESULTS.read_text().splitlines()[0]) == first
+    assert score.Run("other code").case(case)["raised"], "of other code nothing is known"
+
+
+def test_a_judge_that_raises_is_a_result(tmp_path, monkeypatch):
+    monkeypatch.setattr(score, "RESULTS", tmp_path / "results.jsonl")
+
+    def broken(case, dump):
+        raise KeyError("here")
+
+    monkeypatch.setattr("validation.judge.cases.judged", broken)
+    found = score.Run("code").case(Case("numpy", "gpt2-joint", "gold", "float64"))
+    assert not found["passed"] and found["raised"] == "KeyError: 'here'"
+    monkeypatch.setattr("validation.judge.cases.dump_of", lambda case: broken(case, None))
+    with pytest.raises(KeyError):
+        score.Run("code").case(Case("numpy", "gpt2-prompts", "gold", "float64"))
+
+
+@pytest.mark.peers
+def test_cases_are_what_the_page_says(torch):
+    every = list(singles())
+    assert len({case.id for case in every}) == len(every)
+    planted = {f for case in every for f in case.faults}
+    assert planted == set(faults_of("torch")) | set(faults_of("numpy"))
+    ids = {name.split("_")[0] for name in planted | set(faults_of("editor"))}
+    regular = {f"B{i}" for i in range(1, 79)} - set(table.WITHOUT_TRACE)
+    assert ids == regular
+    assert all(fault.what for p in ("torch", "numpy", "editor") for fault in faults_of(p).values())
+    assert {fault for _, _, fault, _ in table.REPORTS} <= planted
+    first = next(pairs())
+    assert len({fault.split("_")[0] for fault in first.faults}) == 2

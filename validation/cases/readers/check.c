@@ -1,0 +1,286 @@
+/* Judge a folder of cases without Python: HDF5 by libhdf5, manifests by cJSON.
+
+   check FOLDER          every case of FOLDER/index.json
+
+   Recomputed from the stored arrays: S = sum of x xT over the kept rows (A and G before the division),
+   M = U diag(values) UT, UT U = I, the mask as a share of the mass, W' = U_G (C o M) U_AT.
+   Exit status 0: valid and acceptable cases hold, invalid ones do not. 1: one is otherwise. 2: usage. */
+
+#include <cjson/cJSON.h>
+#include <hdf5.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define MOST 512
+#define NAME 512
+
+typedef struct { size_t n; hsize_t shape[4]; int rank; double *x; } array;
+typedef struct { char names[MOST][NAME]; int count; const char *first, *last; } list;
+typedef struct { double sums, basis, edits, mass; } budgets;
+typedef struct { hid_t file; budgets budget; int done, failed; char worst[NAME * 2]; } judged;
+
+static void die(const char *what, const char *where) {
+    fprintf(stderr, "check: %s: %s\n", what, where);
+    exit(1);
+}
+
+/* ------------------------------------------------------------------ reading */
+
+static array get(hid_t file, const char *first, const char *layer, const char *last) {
+    char path[NAME * 2];
+    array a = {0};
+    snprintf(path, sizeof path, "%s/%s/%s", first, layer, last);
+    for (char *p = path + 1; (p = strchr(p, '/')); p++) { /* is every group on the way there? */
+        *p = 0;
+        htri_t there = H5Lexists(file, path, H5P_DEFAULT);
+        *p = '/';
+        if (there <= 0) return a;
+    }
+    if (H5Lexists(file, path, H5P_DEFAULT) <= 0) return a;
+    hid_t set = H5Dopen2(file, path, H5P_DEFAULT);
+    if (set < 0) die("no dataset", path);
+    hid_t space = H5Dget_space(set);
+    a.rank = H5Sget_simple_extent_ndims(space);
+    if (a.rank > 4) die("too many axes", path);
+    H5Sget_simple_extent_dims(space, a.shape, NULL);
+    a.n = (size_t)H5Sget_simple_extent_npoints(space);
+    a.x = malloc((a.n ? a.n : 1) * sizeof *a.x);
+    if (!a.x || H5Dread(set, H5T_NATIVE_DOUBLE, H5S_ALL, H5S_ALL, H5P_DEFAULT, a.x) < 0)
+        die("cannot read", path);
+    H5Sclose(space);
+    H5Dclose(set);
+    return a;
+}
+
+static herr_t visit(hid_t group, const char *name, const H5L_info_t *info, void *data) {
+    list *found = data;
+    size_t n = strlen(name), f = strlen(found->first), l = strlen(found->last);
+    (void)group;
+    (void)info;
+    if (n > f + l && !strncmp(name, found->first, f) && !strcmp(name + n - l, found->last)) {
+        if (found->count == MOST || n - f - l >= NAME) die("too many layers", name);
+        memcpy(found->names[found->count], name + f, n - f - l);
+        found->names[found->count++][n - f - l] = 0;
+    }
+    return 0;
+}
+
+static void layers_of(hid_t file, const char *first, const char *last, list *found) {
+    found->count = 0;
+    found->first = first;
+    found->last = last;
+    if (H5Lvisit(file, H5_INDEX_NAME, H5_ITER_NATIVE, visit, found) < 0) die("cannot list", first);
+}
+
+static cJSON *json(const char *folder, const char *name) {
+    char path[NAME * 2];
+    snprintf(path, sizeof path, "%s/%s.json", folder, name);
+    FILE *file = fopen(path, "rb");
+    if (!file) die("cannot open", path);
+    fseek(file, 0, SEEK_END);
+    long size = ftell(file);
+    rewind(file);
+    char *text = calloc((size_t)size + 1, 1);
+    if (!text || fread(text, 1, (size_t)size, file) != (size_t)size) die("cannot read", path);
+    fclose(file);
+    cJSON *made = cJSON_Parse(text);
+    if (!made) die("is not JSON", path);
+    free(text);
+    return made;
+}
+
+static double number(const cJSON *in, const char *key) {
+    const cJSON *value = cJSON_GetObjectItemCaseSensitive(in, key);
+    if (!cJSON_IsNumber(value)) die("the manifest lacks", key);
+    return value->valuedouble;
+}
+
+/* ------------------------------------------------------------------ comparing */
+
+/* error <= budget; NaN is not */
+static void note(judged *j, const char *what, const char *layer, double error, double budget) {
+    j->done++;
+    if (error <= budget) return;
+    if (!j->failed++)
+        snprintf(j->worst, sizeof j->worst, "%s of %s: %.3g > %.3g", what, layer, error, budget);
+}
+
+static double apart(const double *x, const double *y, size_t n) {
+    double sum = 0;
+    for (size_t i = 0; i < n; i++) sum += (x[i] - y[i]) * (x[i] - y[i]);
+    return sqrt(sum);
+}
+
+static double size_of(const double *x, size_t n) {
+    double sum = 0;
+    for (size_t i = 0; i < n; i++) sum += x[i] * x[i];
+    return sqrt(sum);
+}
+
+/* S against the sum of x xT over the rows where keep is not 0 */
+static void one_sum(judged *j, const char *group, const char *layer, const char *part,
+                    const char *rows, array keep) {
+    array S = get(j->file, group, layer, part), x = get(j->file, "rows", layer, rows);
+    if (S.x && x.x) {
+        size_t d = (size_t)x.shape[x.rank - 1];
+        double *want = calloc(d * d, sizeof *want), trace = 0;
+        if (S.n != d * d || x.n != keep.n * d) die("shapes differ", layer);
+        for (size_t r = 0; r < keep.n; r++)
+            for (size_t p = 0; keep.x[r] != 0 && p < d; p++)
+                for (size_t q = 0; q < d; q++) want[p * d + q] += x.x[r * d + p] * x.x[r * d + q];
+        for (size_t p = 0; p < d; p++) trace += want[p * d + p];
+        double error = apart(S.x, want, d * d);
+        note(j, part, layer, error ? error / (trace > 0 ? trace : 1e-308) : 0, j->budget.sums);
+        free(want);
+    }
+    free(S.x);
+    free(x.x);
+}
+
+static void sums(judged *j, const char *layer) {
+    array keep = get(j->file, "rows", layer, "kept");
+    double rows = 0;
+    for (size_t r = 0; r < keep.n; r++) rows += keep.x[r] != 0;
+    one_sum(j, "factors", layer, "sum_A", "a", keep);
+    one_sum(j, "factors", layer, "sum_G", "g_sampled", keep);
+    one_sum(j, "empirical", layer, "sum_G", "g", keep);
+    const char *counts[] = {"n_A", "n_G"};
+    for (int side = 0; side < 2; side++) {
+        array n = get(j->file, "factors", layer, counts[side]);
+        if (n.x) note(j, counts[side], layer, fabs(n.x[0] - rows), 0);
+        free(n.x);
+    }
+    free(keep.x);
+}
+
+static void one_basis(judged *j, const char *layer, const char *U_name, const char *values,
+                      const char *S_name, const char *n_name) {
+    array U = get(j->file, "basis", layer, U_name), v = get(j->file, "basis", layer, values);
+    array S = get(j->file, "factors", layer, S_name), n = get(j->file, "factors", layer, n_name);
+    size_t d = v.n;
+    if (U.n != d * d) die("shapes differ", layer);
+    double *made = calloc(d * d, sizeof *made), *square = calloc(d * d, sizeof *square);
+    double *one = calloc(d * d, sizeof *one), rise = 0;
+    for (size_t p = 0; p < d; p++) {
+        one[p * d + p] = 1;
+        for (size_t q = 0; q < d; q++)
+            for (size_t k = 0; k < d; k++) {
+                made[p * d + q] += U.x[p * d + k] * v.x[k] * U.x[q * d + k];
+                square[p * d + q] += U.x[k * d + p] * U.x[k * d + q];
+            }
+    }
+    if (S.x && n.x && size_of(S.x, d * d) > 0) {
+        for (size_t p = 0; p < d * d; p++) S.x[p] /= n.x[0];
+        note(j, U_name, layer, apart(made, S.x, d * d) / size_of(S.x, d * d), j->budget.basis);
+    }
+    note(j, U_name, layer, apart(square, one, d * d) / sqrt((double)d), j->budget.basis);
+    for (size_t k = 0; k < d; k++) {
+        if (-v.x[k] > rise) rise = -v.x[k];
+        if (k && v.x[k] - v.x[k - 1] > rise) rise = v.x[k] - v.x[k - 1];
+    }
+    note(j, values, layer, rise, 0);
+    free(made), free(square), free(one), free(U.x), free(v.x), free(S.x), free(n.x);
+}
+
+/* the largest keys, enough of them, and not one more */
+static void one_mask(judged *j, const char *layer, array mask, array lam, array mu, double rho) {
+    double total = 0, mass = 0, least = INFINITY, most = 0;
+    for (size_t i = 0; i < lam.n; i++)
+        for (size_t k = 0; k < mu.n; k++) {
+            double key = (lam.x[i] / lam.x[0]) * (mu.x[k] / mu.x[0]);
+            total += key;
+            if (mask.x[i * mu.n + k] != 0) {
+                mass += key;
+                if (key < least) least = key;
+            } else if (key > most)
+                most = key;
+        }
+    note(j, "mask, its order,", layer, most > least ? most - least : 0, j->budget.mass);
+    note(j, "mask, its share,", layer, (rho * total - mass) / total, j->budget.mass);
+    if (mass > 0) note(j, "mask, its last pair,", layer, (mass - least) / total - rho, j->budget.mass);
+}
+
+static void one_edit(judged *j, const char *layer, const char *share, double rho) {
+    char group[64];
+    snprintf(group, sizeof group, "edits/%s", share);
+    array mask = get(j->file, group, layer, "mask"), got = get(j->file, group, layer, "weight");
+    if (!mask.x || !got.x) return;
+    array lam = get(j->file, "basis", layer, "lam"), mu = get(j->file, "basis", layer, "mu");
+    array V = get(j->file, "basis", layer, "U_A"), U = get(j->file, "basis", layer, "U_G");
+    array W = get(j->file, "weights/parameters", layer, "weight");
+    if (!W.x) W = get(j->file, "weights/parameters", "embed", "weight"); /* a tied head */
+    size_t O = lam.n, I = mu.n;
+    if (!W.x || W.n != O * I || mask.n != O * I || got.n != O * I) die("shapes differ", layer);
+    one_mask(j, layer, mask, lam, mu, rho);
+    double *want = calloc(O * I, sizeof *want);
+    for (size_t i = 0; i < O; i++)
+        for (size_t k = 0; k < I; k++) {
+            double C = 0;
+            if (mask.x[i * I + k] == 0) continue;
+            for (size_t o = 0; o < O; o++)
+                for (size_t p = 0; p < I; p++) C += U.x[o * O + i] * W.x[o * I + p] * V.x[p * I + k];
+            for (size_t o = 0; o < O; o++)
+                for (size_t p = 0; p < I; p++) want[o * I + p] += U.x[o * O + i] * C * V.x[p * I + k];
+        }
+    note(j, "edited weight", layer, apart(got.x, want, O * I) / size_of(W.x, O * I), j->budget.edits);
+    free(want), free(mask.x), free(got.x), free(lam.x), free(mu.x), free(V.x), free(U.x), free(W.x);
+}
+
+/* ------------------------------------------------------------------ cases */
+
+static judged judge(const char *folder, const char *id, const cJSON *manifest) {
+    char path[NAME * 2];
+    judged j = {0};
+    static list found;
+    snprintf(path, sizeof path, "%s/%s.h5", folder, id);
+    j.file = H5Fopen(path, H5F_ACC_RDONLY, H5P_DEFAULT);
+    if (j.file < 0) die("cannot open", path);
+    const cJSON *own = cJSON_GetObjectItemCaseSensitive(manifest, "budgets");
+    j.budget.sums = number(own, "sums"), j.budget.basis = number(own, "basis");
+    j.budget.edits = number(own, "edits"), j.budget.mass = number(own, "mass");
+    layers_of(j.file, "rows/", "/kept", &found);
+    for (int k = 0; k < found.count; k++) sums(&j, found.names[k]);
+    layers_of(j.file, "basis/", "/lam", &found);
+    for (int k = 0; k < found.count; k++) {
+        one_basis(&j, found.names[k], "U_A", "mu", "sum_A", "n_A");
+        one_basis(&j, found.names[k], "U_G", "lam", "sum_G", "n_G");
+        one_edit(&j, found.names[k], "rho50", 0.5);
+        one_edit(&j, found.names[k], "rho90", 0.9);
+    }
+    H5Fclose(j.file);
+    return j;
+}
+
+static int only_forward(const cJSON *manifest) {
+    const cJSON *need, *needs = cJSON_GetObjectItemCaseSensitive(manifest, "needs");
+    cJSON_ArrayForEach(need, needs) if (strcmp(need->valuestring, "forward")) return 0;
+    return 1;
+}
+
+int main(int count, char **arguments) {
+    if (count != 2) return fprintf(stderr, "usage: check FOLDER\n"), 2;
+    H5Eset_auto2(H5E_DEFAULT, NULL, NULL);
+    cJSON *index = json(arguments[1], "index"), *entry;
+    int right = 0, wrong = 0, left = 0;
+    cJSON_ArrayForEach(entry, cJSON_GetObjectItemCaseSensitive(index, "cases")) {
+        const char *id = cJSON_GetStringValue(cJSON_GetObjectItemCaseSensitive(entry, "caseId"));
+        if (!id) die("an entry without caseId", "index.json");
+        cJSON *manifest = json(arguments[1], id);
+        const char *result = cJSON_GetStringValue(cJSON_GetObjectItemCaseSensitive(manifest, "result"));
+        if (!result) die("a manifest without result", id);
+        if (only_forward(manifest)) {
+            left++;
+        } else {
+            judged j = judge(arguments[1], id, manifest);
+            int invalid = !strcmp(result, "invalid"), good = j.done && (j.failed > 0) == invalid;
+            if (!good) printf("%s is %s, but %s\n", id, result, j.failed ? j.worst : "nothing shows it");
+            good ? right++ : wrong++;
+        }
+        cJSON_Delete(manifest);
+    }
+    cJSON_Delete(index);
+    printf("C: %d cases as they should be, %d not; %d need a forward pass\n", right, wrong, left);
+    return wrong || !right;
+}

@@ -1,0 +1,187 @@
+// Judge a folder of cases in Node: HDF5 by h5wasm, nothing else.
+//
+//   npm ci && node check.mjs FOLDER
+//
+// Recomputed from the stored arrays: S = Σ x xᵀ over the kept rows (A and G before the division),
+// M = U diag(values) Uᵀ, UᵀU = I, the mask as a share of the mass, W' = U_G (C ∘ M) U_Aᵀ.
+// Each file's SHA-256 is compared with its manifest's, too.
+// Exit status 0: valid and acceptable cases hold, invalid ones do not. 1: one is otherwise. 2: usage.
+
+import { createHash } from "node:crypto";
+import { readFileSync } from "node:fs";
+import h5wasm from "h5wasm/node";
+
+const { File } = h5wasm;
+const SHARES = { rho50: 0.5, rho90: 0.9 };
+const norm = (x) => Math.sqrt(x.reduce((sum, one) => sum + one * one, 0));
+const apart = (x, y) => norm(x.map((one, i) => one - y[i]));
+
+// ------------------------------------------------------------------ reading
+
+const get = (file, path) => {
+  const found = file.get(path);
+  if (!found) return null;
+  const value = found.value; // integers of 64 bits come as BigInt
+  const x = typeof value === "object" ? Float64Array.from(value, Number) : Float64Array.of(Number(value));
+  return { x, shape: found.shape };
+};
+
+const layersOf = (file, first, last) => {
+  const out = [];
+  const walk = (group, at) => {
+    for (const key of group.keys()) {
+      const node = group.get(key);
+      if (node.keys) walk(node, at ? `${at}/${key}` : key);
+      else if (key === last) out.push(at);
+    }
+  };
+  const top = file.get(first);
+  if (top) walk(top, "");
+  return out;
+};
+
+// ------------------------------------------------------------------ comparing
+
+function* sums(file, layer, budgets) {
+  const keep = get(file, `rows/${layer}/kept`).x;
+  const rows = keep.filter((one) => one !== 0).length;
+  for (const [group, part, from] of [
+    ["factors", "sum_A", "a"], ["factors", "sum_G", "g_sampled"], ["empirical", "sum_G", "g"],
+  ]) {
+    const S = get(file, `${group}/${layer}/${part}`);
+    const x = get(file, `rows/${layer}/${from}`);
+    if (!S || !x) continue;
+    const d = x.shape.at(-1);
+    if (S.x.length !== d * d || x.x.length !== keep.length * d) throw Error(`shapes differ: ${layer}`);
+    const want = new Float64Array(d * d);
+    for (let r = 0; r < keep.length; r++) {
+      if (keep[r] === 0) continue;
+      for (let p = 0; p < d; p++)
+        for (let q = 0; q < d; q++) want[p * d + q] += x.x[r * d + p] * x.x[r * d + q];
+    }
+    let trace = 0;
+    for (let p = 0; p < d; p++) trace += want[p * d + p];
+    const error = apart(S.x, want);
+    yield [`${group} ${part} of ${layer}`, error ? error / Math.max(trace, 1e-308) : 0, budgets.sums];
+  }
+  for (const count of ["n_A", "n_G"]) {
+    const n = get(file, `factors/${layer}/${count}`);
+    if (n) yield [`${count} of ${layer}`, Math.abs(n.x[0] - rows), 0];
+  }
+}
+
+function* basis(file, layer, budgets) {
+  for (const [side, values] of [["A", "mu"], ["G", "lam"]]) {
+    const U = get(file, `basis/${layer}/U_${side}`).x;
+    const v = get(file, `basis/${layer}/${values}`).x;
+    const S = get(file, `factors/${layer}/sum_${side}`);
+    const n = get(file, `factors/${layer}/n_${side}`);
+    const d = v.length;
+    const [made, square, one] = [0, 1, 2].map(() => new Float64Array(d * d));
+    for (let p = 0; p < d; p++) {
+      one[p * d + p] = 1;
+      for (let q = 0; q < d; q++)
+        for (let k = 0; k < d; k++) {
+          made[p * d + q] += U[p * d + k] * v[k] * U[q * d + k];
+          square[p * d + q] += U[k * d + p] * U[k * d + q];
+        }
+    }
+    if (S && n && norm(S.x) > 0) {
+      const M = S.x.map((s) => s / n.x[0]);
+      yield [`U_${side} of ${layer}`, apart(made, M) / norm(M), budgets.basis];
+    }
+    yield [`UᵀU of ${side} of ${layer}`, apart(square, one) / Math.sqrt(d), budgets.basis];
+    let rise = 0;
+    for (let k = 0; k < d; k++) rise = Math.max(rise, -v[k], k ? v[k] - v[k - 1] : 0);
+    yield [`${values} of ${layer}`, rise, 0];
+  }
+}
+
+function* edits(file, layer, budgets) {
+  const [lam, mu, V, U] = ["lam", "mu", "U_A", "U_G"].map((x) => get(file, `basis/${layer}/${x}`).x);
+  const [O, I] = [lam.length, mu.length];
+  for (const [share, rho] of Object.entries(SHARES)) {
+    const mask = get(file, `edits/${share}/${layer}/mask`)?.x;
+    const got = get(file, `edits/${share}/${layer}/weight`)?.x;
+    if (!mask || !got) continue;
+    const tied = "weights/parameters/embed/weight";
+    const W = (get(file, `weights/parameters/${layer}/weight`) ?? get(file, tied)).x;
+    if (W.length !== O * I || mask.length !== O * I) throw Error(`shapes differ: ${layer}`);
+    let [total, mass, least, most] = [0, 0, Infinity, 0];
+    const want = new Float64Array(O * I);
+    for (let i = 0; i < O; i++)
+      for (let k = 0; k < I; k++) {
+        const key = (lam[i] / lam[0]) * (mu[k] / mu[0]);
+        total += key;
+        if (mask[i * I + k] === 0) {
+          most = Math.max(most, key);
+          continue;
+        }
+        mass += key;
+        least = Math.min(least, key);
+        let C = 0;
+        for (let o = 0; o < O; o++)
+          for (let p = 0; p < I; p++) C += U[o * O + i] * W[o * I + p] * V[p * I + k];
+        for (let o = 0; o < O; o++)
+          for (let p = 0; p < I; p++) want[o * I + p] += U[o * O + i] * C * V[p * I + k];
+      }
+    yield [`order of the mask of ${layer}`, Math.max(0, most - least), budgets.mass];
+    yield [`share of the mask of ${layer}`, (rho * total - mass) / total, budgets.mass];
+    if (mass > 0) yield [`last pair of the mask of ${layer}`, (mass - least) / total - rho, budgets.mass];
+    yield [`edited weight of ${layer}`, apart(got, want) / norm(W), budgets.edits];
+  }
+}
+
+// ------------------------------------------------------------------ cases
+
+const judge = (path, manifest) => {
+  const file = new File(path, "r");
+  const out = [];
+  for (const layer of layersOf(file, "rows", "kept")) out.push(...sums(file, layer, manifest.budgets));
+  for (const layer of layersOf(file, "basis", "lam"))
+    out.push(...basis(file, layer, manifest.budgets), ...edits(file, layer, manifest.budgets));
+  file.close();
+  return out;
+};
+
+const main = async (folder) => {
+  await h5wasm.ready;
+  const read = (name) => JSON.parse(readFileSync(`${folder}/${name}.json`, "utf8"));
+  let [right, wrong, left] = [0, 0, 0];
+  for (const { caseId } of read("index").cases) {
+    const manifest = read(caseId);
+    const path = `${folder}/${manifest.file.name}`;
+    const sha256 = createHash("sha256").update(readFileSync(path)).digest("hex");
+    if (sha256 !== manifest.file.sha256) {
+      console.log(`${caseId}: its bytes do not match their SHA-256`);
+      wrong++;
+      continue;
+    }
+    if (manifest.needs.every((need) => need === "forward")) {
+      left++;
+      continue;
+    }
+    const found = judge(path, manifest);
+    const bad = found.filter(([, error, budget]) => !(error <= budget)); // NaN is not
+    if (found.length && bad.length > 0 === (manifest.result === "invalid")) right++;
+    else {
+      const why = bad.length ? `${bad[0][0]}: ${bad[0][1]} > ${bad[0][2]}` : "nothing shows it";
+      console.log(`${caseId} is ${manifest.result}, but ${why}`);
+      wrong++;
+    }
+  }
+  console.log(`Node: ${right} cases as they should be, ${wrong} not; ${left} need a forward pass`);
+  return wrong || !right ? 1 : 0;
+};
+
+if (process.argv.length !== 3) {
+  console.error("usage: node check.mjs FOLDER");
+  process.exit(2);
+}
+main(process.argv[2]).then(
+  (status) => process.exit(status),
+  (error) => {
+    console.error(`check: ${error.message}`);
+    process.exit(1);
+  },
+);

@@ -1,0 +1,253 @@
+"""Faults of network arithmetic, in the NumPy collector: each gets one piece of the network wrong.
+
+Names are made as in planted_torch.py.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from validation.judge.models import bfloat16
+from validation.judge.programs.numpy_collector import Collector, Dump
+from validation.judge.programs.numpy_network import Network
+
+TEXTS = (
+    "olmo2-equal",
+    "olmo2-padded",
+    "olmo2-square",
+    "gpt2-prompts",
+    "gpt2-joint",
+    "gemma-packed",
+)
+ROTARY = ("olmo2-equal", "olmo2-padded", "olmo2-square", "gemma-packed")
+GPT2 = ("gpt2-prompts", "gpt2-joint")
+OLMO2 = ("olmo2-equal", "olmo2-padded", "olmo2-square")
+
+
+class Fault(Collector):
+    """Fields: as of planted_torch.py."""
+
+    what = ""
+    kinds: tuple[str, ...] = ("gold", "given", "own")
+    dtypes: tuple[str, ...] = ("float64", "float32", "bfloat16")
+    settings: tuple[str, ...] = ()
+
+
+class B50_leak(Fault):
+    what = "no causal mask"
+    settings = TEXTS
+
+    def visible(self, b: Any, causal: Any) -> Any:
+        return b.same & b.real[:, None]
+
+
+class B50_documents(Fault):
+    what = "packed documents see one another"
+    settings = ("gemma-packed",)
+
+    def visible(self, b: Any, causal: Any) -> Any:
+        return np.broadcast_to(causal, b.same.shape)
+
+
+class _Interleaved(Network):
+    def rotate(self, x: Any, position: Any, sign: int) -> Any:
+        half = x.shape[-1] // 2
+        angle = position[:, :, None, None] * self.frequencies(half)
+        cos, sin = np.cos(angle).astype(x.dtype), sign * np.sin(angle).astype(x.dtype)
+        one, two = x[..., ::2], x[..., 1::2]
+        return np.stack([one * cos - two * sin, two * cos + one * sin], -1).reshape(x.shape)
+
+
+class B51_interleaved(Fault):
+    what = "rotary embedding of neighbouring entries, for weights of halves"
+    settings, network = ROTARY, _Interleaved
+
+
+class B51_permuted(Fault):
+    what = "q and k in the order of interleaved rotary embedding"
+    settings = ("olmo2-padded", "gemma-packed")
+
+    def finish(self) -> Dump:
+        E = self.config.head_width
+        out = super().finish()
+        for k, (A, G, n) in out.items():
+            if k.endswith((".q", ".k")):
+                order = np.arange(len(G)).reshape(-1, 2, E // 2).swapaxes(1, 2).ravel()
+                out[k] = A, G[np.ix_(order, order)], n
+        return out
+
+
+class _Theta(Network):
+    def frequencies(self, half: int) -> Any:
+        return 10_000.0 ** (-np.arange(half) / half)
+
+
+class B51_theta(Fault):
+    what = "rotary base 10,000"
+    settings, network = ROTARY, _Theta
+
+
+class B51_offset(Fault):
+    what = "learned positions start from 1"
+    settings = GPT2
+
+    def batch(self, at: slice) -> Any:
+        b = super().batch(at)
+        b.position = b.position + 1
+        return b
+
+
+class _Tiled(Network):
+    def groups(self) -> Any:
+        return np.arange(self.c.heads) % self.c.kv_heads
+
+
+class B52(Fault):
+    what = "key-value heads are tiled, not repeated"
+    settings, network = ROTARY, _Tiled
+
+
+class _Outside(Network):
+    def inverse_root(self, square: Any) -> Any:
+        root = np.sqrt(square)
+        s = 1 / (root + self.c.norm_eps)
+        return s, -(s**2) / (2 * root)
+
+
+class B53_outside(Fault):
+    what = "eps is added to the root"
+    network = _Outside
+
+
+class B53_eps(Fault):
+    what = "eps is a hundred times smaller"
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self.config = replace(self.config, norm_eps=self.config.norm_eps / 100)
+
+
+class _NoOffset(Network):
+    def gain(self, name: str) -> Any:
+        return self.p[f"{name}.weight"]
+
+
+class B53_offset(Fault):
+    what = "gains are w where 1 + w is meant"
+    settings, network = ("gemma-packed",), _NoOffset
+
+
+class _ShortNorm(Network):
+    def norm(self, name: str, x: Any) -> Any:
+        y, back = super().norm(name, bfloat16(x))
+        return bfloat16(y), lambda d: bfloat16(back(d))
+
+
+class B53_bfloat16(Fault):
+    what = "norms are bfloat16"
+    dtypes, network = ("float64", "float32"), _ShortNorm
+
+
+class B54_activation(Fault):
+    what = "another GELU: by tanh for erf, by erf for tanh, GELU for SiLU"
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        other = "gelu_tanh" if self.config.activation == "gelu" else "gelu"
+        self.config = replace(self.config, activation=other)
+
+
+class _Unscaled(Network):
+    def score_scale(self) -> float:
+        usual = 1 / math.sqrt(self.c.head_width)
+        return usual if self.c.score_scale else 1.0
+
+
+class B54_scale(Fault):
+    what = "another scale of attention scores"
+    network = _Unscaled
+
+
+class _PerHead(Network):
+    def qk_norm(self, name: str, x: Any) -> Any:
+        E = self.c.head_width
+        heads = x.reshape(*x.shape[:2], -1, E)
+        whole = self.p[f"{name}.weight"]
+        self.p[f"{name}.weight"] = whole.reshape(-1, E)
+        y, back = self.norm(name, heads)
+        self.p[f"{name}.weight"] = whole
+        return y.reshape(x.shape), lambda d: back(d.reshape(heads.shape)).reshape(x.shape)
+
+
+class B54_heads(Fault):
+    what = "QK-norm over each head"
+    settings, network = OLMO2, _PerHead
+
+
+class B54_cap(Fault):
+    what = "no soft-cap of attention scores"
+    settings = ("gemma-packed",)
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self.config = replace(self.config, score_cap=None)
+
+
+class _Dropout(Network):
+    def dropout(self, x: Any) -> Any:
+        self.rng = getattr(self, "rng", None) or np.random.default_rng(5)
+        keep = ((self.rng.random(x.shape) > 0.1) / 0.9).astype(x.dtype)
+        return x * keep, lambda d: d * keep
+
+
+class B55(Fault):
+    what = "dropout of 0.1 is active"
+    network = _Dropout
+
+
+class _ShortAttention(Network):
+    def core(self, q: Any, k: Any, v: Any, visible: Any) -> Any:
+        y, back = super().core(bfloat16(q), bfloat16(k), bfloat16(v), visible)
+        return bfloat16(y), lambda d: tuple(bfloat16(x) for x in back(bfloat16(d)))
+
+
+class B56(Fault):
+    what = "a kernel for attention that computes in bfloat16"
+    dtypes, network = ("float64", "float32"), _ShortAttention
+
+
+class B57_step(Fault):
+    what = "the weights of a later step: blocks are 2 % away"
+
+    def parameters(self) -> Any:
+        rng = np.random.default_rng(9)
+        return {
+            name: x * (1 + 0.02 * rng.normal(size=x.shape)) if name.startswith("blocks") else x
+            for name, x in super().parameters().items()
+        }
+
+
+class B57_trip(Fault):
+    what = "weights went through a float of 4 bits"
+
+    def parameters(self) -> Any:
+        def short(x: Any) -> Any:
+            m, e = np.frexp(x)
+            return np.ldexp(np.round(m * 16) / 16, e)
+
+        return {
+            name: short(x) if name.startswith("blocks") and x.ndim > 1 else x
+            for name, x in super().parameters().items()
+        }
+
+
+FAULTS = {
+    name: made
+    for name, made in globals().items()
+    if isinstance(made, type) and issubclass(made, Fault) and name.startswith("B")
+}
+"""Name → class."""

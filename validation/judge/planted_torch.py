@@ -1,0 +1,791 @@
+"""Faults in the PyTorch collector: each a class that gets one step wrong as an author would.
+
+A class is called by the id of its bug, and what follows the id tells its variants apart. A pair
+of faults is a class with two of these for bases.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from validation.judge.models import BOS, EOS, SETTINGS
+from validation.judge.programs.torch_collector import IGNORE, Collector, Dump
+
+
+class Fault(Collector):
+    """Fields: what, in words; kinds, the labels and dtypes, the arithmetic that it can show in."""
+
+    what = ""
+    kinds: tuple[str, ...] = ("gold", "given", "own")
+    dtypes: tuple[str, ...] = ("float64", "float32", "bfloat16")
+    settings: tuple[str, ...] = ()
+
+    def scaled(self, A: float = 1, G: float = 1, only: str = "") -> Dump:
+        return {
+            k: (X * A, Y * G, n) if k.startswith(only) else (X, Y, n)
+            for k, (X, Y, n) in super().finish().items()
+        }
+
+
+TEXTS = (
+    "olmo2-equal",
+    "olmo2-padded",
+    "olmo2-square",
+    "gpt2-prompts",
+    "gpt2-joint",
+    "gemma-packed",
+)
+
+MANY = tuple(name for name in SETTINGS if name != "olmo2-square")
+"""Settings of more than one layer."""
+
+# ------------------------------------------------------------------ scale
+
+
+class B1(Fault):
+    what = "the loss is a mean over one batch of everything"
+    batch_size = 10**6
+
+    def loss(self, z: Any, y: Any, b: Any) -> Any:
+        return super().loss(z, y, b) / (y != IGNORE).sum()
+
+
+class B2(Fault):
+    what = "the loss is a mean over each batch, and batches are unequal"
+    batch_size = 12
+
+    def loss(self, z: Any, y: Any, b: Any) -> Any:
+        return super().loss(z, y, b) / (y != IGNORE).sum()
+
+
+class B3(Fault):
+    what = "each sequence's loss is divided by its length"
+    settings = TEXTS
+
+    def loss(self, z: Any, y: Any, b: Any) -> Any:
+        nats = F.cross_entropy(z.transpose(1, 2), y, ignore_index=IGNORE, reduction="none")
+        return (nats.sum(1) / (y != IGNORE).sum(1).clamp(min=1)).sum()
+
+
+class B4_sequences(Fault):
+    what = "sums are divided by the sequences"
+
+    def finish(self) -> Dump:
+        N = len(self.data.inputs)
+        return {k: (A * n / N, G * n / N, N) for k, (A, G, n) in super().finish().items()}
+
+
+class B4_supervised(Fault):
+    what = "sums over all positions are divided by the labelled ones"
+
+    def finish(self) -> Dump:
+        N = int((self.data.label >= 0).sum())
+        return {k: (A * n / N, G * n / N, N) for k, (A, G, n) in super().finish().items()}
+
+
+class B5(Fault):
+    what = "a factor of 2: the loss of a batch is twice the one that was meant"
+
+    def finish(self) -> Dump:
+        return self.scaled(G=2)
+
+
+class B6(Fault):
+    what = "a mean over the outputs is multiplied out by their number"
+
+    def finish(self) -> Dump:
+        return self.scaled(G=self.config.vocabulary)
+
+
+class B7(Fault):
+    what = "loss terms are counted by the layer's own positions"
+    settings = ("vit",)
+
+    def finish(self) -> Dump:
+        N = len(self.data.inputs)
+        return {k: (A, G * n / N, n) for k, (A, G, n) in super().finish().items()}
+
+
+class _Average(Fault):
+    decay, debiased = 0.95, False
+
+    def collect(self) -> Dump:
+        self.steps: dict[str, int] = {}
+        return super().collect()
+
+    def add(self, name: str, b: Any, first: bool) -> None:
+        before = self.A[name], self.G[name], self.n[name]
+        self.A[name] = self.G[name] = self.n[name] = 0
+        super().add(name, b, first)
+        n = max(self.n[name], 1)
+        self.A[name] = self.decay * before[0] + (1 - self.decay) * self.A[name] / n
+        self.G[name] = self.decay * before[1] + (1 - self.decay) * self.G[name] / n
+        self.n[name] += before[2]
+        self.steps[name] = self.steps.get(name, 0) + 1
+
+    def finish(self) -> Dump:
+        return {
+            k: (self.A[k] / share, self.G[k] / share, self.n[k])
+            for k in self.names
+            for share in (1 - self.decay ** self.steps[k] if self.debiased else 1,)
+        }
+
+
+class B9_biased(_Average):
+    what = "a running average that starts from zero"
+
+
+class B9_debiased(_Average):
+    what = "a running average that forgets, though not from zero"
+    decay, debiased = 0.5, True
+
+
+class B11(Fault):
+    what = "the scale of mixed precision, 2¹⁶, is not taken out of gradients"
+
+    def loss(self, z: Any, y: Any, b: Any) -> Any:
+        return super().loss(z, y, b) * 2.0**16
+
+
+class B12(Fault):
+    what = "damping is in the factors"
+
+    def finish(self) -> Dump:
+        return {
+            k: (A + 0.1 * torch.eye(len(A)), G + 0.1 * torch.eye(len(G)), n)
+            for k, (A, G, n) in super().finish().items()
+        }
+
+
+class B14_locations(Fault):
+    what = "A of a convolution is not divided by its locations"
+    settings = ("vit",)
+
+    def finish(self) -> Dump:
+        return self.scaled(A=self.config.image.patches, only="patch")
+
+
+class B14_stride(Fault):
+    what = "G of a convolution is divided by stride²"
+    settings = ("vit",)
+
+    def finish(self) -> Dump:
+        return self.scaled(G=1 / self.config.image.patch**2, only="patch")
+
+
+# ------------------------------------------------------------------ labels
+
+
+class B15(Fault):
+    what = "labels of the corpus where labels of the model are meant"
+    kinds = ("given", "own")
+
+    def labels(self, z: Any, b: Any) -> Any:
+        return self.supervised(b.label, b)
+
+
+class B16(Fault):
+    what = "the likeliest label"
+
+    def labels(self, z: Any, b: Any) -> Any:
+        return self.supervised(z.argmax(-1), b)
+
+
+class B17_positions(Fault):
+    what = "one random number for all positions of a sequence"
+    kinds = ("own",)
+
+    def labels(self, z: Any, b: Any) -> Any:
+        u = torch.rand(len(z), 1, 1, generator=self.generator, dtype=z.dtype)
+        y = torch.searchsorted(z.softmax(-1).cumsum(-1), u.expand(*z.shape[:2], 1).contiguous())
+        return self.supervised(y[..., 0].clamp(max=z.shape[2] - 1), b)
+
+
+class B17_batches(Fault):
+    what = "the generator starts anew with every batch"
+    kinds = ("own",)
+
+    def labels(self, z: Any, b: Any) -> Any:
+        self.generator.manual_seed(0)
+        return super().labels(z, b)
+
+
+class B18(Fault):
+    what = "columns of the root are sent back from all positions at once"
+    kinds = ("expected",)
+
+    def losses(self, z: Any, b: Any) -> Any:
+        p = z.detach().softmax(-1)
+        for v in range(z.shape[2]):
+            root = p[..., v, None].sqrt() * (F.one_hot(torch.tensor(v), z.shape[2]) - p)
+            yield (z * root)[b.label >= 0].sum()
+
+
+class B19(Fault):
+    what = "labels at padding and prompt too"
+    kinds = ("given", "own")
+
+    def supervised(self, y: Any, b: Any) -> Any:
+        return y
+
+
+class B20(Fault):
+    what = "prompt positions are no rows"
+
+    def rows(self, name: str, b: Any) -> Any:
+        return super().rows(name, b) if self.data.images else b.label >= 0
+
+
+class B21_temperature(Fault):
+    what = "labels are drawn at temperature 1/2"
+    kinds = ("own",)
+
+    def labels(self, z: Any, b: Any) -> Any:
+        return super().labels(2 * z, b)
+
+
+class B21_top(Fault):
+    what = "labels are drawn from the two likeliest"
+    kinds = ("own",)
+
+    def labels(self, z: Any, b: Any) -> Any:
+        return super().labels(z.masked_fill(z < z.topk(2).values[..., 1:], -torch.inf), b)
+
+
+class B22(Fault):
+    what = "labels are shifted twice"
+    kinds, settings = ("gold",), TEXTS
+
+    def labels(self, z: Any, b: Any) -> Any:
+        y = super().labels(z, b)
+        return torch.cat([y[:, 1:], torch.full_like(y[:, :1], IGNORE)], 1)
+
+
+class B23(Fault):
+    what = "labels are not shifted"
+    kinds, settings = ("gold",), TEXTS
+
+    def labels(self, z: Any, b: Any) -> Any:
+        return self.supervised(b.inputs, b)
+
+
+class B24(Fault):
+    what = "-1 is the last class, and every position is a row"
+    kinds, settings = ("gold",), TEXTS
+
+    def supervised(self, y: Any, b: Any) -> Any:
+        return y % self.config.vocabulary
+
+    def rows(self, name: str, b: Any) -> Any:
+        return torch.ones_like(b.real)
+
+
+class B25(Fault):
+    what = "real end-of-text tokens are taken for padding"
+    settings = TEXTS
+
+    def batch(self, at: Any) -> Any:
+        b = super().batch(at)
+        text = b.inputs != EOS
+        b.real = b.real & text
+        b.visible = b.visible & text[:, None]
+        b.label = torch.where(text, b.label, -1)
+        return b
+
+
+class B26_smoothing(Fault):
+    what = "label smoothing of 0.1"
+
+    def loss(self, z: Any, y: Any, b: Any) -> Any:
+        return F.cross_entropy(z.flatten(0, 1), y.flatten(), ignore_index=IGNORE,
+                               reduction="sum", label_smoothing=0.1)  # fmt: skip
+
+
+class B26_z(Fault):
+    what = "a z-loss of 0.05 is part of the loss"
+
+    def loss(self, z: Any, y: Any, b: Any) -> Any:
+        return super().loss(z, y, b) + 0.05 * (z.logsumexp(-1)[y != IGNORE] ** 2).sum()
+
+
+class B26_cap(Fault):
+    what = "the soft-cap of the logits is left out"
+    settings = ("gemma-packed",)
+
+    def network(self) -> Any:
+        self.config = replace(self.config, logit_cap=None)
+        return super().network()
+
+
+# ------------------------------------------------------------------ positions and tensors
+
+
+class B27(Fault):
+    what = "the last position is a row"
+    settings = TEXTS
+
+    def rows(self, name: str, b: Any) -> Any:
+        return b.real
+
+
+class B28(Fault):
+    what = "every position is a row, padding too"
+    settings = TEXTS
+
+    def rows(self, name: str, b: Any) -> Any:
+        return torch.ones_like(b.real)
+
+
+class B28_pads(Fault):
+    what = "padding is rows, the last position is none"
+    settings = TEXTS
+
+    def rows(self, name: str, b: Any) -> Any:
+        return super().rows(name, b) | ~b.real
+
+
+class B29(Fault):
+    what = "the mask is left out where shapes differ: o and down"
+    settings = TEXTS
+
+    def rows_a(self, name: str, b: Any) -> Any:
+        keep = super().rows_a(name, b)
+        return torch.ones_like(keep) if name.endswith((".o", ".down")) else keep
+
+
+class B30(Fault):
+    what = "the column of ones is not masked"
+    settings = ("gpt2-joint",)
+
+    def column(self, name: str, a: Any, b: Any) -> Any:
+        return super().column(name, a * self.rows(name, b)[..., None], b)
+
+    def rows_a(self, name: str, b: Any) -> Any:
+        return torch.ones_like(b.real)
+
+
+class B31_missing(Fault):
+    what = "no column for the bias"
+    settings = ("gpt2-joint",)
+
+    def column(self, name: str, a: Any, b: Any) -> Any:
+        return a
+
+
+class B31_first(Fault):
+    what = "the column of the bias comes first"
+    settings = ("gpt2-joint",)
+
+    def column(self, name: str, a: Any, b: Any) -> Any:
+        return super().column(name, a, b).roll(1, -1)
+
+
+class B31_extra(Fault):
+    what = "a column for a bias that is a block of its own"
+    settings = ("gpt2-prompts", "vit")
+
+    def column(self, name: str, a: Any, b: Any) -> Any:
+        ones = torch.ones_like(a[..., :1])
+        return torch.cat([a, ones], -1) if self.config.has_bias(name) else a
+
+
+class B32(Fault):
+    what = "A and G are swapped"
+
+    def finish(self) -> Dump:
+        return {k: (G, A, n) for k, (A, G, n) in super().finish().items()}
+
+
+class B34_norm(Fault):
+    what = "inputs are taken on the other side of the norm"
+
+    def register(self) -> None:
+        super().register()
+        self.other: dict[str, Any] = {}
+        post = self.config.norm_place == "post"
+        for i, block in enumerate(self.net.blocks):
+            parts = {"attn_norm": () if post else ("attn.q", "attn.k", "attn.v"),
+                     "mlp_norm": () if post else ("mlp.gate", "mlp.up")}  # fmt: skip
+            parts |= {"attn_norm": ("mlp.gate", "mlp.up")} if post else {}
+            for norm, layers in parts.items():
+                names = [f"blocks.{i}.{layer}" for layer in layers]
+                getattr(block, norm).register_forward_hook(self._keep(names, post))
+
+    def _keep(self, names: list[str], output: bool) -> Any:
+        def record(module: Any, x: Any, y: Any) -> None:
+            self.other |= dict.fromkeys(names, y if output else x[0])
+
+        return record
+
+    def inputs(self, name: str, b: Any) -> Any:
+        if name not in self.other:
+            return super().inputs(name, b)
+        return self.other[name].detach().to(self.sum_dtype)
+
+
+class B34_previous(Fault):
+    what = "down's input is taken to be up's output"
+
+    def inputs(self, name: str, b: Any) -> Any:
+        return self.ups[name] if name in self.ups else super().inputs(name, b)
+
+    def run(self, b: Any) -> None:
+        self.ups: dict[str, Any] = {}
+        modules = dict(self.net.named_modules())
+        kept = [
+            modules[name.replace("down", "up")].register_forward_hook(
+                lambda m, x, y, name=name: self.ups.update({name: y.detach().to(self.sum_dtype)})
+            )
+            for name in self.names
+            if name.endswith(".down")
+        ]
+        super().run(b)
+        for handle in kept:
+            handle.remove()
+
+
+class B34_fused(Fault):
+    what = "parts of a fused layer are taken in another order: k for v, gate for up"
+
+    def gradients(self, name: str, b: Any) -> Any:
+        other = {"k": "v", "v": "k", "gate": "up", "up": "gate"}
+        at, _, last = name.rpartition(".")
+        wrong = f"{at}.{other.get(last, last)}"
+        return super().gradients(wrong if wrong in self.g else name, b)
+
+
+class B35_input(Fault):
+    what = "the gradient of the layer's input"
+
+    def hook(self, name: str) -> Any:
+        def record(module: Any, inputs: Any, output: Any) -> None:
+            self.a[name] = inputs[0]
+            if inputs[0].requires_grad:
+                inputs[0].register_hook(lambda g: self.g.__setitem__(name, g))
+            else:
+                output.register_hook(lambda g: self.g.__setitem__(name, g))
+
+        return record
+
+
+class _AfterActivation(Fault):
+    def register(self) -> None:
+        super().register()
+        for i, block in enumerate(self.net.blocks):
+            block.mlp.down.register_forward_hook(self._hidden(f"blocks.{i}.mlp.up"))
+
+    def _hidden(self, name: str) -> Any:
+        def record(module: Any, inputs: Any, output: Any) -> None:
+            inputs[0].register_hook(lambda g: self.hidden.__setitem__(name, g))
+
+        return record
+
+    def run(self, b: Any) -> None:
+        self.hidden: dict[str, Any] = {}
+        super().run(b)
+
+    def gradients(self, name: str, b: Any) -> Any:
+        if name not in self.hidden:
+            return super().gradients(name, b)
+        return self.hidden[name].to(self.sum_dtype)
+
+
+class B35_activation(_AfterActivation):
+    what = "the gradient after the gate, for up's"
+    settings = ("olmo2-equal", "olmo2-padded")
+
+
+class B42_output(_AfterActivation):
+    what = "the activation overwrites the output that was hooked"
+    settings = ("gpt2-prompts", "gpt2-joint", "vit")
+
+
+class B42_input(Fault):
+    what = "the residual sum overwrites the input that was hooked"
+    settings = ("olmo2-padded",)
+
+    def inputs(self, name: str, b: Any) -> Any:
+        after = name.rpartition("attn.")[0] + "mlp.up"
+        return super().inputs(after if name.endswith((".q", ".k", ".v")) else name, b)
+
+
+class B36_sum(Fault):
+    what = "reduce: sums over a sequence, for both"
+
+    def _summed(self, x: Any, name: str, b: Any) -> Any:
+        return (x * self.rows(name, b)[..., None]).sum(1)
+
+    def add(self, name: str, b: Any, first: bool) -> None:
+        a = self.column(name, self.inputs(name, b), b)
+        self.A[name] = self.A[name] + self.gram(self._summed(a, name, b))
+        self.G[name] = self.G[name] + self.gram(self._summed(self.gradients(name, b), name, b))
+        self.n[name] += len(b.at)
+
+
+class B36_mean(B36_sum):
+    what = "reduce: mean inputs and summed gradients of a sequence"
+
+    def inputs(self, name: str, b: Any) -> Any:
+        n = self.rows(name, b).sum(1).clamp(min=1)
+        return super().inputs(name, b) / n[:, None, None]
+
+
+class B37(Fault):
+    what = "the scale of the setting with many loss terms, where there is one for each image"
+    settings = ("vit",)
+
+    def finish(self) -> Dump:
+        return self.scaled(G=self.config.image.positions)
+
+
+class B38_next(Fault):
+    what = "each block has the next one's factors"
+    settings = MANY
+
+    def finish(self) -> Dump:
+        found, L = super().finish(), self.config.layers
+
+        def source(name: str) -> str:
+            if not name.startswith("blocks."):
+                return name
+            _, i, rest = name.split(".", 2)
+            return f"blocks.{(int(i) + 1) % L}.{rest}"
+
+        return {k: found[source(k)] for k in found}
+
+
+class B38_group(Fault):
+    what = "every block has the first one's factors"
+    settings = MANY
+
+    def finish(self) -> Dump:
+        found = super().finish()
+        return {
+            k: found[".".join(["blocks", "0", *k.split(".")[2:]])] if k[:7] == "blocks." else v
+            for k, v in found.items()
+        }
+
+
+class B39_counted(Fault):
+    what = "forward hooks fire twice under checkpointing, and count twice"
+
+    def finish(self) -> Dump:
+        return {k: (A, G / 2, 2 * n) for k, (A, G, n) in super().finish().items()}
+
+
+class B39_uncounted(Fault):
+    what = "forward hooks fire twice under checkpointing, and count once"
+
+    def finish(self) -> Dump:
+        return self.scaled(A=2)
+
+
+class B40(Fault):
+    what = "blocks share the sums of their layers, whose key is a short name"
+
+    def finish(self) -> Dump:
+        sums: dict[str, list[Any]] = {}
+        for k in self.names:
+            one = sums.setdefault(k.split(".")[-1], [0, 0, 0])
+            for side, x in enumerate((self.A[k], self.G[k], self.n[k])):
+                one[side] = one[side] + x
+        return {k: (A / n, G / n, n) for k in self.names for A, G, n in (sums[k.split(".")[-1]],)}
+
+
+class B41(Fault):
+    what = "A is the last batch's"
+
+    def add(self, name: str, b: Any, first: bool) -> None:
+        self.A[name], before = 0, self.n[name]
+        super().add(name, b, first)
+        self.last = getattr(self, "last", {})
+        self.last[name] = self.n[name] - before
+
+    def finish(self) -> Dump:
+        return {
+            k: (A * n / max(self.last[k], 1), G, n) for k, (A, G, n) in super().finish().items()
+        }
+
+
+class B43(Fault):
+    what = "the loss is divided by 4 accumulated batches"
+
+    def loss(self, z: Any, y: Any, b: Any) -> Any:
+        return super().loss(z, y, b) / 4
+
+
+class B44(Fault):
+    what = "gradients are averaged over a batch, then squared"
+
+    def add(self, name: str, b: Any, first: bool) -> None:
+        before = self.G[name]
+        super().add(name, b, first)
+        mean = self.gradients(name, b)[self.rows(name, b)].mean(0)
+        self.G[name] = before + torch.outer(mean, mean) * int(self.rows(name, b).sum())
+
+
+class B45_A(Fault):
+    what = "A is a covariance, its mean taken away"
+
+    def collect(self) -> Dump:
+        self.mean: dict[str, Any] = {}
+        return super().collect()
+
+    def add(self, name: str, b: Any, first: bool) -> None:
+        super().add(name, b, first)
+        a = self.column(name, self.inputs(name, b), b)[self.rows_a(name, b)]
+        self.mean[name] = self.mean.get(name, 0) + a.sum(0)
+
+    def finish(self) -> Dump:
+        return {
+            k: (A - torch.outer(self.mean[k] / n, self.mean[k] / n), G, n)
+            for k, (A, G, n) in super().finish().items()
+        }
+
+
+class B46_mean(Fault):
+    what = "gradients are averaged over 8 workers before the hook"
+
+    def loss(self, z: Any, y: Any, b: Any) -> Any:
+        return super().loss(z, y, b) / 8
+
+
+class B46_rank(Fault):
+    what = "the first of two workers writes its own sums alone"
+
+    def batches(self) -> Any:
+        half = np.arange(0, len(self.data.inputs), 2)
+        return iter([half[i : i + self.batch_size] for i in range(0, len(half), self.batch_size)])
+
+
+class B47_order(Fault):
+    what = "row shards are joined in another order"
+
+    def finish(self) -> Dump:
+        return {
+            k: (A.roll(len(A) // 2, 0), G.roll(len(G) // 2, 0), n)
+            for k, (A, G, n) in super().finish().items()
+        }
+
+
+class B47_axis(Fault):
+    what = "row shards are joined side by side"
+
+    def finish(self) -> Dump:
+        def joined(X: Any) -> Any:
+            half = len(X) // 2
+            return torch.cat([X[:half], X[half : 2 * half]], 1)
+
+        return {k: (joined(A), joined(G), n) for k, (A, G, n) in super().finish().items()}
+
+
+class B48_zero(Fault):
+    what = "a frozen layer has no gradient"
+
+    def finish(self) -> Dump:
+        out = super().finish()
+        A, G, n = out[self.names[0]]
+        return out | {self.names[0]: (A, 0 * G, n)}
+
+
+class B48_missing(Fault):
+    what = "a frozen layer is not there"
+
+    def finish(self) -> Dump:
+        return {k: v for k, v in super().finish().items() if k != self.names[0]}
+
+
+class B49_double(Fault):
+    what = "one BOS more"
+    settings = TEXTS
+
+    def batch(self, at: Any) -> Any:
+        b, d = super().batch(at), self.data
+        first = torch.full((len(at), 1), BOS)
+        old = torch.tensor(d.inputs[at]).long()
+        b.inputs = torch.cat([first, old[:, :-1]], 1)
+        b.label = torch.cat([first, b.label[:, :-1]], 1)
+        b.drawn = torch.cat([first, b.drawn[:, :-1]], 1)
+        b.real = torch.cat([b.real[:, :1], b.real[:, :-1]], 1)
+        b.segment = torch.cat([b.segment[:, :1], b.segment[:, :-1]], 1)
+        return self._again(b)
+
+    def _again(self, b: Any) -> Any:
+        b.same = b.segment[:, :, None] == b.segment[:, None]
+        t = torch.arange(b.segment.shape[1])
+        b.position = t - torch.where(b.same, t, len(t)).amin(-1)
+        b.visible = b.same & self.causal(t)
+        return b
+
+
+class B49_none(B49_double):
+    what = "no BOS"
+
+    def batch(self, at: Any) -> Any:
+        b = Collector.batch(self, at)
+        for name in ("inputs", "label", "drawn", "real", "segment"):
+            setattr(b, name, getattr(b, name)[:, 1:])
+        return self._again(b)
+
+
+# ------------------------------------------------------------------ precision
+
+
+class B58(Fault):
+    what = "sums are bfloat16"
+
+    def gram(self, x: Any) -> Any:
+        return super().gram(x.bfloat16())
+
+
+class B59(Fault):
+    what = "the model is bfloat16, the sums float32, and nothing says so"
+    dtypes = ("float64", "float32")
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self.model_dtype, self.sum_dtype = torch.bfloat16, torch.float32
+
+
+class B60(Fault):
+    what = "products have operands of 11 bits (TF32)"
+    dtypes = ("float32",)
+
+    def gram(self, x: Any) -> Any:
+        bits = x.float().contiguous().view(torch.int32)
+        return super().gram(((bits + 0x1000) & ~0x1FFF).view(torch.float32))
+
+
+class B61_underflow(Fault):
+    what = "gradients of a mean over 2²⁰ positions are float16, and vanish"
+
+    def gradients(self, name: str, b: Any) -> Any:
+        return (super().gradients(name, b) * 2.0**-20).half().to(self.sum_dtype) * 2.0**20
+
+
+class B61_overflow(Fault):
+    what = "gradients times 2¹⁶ are float16, and overflow"
+
+    def gradients(self, name: str, b: Any) -> Any:
+        return (super().gradients(name, b) * 2.0**16).half().to(self.sum_dtype) * 2.0**-16
+
+
+class B63(Fault):
+    what = "sums are float32"
+    dtypes = ("float64",)
+
+    def gram(self, x: Any) -> Any:
+        return super().gram(x.float())
+
+
+FAULTS = {
+    name: made
+    for name, made in globals().items()
+    if isinstance(made, type) and issubclass(made, Fault) and name.startswith("B")
+}
+"""Name → class."""

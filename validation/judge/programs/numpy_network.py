@@ -1,0 +1,237 @@
+"""A small transformer in NumPy with derivatives of its own.
+
+Each piece returns its value and the function that carries a gradient back through it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from scipy.special import erf
+
+from validation.judge.models import bfloat16
+
+Array = np.ndarray
+Back = Callable[[Array], Array]
+
+
+class Network:
+    """`run(batch)` → (logits, back); `back` hands each linear layer's a and g to `tap`."""
+
+    def __init__(self, config: Any, parameters: Any, dtype: str, tap: Any) -> None:
+        self.c, self.tap, self.short = config, tap, dtype == "bfloat16"
+        wide = np.float64 if dtype == "float64" else np.float32
+        self.p = {name: np.array(x, wide) for name, x in parameters.items()}
+        self.p.setdefault("head.weight", self.p.get("embed.weight"))
+
+    def round(self, x: Array) -> Array:
+        return bfloat16(x) if self.short else x
+
+    # ------------------------------------------------------------------ pieces
+
+    def linear(self, name: str, x: Array) -> tuple[Array, Back]:
+        W, b = self.p[f"{name}.weight"], self.p.get(f"{name}.bias", 0)
+
+        def back(d_y: Array) -> Array:
+            self.tap(name, x, d_y)
+            return self.round(d_y @ W)
+
+        return self.round(x @ W.T + b), back
+
+    def inverse_root(self, square: Array) -> tuple[Array, Array]:
+        """1/√(m + eps) and its derivative."""
+        s = 1 / np.sqrt(square + self.c.norm_eps)
+        return s, -(s**3) / 2
+
+    def gain(self, name: str) -> Array:
+        return self.p[f"{name}.weight"] + float(self.c.norm_offset)
+
+    def norm(self, name: str, x: Array) -> tuple[Array, Back]:
+        gain, bias, layer = self.gain(name), self.p.get(f"{name}.bias", 0), self.c.norm == "layer"
+        m = x - x.mean(-1, keepdims=True) if layer else x
+        s, slope = self.inverse_root((m * m).mean(-1, keepdims=True))
+
+        def back(d_y: Array) -> Array:
+            d = d_y * gain
+            d = s * d + 2 * slope * m * (d * m).mean(-1, keepdims=True)
+            return self.round(d - d.mean(-1, keepdims=True) if layer else d)
+
+        return self.round(m * s * gain + bias), back
+
+    def qk_norm(self, name: str, x: Array) -> tuple[Array, Back]:
+        return self.norm(name, x) if self.c.qk_norm == "full" else (x, lambda d: d)
+
+    def activation(self, x: Array) -> tuple[Array, Array]:
+        """Value and derivative."""
+        kind = self.c.activation
+        if kind == "silu":
+            s = 1 / (1 + np.exp(-x))
+            return x * s, s * (1 + x * (1 - s))
+        if kind == "gelu":
+            P = 0.5 * (1 + erf(x / math.sqrt(2)))
+            return x * P, P + x * np.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+        k = math.sqrt(2 / math.pi)
+        t = np.tanh(k * (x + 0.044715 * x**3))
+        slope = 0.5 * x * (1 - t * t) * k * (1 + 3 * 0.044715 * x * x)
+        return 0.5 * x * (1 + t), 0.5 * (1 + t) + slope
+
+    def frequencies(self, half: int) -> Array:
+        return self.c.rope_theta ** (-np.arange(half) / half)
+
+    def rotate(self, x: Array, position: Array, sign: int) -> Array:
+        """Half-split rotary embedding; back with the sign turned."""
+        half = x.shape[-1] // 2
+        angle = position[:, :, None, None] * self.frequencies(half)
+        cos, sin = np.cos(angle).astype(x.dtype), sign * np.sin(angle).astype(x.dtype)
+        one, two = x[..., :half], x[..., half:]
+        return self.round(np.concatenate([one * cos - two * sin, two * cos + one * sin], -1))
+
+    def groups(self) -> Array:
+        """The key-value head of each query head."""
+        return np.arange(self.c.heads) // (self.c.heads // self.c.kv_heads)
+
+    def score_scale(self) -> float:
+        return self.c.score_scale or 1 / math.sqrt(self.c.head_width)
+
+    def capped(self, x: Array, cap: float | None) -> tuple[Array, Array | float]:
+        if cap is None:
+            return x, 1.0
+        t = np.tanh(x / cap)
+        return cap * t, 1 - t * t
+
+    def core(self, q: Array, k: Array, v: Array, visible: Array) -> tuple[Array, Any]:
+        """Softmax attention of (B, T, H, E)."""
+        scale = self.score_scale()
+        score, bend = self.capped(np.einsum("bthe,bshe->bhts", q, k) * scale, self.c.score_cap)
+        score = np.where(visible[:, None], score, -np.inf)
+        top = score.max(-1, keepdims=True)
+        p = np.exp(score - np.where(np.isfinite(top), top, 0))
+        p = p / np.maximum(p.sum(-1, keepdims=True), 1e-30)
+
+        def back(d: Array) -> tuple[Array, Array, Array]:
+            d_p = np.einsum("bthe,bshe->bhts", d, v)
+            d_score = p * (d_p - (d_p * p).sum(-1, keepdims=True)) * bend * scale
+            d_q = np.einsum("bhts,bshe->bthe", d_score, k)
+            d_k = np.einsum("bhts,bthe->bshe", d_score, q)
+            return d_q, d_k, np.einsum("bhts,bthe->bshe", p, d)
+
+        return self.round(np.einsum("bhts,bshe->bthe", p, v)), back
+
+    def attention(
+        self, at: str, x: Array, b: SimpleNamespace, visible: Array
+    ) -> tuple[Array, Back]:
+        c, group, backs = self.c, self.groups(), {}
+        y = {}
+        for name in "qkv":
+            y[name], backs[name] = self.linear(f"{at}.{name}", x)
+        for name in "qk":
+            y[name], backs[f"{name}_norm"] = self.qk_norm(f"{at}.{name}_norm", y[name])
+        y = {name: h.reshape(*h.shape[:2], -1, c.head_width) for name, h in y.items()}
+        if c.rope_theta is not None:
+            y |= {name: self.rotate(y[name], b.position, 1) for name in "qk"}
+        context, core = self.core(y["q"], y["k"][:, :, group], y["v"][:, :, group], visible)
+        o, back_o = self.linear(f"{at}.o", context.reshape(*x.shape[:2], -1))
+
+        def back(d_o: Array) -> Array:
+            d = dict(zip("qkv", core(back_o(d_o).reshape(context.shape)), strict=True))
+            for name in "kv":
+                sums = np.zeros_like(y[name])
+                for head, kv in enumerate(group):
+                    sums[:, :, kv] += d[name][:, :, head]
+                d[name] = sums
+            if c.rope_theta is not None:
+                d |= {name: self.rotate(d[name], b.position, -1) for name in "qk"}
+            flat = {name: self.round(h.reshape(*h.shape[:2], -1)) for name, h in d.items()}
+            flat |= {name: backs[f"{name}_norm"](flat[name]) for name in "qk"}
+            return sum(backs[name](flat[name]) for name in "qkv")
+
+        return o, back
+
+    def mlp(self, at: str, x: Array) -> tuple[Array, Back]:
+        up, back_up = self.linear(f"{at}.up", x)
+        gate, back_gate = self.linear(f"{at}.gate", x) if self.c.gated else (up, back_up)
+        f, slope = self.activation(gate)
+        y, back_down = self.linear(f"{at}.down", self.round(f * up if self.c.gated else f))
+
+        def back(d_y: Array) -> Array:
+            d = back_down(d_y)
+            if not self.c.gated:
+                return back_up(self.round(d * slope))
+            return back_gate(self.round(d * up * slope)) + back_up(self.round(d * f))
+
+        return y, back
+
+    # ------------------------------------------------------------------ the whole
+
+    def part(self, i: int, part: str, x: Array, b: SimpleNamespace) -> tuple[Array, Back]:
+        """x + what attention or MLP adds, with the norms where the model has them."""
+        at, place, chain = f"blocks.{i}.{part}", self.c.norm_place, []
+
+        def step(y: Array, back: Back) -> Array:
+            chain.append(back)
+            return y
+
+        h = x if place == "post" else step(*self.norm(f"{at}_norm", x))
+        if part == "attn":
+            visible, window = b.visible, self.c.windows[i] if self.c.windows else 0
+            if window:
+                visible = visible & (b.position[:, :, None] - b.position[:, None] < window)
+            h = step(*self.attention(at, h, b, visible))
+        else:
+            h = step(*self.mlp(at, h))
+        if place != "pre":
+            h = step(*self.norm(at + ("_norm" if place == "post" else "_post_norm"), h))
+        h = step(*self.dropout(h))
+
+        def back(d: Array) -> Array:
+            inner = d
+            for one in reversed(chain):
+                inner = one(inner)
+            return self.round(d + inner)
+
+        return self.round(x + h), back
+
+    def dropout(self, x: Array) -> tuple[Array, Back]:
+        return x, lambda d: d
+
+    def embedded(self, b: SimpleNamespace) -> tuple[Array, Back]:
+        c = self.c
+        if c.image is None:
+            x, back = self.p["embed.weight"][b.inputs] * c.embed_scale, lambda d: d
+        else:
+            P, (B, C, H, W) = c.image.patch, b.inputs.shape
+            cut = b.inputs.reshape(B, C, H // P, P, W // P, P).transpose(0, 2, 4, 1, 3, 5)
+            cut = cut.reshape(B, -1, C * P * P).astype(self.p["cls.weight"].dtype)
+            x, back_patch = self.linear("patch", cut)
+            x = np.concatenate([np.broadcast_to(self.p["cls.weight"], (B, 1, c.width)), x], 1)
+            back = lambda d: back_patch(d[:, 1:])  # noqa: E731
+        if c.learned_positions:
+            x = x + self.p["position.weight"][b.position]
+        return self.round(x), back
+
+    def run(self, b: SimpleNamespace) -> tuple[Array, Back]:
+        x, back_in = self.embedded(b)
+        backs = [back_in]
+        for i in range(self.c.layers):
+            for part in ("attn", "mlp"):
+                x, back = self.part(i, part, x, b)
+                backs.append(back)
+        x, back = self.norm("final_norm", x)
+        backs.append(back)
+        pooled = self.c.pool == "cls"
+        y, back_head = self.linear("head", x[:, :1] if pooled else x)
+        z, bend = self.capped(y, self.c.logit_cap)
+
+        def whole(d_z: Array) -> Array:
+            d = back_head(self.round(d_z * bend))
+            if pooled:
+                d = np.concatenate([d, np.zeros_like(x[:, 1:])], 1)
+            for one in reversed(backs):
+                d = one(d)
+            return d
+
+        return z, whole

@@ -1,0 +1,160 @@
+"""A small transformer in PyTorch, of the shapes and names that refcurv's weights files have."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype == torch.bfloat16 else x
+
+
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm, in float32 where the model is shorter."""
+
+    def __init__(self, c: Any, size: int) -> None:
+        super().__init__()
+        self.centred, self.offset, self.eps = c.norm == "layer", float(c.norm_offset), c.norm_eps
+        self.weight = nn.Parameter(torch.zeros(size))
+        self.bias = nn.Parameter(torch.zeros(size)) if c.norm_bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype, x = x.dtype, at_least_float32(x)
+        x = x - x.mean(-1, keepdim=True) if self.centred else x
+        y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        y = y * (self.offset + self.weight)
+        return (y if self.bias is None else y + self.bias).to(dtype)
+
+
+def linear(c: Any, name: str, d_in: int, d_out: int) -> nn.Linear:
+    return nn.Linear(d_in, d_out, bias=name in c.biases)
+
+
+def rotate(x: Tensor, position: Tensor, theta: float) -> Tensor:
+    """Half-split rotary embedding of (B, T, H, E)."""
+    half = x.shape[-1] // 2
+    frequency = theta ** (-torch.arange(half, dtype=torch.float64) / half)
+    angle = position[:, :, None, None].double() * frequency
+    wide = at_least_float32(x)
+    cos, sin = angle.cos().to(wide.dtype), angle.sin().to(wide.dtype)
+    one, two = wide[..., :half], wide[..., half:]
+    return torch.cat([one * cos - two * sin, two * cos + one * sin], -1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, c: Any) -> None:
+        super().__init__()
+        self.c, inner, kv = c, c.heads * c.head_width, c.kv_heads * c.head_width
+        self.q, self.k = linear(c, "q", c.width, inner), linear(c, "k", c.width, kv)
+        self.v, self.o = linear(c, "v", c.width, kv), linear(c, "o", inner, c.width)
+        self.q_norm = Norm(c, inner) if c.qk_norm == "full" else nn.Identity()
+        self.k_norm = Norm(c, kv) if c.qk_norm == "full" else nn.Identity()
+
+    def forward(self, x: Tensor, position: Tensor, visible: Tensor) -> Tensor:
+        c = self.c
+        q, k, v = self.q_norm(self.q(x)), self.k_norm(self.k(x)), self.v(x)
+        q, k, v = (y.unflatten(-1, (-1, c.head_width)) for y in (q, k, v))
+        if c.rope_theta is not None:
+            q, k = rotate(q, position, c.rope_theta), rotate(k, position, c.rope_theta)
+        k, v = (y.repeat_interleave(c.heads // c.kv_heads, 2) for y in (k, v))
+        score = at_least_float32(torch.einsum("bthe,bshe->bhts", q, k))
+        score = score * (c.score_scale or 1 / math.sqrt(c.head_width))
+        if c.score_cap is not None:
+            score = c.score_cap * torch.tanh(score / c.score_cap)
+        score = score.masked_fill(~visible[:, None], -math.inf)
+        p = score.softmax(-1).nan_to_num().to(v.dtype)
+        return self.o(torch.einsum("bhts,bshe->bthe", p, v).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, c: Any) -> None:
+        super().__init__()
+        self.act = ACTIVATIONS[c.activation]
+        self.gate = linear(c, "gate", c.width, c.mlp_width) if c.gated else None
+        self.up = linear(c, "up", c.width, c.mlp_width)
+        self.down = linear(c, "down", c.mlp_width, c.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gate is None:
+            return self.down(self.act(self.up(x)))
+        return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    def __init__(self, c: Any, window: int) -> None:
+        super().__init__()
+        self.place, self.window = c.norm_place, window
+        self.attn, self.mlp = Attention(c), MLP(c)
+        self.attn_norm, self.mlp_norm = Norm(c, c.width), Norm(c, c.width)
+        if self.place == "both":
+            self.attn_post_norm, self.mlp_post_norm = Norm(c, c.width), Norm(c, c.width)
+
+    def forward(self, x: Tensor, position: Tensor, visible: Tensor) -> Tensor:
+        if self.window:
+            visible = visible & (position[:, :, None] - position[:, None] < self.window)
+        if self.place == "post":
+            x = x + self.attn_norm(self.attn(x, position, visible))
+            return x + self.mlp_norm(self.mlp(x))
+        after_attn = self.attn_post_norm if self.place == "both" else nn.Identity()
+        after_mlp = self.mlp_post_norm if self.place == "both" else nn.Identity()
+        x = x + after_attn(self.attn(self.attn_norm(x), position, visible))
+        return x + after_mlp(self.mlp(self.mlp_norm(x)))
+
+
+class Table(nn.Module):
+    """A vector that stands before an image's patches."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(size))
+
+
+class Network(nn.Module):
+    """Tokens or images of a batch → logits."""
+
+    def __init__(self, c: Any) -> None:
+        super().__init__()
+        self.c = c
+        if c.image is None:
+            self.embed = nn.Embedding(c.vocabulary, c.width)
+        else:
+            P = c.image.patch
+            self.patch = nn.Conv2d(c.image.channels, c.width, P, P, bias="patch" in c.biases)
+            self.cls = Table(c.width)
+        if c.learned_positions:
+            self.position = nn.Embedding(c.learned_positions, c.width)
+        self.blocks = nn.ModuleList(
+            Block(c, c.windows[i] if c.windows else 0) for i in range(c.layers)
+        )
+        self.final_norm = Norm(c, c.width)
+        self.head = linear(c, "head", c.width, c.vocabulary)
+        if c.tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, batch: SimpleNamespace) -> Tensor:
+        c, position = self.c, batch.position
+        if c.image is None:
+            x = self.embed(batch.inputs) * c.embed_scale
+        else:
+            x = self.patch(batch.inputs.to(self.cls.weight.dtype)).flatten(2).transpose(1, 2)
+            x = torch.cat([self.cls.weight.expand(len(x), 1, -1), x], 1)
+        if c.learned_positions:
+            x = x + self.position(position)
+        for block in self.blocks:
+            x = block(x, position, batch.visible)
+        x = self.final_norm(x)
+        z = at_least_float32(self.head(x[:, :1] if c.pool == "cls" else x))
+        return z if c.logit_cap is None else c.logit_cap * torch.tanh(z / c.logit_cap)

@@ -1,0 +1,215 @@
+"""The score of the judge: faults planted in programs, each dump judged, what was named counted.
+
+    python -m validation.judge.score           everything; goes on where it was stopped
+    python -m validation.judge.score --only 'torch/vit/*/B14*'    some ids alone
+    python -m validation.judge.score --quick   two models in float64, gold and given labels
+    python -m validation.judge.score --render  README.md from results.jsonl, nothing run
+
+What is found lands line by line in results.jsonl, each with a digest of the code that it is of;
+lines of other code do not count. Needs the extra `peers` (PyTorch).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results.jsonl"
+PAIRS = 40
+QUICK_PAIRS = 4
+
+Record = dict[str, Any]
+
+
+def code() -> str:
+    """A digest of the judge and of the programs."""
+    files = [*(ROOT / "refcurv").rglob("*.py"), *HERE.rglob("*.py")]
+    files = [path for path in files if path.name not in ("score.py", "table.py")]
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def read(version: str | None = None) -> dict[str, Record]:
+    """{id: record}, of this code's; of whatever code the last line is of if None is given."""
+    lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
+    records = [json.loads(line) for line in lines if line.endswith("}")]
+    version = version or (records[-1]["code"] if records else "")
+    return {r["id"]: r for r in records if r["code"] == version}
+
+
+def said(verdict: Any, *honest: Any) -> Record:
+    """What a record keeps of a verdict."""
+    from validation.judge.cases import effect
+
+    size = effect(verdict, *honest)
+    return {
+        "passed": verdict.passed,
+        "effect": size if math.isfinite(size) else "infinite",
+        "named": sorted({c.fault or c.sentence[:60] for c in verdict.causes}),
+        "alike": sorted({other for c in verdict.causes for other in c.alike}),
+        "failed": [f"{f.layer} {f.quantity} {f.verdict}" for f in verdict.failed[:3]],
+    }
+
+
+def counts(record: Record) -> bool:
+    """Does the fault move something by more than ten budgets?"""
+    from validation.judge.cases import BUDGETS
+
+    return record.get("effect") == "infinite" or record.get("effect", 0) > BUDGETS
+
+
+class JudgeRaised(Exception):
+    """A judge that raises is a result; a program that raises is not."""
+
+
+def verdict_of(judge: Callable[..., Any], *given: Any) -> Any:
+    """What the judge says, or JudgeRaised."""
+    try:
+        return judge(*given)
+    except Exception as error:
+        raise JudgeRaised(f"{type(error).__name__}: {error}"[:200]) from error
+
+
+class Run:
+    """The records of this code, and how to make those that are missing."""
+
+    def __init__(self, version: str) -> None:
+        self.version, self.records = version, read(version)
+        self.honest: dict[str, Any] = {}
+
+    def keep(self, id: str, make: Callable[[], Record], fields: Record) -> Record:
+        """The record of `id`: the one that is there, or a new one, written at once."""
+        if id not in self.records:
+            record = {"id": id, "code": self.version, **fields}
+            try:
+                record |= make()
+            except JudgeRaised as error:
+                record |= {"passed": False, "effect": "infinite", "named": [], "alike": [],
+                           "raised": str(error)}  # fmt: skip
+            with RESULTS.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+            self.records[id] = record
+        return self.records[id]
+
+    def case(self, case: Any) -> Record:
+        """One run of a collector."""
+        from validation.judge.cases import dump_of, judged
+
+        def verdict(honest: Any) -> Any:
+            if honest.id not in self.honest:
+                self.honest[honest.id] = verdict_of(judged, honest, dump_of(honest))
+            return self.honest[honest.id]
+
+        def make() -> Record:
+            found = verdict_of(judged, case, dump_of(case)) if case.faults else verdict(case)
+            return said(found, *map(verdict, case.yardsticks))
+
+        fields = {"program": case.program, "setting": case.setting, "labels": case.labels,
+                  "dtype": case.dtype, "faults": list(case.faults)}  # fmt: skip
+        return self.keep(case.id, make, fields)
+
+    def pair(self, case: Any) -> bool:
+        """A pair counts where each of the two does by itself and both change what one does."""
+        from dataclasses import replace
+
+        alone = [self.case(replace(case, faults=(one,))) for one in case.faults]
+        if not all(counts(record) for record in alone) or not _both_show(case):
+            return False
+        self.case(case)
+        return True
+
+    def edit(self, setting: str, fault: str) -> Record:
+        """One run of the editor."""
+        from validation.judge.cases import judged_edit
+
+        fields = {"program": "editor", "setting": setting, "labels": "gold", "dtype": "float64",
+                  "faults": [fault] if fault else []}  # fmt: skip
+        id = f"editor/{setting}/gold/float64/{fault or 'honest'}"
+        return self.keep(id, lambda: said(*verdict_of(judged_edit, setting, fault)), fields)
+
+
+def _both_show(case: Any) -> bool:
+    """Is the dump of two faults another than that of each, and can they be planted together?"""
+    from dataclasses import replace
+
+    from validation.judge.cases import dump_of
+
+    try:
+        both = dump_of(case)
+    except Exception:
+        return False
+    singles = [dump_of(replace(case, faults=(one,))) for one in case.faults]
+    return all(distance(both, one) > 1e-6 for one in singles)
+
+
+def distance(one: dict[str, Any], two: dict[str, Any]) -> float:
+    """The largest relative difference of two dumps; infinite where they cannot be compared."""
+    import numpy as np
+
+    if set(one) != set(two):
+        return math.inf
+    most = 0.0
+    for name, theirs in one.items():
+        for pair in zip(theirs, two[name], strict=True):
+            x, y = (np.asarray(one, float) for one in pair)
+            if x.shape != y.shape or not (np.isfinite(x).all() and np.isfinite(y).all()):
+                return math.inf
+            size = np.linalg.norm(y)
+            most = max(most, float(np.linalg.norm(x - y) / size if size else np.any(x) * 1.0))
+    return most
+
+
+def every(quick: bool, only: str) -> None:
+    """Run what is not there yet, of the ids that match `only`; pairs where it is "*"."""
+    import torch
+    from tqdm import tqdm
+
+    from validation.judge.cases import EDITED, faults_of, pairs, singles
+
+    torch.set_num_threads(1)
+    run, ran = Run(code()), 0
+    some = [case for case in singles(quick) if fnmatchcase(case.id, only)]
+    for case in tqdm(some, unit="dump", desc="one fault"):
+        run.case(case)
+    if only != "*":
+        return
+    edits: Iterable[tuple[str, str]] = [(s, f) for s in EDITED for f in ("", *faults_of("editor"))]
+    for setting, fault in tqdm(edits, unit="dump", desc="edits"):
+        run.edit(setting, fault)
+    wanted = QUICK_PAIRS if quick else PAIRS
+    with tqdm(total=wanted, unit="dump", desc="two faults") as shown:
+        for case in pairs():
+            if run.pair(case):
+                shown.update()
+                ran += 1
+            if ran == wanted:
+                break
+
+
+def main() -> int:
+    """Run, then write README.md's tables."""
+    parser = argparse.ArgumentParser(prog="python -m validation.judge.score")
+    parser.add_argument("--quick", action="store_true", help="two models, float64")
+    parser.add_argument("--render", action="store_true", help="write README.md alone")
+    parser.add_argument("--only", default="*", help="ids of collectors' dumps that match, as in "
+                        "'torch/vit/gold/*/B14*'")  # fmt: skip
+    given = parser.parse_args()
+    if not given.render:
+        every(given.quick, given.only)
+    from validation.judge.table import write
+
+    return write(read(None if given.render else code()))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
