@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -453,6 +454,7 @@ def test_sums_without_a_count_are_left_out(tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------ bergson
 
+REAL = Path(__file__).parent / "data/foreign"
 B_UP, TOTAL = "layers.0.mlp.up_proj", 36
 
 
@@ -465,15 +467,16 @@ def in_shards(folder: Path, X: np.ndarray, ranks: int, whole: bool = False) -> N
         write_tensors(file, {B_UP: np.ascontiguousarray(X if whole else rows, "f4")})
 
 
-def bergson(folder: Path, ranks: int) -> None:
+def bergson(folder: Path, ranks: int, documents: int = 1) -> None:
+    """`documents` 1 is the older layout too."""
     folder.mkdir()
     for side, X in (("activation", A_SUM), ("gradient", G_SUM)):
         values, U = np.linalg.eigh(X.astype("f4").astype(float) / TOTAL)
         in_shards(folder / f"{side}_sharded", X, ranks)
         in_shards(folder / f"eigen_{side}_sharded", U, ranks)
         eigenvalues, whole = folder / f"factor_eig_{side[0]}", side == "activation"
-        in_shards(eigenvalues, values * TOTAL**0.5, ranks, whole)
-    in_shards(folder / "eigenvalue_correction_sharded", L_SUM, ranks)
+        in_shards(eigenvalues, values * (TOTAL / documents) ** 0.5, ranks, whole)
+    in_shards(folder / "eigenvalue_correction_sharded", L_SUM / documents, ranks)
     (folder / "config.yaml").write_text(
         "steps:\n- hessian:\n    method: kfac\n    use_dataset_labels: true\n"
         "    include_bias: false\n"
@@ -484,9 +487,9 @@ def bergson(folder: Path, ranks: int) -> None:
         file.writestr("total_processed/data/0", struct.pack("<q", TOTAL))
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_bergson(ranks: int, tmp_path: Path) -> None:
-    bergson(tmp_path / "b", ranks)
+@pytest.mark.parametrize(("ranks", "documents"), [(1, 1), (2, 1), (3, 4), (4, 9)])
+def test_bergson(ranks: int, documents: int, tmp_path: Path) -> None:
+    bergson(tmp_path / "b", ranks, documents)
     dump = read_dump(tmp_path / "b")
     one = dump.layers[B_UP]
     assert dump.program == "bergson" and dump.problems == () and not dump.scale_free
@@ -496,7 +499,9 @@ def test_bergson(ranks: int, tmp_path: Path) -> None:
     for X, U, values in ((one.A, one.U_A, one.mu), (one.G, one.U_G, one.lam)):
         assert (np.diff(values) <= 0).all(), "ours descend"
         assert np.abs(X @ U - U * values).max() < 1e-5 * values[0]
-    assert np.array_equal(one.Lambda, L_SUM[::-1, ::-1] / TOTAL)
+    assert np.allclose(one.Lambda, L_SUM[::-1, ::-1] / TOTAL, rtol=1e-6, atol=0)
+    said = "documents: 1, or an older layout" if documents == 1 else f"documents: {documents};"
+    assert said in dump.recipe[-1] and "inferred" in dump.recipe[-1]
     assert dump.shapes[B_UP] == (6, 4) and dump.arithmetic.sums == "float32"
     assert dump.declared["fisher"] == "empirical" and dump.declared["bias"] == "separate"
 
@@ -534,6 +539,34 @@ def test_without_the_total_the_scale_is_unknown(tmp_path: Path) -> None:
         assert dump.scale_free == {"A", "G"} and "total_processed.pt" in dump.problems[0]
         one = dump.layers[B_UP]
         assert one.n_A is None and one.mu is None and np.array_equal(one.A, A_SUM.astype("f4"))
+
+
+def test_without_eigenvalues_documents_are_unknown(tmp_path: Path) -> None:
+    bergson(tmp_path / "b", 1, 4)
+    in_shards(tmp_path / "b" / "factor_eig_g", np.full(6, 1e6), 1)  # of another matrix
+    assert "tr A" in read_dump(tmp_path / "b").recipe[-1], "the smaller matrix tells"
+    in_shards(tmp_path / "b" / "factor_eig_a", np.full(4, 1e6), 1, True)
+    dump = read_dump(tmp_path / "b")
+    assert "are not those of A" in dump.problems[0] and dump.declared["Lambda_over"] == "unknown"
+    for side in "ag":
+        shutil.rmtree(tmp_path / "b" / f"factor_eig_{side}")
+    dump = read_dump(tmp_path / "b")
+    assert dump.problems == () and "no file tells" in dump.recipe[-1]
+    assert dump.declared["Lambda_over"] == "unknown"
+
+
+@pytest.mark.parametrize("program", ["bergson", "kronfluence", "official"])
+def test_real_files_are_read_in_one_scale(program: str) -> None:
+    """Eigenvalues are those of A and G, and Λ has their size (it is K where they factor)."""
+    dump = read_dump(REAL / program)
+    assert dump.problems == ()
+    if program == "bergson":
+        assert dump.recipe[-1].startswith("documents: 6; inferred")
+    for one in dump.layers.values():
+        for X, U, values in ((one.A, one.U_A, one.mu), (one.G, one.U_G, one.lam)):
+            assert (U is None) == (program == "official")
+            if U is not None:
+                assert np.abs(X @ U - U * values).max() < 1e-5 * values[0]
 
 
 def test_other_methods_of_bergson_are_no_k_fac(tmp_path: Path) -> None:

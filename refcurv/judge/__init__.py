@@ -9,6 +9,8 @@ Another program:
     dump, case, verdict     what theirs holds; beside what it is judged; what is said of it
     arithmetic  budgets from their dtypes
     compare     A and G; bases and edits: eigenvectors, masks, edited weights
+    corrections EK-FAC's Λ, in their eigenvectors; segments: of which sums it may be made
+    biases      layers whose dump joins weight and bias
     diagnose    which known fault explains it: hypotheses of form, scale and precision (faults has
                 their names), and A and G recomputed under other settings (variants/)
     trace, divergence       every tensor of a pass, and the first in which theirs differs

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Mapping, Set
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
+
+import numpy as np
 
 from refcurv.curvature.bases import Bases
 from refcurv.curvature.factors import Factor, Factors
 from refcurv.judge.arithmetic import Arithmetic, moment_budget
 from refcurv.judge.dump import Dump, Theirs
-from refcurv.law.checks import Array
 from refcurv.law.tolerance import eps
 from refcurv.model.corpus import Corpus
 from refcurv.model.weights import Model
@@ -33,6 +34,7 @@ class Case:
         bases: of the reference, where a basis is given.
         noise: our layer → what one draw of labels for all rows varies by, where the reference does
             not tell: standard deviations of G over |G|, and of tr G over tr G.
+        joint: layers of ours that are judged with their bias as last column (BIAS).
         known: what `once` found out.
     """
 
@@ -44,6 +46,7 @@ class Case:
     corpus: Corpus | None = None
     bases: Bases | None = None
     noise: Mapping[str, tuple[float, float]] | None = None
+    joint: Set[str] = frozenset()
     known: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def once(self, key: Hashable, make: Callable[[], Value]) -> Value:
@@ -58,13 +61,13 @@ class Case:
         return self.dump.layers[self.matched[layer]]
 
     def ours(self, layer: str) -> Factor:
-        """The reference's factor of a layer."""
-        return self.reference[layer]
-
-    def true_A(self, layer: str) -> Array:
-        """A of the reference, or that of [a; 1] where theirs is declared to be joint (BIAS)."""
-        one = self.ours(layer)
-        return one.A_joint if self.dump.declared.get("bias") == "joint" else one.A
+        """The reference's factor of a layer; A is A_joint where it is judged with its bias."""
+        one = self.reference[layer]
+        if layer not in self.joint or one.sum_a is None:
+            return one
+        column = one.sum_a[:, None]
+        sum_A = np.block([[one.sum_A, column], [column.T, np.full((1, 1), float(one.n_A))]])
+        return replace(one, sum_A=sum_A, sum_a=None)
 
     def budget(self, layer: str, dtype: str) -> float:
         """How far A or G of `layer` may lie from the truth; undeclared parts count as `dtype`.

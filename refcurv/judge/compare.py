@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -75,7 +75,7 @@ def compare_moments(bounds: Bounds, theirs: Theirs) -> tuple[list[Comparison], d
     out: list[Comparison] = []
     found: dict[str, Measured] = {}
     for side, given, n_theirs, own, n_ours in (
-        ("A", theirs.A, theirs.n_A, case.true_A(layer), ours.n_A),
+        ("A", theirs.A, theirs.n_A, ours.A, ours.n_A),
         ("G", theirs.G, theirs.n_G, ours.G, ours.n_G),
     ):
         true = np.diag(own) if own.ndim == 1 else own  # of a table
@@ -93,6 +93,8 @@ def compare_moments(bounds: Bounds, theirs: Theirs) -> tuple[list[Comparison], d
         form = f"{side} has another form: no factor makes it ours"
         out.append(bounds.judged(f"{side}/tr {side}", one.form, form, drawing=drawn[side]))
         out.append(_rows(case, layer, side, n_theirs))
+        if side == "A" and layer in case.joint:
+            out.append(_corner(bounds, X, true))
     return out + _scales(bounds, found), found
 
 
@@ -121,6 +123,22 @@ def _skew(X: Array, tile: int = 512) -> float:
     pairs = ((slice(i, i + tile), slice(j, j + tile)) for i in at for j in at if i <= j)
     each = [(p == q, float(norm(X[p, q] - X[q, p].T))) for p, q in pairs]
     return math.hypot(*(x for same, x in each for _ in range(1 if same else 2)))
+
+
+def _corner(bounds: Bounds, X: Array, true: Array) -> Comparison:
+    """The last entry of a joint A is the mean of 1², once a factor of all of A is taken out.
+
+    It is left out where other entries differ too: then it may not be that mean at all.
+    """
+    scale = float(np.trace(X[:-1, :-1])) / (float(np.trace(true[:-1, :-1])) or math.nan)
+    value = float(X[-1, -1]) / scale if scale > 0 else math.nan
+    rest = true[:-1]
+    off = float(norm(X[:-1] / (scale or math.nan) - rest)) / (float(norm(rest)) or math.nan)
+    if not off <= bounds.case.budget(bounds.layer, "bfloat16"):
+        return said(bounds.layer, "corner of A", LEFT_OUT, "other entries of A differ too")
+    cause = f"the corner of A is {value:.6g} where it should be 1"
+    found = bounds.judged("corner of A", abs(value - 1), cause, times=2)
+    return replace(found, fault="B30") if found.verdict == FAIL else found
 
 
 def _rows(case: Case, layer: str, side: str, theirs: float | None) -> Comparison:

@@ -49,7 +49,8 @@ class Dump:
         recipe: what was done to bring theirs to our units, a sentence for each step.
         scale_free: the sides, of "A" and "G", whose scale the format does not record.
         declared: what the dump says of how it was made: "fisher", "rows", "bias", "reduction", ...
-            in the words of the law where there are any.
+            in the words of the law where there are any; "Lambda", per "token" or "sequence", and
+            "Lambda_over", what it was divided by: "rows", "sequences" or "unknown".
         arithmetic: the dtypes that the dump declares.
         problems: what is wrong with the dump as a whole, a sentence for each.
         shapes: for these names, (O, I) as far as it is known without reading; None where it is not.

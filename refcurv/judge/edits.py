@@ -301,9 +301,10 @@ class _Noise:
 def basis_of(bounds: Bounds) -> Eigenbasis:
     """Our basis of the layer: the given one, or that of the reference's factors."""
     case, layer = bounds.case, bounds.layer
-    if case.bases is not None and layer in case.bases:
-        return case.bases[layer]
     one, truth = case.ours(layer), case.reference
+    given = None if case.bases is None else case.bases.get(layer)
+    if given is not None and len(given.mu) == len(one.sum_A):
+        return given
     facts = (truth.shard_rows, truth.dtype)
     U_A, mu, _ = eigenbasis(one.A, *facts, f"A of {layer!r}")
     U_G, lam, _ = eigenbasis(one.G, *facts, f"G of {layer!r}")

@@ -21,7 +21,7 @@ from refcurv.law.checks import Array
 class Seen:
     """One side of one layer. T is theirs and X ours, means over rows; n_T and n_X their rows.
 
-    `mean` is Σ a / n of ours, where it is known.
+    `mean` is Σ a / n of ours, where it is known. joint: the last row and column are of the bias.
     """
 
     layer: str
@@ -31,6 +31,7 @@ class Seen:
     n_T: float | None
     n_X: int
     mean: Array | None = None
+    joint: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,15 +75,14 @@ def see(case: Case, layer: str) -> dict[str, Seen]:
     """Both sides of a layer, whatever their shape; without what a dump has not."""
     theirs, ours = case.theirs(layer), case.ours(layer)
     out = {}
-    A = case.true_A(layer)
-    alone = ours.sum_a is not None and len(A) == len(ours.sum_a)
-    mean = ours.sum_a / ours.n_A if ours.sum_a is not None and alone else None
+    mean = None if ours.sum_a is None else ours.sum_a / ours.n_A
     for side, T, X, n_T, n_X, m in (
-        ("A", theirs.A, A, theirs.n_A, ours.n_A, mean),
+        ("A", theirs.A, ours.A, theirs.n_A, ours.n_A, mean),
         ("G", theirs.G, ours.G, theirs.n_G, ours.n_G, None),
     ):
         if T is not None:
-            out[side] = Seen(layer, side, _full(T), _full(X), n_T, n_X, m)
+            joint = side == "A" and layer in case.joint
+            out[side] = Seen(layer, side, _full(T), _full(X), n_T, n_X, m, joint)
     return out
 
 
@@ -136,6 +136,8 @@ def tries(
         "B47": partial(_permuted, heads=heads),
         "": _triangle,
     }
+    if seen.joint:
+        families = {"B31": _of_ones, **families}
     for fault, family in (families if fits else {"B31": _biased}).items():
         alike = {"B47": ("B51",), "B31": ("B30",)}.get(fault, ())
         if wanted is None or any(id in wanted for id in (fault, *alike)):
@@ -262,6 +264,19 @@ def _biased(seen: Seen) -> Iterator[Try]:
         if r > 0 and abs(corner / r - 1) > CORNER:
             fault, note = "B30", f"{note}, and its corner is {corner / r:.6g} instead of 1"
         yield Try((fault,), note, X, T=inner)
+
+
+def _of_ones(seen: Seen) -> Iterator[Try]:
+    """Of a joint A: the bias first instead of last, or another corner than 1."""
+    T, X = seen.T, seen.X
+    order = np.roll(np.arange(len(X)), 1)
+    yield Try(("B31",), "the column of ones is the first", X[np.ix_(order, order)])
+    r = fitted(T[:-1, :-1], X[:-1, :-1])[1]
+    corner = float(T[-1, -1]) / r if r > 0 else 1.0
+    if abs(corner - 1) > CORNER:
+        Y = X.copy()
+        Y[-1, -1] = corner
+        yield Try(("B30",), f"the corner of A is {corner:.6g} instead of 1", Y)
 
 
 CORNER = 0.005

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,19 @@ from numpy.typing import ArrayLike
 from refcurv.algebra.blas import one_blas_thread
 from refcurv.curvature.bases import Bases
 from refcurv.curvature.bases_file import load_bases
+from refcurv.curvature.eigenbasis import Eigenbasis
 from refcurv.curvature.factors import Factors, collect
 from refcurv.curvature.factors_file import load_factors, shapes_of
 from refcurv.files.lazy import Recent
 from refcurv.judge.arithmetic import ROUNDOFF, parse
 from refcurv.judge.bases import compare_bases
+from refcurv.judge.biases import with_biases
 from refcurv.judge.case import ROOM, Case
 from refcurv.judge.compare import Bounds, Measured, compare_moments, drawing, one_draw, said
+from refcurv.judge.corrections import Truths, causes, compare_corrections
 from refcurv.judge.diagnose import diagnose
 from refcurv.judge.divergence import with_labels
+from refcurv.judge.dump import Theirs as Held
 from refcurv.judge.edits import basis_of, compare_mask, compare_weight
 from refcurv.judge.foreign import match, read_arrays, read_dump
 from refcurv.judge.foreign.loss import of_summed_loss
@@ -33,6 +37,7 @@ from refcurv.judge.search import spread
 from refcurv.judge.variants.collecting import held
 from refcurv.judge.verdict import FAIL, LEFT_OUT, MISSING, Comparison, Verdict
 from refcurv.law.checks import (
+    Array,
     ConventionError,
     EmptyError,
     SchemaError,
@@ -123,25 +128,26 @@ def validate(
         )
     bases = load_bases(basis) if isinstance(basis, str | Path) else basis
     case = Case(dump, truth, matched, given, model, corpus, bases)
-    case = replace(case, noise=_noise(case))
+    case, biases = with_biases(replace(case, noise=_noise(case)))
     findings = [said("", "dump", FAIL, text) for text in dump.problems]
-    findings += [*notes, *_absent(case, wanted, {note.layer for note in notes})]
+    findings += [*notes, *_absent(case, wanted, {note.layer for note in notes}), *biases]
+    truths = Truths(case)
     measured: dict[str, dict[str, Measured]] = {}
     done = counter(progress, 2 * len(matched))
     with one_blas_thread():
         for layer in matched:
-            found, measured[layer] = _layer(case, layer)
+            found, measured[layer] = _layer(case, layer, truths)
             findings += found
             done()
-        causes, excluded, findings = diagnose(case, findings, measured, done)
+        known, excluded, findings = diagnose(case, findings, measured, done)
         shown = _shown(case, findings, pictures)
     progress(2 * len(matched), 2 * len(matched))
     return Verdict(
         tuple(findings),
-        causes,
+        (*known, *causes(case, findings)),
         excluded,
         dump.program,
-        dump.recipe,
+        case.dump.recipe,
         dict(matched),
         arithmetic=given.text,
         accepted=tuple(accept),
@@ -156,28 +162,50 @@ def _shown(case: Case, findings: Sequence[Comparison], count: int) -> list[Pictu
     return [one for layer in order for one in draw(case, layer)]
 
 
-def _layer(case: Case, layer: str) -> tuple[list[Comparison], dict[str, Measured]]:
+def _layer(case: Case, layer: str, truths: Truths) -> tuple[list[Comparison], dict[str, Measured]]:
     """Everything that the dump holds of one layer."""
     theirs = case.theirs(layer)
     bounds = Bounds(case, layer, drawing(case, layer, theirs.n_G))
     findings, measured = compare_moments(bounds, theirs)
+    findings += compare_corrections(bounds, theirs, measured, truths)
     if theirs.U_A is None and theirs.U_G is None and theirs.mask is None and theirs.W is None:
         return findings, measured
+    if case.ours(layer).sum_A.ndim == 1:
+        text = "A of a table is diagonal, and has no basis here"
+        return [*findings, said(layer, "basis of A", LEFT_OUT, text)], measured
     own = basis_of(bounds)
-    findings += compare_bases(bounds, theirs, own)
-    W = None
+    findings += [*compare_bases(bounds, theirs, own), *_edit(bounds, theirs, own)]
+    return findings, measured
+
+
+def _edit(bounds: Bounds, theirs: Held, own: Eigenbasis) -> Iterator[Comparison]:
+    """Their mask and their edited weight; [W b] of a layer that is judged with its bias."""
+    case, layer, W = bounds.case, bounds.layer, None
+    joint = layer in case.joint
     if case.model is not None:
-        W = np.asarray(case.model.parameters[case.model.config.weight_of(layer)], np.float64)
+        W = _weight(case.model, layer, joint)
     if theirs.mask is not None:
-        findings.append(compare_mask(bounds, theirs, own, W))
-    if theirs.W is not None and W is None:
+        yield compare_mask(bounds, theirs, own, W)
+    if theirs.W is None:
+        return
+    if W is None:
         text = "give --model: an edited weight is judged beside the one before the edit"
-        findings.append(said(layer, "W", LEFT_OUT, text))
-    elif theirs.W is not None and W is not None:
+        yield said(layer, "W", LEFT_OUT, text)
+    elif joint and theirs.W.shape == (len(W), W.shape[1] - 1):
+        text = "A is joint, and W has no column for the bias: give [W b]"
+        yield said(layer, "W", LEFT_OUT, text)
+    else:
         declared = case.dump.declared.get("rho")
         rho = None if declared is None else require_range("validate", "rho", float(declared), 0, 1)
-        findings.append(compare_weight(bounds, theirs.W, own, W, rho))
-    return findings, measured
+        yield compare_weight(bounds, theirs.W, own, W, rho)
+
+
+def _weight(model: Model, layer: str, joint: bool) -> Array:
+    """W before any edit; [W b] of a layer that is judged with its bias."""
+    W = np.asarray(model.parameters[model.config.weight_of(layer)], np.float64)
+    if not joint:
+        return W
+    return np.column_stack([W, np.asarray(model.parameters[f"{layer}.bias"], np.float64)])
 
 
 def _reference(

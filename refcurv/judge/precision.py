@@ -70,10 +70,11 @@ def short_sums(case: Case, layer: str, side: str) -> bool:
     if seen is None or case.arithmetic.stored in ("bfloat16", "float16"):
         return False
     sums = [seen.T] + ([] if seen.n_T is None else [seen.T * seen.n_T])
-    return any(_short(np.asarray(X)) for X in sums)
+    return any(short(np.asarray(X)) for X in sums)
 
 
-def _short(X: Array) -> bool:
+def short(X: Array) -> bool:
+    """Has every entry 8 significant bits?"""
     entries = X[X != 0]
     if entries.size < 3 or not np.isfinite(entries).all():
         return False

@@ -26,7 +26,8 @@ class Comparison:
     Fields:
         layer: our name; "" for the dump as a whole.
         quantity: "A/tr A", "G/tr G", "tr A · tr G", "A", "G", "n_A", "n_G", "symmetry of A",
-            "basis of A", "orthogonality of U_A", "Lambda", "mask", "W", "names", ...
+            "corner of A", "basis of A", "orthogonality of U_A", "form of Lambda", "Lambda", "mask",
+            "W", "names", ...
         error, budget: relative; None where there is nothing to measure.
         verdict: PASS, FAIL, MISSING, LEFT_OUT, UNDECIDED, or EQUAL_AS and a dtype.
         fault: the id of the cause ("B15", METHOD, Bugs), or None.

@@ -3,7 +3,9 @@
 Each rank writes its rows of every matrix, rank 0 also what is left over, so that shards may be
 uneven. The matrices are sums over positions, and `total_processed.pt` counts these. The solver
 sorts eigenvalues upwards, with the eigenvectors as columns. `factor_eig_a` and `factor_eig_g` hold
-the eigenvalues of the means times the root of the count.
+the eigenvalues of the means times √(positions / documents), and Λ is a mean over documents. Older
+versions stored the root of the positions, and a sum, as if there were one document. No file says
+how many there are; the traces do.
 """
 
 from __future__ import annotations
@@ -80,15 +82,18 @@ def read_bergson(folder: Path) -> Dump:
         raise SchemaError(f"validate: {str(folder)!r} holds no layer of bergson.{why}")
     _require_order(layers, problems)
     declared, stored = _choices(folder, problems), _dtypes(layers)
+    documents, told = _documents(layers, total, problems)
+    if documents is None:
+        declared["Lambda_over"] = "unknown"
     known = {"n_A": "A", "n_G": "G"} if total else {}
     return Dump(
         program="bergson",
-        layers=Lazy(list(layers), lambda name: _theirs(name, layers[name], total)),
+        layers=Lazy(list(layers), lambda name: _theirs(name, layers[name], total, documents)),
         holds={
             name: frozenset(one) | {n for n, key in known.items() if key in one}
             for name, one in layers.items()
         },
-        recipe=_RECIPE,
+        recipe=(*_RECIPE, told),
         scale_free=frozenset() if total else frozenset({"A", "G"}),
         declared=declared,
         arithmetic=Arithmetic(None, stored.products, stored.sums, "float64", stored.stored),
@@ -99,11 +104,50 @@ def read_bergson(folder: Path) -> Dump:
 
 _RECIPE: Final = (
     "A and G: the rows of all ranks joined, over total_processed",
-    "eigenvalues: factor_eig over the root of total_processed, turned round like the eigenvectors "
-    "(columns): theirs ascend",
-    "Lambda (d_out, d_in): the sum over sequences, over total_processed, which counts positions; "
-    "turned round like the eigenvectors",
+    "eigenvalues: factor_eig over √(total_processed / documents), turned round like the "
+    "eigenvectors (columns): theirs ascend",
+    "Lambda (d_out, d_in): a mean over documents of the square of each one's gradient; times "
+    "documents over total_processed, which counts positions; turned round like the eigenvectors",
 )
+_ASTRAY: Final = 0.02
+"""How far from a whole number the documents may be.  Chosen: traces in bfloat16 are off by 0.004,
+and the documents by twice as much."""
+
+
+def _documents(
+    layers: Mapping[str, Parts], total: float | None, problems: list[str]
+) -> tuple[float | None, str]:
+    """How many documents Λ is a mean over, and what is said of it; None if nothing tells.
+
+    Σ factor_eig is √(total / documents) times the trace of the mean. The smallest matrix is read.
+    """
+    found = [
+        (one[side][0].shape[1], name, side, values)
+        for name, one in layers.items()
+        for side, values in (("A", "mu"), ("G", "lam"))
+        if side in one and values in one
+    ]
+    if total is None or not found:
+        return None, "documents: no file tells, so that the scale of Lambda is unknown"
+    _, name, side, values = min(found)
+    matrix, eigenvalues = (
+        np.concatenate([numbers(f"{key} of {name!r:.100}", one) for one in layers[name][key]])
+        for key in (side, values)
+    )
+    root = float(eigenvalues.sum()) * total / float(np.trace(matrix) or np.nan)
+    documents = total / root**2 if root > 0 else math.nan
+    whole = max(round(documents), 1) if math.isfinite(documents) else 1
+    if not abs(documents / whole - 1) <= _ASTRAY:
+        problems.append(
+            f"{FOLDERS[values]}: the eigenvalues of {name!r:.100} are not those of {side}: they "
+            f"would tell {documents:.4g} documents"
+        )
+        return None, "documents: no whole number, so that the scale of Lambda is unknown"
+    if whole == 1:
+        text = "documents: 1, or an older layout, whose Lambda is a sum"
+    else:
+        text = f"documents: {whole}"
+    return float(whole), f"{text}; inferred: Σ {FOLDERS[values]} is {root:.6g} times tr {side}"
 
 
 def _shape(parts: Parts) -> tuple[int | None, int | None]:
@@ -114,7 +158,7 @@ def _shape(parts: Parts) -> tuple[int | None, int | None]:
     return high, wide
 
 
-def _theirs(name: str, parts: Parts, total: float | None) -> Theirs:
+def _theirs(name: str, parts: Parts, total: float | None, documents: float | None) -> Theirs:
     n = total or 1.0
     given: dict[str, Any] = {}
     for key, shards in parts.items():
@@ -122,9 +166,10 @@ def _theirs(name: str, parts: Parts, total: float | None) -> Theirs:
         if key in ("A", "G"):
             given[key] = X / n
         elif key == "Lambda":
-            given[key] = X[::-1, ::-1] / n
+            given[key] = X[::-1, ::-1] * ((documents or n) / n)
         else:
-            given[key] = X[..., ::-1] / (math.sqrt(n) if key in ("mu", "lam") else 1.0)
+            root = math.sqrt(n / (documents or 1.0)) if key in ("mu", "lam") else 1.0
+            given[key] = X[..., ::-1] / root
     given |= {f"n_{key}": total for key in ("A", "G") if key in parts}
     return Theirs(**given, stored={key: one[0].dtype for key, one in parts.items()})
 

@@ -84,7 +84,7 @@ def judged_as(subject: Subject, found: Found, dtype: str) -> Verdict:
 
 
 def from_files(subject: Subject, found: Found, dtype: str) -> str:
-    """The verdict on the files that the program wrote, read by `refcurv validate`.
+    """The verdict on the files that the program wrote, Λ included, read by `refcurv validate`.
 
     Empty where it wrote none, or where refcurv has no reader of them.
     """
@@ -94,7 +94,14 @@ def from_files(subject: Subject, found: Found, dtype: str) -> str:
     declared = {"fisher": "empirical", "rows": found.rows, **found.declared}
     ours = rc.collect(subject.model, subject.corpus, layers, "empirical", rows=found.rows)
     try:
-        verdict = rc.validate(found.files, ours, arithmetic=dtype, declared=declared)
+        verdict = rc.validate(
+            found.files,
+            ours,
+            model=subject.model,
+            corpus=subject.corpus,
+            arithmetic=dtype,
+            declared=declared,
+        )
     except SchemaError:
         return ""
     failed = [f"{f.layer} {f.quantity}: {f.verdict}" for f in verdict.failed]
