@@ -45,13 +45,14 @@ class Case:
         """The reference's factor of a layer."""
         return self.reference[layer]
 
-    def budget(self, layer: str, dtype: str) -> float:
+    def budget(self, layer: str, dtype: str, side: str = "G") -> float:
         """How far A or G of `layer` may lie from the truth; undeclared parts count as `dtype`.
 
-        The reference's own error is part of it.
+        The reference's own error is part of it. What it knows of rounding is that of g, which may
+        cancel on the way down; that of G covers A too.
         """
         one = self.ours(layer)
-        kappa = _amplification(one, self.reference.dtype)
+        kappa = _amplification(one, self.reference.dtype) if side == "G" else None
         own = Arithmetic().filled(self.reference.dtype)
         return moment_budget(self.arithmetic.filled(dtype), one.n_G, kappa) + moment_budget(
             own, self.reference.shard_rows, kappa

@@ -81,7 +81,7 @@ def validate(
             reference is then collected with these, and no drawing lies between the two.
         names: our layer → their name, where names do not match by themselves.
         arithmetic: their dtypes, "float32" or "model=bfloat16,products=float32,sums=float32".
-        accept: dtypes of which "equal as" counts as a pass.
+        accept: dtypes of which "equal as" counts as a pass, and with each one those that are finer.
         declared: what theirs does not say of itself, {"fisher": "sampled"} for example.
         layers: a pattern: judge these only.
         pictures: of how many layers the verdict holds maps and spectra, those that failed first.
@@ -100,6 +100,8 @@ def validate(
     """
     dump = read_dump(theirs)
     dump = of_summed_loss(replace(dump, declared={**dump.declared, **(declared or {})}))
+    for name in dump.declared.keys() & {"draws", "rho"}:
+        _number(name, dump.declared[name])
     given = parse("validate", arithmetic).or_else(dump.arithmetic)
     for dtype in accept:
         require_choice("validate", "accept", dtype, ROUNDOFF)
@@ -122,7 +124,7 @@ def validate(
     findings += [*notes, *_absent(case, wanted, {note.layer for note in notes})]
     measured: dict[str, dict[str, Measured]] = {}
     done = counter(progress, len(matched))
-    with one_blas_thread():
+    with one_blas_thread(), np.errstate(over="ignore", invalid="ignore"):  # theirs may be huge
         for layer in matched:
             found, measured[layer] = _layer(case, layer)
             findings += found
@@ -156,6 +158,9 @@ def _layer(case: Case, layer: str) -> tuple[list[Comparison], dict[str, Measured
     findings, measured = compare_moments(bounds, theirs)
     if theirs.U_A is None and theirs.U_G is None and theirs.mask is None and theirs.W is None:
         return findings, measured
+    if case.ours(layer).A.ndim == 1:
+        findings.append(said(layer, "basis", LEFT_OUT, "a table has no basis here: A is diagonal"))
+        return findings, measured
     own = basis_of(bounds)
     findings += compare_bases(bounds, theirs, own)
     W = None
@@ -168,9 +173,19 @@ def _layer(case: Case, layer: str) -> tuple[list[Comparison], dict[str, Measured
         findings.append(said(layer, "W", LEFT_OUT, text))
     elif theirs.W is not None and W is not None:
         declared = case.dump.declared.get("rho")
-        rho = None if declared is None else require_range("validate", "rho", float(declared), 0, 1)
+        rho = None if declared is None else _number("rho", declared)
         findings.append(compare_weight(bounds, theirs.W, own, W, rho))
     return findings, measured
+
+
+def _number(name: str, text: str) -> float:
+    """What is declared of draws, an integer, or of rho."""
+    try:
+        value = int(text) if name == "draws" else float(text)
+    except (TypeError, ValueError):
+        raise ConventionError(f"validate: {name} must be a number; got {text!r:.60}.") from None
+    bounds = (1, math.inf) if name == "draws" else (0, 1)
+    return require_range("validate", name, value, *bounds)
 
 
 def _reference(
