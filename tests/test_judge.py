@@ -10,7 +10,9 @@ from strategies import config, random_parameters
 
 import refcurv as rc
 from refcurv.judge.arithmetic import ROUNDOFF, Arithmetic, moment_budget, parse
-from refcurv.judge.compare import measure
+from refcurv.judge.case import Case
+from refcurv.judge.compare import drawing, measure
+from refcurv.judge.foreign import read_dump
 from refcurv.judge.verdict import Comparison, Verdict
 
 
@@ -164,3 +166,49 @@ def test_who_accepts_a_dtype_accepts_finer_ones():
     assert Verdict(tuple(found), accepted=("bfloat16",)).passed
     assert not Verdict(tuple(found), accepted=("float64",)).passed
     assert not Verdict((*found, replace(found[0], verdict="fail")), accepted=("bfloat16",)).passed
+
+
+def test_what_is_declared_goes_before_what_the_file_says():
+    one = Arithmetic(model="float32").or_else(Arithmetic(model="bfloat16", sums="float64"))
+    assert one == Arithmetic(model="float32", sums="float64")
+
+
+def test_the_rounding_of_g_widens_the_budget_of_g_alone(setting):
+    _, _, factors = setting
+    name = next(iter(factors))
+    noisy = replace(factors[name], rounding_G=1e-6 * float(factors[name].sum_G.trace()))
+    theirs = in_memory({name: noisy}, lambda A, G, n: (A * (1 + 1e-5), G, n))
+    found = rc.validate(
+        theirs, rc.Factors({name: noisy}, "expected", "reached", 0, 1, "float64", 9)
+    )
+    by = {f.quantity: f for f in found.findings}
+    assert by["G"].budget > 1e-4 and by["A"].budget < 1e-13
+    assert by["A"].verdict != "pass"
+
+
+def test_drawing_is_known_by_hand(setting):
+    """Standard errors of eight draws make √8 times as much of one; both sides draw."""
+    _, _, factors = setting
+    name = next(iter(factors))
+    size, trace = np.linalg.norm(factors[name].G), np.trace(factors[name].G)
+    one = replace(factors[name], error_G=0.01 * size, error_trace_G=0.02 * trace)
+    truth = rc.Factors({name: one}, "sampled", "reached", 0, 8, "float64", 96)
+    case = Case(read_dump(in_memory({name: one})), truth, {name: name}, Arithmetic())
+    found = drawing(case, name, one.n_A)
+    root = 4 * np.sqrt(8) * np.sqrt(1 / 8 + 1)
+    assert (found.norm, found.trace) == (pytest.approx(0.01 * root), pytest.approx(0.02 * root))
+    theirs = in_memory({name: one}, lambda A, G, n: (A + np.diag(np.diag(A)) / 10, G, n))
+    by = {f.quantity: f for f in rc.validate(theirs, truth, arithmetic="float64").findings}
+    assert by["A/tr A"].verdict == "fail", "no drawing explains A"
+
+
+def test_scales_that_cancel_are_no_excuse_for_another_form(setting):
+    _, _, factors = setting
+
+    def change(A, G, n):
+        return A, np.diag(np.diag(G)), n + 1
+
+    said = {"arithmetic": "float64", "declared": {"fisher": "expected"}}
+    found = rc.validate(in_memory(factors, change), factors, **said).findings
+    seen = [(f.quantity, f.verdict) for f in found if f.quantity in ("G", "n_A", "n_G")]
+    assert {verdict for _, verdict in seen} == {"fail"}, seen
