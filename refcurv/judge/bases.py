@@ -6,6 +6,7 @@ together than rounding any rotation among them is as good.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -66,12 +67,12 @@ def _one_side(
     bounds: Bounds, side: str, U: Array, spectrum: Array | None, M: Array
 ) -> list[Comparison]:
     (vectors, values), limits = SIDES[side], _limits(bounds, side, len(U))
-    skew = float(norm(U.T @ U - np.eye(len(U)))) / np.sqrt(len(U))
+    skew = float(norm(U.T @ U - np.eye(len(U)))) / math.sqrt(len(U))
     text = f"the columns of {vectors} are not orthonormal"
     orthogonal = bounds.judged(f"orthogonality of {vectors}", skew, text, budget_of=limits.solver)
     if spectrum is None:  # then U must make M diagonal
         rotated = U.T @ M @ U
-        error = float(norm(rotated - np.diag(rotated.diagonal()))) / float(norm(M))
+        error = _share(float(norm(rotated - np.diag(rotated.diagonal()))), float(norm(M)))
         text = f"{vectors} does not make {side} diagonal"
     else:
         error = recomposition(U, spectrum, M)
@@ -105,13 +106,18 @@ def _limits(bounds: Bounds, side: str, size: int) -> _Limits:
         return solver_budget(size, case.arithmetic.filled(dtype))
 
     def both(dtype: str) -> float:
-        return solver(dtype) + 2 * case.budget(bounds.layer, dtype)
+        return 2 * (solver(dtype) + case.budget(bounds.layer, dtype, side))
 
     return _Limits(solver, both, bounds.drawing.norm if side == "G" else 0.0)
 
 
 def recomposition(U: Array, spectrum: Array, M: Array) -> float:
-    """|U diag(μ) Uᵀ / Σμ − M / tr M| over |M / tr M|; infinite where Σμ is not positive."""
+    """|U diag(μ) Uᵀ / Σμ − M / tr M| over |M / tr M|; infinite where Σμ is not positive.
+
+    0 where both are 0.
+    """
+    if not (spectrum.any() or M.any()):
+        return 0.0
     total, trace = float(spectrum.sum()), float(np.trace(M))
     if total <= 0 or trace <= 0:
         return float("inf")
@@ -121,19 +127,21 @@ def recomposition(U: Array, spectrum: Array, M: Array) -> float:
 def _spaces(bounds: Bounds, side: str, theirs: Array, U: Array, values: Array) -> Comparison:
     """The spaces of the k leading eigenvectors, for each k, by Davis and Kahan (O63).
 
-    |sin Θ| is at most |E|/gap. So |sin Θ| times the gap, over |M|, is an error like that of M; it
-    is 0 inside a cluster, where the gap is. The largest of these is given.
+    |sin Θ| is at most 2 |E|/gap, the gap being that of one of the two (Yu, Wang and Samworth 2015).
+    So |sin Θ| times the gap, over |M|, is an error of at most twice that of M; it is 0 inside a
+    cluster, where the gap is. The largest of these is given.
     """
     squares = (U.T @ theirs) ** 2  # (ours, theirs)
     mixed = squares[::-1].cumsum(axis=0)[::-1].cumsum(axis=1)  # Σ over i >= k, j <= l
     sine = np.sqrt(np.diagonal(mixed, offset=-1))  # i >= k + 1 and j <= k
     gap = values[:-1] - values[1:]
-    error = float((sine * gap).max(initial=0.0) / norm(values))
-
-    text, limits = (
-        "the space of the leading eigenvectors is another one",
-        _limits(bounds, side, len(U)),
-    )
+    error = _share(float((sine * gap).max(initial=0.0)), float(norm(values)))
+    text, limits = "the space of the leading eigenvectors is another", _limits(bounds, side, len(U))
     return bounds.judged(
-        f"spaces of {side}", error, text, budget_of=limits.both, drawing=limits.drawing
+        f"spaces of {side}", error, text, budget_of=limits.both, drawing=2 * limits.drawing
     )
+
+
+def _share(part: float, whole: float) -> float:
+    """part / whole; 0 of nothing."""
+    return part / whole if part else 0.0

@@ -69,12 +69,14 @@ class Case:
         sum_A = np.block([[one.sum_A, column], [column.T, np.full((1, 1), float(one.n_A))]])
         return replace(one, sum_A=sum_A, sum_a=None)
 
-    def budget(self, layer: str, dtype: str) -> float:
+    def budget(self, layer: str, dtype: str, side: str = "G") -> float:
         """How far A or G of `layer` may lie from the truth; undeclared parts count as `dtype`.
 
-        The reference's own error is part of it.
+        The reference's own error is part of it. What it knows of rounding is that of g, which may
+        cancel on the way down; that of G covers A too.
         """
-        rows, kappa = self.once(("rounding", layer), lambda: self._rounding(layer))
+        rows, known = self.once(("rounding", layer), lambda: self._rounding(layer))
+        kappa = known if side == "G" else None
         own = Arithmetic().filled(self.reference.dtype)
         return moment_budget(self.arithmetic.filled(dtype), rows, kappa) + moment_budget(
             own, self.reference.shard_rows, kappa

@@ -36,12 +36,17 @@ the odds are below 1e-4.
 """
 
 
+TELLING = 0.1
+"""Chosen: a larger error has the size of no dtype, whatever a layer's roundings could add up to."""
+
+
 @dataclass(frozen=True, slots=True)
 class Measured:
     """One side of one layer, X' theirs and X ours.
 
     Fields: form, |X'/tr X' − X/tr X| over |X/tr X|; ratio, tr X'/tr X; whole, |X' − X| over |X|;
-    rows, n'/n or None. NaN where traces are not positive.
+    rows, n'/n or None. Where theirs is 0 so is X'/tr X', and two zeros agree. Where a trace that is
+    not 0 is not positive, form is infinite and ratio NaN.
     """
 
     form: float
@@ -52,15 +57,17 @@ class Measured:
 
 def measure(theirs: Array, ours: Array, n_theirs: float | None, n_ours: int) -> Measured:
     """The three distances of one side; both (X, X), theirs finite."""
-    ratio = math.nan
+    rows = None if n_theirs is None else n_theirs / n_ours
+    if not theirs.any():
+        return Measured(1.0, 0.0, 1.0, rows) if ours.any() else Measured(0.0, 1.0, 0.0, rows)
+    form, ratio, whole = math.inf, math.nan, math.inf
     tr_theirs, tr_ours = float(np.trace(theirs)), float(np.trace(ours))
     size = float(norm(ours))
-    whole = float(norm(theirs - ours)) / size if size else math.inf * float(norm(theirs) > 0)
-    form = math.nan
-    if tr_ours > 0 and tr_theirs > 0:
+    if size:
+        whole = float(norm(theirs - ours)) / size
+    if tr_ours > 0 and 0 < tr_theirs < math.inf:
         ratio = tr_theirs / tr_ours
         form = float(norm(theirs / ratio - ours)) / size
-    rows = None if n_theirs is None else n_theirs / n_ours
     return Measured(form, ratio, whole, rows)
 
 
@@ -91,7 +98,10 @@ def compare_moments(bounds: Bounds, theirs: Theirs) -> tuple[list[Comparison], d
         found[side] = one = measure(X, true, n_theirs, n_ours)
         out.append(_symmetry(bounds, side, X))
         form = f"{side} has another form: no factor makes it ours"
-        out.append(bounds.judged(f"{side}/tr {side}", one.form, form, drawing=drawn[side]))
+        limit = bounds.of_side(side)
+        out.append(
+            bounds.judged(f"{side}/tr {side}", one.form, form, drawing=drawn[side], budget_of=limit)
+        )
         out.append(_rows(case, layer, side, n_theirs))
         if side == "A" and layer in case.joint:
             out.append(_corner(bounds, X, true))
@@ -114,7 +124,8 @@ def said(layer: str, quantity: str, verdict: str, cause: str) -> Comparison:
 def _symmetry(bounds: Bounds, side: str, X: Array) -> Comparison:
     size, skew = float(norm(X)), _skew(X)
     error = skew / size if size else 0.0
-    return bounds.judged(f"symmetry of {side}", error, f"{side} is not symmetric")
+    text = f"{side} is not symmetric"
+    return bounds.judged(f"symmetry of {side}", error, text, budget_of=bounds.of_side(side))
 
 
 def _skew(X: Array, tile: int = 512) -> float:
@@ -158,14 +169,17 @@ def _scales(bounds: Bounds, found: dict[str, Measured]) -> list[Comparison]:
     if set(found) != {"A", "G"}:
         return []
     layer, free = bounds.layer, bounds.case.dump.scale_free
-    product = found["A"].ratio * found["G"].ratio
+    ours = bounds.case.ours(layer)
+    zero = [found[side].ratio for side, M in (("A", ours.A), ("G", ours.G)) if not M.any()]
+    # where A or G is 0 in both so is K, whatever the other one's scale is
+    product = zero[0] if zero else found["A"].ratio * found["G"].ratio
     if free:
         cause = f"the format does not record the scale of {' and '.join(sorted(free))}; "
-        cause += f"theirs is ours times {product:.9g}"
+        cause += f"theirs is ours {_times(product, 9)}"
         return [said(layer, "tr A · tr G", LEFT_OUT, cause)]
-    cause = f"theirs is ours times {product:.6g}"
+    cause = f"theirs is ours {_times(product)}"
     share, level = bounds.drawing, bounds.case.arithmetic.stored or "float64"
-    if found["G"].form <= bounds.case.budget(layer, "float32"):
+    if found["G"].form < min(bounds.case.budget(layer, "float32"), _tells(ours.G, share)):
         share = Drawing(0.0, 0.0)  # then no label differs
     # the size of an error in scale tells a dtype only where the form tells the same
     worst = max(one.form for one in found.values())
@@ -175,14 +189,36 @@ def _scales(bounds: Bounds, found: dict[str, Measured]) -> list[Comparison]:
     )
     out = [both]
     for side, one in found.items():
-        cause = f"theirs is ours times {one.ratio:.6g}"
+        cause = f"theirs is ours {_times(one.ratio)}"
         drawn = share.norm if side == "G" else 0.0
-        each = bounds.judged(side, one.whole, cause, drawing=drawn, inferred=rounded)
-        if each.verdict == FAIL and both.verdict == PASS and one.form <= (each.budget or 0):
+        limit = bounds.of_side(side)
+        each = bounds.judged(
+            side, one.whole, cause, drawing=drawn, inferred=rounded, budget_of=limit
+        )
+        fits = one.form <= limit(level) + drawn
+        if each.verdict != PASS and both.verdict == PASS and fits:
             cause += "; tr A · tr G agrees, so that K is the same"
             each = Comparison(layer, side, one.whole, each.budget, LEFT_OUT, "B8", cause)
         out.append(each)
     return out
+
+
+def _tells(G: Array, share: Drawing) -> float:
+    """Where forms agree better than this, labels are the same: a hundredth of one deviation.
+
+    0 of a matrix of rank one: other labels change its scale and never its form. Unknown drawing
+    counts as all of G.
+    """
+    trace, size = float(np.trace(G)), float(norm(G))
+    apart = 1 - (size / trace) ** 2 if trace > 0 else 0.0
+    one = 1.0 if math.isnan(share.norm) else share.norm / DEVIATIONS
+    return 0.01 * max(apart - 1e-6, 0.0) * one
+
+
+def _times(ratio: float, digits: int = 6) -> str:
+    if math.isnan(ratio):
+        return "times no number, for a trace is not positive"
+    return f"times {ratio:.{digits}g}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +228,10 @@ class Bounds:
     case: Case
     layer: str
     drawing: Drawing
+
+    def of_side(self, side: str) -> Callable[[str], float]:
+        """The budget of A or of G, by the dtype of undeclared parts."""
+        return lambda dtype: self.case.budget(self.layer, dtype, side)
 
     def judged(
         self,
@@ -204,7 +244,10 @@ class Bounds:
         inferred: bool = True,
         budget_of: Callable[[str], float] | None = None,
     ) -> Comparison:
-        """Within budget of what is declared; else of a dtype that nobody declared; else not.
+        """Within budget of what is declared; else of drawing; else of a dtype that nobody declared.
+
+        Drawing comes before such a dtype: the same error has both sizes, and A tells the dtype.
+        An error that is no number counts as infinite, and no drawing explains it.
 
         Args: times, of the budget of one matrix; drawing: what drawn labels explain, NaN if
             unknown; inferred: may the size of the error tell the dtype? budget_of: the budget if
@@ -214,27 +257,28 @@ class Bounds:
         finest = declared.stored or "float64"
         limit_of = budget_of or (lambda dtype: times * self.case.budget(self.layer, dtype))
         budget = limit_of(finest)
+        error = float(error) if error < math.inf else math.inf
 
         def made(verdict: str, cause: str = "", limit: float = budget) -> Comparison:
             return Comparison(self.layer, quantity, error, limit, verdict, None, cause)
 
         if error <= budget:
             return made(PASS)
-        if inferred and not declared.declared:
+        if error <= budget + drawing:
+            limit = budget + drawing
+            return made(PASS, f"drawing labels explains {error:.1%} (up to {limit:.1%})", limit)
+        if inferred and not declared.declared and error <= TELLING:
             for dtype in list(ROUNDOFF)[list(ROUNDOFF).index(finest) + 1 :]:
                 limit = limit_of(dtype)
                 if error <= limit:
                     size = f"the error has the size of {dtype}, which is not declared"
                     return made(EQUAL_AS + dtype, size, limit)
-        if error <= budget + drawing:
-            limit = budget + drawing
-            return made(PASS, f"drawing labels explains {error:.1%} (up to {limit:.1%})", limit)
-        if math.isnan(drawing):
-            return made(UNDECIDED, _HOW_MUCH_DRAWING)
+        if math.isnan(drawing) and error < math.inf:
+            return made(UNDECIDED, HOW_MUCH_DRAWING)
         return made(FAIL, cause)
 
 
-_HOW_MUCH_DRAWING = (
+HOW_MUCH_DRAWING = (
     "labels are drawn, and nothing says how much that changes: give model and corpus, or collect "
     "the reference with draws=8"
 )

@@ -11,7 +11,13 @@ import numpy as np
 
 from refcurv.judge.arithmetic import AMPLIFICATION, ROUNDOFF
 from refcurv.judge.trace import Trace, trace
-from refcurv.law.checks import Array, NameUnknownError, as_array, as_integers
+from refcurv.law.checks import (
+    Array,
+    NameUnknownError,
+    as_array,
+    as_integers,
+    require_choice,
+)
 from refcurv.model.corpus import Corpus
 from refcurv.model.weights import Model
 
@@ -66,7 +72,8 @@ def compare_traces(
     if not known:
         some = ", ".join(list(ours.tensors)[:3])
         raise NameUnknownError(f"trace: theirs has no tensor of ours, which begin with {some}.")
-    return [_divergence(name, given[name], ours, ROUNDOFF[dtype]) for name in known]
+    u = ROUNDOFF[require_choice("trace", "dtype", dtype, ROUNDOFF)]
+    return [_divergence(name, given[name], ours, u) for name in known]
 
 
 def first_divergence(

@@ -90,7 +90,7 @@ def validate(
             reference is then collected with these, and no drawing lies between the two.
         names: our layer → their name, where names do not match by themselves.
         arithmetic: their dtypes, "float32" or "model=bfloat16,products=float32,sums=float32".
-        accept: dtypes of which "equal as" counts as a pass.
+        accept: dtypes of which "equal as" counts as a pass, and with each one those that are finer.
         declared: what theirs does not say of itself, {"fisher": "sampled"} for example.
         layers: a pattern: judge these only.
         pictures: of how many layers the verdict holds maps and spectra, those that failed first.
@@ -110,6 +110,8 @@ def validate(
     """
     dump = read_dump(theirs)
     dump = of_summed_loss(replace(dump, declared={**dump.declared, **(declared or {})}))
+    for name in dump.declared.keys() & {"draws", "rho"}:
+        _number(name, dump.declared[name])
     given = parse("validate", arithmetic).or_else(dump.arithmetic)
     for dtype in accept:
         require_choice("validate", "accept", dtype, ROUNDOFF)
@@ -134,7 +136,7 @@ def validate(
     truths = Truths(case)
     measured: dict[str, dict[str, Measured]] = {}
     done = counter(progress, 2 * len(matched))
-    with one_blas_thread():
+    with one_blas_thread(), np.errstate(over="ignore", invalid="ignore"):  # theirs may be huge
         for layer in matched:
             found, measured[layer] = _layer(case, layer, truths)
             findings += found
@@ -196,7 +198,7 @@ def _edit(bounds: Bounds, theirs: Held, own: Eigenbasis) -> Iterator[Comparison]
         yield said(layer, "W", LEFT_OUT, text)
     else:
         declared = case.dump.declared.get("rho")
-        rho = None if declared is None else require_range("validate", "rho", float(declared), 0, 1)
+        rho = None if declared is None else _number("rho", declared)
         yield compare_weight(bounds, theirs.W, own, W, rho)
 
 
@@ -206,6 +208,16 @@ def _weight(model: Model, layer: str, joint: bool) -> Array:
     if not joint:
         return W
     return np.column_stack([W, np.asarray(model.parameters[f"{layer}.bias"], np.float64)])
+
+
+def _number(name: str, text: str) -> float:
+    """What is declared of draws, an integer, or of rho."""
+    try:
+        value = int(text) if name == "draws" else float(text)
+    except (TypeError, ValueError):
+        raise ConventionError(f"validate: {name} must be a number; got {text!r:.60}.") from None
+    bounds = (1, math.inf) if name == "draws" else (0, 1)
+    return require_range("validate", name, value, *bounds)
 
 
 def _reference(

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from refcurv.algebra.scaling import norm
+from refcurv.algebra.scaling import exponent, norm, shifted
 from refcurv.judge.case import Case
 from refcurv.law.checks import Array
 
@@ -52,13 +52,15 @@ def pictures(case: Case, layer: str) -> list[Picture]:
         fits = X is not None and true.ndim == 2 and X.shape == true.shape
         if not fits or X is None or not np.isfinite(X).all():
             continue
-        traces = float(np.trace(X)), float(np.trace(true))
+        # near 1 no trace and no square leaves the range of float64
+        M, own = (shifted(x, -exponent(x)) for x in (X, true))
+        traces = float(np.trace(M)), float(np.trace(own))
         if min(traces) <= 0:
             continue
-        off = X / traces[0] - true / traces[1]
-        size = float(norm(true)) / traces[1] / len(true)
+        off = M / traces[0] - own / traces[1]
+        size = float(norm(own)) / traces[1] / len(true)
         small = len(true) <= LARGEST
-        spectra = [spectrum(M) for M in (X, true)] if small else [[], []]
+        spectra = [spectrum(x) for x in (M, own)] if small else [[], []]
         out.append(Picture(layer, side, (blocks(off) / size).tolist(), len(true), *spectra))
     return out
 

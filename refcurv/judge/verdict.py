@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
+from refcurv.judge.arithmetic import ROUNDOFF
 from refcurv.judge.pictures import Picture
 
 PASS: Final = "pass"
@@ -75,8 +76,8 @@ class Verdict:
             the error that it left.
         program, recipe: whose format, and what was done to read it. matched: our layer → theirs.
         arithmetic: by which dtypes they were judged, and which were inferred, in words.
-        accepted: dtypes that the caller accepts without a declaration. pictures: of the layers
-            that were asked for, for a report.
+        accepted: dtypes that the caller accepts without a declaration, and with each one those
+            that are finer. pictures: of the layers that were asked for, for a report.
     """
 
     findings: tuple[Comparison, ...]
@@ -91,8 +92,9 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """Every comparison passed, and none is missing. What was left out does not count."""
-        return all(self._fine(f.verdict) for f in self.findings)
+        """Every comparison passed, none is missing, and there is one; LEFT_OUT does not count."""
+        compared = any(f.verdict != LEFT_OUT for f in self.findings)
+        return compared and all(self._fine(f.verdict) for f in self.findings)
 
     @property
     def failed(self) -> tuple[Comparison, ...]:
@@ -100,8 +102,10 @@ class Verdict:
         return tuple(f for f in self.findings if not self._fine(f.verdict))
 
     def _fine(self, verdict: str) -> bool:
-        accepted = verdict.removeprefix(EQUAL_AS) in self.accepted
-        return verdict in (PASS, LEFT_OUT) or (verdict.startswith(EQUAL_AS) and accepted)
+        if not verdict.startswith(EQUAL_AS):
+            return verdict in (PASS, LEFT_OUT)
+        size = ROUNDOFF[verdict.removeprefix(EQUAL_AS)]
+        return any(size <= ROUNDOFF[dtype] for dtype in self.accepted)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; an error that is no number becomes a text, "infinite" or "nan"."""

@@ -38,6 +38,8 @@ def headline(verdict: Json) -> str:
     program = printable(str(verdict["program"]))
     if verdict["passed"]:
         return f"passed: {len(layers)} layers of {program}"
+    if not bad and not _bad(verdict):
+        return f"nothing was compared in {len(layers)} layers of {program}"
     faults = sorted({c["fault"] or "a cause without a number" for c in verdict["causes"]})
     named = ", ".join(faults) or "no known cause"
     return f"FAILED: {len(bad)} of {len(layers)} layers of {program}: {named}"
@@ -47,8 +49,9 @@ def _causes(verdict: Json) -> Iterator[str]:
     for one in verdict["causes"]:
         text = f"{one['fault'] or 'cause'}: {one['sentence']} {one['remedy']}"
         where = f"{len(one['layers'])} layers, {', '.join(one['quantities'])}"
-        errors = [x if isinstance(x, str) else f"{x:.1e}" for x in (one["before"], one["after"])]
-        text += f" (error {errors[0]}, with this explained {errors[1]}; {where})"
+        before, after = measured(one["before"]), measured(one["after"])
+        left = f", with this explained {after}" if after else ""
+        text += f" (error {before}{left}; {where})"
         if one["alike"]:
             text += f" Cannot be told from {', '.join(one['alike'])} in this dump."
         yield textwrap.fill(printable(text), WIDTH, subsequent_indent="  ")
@@ -58,6 +61,13 @@ def _causes(verdict: Json) -> Iterator[str]:
         more = len(verdict["excluded"]) - SHOWN
         text += f"; and {more} more" if more > 0 else ""
         yield textwrap.fill(printable(text), WIDTH, subsequent_indent="  ")
+
+
+def measured(value: float | str) -> str:
+    """An error of a cause in JSON; empty where there is none to measure."""
+    if isinstance(value, str):
+        return "" if value == "nan" else value
+    return f"{value:.1e}"
 
 
 def layer_table(verdict: Json) -> Table:

@@ -11,7 +11,7 @@ from refcurv.report import plots
 from refcurv.report.cells import Json
 from refcurv.report.html import document, facts, figure, html_table, section
 from refcurv.report.plots.verdict import differences
-from refcurv.report.verdict import findings_table, headline, layer_table
+from refcurv.report.verdict import findings_table, headline, layer_table, measured
 
 ABOUT = (
     "Another program’s curvature factors beside those of refcurv, layer by layer. A/tr A and "
@@ -82,13 +82,9 @@ def _cause(one: Json) -> str:
     text = f"<p><strong>{name}</strong> {escape(one['sentence'])} {escape(one['remedy'])}</p>"
     pairs = {
         "layers": ", ".join(one["layers"]),
-        "error before": _number(one["before"]),
-        "error after": _number(one["after"]),
+        "error before": measured(one["before"]),
+        "error after": measured(one["after"]) or "nothing to measure",
     }
     if one["alike"]:
         pairs["cannot be told from"] = ", ".join(one["alike"])
     return text + facts(pairs)
-
-
-def _number(value: object) -> str:
-    return value if isinstance(value, str) else f"{value:.1e}"
