@@ -18,8 +18,10 @@ from refcurv.curvature.factors import Factors, collect
 from refcurv.curvature.factors_file import load_factors
 from refcurv.judge.arithmetic import ROUNDOFF, parse
 from refcurv.judge.bases import compare_bases
+from refcurv.judge.belonging import require_together
 from refcurv.judge.case import Case
 from refcurv.judge.compare import Bounds, Measured, compare_moments, drawing, one_draw, said
+from refcurv.judge.declared import require_declared
 from refcurv.judge.diagnose import diagnose
 from refcurv.judge.divergence import with_labels
 from refcurv.judge.edits import basis_of, compare_mask, compare_weight
@@ -98,11 +100,12 @@ def validate(
     Source: METHOD, Judging.
     Proof: tests/test_judge.py::test_the_truth_passes
     """
-    dump = read_dump(theirs)
-    dump = of_summed_loss(replace(dump, declared={**dump.declared, **(declared or {})}))
-    given = parse("validate", arithmetic).or_else(dump.arithmetic)
+    said_too, spoken = require_declared(declared or {}), parse("validate", arithmetic)
     for dtype in accept:
         require_choice("validate", "accept", dtype, ROUNDOFF)
+    dump = read_dump(theirs)
+    dump = of_summed_loss(replace(dump, declared={**dump.declared, **said_too}))
+    given = spoken.or_else(dump.arithmetic)
     if labels is not None:
         corpus = _labelled(reference, model, corpus, labels)
         dump = replace(dump, declared={**dump.declared, "fisher": "empirical"})
@@ -116,9 +119,10 @@ def validate(
             f"validate: no layer in common. Theirs: {_few(dump.layers)}; ours: {_few(wanted)}.{why}"
         )
     bases = load_bases(basis) if isinstance(basis, str | Path) else basis
+    require_together(truth, model, corpus, bases)
     case = Case(dump, truth, matched, given, model, corpus, bases)
     case = replace(case, noise=_noise(case))
-    findings = [said("", "dump", FAIL, text) for text in dump.problems]
+    findings = [*_otherwise(case), *(said("", "dump", FAIL, text) for text in dump.problems)]
     findings += [*notes, *_absent(case, wanted, {note.layer for note in notes})]
     measured: dict[str, dict[str, Measured]] = {}
     done = counter(progress, len(matched))
@@ -205,6 +209,18 @@ def _labelled(
             raise SchemaError(f"validate: {str(labels)!r} holds no array `labels`.")
         given = arrays["labels"]
     return with_labels(corpus, slice(None), given)
+
+
+def _otherwise(case: Case) -> list[Comparison]:
+    """Choices that theirs declares, and that the reference made otherwise."""
+    ours = {"fisher": str(case.reference.fisher), "rows": str(case.reference.rows)}
+    text = "theirs is {}, the reference {}: collect it as theirs is, or expect a difference"
+    declared = case.dump.declared
+    return [
+        said("", key, LEFT_OUT, text.format(declared[key], own))
+        for key, own in ours.items()
+        if declared.get(key, own) != own
+    ]
 
 
 def _wanted(truth: Factors, layers: str | None) -> list[str]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from refcurv.law.checks import EmptyError
 from refcurv.report.cells import Json
-from refcurv.report.plots.drawing import GREY, PALETTE, blank, safe, styled
+from refcurv.report.plots.drawing import GREY, PALETTE, blank, safe, styled, ticks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,7 +53,12 @@ def _map(figure: Figure, ax: Axes, one: Json) -> None:
     image = ax.imshow(cells, cmap="magma", norm=norm, extent=(0, size, size, 0))
     ax.grid(visible=False)
     ax.set_title(safe(f"{one['layer']}: {one['side']}"))
-    figure.colorbar(image, ax=ax, label="difference / size", shrink=0.85)
+    bar = figure.colorbar(image, ax=ax, label="difference / size", shrink=0.85)
+    ticks(bar.ax.yaxis, _power)
+
+
+def _power(x: float) -> str:
+    return f"{x:.0e}"
 
 
 def _spectra(ax: Axes, one: Json) -> None:
@@ -68,6 +73,7 @@ def _spectra(ax: Axes, one: Json) -> None:
     ax.set_ylabel(f"eigenvalue of {one['side']} / trace")
     if drawn:
         ax.set_yscale("log")
+        ticks(ax.yaxis, _power)
         ax.legend(loc="best")
     else:
         ax.text(0.5, 0.5, "too wide for a spectrum", ha="center", transform=ax.transAxes)
