@@ -102,3 +102,19 @@ def test_an_option_that_would_be_ignored_is_refused(refused):
         assert option[0] in refused(*trace, *option)
     assert "float32" in refused(*trace, "--arithmetic", "floot32")
     assert "--sequences" in refused(*REFERENCE, "--sequences", "1")
+
+
+def test_nothing_compared_is_no_pass(refused):
+    """Edited weights without the model before the edit: each layer is left out."""
+    assert "nothing could be compared" in refused("w.h5", "--reference", "f.h5")
+
+
+def test_no_output_lies_in_their_folder(refused, folder):
+    rc.export(folder / "w.h5", folder / "checkpoint")
+    target = "checkpoint/config.json"
+    line = refused("checkpoint", "--reference", "f.h5", "--model", "w.h5", "--json", target)
+    assert "would destroy" in line
+
+
+def test_an_empty_path_is_no_path(refused):
+    assert refused(*REFERENCE, "--model", "", "--corpus", "c.h5")

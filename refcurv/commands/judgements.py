@@ -87,8 +87,8 @@ def validate(args: argparse.Namespace) -> bool:
 
     if (args.theirs is None) == (args.trace is None):
         raise ConventionError("validate: give THEIRS, or a pass of theirs with --trace.")
-    model = rc.load(args.model) if args.model else None
-    corpus = rc.load_corpus(args.corpus) if args.corpus else None
+    model = None if args.model is None else rc.load(args.model)
+    corpus = None if args.corpus is None else rc.load_corpus(args.corpus)
     if args.trace:
         _require_none_but(args)
         return _parted(args, model, corpus)

@@ -114,10 +114,7 @@ def validate(
     shapes = {name: (len(truth[name].sum_G), len(truth[name].sum_A)) for name in wanted}
     matched, notes = match(dump, shapes, names or {})
     if not matched:
-        why = f" {notes[0].layer}: {notes[0].cause}." if notes else ""
-        raise EmptyError(
-            f"validate: no layer in common. Theirs: {_few(dump.layers)}; ours: {_few(wanted)}.{why}"
-        )
+        raise _nothing_in_common(dump.layers, wanted, notes)
     bases = load_bases(basis) if isinstance(basis, str | Path) else basis
     require_together(truth, model, corpus, bases)
     case = Case(dump, truth, matched, given, model, corpus, bases)
@@ -131,6 +128,7 @@ def validate(
             found, measured[layer] = _layer(case, layer)
             findings += found
             done()
+        _require_compared(findings)
         causes, excluded, findings = diagnose(case, findings, measured)
         shown = _shown(case, findings, pictures)
     return Verdict(
@@ -209,6 +207,22 @@ def _labelled(
             raise SchemaError(f"validate: {str(labels)!r} holds no array `labels`.")
         given = arrays["labels"]
     return with_labels(corpus, slice(None), given)
+
+
+def _nothing_in_common(
+    theirs: Iterable[str], ours: Iterable[str], notes: Sequence[Comparison]
+) -> EmptyError:
+    why = f" {notes[0].layer}: {notes[0].cause}." if notes else ""
+    return EmptyError(
+        f"validate: no layer in common. Theirs: {_few(theirs)}; ours: {_few(ours)}.{why}"
+    )
+
+
+def _require_compared(findings: Sequence[Comparison]) -> None:
+    """Where nothing was compared, nothing passed."""
+    if all(one.verdict == LEFT_OUT for one in findings if one.layer):
+        causes = dict.fromkeys(one.cause for one in reversed(findings) if one.layer)
+        raise EmptyError(f"validate: nothing could be compared: {'; '.join(list(causes)[:4])}.")
 
 
 def _otherwise(case: Case) -> list[Comparison]:
