@@ -163,6 +163,9 @@ def files(args: argparse.Namespace) -> tuple[dict[str, str], dict[str, str]]:
     }
     if os.path.isdir(reads.get("TOKENIZER", "")):  # noqa: PTH112
         reads["TOKENIZER"] = str(Path(reads["TOKENIZER"]) / "tokenizer.json")
+    if os.path.isdir(reads.get("THEIRS", "")):  # noqa: PTH112
+        held = Path(reads["THEIRS"]).glob("*")
+        reads |= {f"{p.name} of THEIRS": str(p) for p in held}
     if args.command == "convert":
         writes["WEIGHTS"] = reads.pop("WEIGHTS")
         folder = Path(args.directory)

@@ -87,12 +87,15 @@ def validate(args: argparse.Namespace) -> bool:
 
     if (args.theirs is None) == (args.trace is None):
         raise ConventionError("validate: give THEIRS, or a pass of theirs with --trace.")
-    model = rc.load(args.model) if args.model else None
-    corpus = rc.load_corpus(args.corpus) if args.corpus else None
+    model = None if args.model is None else rc.load(args.model)
+    corpus = None if args.corpus is None else rc.load_corpus(args.corpus)
     if args.trace:
+        _require_none_but(args)
         return _parted(args, model, corpus)
     if args.html:
         require_matplotlib()
+    if args.sequences != [0]:
+        raise ConventionError("validate: --sequences is of --trace; factors are of all sequences.")
     found = rc.validate(
         args.theirs,
         args.reference,
@@ -113,6 +116,16 @@ def validate(args: argparse.Namespace) -> bool:
     if args.html:
         write_verdict_page(found.to_json(), args.html)
     return found.passed
+
+
+def _require_none_but(args: argparse.Namespace) -> None:
+    """A trace is judged without what only factors need."""
+    from refcurv.law.checks import ConventionError
+
+    given = vars(args)
+    for name in ("reference", "basis", "labels", "layers", "name", "declare", "accept", "html"):
+        if given[name]:
+            raise ConventionError(f"validate: --{name} says nothing of a --trace; leave it out.")
 
 
 def _parted(args: argparse.Namespace, model: Model | None, corpus: Corpus | None) -> bool:

@@ -11,13 +11,7 @@ import numpy as np
 
 from refcurv.judge.arithmetic import AMPLIFICATION, ROUNDOFF
 from refcurv.judge.trace import Trace, trace
-from refcurv.law.checks import (
-    Array,
-    NameUnknownError,
-    as_array,
-    as_integers,
-    require_choice,
-)
+from refcurv.law.checks import Array, NameUnknownError, as_array, as_integers, require_choice
 from refcurv.model.corpus import Corpus
 from refcurv.model.weights import Model
 
@@ -116,6 +110,7 @@ def first_divergence(
     Proof: tests/test_trace.py::test_their_labels_are_taken
     """
     at = list(sequences)
+    require_choice("validate", "the arithmetic of a trace", dtype, ROUNDOFF)
     if "labels" in theirs:
         corpus, fisher = with_labels(corpus, at, theirs["labels"]), "empirical"
     return compare_traces(theirs, trace(model, corpus, at, fisher, seed, estimate=True), dtype)

@@ -18,14 +18,17 @@ from refcurv.curvature.eigenbasis import Eigenbasis
 from refcurv.curvature.factors import Factors, collect
 from refcurv.curvature.factors_file import load_factors, shapes_of
 from refcurv.files.lazy import Recent
-from refcurv.judge.arithmetic import ROUNDOFF, parse
+from refcurv.judge.arithmetic import ROUNDOFF, Arithmetic, parse
 from refcurv.judge.bases import compare_bases
+from refcurv.judge.belonging import require_together
 from refcurv.judge.biases import with_biases
 from refcurv.judge.case import ROOM, Case
 from refcurv.judge.compare import Bounds, Measured, compare_moments, drawing, one_draw, said
 from refcurv.judge.corrections import Truths, causes, compare_corrections
+from refcurv.judge.declared import require_declared
 from refcurv.judge.diagnose import diagnose
 from refcurv.judge.divergence import with_labels
+from refcurv.judge.dump import Dump
 from refcurv.judge.dump import Theirs as Held
 from refcurv.judge.edits import basis_of, compare_mask, compare_weight
 from refcurv.judge.foreign import match, read_arrays, read_dump
@@ -108,39 +111,30 @@ def validate(
     Source: METHOD, Judging.
     Proof: tests/test_judge.py::test_the_truth_passes
     """
-    dump = read_dump(theirs)
-    dump = of_summed_loss(replace(dump, declared={**dump.declared, **(declared or {})}))
-    for name in dump.declared.keys() & {"draws", "rho"}:
-        _number(name, dump.declared[name])
-    given = parse("validate", arithmetic).or_else(dump.arithmetic)
-    for dtype in accept:
-        require_choice("validate", "accept", dtype, ROUNDOFF)
+    dump, given = _theirs(theirs, declared or {}, arithmetic, accept)
     if labels is not None:
         corpus = _labelled(reference, model, corpus, labels)
         dump = replace(dump, declared={**dump.declared, "fisher": "empirical"})
     truth = _reference(reference, model, corpus, dump.declared, layers)
     wanted, sizes = _wanted(truth, layers), shapes_of(truth)
     truth = replace(truth, layers=Recent(truth.layers, ROOM))
-    dump = replace(dump, layers=Recent(dump.layers, ROOM))
     matched, notes = match(dump, {name: sizes[name] for name in wanted}, names or {})
     if not matched:
-        why = f" {notes[0].layer}: {notes[0].cause}." if notes else ""
-        raise EmptyError(
-            f"validate: no layer in common. Theirs: {_few(dump.layers)}; ours: {_few(wanted)}.{why}"
-        )
+        raise _nothing_in_common(dump.layers, wanted, notes)
     bases = load_bases(basis) if isinstance(basis, str | Path) else basis
+    require_together(truth, model, corpus, bases)
     case = Case(dump, truth, matched, given, model, corpus, bases)
     case, biases = with_biases(replace(case, noise=_noise(case)))
-    findings = [said("", "dump", FAIL, text) for text in dump.problems]
+    findings = [*_otherwise(case), *(said("", "dump", FAIL, text) for text in dump.problems)]
     findings += [*notes, *_absent(case, wanted, {note.layer for note in notes}), *biases]
-    truths = Truths(case)
     measured: dict[str, dict[str, Measured]] = {}
-    done = counter(progress, 2 * len(matched))
+    done, truths = counter(progress, 2 * len(matched)), Truths(case)
     with one_blas_thread(), np.errstate(over="ignore", invalid="ignore"):  # theirs may be huge
         for layer in matched:
             found, measured[layer] = _layer(case, layer, truths)
             findings += found
             done()
+        _require_compared(findings)
         known, excluded, findings = diagnose(case, findings, measured, done)
         shown = _shown(case, findings, pictures)
     progress(2 * len(matched), 2 * len(matched))
@@ -155,6 +149,20 @@ def validate(
         accepted=tuple(accept),
         pictures=tuple(shown),
     )
+
+
+def _theirs(
+    theirs: Theirs, declared: Mapping[str, str], arithmetic: str, accept: Sequence[str]
+) -> tuple[Dump, Arithmetic]:
+    """The dump with what is declared of it, and its dtypes; what is declared is checked first."""
+    said_too, spoken = require_declared(declared), parse("validate", arithmetic)
+    for dtype in accept:
+        require_choice("validate", "accept", dtype, ROUNDOFF)
+    dump = read_dump(theirs)
+    dump = of_summed_loss(replace(dump, declared={**dump.declared, **said_too}))
+    for name in dump.declared.keys() & {"draws", "rho"}:
+        _number(name, dump.declared[name])
+    return replace(dump, layers=Recent(dump.layers, ROOM)), spoken.or_else(dump.arithmetic)
 
 
 def _shown(case: Case, findings: Sequence[Comparison], count: int) -> list[Picture]:
@@ -252,6 +260,34 @@ def _labelled(
             raise SchemaError(f"validate: {str(labels)!r} holds no array `labels`.")
         given = arrays["labels"]
     return with_labels(corpus, slice(None), given)
+
+
+def _nothing_in_common(
+    theirs: Iterable[str], ours: Iterable[str], notes: Sequence[Comparison]
+) -> EmptyError:
+    why = f" {notes[0].layer}: {notes[0].cause}." if notes else ""
+    return EmptyError(
+        f"validate: no layer in common. Theirs: {_few(theirs)}; ours: {_few(ours)}.{why}"
+    )
+
+
+def _require_compared(findings: Sequence[Comparison]) -> None:
+    """Where nothing was compared, nothing passed."""
+    if all(one.verdict == LEFT_OUT for one in findings if one.layer):
+        causes = dict.fromkeys(one.cause for one in reversed(findings) if one.layer)
+        raise EmptyError(f"validate: nothing could be compared: {'; '.join(list(causes)[:4])}.")
+
+
+def _otherwise(case: Case) -> list[Comparison]:
+    """Choices that theirs declares, and that the reference made otherwise."""
+    ours = {"fisher": str(case.reference.fisher), "rows": str(case.reference.rows)}
+    text = "theirs is {}, the reference {}: collect it as theirs is, or expect a difference"
+    declared = case.dump.declared
+    return [
+        said("", key, LEFT_OUT, text.format(declared[key], own))
+        for key, own in ours.items()
+        if declared.get(key, own) != own
+    ]
 
 
 def _wanted(truth: Factors, layers: str | None) -> list[str]:

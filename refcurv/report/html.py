@@ -47,6 +47,7 @@ tbody th{min-width:7rem;max-width:22rem;white-space:normal;overflow-wrap:anywher
 tr.more>*{border-top:0}
 td:last-child:not(.r){white-space:normal;overflow-wrap:anywhere}
 .r{text-align:right}
+td.long{white-space:normal;min-width:20rem;overflow-wrap:anywhere}
 figure{margin:1.2rem 0 2rem}
 figure img{display:block;width:100%;height:auto;background:#fff;border:1px solid var(--line);
 border-radius:.6rem;padding:.9rem}
@@ -89,6 +90,11 @@ def facts(pairs: Mapping[str, str]) -> str:
     return '<dl class="facts">\n' + "\n".join(rows) + "\n</dl>" if rows else ""
 
 
+SENTENCE = 40
+"""A cell of more characters is wrapped."""
+LONG = ' class="long"'
+
+
 def html_table(table: Table) -> str:
     """A table of finished cells; the first column heads its row. Empty without rows."""
     if not table.rows:
@@ -101,7 +107,10 @@ def html_table(table: Table) -> str:
     for row in table.rows:
         first = f'<th scope="row">{escape(row[0])}</th>' if row[0] else "<td></td>"
         cells = zip(row[1:], sides[1:], strict=True)
-        body = "".join(f"<td{side}>{minus(cell)}</td>" for cell, side in cells)
+        body = "".join(
+            f"<td{LONG if len(cell) > SENTENCE else side}>{minus(cell)}</td>"
+            for cell, side in cells
+        )
         kind = "" if row[0] else ' class="more"'
         lines.append(f"<tr{kind}>{first}{body}</tr>")
     lines.append("</tbody>")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator
+from dataclasses import replace
 
 from refcurv.report.cells import Json, scientific
 from refcurv.report.table import Table
@@ -26,7 +27,10 @@ def format_verdict(verdict: Json) -> str:
     layers, bad = layer_table(verdict), findings_table(verdict)
     parts = [headline(verdict), *_causes(verdict), _titled(layers)]
     if bad.rows:
-        parts.append(_titled(bad))
+        parts.append(
+            _titled(replace(bad, headers=bad.headers[:-1], rows=_numbers(bad), align="llrrl"))
+        )
+        parts.append("\n".join(_seen(bad)))
     parts.append("\n".join(_how(verdict)))
     return "\n\n".join(filter(None, parts))
 
@@ -111,6 +115,22 @@ def findings_table(verdict: Json) -> Table:
         title += f" ({SHOWN} of {len(bad)}; --json has all)"
     headers = ("layer", "quantity", "error", "budget", "verdict", "what was seen")
     return Table(title, headers, tuple(rows), "llrrll")
+
+
+def _numbers(bad: Table) -> tuple[tuple[str, ...], ...]:
+    """The rows without what was seen, which is too long for a column."""
+    return tuple(row[:-1] for row in bad.rows)
+
+
+def _seen(bad: Table) -> Iterator[str]:
+    """Each sentence once, whole, with the rows that it is about."""
+    rows: dict[str, list[str]] = {}
+    for row in bad.rows:
+        rows.setdefault(row[-1], []).append(f"{row[0]} {row[1]}".strip())
+    for text, about in rows.items():
+        more = f" and {len(about) - 2} more" if len(about) > 2 else ""
+        line = printable(f"{', '.join(about[:2])}{more}: {text or 'nothing more is known'}")
+        yield textwrap.fill(line, WIDTH, subsequent_indent="  ")
 
 
 def _titled(table: Table) -> str:
