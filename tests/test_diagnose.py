@@ -15,6 +15,7 @@ from refcurv.judge.case import Case
 from refcurv.judge.dump import Dump
 from refcurv.judge.faults import FAULTS
 from refcurv.judge.variants import Setting, moments
+from refcurv.model.part import part_of
 
 METHOD = Path(__file__).parents[1] / "validation" / "METHOD.md"
 
@@ -177,7 +178,7 @@ def alone(setting):
     """Each sequence's sums: {layer: (sum_A (N, I, I), sum_G (N, O, O))}."""
     model, corpus, _ = setting
     each = [
-        rc.collect(model, corpus.of(slice(n, n + 1)), ",".join(FEW), "empirical")
+        rc.collect(model, part_of(corpus, slice(n, n + 1)), ",".join(FEW), "empirical")
         for n in range(len(corpus.label))
     ]
     return {

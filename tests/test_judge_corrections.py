@@ -14,6 +14,7 @@ from refcurv.curvature.eigenbasis import Eigenbasis
 from refcurv.curvature.estimators import ekfac
 from refcurv.files.bfloat16 import from_bfloat16, to_bfloat16
 from refcurv.model.gradient import loss_and_gradient
+from refcurv.model.part import part_of
 
 FOREIGN = Path(__file__).parent / "data/foreign"
 LAYERS = ("blocks.0.mlp.up", "blocks.0.attn.v", "blocks.1.mlp.down")
@@ -102,7 +103,7 @@ def in_batches(setting, size, joint=False):
     rows = next(iter(factors.values())).n_A
     out = dict.fromkeys(factors, 0.0)
     for at in range(0, 6, size):
-        part = corpus.of(slice(at, at + size))
+        part = part_of(corpus, slice(at, at + size))
         _, gradient = loss_and_gradient(
             model.config, model.parameters, part.tokens, part.label, layout(model, part)
         )

@@ -18,7 +18,7 @@ from refcurv.judge.case import Case
 from refcurv.judge.dump import Dump
 from refcurv.judge.search import Side
 from refcurv.judge.variants import Setting, moments
-from refcurv.model.weights import Held
+from refcurv.judge.variants.held import Held
 
 CONFIG = config(mlp_width=8)
 MODEL = rc.Model(CONFIG, random_parameters(CONFIG, 3))

@@ -54,7 +54,7 @@ def diagnose(
         seen = [one for layer in case.matched if (one := _scale(case, found, layer))]
         _by_counts(case, side, found, index, seen)
     causes = [*_forms(case, found), *_missing(case, found, findings)]
-    causes += _scales(case, found)
+    causes += _scales(case, found, findings)
     causes += [*precision.causes(case, found), *_signs(case, found)]
     kept = tuple(one for one in causes if any(_speaks(one, f) for f in findings))
     return kept, tuple(_excluded(found)), _told(findings, kept)
@@ -356,9 +356,14 @@ def _like(where: Sequence[tuple[Side, Chosen]]) -> tuple[str, ...]:
     return tuple(id for id in dict.fromkeys(ids) if id not in own)
 
 
-def _scales(case: Case, found: Mapping[str, Side]) -> list[Cause]:
-    """Causes of factors that the forms leave, and of counts."""
-    seen = [one for layer in case.matched if (one := _scale(case, found, layer))]
+def _scales(case: Case, found: Mapping[str, Side], findings: Sequence[Comparison]) -> list[Cause]:
+    """Causes of factors that the forms leave, and of counts.
+
+    Where drawing alone explains G, a factor that no comparison objects to is no fault either.
+    """
+    wrong = {f.layer for f in findings if f.verdict == FAIL and f.quantity in _OF_SCALE}
+    at = [x for x in case.matched if x in wrong or not _by_drawing(found["G"], x)]
+    seen = [one for layer in at if (one := _scale(case, found, layer))]
     if not seen:
         return []
     out = []
@@ -372,6 +377,15 @@ def _scales(case: Case, found: Mapping[str, Side]) -> list[Cause]:
         alike = named.alike
         out.append(made(case, named.fault, words, layers, quantities, before, named.left, alike))
     return out
+
+
+_OF_SCALE = ("A", "G", "tr A · tr G", "n_A", "n_G")
+
+
+def _by_drawing(side: Side, layer: str) -> bool:
+    """Is G of this layer ours by drawing alone?"""
+    steps = side.ladders.get(layer)
+    return steps is not None and steps.rank(side.of(layer)[1].error) >= steps.by_drawing
 
 
 def _far(one: scales.Scale, sides: str) -> float:

@@ -48,6 +48,7 @@ from refcurv.law.checks import (
     require_range,
 )
 from refcurv.model.corpus import Corpus
+from refcurv.model.part import part_of
 from refcurv.model.patterns import expand
 from refcurv.model.weights import Model
 from refcurv.progress import Progress, counter, silent
@@ -331,7 +332,7 @@ def _noise(case: Case) -> dict[str, tuple[float, float]] | None:
     if is_large(case):
         some, positions, at_once = spread(unknown, LAYERS), few_positions(case), 1
         model = held(case).single(model)
-    few = corpus.of(slice(0, max(1, positions // corpus.label.shape[1])))
+    few = part_of(corpus, slice(0, max(1, positions // corpus.label.shape[1])))
     rows, draws = case.reference.rows, 8
     drawn = collect(
         model, few, ",".join(some), "sampled", draws=draws, rows=rows, in_flight=at_once

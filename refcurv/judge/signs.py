@@ -62,6 +62,7 @@ def _collapsed(case: Case, side: Side) -> dict[str, tuple[int, int]]:
 
 def _rank(X: Array, floor: float) -> int:
     """Eigenvalues above what rounding explains."""
+    X = X / max(float(abs(X).max()), 1e-300)  # LAPACK fails near the largest float
     values = np.abs(np.linalg.eigvalsh((X + X.T) / 2))
     return int((values > max(floor, 1e-13 * len(X)) * values.max(initial=0)).sum())
 

@@ -34,6 +34,7 @@ from refcurv.model.fisher import cotangents, require_fisher
 from refcurv.model.images import patches
 from refcurv.model.layers import Layout
 from refcurv.model.loss import cross_entropy
+from refcurv.model.part import part_of
 from refcurv.model.sampling import draw_labels, uniforms
 from refcurv.model.transformer import Inputs, Parameters, Slope, Tap, image_layout, layout_of
 from refcurv.model.weights import Model, resident
@@ -92,7 +93,7 @@ def trace(
     if kind not in (Fisher.SAMPLED, Fisher.EMPIRICAL):
         raise ConventionError("trace: labels are `sampled` or `empirical`; the others have none.")
     at = _rows_of(corpus, sequences)
-    few, index_B = corpus.of(at), at
+    few, index_B = part_of(corpus, at), at
     label_BT = require_fit("trace", few, model.config)
     if not (label_BT >= 0).any():
         raise EmptyError(f"trace: no position of sequences {list(sequences)} has a label.")

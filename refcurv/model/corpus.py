@@ -199,12 +199,6 @@ class Corpus:
         labels = self.labels.astype(np.int64)
         return labels if self.images is None else labels[:, None]
 
-    def of(self, sequences: slice | Array) -> Corpus:
-        """Some of its sequences or images, without populations; their draws are renumbered."""
-        arrays = (self.tokens, self.labels, self.mask, self.segments, self.images)
-        tokens, labels, mask, segments, images = (x if x is None else x[sequences] for x in arrays)
-        return Corpus(tokens, labels, mask, segments, images=images)
-
 
 def require_tokens(who: str, corpus: Corpus) -> Array:
     """The tokens (N, T); ConventionError for a corpus of images."""

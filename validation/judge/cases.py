@@ -13,6 +13,7 @@ import numpy as np
 
 import refcurv as rc
 from refcurv.judge.verdict import FAIL, MISSING
+from refcurv.model.part import part_of
 from validation.judge.models import SETTINGS, Setting
 from validation.judge.programs.editor import Editor
 
@@ -184,7 +185,7 @@ EDITED = {"olmo2-padded": "blocks.*.mlp.*", "olmo2-square": "blocks.1.mlp.up", "
 def edited(setting: str, few: bool) -> Setting:
     """A setting for the editor: of two sequences alone where factors must lack rank."""
     s = replace(setting_of(setting), layers=EDITED[setting])
-    return replace(s, corpus=s.corpus.of(slice(0, 2))) if few else s
+    return replace(s, corpus=part_of(s.corpus, slice(0, 2))) if few else s
 
 
 def judged_edit(setting: str, fault: str) -> tuple[rc.Verdict, rc.Verdict]:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import refcurv as rc
 from refcurv.algebra.scaling import norm
+from refcurv.model.part import part_of
 
 from . import official_edit
 from .finding import Finding
@@ -136,7 +137,7 @@ def unequal_batches(subject: Subject) -> Finding:
     theirs = official.collected(subject, "float64", sizes)["blk1.up"]
     at, want, parts = 0, 0.0, []
     for size in sizes:
-        part = subject.corpus.of(slice(at, at + size))
+        part = part_of(subject.corpus, slice(at, at + size))
         one = rc.collect(subject.model, part, layer, "empirical")[layer]
         want = want + one.sum_G / one.n_A**2
         parts.append(one.n_A)
