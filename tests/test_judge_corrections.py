@@ -140,7 +140,7 @@ FAULTS = {
     "batches of three": ("B75", lambda s: in_batches(s, 3)),
     "one batch": ("B75", lambda s: in_batches(s, 6)),
     "sampled labels": ("B76", lambda s: of(s, fisher="sampled", seed=50)),
-    "two sequences": ("B76", lambda s: of(s, s[1].of(slice(1, 3)))),
+    "two sequences": ("B76", lambda s: of(s, part_of(s[1], slice(1, 3)))),
     "other tokens": ("B76", lambda s: of(s, other_tokens(s))),
     "bfloat16": ("B77", lambda s: {k: bfloat16(L) for k, L in of(s).items()}),
     "upside down": (None, lambda s: {k: L[::-1, ::-1] for k, L in of(s).items()}),
@@ -170,7 +170,7 @@ def test_each_fault_of_lambda_has_its_name(setting, name):
 def test_a_batch_is_counted_and_a_part_is_listed(setting):
     said = judged(setting, in_batches(setting, 3)).failed[0].cause
     assert "of 3 sequences at a time" in said
-    said = judged(setting, of(setting, setting[1].of(slice(1, 3)))).failed[0].cause
+    said = judged(setting, of(setting, part_of(setting[1], slice(1, 3)))).failed[0].cause
     assert "2 of 6 sequences alone (1, 2)" in said
 
 

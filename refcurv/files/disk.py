@@ -11,6 +11,7 @@ import os
 import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -215,6 +216,11 @@ def new_folder(who: str, path: PathLike) -> Iterator[Path]:
     with _beside(who, path, output_path(who, path), _make_folder) as (folder, _):
         with machine_faults(who, path, WRITING):
             yield folder
+
+
+def scratch_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder for what nobody keeps; it is gone when the object is."""
+    return tempfile.TemporaryDirectory(prefix="refcurv-")
 
 
 def require_writable(who: str, path: PathLike) -> Path:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 import numpy as np
 
+from refcurv.files.disk import scratch_folder
 from refcurv.files.huggingface import convert
 from refcurv.files.lazy import Lazy
 from refcurv.files.weights import load
@@ -22,7 +22,7 @@ def of_weights(path: Path) -> Dump:
 
 def of_checkpoint(path: Path) -> Dump:
     """The matrices of a checkpoint directory, converted into a temporary file first."""
-    folder = tempfile.TemporaryDirectory(prefix="refcurv-")  # lives as long as the dump
+    folder = scratch_folder()  # lives as long as the dump
     target = Path(folder.name) / "weights.h5"
     convert(path, target)
     recipe = ("the checkpoint was converted as `refcurv convert` does",)
