@@ -157,7 +157,9 @@ def test_freedom_is_accepted_and_is_no_copy() -> None:
 
 
 def test_the_analytic_case_is_by_hand() -> None:
-    at = stored("analytic_v1").arrays
+    at, made = stored("analytic_v1").arrays, analytic().arrays
+    assert at.keys() == made.keys()
+    assert all(np.array_equal(x, made[name]) for name, x in at.items())
     np.testing.assert_array_equal(at["factors.linear.sum_A"], np.diag([16, 4, 4, 4, 1.0]))
     np.testing.assert_array_equal(at["factors.linear.sum_G"], np.diag([4, 4, 1, 1.0]))
     np.testing.assert_array_equal(at["basis.linear.mu"], [2, 0.5, 0.5, 0.5, 0.125])

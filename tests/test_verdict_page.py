@@ -16,7 +16,7 @@ from refcurv.cli import main
 from refcurv.judge.pictures import CELLS, blocks, spectrum
 from refcurv.report.plots.verdict import differences
 from refcurv.report.verdict import format_verdict
-from refcurv.report.verdict_page import verdict_page
+from refcurv.report.verdict_page import verdict_page, write_verdict_page
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ class Reader(HTMLParser):
         self.text += data
 
 
-def test_the_page_needs_nothing_else(setting):
+def test_the_page_needs_nothing_else(setting, tmp_path):
     _, _, factors = setting
     verdict = rc.validate(theirs_of(factors, 2), factors, pictures=1).to_json()
     reader = Reader()
@@ -104,6 +104,8 @@ def test_the_page_needs_nothing_else(setting):
     assert reader.addresses and all(a.startswith("data:") for a in reader.addresses)
     assert "FAILED" in reader.text and "blocks.0.mlp.up" in reader.text
     json.dumps(verdict, allow_nan=False)
+    write_verdict_page(verdict, tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text() == verdict_page(verdict)
 
 
 def browser() -> str | None:

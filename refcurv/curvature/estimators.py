@@ -169,8 +169,7 @@ def reduce(
     Cost: the passes of `collect`; then (segments)·(I² + O²) per layer, and no rows are copied
         but the sums of segments.
     Source: Eschenhagen et al. 2023 (arXiv 2311.00636); ESTIMATOR.
-    Proof: tests/test_estimators.py::test_reduce_equals_its_dense_definition,
-        ::test_O3_before_a_pool_reduce_is_exact
+    Proof: tests/test_estimators.py::test_reduce_equals_its_dense_definition
     """
     config = model.config
     keep = Rows(require_choice("reduce", "rows", rows, list(Rows)))
@@ -288,7 +287,7 @@ def diagonal(F: Array, U_G: Array, U_A: Array) -> Array:
     (O, O) and v_j of U_A (I, I) need not be orthonormal.
 
     Source: George et al. 2018 (arXiv 1806.03884); ESTIMATOR.
-    Proof: tests/test_estimators.py::test_O21_O22_lambda_keeps_the_trace_and_is_the_best_diagonal
+    Proof: tests/test_estimators.py::test_lambda_equals_its_dense_definition
     """
     U = kron_dense(U_G, U_A)
     return np.asarray((U * (F @ U)).sum(axis=0).reshape(U_G.shape[1], U_A.shape[1]))

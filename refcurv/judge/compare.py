@@ -74,7 +74,8 @@ def measure(theirs: Array, ours: Array, n_theirs: float | None, n_ours: int) -> 
 def compare_moments(bounds: Bounds, theirs: Theirs) -> tuple[list[Comparison], dict[str, Measured]]:
     """All comparisons of A and G of one layer, and the numbers behind them, by side.
 
-    Proof: tests/test_judge.py::test_distances_are_what_numpy_says
+    Proof: tests/test_judge.py::test_the_truth_passes,
+        ::test_a_factor_is_measured_and_fails
     """
     case, layer, ours = bounds.case, bounds.layer, bounds.case.ours(bounds.layer)
     other = any(getattr(theirs, part) is not None for part in ("U_A", "U_G", "mask", "W"))

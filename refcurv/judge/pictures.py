@@ -45,7 +45,7 @@ class Picture:
 def pictures(case: Case, layer: str) -> list[Picture]:
     """Of each side that can be compared.
 
-    Proof: tests/test_verdict_page.py::test_a_map_is_the_block_means
+    Proof: tests/test_verdict_page.py::test_the_figure_shows_every_picture
     """
     theirs, ours, out = case.theirs(layer), case.ours(layer), []
     for side, X, true in (("A", theirs.A, ours.A), ("G", theirs.G, ours.G)):
