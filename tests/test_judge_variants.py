@@ -218,7 +218,7 @@ def argmax(p: Array, label: Array, _: Array) -> list[oracles.World]:
 
 
 def double_shift(_: Array, label: Array, __: Array) -> list[oracles.World]:
-    at = [t for t in labelled(label) if t + 1 < len(label) and label[t + 1] >= 0]
+    at = [t for t in range(len(label) - 1) if label[t + 1] >= 0]  # also where there was none
     return one_way({t: int(label[t + 1]) for t in at})
 
 

@@ -425,16 +425,20 @@ def _scale(case: Case, found: Mapping[str, Side], layer: str) -> scales.Scale | 
 
 
 def _excluded(found: Mapping[str, Side]) -> Iterator[str]:
-    """What was tried where nothing was enough, and the error that it left."""
+    """What was tried where nothing was enough, and the error that it left; the nearest first."""
+    tried: dict[str, float] = {}
     for side in found.values():
         layers = side.unexplained()
         for idea, left in side.table.items():
             errors = [left[x].error for x in layers if x in left]
             if errors:
-                name = " and ".join(f"{id} ({FAULTS[id].name})" for id in idea.faults)
-                note = name or next(left[x].note for x in layers if x in left)
-                where = f"{side.side} of {len(errors)} layers"
-                yield f"{where}, {note}: leaves {min(errors):.2g} or more"
+                note = next(left[x].note for x in layers if x in left)
+                names = " and ".join(f"{id} ({FAULTS[id].name})" for id in idea.faults)
+                words = ": ".join(filter(None, (names, note)))
+                text = f"{side.side} of {len(errors)} layers, {words}"
+                tried[text] = min(*errors, tried.get(text, math.inf))
+    for text, error in sorted(tried.items(), key=lambda pair: pair[1]):
+        yield f"{text}: leaves {error:.2g} or more"
 
 
 def _told(findings: Sequence[Comparison], causes: Sequence[Cause]) -> list[Comparison]:

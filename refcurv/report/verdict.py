@@ -61,7 +61,7 @@ def _causes(verdict: Json) -> Iterator[str]:
         yield textwrap.fill(printable(text), WIDTH, subsequent_indent="  ")
     if verdict["excluded"]:
         tried = "; ".join(map(str, verdict["excluded"][:SHOWN]))
-        text = f"tried, and excluded: {tried}"
+        text = f"tried, and excluded, the nearest first: {tried}"
         more = len(verdict["excluded"]) - SHOWN
         text += f"; and {more} more" if more > 0 else ""
         yield textwrap.fill(printable(text), WIDTH, subsequent_indent="  ")

@@ -18,6 +18,9 @@ ABOUT = (
     "G/tr G compare the form of the factors, tr A · tr G their scale; no choice of where a "
     "constant is kept changes these three. An error is judged by the other program’s arithmetic."
 )
+NEAREST = 40
+"""Excluded hypotheses that the page lists."""
+
 SEE, READ = (
     "Where it differs.",
     "At the left, each point is a block of entries of the matrix over its trace: how far theirs is "
@@ -73,8 +76,10 @@ def _sections(verdict: Json) -> Iterator[str]:
         "How it was read", facts(known), facts({f"{o}": f"their {t}" for o, t in names.items()})
     )
     if verdict["excluded"]:
-        tried = "".join(f"<li>{escape(text)}</li>" for text in verdict["excluded"])
-        yield section("Tried, and excluded", f"<ul>{tried}</ul>")
+        tried = "".join(f"<li>{escape(text)}</li>" for text in verdict["excluded"][:NEAREST])
+        more = len(verdict["excluded"]) - NEAREST
+        rest = f"<p>And {more} more, in the JSON.</p>" if more > 0 else ""
+        yield section("Tried, and excluded: the nearest first", f"<ul>{tried}</ul>", rest)
 
 
 def _cause(one: Json) -> str:

@@ -124,7 +124,8 @@ def sent(one: Choice, at: Positions, logit_BTV: Array) -> Iterator[Sent]:
         label_BT = (
             logit_BTV.argmax(axis=-1) if one.kind == "argmax" else gold(one.kind, one.where, at)
         )
-        yield Sent(_slope(logit_BTV, np.where(has_BT, label_BT, -1), one.smoothing))
+        read_BT = has_BT | (one.kind == "double shift")  # labels that are moved stand elsewhere
+        yield Sent(_slope(logit_BTV, np.where(read_BT, label_BT, -1), one.smoothing))
     elif one.kind == "joint":
         yield from _joint_columns(one, at, logit_BTV, has_BT)
     elif one.kind == "signed":

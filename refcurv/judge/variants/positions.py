@@ -191,6 +191,6 @@ def gold(kind: str, where: str, at: Positions) -> Array:
         return np.asarray(np.where(label_BT >= 0, at.inputs, NO_LABEL))
     if kind == "double shift":
         later_BT = np.full_like(label_BT, NO_LABEL)
-        later_BT[:, :-1] = np.where(label_BT[:, :-1] >= 0, label_BT[:, 1:], NO_LABEL)
+        later_BT[:, :-1] = label_BT[:, 1:]  # whether or not there was one here
         return later_BT
     return label_BT
