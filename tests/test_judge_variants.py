@@ -753,3 +753,18 @@ def test_inputs_alone_need_no_backward(monkeypatch) -> None:
             A, n = alone[setting][name]
             assert n == one.n_A
             assert_within(A, one.A, 1e-14, np.trace(one.A), f"{setting.words}, {name}")
+
+
+def test_a_joint_input_has_a_last_coordinate_that_is_one() -> None:
+    """A of a layer that is judged with its bias is A_joint, also where only inputs are read."""
+    here = beside(case(2, biases=("up", "down")), layers="blocks.*.mlp.*")
+    names = [name for name in here.reference if here.reference[name].sum_a is not None]
+    joint = replace(here, joint=frozenset(names), known={})
+    assert names
+    for _, found in moments(joint, [REFERENCE], names):
+        for name, one in found.items():
+            want = here.reference[name].A_joint
+            assert_within(one.A, want, 1e-12, np.trace(want), name)
+            assert one.A[-1, -1] == 1
+    for _, means in inputs(joint, [REFERENCE], names):
+        assert all(A.shape == here.reference[name].A_joint.shape for name, (A, _) in means.items())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -188,7 +188,7 @@ def moments(
     for run, members in runs.items():
         one = exactly(choice(run, case.reference), at, config, most)
         net = changed(config, parameters, run.network, run.pads)
-        totals = _added(net, at, one, names, members, through)
+        totals = _added(net, at, one, names, members, through, case.joint)
         for setting in members if totals else ():
             found = {}
             for name in names:
@@ -220,7 +220,7 @@ def inputs(
         runs.setdefault((setting.network, setting.pads), []).append(setting)
     for members in runs.values():
         net = changed(config, parameters, members[0].network, members[0].pads)
-        totals = _added(net, at, None, names, members, None)
+        totals = _added(net, at, None, names, members, None, case.joint)
         for setting in members if totals else ():
             sides = {name: totals[ways(setting, name, at)[0]] for name in names}
             means = {name: _mean(setting, total, at, 1) for name, total in sides.items()}
@@ -236,14 +236,18 @@ def _added(
     names: Sequence[str],
     members: Sequence[Setting],
     through: Callable[[int], Array] | None,
+    joint: Set[str],
 ) -> dict[Side, Total]:
-    """The sums of all settings of one run; none if its numbers leave the range of the dtype."""
+    """The sums of all settings of one run; none if its numbers leave the range of the dtype.
+
+    Args: joint, layers whose input has a last coordinate that is 1 (BIAS).
+    """
     every = (way for setting in members for name in names for way in ways(setting, name, at))
     totals = {way: Total(way) for way in every}
     try:
         with np.errstate(over="ignore", invalid="ignore"):
             for flow in flows(net, at, one, names):
-                _take(flow, totals, through)
+                _take(flow, totals, through, joint)
     except NonFiniteError:
         return {}
     return totals
@@ -281,7 +285,12 @@ def ways(setting: Setting, layer: str, at: Positions) -> tuple[Side, Side]:
     )
 
 
-def _take(flow: Flow, totals: Mapping[Side, Total], through: Callable[[int], Array] | None) -> None:
+def _take(
+    flow: Flow,
+    totals: Mapping[Side, Total],
+    through: Callable[[int], Array] | None,
+    joint: Set[str],
+) -> None:
     """Add what flowed to every total that reads it."""
     row_BT = {way.rows: weights(way.rows, flow.at) for way in totals}
     drawn = flow.first or flow.draw > 0
@@ -293,6 +302,8 @@ def _take(flow: Flow, totals: Mapping[Side, Total], through: Callable[[int], Arr
         key = way.side, way.layer, way.tensor
         if key not in made:
             found = of(flow, way.layer, way.tensor)
+            if found is not None and way.side == "A" and way.layer in joint:
+                found = np.concatenate([found, np.ones_like(found[..., :1])], axis=-1)
             small = None if through is None or found is None else found @ through(found.shape[-1])
             made[key] = found if through is None else small
         x = made[key]
