@@ -40,9 +40,15 @@ def require_declared(given: Mapping[str, str]) -> dict[str, str]:
         require_choice("validate", "a declared key", key, [*CHOICES, *NUMBERS])
         if key in CHOICES:
             require_choice("validate", f"the declared {key}", value, CHOICES[key])
-            continue
-        low, high = NUMBERS[key]
-        number = require_range("validate", f"the declared {key}", value, low, high)
-        if key == "draws" and number != int(number):
-            raise ConventionError(f"validate: the declared draws must be whole; got {value!r}.")
-    return {key: str(value) for key, value in given.items()}
+    return {key: as_number(key, x) if key in NUMBERS else str(x) for key, x in given.items()}
+
+
+def as_number(key: str, value: str) -> str:
+    """What is declared of a key of NUMBERS, as the text of a number; draws are whole."""
+    low, high = NUMBERS[key]
+    number = require_range("validate", f"the declared {key}", value, low, high)
+    if key != "draws":
+        return str(value)
+    if number != int(number):
+        raise ConventionError(f"validate: the declared draws must be whole; got {value!r}.")
+    return str(int(number))

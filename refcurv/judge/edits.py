@@ -209,9 +209,10 @@ def compare_weight(
         return said(layer, "W", LEFT_OUT, _NO_MASS)
     C = own.U_G.T @ W @ own.U_A
     share = _share_of_weight(own, C, edited) if rho is None else rho
-    ours = keep_pairs(W, own, cut(own.lam, own.mu, share).mask(W.shape[1]))
+    mask = cut(own.lam, own.mu, share).mask(W.shape[1])
+    ours = keep_pairs(W, own, mask)
     error = float(norm(edited - ours)) / size
-    noise = _Noise(bounds, own, W, share)
+    noise = _Noise(bounds, own, W, share, C, mask, ours)
     text = f"W' is not the law's edit at rho = {share:.4g}"
     unknown = 0 * bounds.drawing.norm  # NaN where nobody knows
     found = bounds.judged("W", error, text, budget_of=noise.budget, drawing=unknown)
@@ -301,10 +302,23 @@ these decide as we do, and theirs does not, has odds of 2^-16."""
 
 
 class _Noise:
-    """What an edit moves by when A and G move by their budgets; computed once for each dtype."""
+    """What an edit moves by when A and G move by their budgets; computed once for each dtype.
 
-    def __init__(self, bounds: Bounds, own: Eigenbasis, W: Array, rho: float) -> None:
+    C, mask and edited are those of our own edit of W.
+    """
+
+    def __init__(
+        self,
+        bounds: Bounds,
+        own: Eigenbasis,
+        W: Array,
+        rho: float,
+        C: Array,
+        mask: Array,
+        edited: Array,
+    ) -> None:
         self._bounds, self._own, self._W, self._rho = bounds, own, W, rho
+        self._C, self._mask, self._edited = C, mask, edited
         self._known: dict[str, float] = {}
 
     def budget(self, dtype: str) -> float:
@@ -328,10 +342,8 @@ class _Noise:
             sides.append((vectors[:, ::-1], np.maximum(moved[::-1], 0)))
         (U_A, mu), (U_G, lam) = sides
         turned = Eigenbasis(U_A, mu, U_G, lam)
-        edits = [
-            keep_pairs(W, b, cut(b.lam, b.mu, self._rho).mask(W.shape[1])) for b in (own, turned)
-        ]
-        return float(norm(edits[0] - edits[1])) / float(norm(W))
+        other = keep_pairs(W, turned, cut(lam, mu, self._rho).mask(W.shape[1]))
+        return float(norm(self._edited - other)) / float(norm(W))
 
     def _reordered(self, dtype: str, seed: int) -> float:
         """What the edit moves by if eigenvalues move, each by its share of the budget."""
@@ -344,8 +356,7 @@ class _Noise:
         orders = [np.argsort(-x, kind="stable") for x in (lam, mu)]
         mask = np.zeros(W.shape, dtype=bool)
         mask[np.ix_(*orders)] = cut(lam[orders[0]], mu[orders[1]], self._rho).mask(W.shape[1])
-        own = cut(self._own.lam, self._own.mu, self._rho).mask(W.shape[1])
-        return float(norm((self._own.U_G.T @ W @ self._own.U_A)[mask ^ own])) / float(norm(W))
+        return float(norm(self._C[mask ^ self._mask])) / float(norm(W))
 
     def _share(self, dtype: str, side: str) -> float:
         """How far A or G may be off, relative to its norm: sums, solver and drawing."""

@@ -25,7 +25,7 @@ from refcurv.judge.biases import with_biases
 from refcurv.judge.case import ROOM, Case
 from refcurv.judge.compare import Bounds, Measured, compare_moments, drawing, one_draw, said
 from refcurv.judge.corrections import Truths, causes, compare_corrections
-from refcurv.judge.declared import require_declared
+from refcurv.judge.declared import as_number, require_declared
 from refcurv.judge.diagnose import diagnose
 from refcurv.judge.divergence import with_labels
 from refcurv.judge.dump import Dump
@@ -45,7 +45,6 @@ from refcurv.law.checks import (
     EmptyError,
     SchemaError,
     require_choice,
-    require_range,
 )
 from refcurv.model.corpus import Corpus
 from refcurv.model.part import part_of
@@ -161,9 +160,9 @@ def _theirs(
         require_choice("validate", "accept", dtype, ROUNDOFF)
     dump = read_dump(theirs)
     dump = of_summed_loss(replace(dump, declared={**dump.declared, **said_too}))
-    for name in dump.declared.keys() & {"draws", "rho"}:
-        _number(name, dump.declared[name])
-    return replace(dump, layers=Recent(dump.layers, ROOM)), spoken.or_else(dump.arithmetic)
+    told = {k: as_number(k, x) if k in ("draws", "rho") else x for k, x in dump.declared.items()}
+    dump = replace(dump, declared=told, layers=Recent(dump.layers, ROOM))
+    return dump, spoken.or_else(dump.arithmetic)
 
 
 def _shown(case: Case, findings: Sequence[Comparison], count: int) -> list[Picture]:
@@ -207,7 +206,7 @@ def _edit(bounds: Bounds, theirs: Held, own: Eigenbasis) -> Iterator[Comparison]
         yield said(layer, "W", LEFT_OUT, text)
     else:
         declared = case.dump.declared.get("rho")
-        rho = None if declared is None else _number("rho", declared)
+        rho = None if declared is None else float(declared)
         yield compare_weight(bounds, theirs.W, own, W, rho)
 
 
@@ -217,16 +216,6 @@ def _weight(model: Model, layer: str, joint: bool) -> Array:
     if not joint:
         return W
     return np.column_stack([W, np.asarray(model.parameters[f"{layer}.bias"], np.float64)])
-
-
-def _number(name: str, text: str) -> float:
-    """What is declared of draws, an integer, or of rho."""
-    try:
-        value = int(text) if name == "draws" else float(text)
-    except (TypeError, ValueError):
-        raise ConventionError(f"validate: {name} must be a number; got {text!r:.60}.") from None
-    bounds = (1, math.inf) if name == "draws" else (0, 1)
-    return require_range("validate", name, value, *bounds)
 
 
 def _reference(
