@@ -12,9 +12,9 @@ from strategies import config, random_parameters
 import refcurv as rc
 from refcurv.judge.arithmetic import ROUNDOFF, Arithmetic
 from refcurv.judge.case import Case
+from refcurv.judge.diagnosis.faults import FAULTS
+from refcurv.judge.diagnosis.variants import Setting, moments
 from refcurv.judge.dump import Dump
-from refcurv.judge.faults import FAULTS
-from refcurv.judge.variants import Setting, moments
 from refcurv.model.part import part_of
 
 METHOD = Path(__file__).parents[1] / "validation" / "METHOD.md"

@@ -12,13 +12,13 @@ import refcurv as rc
 from refcurv.curvature.factors_file import shapes_of
 from refcurv.files import store
 from refcurv.files.lazy import Lazy, Recent
-from refcurv.judge import recomputed
 from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.case import Case
+from refcurv.judge.diagnosis import recomputed
+from refcurv.judge.diagnosis.search import Side
+from refcurv.judge.diagnosis.variants import Setting, moments
+from refcurv.judge.diagnosis.variants.held import Held
 from refcurv.judge.dump import Dump
-from refcurv.judge.search import Side
-from refcurv.judge.variants import Setting, moments
-from refcurv.judge.variants.held import Held
 
 CONFIG = config(mlp_width=8)
 MODEL = rc.Model(CONFIG, random_parameters(CONFIG, 3))

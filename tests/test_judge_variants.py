@@ -17,8 +17,7 @@ from test_factors import corpus_of, gappy, model_of
 import refcurv as rc
 from refcurv.judge import case as judged
 from refcurv.judge.arithmetic import Arithmetic
-from refcurv.judge.dump import Dump
-from refcurv.judge.variants import (
+from refcurv.judge.diagnosis.variants import (
     REFERENCE,
     Moments,
     Setting,
@@ -29,6 +28,7 @@ from refcurv.judge.variants import (
     parts,
     settings,
 )
+from refcurv.judge.dump import Dump
 from refcurv.law.checks import Array
 from refcurv.law.conventions import Fisher
 from refcurv.model import transformer

@@ -11,8 +11,7 @@ Another program:
     compare     A and G; bases and edits: eigenvectors, masks, edited weights
     corrections EK-FAC's Λ, in their eigenvectors; segments: of which sums it may be made
     biases      layers whose dump joins weight and bias
-    diagnose    which known fault explains it: hypotheses of form, scale and precision (faults has
-                their names), and A and G recomputed under other settings (variants/)
+    diagnosis/  which known fault explains it
     trace, divergence       every tensor of a pass, and the first in which theirs differs
     pictures    what a report shows of a layer
     cases/      conformance vectors, for programs in any language

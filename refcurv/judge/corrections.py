@@ -24,11 +24,11 @@ from refcurv.curvature.estimators import Corrected, ekfac
 from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.case import Case
 from refcurv.judge.compare import DEVIATIONS, Bounds, Measured, said
-from refcurv.judge.diagnose import made
+from refcurv.judge.diagnosis.hypotheses import fitted
+from refcurv.judge.diagnosis.precision import short
+from refcurv.judge.diagnosis.procedure import made
+from refcurv.judge.diagnosis.search import COARSEST
 from refcurv.judge.dump import Theirs
-from refcurv.judge.hypotheses import fitted
-from refcurv.judge.precision import short
-from refcurv.judge.search import COARSEST
 from refcurv.judge.segments import Pieces, batches, parts, pieces_of
 from refcurv.judge.verdict import EQUAL_AS, FAIL, LEFT_OUT, PASS, Cause, Comparison
 from refcurv.law.checks import Array, RangeError

@@ -26,7 +26,10 @@ from refcurv.judge.case import ROOM, Case
 from refcurv.judge.compare import Bounds, Measured, compare_moments, drawing, one_draw, said
 from refcurv.judge.corrections import Truths, causes, compare_corrections
 from refcurv.judge.declared import as_number, require_declared
-from refcurv.judge.diagnose import diagnose
+from refcurv.judge.diagnosis.procedure import diagnose
+from refcurv.judge.diagnosis.recomputed import few_positions, is_large
+from refcurv.judge.diagnosis.search import spread
+from refcurv.judge.diagnosis.variants.collecting import held
 from refcurv.judge.divergence import with_labels
 from refcurv.judge.dump import Dump
 from refcurv.judge.dump import Theirs as Held
@@ -35,9 +38,6 @@ from refcurv.judge.foreign import match, read_arrays, read_dump
 from refcurv.judge.foreign.loss import of_summed_loss
 from refcurv.judge.pictures import Picture
 from refcurv.judge.pictures import pictures as draw
-from refcurv.judge.recomputed import few_positions, is_large
-from refcurv.judge.search import spread
-from refcurv.judge.variants.collecting import held
 from refcurv.judge.verdict import FAIL, LEFT_OUT, MISSING, Comparison, Verdict
 from refcurv.law.checks import (
     Array,
@@ -79,7 +79,7 @@ def validate(
         reference's and theirs are compared: A/tr A, G/tr G and tr A · tr G, which no choice of
         scale changes; then A and G; then what else the dump holds. An error is judged by the budget
         of *their* arithmetic (`judge.arithmetic`), and by what drawing labels explains. What does
-        not agree is diagnosed (`judge.diagnose`): each known fault is a transformation of the
+        not agree is diagnosed (`judge.diagnosis`): each known fault is a transformation of the
         truth, and the simplest that brings theirs within budget is the cause.
 
     Args:

@@ -206,7 +206,7 @@ def make_dump(folder: Path, size: bench.Size, file: str) -> Record:
 
 def planted(factors: rc.Factors, fault: str, size: bench.Size) -> Iterator[tuple[str, Any]]:
     """LAYER/A, LAYER/G and LAYER/n with the fault that the name says, if it is one."""
-    from refcurv.judge.variants.networks import rounded
+    from refcurv.judge.diagnosis.variants.networks import rounded
 
     rows = size.sequences * (size.positions - 1)
     for name in factors:

@@ -11,7 +11,7 @@ import numpy as np
 
 from refcurv.files.bfloat16 import from_bfloat16, to_bfloat16
 from refcurv.files.lazy import Lazy
-from refcurv.judge.variants.positions import Positions
+from refcurv.judge.diagnosis.variants.positions import Positions
 from refcurv.law.checks import Array, RefcurvError
 from refcurv.model.config import Activation, ModelConfig, Norm, QKNorm, Residual
 from refcurv.model.layers import (

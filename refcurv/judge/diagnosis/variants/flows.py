@@ -8,9 +8,9 @@ from functools import partial
 
 import numpy as np
 
-from refcurv.judge.variants.labels import Choice, Sent, sent
-from refcurv.judge.variants.networks import Network
-from refcurv.judge.variants.positions import Positions
+from refcurv.judge.diagnosis.variants.labels import Choice, Sent, sent
+from refcurv.judge.diagnosis.variants.networks import Network
+from refcurv.judge.diagnosis.variants.positions import Positions
 from refcurv.law.checks import Array
 from refcurv.law.conventions import shard_sequences
 from refcurv.model import transformer

@@ -10,12 +10,12 @@ from typing import NamedTuple
 import numpy as np
 
 from refcurv.judge.case import Case
-from refcurv.judge.variants.flows import Flow, flows, input_tensor, output_tensor
-from refcurv.judge.variants.held import Held
-from refcurv.judge.variants.labels import Choice, choice, passes
-from refcurv.judge.variants.networks import Network, changed
-from refcurv.judge.variants.positions import Positions, positions, weights
-from refcurv.judge.variants.setting import Setting
+from refcurv.judge.diagnosis.variants.flows import Flow, flows, input_tensor, output_tensor
+from refcurv.judge.diagnosis.variants.held import Held
+from refcurv.judge.diagnosis.variants.labels import Choice, choice, passes
+from refcurv.judge.diagnosis.variants.networks import Network, changed
+from refcurv.judge.diagnosis.variants.positions import Positions, positions, weights
+from refcurv.judge.diagnosis.variants.setting import Setting
 from refcurv.law.checks import Array, NonFiniteError
 from refcurv.model.config import TABLES, ModelConfig
 

@@ -9,9 +9,16 @@ from dataclasses import replace
 import numpy as np
 
 from refcurv.judge.case import Case
-from refcurv.judge.hypotheses import Left, Seen, fitted, see
-from refcurv.judge.search import Idea, Side, usable
-from refcurv.judge.variants import REFERENCE, Moments, Setting, combined, moments, settings
+from refcurv.judge.diagnosis.hypotheses import Left, Seen, fitted, see
+from refcurv.judge.diagnosis.search import Idea, Side, usable
+from refcurv.judge.diagnosis.variants import (
+    REFERENCE,
+    Moments,
+    Setting,
+    combined,
+    moments,
+    settings,
+)
 from refcurv.law.checks import Array
 
 SIDES: Mapping[str, tuple[str, ...]] = {

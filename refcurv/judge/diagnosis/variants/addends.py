@@ -14,12 +14,19 @@ from typing import Final
 import numpy as np
 
 from refcurv.judge.case import Case
-from refcurv.judge.variants.collecting import POSITIONS, WORK, exactly, held, rows_of, sample
-from refcurv.judge.variants.flows import Flow, flows
-from refcurv.judge.variants.labels import choice
-from refcurv.judge.variants.networks import changed
-from refcurv.judge.variants.positions import Positions
-from refcurv.judge.variants.setting import REFERENCE, Setting
+from refcurv.judge.diagnosis.variants.collecting import (
+    POSITIONS,
+    WORK,
+    exactly,
+    held,
+    rows_of,
+    sample,
+)
+from refcurv.judge.diagnosis.variants.flows import Flow, flows
+from refcurv.judge.diagnosis.variants.labels import choice
+from refcurv.judge.diagnosis.variants.networks import changed
+from refcurv.judge.diagnosis.variants.positions import Positions
+from refcurv.judge.diagnosis.variants.setting import REFERENCE, Setting
 from refcurv.law.checks import Array
 from refcurv.model.config import TABLES
 

@@ -12,17 +12,17 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from refcurv.judge import precision, scales
 from refcurv.judge.case import Case
 from refcurv.judge.compare import Measured
-from refcurv.judge.faults import FAULTS
-from refcurv.judge.hypotheses import Index, states
-from refcurv.judge.recomputed import cost, is_large, joined, partners, recompute, stages
-from refcurv.judge.search import PLAIN, Chosen, Idea, Side, ladder, look, rest, spread
-from refcurv.judge.signs import signs
-from refcurv.judge.variants import Setting
+from refcurv.judge.diagnosis import precision, scales
+from refcurv.judge.diagnosis.faults import FAULTS
+from refcurv.judge.diagnosis.hypotheses import Index, states
+from refcurv.judge.diagnosis.recomputed import cost, is_large, joined, partners, recompute, stages
+from refcurv.judge.diagnosis.search import PLAIN, Chosen, Idea, Side, ladder, look, rest, spread
+from refcurv.judge.diagnosis.signs import signs
+from refcurv.judge.diagnosis.variants import Setting
+from refcurv.judge.diagnosis.weighted import weigh
 from refcurv.judge.verdict import FAIL, LEFT_OUT, MISSING, PASS, Cause, Comparison
-from refcurv.judge.weighted import weigh
 
 WEIGHTED = ("B2", "B3", "B9", "B41", "B46")
 """Faults that `weighted` finds."""

@@ -14,11 +14,11 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 
 from refcurv.judge.case import Case
-from refcurv.judge.hypotheses import Left, fitted, see
-from refcurv.judge.recomputed import WHOLE, cost
-from refcurv.judge.search import Idea, Side, usable
-from refcurv.judge.variants import Parts, parts
-from refcurv.judge.variants.collecting import POSITIONS, sample
+from refcurv.judge.diagnosis.hypotheses import Left, fitted, see
+from refcurv.judge.diagnosis.recomputed import WHOLE, cost
+from refcurv.judge.diagnosis.search import Idea, Side, usable
+from refcurv.judge.diagnosis.variants import Parts, parts
+from refcurv.judge.diagnosis.variants.collecting import POSITIONS, sample
 from refcurv.law.checks import Array
 
 KEPT = ("ordinary", "first", "prompts")

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from refcurv.judge.case import Case
-from refcurv.judge.hypotheses import see
-from refcurv.judge.search import PLAIN, Side
+from refcurv.judge.diagnosis.hypotheses import see
+from refcurv.judge.diagnosis.search import PLAIN, Side
 from refcurv.law.checks import Array
 
 LARGEST = 2048

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from refcurv.judge.case import Case
-from refcurv.judge.faults import FAULTS
-from refcurv.judge.hypotheses import see
-from refcurv.judge.search import Side
+from refcurv.judge.diagnosis.faults import FAULTS
+from refcurv.judge.diagnosis.hypotheses import see
+from refcurv.judge.diagnosis.search import Side
 from refcurv.judge.verdict import Cause
 from refcurv.law.checks import Array
 

@@ -8,8 +8,15 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from refcurv.judge.case import Case
-from refcurv.judge.variants.networks import CHANGES, Level, occurring
-from refcurv.judge.variants.positions import ROWS, WHERE, Positions, positions, supervised, weights
+from refcurv.judge.diagnosis.variants.networks import CHANGES, Level, occurring
+from refcurv.judge.diagnosis.variants.positions import (
+    ROWS,
+    WHERE,
+    Positions,
+    positions,
+    supervised,
+    weights,
+)
 from refcurv.law.conventions import Fisher
 from refcurv.model.config import ModelConfig, NormPlace
 

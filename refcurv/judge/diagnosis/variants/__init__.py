@@ -6,9 +6,15 @@ alone. `parts` gives what weighted sums over sequences and kinds of positions ar
 
 from __future__ import annotations
 
-from refcurv.judge.variants.addends import KINDS, Part, Parts, parts
-from refcurv.judge.variants.collecting import Moments, inputs, moments
-from refcurv.judge.variants.setting import REFERENCE, Setting, averaged, combined, settings
+from refcurv.judge.diagnosis.variants.addends import KINDS, Part, Parts, parts
+from refcurv.judge.diagnosis.variants.collecting import Moments, inputs, moments
+from refcurv.judge.diagnosis.variants.setting import (
+    REFERENCE,
+    Setting,
+    averaged,
+    combined,
+    settings,
+)
 
 __all__ = [
     "KINDS",

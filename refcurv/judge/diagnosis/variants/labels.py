@@ -14,8 +14,8 @@ from typing import Final, TypeVar
 import numpy as np
 
 from refcurv.curvature.factors import Factors
-from refcurv.judge.variants.positions import Positions, gold, supervised
-from refcurv.judge.variants.setting import Setting
+from refcurv.judge.diagnosis.variants.positions import Positions, gold, supervised
+from refcurv.judge.diagnosis.variants.setting import Setting
 from refcurv.law.checks import Array
 from refcurv.law.conventions import Fisher
 from refcurv.model.loss import cross_entropy, root_product

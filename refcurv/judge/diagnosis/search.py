@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from refcurv.judge.arithmetic import ROUNDOFF, Arithmetic
 from refcurv.judge.case import Case
 from refcurv.judge.compare import drawing
-from refcurv.judge.hypotheses import Index, Left, Seen, fitted, see, tries
-from refcurv.judge.variants import Setting
+from refcurv.judge.diagnosis.hypotheses import Index, Left, Seen, fitted, see, tries
+from refcurv.judge.diagnosis.variants import Setting
 
 Faults = tuple[str, ...]
 
