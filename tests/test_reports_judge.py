@@ -1,0 +1,145 @@
+"""The judge: faults that public reports of K-FAC programs describe, each re-enacted as a dump.
+
+validation/REPORTS.md says which report each test answers. What theirs holds is made by plain
+arithmetic from taps or from the truth; what must come out is the name of the fault.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import pytest
+from strategies import config, random_parameters
+
+import refcurv as rc
+from refcurv.model.config import Image, ModelConfig
+
+Dump = dict[str, tuple[np.ndarray, np.ndarray, float]]
+
+
+@cache
+def texts() -> tuple[rc.Model, rc.Corpus, rc.Factors]:
+    """A small OLMo-2, twelve sequences of eight labels, labels of the model."""
+    made = config(mlp_width=12)
+    model = rc.Model(made, random_parameters(made, 3))
+    corpus = rc.Corpus(np.random.default_rng(0).integers(0, made.vocabulary, (12, 9)))
+    return model, corpus, rc.collect(model, corpus, "**", "expected")
+
+
+@cache
+def images() -> tuple[rc.Model, rc.Corpus, rc.Factors]:
+    """A small vision transformer, sixteen images, one label each: a term of the loss per image."""
+    image = Image(channels=2, height=6, width=6, patch=3)
+    made = ModelConfig(
+        vocabulary=5, width=8, layers=2, heads=2, kv_heads=2, head_width=4, mlp_width=12,
+        norm_place="pre", qk_norm="none", norm="layer", norm_bias=True, norm_eps=1e-5, tied=False,
+        rope_theta=None, gated=False,
+        activation="gelu", causal=False, image=image, pool="cls",
+        biases=("patch", "q", "k", "v", "o", "up", "down", "head"),
+        learned_positions=image.positions,
+    )  # fmt: skip
+    model = rc.Model(made, random_parameters(made, 5))
+    rng = np.random.default_rng(1)
+    pixels = rng.normal(size=(16, 2, 6, 6)).astype(np.float32)
+    corpus = rc.Corpus(images=pixels, labels=rng.integers(0, 5, 16).astype(np.int32))
+    return model, corpus, rc.collect(model, corpus, "**", "expected")
+
+
+def dump(factors: rc.Factors) -> Dump:
+    return {name: (one.A, one.G, float(one.n_A)) for name, one in factors.items()}
+
+
+def named(theirs: Dump, of: tuple[rc.Model, rc.Corpus, rc.Factors], **more: object) -> set[str]:
+    """The ids that are named, or that a cause says it may be as well."""
+    model, corpus, factors = of
+    verdict = rc.validate(theirs, factors, model=model, corpus=corpus, arithmetic="float64", **more)
+    assert not verdict.passed
+    return {str(cause.fault) for cause in verdict.causes}
+
+
+def test_honest_dumps_of_both_models_pass() -> None:
+    for of in (texts(), images()):
+        model, corpus, factors = of
+        assert rc.validate(
+            dump(factors), factors, model=model, corpus=corpus, arithmetic="float64"
+        ).passed
+
+
+def test_gradients_of_a_mean_over_the_batch() -> None:
+    """The gradients that are squared hold 1/m, m the rows of the batch."""
+    of = texts()
+    theirs = {name: (A, G / 96**2, n) for name, (A, G, n) in dump(of[2]).items()}
+    assert named(theirs, of) == {"B1"}
+
+
+def test_a_mean_loss_corrected_for_sequences_alone() -> None:
+    """m counts sequences where the loss is a mean over their labels too: 1/T² is left."""
+    of = texts()
+    theirs = {name: (A, G / 8**2, n) for name, (A, G, n) in dump(of[2]).items()}
+    assert named(theirs, of) == {"B1"}
+
+
+def test_labels_of_the_corpus_in_the_place_of_the_models() -> None:
+    model, corpus, factors = of = texts()
+    assert named(dump(rc.collect(model, corpus, "**", "empirical")), of) == {"B15"}
+
+
+def test_a_layer_that_is_called_past_its_hook() -> None:
+    """A fused call reads o's weight and never calls the module, so that nothing is stored."""
+    of = texts()
+    theirs = {name: one for name, one in dump(of[2]).items() if not name.endswith("attn.o")}
+    assert named(theirs, of) == {"B48"}
+
+
+def test_sizes_read_from_a_transposed_weight() -> None:
+    """Conv1D stores (in, out): A is made as large as the output, and G as the input."""
+    of = texts()
+    theirs = {name: (G, A, n) for name, (A, G, n) in dump(of[2]).items() if "mlp" in name}
+    assert named(theirs, of, layers="blocks.*.mlp.*") == {"B32"}
+
+
+def test_terms_of_the_loss_counted_by_a_blocks_positions() -> None:
+    """The loss has one term an image, and blocks have many positions: G is off by their number."""
+    of = images()
+    positions = of[0].config.image.positions
+    theirs = {
+        name: (A, G * (1 if name == "head" else positions), n)
+        for name, (A, G, n) in dump(of[2]).items()
+    }
+    assert named(theirs, of) & {"B7", "B37"}
+
+
+def test_patches_counted_in_one_factor_of_the_convolution() -> None:
+    """Ω of the paper is a sum over the places of an image, theirs a mean, or the other way."""
+    of = images()
+    places = of[0].config.image.patches
+    theirs = dump(of[2])
+    A, G, n = theirs["patch"]
+    theirs["patch"] = (A * places, G, n)
+    assert named(theirs, of) == {"B14"}
+
+
+def test_gradients_with_the_scale_of_mixed_precision() -> None:
+    of = texts()
+    theirs = {name: (A, G * 2.0**32, n) for name, (A, G, n) in dump(of[2]).items()}
+    assert named(theirs, of) == {"B11"}
+
+
+@pytest.mark.parametrize("share", [0.5, 2.0])
+def test_corrections_that_are_halved(share: float) -> None:
+    """EK-FAC's Λ times a half is no rounding: it is refused, and the factor is said."""
+    model, corpus, factors = texts()
+    basis = rc.decompose(factors)
+    exact = rc.estimators.ekfac(model, corpus, basis, fisher="expected", per="token")
+    theirs = {
+        name: {"A": one.A, "G": one.G, "n": one.n_A, "U_A": basis[name].U_A,
+               "U_G": basis[name].U_G, "Lambda": share * exact[name].Lambda / exact[name].rows}
+        for name, one in factors.items() if "mlp" in name
+    }  # fmt: skip
+    verdict = rc.validate(
+        theirs, factors, layers="blocks.*.mlp.*", model=model, corpus=corpus, basis=basis
+    )
+    wrong = [one for one in verdict.failed if one.quantity == "Lambda"]
+    assert len(wrong) == len(theirs) == len(verdict.failed)
+    assert all(f"times {share:g}" in one.cause for one in wrong), wrong[0].cause
