@@ -81,7 +81,7 @@ def test_a_mean_loss_corrected_for_sequences_alone() -> None:
 
 
 def test_labels_of_the_corpus_in_the_place_of_the_models() -> None:
-    model, corpus, factors = of = texts()
+    model, corpus, _ = of = texts()
     assert named(dump(rc.collect(model, corpus, "**", "empirical")), of) == {"B15"}
 
 
