@@ -264,23 +264,32 @@ def _missing(
     if absent:
         yield _cause(case, "B48", "Nothing is stored of it.", absent, math.inf, math.nan)
     zero, wild, inputs = [], [], []
+    spilt = False
     for layer in case.matched:
-        _, size = case.counts(layer).shape
+        size = case.counts(layer).shape[1] - (layer in case.joint)
         for side, state in states(case, layer).items():
             at = [f for f in findings if f.layer == layer and f.quantity in _form_of(side)]
             if not state.finite:
                 wild += at
+                spilt |= state.spilt
             elif state.wanted and not state.filled:
                 zero += at
             elif side == "G" and not state.same and not found[side].of(layer)[0].faults:
                 inputs += at if state.shape == (size, size) else []
     for fault, words, at in (
         ("B48", "Every entry is 0.", zero),
-        ("B61", "Entries are not finite.", wild),
+        ("B61" if spilt else None, "Entries are not finite." if spilt else NOT_FINITE, wild),
         ("B35", "G has the size of the layer's input.", inputs),
     ):
         if at:
-            yield _cause(case, fault, words, at, math.inf, math.nan)
+            alike = () if fault else ("B61",)
+            yield _cause(case, fault, words, at, math.inf, math.nan, alike)
+
+
+NOT_FINITE = (
+    "Unknown: entries are not finite, and no infinity says that a number was too large. It may be "
+    "float16 overflow (B61), a division by 0 rows, or a loss that was NaN already."
+)
 
 
 def _cause(
@@ -324,7 +333,8 @@ def _forms(case: Case, found: Mapping[str, Side]) -> list[Cause]:
     out = []
     for fault, where in parts.items():
         layers = dict.fromkeys(layer for _, one in where for layer in one.left)
-        quantities = tuple(dict.fromkeys(q for side, _ in where for q in _form_of(side.side)))
+        sides = "AG" if fault == "B32" else [side.side for side, _ in where]
+        quantities = tuple(dict.fromkeys(q for side in sides for q in _form_of(side)))
         before = max(side.plain(x).error for side, one in where for x in one.left)
         after = max(left.error for _, one in where for left in one.left.values())
         out.append(

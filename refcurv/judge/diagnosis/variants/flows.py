@@ -11,6 +11,7 @@ import numpy as np
 from refcurv.judge.diagnosis.variants.labels import Choice, Sent, sent
 from refcurv.judge.diagnosis.variants.networks import Network
 from refcurv.judge.diagnosis.variants.positions import Positions
+from refcurv.judge.diagnosis.variants.setting import OVERWRITTEN
 from refcurv.law.checks import Array
 from refcurv.law.conventions import shard_sequences
 from refcurv.model import transformer
@@ -139,7 +140,7 @@ def _backward(
 
 
 def input_tensor(flow: Flow, layer: str, name: str) -> Array | None:
-    """A tensor of the layer's block in the place of its input (`setting.INPUTS`).
+    """Another tensor in the place of a layer's input (`setting.INPUTS`, `setting.OVERWRITTEN`).
 
     None where the block has no such tensor, or where it is the layer's input itself.
     """
@@ -150,15 +151,33 @@ def input_tensor(flow: Flow, layer: str, name: str) -> Array | None:
         behind = name == "norm's input" and own.shape[:2] == flow.states[-1].shape[:2]
         return flow.states[-1] if layer == "head" and behind else None
     i, part = int(layer.split(".")[1]), layer.split(".")[2]
-    if name == "mlp's output before":
+    if name in OVERWRITTEN:
+        found = _overwritten(flow, i, layer.rpartition(".")[2], name)
+    elif name == "mlp's output before":
         found = _outputs(flow, i - 1)["mlp's output"] if i else None
     else:
-        if (i, part) not in flow.made:
-            flow.made[i, part] = _tensors(flow, i, part)
-        found = flow.made[i, part].get(name)
+        found = _made(flow, i, part).get(name)
     if found is None or found.shape[-1] != own.shape[-1]:
         return None
     return None if found is own else found
+
+
+def _overwritten(flow: Flow, i: int, kind: str, name: str) -> Array | None:
+    """A residual sum in the buffer that q, k and v, or gate and up, or their norm, have read."""
+    in_attn = kind in ("q", "k", "v")
+    if not in_attn and kind not in ("gate", "up"):
+        return None
+    if name == "last residual sum":
+        return flow.states[-1] if i + 1 < len(flow.blocks) else None
+    if name == "residual sum of the block":
+        return flow.states[i + 1] if in_attn else None
+    return _made(flow, i, "attn")["stream between"] if in_attn else flow.states[i + 1]
+
+
+def _made(flow: Flow, i: int, part: str) -> dict[str, Array]:
+    if (i, part) not in flow.made:
+        flow.made[i, part] = _tensors(flow, i, part)
+    return flow.made[i, part]
 
 
 def _outputs(flow: Flow, i: int) -> dict[str, Array]:
