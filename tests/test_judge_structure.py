@@ -20,7 +20,7 @@ SAID = {"arithmetic": "float64", "declared": {"fisher": "empirical"}}
 
 def made(place):
     """A small model of one place of its norms, its corpus, and the factors of all its layers."""
-    one = config(mlp_width=8, kv_heads=2, norm_place=place)
+    one = config(mlp_width=8, norm_place=place)
     model = rc.Model(one, random_parameters(one, 3))
     corpus = rc.Corpus(np.random.default_rng(0).integers(0, one.vocabulary, (12, 9)))
     return model, corpus, rc.collect(model, corpus, "blocks.**", "empirical")
@@ -161,6 +161,21 @@ def test_behind_an_activation_may_be_an_activation_in_place(pre):
     ((_, found),) = moments(here, [Setting(tensor_G="activation")], ["blocks.1.mlp.gate"])
     theirs = triples(factors) | {k: (x.A, x.G, x.n_A) for k, x in found.items()}
     assert named(theirs, factors, model=model, corpus=corpus) == {"B35": {"B42"}}
+
+
+def test_G_of_the_input_has_its_size(post):
+    """Where model and corpus are given it is recomputed; else its size is what there is."""
+    model, corpus, factors = post
+    here = Case(Dump("memory", {}, {}), factors, {}, Arithmetic(), model, corpus)
+    some = ["blocks.1.attn.k", "blocks.1.attn.v"]
+    for tensor in ("input", "stream"):
+        ((_, found),) = moments(here, [Setting(tensor_G=tensor)], some)
+        theirs = {k: (x.A, x.G, x.n_A) for k, x in found.items()}
+        for given in ({"model": model, "corpus": corpus}, {}):
+            verdict = rc.validate(theirs, factors, layers=",".join(some), **SAID, **given)
+            (cause,) = verdict.causes
+            assert cause.fault == "B35"
+            assert cause.after < 1e-10 if given else np.isnan(cause.after)
 
 
 @pytest.fixture(scope="module")

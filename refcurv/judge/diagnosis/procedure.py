@@ -92,7 +92,7 @@ def _search(case: Case, side: Side, found: Mapping[str, Side], index: Index) -> 
         layers = side.open()
         scaled = [x for x in _scaled(side) if x not in layers]
         if side.side == "G":  # what explains A may explain a factor of G
-            layers += [x for x in scaled if known[x].setting]
+            layers += [x for x in scaled if _changes_scale(known[x])]
         if not layers:
             return
         sample = spread(layers)
@@ -108,12 +108,17 @@ def _search(case: Case, side: Side, found: Mapping[str, Side], index: Index) -> 
             if side.explains(chosen.idea, x, bool(chosen.faults) and free[x])
         }
         side.chosen.append(replace(chosen, left=every))
-        more = [x for x in _scaled(side) if chosen.idea.setting]
+        more = [x for x in _scaled(side) if _changes_scale(chosen.idea)]
         _verify(case, side.side, found, index, chosen.idea, more)
         every |= {
             x: side.table[chosen.idea][x] for x in more if side.explains(chosen.idea, x, True)
         }
         side.chosen[-1] = replace(chosen, left=every)
+
+
+def _changes_scale(idea: Idea) -> bool:
+    """May it leave the form of a layer as it is, and a factor?"""
+    return idea.setting is not None or "B40" in idea.faults
 
 
 def _scaled(side: Side) -> list[str]:
@@ -411,6 +416,7 @@ def _scale(case: Case, found: Mapping[str, Side], layer: str) -> scales.Scale | 
     c: dict[str, float | None] = {"A": None, "G": None}
     tol = {"A": 0.0, "G": 0.0}
     rows: dict[str, float | None] = {"A": None, "G": None}
+    pooled = any("B40" in side.of(layer)[0].faults for side in found.values())
     for name, side in found.items():
         steps = side.ladders.get(layer)
         if steps is None:
@@ -425,7 +431,7 @@ def _scale(case: Case, found: Mapping[str, Side], layer: str) -> scales.Scale | 
         n_T = counts.theirs[name]
         if idea.setting is not None:
             rows[name] = left.rows
-        elif n_T is not None and not idea.faults:
+        elif n_T is not None and not idea.faults and not pooled:
             rows[name] = n_T / counts.ours[name]
     if c == {"A": None, "G": None}:
         return None

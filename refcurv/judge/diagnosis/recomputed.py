@@ -189,7 +189,7 @@ def _lefts(
             for layer, one in of.items():
                 for side, mine in seen[layer].items():
                     own = part(setting, side)
-                    if own.faults and usable(mine) and mine.T.shape == mine.X.shape:
+                    if own.faults and usable(mine) and (mine.T.shape == mine.X.shape or whole):
                         idea = Idea(own.faults, own)
                         yield side, layer, idea, _left(mine, own, one, base.get(layer), through)
 

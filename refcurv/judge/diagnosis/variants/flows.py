@@ -226,14 +226,12 @@ def output_tensor(flow: Flow, layer: str, name: str) -> Array | None:
     tap, P, config = flow.taps[layer], flow.net.parameters, flow.net.config
     if name == "output":
         return tap.g
-    weight = P[config.weight_of(layer)]
     if name == "input":
-        return tap.g @ weight if weight.shape[0] == weight.shape[1] else None
+        return np.asarray(tap.g @ P[config.weight_of(layer)])
     if layer in ("head", "patch"):
-        return None
-    if name == "shared input":
-        return _shared(flow, layer) if weight.shape[0] == weight.shape[1] else None
-    return (_behind_activation if name == "activation" else _behind_norm)(flow, layer)
+        return flow.d_states[-1] if (layer, name) == ("head", "stream") else None
+    others = {"shared input": _shared, "stream": _stream, "activation": _behind_activation}
+    return others.get(name, _behind_norm)(flow, layer)
 
 
 def _readers(flow: Flow, layer: str) -> list[str]:
@@ -270,6 +268,16 @@ def _behind_activation(flow: Flow, layer: str) -> Array | None:
     return d_hidden * up
 
 
+def _stream(flow: Flow, layer: str) -> Array | None:
+    """Of q, k, v, gate and up: the gradient of the stream that they or their norm read."""
+    i, part = int(layer.split(".")[1]), layer.split(".")[2]
+    if layer.endswith((".o", ".down")):
+        return None
+    if part == "attn" or flow.net.config.residual is not Residual.SEQUENTIAL:
+        return flow.d_states[i]
+    return _between(flow, i)
+
+
 def _behind_norm(flow: Flow, layer: str) -> Array | None:
     """Of `o` and `down`: the gradient of what is added to the stream."""
     config = flow.net.config
@@ -279,10 +287,18 @@ def _behind_norm(flow: Flow, layer: str) -> Array | None:
         return None
     if kind == "down" or config.residual is not Residual.SEQUENTIAL:
         return d_x
+    return _between(flow, i)
+
+
+def _between(flow: Flow, i: int) -> Array | None:
+    """The gradient of the stream between attention and MLP of block i."""
+    config, d_x = flow.net.config, flow.d_states[i + 1]
+    if d_x is None:
+        return None
     # forward:  x' = after + norm(mlp(read(after)))
     at = f"blocks.{i}.mlp."
     d_read = sum_of(flow, [n for n in (f"{at}gate", f"{at}up") if n in flow.taps])
-    if config.norm_place is NormPlace.BOTH:
+    if config.norm_place is not NormPlace.POST:
         saved = flow.blocks[i].mlp_norm
         steps = transformer.norm_backward(
             config, f"blocks.{i}.mlp_norm", d_read, saved, flow.net.ops

@@ -72,11 +72,12 @@ INPUTS: Final = (
 OVERWRITTEN: Final = ("residual sum behind it", "residual sum of the block", "last residual sum")
 """Sums that, computed in place, stand in the buffer that the layer or its norm has read (B42)."""
 
-OUTPUTS: Final = ("input", "shared input", "activation", "update")
+OUTPUTS: Final = ("input", "shared input", "stream", "activation", "update")
 """Gradients that may stand in the place of the layer's output's (B35).
 
-input: of its own input, g W. shared input: of what it and its neighbours read. activation: behind
-the activation. update: behind the norm that follows the layer.
+input: of its own input, g W. shared input: of what it and its neighbours read. stream: of the
+stream that it or its norm reads. activation: behind the activation. update: behind the norm that
+follows the layer.
 """
 
 
