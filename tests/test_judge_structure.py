@@ -116,6 +116,29 @@ def test_blocks_of_one_shape_share_their_sums(post):
     assert set(named(theirs, factors)) == {"B40"}
 
 
+@pytest.mark.parametrize("drawn", [False, True])
+def test_shared_sums_that_have_the_form_of_one_block(post, drawn):
+    """Within bfloat16, where it outweighs the others, or within drawing; the factor is half."""
+    rng, names = np.random.default_rng(0), [f"blocks.{i}.mlp.up" for i in range(2)]
+    made = {name: replace(layer(rng, 8), n_A=64, n_G=64) for name in names}
+    large = made[names[0]]
+    made[names[0]] = replace(large, sum_G=(1 if drawn else 1e5) * large.sum_G)
+    noise = {"error_G": 0.5, "error_trace_G": 0.5} if drawn else {}
+    made = {
+        x: replace(y, **{k: v * np.linalg.norm(y.G) for k, v in noise.items()})
+        for x, y in made.items()
+    }
+    factors = replace(post[2], layers=made, fisher="sampled" if drawn else "empirical")
+    n = sum(one.n_A for one in made.values())
+    both = [sum(getattr(x, side) for x in made.values()) / n for side in ("sum_A", "sum_G")]
+    said = {"fisher": "sampled" if drawn else "empirical"}
+    if drawn:  # other labels
+        x = rng.normal(size=(8, 8)) * np.linalg.norm(both[1]) / 16
+        both[1] = both[1] + x + x.T
+    theirs = {name: (*both, n) for name in names}
+    assert set(named(theirs, factors, arithmetic="bfloat16", declared=said)) == {"B40"}
+
+
 def test_parts_of_a_fused_matrix_in_another_order(post):
     *_, factors = post
     other = {"k": "v", "v": "k", "gate": "up", "up": "gate"}
