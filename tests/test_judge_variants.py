@@ -50,7 +50,9 @@ def under(here: judged.Case, setting: Setting, **options: int) -> dict[str, Mome
 
 
 def gap(one: Moments, two: Moments) -> float:
-    """The larger of the two relative distances."""
+    """The larger of the two relative distances; infinite where sizes differ."""
+    if (one.A.shape, one.G.shape) != (two.A.shape, two.G.shape):
+        return np.inf
     return max(
         np.linalg.norm(x - y) / max(np.linalg.norm(y), 1e-12)
         for x, y in ((one.A, two.A), (one.G, two.G))
@@ -596,6 +598,11 @@ def test_behind_a_norm_g_is_the_gradient_of_its_bias(place: str) -> None:
             name = f"{block}{part}_{'norm' if place == 'post' else 'post_norm'}.bias"
             G = square([slope[name] for slope in slopes]) / 2
             assert_within(found[block + layer].G, G, BUDGET, np.trace(G), f"{block}{layer}")
+            # the sum that is behind this norm is what the next layers or their norm read
+            after = f"{block}mlp.up" if part == "attn" else "blocks.1.attn.k"
+            if (block, part) != ("blocks.1.", "mlp"):
+                read = under(here, Setting(tensor_G="stream"))[after]
+                assert_within(read.G, G, BUDGET, np.trace(G), f"{after} reads {block}{part}")
 
 
 def test_behind_the_activation_g_is_not_yet_multiplied_by_its_slope() -> None:

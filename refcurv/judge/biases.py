@@ -14,7 +14,8 @@ def with_biases(case: Case) -> tuple[Case, list[Comparison]]:
     """The case with `joint` set, and what is to be said of layers that lack the column.
 
     A layer is joint if it has a bias, its reference holds Σ a, and theirs is one wider than its
-    input. Where the dump does not declare it, the recipe says so.
+    input; or if its G is, and its A has the size of our G (B32). Where the dump does not declare
+    it, the recipe says so.
 
     Proof: tests/test_judge_biases.py::test_a_joint_A_is_judged_beside_A_joint
     """
@@ -24,11 +25,13 @@ def with_biases(case: Case) -> tuple[Case, list[Comparison]]:
         one = case.reference[layer]
         if one.sum_a is None:
             continue
-        width = _width(case, layer)
-        if width == len(one.sum_a) + 1:
+        width, plain = _width(case, layer), len(one.sum_a)
+        if width == plain + 1 or _swapped(case, layer):
             joint.append(layer)
-        elif declared and width == len(one.sum_a):
+        elif declared and width == plain:
             without.append(layer)
+        elif declared and width is not None:
+            joint.append(layer)  # of a shape that neither explains
     dump = case.dump
     if joint and not declared:
         dump = replace(dump, recipe=(*dump.recipe, _guess(joint)))
@@ -42,6 +45,17 @@ def _guess(joint: Sequence[str]) -> str:
         f"A of {len(joint)} layers that have a bias ({joint[0]}, ...) is one wider than their "
         "input; its last row and column are taken for those of the 1 in [a; 1]"
     )
+
+
+def _swapped(case: Case, layer: str) -> bool:
+    """Has their A the shape of our G, and their G that of our A with the bias?"""
+    one, inputs = case.reference[layer], len(case.reference[layer].sum_A) + 1
+    if case.dump.shapes.get(case.matched[layer], (None,))[0] not in (None, inputs):
+        return False
+    theirs = case.theirs(layer)
+    if theirs.A is None or theirs.G is None:
+        return False
+    return (theirs.A.shape, theirs.G.shape) == (one.sum_G.shape, (inputs, inputs))
 
 
 def _width(case: Case, layer: str) -> int | None:

@@ -292,9 +292,9 @@ FAULTS: Final[Mapping[str, Fault]] = MappingProxyType(
             "Add each batch to the sums (+=); do not replace them.",
         ),
         "B42": Fault(
-            "an activation computed in place",
-            "G before it is wrong, or a crash",
-            "Switch in-place activations off, or copy what the hook receives.",
+            "an activation or a sum computed in place",
+            "G before it is wrong, or A is of what came later; or a crash",
+            "Switch in-place operations off, or copy what the hook receives.",
         ),
         "B43": Fault(
             "the loss divided by accumulation steps k",

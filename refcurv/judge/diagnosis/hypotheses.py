@@ -15,6 +15,7 @@ import numpy as np
 from refcurv.algebra.scaling import norm
 from refcurv.judge.case import Case
 from refcurv.law.checks import Array
+from refcurv.model.config import NormPlace
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +91,12 @@ def see(case: Case, layer: str) -> dict[str, Seen]:
 class State:
     """What must be known of one side before it is searched: of theirs, and `wanted`, of ours.
 
-    Fields: finite; filled, is any entry not 0; shape; same, is it that of ours.
+    Fields: finite; spilt, if not, does it look like overflow; filled, is any entry not 0; shape;
+    same, is it that of ours.
     """
 
     finite: bool
+    spilt: bool
     filled: bool
     wanted: bool
     shape: tuple[int, ...]
@@ -105,13 +108,19 @@ def states(case: Case, layer: str) -> dict[str, State]:
 
     def of(one: Seen) -> State:
         T, X = one.T, one.X
-        return State(
-            bool(np.isfinite(T).all()), bool(T.any()), bool(X.any()), T.shape, T.shape == X.shape
-        )
+        finite = bool(np.isfinite(T).all())
+        filled, wanted = bool(T.any()), bool(X.any())
+        return State(finite, not finite and _spilt(T), filled, wanted, T.shape, T.shape == X.shape)
 
     return case.once(
         ("states", layer), lambda: {side: of(one) for side, one in see(case, layer).items()}
     )
+
+
+def _spilt(T: Array) -> bool:
+    """Are there infinities, or whole rows that are not finite beside others that are?"""
+    bad = ~np.isfinite(T)
+    return bool(np.isinf(T).any() or (bad.all(axis=1).any() and not bad.all()))
 
 
 def _full(X: Array) -> Array:
@@ -138,11 +147,13 @@ def tries(
     }
     if seen.joint:
         families = {"B31": _of_ones, **families}
-    for fault, family in (families if fits else {"B31": _biased}).items():
+    for fault, family in (families if fits else {"B31": _biased, "B47": _misjoined}).items():
         alike = {"B47": ("B51",), "B31": ("B30",)}.get(fault, ())
         if wanted is None or any(id in wanted for id in (fault, *alike)):
             yield from family(seen)
-    if wanted is None or any(id in wanted for id in ("B32", "B34", "B35", "B38")):
+    if wanted is None or "B40" in wanted:
+        yield from index.pooled(seen)
+    if wanted is None or any(id in wanted for id in ("B32", "B34", "B35", "B38", "B42")):
         yield from index.others(seen)
 
 
@@ -236,9 +247,43 @@ def _matched(theirs: Array, ours: Array) -> Array:
 
 def _rows_matched(T: Array, X: Array) -> Array | None:
     """For each row of T the row of X that it is a multiple of; None if two have the same."""
-    lengths = [np.maximum(norm(M, axis=1), np.finfo(float).tiny)[:, None] for M in (T, X)]
-    order = np.argmax((T / lengths[0]) @ (X / lengths[1]).T, axis=1)
+    order = _nearest_rows(T, X)
     return order if len(set(order.tolist())) == len(order) else None
+
+
+def _misjoined(seen: Seen) -> Iterator[Try]:
+    """Row shards joined to a matrix of another shape, or some of them missing, or there twice."""
+    X, size = seen.X, len(seen.X)
+    if seen.T.ndim != 2 or size < 2:
+        return
+    for T, turned in ((seen.T, ""), (seen.T.T, ", transposed")):
+        for rows, how in _undone(T, size):
+            orders = [np.arange(len(rows))] if len(rows) <= size else []
+            found = _nearest_rows(rows, X)
+            if not orders or (found != orders[0]).any():
+                orders.append(found)
+            for order in orders:
+                lost = len(set(range(size)) - {*order.tolist()})
+                note = f"rows are joined {how}{turned}" + (f"; {lost} are missing" if lost else "")
+                yield Try(("B47",), note, X[order], T=rows)
+
+
+def _undone(T: Array, size: int) -> Iterator[tuple[Array, str]]:
+    """What rows of `size` entries a matrix may be made of, and how they were joined."""
+    height, width = T.shape
+    parts = width // size
+    if width % size == 0 and parts > 1:
+        yield T.reshape(height, parts, size).swapaxes(0, 1).reshape(-1, size), "side by side"
+    if width == size:
+        yield T, "below one another"
+    elif T.size == size * size:
+        yield T.reshape(size, size), f"to {height} by {width} entries"
+
+
+def _nearest_rows(T: Array, X: Array) -> Array:
+    """For each row of T the row of X that it is nearest to a multiple of."""
+    lengths = [np.maximum(norm(M, axis=1), np.finfo(float).tiny)[:, None] for M in (T, X)]
+    return np.asarray(np.argmax((T / lengths[0]) @ (X / lengths[1]).T, axis=1))
 
 
 def _triangle(seen: Seen) -> Iterator[Try]:
@@ -289,6 +334,7 @@ class Index:
     def __init__(self, case: Case) -> None:
         self._case = case
         self._diagonals: dict[tuple[str, str], Array] = {}
+        self._pool: tuple[object, Array] = (None, np.zeros(0))
 
     def others(self, seen: Seen, most: int = 2) -> Iterator[Try]:
         """Ours of other layers and of the other side that T is nearest to, by the diagonals."""
@@ -299,15 +345,81 @@ class Index:
         for (layer, side), diagonal in self._read().items():
             if len(diagonal) == len(own) and (layer, side) != (seen.layer, seen.side):
                 far = (layer != seen.layer, _kind(layer) != _kind(seen.layer))
-                found.append((float(norm(diagonal - own)), *far, layer, side))
+                found.append((float(norm(_shares(diagonal) - own)), *far, layer, side))
         for *_, layer, side in sorted(found)[:most]:
             ours = self._case.ours(layer)
             Y = ours.A if side == "A" else ours.G
             Y = np.diag(Y) if Y.ndim == 1 else Y
             if Y.shape == seen.X.shape and np.array_equal(Y, seen.X):
                 continue  # layers that read the same input
-            fault, alike = _of_another(seen, layer, side)
+            fault, alike = self._of_another(seen, layer, side)
             yield Try((fault,), f"it is our {side} of {layer}", Y, alike)
+
+    def pooled(self, seen: Seen) -> Iterator[Try]:
+        """The sums of all layers of one kind and size together, where that is nearer than ours."""
+        size, kind, known = len(seen.X), _kind(seen.layer), self._read()
+        every = [x for x in self._case.reference if _kind(x) == kind]
+        every = [x for x in every if len(known[x, seen.side]) == size]
+        if seen.T.shape != seen.X.shape or len(every) < 2:
+            return
+        own, ours = _shares(np.diag(seen.T)), _shares(known[seen.layer, seen.side])
+        both = [x for x in every if x in self._case.matched]
+        for names in dict.fromkeys((tuple(every), tuple(both))):
+            diagonal = _shares(sum((known[x, seen.side] for x in names), np.zeros(size)))
+            if len(names) < 2 or norm(diagonal - own) >= norm(ours - own):
+                continue
+            Y, note = self._pooled(seen.side, names), f"the sums of {len(names)} layers together"
+            times = len(names) * float(np.trace(Y))
+            if abs(float(np.trace(seen.T)) - times) <= 0.5 * times / len(names):
+                Y, note = Y * len(names), f"{note}, over the rows of one"
+            yield Try(("B40",), note, Y)
+
+    def _pooled(self, side: str, names: tuple[str, ...]) -> Array:
+        """The mean over the rows of all of them; that of the last call is kept."""
+        if self._pool[0] != (side, names):
+            each = [self._case.ours(x) for x in names]
+            total = sum(((x.sum_A if side == "A" else x.sum_G) for x in each), np.zeros(()))
+            n = sum(x.n_A if side == "A" else x.n_G for x in each)
+            self._pool = (side, names), total / n
+        return self._pool[1]
+
+    def _of_another(self, seen: Seen, layer: str, side: str) -> tuple[str, tuple[str, ...]]:
+        """The fault of theirs being our `side` of `layer`."""
+        if side != seen.side:
+            return ("B32", ()) if layer == seen.layer else ("B32", ("B38",))
+        if side == "G" and _fused(seen.layer) == _fused(layer):
+            return "B34", ("B38",)  # another part of one matrix
+        if self._wholly(seen, layer):
+            return "B38", ()
+        later = side == "A" and self._in_place(seen.layer, layer)
+        if _kind(layer) == _kind(seen.layer):
+            return "B38", ("B42",) if later else ()
+        if later:
+            return "B42", ("B34", "B38")
+        return ("B34" if side == "A" else "B35"), ("B38",)
+
+    def _wholly(self, seen: Seen, layer: str) -> bool:
+        """Is the other side of theirs, too, nearest to that of `layer`?"""
+        side, theirs = "AG".replace(seen.side, ""), self._case.theirs(seen.layer)
+        T = theirs.A if side == "A" else theirs.G
+        if T is None or T.ndim != 2 or T.shape[0] != T.shape[1]:
+            return False
+        own, known = _shares(np.diag(T)), self._read()
+        fits = [x for x, s in known if s == side and len(known[x, s]) == len(own)]
+        far = {x: float(norm(_shares(known[x, side]) - own)) for x in fits}
+        return layer in far and far[layer] <= min(far.values())
+
+    def _in_place(self, layer: str, later: str) -> bool:
+        """Do both read the stream itself, `later` behind a sum that `layer` does not see?
+
+        A sum in place then overwrites what `layer` read by what `later` reads.
+        """
+        model = self._case.model
+        if model is None or model.config.norm_place is not NormPlace.POST:
+            return False
+        order = [_fused(x) for x in model.config.linear_layers()]
+        one, two = _fused(layer), _fused(later)
+        return {one[1], two[1]} <= {*_FUSED.values()} and order.index(one) < order.index(two)
 
     def _read(self) -> Mapping[tuple[str, str], Array]:
         if not self._diagonals:
@@ -318,10 +430,10 @@ class Index:
 
 
 def diagonals(case: Case, layer: str) -> dict[str, Array]:
-    """Those of our A and G, each over its sum."""
+    """Those of the sums of our A and G."""
     one = case.ours(layer)
     sums = {"A": one.sum_A, "G": one.sum_G}
-    return {side: _shares(np.array(S if S.ndim == 1 else np.diag(S))) for side, S in sums.items()}
+    return {side: np.array(S if S.ndim == 1 else np.diag(S)) for side, S in sums.items()}
 
 
 def _shares(diagonal: Array) -> Array:
@@ -329,13 +441,13 @@ def _shares(diagonal: Array) -> Array:
     return diagonal / total if total > 0 else diagonal
 
 
-def _of_another(seen: Seen, layer: str, side: str) -> tuple[str, tuple[str, ...]]:
-    """The fault of theirs being our `side` of `layer`."""
-    if side != seen.side:
-        return ("B32", ()) if layer == seen.layer else ("B32", ("B38",))
-    if _kind(layer) == _kind(seen.layer):
-        return "B38", ()
-    return ("B34" if side == "A" else "B35"), ("B38",)
+_FUSED = dict.fromkeys(("q", "k", "v"), "qkv") | dict.fromkeys(("gate", "up"), "gate_up")
+
+
+def _fused(layer: str) -> tuple[str, str]:
+    """Its block, and the matrix that programs may hold it in, with others of the same input."""
+    block, _, kind = layer.rpartition(".")
+    return block, _FUSED.get(kind, kind)
 
 
 def _kind(layer: str) -> str:

@@ -92,7 +92,7 @@ def _search(case: Case, side: Side, found: Mapping[str, Side], index: Index) -> 
         layers = side.open()
         scaled = [x for x in _scaled(side) if x not in layers]
         if side.side == "G":  # what explains A may explain a factor of G
-            layers += [x for x in scaled if known[x].setting]
+            layers += [x for x in scaled if _changes_scale(known[x])]
         if not layers:
             return
         sample = spread(layers)
@@ -108,12 +108,17 @@ def _search(case: Case, side: Side, found: Mapping[str, Side], index: Index) -> 
             if side.explains(chosen.idea, x, bool(chosen.faults) and free[x])
         }
         side.chosen.append(replace(chosen, left=every))
-        more = [x for x in _scaled(side) if chosen.idea.setting]
+        more = [x for x in _scaled(side) if _changes_scale(chosen.idea)]
         _verify(case, side.side, found, index, chosen.idea, more)
         every |= {
             x: side.table[chosen.idea][x] for x in more if side.explains(chosen.idea, x, True)
         }
         side.chosen[-1] = replace(chosen, left=every)
+
+
+def _changes_scale(idea: Idea) -> bool:
+    """May it leave the form of a layer as it is, and a factor?"""
+    return idea.setting is not None or "B40" in idea.faults
 
 
 def _scaled(side: Side) -> list[str]:
@@ -264,23 +269,32 @@ def _missing(
     if absent:
         yield _cause(case, "B48", "Nothing is stored of it.", absent, math.inf, math.nan)
     zero, wild, inputs = [], [], []
+    spilt = False
     for layer in case.matched:
-        _, size = case.counts(layer).shape
+        size = case.counts(layer).shape[1] - (layer in case.joint)
         for side, state in states(case, layer).items():
             at = [f for f in findings if f.layer == layer and f.quantity in _form_of(side)]
             if not state.finite:
                 wild += at
+                spilt |= state.spilt
             elif state.wanted and not state.filled:
                 zero += at
             elif side == "G" and not state.same and not found[side].of(layer)[0].faults:
                 inputs += at if state.shape == (size, size) else []
     for fault, words, at in (
         ("B48", "Every entry is 0.", zero),
-        ("B61", "Entries are not finite.", wild),
+        ("B61" if spilt else None, "Entries are not finite." if spilt else NOT_FINITE, wild),
         ("B35", "G has the size of the layer's input.", inputs),
     ):
         if at:
-            yield _cause(case, fault, words, at, math.inf, math.nan)
+            alike = () if fault else ("B61",)
+            yield _cause(case, fault, words, at, math.inf, math.nan, alike)
+
+
+NOT_FINITE = (
+    "Unknown: entries are not finite, and no infinity says that a number was too large. It may be "
+    "float16 overflow (B61), a division by 0 rows, or a loss that was NaN already."
+)
 
 
 def _cause(
@@ -324,7 +338,8 @@ def _forms(case: Case, found: Mapping[str, Side]) -> list[Cause]:
     out = []
     for fault, where in parts.items():
         layers = dict.fromkeys(layer for _, one in where for layer in one.left)
-        quantities = tuple(dict.fromkeys(q for side, _ in where for q in _form_of(side.side)))
+        sides = "AG" if fault == "B32" else [side.side for side, _ in where]
+        quantities = tuple(dict.fromkeys(q for side in sides for q in _form_of(side)))
         before = max(side.plain(x).error for side, one in where for x in one.left)
         after = max(left.error for _, one in where for left in one.left.values())
         out.append(
@@ -401,6 +416,7 @@ def _scale(case: Case, found: Mapping[str, Side], layer: str) -> scales.Scale | 
     c: dict[str, float | None] = {"A": None, "G": None}
     tol = {"A": 0.0, "G": 0.0}
     rows: dict[str, float | None] = {"A": None, "G": None}
+    pooled = any("B40" in side.of(layer)[0].faults for side in found.values())
     for name, side in found.items():
         steps = side.ladders.get(layer)
         if steps is None:
@@ -415,7 +431,7 @@ def _scale(case: Case, found: Mapping[str, Side], layer: str) -> scales.Scale | 
         n_T = counts.theirs[name]
         if idea.setting is not None:
             rows[name] = left.rows
-        elif n_T is not None and not idea.faults:
+        elif n_T is not None and not idea.faults and not pooled:
             rows[name] = n_T / counts.ours[name]
     if c == {"A": None, "G": None}:
         return None

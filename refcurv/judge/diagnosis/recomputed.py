@@ -189,7 +189,7 @@ def _lefts(
             for layer, one in of.items():
                 for side, mine in seen[layer].items():
                     own = part(setting, side)
-                    if own.faults and usable(mine) and mine.T.shape == mine.X.shape:
+                    if own.faults and usable(mine) and (mine.T.shape == mine.X.shape or whole):
                         idea = Idea(own.faults, own)
                         yield side, layer, idea, _left(mine, own, one, base.get(layer), through)
 
@@ -229,7 +229,7 @@ def _left(
     block = np.s_[:WIDTH, WIDTH:] if through else np.s_[:]
     error, r = fitted(seen.T[block], Y[block])
     rows = None if seen.n_T is None or base is not None else seen.n_T / n
-    return Left(error, r, words(own), (), rows)
+    return Left(error, r, words(own), own.alike, rows)
 
 
 def words(setting: Setting) -> str:

@@ -252,9 +252,8 @@ def look(
 
 
 def usable(seen: Seen) -> bool:
-    """Is there a form to search: square, finite and not 0?"""
-    square = seen.T.ndim == 2 and seen.T.shape[0] == seen.T.shape[1]
-    return square and bool(math.isfinite(seen.T.sum()) and seen.T.any())
+    """Is there a form to search: a matrix, finite and not 0?"""
+    return seen.T.ndim == 2 and bool(math.isfinite(seen.T.sum()) and seen.T.any())
 
 
 def spread(names: Sequence[str], most: int = SAMPLE) -> list[str]:

@@ -11,6 +11,7 @@ import numpy as np
 from refcurv.judge.diagnosis.variants.labels import Choice, Sent, sent
 from refcurv.judge.diagnosis.variants.networks import Network
 from refcurv.judge.diagnosis.variants.positions import Positions
+from refcurv.judge.diagnosis.variants.setting import OVERWRITTEN
 from refcurv.law.checks import Array
 from refcurv.law.conventions import shard_sequences
 from refcurv.model import transformer
@@ -139,7 +140,7 @@ def _backward(
 
 
 def input_tensor(flow: Flow, layer: str, name: str) -> Array | None:
-    """A tensor of the layer's block in the place of its input (`setting.INPUTS`).
+    """Another tensor in the place of a layer's input (`setting.INPUTS`, `setting.OVERWRITTEN`).
 
     None where the block has no such tensor, or where it is the layer's input itself.
     """
@@ -150,15 +151,33 @@ def input_tensor(flow: Flow, layer: str, name: str) -> Array | None:
         behind = name == "norm's input" and own.shape[:2] == flow.states[-1].shape[:2]
         return flow.states[-1] if layer == "head" and behind else None
     i, part = int(layer.split(".")[1]), layer.split(".")[2]
-    if name == "mlp's output before":
+    if name in OVERWRITTEN:
+        found = _overwritten(flow, i, layer.rpartition(".")[2], name)
+    elif name == "mlp's output before":
         found = _outputs(flow, i - 1)["mlp's output"] if i else None
     else:
-        if (i, part) not in flow.made:
-            flow.made[i, part] = _tensors(flow, i, part)
-        found = flow.made[i, part].get(name)
+        found = _made(flow, i, part).get(name)
     if found is None or found.shape[-1] != own.shape[-1]:
         return None
     return None if found is own else found
+
+
+def _overwritten(flow: Flow, i: int, kind: str, name: str) -> Array | None:
+    """A residual sum in the buffer that q, k and v, or gate and up, or their norm, have read."""
+    in_attn = kind in ("q", "k", "v")
+    if not in_attn and kind not in ("gate", "up"):
+        return None
+    if name == "last residual sum":
+        return flow.states[-1] if i + 1 < len(flow.blocks) else None
+    if name == "residual sum of the block":
+        return flow.states[i + 1] if in_attn else None
+    return _made(flow, i, "attn")["stream between"] if in_attn else flow.states[i + 1]
+
+
+def _made(flow: Flow, i: int, part: str) -> dict[str, Array]:
+    if (i, part) not in flow.made:
+        flow.made[i, part] = _tensors(flow, i, part)
+    return flow.made[i, part]
 
 
 def _outputs(flow: Flow, i: int) -> dict[str, Array]:
@@ -207,14 +226,12 @@ def output_tensor(flow: Flow, layer: str, name: str) -> Array | None:
     tap, P, config = flow.taps[layer], flow.net.parameters, flow.net.config
     if name == "output":
         return tap.g
-    weight = P[config.weight_of(layer)]
     if name == "input":
-        return tap.g @ weight if weight.shape[0] == weight.shape[1] else None
+        return np.asarray(tap.g @ P[config.weight_of(layer)])
     if layer in ("head", "patch"):
-        return None
-    if name == "shared input":
-        return _shared(flow, layer) if weight.shape[0] == weight.shape[1] else None
-    return (_behind_activation if name == "activation" else _behind_norm)(flow, layer)
+        return flow.d_states[-1] if (layer, name) == ("head", "stream") else None
+    others = {"shared input": _shared, "stream": _stream, "activation": _behind_activation}
+    return others.get(name, _behind_norm)(flow, layer)
 
 
 def _readers(flow: Flow, layer: str) -> list[str]:
@@ -251,6 +268,16 @@ def _behind_activation(flow: Flow, layer: str) -> Array | None:
     return d_hidden * up
 
 
+def _stream(flow: Flow, layer: str) -> Array | None:
+    """Of q, k, v, gate and up: the gradient of the stream that they or their norm read."""
+    i, part = int(layer.split(".")[1]), layer.split(".")[2]
+    if layer.endswith((".o", ".down")):
+        return None
+    if part == "attn" or flow.net.config.residual is not Residual.SEQUENTIAL:
+        return flow.d_states[i]
+    return _between(flow, i)
+
+
 def _behind_norm(flow: Flow, layer: str) -> Array | None:
     """Of `o` and `down`: the gradient of what is added to the stream."""
     config = flow.net.config
@@ -260,10 +287,18 @@ def _behind_norm(flow: Flow, layer: str) -> Array | None:
         return None
     if kind == "down" or config.residual is not Residual.SEQUENTIAL:
         return d_x
+    return _between(flow, i)
+
+
+def _between(flow: Flow, i: int) -> Array | None:
+    """The gradient of the stream between attention and MLP of block i."""
+    config, d_x = flow.net.config, flow.d_states[i + 1]
+    if d_x is None:
+        return None
     # forward:  x' = after + norm(mlp(read(after)))
     at = f"blocks.{i}.mlp."
     d_read = sum_of(flow, [n for n in (f"{at}gate", f"{at}up") if n in flow.taps])
-    if config.norm_place is NormPlace.BOTH:
+    if config.norm_place is not NormPlace.POST:
         saved = flow.blocks[i].mlp_norm
         steps = transformer.norm_backward(
             config, f"blocks.{i}.mlp_norm", d_read, saved, flow.net.ops

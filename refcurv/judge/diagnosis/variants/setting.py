@@ -69,11 +69,15 @@ INPUTS: Final = (
 )
 """Tensors of the layer's block that may stand in the place of its input (B34)."""
 
-OUTPUTS: Final = ("input", "shared input", "activation", "update")
+OVERWRITTEN: Final = ("residual sum behind it", "residual sum of the block", "last residual sum")
+"""Sums that, computed in place, stand in the buffer that the layer or its norm has read (B42)."""
+
+OUTPUTS: Final = ("input", "shared input", "stream", "activation", "update")
 """Gradients that may stand in the place of the layer's output's (B35).
 
-input: of its own input, g W. shared input: of what it and its neighbours read. activation: behind
-the activation. update: behind the norm that follows the layer.
+input: of its own input, g W. shared input: of what it and its neighbours read. stream: of the
+stream that it or its norm reads. activation: behind the activation. update: behind the norm that
+follows the layer.
 """
 
 
@@ -86,7 +90,7 @@ class Setting:
         smoothing: ε of label smoothing. where: at which positions labels are (`positions.WHERE`).
         rows_A, rows_G: which positions are rows (`positions.ROWS`). count: one of COUNTS.
         pooling_A, pooling_G: of POOLING. batch: sequences of a batch, 0 for all; for B44.
-        tensor_A, tensor_G: of INPUTS and OUTPUTS.
+        tensor_A, tensor_G: of INPUTS or OVERWRITTEN, and of OUTPUTS.
         network: changes of the arithmetic (`networks.CHANGES`), each with its level.
         pads: what a position of padding sees (`networks.Network`): no fault by itself.
         mean: where labels are drawn, is the mean over all draws taken: no fault, but the way to
@@ -122,11 +126,16 @@ class Setting:
             COUNTS.get(self.count),
             POOLING.get(self.pooling_A),
             POOLING.get(self.pooling_G),
-            "B34" if self.tensor_A != "input" else None,
+            None if self.tensor_A == "input" else "B42" if self.tensor_A in OVERWRITTEN else "B34",
             "B35" if self.tensor_G != "output" else None,
             *(CHANGES[name].fault for name, _ in self.network),
         ]
         return tuple(dict.fromkeys(fault for fault in found if fault))
+
+    @property
+    def alike(self) -> tuple[str, ...]:
+        """Other ids that leave the same trace: an activation in place shows what is behind it."""
+        return ("B42",) if self.tensor_G == "activation" else ()
 
     @property
     def sides(self) -> frozenset[str]:
@@ -307,7 +316,8 @@ def _tensors(config: ModelConfig) -> Iterator[Setting]:
         lacks |= {"norm's input"}
     if config.layers == 1:
         lacks |= {"mlp's output before"}
-    yield from (Setting(tensor_A=name) for name in INPUTS if name not in lacks)
+    # of tensors that are the same the first is named
+    yield from (Setting(tensor_A=name) for name in (*OVERWRITTEN, *INPUTS) if name not in lacks)
     for name in OUTPUTS:
         if name != "update" or config.norm_place is not NormPlace.PRE:
             yield Setting(tensor_G=name)

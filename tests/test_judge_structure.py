@@ -1,0 +1,258 @@
+"""`diagnose`: matrices of other layers and tensors, of several at once, or joined wrongly."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from strategies import config, random_parameters
+
+import refcurv as rc
+from refcurv.curvature.factors import Factor
+from refcurv.judge.arithmetic import Arithmetic
+from refcurv.judge.case import Case
+from refcurv.judge.diagnosis.variants import Setting, moments
+from refcurv.judge.dump import Dump
+
+SAID = {"arithmetic": "float64", "declared": {"fisher": "empirical"}}
+
+
+def made(place):
+    """A small model of one place of its norms, its corpus, and the factors of all its layers."""
+    one = config(mlp_width=8, norm_place=place)
+    model = rc.Model(one, random_parameters(one, 3))
+    corpus = rc.Corpus(np.random.default_rng(0).integers(0, one.vocabulary, (12, 9)))
+    return model, corpus, rc.collect(model, corpus, "blocks.**", "empirical")
+
+
+@pytest.fixture(scope="module")
+def post():
+    return made("post")
+
+
+@pytest.fixture(scope="module")
+def pre():
+    return made("pre")
+
+
+def triples(factors):
+    return {name: (one.A, one.G, one.n_A) for name, one in factors.items()}
+
+
+def named(theirs, factors, **options):
+    """{fault: what else it may be} of every cause; each must say what to change."""
+    verdict = rc.validate(theirs, factors, **SAID | options)
+    assert not verdict.passed
+    return {cause.fault: set(cause.alike) for cause in verdict.causes}
+
+
+# ------------------------------------------------------------------ shards
+
+JOINED = {
+    "side by side": lambda X: np.hstack([X[:4], X[4:]]),
+    "four of them": lambda X: np.hstack(np.split(X, 4)),
+    "the last row lost": lambda X: np.hstack([X[:3], X[3:6]]),
+    "in another order": lambda X: np.hstack([X[4:], X[:4]]),
+    "columns below one another": lambda X: np.vstack([X[:, :4], X[:, 4:]]),
+    "one is missing": lambda X: X[4:],
+    "one is there twice": lambda X: np.vstack([X, X[:4]]),
+    "reshaped": lambda X: X.reshape(2, 32),
+}
+
+
+@pytest.mark.parametrize("how", JOINED)
+def test_shards_of_another_shape_are_joined_rightly(post, how):
+    *_, factors = post
+    names = [name for name in factors if name.endswith(("up", "down"))]
+    join, at = JOINED[how], {"layers": ",".join(names)}
+    theirs = {x: (join(factors[x].A), join(factors[x].G), factors[x].n_A) for x in names}
+    assert set(named(theirs, factors, **at)) == {"B47"}
+    other = {name: (np.cos(A), G, n) for name, (A, G, n) in theirs.items()}
+    verdict = rc.validate(other, factors, **SAID, **at)
+    assert {q for cause in verdict.causes for q in cause.quantities} >= {"G"}
+    assert not any("A" in cause.quantities for cause in verdict.causes)
+
+
+# ------------------------------------------------------------------ layers and tensors
+
+
+def test_blocks_that_share_their_sums(post):
+    *_, factors = post
+    kinds = {name.split(".", 2)[2] for name in factors}
+    total = {
+        kind: [
+            sum(getattr(factors[f"blocks.{i}.{kind}"], side) for i in range(2))
+            for side in ("sum_A", "sum_G", "n_A")
+        ]
+        for kind in kinds
+    }
+    for over in (1, 2):  # the rows of both blocks, or of one
+        theirs = {}
+        for name in factors:
+            A, G, n = total[name.split(".", 2)[2]]
+            theirs[name] = (over * A / n, over * G / n, n / over)
+        assert set(named(theirs, factors)) == {"B40"}
+
+
+def layer(rng, size):
+    """A factor of random rows, more of them in some layers than in others."""
+    n = int(rng.integers(50, 90))
+    x = rng.normal(size=(n, size)) @ rng.normal(size=(size, size))
+    return Factor(x.T @ x, n, 2 * x.T @ x, n, 0.0, 0.0)
+
+
+def test_blocks_of_one_shape_share_their_sums(post):
+    """Of blocks with different widths those of the same width alone."""
+    rng = np.random.default_rng(0)
+    sizes = (8, 8, 5, 8, 5)
+    made = {f"blocks.{i}.mlp.up": layer(rng, size) for i, size in enumerate(sizes)}
+    factors = replace(post[2], layers=made)
+    theirs = {}
+    for name, one in made.items():
+        same = [x for x in made.values() if x.sum_A.shape == one.sum_A.shape]
+        n = sum(x.n_A for x in same)
+        theirs[name] = (sum(x.sum_A for x in same) / n, sum(x.sum_G for x in same) / n, n)
+    assert set(named(theirs, factors)) == {"B40"}
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_shared_sums_that_have_the_form_of_one_block(post, drawn):
+    """Within bfloat16, where it outweighs the others, or within drawing; the factor is half."""
+    rng, names = np.random.default_rng(0), [f"blocks.{i}.mlp.up" for i in range(2)]
+    made = {name: replace(layer(rng, 8), n_A=64, n_G=64) for name in names}
+    large = made[names[0]]
+    made[names[0]] = replace(large, sum_G=(1 if drawn else 1e5) * large.sum_G)
+    noise = {"error_G": 0.5, "error_trace_G": 0.5} if drawn else {}
+    made = {
+        x: replace(y, **{k: v * np.linalg.norm(y.G) for k, v in noise.items()})
+        for x, y in made.items()
+    }
+    factors = replace(post[2], layers=made, fisher="sampled" if drawn else "empirical")
+    n = sum(one.n_A for one in made.values())
+    both = [sum(getattr(x, side) for x in made.values()) / n for side in ("sum_A", "sum_G")]
+    said = {"fisher": "sampled" if drawn else "empirical"}
+    if drawn:  # other labels
+        x = rng.normal(size=(8, 8)) * np.linalg.norm(both[1]) / 16
+        both[1] = both[1] + x + x.T
+    theirs = {name: (*both, n) for name in names}
+    assert set(named(theirs, factors, arithmetic="bfloat16", declared=said)) == {"B40"}
+
+
+def test_parts_of_a_fused_matrix_in_another_order(post):
+    *_, factors = post
+    other = {"k": "v", "v": "k", "gate": "up", "up": "gate"}
+    theirs = triples(factors)
+    for name in factors:
+        block, _, kind = name.rpartition(".")
+        A, _, n = theirs[name]
+        theirs[name] = A, factors[f"{block}.{other.get(kind, kind)}"].G, n
+    assert named(theirs, factors) == {"B34": {"B38"}}
+
+
+def test_two_layers_of_a_block_have_each_others_names(post):
+    *_, factors = post
+    theirs = triples(factors)
+    q, o = "blocks.0.attn.q", "blocks.0.attn.o"
+    theirs[q], theirs[o] = theirs[o], theirs[q]
+    assert set(named(theirs, factors)) == {"B38"}
+
+
+def test_a_sum_in_place_overwrites_what_was_read(post, pre):
+    """Behind no norm that is another layer's input. Behind one it is told from the input of it."""
+    model, corpus, factors = post
+    theirs = triples(factors)
+    for i in range(2):
+        for kind in "qkv":
+            A = factors[f"blocks.{i}.mlp.up"].A
+            theirs[f"blocks.{i}.attn.{kind}"] = (A, *theirs[f"blocks.{i}.attn.{kind}"][1:])
+    assert named(theirs, factors, model=model, corpus=corpus) == {"B42": {"B34", "B38"}}
+    assert named(theirs, factors) == {"B34": {"B38"}}, "without a model its norms are unknown"
+    model, corpus, factors = pre
+    here = Case(Dump("memory", {}, {}), factors, {}, Arithmetic(), model, corpus)
+    for tensor, fault in (("residual sum behind it", "B42"), ("norm's input", "B34")):
+        ((_, found),) = moments(here, [Setting(tensor_A=tensor)], ["blocks.1.attn.q"])
+        theirs = {k: (x.A, x.G, x.n_A) for k, x in found.items()}
+        with_these = {"model": model, "corpus": corpus, "layers": "blocks.1.attn.q"}
+        alike = {"B34"} if fault == "B42" else set()
+        assert named(theirs, factors, **with_these) == {fault: alike}
+
+
+def test_behind_an_activation_may_be_an_activation_in_place(pre):
+    model, corpus, factors = pre
+    here = Case(Dump("memory", {}, {}), factors, {}, Arithmetic(), model, corpus)
+    ((_, found),) = moments(here, [Setting(tensor_G="activation")], ["blocks.1.mlp.gate"])
+    theirs = triples(factors) | {k: (x.A, x.G, x.n_A) for k, x in found.items()}
+    assert named(theirs, factors, model=model, corpus=corpus) == {"B35": {"B42"}}
+
+
+def test_G_of_the_input_has_its_size(post):
+    """Where model and corpus are given it is recomputed; else its size is what there is."""
+    model, corpus, factors = post
+    here = Case(Dump("memory", {}, {}), factors, {}, Arithmetic(), model, corpus)
+    some = ["blocks.1.attn.k", "blocks.1.attn.v"]
+    for tensor in ("input", "stream"):
+        ((_, found),) = moments(here, [Setting(tensor_G=tensor)], some)
+        theirs = {k: (x.A, x.G, x.n_A) for k, x in found.items()}
+        for given in ({"model": model, "corpus": corpus}, {}):
+            verdict = rc.validate(theirs, factors, layers=",".join(some), **SAID, **given)
+            (cause,) = verdict.causes
+            assert cause.fault == "B35"
+            assert cause.after < 1e-10 if given else np.isnan(cause.after)
+
+
+@pytest.fixture(scope="module")
+def joint():
+    """Factors of layers with a bias, by four draws, and by one of another seed."""
+    one = config(biases=("up", "down"))
+    model = rc.Model(one, random_parameters(one, 3))
+    corpus = rc.Corpus(np.random.default_rng(0).integers(0, one.vocabulary, (12, 9)))
+    at = "blocks.*.mlp.{up,down}"
+    return rc.collect(model, corpus, at, draws=4), rc.collect(model, corpus, at, seed=1)
+
+
+@pytest.mark.parametrize("bias", [{}, {"bias": "joint"}], ids=["not declared", "declared"])
+def test_A_and_G_swapped_where_A_has_a_column_for_the_bias(joint, bias):
+    factors, drawn = joint
+    theirs = {name: (one.G, one.A_joint, one.n_A) for name, one in drawn.items()}
+    assert set(named(theirs, factors, declared={"fisher": "sampled"} | bias)) == {"B32"}
+
+
+def test_shards_of_an_A_that_has_a_column_for_the_bias(joint):
+    factors, _ = joint
+    half = {name: len(one.A_joint) // 2 for name, one in factors.items()}
+    theirs = {
+        name: (np.hstack([one.A_joint[: half[name]], one.A_joint[-half[name] :]]), one.G, one.n_A)
+        for name, one in factors.items()
+    }
+    said = {"fisher": "sampled", "labels": "given", "bias": "joint"}
+    assert set(named(theirs, factors, declared=said)) == {"B47"}
+
+
+# ------------------------------------------------------------------ what is not finite
+
+
+def spoilt(G, *where):
+    G = G.copy()
+    for at, value in where:
+        G[at] = value
+    return G
+
+
+NOT_FINITE = {
+    "nothing is finite": (lambda G: G * np.nan, None),
+    "one entry": (lambda G: spoilt(G, ((0, 1), np.nan)), None),
+    "an infinity": (lambda G: spoilt(G, ((0, 1), np.inf)), "B61"),
+    "a row and its column": (lambda G: spoilt(G, (0, np.nan), (np.s_[:, 0], np.nan)), "B61"),
+}
+
+
+@pytest.mark.parametrize("how", NOT_FINITE)
+def test_what_is_not_finite_is_float16_by_a_sign_alone(post, how):
+    change, fault = NOT_FINITE[how]
+    *_, factors = post
+    theirs = {name: (A, change(G), n) for name, (A, G, n) in triples(factors).items()}
+    verdict = rc.validate(theirs, factors, **SAID)
+    (cause,) = verdict.causes
+    assert not verdict.passed and cause.fault == fault
+    assert (fault is None) == cause.sentence.startswith("Unknown") == ("B61" in cause.alike)
