@@ -36,8 +36,7 @@ def dump(**parts):
     return Dump("test", {LAYER: Theirs(**parts)}, {LAYER: frozenset(parts)})
 
 
-def judged(monkeypatch, factors, **parts):
-    monkeypatch.setattr("refcurv.judge.judgement.read_dump", lambda theirs: theirs)
+def judged(factors, **parts):
     verdict = validate(dump(**parts), factors, layers=LAYER)
     return {f.quantity: f for f in verdict.findings}, verdict
 
@@ -68,9 +67,9 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_signs_and_rotations_in_a_cluster_are_no_difference(monkeypatch, factors, change):
+def test_signs_and_rotations_in_a_cluster_are_no_difference(factors, change):
     made = clustered(factors)
-    found, verdict = judged(monkeypatch, made, **parts_of(made, change))
+    found, verdict = judged(made, **parts_of(made, change))
     assert verdict.passed, verdict.failed
     assert {"basis of A", "basis of G", "spaces of A", "orthogonality of U_A"} <= set(found)
 
@@ -90,10 +89,10 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("quantity", FAULTS)
-def test_another_basis_fails(monkeypatch, factors, quantity):
+def test_another_basis_fails(factors, quantity):
     change, fault = FAULTS[quantity]
     made = clustered(factors)
-    found, verdict = judged(monkeypatch, made, **parts_of(made, change))
+    found, verdict = judged(made, **parts_of(made, change))
     assert not verdict.passed
     assert found[quantity].verdict not in ("pass", "left out")
     assert found[quantity].fault == fault

@@ -12,6 +12,7 @@ Another program:
     corrections EK-FAC's Λ, in their eigenvectors; segments: of which sums it may be made
     biases      layers whose dump joins weight and bias
     diagnosis/  which known fault explains it
+    injected/   the known faults, put into a truth: for tests of the diagnosis, and for cases/
     trace, divergence       every tensor of a pass, and the first in which theirs differs
     pictures    what a report shows of a layer
     cases/      conformance vectors, for programs in any language

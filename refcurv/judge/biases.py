@@ -64,5 +64,5 @@ def _width(case: Case, layer: str) -> int | None:
     if known is not None:
         return known
     theirs = case.theirs(layer)
-    held = (theirs.A, theirs.U_A, theirs.Lambda)
+    held = (theirs.A, theirs.U_A, theirs.Lambda, theirs.mask)
     return next((X.shape[-1] for X in held if X is not None and X.ndim), None)

@@ -52,8 +52,8 @@ from refcurv.model.patterns import expand
 from refcurv.model.weights import Model
 from refcurv.progress import Progress, counter, silent
 
-Theirs = str | Path | Factors | Mapping[str, Any]
-"""A file or folder, or in memory: Factors, or {layer: (A, G, n)}."""
+Theirs = str | Path | Factors | Mapping[str, Any] | Dump
+"""A file or folder, or in memory: Factors, {layer: (A, G, n)}, or what was read already."""
 
 
 def validate(

@@ -41,7 +41,7 @@ def diagnose(
 
     Args: done, called once for each layer that was read again.
 
-    Proof: tests/test_diagnose.py::test_each_fault_has_its_name
+    Proof: tests/test_injected.py::test_an_injected_fault_has_its_name
     """
     if all(f.verdict in (PASS, LEFT_OUT) and _aside(f) for f in findings):
         return (), (), list(findings)

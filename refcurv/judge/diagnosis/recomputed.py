@@ -86,7 +86,7 @@ def recompute(
     assert case.model is not None and case.corpus is not None
     if not wanted or not layers:
         return
-    positions, large, limit = int(case.corpus.label.size), is_large(case), few_positions(case)
+    positions, large, limit = extent(case), is_large(case), few_positions(case)
     groups = [list(wanted)]
     if positions > limit and (not large or len({one.run for one in wanted}) > 1):
         wanted = _best(case, found, _top(layers) if large else layers, wanted, limit)
@@ -104,7 +104,7 @@ def recompute(
 def few_positions(case: Case) -> int:
     """Positions of the sample on which hypotheses are tried first."""
     assert case.corpus is not None
-    return int(min(4096, max(256, WORK / cost(case) * case.corpus.label.size)))
+    return int(min(4096, max(256, WORK / cost(case) * extent(case))))
 
 
 def is_large(case: Case) -> bool:
@@ -139,7 +139,14 @@ def cost(case: Case) -> float:
     if case.model is None or case.corpus is None:
         return math.inf
     parameters = sum(math.prod(shape) for shape in case.model.config.parameter_shapes().values())
-    return float(parameters) * case.corpus.label.size
+    return float(parameters) * extent(case)
+
+
+def extent(case: Case) -> int:
+    """Positions of the corpus, padding too; an image has many, and one label."""
+    assert case.corpus is not None and case.model is not None
+    image = case.model.config.image
+    return int(case.corpus.label.size) * (1 if image is None else image.positions)
 
 
 def _best(
@@ -180,7 +187,7 @@ def _lefts(
     bunch = max(2, ENTRIES // max(size, 1))
     every = list(dict.fromkeys(wanted))
     base: dict[str, Moments] = {}
-    whole = limit >= (0 if case.corpus is None else case.corpus.label.size)
+    whole = limit >= extent(case)
     if not whole:
         base = dict(next(moments(case, [REFERENCE], layers, limit, through=through))[1])
     for begin in range(0, len(every), bunch):

@@ -50,11 +50,13 @@ _READERS: Final[Mapping[str, Callable[[Path], Dump]]] = MappingProxyType(
 )
 
 
-def read_dump(theirs: str | Path | Factors | Mapping[str, Any]) -> Dump:
+def read_dump(theirs: str | Path | Factors | Mapping[str, Any] | Dump) -> Dump:
     """The dump in a file or folder, or in memory; by what it is, not by its name's ending.
 
     Proof: tests/test_foreign.py::test_what_is_no_dump_is_named
     """
+    if isinstance(theirs, Dump):
+        return theirs
     if isinstance(theirs, Factors):
         return of_factors(theirs)
     if isinstance(theirs, Bases):

@@ -9,7 +9,8 @@ import numpy as np
 
 from refcurv.judge.cases.case import INVALID, Case
 from refcurv.judge.cases.harness import judge
-from refcurv.judge.cases.planted.bug import Bug, Changed
+from refcurv.judge.cases.planted.bugs import Bug
+from refcurv.judge.cases.planted.claims import Claims, claims
 from refcurv.judge.cases.truth import Truth
 from refcurv.law.checks import Array
 
@@ -21,17 +22,17 @@ GROUPS = {"sums": ("rows", "factors"), "basis": ("factors", "basis"),
 def invalid(bug: Bug, made: Truth, valid: Case) -> Case | None:
     """The case of a bug, or None where no harness can see it in this model and corpus."""
     with np.errstate(all="ignore"):
-        planted = {n: x for n, x in bug.plant(made).items() if n in valid.arrays}
+        planted = {n: x for n, x in claims(bug, made).items() if n in valid.arrays}
     about = dict(
         id=f"{bug.needs}_{bug.id}-{valid.id}", area=bug.needs, result=INVALID, reason=bug.what,
         fault=bug.id.partition("-")[0], type=bug.type, of=valid.id, needs=(bug.needs,),
         left_out=(), diagnostics={},
     )  # fmt: skip
 
-    def case_of(part: Changed) -> Case:
+    def case_of(part: Claims) -> Case:
         return replace(valid, arrays=needed(valid, part, bug.needs), **about)  # type: ignore[arg-type]
 
-    def seen(part: Changed) -> bool:
+    def seen(part: Claims) -> bool:
         return rejected(case_of(part))
 
     few = planted if bug.needs == "forward" else _few_layers(valid.layers, planted, seen)
@@ -47,7 +48,7 @@ MOST_LAYERS = 2
 """Layers of a case that is rejected: two, so that the file is small."""
 
 
-def _few_layers(layers: list[str], changed: Changed, seen: Callable[[Changed], bool]) -> Changed:
+def _few_layers(layers: list[str], changed: Claims, seen: Callable[[Claims], bool]) -> Claims:
     """The first layers in which the bug is seen."""
     out: dict[str, Array] = {}
     count = 0
@@ -59,7 +60,7 @@ def _few_layers(layers: list[str], changed: Changed, seen: Callable[[Changed], b
     return out
 
 
-def needed(valid: Case, changed: Changed, needs: str) -> dict[str, Array]:
+def needed(valid: Case, changed: Claims, needs: str) -> dict[str, Array]:
     """The changed arrays among those true ones that a harness must have to judge them."""
     layers = set(valid.layers)
     touched = {layer for layer in layers if any(f".{layer}." in name for name in changed)}
