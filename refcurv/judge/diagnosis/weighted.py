@@ -80,7 +80,8 @@ def rules(of: Parts, side: str, T: Array, each: Array) -> Iterator[Rule]:
             batch = order // size
             m = np.bincount(batch, terms)
             weight = np.where(m > 0, 1 / np.maximum(m, 1) ** 2, 0)[batch]
-            yield Rule(("B2",), f"means over batches of {size} sequences", weight)
+            if (weight != weight[0]).any():  # else it is B1
+                yield Rule(("B2",), f"means over batches of {size} sequences", weight)
     for size in range(1, N):
         begin = (N - 1) // size * size
         for first, more in ((begin, ""), (N - size, ", which does not divide them")):
