@@ -184,6 +184,12 @@ def test_a_mean_is_over_batches_that_the_corpus_has():
     assert named_of(8, large) == ("B43", ("B46",))
 
 
+def test_a_factor_that_drawing_may_make_is_nothing_known():
+    counts = Counts(312, {"labels": 312}, frozenset({312}))
+    (one,) = explain([Scale("x", 1.0, 1.4, 1e-12, 0.35, 1.0, 1.0, 24)], counts)
+    assert one.fault is None and one.sides == "G"
+
+
 def test_without_a_corpus_nothing_tells_steps_from_terms():
     assert named_of(8, Counts(412)) == ("B43", ("B46", "B1"))
     assert named_of(412, Counts(412)) == ("B1", ())

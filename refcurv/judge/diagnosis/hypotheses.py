@@ -50,7 +50,8 @@ class Left:
     """What a hypothesis leaves: `error`, |T − r Y| over |r Y| with the best r; `ratio`, this r.
 
     rows: theirs over what the hypothesis counts, None where nothing is counted. spread: how large
-    an error labels that nobody knows explain.
+    an error labels that nobody knows explain. wider: how many times more than of ours drawing
+    explains.
     """
 
     error: float
@@ -59,6 +60,7 @@ class Left:
     alike: tuple[str, ...] = ()
     rows: float | None = None
     spread: float = 0.0
+    wider: float = 1.0
 
 
 def fitted(T: Array, Y: Array) -> tuple[float, float]:

@@ -154,6 +154,9 @@ def _by_counts(
     sample = spread(layers)
     recompute(case, found, sample, next(stages(case, side.side)))
     for idea in sorted(side.table, key=lambda idea: len(idea.faults)):
+        alone = side.side == "G" and idea.setting and idea.setting.count != "rows"
+        if alone and not found["A"].chosen:
+            continue  # one count divides both
         if idea.setting and all(_unit(side, idea, x) for x in sample):
             _verify(case, side.side, found, index, idea, list(rest(layers, sample)))
             left = {x: side.table[idea][x] for x in layers if _unit(side, idea, x)}
@@ -450,7 +453,7 @@ def _scale(case: Case, found: Mapping[str, Side], layer: str) -> scales.Scale | 
             continue
         free = name in case.dump.scale_free
         c[name] = None if free else left.ratio
-        tol[name] = steps.tolerance(rank) + left.spread
+        tol[name] = left.wider * steps.tolerance(rank) + left.spread
         n_T = counts.theirs[name]
         if idea.setting is not None:
             rows[name] = left.rows

@@ -18,6 +18,9 @@ from refcurv.law.checks import Array
 FEW = 64
 """Accumulation steps or workers, at most.  Chosen: more than these, and m counts loss terms."""
 
+BLUNT = 0.25
+"""Within this of a factor of 2 or ½ it may be one.  Chosen: drawing explains more, of anything."""
+
 
 @dataclass(frozen=True, slots=True)
 class Scale:
@@ -144,7 +147,7 @@ def _of_group(group: Sequence[Scale], counts: Counts, alone: bool) -> list[Named
     g = one.c_G if _off(one.c_G, one.tol_G) else 1.0
     assert a is not None and g is not None
     tol = one.tol_A + one.tol_G
-    if one.c_A is not None and one.c_G is not None and _near(a, g, tol):
+    if a != 1 and one.c_A is not None and one.c_G is not None and _near(a, g, tol):
         return [_of_both(a, tol, one, counts)]
     if a == 1:
         return _of_gradients(g, one.tol_G, one, counts, alone)
@@ -230,7 +233,7 @@ def _powers(c: float, tol: float, words: str) -> Iterator[Named]:
         text = f"{words} = 4^{k}: gradients were {2**k} times ours"
         yield Named("B11", text, "G", abs(c / 4.0**k - 1))
     for value, text in ((2.0, "twice"), (0.5, "half")):
-        if _near(c, value, tol):
+        if _near(c, value, min(tol, BLUNT)):
             yield Named("B5", f"G is {text} ours", "G", abs(c / value - 1))
 
 

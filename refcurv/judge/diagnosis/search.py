@@ -135,7 +135,8 @@ class Side:
 
     def rank(self, layer: str, left: Left) -> int:
         """`Ladder.rank` of what is left."""
-        return self.ladders[layer].rank(left.error, left.spread)
+        steps = self.ladders[layer]
+        return steps.rank(left.error, max(left.spread, left.wider * steps.drawn))
 
     def open(self) -> list[str]:
         """The layers that no hypothesis has explained, and that are not exactly ours."""
@@ -175,7 +176,7 @@ class Side:
     def unit(self, layer: str, left: Left) -> bool:
         """Is theirs what is left of it, without a factor?"""
         tolerance = self.ladders[layer].tolerance(self.rank(layer, left))
-        return abs(left.ratio - 1) <= tolerance + left.spread
+        return abs(left.ratio - 1) <= left.wider * tolerance + left.spread
 
     def choose(self, layers: Collection[str], known: Mapping[str, Faults]) -> Chosen | None:
         """The simplest of what explains most of these layers.

@@ -58,8 +58,21 @@ def weigh(case: Case, found: Mapping[str, Side], side: str, layers: Sequence[str
             Y = np.tensordot(rule.weight, each, 1)
             error, r = fitted(T, Y / counted)
             rows = None if seen.n_T is None else seen.n_T / counted
-            left = Left(error, r, rule.name, rule.alike, rows)
+            wider = _wider(rule.weight, np.trace(each, axis1=1, axis2=2))
+            left = Left(error, r, rule.name, rule.alike, rows, wider=wider)
             found[side].add(Idea(rule.faults, None, rule.name), layer, left)
+
+
+def _wider(weight: Array, trace: Array) -> float:
+    """How many times more than their plain sum a weighted sum of the sequences varies by drawing.
+
+    The traces vary each by itself, in proportion to their size.
+    """
+
+    def share(w: Array) -> float:
+        return float(np.sqrt(((w * trace) ** 2).sum()) / max((w * trace).sum(), 1e-300))
+
+    return max(1.0, share(weight) / max(share(np.ones_like(weight)), 1e-300))
 
 
 def _counted(rule: Rule, of: Parts) -> float:
