@@ -50,7 +50,9 @@ class Try:
 class Left:
     """What a hypothesis leaves: `error`, |T − r Y| over |r Y| with the best r; `ratio`, this r.
 
-    rows: theirs over what the hypothesis counts, None where nothing is counted.
+    rows: theirs over what the hypothesis counts, None where nothing is counted. spread: how large
+    an error labels that nobody knows explain. wider: how many times more than of ours drawing
+    explains.
     """
 
     error: float
@@ -58,6 +60,8 @@ class Left:
     note: str = ""
     alike: tuple[str, ...] = ()
     rows: float | None = None
+    spread: float = 0.0
+    wider: float = 1.0
 
 
 def fitted(T: Array, Y: Array) -> tuple[float, float]:

@@ -27,7 +27,7 @@ def causes(case: Case, found: Mapping[str, Side]) -> list[Cause]:
     for name, side in found.items():
         for layer, steps in side.ladders.items():
             left = side.of(layer)[1]
-            rank = steps.rank(left.error)
+            rank = side.rank(layer, left)
             dtype = steps.steps[rank][0] if rank < steps.by_drawing else ""
             key = _named(case, layer, name, rank, dtype, rank > steps.by_drawing)
             if key is not None:

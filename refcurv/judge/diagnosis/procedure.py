@@ -15,12 +15,14 @@ from dataclasses import replace
 from refcurv.judge.case import Case
 from refcurv.judge.compare import Measured
 from refcurv.judge.diagnosis import precision, scales
+from refcurv.judge.diagnosis.amounts import fit
 from refcurv.judge.diagnosis.faults import FAULTS
 from refcurv.judge.diagnosis.hypotheses import Index, states
 from refcurv.judge.diagnosis.recomputed import cost, is_large, joined, partners, recompute, stages
 from refcurv.judge.diagnosis.search import PLAIN, Chosen, Idea, Side, ladder, look, rest, spread
 from refcurv.judge.diagnosis.signs import signs
-from refcurv.judge.diagnosis.variants import Setting
+from refcurv.judge.diagnosis.unknown import remainder
+from refcurv.judge.diagnosis.variants import Setting, combined
 from refcurv.judge.diagnosis.weighted import weigh
 from refcurv.judge.verdict import FAIL, LEFT_OUT, MISSING, PASS, Cause, Comparison
 
@@ -50,14 +52,27 @@ def diagnose(
     _prepare(case, found, index, done)
     for side in found.values():
         _search(case, side, found, index)
+    _agree(found)
     for side in found.values():
         seen = [one for layer in case.matched if (one := _scale(case, found, layer))]
         _by_counts(case, side, found, index, seen)
+        _by_weights(case, side, found, index, seen)
     causes = [*_forms(case, found), *_missing(case, found, findings)]
     causes += _scales(case, found, findings)
     causes += [*precision.causes(case, found), *_signs(case, found)]
     kept = tuple(one for one in causes if any(_speaks(one, f) for f in findings))
     return kept, tuple(_excluded(found)), _told(findings, kept)
+
+
+def _agree(found: Mapping[str, Side]) -> None:
+    """What G's setting says of A, where both have one: rows that no fault of their own makes."""
+    for k, one in enumerate(found["A"].chosen):
+        for two in found["G"].chosen:
+            if one.idea.setting and two.idea.setting and {*one.left} <= {*two.left}:
+                both = combined(one.idea.setting, two.idea.setting)
+                if both and {*both.faults} < {*one.faults, *two.faults}:
+                    idea = replace(one.idea, faults=both.faults)
+                    found["A"].chosen[k] = replace(one, idea=idea, alike=())
 
 
 def _signs(case: Case, found: Mapping[str, Side]) -> Iterator[Cause]:
@@ -144,11 +159,34 @@ def _by_counts(
     sample = spread(layers)
     recompute(case, found, sample, next(stages(case, side.side)))
     for idea in sorted(side.table, key=lambda idea: len(idea.faults)):
+        alone = side.side == "G" and idea.setting and idea.setting.count != "rows"
+        if alone and not found["A"].chosen:
+            continue  # one count divides both
         if idea.setting and all(_unit(side, idea, x) for x in sample):
             _verify(case, side.side, found, index, idea, list(rest(layers, sample)))
             left = {x: side.table[idea][x] for x in layers if _unit(side, idea, x)}
             side.chosen.append(Chosen(idea, left))
             return
+
+
+def _by_weights(
+    case: Case, side: Side, found: Mapping[str, Side], index: Index, seen: Sequence[scales.Scale]
+) -> None:
+    """Batches or sequences that weigh otherwise, where drawing hides all but the factor of it."""
+    layers = [x for x in _scaled(side) if side.rank(x, side.plain(x)) >= side.ladders[x].by_drawing]
+    if side.side == "A" or not layers:
+        return
+    if all(one.certain for one in scales.explain(seen, scales.Counts.of(case))):
+        return
+    sample = spread(layers)
+    weigh(case, found, side.side, sample)
+    fits = [i for i in side.table if i.faults in (("B2",), ("B3",)) and not i.setting]
+    fits = [idea for idea in fits if all(_unit(side, idea, x) for x in sample)]
+    if fits:
+        best = min(fits, key=lambda idea: sum(side.table[idea][x].error for x in sample))
+        _verify(case, side.side, found, index, best, list(rest(layers, sample)))
+        left = {x: side.table[best][x] for x in layers if _unit(side, best, x)}
+        side.chosen.append(Chosen(best, left))
 
 
 def _unit(side: Side, idea: Idea, layer: str) -> bool:
@@ -167,6 +205,8 @@ def _verify(
     """Try what was chosen on further layers."""
     if idea.setting is None and idea.faults and idea.faults[0] in WEIGHTED:
         weigh(case, found, side, layers)
+    elif idea.setting is None and "B19" in idea.faults:
+        remainder(case, found, layers, idea)
     elif idea.setting is None:
         look(case, layers, found, index, idea.faults)
     else:
@@ -204,6 +244,10 @@ def _chosen(
             weigh(case, found, side.side, layers)
         tried += wanted
         chosen = side.choose(layers, faults)
+        if number == 1 and side.side == "G" and not (_exact(side, chosen) or _soft(side, layers)):
+            fit(case, found, layers, partner)
+            remainder(case, found, layers)
+            chosen = side.choose(layers, faults)
     if chosen is None and not _soft(side, layers):
         best = sorted(
             (max(left.error for left in lefts.values()), k)
@@ -213,6 +257,8 @@ def _chosen(
         ideas = list(side.table)
         firsts = [setting for _, k in best[:3] if (setting := ideas[k].setting)]
         recompute(case, found, layers, joined(firsts, tried))
+        if side.side == "G":
+            fit(case, found, layers, firsts[:1])
         chosen = side.choose(layers, faults)
     return chosen
 
@@ -238,12 +284,8 @@ def _short(case: Case, side: Side, layers: Sequence[str]) -> bool:
 
 
 def _soft(side: Side, layers: Sequence[str]) -> bool:
-    """Does drawing explain all of these layers already?"""
-    plain = {x: side.plain(x) for x in layers}
-    return all(
-        side.rank(x, left) == side.ladders[x].by_drawing and side.unit(x, left)
-        for x, left in plain.items()
-    )
+    """Does drawing explain the form of all of these layers already?"""
+    return all(side.rank(x, side.plain(x)) == side.ladders[x].by_drawing for x in layers)
 
 
 def _worth(case: Case, side: Side, layers: Sequence[str]) -> bool:
@@ -400,7 +442,7 @@ _OF_SCALE = ("A", "G", "tr A · tr G", "n_A", "n_G")
 def _by_drawing(side: Side, layer: str) -> bool:
     """Is G of this layer ours by drawing alone?"""
     steps = side.ladders.get(layer)
-    return steps is not None and steps.rank(side.of(layer)[1].error) >= steps.by_drawing
+    return steps is not None and side.rank(layer, side.of(layer)[1]) >= steps.by_drawing
 
 
 def _far(one: scales.Scale, sides: str) -> float:
@@ -422,12 +464,12 @@ def _scale(case: Case, found: Mapping[str, Side], layer: str) -> scales.Scale | 
         if steps is None:
             continue
         idea, left = side.of(layer)
-        rank = steps.rank(left.error)
+        rank = side.rank(layer, left)
         if rank > steps.by_drawing or not math.isfinite(left.ratio):
             continue
         free = name in case.dump.scale_free
         c[name] = None if free else left.ratio
-        tol[name] = steps.tolerance(rank)
+        tol[name] = left.wider * steps.tolerance(rank) + left.spread
         n_T = counts.theirs[name]
         if idea.setting is not None:
             rows[name] = left.rows

@@ -23,8 +23,8 @@ from refcurv.law.checks import Array
 
 SIDES: Mapping[str, tuple[str, ...]] = {
     "A": ("rows_A", "pooling_A", "tensor_A", "count", "network", "pads"),
-    "G": ("labels", "amount", "smoothing", "where", "rows_G", "pooling_G", "tensor_G", "batch",
-          "count", "network", "pads", "mean"),
+    "G": ("labels", "amount", "smoothing", "z_loss", "where", "rows_G", "pooling_G", "tensor_G",
+          "batch", "count", "network", "pads", "mean", "redraw"),
 }  # fmt: skip
 """The fields of a setting that decide A, and those that decide G."""
 
@@ -201,6 +201,32 @@ def _lefts(
                         yield side, layer, idea, _left(mine, own, one, base.get(layer), through)
 
 
+def collected(
+    case: Case, layers: Sequence[str], wanted: Sequence[Setting], side: str
+) -> dict[str, tuple[Array, dict[Setting, Array]]]:
+    """Layer → (theirs, what each setting makes of this side); sketches, or of a sample, if large.
+
+    As `recompute` compares them.
+    """
+    assert case.corpus is not None
+    positions = int(case.corpus.label.size)
+    limit = min(few_positions(case), positions)
+    through = sketch if is_large(case) else None
+    block = np.s_[:WIDTH, WIDTH:] if through else np.s_[:]
+    every = [*wanted, *([] if limit >= positions else [REFERENCE])]
+    seen = {layer: _sketched(case, layer) if through else see(case, layer) for layer in layers}
+    made = {one: of for one, of in moments(case, every, layers, limit, through=through)}
+    base = made.get(REFERENCE, {}) if limit < positions else {}
+    out: dict[str, tuple[Array, dict[Setting, Array]]] = {}
+    for setting in wanted:
+        for layer, one in made.get(setting, {}).items():
+            mine = seen[layer].get(side)
+            if mine is not None and usable(mine) and mine.T.shape == mine.X.shape:
+                Y = _beside(mine, one, base.get(layer))[0]
+                out.setdefault(layer, (mine.T[block], {}))[1][setting] = Y[block]
+    return out
+
+
 def sketch(size: int) -> Array:
     """Random signs P and Q side by side, (size, 2 WIDTH): |Pᵀ D Q|² is WIDTH² |D|² on average.
 
@@ -224,13 +250,19 @@ def _sketched(case: Case, layer: str) -> dict[str, Seen]:
     return case.once(("sketch", layer), make)
 
 
-def _left(
-    seen: Seen, own: Setting, one: Moments, base: Moments | None, through: object = None
-) -> Left:
-    """Theirs beside the setting's; of a sample, beside ours and what the setting changes in it."""
+def _beside(seen: Seen, one: Moments, base: Moments | None) -> tuple[Array, float]:
+    """The setting's matrix and its rows; of a sample, ours and what the setting changes in it."""
     Y, n = (one.A, one.n_A) if seen.side == "A" else (one.G, one.n_G)
     if base is not None and Y.shape == seen.X.shape:
         Y = seen.X + Y - (base.A if seen.side == "A" else base.G)
+    return Y, n
+
+
+def _left(
+    seen: Seen, own: Setting, one: Moments, base: Moments | None, through: object = None
+) -> Left:
+    """What a setting leaves of theirs."""
+    Y, n = _beside(seen, one, base)
     if Y.shape != seen.T.shape:
         return Left(math.inf, math.nan)
     block = np.s_[:WIDTH, WIDTH:] if through else np.s_[:]
@@ -239,16 +271,20 @@ def _left(
     return Left(error, r, words(own), own.alike, rows)
 
 
+_UNSAID = ("batch", "amount", "pads", "mean", "redraw")
+
+
 def words(setting: Setting) -> str:
     """What differs, field by field."""
     out = []
     for name in dict.fromkeys(n for names in SIDES.values() for n in names):
         value = getattr(setting, name)
-        if value == getattr(REFERENCE, name) or name in ("batch", "amount", "pads", "mean"):
+        if value == getattr(REFERENCE, name) or name in _UNSAID:
             continue
         if name == "network":
             value = " and ".join(f"{c} {size:g}" if size else c for c, size in value)
-        label = name.removesuffix("_A").removesuffix("_G")
+        label = name.removesuffix("_A").removesuffix("_G").replace("_", "-")
         more = {"labels": setting.amount, "pooling_G": setting.batch}.get(name, 0)
+        value = f"{value:.4g}" if isinstance(value, float) else value
         out.append(f"{label} `{value}`" + (f" ({more:g})" if more else ""))
     return "as with " + ", ".join(out)

@@ -10,10 +10,16 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from refcurv.judge.case import Case
+from refcurv.law.checks import Array
 
 FEW = 64
 """Accumulation steps or workers, at most.  Chosen: more than these, and m counts loss terms."""
+
+BLUNT = 0.25
+"""Within this of a factor of 2 or ½ it may be one.  Chosen: drawing explains more, of anything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +41,11 @@ class Scale:
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """A fault that explains a factor. `sides` are those that it hits; `left`, the error after."""
+    """A fault that explains a factor.
+
+    Fields: sides, those that it hits; left, the error after; certain, is there nothing to confirm
+    that a corpus could?
+    """
 
     fault: str | None
     sentence: str
@@ -43,15 +53,19 @@ class Named:
     left: float
     alike: tuple[str, ...] = ()
     layers: tuple[str, ...] = ()
+    certain: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What may have been counted, by its name; terms: loss terms of the shortest sequence."""
+    """What may have been counted, by its name.
+
+    means: over how many loss terms, or positions, each batch's mean can be; None without a corpus.
+    """
 
     rows: int
     others: Mapping[str, int] = field(default_factory=dict)
-    terms: int | None = None
+    means: frozenset[int] | None = None
     vocabulary: int | None = None
 
     @classmethod
@@ -67,11 +81,25 @@ class Counts:
             return cls(rows, {}, None, vocabulary)
         label = corpus.label
         each = (label >= 0).sum(axis=1)
+        means = equal_batches(each)
         others = {"sequences": len(label), "labels": int(each.sum())}
         if corpus.images is None:
             others["tokens"] = int(corpus.real.sum())
             others["positions, padding too,"] = label.size
-        return cls(rows, others, int(each[each > 0].min()), vocabulary)
+            means |= equal_batches(np.full(len(label), label.shape[1])) | {rows, others["tokens"]}
+        return cls(rows, others, frozenset(means), vocabulary)
+
+
+def equal_batches(each: Array) -> set[int]:
+    """The sums of `each` over batches of whole sequences, in order, that are all alike.
+
+    One batch of everything is among them.
+    """
+    found, N = {int(each.sum())}, len(each)
+    for size in (size for size in range(1, N) if N % size == 0):
+        sums = each.reshape(-1, size).sum(axis=1)
+        found |= {int(sums[0])} if (sums == sums[0]).all() else set()
+    return found
 
 
 def explain(scales: Sequence[Scale], counts: Counts) -> list[Named]:
@@ -119,7 +147,7 @@ def _of_group(group: Sequence[Scale], counts: Counts, alone: bool) -> list[Named
     g = one.c_G if _off(one.c_G, one.tol_G) else 1.0
     assert a is not None and g is not None
     tol = one.tol_A + one.tol_G
-    if one.c_A is not None and one.c_G is not None and _near(a, g, tol):
+    if a != 1 and one.c_A is not None and one.c_G is not None and _near(a, g, tol):
         return [_of_both(a, tol, one, counts)]
     if a == 1:
         return _of_gradients(g, one.tol_G, one, counts, alone)
@@ -180,7 +208,7 @@ def _of_gradients(c: float, tol: float, one: Scale, counts: Counts, alone: bool)
             if named.fault in ("B1", "B43"):
                 words = f"{named.sentence}, times {factor:g}"
                 return [named, Named(fault, words, "G", named.left)]
-    return [Named(None, f"G is ours times {c:.9g}", "G", abs(c - 1))]
+    return [Named(None, f"G is ours times {c:.9g}", "G", abs(c - 1), certain=False)]
 
 
 def _candidates(c: float, tol: float, one: Scale, counts: Counts, alone: bool) -> Iterator[Named]:
@@ -205,7 +233,7 @@ def _powers(c: float, tol: float, words: str) -> Iterator[Named]:
         text = f"{words} = 4^{k}: gradients were {2**k} times ours"
         yield Named("B11", text, "G", abs(c / 4.0**k - 1))
     for value, text in ((2.0, "twice"), (0.5, "half")):
-        if _near(c, value, tol):
+        if _near(c, value, min(tol, BLUNT)):
             yield Named("B5", f"G is {text} ours", "G", abs(c / value - 1))
 
 
@@ -229,16 +257,28 @@ def _outputs(
 def _mean_loss(c: float, m: int, tol: float, words: str, counts: Counts) -> Named:
     """1/m²: the loss was a mean over m terms, or divided by m steps, or averaged over workers."""
     sharp = tol * m < 0.5
-    least = counts.terms or FEW
     about = "" if sharp else "about "
     text = f"{words} = {about}1/{m}²"
     left = abs(c * m * m - 1)
-    if m == counts.vocabulary and m < least:
+    known = counts.means is not None
+    fits = any(_near(c * x * x, 1, tol) for x in (counts.means or {counts.rows}))
+    steps = ("B43", "B46") if m <= FEW else ()
+    if fits:
+        one = counts.others.get("labels", counts.rows)  # all in one batch
+        sure = sharp or _near(c * one * one, 1, tol)
+        text = f"{text}: {m} loss terms were averaged"
+        return Named("B1", text, "G", left, steps, certain=sure)
+    if m == counts.vocabulary:
         return Named("B6", f"{text}, the number of outputs squared", "G", left, ("B1", "B43"))
-    if m >= least:
-        alike = ("B43", "B46") if m <= FEW else ()
-        return Named("B1", f"{text}: {m} loss terms were averaged", "G", left, alike)
-    return Named("B43", f"{text}: too few to be the loss terms of a batch", "G", left, ("B46",))
+    if m > FEW:
+        why = "no equal batches of the corpus have so many" if known else "without a corpus"
+        text = f"{text}: more than steps or workers are. {m} loss terms seem averaged, {why}"
+        return Named("B1", text, "G", left, ("B43", "B46") if known else (), certain=False)
+    if known:
+        text = f"{text}: no batch of the corpus has so many loss terms each time"
+        return Named("B43", text, "G", left, ("B46",), certain=False)
+    text = f"{text}: few for the loss terms of a batch, which nothing tells without a corpus"
+    return Named("B43", text, "G", left, ("B46", "B1"))
 
 
 def _whole(x: float, tol: float) -> bool:

@@ -61,12 +61,15 @@ class Ladder:
             return 2 * self.steps[rank][1]
         return 2 * self.steps[0][1] + self.traced
 
-    def rank(self, error: float) -> int:
-        """Which step the error is within; one more if drawing explains it, two more if nothing."""
+    def rank(self, error: float, spread: float = 0.0) -> int:
+        """Which step the error is within; one more if drawing explains it, two more if nothing.
+
+        Args: spread, what labels that nobody knows explain beside.
+        """
         for k, (_, budget) in enumerate(self.steps):
             if error <= budget:
                 return k
-        drawing = error <= self.steps[0][1] + self.drawn
+        drawing = error <= self.steps[0][1] + max(self.drawn, spread)
         return len(self.steps) + (not drawing)
 
     @property
@@ -132,7 +135,8 @@ class Side:
 
     def rank(self, layer: str, left: Left) -> int:
         """`Ladder.rank` of what is left."""
-        return self.ladders[layer].rank(left.error)
+        steps = self.ladders[layer]
+        return steps.rank(left.error, max(left.spread, left.wider * steps.drawn))
 
     def open(self) -> list[str]:
         """The layers that no hypothesis has explained, and that are not exactly ours."""
@@ -157,11 +161,13 @@ class Side:
         if left is None:
             return False
         plain, steps = self.plain(layer), self.ladders[layer]
-        rank, before = steps.rank(left.error), steps.rank(plain.error)
+        rank, before = self.rank(layer, left), steps.rank(plain.error)
         if free and rank <= before and rank <= steps.by_drawing:
             return rank < before or self.unit(layer, left) > self.unit(layer, plain)
         if rank >= before:
             return False
+        if rank == steps.by_drawing and left.spread:  # a test was passed (`unknown`)
+            return left.error <= 0.5
         if rank == steps.by_drawing:
             # chosen: a number fitted to noise takes less, and half the matrix is no explanation
             return left.error <= min(0.8 * plain.error, 0.5)
@@ -169,7 +175,8 @@ class Side:
 
     def unit(self, layer: str, left: Left) -> bool:
         """Is theirs what is left of it, without a factor?"""
-        return abs(left.ratio - 1) <= self.ladders[layer].tolerance(self.rank(layer, left))
+        tolerance = self.ladders[layer].tolerance(self.rank(layer, left))
+        return abs(left.ratio - 1) <= left.wider * tolerance + left.spread
 
     def choose(self, layers: Collection[str], known: Mapping[str, Faults]) -> Chosen | None:
         """The simplest of what explains most of these layers.

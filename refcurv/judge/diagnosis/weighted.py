@@ -58,8 +58,21 @@ def weigh(case: Case, found: Mapping[str, Side], side: str, layers: Sequence[str
             Y = np.tensordot(rule.weight, each, 1)
             error, r = fitted(T, Y / counted)
             rows = None if seen.n_T is None else seen.n_T / counted
-            left = Left(error, r, rule.name, rule.alike, rows)
+            wider = _wider(rule.weight, np.trace(each, axis1=1, axis2=2))
+            left = Left(error, r, rule.name, rule.alike, rows, wider=wider)
             found[side].add(Idea(rule.faults, None, rule.name), layer, left)
+
+
+def _wider(weight: Array, trace: Array) -> float:
+    """How many times more than their plain sum a weighted sum of the sequences varies by drawing.
+
+    The traces vary each by itself, in proportion to their size.
+    """
+
+    def share(w: Array) -> float:
+        return float(np.sqrt(((w * trace) ** 2).sum()) / max((w * trace).sum(), 1e-300))
+
+    return max(1.0, share(weight) / max(share(np.ones_like(weight)), 1e-300))
 
 
 def _counted(rule: Rule, of: Parts) -> float:
@@ -80,7 +93,8 @@ def rules(of: Parts, side: str, T: Array, each: Array) -> Iterator[Rule]:
             batch = order // size
             m = np.bincount(batch, terms)
             weight = np.where(m > 0, 1 / np.maximum(m, 1) ** 2, 0)[batch]
-            yield Rule(("B2",), f"means over batches of {size} sequences", weight)
+            if (weight != weight[0]).any():  # else it is B1
+                yield Rule(("B2",), f"means over batches of {size} sequences", weight)
     for size in range(1, N):
         begin = (N - 1) // size * size
         for first, more in ((begin, ""), (N - size, ", which does not divide them")):

@@ -43,19 +43,23 @@ class Choice:
     Fields:
         kind: DRAWN, GOLD, `expected`, `signed`, `argmax` or `joint`.
         amount: the temperature, or the mass of the nucleus. smoothing: ε of label smoothing.
+        z_loss: c of c logsumexp² in the loss.
         where: at which positions (`positions.WHERE`).
         mean: is the mean over all labels taken, of kinds that are drawn. exact: not estimated.
-        seed, draws: of what is drawn.
+        seed, draws: of what is drawn. redraw: the draw where the reference has no label, 0 for the
+            same one.
     """
 
     kind: str
     amount: float = 0.0
     smoothing: float = 0.0
+    z_loss: float = 0.0
     where: str = "labelled"
     mean: bool = False
     exact: bool = True
     seed: int = 0
     draws: int = 1
+    redraw: int = 0
 
     @property
     def counted(self) -> int:
@@ -77,7 +81,7 @@ def choice(setting: Setting, reference: Factors) -> Choice:
         setting.mean
         or averaged
         or kind == "expected"
-        or (kind == "signed" and setting.smoothing > 0)
+        or (kind == "signed" and (setting.smoothing != 0 or setting.z_loss != 0))
     )
     if kind == "expected" or (kind == "signed" and mean):
         kind = "sampled"
@@ -85,10 +89,12 @@ def choice(setting: Setting, reference: Factors) -> Choice:
         kind,
         setting.amount,
         setting.smoothing,
+        setting.z_loss,
         setting.where,
         mean and kind in DRAWN,
         seed=reference.seed,
         draws=reference.draws,
+        redraw=setting.redraw,
     )
 
 
@@ -124,8 +130,9 @@ def sent(one: Choice, at: Positions, logit_BTV: Array) -> Iterator[Sent]:
         label_BT = (
             logit_BTV.argmax(axis=-1) if one.kind == "argmax" else gold(one.kind, one.where, at)
         )
+        label_BT = _last_class(one, at, label_BT, logit_BTV)
         read_BT = has_BT | (one.kind == "double shift")  # labels that are moved stand elsewhere
-        yield Sent(_slope(logit_BTV, np.where(read_BT, label_BT, -1), one.smoothing))
+        yield Sent(_slope(one, logit_BTV, np.where(read_BT, label_BT, -1)))
     elif one.kind == "joint":
         yield from _joint_columns(one, at, logit_BTV, has_BT)
     elif one.kind == "signed":
@@ -139,14 +146,33 @@ def sent(one: Choice, at: Positions, logit_BTV: Array) -> Iterator[Sent]:
         yield from _drawn(one, at, logit_BTV, has_BT, one.draws)
 
 
-def _slope(logit_BTV: Array, label_BT: Array, smoothing: float = 0.0) -> Array:
-    """p − onehot(y), of labels that are smoothed p − (1 − ε) onehot(y) − ε/V; 0 without a label."""
-    V = logit_BTV.shape[-1]
+def _last_class(one: Choice, at: Positions, label_BT: Array, logit_BTV: Array) -> Array:
+    """The labels, and V − 1 where there is none, if −1 is read so (B24)."""
+    if one.where != "last class":
+        return label_BT
+    return np.asarray(np.where(at.label_BT < 0, logit_BTV.shape[-1] - 1, label_BT))
+
+
+def _slope(one: Choice, logit_BTV: Array, label_BT: Array) -> Array:
+    """p − onehot(y), of labels that are smoothed p − (1 − ε) onehot(y) − ε/V; 0 without a label.
+
+    Of c lse², lse = logsumexp of the logits, 2 c lse p comes on top.
+    """
+    V, has_BT1 = logit_BTV.shape[-1], label_BT[..., None] >= 0
     d = cross_entropy(logit_BTV.reshape(-1, V), label_BT.reshape(-1))[1].reshape(logit_BTV.shape)
-    if smoothing:
-        rest_BTV = np.where(label_BT[..., None] >= 0, _softmax(logit_BTV) - 1 / V, 0)
-        d = (1 - smoothing) * d + smoothing * rest_BTV
+    if one.smoothing:
+        rest_BTV = np.where(has_BT1, _softmax(logit_BTV) - 1 / V, 0)
+        d = (1 - one.smoothing) * d + one.smoothing * rest_BTV
+    if one.z_loss:
+        d = d + np.where(has_BT1, _z_slope(one, logit_BTV), 0)
     return np.asarray(d)
+
+
+def _z_slope(one: Choice, logit_BTV: Array) -> Array:
+    """2 c lse p, the slope of c lse²."""
+    top = logit_BTV.max(axis=-1, keepdims=True)
+    lse = top + np.log(np.exp(logit_BTV - top).sum(axis=-1, keepdims=True))
+    return np.asarray(2 * one.z_loss * lse * _softmax(logit_BTV))
 
 
 def _softmax(logit_BTV: Array) -> Array:
@@ -179,10 +205,14 @@ def _drawn(
     law_NV = law(one, logit_BTV).reshape(-1, V)
     for draw in range(draws):
         u_BT = np.stack([uniforms(one.seed, draw, int(n), T) for n in at.index_B])
+        if one.redraw:
+            other_BT = np.stack([uniforms(one.seed, one.redraw, int(n), T) for n in at.index_B])
+            u_BT = np.where(at.label_BT < 0, other_BT, u_BT)
         if one.kind == "one uniform":
             u_BT = np.broadcast_to(u_BT[:, :1], u_BT.shape)
         label_BT = draw_labels(law_NV, u_BT.reshape(-1)).reshape(has_BT.shape)
-        d = _slope(logit_BTV, np.where(has_BT, label_BT, -1), one.smoothing)
+        label_BT = _last_class(one, at, label_BT, logit_BTV)
+        d = _slope(one, logit_BTV, np.where(has_BT, label_BT, -1))
         yield Sent(d, draw=draw)
 
 
@@ -204,9 +234,9 @@ def _averaged(one: Choice, at: Positions, logit_BTV: Array, has_BT: Array) -> It
             sign = _sign(one.seed, draw, at, logit_BTV.shape)
             d = keep / np.sqrt(ESTIMATES) * _signed(law_BTV, has_BT, sign)
             yield Sent(d, joint=False)
-    if one.smoothing or one.kind != "sampled":
+    if one.smoothing or one.z_loss or one.kind != "sampled":
         p, V = _softmax(logit_BTV), logit_BTV.shape[-1]
-        mean = p - keep * _softmax(law_BTV) - one.smoothing / V
+        mean = p - keep * _softmax(law_BTV) - one.smoothing / V + _z_slope(one, logit_BTV)
         yield Sent(np.where(has_BT[..., None], mean, 0))
 
 
@@ -223,7 +253,7 @@ def _one_uniform(one: Choice, at: Positions, logit_BTV: Array, has_BT: Array) ->
     for some in _bunches(pieces, logit_BTV):
         label = np.stack([draw_labels(law_NV, np.full(len(law_NV), u)) for u, _ in some])
         label = np.where(has_BT, label, -1)
-        d = _slope(np.broadcast_to(logit_BTV, (len(some), *law_NV.shape)), label, one.smoothing)
+        d = _slope(one, np.broadcast_to(logit_BTV, (len(some), *law_NV.shape)), label)
         yield Sent(d * np.sqrt([width for _, width in some])[:, None, None], joint=False)
 
 

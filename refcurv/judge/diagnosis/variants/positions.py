@@ -150,12 +150,14 @@ WHERE: Final[Mapping[str, str]] = MappingProxyType(
         "ignored pads": "B24",
         "ignored prompts": "B24",
         "ignored everywhere": "B24",
+        "last class": "B24",
         "without eos": "B25",
     }
 )
 """Where another program has labels, beside the reference's, and the fault that each is.
 
-In `ignored ...` they are the next token of the row, whatever it is; in the others they are drawn.
+In `ignored ...` they are the next token of the row, whatever it is. In `last class` they are V − 1,
+as which −1 is read. In the others they are drawn.
 """
 
 
@@ -167,7 +169,7 @@ def supervised(where: str, at: Positions) -> Array:
     which = where.removeprefix("ignored ")
     if which == "without eos":
         return np.asarray(has & (at.label_BT != at.pad_id))
-    if which == "everywhere":
+    if which in ("everywhere", "last class"):
         return np.ones_like(has)
     return np.asarray(has | kind[which])
 
@@ -180,7 +182,7 @@ def gold(kind: str, where: str, at: Positions) -> Array:
     label_BT = at.label_BT
     if at.images:
         return label_BT
-    if where != "labelled":
+    if where not in ("labelled", "last class"):
         next_BT = np.full_like(label_BT, NO_LABEL)
         next_BT[:, :-1] = at.inputs[:, 1:]
         if not where.startswith("ignored"):  # a corpus has labels within a document alone

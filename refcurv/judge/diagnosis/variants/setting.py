@@ -87,7 +87,8 @@ class Setting:
 
     Fields:
         labels: one of LABELS. amount: the temperature, or the mass of the nucleus.
-        smoothing: ε of label smoothing. where: at which positions labels are (`positions.WHERE`).
+        smoothing: ε of label smoothing. z_loss: c of a loss that has c logsumexp² more.
+        where: at which positions labels are (`positions.WHERE`).
         rows_A, rows_G: which positions are rows (`positions.ROWS`). count: one of COUNTS.
         pooling_A, pooling_G: of POOLING. batch: sequences of a batch, 0 for all; for B44.
         tensor_A, tensor_G: of INPUTS or OVERWRITTEN, and of OUTPUTS.
@@ -95,11 +96,13 @@ class Setting:
         pads: what a position of padding sees (`networks.Network`): no fault by itself.
         mean: where labels are drawn, is the mean over all draws taken: no fault, but the way to
             compare with labels that nobody knows.
+        redraw: where the reference has no label but `where` has, that of another draw: no fault.
     """
 
     labels: str = "reference"
     amount: float = 0.0
     smoothing: float = 0.0
+    z_loss: float = 0.0
     where: str = "labelled"
     rows_A: str = "reference"
     rows_G: str = "reference"
@@ -112,14 +115,17 @@ class Setting:
     network: tuple[Level, ...] = ()
     pads: str = "blind"
     mean: bool = False
+    redraw: int = 0
 
     @property
     def faults(self) -> tuple[str, ...]:
         """The ids of what differs, in the order of the fields."""
-        rows = {} if self.count == "reference" else ROWS
+        rows = {} if self.count == "reference" else dict(ROWS)
+        if self.where == "last class":
+            rows.pop("with pads", None)  # labels everywhere make rows of all
         found = [
             LABELS.get(self.labels),
-            "B26" if self.smoothing else None,
+            "B26" if self.smoothing or self.z_loss else None,
             WHERE.get(self.where),
             rows.get(self.rows_A),
             rows.get(self.rows_G),
@@ -142,7 +148,7 @@ class Setting:
         """Which of "A" and "G" can differ from the reference's."""
         changed = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
         A = changed & {"rows_A", "count", "pooling_A", "tensor_A", "network"}
-        G = changed - {"rows_A", "pooling_A", "tensor_A", "pads", "mean"}
+        G = changed - {"rows_A", "pooling_A", "tensor_A", "pads", "mean", "redraw"}
         return frozenset(side for side, some in (("A", A), ("G", G)) if some)
 
     @property
@@ -151,7 +157,8 @@ class Setting:
         level = {name: f" ({size:g})" if size else "" for name, size in self.network}
         said = {
             "labels": f"labels {self.labels}" + (f" ({self.amount:g})" if self.amount else ""),
-            "smoothing": f"labels smoothed by {self.smoothing:g}",
+            "smoothing": f"labels smoothed by {self.smoothing:.4g}",
+            "z_loss": f"{self.z_loss:.4g} logsumexp² in the loss",
             "where": f"labels at {self.where}",
             "rows_A": f"rows of A {self.rows_A}",
             "rows_G": f"rows of G {self.rows_G}",
@@ -169,7 +176,8 @@ class Setting:
     @property
     def run(self) -> Setting:
         """The part that decides a and g at every position; the rest only adds them up otherwise."""
-        names = ("labels", "amount", "smoothing", "where", "network", "pads", "mean")
+        labels = ("labels", "amount", "smoothing", "z_loss", "where", "mean", "redraw")
+        names = (*labels, "network", "pads")
         return Setting(**{name: getattr(self, name) for name in names})
 
 
@@ -226,7 +234,6 @@ def _labels(fisher: Fisher, at: Positions) -> Iterator[Setting]:
         ("empirical",) if drawn else ("expected", "sampled")
     ))  # fmt: skip
     yield Setting(labels="argmax")
-    yield Setting(smoothing=0.1)
     if at.images:
         return
     labels_B = (at.label_BT >= 0).sum(axis=1)
@@ -257,6 +264,10 @@ def _where(fisher: Fisher, at: Positions) -> Iterator[Setting]:
         at_pads = padded and name.endswith(("pads", "everywhere"))
         for pads in ("real", "all") if at_pads else ("blind",):
             yield Setting(where=name, pads=pads)
+    if fisher in (Fisher.SAMPLED, Fisher.EMPIRICAL) and (at.label_BT < 0).any():
+        for pads in ("real", "all") if padded else ("blind",):
+            yield Setting(where="last class", pads=pads)
+            yield Setting(where="last class", rows_A="with pads", rows_G="with pads", pads=pads)
     if kinds["eos"].any():
         yield Setting(where="without eos")
         yield Setting(where="without eos", rows_A="without eos", rows_G="without eos")

@@ -1,0 +1,215 @@
+"""Faults of the loss and of its labels: what was added, how much of it, and labels nobody knows."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+from strategies import config, random_parameters
+
+import refcurv as rc
+from refcurv.judge.arithmetic import Arithmetic
+from refcurv.judge.case import Case
+from refcurv.judge.diagnosis.amounts import curve, nearest
+from refcurv.judge.diagnosis.scales import Counts, Scale, equal_batches, explain
+from refcurv.judge.diagnosis.variants import Setting, moments
+from refcurv.judge.dump import Dump
+from refcurv.model.part import part_of
+
+LAYERS = "blocks.*.mlp.{gate,down},blocks.*.attn.v,head"
+
+
+@pytest.fixture(scope="module")
+def padded():
+    """Sequences of many lengths, some with a prompt, and how to make their factors."""
+    made = config(width=6, heads=2, kv_heads=1, head_width=4, mlp_width=7)
+    model = rc.Model(made, random_parameters(made, 5))
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(0, made.vocabulary, (24, 8))
+    length, prompt = rng.integers(4, 9, 24)[:, None], rng.integers(0, 3, 24)[:, None]
+    at = np.arange(8)
+    label = np.full(tokens.shape, -1)
+    label[:, :-1] = tokens[:, 1:]
+    label[(at >= length - 1) | (at < prompt)] = -1
+    corpus = rc.Corpus(tokens, labels=label, mask=(at < length).astype(np.uint8))
+    return model, corpus, partial(rc.collect, model, corpus, LAYERS)
+
+
+def under(padded, factors, setting):
+    """{layer: (A, G, n)} as a setting makes them."""
+    here = Case(Dump("memory", {}, {}), factors, {}, Arithmetic(), *padded[:2])
+    ((_, made),) = moments(here, [setting], list(factors))
+    return {name: (one.A, one.G, one.n_A) for name, one in made.items()}
+
+
+def judged(padded, theirs, factors, **declared):
+    model, corpus, _ = padded
+    said = {"fisher": str(factors.fisher)} | declared
+    return rc.validate(
+        theirs, factors, model=model, corpus=corpus, arithmetic="float64", declared=said
+    )
+
+
+def named(verdict):
+    assert not verdict.passed
+    return sorted(cause.fault for cause in verdict.causes)
+
+
+# ------------------------------------------------------------------ what is sent back
+
+
+@pytest.mark.parametrize("name", ["z_loss", "last class"])
+def test_what_the_head_gets_is_the_slope_of_the_loss(padded, name):
+    """G of the head by its definition, with the slope of −z_y + lse + c lse² by complex step."""
+    model, corpus, collect = padded
+    setting = Setting(z_loss=0.3) if name == "z_loss" else Setting(where=name, pads="blind")
+    _, G, n = under(padded, collect("empirical"), setting)["head"]
+    label, z = corpus.label, rc.logits(model, corpus.tokens).astype(complex)
+    V = z.shape[-1]
+    if name == "last class":
+        label = np.where(label < 0, V - 1, label)
+    row = np.flip(np.maximum.accumulate(np.flip(corpus.label >= 0, 1), axis=1), 1)
+    g = np.zeros(z.shape)
+    for v in range(V):
+        at = z.copy()
+        at[..., v] += 1e-30j
+        lse = np.log(np.exp(at).sum(axis=-1))
+        loss = lse - np.take_along_axis(at, np.maximum(label, 0)[..., None], -1)[..., 0]
+        loss = loss + (0.3 if name == "z_loss" else 0) * lse**2
+        g[..., v] = np.where(label >= 0, loss.imag / 1e-30, 0)
+    assert n == row.sum()
+    np.testing.assert_allclose(G, g[row].T @ g[row] / n, atol=1e-12 * np.trace(G))
+
+
+# ------------------------------------------------------------------ how much
+
+
+def test_an_amount_is_found_to_the_last_digits():
+    rng = np.random.default_rng(0)
+    curves = []
+    for size in (4, 7):
+        zero, one, two = (x @ x.T for x in rng.normal(size=(3, size, 20)))
+
+        def G(x, zero=zero, one=one, two=two):
+            return zero + x * one + x * x * two
+
+        curves.append(curve(3e-5 * G(0.0371), zero, G(0.5), G(-0.5), 0.5))
+    assert abs(nearest(curves) - 0.0371) < 1e-13
+    assert nearest([]) is None
+    assert nearest([one._replace(T=one.at(-0.2)[0]) for one in curves]) is None
+
+
+WITH_LAST = {"rows_A": "with last", "rows_G": "with last"}
+
+
+@pytest.mark.parametrize(
+    ("amount", "more"),
+    [
+        ({"z_loss": 0.0173}, {}),
+        pytest.param({"smoothing": 0.231}, {}, marks=pytest.mark.slow),
+        pytest.param({"smoothing": 0.231}, WITH_LAST, marks=pytest.mark.slow),
+        pytest.param({"z_loss": 0.0173}, WITH_LAST, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_what_was_added_to_the_loss_is_told_with_its_amount(padded, amount, more):
+    factors = padded[2]("empirical")
+    verdict = judged(padded, under(padded, factors, Setting(**amount, **more)), factors)
+    assert named(verdict) == (["B26", "B27"] if more else ["B26"])
+    (name, value), *_ = amount.items()
+    said = next(cause.sentence for cause in verdict.causes if cause.fault == "B26")
+    assert f"{name.replace('_', '-')} `{value}`" in said
+
+
+# ------------------------------------------------------------------ labels
+
+
+WITH_PADS = {"rows_A": "with pads", "rows_G": "with pads"}
+
+
+@pytest.mark.parametrize("rows", [WITH_PADS, pytest.param({}, marks=pytest.mark.slow)], ids=len)
+def test_no_label_may_be_read_as_the_last_class(padded, rows):
+    factors = padded[2]("empirical")
+    setting = Setting(where="last class", pads="all", **rows)
+    verdict = judged(padded, under(padded, factors, setting), factors)
+    assert named(verdict) == ["B24"]
+
+
+@pytest.mark.parametrize(
+    "draw", [101, *(pytest.param(draw, marks=pytest.mark.slow) for draw in (102, 103))]
+)
+def test_labels_that_nobody_knows_are_told_by_their_mean(padded, draw):
+    factors = padded[2]("sampled")
+    setting = Setting(where="everywhere", pads="all", redraw=draw)
+    verdict = judged(padded, under(padded, factors, setting), factors, labels="given")
+    assert named(verdict) == ["B19"]
+    assert all("mean over 8 draws" in cause.sentence for cause in verdict.causes)
+
+
+def test_what_is_no_draw_of_labels_is_not_taken_for_one(padded):
+    """As much is added as labels at padding add, in other directions."""
+    factors = padded[2]("sampled")
+    places = Setting(where="everywhere", pads="all", redraw=101)
+    rng, theirs = np.random.default_rng(0), {}
+    for name, (A, G, n) in under(padded, factors, places).items():
+        ours = factors[name].G
+        x = rng.normal(size=(len(G), len(G) // 2))
+        x = x @ x.T
+        theirs[name] = A, ours + x * np.linalg.norm(G - ours) / np.linalg.norm(x), n
+    assert "B19" not in named(judged(padded, theirs, factors, labels="given"))
+
+
+# ------------------------------------------------------------------ divisors
+
+
+def named_of(m, counts, tol=1e-12):
+    """(fault, alike) of G = ours/m²."""
+    (one,) = explain([Scale("x", 1.0, m**-2.0, tol, tol, 1.0, 1.0, 24)], counts)
+    return one.fault, one.alike
+
+
+def test_a_mean_is_over_batches_that_the_corpus_has():
+    assert equal_batches(np.array([3, 5, 4, 4])) == {8, 16}
+    assert equal_batches(np.array([4, 4, 4])) == {4, 12}
+    assert equal_batches(np.array([3, 5, 4])) == {12}
+    uneven = Counts(16, means=frozenset({8, 16}))
+    assert named_of(16, uneven) == ("B1", ("B43", "B46"))
+    assert named_of(8, uneven) == ("B1", ("B43", "B46"))
+    assert named_of(4, uneven) == ("B43", ("B46",))
+    assert named_of(16.1, uneven, 0.05)[0] == "B1"  # within what drawing explains
+    large = Counts(412, means=frozenset({412}))
+    assert named_of(412, large) == ("B1", ())
+    assert named_of(100, large) == ("B1", ("B43", "B46"))  # more than workers are
+    assert named_of(8, large) == ("B43", ("B46",))
+
+
+def test_a_factor_that_drawing_may_make_is_nothing_known():
+    counts = Counts(312, {"labels": 312}, frozenset({312}))
+    (one,) = explain([Scale("x", 1.0, 1.4, 1e-12, 0.35, 1.0, 1.0, 24)], counts)
+    assert one.fault is None and one.sides == "G"
+
+
+def test_without_a_corpus_nothing_tells_steps_from_terms():
+    assert named_of(8, Counts(412)) == ("B43", ("B46", "B1"))
+    assert named_of(412, Counts(412)) == ("B1", ())
+    assert named_of(128, Counts(412)) == ("B1", ())
+
+
+@pytest.mark.slow
+def test_weights_of_batches_are_told_by_their_factor_where_drawing_hides_their_form(padded):
+    """Their own labels: G of each sequence over the square of its batch's labels."""
+    model, corpus, collect = padded
+    reference = collect("sampled", draws=8)
+    terms = (corpus.label >= 0).sum(axis=1)
+    for fault, weight in (
+        ("B3", 1.0 / terms**2),
+        ("B2", 1.0 / np.bincount(np.arange(24) // 10, terms)[np.arange(24) // 10] ** 2),
+    ):
+        theirs = {name: [one.A, 0.0, one.n_A] for name, one in reference.items()}
+        for n, w in enumerate(weight):
+            alone = part_of(corpus, slice(n, n + 1))
+            for name, one in rc.collect(model, alone, LAYERS, "sampled", seed=50 + n).items():
+                theirs[name][1] = theirs[name][1] + w * one.sum_G / reference[name].n_A
+        verdict = judged(padded, {k: tuple(x) for k, x in theirs.items()}, reference)
+        assert named(verdict) == [fault]
