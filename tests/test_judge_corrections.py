@@ -17,6 +17,7 @@ from refcurv.model.gradient import loss_and_gradient
 from refcurv.model.part import part_of
 
 FOREIGN = Path(__file__).parent / "data/foreign"
+SQUARE = "blocks.0.attn.o"
 LAYERS = ("blocks.0.mlp.up", "blocks.0.attn.v", "blocks.1.mlp.down")
 EMPIRICAL = {"fisher": "empirical"}
 SEQUENCE = {**EMPIRICAL, "Lambda": "sequence"}
@@ -188,6 +189,29 @@ def test_short_lambda_that_nobody_declared_is_no_pass(setting):
     verdict = judged(setting, theirs, arithmetic="")
     assert {one.verdict for one in verdict.failed} == {"equal as bfloat16"}
     assert {one.fault for one in verdict.failed} == {"B77"}
+
+
+def test_lambda_of_a_square_layer_may_lie_the_other_way_round(setting):
+    model, corpus, _ = setting
+    factors = rc.collect(model, corpus, SQUARE, "empirical")
+    own = model, corpus, factors
+    turned = {name: L.T for name, L in lambdas(model, corpus, bases_of(factors)).items()}
+    assert {one.fault for one in judged(own, turned).failed} == {"B78"}
+
+
+def test_eigenvectors_in_rows_are_not_held_against_lambda(setting):
+    """Λ and what it is made of are right; only the vectors are stored as rows (B64)."""
+    model, corpus, factors = setting
+    bases = bases_of(factors)
+    theirs = dump_of(factors, bases, in_batches(setting, 3))
+    for one in theirs.values():
+        one["U_A"], one["U_G"] = one["U_A"].T, one["U_G"].T
+    given = {"model": model, "corpus": corpus, "declared": SEQUENCE, "arithmetic": "float64"}
+    verdict = rc.validate(theirs, factors, **given)
+    assert {one.fault for one in verdict.causes} == {"B64", "B75"}
+    for name, L in of(setting).items():
+        theirs[name]["Lambda"] = L
+    assert [one.fault for one in rc.validate(theirs, factors, **given).causes] == ["B64"]
 
 
 def test_a_factor_that_a_and_g_share_is_no_fault_of_lambda(setting):
