@@ -85,6 +85,10 @@ def test_the_true_lambda_passes(setting, per, joint):
         assert verdict.passed, verdict.failed
         found = of_lambda(verdict)
         assert len(found) == 2 * len(LAYERS) and all(per in one.cause for one in found)
+        assert all(
+            b.budget == pytest.approx(2 * a.budget)
+            for a, b in zip(found[::2], found[1::2], strict=True)
+        )
 
 
 def test_over_sequences_is_right_where_it_is_declared(setting):
@@ -137,6 +141,7 @@ def other_tokens(setting):
 FAULTS = {
     "over sequences": ("B10", lambda s: scaled(s, 42 / 6)),
     "a sum": ("B10", lambda s: scaled(s, 42)),
+    "nearly over sequences": (None, lambda s: scaled(s, 42 / 6 * 0.9)),
     "per token": ("B75", lambda s: of(s, per="token")),
     "batches of three": ("B75", lambda s: in_batches(s, 3)),
     "one batch": ("B75", lambda s: in_batches(s, 6)),
@@ -158,6 +163,7 @@ def bfloat16(L):
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_each_fault_of_lambda_has_its_name(setting, name):
+    """One that no known fault makes has none."""
     fault, plant = FAULTS[name]
     assert setting[2][LAYERS[0]].n_A == 42
     verdict = judged(setting, plant(setting))

@@ -173,7 +173,8 @@ def factor(
         far = c / product / value
         within = abs(far - 1) <= tolerance < 1 / 2
         # chosen: where drawing blurs the factor, within a quarter of the way to none at all
-        if within or (value != 1 and abs(math.log(far)) <= abs(math.log(value)) / 4):
+        blurred = tolerance >= 1 / 2 and value != 1
+        if within or (blurred and abs(math.log(far)) <= abs(math.log(value)) / 4):
             about = "" if within else "about "
             return "B10", f", {about}{words}"
     return None, ""
