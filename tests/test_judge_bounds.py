@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from strategies import config
 
 import refcurv as rc
 from refcurv.curvature.eigenbasis import Eigenbasis
@@ -22,7 +24,7 @@ from refcurv.judge.edits import _Noise
 from refcurv.judge.eigenvectors import limits_of, solver_budget
 from refcurv.judge.masks import _disputed
 from refcurv.judge.pictures import pictures
-from refcurv.judge.trace import Trace
+from refcurv.judge.trace import Trace, _errors, _require_room
 from refcurv.judge.truths import _truth, near_of
 
 LAYER, ROWS, DRAWS, SHARD = "up", 50, 3, 17
@@ -342,3 +344,29 @@ def test_labels_of_a_trace_may_have_any_negative_number_for_none():
     for theirs, first in (([3, -100, 2], None), ([3, 0, 2], (0, 1)), ([3, -1, -1], (0, 2))):
         (one,) = compare_traces({"labels": np.array([theirs])}, ours)
         assert one.first == first
+
+
+def test_rounding_is_half_of_what_two_runs_differ_by(monkeypatch):
+    """In mean square: each of the two has its own."""
+    x, moves = RNG.normal(size=(2, 3, 4)), {4: 1.0, -5: 2.0, 9: 4.0}
+
+    def nudged(one, nudge):
+        return SimpleNamespace(tensors=lambda: {"x": x + moves[nudge]})
+
+    monkeypatch.setattr("refcurv.judge.trace._nudged", nudged)
+    found = _errors(None, {"x": x, "labels": np.zeros((2, 3), int)})
+    assert set(found) == {"x"}
+    assert found["x"] == pytest.approx(math.sqrt(4 * (1 + 4 + 16) / 3 / 2) * np.ones((2, 3)))
+
+
+def test_a_trace_that_memory_does_not_hold_is_refused(monkeypatch):
+    """Four arrays of eight bytes for each input and output of a linear layer, at each position."""
+    made = config()
+    width = sum(i + o for o, i in made.linear_layers().values())
+    corpus = rc.Corpus(np.zeros((3, 5), np.int32))
+    need = 8 * 4 * 15 * width
+    monkeypatch.setattr("refcurv.judge.trace.available", lambda: need)
+    _require_room(made, corpus)
+    monkeypatch.setattr("refcurv.judge.trace.available", lambda: need - 1)
+    with pytest.raises(rc.RefcurvError, match="fewer sequences"):
+        _require_room(made, corpus)
