@@ -131,39 +131,39 @@ def of_weight(made: Cut, W: Array, edited: Array, near: float) -> Reason | None:
     Proof:
         tests/test_judge_edits.py::test_an_edited_weight_of_the_law_passes_and_others_are_named
     """
-    size = float(norm(W))
-    for fault, words, other in _edits(made, W, edited):
-        if float(norm(edited - other)) / size <= near:
+    size, basis = float(norm(W)), made.basis
+    D = basis.U_G.T @ edited @ basis.U_A
+    for fault, words, other in _edits(made, W, edited, D):
+        if float(norm(D - other)) / size <= near:
             return fault, words
     return None
 
 
-def _edits(made: Cut, W: Array, edited: Array) -> Iterator[tuple[str | None, str, Array]]:
-    """(fault, words, the weight that it gives); without a share, each at about their |W'|."""
-    basis, C, target = made.basis, made.C, reached(edited)
+def _edits(made: Cut, W: Array, edited: Array, D: Array) -> Iterator[tuple[str | None, str, Array]]:
+    """(fault, words, the coefficients that it gives); without a share, each at about their |W'|.
+
+    Args: D, the coefficients of theirs.
+    """
+    basis, C = made.basis, made.C
     if made.raw is not None and made.wrong is not None:
         share = share_of_weight(basis, C, edited) if made.rho is None else made.rho
         words = f"it is the law's edit in their own basis: {made.wrong.cause}"
-        yield made.wrong.fault, words, keep_pairs(W, basis, cut_mask(basis, share))
+        yield made.wrong.fault, words, C * cut_mask(basis, share)
     if made.rho == 1:
-        heavy = cut_mask(basis, 1 - float32_sum(C.size))
-        D = basis.U_G.T @ (edited - W) @ basis.U_A
-        yield *STOPPED, edited + basis.U_G @ (D * heavy) @ basis.U_A.T
+        yield *STOPPED, np.where(cut_mask(basis, 1 - float32_sum(C.size)), C, D)
     for other in others(C.shape, made.Lambda):
-        for mask in other.near(basis, C, target):
-            yield other.fault, other.sentence, keep_pairs(W, basis, mask)
+        for mask in other.near(basis, C, reached(edited)):
+            yield other.fault, other.sentence, C * mask
     if C.shape[0] == C.shape[1]:
         turned = basis.U_G.T @ W.T @ basis.U_A
         shares = [share_of_weight(basis, turned, edited), *([] if made.rho is None else [made.rho])]
         text = "the edit was made of Wᵀ, or A and G changed places in it, which is the same (O60)"
         for share in shares:
-            yield "B33", text, keep_pairs(W.T, basis, cut_mask(basis, share)).T
+            other_W = keep_pairs(W.T, basis, cut_mask(basis, share)).T
+            yield "B33", text, basis.U_G.T @ other_W @ basis.U_A
     if made.rho is not None:
         mask = cut_mask(basis, share_of_weight(basis, C, edited))
-        yield (
-            *at_another_share(made, made.rho, int(mask.sum())),
-            keep_pairs(W, basis, mask),
-        )
+        yield *at_another_share(made, made.rho, int(mask.sum())), C * mask
 
 
 def cut_mask(basis: Eigenbasis, rho: float) -> Array:
