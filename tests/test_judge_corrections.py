@@ -85,10 +85,8 @@ def test_the_true_lambda_passes(setting, per, joint):
         assert verdict.passed, verdict.failed
         found = of_lambda(verdict)
         assert len(found) == 2 * len(LAYERS) and all(per in one.cause for one in found)
-        assert all(
-            b.budget == pytest.approx(2 * a.budget)
-            for a, b in zip(found[::2], found[1::2], strict=True)
-        )
+        for form, whole in zip(found[::2], found[1::2], strict=True):
+            assert whole.budget == pytest.approx(2 * form.budget, rel=1e-9, abs=0)
 
 
 def test_over_sequences_is_right_where_it_is_declared(setting):
