@@ -7,8 +7,9 @@ import pytest
 from strategies import config, random_parameters
 
 import refcurv as rc
-from refcurv.judge.bases import recomposition
+from refcurv.files.bfloat16 import from_bfloat16, to_bfloat16
 from refcurv.judge.dump import Dump, Theirs
+from refcurv.judge.eigenvectors import recomposition
 from refcurv.judge.judgement import validate
 
 LAYER = "blocks.0.mlp.up"
@@ -36,8 +37,8 @@ def dump(**parts):
     return Dump("test", {LAYER: Theirs(**parts)}, {LAYER: frozenset(parts)})
 
 
-def judged(factors, **parts):
-    verdict = validate(dump(**parts), factors, layers=LAYER)
+def judged(factors, arithmetic="float64", **parts):
+    verdict = validate(dump(**parts), factors, layers=LAYER, arithmetic=arithmetic)
     return {f.quantity: f for f in verdict.findings}, verdict
 
 
@@ -82,7 +83,7 @@ def mixed(U, values):
 
 
 FAULTS = {
-    "basis of A": (lambda U, v: (U.T, v), "B64"),
+    "basis of A": (lambda U, v: (U + 1e-9 * U.T, v), None),
     "orthogonality of U_A": (lambda U, v: (1.0001 * U, v), None),
     "spaces of A": (mixed, None),
 }
@@ -96,6 +97,74 @@ def test_another_basis_fails(factors, quantity):
     assert not verdict.passed
     assert found[quantity].verdict not in ("pass", "left out")
     assert found[quantity].fault == fault
+
+
+def of_few_rows(factors):
+    """Factors without full rank, so that rounding makes some of their eigenvalues negative."""
+    one = factors[LAYER]
+    rng = np.random.default_rng(5)
+    rows = rng.normal(size=(2, 3, len(one.sum_A)))
+    changed = rc.Factor(rows[0].T @ rows[0], one.n_A, rows[1].T @ rows[1], one.n_G)
+    return rc.Factors({LAYER: changed}, factors.fisher, factors.rows, 0, 1, "float64", 96)
+
+
+def solved(M, change=lambda values: values):
+    """Eigenvectors and eigenvalues, descending."""
+    values, U = np.linalg.eigh(M)
+    return U[:, ::-1].astype(float), change(values[::-1]).astype(float)
+
+
+def short(M):
+    return from_bfloat16(to_bfloat16(M)).astype(float)
+
+
+def plus(values):
+    return np.maximum(values, 0)
+
+
+EXPLAINED = {
+    "rows": ("B64", lambda one: (solved(one.A)[0].T, solved(one.A)[1]), "the rows of U_A"),
+    "eigenvalues upside down": (
+        "B65",
+        lambda one: (solved(one.A)[0], solved(one.A)[1][::-1]),
+        "mu is in the opposite order",
+    ),
+    "those of G": ("B32", lambda one: solved(one.G), "those of G"),
+    "solver": ("B62", lambda one: solved(one.A.astype("f4")), "digits of float32"),
+    "rounded": ("B62", lambda one: solved(one.A.astype("f4").astype(float)), "to float32"),
+    "short": (None, lambda one: solved(short(one.A)), "rounded to bfloat16, which has"),
+    "short sums": (None, lambda one: solved(short(one.sum_A)), "rounded to bfloat16, which has"),
+    "cut off": ("B66", lambda one: solved(short(one.A), plus), "these are cut off"),
+    "positive": ("B66", lambda one: solved(short(one.A), abs), "these are turned positive"),
+    "noise": (None, lambda one: (solved(one.A)[0] + 1e-8, solved(one.A)[1]), "is not A"),
+    "half": ("B66", lambda one: solved(one.A.astype("f2").astype(float), plus), "to float16"),
+}
+
+
+@pytest.mark.parametrize("name", EXPLAINED)
+def test_each_fault_of_a_basis_has_its_name(factors, name):
+    fault, plant, words = EXPLAINED[name]
+    made = of_few_rows(factors)
+    one = made[LAYER]
+    U_A, mu = plant(one)
+    parts = {"A": one.A, "n_A": one.n_A, "G": one.G, "n_G": one.n_G, "U_A": U_A, "mu": mu}
+    found, verdict = judged(made, **parts)
+    bad = [f for f in verdict.failed if f.quantity != "names"]
+    assert bad and {(f.verdict, f.fault) for f in bad} == {("fail", fault)}
+    assert words in found["basis of A"].cause
+    assert [c.fault for c in verdict.causes] == ([fault] if fault else [])
+
+
+def test_the_basis_of_their_own_A_has_no_fault_of_its_own(factors):
+    """What is wrong with A is wrong with its basis, and is said of A alone."""
+    one = factors[LAYER]
+    A = one.A + 0.1 * np.eye(len(one.A)) * np.trace(one.A)
+    U_A, mu = solved(A)
+    parts = {"A": A, "n_A": one.n_A, "G": one.G, "n_G": one.n_G, "U_A": U_A, "mu": mu}
+    found, verdict = judged(factors, **parts)
+    assert (found["basis of A"].verdict, found["basis of A"].fault) == ("fail", None)
+    assert "their own A" in found["basis of A"].cause
+    assert [c.fault for c in verdict.causes] == ["B12"]
 
 
 def test_recomposition_is_that_of_numpy(factors):

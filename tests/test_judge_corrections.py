@@ -17,6 +17,7 @@ from refcurv.model.gradient import loss_and_gradient
 from refcurv.model.part import part_of
 
 FOREIGN = Path(__file__).parent / "data/foreign"
+SQUARE = "blocks.0.attn.o"
 LAYERS = ("blocks.0.mlp.up", "blocks.0.attn.v", "blocks.1.mlp.down")
 EMPIRICAL = {"fisher": "empirical"}
 SEQUENCE = {**EMPIRICAL, "Lambda": "sequence"}
@@ -84,6 +85,8 @@ def test_the_true_lambda_passes(setting, per, joint):
         assert verdict.passed, verdict.failed
         found = of_lambda(verdict)
         assert len(found) == 2 * len(LAYERS) and all(per in one.cause for one in found)
+        for form, whole in zip(found[::2], found[1::2], strict=True):
+            assert whole.budget == pytest.approx(2 * form.budget, rel=1e-9, abs=0)
 
 
 def test_over_sequences_is_right_where_it_is_declared(setting):
@@ -136,6 +139,7 @@ def other_tokens(setting):
 FAULTS = {
     "over sequences": ("B10", lambda s: scaled(s, 42 / 6)),
     "a sum": ("B10", lambda s: scaled(s, 42)),
+    "nearly over sequences": (None, lambda s: scaled(s, 42 / 6 * 0.9)),
     "per token": ("B75", lambda s: of(s, per="token")),
     "batches of three": ("B75", lambda s: in_batches(s, 3)),
     "one batch": ("B75", lambda s: in_batches(s, 6)),
@@ -157,6 +161,7 @@ def bfloat16(L):
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_each_fault_of_lambda_has_its_name(setting, name):
+    """One that no known fault makes has none."""
     fault, plant = FAULTS[name]
     assert setting[2][LAYERS[0]].n_A == 42
     verdict = judged(setting, plant(setting))
@@ -190,6 +195,29 @@ def test_short_lambda_that_nobody_declared_is_no_pass(setting):
     assert {one.fault for one in verdict.failed} == {"B77"}
 
 
+def test_lambda_of_a_square_layer_may_lie_the_other_way_round(setting):
+    model, corpus, _ = setting
+    factors = rc.collect(model, corpus, SQUARE, "empirical")
+    own = model, corpus, factors
+    turned = {name: L.T for name, L in lambdas(model, corpus, bases_of(factors)).items()}
+    assert {one.fault for one in judged(own, turned).failed} == {"B78"}
+
+
+def test_eigenvectors_in_rows_are_not_held_against_lambda(setting):
+    """Λ and what it is made of are right; only the vectors are stored as rows (B64)."""
+    model, corpus, factors = setting
+    bases = bases_of(factors)
+    theirs = dump_of(factors, bases, in_batches(setting, 3))
+    for one in theirs.values():
+        one["U_A"], one["U_G"] = one["U_A"].T, one["U_G"].T
+    given = {"model": model, "corpus": corpus, "declared": SEQUENCE, "arithmetic": "float64"}
+    verdict = rc.validate(theirs, factors, **given)
+    assert {one.fault for one in verdict.causes} == {"B64", "B75"}
+    for name, L in of(setting).items():
+        theirs[name]["Lambda"] = L
+    assert [one.fault for one in rc.validate(theirs, factors, **given).causes] == ["B64"]
+
+
 def test_a_factor_that_a_and_g_share_is_no_fault_of_lambda(setting):
     model, corpus, factors = setting
     theirs = dump_of(factors, bases_of(factors), scaled(setting, 4.0))
@@ -214,6 +242,12 @@ def test_drawn_labels_are_compared_statistically_and_exactly_where_known(setting
     gold = dump_of(drawn, bases, lambdas(model, corpus, bases))
     found = of_lambda(rc.validate(gold, ours, **given))
     assert {one.fault for one in found} == {"B76"} and "labels of the corpus" in found[0].cause
+    for one in gold.values():
+        one["Lambda"] = one["Lambda"] * (1 + 1e-3 * np.cos(np.arange(one["Lambda"].size))).reshape(
+            one["Lambda"].shape
+        )
+    found = of_lambda(rc.validate(gold, ours, **given))
+    assert not any("labels of the corpus" in one.cause for one in found), "not to all digits"
     wrong = {k: {**one, "Lambda": 20 * one["Lambda"]} for k, one in theirs.items()}
     scales = of_lambda(rc.validate(wrong, ours, **given))[1::2]
     assert len(scales) == 3 and not any(one.verdict == "pass" for one in scales)

@@ -45,6 +45,8 @@ def test_labels_are_those_that_collect_draws(setting):
     """Drawn labels go out; as a corpus's own they give the same factors without drawing."""
     model, corpus = setting
     found = trace(model, corpus, [0, 1, 2], "sampled", 9)
+    alone = trace(model, corpus, [2], "sampled", 9).tensors["labels"]
+    assert np.array_equal(alone, found.tensors["labels"][2:]), "by its number in the corpus"
     own = rc.Corpus(corpus.tokens, labels=found.tensors["labels"], mask=corpus.mask)
     drawn = rc.collect(model, corpus, "blocks.*.mlp.*", "sampled", 9)
     given = rc.collect(model, own, "blocks.*.mlp.*", "empirical")

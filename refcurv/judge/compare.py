@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -277,6 +277,16 @@ class Bounds:
         if math.isnan(drawing) and error < math.inf:
             return made(UNDECIDED, HOW_MUCH_DRAWING)
         return made(FAIL, cause)
+
+
+def right(bounds: Bounds, measured: Mapping[str, Measured], dtype: str) -> bool:
+    """Are A and G ours up to a factor, within the budget of a dtype and by drawing?"""
+    limit = bounds.case.budget(bounds.layer, dtype)
+    drawn = {"A": 0.0, "G": bounds.drawing.norm}
+    return all(
+        one.form <= limit + (0.0 if math.isnan(drawn[side]) else drawn[side])
+        for side, one in measured.items()
+    )
 
 
 HOW_MUCH_DRAWING = (

@@ -19,13 +19,14 @@ from refcurv.curvature.factors import Factors, collect
 from refcurv.curvature.factors_file import load_factors, shapes_of
 from refcurv.files.lazy import Recent
 from refcurv.judge.arithmetic import ROUNDOFF, Arithmetic, parse
-from refcurv.judge.bases import compare_bases
+from refcurv.judge.bases import Before, basis_of, before, compare_bases
 from refcurv.judge.belonging import require_together
 from refcurv.judge.biases import with_biases
 from refcurv.judge.case import ROOM, Case
 from refcurv.judge.compare import Bounds, Measured, compare_moments, drawing, one_draw, said
-from refcurv.judge.corrections import Truths, causes, compare_corrections
+from refcurv.judge.corrections import compare_corrections
 from refcurv.judge.declared import as_number, require_declared
+from refcurv.judge.diagnosis.causes import with_named
 from refcurv.judge.diagnosis.procedure import diagnose
 from refcurv.judge.diagnosis.recomputed import few_positions, is_large
 from refcurv.judge.diagnosis.search import spread
@@ -33,17 +34,20 @@ from refcurv.judge.diagnosis.variants.collecting import held
 from refcurv.judge.divergence import with_labels
 from refcurv.judge.dump import Dump
 from refcurv.judge.dump import Theirs as Held
-from refcurv.judge.edits import basis_of, compare_mask, compare_weight
+from refcurv.judge.edits import compare_weight
 from refcurv.judge.foreign import match, read_arrays, read_dump
 from refcurv.judge.foreign.loss import of_summed_loss
+from refcurv.judge.masks import compare_mask
 from refcurv.judge.pictures import Picture
 from refcurv.judge.pictures import pictures as draw
+from refcurv.judge.truths import Truths
 from refcurv.judge.verdict import FAIL, LEFT_OUT, MISSING, Comparison, Verdict
 from refcurv.law.checks import (
     Array,
     ConventionError,
     EmptyError,
     SchemaError,
+    first_names,
     require_choice,
 )
 from refcurv.model.corpus import Corpus
@@ -140,7 +144,7 @@ def validate(
     progress(2 * len(matched), 2 * len(matched))
     return Verdict(
         tuple(findings),
-        (*known, *causes(case, findings)),
+        with_named(case, known, findings),
         excluded,
         dump.program,
         case.dump.recipe,
@@ -184,18 +188,22 @@ def _layer(case: Case, layer: str, truths: Truths) -> tuple[list[Comparison], di
         text = "A of a table is diagonal, and has no basis here"
         return [*findings, said(layer, "basis of A", LEFT_OUT, text)], measured
     own = basis_of(bounds)
-    findings += [*compare_bases(bounds, theirs, own), *_edit(bounds, theirs, own)]
-    return findings, measured
+    of_bases = compare_bases(bounds, theirs, own)
+    made_by = before(case, layer, theirs, of_bases)
+    return [*findings, *of_bases, *_edit(bounds, theirs, own, made_by)], measured
 
 
-def _edit(bounds: Bounds, theirs: Held, own: Eigenbasis) -> Iterator[Comparison]:
+def _edit(bounds: Bounds, theirs: Held, own: Eigenbasis, made_by: Before) -> Iterator[Comparison]:
     """Their mask and their edited weight; [W b] of a layer that is judged with its bias."""
     case, layer, W = bounds.case, bounds.layer, None
     joint = layer in case.joint
     if case.model is not None:
         W = _weight(case.model, layer, joint)
+    declared, masked = case.dump.declared.get("rho"), None
+    rho = None if declared is None else float(declared)
     if theirs.mask is not None:
-        yield compare_mask(bounds, theirs, own, W)
+        masked = compare_mask(bounds, theirs, own, W, rho, made_by)
+        yield masked
     if theirs.W is None:
         return
     if W is None:
@@ -205,9 +213,7 @@ def _edit(bounds: Bounds, theirs: Held, own: Eigenbasis) -> Iterator[Comparison]
         text = "A is joint, and W has no column for the bias: give [W b]"
         yield said(layer, "W", LEFT_OUT, text)
     else:
-        declared = case.dump.declared.get("rho")
-        rho = None if declared is None else float(declared)
-        yield compare_weight(bounds, theirs.W, own, W, rho)
+        yield compare_weight(bounds, theirs, own, W, rho, made_by, masked)
 
 
 def _weight(model: Model, layer: str, joint: bool) -> Array:
@@ -257,7 +263,8 @@ def _nothing_in_common(
 ) -> EmptyError:
     why = f" {notes[0].layer}: {notes[0].cause}." if notes else ""
     return EmptyError(
-        f"validate: no layer in common. Theirs: {_few(theirs)}; ours: {_few(ours)}.{why}"
+        f"validate: no layer in common. Theirs: {first_names(theirs)}; "
+        f"ours: {first_names(ours)}.{why}"
     )
 
 
@@ -284,20 +291,13 @@ def _wanted(truth: Factors, layers: str | None) -> list[str]:
     return list(truth) if layers is None else expand(layers, list(truth))
 
 
-def _few(names: Iterable[str], most: int = 4) -> str:
-    """The first names, and how many more there are."""
-    every = list(names)
-    more = f" and {len(every) - most} more" if len(every) > most else ""
-    return ", ".join(every[:most]) + more or "none"
-
-
 def _absent(case: Case, wanted: Sequence[str], told: Set[str]) -> list[Comparison]:
     """Layers of ours that theirs lacks, but those `told`, and of theirs that ours has not."""
     missing = [name for name in wanted if name not in case.matched and name not in told]
     extra = [name for name in case.dump.layers if name not in case.matched.values()]
     out = [said(name, "names", MISSING, "no layer of the dump stands for it") for name in missing]
     if extra:
-        out.append(said("", "names", LEFT_OUT, f"theirs alone: {_few(extra)}"))
+        out.append(said("", "names", LEFT_OUT, f"theirs alone: {first_names(extra)}"))
     return out
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from refcurv.judge.case import Case
+from refcurv.judge.eigenvectors import as_columns
 from refcurv.law.checks import Array
 from refcurv.model.transformer import Tap
 from refcurv.model.weights import resident
@@ -41,7 +42,8 @@ class Pieces:
 def pieces_of(case: Case, layer: str) -> Pieces | None:
     """By the corpus's labels; None where there are too many sequences to look at."""
     assert case.model is not None and case.corpus is not None
-    theirs, count = case.theirs(layer), len(case.corpus.label)
+    theirs = as_columns(case, layer, case.theirs(layer))
+    count = len(case.corpus.label)
     assert theirs.U_A is not None and theirs.U_G is not None
     shape = len(theirs.U_G), len(theirs.U_A)
     if count > MOST_SEQUENCES or 24 * count * shape[0] * shape[1] > _MOST_BYTES:

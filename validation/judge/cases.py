@@ -194,6 +194,7 @@ def judged_edit(setting: str, fault: str) -> tuple[rc.Verdict, rc.Verdict]:
     s = edited(setting, getattr(made, "few", False))
     truth = rc.collect(s.model, s.corpus, s.layers, "empirical")
     declared = {"fisher": "empirical", "rows": "reached", "rho": repr(made.rho)}
+    declared |= {"Lambda": "token"}
 
     def verdict(program: Any) -> rc.Verdict:
         return rc.validate(

@@ -65,6 +65,8 @@ class B65(Fault):
 
 
 class _Noisy(Fault):
+    few = True  # of full rank, these factors have no eigenvalue that rounding makes negative
+
     def prepared(self, X: Any) -> Any:
         short = bfloat16(X)
         return (short + short.T) / 2

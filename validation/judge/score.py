@@ -1,7 +1,7 @@
 """The score of the judge: faults planted in programs, each dump judged, what was named counted.
 
     python -m validation.judge.score           everything; goes on where it was stopped
-    python -m validation.judge.score --only 'torch/vit/*/B14*'    some ids alone
+    python -m validation.judge.score --only 'torch/vit/*/B14*'    some ids alone, or 'editor/*'
     python -m validation.judge.score --quick   two models in float64, gold and given labels
     python -m validation.judge.score --render  README.md from results.jsonl, nothing run
 
@@ -15,7 +15,7 @@ import argparse
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -134,8 +134,13 @@ class Run:
 
         fields = {"program": "editor", "setting": setting, "labels": "gold", "dtype": "float64",
                   "faults": [fault] if fault else []}  # fmt: skip
-        id = f"editor/{setting}/gold/float64/{fault or 'honest'}"
+        id = edit_id(setting, fault)
         return self.keep(id, lambda: said(*verdict_of(judged_edit, setting, fault)), fields)
+
+
+def edit_id(setting: str, fault: str) -> str:
+    """A name of one run of the editor that says everything."""
+    return f"editor/{setting}/gold/float64/{fault or 'honest'}"
 
 
 def _both_show(case: Any) -> bool:
@@ -181,11 +186,12 @@ def every(quick: bool, only: str) -> None:
     some = [case for case in singles(quick) if fnmatchcase(case.id, only)]
     for case in tqdm(some, unit="dump", desc="one fault"):
         run.case(case)
-    if only != "*":
-        return
-    edits: Iterable[tuple[str, str]] = [(s, f) for s in EDITED for f in ("", *faults_of("editor"))]
+    every_edit = [(s, f) for s in EDITED for f in ("", *faults_of("editor"))]
+    edits = [one for one in every_edit if fnmatchcase(edit_id(*one), only)]
     for setting, fault in tqdm(edits, unit="dump", desc="edits"):
         run.edit(setting, fault)
+    if only != "*":
+        return
     wanted = QUICK_PAIRS if quick else PAIRS
     with tqdm(total=wanted, unit="dump", desc="two faults") as shown:
         for case in pairs():
@@ -201,8 +207,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m validation.judge.score")
     parser.add_argument("--quick", action="store_true", help="two models, float64")
     parser.add_argument("--render", action="store_true", help="write README.md alone")
-    parser.add_argument("--only", default="*", help="ids of collectors' dumps that match, as in "
-                        "'torch/vit/gold/*/B14*'")  # fmt: skip
+    parser.add_argument("--only", default="*", help="ids of dumps that match, as in "
+                        "'torch/vit/gold/*/B14*' or 'editor/*'")  # fmt: skip
     given = parser.parse_args()
     if not given.render:
         every(given.quick, given.only)

@@ -16,6 +16,7 @@ from refcurv.judge.case import Case
 from refcurv.judge.compare import Measured
 from refcurv.judge.diagnosis import precision, scales
 from refcurv.judge.diagnosis.amounts import fit
+from refcurv.judge.diagnosis.causes import made
 from refcurv.judge.diagnosis.faults import FAULTS
 from refcurv.judge.diagnosis.hypotheses import Index, states
 from refcurv.judge.diagnosis.recomputed import cost, is_large, joined, partners, recompute, stages
@@ -351,23 +352,6 @@ def _cause(
     layers = dict.fromkeys(f.layer for f in at)
     quantities = dict.fromkeys(f.quantity for f in at)
     return made(case, fault, words, tuple(layers), tuple(quantities), before, after, alike)
-
-
-def made(
-    case: Case,
-    fault: str | None,
-    words: str,
-    layers: tuple[str, ...],
-    quantities: tuple[str, ...],
-    before: float,
-    after: float,
-    alike: Sequence[str] = (),
-) -> Cause:
-    """A Cause with the words of the registry."""
-    known = None if fault is None else FAULTS[fault]
-    name = "" if known is None else f"{known.name[0].upper()}{known.name[1:]}. "
-    remedy = "" if known is None else known.advice(case.dump.program)
-    return Cause(fault, f"{name}{words}", remedy, layers, quantities, before, after, tuple(alike))
 
 
 def _forms(case: Case, found: Mapping[str, Side]) -> list[Cause]:

@@ -13,7 +13,7 @@ from refcurv.judge.arithmetic import ROUNDOFF, Arithmetic
 from refcurv.judge.dump import Dump, Theirs
 from refcurv.judge.foreign.npz import open_npz
 from refcurv.judge.foreign.stored import FLOATS, Stored, common, count, numbers, tensors
-from refcurv.law.checks import Array, ConventionError, SchemaError, require_choice
+from refcurv.law.checks import Array, ConventionError, SchemaError, first_names, require_choice
 from refcurv.law.conventions import Fisher, Rows
 
 AXES: Final = {
@@ -96,7 +96,7 @@ def dump_of(
         why = f" {problems[0]}." if problems else ""
         raise SchemaError(
             f"validate: {str(path)!r} holds no array that is named {_KNOWN}; it holds "
-            f"{_few(arrays)}.{why}"
+            f"{first_names(arrays)}.{why}"
         )
     declared, arithmetic = _said(says, problems)
     dtypes = [one[side].dtype for one in held.values() for side in ("A", "G") if side in one]
@@ -105,7 +105,7 @@ def dump_of(
         program=program,
         layers=Lazy(list(held), lambda name: _read(name, held[name], counts[name])),
         holds={name: frozenset(one) | frozenset(counts[name]) for name, one in held.items()},
-        recipe=(f"left aside: {_few(left)}",) if left else (),
+        recipe=(f"left aside: {first_names(left)}",) if left else (),
         declared=declared,
         arithmetic=Arithmetic(**arithmetic, stored=stored),
         problems=tuple(problems),
@@ -222,9 +222,3 @@ def _said(says: Mapping[str, Any], problems: list[str]) -> tuple[dict[str, str],
 def _number(value: Any) -> Any:
     """A text of digits as the number that it is: headers hold texts alone."""
     return int(value) if isinstance(value, str) and re.fullmatch("[0-9]{1,9}", value) else value
-
-
-def _few(names: Iterable[str], most: int = 5) -> str:
-    every = [f"{name!r:.60}" for name in names]
-    more = f" and {len(every) - most} more" if len(every) > most else ""
-    return ", ".join(every[:most]) + more or "nothing"

@@ -1,0 +1,77 @@
+"""Causes in the words of the registry of faults, and those that findings name by themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from refcurv.judge.case import Case
+from refcurv.judge.diagnosis.faults import FAULTS
+from refcurv.judge.verdict import LEFT_OUT, PASS, Cause, Comparison
+
+
+def made(
+    case: Case,
+    fault: str | None,
+    words: str,
+    layers: tuple[str, ...],
+    quantities: tuple[str, ...],
+    before: float,
+    after: float,
+    alike: Sequence[str] = (),
+) -> Cause:
+    """A Cause with the words of the registry."""
+    known = None if fault is None else FAULTS[fault]
+    name = "" if known is None else f"{known.name[0].upper()}{known.name[1:]}. "
+    remedy = "" if known is None else known.advice(case.dump.program)
+    return Cause(fault, f"{name}{words}", remedy, layers, quantities, before, after, tuple(alike))
+
+
+def with_named(
+    case: Case, causes: Sequence[Cause], findings: Sequence[Comparison]
+) -> tuple[Cause, ...]:
+    """The causes, and one more for each fault that a comparison of bases, Λ or edits names.
+
+    `diagnose` makes the causes of A and G. Where it has the same fault, that cause speaks of these
+    comparisons too.
+
+    Proof: tests/test_judge_edits.py::test_a_fault_of_a_mask_is_a_cause
+    """
+    out = list(causes)
+    for fault, at in _by_fault(findings).items():
+        place = next((k for k, cause in enumerate(out) if cause.fault == fault), None)
+        if place is None:
+            out.append(_cause(case, fault, at))
+        else:
+            out[place] = _wider(out[place], at)
+    return tuple(out)
+
+
+def _by_fault(findings: Sequence[Comparison]) -> dict[str, list[Comparison]]:
+    out: dict[str, list[Comparison]] = {}
+    for one in findings:
+        if one.fault and one.verdict not in (PASS, LEFT_OUT) and not of_moments(one.quantity):
+            out.setdefault(one.fault, []).append(one)
+    return out
+
+
+def of_moments(quantity: str) -> bool:
+    """Is it a comparison of A or G?"""
+    return quantity in ("n_A", "n_G", "names", "tr A · tr G") or any(
+        quantity in (side, f"{side}/tr {side}", f"symmetry of {side}", f"corner of {side}")
+        for side in "AG"
+    )
+
+
+def _cause(case: Case, fault: str, at: Sequence[Comparison]) -> Cause:
+    layers = tuple(dict.fromkeys(one.layer for one in at))
+    quantities = tuple(dict.fromkeys(one.quantity for one in at))
+    worst = max(one.error or 0.0 for one in at)
+    words = f"In {at[0].layer}: {at[0].cause}."
+    return made(case, fault, words, layers, quantities, worst, at[0].budget or 0.0)
+
+
+def _wider(old: Cause, at: Sequence[Comparison]) -> Cause:
+    layers = tuple(dict.fromkeys([*old.layers, *(one.layer for one in at)]))
+    quantities = tuple(dict.fromkeys([*old.quantities, *(one.quantity for one in at)]))
+    return replace(old, layers=layers, quantities=quantities)
