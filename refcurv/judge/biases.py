@@ -9,6 +9,9 @@ from refcurv.judge.case import Case
 from refcurv.judge.compare import said
 from refcurv.judge.verdict import FAIL, Comparison
 
+NO_COLUMN = "the dump joins weight and bias, the layer has a bias, and A has no column of ones"
+"""What is said of a layer whose bias is declared to be a column, and that has none."""
+
 
 def with_biases(case: Case) -> tuple[Case, list[Comparison]]:
     """The case with `joint` set, and what is to be said of layers that lack the column.
@@ -32,8 +35,7 @@ def with_biases(case: Case) -> tuple[Case, list[Comparison]]:
     dump = case.dump
     if joint and not declared:
         dump = replace(dump, recipe=(*dump.recipe, _guess(joint)))
-    cause = "the dump joins weight and bias, the layer has a bias, and A has no column of ones"
-    findings = [replace(said(layer, "A", FAIL, cause), fault="B31") for layer in without]
+    findings = [replace(said(layer, "A", FAIL, NO_COLUMN), fault="B31") for layer in without]
     return replace(case, dump=dump, joint=frozenset(joint), known={}), findings
 
 

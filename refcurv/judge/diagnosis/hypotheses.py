@@ -22,6 +22,7 @@ class Seen:
     """One side of one layer. T is theirs and X ours, means over rows; n_T and n_X their rows.
 
     `mean` is Σ a / n of ours, where it is known. joint: the last row and column are of the bias.
+    draws: of ours over theirs.
     """
 
     layer: str
@@ -32,6 +33,13 @@ class Seen:
     n_X: int
     mean: Array | None = None
     joint: bool = False
+    draws: float = 1.0
+
+    def rows(self, n: float) -> float | None:
+        """Theirs over n, which counts our draws or none (COUNTS); None where theirs is unsaid."""
+        if self.n_T is None or self.n_T <= 0 or n <= 0:
+            return None
+        return min(self.n_T / n, self.n_T * self.draws / n, key=lambda r: max(r, 1 / r))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +90,9 @@ def see(case: Case, layer: str) -> dict[str, Seen]:
     ):
         if T is not None:
             joint = side == "A" and layer in case.joint
-            out[side] = Seen(layer, side, _full(T), _full(X), n_T, n_X, m, joint)
+            theirs_draws = int(case.dump.declared.get("draws", "1"))
+            draws = case.reference.draws / theirs_draws if side == "G" else 1.0
+            out[side] = Seen(layer, side, _full(T), _full(X), n_T, n_X, m, joint, draws)
     return out
 
 

@@ -159,7 +159,7 @@ class Side:
         plain, steps = self.plain(layer), self.ladders[layer]
         rank, before = steps.rank(left.error), steps.rank(plain.error)
         if free and rank <= before and rank <= steps.by_drawing:
-            return rank < before or self.unit(layer, left) > self.unit(layer, plain)
+            return rank < before or self.whole(layer, left) > self.whole(layer, plain)
         if rank >= before:
             return False
         if rank == steps.by_drawing:
@@ -170,6 +170,10 @@ class Side:
     def unit(self, layer: str, left: Left) -> bool:
         """Is theirs what is left of it, without a factor?"""
         return abs(left.ratio - 1) <= self.ladders[layer].tolerance(self.rank(layer, left))
+
+    def whole(self, layer: str, left: Left) -> bool:
+        """Is nothing left of it to explain: no factor, and no row more or less?"""
+        return self.unit(layer, left) and left.rows in (None, 1)
 
     def choose(self, layers: Collection[str], known: Mapping[str, Faults]) -> Chosen | None:
         """The simplest of what explains most of these layers.
@@ -204,7 +208,7 @@ class Side:
                 extra = len(set(idea.faults) - set(known[covered[0]])) or (not idea.faults)
                 left = [lefts[x] for x in covered]
                 finest = [self.ladders[x].steps[0][1] for x in covered]
-                ratios = [self.unit(x, lefts[x]) for x in covered]
+                ratios = [self.whole(x, lefts[x]) for x in covered]
                 quality = max(max(1.0, y.error / b) for y, b in zip(left, finest, strict=True))
                 worst = max(one.error for one in left)
                 out.append(Option(idea, covered, quality, extra, not all(ratios), worst))
@@ -216,7 +220,7 @@ class Option:
     """A hypothesis that explains some layers.
 
     Fields: quality, its largest error in finest budgets, 1 where it is within; extra, how many
-    faults it adds; scaled, is a factor left; worst, its largest error.
+    faults it adds; scaled, is a factor or a count left; worst, its largest error.
     """
 
     idea: Idea
@@ -247,7 +251,8 @@ def look(
                 for one in tries(seen, index, heads, wanted):
                     error, r = fitted(seen.T if one.T is None else one.T, one.Y)
                     idea = Idea(one.faults, None, "" if one.faults else one.note)
-                    left = Left(error, r, one.note, one.alike)
+                    rows = None if one.faults else seen.rows(seen.n_X)
+                    left = Left(error, r, one.note, one.alike, rows)
                     found[side].add(idea, layer, left)
 
 

@@ -57,8 +57,7 @@ def weigh(case: Case, found: Mapping[str, Side], side: str, layers: Sequence[str
                 continue  # sequences without a row
             Y = np.tensordot(rule.weight, each, 1)
             error, r = fitted(T, Y / counted)
-            rows = None if seen.n_T is None else seen.n_T / counted
-            left = Left(error, r, rule.name, rule.alike, rows)
+            left = Left(error, r, rule.name, rule.alike, seen.rows(counted))
             found[side].add(Idea(rule.faults, None, rule.name), layer, left)
 
 
@@ -102,7 +101,7 @@ def _decays(of: Parts, T: Array, each: Array) -> Iterator[Rule]:
     for size in (s for s in (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 32, 64) if 2 * s <= N):
         batch = np.arange(N) // size
         rows = np.maximum(np.bincount(batch, of.kept.astype(float)), 1)
-        for kind in ("from zero", "from the first"):
+        for kind in ("from zero", "from zero and corrected", "from the first"):
 
             def weight(decay: float, batch: Array = batch, rows: Array = rows,
                        kind: str = kind) -> Array:  # fmt: skip
@@ -110,6 +109,8 @@ def _decays(of: Parts, T: Array, each: Array) -> Iterator[Rule]:
                 w = (1 - decay) * decay ** (last - np.arange(last + 1.0))
                 if kind == "from the first":
                     w[0] = decay**last
+                elif kind == "from zero and corrected":
+                    w /= w.sum()
                 return np.asarray((w / rows)[batch] * of.kept.sum())
 
             def off(decay: float) -> float:

@@ -178,6 +178,10 @@ def _drawn(
     V, T = logit_BTV.shape[-1], has_BT.shape[1]
     law_NV = law(one, logit_BTV).reshape(-1, V)
     for draw in range(draws):
+        if one.kind == "sampled" and at.drawn_BTN is not None:
+            label_BT = at.drawn_BTN[..., draw]
+            yield Sent(_slope(logit_BTV, np.where(has_BT, label_BT, -1), one.smoothing), draw=draw)
+            continue
         u_BT = np.stack([uniforms(one.seed, draw, int(n), T) for n in at.index_B])
         if one.kind == "one uniform":
             u_BT = np.broadcast_to(u_BT[:, :1], u_BT.shape)
