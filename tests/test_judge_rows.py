@@ -209,12 +209,27 @@ def test_rows_that_are_counted_twice_are_told_from_half_a_loss(biased) -> None:
         assert counted == ({"B39"} if times == 2 else set())
 
 
+def test_a_covariance_to_which_ones_were_added(biased) -> None:
+    factors = collected(biased, "empirical")
+    theirs = {}
+    for name, one in factors.items():
+        A = one.A_joint - np.outer(one.A_joint[-1], one.A_joint[-1])
+        A[-1, -1] = 1
+        theirs[name] = A, one.G, one.n_A
+    declared = {"fisher": "empirical"} | JOINT
+    verdict = rc.validate(theirs, factors, declared=declared, arithmetic="float64")
+    assert [cause.fault for cause in verdict.causes] == ["B45"]
+
+
 def test_a_column_that_is_missing_and_a_gradient_of_the_input(biased) -> None:
     factors = collected(biased, "empirical")
-    declared = {"fisher": "empirical"} | JOINT
     lacking = {k: (one.A, one.G, one.n_A) for k, one in factors.items()}
+    extra = {k: (one.A_joint, one.G, one.n_A) for k, one in factors.items()}
     inputs = {k: (one.A_joint, one.A, one.n_A) for k, one in factors.items() if "mlp" in k}
-    for theirs, fault in ((lacking, "B31"), (inputs, "B35")):
+    for theirs, fault, bias in (
+        (lacking, "B31", "joint"), (extra, "B31", "separate"), (inputs, "B35", "joint"),
+    ):  # fmt: skip
+        declared = {"fisher": "empirical", "bias": bias}
         verdict = rc.validate(
             theirs, factors, declared=declared, arithmetic="float64", layers=",".join(theirs)
         )

@@ -84,6 +84,8 @@ def see(case: Case, layer: str) -> dict[str, Seen]:
     theirs, ours = case.theirs(layer), case.ours(layer)
     out = {}
     mean = None if ours.sum_a is None else ours.sum_a / ours.n_A
+    if layer in case.joint:
+        mean = ours.A[:, -1]  # of [a; 1]
     for side, T, X, n_T, n_X, m in (
         ("A", theirs.A, ours.A, theirs.n_A, ours.n_A, mean),
         ("G", theirs.G, ours.G, theirs.n_G, ours.n_G, None),
@@ -173,7 +175,12 @@ def _damped(seen: Seen) -> Iterator[Try]:
 def _centred(seen: Seen) -> Iterator[Try]:
     """T = r (X − m mᵀ), m the mean; without m, what is missing has rank one and the rows agree."""
     if seen.mean is not None:
-        yield Try(("B45",), "without the mean", seen.X - np.outer(seen.mean, seen.mean))
+        Y = seen.X - np.outer(seen.mean, seen.mean)
+        yield Try(("B45",), "without the mean", Y)
+        if seen.joint:
+            Y = Y.copy()
+            Y[-1, -1] = 1
+            yield Try(("B45",), "without the mean, before the column of ones was added", Y)
         return
     for r in (1.0, seen.n_X / max(seen.n_X - 1, 1)):
         found = _rank_one(seen.X - seen.T / r)

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from refcurv.judge.biases import NO_COLUMN
+from refcurv.judge.biases import A_COLUMN, NO_COLUMN
 from refcurv.judge.case import Case
 from refcurv.judge.compare import Measured
 from refcurv.judge.diagnosis import precision, scales
@@ -281,6 +281,7 @@ def _missing(
         ("B61", "Entries are not finite.", wild),
         ("B35", "G has the size of the layer's input.", inputs),
         ("B31", "A has no column of ones.", [f for f in findings if f.cause == NO_COLUMN]),
+        ("B31", "A has a column of ones.", [f for f in findings if f.cause == A_COLUMN]),
     ):
         if at:
             yield _cause(case, fault, words, at, math.inf, math.nan)

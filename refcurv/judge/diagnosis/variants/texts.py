@@ -58,15 +58,18 @@ def texts(
 ) -> Iterator[tuple[str, int]]:
     """(text, token) of what can have been read. n: rows of theirs, None if they are not known.
 
-    A token is tried as padding where without it as many rows are left as theirs has. Where theirs
-    does not say how many, the token is tried that all padding is.
+    Where theirs has as many rows as ours, a text must leave so many too. A token is tried as
+    padding where without it as many rows are left as theirs has. Where theirs does not say how
+    many, the token is tried that all padding is.
     """
     if at.images:
         return
     more = not config.learned_positions or at.inputs.shape[1] < config.learned_positions
+    ours = at.keep_BT.sum()
     for name, one in TEXTS.items():
         if one.fault == "B49" and (more or name.partition(",")[0] != LONGER):
-            yield name, NO_LABEL
+            if n != ours or rows_left(at, name, NO_LABEL, config, rows) == n:
+                yield name, NO_LABEL
     if not config.causal or config.windows:
         return  # what sees what is not a run of positions there
     for token in _tokens(at, n):
