@@ -17,6 +17,7 @@ from refcurv.judge.case import Case
 from refcurv.judge.diagnosis.variants import REFERENCE, Setting, moments, settings
 from refcurv.judge.diagnosis.variants.texts import LONGER
 from refcurv.judge.dump import Dump
+from refcurv.model.part import part_of
 
 JOINT = {"bias": "joint"}
 
@@ -207,6 +208,44 @@ def test_rows_that_are_counted_twice_are_told_from_half_a_loss(biased) -> None:
         assert [(c.fault, c.alike) for c in verdict.causes] == [(named, alike)]
         counted = {f.fault for f in verdict.failed if f.quantity.startswith("n_")}
         assert counted == ({"B39"} if times == 2 else set())
+
+
+def test_a_count_says_which_rows_where_rounding_hides_them() -> None:
+    """One row more of 72, in bfloat16: A and G are ours by their size, and the count is not."""
+    made = config(width=6, heads=2, kv_heads=2, head_width=4, mlp_width=7, biases=("up",))
+    model, rng = rc.Model(made, random_parameters(made, 7)), np.random.default_rng(2)
+    tokens, label = (rng.integers(0, made.vocabulary, (9, 8)) for _ in range(2))
+    label[3, -1] = -1
+    corpus, layer = rc.Corpus(tokens, labels=label), "blocks.1.mlp.up"
+    one = rc.collect(model, corpus, layer, "empirical")[layer]
+    more = rc.collect(model, corpus, layer, "empirical", rows="all")[layer]
+    assert (one.n_A, more.n_A) == (71, 72)
+    reference = rc.collect(model, corpus, layer, "empirical")
+    for theirs, fault in ((more, "B27"), (one, "B82")):
+        verdict = rc.validate(
+            {layer: (theirs.A_joint, theirs.G, 72 if fault == "B27" else 80)}, reference,
+            model=model, corpus=corpus, declared={"fisher": "empirical"} | JOINT,
+            arithmetic="bfloat16",
+        )  # fmt: skip
+        assert [cause.fault for cause in verdict.causes] == [fault]
+
+
+def test_a_moving_average_that_is_corrected_is_no_other_divisor(biased) -> None:
+    model, corpus = biased
+    factors, layer = collected(biased, "empirical"), "blocks.1.mlp.up"
+    A, G, whole = 0.0, 0.0, 0.0
+    for begin in range(0, 9, 3):
+        part = part_of(corpus, slice(begin, begin + 3))
+        one = rc.collect(model, part, layer, "empirical")[layer]
+        weight = 0.25 * 0.75 ** (2 - begin // 3)
+        A, G, whole = A + weight * one.A_joint, G + weight * one.G, whole + weight
+    theirs = {layer: (A / whole, G / whole, factors[layer].n_A)}
+    declared = {"fisher": "empirical"} | JOINT
+    verdict = rc.validate(
+        theirs, factors, model=model, corpus=corpus, declared=declared, arithmetic="float64",
+        layers=layer,
+    )  # fmt: skip
+    assert [cause.fault for cause in verdict.causes] == ["B9"]
 
 
 def test_a_covariance_to_which_ones_were_added(biased) -> None:
