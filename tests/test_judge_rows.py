@@ -85,6 +85,9 @@ def test_other_rows_and_texts_of_joint_layers_have_their_names(biased, fisher) -
     given = {"labels": "given"} if fisher == "sampled" else {}
     found = dict(moments(case_of(biased, factors, **given), ROWS, list(factors)))
     assert len(found) == len(ROWS)
+    corpus, counted = biased[1], [found[setting]["blocks.1.mlp.up"].n_A for setting in ROWS]
+    assert counted[0] == factors["blocks.1.mlp.up"].n_A + (~corpus.real).sum()
+    assert counted[4] == len(corpus.label)
     for setting, made in found.items():
         verdict = judged(biased, factors, made, **given)
         assert not verdict.passed

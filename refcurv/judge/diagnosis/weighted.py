@@ -24,6 +24,9 @@ from refcurv.law.checks import Array
 KEPT = ("ordinary", "first", "prompts")
 """The kinds of positions that are rows where the reference has the rows `reached`."""
 
+LEAST = 0.1
+"""A decay below this is the last batch alone (B41).  Chosen: nobody averages over so little."""
+
 WORKERS = (2, 3, 4, 6, 8, 16, 32, 64)
 
 
@@ -122,6 +125,8 @@ def _decays(of: Parts, T: Array, each: Array) -> Iterator[Rule]:
             decay = minimize_scalar(
                 off, bounds=bounds, method="bounded", options={"xatol": 1e-12}
             ).x
+            if decay < LEAST:
+                continue
             for value in (round(float(decay), 4), float(decay)):
                 name = f"a moving average over batches of {size} sequences, {kind}"
                 yield Rule(("B9",), f"{name}, with decay {value:.6g}", weight(value))
