@@ -249,6 +249,7 @@ def test_a_moving_average_that_is_corrected_is_no_other_divisor(biased) -> None:
         layers=layer,
     )  # fmt: skip
     assert [cause.fault for cause in verdict.causes] == ["B9"]
+    assert "from zero and corrected" in verdict.causes[0].sentence
 
 
 def test_a_covariance_to_which_ones_were_added(biased) -> None:
