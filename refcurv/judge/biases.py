@@ -8,10 +8,17 @@ from dataclasses import replace
 from refcurv.judge.case import Case
 from refcurv.judge.compare import said
 from refcurv.judge.verdict import FAIL, Comparison
+from refcurv.law.conventions import Bias
+
+NO_COLUMN = "the dump joins weight and bias, the layer has a bias, and A has no column of ones"
+"""What is said of a layer whose bias is declared to be a column, and that has none."""
+
+A_COLUMN = "the dump declares the bias a block of its own, and A has a column of ones"
+"""What is said of a layer whose bias is declared not to be a column, and that has one."""
 
 
 def with_biases(case: Case) -> tuple[Case, list[Comparison]]:
-    """The case with `joint` set, and what is to be said of layers that lack the column.
+    """The case with `joint` set, and what is to be said of layers that are not as declared.
 
     A layer is joint if it has a bias, its reference holds Σ a, and theirs is one wider than its
     input; or if its G is, and its A has the size of our G (B32). Where the dump does not declare
@@ -19,7 +26,8 @@ def with_biases(case: Case) -> tuple[Case, list[Comparison]]:
 
     Proof: tests/test_judge_biases.py::test_a_joint_A_is_judged_beside_A_joint
     """
-    declared = case.dump.declared.get("bias") == "joint"
+    bias = case.dump.declared.get("bias")
+    declared = bias == Bias.JOINT
     joint, without = [], []
     for layer in case.matched:
         one = case.reference[layer]
@@ -33,10 +41,14 @@ def with_biases(case: Case) -> tuple[Case, list[Comparison]]:
         elif declared and width is not None:
             joint.append(layer)  # of a shape that neither explains
     dump = case.dump
-    if joint and not declared:
+    if joint and bias is None:
         dump = replace(dump, recipe=(*dump.recipe, _guess(joint)))
-    cause = "the dump joins weight and bias, the layer has a bias, and A has no column of ones"
-    findings = [replace(said(layer, "A", FAIL, cause), fault="B31") for layer in without]
+    extra = joint if bias == Bias.SEPARATE else []
+    findings = [
+        replace(said(layer, "A", FAIL, words), fault="B31")
+        for some, words in ((without, NO_COLUMN), (extra, A_COLUMN))
+        for layer in some
+    ]
     return replace(case, dump=dump, joint=frozenset(joint), known={}), findings
 
 

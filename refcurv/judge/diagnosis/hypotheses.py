@@ -23,6 +23,7 @@ class Seen:
     """One side of one layer. T is theirs and X ours, means over rows; n_T and n_X their rows.
 
     `mean` is Σ a / n of ours, where it is known. joint: the last row and column are of the bias.
+    draws: of ours over theirs.
     """
 
     layer: str
@@ -33,6 +34,13 @@ class Seen:
     n_X: int
     mean: Array | None = None
     joint: bool = False
+    draws: float = 1.0
+
+    def rows(self, n: float) -> float | None:
+        """Theirs over n, which counts our draws or none (COUNTS); None where theirs is unsaid."""
+        if self.n_T is None or self.n_T <= 0 or n <= 0:
+            return None
+        return min(self.n_T / n, self.n_T * self.draws / n, key=lambda r: max(r, 1 / r))
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +89,17 @@ def see(case: Case, layer: str) -> dict[str, Seen]:
     theirs, ours = case.theirs(layer), case.ours(layer)
     out = {}
     mean = None if ours.sum_a is None else ours.sum_a / ours.n_A
+    if layer in case.joint:
+        mean = ours.A[:, -1]  # of [a; 1]
     for side, T, X, n_T, n_X, m in (
         ("A", theirs.A, ours.A, theirs.n_A, ours.n_A, mean),
         ("G", theirs.G, ours.G, theirs.n_G, ours.n_G, None),
     ):
         if T is not None:
             joint = side == "A" and layer in case.joint
-            out[side] = Seen(layer, side, _full(T), _full(X), n_T, n_X, m, joint)
+            theirs_draws = int(case.dump.declared.get("draws", "1"))
+            draws = case.reference.draws / theirs_draws if side == "G" else 1.0
+            out[side] = Seen(layer, side, _full(T), _full(X), n_T, n_X, m, joint, draws)
     return out
 
 
@@ -178,7 +190,12 @@ def _damped(seen: Seen) -> Iterator[Try]:
 def _centred(seen: Seen) -> Iterator[Try]:
     """T = r (X − m mᵀ), m the mean; without m, what is missing has rank one and the rows agree."""
     if seen.mean is not None:
-        yield Try(("B45",), "without the mean", seen.X - np.outer(seen.mean, seen.mean))
+        Y = seen.X - np.outer(seen.mean, seen.mean)
+        yield Try(("B45",), "without the mean", Y)
+        if seen.joint:
+            Y = Y.copy()
+            Y[-1, -1] = 1
+            yield Try(("B45",), "without the mean, before the column of ones was added", Y)
         return
     for r in (1.0, seen.n_X / max(seen.n_X - 1, 1)):
         found = _rank_one(seen.X - seen.T / r)

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from refcurv.judge.biases import A_COLUMN, NO_COLUMN
 from refcurv.judge.case import Case
 from refcurv.judge.compare import Measured
 from refcurv.judge.diagnosis import precision, scales
@@ -138,36 +139,38 @@ def _changes_scale(idea: Idea) -> bool:
 
 
 def _scaled(side: Side) -> list[str]:
-    """Layers whose form no fault was needed for, but that have a factor."""
+    """Layers whose form no fault was needed for, but that have a factor or another count."""
     out = []
     for layer, steps in side.ladders.items():
         idea, left = side.of(layer)
         if idea == PLAIN and side.rank(layer, left) <= steps.by_drawing:
-            out += [] if side.unit(layer, left) else [layer]
+            out += [] if side.whole(layer, left) else [layer]
     return out
 
 
 def _by_counts(
     case: Case, side: Side, found: Mapping[str, Side], index: Index, seen: Sequence[scales.Scale]
 ) -> None:
-    """Other rows that change a factor alone, where it is nothing simpler."""
+    """Other rows that change a factor or a count alone, where it is nothing simpler."""
     layers = _scaled(side)
     if not layers or case.model is None or case.corpus is None:
         return
-    named = scales.explain(seen, scales.Counts.of(case))
+    named = scales.explain(seen, scales.Counts.of(case)) + scales.counted(seen)
     if all(one.fault not in (None, "B82") for one in named):
         return
     sample = spread(layers)
     recompute(case, found, sample, next(stages(case, side.side)))
-    for idea in sorted(side.table, key=lambda idea: len(idea.faults)):
-        alone = side.side == "G" and idea.setting and idea.setting.count != "rows"
-        if alone and not found["A"].chosen:
-            continue  # one count divides both
-        if idea.setting and all(_unit(side, idea, x) for x in sample):
-            _verify(case, side.side, found, index, idea, list(rest(layers, sample)))
-            left = {x: side.table[idea][x] for x in layers if _unit(side, idea, x)}
-            side.chosen.append(Chosen(idea, left))
-            return
+    if side.side == "G" and not found["A"].chosen:
+        if all(side.rank(x, side.plain(x)) >= side.ladders[x].by_drawing for x in layers):
+            return  # drawing explains any other rows of G alone as well
+    ideas = [i for i in side.table if i.setting and all(_whole(side, i, x) for x in sample)]
+    if side.side == "G" and not found["A"].chosen:  # one count divides both
+        ideas = [i for i in ideas if i.setting and i.setting.count == "rows"]
+    worst = {i: max(side.table[i][x].error for x in sample) for i in ideas}
+    for idea in sorted(ideas, key=lambda idea: (len(idea.faults), worst[idea]))[:1]:
+        _verify(case, side.side, found, index, idea, list(rest(layers, sample)))
+        left = {x: side.table[idea][x] for x in layers if _whole(side, idea, x)}
+        side.chosen.append(Chosen(idea, left))
 
 
 def _by_weights(
@@ -182,17 +185,17 @@ def _by_weights(
     sample = spread(layers)
     weigh(case, found, side.side, sample)
     fits = [i for i in side.table if i.faults in (("B2",), ("B3",)) and not i.setting]
-    fits = [idea for idea in fits if all(_unit(side, idea, x) for x in sample)]
+    fits = [idea for idea in fits if all(_whole(side, idea, x) for x in sample)]
     if fits:
         best = min(fits, key=lambda idea: sum(side.table[idea][x].error for x in sample))
         _verify(case, side.side, found, index, best, list(rest(layers, sample)))
-        left = {x: side.table[best][x] for x in layers if _unit(side, best, x)}
+        left = {x: side.table[best][x] for x in layers if _whole(side, best, x)}
         side.chosen.append(Chosen(best, left))
 
 
-def _unit(side: Side, idea: Idea, layer: str) -> bool:
+def _whole(side: Side, idea: Idea, layer: str) -> bool:
     left = side.table[idea].get(layer)
-    return left is not None and side.explains(idea, layer, free=True) and side.unit(layer, left)
+    return left is not None and side.explains(idea, layer, free=True) and side.whole(layer, left)
 
 
 def _verify(
@@ -235,8 +238,9 @@ def _chosen(
     tried: list[Setting] = []
     small = cost(case) <= SMALL
     for number, stage in enumerate(stages(case, side.side)):
-        if _exact(side, chosen) or _short(case, side, layers):
-            return chosen
+        some = number == 0 and chosen is not None and len(chosen.left) < len(layers)
+        if (_exact(side, chosen) and not some) or _short(case, side, layers):
+            return chosen  # what explains some layers may be one case of what explains all
         wanted = stage
         if _soft(side, layers):
             wanted = [s for s in stage if not s.network and (small or s.labels in GOLD)]
@@ -328,6 +332,8 @@ def _missing(
         ("B48", "Every entry is 0.", zero),
         ("B61" if spilt else None, "Entries are not finite." if spilt else NOT_FINITE, wild),
         ("B35", "G has the size of the layer's input.", inputs),
+        ("B31", "A has no column of ones.", [f for f in findings if f.cause == NO_COLUMN]),
+        ("B31", "A has a column of ones.", [f for f in findings if f.cause == A_COLUMN]),
     ):
         if at:
             alike = () if fault else ("B61",)
@@ -411,8 +417,7 @@ def _scales(case: Case, found: Mapping[str, Side], findings: Sequence[Comparison
     for named in scales.explain(seen, scales.Counts.of(case)) + scales.counted(seen):
         if named.fault in ("B8", None):
             continue  # of the first `compare` speaks; the second explains nothing
-        rows, each = ("n_A", "n_G"), (*named.sides, "tr A · tr G")
-        quantities = rows if named.sides == "n" else each
+        quantities = tuple(dict.fromkeys(q for side in named.sides for q in _OF_FACTOR[side]))
         before = max(_far(x, named.sides) for x in seen if x.layer in named.layers)
         words, layers = f"{named.sentence}.", named.layers
         alike = named.alike
@@ -421,6 +426,7 @@ def _scales(case: Case, found: Mapping[str, Side], findings: Sequence[Comparison
 
 
 _OF_SCALE = ("A", "G", "tr A · tr G", "n_A", "n_G")
+_OF_FACTOR = {"A": ("A", "tr A · tr G"), "G": ("G", "tr A · tr G"), "n": ("n_A", "n_G")}
 
 
 def _by_drawing(side: Side, layer: str) -> bool:
@@ -430,10 +436,8 @@ def _by_drawing(side: Side, layer: str) -> bool:
 
 
 def _far(one: scales.Scale, sides: str) -> float:
-    pairs = {"A": one.c_A, "G": one.c_G}
-    if sides == "n":
-        return max(abs((x or 1.0) - 1) for x in (one.rows_A, one.rows_G))
-    return max(abs((pairs[side] or 1.0) - 1) for side in sides)
+    pairs = {"A": (one.c_A,), "G": (one.c_G,), "n": (one.rows_A, one.rows_G)}
+    return max(abs((x or 1.0) - 1) for side in sides for x in pairs[side])
 
 
 def _scale(case: Case, found: Mapping[str, Side], layer: str) -> scales.Scale | None:
@@ -454,11 +458,8 @@ def _scale(case: Case, found: Mapping[str, Side], layer: str) -> scales.Scale | 
         free = name in case.dump.scale_free
         c[name] = None if free else left.ratio
         tol[name] = left.wider * steps.tolerance(rank) + left.spread
-        n_T = counts.theirs[name]
-        if idea.setting is not None:
+        if idea.setting is not None or not (idea.faults or pooled):
             rows[name] = left.rows
-        elif n_T is not None and not idea.faults and not pooled:
-            rows[name] = n_T / counts.ours[name]
     if c == {"A": None, "G": None}:
         return None
     return scales.Scale(

@@ -16,15 +16,16 @@ from refcurv.judge.diagnosis.variants import (
     Moments,
     Setting,
     combined,
+    fitting,
     moments,
     settings,
 )
 from refcurv.law.checks import Array
 
 SIDES: Mapping[str, tuple[str, ...]] = {
-    "A": ("rows_A", "pooling_A", "tensor_A", "count", "network", "pads"),
+    "A": ("rows_A", "pooling_A", "tensor_A", "count", "text", "token", "network", "pads"),
     "G": ("labels", "amount", "smoothing", "z_loss", "where", "rows_G", "pooling_G", "tensor_G",
-          "batch", "count", "network", "pads", "mean", "redraw"),
+          "batch", "count", "text", "token", "network", "pads", "mean", "redraw"),
 }  # fmt: skip
 """The fields of a setting that decide A, and those that decide G."""
 
@@ -59,6 +60,7 @@ def stages(case: Case, side: str) -> Iterator[list[Setting]]:
     """The single deviations that can change a side, the cheapest first."""
     every = [one for one in settings(case) if part(one, side).faults and one.count != "labels"]
     plain = [one for one in every if one.run == REFERENCE.run or one.run == Setting(pads=one.pads)]
+    plain += fitting(case, every)
     network = [one for one in every if one.network]
     yield plain
     yield [one for one in every if one not in plain and one not in network]
@@ -267,11 +269,8 @@ def _left(
         return Left(math.inf, math.nan)
     block = np.s_[:WIDTH, WIDTH:] if through else np.s_[:]
     error, r = fitted(seen.T[block], Y[block])
-    rows = None if seen.n_T is None or base is not None else seen.n_T / n
+    rows = None if base is not None else seen.rows(n)
     return Left(error, r, words(own), own.alike, rows)
-
-
-_UNSAID = ("batch", "amount", "pads", "mean", "redraw")
 
 
 def words(setting: Setting) -> str:
@@ -287,4 +286,9 @@ def words(setting: Setting) -> str:
         more = {"labels": setting.amount, "pooling_G": setting.batch}.get(name, 0)
         value = f"{value:.4g}" if isinstance(value, float) else value
         out.append(f"{label} `{value}`" + (f" ({more:g})" if more else ""))
+        out[-1] += f" (token {setting.token})" if name == "text" and setting.token >= 0 else ""
     return "as with " + ", ".join(out)
+
+
+_UNSAID = ("batch", "amount", "token", "pads", "mean", "redraw")
+"""Fields that are said with another, or that are no fault."""

@@ -150,7 +150,8 @@ def _of_group(group: Sequence[Scale], counts: Counts, alone: bool) -> list[Named
     if a != 1 and one.c_A is not None and one.c_G is not None and _near(a, g, tol):
         return [_of_both(a, tol, one, counts)]
     if a == 1:
-        return _of_gradients(g, one.tol_G, one, counts, alone)
+        twice = _counted_twice(g, one)
+        return [twice] if twice else _of_gradients(g, one.tol_G, one, counts, alone)
     if g == 1:
         return [_of_inputs(a, one.tol_A, one, counts, alone)]
     if _near(a * g, 1, tol):
@@ -163,6 +164,15 @@ def _of_group(group: Sequence[Scale], counts: Counts, alone: bool) -> list[Named
     gauge = _of_gradients(a * g, tol, one, counts, alone)
     words = f"A is ours times {a:.6g}, which G may make up for"
     return [Named("B8", words, "AG", 0.0), *gauge]
+
+
+def _counted_twice(g: float, one: Scale) -> Named | None:
+    """Inputs are added k times and counted k times; gradients are added once, over that count."""
+    k = one.rows_G or 0.0
+    if not (k == one.rows_A and k > 1 and k == round(k) and _near(g * k, 1, one.tol_G)):
+        return None
+    words = f"A is ours, G is ours times {g:.6g}, and both counts are ours times {k:g}"
+    return Named("B39", f"{words}: inputs are added and counted {k:g} times", "Gn", abs(g * k - 1))
 
 
 def _of_both(r: float, tol: float, one: Scale, counts: Counts) -> Named:
@@ -216,7 +226,7 @@ def _candidates(c: float, tol: float, one: Scale, counts: Counts, alone: bool) -
     words = f"G is ours times {c:.9g}"
     if one.layer == "patch":
         yield Named("B14", words, "G", 0.0, ("B7",))
-    yield from _powers(c, tol, words)
+    yield from _powers(c, tol, words, known=one.rows_G is not None)
     yield from _outputs(c, tol, words, one, counts, alone)
     m = c**-0.5
     if c < 1 and round(m) >= 2 and (_whole(m, tol / 2) or tol * m > 0.1):
@@ -226,15 +236,19 @@ def _candidates(c: float, tol: float, one: Scale, counts: Counts, alone: bool) -
             yield Named("B82", f"{words}: {count} are its {name}", "G", tol, ("B4",))
 
 
-def _powers(c: float, tol: float, words: str) -> Iterator[Named]:
-    """Powers of 4, as the scale of mixed precision leaves them; 2 and a half."""
+def _powers(c: float, tol: float, words: str, known: bool) -> Iterator[Named]:
+    """Powers of 4, as the scale of mixed precision leaves them; 2 and a half.
+
+    Args: known, are the counts of theirs? Else a half may be of rows that are counted twice.
+    """
     k = round(math.log(c, 4))
     if k >= 1 and _near(c, 4.0**k, tol):
         text = f"{words} = 4^{k}: gradients were {2**k} times ours"
         yield Named("B11", text, "G", abs(c / 4.0**k - 1))
     for value, text in ((2.0, "twice"), (0.5, "half")):
         if _near(c, value, min(tol, BLUNT)):
-            yield Named("B5", f"G is {text} ours", "G", abs(c / value - 1))
+            alike = () if known or value > 1 else ("B39",)
+            yield Named("B5", f"G is {text} ours", "G", abs(c / value - 1), alike)
 
 
 def _outputs(

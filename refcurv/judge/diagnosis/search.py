@@ -40,6 +40,9 @@ SHARPER = 10.0
 """How much smaller an error must become to count.  Chosen: rounding differs by less between layers.
 """
 
+ROUNDING = 1e-12
+"""What recomputing leaves of a form that is the same.  Chosen: a hundred times what it leaves."""
+
 SAMPLE = 8
 """Layers that are searched at a time; what is found is tried on all.  Chosen: a few seconds."""
 
@@ -154,8 +157,8 @@ class Side:
     def explains(self, idea: Idea, layer: str, free: bool = False) -> bool:
         """Is theirs within a budget with it, and further from it without?
 
-        Args: free: its faults are known from the other side. Then a factor that it explains counts
-            too.
+        Args: free: its faults are known from the other side. Then a factor or a count that it
+            explains is enough, if the form is no worse.
         """
         left = self.table[idea].get(layer)
         if left is None:
@@ -163,7 +166,8 @@ class Side:
         plain, steps = self.plain(layer), self.ladders[layer]
         rank, before = self.rank(layer, left), steps.rank(plain.error)
         if free and rank <= before and rank <= steps.by_drawing:
-            return rank < before or self.unit(layer, left) > self.unit(layer, plain)
+            same = left.error <= 2 * plain.error + ROUNDING
+            return rank < before or (same and self.whole(layer, left) > self.whole(layer, plain))
         if rank >= before:
             return False
         if rank == steps.by_drawing and left.spread:  # a test was passed (`unknown`)
@@ -177,6 +181,10 @@ class Side:
         """Is theirs what is left of it, without a factor?"""
         tolerance = self.ladders[layer].tolerance(self.rank(layer, left))
         return abs(left.ratio - 1) <= left.wider * tolerance + left.spread
+
+    def whole(self, layer: str, left: Left) -> bool:
+        """Is nothing left of it to explain: no factor, and no row more or less?"""
+        return self.unit(layer, left) and left.rows in (None, 1)
 
     def choose(self, layers: Collection[str], known: Mapping[str, Faults]) -> Chosen | None:
         """The simplest of what explains most of these layers.
@@ -211,7 +219,7 @@ class Side:
                 extra = len(set(idea.faults) - set(known[covered[0]])) or (not idea.faults)
                 left = [lefts[x] for x in covered]
                 finest = [self.ladders[x].steps[0][1] for x in covered]
-                ratios = [self.unit(x, lefts[x]) for x in covered]
+                ratios = [self.whole(x, lefts[x]) for x in covered]
                 quality = max(max(1.0, y.error / b) for y, b in zip(left, finest, strict=True))
                 worst = max(one.error for one in left)
                 out.append(Option(idea, covered, quality, extra, not all(ratios), worst))
@@ -223,7 +231,7 @@ class Option:
     """A hypothesis that explains some layers.
 
     Fields: quality, its largest error in finest budgets, 1 where it is within; extra, how many
-    faults it adds; scaled, is a factor left; worst, its largest error.
+    faults it adds; scaled, is a factor or a count left; worst, its largest error.
     """
 
     idea: Idea
@@ -254,7 +262,8 @@ def look(
                 for one in tries(seen, index, heads, wanted):
                     error, r = fitted(seen.T if one.T is None else one.T, one.Y)
                     idea = Idea(one.faults, None, "" if one.faults else one.note)
-                    left = Left(error, r, one.note, one.alike)
+                    rows = None if one.faults else seen.rows(seen.n_X)
+                    left = Left(error, r, one.note, one.alike, rows)
                     found[side].add(idea, layer, left)
 
 

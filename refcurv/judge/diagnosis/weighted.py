@@ -24,6 +24,9 @@ from refcurv.law.checks import Array
 KEPT = ("ordinary", "first", "prompts")
 """The kinds of positions that are rows where the reference has the rows `reached`."""
 
+LEAST = 0.1
+"""A decay below this is the last batch alone (B41).  Chosen: nobody averages over so little."""
+
 WORKERS = (2, 3, 4, 6, 8, 16, 32, 64)
 
 
@@ -57,9 +60,8 @@ def weigh(case: Case, found: Mapping[str, Side], side: str, layers: Sequence[str
                 continue  # sequences without a row
             Y = np.tensordot(rule.weight, each, 1)
             error, r = fitted(T, Y / counted)
-            rows = None if seen.n_T is None else seen.n_T / counted
             wider = _wider(rule.weight, np.trace(each, axis1=1, axis2=2))
-            left = Left(error, r, rule.name, rule.alike, rows, wider=wider)
+            left = Left(error, r, rule.name, rule.alike, seen.rows(counted), wider=wider)
             found[side].add(Idea(rule.faults, None, rule.name), layer, left)
 
 
@@ -116,7 +118,7 @@ def _decays(of: Parts, T: Array, each: Array) -> Iterator[Rule]:
     for size in (s for s in (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 32, 64) if 2 * s <= N):
         batch = np.arange(N) // size
         rows = np.maximum(np.bincount(batch, of.kept.astype(float)), 1)
-        for kind in ("from zero", "from the first"):
+        for kind in ("from zero", "from zero and corrected", "from the first"):
 
             def weight(decay: float, batch: Array = batch, rows: Array = rows,
                        kind: str = kind) -> Array:  # fmt: skip
@@ -124,6 +126,8 @@ def _decays(of: Parts, T: Array, each: Array) -> Iterator[Rule]:
                 w = (1 - decay) * decay ** (last - np.arange(last + 1.0))
                 if kind == "from the first":
                     w[0] = decay**last
+                elif kind == "from zero and corrected":
+                    w /= w.sum()
                 return np.asarray((w / rows)[batch] * of.kept.sum())
 
             def off(decay: float) -> float:
@@ -135,6 +139,8 @@ def _decays(of: Parts, T: Array, each: Array) -> Iterator[Rule]:
             decay = minimize_scalar(
                 off, bounds=bounds, method="bounded", options={"xatol": 1e-12}
             ).x
+            if decay < LEAST:
+                continue
             for value in (round(float(decay), 4), float(decay)):
                 name = f"a moving average over batches of {size} sequences, {kind}"
                 yield Rule(("B9",), f"{name}, with decay {value:.6g}", weight(value))

@@ -13,6 +13,7 @@ from refcurv.judge.diagnosis.variants.setting import (
     Setting,
     averaged,
     combined,
+    fitting,
     settings,
 )
 
@@ -25,6 +26,7 @@ __all__ = [
     "Setting",
     "averaged",
     "combined",
+    "fitting",
     "inputs",
     "moments",
     "parts",

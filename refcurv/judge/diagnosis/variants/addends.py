@@ -21,6 +21,7 @@ from refcurv.judge.diagnosis.variants.collecting import (
     held,
     rows_of,
     sample,
+    with_ones,
 )
 from refcurv.judge.diagnosis.variants.flows import Flow, flows
 from refcurv.judge.diagnosis.variants.labels import choice
@@ -100,13 +101,17 @@ def parts(
     net = changed(config, held(case), setting.network, setting.pads)
     shapes = config.linear_layers()
     N = len(at.index_B)
-    found = {name: Part(*_empty(N, shapes[name][1]), *_empty(N, shapes[name][0])) for name in names}
+    found = {
+        name: Part(*_empty(N, shapes[name][1] + (name in case.joint)), *_empty(N, shapes[name][0]))
+        for name in names
+    }
     place = {int(index): n for n, index in enumerate(at.index_B)}
     for flow in flows(net, at, one, names):
         here = np.array([place[int(index)] for index in flow.at.index_B])
         kind_BT = kinds_of(flow.at)
         for name, part in found.items():
             a, g = flow.read[name], flow.taps[name].g
+            a = with_ones(a) if name in case.joint else a
             if flow.first:
                 _add(part.A, here, a[..., part.at_A], _kind(name, kind_BT, flow, a))
             g = g[..., part.at_G] / np.sqrt(one.counted)

@@ -10,14 +10,24 @@ from typing import NamedTuple
 import numpy as np
 
 from refcurv.judge.case import Case
-from refcurv.judge.diagnosis.variants.flows import Flow, flows, input_tensor, output_tensor
+from refcurv.judge.diagnosis.variants.flows import (
+    LOGITS,
+    Flow,
+    flows,
+    input_tensor,
+    output_tensor,
+)
 from refcurv.judge.diagnosis.variants.held import Held
 from refcurv.judge.diagnosis.variants.labels import Choice, choice, passes
 from refcurv.judge.diagnosis.variants.networks import Network, changed
 from refcurv.judge.diagnosis.variants.positions import Positions, positions, weights
 from refcurv.judge.diagnosis.variants.setting import Setting
+from refcurv.judge.diagnosis.variants.texts import text_of
 from refcurv.law.checks import Array, NonFiniteError
+from refcurv.law.conventions import NO_LABEL, Fisher
+from refcurv.model import transformer
 from refcurv.model.config import TABLES, ModelConfig
+from refcurv.model.sampling import draw_labels, uniforms
 
 POSITIONS = 4096
 """Positions of the corpus that are recomputed unless the caller says otherwise."""
@@ -181,14 +191,16 @@ def moments(
     assert case.model is not None
     config, parameters = case.model.config, held(case)
     at, share = sample(case, limit)
+    at = with_given(case, at)
     names = [name for name in layers if name not in TABLES]
     runs: dict[Setting, list[Setting]] = {}
     for setting in wanted:
         runs.setdefault(setting.run, []).append(setting)
     for run, members in runs.items():
-        one = exactly(choice(run, case.reference), at, config, most)
+        read = text_of(at, run.text, run.token, config, case.reference.rows)
+        one = exactly(choice(run, case.reference), read, config, most)
         net = changed(config, parameters, run.network, run.pads)
-        totals = _added(net, at, one, names, members, through, case.joint)
+        totals = _added(net, read, one, names, members, through, case.joint)
         for setting in members if totals else ():
             found = {}
             for name in names:
@@ -217,10 +229,13 @@ def inputs(
     names = [name for name in layers if name not in TABLES]
     runs: dict[tuple[object, ...], list[Setting]] = {}
     for setting in wanted:
-        runs.setdefault((setting.network, setting.pads), []).append(setting)
+        key = setting.network, setting.pads, setting.text, setting.token
+        runs.setdefault(key, []).append(setting)
     for members in runs.values():
-        net = changed(config, parameters, members[0].network, members[0].pads)
-        totals = _added(net, at, None, names, members, None, case.joint)
+        one = members[0]
+        net = changed(config, parameters, one.network, one.pads)
+        read = text_of(at, one.text, one.token, config, case.reference.rows)
+        totals = _added(net, read, None, names, members, None, case.joint)
         for setting in members if totals else ():
             sides = {name: totals[ways(setting, name, at)[0]] for name in names}
             means = {name: _mean(setting, total, at, 1) for name, total in sides.items()}
@@ -269,6 +284,38 @@ def sample(case: Case, limit: int) -> tuple[Positions, float]:
     return every.of(np.linspace(0, N - 1, count).round().astype(int)), count / N
 
 
+def with_given(case: Case, at: Positions) -> Positions:
+    """The same with the labels that the reference draws, where theirs were given these.
+
+    A network that is changed would draw others.
+    """
+    given = case.dump.declared.get("labels") == "given"
+    if not given or case.reference.fisher is not Fisher.SAMPLED:
+        return at
+    key = "given", at.index_B.tobytes()
+    return replace(at, drawn_BTN=case.once(key, lambda: _given(case, at)))
+
+
+def _given(case: Case, at: Positions) -> Array:
+    """(B, T, draws): the reference's labels at every position."""
+    assert case.model is not None
+    config, P, reference = case.model.config, held(case), case.reference
+    net, (B, T) = changed(config, P, ()), at.real_BT.shape
+    out = np.full((*at.label_BT.shape, reference.draws), NO_LABEL)
+    step = max(1, LOGITS // (T * config.vocabulary))
+    for begin in range(0, B, step):
+        some = at.of(slice(begin, begin + step))
+        inputs = some.inputs.astype(P["patch.weight"].dtype) if some.images else some.inputs
+        final = transformer.forward(config, P, inputs, net.layout(some))[0]
+        logit_NV = transformer.head_logits(config, P, final).reshape(-1, config.vocabulary)
+        width = at.label_BT.shape[1]
+        for draw in range(reference.draws):
+            u = [uniforms(reference.seed, draw, int(n), width) for n in some.index_B]
+            label_N = draw_labels(logit_NV, np.concatenate(u))
+            out[begin : begin + step, :, draw] = label_N.reshape(-1, width)
+    return out
+
+
 def exactly(one: Choice, at: Positions, config: ModelConfig, most: float) -> Choice:
     """The same choice, its mean over labels estimated where it would be too much work."""
     size = sum(math.prod(shape) for shape in config.linear_layers().values())
@@ -303,7 +350,7 @@ def _take(
         if key not in made:
             found = of(flow, way.layer, way.tensor)
             if found is not None and way.side == "A" and way.layer in joint:
-                found = np.concatenate([found, np.ones_like(found[..., :1])], axis=-1)
+                found = with_ones(found)
             small = None if through is None or found is None else found @ through(found.shape[-1])
             made[key] = found if through is None else small
         x = made[key]
@@ -314,6 +361,11 @@ def _take(
             total.add(x, w_BT, joint=True, counted=True, draw=0)
         else:
             total.add(x, w_BT, flow.joint, drawn, flow.draw)
+
+
+def with_ones(a: Array) -> Array:
+    """[a; 1] of each position (BIAS)."""
+    return np.concatenate([a, np.ones_like(a[..., :1])], axis=-1)
 
 
 def rows_of(layer: str, w_BT: Array, flow: Flow, x: Array) -> Array:
@@ -331,6 +383,7 @@ def _mean(setting: Setting, total: Total, at: Positions, draws: int) -> tuple[Ar
     other = {
         "reference": at.keep_BT.sum(),
         "sequences": at.keep_BT.any(axis=1).sum(),
+        "every sequence": len(at.keep_BT),
         "labels": (at.label_BT >= 0).sum(),
         "positions": at.real_BT.size,
     }

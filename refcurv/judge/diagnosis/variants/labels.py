@@ -204,6 +204,10 @@ def _drawn(
     V, T = logit_BTV.shape[-1], has_BT.shape[1]
     law_NV = law(one, logit_BTV).reshape(-1, V)
     for draw in range(draws):
+        if one.kind == "sampled" and at.drawn_BTN is not None and not one.redraw:
+            label_BT = _last_class(one, at, at.drawn_BTN[..., draw], logit_BTV)
+            yield Sent(_slope(one, logit_BTV, np.where(has_BT, label_BT, -1)), draw=draw)
+            continue
         u_BT = np.stack([uniforms(one.seed, draw, int(n), T) for n in at.index_B])
         if one.redraw:
             other_BT = np.stack([uniforms(one.seed, one.redraw, int(n), T) for n in at.index_B])

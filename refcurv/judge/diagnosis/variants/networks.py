@@ -61,7 +61,9 @@ class Network:
         segment_BT = at.segment_BT if self.documents else one
         seen_BT = np.ones_like(at.real_BT) if self.left or self.pads == "all" else at.real_BT
         out = layout_of(self.config, seen_BT, segment_BT)
-        if self.pads == "real":
+        if at.layout is not None:
+            out = at.layout
+        elif self.pads == "real":
             out = _pads_see_text(out, at.real_BT)
         if not self.documents and self.restart:
             out = replace(out, position_BT=causal_layout(seen_BT, at.segment_BT).position_BT)

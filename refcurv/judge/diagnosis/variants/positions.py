@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from refcurv.law.conventions import NO_LABEL, Rows
 from refcurv.model.config import ModelConfig
 from refcurv.model.corpus import Corpus, require_tokens
 from refcurv.model.images import patches
+from refcurv.model.layers import Layout
 from refcurv.model.rows import kept, reached
 from refcurv.model.transformer import Inputs
 
@@ -25,7 +26,8 @@ class Positions:
     Fields: index_B, their rows in the corpus; inputs, tokens (B, T) or patches; label_BT, (B, 1) of
     images; keep_BT, the reference's rows; real_BT; segment_BT; reached_BT, the real positions from
     which a label is reached; pad_id, the token of all padding where it is a real token too,
-    else NO_LABEL.
+    else NO_LABEL; drawn_BTN, labels that were drawn already, of each of N draws; layout, what sees
+    what where the network's own rule does not say it.
     """
 
     index_B: Array
@@ -36,11 +38,20 @@ class Positions:
     segment_BT: Array
     reached_BT: Array
     pad_id: int = NO_LABEL
+    drawn_BTN: Array | None = None
+    layout: Layout | None = None
 
     def of(self, at: slice | Array) -> Positions:
         """Some of its sequences."""
-        arrays = {f.name: getattr(self, f.name)[at] for f in fields(self) if f.name != "pad_id"}
-        return Positions(**arrays, pad_id=self.pad_id)
+        some: dict[str, Any] = {name: x[at] for name, x in self._arrays().items()}
+        seen = self.layout
+        if seen is not None:
+            seen = Layout(seen.position_BT[at], seen.first_BT[at], seen.last_BT[at])
+        return replace(self, **some, layout=seen)
+
+    def _arrays(self) -> dict[str, Any]:
+        every = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: x for name, x in every.items() if isinstance(x, np.ndarray)}
 
     @property
     def images(self) -> bool:
@@ -72,12 +83,15 @@ class Positions:
         """The same sequences with their padding on the left."""
         T = self.real_BT.shape[1]
         from_BT = (np.arange(T) + self.real_BT.sum(axis=1, keepdims=True)) % T
-        turned = {
-            f.name: np.take_along_axis(getattr(self, f.name), from_BT, axis=1)
-            for f in fields(self)
-            if f.name not in ("index_B", "pad_id")
+        found: dict[str, Any] = {
+            name: turned(x, from_BT) for name, x in self._arrays().items() if name != "index_B"
         }
-        return Positions(self.index_B, **turned, pad_id=self.pad_id)
+        return replace(self, **found)
+
+
+def turned(x: Array, order_BT: Array) -> Array:
+    """x (B, T, ...) with its positions in another order in each sequence."""
+    return np.take_along_axis(x, order_BT.reshape(*order_BT.shape, *(1,) * (x.ndim - 2)), axis=1)
 
 
 def positions(corpus: Corpus, config: ModelConfig, rows: Rows) -> Positions:
@@ -110,6 +124,7 @@ ROWS: Final[Mapping[str, str]] = MappingProxyType(
         "with prompts": "B20",
         "without prompts": "B20",
         "with pads": "B28",  # every position is a row
+        "with pads, without last": "B28",  # padding, and what are rows anyway
         "with pads, without the last column": "B28",
         "without first": "B49",
         "first twice": "B49",
@@ -131,6 +146,7 @@ def weights(rows: str, at: Positions) -> Array:
         "with prompts": keep | kind["prompts"],
         "without prompts": keep & ~kind["prompts"],
         "with pads": np.ones_like(keep),
+        "with pads, without last": keep | kind["pads"],
         "with pads, without the last column": np.broadcast_to(before_last, keep.shape),
         "without first": keep & ~kind["first"],
         "first twice": keep + (keep & kind["first"]).astype(np.int64),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any, Final
@@ -17,7 +17,8 @@ from refcurv.judge.diagnosis.variants.positions import (
     supervised,
     weights,
 )
-from refcurv.law.conventions import Fisher
+from refcurv.judge.diagnosis.variants.texts import TEXTS, rows_left, texts
+from refcurv.law.conventions import NO_LABEL, Fisher
 from refcurv.model.config import ModelConfig, NormPlace
 
 LABELS: Final[Mapping[str, str]] = MappingProxyType(
@@ -37,9 +38,13 @@ LABELS: Final[Mapping[str, str]] = MappingProxyType(
 """Other labels than the reference's, and the fault that each is (`labels.sent`)."""
 
 COUNTS: Final[Mapping[str, str]] = MappingProxyType(
-    {"reference": "B29", "sequences": "B4", "labels": "B4", "positions": "B4"}
-)
-"""What n may count in the place of the rows that were added."""
+    {"reference": "B29", "sequences": "B4", "labels": "B4", "positions": "B4",
+     "every sequence": "B36"}
+)  # fmt: skip
+"""What n may count in the place of the rows that were added.
+
+sequences: those with a row. every sequence: those without one too, where rows are pooled.
+"""
 
 POOLING: Final[Mapping[str, str]] = MappingProxyType(
     {"sum": "B36", "mean": "B36", "batch": "B44", "batch and rows": "B44", "centred": "B45"}
@@ -89,6 +94,7 @@ class Setting:
         labels: one of LABELS. amount: the temperature, or the mass of the nucleus.
         smoothing: ε of label smoothing. z_loss: c of a loss that has c logsumexp² more.
         where: at which positions labels are (`positions.WHERE`).
+        text: what is read in the place of the corpus (`texts.TEXTS`); token: the one it is about.
         rows_A, rows_G: which positions are rows (`positions.ROWS`). count: one of COUNTS.
         pooling_A, pooling_G: of POOLING. batch: sequences of a batch, 0 for all; for B44.
         tensor_A, tensor_G: of INPUTS or OVERWRITTEN, and of OUTPUTS.
@@ -104,6 +110,8 @@ class Setting:
     smoothing: float = 0.0
     z_loss: float = 0.0
     where: str = "labelled"
+    text: str = "the corpus"
+    token: int = NO_LABEL
     rows_A: str = "reference"
     rows_G: str = "reference"
     count: str = "rows"
@@ -127,6 +135,7 @@ class Setting:
             LABELS.get(self.labels),
             "B26" if self.smoothing or self.z_loss else None,
             WHERE.get(self.where),
+            TEXTS[self.text].fault if self.text in TEXTS else None,
             rows.get(self.rows_A),
             rows.get(self.rows_G),
             COUNTS.get(self.count),
@@ -147,7 +156,7 @@ class Setting:
     def sides(self) -> frozenset[str]:
         """Which of "A" and "G" can differ from the reference's."""
         changed = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
-        A = changed & {"rows_A", "count", "pooling_A", "tensor_A", "network"}
+        A = changed & {"rows_A", "count", "pooling_A", "tensor_A", "network", "text"}
         G = changed - {"rows_A", "pooling_A", "tensor_A", "pads", "mean", "redraw"}
         return frozenset(side for side, some in (("A", A), ("G", G)) if some)
 
@@ -160,6 +169,7 @@ class Setting:
             "smoothing": f"labels smoothed by {self.smoothing:.4g}",
             "z_loss": f"{self.z_loss:.4g} logsumexp² in the loss",
             "where": f"labels at {self.where}",
+            "text": f"{self.text}" + (f" ({self.token})" if self.token >= 0 else ""),
             "rows_A": f"rows of A {self.rows_A}",
             "rows_G": f"rows of G {self.rows_G}",
             "count": f"n counts {self.count}",
@@ -177,7 +187,7 @@ class Setting:
     def run(self) -> Setting:
         """The part that decides a and g at every position; the rest only adds them up otherwise."""
         labels = ("labels", "amount", "smoothing", "z_loss", "where", "mean", "redraw")
-        names = (*labels, "network", "pads")
+        names = (*labels, "text", "token", "network", "pads")
         return Setting(**{name: getattr(self, name) for name in names})
 
 
@@ -204,7 +214,8 @@ def combined(one: Setting, two: Setting) -> Setting | None:
         else:
             merged[name] = other if mine == none else mine
     pooled = {merged["pooling_A"], merged["pooling_G"]} & {"sum", "mean"}
-    return None if pooled and merged["count"] != "rows" else Setting(**merged)
+    pooled_count = merged["count"] in ("rows", "every sequence")
+    return None if pooled and not pooled_count else Setting(**merged)
 
 
 # ------------------------------------------------------------------ what can have occurred
@@ -224,8 +235,33 @@ def settings(case: Case) -> list[Setting]:
     at = positions(case.corpus, config, case.reference.rows)
     found = [*_labels(case.reference.fisher, at), *_where(case.reference.fisher, at)]
     found += [*_rows(at), *_counts(at), *_pooling(case.reference.fisher, at), *_tensors(config)]
+    found += _texts(case, at)
     found += [Setting(network=(level,)) for level in occurring(config, at)]
     return list(dict.fromkeys(found))
+
+
+def theirs_n(case: Case) -> float | None:
+    """The rows of A that the dump counts, by its first layer; None where it does not say."""
+    return next((case.counts(layer).theirs["A"] for layer in case.matched), None)
+
+
+def _texts(case: Case, at: Positions) -> Iterator[Setting]:
+    assert case.model is not None
+    for text, token in texts(at, case.model.config, case.reference.rows, theirs_n(case)):
+        yield Setting(text=text, token=token)
+
+
+def fitting(case: Case, every: Sequence[Setting]) -> list[Setting]:
+    """Other texts that have as many rows as theirs, where that is not our number."""
+    n, some = theirs_n(case), [one for one in every if one.text in TEXTS]
+    if n is None or not some:
+        return []
+    assert case.model is not None and case.corpus is not None
+    config, rows = case.model.config, case.reference.rows
+    at = positions(case.corpus, config, rows)
+    if n == at.keep_BT.sum():
+        return []
+    return [one for one in some if rows_left(at, one.text, one.token, config, rows) == n]
 
 
 def _labels(fisher: Fisher, at: Positions) -> Iterator[Setting]:
@@ -308,7 +344,10 @@ def _pooling(fisher: Fisher, at: Positions) -> Iterator[Setting]:
         for A in ("mean", "sum"):
             yield Setting(pooling_A=A)
             yield Setting(pooling_G=A)
-            yield from (Setting(pooling_A=A, pooling_G=G) for G in ("mean", "sum"))
+            for G in ("mean", "sum"):
+                yield Setting(pooling_A=A, pooling_G=G)
+                if not at.keep_BT.any(axis=1).all():
+                    yield Setting(pooling_A=A, pooling_G=G, count="every sequence")
         yield Setting(pooling_G="batch and rows", batch=1)
     N = len(at.index_B)
     for size in dict.fromkeys(s if s < N else 0 for s in (2, 4, 8, N)):

@@ -1,0 +1,185 @@
+"""Other texts than the corpus's: a start token more or less, a token that is taken for padding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from types import MappingProxyType
+from typing import Any, Final
+
+import numpy as np
+
+from refcurv.judge.diagnosis.variants.positions import Positions, turned
+from refcurv.law.checks import Array
+from refcurv.law.conventions import NO_LABEL, Rows
+from refcurv.model.config import ModelConfig
+from refcurv.model.layers import Layout, causal_layout
+from refcurv.model.rows import kept, reached
+
+ALONG: Final = ("inputs", "label_BT", "real_BT", "segment_BT", "drawn_BTN")
+"""What moves along with the tokens; rows follow from these."""
+
+TOKENS = 16
+"""Tokens whose rows are counted, at most.  Chosen: some tenths of a second."""
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """One other reading of a corpus. fault; make: the positions, and a token → the positions."""
+
+    fault: str
+    make: Callable[[Positions, int], Positions]
+
+
+def text_of(at: Positions, text: str, token: int, config: ModelConfig, rows: Rows) -> Positions:
+    """What another program reads in the place of some sequences; rows by the same rule (ROWS)."""
+    if text == "the corpus":
+        return at
+    out = TEXTS[text].make(at, token)
+    end = reached(out.label_BT, out.real_BT, out.segment_BT, config.causal)
+    out = replace(out, keep_BT=_kept(out, config, rows), reached_BT=end)
+    if TEXTS[text].fault == "B25":
+        return _aside(out, attended=text.startswith("a token is no row"))
+    return out
+
+
+def rows_left(at: Positions, text: str, token: int, config: ModelConfig, rows: Rows) -> int:
+    """How many rows there then are."""
+    return int(_kept(TEXTS[text].make(at, token), config, rows).sum())
+
+
+def _kept(at: Positions, config: ModelConfig, rows: Rows) -> Array:
+    return kept(config, rows, at.label_BT, at.real_BT, at.segment_BT)
+
+
+def texts(
+    at: Positions, config: ModelConfig, rows: Rows, n: float | None
+) -> Iterator[tuple[str, int]]:
+    """(text, token) of what can have been read. n: rows of theirs, None if they are not known.
+
+    Where theirs has as many rows as ours, a text must leave so many too. A token is tried as
+    padding where without it as many rows are left as theirs has. Where theirs does not say how
+    many, the token is tried that all padding is.
+    """
+    if at.images:
+        return
+    more = not config.learned_positions or at.inputs.shape[1] < config.learned_positions
+    ours = at.keep_BT.sum()
+    for name, one in TEXTS.items():
+        if one.fault == "B49" and (more or name.partition(",")[0] != LONGER):
+            if n != ours or rows_left(at, name, NO_LABEL, config, rows) == n:
+                yield name, NO_LABEL
+    if not config.causal or config.windows:
+        return  # what sees what is not a run of positions there
+    for token in _tokens(at, n):
+        for name, one in TEXTS.items():
+            if one.fault == "B25":
+                left = rows_left(at, name, token, config, rows)
+                if left and (n is None or left == n):
+                    yield name, token
+
+
+def _tokens(at: Positions, n: float | None) -> list[int]:
+    """Tokens of about as many rows as theirs lacks, the nearest first.
+
+    What stands in front of texts alone is their start, and no padding (B49).
+    """
+    own = [at.pad_id] if at.pad_id >= 0 else []
+    if n is None:
+        return own
+    lost = np.bincount(at.inputs[at.keep_BT])
+    inside = np.bincount(at.inputs[at.keep_BT & ~at.kinds["first"]], minlength=len(lost))
+    off = abs(lost - float(at.keep_BT.sum() - n))
+    off[inside == 0] = np.inf
+    near = np.argsort(off, kind="stable")[:TOKENS]
+    return list(dict.fromkeys([*own, *(int(v) for v in near if off[v] <= len(at.index_B))]))
+
+
+# ------------------------------------------------------------------ a start token more or less
+
+LONGER = "one start token more"
+
+
+def _one_more(at: Positions, _: int, end: str, labelled: bool) -> Positions:
+    """The first token twice; `end`: is the last column kept, cut off, or cut with its label."""
+    first: dict[str, Any] = {name: x[:, :1] for name, x in _along(at).items()}
+    y = first["inputs"] if labelled else np.full_like(first["inputs"], NO_LABEL)
+    first |= {"label_BT": y}
+    if at.drawn_BTN is not None:
+        first |= {
+            "drawn_BTN": np.broadcast_to(first["inputs"][..., None], at.drawn_BTN[:, :1].shape)
+        }
+    T = at.inputs.shape[1] + (end == "longer")
+    out: dict[str, Any] = {
+        name: np.concatenate([first[name], x], axis=1)[:, :T] for name, x in _along(at).items()
+    }
+    if end == "again":
+        out["label_BT"][:, -1] = NO_LABEL
+    return replace(at, **out)
+
+
+def _one_fewer(at: Positions, _: int) -> Positions:
+    return replace(at, **{name: x[:, 1:] for name, x in _along(at).items()})
+
+
+def _along(at: Positions) -> dict[str, Any]:
+    every = {name: getattr(at, name) for name in ALONG}
+    return {name: x for name, x in every.items() if x is not None}
+
+
+# ------------------------------------------------------------------ a token taken for padding
+
+
+def _padding(at: Positions, token: int, own: bool, next_too: bool) -> Positions:
+    """Positions of a token are not real. own: their labels go; next_too: where it is the label."""
+    is_BT = at.inputs == token
+    gone_BT = (is_BT & own) | ((at.label_BT == token) & next_too)
+    label_BT = np.where(gone_BT, NO_LABEL, at.label_BT)
+    return replace(at, label_BT=label_BT, real_BT=at.real_BT & ~is_BT)
+
+
+def _aside(at: Positions, attended: bool) -> Positions:
+    """Behind each sequence stands what is not real in it; each keeps its place and what it sees.
+
+    attended: does everything see the positions that are not real, as if they were?
+    """
+    place = causal_layout(np.ones_like(at.real_BT), at.segment_BT)
+    if attended:
+        return replace(at, layout=place)
+    order = np.argsort(~at.real_BT, axis=1, kind="stable")
+    before_BT = np.cumsum(at.real_BT, axis=1) - at.real_BT  # real ones in front of each place
+    layout = Layout(
+        place.position_BT,
+        np.take_along_axis(before_BT, place.first_BT, axis=1),
+        before_BT - ~at.real_BT,
+    )
+    found: dict[str, Any] = {name: turned(x, order) for name, x in _along(at).items()}
+    found |= {name: turned(getattr(at, name), order) for name in ("keep_BT", "reached_BT")}
+    names = ("position_BT", "first_BT", "last_BT")
+    seen = Layout(*(turned(getattr(layout, name), order) for name in names))
+    return replace(at, **found, layout=seen)
+
+
+TEXTS: Final[Mapping[str, Text]] = MappingProxyType(
+    {
+        f"{LONGER}{cut}{unlabelled}": Text(
+            "B49", partial(_one_more, end=end, labelled=not unlabelled)
+        )
+        for end, cut in (
+            ("longer", ""), ("cut", ", the last one cut off"),
+            ("again", ", cut to its length before labels"),
+        )
+        for unlabelled in ("", ", without a label")
+    }
+    | {"no start token": Text("B49", _one_fewer)}
+    | {
+        f"a token is {what}{labels}": Text("B25", partial(_padding, own=own, next_too=next_too))
+        for what in ("padding", "no row")
+        for labels, own, next_too in (
+            (" and has no label", True, False), (" and is no label", False, True),
+            (", has none and is none", True, True), ("", False, False),
+        )
+    }
+)  # fmt: skip
+"""The readings by name, and the fault that each is."""
