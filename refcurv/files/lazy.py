@@ -45,6 +45,11 @@ class Recent(Mapping[str, Value]):
         self._base, self._most = base, most
         self._kept: dict[str, Value] = {}
 
+    @property
+    def base(self) -> Mapping[str, Value]:
+        """What values are read from."""
+        return self._base
+
     def __getitem__(self, name: str) -> Value:
         if name in self._kept:
             value = self._kept.pop(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from refcurv.curvature.factors_file import parts_of
 from refcurv.judge.case import Case
 from refcurv.judge.compare import said
 from refcurv.judge.verdict import FAIL, Comparison
@@ -19,11 +20,12 @@ def with_biases(case: Case) -> tuple[Case, list[Comparison]]:
     Proof: tests/test_judge_biases.py::test_a_joint_A_is_judged_beside_A_joint
     """
     declared = case.dump.declared.get("bias") == "joint"
-    joint, without = [], []
+    joint, without, parts = [], [], parts_of(case.reference)
     for layer in case.matched:
-        one = case.reference[layer]
-        if one.sum_a is None:
+        if "sum_a" not in parts[layer]:
             continue
+        one = case.reference[layer]
+        assert one.sum_a is not None
         width = _width(case, layer)
         if width == len(one.sum_a) + 1:
             joint.append(layer)

@@ -11,14 +11,36 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 from refcurv.judge.case import Case
 from refcurv.judge.compare import Measured
 from refcurv.judge.diagnosis import precision, scales
 from refcurv.judge.diagnosis.faults import FAULTS
-from refcurv.judge.diagnosis.hypotheses import Index, states
-from refcurv.judge.diagnosis.recomputed import cost, is_large, joined, partners, recompute, stages
-from refcurv.judge.diagnosis.search import PLAIN, Chosen, Idea, Side, ladder, look, rest, spread
+from refcurv.judge.diagnosis.hypotheses import Index, diagonals, see, states
+from refcurv.judge.diagnosis.recomputed import (
+    cost,
+    is_large,
+    joined,
+    partners,
+    recompute,
+    sketched,
+    stages,
+    top,
+)
+from refcurv.judge.diagnosis.search import (
+    FEW,
+    PLAIN,
+    SAMPLE,
+    Chosen,
+    Idea,
+    Side,
+    ladder,
+    look,
+    ours,
+    rest,
+    spread,
+)
 from refcurv.judge.diagnosis.signs import signs
 from refcurv.judge.diagnosis.variants import Setting
 from refcurv.judge.diagnosis.weighted import weigh
@@ -73,6 +95,18 @@ def _speaks(cause: Cause, one: Comparison) -> bool:
     return wrong and one.layer in cause.layers and one.quantity in cause.quantities
 
 
+def remember(case: Case, layer: str) -> None:
+    """Find out, of a layer that is in memory, what does not need all of it later."""
+    case.counts(layer)
+    states(case, layer)
+    ours(case, layer)
+    case.once(("diagonals", layer), partial(diagonals, case, layer))
+    for side in see(case, layer) if is_large(case) else ():
+        precision.short_sums(case, layer, side)
+    if is_large(case) and case.model is not None and case.corpus is not None:
+        sketched(case, layer)
+
+
 def _prepare(case: Case, found: Mapping[str, Side], index: Index, done: Callable[[], None]) -> None:
     """What no fault leaves, in every layer."""
     for layer in case.matched:
@@ -80,7 +114,8 @@ def _prepare(case: Case, found: Mapping[str, Side], index: Index, done: Callable
         for side, state in states(case, layer).items():
             if state.filled and state.finite:
                 found[side].ladders[layer] = ladder(case, layer, side, n_G)
-        look(case, [layer], found, index, ())
+        for side, left in ours(case, layer).items():
+            found[side].add(PLAIN, layer, left)
         done()
 
 
@@ -95,12 +130,13 @@ def _search(case: Case, side: Side, found: Mapping[str, Side], index: Index) -> 
             layers += [x for x in scaled if known[x].setting]
         if not layers:
             return
-        sample = spread(layers)
+        sample = spread(layers, FEW if is_large(case) else SAMPLE)
         look(case, sample, found, index, sides=side.side)
         chosen = _chosen(case, side, found, sample, known)
         if chosen is None:
             return
-        _verify(case, side.side, found, index, chosen.idea, list(rest(layers, sample)))
+        more = list(rest(layers, side.table[chosen.idea]))
+        _verify(case, side.side, found, index, chosen.idea, more)
         free = {x: {*chosen.faults} <= {*known[x].faults} for x in layers}
         every = {
             x: side.table[chosen.idea][x]
@@ -136,8 +172,8 @@ def _by_counts(
     named = scales.explain(seen, scales.Counts.of(case))
     if all(one.fault not in (None, "B82") for one in named):
         return
-    sample = spread(layers)
-    recompute(case, found, sample, next(stages(case, side.side)))
+    sample = spread(layers, FEW if is_large(case) else SAMPLE)
+    recompute(case, found, sample, next(stages(case, side.side)), sampled=False)
     for idea in sorted(side.table, key=lambda idea: len(idea.faults)):
         if idea.setting and all(_unit(side, idea, x) for x in sample):
             _verify(case, side.side, found, index, idea, list(rest(layers, sample)))
@@ -196,7 +232,7 @@ def _chosen(
             wanted = [s for s in stage if not s.network and (small or s.labels in GOLD)]
         recompute(case, found, layers, [*wanted, *joined(partner, wanted)])
         if number == 0 and not _soft(side, layers):
-            weigh(case, found, side.side, layers)
+            weigh(case, found, side.side, top(case, layers))
         tried += wanted
         chosen = side.choose(layers, faults)
     if chosen is None and not _soft(side, layers):
@@ -439,6 +475,17 @@ def _excluded(found: Mapping[str, Side]) -> Iterator[str]:
                 tried[text] = min(*errors, tried.get(text, math.inf))
     for text, error in sorted(tried.items(), key=lambda pair: pair[1]):
         yield f"{text}: leaves {error:.2g} or more"
+    for side in found.values():
+        if side.unexplained():
+            yield from _sampled(side)
+
+
+def _sampled(side: Side) -> Iterator[str]:
+    """What was tried on a few sequences alone, and the share of the error that it left there."""
+    for idea, (share, words) in sorted(side.sampled.items(), key=lambda pair: pair[1]):
+        if idea not in side.table:
+            names = " and ".join(f"{id} ({FAULTS[id].name})" for id in idea.faults)
+            yield f"{side.side}, {names}: {words}: leaves {share:.0%} of the error"
 
 
 def _told(findings: Sequence[Comparison], causes: Sequence[Cause]) -> list[Comparison]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -18,8 +18,8 @@ from refcurv.model.config import NormPlace, Residual
 from refcurv.model.layers import ACTIVATIONS, Layout
 from refcurv.model.transformer import BlockTrace, Inputs, Slope, Tap
 
-LOGITS = 2**22
-"""Logits of the sequences that go together, at most, but one sequence.  Chosen: 32 MiB."""
+LOGITS = 2**23
+"""Logits of the sequences that go together, at most, but one sequence.  Chosen: 64 MiB."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,7 +83,7 @@ def _shard(
     y = transformer.linear_forward(config, P, "head", final)
     behind = partial(_backward, net, inputs, layout, rope, blocks, saved, final, y, _lowest(layers))
     for n, back in enumerate(sent(one, at, transformer.capped(config, y))):
-        taps, d_states = behind(back)
+        taps, d_states = behind(replace(back, d_logit=back.d_logit.astype(y.dtype, copy=False)))
         yield Flow(
             net, at, states, blocks, read, taps, d_states, back.joint, back.draw, first=n == 0
         )
@@ -154,6 +154,7 @@ def input_tensor(flow: Flow, layer: str, name: str) -> Array | None:
         found = _outputs(flow, i - 1)["mlp's output"] if i else None
     else:
         if (i, part) not in flow.made:
+            flow.made.clear()  # those of one block are as much as a pass holds of it
             flow.made[i, part] = _tensors(flow, i, part)
         found = flow.made[i, part].get(name)
     if found is None or found.shape[-1] != own.shape[-1]:
