@@ -231,10 +231,12 @@ def _chosen(
         if _soft(side, layers):
             wanted = [s for s in stage if not s.network and (small or s.labels in GOLD)]
         recompute(case, found, layers, [*wanted, *joined(partner, wanted)])
-        if number == 0 and not _soft(side, layers):
-            weigh(case, found, side.side, top(case, layers))
-        tried += wanted
         chosen = side.choose(layers, faults)
+        late = is_large(case)  # there it costs a pass over all sequences
+        if number == late and not _soft(side, layers) and not (late and _exact(side, chosen)):
+            weigh(case, found, side.side, top(case, layers))
+            chosen = side.choose(layers, faults)
+        tried += wanted
     if chosen is None and not _soft(side, layers):
         best = sorted(
             (max(left.error for left in lefts.values()), k)
@@ -242,7 +244,9 @@ def _chosen(
             if idea.setting
         )
         ideas = list(side.table)
-        firsts = [setting for _, k in best[:3] if (setting := ideas[k].setting)]
+        firsts = [
+            setting for _, k in best[: 1 if is_large(case) else 3] if (setting := ideas[k].setting)
+        ]
         recompute(case, found, layers, joined(firsts, tried))
         chosen = side.choose(layers, faults)
     return chosen

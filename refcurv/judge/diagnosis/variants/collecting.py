@@ -250,6 +250,7 @@ def _added(
         with np.errstate(over="ignore", invalid="ignore"):
             for flow in flows(net, at, one, names):
                 _take(flow, totals, through, joint)
+                del flow  # before the next one is made
     except NonFiniteError:
         return {}
     return totals

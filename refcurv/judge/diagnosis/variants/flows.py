@@ -18,8 +18,8 @@ from refcurv.model.config import NormPlace, Residual
 from refcurv.model.layers import ACTIVATIONS, Layout
 from refcurv.model.transformer import BlockTrace, Inputs, Slope, Tap
 
-LOGITS = 2**23
-"""Logits of the sequences that go together, at most, but one sequence.  Chosen: 64 MiB."""
+LOGITS = 2**22
+"""Logits of the sequences that go together, at most, but one sequence.  Chosen: 32 MiB."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
