@@ -44,10 +44,14 @@ def test_what_was_read_last_is_kept_within_a_bound() -> None:
     assert list(kept) == ["a", "b", "c"]
     small = Recent(Lazy("a", make), 0)
     assert small["a"] is small["a"], "the last one is kept whatever its size"
+    before = small["a"]
+    small.forget()
+    assert small["a"] is not before
 
 
 def test_shapes_are_known_without_reading(tmp_path, monkeypatch) -> None:
-    made = rc.collect(MODEL, CORPUS, "**", "empirical")
+    biased = config(biases=("up",))
+    made = rc.collect(rc.Model(biased, random_parameters(biased, 3)), CORPUS, "**", "empirical")
     rc.save_factors(made, tmp_path / "f.h5")
     own = rc.load_factors(tmp_path / "f.h5")
     monkeypatch.setattr(store, "read", lambda *_, **__: pytest.fail("a matrix was read"))

@@ -60,6 +60,10 @@ class Recent(Mapping[str, Value]):
         self._shrink(1, self._most)
         return value
 
+    def forget(self) -> None:
+        """Keep none of what was read."""
+        self._kept.clear()
+
     def _shrink(self, least: int, most: float) -> None:
         """Drop what was read first, until so few are left or so many bytes."""
         while len(self._kept) > least and sum(map(_nbytes, self._kept.values())) > most:

@@ -10,6 +10,7 @@ import numpy as np
 
 from refcurv.curvature.bases import Bases
 from refcurv.curvature.factors import Factor, Factors
+from refcurv.files.lazy import Recent
 from refcurv.judge.arithmetic import Arithmetic, moment_budget
 from refcurv.judge.dump import Dump, Theirs
 from refcurv.law.checks import Array
@@ -80,6 +81,13 @@ class Case:
             kept = self.known["means"] = layer, (one.A, one.G)
         found: tuple[Array, Array] = kept[1]
         return found
+
+    def forget(self) -> None:
+        """Keep no layer in memory: what comes needs the room."""
+        self.known.pop("means", None)
+        for layers in (self.dump.layers, self.reference.layers):
+            if isinstance(layers, Recent):
+                layers.forget()
 
     def budget(self, layer: str, dtype: str, side: str = "G") -> float:
         """How far A or G of `layer` may lie from the truth; undeclared parts count as `dtype`.

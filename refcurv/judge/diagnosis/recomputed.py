@@ -126,6 +126,9 @@ def _recompute_large(
     """The best of a sample one after the other, in every layer, until one of them is enough."""
     assert case.corpus is not None
     positions, limit = int(case.corpus.label.size), few_positions(case)
+    for layer in case.matched:
+        sketched(case, layer)
+    case.forget()
     known: set[tuple[str, Setting]] = case.once("whole", set)
     wanted = [one for one in wanted if not _parts(one) <= known]
     if wanted and sampled and positions > limit:
