@@ -310,7 +310,8 @@ class Index:
                 far = (layer != seen.layer, _kind(layer) != _kind(seen.layer))
                 found.append((float(norm(diagonal - own)), *far, layer, side))
         for *_, layer, side in sorted(found)[:most]:
-            Y = self._case.means(layer)["AG".index(side)]
+            ours = self._case.ours(layer)
+            Y = ours.A if side == "A" else ours.G
             Y = np.diag(Y) if Y.ndim == 1 else Y
             if Y.shape == seen.X.shape and np.array_equal(Y, seen.X):
                 continue  # layers that read the same input
