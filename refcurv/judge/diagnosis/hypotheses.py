@@ -208,7 +208,8 @@ def _rank_one(X: Array, x: float, T: Array, t: float) -> tuple[float, Array] | N
     v = v / top
     value = float(v @ (x * (X @ v) - t * (T @ v)))
     # |D − λ v vᵀ|² = |D|² − λ², for λ = vᵀ D v
-    return (value, v) if 4 * (size - abs(value)) * (size + abs(value)) < size**2 else None
+    share = abs(value) / size
+    return (value, v) if 4 * (1 - share) * (1 + share) < 1 else None
 
 
 def _permuted(seen: Seen, heads: int | None) -> Iterator[Try]:
