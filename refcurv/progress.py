@@ -8,6 +8,13 @@ Progress = Callable[[int, int], object]
 """Called with (done, all) as work proceeds."""
 
 
+def doing(progress: Progress, what: str) -> None:
+    """Say what is being done, where the progress shows it (`refcurv.terminal.progress_bar`)."""
+    show = getattr(progress, "doing", None)
+    if show is not None:
+        show(what)
+
+
 def silent(done: int, total: int) -> None:
     """The progress of what nobody watches."""
 

@@ -132,38 +132,62 @@ def _raise_lost() -> None:
 def progress_bar(label: str) -> Callable[[int, int], None]:
     """What to call with (done, all): a bar on a terminal, a line from time to time in a log.
 
-    Proof: tests/test_cli.py::test_progress_goes_into_a_log_too
+    Its `doing` says what is being done: beside the bar, or at the end of the line.
+
+    Proof: tests/test_cli.py::test_progress_goes_into_a_log_too,
+        ::test_progress_says_what_is_being_done
     """
-    if sys.stderr is not None and sys.stderr.isatty():
-        return _bar(label)
-    begin = last = time.monotonic()
+    on_terminal = sys.stderr is not None and sys.stderr.isatty()
+    return _Bar(label) if on_terminal else _Log(label)
 
-    def update(done: int, total: int) -> None:
-        nonlocal last
+
+class _Log:
+    """A line of progress from time to time."""
+
+    def __init__(self, label: str) -> None:
+        self._label, self._what = label, ""
+        self._begin = self._last = time.monotonic()
+        self._now = (0, 0)
+
+    def __call__(self, done: int, total: int) -> None:
+        """So much is done."""
         _raise_lost()
-        now = time.monotonic()
-        if now - last >= _SECONDS:
-            last = now
-            say(f"{label}: {done:,} of {total:,} after {now - begin:,.0f} s")
+        self._now, now = (done, total), time.monotonic()
+        if now - self._last >= _SECONDS:
+            self._last = now
+            after = f"{done:,} of {total:,} after {now - self._begin:,.0f} s"
+            say(": ".join(filter(None, (self._label, after, self._what))))
 
-    return update
+    def doing(self, what: str) -> None:
+        """What is being done."""
+        self._what = what
+        self(*self._now)
 
 
-def _bar(label: str) -> Callable[[int, int], None]:
-    from tqdm import tqdm
+class _Bar:
+    """A bar, and what is being done."""
 
-    bar: Any = None
+    def __init__(self, label: str) -> None:
+        self._label = label
+        self._bar: Any = None
 
-    def update(done: int, total: int) -> None:
-        nonlocal bar
+    def __call__(self, done: int, total: int) -> None:
+        """So much is done."""
+        from tqdm import tqdm
+
         _raise_lost()
-        if bar is None:
-            bar = tqdm(total=total, desc=f"{label:>10}", file=sys.stderr)
-        bar.update(done - bar.n)
+        if self._bar is None:
+            self._bar = tqdm(total=total, desc=f"{self._label:>10}", file=sys.stderr)
+        self._bar.update(done - self._bar.n)
         if done >= total:
-            bar.close()
+            self._bar.set_postfix_str("")
+            self._bar.close()
 
-    return update
+    def doing(self, what: str) -> None:
+        """What is being done."""
+        _raise_lost()
+        if self._bar is not None:
+            self._bar.set_postfix_str(what)
 
 
 def _warn(

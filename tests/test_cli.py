@@ -23,6 +23,7 @@ from refcurv import terminal
 from refcurv.cli import main
 from refcurv.editing import variants
 from refcurv.files.disk import file_sha256
+from refcurv.progress import doing
 
 PYTHON = [sys.executable, "-m", "refcurv"]
 
@@ -583,6 +584,26 @@ def test_progress_goes_into_a_log_too(capsys, monkeypatch) -> None:
         "refcurv: collect: 3,000 of 5,000 after 31 s",
         "refcurv: collect: 5,000 of 5,000 after 62 s",
     ]
+
+
+def test_progress_says_what_is_being_done(capsys, monkeypatch) -> None:
+    """At the end of a line of the log; on a terminal beside the bar."""
+    clock = iter([0.0, 10.0, 31.0, 70.0])
+    monkeypatch.setattr(terminal, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    update = terminal.progress_bar("validate")
+    update(1, 5)
+    doing(update, "compare blocks.0.mlp.up")
+    assert capsys.readouterr().err == (
+        "refcurv: validate: 1 of 5 after 31 s: compare blocks.0.mlp.up\n"
+    )
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    update = terminal.progress_bar("validate")
+    doing(update, "nothing yet")
+    update(1, 5)
+    doing(update, "compare blocks.1.mlp.up")
+    update(5, 5)
+    assert "1/5" in (err := capsys.readouterr().err) and "compare blocks.1.mlp.up" in err
+    doing(lambda done, total: None, "who does not show it")
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 from strategies import config, random_parameters
 
 import refcurv as rc
-from refcurv.curvature.factors_file import shapes_of
+from refcurv.curvature.factors_file import parts_of, shapes_of
 from refcurv.files import store
 from refcurv.files.lazy import Lazy, Recent
+from refcurv.judge import judgement
 from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.case import Case
-from refcurv.judge.diagnosis import recomputed
+from refcurv.judge.diagnosis import hypotheses, recomputed
 from refcurv.judge.diagnosis.search import Side
 from refcurv.judge.diagnosis.variants import Setting, moments
 from refcurv.judge.diagnosis.variants.held import Held
@@ -43,15 +44,26 @@ def test_what_was_read_last_is_kept_within_a_bound() -> None:
     assert list(kept) == ["a", "b", "c"]
     small = Recent(Lazy("a", make), 0)
     assert small["a"] is small["a"], "the last one is kept whatever its size"
+    before = small["a"]
+    small.forget()
+    assert small["a"] is not before
 
 
 def test_shapes_are_known_without_reading(tmp_path, monkeypatch) -> None:
-    made = rc.collect(MODEL, CORPUS, "**", "empirical")
+    biased = config(biases=("up",))
+    made = rc.collect(rc.Model(biased, random_parameters(biased, 3)), CORPUS, "**", "empirical")
     rc.save_factors(made, tmp_path / "f.h5")
     own = rc.load_factors(tmp_path / "f.h5")
     monkeypatch.setattr(store, "read", lambda *_, **__: pytest.fail("a matrix was read"))
     assert shapes_of(own) == {n: (len(x.sum_G), len(x.sum_A)) for n, x in made.items()}
     assert shapes_of(own) == shapes_of(made)
+    assert parts_of(own) == parts_of(replace(own, layers=Recent(own.layers, 0))) == parts_of(made)
+    for name, parts in parts_of(made).items():
+        assert parts == {p for p in vars_of(made[name]) if getattr(made[name], p) is not None}
+
+
+def vars_of(one: rc.Factor) -> tuple[str, ...]:
+    return tuple(f.name for f in fields(one) if f.default is None)
 
 
 def test_held_parameters_are_the_models() -> None:
@@ -66,6 +78,7 @@ def test_held_parameters_are_the_models() -> None:
     single = held.single(mixed)
     assert single.dtype == "float32"
     assert single.parameters[names[-1]].dtype == np.float32
+    assert held.as_dtype("float32")[names[-1]].dtype == np.float32
 
 
 def test_a_sketch_is_that_of_the_matrices() -> None:
@@ -114,6 +127,74 @@ def test_a_large_model_gets_the_same_cause(monkeypatch) -> None:
     monkeypatch.setattr(recomputed, "WHOLE", 0.0)
     assert "B15" not in {fault for fault, _ in said()}, "a corpus that is too large is left alone"
     assert not any(one.setting for one in asked)
+
+
+def test_a_cause_found_on_a_sample_says_which_sequences(monkeypatch) -> None:
+    """And it is confirmed on all; what the sample does not speak for is tried there alone."""
+    tokens = np.random.default_rng(0).integers(0, CONFIG.vocabulary, (48, 9))
+    corpus = rc.Corpus(tokens)
+    truth = rc.collect(MODEL, corpus, "blocks.**", "sampled", draws=4)
+    gold = rc.collect(MODEL, corpus, "blocks.**", "empirical")
+    theirs = {name: (one.A, one.G, one.n_A) for name, one in gold.items()}
+    monkeypatch.setattr(recomputed, "ENTRIES", 1)
+    monkeypatch.setattr(recomputed, "WORK", 1.0)
+    asked: list[tuple[int, int]] = []
+    origin = recomputed.moments
+
+    def counted(case, wanted, layers, limit, **options):
+        asked.append((limit, len(wanted)))
+        return origin(case, wanted, layers, limit, **options)
+
+    monkeypatch.setattr(recomputed, "moments", counted)
+    found = rc.validate(theirs, truth, model=MODEL, corpus=corpus)
+    assert [one.fault for one in found.causes] == ["B15"]
+    assert "on 28 of 48 sequences (0, 2, 3, 5, 7, 9, 10, 12, ...), then on all" in (
+        found.causes[0].sentence
+    )
+    whole = [count for limit, count in asked if limit >= tokens.size]
+    assert whole and sum(whole) < sum(count for limit, count in asked if limit < tokens.size) / 4
+    monkeypatch.setattr(recomputed, "WHOLE", 0.0)
+    more = rc.collect(MODEL, rc.Corpus(tokens, np.zeros_like(tokens)), "blocks.**", "empirical")
+    last = {name: (more[name].A, one.G, more[name].n_A) for name, one in truth.items()}
+    left = rc.validate(last, truth, model=MODEL, corpus=corpus).excluded
+    assert any("`with last`, on 28 of 48 sequences" in text for text in left)
+
+
+def test_a_rank_of_one_is_seen_without_the_difference() -> None:
+    rng = np.random.default_rng(1)
+    v = rng.normal(size=90)
+    T = rng.normal(size=(90, 90))
+    T, one = T @ T.T, np.outer(v, v)
+    for x, t in ((1.0, 1.0), (3.0, 2.0)):
+        found = hypotheses._rank_one((t * T + one) / x, x, T, t)
+        assert found is not None and np.isclose(found[0], v @ v)
+        np.testing.assert_allclose(found[0] * np.outer(found[1], found[1]), one, atol=1e-9)
+    two = np.outer(v[::-1], v[::-1])
+    assert hypotheses._rank_one(T + one + two, 1.0, T, 1.0) is None
+    assert hypotheses._rank_one(T, 1.0, T, 1.0) is None
+
+
+def test_nothing_is_read_again_where_everything_fails(tmp_path, monkeypatch) -> None:
+    """Every layer is read for the comparison, and a few of a large model to be searched."""
+    made = rc.collect(MODEL, CORPUS, "blocks.**", "empirical")
+    rc.save_factors(made, tmp_path / "f.h5")
+    own = rc.load_factors(tmp_path / "f.h5")
+    wrong = {n: (one.A, one.G[::-1, ::-1], one.n_A) for n, one in made.items()}
+    monkeypatch.setattr(recomputed, "ENTRIES", 1)
+    monkeypatch.setattr(judgement, "ROOM", 0)
+    read: list[str] = []
+    origin = store.read
+
+    def counted(header, name, **options):
+        read.append(name)
+        return origin(header, name, **options)
+
+    monkeypatch.setattr(store, "read", counted)
+    found = rc.validate(wrong, own)
+    assert not found.passed
+    times = [read.count(f"{name}.sum_A") for name in made]
+    assert min(times) == 2, "to be compared, and for what was found to be tried"
+    assert sum(times) <= 2 * len(made) + 16
 
 
 def test_progress_ends_with_the_verdict() -> None:

@@ -16,6 +16,7 @@ from test_distance import random_three
 from test_factors import corpus_of, model_of
 
 import refcurv as rc
+from refcurv.algebra import scaling
 from refcurv.algebra.scaling import exponent, far_exponent, norm, shifted, total
 from refcurv.evaluation import bands
 from refcurv.evaluation.bands import Quantity
@@ -222,3 +223,13 @@ def test_errors_of_draws_whose_squares_vanish_are_not_known() -> None:
         got = rc.collect(m, corpus_of(one), "blocks.1.mlp.down", draws=3)["blocks.1.mlp.down"]
         assert 0 < np.abs(got.sum_G).max() < (math.inf if known else 1e-165)
         assert (got.error_G is not None, got.error_trace_G is not None) == (known, known)
+
+
+@pytest.mark.parametrize("power", [0, *FAR])
+def test_a_difference_is_measured_a_few_rows_at_a_time(power: int, monkeypatch) -> None:
+    X, Y = np.ldexp(np.random.default_rng(0).normal(size=(2, 40, 30)), power)
+    whole = scaling.apart(X, Y, 3.0)
+    assert whole == scaling.norm(X / 3.0 - Y), "a small one is made"
+    monkeypatch.setattr(scaling, "_AT_ONCE", 100)
+    assert math.isclose(scaling.apart(X, Y, 3.0), whole, rel_tol=1e-14)
+    assert scaling.apart(X[:0], Y[:0]) == 0.0

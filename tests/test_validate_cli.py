@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import numpy as np
 import pytest
 from strategies import config, random_parameters
@@ -118,3 +120,18 @@ def test_no_output_lies_in_their_folder(refused, folder):
 
 def test_an_empty_path_is_no_path(refused):
     assert refused(*REFERENCE, "--model", "", "--corpus", "c.h5")
+
+
+def test_an_interrupt_in_the_middle_leaves_one_line_and_no_file(folder, monkeypatch, capsys):
+    """Ctrl-C while a layer is compared, and while a cause is looked for."""
+    monkeypatch.chdir(folder)
+    wrong = arrays(rc.load_factors("f.h5"))
+    np.savez("wrong.npz", **{k: x[::-1] if k.endswith("/G") else x for k, x in wrong.items()})
+    for where in ("judgement._layer", "diagnosis.procedure.look"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"refcurv.judge.{where}", lambda *_, **__: signal.raise_signal(2))
+            given = ("wrong.npz", "--reference", "f.h5", "--json", "v.json", "--html", "v.html")
+            assert main(["validate", *given]) == 130, where
+        err = capsys.readouterr().err
+        assert err.startswith("refcurv: interrupted") and "Traceback" not in err
+        assert not [x for x in folder.iterdir() if x.name.startswith(("v.", ".refcurv"))]

@@ -12,7 +12,7 @@ from refcurv.curvature.factors import Factor, Factors
 from refcurv.files import store
 from refcurv.files.digest import recorded
 from refcurv.files.disk import WRITING, machine_faults
-from refcurv.files.lazy import Lazy
+from refcurv.files.lazy import Lazy, Recent
 from refcurv.law.checks import (
     SchemaError,
     require_choice,
@@ -105,11 +105,36 @@ def load_factors(path: str | Path) -> Factors:
 
 def shapes_of(factors: Factors) -> dict[str, tuple[int, int]]:
     """(O, I) of every layer; of factors that lie in a file no matrix is read for it."""
-    header = factors.source.get("header") if isinstance(factors.layers, Lazy) else None
+    header = _header(factors)
     if header is not None:
         at = header.entries
         return {n: (at[f"{n}.sum_G"].shape[0], at[f"{n}.sum_A"].shape[0]) for n in factors}
     return {name: (len(one.sum_G), len(one.sum_A)) for name, one in factors.items()}
+
+
+def parts_of(factors: Factors) -> dict[str, frozenset[str]]:
+    """Which optional fields of `Factor` a layer has; of factors in a file no matrix is read."""
+    header, optional = _header(factors), ("sum_a", *_ERRORS)
+    if header is None:
+        return {
+            name: frozenset(part for part in optional if getattr(one, part) is not None)
+            for name, one in factors.items()
+        }
+    return {
+        name: frozenset(
+            part
+            for part in optional
+            if f"{name}.{part}" in header.entries
+            or part in header.entries[f"{name}.sum_G"].attributes
+        )
+        for name in factors
+    }
+
+
+def _header(factors: Factors) -> store.Header | None:
+    """Of the file that the layers are read from as they are asked for; None of others."""
+    layers = factors.layers.base if isinstance(factors.layers, Recent) else factors.layers
+    return factors.source.get("header") if isinstance(layers, Lazy) else None
 
 
 def _seed(where: str, text: str) -> int:

@@ -45,15 +45,29 @@ class Recent(Mapping[str, Value]):
         self._base, self._most = base, most
         self._kept: dict[str, Value] = {}
 
+    @property
+    def base(self) -> Mapping[str, Value]:
+        """What values are read from."""
+        return self._base
+
     def __getitem__(self, name: str) -> Value:
         if name in self._kept:
             value = self._kept.pop(name)
         else:
+            self._shrink(0, self._most / 2)  # what is read needs room too
             value = self._base[name]
         self._kept[name] = value
-        while len(self._kept) > 1 and sum(map(_nbytes, self._kept.values())) > self._most:
-            del self._kept[next(iter(self._kept))]
+        self._shrink(1, self._most)
         return value
+
+    def forget(self) -> None:
+        """Keep none of what was read."""
+        self._kept.clear()
+
+    def _shrink(self, least: int, most: float) -> None:
+        """Drop what was read first, until so few are left or so many bytes."""
+        while len(self._kept) > least and sum(map(_nbytes, self._kept.values())) > most:
+            del self._kept[next(iter(self._kept))]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._base)

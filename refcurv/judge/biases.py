@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from refcurv.curvature.factors_file import parts_of
 from refcurv.judge.case import Case
 from refcurv.judge.compare import said
 from refcurv.judge.verdict import FAIL, Comparison
@@ -28,11 +29,12 @@ def with_biases(case: Case) -> tuple[Case, list[Comparison]]:
     """
     bias = case.dump.declared.get("bias")
     declared = bias == Bias.JOINT
-    joint, without = [], []
+    joint, without, parts = [], [], parts_of(case.reference)
     for layer in case.matched:
-        one = case.reference[layer]
-        if one.sum_a is None:
+        if "sum_a" not in parts[layer]:
             continue
+        one = case.reference[layer]
+        assert one.sum_a is not None
         width, plain = _width(case, layer), len(one.sum_a)
         if width == plain + 1 or _swapped(case, layer):
             joint.append(layer)

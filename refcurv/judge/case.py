@@ -10,8 +10,10 @@ import numpy as np
 
 from refcurv.curvature.bases import Bases
 from refcurv.curvature.factors import Factor, Factors
+from refcurv.files.lazy import Recent
 from refcurv.judge.arithmetic import Arithmetic, moment_budget
 from refcurv.judge.dump import Dump, Theirs
+from refcurv.law.checks import Array
 from refcurv.law.tolerance import eps
 from refcurv.model.corpus import Corpus
 from refcurv.model.weights import Model
@@ -35,7 +37,7 @@ class Case:
         noise: our layer → what one draw of labels for all rows varies by, where the reference does
             not tell: standard deviations of G over |G|, and of tr G over tr G.
         joint: layers of ours that are judged with their bias as last column (BIAS).
-        known: what `once` found out.
+        known: what `once` found out. say: called with what is being done.
     """
 
     dump: Dump
@@ -48,6 +50,7 @@ class Case:
     noise: Mapping[str, tuple[float, float]] | None = None
     joint: Set[str] = frozenset()
     known: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
+    say: Callable[[str], object] = field(default=lambda _: None, compare=False, repr=False)
 
     def once(self, key: Hashable, make: Callable[[], Value]) -> Value:
         """What `make` gives, which is asked once; no matrix of a layer."""
@@ -68,6 +71,23 @@ class Case:
         column = one.sum_a[:, None]
         sum_A = np.block([[one.sum_A, column], [column.T, np.full((1, 1), float(one.n_A))]])
         return replace(one, sum_A=sum_A, sum_a=None)
+
+    def means(self, layer: str) -> tuple[Array, Array]:
+        """A and G of `ours`; those of the layer that was asked for last are kept."""
+        kept = self.known.get("means")
+        if kept is None or kept[0] != layer:
+            self.known.pop("means", None)  # not two at a time
+            one = self.ours(layer)
+            kept = self.known["means"] = layer, (one.A, one.G)
+        found: tuple[Array, Array] = kept[1]
+        return found
+
+    def forget(self) -> None:
+        """Keep no layer in memory: what comes needs the room."""
+        self.known.pop("means", None)
+        for layers in (self.dump.layers, self.reference.layers):
+            if isinstance(layers, Recent):
+                layers.forget()
 
     def budget(self, layer: str, dtype: str, side: str = "G") -> float:
         """How far A or G of `layer` may lie from the truth; undeclared parts count as `dtype`.

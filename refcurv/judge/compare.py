@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from refcurv.algebra.scaling import norm
+from refcurv.algebra.scaling import apart, norm
 from refcurv.curvature.factors import Factor
 from refcurv.judge.arithmetic import ROUNDOFF
 from refcurv.judge.case import Case
@@ -64,10 +64,10 @@ def measure(theirs: Array, ours: Array, n_theirs: float | None, n_ours: int) -> 
     tr_theirs, tr_ours = float(np.trace(theirs)), float(np.trace(ours))
     size = float(norm(ours))
     if size:
-        whole = float(norm(theirs - ours)) / size
+        whole = apart(theirs, ours) / size
     if tr_ours > 0 and 0 < tr_theirs < math.inf:
         ratio = tr_theirs / tr_ours
-        form = float(norm(theirs / ratio - ours)) / size
+        form = apart(theirs, ours, ratio) / size
     return Measured(form, ratio, whole, rows)
 
 
@@ -78,13 +78,14 @@ def compare_moments(bounds: Bounds, theirs: Theirs) -> tuple[list[Comparison], d
         ::test_a_factor_is_measured_and_fails
     """
     case, layer, ours = bounds.case, bounds.layer, bounds.case.ours(bounds.layer)
+    A, G = case.means(layer)
     other = any(getattr(theirs, part) is not None for part in ("U_A", "U_G", "mask", "W"))
     drawn = {"A": 0.0, "G": bounds.drawing.norm}
     out: list[Comparison] = []
     found: dict[str, Measured] = {}
     for side, given, n_theirs, own, n_ours in (
-        ("A", theirs.A, theirs.n_A, ours.A, ours.n_A),
-        ("G", theirs.G, theirs.n_G, ours.G, ours.n_G),
+        ("A", theirs.A, theirs.n_A, A, ours.n_A),
+        ("G", theirs.G, theirs.n_G, G, ours.n_G),
     ):
         true = np.diag(own) if own.ndim == 1 else own  # of a table
         if given is None:
@@ -170,8 +171,8 @@ def _scales(bounds: Bounds, found: dict[str, Measured]) -> list[Comparison]:
     if set(found) != {"A", "G"}:
         return []
     layer, free = bounds.layer, bounds.case.dump.scale_free
-    ours = bounds.case.ours(layer)
-    zero = [found[side].ratio for side, M in (("A", ours.A), ("G", ours.G)) if not M.any()]
+    A, G = bounds.case.means(layer)
+    zero = [found[side].ratio for side, M in (("A", A), ("G", G)) if not M.any()]
     # where A or G is 0 in both so is K, whatever the other one's scale is
     product = zero[0] if zero else found["A"].ratio * found["G"].ratio
     if free:
@@ -180,7 +181,7 @@ def _scales(bounds: Bounds, found: dict[str, Measured]) -> list[Comparison]:
         return [said(layer, "tr A · tr G", LEFT_OUT, cause)]
     cause = f"theirs is ours {_times(product)}"
     share, level = bounds.drawing, bounds.case.arithmetic.stored or "float64"
-    if found["G"].form < min(bounds.case.budget(layer, "float32"), _tells(ours.G, share)):
+    if found["G"].form < min(bounds.case.budget(layer, "float32"), _tells(G, share)):
         share = Drawing(0.0, 0.0)  # then no label differs
     # the size of an error in scale tells a dtype only where the form tells the same
     worst = max(one.form for one in found.values())
@@ -329,7 +330,7 @@ def drawing(case: Case, layer: str, n_G: float | None) -> Drawing:
 
 def one_draw(one: Factor, draws: int) -> tuple[float, float] | None:
     """Standard deviations by one draw of all rows: of G over |G|, and of tr G over tr G."""
-    size, trace = float(norm(one.G)), float(np.trace(one.G))
+    size, trace = float(norm(one.sum_G)) / one.n_G, float(np.trace(one.sum_G)) / one.n_G
     if one.error_G is None or one.error_trace_G is None or not size or not trace:
         return None
     root = math.sqrt(draws)

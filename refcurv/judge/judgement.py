@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from refcurv.curvature.bases import Bases
 from refcurv.curvature.bases_file import load_bases
 from refcurv.curvature.eigenbasis import Eigenbasis
 from refcurv.curvature.factors import Factors, collect
-from refcurv.curvature.factors_file import load_factors, shapes_of
+from refcurv.curvature.factors_file import load_factors, parts_of, shapes_of
 from refcurv.files.lazy import Recent
 from refcurv.judge.arithmetic import ROUNDOFF, Arithmetic, parse
 from refcurv.judge.bases import Before, basis_of, before, compare_bases
@@ -27,7 +28,7 @@ from refcurv.judge.compare import Bounds, Measured, compare_moments, drawing, on
 from refcurv.judge.corrections import compare_corrections
 from refcurv.judge.declared import as_number, require_declared
 from refcurv.judge.diagnosis.causes import with_named
-from refcurv.judge.diagnosis.procedure import diagnose
+from refcurv.judge.diagnosis.procedure import diagnose, remember
 from refcurv.judge.diagnosis.recomputed import few_positions, is_large
 from refcurv.judge.diagnosis.search import spread
 from refcurv.judge.diagnosis.variants.collecting import held
@@ -41,7 +42,7 @@ from refcurv.judge.masks import compare_mask
 from refcurv.judge.pictures import Picture
 from refcurv.judge.pictures import pictures as draw
 from refcurv.judge.truths import Truths
-from refcurv.judge.verdict import FAIL, LEFT_OUT, MISSING, Comparison, Verdict
+from refcurv.judge.verdict import FAIL, LEFT_OUT, MISSING, PASS, Comparison, Verdict
 from refcurv.law.checks import (
     Array,
     ConventionError,
@@ -50,11 +51,12 @@ from refcurv.law.checks import (
     first_names,
     require_choice,
 )
+from refcurv.law.conventions import Fisher
 from refcurv.model.corpus import Corpus
 from refcurv.model.part import part_of
 from refcurv.model.patterns import expand
 from refcurv.model.weights import Model
-from refcurv.progress import Progress, counter, silent
+from refcurv.progress import Progress, counter, doing, silent
 
 Theirs = str | Path | Factors | Mapping[str, Any] | Dump
 """A file or folder, or in memory: Factors, {layer: (A, G, n)}, or what was read already."""
@@ -127,7 +129,8 @@ def validate(
         raise _nothing_in_common(dump.layers, wanted, notes)
     bases = load_bases(basis) if isinstance(basis, str | Path) else basis
     require_together(truth, model, corpus, bases)
-    case = Case(dump, truth, matched, given, model, corpus, bases)
+    say = partial(doing, progress)
+    case = Case(dump, truth, matched, given, model, corpus, bases, say=say)
     case, biases = with_biases(replace(case, noise=_noise(case)))
     findings = [*_otherwise(case), *(said("", "dump", FAIL, text) for text in dump.problems)]
     findings += [*notes, *_absent(case, wanted, {note.layer for note in notes}), *biases]
@@ -135,8 +138,11 @@ def validate(
     done, truths = counter(progress, 2 * len(matched)), Truths(case)
     with one_blas_thread(), np.errstate(over="ignore", invalid="ignore"):  # theirs may be huge
         for layer in matched:
+            say(f"compare {layer}")
             found, measured[layer] = _layer(case, layer, truths)
             findings += found
+            if any(one.verdict not in (PASS, LEFT_OUT) for one in found):
+                remember(case, layer)  # while it is in memory
             done()
         _require_compared(findings)
         known, excluded, findings = diagnose(case, findings, measured, done)
@@ -308,13 +314,22 @@ SAMPLE = 4096
 """Positions of which a collection finds out how much drawing labels changes."""
 
 
+def _untold(case: Case) -> list[str]:
+    """Layers of which nothing tells how much drawing labels changes."""
+    drawn = case.reference.fisher not in (Fisher.EMPIRICAL, Fisher.EXPECTED)
+    told = parts_of(case.reference) if drawn else {}
+    enough = {"error_G", "error_trace_G"}
+    left = [name for name in case.matched if not enough <= told.get(name, frozenset())]
+    return [name for name in left if math.isnan(drawing(case, name, None).norm)]
+
+
 def _noise(case: Case) -> dict[str, tuple[float, float]] | None:
     """`Case.noise`, from eight draws on a few sequences; of a large model, on LAYERS layers too.
 
     The other layers are then taken to vary as much as the one of these that varies most.
     """
     model, corpus = case.model, case.corpus
-    unknown = [n for n in case.matched if math.isnan(drawing(case, n, None).norm)]
+    unknown = _untold(case)
     if model is None or corpus is None or not unknown:
         return None
     some, positions, at_once = unknown, SAMPLE, None
@@ -322,6 +337,7 @@ def _noise(case: Case) -> dict[str, tuple[float, float]] | None:
         some, positions, at_once = spread(unknown, LAYERS), few_positions(case), 1
         model = held(case).single(model)
     few = part_of(corpus, slice(0, max(1, positions // corpus.label.shape[1])))
+    case.say(f"how much drawing labels changes, on {len(few.label)} sequences")
     rows, draws = case.reference.rows, 8
     drawn = collect(
         model, few, ",".join(some), "sampled", draws=draws, rows=rows, in_flight=at_once

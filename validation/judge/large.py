@@ -75,6 +75,9 @@ SUBJECTS = (
     Subject("drawn.npz", "right, with model and corpus", None, recomputed=True),
     Subject("gold.npz", "labels of the corpus", "B15", recomputed=True),
     Subject("last.npz", "A with the last position", "B27", recomputed=True),
+    Subject("reduce.npz", "K-FAC reduce", "B36", recomputed=True),
+    Subject("next.npz", "of the next block", "B38", recomputed=True),
+    Subject("short.npz", "sums in bfloat16", "B58", recomputed=True),
 )
 
 # ------------------------------------------------------------------ references
@@ -180,7 +183,7 @@ def make_dump(folder: Path, size: bench.Size, file: str) -> Record:
     import refcurv as rc
 
     path = folder / file
-    if file in ("drawn.npz", "gold.npz", "last.npz"):
+    if file in [one.file for one in SUBJECTS if one.recomputed]:
         write_npz(path, collected(folder, file.removesuffix(".npz")))
         return {}
     if file == "basis.npz":
@@ -223,25 +226,36 @@ def planted(factors: rc.Factors, fault: str, size: bench.Size) -> Iterator[tuple
 
 
 def collected(folder: Path, kind: str) -> Iterator[tuple[str, Any]]:
-    """As another program collects in float32: as we do, with gold labels, or with one more row."""
+    """As another program collects in float32: as we do, but for what `kind` says."""
     import numpy as np
 
     import refcurv as rc
+    from refcurv.curvature.estimators import reduce
+    from refcurv.judge.diagnosis.variants.networks import rounded
 
     model, corpus = rc.load(folder / "w.h5", dtype="float32"), rc.load_corpus(folder / "c.h5")
     fisher, draws = ("empirical", 1) if kind == "gold" else ("sampled", 2)
-    factors = rc.collect(model, corpus, bench.LAYERS, fisher, draws=draws, in_flight=1)
-    more = None
+    collect = reduce if kind == "reduce" else rc.collect
+    factors = collect(model, corpus, bench.LAYERS, fisher, draws=draws, in_flight=1)
+    inputs: rc.Factors = factors
     if kind == "last":
-        every = np.full(corpus.tokens.shape, 0)
-        labelled = rc.Corpus(corpus.tokens, every)
-        more = rc.collect(model, labelled, bench.LAYERS, "empirical", in_flight=1)
-    for name, one in factors.items():
-        A, n_A = (one.A, one.n_A) if more is None else (more[name].A, more[name].n_A)
-        yield from ((f"{name}/A", A), (f"{name}/G", one.G))
-        yield from ((f"{name}/n_A", n_A), (f"{name}/n_G", one.n_G))
-    yield "fisher", fisher if kind != "gold" else "sampled"
-    yield "draws", 2 if kind != "gold" else 1
+        labelled = rc.Corpus(corpus.tokens, np.full(corpus.tokens.shape, 0))
+        inputs = rc.collect(model, labelled, bench.LAYERS, "empirical", in_flight=1)
+    for name in factors:
+        read = following(name, list(factors)) if kind == "next" else name
+        A, G, n_A, n_G = inputs[read].A, factors[read].G, inputs[read].n_A, factors[read].n_G
+        if kind == "short":
+            A, G = rounded(A, "bfloat16"), rounded(G, "bfloat16")
+        yield from ((f"{name}/A", A), (f"{name}/G", G), (f"{name}/n_A", n_A), (f"{name}/n_G", n_G))
+    yield "fisher", "sampled"
+    yield "draws", draws
+
+
+def following(name: str, names: list[str]) -> str:
+    """The layer of this kind in the next block; of the last block in the first."""
+    block, kind = name.split(".")[1], name.rpartition(".")[2]
+    own = [one for one in names if one.endswith(kind)]
+    return own[([one.split(".")[1] for one in own].index(block) + 1) % len(own)]
 
 
 def write_npz(path: Path, arrays: Iterator[tuple[str, Any]]) -> None:

@@ -12,7 +12,7 @@ from functools import partial
 
 import numpy as np
 
-from refcurv.algebra.scaling import norm
+from refcurv.algebra.scaling import apart, norm
 from refcurv.judge.case import Case
 from refcurv.law.checks import Array
 from refcurv.model.config import NormPlace
@@ -81,19 +81,19 @@ def fitted(T: Array, Y: Array) -> tuple[float, float]:
         r = float(np.vdot(T, Y)) / size**2
     else:
         r = float(np.vdot(T / size, Y / size))
-    return (float(norm(T / r - Y)) / size, r) if r > 0 else (np.inf, r)
+    return (apart(T, Y, r) / size, r) if r > 0 else (np.inf, r)
 
 
 def see(case: Case, layer: str) -> dict[str, Seen]:
     """Both sides of a layer, whatever their shape; without what a dump has not."""
-    theirs, ours = case.theirs(layer), case.ours(layer)
+    theirs, ours, (A, G) = case.theirs(layer), case.ours(layer), case.means(layer)
     out = {}
     mean = None if ours.sum_a is None else ours.sum_a / ours.n_A
     if layer in case.joint:
         mean = ours.A[:, -1]  # of [a; 1]
     for side, T, X, n_T, n_X, m in (
-        ("A", theirs.A, ours.A, theirs.n_A, ours.n_A, mean),
-        ("G", theirs.G, ours.G, theirs.n_G, ours.n_G, None),
+        ("A", theirs.A, A, theirs.n_A, ours.n_A, mean),
+        ("G", theirs.G, G, theirs.n_G, ours.n_G, None),
     ):
         if T is not None:
             joint = side == "A" and layer in case.joint
@@ -198,7 +198,7 @@ def _centred(seen: Seen) -> Iterator[Try]:
             yield Try(("B45",), "without the mean, before the column of ones was added", Y)
         return
     for r in (1.0, seen.n_X / max(seen.n_X - 1, 1)):
-        found = _rank_one(seen.X - seen.T / r)
+        found = _rank_one(seen.X, 1.0, seen.T, 1 / r)
         if found is not None and found[0] > 0:
             Y = seen.X - found[0] * np.outer(found[1], found[1])
             yield Try(("B45",), "a matrix of rank one is missing", Y)
@@ -208,7 +208,7 @@ def _one_row(seen: Seen) -> Iterator[Try]:
     """The sums differ by one direction, and the counts differ: a row that is always the same."""
     if seen.n_T is None or seen.n_T == seen.n_X or seen.side != "A":
         return
-    found = _rank_one(seen.n_T * seen.T - seen.n_X * seen.X)
+    found = _rank_one(seen.T, seen.n_T, seen.X, seen.n_X)
     if found is None or (found[0] > 0) != (seen.n_T > seen.n_X):
         return
     Y = (seen.n_X * seen.X + found[0] * np.outer(found[1], found[1])) / seen.n_T
@@ -217,21 +217,31 @@ def _one_row(seen: Seen) -> Iterator[Try]:
     yield Try(("B49",), note, Y, ("B27", "B28") if found[0] > 0 else ("B20",))
 
 
-def _rank_one(D: Array) -> tuple[float, Array] | None:
-    """(λ, v) of the eigenvalue of D that is largest in magnitude, if D is about λ v vᵀ."""
-    size = float(norm(D))
-    if len(D) < 3 or not size or not np.isfinite(size):
+def _rank_one(X: Array, x: float, T: Array, t: float) -> tuple[float, Array] | None:
+    """(λ, v) of the eigenvalue of D = x X − t T that is largest in magnitude, if D is about λ v vᵀ.
+
+    D itself is not made.
+    """
+    size = t * apart(X, T, t / x)
+    if len(X) < 3 or not size or not np.isfinite(size):
         return None
-    v = D[:, np.argmax((D * D).sum(axis=0))]
+    squares = np.zeros(len(X))
+    for k in range(0, len(X), 64):
+        D = x * X[k : k + 64] - t * T[k : k + 64]
+        squares += (D * D).sum(axis=0)
+    widest = np.argmax(squares)
+    v = x * X[:, widest] - t * T[:, widest]
     for _ in range(4):
         v = v / norm(v)
-        v = D @ v
+        v = x * (X @ v) - t * (T @ v)
     top = float(norm(v))
     if not top:
         return None
     v = v / top
-    value = float(v @ D @ v)
-    return (value, v) if float(norm(D - value * np.outer(v, v))) < size / 2 else None
+    value = float(v @ (x * (X @ v) - t * (T @ v)))
+    # |D − λ v vᵀ|² = |D|² − λ², for λ = vᵀ D v
+    share = abs(value) / size
+    return (value, v) if 4 * (1 - share) * (1 + share) < 1 else None
 
 
 def _permuted(seen: Seen, heads: int | None) -> Iterator[Try]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 from refcurv.judge.biases import A_COLUMN, NO_COLUMN
 from refcurv.judge.case import Case
@@ -19,9 +20,30 @@ from refcurv.judge.diagnosis import precision, scales
 from refcurv.judge.diagnosis.amounts import fit
 from refcurv.judge.diagnosis.causes import made
 from refcurv.judge.diagnosis.faults import FAULTS
-from refcurv.judge.diagnosis.hypotheses import Index, states
-from refcurv.judge.diagnosis.recomputed import cost, is_large, joined, partners, recompute, stages
-from refcurv.judge.diagnosis.search import PLAIN, Chosen, Idea, Side, ladder, look, rest, spread
+from refcurv.judge.diagnosis.hypotheses import Index, diagonals, see, states
+from refcurv.judge.diagnosis.recomputed import (
+    cost,
+    is_large,
+    joined,
+    partners,
+    recompute,
+    sketched,
+    stages,
+    top,
+)
+from refcurv.judge.diagnosis.search import (
+    FEW,
+    PLAIN,
+    SAMPLE,
+    Chosen,
+    Idea,
+    Side,
+    ladder,
+    look,
+    ours,
+    rest,
+    spread,
+)
 from refcurv.judge.diagnosis.signs import signs
 from refcurv.judge.diagnosis.unknown import remainder
 from refcurv.judge.diagnosis.variants import Setting, combined
@@ -90,6 +112,18 @@ def _speaks(cause: Cause, one: Comparison) -> bool:
     return wrong and one.layer in cause.layers and one.quantity in cause.quantities
 
 
+def remember(case: Case, layer: str) -> None:
+    """Find out, of a layer that is in memory, what does not need all of it later."""
+    case.counts(layer)
+    states(case, layer)
+    ours(case, layer)
+    case.once(("diagonals", layer), partial(diagonals, case, layer))
+    for side in see(case, layer) if is_large(case) else ():
+        precision.short_sums(case, layer, side)
+    if is_large(case) and case.model is not None and case.corpus is not None:
+        sketched(case, layer)
+
+
 def _prepare(case: Case, found: Mapping[str, Side], index: Index, done: Callable[[], None]) -> None:
     """What no fault leaves, in every layer."""
     for layer in case.matched:
@@ -97,7 +131,8 @@ def _prepare(case: Case, found: Mapping[str, Side], index: Index, done: Callable
         for side, state in states(case, layer).items():
             if state.filled and state.finite:
                 found[side].ladders[layer] = ladder(case, layer, side, n_G)
-        look(case, [layer], found, index, ())
+        for side, left in ours(case, layer).items():
+            found[side].add(PLAIN, layer, left)
         done()
 
 
@@ -112,12 +147,13 @@ def _search(case: Case, side: Side, found: Mapping[str, Side], index: Index) -> 
             layers += [x for x in scaled if _changes_scale(known[x])]
         if not layers:
             return
-        sample = spread(layers)
+        sample = spread(layers, FEW if is_large(case) else SAMPLE)
         look(case, sample, found, index, sides=side.side)
         chosen = _chosen(case, side, found, sample, known)
         if chosen is None:
             return
-        _verify(case, side.side, found, index, chosen.idea, list(rest(layers, sample)))
+        more = list(rest(layers, side.table[chosen.idea]))
+        _verify(case, side.side, found, index, chosen.idea, more)
         free = {x: {*chosen.faults} <= {*known[x].faults} for x in layers}
         every = {
             x: side.table[chosen.idea][x]
@@ -158,8 +194,8 @@ def _by_counts(
     named = scales.explain(seen, scales.Counts.of(case)) + scales.counted(seen)
     if all(one.fault not in (None, "B82") for one in named):
         return
-    sample = spread(layers)
-    recompute(case, found, sample, next(stages(case, side.side)))
+    sample = spread(layers, FEW if is_large(case) else SAMPLE)
+    recompute(case, found, sample, next(stages(case, side.side)), sampled=False)
     if side.side == "G" and not found["A"].chosen:
         if all(side.rank(x, side.plain(x)) >= side.ladders[x].by_drawing for x in layers):
             return  # drawing explains any other rows of G alone as well
@@ -245,10 +281,12 @@ def _chosen(
         if _soft(side, layers):
             wanted = [s for s in stage if not s.network and (small or s.labels in GOLD)]
         recompute(case, found, layers, [*wanted, *joined(partner, wanted)])
-        if number == 0 and not _soft(side, layers):
-            weigh(case, found, side.side, layers)
-        tried += wanted
         chosen = side.choose(layers, faults)
+        late = is_large(case)  # there it costs a pass over all sequences
+        if number == late and not _soft(side, layers) and not (late and _exact(side, chosen)):
+            weigh(case, found, side.side, top(case, layers))
+            chosen = side.choose(layers, faults)
+        tried += wanted
         if number == 1 and side.side == "G" and not (_exact(side, chosen) or _soft(side, layers)):
             fit(case, found, layers, partner)
             remainder(case, found, layers)
@@ -260,7 +298,9 @@ def _chosen(
             if idea.setting
         )
         ideas = list(side.table)
-        firsts = [setting for _, k in best[:3] if (setting := ideas[k].setting)]
+        firsts = [
+            setting for _, k in best[: 1 if is_large(case) else 3] if (setting := ideas[k].setting)
+        ]
         recompute(case, found, layers, joined(firsts, tried))
         if side.side == "G":
             fit(case, found, layers, firsts[:1])
@@ -482,6 +522,17 @@ def _excluded(found: Mapping[str, Side]) -> Iterator[str]:
                 tried[text] = min(*errors, tried.get(text, math.inf))
     for text, error in sorted(tried.items(), key=lambda pair: pair[1]):
         yield f"{text}: leaves {error:.2g} or more"
+    for side in found.values():
+        if side.unexplained():
+            yield from _sampled(side)
+
+
+def _sampled(side: Side) -> Iterator[str]:
+    """What was tried on a few sequences alone, and the share of the error that it left there."""
+    for idea, (share, words) in sorted(side.sampled.items(), key=lambda pair: pair[1]):
+        if idea not in side.table:
+            names = " and ".join(f"{id} ({FAULTS[id].name})" for id in idea.faults)
+            yield f"{side.side}, {names}: {words}: leaves {share:.0%} of the error"
 
 
 def _told(findings: Sequence[Comparison], causes: Sequence[Cause]) -> list[Comparison]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache, partial
 
 import numpy as np
 
+from refcurv.curvature.factors_file import shapes_of
 from refcurv.judge.case import Case
 from refcurv.judge.diagnosis.hypotheses import Left, Seen, fitted, see
 from refcurv.judge.diagnosis.search import Idea, Side, usable
@@ -20,7 +22,9 @@ from refcurv.judge.diagnosis.variants import (
     moments,
     settings,
 )
+from refcurv.judge.diagnosis.variants.collecting import sample
 from refcurv.law.checks import Array
+from refcurv.model.config import TABLES
 
 SIDES: Mapping[str, tuple[str, ...]] = {
     "A": ("rows_A", "pooling_A", "tensor_A", "count", "text", "token", "network", "pads"),
@@ -33,7 +37,7 @@ ENTRIES = 2**26
 """Numbers in the sums of one run, at most: half a gigabyte."""
 
 WORK = 2.0**35
-"""Parameters times positions of a run on a sample, at most.  Chosen: seconds on two cores."""
+"""Parameters times positions of a run on a sample, at most.  Chosen: a second or two."""
 
 WHOLE = 2.0**38
 """Parameters times positions of a run on the whole corpus, at most.  Chosen: half a minute."""
@@ -41,8 +45,15 @@ WHOLE = 2.0**38
 WIDTH = 64
 """Columns on each side of a sketch.  Chosen: its norms are within a fifth of the matrices'."""
 
-PROMISING = 0.9
-"""What a sample must leave of an error for a run on all.  Chosen: the rest is noise."""
+PROMISING = 0.97
+"""What a sample must leave of an error for a run on all.
+
+Chosen. Where sequences differ independently, what the right setting changes in a share s of them
+leaves √(1 − s) of the error: 0.96 where s is a twelfth, and WHOLE allows no smaller one.
+"""
+
+NAMED = 8
+"""Sequences of a sample that are named."""
 
 BEST = 4
 """Of what was tried on some sequences, so many are tried on all of them."""
@@ -82,25 +93,73 @@ def joined(base: Sequence[Setting], others: Iterable[Setting]) -> list[Setting]:
 
 
 def recompute(
-    case: Case, found: Mapping[str, Side], layers: Sequence[str], wanted: Sequence[Setting]
+    case: Case,
+    found: Mapping[str, Side],
+    layers: Sequence[str],
+    wanted: Sequence[Setting],
+    sampled: bool = True,
 ) -> None:
-    """Enter what each setting leaves in these layers: all of it, or the best of a sample."""
+    """Enter what each setting leaves in these layers: all of it, or the best of a sample.
+
+    Args: sampled: is a sample enough to leave a setting out?
+    """
     assert case.model is not None and case.corpus is not None
     if not wanted or not layers:
         return
-    positions, large, limit = extent(case), is_large(case), few_positions(case)
-    groups = [list(wanted)]
-    if positions > limit and (not large or len({one.run for one in wanted}) > 1):
-        wanted = _best(case, found, _top(layers) if large else layers, wanted, limit)
-        runs = dict.fromkeys(one.run for one in wanted)
-        groups = [[one for one in wanted if one.run == run] for run in runs] if large else [wanted]
-    if positions > MOST or (large and cost(case) > WHOLE):
+    if is_large(case):
+        _recompute_large(case, found, layers, wanted, sampled)
         return
-    for group in groups:
-        for side, layer, idea, left in _lefts(case, layers, group, positions):
-            found[side].add(idea, layer, left)
-        if large and _enough(found, layers, group):
+    positions, limit = extent(case), few_positions(case)
+    if positions > limit:
+        wanted = _best(case, found, layers, wanted, limit)
+    if positions > MOST:
+        return
+    for side, layer, idea, left in _lefts(case, layers, wanted, positions):
+        found[side].add(idea, layer, left)
+
+
+def _recompute_large(
+    case: Case,
+    found: Mapping[str, Side],
+    layers: Sequence[str],
+    wanted: Sequence[Setting],
+    sampled: bool,
+) -> None:
+    """The best of a sample one after the other, in every layer, until one of them is enough."""
+    assert case.corpus is not None
+    positions, limit = extent(case), few_positions(case)
+    for layer in case.matched:
+        sketched(case, layer)
+    case.forget()
+    known: set[tuple[str, Setting]] = case.once("whole", set)
+    wanted = [one for one in wanted if not _parts(one) <= known]
+    if wanted and sampled and positions > limit:
+        wanted = _best(case, found, top(case, layers), wanted, limit)
+    if positions > MOST or cost(case) > WHOLE:
+        return
+    told = f", first on {sequences(case, limit)}, then on all" if positions > limit else ""
+    every = [x for x in case.matched if any(x in side.ladders for side in found.values())]
+    for run in dict.fromkeys(one.run for one in wanted):
+        group = [one for one in wanted if one.run == run]
+        for side, layer, idea, left in _lefts(case, every, group, positions):
+            found[side].add(idea, layer, replace(left, note=left.note + told))
+        known.update(*map(_parts, group))
+        if _enough(found, layers, group):
             return
+
+
+def _parts(setting: Setting) -> set[tuple[str, Setting]]:
+    """What of a setting decides A, and what decides G."""
+    return {(side, own) for side in SIDES if (own := part(setting, side)).faults}
+
+
+def sequences(case: Case, limit: int) -> str:
+    """Which sequences a sample is made of, counted from 0: "2 of 8 sequences (0, 7)"."""
+    assert case.corpus is not None
+    names = [str(n) for n in sample(case, limit)[0].index_B]
+    more = ", ..." if len(names) > NAMED else ""
+    of = f"{len(names)} of {len(case.corpus.label)} sequences"
+    return f"{of} ({', '.join(names[:NAMED])}{more})"
 
 
 def few_positions(case: Case) -> int:
@@ -111,17 +170,22 @@ def few_positions(case: Case) -> int:
 
 def is_large(case: Case) -> bool:
     """Are A and G of a few layers too large to be made under many settings? Then sketches are."""
-    assert case.model is not None
-    shapes = case.model.config.linear_layers()
-    sizes = [sum(n * n for n in shapes[name]) for name in case.matched if name in shapes]
-    return max(sizes, default=0) * 8 > ENTRIES
+
+    def largest() -> int:
+        shapes = shapes_of(case.reference)
+        each = [shapes[name] for name in case.matched if name not in TABLES]
+        return max((sum(n * n for n in shape) for shape in each), default=0)
+
+    return case.once("largest", largest) * 8 > ENTRIES
 
 
-def _top(layers: Sequence[str], most: int = 3) -> list[str]:
-    """Some layers of the topmost block: a pass backward ends there."""
+def top(case: Case, layers: Sequence[str], most: int = 3) -> list[str]:
+    """Of a large model some layers of the topmost block: a pass backward ends there."""
+    if not is_large(case):
+        return list(layers)
     block = {x: int(x.split(".")[1]) if x.startswith("blocks.") else math.inf for x in layers}
-    top = max(block.values())
-    return [x for x in layers if block[x] == top][:most]
+    highest = max(block.values())
+    return [x for x in layers if block[x] == highest][:most]
 
 
 def _enough(found: Mapping[str, Side], layers: Sequence[str], group: Sequence[Setting]) -> bool:
@@ -169,11 +233,16 @@ def _best(
         before = max(found[side].plain(layer).error, 1e-300)
         key = side, idea.setting
         worst[key] = max(worst.get(key, 0.0), left.error / before)
+    if is_large(case):
+        told = sequences(case, limit)
+        for (side, own), error in worst.items():
+            text = f"{words(own)}, on {told}"
+            found[side].sampled[Idea(own.faults, own)] = (error, text)
     best: list[Setting] = []
     for side in SIDES:
         mine = sorted((error, k) for k, ((s, _), error) in enumerate(worst.items()) if s == side)
         keys = list(worst)
-        if is_large(case):  # every one of them costs much: what is no better is not tried
+        if is_large(case):  # each costs much: what explains nothing is not tried
             mine = [(error, k) for error, k in mine[:BEST] if error < PROMISING]
         best += [setting for _, k in mine[:BEST] for setting in of[keys[k]][:1]]
     return list(dict.fromkeys(best))
@@ -184,17 +253,22 @@ def _lefts(
 ) -> Iterator[tuple[str, str, Idea, Left]]:
     """(side, layer, hypothesis, what it leaves) of every setting that decides something there."""
     through = sketch if is_large(case) else None
-    seen = {layer: _sketched(case, layer) if through else see(case, layer) for layer in layers}
+    seen = {layer: sketched(case, layer) if through else see(case, layer) for layer in layers}
     size = sum(one.X.size for sides in seen.values() for one in sides.values())
     bunch = max(2, ENTRIES // max(size, 1))
     every = list(dict.fromkeys(wanted))
     base: dict[str, Moments] = {}
     whole = limit >= extent(case)
+    made = partial(moments, case, layers=layers, limit=limit, through=through)
+    if through and not whole:
+        made = partial(_once, case, layers, limit)
     if not whole:
-        base = dict(next(moments(case, [REFERENCE], layers, limit, through=through))[1])
+        base = dict(next(iter(made([REFERENCE])))[1])
+    where = "all sequences" if whole else sequences(case, limit)
     for begin in range(0, len(every), bunch):
         some = every[begin : begin + bunch]
-        for setting, of in moments(case, some, layers, limit, through=through):
+        case.say(f"{words(some[0])}, on {where}")
+        for setting, of in made(some):
             for layer, one in of.items():
                 for side, mine in seen[layer].items():
                     own = part(setting, side)
@@ -211,12 +285,12 @@ def collected(
     As `recompute` compares them.
     """
     assert case.corpus is not None
-    positions = int(case.corpus.label.size)
+    positions = extent(case)
     limit = min(few_positions(case), positions)
     through = sketch if is_large(case) else None
     block = np.s_[:WIDTH, WIDTH:] if through else np.s_[:]
     every = [*wanted, *([] if limit >= positions else [REFERENCE])]
-    seen = {layer: _sketched(case, layer) if through else see(case, layer) for layer in layers}
+    seen = {layer: sketched(case, layer) if through else see(case, layer) for layer in layers}
     made = {one: of for one, of in moments(case, every, layers, limit, through=through)}
     base = made.get(REFERENCE, {}) if limit < positions else {}
     out: dict[str, tuple[Array, dict[Setting, Array]]] = {}
@@ -229,16 +303,33 @@ def collected(
     return out
 
 
+def _once(
+    case: Case, layers: Sequence[str], limit: int, wanted: Sequence[Setting]
+) -> Iterator[tuple[Setting, dict[str, Moments]]]:
+    """Sketches of a sample, in float32, which each setting is asked for once."""
+    known: dict[Setting, dict[str, Moments]] = case.once(("sampled", *layers, limit), dict)
+    new = [one for one in wanted if one not in known]
+    known |= {one: {} for one in new}
+    for run in dict.fromkeys(one.run for one in new):
+        group = [one for one in new if one.run == run]
+        case.say(f"{words(group[0])}, on {sequences(case, limit)}")
+        known |= dict(moments(case, group, layers, limit, through=sketch, dtype="float32"))
+    return ((one, known[one]) for one in wanted)
+
+
+@cache
 def sketch(size: int) -> Array:
     """Random signs P and Q side by side, (size, 2 WIDTH): |Pᵀ D Q|² is WIDTH² |D|² on average.
 
     Two different matrices, because |Pᵀ D P|² holds the trace of D too. That holds for any D; so a
     difference shows wherever it is.
     """
-    return np.random.default_rng(size).choice([-1.0, 1.0], (size, 2 * WIDTH))
+    R = np.random.default_rng(size).choice([-1.0, 1.0], (size, 2 * WIDTH))
+    R.flags.writeable = False
+    return R
 
 
-def _sketched(case: Case, layer: str) -> dict[str, Seen]:
+def sketched(case: Case, layer: str) -> dict[str, Seen]:
     """`see`, as [P Q]ᵀ T [P Q] and [P Q]ᵀ X [P Q]; without sides of other shapes than ours."""
 
     def small(one: Seen) -> Seen:
@@ -252,11 +343,17 @@ def _sketched(case: Case, layer: str) -> dict[str, Seen]:
     return case.once(("sketch", layer), make)
 
 
-def _beside(seen: Seen, one: Moments, base: Moments | None) -> tuple[Array, float]:
+def _beside(
+    seen: Seen, one: Moments, base: Moments | None, through: object = None
+) -> tuple[Array, float]:
     """The setting's matrix and its rows; of a sample, ours and what the setting changes in it."""
     Y, n = (one.A, one.n_A) if seen.side == "A" else (one.G, one.n_G)
+    block = np.s_[:WIDTH, WIDTH:] if through else np.s_[:]
     if base is not None and Y.shape == seen.X.shape:
-        Y = seen.X + Y - (base.A if seen.side == "A" else base.G)
+        change = Y - (base.A if seen.side == "A" else base.G)
+        if through:
+            change = change * _size(seen.T[block], seen.X[block], change[block])
+        Y = seen.X + change
     return Y, n
 
 
@@ -264,13 +361,24 @@ def _left(
     seen: Seen, own: Setting, one: Moments, base: Moments | None, through: object = None
 ) -> Left:
     """What a setting leaves of theirs."""
-    Y, n = _beside(seen, one, base)
+    Y, n = _beside(seen, one, base, through)
+    block = np.s_[:WIDTH, WIDTH:] if through else np.s_[:]
     if Y.shape != seen.T.shape:
         return Left(math.inf, math.nan)
-    block = np.s_[:WIDTH, WIDTH:] if through else np.s_[:]
     error, r = fitted(seen.T[block], Y[block])
     rows = None if base is not None else seen.rows(n)
     return Left(error, r, words(own), own.alike, rows)
+
+
+def _size(T: Array, X: Array, change: Array) -> float:
+    """The c > 0 with which X + c `change` comes nearest to a multiple of T; 0 where none does.
+
+    What a setting changes in a few sequences is the change in all of them, and noise: less of it
+    than all comes nearest.
+    """
+    both = np.stack([X.ravel(), change.ravel()], axis=1)
+    r, rc = np.linalg.lstsq(both, T.ravel(), rcond=None)[0]
+    return float(rc / r) if r > 0 and rc > 0 else 0.0
 
 
 def words(setting: Setting) -> str:
@@ -287,7 +395,7 @@ def words(setting: Setting) -> str:
         value = f"{value:.4g}" if isinstance(value, float) else value
         out.append(f"{label} `{value}`" + (f" ({more:g})" if more else ""))
         out[-1] += f" (token {setting.token})" if name == "text" and setting.token >= 0 else ""
-    return "as with " + ", ".join(out)
+    return "as with " + ", ".join(out) if out else "as ours"
 
 
 _UNSAID = ("batch", "amount", "token", "pads", "mean", "redraw")

@@ -46,6 +46,7 @@ def weigh(case: Case, found: Mapping[str, Side], side: str, layers: Sequence[str
         return
     if sample(case, POSITIONS)[1] < 1 or cost(case) > WHOLE:
         return  # weights of sequences that were not read are unknown
+    case.say("batches and workers, on all sequences")
     of = parts(case, layers)
     for layer in of.layers:
         seen = see(case, layer).get(side)

@@ -116,6 +116,7 @@ def parts(
                 _add(part.A, here, a[..., part.at_A], _kind(name, kind_BT, flow, a))
             g = g[..., part.at_G] / np.sqrt(one.counted)
             _add(part.G, here, g, _kind(name, kind_BT, flow, g))
+        del flow  # before the next one is made
     rows = np.stack([(kinds_of(at) == k).sum(axis=1) for k in range(len(KINDS))], axis=1)
     labels = (at.label_BT >= 0).sum(axis=1)
     return Parts(at.index_B, rows, at.keep_BT.sum(axis=1), labels, found, share, one.exact)

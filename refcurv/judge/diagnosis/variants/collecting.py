@@ -163,6 +163,7 @@ def moments(
     limit: int = POSITIONS,
     most: float = WORK,
     through: Callable[[int], Array] | None = None,
+    dtype: str | None = None,
 ) -> Iterator[tuple[Setting, dict[str, Moments]]]:
     """A and G of some layers as each setting makes them, recomputed from model and corpus.
 
@@ -183,13 +184,14 @@ def moments(
             labels, each of whose passes is over a whole sequence.
         through: the size of a side → a matrix R of so many rows. Rᵀ A R and Rᵀ G R are then what
             is yielded, and A and G themselves are never made.
+        dtype: of forward and backward; the model's own by default.
 
     Cost: for each different `Setting.run` a forward and its backward passes over the sequences, and
         one product for each layer and Side; memory: the sums of all settings of one run.
     Proof: tests/test_judge_variants.py::test_the_reference_itself
     """
     assert case.model is not None
-    config, parameters = case.model.config, held(case)
+    config, parameters = case.model.config, held(case).as_dtype(dtype or case.model.dtype)
     at, share = sample(case, limit)
     at = with_given(case, at)
     names = [name for name in layers if name not in TABLES]
@@ -263,6 +265,7 @@ def _added(
         with np.errstate(over="ignore", invalid="ignore"):
             for flow in flows(net, at, one, names):
                 _take(flow, totals, through, joint)
+                del flow  # before the next one is made
     except NonFiniteError:
         return {}
     return totals
@@ -342,7 +345,8 @@ def _take(
     row_BT = {way.rows: weights(way.rows, flow.at) for way in totals}
     drawn = flow.first or flow.draw > 0
     made: dict[tuple[str, str, str], Array | None] = {}
-    for way, total in totals.items():
+    for way in sorted(totals, key=lambda way: way.layer):  # block by block
+        total = totals[way]
         if not (flow.first if way.side == "A" else flow.taps):
             continue
         of = input_tensor if way.side == "A" else output_tensor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -84,7 +84,7 @@ def _shard(
     y = transformer.linear_forward(config, P, "head", final)
     behind = partial(_backward, net, inputs, layout, rope, blocks, saved, final, y, _lowest(layers))
     for n, back in enumerate(sent(one, at, transformer.capped(config, y))):
-        taps, d_states = behind(back)
+        taps, d_states = behind(replace(back, d_logit=back.d_logit.astype(y.dtype, copy=False)))
         yield Flow(
             net, at, states, blocks, read, taps, d_states, back.joint, back.draw, first=n == 0
         )
@@ -176,6 +176,7 @@ def _overwritten(flow: Flow, i: int, kind: str, name: str) -> Array | None:
 
 def _made(flow: Flow, i: int, part: str) -> dict[str, Array]:
     if (i, part) not in flow.made:
+        flow.made.clear()  # those of one block are as much as a pass holds of it
         flow.made[i, part] = _tensors(flow, i, part)
     return flow.made[i, part]
 

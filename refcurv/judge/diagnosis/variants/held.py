@@ -32,6 +32,12 @@ class Held(Mapping[str, Array]):
     def __getitem__(self, name: str) -> Array:
         return np.asarray(self._kept[name], self._dtype)
 
+    def as_dtype(self, dtype: str) -> Held:
+        """The same numbers, each access of which gives `dtype`."""
+        other = object.__new__(Held)
+        other._dtype, other._kept = dtype, self._kept
+        return other
+
     def single(self, model: Model) -> Model:
         """The model in float32."""
         own = {name: np.asarray(x, np.float32) for name, x in self._kept.items()}
