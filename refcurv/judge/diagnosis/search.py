@@ -280,7 +280,7 @@ def ours(case: Case, layer: str) -> dict[str, Left]:
 
     def make() -> dict[str, Left]:
         return {
-            side: Left(*fitted(seen.T, seen.X), PLAIN.name)
+            side: Left(*fitted(seen.T, seen.X), PLAIN.name, (), seen.rows(seen.n_X))
             for side, seen in see(case, layer).items()
             if usable(seen) and seen.T.shape == seen.X.shape
         }
