@@ -16,11 +16,24 @@ from refcurv.judge.case import Case
 from refcurv.judge.compare import Measured
 from refcurv.judge.diagnosis import precision, scales
 from refcurv.judge.diagnosis.faults import FAULTS
+from refcurv.judge.diagnosis.fits import fits
 from refcurv.judge.diagnosis.hypotheses import Index, states
 from refcurv.judge.diagnosis.recomputed import cost, is_large, joined, partners, recompute, stages
-from refcurv.judge.diagnosis.search import PLAIN, Chosen, Idea, Side, ladder, look, rest, spread
+from refcurv.judge.diagnosis.search import (
+    COARSEST,
+    PLAIN,
+    Chosen,
+    Idea,
+    Side,
+    ladder,
+    look,
+    rest,
+    spread,
+)
 from refcurv.judge.diagnosis.signs import signs
 from refcurv.judge.diagnosis.variants import Setting
+from refcurv.judge.diagnosis.variants.networks import BITS, PARTS
+from refcurv.judge.diagnosis.variants.setting import HALVES
 from refcurv.judge.diagnosis.weighted import weigh
 from refcurv.judge.verdict import FAIL, LEFT_OUT, MISSING, PASS, Cause, Comparison
 
@@ -186,6 +199,10 @@ def _chosen(
     if partner:
         recompute(case, found, layers, partner)
         chosen = side.choose(layers, faults)
+    halves = [Setting(tensor_G=name) for name in HALVES] if side.side == "G" else []
+    if _short(case, side, layers):  # sums of few small numbers look like it
+        recompute(case, found, layers, halves)
+        chosen = side.choose(layers, faults)
     tried: list[Setting] = []
     small = cost(case) <= SMALL
     for number, stage in enumerate(stages(case, side.side)):
@@ -198,6 +215,13 @@ def _chosen(
         if number == 0 and not _soft(side, layers):
             weigh(case, found, side.side, layers)
         tried += wanted
+        chosen = side.choose(layers, faults)
+    if not (_exact(side, chosen) or _soft(side, layers) or is_large(case)):
+        fine = list(fits(case, side, layers))
+        small_error = all(side.plain(x).error <= COARSEST for x in layers)
+        parts = [(name, 0.0) for name in PARTS] if small_error else []
+        rough = [Setting(network=(level,)) for level in (*BITS, *parts)]
+        recompute(case, found, layers, [*fine, *rough, *halves, *joined(partner, fine)])
         chosen = side.choose(layers, faults)
     if chosen is None and not _soft(side, layers):
         best = sorted(

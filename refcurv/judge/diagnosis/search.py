@@ -11,6 +11,8 @@ from refcurv.judge.case import Case
 from refcurv.judge.compare import drawing
 from refcurv.judge.diagnosis.hypotheses import Index, Left, Seen, fitted, see, tries
 from refcurv.judge.diagnosis.variants import Setting
+from refcurv.judge.diagnosis.variants.networks import COARSE
+from refcurv.judge.diagnosis.variants.setting import HALVES
 
 Faults = tuple[str, ...]
 
@@ -38,6 +40,11 @@ COARSEST = 0.05
 
 SHARPER = 10.0
 """How much smaller an error must become to count.  Chosen: rounding differs by less between layers.
+"""
+
+NEARER = 0.7
+"""What a rounding that is simulated must leave of an error, at most, where the other side has it.
+Half of the squared error is explained then: roundings in another order are not all the same.
 """
 
 SAMPLE = 8
@@ -159,6 +166,8 @@ class Side:
         plain, steps = self.plain(layer), self.ladders[layer]
         rank, before = steps.rank(left.error), steps.rank(plain.error)
         if free and rank <= before and rank <= steps.by_drawing:
+            if is_coarse(idea.setting) and left.error <= NEARER * plain.error:
+                return True
             return rank < before or self.unit(layer, left) > self.unit(layer, plain)
         if rank >= before:
             return False
@@ -229,6 +238,13 @@ class Option:
     def key(self) -> tuple[float, ...]:
         """The simplest comes first."""
         return self.extra + self.scaled, -len(self.covered), self.worst
+
+
+def is_coarse(setting: Setting | None) -> bool:
+    """Does it round on the way, so that theirs may be near without being equal?"""
+    if setting is None:
+        return False
+    return setting.tensor_G in HALVES or any(name in COARSE for name, _ in setting.network)
 
 
 def look(

@@ -188,6 +188,8 @@ def moments(
     for run, members in runs.items():
         one = exactly(choice(run, case.reference), at, config, most)
         net = changed(config, parameters, run.network, run.pads)
+        if run.network and case.dump.declared.get("labels") == "given":
+            net = replace(net, drawing=Network(config, parameters))
         totals = _added(net, at, one, names, members, through, case.joint)
         for setting in members if totals else ():
             found = {}

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
 
-from refcurv.judge.diagnosis.variants.labels import Choice, Sent, sent
+from refcurv.judge.diagnosis.variants.dropout import block_backward, block_forward
+from refcurv.judge.diagnosis.variants.labels import DRAWN, Choice, Sent, sent
 from refcurv.judge.diagnosis.variants.networks import Network
 from refcurv.judge.diagnosis.variants.positions import Positions
+from refcurv.judge.diagnosis.variants.rounding import plain, rounded
+from refcurv.judge.diagnosis.variants.setting import HALVES
 from refcurv.law.checks import Array
 from refcurv.law.conventions import shard_sequences
 from refcurv.model import transformer
@@ -69,9 +72,14 @@ def _shard(
     inputs = at.inputs.astype(P["patch.weight"].dtype) if at.images else at.inputs
     x = transformer.input_forward(config, P, inputs, layout)
     rope = transformer.rope_of(config, layout, x.dtype)
+    if net.drop is not None:
+        x, net = net.drop.input(x), replace(net, ops=net.drop.ops(net.ops))
     states, blocks = [x], []
     for i in range(config.layers):
-        x, trace, _ = transformer.block_forward(config, P, i, x, layout, rope, net.ops)
+        if net.drop is None:
+            x, trace, _ = transformer.block_forward(config, P, i, x, layout, rope, net.ops)
+        else:
+            x, trace = block_forward(config, P, i, x, layout, rope, net.ops, net.drop)
         states.append(x)
         blocks.append(trace)
     normed, saved = transformer.norm_forward(config, P, "final_norm", x, net.ops)
@@ -82,11 +90,22 @@ def _shard(
         return
     y = transformer.linear_forward(config, P, "head", final)
     behind = partial(_backward, net, inputs, layout, rope, blocks, saved, final, y, _lowest(layers))
-    for n, back in enumerate(sent(one, at, transformer.capped(config, y))):
+    logit = plain(transformer.capped(config, y))
+    for n, back in enumerate(sent(one, at, logit, _law(net, at, one, logit))):
         taps, d_states = behind(back)
         yield Flow(
             net, at, states, blocks, read, taps, d_states, back.joint, back.draw, first=n == 0
         )
+
+
+def _law(net: Network, at: Positions, one: Choice, own: Array) -> Array:
+    """The logits by which labels are drawn: the network's own, or those of another one."""
+    if net.drawing is None or one.mean or one.kind not in DRAWN:
+        return own
+    P, layout = net.drawing.parameters, net.drawing.layout(at)
+    inputs = at.inputs.astype(P["patch.weight"].dtype) if at.images else at.inputs
+    final, _ = transformer.forward(net.drawing.config, P, inputs, layout, net.drawing.ops)
+    return transformer.head_logits(net.drawing.config, P, final)
 
 
 def _read(net: Network, blocks: list[BlockTrace]) -> dict[str, Array]:
@@ -127,7 +146,10 @@ def _backward(
     d_states: list[Array | None] = [None] * (config.layers + 1)
     d_states[-1] = d
     for i in reversed(range(max(lowest, 0), config.layers)):
-        steps = transformer.block_backward(config, P, i, d, blocks[i], rope, net.ops)
+        if net.drop is None:
+            steps = transformer.block_backward(config, P, i, d, blocks[i], rope, net.ops)
+        else:
+            steps = block_backward(config, P, i, d, blocks[i], rope, net.ops, net.drop)
         d = d_states[i] = transformer.drain(steps, take)
     if lowest < 0:
         for tap in transformer.input_taps(config, inputs, layout, d):
@@ -143,7 +165,7 @@ def input_tensor(flow: Flow, layer: str, name: str) -> Array | None:
 
     None where the block has no such tensor, or where it is the layer's input itself.
     """
-    own = flow.read[layer]
+    own: Array = plain(flow.read[layer])
     if name == "input":
         return own
     if layer in ("head", "patch"):
@@ -206,7 +228,9 @@ def output_tensor(flow: Flow, layer: str, name: str) -> Array | None:
     """A gradient in the place of that of the layer's output (`setting.OUTPUTS`), or None."""
     tap, P, config = flow.taps[layer], flow.net.parameters, flow.net.config
     if name == "output":
-        return tap.g
+        return np.asarray(plain(tap.g))
+    if name in HALVES:
+        return np.asarray(rounded(plain(tap.g) * HALVES[name], "float16") / HALVES[name])
     weight = P[config.weight_of(layer)]
     if name == "input":
         return tap.g @ weight if weight.shape[0] == weight.shape[1] else None

@@ -114,8 +114,12 @@ class Sent:
     draw: int = 0
 
 
-def sent(one: Choice, at: Positions, logit_BTV: Array) -> Iterator[Sent]:
+def sent(
+    one: Choice, at: Positions, logit_BTV: Array, law_BTV: Array | None = None
+) -> Iterator[Sent]:
     """Everything that is sent back over some sequences, over a single one if `one.many`.
+
+    Args: law_BTV, logits by which labels are drawn, where they are not the network's own.
 
     The squares of all g that come of it add up to S_G.
     """
@@ -136,7 +140,8 @@ def sent(one: Choice, at: Positions, logit_BTV: Array) -> Iterator[Sent]:
     elif one.mean:
         yield from _averaged(one, at, logit_BTV, has_BT)
     else:
-        yield from _drawn(one, at, logit_BTV, has_BT, one.draws)
+        law_BTV = logit_BTV if law_BTV is None else law_BTV
+        yield from _drawn(one, at, logit_BTV, has_BT, one.draws, law_BTV)
 
 
 def _slope(logit_BTV: Array, label_BT: Array, smoothing: float = 0.0) -> Array:
@@ -172,11 +177,11 @@ def law(one: Choice, logit_BTV: Array) -> Array:
 
 
 def _drawn(
-    one: Choice, at: Positions, logit_BTV: Array, has_BT: Array, draws: int
+    one: Choice, at: Positions, logit_BTV: Array, has_BT: Array, draws: int, law_BTV: Array
 ) -> Iterator[Sent]:
     """Against labels drawn from q by the law's uniforms (SAMPLING)."""
     V, T = logit_BTV.shape[-1], has_BT.shape[1]
-    law_NV = law(one, logit_BTV).reshape(-1, V)
+    law_NV = law(one, law_BTV).reshape(-1, V)
     for draw in range(draws):
         u_BT = np.stack([uniforms(one.seed, draw, int(n), T) for n in at.index_B])
         if one.kind == "one uniform":
@@ -213,7 +218,7 @@ def _averaged(one: Choice, at: Positions, logit_BTV: Array, has_BT: Array) -> It
 def _one_uniform(one: Choice, at: Positions, logit_BTV: Array, has_BT: Array) -> Iterator[Sent]:
     """All labels of a sequence are drawn by one u: constant between the steps of the sums of p."""
     if not one.exact:
-        for each in _drawn(one, at, logit_BTV, has_BT, ESTIMATES):
+        for each in _drawn(one, at, logit_BTV, has_BT, ESTIMATES, logit_BTV):
             yield Sent(each.d_logit / np.sqrt(ESTIMATES), joint=False)
         return
     step = np.unique(np.cumsum(_softmax(logit_BTV[has_BT]), axis=-1))

@@ -77,6 +77,10 @@ the activation. update: behind the norm that follows the layer.
 """
 
 
+HALVES: Final = MappingProxyType({f"output in float16 at 2^{k}": 2.0**k for k in range(-30, 25)})
+"""The output's gradient as float16 holds it where the loss is this many times the sum (B61)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Setting:
     """What another program did otherwise. Every default is "as the reference".
@@ -86,7 +90,7 @@ class Setting:
         smoothing: ε of label smoothing. where: at which positions labels are (`positions.WHERE`).
         rows_A, rows_G: which positions are rows (`positions.ROWS`). count: one of COUNTS.
         pooling_A, pooling_G: of POOLING. batch: sequences of a batch, 0 for all; for B44.
-        tensor_A, tensor_G: of INPUTS and OUTPUTS.
+        tensor_A, tensor_G: of INPUTS and OUTPUTS; tensor_G of HALVES too.
         network: changes of the arithmetic (`networks.CHANGES`), each with its level.
         pads: what a position of padding sees (`networks.Network`): no fault by itself.
         mean: where labels are drawn, is the mean over all draws taken: no fault, but the way to
@@ -123,7 +127,7 @@ class Setting:
             POOLING.get(self.pooling_A),
             POOLING.get(self.pooling_G),
             "B34" if self.tensor_A != "input" else None,
-            "B35" if self.tensor_G != "output" else None,
+            "B61" if self.tensor_G in HALVES else "B35" if self.tensor_G != "output" else None,
             *(CHANGES[name].fault for name, _ in self.network),
         ]
         return tuple(dict.fromkeys(fault for fault in found if fault))
