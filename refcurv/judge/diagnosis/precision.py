@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from refcurv.algebra.scaling import norm
 from refcurv.judge.case import Case
 from refcurv.judge.diagnosis.faults import FAULTS
-from refcurv.judge.diagnosis.hypotheses import see
-from refcurv.judge.diagnosis.search import Side
+from refcurv.judge.diagnosis.hypotheses import see, states
+from refcurv.judge.diagnosis.recomputed import is_large
+from refcurv.judge.diagnosis.search import Side, is_coarse
+from refcurv.judge.diagnosis.variants import Setting, moments
 from refcurv.judge.verdict import Cause
 from refcurv.law.checks import Array
 
@@ -23,30 +27,91 @@ BITS = 8
 """Digits of a bfloat16 significand, the leading one included."""
 
 
+Key = tuple[str, tuple[str, ...], str]
+"""Fault, what looks the same, words."""
+
+
 def causes(case: Case, found: Mapping[str, Side]) -> list[Cause]:
     """B58 to B63, where a form is right but for an error as large as another dtype's."""
-    hit: dict[tuple[str, tuple[str, ...], str], dict[str, set[str]]] = {}
-    worst: dict[tuple[str, tuple[str, ...], str], float] = {}
+    hit: dict[Key, dict[str, set[str]]] = {}
+    worst: dict[Key, float] = {}
+    known = any(is_coarse(one.idea.setting) for side in found.values() for one in side.chosen)
+    known |= any(not s.finite for x in case.matched for s in states(case, x).values())
     for name, side in found.items():
         for layer, steps in side.ladders.items():
             left = side.of(layer)[1]
             rank = side.rank(layer, left)
             dtype = steps.steps[rank][0] if rank < steps.by_drawing else ""
             key = _named(case, layer, name, rank, dtype, rank > steps.by_drawing)
-            if key is not None:
+            if key is not None and not (known and key[0] in SIZES):
                 hit.setdefault(key, {}).setdefault(layer, set()).add(name)
                 worst[key] = max(worst.get(key, 0.0), left.error)
     out = []
-    for key, layers in hit.items():
-        fault, alike, words = key
+    for (fault, alike, words), layers, error in _as_simulated(case, found, hit, worst):
         sides = sorted(set().union(*layers.values()))
         each = [q for s in sides for q in (f"{s}/tr {s}", s)]
         quantities = (*each, "tr A · tr G")
         name = FAULTS[fault].name
         text = f"{name[0].upper()}{name[1:]}. {words} ({', '.join(sides)}; {len(layers)} layers.)"
         remedy = FAULTS[fault].advice(case.dump.program)
-        error = worst[key]
         out.append(Cause(fault, text, remedy, tuple(layers), quantities, error, error, alike))
+    return out
+
+
+def _as_simulated(
+    case: Case,
+    found: Mapping[str, Side],
+    hit: Mapping[Key, Mapping[str, set[str]]],
+    worst: Mapping[Key, float],
+) -> Iterator[tuple[Key, Mapping[str, set[str]], float]]:
+    """What was hit by size; where a network can be run in these dtypes, the one that comes nearest.
+
+    A residue of the size of a dtype is none where theirs is further off elsewhere than the dtype
+    explains: what is unknown there may leave it too.
+    """
+    sized = [key for key in hit if key[0] in ("B59", "B60")]
+    sizes = _sizes(case, found) if sized else {}
+    if not sizes:
+        yield from ((key, layers, worst[key]) for key, layers in hit.items())
+        return
+    yield from ((key, layers, worst[key]) for key, layers in hit.items() if key[0] not in SIZES)
+    far = {dtype: abs(math.log(np.median(ratios))) for dtype, ratios in sizes.items()}
+    dtype = min(far, key=lambda dtype: far[dtype])
+    if max(sizes[dtype]) > LARGER:
+        return
+    every: dict[str, set[str]] = {}
+    for layer, sides in (pair for key in hit if key[0] in SIZES for pair in hit[key].items()):
+        every.setdefault(layer, set()).update(sides)
+    ratio = np.median(sizes[dtype])
+    words = f"A network in {dtype} is {1 / ratio:.2g} times as far from ours as theirs."
+    key = ("B59", (), words) if dtype == "bfloat16" else ("B60", ("B61",), words)
+    yield key, every, max(worst[key] for key in hit if key[0] in SIZES)
+
+
+LARGER = 6.0
+"""How many times further off than simulated one matrix may be.  Chosen: roundings in another order
+differ by a factor of about 2, and what is unknown by more."""
+
+
+def _sizes(case: Case, found: Mapping[str, Side]) -> dict[str, list[float]]:
+    """By dtype: how far theirs is from ours, over how far a network in this dtype is, everywhere.
+
+    Empty where no network can be run.
+    """
+    if case.model is None or case.corpus is None or is_large(case):
+        return {}
+    out: dict[str, list[float]] = {}
+    for dtype in ("bfloat16", "float16"):
+        setting = Setting(network=((f"all in {dtype}", 0.0),))
+        layers = list(dict.fromkeys(x for side in found.values() for x in side.ladders))
+        for _, of in moments(case, [setting], layers):
+            for name, side in found.items():
+                for layer in (x for x in side.ladders if x in of):
+                    X, Y = getattr(case.ours(layer), name), getattr(of[layer], name)
+                    error = side.of(layer)[1].error
+                    far = float(norm(X - Y) / norm(X)) if X.shape == Y.shape else 0.0
+                    if far and error:
+                        out.setdefault(dtype, []).append(error / far)
     return out
 
 

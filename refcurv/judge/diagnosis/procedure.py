@@ -20,6 +20,7 @@ from refcurv.judge.diagnosis import precision, scales
 from refcurv.judge.diagnosis.amounts import fit
 from refcurv.judge.diagnosis.causes import made
 from refcurv.judge.diagnosis.faults import FAULTS
+from refcurv.judge.diagnosis.fits import fits
 from refcurv.judge.diagnosis.hypotheses import Index, diagonals, see, states
 from refcurv.judge.diagnosis.recomputed import (
     cost,
@@ -32,6 +33,7 @@ from refcurv.judge.diagnosis.recomputed import (
     top,
 )
 from refcurv.judge.diagnosis.search import (
+    COARSEST,
     FEW,
     PLAIN,
     SAMPLE,
@@ -47,6 +49,8 @@ from refcurv.judge.diagnosis.search import (
 from refcurv.judge.diagnosis.signs import signs
 from refcurv.judge.diagnosis.unknown import remainder
 from refcurv.judge.diagnosis.variants import Setting, combined
+from refcurv.judge.diagnosis.variants.networks import BITS, PARTS
+from refcurv.judge.diagnosis.variants.setting import HALVES
 from refcurv.judge.diagnosis.weighted import weigh
 from refcurv.judge.verdict import FAIL, LEFT_OUT, MISSING, PASS, Cause, Comparison
 
@@ -271,6 +275,10 @@ def _chosen(
     if partner:
         recompute(case, found, layers, partner)
         chosen = side.choose(layers, faults)
+    halves = [Setting(tensor_G=name) for name in HALVES] if side.side == "G" else []
+    if _short(case, side, layers):  # sums of few small numbers look like it
+        recompute(case, found, layers, halves)
+        chosen = side.choose(layers, faults)
     tried: list[Setting] = []
     small = cost(case) <= SMALL
     for number, stage in enumerate(stages(case, side.side)):
@@ -291,6 +299,13 @@ def _chosen(
             fit(case, found, layers, partner)
             remainder(case, found, layers)
             chosen = side.choose(layers, faults)
+    if not (_exact(side, chosen) or _soft(side, layers) or is_large(case)):
+        fine = list(fits(case, side, layers))
+        small_error = all(side.plain(x).error <= COARSEST for x in layers)
+        parts = [(name, 0.0) for name in PARTS] if small_error else []
+        rough = [Setting(network=(level,)) for level in (*BITS, *parts)]
+        recompute(case, found, layers, [*fine, *rough, *halves, *joined(partner, fine)])
+        chosen = side.choose(layers, faults)
     if chosen is None and not _soft(side, layers):
         best = sorted(
             (max(left.error for left in lefts.values()), k)

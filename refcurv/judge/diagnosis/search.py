@@ -11,6 +11,8 @@ from refcurv.judge.case import Case
 from refcurv.judge.compare import drawing
 from refcurv.judge.diagnosis.hypotheses import Index, Left, Seen, fitted, see, tries
 from refcurv.judge.diagnosis.variants import Setting
+from refcurv.judge.diagnosis.variants.networks import COARSE
+from refcurv.judge.diagnosis.variants.setting import HALVES
 
 Faults = tuple[str, ...]
 
@@ -42,6 +44,11 @@ SHARPER = 10.0
 
 ROUNDING = 1e-12
 """What recomputing leaves of a form that is the same.  Chosen: a hundred times what it leaves."""
+
+NEARER = 0.7
+"""What a rounding that is simulated must leave of an error, at most, where the other side has it.
+Half of the squared error is explained then: roundings in another order are not all the same.
+"""
 
 SAMPLE = 8
 """Layers that are searched at a time; what is found is tried on all.  Chosen: a few seconds."""
@@ -173,15 +180,16 @@ class Side:
         plain, steps = self.plain(layer), self.ladders[layer]
         rank, before = self.rank(layer, left), steps.rank(plain.error)
         if free and rank <= before and rank <= steps.by_drawing:
+            if is_coarse(idea.setting) and left.error <= NEARER * plain.error:
+                return True
             same = left.error <= 2 * plain.error + ROUNDING
             return rank < before or (same and self.whole(layer, left) > self.whole(layer, plain))
         if rank >= before:
             return False
-        if rank == steps.by_drawing and left.spread:  # a test was passed (`unknown`)
-            return left.error <= 0.5
         if rank == steps.by_drawing:
-            # chosen: a number fitted to noise takes less, and half the matrix is no explanation
-            return left.error <= min(0.8 * plain.error, 0.5)
+            # chosen: a number fitted to noise takes less, and half the matrix is no explanation;
+            # with a spread a test was passed already (`unknown`)
+            return left.error <= (0.5 if left.spread else min(0.8 * plain.error, 0.5))
         return left.error <= plain.error / SHARPER
 
     def unit(self, layer: str, left: Left) -> bool:
@@ -251,6 +259,13 @@ class Option:
     def key(self) -> tuple[float, ...]:
         """The simplest comes first."""
         return self.extra + self.scaled, -len(self.covered), self.worst
+
+
+def is_coarse(setting: Setting | None) -> bool:
+    """Does it round on the way, so that theirs may be near without being equal?"""
+    if setting is None:
+        return False
+    return setting.tensor_G in HALVES or any(name in COARSE for name, _ in setting.network)
 
 
 def look(

@@ -11,10 +11,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from refcurv.algebra.scaling import norm
 from refcurv.judge.case import Case
+from refcurv.judge.diagnosis.dropped import random_pass
 from refcurv.judge.diagnosis.hypotheses import see
 from refcurv.judge.diagnosis.search import PLAIN, Side
 from refcurv.law.checks import Array
+from refcurv.model.config import ModelConfig, Norm, NormPlace, Residual
 
 LARGEST = 2048
 """Matrices beyond this size have their rank not counted.  Chosen: some seconds each."""
@@ -34,7 +37,7 @@ class Sign(NamedTuple):
 
 
 def signs(case: Case, found: Mapping[str, Side]) -> Iterator[Sign]:
-    """Lost ranks, and an A that drifts away with depth."""
+    """Lost ranks, norms of other weights, and an A that drifts away with depth."""
     collapsed = {name: _collapsed(case, side) for name, side in found.items()}
     for name, ranks in collapsed.items():
         if ranks:
@@ -44,7 +47,11 @@ def signs(case: Case, found: Mapping[str, Side]) -> Iterator[Sign]:
             other = {"B44": "B36", "B36": "B44"}[first]
             yield Sign(first, name, tuple(ranks), words, (other,))
     if not collapsed["A"]:
-        yield from _drifting(found["A"])
+        yield from (
+            list(_dropped(case, found))
+            or list(_other_norms(case, found["A"]))
+            or _drifting(found["A"])
+        )
 
 
 def _collapsed(case: Case, side: Side) -> dict[str, tuple[int, int]]:
@@ -65,6 +72,78 @@ def _rank(X: Array, floor: float) -> int:
     X = X / max(float(abs(X).max()), 1e-300)  # LAPACK fails near the largest float
     values = np.abs(np.linalg.eigvalsh((X + X.T) / 2))
     return int((values > max(floor, 1e-13 * len(X)) * values.max(initial=0)).sum())
+
+
+def _dropped(case: Case, found: Mapping[str, Side]) -> Iterator[Sign]:
+    """Theirs is a random pass of a network with dropout (`dropped`)."""
+    if not found["A"].unexplained():
+        return
+    one = random_pass(case, found)
+    if one is None:
+        return
+    words = f"With dropout of about {one.p:.2g} on {one.place} a pass is {one.spread:.2g} from the "
+    words += f"mean of passes, and theirs is {one.theirs:.2g}; a test says so, no equality"
+    for name, side in found.items():
+        layers = tuple(x for x in one.layers if x in side.unexplained())
+        if layers:
+            yield Sign("B55", name, layers, words, ())
+
+
+def _other_norms(case: Case, side: Side) -> Iterator[Sign]:
+    """A says that the weights of a LayerNorm are not ours.
+
+    Definition
+        a = γ x̂ + β with 1ᵀ x̂ = 0. So v = [1/γ; −Σ β/γ] has vᵀ [a; 1] = 0 in every row, whatever the
+        rows are, and A_joint v = 0. Theirs has such a vector of its own where its smallest
+        eigenvalue is 0, and the weights are not ours where it is not v.
+
+    Proof: tests/test_judge_network.py::test_weights_of_another_norm_show
+    """
+    found = {}
+    for layer in side.unexplained() if case.model is not None else ():
+        seen, v = see(case, layer)["A"], _null_vector(case, layer)
+        if v is None or seen.T.shape != (len(v), len(v)) or len(v) > LARGEST:
+            continue
+        d = np.sqrt(np.maximum(np.diag(seen.T), 1e-300))
+        values, vectors = np.linalg.eigh(seen.T / np.outer(d, d))
+        own, ours = vectors[:, 0], v * d / float(norm(v * d))
+        rounding = max(side.ladders[layer].steps[0][1], 1e-13 * len(v)) * values[-1]
+        apart = float(norm(ours - own * float(own @ ours)))
+        # what rounding may turn the vector by (Davis and Kahan), which must say something
+        turned = rounding / max(values[1] - values[0], 1e-300)
+        if abs(values[0]) <= rounding and 10 * turned < min(apart, 1):
+            found[layer] = apart
+    if found:
+        far = max(found.values())
+        words = f"In {next(iter(found))}, A is that of a LayerNorm whose gain and bias are other "
+        words += f"than ours: its null vector is {far:.1g} from theirs. Which weights, A cannot say"
+        yield Sign("B57", "A", tuple(side.unexplained()), words, ())
+
+
+def _null_vector(case: Case, layer: str) -> Array | None:
+    """v of `_other_norms`, where the layer reads a LayerNorm and A has a column of the bias."""
+    assert case.model is not None
+    config, P = case.model.config, case.model.parameters
+    name = _norm_before(config, layer)
+    if config.norm is not Norm.LAYER or not config.norm_gain or name is None:
+        return None
+    gain = np.asarray(P[f"{name}.weight"], np.float64) + float(config.norm_offset)
+    bias = np.asarray(P[f"{name}.bias"], np.float64) if config.norm_bias else 0 * gain
+    if not gain.all() or (layer not in case.joint and bias.any()):
+        return None
+    column = [-(bias / gain).sum()] if layer in case.joint else []
+    return np.concatenate([1 / gain, column])
+
+
+def _norm_before(config: ModelConfig, layer: str) -> str | None:
+    """The norm whose output the layer reads, or None."""
+    if layer == "head":
+        return "final_norm"
+    block, _, part = layer.partition(".mlp." if ".mlp." in layer else ".attn.")
+    if config.norm_place is NormPlace.POST or part in ("o", "down") or layer == "patch":
+        return None
+    mlp = ".mlp." in layer and config.residual is not Residual.SHARED
+    return f"{block}.{'mlp' if mlp else 'attn'}_norm"
 
 
 def _drifting(side: Side) -> Iterator[Sign]:

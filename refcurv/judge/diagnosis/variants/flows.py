@@ -8,10 +8,12 @@ from functools import partial
 
 import numpy as np
 
+from refcurv.judge.diagnosis.variants.dropout import block_backward, block_forward
 from refcurv.judge.diagnosis.variants.labels import Choice, Sent, sent
 from refcurv.judge.diagnosis.variants.networks import Network
 from refcurv.judge.diagnosis.variants.positions import Positions
-from refcurv.judge.diagnosis.variants.setting import OVERWRITTEN
+from refcurv.judge.diagnosis.variants.rounding import plain, rounded
+from refcurv.judge.diagnosis.variants.setting import HALVES, OVERWRITTEN
 from refcurv.law.checks import Array
 from refcurv.law.conventions import shard_sequences
 from refcurv.model import transformer
@@ -70,9 +72,14 @@ def _shard(
     inputs = at.inputs.astype(P["patch.weight"].dtype) if at.images else at.inputs
     x = transformer.input_forward(config, P, inputs, layout)
     rope = transformer.rope_of(config, layout, x.dtype)
+    if net.drop is not None:
+        x, net = net.drop.input(x), replace(net, ops=net.drop.ops(net.ops))
     states, blocks = [x], []
     for i in range(config.layers):
-        x, trace, _ = transformer.block_forward(config, P, i, x, layout, rope, net.ops)
+        if net.drop is None:
+            x, trace, _ = transformer.block_forward(config, P, i, x, layout, rope, net.ops)
+        else:
+            x, trace = block_forward(config, P, i, x, layout, rope, net.ops, net.drop)
         states.append(x)
         blocks.append(trace)
     normed, saved = transformer.norm_forward(config, P, "final_norm", x, net.ops)
@@ -83,7 +90,8 @@ def _shard(
         return
     y = transformer.linear_forward(config, P, "head", final)
     behind = partial(_backward, net, inputs, layout, rope, blocks, saved, final, y, _lowest(layers))
-    for n, back in enumerate(sent(one, at, transformer.capped(config, y))):
+    logit = plain(transformer.capped(config, y))
+    for n, back in enumerate(sent(one, at, logit)):
         taps, d_states = behind(replace(back, d_logit=back.d_logit.astype(y.dtype, copy=False)))
         yield Flow(
             net, at, states, blocks, read, taps, d_states, back.joint, back.draw, first=n == 0
@@ -128,7 +136,10 @@ def _backward(
     d_states: list[Array | None] = [None] * (config.layers + 1)
     d_states[-1] = d
     for i in reversed(range(max(lowest, 0), config.layers)):
-        steps = transformer.block_backward(config, P, i, d, blocks[i], rope, net.ops)
+        if net.drop is None:
+            steps = transformer.block_backward(config, P, i, d, blocks[i], rope, net.ops)
+        else:
+            steps = block_backward(config, P, i, d, blocks[i], rope, net.ops, net.drop)
         d = d_states[i] = transformer.drain(steps, take)
     if lowest < 0:
         for tap in transformer.input_taps(config, inputs, layout, d):
@@ -144,7 +155,7 @@ def input_tensor(flow: Flow, layer: str, name: str) -> Array | None:
 
     None where the block has no such tensor, or where it is the layer's input itself.
     """
-    own = flow.read[layer]
+    own: Array = plain(flow.read[layer])
     if name == "input":
         return own
     if layer in ("head", "patch"):
@@ -226,7 +237,9 @@ def output_tensor(flow: Flow, layer: str, name: str) -> Array | None:
     """A gradient in the place of that of the layer's output (`setting.OUTPUTS`), or None."""
     tap, P, config = flow.taps[layer], flow.net.parameters, flow.net.config
     if name == "output":
-        return tap.g
+        return np.asarray(plain(tap.g))
+    if name in HALVES:
+        return np.asarray(rounded(plain(tap.g) * HALVES[name], "float16") / HALVES[name])
     if name == "input":
         return np.asarray(tap.g @ P[config.weight_of(layer)])
     if layer in ("head", "patch"):

@@ -9,9 +9,16 @@ from typing import Any, Final
 
 import numpy as np
 
-from refcurv.files.bfloat16 import from_bfloat16, to_bfloat16
 from refcurv.files.lazy import Lazy
+from refcurv.judge.diagnosis.variants.dropout import PLACES, Dropout
 from refcurv.judge.diagnosis.variants.positions import Positions
+from refcurv.judge.diagnosis.variants.rounding import (
+    Parts,
+    all_in,
+    attention_in,
+    norms_in,
+    rounded,
+)
 from refcurv.law.checks import Array, RefcurvError
 from refcurv.model.config import Activation, ModelConfig, Norm, QKNorm, Residual
 from refcurv.model.layers import (
@@ -40,7 +47,8 @@ class Network:
     restart, do positions restart with each; shift, added to learned positions; left, does the
     padding stand on the left and is attended; pads, what a position of padding sees: "blind",
     nothing, as in `model.layers`; "real", the real positions, as where keys alone are masked;
-    "all", as if it were real; bent, is the logits' soft-cap a part of the backward.
+    "all", as if it were real; bent, is the logits' soft-cap a part of the backward; drop, the
+    dropout of one pass.
     """
 
     config: ModelConfig
@@ -52,6 +60,7 @@ class Network:
     left: bool = False
     pads: str = "blind"
     bent: bool = True
+    drop: Dropout | None = None
 
     def layout(self, at: Positions) -> Layout:
         """Which positions see which, and where they stand."""
@@ -138,14 +147,6 @@ def outside_backward(d_y: Array, saved: Saved) -> tuple[Array, Array]:
     return d_x, (d_y * x_hat).reshape(-1, gain.shape[0]).sum(axis=0)
 
 
-def rounded(x: Array, dtype: str) -> Array:
-    """x as `dtype` holds it, in its own dtype."""
-    if dtype == "bfloat16":
-        return from_bfloat16(to_bfloat16(x)).astype(x.dtype)
-    with np.errstate(over="ignore"):
-        return x.astype(dtype).astype(x.dtype)
-
-
 # ------------------------------------------------------------------ the changes
 
 
@@ -154,12 +155,15 @@ class Change:
     """One change of the arithmetic.
 
     Fields: fault; where, the levels at which it can occur with a model and a corpus, () for never;
-    make, the changed Network.
+    make, the changed Network; own, the level that the model itself has, of what can be fitted;
+    reshaped, does it read parameters in another shape than the file has.
     """
 
     fault: str
     where: Callable[[ModelConfig, Positions], Sequence[float]]
     make: Callable[[Network, float], Network]
+    own: Callable[[ModelConfig], float] | None = None
+    reshaped: bool = False
 
 
 def _if(test: Callable[[ModelConfig, Positions], Any]) -> Callable[..., Sequence[float]]:
@@ -192,6 +196,49 @@ def _stored(dtype: str) -> Callable[[Network, float], Network]:
     return make
 
 
+def _to_bits(every: bool) -> Callable[[Network, float], Network]:
+    """All parameters, or the blocks' matrices, that went through a float of so many digits."""
+
+    def make(net: Network, bits: float) -> Network:
+        own = net.parameters
+
+        def read(name: str) -> Array:
+            x = own[name]
+            if not (every or (x.ndim == 2 and name.startswith("blocks."))):
+                return x
+            part, exponent = np.frexp(x)
+            return np.asarray(np.ldexp(np.rint(np.ldexp(part, int(bits))), exponent - int(bits)))
+
+        return replace(net, parameters=Lazy(list(own), read))
+
+    return make
+
+
+PASSES: Final = 19
+"""Random passes of a network with dropout.  Theirs is further from their mean than each of them
+with odds of 1 in 20, if it is another such pass."""
+
+
+def _dropping(place: str, number: int) -> Callable[[Network, float], Network]:
+    def make(net: Network, p: float) -> Network:
+        return replace(net, drop=Dropout(p, place, np.random.default_rng(number)))
+
+    return make
+
+
+def _never(_config: ModelConfig, _at: Positions) -> Sequence[float]:
+    """Tried where an error has the size of a coarser dtype, or as what is fitted."""
+    return ()
+
+
+def _coarse(part: Callable[[str, Parts], Parts], dtype: str) -> Callable[[Network, float], Network]:
+    def make(net: Network, _level: float) -> Network:
+        config, parameters, ops = part(dtype, (net.config, net.parameters, net.ops))
+        return replace(net, config=config, parameters=parameters, ops=ops)
+
+    return make
+
+
 def _packed(at: Positions) -> bool:
     inside = at.real_BT[:, 1:] & (at.segment_BT[:, 1:] != at.segment_BT[:, :-1])
     return bool(inside.any())
@@ -212,7 +259,25 @@ def _bases(*values: float) -> Callable[[ModelConfig, Positions], Sequence[float]
 
 
 def _eps(config: ModelConfig, _at: Positions) -> Sequence[float]:
-    return tuple(eps for eps in (1e-5, 1e-6, 1e-8, 0.0) if eps != config.norm_eps)
+    return tuple(eps for eps in (1e-3, 1e-5, 1e-6, 1e-8, 0.0) if eps != config.norm_eps)
+
+
+def _score_scale(config: ModelConfig) -> float:
+    return config.score_scale or config.head_width**-0.5
+
+
+def _by_heads(net: Network, kind: QKNorm) -> Network:
+    """Queries and keys have norms of another kind. Gains of all heads go with their heads."""
+    own, config = net.parameters, net.config
+
+    def read(name: str) -> Array:
+        w = own[name]
+        if ".q_norm." not in name and ".k_norm." not in name:
+            return w
+        heads = config.heads if ".q_norm." in name else config.kv_heads
+        return w.reshape(heads, -1) if kind is QKNorm.HEAD else np.tile(w, heads)
+
+    return _config(replace(net, parameters=Lazy(list(own), read)), qk_norm=kind)
 
 
 def _turned_off(field: str, off: Any) -> Change:
@@ -255,7 +320,8 @@ CHANGES: Final[Mapping[str, Change]] = MappingProxyType(
         ),
         "rotary base": Change(
             "B51", _bases(1e2, 1e3, 1e4, 1e5, 5e5, 1e6),
-            lambda net, theta: _config(net, rope_theta=theta),
+            lambda net, theta: _config(net, rope_theta=max(theta, 1.0)),
+            own=lambda config: config.rope_theta or 1.0,
         ),
         "rotary base times": Change(
             "B51", _bases(0.1, 0.5, 2.0, 10.0),
@@ -288,7 +354,8 @@ CHANGES: Final[Mapping[str, Change]] = MappingProxyType(
             _of_ops(rms_norm_forward=outside_forward, rms_norm_backward=outside_backward),
         ),
         "eps": Change(
-            "B53", _eps, lambda net, eps: _config(net, norm_eps=max(eps, NO_EPS))
+            "B53", _eps, lambda net, eps: _config(net, norm_eps=max(eps, NO_EPS)),
+            own=lambda config: config.norm_eps,
         ),
         "gain and gain − 1": Change(
             "B53", _if(lambda config, _: config.norm_gain),
@@ -306,6 +373,18 @@ CHANGES: Final[Mapping[str, Change]] = MappingProxyType(
             "B54", _if(lambda config, _: config.score_scale != 1 and config.head_width > 1),
             _has(score_scale=1.0),
         ),
+        "score scale": Change(
+            "B54", lambda config, _: tuple(_score_scale(config) * by for by in (0.5, 0.8, 1.25, 2)),
+            lambda net, scale: _config(net, score_scale=scale), own=_score_scale,
+        ),
+        "QK-norm over each head": Change(
+            "B54", _if(lambda config, _: config.qk_norm is QKNorm.FULL and config.norm_gain),
+            lambda net, _: _by_heads(net, QKNorm.HEAD), reshaped=True,
+        ),
+        "QK-norm over all heads": Change(
+            "B54", _if(lambda config, _: config.qk_norm is QKNorm.HEAD and config.norm_gain),
+            lambda net, _: _by_heads(net, QKNorm.FULL), reshaped=True,
+        ),
         "usual score scale": _turned_off("score_scale", None),
         "no QK-norm": _turned_off("qk_norm", QKNorm.NONE),
         "no soft-cap of scores": _turned_off("score_cap", None),
@@ -317,6 +396,16 @@ CHANGES: Final[Mapping[str, Change]] = MappingProxyType(
         "no embedding scale": _turned_off("embed_scale", 1.0),
         "weights as bfloat16": Change("B57", _if(lambda *_: True), _stored("bfloat16")),
         "weights as float16": Change("B57", _if(lambda *_: True), _stored("float16")),
+        **{f"dropout on {place}, pass {n}": Change("B55", _never, _dropping(place, n))
+           for place in PLACES for n in range(PASSES)},
+        "weights to bits": Change("B57", _never, _to_bits(True)),
+        "matrices to bits": Change("B57", _never, _to_bits(False)),
+        **{f"norms in {dtype}": Change("B53", _never, _coarse(norms_in, dtype))
+           for dtype in ("bfloat16", "float16")},
+        **{f"attention in {dtype}": Change("B56", _never, _coarse(attention_in, dtype))
+           for dtype in ("bfloat16", "float16")},
+        "all in bfloat16": Change("B59", _never, _coarse(all_in, "bfloat16")),
+        "all in float16": Change("B60", _never, _coarse(all_in, "float16")),
     }
 )  # fmt: skip
 """The changes by name."""
@@ -331,9 +420,23 @@ def occurring(config: ModelConfig, at: Positions) -> list[Level]:
                 asked = change.make(Network(config, {}), level).config.parameter_shapes()
             except RefcurvError:  # a configuration that cannot be
                 continue
-            if asked.items() <= own.items():
+            if change.reshaped or asked.items() <= own.items():
                 found.append((name, level))
     return found
+
+
+PARTS: Final = tuple(
+    f"{part} in {dtype}" for part in ("norms", "attention") for dtype in ("bfloat16", "float16")
+)
+"""Changes that round in one part alone."""
+
+BITS: Final = tuple(
+    (f"{some} to bits", float(bits)) for some in ("weights", "matrices") for bits in range(2, 8)
+)
+"""Round trips through floats of fewer significant bits than bfloat16, as those of 8 and 4 bits."""
+
+COARSE: Final = (*PARTS, "all in bfloat16", "all in float16")
+"""Changes that round on the way, in whatever order that may be: theirs is near, and not equal."""
 
 
 def changed(
@@ -341,6 +444,6 @@ def changed(
 ) -> Network:
     """The network of a model after some changes."""
     net = Network(config, parameters, pads=pads)
-    for name, level in changes:
+    for name, level in sorted(changes, key=lambda one: one[0] in COARSE):  # these wrap the others
         net = CHANGES[name].make(net, level)
     return net

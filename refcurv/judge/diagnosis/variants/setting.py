@@ -86,6 +86,10 @@ follows the layer.
 """
 
 
+HALVES: Final = MappingProxyType({f"output in float16 at 2^{k}": 2.0**k for k in range(-30, 25)})
+"""The output's gradient as float16 holds it where the loss is this many times the sum (B61)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Setting:
     """What another program did otherwise. Every default is "as the reference".
@@ -97,7 +101,7 @@ class Setting:
         text: what is read in the place of the corpus (`texts.TEXTS`); token: the one it is about.
         rows_A, rows_G: which positions are rows (`positions.ROWS`). count: one of COUNTS.
         pooling_A, pooling_G: of POOLING. batch: sequences of a batch, 0 for all; for B44.
-        tensor_A, tensor_G: of INPUTS or OVERWRITTEN, and of OUTPUTS.
+        tensor_A, tensor_G: of INPUTS or OVERWRITTEN, and of OUTPUTS or HALVES.
         network: changes of the arithmetic (`networks.CHANGES`), each with its level.
         pads: what a position of padding sees (`networks.Network`): no fault by itself.
         mean: where labels are drawn, is the mean over all draws taken: no fault, but the way to
@@ -142,7 +146,7 @@ class Setting:
             POOLING.get(self.pooling_A),
             POOLING.get(self.pooling_G),
             None if self.tensor_A == "input" else "B42" if self.tensor_A in OVERWRITTEN else "B34",
-            "B35" if self.tensor_G != "output" else None,
+            "B61" if self.tensor_G in HALVES else "B35" if self.tensor_G != "output" else None,
             *(CHANGES[name].fault for name, _ in self.network),
         ]
         return tuple(dict.fromkeys(fault for fault in found if fault))

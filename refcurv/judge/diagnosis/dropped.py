@@ -1,0 +1,176 @@
+"""Whether theirs is a random pass of a network with dropout: a statistical test."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from refcurv.algebra.scaling import norm
+from refcurv.judge.case import Case
+from refcurv.judge.diagnosis.hypotheses import see
+from refcurv.judge.diagnosis.recomputed import is_large
+from refcurv.judge.diagnosis.search import Side
+from refcurv.judge.diagnosis.variants import Setting, inputs, moments
+from refcurv.judge.diagnosis.variants.dropout import PLACES
+from refcurv.judge.diagnosis.variants.networks import PASSES
+from refcurv.law.checks import Array
+from refcurv.law.conventions import Fisher
+
+FEW = 4
+"""Passes by which a rate is found, before the others are made."""
+
+RATES = (0.003, 0.6)
+"""Rates of dropout that are believed."""
+
+AGREES = 1.5
+"""How far the middle distance may be from that of passes at the rate that was fitted to it."""
+
+Matrices = dict[tuple[str, str], Array]
+"""(layer, side) → A or G."""
+
+
+class Random(NamedTuple):
+    """Dropout that explains theirs.
+
+    Fields: place, of PLACES; p, its rate; layers, that it moves; spread, how far passes are from
+    their mean there, and theirs, how far theirs is: the largest, relative.
+    """
+
+    place: str
+    p: float
+    layers: tuple[str, ...]
+    spread: float
+    theirs: float
+
+
+def random_pass(case: Case, found: Mapping[str, Side]) -> Random | None:
+    """Dropout of which theirs may be one pass, or None.
+
+    Definition
+        M is the mean of PASSES passes at a rate p, X is ours. p is fitted so that |T − M| is, in
+        the middle of all A and G, as large as |Y_k − M without k|. Theirs is one more pass where
+        - what dropout does not move is ours, and what it moves is not;
+        - log |T − M| over the A and G is no more ragged than that of the raggedest pass;
+        - ⟨T − X, M − X⟩ over |M − X|², all A and G together, lies in the range of the passes. It is
+          about 1 for them, and about 0 for what has nothing to do with dropout.
+        Of true passes at most 3 in PASSES + 1 fail the last two.
+
+    Proof: tests/test_judge_network.py::test_dropout_is_told_from_other_weights
+    """
+    theirs = _theirs(case, found)
+    for place in PLACES if theirs else ():
+        p = 0.1
+        for count in (FEW, FEW, FEW, PASSES):
+            made = [_made(case, theirs, place, p, n) for n in range(count)]
+            moved = [at for at in theirs if all(at in one for one in made) and _moves(made, at)]
+            if not moved or not _same_elsewhere(found, theirs, moved):
+                break
+            seen = [_seen(case, theirs, made, at) for at in moved]
+            ratio = float(np.median([one.off / np.median(one.each) for one in seen]))
+            if count == PASSES and 1 / AGREES < ratio < AGREES and _is_one(seen):
+                layers = tuple(dict.fromkeys(layer for layer, _ in moved))
+                spread = max(float(np.median(one.each)) for one in seen)
+                return Random(place, p, layers, spread, max(one.off for one in seen))
+            odds = p / (1 - p) * ratio**2  # the spread grows as √(p / (1 − p))
+            p = odds / (1 + odds)
+            if not RATES[0] < p < RATES[1]:
+                break
+    return None
+
+
+def _theirs(case: Case, found: Mapping[str, Side]) -> Matrices:
+    """Theirs: A, and G where its labels are known."""
+    if case.model is None or case.corpus is None or is_large(case):
+        return {}
+    known = case.reference.fisher is Fisher.EMPIRICAL
+    known |= case.dump.declared.get("labels") == "given"
+    return {
+        (layer, name): see(case, layer)[name].T
+        for name, side in found.items()
+        if name == "A" or known
+        for layer in side.ladders
+        if see(case, layer)[name].T.shape == see(case, layer)[name].X.shape
+    }
+
+
+def _made(case: Case, theirs: Matrices, place: str, p: float, number: int) -> Matrices:
+    """A and G of one pass."""
+    setting = Setting(network=((f"dropout on {place}, pass {number}", p),))
+    layers = list(dict.fromkeys(layer for layer, _ in theirs))
+    if not any(side == "G" for _, side in theirs):
+        for _, alone in inputs(case, [setting], layers):
+            return {at: alone[at[0]][0] for at in theirs if at[0] in alone}
+        return {}
+    for _, of in moments(case, [setting], layers):
+        return {at: getattr(of[at[0]], at[1]) for at in theirs if at[0] in of}
+    return {}
+
+
+def _moves(made: Sequence[Matrices], at: tuple[str, str]) -> bool:
+    """Is it another one in every pass?"""
+    return bool((made[0][at] != made[1][at]).any())
+
+
+def _same_elsewhere(
+    found: Mapping[str, Side], theirs: Matrices, moved: Sequence[tuple[str, str]]
+) -> bool:
+    """Is theirs ours where dropout moves nothing, and not ours where it does?"""
+    return all(
+        (found[name].rank(layer, found[name].plain(layer)) > 0) == ((layer, name) in moved)
+        for layer, name in theirs
+    )
+
+
+class Place(NamedTuple):
+    """One A or G beside the passes, in units of |M|.
+
+    Fields: off, |T − M|, and each, |Y_k − M without k|, both over what is expected of them with a
+    variance of 1; shift, ⟨T − X, M − X⟩, and shifts, of each pass with the M of the others; size,
+    |M − X|², and sizes, of the M of the others.
+    """
+
+    off: float
+    each: Array
+    shift: float
+    shifts: Array
+    size: float
+    sizes: Array
+
+
+def _seen(case: Case, theirs: Matrices, made: Sequence[Matrices], at: tuple[str, str]) -> Place:
+    X, T = see(case, at[0])[at[1]].X, theirs[at]
+    every = np.array([one[at] for one in made])
+    mean, n = every.mean(axis=0), len(made)
+    unit = float(norm(mean))
+    others = (n * mean - every) / (n - 1)
+    each = norm((every - others).reshape(n, -1), axis=1) / np.sqrt(n / (n - 1))
+    shifts = ((every - X) * (others - X)).sum(axis=(1, 2))
+    return Place(
+        float(norm(T - mean)) / unit / np.sqrt(1 + 1 / n),
+        each / unit,
+        float(((T - X) * (mean - X)).sum()) / unit**2,
+        shifts / unit**2,
+        float(norm(mean - X)) ** 2 / unit**2,
+        norm((others - X).reshape(n, -1), axis=1) ** 2 / unit**2,
+    )
+
+
+def _is_one(seen: Sequence[Place]) -> bool:
+    """Is theirs no more irregular than a pass may be, and shifted as all of them are?"""
+    logs = np.log([one.each for one in seen])
+    middle = np.median(logs, axis=1, keepdims=True)
+    scale = np.maximum(np.sqrt(np.mean((logs - middle) ** 2, axis=1)), 1e-3)
+    ragged = [_irregular(x, scale) for x in ((logs - middle) / scale[:, None]).T]
+    here = (np.log([one.off for one in seen]) - middle[:, 0]) / scale
+    weight = 1 / np.array([np.median(one.each) ** 2 for one in seen])
+    moved = weight @ [one.shift for one in seen] / (weight @ [one.size for one in seen])
+    each = weight @ [one.shifts for one in seen] / (weight @ [one.sizes for one in seen])
+    return bool(_irregular(here, scale) <= max(ragged) and each.min() <= moved <= each.max())
+
+
+def _irregular(z: Array, scale: Array) -> float:
+    """How far the z are, in their own scales, from what one common factor of all passes makes."""
+    shift = float((z / scale).sum() / (1 / scale**2).sum())
+    return float(np.sqrt(np.mean((z - shift / scale) ** 2)))

@@ -1,0 +1,147 @@
+"""Parts of a network in a coarser arithmetic: what is computed in them is rounded on the way."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from refcurv.files.bfloat16 import from_bfloat16, to_bfloat16
+from refcurv.files.lazy import Lazy
+from refcurv.law.checks import Array
+from refcurv.model.config import Activation, ModelConfig, Norm
+from refcurv.model.layers import Layout, Ops, Saved
+from refcurv.model.transformer import Parameters
+
+Parts = tuple[ModelConfig, Parameters, Ops]
+"""What of a network decides its arithmetic."""
+
+
+def rounded(x: Array, dtype: str) -> Array:
+    """x as `dtype` holds it, in its own dtype."""
+    if dtype == "bfloat16":
+        return from_bfloat16(to_bfloat16(x)).astype(x.dtype)
+    with np.errstate(over="ignore"):
+        return x.astype(dtype).astype(x.dtype)
+
+
+# ------------------------------------------------------------------ an array that rounds
+
+
+class Coarse(np.ndarray):
+    """An array of bfloat16: what a function makes of it is rounded, the sums inside are not."""
+
+    held = "bfloat16"
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **more: Any) -> Any:
+        into = more.pop("out", None)
+        found = getattr(ufunc, method)(*map(plain, inputs), **more)
+        if np.asarray(found).dtype.kind == "f":
+            found = rounded(np.asarray(found), self.held).view(type(self))
+        if into is not None:
+            np.copyto(into[0], found)
+            return into[0]
+        return found
+
+
+class Half(Coarse):
+    """The same of float16."""
+
+    held = "float16"
+
+
+KINDS = {"bfloat16": Coarse, "float16": Half}
+
+
+def plain(x: Any) -> Any:
+    """x without rounding of what is computed with it."""
+    return np.asarray(x) if isinstance(x, Coarse) else x
+
+
+def _like(x: Array, dtype: str, through: bool) -> Array:
+    """x, which `dtype` holds, as an array that rounds where all of a network does."""
+    return x.view(KINDS[dtype]) if through else x
+
+
+# ------------------------------------------------------------------ parts
+
+
+def norms_in(dtype: str, parts: Parts, through: bool = False) -> Parts:
+    """Norms that read and give `dtype`, and so do their backwards. Inside nothing is rounded.
+
+    The bias is added before the output is rounded: it stands as a second row below the gain.
+    """
+    config, parameters, ops = parts
+    own = replace(config, norm_bias=False, norm_offset=False) if config.norm_gain else config
+
+    def read(name: str) -> Array:
+        gain = parameters[name]
+        if not name.endswith("norm.weight"):
+            return gain
+        gain = plain(gain) + float(config.norm_offset)
+        bias = plain(parameters[name.replace("weight", "bias")]) if config.norm_bias else 0 * gain
+        return np.stack([gain, bias])
+
+    def forward(x: Array, gain: Array, eps: float) -> tuple[Array, Saved]:
+        x = plain(x) if config.norm is Norm.LAYER else rounded(plain(x), dtype)  # else by `centre`
+        gain, bias = gain if config.norm_gain else (gain, 0.0)
+        y, saved = ops.rms_norm_forward(x, gain, eps)
+        return _like(rounded(y + bias, dtype), dtype, through), saved
+
+    def backward(d_y: Array, saved: Saved) -> tuple[Array, Array]:
+        d_x, d_gain = ops.rms_norm_backward(rounded(plain(d_y), dtype), saved)
+        d_x = ops.centre(d_x) if config.norm is Norm.LAYER else d_x
+        return _like(rounded(d_x, dtype), dtype, through), d_gain
+
+    def centre(x: Array) -> Array:
+        return _like(ops.centre(rounded(plain(x), dtype)), dtype, through)
+
+    new = replace(ops, rms_norm_forward=forward, rms_norm_backward=backward, centre=centre)
+    return own, Lazy(list(parameters), read), new
+
+
+def attention_in(dtype: str, parts: Parts, through: bool = False) -> Parts:
+    """Attention that reads and gives `dtype`, as its backward does; inside nothing is rounded."""
+    config, parameters, ops = parts
+
+    def short(*some: Array) -> tuple[Array, ...]:
+        return tuple(_like(rounded(plain(x), dtype), dtype, through) for x in some)
+
+    def forward(
+        q: Array, k: Array, v: Array, layout: Layout, scale: float | None, cap: float | None
+    ) -> tuple[Array, Saved]:
+        q, k, v = (plain(x) for x in short(q, k, v))
+        context, saved = ops.attention_forward(q, k, v, layout, scale, cap)
+        return short(context)[0], saved
+
+    def backward(d_context: Array, saved: Saved) -> tuple[Array, Array, Array]:
+        d_q, d_k, d_v = short(*ops.attention_backward(plain(short(d_context)[0]), saved))
+        return d_q, d_k, d_v
+
+    return config, parameters, replace(ops, attention_forward=forward, attention_backward=backward)
+
+
+def all_in(dtype: str, parts: Parts) -> Parts:
+    """Every function of the network gives `dtype`; norms, attention and MLP round at their ends."""
+    config, parameters, ops = attention_in(dtype, norms_in(dtype, parts, True), True)
+
+    def forward(activation: Activation, gate: Array | None, up: Array) -> tuple[Array, Saved]:
+        h, saved = ops.mlp_forward(activation, plain(gate), plain(up))
+        return _like(rounded(h, dtype), dtype, True), saved
+
+    def backward(d_h: Array, saved: Saved) -> tuple[Array | None, Array]:
+        both = ops.mlp_backward(plain(d_h), saved)
+        d_gate, d_up = (x if x is None else _like(rounded(x, dtype), dtype, True) for x in both)
+        assert d_up is not None
+        return d_gate, d_up
+
+    def read(name: str) -> Array:
+        own = parameters[name]
+        return own if name.endswith("norm.weight") else rounded(own, dtype).view(KINDS[dtype])
+
+    return (
+        config,
+        Lazy(list(parameters), read),
+        replace(ops, mlp_forward=forward, mlp_backward=backward),
+    )

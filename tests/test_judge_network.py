@@ -1,0 +1,156 @@
+"""Networks that compute otherwise: quantities that are fitted, parts that round, dropout."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from strategies import config, random_parameters
+
+import refcurv as rc
+from refcurv.judge.arithmetic import Arithmetic
+from refcurv.judge.case import Case
+from refcurv.judge.diagnosis.variants import Setting, moments
+from refcurv.judge.diagnosis.variants.dropout import Dropout
+from refcurv.judge.dump import Dump
+from refcurv.model.config import Norm, NormPlace, QKNorm
+from refcurv.model.layers import DEFINITIONS, causal_layout
+from refcurv.model.part import part_of
+
+
+def made(config, seed=5, layers="**"):
+    model = rc.Model(config, random_parameters(config, seed))
+    tokens = np.random.default_rng(1).integers(0, config.vocabulary, (24, 9))
+    corpus = rc.Corpus(tokens)
+    return model, corpus, rc.collect(model, corpus, layers, "empirical")
+
+
+@pytest.fixture(scope="module")
+def setting():
+    """A small OLMo-2 with norms of queries and keys over all heads."""
+    return made(config(width=8, heads=2, kv_heads=1, head_width=4, mlp_width=12, norm_eps=1e-4))
+
+
+@pytest.fixture(scope="module")
+def layered():
+    """A small GPT-2: LayerNorm with gain and bias, before each part."""
+    own = config(
+        width=8, heads=2, kv_heads=2, head_width=4, mlp_width=12, norm=Norm.LAYER, norm_bias=True,
+        norm_place=NormPlace.PRE, qk_norm=QKNorm.NONE, gated=False, biases=("up", "down"),
+    )  # fmt: skip
+    return made(own, layers="blocks.*.mlp.*")
+
+
+def planted(setting, theirs, reverse=False):
+    """What a program writes that does what a Setting says; `reverse`, in another order."""
+    model, corpus, factors = setting
+    if reverse:
+        corpus = part_of(corpus, slice(None, None, -1))
+    case = Case(Dump({}, {}, "", ()), factors, {}, Arithmetic(), model, corpus)
+    ((_, found),) = moments(case, [theirs], list(factors))
+    return {name: (one.A, one.G, one.n_A) for name, one in found.items()}
+
+
+def named(setting, theirs, **options):
+    model, corpus, factors = setting
+    options = {"arithmetic": "float64", "declared": {"fisher": "empirical"}} | options
+    verdict = rc.validate(theirs, factors, model=model, corpus=corpus, **options)
+    assert not verdict.passed
+    return verdict, sorted({cause.fault for cause in verdict.causes})
+
+
+FITTED = {"eps": (3.3e-5, "B53"), "rotary base": (777.0, "B51")}
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_a_quantity_is_fitted(setting, name):
+    level, fault = FITTED[name]
+    verdict, faults = named(setting, planted(setting, Setting(network=((name, level),))))
+    assert faults == [fault]
+    assert all(cause.after < 1e-12 for cause in verdict.causes)
+
+
+CHANGED = {
+    "norms in bfloat16": "B53",
+    "attention in bfloat16": "B56",
+    "QK-norm over each head": "B54",
+    "matrices to bits": "B57",
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_a_part_that_rounds_or_is_another_has_its_name(setting, name):
+    level = 4.0 if "bits" in name else 0.0
+    theirs = planted(setting, Setting(network=((name, level),)))
+    assert named(setting, theirs)[1] == [CHANGED[name]]
+
+
+def test_gradients_that_vanish_in_float16(setting):
+    theirs = planted(setting, Setting(tensor_G="output in float16 at 2^-20"))
+    assert named(setting, theirs)[1] == ["B61"]
+
+
+def other_weights(setting, share=0.02):
+    """The same model, its blocks a little further on."""
+    model, corpus, factors = setting
+    rng = np.random.default_rng(9)
+    own = {
+        name: x * (1 + share * rng.normal(size=x.shape)) if name.startswith("blocks.") else x
+        for name, x in model.parameters.items()
+    }
+    return replace(model, parameters=own), corpus, factors
+
+
+@pytest.mark.slow
+def test_dropout_is_told_from_other_weights(layered):
+    """A pass whose masks are those of no pass that the judge makes, and weights 2 % away."""
+    drop = Setting(network=(("dropout on branches, pass 3", 0.15),))
+    assert named(layered, planted(layered, drop, reverse=True))[1] == ["B55"]
+    theirs = planted(other_weights(layered), Setting())
+    assert "B55" not in named(layered, theirs)[1]
+
+
+def test_weights_of_another_norm_show(layered):
+    _, corpus, _ = layered
+    joint = {"fisher": "empirical", "bias": "joint"}
+    other = other_weights(layered)[0]
+    one = rc.collect(other, corpus, "blocks.*.mlp.*", "empirical")
+
+    def columned(of):
+        a = of.sum_a[:, None]
+        A = np.block([[of.sum_A, a], [a.T, np.full((1, 1), float(of.n_A))]])
+        return A / of.n_A, of.G, of.n_A
+
+    theirs = {name: columned(of) for name, of in one.items()}
+    verdict, faults = named(layered, theirs, declared=joint)
+    assert faults == ["B57"]
+    assert "null vector" in verdict.causes[0].sentence
+
+
+def test_no_dropout_is_the_network_itself(setting, layered):
+    for own in (setting, layered):
+        for place in ("branches", "attention", "everywhere"):
+            theirs = planted(own, Setting(network=((f"dropout on {place}, pass 0", 0.0),)))
+            for name, (A, G, _) in theirs.items():
+                np.testing.assert_allclose(A, own[2][name].A, rtol=1e-12, atol=1e-14)
+                np.testing.assert_allclose(G, own[2][name].G, rtol=1e-11, atol=1e-14)
+
+
+def test_the_slope_of_attention_with_dropout():
+    """Against central differences, whose error is about 1e-10 here."""
+    rng = np.random.default_rng(0)
+    q, k, v, d = (rng.normal(size=(1, 5, heads, 3)) for heads in (4, 2, 2, 4))
+    layout = causal_layout(np.ones((1, 5), bool), np.zeros((1, 5), int))
+
+    def run(*some):
+        ops = Dropout(0.4, "attention", np.random.default_rng(7)).ops(DEFINITIONS)
+        context, saved = ops.attention_forward(*some, layout, None, None)
+        return float((context * d).sum()), ops.attention_backward(d, saved)
+
+    slopes, own = run(q, k, v)[1], [q, k, v]
+    for at, slope in enumerate(slopes):
+        step = rng.normal(size=own[at].shape)
+        moved = [[x + h * step if j == at else x for j, x in enumerate(own)] for h in (1e-5, -1e-5)]
+        ends = [run(*some)[0] for some in moved]
+        assert abs((ends[0] - ends[1]) / 2e-5 - float((slope * step).sum())) < 1e-8
