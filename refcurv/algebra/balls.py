@@ -9,6 +9,7 @@ numbers come in by `exact`; bounds go out by `rounded` and `radii`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final, NoReturn
@@ -234,6 +235,14 @@ class Balls:
         """Radii, rounded upwards to float64: every number is within them of the midpoint."""
         return np.asarray(_RADIUS(self._x), dtype=np.float64)
 
+    def most(self) -> Array:
+        """Upper bounds of the magnitudes, as float64."""
+        return np.asarray(_MOST(self._x), dtype=np.float64)
+
+    def least(self) -> Array:
+        """Lower bounds of the magnitudes, as float64."""
+        return np.asarray(_LEAST(self._x), dtype=np.float64)
+
     def contains(self, x: Array) -> Array:
         """bool array: may each number be this float?"""
         return np.asarray(_HOLDS(self._x, np.asarray(x, np.float64)), dtype=bool)
@@ -391,12 +400,20 @@ def _nearest(x: Any) -> float:
     return float(x.mid())
 
 
-def _radius(x: Any) -> float:
-    r = x.rad()
-    up = float(r.mid())
+def _above(r: Any) -> float:
+    """The float64 at or above an exact number that is not negative."""
+    up = float(r)
     while not r <= flint.arb(up):
-        up = float(np.nextafter(up, np.inf))
+        up = math.nextafter(up, math.inf)
     return up
+
+
+def _below(r: Any) -> float:
+    """The float64 at or below an exact number that is not negative."""
+    down = float(r)
+    while not r >= flint.arb(down):
+        down = math.nextafter(down, 0)
+    return down
 
 
 _FLOOR = np.frompyfunc(_floor, 1, 1)
@@ -404,7 +421,9 @@ _ZERO = np.frompyfunc(_is_zero, 1, 1)
 _ABOVE = np.frompyfunc(_is_above, 2, 1)
 _FINITE = np.frompyfunc(lambda x: x.is_finite(), 1, 1)
 _NEAREST = np.frompyfunc(_nearest, 1, 1)
-_RADIUS = np.frompyfunc(_radius, 1, 1)
+_RADIUS = np.frompyfunc(lambda x: _above(x.rad().mid()), 1, 1)
+_MOST = np.frompyfunc(lambda x: _above(x.abs_upper().mid()), 1, 1)
+_LEAST = np.frompyfunc(lambda x: _below(x.abs_lower().mid()), 1, 1)
 _HOLDS = np.frompyfunc(lambda x, y: x.contains(flint.arb(float(y))), 2, 1)
 _INSIDE = np.frompyfunc(lambda x, y: y.contains(x), 2, 1)
 _OVERLAP = np.frompyfunc(lambda x, y: x.overlaps(y), 2, 1)

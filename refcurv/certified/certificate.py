@@ -1,0 +1,179 @@
+"""Certificates: numbers, each with a radius that is proved, and what floats made of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from refcurv.algebra.balls import Balls, exact, zeros
+from refcurv.law.checks import Array
+
+
+@dataclass(frozen=True, slots=True)
+class Enclosed:
+    """An array of real numbers, each within `radius` of the exact sum of its `parts`.
+
+    Fields: parts (k, *shape) float64, each part at most half an ulp of the one before; radius
+    (*shape) float64, rounded upwards. Nothing of FLINT is needed to read it.
+    """
+
+    parts: Array
+    radius: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the array."""
+        return self.radius.shape
+
+    @property
+    def nearest(self) -> Array:
+        """The float64 nearest to each midpoint."""
+        return np.asarray(self.parts[0])
+
+    @property
+    def settled(self) -> Array:
+        """bool array: is `nearest` proved to be the real number, correctly rounded?
+
+        It is where the number lies nearer to it than half the gap to the next float64 towards 0,
+        the narrower of the two.
+        """
+        near = np.abs(self.parts[0])
+        gap = near - np.nextafter(near, 0)
+        rest = np.abs(self.parts[1:]).sum(axis=0)
+        exactly = (rest == 0) & (self.radius == 0)
+        return exactly | (np.nextafter(np.nextafter(rest + self.radius, np.inf), np.inf) < gap / 2)
+
+    @property
+    def largest(self) -> float:
+        """A lower bound of the largest magnitude in the array."""
+        least = np.abs(self.parts[0]) * (1 - 2**-50) - self.radius
+        return float(max(least.max(initial=0.0), 0.0))
+
+    @property
+    def digits(self) -> float:
+        """How many decimal digits of the largest entry are certain in every entry.
+
+        Infinite where all are exact; 0 where the largest may be 0.
+        """
+        worst = float(self.radius.max(initial=0.0))
+        if worst == 0:
+            return math.inf
+        return max(0.0, math.log10(self.largest / worst)) if self.largest else 0.0
+
+    def text(self, index: tuple[int, ...] = ()) -> str:
+        """One entry in decimals, as far as it is certain: "0.1234567 ± 2e-31" or "|x| ≤ 3e-40"."""
+        mid = sum((Fraction(float(part)) for part in self.parts[(slice(None), *index)]), Fraction())
+        radius = float(self.radius[index])
+        if radius and abs(mid) <= Fraction(radius):
+            return f"|x| ≤ {_up(radius + abs(float(mid))):.2g}"
+        return _decimal(mid, radius)
+
+
+def _up(x: float) -> float:
+    """x, so much larger that its printed digits are no smaller."""
+    return x * 1.05
+
+
+def _decimal(mid: Fraction, radius: float) -> str:
+    """mid with one digit more than is certain, and a radius that covers what is cut off."""
+    if mid == 0:
+        return "0"
+    if radius == 0:
+        return f"{float(mid)!r} exactly" if Fraction(float(mid)) == mid else f"{mid} exactly"
+    exponent = math.floor(math.log10(radius))
+    unit = Fraction(10) ** exponent
+    rounded = round(mid / unit) * unit
+    places = max(0, -exponent)
+    scaled = abs(rounded) * 10**places
+    whole, tail = divmod(int(scaled), 10**places)
+    number = f"{'-' if mid < 0 else ''}{whole}" + (f".{tail:0{places}d}" if places else "")
+    bound = Fraction(radius) + abs(rounded - mid)
+    return f"{number} ± {_up(float(bound)):.1e}"
+
+
+def enclosed(x: Balls, digits: float) -> Enclosed:
+    """The balls as sums of float64, of so many that `digits` digits of each entry fit."""
+    count = max(2, math.ceil((digits + 2) * math.log2(10) / 53))
+    rest, parts = x, []
+    for _ in range(count):
+        part = rest.rounded()
+        parts.append(part)
+        rest = rest - exact(part)
+    return Enclosed(np.stack(parts), rest.most())
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """How far a float result is from the real numbers.
+
+    Fields: name, of the numbers; dtype; error, an upper bound of the largest error over the largest
+    entry; ulps, the same in units of the dtype's eps.
+    """
+
+    name: str
+    dtype: str
+    error: float
+
+    @property
+    def ulps(self) -> float:
+        """error / eps."""
+        return self.error / float(np.finfo(np.dtype(self.dtype)).eps)
+
+
+def route(name: str, dtype: str, got: Array, truth: Balls) -> Route:
+    """The error of `got` beside the balls of the truth, bounded from above."""
+    wide = _exactly(np.asarray(got))
+    largest = float(truth.least().max(initial=0.0))
+    worst = float((wide - truth).most().max(initial=0.0))
+    return Route(name, dtype, 0.0 if worst == 0 else worst / largest if largest else math.inf)
+
+
+def _exactly(x: Array) -> Balls:
+    """Floats as balls; a longdouble is the sum of two float64."""
+    if x.dtype.itemsize <= 8:
+        return exact(x)
+    total, rest = zeros(x.shape), x
+    for _ in range(3):
+        part = rest.astype(np.float64)
+        total = total + exact(part)
+        rest = rest - part
+    return total
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate(Mapping[str, Enclosed]):
+    """Enclosures of what was asked for, by name: "nats/0", "gradient/0/embed.weight", "A/head".
+
+    Fields:
+        numbers: name → Enclosed.
+        routes: what float64, float32 and longdouble gave, beside it.
+        bits: of the balls. wanted: the digits that were asked for.
+        rows: of each A and G. source: the files, the sequences and the direction of products.
+    """
+
+    numbers: Mapping[str, Enclosed]
+    routes: tuple[Route, ...]
+    bits: int
+    wanted: float
+    rows: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    source: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+    def __getitem__(self, name: str) -> Enclosed:
+        return self.numbers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.numbers)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @property
+    def digits(self) -> float:
+        """The fewest certain digits of any array."""
+        return min((one.digits for one in self.numbers.values()), default=math.inf)
