@@ -235,6 +235,14 @@ class Balls:
         """Radii, rounded upwards to float64: every number is within them of the midpoint."""
         return np.asarray(_RADIUS(self._x), dtype=np.float64)
 
+    def split(self, count: int) -> list[Array]:
+        """So many float64 whose exact sum is near each number, then how far it is at most.
+
+        Each part is the float64 nearest to what those before it leave of the midpoint.
+        """
+        found = np.frompyfunc(lambda x: _split(x, count), 1, count + 1)(self._x)
+        return [np.asarray(part, dtype=np.float64) for part in found]
+
     def most(self) -> Array:
         """Upper bounds of the magnitudes, as float64."""
         return np.asarray(_MOST(self._x), dtype=np.float64)
@@ -398,6 +406,14 @@ def _is_zero(x: Any) -> bool:
 
 def _nearest(x: Any) -> float:
     return float(x.mid())
+
+
+def _split(x: Any, count: int) -> tuple[float, ...]:
+    parts = []
+    for _ in range(count):
+        parts.append(float(x.mid()))
+        x = x - parts[-1]
+    return *parts, _above(x.abs_upper().mid())
 
 
 def _above(r: Any) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from refcurv.algebra.balls import Balls, exact, zeros
+from refcurv.algebra.balls import Balls
 from refcurv.law.checks import Array
 
 
@@ -100,12 +100,8 @@ def _decimal(mid: Fraction, radius: float) -> str:
 def enclosed(x: Balls, digits: float) -> Enclosed:
     """The balls as sums of float64, of so many that `digits` digits of each entry fit."""
     count = max(2, math.ceil((digits + 2) * math.log2(10) / 53))
-    rest, parts = x, []
-    for _ in range(count):
-        part = rest.rounded()
-        parts.append(part)
-        rest = rest - exact(part)
-    return Enclosed(np.stack(parts), rest.most())
+    *parts, radius = x.split(count)
+    return Enclosed(np.stack(parts), radius)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,24 +122,19 @@ class Route:
         return self.error / float(np.finfo(np.dtype(self.dtype)).eps)
 
 
-def route(name: str, dtype: str, got: Array, truth: Balls) -> Route:
-    """The error of `got` beside the balls of the truth, bounded from above."""
-    wide = _exactly(np.asarray(got))
-    largest = float(truth.least().max(initial=0.0))
-    worst = float((wide - truth).most().max(initial=0.0))
-    return Route(name, dtype, 0.0 if worst == 0 else worst / largest if largest else math.inf)
+def route(name: str, dtype: str, got: Array, truth: Enclosed) -> Route:
+    """The error of `got` beside the truth, bounded from above.
 
-
-def _exactly(x: Array) -> Balls:
-    """Floats as balls; a longdouble is the sum of two float64."""
-    if x.dtype.itemsize <= 8:
-        return exact(x)
-    total, rest = zeros(x.shape), x
-    for _ in range(3):
-        part = rest.astype(np.float64)
-        total = total + exact(part)
-        rest = rest - part
-    return total
+    Differences of floats are taken in longdouble, which rounds them by 2^-64 of themselves; 1e-15
+    more than covers that, and the sums here.
+    """
+    far = np.abs(got.astype(np.longdouble) - truth.parts[0] - truth.parts[1].astype(np.longdouble))
+    rest = np.abs(truth.parts[2:]).sum(axis=0) + truth.radius
+    least = np.finfo(np.longdouble).smallest_subnormal
+    worst = float(((far + rest) * (1 + 1e-15) + least).max(initial=0.0))
+    exactly = not far.any() and not rest.any()
+    error = 0.0 if exactly else worst / truth.largest if truth.largest else math.inf
+    return Route(name, dtype, error)
 
 
 @dataclass(frozen=True, slots=True)

@@ -248,7 +248,7 @@ class _Job:
         for name, x in arrays["balls"].items():
             assert isinstance(x, Balls)
             numbers[name] = enclosed(x, self.digits)
-            routes += [route(name, dtype, arrays[dtype][name], x) for dtype in ROUTES]
+            routes += [route(name, d, arrays[d][name], numbers[name]) for d in ROUTES]
 
 
 def _drained(every: Mapping[str, tuple[Kind, Found]]) -> Iterator[tuple[str, dict[str, Any]]]:
