@@ -52,7 +52,9 @@ def bits(precision: int) -> Iterator[None]:
         flint.ctx.prec = before
 
 
-def _refused(what: str) -> Callable[..., NoReturn]:
+def refused(what: str) -> Callable[..., NoReturn]:
+    """A method that says what balls have not."""
+
     def refuse(*_: Any, **__: Any) -> NoReturn:
         raise TypeError(f"a ball has no {what}: its radius would be lost")
 
@@ -72,12 +74,12 @@ class Balls:
     __slots__ = ("_x",)
     __hash__ = None  # type: ignore[assignment]
 
-    __float__ = __int__ = __complex__ = _refused("float")
-    __bool__ = _refused("truth")
-    __array__ = _refused("NumPy array")
-    __iter__ = _refused("iterator")
-    __lt__ = __le__ = __gt__ = __ge__ = _refused("order")
-    __eq__ = __ne__ = _refused("equality")
+    __float__ = __int__ = __complex__ = refused("float")
+    __bool__ = refused("truth")
+    __array__ = refused("NumPy array")
+    __iter__ = refused("iterator")
+    __lt__ = __le__ = __gt__ = __ge__ = refused("order")
+    __eq__ = __ne__ = refused("equality")
 
     def __init__(self, x: Array) -> None:
         self._x = x
@@ -169,7 +171,7 @@ class Balls:
 
     def mean(self, axis: int, keepdims: bool = False) -> Balls:
         """As NumPy's: the sum, divided by how many there are."""
-        return self.sum(axis, keepdims) / self.shape[axis]
+        return _wrapped((self.sum(axis, keepdims) / self.shape[axis])._x)
 
     # -------------------------------------------------------------- functions, each the real one
 
@@ -240,7 +242,8 @@ class Balls:
 
         Each part is the float64 nearest to what those before it leave of the midpoint.
         """
-        found = np.frompyfunc(lambda x: _split(x, count), 1, count + 1)(self._x)
+        with bits(64 * (count + 2)):
+            found = np.frompyfunc(lambda x: _split(x, count), 1, count + 1)(self._x)
         return [np.asarray(part, dtype=np.float64) for part in found]
 
     def most(self) -> Array:
@@ -321,6 +324,11 @@ def zeros(shape: tuple[int, ...]) -> Balls:
 def joined(parts: Sequence[Balls], axis: int = 0) -> Balls:
     """As numpy.concatenate."""
     return Balls(np.concatenate([part._x for part in parts], axis=axis))
+
+
+def spread(x: Balls, shape: tuple[int, ...]) -> Balls:
+    """As numpy.broadcast_to."""
+    return Balls(np.broadcast_to(x._x, shape))
 
 
 def chosen(where: Array, one: Any, other: Any) -> Any:
@@ -461,7 +469,7 @@ _UFUNCS: Final[dict[Any, Callable[..., Any]]] = {
 
 _FUNCTIONS: Final[dict[Any, Callable[..., Any]]] = {
     np.concatenate: joined,
-    np.broadcast_to: lambda x, shape: Balls(np.broadcast_to(x._x, shape)),
+    np.broadcast_to: spread,
     np.zeros_like: _zeros_like,
     np.ones_like: lambda x, dtype=None, shape=None: _zeros_like(x, dtype, shape) + 1,
 }

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from refcurv.algebra.balls import Balls, exact, joined, pi, zeros
+from refcurv.algebra.balls import Balls, exact, joined, pi, refused, spread, zeros
 from refcurv.algebra.balls import chosen as chosen_balls
 from refcurv.law.checks import Array
 
@@ -29,13 +29,12 @@ class Duals:
     def __init__(self, value: Balls, derivative: Balls) -> None:
         self.value, self.derivative = value, derivative
 
-    def __array__(self, *_: Any, **__: Any) -> Array:
-        raise TypeError("a ball has no NumPy array: its radius would be lost")
-
-    def __bool__(self) -> bool:
-        raise TypeError("a ball has no truth: its radius would be lost")
-
-    __iter__ = None
+    __float__ = __int__ = __complex__ = refused("float")
+    __bool__ = refused("truth")
+    __array__ = refused("NumPy array")
+    __iter__ = refused("iterator")
+    __lt__ = __le__ = __gt__ = __ge__ = refused("order")
+    __eq__ = __ne__ = refused("equality")
 
     # -------------------------------------------------------------- shape
 
@@ -187,8 +186,8 @@ class Duals:
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kw: Any) -> Any:
         if method == "at" and ufunc is np.add and isinstance(inputs[0], Duals):
             target, at, x = inputs
-            np.add.at(target.value, at, _value(x))  # type: ignore[call-overload]
-            np.add.at(target.derivative, at, _derivative(x))  # type: ignore[call-overload]
+            np.add.at(target.value, at, _value(x))
+            np.add.at(target.derivative, at, _derivative(x))
             return None
         made = _UFUNCS.get(ufunc)
         if method != "__call__" or made is None or kw:
@@ -219,7 +218,9 @@ def _of(value: Balls, derivative: Balls) -> Duals:
 
 def _concatenated(parts: Sequence[Any], axis: int = 0) -> Duals:
     duals = [x if isinstance(x, Duals) else Duals(x, zeros(x.shape)) for x in parts]
-    return Duals(joined([x.value for x in duals], axis), joined([x.derivative for x in duals], axis))
+    return Duals(
+        joined([x.value for x in duals], axis), joined([x.derivative for x in duals], axis)
+    )
 
 
 def _zeros_like(x: Duals, dtype: Any = None, shape: Any = None) -> Duals:
@@ -237,9 +238,7 @@ _UFUNCS: Final[dict[Any, Callable[..., Any]]] = {
 
 _FUNCTIONS: Final[dict[Any, Callable[..., Any]]] = {
     np.concatenate: _concatenated,
-    np.broadcast_to: lambda x, shape: Duals(
-        np.broadcast_to(x.value, shape), np.broadcast_to(x.derivative, shape)
-    ),
+    np.broadcast_to: lambda x, shape: Duals(spread(x.value, shape), spread(x.derivative, shape)),
     np.zeros_like: _zeros_like,
     np.ones_like: lambda x, dtype=None, shape=None: exact(np.ones(shape or x.shape)),
 }

@@ -47,7 +47,8 @@ class Enclosed:
         gap = near - np.nextafter(near, 0)
         rest = np.abs(self.parts[1:]).sum(axis=0)
         exactly = (rest == 0) & (self.radius == 0)
-        return exactly | (np.nextafter(np.nextafter(rest + self.radius, np.inf), np.inf) < gap / 2)
+        far = np.nextafter(np.nextafter(rest + self.radius, np.inf), np.inf)
+        return np.asarray(exactly | (far < gap / 2))
 
     @property
     def largest(self) -> float:
@@ -68,8 +69,11 @@ class Enclosed:
 
     def text(self, index: tuple[int, ...] = ()) -> str:
         """One entry in decimals, as far as it is certain: "0.1234567 ± 2e-31" or "|x| ≤ 3e-40"."""
-        mid = sum((Fraction(float(part)) for part in self.parts[(slice(None), *index)]), Fraction())
-        radius = float(self.radius[index])
+        at = np.ravel_multi_index(index, self.shape) if index else 0
+        mid = sum(
+            map(Fraction, self.parts.reshape(len(self.parts), -1)[:, at].tolist()), Fraction()
+        )
+        radius = float(self.radius.reshape(-1)[at])
         if radius and abs(mid) <= Fraction(radius):
             return f"|x| ≤ {_up(radius + abs(float(mid))):.2g}"
         return _decimal(mid, radius)
@@ -139,7 +143,7 @@ def route(name: str, dtype: str, got: Array, truth: Enclosed) -> Route:
 
 @dataclass(frozen=True, slots=True)
 class Certificate(Mapping[str, Enclosed]):
-    """Enclosures of what was asked for, by name: "nats/0", "gradient/0/embed.weight", "A/head".
+    """Enclosures of what was asked for, by name: "nats.0", "gradient.0.embed.weight", "A.head".
 
     Fields:
         numbers: name → Enclosed.
@@ -168,3 +172,36 @@ class Certificate(Mapping[str, Enclosed]):
     def digits(self) -> float:
         """The fewest certain digits of any array."""
         return min((one.digits for one in self.numbers.values()), default=math.inf)
+
+    def to_json(self) -> dict[str, Any]:
+        """What it says of each array, without the arrays."""
+        return {
+            "bits": self.bits,
+            "digits": _finite(self.digits),
+            "wanted": self.wanted,
+            "numbers": {
+                name: {
+                    "shape": list(one.shape),
+                    "digits": _finite(one.digits),
+                    "largest": one.largest,
+                    "settled": int(one.settled.sum()),
+                }
+                for name, one in self.numbers.items()
+            },
+            "routes": [
+                {
+                    "name": r.name,
+                    "dtype": r.dtype,
+                    "error": _finite(r.error),
+                    "ulps": _finite(r.ulps),
+                }
+                for r in self.routes
+            ],
+            "rows": dict(self.rows),
+            "source": dict(self.source),
+        }
+
+
+def _finite(x: float) -> float | None:
+    """JSON has no infinity: None says that all digits are certain, or none."""
+    return x if math.isfinite(x) else None

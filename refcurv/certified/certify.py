@@ -72,6 +72,8 @@ def certify(
         and beside it on float64, float32 and longdouble.
 
     Args:
+        model: its parameters as they are stored.
+        corpus: texts or images.
         of: of "logits", "nats", "gradient" (of every parameter), "A" and "G" (of the corpus's
             labels, over all `sequences`), "hvp" and "ggnvp" (H v and GGN v of a sequence's loss).
         digits: how many digits of each array's largest entry are to be certain in every entry.
@@ -142,9 +144,7 @@ def _signs(parameters: Mapping[str, Array]) -> dict[str, Array]:
     }
 
 
-def _direction(
-    parameters: Mapping[str, Array], direction: Mapping[str, Array]
-) -> dict[str, Array]:
+def _direction(parameters: Mapping[str, Array], direction: Mapping[str, Array]) -> dict[str, Array]:
     """A direction of all parameters, 0 where it says nothing."""
     for name in direction:
         require_choice("certify", "direction", name, list(parameters))
@@ -180,9 +180,11 @@ def _planned(task: Task, one: definition.Sequence, digits: float) -> int:
     precision, config = 128, task.config
     while True:
         lost = [_lost(task, one, depth, precision) for depth in range(1, min(config.layers, 2) + 1)]
-        if all(x < precision for x in lost) or precision >= MOST_BITS:
+        if all(x < precision for x in lost):
             break
-        precision *= 2
+        if precision >= MOST_BITS:
+            return MOST_BITS
+        precision = min(MOST_BITS, 2 * precision)
     growth = max(lost[-1] - lost[0], 1.0) if len(lost) > 1 else lost[0]
     whole = lost[0] + growth * (config.layers - 1)
     most = max(BACKWARD[name] for name in task.of)
@@ -191,10 +193,12 @@ def _planned(task: Task, one: definition.Sequence, digits: float) -> int:
 
 def _lost(task: Task, one: definition.Sequence, depth: int, precision: int) -> float:
     """Bits of the largest number that a forward through so many blocks is unsure of."""
-    shallow = replace(task.config, layers=depth)
+    shallow = replace(task.config, layers=depth, windows=task.config.windows[:depth])
     with bits(precision):
-        theta = {name: exact(task.parameters[name]) for name in shallow.parameter_shapes()}
-        inputs = one.inputs if one.inputs.dtype.kind in "iu" else exact(one.inputs)
+        names = shallow.parameter_shapes()
+        theta: Any = {name: exact(task.parameters[name]) for name in names}
+        inputs: Any = one.inputs if one.inputs.dtype.kind in "iu" else exact(one.inputs)
+        final: Any
         try:
             final, _ = forward(shallow, theta, inputs, one.layout, LAYERS)
         except UndecidedError:
@@ -217,8 +221,7 @@ class _Job:
     done: int = 0
 
     def at(self, precision: int) -> Certificate:
-        """All that is wanted, with so many bits. Arrays of a sequence are kept as sums of floats,
-        so that no more than one sequence's balls are held."""
+        """All that is wanted, with so many bits; no more than one sequence's balls are held."""
         numbers: dict[str, Enclosed] = {}
         routes: list[Route] = []
         with bits(precision):

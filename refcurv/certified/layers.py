@@ -12,17 +12,20 @@ from typing import Any
 
 import numpy as np
 
-from refcurv.algebra.balls import Balls, chosen, exact, pi
+from refcurv.algebra.balls import chosen, exact, pi
 from refcurv.law.checks import Array
 from refcurv.model.config import Activation, RopeScaling, Scaling
 from refcurv.model.layers import Layout, Ops, Saved, centre, rotate, visible_keys
+
+Numbers = Any
+"""Balls, or dual balls: what runs here runs on either."""
 
 # ------------------------------------------------------------------ positions
 
 
 def rope_tables(
     position_BT: Array, width: int, theta: float, dtype: Any, scaling: RopeScaling | None = None
-) -> tuple[Balls, Balls]:
+) -> tuple[Numbers, Numbers]:
     """cos and sin of position · f_j, each (B, T, 1, width/2); f_j as `rope_frequencies` has them.
 
     f_j = theta^(−2j/width) = exp(−(2j/width) log theta).
@@ -37,7 +40,7 @@ def rope_tables(
     return angle.cos() * size, angle.sin() * size
 
 
-def _scaled(f: Balls, width: int, log_theta: Balls, scaling: RopeScaling) -> Balls:
+def _scaled(f: Numbers, width: int, log_theta: Numbers, scaling: RopeScaling) -> Numbers:
     """f' = s f/factor + (1 − s) f, s as in `rope_frequencies`."""
     factor = exact(float(scaling.factor))
     if scaling.kind is Scaling.LINEAR:
@@ -65,14 +68,14 @@ def _scaled(f: Balls, width: int, log_theta: Balls, scaling: RopeScaling) -> Bal
 # ------------------------------------------------------------------ norms
 
 
-def rms_norm_forward(x: Balls, gain: Balls, eps: float) -> tuple[Balls, Saved]:
+def rms_norm_forward(x: Numbers, gain: Numbers, eps: float) -> tuple[Numbers, Saved]:
     """y = gain · x / √(mean(x²) + eps)."""
     r = ((x * x).mean(axis=-1, keepdims=True) + eps).rsqrt()
     x_hat = x * r
     return x_hat * gain, (x_hat, r, gain)
 
 
-def rms_norm_backward(d_y: Balls, saved: Saved) -> tuple[Balls, Balls]:
+def rms_norm_backward(d_y: Numbers, saved: Saved) -> tuple[Numbers, Numbers]:
     """Gradients of `rms_norm_forward` with respect to x and gain."""
     x_hat, r, gain = saved
     # forward:  y = x_hat * gain;  x_hat = x * r;  r = (mean(x²) + eps)^(-1/2)
@@ -85,7 +88,7 @@ def rms_norm_backward(d_y: Balls, saved: Saved) -> tuple[Balls, Balls]:
 # ------------------------------------------------------------------ attention
 
 
-def softmax(score: Balls, visible: Array) -> Balls:
+def softmax(score: Numbers, visible: Array) -> Numbers:
     """Softmax over the last axis among the visible entries; a row that sees nothing is 0.
 
     An exact number near the largest is subtracted first: it cancels, and exp stays in range.
@@ -95,18 +98,20 @@ def softmax(score: Balls, visible: Array) -> Balls:
     shift = exact(np.where(np.isfinite(top), top, 0))
     visible = np.broadcast_to(visible, score.shape)
     e = chosen(visible, chosen(visible, score - shift, 0).exp(), 0)
-    total = chosen(visible.any(axis=-1, keepdims=True), e.sum(axis=-1, keepdims=True), 1)
+    total = chosen(
+        np.asarray(visible.any(axis=-1, keepdims=True)), e.sum(axis=-1, keepdims=True), 1
+    )
     return e / total
 
 
 def attention_forward(
-    q_BTHE: Balls,
-    k_BSKE: Balls,
-    v_BSKE: Balls,
+    q_BTHE: Numbers,
+    k_BSKE: Numbers,
+    v_BSKE: Numbers,
     layout: Layout,
     scale: float | None = None,
     cap: float | None = None,
-) -> tuple[Balls, Saved]:
+) -> tuple[Numbers, Saved]:
     """softmax(cap(q kᵀ · scale)) v; query head h reads key-value head h div R."""
     B, T, H, E = q_BTHE.shape
     S, K = k_BSKE.shape[1:3]
@@ -123,7 +128,7 @@ def attention_forward(
     return context, (q_BKRTE, k_BK1SE, v_BK1SE, p, size)
 
 
-def attention_backward(d_context_BTHE: Balls, saved: Saved) -> tuple[Balls, Balls, Balls]:
+def attention_backward(d_context_BTHE: Numbers, saved: Saved) -> tuple[Numbers, Numbers, Numbers]:
     """Gradients of `attention_forward` with respect to q, k and v."""
     q, k, v, p, size = saved
     B, (K, R, T, E) = len(d_context_BTHE), q.shape[1:]
@@ -141,13 +146,13 @@ def attention_backward(d_context_BTHE: Balls, saved: Saved) -> tuple[Balls, Ball
     return d_q_BTHE, d_k.transpose(0, 2, 1, 3), d_v.transpose(0, 2, 1, 3)
 
 
-def soft_cap(x: Balls, cap: float) -> tuple[Balls, Balls]:
+def soft_cap(x: Numbers, cap: float) -> tuple[Numbers, Numbers]:
     """cap · tanh(x / cap), and its derivative 1 − tanh²."""
     t = (x / float(cap)).tanh()
     return t * float(cap), 1 - t * t
 
 
-def clip(x: Balls, bound: float) -> tuple[Balls, Array]:
+def clip(x: Numbers, bound: float) -> tuple[Numbers, Array]:
     """x between −bound and bound, and its derivative, 1 inside and 0 outside."""
     over, under = x.above(bound), (-x).above(bound)
     inside = ~(over | under)
@@ -157,7 +162,7 @@ def clip(x: Balls, bound: float) -> tuple[Balls, Array]:
 # ------------------------------------------------------------------ MLP
 
 
-def activation(kind: Activation, z: Balls) -> tuple[Balls, Balls]:
+def activation(kind: Activation, z: Numbers) -> tuple[Numbers, Numbers]:
     """f(z) and f'(z), the real functions."""
     if kind is Activation.SILU:
         s = 1 / (1 + (-z).exp())
@@ -175,7 +180,7 @@ def activation(kind: Activation, z: Balls) -> tuple[Balls, Balls]:
     return chosen(above, z, 0), exact(above)
 
 
-def mlp_forward(kind: Activation, gate: Balls | None, up: Balls) -> tuple[Balls, Saved]:
+def mlp_forward(kind: Activation, gate: Numbers | None, up: Numbers) -> tuple[Numbers, Saved]:
     """h = f(gate) · up, or h = f(up) without a gate."""
     if gate is None:
         f, slope = activation(kind, up)
@@ -184,7 +189,7 @@ def mlp_forward(kind: Activation, gate: Balls | None, up: Balls) -> tuple[Balls,
     return f * up, (f, slope, up)
 
 
-def mlp_backward(d_h: Balls, saved: Saved) -> tuple[Balls | None, Balls]:
+def mlp_backward(d_h: Numbers, saved: Saved) -> tuple[Numbers | None, Numbers]:
     """Gradients of `mlp_forward` with respect to gate (None without one) and up."""
     f, slope, up = saved
     if up is None:
@@ -197,7 +202,7 @@ def mlp_backward(d_h: Balls, saved: Saved) -> tuple[Balls | None, Balls]:
 # ------------------------------------------------------------------ loss
 
 
-def cross_entropy(logit_NV: Balls, label_N: Array) -> tuple[Balls, Balls]:
+def cross_entropy(logit_NV: Numbers, label_N: Array) -> tuple[Numbers, Numbers]:
     """LOSS: nats −log p[label] per row and p − onehot(label); 0 where the label is negative."""
     near = logit_NV.rounded()
     z = logit_NV - exact(near.max(axis=-1, keepdims=True))
@@ -211,7 +216,7 @@ def cross_entropy(logit_NV: Balls, label_N: Array) -> tuple[Balls, Balls]:
     return nats, chosen(np.broadcast_to(labelled, onehot.shape), e / total - onehot, 0)
 
 
-def hessian_product(logit_NV: Balls, v_NV: Balls, label_N: Array) -> Balls:
+def hessian_product(logit_NV: Numbers, v_NV: Numbers, label_N: Array) -> Numbers:
     """(diag p − p pᵀ) v per row; 0 where the label is negative."""
     p = softmax(logit_NV, np.broadcast_to((label_N >= 0)[:, None], logit_NV.shape))
     return p * (v_NV - (p * v_NV).sum(axis=-1, keepdims=True))

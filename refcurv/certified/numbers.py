@@ -118,7 +118,7 @@ class Task:
 
 
 def run(kind: Kind, task: Task, number: int, one: Sequence, found: Found) -> None:
-    """All that is wanted of one sequence, into `found`; its arrays are called "nats/3" and so on.
+    """All that is wanted of one sequence, into `found`; its arrays are called "nats.3" and so on.
 
     Proof: tests/test_certified.py::test_every_number_type_says_the_same
     """
@@ -146,14 +146,14 @@ def _plain(
     head = head_transpose(config, theta, final, one.head_BT, sent, ops)
     d_final = drain(head, steps.append)
     if "logits" in task.of:
-        found.arrays[f"logits/{number}"] = head_logits(config, theta, final, ops)[0]
+        found.arrays[f"logits.{number}"] = head_logits(config, theta, final, ops)[0]
     if "nats" in task.of:
-        found.arrays[f"nats/{number}"] = nats
+        found.arrays[f"nats.{number}"] = nats
     if {"gradient", "A", "G"} & {*task.of}:
         steps += backward(config, theta, d_final, trace, ops)
     if "gradient" in task.of:
         for name, d in _gradient(task, theta, steps).items():
-            found.arrays[f"gradient/{number}/{name}"] = d
+            found.arrays[f"gradient.{number}.{name}"] = d
     _moments(task, one, steps, found)
 
 
@@ -188,9 +188,9 @@ def _moments(task: Task, one: Sequence, steps: list[Tap | Slope], found: Found) 
             keep_BT = one.keep_BT[:, -step.g.shape[1] :]
             a_NI, g_NO = step.a[keep_BT], step.g[keep_BT]
         if "A" in task.of:
-            found.add(f"A/{step.name}", a_NI.T @ a_NI, len(a_NI))
+            found.add(f"A.{step.name}", a_NI.T @ a_NI, len(a_NI))
         if "G" in task.of:
-            found.add(f"G/{step.name}", g_NO.T @ g_NO, len(g_NO))
+            found.add(f"G.{step.name}", g_NO.T @ g_NO, len(g_NO))
 
 
 def _products(
@@ -209,7 +209,7 @@ def _products(
         d_final = drain(head, steps.append)
         steps += backward(config, theta, d_final, trace, ops)
         for name, d in _gradient(task, theta, steps).items():
-            found.arrays[f"hvp/{number}/{name}"] = kind.derivative(d)
+            found.arrays[f"hvp.{number}.{name}"] = kind.derivative(d)
     if "ggnvp" in task.of:
         moved = kind.derivative(head_logits(config, theta, final, ops))
         moved_NV = moved.reshape(-1, moved.shape[-1])
@@ -223,4 +223,4 @@ def _products(
         d_final = drain(head, steps.append)
         steps += backward(config, plain, d_final, trace, ops)
         for name, d in _gradient(task, plain, steps).items():
-            found.arrays[f"ggnvp/{number}/{name}"] = d
+            found.arrays[f"ggnvp.{number}.{name}"] = d

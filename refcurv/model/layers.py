@@ -199,7 +199,8 @@ def centre(x: Array) -> Array:
 
     It is its own backward, for its matrix I − 1 1ᵀ/D is symmetric.
     """
-    return x - x.mean(axis=-1, keepdims=True)
+    y: Array = x - x.mean(axis=-1, keepdims=True)
+    return y
 
 
 # ------------------------------------------------------------------ attention
@@ -414,12 +415,6 @@ class Ops:
 
 
 DEFINITIONS = Ops(
-    rms_norm_forward,
-    rms_norm_backward,
-    centre,
-    rotate,
-    attention_forward,
-    attention_backward,
-    mlp_forward,
-    mlp_backward,
-)
+    rms_norm_forward, rms_norm_backward, centre, rotate,
+    attention_forward, attention_backward, mlp_forward, mlp_backward,
+)  # fmt: skip
