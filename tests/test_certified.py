@@ -32,6 +32,7 @@ from refcurv.certified.certify import certify
 from refcurv.certified.numbers import OF
 from refcurv.cli import main
 from refcurv.curvature import definition
+from refcurv.files.huggingface import read_config
 from refcurv.law.checks import RefcurvError
 from refcurv.law.tolerance import probable
 from refcurv.model import transformer
@@ -301,7 +302,7 @@ def test_what_was_asked_for_is_there(small) -> None:
     names += [f"{k}.{n}.{p}" for n in (0, 1) for k in products for p in model.parameters]
     names += [f"{side}.{layer}" for layer in model.config.linear_layers() for side in "AG"]
     assert sorted(found) == sorted(names)
-    assert all(found[name].digits >= 30 for name in found)
+    assert all(found[name].digits() >= 30 for name in found)
     assert {route.dtype for route in found.routes} == {"float64", "float32", "longdouble"}
     assert len(found.routes) == 3 * len(found)
 
@@ -396,9 +397,19 @@ def test_parts_and_texts_say_what_the_ball_says(p: int, q: int, precision: int) 
 
 def test_digits_count_from_the_largest_entry() -> None:
     one = Enclosed(np.array([[100.0, 1.0], [0, 0]]), np.array([1e-8, 1e-9]))
-    assert one.digits == pytest.approx(10)
-    assert Enclosed(np.zeros((2, 3)), np.zeros(3)).digits == np.inf
-    assert Enclosed(np.zeros((2, 3)), np.full(3, 1e-9)).digits == 0
+    assert one.digits() == pytest.approx(10) and one.digits(1.0) == pytest.approx(8)
+    assert Enclosed(np.zeros((2, 3)), np.zeros(3)).digits() == np.inf
+    assert Enclosed(np.zeros((2, 3)), np.full(3, 1e-9)).digits() == 0
+
+
+def test_what_is_0_by_theory_counts_beside_the_others() -> None:
+    """A bias of keys has no gradient. Its balls hold 0, and are as small as those of the others."""
+    model, corpus = model_and_corpus(case(batch=1, biases=("k",), qk_norm="none", rope_theta=None))
+    found = certify(model, corpus, ["gradient"])
+    zero = found["gradient.0.blocks.0.attn.k.bias"]
+    assert zero.largest == 0 and zero.radius.max() > 0 and found.digits >= 30
+    assert found.bits < 300 and zero.text((0,)).startswith("|x| ≤ ")
+    assert all(route.ulps < 1e4 for route in found.routes)
 
 
 def test_a_number_between_two_floats_is_not_settled() -> None:
@@ -532,3 +543,45 @@ def test_the_command_says_what_is_certain(small, tmp_path, capsys) -> None:
         with contextlib.suppress(SystemExit):
             assert main(["certify", weights, texts, *bad]) == 2
         assert words in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------ every family
+
+PUBLISHED = json.loads((Path(__file__).parent / "published_configs.json").read_text("utf-8"))
+FAMILY = {
+    row["config"]["model_type"]: name
+    for name, row in reversed(PUBLISHED.items())
+    if "becomes" in row
+}
+"""One published configuration of each family, with tiny sizes."""
+
+
+@pytest.mark.parametrize("name", FAMILY.values())
+def test_a_twin_of_every_family_is_certified(name: str) -> None:
+    """Nats of the loops in mpmath lie in the balls, and the float64's gradient is near."""
+    _, made = read_config("x", json.dumps(PUBLISHED[name]["config"]))
+    made = replace(made, vocabulary=min(made.vocabulary, 11), layers=min(made.layers, 2),
+                   windows=made.windows[:2])  # fmt: skip
+    rng = np.random.default_rng(0)
+    model = rc.Model(made, random_parameters(made, 1))
+    if made.image is None:
+        inputs = rng.integers(0, made.vocabulary, (1, 4))
+        corpus = rc.Corpus(inputs)
+    else:
+        image = made.image
+        inputs = rng.normal(size=(1, image.channels, image.height, image.width))
+        inputs = inputs.astype(np.float32)
+        corpus = rc.Corpus(images=inputs, labels=np.array([1]))
+    found = certify(model, corpus, ["nats", "gradient"], digits=25)
+    assert found.digits >= 25
+    for route in found.routes:
+        assert route.dtype != "float64" or route.error < 1e-9, route
+    with PRECISION:
+        plain = {key: digits.of(x) for key, x in model.parameters.items()}
+        pixel = digits.of(inputs[0].astype(float)) if made.image is not None else inputs[0]
+        want = oracles.nats(made, plain, pixel)
+        for t, label in enumerate(corpus.label[0]):
+            one = found["nats.0"]
+            if label >= 0:
+                far = abs(many_digits(one, (t,)) - want[t, label].x)
+                assert far <= float(one.radius[t]) + 1e-60

@@ -56,16 +56,15 @@ class Enclosed:
         least = np.abs(self.parts[0]) * (1 - 2**-50) - self.radius
         return float(max(least.max(initial=0.0), 0.0))
 
-    @property
-    def digits(self) -> float:
-        """How many decimal digits of the largest entry are certain in every entry.
+    def digits(self, size: float | None = None) -> float:
+        """How many decimal digits are certain in every entry, counted from `size`.
 
-        Infinite where all are exact; 0 where the largest may be 0.
+        By default that is the largest entry. Infinite where all are exact; 0 where size is.
         """
-        worst = float(self.radius.max(initial=0.0))
+        worst, size = float(self.radius.max(initial=0.0)), self.largest if size is None else size
         if worst == 0:
             return math.inf
-        return max(0.0, math.log10(self.largest / worst)) if self.largest else 0.0
+        return max(0.0, math.log10(size / worst)) if size else 0.0
 
     def text(self, index: tuple[int, ...] = ()) -> str:
         """One entry in decimals, as far as it is certain: "0.1234567 ± 2e-31" or "|x| ≤ 3e-40"."""
@@ -108,12 +107,33 @@ def enclosed(x: Balls, digits: float) -> Enclosed:
     return Enclosed(np.stack(parts), radius)
 
 
+def sizes(numbers: Mapping[str, Enclosed]) -> dict[str, float]:
+    """From what the digits of each array are counted: its largest entry, which is bounded below.
+
+    An array may be 0 by theory: a bias of keys, which moves every score of a query alike, has no
+    gradient. Where every ball holds 0, it is the largest entry of the same quantity, say of the
+    gradient of the same sequence.
+    """
+    own = {name: one.largest for name, one in numbers.items()}
+    group: dict[tuple[str, ...], float] = {}
+    for name, largest in own.items():
+        key = _quantity(name)
+        group[key] = max(group.get(key, 0.0), largest)
+    return {name: largest or group[_quantity(name)] for name, largest in own.items()}
+
+
+def _quantity(name: str) -> tuple[str, ...]:
+    """What an array is a part of: "A", or ("gradient", "0")."""
+    kind, number, *_ = name.split(".")
+    return (kind,) if kind in "AG" else (kind, number)
+
+
 @dataclass(frozen=True, slots=True)
 class Route:
     """How far a float result is from the real numbers.
 
-    Fields: name, of the numbers; dtype; error, an upper bound of the largest error over the largest
-    entry; ulps, the same in units of the dtype's eps.
+    Fields: name, of the numbers; dtype; error, an upper bound of the largest error, over what the
+    array's digits are counted from (`sizes`).
     """
 
     name: str
@@ -126,19 +146,18 @@ class Route:
         return self.error / float(np.finfo(np.dtype(self.dtype)).eps)
 
 
-def route(name: str, dtype: str, got: Array, truth: Enclosed) -> Route:
-    """The error of `got` beside the truth, bounded from above.
+def farthest(got: Array, truth: Enclosed) -> float:
+    """An upper bound of the largest error of `got`.
 
     Differences of floats are taken in longdouble, which rounds them by 2^-64 of themselves; 1e-15
     more than covers that, and the sums here.
     """
     far = np.abs(got.astype(np.longdouble) - truth.parts[0] - truth.parts[1].astype(np.longdouble))
     rest = np.abs(truth.parts[2:]).sum(axis=0) + truth.radius
+    if not far.any() and not rest.any():
+        return 0.0
     least = np.finfo(np.longdouble).smallest_subnormal
-    worst = float(((far + rest) * (1 + 1e-15) + least).max(initial=0.0))
-    exactly = not far.any() and not rest.any()
-    error = 0.0 if exactly else worst / truth.largest if truth.largest else math.inf
-    return Route(name, dtype, error)
+    return float(((far + rest) * (1 + 1e-15) + least).max(initial=0.0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,10 +190,12 @@ class Certificate(Mapping[str, Enclosed]):
     @property
     def digits(self) -> float:
         """The fewest certain digits of any array."""
-        return min((one.digits for one in self.numbers.values()), default=math.inf)
+        size = sizes(self.numbers)
+        return min((one.digits(size[n]) for n, one in self.numbers.items()), default=math.inf)
 
     def to_json(self) -> dict[str, Any]:
         """What it says of each array, without the arrays."""
+        size = sizes(self.numbers)
         return {
             "bits": self.bits,
             "digits": _finite(self.digits),
@@ -182,7 +203,7 @@ class Certificate(Mapping[str, Enclosed]):
             "numbers": {
                 name: {
                     "shape": list(one.shape),
-                    "digits": _finite(one.digits),
+                    "digits": _finite(one.digits(size[name])),
                     "largest": one.largest,
                     "settled": int(one.settled.sum()),
                 }

@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 
 from refcurv.algebra.balls import Balls, UndecidedError, bits, exact, require_flint
-from refcurv.certified.certificate import Certificate, Enclosed, Route, enclosed, route
+from refcurv.certified.certificate import Certificate, Enclosed, Route, enclosed, farthest, sizes
 from refcurv.certified.layers import BALLS as LAYERS
 from refcurv.certified.numbers import BALLS, OF, Found, Kind, Task, floats, run
 from refcurv.curvature import definition
@@ -223,17 +223,21 @@ class _Job:
     def at(self, precision: int) -> Certificate:
         """All that is wanted, with so many bits; no more than one sequence's balls are held."""
         numbers: dict[str, Enclosed] = {}
-        routes: list[Route] = []
+        errors: dict[tuple[str, str], float] = {}
         with bits(precision):
             every = {kind.name: (kind, Found()) for kind in (BALLS, *map(floats, ROUTES))}
             for number, one in self.sequences.items():
                 for kind, found in every.values():
                     self._run(kind, number, one, found)
-                self._keep(dict(_drained(every)), numbers, routes)
+                self._keep(dict(_drained(every)), numbers, errors)
             means = {name: dict(found.means()) for name, (_, found) in every.items()}
-            self._keep(means, numbers, routes)
+            self._keep(means, numbers, errors)
             rows = {name: n for name, n in every["balls"][1].rows.items()}
-        source = {"sequences": list(self.sequences)}
+        source, size = {"sequences": list(self.sequences)}, sizes(numbers)
+        routes = [
+            Route(name, dtype, far / size[name] if size[name] else math.inf if far else 0.0)
+            for (name, dtype), far in errors.items()
+        ]
         return Certificate(numbers, tuple(routes), precision, self.digits, rows, source)
 
     def _run(self, kind: Kind, number: int, one: definition.Sequence, found: Found) -> None:
@@ -246,12 +250,13 @@ class _Job:
         self,
         arrays: Mapping[str, Mapping[str, Any]],
         numbers: dict[str, Enclosed],
-        routes: list[Route],
+        errors: dict[tuple[str, str], float],
     ) -> None:
         for name, x in arrays["balls"].items():
             assert isinstance(x, Balls)
             numbers[name] = enclosed(x, self.digits)
-            routes += [route(name, d, arrays[d][name], numbers[name]) for d in ROUTES]
+            for dtype in ROUTES:
+                errors[name, dtype] = farthest(arrays[dtype][name], numbers[name])
 
 
 def _drained(every: Mapping[str, tuple[Kind, Found]]) -> Iterator[tuple[str, dict[str, Any]]]:
