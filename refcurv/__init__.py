@@ -23,6 +23,7 @@ The public names, in the order in which data flow:
     distance                        F, F_tok and K side by side: rc.distance.compare(...)
     estimators                      K-FAC reduce, EK-FAC's Λ: rc.estimators.reduce(...), ekfac(...)
     matrix_free                     eigenvalues, trace and density of what is too large to write
+    certify, Certificate            digits that are proved      save_certificate, load_certificate
     audit, Audit                    every identity that can be checked on a model
     validate, Verdict               another program's factors: how far off, and why
     trace, Trace, first_divergence  every tensor of a pass, and the first in which theirs differs
@@ -37,7 +38,7 @@ The modules that do several steps at once are imported by their full names:
 
 On the command line `refcurv report` does all of it on your own files, `refcurv demo` on the shipped
 ones. The other commands take the steps one by one: convert, export, inspect, corpus, collect,
-decompose, edit, truncate, prune, evaluate, audit, validate, trace, cases.
+decompose, edit, truncate, prune, evaluate, certify, audit, validate, trace, cases.
 `refcurv COMMAND --help` has examples.
 
 To check the mathematics, read these files in this order (README counts their lines):
@@ -51,6 +52,9 @@ from refcurv.starting import look_after_imports
 look_after_imports()  # before anything large is imported
 
 from refcurv.algebra import matrix_free
+from refcurv.certified.certificate import Certificate
+from refcurv.certified.certificate_file import load_certificate, save_certificate
+from refcurv.certified.certify import certify
 from refcurv.curvature import distance, estimators, exact
 from refcurv.curvature.bases import Bases, decompose
 from refcurv.curvature.bases_file import load_bases, save_bases
@@ -84,6 +88,7 @@ __all__ = [
     "Bases",
     "Block",
     "Blocks",
+    "Certificate",
     "Corpus",
     "EditRecord",
     "Eigenbasis",
@@ -100,6 +105,7 @@ __all__ = [
     "Verdict",
     "audit",
     "build_corpus",
+    "certify",
     "collect",
     "collect_blocks",
     "convert",
@@ -113,6 +119,7 @@ __all__ = [
     "first_divergence",
     "load",
     "load_bases",
+    "load_certificate",
     "load_corpus",
     "load_factors",
     "logits",
@@ -124,6 +131,7 @@ __all__ = [
     "random_pairs",
     "save",
     "save_bases",
+    "save_certificate",
     "save_corpus",
     "save_factors",
     "singular_bases",

@@ -1,6 +1,7 @@
 """A second, naive implementation of the method: loops over positions and heads, one sequence.
 
-It imports nothing of refcurv but the law. Everything runs in the dtype of its arguments; in
+It imports nothing of refcurv but the law. Everything runs in the dtype of its arguments, `logits`,
+`nats` and `loss` on objects too (`digits.Digits`: as many digits as one asks mpmath for); in
 longdouble its derivatives are good to about 1e-13, and to 2e-11 where the function bends sharply.
 `config` is anything with the attributes of a ModelConfig, `parameters` a mapping of arrays by
 name. The caller cuts the padding off; sums over sequences are his too. Where the model reads
@@ -119,13 +120,13 @@ def silu(z: Array) -> Array:
 
 def gelu(z: Array) -> Array:
     """z Φ(z), Φ the normal distribution function."""
-    number = z.dtype.type
-    return z * np.array([1 + erf(one / np.sqrt(number(2))) for one in z], z.dtype) / 2
+    root = np.sqrt(number_of(z)(2))
+    return z * np.array([1 + erf(one / root) for one in z], z.dtype) / 2
 
 
 def gelu_tanh(z: Array) -> Array:
     """z/2 (1 + tanh(√(2/π) (z + 0.044715 z³)))."""
-    number = z.dtype.type
+    number = number_of(z)
     return z / 2 * (1 + np.tanh(np.sqrt(2 / pi(number)) * (z + number(0.044715) * z**3)))
 
 
@@ -136,6 +137,8 @@ def relu(z: Array) -> Array:
 
 def erf(x: Any) -> Any:
     """2/√π ∫₀ˣ exp(−t²) dt: Taylor's alternating series, beyond 2 Laplace's continued fraction."""
+    if not isinstance(x, np.floating):
+        return x.erf()
     root, eps = np.sqrt(pi(type(x))), np.finfo(type(x)).eps
     if abs(x) < 2:  # Σ (−1)ⁿ x²ⁿ⁺¹ / n! (2n + 1); terms up to 2.3
         power, total, n = x, x, 0
@@ -149,6 +152,11 @@ def erf(x: Any) -> Any:
     for n in range(100, 0, -1):
         tail = y + type(x)(n) / 2 / tail
     return np.copysign(1 - np.exp(-y * y) / (root * tail), x)
+
+
+def number_of(x: Array) -> Any:
+    """The kind of number that an array holds: a dtype's, or the class of its objects."""
+    return x.dtype.type if x.dtype != object else type(x.flat[0])
 
 
 def pi(number: Any) -> Any:
@@ -168,7 +176,10 @@ def soft_cap(x: Any, cap: float | None) -> Any:
 
 def clipped(y: Array, bound: float | None) -> Array:
     """Every entry into ±bound."""
-    return y if bound is None else np.array([min(max(one, -bound), bound) for one in y], y.dtype)
+    if bound is None:
+        return y
+    top = number_of(y)(bound)
+    return np.array([min(max(one, -top), top) for one in y], y.dtype)
 
 
 # ------------------------------------------------------------------ positions
@@ -229,7 +240,7 @@ def rotate(x: Array, position: int, theta: float, width: int = 0, scaling: Any =
     size = 1 if scaling is None else scaling.attention
     out = x.copy()
     for j in range(width // 2):
-        angle = position * frequency(j, width, theta, scaling, x.dtype.type)
+        angle = position * frequency(j, width, theta, scaling, number_of(x))
         c, s, u, v = size * np.cos(angle), size * np.sin(angle), x[j], x[j + width // 2]
         out[j], out[j + width // 2] = u * c - v * s, u * s + v * c
     return out
@@ -258,7 +269,7 @@ def attention(
 ) -> Array:
     """One sequence, one number at a time: (T, H, E) with head h reading key-value head h div R."""
     T, H, E = q.shape
-    R, number = H // k.shape[1], q.dtype.type
+    R, number = H // k.shape[1], number_of(q)
     by = 1 / np.sqrt(number(E)) if scale is None else number(scale)
     out = np.zeros_like(q)
     for t in range(T):

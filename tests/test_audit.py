@@ -35,7 +35,7 @@ from refcurv.law.checks import (
     SolverError,
     StorageError,
 )
-from refcurv.model import gradient, layers, rows, transformer
+from refcurv.model import layers, rows, transformer
 from refcurv.model.config import NormPlace, QKNorm
 from refcurv.model.layers import DEFINITIONS
 from refcurv.passes import fast
@@ -187,7 +187,7 @@ PLANTED: list[tuple[str, str, list[tuple[Any, str, Any]]]] = [
     ("SwiGLU without silu'", "O36", [(DEFINITIONS, "mlp_backward", bugs.gate_without_slope)]),
     ("softmax without its Jacobian", "O31",
      [(DEFINITIONS, "attention_backward", bugs.no_softmax_jacobian)]),
-    ("B1 mean loss", "O41", [(gradient, "cross_entropy", gradient_of_the_mean)]),
+    ("B1 mean loss", "O41", [(DEFINITIONS, "cross_entropy", gradient_of_the_mean)]),
     ("a kernel's eps", "R6", [(fast.FAST, "rms_norm_forward", wrong_fast_norm)]),
     ("B32 A and G swapped", "O18", [(factors, "_finish", swapped_factors)]),
     ("B27 the last position counted", "O18", [(rows, "reached", bugs.all_real)]),

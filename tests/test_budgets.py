@@ -18,7 +18,7 @@ from refcurv.curvature.exact import problems
 from refcurv.judge import audit, bench
 from refcurv.judge.identities import CHECKS, Measure
 from refcurv.judge.identities import factors as of_factors
-from refcurv.model import gradient, transformer
+from refcurv.model import transformer
 from refcurv.model.layers import DEFINITIONS
 from refcurv.passes.fast import FAST
 
@@ -140,7 +140,7 @@ SMOOTH = [
     Fault("O11", "the loss's Hessian", 1e-11, scaled(), problems, "hessian_product"),
     Fault("O14", "up's gradients", 1e-10, scaled(1), DEFINITIONS, "mlp_backward"),
     Fault("O15", "up's gradients", 1e-12, scaled(1), DEFINITIONS, "mlp_backward", USUAL),
-    Fault("O16", "the label's entry", 1e-13, changed(label_entry), gradient, "cross_entropy"),
+    Fault("O16", "the label's entry", 1e-13, changed(label_entry), DEFINITIONS, "cross_entropy"),
     Fault("O17", "the loss's Hessian", 1e-2, scaled(), problems, "hessian_product"),
     Fault("O18", "G", 1e-12, sums(lambda f, s: f.sum_G * (1 + s)), factors, "_finish"),
     Fault("O26", "G's smallest eigenvalue, below 0 by a share of the trace", 1e-13, sums(lowered),
@@ -156,7 +156,7 @@ SMOOTH = [
     Fault("O36", "up's gradients", 1e-12, scaled(1), DEFINITIONS, "mlp_backward"),
     Fault("O38", "a share of the next query's gradient", 1e-13, changed(neighbour),
           DEFINITIONS, "attention_backward"),
-    Fault("O41", "the loss's gradient", 1e-12, scaled(1), gradient, "cross_entropy", USUAL),
+    Fault("O41", "the loss's gradient", 1e-12, scaled(1), DEFINITIONS, "cross_entropy", USUAL),
     Fault("O42", "G, by the number of rows", 1e-13,
           sums(lambda f, s: f.sum_G * (1 + s * f.n_G)), factors, "_finish"),
     Fault("O51", "attention, off by the number of keys", 1e-13, changed(by_length),

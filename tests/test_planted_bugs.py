@@ -27,8 +27,8 @@ from refcurv.curvature import eigenbasis, factors, moments
 from refcurv.law.checks import RefcurvError
 from refcurv.law.conventions import Fisher
 from refcurv.model import fisher as model_fisher
-from refcurv.model import gradient, labels, layers, loss, rows, sampling, transformer
 from refcurv.model import images as model_images
+from refcurv.model import labels, layers, loss, rows, sampling, transformer
 from refcurv.model.config import Activation, Residual, RopeScaling, Scaling
 from refcurv.model.layers import ACTIVATIONS, DEFINITIONS, Ops
 from refcurv.model.transformer import Slope
@@ -372,7 +372,7 @@ Bug = tuple[str, Any, str, Any, Callable[[], None]]
 
 BUGS: list[Bug] = [
     ("B32 A and G swapped", factors, "_finish", swapped_sides, lambda: naive_sums("empirical")),
-    ("B1 mean loss", gradient, "cross_entropy", mean_loss, complex_step),
+    ("B1 mean loss", DEFINITIONS, "cross_entropy", mean_loss, complex_step),
     ("B27 last position kept", rows, "reached", all_real, lambda: naive_sums("empirical")),
     ("B15 data labels for sampled", factors, "sweep", gold, lambda: naive_sums("sampled")),
     ("B17 one uniform for all positions", model_fisher, "uniforms", one_uniform,
@@ -411,7 +411,7 @@ ARCHITECTURE: list[Bug] = [
      lambda: test_layers.test_frequencies_by_hand(test_layers.by_the_package)),
     ("llama3's ramp reversed", layers, "rope_frequencies", ramp_reversed,
      lambda: forward(one_block(**WIDE, rope_scaling=LLAMA3))),
-    ("cos and sin without yarn's size", transformer, "rope_tables",
+    ("cos and sin without yarn's size", DEFINITIONS, "rope_tables",
      lambda position, width, theta, dtype, scaling=None: TABLES(
          position, width, theta, dtype, scaling and replace(scaling, attention=1.0)),
      lambda: forward(one_block(**WIDE, rope_scaling=replace(LLAMA3, attention=1.2)))),
@@ -425,14 +425,14 @@ ARCHITECTURE: list[Bug] = [
      lambda: forward(one_block(**GEMMA2))),
     ("score cap's derivative", layers, "soft_cap", bent_nowhere(layers.soft_cap),
      lambda: complex_step(one_block(**GEMMA2))),
-    ("logit cap's derivative", transformer, "uncapped", lambda config, z, d: d,
+    ("logit cap's derivative", transformer, "uncapped", lambda config, z, d, ops=None: d,
      lambda: complex_step(one_block(**GEMMA2))),
     ("logit cap's derivative, in the expected Fisher", transformer, "uncapped",
-     lambda config, z, d: d,
+     lambda config, z, d, ops=None: d,
      lambda: rows_and_fishers(one_block(**GEMMA2), "blocks.0.mlp.up", "expected")),
-    ("clip forgotten", transformer, "clip", lambda x, bound: (x, np.ones(x.shape, bool)),
+    ("clip forgotten", DEFINITIONS, "clip", lambda x, bound: (x, np.ones(x.shape, bool)),
      lambda: forward(one_block(**OLMO))),
-    ("clip's derivative", transformer, "clip", bent_nowhere(transformer.clip),
+    ("clip's derivative", DEFINITIONS, "clip", bent_nowhere(layers.clip),
      lambda: complex_step(one_block(**OLMO))),
     ("window too wide", transformer, "windowed", lambda at, n: WINDOWED(at, n + 1),
      lambda: forward(one_block(**GEMMA2))),

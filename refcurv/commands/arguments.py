@@ -67,6 +67,11 @@ EXAMPLES = {
         "refcurv prune w.h5 corpus.h5 -o pruned.h5 --layers '**.up' --forget quotes --ratio 0.01 "
         "--weight 0.7",
     ],
+    "certify": [
+        "refcurv certify w.h5 corpus.h5",
+        "refcurv certify w.h5 corpus.h5 --sequences 0-3 --digits 50 -o certificate.h5",
+        "refcurv certify w.h5 corpus.h5 --of A,G,hvp --layers 'blocks.*.mlp.*' --json digits.json",
+    ],
     "audit": [
         "refcurv audit w.h5 corpus.h5",
         "refcurv audit w.h5 corpus.h5 --memory 2 --json audit.json",
@@ -135,6 +140,14 @@ def shares(texts: Sequence[str], asks: str = "edit: --rho takes [PATTERN=]SHARE"
             raise RangeError(f"{asks}, each pattern once; got {text!r}.")
         out[pattern] = value
     return out
+
+
+def numbers(text: str) -> list[int]:
+    """As "3" → [3]; "0-3" → [0, 1, 2, 3]."""
+    first, dash, last = text.partition("-")
+    if not (first.isdecimal() and (not dash or last.isdecimal())) or len(text) > 20:
+        raise argparse.ArgumentTypeError(f"a number, or two as in 0-3, is needed; got {text!r}")
+    return list(range(int(first), int(last if dash else first) + 1))
 
 
 def pairs(option: str, texts: Sequence[str]) -> dict[str, str]:
@@ -326,6 +339,22 @@ def _audit(sub: argparse.ArgumentParser) -> None:
     _json(sub)
 
 
+def _certify(sub: argparse.ArgumentParser) -> None:
+    _positional(sub, "WEIGHTS", "CORPUS")
+    text = "of logits, nats, gradient, A, G, hvp, ggnvp, with commas (default: %(default)s)"
+    sub.add_argument("--of", default="logits,nats,gradient,A,G", metavar="NAMES", help=text)
+    text = "rows of the corpus, as 0-3 or 0 7 (default: 0)"
+    sub.add_argument("--sequences", type=numbers, nargs="+", default=[[0]], metavar="N", help=text)
+    text = "pattern over linear layers, for A and G (default: all)"
+    sub.add_argument("--layers", default="**", metavar="PATTERN", help=text)
+    text = "digits of the largest entry that are to be certain (default: %(default)g)"
+    sub.add_argument("--digits", default=30, metavar="N", help=text)
+    sub.add_argument("--rows", default="reached", help="rows of A and G, as for collect")
+    text = "also write every number and its radius (.h5)"
+    sub.add_argument("-o", "--output", metavar="FILE", help=text)
+    _json(sub)
+
+
 def _trace(sub: argparse.ArgumentParser) -> None:
     _positional(sub, "WEIGHTS", "CORPUS")
     _output(sub)
@@ -388,6 +417,7 @@ ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "truncate": _truncate,
     "prune": _prune,
     "evaluate": _evaluate,
+    "certify": _certify,
     "audit": _audit,
     "trace": _trace,
     "validate": _validate,

@@ -61,6 +61,28 @@ def audit(args: argparse.Namespace) -> bool:
     return found.passed
 
 
+def certify(args: argparse.Namespace) -> bool:
+    """Prove digits of logits, losses, gradients, factors and products, by ball arithmetic."""
+    import refcurv as rc
+    from refcurv.report.certificate import format_certificate
+
+    found = rc.certify(
+        rc.load(args.weights),
+        rc.load_corpus(args.corpus),
+        args.of.split(","),
+        digits=args.digits,
+        sequences=[n for some in args.sequences for n in some],
+        layers=args.layers,
+        rows=args.rows,
+        progress=progress_bar("certify"),
+    )
+    if args.output:
+        rc.save_certificate(found, args.output)
+    print(format_certificate(found.to_json()))
+    write_json(args.json, found.to_json())
+    return found.digits >= found.wanted
+
+
 def trace(args: argparse.Namespace) -> None:
     """Write every tensor of a pass over a few sequences, to find where two programs part."""
     import refcurv as rc

@@ -89,7 +89,7 @@ def factors(
         if name not in shapes:
             raise NameUnknownError(f"factors: the model has no linear layer {name!r}.")
         sums[name] = _zero(*shapes[name])
-    for one in _sequences(config, corpus, require_rows("factors", config, rows)):
+    for one in sequences(config, corpus, require_rows("factors", config, rows)):
         final_BTD, trace = transformer.forward(config, parameters, one.inputs, one.layout)
         sent = cotangents(kind, one.label_BT, one.index_B, config.vocabulary, seed, draws)
         for number, cotangent in enumerate(sent):
@@ -114,7 +114,7 @@ def _add(sums: Sums, tap: Tap, *, first: bool, counted: bool) -> None:
         sums.n_A += len(a_NI)
 
 
-def _sequences(config: ModelConfig, corpus: Corpus, rows: Rows) -> Iterator[Sequence]:
+def sequences(config: ModelConfig, corpus: Corpus, rows: Rows) -> Iterator[Sequence]:
     """The sequences of a corpus, each by itself."""
     label_NT = require_fit("factors", corpus, config)
     for n in range(len(label_NT)):

@@ -10,7 +10,6 @@ import numpy as np
 from refcurv.law.checks import Array
 from refcurv.model.config import ModelConfig
 from refcurv.model.layers import DEFINITIONS, Layout, Ops
-from refcurv.model.loss import cross_entropy
 from refcurv.model.transformer import (
     Inputs,
     Parameters,
@@ -37,16 +36,17 @@ def head_backward(
     final_BTD: Array,
     label_BT: Array,
     keep_BT: Array,
+    ops: Ops = DEFINITIONS,
 ) -> Generator[Tap | Slope, None, HeadLoss]:
     """Loss over the kept rows, and its gradient; yields the steps of `head_transpose`."""
     label_N = label_BT.astype(np.int64).reshape(-1)
-    nats_N = np.zeros(label_N.shape, dtype=final_BTD.dtype)
+    nats_N = np.zeros_like(final_BTD, shape=label_N.shape)
 
     def slope(row_N: Array, logit_NV: Array) -> Array:
-        nats_N[row_N], d_logit_NV = cross_entropy(logit_NV, label_N[row_N])
+        nats_N[row_N], d_logit_NV = ops.cross_entropy(logit_NV, label_N[row_N])
         return d_logit_NV
 
-    d_final_BTD = yield from head_transpose(config, parameters, final_BTD, keep_BT, slope)
+    d_final_BTD = yield from head_transpose(config, parameters, final_BTD, keep_BT, slope, ops)
     return HeadLoss(nats_N.reshape(label_BT.shape), d_final_BTD)
 
 
@@ -78,10 +78,10 @@ def loss_and_gradient(
         add(config.weight_of(step.name), g_NO.T @ step.a.reshape(-1, step.a.shape[-1]))
 
     final_BTD, trace = forward(config, parameters, inputs, layout, ops)
-    head = head_backward(config, parameters, final_BTD, label_BT, label_BT >= 0)
+    head = head_backward(config, parameters, final_BTD, label_BT, label_BT >= 0, ops)
     loss = drain(head, take)
     for step in backward(config, parameters, loss.d_final_BTD, trace, ops):
         take(step)
     for name, shape in config.parameter_shapes().items():
-        gradient.setdefault(name, np.zeros(shape, dtype=final_BTD.dtype))  # no label anywhere
+        gradient.setdefault(name, np.zeros_like(final_BTD, shape=shape))  # no label anywhere
     return loss.nats_BT.sum(), {name: gradient[name] for name in config.parameter_shapes()}

@@ -19,6 +19,7 @@ from scipy import special
 
 from refcurv.law.checks import Array
 from refcurv.model.config import Activation, RopeScaling, Scaling
+from refcurv.model.loss import cross_entropy
 
 Saved = Any
 """What a forward hands its own backward; nobody else looks inside."""
@@ -198,7 +199,8 @@ def centre(x: Array) -> Array:
 
     It is its own backward, for its matrix I − 1 1ᵀ/D is symmetric.
     """
-    return np.asanyarray(x - x.mean(axis=-1, keepdims=True))
+    y: Array = x - x.mean(axis=-1, keepdims=True)
+    return y
 
 
 # ------------------------------------------------------------------ attention
@@ -394,7 +396,7 @@ def mlp_backward(d_h: Array, saved: Saved) -> tuple[Array | None, Array]:
 
 @dataclass(frozen=True, slots=True)
 class Ops:
-    """The layer functions that the transformer runs on: definitions, or kernels equal to them."""
+    """What the transformer runs on: definitions, kernels equal to them, or proofs (`certified`)."""
 
     rms_norm_forward: Callable[[Array, Array, float], tuple[Array, Saved]]
     rms_norm_backward: Callable[[Array, Saved], tuple[Array, Array]]
@@ -406,15 +408,13 @@ class Ops:
     attention_backward: Callable[[Array, Saved], tuple[Array, Array, Array]]
     mlp_forward: Callable[[Activation, Array | None, Array], tuple[Array, Saved]]
     mlp_backward: Callable[[Array, Saved], tuple[Array | None, Array]]
+    rope_tables: Callable[..., tuple[Array, Array]] = rope_tables
+    soft_cap: Callable[[Array, float], tuple[Array, Array]] = soft_cap
+    clip: Callable[[Array, float], tuple[Array, Array]] = clip
+    cross_entropy: Callable[[Array, Array], tuple[Array, Array]] = cross_entropy
 
 
 DEFINITIONS = Ops(
-    rms_norm_forward,
-    rms_norm_backward,
-    centre,
-    rotate,
-    attention_forward,
-    attention_backward,
-    mlp_forward,
-    mlp_backward,
-)
+    rms_norm_forward, rms_norm_backward, centre, rotate,
+    attention_forward, attention_backward, mlp_forward, mlp_backward,
+)  # fmt: skip

@@ -23,10 +23,7 @@ from refcurv.model.layers import (
     Ops,
     Saved,
     causal_layout,
-    clip,
     full_layout,
-    rope_tables,
-    soft_cap,
     windowed,
 )
 
@@ -78,14 +75,14 @@ def linear_backward(
     yield Tap(layer, a, g)
     if config.has_bias(layer):
         yield Slope(f"{layer}.bias", g.reshape(-1, g.shape[-1]).sum(axis=0))
-    return np.asanyarray(g @ parameters[config.weight_of(layer)])
+    return g @ parameters[config.weight_of(layer)]
 
 
 def norm_forward(
     config: ModelConfig, parameters: Parameters, name: str, x: Array, ops: Ops
 ) -> tuple[Array, Saved]:
     """RMSNorm, or LayerNorm = RMSNorm of x − mean(x), over the last axis; then the bias."""
-    gain = parameters[f"{name}.weight"] if config.norm_gain else np.ones(x.shape[-1:], x.dtype)
+    gain = parameters[f"{name}.weight"] if config.norm_gain else np.ones_like(x, shape=x.shape[-1:])
     if config.norm_offset:
         gain = 1 + gain
     if config.norm is Norm.LAYER:
@@ -136,9 +133,9 @@ def attention_forward(
     past: KeysAndValues | None,
 ) -> tuple[Array, AttentionTrace, KeysAndValues]:
     """q, k, v → clip → norm → rotate → attention → o; `at` is "blocks.{i}.attn."."""
-    q, clip_q = _heads_forward(config, parameters, f"{at}q", a_BTD)
-    k, clip_k = _heads_forward(config, parameters, f"{at}k", a_BTD)
-    v, clip_v = _heads_forward(config, parameters, f"{at}v", a_BTD)
+    q, clip_q = _heads_forward(config, parameters, f"{at}q", a_BTD, ops)
+    k, clip_k = _heads_forward(config, parameters, f"{at}k", a_BTD, ops)
+    v, clip_v = _heads_forward(config, parameters, f"{at}v", a_BTD, ops)
     q, q_norm = _qk_norm_forward(config, parameters, f"{at}q_norm", q, ops)
     k, k_norm = _qk_norm_forward(config, parameters, f"{at}k_norm", k, ops)
     if rope is not None:
@@ -181,12 +178,12 @@ def attention_backward(
 
 
 def _heads_forward(
-    config: ModelConfig, parameters: Parameters, layer: str, a_BTD: Array
+    config: ModelConfig, parameters: Parameters, layer: str, a_BTD: Array, ops: Ops
 ) -> tuple[Array, Saved]:
     """One of q, k, v by heads, clipped where the model clips: (B, T, H, E)."""
     y, inside = linear_forward(config, parameters, layer, a_BTD), None
     if config.qkv_clip is not None:
-        y, inside = clip(y, config.qkv_clip)
+        y, inside = ops.clip(y, config.qkv_clip)
     return y.reshape(*y.shape[:2], -1, config.head_width), inside
 
 
@@ -414,7 +411,8 @@ def input_backward(
     """Undo `input_forward`; the gradients end here."""
     for tap in input_taps(config, inputs, layout, d_x_BTD):
         if tap.name in TABLES:
-            d_table = np.zeros(parameters[f"{tap.name}.weight"].shape, d_x_BTD.dtype)
+            shape = parameters[f"{tap.name}.weight"].shape
+            d_table = np.zeros_like(d_x_BTD, shape=shape)
             np.add.at(d_table, np.broadcast_to(tap.a, tap.g.shape[:2]), tap.g)
             yield Slope(f"{tap.name}.weight", d_table)
             continue
@@ -436,7 +434,7 @@ def pool_backward(config: ModelConfig, d_B1D: Array, positions: int) -> Array:
     """Undo `pool_forward` over so many positions."""
     if config.pool is Pool.NONE:
         return d_B1D
-    d_x_BTD = np.zeros((len(d_B1D), positions, config.width), d_B1D.dtype)
+    d_x_BTD = np.zeros_like(d_B1D, shape=(len(d_B1D), positions, config.width))
     if config.pool is Pool.CLS:
         d_x_BTD[:, :1] = d_B1D
     else:
@@ -488,12 +486,15 @@ class Trace:
     final_norm: Saved
 
 
-def rope_of(config: ModelConfig, layout: Layout, dtype: np.dtype) -> tuple[Array, Array] | None:
+def rope_of(
+    config: ModelConfig, layout: Layout, dtype: np.dtype, ops: Ops = DEFINITIONS
+) -> tuple[Array, Array] | None:
     """cos and sin of the model's rotary positions, None where it has none."""
     if config.rope_theta is None:
         return None
     width = config.rope_width or config.head_width
-    return rope_tables(layout.position_BT, width, config.rope_theta, dtype, config.rope_scaling)
+    theta, scaling = config.rope_theta, config.rope_scaling
+    return ops.rope_tables(layout.position_BT, width, theta, dtype, scaling)
 
 
 def forward(
@@ -515,7 +516,7 @@ def forward(
     if config.image is not None:
         inputs = inputs.astype(parameters["patch.weight"].real.dtype, copy=False)
     x_BTD = input_forward(config, parameters, inputs, layout)
-    rope = rope_of(config, layout, x_BTD.dtype)
+    rope = rope_of(config, layout, x_BTD.dtype, ops)
     blocks = []
     for i in range(config.layers):
         x_BTD, trace, keys_and_values = block_forward(
@@ -574,23 +575,25 @@ Cotangent = Callable[[Array, Array], Array]
 """What is sent back at the logits: (rows of the flattened (B, T), their logits (N, V)) → (N, V)."""
 
 
-def head_logits(config: ModelConfig, parameters: Parameters, final: Array) -> Array:
+def head_logits(
+    config: ModelConfig, parameters: Parameters, final: Array, ops: Ops = DEFINITIONS
+) -> Array:
     """(..., D) → logits (..., V), soft-capped where the model does so."""
-    return capped(config, linear_forward(config, parameters, "head", final))
+    return capped(config, linear_forward(config, parameters, "head", final), ops)
 
 
-def capped(config: ModelConfig, y: Array) -> Array:
+def capped(config: ModelConfig, y: Array, ops: Ops = DEFINITIONS) -> Array:
     """The logits of the head's outputs y: cap · tanh(y / cap), or y itself without a cap."""
-    return y if config.logit_cap is None else soft_cap(y, config.logit_cap)[0]
+    return y if config.logit_cap is None else ops.soft_cap(y, config.logit_cap)[0]
 
 
-def uncapped(config: ModelConfig, y: Array, d_logit: Array) -> Array:
+def uncapped(config: ModelConfig, y: Array, d_logit: Array, ops: Ops = DEFINITIONS) -> Array:
     """The gradient of the head's outputs y from that of the logits, which the soft-cap made.
 
     The slope is taken from y. A saturated logit has lost it: there 1 − (logit / cap)² cancels.
     """
     # forward:  logit = cap tanh(y / cap)
-    return d_logit if config.logit_cap is None else d_logit * soft_cap(y, config.logit_cap)[1]
+    return d_logit if config.logit_cap is None else d_logit * ops.soft_cap(y, config.logit_cap)[1]
 
 
 def head_transpose(
@@ -599,6 +602,7 @@ def head_transpose(
     final_BTD: Array,
     keep_BT: Array,
     cotangent: Cotangent,
+    ops: Ops = DEFINITIONS,
 ) -> Steps:
     """A cotangent on the logits of the kept rows, sent back to what the head reads: (B, T, D).
 
@@ -612,7 +616,7 @@ def head_transpose(
         chunk = row_N[begin : begin + HEAD_ROWS]
         a_ND = final_ND[chunk]
         y_NV = linear_forward(config, parameters, "head", a_ND)
-        g_NV = uncapped(config, y_NV, cotangent(chunk, capped(config, y_NV)))
+        g_NV = uncapped(config, y_NV, cotangent(chunk, capped(config, y_NV, ops)), ops)
         d_final_ND[chunk] = yield from linear_backward(config, parameters, "head", a_ND, g_NV)
     return d_final_ND.reshape(final_BTD.shape)
 

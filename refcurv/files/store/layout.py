@@ -27,6 +27,7 @@ FORMATS: Final[Mapping[str, str]] = MappingProxyType(
         "refcurv-basis": "`refcurv decompose`",
         "refcurv-trace": "`refcurv trace`",
         "refcurv-case": "`refcurv cases`",
+        "refcurv-certificate": "`refcurv certify`",
     }
 )
 """The kinds of file, and what writes each."""

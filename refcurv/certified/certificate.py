@@ -1,0 +1,228 @@
+"""Certificates: numbers, each with a radius that is proved, and what floats made of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from refcurv.algebra.balls import Balls
+from refcurv.law.checks import Array
+
+
+@dataclass(frozen=True, slots=True)
+class Enclosed:
+    """An array of real numbers, each within `radius` of the exact sum of its `parts`.
+
+    Fields: parts (k, *shape) float64, each part at most half an ulp of the one before; radius
+    (*shape) float64, rounded upwards. Nothing of FLINT is needed to read it.
+    """
+
+    parts: Array
+    radius: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the array."""
+        return self.radius.shape
+
+    @property
+    def nearest(self) -> Array:
+        """The float64 nearest to each midpoint."""
+        return np.asarray(self.parts[0])
+
+    @property
+    def settled(self) -> Array:
+        """bool array: is `nearest` proved to be the real number, correctly rounded?
+
+        It is where the number lies nearer to it than half the gap to the next float64 towards 0,
+        the narrower of the two.
+        """
+        near = np.abs(self.parts[0])
+        gap = near - np.nextafter(near, 0)
+        rest = np.abs(self.parts[1:]).sum(axis=0)
+        exactly = (rest == 0) & (self.radius == 0)
+        far = np.nextafter(np.nextafter(rest + self.radius, np.inf), np.inf)
+        return np.asarray(exactly | (far < gap / 2))
+
+    @property
+    def largest(self) -> float:
+        """A lower bound of the largest magnitude in the array."""
+        least = np.abs(self.parts[0]) * (1 - 2**-50) - self.radius
+        return float(max(least.max(initial=0.0), 0.0))
+
+    def digits(self, size: float | None = None) -> float:
+        """How many decimal digits are certain in every entry, counted from `size`.
+
+        By default that is the largest entry. Infinite where all are exact; 0 where size is.
+        """
+        worst, size = float(self.radius.max(initial=0.0)), self.largest if size is None else size
+        if worst == 0:
+            return math.inf
+        return max(0.0, math.log10(size / worst)) if size else 0.0
+
+    def text(self, index: tuple[int, ...] = ()) -> str:
+        """One entry in decimals, as far as it is certain: "0.1234567 ± 2e-31" or "|x| ≤ 3e-40"."""
+        at = np.ravel_multi_index(index, self.shape) if index else 0
+        mid = sum(
+            map(Fraction, self.parts.reshape(len(self.parts), -1)[:, at].tolist()), Fraction()
+        )
+        radius = float(self.radius.reshape(-1)[at])
+        if radius and abs(mid) <= Fraction(radius):
+            return f"|x| ≤ {_up(radius + abs(float(mid))):.2g}"
+        return _decimal(mid, radius)
+
+
+def _up(x: float) -> float:
+    """x, so much larger that its printed digits are no smaller."""
+    return x * 1.05
+
+
+def _decimal(mid: Fraction, radius: float) -> str:
+    """mid with one digit more than is certain, and a radius that covers what is cut off."""
+    if mid == 0:
+        return "0"
+    if radius == 0:
+        return f"{float(mid)!r} exactly" if Fraction(float(mid)) == mid else f"{mid} exactly"
+    exponent = math.floor(math.log10(radius))
+    unit = Fraction(10) ** exponent
+    rounded = round(mid / unit) * unit
+    places = max(0, -exponent)
+    scaled = abs(rounded) * 10**places
+    whole, tail = divmod(int(scaled), 10**places)
+    number = f"{'-' if mid < 0 else ''}{whole}" + (f".{tail:0{places}d}" if places else "")
+    bound = Fraction(radius) + abs(rounded - mid)
+    return f"{number} ± {_up(float(bound)):.1e}"
+
+
+def enclosed(x: Balls, digits: float) -> Enclosed:
+    """The balls as sums of float64, of so many that `digits` digits of each entry fit."""
+    count = max(2, math.ceil((digits + 2) * math.log2(10) / 53))
+    *parts, radius = x.split(count)
+    return Enclosed(np.stack(parts), radius)
+
+
+def sizes(numbers: Mapping[str, Enclosed]) -> dict[str, float]:
+    """From what the digits of each array are counted: its largest entry, which is bounded below.
+
+    An array may be 0 by theory: a bias of keys, which moves every score of a query alike, has no
+    gradient. Where every ball holds 0, it is the largest entry of the same quantity, say of the
+    gradient of the same sequence.
+    """
+    own = {name: one.largest for name, one in numbers.items()}
+    group: dict[tuple[str, ...], float] = {}
+    for name, largest in own.items():
+        key = _quantity(name)
+        group[key] = max(group.get(key, 0.0), largest)
+    return {name: largest or group[_quantity(name)] for name, largest in own.items()}
+
+
+def _quantity(name: str) -> tuple[str, ...]:
+    """What an array is a part of: "A", or ("gradient", "0")."""
+    kind, number, *_ = name.split(".")
+    return (kind,) if kind in "AG" else (kind, number)
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """How far a float result is from the real numbers.
+
+    Fields: name, of the numbers; dtype; error, an upper bound of the largest error, over what the
+    array's digits are counted from (`sizes`).
+    """
+
+    name: str
+    dtype: str
+    error: float
+
+    @property
+    def ulps(self) -> float:
+        """error / eps."""
+        return self.error / float(np.finfo(np.dtype(self.dtype)).eps)
+
+
+def farthest(got: Array, truth: Enclosed) -> float:
+    """An upper bound of the largest error of `got`.
+
+    Differences of floats are taken in longdouble, which rounds them by 2^-64 of themselves; 1e-15
+    more than covers that, and the sums here.
+    """
+    far = np.abs(got.astype(np.longdouble) - truth.parts[0] - truth.parts[1].astype(np.longdouble))
+    rest = np.abs(truth.parts[2:]).sum(axis=0) + truth.radius
+    if not far.any() and not rest.any():
+        return 0.0
+    least = np.finfo(np.longdouble).smallest_subnormal
+    return float(((far + rest) * (1 + 1e-15) + least).max(initial=0.0))
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate(Mapping[str, Enclosed]):
+    """Enclosures of what was asked for, by name: "nats.0", "gradient.0.embed.weight", "A.head".
+
+    Fields:
+        numbers: name → Enclosed.
+        routes: what float64, float32 and longdouble gave, beside it.
+        bits: of the balls. wanted: the digits that were asked for.
+        rows: of each A and G. source: the files, the sequences and the direction of products.
+    """
+
+    numbers: Mapping[str, Enclosed]
+    routes: tuple[Route, ...]
+    bits: int
+    wanted: float
+    rows: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    source: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+    def __getitem__(self, name: str) -> Enclosed:
+        return self.numbers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.numbers)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @property
+    def digits(self) -> float:
+        """The fewest certain digits of any array."""
+        size = sizes(self.numbers)
+        return min((one.digits(size[n]) for n, one in self.numbers.items()), default=math.inf)
+
+    def to_json(self) -> dict[str, Any]:
+        """What it says of each array, without the arrays."""
+        size = sizes(self.numbers)
+        return {
+            "bits": self.bits,
+            "digits": _finite(self.digits),
+            "wanted": self.wanted,
+            "numbers": {
+                name: {
+                    "shape": list(one.shape),
+                    "digits": _finite(one.digits(size[name])),
+                    "largest": one.largest,
+                    "settled": int(one.settled.sum()),
+                }
+                for name, one in self.numbers.items()
+            },
+            "routes": [
+                {
+                    "name": r.name,
+                    "dtype": r.dtype,
+                    "error": _finite(r.error),
+                    "ulps": _finite(r.ulps),
+                }
+                for r in self.routes
+            ],
+            "rows": dict(self.rows),
+            "source": dict(self.source),
+        }
+
+
+def _finite(x: float) -> float | None:
+    """JSON has no infinity: None says that all digits are certain, or none."""
+    return x if math.isfinite(x) else None

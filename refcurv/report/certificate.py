@@ -1,0 +1,71 @@
+"""What `refcurv certify` prints: certain digits, and how far floats are from the real numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from refcurv.report.text import format_rows
+
+Json = dict[str, Any]
+
+DTYPES = ("float64", "float32", "longdouble")
+
+
+def format_certificate(found: Json) -> str:
+    """A row for each quantity of each sequence, the worst array of it; then what it means.
+
+    Proof: tests/test_certified.py::test_the_command_says_what_is_certain
+    """
+    rows = [_row(name, names, found) for name, names in _groups(found).items()]
+    head = ("", "arrays", "numbers", "certain digits", "as float64", *DTYPES)
+    table = format_rows(head, rows, "lrrrrrrr")
+    return "\n".join([table, "", *_words(found)])
+
+
+def _groups(found: Json) -> dict[str, list[str]]:
+    """Arrays by quantity and sequence; A and G are each one group."""
+    out: dict[str, list[str]] = {}
+    for name in found["numbers"]:
+        kind, _, rest = name.partition(".")
+        group = kind if kind in "AG" else f"{kind}, sequence {rest.partition('.')[0]}"
+        out.setdefault(group, []).append(name)
+    return out
+
+
+def _row(title: str, names: list[str], found: Json) -> tuple[object, ...]:
+    some = [found["numbers"][name] for name in names]
+    size = sum(_size(one["shape"]) for one in some)
+    digits = [one["digits"] for one in some if one["digits"] is not None]
+    settled = sum(one["settled"] for one in some) / max(size, 1)
+    wanted = set(names)
+    ulps = [_worst(found, wanted, dtype) for dtype in DTYPES]
+    certain = f"{min(digits):.0f}" if digits else "all"
+    return title, len(names), f"{size:,}", certain, f"{settled:.1%}", *ulps
+
+
+def _worst(found: Json, names: set[str], dtype: str) -> str:
+    """The largest error in ulps of the array's largest entry."""
+    some = [r["ulps"] for r in found["routes"] if r["dtype"] == dtype and r["name"] in names]
+    if not some:
+        return "-"
+    return "inf" if None in some else f"{max(some):.3g}"
+
+
+def _size(shape: list[int]) -> int:
+    out = 1
+    for n in shape:
+        out *= n
+    return out
+
+
+def _words(found: Json) -> Iterator[str]:
+    enough = found["digits"] is None or found["digits"] >= found["wanted"]
+    yield (
+        f"{found['bits']} bits; every number lies within its radius, which is proved."
+        if enough
+        else f"NOT REACHED: {found['wanted']:g} digits were asked for; {found['bits']} bits gave "
+        f"{found['digits']:.1f}."
+    )
+    yield "Digits count from the largest entry of an array. As float64: the nearest one is proved."
+    yield "The dtypes: largest error of the definitions in it, in ulps of the largest entry."

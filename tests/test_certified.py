@@ -1,0 +1,587 @@
+"""`certify`: every enclosure holds what loops of eighty digits give; what is false is caught."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import budgets
+import digits
+import mpmath
+import numpy as np
+import oracles
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import Case, assert_within, case, cases, config, few, image_cases, random_parameters
+
+import refcurv as rc
+from refcurv.algebra.balls import Balls, UndecidedError, bits, exact
+from refcurv.certified import certify as driver
+from refcurv.certified import layers as functions
+from refcurv.certified.certificate import Enclosed, enclosed
+from refcurv.certified.certify import certify
+from refcurv.certified.numbers import OF
+from refcurv.cli import main
+from refcurv.curvature import definition
+from refcurv.files.huggingface import read_config
+from refcurv.law.checks import RefcurvError
+from refcurv.law.tolerance import probable
+from refcurv.model import transformer
+from refcurv.model.gradient import loss_and_gradient
+from refcurv.model.layers import Ops, rope_tables
+
+PRECISION = mpmath.workdps(80)
+
+
+def ops() -> Ops:
+    """The layer functions as they stand in the module now: planted ones too."""
+    names = ("rms_norm_forward", "rms_norm_backward", "centre", "rotate", "attention_forward",
+             "attention_backward", "mlp_forward", "mlp_backward", "rope_tables", "soft_cap", "clip",
+             "cross_entropy")  # fmt: skip
+    return Ops(*(getattr(functions, name) for name in names))
+
+
+def in_balls(one: Case) -> dict[str, Any]:
+    return {name: exact(x) for name, x in one.parameters.items()}
+
+
+def inputs_of(one: Case) -> Any:
+    return one.token if one.config.image is None else exact(one.token)
+
+
+def model_and_corpus(one: Case) -> tuple[rc.Model, rc.Corpus]:
+    corpus = rc.Corpus(one.token, one.label, one.real.astype(np.uint8), one.segment)
+    return rc.Model(one.config, one.parameters), corpus
+
+
+def many_digits(x: Enclosed, index: tuple[int, ...]) -> Any:
+    return sum(mpmath.mpf(float(part)) for part in x.parts[(slice(None), *index)])
+
+
+def misses(x: Balls, truth: Any, slack: float = 1e-70) -> bool:
+    """Is an entry's true value outside its ball? slack, relative, of the other route."""
+    made = enclosed(x, 70)
+    for index in np.ndindex(made.shape):
+        far = abs(many_digits(made, index) - truth[index].x)
+        if far > float(made.radius[index]) + slack * (1 + abs(truth[index].x)):
+            return True
+    return False
+
+
+# ------------------------------------------------------------------ against loops of many digits
+
+
+def widened(one: Case, name: str | None, radius: float = 1e-9) -> dict[str, Any]:
+    """Exact parameters, but balls for one of them, about numbers half a radius away from it."""
+    if name is None:
+        return in_balls(one)
+    third = exact(np.array(1)) / 3
+    unsure = (third * 3 - 1) / float(third.radii() * 3) * radius  # about 0 ± radius
+    x = one.parameters[name]
+    off = np.random.default_rng(0).choice([-0.5, 0.5], x.shape)
+    return {**in_balls(one), name: exact(x + radius * off) + unsure}
+
+
+def forward_misses(one: Case, precision: int, wide: str | None = None) -> bool:
+    """Does any logit, or any sequence's nats, of the loops lie outside the balls?
+
+    wide: a parameter that the balls know up to 1e-9 alone. What comes out must then hold what the
+    loops give of the parameter inside.
+    """
+    made = ops()
+    with PRECISION, bits(precision):
+        theta = widened(one, wide)
+        final, _ = transformer.forward(one.config, theta, inputs_of(one), one.layout, made)
+        z = transformer.head_logits(one.config, theta, final, made)
+        plain = {name: digits.of(x) for name, x in one.parameters.items()}
+        for b, real in enumerate(one.real):
+            n = int(real.sum())
+            row = one.token[b, :n], list(one.segment[b, :n])
+            if misses(z[b, :n], oracles.logits(one.config, plain, *row)):
+                return True
+            nats, _ = made.cross_entropy(z[b, :n], one.label[b, :n])
+            want = oracles.loss(one.config, plain, row[0], list(one.label[b, :n]), row[1])
+            if misses(nats.sum(), np.array(digits.Digits(want))):
+                return True
+    return False
+
+
+@few(12)
+@given(cases(), st.sampled_from([60, 200]), st.integers(0, 99))
+def test_logits_and_nats_of_the_loops_lie_in_the_balls(
+    one: Case, precision: int, number: int
+) -> None:
+    assert not forward_misses(one, precision)
+    if one.config.activation != "relu" and one.config.qkv_clip is None:  # no decision is needed
+        names = list(one.parameters)
+        assert not forward_misses(one, precision, names[number % len(names)])
+
+
+def difference(one: Case, name: str, index: tuple[int, ...]) -> Any:
+    """∂ nats / ∂ one entry, by central differences of the loops, whose error is h⁴."""
+    h = mpmath.mpf(10) ** -15
+
+    def at(step: Any) -> Any:
+        moved = {key: digits.of(x) for key, x in one.parameters.items()}
+        moved[name][index] = moved[name][index] + digits.Digits(step)
+        out = digits.Digits(0)
+        for b, real in enumerate(one.real):
+            n = int(real.sum())
+            args = one.token[b, :n], list(one.label[b, :n]), list(one.segment[b, :n])
+            out = out + oracles.loss(one.config, moved, *args)
+        return out.x
+
+    near, far = at(h) - at(-h), at(2 * h) - at(-2 * h)
+    return (8 * near - far) / (12 * h)
+
+
+def gradient_misses(one: Case, precision: int, entries: int = 1, wide: str | None = None) -> bool:
+    """Does the derivative by any of so many entries of each parameter lie outside its ball?"""
+    rng = np.random.default_rng(0)
+    with PRECISION, bits(precision):
+        _, g = loss_and_gradient(
+            one.config, widened(one, wide), inputs_of(one), one.label, one.layout, ops()
+        )
+        for name in rng.permutation(list(one.parameters)):
+            for _ in range(entries):
+                index = tuple(int(rng.integers(n)) for n in one.parameters[name].shape)
+                want = np.array(digits.Digits(difference(one, name, index)))
+                if misses(g[name][index], want, 1e-45):
+                    return True
+    return False
+
+
+TWINS: dict[str, dict[str, Any]] = {
+    "olmo2": {},
+    "gpt2": dict(norm="layer", norm_bias=True, gated=False, rope_theta=None, learned_positions=6,
+                 activation="gelu_tanh", biases=("q", "k", "v", "o", "up", "down")),
+    "gemma": dict(norm_place="both", norm_offset=True, logit_cap=2.0, score_cap=1.5,
+                  embed_scale=2.5, windows=(2,), activation="gelu_tanh", tied=True,
+                  score_scale=0.4),
+    "parallel": dict(residual="parallel", norm="layer", gated=False, activation="gelu",
+                     norm_place="pre", qk_norm="head"),
+    "clipped": dict(qkv_clip=0.5, norm="layer", norm_gain=False, norm_place="pre",
+                    activation="relu"),
+}  # fmt: skip
+"""One model for each way of the families' layer functions."""
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_gradients_of_the_loops_lie_in_the_balls(name: str) -> None:
+    one = case(seed=1, batch=1, length=3, layers=1, width=4, heads=2, kv_heads=1, mlp_width=3,
+               **TWINS[name])  # fmt: skip
+    assert not gradient_misses(one, 200)
+
+
+# ------------------------------------------------------------------ planted
+
+
+def float_tables(*args: Any) -> tuple[Balls, Balls]:
+    """Cosines and sines of float64, taken as exact: the first false certificate."""
+    cos, sin = rope_tables(args[0], args[1], args[2], np.dtype(np.float64), *args[4:])
+    return exact(cos), exact(sin)
+
+
+def middles(x: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(y.midpoints() if isinstance(y, Balls) else y for y in x)
+
+
+PLANTED: dict[str, tuple[str, Callable[[Any], Any], str | None]] = {
+    "tables of float64": ("rope_tables", lambda _: float_tables, None),
+    "the softmax by midpoints": (
+        "softmax", lambda old: lambda *a: old(*a).midpoints(), "blocks.0.attn.q.weight"
+    ),
+    "the norm by midpoints": (
+        "rms_norm_forward", lambda old: lambda *a: middles(old(*a)), "blocks.1.mlp.down.weight"
+    ),
+    "an activation by midpoints": (
+        "activation", lambda old: lambda *a: middles(old(*a)), "blocks.1.mlp.gate.weight"
+    ),
+    "nats by midpoints": (
+        "cross_entropy", lambda old: lambda *a: middles(old(*a)), "head.weight"
+    ),
+    "nats rounded to float64": (
+        "cross_entropy", lambda old: lambda *a: tuple(exact(x.rounded()) for x in old(*a)), None
+    ),
+    "a softmax that sees a key too many": (
+        "softmax", lambda old: lambda z, see: old(z, np.roll(see, 1, axis=-1) | see), None
+    ),
+}  # fmt: skip
+"""What is wrong: the function, what it becomes, the parameter that a wide ball shows it by."""
+
+
+@pytest.mark.parametrize("what", PLANTED)
+def test_a_false_certificate_is_caught(what: str) -> None:
+    name, change, wide = PLANTED[what]
+    one = case(batch=1, length=4)
+    assert not forward_misses(one, 120, wide)
+    with mock.patch.object(functions, name, change(getattr(functions, name))):
+        assert forward_misses(one, 120, wide)
+
+
+GRADIENTS: dict[str, tuple[str, Callable[[Any], Any], str | None]] = {
+    "the mlp's gradient by midpoints": (
+        "mlp_backward", lambda old: lambda *a: middles(old(*a)), "blocks.0.mlp.down.weight"
+    ),
+    "attention's gradient by midpoints": (
+        "attention_backward", lambda old: lambda *a: middles(old(*a)), "blocks.0.attn.o.weight"
+    ),
+    "the norm's gradient without its projection": (
+        "rms_norm_backward",
+        lambda old: lambda d, saved: (saved[1] * d * saved[2], old(d, saved)[1]),
+        None,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", GRADIENTS)
+def test_a_false_gradient_is_caught(what: str) -> None:
+    name, change, wide = GRADIENTS[what]
+    one = case(batch=1, length=3, layers=1, width=4, heads=2, kv_heads=1, mlp_width=3)
+    assert not gradient_misses(one, 120, 1, wide)
+    with mock.patch.object(functions, name, change(getattr(functions, name))):
+        assert gradient_misses(one, 120, 1, wide)
+
+
+# ------------------------------------------------------------------ the float routes
+
+
+@few(10)
+@given(st.one_of(cases(), image_cases()))
+def test_every_number_type_says_the_same(one: Case) -> None:
+    """The gradient of float64, by its derived budget, lies about the balls; so does the loss."""
+    if one.config.image is not None or not (one.label >= 0).any():
+        return
+    _, gradient = loss_and_gradient(one.config, one.parameters, *one.batch)
+    scale = budgets.gradient_scale(one.config, one.parameters, *one.batch)
+    widest = max(*one.config.linear_layers()["head"], one.config.mlp_width, one.token.size)
+    allowed = budgets.path(one.config.layers, widest, np.float64)
+    with bits(160):
+        _, truth = loss_and_gradient(
+            one.config, in_balls(one), inputs_of(one), one.label, one.layout, functions.BALLS
+        )
+    for name, x in truth.items():
+        assert x.radii().max() <= 1e-20 * (1 + x.most().max())
+        assert_within(gradient[name], x.rounded(), allowed, scale[name], name)
+
+
+@few(6)
+@given(image_cases())
+def test_vision_transformers_are_enclosed(one: Case) -> None:
+    _, gradient = loss_and_gradient(one.config, one.parameters, *one.batch)
+    with bits(200):
+        _, truth = loss_and_gradient(
+            one.config, in_balls(one), inputs_of(one), one.label, one.layout, functions.BALLS
+        )
+    for name, x in truth.items():
+        near = x.rounded()
+        assert x.radii().max() <= 1e-25 * (1 + x.most().max())
+        assert np.abs(gradient[name] - near).max() <= 1e-10 * (1 + np.abs(near).max()), name
+
+
+@pytest.fixture(scope="module")
+def small() -> tuple[rc.Model, rc.Corpus, rc.certified.certificate.Certificate]:  # type: ignore[name-defined]
+    model, corpus = model_and_corpus(case(batch=2, biases=("up", "q")))
+    return model, corpus, certify(model, corpus, OF, sequences=[0, 1])
+
+
+def test_what_was_asked_for_is_there(small) -> None:
+    model, _, found = small
+    assert found.digits >= 30 and found.wanted == 30
+    names = [f"{kind}.{n}" for n in (0, 1) for kind in ("logits", "nats")]
+    products = ("gradient", "hvp", "ggnvp")
+    names += [f"{k}.{n}.{p}" for n in (0, 1) for k in products for p in model.parameters]
+    names += [f"{side}.{layer}" for layer in model.config.linear_layers() for side in "AG"]
+    assert sorted(found) == sorted(names)
+    assert all(found[name].digits() >= 30 for name in found)
+    assert {route.dtype for route in found.routes} == {"float64", "float32", "longdouble"}
+    assert len(found.routes) == 3 * len(found)
+
+
+def test_floats_are_as_near_as_their_digits_let_them_be(small) -> None:
+    """No dtype is further off than rounding over the whole path takes it; float32 is further."""
+    _, _, found = small
+    for route in found.routes:
+        assert route.ulps <= probable(10**6, route.dtype) / np.finfo(route.dtype).eps, route
+    by = {(r.name, r.dtype): r.error for r in found.routes}
+    worse = [by[name, "float32"] > by[name, "float64"] for name in found]
+    wider = [by[name, "float64"] > by[name, "longdouble"] for name in found]
+    assert np.mean(worse) > 0.99 and np.mean(wider) > 0.9
+
+
+def test_factors_are_those_of_the_definition(small) -> None:
+    model, corpus, found = small
+    sums = definition.factors(model, corpus, list(model.config.linear_layers()), "empirical")
+    for name, one in sums.items():
+        for side, S, n in (("A", one.S_A, one.n_A), ("G", one.S_G, one.n_G)):
+            assert found.rows[f"{side}.{name}"] == n
+            near = found[f"{side}.{name}"].nearest
+            assert np.abs(S / n - near).max() <= 1e-12 * np.abs(near).max()
+
+
+def test_products_are_those_of_exact(small) -> None:
+    model, corpus, found = small
+    v = driver._signs(dict(model.parameters))
+    one = rc.Corpus(corpus.tokens[:1], corpus.label[:1])
+    for kind, product in (("hvp", rc.exact.hvp), ("ggnvp", rc.exact.ggnvp)):
+        truth = product(model, one, wrt="**", vector=v)
+        for name, x in truth.items():
+            near = found[f"{kind}.0.{name}"].nearest
+            assert np.abs(x - near).max() <= 1e-11 * max(np.abs(y).max() for y in truth.values())
+
+
+def test_more_bits_give_smaller_balls_inside(small) -> None:
+    model, corpus, found = small
+    more = certify(model, corpus, OF, sequences=[0, 1], digits=60)
+    assert more.bits > found.bits and more.digits >= 60
+    for name, one in found.items():
+        two = more[name]
+        for index in list(np.ndindex(one.shape))[:40]:
+            far = abs(_sum(one, index) - _sum(two, index))
+            assert far + Fraction(float(two.radius[index])) <= Fraction(float(one.radius[index]))
+
+
+def _sum(one: Enclosed, index: tuple[int, ...]) -> Fraction:
+    return sum((Fraction(float(p)) for p in one.parts[(slice(None), *index)]), Fraction())
+
+
+def test_the_order_of_sequences_changes_no_number(small) -> None:
+    model, corpus, found = small
+    other = certify(model, corpus, ("A", "G"), sequences=[1, 0])
+    for name in other:
+        for index in list(np.ndindex(other[name].shape))[:20]:
+            far = abs(_sum(other[name], index) - _sum(found[name], index))
+            radii = float(other[name].radius[index]) + float(found[name].radius[index])
+            assert far <= Fraction(radii)
+
+
+def test_a_direction_of_ones_own() -> None:
+    model, corpus = model_and_corpus(case(batch=1))
+    v = {"blocks.0.mlp.up.weight": np.ones(model.parameters["blocks.0.mlp.up.weight"].shape)}
+    found = certify(model, corpus, ["hvp"], direction=v)
+    twice = certify(model, corpus, ["hvp"], direction={k: 2 * x for k, x in v.items()})
+    for name in found:
+        assert np.array_equal(twice[name].nearest, 2 * found[name].nearest)
+
+
+# ------------------------------------------------------------------ records
+
+
+@few(40)
+@given(st.integers(-(10**6), 10**6), st.integers(1, 10**6), st.sampled_from([60, 110, 300]))
+def test_parts_and_texts_say_what_the_ball_says(p: int, q: int, precision: int) -> None:
+    with bits(precision):
+        one = enclosed(exact(np.array([p])) / q, 30)
+    truth = Fraction(p, q)
+    assert abs(_sum(one, (0,)) - truth) <= Fraction(float(one.radius[0]))
+    if one.settled[0]:
+        assert one.nearest[0] == float(truth)
+    text = one.text((0,))
+    if "±" in text:
+        middle, radius = text.split(" ± ")
+        assert abs(Fraction(middle) - truth) <= Fraction(radius)
+    elif text.startswith("|x|"):
+        assert abs(truth) <= Fraction(text.removeprefix("|x| ≤ "))
+    else:
+        assert Fraction(text.removesuffix(" exactly")) == truth
+
+
+def test_digits_count_from_the_largest_entry() -> None:
+    one = Enclosed(np.array([[100.0, 1.0], [0, 0]]), np.array([1e-8, 1e-9]))
+    assert one.digits() == pytest.approx(10) and one.digits(1.0) == pytest.approx(8)
+    assert Enclosed(np.zeros((2, 3)), np.zeros(3)).digits() == np.inf
+    assert Enclosed(np.zeros((2, 3)), np.full(3, 1e-9)).digits() == 0
+
+
+def test_what_is_0_by_theory_counts_beside_the_others() -> None:
+    """A bias of keys has no gradient. Its balls hold 0, and are as small as those of the others."""
+    model, corpus = model_and_corpus(case(batch=1, biases=("k",), qk_norm="none", rope_theta=None))
+    found = certify(model, corpus, ["gradient"])
+    zero = found["gradient.0.blocks.0.attn.k.bias"]
+    assert zero.largest == 0 and zero.radius.max() > 0 and found.digits >= 30
+    assert found.bits < 300 and zero.text((0,)).startswith("|x| ≤ ")
+    assert all(route.ulps < 1e4 for route in found.routes)
+
+
+def test_a_number_between_two_floats_is_not_settled() -> None:
+    half = 2.0**-53  # 1 + half lies midway between 1 and the next float64
+    for radius, settled in ((0.0, False), (1e-40, False)):
+        assert Enclosed(np.array([[1.0], [half]]), np.array([radius])).settled[0] == settled
+    assert Enclosed(np.array([[1.0], [half / 4]]), np.array([1e-40])).settled[0]
+    assert not Enclosed(np.array([[1.0], [-half / 2]]), np.array([1e-40])).settled[0]
+
+
+# ------------------------------------------------------------------ limits
+
+
+@contextmanager
+def at_most(precision: int) -> Iterator[None]:
+    with mock.patch.object(driver, "MOST_BITS", precision):
+        yield
+
+
+def test_a_relu_at_0_asks_for_more_bits() -> None:
+    """Two equal inputs and weights 1 and −1: up is 0, which no ball can prove."""
+    made = config(gated=False, activation="relu", layers=1)
+    parameters = random_parameters(made, 0)
+    for name in ("embed.weight", "blocks.0.attn.o.weight"):
+        axis = 1 if name.startswith("embed") else 0
+        x = np.moveaxis(parameters[name], axis, 0)
+        x[1] = x[0]
+    parameters["blocks.0.attn_norm.weight"][1] = parameters["blocks.0.attn_norm.weight"][0]
+    parameters["blocks.0.mlp.up.weight"][0] = np.eye(made.width)[0] - np.eye(made.width)[1]
+    model = rc.Model(made, parameters)
+    with at_most(400), pytest.raises(UndecidedError, match="more bits are needed"):
+        certify(model, rc.Corpus(np.array([[1, 2, 3]])), ["nats"])
+
+
+def test_a_number_that_no_plan_foresaw_gets_more_bits() -> None:
+    """Weights so large that each block loses far more than it would: the plan is made again."""
+    one = case(batch=1)
+    model, corpus = model_and_corpus(one)
+    with mock.patch.object(driver, "_planned", lambda *_: 40):
+        found = certify(model, corpus, ["gradient"])
+    assert found.bits > 40 and found.digits >= 30
+
+
+def test_what_cannot_be_asked_for() -> None:
+    model, corpus = model_and_corpus(case(batch=1))
+    for more, words in (
+        (dict(of=[]), "must name some of"),
+        (dict(of="nats"), "must name some of"),
+        (dict(of=["hessian"]), "of must be one of"),
+        (dict(digits=0), "digits must lie in"),
+        (dict(digits="many"), "digits must be a number"),
+        (dict(sequences=[1]), "sequence 1 does not exist; the corpus has 1"),
+        (dict(sequences=[-1]), "sequence -1 does not exist"),
+        (dict(sequences=[]), "at least one sequence"),
+        (dict(layers="blocks.9.*"), "blocks.9"),
+        (dict(rows="some"), "rows must be one of"),
+        (dict(direction={"nothing": np.ones(1)}), "direction must be one of"),
+        (dict(direction={"embed.weight": np.ones(1)}), "must be"),
+    ):
+        with pytest.raises(RefcurvError, match=words):
+            certify(model, corpus, **{"of": ["nats"], **more})
+    bad = {**model.parameters, "head.weight": np.full((7, 8), np.nan)}
+    with pytest.raises(RefcurvError, match=r"head.weight holds nan"):
+        certify(replace(model, parameters=bad), corpus, ["nats"])
+
+
+def test_progress_goes_to_its_end() -> None:
+    model, corpus = model_and_corpus(case(batch=2))
+    seen: list[tuple[int, int]] = []
+    certify(model, corpus, ["nats"], sequences=[0, 1], progress=lambda *at: seen.append(at))
+    assert seen[-1] == (8, 8) and [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+# ------------------------------------------------------------------ files and the command
+
+
+def test_a_file_holds_the_certificate(small, tmp_path) -> None:
+    _, _, found = small
+    path = tmp_path / "c.h5"
+    rc.save_certificate(found, path)
+    with mock.patch.object(driver, "require_flint", side_effect=AssertionError):
+        read = rc.load_certificate(path)
+    assert list(read) and sorted(read) == sorted(found)
+    for name, one in found.items():
+        assert np.array_equal(read[name].parts, one.parts)
+        assert np.array_equal(read[name].radius, one.radius)
+    assert (read.bits, read.wanted, read.rows) == (found.bits, found.wanted, dict(found.rows))
+    assert read.routes == found.routes and read.source == {"sequences": [0, 1]}
+    assert read.to_json() == found.to_json()
+
+
+@pytest.mark.parametrize("what", ["format", "radii", "shapes", "routes"])
+def test_a_damaged_certificate_is_refused(what: str, small, tmp_path) -> None:
+    _, _, found = small
+    one = found["nats.0"]
+    path = tmp_path / "c.h5"
+    if what == "radii":
+        one = Enclosed(one.parts, -one.radius)
+    if what == "shapes":
+        one = Enclosed(one.parts[:, :1], one.radius)
+    few_of = replace(found, numbers={"nats.0": one})
+    if what == "routes":
+        few_of = replace(few_of, routes=(SimpleNamespace(name="x", dtype="float64", error="y"),))
+    rc.save_certificate(few_of, path)
+    with pytest.raises(RefcurvError, match=r"nats|damaged|is a refcurv-certificate"):
+        (rc.load_factors if what == "format" else rc.load_certificate)(path)
+
+
+def test_the_command_says_what_is_certain(small, tmp_path, capsys) -> None:
+    model, corpus, found = small
+    weights, texts = str(tmp_path / "w.h5"), str(tmp_path / "c.h5")
+    rc.save(model, weights)
+    rc.save_corpus(corpus, texts)
+    out, table = str(tmp_path / "cert.h5"), str(tmp_path / "t.json")
+    status = main(["certify", weights, texts, "--of", "nats,A", "--sequences", "0-1",
+                   "--layers", "**.up", "-o", out, "--json", table])  # fmt: skip
+    said = capsys.readouterr().out
+    assert status == 0 and "nats, sequence 1" in said and "proved" in said
+    written = json.loads(Path(table).read_text("utf-8"))
+    assert written == rc.load_certificate(out).to_json()
+    assert found["nats.1"].nearest == pytest.approx(rc.load_certificate(out)["nats.1"].nearest)
+    with at_most(60):
+        assert main(["certify", weights, texts, "--of", "nats"]) == 1
+    assert "NOT REACHED: 30 digits" in capsys.readouterr().out
+    for bad, words in (
+        (["--sequences", "x"], "0-3"),
+        (["--sequences", "9"], "sequence 9 does not exist"),
+        (["--of", "nats,nothing"], "of must be one of"),
+        (["--digits", "x"], "digits must be a number"),
+    ):
+        with contextlib.suppress(SystemExit):
+            assert main(["certify", weights, texts, *bad]) == 2
+        assert words in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------ every family
+
+PUBLISHED = json.loads((Path(__file__).parent / "published_configs.json").read_text("utf-8"))
+FAMILY = {
+    row["config"]["model_type"]: name
+    for name, row in reversed(PUBLISHED.items())
+    if "becomes" in row
+}
+"""One published configuration of each family, with tiny sizes."""
+
+
+@pytest.mark.parametrize("name", FAMILY.values())
+def test_a_twin_of_every_family_is_certified(name: str) -> None:
+    """Nats of the loops in mpmath lie in the balls, and the float64's gradient is near."""
+    _, made = read_config("x", json.dumps(PUBLISHED[name]["config"]))
+    made = replace(made, vocabulary=min(made.vocabulary, 11), layers=min(made.layers, 2),
+                   windows=made.windows[:2])  # fmt: skip
+    rng = np.random.default_rng(0)
+    model = rc.Model(made, random_parameters(made, 1))
+    if made.image is None:
+        inputs = rng.integers(0, made.vocabulary, (1, 4))
+        corpus = rc.Corpus(inputs)
+    else:
+        image = made.image
+        inputs = rng.normal(size=(1, image.channels, image.height, image.width))
+        inputs = inputs.astype(np.float32)
+        corpus = rc.Corpus(images=inputs, labels=np.array([1]))
+    found = certify(model, corpus, ["nats", "gradient"], digits=25)
+    assert found.digits >= 25
+    for route in found.routes:
+        assert route.dtype != "float64" or route.error < 1e-9, route
+    with PRECISION:
+        plain = {key: digits.of(x) for key, x in model.parameters.items()}
+        pixel = digits.of(inputs[0].astype(float)) if made.image is not None else inputs[0]
+        want = oracles.nats(made, plain, pixel)
+        for t, label in enumerate(corpus.label[0]):
+            one = found["nats.0"]
+            if label >= 0:
+                far = abs(many_digits(one, (t,)) - want[t, label].x)
+                assert far <= float(one.radius[t]) + 1e-60
