@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from refcurv.algebra.scaling import apart, norm
+from refcurv.algebra.scaling import norm
 from refcurv.curvature.factors import Factor
 from refcurv.judge.arithmetic import ROUNDOFF
 from refcurv.judge.case import Case
+from refcurv.judge.differences import apart
 from refcurv.judge.dump import Theirs
 from refcurv.judge.verdict import (
     EQUAL_AS,

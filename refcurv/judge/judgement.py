@@ -33,7 +33,7 @@ from refcurv.judge.diagnosis.recomputed import few_positions, is_large
 from refcurv.judge.diagnosis.search import spread
 from refcurv.judge.diagnosis.variants.collecting import held
 from refcurv.judge.divergence import with_labels
-from refcurv.judge.dump import Dump
+from refcurv.judge.dump import Dump, first_names
 from refcurv.judge.dump import Theirs as Held
 from refcurv.judge.edits import compare_weight
 from refcurv.judge.foreign import match, read_arrays, read_dump
@@ -48,7 +48,6 @@ from refcurv.law.checks import (
     ConventionError,
     EmptyError,
     SchemaError,
-    first_names,
     require_choice,
 )
 from refcurv.law.conventions import Fisher
