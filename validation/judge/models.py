@@ -184,15 +184,18 @@ def gemma_packed() -> Setting:
 
 
 def vit() -> Setting:
-    """A vision transformer, its patch layer too; one label an image."""
+    """A vision transformer, its patch layer too; one label an image.
+
+    Classes, patches and positions are 5, 6 and 7, so that no factor can be two of them.
+    """
     image = Image(channels=2, height=6, width=9, patch=3)
     biases = ("patch", "q", "k", "v", "o", "up", "down", "head")
-    config = _config(vocabulary=7, norm="layer", norm_bias=True, kv_heads=4, rope_theta=None,
+    config = _config(vocabulary=5, norm="layer", norm_bias=True, kv_heads=4, rope_theta=None,
                      learned_positions=image.positions, biases=biases, gated=False,
                      activation="gelu", causal=False, image=image, pool="cls")  # fmt: skip
     rng = np.random.default_rng(7)
     images = rng.normal(size=(80, 2, 6, 9)).astype(np.float32)
-    corpus = rc.Corpus(images=bfloat16(images), labels=rng.integers(0, 7, 80).astype(np.int32))
+    corpus = rc.Corpus(images=bfloat16(images), labels=rng.integers(0, 5, 80).astype(np.int32))
     return Setting(rc.Model(config, parameters(config, 7)), corpus, "**")
 
 

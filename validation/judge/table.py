@@ -15,6 +15,13 @@ README = HERE / "README.md"
 BEGIN, END = "<!-- score: begin -->", "<!-- score: end -->"
 
 ALIKE: dict[frozenset[str], str] = {
+    frozenset({"B1", "B43"}): "every batch may have had so many loss terms, or gradients were "
+    "divided by so many accumulated batches",
+    frozenset({"B1", "B46"}): "the same, of workers",
+    frozenset(
+        {"B1", "B3"}
+    ): "where every sequence has as many loss terms, dividing by them is a mean "
+    "over a batch of one sequence",
     frozenset({"B43", "B46"}): "G is divided by the square of a small integer; whether by "
     "accumulated batches or by workers is in no dump",
     frozenset({"B35", "B42"}): "an activation in place makes the hook see the gradient behind the "

@@ -429,10 +429,18 @@ def _forms(case: Case, found: Mapping[str, Side]) -> list[Cause]:
         quantities = tuple(dict.fromkeys(q for side in sides for q in _form_of(side)))
         before = max(side.plain(x).error for side, one in where for x in one.left)
         after = max(left.error for _, one in where for left in one.left.values())
-        out.append(
-            made(case, fault, _words(where), tuple(layers), quantities, before, after, _like(where))
-        )
+        alike = (*_like(where), *_without_padding(case, fault))
+        words = _words(where)
+        out.append(made(case, fault, words, tuple(layers), quantities, before, after, alike))
     return out
+
+
+def _without_padding(case: Case, fault: str | None) -> tuple[str, ...]:
+    """Every position, and every real one, are then the same rows."""
+    both = {"B27": ("B28",), "B28": ("B27",)}.get(fault or "", ())
+    corpus = case.corpus
+    padded = corpus is None or (corpus.images is None and not corpus.real.all())
+    return () if padded else both
 
 
 def _form_of(side: str) -> tuple[str, ...]:
@@ -518,8 +526,9 @@ def _scale(case: Case, found: Mapping[str, Side], layer: str) -> scales.Scale | 
     if c == {"A": None, "G": None}:
         return None
     return scales.Scale(
-        layer, c["A"], c["G"], tol["A"], tol["G"], rows["A"], rows["G"], counts.shape[0]
-    )
+        layer, c["A"], c["G"], tol["A"], tol["G"], rows["A"], rows["G"], counts.shape[0],
+        counts.ours["A"],
+    )  # fmt: skip
 
 
 def _excluded(found: Mapping[str, Side]) -> Iterator[str]:

@@ -26,7 +26,7 @@ BLUNT = 0.25
 class Scale:
     """One layer: theirs is c_A and c_G times ours; each may be off by tol_A and tol_G of itself.
 
-    rows_A, rows_G: n'/n; None where the dump does not say. outputs: d_out.
+    rows_A, rows_G: n'/n; None where the dump does not say. outputs: d_out. rows: n of ours.
     """
 
     layer: str
@@ -37,6 +37,7 @@ class Scale:
     rows_A: float | None
     rows_G: float | None
     outputs: int
+    rows: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +62,15 @@ class Counts:
     """What may have been counted, by its name.
 
     means: over how many loss terms, or positions, each batch's mean can be; None without a corpus.
+    each: the loss terms of a sequence, if all have as many. positions: of an image.
     """
 
     rows: int
     others: Mapping[str, int] = field(default_factory=dict)
     means: frozenset[int] | None = None
     vocabulary: int | None = None
+    each: int | None = None
+    positions: int | None = None
 
     @classmethod
     def of(cls, case: Case) -> Counts:
@@ -87,7 +91,9 @@ class Counts:
             others["tokens"] = int(corpus.real.sum())
             others["positions, padding too,"] = label.size
             means |= equal_batches(np.full(len(label), label.shape[1])) | {rows, others["tokens"]}
-        return cls(rows, others, frozenset(means), vocabulary)
+        alike = int(each[0]) if len(set(each.tolist())) == 1 else None
+        positions = None if corpus.images is None else rows // max(1, len(label))
+        return cls(rows, others, frozenset(means), vocabulary, alike, positions)
 
 
 def equal_batches(each: Array) -> set[int]:
@@ -104,12 +110,42 @@ def equal_batches(each: Array) -> set[int]:
 
 def explain(scales: Sequence[Scale], counts: Counts) -> list[Named]:
     """What explains the factors that are not 1: one entry for each group of layers and fault."""
-    out: list[Named] = []
+    out = _of_unlike_rows(scales, counts)
+    told = {layer for one in out for layer in one.layers}
+    scales = [one for one in scales if one.layer not in told]
     for group in _groups(scales):
         names = tuple(one.layer for one in group)
         for named in _of_group(group, counts, alone=len(group) < len(scales)):
             out.append(replace(named, layers=names))
     return _joined(out)
+
+
+def _of_unlike_rows(scales: Sequence[Scale], counts: Counts) -> list[Named]:
+    """One count in the place of each layer's own, where layers have different rows, as of images.
+
+    Then each layer has a factor of its own, n over this count, and all of them are one fault: of A
+    and G a divisor (B4), of G alone loss terms that are counted by the layer's positions (B7).
+    """
+    if len({one.rows for one in scales}) < 2:
+        return []
+    names = tuple(
+        one.layer for one in scales if _off(one.c_A, one.tol_A) or _off(one.c_G, one.tol_G)
+    )
+    for name, count in {**counts.others, "row": 1}.items() if names else ():
+        for sides, fault in (("AG", "B4"), ("G", "B7")):
+            if count and all(_is_over(one, count, sides) for one in scales):
+                own = f"A and G are divided by {count} {name}" if sides == "AG" else (
+                    f"G is ours times the layer's rows over {count} {name}"
+                )  # fmt: skip
+                return [Named(fault, f"{own}, layer by layer", sides, 0.0, (), names)]
+    return []
+
+
+def _is_over(one: Scale, count: int, sides: str) -> bool:
+    """Are these sides of a layer ours times its rows over the count, and the others ours?"""
+    r = one.rows / count
+    each = (("A", one.c_A, one.tol_A), ("G", one.c_G, one.tol_G))
+    return all(c is None or _near(c, r if side in sides else 1.0, tol) for side, c, tol in each)
 
 
 def _off(c: float | None, tol: float) -> bool:
@@ -228,6 +264,9 @@ def _candidates(c: float, tol: float, one: Scale, counts: Counts, alone: bool) -
         yield Named("B14", words, "G", 0.0, ("B7",))
     yield from _powers(c, tol, words, known=one.rows_G is not None)
     yield from _outputs(c, tol, words, one, counts, alone)
+    T = counts.positions or 0
+    if T > 1 and not alone and any(_near(c, x, tol) for x in (T, T * T, 1 / T, 1 / T**2)):
+        yield Named("B37", f"{words}: an image has {T} positions", "G", tol, ("B7", "B82"))
     m = c**-0.5
     if c < 1 and round(m) >= 2 and (_whole(m, tol / 2) or tol * m > 0.1):
         yield _mean_loss(c, round(m), tol, words, counts)
@@ -281,7 +320,8 @@ def _mean_loss(c: float, m: int, tol: float, words: str, counts: Counts) -> Name
         one = counts.others.get("labels", counts.rows)  # all in one batch
         sure = sharp or _near(c * one * one, 1, tol)
         text = f"{text}: {m} loss terms were averaged"
-        return Named("B1", text, "G", left, steps, certain=sure)
+        by_length = ("B3",) if m == counts.each else ()  # a batch of one sequence
+        return Named("B1", text, "G", left, (*by_length, *steps), certain=sure)
     if m == counts.vocabulary:
         return Named("B6", f"{text}, the number of outputs squared", "G", left, ("B1", "B43"))
     if m > FEW:

@@ -55,8 +55,10 @@ def weigh(case: Case, found: Mapping[str, Side], side: str, layers: Sequence[str
         at = of.layers[layer].at_A if side == "A" else of.layers[layer].at_G
         T = seen.T[np.ix_(at, at)]
         each = of.whole(layer, side, KEPT)
+        # layers of images have other rows than blocks: patches alone, or one for each image
+        share = case.counts(layer).ours["A"] / max(1.0, float(of.kept.sum()))
         for rule in rules(of, side, T, each):
-            counted = _counted(rule, of)
+            counted = _counted(rule, of) * share
             if not counted:
                 continue  # sequences without a row
             Y = np.tensordot(rule.weight, each, 1)

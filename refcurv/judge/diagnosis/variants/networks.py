@@ -280,9 +280,9 @@ def _by_heads(net: Network, kind: QKNorm) -> Network:
     return _config(replace(net, parameters=Lazy(list(own), read)), qk_norm=kind)
 
 
-def _turned_off(field: str, off: Any) -> Change:
+def _turned_off(field: str, off: Any, fault: str = "B54") -> Change:
     """A field that the other program does not know."""
-    return Change("B54", _if(lambda config, _: getattr(config, field) != off), _has(**{field: off}))
+    return Change(fault, _if(lambda config, _: getattr(config, field) != off), _has(**{field: off}))
 
 
 def _activation(name: Activation) -> Change:
@@ -388,7 +388,7 @@ CHANGES: Final[Mapping[str, Change]] = MappingProxyType(
         "usual score scale": _turned_off("score_scale", None),
         "no QK-norm": _turned_off("qk_norm", QKNorm.NONE),
         "no soft-cap of scores": _turned_off("score_cap", None),
-        "no soft-cap of logits": _turned_off("logit_cap", None),
+        "no soft-cap of logits": _turned_off("logit_cap", None, "B26"),
         "no soft-cap in the backward": Change(
             "B26", _if(lambda config, _: config.logit_cap is not None), _is(bent=False)
         ),

@@ -132,9 +132,8 @@ class Setting:
     @property
     def faults(self) -> tuple[str, ...]:
         """The ids of what differs, in the order of the fields."""
-        rows = {} if self.count == "reference" else dict(ROWS)
-        if self.where == "last class":
-            rows.pop("with pads", None)  # labels everywhere make rows of all
+        # labels everywhere make rows of all
+        rows = {} if self.count == "reference" or self.where == "last class" else ROWS
         found = [
             LABELS.get(self.labels),
             "B26" if self.smoothing or self.z_loss else None,
