@@ -21,23 +21,34 @@ import oracles
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import Case, assert_within, case, cases, config, few, image_cases, random_parameters
+from strategies import (
+    Case,
+    assert_within,
+    case,
+    cases,
+    config,
+    few,
+    image_cases,
+    random_parameters,
+    scaled,
+)  # fmt: skip
 
 import refcurv as rc
 from refcurv.algebra.balls import Balls, UndecidedError, bits, exact
 from refcurv.certified import certify as driver
 from refcurv.certified import layers as functions
-from refcurv.certified.certificate import Enclosed, enclosed
+from refcurv.certified.certificate import Enclosed, enclosed, farthest
 from refcurv.certified.certify import certify
 from refcurv.certified.numbers import OF
 from refcurv.cli import main
 from refcurv.curvature import definition
 from refcurv.files.huggingface import read_config
-from refcurv.law.checks import RefcurvError
+from refcurv.law.checks import EmptyError, NonFiniteError, RefcurvError
 from refcurv.law.tolerance import probable
 from refcurv.model import transformer
 from refcurv.model.gradient import loss_and_gradient
 from refcurv.model.layers import Ops, rope_tables
+from refcurv.report.certificate import format_certificate
 
 PRECISION = mpmath.workdps(80)
 
@@ -395,6 +406,63 @@ def test_parts_and_texts_say_what_the_ball_says(p: int, q: int, precision: int) 
         assert Fraction(text.removesuffix(" exactly")) == truth
 
 
+TINY = 2.0**-1074
+
+
+@pytest.mark.parametrize(
+    ("parts", "radius", "text"),
+    [
+        ((0.5, 0.0), 0.0, "0.5 exactly"),
+        ((0.1, 0.0), 0.0, f"{Fraction(0.1)} exactly"),  # no float64 is 1/10
+        ((1.0, 2.0**-60), 0.0, f"{1 + Fraction(2) ** -60} exactly"),
+        ((0.0, 0.0), 0.0, "0"),
+        ((0.0, 0.0), TINY, "|x| ≤ 5.0e-324"),  # 4.9e-324 is less
+        ((1.0, 0.0), np.inf, "nothing is known"),
+        ((1.0, 0.0), 1e-3, "1.000 ± 1.1e-3"),  # 1e-3 is a little more than 1/1000
+        ((-1234.5, 0.0), 20.0, "-1230 ± 2.5e+1"),
+        ((0.0, 0.0), 0.0201, "|x| ≤ 2.1e-2"),
+    ],
+)
+def test_texts_promise_no_more_than_is_known(
+    parts: tuple[float, ...], radius: float, text: str
+) -> None:
+    assert Enclosed(np.array(parts)[:, None], np.array([radius])).text((0,)) == text
+
+
+def test_the_errors_of_floats_are_bounded_above() -> None:
+    """Against fractions: numbers near the truth, far from it, and below the range of float64."""
+    rng = np.random.default_rng(0)
+    for size in (1.0, 1e-300, 1e-320, 1e300):
+        with bits(150):
+            truth = enclosed(exact(size * rng.normal(size=40)) / 3, 30)
+        wide = truth.parts[0].astype(np.longdouble) + truth.parts[1]
+        for off in (0, 2.0**-60, 1e-9, 3.0):
+            got = wide * (1 + off * rng.normal(size=40).astype(np.longdouble))
+            for n in range(40):
+                far = abs(exactly(got[n]) - _sum(truth, (n,))) + Fraction(float(truth.radius[n]))
+                one = Enclosed(truth.parts[:, n : n + 1], truth.radius[n : n + 1])
+                bound = Fraction(farthest(got[n : n + 1], one))
+                third = 2 * sum(abs(Fraction(float(p))) for p in one.parts[2:, 0])
+                assert (
+                    far <= bound <= (far + third) * (1 + Fraction(2, 10**15)) + 2 * Fraction(TINY)
+                )
+    assert farthest(np.zeros(2), Enclosed(np.zeros((2, 2)), np.zeros(2))) == 0
+    least = np.array([np.finfo(np.longdouble).smallest_subnormal])
+    assert farthest(least, Enclosed(np.zeros((2, 1)), np.zeros(1))) > 0
+
+
+def exactly(x: Any) -> Fraction:
+    """A longdouble as a fraction: its mantissa is a sum of two float64."""
+    mantissa, exponent = np.frexp(x)
+    high = float(mantissa)
+    return (Fraction(high) + Fraction(float(mantissa - high))) * Fraction(2) ** int(exponent)
+
+
+def test_a_radius_without_bound_is_no_digit() -> None:
+    assert Enclosed(np.array([[1.0, 0.0], [0, 0]]), np.array([1e-9, np.inf])).digits(1.0) == 0
+    assert Enclosed(np.ones((2, 1)), np.array([TINY])).digits(1e300) > 600
+
+
 def test_digits_count_from_the_largest_entry() -> None:
     one = Enclosed(np.array([[100.0, 1.0], [0, 0]]), np.array([1e-8, 1e-9]))
     assert one.digits() == pytest.approx(10) and one.digits(1.0) == pytest.approx(8)
@@ -453,6 +521,45 @@ def test_a_number_that_no_plan_foresaw_gets_more_bits() -> None:
     assert found.bits > 40 and found.digits >= 30
 
 
+def test_a_sequence_without_a_row() -> None:
+    """One token has nothing to predict: its losses and gradients are exact zeros, A is none."""
+    model, _ = model_and_corpus(case(batch=1))
+    corpus = rc.Corpus(np.array([[1]]))
+    found = certify(model, corpus, ["nats", "gradient", "hvp", "ggnvp"])
+    assert found.digits == np.inf and all(not x.nearest.any() for x in found.values())
+    with pytest.raises(EmptyError, match="have no row"):
+        certify(model, corpus, ["A"])
+
+
+def test_balls_that_blow_up_ask_for_more_bits() -> None:
+    """With 3 bits the norms divide by balls that hold 0. The logits are then no numbers."""
+    model, corpus = model_and_corpus(case(batch=1))
+    with mock.patch.object(driver, "_planned", lambda *_: 3):
+        found = certify(model, corpus, ["nats", "gradient", "hvp", "ggnvp"])
+    assert found.digits >= 30
+
+
+def test_a_norm_of_zeros_ends() -> None:
+    """Without an eps 0 has no norm: nothing is known, and it is said."""
+    one = case(batch=1, norm_place="pre", qk_norm="none", norm_eps=0.0)
+    one.parameters["embed.weight"][:] = 0
+    model, corpus = model_and_corpus(one)
+    with at_most(130), pytest.raises(NonFiniteError, match=r"the input of 'blocks.0.attn.q'"):
+        certify(model, corpus, ["nats"])
+
+
+@pytest.mark.parametrize("size", [2.0**130, 2.0**1020])
+def test_what_overflows_in_a_float_is_certified(size: float) -> None:
+    """A stream beyond float32's range, or at float64's end: the norms see the same vectors."""
+    model, corpus = model_and_corpus(scaled(size))
+    found = certify(model, corpus, ["nats", "A"], layers="**.up", digits=20)
+    plain = certify(*model_and_corpus(scaled(1.0)), ["nats", "A"], layers="**.up", digits=20)
+    assert found.digits >= 20
+    for name, one in found.items():
+        assert np.array_equal(one.nearest, plain[name].nearest)
+    assert all(r.error == np.inf for r in found.routes if r.dtype == "float32")
+
+
 def test_what_cannot_be_asked_for() -> None:
     model, corpus = model_and_corpus(case(batch=1))
     for more, words in (
@@ -464,10 +571,17 @@ def test_what_cannot_be_asked_for() -> None:
         (dict(sequences=[1]), "sequence 1 does not exist; the corpus has 1"),
         (dict(sequences=[-1]), "sequence -1 does not exist"),
         (dict(sequences=[]), "at least one sequence"),
+        (dict(sequences=[0.5]), "sequences must"),
+        (dict(digits=201), "digits must lie in"),
         (dict(layers="blocks.9.*"), "blocks.9"),
         (dict(rows="some"), "rows must be one of"),
         (dict(direction={"nothing": np.ones(1)}), "direction must be one of"),
         (dict(direction={"embed.weight": np.ones(1)}), "must be"),
+        (dict(direction={"embed.weight": np.full((7, 8), 2**53 + 1)}), "are not float64"),
+        (
+            dict(direction={"embed.weight": np.full((7, 8), np.longdouble(1) / 3)}),
+            "are not float64",
+        ),
     ):
         with pytest.raises(RefcurvError, match=words):
             certify(model, corpus, **{"of": ["nats"], **more})
@@ -497,17 +611,33 @@ def test_a_file_holds_the_certificate(small, tmp_path) -> None:
         assert np.array_equal(read[name].parts, one.parts)
         assert np.array_equal(read[name].radius, one.radius)
     assert (read.bits, read.wanted, read.rows) == (found.bits, found.wanted, dict(found.rows))
-    assert read.routes == found.routes and read.source == {"sequences": [0, 1]}
+    assert read.routes == found.routes and read.source == dict(found.source)
+    assert read.source == {"sequences": [0, 1], "rows": "reached", "direction": "signs"}
     assert read.to_json() == found.to_json()
 
 
-@pytest.mark.parametrize("what", ["format", "radii", "shapes", "routes"])
+def test_a_certificate_says_what_it_is_of(small) -> None:
+    model, corpus, _ = small
+    given = {name: np.ones(x.shape) for name, x in model.parameters.items()}
+    made = [certify(model, corpus, ["hvp"], digits=1, direction=v).source for v in (None, given)]
+    assert made[0]["direction"] == "signs" and len(made[1]["direction"]) == 64
+    again = {name: np.asfortranarray(v) for name, v in reversed(given.items())}
+    assert certify(model, corpus, ["hvp"], digits=1, direction=again).source == made[1]
+    plain = certify(model, corpus, ["A"], digits=1, rows="all").source
+    assert plain == {"sequences": [0], "rows": "all", "direction": None}
+
+
+@pytest.mark.parametrize("what", ["format", "radii", "NaN", "float32", "shapes", "routes"])
 def test_a_damaged_certificate_is_refused(what: str, small, tmp_path) -> None:
     _, _, found = small
     one = found["nats.0"]
     path = tmp_path / "c.h5"
     if what == "radii":
         one = Enclosed(one.parts, -one.radius)
+    if what == "NaN":
+        one = Enclosed(one.parts, one.radius * np.nan)
+    if what == "float32":
+        one = Enclosed(one.parts.astype(np.float32), one.radius)
     if what == "shapes":
         one = Enclosed(one.parts[:, :1], one.radius)
     few_of = replace(found, numbers={"nats.0": one})
@@ -516,6 +646,16 @@ def test_a_damaged_certificate_is_refused(what: str, small, tmp_path) -> None:
     rc.save_certificate(few_of, path)
     with pytest.raises(RefcurvError, match=r"nats|damaged|is a refcurv-certificate"):
         (rc.load_factors if what == "format" else rc.load_certificate)(path)
+
+
+def test_the_table_rounds_nothing_up() -> None:
+    """29.97 digits are no 30, and 999 of 1,000.5 no 100 %."""
+    one = {"shape": [100_000], "digits": 29.97, "largest": 1.0, "settled": 99_999}
+    said = format_certificate(
+        {"numbers": {"nats.0": one}, "routes": [], "bits": 100, "digits": 29.97, "wanted": 30}
+    )
+    assert " 29 " in said and "99.9%" in said and "100 bits gave 29.9." in said
+    assert " 30 " not in said.splitlines()[2] and "100.0%" not in said
 
 
 def test_the_command_says_what_is_certain(small, tmp_path, capsys) -> None:
