@@ -128,6 +128,15 @@ def test_balls_without_bounds_end_and_promise_nothing(what: str) -> None:
             x.above(0)
 
 
+def test_what_lies_below_float64_is_no_0() -> None:
+    """A third of the smallest float64, at 60 bits: its radius is about 2^-1136."""
+    tiny = 2.0**-1074
+    with bits(60):
+        x = exact(np.array(tiny)) / 3
+    assert not x.is_zero() and x.radii() == x.most() == tiny and x.least() == 0
+    assert holds(x, Fraction(tiny) / 3) and x.split(2)[-1] == tiny
+
+
 def test_nothing_adds_up_to_an_exact_0() -> None:
     nothing = exact(np.ones((0, 3)))
     assert nothing.sum(axis=0).is_zero().all() and nothing.sum().is_zero()
@@ -318,3 +327,17 @@ def test_a_choice_between_duals_and_constants_has_one_shape() -> None:
     made = chosen(np.array([True, False]), one, exact(np.ones(2)))
     assert np.array_equal(made.value.rounded(), [2, 1])
     assert np.array_equal(made.derivative.rounded(), [3, 0])
+
+
+def test_constants_beside_duals_have_no_derivative() -> None:
+    x, v = exact(np.array([2.0, 4.0])), exact(np.array([3.0, 5.0]))
+    dual, whole = Duals(x, v), np.array([1, 2])
+    for made, want in (
+        (np.concatenate([dual, x]), [3, 5, 0, 0]), (whole - dual, [-3, -5]), (whole + dual, [3, 5]),
+        (whole * dual, [3, 10]), (whole / dual, [-3 / 4, -10 / 16]), (x - dual, [-3, -5]),
+        (dual / whole, [3, 2.5]), (dual - x, [3, 5]), (x / dual, [-1.5, -1.25]),
+    ):  # fmt: skip
+        assert np.array_equal(made.derivative.rounded(), want)
+    assert np.isfinite(dual).all()
+    assert not np.isfinite(Duals(x, v / exact(np.zeros(2)))).any()
+    assert not np.isfinite(Duals(x / exact(np.zeros(2)), v)).any()

@@ -44,8 +44,10 @@ from refcurv.cli import main
 from refcurv.curvature import definition
 from refcurv.files.huggingface import read_config
 from refcurv.law.checks import EmptyError, NonFiniteError, RefcurvError
+from refcurv.law.conventions import Rows
 from refcurv.law.tolerance import probable
 from refcurv.model import transformer
+from refcurv.model.config import Image, RopeScaling
 from refcurv.model.gradient import loss_and_gradient
 from refcurv.model.layers import Ops, rope_tables
 from refcurv.report.certificate import format_certificate
@@ -191,6 +193,42 @@ def test_gradients_of_the_loops_lie_in_the_balls(name: str) -> None:
     one = case(seed=1, batch=1, length=3, layers=1, width=4, heads=2, kv_heads=1, mlp_width=3,
                **TWINS[name])  # fmt: skip
     assert not gradient_misses(one, 200)
+
+
+SCALINGS: dict[str, dict[str, Any] | None] = {
+    "none": None,
+    "linear": dict(kind="linear", factor=4.0, attention=1.2),
+    "llama3": dict(kind="llama3", factor=4.0, original=40, slow=1.0, fast=4.0),
+    "llama3 of short waves": dict(kind="llama3", factor=8.0, original=4000, slow=1.0, fast=4.0),
+    "yarn": dict(kind="yarn", factor=4.0, original=400, slow=1.0, fast=32.0, attention=1.1),
+    "yarn without whole numbers": dict(
+        kind="yarn", factor=4.0, original=400, slow=1.0, fast=32.0, truncate=False
+    ),
+    "yarn that starts below 0": dict(
+        kind="yarn", factor=4.0, original=10, slow=1.0, fast=32.0, truncate=False
+    ),
+    "yarn that ends behind the last": dict(
+        kind="yarn", factor=4.0, original=10**6, slow=1e-9, fast=4.0, truncate=False
+    ),
+    "yarn without a ramp": dict(kind="yarn", factor=4.0, original=2, slow=0.5, fast=1.0),
+}
+
+
+@pytest.mark.parametrize("which", SCALINGS)
+def test_rotary_tables_hold_the_cosines_of_the_loops(which: str) -> None:
+    """And at 100 bits no float64 in their place would lie in them."""
+    width, theta, position = 8, 100.0, np.array([[0, 1, 17]])
+    fields = SCALINGS[which]
+    scaling = None if fields is None else RopeScaling(**fields)
+    with PRECISION, bits(100):
+        tables = functions.rope_tables(position, width, theta, None, scaling)
+        size = 1.0 if scaling is None else scaling.attention
+        for t, j in np.ndindex(3, width // 2):
+            f = oracles.frequency(j, width, theta, scaling, digits.Digits)
+            angle = f * int(position[0, t])
+            for x, want in zip(tables, (angle.cos(), angle.sin()), strict=True):
+                assert not misses(x[0, t, 0, j], np.array(want * size))
+                assert x[0, t, 0, j].radii() <= 1e-25
 
 
 # ------------------------------------------------------------------ planted
@@ -341,7 +379,7 @@ def test_factors_are_those_of_the_definition(small) -> None:
 
 def test_products_are_those_of_exact(small) -> None:
     model, corpus, found = small
-    v = driver._signs(dict(model.parameters))
+    v = signs_of(model)
     one = rc.Corpus(corpus.tokens[:1], corpus.label[:1])
     for kind, product in (("hvp", rc.exact.hvp), ("ggnvp", rc.exact.ggnvp)):
         truth = product(model, one, wrt="**", vector=v)
@@ -363,6 +401,98 @@ def test_more_bits_give_smaller_balls_inside(small) -> None:
 
 def _sum(one: Enclosed, index: tuple[int, ...]) -> Fraction:
     return sum((Fraction(float(p)) for p in one.parts[(slice(None), *index)]), Fraction())
+
+
+@pytest.mark.parametrize("rows", ["reached", "labelled", "all", "cls"])
+def test_rows_are_those_of_the_law(rows: str) -> None:
+    """Of packed and padded texts, or of images of which one has no label, and with biases."""
+    if rows == "cls":
+        with pytest.raises(EmptyError, match="'patch' has no row among rows='cls'"):
+            certify(*images(), ["G"], rows=rows)
+        return of_the_law(images(), rows, "blocks.**,head")
+    one = case(batch=2, length=5, biases=("q", "down"))
+    label = np.array([[0, -1, 3, -1, -1], [-1, 0, 0, 2, -1]])
+    corpus = rc.Corpus(
+        one.token, label, np.array([[1] * 5, [1] * 4 + [0]]), np.array([[0, 0, 0, 1, 1], [0] * 5])
+    )
+    of_the_law((rc.Model(one.config, one.parameters), corpus), rows)
+    if rows == "all":
+        of_the_law(images(), rows)
+    return None
+
+
+def images() -> tuple[rc.Model, rc.Corpus]:
+    """Four patches behind a class vector; of three images one has no label."""
+    made = config(
+        causal=False, image=Image(channels=1, height=4, width=4, patch=2, specials=("cls",)),
+        pool="cls", learned_positions=5, biases=("patch",), layers=1,
+    )  # fmt: skip
+    pixel = np.random.default_rng(0).normal(size=(3, 1, 4, 4)).astype(np.float32)
+    corpus = rc.Corpus(images=pixel, labels=np.array([0, -1, 3]))
+    return rc.Model(made, random_parameters(made, 0)), corpus
+
+
+def of_the_law(given: tuple[rc.Model, rc.Corpus], rows: str, layers: str = "**") -> None:
+    """A and G are the definition's, and so are their rows; gradients those of each sequence."""
+    model, corpus = given
+    numbers = range(len(corpus.label))
+    found = certify(model, corpus, ("nats", "gradient", "A", "G"), digits=15,
+                    sequences=numbers, rows=rows, layers=layers)  # fmt: skip
+    names = [name.removeprefix("A.") for name in found if name.startswith("A.")]
+    assert names and (layers != "**" or {*names} == {*model.config.linear_layers()})
+    sums = definition.factors(model, corpus, names, "empirical", rows=rows)
+    for name, one in sums.items():
+        for side, S, n in (("A", one.S_A, one.n_A), ("G", one.S_G, one.n_G)):
+            assert found.rows[f"{side}.{name}"] == n
+            near = found[f"{side}.{name}"].nearest
+            assert np.abs(S / n - near).max() <= 1e-12 * np.abs(near).max(), name
+    for number, part in enumerate(definition.sequences(model.config, corpus, Rows(rows))):
+        nats, gradient = loss_and_gradient(
+            model.config, model.parameters, part.inputs, part.label_BT, part.layout
+        )
+        assert found[f"nats.{number}"].nearest.sum() == pytest.approx(nats, rel=1e-13)
+        for name, x in gradient.items():
+            near = found[f"gradient.{number}.{name}"].nearest
+            assert np.abs(x - near).max() <= 1e-12 * (1 + np.abs(near).max()), name
+    assert all(r.ulps < 1e5 for r in found.routes)
+
+
+def test_products_of_tied_and_capped_logits_are_those_of_exact() -> None:
+    """With labels of its own, some none and some 0, of a sequence that is not the first."""
+    one = case(batch=2, length=5, tied=True, logit_cap=1.5, layers=1, score_cap=1.0)
+    label = np.array([[-1, 2, 0, 1, -1], [0, -1, 3, 0, -1]])
+    model = rc.Model(one.config, one.parameters)
+    found = certify(model, rc.Corpus(one.token, label), ["hvp", "ggnvp"], sequences=[1])
+    rng = np.random.default_rng(0)
+    v = {name: rng.normal(size=x.shape) for name, x in model.parameters.items()}
+    alone = rc.Corpus(one.token[1:], label[1:])
+    own = certify(model, rc.Corpus(one.token, label), ["hvp", "ggnvp"], sequences=[1], direction=v)
+    for made, vector in ((found, signs_of(model)), (own, v)):
+        for kind, product in (("hvp", rc.exact.hvp), ("ggnvp", rc.exact.ggnvp)):
+            truth = product(model, alone, wrt="**", vector=vector)
+            for name, x in truth.items():
+                near = made[f"{kind}.1.{name}"].nearest
+                assert np.abs(x - near).max() <= 1e-11 * (1 + np.abs(near).max()), (kind, name)
+        assert all(r.ulps < 1e5 for r in made.routes)
+
+
+def signs_of(model: rc.Model) -> dict[str, np.ndarray]:
+    """The direction that is taken where none is given, by the oracle's generator."""
+    return {
+        name: np.array(oracles.signs(0, 0, i, 0, x.size), np.float64).reshape(x.shape)
+        for i, (name, x) in enumerate(model.parameters.items())
+    }
+
+
+def test_a_part_of_a_direction_is_0_elsewhere() -> None:
+    model, corpus = model_and_corpus(case(batch=1, length=3, layers=1))
+    name = "blocks.0.attn.k.weight"
+    v = {key: np.zeros(x.shape) for key, x in model.parameters.items()}
+    v[name] = np.ones(v[name].shape)
+    part = certify(model, corpus, ["hvp"], direction={name: v[name]}, digits=10)
+    whole = certify(model, corpus, ["hvp"], direction=v, digits=10)
+    for key, one in whole.items():
+        assert np.array_equal(part[key].nearest, one.nearest)
 
 
 def test_the_order_of_sequences_changes_no_number(small) -> None:
@@ -546,6 +676,13 @@ def test_a_norm_of_zeros_ends() -> None:
     model, corpus = model_and_corpus(one)
     with at_most(130), pytest.raises(NonFiniteError, match=r"the input of 'blocks.0.attn.q'"):
         certify(model, corpus, ["nats"])
+
+
+def test_radii_that_float64_cannot_make_smaller_end_the_search() -> None:
+    """Gradients of a stream so large are about 1e-307: float64 has 17 digits for them, not 30."""
+    model, corpus = model_and_corpus(scaled(2.0**1020))
+    found = certify(model, corpus, ["gradient"])
+    assert 10 < found.digits < 20 and found.bits < 300
 
 
 @pytest.mark.parametrize("size", [2.0**130, 2.0**1020])

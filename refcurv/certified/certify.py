@@ -116,6 +116,8 @@ def certify(
         raise EmptyError(
             "certify: A and G of these sequences have no row (ROWS). Label a position."
         )
+    if {"A", "G"} & {*task.of} and rows == "cls" and "patch" in task.wanted:
+        raise EmptyError("certify: 'patch' has no row among rows='cls'. Take rows='all' for it.")
     source = {"sequences": list(chosen), "rows": rows, "direction": _said(task, direction)}
     precision = _planned(task, next(iter(chosen.values())), wanted)
     total = len(chosen) * (1 + len(ROUTES))
@@ -129,10 +131,17 @@ def certify(
             precision = min(MOST_BITS, 2 * precision)
             continue
         short = wanted - found.digits
-        if short <= 0 or precision >= MOST_BITS:
+        if short <= 0 or precision >= MOST_BITS or _narrowest(found):
             return found
         lost = math.ceil(short * math.log2(10)) if found.digits else precision
         precision = min(MOST_BITS, precision + lost + SPARE)
+
+
+def _narrowest(found: Certificate) -> bool:
+    """Is each array that lacks digits so small that float64 has no smaller radius for it?"""
+    size = sizes(found)
+    lacking = [x for name, x in found.items() if x.digits(size[name]) < found.wanted]
+    return all(x.radius.max() == np.finfo(np.float64).smallest_subnormal for x in lacking)
 
 
 def _task(
