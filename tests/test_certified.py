@@ -37,7 +37,7 @@ import refcurv as rc
 from refcurv.algebra.balls import Balls, UndecidedError, bits, exact
 from refcurv.certified import certify as driver
 from refcurv.certified import layers as functions
-from refcurv.certified.certificate import Enclosed, enclosed, farthest
+from refcurv.certified.certificate import Certificate, Enclosed, enclosed, farthest, sizes
 from refcurv.certified.certify import certify
 from refcurv.certified.numbers import OF
 from refcurv.cli import main
@@ -551,6 +551,7 @@ TINY = 2.0**-1074
         ((1.0, 0.0), 1e-3, "1.000 ± 1.1e-3"),  # 1e-3 is a little more than 1/1000
         ((-1234.5, 0.0), 20.0, "-1230 ± 2.5e+1"),
         ((0.0, 0.0), 0.0201, "|x| ≤ 2.1e-2"),
+        ((0.01, 0.0), 0.0201, "|x| ≤ 3.1e-2"),
     ],
 )
 def test_texts_promise_no_more_than_is_known(
@@ -600,6 +601,25 @@ def test_digits_count_from_the_largest_entry() -> None:
     assert Enclosed(np.zeros((2, 3)), np.full(3, 1e-9)).digits() == 0
 
 
+def test_a_certificate_has_the_digits_of_its_worst_array() -> None:
+    """An array that may be 0 counts from the largest of the same quantity and sequence."""
+
+    def one(size: float, radius: float) -> Enclosed:
+        return Enclosed(np.array([[size], [0.0]]), np.array([radius]))
+
+    numbers = {
+        "gradient.0.w": one(1.0, 1e-40),
+        "gradient.1.w": one(1e-5, 1e-40),
+        "gradient.1.b": one(0.0, 1e-30),
+        "A.x": one(1e3, 1e-40),
+        "A.y": one(0.0, 1e-30),
+    }
+    found = {name: one.digits(sizes(numbers)[name]) for name, one in numbers.items()}
+    assert found["gradient.1.b"] == pytest.approx(25) and found["A.y"] == pytest.approx(33)
+    made = Certificate(numbers, (), 100, 30)
+    assert made.digits == pytest.approx(25) and made.to_json()["digits"] == made.digits
+
+
 def test_what_is_0_by_theory_counts_beside_the_others() -> None:
     """A bias of keys has no gradient. Its balls hold 0, and are as small as those of the others."""
     model, corpus = model_and_corpus(case(batch=1, biases=("k",), qk_norm="none", rope_theta=None))
@@ -616,6 +636,23 @@ def test_a_number_between_two_floats_is_not_settled() -> None:
         assert Enclosed(np.array([[1.0], [half]]), np.array([radius])).settled[0] == settled
     assert Enclosed(np.array([[1.0], [half / 4]]), np.array([1e-40])).settled[0]
     assert not Enclosed(np.array([[1.0], [-half / 2]]), np.array([1e-40])).settled[0]
+    quarter = half / 2  # half the gap to the float64 below 1: the number must lie nearer
+    for part, radius, settled in (
+        (0.0, quarter, False), (0.0, np.nextafter(quarter, 0), False),  # two steps are allowed for
+        (0.0, quarter * 0.999, True), (quarter / 2, quarter * 0.6, False),
+        (-quarter / 2, quarter * 0.4, True), (0.0, 0.0, True), (0.0, np.inf, False),
+    ):  # fmt: skip
+        for sign in (1, -1):
+            one = Enclosed(sign * np.array([[1.0], [part]]), np.array([radius]))
+            assert one.settled[0] == settled, (part, radius)
+
+
+def test_the_largest_entry_is_bounded_below() -> None:
+    """What is known of it is its midpoint, less its radius, and less what rounds in float64."""
+    assert Enclosed(np.array([[1.0], [0.0]]), np.array([0.75])).largest < 0.25
+    assert Enclosed(np.array([[1.0], [-(2.0**-54)]]), np.array([0.0])).largest < 1 - 2.0**-54
+    assert Enclosed(np.array([[1.0, -3.0], [0, 0]]), np.zeros(2)).largest > 2.999
+    assert Enclosed(np.array([[1.0], [0.0]]), np.array([2.0])).largest == 0
 
 
 # ------------------------------------------------------------------ limits
@@ -649,6 +686,11 @@ def test_a_number_that_no_plan_foresaw_gets_more_bits() -> None:
     with mock.patch.object(driver, "_planned", lambda *_: 40):
         found = certify(model, corpus, ["gradient"])
     assert found.bits > 40 and found.digits >= 30
+    for few_digits in (28, 29.9):  # a plan that all but suffices
+        bare = found.bits - int((found.digits - few_digits) * np.log2(10))
+        with mock.patch.object(driver, "_planned", lambda *_, b=bare: b):
+            again = certify(model, corpus, ["gradient"])
+        assert again.digits >= 30 and again.bits > bare
 
 
 def test_a_sequence_without_a_row() -> None:
@@ -676,6 +718,17 @@ def test_a_norm_of_zeros_ends() -> None:
     model, corpus = model_and_corpus(one)
     with at_most(130), pytest.raises(NonFiniteError, match=r"the input of 'blocks.0.attn.q'"):
         certify(model, corpus, ["nats"])
+
+
+def test_what_overflows_in_one_sequence_has_no_mean() -> None:
+    """Token 6 is beyond float32, and in the second sequence alone. No mean of one stands for A."""
+    one = scaled(1.0)
+    one.parameters["embed.weight"][6] *= 2.0**130
+    corpus = rc.Corpus(np.array([[1, 2, 3], [1, 6, 3]]))
+    found = certify(rc.Model(one.config, one.parameters), corpus, ["A", "nats"],
+                    layers="**.up", digits=10, sequences=[0, 1])  # fmt: skip
+    far = {route.name: route.error for route in found.routes if route.dtype == "float32"}
+    assert far["nats.0"] < 1 and far["nats.1"] == far["A.blocks.0.mlp.up"] == np.inf
 
 
 def test_radii_that_float64_cannot_make_smaller_end_the_search() -> None:
@@ -792,6 +845,16 @@ def test_the_table_rounds_nothing_up() -> None:
         {"numbers": {"nats.0": one}, "routes": [], "bits": 100, "digits": 29.97, "wanted": 30}
     )
     assert " 29 " in said and "99.9%" in said and "100 bits gave 29.9." in said
+    two = one | {"digits": 40.5}
+    routes = [
+        {"name": name, "dtype": "float64", "error": 1.0, "ulps": ulps}
+        for name, ulps in (("A.x", 3.0), ("A.y", 7.0), ("G.x", 2.0), ("G.y", None))
+    ]
+    many = {"numbers": {n: two for n in ("A.x", "G.x", "G.y")} | {"A.y": one}, "routes": routes}
+    rows = format_certificate(many | {"bits": 1, "digits": 30.0, "wanted": 30}).splitlines()
+    assert rows[2].split() == ["A", "2", "200,000", "29", "99.9%", "7", "-", "-"]
+    assert rows[3].split() == ["G", "2", "200,000", "40", "99.9%", "inf", "-", "-"]
+    assert "1 bits; every number lies within its radius" in rows[5]
     assert " 30 " not in said.splitlines()[2] and "100.0%" not in said
 
 

@@ -42,7 +42,11 @@ def require_flint() -> None:
 
 @contextmanager
 def bits(precision: int) -> Iterator[None]:
-    """Midpoints of results have so many bits, inside."""
+    """Midpoints of results have so many bits, inside.
+
+    It is FLINT's one setting of the process: in another thread it changes the bits too. Radii hold
+    whatever the bits are.
+    """
     require_flint()
     before = flint.ctx.prec
     flint.ctx.prec = precision

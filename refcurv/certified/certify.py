@@ -85,7 +85,8 @@ def certify(
         corpus: texts or images.
         of: of "logits", "nats", "gradient" (of every parameter), "A" and "G" (of the corpus's
             labels, over all `sequences`), "hvp" and "ggnvp" (H v and GGN v of a sequence's loss).
-        digits: how many digits of each array's largest entry are to be certain in every entry.
+        digits: how many digits of each array's largest entry are to be certain in every entry; 200
+            at most. Arrays so small that float64 has no radius for them have fewer.
         sequences: rows of the corpus.
         layers: a pattern of linear layers, for A and G.
         rows: which positions are rows of A and G (ROWS).
@@ -113,9 +114,7 @@ def certify(
     wanted = require_range("certify", "digits", digits, 1, MOST_DIGITS)
     chosen = _sequences(model, corpus, rows, sequences)
     if {"A", "G"} & {*task.of} and not any(one.keep_BT.any() for one in chosen.values()):
-        raise EmptyError(
-            "certify: A and G of these sequences have no row (ROWS). Label a position."
-        )
+        raise EmptyError("certify: A and G of these sequences have no row (ROWS).")
     if {"A", "G"} & {*task.of} and rows == "cls" and "patch" in task.wanted:
         raise EmptyError("certify: 'patch' has no row among rows='cls'. Take rows='all' for it.")
     source = {"sequences": list(chosen), "rows": rows, "direction": _said(task, direction)}
