@@ -484,6 +484,13 @@ def signs_of(model: rc.Model) -> dict[str, np.ndarray]:
     }
 
 
+def test_a_row_without_a_label_has_no_hessian() -> None:
+    z, v = np.random.default_rng(0).normal(size=(2, 2, 3))
+    p = np.exp(z[0]) / np.exp(z[0]).sum()
+    made = functions.hessian_product(exact(z), exact(v), np.array([0, -1])).rounded()
+    assert made[0] == pytest.approx(p * (v[0] - p @ v[0]), rel=1e-14) and not made[1].any()
+
+
 def test_a_part_of_a_direction_is_0_elsewhere() -> None:
     model, corpus = model_and_corpus(case(batch=1, length=3, layers=1))
     name = "blocks.0.attn.k.weight"
