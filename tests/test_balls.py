@@ -63,6 +63,15 @@ REFUSED: dict[str, Callable[[Balls], Any]] = {
     "numpy.isclose": lambda x: np.isclose(x, 1),
     "chosen by numbers": lambda x: chosen(np.array([1, 0]), x, 0),
     "stacked": lambda x: np.stack([x, x]),
+    "an array of objects": lambda x: np.array([x[0]], object),
+    "into an array of objects": lambda x: np.empty(2, object).__setitem__(slice(None), x),
+    "numpy.float64": lambda x: np.float64(x[0]),
+    "filled": lambda x: np.zeros(2).fill(x[0]),
+    "compared with floats": lambda x: np.ones(2) == x,
+    "added at places of floats": lambda x: np.add.at(np.zeros(2), [0, 1], x),
+    "a NumPy float put in": lambda x: x.__setitem__(0, np.float64(1)),
+    "a row against a column": lambda x: x.reshape(2, 1) @ exact(np.ones((2, 2))),
+    "matrices that do not fit": lambda x: x.reshape(1, 2) @ exact(np.ones((1, 2))),
 }
 
 
@@ -80,7 +89,8 @@ def test_what_would_lose_the_radius_is_refused(what: str, dual: bool) -> None:
 def test_what_is_no_number_is_refused(bad: float) -> None:
     with pytest.raises(RefcurvError, match="NaN or infinite"):
         exact(np.array([1.0, bad]))
-    for array in (np.array(["1"]), np.array([1j]), np.array([np.longdouble(1)])):
+    wide = np.longdouble(1) + np.finfo(np.longdouble).eps
+    for array in (np.array(["1"]), np.array([1j]), np.array([wide]), [2**53 + 1, 0.5]):
         with pytest.raises(RefcurvError, match="not taken as exact"):
             exact(array)
 
@@ -89,6 +99,49 @@ def test_without_flint_one_line_names_the_extra(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(balls, "flint", None)
     with pytest.raises(balls.MissingFlintError, match=r"refcurv\[certified\]"):
         exact(np.ones(1))
+
+
+def test_what_a_ball_may_be_is_asked_exactly() -> None:
+    """Of a number that NumPy would round to float64 first: 2^53 is not 2^53 + 1."""
+    x = exact(np.array(2**53))
+    assert x.contains(np.array(2**53)) and not x.contains(np.array(2**53 + 1))
+    with pytest.raises(RefcurvError, match="not taken as exact"):
+        x.contains(np.array(np.longdouble(0.1)))
+
+
+@pytest.mark.parametrize("what", ["no number", "no bound", "too large"])
+def test_balls_without_bounds_end_and_promise_nothing(what: str) -> None:
+    zero, huge = exact(np.array(0)), exact(np.array([2.0**1000, 1.0]))
+    x = {
+        "no number": lambda: zero / zero,
+        "no bound": lambda: 1 / (exact(np.array(1)) / 3 * 3 - 1),
+        "too large": lambda: huge * huge,
+    }[what]().reshape(-1)
+    *parts, radius = x.split(3)
+    assert radius[0] == np.inf and all(part[0] == 0 for part in parts)
+    assert x.most()[0] == np.inf and x.radii()[0] >= 0
+    if what == "too large":
+        assert x.least()[0] == np.finfo(float).max and radius[1] == 0
+    else:
+        assert x.least()[0] == 0 and x.radii()[0] == np.inf and not x.finite()[0]
+        with pytest.raises(UndecidedError):
+            x.above(0)
+
+
+def test_what_lies_below_float64_is_no_0() -> None:
+    """A third of the smallest float64, at 60 bits: its radius is about 2^-1136."""
+    tiny = 2.0**-1074
+    with bits(60):
+        x = exact(np.array(tiny)) / 3
+    assert not x.is_zero() and x.radii() == x.most() == tiny and x.least() == 0
+    assert holds(x, Fraction(tiny) / 3) and x.split(2)[-1] == tiny
+
+
+def test_nothing_adds_up_to_an_exact_0() -> None:
+    nothing = exact(np.ones((0, 3)))
+    assert nothing.sum(axis=0).is_zero().all() and nothing.sum().is_zero()
+    product = nothing.T @ exact(np.ones((0, 2)))
+    assert product.shape == (3, 2) and product.is_zero().all()
 
 
 # ------------------------------------------------------------------ enclosures
@@ -265,3 +318,26 @@ def test_duals_are_the_rules_of_calculus(seed: int) -> None:
         gap = (got.derivative - (plus - minus) / (2 * h)).most()
         assert gap.max() < 1e-30 * (1 + got.derivative.most().max())
         assert got.derivative.most().min() > 0
+
+
+def test_a_choice_between_duals_and_constants_has_one_shape() -> None:
+    one = Duals(exact(np.array(2.0)), exact(np.array(3.0)))
+    made = chosen(np.array(True), exact(np.ones(4)), one)
+    assert made.shape == made.derivative.shape == (4,) and made.derivative.is_zero().all()
+    made = chosen(np.array([True, False]), one, exact(np.ones(2)))
+    assert np.array_equal(made.value.rounded(), [2, 1])
+    assert np.array_equal(made.derivative.rounded(), [3, 0])
+
+
+def test_constants_beside_duals_have_no_derivative() -> None:
+    x, v = exact(np.array([2.0, 4.0])), exact(np.array([3.0, 5.0]))
+    dual, whole = Duals(x, v), np.array([1, 2])
+    for made, want in (
+        (np.concatenate([dual, x]), [3, 5, 0, 0]), (whole - dual, [-3, -5]), (whole + dual, [3, 5]),
+        (whole * dual, [3, 10]), (whole / dual, [-3 / 4, -10 / 16]), (x - dual, [-3, -5]),
+        (dual / whole, [3, 2.5]), (dual - x, [3, 5]), (x / dual, [-1.5, -1.25]),
+    ):  # fmt: skip
+        assert np.array_equal(made.derivative.rounded(), want)
+    assert np.isfinite(dual).all()
+    assert not np.isfinite(Duals(x, v / exact(np.zeros(2)))).any()
+    assert not np.isfinite(Duals(x / exact(np.zeros(2)), v)).any()

@@ -21,23 +21,36 @@ import oracles
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import Case, assert_within, case, cases, config, few, image_cases, random_parameters
+from strategies import (
+    Case,
+    assert_within,
+    case,
+    cases,
+    config,
+    few,
+    image_cases,
+    random_parameters,
+    scaled,
+)  # fmt: skip
 
 import refcurv as rc
 from refcurv.algebra.balls import Balls, UndecidedError, bits, exact
 from refcurv.certified import certify as driver
 from refcurv.certified import layers as functions
-from refcurv.certified.certificate import Enclosed, enclosed
+from refcurv.certified.certificate import Certificate, Enclosed, enclosed, farthest, sizes
 from refcurv.certified.certify import certify
 from refcurv.certified.numbers import OF
 from refcurv.cli import main
 from refcurv.curvature import definition
 from refcurv.files.huggingface import read_config
-from refcurv.law.checks import RefcurvError
+from refcurv.law.checks import EmptyError, NonFiniteError, RefcurvError
+from refcurv.law.conventions import Rows
 from refcurv.law.tolerance import probable
 from refcurv.model import transformer
+from refcurv.model.config import Image, RopeScaling
 from refcurv.model.gradient import loss_and_gradient
 from refcurv.model.layers import Ops, rope_tables
+from refcurv.report.certificate import format_certificate
 
 PRECISION = mpmath.workdps(80)
 
@@ -180,6 +193,42 @@ def test_gradients_of_the_loops_lie_in_the_balls(name: str) -> None:
     one = case(seed=1, batch=1, length=3, layers=1, width=4, heads=2, kv_heads=1, mlp_width=3,
                **TWINS[name])  # fmt: skip
     assert not gradient_misses(one, 200)
+
+
+SCALINGS: dict[str, dict[str, Any] | None] = {
+    "none": None,
+    "linear": dict(kind="linear", factor=4.0, attention=1.2),
+    "llama3": dict(kind="llama3", factor=4.0, original=40, slow=1.0, fast=4.0),
+    "llama3 of short waves": dict(kind="llama3", factor=8.0, original=4000, slow=1.0, fast=4.0),
+    "yarn": dict(kind="yarn", factor=4.0, original=400, slow=1.0, fast=32.0, attention=1.1),
+    "yarn without whole numbers": dict(
+        kind="yarn", factor=4.0, original=400, slow=1.0, fast=32.0, truncate=False
+    ),
+    "yarn that starts below 0": dict(
+        kind="yarn", factor=4.0, original=10, slow=1.0, fast=32.0, truncate=False
+    ),
+    "yarn that ends behind the last": dict(
+        kind="yarn", factor=4.0, original=10**6, slow=1e-9, fast=4.0, truncate=False
+    ),
+    "yarn without a ramp": dict(kind="yarn", factor=4.0, original=2, slow=0.5, fast=1.0),
+}
+
+
+@pytest.mark.parametrize("which", SCALINGS)
+def test_rotary_tables_hold_the_cosines_of_the_loops(which: str) -> None:
+    """And at 100 bits no float64 in their place would lie in them."""
+    width, theta, position = 8, 100.0, np.array([[0, 1, 17]])
+    fields = SCALINGS[which]
+    scaling = None if fields is None else RopeScaling(**fields)
+    with PRECISION, bits(100):
+        tables = functions.rope_tables(position, width, theta, None, scaling)
+        size = 1.0 if scaling is None else scaling.attention
+        for t, j in np.ndindex(3, width // 2):
+            f = oracles.frequency(j, width, theta, scaling, digits.Digits)
+            angle = f * int(position[0, t])
+            for x, want in zip(tables, (angle.cos(), angle.sin()), strict=True):
+                assert not misses(x[0, t, 0, j], np.array(want * size))
+                assert x[0, t, 0, j].radii() <= 1e-25
 
 
 # ------------------------------------------------------------------ planted
@@ -330,7 +379,7 @@ def test_factors_are_those_of_the_definition(small) -> None:
 
 def test_products_are_those_of_exact(small) -> None:
     model, corpus, found = small
-    v = driver._signs(dict(model.parameters))
+    v = signs_of(model)
     one = rc.Corpus(corpus.tokens[:1], corpus.label[:1])
     for kind, product in (("hvp", rc.exact.hvp), ("ggnvp", rc.exact.ggnvp)):
         truth = product(model, one, wrt="**", vector=v)
@@ -352,6 +401,105 @@ def test_more_bits_give_smaller_balls_inside(small) -> None:
 
 def _sum(one: Enclosed, index: tuple[int, ...]) -> Fraction:
     return sum((Fraction(float(p)) for p in one.parts[(slice(None), *index)]), Fraction())
+
+
+@pytest.mark.parametrize("rows", ["reached", "labelled", "all", "cls"])
+def test_rows_are_those_of_the_law(rows: str) -> None:
+    """Of packed and padded texts, or of images of which one has no label, and with biases."""
+    if rows == "cls":
+        with pytest.raises(EmptyError, match="'patch' has no row among rows='cls'"):
+            certify(*images(), ["G"], rows=rows)
+        return of_the_law(images(), rows, "blocks.**,head")
+    one = case(batch=2, length=5, biases=("q", "down"))
+    label = np.array([[0, -1, 3, -1, -1], [-1, 0, 0, 2, -1]])
+    corpus = rc.Corpus(
+        one.token, label, np.array([[1] * 5, [1] * 4 + [0]]), np.array([[0, 0, 0, 1, 1], [0] * 5])
+    )
+    of_the_law((rc.Model(one.config, one.parameters), corpus), rows)
+    if rows == "all":
+        of_the_law(images(), rows)
+    return None
+
+
+def images() -> tuple[rc.Model, rc.Corpus]:
+    """Four patches behind a class vector; of three images one has no label."""
+    made = config(
+        causal=False, image=Image(channels=1, height=4, width=4, patch=2, specials=("cls",)),
+        pool="cls", learned_positions=5, biases=("patch",), layers=1,
+    )  # fmt: skip
+    pixel = np.random.default_rng(0).normal(size=(3, 1, 4, 4)).astype(np.float32)
+    corpus = rc.Corpus(images=pixel, labels=np.array([0, -1, 3]))
+    return rc.Model(made, random_parameters(made, 0)), corpus
+
+
+def of_the_law(given: tuple[rc.Model, rc.Corpus], rows: str, layers: str = "**") -> None:
+    """A and G are the definition's, and so are their rows; gradients those of each sequence."""
+    model, corpus = given
+    numbers = range(len(corpus.label))
+    found = certify(model, corpus, ("nats", "gradient", "A", "G"), digits=15,
+                    sequences=numbers, rows=rows, layers=layers)  # fmt: skip
+    names = [name.removeprefix("A.") for name in found if name.startswith("A.")]
+    assert names and (layers != "**" or {*names} == {*model.config.linear_layers()})
+    sums = definition.factors(model, corpus, names, "empirical", rows=rows)
+    for name, one in sums.items():
+        for side, S, n in (("A", one.S_A, one.n_A), ("G", one.S_G, one.n_G)):
+            assert found.rows[f"{side}.{name}"] == n
+            near = found[f"{side}.{name}"].nearest
+            assert np.abs(S / n - near).max() <= 1e-12 * np.abs(near).max(), name
+    for number, part in enumerate(definition.sequences(model.config, corpus, Rows(rows))):
+        nats, gradient = loss_and_gradient(
+            model.config, model.parameters, part.inputs, part.label_BT, part.layout
+        )
+        assert found[f"nats.{number}"].nearest.sum() == pytest.approx(nats, rel=1e-13)
+        for name, x in gradient.items():
+            near = found[f"gradient.{number}.{name}"].nearest
+            assert np.abs(x - near).max() <= 1e-12 * (1 + np.abs(near).max()), name
+    assert all(r.ulps < 1e5 for r in found.routes)
+
+
+def test_products_of_tied_and_capped_logits_are_those_of_exact() -> None:
+    """With labels of its own, some none and some 0, of a sequence that is not the first."""
+    one = case(batch=2, length=5, tied=True, logit_cap=1.5, layers=1, score_cap=1.0)
+    label = np.array([[-1, 2, 0, 1, -1], [0, -1, 3, 0, -1]])
+    model = rc.Model(one.config, one.parameters)
+    found = certify(model, rc.Corpus(one.token, label), ["hvp", "ggnvp"], sequences=[1])
+    rng = np.random.default_rng(0)
+    v = {name: rng.normal(size=x.shape) for name, x in model.parameters.items()}
+    alone = rc.Corpus(one.token[1:], label[1:])
+    own = certify(model, rc.Corpus(one.token, label), ["hvp", "ggnvp"], sequences=[1], direction=v)
+    for made, vector in ((found, signs_of(model)), (own, v)):
+        for kind, product in (("hvp", rc.exact.hvp), ("ggnvp", rc.exact.ggnvp)):
+            truth = product(model, alone, wrt="**", vector=vector)
+            for name, x in truth.items():
+                near = made[f"{kind}.1.{name}"].nearest
+                assert np.abs(x - near).max() <= 1e-11 * (1 + np.abs(near).max()), (kind, name)
+        assert all(r.ulps < 1e5 for r in made.routes)
+
+
+def signs_of(model: rc.Model) -> dict[str, np.ndarray]:
+    """The direction that is taken where none is given, by the oracle's generator."""
+    return {
+        name: np.array(oracles.signs(0, 0, i, 0, x.size), np.float64).reshape(x.shape)
+        for i, (name, x) in enumerate(model.parameters.items())
+    }
+
+
+def test_a_row_without_a_label_has_no_hessian() -> None:
+    z, v = np.random.default_rng(0).normal(size=(2, 2, 3))
+    p = np.exp(z[0]) / np.exp(z[0]).sum()
+    made = functions.hessian_product(exact(z), exact(v), np.array([0, -1])).rounded()
+    assert made[0] == pytest.approx(p * (v[0] - p @ v[0]), rel=1e-14) and not made[1].any()
+
+
+def test_a_part_of_a_direction_is_0_elsewhere() -> None:
+    model, corpus = model_and_corpus(case(batch=1, length=3, layers=1))
+    name = "blocks.0.attn.k.weight"
+    v = {key: np.zeros(x.shape) for key, x in model.parameters.items()}
+    v[name] = np.ones(v[name].shape)
+    part = certify(model, corpus, ["hvp"], direction={name: v[name]}, digits=10)
+    whole = certify(model, corpus, ["hvp"], direction=v, digits=10)
+    for key, one in whole.items():
+        assert np.array_equal(part[key].nearest, one.nearest)
 
 
 def test_the_order_of_sequences_changes_no_number(small) -> None:
@@ -395,11 +543,88 @@ def test_parts_and_texts_say_what_the_ball_says(p: int, q: int, precision: int) 
         assert Fraction(text.removesuffix(" exactly")) == truth
 
 
+TINY = 2.0**-1074
+
+
+@pytest.mark.parametrize(
+    ("parts", "radius", "text"),
+    [
+        ((0.5, 0.0), 0.0, "0.5 exactly"),
+        ((0.1, 0.0), 0.0, f"{Fraction(0.1)} exactly"),  # no float64 is 1/10
+        ((1.0, 2.0**-60), 0.0, f"{1 + Fraction(2) ** -60} exactly"),
+        ((0.0, 0.0), 0.0, "0"),
+        ((0.0, 0.0), TINY, "|x| ≤ 5.0e-324"),  # 4.9e-324 is less
+        ((1.0, 0.0), np.inf, "nothing is known"),
+        ((1.0, 0.0), 1e-3, "1.000 ± 1.1e-3"),  # 1e-3 is a little more than 1/1000
+        ((-1234.5, 0.0), 20.0, "-1230 ± 2.5e+1"),
+        ((0.0, 0.0), 0.0201, "|x| ≤ 2.1e-2"),
+        ((0.01, 0.0), 0.0201, "|x| ≤ 3.1e-2"),
+    ],
+)
+def test_texts_promise_no_more_than_is_known(
+    parts: tuple[float, ...], radius: float, text: str
+) -> None:
+    assert Enclosed(np.array(parts)[:, None], np.array([radius])).text((0,)) == text
+
+
+def test_the_errors_of_floats_are_bounded_above() -> None:
+    """Against fractions: numbers near the truth, far from it, and below the range of float64."""
+    rng = np.random.default_rng(0)
+    for size in (1.0, 1e-300, 1e-320, 1e300):
+        with bits(150):
+            truth = enclosed(exact(size * rng.normal(size=40)) / 3, 30)
+        wide = truth.parts[0].astype(np.longdouble) + truth.parts[1]
+        for off in (0, 2.0**-60, 1e-9, 3.0):
+            got = wide * (1 + off * rng.normal(size=40).astype(np.longdouble))
+            for n in range(40):
+                far = abs(exactly(got[n]) - _sum(truth, (n,))) + Fraction(float(truth.radius[n]))
+                one = Enclosed(truth.parts[:, n : n + 1], truth.radius[n : n + 1])
+                bound = Fraction(farthest(got[n : n + 1], one))
+                third = 2 * sum(abs(Fraction(float(p))) for p in one.parts[2:, 0])
+                assert (
+                    far <= bound <= (far + third) * (1 + Fraction(2, 10**15)) + 2 * Fraction(TINY)
+                )
+    assert farthest(np.zeros(2), Enclosed(np.zeros((2, 2)), np.zeros(2))) == 0
+    least = np.array([np.finfo(np.longdouble).smallest_subnormal])
+    assert farthest(least, Enclosed(np.zeros((2, 1)), np.zeros(1))) > 0
+
+
+def exactly(x: Any) -> Fraction:
+    """A longdouble as a fraction: its mantissa is a sum of two float64."""
+    mantissa, exponent = np.frexp(x)
+    high = float(mantissa)
+    return (Fraction(high) + Fraction(float(mantissa - high))) * Fraction(2) ** int(exponent)
+
+
+def test_a_radius_without_bound_is_no_digit() -> None:
+    assert Enclosed(np.array([[1.0, 0.0], [0, 0]]), np.array([1e-9, np.inf])).digits(1.0) == 0
+    assert Enclosed(np.ones((2, 1)), np.array([TINY])).digits(1e300) > 600
+
+
 def test_digits_count_from_the_largest_entry() -> None:
     one = Enclosed(np.array([[100.0, 1.0], [0, 0]]), np.array([1e-8, 1e-9]))
     assert one.digits() == pytest.approx(10) and one.digits(1.0) == pytest.approx(8)
     assert Enclosed(np.zeros((2, 3)), np.zeros(3)).digits() == np.inf
     assert Enclosed(np.zeros((2, 3)), np.full(3, 1e-9)).digits() == 0
+
+
+def test_a_certificate_has_the_digits_of_its_worst_array() -> None:
+    """An array that may be 0 counts from the largest of the same quantity and sequence."""
+
+    def one(size: float, radius: float) -> Enclosed:
+        return Enclosed(np.array([[size], [0.0]]), np.array([radius]))
+
+    numbers = {
+        "gradient.0.w": one(1.0, 1e-40),
+        "gradient.1.w": one(1e-5, 1e-40),
+        "gradient.1.b": one(0.0, 1e-30),
+        "A.x": one(1e3, 1e-40),
+        "A.y": one(0.0, 1e-30),
+    }
+    found = {name: one.digits(sizes(numbers)[name]) for name, one in numbers.items()}
+    assert found["gradient.1.b"] == pytest.approx(25) and found["A.y"] == pytest.approx(33)
+    made = Certificate(numbers, (), 100, 30)
+    assert made.digits == pytest.approx(25) and made.to_json()["digits"] == made.digits
 
 
 def test_what_is_0_by_theory_counts_beside_the_others() -> None:
@@ -418,6 +643,23 @@ def test_a_number_between_two_floats_is_not_settled() -> None:
         assert Enclosed(np.array([[1.0], [half]]), np.array([radius])).settled[0] == settled
     assert Enclosed(np.array([[1.0], [half / 4]]), np.array([1e-40])).settled[0]
     assert not Enclosed(np.array([[1.0], [-half / 2]]), np.array([1e-40])).settled[0]
+    quarter = half / 2  # half the gap to the float64 below 1: the number must lie nearer
+    for part, radius, settled in (
+        (0.0, quarter, False), (0.0, np.nextafter(quarter, 0), False),  # two steps are allowed for
+        (0.0, quarter * 0.999, True), (quarter / 2, quarter * 0.6, False),
+        (-quarter / 2, quarter * 0.4, True), (0.0, 0.0, True), (0.0, np.inf, False),
+    ):  # fmt: skip
+        for sign in (1, -1):
+            one = Enclosed(sign * np.array([[1.0], [part]]), np.array([radius]))
+            assert one.settled[0] == settled, (part, radius)
+
+
+def test_the_largest_entry_is_bounded_below() -> None:
+    """What is known of it is its midpoint, less its radius, and less what rounds in float64."""
+    assert Enclosed(np.array([[1.0], [0.0]]), np.array([0.75])).largest < 0.25
+    assert Enclosed(np.array([[1.0], [-(2.0**-54)]]), np.array([0.0])).largest < 1 - 2.0**-54
+    assert Enclosed(np.array([[1.0, -3.0], [0, 0]]), np.zeros(2)).largest > 2.999
+    assert Enclosed(np.array([[1.0], [0.0]]), np.array([2.0])).largest == 0
 
 
 # ------------------------------------------------------------------ limits
@@ -451,6 +693,68 @@ def test_a_number_that_no_plan_foresaw_gets_more_bits() -> None:
     with mock.patch.object(driver, "_planned", lambda *_: 40):
         found = certify(model, corpus, ["gradient"])
     assert found.bits > 40 and found.digits >= 30
+    for few_digits in (28, 29.9):  # a plan that all but suffices
+        bare = found.bits - int((found.digits - few_digits) * np.log2(10))
+        with mock.patch.object(driver, "_planned", lambda *_, b=bare: b):
+            again = certify(model, corpus, ["gradient"])
+        assert again.digits >= 30 and again.bits > bare
+
+
+def test_a_sequence_without_a_row() -> None:
+    """One token has nothing to predict: its losses and gradients are exact zeros, A is none."""
+    model, _ = model_and_corpus(case(batch=1))
+    corpus = rc.Corpus(np.array([[1]]))
+    found = certify(model, corpus, ["nats", "gradient", "hvp", "ggnvp"])
+    assert found.digits == np.inf and all(not x.nearest.any() for x in found.values())
+    with pytest.raises(EmptyError, match="have no row"):
+        certify(model, corpus, ["A"])
+
+
+def test_balls_that_blow_up_ask_for_more_bits() -> None:
+    """With 3 bits the norms divide by balls that hold 0. The logits are then no numbers."""
+    model, corpus = model_and_corpus(case(batch=1))
+    with mock.patch.object(driver, "_planned", lambda *_: 3):
+        found = certify(model, corpus, ["nats", "gradient", "hvp", "ggnvp"])
+    assert found.digits >= 30
+
+
+def test_a_norm_of_zeros_ends() -> None:
+    """Without an eps 0 has no norm: nothing is known, and it is said."""
+    one = case(batch=1, norm_place="pre", qk_norm="none", norm_eps=0.0)
+    one.parameters["embed.weight"][:] = 0
+    model, corpus = model_and_corpus(one)
+    with at_most(130), pytest.raises(NonFiniteError, match=r"the input of 'blocks.0.attn.q'"):
+        certify(model, corpus, ["nats"])
+
+
+def test_what_overflows_in_one_sequence_has_no_mean() -> None:
+    """Token 6 is beyond float32, and in the second sequence alone. No mean of one stands for A."""
+    one = scaled(1.0)
+    one.parameters["embed.weight"][6] *= 2.0**130
+    corpus = rc.Corpus(np.array([[1, 2, 3], [1, 6, 3]]))
+    found = certify(rc.Model(one.config, one.parameters), corpus, ["A", "nats"],
+                    layers="**.up", digits=10, sequences=[0, 1])  # fmt: skip
+    far = {route.name: route.error for route in found.routes if route.dtype == "float32"}
+    assert far["nats.0"] < 1 and far["nats.1"] == far["A.blocks.0.mlp.up"] == np.inf
+
+
+def test_radii_that_float64_cannot_make_smaller_end_the_search() -> None:
+    """Gradients of a stream so large are about 1e-307: float64 has 17 digits for them, not 30."""
+    model, corpus = model_and_corpus(scaled(2.0**1020))
+    found = certify(model, corpus, ["gradient"])
+    assert 10 < found.digits < 20 and found.bits < 300
+
+
+@pytest.mark.parametrize("size", [2.0**130, 2.0**1020])
+def test_what_overflows_in_a_float_is_certified(size: float) -> None:
+    """A stream beyond float32's range, or at float64's end: the norms see the same vectors."""
+    model, corpus = model_and_corpus(scaled(size))
+    found = certify(model, corpus, ["nats", "A"], layers="**.up", digits=20)
+    plain = certify(*model_and_corpus(scaled(1.0)), ["nats", "A"], layers="**.up", digits=20)
+    assert found.digits >= 20
+    for name, one in found.items():
+        assert np.array_equal(one.nearest, plain[name].nearest)
+    assert all(r.error == np.inf for r in found.routes if r.dtype == "float32")
 
 
 def test_what_cannot_be_asked_for() -> None:
@@ -464,10 +768,17 @@ def test_what_cannot_be_asked_for() -> None:
         (dict(sequences=[1]), "sequence 1 does not exist; the corpus has 1"),
         (dict(sequences=[-1]), "sequence -1 does not exist"),
         (dict(sequences=[]), "at least one sequence"),
+        (dict(sequences=[0.5]), "sequences must"),
+        (dict(digits=201), "digits must lie in"),
         (dict(layers="blocks.9.*"), "blocks.9"),
         (dict(rows="some"), "rows must be one of"),
         (dict(direction={"nothing": np.ones(1)}), "direction must be one of"),
         (dict(direction={"embed.weight": np.ones(1)}), "must be"),
+        (dict(direction={"embed.weight": np.full((7, 8), 2**53 + 1)}), "are not float64"),
+        (
+            dict(direction={"embed.weight": np.full((7, 8), np.longdouble(1) / 3)}),
+            "are not float64",
+        ),
     ):
         with pytest.raises(RefcurvError, match=words):
             certify(model, corpus, **{"of": ["nats"], **more})
@@ -497,17 +808,33 @@ def test_a_file_holds_the_certificate(small, tmp_path) -> None:
         assert np.array_equal(read[name].parts, one.parts)
         assert np.array_equal(read[name].radius, one.radius)
     assert (read.bits, read.wanted, read.rows) == (found.bits, found.wanted, dict(found.rows))
-    assert read.routes == found.routes and read.source == {"sequences": [0, 1]}
+    assert read.routes == found.routes and read.source == dict(found.source)
+    assert read.source == {"sequences": [0, 1], "rows": "reached", "direction": "signs"}
     assert read.to_json() == found.to_json()
 
 
-@pytest.mark.parametrize("what", ["format", "radii", "shapes", "routes"])
+def test_a_certificate_says_what_it_is_of(small) -> None:
+    model, corpus, _ = small
+    given = {name: np.ones(x.shape) for name, x in model.parameters.items()}
+    made = [certify(model, corpus, ["hvp"], digits=1, direction=v).source for v in (None, given)]
+    assert made[0]["direction"] == "signs" and len(made[1]["direction"]) == 64
+    again = {name: np.asfortranarray(v) for name, v in reversed(given.items())}
+    assert certify(model, corpus, ["hvp"], digits=1, direction=again).source == made[1]
+    plain = certify(model, corpus, ["A"], digits=1, rows="all").source
+    assert plain == {"sequences": [0], "rows": "all", "direction": None}
+
+
+@pytest.mark.parametrize("what", ["format", "radii", "NaN", "float32", "shapes", "routes"])
 def test_a_damaged_certificate_is_refused(what: str, small, tmp_path) -> None:
     _, _, found = small
     one = found["nats.0"]
     path = tmp_path / "c.h5"
     if what == "radii":
         one = Enclosed(one.parts, -one.radius)
+    if what == "NaN":
+        one = Enclosed(one.parts, one.radius * np.nan)
+    if what == "float32":
+        one = Enclosed(one.parts.astype(np.float32), one.radius)
     if what == "shapes":
         one = Enclosed(one.parts[:, :1], one.radius)
     few_of = replace(found, numbers={"nats.0": one})
@@ -516,6 +843,26 @@ def test_a_damaged_certificate_is_refused(what: str, small, tmp_path) -> None:
     rc.save_certificate(few_of, path)
     with pytest.raises(RefcurvError, match=r"nats|damaged|is a refcurv-certificate"):
         (rc.load_factors if what == "format" else rc.load_certificate)(path)
+
+
+def test_the_table_rounds_nothing_up() -> None:
+    """29.97 digits are no 30, and 999 of 1,000.5 no 100 %."""
+    one = {"shape": [100_000], "digits": 29.97, "largest": 1.0, "settled": 99_999}
+    said = format_certificate(
+        {"numbers": {"nats.0": one}, "routes": [], "bits": 100, "digits": 29.97, "wanted": 30}
+    )
+    assert " 29 " in said and "99.9%" in said and "100 bits gave 29.9." in said
+    two = one | {"digits": 40.5}
+    routes = [
+        {"name": name, "dtype": "float64", "error": 1.0, "ulps": ulps}
+        for name, ulps in (("A.x", 3.0), ("A.y", 7.0), ("G.x", 2.0), ("G.y", None))
+    ]
+    many = {"numbers": {n: two for n in ("A.x", "G.x", "G.y")} | {"A.y": one}, "routes": routes}
+    rows = format_certificate(many | {"bits": 1, "digits": 30.0, "wanted": 30}).splitlines()
+    assert rows[2].split() == ["A", "2", "200,000", "29", "99.9%", "7", "-", "-"]
+    assert rows[3].split() == ["G", "2", "200,000", "40", "99.9%", "inf", "-", "-"]
+    assert "1 bits; every number lies within its radius" in rows[5]
+    assert " 30 " not in said.splitlines()[2] and "100.0%" not in said
 
 
 def test_the_command_says_what_is_certain(small, tmp_path, capsys) -> None:

@@ -42,7 +42,11 @@ def require_flint() -> None:
 
 @contextmanager
 def bits(precision: int) -> Iterator[None]:
-    """Midpoints of results have so many bits, inside."""
+    """Midpoints of results have so many bits, inside.
+
+    It is FLINT's one setting of the process: in another thread it changes the bits too. Radii hold
+    whatever the bits are.
+    """
     require_flint()
     before = flint.ctx.prec
     flint.ctx.prec = precision
@@ -166,8 +170,8 @@ class Balls:
 
     def sum(self, axis: Any = None, keepdims: bool = False, dtype: Any = None) -> Balls:
         """As NumPy's."""
-        total: Any = np.add.reduce
-        return _wrapped(total(self._x, axis=axis, keepdims=keepdims))
+        total: Any = np.add.reduce  # from an exact 0, which is also the sum of nothing
+        return _wrapped(total(self._x, axis=axis, keepdims=keepdims, initial=flint.arb(0)))
 
     def mean(self, axis: int, keepdims: bool = False) -> Balls:
         """As NumPy's: the sum, divided by how many there are."""
@@ -230,7 +234,7 @@ class Balls:
         return np.asarray(_FINITE(self._x), dtype=bool)
 
     def rounded(self) -> Array:
-        """Midpoints, correctly rounded to float64."""
+        """Midpoints, correctly rounded to float64: infinite or NaN where float64 has none."""
         return np.asarray(_NEAREST(self._x), dtype=np.float64)
 
     def radii(self) -> Array:
@@ -240,7 +244,8 @@ class Balls:
     def split(self, count: int) -> list[Array]:
         """So many float64 whose exact sum is near each number, then how far it is at most.
 
-        Each part is the float64 nearest to what those before it leave of the midpoint.
+        Each part is the float64 nearest to what those before it leave of the midpoint. A ball
+        without bound, or beyond the range of float64, is 0 ± ∞.
         """
         with bits(64 * (count + 2)):
             found = np.frompyfunc(lambda x: _split(x, count), 1, count + 1)(self._x)
@@ -255,8 +260,8 @@ class Balls:
         return np.asarray(_LEAST(self._x), dtype=np.float64)
 
     def contains(self, x: Array) -> Array:
-        """bool array: may each number be this float?"""
-        return np.asarray(_HOLDS(self._x, np.asarray(x, np.float64)), dtype=bool)
+        """bool array: may each number be this one? `exact` says which are taken."""
+        return np.asarray(_HOLDS(self._x, exact(x)._x), dtype=bool)
 
     def within(self, other: Balls) -> Array:
         """bool array: does each ball lie inside that of `other`?"""
@@ -296,9 +301,12 @@ class Balls:
 def exact(x: Any) -> Balls:
     """The numbers of an array, taken as exact: floats as the binary fractions that they are.
 
-    Raises RefcurvError for NaN, infinity, and what is neither a float nor a whole number.
+    Raises RefcurvError for NaN, infinity, and what is neither a float nor a whole number; for a
+    list too, of which NumPy would make one dtype, and round.
     """
     require_flint()
+    if isinstance(x, list | tuple):
+        raise RefcurvError("certify: numbers of a list are not taken as exact. Give an array.")
     array = np.asarray(x)
     if array.dtype.kind not in "fiub" or array.dtype.itemsize > 8:
         raise RefcurvError(f"certify: numbers of {array.dtype} are not taken as exact.")
@@ -375,11 +383,14 @@ def _product(one: Any, other: Any) -> Balls:
     if not (isinstance(one, Balls) and isinstance(other, Balls)):
         raise TypeError("a matrix of balls is multiplied by balls alone; `exact` makes them")
     batch = np.broadcast_shapes(one.shape[:-2], other.shape[:-2])
-    (n, k), m = one.shape[-2:], other.shape[-1]
-    x = np.broadcast_to(one._x, (*batch, n, k)).reshape(-1, n * k)
-    y = np.broadcast_to(other._x, (*batch, k, m)).reshape(-1, k * m)
-    out = np.empty((len(x), n * m), object)
-    for b in range(len(x)):
+    (n, k), (inner, m) = one.shape[-2:], other.shape[-2:]
+    if k != inner:
+        raise ValueError(f"a product of matrices {one.shape} and {other.shape}")
+    count = math.prod(batch)
+    x = np.broadcast_to(one._x, (*batch, n, k)).reshape(count, n * k)
+    y = np.broadcast_to(other._x, (*batch, k, m)).reshape(count, k * m)
+    out = np.empty((count, n * m), object)
+    for b in range(count):
         product = flint.arb_mat(n, k, x[b].tolist()) * flint.arb_mat(k, m, y[b].tolist())
         out[b] = product.entries()
     return Balls(out.reshape(*batch, n, m))
@@ -420,22 +431,24 @@ def _split(x: Any, count: int) -> tuple[float, ...]:
     parts = []
     for _ in range(count):
         parts.append(float(x.mid()))
+        if not math.isfinite(parts[-1]):
+            return *[0.0] * count, math.inf
         x = x - parts[-1]
     return *parts, _above(x.abs_upper().mid())
 
 
 def _above(r: Any) -> float:
-    """The float64 at or above an exact number that is not negative."""
-    up = float(r)
-    while not r <= flint.arb(up):
+    """The float64 at or above an exact number that is not negative; ∞ for NaN."""
+    up = math.inf if r.is_nan() else float(r)
+    while up < math.inf and not r <= flint.arb(up):
         up = math.nextafter(up, math.inf)
     return up
 
 
 def _below(r: Any) -> float:
-    """The float64 at or below an exact number that is not negative."""
-    down = float(r)
-    while not r >= flint.arb(down):
+    """The float64 at or below an exact number that is not negative; 0 for NaN."""
+    down = 0.0 if r.is_nan() else float(r)
+    while down > 0 and not r >= flint.arb(down):
         down = math.nextafter(down, 0)
     return down
 
@@ -448,7 +461,7 @@ _NEAREST = np.frompyfunc(_nearest, 1, 1)
 _RADIUS = np.frompyfunc(lambda x: _above(x.rad().mid()), 1, 1)
 _MOST = np.frompyfunc(lambda x: _above(x.abs_upper().mid()), 1, 1)
 _LEAST = np.frompyfunc(lambda x: _below(x.abs_lower().mid()), 1, 1)
-_HOLDS = np.frompyfunc(lambda x, y: x.contains(flint.arb(float(y))), 2, 1)
+_HOLDS = np.frompyfunc(lambda x, y: x.contains(y), 2, 1)
 _INSIDE = np.frompyfunc(lambda x, y: y.contains(x), 2, 1)
 _OVERLAP = np.frompyfunc(lambda x, y: x.overlaps(y), 2, 1)
 _TEXT = np.frompyfunc(lambda x, digits: x.mid().str(digits, radius=False), 2, 1)

@@ -164,7 +164,7 @@ class Duals:
     # -------------------------------------------------------------- decisions and bounds
 
     def above(self, bound: float) -> Array:
-        """That of the values. At the bound itself there is no derivative, and no decision."""
+        """That of the values. A value that is exactly the bound is not above it."""
         return self.value.above(bound)
 
     def finite(self) -> Array:
@@ -179,7 +179,7 @@ class Duals:
     def chosen(where: Array, one: Any, other: Any) -> Duals:
         """As numpy.where."""
         value = chosen_balls(where, _value(one), _value(other))
-        return Duals(value, chosen_balls(where, _derivative(one), _derivative(other)))
+        return _of(value, chosen_balls(where, _derivative(one), _derivative(other)))
 
     # -------------------------------------------------------------- NumPy's functions
 

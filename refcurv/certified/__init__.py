@@ -1,4 +1,8 @@
 """Numbers with a proof: the transformer run over balls (`algebra.balls`).
 
-layers      the layer functions over balls, `BALLS`: the real functions, without their rounding
+certify            `certify`: how many bits, which sequences, and what floats give beside it
+certificate        `Certificate` and `Enclosed`: numbers, each with a radius that is proved
+certificate_file   certificates on disk
+layers             the layer functions over balls, `BALLS`: the real functions, without rounding
+numbers            what is certified, on any kind of number: balls, float64, float32, longdouble
 """

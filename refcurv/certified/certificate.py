@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from decimal import ROUND_CEILING, Context, Decimal
 from fractions import Fraction
 from types import MappingProxyType
 from typing import Any
@@ -64,40 +65,47 @@ class Enclosed:
         worst, size = float(self.radius.max(initial=0.0)), self.largest if size is None else size
         if worst == 0:
             return math.inf
-        return max(0.0, math.log10(size / worst)) if size else 0.0
+        return max(0.0, math.log10(size) - math.log10(worst)) if size and worst < math.inf else 0.0
 
     def text(self, index: tuple[int, ...] = ()) -> str:
-        """One entry in decimals, as far as it is certain: "0.1234567 ± 2e-31" or "|x| ≤ 3e-40"."""
+        """One entry in decimals, as far as it is certain: "0.1234567 ± 2e-31" or "|x| ≤ 3e-40".
+
+        A number that is known exactly is "0.5 exactly", or a fraction where sixteen digits of it
+        are not all.
+        """
         at = np.ravel_multi_index(index, self.shape) if index else 0
         mid = sum(
             map(Fraction, self.parts.reshape(len(self.parts), -1)[:, at].tolist()), Fraction()
         )
         radius = float(self.radius.reshape(-1)[at])
+        if radius == math.inf:
+            return "nothing is known"
         if radius and abs(mid) <= Fraction(radius):
-            return f"|x| ≤ {_up(radius + abs(float(mid))):.2g}"
-        return _decimal(mid, radius)
+            return f"|x| ≤ {_up(Fraction(radius) + abs(mid))}"
+        return _decimal(mid, Fraction(radius))
 
 
-def _up(x: float) -> float:
-    """x, so much larger that its printed digits are no smaller."""
-    return x * 1.05
+def _up(x: Fraction) -> str:
+    """A number above 0 in two digits, which are no smaller."""
+    context = Context(prec=2, rounding=ROUND_CEILING)
+    return f"{context.divide(Decimal(x.numerator), Decimal(x.denominator)):.1e}"
 
 
-def _decimal(mid: Fraction, radius: float) -> str:
+def _decimal(mid: Fraction, radius: Fraction) -> str:
     """mid with one digit more than is certain, and a radius that covers what is cut off."""
     if mid == 0:
         return "0"
     if radius == 0:
-        return f"{float(mid)!r} exactly" if Fraction(float(mid)) == mid else f"{mid} exactly"
-    exponent = math.floor(math.log10(radius))
+        short = repr(float(mid))
+        return f"{short if Fraction(short) == mid else mid} exactly"
+    exponent = Decimal(float(radius)).adjusted()
     unit = Fraction(10) ** exponent
     rounded = round(mid / unit) * unit
     places = max(0, -exponent)
     scaled = abs(rounded) * 10**places
     whole, tail = divmod(int(scaled), 10**places)
     number = f"{'-' if mid < 0 else ''}{whole}" + (f".{tail:0{places}d}" if places else "")
-    bound = Fraction(radius) + abs(rounded - mid)
-    return f"{number} ± {_up(float(bound)):.1e}"
+    return f"{number} ± {_up(radius + abs(rounded - mid))}"
 
 
 def enclosed(x: Balls, digits: float) -> Enclosed:
@@ -149,15 +157,16 @@ class Route:
 def farthest(got: Array, truth: Enclosed) -> float:
     """An upper bound of the largest error of `got`.
 
-    Differences of floats are taken in longdouble, which rounds them by 2^-64 of themselves; 1e-15
-    more than covers that, and the sums here.
+    Differences of floats are taken in longdouble: got − parts[0] is exact where they are within a
+    factor of 2 (Sterbenz), and elsewhere nothing cancels. So each of the six roundings here is of
+    what it is small beside, by 2^-53 or less; 1e-15 more than covers them, and one step upwards
+    what lies below float64.
     """
     far = np.abs(got.astype(np.longdouble) - truth.parts[0] - truth.parts[1].astype(np.longdouble))
     rest = np.abs(truth.parts[2:]).sum(axis=0) + truth.radius
     if not far.any() and not rest.any():
         return 0.0
-    least = np.finfo(np.longdouble).smallest_subnormal
-    return float(((far + rest) * (1 + 1e-15) + least).max(initial=0.0))
+    return math.nextafter(float(((far + rest) * (1 + 1e-15)).max()), math.inf)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +177,8 @@ class Certificate(Mapping[str, Enclosed]):
         numbers: name → Enclosed.
         routes: what float64, float32 and longdouble gave, beside it.
         bits: of the balls. wanted: the digits that were asked for.
-        rows: of each A and G. source: the files, the sequences and the direction of products.
+        rows: of each A and G. source: the sequences, the choice of rows (ROWS), and the direction
+            of products, "signs" or its SHA-256.
     """
 
     numbers: Mapping[str, Enclosed]

@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from refcurv.certified.certificate import Certificate, Enclosed, Route
 from refcurv.files import store
 from refcurv.law.checks import SchemaError, require_finite, require_range
@@ -50,7 +52,8 @@ def load_certificate(path: str | Path) -> Certificate:
     """Read a certificate; FLINT is not needed for it.
 
     Raises:
-        SchemaError: no certificate, or one whose arrays do not fit each other.
+        SchemaError: no certificate, or one whose arrays are not float64, do not fit each other, or
+        have a radius that is negative or NaN.
         ChecksumError: an array is not the one that was written.
     """
     header = store.open_file(path, format="refcurv-certificate")
@@ -59,8 +62,12 @@ def load_certificate(path: str | Path) -> Certificate:
     for name in names:
         parts = store.read(header, f"{name}.parts")
         radius = store.read(header, f"{name}.radius")
-        if parts.ndim < 1 or parts.shape[1:] != radius.shape or (radius < 0).any():
+        if parts.ndim < 1 or not len(parts) or parts.shape[1:] != radius.shape:
             raise SchemaError(f"{path}: {name} has parts {parts.shape} and radii {radius.shape}.")
+        if parts.dtype != np.float64 or radius.dtype != np.float64:
+            raise SchemaError(f"{path}: {name} is {parts.dtype} and {radius.dtype}, not float64.")
+        if not (radius >= 0).all():
+            raise SchemaError(f"{path}: {name} has radii that are negative or NaN.")
         require_finite("load_certificate", name, parts)
         numbers[name] = Enclosed(parts, radius)
     facts = {key: header.attributes.get(key) for key in ("bits", "wanted", "rows", "source")}

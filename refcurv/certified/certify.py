@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from itertools import islice
 from typing import Any, Final
 
@@ -18,8 +19,12 @@ from refcurv.curvature import definition
 from refcurv.law.checks import (
     Array,
     ConventionError,
+    DTypeError,
+    EmptyError,
+    NonFiniteError,
     RangeError,
     as_array,
+    as_integers,
     require_choice,
     require_dtype,
     require_finite,
@@ -42,6 +47,10 @@ MOST_BITS: Final = 2**14
 
 SPARE: Final = 32
 """Bits beyond those that are planned.  Chosen: ten digits, for what grows faster than planned."""
+
+MOST_DIGITS: Final = 200
+"""Digits that are certified at most: a float64 radius is 5e-324 or more.  Chosen: which leaves a
+hundred for numbers that are small themselves."""
 
 BACKWARD: Final[Mapping[str, float]] = {
     "logits": 1.0, "nats": 1.0, "A": 1.0, "gradient": 2.0, "G": 2.0, "hvp": 3.0, "ggnvp": 2.5,
@@ -76,7 +85,8 @@ def certify(
         corpus: texts or images.
         of: of "logits", "nats", "gradient" (of every parameter), "A" and "G" (of the corpus's
             labels, over all `sequences`), "hvp" and "ggnvp" (H v and GGN v of a sequence's loss).
-        digits: how many digits of each array's largest entry are to be certain in every entry.
+        digits: how many digits of each array's largest entry are to be certain in every entry; 200
+            at most. Arrays so small that float64 has no radius for them have fewer.
         sequences: rows of the corpus.
         layers: a pattern of linear layers, for A and G.
         rows: which positions are rows of A and G (ROWS).
@@ -89,8 +99,9 @@ def certify(
 
     Raises:
         MissingFlintError: python-flint is not installed. UndecidedError: balls cannot make a
-        decision (a ReLU at 0, a clip at its bound) with MOST_BITS. ConventionError, RangeError,
-        NameUnknownError: what cannot be asked for.
+        decision (a ReLU at 0, a clip at its bound) with MOST_BITS. NonFiniteError: a parameter is
+        no number, or with MOST_BITS a layer's inputs still have no bound. ConventionError,
+        RangeError, NameUnknownError, DTypeError, EmptyError: what cannot be asked for.
 
     Cost: for one sequence of 64 tokens and a million parameters about five seconds at 300 bits
         for a gradient, three times that for a product; memory for the balls of all parameters.
@@ -100,24 +111,36 @@ def certify(
     """
     require_flint()
     task = _task(model, of, layers, direction)
-    wanted = require_range("certify", "digits", digits, 1, 1000)
+    wanted = require_range("certify", "digits", digits, 1, MOST_DIGITS)
     chosen = _sequences(model, corpus, rows, sequences)
+    if {"A", "G"} & {*task.of} and not any(one.keep_BT.any() for one in chosen.values()):
+        raise EmptyError("certify: A and G of these sequences have no row (ROWS).")
+    if {"A", "G"} & {*task.of} and rows == "cls" and "patch" in task.wanted:
+        raise EmptyError("certify: 'patch' has no row among rows='cls'. Take rows='all' for it.")
+    source = {"sequences": list(chosen), "rows": rows, "direction": _said(task, direction)}
     precision = _planned(task, next(iter(chosen.values())), wanted)
     total = len(chosen) * (1 + len(ROUTES))
     while True:
-        job = _Job(task, chosen, wanted, progress, total)
+        job = _Job(task, chosen, wanted, source, progress, total)
         try:
             found = job.at(precision)
-        except UndecidedError:
+        except (UndecidedError, NonFiniteError):  # balls overlap, or have no bound
             if precision >= MOST_BITS:
                 raise
             precision = min(MOST_BITS, 2 * precision)
             continue
         short = wanted - found.digits
-        if short <= 0 or precision >= MOST_BITS:
+        if short <= 0 or precision >= MOST_BITS or _narrowest(found):
             return found
         lost = math.ceil(short * math.log2(10)) if found.digits else precision
         precision = min(MOST_BITS, precision + lost + SPARE)
+
+
+def _narrowest(found: Certificate) -> bool:
+    """Is each array that lacks digits so small that float64 has no smaller radius for it?"""
+    size = sizes(found)
+    lacking = [x for name, x in found.items() if x.digits(size[name]) < found.wanted]
+    return all(x.radius.max() == np.finfo(np.float64).smallest_subnormal for x in lacking)
 
 
 def _task(
@@ -155,7 +178,26 @@ def _direction(parameters: Mapping[str, Array], direction: Mapping[str, Array]) 
         require_dtype("certify", f"direction[{name!r}]", v, "fiu", "real numbers")
         require_finite("certify", f"direction[{name!r}]", v)
         out[name] = v.astype(np.float64)
+        if (out[name].astype(object) != v.astype(object)).any():
+            raise DTypeError(
+                f"certify: direction[{name!r}] has numbers of {v.dtype} that are not float64."
+            )
     return out
+
+
+def _said(task: Task, direction: Mapping[str, Array] | None) -> str | None:
+    """Which direction: None without a product, "signs", or the SHA-256 of what was given.
+
+    It is that of the float64 of every parameter, little-endian, in the model's order.
+    """
+    if not {"hvp", "ggnvp"} & {*task.of}:
+        return None
+    if direction is None:
+        return "signs"
+    said = sha256()
+    for v in task.direction.values():
+        said.update(np.ascontiguousarray(v, "<f8").tobytes())
+    return said.hexdigest()
 
 
 def _sequences(
@@ -164,12 +206,13 @@ def _sequences(
     """The sequences by their row in the corpus."""
     law = require_rows("certify", model.config, rows)
     N = len(corpus.label)
-    numbers = list(dict.fromkeys(int(n) for n in wanted))
+    if not len(wanted):
+        raise ConventionError("certify: give at least one sequence.")
+    given = as_integers("certify", "sequences", wanted, (None,), "(number of them,)")
+    numbers = list(dict.fromkeys(given.tolist()))
     for n in numbers:
         if not 0 <= n < N:
             raise RangeError(f"certify: sequence {n} does not exist; the corpus has {N}.")
-    if not numbers:
-        raise ConventionError("certify: give at least one sequence.")
     every = enumerate(definition.sequences(model.config, corpus, law))
     found = dict(islice(((n, one) for n, one in every if n in numbers), len(numbers)))
     return {n: found[n] for n in numbers}
@@ -201,7 +244,7 @@ def _lost(task: Task, one: definition.Sequence, depth: int, precision: int) -> f
         final: Any
         try:
             final, _ = forward(shallow, theta, inputs, one.layout, LAYERS)
-        except UndecidedError:
+        except (UndecidedError, NonFiniteError):
             return math.inf
         radius, size = final.radii().max(), final.least().max()
     if not size or not math.isfinite(radius):
@@ -216,9 +259,11 @@ class _Job:
     task: Task
     sequences: Mapping[int, definition.Sequence]
     digits: float
+    source: Mapping[str, Any]
     progress: Progress
     total: int
     done: int = 0
+    overflowed: set[str] = field(default_factory=set)
 
     def at(self, precision: int) -> Certificate:
         """All that is wanted, with so many bits; no more than one sequence's balls are held."""
@@ -230,19 +275,27 @@ class _Job:
                 for kind, found in every.values():
                     self._run(kind, number, one, found)
                 self._keep(dict(_drained(every)), numbers, errors)
-            means = {name: dict(found.means()) for name, (_, found) in every.items()}
+            means = {
+                name: {} if name in self.overflowed else dict(found.means())
+                for name, (_, found) in every.items()
+            }
             self._keep(means, numbers, errors)
             rows = {name: n for name, n in every["balls"][1].rows.items()}
-        source, size = {"sequences": list(self.sequences)}, sizes(numbers)
+        size = sizes(numbers)
         routes = [
             Route(name, dtype, far / size[name] if size[name] else math.inf if far else 0.0)
             for (name, dtype), far in errors.items()
         ]
-        return Certificate(numbers, tuple(routes), precision, self.digits, rows, source)
+        return Certificate(numbers, tuple(routes), precision, self.digits, rows, self.source)
 
     def _run(self, kind: Kind, number: int, one: definition.Sequence, found: Found) -> None:
         with np.errstate(over="ignore", invalid="ignore"):
-            run(kind, self.task, number, one, found)
+            try:
+                run(kind, self.task, number, one, found)
+            except NonFiniteError:
+                if kind is BALLS:
+                    raise
+                self.overflowed.add(kind.name)  # its range is too small: its error is infinite
         self.done += 1
         self.progress(min(self.done, self.total), self.total)
 
@@ -256,7 +309,8 @@ class _Job:
             assert isinstance(x, Balls)
             numbers[name] = enclosed(x, self.digits)
             for dtype in ROUTES:
-                errors[name, dtype] = farthest(arrays[dtype][name], numbers[name])
+                got = arrays[dtype].get(name)
+                errors[name, dtype] = math.inf if got is None else farthest(got, numbers[name])
 
 
 def _drained(every: Mapping[str, tuple[Kind, Found]]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -93,15 +93,19 @@ def softmax(score: Numbers, visible: Array) -> Numbers:
 
     An exact number near the largest is subtracted first: it cancels, and exp stays in range.
     """
-    near = score.rounded()
-    top = np.where(visible, near, -np.inf).max(axis=-1, keepdims=True)
-    shift = exact(np.where(np.isfinite(top), top, 0))
     visible = np.broadcast_to(visible, score.shape)
+    shift = _largest(np.where(visible, score.rounded(), -np.inf))
     e = chosen(visible, chosen(visible, score - shift, 0).exp(), 0)
     total = chosen(
         np.asarray(visible.any(axis=-1, keepdims=True)), e.sum(axis=-1, keepdims=True), 1
     )
     return e / total
+
+
+def _largest(near: Array) -> Numbers:
+    """The largest number of each row, (..., 1), as exact; 0 where there is none that is finite."""
+    top = near.max(axis=-1, keepdims=True)
+    return exact(np.where(np.isfinite(top), top, 0))
 
 
 def attention_forward(
@@ -204,8 +208,7 @@ def mlp_backward(d_h: Numbers, saved: Saved) -> tuple[Numbers | None, Numbers]:
 
 def cross_entropy(logit_NV: Numbers, label_N: Array) -> tuple[Numbers, Numbers]:
     """LOSS: nats −log p[label] per row and p − onehot(label); 0 where the label is negative."""
-    near = logit_NV.rounded()
-    z = logit_NV - exact(near.max(axis=-1, keepdims=True))
+    z = logit_NV - _largest(logit_NV.rounded())
     e = z.exp()
     total = e.sum(axis=-1, keepdims=True)
     at = np.flatnonzero(label_N >= 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import floor
 from typing import Any
 
 from refcurv.report.text import format_rows
@@ -40,8 +41,9 @@ def _row(title: str, names: list[str], found: Json) -> tuple[object, ...]:
     settled = sum(one["settled"] for one in some) / max(size, 1)
     wanted = set(names)
     ulps = [_worst(found, wanted, dtype) for dtype in DTYPES]
-    certain = f"{min(digits):.0f}" if digits else "all"
-    return title, len(names), f"{size:,}", certain, f"{settled:.1%}", *ulps
+    certain = f"{floor(min(digits))}" if digits else "all"
+    share = f"{floor(1000 * settled) / 10:.1f}%"  # 100 % only if it is all of them
+    return title, len(names), f"{size:,}", certain, share, *ulps
 
 
 def _worst(found: Json, names: set[str], dtype: str) -> str:
@@ -65,7 +67,7 @@ def _words(found: Json) -> Iterator[str]:
         f"{found['bits']} bits; every number lies within its radius, which is proved."
         if enough
         else f"NOT REACHED: {found['wanted']:g} digits were asked for; {found['bits']} bits gave "
-        f"{found['digits']:.1f}."
+        f"{floor(10 * found['digits']) / 10:.1f}."
     )
     yield "Digits count from the largest entry of an array. As float64: the nearest one is proved."
     yield "The dtypes: largest error of the definitions in it, in ulps of the largest entry."
