@@ -497,7 +497,7 @@ def test_a_file_holds_the_certificate(small, tmp_path) -> None:
         assert np.array_equal(read[name].parts, one.parts)
         assert np.array_equal(read[name].radius, one.radius)
     assert (read.bits, read.wanted, read.rows) == (found.bits, found.wanted, dict(found.rows))
-    assert read.routes == found.routes and read.source == {"sequences": [0, 1]}
+    assert read.routes == found.routes and read.source == {"inputs": {}, "sequences": [0, 1]}
     assert read.to_json() == found.to_json()
 
 

@@ -16,7 +16,7 @@ from typing import Any, Final, NoReturn
 
 import numpy as np
 
-from refcurv.law.checks import Array, RefcurvError
+from refcurv.law.checks import Array, NonFiniteError, RefcurvError
 
 try:
     import flint
@@ -243,8 +243,9 @@ class Balls:
         Each part is the float64 nearest to what those before it leave of the midpoint.
         """
         with bits(64 * (count + 2)):
-            found = np.frompyfunc(lambda x: _split(x, count), 1, count + 1)(self._x)
-        return [np.asarray(part, dtype=np.float64) for part in found]
+            found = [_split(x, count) for x in self._x.reshape(-1)]
+        parts = np.array(found, dtype=np.float64).reshape(-1, count + 1)
+        return [parts[:, k].reshape(self.shape) for k in range(count + 1)]
 
     def most(self) -> Array:
         """Upper bounds of the magnitudes, as float64."""
@@ -296,14 +297,14 @@ class Balls:
 def exact(x: Any) -> Balls:
     """The numbers of an array, taken as exact: floats as the binary fractions that they are.
 
-    Raises RefcurvError for NaN, infinity, and what is neither a float nor a whole number.
+    Raises NonFiniteError for NaN and infinity, RefcurvError for what is no float or whole number.
     """
     require_flint()
     array = np.asarray(x)
     if array.dtype.kind not in "fiub" or array.dtype.itemsize > 8:
         raise RefcurvError(f"certify: numbers of {array.dtype} are not taken as exact.")
     if not np.isfinite(array).all():
-        raise RefcurvError("certify: a number is NaN or infinite.")
+        raise NonFiniteError("certify: a number is NaN or infinite.")
     kind = float if array.dtype.kind == "f" else int
     made = np.empty(array.shape, object)
     made.reshape(-1)[:] = [flint.arb(kind(one)) for one in array.reshape(-1).tolist()]
@@ -376,8 +377,8 @@ def _product(one: Any, other: Any) -> Balls:
         raise TypeError("a matrix of balls is multiplied by balls alone; `exact` makes them")
     batch = np.broadcast_shapes(one.shape[:-2], other.shape[:-2])
     (n, k), m = one.shape[-2:], other.shape[-1]
-    x = np.broadcast_to(one._x, (*batch, n, k)).reshape(-1, n * k)
-    y = np.broadcast_to(other._x, (*batch, k, m)).reshape(-1, k * m)
+    x = np.broadcast_to(one._x, (*batch, n, k)).reshape(math.prod(batch), n * k)
+    y = np.broadcast_to(other._x, (*batch, k, m)).reshape(math.prod(batch), k * m)
     out = np.empty((len(x), n * m), object)
     for b in range(len(x)):
         product = flint.arb_mat(n, k, x[b].tolist()) * flint.arb_mat(k, m, y[b].tolist())

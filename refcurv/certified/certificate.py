@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from refcurv.algebra.balls import Balls
-from refcurv.law.checks import Array
+from refcurv.law.checks import Array, RangeError
+
+ROUTES: Final = ("float64", "float32", "longdouble")
+"""The dtypes whose results are put beside the enclosures."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,18 +67,36 @@ class Enclosed:
         worst, size = float(self.radius.max(initial=0.0)), self.largest if size is None else size
         if worst == 0:
             return math.inf
-        return max(0.0, math.log10(size / worst)) if size else 0.0
+        return max(0.0, math.log10(size / worst)) if size > worst else 0.0
 
     def text(self, index: tuple[int, ...] = ()) -> str:
-        """One entry in decimals, as far as it is certain: "0.1234567 ± 2e-31" or "|x| ≤ 3e-40"."""
-        at = np.ravel_multi_index(index, self.shape) if index else 0
+        """One entry in decimals, as far as it is certain: "0.1234567 ± 2e-31" or "|x| ≤ 3e-40".
+
+        RangeError: there is no such entry. By default it is the first.
+        """
+        at = self._place(index)
         mid = sum(
             map(Fraction, self.parts.reshape(len(self.parts), -1)[:, at].tolist()), Fraction()
         )
         radius = float(self.radius.reshape(-1)[at])
+        if math.isinf(radius):
+            return "not known: the radius is infinite"
         if radius and abs(mid) <= Fraction(radius):
             return f"|x| ≤ {_up(radius + abs(float(mid))):.2g}"
         return _decimal(mid, radius)
+
+    def _place(self, index: Any) -> int:
+        """Where an entry is in the flat array."""
+        at = tuple(index) if isinstance(index, Iterable) else (index,)
+        at = at or (0,) * len(self.shape)
+        whole = all(isinstance(i, int | np.integer) and not isinstance(i, bool) for i in at)
+        if len(at) != len(self.shape) or not whole or not _inside(at, self.shape):
+            raise RangeError(f"text: no entry {index!r:.60} in an array of shape {self.shape}.")
+        return int(np.ravel_multi_index(at, self.shape)) if at else 0
+
+
+def _inside(at: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    return all(0 <= i < n for i, n in zip(at, shape, strict=True))
 
 
 def _up(x: float) -> float:
@@ -124,8 +145,8 @@ def sizes(numbers: Mapping[str, Enclosed]) -> dict[str, float]:
 
 def _quantity(name: str) -> tuple[str, ...]:
     """What an array is a part of: "A", or ("gradient", "0")."""
-    kind, number, *_ = name.split(".")
-    return (kind,) if kind in "AG" else (kind, number)
+    kind, *rest = name.split(".")
+    return (kind,) if kind in "AG" else (kind, *rest[:1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +189,7 @@ class Certificate(Mapping[str, Enclosed]):
         numbers: name → Enclosed.
         routes: what float64, float32 and longdouble gave, beside it.
         bits: of the balls. wanted: the digits that were asked for.
-        rows: of each A and G. source: the files, the sequences and the direction of products.
+        rows: of each A and G. source: the files and the sequences.
     """
 
     numbers: Mapping[str, Enclosed]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Final
@@ -11,14 +11,24 @@ from typing import Any, Final
 import numpy as np
 
 from refcurv.algebra.balls import Balls, UndecidedError, bits, exact, require_flint
-from refcurv.certified.certificate import Certificate, Enclosed, Route, enclosed, farthest, sizes
+from refcurv.certified.certificate import (
+    ROUTES,
+    Certificate,
+    Enclosed,
+    Route,
+    enclosed,
+    farthest,
+    sizes,
+)
 from refcurv.certified.layers import BALLS as LAYERS
 from refcurv.certified.numbers import BALLS, OF, Found, Kind, Task, floats, run
 from refcurv.curvature import definition
+from refcurv.files import store
 from refcurv.law.checks import (
     Array,
     ConventionError,
-    RangeError,
+    EmptyError,
+    NonFiniteError,
     as_array,
     require_choice,
     require_dtype,
@@ -26,16 +36,14 @@ from refcurv.law.checks import (
     require_range,
     require_shape,
 )
-from refcurv.model.corpus import Corpus
+from refcurv.model.corpus import Corpus, require_corpus
+from refcurv.model.part import numbers_of
 from refcurv.model.patterns import expand
 from refcurv.model.rows import require_rows
 from refcurv.model.sampling import signs
 from refcurv.model.transformer import forward
-from refcurv.model.weights import Model, resident
+from refcurv.model.weights import Model, require_model, resident
 from refcurv.progress import Progress, silent
-
-ROUTES: Final = ("float64", "float32", "longdouble")
-"""The dtypes whose results are put beside the enclosures."""
 
 MOST_BITS: Final = 2**14
 """Bits that are tried at most.  Chosen: 3,000 digits are lost on the way, or none will do."""
@@ -56,7 +64,7 @@ def certify(
     of: Sequence[str] = ("logits", "nats", "gradient", "A", "G"),
     *,
     digits: float = 30,
-    sequences: Sequence[int] = (0,),
+    sequences: Iterable[int] = (0,),
     layers: str = "**",
     rows: str = "reached",
     direction: Mapping[str, Array] | None = None,
@@ -91,6 +99,7 @@ def certify(
         MissingFlintError: python-flint is not installed. UndecidedError: balls cannot make a
         decision (a ReLU at 0, a clip at its bound) with MOST_BITS. ConventionError, RangeError,
         NameUnknownError: what cannot be asked for.
+        EmptyError: no label.
 
     Cost: for one sequence of 64 tokens and a million parameters about five seconds at 300 bits
         for a gradient, three times that for a product; memory for the balls of all parameters.
@@ -99,13 +108,17 @@ def certify(
         ::test_more_bits_give_smaller_balls_inside
     """
     require_flint()
+    require_model("certify", model)
+    require_corpus("certify", corpus)
     task = _task(model, of, layers, direction)
     wanted = require_range("certify", "digits", digits, 1, 1000)
     chosen = _sequences(model, corpus, rows, sequences)
+    _require_labels(task, chosen)
+    source = {"inputs": store.inputs(model.source, corpus.source), "sequences": list(chosen)}
     precision = _planned(task, next(iter(chosen.values())), wanted)
     total = len(chosen) * (1 + len(ROUTES))
     while True:
-        job = _Job(task, chosen, wanted, progress, total)
+        job = _Job(task, chosen, wanted, progress, total, source)
         try:
             found = job.at(precision)
         except UndecidedError:
@@ -123,8 +136,8 @@ def certify(
 def _task(
     model: Model, of: Sequence[str], layers: str, direction: Mapping[str, Array] | None
 ) -> Task:
-    names = tuple(of)
-    if not names or isinstance(of, str):
+    names = tuple(of) if isinstance(of, Iterable) and not isinstance(of, str) else ()
+    if not names:
         raise ConventionError(f"certify: `of` must name some of {', '.join(OF)}; got {of!r}.")
     for name in names:
         require_choice("certify", "of", name, list(OF))
@@ -159,20 +172,24 @@ def _direction(parameters: Mapping[str, Array], direction: Mapping[str, Array]) 
 
 
 def _sequences(
-    model: Model, corpus: Corpus, rows: str, wanted: Sequence[int]
+    model: Model, corpus: Corpus, rows: str, wanted: Iterable[int]
 ) -> dict[int, definition.Sequence]:
     """The sequences by their row in the corpus."""
     law = require_rows("certify", model.config, rows)
-    N = len(corpus.label)
-    numbers = list(dict.fromkeys(int(n) for n in wanted))
-    for n in numbers:
-        if not 0 <= n < N:
-            raise RangeError(f"certify: sequence {n} does not exist; the corpus has {N}.")
-    if not numbers:
-        raise ConventionError("certify: give at least one sequence.")
+    numbers = list(dict.fromkeys(numbers_of("certify", corpus, wanted)))
     every = enumerate(definition.sequences(model.config, corpus, law))
     found = dict(islice(((n, one) for n, one in every if n in numbers), len(numbers)))
     return {n: found[n] for n in numbers}
+
+
+def _require_labels(task: Task, chosen: Mapping[int, definition.Sequence]) -> None:
+    """EmptyError where no sequence has a label: only logits need none."""
+    if {*task.of} == {"logits"} or any((one.label_BT >= 0).any() for one in chosen.values()):
+        return
+    raise EmptyError(
+        f"certify: no position of sequences {list(chosen)[:8]} has a label; of such only logits "
+        "can be certified."
+    )
 
 
 def _planned(task: Task, one: definition.Sequence, digits: float) -> int:
@@ -201,7 +218,7 @@ def _lost(task: Task, one: definition.Sequence, depth: int, precision: int) -> f
         final: Any
         try:
             final, _ = forward(shallow, theta, inputs, one.layout, LAYERS)
-        except UndecidedError:
+        except (UndecidedError, NonFiniteError):
             return math.inf
         radius, size = final.radii().max(), final.least().max()
     if not size or not math.isfinite(radius):
@@ -218,6 +235,7 @@ class _Job:
     digits: float
     progress: Progress
     total: int
+    source: Mapping[str, Any]
     done: int = 0
 
     def at(self, precision: int) -> Certificate:
@@ -233,16 +251,24 @@ class _Job:
             means = {name: dict(found.means()) for name, (_, found) in every.items()}
             self._keep(means, numbers, errors)
             rows = {name: n for name, n in every["balls"][1].rows.items()}
-        source, size = {"sequences": list(self.sequences)}, sizes(numbers)
+        size = sizes(numbers)
         routes = [
             Route(name, dtype, far / size[name] if size[name] else math.inf if far else 0.0)
             for (name, dtype), far in errors.items()
         ]
-        return Certificate(numbers, tuple(routes), precision, self.digits, rows, source)
+        return Certificate(numbers, tuple(routes), precision, self.digits, rows, self.source)
 
     def _run(self, kind: Kind, number: int, one: definition.Sequence, found: Found) -> None:
         with np.errstate(over="ignore", invalid="ignore"):
-            run(kind, self.task, number, one, found)
+            try:
+                run(kind, self.task, number, one, found)
+            except NonFiniteError as error:
+                if kind is not BALLS:
+                    raise
+                raise UndecidedError(
+                    f"certify: sequence {number} has numbers or radii beyond the range of float64, "
+                    "also with the most bits. Are the weights very large? Check them."
+                ) from error
         self.done += 1
         self.progress(min(self.done, self.total), self.total)
 
