@@ -129,6 +129,8 @@ def test_without_a_label_only_logits_are_certified(command):
     status, said = command("certify", "w.h5", "single.h5", "--of", "logits,A")
     assert status == 2 and "no position of sequences [0] has a label" in said
     assert command("certify", "w.h5", "single.h5", "--of", "logits")[0] == 0
+    status, said = command("trace", "w.h5", "single.h5", "-o", "o.h5", "--sequences", "0-1")
+    assert status == 2 and "no position of sequences [0, 1] has a label" in said
 
 
 def test_a_product_of_no_rows_is_zero():
