@@ -809,7 +809,8 @@ def test_a_file_holds_the_certificate(small, tmp_path) -> None:
         assert np.array_equal(read[name].radius, one.radius)
     assert (read.bits, read.wanted, read.rows) == (found.bits, found.wanted, dict(found.rows))
     assert read.routes == found.routes and read.source == dict(found.source)
-    assert read.source == {"sequences": [0, 1], "rows": "reached", "direction": "signs"}
+    said = {"inputs": {}, "sequences": [0, 1], "rows": "reached", "direction": "signs"}
+    assert read.source == said
     assert read.to_json() == found.to_json()
 
 
@@ -821,7 +822,7 @@ def test_a_certificate_says_what_it_is_of(small) -> None:
     again = {name: np.asfortranarray(v) for name, v in reversed(given.items())}
     assert certify(model, corpus, ["hvp"], digits=1, direction=again).source == made[1]
     plain = certify(model, corpus, ["A"], digits=1, rows="all").source
-    assert plain == {"sequences": [0], "rows": "all", "direction": None}
+    assert plain == {"inputs": {}, "sequences": [0], "rows": "all", "direction": None}
 
 
 @pytest.mark.parametrize("what", ["format", "radii", "NaN", "float32", "shapes", "routes"])

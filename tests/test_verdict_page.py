@@ -15,7 +15,7 @@ import refcurv as rc
 from refcurv.cli import main
 from refcurv.judge.pictures import CELLS, blocks, spectrum
 from refcurv.report.plots.verdict import differences
-from refcurv.report.verdict import format_verdict
+from refcurv.report.verdict import format_verdict, headline
 from refcurv.report.verdict_page import verdict_page, write_verdict_page
 
 
@@ -130,3 +130,15 @@ def test_the_page_opens_in_a_browser(setting, tmp_path):
         [*command, page.as_uri()], capture_output=True, text=True, timeout=120, check=True
     ).stdout
     assert "FAILED" in seen and "<figure>" in seen and "What did not pass" in seen
+
+
+def test_what_is_undecided_is_not_called_failed(setting):
+    """Other draws of the labels, and nothing that says how much they change: who could know?"""
+    model, corpus, factors = setting
+    drawn = rc.collect(model, corpus, ",".join(factors), seed=9)
+    verdict = rc.validate(drawn, rc.collect(model, corpus, ",".join(factors)))
+    assert not verdict.passed and {one.verdict for one in verdict.failed} == {"undecided"}
+    assert headline(verdict.to_json()).startswith(f"UNDECIDED: {len(factors)} of {len(factors)}")
+    theirs = {name: (one.A, one.G, one.n_A) for name, one in list(drawn.items())[1:]}
+    text = format_verdict(rc.validate(theirs, drawn).to_json())
+    assert text.startswith("FAILED: 1 of") and "judge the others alone (`layers`)" in text

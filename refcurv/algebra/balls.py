@@ -16,7 +16,7 @@ from typing import Any, Final, NoReturn
 
 import numpy as np
 
-from refcurv.law.checks import Array, RefcurvError
+from refcurv.law.checks import Array, NonFiniteError, RefcurvError
 
 try:
     import flint
@@ -248,8 +248,9 @@ class Balls:
         without bound, or beyond the range of float64, is 0 ± ∞.
         """
         with bits(64 * (count + 2)):
-            found = np.frompyfunc(lambda x: _split(x, count), 1, count + 1)(self._x)
-        return [np.asarray(part, dtype=np.float64) for part in found]
+            found = [_split(x, count) for x in self._x.reshape(-1)]
+        parts = np.array(found, dtype=np.float64).reshape(-1, count + 1)
+        return [parts[:, k].reshape(self.shape) for k in range(count + 1)]
 
     def most(self) -> Array:
         """Upper bounds of the magnitudes, as float64."""
@@ -301,8 +302,8 @@ class Balls:
 def exact(x: Any) -> Balls:
     """The numbers of an array, taken as exact: floats as the binary fractions that they are.
 
-    Raises RefcurvError for NaN, infinity, and what is neither a float nor a whole number; for a
-    list too, of which NumPy would make one dtype, and round.
+    Raises NonFiniteError for NaN and infinity, RefcurvError for what is no float or whole number;
+    for a list too, of which NumPy would make one dtype, and round.
     """
     require_flint()
     if isinstance(x, list | tuple):
@@ -311,7 +312,7 @@ def exact(x: Any) -> Balls:
     if array.dtype.kind not in "fiub" or array.dtype.itemsize > 8:
         raise RefcurvError(f"certify: numbers of {array.dtype} are not taken as exact.")
     if not np.isfinite(array).all():
-        raise RefcurvError("certify: a number is NaN or infinite.")
+        raise NonFiniteError("certify: a number is NaN or infinite.")
     kind = float if array.dtype.kind == "f" else int
     made = np.empty(array.shape, object)
     made.reshape(-1)[:] = [flint.arb(kind(one)) for one in array.reshape(-1).tolist()]

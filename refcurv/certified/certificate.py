@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from decimal import ROUND_CEILING, Context, Decimal
 from fractions import Fraction
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from refcurv.algebra.balls import Balls
-from refcurv.law.checks import Array
+from refcurv.law.checks import Array, RangeError
+
+ROUTES: Final = ("float64", "float32", "longdouble")
+"""The dtypes whose results are put beside the enclosures."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +74,11 @@ class Enclosed:
         """One entry in decimals, as far as it is certain: "0.1234567 ± 2e-31" or "|x| ≤ 3e-40".
 
         A number that is known exactly is "0.5 exactly", or a fraction where sixteen digits of it
-        are not all.
+        are not all. By default it is the first entry.
+
+        RangeError: there is no such entry.
         """
-        at = np.ravel_multi_index(index, self.shape) if index else 0
+        at = self._place(index)
         mid = sum(
             map(Fraction, self.parts.reshape(len(self.parts), -1)[:, at].tolist()), Fraction()
         )
@@ -83,6 +88,19 @@ class Enclosed:
         if radius and abs(mid) <= Fraction(radius):
             return f"|x| ≤ {_up(Fraction(radius) + abs(mid))}"
         return _decimal(mid, Fraction(radius))
+
+    def _place(self, index: Any) -> int:
+        """Where an entry is in the flat array."""
+        at = tuple(index) if isinstance(index, Iterable) else (index,)
+        at = at or (0,) * len(self.shape)
+        whole = all(isinstance(i, int | np.integer) and not isinstance(i, bool) for i in at)
+        if len(at) != len(self.shape) or not whole or not _inside(at, self.shape):
+            raise RangeError(f"text: no entry {index!r:.60} in an array of shape {self.shape}.")
+        return int(np.ravel_multi_index(at, self.shape)) if at else 0
+
+
+def _inside(at: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    return all(0 <= i < n for i, n in zip(at, shape, strict=True))
 
 
 def _up(x: Fraction) -> str:
@@ -132,8 +150,8 @@ def sizes(numbers: Mapping[str, Enclosed]) -> dict[str, float]:
 
 def _quantity(name: str) -> tuple[str, ...]:
     """What an array is a part of: "A", or ("gradient", "0")."""
-    kind, number, *_ = name.split(".")
-    return (kind,) if kind in "AG" else (kind, number)
+    kind, *rest = name.split(".")
+    return (kind,) if kind in "AG" else (kind, *rest[:1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,8 +195,8 @@ class Certificate(Mapping[str, Enclosed]):
         numbers: name → Enclosed.
         routes: what float64, float32 and longdouble gave, beside it.
         bits: of the balls. wanted: the digits that were asked for.
-        rows: of each A and G. source: the sequences, the choice of rows (ROWS), and the direction
-            of products, "signs" or its SHA-256.
+        rows: of each A and G. source: the files, the sequences, the choice of rows (ROWS), and the
+            direction of products, "signs" or its SHA-256.
     """
 
     numbers: Mapping[str, Enclosed]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from refcurv.certified.certificate import Certificate, Enclosed, Route
+from refcurv.certified.certificate import ROUTES, Certificate, Enclosed, Route
 from refcurv.files import store
-from refcurv.law.checks import SchemaError, require_finite, require_range
+from refcurv.law.checks import SchemaError, require_choice, require_finite, require_range
 
 
 def save_certificate(made: Certificate, path: str | Path) -> None:
@@ -44,7 +46,9 @@ def save_certificate(made: Certificate, path: str | Path) -> None:
         format="refcurv-certificate",
         attributes=attributes,
         arrays=entries(),
-        provenance=store.provenance(inputs=store.inputs(), bits=made.bits, wanted=made.wanted),
+        provenance=store.provenance(
+            inputs=made.source.get("inputs", {}), bits=made.bits, wanted=made.wanted
+        ),
     )
 
 
@@ -57,26 +61,60 @@ def load_certificate(path: str | Path) -> Certificate:
         ChecksumError: an array is not the one that was written.
     """
     header = store.open_file(path, format="refcurv-certificate")
-    names = [name.removesuffix(".parts") for name in header.entries if name.endswith(".parts")]
-    numbers = {}
-    for name in names:
-        parts = store.read(header, f"{name}.parts")
-        radius = store.read(header, f"{name}.radius")
-        if parts.ndim < 1 or not len(parts) or parts.shape[1:] != radius.shape:
-            raise SchemaError(f"{path}: {name} has parts {parts.shape} and radii {radius.shape}.")
-        if parts.dtype != np.float64 or radius.dtype != np.float64:
-            raise SchemaError(f"{path}: {name} is {parts.dtype} and {radius.dtype}, not float64.")
-        if not (radius >= 0).all():
-            raise SchemaError(f"{path}: {name} has radii that are negative or NaN.")
-        require_finite("load_certificate", name, parts)
-        numbers[name] = Enclosed(parts, radius)
-    facts = {key: header.attributes.get(key) for key in ("bits", "wanted", "rows", "source")}
+    numbers = {name: _read(header, path, name) for name in _names(header, path)}
+    told = header.attributes.get
     try:
-        rows, source = json.loads(str(facts["rows"])), json.loads(str(facts["source"]))
-        routes = json.loads(str(header.attributes.get("routes")))
-        told = tuple(Route(str(n), str(d), float(e)) for n, d, e in routes)
-        bits = int(require_range("load_certificate", "bits", facts["bits"], 1, 2**20))  # type: ignore[arg-type]
-        wanted = require_range("load_certificate", "wanted", facts["wanted"], 1, 10**6)  # type: ignore[arg-type]
-    except (ValueError, TypeError) as error:
+        rows, source = _object(told("rows")), _object(told("source"))
+        routes = tuple(_route(numbers, *one) for one in json.loads(str(told("routes"))))
+        bits = int(require_range("load_certificate", "bits", _number(told("bits")), 1, 2**20))
+        wanted = require_range("load_certificate", "wanted", _number(told("wanted")), 1, 10**6)
+    except (ValueError, TypeError, RecursionError) as error:
         raise SchemaError(f"{path}: an attribute of the certificate is damaged: {error}") from None
-    return Certificate(numbers, told, bits, wanted, rows, source)
+    return Certificate(numbers, routes, bits, wanted, rows, source)
+
+
+def _names(header: store.Header, path: str | Path) -> list[str]:
+    """Of the arrays, in order; SchemaError where one has parts or a radius alone."""
+    found: dict[str, set[str]] = {}
+    for entry in header.entries:
+        name, _, end = entry.rpartition(".")
+        found.setdefault(name, set()).add(end)
+    for name, ends in found.items():
+        if ends != {"parts", "radius"}:
+            held = ", ".join(sorted(ends))
+            raise SchemaError(f"{path}: {name!r} must hold parts and radius; it holds {held}.")
+    return list(found)
+
+
+def _read(header: store.Header, path: str | Path, name: str) -> Enclosed:
+    """One array: parts of falling size, and radii that are no NaN and not negative."""
+    parts, radius = (store.read(header, f"{name}.{end}") for end in ("parts", "radius"))
+    if {parts.dtype, radius.dtype} != {np.dtype(np.float64)}:
+        raise SchemaError(f"{path}: {name} is of {parts.dtype}, {radius.dtype}; both are float64.")
+    if parts.ndim < 1 or not len(parts) or parts.shape[1:] != radius.shape:
+        raise SchemaError(f"{path}: {name} has parts {parts.shape} and radii {radius.shape}.")
+    require_finite("load_certificate", name, parts)
+    if not (radius >= 0).all():
+        raise SchemaError(f"{path}: {name} has a radius that is negative or NaN.")
+    if (np.abs(parts[1:]) > np.spacing(np.abs(parts[:-1])) / 2).any():
+        raise SchemaError(f"{path}: {name} has a part above half an ulp of the one before.")
+    return Enclosed(parts, radius)
+
+
+def _object(told: object) -> dict[str, Any]:
+    """An attribute that is a JSON object."""
+    found = json.loads(str(told))
+    if not isinstance(found, dict):
+        raise TypeError(f"an object is needed; got {str(told)[:40]!r}")
+    return found
+
+
+def _number(told: object) -> float | str:
+    return told if isinstance(told, int | float) else repr(told)[:40]
+
+
+def _route(numbers: Mapping[str, Enclosed], name: str, dtype: str, error: str) -> Route:
+    require_choice("load_certificate", "a route", name, numbers)
+    require_choice("load_certificate", "its dtype", dtype, ROUTES)
+    far = require_range("load_certificate", "its error", error, 0, math.inf)
+    return Route(name, dtype, far)

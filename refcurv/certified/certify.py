@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from itertools import islice
@@ -12,35 +12,40 @@ from typing import Any, Final
 import numpy as np
 
 from refcurv.algebra.balls import Balls, UndecidedError, bits, exact, require_flint
-from refcurv.certified.certificate import Certificate, Enclosed, Route, enclosed, farthest, sizes
+from refcurv.certified.certificate import (
+    ROUTES,
+    Certificate,
+    Enclosed,
+    Route,
+    enclosed,
+    farthest,
+    sizes,
+)
 from refcurv.certified.layers import BALLS as LAYERS
 from refcurv.certified.numbers import BALLS, OF, Found, Kind, Task, floats, run
 from refcurv.curvature import definition
+from refcurv.files import store
 from refcurv.law.checks import (
     Array,
     ConventionError,
     DTypeError,
     EmptyError,
     NonFiniteError,
-    RangeError,
     as_array,
-    as_integers,
     require_choice,
     require_dtype,
     require_finite,
     require_range,
     require_shape,
 )
-from refcurv.model.corpus import Corpus
+from refcurv.model.corpus import Corpus, require_corpus
+from refcurv.model.part import numbers_of
 from refcurv.model.patterns import expand
 from refcurv.model.rows import require_rows
 from refcurv.model.sampling import signs
 from refcurv.model.transformer import forward
-from refcurv.model.weights import Model, resident
+from refcurv.model.weights import Model, require_model, resident
 from refcurv.progress import Progress, silent
-
-ROUTES: Final = ("float64", "float32", "longdouble")
-"""The dtypes whose results are put beside the enclosures."""
 
 MOST_BITS: Final = 2**14
 """Bits that are tried at most.  Chosen: 3,000 digits are lost on the way, or none will do."""
@@ -65,7 +70,7 @@ def certify(
     of: Sequence[str] = ("logits", "nats", "gradient", "A", "G"),
     *,
     digits: float = 30,
-    sequences: Sequence[int] = (0,),
+    sequences: Iterable[int] = (0,),
     layers: str = "**",
     rows: str = "reached",
     direction: Mapping[str, Array] | None = None,
@@ -110,6 +115,8 @@ def certify(
         ::test_more_bits_give_smaller_balls_inside
     """
     require_flint()
+    require_model("certify", model)
+    require_corpus("certify", corpus)
     task = _task(model, of, layers, direction)
     wanted = require_range("certify", "digits", digits, 1, MOST_DIGITS)
     chosen = _sequences(model, corpus, rows, sequences)
@@ -117,7 +124,10 @@ def certify(
         raise EmptyError("certify: A and G of these sequences have no row (ROWS).")
     if {"A", "G"} & {*task.of} and rows == "cls" and "patch" in task.wanted:
         raise EmptyError("certify: 'patch' has no row among rows='cls'. Take rows='all' for it.")
-    source = {"sequences": list(chosen), "rows": rows, "direction": _said(task, direction)}
+    source = {
+        "inputs": store.inputs(model.source, corpus.source), "sequences": list(chosen),
+        "rows": rows, "direction": _said(task, direction),
+    }  # fmt: skip
     precision = _planned(task, next(iter(chosen.values())), wanted)
     total = len(chosen) * (1 + len(ROUTES))
     while True:
@@ -146,8 +156,8 @@ def _narrowest(found: Certificate) -> bool:
 def _task(
     model: Model, of: Sequence[str], layers: str, direction: Mapping[str, Array] | None
 ) -> Task:
-    names = tuple(of)
-    if not names or isinstance(of, str):
+    names = tuple(of) if isinstance(of, Iterable) and not isinstance(of, str) else ()
+    if not names:
         raise ConventionError(f"certify: `of` must name some of {', '.join(OF)}; got {of!r}.")
     for name in names:
         require_choice("certify", "of", name, list(OF))
@@ -201,18 +211,11 @@ def _said(task: Task, direction: Mapping[str, Array] | None) -> str | None:
 
 
 def _sequences(
-    model: Model, corpus: Corpus, rows: str, wanted: Sequence[int]
+    model: Model, corpus: Corpus, rows: str, wanted: Iterable[int]
 ) -> dict[int, definition.Sequence]:
     """The sequences by their row in the corpus."""
     law = require_rows("certify", model.config, rows)
-    N = len(corpus.label)
-    if not len(wanted):
-        raise ConventionError("certify: give at least one sequence.")
-    given = as_integers("certify", "sequences", wanted, (None,), "(number of them,)")
-    numbers = list(dict.fromkeys(given.tolist()))
-    for n in numbers:
-        if not 0 <= n < N:
-            raise RangeError(f"certify: sequence {n} does not exist; the corpus has {N}.")
+    numbers = list(dict.fromkeys(numbers_of("certify", corpus, wanted)))
     every = enumerate(definition.sequences(model.config, corpus, law))
     found = dict(islice(((n, one) for n, one in every if n in numbers), len(numbers)))
     return {n: found[n] for n in numbers}

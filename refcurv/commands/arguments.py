@@ -142,12 +142,15 @@ def shares(texts: Sequence[str], asks: str = "edit: --rho takes [PATTERN=]SHARE"
     return out
 
 
-def numbers(text: str) -> list[int]:
-    """As "3" → [3]; "0-3" → [0, 1, 2, 3]."""
+def numbers(text: str) -> range:
+    """As "3" → 3 alone; "0-3" → 0, 1, 2, 3."""
     first, dash, last = text.partition("-")
     if not (first.isdecimal() and (not dash or last.isdecimal())) or len(text) > 20:
         raise argparse.ArgumentTypeError(f"a number, or two as in 0-3, is needed; got {text!r}")
-    return list(range(int(first), int(last if dash else first) + 1))
+    found = range(int(first), int(last if dash else first) + 1)
+    if not found:
+        raise argparse.ArgumentTypeError(f"the first must not be above the last; got {text!r}")
+    return found
 
 
 def pairs(option: str, texts: Sequence[str]) -> dict[str, str]:
@@ -343,8 +346,7 @@ def _certify(sub: argparse.ArgumentParser) -> None:
     _positional(sub, "WEIGHTS", "CORPUS")
     text = "of logits, nats, gradient, A, G, hvp, ggnvp, with commas (default: %(default)s)"
     sub.add_argument("--of", default="logits,nats,gradient,A,G", metavar="NAMES", help=text)
-    text = "rows of the corpus, as 0-3 or 0 7 (default: 0)"
-    sub.add_argument("--sequences", type=numbers, nargs="+", default=[[0]], metavar="N", help=text)
+    _sequences(sub, "rows of the corpus")
     text = "pattern over linear layers, for A and G (default: all)"
     sub.add_argument("--layers", default="**", metavar="PATTERN", help=text)
     text = "digits of the largest entry that are to be certain (default: %(default)g)"
@@ -355,11 +357,15 @@ def _certify(sub: argparse.ArgumentParser) -> None:
     _json(sub)
 
 
+def _sequences(sub: argparse.ArgumentParser, what: str) -> None:
+    text, first = f"{what}, as 0-3 or 0 7 (default: 0)", [range(1)]
+    sub.add_argument("--sequences", type=numbers, nargs="+", default=first, metavar="N", help=text)
+
+
 def _trace(sub: argparse.ArgumentParser) -> None:
     _positional(sub, "WEIGHTS", "CORPUS")
     _output(sub)
-    text = "rows of the corpus, from 0 (default: 0)"
-    sub.add_argument("--sequences", type=int, nargs="+", default=[0], metavar="N", help=text)
+    _sequences(sub, "rows of the corpus")
     text = "labels: sampled (default), which the file then holds, or empirical"
     sub.add_argument("--fisher", default="sampled", help=text)
     sub.add_argument("--seed", type=int, default=0, help="of drawn labels (default: 0)")
@@ -388,8 +394,7 @@ def _validate(sub: argparse.ArgumentParser) -> None:
     text = "a dtype whose errors pass though nobody declared it; repeatable"
     sub.add_argument("--accept", action="append", default=[], metavar="DTYPE", help=text)
     sub.add_argument("--html", metavar="PATH", help="also write a page with maps and spectra")
-    text = "rows of the corpus that the trace is of (default: 0)"
-    sub.add_argument("--sequences", type=int, nargs="+", default=[0], metavar="N", help=text)
+    _sequences(sub, "rows of the corpus that the trace is of")
     text = "a file with an array `labels` (N, T), those that theirs drew: the reference takes them"
     sub.add_argument("--labels", metavar="FILE", help=text)
     _json(sub)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from refcurv.commands.arguments import pairs
@@ -69,9 +70,9 @@ def certify(args: argparse.Namespace) -> bool:
     found = rc.certify(
         rc.load(args.weights),
         rc.load_corpus(args.corpus),
-        args.of.split(","),
+        [name.strip() for name in args.of.split(",")],
         digits=args.digits,
-        sequences=[n for some in args.sequences for n in some],
+        sequences=chain.from_iterable(args.sequences),
         layers=args.layers,
         rows=args.rows,
         progress=progress_bar("certify"),
@@ -89,7 +90,7 @@ def trace(args: argparse.Namespace) -> None:
     from refcurv.judge.trace import save_trace
 
     model, corpus = rc.load(args.weights, dtype=args.dtype), rc.load_corpus(args.corpus)
-    made = rc.trace(model, corpus, args.sequences, args.fisher, args.seed)
+    made = rc.trace(model, corpus, chain.from_iterable(args.sequences), args.fisher, args.seed)
     save_trace(made, args.output)
     nats, labels = made.tensors["nats"], made.tensors["labels"]
     count = int((labels >= 0).sum())
@@ -116,7 +117,7 @@ def validate(args: argparse.Namespace) -> bool:
         return _parted(args, model, corpus)
     if args.html:
         require_matplotlib()
-    if args.sequences != [0]:
+    if args.sequences != [range(1)]:
         raise ConventionError("validate: --sequences is of --trace; factors are of all sequences.")
     found = rc.validate(
         args.theirs,
@@ -159,7 +160,7 @@ def _parted(args: argparse.Namespace, model: Model | None, corpus: Corpus | None
 
     if model is None or corpus is None:
         raise ConventionError("validate: --trace needs --model and --corpus.")
-    theirs, at = read_arrays(args.trace), args.sequences
+    theirs, at = read_arrays(args.trace), chain.from_iterable(args.sequences)
     dtype = args.arithmetic or "float64"
     found = rc.first_divergence(theirs, model, corpus, at, dtype=dtype)
     table = {"agrees": all(one.agrees for one in found), "tensors": [asdict(o) for o in found]}

@@ -67,8 +67,9 @@ def mode_of(who: str, path: PathLike) -> int:
             return Path(path).stat().st_mode
         except (FileNotFoundError, NotADirectoryError):
             return 0
-        except ValueError as error:  # a NUL in the path
-            what = f"{who}: {os.fspath(path)!r} is no path"
+        except (TypeError, ValueError) as error:  # no text, or a NUL in it
+            told = path if isinstance(error, TypeError) else os.fspath(path)
+            what = f"{who}: {told!r:.100} is no path"
             raise SchemaError(f"{what}: {one_line(error)}.") from None
 
 
@@ -386,7 +387,8 @@ def write_json(data: object, path: PathLike) -> None:
 
 def input_path(path: PathLike) -> Path:
     """An input's absolute path; SchemaError unless a regular file is there."""
-    found, mode = Path(path), mode_of("open", path)
+    mode = mode_of("open", path)
+    found = Path(path)
     if not mode:
         raise SchemaError(f"open: there is no file {str(found)!r}.")
     if not stat.S_ISREG(mode):

@@ -79,6 +79,8 @@ def parse(who: str, text: str) -> Arithmetic:
 
     Raises ConventionError: a part or a dtype that is unknown, or a part twice.
     """
+    if not isinstance(text, str):
+        raise ConventionError(f"{who}: arithmetic must be a text; got {type(text).__name__}.")
     parts = {f.name for f in fields(Arithmetic)}
     found: dict[str, str] = {}
     for piece in filter(None, (p.strip() for p in text.split(","))):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,8 @@ import numpy as np
 from refcurv.judge.arithmetic import AMPLIFICATION, ROUNDOFF
 from refcurv.judge.trace import Trace, trace
 from refcurv.law.checks import Array, NameUnknownError, as_array, as_integers, require_choice
-from refcurv.model.corpus import Corpus
+from refcurv.model.corpus import Corpus, require_corpus
+from refcurv.model.part import numbers_of
 from refcurv.model.weights import Model
 
 
@@ -74,7 +75,7 @@ def first_divergence(
     theirs: Mapping[str, Any],
     model: Model,
     corpus: Corpus,
-    sequences: Sequence[int] = (0,),
+    sequences: Iterable[int] = (0,),
     fisher: str = "empirical",
     seed: int = 0,
     dtype: str = "float64",
@@ -109,7 +110,7 @@ def first_divergence(
     Source: METHOD, Judging.
     Proof: tests/test_trace.py::test_their_labels_are_taken
     """
-    at = list(sequences)
+    at = numbers_of("validate", require_corpus("validate", corpus), sequences)
     require_choice("validate", "the arithmetic of a trace", dtype, ROUNDOFF)
     if "labels" in theirs:
         corpus, fisher = with_labels(corpus, at, theirs["labels"]), "empirical"

@@ -51,10 +51,10 @@ from refcurv.law.checks import (
     require_choice,
 )
 from refcurv.law.conventions import Fisher
-from refcurv.model.corpus import Corpus
+from refcurv.model.corpus import Corpus, require_corpus
 from refcurv.model.part import part_of
 from refcurv.model.patterns import expand
-from refcurv.model.weights import Model
+from refcurv.model.weights import Model, require_model
 from refcurv.progress import Progress, counter, doing, silent
 
 Theirs = str | Path | Factors | Mapping[str, Any] | Dump
@@ -116,6 +116,8 @@ def validate(
     Source: METHOD, Judging.
     Proof: tests/test_judge.py::test_the_truth_passes
     """
+    _require_ours(model, corpus)
+    accept = [accept] if isinstance(accept, str) else accept
     dump, given = _theirs(theirs, declared or {}, arithmetic, accept)
     if labels is not None:
         corpus = _labelled(reference, model, corpus, labels)
@@ -158,6 +160,14 @@ def validate(
         accepted=tuple(accept),
         pictures=tuple(shown),
     )
+
+
+def _require_ours(model: object, corpus: object) -> None:
+    """Each is loaded, or left out."""
+    if model is not None:
+        require_model("validate", model)
+    if corpus is not None:
+        require_corpus("validate", corpus)
 
 
 def _theirs(

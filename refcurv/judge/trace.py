@@ -8,10 +8,11 @@ logits and nats, on the way down the gradients.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
@@ -23,21 +24,20 @@ from refcurv.law.checks import (
     Array,
     ConventionError,
     EmptyError,
-    RangeError,
     RoomError,
 )
 from refcurv.law.conventions import Fisher
 from refcurv.model import transformer
 from refcurv.model.config import TABLES, ModelConfig
-from refcurv.model.corpus import Corpus, require_fit
+from refcurv.model.corpus import Corpus, require_corpus, require_fit
 from refcurv.model.fisher import cotangents, require_fisher
 from refcurv.model.images import patches
 from refcurv.model.layers import Layout
 from refcurv.model.loss import cross_entropy
-from refcurv.model.part import part_of
+from refcurv.model.part import numbers_of, part_of
 from refcurv.model.sampling import draw_labels, uniforms
 from refcurv.model.transformer import Inputs, Parameters, Slope, Tap, image_layout, layout_of
-from refcurv.model.weights import Model, resident
+from refcurv.model.weights import Model, require_model, resident
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,19 +50,20 @@ class Trace:
             number of positions, of a pooled head 1.
         errors: how far rounding moves each position of a tensor, (B, T) norms, in the dtype of the
             pass; empty where it was not estimated.
-        sequences: their rows in the corpus. fisher: whose labels.
+        sequences: their rows in the corpus. fisher: whose labels. source: the files it is of.
     """
 
     tensors: Mapping[str, Array]
     sequences: tuple[int, ...]
     fisher: str
     errors: Mapping[str, Array] = field(default_factory=lambda: MappingProxyType({}))
+    source: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
 
 def trace(
     model: Model,
     corpus: Corpus,
-    sequences: Sequence[int] = (0,),
+    sequences: Iterable[int] = (0,),
     fisher: str = "sampled",
     seed: int = 0,
     *,
@@ -92,11 +93,12 @@ def trace(
     kind = require_fisher("trace", fisher, seed, 1)
     if kind not in (Fisher.SAMPLED, Fisher.EMPIRICAL):
         raise ConventionError("trace: labels are `sampled` or `empirical`; the others have none.")
-    at = _rows_of(corpus, sequences)
-    few, index_B = part_of(corpus, at), at
+    require_model("trace", model)
+    at = numbers_of("trace", require_corpus("trace", corpus), sequences)
+    few, index_B = part_of(corpus, np.array(at)), at
     label_BT = require_fit("trace", few, model.config)
     if not (label_BT >= 0).any():
-        raise EmptyError(f"trace: no position of sequences {list(sequences)} has a label.")
+        raise EmptyError(f"trace: no position of sequences {at} has a label.")
     _require_room(model.config, few)
     inputs, layout = _inputs(model.config, few)
     with one_blas_thread():
@@ -106,19 +108,8 @@ def trace(
         one = _Pass(model.config, parameters, inputs, layout, label_BT)
         tensors = one.tensors()
         errors = _errors(one, tensors) if estimate else {}
-    names = tuple(int(n) for n in at)
-    return Trace(MappingProxyType(tensors), names, str(kind), MappingProxyType(errors))
-
-
-def _rows_of(corpus: Corpus, sequences: Sequence[int]) -> Array:
-    count = len(corpus.label)
-    at = np.asarray(list(sequences))
-    if not at.size or at.dtype.kind not in "iu" or at.min() < 0 or at.max() >= count:
-        raise RangeError(
-            f"trace: sequences must be integers in [0, {count}), the rows of the corpus; got "
-            f"{list(sequences)}."
-        )
-    return at
+    source = MappingProxyType({"inputs": store.inputs(model.source, corpus.source)})
+    return Trace(MappingProxyType(tensors), tuple(at), str(kind), MappingProxyType(errors), source)
 
 
 def _inputs(config: ModelConfig, corpus: Corpus) -> tuple[Inputs, Layout]:
@@ -147,14 +138,14 @@ def _drawn(
     inputs: Inputs,
     layout: Layout,
     label_BT: Array,
-    index_B: Array,
+    index_B: Sequence[int],
     seed: int,
 ) -> Array:
     """Labels drawn where there is one (SAMPLING), with the bits of `collect`."""
     final_BTD, _ = transformer.forward(config, parameters, inputs, layout)
     at_BT, T = label_BT >= 0, label_BT.shape[1]
     logit_NV = transformer.head_logits(config, parameters, final_BTD[at_BT])
-    uniform_BT = np.stack([uniforms(seed, 0, int(index), T) for index in index_B])
+    uniform_BT = np.stack([uniforms(seed, 0, index, T) for index in index_B])
     drawn_BT = label_BT.copy()
     drawn_BT[at_BT] = draw_labels(logit_NV, uniform_BT[at_BT])
     return drawn_BT
@@ -213,7 +204,7 @@ def save_trace(made: Trace, path: str | Path) -> None:
         format="refcurv-trace",
         attributes=attributes,
         arrays=(store.Entry(name, np.ascontiguousarray(x)) for name, x in made.tensors.items()),
-        provenance=store.provenance(inputs={}, **attributes),
+        provenance=store.provenance(inputs=made.source.get("inputs", {}), **attributes),
     )
 
 

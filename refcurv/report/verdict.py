@@ -36,7 +36,12 @@ def format_verdict(verdict: Json) -> str:
 
 
 def headline(verdict: Json) -> str:
-    """One line: passed or not, of how many layers, and the faults by name."""
+    """One line: passed or not, of how many layers, and the faults by name.
+
+    What nothing decides has not failed, though it has not passed either.
+
+    Proof: tests/test_verdict_page.py::test_what_is_undecided_is_not_called_failed
+    """
     layers = {f["layer"] for f in verdict["findings"] if f["layer"]}
     bad = {f["layer"] for f in _bad(verdict) if f["layer"]}
     program = printable(str(verdict["program"]))
@@ -46,7 +51,9 @@ def headline(verdict: Json) -> str:
         return f"nothing was compared in {len(layers)} layers of {program}"
     faults = sorted({c["fault"] or "a cause without a number" for c in verdict["causes"]})
     named = ", ".join(faults) or "no known cause"
-    return f"FAILED: {len(bad)} of {len(layers)} layers of {program}: {named}"
+    decided = bool(faults) or any(f["verdict"] != "undecided" for f in _bad(verdict))
+    word = "FAILED" if decided else "UNDECIDED"
+    return f"{word}: {len(bad)} of {len(layers)} layers of {program}: {named}"
 
 
 def _causes(verdict: Json) -> Iterator[str]:

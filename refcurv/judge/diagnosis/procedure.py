@@ -369,7 +369,8 @@ def _missing(
     """Faults that leave no matrix to compare: none, zeros, other numbers, another size."""
     absent = [f for f in findings if f.verdict == MISSING and f.layer]
     if absent:
-        yield _cause(case, "B48", "Nothing is stored of it.", absent, math.inf, math.nan)
+        text = "Nothing is stored of it; where that is meant, judge the others alone (`layers`)."
+        yield _cause(case, "B48", text, absent, math.inf, math.nan)
     zero, wild, inputs = [], [], []
     spilt = False
     for layer in case.matched:

@@ -30,6 +30,7 @@ from refcurv.judge.foreign.kronfluence import read_kronfluence
 from refcurv.judge.foreign.memory import of_arrays, of_bases, of_factors
 from refcurv.judge.foreign.names import match
 from refcurv.judge.foreign.official import of_torch
+from refcurv.judge.trace import load_tensors
 from refcurv.law.checks import Array, ConventionError, SchemaError
 
 __all__ = ["match", "read_arrays", "read_dump"]
@@ -81,7 +82,9 @@ def read_arrays(path: str | Path) -> dict[str, Array]:
     Proof: tests/test_trace.py::test_a_trace_of_theirs_is_judged_on_the_command_line
     """
     kind = kind_of(Path(path))
-    if kind not in ("npz", "hdf5", "safetensors", "trace"):
+    if kind == "trace":
+        return load_tensors(path)
+    if kind not in ("npz", "hdf5", "safetensors"):
         raise SchemaError(
             f"trace: {str(path)!r} is no file of arrays LAYER/a, LAYER/g, logits, labels, nats."
         )

@@ -1,0 +1,260 @@
+"""What a stranger gives to `certify`, `trace` and `validate` is refused in one sentence, or works.
+
+Wrong types, sequences that are none, certificates that are none, corpora without a label.
+"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from strategies import config, random_parameters
+
+import refcurv as rc
+from refcurv.algebra import balls
+from refcurv.algebra.balls import exact
+from refcurv.certified.certificate import Enclosed
+from refcurv.cli import main
+from refcurv.files import store
+from refcurv.law.checks import SchemaError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model, a corpus, one without a label, and a trace."""
+    at, made = tmp_path_factory.mktemp("hostile"), config(layers=1)
+    tokens = np.random.default_rng(0).integers(0, made.vocabulary, (6, 5))
+    rc.save_corpus(rc.Corpus(tokens), at / "c.h5")
+    rc.save_corpus(rc.Corpus(tokens[:, :1]), at / "single.h5")
+    rc.save(rc.Model(made, random_parameters(made, 3)), at / "w.h5")
+    assert main(["trace", *map(str, (at / "w.h5", at / "c.h5")), "-o", str(at / "t.h5")]) == 0
+    return at
+
+
+@pytest.fixture
+def setting(folder):
+    return rc.load(folder / "w.h5"), rc.load_corpus(folder / "c.h5")
+
+
+@pytest.fixture
+def command(folder, monkeypatch, capsys):
+    """Runs a command in the folder; its status, and all that it says."""
+    monkeypatch.chdir(folder)
+
+    def run(*arguments):
+        try:
+            status = main([*arguments])
+        except SystemExit as end:  # argparse
+            status = end.code
+        seen = capsys.readouterr()
+        assert "Traceback" not in seen.err and "bug of refcurv" not in seen.err
+        return status, seen.out + seen.err
+
+    return run
+
+
+# ------------------------------------------------------------------ arguments
+
+
+def test_a_path_is_no_model_and_no_corpus(folder, setting):
+    """A reference may be a path, so that a stranger gives one in a model's place."""
+    model, corpus = setting
+    path = folder / "w.h5"
+    theirs = {"blocks.0.mlp.up": (np.eye(8), np.eye(8), 1)}
+    for call in (
+        lambda: rc.certify(path, corpus, ["nats"]),
+        lambda: rc.trace(str(path), corpus),
+        lambda: rc.first_divergence({}, path, corpus),
+        lambda: rc.validate(theirs, model=path, corpus=corpus),
+    ):
+        with pytest.raises(rc.RefcurvError, match=r"such as rc\.load\(path\); got (str|PosixPath)"):
+            call()
+    for call in (
+        lambda: rc.certify(model, path, ["nats"]),
+        lambda: rc.trace(model, None),
+        lambda: rc.first_divergence({}, model, path),
+        lambda: rc.validate(theirs, model=model, corpus=path),
+    ):
+        with pytest.raises(rc.RefcurvError, match=r"such as rc\.load_corpus\(path\)"):
+            call()
+
+
+@pytest.mark.parametrize("wrong", [[0.5], ["0"], [True], [None], [[0]], 0.5, None, [6], [-1], []])
+def test_sequences_are_whole_numbers_in_range(wrong, setting):
+    """0.5 is no sequence; certify took it for 0, and a name in a list was a bug of refcurv."""
+    model, corpus = setting
+    for call in (
+        lambda: rc.certify(model, corpus, ["nats"], sequences=wrong),
+        lambda: rc.trace(model, corpus, wrong),
+        lambda: rc.first_divergence({"labels": np.zeros((1, 5), int)}, model, corpus, wrong),
+    ):
+        with pytest.raises(rc.RefcurvError, match="sequence"):
+            call()
+
+
+def test_other_arguments_of_wrong_types(setting, folder):
+    model, corpus = setting
+    factors = rc.collect(model, corpus, "blocks.0.mlp.up")
+    for wrong in (None, 1):
+        with pytest.raises(rc.RefcurvError, match="must name some of"):
+            rc.certify(model, corpus, wrong)
+        with pytest.raises(rc.RefcurvError, match="arithmetic must be a text"):
+            rc.validate(factors, factors, arithmetic=wrong)
+    assert rc.validate(factors, factors, accept="float32").accepted == ("float32",)
+
+
+@pytest.mark.parametrize("name", ["certify", "trace", "validate"])
+def test_sequences_read_alike_in_every_command(name, command):
+    one = {
+        "certify": ("certify", "w.h5", "c.h5", "--of", "nats", "--digits", "5"),
+        "trace": ("trace", "w.h5", "c.h5", "-o", "o.h5"),
+        "validate": ("validate", "--trace", "t.h5", "--model", "w.h5", "--corpus", "c.h5"),
+    }[name]
+    if name != "validate":
+        assert command(*one, "--sequences", "0-1", "3")[0] == 0
+    for text in ("9", "0-9", "0-999999999999"):  # the last was out of memory
+        status, said = command(*one, "--sequences", text)
+        assert status == 2 and "does not exist; the corpus has 6" in said
+    assert "must not be above" in command(*one, "--sequences", "3-1")[1]
+
+
+def test_names_after_a_comma_may_have_a_space(command):
+    assert command("certify", "w.h5", "c.h5", "--of", "nats, logits", "--digits", "5")[0] == 0
+
+
+# ------------------------------------------------------------------ corpora, and many digits
+
+
+def test_without_a_label_only_logits_are_certified(command):
+    status, said = command("certify", "w.h5", "single.h5", "--of", "logits,A")
+    assert status == 2 and "A and G of these sequences have no row" in said
+    assert command("certify", "w.h5", "single.h5", "--of", "logits")[0] == 0
+    status, said = command("trace", "w.h5", "single.h5", "-o", "o.h5", "--sequences", "0-1")
+    assert status == 2 and "no position of sequences [0, 1] has a label" in said
+
+
+def test_a_product_of_no_rows_is_zero():
+    """Of a sequence without a label, beside others that have some."""
+    none = exact(np.zeros((0, 3)))
+    assert (none.T @ none).rounded().tolist() == np.zeros((3, 3)).tolist()
+
+
+def test_weights_that_are_huge_are_named_for_what_overflows(setting):
+    """It printed an object, and called its dtype the range that was left."""
+    model, corpus = setting
+    huge = {name: np.full_like(x, 1e200) for name, x in model.parameters.items()}
+    found = rc.certify(model.with_parameters(huge), corpus, ["nats"], digits=5)
+    assert found.digits >= 5
+    assert {one.dtype for one in found.routes if np.isinf(one.error)} >= {"float64", "float32"}
+
+
+def test_digits_have_no_ceiling_of_numpy(setting):
+    """A ufunc has at most 64 operands; 63 parts and a radius are 64."""
+    model, corpus = setting
+    found = rc.certify(model, corpus, ["nats"], digits=200)
+    assert found.digits >= 200
+    wide = balls.exact(np.array([1])) / 3
+    assert len(wide.split(63)) == 64
+
+
+# ------------------------------------------------------------------ files
+
+
+def test_files_say_which_model_and_corpus_they_are_of(folder, setting):
+    """The provenance of every file has its inputs; that of these two had none."""
+    model, corpus = setting
+    rc.save_certificate(rc.certify(model, corpus, ["nats"], digits=5), folder / "cert.h5")
+    wanted = {"w.h5": model.source["sha256"], "c.h5": corpus.source["sha256"]}
+    for name in ("cert.h5", "t.h5"):
+        assert store.open_file(folder / name).provenance["inputs"] == wanted
+    assert rc.load_certificate(folder / "cert.h5").source["inputs"] == wanted
+
+
+def test_a_damaged_trace_is_not_judged(folder, command):
+    data = bytearray((folder / "t.h5").read_bytes())
+    number = store.read(store.open_file(folder / "t.h5"), "logits").reshape(-1)[3].tobytes()
+    at = data.index(number)
+    data[at] ^= 1
+    (folder / "damaged.h5").write_bytes(data)
+    status, said = command(
+        "validate", "--trace", "damaged.h5", "--model", "w.h5", "--corpus", "c.h5"
+    )
+    assert status == 2 and "logits" in said
+
+
+P, R = np.array([[1.0, 2.0, 3.0], [0.0, 1e-17, 0.0]]), np.full(3, 1e-30)
+GOOD = {"nats.0.parts": P, "nats.0.radius": R}
+ATTRIBUTES = {
+    "bits": 100,
+    "wanted": 10.0,
+    "rows": "{}",
+    "source": "{}",
+    "routes": '[["nats.0", "float64", "1e-16"]]',
+}
+
+
+def written(path, arrays=GOOD, **attributes):
+    store.write(
+        path,
+        format="refcurv-certificate",
+        attributes={k: x for k, x in {**ATTRIBUTES, **attributes}.items() if x is not None},
+        arrays=(store.Entry(name, x) for name, x in arrays.items()),
+        provenance=store.provenance(inputs={}),
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({**GOOD, "nats.0.radius": R * np.nan}, "negative or NaN"),
+        ({**GOOD, "nats.0.radius": -R}, "negative or NaN"),
+        ({**GOOD, "nats.0.radius": R.astype("f4")}, "both are float64"),
+        ({**GOOD, "nats.0.parts": P.astype(int)}, "both are float64"),
+        ({**GOOD, "nats.0.parts": P[:0]}, r"parts \(0, 3\)"),
+        ({**GOOD, "nats.0.parts": P[::-1]}, "half an ulp"),
+        ({**GOOD, "nats.0.parts": P + 1e308}, "half an ulp"),
+        ({"nats.0.parts": P}, "it holds parts"),
+        ({"nats.0.radius": R}, "it holds radius"),
+        ({**GOOD, "other": R}, "it holds other"),
+    ],
+)
+def test_arrays_that_are_no_certificate_are_refused(arrays, words, tmp_path):
+    with pytest.raises(SchemaError, match=words):
+        rc.load_certificate(written(tmp_path / "c.h5", arrays))
+
+
+@pytest.mark.parametrize("key", ATTRIBUTES)
+def test_attributes_that_are_no_certificate_are_refused(key, tmp_path):
+    """Whatever loads can also be printed."""
+    wrong = [None, "null", "[1]", '"text"', "[" * 5000, float("nan"), -1, "1e999"]
+    if key == "routes":
+        one = ("nats.0", "float64", "1")
+        for at, bad in ((0, "other"), (1, "int8"), (1, 2), (2, "nan"), (2, "-1"), (2, None)):
+            wrong.append(json.dumps([[*one[:at], bad, *one[at + 1 :]]]))
+    for bad in wrong:
+        with pytest.raises(SchemaError, match="attribute of the certificate"):
+            rc.load_certificate(written(tmp_path / "c.h5", **{key: bad}))
+
+
+def test_what_is_no_path_is_refused():
+    for wrong in (None, 1, [1], b"x"):
+        with pytest.raises(SchemaError, match="is no path"):
+            rc.load_certificate(wrong)
+
+
+def test_an_entry_that_is_not_there_has_no_text():
+    one = Enclosed(P.reshape(2, 1, 3), R.reshape(1, 3))
+    assert one.text((0, 1)).startswith("2.") and one.text() == one.text((0, 0))
+    for wrong in ((0, 3), (-1, 0), (0,), 5, "ab", (0.0, 1.0), (True, 0), (0, 0, 0), None):
+        with pytest.raises(rc.RefcurvError, match=r"no entry .* shape \(1, 3\)"):
+            one.text(wrong)
+
+
+def test_an_infinite_radius_is_said(tmp_path):
+    found = rc.load_certificate(
+        written(tmp_path / "c.h5", {**GOOD, "nats.0.radius": np.array([np.inf, 0, 0])})
+    )
+    assert found.digits == 0 and found["nats.0"].text() == "nothing is known"
+    assert json.dumps(found.to_json(), allow_nan=False)
