@@ -23,11 +23,12 @@ from refcurv.curvature.eigenbasis import Eigenbasis
 from refcurv.curvature.estimators import Corrected, ekfac
 from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.case import Case
-from refcurv.judge.compare import DEVIATIONS, Bounds, Measured, said
+from refcurv.judge.compare import Bounds, Measured, said
 from refcurv.judge.diagnosis.hypotheses import fitted
 from refcurv.judge.diagnosis.precision import short
 from refcurv.judge.diagnosis.procedure import made
 from refcurv.judge.diagnosis.search import COARSEST
+from refcurv.judge.drawn import DEVIATIONS
 from refcurv.judge.dump import Theirs
 from refcurv.judge.segments import Pieces, batches, parts, pieces_of
 from refcurv.judge.verdict import EQUAL_AS, FAIL, LEFT_OUT, PASS, Cause, Comparison
@@ -286,6 +287,7 @@ def _form(bounds: Bounds, near: Near) -> Comparison:
         text,
         drawing=near.by_drawing,
         inferred=not near.by_drawing,
+        told=True,
         budget_of=lambda dtype: max(finest, min(2 * case.budget(bounds.layer, dtype), COARSEST)),
     )
     if found.verdict == PASS and not found.cause:
@@ -318,7 +320,13 @@ def _scale(bounds: Bounds, L: Array, truth: Truth, measured: Mapping[str, Measur
         text = f"the dump does not tell its scale; theirs is {r:.6g} times the mean over rows"
         return replace(said(bounds.layer, WHOLE, LEFT_OUT, text), error=error)
     found = bounds.judged(
-        WHOLE, error, f"theirs is ours times {c:.6g}", times=4, drawing=drawn, inferred=False
+        WHOLE,
+        error,
+        f"theirs is ours times {c:.6g}",
+        times=4,
+        drawing=drawn,
+        inferred=False,
+        told=True,
     )
     if found.verdict != FAIL:
         return replace(found, cause=f"per {truth.per}, over {over}; {found.cause}".rstrip("; "))

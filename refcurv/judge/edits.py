@@ -119,7 +119,7 @@ def compare_mask(bounds: Bounds, theirs: Theirs, own: Eigenbasis, W: Array | Non
         if int((other.mask(own, C, kept) ^ mask).sum()) <= max(1, kept // 1000):
             return Comparison(layer, "mask", wrong / kept, 0.0, FAIL, other.fault, other.sentence)
     steps = (mask[:, 1:] & ~mask[:, :-1]).any() or (mask[1:] & ~mask[:-1]).any()
-    if math.isnan(bounds.drawing.norm):
+    if not bounds.drawing.known:
         return Comparison(layer, "mask", wrong / kept, 0.0, UNDECIDED, None, HOW_MUCH_DRAWING)
     text = f"{wrong} of {kept} pairs are not those of the law's cut; the mask is "
     text += "no staircase" if steps else "a staircase all the same"

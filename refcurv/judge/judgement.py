@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
@@ -23,14 +22,12 @@ from refcurv.judge.bases import compare_bases
 from refcurv.judge.belonging import require_together
 from refcurv.judge.biases import with_biases
 from refcurv.judge.case import ROOM, Case
-from refcurv.judge.compare import Bounds, Measured, compare_moments, drawing, one_draw, said
+from refcurv.judge.compare import Bounds, Measured, compare_moments, drawing, said
 from refcurv.judge.corrections import Truths, causes, compare_corrections
 from refcurv.judge.declared import as_number, require_declared
 from refcurv.judge.diagnosis.procedure import diagnose
-from refcurv.judge.diagnosis.recomputed import few_positions, is_large
-from refcurv.judge.diagnosis.search import spread
-from refcurv.judge.diagnosis.variants.collecting import held
 from refcurv.judge.divergence import with_labels
+from refcurv.judge.draws import with_drawing
 from refcurv.judge.dump import Dump
 from refcurv.judge.dump import Theirs as Held
 from refcurv.judge.edits import basis_of, compare_mask, compare_weight
@@ -47,7 +44,6 @@ from refcurv.law.checks import (
     require_choice,
 )
 from refcurv.model.corpus import Corpus
-from refcurv.model.part import part_of
 from refcurv.model.patterns import expand
 from refcurv.model.weights import Model
 from refcurv.progress import Progress, counter, silent
@@ -124,12 +120,14 @@ def validate(
     bases = load_bases(basis) if isinstance(basis, str | Path) else basis
     require_together(truth, model, corpus, bases)
     case = Case(dump, truth, matched, given, model, corpus, bases)
-    case, biases = with_biases(replace(case, noise=_noise(case)))
+    case, biases = with_biases(case)
     findings = [*_otherwise(case), *(said("", "dump", FAIL, text) for text in dump.problems)]
     findings += [*notes, *_absent(case, wanted, {note.layer for note in notes}), *biases]
     measured: dict[str, dict[str, Measured]] = {}
-    done, truths = counter(progress, 2 * len(matched)), Truths(case)
+    done = counter(progress, 2 * len(matched))
     with one_blas_thread(), np.errstate(over="ignore", invalid="ignore"):  # theirs may be huge
+        case = with_drawing(case)
+        truths = Truths(case)
         for layer in matched:
             found, measured[layer] = _layer(case, layer, truths)
             findings += found
@@ -298,41 +296,4 @@ def _absent(case: Case, wanted: Sequence[str], told: Set[str]) -> list[Compariso
     out = [said(name, "names", MISSING, "no layer of the dump stands for it") for name in missing]
     if extra:
         out.append(said("", "names", LEFT_OUT, f"theirs alone: {_few(extra)}"))
-    return out
-
-
-LAYERS = 4
-"""Layers of a large model of which a collection finds out how much drawing labels changes."""
-
-SAMPLE = 4096
-"""Positions of which a collection finds out how much drawing labels changes."""
-
-
-def _noise(case: Case) -> dict[str, tuple[float, float]] | None:
-    """`Case.noise`, from eight draws on a few sequences; of a large model, on LAYERS layers too.
-
-    The other layers are then taken to vary as much as the one of these that varies most.
-    """
-    model, corpus = case.model, case.corpus
-    unknown = [n for n in case.matched if math.isnan(drawing(case, n, None).norm)]
-    if model is None or corpus is None or not unknown:
-        return None
-    some, positions, at_once = unknown, SAMPLE, None
-    if is_large(case):
-        some, positions, at_once = spread(unknown, LAYERS), few_positions(case), 1
-        model = held(case).single(model)
-    few = part_of(corpus, slice(0, max(1, positions // corpus.label.shape[1])))
-    rows, draws = case.reference.rows, 8
-    drawn = collect(
-        model, few, ",".join(some), "sampled", draws=draws, rows=rows, in_flight=at_once
-    )
-    out = {}
-    for name in some:
-        single = one_draw(drawn[name], draws)
-        if single is not None:
-            fewer = math.sqrt(min(1, drawn[name].n_A / case.ours(name).n_A))
-            out[name] = single[0] * fewer, single[1] * fewer
-    if out and len(some) < len(unknown):
-        norms, traces = zip(*out.values(), strict=True)
-        out = dict.fromkeys(unknown, (max(norms), max(traces))) | out
     return out

@@ -17,12 +17,40 @@ from refcurv.judge.compare import Measured
 from refcurv.judge.diagnosis import precision, scales
 from refcurv.judge.diagnosis.faults import FAULTS
 from refcurv.judge.diagnosis.hypotheses import Index, states
-from refcurv.judge.diagnosis.recomputed import cost, is_large, joined, partners, recompute, stages
-from refcurv.judge.diagnosis.search import PLAIN, Chosen, Idea, Side, ladder, look, rest, spread
+from refcurv.judge.diagnosis.recomputed import (
+    cost,
+    is_large,
+    joined,
+    labels_of,
+    partners,
+    recompute,
+    stages,
+)
+from refcurv.judge.diagnosis.search import (
+    PLAIN,
+    SHARPER,
+    Chosen,
+    Idea,
+    Side,
+    ladder,
+    look,
+    rest,
+    spread,
+)
 from refcurv.judge.diagnosis.signs import signs
 from refcurv.judge.diagnosis.variants import Setting
 from refcurv.judge.diagnosis.weighted import weigh
-from refcurv.judge.verdict import FAIL, LEFT_OUT, MISSING, PASS, Cause, Comparison
+from refcurv.judge.draws import unlike
+from refcurv.judge.verdict import (
+    BY_DRAWING,
+    FAIL,
+    LEFT_OUT,
+    MISSING,
+    PASS,
+    UNDECIDED,
+    Cause,
+    Comparison,
+)
 
 WEIGHTED = ("B2", "B3", "B9", "B41", "B46")
 """Faults that `weighted` finds."""
@@ -57,7 +85,7 @@ def diagnose(
     causes += _scales(case, found, findings)
     causes += [*precision.causes(case, found), *_signs(case, found)]
     kept = tuple(one for one in causes if any(_speaks(one, f) for f in findings))
-    return kept, tuple(_excluded(found)), _told(findings, kept)
+    return kept, tuple(_excluded(found)), _told(case, findings, kept)
 
 
 def _signs(case: Case, found: Mapping[str, Side]) -> Iterator[Cause]:
@@ -70,7 +98,9 @@ def _signs(case: Case, found: Mapping[str, Side]) -> Iterator[Cause]:
 def _speaks(cause: Cause, one: Comparison) -> bool:
     """Is this a comparison that the cause is about, and that something is wrong with?"""
     wrong = one.verdict not in (PASS, LEFT_OUT) or not _aside(one)
-    return wrong and one.layer in cause.layers and one.quantity in cause.quantities
+    open_ = one.verdict == UNDECIDED and _precision(cause)  # drawn labels leave errors of any size
+    about = one.layer in cause.layers and one.quantity in cause.quantities
+    return about and wrong and not open_
 
 
 def _prepare(case: Case, found: Mapping[str, Side], index: Index, done: Callable[[], None]) -> None:
@@ -98,7 +128,7 @@ def _search(case: Case, side: Side, found: Mapping[str, Side], index: Index) -> 
         sample = spread(layers)
         look(case, sample, found, index, sides=side.side)
         chosen = _chosen(case, side, found, sample, known)
-        if chosen is None:
+        if chosen is None or (_soft(side, sample) and not _supported(case, side, chosen, sample)):
             return
         _verify(case, side.side, found, index, chosen.idea, list(rest(layers, sample)))
         free = {x: {*chosen.faults} <= {*known[x].faults} for x in layers}
@@ -116,12 +146,27 @@ def _search(case: Case, side: Side, found: Mapping[str, Side], index: Index) -> 
         side.chosen[-1] = replace(chosen, left=every)
 
 
+def _supported(case: Case, side: Side, chosen: Chosen, layers: Sequence[str]) -> bool:
+    """Is theirs nearer to what was chosen than any honest dump comes to theirs?
+
+    Labels are the same for all layers. So other labels explain all of them, or none.
+    """
+    setting = chosen.idea.setting
+    if setting is not None and labels_of(setting).faults and len(chosen.left) < len(layers):
+        return False
+    near = {
+        x: SHARPER * max(left.error, side.ladders[x].steps[0][1]) for x, left in chosen.left.items()
+    }
+    return side.side == "A" or len(unlike(case, near)) == len(near)
+
+
 def _scaled(side: Side) -> list[str]:
     """Layers whose form no fault was needed for, but that have a factor."""
     out = []
     for layer, steps in side.ladders.items():
         idea, left = side.of(layer)
-        if idea == PLAIN and side.rank(layer, left) <= steps.by_drawing:
+        fits = side.rank(layer, left) <= steps.by_drawing and not side.drawn(layer)
+        if idea == PLAIN and fits:
             out += [] if side.unit(layer, left) else [layer]
     return out
 
@@ -234,11 +279,7 @@ def _short(case: Case, side: Side, layers: Sequence[str]) -> bool:
 
 def _soft(side: Side, layers: Sequence[str]) -> bool:
     """Does drawing explain all of these layers already?"""
-    plain = {x: side.plain(x) for x in layers}
-    return all(
-        side.rank(x, left) == side.ladders[x].by_drawing and side.unit(x, left)
-        for x, left in plain.items()
-    )
+    return all(side.drawn(x) for x in layers)
 
 
 def _worth(case: Case, side: Side, layers: Sequence[str]) -> bool:
@@ -385,7 +426,9 @@ _OF_SCALE = ("A", "G", "tr A · tr G", "n_A", "n_G")
 def _by_drawing(side: Side, layer: str) -> bool:
     """Is G of this layer ours by drawing alone?"""
     steps = side.ladders.get(layer)
-    return steps is not None and steps.rank(side.of(layer)[1].error) >= steps.by_drawing
+    if steps is None:
+        return False
+    return side.drawn(layer) or steps.rank(side.of(layer)[1].error) >= steps.by_drawing
 
 
 def _far(one: scales.Scale, sides: str) -> float:
@@ -441,26 +484,34 @@ def _excluded(found: Mapping[str, Side]) -> Iterator[str]:
         yield f"{text}: leaves {error:.2g} or more"
 
 
-def _told(findings: Sequence[Comparison], causes: Sequence[Cause]) -> list[Comparison]:
+def _told(case: Case, findings: Sequence[Comparison], causes: Sequence[Cause]) -> list[Comparison]:
     """The findings with the first cause that speaks of them."""
     out = []
     for old in findings:
         one = old
-        fitting = [c for c in causes if one.layer in c.layers and one.quantity in c.quantities]
-        if fitting and one.verdict != LEFT_OUT and not (one.verdict == PASS and _aside(one)):
+        fitting = [cause for cause in causes if _speaks(cause, one)]
+        if fitting:
             first = fitting[0]
             verdict = FAIL if one.verdict == PASS or not _precision(first) else one.verdict
             verdict = MISSING if one.verdict == MISSING else verdict
             measured = one.cause and one.verdict == FAIL  # what else it may be is decided now
             words = f"{one.cause}. {first.sentence}" if measured else first.sentence
             one = replace(old, fault=first.fault, cause=words, verdict=verdict)
+            if old.verdict == PASS:  # by drawing, which explains no fault
+                one = replace(one, budget=_undrawn(case, old))
         out.append(one)
     return out
 
 
+def _undrawn(case: Case, one: Comparison) -> float:
+    """The budget of a comparison of A or G without drawing."""
+    times = 2 if one.quantity == "tr A · tr G" else 1
+    return times * case.budget(one.layer, case.arithmetic.stored or "float64")
+
+
 def _aside(one: Comparison) -> bool:
     """May this pass although the layer has a fault?"""
-    return "drawing" not in one.cause
+    return BY_DRAWING not in one.cause
 
 
 def _precision(cause: Cause) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from refcurv.judge.arithmetic import ROUNDOFF, Arithmetic
 from refcurv.judge.case import Case
-from refcurv.judge.compare import drawing
+from refcurv.judge.compare import drawing, tells
 from refcurv.judge.diagnosis.hypotheses import Index, Left, Seen, fitted, see, tries
 from refcurv.judge.diagnosis.variants import Setting
 
@@ -48,12 +48,14 @@ SAMPLE = 8
 class Ladder:
     """How far one side of a layer may be off.
 
-    Fields: steps, (dtype, budget), finest first; drawn, by drawing; traced, its trace by drawing.
+    Fields: steps, (dtype, budget), finest first; drawn, by drawing; traced, its trace by drawing;
+    same, below which a form says that the labels are the same.
     """
 
     steps: tuple[tuple[str, float], ...]
     drawn: float
     traced: float = 0.0
+    same: float = 0.0
 
     def tolerance(self, rank: int) -> float:
         """How far a factor may be from what it is, given how well the form fits."""
@@ -68,6 +70,11 @@ class Ladder:
                 return k
         drawing = error <= self.steps[0][1] + self.drawn
         return len(self.steps) + (not drawing)
+
+    @staticmethod
+    def whole(left: Left) -> float:
+        """|T − Y| over |Y|, where T/r is `error` from Y, and T − r Y is at right angles to Y."""
+        return math.hypot(left.ratio * left.error, left.ratio - 1)
 
     @property
     def by_drawing(self) -> int:
@@ -85,9 +92,10 @@ def ladder(case: Case, layer: str, side: str, n_G: float | None) -> Ladder:
         if steps[-1][1] < budget <= COARSEST:
             steps.append((dtype, budget))
     drawn = drawing(case, layer, n_G)
-    if side == "A" or math.isnan(drawn.norm):
+    if side == "A" or not drawn.known:
         return Ladder(tuple(steps), 0.0)
-    return Ladder(tuple(steps), drawn.norm, drawn.trace)
+    same = min(case.budget(layer, "float32"), tells(case.ours(layer).G, drawn))
+    return Ladder(tuple(steps), drawn.norm, drawn.trace, same)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +140,10 @@ class Side:
 
     def rank(self, layer: str, left: Left) -> int:
         """`Ladder.rank` of what is left."""
-        return self.ladders[layer].rank(left.error)
+        steps = self.ladders[layer]
+        rank = steps.rank(left.error)
+        drawn = rank > steps.by_drawing and steps.whole(left) <= steps.steps[0][1] + steps.drawn
+        return steps.by_drawing if drawn else rank
 
     def open(self) -> list[str]:
         """The layers that no hypothesis has explained, and that are not exactly ours."""
@@ -170,6 +181,15 @@ class Side:
     def unit(self, layer: str, left: Left) -> bool:
         """Is theirs what is left of it, without a factor?"""
         return abs(left.ratio - 1) <= self.ladders[layer].tolerance(self.rank(layer, left))
+
+    def drawn(self, layer: str) -> bool:
+        """Does drawing explain the layer without any fault, its factor too?
+
+        Also where a form agrees better, as one of rank one always does.
+        """
+        steps, left = self.ladders[layer], self.plain(layer)
+        fits = steps.drawn > 0 and steps.whole(left) <= steps.steps[0][1] + steps.drawn
+        return fits and left.error >= steps.same and self.of(layer)[0] == PLAIN
 
     def choose(self, layers: Collection[str], known: Mapping[str, Faults]) -> Chosen | None:
         """The simplest of what explains most of these layers.
