@@ -114,12 +114,13 @@ class Chosen:
 
 @dataclass(slots=True)
 class Side:
-    """The search on one side of all layers."""
+    """The search on one side of all layers; `passed`, where drawing explains every difference."""
 
     side: str
     ladders: dict[str, Ladder] = field(default_factory=dict)
     table: Table = field(default_factory=dict)
     chosen: list[Chosen] = field(default_factory=list)
+    passed: bool = False
 
     def add(self, idea: Idea, layer: str, left: Left) -> None:
         """Keep the best of what a hypothesis leaves in a layer."""
