@@ -106,7 +106,7 @@ def test_forms_that_agree_tell_that_labels_do():
     """A hundredth of one deviation; nothing where G has rank one, all of G where nobody knows."""
     G = np.diag([3.0, 4.0])
     apart = 1 - 25 / 49
-    assert tells(G, Drawing(0.4, 0.4, 0.4)) == pytest.approx(0.01 * apart * 0.1, rel=1e-4)
+    assert tells(G, Drawing(9.0, 9.0, 0.4)) == pytest.approx(0.01 * apart * 0.1, rel=1e-4)
     assert tells(G, Drawing(math.nan, math.nan, math.nan)) == pytest.approx(0.01 * apart, rel=1e-4)
     assert tells(np.diag([3.0, 0.0]), Drawing(0.4, 0.4, 0.4)) == 0
 

@@ -20,6 +20,7 @@ from refcurv.algebra import scaling
 from refcurv.algebra.scaling import exponent, far_exponent, norm, shifted, total
 from refcurv.evaluation import bands
 from refcurv.evaluation.bands import Quantity
+from refcurv.judge import differences
 from refcurv.law.checks import RangeError
 
 REAL = np.finfo(np.float64)
@@ -228,8 +229,8 @@ def test_errors_of_draws_whose_squares_vanish_are_not_known() -> None:
 @pytest.mark.parametrize("power", [0, *FAR])
 def test_a_difference_is_measured_a_few_rows_at_a_time(power: int, monkeypatch) -> None:
     X, Y = np.ldexp(np.random.default_rng(0).normal(size=(2, 40, 30)), power)
-    whole = scaling.apart(X, Y, 3.0)
+    whole = differences.apart(X, Y, 3.0)
     assert whole == scaling.norm(X / 3.0 - Y), "a small one is made"
-    monkeypatch.setattr(scaling, "_AT_ONCE", 100)
-    assert math.isclose(scaling.apart(X, Y, 3.0), whole, rel_tol=1e-14)
-    assert scaling.apart(X[:0], Y[:0]) == 0.0
+    monkeypatch.setattr(differences, "_AT_ONCE", 100)
+    assert math.isclose(differences.apart(X, Y, 3.0), whole, rel_tol=1e-14)
+    assert differences.apart(X[:0], Y[:0]) == 0.0

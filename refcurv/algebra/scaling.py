@@ -24,10 +24,6 @@ smallest normal number lose at most 2^-1075 each: n of them 2^-115 n of the sum.
 """
 
 
-_AT_ONCE = 2**17
-"""Entries of a matrix that are looked at together: a mebibyte.  Chosen: a cache holds three."""
-
-
 def exponent(x: Array) -> int:
     """The k with 2^k <= max |x| < 2^(k+1) for finite x; 0 if x is empty or all 0."""
     if not x.size:
@@ -70,18 +66,6 @@ def norm(x: Array, axis: int | None = None) -> Any:
         k = np.frexp(top)[1]
         inside = np.linalg.norm(np.ldexp(x, -k), axis=axis)
         return np.where(sound, plain, np.ldexp(inside, k.reshape(np.shape(inside))))[()]
-
-
-def apart(X: Array, Y: Array, r: float = 1.0) -> float:
-    """‖X / r − Y‖, matrices of finite numbers; of large ones a few rows at a time.
-
-    So it is found in the cache, and takes no memory.
-
-    Proof: tests/test_scaling.py::test_a_difference_is_measured_a_few_rows_at_a_time
-    """
-    step = max(1, _AT_ONCE // max(1, X.shape[-1]))
-    some = (slice(k, k + step) for k in range(0, len(X), step))
-    return math.hypot(*(float(norm(X[rows] / r - Y[rows])) for rows in some))
 
 
 def total(x: Iterable[float]) -> float:

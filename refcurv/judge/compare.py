@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from refcurv.algebra.scaling import apart, norm
+from refcurv.algebra.scaling import norm
 from refcurv.curvature.factors import Factor
 from refcurv.judge.arithmetic import ROUNDOFF
 from refcurv.judge.case import Case
+from refcurv.judge.differences import apart
 from refcurv.judge.drawn import DEVIATIONS, LITTLE, NO_DRAWING, RARE, UNKNOWN, Drawing, deviations
 from refcurv.judge.dump import Theirs
 from refcurv.judge.verdict import (
@@ -209,7 +210,7 @@ def tells(G: Array, share: Drawing) -> float:
     """
     trace, size = float(np.trace(G)), float(norm(G))
     apart = 1 - (size / trace) ** 2 if trace > 0 else 0.0
-    one = 1.0 if math.isnan(share.norm) else share.norm / DEVIATIONS
+    one = share.form / DEVIATIONS if share.known else 1.0
     return 0.01 * max(apart - 1e-6, 0.0) * one
 
 

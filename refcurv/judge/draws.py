@@ -143,7 +143,7 @@ def _far(theirs: Array | None, mean: Array, scale: Array) -> float:
 def _theirs(case: Case, layer: str) -> Array | None:
     """(form, trace) of theirs less what rounding explains; None without a G to compare.
 
-    tr A · tr G is compared, or tr G, whichever is nearer: what is wrong with A is no drawing.
+    The trace is that of K, tr A · tr G, which no gauge changes; tr G where there is no A.
     """
     one, ours = case.theirs(layer), case.ours(layer)
     G = _matrix(case, layer, one)
@@ -154,7 +154,7 @@ def _theirs(case: Case, layer: str) -> Array | None:
     free = case.dump.scale_free or one.G is None  # eigenvalues may have any scale
     A = None if one.A is None else _square(one.A)
     if A is not None and A.shape == ours.sum_A.shape:
-        off = min(off, abs(measure(A, ours.A, None, 1).ratio * found.ratio - 1))
+        off = abs(measure(A, ours.A, None, 1).ratio * found.ratio - 1)
     budget = case.budget(layer, case.arithmetic.stored or "float64")
     numbers = np.array([found.form - budget, 0.0 if free else off - 2 * budget])
     return np.asarray(np.nan_to_num(numbers, nan=np.inf, posinf=np.inf))

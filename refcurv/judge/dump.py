@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from refcurv.judge.arithmetic import Arithmetic
@@ -65,3 +65,10 @@ class Dump:
     arithmetic: Arithmetic = field(default_factory=Arithmetic)
     problems: tuple[str, ...] = ()
     shapes: Mapping[str, tuple[int | None, int | None]] = field(default_factory=dict)
+
+
+def first_names(names: Iterable[object], most: int = 4) -> str:
+    """The first names, quoted, and how many more there are: for a message."""
+    every = [f"{str(name)!r:.60}" for name in names]
+    more = f" and {len(every) - most} more" if len(every) > most else ""
+    return ", ".join(every[:most]) + more or "nothing"

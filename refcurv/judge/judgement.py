@@ -30,7 +30,7 @@ from refcurv.judge.diagnosis.causes import with_named
 from refcurv.judge.diagnosis.procedure import diagnose, remember
 from refcurv.judge.divergence import with_labels
 from refcurv.judge.draws import with_drawing
-from refcurv.judge.dump import Dump
+from refcurv.judge.dump import Dump, first_names
 from refcurv.judge.dump import Theirs as Held
 from refcurv.judge.edits import compare_weight
 from refcurv.judge.foreign import match, read_arrays, read_dump
@@ -45,7 +45,6 @@ from refcurv.law.checks import (
     ConventionError,
     EmptyError,
     SchemaError,
-    first_names,
     require_choice,
 )
 from refcurv.model.corpus import Corpus

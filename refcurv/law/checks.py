@@ -210,13 +210,6 @@ def require_choice(who: str, what: str, value: object, choices: Iterable[str]) -
     raise ConventionError(f"{who}: {what} must be one of {', '.join(known)}; got {value!r}.{hint}")
 
 
-def first_names(names: Iterable[object], most: int = 4) -> str:
-    """The first names, quoted, and how many more there are: for a message."""
-    every = [f"{str(name)!r:.60}" for name in names]
-    more = f" and {len(every) - most} more" if len(every) > most else ""
-    return ", ".join(every[:most]) + more or "nothing"
-
-
 def require_seed(who: str, seed: int) -> int:
     """Return the seed, or raise RangeError unless it is an integer in [0, 2**64) (SAMPLING)."""
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**64:

@@ -3,6 +3,8 @@
     python -m validation.judge.score           everything; goes on where it was stopped
     python -m validation.judge.score --only 'torch/vit/*/B14*'    some ids alone, or 'editor/*'
     python -m validation.judge.score --quick   two models in float64, gold and given labels
+    python -m validation.judge.score --sample 500    so many of all, drawn evenly, honest ones too
+    python -m validation.judge.score --jobs 2        in so many processes
     python -m validation.judge.score --render  README.md from results.jsonl, nothing run
 
 What is found lands line by line in results.jsonl, each with a digest of the code that it is of;
@@ -15,7 +17,7 @@ import argparse
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -174,18 +176,55 @@ def distance(one: dict[str, Any], two: dict[str, Any]) -> float:
     return most
 
 
-def every(quick: bool, only: str) -> None:
-    """Run what is not there yet, of the ids that match `only`; pairs where it is "*"."""
+def sampled(cases: Sequence[Any], count: int) -> list[Any]:
+    """So many of them, drawn without a preference: the order of SHA-256 of their ids."""
+    return sorted(cases, key=lambda case: hashlib.sha256(case.id.encode()).digest())[:count]
+
+
+def _some(version: str, cases: Sequence[Any]) -> int:
+    """What one process runs, whose honest dumps it then has at hand."""
     import torch
+
+    torch.set_num_threads(1)
+    run = Run(version)
+    for case in cases:
+        run.case(case)
+    return len(cases)
+
+
+def collectors(version: str, some: Sequence[Any], jobs: int) -> None:
+    """The dumps of collectors, those that share an honest one in one process."""
+    from concurrent.futures import ProcessPoolExecutor, as_completed
+    from multiprocessing import get_context
+
+    from tqdm import tqdm
+
+    groups: dict[str, list[Any]] = {}
+    for case in some:
+        groups.setdefault(case.honest.id, []).append(case)
+    bunches = [group[n : n + 40] for group in groups.values() for n in range(0, len(group), 40)]
+    with (
+        ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool,
+        tqdm(total=len(some), unit="dump", desc="one fault") as bar,
+    ):
+        for done in as_completed([pool.submit(_some, version, bunch) for bunch in bunches]):
+            bar.update(done.result())
+
+
+def every(quick: bool, only: str, sample: int, jobs: int) -> None:
+    """Run what is not there yet, of the ids that match `only`; pairs where it is "*"."""
     from tqdm import tqdm
 
     from validation.judge.cases import EDITED, faults_of, pairs, singles
 
-    torch.set_num_threads(1)
-    run, ran = Run(code()), 0
+    version = code()
     some = [case for case in singles(quick) if fnmatchcase(case.id, only)]
-    for case in tqdm(some, unit="dump", desc="one fault"):
-        run.case(case)
+    known = read(version)
+    some = [case for case in (sampled(some, sample) if sample else some) if case.id not in known]
+    collectors(version, some, jobs)
+    if sample:
+        return
+    run, ran = Run(version), 0
     every_edit = [(s, f) for s in EDITED for f in ("", *faults_of("editor"))]
     edits = [one for one in every_edit if fnmatchcase(edit_id(*one), only)]
     for setting, fault in tqdm(edits, unit="dump", desc="edits"):
@@ -209,9 +248,11 @@ def main() -> int:
     parser.add_argument("--render", action="store_true", help="write README.md alone")
     parser.add_argument("--only", default="*", help="ids of dumps that match, as in "
                         "'torch/vit/gold/*/B14*' or 'editor/*'")  # fmt: skip
+    parser.add_argument("--sample", type=int, default=0, metavar="N", help="so many of them alone")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes (default: 1)")
     given = parser.parse_args()
     if not given.render:
-        every(given.quick, given.only)
+        every(given.quick, given.only, given.sample, given.jobs)
     from validation.judge.table import write
 
     return write(read(None if given.render else code()))

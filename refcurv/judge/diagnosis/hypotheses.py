@@ -12,8 +12,9 @@ from functools import partial
 
 import numpy as np
 
-from refcurv.algebra.scaling import apart, norm
+from refcurv.algebra.scaling import norm
 from refcurv.judge.case import Case
+from refcurv.judge.differences import apart
 from refcurv.law.checks import Array
 from refcurv.model.config import NormPlace
 

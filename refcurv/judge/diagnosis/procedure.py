@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
+from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.biases import A_COLUMN, NO_COLUMN
 from refcurv.judge.case import Case
 from refcurv.judge.compare import Measured
@@ -174,7 +175,9 @@ def _search(case: Case, side: Side, found: Mapping[str, Side], index: Index) -> 
         sample = spread(layers, FEW if is_large(case) else SAMPLE)
         look(case, sample, found, index, sides=side.side)
         chosen = _chosen(case, side, found, sample, known)
-        if chosen is None or (_soft(side, sample) and not _supported(case, side, chosen, sample)):
+        if chosen is None or (
+            _soft(side, sample) and not _supported(case, side, chosen, sample, known)
+        ):
             return
         more = list(rest(layers, side.table[chosen.idea]))
         _verify(case, side.side, found, index, chosen.idea, more)
@@ -198,18 +201,28 @@ def _changes_scale(idea: Idea) -> bool:
     return idea.setting is not None or "B40" in idea.faults
 
 
-def _supported(case: Case, side: Side, chosen: Chosen, layers: Sequence[str]) -> bool:
+def _supported(
+    case: Case, side: Side, chosen: Chosen, layers: Sequence[str], known: Mapping[str, Idea]
+) -> bool:
     """Is theirs nearer to what was chosen than any honest dump comes to theirs?
 
-    Labels are the same for all layers. So other labels explain all of them, or none.
+    Labels are the same for all layers. So other labels explain all of them, or none. Where no
+    honest dump was drawn, theirs must be what was chosen to the digits of float32: a hypothesis
+    that is fitted to noise takes much of it away. What A has shown needs no support.
     """
+    if side.side == "A" or all({*chosen.faults} <= {*known[x].faults} for x in chosen.left):
+        return True
     setting = chosen.idea.setting
     if setting is not None and labels_of(setting).faults and len(chosen.left) < len(layers):
         return False
-    near = {
-        x: SHARPER * max(left.error, side.ladders[x].steps[0][1]) for x, left in chosen.left.items()
-    }
-    return side.side == "A" or unlike(case, near)
+    finest = {x: side.ladders[x].steps[0][1] for x in chosen.left}
+    if case.drawn is None:
+        bare = replace(case, arithmetic=Arithmetic())
+        single = {x: bare.budget(x, "float32") for x in finest}
+        enough = {x: single[x] if setting is None else max(single[x], finest[x]) for x in finest}
+        return all(left.error <= enough[x] for x, left in chosen.left.items())
+    near = {x: SHARPER * max(left.error, finest[x]) for x, left in chosen.left.items()}
+    return unlike(case, near)
 
 
 def _scaled(side: Side) -> list[str]:

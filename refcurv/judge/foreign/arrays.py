@@ -10,10 +10,10 @@ from typing import Any, Final
 from refcurv.files import store
 from refcurv.files.lazy import Lazy
 from refcurv.judge.arithmetic import ROUNDOFF, Arithmetic
-from refcurv.judge.dump import Dump, Theirs
+from refcurv.judge.dump import Dump, Theirs, first_names
 from refcurv.judge.foreign.npz import open_npz
 from refcurv.judge.foreign.stored import FLOATS, Stored, common, count, numbers, tensors
-from refcurv.law.checks import Array, ConventionError, SchemaError, first_names, require_choice
+from refcurv.law.checks import Array, ConventionError, SchemaError, require_choice
 from refcurv.law.conventions import Fisher, Rows
 
 AXES: Final = {
