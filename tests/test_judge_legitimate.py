@@ -1,6 +1,6 @@
 """No false alarm: what two correct programs may do differently passes, on random small models.
 
-validation/judge/legitimate.py makes the variations, and runs 1,000 of them.
+validation/judge/legitimate.py makes the variations, and runs many of them.
 """
 
 from __future__ import annotations

@@ -390,8 +390,9 @@ def main() -> int:
     seeds = range(given.first, given.first + given.count)
     with get_context("spawn").Pool(given.jobs) as pool:
         rows = list(table(tqdm(pool.imap(outcome, seeds), total=len(seeds))))
-    head = ["# No false alarm", "", *ABOUT, "", "    python -m validation.judge.legitimate", ""]
-    if (given.first, given.count) == (0, COUNT):
+    command = f"    python -m validation.judge.legitimate --count {given.count}"
+    head = ["# No false alarm", "", *ABOUT, "", command, ""]
+    if given.first == 0:
         (HERE / "LEGITIMATE.md").write_text("\n".join([*head, *rows, ""]), encoding="utf-8")
     print("\n".join(rows))
     return 0
