@@ -164,6 +164,26 @@ def test_a_gauge_is_none_where_the_scale_is_undecided():
     assert {f.verdict for f in verdict.failed} == {"undecided"}, verdict.failed
 
 
+def test_no_hypothesis_that_is_fitted_to_noise_turns_undecided_into_failed():
+    """Without model and corpus: here a matrix of rank one takes nine tenths of it away."""
+    model, corpus = world(1)
+    reference = rc.collect(model, corpus, LAYERS, seed=1, draws=8)
+    theirs = in_memory(rc.collect(model, corpus, LAYERS, seed=2))
+    verdict = rc.validate(theirs, reference, **SAMPLED)
+    assert {f.verdict for f in verdict.failed} == {"undecided"} and not verdict.causes
+
+
+@pytest.mark.parametrize(("number", "seed"), [(7, 8), (11, 9), (1, 2)])
+def test_a_gauge_changes_nothing_of_what_drawing_explains(number, seed):
+    """The trace that is judged is that of K: here tr G is nearer than it, and hid how far K is."""
+    model, corpus = world(number)
+    reference = rc.collect(model, corpus, LAYERS, seed=1)
+    drawn = rc.collect(model, corpus, LAYERS, seed=seed)
+    theirs = {name: (4096 * one.A, one.G / 4096, one.n_A) for name, one in drawn.items()}
+    verdict = rc.validate(theirs, reference, model=model, corpus=corpus, **SAMPLED)
+    assert verdict.passed, verdict.failed
+
+
 # ------------------------------------------------------------------ words
 
 WORDS = ("pass", "left out", "undecided", "fail", "missing", "equal as float32")
