@@ -12,6 +12,7 @@ from refcurv.curvature.bases import Bases
 from refcurv.curvature.factors import Factor, Factors
 from refcurv.files.lazy import Recent
 from refcurv.judge.arithmetic import Arithmetic, moment_budget
+from refcurv.judge.drawn import Drawing
 from refcurv.judge.dump import Dump, Theirs
 from refcurv.law.checks import Array
 from refcurv.law.tolerance import eps
@@ -36,6 +37,7 @@ class Case:
         bases: of the reference, where a basis is given.
         noise: our layer → what one draw of labels for all rows varies by, where the reference does
             not tell: standard deviations of G over |G|, and of tr G over tr G.
+        drawn: our layer → what drawing explains, where honest dumps were drawn to find out.
         joint: layers of ours that are judged with their bias as last column (BIAS).
         known: what `once` found out. say: called with what is being done.
     """
@@ -48,6 +50,7 @@ class Case:
     corpus: Corpus | None = None
     bases: Bases | None = None
     noise: Mapping[str, tuple[float, float]] | None = None
+    drawn: Mapping[str, Drawing] | None = None
     joint: Set[str] = frozenset()
     known: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
     say: Callable[[str], object] = field(default=lambda _: None, compare=False, repr=False)

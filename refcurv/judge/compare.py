@@ -16,8 +16,10 @@ from refcurv.curvature.factors import Factor
 from refcurv.judge.arithmetic import ROUNDOFF
 from refcurv.judge.case import Case
 from refcurv.judge.differences import apart
+from refcurv.judge.drawn import DEVIATIONS, LITTLE, NO_DRAWING, RARE, UNKNOWN, Drawing, deviations
 from refcurv.judge.dump import Theirs
 from refcurv.judge.verdict import (
+    BY_DRAWING,
     EQUAL_AS,
     FAIL,
     LEFT_OUT,
@@ -27,15 +29,6 @@ from refcurv.judge.verdict import (
     Comparison,
 )
 from refcurv.law.checks import Array
-
-DEVIATIONS = 4.0
-"""Standard deviations of the norm of a difference that drawn labels are taken to explain.
-
-Chosen. By Markov's inequality |G − E G|² exceeds 16 times its mean with odds of at most 1/16,
-whatever the rows are. Where many rows are summed the norm is nearly that of a normal matrix, and
-the odds are below 1e-4.
-"""
-
 
 TELLING = 0.1
 """Chosen: a larger error has the size of no dtype, whatever a layer's roundings could add up to."""
@@ -81,7 +74,7 @@ def compare_moments(bounds: Bounds, theirs: Theirs) -> tuple[list[Comparison], d
     case, layer, ours = bounds.case, bounds.layer, bounds.case.ours(bounds.layer)
     A, G = case.means(layer)
     other = any(getattr(theirs, part) is not None for part in ("U_A", "U_G", "mask", "W"))
-    drawn = {"A": 0.0, "G": bounds.drawing.norm}
+    drawn = {"A": 0.0, "G": bounds.drawing.form}
     out: list[Comparison] = []
     found: dict[str, Measured] = {}
     for side, given, n_theirs, own, n_ours in (
@@ -182,8 +175,8 @@ def _scales(bounds: Bounds, found: dict[str, Measured]) -> list[Comparison]:
         return [said(layer, "tr A · tr G", LEFT_OUT, cause)]
     cause = f"theirs is ours {_times(product)}"
     share, level = bounds.drawing, bounds.case.arithmetic.stored or "float64"
-    if found["G"].form < min(bounds.case.budget(layer, "float32"), _tells(G, share)):
-        share = Drawing(0.0, 0.0)  # then no label differs
+    if found["G"].form < min(bounds.case.budget(layer, "float32"), tells(G, share)):
+        share = NO_DRAWING  # then no label differs
     # the size of an error in scale tells a dtype only where the form tells the same
     worst = max(one.form for one in found.values())
     rounded = bounds.case.budget(layer, level) < worst <= bounds.case.budget(layer, "bfloat16")
@@ -198,15 +191,18 @@ def _scales(bounds: Bounds, found: dict[str, Measured]) -> list[Comparison]:
         each = bounds.judged(
             side, one.whole, cause, drawing=drawn, inferred=rounded, budget_of=limit
         )
-        fits = one.form <= limit(level) + drawn
+        fits = one.form <= limit(level) + (share.reach if side == "G" else 0.0)
         if each.verdict != PASS and both.verdict == PASS and fits:
             cause += "; tr A · tr G agrees, so that K is the same"
             each = Comparison(layer, side, one.whole, each.budget, LEFT_OUT, "B8", cause)
+        elif each.verdict == FAIL and both.verdict == UNDECIDED and fits:
+            cause += "; whether K is the same is undecided, as tr A · tr G is"
+            each = Comparison(layer, side, one.whole, each.budget, LEFT_OUT, None, cause)
         out.append(each)
     return out
 
 
-def _tells(G: Array, share: Drawing) -> float:
+def tells(G: Array, share: Drawing) -> float:
     """Where forms agree better than this, labels are the same: a hundredth of one deviation.
 
     0 of a matrix of rank one: other labels change its scale and never its form. Unknown drawing
@@ -214,7 +210,7 @@ def _tells(G: Array, share: Drawing) -> float:
     """
     trace, size = float(np.trace(G)), float(norm(G))
     apart = 1 - (size / trace) ** 2 if trace > 0 else 0.0
-    one = 1.0 if math.isnan(share.norm) else share.norm / DEVIATIONS
+    one = share.form / DEVIATIONS if share.known else 1.0
     return 0.01 * max(apart - 1e-6, 0.0) * one
 
 
@@ -245,16 +241,19 @@ class Bounds:
         times: float = 1,
         drawing: float = 0.0,
         inferred: bool = True,
+        told: bool | None = None,
         budget_of: Callable[[str], float] | None = None,
     ) -> Comparison:
         """Within budget of what is declared; else of drawing; else of a dtype that nobody declared.
 
         Drawing comes before such a dtype: the same error has both sizes, and A tells the dtype.
-        An error that is no number counts as infinite, and no drawing explains it.
+        An error that is no number counts as infinite, and no drawing explains it. Nothing passes by
+        a standard error that is not LITTLE: other labels could hide there.
 
         Args: times, of the budget of one matrix; drawing: what drawn labels explain, NaN if
-            unknown; inferred: may the size of the error tell the dtype? budget_of: the budget if
-            undeclared parts have this dtype; of A or G by default.
+            unknown; inferred: may the size of the error tell the dtype? told: are the corpus's
+            labels told from drawn ones otherwise? By default, where honest dumps were drawn.
+            budget_of: the budget if undeclared parts have this dtype; of A or G by default.
         """
         declared = self.case.arithmetic
         finest = declared.stored or "float64"
@@ -267,18 +266,39 @@ class Bounds:
 
         if error <= budget:
             return made(PASS)
-        if error <= budget + drawing:
-            limit = budget + drawing
-            return made(PASS, f"drawing labels explains {error:.1%} (up to {limit:.1%})", limit)
+        drawn = self._drawn(error, budget + drawing, drawing, told)
+        same = inferred and error <= limit_of("float32")  # no other label changes so little
+        if drawn is not None and not (same and drawn[0] == UNDECIDED):
+            return made(*drawn, budget + drawing)
         if inferred and not declared.declared and error <= TELLING:
             for dtype in list(ROUNDOFF)[list(ROUNDOFF).index(finest) + 1 :]:
                 limit = limit_of(dtype)
                 if error <= limit:
                     size = f"the error has the size of {dtype}, which is not declared"
                     return made(EQUAL_AS + dtype, size, limit)
+        if drawn is not None:
+            return made(*drawn, budget + drawing)
         if math.isnan(drawing) and error < math.inf:
             return made(UNDECIDED, HOW_MUCH_DRAWING)
-        return made(FAIL, cause)
+        if drawing > 0:
+            cause += f"; {BY_DRAWING} up to {budget + drawing:.1%}{self._source}"
+        return made(FAIL, cause, budget + (drawing if drawing > 0 else 0.0))
+
+    def _drawn(
+        self, error: float, limit: float, drawing: float, told: bool | None
+    ) -> tuple[str, str] | None:
+        """Verdict and cause of what drawing explains, or may explain; None of what it does not."""
+        if drawing <= LITTLE or (self.drawing.told if told is None else told):
+            words = f"{BY_DRAWING} {error:.1%} (up to {limit:.1%}{self._source})"
+            return (PASS, words) if error <= limit else None
+        # NaN is within nothing
+        return (UNDECIDED, _HIDES.format(error, limit)) if error <= RARE * limit else None
+
+    @property
+    def _source(self) -> str:
+        """How it is known what drawing explains, in words behind a number."""
+        draws = self.drawing.draws
+        return f", the most of {draws} honest draws" if draws else ""
 
 
 def right(bounds: Bounds, measured: Mapping[str, Measured], dtype: str) -> bool:
@@ -291,42 +311,53 @@ def right(bounds: Bounds, measured: Mapping[str, Measured], dtype: str) -> bool:
     )
 
 
+_HIDES = (
+    "it differs by {:.1%}. Drawing labels often changes it by up to {:.1%}, and other labels could "
+    "hide there: give model and corpus, or their labels, or collect both as empirical"
+)
 HOW_MUCH_DRAWING = (
     "labels are drawn, and nothing says how much that changes: give model and corpus, or collect "
     "the reference with draws=8"
 )
+NOISE_DRAWS = 8
+"""Draws of `Case.noise`.  Chosen: cheap, and G of many rows has not to be known better."""
+
 _WITHOUT_DRAWING = ("empirical", "expected")
 
 
-@dataclass(frozen=True, slots=True)
-class Drawing:
-    """DEVIATIONS times what theirs less ours varies by drawing: of G over |G|, of tr G over tr G.
-
-    0 where neither side draws, NaN where nobody knows.
-    """
-
-    norm: float
-    trace: float
+def who_draws(case: Case) -> tuple[bool, bool]:
+    """Are labels of the reference drawn, and are theirs, so that they differ by it?"""
+    theirs, ours = case.dump.declared.get("fisher"), str(case.reference.fisher)
+    if case.dump.declared.get("labels") == "given":  # the reference's own
+        return False, False
+    they_draw = theirs not in _WITHOUT_DRAWING if theirs else ours != "empirical"
+    return ours not in _WITHOUT_DRAWING, they_draw
 
 
 def drawing(case: Case, layer: str, n_G: float | None) -> Drawing:
     """What drawn labels explain in one layer; n_G is theirs."""
-    theirs, ours = case.dump.declared.get("fisher"), str(case.reference.fisher)
-    we_draw = ours not in _WITHOUT_DRAWING
-    they_draw = theirs not in _WITHOUT_DRAWING if theirs else ours != "empirical"
-    given = case.dump.declared.get("labels") == "given"  # the reference's own
-    if given or not (we_draw or they_draw):
-        return Drawing(0.0, 0.0)
+    we_draw, they_draw = who_draws(case)
+    if not (we_draw or they_draw):
+        return NO_DRAWING
+    if case.drawn is not None:
+        return case.drawn[layer]
     draws = case.reference.draws
-    single = (case.noise or {}).get(layer)
+    single, freedom = (case.noise or {}).get(layer), NOISE_DRAWS - 1
     if single is None and we_draw:
-        single = case.once(("drawn", layer), lambda: one_draw(case.ours(layer), draws))
+        single, shards = case.once(("drawn", layer), lambda: _varies(case, layer))
+        freedom = (draws - 1) * shards
     if single is None:
-        return Drawing(math.nan, math.nan)
+        return UNKNOWN
     rows = case.once(("rows", layer), lambda: case.ours(layer).n_A)
     their_draws = (n_G or rows) / rows
-    share = DEVIATIONS * math.sqrt(we_draw / draws + they_draw / their_draws)
-    return Drawing(share * single[0], share * single[1])
+    share = deviations(freedom) * math.sqrt(we_draw / draws + they_draw / their_draws)
+    return Drawing(share * single[0], share * single[1], share * single[0])
+
+
+def _varies(case: Case, layer: str) -> tuple[tuple[float, float] | None, int]:
+    """`one_draw` of the reference, and of how many shards."""
+    one = case.ours(layer)
+    return one_draw(one, case.reference.draws), max(1, one.n_A // case.reference.shard_rows)
 
 
 def one_draw(one: Factor, draws: int) -> tuple[float, float] | None:

@@ -127,6 +127,7 @@ def _form(bounds: Bounds, near: Near) -> Comparison:
         text,
         drawing=near.by_drawing,
         inferred=not near.by_drawing,
+        told=True,
         budget_of=lambda dtype: max(finest, min(2 * case.budget(bounds.layer, dtype), COARSEST)),
     )
     if found.verdict == PASS and not found.cause:
@@ -146,7 +147,13 @@ def _scale(bounds: Bounds, L: Array, truth: Truth, measured: Mapping[str, Measur
         text = f"the dump does not tell its scale; theirs is {r:.6g} times the mean over rows"
         return replace(said(bounds.layer, WHOLE, LEFT_OUT, text), error=error)
     found = bounds.judged(
-        WHOLE, error, f"theirs is ours times {c:.6g}", times=4, drawing=drawn, inferred=False
+        WHOLE,
+        error,
+        f"theirs is ours times {c:.6g}",
+        times=4,
+        drawing=drawn,
+        inferred=False,
+        told=True,
     )
     if found.verdict != FAIL:
         return replace(found, cause=f"per {truth.per}, over {over}; {found.cause}".rstrip("; "))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from functools import partial
@@ -17,22 +16,20 @@ from refcurv.curvature.bases import Bases
 from refcurv.curvature.bases_file import load_bases
 from refcurv.curvature.eigenbasis import Eigenbasis
 from refcurv.curvature.factors import Factors, collect
-from refcurv.curvature.factors_file import load_factors, parts_of, shapes_of
+from refcurv.curvature.factors_file import load_factors, shapes_of
 from refcurv.files.lazy import Recent
 from refcurv.judge.arithmetic import ROUNDOFF, Arithmetic, parse
 from refcurv.judge.bases import Before, basis_of, before, compare_bases
 from refcurv.judge.belonging import require_together
 from refcurv.judge.biases import with_biases
 from refcurv.judge.case import ROOM, Case
-from refcurv.judge.compare import Bounds, Measured, compare_moments, drawing, one_draw, said
+from refcurv.judge.compare import Bounds, Measured, compare_moments, drawing, said
 from refcurv.judge.corrections import compare_corrections
 from refcurv.judge.declared import as_number, require_declared
 from refcurv.judge.diagnosis.causes import with_named
 from refcurv.judge.diagnosis.procedure import diagnose, remember
-from refcurv.judge.diagnosis.recomputed import few_positions, is_large
-from refcurv.judge.diagnosis.search import spread
-from refcurv.judge.diagnosis.variants.collecting import held
 from refcurv.judge.divergence import with_labels
+from refcurv.judge.draws import with_drawing
 from refcurv.judge.dump import Dump, first_names
 from refcurv.judge.dump import Theirs as Held
 from refcurv.judge.edits import compare_weight
@@ -50,9 +47,7 @@ from refcurv.law.checks import (
     SchemaError,
     require_choice,
 )
-from refcurv.law.conventions import Fisher
 from refcurv.model.corpus import Corpus, require_corpus
-from refcurv.model.part import part_of
 from refcurv.model.patterns import expand
 from refcurv.model.weights import Model, require_model
 from refcurv.progress import Progress, counter, doing, silent
@@ -132,12 +127,14 @@ def validate(
     require_together(truth, model, corpus, bases)
     say = partial(doing, progress)
     case = Case(dump, truth, matched, given, model, corpus, bases, say=say)
-    case, biases = with_biases(replace(case, noise=_noise(case)))
+    case, biases = with_biases(case)
     findings = [*_otherwise(case), *(said("", "dump", FAIL, text) for text in dump.problems)]
     findings += [*notes, *_absent(case, wanted, {note.layer for note in notes}), *biases]
     measured: dict[str, dict[str, Measured]] = {}
-    done, truths = counter(progress, 2 * len(matched)), Truths(case)
+    done = counter(progress, 2 * len(matched))
     with one_blas_thread(), np.errstate(over="ignore", invalid="ignore"):  # theirs may be huge
+        case = with_drawing(case)
+        truths = Truths(case)
         for layer in matched:
             say(f"compare {layer}")
             found, measured[layer] = _layer(case, layer, truths)
@@ -313,51 +310,4 @@ def _absent(case: Case, wanted: Sequence[str], told: Set[str]) -> list[Compariso
     out = [said(name, "names", MISSING, "no layer of the dump stands for it") for name in missing]
     if extra:
         out.append(said("", "names", LEFT_OUT, f"theirs alone: {first_names(extra)}"))
-    return out
-
-
-LAYERS = 4
-"""Layers of a large model of which a collection finds out how much drawing labels changes."""
-
-SAMPLE = 4096
-"""Positions of which a collection finds out how much drawing labels changes."""
-
-
-def _untold(case: Case) -> list[str]:
-    """Layers of which nothing tells how much drawing labels changes."""
-    drawn = case.reference.fisher not in (Fisher.EMPIRICAL, Fisher.EXPECTED)
-    told = parts_of(case.reference) if drawn else {}
-    enough = {"error_G", "error_trace_G"}
-    left = [name for name in case.matched if not enough <= told.get(name, frozenset())]
-    return [name for name in left if math.isnan(drawing(case, name, None).norm)]
-
-
-def _noise(case: Case) -> dict[str, tuple[float, float]] | None:
-    """`Case.noise`, from eight draws on a few sequences; of a large model, on LAYERS layers too.
-
-    The other layers are then taken to vary as much as the one of these that varies most.
-    """
-    model, corpus = case.model, case.corpus
-    unknown = _untold(case)
-    if model is None or corpus is None or not unknown:
-        return None
-    some, positions, at_once = unknown, SAMPLE, None
-    if is_large(case):
-        some, positions, at_once = spread(unknown, LAYERS), few_positions(case), 1
-        model = held(case).single(model)
-    few = part_of(corpus, slice(0, max(1, positions // corpus.label.shape[1])))
-    case.say(f"how much drawing labels changes, on {len(few.label)} sequences")
-    rows, draws = case.reference.rows, 8
-    drawn = collect(
-        model, few, ",".join(some), "sampled", draws=draws, rows=rows, in_flight=at_once
-    )
-    out = {}
-    for name in some:
-        single = one_draw(drawn[name], draws)
-        if single is not None:
-            fewer = math.sqrt(min(1, drawn[name].n_A / case.ours(name).n_A))
-            out[name] = single[0] * fewer, single[1] * fewer
-    if out and len(some) < len(unknown):
-        norms, traces = zip(*out.values(), strict=True)
-        out = dict.fromkeys(unknown, (max(norms), max(traces))) | out
     return out

@@ -19,8 +19,9 @@ from refcurv.curvature.bases import Bases
 from refcurv.curvature.eigenbasis import Eigenbasis
 from refcurv.curvature.estimators import Corrected, ekfac
 from refcurv.judge.case import Case
-from refcurv.judge.compare import DEVIATIONS, Bounds
+from refcurv.judge.compare import Bounds
 from refcurv.judge.diagnosis.hypotheses import fitted
+from refcurv.judge.drawn import DEVIATIONS
 from refcurv.judge.dump import Theirs
 from refcurv.judge.eigenvectors import as_columns
 from refcurv.law.checks import Array

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -16,6 +16,8 @@ MISSING: Final = "missing"
 LEFT_OUT: Final = "left out"
 UNDECIDED: Final = "undecided"
 """Nothing says whether drawing explains the difference; the cause says what would."""
+BY_DRAWING: Final = "drawing labels explains"
+"""How the cause of a comparison begins that passes because drawn labels differ from run to run."""
 EQUAL_AS: Final = "equal as "
 """And a dtype: the size of the error is that of a dtype that nobody declared."""
 
@@ -94,18 +96,12 @@ class Verdict:
     def passed(self) -> bool:
         """Every comparison passed, none is missing, and there is one; LEFT_OUT does not count."""
         compared = any(f.verdict != LEFT_OUT for f in self.findings)
-        return compared and all(self._fine(f.verdict) for f in self.findings)
+        return compared and not self.failed
 
     @property
     def failed(self) -> tuple[Comparison, ...]:
         """The comparisons that keep it from passing."""
-        return tuple(f for f in self.findings if not self._fine(f.verdict))
-
-    def _fine(self, verdict: str) -> bool:
-        if not verdict.startswith(EQUAL_AS):
-            return verdict in (PASS, LEFT_OUT)
-        size = ROUNDOFF[verdict.removeprefix(EQUAL_AS)]
-        return any(size <= ROUNDOFF[dtype] for dtype in self.accepted)
+        return tuple(f for f in self.findings if not is_fine(f.verdict, self.accepted))
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; an error that is no number becomes a text, "infinite" or "nan"."""
@@ -127,3 +123,11 @@ class Verdict:
             "accepted": list(self.accepted),
             **({"pictures": [one.to_json() for one in self.pictures]} if self.pictures else {}),
         }
+
+
+def is_fine(verdict: str, accepted: Collection[str]) -> bool:
+    """Does this verdict of a comparison let a dump pass, these dtypes being accepted?"""
+    if not verdict.startswith(EQUAL_AS):
+        return verdict in (PASS, LEFT_OUT)
+    size = ROUNDOFF[verdict.removeprefix(EQUAL_AS)]
+    return any(size <= ROUNDOFF[dtype] for dtype in accepted)

@@ -6,11 +6,12 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import replace
 
+from refcurv.judge.verdict import EQUAL_AS, FAIL, LEFT_OUT, MISSING, PASS, UNDECIDED, is_fine
 from refcurv.report.cells import Json, scientific
 from refcurv.report.table import Table
 from refcurv.report.text import WIDTH, format_rows, printable
 
-FINE = ("pass", "left out")
+FINE = (PASS, LEFT_OUT)
 COLUMNS = ("A/tr A", "G/tr G", "tr A · tr G")
 SHOWN = 12
 """Findings that did not pass are listed one by one up to so many."""
@@ -36,24 +37,40 @@ def format_verdict(verdict: Json) -> str:
 
 
 def headline(verdict: Json) -> str:
-    """One line: passed or not, of how many layers, and the faults by name.
+    """One line: passed, undecided or failed, of how many layers, and the faults by name.
 
     What nothing decides has not failed, though it has not passed either.
 
     Proof: tests/test_verdict_page.py::test_what_is_undecided_is_not_called_failed
     """
-    layers = {f["layer"] for f in verdict["findings"] if f["layer"]}
-    bad = {f["layer"] for f in _bad(verdict) if f["layer"]}
     program = printable(str(verdict["program"]))
+    bad = [f for f in _bad(verdict) if not is_fine(f["verdict"], verdict["accepted"])]
+    layers = {f["layer"] for f in verdict["findings"] if f["layer"]}
     if verdict["passed"]:
         return f"passed: {len(layers)} layers of {program}"
-    if not bad and not _bad(verdict):
+    if all(f["verdict"] == LEFT_OUT for f in verdict["findings"]):
         return f"nothing was compared in {len(layers)} layers of {program}"
-    faults = sorted({c["fault"] or "a cause without a number" for c in verdict["causes"]})
-    named = ", ".join(faults) or "no known cause"
-    decided = bool(faults) or any(f["verdict"] != "undecided" for f in _bad(verdict))
-    word = "FAILED" if decided else "UNDECIDED"
-    return f"{word}: {len(bad)} of {len(layers)} layers of {program}: {named}"
+    wrong = [f for f in bad if f["verdict"] != UNDECIDED]
+    if not wrong:
+        return f"UNDECIDED: {_of(bad, layers)} of {program}: nothing is known to be wrong"
+    return f"FAILED: {_of(wrong, layers)} of {program}: {_named(verdict, bad)}"
+
+
+def _of(found: list[Json], layers: set[str]) -> str:
+    """How many layers these are about; the dump itself where it is none."""
+    some = {f["layer"] for f in found if f["layer"]}
+    return f"{len(some)} of {len(layers)} layers" if some else "the dump"
+
+
+def _named(verdict: Json, bad: list[Json]) -> str:
+    """The faults; or, without a cause, the verdicts that say what it is; and what is undecided."""
+    named = sorted({c["fault"] or "a cause without a number" for c in verdict["causes"]})
+    words = sorted({f["verdict"] for f in bad} - {FAIL, UNDECIDED})
+    if not named:
+        plain = any(f["verdict"] == FAIL for f in bad)
+        named = ["no known cause"] * plain + words
+    open_ = {f["layer"] for f in bad} - {f["layer"] for f in bad if f["verdict"] != UNDECIDED}
+    return ", ".join(named) + (f"; {len(open_)} more undecided" if open_ else "")
 
 
 def _causes(verdict: Json) -> Iterator[str]:
@@ -102,8 +119,10 @@ def layer_table(verdict: Json) -> Table:
 
 
 def _worst(verdicts: list[str]) -> str:
-    order = ("fail", "missing", "undecided")
-    return min(verdicts, key=lambda v: order.index(v) if v in order else len(order))
+    order = (FAIL, MISSING, EQUAL_AS, UNDECIDED)
+    return min(
+        verdicts, key=lambda v: next(k for k, word in enumerate(order) if v.startswith(word))
+    )
 
 
 def _bad(verdict: Json) -> list[Json]:
@@ -112,7 +131,7 @@ def _bad(verdict: Json) -> list[Json]:
 
 def findings_table(verdict: Json) -> Table:
     """The comparisons that did not pass, at most SHOWN of them, those with a cause first."""
-    bad = sorted(_bad(verdict), key=lambda f: f["layer"] != "")
+    bad = sorted(_bad(verdict), key=lambda f: (f["verdict"] == UNDECIDED, f["layer"] != ""))
     rows = []
     for one in bad[:SHOWN]:
         numbers = ["" if x is None else scientific(x) for x in (one["error"], one["budget"])]

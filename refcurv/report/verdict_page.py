@@ -7,11 +7,17 @@ from collections.abc import Iterator
 from html import escape
 
 from refcurv.files.disk import write_bytes
+from refcurv.judge.verdict import UNDECIDED, is_fine
 from refcurv.report import plots
 from refcurv.report.cells import Json
 from refcurv.report.html import document, facts, figure, html_table, section
 from refcurv.report.plots.verdict import differences
-from refcurv.report.verdict import findings_table, headline, layer_table, measured
+from refcurv.report.verdict import (
+    findings_table,
+    headline,
+    layer_table,
+    measured,
+)
 
 ABOUT = (
     "Another program’s curvature factors beside those of refcurv, layer by layer. A/tr A and "
@@ -56,8 +62,7 @@ def verdict_page(verdict: Json) -> str:
 def _sections(verdict: Json) -> Iterator[str]:
     causes = [_cause(one) for one in verdict["causes"]]
     if not causes:
-        nothing = "Nothing needs one." if verdict["passed"] else "No known fault explains this."
-        causes = [f"<p>{nothing}</p>"]
+        causes = [f"<p>{_no_cause(verdict)}</p>"]
     yield section("Causes", *causes)
     yield section("Layers", html_table(layer_table(verdict)))
     yield section("What did not pass", html_table(findings_table(verdict)))
@@ -80,6 +85,18 @@ def _sections(verdict: Json) -> Iterator[str]:
         more = len(verdict["excluded"]) - NEAREST
         rest = f"<p>And {more} more, in the JSON.</p>" if more > 0 else ""
         yield section("Tried, and excluded: the nearest first", f"<ul>{tried}</ul>", rest)
+
+
+def _no_cause(verdict: Json) -> str:
+    """What is said where no cause is."""
+    if verdict["passed"]:
+        return "Nothing needs one."
+    accepted = verdict["accepted"]
+    if all(
+        f["verdict"] == UNDECIDED or is_fine(f["verdict"], accepted) for f in verdict["findings"]
+    ):
+        return "Nothing is known to be wrong, and not everything could be decided."
+    return "No known fault explains this."
 
 
 def _cause(one: Json) -> str:

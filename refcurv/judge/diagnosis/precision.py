@@ -42,7 +42,8 @@ def causes(case: Case, found: Mapping[str, Side]) -> list[Cause]:
             left = side.of(layer)[1]
             rank = side.rank(layer, left)
             dtype = steps.steps[rank][0] if rank < steps.by_drawing else ""
-            key = _named(case, layer, name, rank, dtype, rank > steps.by_drawing)
+            lost = rank > steps.by_drawing or side.drawn(layer)
+            key = _named(case, layer, name, rank, "" if lost else dtype, lost)
             if key is not None and not (known and key[0] in SIZES):
                 hit.setdefault(key, {}).setdefault(layer, set()).add(name)
                 worst[key] = max(worst.get(key, 0.0), left.error)
@@ -118,7 +119,7 @@ def _sizes(case: Case, found: Mapping[str, Side]) -> dict[str, list[float]]:
 def _named(
     case: Case, layer: str, side: str, rank: int, dtype: str, lost: bool
 ) -> tuple[str, tuple[str, ...], str] | None:
-    """(fault, alike, words) of one side; `lost`, where no dtype's budget is wide enough."""
+    """(fault, alike, words) of one side; `lost`, where the size of what is left tells no dtype."""
     declared = case.arithmetic.declared
     if rank == 0 or not (dtype or lost):
         return None

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
+from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.biases import A_COLUMN, NO_COLUMN
 from refcurv.judge.case import Case
 from refcurv.judge.compare import Measured
@@ -26,6 +27,7 @@ from refcurv.judge.diagnosis.recomputed import (
     cost,
     is_large,
     joined,
+    labels_of,
     partners,
     recompute,
     sketched,
@@ -37,6 +39,7 @@ from refcurv.judge.diagnosis.search import (
     FEW,
     PLAIN,
     SAMPLE,
+    SHARPER,
     Chosen,
     Idea,
     Side,
@@ -52,7 +55,17 @@ from refcurv.judge.diagnosis.variants import Setting, combined
 from refcurv.judge.diagnosis.variants.networks import BITS, PARTS
 from refcurv.judge.diagnosis.variants.setting import HALVES
 from refcurv.judge.diagnosis.weighted import weigh
-from refcurv.judge.verdict import FAIL, LEFT_OUT, MISSING, PASS, Cause, Comparison
+from refcurv.judge.draws import unlike
+from refcurv.judge.verdict import (
+    BY_DRAWING,
+    FAIL,
+    LEFT_OUT,
+    MISSING,
+    PASS,
+    UNDECIDED,
+    Cause,
+    Comparison,
+)
 
 WEIGHTED = ("B2", "B3", "B9", "B41", "B46")
 """Faults that `weighted` finds."""
@@ -78,6 +91,11 @@ def diagnose(
     found = {side: Side(side) for side in "AG"}
     index = Index(case)
     _prepare(case, found, index, done)
+    if all(f.verdict in (PASS, LEFT_OUT) for f in findings):  # then only other labels count
+        found["G"].passed = True
+        _search(case, found["G"], found, index)
+        causes = _forms(case, found)
+        return tuple(causes), (), _told(case, findings, causes)
     for side in found.values():
         _search(case, side, found, index)
     _agree(found)
@@ -89,7 +107,7 @@ def diagnose(
     causes += _scales(case, found, findings)
     causes += [*precision.causes(case, found), *_signs(case, found)]
     kept = tuple(one for one in causes if any(_speaks(one, f) for f in findings))
-    return kept, tuple(_excluded(found)), _told(findings, kept)
+    return kept, tuple(_excluded(found)), _told(case, findings, kept)
 
 
 def _agree(found: Mapping[str, Side]) -> None:
@@ -113,7 +131,9 @@ def _signs(case: Case, found: Mapping[str, Side]) -> Iterator[Cause]:
 def _speaks(cause: Cause, one: Comparison) -> bool:
     """Is this a comparison that the cause is about, and that something is wrong with?"""
     wrong = one.verdict not in (PASS, LEFT_OUT) or not _aside(one)
-    return wrong and one.layer in cause.layers and one.quantity in cause.quantities
+    open_ = one.verdict == UNDECIDED and _precision(cause)  # drawn labels leave errors of any size
+    about = one.layer in cause.layers and one.quantity in cause.quantities
+    return about and wrong and not open_
 
 
 def remember(case: Case, layer: str) -> None:
@@ -122,6 +142,7 @@ def remember(case: Case, layer: str) -> None:
     states(case, layer)
     ours(case, layer)
     case.once(("diagonals", layer), partial(diagonals, case, layer))
+    ladder(case, layer, "G", case.counts(layer).theirs["G"])
     for side in see(case, layer) if is_large(case) else ():
         precision.short_sums(case, layer, side)
     if is_large(case) and case.model is not None and case.corpus is not None:
@@ -154,7 +175,9 @@ def _search(case: Case, side: Side, found: Mapping[str, Side], index: Index) -> 
         sample = spread(layers, FEW if is_large(case) else SAMPLE)
         look(case, sample, found, index, sides=side.side)
         chosen = _chosen(case, side, found, sample, known)
-        if chosen is None:
+        if chosen is None or (
+            _soft(side, sample) and not _supported(case, side, chosen, sample, known)
+        ):
             return
         more = list(rest(layers, side.table[chosen.idea]))
         _verify(case, side.side, found, index, chosen.idea, more)
@@ -178,12 +201,37 @@ def _changes_scale(idea: Idea) -> bool:
     return idea.setting is not None or "B40" in idea.faults
 
 
+def _supported(
+    case: Case, side: Side, chosen: Chosen, layers: Sequence[str], known: Mapping[str, Idea]
+) -> bool:
+    """Is theirs nearer to what was chosen than any honest dump comes to theirs?
+
+    Labels are the same for all layers. So other labels explain all of them, or none. Where no
+    honest dump was drawn, theirs must be what was chosen to the digits of float32: a hypothesis
+    that is fitted to noise takes much of it away. What A has shown needs no support.
+    """
+    if side.side == "A" or all({*chosen.faults} <= {*known[x].faults} for x in chosen.left):
+        return True
+    setting = chosen.idea.setting
+    if setting is not None and labels_of(setting).faults and len(chosen.left) < len(layers):
+        return False
+    finest = {x: side.ladders[x].steps[0][1] for x in chosen.left}
+    if case.drawn is None:
+        bare = replace(case, arithmetic=Arithmetic())
+        single = {x: bare.budget(x, "float32") for x in finest}
+        enough = {x: single[x] if setting is None else max(single[x], finest[x]) for x in finest}
+        return all(left.error <= enough[x] for x, left in chosen.left.items())
+    near = {x: SHARPER * max(left.error, finest[x]) for x, left in chosen.left.items()}
+    return unlike(case, near)
+
+
 def _scaled(side: Side) -> list[str]:
     """Layers whose form no fault was needed for, but that have a factor or another count."""
     out = []
     for layer, steps in side.ladders.items():
         idea, left = side.of(layer)
-        if idea == PLAIN and side.rank(layer, left) <= steps.by_drawing:
+        fits = side.rank(layer, left) <= steps.by_drawing and not side.drawn(layer)
+        if idea == PLAIN and fits:
             out += [] if side.whole(layer, left) else [layer]
     return out
 
@@ -345,7 +393,9 @@ def _short(case: Case, side: Side, layers: Sequence[str]) -> bool:
 
 def _soft(side: Side, layers: Sequence[str]) -> bool:
     """Does drawing explain the form of all of these layers already?"""
-    return all(side.rank(x, side.plain(x)) == side.ladders[x].by_drawing for x in layers)
+    return side.passed or all(
+        side.drawn(x) or side.rank(x, side.plain(x)) == side.ladders[x].by_drawing for x in layers
+    )
 
 
 def _worth(case: Case, side: Side, layers: Sequence[str]) -> bool:
@@ -496,7 +546,9 @@ _OF_FACTOR = {"A": ("A", "tr A · tr G"), "G": ("G", "tr A · tr G"), "n": ("n_A
 def _by_drawing(side: Side, layer: str) -> bool:
     """Is G of this layer ours by drawing alone?"""
     steps = side.ladders.get(layer)
-    return steps is not None and side.rank(layer, side.of(layer)[1]) >= steps.by_drawing
+    if steps is None:
+        return False
+    return side.drawn(layer) or side.rank(layer, side.of(layer)[1]) >= steps.by_drawing
 
 
 def _far(one: scales.Scale, sides: str) -> float:
@@ -560,26 +612,34 @@ def _sampled(side: Side) -> Iterator[str]:
             yield f"{side.side}, {names}: {words}: leaves {share:.0%} of the error"
 
 
-def _told(findings: Sequence[Comparison], causes: Sequence[Cause]) -> list[Comparison]:
+def _told(case: Case, findings: Sequence[Comparison], causes: Sequence[Cause]) -> list[Comparison]:
     """The findings with the first cause that speaks of them."""
     out = []
     for old in findings:
         one = old
-        fitting = [c for c in causes if one.layer in c.layers and one.quantity in c.quantities]
-        if fitting and one.verdict != LEFT_OUT and not (one.verdict == PASS and _aside(one)):
+        fitting = [cause for cause in causes if _speaks(cause, one)]
+        if fitting:
             first = fitting[0]
             verdict = FAIL if one.verdict == PASS or not _precision(first) else one.verdict
             verdict = MISSING if one.verdict == MISSING else verdict
             measured = one.cause and one.verdict == FAIL  # what else it may be is decided now
             words = f"{one.cause}. {first.sentence}" if measured else first.sentence
             one = replace(old, fault=first.fault, cause=words, verdict=verdict)
+            if old.verdict == PASS:  # by drawing, which explains no fault
+                one = replace(one, budget=_undrawn(case, old))
         out.append(one)
     return out
 
 
+def _undrawn(case: Case, one: Comparison) -> float:
+    """The budget of a comparison of A or G without drawing."""
+    times = 2 if one.quantity == "tr A · tr G" else 1
+    return times * case.budget(one.layer, case.arithmetic.stored or "float64")
+
+
 def _aside(one: Comparison) -> bool:
     """May this pass although the layer has a fault?"""
-    return "drawing" not in one.cause
+    return BY_DRAWING not in one.cause
 
 
 def _precision(cause: Cause) -> bool:

@@ -67,6 +67,12 @@ def part(setting: Setting, side: str) -> Setting:
     return Setting(**{name: getattr(setting, name) for name in SIDES[side]})
 
 
+def labels_of(setting: Setting) -> Setting:
+    """What of a setting decides whose labels there are, and where."""
+    names = ("labels", "amount", "smoothing", "where", "mean")
+    return Setting(**{name: getattr(setting, name) for name in names})
+
+
 def stages(case: Case, side: str) -> Iterator[list[Setting]]:
     """The single deviations that can change a side, the cheapest first."""
     every = [one for one in settings(case) if part(one, side).faults and one.count != "labels"]

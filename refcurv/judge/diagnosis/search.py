@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from refcurv.judge.arithmetic import ROUNDOFF, Arithmetic
 from refcurv.judge.case import Case
-from refcurv.judge.compare import drawing
+from refcurv.judge.compare import drawing, tells
 from refcurv.judge.diagnosis.hypotheses import Index, Left, Seen, fitted, see, tries
 from refcurv.judge.diagnosis.variants import Setting
 from refcurv.judge.diagnosis.variants.networks import COARSE
@@ -61,12 +61,14 @@ FEW = 3
 class Ladder:
     """How far one side of a layer may be off.
 
-    Fields: steps, (dtype, budget), finest first; drawn, by drawing; traced, its trace by drawing.
+    Fields: steps, (dtype, budget), finest first; drawn, by drawing; traced, its trace by drawing;
+    same, below which a form says that the labels are the same.
     """
 
     steps: tuple[tuple[str, float], ...]
     drawn: float
     traced: float = 0.0
+    same: float = 0.0
 
     def tolerance(self, rank: int) -> float:
         """How far a factor may be from what it is, given how well the form fits."""
@@ -85,6 +87,11 @@ class Ladder:
         drawing = error <= self.steps[0][1] + max(self.drawn, spread)
         return len(self.steps) + (not drawing)
 
+    @staticmethod
+    def whole(left: Left) -> float:
+        """|T − Y| over |Y|, where T/r is `error` from Y, and T − r Y is at right angles to Y."""
+        return math.hypot(left.ratio * left.error, left.ratio - 1)
+
     @property
     def by_drawing(self) -> int:
         """The rank of what drawing explains."""
@@ -101,9 +108,13 @@ def ladder(case: Case, layer: str, side: str, n_G: float | None) -> Ladder:
         if steps[-1][1] < budget <= COARSEST:
             steps.append((dtype, budget))
     drawn = drawing(case, layer, n_G)
-    if side == "A" or math.isnan(drawn.norm):
+    if side == "A" or not drawn.known:
         return Ladder(tuple(steps), 0.0)
-    return Ladder(tuple(steps), drawn.norm, drawn.trace)
+    if not drawn.norm:
+        return Ladder(tuple(steps), 0.0)
+    telling = case.once(("tells", layer), lambda: tells(case.means(layer)[1], drawn))
+    same = min(case.budget(layer, "float32"), telling)
+    return Ladder(tuple(steps), drawn.norm, drawn.trace, same)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +135,8 @@ class Chosen:
 class Side:
     """The search on one side of all layers.
 
-    Fields: sampled, what of its error a hypothesis left on a few sequences, as a share, in words.
+    Fields: passed, does drawing explain every difference; sampled, what of its error a hypothesis
+    left on a few sequences, as a share, in words.
     """
 
     side: str
@@ -132,6 +144,7 @@ class Side:
     table: Table = field(default_factory=dict)
     chosen: list[Chosen] = field(default_factory=list)
     sampled: dict[Idea, tuple[float, str]] = field(default_factory=dict)
+    passed: bool = False
 
     def add(self, idea: Idea, layer: str, left: Left) -> None:
         """Keep the best of what a hypothesis leaves in a layer."""
@@ -153,7 +166,9 @@ class Side:
     def rank(self, layer: str, left: Left) -> int:
         """`Ladder.rank` of what is left."""
         steps = self.ladders[layer]
-        return steps.rank(left.error, max(left.spread, left.wider * steps.drawn))
+        rank = steps.rank(left.error, max(left.spread, left.wider * steps.drawn))
+        drawn = rank > steps.by_drawing and steps.whole(left) <= steps.steps[0][1] + steps.drawn
+        return steps.by_drawing if drawn else rank
 
     def open(self) -> list[str]:
         """The layers that no hypothesis has explained, and that are not exactly ours."""
@@ -200,6 +215,15 @@ class Side:
     def whole(self, layer: str, left: Left) -> bool:
         """Is nothing left of it to explain: no factor, and no row more or less?"""
         return self.unit(layer, left) and left.rows in (None, 1)
+
+    def drawn(self, layer: str) -> bool:
+        """Does drawing explain the layer without any fault, its factor too?
+
+        Also where a form agrees better, as one of rank one always does.
+        """
+        steps, left = self.ladders[layer], self.plain(layer)
+        fits = steps.drawn > 0 and steps.whole(left) <= steps.steps[0][1] + steps.drawn
+        return fits and left.error >= steps.same and self.of(layer)[0] == PLAIN
 
     def choose(self, layers: Collection[str], known: Mapping[str, Faults]) -> Chosen | None:
         """The simplest of what explains most of these layers.

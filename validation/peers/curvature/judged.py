@@ -16,7 +16,8 @@ import refcurv as rc
 from refcurv.algebra.scaling import norm
 from refcurv.curvature.exact import f_tok, fisher
 from refcurv.judge.arithmetic import Arithmetic, moment_budget
-from refcurv.judge.compare import DEVIATIONS, one_draw
+from refcurv.judge.compare import one_draw
+from refcurv.judge.drawn import DEVIATIONS
 from refcurv.judge.verdict import Verdict
 from refcurv.law.checks import SchemaError
 

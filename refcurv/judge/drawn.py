@@ -1,0 +1,73 @@
+"""What drawn labels explain in one layer: the record that `draws` makes and all others read."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+from scipy import stats
+
+DEVIATIONS: Final = 4.0
+"""Standard errors of the norm of a difference that drawn labels are taken to explain, where only a
+standard error is known.
+
+Chosen. By Markov's inequality |G − E G|² exceeds 16 times its mean with odds of at most 1/16,
+whatever the rows are. Where many rows are summed the norm is nearly that of a normal matrix, and
+the odds are below 1e-4.
+"""
+
+
+def deviations(freedom: int) -> float:
+    """DEVIATIONS where the standard error is itself estimated, from so many degrees of freedom.
+
+    Student's t exceeds it with the odds of a normal number beyond DEVIATIONS: 4.7 for 31, 8.5 for
+    7, 10,000 for a single one.
+    """
+    return float(stats.t.isf(stats.norm.sf(DEVIATIONS), freedom))
+
+
+LITTLE: Final = 0.1
+"""Chosen: where a standard error lets drawing explain more of G than this, the corpus's labels may
+look like drawn ones, and nothing passes by it."""
+
+RARE: Final = 8.0
+"""So many times DEVIATIONS standard errors are no drawing, where it explains more than LITTLE.
+
+By Markov's inequality |G − E G|² exceeds them with odds of at most 1/1024. Few labels may then
+carry most of G, so that DEVIATIONS alone are exceeded now and then.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """How far theirs may be from ours by drawing: 0 where neither draws, NaN if nobody knows.
+
+    Fields:
+        norm: of G, over |G|. trace: of tr G, over tr G. form: of G/tr G, over its norm.
+        draws: so many honest dumps were drawn, and lie within; 0 where a standard error tells it.
+    """
+
+    norm: float
+    trace: float
+    form: float
+    draws: int = 0
+
+    @property
+    def known(self) -> bool:
+        """Is it known how much drawing explains?"""
+        return not math.isnan(self.norm)
+
+    @property
+    def told(self) -> bool:
+        """Were honest dumps drawn? Then diagnosis tells the corpus's labels from drawn ones."""
+        return self.draws > 0
+
+    @property
+    def reach(self) -> float:
+        """How far G/tr G may be off before it is certain that drawing does not explain it."""
+        return self.form if self.told or self.form <= LITTLE else RARE * self.form
+
+
+NO_DRAWING: Final = Drawing(0.0, 0.0, 0.0)
+UNKNOWN: Final = Drawing(math.nan, math.nan, math.nan)

@@ -1,0 +1,253 @@
+"""Drawn labels: what an honest program may differ by, how often it fails, and the words for it."""
+
+from __future__ import annotations
+
+from itertools import combinations_with_replacement, islice
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import config, few, random_parameters
+
+import refcurv as rc
+from refcurv.cli import main
+from refcurv.judge import draws
+from refcurv.judge.arithmetic import Arithmetic
+from refcurv.judge.case import Case
+from refcurv.judge.compare import Bounds
+from refcurv.judge.drawn import LITTLE, RARE, Drawing
+from refcurv.judge.foreign import read_dump
+from refcurv.judge.verdict import BY_DRAWING, Cause, Comparison, Verdict
+from refcurv.report.verdict import format_verdict, headline, layer_table
+from refcurv.report.verdict_page import verdict_page
+
+LAYERS = "blocks.0.{attn,mlp}.{q,o,up,down}"
+SAMPLED = {"declared": {"fisher": "sampled"}, "arithmetic": "float64"}
+
+
+def world(seed):
+    """A small model, its labels from nearly free to nearly certain, and a corpus."""
+    rng = np.random.default_rng(seed)
+    made = config(width=int(rng.choice([4, 8])), mlp_width=int(rng.choice([1, 5, 9])), layers=1)
+    parameters = random_parameters(made, int(rng.integers(9999)))
+    parameters["head.weight"] = parameters["head.weight"] * (0.25, 1, 3, 8)[seed % 4]
+    return rc.Model(made, parameters), rc.Corpus(rng.integers(0, made.vocabulary, (12, 8)))
+
+
+def in_memory(factors):
+    return {name: (one.A, one.G, one.n_A) for name, one in factors.items()}
+
+
+def judged(seed, fisher, draws_of_ours=1):
+    model, corpus = world(seed)
+    reference = rc.collect(model, corpus, LAYERS, seed=1, draws=draws_of_ours)
+    theirs = rc.collect(
+        model, corpus, LAYERS, fisher, **({"seed": 2} if fisher == "sampled" else {})
+    )
+    return rc.validate(in_memory(theirs), reference, model=model, corpus=corpus, **SAMPLED)
+
+
+# ------------------------------------------------------------------ how often an honest one fails
+
+
+def test_honest_dumps_are_those_of_collect():
+    """In law: their mean is the expected G, and one draw of all is as far from it as stated."""
+    model, corpus = world(1)
+    exact = rc.collect(model, corpus, LAYERS, "expected")
+    drawn = rc.collect(model, corpus, LAYERS, draws=200)
+    case = Case(
+        read_dump(in_memory(exact)), drawn, {x: x for x in exact}, Arithmetic(), model, corpus
+    )
+    dumps = list(islice(draws.honest(case, list(exact), 1), 400))
+    for name, one in exact.items():
+        each = np.stack([dump[name] for dump in dumps])
+        error = drawn[name].error_G * np.sqrt(200)
+        spread = np.sqrt(((each - one.G) ** 2).sum(axis=(1, 2)).mean())
+        assert spread == pytest.approx(error, rel=0.25)
+        assert np.linalg.norm(each.mean(axis=0) - one.G) <= 3 * error / np.sqrt(400)
+    two = next(draws.honest(case, list(exact), 2))
+    assert not np.array_equal(two[name], dumps[0][name])
+
+
+@pytest.mark.parametrize(
+    ("most", "times", "limit"), [(4, 20, 12), pytest.param(19, 300, 29, marks=pytest.mark.slow)]
+)
+def test_an_honest_dump_fails_as_often_as_is_stated(most, times, limit, monkeypatch):
+    """With `most` dumps the odds are 1/(most + 1), whatever the tails: 4 of 20, and 15 of 300.
+
+    An honest judge exceeds the limits with odds of 1e-4 and 4e-4; one that never fails is none.
+    """
+    for name, value in (("FEWEST", most), ("MOST", most), ("PILOT", 8)):
+        monkeypatch.setattr(draws, name, value)
+    failed = 0
+    for seed in range(times):
+        model, corpus = world(seed)
+        reference = rc.collect(model, corpus, LAYERS, seed=1)
+        theirs = in_memory(rc.collect(model, corpus, LAYERS, seed=10**6 + seed))
+        dump, all_64 = read_dump(theirs), Arithmetic(*["float64"] * 5)
+        case = Case(dump, reference, {x: x for x in theirs}, all_64, model, corpus)
+        case = draws.with_drawing(case)
+        found = [draws._theirs(case, x) for x in theirs]
+        drawn = [case.drawn[x] for x in theirs]
+        failed += any(x[0] > up.form or x[1] > up.trace for x, up in zip(found, drawn, strict=True))
+    assert 0 < failed < limit, failed
+
+
+@pytest.mark.parametrize("seed", [1, 3])
+def test_gold_labels_never_pass_for_drawn_ones(seed):
+    """Drawing may explain all of G (seed 3: labels are nearly certain). The corpus's are named."""
+    honest, gold = judged(seed, "sampled"), judged(seed, "empirical")
+    assert honest.passed and not honest.causes, honest.failed
+    assert not gold.passed and [one.fault for one in gold.causes] == ["B15"]
+    turned = [f for f in gold.findings if f.fault == "B15"]
+    assert turned and all(BY_DRAWING not in f.cause or f.error > f.budget for f in turned)
+    assert all(f.error > f.budget for f in turned)
+
+
+def test_likely_labels_prove_nothing():
+    """Where labels are nearly certain, drawn ones are often the likeliest ones in every place."""
+    model, corpus = world(3)
+    parameters = dict(model.parameters)
+    parameters["head.weight"] = parameters["head.weight"] * 8
+    model = rc.Model(model.config, parameters)
+    reference = rc.collect(model, corpus, LAYERS, seed=1, draws=2)
+    for seed in range(2, 6):
+        theirs = in_memory(rc.collect(model, corpus, LAYERS, seed=seed))
+        verdict = rc.validate(theirs, reference, model=model, corpus=corpus, **SAMPLED)
+        assert verdict.passed and not verdict.causes, verdict.failed
+
+
+def test_the_labels_of_the_reference_need_no_draws(monkeypatch):
+    model, corpus = world(1)
+    reference = rc.collect(model, corpus, LAYERS, seed=1)
+    monkeypatch.setattr(draws, "honest", lambda *_: pytest.fail("labels are the same"))
+    given_ = {"model": model, "corpus": corpus, **SAMPLED}
+    assert rc.validate(in_memory(reference), reference, **given_).passed
+
+
+def test_a_factor_that_no_draw_has_fails():
+    model, corpus = world(1)
+    reference = rc.collect(model, corpus, LAYERS, seed=1, draws=8)
+    drawn = rc.collect(model, corpus, LAYERS, seed=2)
+    theirs = {name: (one.A, 4 * one.G, one.n_A) for name, one in drawn.items()}
+    verdict = rc.validate(theirs, reference, model=model, corpus=corpus, **SAMPLED)
+    assert {f.verdict for f in verdict.failed} == {"fail"}
+
+
+# ------------------------------------------------------------------ a standard error alone
+
+
+def test_nothing_passes_by_a_large_standard_error():
+    """It lets other labels hide; far beyond it there is no drawing, by Markov's inequality."""
+    model, corpus = world(1)
+    one = rc.collect(model, corpus, LAYERS, draws=2)
+    case = Case(read_dump(in_memory(one)), one, {x: x for x in one}, Arithmetic())
+
+    def verdict(error, share, known=0):
+        bounds = Bounds(case, next(iter(one)), Drawing(share, share, share, known))
+        return bounds.judged("G", error, "another", drawing=share).verdict
+
+    assert verdict(0.9 * LITTLE, LITTLE) == "pass" and verdict(1.1 * LITTLE, LITTLE) == "fail"
+    assert verdict(0.1, 0.5) == verdict(0.9 * RARE / 2, 0.5) == "undecided"
+    assert verdict(1.1 * RARE / 2, 0.5) == "fail"
+    assert verdict(0.4, 0.5, 99) == "pass" and verdict(0.6, 0.5, 99) == "fail"
+    assert verdict(1e-9, 0.5) == "equal as float32", "no other label changes so little"
+
+
+def test_a_gauge_is_none_where_the_scale_is_undecided():
+    model, corpus = world(1)
+    reference = rc.collect(model, corpus, LAYERS, seed=1, draws=2)
+    other = rc.collect(model, corpus, LAYERS, seed=2)
+    theirs = {name: (1e9 * one.A, one.G / 1e9, one.n_A) for name, one in other.items()}
+    verdict = rc.validate(theirs, reference, **SAMPLED)
+    assert {f.verdict for f in verdict.failed} == {"undecided"}, verdict.failed
+
+
+def test_no_hypothesis_that_is_fitted_to_noise_turns_undecided_into_failed():
+    """Without model and corpus: here a matrix of rank one takes nine tenths of it away."""
+    model, corpus = world(1)
+    reference = rc.collect(model, corpus, LAYERS, seed=1, draws=8)
+    theirs = in_memory(rc.collect(model, corpus, LAYERS, seed=2))
+    verdict = rc.validate(theirs, reference, **SAMPLED)
+    assert {f.verdict for f in verdict.failed} == {"undecided"} and not verdict.causes
+
+
+@pytest.mark.parametrize(("number", "seed"), [(7, 8), (11, 9), (1, 2)])
+def test_a_gauge_changes_nothing_of_what_drawing_explains(number, seed):
+    """The trace that is judged is that of K: here tr G is nearer than it, and hid how far K is."""
+    model, corpus = world(number)
+    reference = rc.collect(model, corpus, LAYERS, seed=1)
+    drawn = rc.collect(model, corpus, LAYERS, seed=seed)
+    theirs = {name: (4096 * one.A, one.G / 4096, one.n_A) for name, one in drawn.items()}
+    verdict = rc.validate(theirs, reference, model=model, corpus=corpus, **SAMPLED)
+    assert verdict.passed, verdict.failed
+
+
+# ------------------------------------------------------------------ words
+
+WORDS = ("pass", "left out", "undecided", "fail", "missing", "equal as float32")
+
+
+def verdict_of(kinds, causes=(), accepted=()):
+    findings = tuple(
+        Comparison(f"blocks.{n}.mlp.up", "G", 0.5, 0.1, kind, None, f"seen {n}")
+        for n, kind in enumerate(kinds)
+    )
+    return Verdict(findings, tuple(causes), (), "memory", (), {}, "", tuple(accepted))
+
+
+@pytest.mark.parametrize("accepted", [(), ("float32",)], ids=["strict", "accepting"])
+def test_every_mixture_of_verdicts_has_its_words(accepted):
+    """Failed beats undecided, which beats passed; a count is that of the layers it is about."""
+    cause = Cause("B15", "words.", "mend it.", ("blocks.0.mlp.up",), ("G",), 0.5, 0.0)
+    mixtures = [c for n in (1, 2, 3) for c in combinations_with_replacement(WORDS, n)]
+    for kinds in mixtures:
+        for causes in ((), (cause,)):
+            found = verdict_of(kinds, causes, accepted)
+            data = found.to_json()
+            line, page = headline(data), verdict_page(data)
+            fine = {"pass", "left out", *(["equal as float32"] if accepted else [])}
+            wrong = [k for k in kinds if k not in fine and k != "undecided"]
+            open_ = kinds.count("undecided")
+            if wrong:
+                assert line.startswith(f"FAILED: {len(wrong)} of {len(kinds)} layers of memory: ")
+                assert ("B15" in line) == bool(causes)
+                assert ("no known cause" in line) == (not causes and "fail" in kinds)
+                assert (f"{open_} more undecided" in line) == bool(open_)
+                assert "nothing is known" not in line.lower()
+            elif open_:
+                assert line.startswith(f"UNDECIDED: {open_} of {len(kinds)} layers of memory")
+                assert "FAILED" not in line and "No known fault" not in page
+            elif set(kinds) == {"left out"}:
+                assert line.startswith("nothing was compared")
+            else:
+                assert line.startswith("passed: ")
+            assert found.passed == line.startswith("passed: ")
+            assert format_verdict(data).startswith(line)
+            table = dict(zip((r[0] for r in layer_table(data).rows), kinds, strict=True))
+            for row in layer_table(data).rows:
+                assert row[-1] == ("pass" if table[row[0]] == "left out" else table[row[0]])
+
+
+@few(25)
+@given(st.lists(st.sampled_from(WORDS), min_size=1, max_size=6))
+def test_the_worst_word_of_a_layer_is_its_word(kinds):
+    one = tuple(Comparison("a", f"q{n}", 0.5, 0.1, kind) for n, kind in enumerate(kinds))
+    (row,) = layer_table(Verdict(one, program="memory").to_json()).rows
+    order = ("fail", "missing", "equal as float32", "undecided")
+    assert row[-1] == next((word for word in order if word in kinds), "pass")
+
+
+def test_undecided_is_no_failure_in_words_and_no_success_in_status(tmp_path, capsys):
+    """Exit status 1: nobody may take it for a pass."""
+    model, corpus = world(1)
+    for seed, name in ((1, "ours"), (2, "theirs")):
+        rc.save_factors(rc.collect(model, corpus, LAYERS, seed=seed), tmp_path / f"{name}.h5")
+    status = main(
+        ["validate", str(tmp_path / "theirs.h5"), "--reference", str(tmp_path / "ours.h5")]
+    )
+    assert status == 1
+    text = capsys.readouterr().out
+    assert text.startswith("UNDECIDED: 4 of 4 layers") and "FAILED" not in text
+    assert "give model and corpus" in " ".join(text.split())
