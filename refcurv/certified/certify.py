@@ -38,13 +38,13 @@ from refcurv.law.checks import (
     require_range,
     require_shape,
 )
-from refcurv.model.corpus import Corpus, require_corpus
-from refcurv.model.part import numbers_of
+from refcurv.model.corpus import Corpus
+from refcurv.model.given import numbers_of, require_corpus, require_model
 from refcurv.model.patterns import expand
 from refcurv.model.rows import require_rows
 from refcurv.model.sampling import signs
 from refcurv.model.transformer import forward
-from refcurv.model.weights import Model, require_model, resident
+from refcurv.model.weights import Model, resident
 from refcurv.progress import Progress, silent
 
 MOST_BITS: Final = 2**14

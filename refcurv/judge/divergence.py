@@ -12,8 +12,8 @@ import numpy as np
 from refcurv.judge.arithmetic import AMPLIFICATION, ROUNDOFF
 from refcurv.judge.trace import Trace, trace
 from refcurv.law.checks import Array, NameUnknownError, as_array, as_integers, require_choice
-from refcurv.model.corpus import Corpus, require_corpus
-from refcurv.model.part import numbers_of
+from refcurv.model.corpus import Corpus
+from refcurv.model.given import numbers_of, require_corpus
 from refcurv.model.weights import Model
 
 

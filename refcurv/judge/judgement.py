@@ -47,9 +47,10 @@ from refcurv.law.checks import (
     SchemaError,
     require_choice,
 )
-from refcurv.model.corpus import Corpus, require_corpus
+from refcurv.model.corpus import Corpus
+from refcurv.model.given import require_corpus, require_model
 from refcurv.model.patterns import expand
-from refcurv.model.weights import Model, require_model
+from refcurv.model.weights import Model
 from refcurv.progress import Progress, counter, doing, silent
 
 Theirs = str | Path | Factors | Mapping[str, Any] | Dump
@@ -126,8 +127,7 @@ def validate(
     bases = load_bases(basis) if isinstance(basis, str | Path) else basis
     require_together(truth, model, corpus, bases)
     say = partial(doing, progress)
-    case = Case(dump, truth, matched, given, model, corpus, bases, say=say)
-    case, biases = with_biases(case)
+    case, biases = with_biases(Case(dump, truth, matched, given, model, corpus, bases, say=say))
     findings = [*_otherwise(case), *(said("", "dump", FAIL, text) for text in dump.problems)]
     findings += [*notes, *_absent(case, wanted, {note.layer for note in notes}), *biases]
     measured: dict[str, dict[str, Measured]] = {}
@@ -144,7 +144,7 @@ def validate(
             done()
         _require_compared(findings)
         known, excluded, findings = diagnose(case, findings, measured, done)
-        shown = _shown(case, findings, pictures)
+        shown = tuple(_shown(case, findings, pictures))
     progress(2 * len(matched), 2 * len(matched))
     return Verdict(
         tuple(findings),
@@ -153,10 +153,8 @@ def validate(
         dump.program,
         case.dump.recipe,
         dict(matched),
-        arithmetic=given.text,
-        accepted=tuple(accept),
-        pictures=tuple(shown),
-    )
+        arithmetic=given.text, accepted=tuple(accept), pictures=shown,
+    )  # fmt: skip
 
 
 def _require_ours(model: object, corpus: object) -> None:

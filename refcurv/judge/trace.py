@@ -29,15 +29,16 @@ from refcurv.law.checks import (
 from refcurv.law.conventions import Fisher
 from refcurv.model import transformer
 from refcurv.model.config import TABLES, ModelConfig
-from refcurv.model.corpus import Corpus, require_corpus, require_fit
+from refcurv.model.corpus import Corpus, require_fit
 from refcurv.model.fisher import cotangents, require_fisher
+from refcurv.model.given import numbers_of, require_corpus, require_model
 from refcurv.model.images import patches
 from refcurv.model.layers import Layout
 from refcurv.model.loss import cross_entropy
-from refcurv.model.part import numbers_of, part_of
+from refcurv.model.part import part_of
 from refcurv.model.sampling import draw_labels, uniforms
 from refcurv.model.transformer import Inputs, Parameters, Slope, Tap, image_layout, layout_of
-from refcurv.model.weights import Model, require_model, resident
+from refcurv.model.weights import Model, resident
 
 
 @dataclass(frozen=True, slots=True)

@@ -228,19 +228,6 @@ def require_inputs(who: str, corpus: Corpus, config: ModelConfig) -> None:
         require_token_ids(who, "tokens", require_tokens(who, corpus), config.vocabulary)
 
 
-def require_corpus(who: str, given: object) -> Corpus:
-    """`given`, or ConventionError: a path, say, is not loaded here.
-
-    Proof: tests/test_hostile.py::test_a_path_is_no_model_and_no_corpus
-    """
-    if isinstance(given, Corpus):
-        return given
-    raise ConventionError(
-        f"{who}: the corpus must be a Corpus, such as rc.load_corpus(path); got "
-        f"{type(given).__name__}."
-    )
-
-
 def require_fit(who: str, corpus: Corpus, config: ModelConfig) -> Array:
     """The labels (N, T), (N, 1) of images, of a corpus that the model can read and be judged by.
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from refcurv.law.checks import Array, ConventionError, NameUnknownError, ShapeError, require_choice
+from refcurv.law.checks import Array, NameUnknownError, ShapeError, require_choice
 from refcurv.law.conventions import COMPUTE_DTYPES
 from refcurv.model.config import ModelConfig
 
@@ -63,18 +63,6 @@ class Model:
             own.flags.writeable = False
             replaced[name] = own
         return replace(self, parameters=Overlay(self.parameters, replaced))
-
-
-def require_model(who: str, given: object) -> Model:
-    """`given`, or ConventionError: a path, say, is not loaded here.
-
-    Proof: tests/test_hostile.py::test_a_path_is_no_model_and_no_corpus
-    """
-    if isinstance(given, Model):
-        return given
-    raise ConventionError(
-        f"{who}: the model must be a Model, such as rc.load(path); got {type(given).__name__}."
-    )
 
 
 def resident(model: Model, dtype: DTypeLike | None = None) -> dict[str, Array]:
