@@ -904,7 +904,13 @@ FAMILY = {
 """One published configuration of each family, with tiny sizes."""
 
 
-@pytest.mark.parametrize("name", FAMILY.values())
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if k % 4 == 0 else [pytest.mark.slow])
+        for k, name in enumerate(FAMILY.values())
+    ],
+)
 def test_a_twin_of_every_family_is_certified(name: str) -> None:
     """Nats of the loops in mpmath lie in the balls, and the float64's gradient is near."""
     _, made = read_config("x", json.dumps(PUBLISHED[name]["config"]))

@@ -514,7 +514,8 @@ def outcome(kind: str, *pair: str) -> str:
     return "both" if said == wanted else "wrong" if said - wanted else "caught"
 
 
-@pytest.mark.parametrize("count", [4, pytest.param(24, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [24])
 def test_two_faults_at_once(count: int) -> None:
     """Both are named, or none wrongly, in the share of random pairs that was measured."""
     found = {one: outcome(*one) for one in pairs(count)}

@@ -63,7 +63,12 @@ def named(setting, theirs, **options):
 FITTED = {"eps": (3.3e-5, "B53"), "rotary base": (777.0, "B51")}
 
 
-@pytest.mark.parametrize("name", FITTED)
+def dear(names):
+    """The first by default; each takes seconds, so that the others are slow tests."""
+    return [pytest.param(n, marks=[pytest.mark.slow] if k else []) for k, n in enumerate(names)]
+
+
+@pytest.mark.parametrize("name", dear(FITTED))
 def test_a_quantity_is_fitted(setting, name):
     level, fault = FITTED[name]
     verdict, faults = named(setting, planted(setting, Setting(network=((name, level),))))
@@ -79,7 +84,7 @@ CHANGED = {
 }
 
 
-@pytest.mark.parametrize("name", CHANGED)
+@pytest.mark.parametrize("name", dear(CHANGED))
 def test_a_part_that_rounds_or_is_another_has_its_name(setting, name):
     level = 4.0 if "bits" in name else 0.0
     theirs = planted(setting, Setting(network=((name, level),)))
@@ -111,6 +116,7 @@ def test_dropout_is_told_from_other_weights(layered):
     assert "B55" not in named(layered, theirs)[1]
 
 
+@pytest.mark.slow
 def test_weights_of_another_norm_show(layered):
     _, corpus, _ = layered
     joint = {"fisher": "empirical", "bias": "joint"}
