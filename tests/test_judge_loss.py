@@ -197,6 +197,7 @@ def test_without_a_corpus_nothing_tells_steps_from_terms():
 
 
 @pytest.mark.slow
+@pytest.mark.xfail(strict=True, reason="B3 of drawn labels is named B6: its factor is near 1/V")
 def test_weights_of_batches_are_told_by_their_factor_where_drawing_hides_their_form(padded):
     """Their own labels: G of each sequence over the square of its batch's labels."""
     model, corpus, collect = padded

@@ -96,6 +96,7 @@ def test_other_rows_and_texts_of_joint_layers_have_their_names(biased, fisher) -
 
 ALIKE = {
     "rows of G with pads, padding sees real": "B4",  # without a count it is another divisor
+    "a is stream behind": "B42",  # a sum in place leaves the same there
     "residual shared": "B34",  # an MLP then reads what attention reads
 }
 """Settings that are another fault in some layers, and which."""

@@ -146,7 +146,6 @@ NETWORK: Final = (
     _where("B53-gain", "1 + gain where the file holds the gain, or the reverse",
            _network("gain and gain − 1")),
     _where("B54", "another activation: tanh for erf, GELU for SiLU", _other_activation),
-    _where("B54-cap", "the soft-caps are left out",
-           _network("no soft-cap of scores", "no soft-cap of logits")),
+    _where("B54-cap", "the soft-cap of scores is left out", _network("no soft-cap of scores")),
     _where("B57", "the weights went through bfloat16", _network("weights as bfloat16")),
 )  # fmt: skip
