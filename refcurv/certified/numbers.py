@@ -120,7 +120,7 @@ class Task:
 def run(kind: Kind, task: Task, number: int, one: Sequence, found: Found) -> None:
     """All that is wanted of one sequence, into `found`; its arrays are called "nats.3" and so on.
 
-    Proof: tests/test_certified.py::test_every_number_type_says_the_same
+    Proof: tests/test_certified.py::test_more_bits_give_smaller_balls_inside
     """
     if {"logits", "nats", "gradient", "A", "G"} & {*task.of}:
         theta = {name: kind.number(x) for name, x in task.parameters.items()}

@@ -82,8 +82,7 @@ def inject(truth: Truth, *ids: str) -> Dump | None:
         ids: of INJECTED. Weights of sequences and roundings make A and G anew from the rows, and so
             undo what comes before them: put them first, and no two of them together.
 
-    Proof: tests/test_injected.py::test_rows_and_labels_are_the_loops,
-        ::test_an_injected_fault_has_its_name
+    Proof: tests/test_injected.py::test_an_injected_fault_has_its_name
     """
     layers = planted(truth, *ids)
     if not layers:
