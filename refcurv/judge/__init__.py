@@ -8,8 +8,9 @@ Another program:
     judgement   `validate`: reads a dump (foreign/), compares, diagnoses
     dump, case, verdict     what theirs holds; beside what it is judged; what is said of it
     arithmetic  budgets from their dtypes
-    compare     A and G; bases and edits: eigenvectors, masks, edited weights
-    corrections EK-FAC's Λ, in their eigenvectors; segments: of which sums it may be made
+    compare     A and G; draws, drawn: what drawing labels explains of them
+    bases, masks, edits     eigenvectors, cuts, edited weights
+    corrections EK-FAC's Λ; truths: ours, in their eigenvectors; segments: of what sums it is made
     biases      layers whose dump joins weight and bias
     diagnosis/  which known fault explains it
     injected/   the known faults, put into a truth: for tests of the diagnosis, and for cases/

@@ -23,7 +23,7 @@ from refcurv.judge.bases import Before, basis_of, before, compare_bases
 from refcurv.judge.belonging import require_together
 from refcurv.judge.biases import with_biases
 from refcurv.judge.case import ROOM, Case
-from refcurv.judge.compare import Bounds, Measured, compare_moments, drawing, said
+from refcurv.judge.compare import Bounds, compare_moments, drawing, said
 from refcurv.judge.corrections import compare_corrections
 from refcurv.judge.declared import as_number, require_declared
 from refcurv.judge.diagnosis.causes import with_named
@@ -130,20 +130,19 @@ def validate(
     case, biases = with_biases(Case(dump, truth, matched, given, model, corpus, bases, say=say))
     findings = [*_otherwise(case), *(said("", "dump", FAIL, text) for text in dump.problems)]
     findings += [*notes, *_absent(case, wanted, {note.layer for note in notes}), *biases]
-    measured: dict[str, dict[str, Measured]] = {}
     done = counter(progress, 2 * len(matched))
     with one_blas_thread(), np.errstate(over="ignore", invalid="ignore"):  # theirs may be huge
         case = with_drawing(case)
         truths = Truths(case)
         for layer in matched:
             say(f"compare {layer}")
-            found, measured[layer] = _layer(case, layer, truths)
+            found = _layer(case, layer, truths)
             findings += found
             if any(one.verdict not in (PASS, LEFT_OUT) for one in found):
                 remember(case, layer)  # while it is in memory
             done()
         _require_compared(findings)
-        known, excluded, findings = diagnose(case, findings, measured, done)
+        known, excluded, findings = diagnose(case, findings, done)
         shown = tuple(_shown(case, findings, pictures))
     progress(2 * len(matched), 2 * len(matched))
     return Verdict(
@@ -186,21 +185,21 @@ def _shown(case: Case, findings: Sequence[Comparison], count: int) -> list[Pictu
     return [one for layer in order for one in draw(case, layer)]
 
 
-def _layer(case: Case, layer: str, truths: Truths) -> tuple[list[Comparison], dict[str, Measured]]:
+def _layer(case: Case, layer: str, truths: Truths) -> list[Comparison]:
     """Everything that the dump holds of one layer."""
     theirs = case.theirs(layer)
     bounds = Bounds(case, layer, drawing(case, layer, theirs.n_G))
     findings, measured = compare_moments(bounds, theirs)
     findings += compare_corrections(bounds, theirs, measured, truths)
     if theirs.U_A is None and theirs.U_G is None and theirs.mask is None and theirs.W is None:
-        return findings, measured
+        return findings
     if case.ours(layer).sum_A.ndim == 1:
         text = "A of a table is diagonal, and has no basis here"
-        return [*findings, said(layer, "basis of A", LEFT_OUT, text)], measured
+        return [*findings, said(layer, "basis of A", LEFT_OUT, text)]
     own = basis_of(bounds)
     of_bases = compare_bases(bounds, theirs, own)
     made_by = before(case, layer, theirs, of_bases)
-    return [*findings, *of_bases, *_edit(bounds, theirs, own, made_by)], measured
+    return [*findings, *of_bases, *_edit(bounds, theirs, own, made_by)]
 
 
 def _edit(bounds: Bounds, theirs: Held, own: Eigenbasis, made_by: Before) -> Iterator[Comparison]:

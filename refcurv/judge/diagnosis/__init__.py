@@ -2,12 +2,20 @@
 
 Read in this order:
     faults      the names: every known fault and what to change
-    procedure   `diagnose`: the order in which hypotheses are tried, and the causes that come of it
+    procedure   `diagnose`: the order in which hypotheses are tried
     search      the fewest faults that are enough
+    telling     causes, what was excluded, and the findings with their causes; causes, their words
+
+What is tried:
     hypotheses  what needs no model: other layers, other order, damping, a missing mean
+    recomputed  what model and corpus make: A and G under other settings (variants/)
+    amounts, fits   amounts in the loss by least squares; eps and the like by a search
+    weighted    weights of batches and sequences, by least squares
+    unknown, dropped    labels that nobody knows; a pass with dropout: by tests
     scales      factors of A and G, and counts
     precision   the size of a coarser arithmetic
-    recomputed  what model and corpus make: A and G under other settings (variants/)
-    weighted    weights of batches and sequences, by least squares
     signs       what a matrix shows by itself
+
+Of what is made from A and G:
+    bases, rules, cuts, corrections     why eigenvectors, shares, masks or Λ are not ours
 """

@@ -27,6 +27,21 @@ def made(
     return Cause(fault, f"{name}{words}", remedy, layers, quantities, before, after, tuple(alike))
 
 
+def about(
+    case: Case,
+    fault: str | None,
+    words: str,
+    at: Sequence[Comparison],
+    before: float,
+    after: float,
+    alike: Sequence[str] = (),
+) -> Cause:
+    """A Cause that speaks of these comparisons."""
+    layers = dict.fromkeys(f.layer for f in at)
+    quantities = dict.fromkeys(f.quantity for f in at)
+    return made(case, fault, words, tuple(layers), tuple(quantities), before, after, alike)
+
+
 def with_named(
     case: Case, causes: Sequence[Cause], findings: Sequence[Comparison]
 ) -> tuple[Cause, ...]:
@@ -64,11 +79,9 @@ def of_moments(quantity: str) -> bool:
 
 
 def _cause(case: Case, fault: str, at: Sequence[Comparison]) -> Cause:
-    layers = tuple(dict.fromkeys(one.layer for one in at))
-    quantities = tuple(dict.fromkeys(one.quantity for one in at))
     worst = max(one.error or 0.0 for one in at)
     words = f"In {at[0].layer}: {at[0].cause}."
-    return made(case, fault, words, layers, quantities, worst, at[0].budget or 0.0)
+    return about(case, fault, words, at, worst, at[0].budget or 0.0)
 
 
 def _wider(old: Cause, at: Sequence[Comparison]) -> Cause:

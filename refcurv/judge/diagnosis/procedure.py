@@ -8,19 +8,14 @@ found as one for each of these. The fewest faults that are enough win (`search`)
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
 from refcurv.judge.arithmetic import Arithmetic
-from refcurv.judge.biases import A_COLUMN, NO_COLUMN
 from refcurv.judge.case import Case
-from refcurv.judge.compare import Measured
-from refcurv.judge.diagnosis import precision, scales
+from refcurv.judge.diagnosis import precision, scales, telling
 from refcurv.judge.diagnosis.amounts import fit
-from refcurv.judge.diagnosis.causes import made
-from refcurv.judge.diagnosis.faults import FAULTS
 from refcurv.judge.diagnosis.fits import fits
 from refcurv.judge.diagnosis.hypotheses import Index, diagonals, see, states
 from refcurv.judge.diagnosis.recomputed import (
@@ -49,23 +44,13 @@ from refcurv.judge.diagnosis.search import (
     rest,
     spread,
 )
-from refcurv.judge.diagnosis.signs import signs
 from refcurv.judge.diagnosis.unknown import remainder
 from refcurv.judge.diagnosis.variants import Setting, combined
 from refcurv.judge.diagnosis.variants.networks import BITS, PARTS
 from refcurv.judge.diagnosis.variants.setting import HALVES
 from refcurv.judge.diagnosis.weighted import weigh
 from refcurv.judge.draws import unlike
-from refcurv.judge.verdict import (
-    BY_DRAWING,
-    FAIL,
-    LEFT_OUT,
-    MISSING,
-    PASS,
-    UNDECIDED,
-    Cause,
-    Comparison,
-)
+from refcurv.judge.verdict import LEFT_OUT, PASS, Cause, Comparison
 
 WEIGHTED = ("B2", "B3", "B9", "B41", "B46")
 """Faults that `weighted` finds."""
@@ -77,7 +62,6 @@ ROUNDS = 4
 def diagnose(
     case: Case,
     findings: Sequence[Comparison],
-    measured: Mapping[str, Mapping[str, Measured]],
     done: Callable[[], None] = lambda: None,
 ) -> tuple[tuple[Cause, ...], tuple[str, ...], list[Comparison]]:
     """(causes, hypotheses excluded, the findings with their causes).
@@ -86,7 +70,7 @@ def diagnose(
 
     Proof: tests/test_injected.py::test_an_injected_fault_has_its_name
     """
-    if all(f.verdict in (PASS, LEFT_OUT) and _aside(f) for f in findings):
+    if all(f.verdict in (PASS, LEFT_OUT) and telling.aside(f) for f in findings):
         return (), (), list(findings)
     found = {side: Side(side) for side in "AG"}
     index = Index(case)
@@ -94,20 +78,17 @@ def diagnose(
     if all(f.verdict in (PASS, LEFT_OUT) for f in findings):  # then only other labels count
         found["G"].passed = True
         _search(case, found["G"], found, index)
-        causes = _forms(case, found)
-        return tuple(causes), (), _told(case, findings, causes)
+        causes = tuple(telling.forms(case, found))
+        return causes, (), telling.told(case, findings, causes)
     for side in found.values():
         _search(case, side, found, index)
     _agree(found)
     for side in found.values():
-        seen = [one for layer in case.matched if (one := _scale(case, found, layer))]
+        seen = [one for layer in case.matched if (one := telling.scale(case, found, layer))]
         _by_counts(case, side, found, index, seen)
         _by_weights(case, side, found, index, seen)
-    causes = [*_forms(case, found), *_missing(case, found, findings)]
-    causes += _scales(case, found, findings)
-    causes += [*precision.causes(case, found), *_signs(case, found)]
-    kept = tuple(one for one in causes if any(_speaks(one, f) for f in findings))
-    return kept, tuple(_excluded(found)), _told(case, findings, kept)
+    causes = telling.causes(case, found, findings)
+    return causes, tuple(telling.excluded(found)), telling.told(case, findings, causes)
 
 
 def _agree(found: Mapping[str, Side]) -> None:
@@ -119,21 +100,6 @@ def _agree(found: Mapping[str, Side]) -> None:
                 if both and {*both.faults} < {*one.faults, *two.faults}:
                     idea = replace(one.idea, faults=both.faults)
                     found["A"].chosen[k] = replace(one, idea=idea, alike=())
-
-
-def _signs(case: Case, found: Mapping[str, Side]) -> Iterator[Cause]:
-    for one in signs(case, found):
-        before = max(found[one.side].plain(x).error for x in one.layers)
-        at = one.layers, _form_of(one.side)
-        yield made(case, one.fault, f"{one.words}.", *at, before, math.nan, one.alike)
-
-
-def _speaks(cause: Cause, one: Comparison) -> bool:
-    """Is this a comparison that the cause is about, and that something is wrong with?"""
-    wrong = one.verdict not in (PASS, LEFT_OUT) or not _aside(one)
-    open_ = one.verdict == UNDECIDED and _precision(cause)  # drawn labels leave errors of any size
-    about = one.layer in cause.layers and one.quantity in cause.quantities
-    return about and wrong and not open_
 
 
 def remember(case: Case, layer: str) -> None:
@@ -230,8 +196,8 @@ def _scaled(side: Side) -> list[str]:
     out = []
     for layer, steps in side.ladders.items():
         idea, left = side.of(layer)
-        fits = side.rank(layer, left) <= steps.by_drawing and not side.drawn(layer)
-        if idea == PLAIN and fits:
+        within = side.rank(layer, left) <= steps.by_drawing and not side.drawn(layer)
+        if idea == PLAIN and within:
             out += [] if side.whole(layer, left) else [layer]
     return out
 
@@ -255,10 +221,9 @@ def _by_counts(
     if side.side == "G" and not found["A"].chosen:  # one count divides both
         ideas = [i for i in ideas if i.setting and i.setting.count == "rows"]
     worst = {i: max(side.table[i][x].error for x in sample) for i in ideas}
-    for idea in sorted(ideas, key=lambda idea: (len(idea.faults), worst[idea]))[:1]:
-        _verify(case, side.side, found, index, idea, list(rest(layers, sample)))
-        left = {x: side.table[idea][x] for x in layers if _whole(side, idea, x)}
-        side.chosen.append(Chosen(idea, left))
+    if ideas:
+        best = min(ideas, key=lambda idea: (len(idea.faults), worst[idea]))
+        _take(case, side, found, index, best, layers, sample)
 
 
 def _by_weights(
@@ -272,13 +237,26 @@ def _by_weights(
         return
     sample = spread(layers)
     weigh(case, found, side.side, sample)
-    fits = [i for i in side.table if i.faults in (("B2",), ("B3",)) and not i.setting]
-    fits = [idea for idea in fits if all(_whole(side, idea, x) for x in sample)]
-    if fits:
-        best = min(fits, key=lambda idea: sum(side.table[idea][x].error for x in sample))
-        _verify(case, side.side, found, index, best, list(rest(layers, sample)))
-        left = {x: side.table[best][x] for x in layers if _whole(side, best, x)}
-        side.chosen.append(Chosen(best, left))
+    ideas = [i for i in side.table if i.faults in (("B2",), ("B3",)) and not i.setting]
+    ideas = [idea for idea in ideas if all(_whole(side, idea, x) for x in sample)]
+    if ideas:
+        best = min(ideas, key=lambda idea: sum(side.table[idea][x].error for x in sample))
+        _take(case, side, found, index, best, layers, sample)
+
+
+def _take(
+    case: Case,
+    side: Side,
+    found: Mapping[str, Side],
+    index: Index,
+    idea: Idea,
+    layers: Sequence[str],
+    sample: Sequence[str],
+) -> None:
+    """Choose it for those of these layers of which it leaves nothing; it was tried on a sample."""
+    _verify(case, side.side, found, index, idea, list(rest(layers, sample)))
+    left = {x: side.table[idea][x] for x in layers if _whole(side, idea, x)}
+    side.chosen.append(Chosen(idea, left))
 
 
 def _whole(side: Side, idea: Idea, layer: str) -> bool:
@@ -411,236 +389,3 @@ def _worth(case: Case, side: Side, layers: Sequence[str]) -> bool:
         or not all(fine)
         or any(side.rank(x, side.plain(x)) == 0 for x in layers)
     )
-
-
-def _missing(
-    case: Case, found: Mapping[str, Side], findings: Sequence[Comparison]
-) -> Iterator[Cause]:
-    """Faults that leave no matrix to compare: none, zeros, other numbers, another size."""
-    absent = [f for f in findings if f.verdict == MISSING and f.layer]
-    if absent:
-        text = "Nothing is stored of it; where that is meant, judge the others alone (`layers`)."
-        yield _cause(case, "B48", text, absent, math.inf, math.nan)
-    zero, wild, inputs = [], [], []
-    spilt = False
-    for layer in case.matched:
-        size = case.counts(layer).shape[1] - (layer in case.joint)
-        for side, state in states(case, layer).items():
-            at = [f for f in findings if f.layer == layer and f.quantity in _form_of(side)]
-            if not state.finite:
-                wild += at
-                spilt |= state.spilt
-            elif state.wanted and not state.filled:
-                zero += at
-            elif side == "G" and not state.same and not found[side].of(layer)[0].faults:
-                inputs += at if state.shape == (size, size) else []
-    for fault, words, at in (
-        ("B48", "Every entry is 0.", zero),
-        ("B61" if spilt else None, "Entries are not finite." if spilt else NOT_FINITE, wild),
-        ("B35", "G has the size of the layer's input.", inputs),
-        ("B31", "A has no column of ones.", [f for f in findings if f.cause == NO_COLUMN]),
-        ("B31", "A has a column of ones.", [f for f in findings if f.cause == A_COLUMN]),
-    ):
-        if at:
-            alike = () if fault else ("B61",)
-            yield _cause(case, fault, words, at, math.inf, math.nan, alike)
-
-
-NOT_FINITE = (
-    "Unknown: entries are not finite, and no infinity says that a number was too large. It may be "
-    "float16 overflow (B61), a division by 0 rows, or a loss that was NaN already."
-)
-
-
-def _cause(
-    case: Case,
-    fault: str | None,
-    words: str,
-    at: Sequence[Comparison],
-    before: float,
-    after: float,
-    alike: Sequence[str] = (),
-) -> Cause:
-    layers = dict.fromkeys(f.layer for f in at)
-    quantities = dict.fromkeys(f.quantity for f in at)
-    return made(case, fault, words, tuple(layers), tuple(quantities), before, after, alike)
-
-
-def _forms(case: Case, found: Mapping[str, Side]) -> list[Cause]:
-    """A cause for each fault of the chosen hypotheses, A and G together where they share it."""
-    parts: dict[str | None, list[tuple[Side, Chosen]]] = {}
-    for side in found.values():
-        for one in side.chosen:
-            for fault in one.faults or (None,):
-                parts.setdefault(fault, []).append((side, one))
-    out = []
-    for fault, where in parts.items():
-        layers = dict.fromkeys(layer for _, one in where for layer in one.left)
-        sides = "AG" if fault == "B32" else [side.side for side, _ in where]
-        quantities = tuple(dict.fromkeys(q for side in sides for q in _form_of(side)))
-        before = max(side.plain(x).error for side, one in where for x in one.left)
-        after = max(left.error for _, one in where for left in one.left.values())
-        alike = (*_like(where), *_without_padding(case, fault))
-        words = _words(where)
-        out.append(made(case, fault, words, tuple(layers), quantities, before, after, alike))
-    return out
-
-
-def _without_padding(case: Case, fault: str | None) -> tuple[str, ...]:
-    """Every position, and every real one, are then the same rows."""
-    both = {"B27": ("B28",), "B28": ("B27",)}.get(fault or "", ())
-    corpus = case.corpus
-    padded = corpus is None or (corpus.images is None and not corpus.real.all())
-    return () if padded else both
-
-
-def _form_of(side: str) -> tuple[str, ...]:
-    return (f"{side}/tr {side}", f"symmetry of {side}", side, f"n_{side}", "tr A · tr G")
-
-
-def _words(where: Sequence[tuple[Side, Chosen]]) -> str:
-    """What was seen on each side, in the first layer that shows it, and in how many layers."""
-    out = []
-    for side, one in where:
-        layer, left = next(iter(one.left.items()))
-        notes = {one.note for one in one.left.values()}
-        place = f"In {layer}" if len(notes) > 1 or len(one.left) == 1 else "In each layer"
-        total = f" ({len(one.left)} layers)" if len(one.left) > 1 else ""
-        out.append(f"{place}, {side.side}: {left.note}{total}.")
-    return " ".join(dict.fromkeys(out))
-
-
-def _like(where: Sequence[tuple[Side, Chosen]]) -> tuple[str, ...]:
-    ids = [id for _, one in where for other in one.alike for id in other]
-    ids += [id for _, one in where for left in one.left.values() for id in left.alike]
-    own = {id for _, one in where for id in one.faults}
-    return tuple(id for id in dict.fromkeys(ids) if id not in own)
-
-
-def _scales(case: Case, found: Mapping[str, Side], findings: Sequence[Comparison]) -> list[Cause]:
-    """Causes of factors that the forms leave, and of counts.
-
-    Where drawing alone explains G, a factor that no comparison objects to is no fault either.
-    """
-    wrong = {f.layer for f in findings if f.verdict == FAIL and f.quantity in _OF_SCALE}
-    at = [x for x in case.matched if x in wrong or not _by_drawing(found["G"], x)]
-    seen = [one for layer in at if (one := _scale(case, found, layer))]
-    if not seen:
-        return []
-    out = []
-    for named in scales.explain(seen, scales.Counts.of(case)) + scales.counted(seen):
-        if named.fault in ("B8", None):
-            continue  # of the first `compare` speaks; the second explains nothing
-        quantities = tuple(dict.fromkeys(q for side in named.sides for q in _OF_FACTOR[side]))
-        before = max(_far(x, named.sides) for x in seen if x.layer in named.layers)
-        words, layers = f"{named.sentence}.", named.layers
-        alike = named.alike
-        out.append(made(case, named.fault, words, layers, quantities, before, named.left, alike))
-    return out
-
-
-_OF_SCALE = ("A", "G", "tr A · tr G", "n_A", "n_G")
-_OF_FACTOR = {"A": ("A", "tr A · tr G"), "G": ("G", "tr A · tr G"), "n": ("n_A", "n_G")}
-
-
-def _by_drawing(side: Side, layer: str) -> bool:
-    """Is G of this layer ours by drawing alone?"""
-    steps = side.ladders.get(layer)
-    if steps is None:
-        return False
-    return side.drawn(layer) or side.rank(layer, side.of(layer)[1]) >= steps.by_drawing
-
-
-def _far(one: scales.Scale, sides: str) -> float:
-    pairs = {"A": (one.c_A,), "G": (one.c_G,), "n": (one.rows_A, one.rows_G)}
-    return max(abs((x or 1.0) - 1) for side in sides for x in pairs[side])
-
-
-def _scale(case: Case, found: Mapping[str, Side], layer: str) -> scales.Scale | None:
-    """The factors of one layer that its forms leave; None where a form is unexplained."""
-    counts = case.counts(layer)
-    c: dict[str, float | None] = {"A": None, "G": None}
-    tol = {"A": 0.0, "G": 0.0}
-    rows: dict[str, float | None] = {"A": None, "G": None}
-    pooled = any("B40" in side.of(layer)[0].faults for side in found.values())
-    for name, side in found.items():
-        steps = side.ladders.get(layer)
-        if steps is None:
-            continue
-        idea, left = side.of(layer)
-        rank = side.rank(layer, left)
-        if rank > steps.by_drawing or not math.isfinite(left.ratio):
-            continue
-        free = name in case.dump.scale_free
-        c[name] = None if free else left.ratio
-        tol[name] = left.wider * steps.tolerance(rank) + left.spread
-        if idea.setting is not None or not (idea.faults or pooled):
-            rows[name] = left.rows
-    if c == {"A": None, "G": None}:
-        return None
-    return scales.Scale(
-        layer, c["A"], c["G"], tol["A"], tol["G"], rows["A"], rows["G"], counts.shape[0],
-        counts.ours["A"],
-    )  # fmt: skip
-
-
-def _excluded(found: Mapping[str, Side]) -> Iterator[str]:
-    """What was tried where nothing was enough, and the error that it left; the nearest first."""
-    tried: dict[str, float] = {}
-    for side in found.values():
-        layers = side.unexplained()
-        for idea, left in side.table.items():
-            errors = [left[x].error for x in layers if x in left]
-            if errors:
-                note = next(left[x].note for x in layers if x in left)
-                names = " and ".join(f"{id} ({FAULTS[id].name})" for id in idea.faults)
-                words = ": ".join(filter(None, (names, note)))
-                text = f"{side.side} of {len(errors)} layers, {words}"
-                tried[text] = min(*errors, tried.get(text, math.inf))
-    for text, error in sorted(tried.items(), key=lambda pair: pair[1]):
-        yield f"{text}: leaves {error:.2g} or more"
-    for side in found.values():
-        if side.unexplained():
-            yield from _sampled(side)
-
-
-def _sampled(side: Side) -> Iterator[str]:
-    """What was tried on a few sequences alone, and the share of the error that it left there."""
-    for idea, (share, words) in sorted(side.sampled.items(), key=lambda pair: pair[1]):
-        if idea not in side.table:
-            names = " and ".join(f"{id} ({FAULTS[id].name})" for id in idea.faults)
-            yield f"{side.side}, {names}: {words}: leaves {share:.0%} of the error"
-
-
-def _told(case: Case, findings: Sequence[Comparison], causes: Sequence[Cause]) -> list[Comparison]:
-    """The findings with the first cause that speaks of them."""
-    out = []
-    for old in findings:
-        one = old
-        fitting = [cause for cause in causes if _speaks(cause, one)]
-        if fitting:
-            first = fitting[0]
-            verdict = FAIL if one.verdict == PASS or not _precision(first) else one.verdict
-            verdict = MISSING if one.verdict == MISSING else verdict
-            measured = one.cause and one.verdict == FAIL  # what else it may be is decided now
-            words = f"{one.cause}. {first.sentence}" if measured else first.sentence
-            one = replace(old, fault=first.fault, cause=words, verdict=verdict)
-            if old.verdict == PASS:  # by drawing, which explains no fault
-                one = replace(one, budget=_undrawn(case, old))
-        out.append(one)
-    return out
-
-
-def _undrawn(case: Case, one: Comparison) -> float:
-    """The budget of a comparison of A or G without drawing."""
-    times = 2 if one.quantity == "tr A · tr G" else 1
-    return times * case.budget(one.layer, case.arithmetic.stored or "float64")
-
-
-def _aside(one: Comparison) -> bool:
-    """May this pass although the layer has a fault?"""
-    return BY_DRAWING not in one.cause
-
-
-def _precision(cause: Cause) -> bool:
-    return cause.fault in precision.SIZES
