@@ -10,9 +10,11 @@ numbers come in by `exact`; bounds go out by `rounded` and `radii`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Final, NoReturn
+from types import MappingProxyType
+from typing import Any, ClassVar, Final, NoReturn, Self
 
 import numpy as np
 
@@ -56,7 +58,7 @@ def bits(precision: int) -> Iterator[None]:
         flint.ctx.prec = before
 
 
-def refused(what: str) -> Callable[..., NoReturn]:
+def _refused(what: str) -> Callable[..., NoReturn]:
     """A method that says what balls have not."""
 
     def refuse(*_: Any, **__: Any) -> NoReturn:
@@ -65,7 +67,54 @@ def refused(what: str) -> Callable[..., NoReturn]:
     return refuse
 
 
-class Balls:
+class Guarded:
+    """What balls and dual balls refuse, for a radius would be lost, and the way to their functions.
+
+    A class says which of NumPy's functions are known of it: UFUNCS and FUNCTIONS.
+    """
+
+    __slots__ = ()
+    __hash__ = None  # type: ignore[assignment]
+
+    UFUNCS: ClassVar[Mapping[Any, Callable[..., Any]]]
+    FUNCTIONS: ClassVar[Mapping[Any, Callable[..., Any]]]
+
+    __float__ = __int__ = __complex__ = _refused("float")
+    __bool__ = _refused("truth")
+    __array__ = _refused("NumPy array")
+    __iter__ = _refused("iterator")
+    __lt__ = __le__ = __gt__ = __ge__ = _refused("order")
+    __eq__ = __ne__ = _refused("equality")
+
+    @property
+    def real(self) -> Self:
+        """Themselves."""
+        return self
+
+    def astype(self, *_: Any, **__: Any) -> Self:
+        """Themselves: no other type holds a radius."""
+        return self
+
+    def add_at(self, at: Any, x: Any) -> None:
+        """As numpy.add.at."""
+        raise NotImplementedError
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kw: Any) -> Any:
+        if method == "at" and ufunc is np.add and isinstance(inputs[0], Guarded):
+            return inputs[0].add_at(*inputs[1:])
+        made = self.UFUNCS.get(ufunc)
+        if method != "__call__" or made is None or kw:
+            raise TypeError(f"numpy.{ufunc.__name__} is not known of {type(self).__name__}")
+        return made(*inputs)
+
+    def __array_function__(self, function: Any, _: Any, args: Any, kwargs: Any) -> Any:
+        made = self.FUNCTIONS.get(function)
+        if made is None:
+            raise TypeError(f"numpy.{function.__name__} is not known of {type(self).__name__}")
+        return made(*args, **kwargs)
+
+
+class Balls(Guarded):
     """An array of balls, with the part of NumPy's interface that a transformer needs.
 
     Mixed with balls are balls, whole numbers and bools, and plain Python floats, which are the
@@ -76,14 +125,6 @@ class Balls:
     """
 
     __slots__ = ("_x",)
-    __hash__ = None  # type: ignore[assignment]
-
-    __float__ = __int__ = __complex__ = refused("float")
-    __bool__ = refused("truth")
-    __array__ = refused("NumPy array")
-    __iter__ = refused("iterator")
-    __lt__ = __le__ = __gt__ = __ge__ = refused("order")
-    __eq__ = __ne__ = refused("equality")
 
     def __init__(self, x: Array) -> None:
         self._x = x
@@ -104,11 +145,6 @@ class Balls:
     def dtype(self) -> np.dtype[Any]:
         """That of objects."""
         return self._x.dtype
-
-    @property
-    def real(self) -> Balls:
-        """Themselves."""
-        return self
 
     @property
     def T(self) -> Balls:
@@ -135,10 +171,6 @@ class Balls:
     def swapaxes(self, one: int, two: int) -> Balls:
         """As NumPy's."""
         return Balls(self._x.swapaxes(one, two))
-
-    def astype(self, *_: Any, **__: Any) -> Balls:
-        """Themselves: no other type holds a radius."""
-        return self
 
     # -------------------------------------------------------------- arithmetic
 
@@ -278,22 +310,9 @@ class Balls:
 
     # -------------------------------------------------------------- NumPy's functions
 
-    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kw: Any) -> Any:
-        if method == "at" and ufunc is np.add:
-            target, at, values = inputs
-            if isinstance(target, Balls):
-                np.add.at(target._x, at, _operand(values))
-                return None
-        made = _UFUNCS.get(ufunc)
-        if method != "__call__" or made is None or kw:
-            raise TypeError(f"numpy.{ufunc.__name__} is not known of balls")
-        return made(*inputs)
-
-    def __array_function__(self, function: Any, _: Any, args: Any, kwargs: Any) -> Any:
-        made = _FUNCTIONS.get(function)
-        if made is None:
-            raise TypeError(f"numpy.{function.__name__} is not known of balls")
-        return made(*args, **kwargs)
+    def add_at(self, at: Any, x: Any) -> None:
+        """As numpy.add.at."""
+        np.add.at(self._x, at, _operand(x))
 
 
 # ------------------------------------------------------------------ in
@@ -472,18 +491,28 @@ def _zeros_like(x: Balls, dtype: Any = None, shape: Any = None) -> Balls:
     return zeros(x.shape if shape is None else shape)
 
 
-_UFUNCS: Final[dict[Any, Callable[..., Any]]] = {
-    np.add: lambda x, y: x.__add__(y) if isinstance(x, Balls) else y.__radd__(x),
-    np.subtract: lambda x, y: x.__sub__(y) if isinstance(x, Balls) else y.__rsub__(x),
-    np.multiply: lambda x, y: x.__mul__(y) if isinstance(x, Balls) else y.__rmul__(x),
-    np.true_divide: lambda x, y: x.__truediv__(y) if isinstance(x, Balls) else y.__rtruediv__(x),
-    np.matmul: _product,
-    np.isfinite: lambda x: x.finite(),
-}
+def _of_numpy(left: Callable[[Any, Any], Any], right: str) -> Callable[[Any, Any], Any]:
+    """A ufunc of two: the operator, or what it is called on the right of an array of NumPy's."""
+    return lambda x, y: left(x, y) if isinstance(x, Guarded) else getattr(y, right)(x)
 
-_FUNCTIONS: Final[dict[Any, Callable[..., Any]]] = {
-    np.concatenate: joined,
-    np.broadcast_to: spread,
-    np.zeros_like: _zeros_like,
-    np.ones_like: lambda x, dtype=None, shape=None: _zeros_like(x, dtype, shape) + 1,
-}
+
+ARITHMETIC: Final[Mapping[Any, Callable[..., Any]]] = MappingProxyType(
+    {
+        np.add: _of_numpy(operator.add, "__radd__"),
+        np.subtract: _of_numpy(operator.sub, "__rsub__"),
+        np.multiply: _of_numpy(operator.mul, "__rmul__"),
+        np.true_divide: _of_numpy(operator.truediv, "__rtruediv__"),
+        np.isfinite: lambda x: x.finite(),
+    }
+)
+"""What NumPy asks for where one of its arrays stands on the left."""
+
+Balls.UFUNCS = MappingProxyType({**ARITHMETIC, np.matmul: _product})
+Balls.FUNCTIONS = MappingProxyType(
+    {
+        np.concatenate: joined,
+        np.broadcast_to: spread,
+        np.zeros_like: _zeros_like,
+        np.ones_like: lambda x, dtype=None, shape=None: _zeros_like(x, dtype, shape) + 1,
+    }
+)

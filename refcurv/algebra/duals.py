@@ -6,17 +6,18 @@ derivative along the direction that went in, by the rules of calculus: no step, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Final
+from collections.abc import Sequence
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
-from refcurv.algebra.balls import Balls, exact, joined, pi, refused, spread, zeros
+from refcurv.algebra.balls import ARITHMETIC, Balls, Guarded, exact, joined, pi, spread, zeros
 from refcurv.algebra.balls import chosen as chosen_balls
 from refcurv.law.checks import Array
 
 
-class Duals:
+class Duals(Guarded):
     """value + ε derivative, ε² = 0. Mixed with them are what balls are mixed with, and balls.
 
     Cost: three products for a product of two; twice a ball's work for anything else.
@@ -24,17 +25,9 @@ class Duals:
     """
 
     __slots__ = ("derivative", "value")
-    __hash__ = None  # type: ignore[assignment]
 
     def __init__(self, value: Balls, derivative: Balls) -> None:
         self.value, self.derivative = value, derivative
-
-    __float__ = __int__ = __complex__ = refused("float")
-    __bool__ = refused("truth")
-    __array__ = refused("NumPy array")
-    __iter__ = refused("iterator")
-    __lt__ = __le__ = __gt__ = __ge__ = refused("order")
-    __eq__ = __ne__ = refused("equality")
 
     # -------------------------------------------------------------- shape
 
@@ -52,11 +45,6 @@ class Duals:
     def dtype(self) -> np.dtype[Any]:
         """That of objects."""
         return self.value.dtype
-
-    @property
-    def real(self) -> Duals:
-        """Themselves."""
-        return self
 
     @property
     def T(self) -> Duals:
@@ -83,10 +71,6 @@ class Duals:
     def swapaxes(self, one: int, two: int) -> Duals:
         """As NumPy's."""
         return Duals(self.value.swapaxes(one, two), self.derivative.swapaxes(one, two))
-
-    def astype(self, *_: Any, **__: Any) -> Duals:
-        """Themselves."""
-        return self
 
     # -------------------------------------------------------------- arithmetic
 
@@ -183,22 +167,10 @@ class Duals:
 
     # -------------------------------------------------------------- NumPy's functions
 
-    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kw: Any) -> Any:
-        if method == "at" and ufunc is np.add and isinstance(inputs[0], Duals):
-            target, at, x = inputs
-            np.add.at(target.value, at, _value(x))
-            np.add.at(target.derivative, at, _derivative(x))
-            return None
-        made = _UFUNCS.get(ufunc)
-        if method != "__call__" or made is None or kw:
-            raise TypeError(f"numpy.{ufunc.__name__} is not known of dual balls")
-        return made(*inputs)
-
-    def __array_function__(self, function: Any, _: Any, args: Any, kwargs: Any) -> Any:
-        made = _FUNCTIONS.get(function)
-        if made is None:
-            raise TypeError(f"numpy.{function.__name__} is not known of dual balls")
-        return made(*args, **kwargs)
+    def add_at(self, at: Any, x: Any) -> None:
+        """As numpy.add.at."""
+        self.value.add_at(at, _value(x))
+        self.derivative.add_at(at, _derivative(x))
 
 
 def _value(x: Any) -> Any:
@@ -228,17 +200,14 @@ def _zeros_like(x: Duals, dtype: Any = None, shape: Any = None) -> Duals:
     return Duals(zeros(wanted), zeros(wanted))
 
 
-_UFUNCS: Final[dict[Any, Callable[..., Any]]] = {
-    np.add: lambda x, y: x + y if isinstance(x, Duals) else y.__radd__(x),
-    np.subtract: lambda x, y: x - y if isinstance(x, Duals) else y.__rsub__(x),
-    np.multiply: lambda x, y: x * y if isinstance(x, Duals) else y.__rmul__(x),
-    np.true_divide: lambda x, y: x / y if isinstance(x, Duals) else y.__rtruediv__(x),
-    np.isfinite: lambda x: x.finite(),
-}
-
-_FUNCTIONS: Final[dict[Any, Callable[..., Any]]] = {
-    np.concatenate: _concatenated,
-    np.broadcast_to: lambda x, shape: Duals(spread(x.value, shape), spread(x.derivative, shape)),
-    np.zeros_like: _zeros_like,
-    np.ones_like: lambda x, dtype=None, shape=None: exact(np.ones(shape or x.shape)),
-}
+Duals.UFUNCS = ARITHMETIC
+Duals.FUNCTIONS = MappingProxyType(
+    {
+        np.concatenate: _concatenated,
+        np.broadcast_to: lambda x, shape: Duals(
+            spread(x.value, shape), spread(x.derivative, shape)
+        ),
+        np.zeros_like: _zeros_like,
+        np.ones_like: lambda x, dtype=None, shape=None: exact(np.ones(shape or x.shape)),
+    }
+)
