@@ -20,10 +20,13 @@ from refcurv.curvature.definition import Sequence
 from refcurv.law.checks import Array
 from refcurv.model import loss
 from refcurv.model.config import TABLES, ModelConfig
+from refcurv.model.gradient import slope_of
 from refcurv.model.layers import DEFINITIONS, Ops
 from refcurv.model.transformer import (
+    Cotangent,
     Slope,
     Tap,
+    Trace,
     backward,
     drain,
     forward,
@@ -122,12 +125,14 @@ def run(kind: Kind, task: Task, number: int, one: Sequence, found: Found) -> Non
 
     Proof: tests/test_certified.py::test_more_bits_give_smaller_balls_inside
     """
-    if {"logits", "nats", "gradient", "A", "G"} & {*task.of}:
+    theta: dict[str, Any] = {}
+    if {*task.of} != {"hvp"}:
         theta = {name: kind.number(x) for name, x in task.parameters.items()}
+    if {"logits", "nats", "gradient", "A", "G"} & {*task.of}:
         _plain(kind, task, number, one, theta, found)
     if {"hvp", "ggnvp"} & {*task.of}:
-        theta = {n: kind.along(x, task.direction[n]) for n, x in task.parameters.items()}
-        _products(kind, task, number, one, theta, found)
+        along = {n: kind.along(x, task.direction[n]) for n, x in task.parameters.items()}
+        _products(kind, task, number, one, theta, along, found)
 
 
 def _plain(
@@ -165,17 +170,9 @@ def _gradient(task: Task, theta: Mapping[str, Any], steps: list[Tap | Slope]) ->
     """By parameter: Σ g aᵀ of linear layers; a tied table receives the head's too."""
     out: dict[str, Any] = {name: np.zeros_like(x) for name, x in theta.items()}
     for step in steps:
-        name, d = _slope(task, step)
+        name, d = slope_of(task.config, step)
         out[name] = out[name] + d
     return out
-
-
-def _slope(task: Task, step: Tap | Slope) -> tuple[str, Any]:
-    if isinstance(step, Slope):
-        return step.name, step.d
-    g_NO = step.g.reshape(-1, step.g.shape[-1])
-    d = g_NO.T @ step.a.reshape(-1, step.a.shape[-1])
-    return task.config.weight_of(step.name), d
 
 
 def _moments(task: Task, one: Sequence, steps: list[Tap | Slope], found: Found) -> None:
@@ -194,33 +191,34 @@ def _moments(task: Task, one: Sequence, steps: list[Tap | Slope], found: Found) 
 
 
 def _products(
-    kind: Kind, task: Task, number: int, one: Sequence, theta: Mapping[str, Any], found: Found
+    kind: Kind,
+    task: Task,
+    number: int,
+    one: Sequence,
+    theta: Mapping[str, Any],
+    along: Mapping[str, Any],
+    found: Found,
 ) -> None:
     """H v, from the gradient's derivative; GGN v = Jᵀ (diag p − p pᵀ) (J v)."""
     config, ops, label_N = task.config, kind.ops, one.label_BT.reshape(-1)
     inputs = _inputs(kind, one)
-    final, trace = forward(config, theta, inputs, one.layout, ops)
-    if "hvp" in task.of:
+
+    def back(theta: Mapping[str, Any], final: Any, trace: Trace, sent: Cotangent) -> dict[str, Any]:
         steps: list[Tap | Slope] = []
-        head = head_transpose(
-            config, theta, final, one.label_BT >= 0,
-            lambda row_N, z_NV: ops.cross_entropy(z_NV, label_N[row_N])[1], ops,
-        )  # fmt: skip
+        head = head_transpose(config, theta, final, one.label_BT >= 0, sent, ops)
         d_final = drain(head, steps.append)
         steps += backward(config, theta, d_final, trace, ops)
-        for name, d in _gradient(task, theta, steps).items():
+        return _gradient(task, theta, steps)
+
+    final, trace = forward(config, along, inputs, one.layout, ops)
+    if "hvp" in task.of:
+        moved = back(along, final, trace, lambda n, z: ops.cross_entropy(z, label_N[n])[1])
+        for name, d in moved.items():
             found.arrays[f"hvp.{number}.{name}"] = kind.derivative(d)
     if "ggnvp" in task.of:
-        moved = kind.derivative(head_logits(config, theta, final, ops))
-        moved_NV = moved.reshape(-1, moved.shape[-1])
-        plain = {name: kind.number(x) for name, x in task.parameters.items()}
-        final, trace = forward(config, plain, inputs, one.layout, ops)
-        steps = []
-        head = head_transpose(
-            config, plain, final, one.label_BT >= 0,
-            lambda row_N, z_NV: kind.hessian(z_NV, moved_NV[row_N], label_N[row_N]), ops,
-        )  # fmt: skip
-        d_final = drain(head, steps.append)
-        steps += backward(config, plain, d_final, trace, ops)
-        for name, d in _gradient(task, plain, steps).items():
+        Jv = kind.derivative(head_logits(config, along, final, ops))
+        Jv_NV = Jv.reshape(-1, Jv.shape[-1])
+        final, trace = forward(config, theta, inputs, one.layout, ops)
+        sent = back(theta, final, trace, lambda n, z: kind.hessian(z, Jv_NV[n], label_N[n]))
+        for name, d in sent.items():
             found.arrays[f"ggnvp.{number}.{name}"] = d

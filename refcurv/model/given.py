@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TypeVar
 
 import numpy as np
 
@@ -10,30 +11,31 @@ from refcurv.law.checks import ConventionError, RangeError
 from refcurv.model.corpus import Corpus
 from refcurv.model.weights import Model
 
+Kind = TypeVar("Kind")
+
+
+def _loaded(who: str, given: object, kind: type[Kind], how: str) -> Kind:
+    """`given`, or ConventionError: a path, say, is not loaded here."""
+    if isinstance(given, kind):
+        return given
+    name, got = kind.__name__, type(given).__name__
+    raise ConventionError(f"{who}: the {name.lower()} must be a {name}, such as {how}; got {got}.")
+
 
 def require_model(who: str, given: object) -> Model:
-    """`given`, or ConventionError: a path, say, is not loaded here.
+    """`given`, or ConventionError for what is no Model.
 
     Proof: tests/test_hostile.py::test_a_path_is_no_model_and_no_corpus
     """
-    if isinstance(given, Model):
-        return given
-    raise ConventionError(
-        f"{who}: the model must be a Model, such as rc.load(path); got {type(given).__name__}."
-    )
+    return _loaded(who, given, Model, "rc.load(path)")
 
 
 def require_corpus(who: str, given: object) -> Corpus:
-    """`given`, or ConventionError: a path, say, is not loaded here.
+    """`given`, or ConventionError for what is no Corpus.
 
     Proof: tests/test_hostile.py::test_a_path_is_no_model_and_no_corpus
     """
-    if isinstance(given, Corpus):
-        return given
-    raise ConventionError(
-        f"{who}: the corpus must be a Corpus, such as rc.load_corpus(path); got "
-        f"{type(given).__name__}."
-    )
+    return _loaded(who, given, Corpus, "rc.load_corpus(path)")
 
 
 def numbers_of(who: str, corpus: Corpus, sequences: Iterable[object]) -> list[int]:

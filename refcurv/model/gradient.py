@@ -50,6 +50,14 @@ def head_backward(
     return HeadLoss(nats_N.reshape(label_BT.shape), d_final_BTD)
 
 
+def slope_of(config: ModelConfig, step: Tap | Slope) -> tuple[str, Array]:
+    """The parameter that a step is about, and what it adds to its gradient: Σ g aᵀ of a Tap."""
+    if isinstance(step, Slope):
+        return step.name, step.d
+    g_NO = step.g.reshape(-1, step.g.shape[-1])
+    return config.weight_of(step.name), g_NO.T @ step.a.reshape(-1, step.a.shape[-1])
+
+
 def loss_and_gradient(
     config: ModelConfig,
     parameters: Parameters,
@@ -67,15 +75,9 @@ def loss_and_gradient(
     """
     gradient: dict[str, Array] = {}
 
-    def add(name: str, d: Array) -> None:
-        gradient[name] = gradient[name] + d if name in gradient else d
-
     def take(step: Tap | Slope) -> None:
-        if isinstance(step, Slope):
-            add(step.name, step.d)
-            return
-        g_NO = step.g.reshape(-1, step.g.shape[-1])
-        add(config.weight_of(step.name), g_NO.T @ step.a.reshape(-1, step.a.shape[-1]))
+        name, d = slope_of(config, step)
+        gradient[name] = gradient[name] + d if name in gradient else d
 
     final_BTD, trace = forward(config, parameters, inputs, layout, ops)
     head = head_backward(config, parameters, final_BTD, label_BT, label_BT >= 0, ops)

@@ -12,6 +12,7 @@ from refcurv.law.conventions import NO_LABEL, Rows
 from refcurv.model import transformer
 from refcurv.model.config import ModelConfig
 from refcurv.model.corpus import Corpus, require_fit, require_tokens
+from refcurv.model.gradient import slope_of
 from refcurv.model.images import patches
 from refcurv.model.layers import DEFINITIONS, Layout, Ops
 from refcurv.model.loss import cross_entropy
@@ -81,10 +82,7 @@ def flow(
     def take(step: transformer.Tap | transformer.Slope) -> None:
         if isinstance(step, Tap):
             taps[step.name] = step
-            g_NO = step.g.reshape(-1, step.g.shape[-1])
-            name, d = config.weight_of(step.name), g_NO.T @ step.a.reshape(len(g_NO), -1)
-        else:
-            name, d = step.name, step.d
+        name, d = slope_of(config, step)
         gradient[name] = gradient[name] + d if name in gradient else d
 
     d_y = transformer.uncapped(config, y, d_z)
