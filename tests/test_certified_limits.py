@@ -20,6 +20,7 @@ from refcurv.certified.certify import certify
 from refcurv.certified.estimate import Estimate, span
 from refcurv.cli import main
 from refcurv.law.checks import NonFiniteError, RangeError, RefcurvError, RoomError
+from refcurv.report.certificate import format_certificate
 
 
 def small(**changes: Any) -> tuple[rc.Model, rc.Corpus]:
@@ -131,6 +132,18 @@ def test_a_gradient_without_a_digit_is_named() -> None:
     with mock.patch.object(driver, "MOST_BITS", 200):
         found = certify(model, corpus, ["gradient"])
     assert not found.digits and found.source["lost"].startswith("in `cross_entropy` behind 'head")
+
+
+@pytest.mark.parametrize(
+    ("precision", "where"),
+    [(34, "in the backward, at the output gradient of 'blocks.0.attn"), (42, "in gradient.0.")],
+)
+def test_the_layer_of_a_backward_is_named(precision: int, where: str) -> None:
+    """With so few bits logits are known, and gradients further down are not."""
+    with mock.patch.object(driver, "MOST_BITS", precision):
+        found = certify(*small(layers=2), ["logits", "gradient"], digits=5)
+    assert found["logits.0"].digits() > 0 and found.source["lost"].startswith(where)
+    assert f"Digits are lost {where}" in format_certificate(found.to_json())
 
 
 # ------------------------------------------------------------------ bad input

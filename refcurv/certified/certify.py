@@ -161,10 +161,17 @@ def _with_enough(job: _Job, precision: int) -> Certificate:
         if short <= 0 or _narrowest(found):
             return found
         if precision >= MOST_BITS:
-            where = "" if found.digits else place(job.task, [*job.sequences.values()], precision)
-            return replace(found, source={**found.source, "lost": where}) if where else found
+            return found if found.digits else _saying_where(job, found)
         lost = math.ceil(short * math.log2(10)) if found.digits else precision
         precision = min(MOST_BITS, precision + lost + SPARE)
+
+
+def _saying_where(job: _Job, found: Certificate) -> Certificate:
+    """The certificate, some array of which has no digit, with the place where they are lost."""
+    size = sizes(found)
+    where = place(job.task, [*job.sequences.values()], found.bits)
+    where = where or f"in {next(n for n, one in found.items() if not one.digits(size[n]))}"
+    return replace(found, source={**found.source, "lost": where})
 
 
 def _labelled(task: Task, chosen: Mapping[int, definition.Sequence]) -> tuple[Task, dict[str, Any]]:
