@@ -23,6 +23,7 @@ import refcurv as rc
 from refcurv.algebra.balls import bits, exact
 from refcurv.certified import certify as driver
 from refcurv.certified import labels, numbers
+from refcurv.certified import layers as functions
 from refcurv.certified.certificate import Enclosed
 from refcurv.certified.certify import certify
 from refcurv.cli import main
@@ -159,6 +160,24 @@ def test_expected_labels_without_their_weights_are_caught() -> None:
     one = tiny()
     with balls_with(root_product=without_p):
         assert misses(made(one, "expected"), one, 1, "expected") == list(LAYERS)
+
+
+def holds_what_is_inside() -> bool:
+    """Does a root of logits known up to 1e-9 hold that of logits inside?"""
+    z, e = np.random.default_rng(0).normal(size=(2, 3, 4))
+    sign = np.sign(e).astype(np.int64)
+    with bits(100):
+        third = exact(np.array(1)) / 3
+        unsure = (third * 3 - 1) / float(third.radii() * 3) * 1e-9
+        wide = functions.root_product(exact(z) + unsure, sign)
+        return bool(functions.root_product(exact(z + 4e-10 * e / 4), sign).within(wide).all())
+
+
+def test_a_root_by_midpoints_is_caught() -> None:
+    assert holds_what_is_inside()
+    right = functions.root_product
+    with mock.patch.object(functions, "root_product", lambda z, e: right(z.midpoints(), e)):
+        assert not holds_what_is_inside()
 
 
 def test_labels_of_another_uniform_are_caught() -> None:

@@ -80,6 +80,8 @@ def test_estimates_grow_with_what_is_asked_for() -> None:
     assert more.seconds > nats.seconds and more.memory > nats.memory and more.bits > nats.bits
     assert {*more.each} == {"nats", "gradient", "hvp"} and more.each["hvp"] > more.each["nats"]
     assert nats.passes == 0
+    twice = told(["nats"], sequences=[0, 1])
+    assert twice.sequences == 2 and twice.seconds == pytest.approx(2 * nats.seconds)
     expected = told(["G"], fisher="expected")
     assert expected.passes == 3 * 7 and "21 backward passes a sequence" in expected.text
     assert expected.seconds > 5 * told(["G"]).seconds
