@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -40,6 +41,7 @@ from refcurv.certified import layers as functions
 from refcurv.certified.certificate import Certificate, Enclosed, enclosed, farthest, sizes
 from refcurv.certified.certify import certify
 from refcurv.certified.numbers import OF
+from refcurv.certified.planning import Plan
 from refcurv.cli import main
 from refcurv.curvature import definition
 from refcurv.files.huggingface import read_config
@@ -59,7 +61,7 @@ def ops() -> Ops:
     """The layer functions as they stand in the module now: planted ones too."""
     names = ("rms_norm_forward", "rms_norm_backward", "centre", "rotate", "attention_forward",
              "attention_backward", "mlp_forward", "mlp_backward", "rope_tables", "soft_cap", "clip",
-             "cross_entropy")  # fmt: skip
+             "cross_entropy", "root_product")  # fmt: skip
     return Ops(*(getattr(functions, name) for name in names))
 
 
@@ -671,6 +673,12 @@ def at_most(precision: int) -> Iterator[None]:
         yield
 
 
+def planned_as(precision: int) -> Any:
+    """As if the plan were so many bits."""
+    plan = Plan(precision, math.inf, precision, (1.0,))
+    return mock.patch.object(driver, "planned", lambda *_: plan)
+
+
 def test_a_relu_at_0_asks_for_more_bits() -> None:
     """Two equal inputs and weights 1 and −1: up is 0, which no ball can prove."""
     made = config(gated=False, activation="relu", layers=1)
@@ -682,7 +690,8 @@ def test_a_relu_at_0_asks_for_more_bits() -> None:
     parameters["blocks.0.attn_norm.weight"][1] = parameters["blocks.0.attn_norm.weight"][0]
     parameters["blocks.0.mlp.up.weight"][0] = np.eye(made.width)[0] - np.eye(made.width)[1]
     model = rc.Model(made, parameters)
-    with at_most(400), pytest.raises(UndecidedError, match="more bits are needed"):
+    named = r"in `mlp_forward` behind 'blocks.0.mlp.up.weight': .* nor below"
+    with at_most(400), pytest.raises(UndecidedError, match=named):
         certify(model, rc.Corpus(np.array([[1, 2, 3]])), ["nats"])
 
 
@@ -690,12 +699,12 @@ def test_a_number_that_no_plan_foresaw_gets_more_bits() -> None:
     """Weights so large that each block loses far more than it would: the plan is made again."""
     one = case(batch=1)
     model, corpus = model_and_corpus(one)
-    with mock.patch.object(driver, "_planned", lambda *_: 40):
+    with planned_as(40):
         found = certify(model, corpus, ["gradient"])
     assert found.bits > 40 and found.digits >= 30
     for few_digits in (28, 29.9):  # a plan that all but suffices
         bare = found.bits - int((found.digits - few_digits) * np.log2(10))
-        with mock.patch.object(driver, "_planned", lambda *_, b=bare: b):
+        with planned_as(bare):
             again = certify(model, corpus, ["gradient"])
         assert again.digits >= 30 and again.bits > bare
 
@@ -713,7 +722,7 @@ def test_a_sequence_without_a_row() -> None:
 def test_balls_that_blow_up_ask_for_more_bits() -> None:
     """With 3 bits the norms divide by balls that hold 0. The logits are then no numbers."""
     model, corpus = model_and_corpus(case(batch=1))
-    with mock.patch.object(driver, "_planned", lambda *_: 3):
+    with planned_as(3):
         found = certify(model, corpus, ["nats", "gradient", "hvp", "ggnvp"])
     assert found.digits >= 30
 
@@ -723,7 +732,10 @@ def test_a_norm_of_zeros_ends() -> None:
     one = case(batch=1, norm_place="pre", qk_norm="none", norm_eps=0.0)
     one.parameters["embed.weight"][:] = 0
     model, corpus = model_and_corpus(one)
-    with at_most(130), pytest.raises(NonFiniteError, match=r"the input of 'blocks.0.attn.q'"):
+    with (
+        at_most(130),
+        pytest.raises(NonFiniteError, match=r"in `rms_norm_forward` behind 'blocks.0.attn_norm"),
+    ):
         certify(model, corpus, ["nats"])
 
 
@@ -762,7 +774,7 @@ def test_what_cannot_be_asked_for() -> None:
     for more, words in (
         (dict(of=[]), "must name some of"),
         (dict(of="nats"), "must name some of"),
-        (dict(of=["hessian"]), "of must be one of"),
+        (dict(of=["hess"]), "of must be one of"),
         (dict(digits=0), "digits must lie in"),
         (dict(digits="many"), "digits must be a number"),
         (dict(sequences=[1]), "sequence 1 does not exist; the corpus has 1"),
@@ -810,6 +822,7 @@ def test_a_file_holds_the_certificate(small, tmp_path) -> None:
     assert (read.bits, read.wanted, read.rows) == (found.bits, found.wanted, dict(found.rows))
     assert read.routes == found.routes and read.source == dict(found.source)
     said = {"inputs": {}, "sequences": [0, 1], "rows": "reached", "direction": "signs"}
+    said["fisher"] = "empirical"
     assert read.source == said
     assert read.to_json() == found.to_json()
 

@@ -302,7 +302,7 @@ def test_O8_expected_for_the_head_is_its_closed_form() -> None:
     assert_within(got.sum_G, want, 1e-13, want, "head")
 
 
-def joint_columns(label_BT, t, v, row_N, logit_NV):
+def joint_columns(_ops, label_BT, t, v, row_N, logit_NV):
     """Column v at all labelled positions at once, as if S were one root for them all (B18)."""
     sent = np.zeros_like(logit_NV)
     if t == model_fisher.labelled(label_BT)[0]:
@@ -370,7 +370,7 @@ def test_O12_the_standard_error_is_unbiased(fisher: str, monkeypatch) -> None:
     ]
     found, pair = np.zeros(2), [0, 0]
 
-    def planned(label_BT, index_B, seed, draw, row_N, logit_NV):
+    def planned(_ops, label_BT, index_B, seed, draw, row_N, logit_NV):
         return worlds[pair[draw]][1].reshape(-1, 2)[row_N]
 
     monkeypatch.setattr(model_fisher, "_drawn_slope", planned)

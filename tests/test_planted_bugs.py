@@ -172,7 +172,9 @@ def one_uniform(seed: int, draw: int, index: int, length: int) -> np.ndarray:
 UNIFORMS = sampling.uniforms
 
 
-def root_everywhere(label: Any, t: int, v: int, row: np.ndarray, logit: np.ndarray) -> np.ndarray:
+def root_everywhere(
+    _ops: Any, label: Any, t: int, v: int, row: np.ndarray, logit: np.ndarray
+) -> np.ndarray:
     sent = loss.root_product(logit, np.eye(logit.shape[1])[np.full(len(logit), v)])
     sent[row % label.shape[1] != t] = 0
     return sent

@@ -1,8 +1,14 @@
 """Numbers with a proof: the transformer run over balls (`algebra.balls`).
 
 certify            `certify`: how many bits, which sequences, and what floats give beside it
+planning           how many bits
+estimate           before the work: seconds and memory, and what would fit
 certificate        `Certificate` and `Enclosed`: numbers, each with a radius that is proved
 certificate_file   certificates on disk
-layers             the layer functions over balls, `BALLS`: the real functions, without rounding
 numbers            what is certified, on any kind of number: balls, float64, float32, longdouble
+blocks             dense Hessian, GGN and Fisher of small weights, on any kind of number
+layers             the layer functions over balls, `BALLS`: the real functions, without rounding
+labels             SAMPLING: the labels that float64 draws, and whether the real numbers do too
+directions         the direction of products: signs, or one's own
+lost               the operation or layer where balls lose what they know
 """

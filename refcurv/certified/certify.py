@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from hashlib import sha256
 from itertools import islice
 from typing import Any, Final
 
 import numpy as np
 
-from refcurv.algebra.balls import Balls, UndecidedError, bits, exact, require_flint
+from refcurv.algebra.balls import Balls, UndecidedError, bits, require_flint
+from refcurv.certified import blocks
 from refcurv.certified.certificate import (
     ROUTES,
     Certificate,
@@ -21,47 +21,38 @@ from refcurv.certified.certificate import (
     farthest,
     sizes,
 )
-from refcurv.certified.layers import BALLS as LAYERS
+from refcurv.certified.directions import direction_of, said_of
+from refcurv.certified.estimate import Estimate, estimated, require_memory, require_time
+from refcurv.certified.labels import drawn
+from refcurv.certified.lost import place
 from refcurv.certified.numbers import BALLS, OF, Found, Kind, Task, floats, run
+from refcurv.certified.planning import SPARE, planned
 from refcurv.curvature import definition
 from refcurv.files import store
 from refcurv.law.checks import (
     Array,
     ConventionError,
-    DTypeError,
     EmptyError,
     NonFiniteError,
-    as_array,
     require_choice,
-    require_dtype,
     require_finite,
     require_range,
-    require_shape,
 )
+from refcurv.law.conventions import Fisher
 from refcurv.model.corpus import Corpus
+from refcurv.model.fisher import require_fisher
 from refcurv.model.given import numbers_of, require_corpus, require_model
 from refcurv.model.patterns import expand
 from refcurv.model.rows import require_rows
-from refcurv.model.sampling import signs
-from refcurv.model.transformer import forward
 from refcurv.model.weights import Model, resident
 from refcurv.progress import Progress, silent
 
 MOST_BITS: Final = 2**14
 """Bits that are tried at most.  Chosen: 3,000 digits are lost on the way, or none will do."""
 
-SPARE: Final = 32
-"""Bits beyond those that are planned.  Chosen: ten digits, for what grows faster than planned."""
-
 MOST_DIGITS: Final = 200
 """Digits that are certified at most: a float64 radius is 5e-324 or more.  Chosen: which leaves a
 hundred for numbers that are small themselves."""
-
-BACKWARD: Final[Mapping[str, float]] = {
-    "logits": 1.0, "nats": 1.0, "A": 1.0, "gradient": 2.0, "G": 2.0, "hvp": 3.0, "ggnvp": 2.5,
-}  # fmt: skip
-"""How many times the digits of a forward each quantity loses.  Chosen: what was seen; a plan that
-falls short is made again, from what was seen."""
 
 
 def certify(
@@ -73,7 +64,11 @@ def certify(
     sequences: Iterable[int] = (0,),
     layers: str = "**",
     rows: str = "reached",
+    fisher: str = "empirical",
+    seed: int = 0,
     direction: Mapping[str, Array] | None = None,
+    seconds: float | None = None,
+    estimate: Callable[[Estimate], object] | None = None,
     progress: Progress = silent,
 ) -> Certificate:
     """Enclose what the model's real numbers give, and put beside it what floats give.
@@ -88,15 +83,23 @@ def certify(
     Args:
         model: its parameters as they are stored.
         corpus: texts or images.
-        of: of "logits", "nats", "gradient" (of every parameter), "A" and "G" (of the corpus's
-            labels, over all `sequences`), "hvp" and "ggnvp" (H v and GGN v of a sequence's loss).
+        of: of "logits", "nats", "gradient" (of every parameter), "A" and "G" (over all
+            `sequences`), "hvp" and "ggnvp" (H v and GGN v of a sequence's loss); and, of weights
+            with at most 1,024 entries, the dense "hessian", "ggn" and "fisher" (sums over
+            `sequences`, as `exact` has them).
         digits: how many digits of each array's largest entry are to be certain in every entry; 200
             at most. Arrays so small that float64 has no radius for them have fewer.
         sequences: rows of the corpus.
-        layers: a pattern of linear layers, for A and G.
+        layers: a pattern of linear layers, for A, G and the dense blocks.
         rows: which positions are rows of A and G (ROWS).
+        fisher: whose labels G and the dense Fisher have: "empirical", "sampled", "expected" or
+            "signed" (FISHER). Drawn labels are those of float64 (SAMPLING); the certificate's
+            source says which, and of which the real numbers draw the same.
+        seed: of what is drawn.
         direction: v of the products, {parameter: array}; left out, it is `signs(0, 0, i, 0, ·)` of
             SAMPLING for parameter number i.
+        seconds: what would take longer is refused before the work, with what would not.
+        estimate: called with the `Estimate` before the work.
         progress: called with (done, all); one for each sequence and kind of number.
 
     Returns:
@@ -105,11 +108,13 @@ def certify(
     Raises:
         MissingFlintError: python-flint is not installed. UndecidedError: balls cannot make a
         decision (a ReLU at 0, a clip at its bound) with MOST_BITS. NonFiniteError: a parameter is
-        no number, or with MOST_BITS a layer's inputs still have no bound. ConventionError,
-        RangeError, NameUnknownError, DTypeError, EmptyError: what cannot be asked for.
+        no number, or with MOST_BITS balls still have no bound. RoomError: too little memory.
+        ConventionError, RangeError, NameUnknownError, DTypeError, EmptyError: what cannot be asked
+        for, or takes too long.
 
     Cost: for one sequence of 64 tokens and a million parameters about five seconds at 300 bits
         for a gradient, three times that for a product; memory for the balls of all parameters.
+        Labels that are `expected` take V backward passes each, a dense block a pass a column.
     Source: METHOD, Certificates.
     Proof: tests/test_certified.py::test_a_twin_of_every_family_is_certified,
         ::test_more_bits_give_smaller_balls_inside
@@ -117,33 +122,78 @@ def certify(
     require_flint()
     require_model("certify", model)
     require_corpus("certify", corpus)
-    task = _task(model, of, layers, direction)
+    task = _task(model, of, layers, require_fisher("certify", fisher, seed, 1), seed, direction)
     wanted = require_range("certify", "digits", digits, 1, MOST_DIGITS)
+    most = None if seconds is None else require_range("certify", "seconds", seconds, 0, math.inf)
     chosen = _sequences(model, corpus, rows, sequences)
-    if {"A", "G"} & {*task.of} and not any(one.keep_BT.any() for one in chosen.values()):
-        raise EmptyError("certify: A and G of these sequences have no row (ROWS).")
-    if {"A", "G"} & {*task.of} and rows == "cls" and "patch" in task.wanted:
-        raise EmptyError("certify: 'patch' has no row among rows='cls'. Take rows='all' for it.")
+    _require_rows(task, chosen, rows)
+    plan = planned(task, next(iter(chosen.values())), wanted, MOST_BITS)
+    if most is not None or estimate is not None:
+        told = estimated(task, chosen, plan, wanted)
+        if estimate is not None:
+            estimate(told)
+        require_time(told, math.inf if most is None else most)
+    require_memory(task, chosen, plan, wanted)
     source = {
         "inputs": store.inputs(model.source, corpus.source), "sequences": list(chosen),
-        "rows": rows, "direction": _said(task, direction),
+        "rows": rows,
+        "direction": said_of(task.direction, direction) if {"hvp", "ggnvp"} & {*task.of} else None,
     }  # fmt: skip
-    precision = _planned(task, next(iter(chosen.values())), wanted)
+    task, labels = _labelled(task, chosen)
     total = len(chosen) * (1 + len(ROUTES))
+    job = _Job(task, chosen, wanted, source | labels, progress, total)
+    return _with_enough(job, plan.bits)
+
+
+def _with_enough(job: _Job, precision: int) -> Certificate:
+    """The certificate, with more bits until they do, or MOST_BITS are reached."""
     while True:
-        job = _Job(task, chosen, wanted, source, progress, total)
         try:
-            found = job.at(precision)
-        except (UndecidedError, NonFiniteError):  # balls overlap, or have no bound
+            found = replace(job, overflowed=set()).at(precision)
+        except (UndecidedError, NonFiniteError) as error:  # balls overlap, or have no bound
             if precision >= MOST_BITS:
-                raise
+                where = place(job.task, [*job.sequences.values()], precision) or f"({error})"
+                said = f"certify: with {precision:,} bits balls still know too little {where}."
+                raise type(error)(said) from None
             precision = min(MOST_BITS, 2 * precision)
             continue
-        short = wanted - found.digits
-        if short <= 0 or precision >= MOST_BITS or _narrowest(found):
+        short = job.digits - found.digits
+        if short <= 0 or _narrowest(found):
             return found
+        if precision >= MOST_BITS:
+            return found if found.digits else _saying_where(job, found)
         lost = math.ceil(short * math.log2(10)) if found.digits else precision
         precision = min(MOST_BITS, precision + lost + SPARE)
+
+
+def _saying_where(job: _Job, found: Certificate) -> Certificate:
+    """The certificate, some array of which has no digit, with the place where they are lost."""
+    size = sizes(found)
+    where = place(job.task, [*job.sequences.values()], found.bits)
+    where = where or f"in {next(n for n, one in found.items() if not one.digits(size[n]))}"
+    return replace(found, source={**found.source, "lost": where})
+
+
+def _labelled(task: Task, chosen: Mapping[int, definition.Sequence]) -> tuple[Task, dict[str, Any]]:
+    """The labels that SAMPLING draws, where they are needed, and what the source says of them."""
+    if not {"G", "fisher"} & {*task.of}:
+        return task, {}
+    if task.fisher is not Fisher.SAMPLED:
+        seed = {"seed": task.seed} if task.fisher is Fisher.SIGNED else {}
+        return task, {"fisher": str(task.fisher), **seed}
+    found = drawn(task, chosen, MOST_BITS)
+    said = {"fisher": str(task.fisher), "seed": task.seed, "labels": found.to_json()}
+    return replace(task, drawn=found.law), said
+
+
+def _require_rows(task: Task, chosen: Mapping[int, definition.Sequence], rows: str) -> None:
+    """Raise EmptyError for A and G that have no row."""
+    if not {"A", "G"} & {*task.of}:
+        return
+    if not any(one.keep_BT.any() for one in chosen.values()):
+        raise EmptyError("certify: A and G of these sequences have no row (ROWS).")
+    if rows == "cls" and "patch" in task.wanted:
+        raise EmptyError("certify: 'patch' has no row among rows='cls'. Take rows='all' for it.")
 
 
 def _narrowest(found: Certificate) -> bool:
@@ -154,60 +204,27 @@ def _narrowest(found: Certificate) -> bool:
 
 
 def _task(
-    model: Model, of: Sequence[str], layers: str, direction: Mapping[str, Array] | None
+    model: Model,
+    of: Sequence[str],
+    layers: str,
+    fisher: Fisher,
+    seed: int,
+    direction: Mapping[str, Array] | None,
 ) -> Task:
     names = tuple(of) if isinstance(of, Iterable) and not isinstance(of, str) else ()
+    known = [*OF, *blocks.BLOCKS]
     if not names:
-        raise ConventionError(f"certify: `of` must name some of {', '.join(OF)}; got {of!r}.")
+        raise ConventionError(f"certify: `of` must name some of {', '.join(known)}; got {of!r}.")
     for name in names:
-        require_choice("certify", "of", name, list(OF))
+        require_choice("certify", "of", name, known)
+    wanted = tuple(expand(layers, list(model.config.linear_layers())))
+    if {*blocks.BLOCKS} & {*names}:
+        blocks.require_small(model.config, wanted)
     parameters = resident(model)
     for name, x in parameters.items():
         require_finite("certify", name, x)
-    wanted = tuple(expand(layers, list(model.config.linear_layers())))
-    v = _signs(parameters) if direction is None else _direction(parameters, direction)
-    return Task(model.config, parameters, names, wanted, v)
-
-
-def _signs(parameters: Mapping[str, Array]) -> dict[str, Array]:
-    """A sign for each entry: any language can draw them again (SAMPLING)."""
-    return {
-        name: signs(0, 0, i, 0, x.size).reshape(x.shape).astype(np.float64)
-        for i, (name, x) in enumerate(parameters.items())
-    }
-
-
-def _direction(parameters: Mapping[str, Array], direction: Mapping[str, Array]) -> dict[str, Array]:
-    """A direction of all parameters, 0 where it says nothing."""
-    for name in direction:
-        require_choice("certify", "direction", name, list(parameters))
-    out = {}
-    for name, x in parameters.items():
-        v = as_array("certify", f"direction[{name!r}]", direction.get(name, np.zeros(x.shape)), "")
-        require_shape("certify", f"direction[{name!r}]", v, x.shape, name)
-        require_dtype("certify", f"direction[{name!r}]", v, "fiu", "real numbers")
-        require_finite("certify", f"direction[{name!r}]", v)
-        out[name] = v.astype(np.float64)
-        if (out[name].astype(object) != v.astype(object)).any():
-            raise DTypeError(
-                f"certify: direction[{name!r}] has numbers of {v.dtype} that are not float64."
-            )
-    return out
-
-
-def _said(task: Task, direction: Mapping[str, Array] | None) -> str | None:
-    """Which direction: None without a product, "signs", or the SHA-256 of what was given.
-
-    It is that of the float64 of every parameter, little-endian, in the model's order.
-    """
-    if not {"hvp", "ggnvp"} & {*task.of}:
-        return None
-    if direction is None:
-        return "signs"
-    said = sha256()
-    for v in task.direction.values():
-        said.update(np.ascontiguousarray(v, "<f8").tobytes())
-    return said.hexdigest()
+    v = direction_of(parameters, direction)
+    return Task(model.config, parameters, names, wanted, v, fisher, seed)
 
 
 def _sequences(
@@ -219,40 +236,6 @@ def _sequences(
     every = enumerate(definition.sequences(model.config, corpus, law))
     found = dict(islice(((n, one) for n, one in every if n in numbers), len(numbers)))
     return {n: found[n] for n in numbers}
-
-
-def _planned(task: Task, one: definition.Sequence, digits: float) -> int:
-    """Bits for so many digits, from what one block and two blocks of a forward lose."""
-    precision, config = 128, task.config
-    while True:
-        lost = [_lost(task, one, depth, precision) for depth in range(1, min(config.layers, 2) + 1)]
-        if all(x < precision for x in lost):
-            break
-        if precision >= MOST_BITS:
-            return MOST_BITS
-        precision = min(MOST_BITS, 2 * precision)
-    growth = max(lost[-1] - lost[0], 1.0) if len(lost) > 1 else lost[0]
-    whole = lost[0] + growth * (config.layers - 1)
-    most = max(BACKWARD[name] for name in task.of)
-    return min(MOST_BITS, math.ceil(digits * math.log2(10) + most * whole) + SPARE)
-
-
-def _lost(task: Task, one: definition.Sequence, depth: int, precision: int) -> float:
-    """Bits of the largest number that a forward through so many blocks is unsure of."""
-    shallow = replace(task.config, layers=depth, windows=task.config.windows[:depth])
-    with bits(precision):
-        names = shallow.parameter_shapes()
-        theta: Any = {name: exact(task.parameters[name]) for name in names}
-        inputs: Any = one.inputs if one.inputs.dtype.kind in "iu" else exact(one.inputs)
-        final: Any
-        try:
-            final, _ = forward(shallow, theta, inputs, one.layout, LAYERS)
-        except (UndecidedError, NonFiniteError):
-            return math.inf
-        radius, size = final.radii().max(), final.least().max()
-    if not size or not math.isfinite(radius):
-        return math.inf
-    return precision + math.log2(max(radius / size, 2.0**-precision))
 
 
 @dataclass(slots=True)
@@ -279,7 +262,7 @@ class _Job:
                     self._run(kind, number, one, found)
                 self._keep(dict(_drained(every)), numbers, errors)
             means = {
-                name: {} if name in self.overflowed else dict(found.means())
+                name: {} if name in self.overflowed else dict(found.totals())
                 for name, (_, found) in every.items()
             }
             self._keep(means, numbers, errors)
@@ -295,6 +278,8 @@ class _Job:
         with np.errstate(over="ignore", invalid="ignore"):
             try:
                 run(kind, self.task, number, one, found)
+                if {*blocks.BLOCKS} & {*self.task.of}:
+                    blocks.run(kind, self.task, number, one, found)
             except NonFiniteError:
                 if kind is BALLS:
                     raise

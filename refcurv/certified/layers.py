@@ -225,9 +225,18 @@ def hessian_product(logit_NV: Numbers, v_NV: Numbers, label_N: Array) -> Numbers
     return p * (v_NV - (p * v_NV).sum(axis=-1, keepdims=True))
 
 
+def root_product(logit_NV: Numbers, e_NV: Array) -> Numbers:
+    """S e per row, S = diag(√p) − p √pᵀ, as `model.loss.root_product` means it."""
+    half = ((logit_NV - _largest(logit_NV.rounded())) / 2).exp()
+    root = half * (half * half).sum(axis=-1, keepdims=True).rsqrt()  # √p
+    out = root * e_NV
+    return out - root * root * out.sum(axis=-1, keepdims=True)
+
+
 _EACH: Any = (
     rms_norm_forward, rms_norm_backward, centre, rotate, attention_forward, attention_backward,
     mlp_forward, mlp_backward, rope_tables, soft_cap, clip, cross_entropy,
+    root_product,
 )  # fmt: skip
 BALLS = Ops(*_EACH)
 """`model.layers.DEFINITIONS`, over balls."""

@@ -18,8 +18,10 @@ from refcurv.algebra.duals import Duals
 from refcurv.certified import layers
 from refcurv.curvature.definition import Sequence
 from refcurv.law.checks import Array
+from refcurv.law.conventions import Fisher
 from refcurv.model import loss
 from refcurv.model.config import TABLES, ModelConfig
+from refcurv.model.fisher import cotangents
 from refcurv.model.gradient import slope_of
 from refcurv.model.layers import DEFINITIONS, Ops
 from refcurv.model.transformer import (
@@ -35,7 +37,7 @@ from refcurv.model.transformer import (
 )
 
 OF: Final = ("logits", "nats", "gradient", "A", "G", "hvp", "ggnvp")
-"""What can be certified. A and G are those of the corpus's labels (`empirical`)."""
+"""What can be certified of a model of any size. G is that of the labels that FISHER says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,29 +90,34 @@ def floats(dtype: str) -> Kind:
 
 @dataclass(slots=True)
 class Found:
-    """What sequences gave: {name: array of numbers}, and rows of the sums for A and G."""
+    """What sequences gave: {name: array of numbers}, and what is a sum over all of them.
+
+    Fields: arrays, of one sequence; sums; rows, of the sums that are divided by how many they are.
+    """
 
     arrays: dict[str, Any] = field(default_factory=dict)
     sums: dict[str, Any] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
 
-    def add(self, name: str, S: Any, rows: int) -> None:
-        """A part of the sum that `name` is."""
+    def add(self, name: str, S: Any, rows: int | None = None) -> None:
+        """A part of the sum that `name` is, or of the mean over rows."""
         self.sums[name] = self.sums[name] + S if name in self.sums else S
-        self.rows[name] = self.rows.get(name, 0) + rows
+        if rows is not None:
+            self.rows[name] = self.rows.get(name, 0) + rows
 
-    def means(self) -> Iterator[tuple[str, Any]]:
-        """A and G: sums over rows, divided by how many rows there are."""
+    def totals(self) -> Iterator[tuple[str, Any]]:
+        """Sums over the sequences; A and G are divided by how many rows there are."""
         for name, S in self.sums.items():
-            yield name, S / self.rows[name]
+            yield name, S / self.rows[name] if name in self.rows else S
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
     """What is wanted of which sequences.
 
-    Fields: config; parameters, floats; of, names of OF; wanted, linear layers for A and G;
-    direction, {parameter: array}, for the products.
+    Fields: config; parameters, floats; of, names of OF or of `blocks.BLOCKS`; wanted, linear layers
+    for A, G and blocks; direction, {parameter: array}, for the products; fisher and seed, whose
+    labels G and the Fisher have; drawn, the labels of each sequence that SAMPLING drew, (B, T).
     """
 
     config: ModelConfig
@@ -118,6 +125,19 @@ class Task:
     of: tuple[str, ...]
     wanted: tuple[str, ...]
     direction: Mapping[str, Array]
+    fisher: Fisher = Fisher.EMPIRICAL
+    seed: int = 0
+    drawn: Mapping[int, Array] = field(default_factory=dict)
+
+
+def sent(task: Task, number: int, one: Sequence, ops: Ops) -> list[Cotangent]:
+    """FISHER: what each backward pass sends back. Drawn labels are data: float64 drew them."""
+    config = task.config
+    if task.fisher is Fisher.SAMPLED:
+        label_BT = np.where(one.label_BT >= 0, task.drawn[number], one.label_BT)
+        return cotangents(Fisher.EMPIRICAL, label_BT, one.index_B, config.vocabulary, ops=ops)
+    batch = one.label_BT, one.index_B, config.vocabulary, task.seed
+    return cotangents(task.fisher, *batch, ops=ops)
 
 
 def run(kind: Kind, task: Task, number: int, one: Sequence, found: Found) -> None:
@@ -126,7 +146,7 @@ def run(kind: Kind, task: Task, number: int, one: Sequence, found: Found) -> Non
     Proof: tests/test_certified.py::test_more_bits_give_smaller_balls_inside
     """
     theta: dict[str, Any] = {}
-    if {*task.of} != {"hvp"}:
+    if {*task.of} & ({*OF} - {"hvp"}):
         theta = {name: kind.number(x) for name, x in task.parameters.items()}
     if {"logits", "nats", "gradient", "A", "G"} & {*task.of}:
         _plain(kind, task, number, one, theta, found)
@@ -138,35 +158,57 @@ def run(kind: Kind, task: Task, number: int, one: Sequence, found: Found) -> Non
 def _plain(
     kind: Kind, task: Task, number: int, one: Sequence, theta: Mapping[str, Any], found: Found
 ) -> None:
-    config, ops = task.config, kind.ops
-    final, trace = forward(config, theta, _inputs(kind, one), one.layout, ops)
+    config, ops, of = task.config, kind.ops, {*task.of}
+    final, trace = forward(config, theta, inputs_of(kind, one), one.layout, ops)
     nats = np.zeros_like(final, shape=(one.label_BT.size,))
     label_N = one.label_BT.reshape(-1)
 
-    def sent(row_N: Array, z_NV: Any) -> Any:
+    def slope(row_N: Array, z_NV: Any) -> Any:
         nats[row_N], d_NV = ops.cross_entropy(z_NV, label_N[row_N])
         return d_NV
 
-    steps: list[Tap | Slope] = []
-    head = head_transpose(config, theta, final, one.head_BT, sent, ops)
-    d_final = drain(head, steps.append)
-    if "logits" in task.of:
+    own = task.fisher is Fisher.EMPIRICAL  # then G is of the gradient's backward
+    if of & {"nats", "gradient", "A"} or ("G" in of and own):
+        wanted = bool(of & {"gradient", "A"} or ("G" in of and own))
+        steps = back(kind, task, theta, one.head_BT, final, trace, slope, blocks=wanted)
+        if "gradient" in of:
+            for name, d in gradient(task, theta, steps).items():
+                found.arrays[f"gradient.{number}.{name}"] = d
+        _moments(task, one, steps, found, of & ({"A", "G"} if own else {"A"}))
+    if "logits" in of:
         found.arrays[f"logits.{number}"] = head_logits(config, theta, final, ops)[0]
-    if "nats" in task.of:
+    if "nats" in of:
         found.arrays[f"nats.{number}"] = nats
-    if {"gradient", "A", "G"} & {*task.of}:
-        steps += backward(config, theta, d_final, trace, ops)
-    if "gradient" in task.of:
-        for name, d in _gradient(task, theta, steps).items():
-            found.arrays[f"gradient.{number}.{name}"] = d
-    _moments(task, one, steps, found)
+    if "G" in of and not own:
+        for count, cotangent in enumerate(sent(task, number, one, ops)):
+            steps = back(kind, task, theta, one.head_BT, final, trace, cotangent)
+            _moments(task, one, steps, found, {"G"}, counted=count == 0)
 
 
-def _inputs(kind: Kind, one: Sequence) -> Any:
+def inputs_of(kind: Kind, one: Sequence) -> Any:
+    """Tokens, or numbers of the kind where a sequence is an image."""
     return one.inputs if one.inputs.dtype.kind in "iu" else kind.number(one.inputs)
 
 
-def _gradient(task: Task, theta: Mapping[str, Any], steps: list[Tap | Slope]) -> dict[str, Any]:
+def back(
+    kind: Kind,
+    task: Task,
+    theta: Mapping[str, Any],
+    head_BT: Array,
+    final: Any,
+    trace: Trace,
+    cotangent: Cotangent,
+    *,
+    blocks: bool = True,
+) -> list[Tap | Slope]:
+    """The steps of a backward; without `blocks` those of the head alone."""
+    steps: list[Tap | Slope] = []
+    head = head_transpose(task.config, theta, final, head_BT, cotangent, kind.ops)
+    d_final = drain(head, steps.append)
+    return [*steps, *backward(task.config, theta, d_final, trace, kind.ops)] if blocks else steps
+
+
+def gradient(task: Task, theta: Mapping[str, Any], steps: list[Tap | Slope]) -> dict[str, Any]:
     """By parameter: Σ g aᵀ of linear layers; a tied table receives the head's too."""
     out: dict[str, Any] = {name: np.zeros_like(x) for name, x in theta.items()}
     for step in steps:
@@ -175,8 +217,16 @@ def _gradient(task: Task, theta: Mapping[str, Any], steps: list[Tap | Slope]) ->
     return out
 
 
-def _moments(task: Task, one: Sequence, steps: list[Tap | Slope], found: Found) -> None:
-    """S_A and S_G of the wanted layers over the kept rows (ROWS)."""
+def _moments(
+    task: Task,
+    one: Sequence,
+    steps: list[Tap | Slope],
+    found: Found,
+    sides: set[str],
+    *,
+    counted: bool = True,
+) -> None:
+    """S_A and S_G of the wanted layers over the kept rows (ROWS); `expected` counts them once."""
     for step in steps:
         if not isinstance(step, Tap) or step.name not in task.wanted or step.name in TABLES:
             continue
@@ -184,10 +234,11 @@ def _moments(task: Task, one: Sequence, steps: list[Tap | Slope], found: Found) 
         if step.a.ndim == 3:  # the head's are its rows alone
             keep_BT = one.keep_BT[:, -step.g.shape[1] :]
             a_NI, g_NO = step.a[keep_BT], step.g[keep_BT]
-        if "A" in task.of:
-            found.add(f"A.{step.name}", a_NI.T @ a_NI, len(a_NI))
-        if "G" in task.of:
-            found.add(f"G.{step.name}", g_NO.T @ g_NO, len(g_NO))
+        rows = len(a_NI) if counted else 0
+        if "A" in sides:
+            found.add(f"A.{step.name}", a_NI.T @ a_NI, rows)
+        if "G" in sides:
+            found.add(f"G.{step.name}", g_NO.T @ g_NO, rows)
 
 
 def _products(
@@ -201,24 +252,19 @@ def _products(
 ) -> None:
     """H v, from the gradient's derivative; GGN v = Jᵀ (diag p − p pᵀ) (J v)."""
     config, ops, label_N = task.config, kind.ops, one.label_BT.reshape(-1)
-    inputs = _inputs(kind, one)
-
-    def back(theta: Mapping[str, Any], final: Any, trace: Trace, sent: Cotangent) -> dict[str, Any]:
-        steps: list[Tap | Slope] = []
-        head = head_transpose(config, theta, final, one.label_BT >= 0, sent, ops)
-        d_final = drain(head, steps.append)
-        steps += backward(config, theta, d_final, trace, ops)
-        return _gradient(task, theta, steps)
+    inputs, head_BT = inputs_of(kind, one), one.label_BT >= 0
 
     final, trace = forward(config, along, inputs, one.layout, ops)
     if "hvp" in task.of:
-        moved = back(along, final, trace, lambda n, z: ops.cross_entropy(z, label_N[n])[1])
-        for name, d in moved.items():
+        slope: Cotangent = lambda n, z: ops.cross_entropy(z, label_N[n])[1]  # noqa: E731
+        steps = back(kind, task, along, head_BT, final, trace, slope)
+        for name, d in gradient(task, along, steps).items():
             found.arrays[f"hvp.{number}.{name}"] = kind.derivative(d)
     if "ggnvp" in task.of:
         Jv = kind.derivative(head_logits(config, along, final, ops))
         Jv_NV = Jv.reshape(-1, Jv.shape[-1])
         final, trace = forward(config, theta, inputs, one.layout, ops)
-        sent = back(theta, final, trace, lambda n, z: kind.hessian(z, Jv_NV[n], label_N[n]))
-        for name, d in sent.items():
+        bent: Cotangent = lambda n, z: kind.hessian(z, Jv_NV[n], label_N[n])  # noqa: E731
+        steps = back(kind, task, theta, head_BT, final, trace, bent)
+        for name, d in gradient(task, theta, steps).items():
             found.arrays[f"ggnvp.{number}.{name}"] = d

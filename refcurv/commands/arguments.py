@@ -71,6 +71,7 @@ EXAMPLES = {
         "refcurv certify w.h5 corpus.h5",
         "refcurv certify w.h5 corpus.h5 --sequences 0-3 --digits 50 -o certificate.h5",
         "refcurv certify w.h5 corpus.h5 --of A,G,hvp --layers 'blocks.*.mlp.*' --json digits.json",
+        "refcurv certify w.h5 corpus.h5 --of G --fisher sampled --seed 1 --minutes 10",
     ],
     "audit": [
         "refcurv audit w.h5 corpus.h5",
@@ -344,14 +345,22 @@ def _audit(sub: argparse.ArgumentParser) -> None:
 
 def _certify(sub: argparse.ArgumentParser) -> None:
     _positional(sub, "WEIGHTS", "CORPUS")
-    text = "of logits, nats, gradient, A, G, hvp, ggnvp, with commas (default: %(default)s)"
+    text = (
+        "of logits, nats, gradient, A, G, hvp, ggnvp, and of small layers hessian, ggn, fisher, "
+        "with commas (default: %(default)s)"
+    )
     sub.add_argument("--of", default="logits,nats,gradient,A,G", metavar="NAMES", help=text)
     _sequences(sub, "rows of the corpus")
-    text = "pattern over linear layers, for A and G (default: all)"
+    text = "pattern over linear layers, for A, G, hessian, ggn and fisher (default: all)"
     sub.add_argument("--layers", default="**", metavar="PATTERN", help=text)
     text = "digits of the largest entry that are to be certain (default: %(default)g)"
     sub.add_argument("--digits", default=30, metavar="N", help=text)
     sub.add_argument("--rows", default="reached", help="rows of A and G, as for collect")
+    text = "labels of G and fisher: empirical (default), sampled, expected (small models) or signed"
+    sub.add_argument("--fisher", default="empirical", help=text)
+    sub.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
+    text = "refuse, before the work, what would take longer; it says what would fit"
+    sub.add_argument("--minutes", type=float, metavar="N", help=text)
     text = "also write every number and its radius (.h5)"
     sub.add_argument("-o", "--output", metavar="FILE", help=text)
     _json(sub)

@@ -63,7 +63,10 @@ def audit(args: argparse.Namespace) -> bool:
 
 
 def certify(args: argparse.Namespace) -> bool:
-    """Prove digits of logits, losses, gradients, factors and products, by ball arithmetic."""
+    """Prove digits of logits, losses, gradients, factors and products, by ball arithmetic.
+
+    What it will take is said before.
+    """
     import refcurv as rc
     from refcurv.report.certificate import format_certificate
 
@@ -75,6 +78,10 @@ def certify(args: argparse.Namespace) -> bool:
         sequences=chain.from_iterable(args.sequences),
         layers=args.layers,
         rows=args.rows,
+        fisher=args.fisher,
+        seed=args.seed,
+        seconds=None if args.minutes is None else 60 * args.minutes,
+        estimate=lambda found: print(f"{found.text}.", flush=True),
         progress=progress_bar("certify"),
     )
     if args.output:

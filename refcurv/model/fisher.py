@@ -10,15 +10,9 @@ from functools import partial
 
 import numpy as np
 
-from refcurv.law.checks import (
-    Array,
-    ConventionError,
-    require_choice,
-    require_draws,
-    require_seed,
-)
+from refcurv.law.checks import Array, ConventionError, require_choice, require_draws, require_seed
 from refcurv.law.conventions import Fisher
-from refcurv.model.loss import cross_entropy, root_product
+from refcurv.model.layers import DEFINITIONS, Ops
 from refcurv.model.sampling import draw_labels, signs, uniforms
 from refcurv.model.transformer import Cotangent
 
@@ -42,6 +36,7 @@ def cotangents(
     vocabulary: int,
     seed: int = 0,
     draws: int = 1,
+    ops: Ops = DEFINITIONS,
 ) -> list[Cotangent]:
     """FISHER: one cotangent per backward pass over a batch.
 
@@ -58,6 +53,7 @@ def cotangents(
         vocabulary: V.
         seed: of what is drawn.
         draws: how often it is drawn.
+        ops: of the numbers that the logits are.
 
     Returns:
         Functions of (row_N, logit_NV): row_N are rows of the flattened (B, T), in ascending order,
@@ -66,10 +62,10 @@ def cotangents(
     Proof: tests/test_factors.py::test_factors_equal_the_naive_sums,
         tests/test_factors.py::test_O11_expected_is_the_mean_over_every_label
     """
-    batch = label_BT, index_B
+    batch = ops, label_BT, index_B
     match fisher:
         case Fisher.EMPIRICAL:
-            return [partial(_corpus_slope, label_BT)]
+            return [partial(_corpus_slope, ops, label_BT)]
         case Fisher.SAMPLED:
             return [partial(_drawn_slope, *batch, seed, draw) for draw in range(draws)]
         case Fisher.SIGNED:
@@ -77,8 +73,8 @@ def cotangents(
         case Fisher.EXPECTED:
             at, entries = labelled(label_BT), range(vocabulary)
             if not at:  # the rows of this batch have g = 0
-                return [partial(_corpus_slope, label_BT)]
-            return [partial(_root_column, label_BT, t, v) for t in at for v in entries]
+                return [partial(_corpus_slope, ops, label_BT)]
+            return [partial(_root_column, ops, label_BT, t, v) for t in at for v in entries]
 
 
 def labelled(label_BT: Array) -> list[int]:
@@ -86,28 +82,33 @@ def labelled(label_BT: Array) -> list[int]:
     return [int(t) for t in np.flatnonzero((label_BT >= 0).any(axis=0))]
 
 
-def _corpus_slope(label_BT: Array, row_N: Array, logit_NV: Array) -> Array:
+def _corpus_slope(ops: Ops, label_BT: Array, row_N: Array, logit_NV: Array) -> Array:
     """The gradient of the nats against the corpus's labels."""
-    return cross_entropy(logit_NV, label_BT.reshape(-1)[row_N])[1]
+    return ops.cross_entropy(logit_NV, label_BT.reshape(-1)[row_N])[1]
 
 
-def _drawn_slope(
+def drawn_labels(
     label_BT: Array, index_B: Array, seed: int, draw: int, row_N: Array, logit_NV: Array
 ) -> Array:
-    """The gradient against labels drawn from the model, where the corpus has a label."""
+    """SAMPLING: labels drawn from the model, (N,), where the corpus has a label; else negative."""
     T = label_BT.shape[1]
     b_N, t_N = np.divmod(row_N, T)
     first, last = b_N[0], b_N[-1]  # rows ascend
-    uniform_BT = np.stack(
-        [uniforms(seed, draw, int(index), T) for index in index_B[first : last + 1]]
-    )
-    drawn_N = draw_labels(logit_NV, uniform_BT[b_N - first, t_N])
+    uniform_BT = np.stack([uniforms(seed, draw, int(n), T) for n in index_B[first : last + 1]])
     label_N = label_BT.reshape(-1)[row_N]
-    return cross_entropy(logit_NV, np.where(label_N >= 0, drawn_N, label_N))[1]
+    return np.where(label_N >= 0, draw_labels(logit_NV, uniform_BT[b_N - first, t_N]), label_N)
+
+
+def _drawn_slope(
+    ops: Ops, label_BT: Array, index_B: Array, seed: int, draw: int, row_N: Array, logit_NV: Array
+) -> Array:
+    """The gradient against labels drawn from the model."""
+    drawn_N = drawn_labels(label_BT, index_B, seed, draw, row_N, logit_NV)
+    return ops.cross_entropy(logit_NV, drawn_N)[1]
 
 
 def _signed_root(
-    label_BT: Array, index_B: Array, seed: int, draw: int, row_N: Array, logit_NV: Array
+    ops: Ops, label_BT: Array, index_B: Array, seed: int, draw: int, row_N: Array, logit_NV: Array
 ) -> Array:
     """S ε where the corpus has a label, ε the signs of SAMPLING: E(S ε εᵀ Sᵀ) = S Sᵀ."""
     b_N, t_N = np.divmod(row_N, label_BT.shape[1])
@@ -117,15 +118,15 @@ def _signed_root(
         index, t = int(index_B[b_N[row]]), int(t_N[row])
         sign_NV[n] = signs(seed, draw, index, t, logit_NV.shape[1])
     d_logit_NV = np.zeros_like(logit_NV)
-    d_logit_NV[at] = root_product(logit_NV[at], sign_NV)
+    d_logit_NV[at] = ops.root_product(logit_NV[at], sign_NV)
     return d_logit_NV
 
 
-def _root_column(label_BT: Array, t: int, v: int, row_N: Array, logit_NV: Array) -> Array:
+def _root_column(ops: Ops, label_BT: Array, t: int, v: int, row_N: Array, logit_NV: Array) -> Array:
     """Column v of S at position t, for the sequences that have a label there; elsewhere 0."""
     b_N, t_N = np.divmod(row_N, label_BT.shape[1])
     at = np.flatnonzero((t_N == t) & (label_BT[b_N, t_N] >= 0))
-    onehot_V = np.arange(logit_NV.shape[1]) == v
+    onehot_NV = np.broadcast_to(np.arange(logit_NV.shape[1]) == v, logit_NV[at].shape)
     d_logit_NV = np.zeros_like(logit_NV)
-    d_logit_NV[at] = root_product(logit_NV[at], np.broadcast_to(onehot_V, (len(at), len(onehot_V))))
+    d_logit_NV[at] = ops.root_product(logit_NV[at], onehot_NV)
     return d_logit_NV

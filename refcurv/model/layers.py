@@ -19,7 +19,7 @@ from scipy import special
 
 from refcurv.law.checks import Array
 from refcurv.model.config import Activation, RopeScaling, Scaling
-from refcurv.model.loss import cross_entropy
+from refcurv.model.loss import cross_entropy, root_product
 
 Saved = Any
 """What a forward hands its own backward; nobody else looks inside."""
@@ -412,6 +412,7 @@ class Ops:
     soft_cap: Callable[[Array, float], tuple[Array, Array]] = soft_cap
     clip: Callable[[Array, float], tuple[Array, Array]] = clip
     cross_entropy: Callable[[Array, Array], tuple[Array, Array]] = cross_entropy
+    root_product: Callable[[Array, Array], Array] = root_product
 
 
 DEFINITIONS = Ops(

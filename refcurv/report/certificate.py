@@ -12,6 +12,9 @@ Json = dict[str, Any]
 
 DTYPES = ("float64", "float32", "longdouble")
 
+JOINED = ("A", "G", "hessian", "ggn", "fisher")
+"""Quantities that are of all sequences together."""
+
 
 def format_certificate(found: Json) -> str:
     """A row for each quantity of each sequence, the worst array of it; then what it means.
@@ -25,11 +28,11 @@ def format_certificate(found: Json) -> str:
 
 
 def _groups(found: Json) -> dict[str, list[str]]:
-    """Arrays by quantity and sequence; A and G are each one group."""
+    """Arrays by quantity and sequence; what is of all sequences is one group."""
     out: dict[str, list[str]] = {}
     for name in found["numbers"]:
         kind, _, rest = name.partition(".")
-        group = kind if kind in "AG" else f"{kind}, sequence {rest.partition('.')[0]}"
+        group = kind if kind in JOINED else f"{kind}, sequence {rest.partition('.')[0]}"
         out.setdefault(group, []).append(name)
     return out
 
@@ -71,3 +74,27 @@ def _words(found: Json) -> Iterator[str]:
     )
     yield "Digits count from the largest entry of an array. As float64: the nearest one is proved."
     yield "The dtypes: largest error of the definitions in it, in ulps of the largest entry."
+    source = found.get("source", {})
+    yield from _of_labels(source)
+    if "lost" in source:
+        yield f"Digits are lost {source['lost']}."
+
+
+def _of_labels(source: Json) -> Iterator[str]:
+    """Whose labels G and the Fisher have; of drawn ones, what the real numbers draw."""
+    if "fisher" not in source:
+        return
+    if "labels" not in source:
+        yield f"Labels of G and the Fisher: {source['fisher']}."
+        return
+    labels = source["labels"]
+    other, unknown = labels["other"], labels["undecided"]
+    yield (
+        f"Labels of G and the Fisher: drawn in float64 from seed {source['seed']}. Real numbers "
+        f"draw {labels['same']:,} the same, which is proved; {len(other):,} are others, "
+        f"{len(unknown):,} undecided."
+    )
+    for number, t, law, real in other:
+        yield f"  sequence {number}, position {t}: float64 draws {law}, the real numbers {real}."
+    for number, t, law in unknown:
+        yield f"  sequence {number}, position {t}: float64 draws {law}; undecided."
