@@ -33,13 +33,13 @@ def code(*own: str) -> str:
     return found.hexdigest()[:16]
 
 
-def stamp(command: str, own: str, *packages: str) -> str:
+def stamp(command: str, digest: str, *packages: str) -> str:
     """By what, with what and when a table was made."""
     used = ("python-flint", "numpy", "scipy", *packages)
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in used)
     return (
         f"`python -m {command}`, {datetime.now(UTC):%Y-%m-%d}; {versions}, {platform.machine()}; "
-        f"code {code(own)}."
+        f"code {digest}."
     )
 
 

@@ -96,7 +96,7 @@ def main() -> int:
     argparse.ArgumentParser(prog="python -m validation.certified.peers").parse_args()
     with page.from_tests():
         found = {name: measured(name) for name in MODELS}
-    stamp = page.stamp("validation.certified.peers", "peers.py", "torch", "transformers")
+    stamp = page.stamp("validation.certified.peers", page.code("peers.py"), "torch", "transformers")
     page.write("peers", f"{stamp}\n\n{table(found)}")
     return 0
 

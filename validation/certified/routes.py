@@ -273,11 +273,12 @@ def main() -> int:
         print(f" {family}", end="", file=sys.stderr, flush=True)
         found.append(measured(one, tuple(ROUTES)))
         bar(n + 1, len(every))
-    stamp = page.stamp("validation.certified.routes", "routes.py")
+    digest = page.code("routes.py")
+    stamp = page.stamp("validation.certified.routes", digest)
     families = ", ".join(name for name, _ in every)
     page.write("routes", f"{stamp} Twins of {families}.\n\n{table(found)}")
     if given.shipped:
-        stamp = page.stamp("validation.certified.routes --shipped", "routes.py")
+        stamp = page.stamp("validation.certified.routes --shipped", digest)
         page.write("routes of the shipped model",
                    f"{stamp}\n\n{table([measured(shipped(), LARGE)])}")  # fmt: skip
     return 0
