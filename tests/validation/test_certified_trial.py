@@ -57,6 +57,7 @@ def test_a_stopped_trial_goes_on(tmp_path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(page, "README", readme)
     monkeypatch.setattr(budgets, "DRAWS", tmp_path / "draws.jsonl")
     monkeypatch.setattr(budgets, "BATCH", 5)
+    monkeypatch.setattr(budgets, "SEEDS", 1)
     asked = ["x", "--draws", "10", "--models", "0", "--only", "gamma"]
     ran = mock.Mock(side_effect=budgets.batch)
     with mock.patch("sys.argv", asked), mock.patch.object(budgets, "batch", ran):

@@ -109,9 +109,8 @@ def loss_at(given: Given, dtype: Any) -> Callable[[str, tuple[int, ...], Any], A
     def moved(name: str, at: tuple[int, ...], step: Any) -> Any:
         x = own[name].copy()
         x[at] += step
-        inputs = one.inputs if one.inputs.dtype.kind in "iu" else one.inputs.astype(dtype)
         there = {**own, name: x}
-        return loss_and_gradient(model.config, there, inputs, one.label_BT, one.layout)[0]
+        return loss_and_gradient(model.config, there, one.inputs, one.label_BT, one.layout)[0]
 
     return moved
 
