@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -38,7 +37,16 @@ import refcurv as rc
 from refcurv.algebra.balls import Balls, UndecidedError, bits, exact
 from refcurv.certified import certify as driver
 from refcurv.certified import layers as functions
-from refcurv.certified.certificate import Certificate, Enclosed, enclosed, farthest, sizes
+from refcurv.certified.budgets import RUNS, Shaking
+from refcurv.certified.certificate import (
+    Certificate,
+    Enclosed,
+    Route,
+    enclosed,
+    farthest,
+    outside,
+    sizes,
+)
 from refcurv.certified.certify import certify
 from refcurv.certified.numbers import OF
 from refcurv.certified.planning import Plan
@@ -523,6 +531,111 @@ def test_a_direction_of_ones_own() -> None:
         assert np.array_equal(twice[name].nearest, 2 * found[name].nearest)
 
 
+# ------------------------------------------------------------------ budgets of the floats
+
+
+def test_every_route_lies_within_its_budgets(small) -> None:
+    """Of every quantity and dtype; the worst case is the wider one, and neither is idle."""
+    _, _, found = small
+    for route in found.routes:
+        assert route.inside, route
+        assert route.probable < route.worst and route.used("worst") <= route.used("probable")
+        assert route.spread <= route.error * np.sqrt(found[route.name].radius.size) * (1 + 1e-12)
+    for dtype in ("float64", "float32", "longdouble"):
+        some = [r.used("probable") for r in found.routes if r.dtype == dtype]
+        assert 0.001 < np.median(some) and 0.01 < max(some)
+
+
+WRONG: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "a norm's gradient without its projection": (
+        "rms_norm_backward",
+        lambda old: lambda d, saved: (d * saved[3] * saved[1] * saved[2], old(d, saved)[1]),
+    ),
+    "an activation's slope, by 1e-11": (
+        "mlp_backward",
+        lambda old: lambda d, saved: tuple(x * (1 + 1e-11) for x in old(d, saved)),
+    ),
+    "values, by 1e-11": (
+        "attention_forward", lambda old: lambda q, k, v, *a: old(q, k, v * (1 + 1e-11), *a)
+    ),
+}  # fmt: skip
+"""One term of the float64 route: the layer function, and what it becomes."""
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_route_with_a_wrong_term_is_outside_its_budgets(what: str) -> None:
+    name, change = WRONG[what]
+    model, corpus = model_and_corpus(case(batch=1))
+    right = driver.floats
+
+    def wrong(dtype: str) -> Any:
+        kind = right(dtype)
+        if dtype != "float64":
+            return kind
+        return replace(kind, ops=replace(kind.ops, **{name: change(getattr(kind.ops, name))}))
+
+    with mock.patch.object(driver, "floats", wrong):
+        found = certify(model, corpus, ["gradient"])
+    out = {route.dtype for route in found.routes if not route.inside}
+    assert out == {"float64"}
+    said = format_certificate(found.to_json())
+    assert "OUTSIDE: float64, gradient.0." in said and "more." in said
+
+
+def test_a_radius_that_was_dropped_shows() -> None:
+    """Balls of few digits: with their radius floats lie in them; midpoints alone accuse floats."""
+    model, corpus = model_and_corpus(case(batch=1))
+
+    def bare(x: Balls, digits: float) -> Enclosed:
+        one = enclosed(x, digits)
+        return replace(one, radius=0 * one.radius)
+
+    plan = Plan(60, 0.0, 60, (0.0, 0.0))
+    with mock.patch.object(driver, "planned", lambda *_: plan):
+        honest = certify(model, corpus, ["gradient"], digits=1)
+        with mock.patch.object(driver, "enclosed", bare):
+            false = certify(model, corpus, ["gradient"], digits=1)
+    assert honest.bits == false.bits == 60
+    assert all(route.inside for route in honest.routes)
+    assert {"longdouble"} <= {route.dtype for route in false.routes if not route.inside}
+
+
+def test_where_a_run_overflows_there_is_no_budget() -> None:
+    """A stream at float64's end is shaken beyond it, or the sizes of its sums are."""
+    model, corpus = model_and_corpus(scaled(2.0**1020))
+    found = certify(model, corpus, ["nats"], digits=20)
+    said = format_certificate(found.to_json())
+    for route in found.routes:
+        assert route.inside is None or route.inside or route.error == np.inf
+    assert "inf" in said
+
+
+def test_a_budget_that_is_not_there_is_not_made_up() -> None:
+    one = Shaking(None, 4)  # type: ignore[arg-type]
+    assert one.budget("worst", "nats.0", "float64") is None
+    two = Shaking(SimpleTask, 2**23, moved={"nats.0": 1.0}, own={"nats.0": 1.0})  # type: ignore[arg-type]
+    assert two.budget("worst", "nats.0", "float32") is not None
+    three = replace(two, rows=2**25)
+    assert three.budget("worst", "nats.0", "float32") is None
+    assert three.budget("probable", "nats.0", "float32") is not None
+    route = Route("nats.0", "float32", 1.0, 1.0, 2.0)
+    assert (route.used("worst"), route.used("probable"), route.inside) == (None, 0.5, True)
+    assert Route("nats.0", "float32", 1.0).inside is None
+    assert (Route("x", "float64", 0.0, 0.0, 0.0).used("probable"), RUNS) == (0.0, 8)
+    assert Route("x", "float64", 1.0, 1.0, 0.0).used("probable") == np.inf
+
+
+class SimpleTask:
+    config = config()
+
+
+def test_what_lies_in_a_ball_is_not_off() -> None:
+    one = Enclosed(np.array([[1.0, 2.0], [0, 0]]), np.array([0.5, 0.0]))
+    assert outside(np.array([1.5, 2.0]), one) == 0
+    assert outside(np.array([2.0, 2.5]), one) == pytest.approx(np.hypot(0.5, 0.5))
+    assert outside(np.array([np.nan, 2.0]), one) == np.inf
+
+
 # ------------------------------------------------------------------ records
 
 
@@ -803,7 +916,7 @@ def test_progress_goes_to_its_end() -> None:
     model, corpus = model_and_corpus(case(batch=2))
     seen: list[tuple[int, int]] = []
     certify(model, corpus, ["nats"], sequences=[0, 1], progress=lambda *at: seen.append(at))
-    assert seen[-1] == (8, 8) and [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert seen[-1] == (10, 10) and [done for done, _ in seen] == sorted(done for done, _ in seen)
 
 
 # ------------------------------------------------------------------ files and the command
@@ -853,7 +966,7 @@ def test_a_damaged_certificate_is_refused(what: str, small, tmp_path) -> None:
         one = Enclosed(one.parts[:, :1], one.radius)
     few_of = replace(found, numbers={"nats.0": one})
     if what == "routes":
-        few_of = replace(few_of, routes=(SimpleNamespace(name="x", dtype="float64", error="y"),))
+        few_of = replace(few_of, routes=(Route("x", "float64", 1.0),))
     rc.save_certificate(few_of, path)
     with pytest.raises(RefcurvError, match=r"nats|damaged|is a refcurv-certificate"):
         (rc.load_factors if what == "format" else rc.load_certificate)(path)
@@ -868,14 +981,30 @@ def test_the_table_rounds_nothing_up() -> None:
     assert " 29 " in said and "99.9%" in said and "100 bits gave 29.9." in said
     two = one | {"digits": 40.5}
     routes = [
-        {"name": name, "dtype": "float64", "error": 1.0, "ulps": ulps}
-        for name, ulps in (("A.x", 3.0), ("A.y", 7.0), ("G.x", 2.0), ("G.y", None))
+        {
+            "name": name,
+            "dtype": "float64",
+            "error": 1.0,
+            "ulps": ulps,
+            "inside": share <= 1,
+            "budgets": {"probable": 1.0, "worst": worst},
+            "used": {"probable": share, "worst": 0.1},
+        }
+        for name, ulps, share, worst in (
+            ("A.x", 3.0, 0.5, 1.0),
+            ("A.y", 7.0, 0.25, 1.0),
+            ("G.x", 2.0, 1.5, None),
+            ("G.y", None, 0.1, 1.0),
+        )
     ]
     many = {"numbers": {n: two for n in ("A.x", "G.x", "G.y")} | {"A.y": one}, "routes": routes}
     rows = format_certificate(many | {"bits": 1, "digits": 30.0, "wanted": 30}).splitlines()
     assert rows[2].split() == ["A", "2", "200,000", "29", "99.9%", "7", "-", "-"]
     assert rows[3].split() == ["G", "2", "200,000", "40", "99.9%", "inf", "-", "-"]
     assert "1 bits; every number lies within its radius" in rows[5]
+    assert rows[11].split() == ["A", "50%", "|", "10%", "-", "-"]
+    assert rows[12].split() == ["G", "150%", "|", "no", "budget", "-", "-"]
+    assert rows[-1] == "OUTSIDE: float64, G.x: 150% of the budget"
     assert " 30 " not in said.splitlines()[2] and "100.0%" not in said
 
 

@@ -233,6 +233,10 @@ def test_attributes_that_are_no_certificate_are_refused(key, tmp_path):
         one = ("nats.0", "float64", "1")
         for at, bad in ((0, "other"), (1, "int8"), (1, 2), (2, "nan"), (2, "-1"), (2, None)):
             wrong.append(json.dumps([[*one[:at], bad, *one[at + 1 :]]]))
+        long = (*one, "1", None, "2")
+        for at, bad in ((3, None), (3, "nan"), (4, "-1"), (5, "x")):
+            wrong.append(json.dumps([[*long[:at], bad, *long[at + 1 :]]]))
+        wrong.append(json.dumps([long[:5]]))
     for bad in wrong:
         with pytest.raises(SchemaError, match="attribute of the certificate"):
             rc.load_certificate(written(tmp_path / "c.h5", **{key: bad}))

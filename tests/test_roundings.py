@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from sound import sound_model
 
+from refcurv.algebra import shaken
+from refcurv.algebra.shaken import SHAKE, Shaken, ShakenSums, Shakes
 from refcurv.judge import bench, roundings
-from refcurv.judge.roundings import Shaken
 
 
 def size(result: Callable[[np.ndarray], np.ndarray], x: np.ndarray) -> float:
@@ -74,6 +75,42 @@ def test_what_is_shaken_moves_in_proportion(monkeypatch: pytest.MonkeyPatch) -> 
         for shake in (roundings.SHAKE, roundings.SHAKE / 16):
             with monkeypatch.context() as patch:
                 patch.setattr(roundings, "SHAKE", shake)
+                patch.setattr(shaken, "SHAKE", shake)
                 made = bench.prepare(model.config, model.parameters, corpus, planned, 0)
                 found.append(made.amplification)
         assert found[0] == pytest.approx(found[1], rel=1e-3)
+
+
+def added_at(x: np.ndarray) -> np.ndarray:
+    out = np.zeros_like(x, shape=(1,))
+    np.add.at(out, np.zeros(len(x), int), x)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("result", "size"),
+    [
+        (lambda x: x @ np.ones((2, 1)), 2),
+        (lambda x: np.ones((1, 2)) @ x, 2),
+        (lambda x: x.sum(keepdims=True), 2),
+        (lambda x: x.mean(axis=-1, keepdims=True), 1),
+        (added_at, 2),
+        (lambda x: x + 1, 2),  # 2 and 0, each by itself
+        (lambda x: ((x + 0j) @ (2j * np.ones((2, 1)))).imag, np.sqrt(16 + 2 * 4)),
+        (lambda x: ((1j * x) @ (2j * np.ones((2, 1)))).real, np.sqrt(16 + 2 * 4)),
+        (lambda x: (1j * x).sum(keepdims=True).imag, np.sqrt(4 + 2)),
+    ],
+    ids=["a product", "from the left", "a sum", "a mean", "a table", "no sum", "an imaginary part",
+         "a real part", "an imaginary sum"],
+)  # fmt: skip
+def test_shaken_sums_move_by_the_size_of_their_terms(
+    result: Callable[[np.ndarray], np.ndarray], size: float
+) -> None:
+    """1 − 1, of numbers that are exact themselves; complex ones are made, and shaken, before."""
+    moves = []
+    for n in range(400):
+        x = np.array([1.0, -1.0]).view(ShakenSums)
+        x.shakes = Shakes(np.random.default_rng(n))
+        moves.append(np.asarray(result(x)) - np.asarray(result(np.array([1.0, -1.0]))))
+        assert x.shakes.drawn
+    assert np.sqrt(np.square(moves).sum() / 400) / SHAKE == pytest.approx(size, rel=0.1)

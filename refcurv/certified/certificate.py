@@ -13,10 +13,14 @@ from typing import Any, Final
 import numpy as np
 
 from refcurv.algebra.balls import Balls
+from refcurv.algebra.scaling import norm
 from refcurv.law.checks import Array, RangeError
 
 ROUTES: Final = ("float64", "float32", "longdouble")
 """The dtypes whose results are put beside the enclosures."""
+
+BUDGETS: Final = ("probable", "worst")
+"""Kinds of budgets of what they give (`certified.budgets`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,20 +160,43 @@ def _quantity(name: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """How far a float result is from the real numbers.
+    """How far a float result is from the real numbers, and how far it may be.
 
-    Fields: name, of the numbers; dtype; error, an upper bound of the largest error, over what the
-    array's digits are counted from (`sizes`).
+    Fields:
+        name, of the numbers; dtype.
+        error: an upper bound of the largest error.
+        spread: the root of the squares' sum of how far each entry is from its ball.
+        probable, worst: the budgets of `spread` (`certified.budgets`); None where there is none.
+
+    All are over what the array's digits are counted from (`sizes`).
     """
 
     name: str
     dtype: str
     error: float
+    spread: float = math.inf
+    probable: float | None = None
+    worst: float | None = None
 
     @property
     def ulps(self) -> float:
         """error / eps."""
         return self.error / float(np.finfo(np.dtype(self.dtype)).eps)
+
+    def used(self, budget: str) -> float | None:
+        """The share of a budget, "probable" or "worst", that the error is; None without one."""
+        allowed: float | None = getattr(self, budget)
+        if allowed is None:
+            return None
+        if not self.spread:
+            return 0.0
+        return self.spread / allowed if allowed else math.inf
+
+    @property
+    def inside(self) -> bool | None:
+        """Does it lie within the balls, widened by the probable budget? None without one."""
+        used = self.used("probable")
+        return None if used is None else used <= 1
 
 
 def farthest(got: Array, truth: Enclosed) -> float:
@@ -185,6 +212,17 @@ def farthest(got: Array, truth: Enclosed) -> float:
     if not far.any() and not rest.any():
         return 0.0
     return math.nextafter(float(((far + rest) * (1 + 1e-15)).max()), math.inf)
+
+
+def outside(got: Array, truth: Enclosed) -> float:
+    """The root of the squares' sum of how far `got` is from the balls, where it is not in them.
+
+    A lower bound of its error: a ball that is too wide makes no float wrong.
+    """
+    far = np.abs(got.astype(np.longdouble) - truth.parts[0] - truth.parts[1].astype(np.longdouble))
+    rest = np.abs(truth.parts[2:]).sum(axis=0) + truth.radius
+    off = np.maximum(far * (1 - 1e-15) - rest, 0)
+    return float(norm(off)) if np.isfinite(off).all() else math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,20 +275,25 @@ class Certificate(Mapping[str, Enclosed]):
                 }
                 for name, one in self.numbers.items()
             },
-            "routes": [
-                {
-                    "name": r.name,
-                    "dtype": r.dtype,
-                    "error": _finite(r.error),
-                    "ulps": _finite(r.ulps),
-                }
-                for r in self.routes
-            ],
+            "routes": [_said(route) for route in self.routes],
             "rows": dict(self.rows),
             "source": dict(self.source),
         }
 
 
-def _finite(x: float) -> float | None:
+def _said(route: Route) -> dict[str, Any]:
+    return {
+        "name": route.name,
+        "dtype": route.dtype,
+        "error": _finite(route.error),
+        "ulps": _finite(route.ulps),
+        "spread": _finite(route.spread),
+        "budgets": {kind: _finite(getattr(route, kind)) for kind in BUDGETS},
+        "used": {kind: _finite(route.used(kind)) for kind in BUDGETS},
+        "inside": route.inside,
+    }
+
+
+def _finite(x: float | None) -> float | None:
     """JSON has no infinity: None says that all digits are certain, or none."""
-    return x if math.isfinite(x) else None
+    return None if x is None or not math.isfinite(x) else x

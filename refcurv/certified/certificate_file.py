@@ -33,7 +33,7 @@ def save_certificate(made: Certificate, path: str | Path) -> None:
         "wanted": made.wanted,
         "rows": json.dumps(dict(made.rows)),
         "source": json.dumps(dict(made.source)),
-        "routes": json.dumps([[r.name, r.dtype, repr(r.error)] for r in made.routes]),
+        "routes": json.dumps([_told(route) for route in made.routes]),
     }
 
     def entries() -> Iterator[store.Entry]:
@@ -113,8 +113,22 @@ def _number(told: object) -> float | str:
     return told if isinstance(told, int | float) else repr(told)[:40]
 
 
-def _route(numbers: Mapping[str, Enclosed], name: str, dtype: str, error: str) -> Route:
+def _told(route: Route) -> list[str | None]:
+    """Its fields: floats as Python writes them, which JSON has no infinity for."""
+    far = (route.error, route.spread, route.probable, route.worst)
+    return [route.name, route.dtype, *(None if x is None else repr(x) for x in far)]
+
+
+def _route(
+    numbers: Mapping[str, Enclosed], name: str, dtype: str, error: str, *more: str | None
+) -> Route:
+    """Of its name, dtype and error alone, as the first certificates have it, or of all."""
     require_choice("load_certificate", "a route", name, numbers)
     require_choice("load_certificate", "its dtype", dtype, ROUTES)
-    far = require_range("load_certificate", "its error", error, 0, math.inf)
-    return Route(name, dtype, far)
+    far = [
+        None if x is None else require_range("load_certificate", "its error", x, 0, math.inf)
+        for x in (error, *more)
+    ]
+    if far[0] is None or (more and (len(far) != 4 or far[1] is None)):
+        raise ValueError(f"the route of {name!r} has no error")
+    return Route(name, dtype, far[0], *far[1:])  # type: ignore[arg-type]

@@ -12,13 +12,16 @@ import numpy as np
 
 from refcurv.algebra.balls import Balls, UndecidedError, bits, require_flint
 from refcurv.certified import blocks
+from refcurv.certified.budgets import Shaking
 from refcurv.certified.certificate import (
+    BUDGETS,
     ROUTES,
     Certificate,
     Enclosed,
     Route,
     enclosed,
     farthest,
+    outside,
     sizes,
 )
 from refcurv.certified.directions import direction_of, said_of
@@ -40,7 +43,7 @@ from refcurv.law.checks import (
 )
 from refcurv.law.conventions import Fisher
 from refcurv.model.corpus import Corpus
-from refcurv.model.fisher import require_fisher
+from refcurv.model.fisher import labelled, require_fisher
 from refcurv.model.given import numbers_of, require_corpus, require_model
 from refcurv.model.patterns import expand
 from refcurv.model.rows import require_rows
@@ -140,7 +143,7 @@ def certify(
         "direction": said_of(task.direction, direction) if {"hvp", "ggnvp"} & {*task.of} else None,
     }  # fmt: skip
     task, labels = _labelled(task, chosen)
-    total = len(chosen) * (1 + len(ROUTES))
+    total = len(chosen) * (2 + len(ROUTES))
     job = _Job(task, chosen, wanted, source | labels, progress, total)
     return _with_enough(job, plan.bits)
 
@@ -254,13 +257,16 @@ class _Job:
     def at(self, precision: int) -> Certificate:
         """All that is wanted, with so many bits; no more than one sequence's balls are held."""
         numbers: dict[str, Enclosed] = {}
-        errors: dict[tuple[str, str], float] = {}
+        errors: dict[tuple[str, str], tuple[float, float]] = {}
+        shaking = Shaking(self.task, self._rows())
         with bits(precision):
             every = {kind.name: (kind, Found()) for kind in (BALLS, *map(floats, ROUTES))}
             for number, one in self.sequences.items():
                 for kind, found in every.values():
                     self._run(kind, number, one, found)
+                self._shake(shaking, number, one, every["float64"][1])
                 self._keep(dict(_drained(every)), numbers, errors)
+            shaking.means(every["float64"][1])
             means = {
                 name: {} if name in self.overflowed else dict(found.totals())
                 for name, (_, found) in every.items()
@@ -269,10 +275,16 @@ class _Job:
             rows = {name: n for name, n in every["balls"][1].rows.items()}
         size = sizes(numbers)
         routes = [
-            Route(name, dtype, far / size[name] if size[name] else math.inf if far else 0.0)
-            for (name, dtype), far in errors.items()
+            _route(name, dtype, far, size[name], shaking) for (name, dtype), far in errors.items()
         ]
         return Certificate(numbers, tuple(routes), precision, self.digits, rows, self.source)
+
+    def _rows(self) -> int:
+        """The most terms that a sum over positions, sequences and backward passes has."""
+        every, passes = self.sequences.values(), 1
+        if self.task.fisher is Fisher.EXPECTED:
+            passes = self.task.config.vocabulary * max(len(labelled(x.label_BT)) for x in every)
+        return passes * sum(one.label_BT.size for one in every)
 
     def _run(self, kind: Kind, number: int, one: definition.Sequence, found: Found) -> None:
         with np.errstate(over="ignore", invalid="ignore"):
@@ -284,6 +296,14 @@ class _Job:
                 if kind is BALLS:
                     raise
                 self.overflowed.add(kind.name)  # its range is too small: its error is infinite
+        self._stepped()
+
+    def _shake(self, shaking: Shaking, number: int, one: definition.Sequence, plain: Found) -> None:
+        with np.errstate(over="ignore", invalid="ignore"):
+            shaking.sequence(number, one, plain)
+        self._stepped()
+
+    def _stepped(self) -> None:
         self.done += 1
         self.progress(min(self.done, self.total), self.total)
 
@@ -291,14 +311,25 @@ class _Job:
         self,
         arrays: Mapping[str, Mapping[str, Any]],
         numbers: dict[str, Enclosed],
-        errors: dict[tuple[str, str], float],
+        errors: dict[tuple[str, str], tuple[float, float]],
     ) -> None:
         for name, x in arrays["balls"].items():
             assert isinstance(x, Balls)
             numbers[name] = enclosed(x, self.digits)
             for dtype in ROUTES:
                 got = arrays[dtype].get(name)
-                errors[name, dtype] = math.inf if got is None else farthest(got, numbers[name])
+                far = (math.inf, math.inf)
+                if got is not None:
+                    far = farthest(got, numbers[name]), outside(got, numbers[name])
+                errors[name, dtype] = far
+
+
+def _route(name: str, dtype: str, far: tuple[float, float], size: float, shaking: Shaking) -> Route:
+    """The errors of an array and their budgets, over what its digits are counted from."""
+    error, spread = (x / size if size else math.inf if x else 0.0 for x in far)
+    budgets = [shaking.budget(kind, name, dtype) for kind in BUDGETS]
+    probable, worst = (None if x is None else x / (size or 1.0) for x in budgets)
+    return Route(name, dtype, error, spread, probable, worst)
 
 
 def _drained(every: Mapping[str, tuple[Kind, Found]]) -> Iterator[tuple[str, dict[str, Any]]]:

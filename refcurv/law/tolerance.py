@@ -62,8 +62,9 @@ def eigenpair(size: int, dtype: DTypeLike = np.float64) -> float:
     (LAPACK Users' Guide, section 4.7). p = 8 n is chosen. On random matrices, also graded ones,
     LAPACK's dsyevd uses at most a third of it, at n = 3, and 0.2 % at n = 800.
 
-    Kind: worst case. No solver states its constant, 8 is ours; LAPACK's error grows like √size, and
-    uses 1 to 3 % of it.
+    Kind: worst case, of QR and of divide and conquer (NumPy, torch, JAX). No solver states its
+    constant, 8 is ours; LAPACK's error grows like √size, and uses 1 to 3 % of it. MRRR (dsyevr,
+    SciPy's default) promises less: its U of small graded matrices is off by up to twelve of these.
     """
     return 8 * size * eps(dtype)
 
@@ -90,8 +91,8 @@ def negative(size: int, shard_rows: int, dtype: DTypeLike) -> float:
     either sign and do not line up so. NEGATIVE_FACTOR in place of `size` is chosen:
     tests/test_eigenbasis.py observes 0.1 % of this budget.
 
-    Kind: worst case, of the norm of the error by that of A; rounding uses 0.03 to 0.1 % of it. A
-    moment that was stored in a shorter float lies beyond it.
+    Kind: worst case, of the norm of the error by that of A; rounding uses 0.03 to 0.1 % of it, and
+    10 % of data made for it. A moment that was stored in a shorter float lies beyond it.
     """
     return NEGATIVE_FACTOR * (shard_rows * eps(dtype) + size * eps(np.float64))
 
@@ -115,6 +116,6 @@ def asymmetry(rows: int, dtype: DTypeLike) -> float:
     The Frobenius norm of |X|ᵀ|X| is at most tr A, and that at most sqrt(d) |A|. To take |A| itself
     is chosen: roundings are of either sign. What `collect` sums is symmetric to the bit.
 
-    Kind: worst case, twice `gamma`; two orders use 1 to 5 % of it.
+    Kind: chosen, twice `gamma`; two orders use 1 to 5 % of it, and half if they are made to.
     """
     return 2 * gamma(rows + 1, dtype)

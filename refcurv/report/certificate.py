@@ -15,6 +15,11 @@ DTYPES = ("float64", "float32", "longdouble")
 JOINED = ("A", "G", "hessian", "ggn", "fisher")
 """Quantities that are of all sequences together."""
 
+KINDS = ("probable", "worst")
+
+MOST = 5
+"""Arrays outside their budget that are named."""
+
 
 def format_certificate(found: Json) -> str:
     """A row for each quantity of each sequence, the worst array of it; then what it means.
@@ -24,7 +29,7 @@ def format_certificate(found: Json) -> str:
     rows = [_row(name, names, found) for name, names in _groups(found).items()]
     head = ("", "arrays", "numbers", "certain digits", "as float64", *DTYPES)
     table = format_rows(head, rows, "lrrrrrrr")
-    return "\n".join([table, "", *_words(found)])
+    return "\n".join([table, "", *_words(found), "", *_budgets(found)])
 
 
 def _groups(found: Json) -> dict[str, list[str]]:
@@ -55,6 +60,42 @@ def _worst(found: Json, names: set[str], dtype: str) -> str:
     if not some:
         return "-"
     return "inf" if None in some else f"{max(some):.3g}"
+
+
+def _budgets(found: Json) -> Iterator[str]:
+    """How much of their budgets the dtypes' errors use: the largest share in each group."""
+    head = ("used of probable | worst", *DTYPES)
+    rows = []
+    for title, names in _groups(found).items():
+        some = [r for r in found["routes"] if r["name"] in {*names}]
+        rows.append((title, *(_shares(some, dtype) for dtype in DTYPES)))
+    yield format_rows(head, rows, "lrrr")
+    yield ""
+    yield "Errors by their budgets, in Frobenius norm: the probable one, which roundings by chance"
+    yield "exceed with odds of 3e-14 for each array, and the worst case. Both are of first order."
+    out = [r for r in found["routes"] if r["inside"] is False]
+    for r in out[:MOST]:
+        yield f"OUTSIDE: {r['dtype']}, {r['name']}: {_percent(r['used']['probable'])} of the budget"
+    if len(out) > MOST:
+        yield f"and {len(out) - MOST} more."
+
+
+def _shares(routes: list[Json], dtype: str) -> str:
+    some = [r for r in routes if r["dtype"] == dtype]
+    return " | ".join(_share(some, kind) for kind in KINDS) if some else "-"
+
+
+def _share(routes: list[Json], kind: str) -> str:
+    if any(r["budgets"][kind] is None for r in routes):
+        return "no budget"
+    shares = [r["used"][kind] for r in routes]
+    return _percent(None if None in shares else max(shares))
+
+
+def _percent(share: float | None) -> str:
+    if share is None:
+        return "inf"
+    return f"{100 * share:.0f}%" if share >= 0.1 else f"{100 * share:.2g}%"
 
 
 def _size(shape: list[int]) -> int:
