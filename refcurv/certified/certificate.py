@@ -197,6 +197,8 @@ class Certificate(Mapping[str, Enclosed]):
         bits: of the balls. wanted: the digits that were asked for.
         rows: of each A and G. source: the files, the sequences, the choice of rows (ROWS), and the
             direction of products, "signs" or its SHA-256.
+        spectra, cuts: what is proved of each matrix's eigenvalues, "A.head", and of each cut layer
+            (`spectra`).
     """
 
     numbers: Mapping[str, Enclosed]
@@ -205,6 +207,8 @@ class Certificate(Mapping[str, Enclosed]):
     wanted: float
     rows: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     source: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    spectra: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    cuts: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
     def __getitem__(self, name: str) -> Enclosed:
         return self.numbers[name]
@@ -248,6 +252,8 @@ class Certificate(Mapping[str, Enclosed]):
             ],
             "rows": dict(self.rows),
             "source": dict(self.source),
+            "spectra": dict(self.spectra),
+            "cuts": dict(self.cuts),
         }
 
 

@@ -33,6 +33,8 @@ def save_certificate(made: Certificate, path: str | Path) -> None:
         "wanted": made.wanted,
         "rows": json.dumps(dict(made.rows)),
         "source": json.dumps(dict(made.source)),
+        "spectra": json.dumps(dict(made.spectra)),
+        "cuts": json.dumps(dict(made.cuts)),
         "routes": json.dumps([[r.name, r.dtype, repr(r.error)] for r in made.routes]),
     }
 
@@ -65,12 +67,13 @@ def load_certificate(path: str | Path) -> Certificate:
     told = header.attributes.get
     try:
         rows, source = _object(told("rows")), _object(told("source"))
+        spectra, cuts = (_object(told(name, "{}")) for name in ("spectra", "cuts"))  # or older
         routes = tuple(_route(numbers, *one) for one in json.loads(str(told("routes"))))
         bits = int(require_range("load_certificate", "bits", _number(told("bits")), 1, 2**20))
         wanted = require_range("load_certificate", "wanted", _number(told("wanted")), 1, 10**6)
     except (ValueError, TypeError, RecursionError) as error:
         raise SchemaError(f"{path}: an attribute of the certificate is damaged: {error}") from None
-    return Certificate(numbers, routes, bits, wanted, rows, source)
+    return Certificate(numbers, routes, bits, wanted, rows, source, spectra, cuts)
 
 
 def _names(header: store.Header, path: str | Path) -> list[str]:

@@ -23,6 +23,8 @@ from refcurv.certified.certificate import (
 )
 from refcurv.certified.layers import BALLS as LAYERS
 from refcurv.certified.numbers import BALLS, OF, Found, Kind, Task, floats, run
+from refcurv.certified.spectra import OF as SPECTRA
+from refcurv.certified.spectra import Proved, prove, shares
 from refcurv.curvature import definition
 from refcurv.files import store
 from refcurv.law.checks import (
@@ -59,9 +61,13 @@ hundred for numbers that are small themselves."""
 
 BACKWARD: Final[Mapping[str, float]] = {
     "logits": 1.0, "nats": 1.0, "A": 1.0, "gradient": 2.0, "G": 2.0, "hvp": 3.0, "ggnvp": 2.5,
+    "eigenvalues": 2.0, "cut": 2.0, "edit": 2.0,
 }  # fmt: skip
 """How many times the digits of a forward each quantity loses.  Chosen: what was seen; a plan that
 falls short is made again, from what was seen."""
+
+EVERY: Final = (*OF, *SPECTRA)
+"""What can be certified."""
 
 
 def certify(
@@ -74,6 +80,7 @@ def certify(
     layers: str = "**",
     rows: str = "reached",
     direction: Mapping[str, Array] | None = None,
+    rho: float | Mapping[str, float] | None = None,
     progress: Progress = silent,
 ) -> Certificate:
     """Enclose what the model's real numbers give, and put beside it what floats give.
@@ -89,7 +96,9 @@ def certify(
         model: its parameters as they are stored.
         corpus: texts or images.
         of: of "logits", "nats", "gradient" (of every parameter), "A" and "G" (of the corpus's
-            labels, over all `sequences`), "hvp" and "ggnvp" (H v and GGN v of a sequence's loss).
+            labels, over all `sequences`), "hvp" and "ggnvp" (H v and GGN v of a sequence's loss),
+            "eigenvalues" of A and G, "cut" (how many pairs of each row are kept, SELECT on the real
+            numbers) and "edit" (W'). The last three bring A and G with them.
         digits: how many digits of each array's largest entry are to be certain in every entry; 200
             at most. Arrays so small that float64 has no radius for them have fewer.
         sequences: rows of the corpus.
@@ -97,6 +106,8 @@ def certify(
         rows: which positions are rows of A and G (ROWS).
         direction: v of the products, {parameter: array}; left out, it is `signs(0, 0, i, 0, ·)` of
             SAMPLING for parameter number i.
+        rho: of "cut" and "edit": a share for all `layers`, or {pattern: share}. A cut that leaves
+            pairs undecided gives neither counts nor W'; `cuts` says how many they are.
         progress: called with (done, all); one for each sequence and kind of number.
 
     Returns:
@@ -117,7 +128,7 @@ def certify(
     require_flint()
     require_model("certify", model)
     require_corpus("certify", corpus)
-    task = _task(model, of, layers, direction)
+    task = _task(model, of, layers, direction, rho)
     wanted = require_range("certify", "digits", digits, 1, MOST_DIGITS)
     chosen = _sequences(model, corpus, rows, sequences)
     if {"A", "G"} & {*task.of} and not any(one.keep_BT.any() for one in chosen.values()):
@@ -129,7 +140,7 @@ def certify(
         "rows": rows, "direction": _said(task, direction),
     }  # fmt: skip
     precision = _planned(task, next(iter(chosen.values())), wanted)
-    total = len(chosen) * (1 + len(ROUTES))
+    total = len(chosen) * (1 + len(ROUTES)) + task.spectral * 2 * len(task.wanted)
     while True:
         job = _Job(task, chosen, wanted, source, progress, total)
         try:
@@ -154,19 +165,26 @@ def _narrowest(found: Certificate) -> bool:
 
 
 def _task(
-    model: Model, of: Sequence[str], layers: str, direction: Mapping[str, Array] | None
+    model: Model,
+    of: Sequence[str],
+    layers: str,
+    direction: Mapping[str, Array] | None,
+    rho: float | Mapping[str, float] | None,
 ) -> Task:
     names = tuple(of) if isinstance(of, Iterable) and not isinstance(of, str) else ()
     if not names:
-        raise ConventionError(f"certify: `of` must name some of {', '.join(OF)}; got {of!r}.")
+        raise ConventionError(f"certify: `of` must name some of {', '.join(EVERY)}; got {of!r}.")
     for name in names:
-        require_choice("certify", "of", name, list(OF))
+        require_choice("certify", "of", name, EVERY)
     parameters = resident(model)
     for name, x in parameters.items():
         require_finite("certify", name, x)
     wanted = tuple(expand(layers, list(model.config.linear_layers())))
     v = _signs(parameters) if direction is None else _direction(parameters, direction)
-    return Task(model.config, parameters, names, wanted, v)
+    kept = shares(model.config, names, wanted, rho)
+    if {*SPECTRA} & {*names}:
+        names = tuple(dict.fromkeys((*names, "A", "G")))
+    return Task(model.config, parameters, names, wanted, v, kept)
 
 
 def _signs(parameters: Mapping[str, Array]) -> dict[str, Array]:
@@ -278,18 +296,28 @@ class _Job:
                 for kind, found in every.values():
                     self._run(kind, number, one, found)
                 self._keep(dict(_drained(every)), numbers, errors)
-            means = {
+            means: dict[str, dict[str, Any]] = {
                 name: {} if name in self.overflowed else dict(found.means())
                 for name, (_, found) in every.items()
             }
             self._keep(means, numbers, errors)
             rows = {name: n for name, n in every["balls"][1].rows.items()}
+            proved = Proved()
+            if self.task.spectral:
+                proved = prove(self.task, means["balls"], means["float64"], rows, self._tick)
+                for name, x in proved.arrays.items():
+                    numbers[name] = enclosed(x, self.digits)
+                for name, got in proved.floats.items():
+                    errors[name, "float64"] = farthest(got, numbers[name])
         size = sizes(numbers)
         routes = [
             Route(name, dtype, far / size[name] if size[name] else math.inf if far else 0.0)
             for (name, dtype), far in errors.items()
         ]
-        return Certificate(numbers, tuple(routes), precision, self.digits, rows, self.source)
+        return Certificate(
+            numbers, tuple(routes), precision, self.digits, rows, self.source,
+            proved.spectra, proved.cuts,
+        )  # fmt: skip
 
     def _run(self, kind: Kind, number: int, one: definition.Sequence, found: Found) -> None:
         with np.errstate(over="ignore", invalid="ignore"):
@@ -299,6 +327,9 @@ class _Job:
                 if kind is BALLS:
                     raise
                 self.overflowed.add(kind.name)  # its range is too small: its error is infinite
+        self._tick()
+
+    def _tick(self) -> None:
         self.done += 1
         self.progress(min(self.done, self.total), self.total)
 

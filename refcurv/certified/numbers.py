@@ -16,6 +16,7 @@ import numpy as np
 from refcurv.algebra.balls import exact
 from refcurv.algebra.duals import Duals
 from refcurv.certified import layers
+from refcurv.certified.spectra import OF as SPECTRA
 from refcurv.curvature.definition import Sequence
 from refcurv.law.checks import Array
 from refcurv.model import loss
@@ -109,8 +110,8 @@ class Found:
 class Task:
     """What is wanted of which sequences.
 
-    Fields: config; parameters, floats; of, names of OF; wanted, linear layers for A and G;
-    direction, {parameter: array}, for the products.
+    Fields: config; parameters, floats; of, names of OF or of `spectra.OF`; wanted, linear layers
+    for A and G; direction, {parameter: array}, for the products; rho, {layer: share}, for cuts.
     """
 
     config: ModelConfig
@@ -118,6 +119,12 @@ class Task:
     of: tuple[str, ...]
     wanted: tuple[str, ...]
     direction: Mapping[str, Array]
+    rho: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def spectral(self) -> bool:
+        """Are eigenvalues wanted?"""
+        return bool({*SPECTRA} & {*self.of})
 
 
 def run(kind: Kind, task: Task, number: int, one: Sequence, found: Found) -> None:

@@ -71,6 +71,7 @@ EXAMPLES = {
         "refcurv certify w.h5 corpus.h5",
         "refcurv certify w.h5 corpus.h5 --sequences 0-3 --digits 50 -o certificate.h5",
         "refcurv certify w.h5 corpus.h5 --of A,G,hvp --layers 'blocks.*.mlp.*' --json digits.json",
+        "refcurv certify w.h5 corpus.h5 --of edit --layers 'blocks.1.mlp.*' --rho 0.9 -o edit.h5",
     ],
     "audit": [
         "refcurv audit w.h5 corpus.h5",
@@ -344,7 +345,10 @@ def _audit(sub: argparse.ArgumentParser) -> None:
 
 def _certify(sub: argparse.ArgumentParser) -> None:
     _positional(sub, "WEIGHTS", "CORPUS")
-    text = "of logits, nats, gradient, A, G, hvp, ggnvp, with commas (default: %(default)s)"
+    text = (
+        "of logits, nats, gradient, A, G, hvp, ggnvp, eigenvalues, cut, edit, with commas "
+        "(default: %(default)s)"
+    )
     sub.add_argument("--of", default="logits,nats,gradient,A,G", metavar="NAMES", help=text)
     _sequences(sub, "rows of the corpus")
     text = "pattern over linear layers, for A and G (default: all)"
@@ -352,6 +356,8 @@ def _certify(sub: argparse.ArgumentParser) -> None:
     text = "digits of the largest entry that are to be certain (default: %(default)g)"
     sub.add_argument("--digits", default=30, metavar="N", help=text)
     sub.add_argument("--rows", default="reached", help="rows of A and G, as for collect")
+    text = "share of the mass that a cut keeps, for cut and edit, as for edit"
+    sub.add_argument("--rho", action="append", metavar="[PATTERN=]SHARE", help=text)
     text = "also write every number and its radius (.h5)"
     sub.add_argument("-o", "--output", metavar="FILE", help=text)
     _json(sub)

@@ -25,11 +25,14 @@ def format_certificate(found: Json) -> str:
 
 
 def _groups(found: Json) -> dict[str, list[str]]:
-    """Arrays by quantity and sequence; A and G are each one group."""
+    """Arrays by quantity and sequence; of all sequences together those of A and G."""
     out: dict[str, list[str]] = {}
     for name in found["numbers"]:
         kind, _, rest = name.partition(".")
-        group = kind if kind in "AG" else f"{kind}, sequence {rest.partition('.')[0]}"
+        first = rest.partition(".")[0]
+        group = f"{kind} of {first}" if kind == "eigenvalues" else kind
+        if kind not in ("A", "G", "eigenvalues", "cut", "edit"):
+            group = f"{kind}, sequence {first}"
         out.setdefault(group, []).append(name)
     return out
 
@@ -71,3 +74,53 @@ def _words(found: Json) -> Iterator[str]:
     )
     yield "Digits count from the largest entry of an array. As float64: the nearest one is proved."
     yield "The dtypes: largest error of the definitions in it, in ulps of the largest entry."
+    if found.get("spectra"):
+        yield from ("", *_spectra(list(found["spectra"].values())))
+    if found.get("cuts"):
+        yield from ("", *_cuts(found["cuts"]))
+
+
+def _spectra(some: list[Json]) -> Iterator[str]:
+    """How many eigenvalues there are, and the certain digits of each, counted from itself."""
+    size, zeros, unsure = (sum(one[key] for one in some) for key in ("size", "zeros", "unsure"))
+    others = [one for one in some if one["fewest"] is not None]
+    yield (
+        f"{size:,} eigenvalues of {len(some)} matrices: {zeros:,} are exactly 0, as the rank is at "
+        f"most the number of rows; {unsure:,} more may be 0."
+    )
+    if others:
+        yield (
+            "Of each of the others, counted from itself, "
+            f"{floor(min(o['fewest'] for o in others))} digits are certain or more; medians are "
+            f"{floor(min(o['median'] for o in others))} to "
+            f"{floor(max(o['median'] for o in others))}."
+        )
+    angles = [one["angle"] for one in some]
+    worst = "unknown" if None in angles else f"{max(angles):.1e}"
+    count = sum(one["clusters"] for one in some)
+    yield (
+        f"{count} clusters of eigenvalues are not proved to differ. Largest sine of an angle to "
+        f"the eigenvectors of a cluster, or of one eigenvalue: {worst}."
+    )
+
+
+def _cuts(cuts: dict[str, Json]) -> Iterator[str]:
+    """The cut of the real numbers; then, another statement, the law's on float64 numbers."""
+    rows = list(cuts.values())
+    pairs, kept, cut, undecided = (
+        sum(one[key] for one in rows) for key in ("pairs", "kept", "cut", "undecided")
+    )
+    yield (
+        f"The cut of the real numbers: of {pairs:,} pairs in {len(rows)} layers {kept:,} are "
+        f"proved kept, {cut:,} proved cut, {undecided:,} undecided."
+    )
+    for layer, one in cuts.items():
+        if one["undecided"]:
+            yield f"UNDECIDED: {one['undecided']:,} pairs of {layer}; its W' is not enclosed."
+    for key, on in (("nearest", "the nearest float64"), ("float64", "float64's own")):
+        off = [one[key] for one in rows]
+        says = (
+            "has no cut in float64 in some layer" if None in off
+            else f"decides {sum(off):,} of the proved pairs otherwise"
+        )  # fmt: skip
+        yield f"The law's cut (SELECT) of {on} eigenvalues {says}."
