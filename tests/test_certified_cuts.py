@@ -51,6 +51,9 @@ def wrongly(lam: list[Any], mu: list[Any], rho: float, radius: float = 0.0) -> b
         balls = (rational(x) + around_zero(np.full(len(x), radius)) for x in (one, two))
         kept, dropped = decided(*balls, rho, "x")
     mask = real_cut(one, two, rho)
+    key = np.multiply.outer(np.array(one, object), np.array(two, object))
+    if {*key[kept]} & {*key[dropped]}:  # equal keys, decided differently
+        return True
     return bool((kept & ~mask).any() or (dropped & mask).any() or (kept & dropped).any())
 
 

@@ -59,6 +59,12 @@ def bits(precision: int) -> Iterator[None]:
         flint.ctx.prec = before
 
 
+def precision() -> int:
+    """The bits of midpoints now."""
+    require_flint()
+    return int(flint.ctx.prec)
+
+
 def _refused(what: str) -> Callable[..., NoReturn]:
     """A method that says what balls have not."""
 

@@ -22,13 +22,24 @@ Norms are 2-norms, and are bounded by Frobenius norms.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
 
 import numpy as np
 
-from refcurv.algebra.balls import Balls, UndecidedError, around_zero, chosen, exact, spread, zeros
+from refcurv.algebra.balls import (
+    Balls,
+    UndecidedError,
+    around_zero,
+    bits,
+    chosen,
+    exact,
+    precision,
+    spread,
+    zeros,
+)
 from refcurv.algebra.blas import eigh, one_blas_thread
 from refcurv.algebra.scaling import exponent, shifted
 from refcurv.law.checks import Array
@@ -36,6 +47,9 @@ from refcurv.law.checks import Array
 MOST_STEPS: Final = 40
 """Steps of refinement at most.  Chosen: each doubles the digits, or parts a cluster of eigenvalues;
 a search that ends early gives wide enclosures."""
+
+FIRST_BITS: Final = 164
+"""Bits of the first step.  Chosen: twice float64's, and 58 for sums and small differences."""
 
 PATIENCE: Final = 3
 """Steps in a row that may bring no halving.  Chosen: a step that parts a cluster brings none."""
@@ -168,19 +182,20 @@ def refined(A: Balls) -> Balls:
         return exact(np.eye(len(near)))
     k = exponent(near)
     A = A * float(shifted(1.0, -max(-1000, min(1000, k))))
-    unsure, A = float(A.radii().max(initial=0.0)), _symmetric(A)
-    X = best = exact(_columns(near))
-    least, idle = float("inf"), 0
+    unsure, whole = float(A.radii().max(initial=0.0)), precision()
+    unsure = max(unsure, len(A) * 2.0 ** (4 - whole))  # 4 bits for sums of rounded products
+    A, X = _symmetric(A), exact(_columns(near))
+    best, least, idle, needed = X, float("inf"), 0, FIRST_BITS
     for _ in range(MOST_STEPS):
-        left, better = _step(A, X)
-        idle = 0 if left < least / 2 else idle + 1
-        if left < least:
-            least, best = left, X
-        if left <= unsure:
-            return better
-        if idle == PATIENCE:
-            break
-        X = better
+        with bits(min(whole, needed)):
+            S, R, left = _residuals(A, X)
+            idle = 0 if left < least / 2 else idle + 1
+            if left < least:
+                least, best = left, X
+            if left <= unsure or idle == PATIENCE:
+                break
+            X = _bettered(A, X, S, R)
+        needed = math.ceil(-4 * math.log2(min(left, 0.5))) + 64
     return best
 
 
@@ -190,15 +205,21 @@ def _columns(near: Array) -> Array:
         return np.ascontiguousarray(eigh(near, "certify", exponent(near))[1][:, ::-1])
 
 
-def _step(A: Balls, X: Balls) -> tuple[float, Balls]:
-    """How far the columns are from eigenvectors, and better ones.
-
-    X becomes X (I + E). Where eigenvalues are apart, E_ij = (S_ij + λ_j R_ij)/(λ_j − λ_i), else
-    R_ij/2, with S = XᵀAX, R = I − XᵀX and λ_i = S_ii/(1 − R_ii). Apart is more than the paper's
-    2 (‖S − diag λ‖ + ‖A‖ ‖R‖).
-    """
+def _residuals(A: Balls, X: Balls) -> tuple[Balls, Balls, float]:
+    """S = XᵀAX, R = I − XᵀX, and how far the columns are from eigenvectors."""
     eye = np.eye(len(A), dtype=bool)
     S, R = _symmetric(X.T @ (A @ X)), _symmetric(exact(eye) - X.T @ X)
+    return S, R, norm(chosen(eye, 0, S)) + norm(R)
+
+
+def _bettered(A: Balls, X: Balls, S: Balls, R: Balls) -> Balls:
+    """X (I + E): twice as many digits.
+
+    Where eigenvalues are apart, E_ij = (S_ij + λ_j R_ij)/(λ_j − λ_i), else R_ij/2, with
+    λ_i = S_ii/(1 − R_ii). Apart is more than the paper's 2 (‖S − diag λ‖ + ‖A‖ ‖R‖). Eigenvalues
+    that are not apart are parted by a solution of their own, where most of S is theirs.
+    """
+    eye = np.eye(len(A), dtype=bool)
     lam = _diagonal(S) / (1 - _diagonal(R))
     off, drift = norm(chosen(eye, 0, S)), norm(R)
     gap = lam - lam[:, None]
@@ -207,10 +228,9 @@ def _step(A: Balls, X: Balls) -> tuple[float, Balls]:
     X = (X + X @ E).midpoints()
     for block in _blocks(near):
         inner = S[np.ix_(block, block)]
-        inside = norm(chosen(eye[: len(block), : len(block)], 0, inner))
-        if inside > (off + drift) / 4:
+        if norm(chosen(eye[: len(block), : len(block)], 0, inner)) > (off + drift) / 4:
             X[:, block] = (X[:, block] @ _turned(inner)).midpoints()
-    return off + drift, X
+    return X
 
 
 def _symmetric(x: Balls) -> Balls:

@@ -120,7 +120,7 @@ def _told(one: Spectrum, rows: int) -> dict[str, Any]:
 
     size: how many there are. zeros: those that are 0, as the rank is at most the number of rows.
     unsure: others that may be 0. fewest, median: certain digits of the rest, counted from each one
-    itself. clusters: of several that are not proved to differ. angle: `Spectrum.angle`, the largest
+    itself. clusters: of several that are not proved to differ, nor to be 0. angle: `Spectrum.angle`, the largest
     of any cluster's.
     """
     n, values = len(one.values), one.values
@@ -136,7 +136,7 @@ def _told(one: Spectrum, rows: int) -> dict[str, Any]:
         "unsure": int(rank - sound.sum()),
         "fewest": float(each[0]) if len(each) else None,
         "median": float(each[len(each) // 2]) if len(each) else None,
-        "clusters": sum(stop - start > 1 for start, stop in clusters),
+        "clusters": sum(start < min(rank, stop - 1) for start, stop in clusters),
         "angle": max(angles) if math.isfinite(max(angles)) else None,
     }
 

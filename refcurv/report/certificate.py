@@ -99,8 +99,8 @@ def _spectra(some: list[Json]) -> Iterator[str]:
     worst = "unknown" if None in angles else f"{max(angles):.1e}"
     count = sum(one["clusters"] for one in some)
     yield (
-        f"{count} clusters of eigenvalues are not proved to differ. Largest sine of an angle to "
-        f"the eigenvectors of a cluster, or of one eigenvalue: {worst}."
+        f"{count} clusters of eigenvalues are not proved to differ, nor to be 0. The sine of the "
+        f"largest angle to the subspace of a cluster, or of one eigenvalue: {worst} at most."
     )
 
 
