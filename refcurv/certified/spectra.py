@@ -120,8 +120,8 @@ def _told(one: Spectrum, rows: int) -> dict[str, Any]:
 
     size: how many there are. zeros: those that are 0, as the rank is at most the number of rows.
     unsure: others that may be 0. fewest, median: certain digits of the rest, counted from each one
-    itself. clusters: of several that are not proved to differ, nor to be 0. angle: `Spectrum.angle`, the largest
-    of any cluster's.
+    itself. clusters: of several that are not proved to differ, nor to be 0. angle: the largest
+    `Spectrum.angle` of any cluster.
     """
     n, values = len(one.values), one.values
     rank = min(rows, n)
