@@ -271,7 +271,8 @@ PLANTED: dict[str, tuple[str, str, Callable[[], Any]]] = {
                   lambda: (exact(np.diag([1, 2])), [Fraction(2), Fraction(1)], exact(np.eye(2)))),
     "unsorted": ("midpoints().descending()", "midpoints().descending() * 0 + np.arange(n)",
                  lambda: (exact(np.diag([1, 2])), [Fraction(2), Fraction(1)], exact(np.eye(2)))),
-    "a rank too low": ("values[rank:]", "values[rank - 1:]",
+    "a rank too low": ("values[rank:] = zeros((n - rank,))",
+                       "values[rank - 1:] = zeros((n - rank + 1,))",
                        lambda: (exact(np.diag([2, 1, 0])), [Fraction(2), Fraction(1), Fraction(0)],
                                 exact(np.eye(3)))),
 }  # fmt: skip
@@ -285,6 +286,12 @@ def test_a_false_enclosure_is_caught(what: str) -> None:
         A, truth, X = given_()
         assert not misses(A, truth, X, **rank)
         assert misses(A, truth, X, planted(old, new), **rank)
+
+
+def test_a_rank_that_is_too_low_is_refused() -> None:
+    """Rows counted once, of a sum over many passes, would make an eigenvalue 0 that is not."""
+    with bits(100), pytest.raises(ValueError, match="more than 1 eigenvalues"):
+        enclose(exact(np.diag([2.0, 2.0**-60, 0])), exact(np.eye(3)), rank=1)
 
 
 ANGLES: dict[str, tuple[str, str]] = {

@@ -120,7 +120,7 @@ def enclose(A: Balls, X: Balls, rank: int | None = None) -> Spectrum:
         A: (n, n), balls that hold a symmetric matrix.
         X: (n, n), of which the midpoints are taken. Nothing is asked of them.
         rank: A is known to be positive semi-definite, of this rank or less: then the other
-            eigenvalues are 0.
+            eigenvalues are 0. ValueError where it is proved to be of a larger one.
 
     Cost: three products of matrices.
     Proof: tests/test_eigen_enclosures.py::test_eigenvalues_lie_in_their_balls
@@ -143,6 +143,8 @@ def enclose(A: Balls, X: Balls, rank: int | None = None) -> Spectrum:
         error = float((exact(np.array(off)) + size * moved).most()[0])
         slip = float(((1 + e) * moved).most())
     if rank is not None and rank < n:
+        if not values[rank:].contains(np.zeros(n - rank)).all():
+            raise ValueError(f"enclose: the matrix has more than {rank} eigenvalues that are not 0")
         values[rank:] = zeros((n - rank,))
     return Spectrum(values, X, D, error, slip)
 

@@ -304,7 +304,9 @@ class _Job:
             rows = {name: n for name, n in every["balls"][1].rows.items()}
             proved = Proved()
             if self.task.spectral:
-                proved = prove(self.task, means["balls"], means["float64"], rows, self._tick)
+                proved = prove(
+                    self.task, means["balls"], means["float64"], every["balls"][1].terms, self._tick
+                )
                 for name, x in proved.arrays.items():
                     numbers[name] = enclosed(x, self.digits)
                 for name, got in proved.floats.items():

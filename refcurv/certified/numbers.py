@@ -89,11 +89,15 @@ def floats(dtype: str) -> Kind:
 
 @dataclass(slots=True)
 class Found:
-    """What sequences gave: {name: array of numbers}, and rows of the sums for A and G."""
+    """What sequences gave: {name: array of numbers}, and rows of the sums for A and G.
+
+    terms: how many matrices a aᵀ or g gᵀ each sum has at most, which bounds its rank.
+    """
 
     arrays: dict[str, Any] = field(default_factory=dict)
     sums: dict[str, Any] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
+    terms: dict[str, int] = field(default_factory=dict)
 
     def add(self, name: str, S: Any, rows: int) -> None:
         """A part of the sum that `name` is."""
@@ -195,6 +199,9 @@ def _moments(task: Task, one: Sequence, steps: list[Tap | Slope], found: Found) 
             found.add(f"A.{step.name}", a_NI.T @ a_NI, len(a_NI))
         if "G" in task.of:
             found.add(f"G.{step.name}", g_NO.T @ g_NO, len(g_NO))
+        for side, x in (("A", a_NI), ("G", g_NO)):  # of every pass, also where rows count once
+            name = f"{side}.{step.name}"
+            found.terms[name] = found.terms.get(name, 0) + len(x)
 
 
 def _products(

@@ -75,12 +75,13 @@ def prove(
     task: Any,
     means: Mapping[str, Balls],
     floats: Mapping[str, Array],
-    rows: Mapping[str, int],
+    terms: Mapping[str, int],
     done: Callable[[], None],
 ) -> Proved:
     """All that is asked of A and G: `means` are their balls by name, `floats` what float64 gave.
 
-    Where float64 overflowed, `floats` is empty. `done` is called after each matrix.
+    Where float64 overflowed, `floats` is empty. `terms` are how many a aᵀ or g gᵀ each is the mean
+    of. `done` is called after each matrix.
 
     Proof: tests/test_certified_cuts.py::test_a_small_model_is_certified_to_its_edit
     """
@@ -89,11 +90,11 @@ def prove(
         both = {}
         for name in (f"A.{layer}", f"G.{layer}"):
             A = means[name]
-            both[name[0]] = one = enclose(A, refined(A), rank=rows[name])
+            both[name[0]] = one = enclose(A, refined(A), rank=terms[name])
             found.arrays[f"eigenvalues.{name}"] = one.values
-            found.spectra[name] = _told(one, rows[name])
+            found.spectra[name] = _told(one, terms[name])
             done()
-        basis = _basis(layer, floats, rows)
+        basis = _basis(layer, floats, terms)
         if basis is not None:
             found.floats[f"eigenvalues.A.{layer}"] = basis.mu
             found.floats[f"eigenvalues.G.{layer}"] = basis.lam
@@ -105,26 +106,26 @@ def prove(
     return found
 
 
-def _basis(layer: str, floats: Mapping[str, Array], rows: Mapping[str, int]) -> Eigenbasis | None:
+def _basis(layer: str, floats: Mapping[str, Array], terms: Mapping[str, int]) -> Eigenbasis | None:
     """What `decompose` makes of float64's A and G; None where they overflowed."""
     made: list[Any] = []
     for name in (f"A.{layer}", f"G.{layer}"):
         if name not in floats:
             return None
-        made += eigenbasis(floats[name], rows[name], "float64", name)[:2]
+        made += eigenbasis(floats[name], terms[name], "float64", name)[:2]
     return Eigenbasis(*made)
 
 
-def _told(one: Spectrum, rows: int) -> dict[str, Any]:
+def _told(one: Spectrum, terms: int) -> dict[str, Any]:
     """Plain values that say what is proved of a matrix's eigenvalues.
 
-    size: how many there are. zeros: those that are 0, as the rank is at most the number of rows.
+    size: how many there are. zeros: those that are 0, as the rank is at most the number of terms.
     unsure: others that may be 0. fewest, median: certain digits of the rest, counted from each one
     itself. clusters: of several that are not proved to differ, nor to be 0. angle: the largest
     `Spectrum.angle` of any cluster.
     """
     n, values = len(one.values), one.values
-    rank = min(rows, n)
+    rank = min(terms, n)
     least, radius = values.least()[:rank], values.radii()[:rank]
     sound = least > 0
     each = np.sort(np.log10(least[sound]) - np.log10(np.maximum(radius[sound], 5e-324)))

@@ -83,24 +83,22 @@ def _words(found: Json) -> Iterator[str]:
 def _spectra(some: list[Json]) -> Iterator[str]:
     """How many eigenvalues there are, and the certain digits of each, counted from itself."""
     size, zeros, unsure = (sum(one[key] for one in some) for key in ("size", "zeros", "unsure"))
-    others = [one for one in some if one["fewest"] is not None]
     yield (
-        f"{size:,} eigenvalues of {len(some)} matrices: {zeros:,} are exactly 0, as the rank is at "
-        f"most the number of rows; {unsure:,} more may be 0."
+        f"{size:,} eigenvalues of {len(some)} matrices: {zeros:,} are exactly 0 by their rank, "
+        f"{unsure:,} may be 0."
     )
+    others = [one for one in some if one["fewest"] is not None]
     if others:
+        middle = [floor(one["median"]) for one in others]
         yield (
-            "Of each of the others, counted from itself, "
-            f"{floor(min(o['fewest'] for o in others))} digits are certain or more; medians are "
-            f"{floor(min(o['median'] for o in others))} to "
-            f"{floor(max(o['median'] for o in others))}."
+            f"Each of the others, counted from itself: {floor(min(o['fewest'] for o in others))} "
+            f"digits or more; medians of the matrices {min(middle)} to {max(middle)}."
         )
     angles = [one["angle"] for one in some]
-    worst = "unknown" if None in angles else f"{max(angles):.1e}"
-    count = sum(one["clusters"] for one in some)
+    worst = "unknown" if None in angles else f"{max(angles):.1e} at most"
     yield (
-        f"{count} clusters of eigenvalues are not proved to differ, nor to be 0. The sine of the "
-        f"largest angle to the subspace of a cluster, or of one eigenvalue: {worst} at most."
+        f"Clusters that are not proved to differ, nor to be 0: {sum(o['clusters'] for o in some)}. "
+        f"Sine of the largest angle to a subspace: {worst}."
     )
 
 
@@ -111,16 +109,13 @@ def _cuts(cuts: dict[str, Json]) -> Iterator[str]:
         sum(one[key] for one in rows) for key in ("pairs", "kept", "cut", "undecided")
     )
     yield (
-        f"The cut of the real numbers: of {pairs:,} pairs in {len(rows)} layers {kept:,} are "
-        f"proved kept, {cut:,} proved cut, {undecided:,} undecided."
+        f"The real numbers' cut of {pairs:,} pairs in {len(rows)} layers: {kept:,} proved kept, "
+        f"{cut:,} proved cut, {undecided:,} undecided."
     )
     for layer, one in cuts.items():
         if one["undecided"]:
             yield f"UNDECIDED: {one['undecided']:,} pairs of {layer}; its W' is not enclosed."
     for key, on in (("nearest", "the nearest float64"), ("float64", "float64's own")):
         off = [one[key] for one in rows]
-        says = (
-            "has no cut in float64 in some layer" if None in off
-            else f"decides {sum(off):,} of the proved pairs otherwise"
-        )  # fmt: skip
-        yield f"The law's cut (SELECT) of {on} eigenvalues {says}."
+        says = "has no cut" if None in off else f"decides {sum(off):,} proved pairs otherwise"
+        yield f"The law's cut (SELECT) on {on} eigenvalues {says}."
