@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -341,6 +342,24 @@ def test_a_cut_that_is_undecided_has_no_edit_and_says_so(small) -> None:
         none = certify(model, corpus, ["edit"], layers="blocks.0.mlp.down", rho=0.8)
     assert none.cuts["blocks.0.mlp.down"]["undecided"] == 40
     assert not any(name.startswith(("cut", "edit")) for name in none)
+
+
+def test_where_float64_overflowed_nothing_stands_beside() -> None:
+    """Its A and G are then missing; the real numbers' are certified all the same."""
+    task: Any = SimpleNamespace(
+        rho={"x": 0.5}, of=("edit",), parameters={"x.weight": np.eye(2)},
+        config=SimpleNamespace(weight_of=lambda layer: f"{layer}.weight"),
+    )  # fmt: skip
+    ticks: list[None] = []
+    with bits(100):
+        means = {f"{side}.x": exact(np.diag([3.0, 1.0])) for side in "AG"}
+        found = spectra.prove(task, means, {}, {"A.x": 2, "G.x": 2}, lambda: ticks.append(None))
+    assert not found.floats and found.cuts["x"]["float64"] is None and len(ticks) == 2
+    assert found.arrays["edit.x"].rounded().tolist() == [[1, 0], [0, 0]]
+    page = format_certificate(
+        {"numbers": {}, "routes": [], "bits": 1, "digits": None, "wanted": 1, "cuts": found.cuts}
+    )
+    assert "on float64's own eigenvalues has no cut" in page
 
 
 def test_the_file_and_the_page_hold_the_cut(small, tmp_path, capsys) -> None:

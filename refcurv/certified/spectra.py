@@ -128,7 +128,8 @@ def _told(one: Spectrum, terms: int) -> dict[str, Any]:
     rank = min(terms, n)
     least, radius = values.least()[:rank], values.radii()[:rank]
     sound = least > 0
-    each = np.sort(np.log10(least[sound]) - np.log10(np.maximum(radius[sound], 5e-324)))
+    each = np.log10(least[sound]) - np.log10(np.maximum(radius[sound], 5e-324))
+    each = np.sort(np.maximum(each, 0))
     clusters = one.clusters
     angles = [one.angle(*pair) for pair in clusters]
     return {
