@@ -277,12 +277,19 @@ def test_eigenvalues_of_mpmath_lie_in_those_of_a_model(small) -> None:
 def test_one_sequence_has_a_low_rank() -> None:
     """Three rows: the other eigenvalues are exactly 0, and every pair with them is cut."""
     model, _ = model_and_corpus(case(batch=1, layers=1))
-    found = certify(model, rc.Corpus(np.array([[1, 2, 3, 4]])), ALL, layers=LAYERS,
-                    rho={LAYERS: 0.9})  # fmt: skip
+    found = certify(model, rc.Corpus(np.array([[1, 2, 3, 4]])), [*ALL, "eigenvectors"],
+                    layers=LAYERS, rho={LAYERS: 0.9})  # fmt: skip
     for name, facts in found.spectra.items():
         values = found[f"eigenvalues.{name}"]
         assert facts["zeros"] == facts["size"] - 3 == (values.nearest[3:] == 0).sum()
         assert (values.radius[3:] == 0).all() and (values.nearest[:3] > 0).all()
+        if name[0] == "A":  # three eigenvectors, and a basis of the rest
+            U = found[f"eigenvectors.{name}"]
+            assert np.abs(U.nearest.T @ U.nearest - np.eye(len(values.nearest))).max() < 1e-15
+            left = found[name].nearest @ U.nearest - U.nearest * values.nearest
+            assert np.abs(left).max() < 1e-14 * values.nearest[0] and U.radius.max() < 1e-20
+            top = np.abs(U.nearest).argmax(axis=0)
+            assert (U.nearest[top, np.arange(len(top))] > 0).all()
         assert facts["unsure"] == 0 and facts["fewest"] > 20 and facts["angle"] < 1e-20
     assert all(one["kept"] <= 9 and one["undecided"] == 0 for one in found.cuts.values())
     assert found.digits >= 30

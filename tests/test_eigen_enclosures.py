@@ -200,9 +200,15 @@ def strays(A: Balls, Q: np.ndarray, X: Balls, made: Any = enclose) -> bool:
     """Is the projector on any set of neighbours further from X_S X_Sᵀ than is claimed?
 
     The 2-norm is at least the largest entry, and the Frobenius norm over the root of the rank.
+    Or do columns of balls hold no basis of a cluster's subspace?
     """
     found: Spectrum = made(A, X)
     n = len(Q)
+    for start, stop in found.clusters:
+        q, v = Q[:, start:stop], found.vectors[:, start:stop]
+        P, held = q @ q.T, v @ v.T
+        if not all(holds(held[at], P[at]) for at in np.ndindex(n, n)):
+            return True
     for start in range(n):
         for stop in range(start + 1, n + 1):
             own, q = found.X[:, start:stop], rational(Q[:, start:stop])
@@ -299,6 +305,11 @@ ANGLES: dict[str, tuple[str, str]] = {
     "no gap": ("(exact(np.array(self.error)) / gap)", "exact(np.array(self.error))"),
     "the gap above alone": ("if stop < len(self.values):", "if False:"),
     "the gap below alone": ("if start > 0:", "if False:"),
+    "vectors without their angle": ("1.5 * self.angle(start, stop)", "0.0"),
+    "vectors without the distance of X from Y": (
+        "(angle + around_zero(np.array(self.slip)))",
+        "angle",
+    ),
     "angles of columns that are exact": ("exact(np.array(angle)) +", ""),
 }
 
@@ -310,8 +321,10 @@ def test_a_false_angle_is_caught(what: str) -> None:
         q, noise = Q.astype(float), np.random.default_rng(1).normal(size=Q.shape)
         turn = np.eye(4)
         turn[:2, :2] = turn[2:, 2:] = [[4095 / 4097, -128 / 4097], [128 / 4097, 4095 / 4097]]
+        alike, _, _ = known([1, 1, 1, 1])  # one cluster, which is at no angle to anything
         for X in (exact(q + 1e-4 * noise), exact(q * 1.03125), exact(q @ turn)):
-            assert not strays(A, Q, X)
-            if strays(A, Q, X, planted(*ANGLES[what])):
-                return
+            for one in (A, alike):
+                assert not strays(one, Q, X)
+                if strays(one, Q, X, planted(*ANGLES[what])):
+                    return
     pytest.fail("not caught")

@@ -104,6 +104,23 @@ class Spectrum:
             return float("inf")
         return float((exact(np.array(angle)) + exact(np.array(self.slip))).most())
 
+    @property
+    def vectors(self) -> Balls:
+        """(n, n) balls: each cluster's columns hold an orthonormal basis of its subspace.
+
+        It is the one nearest to Y_S. Its distance from Y_S is 2 sin(θ/2), θ the largest angle,
+        which is at most √2 sin θ; 1.5 covers that. The distance from Y to X is at most
+        ‖X‖ f <= (1 + ε) f, and `slip` is twice that and more.
+        """
+        radius = np.zeros(len(self.values))
+        for start, stop in self.clusters:
+            angle = around_zero(np.array(1.5 * self.angle(start, stop)))
+            radius[start:stop] = (angle + around_zero(np.array(self.slip))).most()
+        top = np.abs(self.X.rounded()).argmax(axis=0)
+        sign = np.where(self.X.rounded()[top, np.arange(len(top))] < 0, -1, 1)  # ORDER
+        found: Balls = self.X * sign + around_zero(np.broadcast_to(radius, self.X.shape))
+        return found
+
 
 def is_positive(x: Balls) -> bool:
     """Is one number proved to be above 0?"""

@@ -61,7 +61,7 @@ hundred for numbers that are small themselves."""
 
 BACKWARD: Final[Mapping[str, float]] = {
     "logits": 1.0, "nats": 1.0, "A": 1.0, "gradient": 2.0, "G": 2.0, "hvp": 3.0, "ggnvp": 2.5,
-    "eigenvalues": 2.0, "cut": 2.0, "edit": 2.0,
+    "eigenvalues": 2.0, "eigenvectors": 2.0, "cut": 2.0, "edit": 2.0,
 }  # fmt: skip
 """How many times the digits of a forward each quantity loses.  Chosen: what was seen; a plan that
 falls short is made again, from what was seen."""
@@ -97,8 +97,8 @@ def certify(
         corpus: texts or images.
         of: of "logits", "nats", "gradient" (of every parameter), "A" and "G" (of the corpus's
             labels, over all `sequences`), "hvp" and "ggnvp" (H v and GGN v of a sequence's loss),
-            "eigenvalues" of A and G, "cut" (how many pairs of each row are kept, SELECT on the real
-            numbers) and "edit" (W'). The last three bring A and G with them.
+            "eigenvalues" and "eigenvectors" of A and G, "cut" (how many pairs of each row are kept,
+            SELECT on the real numbers) and "edit" (W'). The last four bring A, G and eigenvalues.
         digits: how many digits of each array's largest entry are to be certain in every entry; 200
             at most. Arrays so small that float64 has no radius for them have fewer.
         sequences: rows of the corpus.

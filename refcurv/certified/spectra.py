@@ -19,7 +19,7 @@ from refcurv.law.checks import Array, ConventionError, EmptyError, require_range
 from refcurv.model.config import ModelConfig
 from refcurv.model.patterns import expand
 
-OF: Final = ("eigenvalues", "cut", "edit")
+OF: Final = ("eigenvalues", "eigenvectors", "cut", "edit")
 """What can be certified of A and G, which come with it. W is edited without its bias (BIAS)."""
 
 
@@ -28,7 +28,8 @@ class Proved:
     """What is proved of some layers.
 
     Fields:
-        arrays: {name: balls}: "eigenvalues.A.LAYER" (I,), "eigenvalues.G.LAYER" (O,); "cut.LAYER"
+        arrays: {name: balls}: "eigenvalues.A.LAYER" (I,), "eigenvalues.G.LAYER" (O,); where they
+            are asked for "eigenvectors.A.LAYER" (I, I) and of G (`Spectrum.vectors`); "cut.LAYER"
             (O,), how many pairs of each row are kept, and "edit.LAYER", W', where every pair is
             decided.
         floats: {name: what float64 makes of it}, of eigenvalues and W'.
@@ -92,6 +93,8 @@ def prove(
             A = means[name]
             both[name[0]] = one = enclose(A, refined(A), rank=terms[name])
             found.arrays[f"eigenvalues.{name}"] = one.values
+            if "eigenvectors" in task.of:
+                found.arrays[f"eigenvectors.{name}"] = one.vectors
             found.spectra[name] = _told(one, terms[name])
             done()
         basis = _basis(layer, floats, terms)

@@ -346,8 +346,8 @@ def _audit(sub: argparse.ArgumentParser) -> None:
 def _certify(sub: argparse.ArgumentParser) -> None:
     _positional(sub, "WEIGHTS", "CORPUS")
     text = (
-        "of logits, nats, gradient, A, G, hvp, ggnvp, eigenvalues, cut, edit, with commas "
-        "(default: %(default)s)"
+        "of logits, nats, gradient, A, G, hvp, ggnvp, eigenvalues, eigenvectors, cut, edit, "
+        "with commas (default: %(default)s)"
     )
     sub.add_argument("--of", default="logits,nats,gradient,A,G", metavar="NAMES", help=text)
     _sequences(sub, "rows of the corpus")

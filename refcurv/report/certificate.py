@@ -30,8 +30,8 @@ def _groups(found: Json) -> dict[str, list[str]]:
     for name in found["numbers"]:
         kind, _, rest = name.partition(".")
         first = rest.partition(".")[0]
-        group = f"{kind} of {first}" if kind == "eigenvalues" else kind
-        if kind not in ("A", "G", "eigenvalues", "cut", "edit"):
+        group = f"{kind} of {first}" if kind.startswith("eigen") else kind
+        if kind not in ("A", "G", "eigenvalues", "eigenvectors", "cut", "edit"):
             group = f"{kind}, sequence {first}"
         out.setdefault(group, []).append(name)
     return out
