@@ -109,6 +109,32 @@ def test_what_a_ball_may_be_is_asked_exactly() -> None:
         x.contains(np.array(np.longdouble(0.1)))
 
 
+@few(40)
+@given(st.lists(NUMBERS, min_size=1, max_size=5), st.integers(-20, 80), st.sampled_from([0, 1e-3]))
+def test_whole_numbers_lie_about_the_ball(numbers: list[float], k: int, radius: float) -> None:
+    """For both ends of it; magnitudes bound them too."""
+    array = np.array(numbers)
+    with bits(30):
+        x = exact(array) + balls.around_zero(np.full(len(numbers), radius))
+        low, high = x.whole(k)
+        size = x.magnitudes().split(3)[0]
+    for n, number in enumerate(numbers):
+        for end in (Fraction(number) - Fraction(radius), Fraction(number) + Fraction(radius)):
+            assert low[n] <= end * Fraction(2) ** k <= high[n]
+            assert abs(end) <= Fraction(size[n]) * (1 + Fraction(1, 2**52))
+    with bits(30), pytest.raises(RefcurvError, match="has no bound"):
+        balls.around_zero(np.array([np.inf])).whole(0)
+
+
+def test_balls_are_sorted_where_it_is_sure() -> None:
+    x = exact(np.array([1.0, 3.0, 2.0, 3.0]))
+    assert x.descending().tolist() == [1, 3, 2, 0]
+    unsure = x + balls.around_zero(np.array([0.0, 0.5, 0.75, 0.0]))
+    with pytest.raises(UndecidedError, match="which is larger"):
+        unsure.descending()
+    assert unsure.midpoints().descending().tolist() == [1, 3, 2, 0]
+
+
 @pytest.mark.parametrize("what", ["no number", "no bound", "too large"])
 def test_balls_without_bounds_end_and_promise_nothing(what: str) -> None:
     zero, huge = exact(np.array(0)), exact(np.array([2.0**1000, 1.0]))

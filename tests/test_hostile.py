@@ -18,6 +18,7 @@ from refcurv.certified.certificate import Enclosed
 from refcurv.cli import main
 from refcurv.files import store
 from refcurv.law.checks import SchemaError
+from refcurv.report.certificate import format_certificate
 
 
 @pytest.fixture(scope="module")
@@ -240,6 +241,24 @@ def test_attributes_that_are_no_certificate_are_refused(key, tmp_path):
     for bad in wrong:
         with pytest.raises(SchemaError, match="attribute of the certificate"):
             rc.load_certificate(written(tmp_path / "c.h5", **{key: bad}))
+
+
+SPECTRUM = dict(size=4, zeros=1, unsure=0, clusters=0, fewest=3.5, median=4.0, angle=1e-9)
+CUT = dict(rho=0.5, pairs=4, kept=1, cut=3, undecided=0, nearest=0, float64=None)
+
+
+@pytest.mark.parametrize(("key", "good"), [("spectra", SPECTRUM), ("cuts", CUT)])
+def test_what_is_told_of_spectra_and_cuts_is_checked(key, good, tmp_path):
+    """Whatever loads can also be printed; a file without them loads, as older ones have none."""
+    assert rc.load_certificate(written(tmp_path / "c.h5")).spectra == {}
+    read = rc.load_certificate(written(tmp_path / "c.h5", **{key: json.dumps({"A.x": good})}))
+    assert getattr(read, key) == {"A.x": good} and format_certificate(read.to_json())
+    wrong = [[1], 1, {"A.x": 1}, {"A.x": {}}, {"A.x": good | {"more": 1}}]
+    wrong += [{"A.x": good | {name: bad}} for name in good for bad in ("x", -1, [1], float("nan"))]
+    wrong += [{"A.x": good | {name: None}} for name in ("size", "kept", "median") if name in good]
+    for bad in wrong:
+        with pytest.raises(SchemaError, match="attribute of the certificate"):
+            rc.load_certificate(written(tmp_path / "c.h5", **{key: json.dumps(bad)}))
 
 
 def test_what_is_no_path_is_refused():

@@ -13,6 +13,7 @@ import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cmp_to_key
 from types import MappingProxyType
 from typing import Any, ClassVar, Final, NoReturn, Self
 
@@ -56,6 +57,12 @@ def bits(precision: int) -> Iterator[None]:
         yield
     finally:
         flint.ctx.prec = before
+
+
+def precision() -> int:
+    """The bits of midpoints now."""
+    require_flint()
+    return int(flint.ctx.prec)
 
 
 def _refused(what: str) -> Callable[..., NoReturn]:
@@ -273,6 +280,24 @@ class Balls(Guarded):
         """Radii, rounded upwards to float64: every number is within them of the midpoint."""
         return np.asarray(_RADIUS(self._x), dtype=np.float64)
 
+    def descending(self) -> Array:
+        """Indices that sort a vector, the largest first; equal exact numbers stay in order.
+
+        UndecidedError where balls overlap: of `midpoints` none do.
+        """
+        x: Any = self._x
+        order = sorted(range(len(x)), key=cmp_to_key(lambda i, j: _order(x[j], x[i])))
+        return np.array(order, np.int64)
+
+    def whole(self, k: int) -> tuple[Array, Array]:
+        """Two arrays of Python's whole numbers: at or below, at or above 2^k times each number.
+
+        NonFiniteError where a ball has no bound.
+        """
+        if not self.finite().all():
+            raise NonFiniteError("certify: a ball has no bound: more bits are needed.")
+        return _DOWN(self._x, k), -_DOWN(-self._x, k)
+
     def split(self, count: int) -> list[Array]:
         """So many float64 whose exact sum is near each number, then how far it is at most.
 
@@ -287,6 +312,10 @@ class Balls(Guarded):
     def most(self) -> Array:
         """Upper bounds of the magnitudes, as float64."""
         return np.asarray(_MOST(self._x), dtype=np.float64)
+
+    def magnitudes(self) -> Balls:
+        """Upper bounds of the magnitudes, as exact numbers."""
+        return _each(self, "abs_upper")
 
     def least(self) -> Array:
         """Lower bounds of the magnitudes, as float64."""
@@ -347,6 +376,14 @@ def pi() -> Balls:
 def zeros(shape: tuple[int, ...]) -> Balls:
     """Exact zeros."""
     return Balls(np.full(shape, flint.arb(0), object))
+
+
+def around_zero(radius: Array) -> Balls:
+    """Numbers of which nothing is known but upper bounds of their magnitudes, float64."""
+    require_flint()
+    made = np.empty(np.shape(radius), object)
+    made.reshape(-1)[:] = [flint.arb(0, flint.arb(r)) for r in np.ravel(radius).tolist()]
+    return Balls(made)
 
 
 def joined(parts: Sequence[Balls], axis: int = 0) -> Balls:
@@ -428,6 +465,22 @@ def _is_above(x: Any, bound: Any) -> bool:
     raise UndecidedError(f"certify: {x} is neither above {bound} nor below: more bits are needed.")
 
 
+def _order(x: Any, y: Any) -> int:
+    """1 if x > y, -1 if x < y, 0 if both are one exact number."""
+    if x > y or x < y:
+        return 1 if x > y else -1
+    if x == y:
+        return 0
+    raise UndecidedError(f"certify: which is larger, {x} or {y}? More bits are needed.")
+
+
+def _down(x: Any, k: int) -> int:
+    """The whole number at or below 2^k times the lower bound of a ball."""
+    mantissa, exponent = (int(part) for part in x.lower().man_exp())
+    places = exponent + k
+    return mantissa << places if places >= 0 else mantissa >> -places
+
+
 def _floor(x: Any) -> Any:
     whole = x.floor()
     if whole.is_exact():
@@ -477,6 +530,7 @@ _FLOOR = np.frompyfunc(_floor, 1, 1)
 _ZERO = np.frompyfunc(_is_zero, 1, 1)
 _ABOVE = np.frompyfunc(_is_above, 2, 1)
 _FINITE = np.frompyfunc(lambda x: x.is_finite(), 1, 1)
+_DOWN = np.frompyfunc(_down, 2, 1)
 _NEAREST = np.frompyfunc(_nearest, 1, 1)
 _RADIUS = np.frompyfunc(lambda x: _above(x.rad().mid()), 1, 1)
 _MOST = np.frompyfunc(lambda x: _above(x.abs_upper().mid()), 1, 1)

@@ -3,6 +3,7 @@
 certify            `certify`: how many bits, which sequences, and what floats give beside it
 planning           how many bits
 estimate           before the work: seconds and memory, and what would fit
+cuts               the cut of the real numbers and W': what is proved of pairs
 certificate        `Certificate` and `Enclosed`: numbers, each with a radius that is proved
 certificate_file   certificates on disk
 numbers            what is certified, on any kind of number: balls, float64, float32, longdouble
@@ -11,4 +12,5 @@ layers             the layer functions over balls, `BALLS`: the real functions, 
 labels             SAMPLING: the labels that float64 draws, and whether the real numbers do too
 directions         the direction of products: signs, or one's own
 lost               the operation or layer where balls lose what they know
+spectra            eigenvalues of A and G, the cut and W', and what float64 makes of them
 """

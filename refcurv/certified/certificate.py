@@ -235,6 +235,8 @@ class Certificate(Mapping[str, Enclosed]):
         bits: of the balls. wanted: the digits that were asked for.
         rows: of each A and G. source: the files, the sequences, the choice of rows (ROWS), and the
             direction of products, "signs" or its SHA-256.
+        spectra, cuts: what is proved of each matrix's eigenvalues, "A.head", and of each cut layer
+            (`spectra`).
     """
 
     numbers: Mapping[str, Enclosed]
@@ -243,6 +245,8 @@ class Certificate(Mapping[str, Enclosed]):
     wanted: float
     rows: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     source: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    spectra: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    cuts: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
     def __getitem__(self, name: str) -> Enclosed:
         return self.numbers[name]
@@ -278,6 +282,8 @@ class Certificate(Mapping[str, Enclosed]):
             "routes": [_said(route) for route in self.routes],
             "rows": dict(self.rows),
             "source": dict(self.source),
+            "spectra": dict(self.spectra),
+            "cuts": dict(self.cuts),
         }
 
 

@@ -6,13 +6,15 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from refcurv.certified.certificate import ROUTES, Certificate, Enclosed, Route
 from refcurv.files import store
 from refcurv.law.checks import SchemaError, require_choice, require_finite, require_range
+
+MOST: Final = float(np.finfo(np.float64).max)
 
 
 def save_certificate(made: Certificate, path: str | Path) -> None:
@@ -33,6 +35,8 @@ def save_certificate(made: Certificate, path: str | Path) -> None:
         "wanted": made.wanted,
         "rows": json.dumps(dict(made.rows)),
         "source": json.dumps(dict(made.source)),
+        "spectra": json.dumps(dict(made.spectra)),
+        "cuts": json.dumps(dict(made.cuts)),
         "routes": json.dumps([_told(route) for route in made.routes]),
     }
 
@@ -65,12 +69,13 @@ def load_certificate(path: str | Path) -> Certificate:
     told = header.attributes.get
     try:
         rows, source = _object(told("rows")), _object(told("source"))
+        spectra, cuts = (_facts(told(n, "{}"), *FACTS[n]) for n in FACTS)  # older files have none
         routes = tuple(_route(numbers, *one) for one in json.loads(str(told("routes"))))
         bits = int(require_range("load_certificate", "bits", _number(told("bits")), 1, 2**20))
         wanted = require_range("load_certificate", "wanted", _number(told("wanted")), 1, 10**6)
     except (ValueError, TypeError, RecursionError) as error:
         raise SchemaError(f"{path}: an attribute of the certificate is damaged: {error}") from None
-    return Certificate(numbers, routes, bits, wanted, rows, source)
+    return Certificate(numbers, routes, bits, wanted, rows, source, spectra, cuts)
 
 
 def _names(header: store.Header, path: str | Path) -> list[str]:
@@ -106,6 +111,27 @@ def _object(told: object) -> dict[str, Any]:
     found = json.loads(str(told))
     if not isinstance(found, dict):
         raise TypeError(f"an object is needed; got {str(told)[:40]!r}")
+    return found
+
+
+FACTS: Final = {
+    "spectra": (("size", "zeros", "unsure", "clusters"), ("fewest", "median", "angle")),
+    "cuts": (("rho", "pairs", "kept", "cut", "undecided"), ("nearest", "float64")),
+}
+"""What is told of each matrix and of each cut: numbers, and others of which some may be None."""
+
+
+def _facts(told: object, always: tuple[str, ...], perhaps: tuple[str, ...]) -> dict[str, Any]:
+    """{name: {fact: a number >= 0, or None}}."""
+    found = _object(told)
+    for name, one in found.items():
+        if not isinstance(one, dict) or {*one} != {*always, *perhaps}:
+            raise TypeError(f"of {name:.60} must be told {', '.join((*always, *perhaps))}")
+        for key, value in one.items():
+            if value is not None or key in always:
+                require_range("load_certificate", key, _number(value), 0, MOST)
+        if (one.get("fewest") is None) != (one.get("median") is None):
+            raise TypeError(f"of {name:.60} one of fewest and median is missing")
     return found
 
 

@@ -30,6 +30,8 @@ from refcurv.certified.labels import drawn
 from refcurv.certified.lost import place
 from refcurv.certified.numbers import BALLS, OF, Found, Kind, Task, floats, run
 from refcurv.certified.planning import SPARE, planned
+from refcurv.certified.spectra import OF as SPECTRA
+from refcurv.certified.spectra import Proved, prove, shares
 from refcurv.curvature import definition
 from refcurv.files import store
 from refcurv.law.checks import (
@@ -57,6 +59,9 @@ MOST_DIGITS: Final = 200
 """Digits that are certified at most: a float64 radius is 5e-324 or more.  Chosen: which leaves a
 hundred for numbers that are small themselves."""
 
+EVERY: Final = (*OF, *SPECTRA, *blocks.BLOCKS)
+"""What can be certified."""
+
 
 def certify(
     model: Model,
@@ -70,6 +75,7 @@ def certify(
     fisher: str = "empirical",
     seed: int = 0,
     direction: Mapping[str, Array] | None = None,
+    rho: float | Mapping[str, float] | None = None,
     seconds: float | None = None,
     estimate: Callable[[Estimate], object] | None = None,
     progress: Progress = silent,
@@ -87,9 +93,11 @@ def certify(
         model: its parameters as they are stored.
         corpus: texts or images.
         of: of "logits", "nats", "gradient" (of every parameter), "A" and "G" (over all
-            `sequences`), "hvp" and "ggnvp" (H v and GGN v of a sequence's loss); and, of weights
-            with at most 1,024 entries, the dense "hessian", "ggn" and "fisher" (sums over
-            `sequences`, as `exact` has them).
+            `sequences`), "hvp" and "ggnvp" (H v and GGN v of a sequence's loss); "eigenvalues" and
+            "eigenvectors" of A and G, "cut" (how many pairs of each row are kept, SELECT on the
+            real numbers) and "edit" (W'), which bring A, G and eigenvalues; and, of weights with at
+            most 1,024 entries, the dense "hessian", "ggn" and "fisher" (sums over `sequences`, as
+            `exact` has them).
         digits: how many digits of each array's largest entry are to be certain in every entry; 200
             at most. Arrays so small that float64 has no radius for them have fewer.
         sequences: rows of the corpus.
@@ -101,6 +109,8 @@ def certify(
         seed: of what is drawn.
         direction: v of the products, {parameter: array}; left out, it is `signs(0, 0, i, 0, ·)` of
             SAMPLING for parameter number i.
+        rho: of "cut" and "edit": a share for all `layers`, or {pattern: share}. A cut that leaves
+            pairs undecided gives neither counts nor W'; `cuts` says how many they are.
         seconds: what would take longer is refused before the work, with what would not.
         estimate: called with the `Estimate` before the work.
         progress: called with (done, all); one for each sequence and kind of number.
@@ -118,6 +128,7 @@ def certify(
     Cost: for one sequence of 64 tokens and a million parameters about five seconds at 300 bits
         for a gradient, three times that for a product; memory for the balls of all parameters.
         Labels that are `expected` take V backward passes each, a dense block a pass a column.
+        For eigenvalues of a (d, d) some twenty products of such matrices, for W' six more.
     Source: METHOD, Certificates.
     Proof: tests/test_certified.py::test_a_twin_of_every_family_is_certified,
         ::test_more_bits_give_smaller_balls_inside
@@ -125,7 +136,8 @@ def certify(
     require_flint()
     require_model("certify", model)
     require_corpus("certify", corpus)
-    task = _task(model, of, layers, require_fisher("certify", fisher, seed, 1), seed, direction)
+    kind = require_fisher("certify", fisher, seed, 1)
+    task = _task(model, of, layers, kind, seed, direction, rho)
     wanted = require_range("certify", "digits", digits, 1, MOST_DIGITS)
     most = None if seconds is None else require_range("certify", "seconds", seconds, 0, math.inf)
     chosen = _sequences(model, corpus, rows, sequences)
@@ -143,7 +155,7 @@ def certify(
         "direction": said_of(task.direction, direction) if {"hvp", "ggnvp"} & {*task.of} else None,
     }  # fmt: skip
     task, labels = _labelled(task, chosen)
-    total = len(chosen) * (2 + len(ROUTES))
+    total = len(chosen) * (2 + len(ROUTES)) + task.spectral * 2 * len(task.wanted)
     job = _Job(task, chosen, wanted, source | labels, progress, total)
     return _with_enough(job, plan.bits)
 
@@ -213,21 +225,23 @@ def _task(
     fisher: Fisher,
     seed: int,
     direction: Mapping[str, Array] | None,
+    rho: float | Mapping[str, float] | None,
 ) -> Task:
     names = tuple(of) if isinstance(of, Iterable) and not isinstance(of, str) else ()
-    known = [*OF, *blocks.BLOCKS]
     if not names:
-        raise ConventionError(f"certify: `of` must name some of {', '.join(known)}; got {of!r}.")
+        raise ConventionError(f"certify: `of` must name some of {', '.join(EVERY)}; got {of!r}.")
     for name in names:
-        require_choice("certify", "of", name, known)
+        require_choice("certify", "of", name, EVERY)
     wanted = tuple(expand(layers, list(model.config.linear_layers())))
     if {*blocks.BLOCKS} & {*names}:
         blocks.require_small(model.config, wanted)
     parameters = resident(model)
     for name, x in parameters.items():
         require_finite("certify", name, x)
-    v = direction_of(parameters, direction)
-    return Task(model.config, parameters, names, wanted, v, fisher, seed)
+    v, kept = direction_of(parameters, direction), shares(model.config, names, wanted, rho)
+    if {*SPECTRA} & {*names}:
+        names = tuple(dict.fromkeys((*names, "A", "G")))
+    return Task(model.config, parameters, names, wanted, v, fisher, seed, rho=kept)
 
 
 def _sequences(
@@ -267,17 +281,29 @@ class _Job:
                 self._shake(shaking, number, one, every["float64"][1])
                 self._keep(dict(_drained(every)), numbers, errors)
             shaking.means(every["float64"][1])
-            means = {
+            means: dict[str, dict[str, Any]] = {
                 name: {} if name in self.overflowed else dict(found.totals())
                 for name, (_, found) in every.items()
             }
             self._keep(means, numbers, errors)
             rows = {name: n for name, n in every["balls"][1].rows.items()}
+            proved = Proved()
+            if self.task.spectral:
+                proved = prove(
+                    self.task, means["balls"], means["float64"], every["balls"][1].terms, self._tick
+                )
+                for name, x in proved.arrays.items():
+                    numbers[name] = enclosed(x, self.digits)
+                for name, got in proved.floats.items():
+                    errors[name, "float64"] = _far(got, numbers[name])
         size = sizes(numbers)
         routes = [
             _route(name, dtype, far, size[name], shaking) for (name, dtype), far in errors.items()
         ]
-        return Certificate(numbers, tuple(routes), precision, self.digits, rows, self.source)
+        return Certificate(
+            numbers, tuple(routes), precision, self.digits, rows, self.source,
+            proved.spectra, proved.cuts,
+        )  # fmt: skip
 
     def _rows(self) -> int:
         """The most terms that a sum over positions, sequences and backward passes has."""
@@ -296,14 +322,14 @@ class _Job:
                 if kind is BALLS:
                     raise
                 self.overflowed.add(kind.name)  # its range is too small: its error is infinite
-        self._stepped()
+        self._tick()
 
     def _shake(self, shaking: Shaking, number: int, one: definition.Sequence, plain: Found) -> None:
         with np.errstate(over="ignore", invalid="ignore"):
             shaking.sequence(number, one, plain)
-        self._stepped()
+        self._tick()
 
-    def _stepped(self) -> None:
+    def _tick(self) -> None:
         self.done += 1
         self.progress(min(self.done, self.total), self.total)
 
@@ -318,10 +344,12 @@ class _Job:
             numbers[name] = enclosed(x, self.digits)
             for dtype in ROUTES:
                 got = arrays[dtype].get(name)
-                far = (math.inf, math.inf)
-                if got is not None:
-                    far = farthest(got, numbers[name]), outside(got, numbers[name])
-                errors[name, dtype] = far
+                errors[name, dtype] = _far(got, numbers[name])
+
+
+def _far(got: Array | None, truth: Enclosed) -> tuple[float, float]:
+    """The largest error, and the root of the squares' sum; infinite where floats overflowed."""
+    return (math.inf, math.inf) if got is None else (farthest(got, truth), outside(got, truth))
 
 
 def _route(name: str, dtype: str, far: tuple[float, float], size: float, shaking: Shaking) -> Route:

@@ -19,6 +19,7 @@ from refcurv.certified.blocks import BLOCKS, weights
 from refcurv.certified.certificate import enclosed
 from refcurv.certified.numbers import Task
 from refcurv.certified.planning import Plan, bits_for, shallow
+from refcurv.certified.spectra import OF as SPECTRA
 from refcurv.curvature.definition import Sequence
 from refcurv.curvature.room import available
 from refcurv.law.checks import RangeError, RoomError
@@ -29,6 +30,9 @@ from refcurv.model.fisher import labelled
 BACKWARD, OUTER, DUAL, FLOATS = 1.1, 1.3, 3.2, 1.35
 """In forwards: a backward, the gradients of all weights, a pass along a direction; and all of it
 with what floats take.  Chosen: what was seen of the shipped model."""
+
+PRODUCTS: Final = 26
+"""Products of (d, d) matrices for eigenvalues and W'.  Chosen: five steps of refinement."""
 
 SAMPLE: Final = 500
 """Numbers by which it is measured how long they take to read and to write.  Chosen: 10 ms."""
@@ -130,6 +134,7 @@ def estimated(task: Task, sequences: Mapping[int, Sequence], plan: Plan, digits:
         size = sum(x.size for x in task.parameters.values())
         held = size * (1 + 2 * len({"hvp", "ggnvp", *BLOCKS} & {*of}))
         once = write * _numbers(task, of, shared=True)
+        once += forwards * at * _spectra(task, of, one.label_BT.size)
         each = work + read * held + write * _numbers(task, of, one.label_BT.size)
         return once + len(sequences) * each
 
@@ -169,7 +174,7 @@ def _passes(task: Task, one: Sequence) -> int:
 
 def _forwards(task: Task, passes: int, of: tuple[str, ...]) -> float:
     """The passes that one sequence takes, in forwards."""
-    asked, own = {*of}, task.fisher is Fisher.EMPIRICAL
+    asked, own = _with_moments(of), task.fisher is Fisher.EMPIRICAL
     size = sum(task.parameters[name].size for name in weights(task.config, task.wanted))
     every = task.config.linear_layers()
     squares = np.square([every[name] for name in task.wanted]).sum(axis=0)
@@ -190,6 +195,20 @@ def _forwards(task: Task, passes: int, of: tuple[str, ...]) -> float:
     return out + (1.0 if task.fisher is Fisher.SAMPLED else 0.0)  # the labels beside the balls'
 
 
+def _with_moments(of: tuple[str, ...]) -> set[str]:
+    """A and G come with their eigenvalues."""
+    return {*of, "A", "G"} if {*SPECTRA} & {*of} else {*of}
+
+
+def _spectra(task: Task, of: tuple[str, ...], positions: int) -> float:
+    """Products of matrices for eigenvalues and W', in forwards, whose products are of positions."""
+    if not {*SPECTRA} & {*of}:
+        return 0.0
+    every = task.config.linear_layers()
+    cubes = sum(d_out**3 + d_in**3 for d_out, d_in in (every[name] for name in task.wanted))
+    return PRODUCTS * cubes / (positions * sum(d_out * d_in for d_out, d_in in every.values()))
+
+
 def _numbers(task: Task, of: tuple[str, ...], positions: int = 0, *, shared: bool = False) -> int:
     """How many numbers come out: of one sequence, or those that all sequences share."""
     config = task.config
@@ -202,9 +221,13 @@ def _numbers(task: Task, of: tuple[str, ...], positions: int = 0, *, shared: boo
     }  # fmt: skip
     joint: dict[str, Callable[[], int]] = {
         "A": lambda: sum(n * n for _, n in wide), "G": lambda: sum(n * n for n, _ in wide),
+        "eigenvalues": lambda: sum(n + m for n, m in wide), "cut": lambda: sum(n for n, _ in wide),
+        "eigenvectors": lambda: sum(n * n + m * m for n, m in wide),
+        "edit": lambda: sum(n * m for n, m in wide),
         **dict.fromkeys(BLOCKS, lambda: dense),
     }  # fmt: skip
-    return sum(made() for name, made in (joint if shared else own).items() if name in of)
+    asked = _with_moments(of)
+    return sum(made() for name, made in (joint if shared else own).items() if name in asked)
 
 
 def _memory(task: Task, sequences: Mapping[int, Sequence], precision: int, digits: float) -> float:

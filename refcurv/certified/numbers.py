@@ -16,6 +16,7 @@ import numpy as np
 from refcurv.algebra.balls import exact
 from refcurv.algebra.duals import Duals
 from refcurv.certified import layers
+from refcurv.certified.spectra import OF as SPECTRA
 from refcurv.curvature.definition import Sequence
 from refcurv.law.checks import Array
 from refcurv.law.conventions import Fisher
@@ -93,11 +94,13 @@ class Found:
     """What sequences gave: {name: array of numbers}, and what is a sum over all of them.
 
     Fields: arrays, of one sequence; sums; rows, of the sums that are divided by how many they are.
+    terms, how many matrices a aᵀ or g gᵀ each A and G is the sum of at most, which bounds its rank.
     """
 
     arrays: dict[str, Any] = field(default_factory=dict)
     sums: dict[str, Any] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
+    terms: dict[str, int] = field(default_factory=dict)
 
     def add(self, name: str, S: Any, rows: int | None = None) -> None:
         """A part of the sum that `name` is, or of the mean over rows."""
@@ -115,9 +118,10 @@ class Found:
 class Task:
     """What is wanted of which sequences.
 
-    Fields: config; parameters, floats; of, names of OF or of `blocks.BLOCKS`; wanted, linear layers
-    for A, G and blocks; direction, {parameter: array}, for the products; fisher and seed, whose
-    labels G and the Fisher have; drawn, the labels of each sequence that SAMPLING drew, (B, T).
+    Fields: config; parameters, floats; of, names of OF, of `spectra.OF` or of `blocks.BLOCKS`;
+    wanted, linear layers for A, G and blocks; direction, {parameter: array}, for the products;
+    fisher and seed, whose labels G and the Fisher have; drawn, the labels of each sequence that
+    SAMPLING drew, (B, T); rho, {layer: share}, for cuts.
     """
 
     config: ModelConfig
@@ -128,6 +132,12 @@ class Task:
     fisher: Fisher = Fisher.EMPIRICAL
     seed: int = 0
     drawn: Mapping[int, Array] = field(default_factory=dict)
+    rho: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def spectral(self) -> bool:
+        """Are eigenvalues wanted?"""
+        return bool({*SPECTRA} & {*self.of})
 
 
 def sent(task: Task, number: int, one: Sequence, ops: Ops) -> list[Cotangent]:
@@ -239,6 +249,9 @@ def _moments(
             found.add(f"A.{step.name}", a_NI.T @ a_NI, rows)
         if "G" in sides:
             found.add(f"G.{step.name}", g_NO.T @ g_NO, rows)
+        for side, x in (("A", a_NI), ("G", g_NO)):  # of every pass, also where rows count once
+            name = f"{side}.{step.name}"
+            found.terms[name] = found.terms.get(name, 0) + len(x)
 
 
 def _products(

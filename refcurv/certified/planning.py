@@ -20,6 +20,7 @@ SPARE: Final = 32
 
 LOST: Final[Mapping[str, float]] = {
     "logits": 1.0, "nats": 1.0, "A": 1.0, "gradient": 2.0, "G": 2.0, "hvp": 3.0, "ggnvp": 2.5,
+    "eigenvalues": 2.0, "eigenvectors": 2.0, "cut": 2.0, "edit": 2.0,
     "hessian": 3.0, "ggn": 2.5, "fisher": 2.0,
 }  # fmt: skip
 """How many times the digits of a forward each quantity loses.  Chosen: what was seen; a plan that

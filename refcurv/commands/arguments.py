@@ -72,6 +72,7 @@ EXAMPLES = {
         "refcurv certify w.h5 corpus.h5 --sequences 0-3 --digits 50 -o certificate.h5",
         "refcurv certify w.h5 corpus.h5 --of A,G,hvp --layers 'blocks.*.mlp.*' --json digits.json",
         "refcurv certify w.h5 corpus.h5 --of G --fisher sampled --seed 1 --minutes 10",
+        "refcurv certify w.h5 corpus.h5 --of edit --layers 'blocks.1.mlp.*' --rho 0.9 -o edit.h5",
     ],
     "audit": [
         "refcurv audit w.h5 corpus.h5",
@@ -346,7 +347,8 @@ def _audit(sub: argparse.ArgumentParser) -> None:
 def _certify(sub: argparse.ArgumentParser) -> None:
     _positional(sub, "WEIGHTS", "CORPUS")
     text = (
-        "of logits, nats, gradient, A, G, hvp, ggnvp, and of small layers hessian, ggn, fisher, "
+        "of logits, nats, gradient, A, G, hvp, ggnvp, eigenvalues, eigenvectors, cut, edit, and of "
+        "small layers hessian, ggn, fisher, "
         "with commas (default: %(default)s)"
     )
     sub.add_argument("--of", default="logits,nats,gradient,A,G", metavar="NAMES", help=text)
@@ -361,6 +363,8 @@ def _certify(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
     text = "refuse, before the work, what would take longer; it says what would fit"
     sub.add_argument("--minutes", type=float, metavar="N", help=text)
+    text = "share of the mass that a cut keeps, for cut and edit, as for edit"
+    sub.add_argument("--rho", action="append", metavar="[PATTERN=]SHARE", help=text)
     text = "also write every number and its radius (.h5)"
     sub.add_argument("-o", "--output", metavar="FILE", help=text)
     _json(sub)

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from refcurv.commands.arguments import pairs
+from refcurv.commands.arguments import pairs, shares
 from refcurv.commands.output import write_json
 from refcurv.terminal import progress_bar
 
@@ -78,6 +78,7 @@ def certify(args: argparse.Namespace) -> bool:
         sequences=chain.from_iterable(args.sequences),
         layers=args.layers,
         rows=args.rows,
+        rho=None if args.rho is None else shares(args.rho, "certify: --rho takes [PATTERN=]SHARE"),
         fisher=args.fisher,
         seed=args.seed,
         seconds=None if args.minutes is None else 60 * args.minutes,
@@ -88,7 +89,8 @@ def certify(args: argparse.Namespace) -> bool:
         rc.save_certificate(found, args.output)
     print(format_certificate(found.to_json()))
     write_json(args.json, found.to_json())
-    return found.digits >= found.wanted
+    settled = not any(one["undecided"] for one in found.cuts.values())
+    return found.digits >= found.wanted and settled
 
 
 def trace(args: argparse.Namespace) -> None:

@@ -12,7 +12,9 @@ Json = dict[str, Any]
 
 DTYPES = ("float64", "float32", "longdouble")
 
-JOINED = ("A", "G", "hessian", "ggn", "fisher")
+JOINED = (
+    "A", "G", "eigenvalues", "eigenvectors", "cut", "edit", "hessian", "ggn", "fisher",
+)  # fmt: skip
 """Quantities that are of all sequences together."""
 
 KINDS = ("probable", "worst")
@@ -33,11 +35,14 @@ def format_certificate(found: Json) -> str:
 
 
 def _groups(found: Json) -> dict[str, list[str]]:
-    """Arrays by quantity and sequence; what is of all sequences is one group."""
+    """Arrays by quantity and sequence; of all sequences together those of A and G."""
     out: dict[str, list[str]] = {}
     for name in found["numbers"]:
         kind, _, rest = name.partition(".")
-        group = kind if kind in JOINED else f"{kind}, sequence {rest.partition('.')[0]}"
+        first = rest.partition(".")[0]
+        group = f"{kind} of {first}" if kind.startswith("eigen") else kind
+        if kind not in JOINED:
+            group = f"{kind}, sequence {first}"
         out.setdefault(group, []).append(name)
     return out
 
@@ -119,6 +124,10 @@ def _words(found: Json) -> Iterator[str]:
     yield from _of_labels(source)
     if "lost" in source:
         yield f"Digits are lost {source['lost']}."
+    if found.get("spectra"):
+        yield from ("", *_spectra(list(found["spectra"].values())))
+    if found.get("cuts"):
+        yield from ("", *_cuts(found["cuts"]))
 
 
 def _of_labels(source: Json) -> Iterator[str]:
@@ -139,3 +148,44 @@ def _of_labels(source: Json) -> Iterator[str]:
         yield f"  sequence {number}, position {t}: float64 draws {law}, the real numbers {real}."
     for number, t, law in unknown:
         yield f"  sequence {number}, position {t}: float64 draws {law}; undecided."
+
+
+def _spectra(some: list[Json]) -> Iterator[str]:
+    """How many eigenvalues there are, and the certain digits of each, counted from itself."""
+    size, zeros, unsure = (sum(one[key] for one in some) for key in ("size", "zeros", "unsure"))
+    yield (
+        f"{size:,} eigenvalues of {len(some)} matrices: {zeros:,} are exactly 0 by their rank, "
+        f"{unsure:,} may be 0."
+    )
+    others = [one for one in some if one["fewest"] is not None]
+    if others:
+        middle = [floor(one["median"]) for one in others]
+        yield (
+            f"Each of the others, counted from itself: {floor(min(o['fewest'] for o in others))} "
+            f"digits or more; medians of the matrices {min(middle)} to {max(middle)}."
+        )
+    angles = [one["angle"] for one in some]
+    worst = "unknown" if None in angles else f"{max(angles):.1e} at most"
+    yield (
+        f"Clusters that are not proved to differ, nor to be 0: {sum(o['clusters'] for o in some)}. "
+        f"Sine of the largest angle to a subspace: {worst}."
+    )
+
+
+def _cuts(cuts: dict[str, Json]) -> Iterator[str]:
+    """The cut of the real numbers; then, another statement, the law's on float64 numbers."""
+    rows = list(cuts.values())
+    pairs, kept, cut, undecided = (
+        sum(one[key] for one in rows) for key in ("pairs", "kept", "cut", "undecided")
+    )
+    yield (
+        f"The real numbers' cut of {pairs:,} pairs in {len(rows)} layers: {kept:,} proved kept, "
+        f"{cut:,} proved cut, {undecided:,} undecided."
+    )
+    for layer, one in cuts.items():
+        if one["undecided"]:
+            yield f"UNDECIDED: {one['undecided']:,} pairs of {layer}; its W' is not enclosed."
+    for key, on in (("nearest", "the nearest float64"), ("float64", "float64's own")):
+        off = [one[key] for one in rows]
+        says = "has no cut" if None in off else f"decides {sum(off):,} proved pairs otherwise"
+        yield f"The law's cut (SELECT) on {on} eigenvalues {says}."
