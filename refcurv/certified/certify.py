@@ -12,6 +12,7 @@ from typing import Any, Final
 import numpy as np
 
 from refcurv.algebra.balls import Balls, UndecidedError, bits, exact, require_flint
+from refcurv.algebra.blas import one_blas_thread
 from refcurv.certified.budgets import Shaking
 from refcurv.certified.certificate import (
     BUDGETS,
@@ -297,7 +298,7 @@ class _Job:
         return Certificate(numbers, tuple(routes), precision, self.digits, rows, self.source)
 
     def _run(self, kind: Kind, number: int, one: definition.Sequence, found: Found) -> None:
-        with np.errstate(over="ignore", invalid="ignore"):
+        with one_blas_thread(), np.errstate(over="ignore", invalid="ignore"):
             try:
                 run(kind, self.task, number, one, found)
             except NonFiniteError:
@@ -307,7 +308,7 @@ class _Job:
         self._stepped()
 
     def _shake(self, shaking: Shaking, number: int, one: definition.Sequence, plain: Found) -> None:
-        with np.errstate(over="ignore", invalid="ignore"):
+        with one_blas_thread(), np.errstate(over="ignore", invalid="ignore"):
             shaking.sequence(number, one, plain)
         self._stepped()
 
