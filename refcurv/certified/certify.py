@@ -11,6 +11,7 @@ from typing import Any, Final
 import numpy as np
 
 from refcurv.algebra.balls import Balls, UndecidedError, bits, require_flint
+from refcurv.algebra.blas import one_blas_thread
 from refcurv.certified import blocks
 from refcurv.certified.budgets import Shaking
 from refcurv.certified.certificate import (
@@ -313,7 +314,7 @@ class _Job:
         return passes * sum(one.label_BT.size for one in every)
 
     def _run(self, kind: Kind, number: int, one: definition.Sequence, found: Found) -> None:
-        with np.errstate(over="ignore", invalid="ignore"):
+        with one_blas_thread(), np.errstate(over="ignore", invalid="ignore"):
             try:
                 run(kind, self.task, number, one, found)
                 if {*blocks.BLOCKS} & {*self.task.of}:
@@ -325,7 +326,7 @@ class _Job:
         self._tick()
 
     def _shake(self, shaking: Shaking, number: int, one: definition.Sequence, plain: Found) -> None:
-        with np.errstate(over="ignore", invalid="ignore"):
+        with one_blas_thread(), np.errstate(over="ignore", invalid="ignore"):
             shaking.sequence(number, one, plain)
         self._tick()
 
