@@ -114,45 +114,58 @@ def require_memory(
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _Pace:
+    """Seconds of a forward through the whole model, and of a number that is read, or written."""
+
+    forward: float
+    read: float
+    write: float
+
+    def seconds(self, task: Task, sequences: Mapping[int, Sequence], of: tuple[str, ...]) -> float:
+        """Of all that `of` takes."""
+        one = next(iter(sequences.values()))
+        size = sum(x.size for x in task.parameters.values())
+        held = size * (1 + 2 * len({"hvp", "ggnvp", *BLOCKS} & {*of}))
+        each = self.forward * FLOATS * _forwards(task, _passes(task, one), of) + self.read * held
+        each += self.write * _numbers(task, of, one.label_BT.size)
+        once = self.write * _numbers(task, of, shared=True)
+        once += self.forward * _spectra(task, of, one.label_BT.size)
+        return once + len(sequences) * each
+
+
 def estimated(task: Task, sequences: Mapping[int, Sequence], plan: Plan, digits: float) -> Estimate:
     """What all of it will take, by one more forward through a block, with the planned bits.
 
     Proof: tests/test_certified_limits.py::test_an_estimate_is_near_what_it_takes
     """
-    config, one = task.config, next(iter(sequences.values()))
-    first, *more = plan.seconds
+    one, (first, *more) = next(iter(sequences.values())), plan.seconds
     block = max(more[0] - first, first / 4) if more else first  # a busy machine may hide it
     with bits(plan.bits):
         _, now, head = shallow(task, one, 1, head=True)
         read, write = _per_number(task, digits)
-    slower = now / first if first else 1.0
-    forwards = slower * (first + block * (config.layers - 1)) + head
-    passes = _passes(task, one)
+    fast = first + block * (task.config.layers - 1)  # with the bits of the plan's forwards
+    slow = fast * now / first if first else fast
 
-    def seconds(of: tuple[str, ...], at: float = 1.0) -> float:
-        work = forwards * at * FLOATS * _forwards(task, passes, of)
-        size = sum(x.size for x in task.parameters.values())
-        held = size * (1 + 2 * len({"hvp", "ggnvp", *BLOCKS} & {*of}))
-        once = write * _numbers(task, of, shared=True)
-        once += forwards * at * _spectra(task, of, one.label_BT.size)
-        each = work + read * held + write * _numbers(task, of, one.label_BT.size)
-        return once + len(sequences) * each
-
-    def slope(n: int) -> float:
-        """A forward with the bits of n digits over one with those planned, between two that ran."""
+    def pace(n: float) -> _Pace:
+        """With the bits of n digits, on a line between the two that ran."""
         wanted = max(min(bits_for(task.of, plan.lost, n), plan.bits), plan.precision)
         share = (plan.bits - wanted) / max(plan.bits - plan.precision, 1)
-        return 1 - share * (1 - min(1.0, 1 / slower))
+        return _Pace(slow + share * (min(fast, slow) - slow) + head, read, write)
 
-    fewer = [n for n in range(1, math.ceil(digits)) if math.isfinite(plan.lost)]
+    known = math.isfinite(plan.lost)
+    own = pace(digits) if known else _Pace(slow + head, read, write)
     return Estimate(
         plan.bits,
-        seconds(task.of),
+        own.seconds(task, sequences, task.of),
         _memory(task, sequences, plan.bits, digits),
         len(sequences),
-        passes if {"G", "fisher"} & {*task.of} else 0,
-        {name: seconds((name,)) for name in task.of},
-        {n: seconds(task.of, slope(n)) for n in fewer},
+        _passes(task, one) if {"G", "fisher"} & {*task.of} else 0,
+        {name: own.seconds(task, sequences, (name,)) for name in task.of},
+        {
+            n: pace(n).seconds(task, sequences, task.of)
+            for n in range(1, math.ceil(digits) if known else 1)
+        },
     )
 
 
