@@ -92,17 +92,19 @@ def refuted(folder: Path, case: Case, precision: int, last: str = "") -> set[str
 
     Balls that cannot tell thirty digits allow nothing.
     """
-    out = set()
+    out, made = set(), {}
     balls, _, _ = contained.read(folder / f"{case.id.replace('_v1', '_v2')}.h5")
     with bits(precision):
         for name, x in enclosures(case):
             if name.partition(".")[0] == last:
                 break
+            made[name] = x
             if name in balls:
                 far = x - exact(balls[name].x) - exact(balls[name].low)
                 size = np.abs(balls[name].x).max()
                 if (far.least() > balls[name].radius).any() or (far.radii() > 1e-35 * size).any():
                     out.add(name)
+        certified.require_one(case.id, made)
     return out
 
 
@@ -133,6 +135,16 @@ def test_too_few_digits_are_refused(monkeypatch) -> None:
     monkeypatch.setattr(certified, "enclosures", lambda case: [("loss", near + unsure)])
     with pytest.raises(SystemExit, match=r"loss has 1[678]\.\d digits"):
         certified.made_of(case)
+
+
+def test_two_names_of_one_matrix_must_overlap() -> None:
+    one = exact(np.array([1.0, 2.0]))
+    with bits(100):
+        balls = {"exact.head.fisher": one / 3, "exact.head.ggn": 1 / (3 / one)}
+        certified.require_one("x", balls)
+        balls["exact.head.ggn"] = one / 3 * (1 + exact(np.array(1e-20)))
+        with pytest.raises(SystemExit, match=r"x: exact.head.fisher is not exact.\*.ggn"):
+            certified.require_one("x", balls)
 
 
 def test_a_number_that_may_be_0_is_said_to_be_small() -> None:

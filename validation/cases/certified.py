@@ -55,7 +55,7 @@ NOT_CERTIFIED = {
 """Numbers of version 1 that have no certificate, and why. They stand in its file alone."""
 
 ONE = {"exact.*.fisher": "exact.*.ggn"}
-"""What is another name of one real matrix (O11), and is certified once."""
+"""What is another name of one real matrix (O11), is seen to overlap, and is certified once."""
 
 GIVEN = ("weights", "corpus", "labels", "drawn")
 
@@ -140,7 +140,9 @@ def made_of(case: Case) -> dict[str, Certified]:
     Raises SystemExit where one has fewer than DIGITS, or is not what version 1 has.
     """
     with bits(BITS):
-        out = {name: certified(x) for name, x in enclosures(case) if name in case.arrays}
+        balls = {name: x for name, x in enclosures(case) if name in case.arrays}
+        require_one(case.id, balls)
+        out = {n: certified(x) for n, x in balls.items() if kind_of(n) not in ONE}
     for name, one in out.items():
         far, budget = float(np.linalg.norm(one.x - case.arrays[name])), case.budget_of(name)
         if budget is None or not far <= budget:
@@ -150,6 +152,15 @@ def made_of(case: Case) -> dict[str, Certified]:
         if one.digits < DIGITS and np.abs(one.x).any():
             raise SystemExit(f"{case.id}: {name} has {one.digits:.1f} digits. Raise BITS.")
     return out
+
+
+def require_one(id: str, balls: Mapping[str, Balls]) -> None:
+    """Raise SystemExit where two names of one matrix are proved to be two."""
+    for kind, other in ONE.items():
+        for name in (n for n in balls if kind_of(n) == kind):
+            same = balls[name.replace(kind.rpartition(".")[2], other.rpartition(".")[2])]
+            if not balls[name].overlaps(same).all():
+                raise SystemExit(f"{id}: {name} is not {other}.")
 
 
 # ------------------------------------------------------------------ files

@@ -128,6 +128,8 @@ def _expected(
             g, a = tap.g.reshape(-1, tap.g.shape[-1]), tap.a.reshape(-1, tap.a.shape[-1])
             rows = (g[:, :, None] * a[:, None, :]).reshape(len(g), -1)
             _add(sums, f"exact.{dense}.f_tok", _gram(rows))
+            D = tap.g.swapaxes(1, 2) @ tap.a  # one position sends, so that a sequence has one D
+            _add(sums, f"exact.{dense}.fisher", _gram(D.reshape(len(D), -1)))
     yield from sums.items()
 
 
