@@ -9,7 +9,6 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
 from strategies import config, random_parameters
@@ -17,7 +16,7 @@ from strategies import config, random_parameters
 import refcurv as rc
 from refcurv.cli import main
 from refcurv.files.store import machine
-from refcurv.judge.cases import Case, CaseError, Check, accepted
+from refcurv.judge.cases import Case, CaseError, accepted
 from refcurv.judge.cases.analytic import analytic
 from refcurv.judge.cases.case import kind_of, law_digest, write_case
 from refcurv.judge.cases.freedom import acceptable
@@ -30,33 +29,14 @@ from refcurv.judge.cases.truth import truth
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from validation.cases import make  # noqa: E402
+from validation.cases import certified, make  # noqa: E402
 from validation.cases.models import FEATURES  # noqa: E402
 
 MANIFESTS = {one["caseId"]: one for one in make.manifests()}
 INPUTS = ("weights", "corpus")
 
 
-@cache
-def stored(name: str) -> Case:
-    """A case as its files have it, its arrays' budgets as checks."""
-    manifest, arrays, known = MANIFESTS[name], {}, []
-
-    def take(path: str, node: object) -> None:
-        if isinstance(node, h5py.Dataset):
-            array_name = path.replace("/", ".")
-            arrays[array_name] = np.asarray(node[()])
-            if "budget" in node.attrs:
-                known.append(Check(array_name, ("", ""), 0.0, float(node.attrs["budget"]), 1.0))
-
-    with h5py.File(make.VECTORS / f"{name}.h5") as file:
-        file.visititems(take)
-        text = file.attrs.get("config")
-    given = {key: manifest[key] for key in ("area", "result", "of", "reason")}
-    return Case(
-        id=name, arrays=arrays, config=text and json.loads(text), checks=tuple(known),
-        needs=tuple(manifest["needs"]), **given,
-    )  # fmt: skip
+stored = cache(certified.stored)
 
 
 @pytest.mark.parametrize("feature", FEATURES, ids=lambda one: one.name)

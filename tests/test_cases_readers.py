@@ -9,10 +9,11 @@ import subprocess
 from pathlib import Path
 
 import h5py
+import numpy as np
 import pytest
 
 CASES = Path(__file__).parents[1] / "validation" / "cases"
-READERS, VECTORS = CASES / "readers", CASES / "vectors"
+READERS, VECTORS, CERTIFIED = CASES / "readers", CASES / "vectors", CASES / "certified"
 FEW = ("gqa_v1", "tied_v1", "analytic_v1", "sums_B27-gqa_v1", "edits_ties-analytic_v1")
 
 pytestmark = pytest.mark.slow  # they are compiled, and asked of npm
@@ -123,6 +124,55 @@ def test_what_is_missing_or_cut_is_no_success(reader, folder, lost: str) -> None
     assert judged(reader, folder)[0] == 1
     (folder / lost).unlink()
     assert judged(reader, folder)[0] == 1
+
+
+# ------------------------------------------------------------------ thirty digits
+
+
+@pytest.fixture
+def certified(tmp_path):
+    """A certified case, to be spoiled."""
+    for ending in ("h5", "json"):
+        shutil.copy(CERTIFIED / f"vit-cls_v2.{ending}", tmp_path)
+    (tmp_path / "index.json").write_text(json.dumps({"cases": [{"caseId": "vit-cls_v2"}]}))
+    return tmp_path
+
+
+def test_the_certified_cases_are_as_they_should_be(reader) -> None:
+    status, said = judged(reader, CERTIFIED)
+    assert status == 0 and "18 cases as they should be, 0 not" in said
+
+
+AT = "blocks/0/mlp/up"
+
+
+@pytest.mark.parametrize("what", ["digit", "ulp"])
+@pytest.mark.parametrize(
+    "array",
+    ["logits", "nats", "loss", f"gradients/{AT}/weight", f"gradients/{AT}/bias", f"rows/{AT}/a",
+     f"rows/{AT}/g", f"rows/{AT}/g_sampled", f"factors/{AT}/sum_A", f"factors/{AT}/sum_G",
+     f"factors/{AT}/sum_a", f"empirical/{AT}/sum_G", f"expected/{AT}/sum_G"],
+)  # fmt: skip
+def test_a_certified_number_that_is_wrong_is_seen(reader, certified, array: str, what: str) -> None:
+    """Its twentieth digit; or its float64 by one ulp, for which the low part makes up."""
+    with h5py.File(certified / "vit-cls_v2.h5", "r+") as file:
+        x, low = (np.array(file[end][()]) for end in (array, f"{array}_low"))
+        at = np.unravel_index(int(np.abs(x).argmax()), x.shape)
+        near = np.nextafter(x[at], np.inf)
+        low[at] += 1e-20 * x[at] if what == "digit" else x[at] - near
+        x[at] = x[at] if what == "digit" else near
+        file[array][...], file[f"{array}_low"][...] = x, low
+    signed(certified, "vit-cls_v2")
+    status, said = judged(reader, certified)
+    alone = array.startswith("expected") and what == "digit"  # no reader makes it again
+    assert (status, "vit-cls_v2 is valid, but" in said) == ((0, False) if alone else (1, True))
+
+
+def test_a_certified_case_that_lacks_its_proof_is_seen(reader, certified) -> None:
+    with h5py.File(certified / "vit-cls_v2.h5", "r+") as file:
+        del file["loss_low"]
+    signed(certified, "vit-cls_v2")
+    assert judged(reader, certified)[0] == 1
 
 
 def test_no_case_is_no_success(reader, folder) -> None:

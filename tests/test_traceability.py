@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from refcurv.judge.identities.proved import PROOFS  # noqa: E402
 from validation import traceability  # noqa: E402
 from validation.traceability import ROWS, Row  # noqa: E402
 
@@ -47,6 +48,23 @@ def test_tests_named_after_an_id_name_one_that_exists() -> None:
 def test_the_page_is_what_the_table_says() -> None:
     """`python -m validation.traceability` after a change to the table or to a test's name."""
     assert traceability.PAGE.read_text(encoding="utf-8") == traceability.page()
+
+
+def test_every_certificate_is_named_and_exists() -> None:
+    """What `audit --certify` proves has its row, and the demo model's file says what it proved."""
+    rows, told = {row.id for row in ROWS}, traceability.json.loads(traceability.DEMO.read_text())
+    assert set(PROOFS) <= set(traceability.CERTIFIED) <= rows
+    assert {test for found in traceability.CERTIFIED.values() for test in found} <= TESTS
+    proofs = {one["id"]: one for one in told["proofs"]["findings"]}
+    assert set(proofs) == set(PROOFS) and not told["failed"]
+    for row in ROWS:
+        said = traceability.certificates(row, proofs)
+        assert (said == "not certified") == (row.id not in traceability.CERTIFIED)
+        assert ("demo:" in said) == (proofs.get(row.id, {}).get("verdict") == "proved")
+    assert sum(one["verdict"] == "proved" for one in proofs.values()) > 12
+    wrong = proofs | {"O16": proofs["O16"] | {"verdict": "fail"}}
+    assert "demo:" not in traceability.certificates(Row("O16"), wrong)
+    assert traceability.certificates(Row("O1"), proofs) == "not certified"
 
 
 def test_the_measured_tests_exist() -> None:

@@ -3,7 +3,7 @@
 What each id states is in validation/METHOD.md.
 
     python -m pytest -n 0 --measured=validation/measured.json    the errors, anew
-    refcurv audit refcurv/demo/{model,corpus}.h5 --memory 4 --json validation/demo.json
+    refcurv audit refcurv/demo/{model,corpus}.h5 --memory 4 --certify --json validation/demo.json
     python -m validation.traceability                            validation/AUDIT.md, anew
 
 `ROWS` is written by hand. A test named test_O31_... belongs to O31 without being listed. The test
@@ -162,6 +162,33 @@ ROWS = (
 )  # fmt: skip
 
 
+PROVED = "test_proofs.py::test_every_identity_is_proved"
+OTHER_BITS = "test_cases_certified.py::test_balls_of_other_bits_agree"
+
+CERTIFIED = {
+    "P1": ("test_certified.py::test_factors_are_those_of_the_definition", OTHER_BITS),
+    "P3": (OTHER_BITS,),
+    "O11": (OTHER_BITS,),
+    "O14": ("test_certified.py::test_products_are_those_of_exact", PROVED),
+    "O15": ("test_certified.py::test_gradients_of_the_loops_lie_in_the_balls", PROVED),
+} | {
+    id: (PROVED,)
+    for id in ("O8", "O16", "O29", "O30", "O31", "O32", "O33", "O34", "O35", "O36", "O37", "O39",
+               "O41", "O51", "O52")
+}  # fmt: skip
+"""Rows whose numbers, or both of whose sides, ball arithmetic encloses, and the tests of that."""
+
+
+def certificates(row: Row, demo: dict[str, dict[str, Any]]) -> str:
+    """The tests that prove digits of a row, and how many are proved on the demo model."""
+    found = [f"`{test}`" for test in CERTIFIED.get(row.id, ())]
+    proved = demo.get(row.id, {})
+    if proved.get("verdict") == "proved":
+        digits = proved["digits"]
+        found.append(f"demo: {digits if isinstance(digits, str) else f'{int(digits)} digits'}")
+    return "<br>".join(found) or "not certified"
+
+
 def tests_of(row: Row) -> list[str]:
     """The tests named after the row's id, and those listed, as file::name; no test twice."""
     number = row.id.removeprefix("O")
@@ -200,7 +227,8 @@ def page() -> str:
     """AUDIT.md."""
     measured = json.loads(MEASURED.read_text(encoding="utf-8"))
     statements = dict(method.statements(method.PAGE.read_text(encoding="utf-8")))
-    demo = {f["id"]: f for f in json.loads(DEMO.read_text(encoding="utf-8"))["findings"]}
+    told = json.loads(DEMO.read_text(encoding="utf-8"))
+    demo, proved = ({f["id"]: f for f in one["findings"]} for one in (told, told["proofs"]))
     lines = [
         "# What is proved, by what",
         "",
@@ -208,13 +236,17 @@ def page() -> str:
         "of the tests, and the errors that",
         "`python -m pytest -n 0 --measured=validation/measured.json` wrote down. Do not edit.",
         "",
-        "The last column is the error that came nearest to its budget in any of the row's tests,",
-        "relative to the size of the terms summed, and that budget; *holds* where the tests",
-        "compare bits, ranks or inequalities; below it, what `refcurv audit` measures on the demo",
-        "model (validation/demo.json). The statements are those of METHOD.md.",
+        "The column before the last names the tests that enclose the row's numbers by ball",
+        "arithmetic, and says how many digits `refcurv audit --certify` proves on the demo model;",
+        "a row without either is *not certified*. The last column is the error that came nearest",
+        "to its budget in any of the row's tests, relative to the size of the terms summed, and",
+        "that budget; *holds* where the tests compare bits, ranks or inequalities; below it, what",
+        "`refcurv audit` measures on the demo model (validation/demo.json). The statements are",
+        "those of METHOD.md.",
         "",
-        "| id | statement | computed by `refcurv.` | proved by `tests/` | error / budget |",
-        "| --- | --- | --- | --- | --- |",
+        "| id | statement | computed by `refcurv.` | proved by `tests/` | certified "
+        "| error / budget |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for row in ROWS:
         functions = "<br>".join(f"`{name}`" for name in row.functions)
@@ -224,11 +256,12 @@ def page() -> str:
         if (found := demo.get(row.id)) and found["error"] is not None:
             error += f"<br>demo: {found['error']:.1e} / {found['budget']:.1e}"
         statement = statements[row.id] + waits
-        lines.append(f"| {row.id} | {statement} | {functions} | {tests} | {error} |")
+        sure = certificates(row, proved)
+        lines.append(f"| {row.id} | {statement} | {functions} | {tests} | {sure} | {error} |")
     waiting = [row.id for row in ROWS if not built(row)]
-    proved = len(ROWS) - len(waiting)
-    lines += ["", f"{proved} of {len(ROWS)} have a proof; the others wait for their subject: "
-              f"{', '.join(waiting)}.", ""]  # fmt: skip
+    lines += ["", f"{len(ROWS) - len(waiting)} of {len(ROWS)} have a proof; the others wait for "
+              f"their subject: {', '.join(waiting)}. {len(CERTIFIED)} are certified.",
+              ""]  # fmt: skip
     return "\n".join(lines)
 
 

@@ -77,6 +77,7 @@ EXAMPLES = {
     "audit": [
         "refcurv audit w.h5 corpus.h5",
         "refcurv audit w.h5 corpus.h5 --memory 2 --json audit.json",
+        "refcurv audit w.h5 corpus.h5 --certify --seconds 300",
     ],
     "trace": [
         "refcurv trace w.h5 corpus.h5 -o trace.h5",
@@ -341,6 +342,10 @@ def _audit(sub: argparse.ArgumentParser) -> None:
     text = "GiB that it may take (default: half of what is free); it says what it left out"
     sub.add_argument("--memory", type=float, metavar="GIB", help=text)
     sub.add_argument("--seed", type=int, default=0, help="of the random directions (default: 0)")
+    text = "prove a sample of the identities to thirty digits, by ball arithmetic"
+    sub.add_argument("--certify", action="store_true", help=text)
+    text = "that the proofs may take (default: %(default)g); it says what it left out"
+    sub.add_argument("--seconds", type=float, default=60, metavar="S", help=text)
     _json(sub)
 
 

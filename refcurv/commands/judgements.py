@@ -55,6 +55,9 @@ def audit(args: argparse.Namespace) -> bool:
         rc.load_corpus(args.corpus),
         memory=args.memory,
         seed=args.seed,
+        certify=args.certify,
+        seconds=args.seconds,
+        say=lambda plan: print(plan, flush=True),
         progress=progress_bar("audit"),
     )
     print(format_audit(found.to_json()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from refcurv.algebra.blas import one_blas_thread
 from refcurv.curvature.room import available
 from refcurv.judge.bench import Bench, Plan, plan, prepare
 from refcurv.judge.identities import CHECKS, Measure
+from refcurv.judge.proofs import ProofPlan, Proofs, plan_proofs, prove
 from refcurv.law.checks import ConventionError, RefcurvError, require_range, require_seed
 from refcurv.model.corpus import Corpus
 from refcurv.model.weights import Model
@@ -46,12 +48,17 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """What `audit` found: findings in the order of CHECKS, the plan, the seconds that it took."""
+    """What `audit` found.
+
+    Fields: findings, in the order of CHECKS; the plan; amplification, of roundings; the seconds
+    that it took; proofs, what ball arithmetic proved, if it was asked for.
+    """
 
     findings: tuple[Finding, ...]
     plan: Plan
     amplification: float
     seconds: float
+    proofs: Proofs | None = None
 
     @property
     def passed(self) -> bool:
@@ -60,8 +67,9 @@ class Audit:
 
     @property
     def failed(self) -> tuple[str, ...]:
-        """The ids of the identities that do not hold."""
-        return tuple(f.id for f in self.findings if f.verdict == "fail")
+        """The ids of the identities that do not hold, or are proved not to."""
+        own = [f.id for f in self.findings if f.verdict == "fail"]
+        return tuple(dict.fromkeys([*own, *(self.proofs.failed if self.proofs else ())]))
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; an error that is no number becomes a text, "infinite" or "nan"."""
@@ -76,6 +84,7 @@ class Audit:
             "plan": asdict(self.plan),
             "amplification": self.amplification,
             "seconds": round(self.seconds, 2),
+            "proofs": None if self.proofs is None else self.proofs.to_json(),
         }
 
 
@@ -85,6 +94,9 @@ def audit(
     *,
     memory: float | None = None,
     seed: int = 0,
+    certify: bool = False,
+    seconds: float = 60,
+    say: Callable[[ProofPlan], object] = str,
     progress: Progress = silent,
 ) -> Audit:
     """Check on this model, on a few of this corpus's tokens, every identity that can be.
@@ -101,6 +113,10 @@ def audit(
         memory: GiB that the audit may take; by default half of what is free. A model that does not
             fit is read block by block, and what cannot be checked then is named.
         seed: of the random directions.
+        certify: whether ball arithmetic is to prove a sample of the identities too, to thirty
+            digits (`judge.proofs`); it needs the extra `certified`.
+        seconds: that these proofs may take; what does not fit is named.
+        say: called with their plan, and its estimate of the time, before they begin.
         progress: called with (checks done, checks).
 
     Returns:
@@ -108,13 +124,15 @@ def audit(
 
     Raises:
         ConventionError: the model was loaded as float32. EmptyError: no labels. RangeError: token
-        ids of another vocabulary; memory or seed out of range. NonFiniteError: NaN in a weight.
+        ids of another vocabulary; memory, seed or seconds out of range. NonFiniteError: NaN in a
+        weight. MissingFlintError: `certify` without python-flint.
 
     Cost: some forty forward and backward passes over the batch, and V backward passes for each of
         at most three loss positions. The demo model: a quarter of a minute.
     Source: METHOD, Identities; METHOD, Exactness.
     Proof: tests/test_audit.py::test_a_planted_bug_is_named,
-        tests/test_sound_models.py::test_a_thousand_sound_models_pass
+        tests/test_sound_models.py::test_a_thousand_sound_models_pass,
+        tests/test_proofs.py::test_a_wrong_factor_is_caught
     """
     begin = time.perf_counter()
     if model.dtype != "float64":
@@ -122,6 +140,11 @@ def audit(
     given = free_memory() / 2 / GIB if memory is None else memory
     given = require_range("audit", "memory", given, LEAST_MEMORY, 2**20)
     planned = plan(model.config, corpus, int(given * GIB))
+    proofs = None
+    if certify:
+        limit = require_range("audit", "seconds", seconds, 0, 10**9)
+        proofs = plan_proofs(model.config, planned.width, given * GIB, limit)
+        say(proofs)
     with one_blas_thread(), np.errstate(over="ignore", under="ignore"):
         held = {name: model.parameters[name] for name in model.parameters if planned.resident}
         parameters = held or model.parameters
@@ -131,8 +154,9 @@ def audit(
             progress(done, len(CHECKS))
             findings.append(_finding(name, bench))
         progress(len(CHECKS), len(CHECKS))
-    seconds = time.perf_counter() - begin
-    return Audit(tuple(findings), planned, bench.amplification, seconds)
+        proved = None if proofs is None else prove(bench, proofs, progress)
+    took = time.perf_counter() - begin
+    return Audit(tuple(findings), planned, bench.amplification, took, proved)
 
 
 def _finding(name: str, bench: Bench) -> Finding:

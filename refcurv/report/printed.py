@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from math import floor
 
 from refcurv.report.cells import (
     MISSING,
@@ -251,7 +252,40 @@ def format_audit(audit: Json) -> str:
         f"{counts['pass']} hold, {counts['fail']} fail, {counts['left out']} do not occur or fit; "
         f"{audit['seconds']:.0f} s"
     )
+    lines += _proofs(audit["proofs"]) if audit.get("proofs") else []
     return "\n".join(lines)
+
+
+def _proofs(found: Json) -> Iterator[str]:
+    """What ball arithmetic proved, and what it did not."""
+    findings, plan = found["findings"], found["plan"]
+    if plan["width"]:
+        rows = [
+            (f["verdict"], f["id"], _certain(f["digits"]), f["statement"])
+            for f in findings
+            if f["verdict"] != "left out"
+        ]
+        yield ""
+        yield f"proved by ball arithmetic, {plan['width']} positions, {found['bits']} bits:"
+        yield ""
+        yield format_rows(("", "id", "digits", "identity"), rows, "llrl")
+        yield ""
+    for finding in findings:
+        where, statement = printable(finding["where"]), finding["statement"]
+        if finding["verdict"] == "fail":
+            yield f"FAIL {finding['id']}: {statement} Proved to be otherwise: {where}."
+        if finding["verdict"] == "undecided":
+            yield f"not decided: {finding['id']}, {where}"
+    for why in dict.fromkeys(f["where"] for f in findings if f["verdict"] == "left out"):
+        ids = ", ".join(f["id"] for f in findings if f["where"] == why)
+        yield f"not proved: {ids}: {printable(why)}"
+    proved = sum(f["verdict"] == "proved" for f in findings)
+    yield f"{proved} of {len(findings)} identities proved; {found['seconds']:.0f} s"
+
+
+def _certain(digits: float | str | None) -> str:
+    """Digits that are certain, rounded down."""
+    return "" if digits is None else digits if isinstance(digits, str) else f"{floor(digits)}"
 
 
 def _titled(table: Table) -> str:

@@ -73,7 +73,7 @@ def flow(
     """Forward and backward over the whole corpus; only labelled positions send anything."""
     final, trace = transformer.forward(config, parameters, one.inputs, one.layout, ops)
     y = transformer.linear_forward(config, parameters, "head", final)
-    z = transformer.capped(config, y)
+    z = transformer.capped(config, y, ops)
     at, d_z = one.label >= 0, np.zeros_like(z)
     d_z[at] = send(z[at])
     taps: dict[str, Tap] = {}
@@ -85,7 +85,7 @@ def flow(
         name, d = slope_of(config, step)
         gradient[name] = gradient[name] + d if name in gradient else d
 
-    d_y = transformer.uncapped(config, y, d_z)
+    d_y = transformer.uncapped(config, y, d_z, ops)
     head = transformer.linear_backward(config, parameters, "head", final, d_y)
     d_final = transformer.drain(head, take)
     for step in transformer.backward(config, parameters, d_final, trace, ops):

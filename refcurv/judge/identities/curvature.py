@@ -182,7 +182,7 @@ def scale_invariance(bench: Bench) -> Iterator[Measure]:
     At once for all of a block: with any c, GGN Σ c_n W_n = 0, H Σ c_n W_n = −(c_n ∇W_n)_n.
     """
     batch, at = batch_of(bench, eps=0.0), f"blocks.{bench.config.layers - 1}."
-    names = [f"{at}{layer}.weight" for layer in _scale_free(bench.config)]
+    names = [f"{at}{layer}.weight" for layer in scale_free(bench.config)]
     W = {name: bench.parameters[name] for name in bench.plan.directions if name in names}
     if not W or _reads_zeros(bench, batch):
         return
@@ -226,7 +226,7 @@ def _reads_zeros(bench: Bench, batch: Batch) -> bool:
     return any(seen)
 
 
-def _scale_free(config: ModelConfig) -> list[str]:
+def scale_free(config: ModelConfig) -> list[str]:
     """Layers of a block whose outputs a norm will scale back: nothing but products in between."""
     free = []
     if config.qk_norm is not QKNorm.NONE and config.qkv_clip is None:

@@ -4,11 +4,14 @@
 
    Recomputed from the stored arrays: S = sum of x xT over the kept rows (A and G before the division),
    M = U diag(values) UT, UT U = I, the mask as a share of the mass, W' = U_G (C o M) U_AT.
+   Of a certified case (version 2) also, to thirty digits: that each number is the float64 nearest to what is proved, and that
+   S, the gradients of linear layers, the loss and the logits are what the rows prove.
    Exit status 0: valid and acceptable cases hold, invalid ones do not. 1: one is otherwise. 2: usage. */
 
 #include <cjson/cJSON.h>
 #include <hdf5.h>
 #include <math.h>
+#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -28,10 +31,8 @@ static void die(const char *what, const char *where) {
 
 /* ------------------------------------------------------------------ reading */
 
-static array get(hid_t file, const char *first, const char *layer, const char *last) {
-    char path[NAME * 2];
+static array at(hid_t file, char *path) {
     array a = {0};
-    snprintf(path, sizeof path, "%s/%s/%s", first, layer, last);
     for (char *p = path + 1; (p = strchr(p, '/')); p++) { /* is every group on the way there? */
         *p = 0;
         htri_t there = H5Lexists(file, path, H5P_DEFAULT);
@@ -52,6 +53,12 @@ static array get(hid_t file, const char *first, const char *layer, const char *l
     H5Sclose(space);
     H5Dclose(set);
     return a;
+}
+
+static array get(hid_t file, const char *first, const char *layer, const char *last) {
+    char path[NAME * 2];
+    snprintf(path, sizeof path, "%s/%s/%s", first, layer, last);
+    return at(file, path);
 }
 
 static herr_t visit(hid_t group, const char *name, const H5L_info_t *info, void *data) {
@@ -228,6 +235,180 @@ static void one_edit(judged *j, const char *layer, const char *share, double rho
     free(want), free(mask.x), free(got.x), free(lam.x), free(mu.x), free(V.x), free(U.x), free(W.x);
 }
 
+/* ------------------------------------------------------------------ certified cases
+
+   A number lies within `radius` of x + low: relative |x|; where x is 0, absolute if low is not 0, or else 0.
+   Sums are made of pairs of doubles. With u = 2^-53 a product errs by 4 u^2 of itself, a sum by 3.1 u^2
+   (Joldes, Muller, Popescu 2017), so n products by (4 n + 8) u^2 of their magnitudes: the float budget. */
+
+typedef struct { array x, low; double relative, absolute, settled; } ball;
+typedef struct { double high, low; } pair;
+
+static pair quick(double a, double b) { /* |a| >= |b|, or a is 0 */
+    double s = a + b;
+    return (pair){s, b - (s - a)};
+}
+
+static pair both(double a, double b) {
+    double s = a + b, t = s - a;
+    return (pair){s, (a - (s - t)) + (b - t)};
+}
+
+static pair plus(pair a, pair b) {
+    pair s = both(a.high, b.high), t = both(a.low, b.low), v = quick(s.high, s.low + t.high);
+    return quick(v.high, t.low + v.low);
+}
+
+static pair times(pair a, pair b) {
+    double high = a.high * b.high, rest = fma(a.high, b.high, -high);
+    double cross = fma(a.low, b.high, fma(a.high, b.low, a.low * b.low));
+    return quick(high, rest + cross);
+}
+
+static double attribute(hid_t file, const char *path, const char *name) {
+    double value;
+    hid_t own = H5Aopen_by_name(file, path, name, H5P_DEFAULT, H5P_DEFAULT);
+    if (own < 0 || H5Aread(own, H5T_NATIVE_DOUBLE, &value) < 0) die("no attribute of", path);
+    H5Aclose(own);
+    return value;
+}
+
+static ball ball_at(hid_t file, char *path) {
+    char low[NAME * 2 + 8];
+    snprintf(low, sizeof low, "%s_low", path);
+    ball b = {.x = at(file, path), .low = at(file, low)};
+    if (!b.x.x || !b.low.x) return (ball){0};
+    if (b.x.n != b.low.n) die("shapes differ", path);
+    b.relative = attribute(file, path, "relative"), b.absolute = attribute(file, path, "absolute");
+    b.settled = attribute(file, path, "settled");
+    return b;
+}
+
+static ball get_ball(hid_t file, const char *first, const char *layer, const char *last) {
+    char path[NAME * 2];
+    snprintf(path, sizeof path, "%s/%s/%s", first, layer, last);
+    return ball_at(file, path);
+}
+
+static void drop(ball b) { free(b.x.x), free(b.low.x); }
+
+static double radius(const ball *b, size_t i) {
+    double x = fabs(b->x.x[i]);
+    return x == 0 ? (b->low.x[i] == 0 ? 0 : b->absolute) : b->relative * x;
+}
+
+static pair middle(const ball *b, size_t i) { return (pair){b->x.x[i], b->low.x[i]}; }
+
+/* so many entries of which nothing is known but their shape; `fill` gives them one value, exactly */
+static ball made(size_t n, double fill) {
+    ball b = {.x = {.n = n, .x = calloc(n ? n : 1, sizeof(double))}};
+    b.low = (array){.n = n, .x = calloc(n ? n : 1, sizeof(double))};
+    for (size_t i = 0; i < n; i++) b.x.x[i] = fill;
+    return b;
+}
+
+/* claimed (P, Q) against the sum over rows of one[r][p] other[r][q]; rows where keep is 0 are left out */
+static void proved(judged *j, const char *what, const char *layer, const ball *claimed, const ball *one,
+                   const ball *other, size_t P, size_t Q, const array *keep) {
+    size_t rows = P ? one->x.n / P : 0;
+    double worst = 0, unit = 0x1p-106 * (4 * (double)rows + 8);
+    if (claimed->x.n != P * Q || other->x.n != rows * Q || (keep && keep->n != rows))
+        die("shapes differ", layer);
+    for (size_t p = 0; p < P; p++)
+        for (size_t q = 0; q < Q; q++) {
+            pair sum = {0, 0}, own = middle(claimed, p * Q + q);
+            double allowed = radius(claimed, p * Q + q);
+            for (size_t r = 0; r < rows; r++) {
+                if (keep && keep->x[r] == 0) continue;
+                size_t a = r * P + p, b = r * Q + q;
+                double x = fabs(one->x.x[a]), y = fabs(other->x.x[b]), e = radius(one, a), f = radius(other, b);
+                sum = plus(sum, times(middle(one, a), middle(other, b)));
+                allowed += x * f + y * e + 2 * e * f + unit * x * y;
+            }
+            pair far = plus(sum, (pair){-own.high, -own.low});
+            double error = fabs(far.high + far.low);
+            allowed *= 1 + 1e-9; /* more than these few sums of radii lose */
+            if (error > allowed || error != error) worst = allowed > 0 ? fmax(worst, error / allowed) : INFINITY;
+        }
+    note(j, what, layer, worst, 0);
+}
+
+/* is each x the float64 nearest to its number, and are as many proved to be as the file says? */
+static void one_settled(judged *j, char *path) {
+    ball b = ball_at(j->file, path);
+    double count = 0, odd = 0;
+    for (size_t i = 0; i < b.x.n; i++) {
+        double x = fabs(b.x.x[i]), gap = x - nextafter(x, 0), low = fabs(b.low.x[i]), e = radius(&b, i);
+        if (x != 0 && !(low <= nextafter(x, INFINITY) - x)) odd++;
+        uint64_t bits;
+        memcpy(&bits, &x, sizeof bits); /* of a number known exactly that lies half-way, the last bit is 0 */
+        count += (low + e) * (1 + 1e-9) < gap / 2 || (e == 0 && low == gap / 2 && bits % 2 == 0);
+    }
+    note(j, "low part", path, odd, 0);
+    note(j, "count of settled entries", path, fabs(count - b.settled), 0);
+    drop(b);
+}
+
+static void certified_layer(judged *j, const char *layer) {
+    array keep = get(j->file, "rows", layer, "kept");
+    ball a = get_ball(j->file, "rows", layer, "a"), g = get_ball(j->file, "rows", layer, "g");
+    ball drawn = get_ball(j->file, "rows", layer, "g_sampled"), S = get_ball(j->file, "factors", layer, "sum_A");
+    if (!a.x.x || !g.x.x || !drawn.x.x || !S.x.x) die("a certified layer lacks rows or sums", layer);
+    size_t I = a.x.shape[a.x.rank - 1], O = g.x.shape[g.x.rank - 1];
+    proved(j, "certified sum_A", layer, &S, &a, &a, I, I, &keep), drop(S);
+    S = get_ball(j->file, "factors", layer, "sum_G");
+    proved(j, "certified sum_G", layer, &S, &drawn, &drawn, O, O, &keep), drop(S);
+    S = get_ball(j->file, "empirical", layer, "sum_G");
+    proved(j, "certified empirical sum_G", layer, &S, &g, &g, O, O, &keep), drop(S);
+    ball ones = made(keep.n, 1), s = get_ball(j->file, "factors", layer, "sum_a");
+    if (s.x.x) proved(j, "certified sum_a", layer, &s, &a, &ones, I, 1, &keep);
+    drop(s), s = get_ball(j->file, "gradients", layer, "weight");
+    if (s.x.x) proved(j, "certified gradient", layer, &s, &g, &a, O, I, NULL); /* a tied head has none */
+    drop(s), s = get_ball(j->file, "gradients", layer, "bias");
+    if (s.x.x) proved(j, "certified gradient of the bias", layer, &s, &g, &ones, O, 1, NULL);
+    drop(s), drop(ones), drop(a), drop(g), drop(drawn), free(keep.x);
+}
+
+/* logits = W a + b at every position that the head reads; padding has zeros */
+static void certified_logits(judged *j) {
+    ball a = get_ball(j->file, "rows", "head", "a"), z = ball_at(j->file, (char[]){"logits"});
+    array W = get(j->file, "weights/parameters", "head", "weight"), b = get(j->file, "weights/parameters", "head", "bias");
+    if (!W.x) W = get(j->file, "weights/parameters", "embed", "weight");
+    if (!a.x.x || !z.x.x || !W.x) die("no certified logits", "head");
+    size_t D = a.x.shape[a.x.rank - 1], V = z.x.shape[z.x.rank - 1], rows = a.x.n / D;
+    ball w = made((D + 1) * V, 0);
+    for (size_t v = 0; v < V; v++) {
+        for (size_t d = 0; d < D; d++) w.x.x[d * V + v] = W.x[v * D + d];
+        w.x.x[D * V + v] = b.x ? b.x[v] : 0;
+    }
+    for (size_t r = 0; r < rows; r++) { /* one row at a time */
+        ball read = made(D + 1, 1), own = made(V, 0);
+        double any = 0;
+        for (size_t d = 0; d < D; d++)
+            read.x.x[d] = a.x.x[r * D + d], read.low.x[d] = a.low.x[r * D + d], any += read.x.x[d] != 0;
+        read.relative = a.relative, read.absolute = a.absolute, own.relative = z.relative, own.absolute = z.absolute;
+        for (size_t v = 0; v < V; v++) own.x.x[v] = z.x.x[r * V + v], own.low.x[v] = z.low.x[r * V + v];
+        if (any) proved(j, "certified logits", "head", &own, &read, &w, 1, V, NULL);
+        drop(read), drop(own);
+    }
+    drop(a), drop(z), drop(w), free(W.x), free(b.x);
+}
+
+static void certified(judged *j, const cJSON *certificate) {
+    static list found;
+    layers_of(j->file, "", "_low", &found);
+    if (!found.count) die("no certified number", "manifest");
+    for (int k = 0; k < found.count; k++) one_settled(j, found.names[k]);
+    layers_of(j->file, "rows/", "/kept", &found);
+    for (int k = 0; k < found.count; k++) certified_layer(j, found.names[k]);
+    ball nats = ball_at(j->file, (char[]){"nats"}), loss = ball_at(j->file, (char[]){"loss"});
+    if (!nats.x.x || !loss.x.x) die("no certified loss", "manifest");
+    ball ones = made(nats.x.n, 1);
+    proved(j, "certified loss", "nats", &loss, &nats, &ones, 1, 1, NULL);
+    drop(nats), drop(loss), drop(ones);
+    if (cJSON_IsTrue(cJSON_GetObjectItemCaseSensitive(certificate, "logits are W a + b"))) certified_logits(j);
+}
+
 /* ------------------------------------------------------------------ cases */
 
 static judged judge(const char *folder, const char *id, const cJSON *manifest) {
@@ -242,6 +423,8 @@ static judged judge(const char *folder, const char *id, const cJSON *manifest) {
     j.budget.edits = number(own, "edits"), j.budget.mass = number(own, "mass");
     layers_of(j.file, "rows/", "/kept", &found);
     for (int k = 0; k < found.count; k++) sums(&j, found.names[k]);
+    const cJSON *certificate = cJSON_GetObjectItemCaseSensitive(manifest, "certificate");
+    if (cJSON_IsObject(certificate)) certified(&j, certificate);
     layers_of(j.file, "basis/", "/lam", &found);
     for (int k = 0; k < found.count; k++) {
         one_basis(&j, found.names[k], "U_A", "mu", "sum_A", "n_A");

@@ -4,6 +4,8 @@
 //
 // Recomputed from the stored arrays: S = Σ x xᵀ over the kept rows (A and G before the division),
 // M = U diag(values) Uᵀ, UᵀU = I, the mask as a share of the mass, W' = U_G (C ∘ M) U_Aᵀ.
+// Of a certified case (version 2) also, to thirty digits: that each number is the float64 nearest to what is proved, and that
+// S, the gradients of linear layers, the loss and the logits are what the rows prove.
 // Each file's SHA-256 is compared with its manifest's, too.
 // Exit status 0: valid and acceptable cases hold, invalid ones do not. 1: one is otherwise. 2: usage.
 
@@ -132,6 +134,129 @@ function* edits(file, layer, budgets) {
   }
 }
 
+// ------------------------------------------------------------------ certified cases
+//
+// A number lies within `radius` of x + low: relative |x|; where x is 0, absolute if low is not 0, or else 0.
+// Here x and low become whole numbers of 2^-BINARY, so that sums of products have no rounding at all.
+
+const BINARY = 1100;
+const SLACK = 1 + 1e-9; // more than a few sums of radii lose
+
+const bits = new DataView(new ArrayBuffer(8));
+
+const whole = (x) => {
+  bits.setFloat64(0, x);
+  const word = bits.getBigUint64(0);
+  const exponent = Number((word >> 52n) & 0x7ffn);
+  const fraction = (word & 0xfffffffffffffn) | (exponent ? 1n << 52n : 0n);
+  const size = fraction << BigInt(BINARY - 1075 + Math.max(exponent, 1));
+  return word >> 63n ? -size : size;
+};
+
+const next = (x, step) => { // the float64 beside |x|, towards 0 or away from it
+  bits.setFloat64(0, Math.abs(x));
+  bits.setBigUint64(0, bits.getBigUint64(0) + BigInt(step));
+  return bits.getFloat64(0);
+};
+
+const ball = (file, path) => {
+  const [x, low] = [get(file, path), get(file, `${path}_low`)];
+  if (!x || !low) return null;
+  const { relative, absolute, settled } = file.get(path).attrs;
+  const radius = x.x.map((one, i) => (one !== 0 ? relative.value * Math.abs(one) : low.x[i] === 0 ? 0 : absolute.value));
+  return { x: x.x, low: low.x, radius, shape: x.shape, settled: Number(settled.value) };
+};
+
+const wholeOf = (b) => (b.whole ??= Array.from(b.x, (one, i) => whole(one) + whole(b.low[i])));
+
+const fill = (n, x) => {
+  const made = (y) => new Float64Array(n).fill(y);
+  return { x: made(x), low: made(0), radius: made(0) };
+};
+
+// claimed (P, Q) against the sum over rows of one[r][p] other[r][q]; rows where keep is 0 are left out
+const proved = (claimed, one, other, P, Q, keep) => {
+  const rows = one.x.length / P;
+  if (claimed.x.length !== P * Q || other.x.length !== rows * Q) throw Error("shapes differ");
+  const [C, X, Y] = [claimed, one, other].map(wholeOf);
+  let outside = 0;
+  for (let p = 0; p < P; p++)
+    for (let q = 0; q < Q; q++) {
+      let [sum, allowed] = [-(C[p * Q + q] << BigInt(BINARY)), claimed.radius[p * Q + q]];
+      for (let r = 0; r < rows; r++) {
+        if (keep && keep[r] === 0) continue;
+        const [a, b] = [r * P + p, r * Q + q];
+        const [e, f] = [one.radius[a], other.radius[b]];
+        sum += X[a] * Y[b];
+        allowed += Math.abs(one.x[a]) * f + Math.abs(other.x[b]) * e + 2 * e * f;
+      }
+      const far = sum < 0n ? -sum : sum;
+      if (far > whole(allowed * SLACK) << BigInt(BINARY)) outside++;
+    }
+  return outside;
+};
+
+function* settledEntries(file, path) {
+  const { x, low, radius, settled } = ball(file, path);
+  let [count, odd] = [0, 0];
+  for (let i = 0; i < x.length; i++) {
+    const size = Math.abs(x[i]);
+    if (size !== 0 && !(Math.abs(low[i]) <= next(size, 1) - size)) odd++;
+    const gap = size === 0 ? 0 : size - next(size, -1);
+    bits.setFloat64(0, size); // of a number known exactly that lies half-way, the last bit is 0
+    const even = bits.getBigUint64(0) % 2n === 0n;
+    const [far, half] = [Math.abs(low[i]), gap / 2];
+    if ((far + radius[i]) * SLACK < half || (radius[i] === 0 && far === half && even)) count++;
+  }
+  yield [`low part of ${path}`, odd, 0];
+  yield [`count of settled entries of ${path}`, Math.abs(count - settled), 0];
+}
+
+function* certifiedLayer(file, layer) {
+  const keep = get(file, `rows/${layer}/kept`).x;
+  const [a, g, drawn] = ["a", "g", "g_sampled"].map((x) => ball(file, `rows/${layer}/${x}`));
+  const [I, O] = [a.shape.at(-1), g.shape.at(-1)];
+  const ones = fill(keep.length, 1);
+  for (const [name, one, other, P, Q, only] of [
+    [`factors/${layer}/sum_A`, a, a, I, I, keep], [`factors/${layer}/sum_G`, drawn, drawn, O, O, keep],
+    [`empirical/${layer}/sum_G`, g, g, O, O, keep], [`factors/${layer}/sum_a`, a, ones, I, 1, keep],
+    [`gradients/${layer}/weight`, g, a, O, I, null], [`gradients/${layer}/bias`, g, ones, O, 1, null],
+  ]) {
+    const claimed = ball(file, name); // a tied head has no gradient of its own
+    if (claimed) yield [`certified ${name}`, proved(claimed, one, other, P, Q, only), 0];
+  }
+}
+
+// logits = W a + b at every position that the head reads; padding has zeros
+function* certifiedLogits(file) {
+  const [a, z] = [ball(file, "rows/head/a"), ball(file, "logits")];
+  const at = "weights/parameters";
+  const W = (get(file, `${at}/head/weight`) ?? get(file, `${at}/embed/weight`)).x;
+  const b = get(file, `${at}/head/bias`)?.x ?? new Float64Array(z.shape.at(-1));
+  const [D, V] = [a.shape.at(-1), z.shape.at(-1)];
+  const w = fill((D + 1) * V, 0);
+  for (let v = 0; v < V; v++) {
+    for (let d = 0; d < D; d++) w.x[d * V + v] = W[v * D + d];
+    w.x[D * V + v] = b[v];
+  }
+  for (let r = 0; r < a.x.length / D; r++) {
+    const [read, own] = [fill(D + 1, 1), fill(V, 0)];
+    for (const part of ["x", "low", "radius"]) {
+      read[part].set(a[part].subarray(r * D, (r + 1) * D));
+      own[part].set(z[part].subarray(r * V, (r + 1) * V));
+    }
+    if (read.x.subarray(0, D).some((x) => x !== 0)) yield ["certified logits", proved(own, read, w, 1, V), 0];
+  }
+}
+
+function* certified(file, certificate) {
+  for (const name of Object.keys(certificate.arrays)) yield* settledEntries(file, name.replaceAll(".", "/"));
+  for (const layer of layersOf(file, "rows", "kept")) yield* certifiedLayer(file, layer);
+  const [nats, loss] = [ball(file, "nats"), ball(file, "loss")];
+  yield ["certified loss", proved(loss, nats, fill(nats.x.length, 1), 1, 1), 0];
+  if (certificate["logits are W a + b"]) yield* certifiedLogits(file);
+}
+
 // ------------------------------------------------------------------ cases
 
 const judge = (path, manifest) => {
@@ -140,6 +265,7 @@ const judge = (path, manifest) => {
   for (const layer of layersOf(file, "rows", "kept")) out.push(...sums(file, layer, manifest.budgets));
   for (const layer of layersOf(file, "basis", "lam"))
     out.push(...basis(file, layer, manifest.budgets), ...edits(file, layer, manifest.budgets));
+  if (manifest.certificate) out.push(...certified(file, manifest.certificate));
   file.close();
   return out;
 };

@@ -1,0 +1,217 @@
+"""Version 2 of the conformance vectors: every number is proved, a digit that is wrong is seen."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from refcurv.algebra.balls import bits, exact  # noqa: E402
+from refcurv.judge.cases import Case  # noqa: E402
+from refcurv.judge.cases.case import kind_of  # noqa: E402
+from validation.cases import certified, contained, make  # noqa: E402
+from validation.cases.certified import FOLDER, stored  # noqa: E402
+from validation.cases.enclosures import enclosures  # noqa: E402
+
+MANIFESTS = {one["caseId"]: one for one in make.manifests(FOLDER)}
+FEW = "vit-cls_v2"
+"""The one that the default suite looks at: images, biases, and it is small."""
+
+EACH = [pytest.param(n, marks=[] if n == FEW else [pytest.mark.slow]) for n in MANIFESTS]
+
+
+def spoiled(tmp_path: Path, name: str, changes: dict[str, str]) -> Path:
+    """A copy of the folder's case in which one entry of some arrays is wrong.
+
+    "digit": the twentieth digit of the number; "ulp": the float64 is the next one; "moved": it is
+    the next one, and the low part makes up for it.
+    """
+    for ending in ("h5", "json"):
+        shutil.copy(FOLDER / f"{name}.{ending}", tmp_path)
+    with h5py.File(tmp_path / f"{name}.h5", "r+") as file:
+        for array, what in changes.items():
+            path = array.replace(".", "/")
+            x, low = (np.array(file[end][()]) for end in (path, f"{path}_low"))
+            at = np.unravel_index(int(np.abs(x).argmax()), x.shape)
+            near = np.nextafter(x[at], np.inf)
+            if what == "digit":
+                low[at] += 1e-20 * x[at]
+            if what == "moved":
+                low[at] += x[at] - near
+            if what != "digit":
+                x[at] = near
+            file[path][...], file[f"{path}_low"][...] = x, low
+    return tmp_path
+
+
+def named(found: list[str]) -> set[str]:
+    return {one.partition(":")[0] for one in found}
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_every_certified_case_holds(name: str) -> None:
+    assert contained.wrong(FOLDER, name) == []
+
+
+UP, SUMS = "blocks.0.mlp.up", ("sum_A", "sum_G")
+MADE = ("logits", "loss", f"gradients.{UP}.weight", f"gradients.{UP}.bias", f"factors.{UP}.sum_A",
+        f"factors.{UP}.sum_G", f"empirical.{UP}.sum_G")  # fmt: skip
+"""Arrays that a reader makes again from others."""
+
+
+def test_a_wrong_digit_is_caught(tmp_path) -> None:
+    """In what the rows make, and in the rows."""
+    folder = spoiled(tmp_path, FEW, dict.fromkeys(MADE, "digit"))
+    assert named(contained.wrong(folder, FEW)) == set(MADE)
+    rows = {f"rows.{UP}.a": "digit", f"rows.{UP}.g_sampled": "digit", "nats": "digit"}
+    found = named(contained.wrong(spoiled(tmp_path, FEW, rows), FEW))
+    assert found >= {f"factors.{UP}.sum_A", f"factors.{UP}.sum_G", "loss"}
+
+
+def test_a_float64_that_is_off_by_one_ulp_is_caught(tmp_path) -> None:
+    """Also where the low part makes up for it, and of arrays that no reader makes again."""
+    folder = spoiled(tmp_path, FEW, dict.fromkeys(MADE, "ulp"))
+    assert named(contained.wrong(folder, FEW)) >= set(MADE)
+    alone = {"logits", "nats", "rows.head.a", "exact.head.hessian", f"expected.{UP}.sum_G"}
+    alone = {name for name in alone if name in MANIFESTS[FEW]["certificate"]["arrays"]}
+    found = contained.wrong(spoiled(tmp_path, FEW, dict.fromkeys(alone, "moved")), FEW)
+    assert alone <= {one.partition(":")[0] for one in found if "entries are settled, not" in one}
+
+
+def refuted(folder: Path, case: Case, precision: int, last: str = "") -> set[str]:
+    """Arrays, up to the first of quantity `last`, that balls of other bits do not allow.
+
+    Balls that cannot tell thirty digits allow nothing.
+    """
+    out, made = set(), {}
+    balls, _, _ = contained.read(folder / f"{case.id.replace('_v1', '_v2')}.h5")
+    with bits(precision):
+        for name, x in enclosures(case):
+            if name.partition(".")[0] == last:
+                break
+            made[name] = x
+            if name in balls:
+                far = x - exact(balls[name].x) - exact(balls[name].low)
+                size = np.abs(balls[name].x).max()
+                if (far.least() > balls[name].radius).any() or (far.radii() > 1e-35 * size).any():
+                    out.add(name)
+        certified.require_one(case.id, made)
+    return out
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_balls_of_other_bits_agree(name: str, tmp_path) -> None:
+    """And a digit that is wrong is refuted, whatever the array."""
+    case, every = stored(name.replace("_v2", "_v1")), MANIFESTS[name]["certificate"]["arrays"]
+    wrong = [n for n, one in every.items() if one["settled"] == one["entries"] and one["radius"]]
+    some = set(wrong[::7])
+    if name != FEW:
+        assert refuted(FOLDER, case, 250) == set()
+        assert refuted(spoiled(tmp_path, name, dict.fromkeys(some, "digit")), case, 250) == some
+        return
+    some = {n for n in some if not n.startswith(("expected", "exact"))}
+    assert refuted(FOLDER, case, 250, "expected") == set()
+    folder = spoiled(tmp_path, name, dict.fromkeys(some, "digit"))
+    assert refuted(folder, case, 250, "expected") == some
+
+
+def test_too_few_digits_are_refused(monkeypatch) -> None:
+    case = stored("vit-mean_v1")
+    monkeypatch.setattr(certified, "BITS", 60)
+    monkeypatch.setattr(certified, "enclosures", lambda case: [("loss", exact(np.array(1)) / 3)])
+    with pytest.raises(SystemExit, match=r"loss is .* from version 1"):
+        certified.made_of(case)
+    near = exact(np.asarray(case.arrays["loss"]))
+    unsure = exact(np.array(1)) / 3 * 3 - 1
+    monkeypatch.setattr(certified, "enclosures", lambda case: [("loss", near + unsure)])
+    with pytest.raises(SystemExit, match=r"loss has 1[678]\.\d digits"):
+        certified.made_of(case)
+
+
+def test_two_names_of_one_matrix_must_overlap() -> None:
+    one = exact(np.array([1.0, 2.0]))
+    with bits(100):
+        balls = {"exact.head.fisher": one / 3, "exact.head.ggn": 1 / (3 / one)}
+        certified.require_one("x", balls)
+        balls["exact.head.ggn"] = one / 3 * (1 + exact(np.array(1e-20)))
+        with pytest.raises(SystemExit, match=r"x: exact.head.fisher is not exact.\*.ggn"):
+            certified.require_one("x", balls)
+
+
+def test_a_number_that_may_be_0_is_said_to_be_small() -> None:
+    with bits(200):
+        third = exact(np.array([1.0, 0.0, 4.0])) / 3 * 3 - exact(np.array([1.0, 0.0, 1.0]))
+        made = certified.certified(third)
+    assert made.x.tolist() == [0, 0, 3] and made.low[1] == 0 < made.low[0] < made.absolute < 1e-59
+    assert made.ball.radius[1] == 0 and made.settled == 2
+
+
+def test_a_number_half_way_is_settled_if_it_is_even() -> None:
+    """Known exactly, it is rounded to the even one of its two neighbours; never otherwise."""
+    even, odd, half = 1.0 + 2**-51, 1.0 + 2**-52, 2.0**-53
+    for x, low, radius, settled in (
+        (even, half, 0, True), (even, -half, 0, True), (odd, half, 0, False),
+        (even, half, 1e-30, False), (odd, half * (1 - 2**-20), 1e-30, True), (0.0, 0.0, 0, True),
+        (0.0, 1e-90, 1e-89, False),
+    ):  # fmt: skip
+        ball = contained.Ball(*(np.array([y], float) for y in (x, low, radius)))
+        assert contained.settled(ball).item() is settled
+
+
+# ------------------------------------------------------------------ the folder
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_a_manifest_is_complete(name: str) -> None:
+    """Every number of version 1 is certified, given, another name, or said not to be certified."""
+    one, told = MANIFESTS[name], MANIFESTS[name]["certificate"]
+    case = stored(one["of"])
+    assert told["given"] == certified.given_digest(case)
+    assert told["given"] == certified.given_digest(stored(name, FOLDER))
+    assert told["command"] == certified.COMMAND and told["bits"] == certified.BITS
+    for array in case.arrays:
+        said = [
+            array in told["arrays"],
+            *(kind_of(array) in told[k] for k in ("is also", "not certified")),
+        ]
+        given = array.split(".")[0] in ("weights", "corpus", "labels")
+        given = given or array.endswith((".kept", ".n_A", ".n_G"))
+        assert sum(said) == (not given), array
+    for array, own in told["arrays"].items():
+        assert own["digits"] is None or own["digits"] >= 30, array
+        assert own["settled"] <= own["entries"] == case.arrays[array].size
+
+
+def test_every_valid_case_with_a_network_has_its_version_2() -> None:
+    wanted = [m for m in make.manifests() if m["result"] == "valid" and "forward" in m["needs"]]
+    assert [one["of"] for one in MANIFESTS.values()] == [one["caseId"] for one in wanted]
+    for name, one in MANIFESTS.items():
+        data = (FOLDER / one["file"]["name"]).read_bytes()
+        assert hashlib.sha256(data).hexdigest() == one["file"]["sha256"], name
+        assert all(c["error"] <= c["budget"] for c in one["checks"]) and one["checks"]
+
+
+def test_the_folder_is_what_its_index_says() -> None:
+    files = {path.name for path in FOLDER.iterdir()}
+    assert files == {"index.json", *(f"{n}.{e}" for n in MANIFESTS for e in ("h5", "json"))}
+    both = [*FOLDER.iterdir(), *make.VECTORS.iterdir()]
+    assert sum(path.stat().st_size for path in both) < 10e6
+
+
+def test_the_page_is_what_the_manifests_say() -> None:
+    """`python -m validation.cases.certified --render`."""
+    assert make.PAGE.read_text(encoding="utf-8") == certified.page()
+
+
+def test_version_1_is_as_it_was() -> None:
+    """Its manifests have no certificate; it is cited as it stands."""
+    assert json.loads((make.VECTORS / "gqa_v1.json").read_text())["certificate"] is None
