@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from validation.judge import planted_editor, planted_numpy, score, table
 from validation.judge.cases import (
     ARITHMETIC,
     EDITED,
+    EXPECTED,
     Case,
     dump_of,
     edited,
@@ -26,7 +28,7 @@ from validation.judge.cases import (
     setting_of,
     singles,
 )
-from validation.judge.models import SETTINGS, bfloat16
+from validation.judge.models import GROUPS, HELD_OUT, SETTINGS, TUNED_ON, bfloat16
 from validation.judge.programs.editor import Editor
 from validation.judge.score import distance
 
@@ -68,18 +70,25 @@ def torch():
 @pytest.mark.peers
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_the_honest_torch_program_is_collect(torch, setting):
-    for labels, dtype in (("gold", "float64"), ("given", "float32"), ("own", "bfloat16")):
+    for labels, dtype in (("gold", "float64"), ("given", "float32")):
         case = Case("torch", setting, labels, dtype)
-        dump = dump_of(case)
-        if labels != "own":
-            assert distance(dump, truth_of(case)) < WITHIN[dtype]
-        assert judged(case, dump).passed
+        assert distance(dump_of(case), truth_of(case)) < WITHIN[dtype]
 
 
 @pytest.mark.peers
 @pytest.mark.slow
-def test_the_honest_torch_program_sends_back_every_label(torch):
-    case = Case("torch", "olmo2-padded", "expected", "float64")
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_the_honest_torch_program_passes(torch, setting):
+    for labels, dtype in (("gold", "float64"), ("given", "float32"), ("own", "bfloat16")):
+        case = Case("torch", setting, labels, dtype)
+        assert judged(case, dump_of(case)).passed
+
+
+@pytest.mark.peers
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", EXPECTED)
+def test_the_honest_torch_program_sends_back_every_label(torch, setting):
+    case = Case("torch", setting, "expected", "float64")
     assert distance(dump_of(case), truth_of(case)) < WITHIN["float64"]
 
 
@@ -95,6 +104,27 @@ def shows(program, name):
     return 0.0
 
 
+@pytest.mark.peers
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", HELD_OUT)
+def test_every_program_with_a_fault_writes_a_dump_where_settings_are_held_out(torch, setting):
+    for program in ("torch", "numpy"):
+        for name, fault in faults_of(program).items():
+            kinds = [kind for kind in fault.kinds if kind != "expected" or setting in EXPECTED]
+            if kinds and setting in (fault.settings or SETTINGS):
+                assert dump_of(Case(program, setting, kinds[0], fault.dtypes[0], (name,)))
+
+
+@pytest.mark.peers
+def test_a_program_that_pads_on_the_left_does(torch):
+    s = setting_of("llama-left")
+    for program in ("torch", "numpy"):
+        made = Case(program, "llama-left", "gold", "float64").program_class()(s, "gold")
+        b = made.batch(slice(0, 16))
+        assert b.real[:, -1].all() and not b.real[:, 0].all()
+        assert (b.inputs[b.real] == made.data.inputs[:16][made.data.real[:16]]).all()
+
+
 @pytest.mark.parametrize("name", planted_numpy.FAULTS)
 def test_each_fault_of_the_numpy_program_shows(name):
     assert shows("numpy", name) > 1e-4
@@ -108,8 +138,9 @@ def test_each_fault_of_the_torch_program_shows(torch):
     assert len(mild) > 70
 
 
-def test_the_honest_editor_is_decompose_and_edit():
-    s = edited("olmo2-padded", few=False)
+@pytest.mark.parametrize("setting", ["olmo2-padded", "llama-left", "neox-packed"])
+def test_the_honest_editor_is_decompose_and_edit(setting):
+    s = edited(setting, few=False)
     basis = rc.decompose(rc.collect(s.model, s.corpus, s.layers, "empirical"))
     after, record = rc.edit(s.model, basis, rho=Editor.rho)
     kept, program = {one.layer: one.kept for one in record.layers}, Editor(s)
@@ -237,16 +268,95 @@ def test_a_judge_that_raises_is_a_result(tmp_path, monkeypatch):
         score.Run("code").case(Case("numpy", "gpt2-prompts", "gold", "float64"))
 
 
+def planned(settings=9, ids=7):
+    faults = ["", *(f"B{n}" for n in range(ids)), "B0_twice", "B1_twice"]
+    return [
+        Case("torch", f"s{s}", kind, dtype, (fault,) if fault else ())
+        for s in range(settings)
+        for kind in ("gold", "given", "own")
+        for dtype in ARITHMETIC
+        for fault in faults
+    ]
+
+
+@pytest.mark.parametrize("count", [60, 200, 500])
+def test_a_sample_is_even(count):
+    every = planned()
+    some = score.sampled(every, count)
+    strata = [score.stratum(case) for case in some]
+    assert len(set(some)) == len(set(strata)) == count, "no second of a stratum before all are in"
+    for field, levels in enumerate((9, 3, 3, 8)):
+        drawn = Counter(one[field] for one in strata)
+        assert len(drawn) == levels
+        assert max(drawn.values()) - min(drawn.values()) <= 2
+    both = Counter((one[0], one[1]) for one in strata)
+    assert max(both.values()) - min(both.values()) <= 3
+    assert score.sampled(every[::-1], count) == some
+    assert score.sampled(every, count + 30)[:count] == some
+
+
+def test_a_sample_of_more_than_there_are_strata_holds_variants():
+    every = planned()
+    some = score.sampled(every, 700)
+    assert Counter(map(score.stratum, some)).most_common(1)[0][1] == 2
+    assert len({score.stratum(case) for case in some}) == 9 * 3 * 3 * 8
+    assert set(score.sampled(every, 10**6)) == set(every)
+
+
+def test_wilsons_interval():
+    assert table.wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert table.wilson(10, 10) == pytest.approx((0.7225, 1), abs=1e-4)
+    assert table.wilson(0, 10) == pytest.approx((0, 1 - 0.7225), abs=1e-4)
+    shown = table.sure([record(["B1"], ["B1"])] * 8 + [record(["B1"])] * 2, table.exact)
+    assert shown == "80.0% (49.0–94.3)"
+
+
+def test_the_page_counts_held_out_settings_apart():
+    one = record(["B1"], ["B1"]) | {"dtype": "float64", "labels": "gold"}
+    some = [one | {"setting": "vit"}] * 3 + [one | {"setting": "llama-left", "named": []}] * 2
+    rows = table.summary(some).splitlines()[2:]
+    assert [row.split(" | ")[0].strip("| ") for row in rows] == ["tuned on"] * 3 + ["held out"] * 3
+    shown = "100.0% (43.8–100.0)"
+    assert rows[0] == f"| tuned on | float64 | gold | 3 | {shown} | {shown} |"
+    assert rows[-1].startswith("| held out | **all** | **all** | 2 | 100.0%")
+    assert rows[-1].endswith("| 0.0% (0.0–65.8) |")
+
+
+def test_records_of_other_code_are_left_out_and_said_to_be(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(score, "RESULTS", tmp_path / "results.jsonl")
+    monkeypatch.setattr(table, "README", tmp_path / "README.md")
+    monkeypatch.setattr(table, "tables", lambda every, left_out: f"{len(every)} {left_out}")
+    monkeypatch.setattr("sys.argv", ["score", "--render"])
+    table.README.write_text(f"before{table.BEGIN}{table.END}after")
+    one = record([], passed=True) | {"setting": "vit"}
+    of = [("a", "x"), ("a", "y"), ("b", "x"), ("c", "x"), ("a", "x"), ("b", "z")]
+    score.RESULTS.write_text("\n".join(json.dumps(one | {"code": c, "id": i}) for c, i in of))
+    assert score.main() == 0
+    assert "2 {'a': 2, 'c': 1}" in table.README.read_text()
+    said = capsys.readouterr().out
+    assert "The newest records are of code b" in said
+    assert "2 of `a`, 1 of `c`" in said
+
+
+def test_each_setting_is_of_one_group():
+    assert list(SETTINGS) == [*TUNED_ON, *HELD_OUT] == [n for some in GROUPS.values() for n in some]
+    assert set(EDITED) | set(EXPECTED) <= set(SETTINGS)
+
+
 @pytest.mark.peers
 def test_cases_are_what_the_page_says(torch):
     every = list(singles())
     assert len({case.id for case in every}) == len(every)
     planted = {f for case in every for f in case.faults}
     assert planted == set(faults_of("torch")) | set(faults_of("numpy"))
+    places = [fault.settings for p in ("torch", "numpy") for fault in faults_of(p).values()]
+    assert all(set(some) <= set(SETTINGS) for some in places)
     ids = {name.split("_")[0] for name in planted | set(faults_of("editor"))}
     regular = {f"B{i}" for i in range(1, 79)} - set(table.WITHOUT_TRACE)
     assert ids == regular
     assert all(fault.what for p in ("torch", "numpy", "editor") for fault in faults_of(p).values())
     assert {fault for _, _, fault, _ in table.REPORTS} <= planted
-    first = next(pairs())
+    assert {case.setting for case in every} == set(SETTINGS)
+    first = next(pairs("held-out"))
     assert len({fault.split("_")[0] for fault in first.faults}) == 2
+    assert first.setting in HELD_OUT

@@ -14,7 +14,7 @@ import numpy as np
 import refcurv as rc
 from refcurv.judge.verdict import FAIL, MISSING
 from refcurv.model.part import part_of
-from validation.judge.models import SETTINGS, Setting
+from validation.judge.models import GROUPS, SETTINGS, Setting
 from validation.judge.programs.editor import Editor
 
 COLLECTORS = ("torch", "numpy")
@@ -27,6 +27,8 @@ ARITHMETIC = {
     "float32": "float32",
     "bfloat16": "model=bfloat16,products=float32,sums=float32,solver=float32,stored=float32",
 }
+EXPECTED = ("olmo2-padded", "llama-left")
+"""The settings of labels "expected", which take a backward pass for each position and entry."""
 BUDGETS = 10.0
 """A fault counts where it moves some number by more than so many budgets."""
 
@@ -135,10 +137,7 @@ def effect(verdict: rc.Verdict, *honest: rc.Verdict) -> float:
 
 
 def singles(quick: bool = False) -> Iterator[Case]:
-    """Honest runs, then each fault, wherever its class says that it may show.
-
-    `expected` has as many backward passes as positions and entries, so that it has one setting.
-    """
+    """Honest runs, then each fault, wherever its class says that it may show."""
     settings = ("olmo2-padded", "gpt2-joint") if quick else tuple(SETTINGS)
     dtypes = ("float64",) if quick else tuple(ARITHMETIC)
     labels = ("gold", "given") if quick else ("gold", "given", "own")
@@ -147,7 +146,7 @@ def singles(quick: bool = False) -> Iterator[Case]:
             for dtype in dtypes:
                 for kind in labels:
                     yield Case(program, setting, kind, dtype)
-                if program == "torch" and setting == "olmo2-padded":
+                if program == "torch" and setting in EXPECTED:
                     yield Case(program, setting, "expected", dtype)
         for name, fault in faults_of(program).items():
             for setting in fault.settings or settings:
@@ -156,17 +155,17 @@ def singles(quick: bool = False) -> Iterator[Case]:
                 for dtype in [d for d in fault.dtypes if d in dtypes]:
                     for kind in [k for k in fault.kinds if k in labels]:
                         yield Case(program, setting, kind, dtype, (name,))
-                    if "expected" in fault.kinds and setting == "olmo2-padded":
+                    if "expected" in fault.kinds and setting in EXPECTED:
                         yield Case(program, setting, "expected", dtype, (name,))
 
 
-def pairs(seed: int = 0) -> Iterator[Case]:
-    """Random pairs of faults of the PyTorch program, without end."""
+def pairs(group: str, seed: int = 0) -> Iterator[Case]:
+    """Random pairs of faults of the PyTorch program in a group of settings, without end."""
     rng = np.random.default_rng(seed)
-    faults = faults_of("torch")
+    faults, settings = faults_of("torch"), list(GROUPS[group])
     while True:
         one, two = (str(name) for name in rng.choice(list(faults), 2, replace=False))
-        setting, kind = str(rng.choice(list(SETTINGS))), str(rng.choice(["gold", "given"]))
+        setting, kind = str(rng.choice(settings)), str(rng.choice(["gold", "given"]))
         dtype = str(rng.choice(list(ARITHMETIC)))
         fit = all(
             kind in f.kinds and dtype in f.dtypes and setting in (f.settings or SETTINGS)
@@ -178,8 +177,13 @@ def pairs(seed: int = 0) -> Iterator[Case]:
 
 # ------------------------------------------------------------------ edits
 
-EDITED = {"olmo2-padded": "blocks.*.mlp.*", "olmo2-square": "blocks.1.mlp.up", "gemma-packed":
-          "blocks.*.attn.*"}  # fmt: skip
+EDITED = {
+    "olmo2-padded": "blocks.*.mlp.*",
+    "olmo2-square": "blocks.1.mlp.up",
+    "gemma-packed": "blocks.*.attn.*",
+    "llama-left": "blocks.{0,2}.mlp.*",
+    "neox-packed": "blocks.*.attn.{q,o}",
+}
 
 
 def edited(setting: str, few: bool) -> Setting:

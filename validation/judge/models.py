@@ -47,12 +47,22 @@ class Data:
 
 @dataclass(frozen=True)
 class Setting:
-    """A model, its corpus, the layers that are collected, and whether a bias is a column of A."""
+    """What is collected, and how programs read it.
+
+    Fields: model, corpus, layers; joint, is a bias a column of its layer's A; batch, sequences in
+    one; left, do programs pad on the left, as the corpus never does; marked, are labels those of
+    marked tokens, so that a token that a program adds has none; shards, the parts in which the
+    rows of a factor are gathered.
+    """
 
     model: rc.Model
     corpus: rc.Corpus
     layers: str
     joint: bool = False
+    batch: int = 8
+    left: bool = False
+    marked: bool = False
+    shards: int = 2
 
     @cached_property
     def data(self) -> Data:
@@ -123,9 +133,13 @@ def _texts(n: int, width: int, vocabulary: int, seed: int) -> Array:
     return tokens
 
 
-def _right_padded(n: int, width: int, seed: int) -> Array:
-    length = np.random.default_rng(seed).integers(width // 3, width + 1, n)
+def _mask(length: Array, width: int) -> Array:
+    """The mask of sequences so long."""
     return (np.arange(width) < length[:, None]).astype(np.uint8)
+
+
+def _right_padded(n: int, width: int, seed: int) -> Array:
+    return _mask(np.random.default_rng(seed).integers(width // 3, width + 1, n), width)
 
 
 def _olmo2(seed: int, **changed: Any) -> rc.Model:
@@ -199,7 +213,80 @@ def vit() -> Setting:
     return Setting(rc.Model(config, parameters(config, 7)), corpus, "**")
 
 
-SETTINGS = {
+# ------------------------------------------------------------------ held out
+
+
+def llama_left() -> Setting:
+    """Llama: six heads on two of keys and values, tied; three blocks. Programs pad on the left.
+
+    Padding is all one token. Batches are of 16.
+    """
+    config = _config(vocabulary=19, width=20, layers=3, heads=6, head_width=4, mlp_width=28,
+                     rope_theta=150.0, tied=True)  # fmt: skip
+    tokens, mask = _texts(40, 12, 19, 11), _right_padded(40, 12, 11)
+    tokens[mask == 0] = 0
+    corpus = rc.Corpus(tokens, mask=mask)
+    model = rc.Model(config, parameters(config, 11))
+    return Setting(model, corpus, "blocks.*.{attn,mlp}.*", batch=16, left=True, shards=4)
+
+
+def qwen_answers() -> Setting:
+    """Qwen: a norm over each head (3), biases of q, k and v (2), which are columns of their A.
+
+    Conversations of two turns: labels at the answers alone, none at the prompt between them or at
+    what follows; right padding.
+    """
+    config = _config(vocabulary=27, head_width=8, mlp_width=40, qk_norm="head", rope_theta=500.0,
+                     biases=("q", "k", "v"))  # fmt: skip
+    rng = np.random.default_rng(13)
+    tokens, mask = _texts(38, 16, 27, 13), _mask(rng.integers(8, 17, 38), 16)
+    ends = rng.integers([2, 2, 2, 1], [5, 5, 4, 5], (38, 4)).cumsum(1)
+    turn = (np.arange(1, 17)[:, None] >= ends[:, None]).sum(-1)
+    plain = rc.Corpus(tokens, mask=mask)
+    labels = np.where(turn % 2 == 1, plain.label, -1).astype(np.int32)
+    corpus = rc.Corpus(tokens, labels, mask=mask)
+    model = rc.Model(config, parameters(config, 13))
+    return Setting(model, corpus, "blocks.*.{attn,mlp}.*", joint=True, batch=5, marked=True,
+                   shards=3)  # fmt: skip
+
+
+def neox_packed() -> Setting:
+    """GPT-NeoX: attention and MLP in parallel, half of a head rotary, biases, square attention.
+
+    Three documents are packed in a sequence, and some sequences end in padding; no windows.
+    """
+    config = _config(vocabulary=25, width=32, kv_heads=4, head_width=8, mlp_width=36, norm="layer",
+                     norm_bias=True, rope_theta=80.0, rope_width=4, residual="parallel",
+                     biases=("q", "k", "v", "o", "up", "down"), gated=False,
+                     activation="gelu")  # fmt: skip
+    rng = np.random.default_rng(17)
+    tokens, t = _texts(33, 17, 25, 17), np.arange(17)
+    starts = rng.integers([3, 3], [7, 6], (33, 2)).cumsum(1)
+    segments = (t[:, None] >= starts[:, None]).sum(-1).astype(np.int32)
+    np.put_along_axis(tokens, starts, BOS, 1)
+    mask = _mask(np.where(rng.random(33) < 0.5, 17, rng.integers(13, 17, 33)), 17)
+    corpus = rc.Corpus(tokens, mask=mask, segments=segments)
+    model = rc.Model(config, parameters(config, 17))
+    return Setting(model, corpus, "blocks.*.{attn,mlp}.*", batch=7)
+
+
+def bigcode_single() -> Setting:
+    """GPT-BigCode: one head of keys and values, learned positions, tied; one block, all its layers.
+
+    A wider vocabulary. One sequence in a batch, of 2 to 23 tokens, most of them short, padded to
+    26. A bias is a column of its layer's A.
+    """
+    config = _config(vocabulary=83, width=16, layers=1, heads=5, kv_heads=1, head_width=4,
+                     mlp_width=44, norm="layer", norm_bias=True, rope_theta=None,
+                     learned_positions=28, biases=("q", "k", "v", "o", "up", "down"), gated=False,
+                     activation="gelu_tanh", tied=True)  # fmt: skip
+    length = 2 + (24.99 * np.random.default_rng(19).random(36) ** 3).astype(int)
+    corpus = rc.Corpus(_texts(36, 26, 83, 19), mask=_mask(length, 26))
+    model = rc.Model(config, parameters(config, 19))
+    return Setting(model, corpus, "**", joint=True, batch=1, shards=4)
+
+
+TUNED_ON = {
     "olmo2-equal": olmo2_equal,
     "olmo2-padded": olmo2_padded,
     "olmo2-square": olmo2_square,
@@ -208,4 +295,14 @@ SETTINGS = {
     "gemma-packed": gemma_packed,
     "vit": vit,
 }
+HELD_OUT = {
+    "llama-left": llama_left,
+    "qwen-answers": qwen_answers,
+    "neox-packed": neox_packed,
+    "bigcode-single": bigcode_single,
+}
+GROUPS = {"tuned-on": TUNED_ON, "held-out": HELD_OUT}
+"""README.md says when which were held out."""
+SETTINGS = TUNED_ON | HELD_OUT
 """Name → maker."""
+TEXTS = tuple(name for name in SETTINGS if name != "vit")

@@ -11,21 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from validation.judge.models import bfloat16
+from validation.judge.models import TEXTS, bfloat16
 from validation.judge.programs.numpy_collector import Collector, Dump
 from validation.judge.programs.numpy_network import Network
 
-TEXTS = (
-    "olmo2-equal",
-    "olmo2-padded",
-    "olmo2-square",
-    "gpt2-prompts",
-    "gpt2-joint",
-    "gemma-packed",
-)
-ROTARY = ("olmo2-equal", "olmo2-padded", "olmo2-square", "gemma-packed")
-GPT2 = ("gpt2-prompts", "gpt2-joint")
 OLMO2 = ("olmo2-equal", "olmo2-padded", "olmo2-square")
+GROUPED = (*OLMO2, "gemma-packed", "llama-left", "qwen-answers")
+"""Settings with several query heads on each of several heads of keys and values."""
+ROTARY = (*GROUPED, "neox-packed")
+LEARNED = ("gpt2-prompts", "gpt2-joint", "bigcode-single")
+"""Settings with learned positions."""
 
 
 class Fault(Collector):
@@ -47,7 +42,7 @@ class B50_leak(Fault):
 
 class B50_documents(Fault):
     what = "packed documents see one another"
-    settings = ("gemma-packed",)
+    settings = ("gemma-packed", "neox-packed")
 
     def visible(self, b: Any, causal: Any) -> Any:
         return np.broadcast_to(causal, b.same.shape)
@@ -69,14 +64,16 @@ class B51_interleaved(Fault):
 
 class B51_permuted(Fault):
     what = "q and k in the order of interleaved rotary embedding"
-    settings = ("olmo2-padded", "gemma-packed")
+    settings = ("olmo2-padded", "gemma-packed", "llama-left", "qwen-answers", "neox-packed")
 
     def finish(self) -> Dump:
         E = self.config.head_width
+        R = self.config.rope_width or E
+        head = np.r_[np.arange(R).reshape(2, -1).T.ravel(), R:E]
         out = super().finish()
         for k, (A, G, n) in out.items():
             if k.endswith((".q", ".k")):
-                order = np.arange(len(G)).reshape(-1, 2, E // 2).swapaxes(1, 2).ravel()
+                order = (np.arange(0, len(G), E)[:, None] + head).ravel()
                 out[k] = A, G[np.ix_(order, order)], n
         return out
 
@@ -93,7 +90,7 @@ class B51_theta(Fault):
 
 class B51_offset(Fault):
     what = "learned positions start from 1"
-    settings = GPT2
+    settings = LEARNED
 
     def batch(self, at: slice) -> Any:
         b = super().batch(at)
@@ -108,7 +105,7 @@ class _Tiled(Network):
 
 class B52(Fault):
     what = "key-value heads are tiled, not repeated"
-    settings, network = ROTARY, _Tiled
+    settings, network = GROUPED, _Tiled
 
 
 class _Outside(Network):
@@ -172,20 +169,20 @@ class B54_scale(Fault):
     network = _Unscaled
 
 
-class _PerHead(Network):
+class _OtherHeads(Network):
     def qk_norm(self, name: str, x: Any) -> Any:
-        E = self.c.head_width
-        heads = x.reshape(*x.shape[:2], -1, E)
-        whole = self.p[f"{name}.weight"]
-        self.p[f"{name}.weight"] = whole.reshape(-1, E)
+        E, each = self.c.head_width, self.c.qk_norm == "full"
+        heads = x.reshape(*x.shape[:2], -1, E) if each else x
+        gain = self.p[f"{name}.weight"]
+        self.p[f"{name}.weight"] = gain.reshape(-1, E) if each else np.tile(gain, x.shape[-1] // E)
         y, back = self.norm(name, heads)
-        self.p[f"{name}.weight"] = whole
+        self.p[f"{name}.weight"] = gain
         return y.reshape(x.shape), lambda d: back(d.reshape(heads.shape)).reshape(x.shape)
 
 
 class B54_heads(Fault):
-    what = "QK-norm over each head"
-    settings, network = OLMO2, _PerHead
+    what = "QK-norm over each head where it is over all, or over all where it is over each"
+    settings, network = (*OLMO2, "qwen-answers"), _OtherHeads
 
 
 class B54_cap(Fault):

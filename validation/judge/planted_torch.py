@@ -9,11 +9,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 
-from validation.judge.models import BOS, EOS, SETTINGS
+from validation.judge.models import BOS, EOS, SETTINGS, TEXTS
 from validation.judge.programs.torch_collector import IGNORE, Collector, Dump
 
 
@@ -32,17 +31,9 @@ class Fault(Collector):
         }
 
 
-TEXTS = (
-    "olmo2-equal",
-    "olmo2-padded",
-    "olmo2-square",
-    "gpt2-prompts",
-    "gpt2-joint",
-    "gemma-packed",
-)
-
-MANY = tuple(name for name in SETTINGS if name != "olmo2-square")
-"""Settings of more than one layer."""
+MANY = tuple(name for name in SETTINGS if name not in ("olmo2-square", "bigcode-single"))
+"""Settings of more than one block."""
+JOINT = ("gpt2-joint", "qwen-answers", "bigcode-single")
 
 # ------------------------------------------------------------------ scale
 
@@ -360,7 +351,7 @@ class B29(Fault):
 
 class B30(Fault):
     what = "the column of ones is not masked"
-    settings = ("gpt2-joint",)
+    settings = JOINT
 
     def column(self, name: str, a: Any, b: Any) -> Any:
         return super().column(name, a * self.rows(name, b)[..., None], b)
@@ -371,7 +362,7 @@ class B30(Fault):
 
 class B31_missing(Fault):
     what = "no column for the bias"
-    settings = ("gpt2-joint",)
+    settings = JOINT
 
     def column(self, name: str, a: Any, b: Any) -> Any:
         return a
@@ -379,15 +370,15 @@ class B31_missing(Fault):
 
 class B31_first(Fault):
     what = "the column of the bias comes first"
-    settings = ("gpt2-joint",)
+    settings = JOINT
 
     def column(self, name: str, a: Any, b: Any) -> Any:
-        return super().column(name, a, b).roll(1, -1)
+        return super().column(name, a, b).roll(int(self.config.has_bias(name)), -1)
 
 
 class B31_extra(Fault):
     what = "a column for a bias that is a block of its own"
-    settings = ("gpt2-prompts", "vit")
+    settings = ("gpt2-prompts", "vit", "neox-packed")
 
     def column(self, name: str, a: Any, b: Any) -> Any:
         ones = torch.ones_like(a[..., :1])
@@ -497,12 +488,12 @@ class _AfterActivation(Fault):
 
 class B35_activation(_AfterActivation):
     what = "the gradient after the gate, for up's"
-    settings = ("olmo2-equal", "olmo2-padded")
+    settings = ("olmo2-equal", "olmo2-padded", "llama-left", "qwen-answers")
 
 
 class B42_output(_AfterActivation):
     what = "the activation overwrites the output that was hooked"
-    settings = ("gpt2-prompts", "gpt2-joint", "vit")
+    settings = ("gpt2-prompts", "gpt2-joint", "vit", "neox-packed", "bigcode-single")
 
 
 class B42_input(Fault):
@@ -658,19 +649,18 @@ class B46_mean(Fault):
 class B46_rank(Fault):
     what = "the first of two workers writes its own sums alone"
 
-    def batches(self) -> Any:
-        half = np.arange(0, len(self.data.inputs), 2)
-        return iter([half[i : i + self.batch_size] for i in range(0, len(half), self.batch_size)])
+    def sequences(self) -> Any:
+        return super().sequences()[::2]
 
 
 class B47_order(Fault):
     what = "row shards are joined in another order"
 
     def finish(self) -> Dump:
-        return {
-            k: (A.roll(len(A) // 2, 0), G.roll(len(G) // 2, 0), n)
-            for k, (A, G, n) in super().finish().items()
-        }
+        def joined(X: Any) -> Any:
+            return torch.cat(X.chunk(self.setting.shards)[::-1])
+
+        return {k: (joined(A), joined(G), n) for k, (A, G, n) in super().finish().items()}
 
 
 class B47_axis(Fault):
@@ -678,8 +668,8 @@ class B47_axis(Fault):
 
     def finish(self) -> Dump:
         def joined(X: Any) -> Any:
-            half = len(X) // 2
-            return torch.cat([X[:half], X[half : 2 * half]], 1)
+            size = len(X) // self.setting.shards
+            return torch.cat(X[: size * self.setting.shards].split(size), 1)
 
         return {k: (joined(A), joined(G), n) for k, (A, G, n) in super().finish().items()}
 
@@ -704,33 +694,27 @@ class B49_double(Fault):
     what = "one BOS more"
     settings = TEXTS
 
-    def batch(self, at: Any) -> Any:
-        b, d = super().batch(at), self.data
+    def read(self, at: Any) -> Any:
+        b = super().read(at)
         first = torch.full((len(at), 1), BOS)
-        old = torch.tensor(d.inputs[at]).long()
-        b.inputs = torch.cat([first, old[:, :-1]], 1)
-        b.label = torch.cat([first, b.label[:, :-1]], 1)
+        label = torch.full_like(first, -1) if self.setting.marked else first
+        b.inputs = torch.cat([first, b.inputs[:, :-1]], 1)
+        b.label = torch.cat([label, b.label[:, :-1]], 1)
         b.drawn = torch.cat([first, b.drawn[:, :-1]], 1)
         b.real = torch.cat([b.real[:, :1], b.real[:, :-1]], 1)
         b.segment = torch.cat([b.segment[:, :1], b.segment[:, :-1]], 1)
-        return self._again(b)
-
-    def _again(self, b: Any) -> Any:
-        b.same = b.segment[:, :, None] == b.segment[:, None]
-        t = torch.arange(b.segment.shape[1])
-        b.position = t - torch.where(b.same, t, len(t)).amin(-1)
-        b.visible = b.same & self.causal(t)
         return b
 
 
-class B49_none(B49_double):
+class B49_none(Fault):
     what = "no BOS"
+    settings = TEXTS
 
-    def batch(self, at: Any) -> Any:
-        b = Collector.batch(self, at)
+    def read(self, at: Any) -> Any:
+        b = super().read(at)
         for name in ("inputs", "label", "drawn", "real", "segment"):
             setattr(b, name, getattr(b, name)[:, 1:])
-        return self._again(b)
+        return b
 
 
 # ------------------------------------------------------------------ precision

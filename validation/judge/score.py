@@ -3,12 +3,14 @@
     python -m validation.judge.score           everything; goes on where it was stopped
     python -m validation.judge.score --only 'torch/vit/*/B14*'    some ids alone, or 'editor/*'
     python -m validation.judge.score --quick   two models in float64, gold and given labels
-    python -m validation.judge.score --sample 500    so many of all, drawn evenly, honest ones too
+    python -m validation.judge.score --group held-out    the settings held out, or tuned-on
+    python -m validation.judge.score --sample 600    so many collectors' dumps, drawn evenly
     python -m validation.judge.score --jobs 2        in so many processes
     python -m validation.judge.score --render  README.md from results.jsonl, nothing run
 
-What is found lands line by line in results.jsonl, each with a digest of the code that it is of;
-lines of other code do not count. Needs the extra `peers` (PyTorch).
+These go together. What is found lands line by line in results.jsonl, each with a digest of the
+code that it is of; lines of other code do not count, and how many those are is said. Needs the
+extra `peers` (PyTorch).
 """
 
 from __future__ import annotations
@@ -17,16 +19,18 @@ import argparse
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.jsonl"
-PAIRS = 40
-QUICK_PAIRS = 4
+PAIRS = {"tuned-on": 40, "held-out": 20}
+QUICK_PAIRS = {"tuned-on": 4}
 
 Record = dict[str, Any]
 
@@ -41,12 +45,21 @@ def code() -> str:
     return digest.hexdigest()[:16]
 
 
-def read(version: str | None = None) -> dict[str, Record]:
-    """{id: record}, of this code's; of whatever code the last line is of if None is given."""
-    lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
-    records = [json.loads(line) for line in lines if line.endswith("}")]
-    version = version or (records[-1]["code"] if records else "")
-    return {r["id"]: r for r in records if r["code"] == version}
+def lines() -> list[Record]:
+    """All records, the newest last. A line that a killed run cut short is none."""
+    found = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
+    return [json.loads(line) for line in found if line.endswith("}")]
+
+
+def read(version: str) -> dict[str, Record]:
+    """{id: record} of this code."""
+    return {r["id"]: r for r in lines() if r["code"] == version}
+
+
+def others(version: str) -> dict[str, int]:
+    """{code: dumps} of the records that are not of this code."""
+    found = dict.fromkeys((r["code"], r["id"]) for r in lines() if r["code"] != version)
+    return dict(Counter(code for code, _ in found))
 
 
 def said(verdict: Any, *honest: Any) -> Record:
@@ -104,7 +117,7 @@ class Run:
         return self.records[id]
 
     def case(self, case: Any) -> Record:
-        """One run of a collector."""
+        """One run of a collector. Of a fault the honest run is judged anyway, so it is kept too."""
         from validation.judge.cases import dump_of, judged
 
         def verdict(honest: Any) -> Any:
@@ -118,7 +131,10 @@ class Run:
 
         fields = {"program": case.program, "setting": case.setting, "labels": case.labels,
                   "dtype": case.dtype, "faults": list(case.faults)}  # fmt: skip
-        return self.keep(case.id, make, fields)
+        record = self.keep(case.id, make, fields)
+        if case.faults:
+            self.case(case.honest)
+        return record
 
     def pair(self, case: Any) -> bool:
         """A pair counts where each of the two does by itself and both change what one does."""
@@ -176,9 +192,50 @@ def distance(one: dict[str, Any], two: dict[str, Any]) -> float:
     return most
 
 
+Stratum = tuple[str, str, str, str]
+
+
+def stratum(case: Any) -> Stratum:
+    """Setting, dtype, labels and the id of the bug, whichever variant."""
+    return case.setting, case.dtype, case.labels, "+".join(f.split("_")[0] for f in case.faults)
+
+
 def sampled(cases: Sequence[Any], count: int) -> list[Any]:
-    """So many of them, drawn without a preference: the order of SHA-256 of their ids."""
-    return sorted(cases, key=lambda case: hashlib.sha256(case.id.encode()).digest())[:count]
+    """So many of them, always the same; a larger sample holds the smaller ones.
+
+    Each stratum gives one before any gives a second. Which one it gives is decided by SHA-256 of
+    the ids, so without a preference.
+    """
+    waiting: dict[Stratum, list[Any]] = {}
+    for case in sorted(cases, key=lambda case: hashlib.sha256(case.id.encode()).digest()):
+        waiting.setdefault(stratum(case), []).append(case)
+    drawn: list[Any] = []
+    while waiting and len(drawn) < count:
+        strata = list(waiting)
+        drawn += [waiting[strata[n]].pop(0) for n in spread(strata, count - len(drawn))]
+        waiting = {key: some for key, some in waiting.items() if some}
+    return drawn
+
+
+def spread(strata: Sequence[Stratum], count: int) -> list[int]:
+    """The places of so many strata, or of all, evenly over settings, dtypes, labels and ids.
+
+    Of a stratum's setting, of its dtype, labels and id, and of each two of these, some share has
+    been drawn. The next stratum is always the one for which the sum of these shares is least.
+    """
+    import numpy as np
+
+    fields = [*combinations(range(4), 1), *combinations(range(4), 2)]
+    names = [["/".join(one[i] for i in some) for one in strata] for some in fields]
+    level = np.stack([np.unique(some, return_inverse=True)[1] for some in names])
+    size = np.stack([np.bincount(some)[some] for some in level])
+    share, drawn = np.zeros(len(strata)), []
+    for _ in range(min(count, len(strata))):
+        n = int(np.argmin(share))
+        drawn.append(n)
+        share += ((level == level[:, [n]]) / size[:, [n]]).sum(0)
+        share[n] = np.inf
+    return drawn
 
 
 def _some(version: str, cases: Sequence[Any]) -> int:
@@ -211,29 +268,40 @@ def collectors(version: str, some: Sequence[Any], jobs: int) -> None:
             bar.update(done.result())
 
 
-def every(quick: bool, only: str, sample: int, jobs: int) -> None:
+def every(quick: bool, only: str, groups: Sequence[str], sample: int, jobs: int) -> None:
     """Run what is not there yet, of the ids that match `only`; pairs where it is "*"."""
     from tqdm import tqdm
 
-    from validation.judge.cases import EDITED, faults_of, pairs, singles
+    from validation.judge.cases import EDITED, faults_of, singles
+    from validation.judge.models import GROUPS
 
-    version = code()
-    some = [case for case in singles(quick) if fnmatchcase(case.id, only)]
+    version, settings = code(), {name for group in groups for name in GROUPS[group]}
+    some = [case for case in singles(quick) if case.setting in settings]
+    some = [case for case in some if fnmatchcase(case.id, only)]
     known = read(version)
     some = [case for case in (sampled(some, sample) if sample else some) if case.id not in known]
     collectors(version, some, jobs)
     if sample:
         return
-    run, ran = Run(version), 0
-    every_edit = [(s, f) for s in EDITED for f in ("", *faults_of("editor"))]
+    run = Run(version)
+    every_edit = [(s, f) for s in EDITED if s in settings for f in ("", *faults_of("editor"))]
     edits = [one for one in every_edit if fnmatchcase(edit_id(*one), only)]
     for setting, fault in tqdm(edits, unit="dump", desc="edits"):
         run.edit(setting, fault)
-    if only != "*":
-        return
     wanted = QUICK_PAIRS if quick else PAIRS
-    with tqdm(total=wanted, unit="dump", desc="two faults") as shown:
-        for case in pairs():
+    for group in groups if only == "*" else ():
+        two_faults(run, group, wanted.get(group, 0))
+
+
+def two_faults(run: Run, group: str, wanted: int) -> None:
+    """So many pairs in the settings of a group."""
+    from tqdm import tqdm
+
+    from validation.judge.cases import pairs
+
+    ran = 0
+    with tqdm(total=wanted, unit="dump", desc=f"two faults, {group}") as shown:
+        for case in pairs(group) if wanted else ():
             if run.pair(case):
                 shown.update()
                 ran += 1
@@ -243,19 +311,27 @@ def every(quick: bool, only: str, sample: int, jobs: int) -> None:
 
 def main() -> int:
     """Run, then write README.md's tables."""
+    from validation.judge.models import GROUPS
+
     parser = argparse.ArgumentParser(prog="python -m validation.judge.score")
     parser.add_argument("--quick", action="store_true", help="two models, float64")
     parser.add_argument("--render", action="store_true", help="write README.md alone")
     parser.add_argument("--only", default="*", help="ids of dumps that match, as in "
                         "'torch/vit/gold/*/B14*' or 'editor/*'")  # fmt: skip
+    parser.add_argument("--group", choices=tuple(GROUPS), help="the settings of one group alone")
     parser.add_argument("--sample", type=int, default=0, metavar="N", help="so many of them alone")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes (default: 1)")
     given = parser.parse_args()
     if not given.render:
-        every(given.quick, given.only, given.sample, given.jobs)
+        groups = (given.group,) if given.group else tuple(GROUPS)
+        every(given.quick, given.only, groups, given.sample, given.jobs)
     from validation.judge.table import write
 
-    return write(read(None if given.render else code()))
+    version, found = code(), lines()
+    if given.render and found and found[-1]["code"] != version:
+        version = found[-1]["code"]
+        print(f"The newest records are of code {version}; that of this tree is {code()}.")
+    return write(read(version), others(version))
 
 
 if __name__ == "__main__":

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import platform
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from validation.judge.models import GROUPS
 from validation.judge.score import HERE, PAIRS, Record, counts
 
 README = HERE / "README.md"
@@ -93,12 +95,15 @@ def exact(record: Record) -> bool:
     )
 
 
-def write(records: dict[str, Record]) -> int:
-    """Rewrite README.md's part between the marks; 0 if everything that counts is caught."""
+def write(records: dict[str, Record], left_out: Mapping[str, int]) -> int:
+    """Rewrite README.md's part between the marks; 0 if everything that counts is caught.
+
+    left_out says how many records there are of which other code.
+    """
     every = list(records.values())
     before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
     after = rest.partition(END)[2]
-    text = f"{before}{BEGIN}\n\n{tables(every)}\n\n{END}{after}"
+    text = f"{before}{BEGIN}\n\n{tables(every, left_out)}\n\n{END}{after}"
     README.write_text(text, encoding="utf-8")
     honest = [r for r in every if not r["faults"]]
     alarms = [r for r in honest if not r["passed"]]
@@ -106,8 +111,12 @@ def write(records: dict[str, Record]) -> int:
     missed = [r for r in some if not caught(r)]
     print("\n".join([*(f"false alarm: {r['id']}" for r in alarms),
                      *(f"missed: {r['id']}" for r in missed)]))  # fmt: skip
-    print(f"{len(some)} that count: {share(some, caught)} caught, {share(some, exact)} named; "
-          f"{len(alarms)} false alarms of {len(honest)}")  # fmt: skip
+    for group, mine in grouped(some):
+        print(f"{group}: {len(mine)} that count, {sure(mine, caught)} caught, {sure(mine, exact)} "
+              "named")  # fmt: skip
+    print(f"{len(alarms)} false alarms of {len(honest)}")
+    if left_out:
+        print(without(left_out))
     return int(bool(alarms or missed))
 
 
@@ -116,7 +125,35 @@ def share(some: Sequence[Record], what: Any) -> str:
     return f"{sum(map(what, some)) / len(some):.1%}" if some else "–"
 
 
-def tables(every: list[Record]) -> str:
+def wilson(hits: int, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share."""
+    z = 1.96
+    half = z * math.sqrt(hits * (n - hits) / n + z * z / 4)
+    return (hits + z * z / 2 - half) / (n + z * z), (hits + z * z / 2 + half) / (n + z * z)
+
+
+def sure(some: Sequence[Record], what: Any) -> str:
+    """A share, and how sure it is."""
+    if not some:
+        return "–"
+    low, high = wilson(sum(map(what, some)), len(some))
+    return f"{share(some, what)} ({100 * low:.1f}–{100 * high:.1f})"
+
+
+def grouped(some: Sequence[Record]) -> list[tuple[str, list[Record]]]:
+    """(group, its records) of those that have some."""
+    found = [(name.replace("-", " "), [r for r in some if r["setting"] in settings])
+             for name, settings in GROUPS.items()]  # fmt: skip
+    return [(name, mine) for name, mine in found if mine]
+
+
+def without(left_out: Mapping[str, int]) -> str:
+    """What is said of records of other code."""
+    which = ", ".join(f"{n} of `{code}`" for code, n in left_out.items())
+    return f"Not counted, for they are of other code: {which}."
+
+
+def tables(every: list[Record], left_out: Mapping[str, int]) -> str:
     """The generated part."""
     from validation.judge.cases import EDITED, faults_of, singles
 
@@ -126,10 +163,12 @@ def tables(every: list[Record]) -> str:
     one = [r for r in every if len(r["faults"]) == 1 and r["program"] != "editor"]
     edits = [r for r in every if r["program"] == "editor"]
     two = [r for r in every if len(r["faults"]) == 2]
-    planned = len(list(singles())) + len(EDITED) * (1 + len(faults_of("editor"))) + PAIRS
+    planned = len(list(singles())) + len(EDITED) * (1 + len(faults_of("editor")))
+    planned += sum(PAIRS.values())
     parts = [
         f"{len(every)} dumps, of {planned} that there are, {datetime.now(UTC):%Y-%m-%d}, "
         f"python {platform.python_version()}, {used}; code `{version}`.",
+        *([without(left_out)] if left_out else []),
         "### One fault",
         summary([r for r in one if counts(r)]),
         "### Honest programs",
@@ -152,28 +191,31 @@ def tables(every: list[Record]) -> str:
 
 
 def summary(some: list[Record]) -> str:
-    """Shares by dtype and labels."""
+    """Shares by group of settings, dtype and labels, with their 95 % intervals."""
     rows = []
-    for dtype in ("float64", "float32", "bfloat16"):
-        for labels in ("gold", "given", "own", "expected", ""):
-            mine = [r for r in some if r["dtype"] == dtype and labels in ("", r["labels"])]
-            if mine:
-                rows.append((dtype, labels or "**all**", len(mine), share(mine, caught),
-                             share(mine, exact)))  # fmt: skip
-    head = ("dtype", "labels", "faults that count", "caught", "named exactly")
-    return markdown([head, ("---", "---", "---:", "---:", "---:"), *rows])
+    for group, its in grouped(some):
+        for dtype in ("float64", "float32", "bfloat16", ""):
+            for labels in ("gold", "given", "own", "expected", ""):
+                mine = [r for r in its if dtype in ("", r["dtype"])]
+                mine = [r for r in mine if labels in ("", r["labels"])]
+                if mine and (dtype or not labels):
+                    rows.append((group, dtype or "**all**", labels or "**all**", len(mine),
+                                 sure(mine, caught), sure(mine, exact)))  # fmt: skip
+    head = ("models", "dtype", "labels", "faults that count", "caught", "named exactly")
+    return markdown([head, ("---",) * 3 + ("---:",) * 3, *rows])
 
 
 def honest_table(some: list[Record]) -> str:
-    """False alarms by program and dtype."""
+    """False alarms by group of settings, program and dtype."""
     rows = []
-    for program, dtype in dict.fromkeys((r["program"], r["dtype"]) for r in some):
-        mine = [r for r in some if (r["program"], r["dtype"]) == (program, dtype)]
-        alarms = [r for r in mine if not r["passed"]]
-        which = ", ".join(f"{r['setting']}/{r['labels']}" for r in alarms)
-        rows.append((program, dtype, len(mine), len(alarms), which))
-    head = ("program", "dtype", "dumps", "false alarms", "which")
-    return markdown([head, ("---", "---", "---:", "---:", "---"), *rows])
+    for group, its in grouped(some):
+        for program, dtype in dict.fromkeys((r["program"], r["dtype"]) for r in its):
+            mine = [r for r in its if (r["program"], r["dtype"]) == (program, dtype)]
+            alarms = [r for r in mine if not r["passed"]]
+            which = ", ".join(f"{r['setting']}/{r['labels']}" for r in alarms)
+            rows.append((group, program, dtype, len(mine), len(alarms), which))
+    head = ("models", "program", "dtype", "dumps", "false alarms", "which")
+    return markdown([head, ("---",) * 3 + ("---:",) * 2 + ("---",), *rows])
 
 
 def named(some: list[Record]) -> str:
@@ -214,7 +256,8 @@ def reports(some: list[Record]) -> str:
 
 def pair_table(some: list[Record]) -> str:
     """The pairs: how many are caught, and named both."""
-    rows = [("**all**", "", share(some, caught), share(some, exact), "")]
+    rows = [(f"**{group}**", "", sure(mine, caught), sure(mine, exact), "")
+            for group, mine in grouped(some)]  # fmt: skip
     for r in some:
         where = f"{r['setting']}/{r['labels']}/{r['dtype']}"
         rows.append((" + ".join(r["faults"]), where, *("yes" if f(r) else "no" for f in

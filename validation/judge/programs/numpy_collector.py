@@ -27,8 +27,8 @@ class Collector:
     def collect(self) -> Dump:
         self.sums: dict[str, list[Any]] = {}
         net = self.network(self.config, self.parameters(), self.dtype, self.add)
-        for begin in range(0, len(self.data.inputs), 8):
-            self.b = b = self.batch(slice(begin, begin + 8))
+        for begin in range(0, len(self.data.inputs), self.setting.batch):
+            self.b = b = self.batch(slice(begin, begin + self.setting.batch))
             z, back = net.run(b)
             back(self.slope(z, self.labels(z, b)).astype(self.wide))
         return self.finish()
@@ -36,10 +36,20 @@ class Collector:
     def parameters(self) -> dict[str, Array]:
         return dict(self.setting.model.parameters)
 
+    def align(self, b: SimpleNamespace) -> None:
+        """Padding goes to the left, where it sees itself alone."""
+        T = b.real.shape[1]
+        order = (np.arange(T) + b.real.sum(1, keepdims=True)) % T
+        for name, x in list(vars(b).items()):
+            setattr(b, name, np.take_along_axis(x, order, 1))
+        b.segment = np.where(b.real, b.segment, -1)
+
     def batch(self, at: slice) -> SimpleNamespace:
         d = self.data
         b = SimpleNamespace(inputs=d.inputs[at], label=d.label[at], drawn=d.drawn[at],
                             real=d.real[at], segment=d.segment[at])  # fmt: skip
+        if self.setting.left:
+            self.align(b)
         t = np.arange(b.segment.shape[1])
         b.same = b.segment[:, :, None] == b.segment[:, None]
         b.position = t - np.where(b.same, t, len(t)).min(-1)

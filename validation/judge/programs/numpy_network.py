@@ -63,7 +63,14 @@ class Network:
         return self.round(m * s * gain + bias), back
 
     def qk_norm(self, name: str, x: Array) -> tuple[Array, Back]:
-        return self.norm(name, x) if self.c.qk_norm == "full" else (x, lambda d: d)
+        """Over all heads, or over each of them; of x (B, T, H·E)."""
+        if self.c.qk_norm == "none":
+            return x, lambda d: d
+        if self.c.qk_norm == "full":
+            return self.norm(name, x)
+        heads = (*x.shape[:2], -1, self.c.head_width)
+        y, back = self.norm(name, x.reshape(heads))
+        return y.reshape(x.shape), lambda d: back(d.reshape(heads)).reshape(x.shape)
 
     def activation(self, x: Array) -> tuple[Array, Array]:
         """Value and derivative."""
@@ -89,6 +96,12 @@ class Network:
         cos, sin = np.cos(angle).astype(x.dtype), sign * np.sin(angle).astype(x.dtype)
         one, two = x[..., :half], x[..., half:]
         return self.round(np.concatenate([one * cos - two * sin, two * cos + one * sin], -1))
+
+    def turned(self, x: Array, position: Array, sign: int) -> Array:
+        """`rotate` of the entries of a head that are rotary, its first."""
+        width = self.c.rope_width or x.shape[-1]
+        first = self.rotate(x[..., :width], position, sign)
+        return np.concatenate([first, x[..., width:]], -1)
 
     def groups(self) -> Array:
         """The key-value head of each query head."""
@@ -132,7 +145,7 @@ class Network:
             y[name], backs[f"{name}_norm"] = self.qk_norm(f"{at}.{name}_norm", y[name])
         y = {name: h.reshape(*h.shape[:2], -1, c.head_width) for name, h in y.items()}
         if c.rope_theta is not None:
-            y |= {name: self.rotate(y[name], b.position, 1) for name in "qk"}
+            y |= {name: self.turned(y[name], b.position, 1) for name in "qk"}
         context, core = self.core(y["q"], y["k"][:, :, group], y["v"][:, :, group], visible)
         o, back_o = self.linear(f"{at}.o", context.reshape(*x.shape[:2], -1))
 
@@ -144,7 +157,7 @@ class Network:
                     sums[:, :, kv] += d[name][:, :, head]
                 d[name] = sums
             if c.rope_theta is not None:
-                d |= {name: self.rotate(d[name], b.position, -1) for name in "qk"}
+                d |= {name: self.turned(d[name], b.position, -1) for name in "qk"}
             flat = {name: self.round(h.reshape(*h.shape[:2], -1)) for name, h in d.items()}
             flat |= {name: backs[f"{name}_norm"](flat[name]) for name in "qk"}
             return sum(backs[name](flat[name]) for name in "qkv")
@@ -168,7 +181,7 @@ class Network:
     # ------------------------------------------------------------------ the whole
 
     def part(self, i: int, part: str, x: Array, b: SimpleNamespace) -> tuple[Array, Back]:
-        """x + what attention or MLP adds, with the norms where the model has them."""
+        """What attention or MLP adds to x, with the norms where the model has them."""
         at, place, chain = f"blocks.{i}.{part}", self.c.norm_place, []
 
         def step(y: Array, back: Back) -> Array:
@@ -188,12 +201,26 @@ class Network:
         h = step(*self.dropout(h))
 
         def back(d: Array) -> Array:
-            inner = d
             for one in reversed(chain):
-                inner = one(inner)
-            return self.round(d + inner)
+                d = one(d)
+            return d
 
-        return self.round(x + h), back
+        return h, back
+
+    def block(self, i: int, x: Array, b: SimpleNamespace) -> tuple[Array, Back]:
+        """x + attention + MLP, which reads the sum of both or, in parallel, x too."""
+        parallel = self.c.residual == "parallel"
+        h, back_attn = self.part(i, "attn", x, b)
+        after = self.round(x + h)
+        h, back_mlp = self.part(i, "mlp", x if parallel else after, b)
+
+        def back(d: Array) -> Array:
+            if parallel:
+                return self.round(d + back_mlp(d) + back_attn(d))
+            d = self.round(d + back_mlp(d))
+            return self.round(d + back_attn(d))
+
+        return self.round(after + h), back
 
     def dropout(self, x: Array) -> tuple[Array, Back]:
         return x, lambda d: d
@@ -217,9 +244,8 @@ class Network:
         x, back_in = self.embedded(b)
         backs = [back_in]
         for i in range(self.c.layers):
-            for part in ("attn", "mlp"):
-                x, back = self.part(i, part, x, b)
-                backs.append(back)
+            x, back = self.block(i, x, b)
+            backs.append(back)
         x, back = self.norm("final_norm", x)
         backs.append(back)
         pooled = self.c.pool == "cls"

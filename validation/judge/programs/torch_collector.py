@@ -34,7 +34,8 @@ def numbers(x: Any) -> np.ndarray:
 class Collector:
     """`collect()` → {layer: (A, G, n)}; labels are "gold", "given", "own" or "expected"."""
 
-    batch_size = 8
+    batch_size: int | None = None
+    """Sequences in one batch; None, as the setting has it."""
 
     def __init__(self, setting: Any, labels: str, dtype: str = "float64", seed: int = 3) -> None:
         self.setting, self.data, self.names = setting, setting.data, setting.names
@@ -63,18 +64,36 @@ class Collector:
         net.load_state_dict({k: torch.tensor(given[k]).reshape(own[k].shape) for k in own})
         return net
 
-    def batches(self) -> Iterator[np.ndarray]:
-        every = np.arange(len(self.data.inputs))
-        return iter([every[i : i + self.batch_size] for i in every[:: self.batch_size]])
+    def sequences(self) -> np.ndarray:
+        return np.arange(len(self.data.inputs))
 
-    def batch(self, at: np.ndarray) -> SimpleNamespace:
+    def batches(self) -> Iterator[np.ndarray]:
+        every, size = self.sequences(), self.batch_size or self.setting.batch
+        return iter([every[i : i + size] for i in range(0, len(every), size)])
+
+    def read(self, at: np.ndarray) -> SimpleNamespace:
+        """Some sequences, as the corpus has them."""
         d = self.data
         segment, real = torch.tensor(d.segment[at]).long(), torch.tensor(d.real[at])
         b = SimpleNamespace(at=at, segment=segment, real=real)
         b.inputs = torch.tensor(d.inputs[at]) if d.images else torch.tensor(d.inputs[at]).long()
         b.label, b.drawn = torch.tensor(d.label[at]), torch.tensor(d.drawn[at])
-        b.same = segment[:, :, None] == segment[:, None]
-        t = torch.arange(segment.shape[1])
+        return b
+
+    def align(self, b: SimpleNamespace) -> None:
+        """Padding goes to the left, where it sees itself alone."""
+        T = b.real.shape[1]
+        order = (torch.arange(T) + b.real.sum(1, keepdim=True)) % T
+        for name in ("inputs", "label", "drawn", "real", "segment"):
+            setattr(b, name, getattr(b, name).gather(1, order))
+        b.segment = torch.where(b.real, b.segment, -1)
+
+    def batch(self, at: np.ndarray) -> SimpleNamespace:
+        b = self.read(at)
+        if self.setting.left:
+            self.align(b)
+        b.same = b.segment[:, :, None] == b.segment[:, None]
+        t = torch.arange(b.segment.shape[1])
         b.position = t - torch.where(b.same, t, len(t)).amin(-1)
         b.visible = b.same & (self.causal(t) if self.config.causal else torch.tensor(True))
         return b

@@ -43,15 +43,18 @@ def linear(c: Any, name: str, d_in: int, d_out: int) -> nn.Linear:
     return nn.Linear(d_in, d_out, bias=name in c.biases)
 
 
-def rotate(x: Tensor, position: Tensor, theta: float) -> Tensor:
-    """Half-split rotary embedding of (B, T, H, E)."""
+def rotate(x: Tensor, position: Tensor, theta: float, width: int | None) -> Tensor:
+    """Half-split rotary embedding of (B, T, H, E), of the first `width` entries of a head."""
+    width = width or x.shape[-1]
+    x, rest = x[..., :width], x[..., width:]
     half = x.shape[-1] // 2
     frequency = theta ** (-torch.arange(half, dtype=torch.float64) / half)
     angle = position[:, :, None, None].double() * frequency
     wide = at_least_float32(x)
     cos, sin = angle.cos().to(wide.dtype), angle.sin().to(wide.dtype)
     one, two = wide[..., :half], wide[..., half:]
-    return torch.cat([one * cos - two * sin, two * cos + one * sin], -1).to(x.dtype)
+    turned = torch.cat([one * cos - two * sin, two * cos + one * sin], -1).to(x.dtype)
+    return torch.cat([turned, rest], -1)
 
 
 class Attention(nn.Module):
@@ -60,15 +63,19 @@ class Attention(nn.Module):
         self.c, inner, kv = c, c.heads * c.head_width, c.kv_heads * c.head_width
         self.q, self.k = linear(c, "q", c.width, inner), linear(c, "k", c.width, kv)
         self.v, self.o = linear(c, "v", c.width, kv), linear(c, "o", inner, c.width)
-        self.q_norm = Norm(c, inner) if c.qk_norm == "full" else nn.Identity()
-        self.k_norm = Norm(c, kv) if c.qk_norm == "full" else nn.Identity()
+        sizes = {"none": (0, 0), "head": (c.head_width,) * 2, "full": (inner, kv)}[c.qk_norm]
+        self.q_norm, self.k_norm = (Norm(c, size) if size else nn.Identity() for size in sizes)
 
     def forward(self, x: Tensor, position: Tensor, visible: Tensor) -> Tensor:
         c = self.c
-        q, k, v = self.q_norm(self.q(x)), self.k_norm(self.k(x)), self.v(x)
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        if c.qk_norm == "full":
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (y.unflatten(-1, (-1, c.head_width)) for y in (q, k, v))
+        if c.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
         if c.rope_theta is not None:
-            q, k = rotate(q, position, c.rope_theta), rotate(k, position, c.rope_theta)
+            q, k = (rotate(y, position, c.rope_theta, c.rope_width) for y in (q, k))
         k, v = (y.repeat_interleave(c.heads // c.kv_heads, 2) for y in (k, v))
         score = at_least_float32(torch.einsum("bthe,bshe->bhts", q, k))
         score = score * (c.score_scale or 1 / math.sqrt(c.head_width))
@@ -96,7 +103,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, c: Any, window: int) -> None:
         super().__init__()
-        self.place, self.window = c.norm_place, window
+        self.place, self.window, self.parallel = c.norm_place, window, c.residual == "parallel"
         self.attn, self.mlp = Attention(c), MLP(c)
         self.attn_norm, self.mlp_norm = Norm(c, c.width), Norm(c, c.width)
         if self.place == "both":
@@ -110,8 +117,8 @@ class Block(nn.Module):
             return x + self.mlp_norm(self.mlp(x))
         after_attn = self.attn_post_norm if self.place == "both" else nn.Identity()
         after_mlp = self.mlp_post_norm if self.place == "both" else nn.Identity()
-        x = x + after_attn(self.attn(self.attn_norm(x), position, visible))
-        return x + after_mlp(self.mlp(self.mlp_norm(x)))
+        after = x + after_attn(self.attn(self.attn_norm(x), position, visible))
+        return after + after_mlp(self.mlp(self.mlp_norm(x if self.parallel else after)))
 
 
 class Table(nn.Module):
