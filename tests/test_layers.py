@@ -103,6 +103,21 @@ def test_rms_norm_of_the_smallest_and_the_largest_numbers(ops: Ops, dtype: type)
             assert (np.abs(y - x / root) <= within).all()
 
 
+@given(REALS, st.integers(0, 99), st.sampled_from([0.0, 1e-30, 1e-6, 0.1]), st.floats(-1, 1))
+def test_the_scale_of_a_norm_is_a_power_of_two(
+    dtype: type, seed: int, eps: float, share: float
+) -> None:
+    number = np.finfo(dtype)
+    x = np.ldexp(draws(seed, dtype, 5)[0], int(share * (number.maxexp - 8)))
+    s = layers.unit_scale(x, eps)
+    assert (np.frexp(s)[0] == 0.5).all()
+    largest = s * np.maximum(np.abs(x).max(axis=-1, keepdims=True), np.sqrt(dtype(eps)))
+    assert ((largest >= 0.5) & (largest < 1)).all()
+    assert layers.unit_scale(np.zeros((1, 2), dtype), 0.0) == 1
+    tiny = np.array([[number.smallest_subnormal, 0]], dtype)
+    assert layers.unit_scale(tiny, 0.0) == np.ldexp(dtype(1), number.maxexp - 1)
+
+
 @given(REALS, st.integers(1, 40), st.integers(0, 99), st.sampled_from([0.0, 1e-6, 0.1]))
 def test_the_scale_of_a_norm_moves_no_bit(dtype: type, width: int, seed: int, eps: float) -> None:
     """Where squares are ordinary numbers, y and d_x are those of the formula as it is written."""
@@ -218,13 +233,16 @@ def test_activations_are_the_oracle(name: Activation, dtype: type) -> None:
     assert (np.abs(slope - differences) <= within * (1 + np.abs(near))).all()
 
 
+@pytest.mark.parametrize("dtype", [np.complex128, np.clongdouble])
 @EACH
-def test_the_slope_of_an_activation_is_its_complex_step(name: Activation) -> None:
-    f, _ = layers.ACTIVATIONS[name](POINTS + 1e-30j)
-    real, slope = layers.ACTIVATIONS[name](POINTS)
-    eps = np.finfo(np.float64).eps
+def test_the_slope_of_an_activation_is_its_complex_step(name: Activation, dtype: type) -> None:
+    z = (POINTS + 1e-30j).astype(dtype)
+    f, _ = layers.ACTIVATIONS[name](z)
+    real, slope = layers.ACTIVATIONS[name](z.real)
+    eps = np.finfo(dtype).eps
     assert (np.abs(f.real - real) <= 8 * eps * np.abs(POINTS) + 1e-59).all()
     assert (np.abs(f.imag / 1e-30 - slope) <= 8 * eps * (1 + np.abs(POINTS))).all()
+    assert layers.relu(np.array([1e-30j], dtype))[1] == 0  # as at 0
 
 
 def test_erf_in_longdouble_is_the_oracles() -> None:
@@ -345,6 +363,8 @@ def test_layouts_by_pairs(length: int, window: int, seed: int) -> None:
     for is_causal, layout in models.items():
         config = SimpleNamespace(causal=is_causal, windows=(window,) if is_causal else ())
         visible = layers.visible_keys(layout, length)
+        assert (layout.last_BT < length).all()
+        assert (layout.last_BT[~real] == -1).all()
         for b, t, s in np.ndindex(2, length, length):
             want = real[b, t] and real[b, s] and oracles.sees(config, 0, segment[b], t, s)
             assert visible[b, t, s] == want, (is_causal, b, t, s)

@@ -9,14 +9,21 @@ from decimal import Decimal, localcontext
 import numpy as np
 import oracles
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import Case, assert_within, cases
 
 from refcurv.law import tolerance
 from refcurv.law.checks import NonFiniteError, RangeError
 from refcurv.model.labels import shift_labels
-from refcurv.model.loss import CACHED, cross_entropy, few_rows, hessian_product, root_product
+from refcurv.model.loss import (
+    CACHED,
+    _log1p,
+    cross_entropy,
+    few_rows,
+    hessian_product,
+    root_product,
+)
 from refcurv.model.rows import reached
 from refcurv.model.sampling import draw_labels, signs, uniforms
 
@@ -34,6 +41,7 @@ def test_uniforms_are_philox_by_hand(seed: int, draw: int, index: int, length: i
     st.integers(0, 2**30),
     st.integers(1, 600),
 )
+@example(0, 0, 0, 0, 65)
 def test_signs_are_philox_by_hand(seed: int, draw: int, index: int, t: int, size: int) -> None:
     got = signs(seed, draw, index, t, size)
     assert got.tolist() == [sign_by_hand(seed, draw, index, t, v) for v in range(size)]
@@ -122,6 +130,12 @@ def test_cross_entropy_survives_huge_logits() -> None:
     nats, slope = cross_entropy(np.array([[1e4, -1e4]]), np.array([1]))
     assert nats.tolist() == [2e4]
     assert slope.tolist() == [[1, -1]]
+
+
+def test_log1p_of_a_complex_number() -> None:
+    x = np.array([0.25 + 0.5j, -0.5 + 2j, 3 - 1j])
+    assert np.allclose(_log1p(x), np.log(1 + x), rtol=1e-15)
+    assert (_log1p(np.array([1e-20 + 1e-25j])) == 1e-20 + 1e-25j).all()
 
 
 # ------------------------------------------------------------------ every digit

@@ -93,12 +93,18 @@ class Mutant:
     @property
     def id(self) -> str:
         """The same as long as function, line and change are."""
-        return identity(self.function, self.line, self.change)
+        text = "\n".join([self.target, self.line, self.change])
+        return sha256(text.encode()).hexdigest()[:10]
 
+    @property
+    def target(self) -> str:
+        """Its function, with the place."""
+        return f"{self.path}::{self.function}"
 
-def identity(function: str, line: str, change: str) -> str:
-    """A mutant's name from what it is."""
-    return sha256("\n".join([function, line, change]).encode()).hexdigest()[:10]
+    @property
+    def name(self) -> str:
+        """Its function, with the module."""
+        return f"{Path(self.path).stem}.{self.function}"
 
 
 # ------------------------------------------------------------------ expressions
@@ -334,19 +340,26 @@ def _places(whole: ast.FunctionDef) -> Iterator[tuple[Place, ast.AST, list[Chang
         if isinstance(node, ast.Assign):
             bound |= {n for target in node.targets for n in _names(target)}
         for name, value in ast.iter_fields(node):
-            if name == "args" and _is_permutation(node):
-                continue  # exchanged as a whole; off by one, NumPy refuses it
+            if _changes_nothing(node, name, above):
+                continue
             for i, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
                 if isinstance(child, ast.AST):
                     here[child] = Place(node, name, i, (node, *above))
                     waiting.append((child, node, *above))
 
 
-def _is_permutation(node: ast.AST) -> bool:
+def _changes_nothing(node: ast.AST, field: str, above: list[ast.AST]) -> bool:
+    """May what stands in this field of a node stay as it is?"""
     match node:
         case ast.Call(func=ast.Attribute(attr="transpose" | "swapaxes")):
-            return True
-    return False
+            return field == "args"  # exchanged as a whole; off by one, NumPy refuses it
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=1)):
+            return _calls(above[0], "reshape")  # any negative number stands for the size to find
+    return field in ("annotation", "returns")  # words
+
+
+def _calls(node: ast.AST, method: str) -> bool:
+    return isinstance(node, ast.Call) and getattr(node.func, "attr", "") == method
 
 
 # ------------------------------------------------------------------ all targets
@@ -380,13 +393,29 @@ def every_mutant(root: Path, only: Sequence[str] = ()) -> list[Mutant]:
 
 
 def versions(root: Path) -> dict[str, str]:
-    """SHA-256 of each target module's code, whatever its words and layout, and of all tests."""
-    texts = {path: _without_words((root / path).read_text()) for path in LEFT_OUT}
+    """SHA-256 of each target, whatever its words and layout, and of all tests."""
+    texts = {}
+    for path, names in targets(root).items():
+        tree = _without_words((root / path).read_text())
+        texts |= {f"{path}::{name}": function_text(tree, name) for name in names}
     texts["tests"] = "".join(f.read_text() for f in sorted((root / "tests").glob("*.py")))
     return {name: sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()}
 
 
-def _without_words(source: str) -> str:
+def function_text(tree: ast.Module, function: str) -> str:
+    """The code of a function, and the values of its module that it uses by name."""
+    whole = find(tree, function)
+    used = _names(whole)
+    values = [n for n in tree.body if isinstance(n, ast.Assign | ast.AnnAssign)]
+    chosen = [n for n in values if used & {t.id for t in ast.walk(n) if _is_bound(t)}]
+    return "\n".join(ast.unparse(n) for n in (*chosen, whole))
+
+
+def _is_bound(node: ast.AST) -> bool:
+    return isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+
+
+def _without_words(source: str) -> ast.Module:
     """The code of a module, without comments and without any text that stands by itself."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
@@ -394,4 +423,4 @@ def _without_words(source: str) -> str:
             said = [n for n in node.body if isinstance(n, ast.Expr)]
             words = [n for n in said if isinstance(n.value, ast.Constant)]
             node.body = [n for n in node.body if n not in words] or [ast.Pass()]
-    return ast.unparse(tree)
+    return tree

@@ -6,13 +6,15 @@ import ast
 import importlib.metadata
 import json
 import platform
+import re
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mutants import Mutant, code, every_mutant, find, identity, targets, versions
+from mutants import Mutant, code, every_mutant, find, targets, versions
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -25,24 +27,28 @@ COMMAND = "python validation/mutation/mutate.py"
 Record = dict[str, Any]
 
 
+def lines_of(place: Path) -> list[Record]:
+    """The records of a file that may not be there yet."""
+    return [json.loads(line) for line in place.read_text().splitlines()] if place.exists() else []
+
+
 def results(now: dict[str, str]) -> dict[str, Record]:
     """{mutant id: its last record} for these versions of the code."""
-    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
-    records = [json.loads(line) for line in lines]
-    return {r["id"]: r for r in records if r["code"] == now.get(r["path"])}
+    records = lines_of(RESULTS)
+    return {r["id"]: r for r in records if r["code"] == now.get(f"{r['path']}::{r['function']}")}
 
 
 def stages_done(record: Record | None, tests: str, known: bool) -> int:
     """How many of the two stages need not be tried again.
 
-    A killed mutant needs neither; a survivor of other tests needs both, unless it is `known` to be
-    equivalent.
+    A killed mutant needs neither, and one that is `known` to be equivalent only the first. Another
+    one needs the second, which asks all tests, whenever the tests have changed.
     """
     if record is None:
         return 0
-    if record["outcome"] != "survived":
+    if record["outcome"] != "survived" or known:
         return 2
-    return int(record["stage"]) if known or record["tests"] == tests else 0
+    return int(record["stage"]) if record["tests"] == tests else 1
 
 
 def where(m: Mutant) -> str:
@@ -50,100 +56,143 @@ def where(m: Mutant) -> str:
     return f"{m.path}:{m.number} {m.function}: `{m.line}`"
 
 
-# ------------------------------------------------------------------ the judgement
+# ------------------------------------------------------------------ equivalent mutants
 
 
 @dataclass(frozen=True, slots=True)
-class Findings:
-    """Every mutant, its record by id, and why those of equivalent.toml are equivalent, by id."""
+class Explanation:
+    """Why some changes compute the same: in these functions, in this line or, without one, in any.
 
-    every: list[Mutant]
-    record: dict[str, Record]
-    reason: dict[str, str]
+    Functions are named with their module.
+    """
 
-    def of(self, path: str, function: str) -> list[Mutant]:
-        """One function's mutants."""
-        return [m for m in self.every if (m.path, m.function) == (path, function)]
+    functions: list[str]
+    line: str | None
+    change: str
+    reason: str
 
-    def survived(self, m: Mutant) -> bool:
-        """Did no test fail?"""
-        return bool(self.record[m.id]["outcome"] == "survived")
+    def of(self, m: Mutant) -> bool:
+        """Is this mutant meant?"""
+        if self.line is None:
+            return m.name in self.functions and re.sub(r" \(\d+\)$", "", m.change) == self.change
+        return m.name in self.functions and (self.line, self.change) == (m.line, m.change)
 
 
-def entries() -> list[tuple[str, str, str, str]]:
-    """(function, line, change, reason) of equivalent.toml."""
+def explanations() -> list[Explanation]:
+    """What equivalent.toml says."""
     text = EQUIVALENT.read_text() if EQUIVALENT.exists() else ""
     return [
-        (entry["function"], entry["line"], change, " ".join(entry["reason"].split()))
+        Explanation(
+            entry["functions"], entry.get("line"), change, " ".join(entry["reason"].split())
+        )
         for entry in tomllib.loads(text).get("equivalent", [])
         for change in entry["changes"]
     ]
 
 
-def explained() -> dict[str, str]:
+def explained(every: Sequence[Mutant]) -> dict[str, str]:
     """{mutant id: why it is equivalent}."""
-    return {identity(*which): reason for *which, reason in entries()}
+    known = explanations()
+    return {m.id: e.reason for m in every for e in known if e.of(m)}
+
+
+# ------------------------------------------------------------------ the judgement
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """Every mutant, its record by id, why those of equivalent.toml are equivalent, by id, versions.
+
+    A mutant is open as long as a stage has to be tried.
+    """
+
+    every: list[Mutant]
+    record: dict[str, Record]
+    reason: dict[str, str]
+    now: dict[str, str]
+
+    def of(self, target: str) -> list[Mutant]:
+        """One function's mutants."""
+        return [m for m in self.every if m.target == target]
+
+    def stage(self, m: Mutant) -> int:
+        """How many stages it needs no more."""
+        return stages_done(self.record.get(m.id), self.now["tests"], m.id in self.reason)
+
+    def outcome(self, m: Mutant) -> str:
+        """open, killed, timeout, equivalent or survived."""
+        if self.stage(m) < 2:
+            return "open"
+        found = str(self.record[m.id]["outcome"])
+        return "equivalent" if found == "survived" and m.id in self.reason else found
+
+    def with_outcome(self, outcome: str) -> list[Mutant]:
+        """The mutants that this came of."""
+        return [m for m in self.every if self.outcome(m) == outcome]
+
+
+def findings() -> Findings:
+    """What is known of today's code."""
+    every, now = every_mutant(ROOT), versions(ROOT)
+    return Findings(every, results(now), explained(every), now)
 
 
 def write_report() -> int:
     """Rewrite README.md's generated part; 0 if every mutant was killed or is explained."""
-    every, now = every_mutant(ROOT), versions(ROOT)
-    f = Findings(every, results(now), explained())
-    if missing := [m for m in every if m.id not in f.record]:
-        raise SystemExit(f"{len(missing)} mutants were not tried, the first: {missing[0]}")
+    f = findings()
     faults = [
         *(
-            f"{EQUIVALENT.name} has what is no mutant: {which}"
-            for *which, _ in entries()
-            if identity(*which) not in {m.id for m in every}
+            f"{EQUIVALENT.name} has what is no mutant: {e.functions}: {e.line}: {e.change}"
+            for e in explanations()
+            if not any(e.of(m) for m in f.every)
         ),
-        *(f"survived: {where(m)}: {m.change}" for m in unexplained(f)),
+        *(f"survived: {where(m)}: {m.change}" for m in f.with_outcome("survived")),
         *(
             f"called equivalent, but {f.record[m.id]['by']} kills it: {where(m)}: {m.change}"
-            for m in every
-            if m.id in f.reason and not f.survived(m)
-        ),
-        *(
-            f"survived other or fewer tests than there are, try it again: {where(m)}: {m.change}"
-            for m in every
-            if stages_done(f.record[m.id], now["tests"], m.id in f.reason) < 2
+            for m in f.every
+            if m.id in f.reason and f.outcome(m) not in ("equivalent", "open")
         ),
         *(
             f"survived while {f.record[m.id]['left_out']} tests were failing anyway: {where(m)}"
-            for m in every
-            if f.survived(m) and f.record[m.id]["left_out"]
+            for m in f.with_outcome("survived")
+            if f.record[m.id]["left_out"]
         ),
     ]
+    if left := f.with_outcome("open"):
+        faults.append(f"{len(left)} are still to be tried, the first: {left[0]}")
     before, _, rest = README.read_text().partition(BEGIN)
     after = rest.partition(END)[2]
-    README.write_text(f"{before}{BEGIN}\n\n{tables(f, now)}\n\n{END}{after}")
-    print("\n".join([*faults, f"{len(every)} mutants, {len(faults)} faults"]))
+    README.write_text(f"{before}{BEGIN}\n\n{tables(f)}\n\n{END}{after}")
+    print("\n".join([*faults, f"{len(f.every)} mutants, {len(faults)} faults"]))
     return int(bool(faults))
-
-
-def unexplained(f: Findings) -> list[Mutant]:
-    """The survivors that equivalent.toml does not list."""
-    return [m for m in f.every if f.survived(m) and m.id not in f.reason]
 
 
 # ------------------------------------------------------------------ the page
 
 
-def tables(f: Findings, now: dict[str, str]) -> str:
+def tables(f: Findings) -> str:
     """The generated part: what it rests on, counts, equivalents, survivors, lines without."""
     libraries = ("refcurv", "numpy", "scipy", "numba", "pytest", "hypothesis")
     used = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in libraries)
-    minutes = sum(f.record[m.id]["seconds"] for m in f.every) / 60
+    left = f.with_outcome("open")
     parts = [
-        f"Made by `{COMMAND} && {COMMAND} --report`, {datetime.now(UTC):%Y-%m-%d}, "
-        f"{minutes:.0f} minutes of trials.  \npython {platform.python_version()}, {used}.  \n"
-        "SHA-256 of the code: " + ", ".join(f"{name} `{v}`" for name, v in now.items()) + ".",
+        f"Made by `{COMMAND} && {COMMAND} --report`, {datetime.now(UTC):%Y-%m-%d}.  \n"
+        f"python {platform.python_version()}, {used}; the tests `{f.now['tests']}`.",
+    ]
+    if left:
+        once = sum(f.stage(m) == 1 for m in left)
+        parts.append(
+            f"**{len(left)} of {len(f.every)} mutants are open**: {len(left) - once} were not "
+            f"tried on this code, {once} passed stage 1 and wait for stage 2."
+        )
+    parts += [
         counts(f),
         "## Equivalent mutants",
-        listed([(m, f.reason[m.id]) for m in f.every if m.id in f.reason], "reason"),
+        listed([(m, f.reason[m.id]) for m in f.with_outcome("equivalent")], "reason"),
     ]
-    if left := unexplained(f):
-        parts += ["## Survivors", listed([(m, "") for m in left], "")]
+    if survivors := f.with_outcome("survived"):
+        said = [(m, str(f.record[m.id]["asked"])) for m in survivors]
+        parts += ["## Survivors", listed(said, "tests asked")]
     bare = [
         line
         for path, names in targets(ROOT).items()
@@ -160,28 +209,29 @@ def counts(f: Findings) -> str:
     for path, names in targets(ROOT).items():
         tree = ast.parse((ROOT / path).read_text())
         for name in names:
-            body, mine = code(find(tree, name)), f.of(path, name)
-            outcome = [(f.record[m.id]["outcome"], f.record[m.id]["error"]) for m in mine]
-            killed = [error for what, error in outcome if what == "killed"]
+            body, target = code(find(tree, name)), f"{path}::{name}"
+            mine = f.of(target)
+            outcome = [f.outcome(m) for m in mine]
+            killed = [f.record[m.id]["error"] for m in mine if f.outcome(m) == "killed"]
             asserted = sum(error in ("AssertionError", "Failed") for error in killed)
-            timeout = outcome.count(("timeout", "SIGALRM"))
-            equivalent = sum(f.survived(m) and m.id in f.reason for m in mine)
+            timeout = outcome.count("timeout")
             lines = body[-1].end_lineno - body[0].lineno + 1
             numbers = (lines, len(mine), len(killed) + timeout, asserted, len(killed) - asserted)
-            left = len(mine) - numbers[2] - equivalent
-            rows.append((f"{Path(path).stem}.{name}", *numbers, timeout, equivalent, left))
-    total = tuple(sum(column) for column in list(zip(*rows, strict=True))[1:])
-    head = ("function", "lines", "mutants", "killed", "by an assertion", "by an exception",
-            "by time", "equivalent", "survivors")  # fmt: skip
-    return markdown([head, ("---", *["---:"] * len(total)), *rows, ("**all**", *total)])
+            last = [outcome.count(what) for what in ("equivalent", "survived", "open")]
+            key = f"`{f.now[target][:8]}`"
+            rows.append((f"{Path(path).stem}.{name}", key, *numbers, timeout, *last))
+    total = tuple(sum(column) for column in list(zip(*rows, strict=True))[2:])
+    head = ("function", "code", "lines", "mutants", "killed", "by an assertion",
+            "by an exception", "by time", "equivalent", "survivors", "open")  # fmt: skip
+    rule = ("---", "---", *["---:"] * len(total))
+    return markdown([head, rule, *rows, ("**all**", "", *total)])
 
 
 def listed(some: list[tuple[Mutant, str]], last: str) -> str:
     """A table of mutants, with one more column."""
     if not some:
         return "None."
-    rows = [(f"{Path(m.path).stem}.{m.function}", f"`{m.line}`", f"`{m.change}`", more)
-            for m, more in some]  # fmt: skip
+    rows = [(m.name, f"`{m.line}`", f"`{m.change}`", more) for m, more in some]
     return markdown([("function", "line", "change", last), ("---",) * 4, *rows])
 
 
@@ -194,7 +244,7 @@ def markdown(rows: list[tuple]) -> str:
 def bare_lines(f: Findings, path: str, function: str) -> list[str]:
     """The statements of a function that no operator changes."""
     source = (ROOT / path).read_text()
-    changed, out = {m.number for m in f.of(path, function)}, []
+    changed, out = {m.number for m in f.of(f"{path}::{function}")}, []
     for top in code(find(ast.parse(source), function)):
         for node in ast.walk(top):
             if isinstance(node, ast.stmt) and not isinstance(node, ast.For | ast.If):
