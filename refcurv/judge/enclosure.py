@@ -145,6 +145,12 @@ class Enclosure:
         """The same where no norm has an eps."""
         return flow(replace(self.config, norm_eps=0.0), self.theta, self.few)
 
+    @cached_property
+    def scale(self) -> float:
+        """The largest output gradient of the head: what a gradient counts beside that may be 0."""
+        slopes: Numbers = self.plain.taps["head"].g
+        return float(slopes.least().max())
+
     def direction(self, number: int) -> dict[str, Numbers]:
         """A sign for each entry of each parameter (SAMPLING)."""
         return {

@@ -18,7 +18,7 @@ import numpy as np
 from refcurv.algebra.balls import UndecidedError, bits, exact, require_flint
 from refcurv.judge.bench import Bench
 from refcurv.judge.enclosure import Enclosure, Few
-from refcurv.judge.identities.proved import PROOFS, Equal
+from refcurv.judge.identities.proved import PROOFS
 from refcurv.law.checks import Array, NonFiniteError, RefcurvError
 from refcurv.law.conventions import NO_LABEL
 from refcurv.model import transformer
@@ -239,7 +239,7 @@ def prove(bench: Bench, plan: ProofPlan, progress: Progress = silent) -> Proofs:
         spent = time.perf_counter() - begin
         if not left or precision >= MOST_BITS or 3 * spent > plan.given:
             break  # twice the bits take about twice as long
-        precision = 2 * precision
+        precision = min(MOST_BITS, 2 * precision)
     findings = tuple(found[name] for name in PROOFS)
     return Proofs(findings, plan, precision, time.perf_counter() - begin)
 
@@ -286,7 +286,7 @@ def _finding(name: str, run: Enclosure) -> Proved:
         return Proved(name, statement, "fail", None, str(error), 0)
     if not places:
         return Proved(name, statement, "left out", None, "does not occur here", 0)
-    worst: Equal = min(places, key=lambda one: one.digits)
-    verdict = "proved" if worst.digits >= DIGITS else "undecided"
-    verdict = "fail" if worst.digits == -math.inf else verdict
-    return Proved(name, statement, verdict, worst.digits, worst.where, len(places))
+    digits, where = min((one.digits(run.scale), one.where) for one in places)
+    verdict = "proved" if digits >= DIGITS else "undecided"
+    verdict = "fail" if digits == -math.inf else verdict
+    return Proved(name, statement, verdict, digits, where, len(places))

@@ -39,11 +39,11 @@ class Equal:
     right: Balls
     size: float
 
-    @property
-    def digits(self) -> float:
+    def digits(self, scale: float) -> float:
         """How many decimal digits of the terms are proved to agree.
 
-        −∞ where the sides are proved to differ, ∞ where they are one number exactly.
+        −∞ where the sides are proved to differ, ∞ where they are one number exactly. Where all
+        terms may be 0, as attention's gradient is with one key, digits count from `scale`.
         """
         apart = self.left - self.right
         if (apart.least() > 0).any():
@@ -51,7 +51,8 @@ class Equal:
         far = float(apart.most().max(initial=0.0))
         if not far:
             return math.inf
-        return math.log10(self.size) - math.log10(far) if self.size and far < math.inf else 0.0
+        size = self.size or scale
+        return math.log10(size) - math.log10(far) if size and far < math.inf else 0.0
 
 
 def equal(where: str, left: Balls, right: Balls | None, *terms: Balls) -> Equal:
@@ -135,6 +136,9 @@ def weight_slopes(run: Enclosure) -> Iterator[Equal]:
 def scale_invariance(run: Enclosure) -> Iterator[Equal]:
     """Scale-free W at eps = 0: <W, ∇W> = 0."""
     at = f"blocks.{run.config.layers - 1}."
+    squares = [_sum(x * x) for x, *_ in run.plain.norms]
+    if any(one.contains(np.zeros(one.shape)).any() for one in squares):
+        return  # no norm without eps scales a row of zeros
     for layer in scale_free(run.config):
         name = f"{at}{layer}.weight"
         slopes = run.theta[name] * run.without_eps.gradient[name]
