@@ -626,7 +626,7 @@ def test_a_budget_that_is_not_there_is_not_made_up() -> None:
     assert Route("x", "float64", 1.0, 1.0, 0.0).used("probable") == np.inf
 
 
-SIMPLE = SimpleNamespace(config=config(), parameters={"x": np.zeros(3)})
+SIMPLE = SimpleNamespace(config=config())
 
 
 def test_what_lies_in_a_ball_is_not_off() -> None:

@@ -34,13 +34,9 @@ from refcurv.law import tolerance
 from refcurv.law.checks import Array, NonFiniteError, RangeError
 from refcurv.model.layers import DEFINITIONS, rope_frequencies
 
-LARGE: Final = 2**16
-"""Parameters of a large model."""
-
-RUNS: Final = (8, 4)
-"""Shaken runs that s is the mean of, and those of a large model.  Chosen: of eight the odds that
-s of one number comes out eight times too small, so that λ is used up, are 6e-7. Of four they
-are 5e-4, but the arrays of a large model have many numbers."""
+RUNS: Final = 4
+"""Shaken runs that s is the mean of.  Chosen: the odds that s of one number alone comes out eight
+times too small, so that λ is used up, are 5e-4; of arrays of a dozen numbers there are none."""
 
 ELEMENTARY: Final = 8
 """Roundings of exp, tanh, erf and the like.  Chosen: NumPy's and SciPy's are within four ulps."""
@@ -82,8 +78,7 @@ class Shaking:
     _runs: list[tuple[Shakes, Kind, Found]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        size = sum(x.size for x in self.task.parameters.values())
-        for n in range(RUNS[size > LARGE]):
+        for n in range(RUNS):
             shakes = Shakes(np.random.default_rng([self.seed, n]))
             self._runs.append((shakes, shaken(shakes), Found()))
 
@@ -115,7 +110,7 @@ class Shaking:
 
     def size(self, name: str) -> float:
         """s of an array: of its own rounding at least."""
-        return max(self.own[name], self.moved[name] / SHAKE / math.sqrt(len(self._runs)))
+        return max(self.own[name], self.moved[name] / SHAKE / math.sqrt(RUNS))
 
     def terms(self, name: str) -> int:
         """n: roundings of a number. A complex step's product of two numbers has twice as many."""

@@ -62,9 +62,8 @@ def eigenpair(size: int, dtype: DTypeLike = np.float64) -> float:
     (LAPACK Users' Guide, section 4.7). p = 8 n is chosen. On random matrices, also graded ones,
     LAPACK's dsyevd uses at most a third of it, at n = 3, and 0.2 % at n = 800.
 
-    Kind: worst case, of QR and of divide and conquer (NumPy, torch, JAX). No solver states its
-    constant, 8 is ours; LAPACK's error grows like √size, and uses 1 to 3 % of it. MRRR (dsyevr,
-    SciPy's default) promises less: its U of small graded matrices is off by up to twelve of these.
+    Kind: worst case, of QR and of divide and conquer: they use 1 to 3 %, which grows like √size.
+    Of MRRR (dsyevr, SciPy's default) chosen: U of small graded matrices is off by up to 12 of it.
     """
     return 8 * size * eps(dtype)
 

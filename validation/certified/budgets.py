@@ -33,11 +33,13 @@ DRAWS = Path(__file__).with_name("draws.jsonl")
 BATCH, SEEDS, FEW = 50, 10, 10
 """Configurations of a batch, and arrays of each; and models of a batch."""
 
+PASS = "a pass"
 UNPROMISED = 2000
 """Draws on data on which a budget says that it may not hold."""
 
 QUANTILES = (0.5, 0.9, 0.99, 1.0)
-OWN = ("draws.py", "trials.py", "passes.py")
+FUNCTIONS = ("law/tolerance.py", "algebra/balls.py", "algebra/gram.py", "algebra/scaling.py")
+"""What the trials of single functions are of. Those of passes are of everything."""
 
 Shares = dict[str, list[float]]
 
@@ -85,16 +87,23 @@ def jobs(draws: int, models: int, only: str) -> Iterator[tuple[str, int, Callabl
                     return batch(trial.data, lambda x: seeded(trial, x), BATCH, n)
 
                 yield trial.name, n, run
-    if fnmatchcase("a pass", only):
+    if fnmatchcase(PASS, only):
         for n in range(-(-models // FEW)):
-            yield "a pass", n, lambda n=n: batch(PASSES, shares, min(FEW, models - n * FEW), n)
+            yield PASS, n, lambda n=n: batch(PASSES, shares, min(FEW, models - n * FEW), n)
 
 
-def read(version: str) -> dict[tuple[str, int], dict[str, Any]]:
+def versions() -> dict[bool, str]:
+    """Digests of the code that trials of passes are of, True, and those of single functions."""
+    own = ("draws.py", "trials.py")
+    return {True: page.code(*own, "passes.py"), False: page.code(*own, computed=FUNCTIONS)}
+
+
+def read() -> dict[tuple[str, int], dict[str, Any]]:
     """What was drawn of this code."""
     lines = DRAWS.read_text(encoding="utf-8").splitlines() if DRAWS.exists() else []
     records = [json.loads(line) for line in lines if line.endswith("}")]
-    return {(r["trial"], r["batch"]): r for r in records if r["code"] == version}
+    now = versions()
+    return {(r["trial"], r["batch"]): r for r in records if r["code"] == now[r["trial"] == PASS]}
 
 
 def table(records: list[dict[str, Any]]) -> str:
@@ -136,8 +145,7 @@ def main() -> int:
     parser.add_argument("--only", default="*", help="names of budgets, as a pattern")
     parser.add_argument("--render", action="store_true", help="only write what was drawn")
     given = parser.parse_args()
-    version = page.code("budgets.py", *OWN)
-    done = read(version)
+    now, done = versions(), read()
     todo = [] if given.render else list(jobs(given.draws, given.models, given.only))
     missing = sorted((job for job in todo if job[:2] not in done), key=lambda job: job[1])
     for number, (name, n, run) in enumerate(missing, 1):
@@ -147,12 +155,19 @@ def main() -> int:
         except KeyboardInterrupt:
             print("\nstopped; run it again to go on", file=sys.stderr)
             return 130
-        record = {"trial": name, "batch": n, "code": version, "shares": found, "most": most}
+        record = {
+            "trial": name,
+            "batch": n,
+            "code": now[name == PASS],
+            "shares": found,
+            "most": most,
+        }
         with DRAWS.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         done[name, n] = record
     records = list(done.values())
-    stamp = page.stamp("validation.certified.budgets", version, "hypothesis")
+    stamp = page.stamp("validation.certified.budgets", f"{now[False]}, of passes {now[True]}",
+                       "hypothesis")  # fmt: skip
     page.write("budgets", f"{stamp}\n\n{table(records)}")
     over = exceeded(records)
     for line in over:

@@ -14,6 +14,7 @@ from pathlib import Path
 README = Path(__file__).with_name("README.md")
 ROOT = Path(__file__).resolve().parents[2]
 COMPUTED = ("algebra", "certified", "curvature", "law", "model", "passes")
+"""The packages of refcurv that compute."""
 
 
 def write(mark: str, body: str) -> None:
@@ -24,10 +25,11 @@ def write(mark: str, body: str) -> None:
     README.write_text(f"{before}{begin}\n\n{body}\n\n{end}{rest}", encoding="utf-8")
 
 
-def code(*own: str) -> str:
-    """A digest of what is measured: the packages that compute, and files of this folder."""
+def code(*own: str, computed: tuple[str, ...] = COMPUTED) -> str:
+    """A digest of what is measured: packages or modules of refcurv, and files of this folder."""
     found = hashlib.sha256()
-    files = [path for name in COMPUTED for path in (ROOT / "refcurv" / name).rglob("*.py")]
+    roots = [ROOT / "refcurv" / name for name in computed]
+    files = [path for root in roots for path in ([root] if root.is_file() else root.rglob("*.py"))]
     for path in sorted([*files, *(Path(__file__).with_name(name) for name in own)]):
         found.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     return found.hexdigest()[:16]
