@@ -21,6 +21,11 @@ from refcurv.law.checks import (
 PROBES = 8
 """How many random vectors orthogonality is measured on."""
 
+MRRR = 128
+"""U of fewer columns may be as far from orthonormal as of so many.  Chosen: dsyevr, SciPy's default
+solver, is content where eigenvalues differ by 1e-3. So U may be off by about eps/1e-3 at any size,
+which is 8 · 128 eps. Of small graded matrices it uses 80 % of that."""
+
 
 def require_basis(who: str, layer: str, one: Eigenbasis) -> None:
     """Refuse what is no eigenbasis, whether a caller or a file gave it.
@@ -47,7 +52,7 @@ def require_basis(who: str, layer: str, one: Eigenbasis) -> None:
         x = np.random.default_rng(0).standard_normal((n, PROBES))
         with one_blas_thread(), np.errstate(over="ignore", invalid="ignore"):
             error = float(np.linalg.norm(U.T @ (U @ x) - x) / np.linalg.norm(x))
-        solver = tolerance.eigenpair(n, U.dtype)
+        solver = tolerance.eigenpair(max(n, MRRR), U.dtype)
         budget = solver + 2 * tolerance.gamma(n, np.float64) * math.sqrt(n)
         if not error <= budget:  # NaN if it overflows
             raise ConventionError(

@@ -62,8 +62,8 @@ def eigenpair(size: int, dtype: DTypeLike = np.float64) -> float:
     (LAPACK Users' Guide, section 4.7). p = 8 n is chosen. On random matrices, also graded ones,
     LAPACK's dsyevd uses at most a third of it, at n = 3, and 0.2 % at n = 800.
 
-    Kind: worst case, of QR and of divide and conquer: they use 1 to 3 %, which grows like √size.
-    Of MRRR (dsyevr, SciPy's default) chosen: U of small graded matrices is off by up to 12 of it.
+    Kind: worst case, of QR and of divide and conquer, whose errors grow like √size: they use 1 to
+    3 % of it. MRRR's U (dsyevr, SciPy's default) may be off by twelve of it (`curvature.checks`).
     """
     return 8 * size * eps(dtype)
 
