@@ -77,3 +77,13 @@ def test_kept_rows_of_images_by_hand() -> None:
     images, label = SimpleNamespace(image=SimpleNamespace(positions=3)), np.array([[0], [-1]])
     assert kept(images, Rows.ALL, label).tolist() == [[True] * 3, [False] * 3]
     assert kept(images, Rows.CLS, label).tolist() == [[True, False, False], [False] * 3]
+
+
+def test_reached_rows_by_hand() -> None:
+    """A label in the middle of a segment, none in the next; a label at the start of a row."""
+    label = np.array([[-1, 3, -1, -1, -1], [3, -1, -1, -1, -1]])
+    segment = np.array([[0, 0, 0, 1, 1], [0, 0, 0, 0, 0]])
+    real = np.array([[True, True, True, True, False], [True] * 5])
+    assert reached(label, real, segment).astype(int).tolist() == [[1, 1, 0, 0, 0], [1, 0, 0, 0, 0]]
+    both = reached(label, real, segment, causal=False).astype(int)
+    assert both.tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]

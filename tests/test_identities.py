@@ -348,6 +348,19 @@ def test_slopes_cover_every_parameter_that_is_no_linear_layer() -> None:
     assert not slopes & linear
 
 
+def test_the_scale_of_the_embedding_is_a_scale_of_its_table() -> None:
+    """To the bit, for the scale is a power of two."""
+    for scale in (2.0, 4.0):
+        one = case(embed_scale=scale, tied=False)
+        table = {"embed.weight": scale * one.parameters["embed.weight"]}
+        other = replace(changed(one, embed_scale=1.0), parameters=one.parameters | table)
+        loss, gradient = loss_and_gradient(one.config, one.parameters, *one.batch)
+        want_loss, want = loss_and_gradient(other.config, other.parameters, *one.batch)
+        want["embed.weight"] = scale * want["embed.weight"]
+        assert loss == want_loss
+        assert all((gradient[name] == want[name]).all() for name in want)
+
+
 def test_layouts_by_hand() -> None:
     real = np.array([[True, True, True, True, False]])
     layout = causal_layout(real, np.array([[0, 0, 3, 3, 3]]))

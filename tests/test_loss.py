@@ -41,7 +41,7 @@ def test_uniforms_are_philox_by_hand(seed: int, draw: int, index: int, length: i
     st.integers(0, 2**30),
     st.integers(1, 600),
 )
-@example(0, 0, 0, 0, 65)
+@example(0, 0, 0, 0, 650)
 def test_signs_are_philox_by_hand(seed: int, draw: int, index: int, t: int, size: int) -> None:
     got = signs(seed, draw, index, t, size)
     assert got.tolist() == [sign_by_hand(seed, draw, index, t, v) for v in range(size)]
@@ -70,8 +70,10 @@ def test_philox_by_hand_matches_the_published_vector() -> None:
 
 @pytest.mark.parametrize("seed", [-1, 2**64, 1.0, True])
 def test_seeds_outside_64_bits_are_refused(seed: object) -> None:
-    with pytest.raises(RangeError, match="seed"):
+    with pytest.raises(RangeError, match="uniforms: seed"):
         uniforms(seed, 0, 0, 3)  # type: ignore[arg-type]
+    with pytest.raises(RangeError, match="signs: seed"):
+        signs(seed, 0, 0, 0, 3)  # type: ignore[arg-type]
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.floats(0.1, 50))
