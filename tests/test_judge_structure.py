@@ -14,6 +14,7 @@ from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.case import Case
 from refcurv.judge.diagnosis.variants import Setting, moments
 from refcurv.judge.dump import Dump
+from refcurv.law.checks import EmptyError
 
 SAID = {"arithmetic": "float64", "declared": {"fisher": "empirical"}}
 
@@ -256,3 +257,10 @@ def test_what_is_not_finite_is_float16_by_a_sign_alone(post, how):
     (cause,) = verdict.causes
     assert not verdict.passed and cause.fault == fault
     assert (fault is None) == cause.sentence.startswith("Unknown") == ("B61" in cause.alike)
+
+
+def test_a_dump_without_a_layer_says_what_is_missing(post):
+    """Nothing is compared, so that there is no verdict; the one line has the name of the fault."""
+    *_, factors = post
+    with pytest.raises(EmptyError, match=r"empty.*Missing: 'blocks\.1\.mlp\.up'\. B48"):
+        rc.validate({}, factors, layers="blocks.1.mlp.up")
