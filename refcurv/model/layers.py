@@ -34,13 +34,12 @@ class Layout:
 
     Fields: position_BT, first_BT, last_BT (B, T) int64. A padded position sees nothing
     (last = -1). Nothing sees it either: all padding stands to the right of the real positions.
-    seen_BTS (B, T, S) bool says it in their place, where it is no run of keys (`visible_keys`).
     """
 
     position_BT: Array
     first_BT: Array
     last_BT: Array
-    seen_BTS: Array | None = None
+    seen_BTS: Array | None = None  # (B, T, S) bool, in the place of first and last: no run of keys
 
 
 def causal_layout(real_BT: Array, segment_BT: Array) -> Layout:
@@ -210,10 +209,9 @@ def centre(x: Array) -> Array:
 
 def visible_keys(layout: Layout, keys: int) -> Array:
     """(B, T, S) bool: may position t attend to key s?"""
-    if layout.seen_BTS is not None:
-        return layout.seen_BTS
     s = np.arange(keys)
-    return (layout.first_BT[..., None] <= s) & (s <= layout.last_BT[..., None])
+    run_BTS = (layout.first_BT[..., None] <= s) & (s <= layout.last_BT[..., None])
+    return run_BTS if layout.seen_BTS is None else layout.seen_BTS
 
 
 def softmax_over(score: Array, visible: Array) -> Array:
