@@ -264,3 +264,16 @@ def test_a_dump_without_a_layer_says_what_is_missing(post):
     *_, factors = post
     with pytest.raises(EmptyError, match=r"empty.*Missing: 'blocks\.1\.mlp\.up'\. B48"):
         rc.validate({}, factors, layers="blocks.1.mlp.up")
+
+
+def test_a_mask_left_out_of_some_sums_is_no_choice_of_rows(post):
+    """Without padding: the last position is added in two layers, and counted in none."""
+    model, corpus, factors = post
+    names = [name for name in factors if name.endswith((".o", ".down"))]
+    case = Case(Dump("memory", {}, {}), factors, {}, Arithmetic(), model, corpus)
+    setting = Setting(rows_A="with last", count="reference")
+    ((_, made),) = moments(case, [setting], names)
+    theirs = triples(factors)
+    theirs |= {x: (made[x].A, factors[x].G, factors[x].n_A) for x in names}
+    found = named(theirs, factors, model=model, corpus=corpus)
+    assert set(found) == {"B29"}
