@@ -10,7 +10,7 @@ import numpy as np
 from refcurv.judge.case import Case
 from refcurv.judge.compare import who_draws
 from refcurv.judge.diagnosis.recomputed import is_large, part, recompute
-from refcurv.judge.diagnosis.search import Chosen, Idea, Side, is_coarse
+from refcurv.judge.diagnosis.search import Chosen, Idea, Side
 from refcurv.judge.diagnosis.variants import Setting
 from refcurv.judge.diagnosis.variants.networks import COARSE, PARTS
 
@@ -40,11 +40,16 @@ def settle(case: Case, found: Mapping[str, Side]) -> None:
     scores = {name: _score(known, one) for name, one in wanted.items()}
     best = min(scores, key=lambda name: scores[name])
     for side in found.values():
-        side.chosen = [one for one in side.chosen if not is_coarse(one.idea.setting)]
+        side.chosen = [one for one in side.chosen if not _in_part(one.idea.setting)]
         lefts = side.table.get(_idea(side, wanted[best]), {})
         moved = {x: y for x, y in lefts.items() if side.rank(x, side.plain(x)) > 0}
         if best in PARTS and scores[best] <= HALF and moved:
             side.chosen.append(Chosen(_idea(side, wanted[best]), moved))
+
+
+def _in_part(setting: Setting | None) -> bool:
+    """Is it a part of the network that rounds?"""
+    return setting is not None and any(name in COARSE for name, _ in setting.network)
 
 
 def _idea(side: Side, setting: Setting) -> Idea:
@@ -54,7 +59,7 @@ def _idea(side: Side, setting: Setting) -> Idea:
 
 def _rounds(found: Mapping[str, Side]) -> bool:
     """Is theirs ours, but for errors of the size of a dtype or a part that was found to round?"""
-    if any(not is_coarse(one.idea.setting) for side in found.values() for one in side.chosen):
+    if any(not _in_part(one.idea.setting) for side in found.values() for one in side.chosen):
         return False
     ranks = [
         (side.rank(layer, side.plain(layer)), steps)
