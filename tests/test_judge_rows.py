@@ -145,10 +145,11 @@ def test_a_start_token_more_or_less_is_another_corpus(biased) -> None:
         assert_within(found.G, want.G, 1e-12, np.trace(want.G), f"G, {text}")
 
 
+@pytest.mark.parametrize("windows", [(), (2, 0)], ids=["", "windows"])
 @pytest.mark.parametrize("attended", [False, True], ids=["hidden", "attended"])
-def test_a_token_taken_for_padding_is_the_loops(attended, monkeypatch) -> None:
-    """Nobody sees it but itself, it is no row, and labels at it and of it may go."""
-    one, token = tiny(learned_positions=4), 1
+def test_a_token_taken_for_padding_is_the_loops(attended, windows, monkeypatch) -> None:
+    """Nobody sees it, it is no row, and labels at it and of it may go."""
+    one, token, own_sees = tiny(learned_positions=4, windows=windows), 1, oracles.sees
     one = replace(one, token=np.array([[0, 1, 2, 0], [2, 0, 1, 1]]))
     label = np.array([[1, 2, 0, -1], [0, 1, 1, -1]])
     one = replace(one, label=label)
@@ -165,7 +166,7 @@ def test_a_token_taken_for_padding_is_the_loops(attended, monkeypatch) -> None:
             hides = {s for s in range(4) if tokens[s] == token and not attended}
 
             def sees(config, i, segment, t, s, hides=frozenset(hides)) -> bool:
-                return s <= t and s not in hides
+                return own_sees(config, i, segment, t, s) and s not in hides
 
             monkeypatch.setattr(oracles, "sees", sees)
             P = one.astype(np.longdouble)

@@ -14,6 +14,7 @@ from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.case import Case
 from refcurv.judge.diagnosis.variants import Setting, moments
 from refcurv.judge.dump import Dump
+from refcurv.law.checks import EmptyError
 
 SAID = {"arithmetic": "float64", "declared": {"fisher": "empirical"}}
 
@@ -256,3 +257,23 @@ def test_what_is_not_finite_is_float16_by_a_sign_alone(post, how):
     (cause,) = verdict.causes
     assert not verdict.passed and cause.fault == fault
     assert (fault is None) == cause.sentence.startswith("Unknown") == ("B61" in cause.alike)
+
+
+def test_a_dump_without_a_layer_says_what_is_missing(post):
+    """Nothing is compared, so that there is no verdict; the one line has the name of the fault."""
+    *_, factors = post
+    with pytest.raises(EmptyError, match=r"empty.*Missing: 'blocks\.1\.mlp\.up'\. B48"):
+        rc.validate({}, factors, layers="blocks.1.mlp.up")
+
+
+def test_a_mask_left_out_of_some_sums_is_no_choice_of_rows(post):
+    """Without padding: the last position is added in two layers, and counted in none."""
+    model, corpus, factors = post
+    names = [name for name in factors if name.endswith((".o", ".down"))]
+    case = Case(Dump("memory", {}, {}), factors, {}, Arithmetic(), model, corpus)
+    setting = Setting(rows_A="with last", count="reference")
+    ((_, made),) = moments(case, [setting], names)
+    theirs = triples(factors)
+    theirs |= {x: (made[x].A, factors[x].G, factors[x].n_A) for x in names}
+    found = named(theirs, factors, model=model, corpus=corpus)
+    assert set(found) == {"B29"}

@@ -320,7 +320,28 @@ def sees_documents(config, i, segment, t, s) -> bool:
     return s <= t
 
 
+def counts_positions(config, i, segment, t, s) -> bool:
+    """Documents of three tokens see each other; a window is of positions in one's own."""
+    return s <= t and (not config.windows[i] or t % 3 - s % 3 < config.windows[i])
+
+
+def sees_ahead(config, i, segment, t, s) -> bool:
+    """What comes later is hidden where a window is."""
+    window = config.windows[i]
+    return segment[s] == segment[t] and (not window or 0 <= t - s < window)
+
+
+def sees_both_sides(config, i, segment, t, s) -> bool:
+    window = config.windows[i]
+    return segment[s] == segment[t] and (not window or abs(t - s) < window)
+
+
+WINDOWS = {"windows": (2, 0)}
+
 ARITHMETIC = {
+    "documents see each other, windows count positions": (WINDOWS, {}, {"sees": counts_positions}),
+    "no causal mask where no window is": (WINDOWS, {}, {"sees": sees_ahead}),
+    "no causal mask, windows on both sides": (WINDOWS, {}, {"sees": sees_both_sides}),
     "rotary pairs interleaved": (dict(head_width=4), {}, {"rotate": interleaved}),
     "grouped heads tiled": (dict(kv_heads=2), {}, {"attention": tiled(oracles.attention)}),
     "eps outside the root": (dict(norm_eps=0.1), {}, {"norm": outside}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from refcurv.judge.compare import Bounds, compare_moments, drawing, said
 from refcurv.judge.corrections import compare_corrections
 from refcurv.judge.declared import as_number, require_declared
 from refcurv.judge.diagnosis.causes import with_named
+from refcurv.judge.diagnosis.faults import FAULTS
 from refcurv.judge.diagnosis.procedure import diagnose, remember
 from refcurv.judge.divergence import with_labels
 from refcurv.judge.draws import with_drawing
@@ -114,7 +116,8 @@ def validate(
     """
     _require_ours(model, corpus)
     accept = [accept] if isinstance(accept, str) else accept
-    dump, given = _theirs(theirs, declared or {}, arithmetic, accept)
+    with _all_missing(reference, layers):
+        dump, given = _theirs(theirs, declared or {}, arithmetic, accept)
     if labels is not None:
         corpus = _labelled(reference, model, corpus, labels)
         dump = replace(dump, declared={**dump.declared, "fisher": "empirical"})
@@ -265,6 +268,23 @@ def _labelled(
             raise SchemaError(f"validate: {str(labels)!r} holds no array `labels`.")
         given = arrays["labels"]
     return with_labels(corpus, slice(None), given)
+
+
+@contextmanager
+def _all_missing(reference: str | Path | Factors | None, layers: str | None) -> Iterator[None]:
+    """Of theirs that holds no layer: say what it lacks, and the fault that this is."""
+    try:
+        yield
+    except EmptyError as error:
+        if reference is None:
+            raise
+        wanted = _wanted(_reference(reference, None, None, {}, None), layers)
+        text = f"{error} Missing: {first_names(wanted)}. {B48}."
+        raise EmptyError(text) from error
+
+
+B48 = f"B48: {FAULTS['B48'].name}"
+"""What a layer that is not there is called."""
 
 
 def _nothing_in_common(

@@ -39,6 +39,7 @@ class Layout:
     position_BT: Array
     first_BT: Array
     last_BT: Array
+    seen_BTS: Array | None = None  # (B, T, S) bool, in the place of first and last: no run of keys
 
 
 def causal_layout(real_BT: Array, segment_BT: Array) -> Layout:
@@ -209,7 +210,8 @@ def centre(x: Array) -> Array:
 def visible_keys(layout: Layout, keys: int) -> Array:
     """(B, T, S) bool: may position t attend to key s?"""
     s = np.arange(keys)
-    return (layout.first_BT[..., None] <= s) & (s <= layout.last_BT[..., None])
+    run_BTS = (layout.first_BT[..., None] <= s) & (s <= layout.last_BT[..., None])
+    return run_BTS if layout.seen_BTS is None else layout.seen_BTS
 
 
 def softmax_over(score: Array, visible: Array) -> Array:

@@ -19,12 +19,15 @@ import argparse
 import hashlib
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from itertools import combinations
 from pathlib import Path
 from typing import Any
+
+from refcurv.law.checks import RefcurvError
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
@@ -84,7 +87,12 @@ def counts(record: Record) -> bool:
 
 
 class JudgeRaised(Exception):
-    """A judge that raises is a result; a program that raises is not."""
+    """A judge that raises is a result; a program that raises is not.
+
+    named: the ids in the one line of an error that says what is wrong with a dump (exit 2).
+    """
+
+    named: tuple[str, ...] = ()
 
 
 def verdict_of(judge: Callable[..., Any], *given: Any) -> Any:
@@ -92,7 +100,10 @@ def verdict_of(judge: Callable[..., Any], *given: Any) -> Any:
     try:
         return judge(*given)
     except Exception as error:
-        raise JudgeRaised(f"{type(error).__name__}: {error}"[:200]) from error
+        raised = JudgeRaised(f"{type(error).__name__}: {error}"[:200])
+        if isinstance(error, RefcurvError):
+            raised.named = tuple(dict.fromkeys(re.findall(r"\bB\d+\b", str(error))))
+        raise raised from error
 
 
 class Run:
@@ -109,7 +120,8 @@ class Run:
             try:
                 record |= make()
             except JudgeRaised as error:
-                record |= {"passed": False, "effect": "infinite", "named": [], "alike": [],
+                record |= {"passed": False, "effect": "infinite", "alike": [],
+                           "named": list(error.named),
                            "raised": str(error)}  # fmt: skip
             with RESULTS.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")

@@ -1,4 +1,4 @@
-"""Whether theirs is a random pass of a network with dropout: a statistical test."""
+"""Is theirs a random pass of a network with dropout, or of other weights? A statistical test."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from scipy import special
 
 from refcurv.algebra.scaling import norm
 from refcurv.judge.case import Case
@@ -14,28 +15,49 @@ from refcurv.judge.diagnosis.recomputed import is_large
 from refcurv.judge.diagnosis.search import Side
 from refcurv.judge.diagnosis.variants import Setting, inputs, moments
 from refcurv.judge.diagnosis.variants.dropout import PLACES
-from refcurv.judge.diagnosis.variants.networks import PASSES
+from refcurv.judge.diagnosis.variants.networks import PASSES, WEIGHTS
 from refcurv.law.checks import Array
 from refcurv.law.conventions import Fisher
 
 FEW = 4
 """Passes by which a rate is found, before the others are made."""
 
-RATES = (0.003, 0.6)
-"""Rates of dropout that are believed."""
+
+class Family(NamedTuple):
+    """A change of the network that is random.
+
+    Fields: fault; name, of the change, of a place and a number; places; first, the level that the
+    search begins with; levels, that are believed; odds: does the spread grow as √(p/(1 − p)) of
+    the level p, or in proportion to it; shifts: is the mean of many passes another than ours.
+    """
+
+    fault: str
+    name: str
+    places: tuple[str, ...]
+    first: float
+    levels: tuple[float, float]
+    odds: bool
+    shifts: bool
+
+
+DROPOUT = Family("B55", "dropout on {}, pass {}", PLACES, 0.1, (0.003, 0.6), True, True)
+OTHERS = Family("B57", "other weights of {}, draw {}", WEIGHTS, 0.01, (1e-6, 0.3), False, False)
 
 AGREES = 1.5
 """How far the middle distance may be from that of passes at the rate that was fitted to it."""
+
+ODDS = 0.01
+"""Of a true pass whose shift is refused, by Student's t.  Chosen."""
 
 Matrices = dict[tuple[str, str], Array]
 """(layer, side) → A or G."""
 
 
 class Random(NamedTuple):
-    """Dropout that explains theirs.
+    """A random change that explains theirs.
 
-    Fields: place, of PLACES; p, its rate; layers, that it moves; spread, how far passes are from
-    their mean there, and theirs, how far theirs is: the largest, relative.
+    Fields: place, of its family; p, its level; layers, that it moves; spread, how far passes are
+    from their mean there, and theirs, how far theirs is: the largest, relative.
     """
 
     place: str
@@ -45,39 +67,47 @@ class Random(NamedTuple):
     theirs: float
 
 
-def random_pass(case: Case, found: Mapping[str, Side]) -> Random | None:
-    """Dropout of which theirs may be one pass, or None.
+def random_pass(case: Case, found: Mapping[str, Side], family: Family) -> Random | None:
+    """The random change of which theirs may be one pass, or None.
 
     Definition
-        M is the mean of PASSES passes at a rate p, X is ours. p is fitted so that |T − M| is, in
+        M is the mean of PASSES passes at a level p, X is ours. p is fitted so that |T − M| is, in
         the middle of all A and G, as large as |Y_k − M without k|. Theirs is one more pass where
-        - what dropout does not move is ours, and what it moves is not;
+        - what the change does not move is ours, and what it moves is not;
         - log |T − M| over the A and G is no more ragged than that of the raggedest pass;
-        - ⟨T − X, M − X⟩ over |M − X|², all A and G together, lies in the range of the passes. It is
-          about 1 for them, and about 0 for what has nothing to do with dropout.
-        Of true passes at most 3 in PASSES + 1 fail the last two.
+        - where passes shift the mean, ⟨T − X, M − X⟩ over |M − X|², all A and G together, is that
+          of a pass. It is about 1 for them, and about 0 for what has nothing to do with dropout.
+        Of true passes 1 in PASSES + 1 fails the second, and ODDS of them the third. Other weights
+        shift nothing; a change of the arithmetic that was not tried may look like them.
 
     Proof: tests/test_judge_network.py::test_dropout_is_told_from_other_weights
     """
     theirs = _theirs(case, found)
-    for place in PLACES if theirs else ():
-        p = 0.1
+    for place in family.places if theirs else ():
+        p = family.first
         for count in (FEW, FEW, FEW, PASSES):
-            made = [_made(case, theirs, place, p, n) for n in range(count)]
+            made = [_made(case, theirs, family.name.format(place, n), p) for n in range(count)]
             moved = [at for at in theirs if all(at in one for one in made) and _moves(made, at)]
             if not moved or not _same_elsewhere(found, theirs, moved):
                 break
             seen = [_seen(case, theirs, made, at) for at in moved]
             ratio = float(np.median([one.off / np.median(one.each) for one in seen]))
-            if count == PASSES and 1 / AGREES < ratio < AGREES and _is_one(seen):
+            if count == PASSES and 1 / AGREES < ratio < AGREES and _is_one(seen, family):
                 layers = tuple(dict.fromkeys(layer for layer, _ in moved))
                 spread = max(float(np.median(one.each)) for one in seen)
                 return Random(place, p, layers, spread, max(one.off for one in seen))
-            odds = p / (1 - p) * ratio**2  # the spread grows as √(p / (1 − p))
-            p = odds / (1 + odds)
-            if not RATES[0] < p < RATES[1]:
+            p = _next(family, p, ratio)
+            if not family.levels[0] < p < family.levels[1]:
                 break
     return None
+
+
+def _next(family: Family, p: float, ratio: float) -> float:
+    """The level at which the spread is `ratio` times that at p."""
+    if not family.odds:
+        return p * ratio
+    odds = p / (1 - p) * ratio**2
+    return odds / (1 + odds)
 
 
 def _theirs(case: Case, found: Mapping[str, Side]) -> Matrices:
@@ -95,9 +125,9 @@ def _theirs(case: Case, found: Mapping[str, Side]) -> Matrices:
     }
 
 
-def _made(case: Case, theirs: Matrices, place: str, p: float, number: int) -> Matrices:
+def _made(case: Case, theirs: Matrices, name: str, p: float) -> Matrices:
     """A and G of one pass."""
-    setting = Setting(network=((f"dropout on {place}, pass {number}", p),))
+    setting = Setting(network=((name, p),))
     layers = list(dict.fromkeys(layer for layer, _ in theirs))
     if not any(side == "G" for _, side in theirs):
         for _, alone in inputs(case, [setting], layers):
@@ -116,7 +146,7 @@ def _moves(made: Sequence[Matrices], at: tuple[str, str]) -> bool:
 def _same_elsewhere(
     found: Mapping[str, Side], theirs: Matrices, moved: Sequence[tuple[str, str]]
 ) -> bool:
-    """Is theirs ours where dropout moves nothing, and not ours where it does?"""
+    """Is theirs ours where the change moves nothing, and not ours where it does?"""
     return all(
         (found[name].rank(layer, found[name].plain(layer)) > 0) == ((layer, name) in moved)
         for layer, name in theirs
@@ -157,17 +187,21 @@ def _seen(case: Case, theirs: Matrices, made: Sequence[Matrices], at: tuple[str,
     )
 
 
-def _is_one(seen: Sequence[Place]) -> bool:
+def _is_one(seen: Sequence[Place], family: Family) -> bool:
     """Is theirs no more irregular than a pass may be, and shifted as all of them are?"""
     logs = np.log([one.each for one in seen])
     middle = np.median(logs, axis=1, keepdims=True)
     scale = np.maximum(np.sqrt(np.mean((logs - middle) ** 2, axis=1)), 1e-3)
     ragged = [_irregular(x, scale) for x in ((logs - middle) / scale[:, None]).T]
     here = (np.log([one.off for one in seen]) - middle[:, 0]) / scale
+    if _irregular(here, scale) > max(ragged) or not family.shifts:
+        return _irregular(here, scale) <= max(ragged)
     weight = 1 / np.array([np.median(one.each) ** 2 for one in seen])
     moved = weight @ [one.shift for one in seen] / (weight @ [one.size for one in seen])
     each = weight @ [one.shifts for one in seen] / (weight @ [one.sizes for one in seen])
-    return bool(_irregular(here, scale) <= max(ragged) and each.min() <= moved <= each.max())
+    reach = float(special.stdtrit(len(each) - 1, 1 - ODDS / 2)) * np.sqrt(1 + 1 / len(each))
+    # and nearer to the passes than to what shifts nothing
+    return bool(abs(moved - each.mean()) <= min(reach * each.std(ddof=1), each.mean() / 2))
 
 
 def _irregular(z: Array, scale: Array) -> float:

@@ -14,7 +14,7 @@ from functools import partial
 
 from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.case import Case
-from refcurv.judge.diagnosis import precision, scales, telling
+from refcurv.judge.diagnosis import coarse, precision, scales, telling
 from refcurv.judge.diagnosis.amounts import fit
 from refcurv.judge.diagnosis.fits import fits
 from refcurv.judge.diagnosis.hypotheses import Index, diagonals, see, states
@@ -82,6 +82,7 @@ def diagnose(
         return causes, (), telling.told(case, findings, causes)
     for side in found.values():
         _search(case, side, found, index)
+    coarse.settle(case, found)
     _agree(found)
     for side in found.values():
         seen = [one for layer in case.matched if (one := telling.scale(case, found, layer))]

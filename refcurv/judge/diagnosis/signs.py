@@ -13,7 +13,7 @@ import numpy as np
 
 from refcurv.algebra.scaling import norm
 from refcurv.judge.case import Case
-from refcurv.judge.diagnosis.dropped import random_pass
+from refcurv.judge.diagnosis.dropped import DROPOUT, OTHERS, Family, random_pass
 from refcurv.judge.diagnosis.hypotheses import see
 from refcurv.judge.diagnosis.search import PLAIN, Side
 from refcurv.law.checks import Array
@@ -48,8 +48,9 @@ def signs(case: Case, found: Mapping[str, Side]) -> Iterator[Sign]:
             yield Sign(first, name, tuple(ranks), words, (other,))
     if not collapsed["A"]:
         yield from (
-            list(_dropped(case, found))
+            list(_random(case, found, DROPOUT))
             or list(_other_norms(case, found["A"]))
+            or list(_random(case, found, OTHERS))
             or _drifting(found["A"])
         )
 
@@ -74,19 +75,24 @@ def _rank(X: Array, floor: float) -> int:
     return int((values > max(floor, 1e-13 * len(X)) * values.max(initial=0)).sum())
 
 
-def _dropped(case: Case, found: Mapping[str, Side]) -> Iterator[Sign]:
-    """Theirs is a random pass of a network with dropout (`dropped`)."""
+def _random(case: Case, found: Mapping[str, Side], family: Family) -> Iterator[Sign]:
+    """Theirs is a random pass of a network with dropout, or has other weights (`dropped`)."""
     if not found["A"].unexplained():
         return
-    one = random_pass(case, found)
+    one = random_pass(case, found, family)
     if one is None:
         return
-    words = f"With dropout of about {one.p:.2g} on {one.place} a pass is {one.spread:.2g} from the "
-    words += f"mean of passes, and theirs is {one.theirs:.2g}; a test says so, no equality"
+    words = {
+        "B55": f"With dropout of about {one.p:.2g} on {one.place} a pass is {one.spread:.2g} from "
+        f"the mean of passes, and theirs is {one.theirs:.2g}",
+        "B57": f"With other weights of {one.place}, {one.p:.2g} of their size away at random, it "
+        f"is {one.spread:.2g} from the mean of such, and theirs is {one.theirs:.2g}. Arithmetic "
+        "that was not tried may look so",
+    }[family.fault] + "; a test says so, no equality"
     for name, side in found.items():
-        layers = tuple(x for x in one.layers if x in side.unexplained())
+        layers = tuple(x for x in one.layers if x in side.open())
         if layers:
-            yield Sign("B55", name, layers, words, ())
+            yield Sign(family.fault, name, layers, words, () if family is DROPOUT else NETWORK)
 
 
 def _other_norms(case: Case, side: Side) -> Iterator[Sign]:

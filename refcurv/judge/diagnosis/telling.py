@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 
 from refcurv.judge.biases import A_COLUMN, NO_COLUMN
@@ -16,7 +16,7 @@ from refcurv.judge.diagnosis.causes import about, made
 from refcurv.judge.diagnosis.faults import FAULTS
 from refcurv.judge.diagnosis.hypotheses import states
 from refcurv.judge.diagnosis.search import Chosen, Idea, Side
-from refcurv.judge.diagnosis.signs import signs
+from refcurv.judge.diagnosis.signs import Sign, signs
 from refcurv.judge.verdict import (
     BY_DRAWING,
     FAIL,
@@ -37,8 +37,12 @@ def causes(
     Only what speaks of a comparison that something is wrong with.
     """
     every = [*forms(case, found), *_missing(case, found, findings)]
-    every += _scales(case, found, findings)
-    every += [*precision.causes(case, found), *_signs(case, found)]
+    seen = list(signs(case, found))
+    moved = {layer for one in seen for layer in one.layers}
+    every += _scales(case, found, findings, moved)
+    sized = precision.causes(case, found)
+    every += [one for one in sized if not (_precision(one) and {*one.layers} <= moved)]
+    every += _signs(case, found, seen)
     return tuple(one for one in every if any(_speaks(one, f) for f in findings))
 
 
@@ -132,13 +136,16 @@ def _like(where: Sequence[tuple[Side, Chosen]]) -> tuple[str, ...]:
     return tuple(id for id in dict.fromkeys(ids) if id not in own)
 
 
-def _scales(case: Case, found: Mapping[str, Side], findings: Sequence[Comparison]) -> list[Cause]:
-    """Causes of factors that the forms leave, and of counts.
+def _scales(
+    case: Case, found: Mapping[str, Side], findings: Sequence[Comparison], moved: Set[str]
+) -> list[Cause]:
+    """Causes of factors that the forms leave, and of counts; not where signs say what moves them.
 
     Where drawing alone explains G, a factor that no comparison objects to is no fault either.
     """
     wrong = {f.layer for f in findings if f.verdict == FAIL and f.quantity in _OF_SCALE}
     at = [x for x in case.matched if x in wrong or not _by_drawing(found["G"], x)]
+    at = [x for x in at if x not in moved]
     seen = [one for layer in at if (one := scale(case, found, layer))]
     if not seen:
         return []
@@ -199,8 +206,8 @@ def scale(case: Case, found: Mapping[str, Side], layer: str) -> scales.Scale | N
     )  # fmt: skip
 
 
-def _signs(case: Case, found: Mapping[str, Side]) -> Iterator[Cause]:
-    for one in signs(case, found):
+def _signs(case: Case, found: Mapping[str, Side], seen: Sequence[Sign]) -> Iterator[Cause]:
+    for one in seen:
         before = max(found[one.side].plain(x).error for x in one.layers)
         at = one.layers, _form_of(one.side)
         yield made(case, one.fault, f"{one.words}.", *at, before, math.nan, one.alike)

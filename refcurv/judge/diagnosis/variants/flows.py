@@ -68,7 +68,9 @@ def flows(
 def _shard(
     net: Network, at: Positions, one: Choice | None, layers: Collection[str]
 ) -> Iterator[Flow]:
-    config, P, layout = net.config, net.parameters, net.layout(at)
+    config, P, layout, seen = net.config, net.parameters, net.layout(at), net.layouts(at)
+    if net.explicit(at):
+        config = replace(config, windows=())  # a part of `seen`
     inputs = at.inputs.astype(P["patch.weight"].dtype) if at.images else at.inputs
     x = transformer.input_forward(config, P, inputs, layout)
     rope = transformer.rope_of(config, layout, x.dtype)
@@ -77,9 +79,9 @@ def _shard(
     states, blocks = [x], []
     for i in range(config.layers):
         if net.drop is None:
-            x, trace, _ = transformer.block_forward(config, P, i, x, layout, rope, net.ops)
+            x, trace, _ = transformer.block_forward(config, P, i, x, seen[i], rope, net.ops)
         else:
-            x, trace = block_forward(config, P, i, x, layout, rope, net.ops, net.drop)
+            x, trace = block_forward(config, P, i, x, seen[i], rope, net.ops, net.drop)
         states.append(x)
         blocks.append(trace)
     normed, saved = transformer.norm_forward(config, P, "final_norm", x, net.ops)

@@ -19,6 +19,13 @@ from refcurv.judge.diagnosis.variants.rounding import (
     norms_in,
     rounded,
 )
+from refcurv.judge.diagnosis.variants.sight import (
+    EVERYWHERE,
+    NOWHERE,
+    Sight,
+    sights,
+    visible,
+)
 from refcurv.law.checks import Array, RefcurvError
 from refcurv.model.config import Activation, ModelConfig, Norm, QKNorm, Residual
 from refcurv.model.layers import (
@@ -48,7 +55,7 @@ class Network:
     padding stand on the left and is attended; pads, what a position of padding sees: "blind",
     nothing, as in `model.layers`; "real", the real positions, as where keys alone are masked;
     "all", as if it were real; bent, is the logits' soft-cap a part of the backward; drop, the
-    dropout of one pass.
+    dropout of one pass; sight, what hides positions, where `layout` alone cannot say it.
     """
 
     config: ModelConfig
@@ -61,25 +68,40 @@ class Network:
     pads: str = "blind"
     bent: bool = True
     drop: Dropout | None = None
+    sight: Sight | None = None
 
     def layout(self, at: Positions) -> Layout:
         """Which positions see which, and where they stand."""
         if at.images:
             return image_layout(self.config, len(at.index_B))
         one = np.zeros_like(at.segment_BT)
-        segment_BT = at.segment_BT if self.documents else one
+        restart = self.restart if self.sight is None else self.sight.restart
+        segment_BT = at.segment_BT if self.documents and restart else one
         seen_BT = np.ones_like(at.real_BT) if self.left or self.pads == "all" else at.real_BT
         out = layout_of(self.config, seen_BT, segment_BT)
-        if at.layout is not None:
-            out = at.layout
-        elif self.pads == "real":
+        if self.pads == "real":
             out = _pads_see_text(out, at.real_BT)
-        if not self.documents and self.restart:
-            out = replace(out, position_BT=causal_layout(seen_BT, at.segment_BT).position_BT)
+        if at.seen_BT is not None or (restart and not self.documents):
+            of_BT = at.segment_BT if restart else one
+            out = replace(out, position_BT=causal_layout(seen_BT, of_BT).position_BT)
         if self.config.learned_positions:
             last = self.config.learned_positions - 1
             out = replace(out, position_BT=np.minimum(out.position_BT + self.shift, last))
         return out
+
+    def layouts(self, at: Positions) -> list[Layout]:
+        """Of each block. A window is part of it where it says what is seen itself."""
+        config, out = self.config, self.layout(at)
+        if not self.explicit(at):
+            return [out] * config.layers
+        one = self.sight or Sight(EVERYWHERE if config.causal else NOWHERE, self.documents)
+        windows = [config.window(i) for i in range(config.layers)]
+        seen = {w: visible(at, one, w, self.pads) for w in dict.fromkeys(windows)}
+        return [replace(out, seen_BTS=seen[w]) for w in windows]
+
+    def explicit(self, at: Positions) -> bool:
+        """Is what a position sees no run of positions, so that each block must be told it?"""
+        return not at.images and (self.sight is not None or at.seen_BT is not None)
 
 
 def _pads_see_text(layout: Layout, real_BT: Array) -> Layout:
@@ -226,6 +248,29 @@ def _dropping(place: str, number: int) -> Callable[[Network, float], Network]:
     return make
 
 
+WEIGHTS: Final = ("blocks", "all")
+"""Whose weights are others where a model is that of another step."""
+
+
+def _shaken(some: str, number: int) -> Callable[[Network, float], Network]:
+    """Weights that are normal numbers away, `share` of their root mean square in each tensor."""
+
+    def make(net: Network, share: float) -> Network:
+        own = net.parameters
+
+        def read(name: str) -> Array:
+            x = own[name]
+            if some == "blocks" and not name.startswith("blocks."):
+                return x
+            random = np.random.default_rng([number, *name.encode()])
+            size = share * float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))
+            return np.asarray(x + size * random.normal(size=x.shape), x.dtype)
+
+        return replace(net, parameters=Lazy(list(own), read))
+
+    return make
+
+
 def _never(_config: ModelConfig, _at: Positions) -> Sequence[float]:
     """Tried where an error has the size of a coarser dtype, or as what is fitted."""
     return ()
@@ -307,6 +352,7 @@ CHANGES: Final[Mapping[str, Change]] = MappingProxyType(
             "B50", _if(lambda _, at: _packed(at)), _is(documents=False, restart=False)
         ),
         "no windows": Change("B50", _if(lambda config, _: config.windows), _has(windows=())),
+        **{one.name: Change("B50", _if(one.occurs), _is(sight=one)) for one in sights()},
         "padding attended": Change(
             "B50", _if(lambda config, at: not config.causal and _padded(at)), _is(pads="all")
         ),
@@ -398,6 +444,8 @@ CHANGES: Final[Mapping[str, Change]] = MappingProxyType(
         "weights as float16": Change("B57", _if(lambda *_: True), _stored("float16")),
         **{f"dropout on {place}, pass {n}": Change("B55", _never, _dropping(place, n))
            for place in PLACES for n in range(PASSES)},
+        **{f"other weights of {some}, draw {n}": Change("B57", _never, _shaken(some, n))
+           for some in WEIGHTS for n in range(PASSES)},
         "weights to bits": Change("B57", _never, _to_bits(True)),
         "matrices to bits": Change("B57", _never, _to_bits(False)),
         **{f"norms in {dtype}": Change("B53", _never, _coarse(norms_in, dtype))

@@ -14,7 +14,6 @@ from refcurv.law.conventions import NO_LABEL, Rows
 from refcurv.model.config import ModelConfig
 from refcurv.model.corpus import Corpus, require_tokens
 from refcurv.model.images import patches
-from refcurv.model.layers import Layout
 from refcurv.model.rows import kept, reached
 from refcurv.model.transformer import Inputs
 
@@ -26,8 +25,8 @@ class Positions:
     Fields: index_B, their rows in the corpus; inputs, tokens (B, T) or patches; label_BT, (B, 1) of
     images; keep_BT, the reference's rows; real_BT; segment_BT; reached_BT, the real positions from
     which a label is reached; pad_id, the token of all padding where it is a real token too,
-    else NO_LABEL; drawn_BTN, labels that were drawn already, of each of N draws; layout, what sees
-    what where the network's own rule does not say it.
+    else NO_LABEL; drawn_BTN, labels that were drawn already, of each of N draws; seen_BT, what any
+    position may see, where that is not what is real.
     """
 
     index_B: Array
@@ -39,15 +38,12 @@ class Positions:
     reached_BT: Array
     pad_id: int = NO_LABEL
     drawn_BTN: Array | None = None
-    layout: Layout | None = None
+    seen_BT: Array | None = None
 
     def of(self, at: slice | Array) -> Positions:
         """Some of its sequences."""
         some: dict[str, Any] = {name: x[at] for name, x in self._arrays().items()}
-        seen = self.layout
-        if seen is not None:
-            seen = Layout(seen.position_BT[at], seen.first_BT[at], seen.last_BT[at])
-        return replace(self, **some, layout=seen)
+        return replace(self, **some)
 
     def _arrays(self) -> dict[str, Any]:
         every = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -325,7 +325,7 @@ def _rows(at: Positions) -> Iterator[Setting]:
             yield Setting(rows_A=name, pads=pads)
             if pads == seen[0]:
                 yield Setting(rows_G=name, pads=pads)
-            if len(seen) > 1:
+            if len(seen) > 1 or theirs.all():  # the mask is left out, but not of the count
                 yield Setting(rows_A=name, count="reference", pads=pads)
 
 

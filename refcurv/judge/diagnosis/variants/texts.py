@@ -10,11 +10,10 @@ from typing import Any, Final
 
 import numpy as np
 
-from refcurv.judge.diagnosis.variants.positions import Positions, turned
+from refcurv.judge.diagnosis.variants.positions import Positions
 from refcurv.law.checks import Array
 from refcurv.law.conventions import NO_LABEL, Rows
 from refcurv.model.config import ModelConfig
-from refcurv.model.layers import Layout, causal_layout
 from refcurv.model.rows import kept, reached
 
 ALONG: Final = ("inputs", "label_BT", "real_BT", "segment_BT", "drawn_BTN")
@@ -40,7 +39,8 @@ def text_of(at: Positions, text: str, token: int, config: ModelConfig, rows: Row
     end = reached(out.label_BT, out.real_BT, out.segment_BT, config.causal)
     out = replace(out, keep_BT=_kept(out, config, rows), reached_BT=end)
     if TEXTS[text].fault == "B25":
-        return _aside(out, attended=text.startswith("a token is no row"))
+        seen = at if text.startswith("a token is no row") else out
+        return replace(out, seen_BT=seen.real_BT)
     return out
 
 
@@ -70,8 +70,6 @@ def texts(
         if one.fault == "B49" and (more or name.partition(",")[0] != LONGER):
             if n != ours or rows_left(at, name, NO_LABEL, config, rows) == n:
                 yield name, NO_LABEL
-    if not config.causal or config.windows:
-        return  # what sees what is not a run of positions there
     for token in _tokens(at, n):
         for name, one in TEXTS.items():
             if one.fault == "B25":
@@ -137,28 +135,6 @@ def _padding(at: Positions, token: int, own: bool, next_too: bool) -> Positions:
     gone_BT = (is_BT & own) | ((at.label_BT == token) & next_too)
     label_BT = np.where(gone_BT, NO_LABEL, at.label_BT)
     return replace(at, label_BT=label_BT, real_BT=at.real_BT & ~is_BT)
-
-
-def _aside(at: Positions, attended: bool) -> Positions:
-    """Behind each sequence stands what is not real in it; each keeps its place and what it sees.
-
-    attended: does everything see the positions that are not real, as if they were?
-    """
-    place = causal_layout(np.ones_like(at.real_BT), at.segment_BT)
-    if attended:
-        return replace(at, layout=place)
-    order = np.argsort(~at.real_BT, axis=1, kind="stable")
-    before_BT = np.cumsum(at.real_BT, axis=1) - at.real_BT  # real ones in front of each place
-    layout = Layout(
-        place.position_BT,
-        np.take_along_axis(before_BT, place.first_BT, axis=1),
-        before_BT - ~at.real_BT,
-    )
-    found: dict[str, Any] = {name: turned(x, order) for name, x in _along(at).items()}
-    found |= {name: turned(getattr(at, name), order) for name in ("keep_BT", "reached_BT")}
-    names = ("position_BT", "first_BT", "last_BT")
-    seen = Layout(*(turned(getattr(layout, name), order) for name in names))
-    return replace(at, **found, layout=seen)
 
 
 TEXTS: Final[Mapping[str, Text]] = MappingProxyType(
