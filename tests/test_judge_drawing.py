@@ -240,6 +240,32 @@ def test_nothing_passes_by_a_large_standard_error():
     assert verdict(1e-9, 0.5) == "equal as float32", "no other label changes so little"
 
 
+def test_what_passes_as_drawn_says_that_other_labels_would():
+    """A standard error alone tells the corpus's labels from drawn ones only where they differ."""
+    model, corpus = world(1)
+    made = rc.collect(model, corpus, LAYERS, draws=32)
+    share = 0.01 / np.sqrt(32)
+    known = {
+        x: replace(
+            one,
+            error_G=share * np.linalg.norm(one.G),
+            error_trace_G=share * np.trace(one.G),
+        )
+        for x, one in made.items()
+    }
+    reference, theirs = replace(made, layers=known), {}
+    for name, one in made.items():
+        off = 1 + 0.01 * (-1.0) ** np.arange(len(one.G))
+        theirs[name] = one.A, off[:, None] * one.G * off, one.n_A
+    verdict = rc.validate(theirs, reference, **SAMPLED)
+    assert verdict.passed and verdict.findings[0].quantity == "labels"
+    text, page = (made(verdict.to_json()) for made in (format_verdict, verdict_page))
+    for seen in (text, page):
+        assert "Labels of the corpus, or any others" in " ".join(seen.split())
+    same = rc.validate(in_memory(reference), reference, **SAMPLED)
+    assert all(f.quantity != "labels" for f in same.findings)
+
+
 def test_a_gauge_is_none_where_the_scale_is_undecided():
     model, corpus = world(1)
     reference = rc.collect(model, corpus, LAYERS, seed=1, draws=2)
