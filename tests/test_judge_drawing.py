@@ -103,6 +103,18 @@ def test_dumps_that_are_kept_are_those_that_are_drawn(monkeypatch):
             for k in range(min(3, 7 - 3 * number)):
                 assert all(np.array_equal(some[x][k], G) for x, G in wanted[3 * number + k].items())
     assert drawn == [0], "the second series alone drew anew"
+    behind, anew = next(readers[0]), next(readers[2])
+    assert drawn == [0, 3] and all(np.array_equal(behind[x], G) for x, G in anew.items())
+
+
+def test_a_dump_of_several_shards_is_a_collection():
+    """What goes forward is kept between passes over one shard, and never taken for another's."""
+    model, _ = world(1)
+    tokens = np.random.default_rng(1).integers(0, model.config.vocabulary, (600, 8))
+    case = case_of(model, rc.Corpus(tokens), seed=honest.SEED)
+    (dump,) = first(honest.series(honest.source_of(case, 1)), 1)
+    for name, G in dump.items():
+        assert np.linalg.norm(G - case.ours(name).G) <= 1e-13 * np.linalg.norm(G)
 
 
 def with_count(draw, begun):
