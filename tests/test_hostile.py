@@ -5,11 +5,18 @@ Wrong types, sequences that are none, certificates that are none, corpora withou
 
 from __future__ import annotations
 
+import inspect
 import json
+import tempfile
+from functools import cache
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
-from strategies import config, random_parameters
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import config, few, random_parameters
 
 import refcurv as rc
 from refcurv.algebra import balls
@@ -17,7 +24,8 @@ from refcurv.algebra.balls import exact
 from refcurv.certified.certificate import Enclosed
 from refcurv.cli import main
 from refcurv.files import store
-from refcurv.law.checks import SchemaError
+from refcurv.judge.cases import make_cases, making
+from refcurv.law.checks import EmptyError, SchemaError
 from refcurv.report.certificate import format_certificate
 
 
@@ -103,6 +111,73 @@ def test_other_arguments_of_wrong_types(setting, folder):
         with pytest.raises(rc.RefcurvError, match="arithmetic must be a text"):
             rc.validate(factors, factors, arithmetic=wrong)
     assert rc.validate(factors, factors, accept="float32").accepted == ("float32",)
+
+
+WRONG = {
+    "none": None, "flag": True, "zero": 0, "five": 5, "negative": -1, "half": 0.5, "nan": np.nan,
+    "complex": 1j, "text": "x", "no text": "", "bytes": b"x", "list": [1], "no list": [],
+    "ragged": [[1], [1, 2]], "texts": ["x", None], "set": {1}, "tuple": (1, "x"), "map": {"x": 1},
+    "map of numbers": {1: 2}, "map of none": {None: None}, "array": np.ones((2, 3)),
+    "array of objects": np.array([None, "x"]), "no array": np.zeros(0), "path": Path("nowhere"),
+    "function": len, "type": int, "object": object(),
+}  # fmt: skip
+"""What a stranger may give in the place of any argument."""
+
+
+@cache
+def calls():
+    """Function → right arguments, by name; every argument that it has."""
+    made = config(layers=1, width=4, head_width=2, mlp_width=3)
+    tokens = np.random.default_rng(0).integers(0, made.vocabulary, (3, 4))
+    model, corpus = rc.Model(made, random_parameters(made, 3)), rc.Corpus(tokens)
+    own = {"model": model, "corpus": corpus}
+    factors = rc.collect(model, corpus, "**", "empirical")
+    passed = dict(rc.trace(model, corpus, fisher="empirical").tensors)
+    right = {
+        rc.validate: {"theirs": factors, "reference": factors, **own},
+        rc.trace: own,
+        rc.first_divergence: {"theirs": passed, **own},
+        make_cases: {**own, "folder": Path(tempfile.gettempdir()) / "refcurv-no-such-set"},
+        rc.estimators.reduce: own,
+        rc.estimators.ekfac: {**own, "bases": rc.decompose(factors), "per": "token"},
+    }
+    return {f: dict.fromkeys(inspect.signature(f).parameters) | given for f, given in right.items()}
+
+
+def refused_or_works(function, argument, wrong):
+    """Whatever is given, it is refused in one line, or it works."""
+    names = inspect.signature(function).parameters
+    own = {k: v for k, v in calls()[function].items() if v is not None}
+    assert argument in names
+    with mock.patch.object(making, "truth", side_effect=EmptyError("here the work begins")):
+        try:
+            function(**{**own, argument: wrong})
+        except rc.RefcurvError as error:
+            assert str(error) and "\n" not in str(error) and len(str(error)) < 1000
+
+
+ARGUMENTS = [
+    (f, name)
+    for f in (rc.validate, rc.trace, rc.first_divergence, make_cases,
+              rc.estimators.reduce, rc.estimators.ekfac)
+    for name in inspect.signature(f).parameters
+]  # fmt: skip
+
+
+@few(100)
+@given(st.sampled_from(ARGUMENTS), st.sampled_from(sorted(WRONG)))
+def test_arguments_of_any_type_are_refused_in_one_line(at, wrong):
+    """A TypeError of NumPy says nothing to who gave `names=3`."""
+    refused_or_works(*at, WRONG[wrong])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("function", "argument"), ARGUMENTS, ids=lambda x: getattr(x, "__name__", x)
+)
+def test_every_argument_of_any_type_is_refused_in_one_line(function, argument):
+    for wrong in WRONG.values():
+        refused_or_works(function, argument, wrong)
 
 
 @pytest.mark.parametrize("name", ["certify", "trace", "validate"])

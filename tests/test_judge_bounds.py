@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from strategies import config
+from scipy import special
+from strategies import any_config, config, random_parameters
 
 import refcurv as rc
 from refcurv.curvature.eigenbasis import Eigenbasis
@@ -27,6 +28,7 @@ from refcurv.judge.masks import _disputed
 from refcurv.judge.pictures import pictures
 from refcurv.judge.trace import Trace, _errors, _require_room
 from refcurv.judge.truths import _truth, near_of
+from refcurv.passes.rounding import _spread
 
 LAYER, ROWS, DRAWS, SHARD = "up", 50, 3, 17
 RNG = np.random.default_rng(8)
@@ -371,3 +373,63 @@ def test_a_trace_that_memory_does_not_hold_is_refused(monkeypatch):
     monkeypatch.setattr("refcurv.judge.trace.available", lambda: need - 1)
     with pytest.raises(rc.RefcurvError, match="fewer sequences"):
         _require_room(made, corpus)
+
+
+# ------------------------------------------------------------------ few rows that err most
+
+
+def narrow(seed):
+    """A model of any family, down to three numbers wide, and a corpus."""
+    rng = np.random.default_rng(seed)
+
+    def pick(options):
+        return options[int(rng.integers(len(options)))]
+
+    made = any_config(pick)
+    P = {
+        x: M.astype(np.float32) for x, M in random_parameters(made, int(rng.integers(9999))).items()
+    }
+    width = min(5, made.learned_positions or 5)
+    tokens = rng.integers(0, made.vocabulary, (int(rng.integers(6, 14)), width))
+    labels = None if made.causal else rng.integers(0, made.vocabulary, tokens.shape)
+    single = rc.Model(made, P, "float32")
+    return (
+        rc.Model(made, {x: M.astype(np.float64) for x, M in P.items()}),
+        single,
+        rc.Corpus(tokens, labels),
+    )
+
+
+@pytest.mark.parametrize("seed", [100, 216])
+def test_a_norm_that_divides_by_nearly_0_in_one_row_is_no_alarm(seed):
+    """Then one row has all of the error: it does not fall with rows, and few runs tell it."""
+    model, single, corpus = narrow(seed)
+    ours = rc.collect(model, corpus, "**", "empirical")
+    theirs = rc.collect(single, corpus, "**", "empirical")
+    dump = {name: (one.A, one.G, one.n_A) for name, one in theirs.items()}
+    assert rc.validate(dump, ours, arithmetic="float32", declared={"fisher": "empirical"}).passed
+    unknown = {"noise_A": None, "noise_G": None}
+    blind = replace(ours, layers={x: replace(one, **unknown) for x, one in ours.items()})
+    assert not rc.validate(
+        dump, blind, arithmetic="float32", declared={"fisher": "empirical"}
+    ).passed
+
+
+def test_the_noise_of_a_sum_is_that_of_its_rows():
+    """Equal rows tell it by three numbers each; one row that has most of it by three in all."""
+    assert _spread(np.full(10, 2.0), np.full(10, 5.0)) == (4 * 100, pytest.approx(30))
+    variance, free = _spread(np.array([1e-30, 1.0, 1e-30]), np.array([1.0, 7.0, 1.0]))
+    assert (variance, free) == (pytest.approx(28), pytest.approx(3))
+    assert _spread(np.zeros(3), np.ones(3)) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("side", ["A", "G"])
+def test_noise_widens_the_budget_of_its_side_alone(side):
+    size = float(np.linalg.norm(getattr(ONE, f"sum_{side}")))
+    noisy = replace(ONE, **{f"noise_{side}": 1000 * 2.0**-53 * size, f"free_{side}": 7.0})
+    for of in "AG":
+        plain = case_of().budget(LAYER, "float64", of)
+        times = math.sqrt(special.fdtri(7 / 3, 7, special.ndtr(4.0)))
+        more = times * 1000 * (2.0**-24 + 2.0**-53) - 12 / math.sqrt(DRAWS * ROWS) * 2 * 2.0**-24
+        found = case_of(noisy).budget(LAYER, "float64", of) - plain
+        assert found == pytest.approx(more if of == side else 0, rel=0.05, abs=1e-12)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations_with_replacement, islice
 
 import numpy as np
@@ -12,7 +13,7 @@ from strategies import config, few, random_parameters
 
 import refcurv as rc
 from refcurv.cli import main
-from refcurv.judge import draws
+from refcurv.judge import draws, honest
 from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.case import Case
 from refcurv.judge.compare import Bounds
@@ -59,15 +60,90 @@ def test_honest_dumps_are_those_of_collect():
     case = Case(
         read_dump(in_memory(exact)), drawn, {x: x for x in exact}, Arithmetic(), model, corpus
     )
-    dumps = list(islice(draws.honest(case, list(exact), 1), 400))
+    dumps = first(honest.series(honest.source_of(case, 1)), 400)
     for name, one in exact.items():
         each = np.stack([dump[name] for dump in dumps])
         error = drawn[name].error_G * np.sqrt(200)
         spread = np.sqrt(((each - one.G) ** 2).sum(axis=(1, 2)).mean())
         assert spread == pytest.approx(error, rel=0.25)
         assert np.linalg.norm(each.mean(axis=0) - one.G) <= 3 * error / np.sqrt(400)
-    two = next(draws.honest(case, list(exact), 2))
+    (two,) = first(honest.series(honest.source_of(case, 2)), 1)
     assert not np.array_equal(two[name], dumps[0][name])
+
+
+def first(dumps, count):
+    """So many dumps, one by one."""
+    each = ({x: G[k] for x, G in some.items()} for some in dumps for k in range(size_of(some)))
+    return list(islice(each, count))
+
+
+def size_of(some):
+    return len(next(iter(some.values())))
+
+
+def case_of(model, corpus, **reference):
+    factors = rc.collect(model, corpus, LAYERS, **reference)
+    names = {name: name for name in factors}
+    return Case(read_dump(in_memory(factors)), factors, names, Arithmetic(), model, corpus)
+
+
+def test_dumps_that_are_kept_are_those_that_are_drawn(monkeypatch):
+    """What was drawn for one dump serves the next: the same bits, whoever reads, and how far."""
+    case = case_of(*world(1))
+    source = honest.source_of(case, 2)
+    monkeypatch.setattr(honest, "AT_ONCE", 3)
+    kept, none = honest.Series(source), honest.Series(source)
+    wanted = first(kept, 7)
+    monkeypatch.setattr(honest, "KEPT", 0)
+    monkeypatch.setattr(honest, "_drawn", with_count(honest._drawn, drawn := []))
+    readers = [iter(kept), iter(kept), iter(none)]
+    for number in range(3):
+        for one in readers:
+            some = next(one)
+            for k in range(min(3, 7 - 3 * number)):
+                assert all(np.array_equal(some[x][k], G) for x, G in wanted[3 * number + k].items())
+    assert drawn == [0], "the second series alone drew anew"
+    behind, anew = next(readers[0]), next(readers[2])
+    assert drawn == [0, 3] and all(np.array_equal(behind[x], G) for x, G in anew.items())
+
+
+def test_a_dump_of_several_shards_is_a_collection():
+    """What goes forward is kept between passes over one shard, and never taken for another's."""
+    model, _ = world(1)
+    tokens = np.random.default_rng(1).integers(0, model.config.vocabulary, (600, 8))
+    case = case_of(model, rc.Corpus(tokens), seed=honest.SEED)
+    (dump,) = first(honest.series(honest.source_of(case, 1)), 1)
+    for name, G in dump.items():
+        assert np.linalg.norm(G - case.ours(name).G) <= 1e-13 * np.linalg.norm(G)
+
+
+def with_count(draw, begun):
+    def counted(source, begin):
+        begun.append(begin)
+        return draw(source, begin)
+
+    return counted
+
+
+def test_dumps_are_those_of_their_model_corpus_and_choices():
+    """Whatever changes one of them changes the key by which dumps are found again."""
+    model, corpus = world(1)
+    case, changed = case_of(model, corpus), dict(model.parameters)
+    changed["head.weight"] = changed["head.weight"] * (1 + 1e-12)
+    other = rc.Corpus(corpus.tokens, labels=np.where(corpus.label >= 0, corpus.label[:, ::-1], -1))
+    signed = replace(case, dump=replace(case.dump, declared={"fisher": "signed"}))
+    cases = [
+        case,
+        case_of(rc.Model(model.config, changed), corpus),
+        case_of(model, rc.Corpus(corpus.tokens[::-1])),
+        case_of(model, other),
+        case_of(model, corpus, rows="all"),
+        replace(case, matched={"blocks.0.mlp.up": "blocks.0.mlp.up"}),
+        signed,
+    ]
+    told = [honest.source_of(one, 1).told for one in cases] + [honest.source_of(case, 2).told]
+    assert len({*told}) == len(told)
+    assert honest.source_of(case_of(*world(1)), 1) == honest.source_of(case, 1)
 
 
 @pytest.mark.parametrize(
@@ -105,6 +181,27 @@ def test_gold_labels_never_pass_for_drawn_ones(seed):
     assert all(f.error > f.budget for f in turned)
 
 
+def test_gold_labels_are_named_through_rounding(monkeypatch):
+    """Nearer to them than half of what any honest dump comes to, whatever rounding took of it."""
+    monkeypatch.setattr(draws, "CONFIRMED", 60)
+    case = case_of(*world(1), seed=1)
+    gold = rc.collect(case.model, case.corpus, LAYERS, "empirical")
+    Y = {name: one.G for name, one in gold.items()}
+    near = [{x: draws._apart(G, Y[x]) for x, G in one.items()} for one in dumps_of(case, 80)]
+    least = {x: min(one[x] for one in near) for x in Y}
+    assert draws.nearer(case, Y, {x: 0.3 * far for x, far in least.items()})
+    assert not draws.nearer(case, Y, {x: 0.9 * far for x, far in least.items()})
+    assert not any(draws.nearer(case, Y, one) for one in near)
+    exact = rc.collect(case.model, case.corpus, LAYERS, "expected")
+    middle = {name: one.G for name, one in exact.items()}
+    each = [{x: draws._apart(G, middle[x]) for x, G in one.items()} for one in dumps_of(case, 80)]
+    assert not any(draws.nearer(case, middle, one) for one in each)
+
+
+def dumps_of(case, count):
+    return first(honest.series(honest.source_of(case, 1)), count)[count // 4 * 3 :]
+
+
 def test_likely_labels_prove_nothing():
     """Where labels are nearly certain, drawn ones are often the likeliest ones in every place."""
     model, corpus = world(3)
@@ -121,7 +218,7 @@ def test_likely_labels_prove_nothing():
 def test_the_labels_of_the_reference_need_no_draws(monkeypatch):
     model, corpus = world(1)
     reference = rc.collect(model, corpus, LAYERS, seed=1)
-    monkeypatch.setattr(draws, "honest", lambda *_: pytest.fail("labels are the same"))
+    monkeypatch.setattr(draws, "series", lambda _: pytest.fail("labels are the same"))
     given_ = {"model": model, "corpus": corpus, **SAMPLED}
     assert rc.validate(in_memory(reference), reference, **given_).passed
 
@@ -153,6 +250,32 @@ def test_nothing_passes_by_a_large_standard_error():
     assert verdict(1.1 * RARE / 2, 0.5) == "fail"
     assert verdict(0.4, 0.5, 99) == "pass" and verdict(0.6, 0.5, 99) == "fail"
     assert verdict(1e-9, 0.5) == "equal as float32", "no other label changes so little"
+
+
+def test_what_passes_as_drawn_says_that_other_labels_would():
+    """A standard error alone tells the corpus's labels from drawn ones only where they differ."""
+    model, corpus = world(1)
+    made = rc.collect(model, corpus, LAYERS, draws=32)
+    share = 0.01 / np.sqrt(32)
+    known = {
+        x: replace(
+            one,
+            error_G=share * np.linalg.norm(one.G),
+            error_trace_G=share * np.trace(one.G),
+        )
+        for x, one in made.items()
+    }
+    reference, theirs = replace(made, layers=known), {}
+    for name, one in made.items():
+        off = 1 + 0.01 * (-1.0) ** np.arange(len(one.G))
+        theirs[name] = one.A, off[:, None] * one.G * off, one.n_A
+    verdict = rc.validate(theirs, reference, **SAMPLED)
+    assert verdict.passed and verdict.findings[0].quantity == "labels"
+    text, page = (made(verdict.to_json()) for made in (format_verdict, verdict_page))
+    for seen in (text, page):
+        assert "Labels of the corpus, or any others" in " ".join(seen.split())
+    same = rc.validate(in_memory(reference), reference, **SAMPLED)
+    assert all(f.quantity != "labels" for f in same.findings)
 
 
 def test_a_gauge_is_none_where_the_scale_is_undecided():

@@ -44,6 +44,8 @@ def test_the_text_says_what_is_wrong_first(setting):
     assert text.startswith(f"FAILED: 1 of {len(factors)} layers of memory")
     row = next(line for line in text.splitlines() if line.startswith("blocks.0.mlp.up"))
     assert row.endswith("fail") and "G/tr G" in text
+    unknown = text.partition("No known fault explains all of it. The nearest of ")[2]
+    assert 1 <= unknown.count("\n- ") <= 6 and "leaves" in unknown
     assert all(len(line) <= 100 for line in text.splitlines())
 
 

@@ -42,6 +42,7 @@ from refcurv.curvature.moments import RunningSum
 from refcurv.files.digest import digest, require_same
 from refcurv.law.checks import (
     Array,
+    ConventionError,
     EmptyError,
     NameUnknownError,
     NonFiniteError,
@@ -52,6 +53,13 @@ from refcurv.law.checks import (
 from refcurv.law.conventions import BLOCK_SHARDS, Bias, Estimator, Fisher, Rows
 from refcurv.model.config import ModelConfig
 from refcurv.model.corpus import Corpus
+from refcurv.model.given import (
+    require_corpus,
+    require_flag,
+    require_model,
+    require_progress,
+    shown,
+)
 from refcurv.model.patterns import expand
 from refcurv.model.transformer import Tap
 from refcurv.model.weights import Model, resident
@@ -171,6 +179,7 @@ def reduce(
     Source: Eschenhagen et al. 2023 (arXiv 2311.00636); ESTIMATOR.
     Proof: tests/test_estimators.py::test_reduce_equals_its_dense_definition
     """
+    _require_given("reduce", model, corpus, progress)
     config = model.config
     keep = Rows(require_choice("reduce", "rows", rows, list(Rows)))
     names = expand(layers, list(config.linear_layers()))
@@ -222,6 +231,12 @@ class _Reduced:
 
 def _as(like: Array, x: Array) -> Array:
     return x.astype(like.dtype, copy=False)
+
+
+def _require_given(who: str, model: object, corpus: object, progress: object) -> None:
+    require_model(who, model)
+    require_corpus(who, corpus)
+    require_progress(who, progress)
 
 
 # ------------------------------------------------------------------ EK-FAC
@@ -346,6 +361,12 @@ def ekfac(
     Proof: tests/test_estimators.py::test_lambda_equals_its_dense_definition,
         ::test_B75_the_square_of_another_sum_is_another_lambda
     """
+    _require_given("ekfac", model, corpus, progress)
+    require_flag("ekfac", "force", force)
+    if not isinstance(bases, Bases):
+        raise ConventionError(
+            f"ekfac: bases must be Bases, such as rc.decompose(factors); got {shown(bases)}."
+        )
     config, keep = model.config, Rows(require_choice("ekfac", "rows", rows, list(Rows)))
     kinds = (Estimator.TOKEN, Estimator.SEQUENCE)
     kind = Estimator(require_choice("ekfac", "per", per, kinds))

@@ -58,7 +58,9 @@ class Factor:
     drawn and of nothing else: sqrt(E|G − E G|²) in Frobenius norm, and sqrt(E(tr G − E tr G)²). 0
     where nothing is drawn (`expected`, `empirical`), None where they are not known: one draw alone
     does not tell, nor do squares that leave the range of float64. rounding_G estimates how much of
-    tr sum_G is rounding (NEGATIVE); None of factors that were made without it.
+    tr sum_G is rounding (NEGATIVE); None of factors that were made without it. noise_A and noise_G
+    are standard deviations of sum_A and sum_G by rounding, in Frobenius norm; free_A and free_G how
+    many random numbers tell them, few where few rows err most. None if they are not known.
     """
 
     sum_A: Array
@@ -69,6 +71,10 @@ class Factor:
     error_trace_G: float | None = None
     sum_a: Array | None = None
     rounding_G: float | None = None
+    noise_A: float | None = None
+    free_A: float | None = None
+    noise_G: float | None = None
+    free_G: float | None = None
 
     @property
     def A(self) -> Array:
@@ -225,8 +231,8 @@ def summed(
         sweep(config, parameters, unit, job, through(unit, sums.take) if through else sums.take)
         sums.finish()
         if unit.number in looked_at:  # alone in its block, so that it needs no turn
-            for name, (square, count) in rounding(config, parameters, unit, job).items():
-                totals[Key(Side.e, name)].add(np.array([square]), count)
+            for name, (noise, count) in rounding(config, parameters, unit, job).items():
+                totals[Key(Side.e, name)].add(np.array(noise), count)
 
     resume = None
     if checkpoint:
@@ -308,14 +314,24 @@ def _finish(config: ModelConfig, job: Sweep, totals: Mapping[Key, RunningSum]) -
         told = known and (not sums[g].any() or SQUARED[0] <= norm(sums[g]) <= SQUARED[1])
         error_G, error_trace_G = map(float, errors) if told else (None, None)
         sum_a = sums[Key(Side.a, read)] if config.has_bias(name) else None
-        drawn, rounding_G = (error_G, error_trace_G), _rounding(totals[Key(Side.e, name)], n_G)
-        out[name] = Factor(sums[a], totals[a].rows, sums[g], n_G, *drawn, sum_a, rounding_G)
+        drawn, n_A = (error_G, error_trace_G), totals[a].rows
+        rounded = _rounding(totals[Key(Side.e, name)], n_A, n_G)
+        out[name] = Factor(sums[a], n_A, sums[g], n_G, *drawn, sum_a, *rounded)
     return out
 
 
-def _rounding(squares: RunningSum, n_G: int) -> float | None:
-    """Σ |e|² over n_G rows, from the rows that were looked at; None if there were none."""
-    return float(squares.state()[0]) * n_G / squares.rows if squares.rows else None
+def _rounding(noise: RunningSum, n_A: int, n_G: int) -> tuple[float | None, ...]:
+    """rounding_G, noise_A, free_A, noise_G and free_G of all rows, from those that were looked at.
+
+    None if there were none, or if errors are too small to be squared.
+    """
+    if not noise.rows:
+        return (None,) * 5
+    square, of_G, free_G, of_A, free_A = map(float, noise.state())
+    more_A, more_G = n_A / noise.rows, n_G / noise.rows
+    told_A = (math.sqrt(of_A * more_A), free_A) if of_A else (None, None)
+    told_G = (math.sqrt(of_G * more_G), free_G) if of_G else (None, None)
+    return square * more_G, *told_A, *told_G
 
 
 def least_certain(factors: Factors) -> tuple[str, float] | None:

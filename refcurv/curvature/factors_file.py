@@ -24,7 +24,7 @@ from refcurv.law.conventions import COMPUTE_DTYPES, Estimator, Fisher, Rows
 from refcurv.model.config import TABLES
 
 _SUMS = (Estimator.EXPAND, Estimator.REDUCE)
-_ERRORS = ("error_G", "error_trace_G", "rounding_G")
+_ERRORS = ("error_G", "error_trace_G", "rounding_G", "noise_A", "free_A", "noise_G", "free_G")
 
 
 def save_factors(factors: Factors, path: str | Path, checkpoint: str | Path | None = None) -> None:

@@ -23,7 +23,7 @@ class Side(StrEnum):
         entries, (entries,).
     a   Σ a, (I,), where a reader has a bias (BIAS).
     G   Σ g gᵀ of one layer, (O, O).
-    e   Σ |e|² over some rows, (1,), e the rounding error of g (NEGATIVE).
+    e   what rounding does to some rows, (5,): `passes.rounding.Noise` (NEGATIVE).
     """
 
     A = "A"
@@ -154,7 +154,7 @@ def empty_sums(config: ModelConfig, job: Sweep) -> dict[Key, RunningSum]:
         if name in job.layers:
             read = config.input_of(name)
             out[Key(Side.G, name)] = RunningSum(d_out, d_out)
-            out[Key(Side.e, name)] = RunningSum(1)
+            out[Key(Side.e, name)] = RunningSum(5)
             shape = (d_in,) if name in TABLES else (d_in, d_in)
             out.setdefault(Key(Side.A, read), RunningSum(*shape))
             if config.has_bias(name):

@@ -16,6 +16,7 @@ from refcurv.algebra import blas
 from refcurv.law.checks import RoomError
 from refcurv.law.conventions import BLOCK_SHARDS
 from refcurv.model.config import TABLES, ModelConfig
+from refcurv.model.given import require_whole
 from refcurv.passes.parallel import cores
 from refcurv.passes.shards import Shard
 from refcurv.passes.sweep import Sweep
@@ -153,6 +154,8 @@ def in_flight(who: str, need: Need, asked: int | None = None) -> int:
 
     Proof: tests/test_room.py::test_fewer_are_in_flight_where_memory_is_short
     """
+    if asked is not None:
+        require_whole(who, "in_flight", asked, 0)
     most, room = asked or cores(), available()
     if room is None:
         return most

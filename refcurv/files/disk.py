@@ -82,8 +82,9 @@ def _resolved(who: str, path: PathLike) -> Path:
     """The place that a path leads to through its links; SchemaError for what is no path."""
     try:
         return Path(os.path.realpath(path))
-    except ValueError as error:  # a NUL in the path
-        raise SchemaError(f"{who}: {os.fspath(path)!r} is no path: {one_line(error)}.") from None
+    except (TypeError, ValueError) as error:  # no text, or a NUL in it
+        told = path if isinstance(error, TypeError) else os.fspath(path)
+        raise SchemaError(f"{who}: {told!r:.100} is no path: {one_line(error)}.") from None
 
 
 def output_path(who: str, path: PathLike) -> Path:

@@ -100,16 +100,19 @@ float32 would reach the error of TF32 at 130,000 rows, and that of bfloat16 at 8
 """
 
 
-def moment_budget(arithmetic: Arithmetic, rows: float, amplification: float | None = None) -> float:
+def moment_budget(
+    arithmetic: Arithmetic, rows: float, amplification: float | None = None, noise: float = 0.0
+) -> float:
     """How far A or G may be from the truth, |A' − A| over |A|, in Frobenius norm.
 
     Definition
-        2 κ₀ u + min(2, 12/√rows) κ u + (κ u)²  + 2 u(products) + 8 √(m/3) u(sums) + u(stored)
+        2 κ₀ u + ν u + (κ u)²  + 2 u(products) + 8 √(m/3) u(sums) + u(stored)
         u is the model's. κ₀ = AMPLIFICATION is what all rows have in common, as from a weight that
-        is rounded. κ u is the error of one row, relative to it. By Cauchy and Schwarz it changes a
-        sum by 2 κ u tr A at most. Errors of n rows fall by √n, and leave their squares; 12 is
-        chosen, 6 times that, for few rows may weigh more than the rest. u(products) is one rounding
-        for each operand. m is rows, or CHAIN if that is less. For 8 √(m/3) u see Sums.
+        is rounded. κ u is the error of one row, relative to it. Errors of n rows that are alike
+        fall by √n, and leave their squares: ν is min(2, 12/√rows) κ at least, six standard
+        deviations. Where few rows err most, and have most of the sum, nothing falls: then ν is
+        `noise`, what these rows show. u(products) is one rounding for each operand. m is rows, or
+        CHAIN if that is less. For 8 √(m/3) u see Sums.
 
     Sums
         Addition k rounds each entry of the partial sum S_k by at most u, in either direction. So
@@ -122,6 +125,7 @@ def moment_budget(arithmetic: Arithmetic, rows: float, amplification: float | No
         arithmetic: with no part left out (`Arithmetic.filled`).
         rows: how many were summed.
         amplification: κ where it is known (NEGATIVE); AMPLIFICATION at least.
+        noise: how many u the sum may be off by its rows' own errors (`Factor.noise_G`).
 
     Kind: probable; the worst case of 100,800 rows of float32, 6e-3, would hide bfloat16.
 
@@ -132,5 +136,5 @@ def moment_budget(arithmetic: Arithmetic, rows: float, amplification: float | No
     own = max(AMPLIFICATION, amplification or 0.0) * u["model"]
     shared = 2 * AMPLIFICATION * u["model"]
     sums = tolerance.LAMBDA * math.sqrt(min(rows, CHAIN) / 3) * u["sums"]
-    rows_own = min(2.0, 12 / math.sqrt(rows)) * own
+    rows_own = max(min(2.0, 12 / math.sqrt(rows)) * own, noise * u["model"])
     return shared + rows_own + own**2 + 2 * u["products"] + sums + u["stored"]

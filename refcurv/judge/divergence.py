@@ -11,9 +11,17 @@ import numpy as np
 
 from refcurv.judge.arithmetic import AMPLIFICATION, ROUNDOFF
 from refcurv.judge.trace import Trace, trace
-from refcurv.law.checks import Array, NameUnknownError, as_array, as_integers, require_choice
+from refcurv.law.checks import (
+    Array,
+    ConventionError,
+    NameUnknownError,
+    as_array,
+    as_integers,
+    require_choice,
+    require_dtype,
+)
 from refcurv.model.corpus import Corpus
-from refcurv.model.given import numbers_of, require_corpus
+from refcurv.model.given import numbers_of, require_corpus, require_model, shown
 from refcurv.model.weights import Model
 
 
@@ -62,7 +70,7 @@ def compare_traces(
 
     Proof: tests/test_trace.py::test_the_first_tensor_that_differs_is_named
     """
-    given = {name.replace("/", "."): x for name, x in theirs.items()}
+    given = {name.replace("/", "."): x for name, x in require_tensors(theirs).items()}
     known = [name for name in ours.tensors if name in given]
     if not known:
         some = ", ".join(list(ours.tensors)[:3])
@@ -110,11 +118,23 @@ def first_divergence(
     Source: METHOD, Judging.
     Proof: tests/test_trace.py::test_their_labels_are_taken
     """
+    require_tensors(theirs)
+    require_model("validate", model)
     at = numbers_of("validate", require_corpus("validate", corpus), sequences)
     require_choice("validate", "the arithmetic of a trace", dtype, ROUNDOFF)
     if "labels" in theirs:
         corpus, fisher = with_labels(corpus, at, theirs["labels"]), "empirical"
     return compare_traces(theirs, trace(model, corpus, at, fisher, seed, estimate=True), dtype)
+
+
+def require_tensors(theirs: object) -> Mapping[str, Any]:
+    """`theirs`, or ConventionError for what is no mapping of names."""
+    if isinstance(theirs, Mapping) and all(isinstance(name, str) for name in theirs):
+        return theirs
+    raise ConventionError(
+        "validate: their tensors must be {name: array}, as {'blocks.0.mlp.up.a': a}; got "
+        f"{shown(theirs)}."
+    )
 
 
 def with_labels(corpus: Corpus, at: list[int] | slice, given: Any) -> Corpus:
@@ -124,8 +144,9 @@ def with_labels(corpus: Corpus, at: list[int] | slice, given: Any) -> Corpus:
     """
     label_NT = corpus.label.copy()
     shape = label_NT[at].shape
-    if np.size(given) == math.prod(shape):
-        given = np.reshape(given, shape)
+    given = as_array("validate", "labels", given, "(sequences, positions)")
+    if given.size == math.prod(shape):
+        given = given.reshape(shape)
     label_NT[at] = as_integers("validate", "labels", given, shape, "(sequences, positions)")
     labels = label_NT if corpus.images is None else label_NT[:, 0]
     return replace(corpus, labels=labels, populations={})
@@ -135,6 +156,7 @@ def _divergence(name: str, given: Any, ours: Trace, u: float) -> Divergence:
     """`u`: of their dtype."""
     true = ours.tensors[name]
     X = as_array("trace", name, given, "numbers")
+    require_dtype("trace", name, X, "fiub", "real numbers")
     X = X.reshape(true.shape) if X.size == true.size else X
     if X.shape != true.shape:
         return Divergence(name, None, None, None, None, f"it is {X.shape}; ours is {true.shape}")

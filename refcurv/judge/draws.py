@@ -9,9 +9,8 @@ first that is as far costs nothing: no further one could make theirs the furthes
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 from typing import Final
 
@@ -22,20 +21,16 @@ from refcurv.curvature.factors import collect
 from refcurv.curvature.factors_file import parts_of
 from refcurv.judge.case import Case
 from refcurv.judge.compare import NOISE_DRAWS, drawing, measure, one_draw, who_draws
-from refcurv.judge.diagnosis.hypotheses import fitted
 from refcurv.judge.diagnosis.recomputed import cost, few_positions, is_large
 from refcurv.judge.diagnosis.search import spread
 from refcurv.judge.diagnosis.variants.collecting import held
 from refcurv.judge.drawn import NO_DRAWING, Drawing
 from refcurv.judge.dump import Theirs
 from refcurv.judge.eigenvectors import as_columns
+from refcurv.judge.honest import series, source_of
 from refcurv.law.checks import Array
 from refcurv.law.conventions import Fisher
 from refcurv.model.part import part_of
-from refcurv.model.transformer import Tap
-from refcurv.model.weights import resident
-from refcurv.passes.shards import Shard, shards
-from refcurv.passes.sweep import sweep, sweep_of
 
 PILOT: Final = 8
 """Honest dumps that say by how much each number of each layer varies. They are not counted."""
@@ -51,14 +46,8 @@ CONFIRMED: Final = 399
 """Honest dumps of which none may look like theirs where theirs looks like a hypothesis. An honest
 one, that looks so with odds q, is then taken for it with odds of q (1 − q)³⁹⁹ < 1/1000."""
 
-WORK: Final = 2.0**32
+WORK: Final = 2.0**33
 """Parameters times positions of all honest dumps, at most.  Chosen: some seconds."""
-
-SEED: Final = 0x5EED_0FD2_A3D1
-"""Of the honest dumps.  Chosen: a seed that nobody takes."""
-
-TOGETHER: Final = 2**22
-"""Numbers in the rows and sums of the dumps that are drawn at one time, at most.  Chosen: 32 MB."""
 
 LAYERS: Final = 4
 """Layers of a large model of which a collection finds out how much drawing labels changes."""
@@ -108,7 +97,7 @@ def _limits(case: Case, each: int, most: int) -> dict[str, Drawing] | None:
     if all(one is not None and one.max() <= 0 for one in theirs):
         return out  # then theirs has the labels of the reference
     case.say("how much drawing labels changes")
-    dumps = _numbers(case, layers, each)
+    dumps = _numbers(case, each)
     mean, scale = _usual(np.stack(list(islice(dumps, PILOT))))
     goal = max((_far(x, m, s) for x, m, s in zip(theirs, mean, scale, strict=True)), default=0.0)
     least = FEWEST if any(one is None for one in theirs) else 1
@@ -174,11 +163,12 @@ def _square(X: Array) -> Array:
     return np.asarray(np.diag(X) if X.ndim == 1 else X)
 
 
-def _numbers(case: Case, layers: Sequence[str], each: int) -> Iterator[Array]:
+def _numbers(case: Case, each: int) -> Iterator[Array]:
     """(layers, 2) of each honest dump: its form and its trace beside ours."""
-    ours = {layer: case.ours(layer).G for layer in layers}
-    for dumps in _honest(case, layers, each):
-        found = [_beside(dumps[layer], ours[layer]) for layer in layers]
+    source = source_of(case, each)
+    ours = {layer: case.ours(layer).G for layer in source.sizes}
+    for dumps in series(source):
+        found = [_beside(dumps[layer], G) for layer, G in ours.items()]
         yield from np.stack(found, axis=1)
 
 
@@ -191,54 +181,6 @@ def _beside(G_KOO: Array, ours: Array) -> Array:
     return np.stack([apart_K / (float(norm(ours)) / own), abs(trace_K / own - 1)], axis=1)
 
 
-def honest(case: Case, layers: Sequence[str], each: int) -> Iterator[Mapping[str, Array]]:
-    """G of some layers, from `each` draws of all labels, dump after dump without end."""
-    for dumps in _honest(case, layers, each):
-        for k in range(len(next(iter(dumps.values())))):
-            yield {layer: G[k] for layer, G in dumps.items()}
-
-
-def _honest(case: Case, layers: Sequence[str], each: int) -> Iterator[Mapping[str, Array]]:
-    """As `honest`, (K, O, O) of K dumps at a time.
-
-    Every draw is a copy of the corpus, whose sequences have indices of their own (SAMPLING). So one
-    pass over all copies draws for each anew.
-    """
-    assert case.model is not None and case.corpus is not None
-    model = case.model
-    fisher = "signed" if case.dump.declared.get("fisher") == "signed" else "sampled"
-    units = shards(case.corpus, model.config, case.reference.rows)
-    parameters, job = resident(model), sweep_of("validate", layers, fisher, SEED, 1)
-    sizes = {layer: len(case.ours(layer).sum_G) for layer in layers}
-    rows = {layer: each * case.ours(layer).n_A for layer in layers}
-    widest = max(unit.label_BT.size for unit in units)
-    wide = model.config.vocabulary + sum(n for n in sizes.values())
-    room = each * widest * wide + sum(n * n for n in sizes.values())
-    dumps, drawn = max(1, min(PILOT + 8, TOGETHER // room)), 0
-    while True:
-        sums = {layer: np.zeros((dumps, n, n)) for layer, n in sizes.items()}
-        for unit in units:
-            copies = _copies(unit, dumps * each, drawn, len(case.corpus.label))
-            taken: dict[str, list[Array]] = {layer: [] for layer in layers}
-            sweep(model.config, parameters, copies, job, partial(_keep, taken))
-            for layer, g in taken.items():
-                g_KNO = np.concatenate(g).reshape(dumps, -1, sizes[layer])
-                sums[layer] += g_KNO.swapaxes(1, 2) @ g_KNO
-        yield {layer: one / rows[layer] for layer, one in sums.items()}
-        drawn += dumps * each
-
-
-def _copies(unit: Shard, count: int, drawn: int, sequences: int) -> Shard:
-    """A shard `count` times, one behind the other; `drawn`, copies that there were before."""
-    here = unit.of(np.tile(np.arange(len(unit.index_B)), count))
-    copy = np.repeat(drawn + np.arange(count), len(unit.index_B))
-    return replace(here, index_B=here.index_B + copy * sequences)
-
-
-def _keep(taken: Mapping[str, list[Array]], _: int, tap: Tap) -> None:
-    taken[tap.name].append(tap.g)
-
-
 def unlike(case: Case, near: Mapping[str, float]) -> bool:
     """Has theirs G of all these layers nearer to a hypothesis than any honest dump to theirs?
 
@@ -248,12 +190,60 @@ def unlike(case: Case, near: Mapping[str, float]) -> bool:
     """
     if case.drawn is None:
         return True
-    theirs = {layer: _square(G) for layer in near if (G := case.theirs(layer).G) is not None}
+    given = {x: _square(G) for x in near if (G := case.theirs(x).G) is not None}
+    theirs = {x: G / (float(norm(G)) or 1.0) for x, G in given.items()}  # it may be huge
     return not any(
-        fitted(theirs[x], dump[x])[0] <= near[x]
-        for dump in islice(honest(case, list(theirs), _draws(case)), CONFIRMED)
-        for x in theirs
+        (_apart(T, dumps[x]) <= near[x]).any()
+        for dumps in _confirmed(case)
+        for x, T in theirs.items()
+        if x in dumps and T.shape == dumps[x].shape[1:]
     )
+
+
+def nearer(case: Case, Y: Mapping[str, Array], left: Mapping[str, float]) -> bool:
+    """Is theirs nearer to Y, of some layers, than half of what any honest dump comes to it?
+
+    Definition
+        s(X) is the largest |X − Y| over the layers, each in units of the median of honest dumps.
+        Theirs is named if 2 s(theirs) is below s of each of them, rounding included. An honest
+        one, which is one more of them, is the nearest with odds of 1/(CONFIRMED + 1), and twice as
+        near still more seldom. Where Y lies in the middle of them all none is far from it.
+
+    Args: left, layer → what rounding may have taken of theirs, and what Y leaves of it.
+
+    Proof: tests/test_judge_drawing.py::test_gold_labels_are_named_through_rounding
+    """
+    each: dict[str, list[Array]] = {layer: [] for layer in Y}
+    for dumps in _confirmed(case):
+        for layer, found in each.items():
+            if layer in dumps:  # of the others G is 0
+                found.append(_apart(dumps[layer], Y[layer]))
+    far = {layer: np.concatenate(found) for layer, found in each.items() if found}
+    unit = {layer: float(np.median(x)) for layer, x in far.items()}
+    known = [layer for layer in far if unit[layer] > 0]
+    if not known:
+        return False
+    own = max(left[layer] / unit[layer] for layer in known)
+    return bool(2 * own < np.max([far[x] / unit[x] for x in known], axis=0).min())
+
+
+def _confirmed(case: Case) -> Iterator[Mapping[str, Array]]:
+    """CONFIRMED honest dumps, some at a time."""
+    left = CONFIRMED
+    for dumps in series(source_of(case, _draws(case))):
+        yield {layer: G[:left] for layer, G in dumps.items()}
+        left -= len(next(iter(dumps.values()), ()))
+        if left <= 0 or not dumps:
+            return
+
+
+def _apart(T: Array, Y: Array) -> Array:
+    """The errors of `fitted` of many matrices at once, (..., O, O); one of the two may be alone."""
+    size = np.linalg.norm(Y, axis=(-2, -1))
+    size = np.where(size > 0, size, 1)
+    r = (T * Y).sum(axis=(-2, -1)) / size**2
+    off = np.linalg.norm(T / np.where(r > 0, r, 1)[..., None, None] - Y, axis=(-2, -1)) / size
+    return np.where(r > 0, off, np.inf)
 
 
 def _untold(case: Case) -> list[str]:

@@ -19,7 +19,7 @@ from refcurv.curvature.eigenbasis import Eigenbasis
 from refcurv.curvature.factors import Factors, collect
 from refcurv.curvature.factors_file import load_factors, shapes_of
 from refcurv.files.lazy import Recent
-from refcurv.judge.arithmetic import ROUNDOFF, Arithmetic, parse
+from refcurv.judge.arithmetic import Arithmetic, parse
 from refcurv.judge.bases import Before, basis_of, before, compare_bases
 from refcurv.judge.belonging import require_together
 from refcurv.judge.biases import with_biases
@@ -30,6 +30,7 @@ from refcurv.judge.declared import as_number, require_declared
 from refcurv.judge.diagnosis.causes import with_named
 from refcurv.judge.diagnosis.faults import FAULTS
 from refcurv.judge.diagnosis.procedure import diagnose, remember
+from refcurv.judge.diagnosis.telling import aside
 from refcurv.judge.divergence import with_labels
 from refcurv.judge.draws import with_drawing
 from refcurv.judge.dump import Dump, first_names
@@ -37,6 +38,7 @@ from refcurv.judge.dump import Theirs as Held
 from refcurv.judge.edits import compare_weight
 from refcurv.judge.foreign import match, read_arrays, read_dump
 from refcurv.judge.foreign.loss import of_summed_loss
+from refcurv.judge.given import accepted, require_options, require_ours
 from refcurv.judge.masks import compare_mask
 from refcurv.judge.pictures import Picture
 from refcurv.judge.pictures import pictures as draw
@@ -47,10 +49,8 @@ from refcurv.law.checks import (
     ConventionError,
     EmptyError,
     SchemaError,
-    require_choice,
 )
 from refcurv.model.corpus import Corpus
-from refcurv.model.given import require_corpus, require_model
 from refcurv.model.patterns import expand
 from refcurv.model.weights import Model
 from refcurv.progress import Progress, counter, doing, silent
@@ -114,10 +114,11 @@ def validate(
     Source: METHOD, Judging.
     Proof: tests/test_judge.py::test_the_truth_passes
     """
-    _require_ours(model, corpus)
-    accept = [accept] if isinstance(accept, str) else accept
+    require_ours(model, corpus, reference, basis)
+    require_options(names, layers, pictures, progress)
+    accept = accepted(accept)
     with _all_missing(reference, layers):
-        dump, given = _theirs(theirs, declared or {}, arithmetic, accept)
+        dump, given = _theirs(theirs, declared, arithmetic)
     if labels is not None:
         corpus = _labelled(reference, model, corpus, labels)
         dump = replace(dump, declared={**dump.declared, "fisher": "empirical"})
@@ -146,6 +147,7 @@ def validate(
             done()
         _require_compared(findings)
         known, excluded, findings = diagnose(case, findings, done)
+        findings = [*_as_drawn(case, findings), *findings]
         shown = tuple(_shown(case, findings, pictures))
     progress(2 * len(matched), 2 * len(matched))
     return Verdict(
@@ -155,25 +157,16 @@ def validate(
         dump.program,
         case.dump.recipe,
         dict(matched),
-        arithmetic=given.text, accepted=tuple(accept), pictures=shown,
+        arithmetic=given.text, accepted=accept, pictures=shown,
     )  # fmt: skip
 
 
-def _require_ours(model: object, corpus: object) -> None:
-    """Each is loaded, or left out."""
-    if model is not None:
-        require_model("validate", model)
-    if corpus is not None:
-        require_corpus("validate", corpus)
-
-
 def _theirs(
-    theirs: Theirs, declared: Mapping[str, str], arithmetic: str, accept: Sequence[str]
+    theirs: Theirs, declared: Mapping[str, str] | None, arithmetic: str
 ) -> tuple[Dump, Arithmetic]:
     """The dump with what is declared of it, and its dtypes; what is declared is checked first."""
-    said_too, spoken = require_declared(declared), parse("validate", arithmetic)
-    for dtype in accept:
-        require_choice("validate", "accept", dtype, ROUNDOFF)
+    said_too = require_declared({} if declared is None else declared)
+    spoken = parse("validate", arithmetic)
     dump = read_dump(theirs)
     dump = of_summed_loss(replace(dump, declared={**dump.declared, **said_too}))
     told = {k: as_number(k, x) if k in ("draws", "rho") else x for k, x in dump.declared.items()}
@@ -314,6 +307,20 @@ def _otherwise(case: Case) -> list[Comparison]:
         for key, own in ours.items()
         if declared.get(key, own) != own
     ]
+
+
+def _as_drawn(case: Case, findings: Sequence[Comparison]) -> Iterator[Comparison]:
+    """What passes by drawing alone, where nothing tells other labels from drawn ones."""
+    drawn = [f for f in findings if f.verdict == PASS and not aside(f)]
+    if drawn and (case.model is None or case.corpus is None):
+        count = len({f.layer for f in drawn})
+        most = max(f.budget or 0.0 for f in drawn)
+        text = (
+            f"G of {count} layers passes as drawn, up to {most:.1%}. Labels of the corpus, or any "
+            "others that change G as little, would pass too: give model and corpus (--model, "
+            "--corpus), and they are told apart"
+        )
+        yield said("", "labels", LEFT_OUT, text)
 
 
 def _wanted(truth: Factors, layers: str | None) -> list[str]:

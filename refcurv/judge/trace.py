@@ -31,7 +31,7 @@ from refcurv.model import transformer
 from refcurv.model.config import TABLES, ModelConfig
 from refcurv.model.corpus import Corpus, require_fit
 from refcurv.model.fisher import cotangents, require_fisher
-from refcurv.model.given import numbers_of, require_corpus, require_model
+from refcurv.model.given import numbers_of, require_corpus, require_flag, require_model
 from refcurv.model.images import patches
 from refcurv.model.layers import Layout
 from refcurv.model.loss import cross_entropy
@@ -92,6 +92,7 @@ def trace(
     Proof: tests/test_trace.py::test_a_trace_makes_the_sums_of_collect
     """
     kind = require_fisher("trace", fisher, seed, 1)
+    require_flag("trace", "estimate", estimate)
     if kind not in (Fisher.SAMPLED, Fisher.EMPIRICAL):
         raise ConventionError("trace: labels are `sampled` or `empirical`; the others have none.")
     require_model("trace", model)

@@ -26,7 +26,7 @@ class RefcurvError(ValueError):
     status = 2
 
     def __init__(self, message: str, **values: object) -> None:
-        super().__init__(message)
+        super().__init__(message.replace("\n", " "))  # of what is shown, arrays say
         self.values = values
 
 
@@ -194,7 +194,7 @@ def require_range(who: str, what: str, value: float | str, low: float, high: flo
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
-        raise RangeError(f"{who}: {what} must be a number; got {value!r}.") from None
+        raise RangeError(f"{who}: {what} must be a number; got {value!r:.80}.") from None
     if not low <= number <= high:
         raise RangeError(f"{who}: {what} must lie in [{low:g}, {high:g}]; got {value!r}.")
     return number
@@ -203,24 +203,24 @@ def require_range(who: str, what: str, value: float | str, low: float, high: flo
 def require_choice(who: str, what: str, value: object, choices: Iterable[str]) -> str:
     """Return `value` if it is one of `choices`, or raise ConventionError with the nearest one."""
     known = [str(choice) for choice in choices]
-    if value in known:
+    if isinstance(value, str) and value in known:
         return str(value)
     near = difflib.get_close_matches(str(value), known, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ConventionError(f"{who}: {what} must be one of {', '.join(known)}; got {value!r}.{hint}")
+    hint = f"{value!r:.80}." + (f" Did you mean {near[0]!r}?" if near else "")
+    raise ConventionError(f"{who}: {what} must be one of {', '.join(known)}; got {hint}")
 
 
 def require_seed(who: str, seed: int) -> int:
     """Return the seed, or raise RangeError unless it is an integer in [0, 2**64) (SAMPLING)."""
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**64:
-        raise RangeError(f"{who}: seed must be an integer in [0, 2**64); got {seed!r}.")
+        raise RangeError(f"{who}: seed must be an integer in [0, 2**64); got {seed!r:.80}.")
     return int(seed)
 
 
 def require_draws(who: str, draws: int) -> int:
     """Return `draws`, or raise RangeError unless it is an integer in [1, 2**31)."""
     if isinstance(draws, bool) or not isinstance(draws, int) or not 1 <= draws < 2**31:
-        raise RangeError(f"{who}: draws must be an integer in [1, 2**31); got {draws!r}.")
+        raise RangeError(f"{who}: draws must be an integer in [1, 2**31); got {draws!r:.80}.")
     return draws
 
 

@@ -1,4 +1,4 @@
-"""What a function was given in the place of a model, a corpus or sequences of it."""
+"""What a function was given in the place of a model, a corpus, sequences of it, or an option."""
 
 from __future__ import annotations
 
@@ -48,10 +48,49 @@ def numbers_of(who: str, corpus: Corpus, sequences: Iterable[object]) -> list[in
     count, found = len(corpus.label), []
     for n in sequences if isinstance(sequences, Iterable) else [sequences]:
         if isinstance(n, bool) or not isinstance(n, int | np.integer):
-            raise RangeError(f"{who}: sequences must be integers, rows of the corpus; got {n!r}.")
+            raise RangeError(
+                f"{who}: sequences must be integers, rows of the corpus; got {shown(n)}."
+            )
         if not 0 <= n < count:
             raise RangeError(f"{who}: sequence {n} does not exist; the corpus has {count}.")
         found.append(int(n))
     if not found:
         raise RangeError(f"{who}: give at least one sequence.")
     return found
+
+
+def require_flag(who: str, what: str, given: object) -> bool:
+    """`given`, or ConventionError for what is neither True nor False.
+
+    Proof: tests/test_hostile.py::test_arguments_of_any_type_are_refused_in_one_line
+    """
+    if isinstance(given, bool | np.bool_):
+        return bool(given)
+    raise ConventionError(f"{who}: {what} must be True or False; got {shown(given)}.")
+
+
+def require_whole(who: str, what: str, given: object, least: int) -> int:
+    """`given`, or RangeError for what is no integer of at least so much.
+
+    Proof: tests/test_hostile.py::test_arguments_of_any_type_are_refused_in_one_line
+    """
+    if isinstance(given, int | np.integer) and not isinstance(given, bool) and given >= least:
+        return int(given)
+    raise RangeError(f"{who}: {what} must be an integer of at least {least}; got {shown(given)}.")
+
+
+def require_progress(who: str, given: object) -> None:
+    """Raise ConventionError for a progress that cannot be called.
+
+    Proof: tests/test_hostile.py::test_arguments_of_any_type_are_refused_in_one_line
+    """
+    if not callable(given):
+        raise ConventionError(
+            f"{who}: progress must be a function of (done, all); got {shown(given)}. Leave it out "
+            "where nobody watches."
+        )
+
+
+def shown(given: object) -> str:
+    """What came, in one short line."""
+    return " ".join(repr(given).split())[:100]

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
 from refcurv.law import tolerance
 from refcurv.law.checks import Array
 from refcurv.law.conventions import Fisher
-from refcurv.model.config import ModelConfig
+from refcurv.model.config import TABLES, ModelConfig
 from refcurv.model.transformer import Parameters, Tap
 from refcurv.passes.shards import Shard
 from refcurv.passes.sweep import Sweep, sweep
@@ -28,10 +29,25 @@ NUDGES = (4, -5, 9)
 """By how many units in the last place the other runs' inputs are larger."""
 
 
+class Noise(NamedTuple):
+    """What rounding does to some rows of one layer; each field adds up over shards.
+
+    Fields: square, Σ |e|², e the error of g. of_G: 4 Σ |e|² |g|², which E |Δ Σ g gᵀ|² reaches at
+    most, for rows err independently. free_G: how many random numbers tell it: NUDGES for each of
+    the rows that carry it, (Σ w)²/Σ w² of w = |e|² |g|². of_A, free_A: the same of a.
+    """
+
+    square: float
+    of_G: float
+    free_G: float
+    of_A: float
+    free_A: float
+
+
 def rounding(
     config: ModelConfig, parameters: Parameters, shard: Shard, job: Sweep
-) -> dict[str, tuple[float, int]]:
-    """Σ |e|² over some kept rows of each wanted layer, e the error of g, and how many rows.
+) -> dict[str, tuple[Noise, int]]:
+    """The rounding of some kept rows of each wanted layer, and how many rows.
 
     Two runs err independently, so that |e|² of one is half of |g' − g|²: here the mean over NUDGES.
     The smallest number of the dtype is added for each entry of g, whose square may underflow. What
@@ -43,24 +59,57 @@ def rounding(
     few = _few(shard)
     fisher = Fisher.SIGNED if job.fisher is Fisher.EXPECTED else job.fisher
     one = replace(job, fisher=fisher, draws=1)
-    first: list[Array] = []
-    squares, rows = dict.fromkeys(job.layers, 0.0), dict.fromkeys(job.layers, 0)
+    first: list[Tap] = []
+    errors: list[tuple[Array, Array]] = []
 
     def keep(_: int, tap: Tap) -> None:
-        first.append(tap.g)
-        rows[tap.name] += len(tap.g)
-        squares[tap.name] += tap.g.size * float(np.finfo(tap.g.dtype).smallest_subnormal)
+        first.append(tap)
+        errors.append((np.zeros(len(tap.g)), np.zeros(len(tap.a))))
 
     sweep(config, parameters, few, one, keep)
     for nudge in NUDGES:
-        again = iter(first)
+        again = iter(zip(first, errors, strict=True))
 
-        def compare(_: int, tap: Tap, again: Iterator[Array] = again) -> None:
-            e = tap.g.astype(np.float64) - next(again)
-            squares[tap.name] += float(np.vdot(e, e)) / 2 / len(NUDGES)
+        def compare(
+            _: int, tap: Tap, again: Iterator[tuple[Tap, tuple[Array, Array]]] = again
+        ) -> None:
+            before, (of_g, of_a) = next(again)
+            of_g += _squares(tap.g.astype(np.float64) - before.g) / 2 / len(NUDGES)
+            if tap.name not in TABLES:
+                of_a += _squares(tap.a.astype(np.float64) - before.a) / 2 / len(NUDGES)
 
         sweep(*_nudged(config, parameters, few, nudge), one, compare)
-    return {name: (squares[name], rows[name]) for name in job.layers}
+    return {name: _noise(name, first, errors) for name in job.layers}
+
+
+def _noise(name: str, taps: list[Tap], errors: list[tuple[Array, Array]]) -> tuple[Noise, int]:
+    """Of one layer, whose rows may have come in parts."""
+    parts = [(tap, e) for tap, e in zip(taps, errors, strict=True) if tap.name == name]
+    rows = sum(len(tap.g) for tap, _ in parts)
+    if not rows:
+        return Noise(0.0, 0.0, 0.0, 0.0, 0.0), 0
+    e_g, e_a = (np.concatenate([e[k] for _, e in parts]) for k in (0, 1))
+    least = sum(tap.g.size * float(np.finfo(tap.g.dtype).smallest_subnormal) for tap, _ in parts)
+    of_G = _spread(e_g, np.concatenate([_squares(tap.g) for tap, _ in parts]))
+    of_A = (0.0, 0.0)
+    if name not in TABLES:
+        of_A = _spread(e_a, np.concatenate([_squares(tap.a) for tap, _ in parts]))
+    return Noise(float(e_g.sum()) + least, *of_G, *of_A), rows
+
+
+def _squares(x_NX: Array) -> Array:
+    x_NX = x_NX.astype(np.float64, copy=False)
+    return np.asarray((x_NX * x_NX).sum(axis=-1))
+
+
+def _spread(error_N: Array, square_N: Array) -> tuple[float, float]:
+    """4 Σ w and how many random numbers tell it, w the error of a row times its square."""
+    w_N = error_N * square_N
+    top = float(w_N.max(initial=0.0))
+    if not 0 < top < np.inf:
+        return 0.0, 0.0
+    share_N = w_N / top
+    return 4 * float(w_N.sum()), len(NUDGES) * float(share_N.sum() ** 2 / (share_N**2).sum())
 
 
 def _few(shard: Shard) -> Shard:

@@ -84,8 +84,24 @@ Take = Callable[[int, Tap], None]
 """Receives (backward pass, Tap) with the kept rows of one wanted layer: a (N, I), g (N, O)."""
 
 
+Forward = tuple[Array, Trace]
+"""What the head reads, and the trace that a backward needs."""
+
+
+def forward_of(config: ModelConfig, parameters: Parameters, shard: Shard, job: Sweep) -> Forward:
+    """The forward of `sweep`. Raises EmptyError for patches of which no row is kept."""
+    _require_patches(config, shard, job)
+    inputs, lowest = inputs_of(config, shard), lowest_block(config, job.layers)
+    return transformer.forward(config, parameters, inputs, shard.layout, FAST, lowest)
+
+
 def sweep(
-    config: ModelConfig, parameters: Parameters, shard: Shard, job: Sweep, take: Take
+    config: ModelConfig,
+    parameters: Parameters,
+    shard: Shard,
+    job: Sweep,
+    take: Take,
+    before: Forward | None = None,
 ) -> None:
     """One shard: forward once, backward once per cotangent; every wanted layer's rows go to `take`.
 
@@ -93,11 +109,9 @@ def sweep(
     pass. Layers that read the same input carry the very same array `a`. Nothing below the lowest
     wanted layer is computed.
 
-    Raises EmptyError for patches of which no row is kept.
+    Args: before, the forward of these sequences, if it is known; it serves again.
     """
-    _require_patches(config, shard, job)
-    inputs, lowest = inputs_of(config, shard), lowest_block(config, job.layers)
-    final_BTD, trace = transformer.forward(config, parameters, inputs, shard.layout, FAST, lowest)
+    final_BTD, trace = before or forward_of(config, parameters, shard, job)
     want_head = "head" in job.layers
     rows = _Rows(shard.keep_BT)
     passes = job.cotangents(shard, config.vocabulary)
@@ -106,7 +120,7 @@ def sweep(
         d_final_BTD = transformer.drain(
             head, partial(_take_taps, take, number) if want_head else _ignore
         )
-        last = number == len(passes) - 1
+        last = before is None and number == len(passes) - 1
         steps = transformer.blocks_backward(config, parameters, d_final_BTD, trace, FAST, last)
         for tap in _taps(config, trace, steps, job):
             take(number, Tap(tap.name, rows.of_input(tap.a), rows.of(tap.g)))

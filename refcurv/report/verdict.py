@@ -13,6 +13,9 @@ from refcurv.report.text import WIDTH, format_rows, printable
 
 FINE = (PASS, LEFT_OUT)
 COLUMNS = ("A/tr A", "G/tr G", "tr A · tr G")
+NEAREST = 6
+"""Hypotheses that were tried and not enough are listed up to so many."""
+
 SHOWN = 12
 """Findings that did not pass are listed one by one up to so many."""
 
@@ -27,6 +30,7 @@ def format_verdict(verdict: Json) -> str:
     """
     layers, bad = layer_table(verdict), findings_table(verdict)
     parts = [headline(verdict), *_causes(verdict), _titled(layers)]
+    parts.append("\n".join(_tried(verdict)))
     if bad.rows:
         parts.append(
             _titled(replace(bad, headers=bad.headers[:-1], rows=_numbers(bad), align="llrrl"))
@@ -83,12 +87,15 @@ def _causes(verdict: Json) -> Iterator[str]:
         if one["alike"]:
             text += f" Cannot be told from {', '.join(one['alike'])} in this dump."
         yield textwrap.fill(printable(text), WIDTH, subsequent_indent="  ")
-    if verdict["excluded"]:
-        tried = "; ".join(map(str, verdict["excluded"][:SHOWN]))
-        text = f"tried, and excluded, the nearest first: {tried}"
-        more = len(verdict["excluded"]) - SHOWN
-        text += f"; and {more} more" if more > 0 else ""
-        yield textwrap.fill(printable(text), WIDTH, subsequent_indent="  ")
+
+
+def _tried(verdict: Json) -> Iterator[str]:
+    """Where something stayed unexplained: what was tried, the nearest first, a line each."""
+    tried = verdict["excluded"]
+    if tried:
+        yield f"No known fault explains all of it. The nearest of {len(tried):,} that were tried:\n"
+    for text in tried[:NEAREST]:
+        yield textwrap.fill(printable(f"- {text}"), WIDTH, subsequent_indent="  ")
 
 
 def measured(value: float | str) -> str:
@@ -136,7 +143,7 @@ def findings_table(verdict: Json) -> Table:
     for one in bad[:SHOWN]:
         numbers = ["" if x is None else scientific(x) for x in (one["error"], one["budget"])]
         rows.append((one["layer"], one["quantity"], *numbers, one["verdict"], one["cause"]))
-    title = "What did not pass"
+    title = "What did not pass (relative errors)"
     if len(bad) > SHOWN:
         title += f" ({SHOWN} of {len(bad)}; --json has all)"
     headers = ("layer", "quantity", "error", "budget", "verdict", "what was seen")

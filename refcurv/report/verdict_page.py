@@ -13,6 +13,7 @@ from refcurv.report.cells import Json
 from refcurv.report.html import document, facts, figure, html_table, section
 from refcurv.report.plots.verdict import differences
 from refcurv.report.verdict import (
+    FINE,
     findings_table,
     headline,
     layer_table,
@@ -76,6 +77,9 @@ def _sections(verdict: Json) -> Iterator[str]:
         "arithmetic": str(verdict["arithmetic"]),
         "accepted without a declaration": ", ".join(verdict["accepted"]) or "nothing",
     }
+    for one in verdict["findings"]:  # of the dump as a whole
+        if not one["layer"] and one["verdict"] in FINE and one["cause"]:
+            known[str(one["quantity"])] = str(one["cause"])
     names = {o: f"their {t}" for o, t in verdict["matched"].items() if o != t}
     yield section(
         "How it was read", facts(known), facts({f"{o}": f"their {t}" for o, t in names.items()})

@@ -28,6 +28,7 @@ from refcurv.law.checks import (
 )
 from refcurv.model.config import ModelConfig
 from refcurv.model.corpus import Corpus, require_fit
+from refcurv.model.given import require_corpus, require_model, require_progress
 from refcurv.model.patterns import expand
 from refcurv.model.weights import Model
 from refcurv.progress import Progress, counter, silent
@@ -60,6 +61,7 @@ def make_cases(
 
     Proof: tests/test_cases.py::test_a_users_own_set
     """
+    require_progress("cases", progress)
     target = output_path("cases", folder)
     with machine_faults("cases", folder):
         if target.exists() and not (target.is_dir() and not any(target.iterdir())):
@@ -123,6 +125,8 @@ def cases(
 
 def subject(model: Model, corpus: Corpus, layers: str, seed: int) -> Subject:
     """The subject, once it is known to be small and to be read."""
+    require_model("cases", model)
+    require_corpus("cases", corpus)
     if model.dtype != "float64":
         raise ConventionError('cases: load the model with dtype="float64".')
     require_small(model.config, corpus)
@@ -136,8 +140,11 @@ def require_small(config: ModelConfig, corpus: Corpus) -> None:
     if (total := sum(sizes.values())) > MOST_PARAMETERS:
         raise RangeError(
             f"cases: the model has {total:,} parameters; at most {MOST_PARAMETERS:,} fit, for each "
-            f"is stepped by itself. The largest is {max(sizes, key=sizes.__getitem__)!r}. Make "
-            "one of the same architecture with width 16, 2 blocks and a vocabulary of 64.",
+            f"is stepped by itself. The largest is {max(sizes, key=sizes.__getitem__)!r}. Make a "
+            "tiny one of the same family: copy its config.json, set the width to 16, the MLP's to "
+            "32, 2 layers, 2 heads and a vocabulary of 64; let transformers write random weights, "
+            "AutoModelForCausalLM.from_config(config).save_pretrained('tiny'); then refcurv "
+            "convert tiny w.h5.",
             parameters=total,
         )
     labelled = int((require_fit("cases", corpus, config) >= 0).sum())

@@ -66,14 +66,19 @@ FAULTS: Final[Mapping[str, Fault]] = MappingProxyType(
             },
         ),
         "B5": Fault(
-            "square loss with or without ½",
-            "r_G = 2 or ½",
-            "Use one square loss in both programs: ½|y − t|² has the gradient y − t.",
+            "curvature counted twice, or by half",
+            "r_G = 2 or ½; of a square loss: without its ½, or with one too many",
+            "Look for a 2 or ½ that enters G alone: the Hessian of the loss or its root doubled or "
+            "halved, or rows that were added twice and counted once. Cross-entropy has no ½.",
+            libraries={
+                "curvlinops": "Of a square loss, ½|y − t|² has the gradient y − t.",
+            },
         ),
         "B6": Fault(
-            "mean over outputs in square loss",
+            "a mean over the network's outputs",
             "the ratio is the number of outputs, perhaps as its root in A and in G",
-            "Sum the loss over outputs; a mean over them divides G by their number, or its square.",
+            "Do not average over outputs: a mean divides G by their number, or its square. What a "
+            "position sends back is a sum over all entries of the vocabulary.",
         ),
         "B7": Fault(
             "loss terms counted by the layer's positions",

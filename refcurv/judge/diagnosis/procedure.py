@@ -19,6 +19,7 @@ from refcurv.judge.diagnosis.amounts import fit
 from refcurv.judge.diagnosis.fits import fits
 from refcurv.judge.diagnosis.hypotheses import Index, diagonals, see, states
 from refcurv.judge.diagnosis.recomputed import (
+    collected,
     cost,
     is_large,
     joined,
@@ -49,7 +50,7 @@ from refcurv.judge.diagnosis.variants import Setting, combined
 from refcurv.judge.diagnosis.variants.networks import BITS, PARTS
 from refcurv.judge.diagnosis.variants.setting import HALVES
 from refcurv.judge.diagnosis.weighted import weigh
-from refcurv.judge.draws import unlike
+from refcurv.judge.draws import nearer, unlike
 from refcurv.judge.verdict import LEFT_OUT, PASS, Cause, Comparison
 
 WEIGHTED = ("B2", "B3", "B9", "B41", "B46")
@@ -189,7 +190,17 @@ def _supported(
         enough = {x: single[x] if setting is None else max(single[x], finest[x]) for x in finest}
         return all(left.error <= enough[x] for x, left in chosen.left.items())
     near = {x: SHARPER * max(left.error, finest[x]) for x, left in chosen.left.items()}
-    return unlike(case, near)
+    return unlike(case, near) or _nearest(case, chosen, finest)
+
+
+def _nearest(case: Case, chosen: Chosen, finest: Mapping[str, float]) -> bool:
+    """Is theirs nearer to labels that nobody draws than honest dumps are, for all its rounding?"""
+    setting = chosen.idea.setting
+    if setting is None or setting.labels not in GOLD:
+        return False
+    made = collected(case, list(chosen.left), [setting], "G")
+    Y = {x: of[setting] for x, (_, of) in made.items() if setting in of}
+    return nearer(case, Y, {x: chosen.left[x].error + finest[x] for x in Y})
 
 
 def _scaled(side: Side) -> list[str]:
