@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -137,14 +137,7 @@ def validate(
     done = counter(progress, 2 * len(matched))
     with one_blas_thread(), np.errstate(over="ignore", invalid="ignore"):  # theirs may be huge
         case = with_drawing(case)
-        truths = Truths(case)
-        for layer in matched:
-            say(f"compare {layer}")
-            found = _layer(case, layer, truths)
-            findings += found
-            if any(one.verdict not in (PASS, LEFT_OUT) for one in found):
-                remember(case, layer)  # while it is in memory
-            done()
+        findings += _compared(case, matched, done)
         _require_compared(findings)
         known, excluded, findings = diagnose(case, findings, done)
         findings = [*_as_drawn(case, findings), *findings]
@@ -159,6 +152,20 @@ def validate(
         dict(matched),
         arithmetic=given.text, accepted=accept, pictures=shown,
     )  # fmt: skip
+
+
+def _compared(
+    case: Case, matched: Mapping[str, str], done: Callable[[], object]
+) -> Iterator[Comparison]:
+    """All layers; of one that differs, what the search needs is found while it is in memory."""
+    truths = Truths(case)
+    for layer in matched:
+        case.say(f"compare {layer}")
+        found = _layer(case, layer, truths)
+        yield from found
+        if any(one.verdict not in (PASS, LEFT_OUT) for one in found):
+            remember(case, layer)
+        done()
 
 
 def _theirs(
