@@ -129,16 +129,17 @@ def test_an_edit_that_is_no_projection_is_caught() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kept", "fine"),
-    [([2, 1], True), ([2, 0], False), ([2, 2], False), ([1, 2], False), ([0, 0], False)],
-)
-def test_pairs_are_those_of_select_or_not(kept: list[int], fine: bool) -> None:
-    """Keys 15, 9, 5, 3 of 32: the first three are 29, and the first two 24, of 28.8."""
+    ("rho", "kept", "fine"),
+    [(0.9, [2, 1], True), (0.9, [2, 0], False), (0.9, [2, 2], False), (0.6, [2, 0], True),
+     (0.6, [1, 1], False), (0.6, [2, 1], False), (0.6, [0, 0], False)],
+)  # fmt: skip
+def test_pairs_are_those_of_select_or_not(rho: float, kept: list[int], fine: bool) -> None:
+    """Keys are 15, 9, 5 and 3, of 32: too few, too many, or 5 before 9."""
     lam, mu = (contained.known(np.array(x)) for x in ([3.0, 1.0], [5.0, 3.0]))
     mask = np.arange(2) < np.array(kept)[:, None]
-    assert contained._selected(lam, mu, mask, 0.9) is fine
-    unsure = contained.Ball(mu.x, mu.low, np.full(2, 0.1))
-    assert not contained._selected(lam, unsure, mask, 0.9)
+    assert contained._selected(lam, mu, mask, rho) is fine
+    unsure = contained.Ball(mu.x, mu.low, np.full(2, 1.0))
+    assert not contained._selected(lam, unsure, mask, rho)
 
 
 @pytest.mark.parametrize("name", EACH)
