@@ -151,7 +151,8 @@ AT = "blocks/0/mlp/up"
     "array",
     ["logits", "nats", "loss", f"gradients/{AT}/weight", f"gradients/{AT}/bias", f"rows/{AT}/a",
      f"rows/{AT}/g", f"rows/{AT}/g_sampled", f"factors/{AT}/sum_A", f"factors/{AT}/sum_G",
-     f"factors/{AT}/sum_a", f"empirical/{AT}/sum_G", f"expected/{AT}/sum_G"],
+     f"factors/{AT}/sum_a", f"empirical/{AT}/sum_G", f"expected/{AT}/sum_G", f"basis/{AT}/mu",
+     f"basis/{AT}/lam", f"basis/{AT}/U_A", f"basis/{AT}/U_G", f"edits/rho90/{AT}/weight"],
 )  # fmt: skip
 def test_a_certified_number_that_is_wrong_is_seen(reader, certified, array: str, what: str) -> None:
     """Its twentieth digit; or its float64 by one ulp, for which the low part makes up."""
@@ -166,6 +167,20 @@ def test_a_certified_number_that_is_wrong_is_seen(reader, certified, array: str,
     status, said = judged(reader, certified)
     alone = array.startswith("expected") and what == "digit"  # no reader makes it again
     assert (status, "vit-cls_v2 is valid, but" in said) == ((0, False) if alone else (1, True))
+
+
+@pytest.mark.parametrize("counted", [False, True])
+def test_a_certified_mask_that_keeps_a_pair_more_is_seen(reader, certified, counted) -> None:
+    """Also where the manifest counts it."""
+    told = json.loads((certified / "vit-cls_v2.json").read_text())["certificate"]
+    with h5py.File(certified / "vit-cls_v2.h5", "r+") as file:
+        counts = told["arrays"]["edits.rho50.blocks.0.mlp.up.mask"]["kept"]
+        file[f"edits/rho50/{AT}/mask"][0, counts[0]] = 1
+        counts[0] += counted
+    manifest(certified, "vit-cls_v2", certificate=told)
+    signed(certified, "vit-cls_v2")
+    status, said = judged(reader, certified)
+    assert status == 1 and "vit-cls_v2 is valid, but" in said
 
 
 def test_a_certified_case_that_lacks_its_proof_is_seen(reader, certified) -> None:

@@ -164,13 +164,26 @@ ROWS = (
 
 PROVED = "test_proofs.py::test_every_identity_is_proved"
 OTHER_BITS = "test_cases_certified.py::test_balls_of_other_bits_agree"
+ANEW = "test_cases_certified.py::test_every_certified_case_holds"
+CUTS = "test_certified_cuts.py::test_"
+ANGLES = "test_eigen_enclosures.py::test_subspaces_lie_within_their_angles"
 
 CERTIFIED = {
     "P1": ("test_certified.py::test_factors_are_those_of_the_definition", OTHER_BITS),
     "P3": (OTHER_BITS,),
+    "P4": ("test_eigen_enclosures.py::test_eigenvalues_lie_in_their_balls", ANGLES, ANEW),
+    "P5": (ANEW,),
+    "P7": (f"{CUTS}the_cut_of_fractions_is_proved", ANEW),
+    "P8": (f"{CUTS}the_edit_of_fractions_lies_in_its_balls", ANEW),
     "O11": (OTHER_BITS,),
     "O14": ("test_certified.py::test_products_are_those_of_exact", PROVED),
     "O15": ("test_certified.py::test_gradients_of_the_loops_lie_in_the_balls", PROVED),
+    "O54": (ANEW,),
+    "O55": ("test_cases_certified.py::test_a_larger_share_keeps_more",),
+    "O56": (f"{CUTS}nothing_and_everything",),
+    "O57": (ANEW,),
+    "O58": (ANEW,),
+    "O63": (ANGLES, "test_eigen_enclosures.py::test_a_false_angle_is_caught"),
 } | {
     id: (PROVED,)
     for id in ("O8", "O16", "O29", "O30", "O31", "O32", "O33", "O34", "O35", "O36", "O37", "O39",

@@ -26,13 +26,16 @@ import numpy as np
 
 from refcurv.algebra.balls import Balls, bits
 from refcurv.certified.certificate import Enclosed, enclosed
+from refcurv.certified.labels import label_of
 from refcurv.files import store
 from refcurv.files.disk import write_json
 from refcurv.judge.cases.case import Case, Check, build, kind_of, law_digest, manifest
-from refcurv.judge.cases.harness import budgets
+from refcurv.judge.cases.harness import NEEDS, budgets
+from refcurv.model.sampling import uniforms
 from refcurv.progress import Progress, silent
 from refcurv.terminal import progress_bar
-from validation.cases.contained import Array, Ball, radii, settled
+from validation.cases.allowed import allowed
+from validation.cases.contained import UNDECIDED, Array, Ball, radii, settled
 from validation.cases.enclosures import enclosures
 from validation.cases.make import PAGE, VECTORS, manifests
 
@@ -46,13 +49,12 @@ BITS = 320
 DIGITS = 30
 """Digits that every array must have."""
 
-LATER = "eigenvalues, masks and edited weights have no certificate"
+NULL = "the columns of eigenvalues that may be 0: any basis of their space is one"
 NOT_CERTIFIED = {
-    "drawn": "SAMPLING is a law about float64 numbers: the labels are given here",
-    "basis.*.U_A": LATER, "basis.*.mu": LATER, "basis.*.U_G": LATER, "basis.*.lam": LATER,
-    "edits.*.mask": LATER, "edits.*.weight": LATER,
+    "basis.*.U_A": NULL, "basis.*.U_G": NULL,
+    "edits.*.weight": "those whose mask has an undecided pair",
 }  # fmt: skip
-"""Numbers of version 1 that have no certificate, and why. They stand in its file alone."""
+"""Numbers of version 1 that may have no certificate, and why. They stand in its file alone."""
 
 ONE = {"exact.*.fisher": "exact.*.ggn"}
 """What is another name of one real matrix (O11), is seen to overlap, and is certified once."""
@@ -134,7 +136,20 @@ def _up(x: Array) -> float:
     return math.nextafter(worst * (1 + 1e-15), math.inf) if worst else 0.0
 
 
-def made_of(case: Case) -> dict[str, Certified]:
+@dataclass(frozen=True)
+class Made:
+    """Numbers and their proof; masks, uint8 (`contained.UNDECIDED`); of the labels, what is said.
+
+    Of the labels: how many the real numbers give too; [sequence, position, label, label of the real
+    numbers] of others; [sequence, position, label] of those that balls do not decide.
+    """
+
+    numbers: dict[str, Certified]
+    masks: dict[str, Array]
+    drawn: dict[str, Any]
+
+
+def made_of(case: Case) -> Made:
     """Every number of a valid case of version 1 that balls enclose.
 
     Raises SystemExit where one has fewer than DIGITS, or is not what version 1 has.
@@ -142,16 +157,51 @@ def made_of(case: Case) -> dict[str, Certified]:
     with bits(BITS):
         balls = {name: x for name, x in enclosures(case) if name in case.arrays}
         require_one(case.id, balls)
-        out = {n: certified(x) for n, x in balls.items() if kind_of(n) not in ONE}
-    for name, one in out.items():
-        far, budget = float(np.linalg.norm(one.x - case.arrays[name])), case.budget_of(name)
+        drawn = drawn_again(case, balls)
+        masks = {n: balls.pop(n).rounded().astype(np.uint8) for n in [*balls] if _is_mask(n)}
+        made = Made(
+            {n: certified(x) for n, x in balls.items() if kind_of(n) not in ONE}, masks, drawn
+        )
+    for name, mask in masks.items():
+        if ((mask != case.arrays[name]) & (mask != UNDECIDED)).any():
+            raise SystemExit(f"{case.id}: {name} is proved to be another than in version 1.")
+    real = {n: one.x for n, one in made.numbers.items()}
+    for name, one in made.numbers.items():
+        far, budget = off(case, name, one.x), allowed(case, name, real)
         if budget is None or not far <= budget:
             raise SystemExit(
                 f"{case.id}: {name} is {far:.1e} from version 1, which allows {budget}."
             )
         if one.digits < DIGITS and np.abs(one.x).any():
             raise SystemExit(f"{case.id}: {name} has {one.digits:.1f} digits. Raise BITS.")
-    return out
+    return made
+
+
+def _is_mask(name: str) -> bool:
+    return kind_of(name) == "edits.*.mask"
+
+
+def off(case: Case, name: str, x: Array) -> float:
+    """|version 1 − x|, of as many columns as x has."""
+    one = case.arrays[name]
+    return float(np.linalg.norm(x - (one[:, : x.shape[1]] if ".U_" in name else one)))
+
+
+def drawn_again(case: Case, balls: Mapping[str, Balls]) -> dict[str, Any]:
+    """SAMPLING of the real numbers beside the labels that float64 drew; see `Made`."""
+    law, same = case.arrays["drawn"], 0
+    other: list[list[int]] = []
+    unknown: list[list[int]] = []
+    for n, t in np.argwhere(law >= 0).tolist():
+        u = uniforms(case.method["seed"], 0, n, law.shape[1])[t]
+        label, own = label_of(balls["logits"][n, t], float(u)), int(law[n, t])
+        if label is None:
+            unknown.append([n, t, own])
+        elif label != own:
+            other.append([n, t, own, label])
+        else:
+            same += 1
+    return {"same": same, "other": other, "undecided": unknown}
 
 
 def require_one(id: str, balls: Mapping[str, Balls]) -> None:
@@ -166,12 +216,12 @@ def require_one(id: str, balls: Mapping[str, Balls]) -> None:
 # ------------------------------------------------------------------ files
 
 
-def write(case: Case, numbers: Mapping[str, Certified], folder: Path) -> dict[str, Any]:
+def write(case: Case, made: Made, folder: Path) -> dict[str, Any]:
     """ID_v2.h5 and ID_v2.json; returns the manifest."""
-    given = {n: x for n, x in case.arrays.items() if _given(n)}
-    arrays = {**given, **{name: one.x for name, one in numbers.items()}}
+    given, numbers = {n: x for n, x in case.arrays.items() if _given(n)}, made.numbers
+    arrays = {**given, **{name: one.x for name, one in numbers.items()}, **made.masks}
     two = replace(case, id=f"{case.id.removesuffix('_v1')}_v2", of=case.id, arrays=arrays,
-                  needs=("sums", "forward"), checks=tuple(_checks(case, numbers)))  # fmt: skip
+                  needs=NEEDS, checks=tuple(_checks(case, numbers)))  # fmt: skip
     path = folder / f"{two.id}.h5"
     store.write(
         path,
@@ -188,11 +238,14 @@ def write(case: Case, numbers: Mapping[str, Certified], folder: Path) -> dict[st
             "bits": BITS,
             "given": given_digest(case),
             "logits are W a + b": (case.config or {}).get("logit_cap") is None,
-            "arrays": {name: _told(one) for name, one in numbers.items()},
+            "drawn": made.drawn,
+            "arrays": {name: _told(one) for name, one in numbers.items()}
+            | {name: _of_mask(mask) for name, mask in made.masks.items()},
             "is also": {a: b for a, b in ONE.items() if any(kind_of(n) == a for n in case.arrays)},
             "not certified": {
                 kind: why for kind, why in NOT_CERTIFIED.items()
-                if any(kind_of(name) == kind for name in case.arrays)
+                if any(kind_of(n) == kind and arrays.get(n, x[:0]).size < x.size
+                       for n, x in case.arrays.items())
             },
         },
     }  # fmt: skip
@@ -235,11 +288,20 @@ def _told(one: Certified) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _of_mask(mask: Array) -> dict[str, Any]:
+    """The same of a mask, whose settled entries are decided; and how many pairs each row keeps."""
+    return {
+        "entries": mask.size, "settled": int((mask != UNDECIDED).sum()), "digits": None,
+        "radius": 0.0, "kept": (mask == 1).sum(axis=1).tolist(),
+    }  # fmt: skip
+
+
 def _checks(case: Case, numbers: Mapping[str, Certified]) -> Iterator[Check]:
     """How far version 1 is from it, beside what version 1 allows."""
+    real = {n: one.x for n, one in numbers.items()}
     for name, one in numbers.items():
-        far, size = (float(np.linalg.norm(x)) for x in (one.x - case.arrays[name], one.x))
-        budget, size = case.budget_of(name) or 0.0, size or 1.0
+        far, size = off(case, name, one.x), float(np.linalg.norm(one.x)) or 1.0
+        budget = allowed(case, name, real) or 0.0
         yield Check(name, ("ball arithmetic", "version 1"), far / size, budget / size)
 
 
@@ -278,20 +340,31 @@ def table(told: Sequence[dict[str, Any]]) -> str:
         rows.append(
             f"| `{kind}` | {len(found)} | {entries:,} | {sure:,} | {least} | {_off(told, kind)} |"
         )
+    rows.append(_of_labels([one["certificate"]["drawn"] for one in told]))
     for kind, other in ONE.items():
         rows.append(f"| `{kind}` | | | is `{other}` (O11) | | |")
-    for kind, why in NOT_CERTIFIED.items():
-        rows.append(f"| `{kind}` | | | not certified: {why} | | |")
+    said = [one["certificate"]["not certified"] for one in told]
+    for kind in (kind for kind in NOT_CERTIFIED if any(kind in one for one in said)):
+        rows.append(f"| `{kind}` | | | not certified: {NOT_CERTIFIED[kind]} | | |")
     return "\n".join(rows) + "\n"
 
 
 def _off(told: Sequence[dict[str, Any]], kind: str) -> str:
     """The worst error of an array of version 1, over the array, and of its budget."""
     found = [c for one in told for c in one["checks"] if c["quantity"] == kind]
+    if not found:  # of masks, whose decided pairs are those of version 1 (`made_of`)
+        return "0"
     worst = max(found, key=lambda c: c["error"] / c["budget"] if c["budget"] else 0.0)
     if not worst["error"]:
         return "0"
     return f"{worst['error']:.0e}, {100 * worst['error'] / worst['budget']:.2g} % of its budget"
+
+
+def _of_labels(drawn: Sequence[dict[str, Any]]) -> str:
+    same = sum(one["same"] for one in drawn)
+    other, unknown = (sum(len(one[k]) for one in drawn) for k in ("other", "undecided"))
+    sure, differ = same + other, f"{other} labels differ"
+    return f"| `drawn` | {len(drawn)} | {sure + unknown} | {sure} | all | {differ} |"
 
 
 def page() -> str:

@@ -19,6 +19,7 @@ from refcurv.judge.cases.case import Case, layers_of
 from refcurv.judge.cases.flows import Flow, Seen, flow, kept_rows, seen
 from refcurv.judge.cases.harness import subject_of
 from refcurv.model.config import ModelConfig, QKNorm
+from validation.cases.spectral import spectral
 
 Numbers = Any
 """Balls, or dual balls."""
@@ -39,7 +40,10 @@ def enclosures(case: Case) -> Iterator[tuple[str, Balls]]:
         yield f"gradients.{name}", _unshifted(config, name, gold.gradient[name])
     layers = layers_of(case.arrays, "rows.", ".kept")
     for layer in layers:
-        yield from _of_layer(case, one, layer, gold, sampled)
+        made = dict(_of_layer(case, one, layer, gold, sampled))
+        sums = (made[f"factors.{layer}.{S}"] for S in ("sum_A", "sum_G"))
+        yield from made.items()
+        yield from spectral(case, layer, model.parameters[config.weight_of(layer)], *sums)
     dense = next((name for name in case.arrays if name.endswith(".hessian")), None)
     smallest = None if dense is None else dense.removeprefix("exact.").removesuffix(".hessian")
     yield from _expected(config, theta, one, layers, smallest)

@@ -4,8 +4,8 @@
 
    Recomputed from the stored arrays: S = sum of x xT over the kept rows (A and G before the division),
    M = U diag(values) UT, UT U = I, the mask as a share of the mass, W' = U_G (C o M) U_AT.
-   Of a certified case (version 2) also, to thirty digits: that each number is the float64 nearest to what is proved, and that
-   S, the gradients of linear layers, the loss and the logits are what the rows prove.
+   Of a certified case (version 2) also, to thirty digits: that each number is the float64 nearest to what is proved, that S, the
+   gradients of linear layers, the loss and the logits are what the rows prove, S U = n U diag(values), UT U = I, n sum of values = tr S, and W'.
    Exit status 0: valid and acceptable cases hold, invalid ones do not. 1: one is otherwise. 2: usage. */
 
 #include <cjson/cJSON.h>
@@ -166,23 +166,23 @@ static void one_basis(judged *j, const char *layer, const char *U_name, const ch
                       const char *S_name, const char *n_name) {
     array U = get(j->file, "basis", layer, U_name), v = get(j->file, "basis", layer, values);
     array S = get(j->file, "factors", layer, S_name), n = get(j->file, "factors", layer, n_name);
-    size_t d = v.n;
-    if (U.n != d * d) die("shapes differ", layer);
+    size_t d = v.n, r = U.rank == 2 ? (size_t)U.shape[1] : 0; /* r < d: the other values may be 0 */
+    if (U.n != d * r || r > d) die("shapes differ", layer);
     double *made = calloc(d * d, sizeof *made), *square = calloc(d * d, sizeof *square);
     double *one = calloc(d * d, sizeof *one), rise = 0;
-    for (size_t p = 0; p < d; p++) {
-        one[p * d + p] = 1;
+    for (size_t p = 0; p < d; p++)
         for (size_t q = 0; q < d; q++)
-            for (size_t k = 0; k < d; k++) {
-                made[p * d + q] += U.x[p * d + k] * v.x[k] * U.x[q * d + k];
-                square[p * d + q] += U.x[k * d + p] * U.x[k * d + q];
-            }
+            for (size_t k = 0; k < r; k++) made[p * d + q] += U.x[p * r + k] * v.x[k] * U.x[q * r + k];
+    for (size_t p = 0; p < r; p++) {
+        one[p * r + p] = 1;
+        for (size_t q = 0; q < r; q++)
+            for (size_t k = 0; k < d; k++) square[p * r + q] += U.x[k * r + p] * U.x[k * r + q];
     }
     if (S.x && n.x && size_of(S.x, d * d) > 0) {
         for (size_t p = 0; p < d * d; p++) S.x[p] /= n.x[0];
         note(j, U_name, layer, apart(made, S.x, d * d) / size_of(S.x, d * d), j->budget.basis);
     }
-    note(j, U_name, layer, apart(square, one, d * d) / sqrt((double)d), j->budget.basis);
+    note(j, U_name, layer, apart(square, one, r * r) / sqrt((double)d), j->budget.basis);
     for (size_t k = 0; k < d; k++) {
         if (-v.x[k] > rise) rise = -v.x[k];
         if (k && v.x[k] - v.x[k - 1] > rise) rise = v.x[k] - v.x[k - 1];
@@ -218,18 +218,18 @@ static void one_edit(judged *j, const char *layer, const char *share, double rho
     array V = get(j->file, "basis", layer, "U_A"), U = get(j->file, "basis", layer, "U_G");
     array W = get(j->file, "weights/parameters", layer, "weight");
     if (!W.x) W = get(j->file, "weights/parameters", "embed", "weight"); /* a tied head */
-    size_t O = lam.n, I = mu.n;
-    if (!W.x || W.n != O * I || mask.n != O * I || got.n != O * I) die("shapes differ", layer);
+    size_t O = lam.n, I = mu.n, R = (size_t)U.shape[1], Q = (size_t)V.shape[1];
+    if (!W.x || U.n != O * R || V.n != I * Q || R > O || Q > I || W.n != O * I || mask.n != O * I || got.n != O * I) die("shapes differ", layer);
     one_mask(j, layer, mask, lam, mu, rho);
     double *want = calloc(O * I, sizeof *want);
-    for (size_t i = 0; i < O; i++)
-        for (size_t k = 0; k < I; k++) {
+    for (size_t i = 0; i < R; i++)
+        for (size_t k = 0; k < Q; k++) {
             double C = 0;
             if (mask.x[i * I + k] == 0) continue;
             for (size_t o = 0; o < O; o++)
-                for (size_t p = 0; p < I; p++) C += U.x[o * O + i] * W.x[o * I + p] * V.x[p * I + k];
+                for (size_t p = 0; p < I; p++) C += U.x[o * R + i] * W.x[o * I + p] * V.x[p * Q + k];
             for (size_t o = 0; o < O; o++)
-                for (size_t p = 0; p < I; p++) want[o * I + p] += U.x[o * O + i] * C * V.x[p * I + k];
+                for (size_t p = 0; p < I; p++) want[o * I + p] += U.x[o * R + i] * C * V.x[p * Q + k];
         }
     note(j, "edited weight", layer, apart(got.x, want, O * I) / size_of(W.x, O * I), j->budget.edits);
     free(want), free(mask.x), free(got.x), free(lam.x), free(mu.x), free(V.x), free(U.x), free(W.x);
@@ -241,7 +241,7 @@ static void one_edit(judged *j, const char *layer, const char *share, double rho
    Sums are made of pairs of doubles. With u = 2^-53 a product errs by 4 u^2 of itself, a sum by 3.1 u^2
    (Joldes, Muller, Popescu 2017), so n products by (4 n + 8) u^2 of their magnitudes: the float budget. */
 
-typedef struct { array x, low; double relative, absolute, settled; } ball;
+typedef struct { array x, low; double relative, absolute, settled, *radii; } ball; /* radii: of what is made here */
 typedef struct { double high, low; } pair;
 
 static pair quick(double a, double b) { /* |a| >= |b|, or a is 0 */
@@ -290,47 +290,86 @@ static ball get_ball(hid_t file, const char *first, const char *layer, const cha
     return ball_at(file, path);
 }
 
-static void drop(ball b) { free(b.x.x), free(b.low.x); }
+static void drop(ball b) { free(b.x.x), free(b.low.x), free(b.radii); }
 
 static double radius(const ball *b, size_t i) {
+    if (b->radii) return b->radii[i];
     double x = fabs(b->x.x[i]);
     return x == 0 ? (b->low.x[i] == 0 ? 0 : b->absolute) : b->relative * x;
 }
 
 static pair middle(const ball *b, size_t i) { return (pair){b->x.x[i], b->low.x[i]}; }
 
-/* so many entries of which nothing is known but their shape; `fill` gives them one value, exactly */
+/* so many entries of one value, exactly */
 static ball made(size_t n, double fill) {
-    ball b = {.x = {.n = n, .x = calloc(n ? n : 1, sizeof(double))}};
+    ball b = {.x = {.n = n, .x = calloc(n ? n : 1, sizeof(double))}, .radii = calloc(n ? n : 1, sizeof(double))};
     b.low = (array){.n = n, .x = calloc(n ? n : 1, sizeof(double))};
     for (size_t i = 0; i < n; i++) b.x.x[i] = fill;
     return b;
 }
 
-/* claimed (P, Q) against the sum over rows of one[r][p] other[r][q]; rows where keep is 0 are left out */
+/* entry i of b becomes sign times entry k of another */
+static void put(ball *b, size_t i, const ball *from, size_t k, double sign) {
+    b->x.x[i] = sign * from->x.x[k], b->low.x[i] = sign * from->low.x[k], b->radii[i] = radius(from, k);
+}
+
+/* the sum over rows of one[r][p] other[r][q], and how far off it may be; rows where keep is 0 are left out */
+static pair total(const ball *one, const ball *other, size_t P, size_t Q, size_t p, size_t q, const array *keep,
+                  double *allowed) {
+    size_t rows = one->x.n / P;
+    double unit = 0x1p-106 * (4 * (double)rows + 8);
+    pair sum = {0, 0};
+    *allowed = 0;
+    for (size_t r = 0; r < rows; r++) {
+        if (keep && keep->x[r] == 0) continue;
+        size_t a = r * P + p, b = r * Q + q;
+        double x = fabs(one->x.x[a]), y = fabs(other->x.x[b]), e = radius(one, a), f = radius(other, b);
+        sum = plus(sum, times(middle(one, a), middle(other, b)));
+        *allowed += x * f + y * e + 2 * e * f + unit * x * y;
+    }
+    return sum;
+}
+
+/* claimed (P, Q) against that sum */
 static void proved(judged *j, const char *what, const char *layer, const ball *claimed, const ball *one,
                    const ball *other, size_t P, size_t Q, const array *keep) {
     size_t rows = P ? one->x.n / P : 0;
-    double worst = 0, unit = 0x1p-106 * (4 * (double)rows + 8);
+    double worst = 0;
     if (claimed->x.n != P * Q || other->x.n != rows * Q || (keep && keep->n != rows))
         die("shapes differ", layer);
     for (size_t p = 0; p < P; p++)
         for (size_t q = 0; q < Q; q++) {
-            pair sum = {0, 0}, own = middle(claimed, p * Q + q);
-            double allowed = radius(claimed, p * Q + q);
-            for (size_t r = 0; r < rows; r++) {
-                if (keep && keep->x[r] == 0) continue;
-                size_t a = r * P + p, b = r * Q + q;
-                double x = fabs(one->x.x[a]), y = fabs(other->x.x[b]), e = radius(one, a), f = radius(other, b);
-                sum = plus(sum, times(middle(one, a), middle(other, b)));
-                allowed += x * f + y * e + 2 * e * f + unit * x * y;
-            }
+            double allowed;
+            pair sum = total(one, other, P, Q, p, q, keep, &allowed), own = middle(claimed, p * Q + q);
             pair far = plus(sum, (pair){-own.high, -own.low});
             double error = fabs(far.high + far.low);
-            allowed *= 1 + 1e-9; /* more than these few sums of radii lose */
+            allowed = (allowed + radius(claimed, p * Q + q)) * (1 + 1e-9); /* more than these few sums of radii lose */
             if (error > allowed || error != error) worst = allowed > 0 ? fmax(worst, error / allowed) : INFINITY;
         }
     note(j, what, layer, worst, 0);
+}
+
+/* the transpose of (rows, columns) */
+static ball turned(ball b, size_t rows, size_t columns) {
+    ball t = made(b.x.n, 0);
+    if (b.x.n != rows * columns) die("shapes differ", "transpose");
+    for (size_t r = 0; r < rows; r++)
+        for (size_t c = 0; c < columns; c++) put(&t, c * rows + r, &b, r * columns + c, 1);
+    return t;
+}
+
+/* (P, Q), the sum over rows; one and other are dropped */
+static ball product(ball one, ball other, size_t P, size_t Q) {
+    ball b = made(P * Q, 0);
+    if (P && other.x.n != one.x.n / P * Q) die("shapes differ", "product");
+    for (size_t p = 0; p < P; p++)
+        for (size_t q = 0; q < Q; q++) {
+            double *allowed = b.radii + p * Q + q;
+            pair sum = total(&one, &other, P, Q, p, q, NULL, allowed);
+            b.x.x[p * Q + q] = sum.high, b.low.x[p * Q + q] = sum.low, *allowed *= 1 + 1e-9;
+        }
+    drop(one), drop(other);
+    return b;
 }
 
 /* is each x the float64 nearest to its number, and are as many proved to be as the file says? */
@@ -384,14 +423,73 @@ static void certified_logits(judged *j) {
     for (size_t r = 0; r < rows; r++) { /* one row at a time */
         ball read = made(D + 1, 1), own = made(V, 0);
         double any = 0;
-        for (size_t d = 0; d < D; d++)
-            read.x.x[d] = a.x.x[r * D + d], read.low.x[d] = a.low.x[r * D + d], any += read.x.x[d] != 0;
-        read.relative = a.relative, read.absolute = a.absolute, own.relative = z.relative, own.absolute = z.absolute;
-        for (size_t v = 0; v < V; v++) own.x.x[v] = z.x.x[r * V + v], own.low.x[v] = z.low.x[r * V + v];
+        for (size_t d = 0; d < D; d++) put(&read, d, &a, r * D + d, 1), any += read.x.x[d] != 0;
+        for (size_t v = 0; v < V; v++) put(&own, v, &z, r * V + v, 1);
         if (any) proved(j, "certified logits", "head", &own, &read, &w, 1, V, NULL);
         drop(read), drop(own);
     }
     drop(a), drop(z), drop(w), free(W.x), free(b.x);
+}
+
+/* n sum of values = tr S, S U = n U diag(values), UT U = I. As n values would be rounded, they are n terms. */
+static void certified_basis(judged *j, const char *layer, const char *S_name, const char *n_name, const char *U_name,
+                            const char *values) {
+    ball S = get_ball(j->file, "factors", layer, S_name), U = get_ball(j->file, "basis", layer, U_name);
+    ball v = get_ball(j->file, "basis", layer, values);
+    array count = get(j->file, "factors", layer, n_name);
+    if (!S.x.x || !U.x.x || !v.x.x || !count.x) die("a certified layer lacks its basis", layer);
+    size_t d = v.x.n, n = (size_t)count.x[0], r = (size_t)U.x.shape[1], rows = n * d + d;
+    if (S.x.n != d * d || U.x.n != d * r) die("shapes differ", layer);
+    ball terms = made(rows, 0), signs = made(rows, 1), none = made(d, 0), eye = made(r * r, 0);
+    for (size_t k = 0; k < rows; k++) put(&terms, k, k < n * d ? &v : &S, k < n * d ? k % d : (k - n * d) * (d + 1), 1);
+    for (size_t k = n * d; k < rows; k++) signs.x.x[k] = -1;
+    ball zero = made(1, 0);
+    proved(j, "certified trace", layer, &zero, &terms, &signs, 1, 1, NULL);
+    for (size_t k = 0; k < r; k++) eye.x.x[k * r + k] = 1;
+    proved(j, "certified UT U", layer, &eye, &U, &U, r, r, NULL);
+    ball one = made((d + n) * d, 0), other = made(d + n, 0);
+    for (size_t k = 0; k < d * d; k++) put(&one, k, &S, k, 1);
+    for (size_t k = 0; k < r; k++) {
+        for (size_t i = 0; i < n * d; i++) put(&one, d * d + i, &U, i % d * r + k, 1);
+        for (size_t i = 0; i < d + n; i++) put(&other, i, i < d ? &U : &v, i < d ? i * r + k : k, i < d ? 1 : -1);
+        proved(j, "certified S U", layer, &none, &one, &other, d, 1, NULL);
+    }
+    drop(S), drop(U), drop(v), drop(terms), drop(signs), drop(none), drop(eye), drop(zero), drop(one), drop(other);
+    free(count.x);
+}
+
+/* each row keeps its first pairs, as many as the manifest says; and W' = U_G (C o M) U_AT */
+static void certified_edit(judged *j, const char *layer, const char *share, const cJSON *certificate) {
+    char group[64], name[NAME * 2];
+    snprintf(group, sizeof group, "edits/%s", share), snprintf(name, sizeof name, "edits.%s.%s.mask", share, layer);
+    for (char *p = name; (p = strchr(p, '/'));) *p = '.';
+    array mask = get(j->file, group, layer, "mask"), w = get(j->file, "weights/parameters", layer, "weight");
+    if (!mask.x) return;
+    const cJSON *own = cJSON_GetObjectItemCaseSensitive(cJSON_GetObjectItemCaseSensitive(certificate, "arrays"), name);
+    const cJSON *kept = cJSON_GetObjectItemCaseSensitive(own, "kept");
+    size_t O = (size_t)mask.shape[0], I = (size_t)mask.shape[1];
+    if (cJSON_GetArraySize(kept) != (int)O) die("the manifest lacks the counts of", name);
+    double odd = 0;
+    for (size_t i = 0; i < O; i++)
+        for (size_t k = 0; k < I; k++)
+            odd += (mask.x[i * I + k] == 1) != ((double)k < cJSON_GetArrayItem(kept, (int)i)->valuedouble);
+    note(j, "mask, its counts,", layer, odd, 0);
+    ball claimed = get_ball(j->file, group, layer, "weight");
+    ball U = get_ball(j->file, "basis", layer, "U_G"), V = get_ball(j->file, "basis", layer, "U_A");
+    if (!w.x) w = get(j->file, "weights/parameters", "embed", "weight"); /* a tied head */
+    if (claimed.x.x && U.x.x && V.x.x && w.n == O * I) {
+        size_t R = (size_t)U.x.shape[1], Q = (size_t)V.x.shape[1];
+        ball W = made(O * I, 0), UT = turned(U, O, R), VT = turned(V, I, Q);
+        memcpy(W.x.x, w.x, O * I * sizeof *w.x);
+        ball C = product(U, W, R, I), CT = turned(C, R, I), M = product(CT, V, R, Q);
+        for (size_t i = 0; i < R * Q; i++)
+            if (mask.x[i / Q * I + i % Q] == 0) M.x.x[i] = M.low.x[i] = M.radii[i] = 0;
+        ball P = product(UT, M, O, Q), PT = turned(P, O, Q);
+        proved(j, "certified edited weight", layer, &claimed, &PT, &VT, O, I, NULL);
+        drop(C), drop(P), drop(PT), drop(VT);
+    } else
+        die("no certified edit of", layer);
+    drop(claimed), free(mask.x), free(w.x);
 }
 
 static void certified(judged *j, const cJSON *certificate) {
@@ -400,7 +498,13 @@ static void certified(judged *j, const cJSON *certificate) {
     if (!found.count) die("no certified number", "manifest");
     for (int k = 0; k < found.count; k++) one_settled(j, found.names[k]);
     layers_of(j->file, "rows/", "/kept", &found);
-    for (int k = 0; k < found.count; k++) certified_layer(j, found.names[k]);
+    for (int k = 0; k < found.count; k++) {
+        certified_layer(j, found.names[k]);
+        certified_basis(j, found.names[k], "sum_A", "n_A", "U_A", "mu");
+        certified_basis(j, found.names[k], "sum_G", "n_G", "U_G", "lam");
+        certified_edit(j, found.names[k], "rho50", certificate);
+        certified_edit(j, found.names[k], "rho90", certificate);
+    }
     ball nats = ball_at(j->file, (char[]){"nats"}), loss = ball_at(j->file, (char[]){"loss"});
     if (!nats.x.x || !loss.x.x) die("no certified loss", "manifest");
     ball ones = made(nats.x.n, 1);

@@ -4,8 +4,8 @@
 //
 // Recomputed from the stored arrays: S = Σ x xᵀ over the kept rows (A and G before the division),
 // M = U diag(values) Uᵀ, UᵀU = I, the mask as a share of the mass, W' = U_G (C ∘ M) U_Aᵀ.
-// Of a certified case (version 2) also, to thirty digits: that each number is the float64 nearest to what is proved, and that
-// S, the gradients of linear layers, the loss and the logits are what the rows prove.
+// Of a certified case (version 2) also, to thirty digits: that each number is the float64 nearest to what is proved, that S, the
+// gradients of linear layers, the loss and the logits are what the rows prove, S U = n U diag(values), UᵀU = I, n Σ values = tr S, and W'.
 // Each file's SHA-256 is compared with its manifest's, too.
 // Exit status 0: valid and acceptable cases hold, invalid ones do not. 1: one is otherwise. 2: usage.
 
@@ -79,14 +79,15 @@ function* basis(file, layer, budgets) {
     const S = get(file, `factors/${layer}/sum_${side}`);
     const n = get(file, `factors/${layer}/n_${side}`);
     const d = v.length;
-    const [made, square, one] = [0, 1, 2].map(() => new Float64Array(d * d));
-    for (let p = 0; p < d; p++) {
-      one[p * d + p] = 1;
+    const r = U.length / d; // r < d: the other values may be 0
+    const [made, square, one] = [d, r, r].map((n) => new Float64Array(n * n));
+    for (let p = 0; p < d; p++)
       for (let q = 0; q < d; q++)
-        for (let k = 0; k < d; k++) {
-          made[p * d + q] += U[p * d + k] * v[k] * U[q * d + k];
-          square[p * d + q] += U[k * d + p] * U[k * d + q];
-        }
+        for (let k = 0; k < r; k++) made[p * d + q] += U[p * r + k] * v[k] * U[q * r + k];
+    for (let p = 0; p < r; p++) {
+      one[p * r + p] = 1;
+      for (let q = 0; q < r; q++)
+        for (let k = 0; k < d; k++) square[p * r + q] += U[k * r + p] * U[k * r + q];
     }
     if (S && n && norm(S.x) > 0) {
       const M = S.x.map((s) => s / n.x[0]);
@@ -102,6 +103,7 @@ function* basis(file, layer, budgets) {
 function* edits(file, layer, budgets) {
   const [lam, mu, V, U] = ["lam", "mu", "U_A", "U_G"].map((x) => get(file, `basis/${layer}/${x}`).x);
   const [O, I] = [lam.length, mu.length];
+  const [R, Q] = [U.length / O, V.length / I];
   for (const [share, rho] of Object.entries(SHARES)) {
     const mask = get(file, `edits/${share}/${layer}/mask`)?.x;
     const got = get(file, `edits/${share}/${layer}/weight`)?.x;
@@ -121,11 +123,12 @@ function* edits(file, layer, budgets) {
         }
         mass += key;
         least = Math.min(least, key);
+        if (i >= R || k >= Q) continue;
         let C = 0;
         for (let o = 0; o < O; o++)
-          for (let p = 0; p < I; p++) C += U[o * O + i] * W[o * I + p] * V[p * I + k];
+          for (let p = 0; p < I; p++) C += U[o * R + i] * W[o * I + p] * V[p * Q + k];
         for (let o = 0; o < O; o++)
-          for (let p = 0; p < I; p++) want[o * I + p] += U[o * O + i] * C * V[p * I + k];
+          for (let p = 0; p < I; p++) want[o * I + p] += U[o * R + i] * C * V[p * Q + k];
       }
     yield [`order of the mask of ${layer}`, Math.max(0, most - least), budgets.mass];
     yield [`share of the mask of ${layer}`, (rho * total - mass) / total, budgets.mass];
@@ -174,27 +177,62 @@ const fill = (n, x) => {
   return { x: made(x), low: made(0), radius: made(0) };
 };
 
-// claimed (P, Q) against the sum over rows of one[r][p] other[r][q]; rows where keep is 0 are left out
-const proved = (claimed, one, other, P, Q, keep) => {
+// (P, Q), the sum over rows of one[r][p] other[r][q]; rows where keep is 0 are left out. Whole numbers of 2^-2·BINARY, and radii.
+const summed = (one, other, P, Q, keep) => {
   const rows = one.x.length / P;
-  if (claimed.x.length !== P * Q || other.x.length !== rows * Q) throw Error("shapes differ");
-  const [C, X, Y] = [claimed, one, other].map(wholeOf);
-  let outside = 0;
+  if (other.x.length !== rows * Q) throw Error("shapes differ");
+  const [X, Y] = [one, other].map(wholeOf);
+  const [sums, radius] = [Array(P * Q), new Float64Array(P * Q)];
   for (let p = 0; p < P; p++)
     for (let q = 0; q < Q; q++) {
-      let [sum, allowed] = [-(C[p * Q + q] << BigInt(BINARY)), claimed.radius[p * Q + q]];
+      let sum = 0n;
       for (let r = 0; r < rows; r++) {
         if (keep && keep[r] === 0) continue;
         const [a, b] = [r * P + p, r * Q + q];
         const [e, f] = [one.radius[a], other.radius[b]];
         sum += X[a] * Y[b];
-        allowed += Math.abs(one.x[a]) * f + Math.abs(other.x[b]) * e + 2 * e * f;
+        radius[p * Q + q] += Math.abs(one.x[a]) * f + Math.abs(other.x[b]) * e + 2 * e * f;
       }
-      const far = sum < 0n ? -sum : sum;
-      if (far > whole(allowed * SLACK) << BigInt(BINARY)) outside++;
+      sums[p * Q + q] = sum;
     }
-  return outside;
+  return { sums, radius };
 };
+
+// how many entries of claimed (P, Q) cannot be that sum
+const proved = (claimed, one, other, P, Q, keep) => {
+  const C = wholeOf(claimed);
+  const { sums, radius } = summed(one, other, P, Q, keep);
+  if (C.length !== P * Q) throw Error("shapes differ");
+  const outside = (sum, i) => {
+    const far = sum - (C[i] << BigInt(BINARY));
+    return (far < 0n ? -far : far) > whole((radius[i] + claimed.radius[i]) * SLACK) << BigInt(BINARY);
+  };
+  return sums.filter(outside).length;
+};
+
+// the sum as a ball once more: what is below 2^-BINARY is cut off, which is less than 2^-1074
+const product = (one, other, P, Q) => {
+  const { sums, radius } = summed(one, other, P, Q);
+  const cut = sums.map((sum) => sum >> BigInt(BINARY));
+  const x = Float64Array.from(cut, (one) => Number(one >> 100n) * 2 ** -(BINARY - 100));
+  return { x, low: new Float64Array(P * Q), whole: cut, radius: radius.map((e) => e * SLACK + 2 ** -1074) };
+};
+
+const entries = (b, at) => {
+  const part = (x) => Float64Array.from(at, (i) => (i < 0 ? 0 : x[i]));
+  const all = wholeOf(b);
+  return { x: part(b.x), low: part(b.low), radius: part(b.radius), whole: at.map((i) => (i < 0 ? 0n : all[i])) };
+};
+
+const turned = (b, rows, columns) =>
+  entries(b, Array.from(b.x, (_, i) => (i % rows) * columns + Math.floor(i / rows)));
+
+const joined = (...every) => {
+  const part = (name) => Float64Array.from(every.flatMap((b) => Array.from(b[name])));
+  return { x: part("x"), low: part("low"), radius: part("radius") };
+};
+
+const opposite = (b) => ({ ...b, x: b.x.map((y) => -y), low: b.low.map((y) => -y), whole: undefined });
 
 function* settledEntries(file, path) {
   const { x, low, radius, settled } = ball(file, path);
@@ -227,6 +265,51 @@ function* certifiedLayer(file, layer) {
   }
 }
 
+// n Σ values = tr S, S U = n U diag(values), UᵀU = I. As n values would be rounded, they are n terms.
+function* certifiedBasis(file, layer) {
+  for (const [side, name] of [["A", "mu"], ["G", "lam"]]) {
+    const S = ball(file, `factors/${layer}/sum_${side}`);
+    const [U, v] = [ball(file, `basis/${layer}/U_${side}`), ball(file, `basis/${layer}/${name}`)];
+    const n = get(file, `factors/${layer}/n_${side}`).x[0];
+    const [d, r] = [v.x.length, U.shape[1]];
+    const range = (count, of) => Array.from({ length: count }, (_, i) => of(i));
+    const diagonal = entries(S, range(d, (i) => i * (d + 1)));
+    const terms = joined(...range(n, () => v), opposite(diagonal));
+    yield [`certified trace of ${side} of ${layer}`, proved(fill(1, 0), terms, fill(n * d + d, 1), 1, 1), 0];
+    const eye = fill(r * r, 0);
+    for (let k = 0; k < r; k++) eye.x[k * r + k] = 1;
+    yield [`certified UᵀU of ${side} of ${layer}`, proved(eye, U, U, r, r), 0];
+    for (let k = 0; k < r; k++) {
+      const u = entries(U, range(d, (i) => i * r + k));
+      const value = opposite(entries(v, [k]));
+      const [one, other] = [joined(S, ...range(n, () => u)), joined(u, ...range(n, () => value))];
+      yield [`certified S U of ${side} of ${layer}`, proved(fill(d, 0), one, other, d, 1), 0];
+    }
+  }
+}
+
+// each row keeps its first pairs, as many as the manifest says; and W' = U_G (C ∘ M) U_Aᵀ
+function* certifiedEdits(file, layer, certificate) {
+  const [U, V] = ["U_G", "U_A"].map((x) => ball(file, `basis/${layer}/${x}`));
+  const at = "weights/parameters";
+  const w = get(file, `${at}/${layer}/weight`) ?? get(file, `${at}/embed/weight`); // a tied head
+  const [O, R] = U.shape;
+  const [I, Q] = V.shape;
+  for (const share of Object.keys(SHARES)) {
+    const mask = get(file, `edits/${share}/${layer}/mask`)?.x;
+    if (!mask) continue;
+    const { kept } = certificate.arrays[`edits.${share}.${layer}.mask`.replaceAll("/", ".")];
+    const odd = mask.filter((one, i) => (one === 1) !== i % I < kept[Math.floor(i / I)]).length;
+    yield [`counts of the mask of ${layer}`, odd, 0];
+    const W = { ...fill(O * I, 0), x: w.x };
+    const C = product(turned(product(U, W, R, I), R, I), V, R, Q);
+    const M = entries(C, Array.from(C.x, (_, i) => (mask[Math.floor(i / Q) * I + (i % Q)] ? i : -1)));
+    const P = turned(product(turned(U, O, R), M, O, Q), O, Q);
+    const claimed = ball(file, `edits/${share}/${layer}/weight`);
+    yield [`certified edited weight of ${layer}`, proved(claimed, P, turned(V, I, Q), O, I), 0];
+  }
+}
+
 // logits = W a + b at every position that the head reads; padding has zeros
 function* certifiedLogits(file) {
   const [a, z] = [ball(file, "rows/head/a"), ball(file, "logits")];
@@ -250,8 +333,10 @@ function* certifiedLogits(file) {
 }
 
 function* certified(file, certificate) {
-  for (const name of Object.keys(certificate.arrays)) yield* settledEntries(file, name.replaceAll(".", "/"));
-  for (const layer of layersOf(file, "rows", "kept")) yield* certifiedLayer(file, layer);
+  for (const [name, { kept }] of Object.entries(certificate.arrays))
+    if (!kept) yield* settledEntries(file, name.replaceAll(".", "/")); // a mask is no ball
+  for (const layer of layersOf(file, "rows", "kept"))
+    yield* [...certifiedLayer(file, layer), ...certifiedBasis(file, layer), ...certifiedEdits(file, layer, certificate)];
   const [nats, loss] = [ball(file, "nats"), ball(file, "loss")];
   yield ["certified loss", proved(loss, nats, fill(nats.x.length, 1), 1, 1), 0];
   if (certificate["logits are W a + b"]) yield* certifiedLogits(file);
