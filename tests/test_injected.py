@@ -476,6 +476,15 @@ def test_a_reference_alone_catches_it(id: str) -> None:
         assert is_named(id, verdict), (kind, verdict.causes)
 
 
+@pytest.mark.parametrize("id", ["B20", "B27", "B28"])
+def test_other_rows_are_no_coarse_arithmetic(id: str) -> None:
+    """The error of a row more or less may have the size of bfloat16's; the count tells."""
+    verdict = judged(next(kinds_of(id)), id, alone=True)
+    assert not verdict.passed
+    assert {one.fault for one in verdict.causes} == {None}, verdict.causes
+    assert all("other rows" in one.sentence for one in verdict.causes)
+
+
 # ------------------------------------------------------------------ two at once
 
 SORTS = {

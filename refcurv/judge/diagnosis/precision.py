@@ -47,8 +47,11 @@ def causes(case: Case, found: Mapping[str, Side]) -> list[Cause]:
             if key is not None and not (known and key[0] in SIZES):
                 hit.setdefault(key, {}).setdefault(layer, set()).add(name)
                 worst[key] = max(worst.get(key, 0.0), left.error)
+    finest = min((s.of(x)[1].error for s in found.values() for x in s.ladders), default=math.inf)
     out = []
     for (fault, alike, words), layers, error in _as_simulated(case, found, hit, worst):
+        if fault in ("B59", "B60") and finest < error / APART:
+            continue
         sides = sorted(set().union(*layers.values()))
         each = [q for s in sides for q in (f"{s}/tr {s}", s)]
         quantities = (*each, "tr A · tr G")
@@ -57,6 +60,11 @@ def causes(case: Case, found: Mapping[str, Side]) -> list[Cause]:
         remedy = FAULTS[fault].advice(case.dump.program)
         out.append(Cause(fault, text, remedy, tuple(layers), quantities, error, error, alike))
     return out
+
+
+APART = 1000.0
+"""How much nearer no matrix is where a model or its products are coarse: it would be as coarse
+itself.  Chosen: layers of one network differ by a factor of ten, seldom of a hundred."""
 
 
 def _as_simulated(

@@ -364,7 +364,9 @@ def counted(scales: Sequence[Scale]) -> list[Named]:
         a, g = one.rows_A or 1.0, one.rows_G or 1.0
         if a == g == 1 or _off(one.c_A, one.tol_A) or _off(one.c_G, one.tol_G):
             continue
-        words, fault = f"n_A is ours times {a:.6g}, n_G times {g:.6g}", "B82"
+        known = (("A", one.rows_A), ("G", one.rows_G))
+        words = ", ".join(f"n_{side} is ours times {k:.6g}" for side, k in known if k is not None)
+        fault = "B82"
         alike: tuple[str, ...] = ("B4",)
         if a == g and a > 1 and a == round(a):
             fault, alike = "B40", ("B39",)

@@ -37,13 +37,40 @@ def causes(
     Only what speaks of a comparison that something is wrong with.
     """
     every = [*forms(case, found), *_missing(case, found, findings)]
-    seen = list(signs(case, found))
-    moved = {layer for one in seen for layer in one.layers}
-    every += _scales(case, found, findings, moved)
+    seen, rows = list(signs(case, found)), list(_other_rows(case, found))
+    moved = {x for one in seen for x in one.layers} | {x for one in rows for x in one.layers}
+    every += [*rows, *_scales(case, found, findings, moved)]
     sized = precision.causes(case, found)
     every += [one for one in sized if not (_precision(one) and {*one.layers} <= moved)]
     every += _signs(case, found, seen)
     return tuple(one for one in every if any(_speaks(one, f) for f in findings))
+
+
+def _other_rows(case: Case, found: Mapping[str, Side]) -> Iterator[Cause]:
+    """Layers whose A nothing explains, and whose rows are not as many: then it is of other rows.
+
+    Counts that differ by a factor of 2 or more were counted otherwise, and say nothing of rows.
+    """
+    told: dict[str, list[str]] = {}
+    for layer in found["A"].ladders:
+        idea, left = found["A"].of(layer)
+        counts = case.counts(layer)
+        theirs, ours = counts.theirs["A"], counts.ours["A"]
+        plain = idea.setting is None and not idea.faults and found["A"].rank(layer, left) > 0
+        if plain and theirs is not None and ours / 2 < theirs < 2 * ours and theirs != ours:
+            words = f"n is {theirs:,.12g}, ours {ours:,}, and A is that of other rows"
+            told.setdefault(words, []).append(layer)
+    how = "Which positions are rows?"
+    if case.model is None or case.corpus is None:
+        how += " Give model and corpus, and it is tried which they are."
+    for words, layers in told.items():
+        before = max(found["A"].plain(x).error for x in layers)
+        at = tuple(layers), (*_form_of("A"), *_form_of("G"))
+        yield made(case, None, f"Unknown: {words}. {how}", *at, before, before, ROWS)
+
+
+ROWS = ("B20", "B27", "B28", "B82")
+"""Faults of rows that a count may come from."""
 
 
 def _missing(
