@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -142,26 +143,47 @@ def progress_bar(label: str) -> Callable[[int, int], None]:
 
 
 class _Log:
-    """A line of progress from time to time."""
+    """A line of progress from time to time, however long a step takes."""
 
     def __init__(self, label: str) -> None:
         self._label, self._what = label, ""
         self._begin = self._last = time.monotonic()
         self._now = (0, 0)
+        threading.Thread(target=_remind, args=(weakref.ref(self),), daemon=True).start()
 
     def __call__(self, done: int, total: int) -> None:
         """So much is done."""
         _raise_lost()
-        self._now, now = (done, total), time.monotonic()
-        if now - self._last >= _SECONDS:
-            self._last = now
-            after = f"{done:,} of {total:,} after {now - self._begin:,.0f} s"
-            say(": ".join(filter(None, (self._label, after, self._what))))
+        self._now = (done, total)
+        self.tell()
 
     def doing(self, what: str) -> None:
         """What is being done."""
         self._what = what
         self(*self._now)
+
+    def tell(self) -> None:
+        """A line, if the last one is old."""
+        now = time.monotonic()
+        if now - self._last >= _SECONDS:
+            self._last = now
+            done, total = self._now
+            so_far = f"{done:,} of {total:,} " if total else ""
+            after = f"{so_far}after {now - self._begin:,.0f} s"
+            say(": ".join(filter(None, (self._label, after, self._what))))
+
+
+def _remind(of: weakref.ref[_Log]) -> None:
+    """Let a log tell how far it is, until it is forgotten: nothing else does in a long step."""
+    while not _never.wait(_SECONDS):
+        log = of()
+        if log is None:
+            return
+        log.tell()
+        del log
+
+
+_never = threading.Event()
 
 
 class _Bar:
@@ -173,21 +195,25 @@ class _Bar:
 
     def __call__(self, done: int, total: int) -> None:
         """So much is done."""
-        from tqdm import tqdm
-
         _raise_lost()
-        if self._bar is None:
-            self._bar = tqdm(total=total, desc=f"{self._label:>10}", file=sys.stderr)
-        self._bar.update(done - self._bar.n)
+        bar = self._shown()
+        bar.total = total
+        bar.update(done - bar.n)
         if done >= total:
-            self._bar.set_postfix_str("")
-            self._bar.close()
+            bar.set_postfix_str("")
+            bar.close()
 
     def doing(self, what: str) -> None:
         """What is being done."""
         _raise_lost()
-        if self._bar is not None:
-            self._bar.set_postfix_str(what)
+        self._shown().set_postfix_str(what)
+
+    def _shown(self) -> Any:
+        from tqdm import tqdm
+
+        if self._bar is None:
+            self._bar = tqdm(desc=f"{self._label:>10}", file=sys.stderr)
+        return self._bar
 
 
 def _warn(

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -584,6 +585,23 @@ def test_progress_goes_into_a_log_too(capsys, monkeypatch) -> None:
         "refcurv: collect: 3,000 of 5,000 after 31 s",
         "refcurv: collect: 5,000 of 5,000 after 62 s",
     ]
+
+
+def test_a_long_step_is_told_of_too(capsys, monkeypatch) -> None:
+    """Nobody calls the progress meanwhile; and a log that is forgotten tells nothing more."""
+    monkeypatch.setattr(terminal, "_SECONDS", 0.01)
+    update = terminal.progress_bar("validate")
+    doing(update, "how much drawing labels changes")
+    capsys.readouterr()
+    said, end = "", time.monotonic() + 20
+    while "after" not in said and time.monotonic() < end:
+        said += capsys.readouterr().err
+    assert "refcurv: validate: after 0 s: how much drawing labels changes\n" in said
+    threads = [one for one in threading.enumerate() if one.name.endswith("(_remind)")]
+    del update
+    for one in threads[-1:]:
+        one.join(20)
+        assert not one.is_alive()
 
 
 def test_progress_says_what_is_being_done(capsys, monkeypatch) -> None:
