@@ -184,7 +184,7 @@ def test_an_identity_with_a_wrong_factor_is_caught(capsys, tmp_path) -> None:
     with mock.patch.object(proofs, "PROOFS", table), mock.patch.object(judge, "CHECKS", {}):
         assert main(["audit", *files, "--certify", "--json", str(tmp_path / "a.json")]) == 1
     said, told = capsys.readouterr().out, json.loads((tmp_path / "a.json").read_text())
-    assert said.startswith("certify: 2 of 2 identities over ")
+    assert said.startswith("certify: to be proved are 2 of 2 identities, over ")
     assert "FAIL O41: Something is twice what it is. Proved to be otherwise: head" in said
     assert "1 of 2 identities proved" in said and max(map(len, said.splitlines())) <= 100
     assert told["failed"] == ["O41"] and told["proofs"]["findings"][0]["digits"] == "differ"
@@ -224,7 +224,9 @@ def test_what_does_not_fit_is_named() -> None:
         assert not set(one.ids) & set(one.left_out)
     assert {*full.ids} - {*tight.ids} == {"O14", "O15"}
     assert "GiB" in tight.left_out["O14"] and "nothing fits" in str(fits[0.1])
-    assert str(full).startswith(f"certify: {len(PROOFS)} of {len(PROOFS)} identities over 64")
+    assert str(full).startswith(
+        f"certify: to be proved are {len(PROOFS)} of {len(PROOFS)} identities, over 64"
+    )
 
 
 def test_too_few_bits_are_raised_and_a_kink_is_not_decided() -> None:

@@ -59,7 +59,8 @@ def shares(
         raise ConventionError("certify: 'cut' and 'edit' need rho, the share that is kept.")
     found: dict[str, float] = {}
     for pattern, value in (rho if isinstance(rho, Mapping) else {"**": rho}).items():
-        share = require_range("certify", f"rho of {pattern!r}", value, 0, 1)
+        what = "rho" if pattern == "**" else f"rho of {pattern!r}"
+        share = require_range("certify", what, value, 0, 1)
         for layer in expand(pattern, list(wanted)):
             if layer in found:
                 raise ConventionError(f"certify: {layer!r} is matched by two patterns of rho.")

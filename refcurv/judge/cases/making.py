@@ -139,8 +139,8 @@ def require_small(config: ModelConfig, corpus: Corpus) -> None:
     sizes = {name: math.prod(shape) for name, shape in config.parameter_shapes().items()}
     if (total := sum(sizes.values())) > MOST_PARAMETERS:
         raise RangeError(
-            f"cases: the model has {total:,} parameters; at most {MOST_PARAMETERS:,} fit, for each "
-            f"is stepped by itself. The largest is {max(sizes, key=sizes.__getitem__)!r}. Make a "
+            f"cases: the model has {total:,} parameters; at most {MOST_PARAMETERS:,} fit, for the "
+            f"loss is computed anew for each. The largest is {max(sizes, key=sizes.__getitem__)!r}. Make a "
             "tiny one of the same family: copy its config.json, set the width to 16, the MLP's to "
             "32, 2 layers, 2 heads and a vocabulary of 64; let transformers write random weights, "
             "AutoModelForCausalLM.from_config(config).save_pretrained('tiny'); then refcurv "
