@@ -88,8 +88,8 @@ class ProofPlan:
         if not self.ids:
             return "certify: nothing fits the time and memory given"
         return (
-            f"certify: to be proved are {len(self.ids)} of {len(PROOFS)} identities, over {self.width} positions at "
-            f"{self.bits} bits; it takes about {self.seconds:.0f} s"
+            f"certify: to be proved are {len(self.ids)} of {len(PROOFS)} identities, over "
+            f"{self.width} positions at {self.bits} bits; it takes about {self.seconds:.0f} s"
         )
 
 
