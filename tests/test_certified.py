@@ -36,6 +36,7 @@ from strategies import (
 
 import refcurv as rc
 from refcurv.algebra.balls import Balls, UndecidedError, bits, exact
+from refcurv.certified import attempt
 from refcurv.certified import certify as driver
 from refcurv.certified import layers as functions
 from refcurv.certified.budgets import Shaking
@@ -547,6 +548,16 @@ def test_every_route_lies_within_its_budgets(small) -> None:
         assert 0.001 < np.median(some) and 0.01 < max(some)
 
 
+def test_sums_have_the_terms_of_all_positions_and_passes() -> None:
+    """An image has one label and five positions; `expected` goes back V times for each label."""
+    one = case(batch=1, length=3, vocabulary=5)
+    for made, fisher, terms in ((images(), "empirical", 5), (model_and_corpus(one), "expected", 0)):
+        with mock.patch.object(attempt, "Shaking", wraps=Shaking) as shaken:
+            certify(*made, ["G"], layers="head", fisher=fisher, digits=1)
+        labels = (made[1].label[0] >= 0).sum()
+        assert shaken.call_args.args[1] == (terms or 3 * 5 * labels)
+
+
 WRONG: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "a norm's gradient without its projection": (
         "rms_norm_backward",
@@ -567,7 +578,7 @@ WRONG: dict[str, tuple[str, Callable[[Any], Any]]] = {
 def test_a_route_with_a_wrong_term_is_outside_its_budgets(what: str) -> None:
     name, change = WRONG[what]
     model, corpus = model_and_corpus(case(batch=1))
-    right = driver.floats
+    right = attempt.floats
 
     def wrong(dtype: str) -> Any:
         kind = right(dtype)
@@ -575,7 +586,7 @@ def test_a_route_with_a_wrong_term_is_outside_its_budgets(what: str) -> None:
             return kind
         return replace(kind, ops=replace(kind.ops, **{name: change(getattr(kind.ops, name))}))
 
-    with mock.patch.object(driver, "floats", wrong):
+    with mock.patch.object(attempt, "floats", wrong):
         found = certify(model, corpus, ["gradient"])
     out = {route.dtype for route in found.routes if not route.inside}
     assert out == {"float64"}
@@ -594,7 +605,7 @@ def test_a_radius_that_was_dropped_shows() -> None:
     plan = Plan(60, 0.0, 60, (0.0, 0.0))
     with mock.patch.object(driver, "planned", lambda *_: plan):
         honest = certify(model, corpus, ["gradient"], digits=1)
-        with mock.patch.object(driver, "enclosed", bare):
+        with mock.patch.object(attempt, "enclosed", bare):
             false = certify(model, corpus, ["gradient"], digits=1)
     assert honest.bits == false.bits == 60
     assert all(route.inside for route in honest.routes)

@@ -118,7 +118,7 @@ def test_the_law_may_cut_elsewhere_and_that_is_another_statement() -> None:
         kept, dropped = decided(exact(lam), exact(mu), rho, "x")
     assert (kept | dropped).all()
     assert (kept == real_cut([Fraction(1)], [Fraction(x) for x in mu.tolist()], rho)).all()
-    assert spectra._otherwise(kept, dropped, (lam, mu), rho) > 0
+    assert spectra._otherwise(kept, dropped, spectra._selected(lam, mu, rho)) > 0
 
 
 def test_no_mass_is_no_share() -> None:
@@ -367,6 +367,11 @@ def test_where_float64_overflowed_nothing_stands_beside() -> None:
         {"numbers": {}, "routes": [], "bits": 1, "digits": None, "wanted": 1, "cuts": found.cuts}
     )
     assert "on float64's own eigenvalues has no cut" in page
+    with bits(100):
+        none = {name: np.zeros((2, 2)) for name in means}  # it has underflowed
+        found = spectra.prove(task, means, none, {"A.x": 2, "G.x": 2}, lambda: None)
+    assert found.cuts["x"]["float64"] is None and "edit.x" in found.arrays
+    assert "edit.x" not in found.floats
 
 
 def test_the_file_and_the_page_hold_the_cut(small, tmp_path, capsys) -> None:
