@@ -99,6 +99,15 @@ def test_a_tie_across_the_cut_is_undecided() -> None:
     assert whole.tolist() == [[True, True], [True, True]] and not none.any()
 
 
+def test_a_mass_that_is_not_known_cuts_nothing() -> None:
+    """Of 8 and up to 2 the first has 85 % of the mass, or not quite."""
+    with bits(100):
+        mu = exact(np.array([8, 1])) + around_zero(np.array([0.0, 1.0]))
+        for one, other in ((exact(np.array([1])), mu), (mu, exact(np.array([1])))):
+            kept, dropped = decided(one, other, 0.85, "x")
+            assert kept.reshape(-1).tolist() == [True, False] and not dropped.any()
+
+
 def test_a_mass_that_is_the_target_is_enough() -> None:
     """4 of 8 is half: the first pair is all that is kept. Balls about thirds cannot say."""
     with bits(100):
@@ -205,6 +214,21 @@ def test_a_false_edit_is_caught(where: Any, name: str) -> None:
     made = (lambda r: exact(np.zeros(np.shape(r)))) if name == "around_zero" else lambda *_: 0.0
     with mock.patch.object(where, name, made):
         assert edit_misses(1e-3) or edit_misses(rho=0.58, turned=True)
+
+
+def test_every_set_of_rows_adds_its_bound() -> None:
+    """‖W‖ (far of the rows + 2 far of the first c) for each set, of spectra that say how far."""
+    G, A = (
+        SimpleNamespace(values=range(n), X=exact(np.eye(n)), far=lambda a, b, s=s: s**a * b)
+        for n, s in ((5, 8), (3, 1))
+    )
+    mask: Any = np.arange(3) < np.array([[3], [3], [1], [0], [0]])
+    W = np.zeros((5, 3))
+    W[0, 1] = 2
+    with bits(100):
+        found = edited(W, G, A, mask)  # type: ignore[arg-type]
+    assert found.rounded().tolist() == W.tolist()
+    assert found.radii() == pytest.approx(2 * ((2 + 2 * 3) + (64 * 3 + 2 * 1)), rel=1e-6)
 
 
 def test_a_cluster_that_a_mask_parts_has_no_edit() -> None:

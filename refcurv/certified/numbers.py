@@ -138,10 +138,10 @@ def sent(task: Task, number: int, one: Sequence, ops: Ops) -> list[Cotangent]:
     """FISHER: what each backward pass sends back. Drawn labels are data: float64 drew them."""
     config = task.config
     if task.fisher is Fisher.SAMPLED:
-        label_BT = np.where(one.label_BT >= 0, task.drawn[number], one.label_BT)
-        return cotangents(Fisher.EMPIRICAL, label_BT, one.index_B, config.vocabulary, ops=ops)
-    batch = one.label_BT, one.index_B, config.vocabulary, task.seed
-    return cotangents(task.fisher, *batch, ops=ops)
+        batch = task.drawn[number], one.index_B, config.vocabulary
+        return cotangents(Fisher.EMPIRICAL, *batch, ops=ops)
+    batch = one.label_BT, one.index_B, config.vocabulary
+    return cotangents(task.fisher, *batch, task.seed, ops=ops)
 
 
 def passes(task: Task, one: Sequence) -> int:
