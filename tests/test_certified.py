@@ -36,10 +36,11 @@ from strategies import (
 
 import refcurv as rc
 from refcurv.algebra.balls import Balls, UndecidedError, bits, exact
+from refcurv.algebra.shaken import SHAKE
 from refcurv.certified import attempt
 from refcurv.certified import certify as driver
 from refcurv.certified import layers as functions
-from refcurv.certified.budgets import Shaking
+from refcurv.certified.budgets import ELEMENTARY, RUNS, Shaking
 from refcurv.certified.certificate import (
     Certificate,
     Enclosed,
@@ -635,6 +636,16 @@ def test_a_budget_that_is_not_there_is_not_made_up() -> None:
     assert Route("nats.0", "float32", 1.0).inside is None
     assert Route("x", "float64", 0.0, 0.0, 0.0).used("probable") == 0.0
     assert Route("x", "float64", 1.0, 1.0, 0.0).used("probable") == np.inf
+
+
+def test_the_size_of_terms_is_the_mean_of_the_runs() -> None:
+    """Each moves a number by three SHAKEs: so large are its terms, or as large as it is itself."""
+    for own, size in ((0.5, 3.0), (8.0, 8.0)):
+        one = Shaking(SIMPLE, 4)
+        for _ in range(RUNS):
+            one._take({"x": np.array([own + 3 * SHAKE])}, {"x": np.array([own])})
+        assert one.size("x") == pytest.approx(size, rel=1e-3)
+    assert (one.terms("hvp.0.x") - ELEMENTARY) == 2 * (one.terms("A.x") - ELEMENTARY)
 
 
 SIMPLE = SimpleNamespace(config=config())

@@ -387,6 +387,7 @@ def test_where_float64_overflowed_nothing_stands_beside() -> None:
         found = spectra.prove(task, means, {}, {"A.x": 2, "G.x": 2}, lambda: ticks.append(None))
     assert not found.floats and found.cuts["x"]["float64"] is None and len(ticks) == 2
     assert found.arrays["edit.x"].rounded().tolist() == [[1, 0], [0, 0]]
+    assert found.arrays["cut.x"].rounded().tolist() == [1, 0]
     page = format_certificate(
         {"numbers": {}, "routes": [], "bits": 1, "digits": None, "wanted": 1, "cuts": found.cuts}
     )
@@ -394,8 +395,25 @@ def test_where_float64_overflowed_nothing_stands_beside() -> None:
     with bits(100):
         none = {name: np.zeros((2, 2)) for name in means}  # it has underflowed
         found = spectra.prove(task, means, none, {"A.x": 2, "G.x": 2}, lambda: None)
+        off = {name: np.diag([1, 0.9]) for name in means}  # it keeps a second pair
+        other = spectra.prove(task, means, off, {"A.x": 2, "G.x": 2}, lambda: None)
     assert found.cuts["x"]["float64"] is None and "edit.x" in found.arrays
     assert "edit.x" not in found.floats
+    assert (other.cuts["x"]["nearest"], other.cuts["x"]["float64"]) == (0, 1)
+
+
+def test_what_is_told_of_eigenvalues() -> None:
+    with bits(100):
+        for values, rank, want in (
+            ([4, 2, 1], 3, dict(size=3, zeros=0, unsure=0, clusters=0)),
+            ([4, 1, 1, 0, 0], 3, dict(size=5, zeros=2, unsure=0, clusters=1)),
+            ([4, 1, 0, 0, 0], 3, dict(size=5, zeros=2, unsure=1, clusters=1)),
+        ):
+            one = enclose(exact(np.diag(values)), exact(np.eye(len(values))), rank)
+            assert spectra._told(one, rank).items() >= want.items()
+        wide = exact(np.diag([4, 1, 0.5])) + around_zero(np.diag([0.0, 0.0, 2.0**-20]))
+        told = spectra._told(enclose(wide, exact(np.eye(3))), 3)
+    assert 5.6 < told["fewest"] < 5.8 < told["median"] < 6.1
 
 
 def test_the_file_and_the_page_hold_the_cut(small, tmp_path, capsys) -> None:
