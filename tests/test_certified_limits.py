@@ -138,7 +138,7 @@ def test_a_gradient_without_a_digit_is_named() -> None:
 
 @pytest.mark.parametrize(
     ("precision", "where"),
-    [(34, "in the backward, at the output gradient of 'blocks.0.attn"), (42, "in gradient.0.")],
+    [(34, "in the backward, at the output gradient of 'blocks.0.attn.v'"), (42, "in gradient.0.")],
 )
 def test_the_layer_of_a_backward_is_named(precision: int, where: str) -> None:
     """With so few bits logits are known, and gradients further down are not."""
