@@ -431,5 +431,10 @@ def test_the_file_and_the_page_hold_the_cut(small, tmp_path, capsys) -> None:
     assert status == 0 and "proved kept" in said and "0 undecided" in said
     assert "eigenvalues of A" in said and "are exactly 0" in said and "\nedit " in said
     assert json.loads(Path(table).read_text("utf-8"))["cuts"]
+    with mock.patch.object(
+        spectra, "decided", lambda G, A, *_: (np.zeros((len(G), len(A)), bool),) * 2
+    ):
+        assert main(["certify", *args, "--of", "cut", "--rho", "0.8", "--digits", "1"]) == 1
+    capsys.readouterr()
     assert main(["certify", *args, "--of", "edit", "--rho", "x"]) == 2
     assert "certify: --rho takes" in capsys.readouterr().err
