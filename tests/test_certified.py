@@ -518,6 +518,7 @@ def test_a_part_of_a_direction_is_0_elsewhere() -> None:
 def test_the_order_of_sequences_changes_no_number(small) -> None:
     model, corpus, found = small
     other = certify(model, corpus, ("A", "G"), sequences=[1, 0])
+    assert other.source["sequences"] == [1, 0]
     for name in other:
         for index in list(np.ndindex(other[name].shape))[:20]:
             far = abs(_sum(other[name], index) - _sum(found[name], index))
@@ -936,9 +937,11 @@ def test_what_cannot_be_asked_for() -> None:
 
 def test_progress_goes_to_its_end() -> None:
     model, corpus = model_and_corpus(case(batch=2))
-    seen: list[tuple[int, int]] = []
-    certify(model, corpus, ["nats"], sequences=[0, 1], progress=lambda *at: seen.append(at))
-    assert seen[-1] == (10, 10) and [done for done, _ in seen] == sorted(done for done, _ in seen)
+    for of, total in ((["nats"], 10), (["eigenvalues"], 12)):
+        seen: list[tuple[int, int]] = []
+        certify(model, corpus, of, sequences=[0, 1], layers="blocks.0.mlp.up", digits=1,
+                progress=lambda *at, seen=seen: seen.append(at))  # fmt: skip
+        assert seen == [(done + 1, total) for done in range(total)]
 
 
 # ------------------------------------------------------------------ files and the command

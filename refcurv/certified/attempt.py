@@ -53,7 +53,7 @@ class Job:
 
         Proof: tests/test_certified.py::test_what_was_asked_for_is_there
         """
-        self.done, self.overflowed = 0, set()
+        self.done = 0
         numbers: dict[str, Enclosed] = {}
         errors: dict[tuple[str, str], tuple[float, float]] = {}
         shaking = Shaking(self.task, self._terms())
