@@ -893,6 +893,13 @@ def test_radii_that_float64_cannot_make_smaller_end_the_search() -> None:
     assert 10 < found.digits < 20 and found.bits < 300
 
 
+def test_the_search_ends_where_every_array_that_lacks_digits_is_as_small() -> None:
+    small, wide = (Enclosed(np.array([[x], [0.0]]), np.array([r]))
+                   for x, r in ((1e-320, 5e-324), (1.0, 1e-9)))  # fmt: skip
+    assert driver._narrowest(Certificate({"nats.0": small}, (), 1, 30))
+    assert not driver._narrowest(Certificate({"nats.0": small, "nats.1": wide}, (), 1, 30))
+
+
 @pytest.mark.parametrize("size", [2.0**130, 2.0**1020])
 def test_what_overflows_in_a_float_is_certified(size: float) -> None:
     """A stream beyond float32's range, or at float64's end: the norms see the same vectors."""
