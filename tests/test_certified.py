@@ -900,6 +900,19 @@ def test_the_search_ends_where_every_array_that_lacks_digits_is_as_small() -> No
     assert not driver._narrowest(Certificate({"nats.0": small, "nats.1": wide}, (), 1, 30))
 
 
+def test_digits_that_are_missing_are_made_up_at_once() -> None:
+    """Ten of thirty are there: twenty more are 67 bits, and some to spare."""
+    asked: list[int] = []
+
+    def at(precision: int) -> Certificate:
+        asked.append(precision)
+        one = Enclosed(np.array([[1.0], [0.0]]), np.array([1e-10 if len(asked) < 2 else 1e-31]))
+        return Certificate({"nats.0": one}, (), precision, 30)
+
+    job: Any = SimpleNamespace(digits=30, at=at)
+    assert driver._with_enough(job, 100).bits == 100 + 67 + 32 and len(asked) == 2
+
+
 @pytest.mark.parametrize("size", [2.0**130, 2.0**1020])
 def test_what_overflows_in_a_float_is_certified(size: float) -> None:
     """A stream beyond float32's range, or at float64's end: the norms see the same vectors."""
