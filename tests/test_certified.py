@@ -36,9 +36,11 @@ from strategies import (
 
 import refcurv as rc
 from refcurv.algebra.balls import Balls, UndecidedError, bits, exact
+from refcurv.algebra.shaken import SHAKE
+from refcurv.certified import attempt
 from refcurv.certified import certify as driver
 from refcurv.certified import layers as functions
-from refcurv.certified.budgets import Shaking
+from refcurv.certified.budgets import ELEMENTARY, RUNS, Shaking
 from refcurv.certified.certificate import (
     Certificate,
     Enclosed,
@@ -516,6 +518,7 @@ def test_a_part_of_a_direction_is_0_elsewhere() -> None:
 def test_the_order_of_sequences_changes_no_number(small) -> None:
     model, corpus, found = small
     other = certify(model, corpus, ("A", "G"), sequences=[1, 0])
+    assert other.source["sequences"] == [1, 0]
     for name in other:
         for index in list(np.ndindex(other[name].shape))[:20]:
             far = abs(_sum(other[name], index) - _sum(found[name], index))
@@ -547,6 +550,16 @@ def test_every_route_lies_within_its_budgets(small) -> None:
         assert 0.001 < np.median(some) and 0.01 < max(some)
 
 
+def test_sums_have_the_terms_of_all_positions_and_passes() -> None:
+    """An image has one label and five positions; `expected` goes back V times for each label."""
+    one = case(batch=1, length=3, vocabulary=5)
+    for made, fisher, terms in ((images(), "empirical", 5), (model_and_corpus(one), "expected", 0)):
+        with mock.patch.object(attempt, "Shaking", wraps=Shaking) as shaken:
+            certify(*made, ["G"], layers="head", fisher=fisher, digits=1)
+        labels = (made[1].label[0] >= 0).sum()
+        assert shaken.call_args.args[1] == (terms or 3 * 5 * labels)
+
+
 WRONG: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "a norm's gradient without its projection": (
         "rms_norm_backward",
@@ -567,7 +580,7 @@ WRONG: dict[str, tuple[str, Callable[[Any], Any]]] = {
 def test_a_route_with_a_wrong_term_is_outside_its_budgets(what: str) -> None:
     name, change = WRONG[what]
     model, corpus = model_and_corpus(case(batch=1))
-    right = driver.floats
+    right = attempt.floats
 
     def wrong(dtype: str) -> Any:
         kind = right(dtype)
@@ -575,7 +588,7 @@ def test_a_route_with_a_wrong_term_is_outside_its_budgets(what: str) -> None:
             return kind
         return replace(kind, ops=replace(kind.ops, **{name: change(getattr(kind.ops, name))}))
 
-    with mock.patch.object(driver, "floats", wrong):
+    with mock.patch.object(attempt, "floats", wrong):
         found = certify(model, corpus, ["gradient"])
     out = {route.dtype for route in found.routes if not route.inside}
     assert out == {"float64"}
@@ -594,7 +607,7 @@ def test_a_radius_that_was_dropped_shows() -> None:
     plan = Plan(60, 0.0, 60, (0.0, 0.0))
     with mock.patch.object(driver, "planned", lambda *_: plan):
         honest = certify(model, corpus, ["gradient"], digits=1)
-        with mock.patch.object(driver, "enclosed", bare):
+        with mock.patch.object(attempt, "enclosed", bare):
             false = certify(model, corpus, ["gradient"], digits=1)
     assert honest.bits == false.bits == 60
     assert all(route.inside for route in honest.routes)
@@ -624,6 +637,16 @@ def test_a_budget_that_is_not_there_is_not_made_up() -> None:
     assert Route("nats.0", "float32", 1.0).inside is None
     assert Route("x", "float64", 0.0, 0.0, 0.0).used("probable") == 0.0
     assert Route("x", "float64", 1.0, 1.0, 0.0).used("probable") == np.inf
+
+
+def test_the_size_of_terms_is_the_mean_of_the_runs() -> None:
+    """Each moves a number by three SHAKEs: so large are its terms, or as large as it is itself."""
+    for own, size in ((0.5, 3.0), (8.0, 8.0)):
+        one = Shaking(SIMPLE, 4)
+        for _ in range(RUNS):
+            one._take({"x": np.array([own + 3 * SHAKE])}, {"x": np.array([own])})
+        assert one.size("x") == pytest.approx(size, rel=1e-3)
+    assert (one.terms("hvp.0.x") - ELEMENTARY) == 2 * (one.terms("A.x") - ELEMENTARY)
 
 
 SIMPLE = SimpleNamespace(config=config())
@@ -870,6 +893,26 @@ def test_radii_that_float64_cannot_make_smaller_end_the_search() -> None:
     assert 10 < found.digits < 20 and found.bits < 300
 
 
+def test_the_search_ends_where_every_array_that_lacks_digits_is_as_small() -> None:
+    small, wide = (Enclosed(np.array([[x], [0.0]]), np.array([r]))
+                   for x, r in ((1e-320, 5e-324), (1.0, 1e-9)))  # fmt: skip
+    assert driver._narrowest(Certificate({"nats.0": small}, (), 1, 30))
+    assert not driver._narrowest(Certificate({"nats.0": small, "nats.1": wide}, (), 1, 30))
+
+
+def test_digits_that_are_missing_are_made_up_at_once() -> None:
+    """Ten of thirty are there: twenty more are 67 bits, and some to spare."""
+    asked: list[int] = []
+
+    def at(precision: int) -> Certificate:
+        asked.append(precision)
+        one = Enclosed(np.array([[1.0], [0.0]]), np.array([1e-10 if len(asked) < 2 else 1e-31]))
+        return Certificate({"nats.0": one}, (), precision, 30)
+
+    job: Any = SimpleNamespace(digits=30, at=at)
+    assert driver._with_enough(job, 100).bits == 100 + 67 + 32 and len(asked) == 2
+
+
 @pytest.mark.parametrize("size", [2.0**130, 2.0**1020])
 def test_what_overflows_in_a_float_is_certified(size: float) -> None:
     """A stream beyond float32's range, or at float64's end: the norms see the same vectors."""
@@ -914,9 +957,11 @@ def test_what_cannot_be_asked_for() -> None:
 
 def test_progress_goes_to_its_end() -> None:
     model, corpus = model_and_corpus(case(batch=2))
-    seen: list[tuple[int, int]] = []
-    certify(model, corpus, ["nats"], sequences=[0, 1], progress=lambda *at: seen.append(at))
-    assert seen[-1] == (10, 10) and [done for done, _ in seen] == sorted(done for done, _ in seen)
+    for of, total in ((["nats"], 10), (["eigenvalues"], 12)):
+        seen: list[tuple[int, int]] = []
+        certify(model, corpus, of, sequences=[0, 1], layers="blocks.0.mlp.up", digits=1,
+                progress=lambda *at, seen=seen: seen.append(at))  # fmt: skip
+        assert seen == [(done + 1, total) for done in range(total)]
 
 
 # ------------------------------------------------------------------ files and the command

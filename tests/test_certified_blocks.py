@@ -190,6 +190,8 @@ def test_a_block_too_large_is_refused() -> None:
     made = config(width=40, heads=4, head_width=10, kv_heads=2, mlp_width=2)
     model = rc.Model(made, random_parameters(made, 0))
     corpus = rc.Corpus(np.array([[1, 2, 3]]))
+    with mock.patch.object(blocks, "DENSE", 1600):
+        blocks.require_small(made, ("blocks.0.attn.q",))
     with pytest.raises(RangeError, match=r"of 'blocks.0.attn.q.weight' has 1,600 .* 1,024 at most"):
         certify(model, corpus, ["ggn"])
     with pytest.raises(RangeError, match=r"those of blocks.0.attn.k.weight, .*or hvp and ggnvp"):

@@ -99,6 +99,15 @@ def test_a_tie_across_the_cut_is_undecided() -> None:
     assert whole.tolist() == [[True, True], [True, True]] and not none.any()
 
 
+def test_a_mass_that_is_not_known_cuts_nothing() -> None:
+    """Of 8 and up to 2 the first has 85 % of the mass, or not quite."""
+    with bits(100):
+        mu = exact(np.array([8, 1])) + around_zero(np.array([0.0, 1.0]))
+        for one, other in ((exact(np.array([1])), mu), (mu, exact(np.array([1])))):
+            kept, dropped = decided(one, other, 0.85, "x")
+            assert kept.reshape(-1).tolist() == [True, False] and not dropped.any()
+
+
 def test_a_mass_that_is_the_target_is_enough() -> None:
     """4 of 8 is half: the first pair is all that is kept. Balls about thirds cannot say."""
     with bits(100):
@@ -118,7 +127,7 @@ def test_the_law_may_cut_elsewhere_and_that_is_another_statement() -> None:
         kept, dropped = decided(exact(lam), exact(mu), rho, "x")
     assert (kept | dropped).all()
     assert (kept == real_cut([Fraction(1)], [Fraction(x) for x in mu.tolist()], rho)).all()
-    assert spectra._otherwise(kept, dropped, (lam, mu), rho) > 0
+    assert spectra._otherwise(kept, dropped, spectra._selected(lam, mu, rho)) > 0
 
 
 def test_no_mass_is_no_share() -> None:
@@ -205,6 +214,21 @@ def test_a_false_edit_is_caught(where: Any, name: str) -> None:
     made = (lambda r: exact(np.zeros(np.shape(r)))) if name == "around_zero" else lambda *_: 0.0
     with mock.patch.object(where, name, made):
         assert edit_misses(1e-3) or edit_misses(rho=0.58, turned=True)
+
+
+def test_every_set_of_rows_adds_its_bound() -> None:
+    """‖W‖ (far of the rows + 2 far of the first c) for each set, of spectra that say how far."""
+    G, A = (
+        SimpleNamespace(values=range(n), X=exact(np.eye(n)), far=lambda a, b, s=s: s**a * b)
+        for n, s in ((5, 8), (3, 1))
+    )
+    mask: Any = np.arange(3) < np.array([[3], [3], [1], [0], [0]])
+    W = np.zeros((5, 3))
+    W[0, 1] = 2
+    with bits(100):
+        found = edited(W, G, A, mask)  # type: ignore[arg-type]
+    assert found.rounded().tolist() == W.tolist()
+    assert found.radii() == pytest.approx(2 * ((2 + 2 * 3) + (64 * 3 + 2 * 1)), rel=1e-6)
 
 
 def test_a_cluster_that_a_mask_parts_has_no_edit() -> None:
@@ -363,10 +387,33 @@ def test_where_float64_overflowed_nothing_stands_beside() -> None:
         found = spectra.prove(task, means, {}, {"A.x": 2, "G.x": 2}, lambda: ticks.append(None))
     assert not found.floats and found.cuts["x"]["float64"] is None and len(ticks) == 2
     assert found.arrays["edit.x"].rounded().tolist() == [[1, 0], [0, 0]]
+    assert found.arrays["cut.x"].rounded().tolist() == [1, 0]
     page = format_certificate(
         {"numbers": {}, "routes": [], "bits": 1, "digits": None, "wanted": 1, "cuts": found.cuts}
     )
     assert "on float64's own eigenvalues has no cut" in page
+    with bits(100):
+        none = {name: np.zeros((2, 2)) for name in means}  # it has underflowed
+        found = spectra.prove(task, means, none, {"A.x": 2, "G.x": 2}, lambda: None)
+        off = {name: np.diag([1, 0.9]) for name in means}  # it keeps a second pair
+        other = spectra.prove(task, means, off, {"A.x": 2, "G.x": 2}, lambda: None)
+    assert found.cuts["x"]["float64"] is None and "edit.x" in found.arrays
+    assert "edit.x" not in found.floats
+    assert (other.cuts["x"]["nearest"], other.cuts["x"]["float64"]) == (0, 1)
+
+
+def test_what_is_told_of_eigenvalues() -> None:
+    with bits(100):
+        for values, rank, want in (
+            ([4, 2, 1], 3, dict(size=3, zeros=0, unsure=0, clusters=0)),
+            ([4, 1, 1, 0, 0], 3, dict(size=5, zeros=2, unsure=0, clusters=1)),
+            ([4, 1, 0, 0, 0], 3, dict(size=5, zeros=2, unsure=1, clusters=1)),
+        ):
+            one = enclose(exact(np.diag(values)), exact(np.eye(len(values))), rank)
+            assert spectra._told(one, rank).items() >= want.items()
+        wide = exact(np.diag([4, 1, 0.5])) + around_zero(np.diag([0.0, 0.0, 2.0**-20]))
+        told = spectra._told(enclose(wide, exact(np.eye(3))), 3)
+    assert 5.6 < told["fewest"] < 5.8 < told["median"] < 6.1
 
 
 def test_the_file_and_the_page_hold_the_cut(small, tmp_path, capsys) -> None:
@@ -384,5 +431,10 @@ def test_the_file_and_the_page_hold_the_cut(small, tmp_path, capsys) -> None:
     assert status == 0 and "proved kept" in said and "0 undecided" in said
     assert "eigenvalues of A" in said and "are exactly 0" in said and "\nedit " in said
     assert json.loads(Path(table).read_text("utf-8"))["cuts"]
+    with mock.patch.object(
+        spectra, "decided", lambda G, A, *_: (np.zeros((len(G), len(A)), bool),) * 2
+    ):
+        assert main(["certify", *args, "--of", "cut", "--rho", "0.8", "--digits", "1"]) == 1
+    capsys.readouterr()
     assert main(["certify", *args, "--of", "edit", "--rho", "x"]) == 2
     assert "certify: --rho takes" in capsys.readouterr().err

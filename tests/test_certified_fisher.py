@@ -21,8 +21,8 @@ from strategies import Case, case
 
 import refcurv as rc
 from refcurv.algebra.balls import bits, exact
+from refcurv.certified import attempt, labels, numbers
 from refcurv.certified import certify as driver
-from refcurv.certified import labels, numbers
 from refcurv.certified import layers as functions
 from refcurv.certified.certificate import Enclosed
 from refcurv.certified.certify import certify
@@ -138,8 +138,8 @@ def test_G_of_the_loops_lies_in_the_balls(fisher: str) -> None:
 
 @contextmanager
 def balls_with(**changed: Callable[..., Any]) -> Iterator[None]:
-    kind = replace(driver.BALLS, ops=replace(driver.BALLS.ops, **changed))
-    with mock.patch.object(driver, "BALLS", kind):
+    kind = replace(attempt.BALLS, ops=replace(attempt.BALLS.ops, **changed))
+    with mock.patch.object(attempt, "BALLS", kind):
         yield
 
 
@@ -303,6 +303,17 @@ def test_G_is_that_of_the_definition(fisher: str) -> None:
             near = found[f"{side}.{name}"].nearest
             assert found.rows[f"{side}.{name}"] == n
             assert np.abs(truth / n - near).max() <= 1e-12 * (1e-3 + np.abs(near).max()), name
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "sampled", "signed", "expected"])
+def test_a_rank_is_at_most_the_rows_of_all_passes(fisher: str) -> None:
+    """A has one pass; G has as many as are sent back, three labels' V = 3 if all are expected."""
+    found = certify(*given(tiny(mlp_width=7)), ["eigenvalues"], fisher=fisher, layers="**.down")
+    wide = certify(*given(tiny(width=12)), ["eigenvalues"], fisher=fisher, layers="**.down")
+    name = "blocks.0.mlp.down"
+    n = found.rows[f"A.{name}"]
+    assert 1 < n < 4 and found.spectra[f"A.{name}"]["zeros"] == 7 - n
+    assert wide.spectra[f"G.{name}"]["zeros"] == max(12 - (9 if fisher == "expected" else 1) * n, 0)
 
 
 @pytest.mark.parametrize("fisher", ["sampled", "expected"])

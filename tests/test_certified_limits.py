@@ -15,7 +15,7 @@ from strategies import case, config, random_parameters
 
 import refcurv as rc
 from refcurv.certified import certify as driver
-from refcurv.certified import estimate
+from refcurv.certified import estimate, spectra
 from refcurv.certified.certify import certify
 from refcurv.certified.estimate import Estimate, span
 from refcurv.cli import main
@@ -55,6 +55,28 @@ def test_what_would_fit_is_said() -> None:
     assert one.text == "300 bits: about 100 s and 1.0 GiB"
     only = Estimate(300, 100.0, 2.0**30, 1, 0, {"nats": 100.0}, {})
     assert only.fits(99) == "nothing of it."
+
+
+def test_what_is_kept_of_each_sequence_is_counted() -> None:
+    """Thirty digits of a number are three floats and a radius, 32 bytes; A is kept once."""
+    for of, numbers in (("nats", 4), ("logits", 4 * 7), ("A", 0)):
+        one, two = (told([of], sequences=range(n)).memory for n in (1, 2))
+        assert two - one == 32 * numbers
+
+
+def test_what_comes_out_is_what_was_counted() -> None:
+    of = ("logits", "nats", "gradient", "ggnvp", "hvp", "A", "G", "fisher", *spectra.OF)
+    with mock.patch.object(estimate, "_memory", wraps=estimate._memory) as asked:
+        found = certify(*small(), of, layers="**.up", rho=0.5, digits=1)
+    task, (one,) = asked.call_args.args[0], asked.call_args.args[1].values()
+    assert {name.partition(".")[0] for name in found} == {*of}
+    for name in of:
+        own = estimate._numbers(task, (name,), one.label_BT.size)
+        joint = estimate._numbers(task, (name,), shared=True)
+        kinds = spectra.with_moments((name,))
+        came = sum(x.radius.size for n, x in found.items() if n.partition(".")[0] in kinds)
+        assert own + joint == came, name
+    assert estimate._forwards(task, one, ("logits",)) == 1
 
 
 @pytest.mark.parametrize(
@@ -138,7 +160,7 @@ def test_a_gradient_without_a_digit_is_named() -> None:
 
 @pytest.mark.parametrize(
     ("precision", "where"),
-    [(34, "in the backward, at the output gradient of 'blocks.0.attn"), (42, "in gradient.0.")],
+    [(34, "in the backward, at the output gradient of 'blocks.0.attn.v'"), (42, "in gradient.0.")],
 )
 def test_the_layer_of_a_backward_is_named(precision: int, where: str) -> None:
     """With so few bits logits are known, and gradients further down are not."""

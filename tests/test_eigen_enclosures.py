@@ -237,6 +237,18 @@ def test_subspaces_lie_within_their_angles(name: str) -> None:
         assert sum(stop - start for start, stop in found.clusters) == len(truth)
 
 
+@pytest.mark.parametrize(
+    ("A", "square"), [([[1]], 0.1), ([[1]], 1.9), ([[0, 1], [1, 0]], 0.36), (np.eye(2), 2.4)]
+)
+def test_columns_of_another_length_are_as_far_as_is_said(A: Any, square: float) -> None:
+    """Y = I, and X = √square I: nothing but lengths is wrong, and not by a little."""
+    with bits(100):
+        found = enclose(exact(np.array(A)), exact(np.sqrt(square) * np.eye(len(A))))
+    off = A - square * np.diag(np.diag(A))
+    assert found.error >= np.linalg.norm(off, 2) * (1 - 1e-12)
+    assert found.slip >= abs(1 - square) * (1 - 1e-12)
+
+
 # ------------------------------------------------------------------ planted
 
 

@@ -27,6 +27,7 @@ from refcurv.judge import audit as judge
 from refcurv.judge import proofs
 from refcurv.judge.bench import plan as bench_plan
 from refcurv.judge.bench import prepare
+from refcurv.judge.enclosure import Enclosure, Few
 from refcurv.judge.identities import CHECKS, proved
 from refcurv.judge.identities.proved import PROOFS, Equal, equal
 from refcurv.model.config import Image, ModelConfig
@@ -188,6 +189,20 @@ def test_an_identity_with_a_wrong_factor_is_caught(capsys, tmp_path) -> None:
     assert "FAIL O41: Something is twice what it is. Proved to be otherwise: head" in said
     assert "1 of 2 identities proved" in said and max(map(len, said.splitlines())) <= 100
     assert told["failed"] == ["O41"] and told["proofs"]["findings"][0]["digits"] == "differ"
+
+
+def test_a_run_is_of_its_blocks_and_its_directions() -> None:
+    """Where nothing is rotated, at position 0, keys' gradients are those of the layer."""
+    one = case(batch=1, length=3, qk_norm="none", norm_place="pre")
+    label = (one.token + 1) % one.config.vocabulary
+    with bits(100):
+        few = Few(one.token, one.layout, label, label >= 0)
+        run = Enclosure(one.config, one.parameters, few)
+        for i in range(one.config.layers):
+            g: Any = run.plain.taps[f"blocks.{i}.attn.k"].g
+            assert run.plain.keys[i][:, 0].reshape(-1).overlaps(g[:, 0].reshape(-1)).all()
+        u, v = (run.direction(n)["embed.weight"].rounded() for n in (0, 1))
+    assert one.config.layers > 1 and (u != v).any() and (u == v).any()
 
 
 def test_digits_are_of_the_terms() -> None:

@@ -97,10 +97,12 @@ def added_at(x: np.ndarray) -> np.ndarray:
         (added_at, 2),
         (lambda x: x + 1, 2),  # 2 and 0, each by itself
         (lambda x: ((x + 0j) @ (2j * np.ones((2, 1)))).imag, np.sqrt(16 + 2 * 4)),
+        (lambda x: ((1j * x) @ (2 * np.ones((2, 1)))).imag, np.sqrt(16 + 2 * 4)),
         (lambda x: ((1j * x) @ (2j * np.ones((2, 1)))).real, np.sqrt(16 + 2 * 4)),
         (lambda x: (1j * x).sum(keepdims=True).imag, np.sqrt(4 + 2)),
     ],
     ids=["a product", "from the left", "a sum", "a mean", "a table", "no sum", "an imaginary part",
+         "an imaginary part, of the left",
          "a real part", "an imaginary sum"],
 )  # fmt: skip
 def test_shaken_sums_move_by_the_size_of_their_terms(

@@ -1,6 +1,7 @@
 """Numbers with a proof: the transformer run over balls (`algebra.balls`).
 
-certify            `certify`: how many bits, which sequences, and what floats give beside it
+certify            `certify`: what is asked for, and as many bits as it takes
+attempt            one certificate: balls, and beside them what floats give
 planning           how many bits
 estimate           before the work: seconds and memory, and what would fit
 cuts               the cut of the real numbers and W': what is proved of pairs

@@ -20,7 +20,7 @@ Proof: tests/test_certified.py::test_every_route_lies_within_its_budgets,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -125,7 +125,7 @@ class Shaking:
         if self.missing or name not in self.moved:
             return None
         try:
-            return BUDGETS[kind](self, name, dtype)
+            return {"probable": probable, "worst": worst}[kind](self, name, dtype)
         except RangeError:
             return None
 
@@ -153,9 +153,3 @@ def worst(runs: Shaking, name: str, dtype: str) -> float:
     Kind: worst case, first order.
     """
     return tolerance.gamma(runs.terms(name), dtype) * math.sqrt(runs.numbers) * runs.size(name)
-
-
-BUDGETS: Final[Mapping[str, Callable[[Shaking, str, str], float]]] = {
-    "probable": probable,
-    "worst": worst,
-}

@@ -3,36 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any, Final
 
 import numpy as np
 
-from refcurv.algebra.balls import Balls, UndecidedError, bits, require_flint
-from refcurv.algebra.blas import one_blas_thread
+from refcurv.algebra.balls import UndecidedError, require_flint
 from refcurv.certified import blocks
-from refcurv.certified.budgets import Shaking
-from refcurv.certified.certificate import (
-    BUDGETS,
-    ROUTES,
-    Certificate,
-    Enclosed,
-    Route,
-    enclosed,
-    farthest,
-    outside,
-    sizes,
-)
+from refcurv.certified.attempt import Job
+from refcurv.certified.certificate import Certificate, sizes
 from refcurv.certified.directions import direction_of, said_of
 from refcurv.certified.estimate import Estimate, estimated, require_memory, require_time
 from refcurv.certified.labels import drawn
 from refcurv.certified.lost import place
-from refcurv.certified.numbers import BALLS, OF, Found, Kind, Task, floats, run
+from refcurv.certified.numbers import OF, Task
 from refcurv.certified.planning import SPARE, planned
 from refcurv.certified.spectra import OF as SPECTRA
-from refcurv.certified.spectra import Proved, prove, shares
+from refcurv.certified.spectra import shares, with_moments
 from refcurv.curvature import definition
 from refcurv.files import store
 from refcurv.law.checks import (
@@ -46,7 +35,7 @@ from refcurv.law.checks import (
 )
 from refcurv.law.conventions import Fisher
 from refcurv.model.corpus import Corpus
-from refcurv.model.fisher import labelled, require_fisher
+from refcurv.model.fisher import require_fisher
 from refcurv.model.given import numbers_of, require_corpus, require_model
 from refcurv.model.patterns import expand
 from refcurv.model.rows import require_rows
@@ -156,16 +145,14 @@ def certify(
         "direction": said_of(task.direction, direction) if {"hvp", "ggnvp"} & {*task.of} else None,
     }  # fmt: skip
     task, labels = _labelled(task, chosen)
-    total = len(chosen) * (2 + len(ROUTES)) + task.spectral * 2 * len(task.wanted)
-    job = _Job(task, chosen, wanted, source | labels, progress, total)
-    return _with_enough(job, plan.bits)
+    return _with_enough(Job(task, chosen, wanted, source | labels, progress), plan.bits)
 
 
-def _with_enough(job: _Job, precision: int) -> Certificate:
+def _with_enough(job: Job, precision: int) -> Certificate:
     """The certificate, with more bits until they do, or MOST_BITS are reached."""
     while True:
         try:
-            found = replace(job, overflowed=set()).at(precision)
+            found = job.at(precision)
         except (UndecidedError, NonFiniteError) as error:  # balls overlap, or have no bound
             if precision >= MOST_BITS:
                 where = place(job.task, [*job.sequences.values()], precision) or f"({error})"
@@ -182,7 +169,7 @@ def _with_enough(job: _Job, precision: int) -> Certificate:
         precision = min(MOST_BITS, precision + lost + SPARE)
 
 
-def _saying_where(job: _Job, found: Certificate) -> Certificate:
+def _saying_where(job: Job, found: Certificate) -> Certificate:
     """The certificate, some array of which has no digit, with the place where they are lost."""
     size = sizes(found)
     where = place(job.task, [*job.sequences.values()], found.bits)
@@ -240,9 +227,7 @@ def _task(
     for name, x in parameters.items():
         require_finite("certify", name, x)
     v, kept = direction_of(parameters, direction), shares(model.config, names, wanted, rho)
-    if {*SPECTRA} & {*names}:
-        names = tuple(dict.fromkeys((*names, "A", "G")))
-    return Task(model.config, parameters, names, wanted, v, fisher, seed, rho=kept)
+    return Task(model.config, parameters, with_moments(names), wanted, v, fisher, seed, rho=kept)
 
 
 def _sequences(
@@ -254,115 +239,3 @@ def _sequences(
     every = enumerate(definition.sequences(model.config, corpus, law))
     found = dict(islice(((n, one) for n, one in every if n in numbers), len(numbers)))
     return {n: found[n] for n in numbers}
-
-
-@dataclass(slots=True)
-class _Job:
-    """One attempt at a certificate."""
-
-    task: Task
-    sequences: Mapping[int, definition.Sequence]
-    digits: float
-    source: Mapping[str, Any]
-    progress: Progress
-    total: int
-    done: int = 0
-    overflowed: set[str] = field(default_factory=set)
-
-    def at(self, precision: int) -> Certificate:
-        """All that is wanted, with so many bits; no more than one sequence's balls are held."""
-        numbers: dict[str, Enclosed] = {}
-        errors: dict[tuple[str, str], tuple[float, float]] = {}
-        shaking = Shaking(self.task, self._rows())
-        with bits(precision):
-            every = {kind.name: (kind, Found()) for kind in (BALLS, *map(floats, ROUTES))}
-            for number, one in self.sequences.items():
-                for kind, found in every.values():
-                    self._run(kind, number, one, found)
-                self._shake(shaking, number, one, every["float64"][1])
-                self._keep(dict(_drained(every)), numbers, errors)
-            shaking.means(every["float64"][1])
-            means: dict[str, dict[str, Any]] = {
-                name: {} if name in self.overflowed else dict(found.totals())
-                for name, (_, found) in every.items()
-            }
-            self._keep(means, numbers, errors)
-            rows = {name: n for name, n in every["balls"][1].rows.items()}
-            proved = Proved()
-            if self.task.spectral:
-                proved = prove(
-                    self.task, means["balls"], means["float64"], every["balls"][1].terms, self._tick
-                )
-                for name, x in proved.arrays.items():
-                    numbers[name] = enclosed(x, self.digits)
-                for name, got in proved.floats.items():
-                    errors[name, "float64"] = _far(got, numbers[name])
-        size = sizes(numbers)
-        routes = [
-            _route(name, dtype, far, size[name], shaking) for (name, dtype), far in errors.items()
-        ]
-        return Certificate(
-            numbers, tuple(routes), precision, self.digits, rows, self.source,
-            proved.spectra, proved.cuts,
-        )  # fmt: skip
-
-    def _rows(self) -> int:
-        """The most terms that a sum over positions, sequences and backward passes has."""
-        every, passes = self.sequences.values(), 1
-        if self.task.fisher is Fisher.EXPECTED:
-            passes = self.task.config.vocabulary * max(len(labelled(x.label_BT)) for x in every)
-        return passes * sum(one.label_BT.size for one in every)
-
-    def _run(self, kind: Kind, number: int, one: definition.Sequence, found: Found) -> None:
-        with one_blas_thread(), np.errstate(over="ignore", invalid="ignore"):
-            try:
-                run(kind, self.task, number, one, found)
-                if {*blocks.BLOCKS} & {*self.task.of}:
-                    blocks.run(kind, self.task, number, one, found)
-            except NonFiniteError:
-                if kind is BALLS:
-                    raise
-                self.overflowed.add(kind.name)  # its range is too small: its error is infinite
-        self._tick()
-
-    def _shake(self, shaking: Shaking, number: int, one: definition.Sequence, plain: Found) -> None:
-        with one_blas_thread(), np.errstate(over="ignore", invalid="ignore"):
-            shaking.sequence(number, one, plain)
-        self._tick()
-
-    def _tick(self) -> None:
-        self.done += 1
-        self.progress(min(self.done, self.total), self.total)
-
-    def _keep(
-        self,
-        arrays: Mapping[str, Mapping[str, Any]],
-        numbers: dict[str, Enclosed],
-        errors: dict[tuple[str, str], tuple[float, float]],
-    ) -> None:
-        for name, x in arrays["balls"].items():
-            assert isinstance(x, Balls)
-            numbers[name] = enclosed(x, self.digits)
-            for dtype in ROUTES:
-                got = arrays[dtype].get(name)
-                errors[name, dtype] = _far(got, numbers[name])
-
-
-def _far(got: Array | None, truth: Enclosed) -> tuple[float, float]:
-    """The largest error, and the root of the squares' sum; infinite where floats overflowed."""
-    return (math.inf, math.inf) if got is None else (farthest(got, truth), outside(got, truth))
-
-
-def _route(name: str, dtype: str, far: tuple[float, float], size: float, shaking: Shaking) -> Route:
-    """The errors of an array and their budgets, over what its digits are counted from."""
-    error, spread = (x / size if size else math.inf if x else 0.0 for x in far)
-    budgets = [shaking.budget(kind, name, dtype) for kind in BUDGETS]
-    probable, worst = (None if x is None else x / (size or 1.0) for x in budgets)
-    return Route(name, dtype, error, spread, probable, worst)
-
-
-def _drained(every: Mapping[str, tuple[Kind, Found]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The arrays of each kind, which it then no longer holds."""
-    for name, (_, found) in every.items():
-        yield name, found.arrays
-        found.arrays = {}

@@ -28,7 +28,7 @@ def direction_of(
     Proof: tests/test_certified.py::test_a_part_of_a_direction_is_0_elsewhere,
         ::test_products_are_those_of_exact
     """
-    return _signs(parameters) if given is None else _own(parameters, given)
+    return signs_of(parameters) if given is None else _own(parameters, given)
 
 
 def said_of(direction: Mapping[str, Array], given: object) -> str:
@@ -46,10 +46,10 @@ def said_of(direction: Mapping[str, Array], given: object) -> str:
     return said.hexdigest()
 
 
-def _signs(parameters: Mapping[str, Array]) -> dict[str, Array]:
+def signs_of(parameters: Mapping[str, Array], seed: int = 0, number: int = 0) -> dict[str, Array]:
     """A sign for each entry: any language can draw them again (SAMPLING)."""
     return {
-        name: signs(0, 0, i, 0, x.size).reshape(x.shape).astype(np.float64)
+        name: signs(seed, number, i, 0, x.size).reshape(x.shape).astype(np.float64)
         for i, (name, x) in enumerate(parameters.items())
     }
 

@@ -17,15 +17,15 @@ import numpy as np
 from refcurv.algebra.balls import bits, exact
 from refcurv.certified.blocks import BLOCKS, weights
 from refcurv.certified.certificate import enclosed
-from refcurv.certified.numbers import Task
+from refcurv.certified.numbers import Task, passes
 from refcurv.certified.planning import Plan, bits_for, shallow
 from refcurv.certified.spectra import OF as SPECTRA
+from refcurv.certified.spectra import with_moments
 from refcurv.curvature.definition import Sequence
 from refcurv.curvature.room import available
 from refcurv.law.checks import RangeError, RoomError
 from refcurv.law.conventions import Fisher
 from refcurv.model.config import ModelConfig
-from refcurv.model.fisher import labelled
 
 BACKWARD, OUTER, DUAL, FLOATS = 1.1, 1.3, 3.2, 1.35
 """In forwards: a backward, the gradients of all weights, a pass along a direction; and all of it
@@ -127,10 +127,10 @@ class _Pace:
         one = next(iter(sequences.values()))
         size = sum(x.size for x in task.parameters.values())
         held = size * (1 + 2 * len({"hvp", "ggnvp", *BLOCKS} & {*of}))
-        each = self.forward * FLOATS * _forwards(task, _passes(task, one), of) + self.read * held
+        each = self.forward * FLOATS * _forwards(task, one, of) + self.read * held
         each += self.write * _numbers(task, of, one.label_BT.size)
         once = self.write * _numbers(task, of, shared=True)
-        once += self.forward * _spectra(task, of, one.label_BT.size)
+        once += self.forward * _spectra(task, of, one.layout.first_BT.size)
         return once + len(sequences) * each
 
 
@@ -160,7 +160,7 @@ def estimated(task: Task, sequences: Mapping[int, Sequence], plan: Plan, digits:
         own.seconds(task, sequences, task.of),
         _memory(task, sequences, plan.bits, digits),
         len(sequences),
-        _passes(task, one) if {"G", "fisher"} & {*task.of} else 0,
+        passes(task, one) if {"G", "fisher"} & {*task.of} else 0,
         {name: own.seconds(task, sequences, (name,)) for name in task.of},
         {
             n: pace(n).seconds(task, sequences, task.of)
@@ -179,15 +179,9 @@ def _per_number(task: Task, digits: float) -> tuple[float, float]:
     return (middle - begin) / len(x), (time.perf_counter() - middle) / len(x)
 
 
-def _passes(task: Task, one: Sequence) -> int:
-    """Backwards that G and the Fisher take (FISHER): V for each label, or one."""
-    wide = task.config.vocabulary if task.fisher is Fisher.EXPECTED else 1
-    return wide * (len(labelled(one.label_BT)) if wide > 1 else 1)
-
-
-def _forwards(task: Task, passes: int, of: tuple[str, ...]) -> float:
+def _forwards(task: Task, one: Sequence, of: tuple[str, ...]) -> float:
     """The passes that one sequence takes, in forwards."""
-    asked, own = _with_moments(of), task.fisher is Fisher.EMPIRICAL
+    asked, own = {*with_moments(of)}, task.fisher is Fisher.EMPIRICAL
     size = sum(task.parameters[name].size for name in weights(task.config, task.wanted))
     every = task.config.linear_layers()
     squares = np.square([every[name] for name in task.wanted]).sum(axis=0)
@@ -198,19 +192,14 @@ def _forwards(task: Task, passes: int, of: tuple[str, ...]) -> float:
     out += OUTER if "gradient" in asked else 0.0
     out += A if "A" in asked else 0.0
     out += G if own and "G" in asked else 0.0
-    out += passes * (BACKWARD + G) if "G" in asked and not own else 0.0
+    out += passes(task, one) * (BACKWARD + G) if "G" in asked and not own else 0.0
     out += DUAL if asked & {"hvp", "ggnvp"} else 0.0
     out += DUAL * whole if "hvp" in asked else 0.0
     out += 1 + whole if "ggnvp" in asked else 0.0
     out += size * DUAL * (1 + whole) if "hessian" in asked else 0.0
     out += size * DUAL if "ggn" in asked else 0.0
-    out += 1 + passes * whole if "fisher" in asked else 0.0
+    out += 1 + passes(task, one) * whole if "fisher" in asked else 0.0
     return out + (1.0 if task.fisher is Fisher.SAMPLED else 0.0)  # the labels beside the balls'
-
-
-def _with_moments(of: tuple[str, ...]) -> set[str]:
-    """A and G come with their eigenvalues."""
-    return {*of, "A", "G"} if {*SPECTRA} & {*of} else {*of}
 
 
 def _spectra(task: Task, of: tuple[str, ...], positions: int) -> float:
@@ -239,7 +228,7 @@ def _numbers(task: Task, of: tuple[str, ...], positions: int = 0, *, shared: boo
         "edit": lambda: sum(n * m for n, m in wide),
         **dict.fromkeys(BLOCKS, lambda: dense),
     }  # fmt: skip
-    asked = _with_moments(of)
+    asked = with_moments(of)
     return sum(made() for name, made in (joint if shared else own).items() if name in asked)
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from refcurv.algebra.balls import Balls, UndecidedError, bits, exact
-from refcurv.certified.layers import BALLS
-from refcurv.certified.numbers import Task
+from refcurv.algebra.blas import one_blas_thread
+from refcurv.certified.numbers import BALLS, Task, inputs_of
 from refcurv.curvature.definition import Sequence
 from refcurv.law.checks import Array, NonFiniteError
 from refcurv.law.conventions import NO_LABEL
@@ -84,7 +84,7 @@ def _in_float64(task: Task, one: Sequence) -> Array:
         label_N[row_N] = drawn_labels(one.label_BT, one.index_B, task.seed, 0, row_N, z_NV)
         return np.zeros_like(z_NV)
 
-    with np.errstate(over="ignore", invalid="ignore"):
+    with one_blas_thread(), np.errstate(over="ignore", invalid="ignore"):
         final, _ = forward(task.config, theta, one.inputs, one.layout)
         drain(head_transpose(task.config, theta, final, one.head_BT, take), lambda _: None)
     return label_N.reshape(one.label_BT.shape)
@@ -95,13 +95,14 @@ def _in_balls(task: Task, one: Sequence, at: list[int], precision: int) -> dict[
     uniform_T = uniforms(task.seed, 0, int(one.index_B[0]), one.label_BT.shape[1])
     with bits(precision):
         theta: Any = {name: exact(x) for name, x in task.parameters.items()}
-        inputs: Any = one.inputs if one.inputs.dtype.kind in "iu" else exact(one.inputs)
         try:
-            final: Any = forward(task.config, theta, inputs, one.layout, BALLS)[0]
+            final: Any = forward(task.config, theta, inputs_of(BALLS, one), one.layout, BALLS.ops)[
+                0
+            ]
         except (UndecidedError, NonFiniteError):
             return dict.fromkeys(at)
         final = final.reshape(one.label_BT.size, -1)[np.array(at)]
-        z_NV: Any = head_logits(task.config, theta, final, BALLS)
+        z_NV: Any = head_logits(task.config, theta, final, BALLS.ops)
         return {t: label_of(z_NV[n], float(uniform_T[t])) for n, t in enumerate(at)}
 
 

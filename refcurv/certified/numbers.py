@@ -16,13 +16,12 @@ import numpy as np
 from refcurv.algebra.balls import exact
 from refcurv.algebra.duals import Duals
 from refcurv.certified import layers
-from refcurv.certified.spectra import OF as SPECTRA
 from refcurv.curvature.definition import Sequence
 from refcurv.law.checks import Array
 from refcurv.law.conventions import Fisher
 from refcurv.model import loss
 from refcurv.model.config import TABLES, ModelConfig
-from refcurv.model.fisher import cotangents
+from refcurv.model.fisher import cotangents, labelled
 from refcurv.model.gradient import slope_of
 from refcurv.model.layers import DEFINITIONS, Ops
 from refcurv.model.transformer import (
@@ -134,20 +133,21 @@ class Task:
     drawn: Mapping[int, Array] = field(default_factory=dict)
     rho: Mapping[str, float] = field(default_factory=dict)
 
-    @property
-    def spectral(self) -> bool:
-        """Are eigenvalues wanted?"""
-        return bool({*SPECTRA} & {*self.of})
-
 
 def sent(task: Task, number: int, one: Sequence, ops: Ops) -> list[Cotangent]:
     """FISHER: what each backward pass sends back. Drawn labels are data: float64 drew them."""
     config = task.config
     if task.fisher is Fisher.SAMPLED:
-        label_BT = np.where(one.label_BT >= 0, task.drawn[number], one.label_BT)
-        return cotangents(Fisher.EMPIRICAL, label_BT, one.index_B, config.vocabulary, ops=ops)
-    batch = one.label_BT, one.index_B, config.vocabulary, task.seed
-    return cotangents(task.fisher, *batch, ops=ops)
+        batch = task.drawn[number], one.index_B, config.vocabulary
+        return cotangents(Fisher.EMPIRICAL, *batch, ops=ops)
+    batch = one.label_BT, one.index_B, config.vocabulary
+    return cotangents(task.fisher, *batch, task.seed, ops=ops)
+
+
+def passes(task: Task, one: Sequence) -> int:
+    """How many backward passes those are: V for each label of `expected`, or one."""
+    many = task.config.vocabulary * len(labelled(one.label_BT))
+    return max(many, 1) if task.fisher is Fisher.EXPECTED else 1
 
 
 def run(kind: Kind, task: Task, number: int, one: Sequence, found: Found) -> None:
@@ -244,14 +244,11 @@ def _moments(
         if step.a.ndim == 3:  # the head's are its rows alone
             keep_BT = one.keep_BT[:, -step.g.shape[1] :]
             a_NI, g_NO = step.a[keep_BT], step.g[keep_BT]
-        rows = len(a_NI) if counted else 0
-        if "A" in sides:
-            found.add(f"A.{step.name}", a_NI.T @ a_NI, rows)
-        if "G" in sides:
-            found.add(f"G.{step.name}", g_NO.T @ g_NO, rows)
-        for side, x in (("A", a_NI), ("G", g_NO)):  # of every pass, also where rows count once
-            name = f"{side}.{step.name}"
-            found.terms[name] = found.terms.get(name, 0) + len(x)
+        for side, x in (("A", a_NI), ("G", g_NO)):
+            if side in sides:
+                name = f"{side}.{step.name}"
+                found.add(name, x.T @ x, len(x) if counted else 0)
+                found.terms[name] = found.terms.get(name, 0) + len(x)  # of every pass
 
 
 def _products(

@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from refcurv.algebra.balls import UndecidedError, bits, exact
-from refcurv.certified.layers import BALLS
-from refcurv.certified.numbers import Task
+from refcurv.certified.numbers import BALLS, Task, inputs_of
 from refcurv.curvature.definition import Sequence
 from refcurv.law.checks import NonFiniteError
 from refcurv.model.transformer import forward, head_logits
@@ -90,14 +89,14 @@ def shallow(
     few = replace(task.config, layers=depth, windows=task.config.windows[:depth])
     names = few.parameter_shapes()
     theta: Any = {name: exact(task.parameters[name]) for name in names}
-    inputs: Any = one.inputs if one.inputs.dtype.kind in "iu" else exact(one.inputs)
+    inputs = inputs_of(BALLS, one)
     begin = time.perf_counter()
     final: Any = None
     try:
-        final, _ = forward(few, theta, inputs, one.layout, BALLS)
+        final, _ = forward(few, theta, inputs, one.layout, BALLS.ops)
     except (UndecidedError, NonFiniteError):
         head = False
     middle = time.perf_counter()
     if head:
-        head_logits(few, theta, final, BALLS)
+        head_logits(few, theta, final, BALLS.ops)
     return final, middle - begin, time.perf_counter() - middle

@@ -14,6 +14,7 @@ from refcurv.algebra.blas import one_blas_thread
 from refcurv.algebra.eigen_enclosures import Spectrum, enclose, refined
 from refcurv.algebra.staircase import cut
 from refcurv.certified.cuts import decided, edited
+from refcurv.certified.numbers import Task
 from refcurv.curvature.eigenbasis import Eigenbasis, eigenbasis
 from refcurv.law.checks import Array, ConventionError, EmptyError, require_range
 from refcurv.model.config import ModelConfig
@@ -21,6 +22,11 @@ from refcurv.model.patterns import expand
 
 OF: Final = ("eigenvalues", "eigenvectors", "cut", "edit")
 """What can be certified of A and G, which come with it. W is edited without its bias (BIAS)."""
+
+
+def with_moments(of: tuple[str, ...]) -> tuple[str, ...]:
+    """What is asked for, and A and G if anything of them is."""
+    return tuple(dict.fromkeys((*of, "A", "G"))) if {*OF} & {*of} else of
 
 
 @dataclass(slots=True)
@@ -74,7 +80,7 @@ def shares(
 
 
 def prove(
-    task: Any,
+    task: Task,
     means: Mapping[str, Balls],
     floats: Mapping[str, Array],
     terms: Mapping[str, int],
@@ -163,41 +169,43 @@ def _cut_of(
     rho, with_edit, basis = asked
     kept, dropped = decided(G.values, A.values, rho, layer)
     undecided = int((~(kept | dropped)).sum())
-    nearest = (np.sort(np.maximum(x.values.rounded(), 0))[::-1] for x in (G, A))
-    own = None if basis is None else (basis.lam, basis.mu)
+    lam, mu = (np.sort(np.maximum(x.values.rounded(), 0))[::-1] for x in (G, A))
+    own = None if basis is None else _selected(basis.lam, basis.mu, rho)
     found.cuts[layer] = {
         "rho": rho,
         "pairs": kept.size,
         "kept": int(kept.sum()),
         "cut": int(dropped.sum()),
         "undecided": undecided,
-        "nearest": _otherwise(kept, dropped, nearest, rho),
-        "float64": None if own is None else _otherwise(kept, dropped, own, rho),
+        "nearest": _otherwise(kept, dropped, _selected(lam, mu, rho)),
+        "float64": _otherwise(kept, dropped, own),
     }
     if undecided:
         return
     found.arrays[f"cut.{layer}"] = exact(kept.sum(axis=1))
     if with_edit:
         found.arrays[f"edit.{layer}"] = exact(W) if rho == 1 else edited(W, G, A, kept)
-        if own is not None:
-            found.floats[f"edit.{layer}"] = _edited_in_float64(W, basis, rho)
+        if basis is not None and own is not None:
+            found.floats[f"edit.{layer}"] = _edited_in_float64(W, basis, own)
 
 
-def _otherwise(kept: Array, dropped: Array, spectra: Any, rho: float) -> int | None:
-    """Pairs that SELECT drops though they are proved kept, or keeps though they are proved cut."""
-    lam, mu = spectra
+def _selected(lam: Array, mu: Array, rho: float) -> Array | None:
+    """The pairs that SELECT keeps; None where float64 has no mass, or no products."""
     try:
-        mask = cut(lam, mu, rho).mask(len(mu))
-    except (EmptyError, ConventionError):  # no mass, or no products, in float64
+        return cut(lam, mu, rho).mask(len(mu))
+    except (EmptyError, ConventionError):
         return None
-    return int((kept & ~mask).sum() + (dropped & mask).sum())
 
 
-def _edited_in_float64(W: Array, basis: Any, rho: float) -> Array:
+def _otherwise(kept: Array, dropped: Array, mask: Array | None) -> int | None:
+    """Pairs that SELECT drops though they are proved kept, or keeps though they are proved cut."""
+    return None if mask is None else int((kept & ~mask).sum() + (dropped & mask).sum())
+
+
+def _edited_in_float64(W: Array, basis: Eigenbasis, mask: Array) -> Array:
     """U_G (C ∘ M) U_Aᵀ on float64's eigenbasis and its own cut (P8)."""
-    if rho == 1:
+    if mask.all():
         return W.astype(np.float64)
-    mask = cut(basis.lam, basis.mu, rho).mask(len(basis.mu))
     with one_blas_thread():
         C = basis.U_G.T @ W.astype(np.float64) @ basis.U_A
         return np.asarray(basis.U_G @ np.where(mask, C, 0) @ basis.U_A.T)

@@ -11,17 +11,15 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-
 from refcurv.algebra.balls import exact, zeros
 from refcurv.algebra.duals import Duals
+from refcurv.certified.directions import signs_of
 from refcurv.certified.layers import BALLS
 from refcurv.law.checks import Array
 from refcurv.model import transformer
 from refcurv.model.config import ModelConfig
 from refcurv.model.gradient import slope_of
 from refcurv.model.layers import Layout, Ops, Saved
-from refcurv.model.sampling import signs
 from refcurv.model.transformer import Slope, Tap
 
 Numbers = Any
@@ -153,10 +151,7 @@ class Enclosure:
 
     def direction(self, number: int) -> dict[str, Numbers]:
         """A sign for each entry of each parameter (SAMPLING)."""
-        return {
-            name: exact(signs(self.seed, number, i, 0, x.size).reshape(x.shape).astype(np.float64))
-            for i, (name, x) in enumerate(self.parameters.items())
-        }
+        return {n: exact(v) for n, v in signs_of(self.parameters, self.seed, number).items()}
 
     def along(self, number: int) -> Flow:
         """Forward and backward with derivatives along a direction."""
