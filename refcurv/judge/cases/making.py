@@ -142,7 +142,8 @@ def require_small(config: ModelConfig, corpus: Corpus) -> None:
             f"cases: the model has {total:,} parameters; at most {MOST_PARAMETERS:,} fit, for the "
             "loss is computed anew for each. The largest is "
             f"{max(sizes, key=sizes.__getitem__)!r}. Make a tiny one of the same family: copy its "
-            "config.json, set the width to 16, the MLP's to 32, 2 layers, 2 heads and a vocabulary of 64; let transformers write random weights, "
+            "config.json, set the width to 16, the MLP's to 32, 2 layers, 2 heads and a "
+            "vocabulary of 64; let transformers write random weights, "
             "AutoModelForCausalLM.from_config(config).save_pretrained('tiny'); then refcurv "
             "convert tiny w.h5.",
             parameters=total,
