@@ -15,7 +15,7 @@ from refcurv.algebra.eigen_enclosures import Spectrum, enclose, refined
 from refcurv.algebra.staircase import cut
 from refcurv.certified.cuts import decided, edited
 from refcurv.curvature.eigenbasis import Eigenbasis, eigenbasis
-from refcurv.law.checks import Array, ConventionError, EmptyError, require_range
+from refcurv.law.checks import Array, ConventionError, EmptyError, RefcurvError, require_range
 from refcurv.model.config import ModelConfig
 from refcurv.model.patterns import expand
 
@@ -57,6 +57,8 @@ def shares(
         return {}
     if rho is None:
         raise ConventionError("certify: 'cut' and 'edit' need rho, the share that is kept.")
+    if isinstance(rho, Mapping) and not rho:
+        raise EmptyError("certify: rho names no layer. Give a share, or {pattern: share}.")
     found: dict[str, float] = {}
     for pattern, value in (rho if isinstance(rho, Mapping) else {"**": rho}).items():
         share = require_range("certify", f"rho of {pattern!r}", value, 0, 1)
@@ -110,12 +112,15 @@ def prove(
 
 
 def _basis(layer: str, floats: Mapping[str, Array], terms: Mapping[str, int]) -> Eigenbasis | None:
-    """What `decompose` makes of float64's A and G; None where they overflowed."""
+    """What `decompose` makes of float64's A and G; None where it has none, as of infinities."""
     made: list[Any] = []
     for name in (f"A.{layer}", f"G.{layer}"):
         if name not in floats:
             return None
-        made += eigenbasis(floats[name], terms[name], "float64", name)[:2]
+        try:
+            made += eigenbasis(floats[name], terms[name], "float64", name)[:2]
+        except RefcurvError:  # what floats cannot do leaves the proof as it is
+            return None
     return Eigenbasis(*made)
 
 
@@ -178,7 +183,7 @@ def _cut_of(
     found.arrays[f"cut.{layer}"] = exact(kept.sum(axis=1))
     if with_edit:
         found.arrays[f"edit.{layer}"] = exact(W) if rho == 1 else edited(W, G, A, kept)
-        if own is not None:
+        if found.cuts[layer]["float64"] is not None:
             found.floats[f"edit.{layer}"] = _edited_in_float64(W, basis, rho)
 
 

@@ -203,7 +203,7 @@ def require_range(who: str, what: str, value: float | str, low: float, high: flo
 def require_choice(who: str, what: str, value: object, choices: Iterable[str]) -> str:
     """Return `value` if it is one of `choices`, or raise ConventionError with the nearest one."""
     known = [str(choice) for choice in choices]
-    if value in known:
+    if isinstance(value, str) and value in known:
         return str(value)
     near = difflib.get_close_matches(str(value), known, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
