@@ -25,6 +25,9 @@ Array = np.ndarray
 BINARY = 1100
 """A float64 is a whole number of 2^-BINARY: the smallest is 2^-1074."""
 
+LEAST = 1e-30
+"""The largest radius, over the largest entry of an array: thirty digits."""
+
 SLACK = 1 + 1e-9
 """More than float64 loses where it adds a few radii.  Chosen."""
 
@@ -87,7 +90,7 @@ def settled(ball: Ball) -> Array:
     )
 
 
-def read(path: Path) -> tuple[dict[str, Ball], dict[str, Array], dict[str, int]]:
+def read(path: Path) -> tuple[dict[str, Ball], dict[str, Array], dict[str, float]]:
     """What is certified, what is given beside it, and how many entries of each are settled."""
     arrays: dict[str, Array] = {}
     attributes: dict[str, Mapping[str, Any]] = {}
@@ -106,7 +109,7 @@ def read(path: Path) -> tuple[dict[str, Ball], dict[str, Array], dict[str, int]]
             low = arrays[f"{name}_low"]
             balls[name] = Ball(x, low, radii(x, low, own["relative"], own["absolute"]))
     given = {n: x for n, x in arrays.items() if n.removesuffix("_low") not in balls}
-    return balls, given, {name: int(attributes[name]["settled"]) for name in balls}
+    return balls, given, {name: float(attributes[name]["settled"]) for name in balls}
 
 
 def wrong(folder: Path, name: str) -> list[str]:
@@ -117,6 +120,8 @@ def wrong(folder: Path, name: str) -> list[str]:
     """
     told = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
     balls, given, counts = read(folder / f"{name}.h5")
+    if missed := [*_lacking(balls, told["certificate"]["arrays"])]:
+        return missed
     out = [
         f"{name}: {int(settled(one).sum())} entries are settled, not {counts[name]}"
         for name, one in balls.items()
@@ -128,6 +133,21 @@ def wrong(folder: Path, name: str) -> list[str]:
         found.append(("logits", _logits(balls, given)))
     said = "entries lie outside what its terms prove"
     return out + [f"{name}: {excess} {said}" for name, excess in found if excess]
+
+
+def _lacking(balls: Mapping[str, Ball], told: Mapping[str, Any]) -> Iterator[str]:
+    """Arrays without a certificate, with what is no number, or with fewer than thirty digits."""
+    for name in told:
+        if name not in balls:
+            yield f"{name}: it is not certified in the file"
+            continue
+        one = balls[name]
+        largest = np.abs(one.x).max(initial=0)
+        widest = largest * LEAST if largest else np.finfo(np.float64).max
+        if not np.isfinite([one.x, one.low]).all():
+            yield f"{name}: an entry is no number"
+        elif not ((one.radius >= 0) & (one.radius <= widest)).all():
+            yield f"{name}: a radius leaves fewer than thirty digits"
 
 
 def _layer(
