@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -166,6 +167,33 @@ def test_a_float64_that_is_off_by_one_ulp_is_caught(tmp_path) -> None:
     found = contained.wrong(spoiled(tmp_path, FEW, changes), FEW)
     assert set(MADE) <= named([one for one in found if "outside" in one])
     assert alone <= {one.partition(":")[0] for one in found if "entries are settled, not" in one}
+
+
+@pytest.mark.parametrize(
+    ("what", "value", "said"),
+    [
+        ("relative", math.nan, "fewer than thirty digits"),
+        ("relative", math.inf, "fewer than thirty digits"),
+        ("relative", 1e-29, "fewer than thirty digits"),
+        ("settled", math.nan, "settled, not nan"),
+        ("low", math.nan, "no number"),
+        ("gone", 0.0, "not certified"),
+    ],
+)
+def test_a_radius_that_says_nothing_is_caught(tmp_path, what: str, value: float, said: str) -> None:
+    """Also of an array that nothing makes again; no comparison finds a NaN too large."""
+    array = f"expected/{UP.replace('.', '/')}/sum_G"
+    with h5py.File(spoiled(tmp_path, FEW, {}) / f"{FEW}.h5", "r+") as file:
+        own = file[array].attrs
+        if what == "gone":
+            del file[f"{array}_low"]
+        elif what == "low":
+            file[f"{array}_low"][0, 0] = value
+        else:
+            own[what] = value
+            own["settled"] = own["settled"] if value < 1 or what == "settled" else 0.0
+    found = contained.wrong(tmp_path, FEW)
+    assert any(array.replace("/", ".") in one and said in one for one in found)
 
 
 def refuted(folder: Path, case: Case, precision: int, last: str = "") -> set[str]:

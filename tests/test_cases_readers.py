@@ -183,6 +183,24 @@ def test_a_certified_mask_that_keeps_a_pair_more_is_seen(reader, certified, coun
     assert status == 1 and "vit-cls_v2 is valid, but" in said
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e-29])
+def test_a_radius_that_says_nothing_is_seen(reader, certified, value: float) -> None:
+    with h5py.File(certified / "vit-cls_v2.h5", "r+") as file:
+        own = file[f"expected/{AT}/sum_G"].attrs
+        own["relative"] = value
+        own["settled"] = 0.0 if not value < 1 else own["settled"]
+    signed(certified, "vit-cls_v2")
+    status, said = judged(reader, certified)
+    assert status == 1 and "fewer than thirty digits" in said
+
+
+def test_an_array_that_lost_its_proof_is_seen(reader, certified) -> None:
+    with h5py.File(certified / "vit-cls_v2.h5", "r+") as file:
+        del file[f"expected/{AT}/sum_G_low"]
+    signed(certified, "vit-cls_v2")
+    assert judged(reader, certified)[0] == 1
+
+
 def test_a_certified_case_that_lacks_its_proof_is_seen(reader, certified) -> None:
     with h5py.File(certified / "vit-cls_v2.h5", "r+") as file:
         del file["loss_low"]

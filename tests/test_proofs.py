@@ -217,6 +217,21 @@ def test_digits_are_of_the_terms() -> None:
         assert equal("x", small, None).digits(0) == 0 and equal("x", small, None).digits(1) > 28
         assert equal("x", small, None, one).digits(0) > 28
         assert equal("x", one / nothing, None).digits(1) == 0
+        tiny = one[:1]
+        for _ in range(4):
+            tiny = tiny * 2.0**-300  # below float64: a bound of its size is 0 there, and it is not
+        assert equal("x", tiny, tiny).digits(1) == math.inf
+        assert equal("x", tiny, 2 * tiny).digits(1) == equal("x", tiny, None).digits(1) == -math.inf
+        assert equal("x", tiny * third[:1] * 3, tiny).digits(1) == 0
+
+
+def test_what_is_too_small_for_float64_is_not_proved_by_it() -> None:
+    """Where all terms lie below float64, no digit of them is known by its bounds."""
+    one = case(batch=1, length=3, layers=1)
+    model = rc.Model(one.config, {name: x * 1e-200 for name, x in one.parameters.items()})
+    found = rc.audit(model, rc.Corpus(one.token), certify=True).proofs
+    undecided = {f.id for f in found.findings if (f.verdict, f.digits) == ("undecided", 0.0)}
+    assert undecided >= {"O8", "O15", "O29", "O39"} and not found.failed
 
 
 # ------------------------------------------------------------------ what fits

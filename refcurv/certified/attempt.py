@@ -7,8 +7,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from refcurv.algebra.balls import Balls, bits
 from refcurv.algebra.blas import one_blas_thread
 from refcurv.certified import blocks
@@ -99,7 +97,7 @@ class Job:
         return sum(passes(self.task, one) * one.layout.first_BT.size for one in every)
 
     def _run(self, kind: Kind, number: int, one: Sequence, found: Found) -> None:
-        with one_blas_thread(), np.errstate(over="ignore", invalid="ignore"):
+        with one_blas_thread():
             try:
                 run(kind, self.task, number, one, found)
                 if {*blocks.BLOCKS} & {*self.task.of}:
@@ -111,7 +109,7 @@ class Job:
         self._tick()
 
     def _shake(self, shaking: Shaking, number: int, one: Sequence, plain: Found) -> None:
-        with one_blas_thread(), np.errstate(over="ignore", invalid="ignore"):
+        with one_blas_thread():
             shaking.sequence(number, one, plain)
         self._tick()
 

@@ -70,9 +70,7 @@ class Enclosed:
         By default that is the largest entry. Infinite where all are exact; 0 where size is.
         """
         worst, size = float(self.radius.max(initial=0.0)), self.largest if size is None else size
-        if worst == 0:
-            return math.inf
-        return max(0.0, math.log10(size) - math.log10(worst)) if size and worst < math.inf else 0.0
+        return certain(size, worst)
 
     def text(self, index: tuple[int, ...] = ()) -> str:
         """One entry in decimals, as far as it is certain: "0.1234567 ± 2e-31" or "|x| ≤ 3e-40".
@@ -103,8 +101,28 @@ class Enclosed:
         return int(np.ravel_multi_index(at, self.shape)) if at else 0
 
 
+def certain(size: float, radius: float) -> float:
+    """log10(size / radius), 0 or more, and never a whole digit too many; infinite for radius 0."""
+    if radius == 0:
+        return math.inf
+    if not size or radius == math.inf:
+        return 0.0
+    found = max(0.0, math.log10(size) - math.log10(radius))
+    if Fraction(radius) * 10 ** math.floor(found) > Fraction(size):  # the logarithms rounded up
+        return max(0.0, math.nextafter(math.floor(found), 0))
+    return found
+
+
 def _inside(at: tuple[int, ...], shape: tuple[int, ...]) -> bool:
     return all(0 <= i < n for i, n in zip(at, shape, strict=True))
+
+
+def _nearest(x: Fraction) -> float:
+    """Its float64; 0, which it is not, where that would be infinite."""
+    try:
+        return float(x)
+    except OverflowError:
+        return 0.0
 
 
 def _up(x: Fraction) -> str:
@@ -118,7 +136,7 @@ def _decimal(mid: Fraction, radius: Fraction) -> str:
     if mid == 0:
         return "0"
     if radius == 0:
-        short = repr(float(mid))
+        short = repr(_nearest(mid))
         return f"{short if Fraction(short) == mid else mid} exactly"
     exponent = Decimal(float(radius)).adjusted()
     unit = Fraction(10) ** exponent
@@ -211,7 +229,8 @@ def farthest(got: Array, truth: Enclosed) -> float:
     rest = np.abs(truth.parts[2:]).sum(axis=0) + truth.radius
     if not far.any() and not rest.any():
         return 0.0
-    return math.nextafter(float(((far + rest) * (1 + 1e-15)).max()), math.inf)
+    most = float(((far + rest) * (1 + 1e-15)).max())
+    return math.inf if math.isnan(most) else math.nextafter(most, math.inf)
 
 
 def outside(got: Array, truth: Enclosed) -> float:

@@ -12,7 +12,14 @@ import numpy as np
 
 from refcurv.certified.certificate import ROUTES, Certificate, Enclosed, Route
 from refcurv.files import store
-from refcurv.law.checks import SchemaError, require_choice, require_finite, require_range
+from refcurv.files.disk import one_line, parse_json
+from refcurv.law.checks import (
+    ConventionError,
+    SchemaError,
+    require_choice,
+    require_finite,
+    require_range,
+)
 
 MOST: Final = float(np.finfo(np.float64).max)
 
@@ -25,11 +32,17 @@ def save_certificate(made: Certificate, path: str | Path) -> None:
         path: of the file (.h5), which is written whole or not at all.
 
     Raises:
+        ConventionError: it is no certificate.
         StorageError: the disk is full, or the path cannot be written to.
 
     Cost: the arrays once; for a million numbers of 30 digits 32 MB.
     Proof: tests/test_certified.py::test_a_file_holds_the_certificate
     """
+    if not isinstance(made, Certificate):
+        raise ConventionError(
+            f"save_certificate: a Certificate, such as rc.certify makes, is needed; "
+            f"got {type(made).__name__}."
+        )
     attributes: dict[str, str | int | float] = {
         "bits": made.bits,
         "wanted": made.wanted,
@@ -68,13 +81,14 @@ def load_certificate(path: str | Path) -> Certificate:
     numbers = {name: _read(header, path, name) for name in _names(header, path)}
     told = header.attributes.get
     try:
-        rows, source = _object(told("rows")), _object(told("source"))
+        rows, source = _rows(_object(told("rows"))), _source(_object(told("source")))
         spectra, cuts = (_facts(told(n, "{}"), *FACTS[n]) for n in FACTS)  # older files have none
-        routes = tuple(_route(numbers, *one) for one in json.loads(str(told("routes"))))
-        bits = int(require_range("load_certificate", "bits", _number(told("bits")), 1, 2**20))
+        routes = tuple(_route(numbers, *one) for one in _list(told("routes")))
+        bits = _whole("bits", told("bits"), 1, 2**20)
         wanted = require_range("load_certificate", "wanted", _number(told("wanted")), 1, 10**6)
     except (ValueError, TypeError, RecursionError) as error:
-        raise SchemaError(f"{path}: an attribute of the certificate is damaged: {error}") from None
+        what = f"{path}: an attribute of the certificate is damaged"
+        raise SchemaError(f"{what}: {one_line(error)}.") from None
     return Certificate(numbers, routes, bits, wanted, rows, source, spectra, cuts)
 
 
@@ -108,9 +122,42 @@ def _read(header: store.Header, path: str | Path, name: str) -> Enclosed:
 
 def _object(told: object) -> dict[str, Any]:
     """An attribute that is a JSON object."""
-    found = json.loads(str(told))
-    if not isinstance(found, dict):
-        raise TypeError(f"an object is needed; got {str(told)[:40]!r}")
+    return parse_json("load_certificate", "it", str(told))
+
+
+def _list(told: object) -> list[Any]:
+    """An attribute that is a JSON list."""
+    found = _object(f'{{"list": {told}}}')["list"]
+    if not isinstance(found, list):
+        raise TypeError(f"a list is needed; got {str(told)[:40]!r}")
+    return found
+
+
+def _rows(found: dict[str, Any]) -> dict[str, int]:
+    """{A or G of a layer: how many rows}."""
+    return {name: _whole(f"rows of {name:.60}", n, 0, 2**63) for name, n in found.items()}
+
+
+def _source(found: dict[str, Any]) -> dict[str, Any]:
+    """What it is of; labels, where they are told, as `labels.Drawn` tells them."""
+    json.dumps(found, allow_nan=False)  # 1e999 is infinite, and then no number of JSON
+    if not isinstance(found.get("inputs", {}), dict):
+        raise TypeError("inputs must be {file: SHA-256}")
+    if "labels" not in found:
+        return found
+    labels, most = found["labels"], 2**63
+    if not isinstance(labels, dict) or {*labels} != {"drawn", "same", "other", "undecided"}:
+        raise TypeError("of labels must be told drawn, same, other, undecided")
+    _whole("same", labels["same"], 0, most)
+    for key, count in (("other", 4), ("undecided", 3)):
+        if not isinstance(labels[key], list):
+            raise TypeError(f"{key} must be a list")
+        for one in labels[key]:
+            if not isinstance(one, list) or len(one) != count:
+                raise TypeError(f"{key} must hold lists of {count} numbers")
+            for n in one:
+                _whole(key, n, 0, most)
+    _whole("seed", found.get("seed"), 0, 2**64 - 1)
     return found
 
 
@@ -128,15 +175,28 @@ def _facts(told: object, always: tuple[str, ...], perhaps: tuple[str, ...]) -> d
         if not isinstance(one, dict) or {*one} != {*always, *perhaps}:
             raise TypeError(f"of {name:.60} must be told {', '.join((*always, *perhaps))}")
         for key, value in one.items():
-            if value is not None or key in always:
+            if key in always and key != "rho":
+                _whole(key, value, 0, 2**63)
+            elif value is not None or key in always:
                 require_range("load_certificate", key, _number(value), 0, MOST)
         if (one.get("fewest") is None) != (one.get("median") is None):
             raise TypeError(f"of {name:.60} one of fewest and median is missing")
+        if "pairs" in one and one["pairs"] != one["kept"] + one["cut"] + one["undecided"]:
+            raise ValueError(f"the pairs of {name:.60} are not those kept, cut and undecided")
     return found
 
 
 def _number(told: object) -> float | str:
-    return told if isinstance(told, int | float) else repr(told)[:40]
+    number = isinstance(told, int | float) and not isinstance(told, bool)
+    return told if number else repr(told)[:40]  # type: ignore[return-value]
+
+
+def _whole(what: str, told: object, least: int, most: int) -> int:
+    """A whole number in a range."""
+    if isinstance(told, bool) or not isinstance(told, int):
+        raise TypeError(f"{what} must be a whole number; got {repr(told)[:40]}")
+    require_range("load_certificate", what, told, least, most)
+    return told
 
 
 def _told(route: Route) -> list[str | None]:

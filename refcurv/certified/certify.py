@@ -19,24 +19,33 @@ from refcurv.certified.estimate import Estimate, estimated, require_memory, requ
 from refcurv.certified.labels import drawn
 from refcurv.certified.lost import place
 from refcurv.certified.numbers import OF, Task
+from refcurv.certified.origin import files_of
 from refcurv.certified.planning import SPARE, planned
 from refcurv.certified.spectra import OF as SPECTRA
 from refcurv.certified.spectra import shares, with_moments
 from refcurv.curvature import definition
-from refcurv.files import store
 from refcurv.law.checks import (
     Array,
     ConventionError,
+    DTypeError,
     EmptyError,
     NonFiniteError,
     require_choice,
+    require_dtype,
     require_finite,
     require_range,
+    require_shape,
 )
 from refcurv.law.conventions import Fisher
 from refcurv.model.corpus import Corpus
 from refcurv.model.fisher import require_fisher
-from refcurv.model.given import numbers_of, require_corpus, require_model
+from refcurv.model.given import (
+    is_iterable,
+    numbers_of,
+    require_callable,
+    require_corpus,
+    require_model,
+)
 from refcurv.model.patterns import expand
 from refcurv.model.rows import require_rows
 from refcurv.model.weights import Model, resident
@@ -127,7 +136,10 @@ def certify(
     require_model("certify", model)
     require_corpus("certify", corpus)
     kind = require_fisher("certify", fisher, seed, 1)
-    task = _task(model, of, layers, kind, seed, direction, rho)
+    require_callable("certify", "progress", progress)
+    if estimate is not None:
+        require_callable("certify", "estimate", estimate)
+    task = _task(model, of, layers, kind, int(seed), direction, rho)
     wanted = require_range("certify", "digits", digits, 1, MOST_DIGITS)
     most = None if seconds is None else require_range("certify", "seconds", seconds, 0, math.inf)
     chosen = _sequences(model, corpus, rows, sequences)
@@ -140,12 +152,14 @@ def certify(
         require_time(told, math.inf if most is None else most)
     require_memory(task, chosen, plan, wanted)
     source = {
-        "inputs": store.inputs(model.source, corpus.source), "sequences": list(chosen),
+        "inputs": files_of(model, task.parameters, corpus), "sequences": list(chosen),
         "rows": rows,
         "direction": said_of(task.direction, direction) if {"hvp", "ggnvp"} & {*task.of} else None,
     }  # fmt: skip
     task, labels = _labelled(task, chosen)
-    return _with_enough(Job(task, chosen, wanted, source | labels, progress), plan.bits)
+    job = Job(task, chosen, wanted, source | labels, progress)
+    with np.errstate(all="ignore"):  # what floats make of it is said by their error
+        return _with_enough(job, plan.bits)
 
 
 def _with_enough(job: Job, precision: int) -> Certificate:
@@ -215,7 +229,7 @@ def _task(
     direction: Mapping[str, Array] | None,
     rho: float | Mapping[str, float] | None,
 ) -> Task:
-    names = tuple(of) if isinstance(of, Iterable) and not isinstance(of, str) else ()
+    names = tuple(of) if is_iterable(of) and not isinstance(of, str) else ()
     if not names:
         raise ConventionError(f"certify: `of` must name some of {', '.join(EVERY)}; got {of!r}.")
     for name in names:
@@ -223,11 +237,21 @@ def _task(
     wanted = tuple(expand(layers, list(model.config.linear_layers())))
     if {*blocks.BLOCKS} & {*names}:
         blocks.require_small(model.config, wanted)
-    parameters = resident(model)
-    for name, x in parameters.items():
-        require_finite("certify", name, x)
+    parameters = _parameters(model)
     v, kept = direction_of(parameters, direction), shares(model.config, names, wanted, rho)
     return Task(model.config, parameters, with_moments(names), wanted, v, fisher, seed, rho=kept)
+
+
+def _parameters(model: Model) -> dict[str, Array]:
+    """Float16, float32 or float64, of the shapes that the configuration asks for, and finite."""
+    parameters, shapes = resident(model), model.config.parameter_shapes()
+    for name, x in parameters.items():
+        require_shape("certify", name, x, shapes[name], "the configuration's")
+        require_dtype("certify", name, x, "f", "floats")
+        if x.dtype.itemsize > 8:
+            raise DTypeError(f"certify: {name} is {x.dtype}; float64 is the widest. Round it.")
+        require_finite("certify", name, x)
+    return parameters
 
 
 def _sequences(

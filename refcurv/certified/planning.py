@@ -76,7 +76,8 @@ def _lost(task: Task, one: Sequence, depth: int, precision: int) -> tuple[float,
         radius, size = final.radii().max(), final.least().max()
     if not size or not math.isfinite(radius):
         return math.inf, seconds
-    return precision + math.log2(max(radius / size, 2.0**-precision)), seconds
+    lost = math.log2(radius) - math.log2(size) if radius else -math.inf
+    return max(precision + lost, 0.0), seconds
 
 
 def shallow(

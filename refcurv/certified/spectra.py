@@ -16,7 +16,7 @@ from refcurv.algebra.staircase import cut
 from refcurv.certified.cuts import decided, edited
 from refcurv.certified.numbers import Task
 from refcurv.curvature.eigenbasis import Eigenbasis, eigenbasis
-from refcurv.law.checks import Array, ConventionError, EmptyError, require_range
+from refcurv.law.checks import Array, ConventionError, EmptyError, RefcurvError, require_range
 from refcurv.model.config import ModelConfig
 from refcurv.model.patterns import expand
 
@@ -63,6 +63,8 @@ def shares(
         return {}
     if rho is None:
         raise ConventionError("certify: 'cut' and 'edit' need rho, the share that is kept.")
+    if isinstance(rho, Mapping) and not rho:
+        raise EmptyError("certify: rho names no layer. Give a share, or {pattern: share}.")
     found: dict[str, float] = {}
     for pattern, value in (rho if isinstance(rho, Mapping) else {"**": rho}).items():
         what = "rho" if pattern == "**" else f"rho of {pattern!r}"
@@ -117,12 +119,15 @@ def prove(
 
 
 def _basis(layer: str, floats: Mapping[str, Array], terms: Mapping[str, int]) -> Eigenbasis | None:
-    """What `decompose` makes of float64's A and G; None where they overflowed."""
+    """What `decompose` makes of float64's A and G; None where it has none, as of infinities."""
     made: list[Any] = []
     for name in (f"A.{layer}", f"G.{layer}"):
         if name not in floats:
             return None
-        made += eigenbasis(floats[name], terms[name], "float64", name)[:2]
+        try:
+            made += eigenbasis(floats[name], terms[name], "float64", name)[:2]
+        except RefcurvError:  # what floats cannot do leaves the proof as it is
+            return None
     return Eigenbasis(*made)
 
 

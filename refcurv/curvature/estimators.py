@@ -54,10 +54,10 @@ from refcurv.law.conventions import BLOCK_SHARDS, Bias, Estimator, Fisher, Rows
 from refcurv.model.config import ModelConfig
 from refcurv.model.corpus import Corpus
 from refcurv.model.given import (
+    require_callable,
     require_corpus,
     require_flag,
     require_model,
-    require_progress,
     shown,
 )
 from refcurv.model.patterns import expand
@@ -233,10 +233,10 @@ def _as(like: Array, x: Array) -> Array:
     return x.astype(like.dtype, copy=False)
 
 
-def _require_given(who: str, model: object, corpus: object, progress: object) -> None:
+def _require_given(who: str, model: object, corpus: object, progress: Progress) -> None:
     require_model(who, model)
     require_corpus(who, corpus)
-    require_progress(who, progress)
+    require_callable(who, "progress", progress)
 
 
 # ------------------------------------------------------------------ EK-FAC

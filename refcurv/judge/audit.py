@@ -17,6 +17,7 @@ from refcurv.judge.identities import CHECKS, Measure
 from refcurv.judge.proofs import ProofPlan, Proofs, plan_proofs, prove
 from refcurv.law.checks import ConventionError, RefcurvError, require_range, require_seed
 from refcurv.model.corpus import Corpus
+from refcurv.model.given import require_callable
 from refcurv.model.weights import Model
 from refcurv.progress import Progress, silent
 
@@ -137,6 +138,8 @@ def audit(
     begin = time.perf_counter()
     if model.dtype != "float64":
         raise ConventionError('audit: load the model with dtype="float64"; float32 has no room.')
+    require_callable("audit", "say", say)
+    require_callable("audit", "progress", progress)
     given = free_memory() / 2 / GIB if memory is None else memory
     given = require_range("audit", "memory", given, LEAST_MEMORY, 2**20)
     planned = plan(model.config, corpus, int(given * GIB))

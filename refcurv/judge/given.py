@@ -11,12 +11,13 @@ from refcurv.curvature.factors import Factors
 from refcurv.judge.arithmetic import ROUNDOFF
 from refcurv.law.checks import ConventionError, NameUnknownError, require_choice
 from refcurv.model.given import (
+    require_callable,
     require_corpus,
     require_model,
-    require_progress,
     require_whole,
     shown,
 )
+from refcurv.progress import Progress
 
 
 def require_ours(model: object, corpus: object, reference: object, basis: object) -> None:
@@ -36,7 +37,7 @@ def require_ours(model: object, corpus: object, reference: object, basis: object
             )
 
 
-def require_options(names: object, layers: object, pictures: object, progress: object) -> None:
+def require_options(names: object, layers: object, pictures: object, progress: Progress) -> None:
     """Names by name, a pattern, a count, and what is called as work proceeds.
 
     Proof: tests/test_hostile.py::test_arguments_of_any_type_are_refused_in_one_line
@@ -52,7 +53,7 @@ def require_options(names: object, layers: object, pictures: object, progress: o
             f"{shown(layers)}."
         )
     require_whole("validate", "pictures", pictures, 0)
-    require_progress("validate", progress)
+    require_callable("validate", "progress", progress)
 
 
 def accepted(given: Any) -> tuple[str, ...]:

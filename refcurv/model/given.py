@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -38,6 +38,28 @@ def require_corpus(who: str, given: object) -> Corpus:
     return _loaded(who, given, Corpus, "rc.load_corpus(path)")
 
 
+def is_iterable(given: object) -> bool:
+    """Can it be gone through? An array without axes cannot, though it is an Iterable by its type.
+
+    Proof: tests/test_certified_hostile.py::test_whatever_is_given_is_one_line
+    """
+    try:
+        iter(given)  # type: ignore[call-overload]
+    except TypeError:
+        return False
+    return True
+
+
+def require_callable(who: str, what: str, given: Callable[..., Any]) -> None:
+    """Raise ConventionError for what cannot be called.
+
+    Proof: tests/test_certified_hostile.py::test_whatever_is_given_is_one_line,
+        tests/test_hostile.py::test_arguments_of_any_type_are_refused_in_one_line
+    """
+    if not callable(given):
+        raise ConventionError(f"{who}: {what} must be a function; got {given!r:.40}.")
+
+
 def numbers_of(who: str, corpus: Corpus, sequences: Iterable[object]) -> list[int]:
     """Rows of the corpus in the order given: at least one integer, each in range.
 
@@ -46,7 +68,7 @@ def numbers_of(who: str, corpus: Corpus, sequences: Iterable[object]) -> list[in
     Proof: tests/test_hostile.py::test_sequences_are_whole_numbers_in_range
     """
     count, found = len(corpus.label), []
-    for n in sequences if isinstance(sequences, Iterable) else [sequences]:
+    for n in sequences if is_iterable(sequences) else [sequences]:
         if isinstance(n, bool) or not isinstance(n, int | np.integer):
             raise RangeError(
                 f"{who}: sequences must be integers, rows of the corpus; got {shown(n)}."
@@ -77,18 +99,6 @@ def require_whole(who: str, what: str, given: object, least: int) -> int:
     if isinstance(given, int | np.integer) and not isinstance(given, bool) and given >= least:
         return int(given)
     raise RangeError(f"{who}: {what} must be an integer of at least {least}; got {shown(given)}.")
-
-
-def require_progress(who: str, given: object) -> None:
-    """Raise ConventionError for a progress that cannot be called.
-
-    Proof: tests/test_hostile.py::test_arguments_of_any_type_are_refused_in_one_line
-    """
-    if not callable(given):
-        raise ConventionError(
-            f"{who}: progress must be a function of (done, all); got {shown(given)}. Leave it out "
-            "where nobody watches."
-        )
 
 
 def shown(given: object) -> str:

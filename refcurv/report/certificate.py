@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import floor
+from decimal import ROUND_CEILING, Context, Decimal
+from math import ceil, floor
 from typing import Any
 
 from refcurv.report.text import format_rows
@@ -64,7 +65,7 @@ def _worst(found: Json, names: set[str], dtype: str) -> str:
     some = [r["ulps"] for r in found["routes"] if r["dtype"] == dtype and r["name"] in names]
     if not some:
         return "-"
-    return "inf" if None in some else f"{max(some):.3g}"
+    return "inf" if None in some else at_most(max(some), 3)
 
 
 def _budgets(found: Json) -> Iterator[str]:
@@ -100,7 +101,14 @@ def _share(routes: list[Json], kind: str) -> str:
 def _percent(share: float | None) -> str:
     if share is None:
         return "inf"
-    return f"{100 * share:.0f}%" if share >= 0.1 else f"{100 * share:.2g}%"
+    return f"{ceil(100 * share)}%" if share >= 0.1 else f"{at_most(100 * share, 2)}%"
+
+
+def at_most(x: float, digits: int) -> str:
+    """A number that is not negative in so many digits, which are no smaller: a bound stays one."""
+    up = Context(prec=digits, rounding=ROUND_CEILING).create_decimal_from_float(x)
+    text = f"{float(up):.{digits}g}"
+    return text if Decimal(text) >= Decimal(x) else str(up)  # below float64 it rounds once more
 
 
 def _size(shape: list[int]) -> int:
@@ -119,7 +127,7 @@ def _words(found: Json) -> Iterator[str]:
         f"{floor(10 * found['digits']) / 10:.1f}."
     )
     yield "Digits count from the largest entry of an array. As float64: the nearest one is proved."
-    yield "The dtypes: largest error of the definitions in it, in ulps of the largest entry."
+    yield "The dtypes: the definitions in it are off by so many ulps of the largest entry at most."
     source = found.get("source", {})
     yield from _of_labels(source)
     if "lost" in source:
@@ -165,7 +173,7 @@ def _spectra(some: list[Json]) -> Iterator[str]:
             f"digits or more; medians of the matrices {min(middle)} to {max(middle)}."
         )
     angles = [one["angle"] for one in some]
-    worst = "unknown" if None in angles else f"{max(angles):.1e} at most"
+    worst = "unknown" if None in angles else f"{at_most(max(angles), 2)} at most"
     yield (
         f"Clusters that are not proved to differ, nor to be 0: {sum(o['clusters'] for o in some)}. "
         f"Sine of the largest angle to a subspace: {worst}."

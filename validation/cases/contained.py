@@ -30,6 +30,9 @@ SHARES = {"rho50": 0.5, "rho90": 0.9}
 UNDECIDED = 2
 """In a mask: a pair that is proved neither kept, 1, nor cut, 0 (ACCEPTABLE)."""
 
+LEAST = 1e-30
+"""The largest radius, over the largest entry of an array: thirty digits."""
+
 SLACK = 1 + 1e-9
 """More than float64 loses where it adds a few radii.  Chosen."""
 
@@ -125,7 +128,7 @@ def settled(ball: Ball) -> Array:
     )
 
 
-def read(path: Path) -> tuple[dict[str, Ball], dict[str, Array], dict[str, int]]:
+def read(path: Path) -> tuple[dict[str, Ball], dict[str, Array], dict[str, float]]:
     """What is certified, what is given beside it, and how many entries of each are settled."""
     arrays: dict[str, Array] = {}
     attributes: dict[str, Mapping[str, Any]] = {}
@@ -144,7 +147,7 @@ def read(path: Path) -> tuple[dict[str, Ball], dict[str, Array], dict[str, int]]
             low = arrays[f"{name}_low"]
             balls[name] = Ball(x, low, radii(x, low, own["relative"], own["absolute"]))
     given = {n: x for n, x in arrays.items() if n.removesuffix("_low") not in balls}
-    return balls, given, {name: int(attributes[name]["settled"]) for name in balls}
+    return balls, given, {name: float(attributes[name]["settled"]) for name in balls}
 
 
 def wrong(folder: Path, name: str) -> list[str]:
@@ -155,6 +158,8 @@ def wrong(folder: Path, name: str) -> list[str]:
     """
     told = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
     balls, given, counts = read(folder / f"{name}.h5")
+    if missed := [*_lacking(balls, told["certificate"]["arrays"])]:
+        return missed
     out = [
         f"{name}: {int(settled(one).sum())} entries are settled, not {counts[name]}"
         for name, one in balls.items()
@@ -168,6 +173,23 @@ def wrong(folder: Path, name: str) -> list[str]:
         found.append(("logits", _logits(balls, given)))
     said = "entries lie outside what its terms prove"
     return out + [f"{name}: {excess} {said}" for name, excess in found if excess]
+
+
+def _lacking(balls: Mapping[str, Ball], told: Mapping[str, Any]) -> Iterator[str]:
+    """Arrays without a certificate, with what is no number, or with fewer than thirty digits."""
+    for name, said in told.items():
+        if "kept" in said:
+            continue  # a mask has no digits; `_edits` reads it
+        if name not in balls:
+            yield f"{name}: it is not certified in the file"
+            continue
+        one = balls[name]
+        largest = np.abs(one.x).max(initial=0)
+        widest = largest * LEAST if largest else np.finfo(np.float64).max
+        if not np.isfinite([one.x, one.low]).all():
+            yield f"{name}: an entry is no number"
+        elif not ((one.radius >= 0) & (one.radius <= widest)).all():
+            yield f"{name}: a radius leaves fewer than thirty digits"
 
 
 def _layer(

@@ -9,7 +9,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from refcurv.files.disk import NewFile, PathLike, replacing
+from refcurv.files.disk import NewFile, PathLike, mode_of, replacing
 from refcurv.files.store.layout import (
     VERSION,
     Entry,
@@ -47,6 +47,7 @@ def write(
         SchemaError: The folder does not exist, or the path is no regular file.
         StorageError: Disk full, no permission, write error. The old file, if any, is untouched.
     """
+    mode_of("write", path)
     root: dict[str, Scalar] = {"format": format, "version": VERSION, **attributes}
     root["provenance"] = json.dumps(dict(provenance), ensure_ascii=False, allow_nan=False)
     with replacing("write", path) as raw:

@@ -28,7 +28,7 @@ from refcurv.law.checks import (
 )
 from refcurv.model.config import ModelConfig
 from refcurv.model.corpus import Corpus, require_fit
-from refcurv.model.given import require_corpus, require_model, require_progress
+from refcurv.model.given import require_callable, require_corpus, require_model
 from refcurv.model.patterns import expand
 from refcurv.model.weights import Model
 from refcurv.progress import Progress, counter, silent
@@ -61,7 +61,7 @@ def make_cases(
 
     Proof: tests/test_cases.py::test_a_users_own_set
     """
-    require_progress("cases", progress)
+    require_callable("cases", "progress", progress)
     target = output_path("cases", folder)
     with machine_faults("cases", folder):
         if target.exists() and not (target.is_dir() and not any(target.iterdir())):

@@ -32,12 +32,17 @@ from refcurv.model.transformer import Tap
 
 @dataclass(frozen=True, slots=True)
 class Equal:
-    """Two sides that must be one. Fields: where; left, right, balls; size, of the terms of both."""
+    """Two sides that must be one.
+
+    Fields: where; left, right, balls; size, of the terms of both; below, whether a term is not 0,
+    and yet all are too small for a float64 of their size.
+    """
 
     where: str
     left: Balls
     right: Balls
     size: float
+    below: bool = False
 
     def digits(self, scale: float) -> float:
         """How many decimal digits of the terms are proved to agree.
@@ -46,20 +51,26 @@ class Equal:
         terms may be 0, as attention's gradient is with one key, digits count from `scale`.
         """
         apart = self.left - self.right
-        if (apart.least() > 0).any():
+        if not _may_be_zero(apart):
             return -math.inf
         far = float(apart.most().max(initial=0.0))
         if not far:
             return math.inf
-        size = self.size or scale
+        size = 0.0 if self.below else self.size or scale
         return math.log10(size) - math.log10(far) if size and far < math.inf else 0.0
 
 
 def equal(where: str, left: Balls, right: Balls | None, *terms: Balls) -> Equal:
     """The two sides, None for 0; sizes count from the largest entry of the sides and `terms`."""
     other = zeros(left.shape) if right is None else right
-    size = max(float(x.least().max(initial=0.0)) for x in (left, other, *terms))
-    return Equal(where, left, other, size)
+    every = (left, other, *terms)
+    size = max(float(x.least().max(initial=0.0)) for x in every)
+    return Equal(where, left, other, size, not size and not all(map(_may_be_zero, every)))
+
+
+def _may_be_zero(x: Balls) -> bool:
+    """Asked of the balls: a bound as float64 is 0 of numbers that float64 has not."""
+    return bool(x.contains(np.zeros(x.shape)).all())
 
 
 Proof = Callable[[Enclosure], Iterator[Equal]]

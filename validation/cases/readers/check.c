@@ -9,6 +9,7 @@
    Exit status 0: valid and acceptable cases hold, invalid ones do not. 1: one is otherwise. 2: usage. */
 
 #include <cjson/cJSON.h>
+#include <float.h>
 #include <hdf5.h>
 #include <math.h>
 #include <stdint.h>
@@ -375,7 +376,13 @@ static ball product(ball one, ball other, size_t P, size_t Q) {
 /* is each x the float64 nearest to its number, and are as many proved to be as the file says? */
 static void one_settled(judged *j, char *path) {
     ball b = ball_at(j->file, path);
-    double count = 0, odd = 0;
+    double count = 0, odd = 0, wide = 0, most = 0;
+    for (size_t i = 0; i < b.x.n; i++) most = fmax(most, fabs(b.x.x[i]));
+    for (size_t i = 0; i < b.x.n; i++) {
+        double e = radius(&b, i);
+        wide += !(e >= 0 && e <= (most > 0 ? most * 1e-30 : DBL_MAX)); /* NaN is too wide */
+    }
+    note(j, "radius that leaves fewer than thirty digits", path, wide, 0);
     for (size_t i = 0; i < b.x.n; i++) {
         double x = fabs(b.x.x[i]), gap = x - nextafter(x, 0), low = fabs(b.low.x[i]), e = radius(&b, i);
         if (x != 0 && !(low <= nextafter(x, INFINITY) - x)) odd++;
@@ -496,6 +503,8 @@ static void certified(judged *j, const cJSON *certificate) {
     static list found;
     layers_of(j->file, "", "_low", &found);
     if (!found.count) die("no certified number", "manifest");
+    int told = cJSON_GetArraySize(cJSON_GetObjectItemCaseSensitive(certificate, "arrays"));
+    note(j, "certified arrays", "the manifest", abs(found.count - told), 0);
     for (int k = 0; k < found.count; k++) one_settled(j, found.names[k]);
     layers_of(j->file, "rows/", "/kept", &found);
     for (int k = 0; k < found.count; k++) {

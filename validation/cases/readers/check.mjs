@@ -235,8 +235,13 @@ const joined = (...every) => {
 const opposite = (b) => ({ ...b, x: b.x.map((y) => -y), low: b.low.map((y) => -y), whole: undefined });
 
 function* settledEntries(file, path) {
-  const { x, low, radius, settled } = ball(file, path);
+  const own = ball(file, path);
+  if (!own) throw Error(`${path} is not certified in the file`);
+  const { x, low, radius, settled } = own;
   let [count, odd] = [0, 0];
+  const most = x.reduce((largest, one) => Math.max(largest, Math.abs(one)), 0);
+  const wide = radius.filter((e) => !(e >= 0 && e <= (most > 0 ? most * 1e-30 : Number.MAX_VALUE))); // NaN is too wide
+  yield [`radius that leaves fewer than thirty digits of ${path}`, wide.length, 0];
   for (let i = 0; i < x.length; i++) {
     const size = Math.abs(x[i]);
     if (size !== 0 && !(Math.abs(low[i]) <= next(size, 1) - size)) odd++;
