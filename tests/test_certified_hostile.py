@@ -134,6 +134,18 @@ def test_a_certificate_names_only_files_that_it_is_of(tmp_path: Path) -> None:
         assert named(model, replace(texts, **change)) == ["w.h5"]
 
 
+def test_files_of_one_name_are_both_named(tmp_path: Path) -> None:
+    paths = [tmp_path / folder / "x.h5" for folder in ("model", "corpus")]
+    for path in paths:
+        path.parent.mkdir()
+    rc.save(tiny(), paths[0])
+    rc.save_corpus(corpus(), paths[1])
+    both = rc.load(paths[0]).source, rc.load_corpus(paths[1]).source
+    told = {str(path): one["sha256"] for path, one in zip(paths, both, strict=True)}
+    assert store.inputs(*both) == told
+    assert store.inputs(both[0], both[0]) == {"x.h5": both[0]["sha256"]}
+
+
 # ------------------------------------------------------------------ numbers at the edges
 
 
