@@ -20,6 +20,7 @@ from strategies import config, few, random_parameters
 import refcurv as rc
 from refcurv.certified import certify as driver
 from refcurv.certified.certificate import Certificate, Enclosed, certain, farthest
+from refcurv.certified.spectra import _basis
 from refcurv.files import store
 from refcurv.law.checks import RefcurvError
 from refcurv.report.certificate import _percent, at_most, format_certificate
@@ -133,6 +134,18 @@ def test_a_certificate_names_only_files_that_it_is_of(tmp_path: Path) -> None:
         assert named(model, replace(texts, **change)) == ["w.h5"]
 
 
+def test_files_of_one_name_are_both_named(tmp_path: Path) -> None:
+    paths = [tmp_path / folder / "x.h5" for folder in ("model", "corpus")]
+    for path in paths:
+        path.parent.mkdir()
+    rc.save(tiny(), paths[0])
+    rc.save_corpus(corpus(), paths[1])
+    both = rc.load(paths[0]).source, rc.load_corpus(paths[1]).source
+    told = {str(path): one["sha256"] for path, one in zip(paths, both, strict=True)}
+    assert store.inputs(*both) == told
+    assert store.inputs(both[0], both[0]) == {"x.h5": both[0]["sha256"]}
+
+
 # ------------------------------------------------------------------ numbers at the edges
 
 
@@ -159,6 +172,14 @@ def test_what_floats_cannot_decompose_is_certified(
         assert not [r for r in found.routes if r.name.startswith("edit")]
 
 
+@pytest.mark.parametrize("entry", [math.inf, math.nan, -1.0])
+def test_what_float64_has_no_basis_of_has_none(entry: float) -> None:
+    """Infinite sums and negative eigenvalues are float64's: the proof does not stop at them."""
+    one = np.diag([1.0, entry])
+    assert _basis("x", {"A.x": np.eye(2), "G.x": one}, {"A.x": 2, "G.x": 2}) is None
+    assert _basis("x", {"A.x": np.eye(2), "G.x": np.eye(2)}, {"A.x": 2, "G.x": 2}) is not None
+
+
 def test_an_error_that_is_no_number_is_infinite() -> None:
     one = Enclosed(np.array([[1.0, 2.0], [0, 0]]), np.zeros(2))
     assert farthest(np.array([1.0, math.nan]), one) == math.inf
@@ -182,6 +203,10 @@ def test_the_angle_is_printed_rounded_up() -> None:
     table: dict[str, Any] = {"numbers": {}, "routes": [], "bits": 9, "digits": None, "wanted": 1}
     said = format_certificate({**table, "spectra": {"A.x": {**one, "angle": 1.4400001e-30}}})
     assert "Sine of the largest angle to a subspace: 1.5e-30 at most." in said
+    assert "one orthonormal basis" not in said
+    number = {"shape": [1, 1], "digits": 1.0, "largest": 1.0, "settled": 1}
+    said = format_certificate({**table, "numbers": {"eigenvectors.A.x": number}})
+    assert "a cluster, or of zeros, are one orthonormal basis of many." in said
 
 
 @few(30)

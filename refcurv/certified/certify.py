@@ -93,10 +93,10 @@ def certify(
         corpus: texts or images.
         of: of "logits", "nats", "gradient" (of every parameter), "A" and "G" (over all
             `sequences`), "hvp" and "ggnvp" (H v and GGN v of a sequence's loss); "eigenvalues" and
-            "eigenvectors" of A and G, "cut" (how many pairs of each row are kept, SELECT on the
-            real numbers) and "edit" (W'), which bring A, G and eigenvalues; and, of weights with at
-            most 1,024 entries, the dense "hessian", "ggn" and "fisher" (sums over `sequences`, as
-            `exact` has them).
+            "eigenvectors" of A and G (of a cluster one orthonormal basis, of many), "cut" (how many
+            pairs of each row are kept, SELECT on the real numbers) and "edit" (W'), which bring A,
+            G and eigenvalues; and, of weights with at most 1,024 entries, the dense "hessian",
+            "ggn" and "fisher" (sums over `sequences`, as `exact` has them).
         digits: how many digits of each array's largest entry are to be certain in every entry; 200
             at most. Arrays so small that float64 has no radius for them have fewer.
         sequences: rows of the corpus.

@@ -134,6 +134,8 @@ def _words(found: Json) -> Iterator[str]:
         yield f"Digits are lost {source['lost']}."
     if found.get("spectra"):
         yield from ("", *_spectra(list(found["spectra"].values())))
+    if any(name.startswith("eigenvectors") for name in found["numbers"]):
+        yield "Eigenvectors of a cluster, or of zeros, are one orthonormal basis of many."
     if found.get("cuts"):
         yield from ("", *_cuts(found["cuts"]))
 

@@ -168,5 +168,10 @@ class Source(Mapping[str, Any]):
 
 
 def inputs(*sources: Mapping[str, Any]) -> dict[str, str]:
-    """{file name: sha256} of the records that came from files, for the next file's provenance."""
-    return {Path(s["path"]).name: s["sha256"] for s in sources if "path" in s}
+    """{file name: sha256} of the records that came from files, for the next file's provenance.
+
+    Files of one name, in two folders, have their paths.
+    """
+    found = {str(s["path"]): s["sha256"] for s in sources if "path" in s}
+    names = [Path(path).name for path in found]
+    return {p if names.count(n) > 1 else n: found[p] for p, n in zip(found, names, strict=True)}
