@@ -149,7 +149,9 @@ class _Log:
         self._label, self._what = label, ""
         self._begin = self._last = time.monotonic()
         self._now = (0, 0)
-        threading.Thread(target=_remind, args=(weakref.ref(self),), daemon=True).start()
+        over = threading.Event()
+        weakref.finalize(self, over.set)
+        threading.Thread(target=_remind, args=(weakref.ref(self), over), daemon=True).start()
 
     def __call__(self, done: int, total: int) -> None:
         """So much is done."""
@@ -173,17 +175,13 @@ class _Log:
             say(": ".join(filter(None, (self._label, after, self._what))))
 
 
-def _remind(of: weakref.ref[_Log]) -> None:
+def _remind(of: weakref.ref[_Log], over: threading.Event) -> None:
     """Let a log tell how far it is, until it is forgotten: nothing else does in a long step."""
-    while not _never.wait(_SECONDS):
+    while not over.wait(_SECONDS):
         log = of()
-        if log is None:
-            return
-        log.tell()
+        if log is not None:
+            log.tell()
         del log
-
-
-_never = threading.Event()
 
 
 class _Bar:

@@ -213,8 +213,11 @@ def test_a_planted_bug_is_named(bug: str, named: str, places: list[tuple[Any, st
          "y = np.empty_like(x_BTHE * cos[..., :1]); x1, x2 = x_BTHE[..., ::2], x_BTHE[..., 1::2]\n"
          "    y[..., ::2], y[..., 1::2] = x1 * cos - x2 * sin, x2 * cos + x1 * sin\n"
          "    return y"),
-        ("O34", "r = 1 / np.sqrt((u * u).mean(axis=-1, keepdims=True) + eps * s * s)",
-         "r = 1 / (np.sqrt((u * u).mean(axis=-1, keepdims=True)) + eps * s)"),
+        pytest.param(
+            "O34", "r = 1 / np.sqrt((u * u).mean(axis=-1, keepdims=True) + eps * s * s)",
+            "r = 1 / (np.sqrt((u * u).mean(axis=-1, keepdims=True)) + eps * s)",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["rotary layout", "norm eps placement"],
 )  # fmt: skip
@@ -269,6 +272,7 @@ def test_a_file_with_interleaved_rows_of_q_and_k_is_noticed() -> None:
 # ------------------------------------------------------------------ plan and refusals
 
 
+@pytest.mark.slow
 def test_a_large_model_is_planned_for(tmp_path: Path) -> None:
     """With no room for the weights they are read block by block, and what is left out is named."""
     model, corpus = small(width=64, mlp_width=160, heads=8, kv_heads=4)

@@ -455,6 +455,7 @@ def test_interrupting_a_run_is_status_130_and_leaves_the_old_output(
     assert out.read_bytes() == b"the old output"
 
 
+@pytest.mark.slow
 def test_threads_of_the_environment_change_no_bit(files: Path, tmp_path: Path) -> None:
     """Two processes, the thread variables at 1 and 2: identical datasets (METHOD, Determinism)."""
     found = []

@@ -233,7 +233,7 @@ def own_files(folder: Path, populations: bool) -> list[str]:
 
 
 @pytest.mark.parametrize("populations", [True, False])
-@pytest.mark.parametrize("bias", ["separate", "joint"])
+@pytest.mark.parametrize("bias", ["separate", pytest.param("joint", marks=pytest.mark.slow)])
 def test_the_report_of_a_users_own_files(
     bias: str, populations: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

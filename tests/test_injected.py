@@ -418,7 +418,7 @@ def is_named(id: str, verdict: rc.Verdict) -> bool:
 
 DEAR = (
     "B15 B17 B19 B19-prompts B26-cap B46-rank B50-packed B50-window B52 B53-gain B53-outside "
-    "B54-cap B58-stored B63"
+    "B54-cap B58 B58-stored B63"
 ).split()
 """Faults for which many hypotheses are tried first."""
 

@@ -635,7 +635,7 @@ def test_hostile_results_are_drawn(hostile: dict[str, Any], tmp_path: Path) -> N
     assert widths[0] == 0  # unknown: no bar
 
 
-@pytest.mark.parametrize("count", [1, 80])
+@pytest.mark.parametrize("count", [1, pytest.param(80, marks=pytest.mark.slow)])
 def test_few_and_many_layers_fit(count: int, results: dict[str, Any], tmp_path: Path) -> None:
     one, bands = results["spectrum"]["blocks.2.mlp.up"], results["bands"]["blocks.2.mlp.up"]
     edit = next(row for row in results["edit"] if row["layer"] == "blocks.2.mlp.up")

@@ -741,6 +741,7 @@ def test_help_shows_examples(capsys: Any) -> None:
     assert "examples:\n  refcurv corpus " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("sh") is None, reason="needs ulimit")
 def test_memory_is_bounded(at: Path) -> None:
     """6 MB of text at once would take 0.8 GB in the library; in pieces it takes 0.1 GB."""

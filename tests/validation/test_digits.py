@@ -293,6 +293,7 @@ def inputs_of(model, layer, images):
     return found[layer].astype(np.float64)
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_stage_by_stage_and_fits_in_json(drawn, tmp_path, monkeypatch):
     monkeypatch.setattr(vit, "DECAYS", (4.0,))
     for name in ("MASS", "COARSE", "ENERGY", "IN_RANDOM_BASIS", "PAIRS"):

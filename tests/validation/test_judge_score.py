@@ -210,6 +210,7 @@ def test_of_two_yardsticks_the_longer_counts():
     assert not any(one.faults for one in drawn.yardsticks)
 
 
+@pytest.mark.slow
 def test_given_labels_leave_nothing_to_drawing():
     case = Case("numpy", "olmo2-padded", "given", "float64")
     layer = "blocks.0.mlp.up"
