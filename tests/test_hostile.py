@@ -119,7 +119,7 @@ WRONG = {
     "ragged": [[1], [1, 2]], "texts": ["x", None], "set": {1}, "tuple": (1, "x"), "map": {"x": 1},
     "map of numbers": {1: 2}, "map of none": {None: None}, "array": np.ones((2, 3)),
     "array of objects": np.array([None, "x"]), "no array": np.zeros(0), "path": Path("nowhere"),
-    "function": len, "type": int, "object": object(),
+    "function": lambda *_: None, "type": int, "object": object(),
 }  # fmt: skip
 """What a stranger may give in the place of any argument."""
 
@@ -149,6 +149,8 @@ def refused_or_works(function, argument, wrong):
     names = inspect.signature(function).parameters
     own = {k: v for k, v in calls()[function].items() if v is not None}
     assert argument in names
+    if argument == "progress" and callable(wrong):
+        return  # it is called, and what it raises is its own
     with mock.patch.object(making, "truth", side_effect=EmptyError("here the work begins")):
         try:
             function(**{**own, argument: wrong})

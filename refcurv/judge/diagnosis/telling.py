@@ -52,6 +52,8 @@ def _other_rows(case: Case, found: Mapping[str, Side]) -> Iterator[Cause]:
     Counts that differ by a factor of 2 or more were counted otherwise, and say nothing of rows.
     """
     told: dict[str, list[str]] = {}
+    if any(one.idea.setting is not None for one in found["A"].chosen):
+        return  # the rows are found; what is left of other layers is something else
     for layer in found["A"].ladders:
         idea, left = found["A"].of(layer)
         counts = case.counts(layer)

@@ -503,7 +503,9 @@ static void certified(judged *j, const cJSON *certificate) {
     static list found;
     layers_of(j->file, "", "_low", &found);
     if (!found.count) die("no certified number", "manifest");
-    int told = cJSON_GetArraySize(cJSON_GetObjectItemCaseSensitive(certificate, "arrays"));
+    int told = 0; /* a mask has counts, and no digits */
+    const cJSON *one, *arrays = cJSON_GetObjectItemCaseSensitive(certificate, "arrays");
+    cJSON_ArrayForEach(one, arrays) told += !cJSON_GetObjectItemCaseSensitive(one, "kept");
     note(j, "certified arrays", "the manifest", abs(found.count - told), 0);
     for (int k = 0; k < found.count; k++) one_settled(j, found.names[k]);
     layers_of(j->file, "rows/", "/kept", &found);
