@@ -48,6 +48,8 @@ def streams() -> Iterator[None]:
             _flush()
     finally:
         sys.stdout = out
+        while _reminders:  # what is done needs no reminder, though a traceback may hold its log
+            _reminders.pop().set()
 
 
 class _Patient(io.TextIOBase):
@@ -142,6 +144,10 @@ def progress_bar(label: str) -> Callable[[int, int], None]:
     return _Bar(label) if on_terminal else _Log(label)
 
 
+_reminders: list[threading.Event] = []
+"""Each ends the reminder of a log (`_remind`)."""
+
+
 class _Log:
     """A line of progress from time to time, however long a step takes."""
 
@@ -151,6 +157,7 @@ class _Log:
         self._now = (0, 0)
         over = threading.Event()
         weakref.finalize(self, over.set)
+        _reminders.append(over)
         threading.Thread(target=_remind, args=(weakref.ref(self), over), daemon=True).start()
 
     def __call__(self, done: int, total: int) -> None:

@@ -589,7 +589,7 @@ def test_progress_goes_into_a_log_too(capsys, monkeypatch) -> None:
 
 
 def test_a_long_step_is_told_of_too(capsys, monkeypatch) -> None:
-    """Nobody calls the progress meanwhile; and a log that is forgotten tells nothing more."""
+    """Nobody calls the progress meanwhile. A log that is forgotten, or whose command is over, ends."""
     monkeypatch.setattr(terminal, "_SECONDS", 0.01)
     update = terminal.progress_bar("validate")
     doing(update, "how much drawing labels changes")
@@ -598,11 +598,13 @@ def test_a_long_step_is_told_of_too(capsys, monkeypatch) -> None:
     while "after" not in said and time.monotonic() < end:
         said += capsys.readouterr().err
     assert "refcurv: validate: after 0 s: how much drawing labels changes\n" in said
-    threads = [one for one in threading.enumerate() if one.name.endswith("(_remind)")]
+    with terminal.streams():
+        held = terminal.progress_bar("evaluate")
     del update
-    for one in threads[-1:]:
+    for one in [one for one in threading.enumerate() if one.name.endswith("(_remind)")]:
         one.join(20)
         assert not one.is_alive()
+    del held
 
 
 def test_progress_says_what_is_being_done(capsys, monkeypatch) -> None:

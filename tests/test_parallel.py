@@ -68,13 +68,13 @@ def test_nothing_starts_after_a_failure() -> None:
 
 
 def test_results_that_nobody_takes_do_not_pile_up() -> None:
-    finished = []
+    finished, before = [], threading.active_count()
     results = stream(range(50), lambda n, _: finished.append(n), in_flight=2)
     next(results)
     time.sleep(0.1)
     assert len(finished) <= 4
     results.close()
-    assert threading.active_count() < 10
+    assert threading.active_count() <= before + 2
 
 
 def test_work_runs_with_one_blas_thread_and_leaves_the_setting() -> None:
