@@ -589,7 +589,7 @@ def test_progress_goes_into_a_log_too(capsys, monkeypatch) -> None:
 
 
 def test_a_long_step_is_told_of_too(capsys, monkeypatch) -> None:
-    """Nobody calls the progress meanwhile. A log that is forgotten, or whose command is over, ends."""
+    """A log that is forgotten, or whose command is over, ends its reminder."""
     monkeypatch.setattr(terminal, "_SECONDS", 0.01)
     update = terminal.progress_bar("validate")
     doing(update, "how much drawing labels changes")
