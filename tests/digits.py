@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import mpmath
@@ -20,6 +21,17 @@ def elementwise(made: Callable[[Any, Any], Any]) -> Operator:
         return Digits(made(one.x, Digits(other).x))
 
     return operator
+
+
+def middle(one: Any, at: tuple[int, ...]) -> Fraction:
+    """The exact midpoint of an entry of an `Enclosed`."""
+    return sum((Fraction(float(p)) for p in one.parts[(slice(None), *at)]), Fraction())
+
+
+def lies_inside(one: Any, other: Any, at: tuple[int, ...]) -> bool:
+    """Does a ball of an `Enclosed` lie inside that of another?"""
+    far = abs(middle(one, at) - middle(other, at)) + Fraction(float(one.radius[at]))
+    return far <= Fraction(float(other.radius[at]))
 
 
 class Digits:

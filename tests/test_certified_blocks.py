@@ -13,6 +13,7 @@ import mpmath
 import numpy as np
 import oracles
 import pytest
+from digits import lies_inside, middle
 from strategies import Case, case, config, random_parameters
 
 import refcurv as rc
@@ -41,16 +42,12 @@ def given(one: Case) -> tuple[rc.Model, rc.Corpus]:
     return rc.Model(one.config, one.parameters), rc.Corpus(one.token, one.label)
 
 
-def fraction(one: Enclosed, at: tuple[int, ...]) -> Fraction:
-    return sum((Fraction(float(p)) for p in one.parts[(slice(None), *at)]), Fraction())
-
-
 def overlap(one: Enclosed, two: Enclosed, turned: bool = False) -> bool:
     """May each number of the two be one? `turned`: of the transpose of the other."""
     for at in np.ndindex(one.shape):
         to = at[::-1] if turned else at
         radii = Fraction(float(one.radius[at])) + Fraction(float(two.radius[to]))
-        if abs(fraction(one, at) - fraction(two, to)) > radii:
+        if abs(middle(one, at) - middle(two, to)) > radii:
             return False
     return True
 
@@ -112,7 +109,7 @@ def test_the_hessian_holds_that_of_the_loops(found: rc.Certificate) -> None:
         sign, man, exp, _ = want._mpf_
     x = found[f"hessian.{name}"]
     truth = (-1) ** int(sign) * Fraction(int(man)) * Fraction(2) ** int(exp)
-    assert abs(fraction(x, (i, j)) - truth) <= Fraction(float(x.radius[i, j])) + Fraction(1, 10**29)
+    assert abs(middle(x, (i, j)) - truth) <= Fraction(float(x.radius[i, j])) + Fraction(1, 10**29)
 
 
 def shifted(*args: Any) -> Iterator[dict[str, Any]]:
@@ -138,8 +135,7 @@ def test_more_bits_give_smaller_balls_inside(found: rc.Certificate) -> None:
     for name, y in more.items():
         x = found[name]
         for at in np.ndindex(x.shape):
-            far = abs(fraction(x, at) - fraction(y, at)) + Fraction(float(y.radius[at]))
-            assert far <= Fraction(float(x.radius[at]))
+            assert lies_inside(y, x, at)
 
 
 @pytest.mark.parametrize("fisher", ["empirical", "sampled", "signed"])

@@ -13,7 +13,16 @@ from typing import Any, Final
 
 import numpy as np
 
-from refcurv.certified.numbers import Found, Kind, Task, back, gradient, inputs_of, sent
+from refcurv.certified.numbers import (
+    Found,
+    Kind,
+    Task,
+    back,
+    gradient,
+    inputs_of,
+    loss_gradient,
+    sent,
+)
 from refcurv.curvature.definition import Sequence
 from refcurv.law.checks import Array, RangeError
 from refcurv.model.config import ModelConfig
@@ -79,14 +88,11 @@ def _units(kind: Kind, task: Task, still: Mapping[str, Any], name: str) -> Itera
 
 def _hessian(kind: Kind, task: Task, one: Sequence, still: Mapping[str, Any], name: str) -> Any:
     """Column by column: the gradient's derivative along each unit direction."""
-    label_N, columns = one.label_BT.reshape(-1), []
+    columns = []
     for along in _units(kind, task, still, name):
         final, trace = forward(task.config, along, inputs_of(kind, one), one.layout, kind.ops)
-        steps = back(
-            kind, task, along, one.label_BT >= 0, final, trace,
-            lambda n, z: kind.ops.cross_entropy(z, label_N[n])[1],
-        )  # fmt: skip
-        columns.append(kind.derivative(gradient(task, along, steps)[name]).reshape(1, -1))
+        moved = loss_gradient(kind, task, one, along, final, trace)[name]
+        columns.append(kind.derivative(moved).reshape(1, -1))
     return np.concatenate(columns).T
 
 

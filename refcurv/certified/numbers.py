@@ -227,6 +227,16 @@ def gradient(task: Task, theta: Mapping[str, Any], steps: list[Tap | Slope]) -> 
     return out
 
 
+def loss_gradient(
+    kind: Kind, task: Task, one: Sequence, theta: Mapping[str, Any], final: Any, trace: Trace
+) -> dict[str, Any]:
+    """Of the nats of all labels, by parameter."""
+    label_N = one.label_BT.reshape(-1)
+    slope: Cotangent = lambda n, z: kind.ops.cross_entropy(z, label_N[n])[1]  # noqa: E731
+    steps = back(kind, task, theta, one.label_BT >= 0, final, trace, slope)
+    return gradient(task, theta, steps)
+
+
 def _moments(
     task: Task,
     one: Sequence,
@@ -266,9 +276,7 @@ def _products(
 
     final, trace = forward(config, along, inputs, one.layout, ops)
     if "hvp" in task.of:
-        slope: Cotangent = lambda n, z: ops.cross_entropy(z, label_N[n])[1]  # noqa: E731
-        steps = back(kind, task, along, head_BT, final, trace, slope)
-        for name, d in gradient(task, along, steps).items():
+        for name, d in loss_gradient(kind, task, one, along, final, trace).items():
             found.arrays[f"hvp.{number}.{name}"] = kind.derivative(d)
     if "ggnvp" in task.of:
         Jv = kind.derivative(head_logits(config, along, final, ops))

@@ -182,16 +182,9 @@ def attention_magnitudes(d_context_BTHE: Array, saved: Saved) -> tuple[Array, Ar
 def _watched(log: _Log) -> Ops:
     """The definitions, recording norms, rotations and the magnitudes of keys' gradients."""
 
-    def norm_forward(x: Array, gain: Array, eps: float) -> tuple[Array, Saved]:
-        y, saved = DEFINITIONS.rms_norm_forward(x, gain, eps)
-        return y, (saved, x, gain)
-
-    def norm_backward(d_y: Array, saved: Saved) -> tuple[Array, Array]:
-        inner, x, gain = saved
-        d_x, d_gain = DEFINITIONS.rms_norm_backward(d_y, inner)
+    def keep(x: Array, gain: Array, d_y: Array, d_x: Array) -> None:
         x_ND, d_y_ND, d_x_ND = (a.reshape(-1, a.shape[-1]) for a in (x, d_y, d_x))
         log.norms.append(NormCall(x_ND, gain, d_y_ND, d_x_ND))
-        return d_x, d_gain
 
     def rotate(x: Array, cos: Array, sin: Array) -> Array:
         y = DEFINITIONS.rotate(x, cos, sin)
@@ -202,13 +195,27 @@ def _watched(log: _Log) -> Ops:
         log.key_terms.append(attention_magnitudes(np.abs(d_context), saved)[1])
         return DEFINITIONS.attention_backward(d_context, saved)
 
-    return replace(
-        DEFINITIONS,
-        rms_norm_forward=norm_forward,
-        rms_norm_backward=norm_backward,
-        rotate=rotate,
-        attention_backward=attention_backward,
-    )
+    ops = watching_norms(DEFINITIONS, keep)
+    return replace(ops, rotate=rotate, attention_backward=attention_backward)
+
+
+def watching_norms(ops: Ops, keep: Callable[[Any, Any, Any, Any], object]) -> Ops:
+    """`ops` whose norms hand over x, gain, d_y and d_x at each backward.
+
+    Proof: tests/test_proofs.py::test_every_identity_is_proved
+    """
+
+    def norm_forward(x: Any, gain: Any, eps: float) -> tuple[Any, Saved]:
+        y, saved = ops.rms_norm_forward(x, gain, eps)
+        return y, (saved, x, gain)
+
+    def norm_backward(d_y: Any, saved: Saved) -> tuple[Any, Any]:
+        inner, x, gain = saved
+        d_x, d_gain = ops.rms_norm_backward(d_y, inner)
+        keep(x, gain, d_y, d_x)
+        return d_x, d_gain
+
+    return replace(ops, rms_norm_forward=norm_forward, rms_norm_backward=norm_backward)
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,6 +15,7 @@ from refcurv.algebra.balls import exact, zeros
 from refcurv.algebra.duals import Duals
 from refcurv.certified.directions import signs_of
 from refcurv.certified.layers import BALLS
+from refcurv.judge.bench import watching_norms
 from refcurv.law.checks import Array
 from refcurv.model import transformer
 from refcurv.model.config import ModelConfig
@@ -65,27 +66,13 @@ class _Log:
 def _watched(log: _Log) -> Ops:
     """The layer functions over balls, recording norms and keys' gradients."""
 
-    def norm_forward(x: Numbers, gain: Numbers, eps: float) -> tuple[Numbers, Saved]:
-        y, saved = BALLS.rms_norm_forward(x, gain, eps)
-        return y, (saved, x, gain)
-
-    def norm_backward(d_y: Numbers, saved: Saved) -> tuple[Numbers, Numbers]:
-        inner, x, gain = saved
-        d_x, d_gain = BALLS.rms_norm_backward(d_y, inner)
-        log.norms.append((x, gain, d_y, d_x))
-        return d_x, d_gain
-
     def attention_backward(d_context: Numbers, saved: Saved) -> tuple[Numbers, Numbers, Numbers]:
         made = BALLS.attention_backward(d_context, saved)
         log.keys.append(made[1])
         return made
 
-    return replace(
-        BALLS,
-        rms_norm_forward=norm_forward,
-        rms_norm_backward=norm_backward,
-        attention_backward=attention_backward,
-    )
+    ops = watching_norms(BALLS, lambda *call: log.norms.append(call))
+    return replace(ops, attention_backward=attention_backward)
 
 
 def flow(config: ModelConfig, theta: Mapping[str, Numbers], few: Few) -> Flow:
