@@ -18,7 +18,11 @@ The public names, in the order in which data flow:
     random_basis, random_pairs, one_sided   controls of the same size
     truncate, singular_bases        without the smallest singular values; their bands
     train_scores, Scores, prune     without the weights that a mask learned to drop
+    greedy                          what a model says behind a prompt
+    items, Items                    what a model does with each item    own_continuations
+    recited, Recited                texts → the passages that a model recites
     evaluate, Evaluation            populations → table
+    sweep, Sweep                    many edits by several methods at equal cost    match
     exact                           Hessian, GGN, Fisher, F_tok and K, exactly: rc.exact.hvp(...)
     distance                        F, F_tok and K side by side: rc.distance.compare(...)
     estimators                      K-FAC reduce, EK-FAC's Λ: rc.estimators.reduce(...), ekfac(...)
@@ -38,7 +42,7 @@ The modules that do several steps at once are imported by their full names:
 
 On the command line `refcurv report` does all of it on your own files, `refcurv demo` on the shipped
 ones. The other commands take the steps one by one: convert, export, inspect, corpus, collect,
-decompose, edit, truncate, prune, evaluate, certify, audit, validate, trace, cases.
+decompose, edit, truncate, prune, recite, evaluate, sweep, certify, audit, validate, trace, cases.
 `refcurv COMMAND --help` has examples.
 
 To check the mathematics, read these files in this order (README counts their lines):
@@ -67,6 +71,9 @@ from refcurv.editing.kfac import edit
 from refcurv.editing.record import EditRecord
 from refcurv.editing.svd import singular_bases, truncate
 from refcurv.editing.variants import one_sided, random_basis, random_pairs
+from refcurv.evaluation.decode import greedy
+from refcurv.evaluation.graded import Items, items, own_continuations
+from refcurv.evaluation.recited import Recited, recited
 from refcurv.evaluation.suite import Evaluation, evaluate
 from refcurv.files.corpus import load_corpus, save_corpus
 from refcurv.files.huggingface import convert, export
@@ -82,6 +89,11 @@ from refcurv.model.config import ModelConfig
 from refcurv.model.corpus import Corpus, ImagePopulation, Population
 from refcurv.model.weights import Model
 from refcurv.passes.public import logits, loss_and_gradient
+from refcurv.shown import show_records
+from refcurv.sweeps.matched import match
+from refcurv.sweeps.sweep import Sweep, sweep
+
+show_records()
 
 __all__ = [
     "Audit",
@@ -96,11 +108,14 @@ __all__ = [
     "Factor",
     "Factors",
     "ImagePopulation",
+    "Items",
     "Model",
     "ModelConfig",
     "Population",
+    "Recited",
     "RefcurvError",
     "Scores",
+    "Sweep",
     "Trace",
     "Verdict",
     "audit",
@@ -117,6 +132,8 @@ __all__ = [
     "exact",
     "export",
     "first_divergence",
+    "greedy",
+    "items",
     "load",
     "load_bases",
     "load_certificate",
@@ -124,17 +141,21 @@ __all__ = [
     "load_factors",
     "logits",
     "loss_and_gradient",
+    "match",
     "matrix_free",
     "one_sided",
+    "own_continuations",
     "prune",
     "random_basis",
     "random_pairs",
+    "recited",
     "save",
     "save_bases",
     "save_certificate",
     "save_corpus",
     "save_factors",
     "singular_bases",
+    "sweep",
     "trace",
     "train_scores",
     "truncate",

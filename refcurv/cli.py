@@ -51,8 +51,8 @@ def _main(arguments: Sequence[str] | None) -> int:
         return JUDGED_AND_FAILED if good is False else DONE
     except KeyboardInterrupt:
         hint = (
-            "interrupted; each output is the old one or the new one, whole. A collection goes on "
-            "from its last full block of 64 shards when it is run again"
+            "interrupted; each output is the old one or the new one, whole. Give the same command "
+            "again: a collection, a decomposition or a sweep goes on where it was"
         )
         return _fail(hint, INTERRUPTED)
     except Exception as error:
@@ -66,6 +66,8 @@ def _sentence(error: Exception) -> tuple[str, int]:
     if isinstance(error, MemoryError):
         hint = "Fewer --layers, or --dtype float32, need less"
         return f"out of memory: {error}. {hint}", MACHINE
+    if isinstance(error, RuntimeError) and "start new thread" in str(error):
+        return f"{error}: too little memory for it, or too many threads (`ulimit -a`)", MACHINE
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         machine = error.errno in FAULTS

@@ -9,13 +9,15 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import refcurv as rc
 from refcurv.curvature import room
 from refcurv.curvature.bases import Bases
+from refcurv.curvature.bases_file import kept_by
+from refcurv.curvature.made_from import require_made_from
 from refcurv.editing.record import require_exact, shares
 from refcurv.evaluation.bands import Bands, Quantity, bands
 from refcurv.evaluation.suite import (
@@ -27,9 +29,12 @@ from refcurv.evaluation.suite import (
 )
 from refcurv.files import store
 from refcurv.files.disk import PathLike, unfinished, write_json
+from refcurv.files.lazy import Lazy
 from refcurv.judge.controls import Setting, controls
-from refcurv.law.checks import require_choice
+from refcurv.law.checks import EmptyError, require_choice
 from refcurv.law.conventions import Bias
+from refcurv.law.words import number_of
+from refcurv.model.config import TABLES
 from refcurv.model.corpus import SPLITS, Population, Populations
 from refcurv.model.patterns import expand
 from refcurv.progress import Progress, silent
@@ -46,7 +51,8 @@ class Job:
     """Two files and the choices of `collect`, `decompose`, `edit` and `evaluate`.
 
     Fields: weights, corpus, files; layers, whose factors are collected; rho, one share for all of
-    them or {pattern: share}; fisher, rows, seed, bias, split, dtype.
+    them or {pattern: share}; fisher, rows, seed, bias, split, dtype; factors, basis, files that are
+    taken instead of made. Then layers chooses among theirs, and how they were made is theirs too.
     """
 
     weights: str | Path
@@ -59,17 +65,21 @@ class Job:
     bias: str = "separate"
     split: str = "test"
     dtype: str = "float64"
+    factors: str | Path | None = None
+    basis: str | Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class _Run:
     """A job at work: what it reads, where it writes, and what is known so far.
 
-    Fields: job; model; corpus; cut, the layers that are edited; judged, the populations of the
+    Fields: job; given, factors and basis that need not be made; model; corpus; cut, the layers that
+    are edited; judged, the populations of the
     split; folder; stage; known of results.json; seconds of each stage.
     """
 
     job: Job
+    given: tuple[rc.Factors | None, Bases | None]
     model: rc.Model
     corpus: rc.Corpus
     cut: list[str]
@@ -106,14 +116,15 @@ def run(job: Job, folder: PathLike, stage: Stage = lambda name: silent) -> dict[
         ::test_a_report_refuses_before_the_work, ::test_what_was_evaluated_is_kept
     """
     model, corpus = rc.load(job.weights, dtype=job.dtype), rc.load_corpus(job.corpus)
-    cut, judged = _checked(job, model, corpus)
-    folder = prepare(folder, {"WEIGHTS": job.weights, "CORPUS": job.corpus})
-    this = _Run(job, model, corpus, cut, judged, folder, stage, {}, {})
-    with this.timed("collect"):
-        factors = _factors(this)
-    with this.timed("decompose"):
-        basis = rc.decompose(factors, job.bias, progress=stage("decompose"))
-        rc.save_bases(basis, folder / BASIS)
+    given = _given(job, model, corpus)
+    cut, judged = _checked(job, model, corpus, given[1] or given[0])
+    reads = {"WEIGHTS": job.weights, "CORPUS": job.corpus}
+    reads |= {
+        f"--{n}": path for n, path in (("factors", job.factors), ("basis", job.basis)) if path
+    }
+    folder = prepare(folder, reads)
+    this = _Run(job, given, model, corpus, cut, judged, folder, stage, {}, {})
+    basis = _basis(this)
     with this.timed("edit"):
         edited, record = rc.edit(model, basis, job.rho)
         rc.save(edited, folder / EDITED, {"edit": record.to_json()})
@@ -125,6 +136,38 @@ def run(job: Job, folder: PathLike, stage: Stage = lambda name: silent) -> dict[
     write_json(results, folder / RESULTS)
     Path(unfinished(folder / RESULTS)).unlink(missing_ok=True)
     return results
+
+
+def _given(job: Job, model: rc.Model, corpus: rc.Corpus) -> tuple[rc.Factors | None, Bases | None]:
+    """The factors and the basis of the job, if it has them: those of the wanted layers."""
+    factors = rc.load_factors(job.factors) if job.factors else None
+    basis = rc.load_bases(job.basis) if job.basis else None
+    require_made_from("report", model, corpus, factors, basis)
+
+    def some(of: Mapping[str, Any]) -> Lazy[Any]:
+        linear = [n for n in of if n not in TABLES]
+        if not linear:
+            raise EmptyError(f"report: {job.factors} has tables alone. Collect layers to edit.")
+        return Lazy(expand(job.layers, linear), of.__getitem__)
+
+    return (
+        factors and replace(factors, layers=some(factors)),
+        basis and replace(basis, layers=some(basis)),
+    )
+
+
+def _basis(this: _Run) -> Bases:
+    """Given, or made of the factors and on the disk."""
+    factors, basis = this.given
+    if basis is not None:
+        return basis
+    if factors is None:
+        with this.timed("collect"):
+            factors = _factors(this)
+    with this.timed("decompose"):
+        basis = rc.decompose(factors, this.job.bias, progress=this.stage("decompose"))
+        rc.save_bases(basis, this.folder / BASIS)
+    return basis
 
 
 def _factors(this: _Run) -> rc.Factors:
@@ -187,12 +230,13 @@ def _results(
     return {
         "title": TITLE,
         "refcurv": store.provenance()["refcurv"],
-        "settings": _settings(job, this.model, this.corpus),
+        "settings": _settings(this, basis),
         "edit": record.to_json(),
         "evaluation": table.to_json(),
         "controls": others,
         "bands": {name: one.to_json() for name, one in found[Quantity.PAIR_MASS].items()},
         "input_bands": {name: one.to_json() for name, one in found[Quantity.INPUT_RANK].items()},
+        "kept": [one.to_json() for one in kept_by(basis) if one.layer in this.cut],
         "spectrum": {
             name: {"mu": basis[name].mu.tolist(), "lam": basis[name].lam.tolist()}
             for name in this.cut
@@ -201,45 +245,63 @@ def _results(
         "files": {
             "model": str(job.weights),
             "corpus": str(job.corpus),
-            "factors": FACTORS,
-            "basis": BASIS,
+            "factors": str(job.factors or ("" if job.basis else FACTORS)),
+            "basis": str(job.basis or BASIS),
             "edited": EDITED,
         },
         "provenance": store.provenance(inputs=store.inputs(this.model.source, this.corpus.source)),
     }
 
 
-def _checked(job: Job, model: rc.Model, corpus: rc.Corpus) -> tuple[list[str], Populations]:
+def _checked(
+    job: Job, model: rc.Model, corpus: rc.Corpus, given: Mapping[str, Any] | None
+) -> tuple[list[str], Populations]:
     """The layers that are edited and the populations that are judged; bad choices end here."""
     require_choice("report", "split", job.split, SPLITS)
     require_choice("report", "bias", job.bias, list(Bias))
-    named = expand(job.layers, list(model.config.linear_layers()))
+    named = list(given or expand(job.layers, list(model.config.linear_layers())))
     asked = job.rho if isinstance(job.rho, Mapping) else {"**": job.rho}
     cut = list(shares("report", "rho", model, named, asked))
     require_exact("report", model, cut)
     width = {f"{side} of {name!r}": n for name in named
              for side, n in zip("GA", model.config.linear_layers()[name], strict=True)}  # fmt: skip
-    room.in_flight("report", room.to_decompose(width))
+    if job.basis is None:
+        room.in_flight("report", room.to_decompose(width))
     read = {name: p for name, p in corpus.populations.items() if p.split in (job.split, "dev")}
     require_readable(read, model.config)
     judged = {name: p for name, p in read.items() if p.split == job.split}
     return cut, judged
 
 
-def _settings(job: Job, model: rc.Model, corpus: rc.Corpus) -> dict[str, Any]:
-    """The choices, as the report shows them; one pattern is named apart from its share."""
+def _settings(this: _Run, basis: Bases) -> dict[str, Any]:
+    """The choices, as the report shows them; one pattern is named apart from its share.
+
+    Of what was given they are those that it was made with, as far as it says them.
+    """
+    job, corpus, (factors, found) = this.job, this.corpus, this.given
+    made = {"fisher": job.fisher, "rows": job.rows, "seed": job.seed}
+    if factors is not None:
+        made = {key: getattr(factors, key) for key in made}
+    elif found is not None:
+        made = {}
+    taken = {key: str(getattr(job, key)) for key in ("factors", "basis") if getattr(job, key)}
     asked = dict(job.rho) if isinstance(job.rho, Mapping) else {job.layers: job.rho}
     one = {"layers": next(iter(asked)), "rho": next(iter(asked.values()))}
     return {
-        "collected": job.layers,
+        **({"taken " + key: path for key, path in taken.items()} or {"collected": job.layers}),
         **(one if len(asked) == 1 else {"rho": asked}),
-        **{
-            name: getattr(job, name)
-            for name in ("fisher", "rows", "seed", "bias", "dtype", "split")
-        },
-        f"calibration_{'tokens' if corpus.images is None else 'images'}": corpus.label.size,
-        "architecture": describe(model),
+        **made,
+        "bias": str(basis.bias),
+        "dtype": job.dtype,
+        "split": job.split,
+        f"calibration_{'tokens' if corpus.images is None else 'images'}": _positions(corpus),
+        "architecture": describe(this.model),
     }
+
+
+def _positions(corpus: rc.Corpus) -> int:
+    """Tokens without padding, or images."""
+    return len(corpus.label) if corpus.images is not None else int(corpus.real.sum())
 
 
 def _light(model: rc.Model, job: Job) -> rc.Model:
@@ -269,7 +331,8 @@ def describe(model: rc.Model) -> str:
     size = sum(1 for _ in c.parameter_shapes())
     count = sum(math.prod(shape) for shape in c.parameter_shapes().values())
     return (
-        f"{count:,} parameters in {size} tensors: {c.layers} blocks, width {c.width}, {c.heads} "
+        f"{number_of(count, 'parameter')} in {number_of(size, 'tensor')}: "
+        f"{number_of(c.layers, 'block')}, width {c.width}, {c.heads} "
         f"heads of {c.head_width} ({c.kv_heads} key-value), MLP {c.mlp_width}, vocabulary "
         f"{c.vocabulary}, {c.norm_place}-norm, QK-norm {c.qk_norm}"
     )

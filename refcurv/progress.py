@@ -29,3 +29,16 @@ def counter(progress: Progress, total: int, begin: int = 0) -> Callable[[], None
         progress(finished, total)
 
     return done
+
+
+def span(seconds: float) -> str:
+    """A time in words of two digits."""
+    for size, name in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{_two(seconds / size)} {name}"
+    return f"{_two(seconds)} s"
+
+
+def _two(x: float) -> str:
+    """At least two digits."""
+    return f"{x:.0f}" if x >= 10 else f"{x:.2g}"

@@ -6,9 +6,11 @@ refcurv for itself nothing is changed.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
+from contextlib import suppress
 from types import TracebackType
 
 
@@ -20,6 +22,25 @@ def look_after_imports() -> None:
     if os.path.basename(sys.argv[0] if sys.argv else "") in ("refcurv", "-m"):  # noqa: PTH119
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         sys.excepthook = _one_line
+
+
+def reuse_memory() -> None:
+    """As a command that makes large arrays again and again: what is given up serves the next ones.
+
+    glibc hands large arrays back to the kernel, which must clear and map them anew. And each thread
+    has a heap of its own, whose gaps no other thread fills. With one heap, which is kept, the same
+    collection asks the kernel for hundreds of pages in the place of a hundred thousand, and its
+    peak is what its arrays take. Elsewhere than on glibc nothing is changed.
+
+    tests/test_streaming.py::test_memory_that_is_given_up_serves_again counts the pages that a
+    process of its own asks for.
+    """
+    most_arenas, most_mapped, trim = -8, -4, -1
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.gnu_get_libc_version  # noqa: B018  # another C library numbers its options otherwise
+        for option, value in ((most_arenas, 1), (most_mapped, 0), (trim, 2**31 - 1)):
+            libc.mallopt(option, value)
 
 
 def _one_line(kind: type[BaseException], error: BaseException, _: TracebackType | None) -> None:

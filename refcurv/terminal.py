@@ -15,10 +15,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from refcurv.law.words import number_of
+from refcurv.progress import span
+
 _MOST = 1_000
 """Letters of one line: a name out of a stranger's file may be of any length."""
 
-_SECONDS = 30
+_FLOATS = "(overflow|underflow|invalid value|divide by zero) encountered in"
+"""What NumPy says of floats. Whoever reads a number that is not finite says so in one line."""
+
+_SECONDS = 60
 """Between two lines of progress in a log."""
 
 
@@ -38,6 +44,7 @@ def streams() -> Iterator[None]:
     out, sys.stdout = sys.stdout, None if sys.stdout is None else _Patient(sys.stdout)
     try:
         with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", _FLOATS, RuntimeWarning)
             warnings.showwarning = _warn
             try:
                 yield
@@ -93,8 +100,9 @@ def say(message: str) -> None:
 
 @contextmanager
 def interrupts() -> Iterator[None]:
-    """The first Ctrl-C ends the command, whatever Python was doing; further ones change nothing.
+    """The first Ctrl-C or SIGTERM ends the command, whatever Python does; a second one at once.
 
+    The first lets a collection keep its sums, which may take a while. The second waits for nothing.
     An interrupt inside a destructor or a weak reference's callback is dropped by Python with a
     traceback: the next call of a progress raises it again (`_raise_lost`).
 
@@ -105,21 +113,26 @@ def interrupts() -> Iterator[None]:
         return
 
     def stop(_number: int, _frame: object) -> None:
-        if not _interrupted.is_set():
-            _interrupted.set()
-            raise KeyboardInterrupt
+        if _interrupted.is_set():
+            with suppress(OSError):
+                os.write(2, b"refcurv: interrupted again: stopped at once\n")
+            os._exit(130)
+        _interrupted.set()
+        raise KeyboardInterrupt
 
     def quiet(dropped: Any) -> None:
         if dropped.exc_type is not KeyboardInterrupt:
             sys.__unraisablehook__(dropped)
 
     _interrupted.clear()
-    before, hook = signal.signal(signal.SIGINT, stop), sys.unraisablehook
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before, hook = {one: signal.signal(one, stop) for one in numbers}, sys.unraisablehook
     sys.unraisablehook = quiet
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
         sys.unraisablehook = hook
         _interrupted.clear()
 
@@ -132,16 +145,17 @@ def _raise_lost() -> None:
         raise KeyboardInterrupt
 
 
-def progress_bar(label: str) -> Callable[[int, int], None]:
-    """What to call with (done, all): a bar on a terminal, a line from time to time in a log.
+def progress_bar(label: str, tokens: int | None = None) -> Callable[[int, int], None]:
+    """What to call with (done, all): a bar on a terminal, a line a minute in a log.
 
-    Its `doing` says what is being done: beside the bar, or at the end of the line.
+    Its `doing` says what is being done: beside the bar, or at the end of the line, which otherwise
+    says how long the rest will take; and how fast `tokens` pass, if there are so many in all.
 
     Proof: tests/test_cli.py::test_progress_goes_into_a_log_too,
         ::test_progress_says_what_is_being_done
     """
     on_terminal = sys.stderr is not None and sys.stderr.isatty()
-    return _Bar(label) if on_terminal else _Log(label)
+    return _Bar(label) if on_terminal else _Log(label, tokens)
 
 
 _reminders: list[threading.Event] = []
@@ -151,8 +165,9 @@ _reminders: list[threading.Event] = []
 class _Log:
     """A line of progress from time to time, however long a step takes."""
 
-    def __init__(self, label: str) -> None:
-        self._label, self._what = label, ""
+    def __init__(self, label: str, tokens: int | None) -> None:
+        self._label, self._what, self._tokens = label, "", tokens
+        self._first: tuple[float, int] | None = None
         self._begin = self._last = time.monotonic()
         self._now = (0, 0)
         over = threading.Event()
@@ -163,8 +178,10 @@ class _Log:
     def __call__(self, done: int, total: int) -> None:
         """So much is done."""
         _raise_lost()
-        self._now = (done, total)
-        self.tell()
+        now, self._now = time.monotonic(), (done, total)
+        if self._first is None and total:
+            self._first = now, done
+        self._tell(now)
 
     def doing(self, what: str) -> None:
         """What is being done."""
@@ -173,13 +190,27 @@ class _Log:
 
     def tell(self) -> None:
         """A line, if the last one is old."""
-        now = time.monotonic()
+        self._tell(time.monotonic())
+
+    def _tell(self, now: float) -> None:
         if now - self._last >= _SECONDS:
             self._last = now
             done, total = self._now
             so_far = f"{done:,} of {total:,} " if total else ""
-            after = f"{so_far}after {now - self._begin:,.0f} s"
+            after = f"{so_far}after {now - self._begin:,.0f} s{self._pace(now)}"
             say(": ".join(filter(None, (self._label, after, self._what))))
+
+    def _pace(self, now: float) -> str:
+        """How fast it goes, and how long the rest will take, by what was done since it began."""
+        begin, before = self._first or (now, 0)
+        (done, total), took = self._now, now - begin
+        if done <= before or took <= 0:
+            return ""
+        speed = (done - before) / took
+        rate = round(self._tokens * speed / total) if self._tokens else 0
+        tokens = f", {number_of(rate, 'token')}/s" if self._tokens else ""
+        left = f", about {span((total - done) / speed)} left"
+        return tokens + (left if done < total and not self._what else "")
 
 
 def _remind(of: weakref.ref[_Log], over: threading.Event) -> None:

@@ -14,7 +14,7 @@ from refcurv.judge.bench import attention_magnitudes
 from refcurv.law import tolerance
 from refcurv.law.checks import Array
 from refcurv.model import transformer
-from refcurv.model.config import ModelConfig
+from refcurv.model.config import ModelConfig, Pool
 from refcurv.model.layers import DEFINITIONS, Layout, Ops, Saved, softmax_over
 from refcurv.model.transformer import Inputs, Parameters, Slope, Tap
 
@@ -115,8 +115,10 @@ def gradient_scale(
             name, d = step.name, step.d
         else:
             g_NO = step.g.reshape(-1, step.g.shape[-1])
-            name = config.weight_of(step.name)
-            d = g_NO.T @ np.abs(step.a).reshape(-1, step.a.shape[-1])
+            name, a = config.weight_of(step.name), np.abs(step.a)
+            if step.name == "head" and config.pool is Pool.MEAN:
+                a = np.maximum(a, 1.0)  # normed vectors, of order 1, cancel in their mean
+            d = g_NO.T @ a.reshape(-1, a.shape[-1])
         scale[name] = scale[name] + d if name in scale else d
 
     head = transformer.linear_backward(config, positive, "head", final_BTD, g_BTV)

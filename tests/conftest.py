@@ -24,14 +24,13 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 def pytest_addoption(parser: pytest.Parser) -> None:
     text = "write each test's error nearest to its budget to this JSON file (with -n 0)"
     parser.addoption("--measured", metavar="PATH", help=text)
-    text = "run the tests that Proof: lines name, and see that they execute it (with -n 0)"
+    text = "run the tests that Proof: lines name, and see that they execute it"
     parser.addoption("--proofs", action="store_true", help=text)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    for option in ("--proofs", "--measured"):
-        if config.getoption(option) and config.getoption("numprocesses", None):
-            raise pytest.UsageError(f"{option} sees one process alone: give -n 0 too")
+    if config.getoption("--measured") and config.getoption("numprocesses", None):
+        raise pytest.UsageError("--measured sees one process alone: give -n 0 too")
     if config.getoption("--proofs"):
         config.pluginmanager.register(Proofs())
 

@@ -185,11 +185,24 @@ def clipped(y: Array, bound: float | None) -> Array:
 # ------------------------------------------------------------------ positions
 
 
-def frequency(j: int, width: int, theta: float, scaling: Any, number: Any) -> Any:
-    """By what angle pair j of `width` rotary entries turns from one position to the next."""
+def frequency(j: int, width: int, theta: float, scaling: Any, number: Any, length: int = 0) -> Any:
+    """By what angle pair j of `width` rotary entries turns from one position to the next.
+
+    `length`: how many positions the text has.
+    """
     f = number(theta) ** (number(-2 * j) / width)
     if scaling is None:
         return f
+    if scaling.kind == "longrope":
+        divisor = scaling.long if length > scaling.original else scaling.short
+        return f / number(divisor[j])
+    if scaling.kind == "dynamic":  # another base: bloc97 and emozilla's
+        if length <= scaling.original or width == 2:
+            return f
+        factor = number(scaling.factor)
+        grown = factor * length / scaling.original - (factor - 1)
+        base = number(theta) * grown ** (number(width) / (width - 2))
+        return base ** (number(-2 * j) / width)
     if scaling.kind == "linear":
         return f / scaling.factor
     return llama3(f, scaling) if scaling.kind == "llama3" else yarn(j, f, width, theta, scaling)
@@ -232,7 +245,9 @@ def yarn(j: int, f: Any, width: int, theta: float, scaling: Any) -> Any:
     return f / scaling.factor * (1 - keeps) + f * keeps
 
 
-def rotate(x: Array, position: int, theta: float, width: int = 0, scaling: Any = None) -> Array:
+def rotate(
+    x: Array, position: int, theta: float, width: int = 0, scaling: Any = None, length: int = 0
+) -> Array:
     """Rotary positions on one head: of its first `width` entries (0: of all) pairs
     (j, j + width/2) turn by position · frequency j; the rest stays.
     """
@@ -240,7 +255,7 @@ def rotate(x: Array, position: int, theta: float, width: int = 0, scaling: Any =
     size = 1 if scaling is None else scaling.attention
     out = x.copy()
     for j in range(width // 2):
-        angle = position * frequency(j, width, theta, scaling, number_of(x))
+        angle = position * frequency(j, width, theta, scaling, number_of(x), length)
         c, s, u, v = size * np.cos(angle), size * np.sin(angle), x[j], x[j + width // 2]
         out[j], out[j + width // 2] = u * c - v * s, u * s + v * c
     return out
@@ -345,7 +360,8 @@ class Transformer:
             cut = patches(config.image, pixel)
             x += [self.linear("patch", n, patch) for n, patch in enumerate(cut)]
         if config.learned_positions:
-            x = [one + P["position.weight"][self.position(t)] for t, one in enumerate(x)]
+            skip, P_TD = config.position_offset, P["position.weight"]
+            x = [one + P_TD[skip + self.position(t)] for t, one in enumerate(x)]
         return x
 
     def heads(self, at: str, name: str, t: int, a: Array) -> list[Array]:
@@ -357,9 +373,14 @@ class Transformer:
         heads = list(y.reshape(-1, config.head_width))
         if name != "v" and config.qk_norm == "head":
             heads = [self.norm(f"{at}{name}_norm", head) for head in heads]
-        if name == "v" or config.rope_theta is None:
+        i = int(at.split(".")[1])
+        kind = config.rotary[i] if config.rotary else "main"
+        if name == "v" or kind == "none" or config.rope_theta is None:
             return heads
-        turning = config.rope_theta, config.rope_width or 0, config.rope_scaling
+        theta = config.local_theta if kind == "local" else config.rope_theta
+        scaling = None if kind == "local" else config.rope_scaling
+        length = sum(s == self.segment[t] for s in self.segment)
+        turning = theta, config.rope_width or 0, scaling, length
         return [rotate(head, self.position(t), *turning) for head in heads]
 
     def attn(self, i: int, x: list[Array]) -> list[Array]:

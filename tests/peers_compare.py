@@ -44,6 +44,8 @@ class InFloat64(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.float:
             return args[0].double()
+        if func is torch.maximum:  # of two lengths, whose quotient would be float32
+            return func(*args).double()
         swap = {torch.float32: torch.float64}
         wide = {k: swap.get(v, v) if isinstance(v, torch.dtype) else v
                 for k, v in (kwargs or {}).items()}  # fmt: skip
@@ -268,7 +270,9 @@ def run_theirs(
             )
             loss.backward()
     assert logits.dtype == torch.float64
-    gradient, a_ours, g_ours = in_our_names(family, config, model, a, g)
+    gradient, *flows = in_our_names(family, config, model, a, g)
+    B = len(batch.inputs)  # OPT's MLP sees (B T, D)
+    a_ours, g_ours = ({n: x.reshape(B, -1, x.shape[-1]) for n, x in flow.items()} for flow in flows)
     return Found(logits.detach().numpy(), loss.item(), gradient, *moments(batch, a_ours, g_ours))
 
 

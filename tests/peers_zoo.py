@@ -67,9 +67,25 @@ BLUNT = rope(50.0, "yarn", factor=3.0, original_max_position_embeddings=40, beta
              beta_slow=0.8, truncate=False, attention_factor=1.3)  # fmt: skip
 
 
+DYNAMIC = rope(50.0, "dynamic", factor=3.0)
+"""Of LENGTH positions two lie beyond the trained context."""
+TRAINED: dict[str, Any] = {"max_position_embeddings": 7}
+
+
+def longrope(original: int) -> dict[str, Any]:
+    """Phi's, its trained context the shorter or the longer of the two that a batch straddles."""
+    return {
+        "original_max_position_embeddings": original,
+        "max_position_embeddings": 4 * original,
+        **rope(50.0, "longrope", short_factor=[1.0, 1.1], long_factor=[1.5, 4.0],
+               original_max_position_embeddings=original, partial_rotary_factor=0.67),
+    }  # fmt: skip
+
+
 def made(name: str, **fields: Any) -> Any:
     """Build transformers' model `name`, every parameter drawn."""
     config = getattr(hf, name.replace("ForCausalLM", "").replace("LMHeadModel", "")
+                     .replace("Gemma3", "Gemma3Text")
                      .replace("ForImageClassification", "") + "Config")  # fmt: skip
     torch.manual_seed(7)
     model = getattr(hf, name)(config(**fields))
@@ -108,6 +124,23 @@ _GEMMA2 = dict(
     attn_logit_softcapping=1.5,
     final_logit_softcapping=2.5,
 )
+_GEMMA3 = dict(
+    head_dim=10,
+    num_hidden_layers=7,  # five with windows, one without, and one more
+    query_pre_attn_scalar=7,
+    sliding_window=3,
+    rope_parameters={"full_attention": rope()["rope_parameters"],
+                     "sliding_attention": rope(20.0)["rope_parameters"]},
+)  # fmt: skip
+_OPT = TOKENS | dict(
+    vocab_size=VOCABULARY,
+    hidden_size=24,
+    word_embed_proj_dim=24,
+    ffn_dim=40,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    max_position_embeddings=11,
+)
 _GPT2 = TOKENS | dict(
     vocab_size=VOCABULARY,
     n_embd=24,
@@ -138,6 +171,10 @@ ZOO: dict[str, Callable[[], Any]] = {
     "olmo3": of("Olmo3ForCausalLM", _RMS, sliding_window=3, num_hidden_layers=4,
                 rope_parameters={kind: rope()["rope_parameters"]
                                  for kind in ("full_attention", "sliding_attention")}),
+    "olmo3-yarn": of("Olmo3ForCausalLM", _RMS, sliding_window=3, num_hidden_layers=4,
+                     hidden_size=40,
+                     rope_parameters={"full_attention": YARN["rope_parameters"],
+                                      "sliding_attention": rope(50.0)["rope_parameters"]}),
     "olmo": of("OlmoForCausalLM", _TEXT, rope()),
     "olmo-clip": of("OlmoForCausalLM", _TEXT, rope(), clip_qkv=0.8, attention_bias=True),
     "llama": of("LlamaForCausalLM", *_LLAMA, tie_word_embeddings=True),
@@ -145,6 +182,10 @@ ZOO: dict[str, Callable[[], Any]] = {
                        hidden_act="gelu"),
     "llama-llama3": of("LlamaForCausalLM", *_LLAMA, LLAMA3),
     "llama-linear": of("LlamaForCausalLM", *_LLAMA, LINEAR),
+    "llama-dynamic": of("LlamaForCausalLM", *_LLAMA, DYNAMIC, TRAINED),
+    "smollm3": of("SmolLM3ForCausalLM", _RMS, rope(321.0), num_hidden_layers=4, mlp_bias=True),
+    "smollm3-windows": of("SmolLM3ForCausalLM", _RMS, rope(321.0), no_rope_layers=[0, 1, 0],
+                          use_sliding_window=True, sliding_window=3),
     "mistral": of("MistralForCausalLM", *_LLAMA, sliding_window=3),
     "mistral-no-window": of("MistralForCausalLM", *_LLAMA, sliding_window=None),
     "qwen2": of("Qwen2ForCausalLM", *_QWEN),
@@ -154,6 +195,10 @@ ZOO: dict[str, Callable[[], Any]] = {
     "gemma2": of("Gemma2ForCausalLM", _RMS, rope(), _GEMMA2),
     "gemma2-no-caps": of("Gemma2ForCausalLM", _RMS, rope(), _GEMMA2, attn_logit_softcapping=None,
                          final_logit_softcapping=None, tie_word_embeddings=False),
+    "gemma3_text": of("Gemma3ForCausalLM", _RMS, _GEMMA3),
+    "gemma3_text-scaled": of("Gemma3ForCausalLM", _RMS, _GEMMA3, final_logit_softcapping=2.5,
+                             rope_parameters={"full_attention": LINEAR["rope_parameters"],
+                                              "sliding_attention": rope(20.0)["rope_parameters"]}),
     "gpt2": of("GPT2LMHeadModel", _GPT2),
     "gpt2-unscaled": of("GPT2LMHeadModel", _GPT2, scale_attn_weights=False, n_inner=None,
                         activation_function="relu", tie_word_embeddings=False),
@@ -162,10 +207,15 @@ ZOO: dict[str, Callable[[], Any]] = {
     "gpt_neox-sequential": of("GPTNeoXForCausalLM", _NO_GROUPS, TWO_THIRDS,
                               use_parallel_residual=False, attention_bias=False,
                               tie_word_embeddings=True),
+    "opt": of("OPTForCausalLM", _OPT),
+    "opt-no-bias": of("OPTForCausalLM", _OPT, enable_bias=False, tie_word_embeddings=False,
+                      activation_function="gelu"),
     "phi": of("PhiForCausalLM", _LN, TWO_THIRDS),
     "phi-qk-norm": of("PhiForCausalLM", _LN, QUARTER, qk_layernorm=True,
                       tie_word_embeddings=True),
     "phi3": of("Phi3ForCausalLM", _RMS, TWO_THIRDS, sliding_window=3),
+    "phi3-short": of("Phi3ForCausalLM", _RMS, longrope(LENGTH)),
+    "phi3-long": of("Phi3ForCausalLM", _RMS, longrope(6)),
     "starcoder2": of("Starcoder2ForCausalLM", _TEXT, rope(), norm_epsilon=3e-3, sliding_window=3),
     "stablelm": of("StableLmForCausalLM", _LN, QUARTER, use_qkv_bias=True),
     "stablelm-parallel": of("StableLmForCausalLM", _LN, TWO_THIRDS, use_parallel_residual=True),
@@ -175,6 +225,9 @@ ZOO: dict[str, Callable[[], Any]] = {
     "deit": of("DeiTForImageClassification", IMAGE),
 }  # fmt: skip
 """Row of the table → the model's maker."""
+
+OF_LENGTHS = ("llama-dynamic", "phi3-long")
+"""Rows where the length of a text decides, for which transformers counts its padding too."""
 
 
 def olmo2(**changes: Any) -> Any:

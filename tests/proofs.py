@@ -1,4 +1,4 @@
-"""`pytest --proofs -n 0`: does each test that a `Proof:` line names execute what it proves?
+"""`pytest --proofs`: does each test that a `Proof:` line names execute what it proves?
 
 Of all tests only those run that a docstring of refcurv/ names. While each runs, and while what it
 asks for is set up, every Python function that is entered is written down; what its docstring's
@@ -85,6 +85,7 @@ class Proofs:
     claims: list[Claim] = field(default_factory=claims)
     entered: defaultdict[str, set[Code]] = field(default_factory=lambda: defaultdict(set))
     prepared: defaultdict[Code, set[Code]] = field(default_factory=lambda: defaultdict(set))
+    last: dict[str, pytest.Item] = field(default_factory=dict)
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         wanted = {claim.test for claim in self.claims}
@@ -93,6 +94,7 @@ class Proofs:
             for item in items
             if test_of(item) in wanted and not item.get_closest_marker("peers")
         ]
+        self.last = {test_of(item): item for item in items}
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> Any:
@@ -115,18 +117,19 @@ class Proofs:
             seen |= self.prepared[item.path.name, name]
         return result
 
-    def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        if self.broken():
-            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_teardown(self, item: pytest.Item) -> Any:
+        result = yield
+        test = test_of(item)
+        wrong = [self.tell(claim) for claim in self.broken() if claim.test == test]
+        if wrong and item is self.last[test]:
+            pytest.fail("\n".join(wrong), pytrace=False)
+        return result
 
-    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        asked = [claim for claim in self.claims if claim.test in self.entered]
-        terminalreporter.write_line(f"{len(asked)} of {len(self.claims)} proofs were tried")
-        for claim in self.broken():
-            where = Path(claim.file).relative_to(ROOT)
-            terminalreporter.write_line(
-                f"PROOF {claim.test} does not execute {where}: {claim.owner or 'any function'}"
-            )
+    def tell(self, claim: Claim) -> str:
+        """One line of a claim that is broken."""
+        where = Path(claim.file).relative_to(ROOT)
+        return f"{claim.test} does not execute {where}: {claim.owner or 'any function'}"
 
     def broken(self) -> list[Claim]:
         """The claims whose test ran and did not execute what it proves."""

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from refcurv.model.config import (
     LINEAR,
+    ROTARY,
     Activation,
     Image,
     ModelConfig,
@@ -174,8 +175,11 @@ def any_config(pick: Pick, layers: int = 2, images: bool = False) -> ModelConfig
         qkv_clip=pick([None, 0.8]),
     )
     if theta is not None:
-        fields["rope_width"] = pick([None, 2])
-        fields["rope_scaling"] = _scaling(pick) if pick(yes) else None
+        fields["rope_width"] = width = pick([None, 2])
+        turning = width or fields["head_width"]
+        fields["rope_scaling"] = _scaling(pick, turning) if pick(yes) else None
+        fields["rotary"] = tuple(pick(ROTARY) for _ in range(blocks)) if pick(yes) else ()
+        fields["local_theta"] = 20.0
     if images:
         return ModelConfig(**fields, **_image_fields(pick))
     fields["causal"] = causal = pick(yes)
@@ -184,23 +188,27 @@ def any_config(pick: Pick, layers: int = 2, images: bool = False) -> ModelConfig
     return ModelConfig(
         **fields,
         learned_positions=pick([0, 5]),
+        position_offset=pick([0, 2]),
         embed_scale=pick([1.0, 1.7]),
         tied=pick(yes),
     )
 
 
 @st.composite
-def scalings(draw: st.DrawFn) -> RopeScaling:
-    """How rotary frequencies are stretched."""
-    return _scaling(lambda options: draw(st.sampled_from(options)))
+def scalings(draw: st.DrawFn, turning: int = 2) -> RopeScaling:
+    """How the frequencies of so many entries that turn are stretched."""
+    return _scaling(lambda options: draw(st.sampled_from(options)), turning)
 
 
-def _scaling(pick: Pick) -> RopeScaling:
-    slow = pick([0.3, 1.0])
+def _scaling(pick: Pick, turning: int) -> RopeScaling:
+    kind, slow = pick(list(Scaling)), pick([0.3, 1.0])
+    long = kind is Scaling.LONGROPE
     return RopeScaling(
-        kind=pick(list(Scaling)),
+        kind=kind,
         factor=pick([0.5, 4.0]),
-        original=pick(range(1, 41)),
+        original=pick(range(1, 5) if long or kind is Scaling.DYNAMIC else range(1, 41)),
+        short=tuple(1 + 0.1 * j for j in range(turning // 2)) if long else (),
+        long=tuple(2 + 0.7 * j for j in range(turning // 2)) if long else (),
         slow=slow,
         fast=slow * pick([2.0, 30.0]),
         attention=pick([1.0, 1.2]),

@@ -367,3 +367,7 @@ def test_constants_beside_duals_have_no_derivative() -> None:
     assert np.isfinite(dual).all()
     assert not np.isfinite(Duals(x, v / exact(np.zeros(2)))).any()
     assert not np.isfinite(Duals(x / exact(np.zeros(2)), v)).any()
+
+
+def test_an_error_says_no_address() -> None:
+    assert f"{exact(np.ones((2, 3)))}" == "<Balls (2, 3)>"

@@ -207,13 +207,16 @@ def test_a_joint_basis_has_the_bands_of_weight_and_bias(rng, quantity):
 
 @pytest.mark.parametrize("quantity", ["pair_mass", "input_rank"])
 def test_identical_populations(rng, quantity):
-    """The same tokens as memorised and as clean: every ratio is exactly 1."""
+    """The same tokens as memorised and as clean: every ratio is 1, but for roundings.
+
+    The last token of a passage is only said, that of a text is read.
+    """
     model = small_model()
     hot = population(rng, [2, 3, 2], [6, 8, 4])
     cold = Population(hot.tokens, hot.prompt_length, hot.length, "text", "test")
     for found in bands(model, bases(model), hot, cold, quantity=quantity).values():
         for size, ratio in zip(found.sizes, found.ratio, strict=True):
-            assert ratio == 1.0 if size else math.isnan(ratio)
+            assert abs(ratio - 1) < 1e-12 if size else math.isnan(ratio)
 
 
 def test_position_is_held_equal_where_possible(rng):
@@ -242,7 +245,7 @@ def test_layers_progress_and_json(rng):
         model, bases(model), hot, cold, layers="blocks.*.mlp.*", progress=lambda *a: seen.append(a)
     )
     assert list(got) == ["blocks.0.mlp.up", "blocks.1.mlp.down"]
-    assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    assert seen == [(0, 2), (1, 2), (2, 2)]
     data = json.loads(json.dumps(got["blocks.0.mlp.up"].to_json(), allow_nan=False))
     assert data["quantity"] == "pair_mass"
     assert data["edges"] == list(MASS_EDGES)

@@ -181,6 +181,7 @@ def test_every_number_has_two_routes_within_budget(small) -> None:
         valid(made, "x")
 
 
+@pytest.mark.slow
 def test_a_users_own_set(small, tmp_path, capsys) -> None:
     model, corpus = small
     rc.save(model, tmp_path / "w.h5")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 from unittest import mock
@@ -17,9 +18,10 @@ from digits import lies_inside, middle
 from strategies import Case, case, config, random_parameters
 
 import refcurv as rc
-from refcurv.certified import blocks
+from refcurv.certified import attempt, blocks
 from refcurv.certified.certificate import Enclosed
 from refcurv.certified.certify import certify
+from refcurv.certified.numbers import floats
 from refcurv.curvature import exact
 from refcurv.law.checks import RangeError
 from refcurv.model.config import Image
@@ -75,6 +77,24 @@ def test_what_exact_gives_lies_about_the_balls(found: rc.Certificate) -> None:
     assert all(route.ulps < 1e4 for route in found.routes)
 
 
+def test_blocks_lie_within_their_budgets_and_faults_do_not(found: rc.Certificate) -> None:
+    """In every dtype; a float64 block that is off by 1e-10 of itself is seen."""
+    for route in found.routes:
+        assert route.inside and route.used("worst") < 1, route
+        assert route.used("probable") > 1e-4
+
+    def off(dtype: str) -> Any:
+        right = floats(dtype)
+        if dtype != "float64":
+            return right
+        return replace(right, derivative=lambda x: right.derivative(x) * (1 + 1e-10))
+
+    with mock.patch.object(attempt, "floats", off):
+        wrong = dense(tiny(), ("hessian", "fisher"), layers="head", digits=20)
+    out = {(one.dtype, one.name) for one in wrong.routes if not one.inside}
+    assert out == {("float64", "hessian.head.weight")}
+
+
 def test_each_block_overlaps_its_transpose(found: rc.Certificate) -> None:
     for name, x in found.items():
         assert overlap(x, x, turned=True), name
@@ -84,8 +104,12 @@ def test_O11_ggn_is_the_expected_fisher(found: rc.Certificate) -> None:
     """Forwards alone against backwards alone."""
     for name in WEIGHTS:
         assert overlap(found[f"ggn.{name}"], found[f"fisher.{name}"])
-        assert not overlap(found[f"hessian.{name}"], found[f"ggn.{name}"]) or name == "head.weight"
-    assert overlap(found["hessian.head.weight"], found["ggn.head.weight"])  # linear in it
+
+
+def test_O10_the_hessian_of_the_head_is_its_ggn(found: rc.Certificate) -> None:
+    """Logits are linear in it; in what lies below it they are not."""
+    assert overlap(found["hessian.head.weight"], found["ggn.head.weight"])
+    assert not overlap(found[f"hessian.{WEIGHTS[0]}"], found[f"ggn.{WEIGHTS[0]}"])
 
 
 def test_the_hessian_holds_that_of_the_loops(found: rc.Certificate) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,9 +23,12 @@ from strategies import config, few, random_parameters
 import refcurv as rc
 from refcurv.certified import certify as driver
 from refcurv.certified.certificate import Certificate, Enclosed, certain, farthest
+from refcurv.certified.directions import direction_of
 from refcurv.certified.spectra import _basis
 from refcurv.files import store
-from refcurv.law.checks import RefcurvError
+from refcurv.files.store import reading
+from refcurv.law.checks import Array, RefcurvError
+from refcurv.model.weights import resident
 from refcurv.report.certificate import _percent, at_most, format_certificate
 
 TINY: dict[str, Any] = dict(
@@ -125,6 +131,17 @@ def test_a_certificate_names_only_files_that_it_is_of(tmp_path: Path) -> None:
     W = model.parameters["head.weight"]
     assert named(model.with_parameters({"head.weight": W}), texts) == ["c.h5", "w.h5"]
     assert named(model.with_parameters({"head.weight": np.nextafter(W, 1)}), texts) == ["c.h5"]
+    before = Counter[str]()
+    right = reading.read
+    with mock.patch.object(store, "read", lambda h, n, **k: before.update([n]) or right(h, n, **k)):
+        assert named(model, texts) == ["c.h5", "w.h5"]
+    assert before == Counter(f"parameters.{name}" for name in model.parameters)  # once each
+    every = {name: "float16" for name in model.parameters}
+    rc.save(replace(model, stored=every), tmp_path / "h.h5")  # of it a change may round to nothing
+    half = rc.load(tmp_path / "h.h5")
+    near = {"head.weight": np.nextafter(half.parameters["head.weight"], 1)}
+    assert named(half, texts) == ["c.h5", "h.h5"]
+    assert named(half.with_parameters(near), texts) == ["c.h5"]
     other = replace(model, config=replace(model.config, norm_eps=1e-3))
     assert named(other, texts) == ["c.h5"]
     for change in (
@@ -144,6 +161,76 @@ def test_files_of_one_name_are_both_named(tmp_path: Path) -> None:
     told = {str(path): one["sha256"] for path, one in zip(paths, both, strict=True)}
     assert store.inputs(*both) == told
     assert store.inputs(both[0], both[0]) == {"x.h5": both[0]["sha256"]}
+
+
+LIKE: dict[str, Callable[[Array], Any]] = {
+    "a list": lambda v: v.tolist(),
+    "whole numbers": lambda v: v.astype(np.int64),
+    "short ones": lambda v: v.astype(np.int8),
+    "float16": lambda v: v.astype(np.float16),
+    "float32": lambda v: v.astype(np.float32),
+    "longdouble": lambda v: v.astype(np.longdouble),
+    "bytes in the other order": lambda v: v.astype(v.dtype.newbyteorder()),
+    "columns first": np.asfortranarray,
+    "every second": lambda v: np.repeat(np.repeat(v, 2, 0), 2, 1)[::2, ::2],
+    "backwards": lambda v: v[::-1, ::-1].copy()[::-1, ::-1],
+    "read alone": lambda v: np.frombuffer(v.tobytes()).reshape(v.shape),
+    "no mask": np.ma.masked_array,
+    "no entry masked": lambda v: np.ma.masked_array(v, np.zeros(v.shape, bool)),
+}
+"""A direction, given in another way: its numbers are the same."""
+
+UNLIKE: dict[str, Callable[[Array], Any]] = {
+    "nothing": lambda v: None,
+    "a number": lambda v: 1.0,
+    "another shape": lambda v: v.T,
+    "ragged": lambda v: [*v[1:].tolist(), [1.0]],
+    "masked": lambda v: np.ma.masked_array(v, np.eye(*v.shape) > 0),
+    "objects": lambda v: v.astype(object),
+    "texts": lambda v: v.astype(str),
+    "dates": lambda v: v.astype("datetime64[s]"),
+    "fields": lambda v: v.view([("x", float)]),
+    "complex": lambda v: v.astype(complex),
+    "NaN": lambda v: v + np.nan,
+    "infinite": lambda v: np.where(np.eye(*v.shape), -np.inf, v),
+}
+"""What is no direction."""
+
+PRODUCTS = {
+    "hvp": partial(rc.exact.hvp, wrt="blocks.0.mlp.up.weight"),
+    "ggnvp": partial(rc.exact.ggnvp, wrt="blocks.0.mlp.up.weight"),
+    "derivative": rc.exact.derivative,
+}
+
+
+@pytest.mark.parametrize("way", [*LIKE, *UNLIKE])
+def test_a_direction_is_taken_as_it_is_or_refused(way: str) -> None:
+    """However its numbers are stored; what is none is refused in one line, for every product."""
+    model, name = tiny(), "blocks.0.mlp.up.weight"
+    v = np.random.default_rng(0).integers(-3, 4, model.parameters[name].shape).astype(float)
+    given = {name: (LIKE | UNLIKE)[way](v)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if way in UNLIKE:
+            said = [refused(partial(p, model, corpus(), vector=given)) for p in PRODUCTS.values()]
+            said.append(refused(lambda: rc.certify(model, corpus(), ["hvp"], direction=given)))
+            assert all(name in one or "the vector" in one for one in said)
+            return
+        for product in PRODUCTS.values():
+            got, want = (product(model, corpus(), vector={name: x}) for x in (given[name], v))
+            if isinstance(got, dict):
+                got, want = got[name], want[name]
+            near = 1e-12 if way == "longdouble" else 0  # whose product is of longdoubles
+            np.testing.assert_allclose(got, want, rtol=near, atol=near)
+        taken = direction_of(resident(model), given)[name]
+    assert taken.dtype == np.float64 and np.array_equal(taken, v)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_direction_beyond_float64_is_refused() -> None:
+    """Without a warning: what is certified is of float64 numbers."""
+    given = {"head.weight": np.full((5, 4), np.longdouble(10) ** 400)}
+    assert "float64" in refused(lambda: rc.certify(tiny(), corpus(), ["hvp"], direction=given))
 
 
 # ------------------------------------------------------------------ numbers at the edges
@@ -202,7 +289,7 @@ def test_the_angle_is_printed_rounded_up() -> None:
     one = {"size": 2, "zeros": 0, "unsure": 0, "fewest": 1.0, "median": 1.0, "clusters": 0}
     table: dict[str, Any] = {"numbers": {}, "routes": [], "bits": 9, "digits": None, "wanted": 1}
     said = format_certificate({**table, "spectra": {"A.x": {**one, "angle": 1.4400001e-30}}})
-    assert "Sine of the largest angle to a subspace: 1.5e-30 at most." in said
+    assert "Sine of the largest angle to a subspace: 1.5e-30 at most." in " ".join(said.split())
     assert "one orthonormal basis" not in said
     number = {"shape": [1, 1], "digits": 1.0, "largest": 1.0, "settled": 1}
     said = format_certificate({**table, "numbers": {"eigenvectors.A.x": number}})
@@ -261,7 +348,10 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Any:
     found = rc.certify(tiny(), corpus(), of, **given)
     others = {"other": [[0, 1, 2, 3]], "undecided": [[0, 1, 2]]}
     labels = found.source["labels"] | others
-    rc.save_certificate(replace(found, source={**found.source, "labels": labels}), path)
+    rc.save_certificate(
+        replace(found, source={**found.source, "labels": labels, "zeros": {"O32": ["nats.0"]}}),
+        path,
+    )
     return store.open_file(path, format="refcurv-certificate")
 
 

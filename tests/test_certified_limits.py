@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -195,6 +196,22 @@ def test_what_cannot_be_asked_for_is_one_line(more: dict[str, Any]) -> None:
     with pytest.raises(RefcurvError) as refused:
         certify(*small(), **({"of": ["hvp"]} | more))
     assert "\n" not in str(refused.value) and str(refused.value)
+
+
+def test_an_estimate_knows_which_layers_are_edited() -> None:
+    """W' is of rho's layers alone, in seconds and in numbers."""
+    of = ["eigenvalues", "edit"]
+    one, every = (told(of, rho=rho, digits=5) for rho in ({"blocks.0.mlp.up": 0.5}, 0.5))
+    assert one.each["edit"] < every.each["edit"] and one.memory < every.memory
+    assert one.each["eigenvalues"] == every.each["eigenvalues"] and one.seconds < every.seconds
+    config, some = case(layers=1).config, ("head", "blocks.0.mlp.up")
+    tasks: Any = [
+        SimpleNamespace(config=config, wanted=some, rho=dict.fromkeys(n, 1))
+        for n in (some[:1], some)
+    ]
+    work = estimate._spectra
+    assert work(tasks[0], ("edit",), 3) < work(tasks[1], ("edit",), 3)
+    assert work(tasks[0], ("cut",), 3) == work(tasks[1], ("cut",), 3)
 
 
 def test_the_command_says_what_it_will_take(

@@ -19,6 +19,7 @@ from refcurv.model.patterns import expand, spelled
 
 VIT = Image(channels=1, height=4, width=4, patch=2)
 YARN = RopeScaling(kind="yarn", factor=2.0, original=8, slow=1.0, fast=4.0)
+LONGROPE = RopeScaling(kind="longrope", original=8, short=(1.0, 1.1), long=(2.0, 3.0))
 NO_CLS = Image(channels=1, height=4, width=4, patch=2, specials=())
 NAMES = [f"blocks.{i}.{n}" for i in range(12) for n in ("attn.q", "mlp.gate", "mlp.up")] + ["head"]
 
@@ -54,6 +55,15 @@ def test_a_file_of_before_these_fields_means_what_it_meant() -> None:
     for name in old:
         with pytest.raises(ConventionError, match=f"missing fields .'{name}'"):
             config_from_json({k: v for k, v in old.items() if k != name})
+
+
+def test_the_rotary_positions_of_each_block() -> None:
+    """Its base and scaling; what no block has is not kept, so that equal models are equal."""
+    yarn = dict(rope_scaling=YARN, local_theta=9.0)
+    made = config(layers=3, rotary=("local", "none", "main"), **yarn)
+    assert [made.rope(i) for i in range(3)] == [(9.0, None), None, (100.0, YARN)]
+    assert config(rotary=("main", "main"), **yarn) == config(rope_scaling=YARN)
+    assert config().rope(1) == (100.0, None) and config(rope_theta=None).rope(0) is None
 
 
 @pytest.mark.parametrize(
@@ -135,6 +145,14 @@ def test_broken_patterns(pattern: str) -> None:
         ({"width": 4.0}, RangeError, "width"),
         ({"learned_positions": -1}, RangeError, "learned_positions must be an integer >= 0"),
         ({"rope_theta": None, "rope_width": 2}, ConventionError, "need a rope_theta"),
+        ({"rope_theta": None, "rotary": ("main", "none")}, ConventionError, "need a rope_theta"),
+        ({"rotary": ("main",)}, RangeError, "rotary must hold one of .* each block \\(2\\)"),
+        ({"rotary": ("main", "global")}, RangeError, "rotary must hold one of .*'local'"),
+        ({"rotary": "none"}, RangeError, "rotary must hold"),
+        ({"rotary": ("main", "local")}, ConventionError, "needs a local_theta"),
+        ({"local_theta": 0.5}, RangeError, "local_theta must be finite and >= 1"),
+        ({"rope_scaling": LONGROPE}, ConventionError, "short and long must have 1 numbers each"),
+        ({"position_offset": -1}, RangeError, "position_offset must be an integer >= 0"),
         ({"rope_width": 4}, ConventionError, "rope_width at most head_width"),
         ({"rope_width": 1}, ConventionError, "even"),
         ({"rope_theta": 1.0, "rope_scaling": YARN}, ConventionError, "all are one"),
@@ -144,9 +162,9 @@ def test_broken_patterns(pattern: str) -> None:
         ({"biases": "q"}, ConventionError, "different names"),
         ({"biases": ("gate",), "gated": False}, ConventionError, "no gate"),
         ({"biases": ("patch",)}, ConventionError, "for images"),
-        ({"windows": (1,)}, RangeError, "each of the 2 blocks"),
-        ({"windows": (1, -1)}, RangeError, "each of the 2 blocks"),
-        ({"windows": (1, True)}, RangeError, "each of the 2 blocks"),
+        ({"windows": (1,)}, RangeError, "each block \\(2\\)"),
+        ({"windows": (1, -1)}, RangeError, "each block \\(2\\)"),
+        ({"windows": (1, True)}, RangeError, "each block \\(2\\)"),
         ({"windows": (1, 1), "causal": False}, ConventionError, "causal attention"),
         ({"norm_offset": True, "norm_gain": False}, ConventionError, "norm_offset"),
         ({"residual": "shared"}, ConventionError, "stands before"),
@@ -180,7 +198,14 @@ def test_contradictions(change: dict, error: type, says: str) -> None:
         (RopeScaling, {"kind": "yarn"}, "original must be a positive integer"),
         (RopeScaling, {"kind": "llama3", "original": 9, "slow": 4.0, "fast": 4.0}, "slow must lie"),
         (RopeScaling, {"kind": "linear", "factor": 0.0}, "factor must be finite and positive"),
-        (RopeScaling, {"kind": "dynamic"}, "kind"),
+        (RopeScaling, {"kind": "ntk"}, "kind"),
+        (RopeScaling, {"kind": "dynamic"}, "original must be a positive integer"),
+        (RopeScaling, {"kind": "longrope", "original": 4}, "longrope, and no other kind, has"),
+        (RopeScaling, {"kind": "longrope", "original": 4, "short": (1.0,), "long": ()}, "as many"),
+        (RopeScaling, {"kind": "longrope", "original": 4, "short": (1,), "long": (0,)}, "positive"),
+        (RopeScaling, {"kind": "longrope", "short": (1,), "long": ("2",)}, "positive"),
+        (RopeScaling, {"kind": "longrope", "short": 1, "long": 2}, "as many"),
+        (RopeScaling, {"kind": "linear", "short": (1.0,), "long": (1.0,)}, "no other kind"),
         (RopeScaling, {"kind": "linear", "truncate": 1}, "truncate"),
         (Image, {"height": 3}, "multiples of patch"),
         (Image, {"channels": 0}, "channels must be a positive integer"),

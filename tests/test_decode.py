@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from unittest import mock
 
@@ -13,11 +14,13 @@ from strategies import config, configs, random_parameters
 
 from refcurv.evaluation import decode
 from refcurv.evaluation.decode import batches, decode_population, greedy, suffixes, teacher_forced
+from refcurv.evaluation.prompts import shared
 from refcurv.law.checks import EmptyError, NonFiniteError, RangeError
 from refcurv.model import transformer
-from refcurv.model.config import ModelConfig
+from refcurv.model.config import ModelConfig, RopeScaling
 from refcurv.model.corpus import Population
 from refcurv.model.layers import DEFINITIONS, causal_layout
+from refcurv.model.weights import Model
 from refcurv.passes import parallel
 
 NEAR = 1e-9
@@ -48,6 +51,8 @@ def prompts(draw):
     made = draw(configs())
     positions = 12 if made.learned_positions else 0  # as many as any prompt grows to
     made = replace(made, causal=True, learned_positions=positions)
+    if made.rope_scaling is not None:  # no prompt grows beyond the trained context
+        made = replace(made, rope_scaling=replace(made.rope_scaling, original=40))
     batch, length = draw(st.integers(1, 4)), draw(st.integers(1, 5))
     rng = np.random.default_rng(draw(st.integers(0, 9999)))
     prompt = rng.integers(0, made.vocabulary, (batch, length))
@@ -58,7 +63,7 @@ def prompts(draw):
 def test_cached_equals_recomputed(one, steps):
     made, parameters, prompt = one
     want, gap = greedy_without_cache(made, parameters, prompt, steps)
-    got = greedy(made, parameters, prompt, steps)
+    got = greedy(Model(made, parameters), prompt, steps)
     assert got.shape == (len(prompt), steps)
     assert got.dtype == np.int64
     if gap > NEAR:
@@ -75,7 +80,7 @@ def test_cached_logits_equal_recomputed_ones(dtype):
     with mock.patch.object(
         decode, "head_logits", lambda *a: seen.append(transformer.head_logits(*a)) or seen[-1]
     ):
-        out = greedy(made, parameters, prompt, 12)
+        out = greedy(Model(made, parameters), prompt, 12)
     wide = {n: x.astype(np.float64) for n, x in parameters.items()}
     for n, logit in enumerate(seen):
         want = last_logits(made, wide, np.concatenate([prompt, out[:, :n]], axis=1))
@@ -95,29 +100,54 @@ def test_ties_go_to_the_lowest_id(dtype):
     parameters["head.weight"][:] = -1
     parameters["head.weight"][[2, 5]] = 0
     prompt = np.array([[6], [5]])
-    np.testing.assert_array_equal(greedy(made, parameters, prompt, 3), np.full((2, 3), 2))
+    np.testing.assert_array_equal(greedy(Model(made, parameters), prompt, 3), np.full((2, 3), 2))
+
+
+def test_frequencies_that_change_on_the_way_are_refused():
+    """By 8 positions at most, or longrope from 9 on; a population counts its last token too."""
+    long = RopeScaling(kind="longrope", original=8, short=(1.0,), long=(2.0,))
+    dynamic = RopeScaling(kind="dynamic", factor=2.0, original=8)
+    for scaling, prompt, steps, good in (
+        (long, 6, 3, True), (long, 6, 4, False), (long, 9, 4, True), (long, 9, 0, True),
+        (dynamic, 6, 3, True), (dynamic, 6, 4, False), (dynamic, 9, 1, True),
+        (dynamic, 9, 2, False),
+    ):  # fmt: skip
+        made = config(rope_scaling=scaling)
+        token = np.random.default_rng(3).integers(0, 7, (2, prompt))
+        if not good:
+            with pytest.raises(RangeError, match="rotary frequencies change beyond 8"):
+                greedy(Model(made, random_parameters(made, 1)), token, steps)
+            continue
+        parameters = random_parameters(made, 1)
+        want, _ = greedy_without_cache(made, parameters, token, steps)
+        assert (greedy(Model(made, parameters), token, steps) == want).all()
+    token = np.zeros((1, 10), int)
+    for kind, length, refused in (("text", 10, False), ("recite", 8, False), ("answer", 9, True)):
+        one = Population(token, np.array([6]), np.array([length]), kind, "dev")
+        with pytest.raises(RangeError, match="change beyond 8") if refused else nullcontext():
+            decode.require_population("x", "y", one, config(rope_scaling=long))
 
 
 def test_the_head_sees_chunks_of_rows_and_forgets_none():
     made = config(vocabulary=11)
     parameters = random_parameters(made, 1)
     prompt = np.random.default_rng(2).integers(0, 11, (9, 2))
-    whole = greedy(made, parameters, prompt, 4)
+    whole = greedy(Model(made, parameters), prompt, 4)
     with mock.patch.object(decode, "HEAD_ROWS", 4):
-        np.testing.assert_array_equal(greedy(made, parameters, prompt, 4), whole)
+        np.testing.assert_array_equal(greedy(Model(made, parameters), prompt, 4), whole)
 
 
 def test_refusals():
     made, parameters = config(), random_parameters(config(), 0)
     with pytest.raises(EmptyError, match="at least one token"):
-        greedy(made, parameters, np.zeros((1, 0), int), 1)
+        greedy(Model(made, parameters), np.zeros((1, 0), int), 1)
     with pytest.raises(RangeError, match=r"\[0, 1\] is 7"):
-        greedy(made, parameters, np.array([[0, 7]]), 1)
+        greedy(Model(made, parameters), np.array([[0, 7]]), 1)
     with pytest.raises(RangeError, match="steps"):
-        greedy(made, parameters, np.array([[0]]), -1)
+        greedy(Model(made, parameters), np.array([[0]]), -1)
     parameters["final_norm.weight"][0] = np.nan
     with pytest.raises(NonFiniteError, match="logits"):
-        greedy(made, parameters, np.array([[0]]), 1)
+        greedy(Model(made, parameters), np.array([[0]]), 1)
 
 
 # ------------------------------------------------------------------ populations
@@ -134,13 +164,18 @@ def populations(draw, vocabulary: int = 6, kind: str = "recite", width: int = 9)
 
 @given(populations(), st.integers(1, 40))
 def test_batches_partition_the_rows(population, shard_tokens):
-    size = max(1, shard_tokens // population.tokens.shape[1])
-    with mock.patch.object(decode, "shard_sequences", lambda width: max(1, shard_tokens // width)):
+    def size(width: int) -> int:
+        return max(1, shard_tokens // width)
+
+    with mock.patch.object(decode, "shard_sequences", size):
         parts = batches(population)
     assert sorted(np.concatenate(parts).tolist()) == list(range(len(population.tokens)))
-    for part in parts:
-        assert 1 <= len(part) <= size
-        assert len(set(population.prompt_length[part].tolist())) == 1
+    own = population.length - shared(population)
+    for k, part in enumerate(parts):
+        assert 1 <= len(part) <= size(own[part].max())
+        if k:  # the batch before had no room for its first row
+            fuller = np.append(parts[k - 1], part[0])
+            assert len(fuller) > size(own[fuller].max())
     key = [(population.prompt_length[n], population.length[n], n) for part in parts for n in part]
     assert key == sorted(key)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import budgets
 import numpy as np
 import pytest
@@ -15,7 +17,8 @@ import refcurv as rc
 from refcurv.curvature import definition
 from refcurv.law import conventions
 from refcurv.law.checks import ConventionError, EmptyError, NameUnknownError, RangeError
-from refcurv.law.conventions import Fisher
+from refcurv.law.conventions import NO_LABEL, Fisher
+from refcurv.model.config import RopeScaling
 
 ROUNDING = 1e-6
 """tr S_G of one row below which all of it may be rounding: the weights are of order 1."""
@@ -77,6 +80,33 @@ def test_shards_of_several_sequences_are_the_sequences_one_by_one(dtype: str, mo
     one = gappy()
     for fisher in Fisher:
         compare(model_of(one, dtype), corpus_of(one), "**,embed,position", fisher=fisher, seed=1)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_the_length_of_a_text_counts_where_its_end_has_no_label(kind: str) -> None:
+    """Rotary frequencies hang on it: the end may not be cut off, though nothing attends to it."""
+    lists = {"short": (1.0, 1.0), "long": (1.5, 3.0)} if kind == "longrope" else {"factor": 3.0}
+    scaling = RopeScaling(kind=kind, original=4, **lists)
+    one = case(length=6, batch=3, head_width=4, rope_width=4, rope_scaling=scaling)
+    label = np.where(np.arange(6) < 2, one.label, NO_LABEL)
+    whole = corpus_of(replace(one, label=label))
+    compare(model_of(one), whole, "**", fisher="empirical")
+    cut = rc.Corpus(one.token[:, :4], label[:, :4])
+    name = "blocks.0.attn.q"
+    sums = [rc.collect(model_of(one), c, name, "empirical")[name].sum_G for c in (whole, cut)]
+    assert not np.allclose(*sums, rtol=1e-3)
+
+
+def test_rows_of_float32_are_added_in_float64() -> None:
+    """Squares of gradients near 1e-30 vanish in float32."""
+    one, name = case(tied=False), "blocks.1.mlp.down"
+    one.parameters["head.weight"] *= 1e-30
+    narrow, wide = (
+        definition.factors(model_of(one, dtype), corpus_of(one), [name], "empirical")[name].S_G
+        for dtype in ("float32", "float64")
+    )
+    assert np.trace(wide) > 0
+    assert_within(narrow, wide, budgets.path(2, 8, np.float32), np.trace(wide), "S_G")
 
 
 def test_only_the_named_layers_are_summed() -> None:

@@ -74,7 +74,7 @@ def test_everything_is_written(demo: tuple[Path, dict]) -> None:
     assert all(row["rho"] == RHO <= row["mass"] for row in results["edit"])
 
 
-@pytest.mark.parametrize("which", ["before", "after"])
+@pytest.mark.parametrize("which", [pytest.param("before", marks=pytest.mark.slow), "after"])
 def test_recitation_and_perplexity_by_another_route(demo: tuple[Path, dict], which: str) -> None:
     """Definitions instead of kernels, the truth fed in instead of a cache: the same numbers."""
     out, results = demo
@@ -232,7 +232,7 @@ def own_files(folder: Path, populations: bool) -> list[str]:
     return [str(folder / "w.h5"), str(folder / "c.h5"), "--out", str(folder / "out")]
 
 
-@pytest.mark.parametrize("populations", [True, False])
+@pytest.mark.parametrize("populations", [pytest.param(True, marks=pytest.mark.slow), False])
 @pytest.mark.parametrize("bias", ["separate", pytest.param("joint", marks=pytest.mark.slow)])
 def test_the_report_of_a_users_own_files(
     bias: str, populations: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]

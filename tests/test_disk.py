@@ -70,6 +70,7 @@ def test_a_killed_writer_leaves_nothing_behind_the_next_one(tmp_path: Path) -> N
     assert names(tmp_path) == ["f.h5", "g.h5"]
 
 
+@pytest.mark.slow
 def test_a_killed_writer_of_a_folder_leaves_nothing_behind_the_next_one(tmp_path: Path) -> None:
     path = tmp_path / "hf"
     killed = writing(path, FOLDER)

@@ -308,7 +308,7 @@ def test_a_false_enclosure_is_caught(what: str) -> None:
 
 def test_a_rank_that_is_too_low_is_refused() -> None:
     """Rows counted once, of a sum over many passes, would make an eigenvalue 0 that is not."""
-    with bits(100), pytest.raises(ValueError, match="more than 1 eigenvalues"):
+    with bits(100), pytest.raises(ValueError, match="more than 1 eigenvalue that are not 0"):
         enclose(exact(np.diag([2.0, 2.0**-60, 0])), exact(np.eye(3)), rank=1)
 
 

@@ -422,7 +422,7 @@ def test_a_basis_file_that_lies_is_refused(tmp_path: Path) -> None:
     group = name.replace(".", "/")
     for part, value in (
         ("mu", np.zeros(0)), ("mu", np.zeros((6, 1))), ("mu", np.zeros(4)),
-        ("U_A", np.zeros((5, 4))), ("U_A", np.zeros((6, 6), "f4")), ("lam", np.zeros(4, "i8")),
+        ("U_A", np.zeros((5, 4))), ("U_A", np.zeros((6, 6), "f2")), ("lam", np.zeros(4, "i8")),
     ):  # fmt: skip
         path.write_bytes(good)
         with opened_for_lies(path) as file:

@@ -25,10 +25,10 @@ from zoo import Net, causal_mix, mlp, net
 import refcurv as rc
 from refcurv.algebra.kron import kron_dense
 from refcurv.curvature import estimators, exact
-from refcurv.curvature.bases_file import decompose_to
 from refcurv.curvature.eigenbasis import Eigenbasis
 from refcurv.curvature.estimators import diagonal, ekfac, reduce, reduced
 from refcurv.curvature.exact import Problem, problem
+from refcurv.curvature.resumed_bases import decompose_to
 from refcurv.law import conventions, tolerance
 from refcurv.law.checks import (
     ConventionError,

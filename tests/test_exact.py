@@ -111,7 +111,8 @@ def test_what_is_left_out_is_the_default_and_progress_counts_segments() -> None:
 
 @needs_longdouble
 @pytest.mark.parametrize(
-    ("place", "qk", "seed", "every"), [("post", "full", 0, 1), ("pre", "head", 1, 11)]
+    ("place", "qk", "seed", "every"),
+    [pytest.param("post", "full", 0, 1, marks=pytest.mark.slow), ("pre", "head", 1, 11)],
 )
 def test_hessian_equals_central_differences_in_longdouble(
     place: str, qk: str, seed: int, every: int

@@ -16,8 +16,8 @@ from validation.traceability import CERTIFIED  # noqa: E402
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 EXACT = (
-    r"\bexact(ly|ness)?\b|to the bit|bit for bit|byte for byte|\b1e-\d|\bto rounding|\bdigits?\b"
-    r"|\bprove[sd]?\b|\bequals?\b"
+    r"\bexact(ly|ness)?\b|to the bit|same bits|bit for bit|byte for byte|\b1e-\d|\bto rounding"
+    r"|\bdigits?\b|\bprove[sd]?\b|\bequals?\b"
 )
 """What a statement of exactness says."""
 
@@ -35,6 +35,8 @@ STATEMENTS = {
     "lie within radii that ball arithmetic proves": "validation/certified/README.md",
     "30 digits and more": "validation/certified/README.md",
     "Identities are proved to thirty digits": "validation/AUDIT.md",
+    "is taken block by block (`--memory 6GB`": "what two runs of floats have alike",
+    "the same bits as in memory": "what two runs of floats have alike",
     "Every gradient equals a complex step": "O15",
     "is the Hessian, exact to rounding": "O14",
     "The whole Hessian of small decoders": "not certified",
@@ -108,6 +110,7 @@ def test_no_entry_is_stale() -> None:
         ("[validation/certified](validation/certified/README.md)", "elsewhere"),
         ("## Reading order", "A and G are right to the bit.\n\n## Reading order"),
         ("## Reading order", "Everything is within 1e-15.\n\n## Reading order"),
+        ("## Reading order", "Two programs have the same bits.\n\n## Reading order"),
     ],
 )
 def test_a_statement_without_one_is_seen(part: str, other: str) -> None:

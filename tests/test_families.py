@@ -333,16 +333,21 @@ SMALL: dict[str, dict[str, Any]] = {
     "olmo3": LLAMA | {"sliding_window": 3},
     "olmo": {k: v for k, v in LLAMA.items() if k != "rms_norm_eps"} | {"clip_qkv": 8.0},
     "llama": LLAMA | {"mlp_bias": True},
+    "smollm3": LLAMA | {"no_rope_layers": [0, 1], "mlp_bias": True},
     "mistral": LLAMA | {"sliding_window": 3},
     "qwen2": LLAMA | {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1},
     "qwen3": LLAMA | {"attention_bias": True},
     "gemma": LLAMA,
     "gemma2": LLAMA | {"query_pre_attn_scalar": 144, "sliding_window": 3},
+    "gemma3_text": LLAMA | {"query_pre_attn_scalar": 144, "sliding_window": 3,
+                            "sliding_window_pattern": 2},
     "gpt2": GPT | {"n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 5},
     "gpt_neo": GPT | dict(
         hidden_size=8, num_layers=2, num_heads=2, max_position_embeddings=5,
         attention_types=[[["global", "local"], 1]], window_size=3),
     "gpt_neox": HEADS | LAYER | {"rotary_pct": 0.5},
+    "opt": dict(vocab_size=7, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, ffn_dim=6,
+                max_position_embeddings=5),
     "phi": HEADS | LAYER | {"qk_layernorm": True},
     "phi3": LLAMA | {"sliding_window": 3},
     "starcoder2": {k: v for k, v in LLAMA.items() if k != "rms_norm_eps"} | {"norm_epsilon": 1e-3},
@@ -408,8 +413,8 @@ def test_a_minimal_config_says_the_same(kind: str) -> None:
 def test_rotary_positions_of_each(kind: str) -> None:
     """transformers 5's block and the older keys say the same."""
     family, config = read_config("x", json.dumps(config_of(kind)))
-    if config.rope_theta is None or kind in ("olmo3", "phi3"):
-        return  # none, or none that is scaled
+    if config.rope_theta is None or kind in ("olmo3", "gemma3_text", "phi3"):
+        return  # none, or others by the block, or none of this kind
     yarn = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)
     key = {"gpt_neox": "rotary_emb_base"}.get(kind, "rope_theta")
     old = config_of(kind, **{key: 9.0}, rope_scaling=yarn)
@@ -438,7 +443,26 @@ DEFAULTS = {
     "gemma2: scale": ("gemma2", [], {"score_scale": 1 / 12}),
     "qwen2: no window": ("qwen2", ["use_sliding_window"], {"windows": ()}),
     "qwen2: upper blocks": ("qwen2", [], {"windows": (0, 3)}),
-    "olmo3: theta": ("olmo3", [], {"rope_theta": 5e5, "windows": (3, 3)}),
+    "olmo3: theta": ("olmo3", [], {"rope_theta": 5e5, "windows": (3, 3), "rotary": ()}),
+    "gemma3: two thetas": (
+        "gemma3_text",
+        [],
+        {"rope_theta": 1e6, "local_theta": 1e4, "windows": (3, 0), "rotary": ("local", "main")},
+    ),
+    "gemma3: every sixth": ("gemma3_text", ["sliding_window_pattern"], {"windows": (3, 3)}),
+    "gemma3: no caps": ("gemma3_text", [], {"score_cap": None, "logit_cap": None}),
+    "smollm3: every fourth": ("smollm3", ["no_rope_layers"], {"rotary": (), "rope_theta": 2e6}),
+    "opt: two rows before": (
+        "opt",
+        [],
+        {
+            "position_offset": 2,
+            "learned_positions": 5,
+            "activation": "relu",
+            "norm_eps": 1e-5,
+            "tied": True,
+        },
+    ),
     "gpt2: four times the width": ("gpt2", [], {"mlp_width": 32, "tied": True}),
     "gpt_neox: a quarter turns": ("gpt_neox", [], {"rope_width": 2}),
     "phi: half turns": ("phi", [], {"rope_width": 2, "qk_norm": "head"}),
@@ -458,18 +482,164 @@ def test_absent_keys_have_transformers_defaults(name: str) -> None:
 
 
 YARN = dict(rope_type="yarn", factor=2.0, original_max_position_embeddings=8)
+CONTEXT = {"max_position_embeddings": 8}
+PHI: dict[str, Any] = dict(type="longrope", short_factor=[1.0, 1.1], long_factor=[2, 3.5])
+
+
+def test_longrope_as_published() -> None:
+    """Its context stands beside it; cos and sin grow with the whole context over the trained."""
+    lengths = dict(max_position_embeddings=64, original_max_position_embeddings=8)
+    config = config_of("phi3", rope_scaling=PHI, **lengths)
+    family, found = read_config("x", json.dumps(config))
+    s = found.rope_scaling
+    assert s is not None and (s.original, s.short, s.long) == (8, (1.0, 1.1), (2.0, 3.5))
+    assert s.attention == pytest.approx(np.sqrt(2), rel=1e-15)  # 1 + log 8 / log 8
+    for same in (
+        config | {"rope_scaling": PHI | {"type": "su"}},
+        config | {"rope_scaling": PHI | {"rope_type": "longrope", "factor": 8.0}},
+        config
+        | {"rope_scaling": PHI | {"attention_factor": s.attention}, "max_position_embeddings": 9},
+        {**config, "rope_scaling": None, "rope_parameters": PHI | {"rope_theta": 1e4}},
+    ):
+        assert read_config("x", json.dumps(same)) == (family, found)
+    text = huggingface.minimal_config(family, found, {"x": "float32"})
+    assert read_config("x", text) == (family, found)
+    del config["original_max_position_embeddings"]
+    assert read_config("x", json.dumps(config))[1].rope_scaling.original == 4096
+    plain = config_of("phi3", **lengths)  # without longrope it says nothing
+    assert read_config("x", json.dumps(plain))[1].rope_scaling is None
+
+
+DYNAMIC = dict(type="dynamic", factor=2)
+OF_BLOCKS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "olmo3, yarn where there is no window": (
+        "olmo3", {"rope_scaling": YARN, "layer_types": ["full_attention", "sliding_attention"]},
+        {"rope_theta": 5e5, "local_theta": 5e5, "rotary": ("main", "local"), "windows": (0, 3)},
+    ),
+    "olmo3, one theta said twice": (
+        "olmo3", {"rope_theta": 9.0, "rope_parameters": {"sliding_attention": {"rope_theta": 9.0}}},
+        {"rope_theta": 9.0, "local_theta": None, "rotary": ()},
+    ),
+    "gemma3, scaled": (
+        "gemma3_text", {"rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+        {"rope_theta": 1e6, "local_theta": 1e4, "rotary": ("local", "main")},
+    ),
+    "gemma3, older keys": (
+        "gemma3_text", {"rope_theta": 9.0, "rope_local_base_freq": 7.0},
+        {"rope_theta": 9.0, "local_theta": 7.0, "rotary": ("local", "main")},
+    ),
+    "gemma3, no windows": (
+        "gemma3_text", {"layer_types": ["full_attention"] * 2}, {"rotary": (), "windows": ()},
+    ),
+    "llama, dynamic": (
+        "llama", {"rope_scaling": DYNAMIC, "max_position_embeddings": 8}, {"rotary": ()}
+    ),
+    "gemma3, dynamic": (
+        "gemma3_text", {"rope_scaling": DYNAMIC, "max_position_embeddings": 8},
+        {"rotary": ("local", "main")},
+    ),
+    "smollm3, windows": (
+        "smollm3", {"use_sliding_window": True, "sliding_window": 4},
+        {"rotary": ("none", "main"), "windows": (4, 0)},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OF_BLOCKS)
+def test_rotary_positions_by_the_block(name: str) -> None:
+    """They are read, and written so that they are read again."""
+    kind, changed, wanted = OF_BLOCKS[name]
+    family, found = read_config("x", json.dumps(config_of(kind, **changed)))
+    assert {key: getattr(found, key) for key in wanted} == wanted
+    assert (found.rope_scaling is not None) == ("rope_scaling" in changed)
+    text = huggingface.minimal_config(family, found, {"x": "float32"})
+    assert read_config("x", text) == (family, found)
+
+
+def test_mixtures_of_experts_are_refused_in_a_sentence() -> None:
+    """By their name, or by their keys."""
+    for named in (
+        {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]},
+        {"model_type": "llama4", "text_config": {"num_local_experts": 16}},
+        {"model_type": "qwen3_moe"}, {"model_type": "unheard_of", "n_routed_experts": 64},
+    ):  # fmt: skip
+        with pytest.raises(ConventionError, match="a mixture of experts, which is not built: here"):
+            read_config("x", json.dumps(named))
+    with pytest.raises(ConventionError, match="which is not built yet; known are"):
+        read_config("x", json.dumps({"model_type": "falcon", "num_experts": None}))
+
+
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "gpt2, by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "_layer_idx is True"),
     "gpt2, cross": ("gpt2", {"add_cross_attention": True}, "add_cross_attention is True"),
     "gpt2, text": ("gpt2", {"scale_attn_weights": "yes"}, "scale_attn_weights is 'yes'"),
     "gpt2, activation": ("gpt2", {"activation_function": "tanh"}, "activation_function is 'tanh'"),
     "stablelm, norms": ("stablelm", {"qk_layernorm": True}, "qk_layernorm is true: .*not built"),
-    "phi3, long": (
+    "phi3, no factors": ("phi3", {"rope_scaling": {"type": "su"}}, "lacks the key 'short_factor'"),
+    "phi3, few": (
         "phi3",
-        {"rope_scaling": {"type": "longrope"}},
-        "'longrope', which is not built",
+        {"rope_scaling": PHI | {"long_factor": [2]}, **CONTEXT},
+        "longrope, and no other",
     ),
-    "phi3, su": ("phi3", {"rope_scaling": {"type": "su"}}, "'su', which is not built yet"),
+    "phi3, many": (
+        "phi3",
+        {"rope_scaling": PHI | {"long_factor": [2] * 3, "short_factor": [1] * 3}, **CONTEXT},
+        "short and long must have 2 numbers each",
+    ),
+    "phi3, text": ("phi3", {"rope_scaling": PHI | {"long_factor": "2"}}, "long_factor must be a l"),
+    "phi3, zero": (
+        "phi3",
+        {"rope_scaling": PHI | {"long_factor": [0, 1]}},
+        "long_factor must be a",
+    ),
+    "phi3, mscale": ("phi3", {"rope_scaling": PHI | {"long_mscale": 1.2}}, "long_mscale is 1.2"),
+    "phi3, dynamic": ("phi3", {"rope_scaling": {"type": "dynamic"}}, "'dynamic', which is not bui"),
+    "phi3, contexts": (
+        "phi3",
+        {
+            "rope_scaling": PHI | {"original_max_position_embeddings": 8},
+            "original_max_position_embeddings": 9,
+        },
+        "original_max_position_embeddings is given as 8 and as 9",
+    ),
+    "llama, no context": (
+        "llama",
+        {"rope_scaling": {"type": "dynamic", "factor": 2}},
+        "lacks the key 'max_position",
+    ),
+    "llama, alpha": (
+        "llama",
+        {
+            "rope_scaling": {"type": "dynamic", "factor": 2, "alpha": 3},
+            "max_position_embeddings": 8,
+        },
+        "alpha is 3",
+    ),
+    "opt, 350m": ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before is False"),
+    "opt, projected": (
+        "opt",
+        {"word_embed_proj_dim": 4},
+        "word_embed_proj_dim is 4 and hidden_size",
+    ),
+    "opt, no gains": ("opt", {"layer_norm_elementwise_affine": False}, "affine is False"),
+    "smollm3, few": ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers must have a 1 or a 0"),
+    "smollm3, two": ("smollm3", {"no_rope_layers": [1, 2]}, "no_rope_layers must have a 1 or a 0"),
+    "smollm3, none": (
+        "smollm3",
+        {"no_rope_layers": None, "no_rope_layer_interval": 0},
+        "no_rope_layer_interval must be a positive integer",
+    ),
+    "gemma3, pattern": ("gemma3_text", {"sliding_window_pattern": 0}, "pattern must be a positive"),
+    "gemma3, unread": (
+        "gemma3_text",
+        {"_sliding_window_pattern": 2},
+        "_sliding_window_pattern is",
+    ),
+    "gemma3, scaled windows": (
+        "gemma3_text",
+        {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2}}},
+        "those of sliding_attention are scaled",
+    ),
     "gpt2, two widths": ("gpt2", {"hidden_size": 9}, "n_embd is 8 and hidden_size.* which one"),
     "starcoder2, eps": ("starcoder2", {"layer_norm_epsilon": 0.1}, "_epsilon is 0.1 and norm_eps"),
     "gemma, two ways": ("gemma", {"use_bidirectional_attention": True}, "bidirectional_attention"),
@@ -490,13 +660,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "use_sliding_window is not true",
     ),
     "qwen2, list": ("qwen2", {"max_window_layers": [1]}, "max_window_layers must be a positive"),
-    "phi3, yarn": ("phi3", {"rope_scaling": YARN}, "'yarn', which is not built yet; .* default"),
-    "olmo3, yarn": ("olmo3", {"rope_scaling": YARN}, "'yarn', which is not built yet; .* default"),
-    "olmo3, theta": (
-        "olmo3",
-        {"rope_parameters": {"sliding_attention": {"rope_theta": 1e4}}},
-        "full and sliding attention have different rotary positions",
-    ),
+    "phi3, yarn": ("phi3", {"rope_scaling": YARN}, "lacks the key 'short_factor'"),
+    "olmo3, theta": ("olmo3", {"rope_theta": 1e4}, "rope_theta is 10000.0: releases of transform"),
     "olmo3, flat": ("olmo3", {"rope_parameters": YARN}, "rope_parameters has an unknown key"),
     "gpt_neo, types": ("gpt_neo", {"attention_types": [["global", 2]]}, "attention_types must"),
     "gpt_neo, many": ("gpt_neo", {"attention_types": [[["local"], 10**9]]}, "type of each of 2"),

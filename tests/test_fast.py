@@ -15,7 +15,8 @@ from strategies import Case, assert_within, case, cases, image_cases, scaled
 from test_factors import model_of
 
 import refcurv as rc
-from refcurv.algebra import gram, kernels
+from refcurv.algebra import attention, gram, kernels
+from refcurv.algebra.attention import LANES
 from refcurv.curvature.accumulate import add_gram
 from refcurv.law import tolerance
 from refcurv.law.checks import NonFiniteError
@@ -315,14 +316,37 @@ def test_the_backward_has_the_forwards_probabilities(
 ) -> None:
     """Bit for bit, wherever a row's keys begin and end."""
     rng = np.random.default_rng(seed)
-    first, last = np.sort(rng.integers(0, keys, (2, 1, 5)), axis=0)
-    last[0, -1] = -1  # a row that sees nothing
-    p = (rng.normal(size=(1, 2, 5, keys)) * size).astype(dtype)
-    again, d_p, rows = p.copy(), p.copy(), np.empty((2, 1, 2, 5), dtype)
+    first, last = np.sort(rng.integers(0, keys, (2, 5)), axis=0)
+    last[-1] = -1  # a row that sees nothing
+    p = (rng.normal(size=(5, -(-keys // LANES) * LANES)) * size).astype(dtype)
+    again, d_p, rows, score = p.copy(), p.copy(), np.empty((2, 5), dtype), p.astype(np.float64)
     scale = dtype(1 / np.sqrt(80))
-    kernels.softmax_forward(p, first, last, 0, scale, *rows)
-    kernels.softmax_backward(again, d_p, first, last, 0, scale, scale, *rows)
+    attention.softmax_forward(p, first, last, 0, scale, *rows)
+    attention.softmax_backward(again, d_p, first, last, 0, scale, scale, *rows)
     assert again.tobytes() == p.tobytes()
+    visible = (first[:, None] <= np.arange(p.shape[1])) & (np.arange(p.shape[1]) <= last[:, None])
+    want = layers.softmax_over(score * scale, visible)
+    assert np.abs(p - want).max() <= tolerance.gamma(keys + 20 + 9 * size, dtype)
+    assert not p[~visible].any()
+    assert not d_p[~visible].any()
+
+
+@given(st.lists(st.tuples(st.integers(0, 150), st.integers(-1, 150)), max_size=4))
+def test_tiles_leave_out_what_nobody_sees(sight: list[tuple[int, int]]) -> None:
+    """The least range of whole lanes that has all that is seen."""
+    first, last = np.array(sight, np.int64).reshape(-1, 2).T.copy()
+    lanes = {s // LANES for one, other in sight for s in range(one, other + 1)}
+    want = (min(lanes, default=0) * LANES, (max(lanes, default=-1) + 1) * LANES)
+    assert attention.keys_of(first, last) == want
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_there_is_nothing_to_see_behind_the_last_key(dtype: type) -> None:
+    """A layout may say more keys than there are: then all of them are seen, and no padding."""
+    q, k, v = np.random.default_rng(0).normal(size=(3, 1, 2, 2, 4)).astype(dtype)
+    seen = [Layout(*np.array([[[0, 1]], [[0, 0]], [[last] * 2]])) for last in (1, 40)]
+    want, got = (FAST.attention_forward(q, k, v, layout)[0] for layout in seen)
+    assert got.tobytes() == want.tobytes()
 
 
 ONE_KEY = {"two positions": (2, 0), "windows of one": (5, 1)}
@@ -339,6 +363,16 @@ def test_one_key_sends_nothing_to_queries_and_keys(which: str, ops: Ops, dtype: 
     for name, slope in gradient.items():
         nothing = any(part in name for part in ("attn.q", "attn.k"))
         assert slope.any() != nothing, name
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("half", [1, 3, 4])
+def test_rotating_has_the_bits_of_the_definition(dtype: type, half: int) -> None:
+    x = np.random.default_rng(0).normal(size=(2, 5, 3, 8)).astype(dtype)
+    angle = np.random.default_rng(1).normal(size=(2, 5, 1, half)) * 9
+    cos, sin = np.cos(angle).astype(dtype), np.sin(angle).astype(dtype)
+    assert FAST.rotate(x, cos, sin).tobytes() == layers.rotate(x, cos, sin).tobytes()
+    assert FAST.rotate(x, cos, -sin).tobytes() == layers.rotate(x, cos, -sin).tobytes()
 
 
 # ------------------------------------------------------------------ activations
@@ -388,6 +422,63 @@ def test_extreme_arguments_stay_finite(name: Activation, dtype: type) -> None:
         assert np.allclose(got, want, rtol=0, atol=1e-30)
 
 
+# ------------------------------------------------------------------ logits
+
+
+@given(
+    st.integers(0, 9999), st.sampled_from([1, 2, 7, 255, 256, 257]), st.floats(0, 60),
+    st.booleans(),
+)  # fmt: skip
+def test_cross_entropy_by_the_kernel(seed: int, V: int, spread: float, ties: bool) -> None:
+    """Each entry within V + 8 + |z_v − z_k| roundings of itself; what underflows is 0 or tiny."""
+    rng = np.random.default_rng(seed)
+    z = (rng.normal(size=(5, V)) * spread).astype(np.float32)
+    z = np.round(z) if ties else z
+    z[0, : V // 2] = -np.inf
+    label = np.array([V - 1, 0, -1, int(z[3].argmax()), V // 2])
+    nats, slope = FAST.cross_entropy(z, label)
+    want_nats, want = layers.cross_entropy(z.astype(np.float64), label)
+    below = np.minimum(z.max(axis=1, keepdims=True) - z, 200)
+    unit, tiny = tolerance.eps(np.float32), np.finfo(np.float32).tiny
+    assert nats.dtype == slope.dtype == np.float32
+    p = np.exp(z - z.max(axis=1, keepdims=True).astype(np.float64))
+    off = (V + 8 + below) * unit * p / p.sum(axis=1, keepdims=True) + 2 * tiny
+    off[np.arange(5), z.argmax(axis=1)] = 0  # it is what is left of 1
+    rest, most = off.sum(axis=1), np.abs(want).max(axis=1)
+    off += np.where(off == 0, (rest + (V + 8) * unit * most)[:, None], 0)
+    own = rest + (V + 8) * unit * np.abs(want[np.arange(5), label])
+    off[np.arange(5), label] = np.maximum(off[np.arange(5), label], own)
+    assert (np.abs(slope - want) <= off).all()
+    assert (np.abs(nats - want_nats) <= rest + (V + 8) * unit * np.abs(want_nats)).all()
+    assert not slope[2].any()
+    z[4, -1] = np.nan
+    with pytest.raises(NonFiniteError):
+        FAST.cross_entropy(z, label)
+
+
+@given(st.integers(0, 9999), st.sampled_from([1, 2, 255, 256, 257, 600]), st.floats(0, 40))
+def test_labels_by_the_kernel_have_the_bits_of_the_definition(
+    seed: int, V: int, spread: float
+) -> None:
+    """At any u, and at those where rounding decides: u c = c_v, and a few units beside it."""
+    rng = np.random.default_rng(seed)
+    z = np.repeat((rng.normal(size=(2, V)) * spread).astype(np.float32), 10, axis=0)
+    e = np.exp(z.astype(np.float64) - z.max(axis=1, keepdims=True))
+    c = np.cumsum(e, axis=1)
+    at = c[np.arange(20), rng.integers(0, V, 20)] / c[:, -1]
+    u = np.clip(at * (1 + rng.choice([0, 1, -1, 3], 20) * rng.choice([2**-53, 1e-8], 20)), 0, 1)
+    u[::4] = rng.random(5)
+    u[1] = 0
+    assert (FAST.draw_labels(z, u) == layers.draw_labels(z, u)).all()
+
+
+def test_most_labels_are_drawn_by_the_kernel() -> None:
+    rng = np.random.default_rng(0)
+    z, label = rng.normal(size=(60, 8192)).astype(np.float32), np.empty(60, np.int64)
+    kernels.propose_labels(z, rng.random(60), label)
+    assert (label >= 0).mean() > 0.95
+
+
 # ------------------------------------------------------------------ sums
 
 
@@ -435,15 +526,18 @@ def test_small_products_are_kept_when_more_rows_follow() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 5, 63, 64, 65, 200])
-def test_folding_and_mirroring(size: int) -> None:
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(7, size)).astype(np.float32)
-    total = np.tril(rng.normal(size=(size, size)))
-    want = total + np.tril((x.T @ x).astype(np.float64))
-    kernels.fold_triangle(total, x.T @ x)
-    assert total.tobytes() == want.tobytes()
-    kernels.mirror_triangle(total)
-    assert total.tobytes() == (want + np.tril(want, -1).T).tobytes()
+def test_folding_and_unfolding(size: int) -> None:
+    rng, at = np.random.default_rng(0), np.tril_indices(size)
+    product = rng.normal(size=(size, size)).astype(np.float32)
+    product[:, 0] = -0.0
+    for onto, before in ((True, rng.normal(size=len(at[0]))), (False, np.zeros(len(at[0])))):
+        total = before.copy() if onto else np.full(len(before), np.nan)
+        kernels.fold_triangle(total, product, onto)
+        assert total.tobytes() == (before + product[at].astype(np.float64)).tobytes()
+    whole, got = np.empty((2, size, size))
+    whole[at] = whole.T[at] = total
+    kernels.unfold_triangle(total, got)
+    assert got.tobytes() == whole.tobytes()
 
 
 def test_counting_kernel_against_its_definition() -> None:
@@ -457,10 +551,13 @@ def test_counting_kernel_against_its_definition() -> None:
 
 
 def test_the_exponential_and_normal_of_the_kernels_are_as_exact_as_they_say() -> None:
-    """In float32: e^x to 2 ulp (observed 1.01), Φ to 3e-7 (observed 2.5e-7)."""
+    """In float32: e^x to 2 ulp (observed 1.01), tanh to 3 (1.2), Φ to 3e-7 (observed 2.5e-7)."""
     for x in np.linspace(-87, 88, 2001, dtype=np.float32):
         want = math.exp(float(x))
         assert abs(float(kernels._exp32(x)) - want) <= 2 * np.spacing(np.float32(want))
+    for x in np.linspace(-12, 12, 2001, dtype=np.float32):
+        want = math.tanh(float(x))
+        assert abs(float(kernels._tanh32(x)) - want) <= 3 * abs(np.spacing(np.float32(want)))
     for z in np.linspace(-8, 8, 2001, dtype=np.float32):
         e = np.float32(math.exp(-(float(z) ** 2) / 2))
         want = 0.5 * math.erfc(-float(z) * math.sqrt(0.5))

@@ -352,8 +352,8 @@ def rope_of(kind: str, **more: Any) -> dict[str, Any]:
 CONTEXT = {"original_max_position_embeddings": 8192}
 LLAMA3_ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **CONTEXT}
 WRONG_ROPES: dict[str, tuple[dict[str, Any], str]] = {
-    "dynamic": (rope_of("dynamic", factor=2.0), "'dynamic', which is not built yet; .*, linear"),
-    "longrope": (rope_of("longrope", short_factor=[1.0]), "'longrope', which is not built yet"),
+    "dynamic": (rope_of("dynamic"), "lacks the key 'factor'"),
+    "longrope": (rope_of("longrope", short_factor=[1.0], **CONTEXT), "lacks the key 'long_factor'"),
     "su": ({"rope_scaling": {"type": "su"}}, "'su', which is not built yet"),
     "mrope": ({"rope_scaling": {"type": "mrope"}}, "'mrope', which is not built yet"),
     "mrope, saved anew": (

@@ -182,7 +182,7 @@ def test_stories_do_not_see_one_another(tmp_path: Path, capsys: Any) -> None:
             str(tmp_path / "c.h5"), "--pack", "--separator", "<|endoftext|>"]  # fmt: skip
     assert main(argv) == 0
     out = capsys.readouterr().out
-    assert "3 documents, 5 tokens" in out and "left out: 1 documents without a token" in out
+    assert "3 documents, 5 tokens" in out and "left out: 1 document without a token" in out
 
 
 @given(

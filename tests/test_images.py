@@ -488,6 +488,17 @@ def test_bidirectional_models_of_tokens_need_labels_of_their_own() -> None:
             lambda: rc.evaluate(model, Corpus(one.token, populations={"p": text})))  # fmt: skip
 
 
+def test_items_of_images_are_refused_before_the_work(tmp_path: Path, capsys: Any) -> None:
+    one, images = vit()
+    w, c, out = (str(tmp_path / name) for name in ("w.h5", "c.h5", "i.jsonl"))
+    rc.save(model_of(one), w)
+    seen = ImagePopulation(images, one.label[:, 0], "test")
+    rc.save_corpus(replace(corpus_of(one, images), populations={"seen": seen}), c)
+    assert main(["evaluate", w, c, "--items", out]) == 2
+    told = capsys.readouterr()
+    assert "--items are of tokens, and split 'test' has images alone" in told.err and not told.out
+
+
 def test_sequences_longer_than_the_learned_positions() -> None:
     one = case(learned_positions=4)
     model, lengths = model_of(one), np.full(2, 6)
@@ -504,7 +515,7 @@ def test_sequences_longer_than_the_learned_positions() -> None:
     refused(RangeError, "population 'p': 5 positions, but the model has learned 4",
             lambda: rc.evaluate(model, Corpus(one.token, populations={"p": recite})))  # fmt: skip
     refused(RangeError, "5 positions, but the model has learned 4",
-            lambda: decode.greedy(one.config, one.parameters, one.token[:, :3], 3))  # fmt: skip
+            lambda: decode.greedy(model, one.token[:, :3], 3))  # fmt: skip
     fits = Population(one.token[:, :5], lengths - 3, lengths - 1, "recite", "test")
     found = rc.evaluate(model, Corpus(one.token, populations={"p": fits}))
     assert found["p"].items == 2

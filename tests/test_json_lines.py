@@ -121,7 +121,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "other labels": ({**IDS, "labels": [5, 6, 8]}, "labels[2] is 8 and input_ids[2] is 7"),
     "labels of padding": ({**IDS, "labels": [5, 6, 7], "attention_mask": [1, 1, 0]},
                           "labels[2] is 7 and that is padding"),
-    "short labels": ({**IDS, "labels": [5]}, "'labels' has 1 entries for 3 ids"),
+    "short labels": ({**IDS, "labels": [5]}, "'labels' has 1 entry for 3 ids"),
     "positions again": ({**IDS, "position_ids": [0, 1, 0]}, "Are several documents in the line?"),
     "types": ({**IDS, "token_type_ids": [0, 1, 1]}, "no types of tokens"),
     "loss_mask": ({**IDS, "loss_mask": [0, 1, 1]}, "'loss_mask', which says how its tokens count"),

@@ -20,6 +20,7 @@ from refcurv.judge.compare import Bounds
 from refcurv.judge.drawn import LITTLE, RARE, Drawing
 from refcurv.judge.foreign import read_dump
 from refcurv.judge.verdict import BY_DRAWING, Cause, Comparison, Verdict
+from refcurv.law.words import number_of
 from refcurv.report.verdict import format_verdict, headline, layer_table
 from refcurv.report.verdict_page import verdict_page
 
@@ -274,6 +275,13 @@ def test_what_passes_as_drawn_says_that_other_labels_would():
     text, page = (made(verdict.to_json()) for made in (format_verdict, verdict_page))
     for seen in (text, page):
         assert "Labels of the corpus, or any others" in " ".join(seen.split())
+        assert "whose labels they have is not judged" in " ".join(seen.split())
+    assert text.startswith("passed: ") and " ".join(text.split()).count("Labels of the") == 1
+    stated = float(verdict.findings[0].cause.partition("change it by ")[2].partition("%")[0]) / 100
+    changed = max(
+        np.linalg.norm(theirs[x][1] - one.G) / np.linalg.norm(one.G) for x, one in made.items()
+    )
+    assert changed < stated < 0.25
     same = rc.validate(in_memory(reference), reference, **SAMPLED)
     assert all(f.quantity != "labels" for f in same.findings)
 
@@ -334,20 +342,22 @@ def test_every_mixture_of_verdicts_has_its_words(accepted):
             wrong = [k for k in kinds if k not in fine and k != "undecided"]
             open_ = kinds.count("undecided")
             if wrong:
-                assert line.startswith(f"FAILED: {len(wrong)} of {len(kinds)} layers of memory: ")
+                every = number_of(len(kinds), "layer")
+                assert line.startswith(f"FAILED: {len(wrong)} of {every} of memory: ")
                 assert ("B15" in line) == bool(causes)
                 assert ("no known cause" in line) == (not causes and "fail" in kinds)
                 assert (f"{open_} more undecided" in line) == bool(open_)
                 assert "nothing is known" not in line.lower()
             elif open_:
-                assert line.startswith(f"UNDECIDED: {open_} of {len(kinds)} layers of memory")
+                every = number_of(len(kinds), "layer")
+                assert line.startswith(f"UNDECIDED: {open_} of {every} of memory")
                 assert "FAILED" not in line and "No known fault" not in page
             elif set(kinds) == {"left out"}:
                 assert line.startswith("nothing was compared")
             else:
                 assert line.startswith("passed: ")
             assert found.passed == line.startswith("passed: ")
-            assert format_verdict(data).startswith(line)
+            assert " ".join(format_verdict(data).split()).startswith(line)
             table = dict(zip((r[0] for r in layer_table(data).rows), kinds, strict=True))
             for row in layer_table(data).rows:
                 assert row[-1] == ("pass" if table[row[0]] == "left out" else table[row[0]])

@@ -28,6 +28,7 @@ def failures(seeds):
     return out
 
 
+@pytest.mark.slow
 def test_legitimate_variations_pass():
     assert failures(range(12)) == []
 

@@ -12,9 +12,10 @@ import refcurv as rc
 from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.case import Case
 from refcurv.judge.diagnosis.amounts import curve, nearest
+from refcurv.judge.diagnosis.likely import likely
 from refcurv.judge.diagnosis.scales import Counts, Scale, equal_batches, explain
-from refcurv.judge.diagnosis.variants import Setting, moments
-from refcurv.judge.dump import Dump
+from refcurv.judge.diagnosis.variants import REFERENCE, Setting, moments
+from refcurv.judge.dump import Dump, Theirs
 from refcurv.model.part import part_of
 
 LAYERS = "blocks.*.mlp.{gate,down},blocks.*.attn.v,head"
@@ -147,6 +148,7 @@ def test_labels_that_nobody_knows_are_told_by_their_mean(padded, draw):
     assert all("mean over 8 draws" in cause.sentence for cause in verdict.causes)
 
 
+@pytest.mark.slow
 def test_what_is_no_draw_of_labels_is_not_taken_for_one(padded):
     """As much is added as labels at padding add, in other directions."""
     factors = padded[2]("sampled")
@@ -158,6 +160,30 @@ def test_what_is_no_draw_of_labels_is_not_taken_for_one(padded):
         x = x @ x.T
         theirs[name] = A, ours + x * np.linalg.norm(G - ours) / np.linalg.norm(x), n
     assert "B19" not in named(judged(padded, theirs, factors, labels="given"))
+
+
+SHIFTED = Setting(labels="drawn, then shifted")
+
+
+@pytest.mark.slow
+def test_labels_that_are_drawn_and_then_shifted_have_their_name(padded):
+    factors = padded[2]("sampled")
+    here = Case(Dump("memory", {}, {}, declared={"labels": "given"}), factors, {}, Arithmetic(),
+                *padded[:2])  # fmt: skip
+    ((_, made),) = moments(here, [SHIFTED], list(factors))
+    theirs = {name: (one.A, one.G, one.n_A) for name, one in made.items()}
+    assert named(judged(padded, theirs, factors, labels="given")) == ["B22"]
+
+
+def test_a_dump_is_likely_under_what_made_it(padded):
+    """And not under another choice of labels, or with a factor."""
+    factors = padded[2]("sampled", seed=77)
+    for setting, scale, true in ((SHIFTED, 1, True), (REFERENCE, 1, False), (SHIFTED, 2, False)):
+        dump = under(padded, factors, setting)
+        theirs = {x: Theirs(A=one[0], G=one[1] * scale, n_A=one[2]) for x, one in dump.items()}
+        here = Case(Dump("memory", theirs, {}), factors, {x: x for x in theirs}, Arithmetic(),
+                    *padded[:2])  # fmt: skip
+        assert likely(here, SHIFTED, ["head"]) == true
 
 
 # ------------------------------------------------------------------ divisors
@@ -197,20 +223,23 @@ def test_without_a_corpus_nothing_tells_steps_from_terms():
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="B3 of drawn labels is named B6: its factor is near 1/V")
-def test_weights_of_batches_are_told_by_their_factor_where_drawing_hides_their_form(padded):
-    """Their own labels: G of each sequence over the square of its batch's labels."""
+@pytest.mark.parametrize("fault", ["B3", "B2"])
+def test_weights_of_batches_are_told_by_their_factor_where_drawing_hides_their_form(padded, fault):
+    """Their own labels: G of each sequence over the square of its batch's labels.
+
+    Weights by length are one rule, whose factor no other fault gives here. Of batches of 10 the
+    factor may be that of a mean over 32 terms too, and the form says nothing: it stays unknown.
+    """
     model, corpus, collect = padded
     reference = collect("sampled", draws=8)
     terms = (corpus.label >= 0).sum(axis=1)
-    for fault, weight in (
-        ("B3", 1.0 / terms**2),
-        ("B2", 1.0 / np.bincount(np.arange(24) // 10, terms)[np.arange(24) // 10] ** 2),
-    ):
-        theirs = {name: [one.A, 0.0, one.n_A] for name, one in reference.items()}
-        for n, w in enumerate(weight):
-            alone = part_of(corpus, slice(n, n + 1))
-            for name, one in rc.collect(model, alone, LAYERS, "sampled", seed=50 + n).items():
-                theirs[name][1] = theirs[name][1] + w * one.sum_G / reference[name].n_A
-        verdict = judged(padded, {k: tuple(x) for k, x in theirs.items()}, reference)
-        assert named(verdict) == [fault]
+    batch = np.arange(24) // 10 if fault == "B2" else np.arange(24)
+    weight = 1.0 / np.bincount(batch, terms)[batch] ** 2
+    theirs = {name: [one.A, 0.0, one.n_A] for name, one in reference.items()}
+    for n, w in enumerate(weight):
+        alone = part_of(corpus, slice(n, n + 1))
+        for name, one in rc.collect(model, alone, LAYERS, "sampled", seed=50 + n).items():
+            theirs[name][1] = theirs[name][1] + w * one.sum_G / reference[name].n_A
+    verdict = judged(padded, {k: tuple(x) for k, x in theirs.items()}, reference)
+    assert named(verdict) == [fault if fault == "B3" else None]
+    assert fault == "B3" or {"B1", "B2", "B43"} <= {*verdict.causes[0].alike}

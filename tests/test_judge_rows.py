@@ -266,6 +266,19 @@ def test_a_covariance_to_which_ones_were_added(biased) -> None:
     assert [cause.fault for cause in verdict.causes] == ["B45"]
 
 
+def test_ones_that_are_summed_where_inputs_are_averaged(biased) -> None:
+    """[ā; n] of each sequence of n rows: the block of [ā; 1], and the corner of Σ [a; 1]."""
+    layer = "blocks.1.mlp.down"
+    here = case_of(biased, collected(biased, "empirical"))
+    mixed, mean, both = (
+        under(here, Setting(pooling_A=one))[layer].A for one in ("mean, ones summed", "mean", "sum")
+    )
+    assert_within(mixed[:-1, :-1], mean[:-1, :-1], LOOPS, np.trace(mean), "A")
+    assert np.isclose(mixed[-1, -1], both[-1, -1])
+    assert Setting(pooling_A="mean, ones summed") in settings(here)
+    assert Setting(pooling_A="mean, ones summed") not in settings(replace(here, joint=frozenset()))
+
+
 def test_a_column_that_is_missing_and_a_gradient_of_the_input(biased) -> None:
     factors = collected(biased, "empirical")
     lacking = {k: (one.A, one.G, one.n_A) for k, one in factors.items()}

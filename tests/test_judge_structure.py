@@ -48,6 +48,24 @@ def named(theirs, factors, **options):
     return {cause.fault: set(cause.alike) for cause in verdict.causes}
 
 
+@pytest.mark.parametrize("seen", ["empirical", pytest.param("sampled", marks=pytest.mark.slow)])
+def test_a_tied_head_with_the_sums_of_its_table_has_its_name(seen):
+    one = config(mlp_width=8, tied=True, embed_scale=3.0)
+    model = rc.Model(one, random_parameters(one, 3))
+    corpus = rc.Corpus(np.random.default_rng(0).integers(0, one.vocabulary, (40, 9)))
+    draws = 8 if seen == "sampled" else 1
+    own = rc.collect(model, corpus, "head,blocks.0.mlp.*", seen, draws=draws)
+    both = rc.collect(model, corpus, "head,embed,blocks.0.mlp.*", seen, seed=7)
+    theirs = {x: (both[x].A, both[x].G, both[x].n_A) for x in own}
+    head, table = both["head"], both["embed"]
+    n, sum_G = 2 * head.n_A, head.sum_G + np.diag(table.sum_A)
+    theirs["head"] = (head.sum_A + table.sum_G) / n, sum_G / n, n
+    options = SAID | {"declared": {"fisher": seen}}
+    (cause,) = rc.validate(theirs, own, model=model, corpus=corpus, **options).causes
+    assert cause.fault == "B40" and cause.layers == ("head",)
+    assert seen == "sampled" or ({"A", "G"} <= {*cause.quantities} and cause.after < 1e-12)
+
+
 # ------------------------------------------------------------------ shards
 
 JOINED = {
@@ -59,6 +77,8 @@ JOINED = {
     "one is missing": lambda X: X[4:],
     "one is there twice": lambda X: np.vstack([X, X[:4]]),
     "reshaped": lambda X: X.reshape(2, 32),
+    "padded, the last rows cut off": lambda X: np.vstack([X[:3], 0 * X[:1], X[3:]])[:8],
+    "padded": lambda X: np.vstack([X[:3], 0 * X[:1], X[3:6], 0 * X[:1], X[6:], 0 * X[:2]]),
 }
 
 
@@ -101,6 +121,31 @@ def layer(rng, size):
     n = int(rng.integers(50, 90))
     x = rng.normal(size=(n, size)) @ rng.normal(size=(size, size))
     return Factor(x.T @ x, n, 2 * x.T @ x, n, 0.0, 0.0)
+
+
+def test_layers_of_one_input_share_their_sums(post):
+    """k and v, gate and up of a block, as two calls of one module; where labels are drawn, too."""
+    *_, factors = post
+    for pair in (("attn.k", "attn.v"), ("mlp.gate", "mlp.up")):
+        theirs = triples(factors)
+        for block in ("blocks.0.", "blocks.1."):
+            one, two = (factors[block + name] for name in pair)
+            for name in pair:
+                theirs[block + name] = (one.A, (one.G + two.G) / 2, 2 * one.n_A)
+        assert set(named(theirs, factors)) == {"B40"}
+        bare = {k: (A, G, None) for k, (A, G, _) in theirs.items()}
+        assert set(named(bare, factors)) == {"B40"}
+
+
+def test_one_G_of_two_layers_whatever_was_drawn(post):
+    """One sampled label a position: any one G is ours by drawing, and the same in two is not."""
+    model, corpus, _ = post
+    layers = "blocks.0.attn.{k,v}"
+    factors = rc.collect(model, corpus, layers, "sampled", draws=4)
+    drawn = rc.collect(model, corpus, layers, "sampled", seed=9)
+    G = sum(one.G for one in drawn.values()) / 2
+    theirs = {k: (one.A, G, 2 * one.n_A) for k, one in drawn.items()}
+    assert set(named(theirs, factors, declared={"fisher": "sampled"})) == {"B40"}
 
 
 def test_blocks_of_one_shape_share_their_sums(post):
@@ -264,6 +309,29 @@ def test_a_dump_without_a_layer_says_what_is_missing(post):
     *_, factors = post
     with pytest.raises(EmptyError, match=r"empty.*Missing: 'blocks\.1\.mlp\.up'\. B48"):
         rc.validate({}, factors, layers="blocks.1.mlp.up")
+
+
+def test_layers_that_were_not_asked_for_are_no_frozen_ones(post):
+    """The MLPs alone: no attention anywhere. The second block alone may have been trained."""
+    *_, factors = post
+    mlps = {name: one for name, one in triples(factors).items() if ".mlp." in name}
+    assert named(mlps, factors) == {None: {"B48"}}
+    second = {name: one for name, one in triples(factors).items() if "blocks.1" in name}
+    assert named(second, factors) == {"B48": set()}
+    halved = {name: (A, G / 4, n) for name, (A, G, n) in mlps.items()}
+    verdict = rc.validate(halved, factors, **SAID)
+    assert [cause.fault for cause in verdict.causes][1:] == [None]
+
+
+def test_shards_of_another_part_of_a_fused_layer(post):
+    """v's gradient in the place of k's, its shards side by side: two faults at once."""
+    *_, factors = post
+    theirs = {}
+    for name in (x for x in factors if x.endswith((".k", ".v"))):
+        other = name[:-1] + ("v" if name.endswith("k") else "k")
+        A, G = (np.hstack(np.split(X, 2)) for X in (factors[name].A, factors[other].G))
+        theirs[name] = A, G, factors[name].n_A
+    assert set(named(theirs, factors, layers=",".join(theirs))) == {"B34", "B47"}
 
 
 def test_a_mask_left_out_of_some_sums_is_no_choice_of_rows(post):

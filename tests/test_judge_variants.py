@@ -11,12 +11,13 @@ import numpy as np
 import oracles
 import pytest
 import test_images
-from strategies import Case, assert_within, case
+from strategies import Case, assert_within, case, config, random_parameters
 from test_factors import corpus_of, gappy, model_of
 
 import refcurv as rc
 from refcurv.judge import case as judged
 from refcurv.judge.arithmetic import Arithmetic
+from refcurv.judge.diagnosis import recomputed
 from refcurv.judge.diagnosis.variants import (
     REFERENCE,
     Moments,
@@ -28,9 +29,12 @@ from refcurv.judge.diagnosis.variants import (
     parts,
     settings,
 )
+from refcurv.judge.diagnosis.variants.networks import Network
+from refcurv.judge.diagnosis.variants.positions import positions
+from refcurv.judge.diagnosis.variants.sight import Sight, visible
 from refcurv.judge.dump import Dump
 from refcurv.law.checks import Array
-from refcurv.law.conventions import Fisher
+from refcurv.law.conventions import Fisher, Rows
 from refcurv.model import transformer
 
 BUDGET = 40 * budgets.path(2, 64, np.float64)
@@ -73,6 +77,7 @@ def test_the_reference_itself(fisher: Fisher, rows: str) -> None:
         assert_within(one.G, ours.G, BUDGET, np.trace(ours.G), f"G of {name}")
 
 
+@pytest.mark.slow
 def test_every_deviation_differs() -> None:
     """On a model and a corpus where it can; but where nothing flows, no setting is offered."""
     for one in (gappy(), packed()):
@@ -224,6 +229,11 @@ def double_shift(_: Array, label: Array, __: Array) -> list[oracles.World]:
     return one_way({t: int(label[t + 1]) for t in at})
 
 
+def drawn_then_shifted(p: Array, label: Array, _: Array) -> list[oracles.World]:
+    ways = every_labelling(p, [t for t in labelled(label) if t > 0])
+    return [(weight, {(t - 1, v): 1 for t, v in way.items()}) for weight, way in ways]
+
+
 def no_shift(_: Array, label: Array, token: Array) -> list[oracles.World]:
     return one_way({t: int(token[t]) for t in labelled(label)})
 
@@ -253,6 +263,7 @@ def gold_at_prompts(_: Array, label: Array, token: Array) -> list[oracles.World]
         (Setting(labels="empirical", smoothing=0.1), smoothed_gold),
         (Setting(labels="double shift"), double_shift),
         (Setting(labels="no shift"), no_shift),
+        (Setting(labels="drawn, then shifted"), drawn_then_shifted),
         (Setting(where="last"), at_last),
         (Setting(where="prompts"), at_prompts),
         (Setting(labels="empirical", where="ignored prompts"), gold_at_prompts),
@@ -294,7 +305,9 @@ def test_an_estimated_mean_is_near_the_mean() -> None:
 # ------------------------------------------------------------------ other arithmetic
 
 
-def interleaved(x: Array, position: int, theta: float, width: int = 0, scaling=None) -> Array:
+def interleaved(
+    x: Array, position: int, theta: float, width: int = 0, scaling=None, length: int = 0
+) -> Array:
     out = x.copy()
     for j in range(len(x) // 2):
         c, s = (f(position * theta ** (-2 * j / len(x))) for f in (np.cos, np.sin))
@@ -336,9 +349,21 @@ def sees_both_sides(config, i, segment, t, s) -> bool:
     return segment[s] == segment[t] and (not window or abs(t - s) < window)
 
 
+def sees_next(config, i, segment, t, s) -> bool:
+    window = config.windows[i]
+    return segment[s] == segment[t] and t - s >= -1 and (not window or t - s < window)
+
+
+def sees_one_less(config, i, segment, t, s) -> bool:
+    window = config.windows[i]
+    return segment[s] == segment[t] and t >= s and (not window or t - s < window - 1)
+
+
 WINDOWS = {"windows": (2, 0)}
 
 ARITHMETIC = {
+    "a position sees the next": (WINDOWS, {}, {"sees": sees_next}),
+    "windows of one less": (WINDOWS, {}, {"sees": sees_one_less}),
     "documents see each other, windows count positions": (WINDOWS, {}, {"sees": counts_positions}),
     "no causal mask where no window is": (WINDOWS, {}, {"sees": sees_ahead}),
     "no causal mask, windows on both sides": (WINDOWS, {}, {"sees": sees_both_sides}),
@@ -433,6 +458,7 @@ def test_other_rows_are_the_loops(three: tuple) -> None:
         "with last": np.ones_like(keep),
         "without prompts": keep & (label >= 0),
         "without first": keep & ~first,
+        "without first, with last": ~first | np.zeros_like(keep),
         "first twice": keep + (keep & first).astype(int),
     }
     for name, many in times.items():
@@ -524,6 +550,20 @@ def test_padding_may_see_the_text_and_not_itself(monkeypatch) -> None:
         oracles.logits(one.config, one.astype(np.longdouble), one.token[b], None, None, record)
         a += [record[TOP, t] for t in range(4)]
     assert_within(found, square(a) / 8, LOOPS, np.trace(found), "A")
+
+
+def test_padding_may_see_itself_alone() -> None:
+    """It is then a document of its own, whose positions begin anew."""
+    one, real, _ = padded()
+    full = replace(one, real=np.ones_like(real), segment=np.where(real, one.segment, 9))
+    want = rc.collect(model_of(full), corpus_of(full), TOP, "empirical", rows="all")[TOP].A
+    found = under(beside(one, "empirical", TOP), Setting(rows_A="with pads", pads="apart"))[TOP].A
+    assert_within(found, want, BUDGET, np.trace(want), "A")
+    at = positions(corpus_of(one), one.config, Rows.ALL)
+    layout = Network(one.config, {}, pads="apart").layout(at)
+    s = np.arange(real.shape[1])
+    seen = (layout.first_BT[..., None] <= s) & (s <= layout.last_BT[..., None])
+    assert np.array_equal(visible(at, Sight(), 0, "apart"), seen)
 
 
 def test_padding_on_the_left_is_read_as_text() -> None:
@@ -796,3 +836,29 @@ def test_a_joint_input_has_a_last_coordinate_that_is_one() -> None:
             assert one.A[-1, -1] == 1
     for _, means in inputs(joint, [REFERENCE], names):
         assert all(A.shape == here.reference[name].A_joint.shape for name, (A, _) in means.items())
+
+
+def test_what_is_exact_ends_the_runs_on_all_sequences(monkeypatch):
+    """Of more positions than a sample has; A is ours, so that nothing is run for it."""
+    made = config()
+    model = rc.Model(made, random_parameters(made, 3))
+    tokens = np.random.default_rng(0).integers(0, made.vocabulary, (24, 9))
+    corpus, layer = rc.Corpus(tokens), "blocks.1.mlp.up"
+    labels = np.full(tokens.shape, -1)
+    labels[:, :8] = rc.logits(model, tokens)[:, :8].argmax(-1)
+    truth = rc.collect(model, corpus, layer, "empirical")
+    theirs = rc.collect(model, rc.Corpus(tokens, labels=labels), layer, "empirical")
+    whole, tried = [], []
+
+    def watched(case, wanted, layers, limit, **more):
+        whole.extend(wanted if limit >= corpus.label.size else ())
+        return moments(case, wanted, layers, limit, **more)
+
+    monkeypatch.setattr(recomputed, "moments", watched)
+    monkeypatch.setattr(recomputed, "few_positions", lambda _: 198)
+    best = recomputed._best
+    monkeypatch.setattr(recomputed, "_best", lambda *of: tried.append(best(*of)) or tried[-1])
+    verdict = rc.validate(theirs, truth, model=model, corpus=corpus)
+    assert [cause.fault for cause in verdict.causes] == ["B16"]
+    assert {one.labels for one in whole} == {"reference", "argmax"}, whole
+    assert max(map(len, tried)) == recomputed.BEST

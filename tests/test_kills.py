@@ -21,11 +21,13 @@ from matplotlib.figure import Figure
 from strategies import config, random_parameters
 
 import refcurv as rc
+from refcurv.cli import main
 from refcurv.curvature import bases_file
 from refcurv.curvature.checkpoint import Checkpoint
 from refcurv.curvature.moments import Key, Side
 from refcurv.files import disk, huggingface
 from refcurv.model.config import ModelConfig
+from refcurv.passes.parallel import Turnstile
 from refcurv.report import plots
 from validation.paper import trainings
 
@@ -80,12 +82,13 @@ class Sums:
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
-    def state(self) -> np.ndarray:
-        return np.full(self.shape, float(self.seed))
+    def parts(self) -> tuple[np.ndarray, None]:
+        return np.full(self.shape, float(self.seed)), None
 
 
 def checkpoint(sums: Sums, path: Path) -> None:
-    Checkpoint(path, {"seed": sums.seed}).save({Key(Side.A, "head"): sums}, 1)  # type: ignore[dict-item]
+    held = {Key(Side.A, "head"): sums}
+    Checkpoint(path, {"seed": sums.seed}).save(held, 1, Turnstile())  # type: ignore[arg-type]
 
 
 def saved(seed: int, path: Path) -> Path:
@@ -219,3 +222,38 @@ def test_a_collection_killed_again_and_again_ends_with_the_same_file(tmp_path: P
     assert killed
     assert (tmp_path / "f.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c.h5", "f.h5", "w.h5", "whole.h5"]
+
+
+def test_a_streamed_collection_killed_at_twenty_moments_ends_with_the_same_file(
+    tmp_path: Path, capfd
+) -> None:
+    """SIGKILL, twenty times; the command is the same each time, and goes on from whole layers."""
+    made = config(vocabulary=20)
+    rc.save(rc.Model(made, random_parameters(made, 0)), tmp_path / "w.h5")
+    tokens = np.random.default_rng(0).integers(0, 20, (200, 64))
+    rc.save_corpus(rc.Corpus(tokens), tmp_path / "c.h5")
+    model, corpus = rc.load(tmp_path / "w.h5"), rc.load_corpus(tmp_path / "c.h5")
+    rc.save_factors(rc.collect(model, corpus, "**"), tmp_path / "one.h5")
+    want, out = (tmp_path / "one.h5").read_bytes(), tmp_path / "f.h5"
+    words = ["collect", str(tmp_path / "w.h5"), str(tmp_path / "c.h5"), "--layers", "**"]
+    words += ["--memory", "64GB", "-o", str(out)]
+    begin = time.monotonic()
+    assert main(words) == 0
+    takes = time.monotonic() - begin
+    assert out.read_bytes() == want
+    out.unlink()
+    killed, kept = 0, 0
+    for moment in np.random.default_rng(1).uniform(0.0, 1.0, 20):
+        child = os.fork()
+        if not child:
+            os._exit(main(words))
+        time.sleep(takes * moment)
+        os.kill(child, signal.SIGKILL)
+        killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        kept = max(kept, len(list(tmp_path.glob("f.h5.unfinished.layers/*.h5"))))
+        if out.exists():
+            assert out.read_bytes() == want
+            out.unlink()
+    assert main(words) == 0
+    assert killed > 5 and kept and out.read_bytes() == want
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c.h5", "f.h5", "one.h5", "w.h5"]

@@ -332,24 +332,86 @@ def test_yarns_ramp_ends_within_the_entries(frequency: Callable[..., float]) -> 
     assert frequency(1, 4, 4.0, scaling) == pytest.approx(third / 2, rel=1e-14)
 
 
-@given(st.integers(1, 5), st.sampled_from([1.5, 3.0, 1e4, 1e6]), scalings(), st.integers(0, 99))
+@given(
+    st.integers(1, 5), st.sampled_from([1.5, 3.0, 1e4, 1e6]), st.data(), st.integers(0, 99),
+    st.integers(1, 9),
+)  # fmt: skip
 def test_frequencies_are_the_oracle(
-    half: int, theta: float, scaling: RopeScaling, position: int
+    half: int, theta: float, data: st.DataObject, position: int, length: int
 ) -> None:
-    wide = np.dtype(np.longdouble)
-    got = layers.rope_frequencies(2 * half, theta, scaling, wide)
-    want = [oracles.frequency(j, 2 * half, theta, scaling, wide.type) for j in range(half)]
+    wide, scaling = np.dtype(np.longdouble), data.draw(scalings(2 * half))
+    got = layers.rope_frequencies(2 * half, theta, scaling, wide, length)
+    want = [oracles.frequency(j, 2 * half, theta, scaling, wide.type, length) for j in range(half)]
     assert got.dtype == wide
     # llama3: a turn is off by roundings of itself, over the width of the ramp
     ramp = 1 + scaling.original / (scaling.fast - scaling.slow)
     assert (np.abs(got - want) <= 16 * ramp * tolerance.eps(wide) * np.abs(want)).all()
     x = np.arange(1.0, 2 * half + 1).astype(wide)
-    tables = layers.rope_tables(np.array([[position]]), 2 * half, theta, wide, scaling)
+    tables = layers.rope_tables(np.array([[position]]), 2 * half, theta, wide, scaling, length)
     turned = layers.rotate(x[None, None, None], *tables).ravel()
     assert np.allclose(
-        turned, oracles.rotate(x, position, theta, 0, scaling),
+        turned, oracles.rotate(x, position, theta, 0, scaling, length),
         rtol=0, atol=16 * ramp * tolerance.eps(wide) * (1 + position) * 2 * half * 2,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("frequency", [layers.rope_frequencies, oracles.frequency])
+def test_frequencies_by_the_length_of_the_text(frequency: Callable[..., np.ndarray]) -> None:
+    """4 entries, theta = 100: 1 and 1/10 up to 8 positions.
+
+    Of 20 and with factor 3 dynamic divides the slower by 1 + 3 (20/8 − 1) = 5.5; the fastest stays.
+    """
+    dynamic = RopeScaling(kind="dynamic", factor=3.0, original=8)
+    long = RopeScaling(kind="longrope", original=8, short=(1.0, 1.25), long=(2.0, 8.0))
+    for scaling, length, want in (
+        (dynamic, 8, (1, 0.1)), (dynamic, 20, (1, 0.1 / 5.5)),
+        (long, 8, (1, 0.08)), (long, 9, (0.5, 0.0125)),
+    ):  # fmt: skip
+        if frequency is oracles.frequency:
+            got = [frequency(j, 4, 100.0, scaling, np.float64, length) for j in range(2)]
+        else:
+            got = frequency(4, 100.0, scaling, np.dtype(np.float64), length)
+        assert np.allclose(got, want, rtol=1e-14, atol=0), (scaling, length)
+
+
+SCALINGS = [
+    None,
+    RopeScaling(kind="linear", factor=3.0),
+    RopeScaling(kind="llama3", factor=8.0, original=8, slow=1.0, fast=4.0),
+    RopeScaling(kind="yarn", factor=4.0, original=32, slow=1.0, fast=8.0),
+    RopeScaling(kind="dynamic", factor=3.0, original=8),
+]
+
+
+@pytest.mark.parametrize("scaling", SCALINGS, ids=lambda one: one and one.kind.value)
+@pytest.mark.parametrize("dtype", [np.float64, np.longdouble])
+@pytest.mark.parametrize("width", [2, 6])
+def test_frequencies_in_their_dtype(scaling: RopeScaling | None, dtype: type, width: int) -> None:
+    """Each is of its dtype, and as exact; of two entries there is one, which no length changes."""
+    cases = [(scaling, 20)]
+    if scaling is None:  # as many divisors as frequencies
+        half = tuple(1 + 0.1 * j for j in range(width // 2))
+        cases += [(RopeScaling(kind="longrope", original=8, short=half, long=half), 9)]
+    for one, length in cases:
+        got = layers.rope_frequencies(width, 10.0, one, np.dtype(dtype), np.int64(length))
+        want = [oracles.frequency(j, width, 10.0, one, dtype, length) for j in range(width // 2)]
+        assert got.dtype == dtype
+        assert np.allclose(got, np.array(want, dtype), rtol=64 * tolerance.eps(dtype), atol=0)
+
+
+@given(st.integers(1, 7), st.integers(0, 999))
+def test_lengths_by_pairs(length: int, seed: int) -> None:
+    """How many real positions the segment of each real position has."""
+    rng = np.random.default_rng(seed)
+    segment = np.cumsum(rng.random((2, length)) < 0.4, axis=1)
+    real = np.arange(length) < rng.integers(1, length + 1, (2, 1))
+    for layout in (layers.causal_layout(real, segment), layers.full_layout(real, segment)):
+        found = layers.lengths(layout)
+        assert found.shape == (2, length, 1, 1)
+        for b, t in np.argwhere(real):
+            assert found[b, t] == (real[b] & (segment[b] == segment[b, t])).sum()
+    later = layers.Layout(np.array([[6]]), np.array([[0]]), np.array([[6]]))
+    assert layers.lengths(later) == 7  # a step of a decoder, at position 6
 
 
 @given(st.integers(1, 7), st.integers(0, 8), st.integers(0, 999))

@@ -11,7 +11,7 @@ import pytest
 from strategies import assert_within, case
 
 import refcurv as rc
-from refcurv.evaluation.matching import Match, Point, at_perplexity, tradeoff
+from refcurv.evaluation.matching import Match, Point, at_perplexity, search_share, tradeoff
 from refcurv.law import tolerance
 from refcurv.law.checks import ConventionError, EmptyError, RangeError
 from refcurv.model.corpus import ImagePopulation, Population
@@ -150,6 +150,17 @@ def test_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found[0] == found[1]
 
 
+def test_a_share_is_searched_by_its_logarithm() -> None:
+    """Over nine powers of ten in few trials; the strengths that come back are shares."""
+    found = search_share(lambda share: 2 + share**0.1, 2.1, weakest=1e-12, strongest=0.9)
+    assert found.matched and len(found.tried) < 12
+    assert found.strength == pytest.approx(0.1**10, rel=2)
+    assert found.perplexity == 2 + found.strength**0.1
+    assert [share for share, _ in found.tried][:2] == [1e-12, 10 ** math.log10(0.9)]
+    with pytest.raises(RangeError, match="weakest must be above 0"):
+        search_share(lambda share: 2.0, 2.1, weakest=0, strongest=0.9)
+
+
 def test_a_tradeoff_is_what_evaluate_says() -> None:
     corpus = rc.Corpus(ONE.token, populations={"poems": RECITE, "plain": TEXT})
     bars: list[tuple[int, int]] = []
@@ -192,8 +203,8 @@ def test_points_are_plain_values() -> None:
         ({"weakest": 1.0}, RangeError, "nothing to search"),
         ({"tolerance": 1.0}, RangeError, "below 1"),
         ({"tolerance": -0.1}, RangeError, "tolerance must lie in"),
-        ({"most": 1}, RangeError, "integer >= 2"),
-        ({"most": 2.5}, RangeError, "integer >= 2"),
+        ({"most": 1}, RangeError, "integer of at least 2"),
+        ({"most": 2.5}, RangeError, "integer of at least 2"),
         ({"text": RECITE}, ConventionError, "kind 'text'; got 'recite'"),
         ({"text": ImagePopulation(np.zeros((1, 1, 2, 2)), [0], "dev")}, ConventionError, "'label'"),
         (

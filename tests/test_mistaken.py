@@ -95,7 +95,7 @@ def quantised(method: str) -> Make:
 
 def a_file(name: str) -> Make:
     def make(folder: Path) -> Path:
-        (folder / name).write_bytes(b"GGUF")
+        (folder / name).write_bytes(b"GGML")
         return folder / name
 
     return make
@@ -115,7 +115,7 @@ MISTAKES: dict[str, tuple[Make, str]] = {
     "no folder at all": (lambda folder: folder / "none", "there is no folder"),
     "a safetensors file": (a_file("model.safetensors"), "is a file. Give its folder, with the"),
     "config.json": (a_file("config.json"), "is a file. Give its folder."),
-    "a GGUF file": (a_file("model-Q4_K_M.gguf"), "is a GGUF file, which is not built yet."),
+    "a GGUF file": (a_file("model-Q4_K_M.gguf"), "is no GGUF file, or cut short."),
     "a pickle": (a_file("pytorch_model.bin"), "is a pickle, which can run code when it is loaded"),
     "tokenizer.model": (a_file("tokenizer.model"), "is a tokenizer's file. Give the folder of"),
     "a weights file": (a_file("w.h5"), "is converted already"),
@@ -141,7 +141,7 @@ MISTAKES: dict[str, tuple[Make, str]] = {
         only("refs/main", "snapshots/ab12/config.json"),
         "hf/snapshots/ab12'. Give one",
     ),
-    "GGUF files": (only("model-Q8_0.gguf", "README.md"), "is a GGUF file, which is not built yet"),
+    "GGUF files": (only("model-Q8_0.gguf", "README.md"), "is a GGUF file. Give the file itself"),
     "Meta's own format": (
         only("params.json", "consolidated.00.pth"),
         "params.json is the authors'",
@@ -153,7 +153,7 @@ MISTAKES: dict[str, tuple[Make, str]] = {
         "trust it and save it as safetensors: AutoModelForCausalLM.from_pretrained(folder)",
     ),
     "TensorFlow": (without_weights("tf_model.h5"), "holds tf_model.h5 and no safetensors"),
-    "a GGUF with a config": (without_weights("model.gguf"), "is a GGUF file, which is not built"),
+    "a GGUF with a config": (without_weights("model.gguf"), "is a GGUF file. Give the file itself"),
     "no weights": (without_weights(), "holds no safetensors file"),
     "a shard alone": (without_weights(SHARD), f"{SHARD} but no model.safetensors.index.json"),
     "Mistral's own format": (without_weights("consolidated.safetensors"), "in the authors' own f"),

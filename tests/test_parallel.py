@@ -8,7 +8,7 @@ import time
 import pytest
 from threadpoolctl import threadpool_info
 
-from refcurv.passes.parallel import Turnstile, run, stream
+from refcurv.passes.parallel import Stopped, Turnstile, run, stream
 
 
 @pytest.mark.parametrize("in_flight", [1, 2, 5])
@@ -39,6 +39,80 @@ def test_turns_are_taken_in_order(in_flight: int) -> None:
 
     run(range(30), work, in_flight=in_flight, turnstile=gate)
     assert passed == {"a": list(range(30)), "b": list(range(30))}
+
+
+def test_nobody_passes_a_point_that_is_closed() -> None:
+    """Whoever is inside leaves first, others wait; other points stay open."""
+    gate, inside, leave, passed = Turnstile(), threading.Event(), threading.Event(), []
+    seen: list[tuple[int, list[int]]] = []
+
+    def work(n: int, _: int) -> None:
+        with gate.turn("a", n):
+            inside.set()
+            if n == 0:
+                leave.wait(20)
+            passed.append(n)
+        with gate.turn("b", n):
+            pass
+
+    def close() -> None:
+        inside.wait(20)
+        threading.Timer(0.05, leave.set).start()
+        with gate.closed("a") as count:
+            seen.append((count, list(passed)))
+            time.sleep(0.05)
+            seen.append((gate.passed("a"), list(passed)))
+
+    closing = threading.Thread(target=close)
+    closing.start()
+    run(range(4), work, in_flight=3, turnstile=gate)
+    closing.join()
+    assert seen == [(1, [0]), (1, [0])]
+    with gate.closed("a") as count:
+        assert count == 4 and passed == [0, 1, 2, 3]
+
+
+def test_what_has_passed_already_is_not_due() -> None:
+    gate, due = Turnstile({"a": 3, "b": 1}), {"a": [], "b": []}
+
+    def work(n: int, _: int) -> None:
+        for point, found in due.items():
+            with gate.turn(point, n + 1) as mine:
+                found.append((n + 1, mine))
+
+    run(range(4), work, in_flight=2, turnstile=gate)
+    assert sorted(due["a"]) == [(1, False), (2, False), (3, True), (4, True)]
+    assert sorted(due["b"]) == [(1, True), (2, True), (3, True), (4, True)]
+
+
+def test_what_a_failure_left_half_done_is_not_handed_out() -> None:
+    gate = Turnstile()
+    with pytest.raises(ValueError, match="half"), gate.turn("a", 0):
+        raise ValueError("half")
+    with pytest.raises(Stopped), gate.closed("a"):
+        pass
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, GeneratorExit, ValueError])
+def test_an_interrupt_is_told_of_before_what_is_at_work_has_ended(kind) -> None:
+    """So is a caller who takes no more results; a failure is not."""
+    order: list[str] = []
+
+    def work(n: int, _: int) -> None:
+        if n == 1 and kind is not GeneratorExit:
+            raise kind
+        if n == 2:
+            time.sleep(0.2)
+            order.append("worked")
+
+    found = stream(range(3), work, in_flight=2, stopping=lambda: order.append("told"))
+    next(found)
+    if kind is GeneratorExit:
+        found.close()
+    else:
+        with pytest.raises(kind):
+            list(found)
+    assert order == (["worked"] if kind is ValueError else ["told", "worked"])
 
 
 def test_the_failure_that_stopped_the_others_is_raised() -> None:

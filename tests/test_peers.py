@@ -25,17 +25,20 @@ import peers_zoo  # noqa: E402
 from peers_compare import (  # noqa: E402
     BUDGET,
     Found,
+    InFloat64,
     batch,
     converted,
+    distance,
     distances,
     family_of,
     run_ours,
     run_theirs,
     saved,
+    theirs,
     with_config,
     with_parameter,
 )
-from peers_zoo import LENGTH, ZOO  # noqa: E402
+from peers_zoo import LENGTH, OF_LENGTHS, ZOO  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from refcurv.files import families, huggingface, keys, store, weights  # noqa: E402
@@ -43,6 +46,7 @@ from refcurv.files.bfloat16 import from_bfloat16, to_bfloat16  # noqa: E402
 from refcurv.files.families import FAMILIES, Family  # noqa: E402
 from refcurv.model.config import ModelConfig, QKNorm  # noqa: E402
 from refcurv.model.layers import DEFINITIONS, Ops, attention_forward  # noqa: E402
+from refcurv.model.transformer import forward, head_logits, layout_of  # noqa: E402
 from refcurv.model.weights import Model  # noqa: E402
 
 pytestmark = pytest.mark.peers
@@ -94,12 +98,11 @@ def test_every_family_is_in_the_zoo() -> None:
 
 def zeros_by_theory(config: ModelConfig) -> set[str]:
     """A constant added to every key changes no softmax, unless positions turn it."""
-    if config.rope_theta is None and "k" in config.biases:
-        return {f"blocks.{i}.attn.k.bias" for i in range(config.layers)}
-    return set()
+    still = [i for i in range(config.layers) if config.rope(i) is None]
+    return {f"blocks.{i}.attn.k.bias" for i in still if "k" in config.biases}
 
 
-TEXT = [row for row in ZOO if not row.startswith(("vit", "deit"))]
+TEXT = [row for row in ZOO if not row.startswith(("vit", "deit")) and row not in OF_LENGTHS]
 """An image has no padding."""
 
 
@@ -123,6 +126,28 @@ def test_logits_loss_gradients_and_factors(peer_of: Any, row: str, padded: bool)
     assert zeros == zeros_by_theory(config)
     worst = max(found, key=lambda name: found[name])
     assert found[worst] < BUDGET, (worst, found[worst])
+
+
+@pytest.mark.parametrize("row", ["llama-dynamic", "phi3-short", "phi3-long"])
+def test_the_length_of_each_text_decides(peer_of: Any, row: str) -> None:
+    """Texts that are padded, or packed into one row: each as transformers has it alone."""
+    peer = peer_of(row)
+    config, data = peer.config, batch(peer.config, padded=True)
+    texts = [tokens[real] for tokens, real in zip(data.inputs, data.real, strict=True)]
+    with InFloat64():
+        alone = []
+        for text in texts:  # a model of its own: transformers remembers the longest so far
+            logits = theirs(peer.folder)(input_ids=torch.tensor(text[None]).long()).logits
+            alone.append(logits[0].detach().numpy())
+    beyond = {len(text) > config.rope_scaling.original for text in texts}
+    assert beyond == ({False} if row == "phi3-short" else {False, True})
+    padded = run_ours(peer.ours, data).logits[data.real]
+    packed = np.concatenate(texts)[None]
+    segment = np.repeat(np.arange(len(texts)), [len(text) for text in texts])[None]
+    layout = layout_of(config, np.ones(packed.shape, bool), segment)
+    final, _ = forward(config, peer.ours.parameters, packed, layout)
+    for found in (padded, head_logits(config, peer.ours.parameters, final)[0]):
+        assert distance(found, np.concatenate(alone)) < BUDGET
 
 
 @pytest.mark.parametrize("row", ["gpt2", "gpt_neo", "gpt_neox", "phi"])
@@ -292,6 +317,20 @@ FAULTS: dict[str, tuple[str, Callable[[Model], Any]]] = {
     "patches with channels last": ("vit", weight("patch.weight", channels_last)),
     "cls and distillation swapped": ("deit", exchanged("cls.weight", "distillation.weight")),
     "positions rolled": ("deit", weight("position.weight", lambda W: np.roll(W, 1, axis=0))),
+    "local theta for the blocks without a window": ("gemma3_text", field(rotary=("local",) * 7)),
+    "one theta for all blocks": ("gemma3_text", field(rotary=())),
+    "local theta": ("gemma3_text", scaled("local_theta")),
+    "one scaling for all blocks": ("olmo3-yarn", field(rotary=())),
+    "positions in every block": ("smollm3", field(rotary=())),
+    "positions in the wrong blocks": ("smollm3", field(rotary=("none", "main", "main", "main"))),
+    "windows in the wrong blocks, Gemma-3": ("gemma3_text", field(windows=(3, 3, 3, 3, 0, 3, 3))),
+    "long factors for short": ("phi3-short", scaling(original=LENGTH - 1)),
+    "short factors for long": ("phi3-long", scaling(original=LENGTH)),
+    "longrope's attention factor": ("phi3-short", scaling(attention=1.0)),
+    "dynamic as if the text were short": ("llama-dynamic", scaling(original=LENGTH)),
+    "dynamic factor": ("llama-dynamic", scaling(factor=3.1)),
+    "OPT's positions from row 0 on": ("opt", field(position_offset=0, learned_positions=13)),
+    "OPT's GELU": ("opt", field(activation="gelu")),
     "a bias forgotten": ("phi", weight("head.bias", np.zeros_like)),
 }  # fmt: skip
 """What is wrong → the row that shows it, and the model or layer functions that have it."""
@@ -353,6 +392,8 @@ def test_an_edited_checkpoint_keeps_its_family(peer: Peer, tmp_path: Path) -> No
     changed = with_config(peer.ours, norm_eps=peer.config.norm_eps * 2)
     if peer.family.model_type == "olmo":  # its eps is fixed
         changed = with_config(peer.ours, rope_theta=peer.config.rope_theta * 2)
+    if peer.family.model_type == "opt":  # so is its
+        changed = with_config(peer.ours, activation="silu")
     weights.save(changed, tmp_path / "w.h5")
     huggingface.export(tmp_path / "w.h5", tmp_path / "hf")
     text = (tmp_path / "hf/config.json").read_text()

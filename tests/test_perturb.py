@@ -58,7 +58,7 @@ def asked(draw):
     length = rng.integers(prompt + 1, width + 1)
     tokens = rng.integers(0, 5, (items, width))
     for row, n in zip(tokens, prompt, strict=True):  # as it would go on, then with slips
-        row[n:] = decode.greedy(made, model.parameters, row[None, :n], width - n)[0]
+        row[n:] = decode.greedy(model, row[None, :n], width - n)[0]
     slip = rng.random(tokens.shape) < 0.15
     tokens = np.where(slip, rng.integers(0, 5, tokens.shape), tokens)
     return model, Population(tokens, prompt, length, "recite", "test")
@@ -84,11 +84,15 @@ def test_every_prompt_literally(one, t):
 def by_length(needed: int) -> mock._patch:
     """Decoding that counts upwards after prompts of just `needed` tokens, and else says 0."""
 
-    def said(_config, _parameters, prompt, steps):
-        upwards = prompt[:, -1:] + 1 + np.arange(steps)
-        return upwards if prompt.shape[1] == needed else np.zeros_like(upwards)
+    def said(_config, _parameters, prompts, _choose):
+        every = []
+        for one in prompts:
+            last = one.token_BP[np.arange(len(one.length_B)), one.length_B - 1]
+            upwards = last[:, None] + 1 + np.arange(one.steps)
+            every.append(np.where(one.length_B[:, None] == needed, upwards, 0))
+        return every
 
-    return mock.patch.object(decode, "greedy", said)
+    return mock.patch.object(decode, "continued_each", said)
 
 
 @pytest.mark.parametrize(
@@ -164,15 +168,16 @@ def test_padding_threads_and_order_change_nothing(rng):
 
 def test_progress_counts_batches():
     seen: list[tuple[int, int]] = []
-    population = rows("1 2 3 | 4 5", "1 2 3 4 | 5 6")  # prompts of 2 3 4 5 tokens, and of 3
-    perturbation(counting_model(), population, 1, progress=lambda *at: seen.append(at))
-    assert seen == [(n, 4) for n in range(5)]
+    population = rows("1 2 3 | 4 5", "1 2 3 4 | 5 6")  # 3 variants and 4, each a batch
+    with mock.patch.object(decode, "shard_sequences", lambda _: 1):
+        perturbation(counting_model(), population, 1, progress=lambda *at: seen.append(at))
+    assert seen == [(n, 7) for n in range(8)]
 
 
 def test_refusals():
     model, asked = counting_model(), by_hand().populations
     for t in (0, -3, 2.0, "8", True, None):
-        with pytest.raises(RangeError, match="t must be an integer >= 1; got"):
+        with pytest.raises(RangeError, match="t must be an integer of at least 1; got"):
             perturbation(model, asked["quotes"], t)
     with pytest.raises(ConventionError, match="'text' is not decoded"):
         perturbation(model, asked["prose"], 2)

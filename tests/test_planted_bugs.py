@@ -127,12 +127,12 @@ def packed_documents() -> None:
 # ------------------------------------------------------------------ the bugs
 
 
-def swapped_sides(config: Any, names: Any, moments: Any) -> dict[str, factors.Factor]:
-    right = FINISH(config, names, moments)
+def swapped_sides(*given: Any) -> dict[str, factors.Factor]:
+    right = FINISH(*given)
     return {n: factors.Factor(f.sum_G, f.n_G, f.sum_A, f.n_A) for n, f in right.items()}
 
 
-FINISH = factors._finish
+FINISH = factors.finished
 
 
 def mean_loss(logit: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -322,9 +322,11 @@ def last_entries(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
 ROTATE = layers.rotate
 
 
-def ramp_reversed(width: int, theta: float, scaling: Any, dtype: Any) -> np.ndarray:
+def ramp_reversed(
+    width: int, theta: float, scaling: Any, dtype: Any, length: Any = 0
+) -> np.ndarray:
     """f + f/factor − f': the stretched and the others change places."""
-    f, right = (FREQUENCIES(width, theta, some, dtype) for some in (None, scaling))
+    f, right = (FREQUENCIES(width, theta, some, dtype, length) for some in (None, scaling))
     ramp = scaling is not None and scaling.kind is not Scaling.LINEAR
     return f + f / scaling.factor - right if ramp else right
 
@@ -373,7 +375,7 @@ WIDE = dict(head_width=4, norm_place="pre")
 Bug = tuple[str, Any, str, Any, Callable[[], None]]
 
 BUGS: list[Bug] = [
-    ("B32 A and G swapped", factors, "_finish", swapped_sides, lambda: naive_sums("empirical")),
+    ("B32 A and G swapped", factors, "finished", swapped_sides, lambda: naive_sums("empirical")),
     ("B1 mean loss", DEFINITIONS, "cross_entropy", mean_loss, complex_step),
     ("B27 last position kept", rows, "reached", all_real, lambda: naive_sums("empirical")),
     ("B15 data labels for sampled", factors, "sweep", gold, lambda: naive_sums("sampled")),
@@ -414,8 +416,8 @@ ARCHITECTURE: list[Bug] = [
     ("llama3's ramp reversed", layers, "rope_frequencies", ramp_reversed,
      lambda: forward(one_block(**WIDE, rope_scaling=LLAMA3))),
     ("cos and sin without yarn's size", DEFINITIONS, "rope_tables",
-     lambda position, width, theta, dtype, scaling=None: TABLES(
-         position, width, theta, dtype, scaling and replace(scaling, attention=1.0)),
+     lambda position, width, theta, dtype, scaling=None, length=0: TABLES(
+         position, width, theta, dtype, scaling and replace(scaling, attention=1.0), length),
      lambda: forward(one_block(**WIDE, rope_scaling=replace(LLAMA3, attention=1.2)))),
     ("positions that go on in a packed document", transformer, "input_forward", positions_go_on,
      lambda: forward(one_block(**GPT2))),

@@ -16,8 +16,8 @@ from test_factors import corpus_of, model_of
 import refcurv as rc
 from refcurv.algebra.staircase import cut
 from refcurv.curvature.bases import Bases
-from refcurv.curvature.bases_file import decompose_to
 from refcurv.curvature.eigenbasis import Eigenbasis, eigenbasis
+from refcurv.curvature.resumed_bases import decompose_to
 from refcurv.editing.kfac import restored
 from refcurv.editing.projection import keep_pairs, project, projected
 from refcurv.editing.record import joined, matrix_parts
@@ -235,6 +235,7 @@ def of_file(model: rc.Model, path: Path, stored: str = "float32") -> rc.Model:
     return rc.load(path)
 
 
+@pytest.mark.slow
 def test_a_basis_of_another_model_is_refused(tmp_path: Path) -> None:
     """By everyone who takes a basis (or scores) and a model; `force` means it, and is recorded."""
     one = case(batch=4, length=12)

@@ -626,6 +626,7 @@ def test_nothing_to_draw_is_said(results: dict[str, Any]) -> None:
     assert len(ax.get_yticklabels()) == 12
 
 
+@pytest.mark.slow
 def test_hostile_results_are_drawn(hostile: dict[str, Any], tmp_path: Path) -> None:
     for draw in plots.FIGURES.values():
         plots.save(draw(hostile), tmp_path / "x.png")
@@ -662,6 +663,7 @@ def test_the_mask_of_a_large_layer_is_small(results: dict[str, Any]) -> None:
     assert len(plots.svg(plots.mask(results))) < 400_000
 
 
+@pytest.mark.slow
 def test_equal_results_give_equal_bytes(results: dict[str, Any], tmp_path: Path) -> None:
     again = copy.deepcopy(results)
     for draw in plots.FIGURES.values():
@@ -678,6 +680,7 @@ def test_equal_results_give_equal_bytes(results: dict[str, Any], tmp_path: Path)
     assert int.from_bytes(data[16:20], "big") == 9 * 150
 
 
+@pytest.mark.slow
 def test_pyplot_stays_away(results: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "r.json").write_text(json.dumps(results))
     code = (
@@ -777,6 +780,7 @@ def test_page_has_the_table(results: dict[str, Any]) -> None:
     assert "BalancedSubnet" in read.text
 
 
+@pytest.mark.slow
 def test_the_page_says_why_there_are_no_controls(results: dict[str, Any]) -> None:
     results["controls"] = {"left_out": "no population of kind <text> in split 'dev'."}
     read = Page(page.page(results))

@@ -301,7 +301,7 @@ def test_what_a_callback_raises_comes_out_and_the_run_goes_on_from_there(
         model, corpus, checkpoint=tmp_path / "kept.h5",
         progress=lambda done, total: counts.append(done),
     )  # fmt: skip
-    assert counts[0] == 4
+    assert counts[0] >= 5
     assert all(again[name].sum_G.tobytes() == whole[name].sum_G.tobytes() for name in whole)
     with pytest.raises(kind):
         rc.decompose(whole, progress=lambda done, total: stop(5, total))

@@ -143,3 +143,126 @@ def test_corrections_that_are_halved(share: float) -> None:
     wrong = [one for one in verdict.failed if one.quantity == "Lambda"]
     assert len(wrong) == len(theirs) == len(verdict.failed)
     assert all(f"times {share:g}" in one.cause for one in wrong), wrong[0].cause
+
+
+FEW = "blocks.1.mlp.{up,down}"
+"""Layers that are enough where each layer has the same fault."""
+
+
+def some(factors: rc.Factors) -> Dump:
+    """The dump of FEW."""
+    return {name: one for name, one in dump(factors).items() if name in UP_DOWN}
+
+
+UP_DOWN = ("blocks.1.mlp.up", "blocks.1.mlp.down")
+
+
+def parts(size: int) -> list[rc.Factors]:
+    """The factors of each batch of so many sequences."""
+    model, corpus, _ = texts()
+    cuts = [corpus.tokens[b : b + size] for b in range(0, len(corpus.tokens), size)]
+    return [rc.collect(model, rc.Corpus(tokens), FEW, "expected") for tokens in cuts]
+
+
+def test_a_moving_average_whose_weights_do_not_add_up_to_one() -> None:
+    """Old sums times the decay, and the new ones added as they are."""
+    of, each = texts(), parts(4)
+    theirs = {}
+    for name, (_, _, n) in some(of[2]).items():
+        A, G = (
+            sum(0.9**k * getattr(one[name], side) for k, one in enumerate(reversed(each)))
+            for side in "AG"
+        )
+        theirs[name] = (A, G, n)
+    model, corpus, factors = of
+    verdict = rc.validate(
+        theirs, factors, model=model, corpus=corpus, arithmetic="float64", layers=FEW,
+        declared={"fisher": "expected"},
+    )  # fmt: skip
+    (cause,) = verdict.causes
+    assert cause.fault == "B9" and "a new batch with weight 1 instead of 0.1" in cause.sentence
+
+
+def test_inputs_that_are_centred() -> None:
+    model, corpus, _ = of = texts()
+    made = rc.trace(model, corpus, range(12), "empirical").tensors
+    theirs = {}
+    for name, (A, G, n) in some(of[2]).items():
+        mean = made[f"{name}.a"][:, :8].reshape(-1, len(A)).mean(axis=0)
+        theirs[name] = (A - np.outer(mean, mean), G, n)
+    assert named(theirs, of, layers=FEW) == {"B45"}
+
+
+def test_gradients_of_a_batch_averaged_and_then_squared() -> None:
+    model, corpus, _ = texts()
+    of = (model, corpus, rc.collect(model, corpus, FEW, "empirical"))
+    made, theirs = rc.trace(model, corpus, range(12), "empirical").tensors, {}
+    for name, (A, G, n) in some(of[2]).items():
+        g = made[f"{name}.g"][:, :8].reshape(3, 4, 8, len(G)).mean(axis=1).reshape(-1, len(G))
+        theirs[name] = (A, g.T @ g / len(g), n)
+    assert named(theirs, of, layers=FEW) == {"B44"}
+
+
+def test_the_likeliest_label() -> None:
+    model, corpus, _ = of = texts()
+    labels = np.full(corpus.tokens.shape, -1)
+    labels[:, :8] = rc.logits(model, corpus.tokens)[:, :8].argmax(axis=-1)
+    other = rc.Corpus(corpus.tokens, labels=labels)
+    assert named(dump(rc.collect(model, other, FEW, "empirical")), of, layers=FEW) == {"B16"}
+
+
+def test_patches_in_another_order() -> None:
+    """A transpose is missed: pixels before channels, or columns before rows."""
+    of = images()
+    A, G, n = dump(of[2])["patch"]
+    for axes in ((1, 2, 0), (0, 2, 1)):
+        order = np.arange(18).reshape(2, 3, 3).transpose(axes).reshape(-1)
+        theirs = {"patch": (A[np.ix_(order, order)], G, n)}
+        assert named(theirs, of, layers="patch") == {"B47"}
+
+
+def test_damping_that_is_added_with_every_product() -> None:
+    of = texts()
+    theirs = {x: (A + 50 * 1e-3 * np.eye(len(A)), G, n) for x, (A, G, n) in some(of[2]).items()}
+    assert named(theirs, of, layers=FEW) == {"B12"}
+
+
+def test_means_that_are_divided_by_their_count_again() -> None:
+    of = texts()
+    for A_too in (True, False):
+        theirs = {x: (A / n if A_too else A, G / n, n) for x, (A, G, n) in some(of[2]).items()}
+        assert named(theirs, of, layers=FEW) == {"B4"}
+
+
+def test_sums_that_were_never_written_to() -> None:
+    of = texts()
+    assert named({x: (A, 0 * G, n) for x, (A, G, n) in some(of[2]).items()}, of, layers=FEW) == {
+        "B48"
+    }
+
+
+def test_workers_whose_average_is_a_sum() -> None:
+    """A of four workers is four times ours; of gradients G may be sixteen times ours."""
+    of = texts()
+    theirs = {x: (4 * A, 4 * G, n) for x, (A, G, n) in some(of[2]).items()}
+    assert named(theirs, of, layers=FEW) == {"B4"}
+    theirs = {x: (A, 16 * G, n) for x, (A, G, n) in some(of[2]).items()}
+    verdict = rc.validate(
+        theirs, of[2], model=of[0], corpus=of[1], arithmetic="float64", layers=FEW
+    )
+    assert any("B46" in cause.alike for cause in verdict.causes)
+
+
+@pytest.mark.parametrize("what", ["diagonal", "identity"])
+def test_a_mean_over_all_axes(what: str) -> None:
+    """One number in the place of a matrix, or its diagonal alone: no damping, and no drawing."""
+    of = texts()
+    theirs = {}
+    for name, (A, G, n) in dump(of[2]).items():
+        diagonal = G.diagonal() if what == "diagonal" else np.full(len(G), G.diagonal().mean())
+        theirs[name] = (A, np.diag(diagonal), n)
+    for given in ({"model": of[0], "corpus": of[1]}, {}):
+        verdict = rc.validate(theirs, of[2], arithmetic="float64", **given)
+        (cause,) = verdict.causes
+        assert not verdict.passed and cause.sentence.count("only the diagonal is filled") == 1
+        assert cause.fault is None and not cause.alike and len(cause.layers) == len(theirs)

@@ -16,7 +16,7 @@ import refcurv as rc
 from refcurv.cli import main
 from refcurv.curvature import accumulate
 from refcurv.curvature import factors as collection
-from refcurv.curvature.bases_file import decompose_to
+from refcurv.curvature.resumed_bases import decompose_to
 from refcurv.law import conventions
 from refcurv.law.checks import EmptyError
 from refcurv.law.conventions import MOST_ROUNDING, NO_LABEL
@@ -198,11 +198,36 @@ def test_labelled_sequences_are_looked_at(monkeypatch) -> None:
     label = one.label.copy()
     label[:2] = NO_LABEL
     estimates = []
-    for positions in (3, 7, 8):  # of width 4: the last column reaches no label
+    for positions in (4, 7, 8):  # of width 4: the last column reaches no label
         monkeypatch.setattr(rounding, "POSITIONS", positions)
         factors = collected(replace(one, label=label), np.float64, layers="blocks.1.mlp.up")
         estimates.append(factors["blocks.1.mlp.up"].rounding_G)
     assert 1e-40 < estimates[0] == estimates[1] != estimates[2] > 1e-40
+
+
+def test_a_long_sequence_is_looked_at_as_far_as_its_first_labels(monkeypatch) -> None:
+    """What comes after is as if it were not there, if attention is causal; else all is seen."""
+    monkeypatch.setattr(rounding, "POSITIONS", 3)
+    one = case(0, batch=2, length=9)
+    label = np.where(np.isin(np.arange(9), (2, 4, 5, 7)), one.token, NO_LABEL)
+    seen, right = [], collection.rounding
+
+    def watched(config, parameters, unit, job):
+        seen.append(right(config, parameters, unit, job))
+        few = rounding.some_of(config, unit)
+        assert few.source.shape == ((1, 6) if config.causal else (2, 9))
+        return seen[-1]
+
+    monkeypatch.setattr(collection, "rounding", watched)
+    collected(replace(one, label=label), np.float64)
+    only = case(0, batch=1, length=6)
+    only = replace(only, config=one.config, parameters=one.parameters, token=one.token[:1, :6])
+    collected(replace(only, label=label[:1, :6]), np.float64)
+    assert seen[0] == seen[1]
+    assert min(count for _, count in seen[0].values()) >= 3
+    monkeypatch.setattr(rounding, "POSITIONS", 18)
+    whole = case(0, batch=2, length=9, causal=False)
+    collected(replace(whole, label=label), np.float64)
 
 
 def test_which_shards_are_looked_at(monkeypatch) -> None:

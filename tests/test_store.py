@@ -334,12 +334,19 @@ def test_writing_where_nothing_can_be_written(tmp_path: Path) -> None:
     assert only(tmp_path)
 
 
-def test_an_interrupt_at_any_moment_of_a_write_is_an_interrupt(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
+def test_an_interrupt_at_any_moment_of_a_write_is_an_interrupt(
+    number: signal.Signals, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     """Ctrl-C inside one of HDF5's calls to our file does not come out as another error."""
+    before = signal.signal(number, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(number, before))
     path = put(tmp_path / "f.h5", Entry("old", W))
     old, stopped = path.read_bytes(), 0
     for delay in np.linspace(0, 0.03, 60):
-        timer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT))
+        timer = threading.Timer(delay, os.kill, (os.getpid(), number))
         try:
             timer.start()
             put(path, *(Entry(f"a{i}", np.zeros((50, 50))) for i in range(60)), **{"k": LONG})

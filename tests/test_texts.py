@@ -291,7 +291,7 @@ def test_prefix_and_suffix_are_one_text(at: Path, capsys: Any) -> None:
     assert counts(made)["populations"]["q"]["straddling"] == 1
     assert main(["corpus", "--tokenizer", "bpe.json", "-o", "q.h5", "--population",
                  "q:answer:dev=q.jsonl"]) == 0  # fmt: skip
-    assert "1 prefixes end within a token, which is asked for with" in capsys.readouterr().out
+    assert "1 prefix cut within a token, which is asked for with" in capsys.readouterr().out
     provenance = rc.load_corpus("q.h5").source["provenance"]
     assert provenance["counts"]["populations"]["q"]["straddling"] == 1
 
@@ -429,7 +429,8 @@ def test_provenance_and_determinism(at: Path) -> None:
     for name, sha256 in got["inputs"].items():
         assert sha256 == hashlib.sha256((at / name).read_bytes()).hexdigest()
     assert got["options"] == {"length": 2, "pack": True, "eos": "</s>", "separator": None,
-                              "token_dtype": None, "populations": ["x:text:dev=a.txt"]}  # fmt: skip
+                              "token_dtype": None, "limit": None,
+                              "populations": ["x:text:dev=a.txt"]}  # fmt: skip
     facts = got["tokenizer"]
     assert facts["vocabulary"] == 8 and facts["tokenizers"] == tokenizers.__version__
     assert (facts["before"], facts["behind"]) == ([], [2])
@@ -699,10 +700,10 @@ def test_the_command(at: Path, capsys: Any) -> None:
     assert main([*arguments, "--json", "c.json"]) == 0
     out = capsys.readouterr().out
     assert out == (
-        "2 documents, 7 tokens → 2 rows of 4: 1 positions of padding, 1 cuts within documents, "
+        "2 documents, 7 tokens → 2 rows of 4: 1 position of padding, 1 cut within documents, "
         "3 tokens without a label\n"
         "quotes: recite, test, 2 rows of at most 3: 6 tokens, 3 of them asked for\n"
-        "left out: 1 documents without a token\n"
+        "left out: 1 document without a token\n"
         "keys ignored: 'id'\n"
         "→ c.h5\n"
     )

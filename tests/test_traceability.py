@@ -54,17 +54,21 @@ def test_every_certificate_is_named_and_exists() -> None:
     """What `audit --certify` proves has its row, and the demo model's file says what it proved."""
     rows, told = {row.id for row in ROWS}, traceability.json.loads(traceability.DEMO.read_text())
     assert set(PROOFS) <= set(traceability.CERTIFIED) <= rows
-    assert {test for found in traceability.CERTIFIED.values() for test in found} <= TESTS
+    certified = {row.id: traceability.certified_by(row) for row in ROWS}
+    assert {test for found in certified.values() for test in found} <= TESTS
+    without = {name for name, found in certified.items() if not found}
+    assert without == set(traceability.NOT_CERTIFIED)  # each says why
     proofs = {one["id"]: one for one in told["proofs"]["findings"]}
     assert set(proofs) == set(PROOFS) and not told["failed"]
     for row in ROWS:
         said = traceability.certificates(row, proofs)
-        assert (said == "not certified") == (row.id not in traceability.CERTIFIED)
+        why = f"not certified: {traceability.NOT_CERTIFIED.get(row.id)}"
+        assert (said == why) == (row.id in without)
         assert ("demo:" in said) == (proofs.get(row.id, {}).get("verdict") == "proved")
     assert sum(one["verdict"] == "proved" for one in proofs.values()) > 12
     wrong = proofs | {"O16": proofs["O16"] | {"verdict": "fail"}}
     assert "demo:" not in traceability.certificates(Row("O16"), wrong)
-    assert traceability.certificates(Row("O1"), proofs) == "not certified"
+    assert traceability.certificates(Row("O12"), proofs).startswith("not certified: statistical")
 
 
 def test_the_measured_tests_exist() -> None:

@@ -6,14 +6,23 @@ from dataclasses import replace
 
 import budgets
 import numpy as np
+import oracles
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import Case, assert_within, case, cases, image_cases
+from strategies import (
+    Case,
+    assert_within,
+    case,
+    cases,
+    config,
+    image_cases,
+    random_parameters,
+)
 
 from refcurv.law import tolerance
-from refcurv.model import transformer
-from refcurv.model.config import NormPlace, QKNorm
+from refcurv.model import layers, transformer
+from refcurv.model.config import Image, NormPlace, QKNorm
 from refcurv.model.gradient import head_backward, loss_and_gradient
 
 STEP = 1e-30
@@ -58,6 +67,58 @@ def test_gradient_of_every_parameter_equals_complex_step(one: Case) -> None:
     for name in one.parameters:
         truth = complex_step_gradient(one, name)
         assert_within(gradient[name], truth, budget(one), scale[name], name)
+
+
+@pytest.mark.parametrize("step", [6, 1, 4])
+def test_the_forward_is_the_loops(step: int) -> None:
+    """Scaled tokens and a table of positions whose first rows are nobody's; some tokens at once."""
+    one = case(
+        rope_theta=None, learned_positions=9, position_offset=2, embed_scale=3.0, logit_cap=2.0
+    )
+    past: list[layers.Array | None] = [None] * one.config.layers
+    parts = []
+    for begin in range(0, 6, step):
+        index_BT = np.tile(np.arange(begin, min(begin + step, 6)), (2, 1))
+        layout = layers.Layout(index_BT, np.zeros_like(index_BT), index_BT)
+        token_BT = one.token[:, begin : begin + step]
+        final_BTD, _ = transformer.forward(
+            one.config, one.parameters, token_BT, layout, past=past if step < 6 else None
+        )
+        parts += [transformer.head_logits(one.config, one.parameters, x_TD) for x_TD in final_BTD]
+    for b in range(2):
+        got = np.concatenate(parts[b::2])
+        want = oracles.logits(one.config, one.parameters, one.token[b])
+        assert np.allclose(got, want, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("places", ["learned", "rotary"])
+def test_the_forward_of_images_is_the_loops(places: str) -> None:
+    """What comes first, then the patches row by row."""
+    image = Image(channels=2, height=4, width=6, patch=2)
+    fields: dict[str, object] = dict(image=image, causal=False, pool="cls")
+    if places == "learned":
+        fields |= dict(rope_theta=None, learned_positions=7)
+    made = config(**fields)
+    parameters = random_parameters(made, 0)
+    pixel = np.random.default_rng(1).normal(size=(2, 2, 4, 6))
+    final_BTD, _ = transformer.forward(
+        made, parameters, layers.unfold(pixel, image.patch), transformer.image_layout(made, 2)
+    )
+    for b in range(2):
+        got = transformer.head_logits(made, parameters, final_BTD[b])
+        assert np.allclose(got, oracles.logits(made, parameters, pixel[b]), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("rows", [0, 9])
+def test_only_a_learned_position_of_padding_is_moved(rows: int) -> None:
+    """Padding may lie behind the table; it reads the first row then, and nobody reads it."""
+    real_BT = np.array([[False, False, True, True, True, False]])
+    segment_BT = np.zeros((1, 6), int)
+    made = transformer.layout_of(config(learned_positions=rows), real_BT, segment_BT)
+    plain = layers.causal_layout(real_BT, segment_BT)
+    assert plain.position_BT[~real_BT].any()
+    want = plain.position_BT * (real_BT if rows else 1)
+    assert np.array_equal(made.position_BT, want)
 
 
 @given(ANY)

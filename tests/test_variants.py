@@ -20,8 +20,8 @@ from test_projection import SIZES, random_basis
 import refcurv as rc
 from refcurv.algebra.staircase import cut
 from refcurv.curvature.bases import Bases
-from refcurv.curvature.bases_file import decompose_to
 from refcurv.curvature.eigenbasis import Eigenbasis
+from refcurv.curvature.resumed_bases import decompose_to
 from refcurv.editing.projection import keep_pairs, project
 from refcurv.editing.variants import _drawn, _smallest, control
 from refcurv.files.disk import file_sha256

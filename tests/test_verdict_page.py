@@ -15,7 +15,7 @@ import refcurv as rc
 from refcurv.cli import main
 from refcurv.judge.pictures import CELLS, blocks, spectrum
 from refcurv.report.plots.verdict import differences
-from refcurv.report.verdict import format_verdict, headline
+from refcurv.report.verdict import findings_table, format_verdict, headline, marks
 from refcurv.report.verdict_page import verdict_page, write_verdict_page
 
 
@@ -38,7 +38,8 @@ def test_the_text_says_what_is_wrong_first(setting):
     assert text.startswith(f"passed: {len(factors)} layers of refcurv")
     theirs = theirs_of(factors)
     A, G, n = theirs["blocks.0.mlp.up"]
-    theirs["blocks.0.mlp.up"] = (A, np.diag(G.diagonal()), n)
+    noise = np.random.default_rng(1).normal(size=G.shape)
+    theirs["blocks.0.mlp.up"] = (A, G + np.abs(G).max() * (noise @ noise.T), n)
     bad = rc.validate(theirs, factors).to_json()
     text = format_verdict(bad)
     assert text.startswith(f"FAILED: 1 of {len(factors)} layers of memory")
@@ -46,7 +47,7 @@ def test_the_text_says_what_is_wrong_first(setting):
     assert row.endswith("fail") and "G/tr G" in text
     unknown = text.partition("No known fault explains all of it. The nearest of ")[2]
     assert 1 <= unknown.count("\n- ") <= 6 and "leaves" in unknown
-    assert all(len(line) <= 100 for line in text.splitlines())
+    assert all(len(line) <= 80 for line in text.splitlines())
 
 
 def test_hostile_names_stay_text(setting):
@@ -144,3 +145,70 @@ def test_what_is_undecided_is_not_called_failed(setting):
     theirs = {name: (one.A, one.G, one.n_A) for name, one in list(drawn.items())[1:]}
     text = format_verdict(rc.validate(theirs, drawn).to_json())
     assert text.startswith("FAILED: 1 of") and "judge the others alone (`layers`)" in text
+
+
+@pytest.fixture(scope="module")
+def verdicts(setting):
+    """Verdicts whose rows have causes, notes, or both, and one whose cause has no id."""
+    model, corpus, factors = setting
+    more = {
+        x: (A, G + 0.01 * np.eye(len(G)), n + 12) for x, (A, G, n) in theirs_of(factors).items()
+    }
+    wild = theirs_of(factors) | {"blocks.0.mlp.up": (*theirs_of(factors)["blocks.0.mlp.up"][:2], 7)}
+    A, G, n = wild["blocks.1.mlp.up"]
+    wild["blocks.1.mlp.up"] = (A, np.full_like(G, np.nan), n)
+    some = "blocks.*.mlp.up"
+    one, two = (rc.collect(model, corpus, some, seed=seed) for seed in (1, 9))
+    given = {"model": model, "corpus": corpus}
+    found = [
+        rc.validate(more, factors, layers=some),
+        rc.validate(wild, factors, layers=some),
+        rc.validate(theirs_of(factors), one, **given, layers=some),
+        rc.validate(two, one),
+    ]
+    return [one.to_json() for one in found]
+
+
+def test_a_cause_is_said_once(verdicts):
+    """Rows name their cause by its mark, and what else was seen by the number of its note."""
+    marked = noted = 0
+    for verdict in verdicts:
+        text, page = format_verdict(verdict), Reader()
+        page.feed(verdict_page(verdict))
+        table, notes = findings_table(verdict)
+        for said in [*(one["sentence"] for one in verdict["causes"]), *notes]:
+            plain = " ".join(said.replace("`", "").split())
+            assert " ".join(text.replace("`", "").split()).count(plain) == 1
+            assert " ".join(page.text.split()).count(plain) == 1
+        for row in table.rows:
+            one = dict(zip(table.headers, row, strict=True))
+            assert one.get("cause") or one["note"]
+            assert one.get("cause", "") in ["", *marks(verdict)]
+            assert one.get("note", "") in ["", *(str(k + 1) for k in range(len(notes)))]
+            marked, noted = marked + bool(one.get("cause")), noted + bool(one.get("note"))
+        assert "`" not in page.text
+        assert all(len(line) <= 80 for line in text.splitlines())
+    assert marked and noted and any("cause 1" in marks(verdict) for verdict in verdicts)
+
+
+def test_a_row_that_failed_has_a_budget_below_its_error(verdicts):
+    """Not that of a dtype, or of drawing, by which it would have passed without its cause."""
+    for one in (f for verdict in verdicts for f in verdict["findings"] if f["verdict"] == "fail"):
+        assert one["error"] is None or not one["error"] <= one["budget"], one
+
+
+def test_collecting_a_reference_says_how_far_it_is(setting):
+    model, corpus, factors = setting
+    said = []
+
+    class Watch:
+        def __call__(self, done, total):
+            pass
+
+        def doing(self, what):
+            said.append(what)
+
+    rc.validate(
+        factors, model=model, corpus=corpus, declared={"fisher": "empirical"}, progress=Watch()
+    )
+    assert said[0].startswith("collect the reference: ") and "collect the reference: 100%" in said

@@ -225,7 +225,7 @@ def test_tensors_that_contradict_the_configuration(path: Path, raw: Any, name: s
         (None, "no text attribute 'config'"),
         ("[]", "must be a JSON object"),
         ('{"width": 4}', "missing fields"),
-        ({"layers": 10**9}, "asks for 1000000000 layers, but there are only"),
+        ({"layers": 10**9}, "asks for 1,000,000,000 layers, but there are only"),
         ({"vocabulary": 10**30}, "asks for"),
         ({"rope_theta": 10**400}, "configuration is refused"),
         ({"heads": 3, "kv_heads": 2}, "multiple of kv_heads"),

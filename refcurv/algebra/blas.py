@@ -42,12 +42,13 @@ def _pools() -> ThreadpoolController:
     return ThreadpoolController()
 
 
-def eigh(M: Array, who: str = "eigh", exponent: int = 0) -> tuple[Array, Array]:
+def eigh(M: Array, who: str = "", exponent: int = 0, own: bool = False) -> tuple[Array, Array]:
     """(values, U) with 2^-exponent M = U diag(values) Uᵀ, values ascending, U (n, n).
 
     M is (n, n) float64, and only its lower triangle is read. The definition is
     scipy.linalg.eigh(M, driver="evd") up to n = 32,766, with the same bits
-    (tests/test_eigenbasis.py), and numpy.linalg.eigh(M) beyond. Memory: see `eigh_bytes`.
+    (tests/test_eigenbasis.py), and numpy.linalg.eigh(M) beyond. Memory: see `eigh_bytes`. With
+    `own` M may be lost: U takes its memory if M equals Mᵀ, which then has its lower triangle.
 
     Raises:
         SolverError: LAPACK did not converge. RoomError: n is too large for its integers.
@@ -56,9 +57,9 @@ def eigh(M: Array, who: str = "eigh", exponent: int = 0) -> tuple[Array, Array]:
     require_solvable(who, n)
     if n > _MOST_SQUARE:
         with solving(who, M):
-            values, U = np.linalg.eigh(shifted(M, -exponent))
-            return values, U
-    U = np.array(M, dtype=np.float64, order="F")
+            return np.linalg.eigh(shifted(M, -exponent))
+    own = own and M.dtype == np.float64 and M.flags.carray and np.array_equal(M, M.T)
+    U = M.T if own else np.array(M, dtype=np.float64, order="F")
     if exponent:
         np.ldexp(U, -exponent, out=U)
     if n < 2:
@@ -75,13 +76,11 @@ def eigh(M: Array, who: str = "eigh", exponent: int = 0) -> tuple[Array, Array]:
 
 
 def eigh_bytes(n: int) -> int:
-    """Memory that `eigh` of an (n, n) takes beside M, its result included.
-
-    n² numbers of U and 2 n² of workspace; NumPy's makes two copies more.
+    """Memory that `eigh` of M takes beside M, which is its `own`: 2 n² numbers, NumPy's 5 n².
 
     Proof: tests/test_room.py::test_an_eigenbasis_takes_the_memory_that_is_foreseen
     """
-    return 8 * n * n * (5 if n > _MOST_SQUARE else 3)
+    return 8 * n * n * (5 if n > _MOST_SQUARE else 2)
 
 
 def require_solvable(who: str, n: int) -> None:

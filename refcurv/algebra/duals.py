@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from refcurv.algebra.balls import ARITHMETIC, Balls, Guarded, exact, joined, pi, spread, zeros
+from refcurv.algebra.balls import Balls, exact, joined, pi, spread, zeros
 from refcurv.algebra.balls import chosen as chosen_balls
+from refcurv.algebra.guarded import ARITHMETIC, Guarded
 from refcurv.law.checks import Array
 
 

@@ -43,6 +43,7 @@ from refcurv.algebra.balls import (
 from refcurv.algebra.blas import eigh, one_blas_thread
 from refcurv.algebra.scaling import exponent, shifted
 from refcurv.law.checks import Array
+from refcurv.law.words import number_of
 
 MOST_STEPS: Final = 40
 """Steps of refinement at most.  Chosen: each doubles the digits, or parts a cluster of eigenvalues;
@@ -161,7 +162,9 @@ def enclose(A: Balls, X: Balls, rank: int | None = None) -> Spectrum:
         slip = float(((1 + e) * moved).most())
     if rank is not None and rank < n:
         if not values[rank:].contains(np.zeros(n - rank)).all():
-            raise ValueError(f"enclose: the matrix has more than {rank} eigenvalues that are not 0")
+            raise ValueError(
+                f"enclose: the matrix has more than {number_of(rank, 'eigenvalue')} that are not 0"
+            )
         values[rank:] = zeros((n - rank,))
     return Spectrum(values, X, D, error, slip)
 

@@ -57,8 +57,10 @@ def njit(*, cache: bool, **options: Any) -> Callable[[Callable[..., Any]], Any]:
     return compiled
 
 
-_EXACT = {"contract", "nsz"}
-_LANES = {"contract", "nsz", "reassoc"}
+EXACT = {"contract", "nsz"}
+"""What LLVM may do to a kernel's arithmetic: a b + c is rounded once, and −0 may be 0."""
+REORDERED = {*EXACT, "reassoc"}
+"""And a sum may be split over lanes."""
 
 
 def jit() -> dict[str, Any]:
@@ -71,7 +73,7 @@ def jit() -> dict[str, Any]:
 # ------------------------------------------------------------------ functions of one number
 
 
-@njit(cache=True, nogil=True, fastmath=_EXACT, error_model="numpy")
+@njit(cache=True, nogil=True, fastmath=EXACT, error_model="numpy")
 def _exp32(x: Any) -> Any:
     """e^x in float32 to 2 ulp: Cody-Waite reduction and a polynomial, so that loops vectorise.
 
@@ -109,7 +111,7 @@ def _exp(x):  # type: ignore[no-untyped-def]
     return lambda x: math.exp(x)  # noqa: PLW0108
 
 
-@njit(cache=True, nogil=True, fastmath=_EXACT, error_model="numpy")
+@njit(cache=True, nogil=True, fastmath=EXACT, error_model="numpy")
 def _normal32(z: Any, e: Any) -> Any:
     """Φ(z) in float32 to 3e-7, without branches, so that loops vectorise.
 
@@ -140,6 +142,37 @@ def _normal(z, e):  # type: ignore[no-untyped-def]
     return lambda z, e: 0.5 * (1 + math.erf(z * math.sqrt(0.5)))
 
 
+@njit(cache=True, nogil=True, fastmath=EXACT, error_model="numpy")
+def _tanh32(x: Any) -> Any:
+    """tanh x in float32 to 3 ulp, without branches, so that loops vectorise.
+
+    x + x³ p(x²) below 0.625, and 1 − 2/(e^2|x| + 1) with the sign of x above.
+
+    Source: Moshier, Cephes Mathematical Library, tanhf.c: the constants and p.
+    """
+    one, z = np.float32(1), x * x
+    p = np.float32(-5.70498872745e-3)
+    p = p * z + np.float32(2.06390887954e-2)
+    p = p * z - np.float32(5.37397155531e-2)
+    p = p * z + np.float32(1.33314422036e-1)
+    p = p * z - np.float32(3.33332819422e-1)
+    large = one - np.float32(2) / (exp(np.float32(2) * abs(x)) + one)
+    large = -large if x < 0 else large
+    return x + x * z * p if abs(x) < np.float32(0.625) else large
+
+
+def tanh(x: Any) -> Any:
+    """np.tanh of one number."""
+    return np.tanh(x)
+
+
+@overload(tanh)
+def _tanh(x):  # type: ignore[no-untyped-def]
+    if x == types.float32:
+        return lambda x: _tanh32(x)  # noqa: PLW0108
+    return lambda x: math.tanh(x)  # noqa: PLW0108
+
+
 def number(x: float, like: Any) -> Any:
     """A constant in the dtype of another number."""
     return like.dtype.type(x)
@@ -156,31 +189,56 @@ def _number(x, like):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def fold_triangle(total_DD: Array, product_DD: Array) -> None:
-    """total[i, :i+1] += product[i, :i+1], widened to float64: adds a shard's sum to a total.
+def fold_triangle(total_P: Array, product_DD: Array, onto: bool) -> None:
+    """Write a shard's sum, widened to float64, `onto` a total: the lower triangle, row after row.
 
-    Definition: total += np.tril(product.astype(float64)).
+    Definition: total = (onto ? total : 0) + product[np.tril_indices(D)].astype(float64).
     """
-    for i in range(total_DD.shape[0]):
-        for j in range(i + 1):
-            total_DD[i, j] += np.float64(product_DD[i, j])
+    begin = 0
+    for i in range(product_DD.shape[0]):
+        row_P = total_P[begin : begin + i + 1]
+        if onto:
+            for j in range(i + 1):
+                row_P[j] += np.float64(product_DD[i, j])
+        else:
+            for j in range(i + 1):
+                row_P[j] = 0.0 + np.float64(product_DD[i, j])
+        begin += i + 1
 
 
 @njit(cache=True, nogil=True)
-def mirror_triangle(total_DD: Array) -> None:
-    """Copy the lower triangle to the upper, tile by tile: the result is exactly symmetric."""
-    D, tile = total_DD.shape[0], 64
+def unfold_triangle(total_P: Array, whole_DD: Array) -> None:
+    """The symmetric matrix of a packed lower triangle, tile by tile, so that both stay in cache.
+
+    Definition: whole[np.tril_indices(D)] = total; whole.T[np.tril_indices(D)] = total.
+    """
+    D, tile = whole_DD.shape[0], 64
     for top in range(0, D, tile):
         for left in range(0, top + 1, tile):
             for i in range(top, min(top + tile, D)):
-                for j in range(left, min(left + tile, i)):
-                    total_DD[j, i] = total_DD[i, j]
+                row_P = total_P[i * (i + 1) // 2 : (i + 1) * (i + 2) // 2]
+                for j in range(left, min(left + tile, i + 1)):
+                    whole_DD[i, j] = row_P[j]
+                    whole_DD[j, i] = row_P[j]
+
+
+@njit(cache=True, nogil=True, fastmath=REORDERED, error_model="numpy")
+def squares(x_NX: Array, less_NX: Array | None, out_N: Array) -> None:
+    """Definition: ((x.astype(float64) - less) ** 2).sum(axis=-1), without `less` of x alone."""
+    for n in range(x_NX.shape[0]):
+        square = 0.0
+        for j in range(x_NX.shape[1]):
+            x = np.float64(x_NX[n, j])
+            if less_NX is not None:
+                x -= np.float64(less_NX[n, j])
+            square += x * x
+        out_N[n] = square
 
 
 # ------------------------------------------------------------------ layers
 
 
-@njit(cache=True, nogil=True, fastmath=_LANES, error_model="numpy")
+@njit(cache=True, nogil=True, fastmath=REORDERED, error_model="numpy")
 def rms_norm_forward(x_ND: Array, gain_D: Array, eps_N: Array, y_ND: Array, r_N: Array) -> None:
     """Definition: model.layers.rms_norm_forward at s = 1, r = 1 / sqrt(mean(x²) + eps) per row."""
     N, D = x_ND.shape
@@ -194,7 +252,7 @@ def rms_norm_forward(x_ND: Array, gain_D: Array, eps_N: Array, y_ND: Array, r_N:
             y_ND[n, d] = x_ND[n, d] * r * gain_D[d]
 
 
-@njit(cache=True, nogil=True, fastmath=_LANES, error_model="numpy")
+@njit(cache=True, nogil=True, fastmath=REORDERED, error_model="numpy")
 def rms_norm_backward(
     d_y_ND: Array, x_ND: Array, gain_D: Array, r_N: Array, d_x_ND: Array, d_gain_D: Array
 ) -> None:
@@ -214,12 +272,29 @@ def rms_norm_backward(
             d_x_ND[n, d] = r * (d_y_ND[n, d] * gain_D[d] - x_ND[n, d] * dot)
 
 
+@njit(cache=True, nogil=True)
+def rotate(x_BTHE: Array, cos_BT1R: Array, sin_BT1R: Array, y_BTHE: Array) -> None:
+    """Definition: model.layers.rotate, with its bits."""
+    B, T, H, E = x_BTHE.shape
+    R = cos_BT1R.shape[3]
+    for b in range(B):
+        for t in range(T):
+            cos, sin = cos_BT1R[b, t, 0], sin_BT1R[b, t, 0]
+            for h in range(H):
+                x, y = x_BTHE[b, t, h], y_BTHE[b, t, h]
+                for r in range(R):
+                    y[r] = x[r] * cos[r] - x[r + R] * sin[r]
+                    y[r + R] = x[r + R] * cos[r] + x[r] * sin[r]
+                for e in range(2 * R, E):
+                    y[e] = x[e]
+
+
 SILU, GELU, GELU_TANH, RELU = range(4)
 """The activations. A kernel takes one as a tuple of that length, `(0,) * GELU`. The length is part
 of the tuple's type, and Numba compiles each type by itself: a loop without branches."""
 
 
-@njit(cache=True, nogil=True, fastmath=_EXACT, error_model="numpy")
+@njit(cache=True, nogil=True, fastmath=EXACT, error_model="numpy")
 def activation(which: tuple[int, ...], z: Any) -> tuple[Any, Any]:
     """Definition: model.layers.ACTIVATIONS, f(z) and f'(z) of one number.
 
@@ -243,7 +318,7 @@ def activation(which: tuple[int, ...], z: Any) -> tuple[Any, Any]:
     return z * s, s + z * s * (one - s) * slope
 
 
-@njit(cache=True, nogil=True, fastmath=_EXACT, error_model="numpy")
+@njit(cache=True, nogil=True, fastmath=EXACT, error_model="numpy")
 def mlp_forward(which: tuple[int, ...], gate_N: Array | None, up_N: Array, h_N: Array) -> None:
     """Definition: model.layers.mlp_forward, on flat arrays."""
     for n in range(h_N.shape[0]):
@@ -253,7 +328,7 @@ def mlp_forward(which: tuple[int, ...], gate_N: Array | None, up_N: Array, h_N: 
             h_N[n] = activation(which, gate_N[n])[0] * up_N[n]
 
 
-@njit(cache=True, nogil=True, fastmath=_EXACT, error_model="numpy")
+@njit(cache=True, nogil=True, fastmath=EXACT, error_model="numpy")
 def mlp_backward(
     which: tuple[int, ...],
     d_h_N: Array,
@@ -272,94 +347,98 @@ def mlp_backward(
             d_up_N[n] = d_h_N[n] * f
 
 
-@njit(cache=True, nogil=True, fastmath=_EXACT, error_model="numpy")
-def _exponentials(row: Array, top: Any, scale: Any) -> None:
-    """In place: x → exp((x − top) scale). Forward and backward call it, and get the same bits."""
-    for s in range(row.shape[0]):
-        row[s] = exp((row[s] - top) * scale)
+# ------------------------------------------------------------------ logits
 
 
-@njit(cache=True, nogil=True, fastmath=_LANES, error_model="numpy")
-def softmax_forward(
-    score_BHTS: Array,
-    first_BT: Array,
-    last_BT: Array,
-    begin: Any,
-    scale: Any,
-    top_BHT: Array,
-    total_BHT: Array,
-) -> None:
-    """In place: scores q·k → probabilities over the visible keys. Column s is key begin + s.
+@njit(cache=True, nogil=True, fastmath=EXACT, error_model="numpy")
+def largest(row: Array) -> Any:
+    """max(row), NaN or not: eight at a time, since a single maximum waits for each before it."""
+    a = b = c = d = e = f = g = h = row[0]
+    whole = row.shape[0] // 8 * 8
+    for s in range(0, whole, 8):
+        a, b, c, d = max(a, row[s]), max(b, row[s + 1]), max(c, row[s + 2]), max(d, row[s + 3])
+        e, f, g, h = max(e, row[s + 4]), max(f, row[s + 5]), max(g, row[s + 6]), max(h, row[s + 7])
+    for s in range(whole, row.shape[0]):
+        a = max(a, row[s])
+    return max(a, b, c, d, e, f, g, h)
 
-    Definition: model.layers.softmax_over(score * scale, visible). Each row's top = max q·k and
-    total = Σ exp((q·k − top) scale) are kept: `softmax_backward` makes the same p from them.
+
+@njit(cache=True, nogil=True, fastmath=REORDERED, error_model="numpy")
+def cross_entropy(logit_NV: Array, label_N: Array, nats_N: Array, d_logit_NV: Array) -> bool:
+    """Definition: model.loss.cross_entropy. False if a logit is NaN, or a row's largest infinite.
+
+    Here R = Σ_{z_v < z_k} exp(z_v − z_k) + (how many z_v = z_k) − 1.
     """
-    B, H, T, S = score_BHTS.shape
-    zero = number(0.0, scale)
-    for b in range(B):
-        for h in range(H):
-            for t in range(T):
-                row = score_BHTS[b, h, t]
-                low = max(first_BT[b, t] - begin, 0)
-                high = max(min(last_BT[b, t] - begin + 1, S), low)
-                row[:low] = 0
-                row[high:] = 0
-                top = row[low] if high > low else zero
-                for s in range(low, high):
-                    top = max(top, row[s])
-                _exponentials(row[low:high], top, scale)
-                total = zero
-                for s in range(low, high):
-                    total += row[s]
-                for s in range(low, high):
-                    row[s] /= total
-                top_BHT[b, h, t] = top
-                total_BHT[b, h, t] = total
+    one, zero = number(1.0, logit_NV[0, 0]), number(0.0, logit_NV[0, 0])
+    for n in range(logit_NV.shape[0]):
+        z_V, p_V, label = logit_NV[n], d_logit_NV[n], label_N[n]
+        top, R, ties, others = largest(z_V), zero, 0, 0
+        for v in range(z_V.shape[0]):
+            p_V[v] = exp(z_V[v] - top)
+        for v in range(z_V.shape[0]):
+            R += p_V[v] if z_V[v] < top else zero
+            ties += z_V[v] == top
+            others += z_V[v] < top
+        if not np.isfinite(top) or ties + others < z_V.shape[0]:
+            return False
+        R += number(ties - 1.0, zero)
+        share = zero if label < 0 else one / (one + R)
+        for v in range(z_V.shape[0]):
+            p_V[v] *= share
+        nats_N[n] = zero
+        if label >= 0:
+            nats_N[n] = math.log1p(np.float64(R)) + (top - z_V[label])
+            small = p_V[label] <= number(0.5, zero)
+            p_V[label] = p_V[label] - one if small else zero - R * share
+    return True
 
 
-@njit(cache=True, nogil=True, fastmath=_LANES, error_model="numpy")
-def softmax_backward(
-    score_BHTS: Array,
-    d_p_BHTS: Array,
-    first_BT: Array,
-    last_BT: Array,
-    begin: Any,
-    scale: Any,
-    size: Any,
-    top_BHT: Array,
-    total_BHT: Array,
-) -> None:
-    """In place: scores q·k → probabilities p, and d_p → d_score · size.
+STRETCH = 256
+"""Entries whose exponentials `propose_labels` sums first; only one stretch is looked through."""
 
-    d_score = p (d_p − Σ_s p d_p). First `start` is subtracted from d_p: its mean over the likeliest
-    keys, those with exp(0) = 1. A row's visible keys are all here. See `attention_backward` in
-    model.layers, which is the definition.
+
+@njit(cache=True, nogil=True, fastmath=EXACT, error_model="numpy")
+def _stretch(z_V: Array, m: int, top: Any, e_S: Array) -> int:
+    """exp(z − top) of stretch m of a row, and how many entries it has."""
+    size: int = min(STRETCH, z_V.shape[0] - m * STRETCH)
+    z_S = z_V[m * STRETCH : m * STRETCH + size]
+    for s in range(size):
+        e_S[s] = exp(z_S[s] - top)
+    return size
+
+
+@njit(cache=True, nogil=True, fastmath=REORDERED, error_model="numpy")
+def propose_labels(logit_NV: Array, uniform_N: Array, label_N: Array) -> None:
+    """The labels of `model.sampling.draw_labels` where they are certain, −1 where they are not.
+
+    With C = c_{V−1} the label is certain if u C is by more than `gap` from c_v and c_{v−1}. In
+    float32 an entry e^x, x = z − max z, is off by 2 units for `exp` and |x|/2 for x, and
+    Σ e^x |x| <= C log V. So c_v − u C is off by (2 + log V / 2) units of 2 u (1 − u) C, at most
+    half of `gap`. The other half is for second orders and sums of float64, V of whose units are 1
+    in float32 at V = 2²⁹. A row with a number that is not finite is never certain.
     """
-    B, H, T, S = score_BHTS.shape
-    zero, one = number(0.0, scale), number(1.0, scale)
-    for b in range(B):
-        for h in range(H):
-            for t in range(T):
-                row, d_row = score_BHTS[b, h, t], d_p_BHTS[b, h, t]
-                low = max(first_BT[b, t] - begin, 0)
-                high = max(min(last_BT[b, t] - begin + 1, S), low)
-                row[:low] = 0
-                row[high:] = 0
-                d_row[:low] = 0
-                d_row[high:] = 0
-                top, total = top_BHT[b, h, t], total_BHT[b, h, t]
-                start, ties, delta = zero, zero, zero
-                _exponentials(row[low:high], top, scale)
-                for s in range(low, high):
-                    start += d_row[s] if row[s] >= one else zero
-                    ties += one if row[s] >= one else zero
-                    row[s] /= total
-                start /= max(ties, one)
-                for s in range(low, high):
-                    d_row[s] -= start
-                    delta += row[s] * d_row[s]
-                for s in range(low, high):
-                    d_row[s] = row[s] * (d_row[s] - delta) * size
+    V = logit_NV.shape[1]
+    units = (2 + math.log(V) / 2) * 2.0**-23
+    until_M, e_S = np.empty(-(-V // STRETCH)), np.empty(STRETCH, logit_NV.dtype)
+    for n in range(logit_NV.shape[0]):
+        z_V, total = logit_NV[n], 0.0
+        top = largest(z_V)
+        for m in range(len(until_M)):
+            size = _stretch(z_V, m, top, e_S)
+            for s in range(size):
+                total += np.float64(e_S[s])
+            until_M[m] = total
+        goal, gap, m = uniform_N[n] * total, units * total, 0
+        while m < len(until_M) - 1 and until_M[m] <= goal:
+            m += 1
+        size = _stretch(z_V, m, top, e_S)
+        before, s = until_M[m - 1] if m else 0.0, 0
+        while s < size - 1 and before + e_S[s] <= goal:
+            before += e_S[s]
+            s += 1
+        first = m == 0 and s == 0
+        certain = before + e_S[s] > goal + gap and (first or before < goal - gap)
+        label_N[n] = m * STRETCH + s if certain else -1
 
 
 # ------------------------------------------------------------------ selection

@@ -40,6 +40,7 @@ from refcurv.law.checks import (
     require_seed,
     require_shape,
 )
+from refcurv.law.words import number_of
 from refcurv.progress import Progress, silent
 
 Product = Callable[[Array], Array]
@@ -228,8 +229,9 @@ def _arpack(product: Product, scale: float, n: int, options: dict[str, Any]) -> 
         return np.asarray(eigsh(H, n, **options)[1])
     except ArpackError as error:
         raise RangeError(
-            f"extreme_eigenvalues: Lanczos did not converge to {n} pairs within "
-            f"{options['maxiter']} restarts at accuracy {options['tol']:.1e}; allow more restarts "
+            f"extreme_eigenvalues: Lanczos did not converge to {number_of(n, 'pair')} within "
+            f"{number_of(options['maxiter'], 'restart')} at accuracy {options['tol']:.1e}; "
+            f"allow more restarts "
             f"or less accuracy, or ask for fewer pairs. Is the operator symmetric? ({error})"
         ) from None
 

@@ -25,6 +25,7 @@ from refcurv.certified.certificate import (
 from refcurv.certified.numbers import BALLS, Found, Kind, Task, floats, passes, run
 from refcurv.certified.spectra import OF as SPECTRA
 from refcurv.certified.spectra import Proved, prove
+from refcurv.certified.zeros import ID, unshifted
 from refcurv.curvature.definition import Sequence
 from refcurv.law.checks import Array, NonFiniteError
 from refcurv.progress import Progress
@@ -35,7 +36,8 @@ class Job:
     """What is to be certified, and how far an attempt at it is.
 
     Fields: task; sequences, by their row in the corpus; digits, that are wanted; source, for the
-    certificate; progress. done, steps of this attempt; overflowed, dtypes whose range is too small.
+    certificate; progress. done, steps of this attempt; overflowed, dtypes whose range is too small;
+    zeros, arrays with entries that O32 makes 0.
     """
 
     task: Task
@@ -45,13 +47,14 @@ class Job:
     progress: Progress
     done: int = 0
     overflowed: set[str] = field(default_factory=set)
+    zeros: list[str] = field(default_factory=list)
 
     def at(self, precision: int) -> Certificate:
         """All that is wanted, with so many bits; no more than one sequence's balls are held.
 
         Proof: tests/test_certified.py::test_what_was_asked_for_is_there
         """
-        self.done = 0
+        self.done, self.zeros = 0, []
         numbers: dict[str, Enclosed] = {}
         errors: dict[tuple[str, str], tuple[float, float]] = {}
         shaking = Shaking(self.task, self._terms())
@@ -81,8 +84,9 @@ class Job:
         routes = [
             _route(name, dtype, far, size[name], shaking) for (name, dtype), far in errors.items()
         ]
+        source = {**self.source, **({"zeros": {ID: self.zeros}} if self.zeros else {})}
         return Certificate(
-            numbers, tuple(routes), precision, self.digits, rows, self.source,
+            numbers, tuple(routes), precision, self.digits, rows, source,
             proved.spectra, proved.cuts,
         )  # fmt: skip
 
@@ -127,7 +131,9 @@ class Job:
     ) -> None:
         for name, x in arrays["balls"].items():
             assert isinstance(x, Balls)
-            numbers[name] = enclosed(x, self.digits)
+            known, still = unshifted(self.task.config, name, x)
+            self.zeros += [name] if still.any() else []
+            numbers[name] = enclosed(known, self.digits)
             for dtype in ROUTES:
                 got = arrays[dtype].get(name)
                 errors[name, dtype] = _far(got, numbers[name])

@@ -25,6 +25,7 @@ from refcurv.certified.numbers import (
 )
 from refcurv.curvature.definition import Sequence
 from refcurv.law.checks import Array, RangeError
+from refcurv.law.words import number_of
 from refcurv.model.config import ModelConfig
 from refcurv.model.transformer import forward, head_logits
 
@@ -53,7 +54,8 @@ def require_small(config: ModelConfig, layers: tuple[str, ...]) -> None:
     small = [name for name, P in size.items() if P <= DENSE]
     some = f"those of {', '.join(small[:3])}{', ...' if small[3:] else ''}, or " if small else ""
     raise RangeError(
-        f"certify: the block of {large!r} has {size[large]:,} parameters; {DENSE:,} at most are "
+        f"certify: the block of {large!r} has {number_of(size[large], 'parameter')}; "
+        f"{DENSE:,} at most are "
         f"made dense. What would fit: {some}hvp and ggnvp, a column for each unit direction."
     )
 
@@ -133,7 +135,7 @@ def _fishers(
         part = replace(one, label_BT=label_BT)
         for cotangent in sent(task, number, part, kind.ops):
             steps = back(kind, task, theta, label_BT >= 0, final, trace, cotangent)
-            D = gradient(task, theta, steps)
+            D = gradient(task.config, theta, steps)
             for name in names:
                 rows[name].append(D[name].reshape(1, -1))
     stacked = {name: np.concatenate(D_CP) for name, D_CP in rows.items()}

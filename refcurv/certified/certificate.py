@@ -252,8 +252,9 @@ class Certificate(Mapping[str, Enclosed]):
         numbers: name → Enclosed.
         routes: what float64, float32 and longdouble gave, beside it.
         bits: of the balls. wanted: the digits that were asked for.
-        rows: of each A and G. source: the files, the sequences, the choice of rows (ROWS), and the
-            direction of products, "signs" or its SHA-256.
+        rows: of each A and G. source: the files, the sequences, the choice of rows (ROWS), the
+            direction of products, "signs" or its SHA-256, and `zeros`, {identity: the arrays with
+            entries that it makes 0}.
         spectra, cuts: what is proved of each matrix's eigenvalues, "A.head", and of each cut layer
             (`spectra`).
     """

@@ -143,6 +143,9 @@ def _source(found: dict[str, Any]) -> dict[str, Any]:
     json.dumps(found, allow_nan=False)  # 1e999 is infinite, and then no number of JSON
     if not isinstance(found.get("inputs", {}), dict):
         raise TypeError("inputs must be {file: SHA-256}")
+    zeros = found.get("zeros", {})
+    if not isinstance(zeros, dict) or not all(x and isinstance(x, list) for x in zeros.values()):
+        raise TypeError("zeros must be {identity: [names]}")
     if "labels" not in found:
         return found
     labels, most = found["labels"], 2**63

@@ -95,8 +95,9 @@ def certify(
             `sequences`), "hvp" and "ggnvp" (H v and GGN v of a sequence's loss); "eigenvalues" and
             "eigenvectors" of A and G (of a cluster one orthonormal basis, of many), "cut" (how many
             pairs of each row are kept, SELECT on the real numbers) and "edit" (W'), which bring A,
-            G and eigenvalues; and, of weights with at most 1,024 entries, the dense "hessian",
-            "ggn" and "fisher" (sums over `sequences`, as `exact` has them).
+            G and eigenvalues of the layers that rho names; and, of weights with at most 1,024
+            entries, the dense "hessian", "ggn" and "fisher" (sums over `sequences`, as `exact` has
+            them).
         digits: how many digits of each array's largest entry are to be certain in every entry; 200
             at most. Arrays so small that float64 has no radius for them have fewer.
         sequences: rows of the corpus.
@@ -175,8 +176,10 @@ def _with_enough(job: Job, precision: int) -> Certificate:
             precision = min(MOST_BITS, 2 * precision)
             continue
         short = job.digits - found.digits
-        if short <= 0 or _narrowest(found):
+        if short <= 0:
             return found
+        if small := _narrowest(found):
+            return _saying(found, f"in {small}: float64 has no radius for numbers so small")
         if precision >= MOST_BITS:
             return found if found.digits else _saying_where(job, found)
         lost = math.ceil(short * math.log2(10)) if found.digits else precision
@@ -188,6 +191,11 @@ def _saying_where(job: Job, found: Certificate) -> Certificate:
     size = sizes(found)
     where = place(job.task, [*job.sequences.values()], found.bits)
     where = where or f"in {next(n for n, one in found.items() if not one.digits(size[n]))}"
+    return _saying(found, where)
+
+
+def _saying(found: Certificate, where: str) -> Certificate:
+    """The certificate, with where digits are lost."""
     return replace(found, source={**found.source, "lost": where})
 
 
@@ -213,11 +221,11 @@ def _require_rows(task: Task, chosen: Mapping[int, definition.Sequence], rows: s
         raise EmptyError("certify: 'patch' has no row among rows='cls'. Take rows='all' for it.")
 
 
-def _narrowest(found: Certificate) -> bool:
-    """Is each array that lacks digits so small that float64 has no smaller radius for it?"""
-    size = sizes(found)
-    lacking = [x for name, x in found.items() if x.digits(size[name]) < found.wanted]
-    return all(x.radius.max() == np.finfo(np.float64).smallest_subnormal for x in lacking)
+def _narrowest(found: Certificate) -> str:
+    """An array that lacks digits, if float64 has no smaller radius for any of these; or ""."""
+    size, least = sizes(found), np.finfo(np.float64).smallest_subnormal
+    lacking = [name for name, x in found.items() if x.digits(size[name]) < found.wanted]
+    return lacking[0] if all(found[name].radius.max() == least for name in lacking) else ""
 
 
 def _task(
@@ -239,6 +247,8 @@ def _task(
         blocks.require_small(model.config, wanted)
     parameters = _parameters(model)
     v, kept = direction_of(parameters, direction), shares(model.config, names, wanted, rho)
+    if {*names} <= {"cut", "edit"}:  # of other layers nothing is asked
+        wanted = tuple(name for name in wanted if name in kept)
     return Task(model.config, parameters, with_moments(names), wanted, v, fisher, seed, rho=kept)
 
 

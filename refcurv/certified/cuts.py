@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from refcurv.algebra.balls import Balls, around_zero, chosen, exact
+from refcurv.algebra.balls import Balls, around_zero, chosen, exact, precision
 from refcurv.algebra.eigen_enclosures import Spectrum, is_positive, norm
 from refcurv.algebra.scaling import exponent
 from refcurv.law.checks import Array, EmptyError
@@ -33,7 +33,7 @@ def decided(lam: Balls, mu: Balls, rho: float, layer: str) -> tuple[Array, Array
     bounds overlap are decided differently.
 
     Raises:
-        EmptyError: the mass is not proved to be above 0.
+        EmptyError: the mass is 0, or not proved to be above it.
 
     Cost: two sorts of the O·I pairs that are not 0.
     Source: P6, P7; SELECT.
@@ -44,10 +44,7 @@ def decided(lam: Balls, mu: Balls, rho: float, layer: str) -> tuple[Array, Array
         return kept, dropped
     target = exact(np.array(rho)) * lam.sum() * mu.sum()
     if not is_positive(target):
-        raise EmptyError(
-            f"certify: the curvature mass of {layer!r} is 0, or not proved to be above it, so "
-            "there is no share to take. Is its gradient zero by theory?"
-        )
+        raise EmptyError(_without_mass(layer, target))
     some = np.ix_(lam.most() > 0, mu.most() > 0)  # the others are exactly 0
     dropped[:] = True
     keys = lam[some[0]] * mu[some[1]]
@@ -66,6 +63,17 @@ def decided(lam: Balls, mu: Balls, rho: float, layer: str) -> tuple[Array, Array
     kept[some] = np.frompyfunc(others_weigh_less, 2, 1)(low, high).astype(bool)
     dropped[some] = np.frompyfunc(first_weigh_enough, 1, 1)(high).astype(bool)
     return kept, dropped
+
+
+def _without_mass(layer: str, target: Balls) -> str:
+    """What is wrong, and what to do."""
+    out = "leave it out (rho={pattern: share} names the others)"
+    if target.most() == 0:
+        return f"certify: the curvature mass of {layer!r} is 0, no share can be taken: {out}."
+    return (
+        f"certify: with {precision():,} bits the curvature mass of {layer!r} is not proved to be "
+        f"above 0. If its gradient is 0 by theory, {out}; if it is only small, ask for more digits."
+    )
 
 
 def edited(W: Array, G: Spectrum, A: Spectrum, mask: Array) -> Balls:

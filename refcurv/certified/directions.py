@@ -17,6 +17,7 @@ from refcurv.law.checks import (
     require_finite,
     require_shape,
 )
+from refcurv.model.given import require_unmasked
 from refcurv.model.sampling import signs
 
 
@@ -63,11 +64,13 @@ def _own(parameters: Mapping[str, Array], direction: Mapping[str, Array]) -> dic
         require_choice("certify", "direction", name, list(parameters))
     out = {}
     for name, x in parameters.items():
+        require_unmasked("certify", f"direction[{name!r}]", direction.get(name))
         v = as_array("certify", f"direction[{name!r}]", direction.get(name, np.zeros(x.shape)), "")
         require_shape("certify", f"direction[{name!r}]", v, x.shape, name)
-        require_dtype("certify", f"direction[{name!r}]", v, "fiu", "real numbers")
+        require_dtype("certify", f"direction[{name!r}]", v, "fiub", "real numbers")
         require_finite("certify", f"direction[{name!r}]", v)
-        out[name] = v.astype(np.float64)
+        with np.errstate(over="ignore"):  # what is beyond float64 differs from it
+            out[name] = v.astype(np.float64)
         if (out[name].astype(object) != v.astype(object)).any():
             raise DTypeError(
                 f"certify: direction[{name!r}] has numbers of {v.dtype} that are not float64."

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -25,14 +25,16 @@ from refcurv.curvature.definition import Sequence
 from refcurv.curvature.room import available
 from refcurv.law.checks import RangeError, RoomError
 from refcurv.law.conventions import Fisher
+from refcurv.law.words import number_of
 from refcurv.model.config import ModelConfig
+from refcurv.progress import span
 
 BACKWARD, OUTER, DUAL, FLOATS = 1.1, 1.3, 3.2, 1.35
 """In forwards: a backward, the gradients of all weights, a pass along a direction; and all of it
 with what floats take.  Chosen: what was seen of the shipped model."""
 
-PRODUCTS: Final = 26
-"""Products of (d, d) matrices for eigenvalues and W'.  Chosen: five steps of refinement."""
+EIGENVALUES, EDIT = 20, 6
+"""Products of (d, d) matrices for eigenvalues, and for W'.  Chosen: five steps of refinement."""
 
 SAMPLE: Final = 500
 """Numbers by which it is measured how long they take to read and to write.  Chosen: 10 ms."""
@@ -68,23 +70,10 @@ class Estimate:
         some = int(self.sequences * seconds / self.seconds)
         names = [name for name, one in self.each.items() if one <= seconds]
         fewer = [n for n, one in self.shorter.items() if one <= seconds]
-        ways = [f"{some:,} of the {self.sequences:,} sequences"] if some else []
+        ways = [f"{some:,} of the {number_of(self.sequences, 'sequence')}"] if some else []
         ways += [f"{', '.join(names)} alone"] if names and len(self.each) > 1 else []
         ways += [f"{max(fewer)} digits"] if fewer else []
         return ("; or ".join(ways) or "nothing of it") + "."
-
-
-def span(seconds: float) -> str:
-    """A time in words of two digits."""
-    for size, name in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{_two(seconds / size)} {name}"
-    return f"{_two(seconds)} s"
-
-
-def _two(x: float) -> str:
-    """At least two digits."""
-    return f"{x:.0f}" if x >= 10 else f"{x:.2g}"
 
 
 def require_time(found: Estimate, seconds: float) -> None:
@@ -207,8 +196,12 @@ def _spectra(task: Task, of: tuple[str, ...], positions: int) -> float:
     if not {*SPECTRA} & {*of}:
         return 0.0
     every = task.config.linear_layers()
-    cubes = sum(d_out**3 + d_in**3 for d_out, d_in in (every[name] for name in task.wanted))
-    return PRODUCTS * cubes / (positions * sum(d_out * d_in for d_out, d_in in every.values()))
+
+    def cubes(names: Iterable[str]) -> int:
+        return sum(d_out**3 + d_in**3 for d_out, d_in in (every[name] for name in names))
+
+    products = EIGENVALUES * cubes(task.wanted) + EDIT * cubes(task.rho if "edit" in of else ())
+    return products / (positions * sum(d_out * d_in for d_out, d_in in every.values()))
 
 
 def _numbers(task: Task, of: tuple[str, ...], positions: int = 0, *, shared: bool = False) -> int:
@@ -216,6 +209,7 @@ def _numbers(task: Task, of: tuple[str, ...], positions: int = 0, *, shared: boo
     config = task.config
     size = sum(x.size for x in task.parameters.values())
     wide = [shape for name, shape in config.linear_layers().items() if name in task.wanted]
+    parted = [shape for name, shape in config.linear_layers().items() if name in task.rho]
     dense = sum(task.parameters[name].size ** 2 for name in weights(config, task.wanted))
     own: dict[str, Callable[[], int]] = {
         "logits": lambda: positions * config.vocabulary, "nats": lambda: positions,
@@ -223,9 +217,9 @@ def _numbers(task: Task, of: tuple[str, ...], positions: int = 0, *, shared: boo
     }  # fmt: skip
     joint: dict[str, Callable[[], int]] = {
         "A": lambda: sum(n * n for _, n in wide), "G": lambda: sum(n * n for n, _ in wide),
-        "eigenvalues": lambda: sum(n + m for n, m in wide), "cut": lambda: sum(n for n, _ in wide),
+        "eigenvalues": lambda: sum(n + m for n, m in wide),
         "eigenvectors": lambda: sum(n * n + m * m for n, m in wide),
-        "edit": lambda: sum(n * m for n, m in wide),
+        "cut": lambda: sum(n for n, _ in parted), "edit": lambda: sum(n * m for n, m in parted),
         **dict.fromkeys(BLOCKS, lambda: dense),
     }  # fmt: skip
     asked = with_moments(of)

@@ -24,7 +24,12 @@ Numbers = Any
 
 
 def rope_tables(
-    position_BT: Array, width: int, theta: float, dtype: Any, scaling: RopeScaling | None = None
+    position_BT: Array,
+    width: int,
+    theta: float,
+    dtype: Any,
+    scaling: RopeScaling | None = None,
+    length: Any = 0,
 ) -> tuple[Numbers, Numbers]:
     """cos and sin of position · f_j, each (B, T, 1, width/2); f_j as `rope_frequencies` has them.
 
@@ -34,17 +39,25 @@ def rope_tables(
     j = exact(np.arange(width // 2))
     f = (-2 * j / width * log_theta).exp()
     if scaling is not None:
-        f = _scaled(f, width, log_theta, scaling)
+        f = _scaled(f, width, log_theta, scaling, np.asarray(length))
     angle = exact(position_BT[:, :, None, None]) * f
     size = 1.0 if scaling is None else float(scaling.attention)
     return angle.cos() * size, angle.sin() * size
 
 
-def _scaled(f: Numbers, width: int, log_theta: Numbers, scaling: RopeScaling) -> Numbers:
-    """f' = s f/factor + (1 − s) f, s as in `rope_frequencies`."""
+def _scaled(
+    f: Numbers, width: int, log_theta: Numbers, scaling: RopeScaling, length: Array
+) -> Numbers:
+    """f' = s f/factor + (1 − s) f, s as in `rope_frequencies`; or dynamic, or longrope."""
     factor = exact(float(scaling.factor))
     if scaling.kind is Scaling.LINEAR:
         return f / factor
+    if scaling.kind is Scaling.DYNAMIC:
+        r = 1 + factor * (exact(np.maximum(length, scaling.original)) / scaling.original - 1)
+        return f * (-2 * exact(np.arange(width // 2)) / max(width - 2, 1) * r.log()).exp()
+    if scaling.kind is Scaling.LONGROPE:
+        by = np.where(length > scaling.original, scaling.long, scaling.short)
+        return f / exact(by.astype(float))
     slow, fast = exact(float(scaling.slow)), exact(float(scaling.fast))
     original, two_pi = exact(scaling.original), 2 * pi()
     if scaling.kind is Scaling.LLAMA3:

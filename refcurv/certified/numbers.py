@@ -7,7 +7,7 @@ dual numbers of balls, by a complex step of floats.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -182,7 +182,7 @@ def _plain(
         wanted = bool(of & {"gradient", "A"} or ("G" in of and own))
         steps = back(kind, task, theta, one.head_BT, final, trace, slope, blocks=wanted)
         if "gradient" in of:
-            for name, d in gradient(task, theta, steps).items():
+            for name, d in gradient(config, theta, steps).items():
                 found.arrays[f"gradient.{number}.{name}"] = d
         _moments(task, one, steps, found, of & ({"A", "G"} if own else {"A"}))
     if "logits" in of:
@@ -218,13 +218,15 @@ def back(
     return [*steps, *backward(task.config, theta, d_final, trace, kind.ops)] if blocks else steps
 
 
-def gradient(task: Task, theta: Mapping[str, Any], steps: list[Tap | Slope]) -> dict[str, Any]:
+def gradient(
+    config: ModelConfig, theta: Mapping[str, Any], steps: Iterable[Tap | Slope]
+) -> dict[str, Any]:
     """By parameter: Σ g aᵀ of linear layers; a tied table receives the head's too."""
-    out: dict[str, Any] = {name: np.zeros_like(x) for name, x in theta.items()}
+    found: dict[str, Any] = {}
     for step in steps:
-        name, d = slope_of(task.config, step)
-        out[name] = out[name] + d
-    return out
+        name, d = slope_of(config, step)
+        found[name] = found[name] + d if name in found else d
+    return {name: found[name] if name in found else np.zeros_like(x) for name, x in theta.items()}
 
 
 def loss_gradient(
@@ -234,7 +236,7 @@ def loss_gradient(
     label_N = one.label_BT.reshape(-1)
     slope: Cotangent = lambda n, z: kind.ops.cross_entropy(z, label_N[n])[1]  # noqa: E731
     steps = back(kind, task, theta, one.label_BT >= 0, final, trace, slope)
-    return gradient(task, theta, steps)
+    return gradient(task.config, theta, steps)
 
 
 def _moments(
@@ -284,5 +286,5 @@ def _products(
         final, trace = forward(config, theta, inputs, one.layout, ops)
         bent: Cotangent = lambda n, z: kind.hessian(z, Jv_NV[n], label_N[n])  # noqa: E731
         steps = back(kind, task, theta, head_BT, final, trace, bent)
-        for name, d in gradient(task, theta, steps).items():
+        for name, d in gradient(config, theta, steps).items():
             found.arrays[f"ggnvp.{number}.{name}"] = d

@@ -87,7 +87,8 @@ def shallow(
 
     Proof: tests/test_certified_limits.py::test_estimates_grow_with_what_is_asked_for
     """
-    few = replace(task.config, layers=depth, windows=task.config.windows[:depth])
+    blocks = {name: getattr(task.config, name)[:depth] for name in ("windows", "rotary")}
+    few = replace(task.config, layers=depth, **blocks)
     names = few.parameter_shapes()
     theta: Any = {name: exact(task.parameters[name]) for name in names}
     inputs = inputs_of(BALLS, one)

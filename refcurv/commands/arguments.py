@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from refcurv.files.disk import unfinished
+from refcurv.files.disk import beside, unfinished
 from refcurv.law.checks import RangeError
 
 Command = Callable[[argparse.Namespace], bool | None]
@@ -20,10 +21,12 @@ EXAMPLES = {
     "report": [
         "refcurv report w.h5 corpus.h5 --rho 'blocks.{23-25}.mlp.{gate,up}=0.6' --out results/",
         "refcurv report w.h5 corpus.h5 --layers 'blocks.11.mlp.*' --rho 0.75 --split dev",
+        "refcurv report w.h5 corpus.h5 --basis basis.h5 --rho 0.9",
     ],
     "convert": [
         "refcurv convert ~/models/OLMo-2-1B olmo2-1b.h5",
         "refcurv convert ~/models/mine mine.h5 --ignore-key my_note --verbose",
+        "refcurv convert SmolLM2-135M-Instruct.Q4_1.gguf smollm2.h5",
     ],
     "export": [
         "refcurv export edited.h5 olmo2-1b-edited/",
@@ -45,11 +48,13 @@ EXAMPLES = {
         "refcurv collect w.h5 corpus.h5 -o f.h5 --layers 'blocks.{23-25}.mlp.{gate,up}' "
         "--dtype float32",
         "refcurv collect w.h5 corpus.h5 -o f.h5 --fisher signed --draws 8",
+        "refcurv collect w.h5 corpus.h5 -o f.h5 --memory 6GB",
         "refcurv collect vit.h5 images.h5 -o f.h5 --layers 'blocks.*.mlp.*' --rows cls",
     ],
     "decompose": [
         "refcurv decompose factors.h5 -o basis.h5",
         "refcurv decompose factors.h5 -o basis.h5 --bias joint",
+        "refcurv decompose factors.h5 -o basis.h5 --dtype float32 --memory 6GB",
     ],
     "edit": [
         "refcurv edit w.h5 basis.h5 -o edited.h5 --rho 'blocks.{23-25}.mlp.{gate,up}=0.6'",
@@ -97,9 +102,26 @@ EXAMPLES = {
         "refcurv cases tiny.h5 corpus.h5 -o vectors/",
         "refcurv cases tiny.h5 corpus.h5 -o vectors/ --layers 'blocks.0.mlp.*' --seed 3",
     ],
+    "recite": [
+        "refcurv recite w.h5 books/*.txt --tokenizer tokenizer.json -o items.jsonl",
+        "refcurv recite w.h5 licences/*.txt --tokenizer model/ -o items.jsonl --run 8",
+        "refcurv corpus --population quotes:recite:test=items.jsonl -o items.h5",
+    ],
+    "sweep": [
+        "refcurv sweep w.h5 corpus.h5 -o sweep.jsonl --layers 'blocks.{21-23}.mlp.{gate,up}' \\\n"
+        "      --rho 0.9,0.95,0.97 --plot front.png",
+        "refcurv sweep w.h5 corpus.h5 -o sweep.jsonl --basis basis.h5 "
+        "--layers 'blocks.11.mlp.*' \\\n"
+        "      --layers 'blocks.{10-11}.mlp.up' --rho 0.8 --methods kfac,svd --match forgetting",
+        "refcurv sweep w.h5 corpus.h5 -o sweep.jsonl --layers '**.up' --rho 0.9 --methods kfac "
+        "--match rho",
+    ],
     "evaluate": [
         "refcurv evaluate edited.h5 corpus.h5 --baseline w.h5",
         "refcurv evaluate w.h5 corpus.h5 --split dev --json dev.json",
+        "refcurv evaluate w.h5 corpus.h5 --dtype float32 --memory 6GB",
+        "refcurv evaluate edited.h5 corpus.h5 --baseline w.h5 --items items.jsonl",
+        "refcurv evaluate w.h5 tasks.h5 --right able.h5",
     ],
 }
 
@@ -175,7 +197,11 @@ def files(args: argparse.Namespace) -> tuple[dict[str, str], dict[str, str]]:
     """
     given = {name: value for name, value in vars(args).items() if isinstance(value, str)}
     reads = {name.upper(): given[name] for name in _READ if name in given}
-    writes = {f"--{name}": given[name] for name in ("output", "json", "html") if name in given}
+    writes = {
+        f"--{name}": given[name]
+        for name in ("output", "json", "html", "items", "right", "plot")
+        if name in given
+    }
     reads |= {f"TEXT {path}": path for path in getattr(args, "texts", [])}
     reads |= {
         f"--population {text}": text.partition("=")[2] for text in getattr(args, "population", [])
@@ -188,10 +214,14 @@ def files(args: argparse.Namespace) -> tuple[dict[str, str], dict[str, str]]:
     if args.command == "convert":
         writes["WEIGHTS"] = reads.pop("WEIGHTS")
         folder = Path(args.directory)
-        within = folder.glob("*") if os.path.isdir(folder) else ()  # noqa: PTH112
+        is_folder = os.path.isdir(folder)  # noqa: PTH112
+        within = folder.glob("*") if is_folder else [folder, *folder.parent.glob("*.gguf")]
         reads |= {f"{p.name} of DIRECTORY": str(p) for p in within}
     if args.command == "collect":
         writes["the checkpoint of --output"] = unfinished(args.output)
+    if args.command == "sweep" and args.basis is None and args.factors is None:
+        kept = beside(args.output, "factors", "basis").items()
+        writes |= {f"the {what} beside --output": str(path) for what, path in kept}
     return reads, writes
 
 
@@ -214,8 +244,13 @@ def _report(sub: argparse.ArgumentParser) -> None:
     _shares(sub)
     text = "folder to write (default: %(default)s)"
     sub.add_argument("--out", default="refcurv-report", help=text)
+    text = "take these factors, of the same weights and corpus, instead of collecting"
+    sub.add_argument("--factors", metavar="FACTORS", help=text)
+    text = "take this basis, of the same weights and corpus, instead of collecting and decomposing"
+    sub.add_argument("--basis", metavar="BASIS", help=text)
     _how_to_collect(sub)
     _bias(sub)
+    sub.set_defaults(layers=None, fisher=None, rows=None, seed=None, bias=None)
     _split(sub)
     _dtype(sub)
     _json(sub)
@@ -247,27 +282,46 @@ def _corpus(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("texts", nargs="*", metavar="TEXT", help=text)
     _output(sub)
-    text = "tokenizer.json, or the folder that has it; not needed for ids alone"
-    sub.add_argument("--tokenizer", metavar="JSON", help=text)
+    _how_to_read(sub)
     text = "largest width of a row; longer documents are cut, nothing is dropped (default: 512)"
     sub.add_argument("--length", type=int, default=512, help=text)
     text = "several documents in a row, as segments that do not see one another"
     sub.add_argument("--pack", action="store_true", help=text)
     text = "put this token behind each whole text (default: only what the tokenizer itself adds)"
     sub.add_argument("--eos", metavar="TOKEN", help=text)
+    text = "the most tokens of all rows together; what follows is left out (default: no limit)"
+    sub.add_argument("--limit", type=int, metavar="TOKENS", help=text)
     text = (
-        "what stands between the documents of a text file, as '<|endoftext|>'; is in none of them"
-    )
-    sub.add_argument("--separator", metavar="TEXT", help=text)
-    text = "what a .bin of bare token ids holds, as nanoGPT's uint16; shards of llm.c say it"
-    sub.add_argument("--token-dtype", metavar="DTYPE", help=text)
-    text = (
-        "repeatable; KIND recite or answer: a .jsonl of prefix and suffix; text: any file, for "
-        "perplexity; SPLIT dev or test; CHANCE the score of guessing (default: 0)"
+        "repeatable; KIND recite or answer: a .jsonl of prefix and suffix, or of prompt and "
+        "answer, its first line a preamble and shots if you like; text: any file, for perplexity; "
+        "SPLIT dev or test; CHANCE the score of guessing (default: 0)"
     )
     meta = "NAME:KIND:SPLIT[:CHANCE]=FILE"
     sub.add_argument("--population", action="append", default=[], metavar=meta, help=text)
     _json(sub)
+
+
+def _recite(sub: argparse.ArgumentParser) -> None:
+    _positional(sub, "WEIGHTS")
+    text = (
+        "whole texts: UTF-8, one document a file; .jsonl: one a line, of text or input_ids; "
+        ".npy, .bin: ids"
+    )
+    sub.add_argument("texts", nargs="+", metavar="TEXT", help=text)
+    _how_to_read(sub)
+    text = "file to write, a passage a line; what it held is replaced at the end, or not at all"
+    sub.add_argument("-o", "--output", required=True, metavar="OUT.jsonl", help=text)
+    for name, default, text in (
+        ("prefix", 32, "tokens that are given, at least"),
+        ("suffix", 16, "tokens that are asked for behind them"),
+        ("stride", 8, "tokens from one trial to the next"),
+    ):
+        sub.add_argument(
+            f"--{name}", type=int, default=default, help=f"{text} (default: {default})"
+        )
+    text = "count so many right tokens in a row as a passage (default: the whole suffix)"
+    sub.add_argument("--run", type=int, metavar="N", help=text)
+    _dtype(sub)
 
 
 def _collect(sub: argparse.ArgumentParser) -> None:
@@ -276,13 +330,36 @@ def _collect(sub: argparse.ArgumentParser) -> None:
     _how_to_collect(sub)
     text = "of labels or signs per position; two or more give a standard error (default: 1)"
     sub.add_argument("--draws", type=int, default=1, help=text)
+    text = (
+        "also find the eigenvalues that half of the corpus gives, so that decompose tells with how "
+        "many rows the kept share of pairs settles; twice the memory for sums"
+    )
+    sub.add_argument("--halves", action="store_true", help=text)
+    _memory(sub, "block by block then, for a model that memory does not hold; default: at once")
     _dtype(sub)
+
+
+def _memory(sub: argparse.ArgumentParser, how: str) -> None:
+    text = f"that it may take, such as 6GB or 900MiB, with the same bits ({how})"
+    sub.add_argument("--memory", type=_bytes, metavar="SIZE", help=text)
+
+
+def _bytes(text: str) -> int:
+    """A size: 6GB, 900MiB, or a number alone, in GiB."""
+    found = re.fullmatch(r"(\d{1,6}(?:\.\d{1,6})?) ?([GM]i?B)?", text)
+    if found is None or not float(found[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 6GB, 900MiB or 2.5")
+    unit = {"GB": 10**9, "MB": 10**6, "MiB": 2**20}.get(found[2], 2**30)
+    return int(float(found[1]) * unit)
 
 
 def _decompose(sub: argparse.ArgumentParser) -> None:
     _positional(sub, "FACTORS")
     _output(sub)
     _bias(sub)
+    text = "what to keep the eigenvectors in: float64 (default) or, half as large, float32"
+    sub.add_argument("--dtype", default="float64", help=text)
+    _memory(sub, "fewer matrices at a time; default: what is free")
 
 
 def _edit(sub: argparse.ArgumentParser) -> None:
@@ -333,7 +410,54 @@ def _evaluate(sub: argparse.ArgumentParser) -> None:
     _positional(sub, "WEIGHTS", "CORPUS")
     sub.add_argument("--baseline", metavar="WEIGHTS", help="the unedited model to compare with")
     _split(sub)
+    _memory(sub, "weights block by block where it does not hold them; default: what is free")
     _dtype(sub)
+    text = "also write each item of tokens: nats, right tokens, rank, what is said; a line each"
+    sub.add_argument("--items", metavar="OUT.jsonl", help=text)
+    text = (
+        "also write the corpus without the items that the baseline, or else the model, gets wrong"
+    )
+    sub.add_argument("--right", metavar="OUT.h5", help=text)
+    _json(sub)
+
+
+def _sweep(sub: argparse.ArgumentParser) -> None:
+    _positional(sub, "WEIGHTS", "CORPUS")
+    text = (
+        "results, a line for each finished measurement; the same command goes on where it was "
+        "stopped. Factors and basis are kept beside it"
+    )
+    sub.add_argument("-o", "--output", required=True, metavar="OUT.jsonl", help=text)
+    text = "pattern, edited by itself; repeatable"
+    sub.add_argument("--layers", action="append", required=True, metavar="PATTERN", help=text)
+    text = "of K-FAC: share of the curvature mass to keep, with commas; repeatable"
+    sub.add_argument("--rho", action="append", required=True, metavar="SHARES", help=text)
+    text = (
+        "of kfac, svd, random-basis, random-pairs, inputs, outputs, with commas "
+        "(default: the first four)"
+    )
+    sub.add_argument("--methods", metavar="NAMES", help=text)
+    text = (
+        "the others cost as much as K-FAC on a dev population: perplexity of a text (default), or "
+        "forgetting of passages, in nats; or rho: the same number, whatever it costs"
+    )
+    sub.add_argument("--match", default="perplexity", metavar="WHAT", help=text)
+    text = "the dev population to match on (default: the first text, or the first recite)"
+    sub.add_argument("--on", metavar="NAME", help=text)
+    sub.add_argument("--split", default="test", help="populations to report: test (default) or dev")
+    sub.add_argument("--basis", metavar="BASIS", help="of all these layers, if there is one")
+    text = "of all these layers, if there is no basis; without it they are collected from CORPUS"
+    sub.add_argument("--factors", metavar="FACTORS", help=text)
+    _how_to_draw(sub)
+    text = (
+        "that states below the edited blocks may take on the disk, such as 6GB "
+        "(default: half of what is free); without room they are computed again"
+    )
+    sub.add_argument("--states", type=_bytes, metavar="SIZE", help=text)
+    _memory(sub, "weights block by block where it does not hold them; default: what is free")
+    _dtype(sub)
+    text = "also draw perplexity against recitation, as PNG"
+    sub.add_argument("--plot", metavar="PATH", help=text)
     _json(sub)
 
 
@@ -439,7 +563,9 @@ ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "edit": _edit,
     "truncate": _truncate,
     "prune": _prune,
+    "recite": _recite,
     "evaluate": _evaluate,
+    "sweep": _sweep,
     "certify": _certify,
     "audit": _audit,
     "trace": _trace,
@@ -480,13 +606,28 @@ def _json(sub: argparse.ArgumentParser) -> None:
 
 
 def _how_to_collect(sub: argparse.ArgumentParser) -> None:
-    text = "pattern (default: %(default)s); embed and position only where they are spelled out"
+    text = "pattern (default: blocks.*.mlp.*); embed and position only where they are spelled out"
     sub.add_argument("--layers", default="blocks.*.mlp.*", help=text)
+    _how_to_draw(sub)
+
+
+def _how_to_draw(sub: argparse.ArgumentParser) -> None:
     text = "sampled (default), signed, empirical or, for small models, expected labels"
     sub.add_argument("--fisher", default="sampled", help=text)
     text = "positions: reached (default), labelled or all; of images all (default) or cls"
     sub.add_argument("--rows", default="reached", help=text)
     sub.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
+
+
+def _how_to_read(sub: argparse.ArgumentParser) -> None:
+    text = "tokenizer.json, the folder that has it, or a GGUF file; not needed for ids alone"
+    sub.add_argument("--tokenizer", metavar="JSON", help=text)
+    text = (
+        "what stands between the documents of a text file, as '<|endoftext|>'; is in none of them"
+    )
+    sub.add_argument("--separator", metavar="TEXT", help=text)
+    text = "what a .bin of bare token ids holds, as nanoGPT's uint16; shards of llm.c say it"
+    sub.add_argument("--token-dtype", metavar="DTYPE", help=text)
 
 
 def _split(sub: argparse.ArgumentParser) -> None:

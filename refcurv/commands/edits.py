@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from refcurv.commands.arguments import shares
@@ -18,16 +19,20 @@ if TYPE_CHECKING:
 def edit(args: argparse.Namespace) -> None:
     """Keep the sharpest directions of weight matrices, zero the flat ones."""
     import refcurv as rc
-    from refcurv.editing.variants import control
+    from refcurv.editing.kfac import edit_work
+    from refcurv.editing.record import done_to
+    from refcurv.editing.variants import control_work
     from refcurv.files import store
 
     rho, model, basis = shares(args.rho), rc.load(args.weights), rc.load_bases(args.basis)
-    came_from = {"inputs": store.inputs(model.source, basis.source)}
+    made_from: dict[str, Any] = {"inputs": store.inputs(model.source, basis.source)}
     if args.control is None:
-        _save(args, rc.edit(model, basis, rho, force=args.force), came_from)
+        work = edit_work(model, basis, rho, force=args.force)
     else:
-        made = control(model, basis, rho, args.control, args.seed, force=args.force)
-        _save(args, made, {"seed": args.seed, **came_from})
+        work = control_work(model, basis, rho, args.control, args.seed, force=args.force)
+        made_from = {"seed": args.seed, **made_from}
+    said = partial(_made_from, made_from)
+    _tell(args, done_to(work, args.output, said))
 
 
 def truncate(args: argparse.Namespace) -> None:
@@ -64,12 +69,22 @@ def prune(args: argparse.Namespace) -> None:
 def _save(
     args: argparse.Namespace, made: tuple[Model, EditRecord], made_from: Mapping[str, Any]
 ) -> None:
-    """Write an edited model, print its record."""
+    """Write an edited model, tell its record."""
     import refcurv as rc
-    from refcurv.report.printed import format_edit, format_start
 
     edited, record = made
-    rc.save(edited, args.output, {"edit": record.to_json(), **made_from})
+    rc.save(edited, args.output, _made_from(made_from, record))
+    _tell(args, record)
+
+
+def _made_from(more: Mapping[str, Any], record: EditRecord) -> dict[str, Any]:
+    return {"edit": record.to_json(), **more}
+
+
+def _tell(args: argparse.Namespace, record: EditRecord) -> None:
+    """Print the record, and write it where that is asked for."""
+    from refcurv.report.printed import format_edit, format_start
+
     print(format_edit(record.to_json()))
     print(f"\n{format_start(record.start.to_json())}")
     print(f"{layers(len(record.layers))} edited → {args.output}")

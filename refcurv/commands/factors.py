@@ -3,34 +3,58 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from refcurv.commands.output import layers
-from refcurv.terminal import progress_bar
+from refcurv.law.words import number_of
+from refcurv.starting import reuse_memory
+from refcurv.terminal import progress_bar, say
+
+if TYPE_CHECKING:
+    from refcurv.curvature.forecast import Forecast
+
+SHORT = 5
+"""Seconds of a job that nobody needs to be told of beforehand."""
+
+
+def _foretell(who: str, found: Forecast) -> None:
+    """One line of what a job will take, unless it is short."""
+    from refcurv.report.printed import format_forecast
+
+    if found.seconds >= SHORT:
+        say(f"{who}: {format_forecast(found)}")
 
 
 def collect(args: argparse.Namespace) -> None:
     """Accumulate the factors A and G of linear layers over a corpus."""
     import refcurv as rc
     from refcurv.curvature.factors import least_certain
+    from refcurv.curvature.plan import Plan
+    from refcurv.curvature.streamed import collect_to
     from refcurv.files.disk import unfinished
 
-    model = rc.load(args.weights, dtype=args.dtype)
-    factors = rc.collect(
-        model,
-        rc.load_corpus(args.corpus),
-        args.layers,
-        args.fisher,
-        args.seed,
-        args.draws,
-        rows=args.rows,
-        checkpoint=unfinished(args.output),
-        progress=progress_bar("collect"),
-    )
-    rc.save_factors(factors, args.output, unfinished(args.output))
+    reuse_memory()
+    model, corpus = rc.load(args.weights, dtype=args.dtype), rc.load_corpus(args.corpus)
+    what = args.layers, args.fisher, args.seed, args.draws
+    how: dict[str, Any] = {"rows": args.rows, "halves": args.halves}
+    how["progress"] = progress_bar("collect", corpus.label.size)
+    if args.memory is not None:
+
+        def told(chosen: Plan) -> None:
+            say(f"collect: {chosen.text}")
+
+        how |= {"memory": args.memory, "told": told}
+        collect_to(model, corpus, args.output, *what, **how)
+        factors = rc.load_factors(args.output)
+    else:
+        how["told"] = partial(_foretell, "collect")
+        factors = rc.collect(model, corpus, *what, checkpoint=unfinished(args.output), **how)
+        rc.save_factors(factors, args.output, unfinished(args.output))
     rows = {name: factor.n_A for name, factor in factors.items()}
     most = max(rows.values())
     few = ", ".join(f"{name} {n:,}" for name, n in rows.items() if n != most)  # of images
-    print(f"{layers(len(factors))}, {most:,} rows{few and f' ({few})'} → {args.output}")
+    print(f"{layers(len(factors))}, {number_of(most, 'row')}{few and f' ({few})'} → {args.output}")
     if worst := least_certain(factors):
         layer, share = worst
         print(f"standard error of G over the draws: at most {share:.2%} of |G|, in {layer}")
@@ -39,8 +63,23 @@ def collect(args: argparse.Namespace) -> None:
 def decompose(args: argparse.Namespace) -> None:
     """Compute the eigenbases of A and G of every layer in a factors file."""
     import refcurv as rc
-    from refcurv.curvature.bases_file import decompose_to
+    from refcurv.curvature.bases_file import kept_by
+    from refcurv.curvature.resumed_bases import decompose_to
+    from refcurv.curvature.settling import warning_of
+    from refcurv.report.printed import format_kept
 
     factors = rc.load_factors(args.factors)
-    decompose_to(factors, args.output, args.bias, progress=progress_bar("decompose"))
+    decompose_to(
+        factors,
+        args.output,
+        args.bias,
+        dtype=args.dtype,
+        memory=args.memory,
+        told=partial(_foretell, "decompose"),
+        progress=progress_bar("decompose"),
+    )
     print(f"{layers(len(factors))} → {args.output}")
+    found = kept_by(rc.load_bases(args.output))
+    print(f"\n{format_kept([one.to_json() for one in found])}")
+    if warning := warning_of(found):
+        say(f"warning: {warning}")

@@ -9,7 +9,7 @@ from refcurv.terminal import progress_bar
 
 
 def convert(args: argparse.Namespace) -> None:
-    """Turn a checkpoint directory (config.json, *.safetensors) into a weights file."""
+    """Turn a checkpoint directory (config.json, *.safetensors) or a GGUF file into weights."""
     from refcurv.files.huggingface import conversion
     from refcurv.report.conversion import format_conversion, rows
 
@@ -30,10 +30,13 @@ def export(args: argparse.Namespace) -> None:
 
 def inspect(args: argparse.Namespace) -> None:
     """Say what a file is, what it was made from, what it holds, and verify its checksums."""
+    from refcurv.curvature.bases_file import kept_by, load_bases
     from refcurv.files.inspect import inspect_file
     from refcurv.report.printed import format_inspect
 
     facts = inspect_file(args.file, progress=progress_bar("verify"))
+    if facts["format"] == "refcurv-basis":
+        facts["kept"] = [one.to_json() for one in kept_by(load_bases(args.file))]
     print(format_inspect(facts))
     write_json(args.json, facts)
 
@@ -51,6 +54,7 @@ def corpus(args: argparse.Namespace) -> None:
         eos=args.eos,
         separator=args.separator,
         token_dtype=args.token_dtype,
+        limit=args.limit,
         populations=args.population,
         progress=progress_bar("tokenize"),
     )

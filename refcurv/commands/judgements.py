@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from refcurv.commands.arguments import pairs, shares
 from refcurv.commands.output import write_json
-from refcurv.terminal import progress_bar
+from refcurv.law.words import number_of
+from refcurv.starting import reuse_memory
+from refcurv.terminal import progress_bar, say
 
 if TYPE_CHECKING:
-    from refcurv import Corpus, Evaluation, Model
+    from refcurv import Corpus, Model
+    from refcurv.evaluation.suite import Measurement
 
 
 PICTURES = 3
@@ -22,27 +25,133 @@ PICTURES = 3
 def evaluate(args: argparse.Namespace) -> None:
     """Judge a model on the corpus's populations, beside a baseline if one is given."""
     import refcurv as rc
+    from refcurv.evaluation.suite import compare, judged, measure
+    from refcurv.law.checks import ConventionError
     from refcurv.report.printed import format_evaluation
 
-    baseline = rc.load(args.baseline, dtype=args.dtype) if args.baseline else None
-    table: dict[str, Any] = {}
+    models = {} if args.baseline is None else {"before": rc.load(args.baseline, dtype=args.dtype)}
+    models["after"] = rc.load(args.weights, dtype=args.dtype)
+    corpus, table = rc.load_corpus(args.corpus), dict[str, Any]()
+    wanted = judged(corpus, args.split, *models.values())
+    if args.items and not any(isinstance(one, rc.Population) for one in wanted.values()):
+        raise ConventionError(
+            f"evaluate: --items are of tokens, and split {args.split!r} has images alone."
+        )
+    found: dict[str, Measurement] = {}
+    reuse_memory()
 
-    def keep(so_far: Evaluation) -> None:
-        table.update(so_far.to_json())
+    def keep(so_far: Measurement) -> None:
+        before = found.get("before")
+        known = before.only(so_far.populations) if before else None
+        table.update(compare(so_far, known).to_json())
         write_json(args.json, table)
 
     try:
-        rc.evaluate(
-            rc.load(args.weights, dtype=args.dtype),
-            rc.load_corpus(args.corpus),
-            split=args.split,
-            baseline=baseline,
-            progress=progress_bar("evaluate"),
-            each=keep,
-        )
+        for when, model in models.items():
+            found[when] = measure(
+                model,
+                corpus,
+                split=args.split,
+                progress=progress_bar("baseline" if when == "before" else "evaluate"),
+                each=keep if when == "after" else lambda _: None,
+                memory=args.memory,
+                told=lambda chosen: say(f"evaluate: {chosen.text}"),
+            )
+        if args.items:
+            _write_items(args, models, found, corpus)
+        if args.right:  # what the baseline gets right, if there is one
+            first = next(iter(models))
+            _write_right(args, models[first], found[first], corpus)
     finally:  # what was evaluated is not lost to what fails later
         if table:
             print(format_evaluation(table))
+
+
+def _write_right(
+    args: argparse.Namespace, model: Model, found: Measurement, corpus: Corpus
+) -> None:
+    """Write the corpus without the items that the model gets wrong."""
+    import refcurv as rc
+    from refcurv.evaluation.right import only_right
+    from refcurv.files import store
+
+    kept, counts = only_right(corpus, found)
+    inputs = store.inputs(model.source, corpus.source)
+    rc.save_corpus(kept, args.right, {"inputs": inputs, "right": counts, "split": args.split})
+    for name, (right, items) in counts.items():
+        print(f"{name}: {right} of {number_of(items, 'item')} right, which {args.right} keeps")
+
+
+def _write_items(
+    args: argparse.Namespace,
+    models: dict[str, Model],
+    found: dict[str, Measurement],
+    corpus: Corpus,
+) -> None:
+    """A line for each item of tokens: what each model does with it."""
+    import refcurv as rc
+    from refcurv.evaluation.held import read_once
+    from refcurv.files.disk import write_json_lines
+
+    wanted = {
+        name: population
+        for name, population in corpus.populations.items()
+        if population.split == args.split and isinstance(population, rc.Population)
+    }
+    graded: dict[str, dict[str, list[dict[str, Any]]]] = {name: {} for name in wanted}
+    for when, given in models.items():
+        model = read_once("items", given, wanted.values()) if args.memory is None else given
+        for name, population in wanted.items():
+            one = rc.items(
+                model,
+                population,
+                said=found[when].populations[name].said,
+                memory=args.memory,
+                progress=progress_bar(f"{name} {when}"),
+            )
+            graded[name][when] = list(one.rows())
+    rows = []
+    for name, population in wanted.items():
+        for number, each in enumerate(zip(*graded[name].values(), strict=True)):
+            true = population.tokens[number, population.prompt_length[number] :]
+            rows.append(
+                {
+                    "population": name, "item": number,
+                    "true_ids": true[: each[0]["tokens"]].tolist(),
+                    **dict(zip(graded[name], each, strict=True)),
+                }
+            )  # fmt: skip
+    write_json_lines(rows, args.items)
+
+
+def recite(args: argparse.Namespace) -> None:
+    """Find the passages of some texts that a model recites, for `refcurv corpus --population`."""
+    import refcurv as rc
+    from refcurv.files.disk import write_json_lines
+    from refcurv.files.whole_texts import read_texts
+    from refcurv.report.passages import format_recited
+
+    model = rc.load(args.weights, dtype=args.dtype)
+    texts = read_texts(
+        args.texts,
+        args.tokenizer,
+        separator=args.separator,
+        token_dtype=args.token_dtype,
+        progress=progress_bar("tokenize"),
+    )
+    found = rc.recited(
+        model,
+        texts.documents,
+        prefix=args.prefix,
+        suffix=args.suffix,
+        stride=args.stride,
+        least=args.run,
+        before=texts.before,
+        progress=progress_bar("recite"),
+    )
+    write_json_lines(found.rows(texts.names, texts.spelled), args.output)
+    print(format_recited(found))
+    print(f"→ {args.output}")
 
 
 def audit(args: argparse.Namespace) -> bool:
@@ -107,7 +216,8 @@ def trace(args: argparse.Namespace) -> None:
     nats, labels = made.tensors["nats"], made.tensors["labels"]
     count = int((labels >= 0).sum())
     print(
-        f"{len(made.tensors)} tensors, {nats.sum() / count:.6g} nats a label, {count} labels "
+        f"{number_of(len(made.tensors), 'tensor')}, {nats.sum() / count:.6g} nats a label, "
+        f"{number_of(count, 'label')} "
         f"({made.fisher}) → {args.output}"
     )
 
@@ -199,6 +309,6 @@ def cases(args: argparse.Namespace) -> None:
     )
     results = [one["result"] for one in made]
     counts = ", ".join(f"{results.count(r)} {r}" for r in ("valid", "invalid", "acceptable"))
-    print(f"{len(made)} cases: {counts} → {args.folder}")
+    print(f"{number_of(len(made), 'case')}: {counts} → {args.folder}")
     if left := not_planted(made):
         print(f"not planted, for nothing here would show them: {', '.join(left)}")

@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING
 
 from refcurv.commands.arguments import shares
 from refcurv.commands.output import write_json
-from refcurv.terminal import progress_bar
+from refcurv.law.checks import RangeError
+from refcurv.starting import reuse_memory
+from refcurv.terminal import progress_bar, say
 
 if TYPE_CHECKING:
+    from refcurv import Bases
     from refcurv.pipeline import Job
 
 
@@ -25,8 +28,75 @@ def report(args: argparse.Namespace) -> None:
     """Collect, decompose, edit and evaluate on your own files: table, plots, report.html."""
     from refcurv.pipeline import Job
 
-    choices = ("weights", "corpus", "layers", "fisher", "rows", "seed", "bias", "split", "dtype")
-    _report(Job(rho=shares(args.rho), **{name: getattr(args, name) for name in choices}), args)
+    taken = {"factors": HOW, "basis": (*HOW, "bias")}
+    for what, made_with in taken.items():
+        if (path := getattr(args, what)) and (
+            more := [n for n in made_with if getattr(args, n) is not None]
+        ):
+            raise RangeError(
+                f"report: --{more[0]} says how to make what --{what} {path} has already. Leave one "
+                "of the two out."
+            )
+    choices = ("weights", "corpus", "split", "dtype", "factors", "basis", *HOW, "bias")
+    given = {name: x for name in choices if (x := getattr(args, name)) is not None}
+    layers = args.layers or ("**" if args.factors or args.basis else "blocks.*.mlp.*")
+    _report(Job(rho=shares(args.rho), layers=layers, **given), args)
+
+
+HOW = ("fisher", "rows", "seed")
+"""How factors are collected."""
+
+
+def sweep(args: argparse.Namespace) -> None:
+    """Many edits, by several methods at equal cost: what each leaves, a table and a plot.
+
+    Dev chooses, test reports. The table marks the K-FAC edits on the front of dev.
+    """
+    import refcurv as rc
+    from refcurv.report.plots import require_front, require_matplotlib, save, sweep_front
+    from refcurv.report.sweep import format_sweep
+    from refcurv.sweeps.beside import Collecting
+
+    if args.plot:
+        require_matplotlib()
+    reuse_memory()
+    model, corpus = rc.load(args.weights, dtype=args.dtype), rc.load_corpus(args.corpus)
+    if args.plot:
+        judged = {n: p.kind for n, p in corpus.populations.items() if p.split == args.split}
+        require_front(args.split, judged)
+    choices = {name: getattr(args, name) for name in ("match", "on", "split", "seed", "states")}
+    if args.methods is not None:
+        choices["methods"] = [name.strip() for name in args.methods.split(",")]
+    found = rc.sweep(
+        model,
+        corpus,
+        args.layers,
+        [share for text in args.rho for share in text.split(",")],
+        **choices,
+        basis=_basis(args),
+        collecting=Collecting(args.fisher, args.rows, args.seed),
+        lines=args.output,
+        memory=args.memory,
+        stage=progress_bar,
+        told=lambda text: say(f"sweep: {text}"),
+    ).to_json()
+    print(format_sweep(found))
+    if args.plot:
+        save(sweep_front(found), args.plot)
+    print(f"\n→ {args.output}" + (f", {args.plot}" if args.plot else ""))
+    write_json(args.json, found)
+
+
+def _basis(args: argparse.Namespace) -> Bases | None:
+    """That of --basis, or of --factors, decomposed now."""
+    import refcurv as rc
+    from refcurv.law.checks import ConventionError
+
+    if args.basis and args.factors:
+        raise ConventionError("sweep: give --basis or --factors, not both.")
+    if args.factors:
+        return rc.decompose(rc.load_factors(args.factors), progress=progress_bar("decompose"))
+    return rc.load_bases(args.basis) if args.basis else None
 
 
 def _report(job: Job, args: argparse.Namespace) -> None:

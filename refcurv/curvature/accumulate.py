@@ -1,20 +1,22 @@
-"""Sums over shards: several in flight, one order (SHARD, BLOCK), a checkpoint after each block."""
+"""Sums over shards: several in flight, one order (SHARD, BLOCK), a checkpoint from time to time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from functools import partial
 from itertools import groupby
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from refcurv.algebra import gram
-from refcurv.curvature.moments import Key, PassSum, RunningSum, Side
+from refcurv.curvature.moments import HALF, Key, PassSum, RunningSum, Side
 from refcurv.law.checks import Array
 from refcurv.law.conventions import BLOCK_SHARDS
 from refcurv.model.config import TABLES, ModelConfig
 from refcurv.model.transformer import Tap
-from refcurv.passes.parallel import Turnstile, run
+from refcurv.passes.parallel import Turnstile, stream
 from refcurv.passes.shards import Shard
 from refcurv.passes.sweep import Sweep
 from refcurv.progress import Progress, counter
@@ -82,8 +84,7 @@ class ShardSums:
         """Every open product goes where it belongs; a matrix's memory serves the next."""
         for key, (product, rows) in self._open.items():
             if key.side is not Side.G or self._job.one_pass:
-                with self._turnstile.turn(key, self._ordinal):
-                    self._sums[key].add(product, rows)
+                self._join(key, product, rows)
             else:
                 if key not in self._passes:
                     self._passes[key] = PassSum(len(product), self._job.draws)
@@ -96,10 +97,19 @@ class ShardSums:
         """Fold what is left: the last product, and the sums over several passes."""
         self._complete()
         for key, passes in self._passes.items():
-            with self._turnstile.turn(key, self._ordinal):
-                rows = passes.rows * self._job.draws
-                self._sums[key].add(passes.sum, rows, passes.variance())
+            self._join(key, passes.sum, passes.rows * self._job.draws, passes.variance())
         self._passes.clear()
+
+    def _join(self, key: Key, product: Array, rows: int, variance: Array | float = 0.0) -> None:
+        """The sum of one shard joins those before it, when its turn comes; of odd ones twice."""
+        with self._turnstile.turn(key, self._ordinal) as due:
+            if due:
+                self._sums[key].add(product, rows, variance)
+        half = Key(HALF.get(key.side, key.side), key.name)
+        if half != key and half in self._sums:
+            with self._turnstile.turn(half, self._ordinal) as due:
+                if due and self._ordinal % 2:
+                    self._sums[half].add(product, rows)
 
 
 def add_gram(x_NX: Array, product_XX: Array, *, onto: bool) -> Array:
@@ -122,16 +132,30 @@ def add_gram(x_NX: Array, product_XX: Array, *, onto: bool) -> Array:
 # ------------------------------------------------------------------ over the shards
 
 
+class Place(NamedTuple):
+    """How far a run has come: blocks that are closed, and shards of the next one.
+
+    Fields: blocks; shards, those that every sum has; passed, how many each sum has.
+    """
+
+    blocks: int
+    shards: int
+    passed: Mapping[Any, int]
+
+
 class Resume(Protocol):
-    """Where a run puts its sums after each block, and goes on from (`checkpoint.Checkpoint`)."""
+    """Where a run puts its sums from time to time, and goes on from (`checkpoint.Checkpoint`)."""
 
-    def load(self, sums: Mapping[Key, RunningSum], blocks: int) -> int:
-        """How many blocks are done; `sums` holds their sums."""
+    def load(self, sums: Mapping[Any, RunningSum], blocks: int) -> Place:
+        """How far the run before came; `sums` holds its sums."""
 
-    def save(self, sums: Mapping[Key, RunningSum], blocks: int) -> None:
-        """Keep the sums of so many blocks."""
+    def due(self) -> bool:
+        """Is it time to keep the sums?"""
 
-    def save_last(self, sums: Mapping[Key, RunningSum], blocks: int) -> None:
+    def keep(self, sums: Mapping[Any, RunningSum], blocks: int, gate: Turnstile) -> None:
+        """Keep the sums of so many blocks and of what has passed the gate, if that can be done."""
+
+    def keep_last(self, sums: Mapping[Any, RunningSum], blocks: int) -> None:
         """Keep the sums of all blocks."""
 
 
@@ -145,22 +169,37 @@ def accumulate(
 ) -> None:
     """Run the shards block by block; within a block several are in flight, folded in order.
 
-    `work` adds one shard's sums to the totals, each when the turnstile lets its ordinal pass.
+    `work` adds one shard's sums to the totals, each when the turnstile lets its ordinal pass, and
+    where its turn says that it is due. A checkpoint is taken while shards are in flight. They may
+    have joined some sums and not yet others: each sum is kept with the number of shards that it
+    has. A run that goes on begins with the first shard that a sum lacks.
     """
     blocks = units[-1].number // BLOCK_SHARDS + 1
-    begin = resume.load(totals, blocks) if resume else 0
-    left = [unit for unit in units if unit.number // BLOCK_SHARDS >= begin]
-    done = counter(progress, len(units), len(units) - len(left))
-    progress(len(units) - len(left), len(units))
-    for number, block in groupby(left, key=lambda unit: unit.number // BLOCK_SHARDS):
-        gate = Turnstile()
+    at = resume.load(totals, blocks) if resume else Place(0, 0, {})
+    grouped = groupby(units, key=lambda unit: unit.number // BLOCK_SHARDS)
+    left = [(number, list(block)) for number, block in grouped if number >= at.blocks]
+    todo = sum(len(block) for _, block in left) - at.shards
+    done = counter(progress, len(units), len(units) - todo)
+    progress(len(units) - todo, len(units))
+    for number, block in left:
+        first, gate = at.shards, Turnstile(at.passed)
 
-        def one(ordinal: int, unit: Shard, gate: Turnstile = gate) -> None:
-            work(ordinal, unit, gate)
+        def one(ordinal: int, unit: Shard, first: int = first, gate: Turnstile = gate) -> None:
+            work(first + ordinal, unit, gate)
 
-        run(list(block), one, in_flight=in_flight, turnstile=gate, done=done)
+        keep = partial(resume.keep, totals, number, gate) if resume else _nothing
+        found = stream(block[first:], one, in_flight=in_flight, turnstile=gate, stopping=keep)
+        with closing(found):
+            for _ in found:
+                done()
+                if resume and resume.due():
+                    keep()
         for total in totals.values():
             total.close()
-        if resume:
-            keep = resume.save if number + 1 < blocks else resume.save_last
-            keep(totals, number + 1)
+        at = Place(number + 1, 0, {})
+    if resume:
+        resume.keep_last(totals, blocks)
+
+
+def _nothing() -> None:
+    """No checkpoint is kept."""

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
-
-import numpy as np
 
 from refcurv.algebra import blas
 from refcurv.curvature import room
 from refcurv.curvature.eigenbasis import Eigenbasis, eigenbasis
-from refcurv.curvature.factors import Factor, Factors
+from refcurv.curvature.factors import Factors
+from refcurv.curvature.factors_file import of_side, parts_of, same_A, shapes_of
+from refcurv.curvature.settling import Sample
 from refcurv.files import store
-from refcurv.files.lazy import Lazy
 from refcurv.law.checks import Array, ConventionError, require_choice
-from refcurv.law.conventions import Bias, Estimator
+from refcurv.law.conventions import COMPUTE_DTYPES, Bias, Estimator
 from refcurv.model.config import TABLES
-from refcurv.passes.parallel import stream
-from refcurv.progress import Progress, silent
+from refcurv.passes.parallel import cores, stream
+from refcurv.progress import Progress, doing, silent, span
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,7 @@ class Bases(Mapping[str, Eigenbasis]):
         method: what made the bases; `decompose` says "kfac", and "kfac reduce" where segments
             stand in the place of rows (ESTIMATOR). An edit copies it into its record.
         weights: the digest of the model's weights (`refcurv.files.digest`); None if unknown.
+        samples: of each layer how many rows it was estimated from, and what half of them gives.
     """
 
     layers: Mapping[str, Eigenbasis]
@@ -40,6 +42,7 @@ class Bases(Mapping[str, Eigenbasis]):
     bias: Bias = Bias.SEPARATE
     method: str = "kfac"
     weights: str | None = None
+    samples: Mapping[str, Sample] = field(default_factory=lambda: MappingProxyType({}))
 
     def __getitem__(self, name: str) -> Eigenbasis:
         """The eigenbasis of one layer."""
@@ -64,6 +67,7 @@ def decompose(
     factors: Factors,
     bias: str = "separate",
     *,
+    dtype: str = "float64",
     progress: Progress = silent,
 ) -> Bases:
     """The eigenbases of every layer's A and G.
@@ -76,10 +80,14 @@ def decompose(
         factors: of `collect` or `load_factors`.
         bias: "separate" or "joint". With "joint", A of a layer with a bias is that of [a; 1], so
             that an edit moves weight and bias as one matrix (BIAS). Other layers are the same.
-        progress: called with (layers done, layers).
+        dtype: what U_A and U_G are kept in, "float64" or, in half the memory, "float32". Then each
+            entry is rounded once, from float64: |ΔU| <= u|U| with u = 2^-24. The eigenvalues stay
+            float64, so that the same pairs are kept. An edit W' moves by at most about
+            2 u (√O + √I) ‖W‖ in Frobenius norm.
+        progress: called with (layers done, layers); told how long the rest will take.
 
     Returns:
-        Bases: layer name → U_A (I, I), mu (I,), U_G (O, O), lam (O,), float64.
+        Bases: layer name → U_A (I, I), mu (I,), U_G (O, O), lam (O,), float64; or U in `dtype`.
 
     Raises:
         NotSymmetricError, NotPSDError, NonFiniteError: with the layer, the side and the size.
@@ -89,12 +97,30 @@ def decompose(
     Cost: about 9 (I³ + O³) flops per layer; layers that read the same input share one U_A.
     Source: P4; Martens & Grosse 2015 (arXiv 1503.05671) for the homogeneous coordinate.
     Proof: tests/test_eigenbasis.py::test_decompose_divides_by_the_counts_and_shares_equal_inputs,
-        tests/test_biases.py::test_O47_a_joint_basis_is_of_the_homogeneous_coordinate
+        tests/test_biases.py::test_O47_a_joint_basis_is_of_the_homogeneous_coordinate,
+        tests/test_short_bases.py::test_an_edit_by_a_short_basis_is_as_near_as_is_said
     """
     kind = bias_of(bias)
-    layers = MappingProxyType(dict(decompose_each(factors, kind, progress=progress)))
-    source = MappingProxyType({"inputs": store.inputs(factors.source)})
-    return Bases(layers, source, kind, method_of(factors), factors.weights)
+    pairs = decompose_each(factors, kind, dtype, progress=progress)
+    source = MappingProxyType({"inputs": store.inputs(factors.source)})  # read before the work
+    layers = MappingProxyType(dict(pairs))
+    samples = MappingProxyType(samples_of(factors, kind))
+    return Bases(layers, source, kind, method_of(factors), factors.weights, samples)
+
+
+def samples_of(factors: Factors, bias: Bias) -> dict[str, Sample]:
+    """What each layer's spectra are estimated from; of factors in a file no matrix is read.
+
+    Halves are those of A. So a layer whose joint basis has a column for the bias has none.
+    """
+    out = {}
+    for name, parts in parts_of(factors).items():
+        one = of_side(factors, name, "")
+        joint = bias is Bias.JOINT and "sum_a" in parts
+        out[name] = Sample(one.n_A)
+        if one.half_mu is not None and one.half_lam is not None and not joint:
+            out[name] = Sample(one.n_A, (one.half_lam, one.half_mu))
+    return out
 
 
 def method_of(factors: Factors) -> str:
@@ -108,99 +134,158 @@ def bias_of(bias: str) -> Bias:
 
 
 def decompose_each(
-    factors: Factors, bias: Bias, *, progress: Progress = silent
+    factors: Factors,
+    bias: Bias,
+    dtype: str = "float64",
+    *,
+    known: Mapping[str, Eigenbasis] = MappingProxyType({}),
+    memory: int | None = None,
+    told: Callable[[dict[str, int], int], object] = lambda *_: None,
+    progress: Progress = silent,
 ) -> Iterator[tuple[str, Eigenbasis]]:
     """`decompose` as an iterator over layers, for factors that do not fit in memory together.
 
-    Several matrices are decomposed at a time: one per core, or fewer if memory is short. Each is
-    decomposed by itself, so that their number changes no bit. A matrix that is too large for memory
-    or LAPACK is refused at once.
+    Several matrices are decomposed at a time: one per core, or fewer if memory is short, or less is
+    given (`memory`, with what the process has already). `told` is called with the widths of those
+    that are left, and how many at a time. Each is decomposed by itself, so that their
+    number changes no bit. A matrix that is too large for memory or LAPACK is refused at once.
+    Layers that are `known` are handed on as they are.
     """
+    require_choice("decompose", "dtype", dtype, COMPUTE_DTYPES)
     for table in TABLES:
         if table in factors:
             raise ConventionError(
                 f"decompose: {table!r} is a table, whose A is diagonal already; decompose its G "
                 "by itself, or collect without it."
             )
-    width = _widths(factors, bias)
+    width = widths(factors, bias)
     for side, n in width.items():
         blas.require_solvable(f"decompose: {side}", n)
-    workers = room.in_flight("decompose", room.to_decompose(width))
-    return _each(factors, bias, workers, progress)
+    need = room.to_decompose(width)
+    most = None if memory is None else _within(width, need, memory)
+    workers = room.in_flight("decompose", need, most)
+    told({side: n for side, n in width.items() if not _is_of(side, known)}, workers)
+    return _each(factors, bias, dtype, workers, known, _Left(width, progress))
+
+
+def _is_of(side: str, known: Mapping[str, Eigenbasis]) -> bool:
+    """Is "A of 'layer'" one of a layer that is known?"""
+    return any(side.endswith(f" of {name!r}") for name in known)
+
+
+def _within(width: Mapping[str, int], need: room.Need, memory: int) -> int:
+    """How many matrices at a time so much memory holds.
+
+    Beside those at work are the eigenvectors of the layer that is being written.
+    """
+    has = room.used() + room.CODE
+    sizes = list(width.values())  # A and G of each layer in turn
+    each = zip(sizes[::2], sizes[1::2], strict=True)
+    made = max(8 * (a * a + g * g) for a, g in each)
+    for workers in range(cores(), 0, -1):
+        if has + made + need.bytes(workers) <= memory:
+            return workers
+    advice = "Give more, or collect without the largest layer."
+    raise room.too_small("decompose", has, made + need.bytes(1), memory, advice)
 
 
 def _each(
-    factors: Factors, bias: Bias, workers: int, progress: Progress
+    factors: Factors,
+    bias: Bias,
+    dtype: str,
+    workers: int,
+    known: Mapping[str, Eigenbasis],
+    left: _Left,
 ) -> Iterator[tuple[str, Eigenbasis]]:
     facts = (factors.shard_rows, factors.dtype)
-    rounding: dict[str, float | None] = {}
 
-    def work(_: int, side: tuple[str, Array | None]) -> tuple[Array, Array, int] | None:
-        what, M = side
-        return None if M is None else eigenbasis(M, *facts, what)
+    def work(_: int, at: tuple[str, str] | None) -> tuple[Array, Array, int] | None:
+        if at is None:
+            return None
+        side, name = at
+        one = of_side(factors, name, side)
+        M = one.G if side == "G" else one.A_joint if bias is Bias.JOINT else one.A
+        del one  # a sum that was read from a file is not held while its eigenbasis is computed
+        U, values, raised = eigenbasis(M, *facts, f"{side} of {name!r}", own=True)
+        kept = U.astype(dtype, copy=False)
+        kept.flags.writeable = False
+        return kept, values, raised
 
-    progress(0, len(factors))
-    found = stream(_sides(factors, bias, rounding), work, in_flight=workers)
+    found = stream(_sides(factors, bias, known), work, in_flight=workers)
     A_side = None
-    for done, name in enumerate(factors, start=1):
+    for name in factors:
+        if name in known:
+            one = known[name]
+            A_side = (one.U_A, one.mu, one.raised_A)
+            left.handed_on(name)
+            yield name, one
+            del one
+            continue
         A_side = next(found) or A_side  # None: the layer before reads the same input
         G_side = next(found)
         if A_side is not None and G_side is not None:
             (U_A, mu, raised_A), (U_G, lam, raised_G) = A_side, G_side
-            yield name, Eigenbasis(U_A, mu, U_G, lam, raised_A, raised_G, rounding[name])
-        progress(done, len(factors))
+            left.computed(name)
+            yield name, Eigenbasis(U_A, mu, U_G, lam, raised_A, raised_G, _rounding(factors, name))
+            del U_A, U_G, G_side  # A_side may serve the next layer
 
 
-def _widths(factors: Factors, bias: Bias) -> dict[str, int]:
+def _rounding(factors: Factors, name: str) -> float | None:
+    """The part of the trace of G that is rounding (NEGATIVE)."""
+    one = of_side(factors, name, "")
+    return None if one.rounding_G is None else one.rounding_G / one.n_G
+
+
+class _Left:
+    """How many layers are done, and how long the rest will take: work grows as the cube."""
+
+    def __init__(self, width: Mapping[str, int], progress: Progress) -> None:
+        self._work: Counter[str] = Counter()
+        for side, n in width.items():
+            self._work[side.partition(" of ")[2]] += n**3
+        self._progress, self._all, self._done = progress, len(self._work), 0
+        self._begin, self._computed = time.monotonic(), 0
+        progress(0, self._all)
+
+    def handed_on(self, name: str) -> None:
+        """This layer was known."""
+        del self._work[repr(name)]
+        self._tell()
+
+    def computed(self, name: str) -> None:
+        """This layer is new."""
+        self._computed += self._work.pop(repr(name))
+        self._tell()
+        if self._work:
+            share = sum(self._work.values()) / self._computed
+            doing(self._progress, f"about {span((time.monotonic() - self._begin) * share)} left")
+
+    def _tell(self) -> None:
+        self._done += 1
+        self._progress(self._done, self._all)
+
+
+def widths(factors: Factors, bias: Bias) -> dict[str, int]:
     """{"A of layer": I, "G of layer": O}, without reading a matrix from a file."""
-    if isinstance(factors.layers, Lazy):
-        entries = factors.source["header"].entries
-        shapes = {key: entry.shape for key, entry in entries.items()}
-    else:
-        parts = ("sum_A", "sum_a", "sum_G")
-        shapes = {
-            f"{name}.{part}": array.shape
-            for name, factor in factors.items()
-            for part in parts
-            if (array := getattr(factor, part)) is not None
-        }
+    biased = {name for name, parts in parts_of(factors).items() if "sum_a" in parts}
     width: dict[str, int] = {}
-    for name in factors:
-        joint = bias is Bias.JOINT and f"{name}.sum_a" in shapes
-        width[f"A of {name!r}"] = shapes[f"{name}.sum_A"][0] + joint
-        width[f"G of {name!r}"] = shapes[f"{name}.sum_G"][0]
+    for name, (O, I) in shapes_of(factors).items():  # noqa: E741
+        width[f"A of {name!r}"] = I + (bias is Bias.JOINT and name in biased)
+        width[f"G of {name!r}"] = O
     return width
 
 
 def _sides(
-    factors: Factors, bias: Bias, rounding: dict[str, float | None]
-) -> Iterator[tuple[str, Array | None]]:
-    """A and G of each layer in turn; None for an A that the layer before has too (O37).
+    factors: Factors, bias: Bias, known: Mapping[str, Eigenbasis]
+) -> Iterator[tuple[str, str] | None]:
+    """("A", layer) and ("G", layer) of each layer in turn; None for an A that the layer before has.
 
-    Each factor is read once. Its rounding goes to `rounding`, by layer.
+    Layers that are known are left out.
     """
-    before: Factor | None = None
-    for name, factor in factors.items():
-        known = factor.rounding_G
-        rounding[name] = None if known is None else known / factor.n_G
-        shared = before is not None and _same(before, factor, bias)
-        A = factor.A_joint if bias is Bias.JOINT else factor.A
-        yield f"A of {name!r}", None if shared else A
-        del A
-        G = factor.G
-        before = replace(factor, sum_G=_READ)
-        del factor  # a sum that was read from a file is not held while its eigenbasis is computed
-        yield f"G of {name!r}", G
-        del G
-
-
-_READ = np.zeros((0, 0))
-
-
-def _same(one: Factor, other: Factor, bias: Bias) -> bool:
-    """Do two layers share A? gate and up do, and q, k, v (O37); jointly, not if one lacks a b."""
-    if bias is Bias.JOINT and (one.sum_a is None) != (other.sum_a is None):
-        return False
-    return one.n_A == other.n_A and (
-        one.sum_A is other.sum_A or np.array_equal(one.sum_A, other.sum_A)
-    )
+    before: str | None = None
+    for name in factors:
+        if name not in known:
+            shared = before is not None and same_A(factors, before, name, bias is Bias.JOINT)
+            yield None if shared else ("A", name)
+            yield "G", name
+        before = name

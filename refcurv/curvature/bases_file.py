@@ -4,26 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
-from refcurv.curvature.bases import Bases, bias_of, decompose_each, method_of
+from refcurv.curvature.bases import Bases
 from refcurv.curvature.checks import require_basis
 from refcurv.curvature.eigenbasis import Eigenbasis
-from refcurv.curvature.factors import Factors
+from refcurv.curvature.factors import HALVES
+from refcurv.curvature.halves import require_half
+from refcurv.curvature.settling import Sample, Settling, settling
 from refcurv.files import store
 from refcurv.files.digest import recorded
 from refcurv.files.lazy import Lazy
-from refcurv.law.checks import SchemaError, require_choice
-from refcurv.law.conventions import Bias
-from refcurv.progress import Progress, silent
+from refcurv.law.checks import Array, SchemaError, require_choice, require_range
+from refcurv.law.conventions import COMPUTE_DTYPES, Bias
 
 
 def save_bases(bases: Bases, path: str | Path) -> None:
     """Write a basis file: LAYER/{U_A, mu, U_G, lam}, with the counts of raised eigenvalues.
 
     The root attributes say whether the bases are of W or [W b] (`bias`), what made them (`method`)
-    and from which weights (`weights`). What is no eigenbasis is refused.
+    and from which weights (`weights`). U_A and U_G are float64, or float32 if that is what they are
+    kept in. What is no eigenbasis is refused.
     """
-    about = _about(bases.bias, bases.method, bases.weights)
+    about = about_of(bases.bias, bases.method, bases.weights)
     came_from = bases.source.get("inputs") or store.inputs(bases.source)
 
     def checked() -> Iterator[tuple[str, Eigenbasis]]:
@@ -31,40 +34,35 @@ def save_bases(bases: Bases, path: str | Path) -> None:
             require_basis("save_bases", name, one)
             yield name, one
 
-    _write(checked(), about, path, came_from)
+    write_bases(checked(), about, path, came_from, bases.samples)
 
 
-def decompose_to(
-    factors: Factors,
-    path: str | Path,
-    bias: str = "separate",
-    *,
-    progress: Progress = silent,
-) -> None:
-    """`decompose` straight into a basis file, one layer in memory at a time."""
-    kind = bias_of(bias)
-    pairs = decompose_each(factors, kind, progress=progress)
-    about = _about(kind, method_of(factors), factors.weights)
-    _write(pairs, about, path, store.inputs(factors.source))
+def about_of(bias: Bias, method: str, weights: str | None) -> dict[str, str]:
+    """The root's attributes."""
+    return {"bias": bias.value, "method": method, **({"weights": weights} if weights else {})}
 
 
-def _about(bias: Bias, method: str, weights: str | None) -> dict[str, str]:
-    return {"bias": str(bias), "method": method, **({"weights": weights} if weights else {})}
-
-
-def _write(
+def write_bases(
     pairs: Iterable[tuple[str, Eigenbasis]],
     about: Mapping[str, str],
     path: str | Path,
     inputs: Mapping[str, str],
+    samples: Mapping[str, Sample] = MappingProxyType({}),
 ) -> None:
+    """Write a basis file with these root attributes, one layer in memory at a time."""
+
     def entries() -> Iterator[store.Entry]:
         for name, basis in pairs:
             yield store.Entry(f"{name}.U_A", basis.U_A)
-            yield store.Entry(f"{name}.mu", basis.mu, {"raised": basis.raised_A})
+            rows = {"rows": samples[name].rows} if name in samples else {}
+            yield store.Entry(f"{name}.mu", basis.mu, {"raised": basis.raised_A, **rows})
             yield store.Entry(f"{name}.U_G", basis.U_G)
             known = {} if basis.rounding is None else {"rounding": basis.rounding}
             yield store.Entry(f"{name}.lam", basis.lam, {"raised": basis.raised_G, **known})
+            del basis  # before the next one is made
+            if name in samples and (halves := samples[name].halves):
+                yield store.Entry(f"{name}.half_lam", halves[0])
+                yield store.Entry(f"{name}.half_mu", halves[1])
 
     store.write(
         path,
@@ -88,19 +86,74 @@ def load_bases(path: str | Path) -> Bases:
     if not names:
         raise SchemaError(f"{path}: holds no layer; was its decomposition interrupted?")
     for name in names:
-        for U, values in (("U_A", "mu"), ("U_G", "lam")):
-            n = store.require_entry(header, f"{name}.{values}", "float64", (None,))
-            store.require_entry(header, f"{name}.{U}", "float64", n * 2)
+        require_layer(header, name)
     return Bases(
-        Lazy(names, lambda name: _read_basis(header, name)),
+        Lazy(names, lambda name: read_basis(header, name)),
         store.Source(header),
         Bias(bias),
         method,
         recorded(header),
+        MappingProxyType({name: one for name in names if (one := _sample(header, name))}),
     )
 
 
-def _read_basis(header: store.Header, name: str) -> Eigenbasis:
+def spectra_of(bases: Bases) -> Iterator[tuple[str, Array, Array]]:
+    """(layer, lam, mu) of each layer; of bases in a file no eigenvectors are read."""
+    header = bases.source.get("header")
+    for name in bases:
+        if header is None or not isinstance(bases.layers, Lazy):
+            yield name, bases[name].lam, bases[name].mu
+        else:
+            lam, mu = (store.read(header, f"{name}.{part}", finite=True) for part in ("lam", "mu"))
+            yield name, lam, mu
+
+
+def kept_by(bases: Bases) -> list[Settling]:
+    """Which share of the pairs each share of the mass keeps, and where that settles, by layer."""
+    samples = bases.samples
+    return [settling(name, lam, mu, samples.get(name)) for name, lam, mu in spectra_of(bases)]
+
+
+def _sample(header: store.Header, name: str) -> Sample | None:
+    """What a layer was estimated from; older files do not say."""
+    at = header.entries[f"{name}.mu"].attributes
+    if "rows" not in at:
+        return None
+    where = f"{header.path}: mu of {name!r}"
+    rows = int(require_range(where, "rows", store.fact(where, at, "rows", int), 1, 2**62))
+    if f"{name}.half_mu" not in header.entries:
+        return Sample(rows)
+    mu, lam = (
+        require_half(
+            f"{header.path}: {half} of {name!r}",
+            store.read(header, f"{name}.{half}", finite=True),
+            float(store.read(header, f"{name}.{part}", finite=True).sum()),
+        )
+        for half, part in zip(HALVES, ("mu", "lam"), strict=True)
+    )
+    return Sample(rows, (lam, mu))
+
+
+def kept_in(bases: Bases) -> str:
+    """The dtype of the eigenvectors; of bases in a file none is read."""
+    header, name = bases.source.get("header"), next(iter(bases))
+    if header is None or not isinstance(bases.layers, Lazy):
+        return bases[name].U_A.dtype.name
+    return str(header.entries[f"{name}.U_A"].stored)
+
+
+def require_layer(header: store.Header, name: str) -> None:
+    """SchemaError unless the file has the layer's eigenvalues, and its U in a dtype of theirs."""
+    for part, values in (("U_A", "mu"), ("U_G", "lam")):
+        n, U = store.require_entry(header, f"{name}.{values}", "float64", (None,)), f"{name}.{part}"
+        kept = header.entries[U].stored if U in header.entries else "float64"
+        store.require_entry(header, U, kept if kept in COMPUTE_DTYPES else "float64", n * 2)
+        if any(f"{name}.{half}" in header.entries for half in HALVES):
+            store.require_entry(header, f"{name}.half_{values}", "float64", n)
+
+
+def read_basis(header: store.Header, name: str) -> Eigenbasis:
+    """One layer of a basis file."""
     U_A, mu, U_G, lam = (
         store.read(header, f"{name}.{part}", finite=True) for part in ("U_A", "mu", "U_G", "lam")
     )

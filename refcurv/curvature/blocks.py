@@ -22,6 +22,7 @@ from refcurv.law.checks import (
     RangeError,
 )
 from refcurv.law.conventions import NO_LABEL, Fisher
+from refcurv.law.words import number_of
 from refcurv.model import transformer
 from refcurv.model.config import ModelConfig
 from refcurv.model.corpus import Corpus
@@ -36,7 +37,7 @@ from refcurv.passes.sweep import Sweep, lowest_block, require_few_passes, sweep_
 from refcurv.progress import Progress, silent
 
 MOST_BYTES = 2**33
-"""The most memory for all blocks together: totals, sums of 64 shards, shards in flight."""
+"""The most memory for all blocks together: totals, sums of a block, shards in flight."""
 
 ROWS = 512
 """How many gradients are multiplied at one time."""
@@ -158,7 +159,8 @@ def _vectors(config: ModelConfig, pattern: str, in_flight: int) -> dict[str, int
     size = sum(8 * (2 + in_flight) * vectors[name] ** 2 for name in names)
     if size > MOST_BYTES:
         raise RangeError(
-            f"collect_blocks: the {len(names)} blocks would take {size / 2**30:,.1f} GiB (at most "
+            f"collect_blocks: the {number_of(len(names), 'block')} would take "
+            f"{size / 2**30:,.1f} GiB (at most "
             f"{MOST_BYTES >> 30} GiB are made). Name fewer parameters at a time.",
             size=size,
         )

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from refcurv.algebra import blas
-from refcurv.algebra.blas import one_blas_thread
 from refcurv.algebra.scaling import far_exponent, norm, shifted
 from refcurv.law import tolerance
 from refcurv.law.checks import (
@@ -44,7 +43,9 @@ class Eigenbasis:
     rounding: float | None = None
 
 
-def eigenbasis(M: Array, shard_rows: int, dtype: str, what: str) -> tuple[Array, Array, int]:
+def eigenbasis(
+    M: Array, shard_rows: int, dtype: str, what: str, own: bool = False
+) -> tuple[Array, Array, int]:
     """(U, values, raised): M = U diag(values) Uᵀ, by ORDER and NEGATIVE.
 
     Args:
@@ -52,13 +53,14 @@ def eigenbasis(M: Array, shard_rows: int, dtype: str, what: str) -> tuple[Array,
         shard_rows: rows of the products behind M, for the budget.
         dtype: of those products.
         what: name for messages, e.g. "A of 'blocks.0.mlp.up'".
+        own: may the memory of M be used?
 
     Raises:
         ShapeError, NonFiniteError: of M.
         NotSymmetricError, NotPSDError: by more than rounding explains.
         RangeError: an eigenvalue that overflows. SolverError, RoomError: as `blas.eigh`.
 
-    Cost: about 9 n³ flops, 3 n² float64 of memory; 5 n² above n = 32,766.
+    Cost: about 9 n³ flops, 3 n² float64 of memory, 2 n² with `own`; 5 n² above n = 32,766.
     Proof: tests/test_eigenbasis.py::test_reconstruction_orthogonality_and_order,
         ::test_powers_of_two_change_no_bit
     """
@@ -75,8 +77,8 @@ def eigenbasis(M: Array, shard_rows: int, dtype: str, what: str) -> tuple[Array,
             f"{who} has |M - Mᵀ|/|M| = {skew / size:.1e} > {budget:.1e}. Rounding "
             "cannot explain this; look for a missed transpose or a partial (sharded) sum."
         )
-    with one_blas_thread():
-        values, U = blas.eigh(M, who, k)
+    with blas.one_blas_thread():
+        values, U = blas.eigh(M, who, k, own)
     values, U = values[::-1].copy(), oriented(U[:, ::-1])
     underflow = float(shifted(tolerance.underflow(n, shard_rows, dtype), -k))
     least = -tolerance.negative(n, shard_rows, dtype) * max(values[0], 0.0) - underflow
@@ -91,8 +93,7 @@ def eigenbasis(M: Array, shard_rows: int, dtype: str, what: str) -> tuple[Array,
     values = shifted(np.where(values > 0, values, 0.0), k)
     if values[0] == np.inf:
         raise RangeError(f"{who} has an eigenvalue beyond the largest float64; rescale it.")
-    for array in (U, values):
-        array.flags.writeable = False
+    U.flags.writeable = values.flags.writeable = False
     return U, values, raised
 
 

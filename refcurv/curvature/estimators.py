@@ -354,7 +354,7 @@ def ekfac(
         ConventionError: bases of other weights, without `force`.
 
     Cost: the passes of `collect`; then per backward pass N·(I² + O² + I·O) per layer, in float64.
-        Memory: the bases, 8·O·I bytes per layer (16 behind 64 shards), and for each shard in flight
+        Memory: the bases, 8·O·I bytes per layer (16 behind one block), and for each shard in flight
         those of one layer, or with several passes of all.
     Source: George et al. 2018 (arXiv 1806.03884); Grosse et al. 2023 (arXiv 2308.03296), per
         sequence; ESTIMATOR.

@@ -10,11 +10,14 @@ Sum and count, never a running mean; the division happens once, on reading A or 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -22,10 +25,13 @@ from refcurv.algebra.scaling import norm
 from refcurv.curvature import room
 from refcurv.curvature.accumulate import ShardSums, accumulate
 from refcurv.curvature.checkpoint import Checkpoint
+from refcurv.curvature.forecast import Told, of_collection
+from refcurv.curvature.halves import half_spectra, require_two
 from refcurv.curvature.moments import SQUARED, Key, RunningSum, Side, empty_sums
 from refcurv.files import store
 from refcurv.files.digest import digest
 from refcurv.files.disk import require_space
+from refcurv.files.lazy import Lazy
 from refcurv.law.checks import (
     Array,
     ConventionError,
@@ -34,12 +40,12 @@ from refcurv.law.checks import (
     require_choice,
 )
 from refcurv.law.conventions import BLOCK_SHARDS, Estimator, Fisher, Rows, describe
-from refcurv.model.config import ModelConfig
+from refcurv.model.config import TABLES, ModelConfig
 from refcurv.model.corpus import Corpus
 from refcurv.model.fisher import DRAWN
 from refcurv.model.patterns import expand, spelled
 from refcurv.model.weights import Model, resident
-from refcurv.passes.parallel import Turnstile, run
+from refcurv.passes.parallel import Turnstile
 from refcurv.passes.rounding import rounding
 from refcurv.passes.shards import Shard, shards
 from refcurv.passes.sweep import Sweep, Take, require_few_passes, sweep, sweep_of
@@ -61,6 +67,9 @@ class Factor:
     tr sum_G is rounding (NEGATIVE); None of factors that were made without it. noise_A and noise_G
     are standard deviations of sum_A and sum_G by rounding, in Frobenius norm; free_A and free_G how
     many random numbers tell them, few where few rows err most. None if they are not known.
+
+    half_mu (I,) and half_lam (O,) are the eigenvalues that half of the corpus gives, descending:
+    the mean of two halves (`curvature.halves`). None where halves were not kept.
     """
 
     sum_A: Array
@@ -75,6 +84,8 @@ class Factor:
     free_A: float | None = None
     noise_G: float | None = None
     free_G: float | None = None
+    half_mu: Array | None = None
+    half_lam: Array | None = None
 
     @property
     def A(self) -> Array:
@@ -93,6 +104,13 @@ class Factor:
     def G(self) -> Array:
         """(1/n_G) Σ g gᵀ, (O, O)."""
         return self.sum_G / self.n_G
+
+
+ERRORS = ("error_G", "error_trace_G", "rounding_G", "noise_A", "free_A", "noise_G", "free_G")
+"""The fields of a Factor that say how far off its sums may be."""
+
+HALVES = ("half_mu", "half_lam")
+"""The fields of a Factor that say what half of the corpus gives."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +158,8 @@ def collect(
     rows: str = "reached",
     in_flight: int | None = None,
     checkpoint: str | Path | None = None,
+    halves: bool = False,
+    told: Told | None = None,
     progress: Progress = silent,
 ) -> Factors:
     """The K-FAC factors of linear layers: second moments of inputs and of output gradients.
@@ -164,16 +184,23 @@ def collect(
         rows: "reached" or "labelled" (ROWS).
         in_flight: shards at a time, at most; by default one per core. Fewer where memory holds the
             sums of no more. Changes no bit.
-        checkpoint: a file to keep the sums in after every block of 64 shards; if it exists, the
-            run goes on from there, with the bits of an uninterrupted one. It holds the whole sums
-            at the end: `save_factors`, given it too, deletes it once the factors are on disk.
+        checkpoint: a file to keep the sums in, every two minutes or after 20 times what that took,
+            and on Ctrl-C; if it exists, the run goes on from there, with the bits of an
+            uninterrupted one. It holds the whole sums at the end: `save_factors`, given it too,
+            deletes it once the factors are on disk.
+        halves: also find the eigenvalues that half of the corpus gives, from which `decompose`
+            tells with how many rows the kept share of pairs settles. Takes the memory of the sums
+            once more, and at the end about a third of the time of `decompose`.
+        told: called before the work with what it will take (`curvature.forecast`), for which a few
+            labels pass.
         progress: called with (shards done, shards).
 
     Returns:
         Factors: layer name → sum_A (I, I), n_A, sum_G (O, O), n_G and A, G; float64, exactly
-        symmetric. With a bias also sum_a (I,), for A_joint; whether weight and bias are one matrix
-        is chosen later, by `decompose`. Tables have sum_A (entries,), a diagonal. rounding_G says
-        how much of tr sum_G is rounding, from other runs over a few sequences (NEGATIVE).
+        symmetric. They are kept as triangles; a matrix is made whenever it is asked for. With a
+        bias also sum_a (I,), for A_joint; whether weight and bias are one matrix is chosen later,
+        by `decompose`. Tables have sum_A (entries,), a diagonal. rounding_G says how much of tr
+        sum_G is rounding, from other runs over a few sequences (NEGATIVE).
 
     Raises:
         NameUnknownError: no layer matches. RangeError: token ids, seed or draws out of range, or an
@@ -192,12 +219,24 @@ def collect(
         ::test_O12_draws_converge_with_the_stated_standard_error,
         tests/test_rounding.py::test_the_estimate_is_the_error, tests/test_peers.py (PyTorch).
     """
+    job, keep = asked(model.config, layers, fisher, seed, draws, rows, halves)
+    return summed("collect", model, corpus, job, keep, in_flight, progress, checkpoint, told=told)
+
+
+def asked(
+    config: ModelConfig,
+    layers: str,
+    fisher: str,
+    seed: int,
+    draws: int,
+    rows: str,
+    halves: bool = False,
+) -> tuple[Sweep, Rows]:
+    """What `collect` is asked for, checked."""
     keep = Rows(require_choice("collect", "rows", rows, list(Rows)))
-    config = model.config
     tables = spelled(layers, config.tables())
     names = expand(layers, [*config.linear_layers(), *tables])
-    job = sweep_of("collect", names, fisher, seed, draws)
-    return summed("collect", model, corpus, job, keep, in_flight, progress, checkpoint)
+    return replace(sweep_of("collect", names, fisher, seed, draws), halves=halves), keep
 
 
 def summed(
@@ -211,6 +250,7 @@ def summed(
     checkpoint: str | Path | None = None,
     through: Callable[[Shard, Take], Take] | None = None,
     estimator: Estimator = Estimator.EXPAND,
+    told: Told | None = None,
 ) -> Factors:
     """The sums of a collection whose choices are checked; `collect` describes the rest.
 
@@ -220,41 +260,71 @@ def summed(
     config = model.config
     units = shards(corpus, config, keep)
     require_few_passes(who, units, job, config.vocabulary)
+    require_two(units, job)
     need = room.to_collect(config, job, np.dtype(model.dtype).itemsize, units)
-    in_flight = room.in_flight(who, need, in_flight)
-    own = digest(model)
+    need = replace(need, once=need.once + room.unread(model))
+    or_else = "collect block by block (refcurv collect --memory), " if who == "collect" else ""
+    in_flight = room.in_flight(who, need, in_flight, or_else)
+    own, came_from = digest(model), store.inputs(model.source, corpus.source)
     parameters, totals = resident(model), empty_sums(config, job)
-    looked_at = set() if through else _looked_at(units)
+    if told is not None:
+        told(of_collection(config, parameters, corpus, units, job, need, in_flight))
+    looks = set() if through else looked_at(units)
 
     def work(ordinal: int, unit: Shard, turnstile: Turnstile) -> None:
         sums = ShardSums(config, totals, turnstile, ordinal, job)
         sweep(config, parameters, unit, job, through(unit, sums.take) if through else sums.take)
         sums.finish()
-        if unit.number in looked_at:  # alone in its block, so that it needs no turn
+        if unit.number in looks:  # alone in its block, the first to pass
             for name, (noise, count) in rounding(config, parameters, unit, job).items():
-                totals[Key(Side.e, name)].add(np.array(noise), count)
+                with turnstile.turn(key := Key(Side.e, name), 0) as due:
+                    if due:
+                        totals[key].add(np.array(noise), count)
 
     resume = None
     if checkpoint:
-        nbytes = sum(8 * math.prod(total.shape) for total in totals.values())
+        nbytes = sum(8 * total.size for total in totals.values())
         require_space("collect", checkpoint, nbytes)
-        resume = Checkpoint(Path(checkpoint).absolute(), _fingerprint(model, corpus, job, keep))
+        resume = Checkpoint(Path(checkpoint).absolute(), fingerprint(model, corpus, job, keep))
     accumulate(units, work, totals, in_flight, resume, progress)
+    warn_of_changes(who, model, corpus)
+    layers = finished(config, job, totals, in_flight)
+    return made_of(layers, job, keep, units, model.dtype, came_from, own, estimator)
+
+
+def warn_of_changes(who: str, model: Model, corpus: Corpus) -> None:
+    """Warn if the files that were read are not what they were."""
+    for path in store.changed(model.source, corpus.source):
+        text = f"{who}: {path!r} changed during the run. The factors are of what it held before."
+        warnings.warn(text, stacklevel=3)
+
+
+def made_of(
+    layers: Mapping[str, Factor],
+    job: Sweep,
+    keep: Rows,
+    units: Sequence[Shard],
+    dtype: str,
+    inputs: Mapping[str, str],
+    weights: str,
+    estimator: Estimator = Estimator.EXPAND,
+) -> Factors:
+    """The layers of a collection, and how it was made."""
     return Factors(
-        MappingProxyType(_finish(config, job, totals)),
+        layers,
         job.fisher,
         keep,
         job.seed,
         job.draws,
-        model.dtype,
+        dtype,
         max(int(unit.keep_BT.sum()) for unit in units),
-        MappingProxyType({"inputs": store.inputs(model.source, corpus.source)}),
-        own,
+        MappingProxyType({"inputs": inputs}),
+        weights,
         estimator,
     )
 
 
-def _looked_at(units: list[Shard]) -> set[int]:
+def looked_at(units: Sequence[Shard]) -> set[int]:
     """The first shard with a label of blocks 0, 1, 3, 7, ...: their rounding is looked at."""
     first: dict[int, int] = {}
     for unit in units:
@@ -264,7 +334,7 @@ def _looked_at(units: list[Shard]) -> set[int]:
     return set(first.values())
 
 
-def _fingerprint(model: Model, corpus: Corpus, job: Sweep, keep: Rows) -> dict[str, Any]:
+def fingerprint(model: Model, corpus: Corpus, job: Sweep, keep: Rows) -> dict[str, Any]:
     """FINGERPRINT: what decides the bits of the sums; model and corpus must be files."""
     if "sha256" not in model.source or "sha256" not in corpus.source:
         raise ConventionError("collect: a checkpoint needs a model and a corpus read from files.")
@@ -277,47 +347,80 @@ def _fingerprint(model: Model, corpus: Corpus, job: Sweep, keep: Rows) -> dict[s
         "seed": job.seed,
         "draws": job.draws,
         "rows": str(keep),
+        "halves": job.halves,
         "law": describe(),
         **store.machine(),
     }
 
 
-def _finish(config: ModelConfig, job: Sweep, totals: Mapping[Key, RunningSum]) -> dict[str, Factor]:
-    """Sums to factors; layers that read the same input share the very same A."""
-    keys = list(totals)
+def finished(
+    config: ModelConfig,
+    job: Sweep,
+    totals: Mapping[Key, RunningSum],
+    in_flight: int | None = None,
+) -> Mapping[str, Factor]:
+    """Sums to factors. A matrix is made when it is asked for; who shares an A gets the same one."""
+    for key, total in totals.items():
+        _require_finite(key, total)
+    names = [name for name in config.linear_layers() | config.tables() if name in job.layers]
+    for name in names:
+        if not totals[Key(Side.A, config.input_of(name))].rows:
+            raise EmptyError(f"collect: no row reached {name!r}.")
+    held: WeakValueDictionary[Key, Array] = WeakValueDictionary()
+    at_once = threading.Lock()
 
-    def finish(_: int, key: Key) -> tuple[Array, bool]:
-        total = totals[key].finish()
-        return total, bool(np.isfinite(total).all())
+    def whole(key: Key) -> Array:
+        with at_once:
+            array = held.get(key)
+            if array is None:
+                array = held[key] = totals[key].finish()
+            return array
 
-    sums: dict[Key, Array] = {}
-    for key, (total, finite) in zip(keys, run(keys, finish), strict=True):
-        sums[key] = total
-        if not finite:
-            index = [int(i) for i in np.argwhere(~np.isfinite(total))[0]]
-            raise NonFiniteError(
-                f"collect: sum_{key.side} of {key.name!r} holds NaN or infinity, first at {index}. "
-                "Do the weights hold NaN, or did float32 activations overflow? Try float64."
-            )
-    out = {}
-    known = job.fisher not in DRAWN or job.draws > 1
-    for name in config.linear_layers() | config.tables():
-        if name not in job.layers:
-            continue
+    about = {name: _errors(config, job, totals, name) for name in names}
+    half = half_spectra(totals, in_flight)
+
+    def factor(name: str) -> Factor:
         read = config.input_of(name)
         a, g = Key(Side.A, read), Key(Side.G, name)
-        if not totals[a].rows:
-            raise EmptyError(f"collect: no row reached {name!r}.")
-        n_G = totals[g].rows
-        # a variance of 0 can come out negative by rounding
-        errors = np.sqrt(np.maximum(totals[g].variance, 0)) / n_G
-        told = known and (not sums[g].any() or SQUARED[0] <= norm(sums[g]) <= SQUARED[1])
-        error_G, error_trace_G = map(float, errors) if told else (None, None)
-        sum_a = sums[Key(Side.a, read)] if config.has_bias(name) else None
-        drawn, n_A = (error_G, error_trace_G), totals[a].rows
-        rounded = _rounding(totals[Key(Side.e, name)], n_A, n_G)
-        out[name] = Factor(sums[a], n_A, sums[g], n_G, *drawn, sum_a, *rounded)
-    return out
+        sum_a = whole(Key(Side.a, read)) if config.has_bias(name) else None
+        halves = half.get(a) if name not in TABLES else None, half.get(g)
+        counts = totals[a].rows, totals[g].rows
+        known = dict(zip(HALVES, halves, strict=True)) | about[name]
+        return Factor(whole(a), counts[0], whole(g), counts[1], sum_a=sum_a, **known)
+
+    return Lazy(names, factor)
+
+
+def _require_finite(key: Key, total: RunningSum) -> None:
+    """Raise NonFiniteError for a sum that holds NaN or infinity.
+
+    An entry of Σ x xᵀ is at most the largest of the diagonal, and rounding does not double it. NaN
+    or infinity in x is in the diagonal too. So that alone is looked at, unless it is very large.
+    """
+    kept, diagonal = total.state(), total.diagonal()
+    if diagonal is not None and diagonal.max(initial=0) < np.finfo(np.float32).max / 2:
+        return
+    if np.isfinite([kept.min(), kept.max()]).all():  # NaN is the minimum of what holds one
+        return
+    index = [int(i) for i in np.argwhere(~np.isfinite(total.finish()))[0]]
+    raise NonFiniteError(
+        f"collect: sum_{key.side} of {key.name!r} holds NaN or infinity, first at {index}. "
+        "Do the weights hold NaN, or did float32 activations overflow? Try float64."
+    )
+
+
+def _errors(
+    config: ModelConfig, job: Sweep, totals: Mapping[Key, RunningSum], name: str
+) -> dict[str, Any]:
+    """What is known of the errors of one layer's sums, by the names of `Factor`'s fields."""
+    G, n_A = totals[Key(Side.G, name)], totals[Key(Side.A, config.input_of(name))].rows
+    kept, seen = G.state(), job.fisher not in DRAWN or job.draws > 1
+    told = seen and (not kept.any() or SQUARED[0] <= norm(kept) <= SQUARED[1])
+    # a variance of 0 can come out negative by rounding
+    drawn = np.sqrt(np.maximum(G.variance, 0)) / G.rows if told else (None, None)
+    rounded = _rounding(totals[Key(Side.e, name)], n_A, G.rows)
+    known = (None if error is None else float(error) for error in (*drawn, *rounded))
+    return dict(zip(ERRORS, known, strict=True))
 
 
 def _rounding(noise: RunningSum, n_A: int, n_G: int) -> tuple[float | None, ...]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from refcurv.curvature.factors import Factor, Factors
+from refcurv.curvature.factors import ERRORS, HALVES, Factor, Factors
+from refcurv.curvature.halves import require_half
 from refcurv.files import store
 from refcurv.files.digest import recorded
 from refcurv.files.disk import WRITING, machine_faults
@@ -24,14 +26,15 @@ from refcurv.law.conventions import COMPUTE_DTYPES, Estimator, Fisher, Rows
 from refcurv.model.config import TABLES
 
 _SUMS = (Estimator.EXPAND, Estimator.REDUCE)
-_ERRORS = ("error_G", "error_trace_G", "rounding_G", "noise_A", "free_A", "noise_G", "free_G")
+_UNREAD = np.zeros((0, 0))
 
 
 def save_factors(factors: Factors, path: str | Path, checkpoint: str | Path | None = None) -> None:
     """Write a factors file: LAYER/{sum_A, n_A, sum_G, n_G}, float64 and int64 (METHOD, Files).
 
-    With a bias also LAYER/sum_a. The errors that are known, of what was drawn and of rounding, are
-    float64 attributes of sum_G. Of segments in the place of rows the root has the attribute
+    With a bias also LAYER/sum_a, and LAYER/{half_mu, half_lam} where halves were asked for. The
+    errors that are known, of what was drawn and of rounding, are float64 attributes of sum_G. Of
+    segments in the place of rows the root has the attribute
     `estimator` (ESTIMATOR). The `checkpoint` that they were collected with is deleted once they are
     on disk.
 
@@ -54,10 +57,13 @@ def save_factors(factors: Factors, path: str | Path, checkpoint: str | Path | No
             yield store.Entry(f"{name}.n_A", np.asarray(factor.n_A, np.int64))
             if factor.sum_a is not None:
                 yield store.Entry(f"{name}.sum_a", factor.sum_a)
-            errors = {part: getattr(factor, part) for part in _ERRORS}
+            errors = {part: getattr(factor, part) for part in ERRORS}
             known = {part: error for part, error in errors.items() if error is not None}
             yield store.Entry(f"{name}.sum_G", factor.sum_G, known)
             yield store.Entry(f"{name}.n_G", np.asarray(factor.n_G, np.int64))
+            for part in HALVES:
+                if (values := getattr(factor, part)) is not None:
+                    yield store.Entry(f"{name}.{part}", values)
 
     store.write(
         path,
@@ -114,7 +120,7 @@ def shapes_of(factors: Factors) -> dict[str, tuple[int, int]]:
 
 def parts_of(factors: Factors) -> dict[str, frozenset[str]]:
     """Which optional fields of `Factor` a layer has; of factors in a file no matrix is read."""
-    header, optional = _header(factors), ("sum_a", *_ERRORS)
+    header, optional = _header(factors), ("sum_a", *ERRORS, *HALVES)
     if header is None:
         return {
             name: frozenset(part for part in optional if getattr(one, part) is not None)
@@ -129,6 +135,32 @@ def parts_of(factors: Factors) -> dict[str, frozenset[str]]:
         )
         for name in factors
     }
+
+
+def of_side(factors: Factors, name: str, sides: str) -> Factor:
+    """The factor of one layer; of one in a file only the sums of these `sides` are read.
+
+    The other sums are empty then: "A" or "G" leaves the other out, "" both.
+    """
+    header = _header(factors)
+    return factors[name] if header is None else _read_factor(header, name, sides)
+
+
+def same_A(factors: Factors, name: str, other: str, joint: bool) -> bool:
+    """Do two layers share A? gate and up do, and q, k, v (O37); jointly, not if one lacks a b.
+
+    Of factors in a file the checksums of the sums are compared.
+    """
+    header = _header(factors)
+    pair = [of_side(factors, one, "") for one in (name, other)]
+    if header is None:
+        biased = [one.sum_a is not None for one in pair]
+        alike = pair[0].sum_A is pair[1].sum_A or np.array_equal(pair[0].sum_A, pair[1].sum_A)
+    else:
+        at = header.entries
+        biased = [f"{one}.sum_a" in at for one in (name, other)]
+        alike = at[f"{name}.sum_A"].sha256 == at[f"{other}.sum_A"].sha256
+    return alike and pair[0].n_A == pair[1].n_A and not (joint and biased[0] != biased[1])
 
 
 def _header(factors: Factors) -> store.Header | None:
@@ -163,17 +195,32 @@ def _require_parts(header: store.Header, name: str) -> None:
         store.require_entry(header, f"{name}.{part}", "int64", ())
     if f"{name}.sum_a" in header.entries:
         store.require_entry(header, f"{name}.sum_a", "float64", sides["sum_A"][:1])
+    for part, side in zip(HALVES, ("sum_A", "sum_G"), strict=True):
+        if f"{name}.{part}" in header.entries:
+            store.require_entry(header, f"{name}.{part}", "float64", sides[side][:1])
 
 
-def _read_factor(header: store.Header, name: str) -> Factor:
-    sum_A, n_A, sum_G, n_G = (
-        store.read(header, f"{name}.{part}", finite=True)
-        for part in ("sum_A", "n_A", "sum_G", "n_G")
+def _read_factor(header: store.Header, name: str, sides: str = "AG") -> Factor:
+    n_A, n_G = (store.read(header, f"{name}.{part}") for part in ("n_A", "n_G"))
+    sum_A, sum_G = (
+        store.read(header, f"{name}.sum_{side}", finite=True) if side in sides else _UNREAD
+        for side in "AG"
     )
     if n_A < 1 or n_G < 1:
-        raise SchemaError(f"{header.path}: layer {name!r} counts {n_A} and {n_G} rows.")
+        raise SchemaError(f"{header.path}: rows of layer {name!r} are {n_A} and {n_G}.")
     at, where = header.entries[f"{name}.sum_G"].attributes, f"{header.path}: sum_G of {name!r}"
-    errors = {part: store.fact(where, at, part, float) for part in _ERRORS if part in at}
-    biased = f"{name}.sum_a" in header.entries
+    errors: dict[str, Any] = {
+        part: store.fact(where, at, part, float) for part in ERRORS if part in at
+    }
+    biased = f"{name}.sum_a" in header.entries and "A" in sides
     sum_a = store.read(header, f"{name}.sum_a", finite=True) if biased else None
-    return Factor(sum_A, int(n_A), sum_G, int(n_G), sum_a=sum_a, **errors)
+    halves: dict[str, Any] = {
+        part: require_half(
+            f"{header.path}: {part} of {name!r}",
+            store.read(header, f"{name}.{part}", finite=True),
+            float(np.trace(x) / n) if side in sides else None,
+        )
+        for part, x, n, side in zip(HALVES, (sum_A, sum_G), (n_A, n_G), "AG", strict=True)
+        if f"{name}.{part}" in header.entries
+    }
+    return Factor(sum_A, int(n_A), sum_G, int(n_G), sum_a=sum_a, **(errors | halves))

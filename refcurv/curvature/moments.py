@@ -5,6 +5,7 @@ One backward pass over one shard is added in the compute dtype. Everything after
 
 from __future__ import annotations
 
+import math
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -24,12 +25,19 @@ class Side(StrEnum):
     a   Σ a, (I,), where a reader has a bias (BIAS).
     G   Σ g gᵀ of one layer, (O, O).
     e   what rounding does to some rows, (5,): `passes.rounding.Noise` (NEGATIVE).
+    A_half, G_half   the sums of A and G over every second shard (`curvature.halves`).
     """
 
     A = "A"
     a = "a"
     G = "G"
     e = "e"
+    A_half = "A_half"
+    G_half = "G_half"
+
+
+HALF = {Side.A: Side.A_half, Side.G: Side.G_half}
+"""The sums of which half is kept too, if that is asked for."""
 
 
 class Key(NamedTuple):
@@ -44,61 +52,80 @@ class RunningSum:
 
     Shards are added to the sum of their block, and blocks to the total. The first block's sum is
     itself the total until a second block is closed, because 0 + x has the bits of x. A matrix is
-    kept as its lower triangle until `finish` mirrors it.
+    kept as its lower triangle, row after row in one vector, until `finish` makes it whole.
 
-    Fields: shape; rows, how many rows were summed; variance (2,), of the sum and of its trace,
-    given the corpus. Shards draw independently, so their variances add up.
+    Fields: shape, of what is summed; size, how many numbers are kept; rows, how many rows were
+    summed; variance (2,), of the sum and of its trace, given the corpus. Shards draw independently,
+    so their variances add up.
     """
 
-    __slots__ = ("_block", "_total", "rows", "shape", "variance")
+    __slots__ = ("_block", "_total", "rows", "shape", "size", "variance")
 
     def __init__(self, *shape: int) -> None:
         self.shape = shape
+        self.size = triangle(shape[0]) if len(shape) == 2 else shape[0]
         self._block: Array | None = None  # made when its first shard comes
         self._total: Array | None = None
         self.rows = 0
         self.variance = np.zeros(2)
 
     def add(self, product: Array, rows: int, variance: Array | float = 0.0) -> None:
-        """Fold one shard's sum, a matrix by its lower triangle; shards come in order."""
-        if self._block is None:
-            self._block = np.zeros(self.shape)
-        _fold(self._block, product)
+        """Fold one shard's sum, of a matrix its lower triangle, packed or not; shards in order."""
+        first = self._block is None
+        block = np.empty(self.size) if self._block is None else self._block
+        if product.ndim == 2:
+            kernels.fold_triangle(block, product, not first)
+        else:
+            np.add(product, 0.0 if first else block, out=block)
+        self._block = block
         self.rows += rows
         self.variance += variance
 
     def close(self) -> None:
         """End a block: its sum joins the total."""
         if self._block is not None and self._total is not None:
-            _fold(self._total, self._block)
+            self._total += self._block
         elif self._block is not None:
             self._total = self._block
         self._block = None
 
     def state(self) -> Array:
-        """The total of the closed blocks, of a matrix the lower triangle."""
-        return np.zeros(self.shape) if self._total is None else self._total
+        """The total of the closed blocks, (size,): of a matrix the lower triangle."""
+        return np.zeros(self.size) if self._total is None else self._total
 
-    def restore(self, total: Array, rows: int, variance: Array) -> None:
-        """Go on from a `state`."""
-        self._total, self.rows = np.array(total, dtype=np.float64), rows
-        self.variance = variance
+    def diagonal(self) -> Array | None:
+        """That of a matrix; None of a vector."""
+        if len(self.shape) == 1:
+            return None
+        return self.state()[on_diagonal(self.shape[0])]
+
+    def parts(self) -> tuple[Array | None, Array | None]:
+        """The total of the closed blocks and the open block's sum, (size,), if there are any."""
+        return self._total, self._block
+
+    def restore(self, total: Array | None, block: Array | None, rows: int, variance: Array) -> None:
+        """Go on from `parts`, which are this sum's own from now on."""
+        self._total, self._block = total, block
+        self.rows, self.variance = rows, variance
 
     def finish(self) -> Array:
         """The sum, a matrix exactly symmetric; every block must be closed."""
         total = self.state()
-        if total.ndim == 2:
-            kernels.mirror_triangle(total)
+        if len(self.shape) == 2:
+            total = np.empty(self.shape)
+            kernels.unfold_triangle(self.state(), total)
         total.flags.writeable = False
         return total
 
 
-def _fold(total: Array, product: Array) -> None:
-    """`total += product`, widened to float64; of matrices the lower triangle."""
-    if total.ndim == 2:
-        kernels.fold_triangle(total, product)
-    else:
-        total += product
+def triangle(size: int) -> int:
+    """How many numbers the lower triangle of a square matrix has."""
+    return size * (size + 1) // 2
+
+
+def on_diagonal(size: int) -> Array:
+    """Where the diagonal of a square matrix stands in its lower triangle."""
+    return np.arange(1, size + 1).cumsum() - 1
 
 
 class PassSum:
@@ -112,13 +139,13 @@ class PassSum:
     __slots__ = ("_draws", "_squares", "rows", "sum")
 
     def __init__(self, size: int, draws: int) -> None:
-        self.sum = np.zeros((size, size))  # lower triangle
+        self.sum = np.zeros(triangle(size))
         self.rows = 0
         self._draws, self._squares = draws, np.zeros(2)
 
     def add(self, product: Array, rows: int) -> None:
         """Fold one pass's product, its lower triangle; passes come in order."""
-        kernels.fold_triangle(self.sum, product)
+        kernels.fold_triangle(self.sum, product, True)
         self.rows = rows  # the same in every pass
         if self._draws > 1:
             self._squares += _squares(product)
@@ -127,7 +154,7 @@ class PassSum:
         """Of the sum and of its trace; 0 unless there are draws to tell from."""
         M = self._draws
         with np.errstate(invalid="ignore"):  # of squares that overflowed, see SQUARED
-            return np.zeros(2) if M == 1 else M / (M - 1) * (self._squares - _squares(self.sum) / M)
+            return np.zeros(2) if M == 1 else M / (M - 1) * (self._squares - _packed(self.sum) / M)
 
 
 SQUARED = (2.0**-480, 2.0**500)
@@ -147,6 +174,15 @@ def _squares(triangle: Array) -> Array:
         return np.array([2 * below + diagonal @ diagonal, diagonal.sum() ** 2])
 
 
+def _packed(sum_P: Array) -> Array:
+    """`_squares` of a packed triangle."""
+    size = (math.isqrt(8 * len(sum_P) + 1) - 1) // 2
+    diagonal = sum_P[on_diagonal(size)]
+    with np.errstate(over="ignore", under="ignore"):
+        twice = 2 * np.vdot(sum_P, sum_P)
+        return np.array([twice - diagonal @ diagonal, diagonal.sum() ** 2])
+
+
 def empty_sums(config: ModelConfig, job: Sweep) -> dict[Key, RunningSum]:
     """A sum of zero for everything that a collection adds up."""
     out: dict[Key, RunningSum] = {}
@@ -159,4 +195,7 @@ def empty_sums(config: ModelConfig, job: Sweep) -> dict[Key, RunningSum]:
             out.setdefault(Key(Side.A, read), RunningSum(*shape))
             if config.has_bias(name):
                 out.setdefault(Key(Side.a, read), RunningSum(d_in))
+            if job.halves and name not in TABLES:
+                out[Key(Side.G_half, name)] = RunningSum(d_out, d_out)
+                out.setdefault(Key(Side.A_half, read), RunningSum(d_in, d_in))
     return out

@@ -6,23 +6,41 @@ refused before it begins. Swap is not counted: to decompose a matrix that pages 
 
 from __future__ import annotations
 
+import math
 import os
+import resource
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from refcurv.algebra import blas
+import numpy as np
+
+from refcurv.algebra import blas, buffers
+from refcurv.curvature.moments import triangle
+from refcurv.files.digest import changed
+from refcurv.files.lazy import Lazy
 from refcurv.law.checks import RoomError
 from refcurv.law.conventions import BLOCK_SHARDS
 from refcurv.model.config import TABLES, ModelConfig
 from refcurv.model.given import require_whole
+from refcurv.model.weights import Model, Overlay
 from refcurv.passes.parallel import cores
 from refcurv.passes.shards import Shard
 from refcurv.passes.sweep import Sweep
 
 GIB = 2**30
 
+THREAD = 2**27
+"""Address space of a thread that computes, under a limit of it.  Chosen: 96 MiB were seen, of which
+the C library reserves 64 for its heap, OpenBLAS 32 for its buffer."""
+
+
+CODE = 176 * 2**20
+"""Bytes of what is loaded while it works: kernels and their compiler, HDF5.
+
+Chosen: 42 MiB were seen, 155 with kernels yet to be compiled; 20 more on another machine.
+"""
 
 # ------------------------------------------------------------------ what there is
 
@@ -30,13 +48,24 @@ GIB = 2**30
 def available(root: Path = Path("/")) -> int | None:
     """Bytes that this process can still get without swapping, or None if nothing says so.
 
-    It is the least of what the kernel reports as available, and of what each control group above
-    the process (a container, for example) leaves of its limit. Where there is no /proc, it is all
-    memory that the machine has.
+    It is the least of what the kernel reports as available, of what each control group above the
+    process (a container, for example) leaves of its limit, and of what the limit of the process's
+    own address space leaves (`ulimit -v`). Where there is no /proc, it is all memory that the
+    machine has.
 
-    Proof: tests/test_room.py::test_what_is_available_is_the_least_of_host_and_groups
+    Proof: tests/test_room.py::test_what_is_available_is_the_least_of_host_and_groups,
+        ::test_an_address_space_is_memory_too
     """
-    return min((x for x in (_host(root), *_groups(root)) if x is not None), default=None)
+    known = (_host(root), address_space(root), *_groups(root))
+    return min((x for x in known if x is not None), default=None)
+
+
+def address_space(root: Path = Path("/")) -> int | None:
+    """What is left of the address space that the process may have; None without a limit."""
+    most, used = resource.getrlimit(resource.RLIMIT_AS)[0], _numbers(root / "proc/self/status")
+    if most == resource.RLIM_INFINITY or "VmSize:" not in used:
+        return None
+    return max(most - 1024 * used["VmSize:"], 0)
 
 
 def _host(root: Path) -> int | None:
@@ -87,6 +116,12 @@ def _text(path: Path) -> str:
         return ""
 
 
+def used() -> int:
+    """Bytes of memory that this process has now; 0 if nothing says so."""
+    pages = _text(Path("/proc/self/statm")).split()
+    return int(pages[1]) * os.sysconf("SC_PAGE_SIZE") if len(pages) > 1 else 0
+
+
 # ------------------------------------------------------------------ what a job takes
 
 
@@ -109,8 +144,9 @@ class Need:
 def to_collect(config: ModelConfig, job: Sweep, itemsize: int, shards: Sequence[Shard]) -> Need:
     """What a collection takes: the sums of the total and the block, and each shard in flight.
 
-    A shard holds the products of one layer at a time, in the compute dtype, and keeps their memory
-    for the next. With several passes it also holds float64 sums of G over them.
+    Sums of matrices are kept as triangles. A shard holds the products of one layer at a time, in
+    the compute dtype, and keeps their memory for the next. With several passes it also holds
+    float64 sums of G over them.
 
     Proof: tests/test_room.py::test_a_collection_takes_the_memory_that_is_foreseen
     """
@@ -123,11 +159,38 @@ def to_collect(config: ModelConfig, job: Sweep, itemsize: int, shards: Sequence[
                 sides[f"A of {config.input_of(name)!r}"] = d_in
             width |= sides
             spare |= Counter(sides.values())
-    passes = 0 if job.one_pass else sum(8 * n * n for key, n in width.items() if key[0] == "G")
+    passes = (
+        0 if job.one_pass else sum(8 * triangle(n) for key, n in width.items() if key[0] == "G")
+    )
     each = passes + sum(itemsize * n * n * count for n, count in spare.items())
     sums = 1 if shards[-1].number < BLOCK_SHARDS else 2
-    total = sum(8 * sums * n * n for n in width.values())
+    if job.halves:  # each sum twice; at the end both halves of one matrix, and a copy to solve
+        sums, each = 2 * sums, max(each, 3 * 8 * max(width.values()) ** 2)
+    total = sum(8 * sums * triangle(n) for n in width.values())
     return Need(total, (each,) * min(len(shards), BLOCK_SHARDS), _largest(width))
+
+
+def sums(config: ModelConfig, job: Sweep) -> int:
+    """Bytes of the sums of a collection in its file, where layers share no A."""
+    sizes = (config.linear_layers() | config.tables()).items()
+    return sum(
+        8 * (d_out * d_out + (d_in if name in TABLES else d_in * d_in))
+        for name, (d_out, d_in) in sizes
+        if name in job.layers
+    )
+
+
+def unread(model: Model) -> int:
+    """Bytes of the parameters that are read from a file when they are asked for.
+
+    Proof: tests/test_room.py::test_weights_that_do_not_fit_are_refused_before_they_are_read
+    """
+    base, top = model.parameters, changed(model)
+    if not isinstance(base.base if isinstance(base, Overlay) else base, Lazy):
+        return 0
+    shapes = model.config.parameter_shapes()
+    sizes = [math.prod(shape) for name, shape in shapes.items() if name not in top]
+    return np.dtype(model.dtype).itemsize * sum(sizes)
 
 
 def to_decompose(width: Mapping[str, int]) -> Need:
@@ -144,13 +207,14 @@ def _largest(width: Mapping[str, int]) -> str:
     return f"{name}, {width[name]:,} x {width[name]:,}"
 
 
-def in_flight(who: str, need: Need, asked: int | None = None) -> int:
+def in_flight(who: str, need: Need, asked: int | None = None, or_else: str = "") -> int:
     """How many pieces to have in flight: as asked (by default one per core), or as many as fit.
 
-    If the memory is unknown, it is as asked.
+    If the memory is unknown, it is as asked. Under a limit of the address space each is a thread
+    whose buffers BLAS takes now (`buffers.take_buffers`).
 
     Raises:
-        RoomError: not even one fits.
+        RoomError: not even one fits. The message says what to do; `or_else`, what else.
 
     Proof: tests/test_room.py::test_fewer_are_in_flight_where_memory_is_short
     """
@@ -159,13 +223,31 @@ def in_flight(who: str, need: Need, asked: int | None = None) -> int:
     most, room = asked or cores(), available()
     if room is None:
         return most
+    thread = 0 if address_space() is None else THREAD
     for pieces in range(most, 0, -1):
-        if need.bytes(pieces) <= room:
+        if need.bytes(pieces) + pieces * thread <= room:
+            if thread:
+                buffers.take_buffers(pieces)
             return pieces
+    least = need.bytes(1) + thread
     raise RoomError(
-        f"{who}: needs {need.bytes(1) / GIB:,.1f} GiB of memory for sums, copies and workspace, "
-        f"but {room / GIB:,.1f} GiB are free. The largest matrix is {need.largest}: collect "
-        "without its layer (--layers), or use a machine with more memory.",
-        need=need.bytes(1),
+        f"{who}: needs {least / GIB:,.1f} GiB of memory for sums, copies and workspace, but "
+        f"{room / GIB:,.1f} GiB are free. The largest matrix is {need.largest}: {or_else}"
+        "collect without its layer (--layers), or use a machine with more memory.",
+        need=least,
         room=room,
+    )
+
+
+def too_small(who: str, has: int, least: int, memory: int, advice: str) -> RoomError:
+    """The refusal of a figure: a job takes at least so much beside what the process has.
+
+    What it says is rounded up: given back as a figure it is enough.
+    """
+    need = math.ceil(100 * (has + least) / GIB) / 100
+    return RoomError(
+        f"{who}: needs at least {need:.2f} GiB of memory, of which the process "
+        f"has {has / GIB:.2f} already, but {memory / GIB:.2f} are given. {advice}",
+        need=has + least,
+        room=memory,
     )

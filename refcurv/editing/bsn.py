@@ -28,6 +28,7 @@ from refcurv.law.checks import (
     require_shape,
 )
 from refcurv.law.conventions import NO_LABEL
+from refcurv.law.words import number_of
 from refcurv.model import transformer
 from refcurv.model.config import ModelConfig
 from refcurv.model.corpus import Corpus, Population, require_fit
@@ -383,7 +384,9 @@ def _labelled(who: str, side: str, corpus: Corpus, config: ModelConfig) -> Array
         layout_of(config, corpus.real, corpus.segment)  # refuses more than were learned
     row_N = np.flatnonzero((label_NT >= 0).any(axis=1))
     if not len(row_N):
-        raise EmptyError(f"{who}: {side} has no label in any of its {len(label_NT)} rows.")
+        raise EmptyError(
+            f"{who}: {side} has no label in any of its {number_of(len(label_NT), 'row')}."
+        )
     return row_N
 
 

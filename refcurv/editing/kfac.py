@@ -15,7 +15,7 @@ from refcurv.curvature.checks import require_basis
 from refcurv.curvature.eigenbasis import Eigenbasis
 from refcurv.editing import record
 from refcurv.editing.projection import keep_pairs
-from refcurv.editing.record import EditRecord, LayerEdit
+from refcurv.editing.record import EditRecord, LayerEdit, Step, Work
 from refcurv.law import tolerance
 from refcurv.law.checks import Array, EmptyError, NameUnknownError, require_shape
 from refcurv.law.conventions import MOST_ROUNDING, Bias
@@ -57,27 +57,35 @@ def edit(
     Proof: tests/test_projection.py::test_edit_of_a_model,
         tests/test_biases.py::test_O47_a_joint_edit_is_the_projection_of_weight_and_bias
     """
+    return record.done(edit_work(model, basis, rho, force=force))
+
+
+def edit_work(
+    model: Model, basis: Bases, rho: float | Mapping[str, float], *, force: bool = False
+) -> Work:
+    """`edit`, checked and begun, to be done layer by layer (`record.done_to`)."""
     asked = rho if isinstance(rho, Mapping) else {"**": rho}
     shares = record.shares("edit", "rho", model, layers_of("edit", model, basis), asked)
     begun = record.before("edit", model, (named(basis), basis.weights), force)
-    changed: dict[str, Array] = {}
-    records = []
-    for layer, share in shares.items():
-        parts, W, one = read_layer("edit", model, basis, layer)
-        _require_curvature(layer, one)
-        stairs = cut(one.lam, one.mu, share, f"edit {layer!r}")
-        edited, back = W, 0.0
-        if share != 1:
-            mask = stairs.mask(W.shape[1])
-            exact = keep_pairs(W, one, mask)
-            new = record.taken_apart(model, parts, exact)
-            changed |= new
-            edited = record.joined(new)
-            back = restored(W, exact, edited, one, mask)
-        kept = (W.size, stairs.kept, stairs.mass / stairs.total, stairs.gap)
-        found = (*kept, _acceptable(one, share), record.norm_ratio(edited, W), back)
-        records.append(LayerEdit(basis.method, layer, share, *found))
-    return record.after(begun, changed, records, basis.bias is Bias.JOINT)
+    steps = (_edit_layer(model, basis, layer, share) for layer, share in shares.items())
+    return Work(begun, tuple(shares), steps, basis.bias is Bias.JOINT)
+
+
+def _edit_layer(model: Model, basis: Bases, layer: str, share: float) -> Step:
+    parts, W, one = read_layer("edit", model, basis, layer)
+    _require_curvature(layer, one)
+    stairs = cut(one.lam, one.mu, share, f"edit {layer!r}")
+    new: dict[str, Array] = {}
+    edited, back = W, 0.0
+    if share != 1:
+        mask = stairs.mask(W.shape[1])
+        exact = keep_pairs(W, one, mask)
+        new = record.taken_apart(model, parts, exact)
+        edited = record.joined(new)
+        back = restored(W, exact, edited, one, mask)
+    kept = (W.size, stairs.kept, stairs.mass / stairs.total, stairs.gap)
+    found = (*kept, _acceptable(one, share), record.norm_ratio(edited, W), back)
+    return new, LayerEdit(basis.method, layer, share, *found)
 
 
 def layers_of(who: str, model: Model, basis: Bases) -> list[str]:

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from enum import IntEnum
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from refcurv.algebra.scaling import exponent, norm, shifted
 from refcurv.files.digest import Checksums, checksum, checksums, digest, require_same
-from refcurv.files.weights import narrow, widen
+from refcurv.files.lazy import Lazy
+from refcurv.files.weights import narrow, save_while_made, widen
 from refcurv.law import tolerance
 from refcurv.law.checks import (
     Array,
@@ -163,32 +165,120 @@ def after(
     Cost: the changed parameters are hashed.
     Proof: tests/test_projection.py::test_an_edit_of_edited_weights_says_what_it_starts_from
     """
-    start, config = begun.start, begun.model.config
-    whole = {row.layer: joint and config.has_bias(row.layer) for row in rows}
-    rows = [
-        replace(row, norm_original=row.norm * _norm_before(start, row.layer, whole[row.layer]))
-        for row in rows
-    ]
-    record = EditRecord(tuple(rows), start)
     if not changed:
-        return begun.model, record
+        return begun.model, _record(begun, rows, joint)
     edited = begun.model.with_parameters(changed)
     sums = {n: checksum(edited, n, edited.parameters[n]) for n in changed}
+    record, edits = _told(begun, sums, rows, joint)
+    return replace(edited, edits=edits), record
+
+
+def _whole(begun: Before, rows: Iterable[LayerEdit], joint: bool) -> dict[str, bool]:
+    """Of which layers [W b] was edited."""
+    has_bias = begun.model.config.has_bias
+    return {row.layer: joint and has_bias(row.layer) for row in rows}
+
+
+def _record(begun: Before, rows: Sequence[LayerEdit], joint: bool) -> EditRecord:
+    """The record, each layer's norm also relative to the first known weights."""
+    start, whole = begun.start, _whole(begun, rows, joint)
+    norms = [_norm_before(start, row.layer, whole[row.layer]) for row in rows]
+    told = [
+        replace(row, norm_original=row.norm * norm) for row, norm in zip(rows, norms, strict=True)
+    ]
+    return EditRecord(tuple(told), start)
+
+
+def _told(
+    begun: Before, sums: Checksums, rows: Sequence[LayerEdit], joint: bool
+) -> tuple[EditRecord, tuple[Mapping[str, Any], ...]]:
+    """The record, and the model's `edits` with this one behind them, if it changed anything."""
+    start, record = begun.start, _record(begun, rows, joint)
+    if not sums:
+        return record, start.earlier
+    whole = _whole(begun, rows, joint)
     layers = {
         row.layer: {
             "rho": row.rho, "norm": row.norm, "restored": row.restored, "joint": whole[row.layer]
         }
         for row in rows
     }  # fmt: skip
-    done = {
+    this = {
         "method": rows[0].method,
         "weights": start.weights,
         "made_for": start.made_for,
         "forced": start.forced,
-        "became": digest(edited, {**begun.sums, **sums}),
+        "became": digest(begun.model, {**begun.sums, **sums}),
         "layers": layers,
     }
-    return replace(edited, edits=(*start.earlier, done)), record
+    return record, (*start.earlier, this)
+
+
+# ------------------------------------------------------------------ in memory, or into a file
+
+Step = tuple[dict[str, Array], LayerEdit]
+"""One layer's new parameters by name, none where they stay as they are; and what was done."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """An edit that is to be done.
+
+    Fields: begun; layers, whose steps come, in this order; steps, each made when it is asked for;
+    joint, are they of [W b] where there is a b?
+    """
+
+    begun: Before
+    layers: tuple[str, ...]
+    steps: Iterator[Step]
+    joint: bool = False
+
+
+def done(work: Work) -> tuple[Model, EditRecord]:
+    """The edited model, in memory, and the record."""
+    changed: dict[str, Array] = {}
+    rows = []
+    for new, row in work.steps:
+        changed |= new
+        rows.append(row)
+    return after(work.begun, changed, rows, work.joint)
+
+
+def done_to(
+    work: Work, path: str | Path, made_from: Callable[[EditRecord], Mapping[str, Any]]
+) -> EditRecord:
+    """The edited model straight into a weights file, one layer's new weights in memory at a time.
+
+    Definition: what `save` writes of `done(work)`, byte for byte; `made_from` makes of the record
+    what it is told.
+
+    Proof: tests/test_edit_to.py::test_an_edit_into_a_file_is_the_saved_one,
+        ::test_one_layer_is_in_memory_at_a_time
+    """
+    model = work.begun.model
+    place = {model.config.weight_of(layer): n for n, layer in enumerate(work.layers)}
+    place |= {f"{layer}.bias": n for n, layer in enumerate(work.layers)}
+    ready: dict[str, Array] = {}
+    rows: list[LayerEdit] = []
+    sums: dict[str, tuple[str, str]] = {}
+    found: list[EditRecord] = []
+
+    def parameter(name: str) -> Array:
+        while len(rows) <= place.get(name, -1):
+            new, row = next(work.steps)
+            rows.append(row)
+            sums.update({n: checksum(model, n, array) for n, array in new.items()})
+            ready.update(new)
+        return ready.pop(name) if name in ready else np.asarray(model.parameters[name])
+
+    def told() -> tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]]:
+        record, edits = _told(work.begun, sums, rows, work.joint)
+        found.append(record)
+        return made_from(record), edits
+
+    while_made = replace(model, parameters=Lazy(list(model.parameters), parameter))
+    save_while_made(while_made, path, told)
+    return found[0]
 
 
 def _norm_before(start: Start, layer: str, joint: bool) -> float:

@@ -21,9 +21,9 @@ from refcurv.curvature.bases import Bases, named
 from refcurv.curvature.checks import require_basis
 from refcurv.curvature.eigenbasis import Eigenbasis
 from refcurv.editing import record
-from refcurv.editing.kfac import edit, layers_of, read_layer, restored
+from refcurv.editing.kfac import edit_work, layers_of, read_layer, restored
 from refcurv.editing.projection import keep_pairs
-from refcurv.editing.record import Draw, EditRecord, LayerEdit, stream
+from refcurv.editing.record import Draw, EditRecord, LayerEdit, Step, Work, stream
 from refcurv.law.checks import Array, require_choice, require_seed
 from refcurv.law.conventions import Bias
 from refcurv.model.weights import Model
@@ -110,26 +110,35 @@ def random_pairs(
     Proof: tests/test_variants.py::test_random_pairs_are_a_projection_on_so_many_pairs,
         ::test_random_pairs_are_nested_in_their_share
     """
+    return record.done(_pairs_work(model, basis, share, seed, force=force))
+
+
+def _pairs_work(
+    model: Model, basis: Bases, share: float | Mapping[str, float], seed: int, *, force: bool
+) -> Work:
+    """`random_pairs`, checked and begun."""
     require_seed("random_pairs", seed)
     asked = share if isinstance(share, Mapping) else {"**": share}
     names = layers_of("random_pairs", model, basis)
     begun = record.before("random_pairs", model, (named(basis), basis.weights), force)
-    changed: dict[str, Array] = {}
-    records = []
-    for layer, part in record.shares("random_pairs", "share", model, names, asked).items():
-        parts, W, one = read_layer("random_pairs", model, basis, layer)
-        count = round(part * W.size)
-        mask = _drawn(seed, layer, W.shape, count)
-        edited, back = W, 0.0
-        if count < W.size:
-            exact = keep_pairs(W, one, mask)
-            new = record.taken_apart(model, parts, exact)
-            changed |= new
-            edited = record.joined(new)
-            back = restored(W, exact, edited, one, mask)
-        kept = (W.size, count, _mass(one, mask), math.nan, 0, record.norm_ratio(edited, W), back)
-        records.append(LayerEdit("random pairs", layer, part, *kept))
-    return record.after(begun, changed, records, basis.bias is Bias.JOINT)
+    shares = record.shares("random_pairs", "share", model, names, asked)
+    steps = (_keep_drawn(model, basis, seed, layer, part) for layer, part in shares.items())
+    return Work(begun, tuple(shares), steps, basis.bias is Bias.JOINT)
+
+
+def _keep_drawn(model: Model, basis: Bases, seed: int, layer: str, share: float) -> Step:
+    parts, W, one = read_layer("random_pairs", model, basis, layer)
+    count = round(share * W.size)
+    mask = _drawn(seed, layer, W.shape, count)
+    new: dict[str, Array] = {}
+    edited, back = W, 0.0
+    if count < W.size:
+        exact = keep_pairs(W, one, mask)
+        new = record.taken_apart(model, parts, exact)
+        edited = record.joined(new)
+        back = restored(W, exact, edited, one, mask)
+    kept = (W.size, count, _mass(one, mask), math.nan, 0, record.norm_ratio(edited, W), back)
+    return new, LayerEdit("random pairs", layer, share, *kept)
 
 
 def one_sided(basis: Bases, side: str) -> Bases:
@@ -185,13 +194,26 @@ def control(
 
     Proof: tests/test_variants.py::test_controls_by_name
     """
+    return record.done(control_work(model, basis, rho, kind, seed, force=force))
+
+
+def control_work(
+    model: Model,
+    basis: Bases,
+    rho: float | Mapping[str, float],
+    kind: str,
+    seed: int = 0,
+    *,
+    force: bool = False,
+) -> Work:
+    """`control`, checked and begun, to be done layer by layer (`record.done_to`)."""
     require_choice("edit", "control", kind, CONTROLS)
     if kind == "random-pairs":
-        _, taken = edit(model, basis, rho, force=force)
-        parts = {one.layer: one.kept / one.pairs for one in taken.layers}
-        return random_pairs(model, basis, parts, seed, force=force)
+        taken = [row for _, row in edit_work(model, basis, rho, force=force).steps]
+        parts = {one.layer: one.kept / one.pairs for one in taken}
+        return _pairs_work(model, basis, parts, seed, force=force)
     other = random_basis(basis, seed) if kind == "random-basis" else one_sided(basis, kind)
-    return edit(model, other, rho, force=force)
+    return edit_work(model, other, rho, force=force)
 
 
 def _haar(n: int, rng: np.random.Generator) -> Array:

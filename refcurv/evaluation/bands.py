@@ -24,6 +24,7 @@ from refcurv.curvature.checks import require_basis
 from refcurv.curvature.eigenbasis import Eigenbasis
 from refcurv.evaluation.classify import image_batches, image_inputs, require_image_population
 from refcurv.evaluation.decode import batches, require_population, teacher_forced
+from refcurv.evaluation.held import held
 from refcurv.files.digest import require_same
 from refcurv.law.checks import Array, ConventionError, EmptyError, require_choice, require_shape
 from refcurv.law.conventions import Rows
@@ -33,9 +34,8 @@ from refcurv.model.layers import Layout
 from refcurv.model.patterns import expand
 from refcurv.model.rows import kept, require_rows
 from refcurv.model.transformer import Inputs, Parameters
-from refcurv.model.weights import Model, resident
-from refcurv.passes import parallel
-from refcurv.passes.forward import layer_inputs
+from refcurv.model.weights import Model
+from refcurv.passes.forward import batchwise, layer_inputs
 from refcurv.progress import Progress, counter, silent
 
 
@@ -204,7 +204,7 @@ def bands(
     choice = _require_rows(model.config, rows, names)
     for what, population in (("memorised", memorised), ("clean", clean)):
         _require_readable(what, population, model.config)
-    parameters = resident(model)
+    parameters = held("bands", model, (memorised, clean))
     probes = [_probe(model, parameters, name, basis[name], kind) for name in names]
     job = _Job(model.config, parameters, names, probes, choice)
     columns, aligned = None, True
@@ -350,14 +350,17 @@ def _mean_norms(
 ) -> Array:
     """Mean norms over the population's positions, (layers, bands); sums are in batch order."""
 
-    def work(_: int, part: Any) -> tuple[Array, Array]:
+    def norms(part: Any) -> tuple[Array, Array]:
         inputs, layout, keep_BT = job.read(population, part, columns)
         x = layer_inputs(job.config, job.parameters, inputs, layout, job.names)
         rows = [job.inputs_of(name, x[name], keep_BT) for name in job.names]
         sums = [probe.norms(x_NI).sum(axis=0) for probe, x_NI in zip(job.probes, rows, strict=True)]
         return np.stack(sums), np.array([[len(x_NI)] for x_NI in rows])
 
-    found = parallel.run(job.parts(population), work, done=done)
+    def work(parts: list[Any]) -> list[tuple[Array, Array]]:
+        return [norms(part) for part in parts]  # one after the other: each keeps a trace
+
+    found = batchwise(job.parameters, job.parts(population), work, done)
     total, count = np.zeros_like(found[0][0]), np.zeros_like(found[0][1])
     for sums, rows in found:
         total += sums

@@ -14,8 +14,7 @@ from refcurv.model.corpus import ImagePopulation
 from refcurv.model.images import patches, require_image_size
 from refcurv.model.layers import Layout
 from refcurv.model.transformer import Parameters, image_layout
-from refcurv.passes import parallel
-from refcurv.passes.forward import final_states
+from refcurv.passes.forward import Reading, batchwise, each, final_states_each
 
 
 def image_batches(config: ModelConfig, population: ImagePopulation) -> list[slice]:
@@ -64,7 +63,7 @@ def classify(
 
     Args:
         config: the model's shape.
-        parameters: its parameters by name, all in memory.
+        parameters: its parameters by name, all in memory or of one block (`passes.held`).
         population: the images; its labels are not read.
         done: called once per finished batch (a progress bar's update).
 
@@ -79,9 +78,11 @@ def classify(
     Proof:  tests/test_images.py::test_evaluation_is_argmax_one_image_at_a_time
     """
 
-    def work(_: int, row: slice) -> Array:
-        inputs, layout = image_inputs(config, population, row)
-        final_B1D = final_states(config, parameters, inputs, layout)
+    def say(_: int, final_B1D: Array) -> Array:
         return likeliest("evaluate", config, parameters, final_B1D[:, 0])
 
-    return np.concatenate(parallel.run(image_batches(config, population), work, done=done))
+    def work(rows: list[slice]) -> list[Array]:
+        readings = [Reading(*image_inputs(config, population, row)) for row in rows]
+        return each(parameters, final_states_each(config, parameters, readings), say)
+
+    return np.concatenate(batchwise(parameters, image_batches(config, population), work, done))

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import rankdata
 
 from refcurv.evaluation.classify import classify, image_batches, require_image_population
 from refcurv.evaluation.decode import (
     at_scored,
     batches,
+    by_item,
     decode_population,
     require_population,
     suffixes,
 )
-from refcurv.evaluation.metrics import edit_distances
+from refcurv.evaluation.held import held
+from refcurv.evaluation.metrics import edit_distances, exact_match
 from refcurv.law.checks import (
     Array,
     ConventionError,
@@ -30,7 +31,7 @@ from refcurv.law.checks import (
 )
 from refcurv.model.corpus import ImagePopulation, Population
 from refcurv.model.loss import cross_entropy
-from refcurv.model.weights import Model, resident
+from refcurv.model.weights import Model
 from refcurv.progress import Progress, counter, silent
 
 
@@ -71,11 +72,10 @@ def hits(
         total = len(image_batches(model.config, population))
         progress(0, total)
         done = counter(progress, total)
-        said = classify(model.config, resident(model), population, done)
+        said = classify(model.config, held("hits", model, [population]), population, done)
         return np.asarray(said == population.labels)
     require_decoded("hits", model, population)
-    pairs = zip(decoded_rows(model, population, progress), suffixes(population), strict=True)
-    return np.array([np.array_equal(said, true) for said, true in pairs])
+    return exact_match(decoded_rows(model, population, progress), suffixes(population))
 
 
 def distances(model: Model, population: Population, *, progress: Progress = silent) -> Array:
@@ -137,12 +137,10 @@ def suffix_nats(model: Model, population: Population, *, progress: Progress = si
     parts = batches(population)
     progress(0, len(parts))
     done = counter(progress, len(parts))
-    found = at_scored(model.config, resident(model), population, take, done)
-    order = np.concatenate(parts)
-    tokens = (population.length - population.prompt_length)[order]
-    item = np.repeat(order, tokens)
-    nats = np.concatenate([np.empty(0), *found])
-    return np.bincount(item, weights=nats, minlength=len(population.tokens))
+    found = at_scored(
+        model.config, held("suffix_nats", model, [population]), population, take, done
+    )
+    return by_item(population, np.concatenate([np.empty(0), *found]))
 
 
 def auc(positive: ArrayLike, negative: ArrayLike) -> float:
@@ -169,6 +167,8 @@ def auc(positive: ArrayLike, negative: ArrayLike) -> float:
     Proof:  tests/test_items.py::test_auc_is_the_mean_over_pairs
     """
     p, n = (_scores(what, x) for what, x in (("positive", positive), ("negative", negative)))
+    from scipy.stats import rankdata  # half a second, which who reads no ranks is spared
+
     rank = rankdata(np.concatenate([p, n]))
     # Ranks are halves of integers. So these sums are exact, in any order of the scores.
     # Σ ranks of p = |p|(|p| + 1)/2, their ranks among themselves, + the pairs in which p is above.
@@ -197,7 +197,7 @@ def decoded_rows(model: Model, population: Population, progress: Progress) -> li
     total = len(batches(population))
     progress(0, total)
     done = counter(progress, total)
-    return decode_population(model.config, resident(model), population, done)
+    return decode_population(model.config, held("decode", model, [population]), population, done)
 
 
 def require_decoded(who: str, model: Model, population: Population) -> None:

@@ -9,15 +9,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from scipy.optimize import brentq
 
 from refcurv.evaluation.items import hits, suffix_nats
 from refcurv.evaluation.metrics import perplexity
-from refcurv.law.checks import ConventionError, EmptyError, RangeError, require_range
+from refcurv.law.checks import (
+    ConventionError,
+    EmptyError,
+    RangeError,
+    require_range,
+)
 from refcurv.model.corpus import Population
+from refcurv.model.given import require_whole
 from refcurv.model.weights import Model
 from refcurv.progress import Progress, silent
 
@@ -98,14 +104,30 @@ def at_perplexity(
     Proof: tests/test_matching.py::test_the_perplexity_is_matched, ::test_overshoot_and_shortfall,
         ::test_a_jump_is_not_a_match, ::test_perplexity_need_not_be_monotone
     """
-    _require_search(target, weakest, strongest, tolerance, most)
     _require_text(text)
+    return search(
+        lambda strength: text_perplexity(strengthen(strength), text), target,
+        weakest=weakest, strongest=strongest, tolerance=tolerance, most=most,
+    )  # fmt: skip
+
+
+def search(
+    measured: Callable[[float], float],
+    target: float,
+    *,
+    weakest: float,
+    strongest: float,
+    tolerance: float = 0.005,
+    most: int = 30,
+) -> Match:
+    """`at_perplexity` of what `measured` says of a strength; its arguments and errors."""
+    _require_search(target, weakest, strongest, tolerance, most)
     tried: dict[float, float] = {}
 
     def excess(strength: float) -> float:
         """ln(perplexity / target), or 0 within the tolerance, which ends the search."""
         if strength not in tried:
-            tried[strength] = text_perplexity(strengthen(strength), text)
+            tried[strength] = measured(strength)
         return 0.0 if near(tried[strength]) else math.log(tried[strength] / target)
 
     def near(value: float) -> bool:
@@ -122,6 +144,30 @@ def at_perplexity(
         return match(high)
     brentq(excess, low, high, xtol=1e-9 * abs(high - low), maxiter=most - 2, disp=False)
     return match(min(tried, key=lambda s: abs(math.log(tried[s] / target))))
+
+
+def search_share(
+    measured: Callable[[float], float],
+    target: float,
+    *,
+    weakest: float,
+    strongest: float,
+    tolerance: float = 0.005,
+    most: int = 30,
+) -> Match:
+    """`search` by the logarithm of the share that is removed; the strengths are the shares.
+
+    Proof: tests/test_matching.py::test_a_share_is_searched_by_its_logarithm
+    """
+    for what, end in (("weakest", weakest), ("strongest", strongest)):
+        if require_range("match", what, end, 0, 1) == 0:
+            raise RangeError(f"match: {what} must be above 0; got {end!r}.")
+    match = search(
+        lambda power: measured(10.0**power), target, weakest=math.log10(weakest),
+        strongest=math.log10(strongest), tolerance=tolerance, most=most,
+    )  # fmt: skip
+    tried = tuple((10.0**power, value) for power, value in match.tried)
+    return replace(match, strength=10.0**match.strength, tried=tried)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +224,10 @@ def tradeoff(
 
 
 def text_perplexity(model: Model, text: Population) -> float:
-    """The perplexity of `rc.evaluate`, to rounding; infinite if it overflows."""
+    """The perplexity of the tokens that are asked for, infinite if it overflows.
+
+    Of text it is that of `rc.evaluate`, to rounding.
+    """
     return perplexity(suffix_nats(model, text), text.length - text.prompt_length)
 
 
@@ -202,5 +251,4 @@ def _require_search(
         raise RangeError(f"{who}: weakest and strongest are both {weakest!r}: nothing to search.")
     if require_range(who, "tolerance", tolerance, 0, 1) == 1:
         raise RangeError(f"{who}: tolerance must be below 1; got {tolerance!r}.")
-    if isinstance(most, bool) or not isinstance(most, int) or most < 2:
-        raise RangeError(f"{who}: most must be an integer >= 2; got {most!r}.")
+    require_whole(who, "most", most, 2)

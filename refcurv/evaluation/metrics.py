@@ -14,7 +14,6 @@ from refcurv.law.checks import (
     Array,
     ConventionError,
     EmptyError,
-    RangeError,
     ShapeError,
     as_array,
     as_integers,
@@ -26,6 +25,7 @@ from refcurv.law.checks import (
     require_shape,
 )
 from refcurv.law.conventions import Gain
+from refcurv.model.given import require_whole
 
 NDCG_K = 10
 """nDCG@K: how many of the likeliest tokens are compared."""
@@ -89,8 +89,8 @@ def edit_distances(decoded: Sequence[Array], truth: Sequence[Array]) -> list[tup
     ]
 
 
-def exact_match(decoded: Sequence[Array], truth: Sequence[Array]) -> float:
-    """The share of rows decoded without a wrong token: task accuracy.
+def exact_match(decoded: Sequence[Array], truth: Sequence[Array]) -> Array:
+    """(N,) bool: which rows are decoded without a wrong token; the mean is task accuracy.
 
     Raises:
         EmptyError, ShapeError: as `recitation`.
@@ -98,8 +98,7 @@ def exact_match(decoded: Sequence[Array], truth: Sequence[Array]) -> float:
     Proof:  tests/test_metrics.py::test_exact_match_is_strict_recitation
     """
     _require_rows("exact_match", decoded, truth)
-    hits = sum(bool(np.array_equal(a, b)) for a, b in zip(decoded, truth, strict=True))
-    return hits / len(truth)
+    return np.array([np.array_equal(a, b) for a, b in zip(decoded, truth, strict=True)])
 
 
 def accuracy(predicted: Array, label: Array) -> float:
@@ -189,10 +188,7 @@ def top_ids(logits: Array, k: int) -> Array:
     require_dtype("top_ids", "logits", logits, "biuf", "real numbers")
     require_finite("top_ids", "logits", logits, overflow_hint(logits.dtype))
     V = logits.shape[1]
-    if isinstance(k, bool) or not isinstance(k, int | np.integer) or not 1 <= k <= V:
-        raise RangeError(
-            f"top_ids: k must be an integer in [1, {V}], the vocabulary's size; got {k!r}."
-        )
+    require_whole("top_ids", "k, at most the size of the vocabulary,", k, 1, V)
     id_NK = np.argpartition(logits, V - k, axis=-1)[:, V - k :]
     least_N1 = np.take_along_axis(logits, id_NK, axis=-1).min(axis=-1, keepdims=True)
     # where more than k ids reach the k-th largest value, take the lowest of those that equal it

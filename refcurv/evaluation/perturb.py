@@ -14,8 +14,9 @@ import numpy as np
 
 from refcurv.evaluation.decode import suffixes
 from refcurv.evaluation.items import decoded_rows, require_decoded
-from refcurv.law.checks import Array, RangeError
+from refcurv.law.checks import Array
 from refcurv.model.corpus import Population
+from refcurv.model.given import require_whole
 from refcurv.model.weights import Model
 from refcurv.progress import Progress, silent
 
@@ -98,10 +99,9 @@ def perturbation(
     Source: METHOD, Position perturbation; Huang et al. 2024.
     Proof:  tests/test_perturb.py::test_every_prompt_literally; ::test_by_hand; ::test_edges
     """
-    if isinstance(t, bool) or not isinstance(t, int | np.integer) or t < 1:
-        raise RangeError(f"perturbation: t must be an integer >= 1; got {t!r}.")
+    t = require_whole("perturbation", "t", t, 1)
     require_decoded("perturbation", model, population)
-    asked, item = _prompts(population, int(t))
+    asked, item = _prompts(population, t)
     score = _matches(decoded_rows(model, asked, progress), suffixes(asked))
     N = len(population.tokens)
     original, stressed = score[:N].copy(), np.zeros(N, dtype=np.int64)

@@ -14,10 +14,13 @@ from refcurv.evaluation.classify import classify, image_batches, require_image_p
 from refcurv.evaluation.decode import (
     at_scored,
     batches,
+    by_item,
     decode_population,
     require_population,
     suffixes,
 )
+from refcurv.evaluation.held import Holding, held
+from refcurv.evaluation.intervals import bootstrap, paired, wilson
 from refcurv.evaluation.metrics import (
     NDCG_K,
     accuracy,
@@ -41,7 +44,7 @@ from refcurv.model.config import ModelConfig
 from refcurv.model.corpus import SPLITS, Corpus, ImagePopulation, Population, Populations
 from refcurv.model.loss import cross_entropy
 from refcurv.model.transformer import Parameters
-from refcurv.model.weights import Model, resident
+from refcurv.model.weights import Model
 from refcurv.progress import Progress, counter, silent
 
 RETAINED = MappingProxyType({"answer": "accuracy", "recite": "strict", "label": "accuracy"})
@@ -62,6 +65,10 @@ class Measured:
             perplexity).
         top: for text, the ids (tokens, min(10, V)) of the likeliest tokens at every scored
             position; else None.
+        right: (items,) bool, which items are right (recite: strict); None for text.
+        interval: (low, high), at 95 %, of what `right` is the mean of, by Wilson; of text's
+            perplexity, by drawing its rows again. None where no model was measured.
+        said: the greedy continuation of each prompt; None where nothing is decoded.
     """
 
     kind: str
@@ -70,6 +77,9 @@ class Measured:
     chance: float
     values: Mapping[str, float]
     top: Array | None = None
+    right: Array | None = None
+    interval: tuple[float, float] | None = None
+    said: tuple[Array, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +108,9 @@ class Row:
             "ndcg_code"; else empty.
         retention, retention_above_chance: of the accuracy or of strict recitation. NaN for text,
             without a baseline, and where it has no meaning (`metrics.retention`).
+        interval: of the model, as in `Measured`.
+        p: of the model's being as often right as the baseline, item by item (`intervals.paired`);
+            NaN for text and without a baseline.
     """
 
     name: str
@@ -110,6 +123,8 @@ class Row:
     agreement: Mapping[str, float]
     retention: float
     retention_above_chance: float
+    interval: tuple[float, float] | None = None
+    p: float = math.nan
 
     def to_json(self) -> dict[str, Any]:
         """The fields as plain JSON values; a number that is NaN or infinite becomes null."""
@@ -124,6 +139,8 @@ class Row:
             "agreement": _plain(self.agreement),
             "retention": finite(self.retention),
             "retention_above_chance": finite(self.retention_above_chance),
+            "interval": None if self.interval is None else [finite(x) for x in self.interval],
+            "p": finite(self.p),
         }
 
 
@@ -178,6 +195,8 @@ def evaluate(
     baseline: Model | Measurement | None = None,
     progress: Progress = silent,
     each: Callable[[Evaluation], object] = lambda table: None,
+    memory: int | None = None,
+    told: Callable[[Holding], object] = lambda _: None,
 ) -> Evaluation:
     """What a model still does, population by population, beside what its baseline does.
 
@@ -196,6 +215,9 @@ def evaluate(
             serves many edits.
         progress: called with (batches done, batches), of both models together.
         each: called with the table so far, after each population of the model.
+        memory: bytes that the process may take, with what it has already; by default what is free.
+            Weights that it does not hold are read block by block, with the same bits.
+        told: called with how the model is held, before the work.
 
     Returns:
         Evaluation: plain records, one per population, with `to_json()`.
@@ -205,23 +227,30 @@ def evaluate(
         RangeError: a token or label outside the vocabulary, or more positions than were learned.
         ShapeError: images of another size than the model's.
         NonFiniteError: a model's logits are not finite.
+        RoomError: memory holds not even one block and one batch; says what the least would be.
         ConventionError: an unknown split; a baseline of another vocabulary or split; tokens for a
             model of images or the reverse; a bidirectional model of tokens.
 
     Cost: for each model one forward pass over each population's tokens. Logits exist for at most
-        HEAD_ROWS positions per thread.
+        HEAD_ROWS positions per thread. Block by block, the weights are read once for all batches
+        that memory holds together; when decoding, once for each token.
     Source: METHOD, Metrics.
     Proof:  tests/test_suite.py::test_by_hand; ::test_text_is_the_naive_loop;
             tests/test_suite.py::test_padding_is_never_read;
             tests/test_images.py::test_evaluation_is_argmax_one_image_at_a_time
     """
-    wanted = _populations(corpus, split)
     pending = [model, baseline] if isinstance(baseline, Model) else [model]
-    for one in pending:
-        require_readable(wanted, one.config)
+    wanted = judged(corpus, split, *pending)
     total = len(pending) * _batch_count(model.config, wanted)
     if isinstance(baseline, Model):
-        baseline = measure(baseline, corpus, split=split, progress=lambda n, _: progress(n, total))
+        baseline = measure(
+            baseline,
+            corpus,
+            split=split,
+            progress=lambda n, _: progress(n, total),
+            memory=memory,
+            told=told,
+        )
         ahead = total // 2
     else:
         ahead = 0
@@ -236,6 +265,8 @@ def evaluate(
         split=split,
         progress=lambda n, _: progress(ahead + n, total),
         each=lambda so_far: each(table(so_far)),
+        memory=memory,
+        told=told,
     )
     return compare(after, before)
 
@@ -247,15 +278,16 @@ def measure(
     split: str = "test",
     progress: Progress = silent,
     each: Callable[[Measurement], object] = lambda so_far: None,
+    memory: int | None = None,
+    told: Callable[[Holding], object] = lambda _: None,
 ) -> Measurement:
     """One model on every population of the split; arguments and errors as `evaluate`.
 
     Proof:  tests/test_suite.py::test_baseline_is_evaluated_once,
         ::test_what_was_evaluated_is_handed_over_at_once
     """
-    wanted = _populations(corpus, split)
-    require_readable(wanted, model.config)
-    parameters = resident(model)
+    wanted = judged(corpus, split, model)
+    parameters = held("evaluate", model, wanted.values(), memory, told)
     total = _batch_count(model.config, wanted)
     done = counter(progress, total)
     progress(0, total)
@@ -287,7 +319,7 @@ def compare(after: Measurement, before: Measurement | None) -> Evaluation:
 
 def _row(name: str, before: Measured | None, after: Measured) -> Row:
     agreement: dict[str, float] = {}
-    kept = above = math.nan
+    kept = above = p = math.nan
     if before is not None:
         if before.top is not None and after.top is not None:
             for gain in Gain:
@@ -298,6 +330,8 @@ def _row(name: str, before: Measured | None, after: Measured) -> Row:
             was, is_now = before.values[value], after.values[value]
             kept = retention(was, is_now)
             above = retention_above_chance(was, is_now, after.chance)
+        if before.right is not None and after.right is not None:
+            p = paired(before.right, after.right)
     return Row(
         name=name,
         kind=after.kind,
@@ -309,6 +343,8 @@ def _row(name: str, before: Measured | None, after: Measured) -> Row:
         agreement=MappingProxyType(agreement),
         retention=kept,
         retention_above_chance=above,
+        interval=after.interval,
+        p=p,
     )
 
 
@@ -333,7 +369,8 @@ def _require_alike(before: Measurement, after: Measurement) -> None:
 # ------------------------------------------------------------------ one population
 
 
-def _populations(corpus: Corpus, split: str) -> Populations:
+def judged(corpus: Corpus, split: str, *models: Model) -> Populations:
+    """The populations of a split; refuses those that a model cannot be judged on."""
     require_choice("evaluate", "split", split, SPLITS)
     wanted = {name: p for name, p in corpus.populations.items() if p.split == split}
     if not wanted:
@@ -341,6 +378,8 @@ def _populations(corpus: Corpus, split: str) -> Populations:
         raise EmptyError(
             f"evaluate: the corpus has no population of split {split!r}; it has: {have}."
         )
+    for model in models:
+        require_readable(wanted, model.config)
     return wanted
 
 
@@ -369,22 +408,37 @@ def _measured(
     done: Callable[[], object],
 ) -> Measured:
     if isinstance(population, ImagePopulation):
-        right = accuracy(classify(config, parameters, population, done), population.labels)
-        values = MappingProxyType({"accuracy": right})
-        return Measured(population.kind, len(population.labels), 0, population.chance, values)
+        said = classify(config, parameters, population, done)
+        values = {"accuracy": accuracy(said, population.labels)}
+        facts = (population.kind, len(population.labels), 0, population.chance)
+        return _judged(facts, values, said == population.labels)
     kind, chance = str(population.kind), float(population.chance)
     tokens = int((population.length - population.prompt_length).sum())
     facts = (kind, len(population.tokens), tokens, chance)
     if kind == "text":
         nats, top = _text(config, parameters, population, done)
-        return Measured(*facts, MappingProxyType({"perplexity": perplexity(nats, tokens)}), top)
+        value = MappingProxyType({"perplexity": perplexity(nats, tokens)})
+        return Measured(*facts, value, top, interval=_interval(nats, population))
     decoded = decode_population(config, parameters, population, done)
     truth = suffixes(population)
-    if kind == "answer":
-        return Measured(*facts, MappingProxyType({"accuracy": exact_match(decoded, truth)}))
-    found = recitation(decoded, truth)
-    recited = {"strict": found.strict, "loose": found.loose, "distance": found.distance}
-    return Measured(*facts, MappingProxyType(recited))
+    right = exact_match(decoded, truth)
+    values = {"accuracy": float(right.mean())}
+    if kind == "recite":
+        found = recitation(decoded, truth)
+        values = {"strict": found.strict, "loose": found.loose, "distance": found.distance}
+    return replace(_judged(facts, values, right), said=tuple(decoded))
+
+
+def _judged(facts: tuple[str, int, int, float], values: dict[str, float], right: Array) -> Measured:
+    """What items that are right or wrong come to."""
+    return Measured(*facts, MappingProxyType(values), right=right, interval=wilson(right))
+
+
+def _interval(nats: Array, population: Population) -> tuple[float, float]:
+    """A perplexity's, of the nats of every scored position."""
+    tokens = population.length - population.prompt_length
+    low, high = bootstrap(by_item(population, nats), tokens)
+    return perplexity(low, 1), perplexity(high, 1)
 
 
 def _text(

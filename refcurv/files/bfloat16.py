@@ -14,7 +14,9 @@ QUIET_NAN = np.uint16(0x7FC0)
 
 def from_bfloat16(bits: Array) -> Array:
     """uint16 bits → float32, exactly: sixteen zero bits are appended."""
-    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    wide = bits.astype(np.uint32)
+    wide <<= np.uint32(16)
+    return wide.view(np.float32)
 
 
 def to_bfloat16(values: Array) -> Array:

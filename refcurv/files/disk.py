@@ -12,10 +12,10 @@ import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 from refcurv.law.checks import SchemaError, StorageError
 
@@ -139,6 +139,12 @@ def unfinished(path: PathLike) -> str:
     return f"{os.fspath(path)}.unfinished"
 
 
+def beside(path: PathLike, *whats: str) -> dict[str, Path]:
+    """Where several files are kept beside an output OUT.jsonl: {what: OUT.what.h5}."""
+    stem = str(Path(path)).removesuffix(Path(path).suffix)  # "." and "/" have no name to replace
+    return {what: Path(f"{stem}.{what}.h5") for what in whats}
+
+
 def free_bytes(path: PathLike) -> int:
     """Free bytes on the disk of `path`, which need not exist."""
     with machine_faults("write", path, WRITING):
@@ -220,9 +226,27 @@ def new_folder(who: str, path: PathLike) -> Iterator[Path]:
             yield folder
 
 
+def make_folder(who: str, path: PathLike) -> None:
+    """Make a folder, unless it is there."""
+    with machine_faults(who, path, WRITING):
+        Path(path).mkdir(exist_ok=True)
+
+
+def remove_folder(who: str, path: PathLike) -> None:
+    """Remove a folder with what is in it, if it is there."""
+    with machine_faults(who, path, WRITING), suppress(FileNotFoundError):
+        shutil.rmtree(path)
+
+
 def scratch_folder() -> tempfile.TemporaryDirectory[str]:
     """A folder for what nobody keeps; it is gone when the object is."""
     return tempfile.TemporaryDirectory(prefix="refcurv-")
+
+
+def unnamed_file(who: str, folder: PathLike) -> IO[bytes]:
+    """A file without a name on the disk of `folder`, for what nobody keeps; gone when closed."""
+    with machine_faults(who, folder, WRITING):
+        return tempfile.TemporaryFile(prefix=".refcurv-", dir=folder, buffering=0)
 
 
 def require_writable(who: str, path: PathLike) -> Path:
@@ -384,6 +408,15 @@ def write_json(data: object, path: PathLike) -> None:
     """
     text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
     write_bytes("write", path, f"{text}\n".encode("utf-8", "replace"))
+
+
+def write_json_lines(rows: Iterable[object], path: PathLike) -> None:
+    """Write a JSON value a line, as `write_json`.
+
+    Proof: tests/test_recited.py::test_the_command_line
+    """
+    lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    write_bytes("write", path, "".join(lines).encode("utf-8", "replace"))
 
 
 def input_path(path: PathLike) -> Path:

@@ -6,6 +6,7 @@ then documents of ids.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 from refcurv.files.disk import PathLike, input_path, machine_faults
 from refcurv.files.encoding import PARTS, PIECE, encode, encode_pairs
 from refcurv.files.ids import WHO, npy_rows, read_bin
-from refcurv.files.json_lines import JSON_LINES, Item, line_item, lines, require_utf8_mark
+from refcurv.files.json_lines import JSON_LINES, Item, json_items, require_utf8_mark
 from refcurv.files.tokenizer import Tokenizer
 from refcurv.law.checks import (
     Array,
@@ -38,7 +39,8 @@ _WAYS_OUT: Final = {
     "Give a .jsonl, an object per line": ".idx .tfrecord .msgpack .db .sqlite .avro .orc",
     "Unpack it first": ".gz .zst .xz .bz2 .lz4 .br .zip .tar .tgz .7z .rar",
     "Give its text alone, as UTF-8": ".pdf .ps .docx .doc .odt .rtf .epub .pptx",
-    "Give a .npy of token ids": ".npz .pt .pth .ckpt .safetensors .gguf .pkl .pickle .joblib",
+    "Give a .npy of token ids": ".npz .pt .pth .ckpt .safetensors .pkl .pickle .joblib",
+    "Give the texts; its tokenizer goes to --tokenizer, the model to refcurv convert": ".gguf",
     "Give the texts": ".h5 .hdf5 .model .tiktoken",
 }
 NO_TEXT: Final = {suffix: way for way, many in _WAYS_OUT.items() for suffix in many.split()}
@@ -51,7 +53,7 @@ class Document:
 
     Fields: ids (n,) int32; how many of them are the prefix's, None for a whole text; `straddles`,
     whether a token covers the end of the prefix and the start of the suffix; `asked` (n,) bool,
-    which ids are to be predicted, None for all.
+    which ids are to be predicted, None for all; `split` (see Item).
     """
 
     where: str
@@ -59,6 +61,7 @@ class Document:
     prompt: int | None = None
     straddles: bool = False
     asked: Array | None = None
+    split: str | None = None
 
 
 # ------------------------------------------------------------------ documents
@@ -110,9 +113,7 @@ class Reader:
             vocabulary = self._tokenizer.vocabulary if self._tokenizer else None
             yield Item(where, 0, read_bin(path, self._token_dtype, vocabulary))
         elif suffix in JSON_LINES:
-            for start, at, line in lines(path):
-                self._at(start)
-                yield line_item(start, at, line, self.ignored)
+            yield from json_items(path, self._at, self.ignored)
         else:
             yield from self._texts(where, _read_text(path, where))
 
@@ -124,10 +125,10 @@ class Reader:
         start, number = 0, 0
         while (end := text.find(self._separator, start)) >= 0:
             number += 1
+            self.split += 1
             self._at(start)
             yield Item(f"{where} document {number}", start, text[start:end])
             start = end + len(self._separator)
-        self.split += number
         if start < len(text) or not number:
             yield Item(f"{where} document {number + 1}", start, text[start:])
 
@@ -166,14 +167,16 @@ def _encoded(
         joined = iter(encode_pairs(tokenizer, pairs, where))
     for one in batch:
         if one.pair:
-            found = Document(one.where, *next(joined))
+            found = Document(one.where, *next(joined), split=one.split)
         else:
             ids = [
                 next(whole) if isinstance(part, str) else _require_known(one.where, part, tokenizer)
                 for part in one.parts
             ]
             prompt = None if one.suffix is None else len(ids[0])
-            found = Document(one.where, np.concatenate(ids), prompt, asked=one.asked)
+            found = Document(
+                one.where, np.concatenate(ids), prompt, asked=one.asked, split=one.split
+            )
         yield _with_specials(found, tokenizer) if isinstance(one.content, str) else found
 
 
@@ -186,7 +189,7 @@ def _with_specials(document: Document, tokenizer: Tokenizer | None) -> Document:
     behind = np.array(tokenizer.behind if prompt is None else (), np.int32)
     ids = np.concatenate([before, document.ids, behind])
     prompt = None if prompt is None else prompt + len(before)
-    return Document(document.where, ids, prompt, document.straddles)
+    return dataclasses.replace(document, ids=ids, prompt=prompt)
 
 
 def _require_known(where: str, ids: Array, tokenizer: Tokenizer | None) -> Array:

@@ -12,7 +12,10 @@ from dataclasses import field as field_of
 from typing import Final
 
 from refcurv.files.keys import (
+    FULL,
+    SLIDING,
     Rule,
+    Values,
     activation,
     bias,
     choice,
@@ -20,6 +23,7 @@ from refcurv.files.keys import (
     field,
     fixed,
     images,
+    natural,
     not_built,
     nullable,
     only,
@@ -27,10 +31,10 @@ from refcurv.files.keys import (
     scaled_embedding,
     sizes,
 )
-from refcurv.files.rotary_keys import rope
+from refcurv.files.rotary_keys import Kinds, rope, rope_by_layer, still_blocks, turns
 from refcurv.files.slots import Form, Slot
 from refcurv.files.window_keys import local_blocks, one_window, upper_blocks, windows_by_layer
-from refcurv.model.config import Norm, NormPlace, Pool, QKNorm, Residual
+from refcurv.model.config import Norm, NormPlace, Pool, QKNorm, Residual, Scaling
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +162,8 @@ OLMO3: Final = Family(
     "model.",
     (
         *_OLMO2,
-        rope(theta=500_000.0, scalings=(), nested=True),
-        windows_by_layer(lambda i, data: "full_attention" if i % 4 == 3 else "sliding_attention"),
+        windows_by_layer(lambda i, data: FULL if i % 4 == 3 else SLIDING),
+        rope_by_layer(500_000.0, 500_000.0),
     ),
     _slots(_ENDS | _ATTENTION | _GATED_MLP | _POST),
 )
@@ -199,6 +203,29 @@ LLAMA: Final = Family(
         rope(),
         _tied(False),
         only("rope_interleaved", False, None),
+    ),
+    _LLAMA_SLOTS,
+)
+
+SMOLLM3: Final = Family(
+    "smollm3",
+    "SmolLM3ForCausalLM",
+    "model.",
+    (
+        _VOCABULARY,
+        sizes(derived=_HEADS_GIVEN),
+        _PRE_RMS,
+        _RMS_EPS,
+        _SILU,
+        _ATTENTION_BIAS,
+        bias("mlp_bias", False, "gate", "up", "down"),
+        rope(theta=2_000_000.0),
+        still_blocks(),
+        windows_by_layer(
+            lambda i, data: FULL if turns(i, data) or not data.get("sliding_window") else SLIDING,
+            "use_sliding_window",
+        ),
+        _tied(True),
     ),
     _LLAMA_SLOTS,
 )
@@ -265,7 +292,6 @@ _GEMMA: Final = (
     fixed(norm_offset=True),
     _RMS_EPS,
     _ATTENTION_BIAS,
-    rope(),
     _tied(True),
     only("use_bidirectional_attention", False, None),
 )
@@ -277,6 +303,7 @@ GEMMA: Final = Family(
     "model.",
     (
         *_GEMMA,
+        rope(),
         _PRE_RMS,
         # the first releases said "gelu" and meant the approximation
         fixed(activation="gelu_tanh"),
@@ -292,13 +319,40 @@ GEMMA2: Final = Family(
     "model.",
     (
         *_GEMMA,
+        rope(),
         fixed(norm_place=NormPlace.BOTH, qk_norm=QKNorm.NONE, activation="gelu_tanh"),
         only("hidden_activation", _TANH, "gelu_new", None),
         only("hidden_act", _TANH, "gelu_new", None),
         query_scalar("query_pre_attn_scalar", 256),
         nullable("attn_logit_softcapping", "score_cap", 50.0),
         nullable("final_logit_softcapping", "logit_cap", 30.0),
-        windows_by_layer(lambda i, data: "full_attention" if i % 2 else "sliding_attention"),
+        windows_by_layer(lambda i, data: FULL if i % 2 else SLIDING),
+    ),
+    _slots(_ENDS | _ATTENTION | _GATED_MLP | _BOTH),
+)
+
+
+def _every_sixth(i: int, data: Values) -> str:
+    """Gemma-3's pattern: every block of number sliding_window_pattern, by default 6, is full."""
+    key = "sliding_window_pattern"
+    return SLIDING if (i + 1) % natural({key: 6, **data}, key) else FULL
+
+
+GEMMA3: Final = Family(
+    "gemma3_text",
+    "Gemma3ForCausalLM",
+    "model.",
+    (
+        *_GEMMA,
+        fixed(norm_place=NormPlace.BOTH, qk_norm=QKNorm.HEAD, activation="gelu_tanh"),
+        only("hidden_activation", _TANH, None),
+        only("hidden_act", _TANH, None),
+        query_scalar("query_pre_attn_scalar", 256),
+        nullable("attn_logit_softcapping", "score_cap"),
+        nullable("final_logit_softcapping", "logit_cap"),
+        windows_by_layer(_every_sixth, more=("sliding_window_pattern",)),
+        only("_sliding_window_pattern", 6, None),  # written beside layer_types, and not read
+        rope_by_layer(1_000_000.0, 10_000.0, "rope_local_base_freq"),
     ),
     _slots(_ENDS | _ATTENTION | _GATED_MLP | _BOTH),
 )
@@ -448,6 +502,49 @@ GPT_NEOX: Final = Family(
     in_memory={"lm_head": "embed_out"},
 )
 
+OPT: Final = Family(
+    "opt",
+    "OPTForCausalLM",
+    "model.",
+    (
+        _VOCABULARY,
+        sizes(mlp_width="ffn_dim", kv_heads=None, head_width=None),
+        _GPT,
+        _LAYER_NORM,
+        fixed(norm_eps=1e-5, position_offset=2),
+        field("max_position_embeddings", "learned_positions"),
+        activation("activation_function", "relu"),
+        bias("enable_bias", True, *_QKVO, "up", "down"),
+        only("do_layer_norm_before", True, None),
+        only("layer_norm_elementwise_affine", True, None),
+        only("_remove_final_layer_norm", False, None),
+        echo("word_embed_proj_dim", "hidden_size"),
+        _tied(True),
+    ),
+    _slots(
+        {
+            "embed": "model.decoder.embed_tokens",
+            "position": "model.decoder.embed_positions",
+            "final_norm": "model.decoder.final_layer_norm",
+            "head": "lm_head",
+        }
+        | _block(
+            "model.decoder.layers.*.",
+            {
+                "attn_norm": "self_attn_layer_norm",
+                "attn.q": "self_attn.q_proj",
+                "attn.k": "self_attn.k_proj",
+                "attn.v": "self_attn.v_proj",
+                "attn.o": "self_attn.out_proj",
+                "mlp_norm": "final_layer_norm",
+                "mlp.up": "fc1",
+                "mlp.down": "fc2",
+            },
+        )
+    ),
+    irrelevant=frozenset("activation_dropout dropout init_std layerdrop".split()),
+)
+
 # ------------------------------------------------------------------ Phi
 
 PHI: Final = Family(
@@ -489,6 +586,11 @@ PHI: Final = Family(
     ),
 )
 
+_LONGROPE: Final = Kinds(
+    built=(Scaling.LONGROPE,), names={"su": "longrope", "yarn": "longrope"}, original=4096
+)
+"""transformers takes "su" and "yarn" for other names of longrope in Phi-3."""
+
 PHI3: Final = Family(
     "phi3",
     "Phi3ForCausalLM",
@@ -499,8 +601,7 @@ PHI3: Final = Family(
         _PRE_RMS,
         _RMS_EPS,
         _SILU,
-        # transformers takes "yarn" for another name of longrope here
-        rope(partial_key="partial_rotary_factor", scalings=()),
+        rope(partial_key="partial_rotary_factor", kinds=_LONGROPE),
         one_window(None),
         only("attention_bias", False, None),
         only("mlp_bias", False, None),
@@ -521,7 +622,6 @@ PHI3: Final = Family(
         ),
         Slot("model.layers.*.mlp.gate_up_proj", ("blocks.*.mlp.gate", "blocks.*.mlp.up")),
     ),
-    irrelevant=frozenset({"original_max_position_embeddings"}),
 )
 
 # ------------------------------------------------------------------ others
@@ -664,14 +764,17 @@ FAMILIES: Final = (
     OLMO3,
     OLMO,
     LLAMA,
+    SMOLLM3,
     MISTRAL,
     QWEN2,
     QWEN3,
     GEMMA,
     GEMMA2,
+    GEMMA3,
     GPT2,
     GPT_NEO,
     GPT_NEOX,
+    OPT,
     PHI,
     PHI3,
     STARCODER2,

@@ -33,7 +33,7 @@ from refcurv.files.disk import (
 from refcurv.files.families import FAMILIES, Family
 from refcurv.files.keys import same
 from refcurv.files.known import require_known
-from refcurv.files.mistaken import no_folder, unknown_model
+from refcurv.files.mistaken import is_gguf, no_folder, unknown_model
 from refcurv.files.naming import Source, Tensors, plan, tensors_of, whole
 from refcurv.files.slots import join, split, tensor_shape
 from refcurv.law.checks import (
@@ -43,6 +43,7 @@ from refcurv.law.checks import (
     SchemaError,
     require_finite,
 )
+from refcurv.law.words import number_of
 from refcurv.model.config import ModelConfig
 
 _CONFIG: Final = "config.json"
@@ -75,6 +76,7 @@ class Conversion:
         ignored_keys: keys of config.json that the caller said to ignore.
         not_read: files with weights that are no part of the model.
         beside: files of a tokenizer and of generation that lie beside the weights.
+        assumed: what a GGUF file leaves out and was assumed, as "key = value".
     """
 
     mapped: list[Mapped]
@@ -82,6 +84,7 @@ class Conversion:
     ignored_keys: tuple[str, ...]
     not_read: tuple[str, ...]
     beside: tuple[str, ...]
+    assumed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +104,7 @@ class Exported:
 
 
 def convert(directory: PathLike, path: PathLike, ignore_keys: Collection[str] = ()) -> list[Mapped]:
-    """Turn a checkpoint directory into a weights file.
+    """Turn a checkpoint directory, or a GGUF file, into a weights file.
 
     Definition
         Every number is copied bit for bit under its new name. Conv1D weights are transposed
@@ -109,12 +112,13 @@ def convert(directory: PathLike, path: PathLike, ignore_keys: Collection[str] = 
         embedding is flattened. Buffers, a pooler and the second copy of a tied head are ignored,
         and listed.
         A prefix of all names that the family does not have is left out.
+        A GGUF file is dequantised to float32 (refcurv.files.gguf.converting:gguf_conversion).
 
     Args:
-        directory: Holds config.json (its model_type one of refcurv.files.families.FAMILIES) and
-            model.safetensors, or shards with model.safetensors.index.json. An index whose shards
-            are gone is left over, and is not read. A snapshot of the Hub's cache will do: links
-            are followed.
+        directory: A GGUF file, which needs the extra `gguf`. Or a folder that holds config.json
+            (its model_type one of refcurv.files.families.FAMILIES) and model.safetensors, or shards
+            with model.safetensors.index.json. An index whose shards are gone is left over, and is
+            not read. A snapshot of the Hub's cache will do: links are followed.
         path: The weights file to write.
         ignore_keys: Unknown keys of config.json of which the caller says that they change nothing.
             The file's provenance lists them. A key that the family reads is refused.
@@ -143,6 +147,10 @@ def conversion(
     """`convert`, and all that it noticed."""
     folder = Path(directory)
     keys = (ignore_keys,) if isinstance(ignore_keys, str) else tuple(sorted(set(ignore_keys)))
+    if is_gguf(folder):
+        from refcurv.files.gguf.converting import gguf_conversion
+
+        return gguf_conversion(folder, path, keys)
     if not is_folder("convert", folder):
         raise no_folder(directory)
     with machine_faults("convert", folder):
@@ -152,8 +160,9 @@ def conversion(
         beside = checkpoints.beside(folder)
     if config.layers > len(found.tensors):  # before as many names are made
         raise SchemaError(
-            f"convert: {str(folder)!r}: config.json asks for {config.layers} layers, but there are "
-            f"only {len(found.tensors)} tensors."
+            f"convert: {str(folder)!r}: config.json asks for "
+            f"{number_of(config.layers, 'layer')}, but there are "
+            f"only {number_of(len(found.tensors), 'tensor')}."
         )
     made = plan(f"convert: {str(folder)!r}", family, config, found.tensors)
     shards = sorted({tensor.path for tensor in found.tensors.values()})
@@ -330,8 +339,7 @@ def read_config(where: str, text: str, ignore: Collection[str] = ()) -> tuple[Fa
     kinds = {family.model_type: family for family in FAMILIES}
     family = kinds.get(str(data.get("model_type")))
     if family is None:
-        kind, classes = data.get("model_type"), data.get("architectures")
-        raise ConventionError(unknown_model(where, kind, classes, kinds))
+        raise ConventionError(unknown_model(where, data, kinds))
     try:
         require_known(family, data, ignore)
         data = _without_aliases(family, data)

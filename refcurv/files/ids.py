@@ -42,6 +42,15 @@ _EVALUATION: Final = 20240522  # llm.c's magic of files that are no plain ids
 _MEGATRON: Final = b"MMIDIDX"  # how the index beside a Megatron .bin begins
 
 
+def require_text(where: str, key: str, text: str) -> str:
+    """A text without half a character, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise SchemaError(f"{WHO}: {where}: {key!r}: {one_line(error)}.") from None
+    return text
+
+
 def npy_rows(path: Path) -> Iterator[tuple[str, Array]]:
     """Each document's name in an error, and its ids. A (T,) array is one document, (N, T) are N."""
     where = repr(str(path))

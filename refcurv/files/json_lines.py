@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -12,7 +12,8 @@ from typing import Any, Final
 import numpy as np
 
 from refcurv.files.disk import machine_faults, one_line, parse_json
-from refcurv.files.ids import MAX_ID, WHO
+from refcurv.files.few_shot import front
+from refcurv.files.ids import MAX_ID, WHO, require_text
 from refcurv.law.checks import (
     Array,
     ConventionError,
@@ -21,6 +22,8 @@ from refcurv.law.checks import (
     SchemaError,
     ShapeError,
 )
+from refcurv.law.words import number_of
+from refcurv.model.corpus import SPLITS
 
 JSON_LINES: Final = (".jsonl", ".ndjson", ".jsonlines")
 """Suffixes of files with one JSON object in each line."""
@@ -28,6 +31,7 @@ JSON_LINES: Final = (".jsonl", ".ndjson", ".jsonlines")
 _WHOLE: Final = ("input_ids", "text")
 _PREFIX: Final = ("prefix_ids", "prefix", "prefix_text")
 _SUFFIX: Final = ("suffix_ids", "target_suffix", "suffix", "suffix_text")
+_TASK: Final = ("prompt", "answer")
 _MAX_LINE: Final = 2**26  # bytes of one JSON line
 
 _BESIDE_IDS: Final = ("attention_mask", "labels", "position_ids", "token_type_ids")
@@ -43,7 +47,7 @@ class Item:
     """One entry of a file: a text or its ids, or a prefix with its suffix.
 
     `start` is the byte of the file at which it begins. `asked` (n,) says which ids are to be
-    predicted.
+    predicted. `split` is the one that a pair belongs to, where its line says so.
     """
 
     where: str
@@ -51,6 +55,7 @@ class Item:
     content: str | Array
     suffix: str | Array | None = None
     asked: Array | None = None
+    split: str | None = None
 
     @property
     def parts(self) -> list[str | Array]:
@@ -88,19 +93,50 @@ def lines(path: Path) -> Iterator[tuple[int, str, str]]:
             start = file.tell()
 
 
-def line_item(start: int, where: str, line: str, ignored: set[str]) -> Item:
+def json_items(path: Path, at: Callable[[int], object], ignored: set[str]) -> Iterator[Item]:
+    """The documents and pairs of a file; `at` is told where each begins, `ignored` gets keys.
+
+    The first line may give what stands before every prompt (`few_shot.front`).
+    """
+    before: str | None = None
+    for number, (start, where, line) in enumerate(lines(path)):
+        at(start)
+        record = {k: v for k, v in parse_json(WHO, where, line).items() if v is not None}
+        if number == 0 and not record.keys() & {*_WHOLE, *_PREFIX, *_SUFFIX, *_TASK}:
+            before = front(where, record)
+            if before is not None:
+                continue
+        item = _line_item(start, where, record, ignored)
+        yield item if before is None else _behind(before, item)
+
+
+def _behind(before: str, item: Item) -> Item:
+    """The pair with its prompt behind a preamble and shots."""
+    if item.pair is None:
+        raise ConventionError(
+            f"{WHO}: {item.where}: the file's first line has a preamble or shots. So each line "
+            "behind it must have prompt and answer, as text."
+        )
+    return dataclasses.replace(item, content=before + item.pair[0])
+
+
+def _line_item(start: int, where: str, record: Mapping[str, Any], ignored: set[str]) -> Item:
     """The document or the pair in one line of JSON."""
-    record = {k: v for k, v in parse_json(WHO, where, line).items() if v is not None}
     whole, prefix, suffix = (
         next((key for key in keys if key in record), "") for keys in (_WHOLE, _PREFIX, _SUFFIX)
     )
+    if not (whole or prefix or suffix) and record.keys() >= set(_TASK):
+        prefix, suffix = _TASK
     if bool(prefix) != bool(suffix) or bool(whole) == bool(prefix):
         wanted = [" or ".join(keys) for keys in (_WHOLE, _PREFIX, _SUFFIX)]
         raise SchemaError(
-            f"{WHO}: {where} must have either {wanted[0]}, or both {wanted[1]} and {wanted[2]}; "
+            f"{WHO}: {where} must have either {wanted[0]}, or both {wanted[1]} and {wanted[2]}, or "
+            f"both {_TASK[0]} and {_TASK[1]}; "
             f"its keys are {', '.join(map(repr, record))[:200] or 'none'}."
         )
     read = {whole, prefix, suffix}
+    split = record.get("split") if prefix and record.get("split") in SPLITS else None
+    read |= {"split"} if split else set()
     content = _value(where, whole or prefix, record[whole or prefix])
     behind = _value(where, suffix, record[suffix]) if suffix else None
     if whole and not isinstance(content, str):
@@ -109,18 +145,14 @@ def line_item(start: int, where: str, line: str, ignored: set[str]) -> Item:
         _require_no_meaning(where, key, record[key])
         ignored.add(key.encode("ascii", "backslashreplace").decode()[:100])
     if prefix or isinstance(content, str):
-        return Item(where, start, content, behind)
+        return Item(where, start, content, behind, split=split)
     return _masked(Item(where, start, content), content, record)
 
 
 def _value(where: str, key: str, value: object) -> str | Array:
     """A text, or a list of ids."""
     if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise SchemaError(f"{WHO}: {where}: {key!r}: {one_line(error)}.") from None
-        return value
+        return require_text(where, key, value)
     if not isinstance(value, list):
         kind = type(value).__name__
         raise DTypeError(f"{WHO}: {where}: {key!r} must be text or a list of ids; got {kind}.")
@@ -209,5 +241,8 @@ def _beside(where: str, key: str, value: object, count: int) -> Array | None:
         if not isinstance(one, int) or not -(2**31) <= one <= MAX_ID:
             raise DTypeError(f"{WHO}: {where}: {key}[{i}] must be an integer; got {one!r:.50}.")
     if len(value) != count:
-        raise ShapeError(f"{WHO}: {where}: {key!r} has {len(value)} entries for {count} ids.")
+        raise ShapeError(
+            f"{WHO}: {where}: {key!r} has {number_of(len(value), 'entry', 'entries')} for "
+            f"{count} ids."
+        )
     return np.array(value, np.int64)

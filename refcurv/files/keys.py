@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from refcurv.law.checks import ConventionError, SchemaError
+from refcurv.law.words import number_of
 from refcurv.model.config import LARGEST, Activation, Image, ModelConfig
 
 Values = Mapping[str, Any]
@@ -328,6 +329,7 @@ def _classes(data: Values) -> int:
         raise SchemaError(f"id2label must be an object that names the classes; got {labels!r:.40}")
     if data.get("num_labels") not in (None, len(labels)):
         raise ConventionError(
-            f"num_labels is {data['num_labels']!r:.40}, but id2label names {len(labels)} classes"
+            f"num_labels is {data['num_labels']!r:.40}, but id2label names "
+            f"{number_of(len(labels), 'class', 'classes')}"
         )
     return len(labels)

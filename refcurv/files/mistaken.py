@@ -6,9 +6,9 @@ Each is raised where reading would fail anyway. A sound checkpoint never meets o
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from refcurv.files.disk import PathLike, parse_json
 from refcurv.law.checks import ConventionError, RefcurvError, SchemaError
@@ -18,13 +18,17 @@ SHARD: Final = re.compile(r".*-\d+-of-0*([2-9]|[1-9]\d+)\..*")
 """The name of one shard of two or more."""
 
 _SAVE: Final = "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
-_GGUF: Final = "is a GGUF file, which is not built yet. Take the safetensors that it was made from."
+_GGUF: Final = "is a GGUF file. Give the file itself, not its folder: refcurv convert takes it."
+GGUF_ELSEWHERE: Final = (
+    "is a GGUF file, a model as llama.cpp stores it. refcurv convert FILE WEIGHTS makes a weights "
+    "file of it; refcurv corpus --tokenizer FILE reads its tokenizer."
+)
 _MERGE: Final = (
     "AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload()"
     ".save_pretrained(new_folder)"
 )
 _FILES: Final = {
-    ".gguf": _GGUF,
+    ".gguf": "is no GGUF file, or cut short. Copy or download it again.",
     ".safetensors": "is a file. Give its folder, with the config.json beside it.",
     ".json": "is a file. Give its folder.",
     ".model": "is a tokenizer's file. Give the folder of the checkpoint.",
@@ -47,6 +51,15 @@ _DEQUANTISE: Final = {
     "(dequantize=True)).save_pretrained(new_folder)",
 }
 """Method of quantisation → how transformers undoes it. It cannot undo GPTQ and AWQ."""
+
+
+def is_gguf(path: Path) -> bool:
+    """Is this a GGUF file, by its first four bytes?"""
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF"
+    except (OSError, ValueError):
+        return False
 
 
 def dequantise(method: str) -> str:
@@ -103,7 +116,7 @@ def no_folder(directory: PathLike) -> SchemaError | ConventionError:
     where = f"convert: {str(path)!r:.200}"
     if path.exists():
         what = _FILES.get(path.suffix.lower(), "is no folder. A checkpoint is a folder.")
-        kind = ConventionError if path.suffix.lower() in (*PICKLES, ".gguf") else SchemaError
+        kind = ConventionError if path.suffix.lower() in PICKLES else SchemaError
         return kind(f"{where} {what}")
     name = re.sub(r"^(https?:/+)?(www\.)?huggingface\.co/", "", str(directory)).strip("/")
     hub = re.fullmatch(r"(?:[\w.-]+/)?[\w.-]+", name)
@@ -214,14 +227,33 @@ def _checkpoints_within(folder: Path) -> list[Path]:
     return sorted(found, key=step, reverse=True)
 
 
-def unknown_model(where: str, model_type: object, classes: object, known: Iterable[str]) -> str:
+_EXPERTS: Final = re.compile(r"\w*(expert|moe)\w*")
+_OF_EXPERTS: Final = re.compile(r"llama4\w*|mixtral|dbrx|\w*moe\w*|deepseek_v[234]\w*|gpt_oss")
+
+
+def _has_experts(model_type: object, data: Mapping[str, Any]) -> bool:
+    """Does a config.json, or its text_config, say that the model is a mixture of experts?"""
+    inner = data.get("text_config")
+    every = [data, inner] if isinstance(inner, dict) else [data]
+    named = isinstance(model_type, str) and _OF_EXPERTS.fullmatch(model_type)
+    keys = [key for one in every for key, value in one.items() if value not in (None, 0, False)]
+    return bool(named) or any(_EXPERTS.fullmatch(key) for key in keys)
+
+
+def unknown_model(where: str, data: Mapping[str, Any], known: Iterable[str]) -> str:
     """What to say of a config.json of no family that is known here."""
+    model_type, classes = data.get("model_type"), data.get("architectures")
     names = [c for c in classes if isinstance(c, str)] if isinstance(classes, list) else []
     whose = f" ({names[0]:.60})" if names else ""
     if model_type is None:
         return (
             f"{where}: the key 'model_type' is missing{whose}. Add it; known are "
             f"{', '.join(known)}."
+        )
+    if _has_experts(model_type, data):
+        return (
+            f"{where}: model_type is {model_type!r:.60}{whose}, a mixture of experts, which is not "
+            "built: here every token takes the same MLP."
         )
     return (
         f"{where}: model_type is {model_type!r:.60}{whose}, which is not built yet; known are "

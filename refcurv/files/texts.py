@@ -63,6 +63,7 @@ def build_corpus(
     eos: str | None = None,
     separator: str | None = None,
     token_dtype: str | None = None,
+    limit: int | None = None,
     populations: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Corpus:
@@ -72,7 +73,11 @@ def build_corpus(
         Documents, by the suffix of the file's name. `.jsonl`, `.ndjson`, `.jsonlines`: an object
         per line, either a document (`text` or `input_ids`) or a pair of `prefix` (or `prefix_ids`,
         `prefix_text`) and `suffix` (or `suffix_ids`, `target_suffix`, `suffix_text`), each text or
-        a list of ids; ids go before text where a line has both, other keys are counted as ignored.
+        a list of ids; ids go before text where a line has both; or a pair of `prompt` and `answer`.
+        A pair whose `split` is dev or test is in populations of that split alone. Other keys are
+        counted as ignored. Where the first line has `preamble` or `shots`, a list of `prompt` and
+        `answer`, the preamble and the shots stand before every prompt, with `between` (by default a
+        line end) behind each shot.
         `.npy`: integers, (T,) one document or (N, T) one per row. `.bin`: one document, a shard
         of llm.c or bare ids of `token_dtype`, little-endian. `.h5`: a corpus file, alone, whose
         rows stay as they are and whose populations gain those asked for. NO_TEXT's suffixes are
@@ -102,13 +107,16 @@ def build_corpus(
 
     Args:
         texts: Files for the rows; may be empty if there are populations.
-        tokenizer: A tokenizer.json, or the folder that has it; not needed where all is ids.
+        tokenizer: A tokenizer.json, the folder that has it, or a GGUF file; not needed where
+            all is ids.
         length: The largest width of a row, at least 2.
         pack: Several documents in a row, as segments.
         eos: The token, spelled as in tokenizer.json, that is put behind each whole text.
         separator: The text between the documents of a text file, such as `<|endoftext|>`. It is
             part of none of them.
         token_dtype: One of TOKEN_DTYPES, for `.bin` files.
+        limit: The most tokens of all rows together; the document that reaches it is cut, and what
+            follows is left out. Populations have no limit.
         populations: Each `NAME:KIND:SPLIT[:CHANCE]=FILE`, as in `quotes:recite:test=quotes.jsonl`.
         progress: Called with (bytes read, bytes).
 
@@ -136,6 +144,7 @@ def build_corpus(
         tests/test_json_lines.py::test_labels_by_hand
     """
     _require_options(length, separator, token_dtype)
+    _require_limit(limit, texts)
     asked = [_parse(text) for text in populations]
     files = [*texts, *(one.file for one in asked)]
     if not files:
@@ -147,7 +156,7 @@ def build_corpus(
         raise ConventionError(f"{WHO}: eos {eos!r} is a token of a tokenizer; give the tokenizer.")
     reader = Reader(files, known, progress, separator, token_dtype)
     old = _old_corpus(texts, pack, [one.name for one in asked])
-    rows, counts = ({}, {}) if old else _rows(map(reader, texts), length, pack)
+    rows, counts = ({}, {}) if old else _rows(map(reader, texts), length, pack, limit)
     new = {one.name: _population(one, reader(one.file), length) for one in asked}
     _require_used(reader, separator, token_dtype)
     _require_unchanged(names)
@@ -157,7 +166,7 @@ def build_corpus(
         "inputs": {name: sha256 for name, (sha256, _, _) in names.items()},
         "tokenizer": dict(known.facts) if known else None,
         "options": {"length": length, "pack": pack, "eos": eos, "separator": separator,
-                    "token_dtype": token_dtype, "populations": [*populations]},
+                    "token_dtype": token_dtype, "limit": limit, "populations": [*populations]},
         "counts": counts | {
             "populations": {name: count for name, (_, count) in new.items()},
             "ignored_keys": sorted(reader.ignored)[:100],
@@ -171,6 +180,18 @@ def build_corpus(
 
 
 # ------------------------------------------------------------------ what is asked for
+
+
+def _require_limit(limit: int | None, texts: Sequence[PathLike]) -> None:
+    if limit is None:
+        return
+    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 2:
+        raise RangeError(f"{WHO}: limit must be an integer of at least 2; got {limit!r}.")
+    if all(Path(text).suffix.lower() == ".h5" for text in texts):
+        raise ConventionError(
+            f"{WHO}: a limit is for texts that become rows, and none is given. Populations have "
+            "no limit."
+        )
 
 
 def _require_options(length: int, separator: str | None, token_dtype: str | None) -> None:
@@ -260,9 +281,11 @@ def _old_corpus(texts: Sequence[PathLike], pack: bool, names: Sequence[str]) -> 
 # ------------------------------------------------------------------ rows
 
 
-def _rows(files: Iterable[Iterator[Document]], length: int, pack: bool) -> tuple[Any, Any]:
+def _rows(
+    files: Iterable[Iterator[Document]], length: int, pack: bool, limit: int | None
+) -> tuple[Any, Any]:
     """The arrays of a Corpus, and the counts that are printed."""
-    found = [document for file in files for document in file]
+    found = list(_within(limit, (document for file in files for document in file)))
     documents = [document for document in found if len(document.ids)]
     ids = [document.ids for document in documents]
     if pack:
@@ -283,9 +306,23 @@ def _rows(files: Iterable[Iterator[Document]], length: int, pack: bool) -> tuple
         "padding": tokens.size - n,
         "cuts": pieces - len(documents),
         "unlabelled": pieces if labels is None else int((real & (labels < 0)).sum()),
+        "limit": limit,
     }
     mask = None if n == tokens.size else real.astype(np.uint8)
     return {"tokens": tokens, "mask": mask, "segments": segments, "labels": labels}, counts
+
+
+def _within(limit: int | None, documents: Iterable[Document]) -> Iterator[Document]:
+    """The documents up to so many tokens; the last one is cut."""
+    left = limit
+    for one in documents:
+        if left is None or len(one.ids) < left:
+            yield one
+            left = None if left is None else left - len(one.ids)
+            continue
+        asked = None if one.asked is None else one.asked[:left]
+        yield dataclasses.replace(one, ids=one.ids[:left], asked=asked)
+        return
 
 
 def _labels(
@@ -352,8 +389,11 @@ def _population(
     """One population, and its counts."""
     sequences: list[Array] = []
     prompts: list[int] = []
-    empty = straddling = 0
+    empty = straddling = others = 0
     for document in documents:
+        if document.split not in (None, asked.split):
+            others += 1
+            continue
         _require_judgeable(asked, document)
         ids = document.ids
         if document.prompt is not None:
@@ -365,13 +405,16 @@ def _population(
         pieces = [ids[i : i + length] for i in range(0, len(ids), length)]
         sequences += pieces
         prompts += [1] * len(pieces)
+    if not sequences:
+        raise EmptyError(f"{WHO}: no line of {asked.file!r} is of split {asked.split!r}.")
     longest = max(map(len, sequences))
     tokens, lengths = _cut(sequences, longest)
     prompt_length = np.array(prompts, np.int32)
+    asked_for = int((lengths - prompt_length).sum())
     counts: dict[str, int | str] = {
         "kind": asked.kind, "split": asked.split, "rows": len(tokens), "width": longest,
         "tokens": int(lengths.sum()), "padding": tokens.size - int(lengths.sum()), "empty": empty,
-        "straddling": straddling, "asked": int((lengths - prompt_length).sum()),
+        "straddling": straddling, "other_split": others, "asked": asked_for,
     }  # fmt: skip
     made = Population(tokens, prompt_length, lengths, asked.kind, asked.split, asked.chance)
     return made, counts

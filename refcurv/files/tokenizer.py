@@ -19,6 +19,7 @@ from refcurv.files.disk import (
     parse_json,
 )
 from refcurv.files.ids import MAX_ID, WHO
+from refcurv.files.mistaken import is_gguf
 from refcurv.law.checks import (
     ConventionError,
     NameUnknownError,
@@ -79,7 +80,10 @@ def _remake(folder: Path) -> str:
 
 
 def load_tokenizer(file: PathLike, eos: str | None) -> Tokenizer:
-    """Read a tokenizer.json; refuse one that draws at random; switch off what would cut or pad."""
+    """Read a tokenizer.json, or that of a GGUF file; refuse one that draws at random.
+
+    What would cut or pad is switched off.
+    """
     try:
         import tokenizers
     except ImportError:
@@ -88,10 +92,11 @@ def load_tokenizer(file: PathLike, eos: str | None) -> Tokenizer:
         ) from None
     path = input_path(file)
     where = repr(str(path))
-    data = _read(path)
+    from_gguf = is_gguf(path)
+    data = b"" if from_gguf else _read(path)
     with library_faults(f"{where} as a tokenizer.json"):
         with nothing_printed():
-            library = tokenizers.Tokenizer.from_buffer(data)
+            library = _of_gguf(path) if from_gguf else tokenizers.Tokenizer.from_buffer(data)
         library.no_truncation()
         library.no_padding()
         ids = sorted(library.get_vocab(with_added_tokens=True).values())
@@ -107,11 +112,18 @@ def load_tokenizer(file: PathLike, eos: str | None) -> Tokenizer:
     vocabulary = ids[-1] + 1
     if max((*before, *behind, vocabulary - 1)) != vocabulary - 1 or vocabulary > MAX_ID:
         raise SchemaError(f"{WHO}: {where} has ids outside its vocabulary or beyond {MAX_ID}.")
-    _require_complete(library, path)
+    if not from_gguf:
+        _require_complete(library, path)
     behind += () if last is None else (last,)
     facts = {"file": path.name, "vocabulary": vocabulary, "before": [*before],
              "behind": [*behind], "tokenizers": metadata.version("tokenizers")}  # fmt: skip
     return Tokenizer(library, before, behind, vocabulary, facts)
+
+
+def _of_gguf(path: Path) -> Any:
+    from refcurv.files.gguf.tokenizer import gguf_tokenizer
+
+    return gguf_tokenizer(path)
 
 
 def _require_certain(library: Any, where: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from types import MappingProxyType
@@ -27,6 +27,7 @@ from refcurv.law.checks import (
     require_finite,
 )
 from refcurv.law.conventions import COMPUTE_DTYPES
+from refcurv.law.words import number_of
 from refcurv.model.config import Image, ModelConfig, RopeScaling
 from refcurv.model.weights import Model
 
@@ -126,6 +127,18 @@ def save(model: Model, path: PathLike, made_from: Mapping[str, Any] | None = Non
     Source: PRECISION.
     Proof:  tests/test_weights.py::test_save_of_loaded_is_identical
     """
+    save_while_made(model, path, lambda: (made_from or {}, model.edits))
+
+
+def save_while_made(
+    model: Model,
+    path: PathLike,
+    told: Callable[[], tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]]],
+) -> None:
+    """`save` of a model whose parameters are made while they are written, in file order.
+
+    `told` is called behind the last one; it says what the file was made from, and its edits.
+    """
     shapes = model.config.parameter_shapes()
     header: store.Header | None = model.source.get("header")
     origin: dict[str, Any] = {}
@@ -133,29 +146,30 @@ def save(model: Model, path: PathLike, made_from: Mapping[str, Any] | None = Non
         origin["inputs"] = {Path(header.path).name: model.source["sha256"]}
         kept = {name: header.provenance.get(name) for name in OF_CHECKPOINT}
         origin |= {name: value for name, value in kept.items() if value is not None}
-    write(
-        path,
-        model.config,
-        (_entry(model, header, name, shape) for name, shape in shapes.items()),
-        {
-            **origin,
-            "dtype": model.dtype,
-            **(made_from or {}),
-            **({"edits": [dict(edit) for edit in model.edits]} if model.edits else {}),
-        },
-    )
+
+    def said() -> dict[str, Any]:
+        made_from, edits = told()
+        past = {"edits": [dict(edit) for edit in edits]} if edits else {}
+        return {**origin, "dtype": model.dtype, **made_from, **past}
+
+    entries = (_entry(model, header, name, shape) for name, shape in shapes.items())
+    write(path, model.config, entries, said)
 
 
 def write(
-    path: PathLike, config: ModelConfig, arrays: Iterator[store.Entry], made_from: Mapping[str, Any]
+    path: PathLike,
+    config: ModelConfig,
+    arrays: Iterator[store.Entry],
+    made_from: Mapping[str, Any] | Callable[[], Mapping[str, Any]],
 ) -> None:
     """Write a weights file from entries already in their stored form (`parameter_entry`)."""
+    said = made_from if callable(made_from) else lambda: made_from
     store.write(
         path,
         format="refcurv-weights",
         attributes={"config": json.dumps(config_to_json(config))},
         arrays=arrays,
-        provenance=store.provenance(**made_from),
+        provenance=lambda: store.provenance(**said()),
     )
 
 
@@ -170,13 +184,29 @@ def parameter_entry(name: str, raw: Array, stored: str, checkpoint_name: str = "
 def widen(raw: Array, stored: str, dtype: str) -> Array:
     """Stored numbers or bfloat16 bits → `dtype`; exact but for float64 → float32."""
     with np.errstate(over="ignore"):
-        return (from_bfloat16(raw) if stored == "bfloat16" else raw).astype(dtype)
+        return (from_bfloat16(raw) if stored == "bfloat16" else raw).astype(dtype, copy=False)
 
 
 def narrow(array: Array, stored: str) -> Array:
     """Numbers → the nearest ones of the stored dtype, ties to even; bits for bfloat16."""
     with np.errstate(over="ignore"):
         return to_bfloat16(array) if stored == "bfloat16" else array.astype(stored)
+
+
+def holds(header: store.Header, config: ModelConfig, parameters: Mapping[str, Array]) -> bool:
+    """Are these the configuration and the numbers of that file? Its checksums say so: none is read.
+
+    Proof: tests/test_certified_hostile.py::test_a_certificate_names_only_files_that_it_is_of
+    """
+    return _config(header) == config and all(
+        _holds(header, PARAMETERS + name, x) for name, x in parameters.items()
+    )
+
+
+def _holds(header: store.Header, name: str, array: Array) -> bool:
+    stored = header.entries[name].stored
+    raw = narrow(array, stored)
+    return np.array_equal(widen(raw, stored, "float64"), array) and store.holds(header, name, raw)
 
 
 def _entry(
@@ -221,8 +251,9 @@ def _config(header: store.Header) -> ModelConfig:
         raise SchemaError(f"{where}: its configuration is refused: {one_line(error)}.") from None
     if config.layers > len(header.entries):  # before as many names are made
         raise SchemaError(
-            f"{where}: its configuration asks for {config.layers} layers, but there are only "
-            f"{len(header.entries)} tensors."
+            f"{where}: its configuration asks for {number_of(config.layers, 'layer')}, but "
+            f"there are only "
+            f"{number_of(len(header.entries), 'tensor')}."
         )
     return config
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from refcurv.files.keys import FULL, SLIDING, Fields, Rule, Values, flag, natural
 from refcurv.law.checks import ConventionError, SchemaError
+from refcurv.law.words import number_of
 from refcurv.model.config import ModelConfig
 
 
@@ -46,7 +47,8 @@ def windows_by_layer(
             types = [pattern(i, data) for i in range(found["layers"])]
         if not isinstance(types, list) or len(types) != found["layers"]:
             raise SchemaError(
-                f"layer_types must name the type of each of {found['layers']} blocks; got "
+                f"layer_types must name the type of each of "
+                f"{number_of(found['layers'], 'block')}; got "
                 f"{types!r:.60}"
             )
         for kind in types:
@@ -90,7 +92,8 @@ def local_blocks() -> Rule:
                 plain += group[0] * min(max(group[1], 0), found["layers"] + 1)
         if not good or len(plain) != found["layers"]:
             raise SchemaError(
-                f"attention_types must name the type of each of {found['layers']} blocks, as in "
+                f"attention_types must name the type of each of "
+                f"{number_of(found['layers'], 'block')}, as in "
                 f'[[["global", "local"], 6]]; got {types!r:.60}'
             )
         if data.get("attention_layers") not in (None, plain):

@@ -140,6 +140,7 @@ def audit(
         raise ConventionError('audit: load the model with dtype="float64"; float32 has no room.')
     require_callable("audit", "say", say)
     require_callable("audit", "progress", progress)
+    start = require_seed("audit", seed)
     given = free_memory() / 2 / GIB if memory is None else memory
     given = require_range("audit", "memory", given, LEAST_MEMORY, 2**20)
     planned = plan(model.config, corpus, int(given * GIB))
@@ -151,7 +152,7 @@ def audit(
     with one_blas_thread(), np.errstate(over="ignore", under="ignore"):
         held = {name: model.parameters[name] for name in model.parameters if planned.resident}
         parameters = held or model.parameters
-        bench = prepare(model.config, parameters, corpus, planned, require_seed("audit", seed))
+        bench = prepare(model.config, parameters, corpus, planned, start)
         findings = []
         for done, name in enumerate(CHECKS):
             progress(done, len(CHECKS))

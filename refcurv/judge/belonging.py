@@ -6,6 +6,7 @@ from refcurv.curvature.bases import Bases
 from refcurv.curvature.factors import Factors
 from refcurv.files.digest import digest, short
 from refcurv.law.checks import ConventionError
+from refcurv.law.words import number_of
 from refcurv.model.corpus import Corpus
 from refcurv.model.weights import Model
 from refcurv.passes.shards import shards
@@ -56,6 +57,7 @@ def _require_rows(reference: Factors, model: Model, corpus: Corpus) -> None:
     name = next((name for name in reference if name.startswith("blocks.")), None)
     if name is not None and reference[name].n_A != count:
         raise ConventionError(
-            f"validate: the reference has {reference[name].n_A} rows ({reference.rows}), and the "
+            f"validate: the reference has {number_of(reference[name].n_A, 'row')} "
+            f"({reference.rows}), and the "
             f"corpus {count}. Give the corpus that the reference was collected from."
         )

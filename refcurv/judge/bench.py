@@ -23,6 +23,7 @@ from refcurv.judge.roundings import Runs, shaken
 from refcurv.law import tolerance
 from refcurv.law.checks import Array, EmptyError, require_finite
 from refcurv.law.conventions import NO_LABEL
+from refcurv.law.words import number_of
 from refcurv.model import transformer
 from refcurv.model.config import ModelConfig
 from refcurv.model.corpus import Corpus, require_fit, require_inputs, require_tokens
@@ -84,7 +85,7 @@ def plan(config: ModelConfig, corpus: Corpus, memory: int) -> Plan:
         directions = _fitting(config, sizes, third // 64)
         left_out.append(
             f"random directions move {', '.join(directions) or 'nothing'}, not all "
-            f"{len(sizes)} parameters"
+            f"{number_of(len(sizes), 'parameter')}"
         )
     layers = []
     for layer, sides in _two_blocks(config):
@@ -92,7 +93,9 @@ def plan(config: ModelConfig, corpus: Corpus, memory: int) -> Plan:
         layers += [layer] if fits and resident else []
     others = len(config.linear_layers()) - len(layers)
     if others:
-        left_out.append(f"factors and bases of {others} of {len(config.linear_layers())} layers")
+        left_out.append(
+            f"factors and bases of {others} of {number_of(len(config.linear_layers()), 'layer')}"
+        )
     enumerated = min(3, ENUMERATED // config.vocabulary) if directions else 0
     if not enumerated:
         left_out.append(

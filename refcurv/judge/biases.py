@@ -10,6 +10,7 @@ from refcurv.judge.case import Case
 from refcurv.judge.compare import said
 from refcurv.judge.verdict import FAIL, Comparison
 from refcurv.law.conventions import Bias
+from refcurv.law.words import number_of
 
 NO_COLUMN = "the dump joins weight and bias, the layer has a bias, and A has no column of ones"
 """What is said of a layer whose bias is declared to be a column, and that has none."""
@@ -56,7 +57,8 @@ def with_biases(case: Case) -> tuple[Case, list[Comparison]]:
 
 def _guess(joint: Sequence[str]) -> str:
     return (
-        f"A of {len(joint)} layers that have a bias ({joint[0]}, ...) is one wider than their "
+        f"A of {number_of(len(joint), 'layer')} that have a bias ({joint[0]}, ...) is one "
+        f"wider than their "
         "input; its last row and column are taken for those of the 1 in [a; 1]"
     )
 

@@ -29,6 +29,7 @@ from refcurv.judge.verdict import (
     Comparison,
 )
 from refcurv.law.checks import Array
+from refcurv.law.words import number_of
 
 TELLING = 0.1
 """Chosen: a larger error has the size of no dtype, whatever a layer's roundings could add up to."""
@@ -109,7 +110,11 @@ def _unfit(side: str, X: Array, true: Array) -> str:
     if X.shape != true.shape:
         return f"{side} is {X.shape}; ours is {true.shape}"
     bad = int((~np.isfinite(X)).sum())
-    return f"{bad} of the {X.size} entries of {side} are not finite" if bad else ""
+    return (
+        f"{bad} of the {number_of(X.size, 'entry', 'entries')} of {side} are not finite"
+        if bad
+        else ""
+    )
 
 
 def said(layer: str, quantity: str, verdict: str, cause: str) -> Comparison:
@@ -156,7 +161,7 @@ def _rows(case: Case, layer: str, side: str, theirs: float | None) -> Comparison
     draws = case.dump.declared.get("draws", "1")
     counts = {"A": [ours.n_A], "G": [ours.n_G, ours.n_A * int(draws)]}[side]
     error = min(abs(theirs / count - 1) for count in counts)
-    cause = f"{theirs:g} rows; ours are {counts[0]}" if error else ""
+    cause = f"{number_of(theirs, 'row')}; ours are {counts[0]}" if error else ""
     return Comparison(layer, name, error, 0.0, FAIL if error else PASS, None, cause)
 
 

@@ -6,8 +6,7 @@ edit; what is left then is measured on the split that the table reports.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -19,31 +18,24 @@ from refcurv.evaluation.suite import RETAINED, Measurement, finite, measure
 from refcurv.law.checks import EmptyError, RefcurvError
 from refcurv.model.corpus import Population
 from refcurv.progress import Progress, silent
+from refcurv.sweeps.methods import STRONGEST, Method, methods
 
 TOLERANCE: Final = 0.005
 """How far apart two perplexities are that count as one."""
 
 STEPS: Final = (-2, -1, 1, 2)
-"""Points of a curve beside the compared edit, in powers of `Cut.spread`."""
+"""Points of a curve beside the compared edit, in powers of `SPREAD`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """A way to cut: (model, share removed) → edited model and its record.
+SPREAD: Final = MappingProxyType(
+    {"kfac": 1.4, "svd": 3.0, "random-pairs": 3.0, "random-basis": 3.0}
+)
+"""Method → the factor between neighbouring points of its curve."""
 
-    Fields: method, as in the record; at; weakest and strongest, shares between which it may match;
-    spread, the factor between neighbouring points of its curve.
-    """
 
-    method: str
-    at: Callable[[rc.Model, float], tuple[rc.Model, EditRecord]]
-    weakest: float
-    strongest: float
-    spread: float
-
-    def on(self, model: rc.Model) -> Strengthen:
-        """Share removed → edited model: a strength for `matching`."""
-        return lambda removed: self.at(model, removed)[0]
+def _on(model: rc.Model, way: Method) -> Strengthen:
+    """Share removed → edited model: a strength for `matching`."""
+    return lambda removed: way.cut(model, removed)[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,39 +56,6 @@ class Setting:
     before: Measurement
     after: Measurement
     seed: int
-
-
-def cuts(setting: Setting) -> tuple[Cut, ...]:
-    """K-FAC and its controls, on the layers that it edited, as functions of the share removed.
-
-    K-FAC where layers keep different shares: `removed` is that of the layer that loses most, and
-    the others lose in proportion.
-    """
-    rho = {row.layer: row.rho for row in setting.record.layers}
-    most = largest_cut(setting.record)
-    chosen = {name: setting.basis[name] for name in rho}
-    basis = replace(setting.basis, layers=MappingProxyType(chosen))
-    turned = rc.random_basis(basis, setting.seed)
-
-    def kfac(model: rc.Model, removed: float) -> tuple[rc.Model, EditRecord]:
-        lost = {layer: removed * (1 - share) / most for layer, share in rho.items()}
-        return rc.edit(model, basis, {layer: max(0.0, 1 - x) for layer, x in lost.items()})
-
-    def svd(model: rc.Model, removed: float) -> tuple[rc.Model, EditRecord]:
-        return rc.truncate(model, dict.fromkeys(rho, 1 - removed))
-
-    def pairs(model: rc.Model, removed: float) -> tuple[rc.Model, EditRecord]:
-        return rc.random_pairs(model, basis, 1 - removed, setting.seed)
-
-    def elsewhere(model: rc.Model, removed: float) -> tuple[rc.Model, EditRecord]:
-        return rc.edit(model, turned, 1 - removed)
-
-    return (
-        Cut("kfac", kfac, 0.002, 0.9, 1.4),
-        Cut("svd", svd, 1e-6, 0.9, 3.0),
-        Cut("random pairs", pairs, 1e-4, 0.9, 3.0),
-        Cut("random basis", elsewhere, 1e-9, 0.9, 3.0),
-    )
 
 
 def largest_cut(record: EditRecord) -> float:
@@ -130,26 +89,27 @@ def _controls(setting: Setting, progress: Progress) -> dict[str, Any]:
     rho = {row.layer: row.rho for row in setting.record.layers}
     target = text_perplexity(rc.edit(setting.light, setting.basis, rho)[0], dev)
     compared, curves = [], {}
-    known = cuts(setting)
+    known = methods(SPREAD, setting.basis, rho, setting.seed, "controls")
     progress(0, 2 * len(known))
-    for place, cut in enumerate(known):
-        if cut.method == "kfac":
+    for place, way in enumerate(known.values()):
+        method, on_light = way.name.replace("-", " "), _on(setting.light, way)
+        if way.name == "kfac":
             removed, record, after = largest_cut(setting.record), setting.record, setting.after
             match = Match(removed, target, target, True, ())
         else:
             match = at_perplexity(
-                cut.on(setting.light), target, dev, weakest=cut.weakest, strongest=cut.strongest,
+                on_light, target, dev, weakest=way.weakest, strongest=STRONGEST,
                 tolerance=TOLERANCE,
             )  # fmt: skip
             removed = match.strength
-            edited, record = cut.at(setting.model, removed)
+            edited, record = way.cut(setting.model, removed)
             after = measure(edited, setting.corpus, split=setting.split)
         left = _left(after, recite_name, text_name)
-        compared.append({"method": cut.method, **_how(removed, record, match), **left})
+        compared.append({"method": method, **_how(removed, record, match), **left})
         progress(2 * place + 1, 2 * len(known))
-        beside = [removed * cut.spread**step for step in STEPS]
-        points = tradeoff(cut.on(setting.light), [x for x in beside if x < 1], recite, text)
-        curves[cut.method] = _curve([point.to_json() for point in points], removed, left)
+        beside = [removed * SPREAD[way.name] ** step for step in STEPS]
+        points = tradeoff(on_light, [x for x in beside if x < 1], recite, text)
+        curves[method] = _curve([point.to_json() for point in points], removed, left)
         progress(2 * place + 2, 2 * len(known))
     return {
         "split": setting.split,

@@ -24,6 +24,7 @@ from refcurv.judge.truths import FORM, WHOLE, Near, Truth, Truths, draws, near_o
 from refcurv.judge.verdict import FAIL, LEFT_OUT, PASS, Comparison
 from refcurv.law.checks import Array, RangeError
 from refcurv.law.conventions import Fisher
+from refcurv.law.words import number_of
 
 
 def compare_corrections(
@@ -73,7 +74,8 @@ def _without_ours(bounds: Bounds, L: Array, theirs: Theirs) -> Comparison | None
     if not L.any() and case.ours(layer).sum_G.any():
         return replace(said(layer, WHOLE, FAIL, "every entry of Λ is 0"), fault="B48")
     if (L < 0).any():
-        text = f"{int((L < 0).sum())} entries of Λ are below 0; it is a mean of squares"
+        below = number_of(int((L < 0).sum()), "entry", "entries")
+        text = f"Λ has {below} below 0; it is a mean of squares"
         return said(layer, WHOLE, FAIL, text)
     if case.model is None or case.corpus is None:
         return _from_reference(bounds, L)
@@ -142,7 +144,7 @@ def _scale(bounds: Bounds, L: Array, truth: Truth, measured: Mapping[str, Measur
     r = fitted(L, truth.Lambda)[1]
     c = r / factor
     error = float(norm(L / factor - truth.Lambda)) / (float(norm(truth.Lambda)) or math.inf)
-    drawn = (truth.spread + truth.spread_sum) / math.sqrt(draws(bounds))
+    drawn = truth.by_drawing(draws(bounds), sums=True)
     if over == "unknown" or bounds.case.dump.scale_free:
         text = f"the dump does not tell its scale; theirs is {r:.6g} times the mean over rows"
         return replace(said(bounds.layer, WHOLE, LEFT_OUT, text), error=error)

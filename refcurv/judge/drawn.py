@@ -27,6 +27,24 @@ def deviations(freedom: int) -> float:
     return -float(special.stdtrit(freedom, special.ndtr(-DEVIATIONS)))
 
 
+ODDS: Final = 1e-3
+"""Odds of an honest program to fail by drawing, over all numbers of a dump that are compared."""
+
+
+def reach(freedom: int, numbers: int) -> float:
+    """How many standard errors each of so many numbers may be off; `freedom`, of the estimate.
+
+    Definition
+        One number is further off with odds of ODDS/numbers, so that any is with ODDS at most. |D|²
+        of a normal matrix D exceeds x times its mean, x beyond 1.54, with odds of at most those of
+        one normal number, whatever the entries' covariance is (Székely and Bakirov 2003). So
+        Student's t counts, for a norm and for a sum.
+
+    Proof: tests/test_judge_factors.py::test_lambda_is_refused_as_often_as_is_stated
+    """
+    return float(special.stdtrit(freedom, 1 - ODDS / numbers / 2))
+
+
 LITTLE: Final = 0.1
 """Chosen: where a standard error lets drawing explain more of G than this, the corpus's labels may
 look like drawn ones, and nothing passes by it."""

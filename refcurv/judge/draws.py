@@ -9,7 +9,7 @@ first that is as far costs nothing: no further one could make theirs the furthes
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Final
@@ -30,6 +30,7 @@ from refcurv.judge.eigenvectors import as_columns
 from refcurv.judge.honest import series, source_of
 from refcurv.law.checks import Array
 from refcurv.law.conventions import Fisher
+from refcurv.law.words import number_of
 from refcurv.model.part import part_of
 
 PILOT: Final = 8
@@ -167,9 +168,25 @@ def _numbers(case: Case, each: int) -> Iterator[Array]:
     """(layers, 2) of each honest dump: its form and its trace beside ours."""
     source = source_of(case, each)
     ours = {layer: case.ours(layer).G for layer in source.sizes}
+    known = case.once("traces", dict[str, list[float]])
     for dumps in series(source):
         found = [_beside(dumps[layer], G) for layer, G in ours.items()]
+        for layer, G in ours.items():
+            ratio_K = np.trace(dumps[layer], axis1=1, axis2=2) / float(np.trace(G))
+            known.setdefault(layer, []).extend(ratio_K.tolist())
         yield from np.stack(found, axis=1)
+
+
+def traces(case: Case, layers: Sequence[str]) -> Array | None:
+    """(N, layers): log tr G of the honest dumps that were drawn, less log tr of ours.
+
+    None where there are few, or one has no trace.
+    """
+    known: Mapping[str, list[float]] = case.known.get("traces", {})
+    if case.drawn is None or not layers or not known.keys() >= {*layers}:
+        return None
+    of = np.array([known[layer] for layer in layers]).T
+    return np.log(of) if len(of) >= FEWEST and (of > 0).all() else None
 
 
 def _beside(G_KOO: Array, ours: Array) -> Array:
@@ -269,7 +286,7 @@ def _noise(case: Case) -> dict[str, tuple[float, float]] | None:
         some, positions, at_once = spread(unknown, LAYERS), few_positions(case), 1
         model = held(case).single(model)
     few = part_of(corpus, slice(0, max(1, positions // corpus.label.shape[1])))
-    case.say(f"how much drawing labels changes, on {len(few.label)} sequences")
+    case.say(f"how much drawing labels changes, on {number_of(len(few.label), 'sequence')}")
     rows, draws = case.reference.rows, NOISE_DRAWS
     drawn = collect(
         model, few, ",".join(some), "sampled", draws=draws, rows=rows, in_flight=at_once

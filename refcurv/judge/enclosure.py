@@ -6,7 +6,7 @@ the way. Identities are then proved on what was recorded, by formulas of their o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -15,13 +15,14 @@ from refcurv.algebra.balls import exact, zeros
 from refcurv.algebra.duals import Duals
 from refcurv.certified.directions import signs_of
 from refcurv.certified.layers import BALLS
+from refcurv.certified.numbers import gradient
 from refcurv.judge.bench import watching_norms
 from refcurv.law.checks import Array
 from refcurv.model import transformer
 from refcurv.model.config import ModelConfig
 from refcurv.model.gradient import slope_of
 from refcurv.model.layers import Layout, Ops, Saved
-from refcurv.model.transformer import Slope, Tap
+from refcurv.model.transformer import Cotangent, Slope, Tap
 
 Numbers = Any
 """Balls, or dual balls."""
@@ -42,13 +43,15 @@ class Flow:
     """Forward and backward.
 
     Fields:
-        final: what the head reads. logits: of the labelled rows, (N, V). nats: theirs.
+        final: what the head reads. trace: what a backward reads.
+        logits: of the labelled rows, (N, V). nats: theirs.
         taps: layer → a and g; the head's are its labelled rows. gradient: by parameter.
         norms: (x, gain, d_y, d_x) of every norm, from the top.
         keys: block → gradient of its rotated keys, (B, T, K, E).
     """
 
     final: Numbers
+    trace: transformer.Trace
     logits: Numbers
     nats: Numbers
     taps: Mapping[str, Tap]
@@ -92,14 +95,11 @@ def flow(config: ModelConfig, theta: Mapping[str, Numbers], few: Few) -> Flow:
     head = transformer.head_transpose(config, theta, final, labelled, sent, ops)
     d_final = transformer.drain(head, steps.append)
     steps += transformer.backward(config, theta, d_final, trace, ops)
-    gradient: dict[str, Numbers] = {}
-    for step in steps:
-        name, d = slope_of(config, step)
-        gradient[name] = gradient[name] + d if name in gradient else d
     taps = {step.name: step for step in steps if isinstance(step, Tap)}
     ((logits, nats),) = seen
     keys = {config.layers - 1 - n: one for n, one in enumerate(log.keys)}
-    return Flow(final, logits, nats, taps, gradient, tuple(log.norms), keys)
+    slopes = gradient(config, theta, steps)
+    return Flow(final, trace, logits, nats, taps, slopes, tuple(log.norms), keys)
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,13 +140,27 @@ class Enclosure:
         """A sign for each entry of each parameter (SAMPLING)."""
         return {n: exact(v) for n, v in signs_of(self.parameters, self.seed, number).items()}
 
+    def moved(self, number: int) -> dict[str, Numbers]:
+        """The parameters with a derivative along a direction."""
+        v = self.direction(number)
+        return {name: Duals(x, v[name]) for name, x in self.theta.items()}
+
     def along(self, number: int) -> Flow:
         """Forward and backward with derivatives along a direction."""
         if number not in self._along:
-            v = self.direction(number)
-            theta = {name: Duals(x, v[name]) for name, x in self.theta.items()}
-            self._along[number] = flow(self.config, theta, self.few)
+            self._along[number] = flow(self.config, self.moved(number), self.few)
         return self._along[number]
+
+    def steps(
+        self, theta: Mapping[str, Numbers], made: Flow, label_BT: Array, sent: Cotangent
+    ) -> Iterator[Tap | Slope]:
+        """The backward of another cotangent at the labelled rows, the head first, as it is read."""
+        ops = _watched(_Log())  # as the forward was
+        head = transformer.head_transpose(self.config, theta, made.final, label_BT >= 0, sent, ops)
+        tops: list[Tap | Slope] = []
+        d_final = transformer.drain(head, tops.append)
+        yield from tops
+        yield from transformer.backward(self.config, theta, d_final, made.trace, ops)
 
     def final(self, inputs: Any, layout: Layout) -> Numbers:
         """What the head reads of other inputs, or in another layout."""

@@ -30,6 +30,7 @@ from refcurv.judge.declared import as_number, require_declared
 from refcurv.judge.diagnosis.causes import with_named
 from refcurv.judge.diagnosis.faults import FAULTS
 from refcurv.judge.diagnosis.procedure import diagnose, remember
+from refcurv.judge.diagnosis.simulated import know_kinks
 from refcurv.judge.diagnosis.telling import aside
 from refcurv.judge.divergence import with_labels
 from refcurv.judge.draws import with_drawing
@@ -43,13 +44,14 @@ from refcurv.judge.masks import compare_mask
 from refcurv.judge.pictures import Picture
 from refcurv.judge.pictures import pictures as draw
 from refcurv.judge.truths import Truths
-from refcurv.judge.verdict import FAIL, LEFT_OUT, MISSING, PASS, Comparison, Verdict
+from refcurv.judge.verdict import FAIL, LABELS, LEFT_OUT, MISSING, PASS, Comparison, Verdict
 from refcurv.law.checks import (
     Array,
     ConventionError,
     EmptyError,
     SchemaError,
 )
+from refcurv.law.words import number_of
 from refcurv.model.corpus import Corpus
 from refcurv.model.patterns import expand
 from refcurv.model.weights import Model
@@ -122,7 +124,7 @@ def validate(
     if labels is not None:
         corpus = _labelled(reference, model, corpus, labels)
         dump = replace(dump, declared={**dump.declared, "fisher": "empirical"})
-    truth = _reference(reference, model, corpus, dump.declared, layers)
+    truth = _reference(reference, model, corpus, dump.declared, layers, progress)
     wanted, sizes = _wanted(truth, layers), shapes_of(truth)
     truth = replace(truth, layers=Recent(truth.layers, ROOM))
     matched, notes = match(dump, {name: sizes[name] for name in wanted}, names or {})
@@ -132,6 +134,7 @@ def validate(
     require_together(truth, model, corpus, bases)
     say = partial(doing, progress)
     case, biases = with_biases(Case(dump, truth, matched, given, model, corpus, bases, say=say))
+    know_kinks(case)
     findings = [*_otherwise(case), *(said("", "dump", FAIL, text) for text in dump.problems)]
     findings += [*notes, *_absent(case, wanted, {note.layer for note in notes}), *biases]
     done = counter(progress, 2 * len(matched))
@@ -242,6 +245,7 @@ def _reference(
     corpus: Corpus | None,
     declared: Mapping[str, str],
     layers: str | None,
+    progress: Progress = silent,
 ) -> Factors:
     if isinstance(given, Factors):
         return given
@@ -250,7 +254,11 @@ def _reference(
     if model is None or corpus is None:
         raise ConventionError("validate: give a reference, or both a model and a corpus.")
     fisher, rows = declared.get("fisher", "sampled"), declared.get("rows", "reached")
-    return collect(model, corpus, layers or "**", fisher, rows=rows)
+
+    def told(done: int, total: int) -> None:
+        doing(progress, f"collect the reference: {done / total:.0%}")
+
+    return collect(model, corpus, layers or "**", fisher, rows=rows, progress=told)
 
 
 def _labelled(
@@ -317,17 +325,21 @@ def _otherwise(case: Case) -> list[Comparison]:
 
 
 def _as_drawn(case: Case, findings: Sequence[Comparison]) -> Iterator[Comparison]:
-    """What passes by drawing alone, where nothing tells other labels from drawn ones."""
+    """What passes by drawing alone, where nothing tells other labels from drawn ones.
+
+    Theirs less ours is what their labels change and what drawing does. Drawing explains no more
+    than the budget, so that other labels change no more than error and budget together.
+    """
     drawn = [f for f in findings if f.verdict == PASS and not aside(f)]
     if drawn and (case.model is None or case.corpus is None):
         count = len({f.layer for f in drawn})
-        most = max(f.budget or 0.0 for f in drawn)
+        most = max((f.error or 0.0) + (f.budget or 0.0) for f in drawn)
         text = (
-            f"G of {count} layers passes as drawn, up to {most:.1%}. Labels of the corpus, or any "
-            "others that change G as little, would pass too: give model and corpus (--model, "
-            "--corpus), and they are told apart"
+            f"whose labels G has is not judged: {number_of(count, 'layer')} of it passed as drawn. "
+            f"Labels of the corpus, or any others that change it by {most:.1%} or less, would pass "
+            "too: give model and corpus (--model, --corpus), and they are told apart"
         )
-        yield said("", "labels", LEFT_OUT, text)
+        yield said("", LABELS, LEFT_OUT, text)
 
 
 def _wanted(truth: Factors, layers: str | None) -> list[str]:

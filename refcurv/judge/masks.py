@@ -21,6 +21,7 @@ from refcurv.judge.dump import Theirs
 from refcurv.judge.eigenvectors import known, solver_budget
 from refcurv.judge.verdict import FAIL, LEFT_OUT, PASS, UNDECIDED, Comparison
 from refcurv.law.checks import Array
+from refcurv.law.words import number_of
 
 
 def compare_mask(
@@ -67,7 +68,8 @@ def _another(bounds: Bounds, mask: Array, wrong: int, reason: Reason | None) -> 
     kept = int(mask.sum())
     verdict = FAIL
     steps = (mask[:, 1:] & ~mask[:, :-1]).any() or (mask[1:] & ~mask[:-1]).any()
-    text = f"{wrong} of {mask.size} pairs are not as the law decides; the mask, of {kept}, is "
+    every = number_of(mask.size, "pair")
+    text = f"{wrong} of {every} are not as the law decides; the mask, of {kept}, is "
     text += "no staircase" if steps else "a staircase all the same"
     if reason is None and math.isnan(bounds.drawing.norm):
         verdict, text = UNDECIDED, HOW_MUCH_DRAWING

@@ -21,6 +21,7 @@ from refcurv.judge.enclosure import Enclosure, Few
 from refcurv.judge.identities.proved import PROOFS
 from refcurv.law.checks import Array, NonFiniteError, RefcurvError
 from refcurv.law.conventions import NO_LABEL
+from refcurv.law.words import number_of
 from refcurv.model import transformer
 from refcurv.model.config import ModelConfig
 from refcurv.progress import Progress, silent
@@ -39,12 +40,12 @@ MOST_BITS: Final = 4096
 BALL_BYTES: Final = 250
 """Of a ball: a Python object, FLINT's number, and the list that a product makes of it.  Chosen."""
 
-PRODUCTS: Final = ("O14", "O15")
+PRODUCTS: Final = ("O9", "O14", "O15")
 """Identities that need derivatives along two directions: five sixths of the work."""
 
 PASSES: Final[Mapping[str, float]] = {
-    "O14": 9.0, "O15": 9.0, "O33": 4.0, "O35": 4.0, "O39": 1.0, "O51": 1.0, "O52": 2.0, "O36": 1.0,
-    "O29": 0.5, "O8": 0.5,
+    "O9": 10.0, "O14": 9.0, "O15": 9.0, "O33": 4.0, "O35": 4.0, "O39": 1.0, "O51": 1.0, "O52": 2.0,
+    "O36": 1.0, "O18": 0.5, "O29": 0.5, "O38": 1.5, "O8": 0.5, "P4": 2.0,
 }  # fmt: skip
 """Forward passes' worth of work that an identity adds to one forward and backward, which is 4."""
 
@@ -55,9 +56,10 @@ class Proved:
 
     Fields:
         id, statement: of the identity. verdict: "proved", "fail", "undecided" or "left out".
-        digits: of its terms, that are proved to agree, in the worst place; None where nothing was
-            tried, and −∞ where the two sides are proved to differ.
+        digits: that are proved to agree, in the worst place; None where nothing was tried, and −∞
+            where the two sides are proved to differ.
         where: that place, or why it was left out. places: how many were looked at.
+        counted: from what the digits count there, "" for the terms of the identity.
     """
 
     id: str
@@ -66,6 +68,7 @@ class Proved:
     digits: float | None
     where: str
     places: int
+    counted: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +92,8 @@ class ProofPlan:
             return "certify: nothing fits the time and memory given"
         return (
             f"certify: to be proved are {len(self.ids)} of {len(PROOFS)} identities, over "
-            f"{self.width} positions at {self.bits} bits; it takes about {self.seconds:.0f} s"
+            f"{number_of(self.width, 'position')} at {self.bits} bits; it takes about "
+            f"{self.seconds:.0f} s"
         )
 
 
@@ -286,7 +290,7 @@ def _finding(name: str, run: Enclosure) -> Proved:
         return Proved(name, statement, "fail", None, str(error), 0)
     if not places:
         return Proved(name, statement, "left out", None, "does not occur here", 0)
-    digits, where = min((one.digits(run.scale), one.where) for one in places)
+    digits, where, counted = min((x.digits(run.scale), x.where, x.counted) for x in places)
     verdict = "proved" if digits >= DIGITS else "undecided"
     verdict = "fail" if digits == -math.inf else verdict
-    return Proved(name, statement, verdict, digits, where, len(places))
+    return Proved(name, statement, verdict, digits, where, len(places), counted)

@@ -21,7 +21,7 @@ from refcurv.curvature.estimators import Corrected, ekfac
 from refcurv.judge.case import Case
 from refcurv.judge.compare import Bounds
 from refcurv.judge.diagnosis.hypotheses import fitted
-from refcurv.judge.drawn import DEVIATIONS
+from refcurv.judge.drawn import reach
 from refcurv.judge.dump import Theirs
 from refcurv.judge.eigenvectors import as_columns
 from refcurv.law.checks import Array
@@ -33,7 +33,7 @@ FORM, WHOLE = "form of Lambda", "Lambda"
 
 RUNS: Final = 8
 """Draws of ours that say how much Λ of drawn labels varies.  Chosen: its variance is then known to
-about a half, which DEVIATIONS covers."""
+about a half, which `reach` covers."""
 
 _MOST_BYTES: Final = 2**28
 """Of the Λ and bases of layers that are computed in one go.  Chosen: an eighth of 2 GB."""
@@ -43,8 +43,9 @@ _MOST_BYTES: Final = 2**28
 class Truth:
     """Our Λ of one layer over its rows, (O, I), in their eigenvectors.
 
-    Fields: per, "token" or "sequence"; fisher; rows, segments that were summed; spread, what one
-    draw of labels varies by, over |Λ|, and spread_sum, ΣΛ over itself; 0 where nothing is drawn.
+    Fields: per, "token" or "sequence"; fisher; rows, segments that were summed; spread, how far
+    one draw of labels may be from the mean of many, over |Λ|, and spread_sum, ΣΛ over itself, both
+    as `reach` allows, 0 where nothing is drawn; runs, draws whose mean this is.
     """
 
     per: str
@@ -54,6 +55,12 @@ class Truth:
     segments: int
     spread: float = 0.0
     spread_sum: float = 0.0
+    runs: int = 1
+
+    def by_drawing(self, draws: float, sums: bool = False) -> float:
+        """What drawing explains of Λ of so many draws; of its sum too where `sums`."""
+        both = self.spread + (self.spread_sum if sums else 0.0)
+        return both * math.sqrt(1 / draws + 1 / self.runs)
 
 
 class Truths:
@@ -103,20 +110,21 @@ def _truths(case: Case, bases: Bases, per: str, fisher: str) -> Mapping[str, Tru
         found = ekfac(case.model, case.corpus, bases, fisher, seed, per=per, rows=kept)
         for name, one in found.items():
             runs[name].append(one)
-    return {name: _truth(per, fisher, each) for name, each in runs.items()}
+    numbers = 2 * len(case.matched)  # a form and a whole for each layer
+    return {name: _truth(per, fisher, each, numbers) for name, each in runs.items()}
 
 
-def _truth(per: str, fisher: str, runs: Sequence[Corrected]) -> Truth:
+def _truth(per: str, fisher: str, runs: Sequence[Corrected], numbers: int) -> Truth:
     rows, segments = runs[0].rows, runs[0].segments
     each = [one.Lambda / rows for one in runs]
     mean: Array = sum(each[1:], each[0]) / len(each)
     size, total = float(norm(mean)) or math.inf, float(mean.sum()) or math.inf
     if len(each) == 1:
         return Truth(per, fisher, mean, rows, segments)
-    share = DEVIATIONS * math.sqrt((1 + 1 / len(each)) / (len(each) - 1))
+    share = reach(len(each) - 1, numbers) / math.sqrt(len(each) - 1)
     spread = math.sqrt(sum(float(norm(X - mean)) ** 2 for X in each)) / size
     sums = math.sqrt(sum(float((X - mean).sum()) ** 2 for X in each)) / total
-    return Truth(per, fisher, mean, rows, segments, share * spread, share * sums)
+    return Truth(per, fisher, mean, rows, segments, share * spread, share * sums, len(each))
 
 
 def unfit(case: Case, layer: str, theirs: Theirs) -> str:
@@ -148,9 +156,9 @@ class Near:
 
 
 def near_of(bounds: Bounds, L: Array, truth: Truth) -> Near:
-    """With one draw of ours for how much one of theirs varies."""
+    """How near theirs is to this one."""
     error, r = fitted(L, truth.Lambda)
-    return Near(truth, error, r, truth.spread / math.sqrt(draws(bounds)))
+    return Near(truth, error, r, truth.by_drawing(draws(bounds)))
 
 
 def draws(bounds: Bounds) -> float:

@@ -18,6 +18,8 @@ UNDECIDED: Final = "undecided"
 """Nothing says whether drawing explains the difference; the cause says what would."""
 BY_DRAWING: Final = "drawing labels explains"
 """How the cause of a comparison begins that passes because drawn labels differ from run to run."""
+LABELS: Final = "labels"
+"""The quantity of the finding that says that whose labels G has could not be judged."""
 EQUAL_AS: Final = "equal as "
 """And a dtype: the size of the error is that of a dtype that nobody declared."""
 

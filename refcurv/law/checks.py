@@ -174,12 +174,9 @@ def require_finite(who: str, what: str, array: Array, hint: str = "") -> None:
     if finite.all():
         return
     index = tuple(int(i) for i in np.argwhere(~finite)[0])
-    where = list(index)
-    raise NonFiniteError(
-        f"{who}: {what} holds {array[index]} at {where}; {int((~finite).sum())} of {finite.size} "
-        f"entries are not finite." + (f" {hint}" if hint else ""),
-        index=index,
-    )
+    many = f"{int((~finite).sum())} of {finite.size} are not finite." + (f" {hint}" if hint else "")
+    what = f"{who}: {what} holds {array[index]} at {list(index)}; {many}"
+    raise NonFiniteError(what, index=index)
 
 
 def overflow_hint(dtype: DTypeLike) -> str:

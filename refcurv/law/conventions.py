@@ -246,26 +246,26 @@ LAW: Final[Mapping[str, Decision]] = MappingProxyType(
             "The products of one backward pass over a shard are in that dtype.",
             "They are in float64 where all of float32's would vanish.",
             "The sums over passes and shards, eigensolvers, factors and bases are in float64.",
+            "By choice the eigenvectors of a basis are rounded to float32, once.",
             "Edited weights have the dtype of their source.",
         ),
         "SHARD, BLOCK": _decision(
             "passes.shards:shards law.conventions:shard_sequences curvature.accumulate:accumulate",
-            "A shard is max(1, 2048 div T) consecutive sequences.",
+            "A shard is max(1, 1024 div T) consecutive sequences.",
             "T is the width of the corpus, for images the number of the model's positions.",
             "The head works on 512 kept rows at a time.",
-            "A block is 64 consecutive shards.",
+            "A block is 128 consecutive shards.",
             "A shard's backward passes are ordered by draw, for `expected` by position and entry.",
             "They are added in this order to a shard sum that starts from zero.",
             "Shard sums are added in order to a block sum that starts from zero.",
             "Block sums are added in order to the total.",
         ),
         "FINGERPRINT": _decision(
-            "curvature.factors:_fingerprint curvature.checkpoint:Checkpoint",
-            "A collection goes on only from a checkpoint of a run with the same of all these.",
-            "The inputs: the files of weights and corpus, by SHA-256.",
-            "The choices: layers, fisher, seed, draws, rows and dtype.",
-            "This law.",
-            "The versions of refcurv, Python, NumPy, SciPy, Numba and h5py.",
+            "curvature.factors:fingerprint curvature.checkpoint:Checkpoint",
+            "A run goes on only from what a run left that had the same of all these.",
+            "The inputs: the files of weights and corpus, or of factors, by SHA-256.",
+            "The choices: layers, fisher, seed, draws, rows and dtype; or else bias and dtype.",
+            "This law, and the versions of refcurv, Python, NumPy, SciPy, Numba and h5py.",
             "The machine: the BLAS kernels, the CPU's features and how the kernels are compiled.",
             "A refusal names what differs.",
         ),
@@ -275,13 +275,13 @@ LAW: Final[Mapping[str, Decision]] = MappingProxyType(
 NO_LABEL: Final = -1
 """LABELS: the label of a position that predicts nothing (any negative number is read so)."""
 
-SHARD_TOKENS: Final = 2048
+SHARD_TOKENS: Final = 1024
 """SHARD: positions in one unit of computation."""
 
 HEAD_ROWS: Final = 512
 """SHARD: rows whose logits exist at one time."""
 
-BLOCK_SHARDS: Final = 64
+BLOCK_SHARDS: Final = 128
 """BLOCK: shards whose sums are added before they join the total."""
 
 WORD_BITS_KEPT: Final = 53

@@ -8,11 +8,7 @@ from enum import StrEnum
 
 import numpy as np
 
-from refcurv.law.checks import (
-    ConventionError,
-    RangeError,
-    require_choice,
-)
+from refcurv.law.checks import ConventionError, RangeError, require_choice
 
 LARGEST = float(np.finfo(np.float64).max)
 SMALLEST = float(np.finfo(np.float64).tiny)
@@ -75,6 +71,8 @@ class Scaling(StrEnum):
     LINEAR = "linear"
     LLAMA3 = "llama3"
     YARN = "yarn"
+    DYNAMIC = "dynamic"
+    LONGROPE = "longrope"
 
 
 LINEAR = ("patch", "q", "k", "v", "o", "gate", "up", "down", "head")
@@ -82,6 +80,9 @@ LINEAR = ("patch", "q", "k", "v", "o", "gate", "up", "down", "head")
 
 SPECIALS = ("cls", "distillation")
 """The vectors that stand before an image's patches."""
+
+ROTARY = ("main", "local", "none")
+"""The rotary positions that a block can have (`ModelConfig.rope`)."""
 
 TABLES = ("embed", "position")
 """The tables of vectors; a position reads one entry of each."""
@@ -93,21 +94,25 @@ class RopeScaling:
 
     Fields:
         kind: which rule (see `layers.rope_frequencies`).
-        factor: a stretched frequency is f / factor.
+        factor: a stretched frequency is f / factor (longrope has short and long in its place).
         original: positions of the trained context. A frequency f makes original·f/2π turns in it.
         slow, fast: a frequency is stretched if it makes fewer turns than `slow`; it stays if it
             makes more than `fast`; between them it is in part stretched.
-        attention: cos and sin are multiplied by it (yarn).
+        attention: cos and sin are multiplied by it (yarn, longrope).
         truncate: yarn's ramp starts and ends at whole dimensions.
+        short, long: longrope's divisor of each frequency, in a text of up to `original` positions,
+            and in a longer one.
     """
 
     kind: Scaling
-    factor: float
+    factor: float = 1.0
     original: int = 0
     slow: float = 1.0
     fast: float = 1.0
     attention: float = 1.0
     truncate: bool = True
+    short: tuple[float, ...] = ()
+    long: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse fields that make no rule."""
@@ -117,13 +122,17 @@ class RopeScaling:
         for name in ("factor", "slow", "fast", "attention"):
             _require_number(self, who, name, SMALLEST)
         _require_bools(self, who, ("truncate",))
-        if kind is Scaling.LINEAR:
-            return
-        _require_naturals(self, who, ("original",), 1)
-        if not self.slow < self.fast:
+        _require_divisors(self, who)
+        if kind is not Scaling.LINEAR:
+            _require_naturals(self, who, ("original",), 1)
+        if kind in (Scaling.LLAMA3, Scaling.YARN) and not self.slow < self.fast:
             raise ConventionError(
                 f"{who}: slow must lie below fast; got {self.slow:g} and {self.fast:g} turns."
             )
+
+
+Rope = tuple[float, RopeScaling | None]
+"""Rotary positions: their base and scaling."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,7 +189,10 @@ class ModelConfig:
             file hold gain − 1; norm_bias: do norms have a bias.
         rope_theta: base of rotary positions, or None; rope_width: how many of a head's first
             entries turn, None for all; rope_scaling.
-        learned_positions: rows of the table of learned positions, or 0.
+        rotary: for each block its rotary positions: "main", of rope_theta and rope_scaling;
+            "local", of the base local_theta, without scaling; or "none". () means main in each.
+        learned_positions: rows of the table of learned positions, or 0; position_offset: rows
+            before these that no position reads (OPT).
         tied: is the head's weight the embedding.
         biases: the kinds of linear layers (LINEAR) that have a bias.
         gated: h = f(gate) · up, else h = f(up); activation: f.
@@ -216,7 +228,10 @@ class ModelConfig:
     norm_bias: bool = False
     rope_width: int | None = None
     rope_scaling: RopeScaling | None = None
+    local_theta: float | None = None
+    rotary: tuple[str, ...] = ()
     learned_positions: int = 0
+    position_offset: int = 0
     biases: tuple[str, ...] = ()
     gated: bool = True
     activation: Activation = Activation.SILU
@@ -235,7 +250,7 @@ class ModelConfig:
         """Refuse fields that contradict each other."""
         who = "ModelConfig"
         _require_naturals(self, who, _SIZES, 1)
-        _require_naturals(self, who, ("learned_positions",), 0)
+        _require_naturals(self, who, ("learned_positions", "position_offset"), 0)
         for name, kind in _ENUMS.items():
             value = require_choice(who, name, getattr(self, name), kind)
             object.__setattr__(self, name, kind(value))
@@ -243,13 +258,13 @@ class ModelConfig:
             self, who, ("tied", "norm_gain", "norm_offset", "norm_bias", "gated", "causal")
         )
         _require_number(self, who, "norm_eps", 0.0)
-        for name in ("rope_theta", "score_scale", "score_cap", "logit_cap", "qkv_clip"):
+        for name in ("rope_theta", "local_theta", *_SCALES):
             if getattr(self, name) is not None:
-                _require_number(self, who, name, 1.0 if name == "rope_theta" else SMALLEST)
+                _require_number(self, who, name, SMALLEST if name in _SCALES else 1.0)
         _require_number(self, who, "embed_scale", SMALLEST)
         _require_names(self, who, "biases", LINEAR)
+        _require_blocks(self, who)
         _require_heads(self, who)
-        _require_windows(self, who)
         _require_input(self, who)
 
     # -------------------------------------------------------------- parameters
@@ -264,7 +279,7 @@ class ModelConfig:
             shapes |= self._linear("patch", D, self.image.patch_size)
             shapes |= {f"{name}.weight": (D,) for name in self.image.specials}
         if self.learned_positions:
-            shapes["position.weight"] = (self.learned_positions, D)
+            shapes["position.weight"] = (self.position_offset + self.learned_positions, D)
         for i in range(self.layers):
             shapes |= self._block_shapes(f"blocks.{i}.")
         shapes |= self._norm("final_norm", D)
@@ -326,6 +341,12 @@ class ModelConfig:
         """How many last positions a query of block i sees; 0 for all."""
         return self.windows[i] if self.windows else 0
 
+    def rope(self, i: int) -> Rope | None:
+        """The rotary positions of block i; None where it has none."""
+        kind = self.rotary[i] if self.rotary else "main"
+        theta = {"main": self.rope_theta, "local": self.local_theta, "none": None}[kind]
+        return None if theta is None else (theta, self.rope_scaling if kind == "main" else None)
+
     def weight_of(self, layer: str) -> str:
         """The parameter that linear layer `layer` multiplies by: the embedding for a tied head."""
         return "embed.weight" if layer == "head" and self.tied else f"{layer}.weight"
@@ -341,14 +362,11 @@ class ModelConfig:
 # ------------------------------------------------------------------ what fields must be
 
 _SIZES = ("vocabulary", "width", "layers", "heads", "kv_heads", "head_width", "mlp_width")
+_SCALES = ("score_scale", "score_cap", "logit_cap", "qkv_clip")
 _ENUMS: dict[str, type[StrEnum]] = {
-    "norm_place": NormPlace,
-    "qk_norm": QKNorm,
-    "norm": Norm,
-    "activation": Activation,
-    "residual": Residual,
-    "pool": Pool,
-}
+    "norm_place": NormPlace, "qk_norm": QKNorm, "norm": Norm,
+    "activation": Activation, "residual": Residual, "pool": Pool,
+}  # fmt: skip
 
 
 def _require_naturals(record: object, who: str, names: Sequence[str], least: int) -> None:
@@ -390,15 +408,28 @@ def _require_names(record: object, who: str, field_name: str, known: Sequence[st
     object.__setattr__(record, field_name, tuple(name for name in known if name in value))
 
 
+def _require_divisors(scaling: RopeScaling, who: str) -> None:
+    short, long = scaling.short, scaling.long
+    good = isinstance(short, tuple) and isinstance(long, tuple) and len(short) == len(long)
+    good = good and bool(short) == (scaling.kind is Scaling.LONGROPE)
+    if not good or not all(type(x) in (int, float) and 0 < x <= LARGEST for x in short + long):
+        raise ConventionError(
+            f"{who}: longrope, and no other kind, has short and long, as many finite, positive "
+            f"numbers each; got {short!r:.40} and {long!r:.40}."
+        )
+
+
 def _require_heads(config: ModelConfig, who: str) -> None:
     if config.heads % config.kv_heads:
         raise ConventionError(
             f"{who}: heads must be a multiple of kv_heads; got {config.heads}, {config.kv_heads}."
         )
     if config.rope_theta is None:
-        if config.rope_width is not None or config.rope_scaling is not None:
+        of = (config.rope_width, config.rope_scaling, config.local_theta, config.rotary or None)
+        if any(value is not None for value in of):
             raise ConventionError(
-                f"{who}: rope_width and rope_scaling need a rope_theta, and it is None."
+                f"{who}: rope_width, rope_scaling, local_theta and rotary need a rope_theta, and "
+                "it is None."
             )
         return
     if config.rope_width is None:
@@ -421,19 +452,30 @@ def _require_heads(config: ModelConfig, who: str) -> None:
         raise ConventionError(
             f"{who}: yarn orders frequencies, and with rope_theta 1 all are one. Give a larger one."
         )
-
-
-def _require_windows(config: ModelConfig, who: str) -> None:
-    windows = config.windows
-    good = isinstance(windows, tuple | list) and len(windows) in (0, config.layers)
-    if not good or any(type(w) is not int or w < 0 for w in windows):
-        raise RangeError(
-            f"{who}: windows must hold one integer >= 0 for each of the {config.layers} blocks, "
-            f"or nothing; got {windows!r:.80}."
+    if scaling is not None and len(scaling.short) not in (0, width // 2):
+        raise ConventionError(
+            f"{who}: short and long must have {width // 2} numbers each, one for each pair that "
+            f"turns; got {len(scaling.short)}."
         )
-    if any(windows) and not config.causal:
+
+
+def _require_blocks(config: ModelConfig, who: str) -> None:
+    """Of each block its window and rotary positions; () where none has other than the usual."""
+    for name, usual, what in (("windows", 0, "integer >= 0"), ("rotary", "main", f"of {ROTARY}")):
+        value = getattr(config, name)
+        good = isinstance(value, tuple | list) and len(value) in (0, config.layers)
+        if not good or not all(v in ROTARY if usual else type(v) is int and v >= 0 for v in value):
+            raise RangeError(
+                f"{who}: {name} must hold one {what} for each block ({config.layers}), or "
+                f"nothing; got {value!r:.80}."
+            )
+        object.__setattr__(config, name, tuple(value) if any(v != usual for v in value) else ())
+    if config.windows and not config.causal:
         raise ConventionError(f"{who}: windows need causal attention, but causal is False.")
-    object.__setattr__(config, "windows", tuple(windows) if any(windows) else ())
+    if "local" not in config.rotary:
+        object.__setattr__(config, "local_theta", None)
+    elif config.local_theta is None:
+        raise ConventionError(f"{who}: rotary has 'local', which needs a local_theta; it is None.")
 
 
 def _require_input(config: ModelConfig, who: str) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from refcurv.law.checks import Array, ConventionError, require_choice, require_draws, require_seed
 from refcurv.law.conventions import Fisher
 from refcurv.model.layers import DEFINITIONS, Ops
-from refcurv.model.sampling import draw_labels, signs, uniforms
+from refcurv.model.sampling import signs, uniforms
 from refcurv.model.transformer import Cotangent
 
 DRAWN = (Fisher.SAMPLED, Fisher.SIGNED)
@@ -88,22 +88,24 @@ def _corpus_slope(ops: Ops, label_BT: Array, row_N: Array, logit_NV: Array) -> A
 
 
 def drawn_labels(
-    label_BT: Array, index_B: Array, seed: int, draw: int, row_N: Array, logit_NV: Array
-) -> Array:
+    label_BT: Array, index_B: Array, seed: int, draw: int, row_N: Array, logit_NV: Array,
+    ops: Ops = DEFINITIONS,
+) -> Array:  # fmt: skip
     """SAMPLING: labels drawn from the model, (N,), where the corpus has a label; else negative."""
     T = label_BT.shape[1]
     b_N, t_N = np.divmod(row_N, T)
     first, last = b_N[0], b_N[-1]  # rows ascend
     uniform_BT = np.stack([uniforms(seed, draw, int(n), T) for n in index_B[first : last + 1]])
     label_N = label_BT.reshape(-1)[row_N]
-    return np.where(label_N >= 0, draw_labels(logit_NV, uniform_BT[b_N - first, t_N]), label_N)
+    drawn_N = ops.draw_labels(logit_NV, uniform_BT[b_N - first, t_N])
+    return np.where(label_N >= 0, drawn_N, label_N)
 
 
 def _drawn_slope(
     ops: Ops, label_BT: Array, index_B: Array, seed: int, draw: int, row_N: Array, logit_NV: Array
 ) -> Array:
     """The gradient against labels drawn from the model."""
-    drawn_N = drawn_labels(label_BT, index_B, seed, draw, row_N, logit_NV)
+    drawn_N = drawn_labels(label_BT, index_B, seed, draw, row_N, logit_NV, ops)
     return ops.cross_entropy(logit_NV, drawn_N)[1]
 
 

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from refcurv.law.checks import ConventionError, RangeError
+from refcurv.law.checks import ConventionError, DTypeError, RangeError
 from refcurv.model.corpus import Corpus
 from refcurv.model.weights import Model
 
@@ -48,6 +48,15 @@ def is_iterable(given: object) -> bool:
     except TypeError:
         return False
     return True
+
+
+def require_unmasked(who: str, what: str, given: object) -> None:
+    """Raise DTypeError for entries under a mask, which NumPy would take as any other.
+
+    Proof: tests/test_certified_hostile.py::test_a_direction_is_taken_as_it_is_or_refused
+    """
+    if np.ma.is_masked(given):
+        raise DTypeError(f"{who}: {what} has masked entries. Fill them: numpy.ma.filled.")
 
 
 def require_callable(who: str, what: str, given: Callable[..., Any]) -> None:
@@ -91,14 +100,16 @@ def require_flag(who: str, what: str, given: object) -> bool:
     raise ConventionError(f"{who}: {what} must be True or False; got {shown(given)}.")
 
 
-def require_whole(who: str, what: str, given: object, least: int) -> int:
-    """`given`, or RangeError for what is no integer of at least so much.
+def require_whole(who: str, what: str, given: object, least: int, most: int | None = None) -> int:
+    """`given`, or RangeError for what is no integer of at least so much, and at most so much.
 
     Proof: tests/test_hostile.py::test_arguments_of_any_type_are_refused_in_one_line
     """
     if isinstance(given, int | np.integer) and not isinstance(given, bool) and given >= least:
-        return int(given)
-    raise RangeError(f"{who}: {what} must be an integer of at least {least}; got {shown(given)}.")
+        if most is None or given <= most:
+            return int(given)
+    wanted = f"of at least {least}" if most is None else f"in [{least}, {most}]"
+    raise RangeError(f"{who}: {what} must be an integer {wanted}; got {shown(given)}.")
 
 
 def shown(given: object) -> str:

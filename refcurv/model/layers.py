@@ -20,6 +20,7 @@ from scipy import special
 from refcurv.law.checks import Array
 from refcurv.model.config import Activation, RopeScaling, Scaling
 from refcurv.model.loss import cross_entropy, root_product
+from refcurv.model.sampling import draw_labels
 
 Saved = Any
 """What a forward hands its own backward; nobody else looks inside."""
@@ -74,14 +75,24 @@ def windowed(layout: Layout, window: int) -> Layout:
     return Layout(layout.position_BT, first_BT, layout.last_BT)
 
 
+def lengths(layout: Layout) -> Array:
+    """(B, T, 1, 1): of each position's segment the number of its real positions."""
+    end_BT = full_layout(layout.last_BT >= 0, layout.first_BT).last_BT
+    left_BT = end_BT - np.arange(end_BT.shape[1])
+    return np.asarray(layout.position_BT + left_BT + 1)[:, :, None, None]
+
+
 def rope_frequencies(
-    width: int, theta: float, scaling: RopeScaling | None, dtype: np.dtype[Any]
+    width: int, theta: float, scaling: RopeScaling | None, dtype: np.dtype[Any], length: Any = 0
 ) -> Array:
     """f_j = theta^(-2j/width), j < width/2, stretched by `scaling`, (width/2,) in a real dtype.
 
-    A frequency f makes original·f/2π turns in the trained context. `scaling` replaces f by
+    A frequency f makes original·f/2π turns in the trained context. `length` counts the positions of
+    the text, or of each of several texts (..., 1). `scaling` replaces f by
 
-        f' = s f/factor + (1 − s) f,      s between 0 and 1
+        dynamic:  f' = f r^(−2j/(width − 2)),  r = 1 + factor (length/original − 1), at least 1
+        longrope: f' = f / short, or f / long where length > original
+        else      f' = s f/factor + (1 − s) f,      s between 0 and 1
         linear: s = 1
         llama3: s falls linearly with the turns, from 1 at `slow` turns to 0 at `fast`
         yarn:   s rises linearly with j, from 0 where f makes `fast` turns to 1 where `slow`
@@ -93,6 +104,12 @@ def rope_frequencies(
     factor, two_pi = real(scaling.factor), 8 * np.arctan(real(1))
     if scaling.kind is Scaling.LINEAR:
         return np.asarray(f / factor)
+    if scaling.kind is Scaling.DYNAMIC:
+        r = 1 + factor * (np.maximum(length, scaling.original) / real(scaling.original) - 1)
+        return np.asarray(f * r ** (-np.arange(0, width, 2).astype(dtype) / max(width - 2, 1)))
+    if scaling.kind is Scaling.LONGROPE:
+        by = np.where(length > scaling.original, scaling.long, scaling.short)
+        return np.asarray(f / by)
     slow, fast = real(scaling.slow), real(scaling.fast)
     if scaling.kind is Scaling.LLAMA3:
         s = (fast - scaling.original * f / two_pi) / (fast - slow)
@@ -112,19 +129,16 @@ def rope_frequencies(
 
 
 def rope_tables(
-    position_BT: Array,
-    width: int,
-    theta: float,
-    dtype: np.dtype[Any],
-    scaling: RopeScaling | None = None,
-) -> tuple[Array, Array]:
+    position_BT: Array, width: int, theta: float, dtype: np.dtype[Any],
+    scaling: RopeScaling | None = None, length: Any = 0,
+) -> tuple[Array, Array]:  # fmt: skip
     """cos and sin of position · f_j for the frequencies f_j, each (B, T, 1, width/2).
 
     Computed in float64 (longdouble for longdouble) and rounded once to the real part of `dtype`.
     """
     real = np.zeros(0, dtype).real.dtype
     wide = np.dtype(np.longdouble if real == np.longdouble else np.float64)
-    frequency = rope_frequencies(width, theta, scaling, wide)
+    frequency = rope_frequencies(width, theta, scaling, wide, length)
     angle = position_BT[:, :, None, None].astype(wide) * frequency
     size = 1.0 if scaling is None else scaling.attention
     return (size * np.cos(angle)).astype(real), (size * np.sin(angle)).astype(real)
@@ -224,13 +238,9 @@ def softmax_over(score: Array, visible: Array) -> Array:
 
 
 def attention_forward(
-    q_BTHE: Array,
-    k_BSKE: Array,
-    v_BSKE: Array,
-    layout: Layout,
-    scale: float | None = None,
+    q_BTHE: Array, k_BSKE: Array, v_BSKE: Array, layout: Layout, scale: float | None = None,
     cap: float | None = None,
-) -> tuple[Array, Saved]:
+) -> tuple[Array, Saved]:  # fmt: skip
     """Grouped-query attention; query head h reads key-value head h div R, R = H / K.
 
     score = q kᵀ · scale over the visible keys, by default scale = 1/sqrt(E); with a soft-cap,
@@ -364,14 +374,10 @@ def relu(z: Array) -> tuple[Array, Array]:
     return np.where(z.real <= 0, 0, z), (z.real > 0).astype(z.dtype)
 
 
-ACTIVATIONS: Final[Mapping[Activation, Callable[[Array], tuple[Array, Array]]]] = MappingProxyType(
-    {
-        Activation.SILU: silu,
-        Activation.GELU: gelu,
-        Activation.GELU_TANH: gelu_tanh,
-        Activation.RELU: relu,
-    }
-)
+ACTIVATIONS: Final[Mapping[Activation, Callable[[Array], tuple[Array, Array]]]] = MappingProxyType({
+    Activation.SILU: silu, Activation.GELU: gelu,
+    Activation.GELU_TANH: gelu_tanh, Activation.RELU: relu,
+})  # fmt: skip
 """f by name: z → (f(z), f'(z))."""
 
 
@@ -415,6 +421,7 @@ class Ops:
     clip: Callable[[Array, float], tuple[Array, Array]] = clip
     cross_entropy: Callable[[Array, Array], tuple[Array, Array]] = cross_entropy
     root_product: Callable[[Array, Array], Array] = root_product
+    draw_labels: Callable[[Array, Array], Array] = draw_labels
 
 
 DEFINITIONS = Ops(

@@ -16,7 +16,7 @@ import numpy as np
 
 from refcurv.law.checks import Array, RangeError, overflow_hint, require_finite
 from refcurv.law.conventions import HEAD_ROWS
-from refcurv.model.config import TABLES, ModelConfig, Norm, NormPlace, Pool, QKNorm, Residual
+from refcurv.model.config import TABLES, ModelConfig, Norm, NormPlace, Pool, QKNorm, Residual, Rope
 from refcurv.model.layers import (
     DEFINITIONS,
     Layout,
@@ -24,6 +24,7 @@ from refcurv.model.layers import (
     Saved,
     causal_layout,
     full_layout,
+    lengths,
     windowed,
 )
 
@@ -123,15 +124,9 @@ class AttentionTrace:
 
 
 def attention_forward(
-    config: ModelConfig,
-    parameters: Parameters,
-    at: str,
-    a_BTD: Array,
-    layout: Layout,
-    rope: tuple[Array, Array] | None,
-    ops: Ops,
-    past: KeysAndValues | None,
-) -> tuple[Array, AttentionTrace, KeysAndValues]:
+    config: ModelConfig, parameters: Parameters, at: str, a_BTD: Array, layout: Layout,
+    rope: tuple[Array, Array] | None, ops: Ops, past: KeysAndValues | None,
+) -> tuple[Array, AttentionTrace, KeysAndValues]:  # fmt: skip
     """q, k, v → clip → norm → rotate → attention → o; `at` is "blocks.{i}.attn."."""
     q, clip_q = _heads_forward(config, parameters, f"{at}q", a_BTD, ops)
     k, clip_k = _heads_forward(config, parameters, f"{at}k", a_BTD, ops)
@@ -151,14 +146,9 @@ def attention_forward(
 
 
 def attention_backward(
-    config: ModelConfig,
-    parameters: Parameters,
-    at: str,
-    d_o: Array,
-    trace: AttentionTrace,
-    rope: tuple[Array, Array] | None,
-    ops: Ops,
-) -> Steps:
+    config: ModelConfig, parameters: Parameters, at: str, d_o: Array, trace: AttentionTrace,
+    rope: tuple[Array, Array] | None, ops: Ops,
+) -> Steps:  # fmt: skip
     """Undo `attention_forward`, last step first."""
     # forward:  o = W_o attention(rotate(norm(clip(q))), rotate(norm(clip(k))), clip(v))
     d_context = yield from linear_backward(config, parameters, f"{at}o", trace.context, d_o)
@@ -263,24 +253,15 @@ class BlockTrace:
 
 def _post_norm(config: ModelConfig, part: str) -> str | None:
     """The name of the norm after attention or MLP (OLMo-2's only one, Gemma's second), or None."""
-    names = {
-        NormPlace.PRE: None,
-        NormPlace.POST: f"{part}_norm",
-        NormPlace.BOTH: f"{part}_post_norm",
-    }
-    return names[config.norm_place]
+    if config.norm_place is NormPlace.PRE:
+        return None
+    return f"{part}_norm" if config.norm_place is NormPlace.POST else f"{part}_post_norm"
 
 
 def block_forward(
-    config: ModelConfig,
-    parameters: Parameters,
-    i: int,
-    x_BTD: Array,
-    layout: Layout,
-    rope: tuple[Array, Array] | None,
-    ops: Ops = DEFINITIONS,
-    past: KeysAndValues | None = None,
-) -> tuple[Array, BlockTrace, KeysAndValues]:
+    config: ModelConfig, parameters: Parameters, i: int, x_BTD: Array, layout: Layout,
+    rope: tuple[Array, Array] | None, ops: Ops = DEFINITIONS, past: KeysAndValues | None = None,
+) -> tuple[Array, BlockTrace, KeysAndValues]:  # fmt: skip
     """Block i: x → x + attention → x + MLP, with norms before or after each of the two.
 
     `past` holds the keys and values of earlier positions (B, S, K, E), for decoding. The third
@@ -328,14 +309,9 @@ def _require_numbers(at: str, trace: BlockTrace, out_BTD: Array) -> None:
 
 
 def block_backward(
-    config: ModelConfig,
-    parameters: Parameters,
-    i: int,
-    d_x_BTD: Array,
-    trace: BlockTrace,
-    rope: tuple[Array, Array] | None,
-    ops: Ops = DEFINITIONS,
-) -> Steps:
+    config: ModelConfig, parameters: Parameters, i: int, d_x_BTD: Array, trace: BlockTrace,
+    rope: tuple[Array, Array] | None, ops: Ops = DEFINITIONS,
+) -> Steps:  # fmt: skip
     """Undo `block_forward`, last step first; returns the gradient of the block's input."""
     at, pre = f"blocks.{i}.", config.norm_place is not NormPlace.POST
 
@@ -377,7 +353,8 @@ def input_forward(
         first = [np.broadcast_to(parameters[f"{n}.weight"], shape) for n in config.image.specials]
         x_BTD = np.concatenate([*first, patch_BTD], axis=1)
     if config.learned_positions:
-        x_BTD = x_BTD + parameters["position.weight"][layout.position_BT]
+        row_BT = config.position_offset + layout.position_BT
+        x_BTD = x_BTD + parameters["position.weight"][row_BT]
     return x_BTD
 
 
@@ -390,8 +367,8 @@ def input_taps(
     read, (B, T), its g the gradient of the entries as they are stored.
     """
     if config.learned_positions:
-        # forward:  x[b, t] = ... + P[position[b, t]]
-        yield Tap("position", layout.position_BT, d_x_BTD)
+        # forward:  x[b, t] = ... + P[offset + position[b, t]]
+        yield Tap("position", config.position_offset + layout.position_BT, d_x_BTD)
     if config.image is None:
         # forward:  x[b, t] = E[token[b, t]] * scale
         scale = config.embed_scale
@@ -402,11 +379,7 @@ def input_taps(
 
 
 def input_backward(
-    config: ModelConfig,
-    parameters: Parameters,
-    inputs: Inputs,
-    layout: Layout,
-    d_x_BTD: Array,
+    config: ModelConfig, parameters: Parameters, inputs: Inputs, layout: Layout, d_x_BTD: Array
 ) -> Iterator[Tap | Slope]:
     """Undo `input_forward`; the gradients end here."""
     for tap in input_taps(config, inputs, layout, d_x_BTD):
@@ -480,32 +453,27 @@ class Trace:
 
     inputs: Inputs
     layout: Layout
-    rope: tuple[Array, Array] | None
+    ropes: Mapping[Rope | None, tuple[Array, Array] | None]
     lowest: int
     blocks: list[BlockTrace]
     final_norm: Saved
 
 
 def rope_of(
-    config: ModelConfig, layout: Layout, dtype: np.dtype, ops: Ops = DEFINITIONS
+    config: ModelConfig, i: int, layout: Layout, dtype: np.dtype, ops: Ops = DEFINITIONS
 ) -> tuple[Array, Array] | None:
-    """cos and sin of the model's rotary positions, None where it has none."""
-    if config.rope_theta is None:
+    """cos and sin of block i's rotary positions, None where it has none."""
+    rope = config.rope(i)
+    if rope is None:
         return None
-    width = config.rope_width or config.head_width
-    theta, scaling = config.rope_theta, config.rope_scaling
-    return ops.rope_tables(layout.position_BT, width, theta, dtype, scaling)
+    (theta, scaling), width = rope, config.rope_width or config.head_width
+    return ops.rope_tables(layout.position_BT, width, theta, dtype, scaling, lengths(layout))
 
 
 def forward(
-    config: ModelConfig,
-    parameters: Parameters,
-    inputs: Inputs,
-    layout: Layout,
-    ops: Ops = DEFINITIONS,
-    lowest: int = 0,
-    past: list[KeysAndValues | None] | None = None,
-) -> tuple[Array, Trace]:
+    config: ModelConfig, parameters: Parameters, inputs: Inputs, layout: Layout,
+    ops: Ops = DEFINITIONS, lowest: int = 0, past: list[KeysAndValues | None] | None = None,
+) -> tuple[Array, Trace]:  # fmt: skip
     """Tokens or patches → what the head reads, and the trace of the blocks from `lowest` up.
 
     The first result is (B, T, D), or (B, 1, D) where the model pools.
@@ -516,9 +484,11 @@ def forward(
     if config.image is not None:
         inputs = inputs.astype(parameters["patch.weight"].real.dtype, copy=False)
     x_BTD = input_forward(config, parameters, inputs, layout)
-    rope = rope_of(config, layout, x_BTD.dtype, ops)
+    kinds = {config.rope(i): i for i in range(config.layers)}
+    ropes = {rope: rope_of(config, i, layout, x_BTD.dtype, ops) for rope, i in kinds.items()}
     blocks = []
     for i in range(config.layers):
+        rope = ropes[config.rope(i)]
         x_BTD, trace, keys_and_values = block_forward(
             config, parameters, i, x_BTD, layout, rope, ops, past[i] if past else None
         )
@@ -528,17 +498,13 @@ def forward(
             blocks.append(trace)
         del trace
     final_BTD, saved = norm_forward(config, parameters, "final_norm", x_BTD, ops)
-    return pool_forward(config, final_BTD), Trace(inputs, layout, rope, lowest, blocks, saved)
+    return pool_forward(config, final_BTD), Trace(inputs, layout, ropes, lowest, blocks, saved)
 
 
 def blocks_backward(
-    config: ModelConfig,
-    parameters: Parameters,
-    d_final_BTD: Array,
-    trace: Trace,
-    ops: Ops = DEFINITIONS,
-    consume: bool = False,
-) -> Steps:
+    config: ModelConfig, parameters: Parameters, d_final_BTD: Array, trace: Trace,
+    ops: Ops = DEFINITIONS, consume: bool = False,
+) -> Steps:  # fmt: skip
     """Undo `forward` down to block `trace.lowest`; returns the gradient of what that block reads.
 
     With `consume` each block's trace is given up as the backward leaves it, and the trace serves no
@@ -548,17 +514,15 @@ def blocks_backward(
     d_x_BTD = yield from norm_backward(config, "final_norm", d_x_BTD, trace.final_norm, ops)
     for i in reversed(range(trace.lowest, config.layers)):
         block = trace.blocks.pop() if consume else trace.blocks[i - trace.lowest]
-        d_x_BTD = yield from block_backward(config, parameters, i, d_x_BTD, block, trace.rope, ops)
+        rope = trace.ropes[config.rope(i)]
+        d_x_BTD = yield from block_backward(config, parameters, i, d_x_BTD, block, rope, ops)
     return d_x_BTD
 
 
 def backward(
-    config: ModelConfig,
-    parameters: Parameters,
-    d_final_BTD: Array,
-    trace: Trace,
+    config: ModelConfig, parameters: Parameters, d_final_BTD: Array, trace: Trace,
     ops: Ops = DEFINITIONS,
-) -> Iterator[Tap | Slope]:
+) -> Iterator[Tap | Slope]:  # fmt: skip
     """Undo `forward` from the gradient of what the head reads, down to block `trace.lowest`.
 
     When every block was kept, the input's own gradients come last.
@@ -597,13 +561,9 @@ def uncapped(config: ModelConfig, y: Array, d_logit: Array, ops: Ops = DEFINITIO
 
 
 def head_transpose(
-    config: ModelConfig,
-    parameters: Parameters,
-    final_BTD: Array,
-    keep_BT: Array,
-    cotangent: Cotangent,
-    ops: Ops = DEFINITIONS,
-) -> Steps:
+    config: ModelConfig, parameters: Parameters, final_BTD: Array, keep_BT: Array,
+    cotangent: Cotangent, ops: Ops = DEFINITIONS,
+) -> Steps:  # fmt: skip
     """A cotangent on the logits of the kept rows, sent back to what the head reads: (B, T, D).
 
     Works on HEAD_ROWS rows at a time, so that (N, V) never exists, and yields the head's steps for

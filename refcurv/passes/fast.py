@@ -10,14 +10,14 @@ budget of its sums.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-from refcurv.algebra import kernels
+from refcurv.algebra import attention, kernels
 from refcurv.law.checks import Array
 from refcurv.model.config import Activation
-from refcurv.model.layers import Layout, Ops, Saved, centre, rotate, unit_scale
+from refcurv.model.layers import Layout, Ops, Saved, centre, unit_scale
+from refcurv.model.loss import cross_entropy
+from refcurv.model.sampling import draw_labels
 
 QUERY_ROWS = 128
 """Queries of one tile of attention: their scores against the needed keys fit the cache."""
@@ -86,21 +86,10 @@ def _flat(x: Array | None) -> Array | None:
     return None if x is None else x.reshape(-1)
 
 
-def _heads(x_BTHE: Array, kv_heads: int) -> Array:
-    """(B, T, H, E) → (B, K, R, T, E), a view: query head h belongs to key-value head h div R."""
-    B, T, H, E = x_BTHE.shape
-    return x_BTHE.reshape(B, T, kv_heads, H // kv_heads, E).transpose(0, 2, 3, 1, 4)
-
-
-def _tiles(layout: Layout, keys: int) -> list[tuple[slice, slice]]:
-    """Ranges of queries, each with the range of keys that any of them sees."""
-    out = []
-    for begin in range(0, layout.first_BT.shape[1], QUERY_ROWS):
-        query = slice(begin, begin + QUERY_ROWS)
-        last = min(int(layout.last_BT[:, query].max()) + 1, keys)
-        first = min(int(layout.first_BT[:, query].min()), max(last - 1, 0))
-        out.append((query, slice(first, max(last, first + 1))))
-    return out
+def _rotate(x_BTHE: Array, cos: Array, sin: Array) -> Array:
+    x_BTHE, y_BTHE = np.ascontiguousarray(x_BTHE), np.empty(x_BTHE.shape, x_BTHE.dtype)
+    kernels.rotate(x_BTHE, np.ascontiguousarray(cos), np.ascontiguousarray(sin), y_BTHE)
+    return y_BTHE
 
 
 def _attention_forward(
@@ -112,85 +101,55 @@ def _attention_forward(
     cap: float | None = None,
 ) -> tuple[Array, Saved]:
     B, T, H, E = q_BTHE.shape
-    S, K = k_BSKE.shape[1:3]
-    size = q_BTHE.dtype.type(1 / np.sqrt(E) if scale is None else scale)
-    q, k, v = _heads(q_BTHE, K), _heads(k_BSKE, K), _heads(v_BSKE, K)
-    context_BTHE = np.empty_like(q_BTHE)
-    context = _heads(context_BTHE, K)
-    top_BHT, total_BHT = np.empty((2, B, H, T), q_BTHE.dtype)
-    for t, s in _tiles(layout, S):
-        p = q[..., t, :] @ k[..., s, :].swapaxes(-1, -2)
-        inner = _cap(p, size, cap)
-        kernels.softmax_forward(
-            p.reshape(B, H, *p.shape[-2:]),
-            layout.first_BT[:, t],
-            layout.last_BT[:, t],
-            s.start,
-            inner,
-            top_BHT[:, :, t],
-            total_BHT[:, :, t],
-        )
-        context[..., t, :] = p @ v[..., s, :]
-    return context_BTHE, (q, k, v, top_BHT, total_BHT, layout, size, cap)
-
-
-def _cap(p: Array, size: Any, cap: float | None) -> Any:
-    """Products q·k → x in place, tanh(q·k size / cap) with a soft-cap; returns c: score = c x."""
-    if cap is None:
-        return size
-    p *= size / p.dtype.type(cap)
-    np.tanh(p, out=p)
-    return p.dtype.type(cap)
-
-
-def _bend(p: Array, size: Any, cap: float | None) -> Array | None:
-    """The soft-cap's derivative at products q·k, 1 / cosh²."""
-    if cap is None:
-        return None
-    e = np.exp(np.abs(p) * (-2 * size / p.dtype.type(cap)))
-    return np.asarray(4 * e / (1 + e) ** 2)
+    real = q_BTHE.dtype.type
+    size = real(1 / np.sqrt(E) if scale is None else scale)
+    heads = tuple(np.ascontiguousarray(x) for x in (q_BTHE, k_BSKE, v_BSKE))
+    last_BT = np.minimum(layout.last_BT, k_BSKE.shape[1] - 1)
+    sight = np.ascontiguousarray(layout.first_BT), np.ascontiguousarray(last_BT)
+    how = (size, None if cap is None else real(cap), QUERY_ROWS)
+    context_BTHE, (top_BHT, total_BHT) = np.empty_like(heads[0]), np.empty((2, B, H, T), real)
+    attention.attention_forward(*heads, *sight, *how, context_BTHE, top_BHT, total_BHT)
+    return context_BTHE, (*heads, *sight, *how, top_BHT, total_BHT)
 
 
 def _attention_backward(d_context_BTHE: Array, saved: Saved) -> tuple[Array, Array, Array]:
-    q, k, v, top_BHT, total_BHT, layout, size, cap = saved
-    B, K, R, T, E = q.shape
-    S = k.shape[3]
-    d_context = _heads(d_context_BTHE, K)
-    d_q_BTHE = np.empty((B, T, K * R, E), q.dtype)
-    d_q = _heads(d_q_BTHE, K)
-    d_k, d_v = np.zeros((B, K, S, E), q.dtype), np.zeros((B, K, S, E), q.dtype)
-    for t, s in _tiles(layout, S):
-        p = q[..., t, :] @ k[..., s, :].swapaxes(-1, -2)
-        # forward:  score = cap(q·k size)
-        bend, inner = _bend(p, size, cap), _cap(p, size, cap)
-        d_p = d_context[..., t, :] @ v[..., s, :].swapaxes(-1, -2)
-        kernels.softmax_backward(
-            p.reshape(B, K * R, *p.shape[-2:]),
-            d_p.reshape(B, K * R, *p.shape[-2:]),
-            layout.first_BT[:, t],
-            layout.last_BT[:, t],
-            s.start,
-            inner,
-            size,
-            top_BHT[:, :, t],
-            total_BHT[:, :, t],
-        )
-        if bend is not None:
-            d_p *= bend
-        d_q[..., t, :] = d_p @ k[..., s, :]
-        d_k[:, :, s] += (d_p.swapaxes(-1, -2) @ q[..., t, :]).sum(axis=2)
-        d_v[:, :, s] += (p.swapaxes(-1, -2) @ d_context[..., t, :]).sum(axis=2)
-    return d_q_BTHE, d_k.transpose(0, 2, 1, 3), d_v.transpose(0, 2, 1, 3)
+    d_q_BTHE, d_k_BSKE, d_v_BSKE = (np.empty_like(x) for x in saved[:3])
+    d = np.ascontiguousarray(d_context_BTHE)
+    attention.attention_backward(d, *saved, d_q_BTHE, d_k_BSKE, d_v_BSKE)
+    return d_q_BTHE, d_k_BSKE, d_v_BSKE
+
+
+def _cross_entropy(logit_NV: Array, label_N: Array) -> tuple[Array, Array]:
+    """By the kernel in float32. In float64, where NumPy's exp is the faster one, the definition."""
+    if logit_NV.dtype == np.float32:
+        logit_NV = np.ascontiguousarray(logit_NV)
+        nats_N, d_logit_NV = np.empty(len(label_N), logit_NV.dtype), np.empty_like(logit_NV)
+        if not len(label_N) or kernels.cross_entropy(logit_NV, label_N, nats_N, d_logit_NV):
+            return nats_N, d_logit_NV
+    return cross_entropy(logit_NV, label_N)
+
+
+def _draw_labels(logit_NV: Array, uniform_N: Array) -> Array:
+    """The kernel proposes; where a label hangs on rounding the definition decides (SAMPLING)."""
+    if logit_NV.dtype != np.float32:
+        return draw_labels(logit_NV, uniform_N)
+    label_N = np.empty(len(uniform_N), np.int64)
+    kernels.propose_labels(np.ascontiguousarray(logit_NV), uniform_N, label_N)
+    near_N = np.flatnonzero(label_N < 0)
+    label_N[near_N] = draw_labels(logit_NV[near_N], uniform_N[near_N])
+    return label_N
 
 
 FAST = Ops(
     _rms_norm_forward,
     _rms_norm_backward,
     centre,
-    rotate,
+    _rotate,
     _attention_forward,
     _attention_backward,
     _mlp_forward,
     _mlp_backward,
+    cross_entropy=_cross_entropy,
+    draw_labels=_draw_labels,
 )
 """What every pass runs on; `model.layers.DEFINITIONS` is what it means."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from refcurv.algebra.blas import one_blas_thread
 
@@ -32,24 +32,73 @@ class Turnstile:
 
     Sums folded inside `turn` are folded in that order. So the number of workers changes no bit, and
     no worker needs to hold a partial total.
+
+    Args:
+        passed: how many have passed each point already, in a run that this one goes on from.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, passed: Mapping[Any, int] | None = None) -> None:
         self._condition = threading.Condition()
-        self._next: dict[Hashable, int] = {}
-        self._stopped = False
+        self._next: dict[Hashable, int] = dict(passed or {})
+        self._inside: set[Hashable] = set()
+        self._closed: set[Hashable] = set()
+        self._stopped = self._torn = False
 
     @contextmanager
-    def turn(self, point: Hashable, ordinal: int) -> Iterator[None]:
-        """Wait until all ordinals below this one have left `point`; then pass."""
+    def turn(self, point: Hashable, ordinal: int) -> Iterator[bool]:
+        """Wait until all ordinals below this one have left `point`; then pass.
+
+        False for one that has passed already: what it would add is there.
+        """
         with self._condition:
-            self._condition.wait_for(lambda: self._stopped or self._next.get(point, 0) == ordinal)
+            self._condition.wait_for(lambda: self._stopped or self._is_open(point, ordinal))
             if self._stopped:
                 raise Stopped
-        yield
+            due = self._next.get(point, 0) == ordinal
+            if due:
+                self._inside.add(point)
+        left = False
+        try:
+            yield due
+            left = True
+        finally:
+            if due:
+                with self._condition:
+                    self._next[point] = ordinal + left
+                    self._torn |= not left
+                    self._inside.discard(point)
+                    self._condition.notify_all()
+
+    def _is_open(self, point: Hashable, ordinal: int) -> bool:
+        due = self._next.get(point, 0)
+        return due > ordinal or (due == ordinal and point not in self._closed)
+
+    def passed(self, point: Hashable) -> int:
+        """How many have passed a point."""
         with self._condition:
-            self._next[point] = ordinal + 1
-            self._condition.notify_all()
+            return self._next.get(point, 0)
+
+    @contextmanager
+    def closed(self, point: Hashable) -> Iterator[int]:
+        """Within, nobody passes `point`; yields how many have passed it.
+
+        Raises:
+            Stopped: somebody failed inside a turn, and may have left half of a sum.
+
+        Proof: tests/test_parallel.py::test_nobody_passes_a_point_that_is_closed
+        """
+        try:
+            with self._condition:
+                self._closed.add(point)
+                self._condition.wait_for(lambda: point not in self._inside)
+                if self._torn:
+                    raise Stopped
+                passed = self._next.get(point, 0)
+            yield passed
+        finally:
+            with self._condition:
+                self._closed.discard(point)
+                self._condition.notify_all()
 
     def stop(self) -> None:
         """Wake everybody who waits, and let nobody pass any more."""
@@ -64,11 +113,13 @@ def stream(
     *,
     in_flight: int | None = None,
     turnstile: Turnstile | None = None,
-) -> Iterator[Result]:
+    stopping: Callable[[], object] = lambda: None,
+) -> Generator[Result, None, None]:
     """Do `work(ordinal, item)` for every item on threads; results in order, BLAS on one thread.
 
     Items start in order. At most `in_flight` + 1 results (by default one per core, and one) wait to
-    be taken. The first failure, or Ctrl-C, stops the others and is raised here.
+    be taken. The first failure, or Ctrl-C, stops the others and is raised here. After Ctrl-C, and
+    where nobody takes the results any more, `stopping` is called before what is at work has ended.
     """
     gate, workers = turnstile or Turnstile(), in_flight or cores()
 
@@ -92,6 +143,8 @@ def stream(
             gate.stop()
             for future in pending:
                 future.cancel()
+            if isinstance(error, KeyboardInterrupt | GeneratorExit):
+                stopping()
             raise _first_cause(pending, error)  # noqa: B904
 
 

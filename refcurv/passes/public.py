@@ -18,6 +18,7 @@ from refcurv.model.transformer import Inputs, image_layout, layout_of
 from refcurv.model.weights import Model, resident
 from refcurv.passes.fast import FAST
 from refcurv.passes.forward import final_states
+from refcurv.passes.held import Held
 
 
 def logits(model: Model, tokens: ArrayLike) -> Array:
@@ -39,7 +40,7 @@ def logits(model: Model, tokens: ArrayLike) -> Array:
         RangeError: ids out of range, or more positions than the model has learned.
         NonFiniteError: NaN or infinity in an image, or on the way to the logits; names the layer.
 
-    Cost: one forward pass; B·T·V numbers at once.
+    Cost: one forward pass; B·T·V numbers at once, and the weights of one block.
     Source: the definition of each family (validation/peers/ADDING.md).
     Proof: tests/test_peers.py (transformers), tests/test_fast.py,
         tests/test_images.py::test_logits_are_the_loops
@@ -47,7 +48,7 @@ def logits(model: Model, tokens: ArrayLike) -> Array:
     corpus = _corpus(model, tokens, None)
     require_inputs("logits", corpus, model.config)
     with one_blas_thread():
-        parameters = resident(model)
+        parameters = Held(model)
         final_BTD = final_states(model.config, parameters, *_inputs(model, corpus))
         logit_BTV = transformer.head_logits(model.config, parameters, final_BTD)
         require_finite("logits", "the logits", logit_BTV, overflow_hint(logit_BTV.dtype))

@@ -22,12 +22,16 @@ from refcurv.passes.shards import Shard, inputs_of
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """What a pass is to do: for which layers, against whose labels, how many draws of them."""
+    """What a pass is to do: for which layers, against whose labels, how many draws of them.
+
+    `halves`: are the sums of every second shard kept too (`curvature.halves`)?
+    """
 
     layers: frozenset[str]
     fisher: Fisher
     seed: int = 0
     draws: int = 1
+    halves: bool = False
 
     @property
     def one_pass(self) -> bool:
@@ -41,9 +45,8 @@ class Sweep:
 
     def cotangents(self, shard: Shard, vocabulary: int) -> list[Cotangent]:
         """What is sent back over the shard, one entry for each backward pass (FISHER)."""
-        return cotangents(
-            self.fisher, shard.label_BT, shard.index_B, vocabulary, self.seed, self.draws
-        )
+        batch = shard.label_BT, shard.index_B, vocabulary
+        return cotangents(self.fisher, *batch, self.seed, self.draws, FAST)
 
 
 MOST_PASSES = 2**16
@@ -90,7 +93,7 @@ Forward = tuple[Array, Trace]
 
 def forward_of(config: ModelConfig, parameters: Parameters, shard: Shard, job: Sweep) -> Forward:
     """The forward of `sweep`. Raises EmptyError for patches of which no row is kept."""
-    _require_patches(config, shard, job)
+    require_patches(config, shard, job)
     inputs, lowest = inputs_of(config, shard), lowest_block(config, job.layers)
     return transformer.forward(config, parameters, inputs, shard.layout, FAST, lowest)
 
@@ -113,12 +116,12 @@ def sweep(
     """
     final_BTD, trace = before or forward_of(config, parameters, shard, job)
     want_head = "head" in job.layers
-    rows = _Rows(shard.keep_BT)
+    rows = KeptRows(shard.keep_BT)
     passes = job.cotangents(shard, config.vocabulary)
     for number, cotangent in enumerate(passes):
         head = transformer.head_transpose(config, parameters, final_BTD, shard.head_BT, cotangent)
         d_final_BTD = transformer.drain(
-            head, partial(_take_taps, take, number) if want_head else _ignore
+            head, partial(take_taps, take, number) if want_head else ignore
         )
         last = before is None and number == len(passes) - 1
         steps = transformer.blocks_backward(config, parameters, d_final_BTD, trace, FAST, last)
@@ -126,7 +129,8 @@ def sweep(
             take(number, Tap(tap.name, rows.of_input(tap.a), rows.of(tap.g)))
 
 
-def _require_patches(config: ModelConfig, shard: Shard, job: Sweep) -> None:
+def require_patches(config: ModelConfig, shard: Shard, job: Sweep) -> None:
+    """Raise EmptyError where the patch layer is wanted, but no row of it is kept."""
     if config.image is None or "patch" not in job.layers:
         return
     if not shard.keep_BT[:, len(config.image.specials) :].any():
@@ -135,29 +139,35 @@ def _require_patches(config: ModelConfig, shard: Shard, job: Sweep) -> None:
 
 def _taps(config: ModelConfig, trace: Trace, steps: Steps, job: Sweep) -> Iterator[Tap]:
     """The wanted layers' Taps without the head's, and no step behind the last of them."""
-    missing = len(job.layers - job.inputs - {"head"})
-    while missing:
-        step = next(steps)
-        if isinstance(step, Tap) and step.name in job.layers:
-            yield step
-            missing -= 1
+    yield from wanted(steps, job.layers - job.inputs - {"head"})
     if job.inputs:
-        d_x_BTD = transformer.drain(steps, _ignore)
+        d_x_BTD = transformer.drain(steps, ignore)
         for tap in transformer.input_taps(config, trace.inputs, trace.layout, d_x_BTD):
             if tap.name in job.inputs:
                 yield tap
 
 
-def _take_taps(take: Take, number: int, step: Tap | Slope) -> None:
+def wanted(steps: Steps, layers: frozenset[str]) -> Iterator[Tap]:
+    """The Taps of these layers, and no step behind the last of them."""
+    missing = len(layers)
+    while missing:
+        step = next(steps)
+        if isinstance(step, Tap) and step.name in layers:
+            yield step
+            missing -= 1
+
+
+def take_taps(take: Take, number: int, step: Tap | Slope) -> None:
+    """Hand on a Tap, and nothing else."""
     if isinstance(step, Tap):
         take(number, step)
 
 
-def _ignore(_step: Tap | Slope) -> None:
+def ignore(_step: Tap | Slope) -> None:
     """Nobody asked for the head's factors."""
 
 
-class _Rows:
+class KeptRows:
     """The kept rows (N, X) of (B, T, X), (N,) of (B, T); an input of two layers is selected once.
 
     Patches have no rows for the specials before them.
@@ -169,10 +179,12 @@ class _Rows:
         self._last: tuple[Array, Array] | None = None
 
     def of(self, x_BTX: Array) -> Array:
+        """The kept rows of an array."""
         x_NX = x_BTX.reshape(-1, *x_BTX.shape[2:])
         return x_NX if self._all else x_NX[self._keep_BT[:, -x_BTX.shape[1] :].reshape(-1)]
 
     def of_input(self, a_BTI: Array) -> Array:
+        """The kept rows of an input; the same array again where it is asked for again."""
         if self._last is None or self._last[0] is not a_BTI:
             self._last = (a_BTI, self.of(a_BTI))
         return self._last[1]

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from decimal import ROUND_CEILING, Context, Decimal
 from math import ceil, floor
+from textwrap import fill
 from typing import Any
 
+from refcurv.law.words import number_of
 from refcurv.report.text import format_rows
 
 Json = dict[str, Any]
@@ -23,16 +25,31 @@ KINDS = ("probable", "worst")
 MOST = 5
 """Arrays outside their budget that are named."""
 
+WIDTH = 80
+"""Columns of what is printed."""
+
 
 def format_certificate(found: Json) -> str:
-    """A row for each quantity of each sequence, the worst array of it; then what it means.
+    """What is proved, what floats make of it, how much of their budgets they use.
+
+    Each table has a row for each quantity of each sequence: the worst array of it.
 
     Proof: tests/test_certified.py::test_the_command_says_what_is_certain
     """
+    lines = [*_proved(found), *_words(found), *_floats(found)]
+    return "\n".join(line if "\n" in line else _wrapped(line) for line in lines)
+
+
+def _wrapped(line: str) -> str:
+    return fill(line, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+
+
+def _proved(found: Json) -> Iterator[str]:
+    """How many digits are certain, and of how many numbers the nearest float64 is known."""
     rows = [_row(name, names, found) for name, names in _groups(found).items()]
-    head = ("", "arrays", "numbers", "certain digits", "as float64", *DTYPES)
-    table = format_rows(head, rows, "lrrrrrrr")
-    return "\n".join([table, "", *_words(found), "", *_budgets(found)])
+    head = ("proved", "arrays", "numbers", "certain digits", "nearest float64")
+    yield format_rows(head, rows, "lrrrr", WIDTH)
+    yield ""
 
 
 def _groups(found: Json) -> dict[str, list[str]]:
@@ -53,55 +70,78 @@ def _row(title: str, names: list[str], found: Json) -> tuple[object, ...]:
     size = sum(_size(one["shape"]) for one in some)
     digits = [one["digits"] for one in some if one["digits"] is not None]
     settled = sum(one["settled"] for one in some) / max(size, 1)
-    wanted = set(names)
-    ulps = [_worst(found, wanted, dtype) for dtype in DTYPES]
     certain = f"{floor(min(digits))}" if digits else "all"
     share = f"{floor(1000 * settled) / 10:.1f}%"  # 100 % only if it is all of them
-    return title, len(names), f"{size:,}", certain, share, *ulps
+    return title, len(names), f"{size:,}", certain, share
 
 
-def _worst(found: Json, names: set[str], dtype: str) -> str:
+def _worst(routes: list[Json], dtype: str) -> str:
     """The largest error in ulps of the array's largest entry."""
-    some = [r["ulps"] for r in found["routes"] if r["dtype"] == dtype and r["name"] in names]
+    some = [r["ulps"] for r in routes if r["dtype"] == dtype]
     if not some:
         return "-"
     return "inf" if None in some else at_most(max(some), 3)
 
 
-def _budgets(found: Json) -> Iterator[str]:
-    """How much of their budgets the dtypes' errors use: the largest share in each group."""
-    head = ("used of probable | worst", *DTYPES)
-    rows = []
-    for title, names in _groups(found).items():
-        some = [r for r in found["routes"] if r["name"] in {*names}]
-        rows.append((title, *(_shares(some, dtype) for dtype in DTYPES)))
-    yield format_rows(head, rows, "lrrr")
+def _floats(found: Json) -> Iterator[str]:
+    """The errors of floats, and the shares of their budgets that these are."""
+    groups = _groups(found).items()
+    of = {n: title for title, names in groups for n in names}
+    routes: dict[str, list[Json]] = {title: [] for title, _ in groups}
+    for route in found["routes"]:
+        if route["name"] in of:
+            routes[of[route["name"]]].append(route)
+    routes = {title: some for title, some in routes.items() if some}
+    if not routes:
+        return
+    rows = [(title, *(_worst(some, dtype) for dtype in DTYPES)) for title, some in routes.items()]
     yield ""
-    yield "Errors by their budgets, in Frobenius norm: the probable one, which roundings by chance"
-    yield "exceed with odds of 3e-14 for each array, and the worst case. Both are of first order."
-    out = [r for r in found["routes"] if r["inside"] is False]
+    yield format_rows(("error in ulps", *DTYPES), rows, "lrrr", WIDTH)
+    yield ""
+    yield (
+        "The same formulas in floats: the largest error of an array is so many units of eps times "
+        "its largest entry, or less. It counts the radius: with few digits that is most of it."
+    )
+    yield ""
+    head = [cell for dtype in DTYPES for cell in (dtype, "at worst")]
+    shares = [
+        (title, *(_share(some, dtype, kind) for dtype in DTYPES for kind in KINDS))
+        for title, some in routes.items()
+    ]
+    yield format_rows(("share of budget", *head), shares, "lrrrrrr", WIDTH)
+    yield ""
+    yield (
+        "The error of an array in Frobenius norm, as a share of two budgets. The first is of "
+        "roundings of either sign by chance: an array exceeds it with odds of 3e-14. The second, "
+        "at worst, is of roundings of any sign. Both are of first order and of a scale that four "
+        "shaken runs show: products of roundings are left out, and neither is proved."
+    )
+    yield from _outside(found["routes"])
+
+
+def _outside(routes: list[Json]) -> Iterator[str]:
+    """The arrays that are further from the real numbers than roundings explain."""
+    out = [r for r in routes if r["inside"] is False]
     for r in out[:MOST]:
         yield f"OUTSIDE: {r['dtype']}, {r['name']}: {_percent(r['used']['probable'])} of the budget"
     if len(out) > MOST:
         yield f"and {len(out) - MOST} more."
 
 
-def _shares(routes: list[Json], dtype: str) -> str:
+def _share(routes: list[Json], dtype: str, kind: str) -> str:
     some = [r for r in routes if r["dtype"] == dtype]
-    return " | ".join(_share(some, kind) for kind in KINDS) if some else "-"
+    if not some:
+        return "-"
+    if any(r["budgets"][kind] is None for r in some):
+        return "none"
+    shares = [r["used"][kind] for r in some]
+    return _percent(None if None in shares else max(shares), 2 if kind == "probable" else 1)
 
 
-def _share(routes: list[Json], kind: str) -> str:
-    if any(r["budgets"][kind] is None for r in routes):
-        return "no budget"
-    shares = [r["used"][kind] for r in routes]
-    return _percent(None if None in shares else max(shares))
-
-
-def _percent(share: float | None) -> str:
+def _percent(share: float | None, digits: int = 2) -> str:
     if share is None:
         return "inf"
-    return f"{ceil(100 * share)}%" if share >= 0.1 else f"{at_most(100 * share, 2)}%"
+    return f"{ceil(100 * share)}%" if share >= 0.1 else f"{at_most(100 * share, digits)}%"
 
 
 def at_most(x: float, digits: int) -> str:
@@ -126,9 +166,14 @@ def _words(found: Json) -> Iterator[str]:
         else f"NOT REACHED: {found['wanted']:g} digits were asked for; {found['bits']} bits gave "
         f"{floor(10 * found['digits']) / 10:.1f}."
     )
-    yield "Digits count from the largest entry of an array. As float64: the nearest one is proved."
-    yield "The dtypes: the definitions in it are off by so many ulps of the largest entry at most."
+    yield (
+        "Digits count from the largest entry of an array. Nearest float64: of so many numbers it "
+        "is known which float64 is the nearest."
+    )
     source = found.get("source", {})
+    for identity, names in source.get("zeros", {}).items():
+        arrays = number_of(len(names), "array")
+        yield f"Exactly 0 by {identity}: entries of {arrays}, of {names[0]} first."
     yield from _of_labels(source)
     if "lost" in source:
         yield f"Digits are lost {source['lost']}."
@@ -164,7 +209,8 @@ def _spectra(some: list[Json]) -> Iterator[str]:
     """How many eigenvalues there are, and the certain digits of each, counted from itself."""
     size, zeros, unsure = (sum(one[key] for one in some) for key in ("size", "zeros", "unsure"))
     yield (
-        f"{size:,} eigenvalues of {len(some)} matrices: {zeros:,} are exactly 0 by their rank, "
+        f"{number_of(size, 'eigenvalue')} of {number_of(len(some), 'matrix', 'matrices')}: "
+        f"{zeros:,} are exactly 0 by their rank, "
         f"{unsure:,} may be 0."
     )
     others = [one for one in some if one["fewest"] is not None]
@@ -189,12 +235,14 @@ def _cuts(cuts: dict[str, Json]) -> Iterator[str]:
         sum(one[key] for one in rows) for key in ("pairs", "kept", "cut", "undecided")
     )
     yield (
-        f"The real numbers' cut of {pairs:,} pairs in {len(rows)} layers: {kept:,} proved kept, "
+        f"The real numbers' cut of {number_of(pairs, 'pair')} in "
+        f"{number_of(len(rows), 'layer')}: {kept:,} proved kept, "
         f"{cut:,} proved cut, {undecided:,} undecided."
     )
     for layer, one in cuts.items():
         if one["undecided"]:
-            yield f"UNDECIDED: {one['undecided']:,} pairs of {layer}; its W' is not enclosed."
+            pairs = number_of(one["undecided"], "pair")
+            yield f"UNDECIDED: {pairs} of {layer}; its W' is not enclosed."
     for key, on in (("nearest", "the nearest float64"), ("float64", "float64's own")):
         off = [one[key] for one in rows]
         says = "has no cut" if None in off else f"decides {sum(off):,} proved pairs otherwise"

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from refcurv.files.huggingface import Conversion, Exported, Mapped
+from refcurv.law.words import number_of
 from refcurv.report.text import format_rows
 
 IGNORED = "(ignored)"
@@ -79,13 +80,16 @@ def format_conversion(done: Conversion, path: str, verbose: bool = False) -> str
 def _notes(done: Conversion, path: str) -> Iterator[str]:
     tensors = {m.checkpoint_name for m in done.mapped}
     parameters = sum(m.name is not None for m in done.mapped)
-    yield f"{len(tensors)} tensors → {parameters} parameters in {path}"
+    yield f"{number_of(len(tensors), 'tensor')} → {number_of(parameters, 'parameter')} in {path}"
     if ignored := len(done.mapped) - parameters:
-        yield f"{ignored} tensors that are no parameters were ignored"
+        yield f"{number_of(ignored, 'tensor')} that are no parameters were ignored"
     if done.renamed:
         yield done.renamed
     if done.ignored_keys:
         yield f"ignored as asked: the keys {', '.join(done.ignored_keys)} of config.json"
+    if done.assumed:
+        yield "dequantised to float32; gguf says the type of each tensor above"
+        yield f"assumed, for a GGUF file does not say it: {', '.join(done.assumed)}"
     if done.not_read:
         yield f"not read: {', '.join(done.not_read)}"
     if done.beside:

@@ -63,4 +63,5 @@ def draw(results: Json, folder: PathLike) -> list[str]:
         plots.save(figure, folder / f"{name}.png")
         drawn.append(f"{name}.png")
     page.write_page(results, folder / PAGE)
-    return [PAGE, *sorted([FACTORS, BASIS, EDITED, RESULTS, *drawn])]
+    made = {FACTORS, BASIS} & set((results.get("files") or {}).values())  # others were given
+    return [PAGE, *sorted([*made, EDITED, RESULTS, *drawn])]

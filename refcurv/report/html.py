@@ -7,6 +7,7 @@ text is escaped, wherever it comes from.
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Iterable, Mapping
 from html import escape
 
@@ -39,18 +40,20 @@ padding:.8rem 1rem;min-width:0}
 margin:.8rem 0 1.4rem}
 table{border-collapse:collapse;width:100%;font-size:.9rem;font-variant-numeric:tabular-nums}
 caption{text-align:left;padding:.7rem .9rem;font-weight:600}
+caption span{position:sticky;left:.9rem;display:inline-block;max-width:calc(100vw - 4.6rem)}
 th,td{padding:.35rem .9rem;text-align:left;font-weight:400;white-space:nowrap;
 vertical-align:baseline;
 border-top:1px solid var(--line)}
 thead th{color:var(--soft);font-size:.82rem}
 tbody th{min-width:7rem;max-width:22rem;white-space:normal;overflow-wrap:anywhere}
+tbody th.name{white-space:nowrap}
 tr.more>*{border-top:0}
-td:last-child:not(.r){white-space:normal;overflow-wrap:anywhere}
+td:last-child:not(.r){white-space:normal;overflow-wrap:break-word}
 .r{text-align:right}
 td.long{white-space:normal;min-width:20rem;overflow-wrap:anywhere}
 figure{margin:1.2rem 0 2rem}
-figure img{display:block;width:100%;height:auto;background:#fff;border:1px solid var(--line);
-border-radius:.6rem;padding:.9rem}
+figure .scroll{background:#fff;margin:0}
+figure img{display:block;width:100%;min-width:38rem;height:auto;padding:.9rem}
 figcaption{color:var(--soft);font-size:.9rem;margin-top:.6rem;max-width:46rem}
 figcaption b{color:var(--ink)}
 pre,code{font:.86rem/1.55 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace}
@@ -86,10 +89,17 @@ def section(title: str, *parts: str) -> str:
 
 def facts(pairs: Mapping[str, str]) -> str:
     """Names beside their values."""
-    rows = [f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in pairs.items()]
+    rows = [f"<dt>{escape(k)}</dt><dd>{prose(v)}</dd>" for k, v in pairs.items()]
     return '<dl class="facts">\n' + "\n".join(rows) + "\n</dl>" if rows else ""
 
 
+def prose(text: str) -> str:
+    """Escaped, and what stands between two backticks as code."""
+    return re.sub(r"`([^`\n]+)`", r"<code>\1</code>", escape(text))
+
+
+NAME = 28
+"""A name of so many characters heads its row on one line."""
 SENTENCE = 40
 """A cell of more characters is wrapped."""
 LONG = ' class="long"'
@@ -101,11 +111,12 @@ def html_table(table: Table) -> str:
         return ""
     sides = [' class="r"' if side == "r" else "" for side in table.align]
     heads = zip(table.headers, sides, strict=True)
-    lines = [f"<caption>{escape(table.title)}</caption>", "<thead><tr>"]
+    lines = [f"<caption><span>{escape(table.title)}</span></caption>", "<thead><tr>"]
     lines += [f'<th scope="col"{side}>{escape(head)}</th>' for head, side in heads]
     lines.append("</tr></thead>\n<tbody>")
     for row in table.rows:
-        first = f'<th scope="row">{escape(row[0])}</th>' if row[0] else "<td></td>"
+        name = ' class="name"' if len(row[0]) <= NAME else ""
+        first = f'<th scope="row"{name}>{escape(row[0])}</th>' if row[0] else "<td></td>"
         cells = zip(row[1:], sides[1:], strict=True)
         body = "".join(
             f"<td{LONG if len(cell) > SENTENCE else side}>{minus(cell)}</td>"
@@ -120,13 +131,14 @@ def html_table(table: Table) -> str:
 def minus(text: str) -> str:
     """Escaped, with a true minus sign before digits and no line break before a unit."""
     signed = text.startswith("-") and text[1:2].isdigit()
-    return escape("−" + text[1:] if signed else text).replace(" %", "\u00a0%")
+    return prose("−" + text[1:] if signed else text).replace(" %", "\u00a0%")
 
 
 def figure(svg: bytes, alt: str, see: str, read: str) -> str:
     """A plot and its caption: what it shows, and how to read it."""
     data = base64.b64encode(svg).decode("ascii")
     return (
-        f'<figure>\n<img alt="{escape(alt)}" src="data:image/svg+xml;base64,{data}">\n'
+        f'<figure>\n<div class="scroll"><img alt="{escape(alt)}" '
+        f'src="data:image/svg+xml;base64,{data}"></div>\n'
         f"<figcaption><b>{escape(see)}</b> {escape(read)}</figcaption>\n</figure>"
     )

@@ -31,6 +31,7 @@ from refcurv.report.table import (
     edit_table,
     edited_layers,
     evaluation_table,
+    kept_table,
     past_table,
 )
 
@@ -162,6 +163,7 @@ def _sections(results: Json) -> Iterator[str]:
         "differently.</p>",
         html_table(edit_table(results.get("edit") or ())),
         html_table(past_table(results.get("edit") or ())),
+        html_table(kept_table(results.get("kept") or ())),
         html_table(band_table(results.get("bands") or {}, edited)),
     )
     yield section("How it was made", *_made(results))
@@ -280,13 +282,16 @@ def _commands(settings: Json, files: Json) -> list[str]:
     options |= {key: settings[key] for key in choices if key in settings}
     flags = " ".join(f"--{key} {shlex.quote(str(value))}" for key, value in options.items())
     bias = f" --bias {shlex.quote(str(settings['bias']))}" if "bias" in settings else ""
+    narrow = " --dtype float32" if settings.get("dtype") == "float32" else ""
     rho = settings.get("rho")
     shares: Mapping[str, Any]
     shares = rho if isinstance(rho, Mapping) else {str(settings.get("layers", "**")): rho}
     cuts = " ".join(f"--rho {shlex.quote(f'{k}={rho_text(v)}')}" for k, v in shares.items())
-    return [
+    made = [
         f"refcurv collect {model} {corpus} -o {factors} {flags}",
         f"refcurv decompose {factors} -o {basis}{bias}",
         f"refcurv edit {model} {basis} -o {edited} {cuts}",
-        f"refcurv evaluate {edited} {corpus} --baseline {model}",
+        f"refcurv evaluate {edited} {corpus} --baseline {model}{narrow}",
     ]
+    taken = 2 if "taken basis" in settings else "taken factors" in settings
+    return made[taken:]

@@ -9,6 +9,9 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from math import floor
 
+from refcurv.curvature.forecast import Forecast
+from refcurv.law.words import number_of
+from refcurv.progress import span
 from refcurv.report.cells import (
     MISSING,
     Json,
@@ -23,8 +26,10 @@ from refcurv.report.cells import (
 from refcurv.report.table import (
     Table,
     agreement_table,
+    certainty_table,
     edit_table,
     evaluation_table,
+    kept_table,
     past_table,
     tables,
 )
@@ -69,8 +74,9 @@ def format_evaluation(evaluation: Json) -> str:
 
     Proof:  tests/test_report.py::test_without_a_baseline_there_is_one_column
     """
-    both = (evaluation_table(evaluation), agreement_table(evaluation))
-    return "\n\n".join(_titled(table) for table in both if table.rows)
+    kinds = (evaluation_table, certainty_table, agreement_table)
+    tables = (kind(evaluation) for kind in kinds)
+    return "\n\n".join(_titled(table) for table in tables if table.rows)
 
 
 def format_corpus(counts: Json) -> str:
@@ -87,24 +93,34 @@ def format_corpus(counts: Json) -> str:
 def _corpus_lines(counts: Json) -> Iterator[str]:
     if counts.get("rows"):
         yield (
-            "{documents:,} documents, {tokens:,} tokens → {rows:,} rows of {width:,}: {padding:,} "
-            "positions of padding, {cuts:,} cuts within documents, {unlabelled:,} tokens without "
-            "a label".format_map(counts)
+            f"{_several(counts, 'documents')}, {_several(counts, 'tokens')} → "
+            f"{_several(counts, 'rows')} of {counts['width']:,}: "
+            f"{number_of(counts['padding'], 'position')} of padding, "
+            f"{_several(counts, 'cuts')} within documents, "
+            f"{number_of(counts['unlabelled'], 'token')} without a label"
         )
+        if counts["limit"] == counts["tokens"]:
+            yield f"rows end at {_several(counts, 'tokens')}, the limit"
     for name, found in counts["populations"].items():
-        yield f"{name}: " + (
-            "{kind}, {split}, {rows:,} rows of at most {width:,}: {tokens:,} tokens, {asked:,} of "
-            "them asked for".format_map(found)
+        yield (
+            f"{name}: {found['kind']}, {found['split']}, {_several(found, 'rows')} of at most "
+            f"{found['width']:,}: {_several(found, 'tokens')}, {found['asked']:,} of them asked for"
         )
     parts = [counts, *counts["populations"].values()]
     if empty := sum(part.get("empty", 0) for part in parts):
-        yield f"left out: {empty:,} documents without a token"
+        yield f"left out: {number_of(empty, 'document')} without a token"
     if straddling := sum(part.get("straddling", 0) for part in parts):
-        yield (
-            f"{straddling:,} prefixes end within a token, which is asked for with their suffixes"
-        )
+        some = number_of(straddling, "prefix", "prefixes")
+        yield f"{some} cut within a token, which is asked for with the suffix"
+    if others := sum(part.get("other_split", 0) for part in parts):
+        yield f"left out: {number_of(others, 'pair')} of the other split"
     if counts["ignored_keys"]:
         yield f"keys ignored: {', '.join(map(repr, counts['ignored_keys']))}"
+
+
+def _several(counts: Json, key: str) -> str:
+    """A count beside its key, which is a plural."""
+    return number_of(counts[key], key.removesuffix("s"))
 
 
 def format_edit(record: Sequence[Json]) -> str:
@@ -117,6 +133,43 @@ def format_edit(record: Sequence[Json]) -> str:
     """
     past = past_table(record)
     return "\n\n".join(map(_titled, [edit_table(record), *([past] if past.rows else [])]))
+
+
+def format_kept(found: Sequence[Json]) -> str:
+    """Which share of the pairs each ρ keeps, by layer, and a word on what that depends on.
+
+    Args:
+        found: `Settling.to_json()` of each layer.
+
+    Proof:  tests/test_settling.py::test_what_decompose_and_inspect_say
+    """
+    table = kept_table(found)
+    lines = [format_rows(table.headers, table.rows, table.align)]
+    known, few = (sum(bool(one[key]) for one in found) for key in ("settles", "few"))
+    if known:
+        lines.append(
+            "settles at: about so many rows keep 0.95 of what any number would; from halves"
+        )
+    if few:
+        layers = number_of(few, "layer")
+        lines.append(
+            f"few rows: of {layers} the share may be an artefact, see refcurv collect --help"
+        )
+    return "\n".join(lines)
+
+
+def format_forecast(found: Forecast) -> str:
+    """`12 layers, 33,500 tokens: about 4.0 min, 1.3 GiB of memory, 780.0 MB on disk`.
+
+    Proof:  tests/test_forecast.py::test_the_line
+    """
+    work = number_of(found.layers, "layer")
+    work += f", {found.of}" if found.of else ""
+    memory = found.memory / 2**30
+    return (
+        f"{work}: about {span(found.seconds)}, {memory:.{1 if memory >= 1 else 2}f} GiB of memory, "
+        f"{size(found.disk)} on disk"
+    )
 
 
 def format_start(start: Json) -> str:
@@ -185,7 +238,9 @@ def format_inspect(facts: Json) -> str:
     tables += [_past_table(edit) for edit in facts.get("edits") or ()]
     tables.append(Table("arrays", ("name", "shape", "stored as", "size", ""), rows, "lllrl"))
     lines = [shorten(printable(line), WIDTH) for line in _what_it_is(facts)]
-    return "\n\n".join(["\n".join(lines), *(_titled(table) for table in tables if table.rows)])
+    kept = [format_kept(facts["kept"])] if facts.get("kept") else []
+    shown = (_titled(table) for table in tables if table.rows)
+    return "\n\n".join(["\n".join(lines), *kept, *shown])
 
 
 def _what_it_is(facts: Json) -> Iterator[str]:
@@ -193,7 +248,8 @@ def _what_it_is(facts: Json) -> Iterator[str]:
     yield str(facts["path"])
     which = "every checksum" if facts["version"] > 1 else "the arrays' checksums"
     yield (
-        f"{facts['format']}, version {facts['version']}: {len(facts['entries'])} arrays, "
+        f"{facts['format']}, version {facts['version']}: "
+        f"{number_of(len(facts['entries']), 'array')}, "
         f"{size(facts['nbytes'])}, {which} verified"
     )
     edits = facts.get("edits") or ()
@@ -237,7 +293,8 @@ def format_audit(audit: Json) -> str:
     ]
     counts = {v: sum(f["verdict"] == v for f in findings) for v in ("pass", "fail", "left out")}
     lines = [
-        f"{plan['sequences']} sequences of {plan['width']} positions; errors are relative, budgets "
+        f"{number_of(plan['sequences'], 'sequence')} of {number_of(plan['width'], 'position')}; "
+        f"errors are relative, budgets "
         f"from float64",
         "",
         format_rows(("", "id", "error", "budget", "identity"), rows, "llrrl"),
@@ -256,6 +313,16 @@ def format_audit(audit: Json) -> str:
     return "\n".join(lines)
 
 
+def _counted(findings: list[Json]) -> Iterator[str]:
+    """From what digits count, where it is not from the terms of the identity."""
+    yield "digits count from the largest of the terms that an identity adds up"
+    of = {f["id"]: f["counted"] for f in findings if isinstance(f["digits"], float)}
+    for counted in dict.fromkeys(one for one in of.values() if one):
+        ids = ", ".join(name for name, one in of.items() if one == counted)
+        yield f"those of {ids}, which may all be 0, from the largest of {counted}"
+    yield ""
+
+
 def _proofs(found: Json) -> Iterator[str]:
     """What ball arithmetic proved, and what it did not."""
     findings, plan = found["findings"], found["plan"]
@@ -266,10 +333,12 @@ def _proofs(found: Json) -> Iterator[str]:
             if f["verdict"] != "left out"
         ]
         yield ""
-        yield f"proved by ball arithmetic, {plan['width']} positions, {found['bits']} bits:"
+        width = number_of(plan["width"], "position")
+        yield f"proved by ball arithmetic, {width}, {found['bits']} bits:"
         yield ""
         yield format_rows(("", "id", "digits", "identity"), rows, "llrl")
         yield ""
+        yield from _counted(findings)
     for finding in findings:
         where, statement = printable(finding["where"]), finding["statement"]
         if finding["verdict"] == "fail":
@@ -280,7 +349,8 @@ def _proofs(found: Json) -> Iterator[str]:
         ids = ", ".join(f["id"] for f in findings if f["where"] == why)
         yield f"not proved: {ids}: {printable(why)}"
     proved = sum(f["verdict"] == "proved" for f in findings)
-    yield f"{proved} of {len(findings)} identities proved; {found['seconds']:.0f} s"
+    every = number_of(len(findings), "identity", "identities")
+    yield f"{proved} of {every} proved; {found['seconds']:.0f} s"
 
 
 def _certain(digits: float | str | None) -> str:

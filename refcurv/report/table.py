@@ -104,6 +104,20 @@ def _retained(row: Json) -> tuple[str, str]:
     return percent(row.get("retention")), above
 
 
+def certainty_table(evaluation: Json) -> Table:
+    """How far each first measure may be off by the choice of items, and whether an edit shows."""
+    split, rows = str(evaluation.get("split") or ""), []
+    for row in evaluation["rows"]:
+        measure = (MEASURES.get(str(row["kind"])) or tuple(row["after"]))[0]
+        low, high = (_value(measure, x) for x in row.get("interval") or (None, None))
+        p = "" if row.get("p") is None else f"{number(row['p']):.2g}"
+        name = population_name(str(row["name"]), split)
+        value = _value(measure, row["after"].get(measure))
+        rows.append((name, measure, whole(row.get("items")), value, f"{low} to {high}", p))
+    headers = ("population", "measure", "items", "value", "95 % interval", "p of no change")
+    return Table("by the choice of items", headers, tuple(rows), "llrrrr")
+
+
 def agreement_table(evaluation: Json) -> Table:
     """nDCG@10 of the edited model's ranking against the baseline's, by both readings."""
     split = str(evaluation.get("split") or "")
@@ -127,6 +141,32 @@ KEPT: Mapping[str, tuple[str, str, str, str]] = {
     "bsn": ("BSN: weights and Σw² kept", "1 − ratio", "weights", "Σw²"),
 }
 """method → title, and what its share, its pairs and its mass are called (`LayerEdit`)."""
+
+
+def kept_table(found: Sequence[Json]) -> Table:
+    """Which share of its pairs each layer keeps at each ρ, and with how many rows that settles."""
+    shares = tuple(next((one["kept"] for one in found if one["kept"]), {}))
+    known = any(one["settles"] is not None for one in found)
+    rows = tuple(
+        (
+            str(one["layer"]),
+            *(percent(one["kept"].get(share)) for share in shares),
+            whole(one["rows"]),
+            *((about(one["settles"]),) if known else ()),
+        )
+        for one in found
+    )
+    headers = ("pairs kept at ρ", *shares, "rows", *(("settles at",) if known else ()))
+    title = "Share of its pairs that a layer keeps at each ρ"
+    return Table(title, headers, rows, "l" + "r" * (len(headers) - 1))
+
+
+def about(count: object) -> str:
+    """A number that is only an estimate, to two digits: "120,000"; a text as it is."""
+    if isinstance(count, str):
+        return count
+    x = number(count)
+    return MISSING if math.isnan(x) else f"{float(f'{x:.2g}'):,.0f}"
 
 
 ROUNDING = 2.0**-52
@@ -262,6 +302,7 @@ def tables(results: Json) -> list[Table]:
         controls_table(results),
         edit_table(results.get("edit") or ()),
         past_table(results.get("edit") or ()),
+        kept_table(results.get("kept") or ()),
         band_table(results.get("bands") or {}, edited_layers(results)),
     ]
     return [table for table in found if table.rows]

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator
-from dataclasses import replace
 
-from refcurv.judge.verdict import EQUAL_AS, FAIL, LEFT_OUT, MISSING, PASS, UNDECIDED, is_fine
+from refcurv.judge.verdict import (
+    EQUAL_AS,
+    FAIL,
+    LABELS,
+    LEFT_OUT,
+    MISSING,
+    PASS,
+    UNDECIDED,
+    is_fine,
+)
+from refcurv.law.words import number_of
 from refcurv.report.cells import Json, scientific
 from refcurv.report.table import Table
-from refcurv.report.text import WIDTH, format_rows, printable
+from refcurv.report.text import format_rows, printable
 
 FINE = (PASS, LEFT_OUT)
 COLUMNS = ("A/tr A", "G/tr G", "tr A · tr G")
+LINE = 80
+"""Columns of the text: those of a terminal that nobody made wider."""
+
 NEAREST = 6
 """Hypotheses that were tried and not enough are listed up to so many."""
 
@@ -26,16 +38,16 @@ def format_verdict(verdict: Json) -> str:
     Args:
         verdict: `Verdict.to_json()`.
 
-    Proof: tests/test_verdict_page.py::test_the_text_says_what_is_wrong_first
+    Proof: tests/test_verdict_page.py::test_the_text_says_what_is_wrong_first,
+        ::test_a_cause_is_said_once
     """
-    layers, bad = layer_table(verdict), findings_table(verdict)
-    parts = [headline(verdict), *_causes(verdict), _titled(layers)]
+    layers, (bad, notes) = layer_table(verdict), findings_table(verdict)
+    head = [textwrap.fill(headline(verdict), LINE), *map(_filled, unjudged(verdict))]
+    parts = [*head, *_causes(verdict), _titled(layers)]
     parts.append("\n".join(_tried(verdict)))
     if bad.rows:
-        parts.append(
-            _titled(replace(bad, headers=bad.headers[:-1], rows=_numbers(bad), align="llrrl"))
-        )
-        parts.append("\n".join(_seen(bad)))
+        parts.append(_titled(bad))
+        parts.append("\n".join(_filled(f"{k}: {text}") for k, text in enumerate(notes, 1)))
     parts.append("\n".join(_how(verdict)))
     return "\n\n".join(filter(None, parts))
 
@@ -51,19 +63,25 @@ def headline(verdict: Json) -> str:
     bad = [f for f in _bad(verdict) if not is_fine(f["verdict"], verdict["accepted"])]
     layers = {f["layer"] for f in verdict["findings"] if f["layer"]}
     if verdict["passed"]:
-        return f"passed: {len(layers)} layers of {program}"
+        but = "; whose labels they have is not judged" if unjudged(verdict) else ""
+        return f"passed: {number_of(len(layers), 'layer')} of {program}{but}"
     if all(f["verdict"] == LEFT_OUT for f in verdict["findings"]):
-        return f"nothing was compared in {len(layers)} layers of {program}"
+        return f"nothing was compared in {number_of(len(layers), 'layer')} of {program}"
     wrong = [f for f in bad if f["verdict"] != UNDECIDED]
     if not wrong:
         return f"UNDECIDED: {_of(bad, layers)} of {program}: nothing is known to be wrong"
     return f"FAILED: {_of(wrong, layers)} of {program}: {_named(verdict, bad)}"
 
 
+def unjudged(verdict: Json) -> list[str]:
+    """Sentences on what could not be judged, and on what would tell it."""
+    return [str(f["cause"]) for f in verdict["findings"] if f["quantity"] == LABELS]
+
+
 def _of(found: list[Json], layers: set[str]) -> str:
     """How many layers these are about; the dump itself where it is none."""
     some = {f["layer"] for f in found if f["layer"]}
-    return f"{len(some)} of {len(layers)} layers" if some else "the dump"
+    return f"{len(some)} of {number_of(len(layers), 'layer')}" if some else "the dump"
 
 
 def _named(verdict: Json, bad: list[Json]) -> str:
@@ -78,15 +96,44 @@ def _named(verdict: Json, bad: list[Json]) -> str:
 
 
 def _causes(verdict: Json) -> Iterator[str]:
-    for one in verdict["causes"]:
-        text = f"{one['fault'] or 'cause'}: {one['sentence']} {one['remedy']}"
-        where = f"{len(one['layers'])} layers, {', '.join(one['quantities'])}"
+    for name, one in zip(marks(verdict), verdict["causes"], strict=True):
+        text = f"{name}: {one['sentence']} {one['remedy']}"
+        where = f"{number_of(len(one['layers']), 'layer')}, {', '.join(_explained(verdict, one))}"
         before, after = measured(one["before"]), measured(one["after"])
         left = f", with this explained {after}" if after else ""
         text += f" (error {before}{left}; {where})"
         if one["alike"]:
             text += f" Cannot be told from {', '.join(one['alike'])} in this dump."
-        yield textwrap.fill(printable(text), WIDTH, subsequent_indent="  ")
+        yield _filled(text)
+
+
+def _explained(verdict: Json, cause: Json) -> list[str]:
+    """The quantities that a cause speaks of, those that passed left out."""
+    layers = {*cause["layers"]}
+    bad = {f["quantity"] for f in _bad(verdict) if f["layer"] in layers}
+    return [q for q in cause["quantities"] if q in bad] or list(cause["quantities"])
+
+
+def _filled(text: str) -> str:
+    """A paragraph of the terminal."""
+    return textwrap.fill(printable(text), LINE, subsequent_indent="  ")
+
+
+def marks(verdict: Json) -> list[str]:
+    """What each cause is called: by its id, one without by its place."""
+    causes = verdict["causes"]
+    return [str(one["fault"] or f"cause {place}") for place, one in enumerate(causes, 1)]
+
+
+def refers(verdict: Json, finding: Json) -> tuple[str, str]:
+    """The cause of a finding by its mark, and what the finding says beside that cause."""
+    text = str(finding["cause"])
+    for name, one in zip(marks(verdict), verdict["causes"], strict=True):
+        about = finding["layer"] in one["layers"] and finding["quantity"] in one["quantities"]
+        if about and finding["fault"] == one["fault"]:
+            own = text.replace(one["sentence"], "").strip(" .")
+            return name, "" if own in one["sentence"] else own
+    return str(finding["fault"] or ""), text
 
 
 def _tried(verdict: Json) -> Iterator[str]:
@@ -95,7 +142,7 @@ def _tried(verdict: Json) -> Iterator[str]:
     if tried:
         yield f"No known fault explains all of it. The nearest of {len(tried):,} that were tried:\n"
     for text in tried[:NEAREST]:
-        yield textwrap.fill(printable(f"- {text}"), WIDTH, subsequent_indent="  ")
+        yield _filled(f"- {text}")
 
 
 def measured(value: float | str) -> str:
@@ -117,10 +164,10 @@ def layer_table(verdict: Json) -> Table:
         cells = [scientific(e) if (e := errors.get(q)) is not None else "" for q in COLUMNS]
         bad = [f for f in found if f["verdict"] not in FINE]
         others = ", ".join(f["quantity"] for f in bad if f["quantity"] not in COLUMNS)
-        faults = ", ".join(dict.fromkeys(f["fault"] for f in bad if f["fault"]))
+        causes = ", ".join(filter(None, dict.fromkeys(refers(verdict, f)[0] for f in bad)))
         word = "pass" if not bad else _worst([f["verdict"] for f in bad])
-        rows.append((layer, *cells, others, faults, word))
-    headers = ("layer", *COLUMNS, "also", "fault", "verdict")
+        rows.append((layer, *cells, others, causes, word))
+    headers = ("layer", *COLUMNS, "also", "cause", "verdict")
     title = "Layers: the errors that no choice of scale changes"
     return Table(title, headers, tuple(rows), "lrrrlll")
 
@@ -136,45 +183,44 @@ def _bad(verdict: Json) -> list[Json]:
     return [f for f in verdict["findings"] if f["verdict"] not in FINE]
 
 
-def findings_table(verdict: Json) -> Table:
-    """The comparisons that did not pass, at most SHOWN of them, those with a cause first."""
+def findings_table(verdict: Json, most: int = SHOWN) -> tuple[Table, list[str]]:
+    """The comparisons that did not pass, at most so many of them, those with a cause first.
+
+    Returns: the table, and notes. A row names its cause by its mark, and by its number the note of
+    what was seen beside that; so each sentence is said once.
+    """
     bad = sorted(_bad(verdict), key=lambda f: (f["verdict"] == UNDECIDED, f["layer"] != ""))
-    rows = []
-    for one in bad[:SHOWN]:
+    rows, notes = [], {"": ""}
+    for one in bad[:most]:
         numbers = ["" if x is None else scientific(x) for x in (one["error"], one["budget"])]
-        rows.append((one["layer"], one["quantity"], *numbers, one["verdict"], one["cause"]))
+        cause, seen = refers(verdict, one)
+        note = notes.setdefault(seen if seen or cause else NOTHING, str(len(notes)))
+        rows.append((one["layer"], one["quantity"], *numbers, one["verdict"], cause, note))
     title = "What did not pass (relative errors)"
-    if len(bad) > SHOWN:
-        title += f" ({SHOWN} of {len(bad)}; --json has all)"
-    headers = ("layer", "quantity", "error", "budget", "verdict", "what was seen")
-    return Table(title, headers, tuple(rows), "llrrll")
+    if len(bad) > most:
+        title += f" ({most} of {len(bad)}; --json has all)"
+    headers = ("layer", "quantity", "error", "budget", "verdict", "cause", "note")
+    used = [k for k in range(len(headers)) if k < CAUSE or any(row[k] for row in rows)]
+    cells = tuple(tuple(row[k] for k in used) for row in rows)
+    align = "".join("llrrlll"[k] for k in used)
+    return Table(title, tuple(headers[k] for k in used), cells, align), list(notes)[1:]
 
 
-def _numbers(bad: Table) -> tuple[tuple[str, ...], ...]:
-    """The rows without what was seen, which is too long for a column."""
-    return tuple(row[:-1] for row in bad.rows)
+CAUSE = 5
+"""The column of the cause: it and the next are left out where no row uses them."""
 
-
-def _seen(bad: Table) -> Iterator[str]:
-    """Each sentence once, whole, with the rows that it is about."""
-    rows: dict[str, list[str]] = {}
-    for row in bad.rows:
-        rows.setdefault(row[-1], []).append(f"{row[0]} {row[1]}".strip())
-    for text, about in rows.items():
-        more = f" and {len(about) - 2} more" if len(about) > 2 else ""
-        line = printable(f"{', '.join(about[:2])}{more}: {text or 'nothing more is known'}")
-        yield textwrap.fill(line, WIDTH, subsequent_indent="  ")
+NOTHING = "nothing more is known"
 
 
 def _titled(table: Table) -> str:
-    return f"{table.title}\n\n" + format_rows(table.headers, table.rows, table.align)
+    return f"{table.title}\n\n" + format_rows(table.headers, table.rows, table.align, LINE)
 
 
 def _how(verdict: Json) -> Iterator[str]:
     for text in verdict["recipe"]:
-        yield textwrap.fill(printable(f"recipe: {text}"), WIDTH, subsequent_indent="  ")
+        yield _filled(f"recipe: {text}")
     if verdict["arithmetic"]:
-        yield printable(f"their arithmetic: {verdict['arithmetic']}")
+        yield _filled(f"their arithmetic: {verdict['arithmetic']}")
     for one in verdict["findings"]:
-        if not one["layer"] and one["verdict"] in FINE and one["cause"]:
-            yield textwrap.fill(printable(f"{one['quantity']}: {one['cause']}"), WIDTH)
+        if not one["layer"] and one["verdict"] in FINE and one["quantity"] not in ("", LABELS):
+            yield _filled(f"{one['quantity']}: {one['cause']}")

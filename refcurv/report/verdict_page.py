@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from html import escape
 
 from refcurv.files.disk import write_bytes
-from refcurv.judge.verdict import UNDECIDED, is_fine
+from refcurv.judge.verdict import LABELS, UNDECIDED, is_fine
 from refcurv.report import plots
 from refcurv.report.cells import Json
-from refcurv.report.html import document, facts, figure, html_table, section
+from refcurv.report.html import document, facts, figure, html_table, prose, section
 from refcurv.report.plots.verdict import differences
+from refcurv.report.table import Table
 from refcurv.report.verdict import (
     FINE,
     findings_table,
     headline,
     layer_table,
+    marks,
     measured,
+    unjudged,
 )
 
 ABOUT = (
@@ -27,6 +31,12 @@ ABOUT = (
 )
 NEAREST = 40
 """Excluded hypotheses that the page lists."""
+
+ROWS = 30
+"""Comparisons that did not pass, of which the page has a row."""
+
+NAMED = 12
+"""Layers that a cause names."""
 
 SEE, READ = (
     "Where it differs.",
@@ -57,35 +67,41 @@ def verdict_page(verdict: Json) -> str:
     """The page's text; the same for the same verdict."""
     title = escape(headline(verdict))
     head = [f"<h1>{title}</h1>\n<p>{escape(ABOUT)}</p>"]
+    head += [f"<p><strong>{prose(text)}.</strong></p>" for text in unjudged(verdict)]
     return document(title, head, _sections(verdict), "Made by refcurv validate.")
 
 
 def _sections(verdict: Json) -> Iterator[str]:
-    causes = [_cause(one) for one in verdict["causes"]]
+    known = zip(marks(verdict), verdict["causes"], strict=True)
+    causes = [_cause(name, one, _all_layers(verdict)) for name, one in known]
     if not causes:
         causes = [f"<p>{_no_cause(verdict)}</p>"]
     yield section("Causes", *causes)
-    yield section("Layers", html_table(layer_table(verdict)))
-    yield section("What did not pass", html_table(findings_table(verdict)))
+    yield section("Layers", html_table(_short(layer_table(verdict), "Layers: ")))
+    bad, notes = findings_table(verdict, ROWS)
+    if bad.rows:
+        seen = "".join(f"<li>{prose(text)}</li>" for text in notes)
+        table = html_table(_short(bad, "What did not pass "))
+        yield section("What did not pass", table, f"<ol>{seen}</ol>" if seen else "")
     shown = verdict.get("pictures") or ()
     if shown:
         alt = "For each layer a map of the difference of the factors, and both spectra."
         yield section("In pictures", figure(plots.svg(differences(shown)), alt, SEE, READ))
-    known = {
+    read = {
         "read as": str(verdict["program"]),
         "recipe": " ".join(verdict["recipe"]) or "none needed",
         "arithmetic": str(verdict["arithmetic"]),
         "accepted without a declaration": ", ".join(verdict["accepted"]) or "nothing",
     }
     for one in verdict["findings"]:  # of the dump as a whole
-        if not one["layer"] and one["verdict"] in FINE and one["cause"]:
-            known[str(one["quantity"])] = str(one["cause"])
+        if not one["layer"] and one["verdict"] in FINE and one["quantity"] not in ("", LABELS):
+            read[str(one["quantity"])] = str(one["cause"])
     names = {o: f"their {t}" for o, t in verdict["matched"].items() if o != t}
     yield section(
-        "How it was read", facts(known), facts({f"{o}": f"their {t}" for o, t in names.items()})
+        "How it was read", facts(read), facts({f"{o}": f"their {t}" for o, t in names.items()})
     )
     if verdict["excluded"]:
-        tried = "".join(f"<li>{escape(text)}</li>" for text in verdict["excluded"][:NEAREST])
+        tried = "".join(f"<li>{prose(text)}</li>" for text in verdict["excluded"][:NEAREST])
         more = len(verdict["excluded"]) - NEAREST
         rest = f"<p>And {more} more, in the JSON.</p>" if more > 0 else ""
         yield section("Tried, and excluded: the nearest first", f"<ul>{tried}</ul>", rest)
@@ -103,11 +119,23 @@ def _no_cause(verdict: Json) -> str:
     return "No known fault explains this."
 
 
-def _cause(one: Json) -> str:
-    name = escape(one["fault"] or "cause")
-    text = f"<p><strong>{name}</strong> {escape(one['sentence'])} {escape(one['remedy'])}</p>"
+def _short(table: Table, heading: str) -> Table:
+    """Without what the heading above it says already."""
+    title = table.title.removeprefix(heading).strip("()").replace(") (", "; ")
+    return replace(table, title=title[:1].upper() + title[1:])
+
+
+def _all_layers(verdict: Json) -> list[str]:
+    return list(dict.fromkeys(f["layer"] for f in verdict["findings"] if f["layer"]))
+
+
+def _cause(name: str, one: Json, every: list[str]) -> str:
+    text = f"<p><strong>{escape(name)}</strong> {prose(one['sentence'])} {prose(one['remedy'])}</p>"
+    layers = one["layers"]
+    some = ", ".join(layers[:NAMED]) + f" and {len(layers) - NAMED} more" * (len(layers) > NAMED)
+    whole = len(layers) > 1 and set(layers) == set(every)
     pairs = {
-        "layers": ", ".join(one["layers"]),
+        "layers": f"all {len(every)}" if whole else some,
         "error before": measured(one["before"]),
         "error after": measured(one["after"]) or "nothing to measure",
     }

@@ -50,6 +50,7 @@ def test_passes_stay_within_their_budgets() -> None:
     assert all(max(some) <= 1 for some in found.values())
 
 
+@pytest.mark.slow
 def test_a_stopped_trial_goes_on(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was drawn is kept by batches, of this code alone; the table is of all of them."""
     readme = tmp_path / "README.md"
@@ -90,3 +91,24 @@ def test_every_route_is_near_and_a_wrong_one_is_not() -> None:
     truth = rc.certify(model, corpus, ("logits",))
     made = routes.fast("float64")((rc.Model(model.config, wrong), corpus))
     assert routes.ulps(truth, {"logits.0": made["logits.0"]}, "float64")["logits"] > 1e4
+
+
+def test_a_table_of_other_code_is_named(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prose changes no digest; a number does."""
+    readme, one = tmp_path / "README.md", tmp_path / "one.py"
+    monkeypatch.setattr(page, "README", readme)
+    monkeypatch.setattr(page, "ROOT", tmp_path)
+    monkeypatch.setattr(page, "__file__", str(tmp_path / "page.py"))
+    monkeypatch.setattr(page, "OWN", {"peers": ("one.py",)})
+    monkeypatch.setattr(budgets, "versions", lambda: {False: "a" * 16, True: "b" * 16})
+    one.write_text('"""Old."""\nx = 1\n', "utf-8")
+    tables = {"budgets": "a" * 16, "budgets of passes": "b" * 16, "peers": page.of("peers")}
+    lines = [f"<!-- {name}: begin -->code {digest}.<!-- -->" for name, digest in tables.items()]
+    readme.write_text("".join(lines), "utf-8")
+    assert page.stale() == []
+    one.write_text('"""New."""\n\nx = 1  # one\n', "utf-8")
+    assert page.stale() == []
+    one.write_text('"""New."""\nx = 2\n', "utf-8")
+    assert page.stale() == ["peers"]
+    monkeypatch.setattr(budgets, "versions", lambda: {False: "a" * 16, True: "c" * 16})
+    assert page.stale() == ["peers", "budgets of passes"]

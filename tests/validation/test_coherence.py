@@ -145,7 +145,7 @@ def test_batches_and_threads_change_no_sample():
     model = rc.Model(made, random_parameters(made, 4))
     prompt = np.random.default_rng(0).integers(0, 7, (9, 3))
     whole = sampled(model, prompt, 5, seed=3), coherence.likeliest(model, prompt, 5)
-    np.testing.assert_array_equal(whole[1], decode.greedy(made, model.parameters, prompt, 5))
+    np.testing.assert_array_equal(whole[1], decode.greedy(model, prompt, 5))
     for threads in (1, 3):
         with (
             mock.patch.object(parallel, "cores", lambda n=threads: n),

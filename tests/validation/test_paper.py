@@ -225,6 +225,7 @@ def test_bsn_has_the_setting_that_the_grid_found():
     assert lm.gentlest({"quotes": 1.0}, rows[:3]) is rows[2]
 
 
+@pytest.mark.slow
 def test_bands_taken_away_together_are_the_edit(lab, monkeypatch):
     """All bands from 60 % of the mass on gone is the edit at rho = 0.6, and so forth."""
     layers = "blocks.{2-3}.mlp.gate"

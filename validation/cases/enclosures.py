@@ -15,10 +15,11 @@ import numpy as np
 from refcurv.algebra.balls import Balls, exact, joined, zeros
 from refcurv.algebra.duals import Duals
 from refcurv.certified.layers import BALLS, hessian_product, softmax
+from refcurv.certified.zeros import unshifted
 from refcurv.judge.cases.case import Case, layers_of
 from refcurv.judge.cases.flows import Flow, Seen, flow, kept_rows, seen
 from refcurv.judge.cases.harness import subject_of
-from refcurv.model.config import ModelConfig, QKNorm
+from refcurv.model.config import ModelConfig
 from validation.cases.spectral import spectral
 
 Numbers = Any
@@ -37,7 +38,7 @@ def enclosures(case: Case) -> Iterator[tuple[str, Balls]]:
     )
     yield from _outputs(one, gold)
     for name in theta:
-        yield f"gradients.{name}", _unshifted(config, name, gold.gradient[name])
+        yield f"gradients.{name}", unshifted(config, name, gold.gradient[name])[0]
     layers = layers_of(case.arrays, "rows.", ".kept")
     for layer in layers:
         made = dict(_of_layer(case, one, layer, gold, sampled))
@@ -60,17 +61,6 @@ def _attention_backward(d_context: Numbers, saved: Any) -> tuple[Numbers, Number
 
 
 OPS = replace(BALLS, attention_backward=_attention_backward)
-
-
-def _unshifted(config: ModelConfig, name: str, d: Balls) -> Balls:
-    """The gradient of a bias that moves every score of a query alike is exactly 0 (O32)."""
-    free = config.score_cap is None and config.qkv_clip is None and config.qk_norm is QKNorm.NONE
-    if not (name.endswith(".attn.k.bias") and free):
-        return d
-    turned = (config.rope_width or config.head_width) if config.rope_theta else 0
-    still = np.arange(d.shape[0]) % config.head_width >= turned
-    assert d.contains(np.zeros(d.shape))[still].all()
-    return d * (~still).astype(int)
 
 
 def _against(config: ModelConfig, theta: Any, one: Seen, label: Any) -> Flow:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 import refcurv as rc
 from refcurv.algebra.balls import UndecidedError
+from refcurv.certified.blocks import BLOCKS
 from refcurv.certified.certificate import BUDGETS
 from refcurv.certified.numbers import OF
 from refcurv.law.checks import EmptyError
@@ -62,23 +64,31 @@ def images(draw: st.DrawFn) -> Pass:
 PASSES = st.one_of(texts(), texts(), images())
 
 
-def certificate(one: Pass) -> rc.Certificate | None:
-    """Of all sequences; None where a decision is too near for balls."""
+FEW = 24
+"""Entries of the weights whose dense blocks are tried: as many passes over balls as these are."""
+
+
+def certificates(one: Pass) -> list[rc.Certificate]:
+    """Of all sequences, and the dense blocks of a small weight; none too near for a decision."""
+    passes = partial(rc.certify, one.model, one.corpus, digits=20)
     numbers = range(len(one.corpus.label))
     try:
-        return rc.certify(one.model, one.corpus, OF, digits=20, sequences=numbers)
+        found = [passes([*OF, "eigenvalues"], sequences=numbers)]
     except UndecidedError:
-        return None
+        return []
     except EmptyError:  # no label is reached, so that A and G have no row
-        some = [name for name in OF if name not in "AG"]
-        return rc.certify(one.model, one.corpus, some, digits=20, sequences=numbers)
+        found = [passes([name for name in OF if name not in "AG"], sequences=numbers)]
+    sizes = {name: d_out * d_in for name, (d_out, d_in) in one.model.config.linear_layers().items()}
+    layer = min(sizes, key=lambda name: sizes[name])
+    if sizes[layer] <= FEW:
+        found.append(passes(BLOCKS, layers=layer, sequences=[0], fisher="signed"))
+    return found
 
 
 def shares(one: Pass) -> dict[str, list[float]]:
     """{"probable: logits": the shares that the dtypes' errors use, ...}."""
     found: dict[str, list[float]] = {}
-    made = certificate(one)
-    for route in () if made is None else made.routes:
+    for route in (route for made in certificates(one) for route in made.routes):
         for kind in BUDGETS:
             used = route.used(kind)
             if used is not None:

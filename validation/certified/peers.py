@@ -18,7 +18,8 @@ import numpy as np
 
 import refcurv as rc
 from validation.certified import page
-from validation.certified.routes import Arrays, fast, ulps
+from validation.certified.errors import Arrays, ulps
+from validation.certified.routes import fast
 
 MODELS = ("olmo2", "gpt2", "llama")
 OF = ("logits", "nats", "gradient", "A", "G")
@@ -96,7 +97,7 @@ def main() -> int:
     argparse.ArgumentParser(prog="python -m validation.certified.peers").parse_args()
     with page.from_tests():
         found = {name: measured(name) for name in MODELS}
-    stamp = page.stamp("validation.certified.peers", page.code("peers.py"), "torch", "transformers")
+    stamp = page.stamp("validation.certified.peers", page.of("peers"), "torch", "transformers")
     page.write("peers", f"{stamp}\n\n{table(found)}")
     return 0
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ import numpy as np
 
 import refcurv as rc
 from refcurv import demo
-from refcurv.certified.certificate import farthest, sizes
 from refcurv.certified.numbers import OF, Found, Task, floats, run
 from refcurv.curvature import definition
 from refcurv.files.huggingface import read_config
@@ -30,13 +29,11 @@ from refcurv.model.gradient import loss_and_gradient
 from refcurv.passes.fast import FAST
 from refcurv.terminal import progress_bar
 from validation.certified import page
+from validation.certified.errors import Arrays, ulps
 
 with page.from_tests():
     import oracles
     from strategies import random_parameters
-
-Arrays = Mapping[str, np.ndarray]
-"""Of sequence 0, by the certificate's names. Where only some entries were made, the rest is NaN."""
 
 Given = tuple[rc.Model, rc.Corpus]
 ENTRIES = 2
@@ -194,21 +191,6 @@ LARGE = ("kernels and collect, float64", "kernels and collect, float32", "rc.exa
 """Those that are no loops."""
 
 
-# ------------------------------------------------------------------ their errors
-
-
-def ulps(truth: rc.Certificate, found: Arrays, dtype: str) -> dict[str, float]:
-    """The largest error of each quantity, in ulps of its array's largest entry."""
-    size, out = sizes(truth), {}
-    for name, x in found.items():
-        one, there = truth[name], np.isfinite(x)
-        some = replace(one, parts=one.parts[:, there], radius=one.radius[there])
-        far = farthest(x[there], some) / size[name] if size[name] else 0.0
-        quantity = name.partition(".")[0]
-        out[quantity] = max(out.get(quantity, 0.0), far / float(np.finfo(np.dtype(dtype)).eps))
-    return out
-
-
 def measured(given: Given, names: tuple[str, ...]) -> dict[str, dict[str, float]]:
     """route → quantity → ulps."""
     truth = rc.certify(*given, OF)
@@ -230,7 +212,7 @@ def twins() -> Iterator[tuple[str, Given]]:
     for family, row in named.items():
         _, made = read_config("x", json.dumps(row["config"]))
         made = replace(made, vocabulary=min(made.vocabulary, 11), layers=min(made.layers, 2),
-                       windows=made.windows[:2])  # fmt: skip
+                       windows=made.windows[:2], rotary=made.rotary[:2])  # fmt: skip
         rng = np.random.default_rng(0)
         inputs = rng.integers(0, made.vocabulary, (1, 4))
         corpus = rc.Corpus(inputs)
@@ -272,7 +254,7 @@ def main() -> int:
         print(f" {family}", end="", file=sys.stderr, flush=True)
         found.append(measured(one, tuple(ROUTES)))
         bar(n + 1, len(every))
-    digest = page.code("routes.py")
+    digest = page.of("routes")
     stamp = page.stamp("validation.certified.routes", digest)
     families = ", ".join(name for name, _ in every)
     page.write("routes", f"{stamp} Twins of {families}.\n\n{table(found)}")

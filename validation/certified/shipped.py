@@ -69,7 +69,7 @@ def body(
     lines = [
         f"Sequences {sequences[0]} to {sequences[-1]}, A and G of `{layers}` over all of them. "
         f"{took[0]:.0f} s, {took[1]:.0f} s of them on a core, {memory:.1f} GiB; {used}, "
-        f"{platform.machine()}.",
+        f"{platform.machine()}; code {page.of('shipped')}.",
         "",
         "```text",
         format_certificate(found.to_json()),

@@ -27,7 +27,7 @@ ARITHMETIC = {
     "float32": "float32",
     "bfloat16": "model=bfloat16,products=float32,sums=float32,solver=float32,stored=float32",
 }
-EXPECTED = ("olmo2-padded", "llama-left")
+EXPECTED = ("olmo2-padded", "llama-left", "siglip-mean", "gptj-few", "olmo3-few")
 """The settings of labels "expected", which take a backward pass for each position and entry."""
 BUDGETS = 10.0
 """A fault counts where it moves some number by more than so many budgets."""
@@ -163,7 +163,7 @@ def pairs(group: str, seed: int = 0) -> Iterator[Case]:
     """Random pairs of faults of the PyTorch program in a group of settings, without end."""
     rng = np.random.default_rng(seed)
     faults, settings = faults_of("torch"), list(GROUPS[group])
-    while True:
+    while settings:
         one, two = (str(name) for name in rng.choice(list(faults), 2, replace=False))
         setting, kind = str(rng.choice(settings)), str(rng.choice(["gold", "given"]))
         dtype = str(rng.choice(list(ARITHMETIC)))
@@ -183,6 +183,12 @@ EDITED = {
     "gemma-packed": "blocks.*.attn.*",
     "llama-left": "blocks.{0,2}.mlp.*",
     "neox-packed": "blocks.*.attn.{q,o}",
+    "gemma3-prompts": "blocks.{0,2}.mlp.*",
+    "mistral-ragged": "blocks.*.{attn.o,mlp.down}",
+    "gptj-few": "blocks.*.attn.{q,o}",
+    "falcon-packed": "blocks.*.{attn.o,mlp.down}",
+    "smollm3-chats": "blocks.*.mlp.{up,down}",
+    "gptneo-repeated": "blocks.*.attn.{q,v}",
 }
 
 

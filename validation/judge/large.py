@@ -4,7 +4,7 @@
     python -m validation.judge.large --small     a tiny model: does it run? Writes no page
     python -m validation.judge.large --only right.npz,gold   some dumps
 
-The model is that of validation/bench/collect_100m.py: 12 blocks, width 768, MLP width 3072. Its 36
+The model is the 100 M one of validation/bench: 12 blocks, width 768, MLP width 3072. Its 36
 MLP projections are judged. Two references are made:
 
   - one whose A and G are made from their eigenvectors, so that its basis costs no decomposition.
@@ -19,21 +19,20 @@ measurement through /proc/self/clear_refs.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from validation.bench import collect_100m as bench
+from validation.bench.fresh import spawn
+from validation.bench.measuring import BUSY, Record, describe_machine, measured, tell, today
+from validation.bench.page import with_block
+from validation.bench.proxies import LARGE, TINY, Size, make
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,14 +40,12 @@ if TYPE_CHECKING:
     import refcurv as rc
     from refcurv.judge.verdict import Verdict
 
-ROOT = Path(__file__).resolve().parents[2]
 PAGE = Path(__file__).resolve().parent / "LARGE.md"
 BEGIN, END = "<!-- large: begin -->", "<!-- large: end -->"
-FULL = replace(bench.FULL, positions=128)
-SMALL = replace(bench.SMALL, layers=3, positions=128)
+FULL = replace(LARGE, positions=128)
+SMALL = replace(TINY, width=128, mlp_width=512, vocabulary=500, sequences=8, positions=128)
+LAYERS = "blocks.*.mlp.*"
 LIMIT_SECONDS, LIMIT_MIB = 120.0, 2048.0
-
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,27 +80,26 @@ SUBJECTS = (
 # ------------------------------------------------------------------ references
 
 
-def layers_of(size: bench.Size) -> dict[str, tuple[int, int]]:
+def layers_of(size: Size) -> dict[str, tuple[int, int]]:
     """(O, I) of every MLP projection."""
     D, M = size.width, size.mlp_width
     kinds = {"gate": (M, D), "up": (M, D), "down": (D, M)}
     return {f"blocks.{i}.mlp.{k}": s for i in range(size.layers) for k, s in kinds.items()}
 
 
-def make_model(folder: Path, size: bench.Size) -> Record:
+def make_model(folder: Path, size: Size) -> Record:
     """A random model, and tokens, in the house's format."""
     import numpy as np
 
     import refcurv as rc
 
-    made = bench.make_checkpoint(folder, size)
-    rc.convert(folder / "checkpoint", folder / "w.h5")
+    made = make(folder, size)
     shutil.rmtree(folder / "checkpoint")
     rc.save_corpus(rc.Corpus(np.load(folder / "tokens.npy")), folder / "c.h5")
     return made
 
 
-def make_reference(folder: Path, size: bench.Size) -> Record:
+def make_reference(folder: Path, size: Size) -> Record:
     """A and G with spectra that decay, and their basis: U diag(μ) Uᵀ, U a few reflections."""
     import refcurv as rc
     from refcurv.curvature.eigenbasis import Eigenbasis
@@ -163,12 +159,12 @@ def rotation(size: int, seed: list[int], count: int = 3) -> np.ndarray:
     return U
 
 
-def collect_reference(folder: Path, _size: bench.Size) -> Record:
+def collect_reference(folder: Path, _size: Size) -> Record:
     """The collected reference, two draws, so that it says what drawing varies by."""
     import refcurv as rc
 
     model, corpus = rc.load(folder / "w.h5"), rc.load_corpus(folder / "c.h5")
-    factors = rc.collect(model, corpus, bench.LAYERS, "sampled", draws=2, in_flight=1)
+    factors = rc.collect(model, corpus, LAYERS, "sampled", draws=2, in_flight=1)
     rc.save_factors(factors, folder / "real.h5")
     return {}
 
@@ -176,7 +172,7 @@ def collect_reference(folder: Path, _size: bench.Size) -> Record:
 # ------------------------------------------------------------------ dumps
 
 
-def make_dump(folder: Path, size: bench.Size, file: str) -> Record:
+def make_dump(folder: Path, size: Size, file: str) -> Record:
     """One foreign dump, as another program would have written it in float32."""
     import numpy as np
 
@@ -207,7 +203,7 @@ def make_dump(folder: Path, size: bench.Size, file: str) -> Record:
     return {}
 
 
-def planted(factors: rc.Factors, fault: str, size: bench.Size) -> Iterator[tuple[str, Any]]:
+def planted(factors: rc.Factors, fault: str, size: Size) -> Iterator[tuple[str, Any]]:
     """LAYER/A, LAYER/G and LAYER/n with the fault that the name says, if it is one."""
     from refcurv.judge.diagnosis.variants.networks import rounded
 
@@ -236,11 +232,11 @@ def collected(folder: Path, kind: str) -> Iterator[tuple[str, Any]]:
     model, corpus = rc.load(folder / "w.h5", dtype="float32"), rc.load_corpus(folder / "c.h5")
     fisher, draws = ("empirical", 1) if kind == "gold" else ("sampled", 2)
     collect = reduce if kind == "reduce" else rc.collect
-    factors = collect(model, corpus, bench.LAYERS, fisher, draws=draws, in_flight=1)
+    factors = collect(model, corpus, LAYERS, fisher, draws=draws, in_flight=1)
     inputs: rc.Factors = factors
     if kind == "last":
         labelled = rc.Corpus(corpus.tokens, np.full(corpus.tokens.shape, 0))
-        inputs = rc.collect(model, labelled, bench.LAYERS, "empirical", in_flight=1)
+        inputs = rc.collect(model, labelled, LAYERS, "empirical", in_flight=1)
     for name in factors:
         read = following(name, list(factors)) if kind == "next" else name
         A, G, n_A, n_G = inputs[read].A, factors[read].G, inputs[read].n_A, factors[read].n_G
@@ -274,7 +270,7 @@ def write_npz(path: Path, arrays: Iterator[tuple[str, Any]]) -> None:
 # ------------------------------------------------------------------ judging
 
 
-def judge(folder: Path, _size: bench.Size, file: str) -> Record:
+def judge(folder: Path, _size: Size, file: str) -> Record:
     """`rc.validate` on one dump: what it says, its seconds and its memory."""
     import refcurv as rc
 
@@ -288,7 +284,7 @@ def judge(folder: Path, _size: bench.Size, file: str) -> Record:
     given: dict[str, Any] = {"reference": folder / ("real.h5" if one.recomputed else "f.h5")}
     if not one.recomputed:
         given["basis"] = folder / "b.h5"
-    with bench.measured(records, "judge"):
+    with measured(records, "judge"):
         if one.recomputed:
             given["model"] = rc.load(folder / "w.h5")
             given["corpus"] = rc.load_corpus(folder / "c.h5")
@@ -308,58 +304,34 @@ def verdict_of(found: Verdict) -> Record:
     return {"passed": found.passed, "causes": causes, "counts": counts}
 
 
-JOBS = {
-    "model": make_model,
-    "reference": make_reference,
-    "collect": collect_reference,
-    "dump": make_dump,
-    "judge": judge,
-    "machine": bench.describe_machine,
-}
+def machine(_folder: Path, _size: Size) -> Record:
+    return describe_machine()
 
 
-def spawn(job: str, folder: Path, size: bench.Size, **options: Any) -> Record:
-    """One job in a fresh process, with every core and the libraries' own defaults."""
-    spec = {"job": job, "folder": str(folder), "size": asdict(size), "options": options}
-    env = {key: v for key, v in os.environ.items() if key not in bench.THREAD_VARIABLES}
-    env |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    env |= {"TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "validation.judge.large", "--job", json.dumps(spec)]
-    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def work(text: str) -> None:
-    """The other side of `spawn`: do the job, print its record as one line of JSON."""
-    spec = json.loads(text)
-    size = bench.Size(**spec["size"])
-    print(json.dumps(JOBS[spec["job"]](Path(spec["folder"]), size, **spec["options"])))
-
-
-def measure(folder: Path, size: bench.Size, subjects: list[Subject]) -> Record:
+def measure(folder: Path, size: Size, subjects: list[Subject]) -> Record:
     """Each dump is made, judged and deleted."""
     result: Record = {
         "command": shlex.join(["python", "-m", "validation.judge.large", *sys.argv[1:]]),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "machine": spawn("machine", folder, size),
+        "date": today(),
+        "machine": spawn(machine, folder, size),
         "rows": [],
     }
     made: set[str] = set()
     for one in sorted(subjects, key=lambda subject: subject.recomputed):
-        for job, file in (("model", "w.h5"), ("collect", "real.h5")) if one.recomputed else (
-            ("reference", "f.h5"),
-        ):  # fmt: skip
+        needs = [(make_reference, "f.h5")]
+        if one.recomputed:
+            needs = [(make_model, "w.h5"), (collect_reference, "real.h5")]
+        for job, file in needs:
             if not (folder / file).exists():
-                bench.tell(f"make {file}")
+                tell(f"make {file}")
                 spawn(job, folder, size)
-        bench.tell(f"make {one.file}: {one.what}")
-        spawn("dump", folder, size, file=one.file)
+        tell(f"make {one.file}: {one.what}")
+        spawn(make_dump, folder, size, file=one.file)
         made.add(one.file)
-        row = spawn("judge", folder, size, file=one.file)
+        row = spawn(judge, folder, size, file=one.file)
         (folder / one.file).unlink()
         result["rows"].append({**asdict(one), **row})
-        bench.tell(
+        tell(
             f"judged {one.file}: {row['seconds']:.1f} s, {row['user'] + row['system']:.1f} s of "
             f"processors, {row['peak']:.0f} MiB, {shown(row['verdict'])}"
         )
@@ -401,7 +373,7 @@ def block(result: Record) -> str:
     cores = machine["cores"]
     busy = max(row["others"] / row["seconds"] / cores for row in rows)
     noise = f"Other processes used up to {busy:.0%} of the processors meanwhile"
-    noise += "." if busy < bench.BUSY else ": the seconds are rough, and the processor seconds too."
+    noise += "." if busy < BUSY else ": the seconds are rough, and the processor seconds too."
     slow = [row["file"] for row in rows if row["seconds"] > LIMIT_SECONDS]
     large = [row["file"] for row in rows if row["peak"] > LIMIT_MIB]
     wrong = [row["file"] for row in rows if not right(row)]
@@ -418,11 +390,7 @@ def block(result: Record) -> str:
 
 def rewrite(text: str, new: str) -> str:
     """The page with its generated block replaced."""
-    before, found, rest = text.partition(BEGIN)
-    _old, closed, after = rest.partition(END)
-    if not (found and closed):
-        raise SystemExit(f"{PAGE}: the markers {BEGIN} and {END} are missing.")
-    return f"{before}{BEGIN}\n\n{new}\n\n{END}{after}"
+    return with_block(PAGE, text, BEGIN, END, new)
 
 
 def main() -> int:
@@ -430,11 +398,7 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="a tiny model: does it run?")
     parser.add_argument("--only", default="", help="files of SUBJECTS, separated by commas")
     parser.add_argument("--keep", type=Path, help="a folder that is kept, and used again")
-    parser.add_argument("--job", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.job:
-        work(given.job)
-        return 0
     wanted = given.only.split(",") if given.only else [one.file for one in SUBJECTS]
     subjects = [one for one in SUBJECTS if one.file in wanted]
     size = SMALL if given.small else FULL

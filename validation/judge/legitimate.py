@@ -80,7 +80,11 @@ def world(rng: np.random.Generator) -> tuple[rc.Model, rc.Corpus]:
     def pick(options: Sequence[Any]) -> Any:
         return options[int(rng.integers(len(options)))]
 
-    made = replace(any_config(pick), width=pick((8, 12)), head_width=8)
+    made = any_config(pick)
+    scaling = made.rope_scaling
+    if scaling and scaling.short and made.rope_width is None:  # a divisor for each of four pairs
+        scaling = replace(scaling, short=(1.0, 1.1, 1.2, 1.3), long=(2.0, 2.7, 3.4, 4.1))
+    made = replace(made, width=pick((8, 12)), head_width=8, rope_scaling=scaling)
     parameters = random_parameters(made, int(rng.integers(9999)))
     if "head.weight" in parameters:
         parameters["head.weight"] = parameters["head.weight"] * pick((0.25, 1, 3))

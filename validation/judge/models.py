@@ -13,7 +13,7 @@ import numpy as np
 
 import refcurv as rc
 from refcurv.law.checks import Array
-from refcurv.model.config import Image, ModelConfig
+from refcurv.model.config import Image, ModelConfig, RopeScaling, Scaling
 from refcurv.model.images import patches
 from refcurv.model.patterns import expand
 from refcurv.model.sampling import draw_labels, uniforms
@@ -213,9 +213,6 @@ def vit() -> Setting:
     return Setting(rc.Model(config, parameters(config, 7)), corpus, "**")
 
 
-# ------------------------------------------------------------------ held out
-
-
 def llama_left() -> Setting:
     """Llama: six heads on two of keys and values, tied; three blocks. Programs pad on the left.
 
@@ -286,6 +283,321 @@ def bigcode_single() -> Setting:
     return Setting(model, corpus, "**", joint=True, batch=1, shards=4)
 
 
+def gemma3_prompts() -> Setting:
+    """Gemma 3: windows in two blocks of three, a norm over each head (6), gains of 1 + w, tied.
+
+    Prompts have no labels. Programs pad on the left. Batches of 9, and one of 8.
+    """
+    config = _config(vocabulary=21, width=16, layers=3, mlp_width=28, norm_place="both",
+                     norm_offset=True, qk_norm="head", rope_theta=200.0, activation="gelu_tanh",
+                     score_scale=0.35, windows=(4, 0, 4), tied=True, embed_scale=4.0)  # fmt: skip
+    rng = np.random.default_rng(23)
+    tokens, mask = _texts(35, 14, 21, 23), _mask(rng.integers(6, 15, 35), 14)
+    prompt = rng.integers(2, 6, (35, 1))
+    plain = rc.Corpus(tokens, mask=mask)
+    labels = np.where(np.arange(1, 15) < prompt, -1, plain.label).astype(np.int32)
+    corpus = rc.Corpus(tokens, labels, mask=mask)
+    model = rc.Model(config, parameters(config, 23))
+    return Setting(model, corpus, "blocks.*.attn.{q,v,o},blocks.{0,2}.mlp.*,head", batch=9,
+                   left=True, marked=True, shards=5)  # fmt: skip
+
+
+def mistral_ragged() -> Setting:
+    """Mistral: one window in all blocks, six heads on three of keys and values; a narrow MLP.
+
+    Documents of 2 to 12 tokens stand in one stream, which is cut every 18 tokens. So a sequence
+    may begin and end within a document, and there may be one token of it. The stream ends in
+    padding. Batches of 11, and one of 9.
+    """
+    config = _config(vocabulary=29, heads=6, kv_heads=3, head_width=4, mlp_width=20,
+                     rope_theta=120.0, windows=(5, 5), norm_eps=3e-3)  # fmt: skip
+    rng, N, T = np.random.default_rng(29), 31, 18
+    lengths = rng.integers(2, 13, N * T)
+    number = np.repeat(np.arange(N * T), lengths)[: N * T]
+    tokens = rng.integers(EOS + 1, 29, N * T)
+    begins = np.r_[True, number[1:] != number[:-1]]
+    tokens[begins], tokens[np.r_[begins[1:], False]] = BOS, EOS
+    number, tokens = number.reshape(N, T), tokens.reshape(N, T)
+    length = np.full(N, T)
+    length[-1] = 11
+    corpus = rc.Corpus(tokens, mask=_mask(length, T), segments=number - number[:, :1])
+    model = rc.Model(config, parameters(config, 29))
+    return Setting(model, corpus, "blocks.*.mlp.*,blocks.*.attn.{k,v,o}", batch=11, shards=3)
+
+
+def opt_scattered() -> Setting:
+    """OPT: ReLU, learned positions, LayerNorm, biases as columns. Programs pad on the left.
+
+    Labels are at chosen tokens, about a third; some sequences have none. Batches of 10, and one
+    of 2. The MLP of the last block alone.
+    """
+    config = _config(vocabulary=37, width=12, heads=3, kv_heads=3, mlp_width=30, norm="layer",
+                     norm_bias=True, rope_theta=None, learned_positions=17,
+                     biases=("q", "k", "v", "o", "up", "down"), gated=False,
+                     activation="relu")  # fmt: skip
+    rng = np.random.default_rng(31)
+    tokens, mask = _texts(32, 15, 37, 31), _mask(rng.integers(2, 16, 32), 15)
+    plain = rc.Corpus(tokens, mask=mask)
+    labels = np.where(rng.random((32, 15)) < 0.35, plain.label, -1).astype(np.int32)
+    corpus = rc.Corpus(tokens, labels, mask=mask)
+    model = rc.Model(config, parameters(config, 31))
+    return Setting(model, corpus, "blocks.*.attn.*,blocks.1.mlp.*", joint=True, batch=10,
+                   left=True, marked=True, shards=5)  # fmt: skip
+
+
+def siglip_mean() -> Setting:
+    """A vision transformer that pools by the mean: no CLS, patches of 2 by 2, biases as columns.
+
+    Three channels and 17 classes, some of them rare. Batches of 13, and one of a single image.
+    """
+    image = Image(channels=3, height=4, width=10, patch=2, specials=())
+    biases = ("patch", "q", "k", "v", "o", "up", "down", "head")
+    config = _config(vocabulary=17, width=20, heads=5, kv_heads=5, head_width=4, mlp_width=26,
+                     norm="layer", norm_bias=True, rope_theta=None,
+                     learned_positions=image.positions, biases=biases, gated=False,
+                     activation="gelu_tanh", causal=False, image=image, pool="mean")  # fmt: skip
+    rng = np.random.default_rng(37)
+    images = bfloat16(rng.normal(0.3, 1, (66, 3, 4, 10)).astype(np.float32))
+    classes = (16.99 * rng.random(66) ** 2).astype(np.int32)
+    model = rc.Model(config, parameters(config, 37))
+    return Setting(model, rc.Corpus(images=images, labels=classes),
+                   "patch,blocks.1.attn.*,blocks.*.mlp.*,head", joint=True, batch=13)  # fmt: skip
+
+
+def phi_lengths() -> Setting:
+    """Phi: attention and MLP read one norm, three quarters of a head rotary, biases as blocks.
+
+    The head has one too. Sequences of 1 to 22 tokens, the longest first. All layers.
+    """
+    config = _config(vocabulary=26, heads=3, kv_heads=3, head_width=8, mlp_width=30, norm="layer",
+                     norm_bias=True, norm_eps=1e-3, rope_theta=50.0, rope_width=6,
+                     residual="shared",
+                     biases=("q", "k", "v", "o", "up", "down", "head"), gated=False,
+                     activation="gelu_tanh")  # fmt: skip
+    length = 1 + (21.99 * np.random.default_rng(41).random(34) ** 2).astype(int)
+    length[:2] = 1, 22
+    corpus = rc.Corpus(_texts(34, 22, 26, 41), mask=_mask(np.sort(length)[::-1], 22))
+    return Setting(rc.Model(config, parameters(config, 41)), corpus, "**", shards=4)
+
+
+def olmo_left() -> Setting:
+    """OLMo: norms without gain or bias, q, k and v clipped, six heads on two.
+
+    A seventh of the entries of q, k and v are clipped. Programs pad on the left. Batches of 7, and
+    one of 4. All of the first block, and keys and values of the second.
+    """
+    config = _config(vocabulary=22, width=18, heads=6, head_width=4, mlp_width=34, norm="layer",
+                     norm_gain=False, norm_eps=4e-3, rope_theta=90.0, qkv_clip=1.5)  # fmt: skip
+    rng = np.random.default_rng(43)
+    mask = _mask(rng.integers(3, 17, 39), 16)
+    model = rc.Model(config, parameters(config, 43))
+    return Setting(model, rc.Corpus(_texts(39, 16, 22, 43), mask=mask),
+                   "blocks.0.*.*,blocks.1.attn.{k,v}", batch=7, left=True, shards=4)  # fmt: skip
+
+
+def gemma2_uneven() -> Setting:
+    """Gemma 2: two soft-caps, one window of three, gains of 1 + w, norms before and after, tied.
+
+    Very uneven texts: half of them have 2 or 3 tokens, a few fill all 27. Batches of 6, and one of
+    2. No layer of MLPs but `up` of the last block and `down` of all.
+    """
+    config = _config(vocabulary=33, width=20, layers=3, heads=6, kv_heads=3, head_width=4,
+                     mlp_width=25, norm_place="both", norm_offset=True, rope_theta=60.0,
+                     activation="gelu_tanh", score_scale=0.6, score_cap=2.5, logit_cap=4.0,
+                     windows=(0, 6, 0), tied=True, embed_scale=3.0)  # fmt: skip
+    rng = np.random.default_rng(47)
+    length = np.where(rng.random(32) < 0.5, rng.integers(2, 4, 32), rng.integers(2, 21, 32))
+    length[[4, 17, 30]] = 27
+    model = rc.Model(config, parameters(config, 47))
+    return Setting(model, rc.Corpus(_texts(32, 27, 33, 47), mask=_mask(length, 27)),
+                   "blocks.*.attn.{k,v,o},blocks.*.mlp.down,blocks.2.mlp.up,head", batch=6,
+                   shards=3)  # fmt: skip
+
+
+def deit_two() -> Setting:
+    """DeiT: two vectors before the patches, one channel, an MLP narrower than the model.
+
+    The head reads the first. No bias in attention. 9 classes, one of them never seen. Batches of
+    12, and one of 11.
+    """
+    image = Image(channels=1, height=6, width=8, patch=2, specials=("cls", "distillation"))
+    config = _config(vocabulary=9, width=21, layers=3, heads=3, kv_heads=3, head_width=7,
+                     mlp_width=16, norm="layer", norm_bias=True, norm_eps=1e-3, rope_theta=None,
+                     learned_positions=image.positions, biases=("patch", "up", "down", "head"),
+                     gated=False, activation="gelu", causal=False, image=image,
+                     pool="cls")  # fmt: skip
+    rng = np.random.default_rng(53)
+    images = bfloat16(rng.uniform(-1.5, 1.5, (71, 1, 6, 8)).astype(np.float32))
+    labels = rng.integers(0, 8, 71).astype(np.int32)
+    model = rc.Model(config, parameters(config, 53))
+    return Setting(model, rc.Corpus(images=images, labels=labels),
+                   "patch,blocks.{0,1}.attn.*,blocks.*.mlp.*,head", batch=12,
+                   shards=3)  # fmt: skip
+
+
+def gptj_few() -> Setting:
+    """GPT-J: attention and MLP read one norm, two thirds of a head rotary, square attention.
+
+    Biases of MLPs and the head, which are columns of their A. A sequence has one or two labels,
+    those of its last tokens. Some sequences are one token, which has none. Batches of 13, and one
+    of 8; right padding.
+    """
+    config = _config(vocabulary=30, width=24, layers=2, heads=4, kv_heads=4, head_width=6,
+                     mlp_width=27, norm="layer", norm_bias=True, norm_eps=2e-3, rope_theta=40.0,
+                     rope_width=4, residual="shared", biases=("up", "down", "head"), gated=False,
+                     activation="gelu_tanh")  # fmt: skip
+    rng = np.random.default_rng(59)
+    length = np.where(rng.random(60) < 0.15, 1, rng.integers(3, 13, 60))
+    tokens, mask = _texts(60, 12, 30, 59), _mask(length, 12)
+    few, plain, t = rng.integers(1, 3, 60), rc.Corpus(tokens, mask=mask), np.arange(12)
+    asked = t >= (length - 1 - few)[:, None]
+    labels = np.where(asked, plain.label, -1).astype(np.int32)
+    corpus = rc.Corpus(tokens, labels, mask=mask)
+    model = rc.Model(config, parameters(config, 59))
+    return Setting(model, corpus, "blocks.*.{attn,mlp}.*,head", joint=True, batch=13, marked=True,
+                   shards=5)  # fmt: skip
+
+
+def falcon_packed() -> Setting:
+    """Falcon: one head of keys and values beside five rotary ones, one norm, no biases, tied.
+
+    Documents of 1 to 20 tokens, most of them short, are packed without being cut; a document of one
+    token has no label. What is left of a sequence is padding. Batches of 5, and one of 4.
+    """
+    config = _config(vocabulary=35, width=22, heads=5, kv_heads=1, head_width=6, mlp_width=38,
+                     norm="layer", norm_bias=True, norm_eps=5e-3, rope_theta=250.0,
+                     residual="shared", gated=False, activation="gelu", tied=True)  # fmt: skip
+    rng, N, T = np.random.default_rng(61), 29, 24
+    tokens, segments = rng.integers(EOS + 1, 35, (N, T)), np.zeros((N, T), np.int32)
+    length = np.zeros(N, int)
+    for n in range(N):
+        document = 0
+        while (size := 1 + int(19.99 * rng.random() ** 3)) + length[n] <= T:
+            at = slice(length[n], length[n] + size)
+            segments[n, at], tokens[n, at.stop - 1], tokens[n, at.start] = document, EOS, BOS
+            length[n], document = at.stop, document + 1
+        segments[n, length[n] :] = max(document - 1, 0)
+    corpus = rc.Corpus(tokens, mask=_mask(length, T), segments=segments)
+    model = rc.Model(config, parameters(config, 61))
+    return Setting(model, corpus, "blocks.*.attn.*,blocks.*.mlp.down,head", batch=5,
+                   shards=4)  # fmt: skip
+
+
+def olmo3_few() -> Setting:
+    """OLMo 3: windows in two blocks of three, YaRN's scaling in the third, six heads on three.
+
+    Fewer rows than some inputs have entries: 14 texts of 2 to 7 tokens. Batches of 3, and one of 2.
+    """
+    yarn = RopeScaling(kind=Scaling.YARN, factor=8.0, original=16, slow=0.25, fast=2.0,
+                       attention=1.2)  # fmt: skip
+    config = _config(vocabulary=20, layers=3, heads=6, kv_heads=3, head_width=8, mlp_width=60,
+                     norm_place="post", qk_norm="full", norm_eps=3e-3, rope_theta=50.0,
+                     rope_scaling=yarn, local_theta=50.0, rotary=("local", "local", "main"),
+                     windows=(2, 3, 0))  # fmt: skip
+    length = np.random.default_rng(67).integers(2, 8, 14)
+    length[:2] = 7, 2
+    model = rc.Model(config, parameters(config, 67))
+    return Setting(model, rc.Corpus(_texts(14, 7, 20, 67), mask=_mask(length, 7)),
+                   "blocks.*.mlp.*,blocks.{0,2}.attn.{q,k}", batch=3, shards=7)  # fmt: skip
+
+
+def smollm3_chats() -> Setting:
+    """SmolLM3: no positions in one block of three, Llama 3's scaling in the others, tied.
+
+    Short chats are packed uncut. A chat has a prompt, an answer with labels, and EOS after both,
+    which is no label. Programs pad on the left. Batches of 4, and one of 3.
+    """
+    scaling = RopeScaling(kind=Scaling.LLAMA3, factor=4.0, original=12, slow=0.5, fast=1.5)
+    config = _config(vocabulary=31, width=18, layers=3, heads=8, kv_heads=2, mlp_width=33,
+                     norm_eps=2e-3, rope_theta=30.0, rope_scaling=scaling,
+                     rotary=("main", "none", "main"), tied=True)  # fmt: skip
+    rng, N, T = np.random.default_rng(71), 27, 20
+    tokens, segments = rng.integers(EOS + 1, 31, (N, T)), np.zeros((N, T), np.int32)
+    labels, length = np.full((N, T), -1, np.int32), np.zeros(N, int)
+    for n in range(N):
+        chat = 0
+        while (size := sum(parts := rng.integers([2, 1], [6, 7]))) + 1 + length[n] <= T:
+            begin, answer, end = length[n], length[n] + parts[0], length[n] + size
+            tokens[n, begin], tokens[n, [answer - 1, end]] = BOS, EOS
+            labels[n, answer - 1 : end - 1] = tokens[n, answer:end]
+            segments[n, begin:] = chat
+            length[n], chat = end + 1, chat + 1
+    corpus = rc.Corpus(tokens, labels, mask=_mask(length, T), segments=segments)
+    model = rc.Model(config, parameters(config, 71))
+    return Setting(model, corpus, "blocks.{0,1}.attn.*,blocks.*.mlp.*,head", batch=4,
+                   left=True, marked=True, shards=5)  # fmt: skip
+
+
+def modernbert_masked() -> Setting:
+    """ModernBERT: bidirectional, two rotary bases, GELU and a gate, no norm has a bias, tied.
+
+    The head has a bias, a block of its own. Documents are packed; a fifth of the tokens are masked,
+    and these alone have a label, the token that stood there. Some documents have none. Batches of
+    6, and one of 2.
+    """
+    config = _config(vocabulary=24, layers=3, kv_heads=4, mlp_width=27, norm="layer",
+                     norm_eps=1e-3, rope_theta=160.0, local_theta=10.0,
+                     rotary=("main", "local", "local"), biases=("head",), activation="gelu",
+                     causal=False, tied=True)  # fmt: skip
+    rng, N, T, mask_token = np.random.default_rng(73), 26, 18, 3
+    tokens, t = rng.integers(mask_token + 1, 24, (N, T)), np.arange(T)
+    starts = rng.integers([3, 3, 2], [7, 7, 5], (N, 3)).cumsum(1)
+    segments = (t[:, None] >= starts[:, None]).sum(-1).astype(np.int32)
+    begins = np.diff(segments, prepend=-1) > 0
+    mask = _mask(np.where(rng.random(N) < 0.4, T, rng.integers(15, T, N)), T)
+    tokens[begins], tokens[np.roll(begins, -1, 1) & (t < T - 1)] = BOS, EOS
+    masked = (rng.random((N, T)) < 0.2) & ~begins & (mask == 1)
+    labels = np.where(masked, tokens, -1).astype(np.int32)
+    tokens = np.where(masked, mask_token, tokens)
+    corpus = rc.Corpus(tokens, labels, mask=mask, segments=segments)
+    model = rc.Model(config, parameters(config, 73))
+    return Setting(model, corpus, "blocks.*.attn.{q,k,o},blocks.{1,2}.mlp.*,head", batch=6,
+                   marked=True, shards=5)  # fmt: skip
+
+
+def gptneo_repeated() -> Setting:
+    """GPT-Neo: a table of positions whose first rows are never read, a window in one block of two.
+
+    Scores are not scaled. Attention is square; biases of o and MLPs are columns; tied. Nine texts,
+    each again and again, and two sequences that are padding alone fill the last batch. Programs
+    pad on the left. Batches of 7, and one of 6.
+    """
+    config = _config(vocabulary=28, width=20, heads=5, kv_heads=5, head_width=4, mlp_width=45,
+                     norm="layer", norm_bias=True, norm_eps=5e-3, rope_theta=None,
+                     learned_positions=15, position_offset=2, biases=("o", "up", "down"),
+                     gated=False, activation="gelu_tanh", score_scale=1.0, windows=(0, 4),
+                     tied=True)  # fmt: skip
+    rng = np.random.default_rng(79)
+    which, length = rng.integers(0, 9, 34), rng.integers(4, 14, 9)
+    length[0] = 13
+    mask = _mask(np.where(np.arange(34) < 32, length[which], 0), 13)
+    corpus = rc.Corpus(_texts(9, 13, 28, 79)[which], mask=mask)
+    model = rc.Model(config, parameters(config, 79))
+    return Setting(model, corpus, "blocks.*.attn.*,blocks.1.mlp.*,head", joint=True, batch=7,
+                   left=True, shards=3)  # fmt: skip
+
+
+def internvit_some() -> Setting:
+    """A vision transformer of RMSNorms before and after, a norm over q and k, six heads on two.
+
+    SwiGLU; rotary positions instead of learned ones; the head reads the mean over the patches and
+    the one vector before them. Biases of patches, q, k and v are blocks. A quarter of the images
+    have no label. Batches of 9, and one of 8.
+    """
+    image = Image(channels=2, height=4, width=6, patch=2)
+    config = _config(vocabulary=11, width=18, heads=6, head_width=4, mlp_width=22,
+                     norm_place="both", qk_norm="full", norm_eps=2e-3, rope_theta=20.0,
+                     biases=("patch", "q", "k", "v"), causal=False, image=image,
+                     pool="mean")  # fmt: skip
+    rng = np.random.default_rng(83)
+    images = bfloat16(rng.normal(-0.2, 0.8, (62, 2, 4, 6)).astype(np.float32))
+    labels = np.where(rng.random(62) < 0.25, -1, rng.integers(0, 11, 62)).astype(np.int32)
+    model = rc.Model(config, parameters(config, 83))
+    return Setting(model, rc.Corpus(images=images, labels=labels),
+                   "patch,blocks.*.attn.{k,v,o},blocks.*.mlp.*,head", batch=9,
+                   shards=4)  # fmt: skip
+
+
 TUNED_ON = {
     "olmo2-equal": olmo2_equal,
     "olmo2-padded": olmo2_padded,
@@ -294,15 +606,33 @@ TUNED_ON = {
     "gpt2-joint": gpt2_joint,
     "gemma-packed": gemma_packed,
     "vit": vit,
-}
-HELD_OUT = {
     "llama-left": llama_left,
     "qwen-answers": qwen_answers,
     "neox-packed": neox_packed,
     "bigcode-single": bigcode_single,
+    "gemma3-prompts": gemma3_prompts,
+    "mistral-ragged": mistral_ragged,
+    "opt-scattered": opt_scattered,
+    "siglip-mean": siglip_mean,
+    "phi-lengths": phi_lengths,
+    "olmo-left": olmo_left,
+    "gemma2-uneven": gemma2_uneven,
+    "deit-two": deit_two,
+    "gptj-few": gptj_few,
+    "falcon-packed": falcon_packed,
+}
+HELD_OUT = {
+    "olmo3-few": olmo3_few,
+    "smollm3-chats": smollm3_chats,
+    "modernbert-masked": modernbert_masked,
+    "gptneo-repeated": gptneo_repeated,
+    "internvit-some": internvit_some,
 }
 GROUPS = {"tuned-on": TUNED_ON, "held-out": HELD_OUT}
 """README.md says when which were held out."""
 SETTINGS = TUNED_ON | HELD_OUT
 """Name → maker."""
-TEXTS = tuple(name for name in SETTINGS if name != "vit")
+IMAGES = ("vit", "siglip-mean", "deit-two", "internvit-some")
+TEXTS = tuple(name for name in SETTINGS if name not in IMAGES)
+CAUSAL = tuple(name for name in TEXTS if name != "modernbert-masked")
+"""Texts whose labels are the next tokens."""

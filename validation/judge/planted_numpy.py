@@ -11,16 +11,26 @@ from typing import Any
 
 import numpy as np
 
-from validation.judge.models import TEXTS, bfloat16
+from validation.judge.models import CAUSAL, bfloat16
 from validation.judge.programs.numpy_collector import Collector, Dump
 from validation.judge.programs.numpy_network import Network
 
 OLMO2 = ("olmo2-equal", "olmo2-padded", "olmo2-square")
-GROUPED = (*OLMO2, "gemma-packed", "llama-left", "qwen-answers")
+GROUPED = (*OLMO2, "gemma-packed", "llama-left", "qwen-answers", "gemma3-prompts",
+           "mistral-ragged", "olmo-left", "gemma2-uneven", "olmo3-few", "smollm3-chats",
+           "internvit-some")  # fmt: skip
 """Settings with several query heads on each of several heads of keys and values."""
-ROTARY = (*GROUPED, "neox-packed")
-LEARNED = ("gpt2-prompts", "gpt2-joint", "bigcode-single")
+ROTARY = (*GROUPED, "neox-packed", "phi-lengths", "gptj-few", "falcon-packed", "modernbert-masked")
+LEARNED = ("gpt2-prompts", "gpt2-joint", "bigcode-single", "opt-scattered", "gptneo-repeated")
 """Settings with learned positions."""
+LEFT = ("llama-left", "gemma3-prompts", "opt-scattered", "olmo-left", "smollm3-chats",
+        "gptneo-repeated")  # fmt: skip
+"""Settings whose programs pad on the left."""
+WINDOWS = ("gemma-packed", "gemma3-prompts", "mistral-ragged", "gemma2-uneven", "olmo3-few",
+           "gptneo-repeated")  # fmt: skip
+LAYERNORM = ("gpt2-prompts", "gpt2-joint", "vit", "neox-packed", "bigcode-single", "opt-scattered",
+             "siglip-mean", "phi-lengths", "olmo-left", "deit-two", "gptj-few", "falcon-packed",
+             "modernbert-masked", "gptneo-repeated")  # fmt: skip
 
 
 class Fault(Collector):
@@ -34,26 +44,69 @@ class Fault(Collector):
 
 class B50_leak(Fault):
     what = "no causal mask"
-    settings = TEXTS
+    settings = CAUSAL
 
     def visible(self, b: Any, causal: Any) -> Any:
         return b.same & b.real[:, None]
 
 
-class B50_documents(Fault):
-    what = "packed documents see one another"
-    settings = ("gemma-packed", "neox-packed")
+class B50_next(Fault):
+    what = "the causal mask is off by one: a position sees the next"
+    settings = CAUSAL
 
     def visible(self, b: Any, causal: Any) -> Any:
-        return np.broadcast_to(causal, b.same.shape)
+        return b.same & np.tri(len(causal), k=1, dtype=bool) & b.real[:, None]
+
+
+class B50_documents(Fault):
+    what = "packed documents see one another"
+    settings = ("gemma-packed", "neox-packed", "mistral-ragged", "falcon-packed", "smollm3-chats",
+                "modernbert-masked")  # fmt: skip
+
+    def visible(self, b: Any, causal: Any) -> Any:
+        return (causal | (not self.config.causal)) & b.real[:, None]
+
+
+class B50_pads(Fault):
+    what = "padding on the left is seen, and positions count from there"
+    settings = tuple(name for name in LEFT if name in ROTARY)
+
+    def batch(self, at: slice) -> Any:
+        b = super().batch(at)
+        b.position = np.broadcast_to(np.arange(b.real.shape[1]), b.real.shape)
+        return b
+
+    def visible(self, b: Any, causal: Any) -> Any:
+        return causal & (b.same | ~b.real[:, None])
+
+
+class _Unwindowed(Network):
+    def windowed(self, i: int, b: Any) -> Any:
+        return b.visible
+
+
+class B50_window(Fault):
+    what = "windows are left out: a position sees all before it in each block"
+    settings, network = WINDOWS, _Unwindowed
+
+
+class _Wider(Network):
+    def windowed(self, i: int, b: Any) -> Any:
+        window = self.c.windows[i]
+        near = b.position[:, :, None] - b.position[:, None] <= window
+        return b.visible & near if window else b.visible
+
+
+class B50_wide(Fault):
+    what = "windows are off by one: so many positions before it, and itself"
+    settings, network = WINDOWS, _Wider
 
 
 class _Interleaved(Network):
-    def rotate(self, x: Any, position: Any, sign: int) -> Any:
+    def rotate(self, x: Any, position: Any, rope: Any, sign: int) -> Any:
         half = x.shape[-1] // 2
-        angle = position[:, :, None, None] * self.frequencies(half)
-        cos, sin = np.cos(angle).astype(x.dtype), sign * np.sin(angle).astype(x.dtype)
-        one, two = x[..., ::2], x[..., 1::2]
+        cos, sin = (y.astype(x.dtype) for y in self.angles(half, position, rope))
+        one, two, sin = x[..., ::2], x[..., 1::2], sign * sin
         return np.stack([one * cos - two * sin, two * cos + one * sin], -1).reshape(x.shape)
 
 
@@ -64,7 +117,10 @@ class B51_interleaved(Fault):
 
 class B51_permuted(Fault):
     what = "q and k in the order of interleaved rotary embedding"
-    settings = ("olmo2-padded", "gemma-packed", "llama-left", "qwen-answers", "neox-packed")
+    settings = ("olmo2-padded", "gemma-packed", "llama-left", "qwen-answers", "neox-packed",
+                "gemma3-prompts", "mistral-ragged", "phi-lengths", "olmo-left", "gemma2-uneven",
+                "gptj-few", "falcon-packed", "olmo3-few", "smollm3-chats", "modernbert-masked",
+                "internvit-some")  # fmt: skip
 
     def finish(self) -> Dump:
         E = self.config.head_width
@@ -79,13 +135,41 @@ class B51_permuted(Fault):
 
 
 class _Theta(Network):
-    def frequencies(self, half: int) -> Any:
-        return 10_000.0 ** (-np.arange(half) / half)
+    def frequencies(self, half: int, theta: float, scaling: Any) -> Any:
+        return super().frequencies(half, 10_000.0, scaling)
 
 
 class B51_theta(Fault):
     what = "rotary base 10,000"
     settings, network = ROTARY, _Theta
+
+
+class B51_scaling(Fault):
+    what = "the scaling of rotary frequencies is left out"
+    settings = ("olmo3-few", "smollm3-chats")
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self.config = replace(self.config, rope_scaling=None)
+
+
+class B51_blocks(Fault):
+    what = "all blocks have the rotary base and scaling that the config names first"
+    settings = ("olmo3-few", "smollm3-chats", "modernbert-masked")
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self.config = replace(self.config, rotary=())
+
+
+class B51_left(Fault):
+    what = "learned positions count from the padding on the left"
+    settings = tuple(name for name in LEARNED if name in LEFT)
+
+    def batch(self, at: slice) -> Any:
+        b = super().batch(at)
+        b.position = np.broadcast_to(np.arange(b.real.shape[1]), b.real.shape)
+        return b
 
 
 class B51_offset(Fault):
@@ -128,6 +212,21 @@ class B53_eps(Fault):
         self.config = replace(self.config, norm_eps=self.config.norm_eps / 100)
 
 
+class _Unbiased(Network):
+    def inverse_root(self, square: Any) -> Any:
+        s, slope = super().inverse_root(square * self.share)
+        return s, slope * self.share
+
+    def norm(self, name: str, x: Any) -> Any:
+        self.share = x.shape[-1] / (x.shape[-1] - 1)
+        return super().norm(name, x)
+
+
+class B53_unbiased(Fault):
+    what = "a norm's variance is divided by d − 1"
+    settings, network = LAYERNORM, _Unbiased
+
+
 class _NoOffset(Network):
     def gain(self, name: str) -> Any:
         return self.p[f"{name}.weight"]
@@ -135,7 +234,7 @@ class _NoOffset(Network):
 
 class B53_offset(Fault):
     what = "gains are w where 1 + w is meant"
-    settings, network = ("gemma-packed",), _NoOffset
+    settings, network = ("gemma-packed", "gemma3-prompts", "gemma2-uneven"), _NoOffset
 
 
 class _ShortNorm(Network):
@@ -150,7 +249,7 @@ class B53_bfloat16(Fault):
 
 
 class B54_activation(Fault):
-    what = "another GELU: by tanh for erf, by erf for tanh, GELU for SiLU"
+    what = "another GELU: by tanh for erf, by erf for tanh, GELU for SiLU or ReLU"
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
@@ -182,28 +281,51 @@ class _OtherHeads(Network):
 
 class B54_heads(Fault):
     what = "QK-norm over each head where it is over all, or over all where it is over each"
-    settings, network = (*OLMO2, "qwen-answers"), _OtherHeads
+    settings = (*OLMO2, "qwen-answers", "gemma3-prompts", "olmo3-few", "internvit-some")
+    network = _OtherHeads
 
 
 class B54_cap(Fault):
     what = "no soft-cap of attention scores"
-    settings = ("gemma-packed",)
+    settings = ("gemma-packed", "gemma2-uneven")
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
         self.config = replace(self.config, score_cap=None)
 
 
+def _dropped(network: Any, x: Any, rate: float = 0.1) -> Any:
+    network.rng = getattr(network, "rng", None) or np.random.default_rng(5)
+    keep = ((network.rng.random(x.shape) > rate) / (1 - rate)).astype(x.dtype)
+    return x * keep, lambda d: d * keep
+
+
 class _Dropout(Network):
+    dropout = _dropped
+
+
+class _SlightDropout(Network):
     def dropout(self, x: Any) -> Any:
-        self.rng = getattr(self, "rng", None) or np.random.default_rng(5)
-        keep = ((self.rng.random(x.shape) > 0.1) / 0.9).astype(x.dtype)
-        return x * keep, lambda d: d * keep
+        return _dropped(self, x, 0.01)
 
 
 class B55(Fault):
     what = "dropout of 0.1 is active"
     network = _Dropout
+
+
+class B55_slight(Fault):
+    what = "dropout of 0.01 is active"
+    network = _SlightDropout
+
+
+class _AttentionDropout(Network):
+    weights = _dropped
+
+
+class B55_attention(Fault):
+    what = "dropout of 0.1 is active on the weights of attention alone"
+    network = _AttentionDropout
 
 
 class _ShortAttention(Network):
@@ -228,6 +350,32 @@ class B57_step(Fault):
         }
 
 
+class B57_average(Fault):
+    what = "weights are an average over training: 3 % of each, the embedding too, is its start's"
+
+    def parameters(self) -> Any:
+        rng = np.random.default_rng(15)
+        return {
+            name: 0.97 * x + 0.03 * x.std() * rng.normal(size=x.shape)
+            for name, x in super().parameters().items()
+        }
+
+
+class B57_adapter(Fault):
+    what = "an adapter of rank 2 is merged into q and v"
+
+    def parameters(self) -> Any:
+        def adapted(W: Any) -> Any:
+            B, A = rng.normal(size=(W.shape[0], 2)), rng.normal(size=(2, W.shape[1]))
+            return W + 0.05 * np.linalg.norm(W) / np.linalg.norm(B @ A) * (B @ A)
+
+        rng = np.random.default_rng(21)
+        return {
+            name: adapted(x) if name.endswith((".q.weight", ".v.weight")) else x
+            for name, x in super().parameters().items()
+        }
+
+
 class B57_trip(Fault):
     what = "weights went through a float of 4 bits"
 
@@ -235,6 +383,20 @@ class B57_trip(Fault):
         def short(x: Any) -> Any:
             m, e = np.frexp(x)
             return np.ldexp(np.round(m * 16) / 16, e)
+
+        return {
+            name: short(x) if name.startswith("blocks") and x.ndim > 1 else x
+            for name, x in super().parameters().items()
+        }
+
+
+class B57_int8(Fault):
+    what = "weights went through integers of 8 bits, with a scale for each row"
+
+    def parameters(self) -> Any:
+        def short(x: Any) -> Any:
+            scale = abs(x).max(1, keepdims=True) / 127
+            return np.round(x / scale) * scale
 
         return {
             name: short(x) if name.startswith("blocks") and x.ndim > 1 else x

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from validation.judge.models import BOS, EOS, SETTINGS, TEXTS
+from validation.judge.models import BOS, CAUSAL, EOS, IMAGES, SETTINGS, TEXTS
 from validation.judge.programs.torch_collector import IGNORE, Collector, Dump
 
 
@@ -33,7 +33,20 @@ class Fault(Collector):
 
 MANY = tuple(name for name in SETTINGS if name not in ("olmo2-square", "bigcode-single"))
 """Settings of more than one block."""
-JOINT = ("gpt2-joint", "qwen-answers", "bigcode-single")
+JOINT = ("gpt2-joint", "qwen-answers", "bigcode-single", "opt-scattered", "siglip-mean",
+         "gptj-few", "gptneo-repeated")  # fmt: skip
+PROMPTS = ("gpt2-prompts", "gpt2-joint", "qwen-answers", "gemma3-prompts", "opt-scattered",
+           "gptj-few", "smollm3-chats", "modernbert-masked")  # fmt: skip
+"""Settings with real tokens that have no label, though another follows."""
+
+TAILED = ("olmo2-equal", "olmo2-padded", "olmo2-square", "gpt2-prompts", "gpt2-joint",
+          "gemma-packed", "vit", "neox-packed", "siglip-mean", "phi-lengths", "olmo-left",
+          "gemma2-uneven", "deit-two", "gptj-few", "falcon-packed", "olmo3-few", "smollm3-chats",
+          "modernbert-masked", "gptneo-repeated", "internvit-some")  # fmt: skip
+"""Settings whose batches are more than four, and no multiple of four."""
+LEFT = ("llama-left", "gemma3-prompts", "opt-scattered", "olmo-left", "smollm3-chats",
+        "gptneo-repeated")  # fmt: skip
+"""Settings whose programs pad on the left."""
 
 # ------------------------------------------------------------------ scale
 
@@ -73,6 +86,7 @@ class B4_sequences(Fault):
 
 class B4_supervised(Fault):
     what = "sums over all positions are divided by the labelled ones"
+    settings = TEXTS
 
     def finish(self) -> Dump:
         N = int((self.data.label >= 0).sum())
@@ -95,11 +109,11 @@ class B6(Fault):
 
 class B7(Fault):
     what = "loss terms are counted by the layer's own positions"
-    settings = ("vit",)
+    settings = IMAGES
 
     def finish(self) -> Dump:
-        N = len(self.data.inputs)
-        return {k: (A, G * n / N, n) for k, (A, G, n) in super().finish().items()}
+        terms = int((self.data.label >= 0).sum())
+        return {k: (A, G * n / terms, n) for k, (A, G, n) in super().finish().items()}
 
 
 class _Average(Fault):
@@ -143,6 +157,14 @@ class B11(Fault):
         return super().loss(z, y, b) * 2.0**16
 
 
+class B11_growing(Fault):
+    what = "the scale of mixed precision stays in gradients, and doubles half way, from 2¹⁵"
+
+    def loss(self, z: Any, y: Any, b: Any) -> Any:
+        half = len(self.data.inputs) // 2
+        return super().loss(z, y, b) * (2.0**15 if b.at[0] < half else 2.0**16)
+
+
 class B12(Fault):
     what = "damping is in the factors"
 
@@ -153,9 +175,19 @@ class B12(Fault):
         }
 
 
+class B12_relative(Fault):
+    what = "a hundredth of its mean diagonal is added to A's, as those do who invert it"
+
+    def finish(self) -> Dump:
+        return {
+            k: (A + 0.01 * A.diagonal().mean() * torch.eye(len(A), dtype=A.dtype), G, n)
+            for k, (A, G, n) in super().finish().items()
+        }
+
+
 class B14_locations(Fault):
     what = "A of a convolution is not divided by its locations"
-    settings = ("vit",)
+    settings = IMAGES
 
     def finish(self) -> Dump:
         return self.scaled(A=self.config.image.patches, only="patch")
@@ -163,7 +195,7 @@ class B14_locations(Fault):
 
 class B14_stride(Fault):
     what = "G of a convolution is divided by stride²"
-    settings = ("vit",)
+    settings = IMAGES
 
     def finish(self) -> Dump:
         return self.scaled(G=1 / self.config.image.patch**2, only="patch")
@@ -208,7 +240,7 @@ class B17_batches(Fault):
 
 class B18(Fault):
     what = "columns of the root are sent back from all positions at once"
-    kinds = ("expected",)
+    kinds, settings = ("expected",), TEXTS
 
     def losses(self, z: Any, b: Any) -> Any:
         p = z.detach().softmax(-1)
@@ -225,11 +257,30 @@ class B19(Fault):
         return y
 
 
+class B19_prompt(Fault):
+    what = "labels at all real tokens that another follows, at prompts too"
+    kinds, settings = ("given", "own"), PROMPTS
+
+    def supervised(self, y: Any, b: Any) -> Any:
+        t, follows = torch.arange(y.shape[1]), b.same & b.real[:, None]
+        if self.config.causal:
+            follows = follows & (t[:, None] < t)
+        return torch.where(b.real & follows.any(-1), y, IGNORE)
+
+
 class B20(Fault):
     what = "prompt positions are no rows"
 
     def rows(self, name: str, b: Any) -> Any:
         return super().rows(name, b) if self.data.images else b.label >= 0
+
+
+class B20_first(Fault):
+    what = "positions before the first label are no rows, unlabelled ones behind it are"
+    settings = ("qwen-answers", "opt-scattered")
+
+    def rows(self, name: str, b: Any) -> Any:
+        return super().rows(name, b) & ((b.label >= 0).cumsum(1) > 0)
 
 
 class B21_temperature(Fault):
@@ -250,16 +301,21 @@ class B21_top(Fault):
 
 class B22(Fault):
     what = "labels are shifted twice"
-    kinds, settings = ("gold",), TEXTS
+    kinds, settings = ("gold",), CAUSAL
 
     def labels(self, z: Any, b: Any) -> Any:
         y = super().labels(z, b)
         return torch.cat([y[:, 1:], torch.full_like(y[:, :1], IGNORE)], 1)
 
 
+class B22_drawn(B22):
+    what = "labels that were drawn, which need no shift, are shifted"
+    kinds = ("given", "own")
+
+
 class B23(Fault):
     what = "labels are not shifted"
-    kinds, settings = ("gold",), TEXTS
+    kinds, settings = ("gold",), CAUSAL
 
     def labels(self, z: Any, b: Any) -> Any:
         return self.supervised(b.inputs, b)
@@ -276,6 +332,14 @@ class B24(Fault):
         return torch.ones_like(b.real)
 
 
+class B24_zero(Fault):
+    what = "the number for no label is clamped to 0, which is a class"
+    settings = tuple(name for name in TEXTS if name != "olmo2-square")
+
+    def supervised(self, y: Any, b: Any) -> Any:
+        return super().supervised(y, b).clamp(min=0)
+
+
 class B25(Fault):
     what = "real end-of-text tokens are taken for padding"
     settings = TEXTS
@@ -286,6 +350,26 @@ class B25(Fault):
         b.real = b.real & text
         b.visible = b.visible & text[:, None]
         b.label = torch.where(text, b.label, -1)
+        return b
+
+
+class B25_labels(Fault):
+    what = "labels that are end-of-text are taken for padding's, and ignored"
+    settings = tuple(name for name in TEXTS if name != "smollm3-chats")
+
+    def batch(self, at: Any) -> Any:
+        b = super().batch(at)
+        b.label = torch.where(b.label != EOS, b.label, -1)
+        return b
+
+
+class B25_attention(Fault):
+    what = "real end-of-text tokens are taken for padding in attention alone"
+    settings = tuple(n for n in TEXTS if n not in ("mistral-ragged", "falcon-packed"))
+
+    def batch(self, at: Any) -> Any:
+        b = super().batch(at)
+        b.visible = b.visible & (b.inputs != EOS)[:, None]
         return b
 
 
@@ -306,7 +390,7 @@ class B26_z(Fault):
 
 class B26_cap(Fault):
     what = "the soft-cap of the logits is left out"
-    settings = ("gemma-packed",)
+    settings = ("gemma-packed", "gemma2-uneven")
 
     def network(self) -> Any:
         self.config = replace(self.config, logit_cap=None)
@@ -318,7 +402,7 @@ class B26_cap(Fault):
 
 class B27(Fault):
     what = "the last position is a row"
-    settings = TEXTS
+    settings = CAUSAL
 
     def rows(self, name: str, b: Any) -> Any:
         return b.real
@@ -340,6 +424,16 @@ class B28_pads(Fault):
         return super().rows(name, b) | ~b.real
 
 
+class B28_side(Fault):
+    what = "padding is on the left, and rows are counted from there as if it were on the right"
+    settings = LEFT
+
+    def rows(self, name: str, b: Any) -> Any:
+        kept = super().rows(name, b)
+        order = (torch.arange(kept.shape[1]) - b.real.sum(1, keepdim=True)) % kept.shape[1]
+        return kept.gather(1, order)
+
+
 class B29(Fault):
     what = "the mask is left out where shapes differ: o and down"
     settings = TEXTS
@@ -351,7 +445,7 @@ class B29(Fault):
 
 class B30(Fault):
     what = "the column of ones is not masked"
-    settings = JOINT
+    settings = tuple(name for name in JOINT if name in TEXTS)
 
     def column(self, name: str, a: Any, b: Any) -> Any:
         return super().column(name, a * self.rows(name, b)[..., None], b)
@@ -378,7 +472,8 @@ class B31_first(Fault):
 
 class B31_extra(Fault):
     what = "a column for a bias that is a block of its own"
-    settings = ("gpt2-prompts", "vit", "neox-packed")
+    settings = ("gpt2-prompts", "vit", "neox-packed", "phi-lengths", "deit-two",
+                "modernbert-masked", "internvit-some")  # fmt: skip
 
     def column(self, name: str, a: Any, b: Any) -> Any:
         ones = torch.ones_like(a[..., :1])
@@ -398,11 +493,12 @@ class B34_norm(Fault):
     def register(self) -> None:
         super().register()
         self.other: dict[str, Any] = {}
-        post = self.config.norm_place == "post"
+        post, shared = self.config.norm_place == "post", self.config.residual == "shared"
         for i, block in enumerate(self.net.blocks):
             parts = {"attn_norm": () if post else ("attn.q", "attn.k", "attn.v"),
                      "mlp_norm": () if post else ("mlp.gate", "mlp.up")}  # fmt: skip
             parts |= {"attn_norm": ("mlp.gate", "mlp.up")} if post else {}
+            parts = {"attn_norm": sum(parts.values(), ())} if shared else parts
             for norm, layers in parts.items():
                 names = [f"blocks.{i}.{layer}" for layer in layers]
                 getattr(block, norm).register_forward_hook(self._keep(names, post))
@@ -417,6 +513,15 @@ class B34_norm(Fault):
         if name not in self.other:
             return super().inputs(name, b)
         return self.other[name].detach().to(self.sum_dtype)
+
+
+class B34_block(B34_norm):
+    what = "in the last block alone inputs are taken on the other side of the norm"
+    settings = MANY
+
+    def _keep(self, names: list[str], output: bool) -> Any:
+        last = f"blocks.{self.config.layers - 1}."
+        return super()._keep([name for name in names if name.startswith(last)], output)
 
 
 class B34_previous(Fault):
@@ -488,17 +593,21 @@ class _AfterActivation(Fault):
 
 class B35_activation(_AfterActivation):
     what = "the gradient after the gate, for up's"
-    settings = ("olmo2-equal", "olmo2-padded", "llama-left", "qwen-answers")
+    settings = ("olmo2-equal", "olmo2-padded", "llama-left", "qwen-answers", "gemma3-prompts",
+                "mistral-ragged", "olmo-left", "gemma2-uneven", "olmo3-few", "smollm3-chats",
+                "modernbert-masked", "internvit-some")  # fmt: skip
 
 
 class B42_output(_AfterActivation):
     what = "the activation overwrites the output that was hooked"
-    settings = ("gpt2-prompts", "gpt2-joint", "vit", "neox-packed", "bigcode-single")
+    settings = ("gpt2-prompts", "gpt2-joint", "vit", "neox-packed", "bigcode-single",
+                "opt-scattered", "siglip-mean", "phi-lengths", "deit-two",
+                "gptj-few", "gptneo-repeated")  # fmt: skip
 
 
 class B42_input(Fault):
     what = "the residual sum overwrites the input that was hooked"
-    settings = ("olmo2-padded",)
+    settings = ("olmo2-padded", "olmo3-few")
 
     def inputs(self, name: str, b: Any) -> Any:
         after = name.rpartition("attn.")[0] + "mlp.up"
@@ -528,7 +637,7 @@ class B36_mean(B36_sum):
 
 class B37(Fault):
     what = "the scale of the setting with many loss terms, where there is one for each image"
-    settings = ("vit",)
+    settings = IMAGES
 
     def finish(self) -> Dump:
         return self.scaled(G=self.config.image.positions)
@@ -536,30 +645,32 @@ class B37(Fault):
 
 class B38_next(Fault):
     what = "each block has the next one's factors"
-    settings = MANY
+    settings, step = MANY, 1
 
     def finish(self) -> Dump:
-        found, L = super().finish(), self.config.layers
-
-        def source(name: str) -> str:
-            if not name.startswith("blocks."):
-                return name
-            _, i, rest = name.split(".", 2)
-            return f"blocks.{(int(i) + 1) % L}.{rest}"
-
-        return {k: found[source(k)] for k in found}
+        found = super().finish()
+        alike = {k: [n for n in found if n.split(".")[2:] == k.split(".")[2:]] for k in found}
+        blocks = {k: some for k, some in alike.items() if k.startswith("blocks.")}
+        return found | {
+            k: found[some[(some.index(k) + 1) % len(some) if self.step else 0]]
+            for k, some in blocks.items()
+        }
 
 
-class B38_group(Fault):
+class B38_group(B38_next):
     what = "every block has the first one's factors"
+    step = 0
+
+
+class B38_backward(Fault):
+    what = "G is kept in the order of the backward pass: a block has that of the one opposite"
     settings = MANY
 
     def finish(self) -> Dump:
         found = super().finish()
-        return {
-            k: found[".".join(["blocks", "0", *k.split(".")[2:]])] if k[:7] == "blocks." else v
-            for k, v in found.items()
-        }
+        alike = {k: [n for n in found if n.split(".")[2:] == k.split(".")[2:]] for k in found}
+        other = {k: some[::-1][some.index(k)] for k, some in alike.items() if "." in k}
+        return found | {k: (found[k][0], found[o][1], found[k][2]) for k, o in other.items()}
 
 
 class B39_counted(Fault):
@@ -576,6 +687,19 @@ class B39_uncounted(Fault):
         return self.scaled(A=2)
 
 
+class B39_growing(Fault):
+    what = "hooks are registered anew for each batch: the k-th fires and counts k times"
+
+    def collect(self) -> Dump:
+        self.times: dict[str, int] = {}
+        return super().collect()
+
+    def add(self, name: str, b: Any, first: bool) -> None:
+        self.times[name] = times = self.times.get(name, 0) + 1
+        for _ in range(times):
+            super().add(name, b, first)
+
+
 class B40(Fault):
     what = "blocks share the sums of their layers, whose key is a short name"
 
@@ -586,6 +710,41 @@ class B40(Fault):
             for side, x in enumerate((self.A[k], self.G[k], self.n[k])):
                 one[side] = one[side] + x
         return {k: (A / n, G / n, n) for k in self.names for A, G, n in (sums[k.split(".")[-1]],)}
+
+
+class B40_parts(Fault):
+    what = "gate and up are two calls of one module, k and v too: each has the sums of both"
+    settings = tuple(name for name in SETTINGS if name not in ("olmo2-square", "gpt2-joint"))
+
+    def finish(self) -> Dump:
+        out, other = super().finish(), {"k": "v", "v": "k", "gate": "up", "up": "gate"}
+        for k in self.names:
+            at, _, last = k.rpartition(".")
+            both = k, f"{at}.{other.get(last, last)}"
+            if last in other and both[1] in self.n:
+                A, G, n = (sum(some[name] for name in both) for some in (self.A, self.G, self.n))
+                out[k] = A / n, G / n, n
+        return out
+
+
+class B40_tied(Fault):
+    what = "a tied head has the embedding's sums too, turned as its weight is"
+    settings = ("gemma-packed", "bigcode-single", "gemma3-prompts", "gemma2-uneven",
+                "falcon-packed", "smollm3-chats", "modernbert-masked",
+                "gptneo-repeated")  # fmt: skip
+
+    def register(self) -> None:
+        super().register()
+        self.net.embed.register_forward_hook(self.hook("embed"))
+
+    def add(self, name: str, b: Any, first: bool) -> None:
+        super().add(name, b, first)
+        if name == "head":
+            keep = self.rows(name, b)
+            count = torch.bincount(b.inputs[keep], minlength=self.config.vocabulary)
+            self.A[name] = self.A[name] + self.gram(self.g["embed"][keep].to(self.sum_dtype))
+            self.G[name] = self.G[name] + torch.diag(count.to(self.sum_dtype))
+            self.n[name] += int(keep.sum())
 
 
 class B41(Fault):
@@ -603,11 +762,39 @@ class B41(Fault):
         }
 
 
+class B41_first(Fault):
+    what = "A is the first batch's, whose buffer is never filled anew"
+
+    def add(self, name: str, b: Any, first: bool) -> None:
+        kept, before = self.A[name], self.n[name]
+        super().add(name, b, first)
+        if before:
+            self.A[name] = kept
+        else:
+            self.filled = {**getattr(self, "filled", {}), name: self.n[name]}
+
+    def finish(self) -> Dump:
+        return {k: (A * n / self.filled[k], G, n) for k, (A, G, n) in super().finish().items()}
+
+
 class B43(Fault):
     what = "the loss is divided by 4 accumulated batches"
 
     def loss(self, z: Any, y: Any, b: Any) -> Any:
         return super().loss(z, y, b) / 4
+
+
+class B43_tail(Fault):
+    what = "the loss is divided by the accumulated batches: 4, and what is left at the end"
+    settings = TAILED
+
+    def batches(self) -> Any:
+        every = list(super().batches())
+        self.group = {at[0]: min(4, len(every) - i // 4 * 4) for i, at in enumerate(every)}
+        return iter(every)
+
+    def loss(self, z: Any, y: Any, b: Any) -> Any:
+        return super().loss(z, y, b) / self.group[b.at[0]]
 
 
 class B44(Fault):
@@ -618,6 +805,19 @@ class B44(Fault):
         super().add(name, b, first)
         mean = self.gradients(name, b)[self.rows(name, b)].mean(0)
         self.G[name] = before + torch.outer(mean, mean) * int(self.rows(name, b).sum())
+
+
+class B44_positions(Fault):
+    what = "gradients at one position are averaged over a batch, then squared"
+    settings = tuple(name for name in SETTINGS if name != "bigcode-single")
+
+    def add(self, name: str, b: Any, first: bool) -> None:
+        before = self.G[name]
+        super().add(name, b, first)
+        keep = self.rows(name, b)[..., None]
+        n = keep.sum(0).clamp(min=1)
+        mean = (self.gradients(name, b) * keep).sum(0) / n
+        self.G[name] = before + mean.T @ (n * mean)
 
 
 class B45_A(Fault):
@@ -637,6 +837,42 @@ class B45_A(Fault):
             k: (A - torch.outer(self.mean[k] / n, self.mean[k] / n), G, n)
             for k, (A, G, n) in super().finish().items()
         }
+
+
+class B45_cov(B45_A):
+    what = "A is a covariance whose divisor is n − 1"
+
+    def finish(self) -> Dump:
+        return {k: (A * n / (n - 1), G, n) for k, (A, G, n) in super().finish().items()}
+
+
+class B45_both(B45_A):
+    what = "A and G are covariances, their means taken away"
+
+    def collect(self) -> Dump:
+        self.slope: dict[str, Any] = {}
+        return super().collect()
+
+    def add(self, name: str, b: Any, first: bool) -> None:
+        super().add(name, b, first)
+        g = self.gradients(name, b)[self.rows(name, b)]
+        self.slope[name] = self.slope.get(name, 0) + g.sum(0)
+
+    def finish(self) -> Dump:
+        return {
+            k: (A, G - torch.outer(self.slope[k] / n, self.slope[k] / n), n)
+            for k, (A, G, n) in super().finish().items()
+        }
+
+
+class B45_batches(Fault):
+    what = "A is the covariance within batches: each batch's own mean is taken away"
+
+    def add(self, name: str, b: Any, first: bool) -> None:
+        super().add(name, b, first)
+        a = self.column(name, self.inputs(name, b), b)[self.rows_a(name, b)]
+        if first and len(a):
+            self.A[name] = self.A[name] - torch.outer(a.mean(0), a.sum(0))
 
 
 class B46_mean(Fault):
@@ -674,6 +910,22 @@ class B47_axis(Fault):
         return {k: (joined(A), joined(G), n) for k, (A, G, n) in super().finish().items()}
 
 
+class B47_padded(Fault):
+    what = "row shards of unequal length are padded, and the padding stays between them"
+    settings = ("qwen-answers", "bigcode-single", "gemma3-prompts", "opt-scattered", "phi-lengths",
+                "olmo-left", "gemma2-uneven", "deit-two", "gptj-few", "falcon-packed", "olmo3-few",
+                "smollm3-chats", "modernbert-masked", "gptneo-repeated",
+                "internvit-some")  # fmt: skip
+
+    def finish(self) -> Dump:
+        def joined(X: Any) -> Any:
+            parts = X.tensor_split(self.setting.shards)
+            most = max(map(len, parts))
+            return torch.cat([F.pad(x, (0, 0, 0, most - len(x))) for x in parts])[: len(X)]
+
+        return {k: (joined(A), joined(G), n) for k, (A, G, n) in super().finish().items()}
+
+
 class B48_zero(Fault):
     what = "a frozen layer has no gradient"
 
@@ -698,6 +950,7 @@ class B49_double(Fault):
         b = super().read(at)
         first = torch.full((len(at), 1), BOS)
         label = torch.full_like(first, -1) if self.setting.marked else first
+        label = torch.where(b.real[:, :1], label, -1)
         b.inputs = torch.cat([first, b.inputs[:, :-1]], 1)
         b.label = torch.cat([label, b.label[:, :-1]], 1)
         b.drawn = torch.cat([first, b.drawn[:, :-1]], 1)
@@ -754,9 +1007,24 @@ class B61_underflow(Fault):
 
 class B61_overflow(Fault):
     what = "gradients times 2¹⁶ are float16, and overflow"
+    settings = tuple(n for n in SETTINGS if n not in ("siglip-mean", "gptj-few"))
 
     def gradients(self, name: str, b: Any) -> Any:
         return (super().gradients(name, b) * 2.0**16).half().to(self.sum_dtype) * 2.0**-16
+
+
+class B61_sums(Fault):
+    what = "gradients times 2⁸ are float16, and so are G's sums, which overflow"
+
+    def add(self, name: str, b: Any, first: bool) -> None:
+        before = self.G[name]
+        super().add(name, b, first)
+        g = self.gradients(name, b)[self.rows(name, b)]
+        self.G[name] = before + self.gram((g * 2.0**8).half())
+
+    def finish(self) -> Dump:
+        self.G = {k: G.to(self.sum_dtype) * 2.0**-16 for k, G in self.G.items()}
+        return super().finish()
 
 
 class B63(Fault):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
 from typing import Any
 
@@ -157,10 +157,8 @@ class Stream(IntEnum):
 
 def likeliest(model: rc.Model, prompt: Array, steps: int) -> Array:
     """(N, steps): each prompt continued greedily."""
-    parameters = resident(model)
-    return _in_batches(
-        prompt, steps, lambda rows: greedy(model.config, parameters, prompt[rows], steps)
-    )
+    whole = replace(model, parameters=resident(model))
+    return _in_batches(prompt, steps, lambda rows: greedy(whole, prompt[rows], steps))
 
 
 def sampled(model: rc.Model, prompt: Array, steps: int, seed: int) -> Array:

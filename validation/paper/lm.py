@@ -23,7 +23,7 @@ import refcurv as rc
 from refcurv.editing.bsn import Scores
 from refcurv.evaluation import items
 from refcurv.evaluation.bands import Quantity, band_weights, bands
-from refcurv.evaluation.matching import Match, at_perplexity
+from refcurv.evaluation.matching import Match, search_share, text_perplexity
 from refcurv.evaluation.perturb import perturbation
 from refcurv.evaluation.suite import RETAINED, Evaluation, Measurement, compare, measure
 from refcurv.model.patterns import expand
@@ -247,12 +247,10 @@ def matched(lab: Lab, method: Method) -> Match:
 def removed_at(
     cut: Edit, target: float, text: rc.Population, weakest: float, strongest: float
 ) -> Match:
-    """`at_perplexity` by the logarithm of the share removed; `strength` is the share itself."""
-    match = at_perplexity(
-        lambda x: cut(10.0**x)[0], target, text,
-        weakest=np.log10(weakest), strongest=np.log10(strongest),
-    )  # fmt: skip
-    return replace(match, strength=10.0**match.strength)
+    """The share to remove at which the perplexity of a text is the target."""
+    return search_share(
+        lambda x: text_perplexity(cut(x)[0], text), target, weakest=weakest, strongest=strongest
+    )
 
 
 def said(match: Match) -> Json:

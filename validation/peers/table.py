@@ -39,7 +39,7 @@ def measure() -> dict[str, Any]:
         saved,
         worst,
     )
-    from peers_zoo import ZOO
+    from peers_zoo import OF_LENGTHS, ZOO
     from threadpoolctl import threadpool_limits
     from tqdm import tqdm
 
@@ -49,7 +49,7 @@ def measure() -> dict[str, Any]:
             ours = converted(hf := saved(name, Path(folder) / "hf"))
             family, config = family_of(ours), ours.config
             found = []
-            for padded in (False,) if config.image else (False, True):
+            for padded in (False,) if config.image or name in OF_LENGTHS else (False, True):
                 data = batch(config, padded)
                 theirs = run_theirs(hf, family, config, data)
                 found.append(distances(run_ours(ours, data), theirs, data))

@@ -22,6 +22,7 @@ from refcurv.law.checks import (
     require_token_ids,
 )
 from refcurv.law.conventions import Rows
+from refcurv.law.words import number_of
 from refcurv.model import transformer
 from refcurv.model.config import ModelConfig
 from refcurv.model.corpus import Corpus, require_kind
@@ -132,7 +133,8 @@ def problem(
     require_token_ids("exact", "labels", np.maximum(batch.label_BT, 0), config.vocabulary)
     if not (batch.label_BT >= 0).any():
         raise EmptyError(
-            f"exact: none of the {batch.label_BT.size} labels is >= 0: without a label there is no "
+            f"exact: none of the {number_of(batch.label_BT.size, 'label')} is >= 0: without a "
+            f"label there is no "
             "loss to differentiate. Give longer sequences, or labels."
         )
     parameters = resident(model, np.float64)
@@ -327,7 +329,7 @@ def of_outputs(made: Problem, weight: str, first: int, last: int) -> Problem:
         raise ConventionError(f"of_outputs: {weight!r} is not the weight of a linear layer.")
     W_OI, rows, name = made.parameters[weight], slice(first, last), f"{weight}[{first}:{last}]"
     if not 0 <= first < last <= len(W_OI):
-        raise RangeError(f"of_outputs: {name} is no part of {len(W_OI)} rows.")
+        raise RangeError(f"of_outputs: {name} is no part of {number_of(len(W_OI), 'row')}.")
 
     def whole(parameters: Parameters) -> Parameters:
         moved = parameters[name]

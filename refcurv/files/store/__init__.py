@@ -32,7 +32,17 @@ from refcurv.files.store.layout import (
     to_path,
 )
 from refcurv.files.store.opening import open_file
-from refcurv.files.store.reading import Fact, Source, fact, inputs, read, require_entry, verify
+from refcurv.files.store.reading import (
+    Fact,
+    Source,
+    changed,
+    fact,
+    holds,
+    inputs,
+    read,
+    require_entry,
+    verify,
+)
 from refcurv.files.store.writing import write
 
 __all__ = [
@@ -46,10 +56,12 @@ __all__ = [
     "Outline",
     "Scalar",
     "Source",
+    "changed",
     "declared",
     "fact",
     "file_sha256",
     "foreign_format",
+    "holds",
     "inputs",
     "machine",
     "open_file",

@@ -13,6 +13,7 @@ import h5py
 import numpy as np
 
 from refcurv.files.disk import PathLike, identity, input_path, machine_faults, one_line, parse_json
+from refcurv.files.mistaken import GGUF_ELSEWHERE, is_gguf
 from refcurv.files.store.layout import (
     BFLOAT16,
     FORMATS,
@@ -55,6 +56,8 @@ def open_file(path: PathLike, *, format: str | None = None) -> Header:
         StorageError: It cannot be read (permission, read error).
     """
     found = input_path(path)
+    if is_gguf(found):
+        raise SchemaError(f"open: {str(found)!r} {GGUF_ELSEWHERE}")
     with machine_faults("open", found):
         which = identity(found)
     with opened("open", found) as file:

@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 
 from refcurv.files.bfloat16 import from_bfloat16
-from refcurv.files.disk import file_sha256, input_path
+from refcurv.files.disk import file_sha256, identity, input_path
 from refcurv.files.store.layout import BFLOAT16, Header, Info, Scalar, declared, sha256, to_path
 from refcurv.files.store.opening import info_of, member, open_file, opened
 from refcurv.law.checks import (
@@ -64,6 +64,18 @@ def read(header: Header, name: str, *, verify: bool = True, finite: bool = False
         values = from_bfloat16(array) if info.encoding == BFLOAT16 else array
         require_finite(f"read: {header.path!r}", f"dataset {name!r}", values)
     return array
+
+
+def holds(header: Header, name: str, array: Array | None) -> bool:
+    """Is that dataset this array, by its checksum; or is there none, as of None?
+
+    Proof: tests/test_certified_hostile.py::test_a_certificate_names_only_files_that_it_is_of
+    """
+    info = header.entries.get(name)
+    if info is None or array is None:
+        return info is None and array is None
+    alike = (array.shape, array.dtype) == (info.shape, np.dtype(info.dtype))
+    return alike and sha256(array) == info.sha256
 
 
 def require_entry(
@@ -165,6 +177,22 @@ class Source(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._keys)
+
+
+def changed(*sources: Mapping[str, Any]) -> list[str]:
+    """The files that are not any more what they were when they were opened.
+
+    Proof: tests/test_checkpoint.py::test_a_file_that_changes_during_the_run_is_noticed
+    """
+    headers = [source["header"] for source in sources if "header" in source]
+    return [one.path for one in headers if not _is_still(one)]
+
+
+def _is_still(header: Header) -> bool:
+    try:
+        return identity(Path(header.path)) == header.identity
+    except OSError:  # it is gone
+        return False
 
 
 def inputs(*sources: Mapping[str, Any]) -> dict[str, str]:

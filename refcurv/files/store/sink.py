@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from types import FrameType
+from typing import Any, Final
 
 from refcurv.files.disk import NewFile
+
+_INTERRUPTS: Final = (signal.SIGINT, signal.SIGTERM)
 
 
 class Sink:
@@ -18,8 +21,8 @@ class Sink:
     dies there by SIGSEGV (seen with h5py 3.16, HDF5 2.0, under RLIMIT_FSIZE). After a failure this
     file takes everything and keeps nothing. `check` then raises what happened.
 
-    Ctrl-C is such a failure. While HDF5 works it is only noted (`shielded`), because h5py's
-    callbacks would turn it into a RuntimeError.
+    Ctrl-C is such a failure, and so is a SIGTERM that somebody handles. While HDF5 works what their
+    handler raises is only noted (`shielded`): h5py's callbacks would turn it into a RuntimeError.
     """
 
     def __init__(self, raw: NewFile) -> None:
@@ -30,19 +33,28 @@ class Sink:
     def shielded(self) -> Iterator[None]:
         """Within, an interrupt is this file's failure. What HDF5 raises after one is hidden."""
 
-        def note(_number: int, _frame: object) -> None:
-            self._failure = self._failure or KeyboardInterrupt()
+        def noting(handler: Callable[[int, FrameType | None], object]) -> Any:
+            def note(number: int, frame: FrameType | None) -> None:
+                try:
+                    handler(number, frame)
+                except KeyboardInterrupt as interrupt:
+                    self._failure = self._failure or interrupt
+
+            return note
 
         main = threading.current_thread() is threading.main_thread()  # no other meets interrupts
-        before = signal.signal(signal.SIGINT, note) if main else None
+        handlers = {number: signal.getsignal(number) for number in _INTERRUPTS if main}
+        handled = {number: one for number, one in handlers.items() if callable(one)}
         try:
+            for number, one in handled.items():
+                signal.signal(number, noting(one))
             yield
         except Exception:
             if self._failure is None:  # else HDF5 missed what this file did not keep
                 raise
         finally:
-            if main:
-                signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
+            for number, one in handled.items():
+                signal.signal(number, one)
 
     def check(self) -> None:
         """Raise the first failure, if there was one."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import h5py
@@ -30,7 +30,7 @@ def write(
     format: str,
     attributes: Mapping[str, Scalar],
     arrays: Iterable[Entry],
-    provenance: Mapping[str, Any],
+    provenance: Mapping[str, Any] | Callable[[], Mapping[str, Any]],
 ) -> None:
     """Write a file, whole or not at all: a temporary one beside it takes its place at the end.
 
@@ -39,7 +39,8 @@ def write(
         format: One of FORMATS.
         attributes: Root attributes besides format, version and provenance.
         arrays: Entries; may be a generator, so that one array at a time is in memory.
-        provenance: JSON values, usually from `provenance()`.
+        provenance: JSON values, usually from `provenance()`; or a function, called when every array
+            is written.
 
     Raises:
         ConventionError: A name that is not plain, or occurs twice.
@@ -49,12 +50,18 @@ def write(
     """
     mode_of("write", path)
     root: dict[str, Scalar] = {"format": format, "version": VERSION, **attributes}
-    root["provenance"] = json.dumps(dict(provenance), ensure_ascii=False, allow_nan=False)
+
+    def told() -> dict[str, Scalar]:
+        facts = dict(provenance() if callable(provenance) else provenance)
+        return {**root, "provenance": json.dumps(facts, ensure_ascii=False, allow_nan=False)}
+
+    if not callable(provenance):
+        told()  # what is no JSON is refused before the work
     with replacing("write", path) as raw:
-        _fill(raw, root, arrays)
+        _fill(raw, told, arrays)
 
 
-def _fill(raw: NewFile, root: Mapping[str, Scalar], arrays: Iterable[Entry]) -> None:
+def _fill(raw: NewFile, told: Callable[[], Mapping[str, Scalar]], arrays: Iterable[Entry]) -> None:
     """The file's bytes. An array is made, checked and hashed outside HDF5, then handed to it."""
     sink = Sink(raw)
     found: dict[str, Info] = {}
@@ -73,7 +80,7 @@ def _fill(raw: NewFile, root: Mapping[str, Scalar], arrays: Iterable[Entry]) -> 
                 dataset = file.create_dataset(to_path(entry.name), data=array)
                 _write_attributes(dataset, about)
             sink.check()
-        root = _written(root)
+        root = _written(told())
         with sink.shielded():
             _write_attributes(file, {**root, "sha256": declared(root, found)})
     finally:  # HDF5 dies at exit by SIGSEGV if it has to close the file itself

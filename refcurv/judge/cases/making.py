@@ -26,6 +26,7 @@ from refcurv.law.checks import (
     SchemaError,
     require_seed,
 )
+from refcurv.law.words import number_of
 from refcurv.model.config import ModelConfig
 from refcurv.model.corpus import Corpus, require_fit
 from refcurv.model.given import require_callable, require_corpus, require_model
@@ -139,7 +140,8 @@ def require_small(config: ModelConfig, corpus: Corpus) -> None:
     sizes = {name: math.prod(shape) for name, shape in config.parameter_shapes().items()}
     if (total := sum(sizes.values())) > MOST_PARAMETERS:
         raise RangeError(
-            f"cases: the model has {total:,} parameters; at most {MOST_PARAMETERS:,} fit, for the "
+            f"cases: the model has {number_of(total, 'parameter')}; at most "
+            f"{MOST_PARAMETERS:,} fit, for the "
             "loss is computed anew for each. The largest is "
             f"{max(sizes, key=sizes.__getitem__)!r}. Make a tiny one of the same family: copy its "
             "config.json, set the width to 16, the MLP's to 32, 2 layers, 2 heads and a "

@@ -16,6 +16,7 @@ from refcurv.judge.dump import Theirs
 from refcurv.judge.eigenvectors import SIDES, apart, limits_of, solver_budget
 from refcurv.judge.verdict import FAIL, Comparison
 from refcurv.law.checks import Array
+from refcurv.law.words import number_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +116,7 @@ def _of_rounded(seen: _Seen) -> Iterator[tuple[str | None, str]]:
             words = f"it is the basis of {side} rounded to {dtype}"
             below = int((values < -seen.limit * norm(X)).sum())
             if below:
-                words += f", which has {below} eigenvalues below 0"
+                words += f", which has {number_of(below, 'eigenvalue')} below 0"
             for known, fault, more in (
                 (values, "B62" if dtype == "float32" else None, ""),
                 (np.maximum(values, 0), "B66", "; these are cut off"),

@@ -15,6 +15,7 @@ from refcurv.judge.segments import Pieces, batches, parts, pieces_of
 from refcurv.judge.truths import FORM, Near, Truth, Truths, near_of
 from refcurv.judge.verdict import EQUAL_AS, FAIL, Comparison
 from refcurv.law.checks import Array
+from refcurv.law.words import number_of
 
 _FEW_PASSES: Final = 2048
 """Backward passes of `expected`, at most, to find out whose labels Λ has.  Chosen: seconds."""
@@ -85,7 +86,9 @@ def _of_batches(bounds: Bounds, L: Array, truth: Truth, pieces: Pieces) -> Itera
     for size, total in batches(pieces):
         near = near_of(bounds, L, replace(truth, Lambda=total / truth.rows))
         what = (
-            f"of {size} sequences at a time" if size > 1 else "of whole sequences, not documents,"
+            f"of {number_of(size, 'sequence')} at a time"
+            if size > 1
+            else "of whole sequences, not documents,"
         )
         words = f"the gradients {what} were summed before the square"
         if best is None or near.error < best.near.error:
@@ -116,7 +119,8 @@ def _of_parts(bounds: Bounds, L: Array, truth: Truth, pieces: Pieces) -> Iterato
         if chosen is not None:
             total = each[chosen].sum(axis=0) / truth.rows
             few = ", ".join(map(str, chosen[:6])) + (", ..." if len(chosen) > 6 else "")
-            words = f"Λ per {per} is of {len(chosen)} of {len(each)} sequences alone ({few})"
+            some = f"{len(chosen)} of {number_of(len(each), 'sequence')} alone ({few})"
+            words = f"Λ per {per} is of {some}"
             near = near_of(bounds, L, replace(truth, per=per, Lambda=total))
             yield Other("B76", words, near, scaled=False)
 
@@ -164,9 +168,13 @@ def factor(
             return None, ", as A and G have it: no fault of Λ's own"
     rows, segments = truth.rows, truth.segments
     for value, words in (
-        (rows / segments, f"{rows} rows over {segments} sequences: it was divided by sequences"),
-        (segments / rows, f"{segments} sequences over {rows} rows"),
-        (rows, f"the {rows} rows: it is a sum, where A and G are means"),
+        (
+            rows / segments,
+            f"{number_of(rows, 'row')} over {number_of(segments, 'sequence')}: it was divided "
+            f"by sequences",
+        ),
+        (segments / rows, f"{number_of(segments, 'sequence')} over {number_of(rows, 'row')}"),
+        (rows, f"the {number_of(rows, 'row')}: it is a sum, where A and G are means"),
         (1 / rows, f"1/{rows}: it was divided by the rows twice"),
         (1 / segments, f"1/{segments}: it was divided by the sequences too"),
     ):

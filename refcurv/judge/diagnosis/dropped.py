@@ -72,7 +72,8 @@ def random_pass(case: Case, found: Mapping[str, Side], family: Family) -> Random
 
     Definition
         M is the mean of PASSES passes at a level p, X is ours. p is fitted so that |T − M| is, in
-        the middle of all A and G, as large as |Y_k − M without k|. Theirs is one more pass where
+        the middle of all A and G, as large as |Y_k − M without k|; or, where passes differ less in
+        it, so that theirs is shifted as they are (below). Theirs is one more pass where
         - what the change does not move is ours, and what it moves is not;
         - log |T − M| over the A and G is no more ragged than that of the raggedest pass;
         - where passes shift the mean, ⟨T − X, M − X⟩ over |M − X|², all A and G together, is that
@@ -96,18 +97,32 @@ def random_pass(case: Case, found: Mapping[str, Side], family: Family) -> Random
                 layers = tuple(dict.fromkeys(layer for layer, _ in moved))
                 spread = max(float(np.median(one.each)) for one in seen)
                 return Random(place, p, layers, spread, max(one.off for one in seen))
-            p = _next(family, p, ratio)
+            p = _next(family, p, ratio, seen)
             if not family.levels[0] < p < family.levels[1]:
                 break
     return None
 
 
-def _next(family: Family, p: float, ratio: float) -> float:
-    """The level at which the spread is `ratio` times that at p."""
+def _next(family: Family, p: float, ratio: float, seen: Sequence[Place]) -> float:
+    """The level at which the spread is `ratio` times that at p, or the shift is theirs.
+
+    The shift grows as p/(1 − p), the spread as its root. What passes agree on better is taken, at
+    the level that the spread tells.
+    """
     if not family.odds:
         return p * ratio
-    odds = p / (1 - p) * ratio**2
+    moved, each = _moved(seen)
+    middle = np.median([one.each / np.median(one.each) for one in seen], axis=0)
+    sharp = family.shifts and each.std() < 2 * middle.std() * abs(each.mean()) * ratio
+    odds = p / (1 - p) * (moved / float(each.mean()) if sharp else ratio**2)
     return odds / (1 + odds)
+
+
+def _moved(seen: Sequence[Place]) -> tuple[float, Array]:
+    """How far theirs, and each pass, is shifted along what passes shift, all A and G together."""
+    weight = 1 / np.array([np.median(one.each) ** 2 for one in seen])
+    total = float(weight @ [one.shift for one in seen])
+    return total, np.asarray(weight @ [one.shifts for one in seen])
 
 
 def _theirs(case: Case, found: Mapping[str, Side]) -> Matrices:
@@ -200,8 +215,8 @@ def _is_one(seen: Sequence[Place], family: Family) -> bool:
     moved = weight @ [one.shift for one in seen] / (weight @ [one.size for one in seen])
     each = weight @ [one.shifts for one in seen] / (weight @ [one.sizes for one in seen])
     reach = float(special.stdtrit(len(each) - 1, 1 - ODDS / 2)) * np.sqrt(1 + 1 / len(each))
-    # and nearer to the passes than to what shifts nothing
-    return bool(abs(moved - each.mean()) <= min(reach * each.std(ddof=1), each.mean() / 2))
+    off, reach = moved - each.mean(), reach * each.std(ddof=1)
+    return bool(-min(reach, each.mean() / 2) <= off <= reach)  # nearer than what shifts nothing
 
 
 def _irregular(z: Array, scale: Array) -> float:

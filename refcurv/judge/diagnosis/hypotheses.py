@@ -6,8 +6,9 @@ first; what the number is, `scales` asks afterwards.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -16,6 +17,7 @@ from refcurv.algebra.scaling import norm
 from refcurv.judge.case import Case
 from refcurv.judge.differences import apart
 from refcurv.law.checks import Array
+from refcurv.law.words import number_of
 from refcurv.model.config import NormPlace
 
 
@@ -46,13 +48,20 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Try:
-    """A hypothesis: theirs is Y times a number. `note` says what Y is made of."""
+    """A hypothesis: theirs is Y times a number. `note` says what Y is made of.
+
+    blur: how many times more than the form that number may be off. spread: that of `Left`.
+    of: the layer and side that Y is, where it is not its own.
+    """
 
     faults: tuple[str, ...]
     note: str
     Y: Array
     alike: tuple[str, ...] = ()
     T: Array | None = None  # theirs as Y's rows and columns have it, where that is not all of it
+    blur: float = 1.0
+    spread: float = 0.0
+    of: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +70,8 @@ class Left:
 
     rows: theirs over what the hypothesis counts, None where nothing is counted. spread: how large
     an error labels that nobody knows explain. wider: how many times more than of ours drawing
-    explains.
+    explains. trace: tr T over tr Y, NaN where nobody asked. drawn: may labels still be other ones?
+    blur: that of the `Try`. roomy: how many times wider than of ours the budget of rounding is.
     """
 
     error: float
@@ -71,6 +81,10 @@ class Left:
     rows: float | None = None
     spread: float = 0.0
     wider: float = 1.0
+    trace: float = math.nan
+    drawn: bool = True
+    blur: float = 1.0
+    roomy: float = 1.0
 
 
 def fitted(T: Array, Y: Array) -> tuple[float, float]:
@@ -109,7 +123,7 @@ class State:
     """What must be known of one side before it is searched: of theirs, and `wanted`, of ours.
 
     Fields: finite; spilt, if not, does it look like overflow; filled, is any entry not 0; shape;
-    same, is it that of ours.
+    same, is it that of ours; diagonal.
     """
 
     finite: bool
@@ -118,6 +132,7 @@ class State:
     wanted: bool
     shape: tuple[int, ...]
     same: bool
+    diagonal: Array
 
 
 def states(case: Case, layer: str) -> dict[str, State]:
@@ -127,7 +142,8 @@ def states(case: Case, layer: str) -> dict[str, State]:
         T, X = one.T, one.X
         finite = bool(np.isfinite(T).all())
         filled, wanted = bool(T.any()), bool(X.any())
-        return State(finite, not finite and _spilt(T), filled, wanted, T.shape, T.shape == X.shape)
+        spilt, same = not finite and _spilt(T), T.shape == X.shape
+        return State(finite, spilt, filled, wanted, T.shape, same, np.diag(T).copy())
 
     return case.once(
         ("states", layer), lambda: {side: of(one) for side, one in see(case, layer).items()}
@@ -168,6 +184,8 @@ def tries(
         alike = {"B47": ("B51",), "B31": ("B30",)}.get(fault, ())
         if wanted is None or any(id in wanted for id in (fault, *alike)):
             yield from family(seen)
+    if not fits and (wanted is None or ("B34" in wanted and "B47" in wanted)):
+        yield from index.misjoined(seen)
     if wanted is None or "B40" in wanted:
         yield from index.pooled(seen)
     if wanted is None or any(id in wanted for id in ("B32", "B34", "B35", "B38", "B42")):
@@ -175,8 +193,12 @@ def tries(
 
 
 def _damped(seen: Seen) -> Iterator[Try]:
+    return damping(seen.T, seen.X)
+
+
+def damping(T: Array, X: Array) -> Iterator[Try]:
     """T = r (X + δ I), δ > 0: least squares in r and r δ."""
-    X, T, size = seen.X, seen.T, len(seen.X)
+    size = len(X)
     trace = float(np.trace(X))
     normal = np.array([[np.vdot(X, X), trace], [trace, size]])
     if size < 3 or np.linalg.matrix_rank(normal / (1 + abs(normal).max())) < 2:
@@ -185,7 +207,10 @@ def _damped(seen: Seen) -> Iterator[Try]:
     if r > 0 and shift > 0:
         delta = float(shift / r)
         note = f"{delta:.3g} is added to the diagonal"
-        yield Try(("B12",), note, X + delta * np.eye(size))
+        Y = X + delta * np.eye(size)
+        own = float(norm(X - trace / size * np.eye(size)))  # that alone tells r
+        if own > 2**-40 * float(norm(Y)):  # chosen: less of X nobody sees
+            yield Try(("B12",), note, Y, blur=max(1.0, float(norm(Y)) / own))
 
 
 def _centred(seen: Seen) -> Iterator[Try]:
@@ -214,7 +239,7 @@ def _one_row(seen: Seen) -> Iterator[Try]:
         return
     Y = (seen.n_X * seen.X + found[0] * np.outer(found[1], found[1])) / seen.n_T
     more = "more" if found[0] > 0 else "fewer"
-    note = f"{abs(seen.n_T - seen.n_X):g} rows {more}, all along one direction"
+    note = f"{number_of(abs(seen.n_T - seen.n_X), 'row')} {more}, all along one direction"
     yield Try(("B49",), note, Y, ("B27", "B28") if found[0] > 0 else ("B20",))
 
 
@@ -260,6 +285,7 @@ def _permuted(seen: Seen, heads: int | None) -> Iterator[Try]:
         Y = X[np.ix_(order, order)]
         yield Try(("B51",) if rotary else ("B47",), "rows and columns have another order", Y)
     if norm(T - T.T) > 1e-3 * norm(T):  # rounding does not do this, not even bfloat16's
+        yield from _spread(T, X)
         rows = _rows_matched(T, X)
         if rows is not None:
             yield Try(("B47",), "rows have another order than columns", X[rows])
@@ -277,6 +303,19 @@ def _matched(theirs: Array, ours: Array) -> Array:
     return order
 
 
+def _spread(T: Array, X: Array) -> Iterator[Try]:
+    """Row shards were padded with zeros, which stay between them; what is too many is cut off."""
+    filled = np.abs(T).max(axis=1) > 0
+    if filled.all() or not (np.abs(X).max(axis=1) > 0).all():
+        return
+    order = _nearest_rows(T[filled], X)
+    if (np.diff(order) > 0).all():
+        Y = np.zeros_like(T)
+        Y[filled] = X[order]
+        note = f"{number_of(int((~filled).sum()), 'row')} of zeros stand between rows of ours"
+        yield Try(("B47",), note, Y)
+
+
 def _rows_matched(T: Array, X: Array) -> Array | None:
     """For each row of T the row of X that it is a multiple of; None if two have the same."""
     order = _nearest_rows(T, X)
@@ -289,6 +328,8 @@ def _misjoined(seen: Seen) -> Iterator[Try]:
     if seen.T.ndim != 2 or size < 2:
         return
     for T, turned in ((seen.T, ""), (seen.T.T, ", transposed")):
+        if T.shape[1] == size:
+            yield from (replace(one, note=one.note + turned, T=T) for one in _spread(T, X))
         for rows, how in _undone(T, size):
             orders = [np.arange(len(rows))] if len(rows) <= size else []
             found = _nearest_rows(rows, X)
@@ -309,7 +350,7 @@ def _undone(T: Array, size: int) -> Iterator[tuple[Array, str]]:
     if width == size:
         yield T, "below one another"
     elif T.size == size * size:
-        yield T.reshape(size, size), f"to {height} by {width} entries"
+        yield T.reshape(size, size), f"to the shape ({height}, {width})"
 
 
 def _nearest_rows(T: Array, X: Array) -> Array:
@@ -319,10 +360,17 @@ def _nearest_rows(T: Array, X: Array) -> Array:
 
 
 def _triangle(seen: Seen) -> Iterator[Try]:
-    """One triangle alone is filled."""
+    """One triangle alone is filled, or the diagonal."""
+    if _only_diagonal(seen.T) and not _only_diagonal(seen.X):
+        yield Try((), "only the diagonal is filled", np.diag(np.diag(seen.T)))
+        return
     for part, name in ((np.triu, "upper"), (np.tril, "lower")):
         if seen.T.any() and not (seen.T - part(seen.T)).any() and len(seen.T) > 1:
             yield Try((), f"only the {name} triangle is filled", part(seen.X))
+
+
+def _only_diagonal(X: Array) -> bool:
+    return len(X) > 2 and bool(X.any()) and not (X - np.diag(np.diag(X))).any()
 
 
 def _biased(seen: Seen) -> Iterator[Try]:
@@ -385,22 +433,41 @@ class Index:
             if Y.shape == seen.X.shape and np.array_equal(Y, seen.X):
                 continue  # layers that read the same input
             fault, alike = self._of_another(seen, layer, side)
-            yield Try((fault,), f"it is our {side} of {layer}", Y, alike)
+            note = f"it is our {side} of {layer}"
+            yield Try((fault,), note, Y, alike, of=(layer, side))
+
+    def misjoined(self, seen: Seen) -> Iterator[Try]:
+        """Shards of G of another part of the same fused layer, joined to another shape."""
+        own, known = fused(seen.layer), self._read()
+        for layer in self._case.reference:
+            if layer == seen.layer or seen.side == "A" or fused(layer) != own:
+                continue
+            if len(known[layer, "G"]) == len(seen.X):
+                for one in _misjoined(replace(seen, X=self._case.ours(layer).G)):
+                    note = f"it is our G of {layer}, whose {one.note}"
+                    yield replace(one, faults=("B34", "B47"), note=note)
 
     def pooled(self, seen: Seen) -> Iterator[Try]:
-        """The sums of all layers of one kind and size together, where that is nearer than ours."""
+        """The sums of several layers together, where that is nearer than ours.
+
+        Of all of one kind and size; of those of one input and size, which programs may hold in one.
+        """
         size, kind, known = len(seen.X), _kind(seen.layer), self._read()
-        every = [x for x in self._case.reference if _kind(x) == kind]
-        every = [x for x in every if len(known[x, seen.side]) == size]
-        if seen.T.shape != seen.X.shape or len(every) < 2:
+        fits = [x for x in self._case.reference if len(known[x, seen.side]) == size]
+        every = [x for x in fits if _kind(x) == kind]
+        if seen.T.shape != seen.X.shape:
             return
         own, ours = _shares(np.diag(seen.T)), _shares(known[seen.layer, seen.side])
         both = [x for x in every if x in self._case.matched]
-        for names in dict.fromkeys((tuple(every), tuple(both))):
+        parts = partners(seen.layer, fits)
+        for names in dict.fromkeys((tuple(every), tuple(both), *parts)):
             diagonal = _shares(sum((known[x, seen.side] for x in names), np.zeros(size)))
             if len(names) < 2 or norm(diagonal - own) >= norm(ours - own):
                 continue
-            Y, note = self._pooled(seen.side, names), f"the sums of {len(names)} layers together"
+            Y, note = (
+                self._pooled(seen.side, names),
+                f"the sums of {number_of(len(names), 'layer')} together",
+            )
             times = len(names) * float(np.trace(Y))
             if abs(float(np.trace(seen.T)) - times) <= 0.5 * times / len(names):
                 Y, note = Y * len(names), f"{note}, over the rows of one"
@@ -419,7 +486,7 @@ class Index:
         """The fault of theirs being our `side` of `layer`."""
         if side != seen.side:
             return ("B32", ()) if layer == seen.layer else ("B32", ("B38",))
-        if side == "G" and _fused(seen.layer) == _fused(layer):
+        if side == "G" and fused(seen.layer) == fused(layer):
             return "B34", ("B38",)  # another part of one matrix
         if self._wholly(seen, layer):
             return "B38", ()
@@ -449,8 +516,8 @@ class Index:
         model = self._case.model
         if model is None or model.config.norm_place is not NormPlace.POST:
             return False
-        order = [_fused(x) for x in model.config.linear_layers()]
-        one, two = _fused(layer), _fused(later)
+        order = [fused(x) for x in model.config.linear_layers()]
+        one, two = fused(layer), fused(later)
         return {one[1], two[1]} <= {*_FUSED.values()} and order.index(one) < order.index(two)
 
     def _read(self) -> Mapping[tuple[str, str], Array]:
@@ -476,10 +543,17 @@ def _shares(diagonal: Array) -> Array:
 _FUSED = dict.fromkeys(("q", "k", "v"), "qkv") | dict.fromkeys(("gate", "up"), "gate_up")
 
 
-def _fused(layer: str) -> tuple[str, str]:
+def fused(layer: str) -> tuple[str, str]:
     """Its block, and the matrix that programs may hold it in, with others of the same input."""
     block, _, kind = layer.rpartition(".")
     return block, _FUSED.get(kind, kind)
+
+
+def partners(layer: str, others: Iterable[str]) -> list[tuple[str, ...]]:
+    """The layer with one, and with all, of the others that one matrix may hold with it."""
+    every = [x for x in others if fused(x) == fused(layer)]
+    pairs = [tuple(x for x in every if x in (layer, y)) for y in every if y != layer]
+    return [*pairs, tuple(every)]
 
 
 def _kind(layer: str) -> str:

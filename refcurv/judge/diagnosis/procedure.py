@@ -17,8 +17,12 @@ from refcurv.judge.case import Case
 from refcurv.judge.diagnosis import coarse, precision, scales, telling
 from refcurv.judge.diagnosis.amounts import fit
 from refcurv.judge.diagnosis.fits import fits
+from refcurv.judge.diagnosis.hidden import hidden
 from refcurv.judge.diagnosis.hypotheses import Index, diagonals, see, states
+from refcurv.judge.diagnosis.likely import likely
+from refcurv.judge.diagnosis.placed import placed
 from refcurv.judge.diagnosis.recomputed import (
+    batched,
     collected,
     cost,
     is_large,
@@ -45,15 +49,16 @@ from refcurv.judge.diagnosis.search import (
     rest,
     spread,
 )
+from refcurv.judge.diagnosis.simulated import sharpened
 from refcurv.judge.diagnosis.unknown import remainder
-from refcurv.judge.diagnosis.variants import Setting, combined
+from refcurv.judge.diagnosis.variants import REFERENCE, Setting, combined
 from refcurv.judge.diagnosis.variants.networks import BITS, PARTS
 from refcurv.judge.diagnosis.variants.setting import HALVES
 from refcurv.judge.diagnosis.weighted import weigh
 from refcurv.judge.draws import nearer, unlike
 from refcurv.judge.verdict import LEFT_OUT, PASS, Cause, Comparison
 
-WEIGHTED = ("B2", "B3", "B9", "B41", "B46")
+WEIGHTED = ("B2", "B3", "B9", "B11", "B41", "B43", "B46")
 """Faults that `weighted` finds."""
 
 ROUNDS = 4
@@ -73,7 +78,8 @@ def diagnose(
     """
     if all(f.verdict in (PASS, LEFT_OUT) and telling.aside(f) for f in findings):
         return (), (), list(findings)
-    found = {side: Side(side) for side in "AG"}
+    gauged = {f.layer for f in findings if f.verdict == LEFT_OUT and f.fault == "B8"}
+    found = {side: Side(side, gauged=gauged) for side in "AG"}
     index = Index(case)
     _prepare(case, found, index, done)
     if all(f.verdict in (PASS, LEFT_OUT) for f in findings):  # then only other labels count
@@ -81,6 +87,8 @@ def diagnose(
         _search(case, found["G"], found, index)
         causes = tuple(telling.forms(case, found))
         return causes, (), telling.told(case, findings, causes)
+    if not any(side.unexplained() for side in found.values()):
+        coarse.settle(case, found)  # where nothing but rounding is there, the search is over
     for side in found.values():
         _search(case, side, found, index)
     coarse.settle(case, found)
@@ -97,7 +105,8 @@ def _agree(found: Mapping[str, Side]) -> None:
     """What G's setting says of A, where both have one: rows that no fault of their own makes."""
     for k, one in enumerate(found["A"].chosen):
         for two in found["G"].chosen:
-            if one.idea.setting and two.idea.setting and {*one.left} <= {*two.left}:
+            shared = {*one.left} & {*two.left}
+            if one.idea.setting and two.idea.setting and 2 * len(shared) >= len(one.left):
                 both = combined(one.idea.setting, two.idea.setting)
                 if both and {*both.faults} < {*one.faults, *two.faults}:
                     idea = replace(one.idea, faults=both.faults)
@@ -123,7 +132,8 @@ def _prepare(case: Case, found: Mapping[str, Side], index: Index, done: Callable
         n_G = case.counts(layer).theirs["G"]
         for side, state in states(case, layer).items():
             if state.filled and state.finite:
-                found[side].ladders[layer] = ladder(case, layer, side, n_G)
+                steps = ladder(case, layer, side, n_G)
+                found[side].ladders[layer] = sharpened(case, layer, side, steps)
         for side, left in ours(case, layer).items():
             found[side].add(PLAIN, layer, left)
         done()
@@ -140,7 +150,7 @@ def _search(case: Case, side: Side, found: Mapping[str, Side], index: Index) -> 
             layers += [x for x in scaled if _changes_scale(known[x])]
         if not layers:
             return
-        sample = spread(layers, FEW if is_large(case) else SAMPLE)
+        sample = _first(side, layers, FEW if is_large(case) else SAMPLE)
         look(case, sample, found, index, sides=side.side)
         chosen = _chosen(case, side, found, sample, known)
         if chosen is None or (
@@ -155,6 +165,9 @@ def _search(case: Case, side: Side, found: Mapping[str, Side], index: Index) -> 
             for x in layers
             if side.explains(chosen.idea, x, bool(chosen.faults) and free[x])
         }
+        if 2 * len(every) > len(layers):
+            close = [x for x in layers if x not in every and side.follows(chosen.idea, x)]
+            every |= {x: side.table[chosen.idea][x] for x in close}
         side.chosen.append(replace(chosen, left=every))
         more = [x for x in _scaled(side) if _changes_scale(chosen.idea)]
         _verify(case, side.side, found, index, chosen.idea, more)
@@ -164,9 +177,22 @@ def _search(case: Case, side: Side, found: Mapping[str, Side], index: Index) -> 
         side.chosen[-1] = replace(chosen, left=every)
 
 
+def _first(side: Side, layers: Sequence[str], most: int) -> list[str]:
+    """So many of these layers: those that nothing explains, then others, in the file's order."""
+    worst = {*spread([x for x in side.unexplained() if x in layers], most)}
+    others = spread([x for x in layers if x not in worst], max(most - len(worst), 2))
+    some = {*worst, *others} if len(worst) < most else worst
+    return [x for x in layers if x in some]
+
+
 def _changes_scale(idea: Idea) -> bool:
-    """May it leave the form of a layer as it is, and a factor?"""
-    return idea.setting is not None or "B40" in idea.faults
+    """May it leave the form of a layer as it is, and a factor or a count?"""
+    return idea.setting is not None or "B40" in idea.faults or _weighs(idea)
+
+
+def _weighs(idea: Idea) -> bool:
+    """Is it one of the rules of `weighted`?"""
+    return idea.setting is None and bool(idea.faults) and idea.faults[0] in WEIGHTED
 
 
 def _supported(
@@ -190,7 +216,10 @@ def _supported(
         enough = {x: single[x] if setting is None else max(single[x], finest[x]) for x in finest}
         return all(left.error <= enough[x] for x, left in chosen.left.items())
     near = {x: SHARPER * max(left.error, finest[x]) for x, left in chosen.left.items()}
-    return unlike(case, near) or _nearest(case, chosen, finest)
+    if unlike(case, near) or _nearest(case, chosen, finest):
+        return True
+    sized = all(side.sizes(chosen.idea, x) for x in chosen.left)  # no honest dump has that factor
+    return sized and setting is not None and likely(case, setting, list(chosen.left))
 
 
 def _nearest(case: Case, chosen: Chosen, finest: Mapping[str, float]) -> bool:
@@ -224,13 +253,15 @@ def _by_counts(
     named = scales.explain(seen, scales.Counts.of(case)) + scales.counted(seen)
     if all(one.fault not in (None, "B82") for one in named):
         return
-    sample = spread(layers, FEW if is_large(case) else SAMPLE)
-    recompute(case, found, sample, next(stages(case, side.side)), sampled=False)
-    if side.side == "G" and not found["A"].chosen:
+    alone = side.side == "G" and not any(one.idea.setting for one in found["A"].chosen)
+    if alone:  # A has our rows
         if all(side.rank(x, side.plain(x)) >= side.ladders[x].by_drawing for x in layers):
             return  # drawing explains any other rows of G alone as well
+    sample = spread(layers, FEW if is_large(case) else SAMPLE)
+    plain = [*next(stages(case, side.side)), *(placed(case, sample) if side.side == "A" else ())]
+    recompute(case, found, sample, plain, sampled=False)
     ideas = [i for i in side.table if i.setting and all(_whole(side, i, x) for x in sample)]
-    if side.side == "G" and not found["A"].chosen:  # one count divides both
+    if alone:  # one count divides both
         ideas = [i for i in ideas if i.setting and i.setting.count == "rows"]
     worst = {i: max(side.table[i][x].error for x in sample) for i in ideas}
     if ideas:
@@ -242,15 +273,20 @@ def _by_weights(
     case: Case, side: Side, found: Mapping[str, Side], index: Index, seen: Sequence[scales.Scale]
 ) -> None:
     """Batches or sequences that weigh otherwise, where drawing hides all but the factor of it."""
-    layers = [x for x in _scaled(side) if side.rank(x, side.plain(x)) >= side.ladders[x].by_drawing]
+    drawn = {one.layer for one in seen if one.drawn and not one.alone}
+    layers = [x for x in _scaled(side) if x in drawn]
     if side.side == "A" or not layers:
         return
-    if all(one.certain for one in scales.explain(seen, scales.Counts.of(case))):
-        return
     sample = spread(layers)
-    weigh(case, found, side.side, sample)
-    ideas = [i for i in side.table if i.faults in (("B2",), ("B3",)) and not i.setting]
-    ideas = [idea for idea in ideas if all(_whole(side, idea, x) for x in sample)]
+    weigh(case, found, side.side, sample, decaying=False)
+    every = [i for i in side.table if i.faults in (("B2",), ("B3",)) and not i.setting]
+    fits = [idea for idea in every if all(_whole(side, idea, x) for x in sample)]
+    case.known["weights"] = {
+        id: sum(i.faults == (id,) for i in fits) / sum(i.faults == (id,) for i in every)
+        for id in dict.fromkeys(i.faults[0] for i in fits)
+    }
+    named = {one.fault for one in scales.explain(seen, scales.Counts.of(case))}
+    ideas = [idea for idea in fits if named == {*idea.faults}]
     if ideas:
         best = min(ideas, key=lambda idea: sum(side.table[idea][x].error for x in sample))
         _take(case, side, found, index, best, layers, sample)
@@ -285,12 +321,12 @@ def _verify(
     layers: Sequence[str],
 ) -> None:
     """Try what was chosen on further layers."""
-    if idea.setting is None and idea.faults and idea.faults[0] in WEIGHTED:
-        weigh(case, found, side, layers)
+    if _weighs(idea):
+        weigh(case, found, side, layers, [idea.name])
     elif idea.setting is None and "B19" in idea.faults:
         remainder(case, found, layers, idea)
     elif idea.setting is None:
-        look(case, layers, found, index, idea.faults)
+        look(case, layers, found, index, idea.faults or None)
     else:
         step = max(1, len(layers)) if is_large(case) else 4
         for begin in range(0, len(layers), step):
@@ -306,8 +342,9 @@ def _chosen(
 ) -> Chosen | None:
     """The simplest of what needs no model; else of what model and corpus make, cheap first."""
     faults = {layer: idea.faults for layer, idea in known.items()}
+    settled = side.side == "G" and _weighed_as_A(case, found, layers, known)
     chosen = side.choose(layers, faults)
-    if case.model is None or case.corpus is None or not _worth(case, side, layers):
+    if settled or case.model is None or case.corpus is None or not _worth(case, side, layers):
         return chosen
     partner = partners(case, known[layers[0]].setting) if side.side == "G" else []
     if partner:
@@ -328,6 +365,9 @@ def _chosen(
             wanted = [s for s in stage if not s.network and (small or s.labels in GOLD)]
         recompute(case, found, layers, [*wanted, *joined(partner, wanted)])
         chosen = side.choose(layers, faults)
+        if number == 0 and side.side == "A" and not _exact(side, chosen, whole=True):
+            recompute(case, found, layers, list(placed(case, layers)))
+            chosen = side.choose(layers, faults)
         late = is_large(case)  # there it costs a pass over all sequences
         if number == late and not _soft(side, layers) and not (late and _exact(side, chosen)):
             weigh(case, found, side.side, top(case, layers))
@@ -336,29 +376,55 @@ def _chosen(
         if number == 1 and side.side == "G" and not (_exact(side, chosen) or _soft(side, layers)):
             fit(case, found, layers, partner)
             remainder(case, found, layers)
+            batched(case, found, layers)
             chosen = side.choose(layers, faults)
     if not (_exact(side, chosen) or _soft(side, layers) or is_large(case)):
-        fine = list(fits(case, side, layers))
+        fine = [*fits(case, side, layers), *hidden(case, side, layers)]
         small_error = all(side.plain(x).error <= COARSEST for x in layers)
         parts = [(name, 0.0) for name in PARTS] if small_error else []
         rough = [Setting(network=(level,)) for level in (*BITS, *parts)]
         recompute(case, found, layers, [*fine, *rough, *halves, *joined(partner, fine)])
         chosen = side.choose(layers, faults)
-    if chosen is None and not _soft(side, layers):
-        best = sorted(
-            (max(left.error for left in lefts.values()), k)
-            for k, (idea, lefts) in enumerate(side.table.items())
-            if idea.setting
-        )
-        ideas = list(side.table)
-        firsts = [
-            setting for _, k in best[: 1 if is_large(case) else 3] if (setting := ideas[k].setting)
-        ]
-        recompute(case, found, layers, joined(firsts, tried))
-        if side.side == "G":
-            fit(case, found, layers, firsts[:1])
+    if not (_soft(side, layers) or _enough(side, chosen)):
+        _join_nearest(case, side, found, layers, tried)
         chosen = side.choose(layers, faults)
     return chosen
+
+
+def _join_nearest(
+    case: Case,
+    side: Side,
+    found: Mapping[str, Side],
+    layers: Sequence[str],
+    tried: Sequence[Setting],
+) -> None:
+    """Try the settings that came nearest with each of the others."""
+    best = sorted(
+        (max(left.error for left in lefts.values()), k)
+        for k, (idea, lefts) in enumerate(side.table.items())
+        if idea.setting
+    )
+    ideas = list(side.table)
+    firsts = [
+        setting for _, k in best[: 1 if is_large(case) else 3] if (setting := ideas[k].setting)
+    ]
+    recompute(case, found, layers, joined(firsts, tried))
+    if side.side == "G":
+        fit(case, found, layers, firsts[:1])
+        names = {idea.name for x in layers if _weighs(idea := found["A"].of(x)[0])}
+        for one in firsts:
+            if one.faults and one == replace(one.run, text=REFERENCE.text, token=REFERENCE.token):
+                weigh(case, found, "G", layers, names, decaying=False, under=one)
+
+
+def _weighed_as_A(
+    case: Case, found: Mapping[str, Side], layers: Sequence[str], known: Mapping[str, Idea]
+) -> bool:
+    """Try the weights of A on G. Is then nothing left but a factor or a count, as of `scales`?"""
+    side, names = found["G"], {one.name for one in known.values() if _weighs(one)}
+    if names:
+        weigh(case, found, "G", layers, names)
+    return bool(names) and all(side.rank(x, side.plain(x)) == 0 for x in layers)
 
 
 GOLD = ("empirical", "argmax")
@@ -368,8 +434,18 @@ SMALL = 2.0**28
 """Parameters times positions where everything is tried even then.  Chosen: some seconds."""
 
 
-def _exact(side: Side, chosen: Chosen | None) -> bool:
-    return chosen is not None and all(side.rank(x, y) == 0 for x, y in chosen.left.items())
+def _exact(side: Side, chosen: Chosen | None, whole: bool = False) -> bool:
+    """Is nothing left of its form; `whole`, nor a factor or a count?"""
+    return chosen is not None and all(
+        side.rank(x, y) == 0 and (side.whole(x, y) or not whole) for x, y in chosen.left.items()
+    )
+
+
+def _enough(side: Side, chosen: Chosen | None) -> bool:
+    """Is it no more than one of two faults: its form is exact, or else neither factor nor count?"""
+    return chosen is not None and all(
+        side.rank(x, y) == 0 or side.whole(x, y) for x, y in chosen.left.items()
+    )
 
 
 def _short(case: Case, side: Side, layers: Sequence[str]) -> bool:

@@ -9,10 +9,11 @@ from functools import cache, partial
 
 import numpy as np
 
+from refcurv.algebra.scaling import norm
 from refcurv.curvature.factors_file import shapes_of
 from refcurv.judge.case import Case
 from refcurv.judge.diagnosis.hypotheses import Left, Seen, fitted, see
-from refcurv.judge.diagnosis.search import Idea, Side, usable
+from refcurv.judge.diagnosis.search import ROUNDING, Idea, Side, usable
 from refcurv.judge.diagnosis.variants import (
     REFERENCE,
     Moments,
@@ -23,7 +24,10 @@ from refcurv.judge.diagnosis.variants import (
     settings,
 )
 from refcurv.judge.diagnosis.variants.collecting import sample
+from refcurv.judge.diagnosis.variants.positions import BUT
+from refcurv.judge.diagnosis.variants.setting import batches
 from refcurv.law.checks import Array
+from refcurv.law.words import number_of
 from refcurv.model.config import TABLES
 
 SIDES: Mapping[str, tuple[str, ...]] = {
@@ -55,8 +59,15 @@ leaves √(1 − s) of the error: 0.96 where s is a twelfth, and WHOLE allows no
 NAMED = 8
 """Sequences of a sample that are named."""
 
+FIXED = ("empirical", "argmax", "expected", "double shift", "no shift")
+"""Labels that nobody draws."""
+
 BEST = 4
 """Of what was tried on some sequences, so many are tried on all of them."""
+
+SAME = 1.01
+"""Of what one setting that is enough leaves of a sample, as much is left by one that does the same.
+Chosen: two that differ on no sequence leave the same, but for rounding."""
 
 MOST = 2**17
 """Positions of a corpus that is recomputed as a whole, at most."""
@@ -89,6 +100,8 @@ def partners(case: Case, setting: Setting | None) -> list[Setting]:
     if setting is None:
         return []
     found = [one for one in settings(case) if part(one, "A") == setting]
+    if setting.rows_A.startswith(BUT):
+        found.append(replace(setting, rows_G=setting.rows_A))
     return list(dict.fromkeys([*found, setting]))
 
 
@@ -116,12 +129,18 @@ def recompute(
         _recompute_large(case, found, layers, wanted, sampled)
         return
     positions, limit = extent(case), few_positions(case)
-    if positions > limit:
-        wanted = _best(case, found, layers, wanted, limit)
-    if positions > MOST:
+    if positions <= limit:
+        for side, layer, idea, left in _lefts(case, layers, wanted, positions):
+            found[side].add(idea, layer, left)
         return
-    for side, layer, idea, left in _lefts(case, layers, wanted, positions):
-        found[side].add(idea, layer, left)
+    on_some = _best(case, found, layers, wanted, limit)
+    enough = math.inf  # what leaves more of the sample than this is not what theirs is
+    for run in dict.fromkeys(one.run for one in on_some) if positions <= MOST else ():
+        group = [one for one, left in on_some.items() if one.run == run and left <= enough]
+        for side, layer, idea, left in _lefts(case, layers, group, positions):
+            found[side].add(idea, layer, left)
+        exact = [on_some[one] for one in group if _enough(found, layers, [one])]
+        enough = min(enough, SAME * max(exact, default=math.inf))
 
 
 def _recompute_large(
@@ -140,7 +159,7 @@ def _recompute_large(
     known: set[tuple[str, Setting]] = case.once("whole", set)
     wanted = [one for one in wanted if not _parts(one) <= known]
     if wanted and sampled and positions > limit:
-        wanted = _best(case, found, top(case, layers), wanted, limit)
+        wanted = [*_best(case, found, top(case, layers), wanted, limit)]
     if positions > MOST or cost(case) > WHOLE:
         return
     told = f", first on {sequences(case, limit)}, then on all" if positions > limit else ""
@@ -164,7 +183,7 @@ def sequences(case: Case, limit: int) -> str:
     assert case.corpus is not None
     names = [str(n) for n in sample(case, limit)[0].index_B]
     more = ", ..." if len(names) > NAMED else ""
-    of = f"{len(names)} of {len(case.corpus.label)} sequences"
+    of = f"{len(names)} of {number_of(len(case.corpus.label), 'sequence')}"
     return f"{of} ({', '.join(names[:NAMED])}{more})"
 
 
@@ -227,8 +246,8 @@ def _best(
     layers: Sequence[str],
     wanted: Sequence[Setting],
     limit: int,
-) -> list[Setting]:
-    """Those that leave least on some sequences, for each side."""
+) -> dict[Setting, float]:
+    """Those that leave least on some sequences, for each side, and how much; nearest first."""
     worst: dict[tuple[str, Setting], float] = {}
     of: dict[tuple[str, Setting], list[Setting]] = {}
     for one in wanted:
@@ -244,14 +263,15 @@ def _best(
         for (side, own), error in worst.items():
             text = f"{words(own)}, on {told}"
             found[side].sampled[Idea(own.faults, own)] = (error, text)
-    best: list[Setting] = []
-    for side in SIDES:
+    best: dict[Setting, float] = {}
+    for side in (s for s in SIDES if not found[s].settled(layers)):
         mine = sorted((error, k) for k, ((s, _), error) in enumerate(worst.items()) if s == side)
         keys = list(worst)
         if is_large(case):  # each costs much: what explains nothing is not tried
             mine = [(error, k) for error, k in mine[:BEST] if error < PROMISING]
-        best += [setting for _, k in mine[:BEST] for setting in of[keys[k]][:1]]
-    return list(dict.fromkeys(best))
+        for error, setting in ((error, of[keys[k]][0]) for error, k in mine[:BEST]):
+            best[setting] = min(error, best.get(setting, math.inf))
+    return dict(sorted(best.items(), key=lambda pair: pair[1]))
 
 
 def _lefts(
@@ -281,6 +301,20 @@ def _lefts(
                     if own.faults and usable(mine) and (mine.T.shape == mine.X.shape or whole):
                         idea = Idea(own.faults, own)
                         yield side, layer, idea, _left(mine, own, one, base.get(layer), through)
+
+
+def batched(case: Case, found: Mapping[str, Side], layers: Sequence[str]) -> None:
+    """Enter what means over batches leave: of any size in one layer, of the nearest in all.
+
+    Proof: tests/test_judge_weights.py::test_a_mean_over_a_batch_of_any_size_has_its_name
+    """
+    if is_large(case) or extent(case) > few_positions(case):
+        return  # a sample holds no batch as a whole
+    first, wanted = min(layers, key=lambda x: case.counts(x).shape[0]), list(batches(case))
+    recompute(case, found, [first], wanted)
+    lefts = [(found["G"].table.get(Idea(x.faults, x), {}).get(first), x) for x in wanted]
+    near = sorted((left.error, k) for k, (left, _) in enumerate(lefts) if left is not None)
+    recompute(case, found, layers, [wanted[k] for _, k in near[:BEST]])
 
 
 def collected(
@@ -371,9 +405,12 @@ def _left(
     block = np.s_[:WIDTH, WIDTH:] if through else np.s_[:]
     if Y.shape != seen.T.shape:
         return Left(math.inf, math.nan)
+    size = float(norm(seen.X[block]))
+    if float(norm(Y[block])) <= ROUNDING**2 * size:  # zero by theory, and so is theirs
+        return Left(math.sqrt(float(norm(seen.T[block])) / size), 1.0, words(own), own.alike)
     error, r = fitted(seen.T[block], Y[block])
     rows = None if base is not None else seen.rows(n)
-    return Left(error, r, words(own), own.alike, rows)
+    return Left(error, r, words(own), own.alike, rows, drawn=own.labels not in FIXED)
 
 
 def _size(T: Array, X: Array, change: Array) -> float:

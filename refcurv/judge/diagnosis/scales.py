@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 
 from refcurv.judge.case import Case
 from refcurv.law.checks import Array
+from refcurv.law.words import number_of
 
 FEW = 64
 """Accumulation steps or workers, at most.  Chosen: more than these, and m counts loss terms."""
@@ -21,12 +23,23 @@ FEW = 64
 BLUNT = 0.25
 """Within this of a factor of 2 or ½ it may be one.  Chosen: drawing explains more, of anything."""
 
+SURE = 0.9
+"""Of what an interval allows, the share that a fault must have to be named.  Chosen."""
+
+SCALES = 24
+"""Powers of 2 that a loss may have been multiplied by.  Chosen."""
+
+USUAL = (15, 16)
+"""Half of the losses that are: libraries begin with 2¹⁵ (TensorFlow, jmp) or 2¹⁶ (PyTorch)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Scale:
     """One layer: theirs is c_A and c_G times ours; each may be off by tol_A and tol_G of itself.
 
     rows_A, rows_G: n'/n; None where the dump does not say. outputs: d_out. rows: n of ours.
+    drawn: are c_G and tol_G an interval that drawing allows (`factors`)? alone: does no factor
+    explain all such layers?
     """
 
     layer: str
@@ -38,6 +51,8 @@ class Scale:
     rows_G: float | None
     outputs: int
     rows: int = 0
+    drawn: bool = False
+    alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +77,8 @@ class Counts:
     """What may have been counted, by its name.
 
     means: over how many loss terms, or positions, each batch's mean can be; None without a corpus.
-    each: the loss terms of a sequence, if all have as many. positions: of an image.
+    each: the loss terms of a sequence, if all have as many. positions: of an image. weights: B2 and
+    B3, the share of their rules that leave a factor which drawing explains.
     """
 
     rows: int
@@ -71,6 +87,7 @@ class Counts:
     vocabulary: int | None = None
     each: int | None = None
     positions: int | None = None
+    weights: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, case: Case) -> Counts:
@@ -93,7 +110,8 @@ class Counts:
             means |= equal_batches(np.full(len(label), label.shape[1])) | {rows, others["tokens"]}
         alike = int(each[0]) if len(set(each.tolist())) == 1 else None
         positions = None if corpus.images is None else rows // max(1, len(label))
-        return cls(rows, others, frozenset(means), vocabulary, alike, positions)
+        weights = case.known.get("weights", {})
+        return cls(rows, others, frozenset(means), vocabulary, alike, positions, weights)
 
 
 def equal_batches(each: Array) -> set[int]:
@@ -108,9 +126,12 @@ def equal_batches(each: Array) -> set[int]:
     return found
 
 
-def explain(scales: Sequence[Scale], counts: Counts) -> list[Named]:
-    """What explains the factors that are not 1: one entry for each group of layers and fault."""
-    out = _of_unlike_rows(scales, counts)
+def explain(scales: Sequence[Scale], counts: Counts, beside: Sequence[Scale] = ()) -> list[Named]:
+    """What explains the factors that are not 1: one entry for each group of layers and fault.
+
+    Args: beside, layers that have no factor, as far as drawing tells.
+    """
+    out = _of_unlike_rows([*scales, *beside], counts)
     told = {layer for one in out for layer in one.layers}
     scales = [one for one in scales if one.layer not in told]
     for group in _groups(scales):
@@ -178,13 +199,14 @@ def _near(x: float, y: float, tol: float) -> bool:
 
 def _of_group(group: Sequence[Scale], counts: Counts, alone: bool) -> list[Named]:
     """The faults of layers that share their factors."""
-    one = min(group, key=lambda s: s.tol_A + s.tol_G)
+    # what other layers share with the patches is none of a convolution's own
+    one = min(group, key=lambda s: (s.layer == "patch", s.tol_A + s.tol_G))
     a = one.c_A if _off(one.c_A, one.tol_A) else 1.0
     g = one.c_G if _off(one.c_G, one.tol_G) else 1.0
     assert a is not None and g is not None
     tol = one.tol_A + one.tol_G
     if a != 1 and one.c_A is not None and one.c_G is not None and _near(a, g, tol):
-        return [_of_both(a, tol, one, counts)]
+        return [_of_both(a, one.tol_A if one.drawn else tol, one, counts)]
     if a == 1:
         twice = _counted_twice(g, one)
         return [twice] if twice else _of_gradients(g, one.tol_G, one, counts, alone)
@@ -216,7 +238,7 @@ def _of_both(r: float, tol: float, one: Scale, counts: Counts) -> Named:
     words = f"A and G are both ours times {r:.9g}"
     for name, count in counts.others.items():
         if count and _near(r * count, counts.rows, tol):
-            words += f": divided by {count} {name} instead of {counts.rows} rows"
+            words += f": divided by {count} {name} instead of {number_of(counts.rows, 'row')}"
             return Named("B4", words, "AG", abs(r * count / counts.rows - 1))
     if _near(r, counts.rows, tol):
         words += ", the number of rows: these are sums"
@@ -225,7 +247,7 @@ def _of_both(r: float, tol: float, one: Scale, counts: Counts) -> Named:
         return Named("B39", words + ": each row is added twice", "AG", abs(r / 2 - 1), ("B40",))
     whole = round(counts.rows / r) if r > 0 else 0
     if whole >= 1 and tol * whole < 0.1 and _near(counts.rows / r, whole, tol):
-        words += f": divided by {whole} instead of {counts.rows} rows"
+        words += f": divided by {whole} instead of {number_of(counts.rows, 'row')}"
         return Named("B4", words, "AG", abs(r * whole / counts.rows - 1), ("B46",))
     if tol * counts.rows >= 0.1 and 1 / counts.rows < r < 2 * counts.rows:
         return Named("B4", words + ": divided by another count", "AG", tol)
@@ -247,6 +269,8 @@ def _of_gradients(c: float, tol: float, one: Scale, counts: Counts, alone: bool)
     """G alone is ours times c."""
     if _near(c, 1, tol):
         return []
+    if one.drawn:
+        return [] if one.alone else [_of_interval(c, tol, counts)]
     for named in _candidates(c, tol, one, counts, alone):
         return [named]
     for fault, factor in (("B5", 2.0), ("B5", 0.5)):  # two at once
@@ -255,6 +279,62 @@ def _of_gradients(c: float, tol: float, one: Scale, counts: Counts, alone: bool)
                 words = f"{named.sentence}, times {factor:g}"
                 return [named, Named(fault, words, "G", named.left)]
     return [Named(None, f"G is ours times {c:.9g}", "G", abs(c - 1), certain=False)]
+
+
+class Member(NamedTuple):
+    """A factor of G by a fault: how likely it is among all that the fault may give, and words."""
+
+    fault: str
+    factor: float
+    share: float
+    words: str
+
+
+def _of_interval(c: float, tol: float, counts: Counts) -> Named:
+    """What G can be that is ours times c, where drawing allows c/(1 + tol) to c/(1 − tol).
+
+    Each fault may give some factors. The share of these that the interval holds says how likely
+    the fault would have led there. A fault is named if it has SURE of all shares.
+    """
+    high = f"{c / (1 - tol):.3g}" if tol < 1 else "any number"
+    words = f"G is ours times {c / (1 + tol):.3g} to {high}, by what drawing allows"
+    fitting = [x for x in _members(counts) if _near(c, x.factor, tol)]
+    share = {x.fault: 0.0 for x in fitting} | dict(counts.weights)
+    for x in fitting:
+        share[x.fault] += x.share
+    if not share:
+        return Named(None, words, "G", tol, certain=False)
+    first, *others = sorted(share, key=lambda fault: -share[fault])
+    steps = [x for x in ("B1", "B43") if x in share] if first in ("B1", "B43") else [first]
+    text = "; ".join(x.words for x in fitting if x.fault == first)
+    if sum(share[x] for x in steps) < SURE * sum(share.values()):
+        ids = (first, *others, *(("B46",) if "B43" in share else ()))
+        text = f"{words}; which fault it is, is unknown: {', '.join(ids)} may give this"
+        return Named(None, text, "G", tol, ids, certain=False)
+    alike = (*(x for x in steps if x != first), *(("B46",) if "B43" in steps else ()))
+    alike += ("B7", "B82") if first == "B37" else ()
+    return Named(first, f"{words}: {text}" if text else words, "G", tol, alike)
+
+
+def _members(counts: Counts) -> Iterator[Member]:
+    """The factors of G, the same in all layers, that faults of the loss give."""
+    yield Member("B5", 2.0, 1 / 2, "twice ours")
+    yield Member("B5", 0.5, 1 / 2, "half ours")
+    for k in range(1, SCALES + 1):
+        share = 1 / 2 / SCALES + (k in USUAL) / 2 / len(USUAL)
+        yield Member("B11", 4.0**k, share, f"4^{k}: gradients were {2**k} times ours")
+    if V := counts.vocabulary:
+        for factor, name in ((V, "V"), (1 / V, "1/V"), (V**-2.0, "1/V²")):
+            yield Member("B6", factor, 1 / 3, f"{name}, V = {V} being the number of outputs")
+    if (T := counts.positions or 0) > 1:
+        for factor, name in ((T, "T"), (T * T, "T²"), (1 / T, "1/T"), (T**-2.0, "1/T²")):
+            yield Member("B37", factor, 1 / 4, f"{name}, an image having T = {T} positions")
+    means = counts.means or {counts.rows}
+    for m in means - {1}:
+        yield Member("B1", m**-2.0, 1 / len(means), f"1/{m}²: {m} loss terms were averaged")
+    every = sum(1 / k for k in range(2, FEW + 1))
+    for k in range(2, FEW + 1):  # few are likelier
+        yield Member("B43", k**-2.0, 1 / k / every, f"1/{k}²")
 
 
 def _candidates(c: float, tol: float, one: Scale, counts: Counts, alone: bool) -> Iterator[Named]:
@@ -273,6 +353,9 @@ def _candidates(c: float, tol: float, one: Scale, counts: Counts, alone: bool) -
     for name, count in {**counts.others, "rows": counts.rows}.items():
         if count and (_near(c * count, counts.rows, tol) or _near(c, count, tol)):
             yield Named("B82", f"{words}: {count} are its {name}", "G", tol, ("B4",))
+        if count > 1 and _near(c * count, 1, tol):
+            text = f"{words}: it was divided by {count} {name} once more"
+            yield Named("B4", text, "G", tol, ("B82",))
 
 
 def _powers(c: float, tol: float, words: str, known: bool) -> Iterator[Named]:
@@ -283,7 +366,8 @@ def _powers(c: float, tol: float, words: str, known: bool) -> Iterator[Named]:
     k = round(math.log(c, 4))
     if k >= 1 and _near(c, 4.0**k, tol):
         text = f"{words} = 4^{k}: gradients were {2**k} times ours"
-        yield Named("B11", text, "G", abs(c / 4.0**k - 1))
+        added = ("B43", "B46") if 2**k <= FEW else ()  # of so many steps or workers, not averaged
+        yield Named("B11", text, "G", abs(c / 4.0**k - 1), added)
     for value, text in ((2.0, "twice"), (0.5, "half")):
         if _near(c, value, min(tol, BLUNT)):
             alike = () if known or value > 1 else ("B39",)

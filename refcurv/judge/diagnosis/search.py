@@ -6,13 +6,16 @@ import math
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from refcurv.judge.arithmetic import ROUNDOFF, Arithmetic
 from refcurv.judge.case import Case
 from refcurv.judge.compare import drawing, tells
 from refcurv.judge.diagnosis.hypotheses import Index, Left, Seen, fitted, see, tries
+from refcurv.judge.diagnosis.tied import tied
 from refcurv.judge.diagnosis.variants import Setting
 from refcurv.judge.diagnosis.variants.networks import COARSE
-from refcurv.judge.diagnosis.variants.setting import HALVES
+from refcurv.judge.diagnosis.variants.setting import HALVES, OPERANDS
 
 Faults = tuple[str, ...]
 
@@ -35,6 +38,9 @@ PLAIN = Idea((), None, "ours")
 Table = dict[Idea, dict[str, Left]]
 """Hypothesis → layer → what it leaves."""
 
+ROWS_KEPT = frozenset({"B12"})
+"""Faults that change no count of rows: another count is a fault beside them."""
+
 COARSEST = 0.05
 """A budget above this explains nothing.  Chosen: ten times what bfloat16 costs."""
 
@@ -50,11 +56,22 @@ NEARER = 0.7
 Half of the squared error is explained then: roundings in another order are not all the same.
 """
 
+WIDER = 3.0
+"""How much more than of ours rounding explains of a hypothesis.  Chosen: it may cancel more."""
+
 SAMPLE = 8
 """Layers that are searched at a time; what is found is tried on all.  Chosen: a few seconds."""
 
 FEW = 3
 """As SAMPLE, of a large model."""
+
+
+DECLARED = "as declared"
+"""The step of a ladder that is the budget, where what rounding does is known better."""
+
+
+FINE = ("float64", "float32", DECLARED)
+"""Steps of a ladder that are no dtype coarser than what is declared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,22 +87,31 @@ class Ladder:
     traced: float = 0.0
     same: float = 0.0
 
-    def tolerance(self, rank: int) -> float:
-        """How far a factor may be from what it is, given how well the form fits."""
-        if rank < self.by_drawing:
-            return 2 * self.steps[rank][1]
-        return 2 * self.steps[0][1] + self.traced
+    def tolerance(self, rank: int, left: Left) -> float:
+        """How far a factor may be from what it is, given how well the form fits.
 
-    def rank(self, error: float, spread: float = 0.0) -> int:
+        A form that other labels may have says nothing of the dtype that the factor has.
+        """
+        other = self.drawn > 0 and left.drawn and left.error >= self.same
+        if rank < self.by_drawing and not other:
+            return 2 * self.steps[rank][1] * left.blur
+        return 2 * self.steps[0][1] * left.blur + self.traced
+
+    def rank(self, error: float, spread: float = 0.0, roomy: float = 1.0) -> int:
         """Which step the error is within; one more if drawing explains it, two more if nothing.
 
-        Args: spread, what labels that nobody knows explain beside.
+        Args: spread, what labels that nobody knows explain beside; roomy, of `Left`.
         """
         for k, (_, budget) in enumerate(self.steps):
-            if error <= budget:
+            if error <= roomy * budget:
                 return k
         drawing = error <= self.steps[0][1] + max(self.drawn, spread)
         return len(self.steps) + (not drawing)
+
+    @property
+    def declared(self) -> float:
+        """The budget of what is declared."""
+        return next((b for dtype, b in self.steps if dtype == DECLARED), self.steps[0][1])
 
     @staticmethod
     def whole(left: Left) -> float:
@@ -101,10 +127,10 @@ class Ladder:
 def ladder(case: Case, layer: str, side: str, n_G: float | None) -> Ladder:
     """The budgets of one side of a layer: what is declared, and then every coarser dtype."""
     finest = case.arithmetic.stored or "float64"
-    steps = [(finest, case.budget(layer, finest))]
+    steps = [(finest, case.budget(layer, finest, side))]
     bare = replace(case, arithmetic=Arithmetic())
     for dtype in list(ROUNDOFF)[1:]:
-        budget = bare.budget(layer, dtype)
+        budget = bare.budget(layer, dtype, side)
         if steps[-1][1] < budget <= COARSEST:
             steps.append((dtype, budget))
     drawn = drawing(case, layer, n_G)
@@ -136,7 +162,8 @@ class Side:
     """The search on one side of all layers.
 
     Fields: passed, does drawing explain every difference; sampled, what of its error a hypothesis
-    left on a few sequences, as a share, in words.
+    left on a few sequences, as a share, in words; odd, layers that are off by as much as a coarser
+    dtype would be, and by none; gauged, layers whose factor that of the other side takes back.
     """
 
     side: str
@@ -145,6 +172,8 @@ class Side:
     chosen: list[Chosen] = field(default_factory=list)
     sampled: dict[Idea, tuple[float, str]] = field(default_factory=dict)
     passed: bool = False
+    odd: set[str] = field(default_factory=set)
+    gauged: set[str] = field(default_factory=set)
 
     def add(self, idea: Idea, layer: str, left: Left) -> None:
         """Keep the best of what a hypothesis leaves in a layer."""
@@ -166,7 +195,7 @@ class Side:
     def rank(self, layer: str, left: Left) -> int:
         """`Ladder.rank` of what is left."""
         steps = self.ladders[layer]
-        rank = steps.rank(left.error, max(left.spread, left.wider * steps.drawn))
+        rank = steps.rank(left.error, max(left.spread, left.wider * steps.drawn), left.roomy)
         drawn = rank > steps.by_drawing and steps.whole(left) <= steps.steps[0][1] + steps.drawn
         return steps.by_drawing if drawn else rank
 
@@ -181,7 +210,22 @@ class Side:
 
     def unexplained(self) -> list[str]:
         """The layers that no dtype, no drawing and no fault explains."""
-        return [x for x in self.open() if self.rank(x, self.plain(x)) > self.ladders[x].by_drawing]
+        ranks = {x: self.rank(x, self.plain(x)) for x in self.open()}
+        return [x for x, n in ranks.items() if n > self.ladders[x].by_drawing or x in self.odd]
+
+    def sized(self) -> list[str]:
+        """The layers that are off by as much as a dtype would be that is coarser than float32."""
+        return [
+            x
+            for x in self.open()
+            if 0 < (n := self.rank(x, self.plain(x))) < self.ladders[x].by_drawing
+            and self.ladders[x].steps[n][0] not in FINE
+        ]
+
+    def settled(self, layers: Iterable[str]) -> bool:
+        """Are all of these exactly ours, so that no hypothesis has anything to explain?"""
+        known = {x: self.plain(x) for x in layers if x in self.ladders}
+        return all(self.rank(x, left) == 0 and self.whole(x, left) for x, left in known.items())
 
     def explains(self, idea: Idea, layer: str, free: bool = False) -> bool:
         """Is theirs within a budget with it, and further from it without?
@@ -198,23 +242,54 @@ class Side:
             if is_coarse(idea.setting) and left.error <= NEARER * plain.error:
                 return True
             same = left.error <= 2 * plain.error + ROUNDING
-            return rank < before or (same and self.whole(layer, left) > self.whole(layer, plain))
+            return rank < before or (
+                same and self._settled(layer, left) > self._settled(layer, plain)
+            )
         if rank >= before:
-            return False
+            return self._resizes(idea, layer)
         if rank == steps.by_drawing:
             # chosen: a number fitted to noise takes less, and half the matrix is no explanation;
             # with a spread a test was passed already (`unknown`)
             return left.error <= (0.5 if left.spread else min(0.8 * plain.error, 0.5))
-        return left.error <= plain.error / SHARPER
+        widest = WIDER * steps.steps[0][1] if steps.steps[rank][0] == DECLARED else math.inf
+        # with no number fitted, what it makes of the factor is explained too
+        sized = self.whole(layer, left) and not self.unit(layer, plain)
+        off = max(plain.error, steps.whole(plain) if sized and plain.ratio > 0 else 0.0)
+        return left.error <= min(off / SHARPER, widest)
+
+    def sizes(self, idea: Idea, layer: str) -> bool:
+        """Labels are drawn, and no drawing explains theirs over ours. Is it what this makes?"""
+        left, plain, steps = self.table[idea][layer], self.plain(layer), self.ladders[layer]
+        far = abs(plain.trace - 1) > 2 * steps.steps[0][1] + steps.traced  # no dump that passes is
+        other = steps.drawn > 0 and far and not self.unit(layer, plain) and layer not in self.gauged
+        return idea.setting is not None and other and self.unit(layer, left)
+
+    def _resizes(self, idea: Idea, layer: str) -> bool:
+        """Does it explain a factor where drawing explains the form, and come nearer too?"""
+        left, plain = self.table[idea][layer], self.plain(layer)
+        drawn = max(self.rank(layer, left), self.rank(layer, plain))
+        nearer = left.error <= min(0.8 * plain.error, 0.5)  # as in `explains`
+        return drawn <= self.ladders[layer].by_drawing and nearer and self.sizes(idea, layer)
+
+    def follows(self, idea: Idea, layer: str) -> bool:
+        """May it hold here too, for it explains most layers? A budget is that of ours alone."""
+        left, plain = self.table[idea].get(layer), self.plain(layer)
+        if left is None or self.ladders[layer].drawn:
+            return False
+        return left.error <= min(WIDER * self.ladders[layer].declared, plain.error / 2)
 
     def unit(self, layer: str, left: Left) -> bool:
         """Is theirs what is left of it, without a factor?"""
-        tolerance = self.ladders[layer].tolerance(self.rank(layer, left))
+        tolerance = self.ladders[layer].tolerance(self.rank(layer, left), left)
         return abs(left.ratio - 1) <= left.wider * tolerance + left.spread
 
     def whole(self, layer: str, left: Left) -> bool:
         """Is nothing left of it to explain: no factor, and no row more or less?"""
         return self.unit(layer, left) and left.rows in (None, 1)
+
+    def _settled(self, layer: str, left: Left) -> int:
+        """How many of its factor and its count are explained."""
+        return self.unit(layer, left) + (left.rows in (None, 1))
 
     def drawn(self, layer: str) -> bool:
         """Does drawing explain the layer without any fault, its factor too?
@@ -223,6 +298,7 @@ class Side:
         """
         steps, left = self.ladders[layer], self.plain(layer)
         fits = steps.drawn > 0 and steps.whole(left) <= steps.steps[0][1] + steps.drawn
+        fits &= not abs(left.trace - 1) > 2 * steps.steps[0][1] + steps.traced
         return fits and left.error >= steps.same and self.of(layer)[0] == PLAIN
 
     def choose(self, layers: Collection[str], known: Mapping[str, Faults]) -> Chosen | None:
@@ -257,11 +333,11 @@ class Side:
             if covered:
                 extra = len(set(idea.faults) - set(known[covered[0]])) or (not idea.faults)
                 left = [lefts[x] for x in covered]
-                finest = [self.ladders[x].steps[0][1] for x in covered]
-                ratios = [self.whole(x, lefts[x]) for x in covered]
+                finest = [self.ladders[x].steps[0][1] * lefts[x].roomy for x in covered]
+                scaled = sum(not self.whole(x, lefts[x]) for x in covered)
                 quality = max(max(1.0, y.error / b) for y, b in zip(left, finest, strict=True))
                 worst = max(one.error for one in left)
-                out.append(Option(idea, covered, quality, extra, not all(ratios), worst))
+                out.append(Option(idea, covered, quality, extra, scaled, worst))
         return out
 
 
@@ -270,26 +346,28 @@ class Option:
     """A hypothesis that explains some layers.
 
     Fields: quality, its largest error in finest budgets, 1 where it is within; extra, how many
-    faults it adds; scaled, is a factor or a count left; worst, its largest error.
+    faults it adds; scaled, in how many layers a factor or a count is left; worst, its largest
+    error.
     """
 
     idea: Idea
     covered: list[str]
     quality: float
     extra: int
-    scaled: bool
+    scaled: int
     worst: float
 
     def key(self) -> tuple[float, ...]:
         """The simplest comes first."""
-        return self.extra + self.scaled, -len(self.covered), self.worst
+        return self.extra + bool(self.scaled), -len(self.covered), self.scaled, self.worst
 
 
 def is_coarse(setting: Setting | None) -> bool:
     """Does it round on the way, so that theirs may be near without being equal?"""
     if setting is None:
         return False
-    return setting.tensor_G in HALVES or any(name in COARSE for name, _ in setting.network)
+    short = setting.tensor_G in HALVES or {setting.tensor_A, setting.tensor_G} & {*OPERANDS}
+    return bool(short) or any(name in COARSE for name, _ in setting.network)
 
 
 def look(
@@ -306,12 +384,37 @@ def look(
         for side, seen in see(case, layer).items():
             if side in sides and usable(seen):
                 case.say(f"what {side} of {layer} may be")
-                for one in tries(seen, index, heads, wanted):
+                pooled = tied(case, seen) if wanted is None or "B40" in wanted else ()
+                for one in (*tries(seen, index, heads, wanted), *pooled):
+                    if "B49" in one.faults and not _starts(case, seen):
+                        continue
                     error, r = fitted(seen.T if one.T is None else one.T, one.Y)
                     idea = Idea(one.faults, None, "" if one.faults else one.note)
-                    rows = None if one.faults else seen.rows(seen.n_X)
-                    left = Left(error, r, one.note, one.alike, rows)
+                    rows = seen.rows(seen.n_X) if {*one.faults} <= ROWS_KEPT else None
+                    roomy = 1.0 if one.of is None else _roomy(case, seen, *one.of)
+                    blur = one.blur * roomy
+                    left = Left(
+                        error, r, one.note, one.alike, rows, one.spread, blur=blur, roomy=roomy
+                    )
                     found[side].add(idea, layer, left)
+
+
+def _roomy(case: Case, seen: Seen, layer: str, side: str) -> float:
+    """How many times wider the budget of another matrix is, which stands in the place of ours."""
+    finest = case.arithmetic.stored or "float64"
+    own = case.budget(seen.layer, finest, seen.side)
+    return max(1.0, case.budget(layer, finest, side) / own)
+
+
+def _starts(case: Case, seen: Seen) -> bool:
+    """May theirs have one row more or less for each text? Padding of one token has many more."""
+    corpus = case.corpus
+    if corpus is None or corpus.images is not None or seen.n_T is None:
+        return True
+    segment_BT = corpus.segment
+    at_BT2 = np.stack([np.indices(segment_BT.shape)[0], segment_BT], axis=-1)
+    texts = [at_BT2[real][:, :k] for real in (corpus.real, corpus.label >= 0) for k in (1, 2)]
+    return abs(seen.n_T - seen.n_X) in {len(np.unique(one, axis=0)) for one in texts}
 
 
 def ours(case: Case, layer: str) -> dict[str, Left]:
@@ -319,12 +422,20 @@ def ours(case: Case, layer: str) -> dict[str, Left]:
 
     def make() -> dict[str, Left]:
         return {
-            side: Left(*fitted(seen.T, seen.X), PLAIN.name, (), seen.rows(seen.n_X))
+            side: Left(
+                *fitted(seen.T, seen.X), PLAIN.name, (), seen.rows(seen.n_X), trace=_traces(seen)
+            )
             for side, seen in see(case, layer).items()
             if usable(seen) and seen.T.shape == seen.X.shape
         }
 
     return case.once(("ours", layer), make)
+
+
+def _traces(seen: Seen) -> float:
+    """tr T over tr X; NaN of a matrix of zeros."""
+    own = float(np.trace(seen.X))
+    return float(np.trace(seen.T)) / own if own > 0 else math.nan
 
 
 def usable(seen: Seen) -> bool:

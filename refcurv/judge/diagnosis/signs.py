@@ -14,8 +14,8 @@ import numpy as np
 from refcurv.algebra.scaling import norm
 from refcurv.judge.case import Case
 from refcurv.judge.diagnosis.dropped import DROPOUT, OTHERS, Family, random_pass
-from refcurv.judge.diagnosis.hypotheses import see
-from refcurv.judge.diagnosis.search import PLAIN, Side
+from refcurv.judge.diagnosis.hypotheses import fitted, partners, see, states
+from refcurv.judge.diagnosis.search import PLAIN, SHARPER, Side
 from refcurv.law.checks import Array
 from refcurv.model.config import ModelConfig, Norm, NormPlace, Residual
 
@@ -37,14 +37,18 @@ class Sign(NamedTuple):
 
 
 def signs(case: Case, found: Mapping[str, Side]) -> Iterator[Sign]:
-    """Lost ranks, norms of other weights, and an A that drifts away with depth."""
+    """One G of two layers, lost ranks, other norms, and an A that drifts away with depth."""
+    yield from _one_matrix(case, found["G"])
     collapsed = {name: _collapsed(case, side) for name, side in found.items()}
+    named = {id for side in found.values() for one in side.chosen for id in one.faults}
     for name, ranks in collapsed.items():
         if ranks:
             layer, (theirs, ours) = next(iter(ranks.items()))
             words = f"In {layer}, {name} has rank {theirs}; ours has {ours}. Not confirmed"
             first = "B44" if name == "G" and not collapsed["A"] else "B36"
             other = {"B44": "B36", "B36": "B44"}[first]
+            if other in named:
+                first, other = other, first
             yield Sign(first, name, tuple(ranks), words, (other,))
     if not collapsed["A"]:
         yield from (
@@ -53,6 +57,39 @@ def signs(case: Case, found: Mapping[str, Side]) -> Iterator[Sign]:
             or list(_random(case, found, OTHERS))
             or _drifting(found["A"])
         )
+
+
+def _one_matrix(case: Case, side: Side) -> Iterator[Sign]:
+    """Two layers of one input have one G, which is each layer's own in ours (B40).
+
+    Drawing does not make them the same: they are outputs of different weights. What explains one
+    of them without drawing says already why. Where diagonals differ, no matrix is read for it.
+    """
+    groups = dict.fromkeys(
+        pair for x in side.ladders for pair in partners(x, side.ladders) if len(pair) == 2
+    )
+    for group in groups:
+        if any(_told(side, x) for x in group):
+            continue
+        budget = max(side.ladders[x].steps[0][1] for x in group)
+        one, two = (states(case, x)["G"].diagonal for x in group)
+        # of a positive matrix |T| is at most √N times |diag T|
+        if one.shape != two.shape or fitted(one, two)[0] > math.sqrt(len(one)) * budget:
+            continue
+        seen = [see(case, x)["G"] for x in group]
+        T, X = ([getattr(one, name) for one in seen] for name in "TX")
+        same = len({x.shape for x in (*T, *X)}) == 1 and fitted(T[0], T[1])[0] <= budget
+        if same and fitted(X[0], X[1])[0] > SHARPER * budget:
+            words = f"{' and '.join(group)} have one G, and ours have two"
+            inputs = any("B35" in one.faults for one in side.chosen)  # these have one gradient
+            yield Sign("B35" if inputs else "B40", "G", group, words, ())
+
+
+def _told(side: Side, layer: str) -> bool:
+    """Does a fault explain the layer, this one or any that leaves nothing to drawing?"""
+    idea, left = side.of(layer)
+    exact = side.rank(layer, left) < side.ladders[layer].by_drawing
+    return "B40" in idea.faults or (idea != PLAIN and exact)
 
 
 def _collapsed(case: Case, side: Side) -> dict[str, tuple[int, int]]:

@@ -13,10 +13,13 @@ from refcurv.judge.biases import A_COLUMN, NO_COLUMN
 from refcurv.judge.case import Case
 from refcurv.judge.diagnosis import precision, scales
 from refcurv.judge.diagnosis.causes import about, made
+from refcurv.judge.diagnosis.factors import factors
 from refcurv.judge.diagnosis.faults import FAULTS
 from refcurv.judge.diagnosis.hypotheses import states
-from refcurv.judge.diagnosis.search import Chosen, Idea, Side
+from refcurv.judge.diagnosis.search import PLAIN, ROWS_KEPT, Chosen, Idea, Side
 from refcurv.judge.diagnosis.signs import Sign, signs
+from refcurv.judge.diagnosis.variants import REFERENCE
+from refcurv.judge.diagnosis.variants.positions import positions
 from refcurv.judge.verdict import (
     BY_DRAWING,
     FAIL,
@@ -27,6 +30,7 @@ from refcurv.judge.verdict import (
     Cause,
     Comparison,
 )
+from refcurv.law.words import number_of
 
 
 def causes(
@@ -37,12 +41,15 @@ def causes(
     Only what speaks of a comparison that something is wrong with.
     """
     every = [*forms(case, found), *_missing(case, found, findings)]
+    sized = precision.causes(case, found)
+    for side in found.values():
+        named = {x for one in sized if _of_side(one, side.side) for x in one.layers}
+        side.odd = {*side.sized()} - named
     seen, rows = list(signs(case, found)), list(_other_rows(case, found))
     moved = {x for one in seen for x in one.layers} | {x for one in rows for x in one.layers}
     every += [*rows, *_scales(case, found, findings, moved)]
-    sized = precision.causes(case, found)
     every += [one for one in sized if not (_precision(one) and {*one.layers} <= moved)]
-    every += _signs(case, found, seen)
+    every += [*_signs(case, found, seen), *_not_asked(case, findings)]
     return tuple(one for one in every if any(_speaks(one, f) for f in findings))
 
 
@@ -79,7 +86,8 @@ def _missing(
     case: Case, found: Mapping[str, Side], findings: Sequence[Comparison]
 ) -> Iterator[Cause]:
     """Faults that leave no matrix to compare: none, zeros, other numbers, another size."""
-    absent = [f for f in findings if f.verdict == MISSING and f.layer]
+    unasked = _unasked(case, findings)
+    absent = [f for f in findings if f.verdict == MISSING and f.layer and f.layer not in unasked]
     if absent:
         text = "Nothing is stored of it; where that is meant, judge the others alone (`layers`)."
         yield about(case, "B48", text, absent, math.inf, math.nan)
@@ -96,8 +104,9 @@ def _missing(
                 zero += at
             elif side == "G" and not state.same and not found[side].of(layer)[0].faults:
                 inputs += at if state.shape == (size, size) else []
+    last = zero and _last_is_empty(case, [f for f in zero if f.quantity == "A"])
     for fault, words, at in (
-        ("B48", "Every entry is 0.", zero),
+        ("B41" if last else "B48", LAST_EMPTY if last else "Every entry is 0.", zero),
         ("B61" if spilt else None, "Entries are not finite." if spilt else NOT_FINITE, wild),
         ("B35", "G has the size of the layer's input.", inputs),
         ("B31", "A has no column of ones.", [f for f in findings if f.cause == NO_COLUMN]),
@@ -106,6 +115,52 @@ def _missing(
         if at:
             alike = () if fault else ("B61",)
             yield about(case, fault, words, at, math.inf, math.nan, alike)
+
+
+LAST_EMPTY = (
+    "Every entry of every A is 0, and no G is; the last sequences have no row, so that a batch of "
+    "these alone leaves this."
+)
+
+
+def _last_is_empty(case: Case, zero: Sequence[Comparison]) -> bool:
+    """Is A 0 in every layer, and G in none, where the last sequence has no row?
+
+    A hook that never fires adds no rows either, and a frozen layer has its A.
+    """
+    every = {layer: states(case, layer) for layer in case.matched}
+    if {f.layer for f in zero} != {*every} or case.model is None or case.corpus is None:
+        return False
+    filled = all(side["G"].filled for side in every.values() if "G" in side)
+    counted = all(case.counts(layer).theirs["A"] != 0 for layer in every)
+    keep_BT = positions(case.corpus, case.model.config, case.reference.rows).keep_BT
+    return filled and counted and not keep_BT[-1].any()
+
+
+def _unasked(case: Case, findings: Sequence[Comparison]) -> Set[str]:
+    """Missing layers of which no block has any like them: all of the attention, or all of the MLPs.
+
+    These were not asked for, nor was a head that is missing beside them. Frozen layers are some
+    blocks, and a hook that never fires is at one of several layers (B48).
+    """
+    absent = [f.layer for f in findings if f.verdict == MISSING and f.layer]
+    whole = {_part(x) for x in absent} - {_part(x) for x in case.matched}
+    return {x for x in absent if _part(x) in whole} if whole & {"attn", "mlp"} else set()
+
+
+def _part(layer: str) -> str:
+    """`mlp` of `blocks.3.mlp.up`."""
+    return layer.split(".")[2] if layer.startswith("blocks.") else layer
+
+
+def _not_asked(case: Case, findings: Sequence[Comparison]) -> Iterator[Cause]:
+    unasked = _unasked(case, findings)
+    at = [f for f in findings if f.verdict == MISSING and f.layer in unasked]
+    if at:
+        parts = ", ".join(dict.fromkeys(_part(f.layer) for f in at))
+        text = f"No layer of {parts} is there: they seem not to have been asked for. Judge the "
+        text += "others alone (`layers`). If they were asked for, their hooks never fired."
+        yield about(case, None, text, at, math.inf, math.nan, ("B48",))
 
 
 NOT_FINITE = (
@@ -126,6 +181,8 @@ def forms(case: Case, found: Mapping[str, Side]) -> list[Cause]:
         layers = dict.fromkeys(layer for _, one in where for layer in one.left)
         sides = "AG" if fault == "B32" else [side.side for side, _ in where]
         quantities = tuple(dict.fromkeys(q for side in sides for q in _form_of(side)))
+        if fault in ROWS_KEPT:
+            quantities = tuple(q for q in quantities if q not in _OF_FACTOR["n"])
         before = max(side.plain(x).error for side, one in where for x in one.left)
         after = max(left.error for _, one in where for left in one.left.values())
         alike = (*_like(where), *_without_padding(case, fault))
@@ -153,7 +210,7 @@ def _words(where: Sequence[tuple[Side, Chosen]]) -> str:
         layer, left = next(iter(one.left.items()))
         notes = {one.note for one in one.left.values()}
         place = f"In {layer}" if len(notes) > 1 or len(one.left) == 1 else "In each layer"
-        total = f" ({len(one.left)} layers)" if len(one.left) > 1 else ""
+        total = f" ({number_of(len(one.left), 'layer')})" if len(one.left) > 1 else ""
         out.append(f"{place}, {side.side}: {left.note}{total}.")
     return " ".join(dict.fromkeys(out))
 
@@ -175,18 +232,37 @@ def _scales(
     wrong = {f.layer for f in findings if f.verdict == FAIL and f.quantity in _OF_SCALE}
     at = [x for x in case.matched if x in wrong or not _by_drawing(found["G"], x)]
     at = [x for x in at if x not in moved]
+    failed = {(f.layer, f.quantity) for f in findings if f.verdict == FAIL}
+    of_A = {x for x in at if (x, "A") in failed and not {(x, "G"), (x, "n_G")} & failed}
+    of_A = {x for x in of_A if _by_drawing(found["G"], x)}
     seen = [one for layer in at if (one := scale(case, found, layer))]
     if not seen:
         return []
-    out = []
-    for named in scales.explain(seen, scales.Counts.of(case)) + scales.counted(seen):
-        if named.fault in ("B8", None):
+    others = [x for x in case.matched if x not in at and x not in moved]
+    beside = [one for layer in others if (one := scale(case, found, layer))]
+    out, counts = [], scales.Counts.of(case)
+    for named in _merged(scales.explain(seen, counts, beside) + scales.counted(seen)):
+        if named.fault == "B8" or not (named.fault or named.alike):
             continue  # of the first `compare` speaks; the second explains nothing
+        if named.sides == "G" and {*named.layers} <= of_A:
+            continue
         quantities = tuple(dict.fromkeys(q for side in named.sides for q in _OF_FACTOR[side]))
         before = max(_far(x, named.sides) for x in seen if x.layer in named.layers)
         words, layers = f"{named.sentence}.", named.layers
         alike = named.alike
         out.append(made(case, named.fault, words, layers, quantities, before, named.left, alike))
+    return out
+
+
+def _merged(every: Sequence[scales.Named]) -> list[scales.Named]:
+    """Without what may be the fault that more layers show: there a wide budget hides a part."""
+    out: list[scales.Named] = []
+    for one in every:
+        hidden = [x for x in every if one.fault in x.alike and len(x.layers) < len(one.layers)]
+        more = [layer for x in hidden for layer in x.layers if layer not in one.layers]
+        shown = [x for x in every if x.fault in one.alike and len(x.layers) > len(one.layers)]
+        if not shown:
+            out.append(replace(one, layers=(*one.layers, *more)))
     return out
 
 
@@ -224,15 +300,46 @@ def scale(case: Case, found: Mapping[str, Side], layer: str) -> scales.Scale | N
             continue
         free = name in case.dump.scale_free
         c[name] = None if free else left.ratio
-        tol[name] = left.wider * steps.tolerance(rank) + left.spread
-        if idea.setting is not None or not (idea.faults or pooled):
+        tol[name] = left.wider * steps.tolerance(rank, left) + left.spread
+        drawn = steps.steps[0][1] + max(left.spread, left.wider * steps.drawn)
+        if idea != PLAIN and rank == steps.by_drawing and steps.whole(left) <= drawn and not free:
+            c[name] = 1.0  # drawing explains the factor with the form
+        kept = {*idea.faults} <= ROWS_KEPT and not pooled
+        if idea.setting is not None or kept:
             rows[name] = left.rows
+        elif left.rows and not free and abs(left.ratio * left.rows - 1) <= tol[name]:
+            c[name] = 1.0  # sums of some rows over the count of all
     if c == {"A": None, "G": None}:
         return None
+    known = found["A"].of(layer)[0].setting is not None and counts.theirs["A"] is not None
+    if known and found["G"].of(layer)[0] == PLAIN and counts.theirs["A"] == counts.theirs["G"]:
+        rows["G"] = rows["A"]  # one count of both, which A's rows explain
+    own = factors(case, found["G"]).get(layer)
+    if own is not None and c["G"] is not None:
+        c["G"], tol["G"] = (None if _flows_otherwise(found["A"]) else own.c), own.tol
+    if all("B32" in side.of(layer)[0].faults for side in found.values()):
+        c, tol, rows = _swapped(c, tol, rows)
     return scales.Scale(
         layer, c["A"], c["G"], tol["A"], tol["G"], rows["A"], rows["G"], counts.shape[0],
-        counts.ours["A"],
+        counts.ours["A"], drawn=own is not None, alone=own is not None and not own.shared,
     )  # fmt: skip
+
+
+def _swapped(
+    c: dict[str, float | None], tol: dict[str, float], rows: dict[str, float | None]
+) -> tuple[dict[str, float | None], dict[str, float], dict[str, float | None]]:
+    """What is called A is G. Where one of them alone has a factor, it is taken to be that of G."""
+    off = {s for s, x in c.items() if x is not None and abs(x - 1) > tol[s]}
+    if off == {"G"}:
+        return c, tol, rows
+    turned = [{"A": one["G"], "G": one["A"]} for one in (c, rows)]
+    return turned[0], {"A": tol["G"], "G": tol["A"]}, turned[1]
+
+
+def _flows_otherwise(side: Side) -> bool:
+    """Is A that of another network or text? Then honest dumps do not say how G varies."""
+    settings = (one.idea.setting for one in side.chosen)
+    return any(one and (one.network or one.run.text != REFERENCE.text) for one in settings)
 
 
 def _signs(case: Case, found: Mapping[str, Side], seen: Sequence[Sign]) -> Iterator[Cause]:
@@ -252,7 +359,7 @@ def excluded(found: Mapping[str, Side]) -> Iterator[str]:
             if errors:
                 note = next(left[x].note for x in layers if x in left)
                 words = ": ".join(filter(None, (_names(idea), note)))
-                text = f"{side.side} of {len(errors)} layers, {words}"
+                text = f"{side.side} of {number_of(len(errors), 'layer')}, {words}"
                 tried[text] = min(*errors, tried.get(text, math.inf))
     for text, error in sorted(tried.items(), key=lambda pair: pair[1]):
         yield f"{text}: leaves {error:.2g} or more"
@@ -285,8 +392,8 @@ def told(case: Case, findings: Sequence[Comparison], causes: Sequence[Cause]) ->
             measured = one.cause and one.verdict == FAIL  # what else it may be is decided now
             words = f"{one.cause}. {first.sentence}" if measured else first.sentence
             one = replace(old, fault=first.fault, cause=words, verdict=verdict)
-            if old.verdict == PASS:  # by drawing, which explains no fault
-                one = replace(one, budget=_undrawn(case, old))
+            if verdict == FAIL and (old.error or 0.0) <= (old.budget or 0.0):
+                one = replace(one, budget=_undrawn(case, old))  # drawing or a dtype explains none
         out.append(one)
     return out
 
@@ -308,6 +415,10 @@ def _undrawn(case: Case, one: Comparison) -> float:
 def aside(one: Comparison) -> bool:
     """May this pass although the layer has a fault?"""
     return BY_DRAWING not in one.cause
+
+
+def _of_side(cause: Cause, side: str) -> bool:
+    return side in cause.quantities
 
 
 def _precision(cause: Cause) -> bool:

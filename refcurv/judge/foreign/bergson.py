@@ -28,6 +28,7 @@ from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.dump import Dump, Theirs
 from refcurv.judge.foreign.stored import Stored, all_in, common, numbers, tensors
 from refcurv.law.checks import Array, SchemaError
+from refcurv.law.words import number_of
 
 FOLDERS: Final = {
     "A": "activation_sharded",
@@ -140,7 +141,7 @@ def _documents(
     if not abs(documents / whole - 1) <= _ASTRAY:
         problems.append(
             f"{FOLDERS[values]}: the eigenvalues of {name!r:.100} are not those of {side}: they "
-            f"would tell {documents:.4g} documents"
+            f"would tell {number_of(documents, 'document')}"
         )
         return None, "documents: no whole number, so that the scale of Lambda is unknown"
     if whole == 1:
@@ -212,7 +213,8 @@ def _require_whole(name: str, parts: dict[str, list[Stored]], problems: list[str
             problems.append(f"{FOLDERS[key]}: {name!r:.100} is {shards[0].shape}")
         elif square and rows != shards[0].shape[1]:
             problems.append(
-                f"{FOLDERS[key]}: the {len(shards)} shards of {name!r:.100} have {rows} rows of "
+                f"{FOLDERS[key]}: the {number_of(len(shards), 'shard')} of {name!r:.100} have "
+                f"{number_of(rows, 'row')} of "
                 f"{shards[0].shape[1]}; a shard is missing, or there twice"
             )
         else:

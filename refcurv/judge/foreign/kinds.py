@@ -24,7 +24,7 @@ _OTHERS: Final = (
     (b"\x93NUMPY", "is one array, an .npy; give an .npz with LAYER/A and LAYER/G"),
     (b"version https://git-lfs", "is a pointer of git-lfs, not the file: git lfs pull"),
     (b"\x1f\x8b", "is packed by gzip; unpack it first"),
-    (b"GGUF", "is a model in the format GGUF, no factors"),
+    (b"GGUF", "is a model in the format GGUF, no factors; refcurv convert reads it"),
     (b"{", "looks like JSON, which holds no arrays"),
 )
 OURS: Final = {

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from refcurv.curvature.bases import Bases
+from refcurv.curvature.bases_file import kept_in
 from refcurv.curvature.factors import Factors
 from refcurv.files.lazy import Lazy
 from refcurv.judge.arithmetic import Arithmetic
@@ -23,6 +24,7 @@ from refcurv.law.checks import (
     require_choice,
     require_dtype,
 )
+from refcurv.model.given import require_unmasked
 
 
 def of_factors(factors: Factors) -> Dump:
@@ -43,17 +45,19 @@ def of_factors(factors: Factors) -> Dump:
 
 def of_bases(bases: Bases) -> Dump:
     """refcurv's own eigenbases, read layer by layer."""
+    parts = ("U_A", "mu", "U_G", "lam")
 
     def read(name: str) -> Theirs:
         one = bases[name]
-        return Theirs(U_A=one.U_A, mu=one.mu, U_G=one.U_G, lam=one.lam)
+        own = {part: getattr(one, part) for part in parts}
+        return Theirs(**own, stored={part: array.dtype.name for part, array in own.items()})
 
     return Dump(
         program="refcurv",
         layers=Lazy(list(bases), read),
         holds=dict.fromkeys(bases, frozenset({"U_A", "mu", "U_G", "lam"})),
         declared={"bias": str(bases.bias), "method": bases.method},
-        arithmetic=Arithmetic(solver="float64", stored="float64"),
+        arithmetic=Arithmetic(solver="float64", stored=kept_in(bases)),
     )
 
 
@@ -128,8 +132,7 @@ def _layer(name: str, parts: Mapping[str, Any], problems: list[str]) -> Theirs:
 
 def _array(what: str, given: Any) -> Array:
     """`given` as real numbers; DTypeError for texts, objects, complex or masked entries."""
-    if isinstance(given, np.ma.MaskedArray) and np.ma.is_masked(given):
-        raise DTypeError(f"validate: {what} has masked entries. Fill them: numpy.ma.filled.")
+    require_unmasked("validate", what, given)
     if "bfloat16" in str(getattr(given, "dtype", "")):
         raise DTypeError(f"validate: {what} is bfloat16, which NumPy has not; give float32 of it.")
     array = as_array("validate", what, given, "an array of numbers")

@@ -18,6 +18,7 @@ from refcurv.files.disk import machine_faults, mode_of, parse_json
 from refcurv.judge.dump import Dump
 from refcurv.judge.foreign.archive import is_saved
 from refcurv.judge.foreign.torch_files import Found, dump_of, gather
+from refcurv.law.words import number_of
 
 _LAYER: Final = re.compile(r"blk\d{1,4}\.(gate|up|down)")
 _FILES: Final = "kfac_factors_blk_*.pt"
@@ -111,7 +112,8 @@ def _padding(found: Found, meta: dict[Path, dict[str, Any]]) -> list[str]:
         tokens = one.get("n_tokens")
         if type(tokens) is int and rows and rows != {tokens}:
             said.append(
-                f"{file.name!r:.100} has {max(rows):.0f} rows, and its JSON {tokens} tokens that "
+                f"{file.name!r:.100} has {number_of(max(rows), 'row')}, and its JSON "
+                f"{number_of(tokens, 'token')} that "
                 "are no padding (B82)."
             )
     return said

@@ -22,6 +22,7 @@ from refcurv.judge.dump import Dump, Theirs
 from refcurv.judge.foreign.archive import Saved, open_saved, read
 from refcurv.judge.foreign.pickles import Tensor
 from refcurv.law.checks import SchemaError
+from refcurv.law.words import number_of
 
 SPELLINGS: Final[Mapping[str, tuple[str, ...]]] = {
     "A": ("A", "a", "aa", "A_cov", "cov_A", "activation_covariance", "input_covariance"),
@@ -93,7 +94,9 @@ def dump_of(
         names = ", ".join(f"{name!r:.60}" for name in found.left[:_FEW])
         recipe = (*recipe, f"Left aside: {names}{more}.")
     unsaid = len(found.problems) - _MOST
-    problems = found.problems[:_MOST] + ([f"and {unsaid} more problems"] if unsaid > 0 else [])
+    problems = found.problems[:_MOST] + (
+        [f"and {number_of(unsaid, 'more problem')}"] if unsaid > 0 else []
+    )
     layers = found.layers
     return Dump(
         program=program,

@@ -34,7 +34,7 @@ from refcurv.law import tolerance
 from refcurv.law.checks import Array
 from refcurv.model import transformer
 from refcurv.model.config import QKNorm
-from refcurv.model.layers import ACTIVATIONS, rope_frequencies, windowed
+from refcurv.model.layers import ACTIVATIONS, lengths, rope_frequencies, windowed
 from refcurv.model.transformer import Tap
 from refcurv.passes.fast import FAST
 from refcurv.passes.forward import nats
@@ -167,18 +167,22 @@ def rotated_key_slopes(bench: Bench) -> Iterator[Measure]:
     config = bench.config
     if config.score_cap is not None:  # scores are not shift invariant then
         return
-    if config.rope_theta is None:
-        for i, at in numbered_blocks(config):
+    R = config.rope_width or config.head_width
+    for i, at in numbered_blocks(config):
+        rope = config.rope(i)
+        if rope is None:
             if config.qk_norm is QKNorm.NONE and config.qkv_clip is None:
                 yield _sums_to_zero(bench, i, bench.taps[f"{at}attn.k"].g)
-        return
-    R = config.rope_width or config.head_width
-    if config.rope_scaling is None:
-        turn = config.rope_theta ** (-np.arange(0, R, 2) / R)
-    else:
-        turn = rope_frequencies(R, config.rope_theta, config.rope_scaling, np.dtype(np.float64))
-    angle = bench.layout.position_BT[:, :, None, None] * turn
-    for i, (_, d_k) in bench.key_slopes.items():
+            continue
+        if i not in bench.key_slopes:
+            continue
+        theta, scaling = rope
+        turn = theta ** (-np.arange(0, R, 2) / R)
+        if scaling is not None:
+            wide = np.dtype(np.float64)
+            turn = rope_frequencies(R, theta, scaling, wide, lengths(bench.layout))
+        angle = bench.layout.position_BT[:, :, None, None] * turn
+        d_k = bench.key_slopes[i][1]
         z = (d_k[..., : R // 2] + 1j * d_k[..., R // 2 : R]) * np.exp(1j * angle)
         yield _sums_to_zero(bench, i, np.concatenate([z, d_k[..., R:]], axis=-1))
 

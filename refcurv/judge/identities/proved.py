@@ -17,9 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from refcurv.algebra.balls import Balls, exact, joined, zeros
+from refcurv.algebra.balls import Balls, chosen, exact, joined, zeros
 from refcurv.algebra.duals import Duals
-from refcurv.certified.layers import activation, hessian_product, softmax
+from refcurv.algebra.eigen_enclosures import enclose, refined
+from refcurv.certified.layers import BALLS, activation, hessian_product, softmax
+from refcurv.certified.numbers import gradient
 from refcurv.judge.enclosure import Enclosure, Numbers
 from refcurv.judge.identities.curvature import scale_free
 from refcurv.judge.identities.measures import numbered_blocks
@@ -27,7 +29,7 @@ from refcurv.law.checks import Array
 from refcurv.model import transformer
 from refcurv.model.config import ModelConfig, QKNorm
 from refcurv.model.layers import windowed
-from refcurv.model.transformer import Tap
+from refcurv.model.transformer import Cotangent, Tap
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +37,7 @@ class Equal:
     """Two sides that must be one.
 
     Fields: where; left, right, balls; size, of the terms of both; below, whether a term is not 0,
-    and yet all are too small for a float64 of their size.
+    and yet all are too small for a float64 of their size; of, what stands in their place.
     """
 
     where: str
@@ -43,6 +45,12 @@ class Equal:
     right: Balls
     size: float
     below: bool = False
+    of: str = ""
+
+    @property
+    def counted(self) -> str:
+        """From what digits count, "" for the terms."""
+        return self.of if self.size or self.below else "the head's output gradients"
 
     def digits(self, scale: float) -> float:
         """How many decimal digits of the terms are proved to agree.
@@ -60,12 +68,12 @@ class Equal:
         return math.log10(size) - math.log10(far) if size and far < math.inf else 0.0
 
 
-def equal(where: str, left: Balls, right: Balls | None, *terms: Balls) -> Equal:
+def equal(where: str, left: Balls, right: Balls | None, *terms: Balls, of: str = "") -> Equal:
     """The two sides, None for 0; sizes count from the largest entry of the sides and `terms`."""
     other = zeros(left.shape) if right is None else right
     every = (left, other, *terms)
     size = max(float(x.least().max(initial=0.0)) for x in every)
-    return Equal(where, left, other, size, not size and not all(map(_may_be_zero, every)))
+    return Equal(where, left, other, size, not size and not all(map(_may_be_zero, every)), of)
 
 
 def _may_be_zero(x: Balls) -> bool:
@@ -74,6 +82,9 @@ def _may_be_zero(x: Balls) -> bool:
 
 
 Proof = Callable[[Enclosure], Iterator[Equal]]
+
+OTHERS = "the layer's other output gradients"
+"""What stands in the place of terms, where a gradient is 0 by theory at a position."""
 
 
 # ------------------------------------------------------------------ the head
@@ -121,6 +132,18 @@ def gradient_by_duals(run: Enclosure) -> Iterator[Equal]:
     yield equal("**", _along(run.plain.gradient, v), moved.nats.derivative.sum())
 
 
+def hessian_is_ggn_plus_residual(run: Enclosure) -> Iterator[Equal]:
+    """H v = Jᵀ (diag p − p pᵀ) J v + Σ r ∂²z v, r being p − onehot."""
+    config, made, label = run.config, run.along(0), run.few.label_BT
+    Jv, label_N, moved = made.logits.derivative, _labels(run), run.moved(0)
+    r: Numbers = BALLS.cross_entropy(run.plain.logits, label_N)[1]
+    still: Numbers = Duals(r, zeros(r.shape))
+    bent = run.steps(run.theta, run.plain, label, lambda _, z: hessian_product(z, Jv, label_N))
+    residual = gradient(config, moved, run.steps(moved, made, label, lambda *_: still))
+    for name, d in gradient(config, run.theta, bent).items():
+        yield equal(name, made.gradient[name].derivative, d + residual[name].derivative, d)
+
+
 def hessian_is_symmetric(run: Enclosure) -> Iterator[Equal]:
     """u·Hv = v·Hu."""
     u, v = run.direction(0), run.direction(1)
@@ -156,6 +179,76 @@ def scale_invariance(run: Enclosure) -> Iterator[Equal]:
         yield equal(name, slopes.sum(), None, slopes)
 
 
+# ------------------------------------------------------------------ factors
+
+
+def factors_are_the_sums(run: Enclosure) -> Iterator[Equal]:
+    """tr A is mean ‖a‖², and tr K − tr F_tok is −n Cov(‖a‖², ‖g‖²), over rows."""
+    for name, a, g in _rows(run):
+        n, one, two = len(a), _sum(a * a), _sum(g * g)
+        tr_A, tr_G = (_trace(x.T @ x) for x in (a, g))
+        yield equal(f"A of {name}", tr_A, one.sum())
+        yield equal(f"G of {name}", tr_G, two.sum())
+        spread = ((one - one.sum() / n) * (two - two.sum() / n)).sum()
+        yield equal(f"tr K of {name}", tr_A * tr_G / n, (one * two).sum() - spread)
+
+
+def last_block_has_no_cross_terms(run: Enclosure) -> Iterator[Equal]:
+    """Last block: q, o, gate, up, down reach their own logits only, so F = F_tok."""
+    labelled = np.flatnonzero(run.few.label_BT[0] >= 0)
+    if run.config.image is not None or not len(labelled):
+        return
+    last, below = (f"blocks.{run.config.layers - n}." for n in (1, 2))
+    names = {last + layer for layer in ("attn.q", "attn.o", "mlp.gate", "mlp.up", "mlp.down")}
+    for t in {int(labelled[0]), int(labelled[len(labelled) // 2])}:
+        label = np.where(np.arange(run.few.label_BT.shape[1]) == t, run.few.label_BT, -1)
+        sent = _slope_of(label[label >= 0])
+        for step in run.steps(run.theta, run.plain, label, sent):
+            if step.name.startswith(below):
+                break
+            if isinstance(step, Tap) and step.name in names:
+                g = _balls(step.g)
+                yield equal(step.name, g[label < 0], None, g, of=OTHERS)
+
+
+def _slope_of(label_N: Array) -> Cotangent:
+    return lambda _, z: BALLS.cross_entropy(z, label_N)[1]
+
+
+def bases_recompose(run: Enclosure) -> Iterator[Equal]:
+    """UᵀAU = diag(λ) but inside a cluster, UᵀU = 1, tr A = Σλ; λ = 0 beyond the rows."""
+    rows = list(_rows(run))
+    if not rows:
+        return
+    name, *both = min(rows, key=lambda one: one[1].shape[1] + one[2].shape[1])
+    for side, x in zip("AG", both, strict=True):
+        S, where = x.T @ x, f"{side} of {name}"
+        one = enclose(S, refined(S))
+        U, values, clusters = one.vectors, one.values, one.clusters
+        of = np.repeat(range(len(clusters)), [stop - start for start, stop in clusters])
+        alone = np.diag(np.bincount(of)[of] == 1)  # a cluster's columns are one basis of many
+        known = alone | (of != of[:, None])
+        yield equal(where, (U.T @ S @ U)[known], chosen(alone, values, 0)[known], values)
+        yield equal(f"U_{where}", U.T @ U, exact(np.eye(len(values))))
+        yield equal(f"tr {where}", _trace(S), values.sum())
+        if len(values) > len(x):
+            yield equal(f"rank of {where}", values[len(x) :], None, values)
+
+
+def _rows(run: Enclosure) -> Iterator[tuple[str, Numbers, Numbers]]:
+    """Layers of the last block with their rows a and g (ROWS)."""
+    reached = run.few.reached_BT
+    for name, tap in run.plain.taps.items():
+        if name.startswith(f"blocks.{run.config.layers - 1}.") and reached.any():
+            a, g = _balls(tap.a), _balls(tap.g)
+            if g.shape[:2] == reached.shape:
+                yield name, a[reached], g[reached]
+
+
+def _trace(S: Numbers) -> Numbers:
+    return (S * exact(np.eye(len(S)))).sum()
+
+
 # ------------------------------------------------------------------ attention
 
 
@@ -164,7 +257,7 @@ def unreached_positions(run: Enclosure) -> Iterator[Equal]:
     off = ~run.few.reached_BT
     for name, tap in run.plain.taps.items():
         if off.any() and tap.g.shape[:2] == off.shape:
-            yield equal(name, _balls(tap.g)[off], None, _balls(tap.g))
+            yield equal(name, _balls(tap.g)[off], None, _balls(tap.g), of=OTHERS)
 
 
 def first_queries(run: Enclosure) -> Iterator[Equal]:
@@ -174,7 +267,7 @@ def first_queries(run: Enclosure) -> Iterator[Equal]:
         layout = windowed(layout, window) if window else layout
         alone, g = layout.first_BT == layout.last_BT, _balls(run.plain.taps[f"{at}attn.q"].g)
         if alone.any():
-            yield equal(f"{at}attn.q", g[alone], None, g)
+            yield equal(f"{at}attn.q", g[alone], None, g, of=OTHERS)
 
 
 def rotated_key_slopes(run: Enclosure) -> Iterator[Equal]:
@@ -313,10 +406,13 @@ def _sum(x: Numbers) -> Numbers:
 
 PROOFS: Mapping[str, Proof] = MappingProxyType(
     {
+        "P4": bases_recompose,
         "O8": last_layer_in_closed_form,
+        "O9": hessian_is_ggn_plus_residual,
         "O14": hessian_is_symmetric,
         "O15": gradient_by_duals,
         "O16": head_slopes_sum_to_zero,
+        "O18": factors_are_the_sums,
         "O29": weight_slopes,
         "O30": unreached_positions,
         "O31": first_queries,
@@ -326,6 +422,7 @@ PROOFS: Mapping[str, Proof] = MappingProxyType(
         "O35": scale_invariance,
         "O36": gated_slopes,
         "O37": shared_inputs,
+        "O38": last_block_has_no_cross_terms,
         "O39": causality,
         "O41": head_slopes_by_label,
         "O51": padding,

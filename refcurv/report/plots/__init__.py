@@ -18,7 +18,7 @@ from refcurv.report.plots.drawing import (
     save,
     svg,
 )
-from refcurv.report.plots.pareto import front
+from refcurv.report.plots.pareto import front, require_front, sweep_front
 from refcurv.report.plots.spectra import POINTS, cumulative, mask, spectrum
 
 FIGURES = MappingProxyType(
@@ -38,9 +38,11 @@ __all__ = [
     "cumulative",
     "front",
     "mask",
+    "require_front",
     "require_matplotlib",
     "retention",
     "save",
     "spectrum",
     "svg",
+    "sweep_front",
 ]

@@ -11,6 +11,7 @@ from refcurv.report.cells import Json, number, percent, population_name, relativ
 from refcurv.report.plots.drawing import (
     GREY,
     INK,
+    LINES,
     MARKS,
     PALETTE,
     blank,
@@ -130,3 +131,104 @@ def _finish(
 def _perplexities(points: Iterable[Json]) -> list[float]:
     """Those that are known, in their order."""
     return [x for p in points if not math.isnan(x := number(p.get("perplexity")))]
+
+
+# ------------------------------------------------------------------ of a sweep
+
+
+def require_front(split: str, kinds: Mapping[str, str]) -> tuple[str, str]:
+    """The first text and the first passages of a split, by {population: kind}.
+
+    Raises: EmptyError, it has none.
+
+    Proof: tests/test_sweep.py::test_what_cannot_be_drawn_is_refused_before_the_work
+    """
+    text, recite = (
+        next((name for name, one in kinds.items() if one == kind), None)
+        for kind in ("text", "recite")
+    )
+    if text is None or recite is None:
+        raise EmptyError(
+            f"sweep: split {split!r} has no {'recite' if text else 'text'} population to draw. "
+            "Leave out --plot."
+        )
+    return text, recite
+
+
+def sweep_front(found: Json) -> Figure:
+    """Every edit of a sweep: recitation left against perplexity, on the split that reports.
+
+    Colour is the method, the mark and the line are the pattern; a line goes from the unedited model
+    through the edits by falling rho. Stars are K-FAC edits on the front of dev.
+
+    Args:
+        found: `Sweep.to_json()`.
+
+    Raises:
+        EmptyError: the split has no text or no passages. RefcurvError: matplotlib is not installed.
+
+    Proof:  tests/test_sweep.py::test_the_front_is_the_points
+    """
+    split = str(found["split"])
+    base = found["baseline"][split]
+    text, recite = require_front(split, {name: str(one["kind"]) for name, one in base.items()})
+
+    def point(left: Json) -> tuple[float, float]:
+        values = (left[text]["values"]["perplexity"], left[recite]["values"]["strict"])
+        return number(values[0]), number(values[1])
+
+    methods = list(dict.fromkeys(str(one["method"]) for one in found["edits"]))
+    patterns = list(dict.fromkeys(str(one["layers"]) for one in found["edits"]))
+    with styled():
+        figure = blank(9.0, 4.9)
+        ax = figure.subplots()
+        for method, pattern in ((m, p) for p in patterns for m in methods):
+            edits = [one for one in found["edits"]
+                     if (one["method"], one["layers"]) == (method, pattern)]  # fmt: skip
+            look = PALETTE[methods.index(method) % len(PALETTE)], patterns.index(pattern)
+            name = method_name(method.replace("-", " "))
+            name += f", {pattern}" if len(patterns) > 1 else ""
+            points = [(one, point(one["populations"][split])) for one in edits]
+            _draw_edits(ax, look, safe(name), point(base), points)
+        _draw_start(ax, dict(zip(("perplexity", "recitation"), point(base), strict=True)))
+        _finish_sweep(ax, point(base)[0], [point(one["populations"][split])[0]
+                                           for one in found["edits"]])  # fmt: skip
+        on = "" if found["on"] is None else f", at equal {found['match']} on dev"
+        ax.set_title(f"What forgetting costs{on}")
+        ax.set_ylabel(f"{safe(population_name(recite, split), 24)}: recited without an error (%)")
+        ax.set_xlabel(f"perplexity of {safe(population_name(text, split), 24)}, and its rise")
+        stars = any(one["front"] and one["method"] == "kfac" for one in found["edits"])
+        title = "stars: on the front of dev" if stars else None
+        legend(figure, ax, 4 if len(patterns) == 1 else 2, title)
+    return figure
+
+
+def _draw_edits(
+    ax: Axes,
+    look: tuple[str, int],
+    name: str,
+    start: tuple[float, float],
+    edits: list[tuple[Json, tuple[float, float]]],
+) -> None:
+    """One method on one pattern: a line from the unedited model through its edits."""
+    colour, place = look
+    shown = sorted(edits, key=lambda pair: -number(pair[0]["rho"]))
+    line = [start, *(at for _, at in shown)]
+    ax.plot(
+        *zip(*line, strict=True), LINES[place % len(LINES)], marker=MARKS[place % len(MARKS)],
+        color=colour, lw=1.6, ms=4.5, zorder=3, label=name,
+    )  # fmt: skip
+    for one, at in shown:
+        if one["front"] and one["method"] == "kfac":
+            ax.plot(*at, "*", color=colour, ms=15, mec="white", mew=1.1, zorder=5, label="_front")
+
+
+def _finish_sweep(ax: Axes, base: float, costs: list[float]) -> None:
+    """Limits that hold what costs no more than FARTHEST times the unedited perplexity."""
+    known = [x for x in costs if not math.isnan(x)]
+    left, right = min([base, *known]), max([1.02 * base, *known])
+    right = min(right, FARTHEST * base)
+    ax.set_xlim(left - 0.03 * (right - left), right + 0.05 * (right - left))
+    ax.set_ylim(-0.02, 1.09)
+    ticks(ax.yaxis, lambda y: f"{100 * y:g}")
+    ticks(ax.xaxis, lambda x: f"{x:g}\n{percent(relative(base, x), 0, '+')}")

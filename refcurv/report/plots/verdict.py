@@ -13,6 +13,7 @@ from refcurv.report.plots.drawing import GREY, PALETTE, blank, safe, styled, tic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 FAINTEST = 1e-16
@@ -46,14 +47,20 @@ def _map(figure: Figure, ax: Axes, one: Json) -> None:
     from matplotlib.colors import LogNorm
 
     cells = np.maximum(np.asarray(one["difference"], dtype=np.float64), FAINTEST)
-    low, high = float(cells.min()), float(cells.max())
-    low = max(low, high * 1e-6)
-    norm = LogNorm(low, max(high, low * 10))
-    size = int(one["size"])
-    image = ax.imshow(cells, cmap="magma", norm=norm, extent=(0, size, size, 0))
-    ax.grid(visible=False)
     ax.set_title(safe(f"{one['layer']}: {one['side']}"))
-    bar = figure.colorbar(image, ax=ax, label="difference / size", shrink=0.85)
+    ax.grid(visible=False)
+    low, high = float(cells.min()), float(cells.max())
+    if high <= FAINTEST:
+        ax.set_axis_off()
+        ax.text(0, 0.5, "no difference", transform=ax.transAxes)
+        return
+    low = max(low, high * 1e-6)
+    size = int(one["size"])
+    norm = LogNorm(low, max(high, low * 10))
+    image = ax.imshow(cells, cmap="magma", norm=norm, extent=(0, size, size, 0))
+    _whole(ax.xaxis, ax.yaxis)
+    bar = figure.colorbar(image, ax=ax, shrink=0.85)
+    bar.ax.set_title("difference / size", fontsize=8, loc="left", weight="normal")
     ticks(bar.ax.yaxis, _power)
 
 
@@ -66,13 +73,22 @@ def _spectra(ax: Axes, one: Json) -> None:
             rank = np.arange(1, len(values) + 1)
             ax.plot(rank[positive], values[positive], line, color=colour, label=name)
             drawn = True
-    ax.set_ylabel(f"eigenvalue of {one['side']} / trace")
+    ax.set_title(f"eigenvalues of {one['side']} / trace", weight="normal")
     if drawn:
         ax.set_yscale("log")
         ticks(ax.yaxis, _power)
+        _whole(ax.xaxis)
         ax.legend(loc="best")
     else:
         ax.text(0.5, 0.5, "too wide for a spectrum", ha="center", transform=ax.transAxes)
+
+
+def _whole(*axes: Axis) -> None:
+    """Entries and ranks are integers."""
+    from matplotlib.ticker import MaxNLocator
+
+    for axis in axes:
+        axis.set_major_locator(MaxNLocator(6, integer=True))
 
 
 def _power(x: float) -> str:

@@ -25,7 +25,7 @@ class _Rows(Collector):
     def add(self, name: str, a: Array, g: Array) -> None:
         super().add(name, a, g)
         if name in self.names:
-            keep = self.b.keep if a.shape[1] == self.b.keep.shape[1] else np.ones(a.shape[:2], bool)
+            keep = np.broadcast_to(self.b.keep, a.shape[:2])
             rows = [(a[i][keep[i]], g[i][keep[i]]) for i in range(len(a))]
             self.kept.setdefault(name, []).extend(rows)
 

@@ -55,14 +55,16 @@ class Collector:
         b.position = t - np.where(b.same, t, len(t)).min(-1)
         b.visible = self.visible(b, t[:, None] >= t)
         if d.images:
-            b.keep = b.real
+            b.keep = b.label >= 0
         else:
-            labelled = (b.label >= 0)[:, None] & b.same & (t[:, None] <= t)
+            labelled = (b.label >= 0)[:, None] & b.same
+            if self.config.causal:
+                labelled = labelled & (t[:, None] <= t)
             b.keep = labelled.any(-1) & b.real
         return b
 
     def visible(self, b: SimpleNamespace, causal: Array) -> Array:
-        return b.same & (causal if self.config.causal else True)
+        return b.same & (causal if self.config.causal else b.real[:, None])
 
     def labels(self, z: Array, b: SimpleNamespace) -> Array:
         y = b.drawn if self.kind == "given" else b.label
@@ -82,9 +84,8 @@ class Collector:
     def add(self, name: str, a: Array, g: Array) -> None:
         if name not in self.names:
             return
-        if a.shape[1] == self.b.keep.shape[1]:
-            a, g = a[self.b.keep], g[self.b.keep]
-        a, g = a.reshape(-1, a.shape[-1]), g.reshape(-1, g.shape[-1])
+        keep = np.broadcast_to(self.b.keep, a.shape[:2])
+        a, g = a[keep], g[keep]
         if self.setting.joint and self.config.has_bias(name):
             a = np.concatenate([a, np.ones_like(a[:, :1])], 1)
         sums = self.sums.setdefault(name, [0, 0, 0])

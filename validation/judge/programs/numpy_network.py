@@ -47,7 +47,9 @@ class Network:
         s = 1 / np.sqrt(square + self.c.norm_eps)
         return s, -(s**3) / 2
 
-    def gain(self, name: str) -> Array:
+    def gain(self, name: str) -> Array | float:
+        if not self.c.norm_gain:
+            return 1.0
         return self.p[f"{name}.weight"] + float(self.c.norm_offset)
 
     def norm(self, name: str, x: Array) -> tuple[Array, Back]:
@@ -81,26 +83,57 @@ class Network:
         if kind == "gelu":
             P = 0.5 * (1 + erf(x / math.sqrt(2)))
             return x * P, P + x * np.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+        if kind == "relu":
+            return np.maximum(x, 0), (x > 0).astype(x.dtype)
         k = math.sqrt(2 / math.pi)
         t = np.tanh(k * (x + 0.044715 * x**3))
         slope = 0.5 * x * (1 - t * t) * k * (1 + 3 * 0.044715 * x * x)
         return 0.5 * x * (1 + t), 0.5 * (1 + t) + slope
 
-    def frequencies(self, half: int) -> Array:
-        return self.c.rope_theta ** (-np.arange(half) / half)
+    def rope(self, i: int) -> tuple[float, Any] | None:
+        """Base and scaling of the rotary positions of block i; None where it has none."""
+        if self.c.rope_theta is None:
+            return None
+        main = self.c.rope_theta, self.c.rope_scaling
+        kind = self.c.rotary[i] if self.c.rotary else "main"
+        return {"main": main, "local": (self.c.local_theta, None), "none": None}[kind]
 
-    def rotate(self, x: Array, position: Array, sign: int) -> Array:
+    def frequencies(self, half: int, theta: float, scaling: Any) -> Array:
+        """Of the pairs that turn, slower by Llama 3's rule or YaRN's where there is scaling."""
+        j = np.arange(half)
+        f = theta ** (-j / half)
+        if scaling is None:
+            return f
+        if scaling.kind == "llama3":
+            length = 2 * np.pi / f
+            smooth = (scaling.original / length - scaling.slow) / (scaling.fast - scaling.slow)
+            kept = np.clip(smooth, 0, 1)
+        else:
+            most, least = (
+                half * np.log(scaling.original / (2 * np.pi * n)) / np.log(theta)
+                for n in (scaling.fast, scaling.slow)
+            )
+            low, high = max(np.floor(most), 0), min(np.ceil(least), 2 * half - 1)
+            kept = 1 - np.clip((j - low) / (high - low), 0, 1)
+        return f * kept + f * (1 - kept) / scaling.factor
+
+    def angles(self, half: int, position: Array, rope: Any) -> tuple[Array, Array]:
+        """cos and sin."""
+        angle = position[:, :, None, None] * self.frequencies(half, *rope)
+        size = 1.0 if rope[1] is None else rope[1].attention
+        return size * np.cos(angle), size * np.sin(angle)
+
+    def rotate(self, x: Array, position: Array, rope: Any, sign: int) -> Array:
         """Half-split rotary embedding; back with the sign turned."""
         half = x.shape[-1] // 2
-        angle = position[:, :, None, None] * self.frequencies(half)
-        cos, sin = np.cos(angle).astype(x.dtype), sign * np.sin(angle).astype(x.dtype)
-        one, two = x[..., :half], x[..., half:]
+        cos, sin = (y.astype(x.dtype) for y in self.angles(half, position, rope))
+        one, two, sin = x[..., :half], x[..., half:], sign * sin
         return self.round(np.concatenate([one * cos - two * sin, two * cos + one * sin], -1))
 
-    def turned(self, x: Array, position: Array, sign: int) -> Array:
+    def turned(self, x: Array, position: Array, rope: Any, sign: int) -> Array:
         """`rotate` of the entries of a head that are rotary, its first."""
         width = self.c.rope_width or x.shape[-1]
-        first = self.rotate(x[..., :width], position, sign)
+        first = self.rotate(x[..., :width], position, rope, sign)
         return np.concatenate([first, x[..., width:]], -1)
 
     def groups(self) -> Array:
@@ -116,6 +149,12 @@ class Network:
         t = np.tanh(x / cap)
         return cap * t, 1 - t * t
 
+    def clipped(self, x: Array, back: Back) -> tuple[Array, Back]:
+        bound = self.c.qkv_clip
+        if bound is None:
+            return x, back
+        return np.clip(x, -bound, bound), lambda d: back(d * (abs(x) <= bound))
+
     def core(self, q: Array, k: Array, v: Array, visible: Array) -> tuple[Array, Any]:
         """Softmax attention of (B, T, H, E)."""
         scale = self.score_scale()
@@ -124,28 +163,33 @@ class Network:
         top = score.max(-1, keepdims=True)
         p = np.exp(score - np.where(np.isfinite(top), top, 0))
         p = p / np.maximum(p.sum(-1, keepdims=True), 1e-30)
+        seen, back_seen = self.weights(p)
 
         def back(d: Array) -> tuple[Array, Array, Array]:
-            d_p = np.einsum("bthe,bshe->bhts", d, v)
+            d_p = back_seen(np.einsum("bthe,bshe->bhts", d, v))
             d_score = p * (d_p - (d_p * p).sum(-1, keepdims=True)) * bend * scale
             d_q = np.einsum("bhts,bshe->bthe", d_score, k)
             d_k = np.einsum("bhts,bthe->bshe", d_score, q)
-            return d_q, d_k, np.einsum("bhts,bthe->bshe", p, d)
+            return d_q, d_k, np.einsum("bhts,bthe->bshe", seen, d)
 
-        return self.round(np.einsum("bhts,bshe->bthe", p, v)), back
+        return self.round(np.einsum("bhts,bshe->bthe", seen, v)), back
+
+    def weights(self, p: Array) -> tuple[Array, Back]:
+        """The weights of values, from attention's probabilities."""
+        return p, lambda d: d
 
     def attention(
         self, at: str, x: Array, b: SimpleNamespace, visible: Array
     ) -> tuple[Array, Back]:
-        c, group, backs = self.c, self.groups(), {}
+        c, group, backs, rope = self.c, self.groups(), {}, self.rope(int(at.split(".")[1]))
         y = {}
         for name in "qkv":
-            y[name], backs[name] = self.linear(f"{at}.{name}", x)
+            y[name], backs[name] = self.clipped(*self.linear(f"{at}.{name}", x))
         for name in "qk":
             y[name], backs[f"{name}_norm"] = self.qk_norm(f"{at}.{name}_norm", y[name])
         y = {name: h.reshape(*h.shape[:2], -1, c.head_width) for name, h in y.items()}
-        if c.rope_theta is not None:
-            y |= {name: self.turned(y[name], b.position, 1) for name in "qk"}
+        if rope is not None:
+            y |= {name: self.turned(y[name], b.position, rope, 1) for name in "qk"}
         context, core = self.core(y["q"], y["k"][:, :, group], y["v"][:, :, group], visible)
         o, back_o = self.linear(f"{at}.o", context.reshape(*x.shape[:2], -1))
 
@@ -156,8 +200,8 @@ class Network:
                 for head, kv in enumerate(group):
                     sums[:, :, kv] += d[name][:, :, head]
                 d[name] = sums
-            if c.rope_theta is not None:
-                d |= {name: self.turned(d[name], b.position, -1) for name in "qk"}
+            if rope is not None:
+                d |= {name: self.turned(d[name], b.position, rope, -1) for name in "qk"}
             flat = {name: self.round(h.reshape(*h.shape[:2], -1)) for name, h in d.items()}
             flat |= {name: backs[f"{name}_norm"](flat[name]) for name in "qk"}
             return sum(backs[name](flat[name]) for name in "qkv")
@@ -188,12 +232,10 @@ class Network:
             chain.append(back)
             return y
 
-        h = x if place == "post" else step(*self.norm(f"{at}_norm", x))
+        outside = place == "post" or self.c.residual == "shared"
+        h = x if outside else step(*self.norm(f"{at}_norm", x))
         if part == "attn":
-            visible, window = b.visible, self.c.windows[i] if self.c.windows else 0
-            if window:
-                visible = visible & (b.position[:, :, None] - b.position[:, None] < window)
-            h = step(*self.attention(at, h, b, visible))
+            h = step(*self.attention(at, h, b, self.windowed(i, b)))
         else:
             h = step(*self.mlp(at, h))
         if place != "pre":
@@ -207,16 +249,25 @@ class Network:
 
         return h, back
 
+    def windowed(self, i: int, b: SimpleNamespace) -> Array:
+        """What is visible in block i."""
+        window = self.c.windows[i] if self.c.windows else 0
+        near = b.position[:, :, None] - b.position[:, None] < window
+        return b.visible & near if window else b.visible
+
     def block(self, i: int, x: Array, b: SimpleNamespace) -> tuple[Array, Back]:
-        """x + attention + MLP, which reads the sum of both or, in parallel, x too."""
-        parallel = self.c.residual == "parallel"
-        h, back_attn = self.part(i, "attn", x, b)
+        """x + attention + MLP, which reads the sum of both, or what attention reads."""
+        parallel, read, back_read = self.c.residual != "sequential", x, lambda d: d
+        if self.c.residual == "shared":
+            read, back_norm = self.norm(f"blocks.{i}.attn_norm", x)
+            back_read = lambda d: back_norm(self.round(d))  # noqa: E731
+        h, back_attn = self.part(i, "attn", read, b)
         after = self.round(x + h)
-        h, back_mlp = self.part(i, "mlp", x if parallel else after, b)
+        h, back_mlp = self.part(i, "mlp", read if parallel else after, b)
 
         def back(d: Array) -> Array:
             if parallel:
-                return self.round(d + back_mlp(d) + back_attn(d))
+                return self.round(d + back_read(back_mlp(d) + back_attn(d)))
             d = self.round(d + back_mlp(d))
             return self.round(d + back_attn(d))
 
@@ -232,13 +283,23 @@ class Network:
         else:
             P, (B, C, H, W) = c.image.patch, b.inputs.shape
             cut = b.inputs.reshape(B, C, H // P, P, W // P, P).transpose(0, 2, 4, 1, 3, 5)
-            cut = cut.reshape(B, -1, C * P * P).astype(self.p["cls.weight"].dtype)
+            cut = cut.reshape(B, -1, C * P * P).astype(self.p["patch.weight"].dtype)
             x, back_patch = self.linear("patch", cut)
-            x = np.concatenate([np.broadcast_to(self.p["cls.weight"], (B, 1, c.width)), x], 1)
-            back = lambda d: back_patch(d[:, 1:])  # noqa: E731
+            first = [self.p[f"{name}.weight"] for name in c.image.specials]
+            first = [np.broadcast_to(one, (B, 1, c.width)) for one in first]
+            x = np.concatenate([*first, x], 1)
+            back = lambda d: back_patch(d[:, len(first) :])  # noqa: E731
         if c.learned_positions:
-            x = x + self.p["position.weight"][b.position]
+            x = x + self.p["position.weight"][b.position + c.position_offset]
         return self.round(x), back
+
+    def pooled(self, x: Array) -> tuple[Array, Back]:
+        """What the head reads."""
+        if self.c.pool == "none":
+            return x, lambda d: d
+        share = np.zeros((x.shape[1], 1), x.dtype)
+        share[: 1 if self.c.pool == "cls" else None] = 1 if self.c.pool == "cls" else 1 / len(share)
+        return self.round((share * x).sum(1, keepdims=True)), lambda d: self.round(share * d)
 
     def run(self, b: SimpleNamespace) -> tuple[Array, Back]:
         x, back_in = self.embedded(b)
@@ -248,14 +309,12 @@ class Network:
             backs.append(back)
         x, back = self.norm("final_norm", x)
         backs.append(back)
-        pooled = self.c.pool == "cls"
-        y, back_head = self.linear("head", x[:, :1] if pooled else x)
+        read, back_read = self.pooled(x)
+        y, back_head = self.linear("head", read)
         z, bend = self.capped(y, self.c.logit_cap)
 
         def whole(d_z: Array) -> Array:
-            d = back_head(self.round(d_z * bend))
-            if pooled:
-                d = np.concatenate([d, np.zeros_like(x[:, 1:])], 1)
+            d = back_read(back_head(self.round(d_z * bend)))
             for one in reversed(backs):
                 d = one(d)
             return d

@@ -95,7 +95,7 @@ class Collector:
         b.same = b.segment[:, :, None] == b.segment[:, None]
         t = torch.arange(b.segment.shape[1])
         b.position = t - torch.where(b.same, t, len(t)).amin(-1)
-        b.visible = b.same & (self.causal(t) if self.config.causal else torch.tensor(True))
+        b.visible = b.same & (self.causal(t) if self.config.causal else b.real[:, None])
         return b
 
     def causal(self, t: Tensor) -> Tensor:
@@ -164,10 +164,11 @@ class Collector:
     def rows(self, name: str, b: SimpleNamespace) -> Tensor:
         """Which rows enter A and G: those from which a label of their segment is reached."""
         if self.data.images:
-            return torch.ones(self.gradients(name, b).shape[:2], dtype=torch.bool)
+            return (b.label >= 0).expand(self.gradients(name, b).shape[:2])
         t = torch.arange(b.label.shape[1])
-        later = b.same & (t[:, None] <= t) & (b.label >= 0)[:, None]
-        return later.any(-1) & b.real
+        reached = b.same & (b.label >= 0)[:, None]
+        reached = reached & (t[:, None] <= t) if self.config.causal else reached
+        return reached.any(-1) & b.real
 
     def inputs(self, name: str, b: SimpleNamespace) -> Tensor:
         return self.rows_of(name, self.a[name].detach(), gradient=False).to(self.sum_dtype)

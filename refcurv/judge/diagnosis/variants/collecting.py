@@ -21,8 +21,8 @@ from refcurv.judge.diagnosis.variants.flows import (
 from refcurv.judge.diagnosis.variants.held import Held
 from refcurv.judge.diagnosis.variants.labels import Choice, choice, passes
 from refcurv.judge.diagnosis.variants.networks import Network, changed
-from refcurv.judge.diagnosis.variants.positions import Positions, positions, weights
-from refcurv.judge.diagnosis.variants.setting import Setting
+from refcurv.judge.diagnosis.variants.positions import Positions, positions, turned, weights
+from refcurv.judge.diagnosis.variants.setting import REDUCED, Setting
 from refcurv.judge.diagnosis.variants.texts import text_of
 from refcurv.law.checks import Array, NonFiniteError
 from refcurv.law.conventions import NO_LABEL, Fisher
@@ -87,10 +87,13 @@ class Batch:
 
 
 class Total:
-    """The sums of one Side: Σ x xᵀ, Σ x and the count; and batches that are not yet full."""
+    """The sums of one Side: Σ x xᵀ, Σ x and the count; and batches that are not yet full.
 
-    def __init__(self, way: Side) -> None:
-        self.way = way
+    ones: is the last coordinate of x 1 everywhere.
+    """
+
+    def __init__(self, way: Side, ones: bool = False) -> None:
+        self.way, self.ones = way, ones
         self.square: Array = np.zeros(())
         self.plain: Array = np.zeros(())
         self.n = 0.0
@@ -104,10 +107,13 @@ class Total:
         if self.way.pooling.startswith("batch"):
             for b, w_T in enumerate(w_BT):
                 self._add_batch(x[b : b + 1] if joint else x, w_T, joint, counted, draw)
-        elif self.way.pooling in ("sum", "mean"):
+        elif self.way.pooling in REDUCED:
             size_B = w_BT.sum(axis=1)
-            some = np.where(size_B > 0, size_B, 1) if self.way.pooling == "mean" else size_B * 0 + 1
-            self._grow((w_BT[:, None, :] @ x)[:, 0] / some[:, None], joint)
+            pooled = (w_BT[:, None, :] @ x)[:, 0]
+            if self.way.pooling != "sum":
+                kept = self.ones and self.way.pooling == "mean, ones summed"
+                pooled[:, : -1 if kept else None] /= np.maximum(size_B, 1)[:, None]
+            self._grow(pooled, joint)
             self.n += counted * float((size_B > 0).sum())
         else:
             w_N = np.broadcast_to(w_BT, x.shape[:2]).reshape(-1)
@@ -136,19 +142,22 @@ class Total:
         if joint:
             batch.joint += w_T[:, None] * x[0]
             return
-        if self.way.pooling == "batch":
-            x_NX = (w_T[:, None] * x).reshape(-1, x.shape[-1])
-        else:
+        if self.way.pooling == "batch and rows":
             x_NX = w_T @ x
+        else:
+            x_NX = (w_T[:, None] * x).reshape(-1, x.shape[-1])
         batch.alone += x_NX.T @ x_NX
 
     def _close(self, batch: Batch) -> None:
         """The mean over the sequences at each position, or over all rows, enters the sums."""
-        if self.way.pooling == "batch":
-            mean, size, n = batch.joint / batch.held, batch.held, float((batch.row_T > 0).sum())
-        else:
+        if self.way.pooling == "batch and rows":
             rows = max(batch.row_T.sum(), 1)
             mean, size, n = batch.joint.sum(axis=0, keepdims=True) / rows, rows, 1.0
+        elif self.way.pooling.endswith("row by row"):
+            mean, n = batch.joint / np.sqrt(np.maximum(batch.row_T, 1))[:, None], batch.row_T.sum()
+            size = math.nan if batch.alone.any() else 1.0  # how many rows each of these has
+        else:
+            mean, size, n = batch.joint / batch.held, batch.held, float((batch.row_T > 0).sum())
         self._grow(mean, joint=True)
         self.square = self.square + batch.alone / size**2
         self.n += n
@@ -265,7 +274,8 @@ def _added(
     Args: joint, layers whose input has a last coordinate that is 1 (BIAS).
     """
     every = (way for setting in members for name in names for way in ways(setting, name, at))
-    totals = {way: Total(way) for way in every}
+    ones = joint if through is None else frozenset()
+    totals = {way: Total(way, way.side == "A" and way.layer in ones) for way in every}
     try:
         with np.errstate(over="ignore", invalid="ignore"):
             for flow in flows(net, at, one, names):
@@ -382,6 +392,8 @@ def _take(
         if x is None:
             continue
         w_BT = rows_of(way.layer, row_BT[way.rows], flow, x)
+        if way.pooling.startswith("batch from the end") and w_BT.shape == flow.at.real_BT.shape:
+            x, w_BT = (turned(y, flow.at.order_BT) for y in (x, w_BT))
         if way.side == "A":
             total.add(x, w_BT, joint=True, counted=True, draw=0)
         else:

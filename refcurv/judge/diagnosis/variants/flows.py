@@ -13,7 +13,7 @@ from refcurv.judge.diagnosis.variants.labels import Choice, Sent, sent
 from refcurv.judge.diagnosis.variants.networks import Network
 from refcurv.judge.diagnosis.variants.positions import Positions
 from refcurv.judge.diagnosis.variants.rounding import plain, rounded
-from refcurv.judge.diagnosis.variants.setting import HALVES, OVERWRITTEN
+from refcurv.judge.diagnosis.variants.setting import HALVES, OPERANDS, OVERWRITTEN
 from refcurv.law.checks import Array
 from refcurv.law.conventions import shard_sequences
 from refcurv.model import transformer
@@ -73,15 +73,15 @@ def _shard(
         config = replace(config, windows=())  # a part of `seen`
     inputs = at.inputs.astype(P["patch.weight"].dtype) if at.images else at.inputs
     x = transformer.input_forward(config, P, inputs, layout)
-    rope = transformer.rope_of(config, layout, x.dtype)
+    ropes = [transformer.rope_of(config, i, layout, x.dtype) for i in range(config.layers)]
     if net.drop is not None:
         x, net = net.drop.input(x), replace(net, ops=net.drop.ops(net.ops))
     states, blocks = [x], []
     for i in range(config.layers):
         if net.drop is None:
-            x, trace, _ = transformer.block_forward(config, P, i, x, seen[i], rope, net.ops)
+            x, trace, _ = transformer.block_forward(config, P, i, x, seen[i], ropes[i], net.ops)
         else:
-            x, trace = block_forward(config, P, i, x, seen[i], rope, net.ops, net.drop)
+            x, trace = block_forward(config, P, i, x, seen[i], ropes[i], net.ops, net.drop)
         states.append(x)
         blocks.append(trace)
     normed, saved = transformer.norm_forward(config, P, "final_norm", x, net.ops)
@@ -91,7 +91,9 @@ def _shard(
         yield Flow(net, at, states, blocks, read, {}, [])
         return
     y = transformer.linear_forward(config, P, "head", final)
-    behind = partial(_backward, net, inputs, layout, rope, blocks, saved, final, y, _lowest(layers))
+    behind = partial(
+        _backward, net, inputs, layout, ropes, blocks, saved, final, y, _lowest(layers)
+    )
     logit = plain(transformer.capped(config, y))
     for n, back in enumerate(sent(one, at, logit)):
         taps, d_states = behind(replace(back, d_logit=back.d_logit.astype(y.dtype, copy=False)))
@@ -119,7 +121,7 @@ def _lowest(layers: Collection[str]) -> int:
 
 
 def _backward(
-    net: Network, inputs: Inputs, layout: Layout, rope: tuple[Array, Array] | None,
+    net: Network, inputs: Inputs, layout: Layout, ropes: list[tuple[Array, Array] | None],
     blocks: list[BlockTrace], saved: object, final: Array, y: Array, lowest: int, back: Sent,
 ) -> tuple[dict[str, Tap], list[Array | None]]:  # fmt: skip
     """The taps of one bunch of passes, by name, and the gradients of the states."""
@@ -139,9 +141,9 @@ def _backward(
     d_states[-1] = d
     for i in reversed(range(max(lowest, 0), config.layers)):
         if net.drop is None:
-            steps = transformer.block_backward(config, P, i, d, blocks[i], rope, net.ops)
+            steps = transformer.block_backward(config, P, i, d, blocks[i], ropes[i], net.ops)
         else:
-            steps = block_backward(config, P, i, d, blocks[i], rope, net.ops, net.drop)
+            steps = block_backward(config, P, i, d, blocks[i], ropes[i], net.ops, net.drop)
         d = d_states[i] = transformer.drain(steps, take)
     if lowest < 0:
         for tap in transformer.input_taps(config, inputs, layout, d):
@@ -160,6 +162,8 @@ def input_tensor(flow: Flow, layer: str, name: str) -> Array | None:
     own: Array = plain(flow.read[layer])
     if name == "input":
         return own
+    if name in OPERANDS:
+        return rounded(own, OPERANDS[name])
     if layer in ("head", "patch"):
         behind = name == "norm's input" and own.shape[:2] == flow.states[-1].shape[:2]
         return flow.states[-1] if layer == "head" and behind else None
@@ -240,6 +244,8 @@ def output_tensor(flow: Flow, layer: str, name: str) -> Array | None:
     tap, P, config = flow.taps[layer], flow.net.parameters, flow.net.config
     if name == "output":
         return np.asarray(plain(tap.g))
+    if name in OPERANDS:
+        return rounded(plain(tap.g), OPERANDS[name])
     if name in HALVES:
         return np.asarray(rounded(plain(tap.g) * HALVES[name], "float16") / HALVES[name])
     if name == "input":

@@ -14,14 +14,17 @@ from typing import Final, TypeVar
 import numpy as np
 
 from refcurv.curvature.factors import Factors
-from refcurv.judge.diagnosis.variants.positions import Positions, gold, supervised
+from refcurv.judge.diagnosis.variants.positions import Positions, earlier, gold, supervised
 from refcurv.judge.diagnosis.variants.setting import Setting
 from refcurv.law.checks import Array
-from refcurv.law.conventions import Fisher
+from refcurv.law.conventions import NO_LABEL, Fisher
 from refcurv.model.loss import cross_entropy, root_product
 from refcurv.model.sampling import draw_labels, signs, uniforms
 
-DRAWN: Final = ("sampled", "one uniform", "tempered", "nucleus")
+MOVED: Final = "drawn, then shifted"
+"""Each drawn label stands one position too early: y of t + 1 is sent back at t."""
+
+DRAWN: Final = ("sampled", "one uniform", "tempered", "nucleus", MOVED)
 """Kinds of labels that are drawn."""
 
 GOLD: Final = ("empirical", "double shift", "no shift")
@@ -181,10 +184,12 @@ def _softmax(logit_BTV: Array) -> Array:
 
 
 def law(one: Choice, logit_BTV: Array) -> Array:
-    """The logits of q: p itself, p at another temperature, or the nucleus of p (top-p).
+    """The logits of q: p itself, p at another temperature, the nucleus of p (top-p), or the next p.
 
     The nucleus is the fewest likeliest entries that hold a mass of `amount`.
     """
+    if one.kind == MOVED:
+        return np.roll(logit_BTV, -1, axis=1)  # what comes last has no label then
     if one.kind == "tempered":
         return logit_BTV / one.amount
     if one.kind != "nucleus":
@@ -202,11 +207,13 @@ def _drawn(
 ) -> Iterator[Sent]:
     """Against labels drawn from q by the law's uniforms (SAMPLING)."""
     V, T = logit_BTV.shape[-1], has_BT.shape[1]
-    law_NV = law(one, logit_BTV).reshape(-1, V)
+    moved = one.kind == MOVED
+    law_NV = (logit_BTV if moved else law(one, logit_BTV)).reshape(-1, V)
     for draw in range(draws):
-        if one.kind == "sampled" and at.drawn_BTN is not None and not one.redraw:
+        if one.kind in ("sampled", MOVED) and at.drawn_BTN is not None and not one.redraw:
             label_BT = _last_class(one, at, at.drawn_BTN[..., draw], logit_BTV)
-            yield Sent(_slope(one, logit_BTV, np.where(has_BT, label_BT, -1)), draw=draw)
+            label_BT = np.where(has_BT, label_BT, NO_LABEL)
+            yield Sent(_slope(one, logit_BTV, earlier(label_BT) if moved else label_BT), draw=draw)
             continue
         u_BT = np.stack([uniforms(one.seed, draw, int(n), T) for n in at.index_B])
         if one.redraw:
@@ -216,8 +223,8 @@ def _drawn(
             u_BT = np.broadcast_to(u_BT[:, :1], u_BT.shape)
         label_BT = draw_labels(law_NV, u_BT.reshape(-1)).reshape(has_BT.shape)
         label_BT = _last_class(one, at, label_BT, logit_BTV)
-        d = _slope(one, logit_BTV, np.where(has_BT, label_BT, -1))
-        yield Sent(d, draw=draw)
+        label_BT = np.where(has_BT, label_BT, NO_LABEL)
+        yield Sent(_slope(one, logit_BTV, earlier(label_BT) if moved else label_BT), draw=draw)
 
 
 def _averaged(one: Choice, at: Positions, logit_BTV: Array, has_BT: Array) -> Iterator[Sent]:
@@ -226,6 +233,8 @@ def _averaged(one: Choice, at: Positions, logit_BTV: Array, has_BT: Array) -> It
         yield from _one_uniform(one, at, logit_BTV, has_BT)
         return
     law_BTV, keep = law(one, logit_BTV), 1 - one.smoothing
+    if one.kind == MOVED:
+        has_BT = earlier(np.where(has_BT, 0, NO_LABEL)) >= 0
     if one.exact:
         places = [(t, v) for t in np.flatnonzero(has_BT[0]) for v in range(logit_BTV.shape[-1])]
         for some in _bunches(places, logit_BTV):

@@ -13,11 +13,14 @@ from refcurv.files.lazy import Lazy
 from refcurv.judge.diagnosis.variants.dropout import PLACES, Dropout
 from refcurv.judge.diagnosis.variants.positions import Positions
 from refcurv.judge.diagnosis.variants.rounding import (
+    TF32,
     Parts,
     all_in,
     attention_in,
     norms_in,
+    products_in,
     rounded,
+    to_bits,
 )
 from refcurv.judge.diagnosis.variants.sight import (
     EVERYWHERE,
@@ -42,6 +45,13 @@ from refcurv.model.transformer import Parameters, image_layout, layout_of
 Level = tuple[str, float]
 """A change by its name in CHANGES, and how large it is; 0 where it has no size."""
 
+SEEING: Final = ("real", "all")
+"""What of a text padding may see. real: the real positions, as where keys alone are masked. all:
+what it would see if it were real. Labels at padding then reach the text."""
+
+PADS: Final = (*SEEING, "apart")
+"""apart: padding sees padding alone, as where it stands on the left."""
+
 NO_EPS = 1e-30
 """Stands for an eps of 0: of a row of zeros, 0/0 would be NaN."""
 
@@ -53,9 +63,9 @@ class Network:
     Fields: config, parameters, ops; documents, do those of a packed sequence not see each other;
     restart, do positions restart with each; shift, added to learned positions; left, does the
     padding stand on the left and is attended; pads, what a position of padding sees: "blind",
-    nothing, as in `model.layers`; "real", the real positions, as where keys alone are masked;
-    "all", as if it were real; bent, is the logits' soft-cap a part of the backward; drop, the
-    dropout of one pass; sight, what hides positions, where `layout` alone cannot say it.
+    nothing, as in `model.layers`; or one of PADS; bent, is the logits' soft-cap a part of the
+    backward; drop, the dropout of one pass; sight, what hides positions, where `layout` alone
+    cannot say it.
     """
 
     config: ModelConfig
@@ -77,7 +87,10 @@ class Network:
         one = np.zeros_like(at.segment_BT)
         restart = self.restart if self.sight is None else self.sight.restart
         segment_BT = at.segment_BT if self.documents and restart else one
-        seen_BT = np.ones_like(at.real_BT) if self.left or self.pads == "all" else at.real_BT
+        none = not self.left and self.pads in ("blind", "real")
+        seen_BT = at.real_BT if none else np.ones_like(at.real_BT)
+        if self.pads == "apart":
+            segment_BT = np.where(at.real_BT, segment_BT, -1)
         out = layout_of(self.config, seen_BT, segment_BT)
         if self.pads == "real":
             out = _pads_see_text(out, at.real_BT)
@@ -228,8 +241,25 @@ def _to_bits(every: bool) -> Callable[[Network, float], Network]:
             x = own[name]
             if not (every or (x.ndim == 2 and name.startswith("blocks."))):
                 return x
-            part, exponent = np.frexp(x)
-            return np.asarray(np.ldexp(np.rint(np.ldexp(part, int(bits))), exponent - int(bits)))
+            return to_bits(x, int(bits))
+
+        return replace(net, parameters=Lazy(list(own), read))
+
+    return make
+
+
+def _to_integers(axis: int | None) -> Callable[[Network, float], Network]:
+    """The blocks' matrices through integers of so many bits; a scale for each row, or for all."""
+
+    def make(net: Network, bits: float) -> Network:
+        own = net.parameters
+
+        def read(name: str) -> Array:
+            x = own[name]
+            if x.ndim != 2 or not name.startswith("blocks."):
+                return x
+            scale = np.abs(x).max(axis=axis, keepdims=True) / (2.0 ** (bits - 1) - 1)
+            return np.asarray(np.round(x / np.where(scale > 0, scale, 1)) * scale, x.dtype)
 
         return replace(net, parameters=Lazy(list(own), read))
 
@@ -248,12 +278,18 @@ def _dropping(place: str, number: int) -> Callable[[Network, float], Network]:
     return make
 
 
-WEIGHTS: Final = ("blocks", "all")
-"""Whose weights are others where a model is that of another step."""
+AVERAGED: Final = "all, averaged with a start"
+
+WEIGHTS: Final = ("blocks", "all", AVERAGED)
+"""Whose weights are others where a model is that of another step; or an average over training,
+which still has a share of where the weights began."""
 
 
 def _shaken(some: str, number: int) -> Callable[[Network, float], Network]:
-    """Weights that are normal numbers away, `share` of their root mean square in each tensor."""
+    """Weights that are normal numbers away, `share` of their root mean square in each tensor.
+
+    In an average as much less is left of our own.
+    """
 
     def make(net: Network, share: float) -> Network:
         own = net.parameters
@@ -264,7 +300,8 @@ def _shaken(some: str, number: int) -> Callable[[Network, float], Network]:
                 return x
             random = np.random.default_rng([number, *name.encode()])
             size = share * float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))
-            return np.asarray(x + size * random.normal(size=x.shape), x.dtype)
+            own_share = 1 - share if some == AVERAGED else 1.0
+            return np.asarray(own_share * x + size * random.normal(size=x.shape), x.dtype)
 
         return replace(net, parameters=Lazy(list(own), read))
 
@@ -378,11 +415,13 @@ CHANGES: Final[Mapping[str, Change]] = MappingProxyType(
         ),
         "no rotary positions": Change(
             "B51", _if(lambda config, _: config.rope_theta is not None),
-            _has(rope_theta=None, rope_width=None, rope_scaling=None),
+            _has(rope_theta=None, rope_width=None, rope_scaling=None, local_theta=None, rotary=()),
         ),
         "all of a head is rotary": Change(
             "B51", _if(lambda config, _: config.rope_width not in (None, config.head_width)
-                       and config.head_width % 2 == 0), _has(rope_width=None),
+                       and config.head_width % 2 == 0
+                       and not (config.rope_scaling and config.rope_scaling.short)),
+            _has(rope_width=None),
         ),
         "positions shifted": Change(
             "B51", lambda config, at: tuple(
@@ -448,12 +487,16 @@ CHANGES: Final[Mapping[str, Change]] = MappingProxyType(
            for some in WEIGHTS for n in range(PASSES)},
         "weights to bits": Change("B57", _never, _to_bits(True)),
         "matrices to bits": Change("B57", _never, _to_bits(False)),
+        "integers by row": Change("B57", _never, _to_integers(1)),
+        "integers by matrix": Change("B57", _never, _to_integers(None)),
         **{f"norms in {dtype}": Change("B53", _never, _coarse(norms_in, dtype))
            for dtype in ("bfloat16", "float16")},
         **{f"attention in {dtype}": Change("B56", _never, _coarse(attention_in, dtype))
            for dtype in ("bfloat16", "float16")},
         "all in bfloat16": Change("B59", _never, _coarse(all_in, "bfloat16")),
         "all in float16": Change("B60", _never, _coarse(all_in, "float16")),
+        **{f"products in {dtype}": Change("B60", _never, _coarse(products_in, dtype))
+           for dtype in TF32},
     }
 )  # fmt: skip
 """The changes by name."""
@@ -478,12 +521,17 @@ PARTS: Final = tuple(
 )
 """Changes that round in one part alone."""
 
-BITS: Final = tuple(
-    (f"{some} to bits", float(bits)) for some in ("weights", "matrices") for bits in range(2, 8)
+BITS: Final = (
+    *((f"{some} to bits", float(bits)) for some in ("weights", "matrices") for bits in range(2, 8)),
+    *((f"integers by {scale}", float(bits)) for scale in ("row", "matrix") for bits in (8, 4)),
 )
-"""Round trips through floats of fewer significant bits than bfloat16, as those of 8 and 4 bits."""
+"""Round trips through floats of fewer significant bits than bfloat16, as those of 8 and 4 bits, and
+through integers of as many."""
 
-COARSE: Final = (*PARTS, "all in bfloat16", "all in float16")
+PRODUCTS: Final = tuple(f"products in {dtype}" for dtype in TF32)
+"""Changes that round what products read."""
+
+COARSE: Final = (*PARTS, *PRODUCTS, "all in bfloat16", "all in float16")
 """Changes that round on the way, in whatever order that may be: theirs is near, and not equal."""
 
 

@@ -75,12 +75,18 @@ class Positions:
             "eos": eos,
         }
 
+    @property
+    def order_BT(self) -> Array:
+        """Where each position comes from if padding stands on the left."""
+        T = self.real_BT.shape[1]
+        return np.asarray((np.arange(T) + self.real_BT.sum(axis=1, keepdims=True)) % T)
+
     def rolled(self) -> Positions:
         """The same sequences with their padding on the left."""
-        T = self.real_BT.shape[1]
-        from_BT = (np.arange(T) + self.real_BT.sum(axis=1, keepdims=True)) % T
         found: dict[str, Any] = {
-            name: turned(x, from_BT) for name, x in self._arrays().items() if name != "index_B"
+            name: turned(x, self.order_BT)
+            for name, x in self._arrays().items()
+            if name != "index_B"
         }
         return replace(self, **found)
 
@@ -122,6 +128,7 @@ ROWS: Final[Mapping[str, str]] = MappingProxyType(
         "with pads": "B28",  # every position is a row
         "with pads, without last": "B28",  # padding, and what are rows anyway
         "with pads, without the last column": "B28",
+        "without first, with last": "B27",  # each row is one position later
         "without first": "B49",
         "first twice": "B49",
         "without eos": "B25",
@@ -130,9 +137,78 @@ ROWS: Final[Mapping[str, str]] = MappingProxyType(
 """Another program's rows, beside the reference's, and the fault that each is."""
 
 
+ONLY: Final = "only "
+"""Begins the name of rows that are one of `cells`."""
+
+BUT: Final = "the reference's, but "
+"""Begins the name of rows that some of `cells` are otherwise: how often, and which, of each."""
+
+TIMES: Final = ("no ", "once ", "twice ")
+"""How often a cell is a row."""
+
+
+def fault_of_rows(rows: str) -> str | None:
+    """The fault that another program's rows are; None of the reference's."""
+    if not rows.startswith(BUT):
+        return ROWS.get(rows)
+    changed = rows.removeprefix(BUT).split("; ")
+    if any(PADDING in one for one in changed):
+        return "B28"
+    for mark, fault in ((FIRST, "B49"), (EOS, "B25"), (LAST, "B27")):
+        if all(mark in one for one in changed):
+            return fault
+    return "B20"
+
+
+def cells(at: Positions) -> dict[str, Array]:
+    """Parts of all positions of texts, each (B, T) bool, none empty; together they are all.
+
+    They differ in what a rule for rows may read: padding, where the labels of the document are, its
+    first and its last position, a token that is also the padding's. So every rule of these alone
+    is a weight for each cell.
+
+    Proof: tests/test_judge_places.py::test_cells_are_all_positions_once
+    """
+    if at.images:
+        return {}
+    real, has, kind = at.real_BT, at.label_BT >= 0, at.kinds
+    before = reached(at.label_BT, real, at.segment_BT)
+    behind = reached(at.label_BT[:, ::-1], real[:, ::-1], at.segment_BT[:, ::-1])[:, ::-1]
+    last = np.ones_like(real)
+    last[:, :-1] = (at.segment_BT[:, 1:] != at.segment_BT[:, :-1]) | ~real[:, 1:]
+    free, tail = real & ~has, real & ~has & ~before
+    places = {
+        PADDING: ~real,
+        "labelled": real & has,
+        "before every label": free & before & ~behind,
+        "between labels": free & before & behind,
+        "behind every label": tail & behind & ~last,
+        "of texts without a label": tail & ~behind & ~last,
+        LAST: tail & last,
+    }
+    for mark, name in ((FIRST, "first"), (EOS, "eos")):
+        parted: dict[str, Array] = {}
+        for place, cell in places.items():
+            parted |= {place: cell & ~kind[name], place + mark: cell & kind[name]}
+        places = parted
+    return {place: cell for place, cell in places.items() if cell.any()}
+
+
+PADDING, LAST = "padding", "last position"
+FIRST, EOS = ", first of a text", ", padding's token"
+
+
 def weights(rows: str, at: Positions) -> Array:
     """How often each position is a row, (B, T) float64."""
     keep, kind = at.keep_BT, at.kinds
+    if rows.startswith(ONLY):
+        return cells(at)[rows.removeprefix(ONLY)].astype(np.float64)
+    if rows.startswith(BUT):
+        out, every = keep.astype(np.float64), cells(at)
+        for one in rows.removeprefix(BUT).split("; "):
+            times = next(k for k, word in enumerate(TIMES) if one.startswith(word))
+            out[every.get(one.removeprefix(TIMES[times]), np.s_[:0])] = times
+        return out
     before_last = np.arange(keep.shape[1]) < keep.shape[1] - 1
     chosen = {
         "reference": keep,
@@ -144,6 +220,7 @@ def weights(rows: str, at: Positions) -> Array:
         "with pads": np.ones_like(keep),
         "with pads, without last": keep | kind["pads"],
         "with pads, without the last column": np.broadcast_to(before_last, keep.shape),
+        "without first, with last": (keep & ~kind["first"]) | kind["last"],
         "without first": keep & ~kind["first"],
         "first twice": keep + (keep & kind["first"]).astype(np.int64),
         "without eos": keep & ~kind["eos"],
@@ -204,7 +281,12 @@ def gold(kind: str, where: str, at: Positions) -> Array:
     if kind == "no shift":
         return np.asarray(np.where(label_BT >= 0, at.inputs, NO_LABEL))
     if kind == "double shift":
-        later_BT = np.full_like(label_BT, NO_LABEL)
-        later_BT[:, :-1] = label_BT[:, 1:]  # whether or not there was one here
-        return later_BT
+        return earlier(label_BT)
     return label_BT
+
+
+def earlier(label_BT: Array) -> Array:
+    """Each label one position earlier, whether or not there was one."""
+    out_BT = np.full_like(label_BT, NO_LABEL)
+    out_BT[:, :-1] = label_BT[:, 1:]
+    return out_BT

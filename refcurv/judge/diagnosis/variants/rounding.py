@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Final
 
 import numpy as np
 
@@ -17,9 +18,20 @@ from refcurv.model.transformer import Parameters
 Parts = tuple[ModelConfig, Parameters, Ops]
 """What of a network decides its arithmetic."""
 
+TF32: Final = MappingProxyType({"tf32": np.rint, "tf32, cut": np.trunc})
+"""How an operand of a product comes to 11 bits: programs round it, hardware cuts it."""
+
+
+def to_bits(x: Array, bits: int, whole: np.ufunc = np.rint) -> Array:
+    """x with so many significant bits; `whole` says which of two neighbours an entry becomes."""
+    part, exponent = np.frexp(x)
+    return np.asarray(np.ldexp(whole(np.ldexp(part, bits)), exponent - bits))
+
 
 def rounded(x: Array, dtype: str) -> Array:
     """x as `dtype` holds it, in its own dtype."""
+    if dtype in TF32:
+        return to_bits(x, 11, TF32[dtype])
     if dtype == "bfloat16":
         return from_bfloat16(to_bfloat16(x)).astype(x.dtype)
     with np.errstate(over="ignore"):
@@ -51,7 +63,30 @@ class Half(Coarse):
     held = "float16"
 
 
-KINDS = {"bfloat16": Coarse, "float16": Half}
+class Short(Coarse):
+    """An array whose products read 11 bits of their operands; nothing else is rounded."""
+
+    held = "tf32"
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **more: Any) -> Any:
+        given = [plain(x) for x in inputs]
+        if ufunc is np.matmul:
+            given = [rounded(np.asarray(x), self.held) for x in given]
+        into = more.pop("out", None)
+        found = getattr(ufunc, method)(*given, **more)
+        if into is not None:
+            np.copyto(into[0], found)
+            return into[0]
+        return found.view(type(self)) if isinstance(found, np.ndarray) else found
+
+
+class Cut(Short):
+    """The same of operands that are cut."""
+
+    held = "tf32, cut"
+
+
+KINDS = {"bfloat16": Coarse, "float16": Half, "tf32": Short, "tf32, cut": Cut}
 
 
 def plain(x: Any) -> Any:
@@ -145,3 +180,13 @@ def all_in(dtype: str, parts: Parts) -> Parts:
         Lazy(list(parameters), read),
         replace(ops, mlp_forward=forward, mlp_backward=backward),
     )
+
+
+def products_in(dtype: str, parts: Parts) -> Parts:
+    """Every product of the network reads its operands in `dtype`, one of TF32."""
+    config, parameters, ops = parts
+
+    def read(name: str) -> Array:
+        return parameters[name].view(KINDS[dtype])
+
+    return config, Lazy(list(parameters), read), ops

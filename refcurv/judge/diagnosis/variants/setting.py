@@ -8,15 +8,17 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from refcurv.judge.case import Case
-from refcurv.judge.diagnosis.variants.networks import CHANGES, Level, occurring
+from refcurv.judge.diagnosis.variants.networks import CHANGES, PADS, SEEING, Level, occurring
 from refcurv.judge.diagnosis.variants.positions import (
     ROWS,
     WHERE,
     Positions,
+    fault_of_rows,
     positions,
     supervised,
     weights,
 )
+from refcurv.judge.diagnosis.variants.rounding import TF32
 from refcurv.judge.diagnosis.variants.texts import TEXTS, rows_left, texts
 from refcurv.law.conventions import NO_LABEL, Fisher
 from refcurv.model.config import ModelConfig, NormPlace
@@ -32,6 +34,7 @@ LABELS: Final[Mapping[str, str]] = MappingProxyType(
         "tempered": "B21",
         "nucleus": "B21",
         "double shift": "B22",
+        "drawn, then shifted": "B22",
         "no shift": "B23",
     }
 )
@@ -47,13 +50,26 @@ sequences: those with a row. every sequence: those without one too, where rows a
 """
 
 POOLING: Final[Mapping[str, str]] = MappingProxyType(
-    {"sum": "B36", "mean": "B36", "batch": "B44", "batch and rows": "B44", "centred": "B45"}
-)
+    {"sum": "B36", "mean": "B36", "mean, ones summed": "B36", "batch": "B44",
+     "batch and rows": "B44", "batch, row by row": "B44", "batch from the end": "B44",
+     "batch from the end, row by row": "B44", "centred": "B45"}
+)  # fmt: skip
 """What may be done to rows before they are squared, or to the mean of the squares.
 
-sum, mean: over the rows of a sequence. batch: the mean over the sequences of a batch, position by
-position. batch and rows: the mean over all rows of a batch. centred: mean meanᵀ is subtracted.
+sum, mean: over the rows of a sequence. mean, ones summed: a is divided, and not the 1 of [a; 1].
+batch: the mean over the sequences of a batch, position by position; from the end, where programs
+pad on the left. row by row: the mean over those that are rows there, in the place of each of them.
+batch and rows: the mean over all rows of a batch. centred: mean meanᵀ is subtracted.
 """
+
+REDUCED: Final = ("sum", "mean", "mean, ones summed")
+"""What of POOLING leaves one row of a sequence."""
+
+BATCHES: Final = tuple(name for name in POOLING if name[:5] == "batch")
+"""What of POOLING takes the mean over a batch."""
+
+MOST: Final = 64
+"""Sequences of a batch whose size is looked for.  Chosen: each size is a product of its own."""
 
 INPUTS: Final = (
     "norm's input",
@@ -89,6 +105,18 @@ follows the layer.
 HALVES: Final = MappingProxyType({f"output in float16 at 2^{k}": 2.0**k for k in range(-30, 25)})
 """The output's gradient as float16 holds it where the loss is this many times the sum (B61)."""
 
+OPERANDS: Final = MappingProxyType({f"operand in {dtype}": dtype for dtype in TF32})
+"""A layer's own input, or its output's gradient, as a product reads it that squares it (B60)."""
+
+
+_OF_A: Final[Mapping[str, str | None]] = MappingProxyType(
+    {"input": None, **dict.fromkeys(OVERWRITTEN, "B42"), **dict.fromkeys(OPERANDS, "B60")}
+)
+_OF_G: Final[Mapping[str, str | None]] = MappingProxyType(
+    {"output": None, **dict.fromkeys(HALVES, "B61"), **dict.fromkeys(OPERANDS, "B60")}
+)
+"""The fault of a tensor in the place of the input, or of the output, where not B34 or B35."""
+
 
 @dataclass(frozen=True, slots=True)
 class Setting:
@@ -101,7 +129,7 @@ class Setting:
         text: what is read in the place of the corpus (`texts.TEXTS`); token: the one it is about.
         rows_A, rows_G: which positions are rows (`positions.ROWS`). count: one of COUNTS.
         pooling_A, pooling_G: of POOLING. batch: sequences of a batch, 0 for all; for B44.
-        tensor_A, tensor_G: of INPUTS or OVERWRITTEN, and of OUTPUTS or HALVES.
+        tensor_A, tensor_G: of INPUTS or OVERWRITTEN, and of OUTPUTS or HALVES; or of OPERANDS.
         network: changes of the arithmetic (`networks.CHANGES`), each with its level.
         pads: what a position of padding sees (`networks.Network`): no fault by itself.
         mean: where labels are drawn, is the mean over all draws taken: no fault, but the way to
@@ -133,27 +161,32 @@ class Setting:
     def faults(self) -> tuple[str, ...]:
         """The ids of what differs, in the order of the fields."""
         # labels everywhere make rows of all
-        rows = {} if self.count == "reference" or self.where == "last class" else ROWS
+        bare = self.count == "reference" or self.where == "last class"
         found = [
             LABELS.get(self.labels),
             "B26" if self.smoothing or self.z_loss else None,
             WHERE.get(self.where),
             TEXTS[self.text].fault if self.text in TEXTS else None,
-            rows.get(self.rows_A),
-            rows.get(self.rows_G),
+            None if bare else fault_of_rows(self.rows_A),
+            None if bare else fault_of_rows(self.rows_G),
             COUNTS.get(self.count),
             POOLING.get(self.pooling_A),
             POOLING.get(self.pooling_G),
-            None if self.tensor_A == "input" else "B42" if self.tensor_A in OVERWRITTEN else "B34",
-            "B61" if self.tensor_G in HALVES else "B35" if self.tensor_G != "output" else None,
+            _OF_A.get(self.tensor_A, "B34"),
+            _OF_G.get(self.tensor_G, "B35"),
             *(CHANGES[name].fault for name, _ in self.network),
         ]
         return tuple(dict.fromkeys(fault for fault in found if fault))
 
     @property
     def alike(self) -> tuple[str, ...]:
-        """Other ids that leave the same trace: an activation in place shows what is behind it."""
-        return ("B42",) if self.tensor_G == "activation" else ()
+        """Other ids that leave the same trace.
+
+        An activation in place shows what is behind it. A text with its start token, whose row is
+        left out, may have lost it by a rule for rows.
+        """
+        first = "without first" in (self.rows_A, self.rows_G)
+        return ("B42",) * (self.tensor_G == "activation") + ("B20",) * first
 
     @property
     def sides(self) -> frozenset[str]:
@@ -216,7 +249,7 @@ def combined(one: Setting, two: Setting) -> Setting | None:
             merged[name] = mine
         else:
             merged[name] = other if mine == none else mine
-    pooled = {merged["pooling_A"], merged["pooling_G"]} & {"sum", "mean"}
+    pooled = {merged["pooling_A"], merged["pooling_G"]} & {*REDUCED}
     pooled_count = merged["count"] in ("rows", "every sequence")
     return None if pooled and not pooled_count else Setting(**merged)
 
@@ -237,7 +270,7 @@ def settings(case: Case) -> list[Setting]:
     config = case.model.config
     at = positions(case.corpus, config, case.reference.rows)
     found = [*_labels(case.reference.fisher, at), *_where(case.reference.fisher, at)]
-    found += [*_rows(at), *_counts(at), *_pooling(case.reference.fisher, at), *_tensors(config)]
+    found += [*_rows(at), *_counts(at), *_pooling(case, at), *_tensors(config)]
     found += _texts(case, at)
     found += [Setting(network=(level,)) for level in occurring(config, at)]
     return list(dict.fromkeys(found))
@@ -284,7 +317,8 @@ def _labels(fisher: Fisher, at: Positions) -> Iterator[Setting]:
         yield from (Setting(labels="tempered", amount=t) for t in (0.5, 0.7, 0.8, 1.5, 2.0))
         yield from (Setting(labels="nucleus", amount=p) for p in (0.9, 0.95, 0.8))
     if at.inputs.shape[1] > 1:
-        yield from (Setting(labels=name) for name in ("double shift", "no shift"))
+        shifted = ("drawn, then shifted",) if drawn else ()
+        yield from (Setting(labels=name) for name in ("double shift", "no shift", *shifted))
 
 
 def _where(fisher: Fisher, at: Positions) -> Iterator[Setting]:
@@ -301,11 +335,11 @@ def _where(fisher: Fisher, at: Positions) -> Iterator[Setting]:
         names.append("everywhere" if drawn else "ignored everywhere")
     for name in names:
         at_pads = padded and name.endswith(("pads", "everywhere"))
-        for pads in ("real", "all") if at_pads else ("blind",):
+        for pads in SEEING if at_pads else ("blind",):
             yield Setting(where=name, pads=pads)
     if fisher in (Fisher.SAMPLED, Fisher.EMPIRICAL) and (at.label_BT < 0).any():
-        for pads in ("real", "all") if padded else ("blind",):
-            yield Setting(where="last class", pads=pads)
+        yield from (Setting(where="last class", pads=p) for p in (SEEING if padded else ("blind",)))
+        for pads in PADS if padded else ("blind",):
             yield Setting(where="last class", rows_A="with pads", rows_G="with pads", pads=pads)
     if kinds["eos"].any():
         yield Setting(where="without eos")
@@ -319,7 +353,7 @@ def _rows(at: Positions) -> Iterator[Setting]:
         if not theirs.any() or any((theirs == one).all() for one in before):
             continue
         before.append(theirs)
-        seen = ("real", "all") if name.startswith("with pads") else ("blind",)
+        seen = PADS if name.startswith("with pads") else ("blind",)
         for pads in seen:
             yield Setting(rows_A=name, rows_G=name, pads=pads)
             yield Setting(rows_A=name, pads=pads)
@@ -339,14 +373,14 @@ def _counts(at: Positions) -> Iterator[Setting]:
     yield from (Setting(count=name) for name, size in other.items() if size not in (0, n))
 
 
-def _pooling(fisher: Fisher, at: Positions) -> Iterator[Setting]:
+def _pooling(case: Case, at: Positions) -> Iterator[Setting]:
     yield Setting(pooling_A="centred")
-    if fisher in (Fisher.SAMPLED, Fisher.EMPIRICAL):  # the others' mean is 0
+    if case.reference.fisher in (Fisher.SAMPLED, Fisher.EMPIRICAL):  # the others' mean is 0
         yield Setting(pooling_G="centred")
     if at.keep_BT.sum(axis=1).max(initial=0) > 1:
-        for A in ("mean", "sum"):
+        yield from (Setting(pooling_G=G) for G in ("mean", "sum"))
+        for A in REDUCED[: 3 if case.joint else 2]:
             yield Setting(pooling_A=A)
-            yield Setting(pooling_G=A)
             for G in ("mean", "sum"):
                 yield Setting(pooling_A=A, pooling_G=G)
                 if not at.keep_BT.any(axis=1).all():
@@ -357,6 +391,16 @@ def _pooling(fisher: Fisher, at: Positions) -> Iterator[Setting]:
         if N > 1:
             yield Setting(pooling_G="batch", batch=size)
             yield Setting(pooling_G="batch and rows", batch=size)
+
+
+def batches(case: Case) -> Iterator[Setting]:
+    """G by means over batches of any size."""
+    assert case.model is not None and case.corpus is not None
+    at = positions(case.corpus, case.model.config, case.reference.rows)
+    for size in range(2, min(len(at.index_B), MOST) + 1):
+        for name in BATCHES:
+            if not (name.startswith("batch from the end") and at.real_BT.all()):
+                yield Setting(pooling_G=name, batch=size)
 
 
 def _tensors(config: ModelConfig) -> Iterator[Setting]:

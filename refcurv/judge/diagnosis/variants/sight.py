@@ -29,6 +29,7 @@ class Sight:
         by: t and s there are a "place" in the sequence, or a "position", which restarts.
         restart: do positions restart with each document.
         padding: is padding seen.
+        ahead: how many later positions a causal mask leaves; wider: how many more a window has.
     """
 
     causal: str = EVERYWHERE
@@ -37,6 +38,8 @@ class Sight:
     by: str = "place"
     restart: bool = True
     padding: bool = False
+    ahead: int = 0
+    wider: int = 0
 
     @property
     def name(self) -> str:
@@ -51,6 +54,8 @@ class Sight:
             window[self.window],
             "windows count positions" if self.by == "position" else None,
             "padding attended" if self.padding else None,
+            "a position sees the next" if self.ahead else None,
+            {1: "windows of one more", -1: "windows of one less"}.get(self.wider),
         ]
         return ", ".join(word for word in words if word)
 
@@ -63,7 +68,8 @@ class Sight:
             and config.causal
             and T > 1
             and (self.documents or bool(inside_BT.any()))
-            and (windows or (self.window == "none" and self.causal == NOWHERE))
+            and (windows or self.ahead > 0 or (self.window == "none" and self.causal == NOWHERE))
+            and (not self.wider or any(1 < w < T for w in config.windows))
             and (self.causal != IN_WINDOWS or not all(config.windows))
             and (not self.padding or not at.real_BT.all())
         )
@@ -83,7 +89,7 @@ def sights() -> Iterator[Sight]:
     """The others of causal models; each differs from the model and from one another.
 
     Where what comes later is hidden, a window on both sides is one behind, unless it counts
-    positions. Within a document places and positions count alike.
+    positions. Within a document places and positions count alike. The last are off by one.
     """
     causal = (EVERYWHERE, IN_WINDOWS, NOWHERE)
     both = (True, False)
@@ -102,6 +108,7 @@ def sights() -> Iterator[Sight]:
         ):
             continue
         yield one
+    yield from (Sight(ahead=1), Sight(wider=1), Sight(wider=-1))
 
 
 def visible(at: Positions, one: Sight, window: int, pads: str) -> Array:
@@ -111,7 +118,7 @@ def visible(at: Positions, one: Sight, window: int, pads: str) -> Array:
     """
     real_BT, T = at.real_BT, at.real_BT.shape[1]
     key_BS = real_BT if at.seen_BT is None else at.seen_BT
-    key_BS = np.ones_like(real_BT) if one.padding or pads == "all" else key_BS
+    key_BS = np.ones_like(real_BT) if one.padding or pads in ("all", "apart") else key_BS
     blind = pads == "blind" and not one.padding and at.seen_BT is None
     query_BT = real_BT if blind else np.ones_like(real_BT)
     segment_BT = at.segment_BT
@@ -120,15 +127,17 @@ def visible(at: Positions, one: Sight, window: int, pads: str) -> Array:
         last_B1 = np.take_along_axis(segment_BT, end_B1, axis=1)
         segment_BT = np.where(real_BT, segment_BT, last_B1)
     seen_BTS = query_BT[:, :, None] & key_BS[:, None]
+    if pads == "apart":
+        seen_BTS &= real_BT[:, :, None] == real_BT[:, None]
     ahead_TS = np.arange(T)[:, None] - np.arange(T)
     if one.documents:
         seen_BTS &= segment_BT[:, :, None] == segment_BT[:, None]
     if one.causal == EVERYWHERE or (one.causal == IN_WINDOWS and window):
-        seen_BTS &= ahead_TS >= 0
+        seen_BTS &= ahead_TS >= -one.ahead
     if window and one.window != "none":
         far = ahead_TS
         if one.by == "position":
             at_BT = causal_layout(np.ones_like(real_BT), segment_BT).position_BT
             far = at_BT[:, :, None] - at_BT[:, None]
-        seen_BTS &= (np.abs(far) if one.window == "around" else far) < window
+        seen_BTS &= (np.abs(far) if one.window == "around" else far) < window + one.wider
     return np.asarray(seen_BTS)

@@ -35,6 +35,8 @@ def text_of(at: Positions, text: str, token: int, config: ModelConfig, rows: Row
     """What another program reads in the place of some sequences; rows by the same rule (ROWS)."""
     if text == "the corpus":
         return at
+    if text == HIDDEN:
+        return replace(at, seen_BT=at.real_BT & (at.inputs != token))
     out = TEXTS[text].make(at, token)
     end = reached(out.label_BT, out.real_BT, out.segment_BT, config.causal)
     out = replace(out, keep_BT=_kept(out, config, rows), reached_BT=end)
@@ -67,19 +69,27 @@ def texts(
     more = not config.learned_positions or at.inputs.shape[1] < config.learned_positions
     ours = at.keep_BT.sum()
     for name, one in TEXTS.items():
-        if one.fault == "B49" and (more or name.partition(",")[0] != LONGER):
+        longer = name.partition(",")[0] == LONGER
+        if one.fault == "B49" and (more or not longer):
             if n != ours or rows_left(at, name, NO_LABEL, config, rows) == n:
-                yield name, NO_LABEL
+                yield from ((name, token) for token in (_starts(at) if longer else [NO_LABEL]))
     for token in _tokens(at, n):
         for name, one in TEXTS.items():
-            if one.fault == "B25":
+            if one.fault == "B25" and name != HIDDEN:
                 left = rows_left(at, name, token, config, rows)
                 if left and (n is None or left == n):
                     yield name, token
 
 
+def _starts(at: Positions) -> list[int]:
+    """What may stand before a sequence: its own first token, NO_LABEL, or that of most texts."""
+    common = int(np.argmax(np.bincount(at.inputs[at.kinds["first"]])))
+    own = at.inputs[:, 0][at.real_BT[:, 0]]
+    return [NO_LABEL] if (own == common).all() else [NO_LABEL, common]
+
+
 def _tokens(at: Positions, n: float | None) -> list[int]:
-    """Tokens of about as many rows as theirs lacks, the nearest first.
+    """Tokens of about as many rows, or labels, as theirs lacks, the nearest first.
 
     What stands in front of texts alone is their start, and no padding (B49).
     """
@@ -90,8 +100,12 @@ def _tokens(at: Positions, n: float | None) -> list[int]:
     inside = np.bincount(at.inputs[at.keep_BT & ~at.kinds["first"]], minlength=len(lost))
     off = abs(lost - float(at.keep_BT.sum() - n))
     off[inside == 0] = np.inf
-    near = np.argsort(off, kind="stable")[:TOKENS]
-    return list(dict.fromkeys([*own, *(int(v) for v in near if off[v] <= len(at.index_B))]))
+    labels = np.bincount(at.label_BT[at.label_BT >= 0])
+    out = own
+    for each in (off, np.where(labels > 0, abs(labels - float(at.keep_BT.sum() - n)), np.inf)):
+        near = np.argsort(each, kind="stable")[:TOKENS]
+        out = [*out, *(int(v) for v in near if each[v] <= len(at.index_B))]
+    return list(dict.fromkeys(out))
 
 
 # ------------------------------------------------------------------ a start token more or less
@@ -99,15 +113,18 @@ def _tokens(at: Positions, n: float | None) -> list[int]:
 LONGER = "one start token more"
 
 
-def _one_more(at: Positions, _: int, end: str, labelled: bool) -> Positions:
-    """The first token twice; `end`: is the last column kept, cut off, or cut with its label."""
+def _one_more(at: Positions, token: int, end: str, labelled: bool) -> Positions:
+    """The first token twice, or this one before it.
+
+    end: is the last column kept, cut off, or cut with its label.
+    """
     first: dict[str, Any] = {name: x[:, :1] for name, x in _along(at).items()}
     y = first["inputs"] if labelled else np.full_like(first["inputs"], NO_LABEL)
     first |= {"label_BT": y}
+    if token != NO_LABEL:
+        first |= {"inputs": np.full_like(y, token)}
     if at.drawn_BTN is not None:
-        first |= {
-            "drawn_BTN": np.broadcast_to(first["inputs"][..., None], at.drawn_BTN[:, :1].shape)
-        }
+        first |= {"drawn_BTN": np.broadcast_to(at.inputs[:, :1, None], at.drawn_BTN[:, :1].shape)}
     T = at.inputs.shape[1] + (end == "longer")
     out: dict[str, Any] = {
         name: np.concatenate([first[name], x], axis=1)[:, :T] for name, x in _along(at).items()
@@ -127,6 +144,14 @@ def _along(at: Positions) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------ a token taken for padding
+
+HIDDEN: Final = "a token is padding in attention alone"
+"""No position sees it. It has its row and its label, so that no count says which token it is."""
+
+
+def _unlabelled(at: Positions, token: int) -> Positions:
+    """Labels that are this token go, and the rows that led to them alone."""
+    return replace(at, label_BT=np.where(at.label_BT == token, NO_LABEL, at.label_BT))
 
 
 def _padding(at: Positions, token: int, own: bool, next_too: bool) -> Positions:
@@ -148,7 +173,11 @@ TEXTS: Final[Mapping[str, Text]] = MappingProxyType(
         )
         for unlabelled in ("", ", without a label")
     }
-    | {"no start token": Text("B49", _one_fewer)}
+    | {
+        "no start token": Text("B49", _one_fewer),
+        "a token is no label": Text("B25", _unlabelled),
+        HIDDEN: Text("B25", lambda at, _: at),
+    }
     | {
         f"a token is {what}{labels}": Text("B25", partial(_padding, own=own, next_too=next_too))
         for what in ("padding", "no row")

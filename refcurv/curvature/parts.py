@@ -1,0 +1,128 @@
+"""Layers of a file that is being made, in files of their own until all are there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from refcurv.curvature.fingerprint import advised, require_told, told
+from refcurv.files.disk import (
+    is_folder,
+    machine_faults,
+    make_folder,
+    mode_of,
+    parse_json,
+    remove_folder,
+    unfinished,
+    write_json,
+)
+from refcurv.files.lazy import Lazy
+from refcurv.law.checks import ConventionError, SchemaError, StorageError
+
+RUN = "run.json"
+Layer = TypeVar("Layer")
+
+
+@dataclass(frozen=True, slots=True)
+class Parts(Generic[Layer]):
+    """A folder beside an output: `run.json` says of which run (FINGERPRINT), the rest are layers.
+
+    Fields: who, for messages; folder, which may not be there yet; facts, of this run; layers, what
+    lies in it, each read when asked for.
+    """
+
+    who: str
+    folder: Path
+    facts: Mapping[str, Any]
+    layers: Mapping[str, Layer]
+
+
+def open_parts(
+    who: str,
+    path: str | Path,
+    facts: Mapping[str, Any],
+    load: Callable[[Path], Mapping[str, Layer]],
+) -> Parts[Layer]:
+    """What an earlier run of the same facts left of the output `path`.
+
+    Args: load, opens a file of layers.
+
+    Raises:
+        ConventionError: it is of another run; says what differs. SchemaError: it is damaged.
+
+    Proof: tests/test_streaming.py::test_a_killed_run_goes_on, ::test_damaged_parts_are_refused
+    """
+    folder = Path(f"{unfinished(path)}.layers")
+    known = folder / RUN
+    where = f"{who}: {str(folder)!r}"
+    if mode_of(who, folder) and not is_folder(who, folder):
+        raise SchemaError(
+            f"{where} is in the way of the layers kept. Move it, or name another output."
+        )
+    if not mode_of(who, known):
+        return Parts(who, folder, facts, {})
+    _require_ours(who, folder, facts)
+    found: dict[str, Mapping[str, Layer]] = {}
+    for file in sorted(folder.glob("*.h5")):
+        with advised(who):
+            some = load(file)
+        if found.keys() & some.keys() or min(some) != file.stem:
+            raise SchemaError(f"{where}: {file.name} holds other layers than its own: delete it.")
+        found |= dict.fromkeys(some, some)
+
+    def read(name: str) -> Layer:
+        with advised(who):
+            return found[name][name]
+
+    return Parts(who, folder, facts, Lazy(list(found), read))
+
+
+def add_part(
+    parts: Parts[Layer], layers: Mapping[str, Layer], save: Callable[[Path], object]
+) -> None:
+    """Keep some layers, which `save` writes; the first time also what run they are of.
+
+    Raises:
+        ConventionError: another run has begun the same output meanwhile.
+
+    Proof: tests/test_streaming.py::test_two_runs_of_one_output_do_not_mix
+    """
+    first = not mode_of(parts.who, parts.folder / RUN)
+    if not first:
+        _require_ours(parts.who, parts.folder, parts.facts)
+    try:
+        if first:
+            remove_folder(parts.who, parts.folder)  # nothing says whose layers are in it
+            make_folder(parts.who, parts.folder)
+            write_json(json.loads(told(parts.facts)), parts.folder / RUN)
+        save(parts.folder / f"{min(layers)}.h5")
+    except StorageError:
+        if first:
+            remove_folder(parts.who, parts.folder)
+        raise
+
+
+def require_all(parts: Parts[Layer], names: Iterable[str]) -> None:
+    """ConventionError unless all these layers are there: another run may have removed them."""
+    gone = [name for name in names if name not in parts.layers]
+    if gone:
+        raise ConventionError(
+            f"{parts.who}: {gone[0]!r} is no longer in {str(parts.folder)!r}. Did another run make "
+            "the same output meanwhile? If that is not what was wanted, run the command again."
+        )
+
+
+def _require_ours(who: str, folder: Path, facts: Mapping[str, Any]) -> None:
+    """Refuse the layers of another run."""
+    where, known = f"{who}: {str(folder)!r}", folder / RUN
+    with machine_faults(who, known):
+        theirs = parse_json(who, f"{where}: {RUN}", known.read_bytes())
+    require_told(where, facts, theirs)
+
+
+def discard(parts: Parts[Layer]) -> None:
+    """The output is whole: its parts go."""
+    remove_folder(parts.who, parts.folder)

@@ -1,0 +1,305 @@
+"""Which passages of some texts a model recites: windows judged by one pass that is told the truth.
+
+At every position the model is given the true tokens before. As long as its likeliest token is the
+true one, that is what decoding would give it too, so a run of right tokens is a recitation whose
+prompt is everything before the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from refcurv.evaluation.decode import at_scored, batches, require_population
+from refcurv.evaluation.held import held
+from refcurv.law.checks import (
+    Array,
+    EmptyError,
+    as_integers,
+    overflow_hint,
+    require_choice,
+    require_finite,
+)
+from refcurv.law.words import number_of
+from refcurv.model.corpus import SPLITS, Population
+from refcurv.model.given import require_whole
+from refcurv.model.weights import Model
+from refcurv.progress import Progress, counter, silent
+
+WHO = "recited"
+
+Spelled = Callable[[Array], str | None]
+"""The text of some ids, or None where no tokenizer is known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """What is recited: tokens begin .. begin + prompt of a document are given, `said` follow.
+
+    Fields: document, its number; begin, where the prompt begins; prompt, said: how many tokens;
+    split, one of SPLITS, that of all passages of the document.
+    """
+
+    document: int
+    begin: int
+    prompt: int
+    said: int
+    split: str
+
+    @property
+    def asked(self) -> slice:
+        """Which tokens of the document are recited."""
+        return slice(self.begin + self.prompt, self.begin + self.prompt + self.said)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Recited:
+    """What `recited` found.
+
+    Fields:
+        passages: in the order of the documents.
+        documents: the ids of each, (n,) int32. before: what every prompt begins with.
+        windows: how many were judged. short: documents that have none.
+        runs: (suffix + 1,), how many windows have a longest run of 0, 1, ... right tokens.
+        right: the share of all tokens asked for that is the likeliest one.
+        repeats, doubles, overlaps: how many recited windows were left out, as `recited` says.
+    """
+
+    passages: tuple[Passage, ...]
+    documents: tuple[Array, ...]
+    before: tuple[int, ...]
+    windows: int
+    short: int
+    runs: Array
+    right: float
+    repeats: int
+    doubles: int
+    overlaps: int
+
+    def ids(self, one: Passage) -> tuple[Array, Array]:
+        """The ids of a prompt, with what stands before, and of what is recited."""
+        document = self.documents[one.document]
+        given = document[one.begin : one.begin + one.prompt]
+        return np.concatenate([np.array(self.before, np.int32), given]), document[one.asked]
+
+    def population(self, split: str) -> Population:
+        """The passages of a split, of kind `recite`.
+
+        Raises:
+            EmptyError: there are none.
+        """
+        require_choice(WHO, "split", split, SPLITS)
+        found = [self.ids(one) for one in self.passages if one.split == split]
+        if not found:
+            raise EmptyError(f"{WHO}: no passage of split {split!r} was found.")
+        prompt = np.array([len(given) for given, _ in found], np.int32)
+        length = prompt + np.array([len(said) for _, said in found], np.int32)
+        tokens = np.zeros((len(found), int(length.max())), np.int32)
+        for row, pair, n in zip(tokens, found, length, strict=True):
+            row[:n] = np.concatenate(pair)
+        return Population(tokens, prompt, length, "recite", split)
+
+    def rows(self, names: Sequence[str], spelled: Spelled) -> Iterator[dict[str, Any]]:
+        """A passage's facts as plain values, as `refcurv corpus` reads a pair.
+
+        Keys: document, its name; token, where the prompt begins in it; split; prefix_ids, with
+        what stands before; suffix_ids; and, where they can be spelled, prefix and suffix.
+        """
+        for one in self.passages:
+            pair = dict(zip(("prefix", "suffix"), self.ids(one), strict=True))
+            text = {key: spelled(ids) for key, ids in pair.items()}
+            yield {
+                "document": names[one.document], "token": one.begin, "split": one.split,
+                **{f"{key}_ids": ids.tolist() for key, ids in pair.items()},
+                **{key: said for key, said in text.items() if said is not None},
+            }  # fmt: skip
+
+
+def recited(
+    model: Model,
+    documents: Sequence[Array],
+    *,
+    prefix: int = 32,
+    suffix: int = 16,
+    stride: int = 8,
+    least: int | None = None,
+    before: Sequence[int] = (),
+    progress: Progress = silent,
+) -> Recited:
+    """The passages of documents that a model recites, each with the prompt that it needs.
+
+    Definition
+        A window: prefix + suffix consecutive tokens of a document, one every `stride` tokens.
+        r_n = [argmax_v logits(before, window[: prefix + n])[last, v] is window[prefix + n]], with
+              the lowest id on ties, n = 0 .. suffix − 1
+        A window is recited if r is 1 on `least` or more consecutive n. The first of its longest
+        runs is what is said, and the window up to there is the prompt: at least `prefix` tokens.
+        So greedy decoding from the prompt says just this.
+        Left out, in this order: repeats, where ⌈said/2⌉ consecutive said tokens stand earlier in
+        the window; doubles, whose said tokens were found in an earlier window of another
+        document; overlaps, where a said token is also said by a passage of the document that is
+        longer, or as long and earlier.
+        Splits go by document: those with most passages first, each to the split with fewer.
+
+    Args:
+        model: causal, of tokens; computes in its `dtype`.
+        documents: ids, (n,) each.
+        prefix: tokens that a prompt has at least, >= 1.
+        suffix: tokens that are asked for behind it, >= 1.
+        stride: from one window to the next, >= 1.
+        least: how many right tokens in a row count, 1 .. suffix; None: all.
+        before: ids that stand before every window, as a tokenizer puts them before a text.
+        progress: called with (batches done, batches).
+
+    Returns:
+        Recited.
+
+    Raises:
+        RangeError: a number outside its range; a token outside the vocabulary; more positions than
+            were learned. ConventionError: a model of images, or a bidirectional one.
+        EmptyError: no document has a window. NonFiniteError: a logit is NaN or infinite.
+
+    Cost: one forward pass over the windows: (prefix + suffix) / stride times the text.
+    Source: METHOD, Recitation; arXiv 2510.24256, section 4 (exact suffixes).
+    Proof:  tests/test_recited.py::test_by_loops, ::test_greedy_decoding_says_each_passage
+    """
+    for what, value in (("prefix", prefix), ("suffix", suffix), ("stride", stride)):
+        require_whole(WHO, what, value, 1, 2**20)
+    least = require_whole(WHO, "least (--run)", suffix if least is None else least, 1, suffix)
+    ids = [
+        as_integers(WHO, f"document {n}", one, (None,), "(n,)", np.int32)
+        for n, one in enumerate(documents)
+    ]
+    place_W2 = _windows([len(one) for one in ids], prefix + suffix, stride)
+    window_WT = np.array([ids[d][b : b + prefix + suffix] for d, b in place_W2], np.int32)
+    right_WN = _right(model, window_WT, prefix, before, progress)
+    run_W, at_W = longest_runs(right_WN)
+    found = [
+        _Window(int(d), int(b), prefix + int(at), int(run), window)
+        for (d, b), at, run, window in zip(place_W2, at_W, run_W, window_WT, strict=True)
+        if run >= least
+    ]
+    fresh = [one for one in found if not one.repeats]
+    single = list(_without_doubles(fresh))
+    apart = _apart(single)
+    passages = tuple(
+        Passage(one.document, one.begin, one.prompt, one.said, to) for one, to in _split(apart)
+    )
+    return Recited(
+        passages, tuple(ids), tuple(map(int, before)), len(window_WT),
+        len(ids) - len(np.unique(place_W2[:, 0])), np.bincount(run_W, minlength=suffix + 1),
+        float(right_WN.mean()), len(found) - len(fresh), len(fresh) - len(single),
+        len(single) - len(apart),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Window:
+    """A window that is recited, as Passage counts it."""
+
+    document: int
+    begin: int
+    prompt: int
+    said: int
+    ids_T: Array
+
+    @property
+    def asked(self) -> tuple[int, ...]:
+        return tuple(self.ids_T[self.prompt : self.prompt + self.said].tolist())
+
+    @property
+    def repeats(self) -> bool:
+        """Does half of what is said, or more, stand earlier in the window, as one run?"""
+        n, ids = -(-self.said // 2), self.ids_T[: self.prompt + self.said].tolist()
+        seen = set()
+        for end in range(n, len(ids) + 1):
+            run = tuple(ids[end - n : end])
+            if end - n >= self.prompt and run in seen:
+                return True
+            seen.add(run)
+        return False
+
+
+def _windows(lengths: Sequence[int], size: int, stride: int) -> Array:
+    """(W, 2): document and first token of every window."""
+    place = [(d, b) for d, n in enumerate(lengths) for b in range(0, n - size + 1, stride)]
+    if not place:
+        longest = max(lengths, default=0)
+        raise EmptyError(
+            f"{WHO}: a window has {number_of(size, 'token')}, and none of "
+            f"{number_of(len(lengths), 'document')} is so long; the longest has {longest}."
+        )
+    return np.array(place)
+
+
+def _right(
+    model: Model, window_WT: Array, prefix: int, before: Sequence[int], progress: Progress
+) -> Array:
+    """(W, N) bool: is the likeliest token the true one?"""
+    W, T = window_WT.shape
+    front = np.tile(np.array([*before], np.int32), (W, 1))
+    tokens = np.concatenate([front, window_WT], axis=1)
+    prompt = np.full(W, front.shape[1] + prefix, np.int32)
+    asked = Population(tokens, prompt, np.full(W, tokens.shape[1], np.int32), "recite", "test")
+    require_population(WHO, "windows", asked, model.config)
+
+    def take(logit_NV: Array, label_N: Array) -> Array:
+        require_finite(WHO, "the logits", logit_NV, overflow_hint(logit_NV.dtype))
+        return np.asarray(logit_NV.argmax(axis=-1) == label_N)
+
+    parts = batches(asked)
+    progress(0, len(parts))
+    found = at_scored(
+        model.config, held(WHO, model, [asked]), asked, take, counter(progress, len(parts))
+    )
+    right_WN = np.empty((W, T - prefix), bool)
+    right_WN[np.concatenate(parts)] = np.concatenate(found).reshape(W, -1)
+    return right_WN
+
+
+def longest_runs(right_WN: Array) -> tuple[Array, Array]:
+    """The length of each row's longest run of True, and where the first such run begins.
+
+    Proof: tests/test_recited.py::test_longest_runs_by_hand
+    """
+    W, N = right_WN.shape
+    now_W, best_W, at_W = (np.zeros(W, np.int64) for _ in range(3))
+    for n in range(N):
+        now_W = (now_W + 1) * right_WN[:, n]
+        longer_W = now_W > best_W
+        best_W[longer_W] = now_W[longer_W]
+        at_W[longer_W] = n + 1 - now_W[longer_W]
+    return best_W, at_W
+
+
+def _without_doubles(windows: Sequence[_Window]) -> Iterator[_Window]:
+    first: dict[tuple[int, ...], int] = {}
+    for one in windows:
+        if first.setdefault(one.asked, one.document) == one.document:
+            yield one
+
+
+def _apart(windows: Sequence[_Window]) -> list[_Window]:
+    """Of windows whose said tokens overlap the longest, or the first of those."""
+    taken: set[tuple[int, int]] = set()
+    kept = []
+    for one in sorted(windows, key=lambda one: (one.document, -one.said, one.begin)):
+        begin = one.begin + one.prompt
+        said = {(one.document, at) for at in range(begin, begin + one.said)}
+        if taken.isdisjoint(said):
+            taken |= said
+            kept.append(one)
+    return sorted(kept, key=lambda one: (one.document, one.begin))
+
+
+def _split(windows: Sequence[_Window]) -> Iterator[tuple[_Window, str]]:
+    """Each with its document's split; both splits get about as many."""
+    number, count = np.unique([one.document for one in windows], return_counts=True)
+    sizes, of = dict.fromkeys(SPLITS, 0), {}
+    for at in np.lexsort((number, -count)):
+        of[int(number[at])] = split = min(SPLITS, key=lambda name: sizes[name])
+        sizes[split] += int(count[at])
+    return ((one, of[one.document]) for one in windows)

@@ -1,0 +1,246 @@
+"""The one door to the package `gguf`: a file's metadata and tensors, each checked before use.
+
+Reading and dequantising are the package's. What it does not check is checked here: that every
+length lies within the file, and that the tensors lie one behind the other without gap or overlap.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata as packages
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from refcurv.files.disk import PathLike, input_path, machine_faults, one_line
+from refcurv.law.checks import Array, ConventionError, RefcurvError, SchemaError
+from refcurv.law.words import number_of
+
+MAGIC: Final = b"GGUF"
+VERSIONS: Final = (2, 3)
+_MOST_PARTS: Final = 20_000_000
+"""Chosen: values that one file's metadata may have. A vocabulary of 262,144 makes 1.3 million."""
+
+_ADVICE: Final = "Copy or download it again."
+_SPLIT: Final = re.compile(r"(.*-)(\d{5})(-of-(\d{5})\.gguf)")
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One tensor of a GGUF file.
+
+    Fields: name; shape, the last axis varies fastest; kind, GGML's name of its type; path, its
+    file; data, what the package made of it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    path: Path
+    data: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What a GGUF file, or all parts of a split one, holds.
+
+    Fields: paths, its files; fields, the metadata as the package read them; tensors, by name.
+    """
+
+    paths: tuple[Path, ...]
+    fields: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def where(self) -> str:
+        """The file, as messages name it."""
+        return repr(str(self.paths[0]))
+
+    def get(self, key: str) -> Any:
+        """The value of a key: a number, a text, true or false, or a list of one of them; or None.
+
+        A float32 is read as the shortest decimal that rounds to it. Converters write what a
+        config.json says, 1e-05, as the nearest float32, whose own decimals are 9.99999975e-06.
+        """
+        field = self.fields.get(key)
+        if field is None:
+            return None
+        with package_faults(f"{self.where}: the key {key!r:.80}"):
+            value = field.contents()
+            return _decimal(value) if field.types[-1].name == "FLOAT32" else value
+
+
+def _decimal(value: Any) -> Any:
+    if isinstance(value, list):
+        return [float(str(x)) for x in np.asarray(value, np.float32)]
+    return float(str(np.float32(value)))
+
+
+@contextmanager
+def package_faults(what: str) -> Iterator[None]:
+    """Turn what the package raises about damaged contents into a SchemaError of one line."""
+    try:
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
+            warnings.simplefilter("ignore")
+            yield
+    except (RefcurvError, MemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno:
+            raise
+        if "GGMLQuantizationType" in str(error):
+            raise ConventionError(
+                f"open: {what} holds a quantisation that the package gguf {package_version()} "
+                f"does not know: {one_line(error)}."
+            ) from None
+        raise SchemaError(f"open: {what} is damaged: {one_line(error)}. {_ADVICE}") from None
+
+
+# ------------------------------------------------------------------ opening
+
+
+def open_gguf(given: PathLike) -> Contents:
+    """A GGUF file's metadata and tensors; of a split file all parts, which lie beside each other.
+
+    Raises:
+        ConventionError: The package is not installed; big-endian; a version or a type of numbers
+            that is not read.
+        SchemaError: Not a GGUF file, damaged, or a part is missing.
+        StorageError: The disk cannot be read.
+
+    Proof: tests/test_gguf_files.py::test_any_flipped_byte_is_refused_in_one_line
+    """
+    path = input_path(given)
+    first = _part(path)
+    paths = _parts(path, first)
+    parts = [first if p == path else _part(p) for p in paths]
+    tensors: dict[str, Tensor] = {}
+    for part in parts:
+        for name, tensor in part.tensors.items():
+            if name in tensors:
+                raise SchemaError(f"open: {part.where} holds {name!r:.80} again. {_ADVICE}")
+            tensors[name] = tensor
+    whole = Contents(tuple(paths), parts[0].fields, tensors)
+    for k, part in enumerate(parts if len(parts) > 1 else []):
+        wanted = {"split.no": k, "split.count": len(parts), "split.tensors.count": len(tensors)}
+        for key, value in wanted.items():
+            if part.get(key) not in (value, None if key == "split.tensors.count" else value):
+                raise SchemaError(
+                    f"open: {part.where}: {key} is {part.get(key)!r:.40}, where {value} is due. "
+                    "Do the parts belong together?"
+                )
+    return whole
+
+
+def _part(path: Path) -> Contents:
+    """One file, as the package reads it, checked."""
+    try:
+        import gguf
+    except ImportError:
+        raise ConventionError(
+            f"open: {str(path)!r} is a GGUF file, which the package gguf reads: "
+            "pip install 'refcurv[gguf]'."
+        ) from None
+    _require_readable(path)
+
+    class Reader(gguf.GGUFReader):
+        """The package's reader, which slices beyond the end of a file without an error."""
+
+        taken = 0
+
+        def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+            Reader.taken += 1
+            if int(offset) + int(count) * np.dtype(dtype).itemsize > len(self.data):
+                raise ValueError("a length or an offset leads beyond the end of the file")
+            if Reader.taken > _MOST_PARTS:
+                raise ValueError(f"it has more than {_MOST_PARTS} values")
+            return super()._get(offset, dtype, count, override_order)
+
+    where = repr(str(path))
+    with machine_faults("open", path), package_faults(where):
+        reader = Reader(path)
+        tensors = {t.name: _tensor(path, t) for t in reader.tensors}
+        end = reader.data_offset
+        for t in reader.tensors:
+            if t.data_offset != end:
+                raise ValueError(f"tensor {t.name!r:.80} leaves a gap or overlaps another")
+            end += -(-t.n_bytes // reader.alignment) * reader.alignment
+    return Contents((path,), reader.fields, tensors)
+
+
+def _tensor(path: Path, found: Any) -> Tensor:
+    shape = tuple(int(n) for n in found.shape[::-1])
+    if 0 in shape or not shape:
+        raise ValueError(f"tensor {found.name!r:.80} has shape {shape}")
+    return Tensor(found.name, shape, found.tensor_type.name, path, found.data)
+
+
+def _require_readable(path: Path) -> None:
+    """Refuse what is no GGUF file of little-endian numbers in a known version."""
+    with machine_faults("open", path), path.open("rb") as file:
+        start = file.read(8)
+    version = int.from_bytes(start[4:], "little")
+    if start[:4] != MAGIC or len(start) < 8:
+        raise SchemaError(f"open: {str(path)!r} is no GGUF file, or cut short. {_ADVICE}")
+    if version & 0xFFFF == 0:
+        raise ConventionError(
+            f"open: {str(path)!r} is big-endian, which is not built. Take the usual, "
+            "little-endian file."
+        )
+    if version not in VERSIONS:
+        raise ConventionError(
+            f"open: {str(path)!r} is of version {version}; versions {VERSIONS[0]} and "
+            f"{VERSIONS[1]} are read."
+        )
+
+
+def _parts(path: Path, one: Contents) -> list[Path]:
+    """The paths of all parts, in order; each must be there."""
+    count = one.get("split.count")
+    if count is None or count == 1:
+        return [path]
+    named = _SPLIT.fullmatch(path.name)
+    if named is None or int(named[4]) != count:
+        raise SchemaError(
+            f"open: {one.where} is one of {count} parts, but is not named like one: "
+            f"NAME-00001-of-{count:05d}.gguf. Give all parts their names."
+        )
+    paths = [path.with_name(f"{named[1]}{k + 1:05d}{named[3]}") for k in range(count)]
+    missing = [p.name for p in paths if not p.is_file()]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise SchemaError(
+            f"open: {one.where} is one of {number_of(count, 'part')}; there is no {missing[0]}"
+            f"{more} beside it. Download all parts."
+        )
+    return paths
+
+
+# ------------------------------------------------------------------ numbers
+
+
+def read_tensor(tensor: Tensor) -> Array:
+    """The numbers of a tensor, dequantised by the package, as float32 in the tensor's shape."""
+    import gguf
+
+    kind = gguf.GGMLQuantizationType[tensor.kind]
+    where = f"{str(tensor.path)!r}: tensor {tensor.name!r:.120}"
+    with machine_faults("open", tensor.path), package_faults(where):
+        try:
+            array = gguf.dequantize(tensor.data, kind)
+        except NotImplementedError:
+            raise ConventionError(
+                f"open: {where} is of type {tensor.kind}, which the package gguf "
+                f"{package_version()} does not dequantise."
+            ) from None
+        return np.ascontiguousarray(array, np.float32).reshape(tensor.shape)
+
+
+def package_version() -> str:
+    """The version of the package that is installed."""
+    return packages.version("gguf")

@@ -1,0 +1,1 @@
+"""Many edits of one model, by several methods at equal cost; the factors are collected once."""

@@ -1,0 +1,544 @@
+"""A grid of edits of one model, each measured on the corpus's populations: what `rc.sweep` does."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
+
+from refcurv.algebra.staircase import cut
+from refcurv.curvature import room
+from refcurv.curvature.bases import Bases, named
+from refcurv.curvature.bases_file import spectra_of
+from refcurv.curvature.made_from import require_weights
+from refcurv.editing.record import EditRecord, require_exact, require_untied
+from refcurv.evaluation.held import Holding, holding, kept_bytes
+from refcurv.evaluation.items import suffix_nats
+from refcurv.evaluation.matching import Match, search_share, text_perplexity
+from refcurv.evaluation.suite import Measured, finite, judged, measure
+from refcurv.files import store
+from refcurv.files.digest import changed, digest
+from refcurv.files.disk import free_bytes, require_space
+from refcurv.files.scratch import Scratch
+from refcurv.law.checks import (
+    Array,
+    ConventionError,
+    EmptyError,
+    RangeError,
+    require_choice,
+    require_range,
+    require_seed,
+)
+from refcurv.law.conventions import describe
+from refcurv.law.words import number_of
+from refcurv.model.corpus import SPLITS, Corpus, ImagePopulation, Population
+from refcurv.model.patterns import expand
+from refcurv.model.weights import Model, Overlay, resident
+from refcurv.passes.below import Below
+from refcurv.passes.held import Held
+from refcurv.passes.sweep import lowest_block
+from refcurv.progress import Progress, doing, silent, span
+from refcurv.sweeps.beside import Collecting, basis_of
+from refcurv.sweeps.lines import Lines
+from refcurv.sweeps.methods import METHODS, STRONGEST, Method, methods
+
+KINDS: Final[Mapping[str, str]] = MappingProxyType({"perplexity": "text", "forgetting": "recite"})
+"""What methods are matched at → the kind of the dev population that says it."""
+
+MATCHES: Final = (*KINDS, "rho")
+
+DEFAULT: Final = ("kfac", "svd", "random-basis", "random-pairs")
+
+MOST: Final = 16
+"""Chosen: trials of one match. About 8 find what can be found; more only narrow a jump."""
+
+Readable = Population | ImagePopulation
+
+Values = Mapping[str, Mapping[str, Any]]
+"""Population → kind, items, tokens, chance, values by name, interval, and right, a text of 0 and 1,
+one for each item; None where items are not right or wrong."""
+
+
+# ------------------------------------------------------------------ records
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One edit of a sweep.
+
+    Fields:
+        layers: the pattern. rho: of the K-FAC edit that this one is compared with, or is.
+        method, removed: how it cuts, and the share that it removes (`sweeps.methods`).
+        verdict: "given" for K-FAC and at equal rho; else that of the match.
+        kept: the share of pairs of directions (svd: of singular directions) that it keeps.
+        populations: split → what is left.
+        front: K-FAC, and what is compared with it: does no other K-FAC edit of the sweep have a
+            lower dev perplexity and recite no more dev passages, or as low and fewer? None where
+            dev does not say.
+    """
+
+    layers: str
+    rho: float
+    method: str
+    removed: float
+    verdict: str
+    kept: float
+    populations: Mapping[str, Values]
+    front: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """What `sweep` found.
+
+    Fields: split that reports; match, what methods are equal in; on, the dev population that says
+    it, None at equal rho; baseline, split → what the unedited model does; edits, in the order of
+    the work.
+    """
+
+    split: str
+    match: str
+    on: str | None
+    baseline: Mapping[str, Values]
+    edits: tuple[Outcome, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as plain JSON values."""
+        return {
+            "split": self.split, "match": self.match, "on": self.on,
+            "baseline": dict(self.baseline), "edits": [asdict(one) for one in self.edits],
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """The choices, checked. Fields: as of `sweep`; layers, pattern → names, the lowest first."""
+
+    layers: Mapping[str, tuple[str, ...]]
+    rho: tuple[float, ...]
+    methods: tuple[str, ...]
+    match: str
+    on: str | None
+    split: str
+    seed: int
+
+    @property
+    def names(self) -> list[str]:
+        """Every layer that is edited somewhere."""
+        return list(dict.fromkeys(name for names in self.layers.values() for name in names))
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """A sweep at work.
+
+    Fields: model; corpus; asked; basis; lines; whole, the weights in memory, None where they are
+    read block by block; how the model is held; below, the states that edits share; progress; count
+    of edits; done, seconds of each, 0 where all was known; tried, (pattern, method) → what a match
+    tried, {removed: cost}.
+    """
+
+    model: Model
+    corpus: Corpus
+    asked: _Asked
+    basis: Bases
+    lines: Lines
+    whole: Mapping[str, Array] | None
+    how: Holding | None
+    below: Below
+    progress: Progress
+    count: int
+    done: list[float] = field(default_factory=list)
+    tried: dict[tuple[str, str], dict[float, float]] = field(default_factory=dict)
+
+    def held(self, model: Model) -> Model:
+        """An edited model whose passes begin at the states that are kept."""
+        if self.whole is not None:
+            model = replace(model, parameters=Overlay(self.whole, changed(model)))
+        together, in_flight = (self.how.together, self.how.in_flight) if self.how else (None, None)
+        return replace(model, parameters=Held(model, together, in_flight, self.below))
+
+    def measured(
+        self, key: Mapping[str, Any], split: str, model: Callable[[], Model], what: str
+    ) -> dict[str, Any]:
+        """What is left in a split, a line for each population; `model` makes the edited one."""
+        found = {}
+        for name, population in self.corpus.populations.items():
+            if population.split != split:
+                continue
+
+            def make(name: str = name, population: Readable = population) -> dict[str, Any]:
+                self.say(f"{what}: {name}")
+                held = self.held(model())
+                alone = replace(self.corpus, populations={name: population})
+                one = measure(held, alone, split=split).populations[name]
+                return {"found": _plain(one, held, population)}
+
+            found[name] = self.lines.once("population", {**key, "name": name}, make)["found"]
+        return found
+
+    def say(self, what: str) -> None:
+        """What is being done, and how long the rest will take, as far as that is known."""
+        left = self.count - len(self.done)
+        new = [seconds for seconds in self.done if seconds]
+        if new:
+            what += f", about {span(left * sum(new) / len(new))} left"
+        doing(self.progress, what)
+
+
+# ------------------------------------------------------------------ the sweep
+
+
+def sweep(
+    model: Model,
+    corpus: Corpus,
+    layers: Sequence[str],
+    rho: Sequence[float],
+    methods: Sequence[str] = DEFAULT,
+    *,
+    basis: Bases | None = None,
+    collecting: Collecting = Collecting(),  # noqa: B008
+    match: str = "perplexity",
+    on: str | None = None,
+    split: str = "test",
+    seed: int = 0,
+    lines: str | Path | None = None,
+    states: int | None = None,
+    memory: int | None = None,
+    stage: Callable[[str], Progress] = lambda name: silent,
+    told: Callable[[str], object] = lambda text: None,
+) -> Sweep:
+    """Many edits of a model, by several methods at equal cost, each measured on the populations.
+
+    Definition
+        For each pattern and rho: the K-FAC edit; then each other method on the same layers, as
+        strong as makes it cost the same on a dev population (`match`). Dev chooses, test reports:
+        strengths and the front come from dev populations alone.
+
+    Args:
+        model: the unedited one.
+        corpus: its populations are measured; from its own tokens factors are collected, if no basis
+            is given.
+        layers: patterns over linear layers; each is edited by itself.
+        rho: shares of the curvature mass that K-FAC keeps, each above 0 and below 1.
+        methods: of kfac, svd, random-basis, random-pairs, inputs, outputs. K-FAC is always among
+            them, and first.
+        basis: of `decompose` or `load_bases`, of all these layers.
+        collecting: without a basis, how it is collected. Factors and basis are then kept beside
+            `lines`, PATH.factors.h5 and PATH.basis.h5 without PATH's own suffix, and used again.
+        match: "perplexity", of a dev text; "forgetting", nats of dev passages; or "rho": every
+            method has the number rho, whatever it costs.
+        on: the dev population that `match` is about; by default the first of its kind.
+        split: the populations that are reported. K-FAC edits are measured on dev as well.
+        seed: of random controls.
+        lines: a file to write each finished measurement to, a JSON value a line. If it exists, the
+            sweep goes on from there, with the same results. Without one all is kept in memory.
+        states: bytes of states below the edited blocks that may be kept, on the disk of `lines` or
+            in memory; by default half of what is free on that disk, or a quarter of free memory.
+        memory: bytes that the process may take, as for `rc.evaluate`.
+        stage: given a stage's name, what to call with (done, all).
+        told: called with lines of text about what will be done.
+
+    Returns:
+        Sweep: plain records, with `to_json()`. The bits of each measurement are those of
+        `rc.evaluate` of the edited model.
+
+    Raises:
+        ConventionError: an unknown method, match or split; `lines` of another sweep. RangeError: a
+        rho out of range. NameUnknownError: a pattern that matches no layer. EmptyError: no
+        population of the kind that is needed. StorageError: the disk is full. What `edit`,
+        `truncate`, `collect` and `evaluate` raise.
+
+    Cost: for each edit one pass over the populations of the split, from the lowest edited block on;
+        for each that is matched about 8 more over one dev population. What lies below the edited
+        blocks is computed once, if there is room to keep it.
+    Source: METHOD, Controls.
+    Proof: tests/test_sweep.py::test_every_measurement_is_that_of_evaluate,
+        ::test_a_killed_sweep_goes_on, ::test_methods_cost_the_same_on_dev,
+        ::test_kept_states_change_no_bit
+    """
+    asked = _checked(model, corpus, layers, rho, methods, match, on, split, seed)
+    if basis is not None:
+        _require_basis(model, basis, asked)
+    path = None if lines is None else Path(lines)
+    known = Lines(path, _facts(model, corpus, asked, basis, collecting))
+    if basis is None:
+        basis = basis_of(model, corpus, asked.names, collecting, path, stage)
+    for name, lam, mu in spectra_of(basis):
+        if name in asked.names:
+            cut(lam, mu, asked.rho[0], f"sweep: {name!r}")  # it refuses what has no mass
+    run = _begun(model, corpus, asked, basis, known, path, states, memory, stage("sweep"), told)
+    return _swept(run, told)
+
+
+def _checked(
+    model: Model, corpus: Corpus, layers: Sequence[str], rho: Sequence[float],
+    names: Sequence[str], match: str, on: str | None, split: str, seed: int,
+) -> _Asked:  # fmt: skip
+    """The choices, each refused before the work if it is bad."""
+    for what, given in (("layers", layers), ("rho", rho), ("methods", names)):
+        if isinstance(given, str) or not isinstance(given, Iterable) or not list(given):
+            raise ConventionError(f"sweep: {what} must be a list of at least one; got {given!r}.")
+    known = list(model.config.linear_layers())
+    of = {pattern: tuple(expand(pattern, known)) for pattern in layers}
+    for names_of in of.values():
+        require_untied("sweep", model, names_of)
+        require_exact("sweep", model, names_of)
+    shares = [require_range("sweep", "rho", share, 0, 1) for share in rho]
+    if edge := [share for share in shares if share in (0, 1)]:
+        raise RangeError(f"sweep: rho must lie between 0 and 1; got {edge[0]:g}, which cuts "
+                         f"{'nothing' if edge[0] else 'everything'}.")  # fmt: skip
+    for name in names:
+        require_choice("sweep", "method", name, METHODS)
+    require_choice("sweep", "match", match, MATCHES)
+    require_choice("sweep", "split", split, SPLITS)
+    judged(corpus, split, model)
+    if "dev" in {one.split for one in corpus.populations.values()}:
+        judged(corpus, "dev", model)
+    low = sorted(of, key=lambda pattern: lowest_block(model.config, of[pattern]))
+    return _Asked(
+        MappingProxyType({pattern: of[pattern] for pattern in low}),
+        tuple(dict.fromkeys(shares)), tuple(dict.fromkeys(("kfac", *names))), match,
+        _matched_on(corpus, match, on), split, require_seed("sweep", seed),
+    )  # fmt: skip
+
+
+def _matched_on(corpus: Corpus, match: str, on: str | None) -> str | None:
+    """The dev population that methods are matched on."""
+    if match == "rho":
+        if on is not None:
+            raise ConventionError(f"sweep: at equal rho nothing is matched; leave out on={on!r}.")
+        return None
+    kind = KINDS[match]
+    have = [n for n, p in corpus.populations.items() if p.split == "dev" and p.kind == kind]
+    if not have:
+        raise EmptyError(
+            f"sweep: to match at equal {match} the corpus needs a dev population of kind {kind!r}; "
+            "it has none. Give it one, or match at equal rho."
+        )
+    return have[0] if on is None else require_choice("sweep", f"the dev {kind}", on, have)
+
+
+def _require_basis(model: Model, basis: Bases, asked: _Asked) -> None:
+    """Refuse a basis of other weights, or without a layer that is edited."""
+    missing = [name for name in asked.names if name not in basis]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ConventionError(
+            f"sweep: {named(basis)} has no {missing[0]!r}{more}. Collect and decompose all layers "
+            "that are to be edited."
+        )
+    require_weights("sweep", named(basis), basis.weights, model)
+
+
+def _facts(
+    model: Model, corpus: Corpus, asked: _Asked, basis: Bases | None, how: Collecting
+) -> dict[str, Any]:
+    """What decides the results (FINGERPRINT)."""
+    if basis is not None:
+        of = {name: basis[name] for name in asked.names}
+        arrays = [x for one in of.values() for x in (one.U_A, one.mu, one.U_G, one.lam)]
+        came_from: dict[str, Any] = {"basis": _sha256(arrays)}
+    else:
+        tokens = corpus.tokens if corpus.images is None else corpus.images
+        own = [x for x in (tokens, corpus.labels, corpus.mask, corpus.segments) if x is not None]
+        came_from = {"collected": {**asdict(how), "from": _sha256(own)}}
+    choices = {name: list(value) if isinstance(value, tuple) else value
+               for name, value in asdict(replace(asked, layers={})).items()}  # fmt: skip
+    populations = {name: _of(one) for name, one in corpus.populations.items()}
+    return {
+        **choices, "layers": list(asked.layers), "weights": digest(model), "dtype": model.dtype,
+        "populations": populations, **came_from, "law": describe(), **store.machine(),
+    }  # fmt: skip
+
+
+def _of(one: Readable) -> str:
+    """What tells a population from others."""
+    if isinstance(one, ImagePopulation):
+        return f"{one.kind} {one.split} {_sha256([one.images, one.labels])[:16]}"
+    arrays = [one.tokens, one.prompt_length, one.length]
+    return f"{one.kind} {one.split} {_sha256(arrays)[:16]}"
+
+
+def _sha256(arrays: Iterable[Array]) -> str:
+    return hashlib.sha256("".join(map(store.sha256, arrays)).encode()).hexdigest()
+
+
+def _begun(
+    model: Model, corpus: Corpus, asked: _Asked, basis: Bases, lines: Lines, path: Path | None,
+    states: int | None, memory: int | None, progress: Progress, told: Callable[[str], object],
+) -> _Run:  # fmt: skip
+    """How the model is held, and where states are kept."""
+    wanted = [p for p in corpus.populations.values() if p.split in (asked.split, "dev")]
+    how = holding("sweep", model, wanted, memory, lambda chosen: told(chosen.text))
+    whole = resident(model) if how is None or how.together is None else None
+    places = [lowest_block(model.config, names) for names in asked.layers.values()]
+    need = sum(kept_bytes(model, one, max(places)) for one in wanted)
+    if path is None:
+        most, where = (room.available() or 0) // 4 if states is None else states, "in memory"
+        below = Below(places[0], {}, most)
+    else:
+        most, where = free_bytes(path) // 2 if states is None else states, "on the disk"
+        require_space("sweep", path, min(need, most))
+        below = Below(places[0], Scratch(path.absolute().parent, "sweep"), most)
+    count = len(asked.layers) * len(asked.rho) * len(asked.methods)
+    part = "" if need <= most else f", of which {most / room.GIB:.2f} are kept"
+    told(f"{number_of(count, 'edit')}; the states below the edited blocks are "
+         f"{need / room.GIB:.2f} GiB {where}{part}")  # fmt: skip
+    return _Run(model, corpus, asked, basis, lines, whole, how, below, progress, count)
+
+
+def _swept(run: _Run, told: Callable[[str], object]) -> Sweep:
+    """Baseline, then every edit; what the lines know is not done again."""
+    asked = run.asked
+    has_dev = any(one.split == "dev" for one in run.corpus.populations.values())
+    splits = list(dict.fromkeys((*(("dev",) if has_dev else ()), asked.split)))
+    run.progress(0, run.count)
+    begin, known = time.monotonic(), len(run.lines)
+    key = {"layers": "", "rho": 1.0, "method": "none"}
+    baseline = {split: run.measured(key, split, lambda: run.model, "baseline") for split in splits}
+    if len(run.lines) > known:
+        told(f"the baseline took {span(time.monotonic() - begin)}")
+    edits: list[Outcome] = []
+    for pattern, names in asked.layers.items():
+        run.below.rise(lowest_block(run.model.config, names))
+        for share in asked.rho:
+            ways = methods(asked.methods, run.basis, dict.fromkeys(names, share), asked.seed)
+            edits += _edited(run, pattern, share, ways, splits)
+    return Sweep(asked.split, asked.match, asked.on, baseline, marked(edits))
+
+
+def _edited(
+    run: _Run, pattern: str, rho: float, ways: Mapping[str, Method], splits: list[str]
+) -> Iterator[Outcome]:
+    """The edits that are compared with one another, K-FAC first."""
+    target: Mapping[str, Any] = {}
+    for way in ways.values():
+        begin, known = time.monotonic(), len(run.lines)
+        one = _outcome(run, pattern, rho, way, splits, target)
+        if way.name == "kfac" and run.asked.on is not None:
+            target = one.populations["dev"][run.asked.on]
+        run.done.append(time.monotonic() - begin if len(run.lines) > known else 0.0)
+        run.progress(len(run.done), run.count)
+        yield one
+
+
+def _outcome(
+    run: _Run, pattern: str, rho: float, way: Method, splits: list[str], target: Mapping[str, Any]
+) -> Outcome:
+    """One edit: its strength, then what it leaves."""
+    key = {"layers": pattern, "rho": rho, "method": way.name}
+    what = f"{way.name} at rho {rho:g} of {pattern}"
+    same = way.name == "kfac" or run.asked.match == "rho"
+    match = None if same else _matched(run, pattern, way, _cost(target), what)
+
+    @cache
+    def made() -> tuple[Model, EditRecord]:
+        return way.cut(run.model, match.strength) if match else way.same(run.model)
+
+    def make() -> dict[str, Any]:
+        kept = made()[1].kept
+        pairs = way.name == "random-pairs" and match is None  # as many as K-FAC keeps
+        removed = match.strength if match else 1 - kept if pairs else 1 - rho
+        return {"removed": removed, "verdict": match.verdict if match else "given", "kept": kept}
+
+    row = run.lines.once("edit", key, make)
+    where = splits if way.name == "kfac" else [run.asked.split]
+    left = {split: run.measured(key, split, lambda: made()[0], what) for split in where}
+    return Outcome(pattern, rho, way.name, row["removed"], row["verdict"], row["kept"], left)
+
+
+def _matched(run: _Run, pattern: str, way: Method, target: float, what: str) -> Match:
+    """The strength at which a method costs so much on dev."""
+    population = run.corpus.populations[str(run.asked.on)]
+    assert isinstance(population, Population)
+    tried = run.tried.setdefault((pattern, way.name), {})
+
+    def measured(removed: float) -> float:
+        def make() -> dict[str, Any]:
+            run.say(f"{what}: matching")
+            model, _ = way.cut(run.model, removed)
+            return {"value": finite(text_perplexity(run.held(model), population))}
+
+        key = {"layers": pattern, "method": way.name, "removed": removed}
+        value = run.lines.once("trial", key, make)["value"]
+        tried[removed] = math.inf if value is None else float(value)
+        return tried[removed]
+
+    low, high = bracket(tried, target, way.weakest)
+    return search_share(measured, target, weakest=low, strongest=high, most=MOST)
+
+
+def bracket(tried: Mapping[float, float], target: float, weakest: float) -> tuple[float, float]:
+    """Between which shares to search, from what was tried at another rho: the weakest crossing.
+
+    Proof: tests/test_sweep.py::test_what_was_tried_before_narrows_a_search
+    """
+    above = [share for share, cost in tried.items() if cost > target]
+    if not above or min(above) <= weakest:
+        return weakest, STRONGEST
+    high = min(above)
+    below = (share for share, cost in tried.items() if cost < target and share < high)
+    return max(below, default=weakest), high
+
+
+def _cost(one: Mapping[str, Any]) -> float:
+    """exp of the nats of a token that is asked for, of a text or of passages."""
+    values = one["values"]
+    cost = values["perplexity"] if one["kind"] == "text" else math.exp(values["nats"])
+    if cost is None:
+        raise RangeError("sweep: the K-FAC edit's dev perplexity is infinite: rho is too low.")
+    return float(cost)
+
+
+def _plain(one: Measured, model: Model, population: Readable) -> dict[str, Any]:
+    """A population's values as JSON holds them; of passages also nats for each token."""
+    values = {name: finite(value) for name, value in one.values.items()}
+    if one.kind == "recite" and isinstance(population, Population):
+        values["nats"] = finite(float(suffix_nats(model, population).sum()) / one.tokens)
+    return {
+        "kind": one.kind, "items": one.items, "tokens": one.tokens, "chance": one.chance,
+        "values": values,
+        "interval": None if one.interval is None else [finite(x) for x in one.interval],
+        "right": None if one.right is None else "".join("01"[int(x)] for x in one.right),
+    }  # fmt: skip
+
+
+def marked(edits: Sequence[Outcome]) -> tuple[Outcome, ...]:
+    """The same edits, those on the front of dev marked, as `Outcome.front` says.
+
+    Proof: tests/test_sweep.py::test_the_front_is_of_dev,
+        ::test_one_that_is_as_good_in_one_is_beaten
+    """
+    costs = {(one.layers, one.rho): _dev(one) for one in edits if one.method == "kfac"}
+    known = {key: cost for key, cost in costs.items() if cost is not None}
+
+    def best(key: tuple[str, float]) -> bool | None:
+        if key not in known:
+            return None
+        own = known[key]
+        return not any(
+            all(a <= b for a, b in zip(other, own, strict=True)) and other != own
+            for other in known.values()
+        )
+
+    return tuple(replace(one, front=best((one.layers, one.rho))) for one in edits)
+
+
+def _dev(one: Outcome) -> tuple[float, float] | None:
+    """Perplexity of the first dev text, recitation of the first dev passages; None without both."""
+    found = one.populations.get("dev", {})
+    text, recite = (
+        next((p["values"] for p in found.values() if p["kind"] == kind), None)
+        for kind in ("text", "recite")
+    )
+    if text is None or recite is None:
+        return None
+    perplexity = text["perplexity"]
+    return math.inf if perplexity is None else perplexity, recite["strict"]

@@ -1,0 +1,171 @@
+"""Rules for rows that no list has: read off A, cell by cell, and named."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pytest
+from strategies import config, random_parameters
+
+import refcurv as rc
+from refcurv.judge.arithmetic import Arithmetic
+from refcurv.judge.case import Case
+from refcurv.judge.diagnosis.variants import Setting, moments
+from refcurv.judge.diagnosis.variants.positions import BUT, cells, positions
+from refcurv.judge.diagnosis.variants.texts import LONGER
+from refcurv.judge.dump import Dump
+from refcurv.model.part import part_of
+
+LAYERS = "blocks.0.mlp.up,blocks.1.attn.o,blocks.1.mlp.down"
+
+
+@pytest.fixture(scope="module")
+def answers():
+    """Two documents in a sequence, labels at some tokens of each, and one document without any."""
+    made = config(width=6, heads=2, kv_heads=2, head_width=4, mlp_width=7)
+    rng = np.random.default_rng(11)
+    tokens = rng.integers(3, made.vocabulary, (7, 12))
+    segment = np.repeat([[0, 1]], 7, axis=0).repeat([7, 5], axis=1)
+    tokens[:, [0, 7]] = 0
+    real = np.arange(12) < rng.integers(9, 13, 7)[:, None]
+    label = np.roll(tokens, -1, axis=1)
+    label[:, [6, 11]] = -1
+    label[(rng.random((7, 12)) < 0.5) | ~real | ~np.roll(real, -1, axis=1)] = -1
+    label[2, 7:], label[:, 1] = -1, -1
+    corpus = rc.Corpus(tokens, labels=label, mask=real.astype(np.uint8), segments=segment)
+    model = rc.Model(made, random_parameters(made, 5))
+    return model, corpus, rc.collect(model, corpus, LAYERS, "empirical")
+
+
+def here(answers) -> Case:
+    model, corpus, factors = answers
+    return Case(Dump("memory", {}, {}), factors, {}, Arithmetic(), model, corpus)
+
+
+def verdict_of(answers, setting: Setting, arithmetic: str = "float64", counted: bool = True):
+    """The verdict on A and G that a setting makes."""
+    model, corpus, factors = answers
+    made = next(moments(here(answers), [setting], list(factors)))[1]
+    theirs = {k: (one.A, one.G, one.n_A if counted else None) for k, one in made.items()}
+    return rc.validate(
+        theirs, factors, model=model, corpus=corpus, declared={"fisher": "empirical"},
+        arithmetic=arithmetic,
+    )  # fmt: skip
+
+
+def test_cells_are_all_positions_once(answers) -> None:
+    model, corpus, factors = answers
+    every = cells(positions(corpus, model.config, factors.rows))
+    assert (sum(cell.astype(int) for cell in every.values()) == 1).all()
+    assert all(cell.any() for cell in every.values()) and len(every) >= 9
+    rolled = positions(corpus, model.config, factors.rows).rolled()
+    assert {k: x.sum() for k, x in cells(rolled).items()} == {k: x.sum() for k, x in every.items()}
+
+
+RULES = {
+    "no between labels": "B20",
+    "once behind every label": "B20",
+    "no before every label; no before every label, first of a text; once last position": "B20",
+    "once padding; no between labels": "B28",
+    "twice labelled, first of a text": "B49",
+}
+"""Rows that are in no list, and the fault that each is."""
+
+
+QUICK = (("once padding; no between labels", "float64"), ("once behind every label", "bfloat16"))
+
+
+@pytest.mark.parametrize(
+    ("rule", "arithmetic"),
+    [
+        pytest.param(*one, marks=() if one in QUICK else pytest.mark.slow)
+        for one in product(RULES, ("float64", "bfloat16"))
+    ],
+)
+def test_any_rule_for_rows_is_found(answers, rule, arithmetic) -> None:
+    pads = "real" if "padding" in rule else "blind"
+    setting = Setting(rows_A=BUT + rule, rows_G=BUT + rule, pads=pads)
+    for counted in (True, False) if arithmetic == "float64" else (True,):
+        verdict = verdict_of(answers, setting, arithmetic, counted)
+        assert [cause.fault for cause in verdict.causes] == [RULES[rule]], counted
+        assert not verdict.passed and len(verdict.causes[0].layers) == 3
+
+
+@pytest.mark.parametrize(
+    ("setting", "fault"),
+    [
+        (Setting(text="a token is no label", token=7), "B25"),
+        (Setting(text=f"{LONGER}, without a label", token=1), "B49"),
+    ],
+)
+def test_labels_that_end_a_text_and_a_start_within_it(setting, fault) -> None:
+    """In a stream that is cut anywhere: rows follow the labels; a start stands before no start."""
+    made = config(width=6, heads=2, kv_heads=2, head_width=4, mlp_width=7)
+    tokens = np.random.default_rng(3).integers(2, 7, 90)
+    ends = np.arange(8, 90, 9)
+    tokens[ends], tokens[ends[:-1] + 1], tokens[0] = 7, 1, 1
+    segment = np.r_[0, np.cumsum(tokens == 7)[:-1]].reshape(6, 15)
+    corpus = rc.Corpus(tokens.reshape(6, 15), segments=segment - segment[:, :1])
+    made = replace(made, vocabulary=8)
+    model = rc.Model(made, random_parameters(made, 5))
+    answers = model, corpus, rc.collect(model, corpus, LAYERS, "empirical")
+    verdict = verdict_of(answers, setting)
+    assert not verdict.passed and [cause.fault for cause in verdict.causes] == [fault]
+
+
+@pytest.mark.parametrize(
+    ("power", "arithmetic"),
+    [
+        pytest.param(lambda n: n // 3, "float64", id="doubles"),
+        pytest.param(lambda n: -(n >= 2), "float32", id="halves", marks=pytest.mark.slow),
+    ],
+)
+def test_a_scale_of_the_loss_that_changes_on_the_way(answers, power, arithmetic) -> None:
+    """Σ 4^(8 + power) g gᵀ, sequence by sequence, over the rows of all."""
+    model, corpus, factors = answers
+    theirs = {k: (one.A, 0 * one.G, one.n_A) for k, one in factors.items()}
+    for n in range(7):
+        part = part_of(corpus, slice(n, n + 1))
+        for k, one in rc.collect(model, part, LAYERS, "empirical").items():
+            A, G, count = theirs[k]
+            theirs[k] = A, G + 4.0 ** (8 + power(n)) * one.sum_G / count, count
+    verdict = rc.validate(
+        theirs, factors, model=model, corpus=corpus, declared={"fisher": "empirical"},
+        arithmetic=arithmetic,
+    )  # fmt: skip
+    assert not verdict.passed and {cause.fault for cause in verdict.causes} == {"B11"}
+    assert "the loss that" in verdict.causes[0].sentence
+
+
+def test_rows_without_a_gradient_beside_a_factor(answers) -> None:
+    """The last positions count: G is over more rows than it has gradients of, and half a loss."""
+    model, corpus, factors = answers
+    last = Setting(rows_A="with last", rows_G="with last")
+    made = next(moments(here(answers), [last], list(factors)))[1]
+    theirs = {k: (one.A, 2 * one.G, one.n_A) for k, one in made.items()}
+    verdict = rc.validate(
+        theirs, factors, model=model, corpus=corpus, declared={"fisher": "empirical"},
+        arithmetic="float64",
+    )  # fmt: skip
+    assert {cause.fault for cause in verdict.causes} == {"B27", "B5"}
+
+
+@pytest.mark.parametrize(("frozen", "fault"), [(False, "B41"), (True, "B48")])
+def test_an_A_of_zeros_where_the_last_batch_has_no_row(answers, frozen, fault) -> None:
+    """A of the last sequence alone, which has no label; or one layer that nobody hooks."""
+    model, corpus, _ = answers
+    label = np.array(corpus.label)
+    label[-1] = -1
+    corpus = rc.Corpus(corpus.tokens, labels=label, mask=corpus.real, segments=corpus.segment)
+    factors = rc.collect(model, corpus, LAYERS, "empirical")
+    theirs = {
+        k: (one.A * (frozen and k != "blocks.1.attn.o"), one.G, one.n_A)
+        for k, one in factors.items()
+    }
+    verdict = rc.validate(
+        theirs, factors, model=model, corpus=corpus, declared={"fisher": "empirical"},
+        arithmetic="float64",
+    )  # fmt: skip
+    assert not verdict.passed and [cause.fault for cause in verdict.causes] == [fault]

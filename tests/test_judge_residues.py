@@ -1,0 +1,114 @@
+"""What a fault leaves is no second fault where rounding, drawing or theory explains it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from refcurv.judge.case import Counts
+from refcurv.judge.diagnosis import precision, procedure, signs, telling
+from refcurv.judge.diagnosis.hypotheses import Left, Seen
+from refcurv.judge.diagnosis.recomputed import _left
+from refcurv.judge.diagnosis.search import PLAIN, Chosen, Idea, Ladder, Option, Side
+from refcurv.judge.diagnosis.variants import Moments, Setting
+
+EXACT = Ladder((("float32", 0.01), ("bfloat16", 0.05)), drawn=0.0)
+DRAWN = replace(EXACT, drawn=0.8, same=0.005)
+Q, K = "blocks.0.attn.q", "blocks.0.attn.k"
+SWAP = Idea(("B32",), None)
+
+
+def side_of(steps, idea=None, **left):
+    """A Side of two layers, in which an idea leaves what is said, and ours leaves all."""
+    side = Side("G", dict.fromkeys((Q, K), steps))
+    side.table = {PLAIN: {x: Left(1.0, 1.0) for x in (Q, K)}}
+    if idea is not None:
+        one = Left(**left)
+        side.table[idea] = {Q: one, K: one}
+        side.chosen = [Chosen(idea, side.table[idea])]
+    return side
+
+
+def test_a_matrix_in_the_place_of_another_has_a_budget_of_its_own():
+    for roomy, rank in ((1.0, 1), (3.0, 0)):
+        side = side_of(EXACT, SWAP, error=0.03, ratio=1.0, roomy=roomy)
+        assert side.rank(Q, side.of(Q)[1]) == rank
+        (option,) = side._options([Q, K], {Q: (), K: ()})
+        assert (option.quality > 1) == (roomy == 1)
+
+
+def test_of_two_as_near_that_comes_first_which_leaves_fewer_factors():
+    one, two = (Option(SWAP, [Q, K], 1.0, 0, n, worst) for n, worst in ((1, 0.3), (2, 0.2)))
+    assert one.key() < two.key()
+    assert replace(one, scaled=0).key()[0] == 0 and one.key()[0] == two.key()[0] == 1
+
+
+@pytest.mark.parametrize(("size", "error"), [(4e-6, 2e-3), (4e-2, 0.2)])
+def test_what_is_zero_by_theory_has_no_factor(size, error):
+    """The keys' gradients sum to 0 over a sequence, and what rounding leaves is squared."""
+    X = np.diag([3.0, 1.0, 2.0])
+    made = Moments(X, 5.0, 1e-29 * X, 5.0)
+    one = _left(Seen(K, "G", size * X, X, 5, 5), Setting(pooling_G="sum"), made, None)
+    assert (one.error, one.ratio) == (pytest.approx(error), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("steps", "left", "sized"),
+    [
+        (EXACT, {"error": 0.03}, True),
+        (DRAWN, {"error": 0.03}, False),  # as large as bfloat16's, by other labels
+        (DRAWN, {"error": 0.03, "drawn": False}, True),
+    ],
+)
+def test_what_drawing_leaves_of_a_fault_is_no_dtype(monkeypatch, steps, left, sized):
+    monkeypatch.setattr(precision, "short_sums", lambda *_: False)
+    monkeypatch.setattr(precision, "_sizes", lambda *_: {})
+    known = SimpleNamespace(declared=True, stored="float32")
+    case = SimpleNamespace(matched=(), arithmetic=known, dump=SimpleNamespace(program=""))
+    found = {"G": side_of(steps, SWAP, ratio=1.0, **left)}
+    assert [one.fault for one in precision.causes(case, found)] == ["B59"] * sized
+
+
+@pytest.mark.parametrize(("ratio", "factor"), [(0.6, 1.0), (0.04, 0.04), (9.0, 9.0)])
+def test_what_drawing_explains_of_a_form_has_no_factor(monkeypatch, ratio, factor):
+    monkeypatch.setattr(telling, "factors", lambda *_: {})
+    counts = Counts({"A": 9, "G": 9}, {"A": 9, "G": 9}, (3, 4))
+    case = SimpleNamespace(counts=lambda _: counts, dump=SimpleNamespace(scale_free=()))
+    exact = side_of(EXACT, SWAP, error=0.0, ratio=1.0)
+    side = side_of(replace(DRAWN, traced=0.1), SWAP, error=0.7, ratio=ratio)
+    seen = telling.scale(case, {"A": exact, "G": replace(side, side="G")}, Q)
+    assert seen.c_A == 1.0 and seen.c_G == pytest.approx(factor)
+
+
+@pytest.mark.parametrize("setting", [None, Setting(rows_A="with last")])
+def test_other_rows_of_g_alone_are_not_asked_for_where_drawing_explains_any(monkeypatch, setting):
+    """Unless A has other rows: a matrix whose parts have another order has ours."""
+    asked = []
+    monkeypatch.setattr(procedure, "recompute", lambda *_, **__: asked.append(1))
+    monkeypatch.setattr(procedure, "stages", lambda *_: iter([[]]))
+    case = SimpleNamespace(known={}, model=1, corpus=1)
+    monkeypatch.setattr(procedure, "is_large", lambda _: False)
+    unknown = SimpleNamespace(fault=None)
+    monkeypatch.setattr(procedure.scales, "explain", lambda *_: [unknown])
+    monkeypatch.setattr(procedure.scales.Counts, "of", lambda _: None)
+    fault = Idea(("B27",) if setting else ("B47",), setting)
+    found = {"A": side_of(EXACT, fault, error=0.0, ratio=1.0), "G": side_of(DRAWN)}
+    found["G"].table[PLAIN] = {x: Left(0.7, 5.0) for x in (Q, K)}
+    procedure._by_counts(case, found["G"], found, None, [])
+    assert bool(asked) == bool(setting)
+
+
+@pytest.mark.parametrize("fault", ["B35", "B45"])
+def test_layers_of_one_input_have_one_gradient_of_it(monkeypatch, fault):
+    """Elsewhere the hook stood at the input: then it does here too, and nothing is called twice."""
+    T, X = np.diag([3.0, 1.0]), {Q: np.diag([1.0, 3.0]), K: np.diag([5.0, 2.0])}
+    state = SimpleNamespace(diagonal=np.diag(T))
+    monkeypatch.setattr(signs, "states", lambda *_: {"G": state})
+    monkeypatch.setattr(signs, "see", lambda _, x: {"G": Seen(x, "G", T, X[x], 5, 5)})
+    side = side_of(DRAWN)
+    side.chosen = [Chosen(Idea((fault,), None), {"head": Left(0.1, 1.0)})]
+    (sign,) = signs._one_matrix(None, side)
+    assert sign.fault == ("B35" if fault == "B35" else "B40")

@@ -1,0 +1,158 @@
+"""Batches that weigh otherwise than others, and gradients that are averaged over a batch."""
+
+from __future__ import annotations
+
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from strategies import config, random_parameters
+
+import refcurv as rc
+from refcurv.judge.arithmetic import Arithmetic
+from refcurv.judge.case import Case
+from refcurv.judge.diagnosis.variants import REFERENCE, Setting, moments
+from refcurv.judge.diagnosis.variants.collecting import POSITIONS, Side, Total, held, sample
+from refcurv.judge.diagnosis.variants.flows import flows
+from refcurv.judge.diagnosis.variants.labels import choice
+from refcurv.judge.diagnosis.variants.networks import changed
+from refcurv.judge.diagnosis.weighted import Decay, _decays, _Layer, _tails, rules
+from refcurv.judge.dump import Dump
+from refcurv.model.part import part_of
+
+LAYERS = "blocks.1.mlp.{gate,down}"
+
+
+def _of(model, corpus, some):
+    return rc.collect(model, part_of(corpus, some), LAYERS, "empirical")
+
+
+@pytest.fixture(scope="module")
+def given():
+    """A model, 17 texts of many lengths, their factors, and A and G of some of the texts."""
+    made = config(width=6, heads=2, kv_heads=1, head_width=4, mlp_width=7)
+    model, rng = rc.Model(made, random_parameters(made, 5)), np.random.default_rng(1)
+    tokens, length = rng.integers(0, made.vocabulary, (17, 8)), rng.integers(3, 9, (17, 1))
+    corpus = rc.Corpus(tokens, mask=(np.arange(8) < length).astype(np.uint8))
+    collect = partial(_of, model, corpus)
+    return model, corpus, collect(slice(None)), collect
+
+
+def named(given, change):
+    """{fault: words} of a dump whose layers are `change`d."""
+    model, corpus, factors, _ = given
+    theirs = {name: change(name, one) for name, one in factors.items()}
+    verdict = rc.validate(
+        theirs, factors, model=model, corpus=corpus, arithmetic="float64",
+        declared={"fisher": "empirical"},
+    )  # fmt: skip
+    return {one.fault: one.sentence for one in verdict.causes}
+
+
+@pytest.mark.parametrize("counts", ["every", "own"])
+def test_the_first_batch_alone_has_its_name_where_the_count_goes_on(given, counts):
+    first = given[3](slice(0, 5))
+
+    def change(name, one):
+        n = one.n_A if counts == "every" else first[name].n_A
+        return first[name].A, one.G if counts == "every" else first[name].G, n
+
+    found = named(given, change)
+    assert [*found] == ["B41" if counts == "every" else "B46"]  # the first of 4 workers, a block
+    if counts == "every":
+        assert "the first batch of 5 sequences alone" in found["B41"]
+
+
+def test_accumulated_batches_that_the_end_cuts_short_have_their_name(given):
+    """4 batches of 3 texts are a step, so that 2 batches are left, of which one is short."""
+    before, after = given[3](slice(0, 12)), given[3](slice(12, None))
+
+    def change(name, one):
+        total = before[name].sum_G / 4**2 + after[name].sum_G / 2**2
+        return one.A, total / one.n_G, one.n_A
+
+    found = named(given, change)
+    assert [*found] == ["B43"]
+    assert "by 4 accumulated batches of 3 sequences, and by the 2 at the end" in found["B43"]
+
+
+def test_a_scale_that_grows_is_no_accumulation(given):
+    """Of 2 to 1 as 4 steps are to 2, but nothing divides by it."""
+    before, after = given[3](slice(0, 12)), given[3](slice(12, None))
+
+    def change(name, one):
+        total = before[name].sum_G * 4.0**15 + after[name].sum_G * 4.0**16
+        return one.A, total / one.n_G, one.n_A
+
+    assert [*named(given, change)] == ["B11"]
+
+
+def test_each_divisor_of_the_last_step_is_tried_once():
+    every = list(_tails(11))
+    assert len({one.name for one in every}) == len(every)
+    assert all(one.whole for one in every)
+    (one,) = (x for x in every if "by 3 accumulated batches of 3 sequences" in x.name)
+    np.testing.assert_array_equal(1 / one.weight, [9] * 9 + [1] * 2)
+    names = " ".join(one.name for one in every)
+    assert "by 2 accumulated batches of 3" not in names  # of the 5 at the end, 2 batches are made
+
+
+@pytest.mark.parametrize(("noise", "decay"), [(0.0, 0.9), (1e-3, 0.9), (0.0, 1.0), (1e-3, 1.0)])
+def test_a_decay_is_none_where_the_first_batch_alone_leaves_as_little(noise, decay):
+    rng, size = np.random.default_rng(3), 4
+    of = SimpleNamespace(sequences=range(17), kept=rng.integers(2, 9, 17), labels=np.ones(17))
+    roots = rng.normal(size=(17, 4, 5))
+    each = roots @ roots.swapaxes(1, 2)
+    (first,) = (x for x in rules(of, "A") if x.name == "the first batch of 4 sequences alone")
+    weight = first.weight if decay == 1 else Decay(size, "from the first", decay).rule(of).weight
+    T = np.tensordot(weight, each, 1)
+    T = T * (1 + noise * rng.normal(size=T.shape))
+    found = {one.kind for one in _decays(of, [_Layer("up", None, T, each, max(noise, 1e-13))])}
+    assert ("from the first" in found) == (decay < 1)
+
+
+# ------------------------------------------------------------------ gradients averaged over a batch
+
+
+def by_hand(case, setting, layer):
+    """Σ s sᵀ/k over batches and places: s is the sum of g over the k rows there."""
+    at, size = sample(case, POSITIONS)[0], setting.batch
+    net = changed(case.model.config, held(case), ())
+    (flow,) = flows(net, at, choice(REFERENCE, case.reference), [layer])
+    g_BTO, T = flow.taps[layer].g, at.real_BT.shape[1]
+    total = np.zeros((g_BTO.shape[-1],) * 2)
+    for begin in range(0, len(g_BTO), size):
+        for place in range(T):
+            rows = []
+            for n in range(begin, min(begin + size, len(g_BTO))):
+                shift = T - at.real_BT[n].sum() if "end" in setting.pooling_G else 0
+                if place >= shift and at.keep_BT[n, place - shift]:
+                    rows.append(g_BTO[n, place - shift])
+            if rows:
+                total += np.outer(sum(rows), sum(rows)) / len(rows)
+    return total / at.keep_BT.sum()
+
+
+@pytest.mark.parametrize("pooling", ["batch, row by row", "batch from the end, row by row"])
+def test_a_mean_over_a_batch_of_any_size_has_its_name(given, pooling):
+    model, corpus, factors, _ = given
+    setting = Setting(pooling_G=pooling, batch=5)
+    here = Case(Dump("memory", {}, {}), factors, {}, Arithmetic(), model, corpus)
+    ((_, made),) = moments(here, [setting], list(factors))
+    for name, one in made.items():
+        np.testing.assert_allclose(one.G, by_hand(here, setting, name), rtol=1e-9, atol=1e-15)
+        assert one.n_G == factors[name].n_G
+    found = named(given, lambda name, one: (one.A, made[name].G, one.n_A))
+    assert [*found] == ["B44"]
+    assert f"`{pooling}` (5)" in found["B44"]
+
+
+def test_what_goes_alone_has_no_mean_row_by_row():
+    """Each class of a label is sent back by itself, and the number of rows is known at the end."""
+    total = Total(Side("G", "up", "output", "reference", "batch, row by row", 2))
+    x_BTX = np.random.default_rng(1).normal(size=(1, 3, 2))
+    total.add(x_BTX, np.ones((1, 3)), joint=True, counted=True, draw=0)
+    assert np.isfinite(total.finish()[0]).all()
+    total.add(x_BTX, np.ones((1, 3)), joint=False, counted=True, draw=0)
+    assert np.isnan(total.finish()[0]).all()
