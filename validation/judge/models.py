@@ -693,7 +693,7 @@ def vit22b_gray() -> Setting:
     model = rc.Model(config, parameters(config, 103))
     return Setting(model, rc.Corpus(images=gray.repeat(3, 1)[order], labels=labels),
                    "patch,blocks.*.attn.{q,k,v},blocks.0.mlp.*,blocks.1.mlp.down,head", batch=11,
-                   shards=2)  # fmt: skip
+                   shards=3)  # fmt: skip
 
 
 def vaultgemma_stream() -> Setting:
@@ -706,7 +706,7 @@ def vaultgemma_stream() -> Setting:
     config = _config(vocabulary=14, width=30, heads=3, kv_heads=1, head_width=10, mlp_width=22,
                      norm_offset=True, norm_eps=5e-3, rope_theta=400.0, activation="gelu_tanh",
                      score_scale=0.3, score_cap=2.0, logit_cap=3.0, windows=(0, 5), tied=True,
-                     embed_scale=5.5)  # fmt: skip
+                     embed_scale=0.75)  # fmt: skip
     rng, N, T = np.random.default_rng(107), 17, 28
     begin = np.cumsum(rng.integers(2, 17, N * T))
     begin = np.r_[0, begin[begin < N * T]]
