@@ -7,7 +7,7 @@
 
 Parts are done in their order, and go on where they were stopped: a line of results/MODEL.jsonl for
 each piece of work. One that is there, of the same inputs and the same claims.toml, is not done
-again. Weights, texts and bases (4 GiB for each model) lie in --folder.
+again. Weights, texts and bases (2 GiB and more for each model) lie in --folder.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ class Files:
             with measured(cost, "it"):
                 make(path)
             found = {"what": what, "bytes": path.stat().st_size}
-            self.results.keep("steps", step, recipe, cost["it"], found)
+            self.results.keep("steps", f"{step} {what}".strip(), recipe, cost["it"], found)
         return path
 
     def weights(self) -> Path:

@@ -290,11 +290,10 @@ def costs(results: Results) -> str:
     """Time and memory of each step and part."""
     lines = [
         (f"{row['part']}: {row['key']}" if row["part"] != "steps" else row["key"],
-         str(row["found"].get("what", "")), f"{row['seconds']:,.0f}", f"{row['peak']:,}",
-         row["date"], row["code"])
+         f"{row['seconds']:,.0f}", f"{row['peak']:,}", row["date"], row["code"])
         for row in results.rows
     ]  # fmt: skip
-    head = ("step", "of", "processor seconds", "peak MiB", "date", "code")
+    head = ("step or part", "processor seconds", "peak MiB", "date", "code")
     return table(head, lines) if lines else NOT
 
 

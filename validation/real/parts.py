@@ -300,5 +300,6 @@ PARTS: dict[str, Callable[[Files], None]] = {
 
 
 def kinds(passages: list[Record]) -> Counter[tuple[str, str]]:
-    """How many passages of which file and split."""
-    return Counter((one["document"].partition(".")[0], one["split"]) for one in passages)
+    """How many passages of which file and split; a chosen part of a file is `MODEL-FILE`."""
+    files = [one["document"].partition(".")[0].rpartition("-")[2] for one in passages]
+    return Counter(zip(files, (one["split"] for one in passages), strict=True))
