@@ -69,7 +69,8 @@ def test_everything_is_written(demo: tuple[Path, dict]) -> None:
              "report.html", "results.json", "retention.png", "spectrum.png"}  # fmt: skip
     assert {p.name for p in out.iterdir()} == names
     known = {path.name for path in outputs(out).values()}
-    assert known == names | {"factors.h5.unfinished", "results.json.unfinished"}
+    begun = {"factors.h5.unfinished", "results.json.unfinished", "controls.jsonl.unfinished"}
+    assert known == names | begun
     assert {row["layer"] for row in results["edit"]} == {"blocks.3.mlp.gate", "blocks.3.mlp.up"}
     assert results["settings"]["layers"] == LAYERS
     assert all(row["rho"] == RHO <= row["mass"] for row in results["edit"])
