@@ -211,7 +211,7 @@ def unlike(case: Case, near: Mapping[str, float]) -> bool:
     theirs = {x: G / (float(norm(G)) or 1.0) for x, G in given.items()}  # it may be huge
     return not any(
         (_apart(T, dumps[x]) <= near[x]).any()
-        for dumps in _confirmed(case)
+        for dumps in confirmed(case)
         for x, T in theirs.items()
         if x in dumps and T.shape == dumps[x].shape[1:]
     )
@@ -231,7 +231,7 @@ def nearer(case: Case, Y: Mapping[str, Array], left: Mapping[str, float]) -> boo
     Proof: tests/test_judge_drawing.py::test_gold_labels_are_named_through_rounding
     """
     each: dict[str, list[Array]] = {layer: [] for layer in Y}
-    for dumps in _confirmed(case):
+    for dumps in confirmed(case):
         for layer, found in each.items():
             if layer in dumps:  # of the others G is 0
                 found.append(_apart(dumps[layer], Y[layer]))
@@ -244,7 +244,7 @@ def nearer(case: Case, Y: Mapping[str, Array], left: Mapping[str, float]) -> boo
     return bool(2 * own < np.max([far[x] / unit[x] for x in known], axis=0).min())
 
 
-def _confirmed(case: Case) -> Iterator[Mapping[str, Array]]:
+def confirmed(case: Case) -> Iterator[Mapping[str, Array]]:
     """CONFIRMED honest dumps, some at a time."""
     left = CONFIRMED
     for dumps in series(source_of(case, case.draws())):

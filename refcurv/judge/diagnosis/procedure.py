@@ -14,8 +14,7 @@ from functools import partial
 
 from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.case import Case
-from refcurv.judge.diagnosis import coarse, precision, scales, telling
-from refcurv.judge.diagnosis.amounts import fit
+from refcurv.judge.diagnosis import amounts, coarse, precision, scales, telling
 from refcurv.judge.diagnosis.fits import fits
 from refcurv.judge.diagnosis.hidden import hidden
 from refcurv.judge.diagnosis.hypotheses import Index, diagonals, see, states
@@ -97,6 +96,7 @@ def diagnose(
         seen = [one for layer in case.matched if (one := telling.scale(case, found, layer))]
         _by_counts(case, side, found, index, seen)
         _by_weights(case, side, found, index, seen)
+    _by_amounts(case, found)
     causes = telling.causes(case, found, findings)
     return causes, tuple(telling.excluded(found)), telling.told(case, findings, causes)
 
@@ -292,6 +292,19 @@ def _by_weights(
         _take(case, side, found, index, best, layers, sample)
 
 
+def _by_amounts(case: Case, found: Mapping[str, Side]) -> None:
+    """What was added to the loss, where labels that theirs drew hide it; A is ours."""
+    side = found["G"]
+    layers = [x for x, steps in side.ladders.items() if steps.drawn > 0]
+    if side.chosen or found["A"].chosen or case.drawn is None or is_large(case):
+        return
+    if found["A"].open() or all(side.drawn(x) for x in layers):
+        return
+    chosen = amounts.drawn(case, found, spread(layers))
+    if chosen is not None:
+        side.chosen.append(chosen)
+
+
 def _take(
     case: Case,
     side: Side,
@@ -374,7 +387,7 @@ def _chosen(
             chosen = side.choose(layers, faults)
         tried += wanted
         if number == 1 and side.side == "G" and not (_exact(side, chosen) or _soft(side, layers)):
-            fit(case, found, layers, partner)
+            amounts.fit(case, found, layers, partner)
             remainder(case, found, layers)
             batched(case, found, layers)
             chosen = side.choose(layers, faults)
@@ -410,7 +423,7 @@ def _join_nearest(
     ]
     recompute(case, found, layers, joined(firsts, tried))
     if side.side == "G":
-        fit(case, found, layers, firsts[:1])
+        amounts.fit(case, found, layers, firsts[:1])
         names = {idea.name for x in layers if _weighs(idea := found["A"].of(x)[0])}
         for one in firsts:
             if one.faults and one == replace(one.run, text=REFERENCE.text, token=REFERENCE.token):
