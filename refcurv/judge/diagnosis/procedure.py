@@ -33,6 +33,7 @@ from refcurv.judge.diagnosis.recomputed import (
     stages,
     top,
 )
+from refcurv.judge.diagnosis.replayed import averaged
 from refcurv.judge.diagnosis.search import (
     COARSEST,
     FEW,
@@ -96,7 +97,7 @@ def diagnose(
         seen = [one for layer in case.matched if (one := telling.scale(case, found, layer))]
         _by_counts(case, side, found, index, seen)
         _by_weights(case, side, found, index, seen)
-    _by_amounts(case, found)
+    _as_drawn(case, found)
     causes = telling.causes(case, found, findings)
     return causes, tuple(telling.excluded(found)), telling.told(case, findings, causes)
 
@@ -153,9 +154,8 @@ def _search(case: Case, side: Side, found: Mapping[str, Side], index: Index) -> 
         sample = _first(side, layers, FEW if is_large(case) else SAMPLE)
         look(case, sample, found, index, sides=side.side)
         chosen = _chosen(case, side, found, sample, known)
-        if chosen is None or (
-            _soft(side, sample) and not _supported(case, side, chosen, sample, known)
-        ):
+        soft = chosen is not None and (_soft(side, sample) or _by_drawing(case, side, chosen))
+        if chosen is None or (soft and not _supported(case, side, chosen, sample, known)):
             return
         more = list(rest(layers, side.table[chosen.idea]))
         _verify(case, side.side, found, index, chosen.idea, more)
@@ -220,6 +220,12 @@ def _supported(
         return True
     sized = all(side.sizes(chosen.idea, x) for x in chosen.left)  # no honest dump has that factor
     return sized and setting is not None and likely(case, setting, list(chosen.left))
+
+
+def _by_drawing(case: Case, side: Side, chosen: Chosen) -> bool:
+    """Does drawing alone explain what it leaves, of some layers and no others?"""
+    soft = all(side.rank(x, y) >= side.ladders[x].by_drawing for x, y in chosen.left.items())
+    return soft and side.side == "G" and case.drawn is not None
 
 
 def _nearest(case: Case, chosen: Chosen, finest: Mapping[str, float]) -> bool:
@@ -292,15 +298,16 @@ def _by_weights(
         _take(case, side, found, index, best, layers, sample)
 
 
-def _by_amounts(case: Case, found: Mapping[str, Side]) -> None:
-    """What was added to the loss, where labels that theirs drew hide it; A is ours."""
+def _as_drawn(case: Case, found: Mapping[str, Side]) -> None:
+    """What labels that theirs drew hide of G: amounts in the loss, averages, weights; A is ours."""
     side = found["G"]
     layers = [x for x, steps in side.ladders.items() if steps.drawn > 0]
     if side.chosen or found["A"].chosen or case.drawn is None or is_large(case):
         return
     if found["A"].open() or all(side.drawn(x) for x in layers):
         return
-    chosen = amounts.drawn(case, found, spread(layers))
+    sample = spread(layers)
+    chosen = amounts.drawn(case, found, sample) or averaged(case, found, layers, sample)
     if chosen is not None:
         side.chosen.append(chosen)
 
