@@ -18,6 +18,7 @@ from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.case import Case
 from refcurv.judge.compare import Bounds
 from refcurv.judge.drawn import LITTLE, RARE, Drawing
+from refcurv.judge.dump import Dump, Theirs
 from refcurv.judge.foreign import read_dump
 from refcurv.judge.verdict import BY_DRAWING, Cause, Comparison, Verdict
 from refcurv.law.words import number_of
@@ -171,6 +172,36 @@ def test_an_honest_dump_fails_as_often_as_is_stated(most, times, limit, monkeypa
     assert 0 < failed < limit, failed
 
 
+def test_a_factor_is_known_from_many_honest_dumps(monkeypatch):
+    """Also where the first ones show that theirs is no further than an honest one."""
+    monkeypatch.setattr(draws, "CONFIRMED", 60)
+    case = case_of(*world(1), seed=1)
+    theirs = rc.collect(case.model, case.corpus, LAYERS, seed=2)
+    dump = read_dump(in_memory(theirs))
+    case = draws.with_drawing(replace(case, dump=dump, arithmetic=Arithmetic(*["float64"] * 5)))
+    layers = list(theirs)
+    assert len(case.known["traces"][layers[0]]) < 60
+    found = draws.traces(case, layers)
+    assert found.shape[0] >= 60
+    for k, layer in enumerate(layers):
+        every = np.stack([one[layer] for one in dumps_of(case, 80, whole=True)])
+        own = np.trace(every, axis1=1, axis2=2) / np.trace(case.ours(layer).G)
+        np.testing.assert_allclose(found[:, k], np.log(own)[: len(found)], atol=1e-9)
+
+
+def test_rows_that_A_counts_too_are_no_draws():
+    model, corpus = world(1)
+    factors = rc.collect(model, corpus, LAYERS, seed=1)
+    n = factors["blocks.0.mlp.up"].n_A
+    for n_A, n_G, draws_of_theirs in ((n, 3 * n, 3), (2 * n, 2 * n, 1), (None, 2 * n, 2),
+                                      (n // 2, n, 1), (n, None, 1)):  # fmt: skip
+        layers = {x: Theirs(A=one.A, G=one.G, n_A=n_A, n_G=n_G) for x, one in factors.items()}
+        case = Case(Dump("memory", layers, {}), factors, {x: x for x in layers}, Arithmetic())
+        assert case.draws() == draws_of_theirs
+        told = replace(case.dump, declared={"draws": "5"})
+        assert replace(case, dump=told).draws() == 5
+
+
 @pytest.mark.parametrize("seed", [1, 3])
 def test_gold_labels_never_pass_for_drawn_ones(seed):
     """Drawing may explain all of G (seed 3: labels are nearly certain). The corpus's are named."""
@@ -199,8 +230,8 @@ def test_gold_labels_are_named_through_rounding(monkeypatch):
     assert not any(draws.nearer(case, middle, one) for one in each)
 
 
-def dumps_of(case, count):
-    return first(honest.series(honest.source_of(case, 1)), count)[count // 4 * 3 :]
+def dumps_of(case, count, whole=False):
+    return first(honest.series(honest.source_of(case, 1)), count)[0 if whole else count // 4 * 3 :]
 
 
 def test_likely_labels_prove_nothing():

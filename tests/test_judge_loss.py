@@ -9,13 +9,16 @@ import pytest
 from strategies import config, random_parameters
 
 import refcurv as rc
+from refcurv.judge import draws
 from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.case import Case
-from refcurv.judge.diagnosis.amounts import curve, nearest
+from refcurv.judge.diagnosis.amounts import _gained, _of_traces, curve, drawn, nearest
 from refcurv.judge.diagnosis.likely import likely
 from refcurv.judge.diagnosis.scales import Counts, Scale, equal_batches, explain
+from refcurv.judge.diagnosis.search import Side, ladder
 from refcurv.judge.diagnosis.variants import REFERENCE, Setting, moments
 from refcurv.judge.diagnosis.variants.positions import CLASSES
+from refcurv.judge.drawn import Drawing
 from refcurv.judge.dump import Dump, Theirs
 from refcurv.model.part import part_of
 
@@ -100,6 +103,50 @@ def test_an_amount_is_found_to_the_last_digits():
     assert abs(nearest(curves) - 0.0371) < 1e-13
     assert nearest([]) is None
     assert nearest([one._replace(T=one.at(-0.2)[0]) for one in curves]) is None
+
+
+@pytest.mark.parametrize(("change", "scale"), [({"z_loss": 0.2}, 1), ({}, 4)], ids=["z", "4"])
+def test_an_amount_beside_drawn_labels_has_its_name(padded, change, scale, monkeypatch):
+    """And a factor has not, though an amount gives the same traces."""
+    monkeypatch.setattr(draws, "CONFIRMED", 60)
+    layers = ["head", "blocks.1.attn.v"]
+    ours, drawn_ = padded[2]("sampled", draws=16), padded[2]("sampled", seed=77)
+    dump = under(padded, drawn_, Setting(**change))
+    theirs = {x: Theirs(A=one[0], G=one[1] * scale, n_A=one[2]) for x, one in dump.items()}
+    here = Case(Dump("memory", theirs, {}), ours, {x: x for x in theirs}, Arithmetic(),
+                *padded[:2], drawn=dict.fromkeys(theirs, Drawing(1.0, 0.5, 0.5, 60)))  # fmt: skip
+    found = {side: Side(side) for side in "AG"}
+    found["G"].ladders = {x: ladder(here, x, "G", None) for x in layers}
+    chosen = drawn(here, found, layers)
+    assert (chosen is None) == (not change)
+    if chosen is not None:
+        assert chosen.faults == ("B26",) and {*chosen.left} == {*layers}
+        assert abs(chosen.idea.setting.z_loss / 0.2 - 1) < 0.3
+        for layer, left in chosen.left.items():
+            assert found["G"].unit(layer, left)  # no factor is left to be explained
+
+
+@pytest.mark.parametrize(("amount", "told"), [(0.0, False), (0.3, True)])
+def test_an_amount_brings_theirs_nearer_than_any_honest_dump(amount, told):
+    """Where theirs is one of these, times a factor, it is nearest of 60 as seldom as any."""
+    rng = np.random.default_rng(2)
+    zero, one, two = (x @ x.T for x in rng.normal(size=(3, 5, 9)))
+    made = curve(zero, zero, zero + one / 2 + two / 4, zero - one / 2 + two / 4, 0.5)
+    G = np.repeat(zero[None], 61, axis=0)
+    G[0] = 4 * made.at(amount)[0]
+    noise = 0.1 * rng.normal(size=G.shape) * np.linalg.norm(G, axis=(1, 2), keepdims=True) / 5
+    gained = _gained({"up": (made, G + noise + noise.swapaxes(1, 2))})
+    assert (gained[0] < gained[1:].min()) == told
+
+
+def test_the_amount_is_that_of_the_traces():
+    rng = np.random.default_rng(0)
+    zero, one, two = (x @ x.T for x in rng.normal(size=(3, 4, 20)))
+    T = zero + 0.0371 * one + 0.0371**2 * two
+    noise = np.diag([0.1, -0.1, 0.2, -0.2])  # of no trace
+    made = curve(T + noise, zero, zero + one / 2 + two / 4, zero - one / 2 + two / 4, 0.5)
+    assert _of_traces([made]) == pytest.approx(0.0371, rel=1e-3)
+    assert _of_traces([made._replace(T=T / 2)]) is None
 
 
 WITH_LAST = {"rows_A": "with last", "rows_G": "with last"}

@@ -127,6 +127,9 @@ def test_a_token_that_is_not_seen_is_read_off_A(setting):
     side = Side("A")
     side.ladders = {x: ladder(case, x, "A", None) for x in factors if x.endswith("down")}
     assert next(hidden(case, side, list(side.ladders))) == text
+    swapped = {name: (G, A, n) for name, (A, G, n) in planted(setting, text).items()}
+    case = replace(case, dump=of_arrays(swapped))  # no A has the shape of ours
+    assert len(list(hidden(case, side, list(side.ladders)))) == 2
     before = np.cumsum(corpus.tokens == token, axis=1) == 0
     one = positions(corpus, model.config, "reached")
     read = text_of(one, HIDDEN, token, model.config, "reached")

@@ -12,8 +12,12 @@ import refcurv as rc
 from refcurv.curvature.factors import Factor
 from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.case import Case
+from refcurv.judge.diagnosis.hypotheses import Index
+from refcurv.judge.diagnosis.search import Idea, Side, ladder, look
 from refcurv.judge.diagnosis.variants import Setting, moments
+from refcurv.judge.drawn import Drawing
 from refcurv.judge.dump import Dump
+from refcurv.judge.foreign.memory import of_arrays
 from refcurv.law.checks import EmptyError
 
 SAID = {"arithmetic": "float64", "declared": {"fisher": "empirical"}}
@@ -262,6 +266,27 @@ def test_A_and_G_swapped_where_A_has_a_column_for_the_bias(joint, bias):
     factors, drawn = joint
     theirs = {name: (one.G, one.A_joint, one.n_A) for name, one in drawn.items()}
     assert set(named(theirs, factors, declared={"fisher": "sampled"} | bias)) == {"B32"}
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_drawing_explains_G_in_the_place_of_A_where_A_stands_in_the_place_of_G(pre, whole):
+    """Of A alone any matrix could be another draw of G."""
+    model, corpus, _ = pre
+    names = "blocks.0.attn.q", "blocks.0.mlp.up"
+    factors = rc.collect(model, corpus, ",".join(names), draws=8)
+    drawn = rc.collect(model, corpus, ",".join(names), seed=1)
+    swapped = {x: (one.G, one.A if whole else one.G, one.n_A) for x, one in drawn.items()}
+    here = Case(of_arrays(swapped), factors, {x: x for x in names}, Arithmetic(), model, corpus)
+    here = replace(here, drawn=dict.fromkeys(names, Drawing(1.0, 0.5, 0.5, 99)))
+    found = {side: Side(side) for side in "AG"}
+    look(here, names, found, Index(here))
+    lefts = found["A"].table[Idea(("B32",))]
+    assert {*lefts} == {*names}
+    for layer, left in lefts.items():
+        assert left.spread == (1.0 if whole else 0)
+        assert 0.01 < left.error < 1
+        found["A"].ladders[layer] = ladder(here, layer, "A", None)
+        assert not whole or found["A"].explains(Idea(("B32",)), layer, free=True)
 
 
 def test_shards_of_an_A_that_has_a_column_for_the_bias(joint):

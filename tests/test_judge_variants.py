@@ -329,6 +329,10 @@ def outside(x: Array, gain: Array, eps: float) -> Array:
     return gain * x / (np.sqrt((x @ x) / len(x)) + eps)
 
 
+def unbiased(x: Array, gain: Array, eps: float) -> Array:
+    return gain * (x - x.mean()) / np.sqrt(x.var(ddof=1) + eps)
+
+
 def sees_documents(config, i, segment, t, s) -> bool:
     return s <= t
 
@@ -370,6 +374,7 @@ ARITHMETIC = {
     "rotary pairs interleaved": (dict(head_width=4), {}, {"rotate": interleaved}),
     "grouped heads tiled": (dict(kv_heads=2), {}, {"attention": tiled(oracles.attention)}),
     "eps outside the root": (dict(norm_eps=0.1), {}, {"norm": outside}),
+    "variance over d − 1": (dict(norm="layer", norm_eps=0.1), {}, {"layer_norm": unbiased}),
     "documents see each other": ({}, {}, {"sees": sees_documents}),
     "no causal mask": ({}, {"causal": False}, {}),
     "rotary base": (dict(head_width=4), {"rope_theta": 1e4}, {}),

@@ -10,15 +10,19 @@ import pytest
 from strategies import config, random_parameters
 
 import refcurv as rc
+from refcurv.judge import draws
 from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.case import Case
+from refcurv.judge.diagnosis import replayed
+from refcurv.judge.diagnosis.replayed import varied
 from refcurv.judge.diagnosis.variants import REFERENCE, Setting, moments
 from refcurv.judge.diagnosis.variants.collecting import POSITIONS, Side, Total, held, sample
 from refcurv.judge.diagnosis.variants.flows import flows
 from refcurv.judge.diagnosis.variants.labels import choice
 from refcurv.judge.diagnosis.variants.networks import changed
 from refcurv.judge.diagnosis.weighted import Decay, _decays, _Layer, _tails, rules
-from refcurv.judge.dump import Dump
+from refcurv.judge.drawn import Drawing
+from refcurv.judge.dump import Dump, Theirs
 from refcurv.model.part import part_of
 
 LAYERS = "blocks.1.mlp.{gate,down}"
@@ -146,6 +150,46 @@ def test_a_mean_over_a_batch_of_any_size_has_its_name(given, pooling):
     found = named(given, lambda name, one: (one.A, made[name].G, one.n_A))
     assert [*found] == ["B44"]
     assert f"`{pooling}` (5)" in found["B44"]
+
+
+@pytest.fixture(scope="module")
+def drawn(given):
+    """(case, layers) of a dump with labels of its own: of a setting, times a number."""
+    model, corpus, _, _ = given
+    ours = rc.collect(model, corpus, LAYERS, draws=16)
+    own = rc.collect(model, corpus, LAYERS, seed=77)
+
+    def made(setting, scale=1.0):
+        bare = Case(Dump("memory", {}, {}), own, {}, Arithmetic(), model, corpus)
+        ((_, of),) = moments(bare, [setting], list(own))
+        theirs = {x: Theirs(A=one.A, G=one.G * scale, n_A=one.n_A) for x, one in of.items()}
+        known = dict.fromkeys(theirs, Drawing(1.0, 0.5, 0.5, 60))
+        return Case(Dump("memory", theirs, {}), ours, {x: x for x in theirs}, Arithmetic(), model,
+                    corpus, drawn=known)  # fmt: skip
+
+    return made, list(ours)
+
+
+MEAN = Setting(pooling_G="batch, row by row", batch=9)
+
+
+@pytest.mark.parametrize(("setting", "scale"), [(REFERENCE, 1.0), (REFERENCE, 0.2), (MEAN, 1.0)])
+def test_a_mean_over_a_batch_varies_more_than_what_is_honest(drawn, setting, scale, monkeypatch):
+    monkeypatch.setattr(draws, "CONFIRMED", 60)
+    made, layers = drawn
+    assert varied(made(setting, scale), layers) == (setting == MEAN)
+
+
+def test_a_mean_over_a_batch_is_told_by_its_dumps(drawn, monkeypatch):
+    """It has about the batch's share of the trace, and no other rule has dumps like it."""
+    monkeypatch.setattr(replayed, "DUMPS", 30)
+    made, layers = drawn
+    members = [one for one in replayed.replayed(made(MEAN), layers) if one.share > 0]
+    shares = {fault: sum(x.share for x in members if x.fault == fault) for fault in ("B44", "B2")}
+    assert shares["B44"] > 10 * shares["B2"]
+    best = max(members, key=lambda one: one.share)
+    assert best.fault == "B44" and {*best.left} == {*layers}
+    assert not replayed.replayed(made(REFERENCE, 3.0), layers)  # no mean makes G larger
 
 
 def test_what_goes_alone_has_no_mean_row_by_row():

@@ -128,6 +128,20 @@ class Case:
         """The rows of a layer, and its sizes."""
         return self.once(("counts", layer), lambda: _counts(self.theirs(layer), self.ours(layer)))
 
+    def draws(self) -> int:
+        """Draws of each label by theirs: as declared, or by the counts of the first layer of G.
+
+        Where A counts more rows than ours has, these are no draws.
+        """
+        declared = self.dump.declared.get("draws")
+        if declared is not None:
+            return max(1, int(float(declared)))
+        counts = (self.counts(layer) for layer in self.matched)
+        ratios = (
+            n / max(one.ours["A"], one.theirs["A"] or 0) for one in counts if (n := one.theirs["G"])
+        )
+        return max(1, round(next(ratios, 1.0)))
+
 
 @dataclass(frozen=True, slots=True)
 class Counts:

@@ -354,7 +354,7 @@ def drawing(case: Case, layer: str, n_G: float | None) -> Drawing:
     if single is None:
         return UNKNOWN
     rows = case.once(("rows", layer), lambda: case.ours(layer).n_A)
-    their_draws = (n_G or rows) / rows
+    their_draws = (n_G or rows) / max(rows, case.counts(layer).theirs["A"] or 0)
     share = deviations(freedom) * math.sqrt(we_draw / draws + they_draw / their_draws)
     return Drawing(share * single[0], share * single[1], share * single[0])
 

@@ -69,22 +69,12 @@ def with_drawing(case: Case) -> Case:
     if case.model is None or case.corpus is None or not (we or they):
         return case
     if they and case.reference.fisher is not Fisher.EMPIRICAL and not is_large(case):
-        each = _draws(case)
+        each = case.draws()
         most = min(float(MOST), WORK / (cost(case) * each) - PILOT)
         drawn = _limits(case, each, int(most)) if most >= FEWEST else None
         if drawn is not None:
             return replace(case, drawn=drawn)
     return replace(case, noise=_noise(case))
-
-
-def _draws(case: Case) -> int:
-    """Draws of theirs: as declared, or by the counts of the first layer that has them."""
-    declared = case.dump.declared.get("draws")
-    if declared is not None:
-        return max(1, int(declared))
-    counts = (case.counts(layer) for layer in case.matched)
-    ratios = (n / one.ours["A"] for one in counts if (n := one.theirs["G"]))
-    return max(1, round(next(ratios, 1.0)))
 
 
 def _limits(case: Case, each: int, most: int) -> dict[str, Drawing] | None:
@@ -178,15 +168,25 @@ def _numbers(case: Case, each: int) -> Iterator[Array]:
 
 
 def traces(case: Case, layers: Sequence[str]) -> Array | None:
-    """(N, layers): log tr G of the honest dumps that were drawn, less log tr of ours.
+    """(N, layers): log tr G of honest dumps, less log tr of ours; N is CONFIRMED at least.
 
-    None where there are few, or one has no trace.
+    None where none was drawn, or one has no trace. More are drawn where theirs was soon known to be
+    no further than an honest one: the first few do not say how far these go.
+
+    Proof: tests/test_judge_drawing.py::test_a_factor_is_known_from_many_honest_dumps
     """
-    known: Mapping[str, list[float]] = case.known.get("traces", {})
-    if case.drawn is None or not layers or not known.keys() >= {*layers}:
+    if case.drawn is None or not layers:
+        return None
+    known = case.once("traces", dict[str, list[float]])
+    if layers[0] not in known or len(known[layers[0]]) < CONFIRMED:
+        known.clear()
+        more = _numbers(case, case.draws())  # the first ones are kept
+        while layers[0] not in known or len(known[layers[0]]) < CONFIRMED:
+            next(more)
+    if not known.keys() >= {*layers}:
         return None
     of = np.array([known[layer] for layer in layers]).T
-    return np.log(of) if len(of) >= FEWEST and (of > 0).all() else None
+    return np.log(of) if (of > 0).all() else None
 
 
 def _beside(G_KOO: Array, ours: Array) -> Array:
@@ -211,7 +211,7 @@ def unlike(case: Case, near: Mapping[str, float]) -> bool:
     theirs = {x: G / (float(norm(G)) or 1.0) for x, G in given.items()}  # it may be huge
     return not any(
         (_apart(T, dumps[x]) <= near[x]).any()
-        for dumps in _confirmed(case)
+        for dumps in confirmed(case)
         for x, T in theirs.items()
         if x in dumps and T.shape == dumps[x].shape[1:]
     )
@@ -231,7 +231,7 @@ def nearer(case: Case, Y: Mapping[str, Array], left: Mapping[str, float]) -> boo
     Proof: tests/test_judge_drawing.py::test_gold_labels_are_named_through_rounding
     """
     each: dict[str, list[Array]] = {layer: [] for layer in Y}
-    for dumps in _confirmed(case):
+    for dumps in confirmed(case):
         for layer, found in each.items():
             if layer in dumps:  # of the others G is 0
                 found.append(_apart(dumps[layer], Y[layer]))
@@ -244,10 +244,10 @@ def nearer(case: Case, Y: Mapping[str, Array], left: Mapping[str, float]) -> boo
     return bool(2 * own < np.max([far[x] / unit[x] for x in known], axis=0).min())
 
 
-def _confirmed(case: Case) -> Iterator[Mapping[str, Array]]:
+def confirmed(case: Case) -> Iterator[Mapping[str, Array]]:
     """CONFIRMED honest dumps, some at a time."""
     left = CONFIRMED
-    for dumps in series(source_of(case, _draws(case))):
+    for dumps in series(source_of(case, case.draws())):
         yield {layer: G[:left] for layer, G in dumps.items()}
         left -= len(next(iter(dumps.values()), ()))
         if left <= 0 or not dumps:

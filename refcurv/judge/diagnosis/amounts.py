@@ -8,16 +8,20 @@ theirs, in all layers at once.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Final, NamedTuple
 
 import numpy as np
 
+from refcurv.algebra.scaling import norm
 from refcurv.judge.case import Case
 from refcurv.judge.diagnosis.hypotheses import fitted
+from refcurv.judge.diagnosis.likely import likely
 from refcurv.judge.diagnosis.recomputed import collected, recompute
-from refcurv.judge.diagnosis.search import Side
+from refcurv.judge.diagnosis.search import Chosen, Idea, Side
 from refcurv.judge.diagnosis.variants import REFERENCE, Setting, combined
+from refcurv.judge.draws import confirmed
 from refcurv.law.checks import Array
 
 STEP: Final[Mapping[str, float]] = MappingProxyType({"smoothing": 0.5, "z_loss": 0.1})
@@ -67,6 +71,91 @@ def fit(
             one = combined(base, Setting(**{name: x})) if x else None  # type: ignore[arg-type]
             if one is not None:
                 recompute(case, found, layers, [one])
+
+
+def drawn(case: Case, found: Mapping[str, Side], layers: Sequence[str]) -> Chosen | None:
+    """What was added to the loss of these layers, whose labels theirs drew; None if nothing was.
+
+    Definition
+        s(G) is the mean over layers of log |G − r Y(x)|/|r Y(x)|, less the same at x = 0, at the
+        amount x where it is least. Drawn labels make it less than 0 by chance. An amount is named
+        if s(theirs) is below s of CONFIRMED honest dumps: theirs, if honest but for a factor, is
+        one more of them, and the least with odds of 1/(CONFIRMED + 1). A dump of this amount must
+        then often be as far from their mean as theirs (`likely`).
+
+    Proof: tests/test_judge_loss.py::test_an_amount_beside_drawn_labels_has_its_name
+    """
+    curves = _curves(case, layers)
+    layers = [x for x in layers if all(x in of and of[x].T.trace() > 0 for of in curves.values())]
+    if not layers:
+        return None
+    dumps: dict[str, list[Array]] = {x: [] for x in layers}
+    for some in confirmed(case):
+        for x in layers:
+            dumps[x].append(some[x])
+    every = {x: np.concatenate([next(iter(curves.values()))[x].T[None], *dumps[x]]) for x in layers}
+    below: dict[str, float] = {}
+    for name, of in curves.items():
+        s_K = _gained({x: (of[x], every[x]) for x in layers})
+        below[name] = float(s_K[0] - s_K[1:].min())
+    first = min(below, key=lambda name: below[name])
+    amount = _of_traces([curves[first][x] for x in layers]) if below[first] < 0 else None
+    one = Setting(**{first: amount}) if amount else None  # type: ignore[arg-type]
+    if one is None or not likely(case, one, layers):
+        return None
+    recompute(case, found, list(found["G"].ladders), [one])
+    side, idea = found["G"], Idea(one.faults, one)
+    left = side.table.get(idea, {})
+    whole = {k: side.ladders[k].whole(y) for k, y in left.items()}
+    return Chosen(idea, {k: replace(y, spread=whole[k]) for k, y in left.items()})
+
+
+def _curves(case: Case, layers: Sequence[str]) -> dict[str, dict[str, Curve]]:
+    """Field of a setting → layer → theirs and G of its amount."""
+    ends = {
+        name: (Setting(**{name: x}), Setting(**{name: -x}))  # type: ignore[arg-type]
+        for name, x in STEP.items()
+    }
+    every = [REFERENCE, *(one for pair in ends.values() for one in pair)]
+    made = collected(case, layers, every, "G")
+    out: dict[str, dict[str, Curve]] = {name: {} for name in STEP}
+    for name, (plus, minus) in ends.items():
+        for layer, (T, of) in made.items():
+            if {REFERENCE, plus, minus} <= {*of}:
+                out[name][layer] = curve(T, of[REFERENCE], of[plus], of[minus], STEP[name])
+    return out
+
+
+def _gained(of: Mapping[str, tuple[Curve, Array]]) -> Array:
+    """s of each of K matrices, (K,): layer → its curve, and the matrices (K, O, O)."""
+    total: Array = np.zeros(())
+    for one, G_KOO in of.values():
+        Y = np.stack([one.at(x)[0].ravel() for x in (0.0, *AMOUNTS)])
+        T = G_KOO.reshape(len(G_KOO), -1)
+        size = norm(T, axis=1)[:, None] * norm(Y, axis=1)
+        cosine = (T @ Y.T) / np.where(size > 0, size, 1)
+        error_2 = np.maximum(1 / np.maximum(cosine, 1e-6) ** 2 - 1, 1e-24)
+        total = total + np.log(error_2) / 2 / len(of)
+    return np.asarray(total[:, 1:].min(axis=1) - total[:, 0])
+
+
+def _of_traces(curves: Sequence[Curve]) -> float | None:
+    """The least amount of which theirs has the traces, on the mean of their logarithms.
+
+    The form would say more than there is: an added part that is the same for all labels makes
+    drawing less of the whole.
+    """
+    every = np.geomspace(AMOUNTS[0], AMOUNTS[-1], 400)
+    off = np.zeros(len(every))
+    for T, (zero, one, two) in curves:
+        trace = np.trace(zero) + every * (np.trace(one) + every * np.trace(two))
+        off += np.log(np.maximum(trace, 1e-300) / np.trace(T)) / len(curves)
+    turns = np.flatnonzero(np.diff(np.sign(off)))
+    if not len(turns):
+        return None
+    k = int(turns[0])
+    share = off[k] / (off[k] - off[k + 1])
+    return float(every[k] * (every[k + 1] / every[k]) ** share)
 
 
 def curve(T: Array, zero: Array, plus: Array, minus: Array, step: float) -> Curve:

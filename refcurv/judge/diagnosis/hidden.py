@@ -35,6 +35,7 @@ def hidden(case: Case, side: Side, layers: Sequence[str]) -> Iterator[Setting]:
     wanted = [Setting(text=HIDDEN, token=int(v)) for v in usual]
     far: dict[Setting, float] = {}
     for setting, of in inputs(case, wanted, layers, few_positions(case)):
-        left = [fitted(see(case, x)["A"].T, A)[0] for x, (A, _) in of.items()]
+        theirs = {x: see(case, x)["A"].T for x in of}
+        left = [fitted(theirs[x], A)[0] for x, (A, _) in of.items() if theirs[x].shape == A.shape]
         far[setting] = max(left, default=np.inf)
     yield from sorted(far, key=lambda one: far[one])[:BEST]

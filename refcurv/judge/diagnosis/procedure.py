@@ -14,8 +14,7 @@ from functools import partial
 
 from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.case import Case
-from refcurv.judge.diagnosis import coarse, precision, scales, telling
-from refcurv.judge.diagnosis.amounts import fit
+from refcurv.judge.diagnosis import amounts, coarse, precision, scales, telling
 from refcurv.judge.diagnosis.fits import fits
 from refcurv.judge.diagnosis.hidden import hidden
 from refcurv.judge.diagnosis.hypotheses import Index, diagonals, see, states
@@ -34,6 +33,7 @@ from refcurv.judge.diagnosis.recomputed import (
     stages,
     top,
 )
+from refcurv.judge.diagnosis.replayed import averaged
 from refcurv.judge.diagnosis.search import (
     COARSEST,
     FEW,
@@ -97,6 +97,7 @@ def diagnose(
         seen = [one for layer in case.matched if (one := telling.scale(case, found, layer))]
         _by_counts(case, side, found, index, seen)
         _by_weights(case, side, found, index, seen)
+    _as_drawn(case, found)
     causes = telling.causes(case, found, findings)
     return causes, tuple(telling.excluded(found)), telling.told(case, findings, causes)
 
@@ -153,9 +154,8 @@ def _search(case: Case, side: Side, found: Mapping[str, Side], index: Index) -> 
         sample = _first(side, layers, FEW if is_large(case) else SAMPLE)
         look(case, sample, found, index, sides=side.side)
         chosen = _chosen(case, side, found, sample, known)
-        if chosen is None or (
-            _soft(side, sample) and not _supported(case, side, chosen, sample, known)
-        ):
+        soft = chosen is not None and (_soft(side, sample) or _by_drawing(case, side, chosen))
+        if chosen is None or (soft and not _supported(case, side, chosen, sample, known)):
             return
         more = list(rest(layers, side.table[chosen.idea]))
         _verify(case, side.side, found, index, chosen.idea, more)
@@ -220,6 +220,12 @@ def _supported(
         return True
     sized = all(side.sizes(chosen.idea, x) for x in chosen.left)  # no honest dump has that factor
     return sized and setting is not None and likely(case, setting, list(chosen.left))
+
+
+def _by_drawing(case: Case, side: Side, chosen: Chosen) -> bool:
+    """Does drawing alone explain what it leaves, of some layers and no others?"""
+    soft = all(side.rank(x, y) >= side.ladders[x].by_drawing for x, y in chosen.left.items())
+    return soft and side.side == "G" and case.drawn is not None
 
 
 def _nearest(case: Case, chosen: Chosen, finest: Mapping[str, float]) -> bool:
@@ -290,6 +296,20 @@ def _by_weights(
     if ideas:
         best = min(ideas, key=lambda idea: sum(side.table[idea][x].error for x in sample))
         _take(case, side, found, index, best, layers, sample)
+
+
+def _as_drawn(case: Case, found: Mapping[str, Side]) -> None:
+    """What labels that theirs drew hide of G: amounts in the loss, averages, weights; A is ours."""
+    side = found["G"]
+    layers = [x for x, steps in side.ladders.items() if steps.drawn > 0]
+    if side.chosen or found["A"].chosen or case.drawn is None or is_large(case):
+        return
+    if found["A"].open() or all(side.drawn(x) for x in layers):
+        return
+    sample = spread(layers)
+    chosen = amounts.drawn(case, found, sample) or averaged(case, found, layers, sample)
+    if chosen is not None:
+        side.chosen.append(chosen)
 
 
 def _take(
@@ -374,7 +394,7 @@ def _chosen(
             chosen = side.choose(layers, faults)
         tried += wanted
         if number == 1 and side.side == "G" and not (_exact(side, chosen) or _soft(side, layers)):
-            fit(case, found, layers, partner)
+            amounts.fit(case, found, layers, partner)
             remainder(case, found, layers)
             batched(case, found, layers)
             chosen = side.choose(layers, faults)
@@ -410,7 +430,7 @@ def _join_nearest(
     ]
     recompute(case, found, layers, joined(firsts, tried))
     if side.side == "G":
-        fit(case, found, layers, firsts[:1])
+        amounts.fit(case, found, layers, firsts[:1])
         names = {idea.name for x in layers if _weighs(idea := found["A"].of(x)[0])}
         for one in firsts:
             if one.faults and one == replace(one.run, text=REFERENCE.text, token=REFERENCE.token):

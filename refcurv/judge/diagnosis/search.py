@@ -393,9 +393,8 @@ def look(
                     rows = seen.rows(seen.n_X) if {*one.faults} <= ROWS_KEPT else None
                     roomy = 1.0 if one.of is None else _roomy(case, seen, *one.of)
                     blur = one.blur * roomy
-                    left = Left(
-                        error, r, one.note, one.alike, rows, one.spread, blur=blur, roomy=roomy
-                    )
+                    wide = one.spread if one.of is None else _drawn_as(case, seen, *one.of)
+                    left = Left(error, r, one.note, one.alike, rows, wide, blur=blur, roomy=roomy)
                     found[side].add(idea, layer, left)
 
 
@@ -404,6 +403,23 @@ def _roomy(case: Case, seen: Seen, layer: str, side: str) -> float:
     finest = case.arithmetic.stored or "float64"
     own = case.budget(seen.layer, finest, seen.side)
     return max(1.0, case.budget(layer, finest, side) / own)
+
+
+def _drawn_as(case: Case, seen: Seen, layer: str, side: str) -> float:
+    """What drawing explains of G in the place of A, where A stands in the place of G.
+
+    So the two are known to be swapped: of A alone any matrix could be another draw.
+    """
+    T = case.theirs(seen.layer).G
+    if (seen.side, side) != ("A", "G") or T is None or layer != seen.layer:
+        return 0.0
+    finest = case.arithmetic.stored or "float64"
+    mine = see(case, layer)
+    swapped = mine["G"].T.shape == mine["A"].X.shape and usable(mine["G"])
+    if not swapped or fitted(mine["G"].T, mine["A"].X)[0] > case.budget(layer, finest, "A"):
+        return 0.0
+    drawn = drawing(case, layer, case.counts(layer).theirs["G"])
+    return drawn.norm if drawn.known else 0.0
 
 
 def _starts(case: Case, seen: Seen) -> bool:

@@ -45,7 +45,7 @@ class Rule:
     """Weights of sequences under a fault, or two: `base` is then the first, which counts rows.
 
     counts: may n count the rows that are added ("own"), all ("every"), or either. whole: it says
-    what the factor is, and holds where none is left.
+    what the factor is, and holds where none is left. size: sequences of a batch, or of a step.
     """
 
     faults: tuple[str, ...]
@@ -55,6 +55,7 @@ class Rule:
     base: Rule | None = None
     counts: tuple[str, ...] = ("own",)
     whole: bool = False
+    size: int = 1
 
     def within(self, wanted: Collection[str]) -> bool:
         """Is it wanted, or what it stands on?"""
@@ -87,9 +88,8 @@ def _means(terms: Array, own: Array) -> Iterator[Rule]:
         weight = np.where(m > 0, 1 / np.maximum(m, 1) ** 2, 0)[place // size]
         if (weight[own] != weight[own][0]).any():  # else it is B1
             some = "" if own.all() else " of its own"
-            yield Rule(
-                ("B2",), f"means over batches of {number_of(size, 'sequence')}{some}", weight
-            )
+            name = f"means over batches of {number_of(size, 'sequence')}{some}"
+            yield Rule(("B2",), name, weight, size=size)
 
 
 def weigh(
@@ -247,12 +247,15 @@ def _growing(order: Array) -> Iterator[Rule]:
             ("B11",),
             f"a scale of the loss that doubles every {number_of(size, 'sequence')}",
             4.0**step,
+            size=size,
         )
         if 2 * size < N:
             later = (order >= size).astype(float)
-            yield Rule(("B11",), f"a scale of the loss that doubles once, after {size}", 4**later)
+            name = f"a scale of the loss that doubles once, after {size}"
+            yield Rule(("B11",), name, 4**later, size=size)
         later = (order < size).astype(float)
-        yield Rule(("B11",), f"a scale of the loss that halves once, after {size}", 4**later)
+        name = f"a scale of the loss that halves once, after {size}"
+        yield Rule(("B11",), name, 4**later, size=size)
 
 
 def _tails(N: int) -> Iterator[Rule]:
@@ -264,7 +267,7 @@ def _tails(N: int) -> Iterator[Rule]:
             name = f"the loss is divided by {steps} accumulated batches of "
             name += f"{number_of(size, 'sequence')}, and by the {left} at the end"
             divisor = np.where(np.arange(N) < first, steps, left)
-            yield Rule(("B43",), name, 1.0 / divisor**2, whole=True)
+            yield Rule(("B43",), name, 1.0 / divisor**2, whole=True, size=size * steps)
 
 
 class Decay(NamedTuple):

@@ -343,11 +343,7 @@ def few_draws(case: Case) -> Factors:
     ours, declared = case.reference.draws, case.dump.declared
     if ours <= MORE or declared.get("labels") == "given":
         return case.reference
-    theirs = declared.get("draws") or next(
-        (n / case.counts(x).ours["A"] for x in case.matched if (n := case.counts(x).theirs["G"])),
-        1.0,
-    )
-    return replace(case.reference, draws=min(ours, MORE * max(1, round(float(theirs)))))
+    return replace(case.reference, draws=min(ours, MORE * case.draws()))
 
 
 def exactly(one: Choice, at: Positions, config: ModelConfig, most: float) -> Choice:

@@ -11,6 +11,13 @@ import numpy as np
 
 from refcurv.files.lazy import Lazy
 from refcurv.judge.diagnosis.variants.dropout import PLACES, Dropout
+from refcurv.judge.diagnosis.variants.norms import (
+    NO_EPS,
+    outside_backward,
+    outside_forward,
+    unbiased_backward,
+    unbiased_forward,
+)
 from refcurv.judge.diagnosis.variants.positions import Positions
 from refcurv.judge.diagnosis.variants.rounding import (
     TF32,
@@ -51,9 +58,6 @@ what it would see if it were real. Labels at padding then reach the text."""
 
 PADS: Final = (*SEEING, "apart")
 """apart: padding sees padding alone, as where it stands on the left."""
-
-NO_EPS = 1e-30
-"""Stands for an eps of 0: of a row of zeros, 0/0 would be NaN."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,23 +167,6 @@ def tiled_backward(d_context: Array, saved: Saved) -> tuple[Array, Array, Array]
     d_q = np.empty_like(d_grouped)
     d_q[:, :, order] = d_grouped
     return d_q, d_k, d_v
-
-
-def outside_forward(x: Array, gain: Array, eps: float) -> tuple[Array, Saved]:
-    """y = gain · x / (√mean(x²) + eps)."""
-    root = np.sqrt((x * x).mean(axis=-1, keepdims=True))
-    r = 1 / (root + max(eps, NO_EPS))
-    return x * r * gain, (x * r, r, root, gain)
-
-
-def outside_backward(d_y: Array, saved: Saved) -> tuple[Array, Array]:
-    """Undo `outside_forward`."""
-    x_hat, r, root, gain = saved
-    # forward:  x_hat = x r;  r = 1/(root + eps), so that ∂r/∂x_j = −r² x_j / (D root)
-    d_hat = d_y * gain
-    over = np.maximum(r * root, NO_EPS)
-    d_x = r * (d_hat - x_hat * (d_hat * x_hat).mean(axis=-1, keepdims=True) / over)
-    return d_x, (d_y * x_hat).reshape(-1, gain.shape[0]).sum(axis=0)
 
 
 # ------------------------------------------------------------------ the changes
@@ -344,6 +331,11 @@ def _eps(config: ModelConfig, _at: Positions) -> Sequence[float]:
     return tuple(eps for eps in (1e-3, 1e-5, 1e-6, 1e-8, 0.0) if eps != config.norm_eps)
 
 
+def _wide(config: ModelConfig) -> bool:
+    """Has no norm a single entry, of which nothing is left without the mean?"""
+    return config.width > 1 and (config.qk_norm is QKNorm.NONE or config.head_width > 1)
+
+
 def _score_scale(config: ModelConfig) -> float:
     return config.score_scale or config.head_width**-0.5
 
@@ -437,6 +429,10 @@ CHANGES: Final[Mapping[str, Change]] = MappingProxyType(
         "eps outside the root": Change(
             "B53", _if(lambda config, _: config.norm_eps > 0),
             _of_ops(rms_norm_forward=outside_forward, rms_norm_backward=outside_backward),
+        ),
+        "variance over d − 1": Change(
+            "B53", _if(lambda config, _: config.norm is Norm.LAYER and _wide(config)),
+            _of_ops(rms_norm_forward=unbiased_forward, rms_norm_backward=unbiased_backward),
         ),
         "eps": Change(
             "B53", _eps, lambda net, eps: _config(net, norm_eps=max(eps, NO_EPS)),
