@@ -91,7 +91,8 @@ from refcurv.model.weights import Model
 from refcurv.passes.public import logits, loss_and_gradient
 from refcurv.shown import show_records
 from refcurv.sweeps.matched import match
-from refcurv.sweeps.sweep import Sweep, sweep
+from refcurv.sweeps.outcomes import Sweep
+from refcurv.sweeps.sweep import sweep
 
 show_records()
 

@@ -52,7 +52,7 @@ def _main(arguments: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         hint = (
             "interrupted; each output is the old one or the new one, whole. Give the same command "
-            "again: a collection, a decomposition or a sweep goes on where it was"
+            "again: collections, decompositions, sweeps and a report's controls go on from there"
         )
         return _fail(hint, INTERRUPTED)
     except Exception as error:

@@ -38,7 +38,7 @@ from refcurv.model.config import TABLES
 from refcurv.model.corpus import SPLITS, Population, Populations
 from refcurv.model.patterns import expand
 from refcurv.progress import Progress, silent
-from refcurv.report.folder import BASIS, EDITED, FACTORS, RESULTS, prepare
+from refcurv.report.folder import BASIS, CONTROLS, EDITED, FACTORS, RESULTS, prepare
 
 TITLE = "Memory and reasoning along the spectrum of loss curvature"
 
@@ -75,7 +75,7 @@ class _Run:
 
     Fields: job; given, factors and basis that need not be made; model; corpus; cut, the layers that
     are edited; judged, the populations of the
-    split; folder; stage; known of results.json; seconds of each stage.
+    split; folder; stage; told; known of results.json; seconds of each stage.
     """
 
     job: Job
@@ -86,6 +86,7 @@ class _Run:
     judged: Populations
     folder: Path
     stage: Stage
+    told: Callable[[str], object]
     known: dict[str, Any]
     seconds: dict[str, float]
 
@@ -102,7 +103,12 @@ class _Run:
         write_json(self.known, unfinished(self.folder / RESULTS))
 
 
-def run(job: Job, folder: PathLike, stage: Stage = lambda name: silent) -> dict[str, Any]:
+def run(
+    job: Job,
+    folder: PathLike,
+    stage: Stage = lambda name: silent,
+    told: Callable[[str], object] = lambda text: None,
+) -> dict[str, Any]:
     """The main job on two files; writes factors.h5, basis.h5, edited.h5 and results.json.
 
     Everything that can be checked is checked before the work. Returns what results.json holds;
@@ -110,7 +116,8 @@ def run(job: Job, folder: PathLike, stage: Stage = lambda name: silent) -> dict[
     machine in it is determined by the files and the choices. A corpus without populations of the
     split is not evaluated; bands need a memorised population (`recite`) and a clean one (`text`),
     controls a clean one in the dev split too. A collection that was interrupted goes on where it
-    was. `refcurv.report.folder.draw` makes figures and a page of the results.
+    was, and so do controls. `told` is called with what will be done and about how long it takes,
+    before what takes long. `refcurv.report.folder.draw` makes figures and a page of the results.
 
     Proof: tests/test_demo.py::test_the_report_of_a_users_own_files,
         ::test_a_report_refuses_before_the_work, ::test_what_was_evaluated_is_kept
@@ -123,7 +130,7 @@ def run(job: Job, folder: PathLike, stage: Stage = lambda name: silent) -> dict[
         f"--{n}": path for n, path in (("factors", job.factors), ("basis", job.basis)) if path
     }
     folder = prepare(folder, reads)
-    this = _Run(job, given, model, corpus, cut, judged, folder, stage, {}, {})
+    this = _Run(job, given, model, corpus, cut, judged, folder, stage, told, {}, {})
     basis = _basis(this)
     with this.timed("edit"):
         edited, record = rc.edit(model, basis, job.rho)
@@ -134,7 +141,8 @@ def run(job: Job, folder: PathLike, stage: Stage = lambda name: silent) -> dict[
         found = _bands(this, basis)
     results = _results(this, basis, record, table, others, found)
     write_json(results, folder / RESULTS)
-    Path(unfinished(folder / RESULTS)).unlink(missing_ok=True)
+    for left in (unfinished(folder / RESULTS), folder / CONTROLS):
+        Path(left).unlink(missing_ok=True)
     return results
 
 
@@ -192,11 +200,13 @@ def _evaluated(
     with this.timed("evaluate"):
         before, after = _measured(this, edited)
         table = compare(after, before)
+    each = this.seconds["evaluate"] / 2
     with this.timed("controls"):
         setting = Setting(
-            model, _light(model, job), basis, record, corpus, job.split, before, after, job.seed
-        )
-        others = controls(setting, this.stage("controls"))
+            model, _light(model, job), basis, record, corpus, job.split, before, after, job.seed,
+            each, this.folder / CONTROLS,
+        )  # fmt: skip
+        others = controls(setting, this.stage("controls"), this.told)
         this.keep(evaluation=table.to_json(), controls=others)
     return table, others
 

@@ -15,12 +15,13 @@ import refcurv as rc
 from refcurv.cli import main
 from refcurv.demo import CORPUS, LAYERS, MODEL, RHO
 from refcurv.evaluation import suite
+from refcurv.judge import controls
 from refcurv.model import transformer
 from refcurv.model.layers import causal_layout
 from refcurv.model.loss import cross_entropy
 from refcurv.model.patterns import expand
 from refcurv.pipeline import Job, run
-from refcurv.report.folder import outputs
+from refcurv.report.folder import CONTROLS, outputs
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -298,6 +299,37 @@ def test_the_report_says_why_it_has_no_controls(
     results = run(job, tmp_path / "out")
     assert says in results["controls"]["left_out"]
     assert results["evaluation"]["rows"] and "controls" in results["seconds"]
+
+
+def test_interrupted_controls_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are announced, keep what they found, and measure none of it twice."""
+    files = own_files(tmp_path, True)
+    command = ["report", *files, "--split", "dev", "--rho", "0.6", "--layers", "blocks.1.mlp.up"]
+    kept, right, calls = tmp_path / "out" / CONTROLS, controls.text_perplexity, []
+
+    def stopped(model: rc.Model, text: rc.Population) -> float:
+        calls.append(1)
+        if len(calls) == 4:  # K-FAC, two strengths of SVD, then Ctrl-C
+            raise KeyboardInterrupt
+        return right(model, text)
+
+    monkeypatch.setattr(controls, "text_perplexity", stopped)
+    assert main(command) == 130
+    err = capsys.readouterr().err
+    assert "3 other ways to cut are tried, about 8 strengths each" in err and "kept" in err
+    assert "on plain" in err and "a report's controls go on from there" in err
+    known = [line for line in kept.read_text().splitlines() if '"trial"' in line]
+    assert main(command) == 0
+    assert "are known already" in capsys.readouterr().err and not kept.exists()
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["controls"]
+    every = sum(len(one["tried"]) for one in found["compared"])
+    assert len(known) >= 2 and len(calls) - 4 == 1 + every - len(known)  # K-FAC again, and the rest
+    kept.write_text("from something else\n")
+    assert main(command) == 0
+    again = json.loads((tmp_path / "out" / "results.json").read_text())["controls"]
+    assert again == found and not kept.exists()
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from refcurv.judge.diagnosis.amounts import curve, nearest
 from refcurv.judge.diagnosis.likely import likely
 from refcurv.judge.diagnosis.scales import Counts, Scale, equal_batches, explain
 from refcurv.judge.diagnosis.variants import REFERENCE, Setting, moments
+from refcurv.judge.diagnosis.variants.positions import CLASSES
 from refcurv.judge.dump import Dump, Theirs
 from refcurv.model.part import part_of
 
@@ -60,7 +61,7 @@ def named(verdict):
 # ------------------------------------------------------------------ what is sent back
 
 
-@pytest.mark.parametrize("name", ["z_loss", "last class"])
+@pytest.mark.parametrize("name", ["z_loss", *CLASSES])
 def test_what_the_head_gets_is_the_slope_of_the_loss(padded, name):
     """G of the head by its definition, with the slope of −z_y + lse + c lse² by complex step."""
     model, corpus, collect = padded
@@ -68,8 +69,8 @@ def test_what_the_head_gets_is_the_slope_of_the_loss(padded, name):
     _, G, n = under(padded, collect("empirical"), setting)["head"]
     label, z = corpus.label, rc.logits(model, corpus.tokens).astype(complex)
     V = z.shape[-1]
-    if name == "last class":
-        label = np.where(label < 0, V - 1, label)
+    if name in CLASSES:
+        label = np.where(label < 0, np.arange(V)[CLASSES[name] % V], label)
     row = np.flip(np.maximum.accumulate(np.flip(corpus.label >= 0, 1), axis=1), 1)
     g = np.zeros(z.shape)
     for v in range(V):
@@ -129,10 +130,21 @@ def test_what_was_added_to_the_loss_is_told_with_its_amount(padded, amount, more
 WITH_PADS = {"rows_A": "with pads", "rows_G": "with pads"}
 
 
-@pytest.mark.parametrize("rows", [WITH_PADS, pytest.param({}, marks=pytest.mark.slow)], ids=len)
-def test_no_label_may_be_read_as_the_last_class(padded, rows):
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("last class", WITH_PADS),
+        ("first class", {}),
+        pytest.param("last class", {}, marks=SLOW),
+        pytest.param("first class", WITH_PADS, marks=SLOW),
+    ],
+)
+def test_no_label_may_be_read_as_a_class(padded, name, rows):
     factors = padded[2]("empirical")
-    setting = Setting(where="last class", pads="all", **rows)
+    setting = Setting(where=name, pads="all", **rows)
     verdict = judged(padded, under(padded, factors, setting), factors)
     assert named(verdict) == ["B24"]
 

@@ -17,6 +17,7 @@ from refcurv.judge.diagnosis.coarse import settle
 from refcurv.judge.diagnosis.dropped import DROPOUT, OTHERS, Place, _next, random_pass
 from refcurv.judge.diagnosis.hidden import hidden
 from refcurv.judge.diagnosis.precision import causes, short
+from refcurv.judge.diagnosis.recomputed import recompute
 from refcurv.judge.diagnosis.search import PLAIN, Side, ladder, ours
 from refcurv.judge.diagnosis.variants import Setting, moments
 from refcurv.judge.diagnosis.variants.dropout import Dropout
@@ -181,6 +182,16 @@ def test_the_part_that_rounds_is_told_from_all_that_rounds(layered, what):
     assert chosen == ({fault} - {"B59"})
     if not chosen:
         assert [one.fault for one in causes(case, found)] == [fault]
+
+
+def test_a_part_that_the_search_tried_on_some_layers_is_tried_on_all(layered):
+    """The search asks of the layers that it samples, and the score is of all."""
+    own = Setting(network=(("attention in bfloat16", 0.0),))
+    case, found = searched(layered, near(layered, planted(layered, own)))
+    recompute(case, found, ["blocks.1.mlp.up"], [own])
+    settle(case, found)
+    chosen = {id for one in found.values() for idea in one.chosen for id in idea.faults}
+    assert chosen == {"B56"}
 
 
 @pytest.mark.parametrize(("whole", "chosen"), [(0.57, set()), (1.1, {"B53"})])

@@ -42,7 +42,8 @@ from refcurv.report.plots import sweep_front
 from refcurv.report.sweep import format_sweep
 from refcurv.sweeps import lines as sweep_lines
 from refcurv.sweeps.methods import METHODS, methods
-from refcurv.sweeps.sweep import Outcome, _cost, bracket, marked
+from refcurv.sweeps.outcomes import Outcome, marked
+from refcurv.sweeps.sweep import _cost, bracket
 
 LAYERS, IDS = 3, 23
 HIGH, LOW = "blocks.2.mlp.{gate,up}", "blocks.1.mlp.up"
@@ -490,7 +491,7 @@ def test_a_results_file_of_something_else_is_refused(model, corpus, basis, tmp_p
     narrow = {n: x.astype("float32") for n, x in model.parameters.items()}
     with pytest.raises(ConventionError, match="another run: dtype"):
         rc.sweep(replace(model, parameters=narrow, dtype="float32"), corpus, **what, lines=out)
-    with patch("refcurv.sweeps.sweep.describe", return_value={}):
+    with patch("refcurv.sweeps.asked.describe", return_value={}):
         with pytest.raises(ConventionError, match="another run: law"):
             rc.sweep(model, corpus, **what, lines=out)
     assert out.read_text() == whole

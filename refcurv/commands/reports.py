@@ -106,7 +106,7 @@ def _report(job: Job, args: argparse.Namespace) -> None:
     from refcurv.report.printed import format_results
 
     plots.require_matplotlib()
-    results = run(job, args.out, progress_bar)
+    results = run(job, args.out, progress_bar, lambda text: say(f"report: {text}"))
     print(format_results(results))
     if why := results["controls"].get("left_out"):
         print(f"\nno other cuts beside it: {why}")

@@ -19,13 +19,17 @@ from refcurv.report import page, plots
 from refcurv.report.cells import Json
 
 FACTORS, BASIS, EDITED, RESULTS = "factors.h5", "basis.h5", "edited.h5", "results.json"
+CONTROLS = "controls.jsonl.unfinished"
+"""What the search for the controls' strengths has found, until the results are whole."""
+
 PAGE = "report.html"
 
 
 def outputs(folder: PathLike) -> dict[str, Path]:
     """Every file that a report may write, by what a message calls it."""
     figures = (f"{name}.png" for name in plots.FIGURES)
-    names = (FACTORS, unfinished(FACTORS), BASIS, EDITED, RESULTS, unfinished(RESULTS), PAGE)
+    kept = (unfinished(FACTORS), unfinished(RESULTS), CONTROLS)
+    names = (FACTORS, BASIS, EDITED, RESULTS, PAGE, *kept)
     return {f"{name} of --out": Path(folder) / name for name in (*names, *figures)}
 
 

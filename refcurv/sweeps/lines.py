@@ -22,7 +22,7 @@ from refcurv.files.disk import (
     parse_json,
     write_json_lines,
 )
-from refcurv.law.checks import SchemaError
+from refcurv.law.checks import ConventionError, SchemaError
 
 FORMAT: Final = "refcurv-sweep"
 
@@ -36,22 +36,28 @@ class Lines:
     Args:
         path: the file, or None. What it holds is gone on from; it is made with the first result.
         facts: what the sweep is of, JSON values (FINGERPRINT).
+        fresh: is a file of something else, or a damaged one, not refused but begun anew?
 
     Raises:
         ConventionError: the file is of another sweep; says what differs. SchemaError: it is
         another kind of file, or a line was changed since it was written. A last line that was torn
-        off is measured anew.
+        off is measured anew. With `fresh` neither.
 
     Proof: tests/test_sweep.py::test_a_killed_sweep_goes_on,
         ::test_a_results_file_of_something_else_is_refused, ::test_a_line_that_was_changed,
         ::test_two_sweeps_write_one_file
     """
 
-    def __init__(self, path: Path | None, facts: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path | None, facts: Mapping[str, Any], fresh: bool = False) -> None:
         self._path = path
         self._rows: list[dict[str, Any]] = [{"format": FORMAT, "version": 2, **facts}]
         self._written: tuple[int, ...] | None = None
-        self._join()
+        try:
+            self._join()
+        except (ConventionError, SchemaError):
+            if not fresh:
+                raise
+            self._written = self._found()  # what is there is written over
 
     def __len__(self) -> int:
         """How many lines there are."""

@@ -2,136 +2,47 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Final
 
 from refcurv.algebra.staircase import cut
 from refcurv.curvature import room
-from refcurv.curvature.bases import Bases, named
+from refcurv.curvature.bases import Bases
 from refcurv.curvature.bases_file import spectra_of
-from refcurv.curvature.made_from import require_weights
-from refcurv.editing.record import EditRecord, require_exact, require_untied
+from refcurv.editing.record import EditRecord
 from refcurv.evaluation.held import Holding, holding, kept_bytes
 from refcurv.evaluation.items import suffix_nats
 from refcurv.evaluation.matching import Match, search_share, text_perplexity
-from refcurv.evaluation.suite import Measured, finite, judged, measure
-from refcurv.files import store
-from refcurv.files.digest import changed, digest
+from refcurv.evaluation.suite import Measured, finite, measure
+from refcurv.files.digest import changed
 from refcurv.files.disk import free_bytes, require_space
 from refcurv.files.scratch import Scratch
-from refcurv.law.checks import (
-    Array,
-    ConventionError,
-    EmptyError,
-    RangeError,
-    require_choice,
-    require_range,
-    require_seed,
-)
-from refcurv.law.conventions import describe
+from refcurv.law.checks import Array, RangeError
 from refcurv.law.words import number_of
-from refcurv.model.corpus import SPLITS, Corpus, ImagePopulation, Population
-from refcurv.model.patterns import expand
+from refcurv.model.corpus import Corpus, Population
 from refcurv.model.weights import Model, Overlay, resident
 from refcurv.passes.below import Below
 from refcurv.passes.held import Held
 from refcurv.passes.sweep import lowest_block
 from refcurv.progress import Progress, doing, silent, span
+from refcurv.sweeps.asked import Asked, Readable, checked, facts, require_basis
 from refcurv.sweeps.beside import Collecting, basis_of
 from refcurv.sweeps.lines import Lines
-from refcurv.sweeps.methods import METHODS, STRONGEST, Method, methods
-
-KINDS: Final[Mapping[str, str]] = MappingProxyType({"perplexity": "text", "forgetting": "recite"})
-"""What methods are matched at → the kind of the dev population that says it."""
-
-MATCHES: Final = (*KINDS, "rho")
+from refcurv.sweeps.methods import STRONGEST, Method, methods
+from refcurv.sweeps.outcomes import Outcome, Sweep, marked
 
 DEFAULT: Final = ("kfac", "svd", "random-basis", "random-pairs")
 
 MOST: Final = 16
 """Chosen: trials of one match. About 8 find what can be found; more only narrow a jump."""
 
-Readable = Population | ImagePopulation
-
-Values = Mapping[str, Mapping[str, Any]]
-"""Population → kind, items, tokens, chance, values by name, interval, and right, a text of 0 and 1,
-one for each item; None where items are not right or wrong."""
-
 
 # ------------------------------------------------------------------ records
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """One edit of a sweep.
-
-    Fields:
-        layers: the pattern. rho: of the K-FAC edit that this one is compared with, or is.
-        method, removed: how it cuts, and the share that it removes (`sweeps.methods`).
-        verdict: "given" for K-FAC and at equal rho; else that of the match.
-        kept: the share of pairs of directions (svd: of singular directions) that it keeps.
-        populations: split → what is left.
-        front: K-FAC, and what is compared with it: does no other K-FAC edit of the sweep have a
-            lower dev perplexity and recite no more dev passages, or as low and fewer? None where
-            dev does not say.
-    """
-
-    layers: str
-    rho: float
-    method: str
-    removed: float
-    verdict: str
-    kept: float
-    populations: Mapping[str, Values]
-    front: bool | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Sweep:
-    """What `sweep` found.
-
-    Fields: split that reports; match, what methods are equal in; on, the dev population that says
-    it, None at equal rho; baseline, split → what the unedited model does; edits, in the order of
-    the work.
-    """
-
-    split: str
-    match: str
-    on: str | None
-    baseline: Mapping[str, Values]
-    edits: tuple[Outcome, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as plain JSON values."""
-        return {
-            "split": self.split, "match": self.match, "on": self.on,
-            "baseline": dict(self.baseline), "edits": [asdict(one) for one in self.edits],
-        }  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """The choices, checked. Fields: as of `sweep`; layers, pattern → names, the lowest first."""
-
-    layers: Mapping[str, tuple[str, ...]]
-    rho: tuple[float, ...]
-    methods: tuple[str, ...]
-    match: str
-    on: str | None
-    split: str
-    seed: int
-
-    @property
-    def names(self) -> list[str]:
-        """Every layer that is edited somewhere."""
-        return list(dict.fromkeys(name for names in self.layers.values() for name in names))
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +57,7 @@ class _Run:
 
     model: Model
     corpus: Corpus
-    asked: _Asked
+    asked: Asked
     basis: Bases
     lines: Lines
     whole: Mapping[str, Array] | None
@@ -263,11 +174,11 @@ def sweep(
         ::test_a_killed_sweep_goes_on, ::test_methods_cost_the_same_on_dev,
         ::test_kept_states_change_no_bit
     """
-    asked = _checked(model, corpus, layers, rho, methods, match, on, split, seed)
+    asked = checked(model, corpus, layers, rho, methods, match, on, split, seed)
     if basis is not None:
-        _require_basis(model, basis, asked)
+        require_basis(model, basis, asked)
     path = None if lines is None else Path(lines)
-    known = Lines(path, _facts(model, corpus, asked, basis, collecting))
+    known = Lines(path, facts(model, corpus, asked, basis, collecting))
     if basis is None:
         basis = basis_of(model, corpus, asked.names, collecting, path, stage)
     for name, lam, mu in spectra_of(basis):
@@ -277,101 +188,8 @@ def sweep(
     return _swept(run, told)
 
 
-def _checked(
-    model: Model, corpus: Corpus, layers: Sequence[str], rho: Sequence[float],
-    names: Sequence[str], match: str, on: str | None, split: str, seed: int,
-) -> _Asked:  # fmt: skip
-    """The choices, each refused before the work if it is bad."""
-    for what, given in (("layers", layers), ("rho", rho), ("methods", names)):
-        if isinstance(given, str) or not isinstance(given, Iterable) or not list(given):
-            raise ConventionError(f"sweep: {what} must be a list of at least one; got {given!r}.")
-    known = list(model.config.linear_layers())
-    of = {pattern: tuple(expand(pattern, known)) for pattern in layers}
-    for names_of in of.values():
-        require_untied("sweep", model, names_of)
-        require_exact("sweep", model, names_of)
-    shares = [require_range("sweep", "rho", share, 0, 1) for share in rho]
-    if edge := [share for share in shares if share in (0, 1)]:
-        raise RangeError(f"sweep: rho must lie between 0 and 1; got {edge[0]:g}, which cuts "
-                         f"{'nothing' if edge[0] else 'everything'}.")  # fmt: skip
-    for name in names:
-        require_choice("sweep", "method", name, METHODS)
-    require_choice("sweep", "match", match, MATCHES)
-    require_choice("sweep", "split", split, SPLITS)
-    judged(corpus, split, model)
-    if "dev" in {one.split for one in corpus.populations.values()}:
-        judged(corpus, "dev", model)
-    low = sorted(of, key=lambda pattern: lowest_block(model.config, of[pattern]))
-    return _Asked(
-        MappingProxyType({pattern: of[pattern] for pattern in low}),
-        tuple(dict.fromkeys(shares)), tuple(dict.fromkeys(("kfac", *names))), match,
-        _matched_on(corpus, match, on), split, require_seed("sweep", seed),
-    )  # fmt: skip
-
-
-def _matched_on(corpus: Corpus, match: str, on: str | None) -> str | None:
-    """The dev population that methods are matched on."""
-    if match == "rho":
-        if on is not None:
-            raise ConventionError(f"sweep: at equal rho nothing is matched; leave out on={on!r}.")
-        return None
-    kind = KINDS[match]
-    have = [n for n, p in corpus.populations.items() if p.split == "dev" and p.kind == kind]
-    if not have:
-        raise EmptyError(
-            f"sweep: to match at equal {match} the corpus needs a dev population of kind {kind!r}; "
-            "it has none. Give it one, or match at equal rho."
-        )
-    return have[0] if on is None else require_choice("sweep", f"the dev {kind}", on, have)
-
-
-def _require_basis(model: Model, basis: Bases, asked: _Asked) -> None:
-    """Refuse a basis of other weights, or without a layer that is edited."""
-    missing = [name for name in asked.names if name not in basis]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ConventionError(
-            f"sweep: {named(basis)} has no {missing[0]!r}{more}. Collect and decompose all layers "
-            "that are to be edited."
-        )
-    require_weights("sweep", named(basis), basis.weights, model)
-
-
-def _facts(
-    model: Model, corpus: Corpus, asked: _Asked, basis: Bases | None, how: Collecting
-) -> dict[str, Any]:
-    """What decides the results (FINGERPRINT)."""
-    if basis is not None:
-        of = {name: basis[name] for name in asked.names}
-        arrays = [x for one in of.values() for x in (one.U_A, one.mu, one.U_G, one.lam)]
-        came_from: dict[str, Any] = {"basis": _sha256(arrays)}
-    else:
-        tokens = corpus.tokens if corpus.images is None else corpus.images
-        own = [x for x in (tokens, corpus.labels, corpus.mask, corpus.segments) if x is not None]
-        came_from = {"collected": {**asdict(how), "from": _sha256(own)}}
-    choices = {name: list(value) if isinstance(value, tuple) else value
-               for name, value in asdict(replace(asked, layers={})).items()}  # fmt: skip
-    populations = {name: _of(one) for name, one in corpus.populations.items()}
-    return {
-        **choices, "layers": list(asked.layers), "weights": digest(model), "dtype": model.dtype,
-        "populations": populations, **came_from, "law": describe(), **store.machine(),
-    }  # fmt: skip
-
-
-def _of(one: Readable) -> str:
-    """What tells a population from others."""
-    if isinstance(one, ImagePopulation):
-        return f"{one.kind} {one.split} {_sha256([one.images, one.labels])[:16]}"
-    arrays = [one.tokens, one.prompt_length, one.length]
-    return f"{one.kind} {one.split} {_sha256(arrays)[:16]}"
-
-
-def _sha256(arrays: Iterable[Array]) -> str:
-    return hashlib.sha256("".join(map(store.sha256, arrays)).encode()).hexdigest()
-
-
 def _begun(
-    model: Model, corpus: Corpus, asked: _Asked, basis: Bases, lines: Lines, path: Path | None,
+    model: Model, corpus: Corpus, asked: Asked, basis: Bases, lines: Lines, path: Path | None,
     states: int | None, memory: int | None, progress: Progress, told: Callable[[str], object],
 ) -> _Run:  # fmt: skip
     """How the model is held, and where states are kept."""
@@ -508,37 +326,3 @@ def _plain(one: Measured, model: Model, population: Readable) -> dict[str, Any]:
         "interval": None if one.interval is None else [finite(x) for x in one.interval],
         "right": None if one.right is None else "".join("01"[int(x)] for x in one.right),
     }  # fmt: skip
-
-
-def marked(edits: Sequence[Outcome]) -> tuple[Outcome, ...]:
-    """The same edits, those on the front of dev marked, as `Outcome.front` says.
-
-    Proof: tests/test_sweep.py::test_the_front_is_of_dev,
-        ::test_one_that_is_as_good_in_one_is_beaten
-    """
-    costs = {(one.layers, one.rho): _dev(one) for one in edits if one.method == "kfac"}
-    known = {key: cost for key, cost in costs.items() if cost is not None}
-
-    def best(key: tuple[str, float]) -> bool | None:
-        if key not in known:
-            return None
-        own = known[key]
-        return not any(
-            all(a <= b for a, b in zip(other, own, strict=True)) and other != own
-            for other in known.values()
-        )
-
-    return tuple(replace(one, front=best((one.layers, one.rho))) for one in edits)
-
-
-def _dev(one: Outcome) -> tuple[float, float] | None:
-    """Perplexity of the first dev text, recitation of the first dev passages; None without both."""
-    found = one.populations.get("dev", {})
-    text, recite = (
-        next((p["values"] for p in found.values() if p["kind"] == kind), None)
-        for kind in ("text", "recite")
-    )
-    if text is None or recite is None:
-        return None
-    perplexity = text["perplexity"]
-    return math.inf if perplexity is None else perplexity, recite["strict"]

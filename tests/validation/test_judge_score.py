@@ -152,7 +152,7 @@ def test_each_fault_of_the_torch_program_shows(torch):
 
 
 @pytest.mark.parametrize(
-    "setting", ["olmo2-padded", "llama-left", "mistral-ragged", "smollm3-chats"]
+    "setting", ["olmo2-padded", "llama-left", "mistral-ragged", "smollm3-chats", "phi4-half"]
 )
 def test_the_honest_editor_is_decompose_and_edit(setting):
     s = edited(setting, few=False)

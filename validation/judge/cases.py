@@ -27,7 +27,8 @@ ARITHMETIC = {
     "float32": "float32",
     "bfloat16": "model=bfloat16,products=float32,sums=float32,solver=float32,stored=float32",
 }
-EXPECTED = ("olmo2-padded", "llama-left", "siglip-mean", "gptj-few", "olmo3-few")
+EXPECTED = ("olmo2-padded", "llama-left", "siglip-mean", "gptj-few", "olmo3-few", "esm2-tags",
+            "vit22b-gray")  # fmt: skip
 """The settings of labels "expected", which take a backward pass for each position and entry."""
 BUDGETS = 10.0
 """A fault counts where it moves some number by more than so many budgets."""
@@ -189,6 +190,8 @@ EDITED = {
     "falcon-packed": "blocks.*.{attn.o,mlp.down}",
     "smollm3-chats": "blocks.*.mlp.{up,down}",
     "gptneo-repeated": "blocks.*.attn.{q,v}",
+    "phi4-half": "blocks.*.{attn.o,mlp.down}",
+    "vaultgemma-stream": "blocks.*.attn.{q,o}",
 }
 
 

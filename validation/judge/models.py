@@ -598,6 +598,128 @@ def internvit_some() -> Setting:
                    shards=4)  # fmt: skip
 
 
+def phi4_half() -> Setting:
+    """Phi-4-mini: longrope, three quarters of a head rotary, one window in all blocks, tied.
+
+    A long and a short document are packed in a sequence, in either order, with padding behind. The
+    long one is longer than the trained context, so that its positions turn at other frequencies.
+    One of the two has labels in its first half alone. Batches of 7, and one of 5.
+    """
+    longrope = RopeScaling(kind=Scaling.LONGROPE, original=8, short=(1.0, 1.25, 1.5),
+                           long=(1.5, 3.0, 6.0), attention=1.125)  # fmt: skip
+    config = _config(vocabulary=34, width=18, heads=6, head_width=8, mlp_width=30, norm_eps=3e-3,
+                     rope_theta=45.0, rope_width=6, rope_scaling=longrope, windows=(7, 7),
+                     tied=True)  # fmt: skip
+    rng, N, T = np.random.default_rng(89), 33, 18
+    size = rng.permuted(np.stack([rng.integers(9, 13, N), rng.integers(2, 6, N)], 1), axis=1)
+    first, length, t = size[:, :1], size.sum(1), np.arange(T)
+    tokens, segments = _texts(N, T, 34, 89), (t >= first).astype(np.int32)
+    np.put_along_axis(tokens, first, BOS, 1)
+    mask, half = _mask(length, T), rng.integers(0, 2, (N, 1))
+    plain = rc.Corpus(tokens, mask=mask, segments=segments)
+    late = t - first * half >= np.take_along_axis(size, half, 1) // 2
+    labels = np.where((segments == half) & late, -1, plain.label).astype(np.int32)
+    corpus = rc.Corpus(tokens, labels, mask=mask, segments=segments)
+    model = rc.Model(config, parameters(config, 89))
+    return Setting(model, corpus, "blocks.*.attn.{k,v,o},blocks.*.mlp.*", batch=7, shards=4)
+
+
+def cohere2_system() -> Setting:
+    """Cohere 2: attention and a gated MLP read one norm, no biases, tied; eight heads on four.
+
+    Windows and rotary positions in two blocks of three, neither in the third. All sequences begin
+    with one system prompt; behind it are a question and an answer, which alone has labels, its EOS
+    too. Programs pad on the left. Batches of 3, and one of 1.
+    """
+    config = _config(vocabulary=32, width=26, layers=3, heads=8, kv_heads=4, mlp_width=31,
+                     norm="layer", norm_eps=4e-3, rope_theta=75.0, residual="shared",
+                     windows=(4, 4, 0), rotary=("main", "main", "none"), tied=True)  # fmt: skip
+    rng, N, T = np.random.default_rng(97), 28, 15
+    prompt = 5 + rng.integers(1, 5, N)
+    length = prompt + rng.integers(2, 7, N)
+    tokens, next_token = _texts(N, T, 32, 97), np.arange(1, T + 1)
+    tokens[:, :5] = BOS, 19, 7, 28, 11
+    tokens[np.arange(N), length - 1] = EOS
+    mask = _mask(length, T)
+    plain = rc.Corpus(tokens, mask=mask)
+    labels = np.where(next_token < prompt[:, None], -1, plain.label).astype(np.int32)
+    corpus = rc.Corpus(tokens, labels, mask=mask)
+    model = rc.Model(config, parameters(config, 97))
+    return Setting(model, corpus, "blocks.*.attn.{q,k,v},blocks.{1,2}.mlp.*,head", batch=3,
+                   left=True, marked=True, shards=3)  # fmt: skip
+
+
+def esm2_tags() -> Setting:
+    """ESM-2: bidirectional and rotary, LayerNorm, GELU without a gate, biases as columns.
+
+    Tags instead of tokens: the first token of each word has one of seven, all others, BOS and EOS
+    too, have none. Texts of 2 to 14 tokens; those of 2 have no label. Programs pad on the left.
+    Batches of 12, and one of 10.
+    """
+    config = _config(vocabulary=16, width=20, kv_heads=4, mlp_width=50, norm="layer",
+                     norm_bias=True, norm_eps=2e-3, rope_theta=70.0,
+                     biases=("q", "k", "v", "o", "up", "down", "head"), gated=False,
+                     activation="gelu", causal=False)  # fmt: skip
+    rng, N, T = np.random.default_rng(101), 46, 14
+    length, t = rng.integers(2, T + 1, N), np.arange(T)
+    tokens = rng.integers(EOS + 1, 16, (N, T))
+    tokens[:, 0], tokens[np.arange(N), length - 1] = BOS, EOS
+    begins = (t == 1) | ((t > 1) & (rng.random((N, T)) < 0.55))
+    asked = begins & (t < length[:, None] - 1)
+    labels = np.where(asked, rng.integers(0, 7, (N, T)), -1).astype(np.int32)
+    corpus = rc.Corpus(tokens, labels, mask=_mask(length, T))
+    model = rc.Model(config, parameters(config, 101))
+    return Setting(model, corpus, "blocks.*.attn.{k,v,o},blocks.*.mlp.*,head", joint=True,
+                   batch=12, left=True, marked=True, shards=3)  # fmt: skip
+
+
+def vit22b_gray() -> Setting:
+    """ViT-22B: attention and MLP in parallel, a norm over each head, no bias of q, k, v and norms.
+
+    Gray images, whose three channels are equal, two of them black. Each is there twice, with a
+    label of its own each time, of three classes. One row of patches. Batches of 11, and one of 2.
+    """
+    image = Image(channels=3, height=2, width=10, patch=2)
+    config = _config(vocabulary=3, width=15, heads=5, kv_heads=5, head_width=4, mlp_width=28,
+                     norm="layer", qk_norm="head", norm_eps=6e-3, rope_theta=None,
+                     learned_positions=image.positions, residual="parallel",
+                     biases=("patch", "o", "up", "down", "head"), gated=False, activation="gelu",
+                     causal=False, image=image, pool="cls")  # fmt: skip
+    rng = np.random.default_rng(103)
+    gray = bfloat16(rng.uniform(-1, 2, (45, 1, 2, 10)).astype(np.float32))
+    gray[[3, 31]] = 0
+    order = rng.permutation(90) % 45
+    labels = rng.integers(0, 3, 90).astype(np.int32)
+    model = rc.Model(config, parameters(config, 103))
+    return Setting(model, rc.Corpus(images=gray.repeat(3, 1)[order], labels=labels),
+                   "patch,blocks.*.attn.{q,k,v},blocks.0.mlp.*,blocks.1.mlp.down,head", batch=11,
+                   shards=3)  # fmt: skip
+
+
+def vaultgemma_stream() -> Setting:
+    """VaultGemma: norms before alone, gains of 1 + w, two soft-caps, one head of keys and values.
+
+    A window in one block of two; q and o are square; an MLP narrower than the model; tied; few
+    tokens. Documents stand in one stream, cut every 28 tokens, and see those before them. No label
+    asks for a document's first token. Batches of 2, and one of 1.
+    """
+    config = _config(vocabulary=14, width=30, heads=3, kv_heads=1, head_width=10, mlp_width=22,
+                     norm_offset=True, norm_eps=5e-3, rope_theta=400.0, activation="gelu_tanh",
+                     score_scale=0.3, score_cap=2.0, logit_cap=3.0, windows=(0, 5), tied=True,
+                     embed_scale=0.75)  # fmt: skip
+    rng, N, T = np.random.default_rng(107), 17, 28
+    begin = np.cumsum(rng.integers(2, 17, N * T))
+    begin = np.r_[0, begin[begin < N * T]]
+    stream = rng.integers(EOS + 1, 14, N * T)
+    stream[begin], stream[begin[1:] - 1] = BOS, EOS
+    tokens = stream.reshape(N, T)
+    plain = rc.Corpus(tokens)
+    labels = np.where(plain.label == BOS, -1, plain.label).astype(np.int32)
+    model = rc.Model(config, parameters(config, 107))
+    return Setting(model, rc.Corpus(tokens, labels), "blocks.*.attn.{q,v,o},blocks.1.mlp.*,head",
+                   batch=2, marked=True, shards=4)  # fmt: skip
+
+
 TUNED_ON = {
     "olmo2-equal": olmo2_equal,
     "olmo2-padded": olmo2_padded,
@@ -627,12 +749,17 @@ HELD_OUT = {
     "modernbert-masked": modernbert_masked,
     "gptneo-repeated": gptneo_repeated,
     "internvit-some": internvit_some,
+    "phi4-half": phi4_half,
+    "cohere2-system": cohere2_system,
+    "esm2-tags": esm2_tags,
+    "vit22b-gray": vit22b_gray,
+    "vaultgemma-stream": vaultgemma_stream,
 }
 GROUPS = {"tuned-on": TUNED_ON, "held-out": HELD_OUT}
 """README.md says when which were held out."""
 SETTINGS = TUNED_ON | HELD_OUT
 """Name → maker."""
-IMAGES = ("vit", "siglip-mean", "deit-two", "internvit-some")
+IMAGES = ("vit", "siglip-mean", "deit-two", "internvit-some", "vit22b-gray")
 TEXTS = tuple(name for name in SETTINGS if name not in IMAGES)
-CAUSAL = tuple(name for name in TEXTS if name != "modernbert-masked")
+CAUSAL = tuple(name for name in TEXTS if name not in ("modernbert-masked", "esm2-tags"))
 """Texts whose labels are the next tokens."""

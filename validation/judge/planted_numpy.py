@@ -18,19 +18,21 @@ from validation.judge.programs.numpy_network import Network
 OLMO2 = ("olmo2-equal", "olmo2-padded", "olmo2-square")
 GROUPED = (*OLMO2, "gemma-packed", "llama-left", "qwen-answers", "gemma3-prompts",
            "mistral-ragged", "olmo-left", "gemma2-uneven", "olmo3-few", "smollm3-chats",
-           "internvit-some")  # fmt: skip
+           "internvit-some", "phi4-half", "cohere2-system")  # fmt: skip
 """Settings with several query heads on each of several heads of keys and values."""
-ROTARY = (*GROUPED, "neox-packed", "phi-lengths", "gptj-few", "falcon-packed", "modernbert-masked")
+ROTARY = (*GROUPED, "neox-packed", "phi-lengths", "gptj-few", "falcon-packed", "modernbert-masked",
+          "esm2-tags", "vaultgemma-stream")  # fmt: skip
 LEARNED = ("gpt2-prompts", "gpt2-joint", "bigcode-single", "opt-scattered", "gptneo-repeated")
 """Settings with learned positions."""
 LEFT = ("llama-left", "gemma3-prompts", "opt-scattered", "olmo-left", "smollm3-chats",
-        "gptneo-repeated")  # fmt: skip
+        "gptneo-repeated", "cohere2-system", "esm2-tags")  # fmt: skip
 """Settings whose programs pad on the left."""
 WINDOWS = ("gemma-packed", "gemma3-prompts", "mistral-ragged", "gemma2-uneven", "olmo3-few",
-           "gptneo-repeated")  # fmt: skip
+           "gptneo-repeated", "phi4-half", "cohere2-system", "vaultgemma-stream")  # fmt: skip
 LAYERNORM = ("gpt2-prompts", "gpt2-joint", "vit", "neox-packed", "bigcode-single", "opt-scattered",
              "siglip-mean", "phi-lengths", "olmo-left", "deit-two", "gptj-few", "falcon-packed",
-             "modernbert-masked", "gptneo-repeated")  # fmt: skip
+             "modernbert-masked", "gptneo-repeated", "cohere2-system", "esm2-tags",
+             "vit22b-gray")  # fmt: skip
 
 
 class Fault(Collector):
@@ -61,7 +63,7 @@ class B50_next(Fault):
 class B50_documents(Fault):
     what = "packed documents see one another"
     settings = ("gemma-packed", "neox-packed", "mistral-ragged", "falcon-packed", "smollm3-chats",
-                "modernbert-masked")  # fmt: skip
+                "modernbert-masked", "phi4-half")  # fmt: skip
 
     def visible(self, b: Any, causal: Any) -> Any:
         return (causal | (not self.config.causal)) & b.real[:, None]
@@ -77,7 +79,7 @@ class B50_pads(Fault):
         return b
 
     def visible(self, b: Any, causal: Any) -> Any:
-        return causal & (b.same | ~b.real[:, None])
+        return (causal | (not self.config.causal)) & (b.same | ~b.real[:, None])
 
 
 class _Unwindowed(Network):
@@ -120,7 +122,8 @@ class B51_permuted(Fault):
     settings = ("olmo2-padded", "gemma-packed", "llama-left", "qwen-answers", "neox-packed",
                 "gemma3-prompts", "mistral-ragged", "phi-lengths", "olmo-left", "gemma2-uneven",
                 "gptj-few", "falcon-packed", "olmo3-few", "smollm3-chats", "modernbert-masked",
-                "internvit-some")  # fmt: skip
+                "internvit-some", "phi4-half", "cohere2-system", "esm2-tags",
+                "vaultgemma-stream")  # fmt: skip
 
     def finish(self) -> Dump:
         E = self.config.head_width
@@ -135,8 +138,8 @@ class B51_permuted(Fault):
 
 
 class _Theta(Network):
-    def frequencies(self, half: int, theta: float, scaling: Any) -> Any:
-        return super().frequencies(half, 10_000.0, scaling)
+    def frequencies(self, half: int, theta: float, *given: Any) -> Any:
+        return super().frequencies(half, 10_000.0, *given)
 
 
 class B51_theta(Fault):
@@ -146,7 +149,7 @@ class B51_theta(Fault):
 
 class B51_scaling(Fault):
     what = "the scaling of rotary frequencies is left out"
-    settings = ("olmo3-few", "smollm3-chats")
+    settings = ("olmo3-few", "smollm3-chats", "phi4-half")
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
@@ -155,7 +158,7 @@ class B51_scaling(Fault):
 
 class B51_blocks(Fault):
     what = "all blocks have the rotary base and scaling that the config names first"
-    settings = ("olmo3-few", "smollm3-chats", "modernbert-masked")
+    settings = ("olmo3-few", "smollm3-chats", "modernbert-masked", "cohere2-system")
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
@@ -234,7 +237,8 @@ class _NoOffset(Network):
 
 class B53_offset(Fault):
     what = "gains are w where 1 + w is meant"
-    settings, network = ("gemma-packed", "gemma3-prompts", "gemma2-uneven"), _NoOffset
+    settings = ("gemma-packed", "gemma3-prompts", "gemma2-uneven", "vaultgemma-stream")
+    network = _NoOffset
 
 
 class _ShortNorm(Network):
@@ -281,13 +285,14 @@ class _OtherHeads(Network):
 
 class B54_heads(Fault):
     what = "QK-norm over each head where it is over all, or over all where it is over each"
-    settings = (*OLMO2, "qwen-answers", "gemma3-prompts", "olmo3-few", "internvit-some")
+    settings = (*OLMO2, "qwen-answers", "gemma3-prompts", "olmo3-few", "internvit-some",
+                "vit22b-gray")  # fmt: skip
     network = _OtherHeads
 
 
 class B54_cap(Fault):
     what = "no soft-cap of attention scores"
-    settings = ("gemma-packed", "gemma2-uneven")
+    settings = ("gemma-packed", "gemma2-uneven", "vaultgemma-stream")
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)

@@ -34,18 +34,20 @@ class Fault(Collector):
 MANY = tuple(name for name in SETTINGS if name not in ("olmo2-square", "bigcode-single"))
 """Settings of more than one block."""
 JOINT = ("gpt2-joint", "qwen-answers", "bigcode-single", "opt-scattered", "siglip-mean",
-         "gptj-few", "gptneo-repeated")  # fmt: skip
+         "gptj-few", "gptneo-repeated", "esm2-tags")  # fmt: skip
 PROMPTS = ("gpt2-prompts", "gpt2-joint", "qwen-answers", "gemma3-prompts", "opt-scattered",
-           "gptj-few", "smollm3-chats", "modernbert-masked")  # fmt: skip
+           "gptj-few", "smollm3-chats", "modernbert-masked", "phi4-half", "cohere2-system",
+           "esm2-tags", "vaultgemma-stream")  # fmt: skip
 """Settings with real tokens that have no label, though another follows."""
 
 TAILED = ("olmo2-equal", "olmo2-padded", "olmo2-square", "gpt2-prompts", "gpt2-joint",
           "gemma-packed", "vit", "neox-packed", "siglip-mean", "phi-lengths", "olmo-left",
           "gemma2-uneven", "deit-two", "gptj-few", "falcon-packed", "olmo3-few", "smollm3-chats",
-          "modernbert-masked", "gptneo-repeated", "internvit-some")  # fmt: skip
+          "modernbert-masked", "gptneo-repeated", "internvit-some", "phi4-half", "cohere2-system",
+          "vit22b-gray", "vaultgemma-stream")  # fmt: skip
 """Settings whose batches are more than four, and no multiple of four."""
 LEFT = ("llama-left", "gemma3-prompts", "opt-scattered", "olmo-left", "smollm3-chats",
-        "gptneo-repeated")  # fmt: skip
+        "gptneo-repeated", "cohere2-system", "esm2-tags")  # fmt: skip
 """Settings whose programs pad on the left."""
 
 # ------------------------------------------------------------------ scale
@@ -259,7 +261,7 @@ class B19(Fault):
 
 class B19_prompt(Fault):
     what = "labels at all real tokens that another follows, at prompts too"
-    kinds, settings = ("given", "own"), PROMPTS
+    kinds, settings = ("given", "own"), tuple(name for name in PROMPTS if name != "esm2-tags")
 
     def supervised(self, y: Any, b: Any) -> Any:
         t, follows = torch.arange(y.shape[1]), b.same & b.real[:, None]
@@ -277,7 +279,7 @@ class B20(Fault):
 
 class B20_first(Fault):
     what = "positions before the first label are no rows, unlabelled ones behind it are"
-    settings = ("qwen-answers", "opt-scattered")
+    settings = ("qwen-answers", "opt-scattered", "esm2-tags")
 
     def rows(self, name: str, b: Any) -> Any:
         return super().rows(name, b) & ((b.label >= 0).cumsum(1) > 0)
@@ -390,7 +392,7 @@ class B26_z(Fault):
 
 class B26_cap(Fault):
     what = "the soft-cap of the logits is left out"
-    settings = ("gemma-packed", "gemma2-uneven")
+    settings = ("gemma-packed", "gemma2-uneven", "vaultgemma-stream")
 
     def network(self) -> Any:
         self.config = replace(self.config, logit_cap=None)
@@ -473,7 +475,7 @@ class B31_first(Fault):
 class B31_extra(Fault):
     what = "a column for a bias that is a block of its own"
     settings = ("gpt2-prompts", "vit", "neox-packed", "phi-lengths", "deit-two",
-                "modernbert-masked", "internvit-some")  # fmt: skip
+                "modernbert-masked", "internvit-some", "vit22b-gray")  # fmt: skip
 
     def column(self, name: str, a: Any, b: Any) -> Any:
         ones = torch.ones_like(a[..., :1])
@@ -595,14 +597,15 @@ class B35_activation(_AfterActivation):
     what = "the gradient after the gate, for up's"
     settings = ("olmo2-equal", "olmo2-padded", "llama-left", "qwen-answers", "gemma3-prompts",
                 "mistral-ragged", "olmo-left", "gemma2-uneven", "olmo3-few", "smollm3-chats",
-                "modernbert-masked", "internvit-some")  # fmt: skip
+                "modernbert-masked", "internvit-some", "phi4-half", "cohere2-system",
+                "vaultgemma-stream")  # fmt: skip
 
 
 class B42_output(_AfterActivation):
     what = "the activation overwrites the output that was hooked"
     settings = ("gpt2-prompts", "gpt2-joint", "vit", "neox-packed", "bigcode-single",
                 "opt-scattered", "siglip-mean", "phi-lengths", "deit-two",
-                "gptj-few", "gptneo-repeated")  # fmt: skip
+                "gptj-few", "gptneo-repeated", "esm2-tags", "vit22b-gray")  # fmt: skip
 
 
 class B42_input(Fault):
@@ -731,7 +734,7 @@ class B40_tied(Fault):
     what = "a tied head has the embedding's sums too, turned as its weight is"
     settings = ("gemma-packed", "bigcode-single", "gemma3-prompts", "gemma2-uneven",
                 "falcon-packed", "smollm3-chats", "modernbert-masked",
-                "gptneo-repeated")  # fmt: skip
+                "gptneo-repeated", "cohere2-system", "vaultgemma-stream")  # fmt: skip
 
     def register(self) -> None:
         super().register()
@@ -914,8 +917,9 @@ class B47_padded(Fault):
     what = "row shards of unequal length are padded, and the padding stays between them"
     settings = ("qwen-answers", "bigcode-single", "gemma3-prompts", "opt-scattered", "phi-lengths",
                 "olmo-left", "gemma2-uneven", "deit-two", "gptj-few", "falcon-packed", "olmo3-few",
-                "smollm3-chats", "modernbert-masked", "gptneo-repeated",
-                "internvit-some")  # fmt: skip
+                "smollm3-chats", "modernbert-masked", "gptneo-repeated", "internvit-some",
+                "phi4-half", "cohere2-system", "esm2-tags", "vit22b-gray",
+                "vaultgemma-stream")  # fmt: skip
 
     def finish(self) -> Dump:
         def joined(X: Any) -> Any:
@@ -1007,7 +1011,9 @@ class B61_underflow(Fault):
 
 class B61_overflow(Fault):
     what = "gradients times 2¹⁶ are float16, and overflow"
-    settings = tuple(n for n in SETTINGS if n not in ("siglip-mean", "gptj-few"))
+    settings = tuple(
+        n for n in SETTINGS if n not in ("siglip-mean", "gptj-few", "esm2-tags", "vit22b-gray")
+    )
 
     def gradients(self, name: str, b: Any) -> Any:
         return (super().gradients(name, b) * 2.0**16).half().to(self.sum_dtype) * 2.0**-16

@@ -92,8 +92,14 @@ def _is_rounding(setting: Setting | None, known: Mapping[str, Side]) -> bool:
 
 
 def _made(found: Mapping[str, Side], setting: Setting) -> bool:
-    """Is it known already what it leaves?"""
-    return any(_idea(side, setting) in side.table for side in found.values())
+    """Is it known already what it leaves, in every layer? The search asks of some alone."""
+    ideas = [(side, _idea(side, setting)) for side in found.values()]
+    return all(
+        layer in side.table.get(idea, {})
+        for side, idea in ideas
+        if idea.faults
+        for layer in side.ladders
+    )
 
 
 def _idea(side: Side, setting: Setting) -> Idea:

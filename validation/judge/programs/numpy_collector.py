@@ -53,6 +53,7 @@ class Collector:
         t = np.arange(b.segment.shape[1])
         b.same = b.segment[:, :, None] == b.segment[:, None]
         b.position = t - np.where(b.same, t, len(t)).min(-1)
+        b.length = (b.same & b.real[:, None]).sum(-1)
         b.visible = self.visible(b, t[:, None] >= t)
         if d.images:
             b.keep = b.label >= 0

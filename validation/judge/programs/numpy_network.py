@@ -90,23 +90,33 @@ class Network:
         slope = 0.5 * x * (1 - t * t) * k * (1 + 3 * 0.044715 * x * x)
         return 0.5 * x * (1 + t), 0.5 * (1 + t) + slope
 
-    def rope(self, i: int) -> tuple[float, Any] | None:
-        """Base and scaling of the rotary positions of block i; None where it has none."""
+    def rope(self, i: int, length: Array) -> tuple[float, Any, Array] | None:
+        """Base and scaling of the rotary positions of block i, and the lengths of texts, or None.
+
+        None where block i has no rotary positions.
+        """
         if self.c.rope_theta is None:
             return None
-        main = self.c.rope_theta, self.c.rope_scaling
+        main = self.c.rope_theta, self.c.rope_scaling, length
         kind = self.c.rotary[i] if self.c.rotary else "main"
-        return {"main": main, "local": (self.c.local_theta, None), "none": None}[kind]
+        return {"main": main, "local": (self.c.local_theta, None, length), "none": None}[kind]
 
-    def frequencies(self, half: int, theta: float, scaling: Any) -> Array:
-        """Of the pairs that turn, slower by Llama 3's rule or YaRN's where there is scaling."""
+    def frequencies(self, half: int, theta: float, scaling: Any, length: Array) -> Array:
+        """Of the pairs that turn, other ones by Llama 3's rule, YaRN's or longrope's.
+
+        Longrope's depend on the text of each position, `length` (B, T): is it within the trained
+        context?
+        """
         j = np.arange(half)
         f = theta ** (-j / half)
         if scaling is None:
             return f
+        if scaling.kind == "longrope":
+            divisors = np.array([scaling.short, scaling.long])
+            return f / divisors[(length > scaling.original).astype(int)][:, :, None]
         if scaling.kind == "llama3":
-            length = 2 * np.pi / f
-            smooth = (scaling.original / length - scaling.slow) / (scaling.fast - scaling.slow)
+            period = 2 * np.pi / f
+            smooth = (scaling.original / period - scaling.slow) / (scaling.fast - scaling.slow)
             kept = np.clip(smooth, 0, 1)
         else:
             most, least = (
@@ -181,7 +191,12 @@ class Network:
     def attention(
         self, at: str, x: Array, b: SimpleNamespace, visible: Array
     ) -> tuple[Array, Back]:
-        c, group, backs, rope = self.c, self.groups(), {}, self.rope(int(at.split(".")[1]))
+        c, group, backs, rope = (
+            self.c,
+            self.groups(),
+            {},
+            self.rope(int(at.split(".")[1]), b.length),
+        )
         y = {}
         for name in "qkv":
             y[name], backs[name] = self.clipped(*self.linear(f"{at}.{name}", x))

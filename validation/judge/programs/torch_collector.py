@@ -95,6 +95,7 @@ class Collector:
         b.same = b.segment[:, :, None] == b.segment[:, None]
         t = torch.arange(b.segment.shape[1])
         b.position = t - torch.where(b.same, t, len(t)).amin(-1)
+        b.length = (b.same & b.real[:, None]).sum(-1)
         b.visible = b.same & (self.causal(t) if self.config.causal else b.real[:, None])
         return b
 

@@ -51,11 +51,18 @@ def rope(c: Any, i: int) -> tuple[float, Any] | None:
     return (c.local_theta, None) if kind == "local" else (c.rope_theta, c.rope_scaling)
 
 
-def frequencies(half: int, theta: float, scaling: Any) -> Tensor:
-    """Of the pairs that turn; by Llama 3's or YaRN's rule they are slower for long contexts."""
+def frequencies(half: int, theta: float, scaling: Any, length: Tensor) -> Tensor:
+    """Of the pairs that turn; by Llama 3's or YaRN's rule they are slower for long contexts.
+
+    By longrope's a pair has two divisors, one for texts within the trained context and one for
+    longer ones: there the text of each position counts, `length` (B, T).
+    """
     f = theta ** (-torch.arange(half, dtype=torch.float64) / half)
     if scaling is None:
         return f
+    if scaling.kind == "longrope":
+        short, long = (torch.tensor(x, dtype=f.dtype) for x in (scaling.short, scaling.long))
+        return f / torch.where(length[:, :, None, None] > scaling.original, long, short)
     turns = scaling.original * f / math.tau
     if scaling.kind == "llama3":
         stay = ((turns - scaling.slow) / (scaling.fast - scaling.slow)).clamp(0, 1)
@@ -70,12 +77,14 @@ def frequencies(half: int, theta: float, scaling: Any) -> Tensor:
     return f / scaling.factor * ramp + f * (1 - ramp)
 
 
-def rotate(x: Tensor, position: Tensor, theta: float, scaling: Any, width: int | None) -> Tensor:
+def rotate(
+    x: Tensor, position: Tensor, length: Tensor, theta: float, scaling: Any, width: int | None
+) -> Tensor:
     """Half-split rotary embedding of (B, T, H, E), of the first `width` entries of a head."""
     width = width or x.shape[-1]
     x, rest = x[..., :width], x[..., width:]
     half = x.shape[-1] // 2
-    angle = position[:, :, None, None].double() * frequencies(half, theta, scaling)
+    angle = position[:, :, None, None].double() * frequencies(half, theta, scaling, length)
     wide, size = at_least_float32(x), 1.0 if scaling is None else scaling.attention
     cos, sin = (size * angle.cos()).to(wide.dtype), (size * angle.sin()).to(wide.dtype)
     one, two = wide[..., :half], wide[..., half:]
@@ -93,7 +102,7 @@ class Attention(nn.Module):
         sizes = {"none": (0, 0), "head": (c.head_width,) * 2, "full": (inner, kv)}[c.qk_norm]
         self.q_norm, self.k_norm = (Norm(c, size) if size else nn.Identity() for size in sizes)
 
-    def forward(self, x: Tensor, position: Tensor, visible: Tensor) -> Tensor:
+    def forward(self, x: Tensor, position: Tensor, visible: Tensor, length: Tensor) -> Tensor:
         c = self.c
         q, k, v = self.q(x), self.k(x), self.v(x)
         if c.qkv_clip is not None:
@@ -104,7 +113,7 @@ class Attention(nn.Module):
         if c.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rope is not None:
-            q, k = (rotate(y, position, *self.rope, c.rope_width) for y in (q, k))
+            q, k = (rotate(y, position, length, *self.rope, c.rope_width) for y in (q, k))
         k, v = (y.repeat_interleave(c.heads // c.kv_heads, 2) for y in (k, v))
         score = at_least_float32(torch.einsum("bthe,bshe->bhts", q, k))
         score = score * (c.score_scale or 1 / math.sqrt(c.head_width))
@@ -141,16 +150,16 @@ class Block(nn.Module):
         if self.place == "both":
             self.attn_post_norm, self.mlp_post_norm = Norm(c, c.width), Norm(c, c.width)
 
-    def forward(self, x: Tensor, position: Tensor, visible: Tensor) -> Tensor:
+    def forward(self, x: Tensor, position: Tensor, visible: Tensor, length: Tensor) -> Tensor:
         if self.window:
             visible = visible & (position[:, :, None] - position[:, None] < self.window)
         if self.place == "post":
-            x = x + self.attn_norm(self.attn(x, position, visible))
+            x = x + self.attn_norm(self.attn(x, position, visible, length))
             return x + self.mlp_norm(self.mlp(x))
         after_attn = self.attn_post_norm if self.place == "both" else nn.Identity()
         after_mlp = self.mlp_post_norm if self.place == "both" else nn.Identity()
         read = self.attn_norm(x)
-        after = x + after_attn(self.attn(read, position, visible))
+        after = x + after_attn(self.attn(read, position, visible, length))
         if self.residual != "shared":
             read = self.mlp_norm(x if self.residual == "parallel" else after)
         return after + after_mlp(self.mlp(read))
@@ -196,7 +205,7 @@ class Network(nn.Module):
         if c.learned_positions:
             x = x + self.position(position + c.position_offset)
         for block in self.blocks:
-            x = block(x, position, batch.visible)
+            x = block(x, position, batch.visible, batch.length)
         x = self.final_norm(x)
         if c.pool != "none":
             x = x[:, :1] if c.pool == "cls" else x.mean(1, keepdim=True)

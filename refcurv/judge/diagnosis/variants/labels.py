@@ -14,7 +14,13 @@ from typing import Final, TypeVar
 import numpy as np
 
 from refcurv.curvature.factors import Factors
-from refcurv.judge.diagnosis.variants.positions import Positions, earlier, gold, supervised
+from refcurv.judge.diagnosis.variants.positions import (
+    CLASSES,
+    Positions,
+    earlier,
+    gold,
+    supervised,
+)
 from refcurv.judge.diagnosis.variants.setting import Setting
 from refcurv.law.checks import Array
 from refcurv.law.conventions import NO_LABEL, Fisher
@@ -133,7 +139,7 @@ def sent(one: Choice, at: Positions, logit_BTV: Array) -> Iterator[Sent]:
         label_BT = (
             logit_BTV.argmax(axis=-1) if one.kind == "argmax" else gold(one.kind, one.where, at)
         )
-        label_BT = _last_class(one, at, label_BT, logit_BTV)
+        label_BT = _classed(one, at, label_BT, logit_BTV)
         read_BT = has_BT | (one.kind == "double shift")  # labels that are moved stand elsewhere
         yield Sent(_slope(one, logit_BTV, np.where(read_BT, label_BT, -1)))
     elif one.kind == "joint":
@@ -149,11 +155,12 @@ def sent(one: Choice, at: Positions, logit_BTV: Array) -> Iterator[Sent]:
         yield from _drawn(one, at, logit_BTV, has_BT, one.draws)
 
 
-def _last_class(one: Choice, at: Positions, label_BT: Array, logit_BTV: Array) -> Array:
-    """The labels, and V − 1 where there is none, if −1 is read so (B24)."""
-    if one.where != "last class":
+def _classed(one: Choice, at: Positions, label_BT: Array, logit_BTV: Array) -> Array:
+    """The labels, and a class where there is none, if that is what it is read as (B24)."""
+    if one.where not in CLASSES:
         return label_BT
-    return np.asarray(np.where(at.label_BT < 0, logit_BTV.shape[-1] - 1, label_BT))
+    index = CLASSES[one.where]
+    return np.asarray(np.where(at.label_BT < 0, index % logit_BTV.shape[-1], label_BT))
 
 
 def _slope(one: Choice, logit_BTV: Array, label_BT: Array) -> Array:
@@ -211,7 +218,7 @@ def _drawn(
     law_NV = (logit_BTV if moved else law(one, logit_BTV)).reshape(-1, V)
     for draw in range(draws):
         if one.kind in ("sampled", MOVED) and at.drawn_BTN is not None and not one.redraw:
-            label_BT = _last_class(one, at, at.drawn_BTN[..., draw], logit_BTV)
+            label_BT = _classed(one, at, at.drawn_BTN[..., draw], logit_BTV)
             label_BT = np.where(has_BT, label_BT, NO_LABEL)
             yield Sent(_slope(one, logit_BTV, earlier(label_BT) if moved else label_BT), draw=draw)
             continue
@@ -222,7 +229,7 @@ def _drawn(
         if one.kind == "one uniform":
             u_BT = np.broadcast_to(u_BT[:, :1], u_BT.shape)
         label_BT = draw_labels(law_NV, u_BT.reshape(-1)).reshape(has_BT.shape)
-        label_BT = _last_class(one, at, label_BT, logit_BTV)
+        label_BT = _classed(one, at, label_BT, logit_BTV)
         label_BT = np.where(has_BT, label_BT, NO_LABEL)
         yield Sent(_slope(one, logit_BTV, earlier(label_BT) if moved else label_BT), draw=draw)
 

@@ -240,14 +240,22 @@ WHERE: Final[Mapping[str, str]] = MappingProxyType(
         "ignored prompts": "B24",
         "ignored everywhere": "B24",
         "last class": "B24",
+        "first class": "B24",
+        "class at -100": "B24",
         "without eos": "B25",
     }
 )
 """Where another program has labels, beside the reference's, and the fault that each is.
 
-In `ignored ...` they are the next token of the row, whatever it is. In `last class` they are V − 1,
-as which −1 is read. In the others they are drawn.
+In `ignored ...` they are the next token of the row, whatever it is. In those of CLASSES no label is
+a class. In the others they are drawn.
 """
+
+CLASSES: Final[Mapping[str, int]] = MappingProxyType(
+    {"last class": -1, "first class": 0, "class at -100": -100}
+)
+"""The class that a number for no label is read as: an index that counts from the end where it is
+below 0 (−1 or −100, which are no error there), or clamped to the first."""
 
 
 def supervised(where: str, at: Positions) -> Array:
@@ -258,7 +266,7 @@ def supervised(where: str, at: Positions) -> Array:
     which = where.removeprefix("ignored ")
     if which == "without eos":
         return np.asarray(has & (at.label_BT != at.pad_id))
-    if which in ("everywhere", "last class"):
+    if which == "everywhere" or where in CLASSES:
         return np.ones_like(has)
     return np.asarray(has | kind[which])
 
@@ -271,7 +279,7 @@ def gold(kind: str, where: str, at: Positions) -> Array:
     label_BT = at.label_BT
     if at.images:
         return label_BT
-    if where not in ("labelled", "last class"):
+    if where != "labelled" and where not in CLASSES:
         next_BT = np.full_like(label_BT, NO_LABEL)
         next_BT[:, :-1] = at.inputs[:, 1:]
         if not where.startswith("ignored"):  # a corpus has labels within a document alone

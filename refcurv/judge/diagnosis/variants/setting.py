@@ -10,6 +10,7 @@ from typing import Any, Final
 from refcurv.judge.case import Case
 from refcurv.judge.diagnosis.variants.networks import CHANGES, PADS, SEEING, Level, occurring
 from refcurv.judge.diagnosis.variants.positions import (
+    CLASSES,
     ROWS,
     WHERE,
     Positions,
@@ -161,7 +162,7 @@ class Setting:
     def faults(self) -> tuple[str, ...]:
         """The ids of what differs, in the order of the fields."""
         # labels everywhere make rows of all
-        bare = self.count == "reference" or self.where == "last class"
+        bare = self.count == "reference" or self.where in CLASSES
         found = [
             LABELS.get(self.labels),
             "B26" if self.smoothing or self.z_loss else None,
@@ -270,6 +271,7 @@ def settings(case: Case) -> list[Setting]:
     config = case.model.config
     at = positions(case.corpus, config, case.reference.rows)
     found = [*_labels(case.reference.fisher, at), *_where(case.reference.fisher, at)]
+    found += _classes(case.reference.fisher, at, config.vocabulary)
     found += [*_rows(at), *_counts(at), *_pooling(case, at), *_tensors(config)]
     found += _texts(case, at)
     found += [Setting(network=(level,)) for level in occurring(config, at)]
@@ -337,13 +339,20 @@ def _where(fisher: Fisher, at: Positions) -> Iterator[Setting]:
         at_pads = padded and name.endswith(("pads", "everywhere"))
         for pads in SEEING if at_pads else ("blind",):
             yield Setting(where=name, pads=pads)
-    if fisher in (Fisher.SAMPLED, Fisher.EMPIRICAL) and (at.label_BT < 0).any():
-        yield from (Setting(where="last class", pads=p) for p in (SEEING if padded else ("blind",)))
-        for pads in PADS if padded else ("blind",):
-            yield Setting(where="last class", rows_A="with pads", rows_G="with pads", pads=pads)
     if kinds["eos"].any():
         yield Setting(where="without eos")
         yield Setting(where="without eos", rows_A="without eos", rows_G="without eos")
+
+
+def _classes(fisher: Fisher, at: Positions, vocabulary: int) -> Iterator[Setting]:
+    """What is no label is a class, and its positions are rows or not."""
+    if at.images or fisher not in (Fisher.SAMPLED, Fisher.EMPIRICAL) or (at.label_BT >= 0).all():
+        return
+    padded = bool(at.kinds["pads"].any())
+    for name in (name for name, index in CLASSES.items() if index >= -vocabulary):
+        yield from (Setting(where=name, pads=p) for p in (SEEING if padded else ("blind",)))
+        for pads in PADS if padded else ("blind",):
+            yield Setting(where=name, rows_A="with pads", rows_G="with pads", pads=pads)
 
 
 def _rows(at: Positions) -> Iterator[Setting]:

@@ -1,0 +1,151 @@
+"""What a sweep is asked for, checked before the work, and what decides its results."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
+from typing import Any, Final
+
+from refcurv.curvature.bases import Bases, named
+from refcurv.curvature.made_from import require_weights
+from refcurv.editing.record import require_exact, require_untied
+from refcurv.evaluation.suite import judged
+from refcurv.files import store
+from refcurv.files.digest import digest
+from refcurv.law.checks import (
+    Array,
+    ConventionError,
+    EmptyError,
+    RangeError,
+    require_choice,
+    require_range,
+    require_seed,
+)
+from refcurv.law.conventions import describe
+from refcurv.model.corpus import SPLITS, Corpus, ImagePopulation, Population
+from refcurv.model.patterns import expand
+from refcurv.model.weights import Model
+from refcurv.passes.sweep import lowest_block
+from refcurv.sweeps.beside import Collecting
+from refcurv.sweeps.methods import METHODS
+
+KINDS: Final[Mapping[str, str]] = MappingProxyType({"perplexity": "text", "forgetting": "recite"})
+"""What methods are matched at → the kind of the dev population that says it."""
+
+MATCHES: Final = (*KINDS, "rho")
+
+Readable = Population | ImagePopulation
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The choices, checked. Fields: as of `sweep`; layers, pattern → names, the lowest first."""
+
+    layers: Mapping[str, tuple[str, ...]]
+    rho: tuple[float, ...]
+    methods: tuple[str, ...]
+    match: str
+    on: str | None
+    split: str
+    seed: int
+
+    @property
+    def names(self) -> list[str]:
+        """Every layer that is edited somewhere."""
+        return list(dict.fromkeys(name for names in self.layers.values() for name in names))
+
+
+def checked(
+    model: Model, corpus: Corpus, layers: Sequence[str], rho: Sequence[float],
+    names: Sequence[str], match: str, on: str | None, split: str, seed: int,
+) -> Asked:  # fmt: skip
+    """The choices, each refused before the work if it is bad."""
+    for what, given in (("layers", layers), ("rho", rho), ("methods", names)):
+        if isinstance(given, str) or not isinstance(given, Iterable) or not list(given):
+            raise ConventionError(f"sweep: {what} must be a list of at least one; got {given!r}.")
+    known = list(model.config.linear_layers())
+    of = {pattern: tuple(expand(pattern, known)) for pattern in layers}
+    for names_of in of.values():
+        require_untied("sweep", model, names_of)
+        require_exact("sweep", model, names_of)
+    shares = [require_range("sweep", "rho", share, 0, 1) for share in rho]
+    if edge := [share for share in shares if share in (0, 1)]:
+        raise RangeError(f"sweep: rho must lie between 0 and 1; got {edge[0]:g}, which cuts "
+                         f"{'nothing' if edge[0] else 'everything'}.")  # fmt: skip
+    for name in names:
+        require_choice("sweep", "method", name, METHODS)
+    require_choice("sweep", "match", match, MATCHES)
+    require_choice("sweep", "split", split, SPLITS)
+    judged(corpus, split, model)
+    if "dev" in {one.split for one in corpus.populations.values()}:
+        judged(corpus, "dev", model)
+    low = sorted(of, key=lambda pattern: lowest_block(model.config, of[pattern]))
+    return Asked(
+        MappingProxyType({pattern: of[pattern] for pattern in low}),
+        tuple(dict.fromkeys(shares)), tuple(dict.fromkeys(("kfac", *names))), match,
+        _matched_on(corpus, match, on), split, require_seed("sweep", seed),
+    )  # fmt: skip
+
+
+def _matched_on(corpus: Corpus, match: str, on: str | None) -> str | None:
+    """The dev population that methods are matched on."""
+    if match == "rho":
+        if on is not None:
+            raise ConventionError(f"sweep: at equal rho nothing is matched; leave out on={on!r}.")
+        return None
+    kind = KINDS[match]
+    have = [n for n, p in corpus.populations.items() if p.split == "dev" and p.kind == kind]
+    if not have:
+        raise EmptyError(
+            f"sweep: to match at equal {match} the corpus needs a dev population of kind {kind!r}; "
+            "it has none. Give it one, or match at equal rho."
+        )
+    return have[0] if on is None else require_choice("sweep", f"the dev {kind}", on, have)
+
+
+def require_basis(model: Model, basis: Bases, asked: Asked) -> None:
+    """Refuse a basis of other weights, or without a layer that is edited."""
+    missing = [name for name in asked.names if name not in basis]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ConventionError(
+            f"sweep: {named(basis)} has no {missing[0]!r}{more}. Collect and decompose all layers "
+            "that are to be edited."
+        )
+    require_weights("sweep", named(basis), basis.weights, model)
+
+
+def facts(
+    model: Model, corpus: Corpus, asked: Asked, basis: Bases | None, how: Collecting
+) -> dict[str, Any]:
+    """What decides the results (FINGERPRINT)."""
+    if basis is not None:
+        of = {name: basis[name] for name in asked.names}
+        arrays = [x for one in of.values() for x in (one.U_A, one.mu, one.U_G, one.lam)]
+        came_from: dict[str, Any] = {"basis": sha256_of(arrays)}
+    else:
+        tokens = corpus.tokens if corpus.images is None else corpus.images
+        own = [x for x in (tokens, corpus.labels, corpus.mask, corpus.segments) if x is not None]
+        came_from = {"collected": {**asdict(how), "from": sha256_of(own)}}
+    choices = {name: list(value) if isinstance(value, tuple) else value
+               for name, value in asdict(replace(asked, layers={})).items()}  # fmt: skip
+    populations = {name: population_digest(one) for name, one in corpus.populations.items()}
+    return {
+        **choices, "layers": list(asked.layers), "weights": digest(model), "dtype": model.dtype,
+        "populations": populations, **came_from, "law": describe(), **store.machine(),
+    }  # fmt: skip
+
+
+def population_digest(one: Readable) -> str:
+    """What tells a population from others."""
+    if isinstance(one, ImagePopulation):
+        return f"{one.kind} {one.split} {sha256_of([one.images, one.labels])[:16]}"
+    arrays = [one.tokens, one.prompt_length, one.length]
+    return f"{one.kind} {one.split} {sha256_of(arrays)[:16]}"
+
+
+def sha256_of(arrays: Iterable[Array]) -> str:
+    """One checksum of several arrays, in their order."""
+    return hashlib.sha256("".join(map(store.sha256, arrays)).encode()).hexdigest()

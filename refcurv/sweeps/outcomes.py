@@ -1,0 +1,94 @@
+"""The records of a sweep: what each edit left, and which edits no other one beats."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+Values = Mapping[str, Mapping[str, Any]]
+"""Population → kind, items, tokens, chance, values by name, interval, and right, a text of 0 and 1,
+one for each item; None where items are not right or wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One edit of a sweep.
+
+    Fields:
+        layers: the pattern. rho: of the K-FAC edit that this one is compared with, or is.
+        method, removed: how it cuts, and the share that it removes (`sweeps.methods`).
+        verdict: "given" for K-FAC and at equal rho; else that of the match.
+        kept: the share of pairs of directions (svd: of singular directions) that it keeps.
+        populations: split → what is left.
+        front: K-FAC, and what is compared with it: does no other K-FAC edit of the sweep have a
+            lower dev perplexity and recite no more dev passages, or as low and fewer? None where
+            dev does not say.
+    """
+
+    layers: str
+    rho: float
+    method: str
+    removed: float
+    verdict: str
+    kept: float
+    populations: Mapping[str, Values]
+    front: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """What `sweep` found.
+
+    Fields: split that reports; match, what methods are equal in; on, the dev population that says
+    it, None at equal rho; baseline, split → what the unedited model does; edits, in the order of
+    the work.
+    """
+
+    split: str
+    match: str
+    on: str | None
+    baseline: Mapping[str, Values]
+    edits: tuple[Outcome, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as plain JSON values."""
+        return {
+            "split": self.split, "match": self.match, "on": self.on,
+            "baseline": dict(self.baseline), "edits": [asdict(one) for one in self.edits],
+        }  # fmt: skip
+
+
+def marked(edits: Sequence[Outcome]) -> tuple[Outcome, ...]:
+    """The same edits, those on the front of dev marked, as `Outcome.front` says.
+
+    Proof: tests/test_sweep.py::test_the_front_is_of_dev,
+        ::test_one_that_is_as_good_in_one_is_beaten
+    """
+    costs = {(one.layers, one.rho): _dev(one) for one in edits if one.method == "kfac"}
+    known = {key: cost for key, cost in costs.items() if cost is not None}
+
+    def best(key: tuple[str, float]) -> bool | None:
+        if key not in known:
+            return None
+        own = known[key]
+        return not any(
+            all(a <= b for a, b in zip(other, own, strict=True)) and other != own
+            for other in known.values()
+        )
+
+    return tuple(replace(one, front=best((one.layers, one.rho))) for one in edits)
+
+
+def _dev(one: Outcome) -> tuple[float, float] | None:
+    """Perplexity of the first dev text, recitation of the first dev passages; None without both."""
+    found = one.populations.get("dev", {})
+    text, recite = (
+        next((p["values"] for p in found.values() if p["kind"] == kind), None)
+        for kind in ("text", "recite")
+    )
+    if text is None or recite is None:
+        return None
+    perplexity = text["perplexity"]
+    return math.inf if perplexity is None else perplexity, recite["strict"]
