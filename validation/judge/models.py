@@ -742,13 +742,13 @@ TUNED_ON = {
     "deit-two": deit_two,
     "gptj-few": gptj_few,
     "falcon-packed": falcon_packed,
-}
-HELD_OUT = {
     "olmo3-few": olmo3_few,
     "smollm3-chats": smollm3_chats,
     "modernbert-masked": modernbert_masked,
     "gptneo-repeated": gptneo_repeated,
     "internvit-some": internvit_some,
+}
+HELD_OUT = {
     "phi4-half": phi4_half,
     "cohere2-system": cohere2_system,
     "esm2-tags": esm2_tags,
