@@ -219,14 +219,14 @@ def test_gold_labels_are_named_through_rounding(monkeypatch):
     case = case_of(*world(1), seed=1)
     gold = rc.collect(case.model, case.corpus, LAYERS, "empirical")
     Y = {name: one.G for name, one in gold.items()}
-    near = [{x: draws._apart(G, Y[x]) for x, G in one.items()} for one in dumps_of(case, 80)]
+    near = [{x: draws.apart(G, Y[x]) for x, G in one.items()} for one in dumps_of(case, 80)]
     least = {x: min(one[x] for one in near) for x in Y}
     assert draws.nearer(case, Y, {x: 0.3 * far for x, far in least.items()})
     assert not draws.nearer(case, Y, {x: 0.9 * far for x, far in least.items()})
     assert not any(draws.nearer(case, Y, one) for one in near)
     exact = rc.collect(case.model, case.corpus, LAYERS, "expected")
     middle = {name: one.G for name, one in exact.items()}
-    each = [{x: draws._apart(G, middle[x]) for x, G in one.items()} for one in dumps_of(case, 80)]
+    each = [{x: draws.apart(G, middle[x]) for x, G in one.items()} for one in dumps_of(case, 80)]
     assert not any(draws.nearer(case, middle, one) for one in each)
 
 

@@ -26,7 +26,7 @@ from refcurv.law.conventions import describe
 from refcurv.law.words import number_of
 from refcurv.model.corpus import Population
 from refcurv.progress import Progress, doing, silent, span
-from refcurv.sweeps.asked import population_digest, sha256_of
+from refcurv.sweeps.asked import basis_digest, population_digests
 from refcurv.sweeps.lines import Lines
 from refcurv.sweeps.methods import STRONGEST, Method, methods
 
@@ -35,7 +35,6 @@ TOLERANCE: Final = 0.005
 
 STEPS: Final = (-2, -1, 1, 2)
 """Points of a curve beside the compared edit, in powers of `SPREAD`."""
-
 
 USUAL: Final = 8
 """Strengths that a search tries, about; only estimates of time depend on it."""
@@ -58,7 +57,7 @@ class Setting:
     Fields: model, as the table's; light, the same weights in the dtype for searches and curves;
     basis; record of the K-FAC edit; corpus; split of the table; before, after: the unedited model
     and the K-FAC edit on that split; seed of the random controls; seconds that the K-FAC edit's
-    measurement took; kept, the file of what is found, None if it is not kept.
+    measurement took; file, of what is found, None if it is not kept.
     """
 
     model: rc.Model
@@ -71,7 +70,7 @@ class Setting:
     after: Measurement
     seed: int
     seconds: float = 0.0
-    kept: Path | None = None
+    file: Path | None = None
 
 
 def largest_cut(record: EditRecord) -> float:
@@ -87,7 +86,7 @@ def controls(
     """Every cut at the K-FAC edit's dev perplexity, and what each leaves along its strengths.
 
     `told` hears, before the search, what will be done and about how long it takes. Each
-    measurement is kept in `setting.kept` at once; a run with the same setting goes on from there.
+    measurement is kept in `setting.file` at once; a run with the same setting goes on from there.
 
     Returns:
         Plain values: split; populations; target and tolerance; dtype of searches and curves;
@@ -113,7 +112,7 @@ def _controls(
         raise EmptyError("controls: rho is 1 for every layer, so nothing was cut to compare with.")
     rho = {row.layer: row.rho for row in setting.record.layers}
     known = methods(SPREAD, setting.basis, rho, setting.seed, "controls")
-    lines = Lines(setting.kept, _facts(setting, rho), fresh=True)
+    lines = Lines(setting.file, _facts(setting, rho), fresh=True)
     progress(0, 2 * len(known))
     doing(progress, f"K-FAC on {dev_name}")
     begin = time.monotonic()
@@ -155,12 +154,11 @@ def _controls(
 
 def _facts(setting: Setting, rho: Mapping[str, float]) -> dict[str, Any]:
     """What decides the results (FINGERPRINT)."""
-    of = [setting.basis[name] for name in rho]
     return {
         "of": "controls", "rho": dict(rho), "seed": setting.seed, "split": setting.split,
         "weights": digest(setting.model), "dtypes": [setting.model.dtype, setting.light.dtype],
-        "basis": sha256_of([x for one in of for x in (one.U_A, one.mu, one.U_G, one.lam)]),
-        "populations": {n: population_digest(p) for n, p in setting.corpus.populations.items()},
+        "basis": basis_digest(setting.basis, rho),
+        "populations": population_digests(setting.corpus),
         "law": describe(), **store.machine(),
     }  # fmt: skip
 

@@ -9,6 +9,7 @@ first that is as far costs nothing: no further one could make theirs the furthes
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -177,14 +178,13 @@ def traces(case: Case, layers: Sequence[str]) -> Array | None:
     """
     if case.drawn is None or not layers:
         return None
-    known = case.once("traces", dict[str, list[float]])
-    if layers[0] not in known or len(known[layers[0]]) < CONFIRMED:
-        known.clear()
-        more = _numbers(case, case.draws())  # the first ones are kept
-        while layers[0] not in known or len(known[layers[0]]) < CONFIRMED:
-            next(more)
-    if not known.keys() >= {*layers}:
+    each = case.draws()
+    if not source_of(case, each).sizes.keys() >= {*layers}:
         return None
+    known = case.once("traces", dict[str, list[float]])
+    if len(known.get(layers[0], ())) < CONFIRMED:
+        known.clear()
+        deque(islice(_numbers(case, each), CONFIRMED), maxlen=0)  # the first ones are kept
     of = np.array([known[layer] for layer in layers]).T
     return np.log(of) if (of > 0).all() else None
 
@@ -210,7 +210,7 @@ def unlike(case: Case, near: Mapping[str, float]) -> bool:
     given = {x: _square(G) for x in near if (G := case.theirs(x).G) is not None}
     theirs = {x: G / (float(norm(G)) or 1.0) for x, G in given.items()}  # it may be huge
     return not any(
-        (_apart(T, dumps[x]) <= near[x]).any()
+        (apart(T, dumps[x]) <= near[x]).any()
         for dumps in confirmed(case)
         for x, T in theirs.items()
         if x in dumps and T.shape == dumps[x].shape[1:]
@@ -234,7 +234,7 @@ def nearer(case: Case, Y: Mapping[str, Array], left: Mapping[str, float]) -> boo
     for dumps in confirmed(case):
         for layer, found in each.items():
             if layer in dumps:  # of the others G is 0
-                found.append(_apart(dumps[layer], Y[layer]))
+                found.append(apart(dumps[layer], Y[layer]))
     far = {layer: np.concatenate(found) for layer, found in each.items() if found}
     unit = {layer: float(np.median(x)) for layer, x in far.items()}
     known = [layer for layer in far if unit[layer] > 0]
@@ -254,8 +254,11 @@ def confirmed(case: Case) -> Iterator[Mapping[str, Array]]:
             return
 
 
-def _apart(T: Array, Y: Array) -> Array:
-    """The errors of `fitted` of many matrices at once, (..., O, O); one of the two may be alone."""
+def apart(T: Array, Y: Array) -> Array:
+    """The errors of `fitted` of many matrices at once, (..., O, O); one of the two may be alone.
+
+    That is |T − r Y|/|r Y| of the r that fits best; inf where none above 0 does.
+    """
     size = np.linalg.norm(Y, axis=(-2, -1))
     size = np.where(size > 0, size, 1)
     r = (T * Y).sum(axis=(-2, -1)) / size**2

@@ -122,30 +122,38 @@ def facts(
 ) -> dict[str, Any]:
     """What decides the results (FINGERPRINT)."""
     if basis is not None:
-        of = {name: basis[name] for name in asked.names}
-        arrays = [x for one in of.values() for x in (one.U_A, one.mu, one.U_G, one.lam)]
-        came_from: dict[str, Any] = {"basis": sha256_of(arrays)}
+        came_from: dict[str, Any] = {"basis": basis_digest(basis, asked.names)}
     else:
         tokens = corpus.tokens if corpus.images is None else corpus.images
         own = [x for x in (tokens, corpus.labels, corpus.mask, corpus.segments) if x is not None]
-        came_from = {"collected": {**asdict(how), "from": sha256_of(own)}}
+        came_from = {"collected": {**asdict(how), "from": _sha256(own)}}
     choices = {name: list(value) if isinstance(value, tuple) else value
                for name, value in asdict(replace(asked, layers={})).items()}  # fmt: skip
-    populations = {name: population_digest(one) for name, one in corpus.populations.items()}
     return {
         **choices, "layers": list(asked.layers), "weights": digest(model), "dtype": model.dtype,
-        "populations": populations, **came_from, "law": describe(), **store.machine(),
+        "populations": population_digests(corpus), **came_from, "law": describe(),
+        **store.machine(),
     }  # fmt: skip
 
 
-def population_digest(one: Readable) -> str:
-    """What tells a population from others."""
+def basis_digest(basis: Bases, names: Iterable[str]) -> str:
+    """What tells the eigenvectors and eigenvalues of these layers from others."""
+    of = [basis[name] for name in names]
+    return _sha256([x for one in of for x in (one.U_A, one.mu, one.U_G, one.lam)])
+
+
+def population_digests(corpus: Corpus) -> dict[str, str]:
+    """Name → what tells a population from others."""
+    return {name: _population(one) for name, one in corpus.populations.items()}
+
+
+def _population(one: Readable) -> str:
     if isinstance(one, ImagePopulation):
-        return f"{one.kind} {one.split} {sha256_of([one.images, one.labels])[:16]}"
+        return f"{one.kind} {one.split} {_sha256([one.images, one.labels])[:16]}"
     arrays = [one.tokens, one.prompt_length, one.length]
-    return f"{one.kind} {one.split} {sha256_of(arrays)[:16]}"
+    return f"{one.kind} {one.split} {_sha256(arrays)[:16]}"
 
 
-def sha256_of(arrays: Iterable[Array]) -> str:
+def _sha256(arrays: Iterable[Array]) -> str:
     """One checksum of several arrays, in their order."""
     return hashlib.sha256("".join(map(store.sha256, arrays)).encode()).hexdigest()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -31,13 +31,18 @@ def likely(case: Case, setting: Setting, layers: Sequence[str]) -> bool:
     """
     theirs = {x: see(case, x)["G"].T for x in layers}
     each: dict[str, list[Array]] = {x: [T] for x, T in theirs.items()}
-    for k in range(DUMPS):
-        other = replace(case, reference=replace(case.reference, seed=SEED + k, draws=1))
+    for other in redrawn(case, DUMPS):
         for _, of in moments(other, [setting], layers):
             for layer in layers:
                 each[layer].append(of[layer].G)
     far = np.max([_far(np.stack(some)) for some in each.values()], axis=0)
     return bool(far[0] <= far[1:].max())
+
+
+def redrawn(case: Case, dumps: int) -> Iterator[Case]:
+    """The case with labels drawn anew, once each, so many times."""
+    for k in range(dumps):
+        yield replace(case, reference=replace(case.reference, seed=SEED + k, draws=1))
 
 
 def _far(G_KOO: Array) -> Array:

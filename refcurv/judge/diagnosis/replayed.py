@@ -18,14 +18,13 @@ from refcurv.algebra.scaling import norm
 from refcurv.judge.case import Case
 from refcurv.judge.diagnosis import scales, telling
 from refcurv.judge.diagnosis.hypotheses import Left, fitted
-from refcurv.judge.diagnosis.likely import DUMPS
+from refcurv.judge.diagnosis.likely import DUMPS, redrawn
 from refcurv.judge.diagnosis.recomputed import WHOLE, cost, extent, few_positions, words
 from refcurv.judge.diagnosis.search import Chosen, Idea, Side
 from refcurv.judge.diagnosis.variants import REFERENCE, Parts, Setting, moments, parts
 from refcurv.judge.diagnosis.variants.setting import batches
 from refcurv.judge.diagnosis.weighted import KEPT, Rule, rules
-from refcurv.judge.draws import confirmed
-from refcurv.judge.honest import SEED
+from refcurv.judge.draws import apart, confirmed
 from refcurv.law.checks import Array
 
 LITTLE: Final = 0.01
@@ -111,10 +110,8 @@ def varied(case: Case, layers: Sequence[str]) -> bool:
         for x in layers:
             dumps[x].append(some[x])
     for x in layers:
-        T, X = np.concatenate(dumps[x]), case.means(x)[1]
-        size = norm(T.reshape(len(T), -1), axis=1) * norm(X)
-        cosine = (T * X).sum(axis=(1, 2)) / np.where(size > 0, size, 1)
-        total = total + np.log(np.maximum(1 / np.maximum(cosine, 1e-6) ** 2 - 1, 1e-24))
+        off = apart(np.concatenate(dumps[x]), case.means(x)[1])
+        total = total + np.log(np.maximum(off, 1e-12))
     return bool(total[0] > total[1:].max())
 
 
@@ -165,12 +162,6 @@ def _theirs(case: Case, layer: str) -> Array:
     return G
 
 
-def _others(case: Case) -> Iterator[Case]:
-    """The case with labels of its own, DUMPS times."""
-    for k in range(DUMPS):
-        yield replace(case, reference=replace(case.reference, seed=SEED + k, draws=1))
-
-
 def _averaged(case: Case, beside: Beside) -> Iterator[Member]:
     """B44."""
     layers, every = [*beside.T], [Setting(pooling_G="batch and rows", batch=1), *batches(case)]
@@ -182,7 +173,7 @@ def _averaged(case: Case, beside: Beside) -> Iterator[Member]:
     settings = list(made)
     wanted = [settings[k] for k in _nearest(beside.T, [*made.values()])]
     dumps: dict[Setting, list[dict[str, Array]]] = {one: [] for one in wanted}
-    for other in _others(case) if wanted else ():
+    for other in redrawn(case, DUMPS if wanted else 0):
         for one, of in moments(other, wanted, layers):
             dumps[one].append({x: _corner(of[x].G, beside.at[x]) for x in layers})
     total = sum(1 / one.batch for one in every)
@@ -204,7 +195,9 @@ def _weighed(case: Case, beside: Beside) -> Iterator[Member]:
     means = made(beside.parts, every)
     wanted = _nearest(beside.T, means)
     some = [every[k] for k in wanted]
-    dumps = [made(parts(other, layers, REFERENCE), some) for other in _others(case) if some]
+    dumps = [
+        made(parts(other, layers, REFERENCE), some) for other in redrawn(case, DUMPS if some else 0)
+    ]
     total: dict[str, float] = {}
     for one in every:
         total[one.faults[0]] = total.get(one.faults[0], 0.0) + 1 / one.size
