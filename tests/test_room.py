@@ -15,7 +15,7 @@ import pytest
 from strategies import config, random_parameters
 
 import refcurv as rc
-from refcurv.algebra import blas
+from refcurv.algebra import blas, buffers, kernels
 from refcurv.curvature import accumulate, bases, resumed_bases, room
 from refcurv.curvature.factors import Factor, Factors
 from refcurv.law.checks import RoomError
@@ -78,7 +78,7 @@ def test_an_address_space_is_memory_too(tmp_path: Path, monkeypatch: pytest.Monk
     root = machine(tmp_path, HOST | LIMITED)
     assert room.address_space(root) is None and room.available(root) == 8000 * 1024
     for limit, want in ((5000, 2000), (20_000, 8000), (3000, 0), (2000, 0)):
-        monkeypatch.setattr(room.resource, "getrlimit", lambda _, n=limit: (1024 * n, -1))
+        monkeypatch.setattr(buffers.resource, "getrlimit", lambda _, n=limit: (1024 * n, -1))
         assert room.available(root) == 1024 * want
     taken: list[int] = []
     monkeypatch.setattr(room, "cores", lambda: 4)
@@ -94,10 +94,32 @@ def test_an_address_space_is_memory_too(tmp_path: Path, monkeypatch: pytest.Monk
         room.in_flight("collect", need)
 
 
+@pytest.mark.skipif(bool(os.environ.get("NUMBA_DISABLE_JIT")), reason="nothing is compiled")
+def test_no_kernel_is_compiled_where_the_compiler_has_no_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """LLVM would end the process. What is compiled already goes on."""
+
+    @kernels.njit(cache=False)
+    def twice(x):
+        return x + x
+
+    assert twice(2) == 4
+    monkeypatch.setattr(buffers, "address_space", lambda: buffers.COMPILER - 1)
+    assert twice(2) == 4
+    with pytest.raises(MemoryError, match="to compile twice takes 64 MiB, but 63 MiB of the"):
+        twice(2.0)
+    monkeypatch.setattr(buffers, "address_space", lambda: buffers.COMPILER)
+    assert twice(2.0) == 4.0
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("mib", [300, 560, 700, 850, 950, 1100, 1500])
-def test_a_limited_address_space_ends_with_status_3_or_with_the_job(mib: int, tmp_path) -> None:
-    """`ulimit -v`: too little to start, for the sums, for buffers, for activations; enough."""
+@pytest.mark.parametrize("cache", ["cold", "warm"])
+@pytest.mark.parametrize("mib", [300, 560, 640, 680, 700, 740, 850, 950, 1100, 1500])
+def test_a_limited_address_space_ends_with_status_3_or_with_the_job(
+    mib: int, cache: str, tmp_path: Path
+) -> None:
+    """`ulimit -v`: too little to start, to compile, for sums, buffers, activations; enough."""
     made = wide(width=256, head_width=32, mlp_width=1024, vocabulary=50)
     rc.save(rc.Model(made, random_parameters(made, 0)), tmp_path / "w.h5")
     rc.save_corpus(
@@ -107,6 +129,7 @@ def test_a_limited_address_space_ends_with_status_3_or_with_the_job(mib: int, tm
     done = subprocess.run(
         f"ulimit -v {1024 * mib}; exec {sys.executable} -m refcurv {command}",
         shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
+        env=os.environ | ({"NUMBA_CACHE_DIR": str(tmp_path)} if cache == "cold" else {}),
     )  # fmt: skip
     lines = [one for one in done.stderr.splitlines() if " after " not in one]
     assert (done.returncode, len(lines)) in ((0, 0), (3, 1)), done.stderr

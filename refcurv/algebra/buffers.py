@@ -1,13 +1,49 @@
-"""Memory that BLAS takes for itself."""
+"""The limit of the address space, and what BLAS and the compiler take below it for themselves."""
 
 from __future__ import annotations
 
+import re
+import resource
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 
 from refcurv.algebra.blas import eigh, one_blas_thread
+
+COMPILER = 64 * 2**20
+"""Bytes that the compiler needs for one kernel. Chosen: 32 MiB were seen."""
+
+
+def address_space(root: Path = Path("/")) -> int | None:
+    """What is left of the address space that the process may have; None without a limit.
+
+    Proof: tests/test_room.py::test_an_address_space_is_memory_too
+    """
+    most, used = resource.getrlimit(resource.RLIMIT_AS)[0], None
+    if most != resource.RLIM_INFINITY:
+        with suppress(OSError):
+            status = (root / "proc/self/status").read_text(encoding="ascii", errors="replace")
+            used = re.search(r"^VmSize:\s*(\d+) kB$", status, re.MULTILINE)
+    return used and max(most - 1024 * int(used[1]), 0)
+
+
+def require_compiler(kernel: str) -> None:
+    """There is room to compile a kernel. Where there is none, LLVM ends the process.
+
+    Raises:
+        MemoryError: the limit of the address space leaves less than `COMPILER`.
+
+    Proof: tests/test_room.py::test_no_kernel_is_compiled_where_the_compiler_has_no_room
+    """
+    left = address_space()
+    if left is not None and left < COMPILER:
+        raise MemoryError(
+            f"to compile {kernel} takes {COMPILER >> 20} MiB, but {left >> 20} MiB of the address "
+            "space are left (`ulimit -v`)"
+        )
 
 
 def take_buffers(threads: int) -> None:

@@ -19,6 +19,7 @@ from numba import config, types
 from numba.core.caching import FunctionCache
 from numba.extending import overload
 
+from refcurv.algebra.buffers import require_compiler
 from refcurv.law.checks import Array
 
 
@@ -44,12 +45,22 @@ class _Kept(FunctionCache):
 def njit(*, cache: bool, **options: Any) -> Callable[[Callable[..., Any]], Any]:
     """`numba.njit`; with `cache` the compiled code is kept on disk, where a folder allows it.
 
-    Proof: tests/test_reports_files.py::test_compiled_code_that_can_be_kept_nowhere_is_compiled_anew
+    Proof: tests/test_room.py::test_no_kernel_is_compiled_where_the_compiler_has_no_room
+        tests/test_reports_files.py::test_compiled_code_that_can_be_kept_nowhere_is_compiled_anew
     """
 
     def compiled(function: Callable[..., Any]) -> Any:
-        made = numba.njit(**options)(function)
-        if cache and hasattr(made, "enable_caching"):  # else NUMBA_DISABLE_JIT is set
+        made: Any = numba.njit(**options)(function)
+        if not hasattr(made, "enable_caching"):  # NUMBA_DISABLE_JIT is set
+            return made
+        compile_it = made._compiler.compile
+
+        def with_room(args: Any, return_type: Any) -> Any:
+            require_compiler(function.__name__)
+            return compile_it(args, return_type)
+
+        made._compiler.compile = with_room
+        if cache:
             with suppress(RuntimeError):  # the installation is read-only, and there is no home
                 made._cache = _Kept(function)  # type: ignore[no-untyped-call]
         return made

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import resource
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from refcurv.algebra import blas, buffers
+from refcurv.algebra.buffers import address_space
 from refcurv.curvature.moments import triangle
 from refcurv.files.digest import changed
 from refcurv.files.lazy import Lazy
@@ -58,14 +58,6 @@ def available(root: Path = Path("/")) -> int | None:
     """
     known = (_host(root), address_space(root), *_groups(root))
     return min((x for x in known if x is not None), default=None)
-
-
-def address_space(root: Path = Path("/")) -> int | None:
-    """What is left of the address space that the process may have; None without a limit."""
-    most, used = resource.getrlimit(resource.RLIMIT_AS)[0], _numbers(root / "proc/self/status")
-    if most == resource.RLIM_INFINITY or "VmSize:" not in used:
-        return None
-    return max(most - 1024 * used["VmSize:"], 0)
 
 
 def _host(root: Path) -> int | None:
