@@ -396,6 +396,22 @@ def test_pixels_are_exact_in_a_network_that_rounds():
     assert [one.fault for one in causes(case, found)] == ["B59"]
 
 
+@pytest.mark.parametrize(("part", "fault"), [("all", ["B59"]), ("norms", [])])
+def test_a_dtype_is_read_off_A_where_theirs_drew_labels(layered, part, fault):
+    """G is as far off as other labels take it. Where a part was found to round, all is not said."""
+    theirs = near(layered, planted(layered, Setting(network=((f"{part} in bfloat16", 0.0),))))
+    theirs = {x: (A, G + np.diag(np.diag(G)), n) for x, (A, G, n) in theirs.items()}
+    case, found = searched(layered, theirs)
+    case = replace(case, dump=replace(case.dump, declared={"fisher": "sampled"}))
+    for name, one in found["G"].ladders.items():
+        found["G"].ladders[name] = replace(one, drawn=2.0)
+    settle(case, found)
+    named = causes(case, found)
+    assert [one.fault for one in named] == fault
+    assert all("G" not in one.quantities for one in named)
+    assert bool(found["A"].chosen) == (part == "norms")
+
+
 def test_a_dump_without_a_form_has_no_precision(layered):
     """Every matrix missing, or 0: there is no error whose size could tell a dtype."""
     case, _ = searched(layered, planted(layered, Setting()))

@@ -9,6 +9,7 @@ import numpy as np
 
 from refcurv.algebra.scaling import norm
 from refcurv.judge.case import Case
+from refcurv.judge.compare import who_draws
 from refcurv.judge.diagnosis.faults import FAULTS
 from refcurv.judge.diagnosis.hypotheses import see, states
 from refcurv.judge.diagnosis.recomputed import is_large
@@ -114,17 +115,20 @@ far, over 6 models."""
 def _sizes(case: Case, found: Mapping[str, Side]) -> dict[str, list[float]]:
     """By dtype: how far theirs is from ours, over how far a network in this dtype is, everywhere.
 
-    Without what such a network has exactly, as the pixels that it reads. Empty where no network can
-    be run.
+    Without what such a network has exactly, as the pixels that it reads, and without G whose labels
+    theirs drew: how far that is says nothing of a dtype. Empty where no network can be run.
+
+    Proof: tests/test_judge_network.py::test_a_dtype_is_read_off_A_where_theirs_drew_labels
     """
     if case.model is None or case.corpus is None or is_large(case):
         return {}
+    known = {"A": found["A"]} if any(who_draws(case)) else found
     out: dict[str, list[float]] = {}
     for dtype in ("bfloat16", "float16"):
         setting = Setting(network=((f"all in {dtype}", 0.0),))
         layers = list(dict.fromkeys(x for side in found.values() for x in side.ladders))
         for _, of in moments(case, [setting], layers):
-            for name, side in found.items():
+            for name, side in known.items():
                 for layer in (x for x in side.ladders if x in of):
                     X, Y = getattr(case.ours(layer), name), getattr(of[layer], name)
                     error = side.of(layer)[1].error

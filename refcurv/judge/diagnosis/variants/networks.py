@@ -10,6 +10,7 @@ from typing import Any, Final
 import numpy as np
 
 from refcurv.files.lazy import Lazy
+from refcurv.judge.diagnosis.variants.blocks import another_in_some, windows_of_some
 from refcurv.judge.diagnosis.variants.dropout import PLACES, Dropout
 from refcurv.judge.diagnosis.variants.norms import (
     NO_EPS,
@@ -65,8 +66,9 @@ class Network:
     """The arithmetic of a model, as another program may have it.
 
     Fields: config, parameters, ops; documents, do those of a packed sequence not see each other;
-    restart, do positions restart with each; shift, added to learned positions; left, does the
-    padding stand on the left and is attended; pads, what a position of padding sees: "blind",
+    restart, do positions restart with each; shift, added to learned positions; placed, do these
+    count from the padding on the left, which is not attended; left, does the padding stand on the
+    left and is attended; pads, what a position of padding sees: "blind",
     nothing, as in `model.layers`; or one of PADS; bent, is the logits' soft-cap a part of the
     backward; drop, the dropout of one pass; sight, what hides positions, where `layout` alone
     cannot say it.
@@ -78,6 +80,7 @@ class Network:
     documents: bool = True
     restart: bool = True
     shift: int = 0
+    placed: bool = False
     left: bool = False
     pads: str = "blind"
     bent: bool = True
@@ -101,6 +104,8 @@ class Network:
         if at.seen_BT is not None or (restart and not self.documents):
             of_BT = at.segment_BT if restart else one
             out = replace(out, position_BT=causal_layout(seen_BT, of_BT).position_BT)
+        if self.placed:
+            out = replace(out, position_BT=np.argsort(at.order_BT, axis=1))
         if self.config.learned_positions:
             last = self.config.learned_positions - 1
             out = replace(out, position_BT=np.minimum(out.position_BT + self.shift, last))
@@ -204,6 +209,11 @@ def _config(net: Network, **changes: Any) -> Network:
 def _has(**changes: Any) -> Callable[[Network, float], Network]:
     """Fields of the configuration."""
     return lambda net, _level: _config(net, **changes)
+
+
+def _in_all(kind: str) -> Callable[[Network, float], Network]:
+    """Rotary positions of this kind in every block."""
+    return lambda net, _level: _config(net, rotary=(kind,) * net.config.layers)
 
 
 def _of_ops(**changes: Any) -> Callable[[Network, float], Network]:
@@ -381,6 +391,10 @@ CHANGES: Final[Mapping[str, Change]] = MappingProxyType(
             "B50", _if(lambda _, at: _packed(at)), _is(documents=False, restart=False)
         ),
         "no windows": Change("B50", _if(lambda config, _: config.windows), _has(windows=())),
+        "a window in all blocks": Change(
+            "B50", windows_of_some,
+            lambda net, w: _config(net, windows=(int(w),) * net.config.layers),
+        ),
         **{one.name: Change("B50", _if(one.occurs), _is(sight=one)) for one in sights()},
         "padding attended": Change(
             "B50", _if(lambda config, at: not config.causal and _padded(at)), _is(pads="all")
@@ -409,6 +423,9 @@ CHANGES: Final[Mapping[str, Change]] = MappingProxyType(
             "B51", _if(lambda config, _: config.rope_theta is not None),
             _has(rope_theta=None, rope_width=None, rope_scaling=None, local_theta=None, rotary=()),
         ),
+        **{f"{kind} rotary positions in all blocks": Change(
+            "B51", another_in_some(kind), _in_all(kind)
+        ) for kind in ("main", "local")},
         "all of a head is rotary": Change(
             "B51", _if(lambda config, _: config.rope_width not in (None, config.head_width)
                        and config.head_width % 2 == 0
@@ -421,6 +438,10 @@ CHANGES: Final[Mapping[str, Change]] = MappingProxyType(
                 and 0 < at.real_BT.shape[1] <= config.learned_positions - n
             ),
             lambda net, by: replace(net, shift=int(by)),
+        ),
+        "positions count padding on the left": Change(
+            "B51", _if(lambda config, at: _padded(at)
+                       and at.real_BT.shape[1] <= config.learned_positions), _is(placed=True),
         ),
         "grouped heads tiled": Change(
             "B52", _if(lambda config, _: 1 < config.kv_heads < config.heads),

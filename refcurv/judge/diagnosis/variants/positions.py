@@ -132,6 +132,8 @@ ROWS: Final[Mapping[str, str]] = MappingProxyType(
         "without first": "B49",
         "first twice": "B49",
         "without eos": "B25",
+        "as if padding were on the right": "B28",  # it is on the left
+        "as if padding were on the left": "B28",  # it is on the right
     }
 )
 """Another program's rows, beside the reference's, and the fault that each is."""
@@ -210,6 +212,7 @@ def weights(rows: str, at: Positions) -> Array:
             out[every.get(one.removeprefix(TIMES[times]), np.s_[:0])] = times
         return out
     before_last = np.arange(keep.shape[1]) < keep.shape[1] - 1
+    rolled_BT = turned(keep, at.order_BT)
     chosen = {
         "reference": keep,
         "with last": keep | kind["last"],
@@ -224,6 +227,9 @@ def weights(rows: str, at: Positions) -> Array:
         "without first": keep & ~kind["first"],
         "first twice": keep + (keep & kind["first"]).astype(np.int64),
         "without eos": keep & ~kind["eos"],
+        # column c of theirs has the row of c in the other order
+        "as if padding were on the left": rolled_BT,
+        "as if padding were on the right": turned(keep, np.argsort(at.order_BT, axis=1)),
     }
     return np.asarray(chosen[rows].astype(np.float64))
 

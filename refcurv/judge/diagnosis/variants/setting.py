@@ -103,6 +103,12 @@ follows the layer.
 """
 
 
+OTHER_SIDE: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+    {"as if padding were on the right": ("apart",), "as if padding were on the left": SEEING}
+)
+"""Rows that are counted from the other side than the padding's, and what padding may then see."""
+
+
 HALVES: Final = MappingProxyType({f"output in float16 at 2^{k}": 2.0**k for k in range(-30, 25)})
 """The output's gradient as float16 holds it where the loss is this many times the sum (B61)."""
 
@@ -362,13 +368,14 @@ def _rows(at: Positions) -> Iterator[Setting]:
         if not theirs.any() or any((theirs == one).all() for one in before):
             continue
         before.append(theirs)
-        seen = PADS if name.startswith("with pads") else ("blind",)
+        padded = name.startswith("with pads")
+        seen = PADS if padded else OTHER_SIDE.get(name, ("blind",))
         for pads in seen:
             yield Setting(rows_A=name, rows_G=name, pads=pads)
             yield Setting(rows_A=name, pads=pads)
             if pads == seen[0]:
                 yield Setting(rows_G=name, pads=pads)
-            if len(seen) > 1 or theirs.all():  # the mask is left out, but not of the count
+            if padded or theirs.all():  # the mask is left out, but not of the count
                 yield Setting(rows_A=name, count="reference", pads=pads)
 
 

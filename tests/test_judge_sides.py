@@ -1,0 +1,98 @@
+"""What holds in some blocks, or on one side, and is taken to hold in all, or on the other."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from strategies import config, random_parameters
+
+import refcurv as rc
+from refcurv.judge.arithmetic import Arithmetic
+from refcurv.judge.case import Case
+from refcurv.judge.diagnosis.variants import settings
+from refcurv.judge.dump import Dump
+from refcurv.model.config import RopeScaling, Scaling
+from validation.judge import cases
+from validation.judge.programs.numpy_collector import Collector
+
+
+def mixed(kinds, **changes):
+    """A model whose blocks have rotary positions of these kinds, a corpus, and A and G."""
+    own = config(layers=len(kinds), head_width=4, rotary=kinds, **changes)
+    model = rc.Model(own, random_parameters(own, 5))
+    corpus = rc.Corpus(np.random.default_rng(1).integers(0, own.vocabulary, (12, 9)))
+    return model, corpus, rc.collect(model, corpus, "**", "empirical")
+
+
+def named(made, **other):
+    """The ids that are named of what another config makes."""
+    model, corpus, factors = made
+    model = replace(model, config=replace(model.config, **other))
+    theirs = rc.collect(model, corpus, "**", "empirical")
+    verdict = rc.validate(theirs, factors, model=made[0], corpus=corpus)
+    return [cause.fault for cause in verdict.causes]
+
+
+def in_all(made):
+    """The changes of all blocks that can occur, with their levels."""
+    model, corpus, factors = made
+    case = Case(Dump("memory", {}, {}), factors, {}, Arithmetic(), model, corpus)
+    return {one for each in settings(case) for one in each.network if "all blocks" in one[0]}
+
+
+LINEAR = RopeScaling(kind=Scaling.LINEAR, factor=4.0)
+
+
+@pytest.mark.parametrize("kind", ["main", "local"])
+@pytest.mark.parametrize("changes", [{"local_theta": 7.0}, {"local_theta": 100.0}])
+def test_rotary_positions_of_some_blocks_are_tried_in_all(kind, changes) -> None:
+    """Of another base, or of one base with and without a scaling."""
+    made = mixed(("main", "local"), rope_scaling=LINEAR, **changes)
+    assert (f"{kind} rotary positions in all blocks", 0.0) in in_all(made)
+    assert named(made, rotary=(kind, kind)) == ["B51"]
+
+
+def test_a_block_without_rotary_positions_may_get_them() -> None:
+    made = mixed(("none", "main"))
+    assert in_all(made) == {("main rotary positions in all blocks", 0.0)}
+    assert named(made, rotary=()) == ["B51"]
+    assert not in_all(mixed(("main", "main")))
+    assert not in_all(mixed(("local", "main"), local_theta=100.0))  # of one base both are the same
+
+
+def test_a_window_of_some_blocks_is_tried_in_all() -> None:
+    """As wide as the texts it hides nothing; where all blocks have one it is no other."""
+    made = mixed(("main", "main"), windows=(3, 0))
+    assert in_all(made) == {("a window in all blocks", 3.0)}
+    assert named(made, windows=(3, 3)) == ["B50"]
+    for windows in ((9, 0), (3, 3)):
+        assert not in_all(mixed(("main", "main"), windows=windows))
+
+
+class OtherSide(Collector):
+    """Rows are counted as if padding were on the other side."""
+
+    def batch(self, at):
+        b = super().batch(at)
+        real_B1, T = b.real.sum(1, keepdims=True), b.real.shape[1]
+        order = np.arange(T) + (-real_B1 if self.setting.left else real_B1)
+        b.keep = np.take_along_axis(b.keep, order % T, 1)
+        return b
+
+
+@pytest.mark.parametrize("setting", ["opt-scattered", "gpt2-prompts"])
+def test_rows_of_the_other_side_are_padding_that_counts(setting) -> None:
+    """Padding is on the left, then on the right."""
+    case = cases.Case("numpy", setting, "gold", "float64")
+    dump = OtherSide(cases.setting_of(setting), "gold", "float64").collect()
+    assert [cause.fault for cause in cases.judged(case, dump).causes] == ["B28"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "fault"), [("olmo3-few", "B51_blocks"), ("gptneo-repeated", "B51_left")]
+)
+def test_positions_of_programs_have_their_name(setting, fault) -> None:
+    case = cases.Case("numpy", setting, "gold", "float64", (fault,))
+    assert [one.fault for one in cases.judged(case, cases.dump_of(case)).causes] == ["B51"]
