@@ -139,6 +139,40 @@ def test_a_scale_of_the_loss_that_changes_on_the_way(answers, power, arithmetic)
     assert "the loss that" in verdict.causes[0].sentence
 
 
+@pytest.mark.parametrize(
+    ("sides", "counts", "arithmetic"),
+    [
+        ("AG", "AG", "float64"),
+        pytest.param("AG", "", "float64", marks=pytest.mark.slow),
+        pytest.param("AG", "", "float32", marks=pytest.mark.slow),
+        ("A", "A", "float32"),
+        pytest.param("A", "", "float64", marks=pytest.mark.slow),
+        ("G", "", "float64"),
+    ],
+)
+def test_hooks_that_are_registered_anew_for_each_batch(answers, sides, counts, arithmetic) -> None:
+    """Σ k times what the k-th batch of 3 adds, over as many rows or over those of all, by hand."""
+    model, corpus, factors = answers
+    sums = {k: [0.0, 0.0, 0, 0] for k in factors}
+    for n in range(7):
+        part, times = part_of(corpus, slice(n, n + 1)), n // 3 + 1
+        for k, one in rc.collect(model, part, LAYERS, "empirical").items():
+            more = one.sum_A, one.sum_G, one.n_A, one.n_G
+            often = ("A" in sides, "G" in sides, "A" in counts, "G" in counts)
+            sums[k] = [
+                x + y * (times if o else 1) for x, y, o in zip(sums[k], more, often, strict=True)
+            ]
+    theirs = {k: (A / n, G / m, n if n == m else None) for k, (A, G, n, m) in sums.items()}
+    verdict = rc.validate(
+        theirs, factors, model=model, corpus=corpus, declared={"fisher": "empirical"},
+        arithmetic=arithmetic,
+    )  # fmt: skip
+    assert not verdict.passed and [cause.fault for cause in verdict.causes] == ["B39"]
+    (cause,) = verdict.causes
+    assert cause.layers == tuple(factors) and {*sides} == {"A", "G"} & {*cause.quantities}
+    assert "the k-th batch of 3 sequences" in cause.sentence
+
+
 def test_rows_without_a_gradient_beside_a_factor(answers) -> None:
     """The last positions count: G is over more rows than it has gradients of, and half a loss."""
     model, corpus, factors = answers
