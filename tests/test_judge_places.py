@@ -115,6 +115,21 @@ def test_labels_that_end_a_text_and_a_start_within_it(setting, fault) -> None:
     assert not verdict.passed and [cause.fault for cause in verdict.causes] == [fault]
 
 
+def test_a_label_that_ends_few_texts_and_is_usual_within_them() -> None:
+    """It is far more often a label than rows are lost without it: only at the end they are."""
+    made = config(width=6, heads=2, kv_heads=2, head_width=4, mlp_width=7)
+    made = replace(made, vocabulary=8)
+    tokens = np.random.default_rng(3).integers(1, 7, (6, 15))
+    tokens[:, 1:13:2] = 7
+    tokens[:2, -1] = 7
+    corpus = rc.Corpus(tokens)
+    model = rc.Model(made, random_parameters(made, 5))
+    answers = model, corpus, rc.collect(model, corpus, LAYERS, "empirical")
+    verdict = verdict_of(answers, Setting(text="a token is no label", token=7))
+    assert not verdict.passed and [cause.fault for cause in verdict.causes] == ["B25"]
+    assert "(token 7)" in verdict.causes[0].sentence and len(verdict.causes[0].layers) == 3
+
+
 @pytest.mark.parametrize(
     ("power", "arithmetic"),
     [

@@ -14,6 +14,7 @@ from strategies import config, random_parameters
 
 import refcurv as rc
 from refcurv.model.config import Image, ModelConfig
+from refcurv.model.part import part_of
 
 Dump = dict[str, tuple[np.ndarray, np.ndarray, float]]
 
@@ -122,6 +123,19 @@ def test_the_positions_of_an_image_are_a_factor_though_images_have_no_label(bare
     positions = of[0].config.image.positions
     theirs = {name: (A, G * positions, n) for name, (A, G, n) in dump(of[2]).items()}
     assert named(theirs, of, layers=layers) == {"B37"}
+
+
+@pytest.mark.parametrize("bare", [0, 6])
+def test_one_worker_of_three_on_images_of_which_some_have_no_label(bare) -> None:
+    """Patches of images without a label are no rows either."""
+    model, corpus, _ = images(bare)
+    factors = rc.collect(model, corpus, "**", "empirical")
+    own = dump(rc.collect(model, part_of(corpus, slice(1, None, 3)), "**", "empirical"))
+    verdict = rc.validate(
+        own, factors, model=model, corpus=corpus, arithmetic="float64",
+        declared={"fisher": "empirical"},
+    )  # fmt: skip
+    assert [(x.fault, {*x.layers}) for x in verdict.causes] == [("B46", {*factors})]
 
 
 def test_patches_counted_in_one_factor_of_the_convolution() -> None:
