@@ -181,19 +181,32 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    ("name", "rows"),
+    ("name", "pads", "rows"),
     [
-        ("last class", WITH_PADS),
-        ("first class", {}),
-        pytest.param("last class", {}, marks=SLOW),
-        pytest.param("first class", WITH_PADS, marks=SLOW),
+        ("last class", "all", WITH_PADS),
+        ("first class", "all", {}),
+        ("first class", "blind", {}),  # as where padding stands on the left
+        pytest.param("last class", "all", {}, marks=SLOW),
+        pytest.param("last class", "blind", {}, marks=SLOW),
+        pytest.param("first class", "all", WITH_PADS, marks=SLOW),
     ],
 )
-def test_no_label_may_be_read_as_a_class(padded, name, rows):
+def test_no_label_may_be_read_as_a_class(padded, name, pads, rows):
     factors = padded[2]("empirical")
-    setting = Setting(where=name, pads="all", **rows)
+    setting = Setting(where=name, pads=pads, **rows)
     verdict = judged(padded, under(padded, factors, setting), factors)
     assert named(verdict) == ["B24"]
+    (cause,) = verdict.causes
+    assert cause.layers == tuple(factors)
+
+
+def test_labels_everywhere_but_in_padding_that_sees_no_text(padded):
+    """As where it stands on the left: prompts have labels, and so has what is behind each label."""
+    ours = padded[2]("sampled")
+    verdict = judged(padded, under(padded, ours, Setting(where="everywhere")), ours, labels="given")
+    assert named(verdict) == ["B19"]
+    (cause,) = verdict.causes
+    assert cause.layers == tuple(ours) and "padding sees" not in cause.sentence
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,21 @@ def test_labels_that_end_a_text_and_a_start_within_it(setting, fault) -> None:
     assert not verdict.passed and [cause.fault for cause in verdict.causes] == [fault]
 
 
+def test_a_label_that_ends_few_texts_and_is_usual_within_them() -> None:
+    """It is far more often a label than rows are lost without it: only at the end they are."""
+    made = config(width=6, heads=2, kv_heads=2, head_width=4, mlp_width=7)
+    made = replace(made, vocabulary=8)
+    tokens = np.random.default_rng(3).integers(1, 7, (6, 15))
+    tokens[:, 1:13:2] = 7
+    tokens[:2, -1] = 7
+    corpus = rc.Corpus(tokens)
+    model = rc.Model(made, random_parameters(made, 5))
+    answers = model, corpus, rc.collect(model, corpus, LAYERS, "empirical")
+    verdict = verdict_of(answers, Setting(text="a token is no label", token=7))
+    assert not verdict.passed and [cause.fault for cause in verdict.causes] == ["B25"]
+    assert "(token 7)" in verdict.causes[0].sentence and len(verdict.causes[0].layers) == 3
+
+
 @pytest.mark.parametrize(
     ("power", "arithmetic"),
     [
@@ -137,6 +152,40 @@ def test_a_scale_of_the_loss_that_changes_on_the_way(answers, power, arithmetic)
     )  # fmt: skip
     assert not verdict.passed and {cause.fault for cause in verdict.causes} == {"B11"}
     assert "the loss that" in verdict.causes[0].sentence
+
+
+@pytest.mark.parametrize(
+    ("sides", "counts", "arithmetic"),
+    [
+        ("AG", "AG", "float64"),
+        pytest.param("AG", "", "float64", marks=pytest.mark.slow),
+        pytest.param("AG", "", "float32", marks=pytest.mark.slow),
+        ("A", "A", "float32"),
+        pytest.param("A", "", "float64", marks=pytest.mark.slow),
+        ("G", "", "float64"),
+    ],
+)
+def test_hooks_that_are_registered_anew_for_each_batch(answers, sides, counts, arithmetic) -> None:
+    """Σ k times what the k-th batch of 3 adds, over as many rows or over those of all, by hand."""
+    model, corpus, factors = answers
+    sums = {k: [0.0, 0.0, 0, 0] for k in factors}
+    for n in range(7):
+        part, times = part_of(corpus, slice(n, n + 1)), n // 3 + 1
+        for k, one in rc.collect(model, part, LAYERS, "empirical").items():
+            more = one.sum_A, one.sum_G, one.n_A, one.n_G
+            often = ("A" in sides, "G" in sides, "A" in counts, "G" in counts)
+            sums[k] = [
+                x + y * (times if o else 1) for x, y, o in zip(sums[k], more, often, strict=True)
+            ]
+    theirs = {k: (A / n, G / m, n if n == m else None) for k, (A, G, n, m) in sums.items()}
+    verdict = rc.validate(
+        theirs, factors, model=model, corpus=corpus, declared={"fisher": "empirical"},
+        arithmetic=arithmetic,
+    )  # fmt: skip
+    assert not verdict.passed and [cause.fault for cause in verdict.causes] == ["B39"]
+    (cause,) = verdict.causes
+    assert cause.layers == tuple(factors) and {*sides} == {"A", "G"} & {*cause.quantities}
+    assert "the k-th batch of 3 sequences" in cause.sentence
 
 
 def test_rows_without_a_gradient_beside_a_factor(answers) -> None:

@@ -14,6 +14,7 @@ from strategies import config, random_parameters
 
 import refcurv as rc
 from refcurv.model.config import Image, ModelConfig
+from refcurv.model.part import part_of
 
 Dump = dict[str, tuple[np.ndarray, np.ndarray, float]]
 
@@ -28,11 +29,14 @@ def texts() -> tuple[rc.Model, rc.Corpus, rc.Factors]:
 
 
 @cache
-def images() -> tuple[rc.Model, rc.Corpus, rc.Factors]:
-    """A small vision transformer, sixteen images, one label each: a term of the loss per image."""
+def images(bare: int = 0) -> tuple[rc.Model, rc.Corpus, rc.Factors]:
+    """A small vision transformer, sixteen images, one label each: a term of the loss per image.
+
+    The first `bare` of them have no label, and so no rows.
+    """
     image = Image(channels=2, height=6, width=6, patch=3)
     made = ModelConfig(
-        vocabulary=5, width=8, layers=2, heads=2, kv_heads=2, head_width=4, mlp_width=12,
+        vocabulary=7, width=8, layers=2, heads=2, kv_heads=2, head_width=4, mlp_width=12,
         norm_place="pre", qk_norm="none", norm="layer", norm_bias=True, norm_eps=1e-5, tied=False,
         rope_theta=None, gated=False,
         activation="gelu", causal=False, image=image, pool="cls",
@@ -42,7 +46,8 @@ def images() -> tuple[rc.Model, rc.Corpus, rc.Factors]:
     model = rc.Model(made, random_parameters(made, 5))
     rng = np.random.default_rng(1)
     pixels = rng.normal(size=(16, 2, 6, 6)).astype(np.float32)
-    corpus = rc.Corpus(images=pixels, labels=rng.integers(0, 5, 16).astype(np.int32))
+    labels = np.where(np.arange(16) < bare, -1, rng.integers(0, 7, 16))
+    corpus = rc.Corpus(images=pixels, labels=labels.astype(np.int32))
     return model, corpus, rc.collect(model, corpus, "**", "expected")
 
 
@@ -108,6 +113,29 @@ def test_terms_of_the_loss_counted_by_a_blocks_positions() -> None:
         for name, (A, G, n) in dump(of[2]).items()
     }
     assert named(theirs, of) & {"B7", "B37"}
+
+
+@pytest.mark.parametrize("layers", ["**", "patch,blocks.0.attn.v"])
+@pytest.mark.parametrize("bare", [0, 3, 9])
+def test_the_positions_of_an_image_are_a_factor_though_images_have_no_label(bare, layers) -> None:
+    """Unlabelled images count for nothing: rows over all images are no number of positions."""
+    of = images(bare)
+    positions = of[0].config.image.positions
+    theirs = {name: (A, G * positions, n) for name, (A, G, n) in dump(of[2]).items()}
+    assert named(theirs, of, layers=layers) == {"B37"}
+
+
+@pytest.mark.parametrize("bare", [0, 6])
+def test_one_worker_of_three_on_images_of_which_some_have_no_label(bare) -> None:
+    """Patches of images without a label are no rows either."""
+    model, corpus, _ = images(bare)
+    factors = rc.collect(model, corpus, "**", "empirical")
+    own = dump(rc.collect(model, part_of(corpus, slice(1, None, 3)), "**", "empirical"))
+    verdict = rc.validate(
+        own, factors, model=model, corpus=corpus, arithmetic="float64",
+        declared={"fisher": "empirical"},
+    )  # fmt: skip
+    assert [(x.fault, {*x.layers}) for x in verdict.causes] == [("B46", {*factors})]
 
 
 def test_patches_counted_in_one_factor_of_the_convolution() -> None:

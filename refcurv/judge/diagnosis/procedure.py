@@ -58,7 +58,7 @@ from refcurv.judge.diagnosis.weighted import weigh
 from refcurv.judge.draws import nearer, unlike
 from refcurv.judge.verdict import LEFT_OUT, PASS, Cause, Comparison
 
-WEIGHTED = ("B2", "B3", "B9", "B11", "B41", "B43", "B46")
+WEIGHTED = ("B2", "B3", "B9", "B11", "B39", "B41", "B43", "B46")
 """Faults that `weighted` finds."""
 
 ROUNDS = 4

@@ -109,7 +109,10 @@ class Counts:
             others["positions, padding too,"] = label.size
             means |= equal_batches(np.full(len(label), label.shape[1])) | {rows, others["tokens"]}
         alike = int(each[0]) if len(set(each.tolist())) == 1 else None
-        positions = None if corpus.images is None else rows // max(1, len(label))
+        positions = None
+        if corpus.images is not None:  # an image without a label has no rows
+            image = None if case.model is None else case.model.config.image
+            positions = image.positions if image else rows // max(1, int(each.sum()))
         weights = case.known.get("weights", {})
         return cls(rows, others, frozenset(means), vocabulary, alike, positions, weights)
 

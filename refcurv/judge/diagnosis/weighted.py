@@ -1,4 +1,4 @@
-"""Hypotheses that weight sequences and batches otherwise: B2, B3, B9, B11, B41, B43, B46.
+"""Hypotheses that weight sequences and batches otherwise: B2, B3, B9, B11, B39, B41, B43, B46.
 
 Theirs is Σ w_n P_n, P_n what sequence n adds to the sums (`variants.parts`). Each hypothesis is a
 rule for w; theirs is w's sum times any number if it holds. The parts are corners of the matrices,
@@ -46,6 +46,7 @@ class Rule:
 
     counts: may n count the rows that are added ("own"), all ("every"), or either. whole: it says
     what the factor is, and holds where none is left. size: sequences of a batch, or of a step.
+    often: are rows counted as often as they are added?
     """
 
     faults: tuple[str, ...]
@@ -56,6 +57,7 @@ class Rule:
     counts: tuple[str, ...] = ("own",)
     whole: bool = False
     size: int = 1
+    often: bool = False
 
     def within(self, wanted: Collection[str]) -> bool:
         """Is it wanted, or what it stands on?"""
@@ -203,9 +205,9 @@ def _rows(seen: Seen, rule: Rule, counted: Mapping[str, float]) -> float | None:
 
 
 def _counted(rule: Rule, of: Parts) -> float:
-    """Rows: of what is not left out where weights are 0 or 1, else all."""
+    """Rows: of what is not left out where weights are 0 or 1, or so often; else all."""
     weight = (rule.base or rule).weight
-    if set(np.unique(weight)) <= {0.0, 1.0}:
+    if set(np.unique(weight)) <= {0.0, 1.0} or (rule.base or rule).often:
         return float(of.kept @ weight)
     return float(of.kept.sum())
 
@@ -227,6 +229,7 @@ def rules(of: Parts, side: str) -> Iterator[Rule]:
                 name = f"the last batch of {number_of(size, 'sequence')} alone{more}"
                 last = (order >= first).astype(float)
                 yield Rule(("B41",), name, last, counts=("own", "every"))
+    yield from _anew(order)
     for world in (w for w in WORKERS if w <= N):
         for rank in range(world):
             every = (order % world == rank).astype(float)
@@ -256,6 +259,15 @@ def _growing(order: Array) -> Iterator[Rule]:
         later = (order < size).astype(float)
         name = f"a scale of the loss that halves once, after {size}"
         yield Rule(("B11",), name, 4**later, size=size)
+
+
+def _anew(order: Array) -> Iterator[Rule]:
+    """Hooks that are registered once more for each batch: the k-th is added k times."""
+    for size in range(1, len(order)):
+        times = order // size + 1.0
+        name = f"the k-th batch of {number_of(size, 'sequence')} is added k times"
+        yield Rule(("B39",), f"{name}, and counted so often", times, size=size, often=True)
+        yield Rule(("B39",), f"{name}, and counted once", times, counts=("every",), size=size)
 
 
 def _tails(N: int) -> Iterator[Rule]:

@@ -138,8 +138,9 @@ def _empty(N: int, size: int) -> tuple[Array, Array]:
 
 def _kind(layer: str, kind_BT: Array, flow: Flow, x: Array) -> Array:
     """The kinds of a layer's own rows; a pooled head has ordinary ones, for each label."""
-    w_BT = rows_of(layer, np.ones(kind_BT.shape), flow, x)
-    return kind_BT[:, -x.shape[1] :] if w_BT.shape == kind_BT.shape else np.where(w_BT > 0, 0, -1)
+    if layer != "head" or x.shape[1] == kind_BT.shape[1]:
+        return kind_BT[:, -x.shape[1] :]  # patches stand behind the specials
+    return np.where(rows_of(layer, np.ones(kind_BT.shape), flow, x) > 0, 0, -1)
 
 
 def _add(sums: Array, here: Array, x: Array, kind_BT: Array) -> None:

@@ -343,7 +343,9 @@ def _where(fisher: Fisher, at: Positions) -> Iterator[Setting]:
         names.append("everywhere" if drawn else "ignored everywhere")
     for name in names:
         at_pads = padded and name.endswith(("pads", "everywhere"))
-        for pads in SEEING if at_pads else ("blind",):
+        if not at_pads or (drawn and len(names) > 3 and name == "everywhere"):
+            yield Setting(where=name)  # padding on the left sees no text
+        for pads in SEEING if at_pads else ():
             yield Setting(where=name, pads=pads)
     if kinds["eos"].any():
         yield Setting(where="without eos")
@@ -356,7 +358,8 @@ def _classes(fisher: Fisher, at: Positions, vocabulary: int) -> Iterator[Setting
         return
     padded = bool(at.kinds["pads"].any())
     for name in (name for name, index in CLASSES.items() if index >= -vocabulary):
-        yield from (Setting(where=name, pads=p) for p in (SEEING if padded else ("blind",)))
+        for pads in ("blind", *SEEING) if padded else ("blind",):  # blind: it stands on the left
+            yield Setting(where=name, pads=pads)
         for pads in PADS if padded else ("blind",):
             yield Setting(where=name, rows_A="with pads", rows_G="with pads", pads=pads)
 

@@ -100,9 +100,16 @@ def _tokens(at: Positions, n: float | None) -> list[int]:
     inside = np.bincount(at.inputs[at.keep_BT & ~at.kinds["first"]], minlength=len(lost))
     off = abs(lost - float(at.keep_BT.sum() - n))
     off[inside == 0] = np.inf
-    labels = np.bincount(at.label_BT[at.label_BT >= 0])
+    has_BT = at.label_BT >= 0
+    ends_BT = has_BT.copy()  # the last label of a text: where it is none, rows are lost
+    later_BT = reached(at.label_BT, at.real_BT, at.segment_BT)[:, 1:]
+    ends_BT[:, :-1] &= ~(later_BT & (at.segment_BT[:, 1:] == at.segment_BT[:, :-1]))
     out = own
-    for each in (off, np.where(labels > 0, abs(labels - float(at.keep_BT.sum() - n)), np.inf)):
+    for some_BT in (None, has_BT, ends_BT):
+        each = off
+        if some_BT is not None:
+            labels = np.bincount(at.label_BT[some_BT])
+            each = np.where(labels > 0, abs(labels - float(at.keep_BT.sum() - n)), np.inf)
         near = np.argsort(each, kind="stable")[:TOKENS]
         out = [*out, *(int(v) for v in near if each[v] <= len(at.index_B))]
     return list(dict.fromkeys(out))
