@@ -57,7 +57,7 @@ def files(folder: Path, stored: str = "bfloat16", **shape: int) -> tuple[Model, 
 
 @pytest.mark.parametrize("stored", ["bfloat16", "float32"])
 def test_an_edit_takes_its_basis_and_five_matrices(stored: str, tmp_path, monkeypatch) -> None:
-    """W, its projection, W', the difference in both bases; one mask. It was nine with panels."""
+    """W, its projection, W', the difference in both bases; one mask. Eight before."""
     monkeypatch.setattr(bfloat16, "PANEL", 2**10)
     O, I = 700, 300
     model, basis = files(tmp_path, stored, mlp_width=O, width=I, head_width=2)
@@ -71,7 +71,7 @@ def test_an_edit_takes_its_basis_and_five_matrices(stored: str, tmp_path, monkey
 
 
 def test_what_stays_takes_what_is_stored(tmp_path, monkeypatch) -> None:
-    """An embedding in bfloat16: two bytes a number. It was 25, ten times U_G of a 7B."""
+    """An embedding in bfloat16: two bytes a number. It was 25."""
     monkeypatch.setattr(bfloat16, "PANEL", 2**10)
     model, basis = files(tmp_path, vocabulary=200_000, width=16, head_width=8, mlp_width=4)
 
