@@ -57,7 +57,7 @@ def files(folder: Path, stored: str = "bfloat16", **shape: int) -> tuple[Model, 
 
 @pytest.mark.parametrize("stored", ["bfloat16", "float32"])
 def test_an_edit_takes_its_basis_and_five_matrices(stored: str, tmp_path, monkeypatch) -> None:
-    """W, its projection, W', the difference in both bases; one mask. Eight before."""
+    """W, its projection, W', the difference in both bases; one mask."""
     monkeypatch.setattr(bfloat16, "PANEL", 2**10)
     O, I = 700, 300
     model, basis = files(tmp_path, stored, mlp_width=O, width=I, head_width=2)
