@@ -90,7 +90,7 @@ def _edit_layer(model: Model, basis: Bases, layer: str, share: float) -> Step:
 
 def layers_of(who: str, model: Model, basis: Bases) -> list[str]:
     """The model's layers that have a basis, in file order."""
-    order = [name for name in model.config.linear_layers() if name in basis]
+    order = [name for name in model.config.linear_layers() if name in basis.layers]
     if not order:
         raise NameUnknownError(
             f"{who}: the basis has layers {list(basis)[:3]}, the model none of them. "
@@ -117,11 +117,12 @@ def restored(W: Array, exact: Array, edited: Array, basis: Eigenbasis, mask: Arr
     Cost: 2·O·I·(O + I) flops; none where W' was not rounded.
     Proof: tests/test_variants.py::test_what_rounding_restores_is_the_brute_force
     """
-    off = edited.astype(np.float64) - exact
-    if mask.all() or not off.any():
+    C = np.subtract(edited, exact, dtype=np.float64)
+    if mask.all() or not C.any():
         return 0.0
     with one_blas_thread():
-        C = basis.U_G.T @ off @ basis.U_A
+        C = basis.U_G.T @ C  # each product in turn: three matrices, not four
+        C = C @ basis.U_A
     C[mask] = 0
     return record.restored(C, W, exact)
 

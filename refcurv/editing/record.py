@@ -19,7 +19,6 @@ import numpy as np
 
 from refcurv.algebra.scaling import exponent, norm, shifted
 from refcurv.files.digest import Checksums, checksum, checksums, digest, require_same
-from refcurv.files.lazy import Lazy
 from refcurv.files.weights import narrow, save_while_made, widen
 from refcurv.law import tolerance
 from refcurv.law.checks import (
@@ -263,21 +262,20 @@ def done_to(
     sums: dict[str, tuple[str, str]] = {}
     found: list[EditRecord] = []
 
-    def parameter(name: str) -> Array:
+    def made(name: str) -> Array | None:
         while len(rows) <= place.get(name, -1):
             new, row = next(work.steps)
             rows.append(row)
             sums.update({n: checksum(model, n, array) for n, array in new.items()})
             ready.update(new)
-        return ready.pop(name) if name in ready else np.asarray(model.parameters[name])
+        return ready.pop(name, None)
 
     def told() -> tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]]:
         record, edits = _told(work.begun, sums, rows, work.joint)
         found.append(record)
         return made_from(record), edits
 
-    while_made = replace(model, parameters=Lazy(list(model.parameters), parameter))
-    save_while_made(while_made, path, told)
+    save_while_made(model, path, told, made)
     return found[0]
 
 
@@ -400,7 +398,10 @@ def restored(back: Array, W: Array, exact: Array) -> float:
     the rounding of the projection itself.
     """
     k = exponent(W)
-    cut, size, came = (float(norm(shifted(X, -k))) for X in (W - exact, W, back))
+    size, came = (float(norm(shifted(X, -k))) for X in (W, back))
+    left = np.subtract(W, exact, dtype=np.float64)
+    with np.errstate(over="ignore", under="ignore"):
+        cut = float(norm(np.ldexp(left, -k, out=left)))  # `shifted`, in place
     return came / cut if cut > tolerance.eigenpair(max(W.shape)) * size else 0.0
 
 

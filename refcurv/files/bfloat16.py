@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 import numpy as np
 
 from refcurv.law.checks import Array
@@ -10,6 +13,34 @@ EXPONENT = np.uint16(0x7F80)
 """All exponent bits: a bfloat16 with every one of them set is infinite or NaN."""
 
 QUIET_NAN = np.uint16(0x7FC0)
+
+PANEL = 2**18
+"""How many numbers are rounded or looked at together.  Chosen: the copies then stay in the cache,
+and those of an embedding of 100,000 words take no memory."""
+
+
+def panels(array: Array) -> Iterator[slice]:
+    """The rows of an array of one axis or more, about PANEL numbers at a time."""
+    rows = max(1, PANEL // max(1, math.prod(array.shape[1:])))
+    return (slice(first, first + rows) for first in range(0, len(array), rows))
+
+
+def widened(bits: Array, dtype: str) -> Array:
+    """bfloat16 bits → `dtype`, float32 or float64, exactly: `from_bfloat16`, a panel at a time.
+
+    Proof: tests/test_edit_room.py::test_panels_change_no_bit
+    """
+    given = np.atleast_1d(bits)
+    out = np.empty(given.shape, dtype)
+    for rows in panels(given):
+        out[rows] = from_bfloat16(given[rows])
+    return out.reshape(bits.shape)
+
+
+def all_finite(bits: Array) -> bool:
+    """Are all these bfloat16 finite?"""
+    given = np.atleast_1d(bits)
+    return not any(((given[rows] & EXPONENT) == EXPONENT).any() for rows in panels(given))
 
 
 def from_bfloat16(bits: Array) -> Array:
@@ -26,7 +57,18 @@ def to_bfloat16(values: Array) -> Array:
     where the float32 is a tie. The float32 is therefore rounded to odd: it is cut towards zero, and
     its last bit is set if anything was cut off. It then lies on the same side of every tie as the
     value itself. Overflow gives infinity. NaN gives the quiet NaN 0x7FC0.
+
+    Proof: tests/test_weights.py::test_bfloat16_is_the_nearest_with_ties_to_even,
+        tests/test_edit_room.py::test_panels_change_no_bit
     """
+    given = np.atleast_1d(values)
+    out = np.empty(given.shape, np.uint16)
+    for rows in panels(given):
+        out[rows] = _rounded(given[rows])
+    return out.reshape(np.shape(values))
+
+
+def _rounded(values: Array) -> Array:
     with np.errstate(over="ignore", invalid="ignore"):
         single = np.asarray(values, order="C").astype(np.float32)
         bits = single.view(np.uint32)

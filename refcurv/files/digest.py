@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from refcurv.files import store
-from refcurv.files.weights import PARAMETERS, Parameters, narrow
+from refcurv.files.weights import PARAMETERS, narrow, untouched
 from refcurv.law.checks import Array, ConventionError, SchemaError
 from refcurv.model.weights import Model, Overlay
 
@@ -29,13 +29,11 @@ def checksums(model: Model) -> Checksums:
     Cost: one pass over the parameters that are in memory.
     Proof: tests/test_weights.py::test_the_digest_is_of_what_is_stored
     """
-    base, top = model.parameters, changed(model)
-    base = base.base if isinstance(base, Overlay) else base
-    file = base.header.entries if isinstance(base, Parameters) else {}
+    files = untouched(model)
     found: dict[str, tuple[str, str]] = {}
     for name in model.config.parameter_shapes():
-        info = None if name in top else file.get(PARAMETERS + name)
-        if info is not None and info.stored == model.stored.get(name):
+        if name in files:
+            info = files[name].entries[PARAMETERS + name]
             found[name] = (info.stored, info.sha256)
         else:
             found[name] = checksum(model, name, np.asarray(model.parameters[name]))

@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 
 from refcurv.files import store
-from refcurv.files.bfloat16 import from_bfloat16, to_bfloat16
+from refcurv.files.bfloat16 import all_finite, from_bfloat16, to_bfloat16, widened
 from refcurv.files.disk import PathLike, one_line, parse_json
 from refcurv.files.history import past_edits
 from refcurv.files.lazy import Lazy
@@ -29,7 +29,7 @@ from refcurv.law.checks import (
 from refcurv.law.conventions import COMPUTE_DTYPES
 from refcurv.law.words import number_of
 from refcurv.model.config import Image, ModelConfig, RopeScaling
-from refcurv.model.weights import Model
+from refcurv.model.weights import Model, Overlay
 
 STORED: Final = ("float64", "float32", "float16", "bfloat16")
 """The dtypes that a parameter can be stored in."""
@@ -58,6 +58,20 @@ def _read_parameter(header: store.Header, name: str, dtype: str) -> Array:
     require_finite(f"load: {header.path!r}", f"parameter {name!r}", array)
     array.flags.writeable = False
     return array
+
+
+def untouched(model: Model) -> Mapping[str, store.Header]:
+    """The file of each parameter that is still what was loaded, to be stored as it is there.
+
+    Proof: tests/test_weights.py::test_the_digest_is_of_what_is_stored
+    """
+    given = model.parameters
+    base, top = (given.base, given.top) if isinstance(given, Overlay) else (given, {})
+    if not isinstance(base, Parameters):
+        return {}
+    header, stored = base.header, model.stored
+    same = (n for n in base if header.entries[PARAMETERS + n].stored == stored.get(n))
+    return {name: header for name in same if name not in top}
 
 
 def load(path: PathLike, dtype: str = "float64") -> Model:
@@ -123,9 +137,11 @@ def save(model: Model, path: PathLike, made_from: Mapping[str, Any] | None = Non
         NonFiniteError: A parameter holds NaN or infinity, or overflows its stored dtype.
         SchemaError, StorageError: As `store.write`.
 
-    Cost: One parameter in memory at a time (two where loading had rounded).
+    Cost: One parameter in memory at a time (two where loading had rounded). Those of a file that
+        were not changed are neither widened nor rounded.
     Source: PRECISION.
-    Proof:  tests/test_weights.py::test_save_of_loaded_is_identical
+    Proof:  tests/test_weights.py::test_save_of_loaded_is_identical,
+        tests/test_edit_room.py::test_what_stays_takes_what_is_stored
     """
     save_while_made(model, path, lambda: (made_from or {}, model.edits))
 
@@ -134,9 +150,11 @@ def save_while_made(
     model: Model,
     path: PathLike,
     told: Callable[[], tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]]],
+    made: Callable[[str], Array | None] = lambda _: None,
 ) -> None:
-    """`save` of a model whose parameters are made while they are written, in file order.
+    """`save` of a model some of whose parameters are made while they are written, in file order.
 
+    `made` is called with each name: what takes that parameter's place, or None where it stays.
     `told` is called behind the last one; it says what the file was made from, and its edits.
     """
     shapes = model.config.parameter_shapes()
@@ -152,7 +170,17 @@ def save_while_made(
         past = {"edits": [dict(edit) for edit in edits]} if edits else {}
         return {**origin, "dtype": model.dtype, **made_from, **past}
 
-    entries = (_entry(model, header, name, shape) for name, shape in shapes.items())
+    files = untouched(model)
+
+    def entry(name: str, shape: tuple[int, ...]) -> store.Entry:
+        array = made(name)
+        if array is None and header is not None and files.get(name) is header:
+            if model.dtype == "float64" or model.stored[name] != "float64":  # read as it is
+                return _kept(header, name, shape)
+        array = np.asarray(model.parameters[name]) if array is None else array
+        return _entry(model, header, name, array, shape)
+
+    entries = (entry(name, shape) for name, shape in shapes.items())
     write(path, model.config, entries, said)
 
 
@@ -183,8 +211,10 @@ def parameter_entry(name: str, raw: Array, stored: str, checkpoint_name: str = "
 
 def widen(raw: Array, stored: str, dtype: str) -> Array:
     """Stored numbers or bfloat16 bits → `dtype`; exact but for float64 → float32."""
+    if stored == "bfloat16":
+        return widened(raw, dtype)
     with np.errstate(over="ignore"):
-        return (from_bfloat16(raw) if stored == "bfloat16" else raw).astype(dtype, copy=False)
+        return raw.astype(dtype, copy=False)
 
 
 def narrow(array: Array, stored: str) -> Array:
@@ -209,18 +239,41 @@ def _holds(header: store.Header, name: str, array: Array) -> bool:
     return np.array_equal(widen(raw, stored, "float64"), array) and store.holds(header, name, raw)
 
 
+def _kept(header: store.Header, name: str, shape: tuple[int, ...]) -> store.Entry:
+    """What `_entry` makes of a parameter that was loaded without rounding: the file's own entry."""
+    info, raw = header.entries[PARAMETERS + name], store.read(header, PARAMETERS + name)
+    _require_shape(name, raw, shape)
+    _require_finite(f"load: {header.path!r}", f"parameter {name!r}", raw, info.stored)
+    return parameter_entry(name, raw, info.stored, _checkpoint_name(info))
+
+
+def _checkpoint_name(info: store.Info | None) -> str:
+    return str(info.attributes.get("checkpoint_name", "")) if info is not None else ""
+
+
+def _require_shape(name: str, array: Array, shape: tuple[int, ...]) -> None:
+    if array.shape != shape:
+        raise ShapeError(f"save: {name} must be {shape}; got {array.shape}.")
+
+
+def _require_finite(who: str, what: str, raw: Array, stored: str, hint: str = "") -> None:
+    """`require_finite` of numbers as they are stored."""
+    if stored != "bfloat16":
+        require_finite(who, what, raw, hint)
+    elif not all_finite(raw):
+        require_finite(who, what, from_bfloat16(raw), hint)
+
+
 def _entry(
-    model: Model, header: store.Header | None, name: str, shape: tuple[int, ...]
+    model: Model, header: store.Header | None, name: str, array: Array, shape: tuple[int, ...]
 ) -> store.Entry:
-    array = np.asarray(model.parameters[name])
     stored = model.stored.get(name, array.dtype.name)
     if array.dtype.name not in STORED or stored not in STORED:
         raise DTypeError(
             f"save: {name} is {array.dtype}, to be stored as {stored}; known are "
             f"{', '.join(STORED)}."
         )
-    if array.shape != shape:
-        raise ShapeError(f"save: {name} must be {shape}; got {array.shape}.")
+    _require_shape(name, array, shape)
     require_finite("save", f"parameter {name!r}", array)
     raw = narrow(array, stored)
     info = header.entries.get(PARAMETERS + name) if header is not None else None
@@ -233,11 +286,8 @@ def _entry(
             and widen(source, stored, model.dtype).tobytes() == array.tobytes()
         ):
             raw = source
-    require_finite(
-        "save", f"{name} in {stored}", widen(raw, stored, "float64"), "Too large for it?"
-    )
-    checkpoint_name = str(info.attributes.get("checkpoint_name", "")) if info is not None else ""
-    return parameter_entry(name, raw, stored, checkpoint_name)
+    _require_finite("save", f"{name} in {stored}", raw, stored, "Too large for it?")
+    return parameter_entry(name, raw, stored, _checkpoint_name(info))
 
 
 def _config(header: store.Header) -> ModelConfig:
