@@ -18,6 +18,7 @@ from strategies import config, random_parameters
 
 import refcurv as rc
 from refcurv.cli import main
+from refcurv.editing import kfac
 from refcurv.editing.variants import one_sided, random_pairs
 from refcurv.evaluation import decode
 from refcurv.evaluation.held import Holding, kept_bytes
@@ -29,6 +30,7 @@ from refcurv.law.checks import (
     ConventionError,
     EmptyError,
     NameUnknownError,
+    NonFiniteError,
     RangeError,
     SchemaError,
     StorageError,
@@ -391,6 +393,85 @@ def test_what_is_matched_is_the_cost_of_a_match(model, corpus, found: rc.Sweep) 
     for name in ("text_dev", "quotes_dev"):
         want = text_perplexity(model, corpus.populations[name])
         assert _cost(found.baseline["dev"][name]) == pytest.approx(want, rel=1e-12)
+    for nats in (None, 720.0):  # exp of 720 is beyond float64
+        assert _cost({"kind": "recite", "values": {"nats": nats}}) == math.inf
+
+
+def blow_up(model: rc.Model, scale: float) -> rc.Model:
+    """A model whose logits are this many times as large: its perplexity is infinite, or NaN."""
+    return model.with_parameters({"head.weight": scale * model.parameters["head.weight"]})
+
+
+@pytest.mark.parametrize("match", ["perplexity", "forgetting"])
+@pytest.mark.parametrize("scale", [1e5, math.nan])
+def test_an_edit_that_costs_all_is_a_result(
+    model, corpus, basis, match: str, scale: float, tmp_path: Path
+) -> None:
+    """Infinite, or no number: a line says so, and the sweep goes on, again from its lines too."""
+    real = kfac.edit
+
+    def edit(of: rc.Model, by: rc.Bases, rho, **more: object):
+        made, record = real(of, by, rho, **more)
+        bad = min(rho.values()) == 0.5 if isinstance(rho, dict) else False
+        return (blow_up(made, scale) if bad else made), record
+
+    what = {"layers": [HIGH], "rho": [0.5, 0.8], "methods": ["svd"], "match": match}
+    with patch("refcurv.sweeps.methods.edit", edit):
+        out = rc.sweep(model, corpus, **what, basis=basis, lines=tmp_path / "s.jsonl")
+        assert rc.sweep(model, corpus, **what, basis=basis, lines=tmp_path / "s.jsonl") == out
+    bad, none, *rest = out.edits
+    assert (bad.method, bad.verdict, bad.rho) == ("kfac", "given", 0.5)
+    text = bad.populations["test"]["text_test"]
+    assert text["values"] == {"perplexity": None} and ("fault" in text) == math.isnan(scale)
+    assert (none.verdict, none.removed, none.kept) == ("no target", None, None)
+    assert set(none.populations["test"]) == set(out.baseline["test"])
+    assert not none.front and not bad.front
+    want = rc.sweep(model, corpus, **{**what, "rho": [0.8]}, basis=basis)
+    assert [replace(x, front=None) for x in rest] == [replace(x, front=None) for x in want.edits]
+    written = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
+    assert sum(row.get("verdict") == "no target" for row in written) == 1
+    shown = format_sweep(json.loads(json.dumps(out.to_json())))
+    assert "no target" in shown and "not measured" in shown
+    assert ("∞" in shown) != math.isnan(scale)
+    assert sweep_front(out.to_json()).axes
+
+
+def test_a_trial_that_is_no_number_costs_more_than_any(model, corpus, basis) -> None:
+    """A method may spoil all at a strength that is only tried."""
+    real = text_perplexity
+
+    def spoiled(of: rc.Model, population: rc.Population) -> float:
+        weight = of.parameters["blocks.2.mlp.up.weight"]
+        if np.linalg.norm(weight) < 0.5 * np.linalg.norm(
+            model.parameters["blocks.2.mlp.up.weight"]
+        ):
+            raise NonFiniteError("evaluate: a logit is NaN")
+        return real(of, population)
+
+    with patch("refcurv.sweeps.sweep.text_perplexity", spoiled):
+        out = rc.sweep(model, corpus, [HIGH], [0.8], ["svd"], basis=basis)
+    assert out.edits[1].verdict in ("matched", "overshoots", "falls short")
+
+
+def test_weights_without_a_direction_are_refused_before_the_work(
+    model, corpus, basis, tmp_path: Path
+) -> None:
+    """By SVD; K-FAC and its controls make nothing of zeros."""
+    name = "blocks.2.mlp.up.weight"
+    flat = model.with_parameters({name: 0 * model.parameters[name]})
+    own = replace(basis, weights=None)
+    what = {"layers": [LOW, HIGH], "rho": [0.8], "lines": tmp_path / "s.jsonl", "basis": own}
+    with pytest.raises(EmptyError, match=r"up.weight is all zeros.*svd out of the methods"):
+        rc.sweep(flat, corpus, **what)
+    bad = model.with_parameters({name: np.nan * model.parameters[name]})
+    with pytest.raises(NonFiniteError, match=name):
+        rc.sweep(bad, corpus, **what)
+    noise = {n: replace(x, rounding=float(x.lam.sum())) if n in name else x for n, x in own.items()}
+    with pytest.raises(EmptyError, match="noise"):
+        rc.sweep(model, corpus, **{**what, "basis": replace(own, layers=noise, source={})})
+    assert not list(tmp_path.iterdir())
+    few = {**what, "layers": ["blocks.2.mlp.up"]}
+    assert rc.sweep(flat, corpus, **few, methods=["random-pairs"], match="rho").edits
 
 
 def test_at_equal_rho_a_control_has_the_seed_and_as_many_pairs(model, corpus, basis) -> None:

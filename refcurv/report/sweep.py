@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from refcurv.evaluation.intervals import paired
-from refcurv.report.cells import Json, decimal, number, percent, plain, population_name, relative
+from refcurv.law.words import number_of
+from refcurv.report.cells import (
+    MISSING,
+    Json,
+    decimal,
+    number,
+    percent,
+    plain,
+    population_name,
+    relative,
+)
 from refcurv.report.table import MEASURES, SHARES, Table, method_name
 from refcurv.report.text import format_rows, printable, shorten
 
@@ -81,6 +91,8 @@ def _heads(names: list[str], split: str) -> list[str]:
 
 
 def _p(one: Json, other: Json) -> str:
+    if one["right"] is None or other["right"] is None:
+        return MISSING
     flags = ([letter == "1" for letter in x["right"]] for x in (one, other))
     return f"{paired(*flags):.2g}"
 
@@ -91,7 +103,7 @@ def _name(one: Json) -> str:
 
 def _removed(one: Json) -> str:
     """As many digits as it takes."""
-    return f"{100 * number(one['removed']):.3g} %"
+    return MISSING if one["removed"] is None else f"{100 * number(one['removed']):.3g} %"
 
 
 def _verdict(one: Json) -> str:
@@ -105,6 +117,8 @@ def _value(one: Json, base: Json | None) -> str:
     value = one["values"][measure]
     if measure in SHARES:
         return percent(value)
+    if value is None and "fault" not in one:
+        return "∞"
     rise = "" if base is None else f" {percent(relative(base['values'][measure], value), sign='+')}"
     return decimal(value, 2) + rise
 
@@ -119,3 +133,18 @@ def _notes(found: Json) -> Iterator[str]:
         yield "every method has the same ρ, whatever it costs"
     if any(one["front"] for one in found["edits"]):
         yield "* on the front of dev: no other K-FAC edit has a lower perplexity and recites less"
+    yield from _faults(found["edits"])
+
+
+def _faults(edits: list[Json]) -> Iterator[str]:
+    """Why cells are empty, each reason once."""
+    seen: dict[str, list[str]] = {}
+    for one in edits:
+        left = [(name, x) for some in one["populations"].values() for name, x in some.items()]
+        for name, x in left:
+            if "fault" in x:
+                where = f"{_name(one)} at ρ {plain(one['rho'])} of {one['layers']}, {name}"
+                seen.setdefault(printable(str(x["fault"])), []).append(printable(where))
+    for fault, cells in seen.items():
+        more = f" and {number_of(len(cells) - 1, 'cell')} more" if cells[1:] else ""
+        yield f"{MISSING} not measured: {cells[0]}{more}: {fault}"
