@@ -42,6 +42,7 @@ from refcurv.passes.forward import Reading
 from refcurv.passes.held import Held
 from refcurv.report.plots import sweep_front
 from refcurv.report.sweep import format_sweep
+from refcurv.report.text import display_width
 from refcurv.sweeps import lines as sweep_lines
 from refcurv.sweeps.methods import METHODS, methods
 from refcurv.sweeps.outcomes import Outcome, marked
@@ -818,11 +819,17 @@ def test_a_table_is_no_wider_than_a_terminal(found: rc.Sweep) -> None:
         for n in range(9):
             left[f"a_population_of_a_long_name_{n}"] = left["text_test" if n % 2 else "sums_test"]
     text = format_sweep(wide)
-    assert max(map(len, text.splitlines())) <= 100
+    assert max(map(display_width, text.splitlines())) <= 80
     for name in found.edits[0].populations["test"]:
         assert name.removesuffix("_test") in text
     kfac = found.edits[0].populations["test"]["text_test"]["values"]["perplexity"]
     assert text.count(f"{kfac:.2f} ") == 1 + 4
+    for kind in ("quotes", "text"):  # as often as there are populations of these values
+        low, high = found.edits[0].populations["test"][f"{kind}_test"]["interval"]
+        one = f"{low:.2f}–{high:.2f}" if kind == "text" else f"{100 * low:.1f}–{100 * high:.1f}"
+        assert one in text
+    assert text.count("n 9, 95 %") == 2 * (4 + 9)  # of each pattern
+    assert "n: items; 95 %: the interval" in text
     assert text.count("p of no difference") == 2 * 2  # 7 populations with items right or wrong
 
 
@@ -847,5 +854,14 @@ def test_the_front_is_the_points(found: rc.Sweep) -> None:
         for left in [found.baseline["test"], *(one.populations["test"] for one in found.edits)]
     }
     assert drawn == want
+    bars = [one for one in figure.axes[0].containers if one.get_label() == "_interval"]
+    lefts = [one.populations["test"] for one in found.edits]
+    sure = [left[name]["interval"] for left in lefts for name in ("text_test", "quotes_test")]
+    ends = {x for one in bars for c in one[2] for part in c.get_segments() for x in part.ravel()}
+    assert len(bars) == len(sure) and all(
+        any(x == pytest.approx(end) for x in ends) for one in sure for end in one
+    )
+    assert "(n 9)" in figure.axes[0].get_xlabel() and "95 %" in figure.axes[0].get_xlabel()
+    assert "(n 9)" in figure.axes[0].get_ylabel()
     stars = [one for one in lines if one.get_label() == "_front"]
     assert len(stars) == sum(bool(one.front) and one.method == "kfac" for one in found.edits)

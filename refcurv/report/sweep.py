@@ -15,12 +15,19 @@ from refcurv.report.cells import (
     plain,
     population_name,
     relative,
+    whole,
 )
-from refcurv.report.table import MEASURES, SHARES, Table, method_name
-from refcurv.report.text import format_rows, printable, shorten
+from refcurv.report.table import MEASURES, SHARES, Table, interval_text, method_name
+from refcurv.report.text import GAP, display_width, filled, format_rows, printable, shorten
 
 COLUMNS = 4
-"""Populations side by side: chosen for a terminal of 100 columns."""
+"""Populations side by side in a table of p."""
+
+NARROW = 80
+"""Columns of a terminal that no line exceeds."""
+
+Column = tuple[str, ...]
+"""A heading and its cells."""
 
 
 def format_sweep(found: Json) -> str:
@@ -31,9 +38,10 @@ def format_sweep(found: Json) -> str:
 
     Proof: tests/test_sweep.py::test_the_command_line
     """
-    texts = [f"{one.title}\n{format_rows(one.headers, one.rows, one.align)}"
+    texts = [f"{filled(one.title, NARROW)}\n"
+             f"{format_rows(one.headers, one.rows, one.align, NARROW)}"
              for one in sweep_tables(found)]  # fmt: skip
-    return "\n\n".join([*texts, "\n".join(_notes(found))])
+    return "\n\n".join([*texts, "\n".join(filled(note, NARROW) for note in _notes(found))])
 
 
 def sweep_tables(found: Json) -> list[Table]:
@@ -47,7 +55,7 @@ def sweep_tables(found: Json) -> list[Table]:
     tables = []
     for pattern in patterns:
         edits = [one for one in found["edits"] if one["layers"] == pattern]
-        tables += [_left(split, known, edits, pattern, some) for some in _chunks(list(known))]
+        tables += _left(split, known, edits, pattern)
         judged = [name for name, one in known.items() if one["right"] is not None]
         tables += [_paired(split, edits, some) for some in _chunks(judged)]
     return [table for table in tables if table.rows]
@@ -58,19 +66,48 @@ def _chunks(names: list[str]) -> list[list[str]]:
     return [names[begin : begin + COLUMNS] for begin in range(0, len(names), COLUMNS)]
 
 
-def _left(split: str, base: Json, edits: list[Json], pattern: str, names: list[str]) -> Table:
-    """A row for each edit of one pattern, and one of the unedited model."""
-    rows = [("unedited", "", "", "", *(_value(base[name], None) for name in names), "")]
-    for one in edits:
-        own = one["populations"][split]
-        star = "*" if one["front"] and one["method"] == "kfac" else ""
-        rows.append(
-            (f"{_name(one)}{star}", plain(one["rho"]), _removed(one), percent(one["kept"]),
-             *(_value(own[name], base[name]) for name in names), _verdict(one))
-        )  # fmt: skip
-    headers = ("", "ρ", "removed", "kept", *_heads(names, split), "")
-    title = f"{printable(pattern)}, split {split}"
-    return Table(title, headers, tuple(rows), "lrrr" + "r" * len(names) + "l")
+def _left(split: str, base: Json, edits: list[Json], pattern: str) -> list[Table]:
+    """A row for each edit of one pattern, and one of the unedited model.
+
+    As many populations as have room stand side by side, the others in tables of their own.
+    """
+    found = [base, *(one["populations"][split] for one in edits)]
+    stars = ["*" if one["front"] and one["method"] == "kfac" else "" for one in edits]
+    names = ("", "unedited", *(f"{_name(one)}{x}" for one, x in zip(edits, stars, strict=True)))
+    who = [names, ("ρ", "", *(plain(one["rho"]) for one in edits))]
+    how: list[Column] = [
+        ("removed", "", *map(_removed, edits)),
+        ("kept", "", *(percent(one["kept"]) for one in edits)),
+    ]
+    verdicts = ("", "", *map(_verdict, edits))
+    how += [verdicts] if any(verdicts) else []
+    title, tables = f"{printable(pattern)}, split {split}", []
+    shown = [_population(name, split, found) for name in base]
+    while shown or how:
+        columns = [*who, *how]
+        fixed = len(columns)
+        while shown and (len(columns) == 2 or _width([*columns, *shown[0]]) <= NARROW):
+            columns += shown.pop(0)
+        align = "lr" + "".join("l" if x is verdicts else "r" for x in columns[2:fixed])
+        align += "r" * (len(columns) - fixed)
+        headers, *rows = zip(*columns, strict=True)
+        tables.append(Table(title, headers, tuple(rows), align))
+        title, how = f"{printable(pattern)}, more populations", []
+    return tables
+
+
+def _population(name: str, split: str, found: list[Json]) -> list[Column]:
+    """A population's values, the unedited model's first, and intervals where they are known."""
+    base, heading = found[0][name], _heads([name], split)[0]
+    values = (heading, *(_value(one[name], base if k else None) for k, one in enumerate(found)))
+    known = [interval_text(str(base["kind"]), one[name].get("interval")) for one in found]
+    n = f"n {whole(base.get('items'))}"
+    return [values, (f"{n}, 95 %", *known)] if any(known) else [(f"{heading}, {n}", *values[1:])]
+
+
+def _width(columns: list[Column]) -> int:
+    """Of a table of these columns."""
+    return sum(max(map(display_width, column)) + len(GAP) for column in columns) - len(GAP)
 
 
 def _paired(split: str, edits: list[Json], names: list[str]) -> Table:
@@ -125,6 +162,7 @@ def _value(one: Json, base: Json | None) -> str:
 
 def _notes(found: Json) -> Iterator[str]:
     """What the rows are."""
+    yield "n: items; 95 %: the interval by the choice of items"
     yield "removed: of the curvature mass; SVD, of Σσ²; random pairs, of the pairs"
     if found["on"]:
         of = "perplexity" if found["match"] == "perplexity" else "nats a token"
