@@ -595,7 +595,7 @@ def test_n_and_intervals_are_shown_where_they_are_known(results: dict[str, Any])
         one["intervals"] = {"quotes_test": [0.01, 0.95], "language_test": [20.0, 30.0]}
     results["controls"]["unedited"]["items"] = {"quotes_test": 48, "language_test": 256}
     assert "2.0 % to 16.5 %" in printed.format_results(results)
-    text = page.page(results)
+    text = page.page(results).replace("\u00a0", " ")
     assert "n 48, 95 % interval 2.0–16.5" in text
     assert "n 256, 95 % interval 25.10–28.00" in text and "2.0 % to 16.5 %" in text
     (ax,) = plots.front(results).axes
