@@ -579,6 +579,14 @@ def test_an_interval_is_in_the_unit_of_its_value() -> None:
     assert table.interval_text("answer", None) == table.interval_text("text", [None, None]) == ""
 
 
+def test_settings_that_are_not_known_are_left_out() -> None:
+    given = {"rho": 0.6, "layers": "**", "dtype": "float32"}
+    assert printed.settings_line(given) == "ρ 0.6 on **; float32"
+    made = printed.settings_line({**given, "fisher": "sampled", "seed": 0})
+    assert made == "ρ 0.6 on **; Fisher sampled, seed 0, float32"
+    assert printed.settings_line({"rho": 0.6, "layers": "**"}) == "ρ 0.6 on **"
+
+
 def test_lines_are_broken_at_the_ends_of_words() -> None:
     text = "one two three four five\n" + "x" * 30 + " six-seven"
     assert filled(text, 13) == "one two three\n  four five\n" + "x" * 30 + "\n  six-seven"

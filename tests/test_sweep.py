@@ -705,6 +705,19 @@ def test_a_full_disk_leaves_the_results_whole(model, corpus, basis, tmp_path: Pa
     assert rc.sweep(model, corpus, **what, lines=out) == rc.sweep(model, corpus, **what)
 
 
+def test_lines_say_whose_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    sweep_lines.Lines(path, {"seed": 0}).once("trial", {}, dict)
+    for damage, error in (("", ConventionError), ("no JSON\n", SchemaError)):
+        path.write_text(damage + path.read_text())
+        for who in ("sweep", "controls"):
+            with pytest.raises(error, match=f"^{who}: "):
+                sweep_lines.Lines(path, {"seed": 1}, who=who)
+    with patch.object(Path, "read_bytes", side_effect=OSError(5, "Input/output error")):
+        with pytest.raises(StorageError, match=r"^controls: "):
+            sweep_lines.Lines(path, {"seed": 0}, who="controls")
+
+
 # ------------------------------------------------------------------ the command
 
 

@@ -112,7 +112,7 @@ def _controls(
         raise EmptyError("controls: rho is 1 for every layer, so nothing was cut to compare with.")
     rho = {row.layer: row.rho for row in setting.record.layers}
     known = methods(SPREAD, setting.basis, rho, setting.seed, "controls")
-    lines = Lines(setting.file, _facts(setting, rho), fresh=True)
+    lines = Lines(setting.file, _facts(setting, rho), fresh=True, who="controls")
     progress(0, 2 * len(known))
     doing(progress, f"K-FAC on {dev_name}")
     begin = time.monotonic()

@@ -57,13 +57,15 @@ def format_results(results: Json) -> str:
 
 
 def settings_line(settings: Json) -> str:
-    """ρ, layers, Fisher, seed and dtype on one line."""
+    """ρ, layers, and as far as they are known Fisher, seed and dtype, on one line.
+
+    Proof: tests/test_report.py::test_settings_that_are_not_known_are_left_out
+    """
     rho = settings.get("rho")
     where = "" if isinstance(rho, Mapping) else f" on {settings.get('layers', MISSING)}"
-    return (
-        f"ρ {rho_text(rho)}{where}; Fisher {settings.get('fisher', MISSING)}, "
-        f"seed {settings.get('seed', MISSING)}, {settings.get('dtype', MISSING)}"
-    )
+    words = {"fisher": "Fisher ", "seed": "seed ", "dtype": ""}
+    known = (f"{word}{settings[key]}" for key, word in words.items() if key in settings)
+    return "; ".join(filter(None, (f"ρ {rho_text(rho)}{where}", ", ".join(known))))
 
 
 def format_evaluation(evaluation: Json) -> str:
