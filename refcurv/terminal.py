@@ -6,6 +6,7 @@ import io
 import os
 import signal
 import sys
+import textwrap
 import threading
 import time
 import warnings
@@ -20,6 +21,9 @@ from refcurv.progress import span
 
 _MOST = 1_000
 """Letters of one line: a name out of a stranger's file may be of any length."""
+
+_COLUMNS = 80
+"""Of a line on a terminal."""
 
 _FLOATS = "(overflow|underflow|invalid value|divide by zero) encountered in"
 """What NumPy says of floats. Whoever reads a number that is not finite says so in one line."""
@@ -98,7 +102,8 @@ def say(message: str) -> None:
     try:
         for bar in list(_bars):
             bar.clear()
-        print(f"refcurv: {_line(message)}", file=sys.stderr, flush=True)
+        line = f"refcurv: {_line(message)}"
+        print(_wrapped(line) if sys.stderr.isatty() else line, file=sys.stderr, flush=True)
     except OSError:  # nobody reads it, or there is no room
         _drop(sys.stderr)
 
@@ -305,6 +310,16 @@ def _line(message: str) -> str:
         return text
     left = len(text) - _MOST
     return f"{text[: _MOST * 3 // 4]} … ({left:,} letters more) … {text[-_MOST // 4 :]}"
+
+
+def _wrapped(line: str) -> str:
+    """For eyes: broken at the ends of words. A log has it on one line, for programs.
+
+    Proof: tests/test_cli.py::test_a_message_is_broken_at_the_ends_of_words_on_a_terminal
+    """
+    return textwrap.fill(
+        line, _COLUMNS, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _flush() -> None:

@@ -634,6 +634,17 @@ def test_progress_says_what_is_being_done(capsys, monkeypatch) -> None:
     doing(lambda done, total: None, "who does not show it")
 
 
+def test_a_message_is_broken_at_the_ends_of_words_on_a_terminal(capsys, monkeypatch) -> None:
+    message = f"sweep: {'some words of it ' * 12}/a/long-path/{'x' * 90}"
+    terminal.say(message)
+    assert capsys.readouterr().err == f"refcurv: {message}\n"  # in a log one line
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    terminal.say(message)
+    lines = capsys.readouterr().err.splitlines()
+    assert " ".join(line.strip() for line in lines) == f"refcurv: {message}"
+    assert [len(line) <= 80 for line in lines] == [True] * (len(lines) - 1) + [False]
+
+
 def test_a_message_has_a_line_of_its_own(capsys, monkeypatch) -> None:
     """Whatever bar stands there, also when the command ends; and what took no time has no rate."""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)

@@ -33,7 +33,7 @@ from refcurv.report.table import (
     past_table,
     tables,
 )
-from refcurv.report.text import WIDTH, format_rows, printable, shorten
+from refcurv.report.text import WIDTH, filled, format_rows, printable, shorten
 
 
 def format_results(results: Json) -> str:
@@ -52,7 +52,7 @@ def format_results(results: Json) -> str:
     head = [shorten(printable(str(results.get("title") or "refcurv")), WIDTH)]
     settings = results.get("settings") or {}
     if settings:
-        head.append(shorten(printable(settings_line(settings)), WIDTH))
+        head.append(filled(shorten(printable(settings_line(settings)), WIDTH)))
     return "\n\n".join(["\n".join(head), *map(_titled, tables(results))])
 
 
@@ -89,7 +89,7 @@ def format_corpus(counts: Json) -> str:
 
     Proof:  tests/test_texts.py::test_the_command
     """
-    return "\n".join(_corpus_lines(counts))
+    return filled("\n".join(_corpus_lines(counts)))
 
 
 def _corpus_lines(counts: Json) -> Iterator[str]:
@@ -157,7 +157,7 @@ def format_kept(found: Sequence[Json]) -> str:
         lines.append(
             f"few rows: of {layers} the share may be an artefact, see refcurv collect --help"
         )
-    return "\n".join(lines)
+    return "\n".join([lines[0], *map(filled, lines[1:])])
 
 
 def format_forecast(found: Forecast) -> str:

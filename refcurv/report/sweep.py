@@ -18,13 +18,10 @@ from refcurv.report.cells import (
     whole,
 )
 from refcurv.report.table import MEASURES, SHARES, Table, interval_text, method_name
-from refcurv.report.text import GAP, display_width, filled, format_rows, printable, shorten
+from refcurv.report.text import GAP, NARROW, display_width, filled, format_rows, printable, shorten
 
 COLUMNS = 4
 """Populations side by side in a table of p."""
-
-NARROW = 80
-"""Columns of a terminal that no line exceeds."""
 
 Column = tuple[str, ...]
 """A heading and its cells."""

@@ -10,6 +10,11 @@ from collections.abc import Iterable, Sequence
 from refcurv.report.cells import MISSING
 
 WIDTH = 100
+"""Columns of a table."""
+
+NARROW = 80
+"""Columns of a sentence: those of the narrowest usual terminal."""
+
 GAP = "  "
 
 
@@ -60,7 +65,7 @@ def _cell(value: object) -> str:
     return printable(str(value))
 
 
-def filled(text: str, width: int = WIDTH) -> str:
+def filled(text: str, width: int = NARROW) -> str:
     """Lines that are broken at the ends of words, so that none is wider; a long word stays whole.
 
     Proof: tests/test_report.py::test_lines_are_broken_at_the_ends_of_words
