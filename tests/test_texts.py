@@ -609,7 +609,7 @@ def test_hostile_tokenizers(at: Path, name: str, capsys: Any) -> None:
 OPTIONS: dict[str, tuple[list[str], str]] = {
     "nothing": ([], "neither texts nor populations"),
     "no tokenizer": (["a.txt"], "--tokenizer: a tokenizer.json, its folder, or a GGUF file"),
-    "weights as tokenizer": (["a.txt", "--tokenizer", "c.h5"], "c.h5' is an HDF5 file, which has no"),
+    "weights as tokenizer": (["a.txt", "--tokenizer", "c.h5"], "c.h5' is an HDF5 file, which has"),
     "missing tokenizer": (["a.txt", "--tokenizer", "x.json"], "x.json"),
     "eos without tokenizer": (["a.npy", "--eos", "a"], "give the tokenizer"),
     "unknown eos": (["a.txt", "--tokenizer", "t.json", "--eos", "<end>"], "no token '<end>'"),
