@@ -110,6 +110,7 @@ def _of_folder(args: argparse.Namespace) -> dict[str, Path]:
 
 
 def _fail(message: str, status: int) -> int:
+    terminal.end_bars()
     terminal.say(message)
     return status
 

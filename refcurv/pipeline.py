@@ -18,6 +18,7 @@ from refcurv.curvature import room
 from refcurv.curvature.bases import Bases
 from refcurv.curvature.bases_file import kept_by
 from refcurv.curvature.made_from import require_made_from
+from refcurv.curvature.settling import warning_of
 from refcurv.editing.record import require_exact, shares
 from refcurv.evaluation.bands import Bands, Quantity, bands
 from refcurv.evaluation.suite import (
@@ -132,6 +133,8 @@ def run(
     folder = prepare(folder, reads)
     this = _Run(job, given, model, corpus, cut, judged, folder, stage, told, {}, {})
     basis = _basis(this)
+    if warning := warning_of(one for one in kept_by(basis) if one.layer in cut):
+        told(f"warning: {warning}")
     with this.timed("edit"):
         edited, record = rc.edit(model, basis, job.rho)
         rc.save(edited, folder / EDITED, {"edit": record.to_json()})

@@ -6,6 +6,7 @@ import io
 import os
 import signal
 import sys
+import textwrap
 import threading
 import time
 import warnings
@@ -20,6 +21,9 @@ from refcurv.progress import span
 
 _MOST = 1_000
 """Letters of one line: a name out of a stranger's file may be of any length."""
+
+_COLUMNS = 80
+"""Of a line on a terminal."""
 
 _FLOATS = "(overflow|underflow|invalid value|divide by zero) encountered in"
 """What NumPy says of floats. Whoever reads a number that is not finite says so in one line."""
@@ -89,11 +93,17 @@ class _Patient(io.TextIOBase):
 
 
 def say(message: str) -> None:
-    """One line on stderr."""
+    """One line on stderr, in the place of a bar that stands there.
+
+    Proof: tests/test_cli.py::test_a_message_has_a_line_of_its_own
+    """
     if sys.stderr is None:
         return
     try:
-        print(f"refcurv: {_line(message)}", file=sys.stderr, flush=True)
+        for bar in list(_bars):
+            bar.clear()
+        line = f"refcurv: {_line(message)}"
+        print(_wrapped(line) if sys.stderr.isatty() else line, file=sys.stderr, flush=True)
     except OSError:  # nobody reads it, or there is no room
         _drop(sys.stderr)
 
@@ -222,6 +232,25 @@ def _remind(of: weakref.ref[_Log], over: threading.Event) -> None:
         del log
 
 
+def end_bars() -> None:
+    """What is not done will not be: its bar stays as it is, on a line of its own.
+
+    Proof: tests/test_cli.py::test_a_message_has_a_line_of_its_own
+    """
+    for bar in list(_bars):
+        with suppress(OSError):
+            bar.close()
+
+
+_bars: weakref.WeakSet[_Bar] = weakref.WeakSet()
+"""Those that are not done."""
+
+_NO_RATE = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+
+_SOON = 0.1
+"""Seconds that a rate needs; what took none has none."""
+
+
 class _Bar:
     """A bar, and what is being done."""
 
@@ -237,18 +266,29 @@ class _Bar:
         bar.update(done - bar.n)
         if done >= total:
             bar.set_postfix_str("")
-            bar.close()
+            self.close()
 
     def doing(self, what: str) -> None:
         """What is being done."""
         _raise_lost()
         self._shown().set_postfix_str(what)
 
+    def clear(self) -> None:
+        """Leave the line to something else; the next update draws the bar again."""
+        self._bar.clear()
+
+    def close(self) -> None:
+        """Draw it a last time."""
+        self._bar.close()
+        _bars.discard(self)
+
     def _shown(self) -> Any:
         from tqdm import tqdm
 
         if self._bar is None:
-            self._bar = tqdm(desc=f"{self._label:>10}", file=sys.stderr)
+            self._bar = tqdm(desc=f"{self._label:>10}", file=sys.stderr, bar_format=_NO_RATE)
+            _bars.add(self)
+        self._bar.bar_format = None if self._bar.format_dict["elapsed"] >= _SOON else _NO_RATE
         return self._bar
 
 
@@ -270,6 +310,16 @@ def _line(message: str) -> str:
         return text
     left = len(text) - _MOST
     return f"{text[: _MOST * 3 // 4]} … ({left:,} letters more) … {text[-_MOST // 4 :]}"
+
+
+def _wrapped(line: str) -> str:
+    """For eyes: broken at the ends of words. A log has it on one line, for programs.
+
+    Proof: tests/test_cli.py::test_a_message_is_broken_at_the_ends_of_words_on_a_terminal
+    """
+    return textwrap.fill(
+        line, _COLUMNS, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _flush() -> None:

@@ -13,6 +13,7 @@ import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import h5py
 import numpy as np
@@ -631,6 +632,38 @@ def test_progress_says_what_is_being_done(capsys, monkeypatch) -> None:
     update(5, 5)
     assert "1/5" in (err := capsys.readouterr().err) and "compare blocks.1.mlp.up" in err
     doing(lambda done, total: None, "who does not show it")
+
+
+def test_a_message_is_broken_at_the_ends_of_words_on_a_terminal(capsys, monkeypatch) -> None:
+    message = f"sweep: {'some words of it ' * 12}/a/long-path/{'x' * 90}"
+    terminal.say(message)
+    assert capsys.readouterr().err == f"refcurv: {message}\n"  # in a log one line
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    terminal.say(message)
+    lines = capsys.readouterr().err.splitlines()
+    assert " ".join(line.strip() for line in lines) == f"refcurv: {message}"
+    assert [len(line) <= 80 for line in lines] == [True] * (len(lines) - 1) + [False]
+
+
+def test_a_message_has_a_line_of_its_own(capsys, monkeypatch) -> None:
+    """Whatever bar stands there, also when the command ends; and what took no time has no rate."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    update = terminal.progress_bar("sweep")
+    update(1, 5)
+    terminal.say("the baseline took 3 s")
+    err = capsys.readouterr().err
+    line = err[: err.index("refcurv:")].rsplit("\r", 1)[-1]
+    assert "sweep" in err and not line.strip()
+    update(2, 5)
+    with patch("refcurv.cli.parser", side_effect=KeyboardInterrupt):
+        assert main(["inspect", "f.h5"]) == 130
+    err = capsys.readouterr().err
+    assert "\nrefcurv: interrupted;" in err and err.endswith("\n") and "2/5" in err
+    update = terminal.progress_bar("tokenize")
+    update(5_000_000_000, 5_000_000_000)
+    err = capsys.readouterr().err
+    assert "/s" not in err and err.endswith("\n")
+    assert not terminal._bars
 
 
 @pytest.mark.parametrize("unbuffered", ["", pytest.param("1", marks=pytest.mark.slow)])

@@ -188,7 +188,9 @@ def test_export_says_what_it_does_not_copy(
     convert(folder, tmp_path / "w.h5")
     rc.save(rc.load(tmp_path / "w.h5"), tmp_path / "edited.h5")
     out = printed(capsys, "export", tmp_path / "edited.h5", tmp_path / "e")
-    assert f"not copied: {', '.join(BESIDE)}, which lay beside the checkpoint" in out
+    told = " ".join(out.split())
+    assert f"not copied: {', '.join(BESIDE)}, which lay beside the checkpoint" in told
+    assert all(len(line) <= 80 for line in out.splitlines() if "/" not in line)
     assert "--tokenizer-from" in out
     assert len(list((tmp_path / "e").iterdir())) == 2
     plain = checkpoint(tmp_path / "hf2", config_of("llama"))

@@ -268,6 +268,19 @@ def test_the_report_of_a_users_own_files(
         assert np.array_equal(again.parameters[name], edited.parameters[name])
 
 
+def test_a_report_of_few_rows_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With what it collects, and with a basis that is given, which does not name its Fisher."""
+    files = own_files(tmp_path, False)
+    more: list[str] = []
+    for _ in range(2):
+        assert main(["report", *files, *more, "--layers", "blocks.1.mlp.up", "--rho", "0.6"]) == 0
+        told = capsys.readouterr()
+        assert "warning: 48 rows are few for 'blocks.1.mlp.up'" in " ".join(told.err.split())
+        assert ("Fisher" in told.out) == (not more) and "seed -" not in told.out
+        (tmp_path / "out" / "basis.h5").rename(tmp_path / "b.h5") if not more else None
+        more = ["--basis", str(tmp_path / "b.h5")]
+
+
 @pytest.mark.parametrize(
     ("kinds", "rho", "says"),
     [

@@ -30,7 +30,7 @@ from refcurv.files.disk import write_json
 from refcurv.files.inspect import inspect_file
 from refcurv.law.checks import EmptyError, RefcurvError, SchemaError, StorageError
 from refcurv.report import cells, page, plots, printed, table
-from refcurv.report.text import _display_width, format_rows, printable, shorten
+from refcurv.report.text import display_width, filled, format_rows, printable, shorten
 
 POPULATIONS = {  # kind, items, chance, before, after
     "quotes_test": ("recite", 48, 0.0, (47 / 48, 1.0, 0.005), (0.0625, 0.3125, 0.412)),
@@ -352,10 +352,10 @@ def test_hostile_names_stay_on_their_line(hostile: dict[str, Any]) -> None:
 @given(st.text(st.sampled_from("ab\u0301\u4e00 "), max_size=30), st.integers(1, 20))
 def test_a_text_is_shortened_to_as_many_columns_as_fit(text: str, width: int) -> None:
     found = shorten(text, width)
-    if _display_width(text) <= width:
+    if display_width(text) <= width:
         assert found == text
     else:
-        fits = [text[:n] for n in range(len(text)) if _display_width(text[:n]) < width]
+        fits = [text[:n] for n in range(len(text)) if display_width(text[:n]) < width]
         assert found == fits[-1] + "…"
 
 
@@ -570,6 +570,49 @@ def test_the_front_is_the_points(results: dict[str, Any]) -> None:
     assert low < 24.9512 and 27.1 < high == pytest.approx(24.9512 + 4 * (26.4731 - 24.9512))
     ring = next(x for x in ax.get_lines() if x.get_label() == "_unedited")
     assert (ring.get_xdata()[0], ring.get_ydata()[0]) == start[0]
+
+
+def test_an_interval_is_in_the_unit_of_its_value() -> None:
+    assert table.interval_text("recite", [0.0312, 0.402]) == "3.1–40.2"
+    assert table.interval_text("text", (22.104, 25.9)) == "22.10–25.90"
+    assert table.interval_text("text", [22.104, None]) == "22.10–∞"
+    assert table.interval_text("answer", None) == table.interval_text("text", [None, None]) == ""
+
+
+def test_settings_that_are_not_known_are_left_out() -> None:
+    given = {"rho": 0.6, "layers": "**", "dtype": "float32"}
+    assert printed.settings_line(given) == "ρ 0.6 on **; float32"
+    made = printed.settings_line({**given, "fisher": "sampled", "seed": 0})
+    assert made == "ρ 0.6 on **; Fisher sampled, seed 0, float32"
+    assert printed.settings_line({"rho": 0.6, "layers": "**"}) == "ρ 0.6 on **"
+
+
+def test_lines_are_broken_at_the_ends_of_words() -> None:
+    text = "one two three four five\n" + "x" * 30 + " six-seven"
+    assert filled(text, 13) == "one two three\n  four five\n" + "x" * 30 + "\n  six-seven"
+    assert filled("short", 80) == "short"
+
+
+def test_n_and_intervals_are_shown_where_they_are_known(results: dict[str, Any]) -> None:
+    """In the text, in the numbers that come first on the page, and in the trade-off."""
+    assert "95 %" not in printed.format_results(results)
+    for row in results["evaluation"]["rows"]:
+        known = {"quotes_test": [0.02, 0.165], "language_test": [25.1, 28.0]}
+        row["interval"] = known.get(row["name"])
+    for one in results["controls"]["compared"]:
+        one["intervals"] = {"quotes_test": [0.01, 0.95], "language_test": [20.0, 30.0]}
+    results["controls"]["unedited"]["items"] = {"quotes_test": 48, "language_test": 256}
+    assert "2.0 % to 16.5 %" in printed.format_results(results)
+    text = page.page(results).replace("\u00a0", " ")
+    assert "n 48, 95 % interval 2.0–16.5" in text
+    assert "n 256, 95 % interval 25.10–28.00" in text and "2.0 % to 16.5 %" in text
+    (ax,) = plots.front(results).axes
+    bars = [one for one in ax.containers if one.get_label() == "_interval"]
+    ends = [tuple(map(tuple, c.get_segments()[0])) for one in bars for c in one[2]]
+    assert len(ends) == 6 and ((20.0, 0.0625), (30.0, 0.0625)) in [
+        tuple(tuple(np.round(x, 9)) for x in pair) for pair in ends
+    ]
+    assert "(n 256)" in ax.get_xlabel() and "(n 48)" in ax.get_ylabel()
 
 
 def test_a_control_that_costs_much_is_still_in_sight(results: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import weakref
 from collections import deque
 from collections.abc import Iterator
@@ -403,6 +404,27 @@ def test_a_scratch_file_is_a_mapping_of_arrays(tmp_path: Path) -> None:
         with pytest.raises(KeyError):
             del scratch["nothing"]
         assert os.fstat(scratch.fileno()).st_size <= 12 * 2 * 9 * 8  # places serve again
+
+
+def test_what_is_read_of_a_scratch_file_is_not_written_over(tmp_path: Path) -> None:
+    """Another thread that removes an array and writes another waits for one that reads it."""
+    with closing(Scratch(tmp_path)) as scratch:
+        scratch["a"], real, others = np.zeros(9), os.preadv, []
+
+        def slow(*args: object) -> int:
+            def other() -> None:
+                del scratch["a"]
+                scratch["b"] = np.ones(9)
+
+            others.append(threading.Thread(target=other))
+            others[0].start()
+            others[0].join(0.2)
+            return real(*args)
+
+        with patch("os.preadv", slow):
+            assert not scratch["a"].any()
+        others[0].join()
+        assert list(scratch) == ["b"] and scratch["b"].all()
 
 
 def test_a_scratch_file_without_room_says_so(tmp_path: Path) -> None:

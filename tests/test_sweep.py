@@ -18,6 +18,7 @@ from strategies import config, random_parameters
 
 import refcurv as rc
 from refcurv.cli import main
+from refcurv.editing import kfac
 from refcurv.editing.variants import one_sided, random_pairs
 from refcurv.evaluation import decode
 from refcurv.evaluation.held import Holding, kept_bytes
@@ -29,6 +30,7 @@ from refcurv.law.checks import (
     ConventionError,
     EmptyError,
     NameUnknownError,
+    NonFiniteError,
     RangeError,
     SchemaError,
     StorageError,
@@ -40,6 +42,7 @@ from refcurv.passes.forward import Reading
 from refcurv.passes.held import Held
 from refcurv.report.plots import sweep_front
 from refcurv.report.sweep import format_sweep
+from refcurv.report.text import display_width
 from refcurv.sweeps import lines as sweep_lines
 from refcurv.sweeps.methods import METHODS, methods
 from refcurv.sweeps.outcomes import Outcome, marked
@@ -391,6 +394,85 @@ def test_what_is_matched_is_the_cost_of_a_match(model, corpus, found: rc.Sweep) 
     for name in ("text_dev", "quotes_dev"):
         want = text_perplexity(model, corpus.populations[name])
         assert _cost(found.baseline["dev"][name]) == pytest.approx(want, rel=1e-12)
+    for nats in (None, 720.0):  # exp of 720 is beyond float64
+        assert _cost({"kind": "recite", "values": {"nats": nats}}) == math.inf
+
+
+def blow_up(model: rc.Model, scale: float) -> rc.Model:
+    """A model whose logits are this many times as large: its perplexity is infinite, or NaN."""
+    return model.with_parameters({"head.weight": scale * model.parameters["head.weight"]})
+
+
+@pytest.mark.parametrize("match", ["perplexity", "forgetting"])
+@pytest.mark.parametrize("scale", [1e5, math.nan])
+def test_an_edit_that_costs_all_is_a_result(
+    model, corpus, basis, match: str, scale: float, tmp_path: Path
+) -> None:
+    """Infinite, or no number: a line says so, and the sweep goes on, again from its lines too."""
+    real = kfac.edit
+
+    def edit(of: rc.Model, by: rc.Bases, rho, **more: object):
+        made, record = real(of, by, rho, **more)
+        bad = min(rho.values()) == 0.5 if isinstance(rho, dict) else False
+        return (blow_up(made, scale) if bad else made), record
+
+    what = {"layers": [HIGH], "rho": [0.5, 0.8], "methods": ["svd"], "match": match}
+    with patch("refcurv.sweeps.methods.edit", edit):
+        out = rc.sweep(model, corpus, **what, basis=basis, lines=tmp_path / "s.jsonl")
+        assert rc.sweep(model, corpus, **what, basis=basis, lines=tmp_path / "s.jsonl") == out
+    bad, none, *rest = out.edits
+    assert (bad.method, bad.verdict, bad.rho) == ("kfac", "given", 0.5)
+    text = bad.populations["test"]["text_test"]
+    assert text["values"] == {"perplexity": None} and ("fault" in text) == math.isnan(scale)
+    assert (none.verdict, none.removed, none.kept) == ("no target", None, None)
+    assert set(none.populations["test"]) == set(out.baseline["test"])
+    assert not none.front and not bad.front
+    want = rc.sweep(model, corpus, **{**what, "rho": [0.8]}, basis=basis)
+    assert [replace(x, front=None) for x in rest] == [replace(x, front=None) for x in want.edits]
+    written = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
+    assert sum(row.get("verdict") == "no target" for row in written) == 1
+    shown = format_sweep(json.loads(json.dumps(out.to_json())))
+    assert "no target" in shown and "not measured" in shown
+    assert ("∞" in shown) != math.isnan(scale)
+    assert sweep_front(out.to_json()).axes
+
+
+def test_a_trial_that_is_no_number_costs_more_than_any(model, corpus, basis) -> None:
+    """A method may spoil all at a strength that is only tried."""
+    real = text_perplexity
+
+    def spoiled(of: rc.Model, population: rc.Population) -> float:
+        weight = of.parameters["blocks.2.mlp.up.weight"]
+        if np.linalg.norm(weight) < 0.5 * np.linalg.norm(
+            model.parameters["blocks.2.mlp.up.weight"]
+        ):
+            raise NonFiniteError("evaluate: a logit is NaN")
+        return real(of, population)
+
+    with patch("refcurv.sweeps.sweep.text_perplexity", spoiled):
+        out = rc.sweep(model, corpus, [HIGH], [0.8], ["svd"], basis=basis)
+    assert out.edits[1].verdict in ("matched", "overshoots", "falls short")
+
+
+def test_weights_without_a_direction_are_refused_before_the_work(
+    model, corpus, basis, tmp_path: Path
+) -> None:
+    """By SVD; K-FAC and its controls make nothing of zeros."""
+    name = "blocks.2.mlp.up.weight"
+    flat = model.with_parameters({name: 0 * model.parameters[name]})
+    own = replace(basis, weights=None)
+    what = {"layers": [LOW, HIGH], "rho": [0.8], "lines": tmp_path / "s.jsonl", "basis": own}
+    with pytest.raises(EmptyError, match=r"up.weight is all zeros.*svd out of the methods"):
+        rc.sweep(flat, corpus, **what)
+    bad = model.with_parameters({name: np.nan * model.parameters[name]})
+    with pytest.raises(NonFiniteError, match=name):
+        rc.sweep(bad, corpus, **what)
+    noise = {n: replace(x, rounding=float(x.lam.sum())) if n in name else x for n, x in own.items()}
+    with pytest.raises(EmptyError, match="noise"):
+        rc.sweep(model, corpus, **{**what, "basis": replace(own, layers=noise, source={})})
+    assert not list(tmp_path.iterdir())
+    few = {**what, "layers": ["blocks.2.mlp.up"]}
+    assert rc.sweep(flat, corpus, **few, methods=["random-pairs"], match="rho").edits
 
 
 def test_at_equal_rho_a_control_has_the_seed_and_as_many_pairs(model, corpus, basis) -> None:
@@ -623,6 +705,19 @@ def test_a_full_disk_leaves_the_results_whole(model, corpus, basis, tmp_path: Pa
     assert rc.sweep(model, corpus, **what, lines=out) == rc.sweep(model, corpus, **what)
 
 
+def test_lines_say_whose_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    sweep_lines.Lines(path, {"seed": 0}).once("trial", {}, dict)
+    for damage, error in (("", ConventionError), ("no JSON\n", SchemaError)):
+        path.write_text(damage + path.read_text())
+        for who in ("sweep", "controls"):
+            with pytest.raises(error, match=f"^{who}: "):
+                sweep_lines.Lines(path, {"seed": 1}, who=who)
+    with patch.object(Path, "read_bytes", side_effect=OSError(5, "Input/output error")):
+        with pytest.raises(StorageError, match=r"^controls: "):
+            sweep_lines.Lines(path, {"seed": 0}, who="controls")
+
+
 # ------------------------------------------------------------------ the command
 
 
@@ -737,11 +832,17 @@ def test_a_table_is_no_wider_than_a_terminal(found: rc.Sweep) -> None:
         for n in range(9):
             left[f"a_population_of_a_long_name_{n}"] = left["text_test" if n % 2 else "sums_test"]
     text = format_sweep(wide)
-    assert max(map(len, text.splitlines())) <= 100
+    assert max(map(display_width, text.splitlines())) <= 80
     for name in found.edits[0].populations["test"]:
         assert name.removesuffix("_test") in text
     kfac = found.edits[0].populations["test"]["text_test"]["values"]["perplexity"]
     assert text.count(f"{kfac:.2f} ") == 1 + 4
+    for kind in ("quotes", "text"):  # as often as there are populations of these values
+        low, high = found.edits[0].populations["test"][f"{kind}_test"]["interval"]
+        one = f"{low:.2f}–{high:.2f}" if kind == "text" else f"{100 * low:.1f}–{100 * high:.1f}"
+        assert one in text
+    assert text.count("n 9, 95 %") == 2 * (4 + 9)  # of each pattern
+    assert "n: items; 95 %: the interval" in text
     assert text.count("p of no difference") == 2 * 2  # 7 populations with items right or wrong
 
 
@@ -766,5 +867,14 @@ def test_the_front_is_the_points(found: rc.Sweep) -> None:
         for left in [found.baseline["test"], *(one.populations["test"] for one in found.edits)]
     }
     assert drawn == want
+    bars = [one for one in figure.axes[0].containers if one.get_label() == "_interval"]
+    lefts = [one.populations["test"] for one in found.edits]
+    sure = [left[name]["interval"] for left in lefts for name in ("text_test", "quotes_test")]
+    ends = {x for one in bars for c in one[2] for part in c.get_segments() for x in part.ravel()}
+    assert len(bars) == len(sure) and all(
+        any(x == pytest.approx(end) for x in ends) for one in sure for end in one
+    )
+    assert "(n 9)" in figure.axes[0].get_xlabel() and "95 %" in figure.axes[0].get_xlabel()
+    assert "(n 9)" in figure.axes[0].get_ylabel()
     stars = [one for one in lines if one.get_label() == "_front"]
     assert len(stars) == sum(bool(one.front) and one.method == "kfac" for one in found.edits)

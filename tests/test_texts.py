@@ -608,7 +608,8 @@ def test_hostile_tokenizers(at: Path, name: str, capsys: Any) -> None:
 
 OPTIONS: dict[str, tuple[list[str], str]] = {
     "nothing": ([], "neither texts nor populations"),
-    "no tokenizer": (["a.txt"], "is text. Give the tokenizer.json"),
+    "no tokenizer": (["a.txt"], "--tokenizer: a tokenizer.json, its folder, or a GGUF file"),
+    "weights as tokenizer": (["a.txt", "--tokenizer", "c.h5"], "c.h5' is an HDF5 file, which has"),
     "missing tokenizer": (["a.txt", "--tokenizer", "x.json"], "x.json"),
     "eos without tokenizer": (["a.npy", "--eos", "a"], "give the tokenizer"),
     "unknown eos": (["a.txt", "--tokenizer", "t.json", "--eos", "<end>"], "no token '<end>'"),
@@ -700,8 +701,8 @@ def test_the_command(at: Path, capsys: Any) -> None:
     assert main([*arguments, "--json", "c.json"]) == 0
     out = capsys.readouterr().out
     assert out == (
-        "2 documents, 7 tokens → 2 rows of 4: 1 position of padding, 1 cut within documents, "
-        "3 tokens without a label\n"
+        "2 documents, 7 tokens → 2 rows of 4: 1 position of padding, 1 cut within\n"
+        "  documents, 3 tokens without a label\n"
         "quotes: recite, test, 2 rows of at most 3: 6 tokens, 3 of them asked for\n"
         "left out: 1 document without a token\n"
         "keys ignored: 'id'\n"

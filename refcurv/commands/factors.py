@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from refcurv.commands.output import layers
 from refcurv.law.words import number_of
+from refcurv.report.text import filled
 from refcurv.starting import reuse_memory
 from refcurv.terminal import progress_bar, say
 
@@ -54,10 +55,11 @@ def collect(args: argparse.Namespace) -> None:
     rows = {name: factor.n_A for name, factor in factors.items()}
     most = max(rows.values())
     few = ", ".join(f"{name} {n:,}" for name, n in rows.items() if n != most)  # of images
-    print(f"{layers(len(factors))}, {number_of(most, 'row')}{few and f' ({few})'} → {args.output}")
+    rows_said = number_of(most, "row") + (few and f" ({few})")
+    print(filled(f"{layers(len(factors))}, {rows_said} → {args.output}"))
     if worst := least_certain(factors):
         layer, share = worst
-        print(f"standard error of G over the draws: at most {share:.2%} of |G|, in {layer}")
+        print(filled(f"standard error of G over the draws: at most {share:.2%} of |G|, in {layer}"))
 
 
 def decompose(args: argparse.Namespace) -> None:
@@ -78,7 +80,7 @@ def decompose(args: argparse.Namespace) -> None:
         told=partial(_foretell, "decompose"),
         progress=progress_bar("decompose"),
     )
-    print(f"{layers(len(factors))} → {args.output}")
+    print(filled(f"{layers(len(factors))} → {args.output}"))
     found = kept_by(rc.load_bases(args.output))
     print(f"\n{format_kept([one.to_json() for one in found])}")
     if warning := warning_of(found):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from refcurv.commands.arguments import shares
 from refcurv.commands.output import write_json
 from refcurv.law.checks import RangeError
+from refcurv.report.text import filled
 from refcurv.starting import reuse_memory
 from refcurv.terminal import progress_bar, say
 
@@ -109,7 +110,7 @@ def _report(job: Job, args: argparse.Namespace) -> None:
     results = run(job, args.out, progress_bar, lambda text: say(f"report: {text}"))
     print(format_results(results))
     if why := results["controls"].get("left_out"):
-        print(f"\nno other cuts beside it: {why}")
+        print(filled(f"\nno other cuts beside it: {why}"))
     written = folder.draw(results, args.out)
-    print(f"\nwritten to {Path(args.out)}/: {', '.join(written)}")
+    print(filled(f"\nwritten to {Path(args.out)}/: {', '.join(written)}"))
     write_json(args.json, results)

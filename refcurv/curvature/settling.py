@@ -104,7 +104,8 @@ def rows_to_settle(whole: float, half: float, rows: int) -> float:
 
     Definition
         The least m with k(m) >= (1 − SETTLED) k(∞), where k(rows) = `whole`, k(rows/2) = `half` and
-        1/√k(m) = 1/√k(∞) + c/m.
+        1/√k(m) = 1/√k(∞) + c/m. Clamped: k(∞) <= 1, for no more than all pairs are kept; m >= 0,
+        for half > whole would make it negative; and m = ∞ where half < whole/2.
 
     Why this k: with few rows, m, both spectra have about m entries, so that k ∝ m². With many, an
     eigenvalue that is separate from the others moves by terms of order 1/m. The form has both.

@@ -73,7 +73,7 @@ def edit_work(
 
 def _edit_layer(model: Model, basis: Bases, layer: str, share: float) -> Step:
     parts, W, one = read_layer("edit", model, basis, layer)
-    _require_curvature(layer, one)
+    require_curvature(layer, one)
     stairs = cut(one.lam, one.mu, share, f"edit {layer!r}")
     new: dict[str, Array] = {}
     edited, back = W, 0.0
@@ -127,7 +127,7 @@ def restored(W: Array, exact: Array, edited: Array, basis: Eigenbasis, mask: Arr
     return record.restored(C, W, exact)
 
 
-def _require_curvature(layer: str, one: Eigenbasis) -> None:
+def require_curvature(layer: str, one: Eigenbasis) -> None:
     """Refuse a layer whose G is known to be largely rounding (NEGATIVE)."""
     trace = float(one.lam.sum())
     if trace > 0 and one.rounding is not None and one.rounding > MOST_ROUNDING * trace:

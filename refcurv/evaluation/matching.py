@@ -27,6 +27,9 @@ from refcurv.model.given import require_whole
 from refcurv.model.weights import Model
 from refcurv.progress import Progress, silent
 
+LARGEST = 1e300
+"""Chosen: what can be searched for is at most this; ratios to it are then numbers."""
+
 Strengthen = Callable[[float], Model]
 """A method: strength → edited model."""
 
@@ -241,10 +244,10 @@ def _require_text(text: Population) -> None:
 def _require_search(
     target: float, weakest: float, strongest: float, tolerance: float, most: int
 ) -> None:
-    who, largest = "at_perplexity", 1e300
-    require_range(who, "target", target, 1, largest)
+    who = "at_perplexity"
+    require_range(who, "target", target, 1, LARGEST)
     ends = [
-        require_range(who, what, end, -largest, largest)
+        require_range(who, what, end, -LARGEST, LARGEST)
         for what, end in (("weakest", weakest), ("strongest", strongest))
     ]
     if ends[0] == ends[1]:

@@ -162,7 +162,10 @@ def _encoded(
     if pairs or alone:
         where = next(one.where for one in batch if any(isinstance(part, str) for part in one.parts))
         if tokenizer is None:
-            raise ConventionError(f"{WHO}: {where} is text. Give the tokenizer.json of the model.")
+            raise ConventionError(
+                f"{WHO}: {where} is text. Give the model's tokenizer with "
+                "--tokenizer: a tokenizer.json, its folder, or a GGUF file."
+            )
         whole = iter(encode(tokenizer, alone, where, lambda done: at(batch[-1].start + done)))
         joined = iter(encode_pairs(tokenizer, pairs, where))
     for one in batch:

@@ -24,7 +24,8 @@ class Scratch(MutableMapping[Hashable, Array]):
     Raises:
         StorageError: the disk is full, or cannot be written or read.
 
-    Proof: tests/test_streaming.py::test_a_scratch_file_is_a_mapping_of_arrays
+    Proof: tests/test_streaming.py::test_a_scratch_file_is_a_mapping_of_arrays,
+        ::test_what_is_read_of_a_scratch_file_is_not_written_over
     """
 
     def __init__(self, folder: Path, who: str = "collect") -> None:
@@ -49,9 +50,9 @@ class Scratch(MutableMapping[Hashable, Array]):
             self._places[key] = (place, data.dtype, data.shape)
 
     def __getitem__(self, key: Hashable) -> Array:
-        place, dtype, shape = self._places[key]
-        array = np.empty(shape, dtype)
-        with machine_faults(self._who, self._folder):
+        with self._lock, machine_faults(self._who, self._folder):  # its place is given to no other
+            place, dtype, shape = self._places[key]
+            array = np.empty(shape, dtype)
             view, at = array.reshape(-1).view(np.uint8).data, place
             while view:
                 read = os.preadv(self.fileno(), [view], at)

@@ -27,6 +27,7 @@ from refcurv.law.checks import (
     SchemaError,
 )
 
+HDF5: Final = b"\x89HDF\r\n"
 _MAX_FILE: Final = 2**28  # bytes of a tokenizer.json; the largest known has a tenth
 _TRIED: Final = 2048  # words of the vocabulary, to see what is put around a text
 _VOCABULARIES: Final = ("*.model", "*.tiktoken", "vocab.json", "merges.txt", "vocab.txt")
@@ -94,6 +95,11 @@ def load_tokenizer(file: PathLike, eos: str | None) -> Tokenizer:
     where = repr(str(path))
     from_gguf = is_gguf(path)
     data = b"" if from_gguf else _read(path)
+    if data.startswith(HDF5):
+        raise SchemaError(
+            f"{WHO}: {where} is an HDF5 file, which has no tokenizer. Give the tokenizer.json of "
+            "the checkpoint, its folder, or a GGUF file."
+        )
     with library_faults(f"{where} as a tokenizer.json"):
         with nothing_printed():
             library = _of_gguf(path) if from_gguf else tokenizers.Tokenizer.from_buffer(data)

@@ -112,7 +112,7 @@ def _controls(
         raise EmptyError("controls: rho is 1 for every layer, so nothing was cut to compare with.")
     rho = {row.layer: row.rho for row in setting.record.layers}
     known = methods(SPREAD, setting.basis, rho, setting.seed, "controls")
-    lines = Lines(setting.file, _facts(setting, rho), fresh=True)
+    lines = Lines(setting.file, _facts(setting, rho), fresh=True, who="controls")
     progress(0, 2 * len(known))
     doing(progress, f"K-FAC on {dev_name}")
     begin = time.monotonic()
@@ -255,12 +255,20 @@ def _how(removed: float, kept: float, match: Match) -> dict[str, Any]:
 
 
 def _left(found: Measurement, recite: str, text: str) -> dict[str, Any]:
-    """Strict recitation or accuracy, or perplexity, of every population."""
+    """Strict recitation or accuracy, or perplexity, of every population, and how sure they are."""
     values = {
         name: finite(one.values[RETAINED.get(one.kind, "perplexity")])
         for name, one in found.populations.items()
     }
-    return {"recitation": values[recite], "perplexity": values[text], "values": values}
+    intervals = {
+        name: [finite(end) for end in one.interval]
+        for name, one in found.populations.items()
+        if one.interval is not None
+    }
+    return {
+        "recitation": values[recite], "perplexity": values[text], "values": values,
+        "intervals": intervals, "items": {n: one.items for n, one in found.populations.items()},
+    }  # fmt: skip
 
 
 def _curve(

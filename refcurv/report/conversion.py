@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from refcurv.files.huggingface import Conversion, Exported, Mapped
 from refcurv.law.words import number_of
-from refcurv.report.text import format_rows
+from refcurv.report.text import filled, format_rows
 
 IGNORED = "(ignored)"
 
@@ -74,7 +74,7 @@ def format_conversion(done: Conversion, path: str, verbose: bool = False) -> str
         table = format_rows(
             ["refcurv", "shape", "stored as", "checkpoint"], kinds(done.mapped), "llll"
         )
-    return f"{table}\n\n" + "\n".join(_notes(done, path))
+    return f"{table}\n\n" + filled("\n".join(_notes(done, path)))
 
 
 def _notes(done: Conversion, path: str) -> Iterator[str]:
@@ -111,4 +111,4 @@ def format_export(done: Exported, path: str, directory: str) -> str:
         )
     elif len(done.files) == 2:
         lines.append("no tokenizer: --tokenizer-from FOLDER copies one")
-    return "\n".join(lines)
+    return filled("\n".join(lines))

@@ -27,11 +27,14 @@ from refcurv.report.html import document, facts, figure, html_table, minus, sect
 from refcurv.report.table import (
     agreement_table,
     band_table,
+    certainty_table,
     controls_table,
     edit_table,
     edited_layers,
     evaluation_table,
+    interval_text,
     kept_table,
+    knows_intervals,
     past_table,
 )
 
@@ -149,6 +152,7 @@ def _sections(results: Json) -> Iterator[str]:
         "quarter of the tokens wrong (loose), and the mean edit distance per token. Retention is "
         "after over before; above chance, both less the accuracy of a guess.</p>",
         html_table(evaluation_table(evaluation)),
+        html_table(certainty_table(evaluation)) if knows_intervals(evaluation) else "",
         html_table(agreement_table(evaluation)),
     )
     yield section("The curvature, or the cutting?", *_compared(results))
@@ -221,6 +225,8 @@ def _tile(row: Json, split: str, lead: str = "") -> str:
     note = f"{show(before, digits)} before the edit" if row.get("before") else ""
     if note and measure == "perplexity":
         note += f" ({percent(relative(before, after), sign='+')})"
+    if sure := interval_text(str(row["kind"]), row.get("interval")):
+        note += f"{'; ' if note else ''}n {whole(row.get('items'))}, 95 % interval {sure}"
     label = (lead or words.get(measure, "")) + name
     return _one_tile(label, show(after, digits), note, hot=measure == "strict")
 

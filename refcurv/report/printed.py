@@ -33,7 +33,7 @@ from refcurv.report.table import (
     past_table,
     tables,
 )
-from refcurv.report.text import WIDTH, format_rows, printable, shorten
+from refcurv.report.text import WIDTH, filled, format_rows, printable, shorten
 
 
 def format_results(results: Json) -> str:
@@ -52,18 +52,20 @@ def format_results(results: Json) -> str:
     head = [shorten(printable(str(results.get("title") or "refcurv")), WIDTH)]
     settings = results.get("settings") or {}
     if settings:
-        head.append(shorten(printable(settings_line(settings)), WIDTH))
+        head.append(filled(shorten(printable(settings_line(settings)), WIDTH)))
     return "\n\n".join(["\n".join(head), *map(_titled, tables(results))])
 
 
 def settings_line(settings: Json) -> str:
-    """ρ, layers, Fisher, seed and dtype on one line."""
+    """ρ, layers, and as far as they are known Fisher, seed and dtype, on one line.
+
+    Proof: tests/test_report.py::test_settings_that_are_not_known_are_left_out
+    """
     rho = settings.get("rho")
     where = "" if isinstance(rho, Mapping) else f" on {settings.get('layers', MISSING)}"
-    return (
-        f"ρ {rho_text(rho)}{where}; Fisher {settings.get('fisher', MISSING)}, "
-        f"seed {settings.get('seed', MISSING)}, {settings.get('dtype', MISSING)}"
-    )
+    words = {"fisher": "Fisher ", "seed": "seed ", "dtype": ""}
+    known = (f"{word}{settings[key]}" for key, word in words.items() if key in settings)
+    return "; ".join(filter(None, (f"ρ {rho_text(rho)}{where}", ", ".join(known))))
 
 
 def format_evaluation(evaluation: Json) -> str:
@@ -87,7 +89,7 @@ def format_corpus(counts: Json) -> str:
 
     Proof:  tests/test_texts.py::test_the_command
     """
-    return "\n".join(_corpus_lines(counts))
+    return filled("\n".join(_corpus_lines(counts)))
 
 
 def _corpus_lines(counts: Json) -> Iterator[str]:
@@ -155,7 +157,7 @@ def format_kept(found: Sequence[Json]) -> str:
         lines.append(
             f"few rows: of {layers} the share may be an artefact, see refcurv collect --help"
         )
-    return "\n".join(lines)
+    return "\n".join([lines[0], *map(filled, lines[1:])])
 
 
 def format_forecast(found: Forecast) -> str:

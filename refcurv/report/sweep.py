@@ -5,12 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from refcurv.evaluation.intervals import paired
-from refcurv.report.cells import Json, decimal, number, percent, plain, population_name, relative
-from refcurv.report.table import MEASURES, SHARES, Table, method_name
-from refcurv.report.text import format_rows, printable, shorten
+from refcurv.law.words import number_of
+from refcurv.report.cells import (
+    MISSING,
+    Json,
+    decimal,
+    number,
+    percent,
+    plain,
+    population_name,
+    relative,
+    whole,
+)
+from refcurv.report.table import MEASURES, SHARES, Table, interval_text, method_name
+from refcurv.report.text import GAP, NARROW, display_width, filled, format_rows, printable, shorten
 
 COLUMNS = 4
-"""Populations side by side: chosen for a terminal of 100 columns."""
+"""Populations side by side in a table of p."""
+
+Column = tuple[str, ...]
+"""A heading and its cells."""
 
 
 def format_sweep(found: Json) -> str:
@@ -21,9 +35,10 @@ def format_sweep(found: Json) -> str:
 
     Proof: tests/test_sweep.py::test_the_command_line
     """
-    texts = [f"{one.title}\n{format_rows(one.headers, one.rows, one.align)}"
+    texts = [f"{filled(one.title, NARROW)}\n"
+             f"{format_rows(one.headers, one.rows, one.align, NARROW)}"
              for one in sweep_tables(found)]  # fmt: skip
-    return "\n\n".join([*texts, "\n".join(_notes(found))])
+    return "\n\n".join([*texts, "\n".join(filled(note, NARROW) for note in _notes(found))])
 
 
 def sweep_tables(found: Json) -> list[Table]:
@@ -37,7 +52,7 @@ def sweep_tables(found: Json) -> list[Table]:
     tables = []
     for pattern in patterns:
         edits = [one for one in found["edits"] if one["layers"] == pattern]
-        tables += [_left(split, known, edits, pattern, some) for some in _chunks(list(known))]
+        tables += _left(split, known, edits, pattern)
         judged = [name for name, one in known.items() if one["right"] is not None]
         tables += [_paired(split, edits, some) for some in _chunks(judged)]
     return [table for table in tables if table.rows]
@@ -48,19 +63,48 @@ def _chunks(names: list[str]) -> list[list[str]]:
     return [names[begin : begin + COLUMNS] for begin in range(0, len(names), COLUMNS)]
 
 
-def _left(split: str, base: Json, edits: list[Json], pattern: str, names: list[str]) -> Table:
-    """A row for each edit of one pattern, and one of the unedited model."""
-    rows = [("unedited", "", "", "", *(_value(base[name], None) for name in names), "")]
-    for one in edits:
-        own = one["populations"][split]
-        star = "*" if one["front"] and one["method"] == "kfac" else ""
-        rows.append(
-            (f"{_name(one)}{star}", plain(one["rho"]), _removed(one), percent(one["kept"]),
-             *(_value(own[name], base[name]) for name in names), _verdict(one))
-        )  # fmt: skip
-    headers = ("", "ρ", "removed", "kept", *_heads(names, split), "")
-    title = f"{printable(pattern)}, split {split}"
-    return Table(title, headers, tuple(rows), "lrrr" + "r" * len(names) + "l")
+def _left(split: str, base: Json, edits: list[Json], pattern: str) -> list[Table]:
+    """A row for each edit of one pattern, and one of the unedited model.
+
+    As many populations as have room stand side by side, the others in tables of their own.
+    """
+    found = [base, *(one["populations"][split] for one in edits)]
+    stars = ["*" if one["front"] and one["method"] == "kfac" else "" for one in edits]
+    names = ("", "unedited", *(f"{_name(one)}{x}" for one, x in zip(edits, stars, strict=True)))
+    who = [names, ("ρ", "", *(plain(one["rho"]) for one in edits))]
+    how: list[Column] = [
+        ("removed", "", *map(_removed, edits)),
+        ("kept", "", *(percent(one["kept"]) for one in edits)),
+    ]
+    verdicts = ("", "", *map(_verdict, edits))
+    how += [verdicts] if any(verdicts) else []
+    title, tables = f"{printable(pattern)}, split {split}", []
+    shown = [_population(name, split, found) for name in base]
+    while shown or how:
+        columns = [*who, *how]
+        fixed = len(columns)
+        while shown and (len(columns) == 2 or _width([*columns, *shown[0]]) <= NARROW):
+            columns += shown.pop(0)
+        align = "lr" + "".join("l" if x is verdicts else "r" for x in columns[2:fixed])
+        align += "r" * (len(columns) - fixed)
+        headers, *rows = zip(*columns, strict=True)
+        tables.append(Table(title, headers, tuple(rows), align))
+        title, how = f"{printable(pattern)}, more populations", []
+    return tables
+
+
+def _population(name: str, split: str, found: list[Json]) -> list[Column]:
+    """A population's values, the unedited model's first, and intervals where they are known."""
+    base, heading = found[0][name], _heads([name], split)[0]
+    values = (heading, *(_value(one[name], base if k else None) for k, one in enumerate(found)))
+    known = [interval_text(str(base["kind"]), one[name].get("interval")) for one in found]
+    n = f"n {whole(base.get('items'))}"
+    return [values, (f"{n}, 95 %", *known)] if any(known) else [(f"{heading}, {n}", *values[1:])]
+
+
+def _width(columns: list[Column]) -> int:
+    """Of a table of these columns."""
+    return sum(max(map(display_width, column)) + len(GAP) for column in columns) - len(GAP)
 
 
 def _paired(split: str, edits: list[Json], names: list[str]) -> Table:
@@ -81,6 +125,8 @@ def _heads(names: list[str], split: str) -> list[str]:
 
 
 def _p(one: Json, other: Json) -> str:
+    if one["right"] is None or other["right"] is None:
+        return MISSING
     flags = ([letter == "1" for letter in x["right"]] for x in (one, other))
     return f"{paired(*flags):.2g}"
 
@@ -91,7 +137,7 @@ def _name(one: Json) -> str:
 
 def _removed(one: Json) -> str:
     """As many digits as it takes."""
-    return f"{100 * number(one['removed']):.3g} %"
+    return MISSING if one["removed"] is None else f"{100 * number(one['removed']):.3g} %"
 
 
 def _verdict(one: Json) -> str:
@@ -105,12 +151,15 @@ def _value(one: Json, base: Json | None) -> str:
     value = one["values"][measure]
     if measure in SHARES:
         return percent(value)
+    if value is None and "fault" not in one:
+        return "∞"
     rise = "" if base is None else f" {percent(relative(base['values'][measure], value), sign='+')}"
     return decimal(value, 2) + rise
 
 
 def _notes(found: Json) -> Iterator[str]:
     """What the rows are."""
+    yield "n: items; 95 %: the interval by the choice of items"
     yield "removed: of the curvature mass; SVD, of Σσ²; random pairs, of the pairs"
     if found["on"]:
         of = "perplexity" if found["match"] == "perplexity" else "nats a token"
@@ -119,3 +168,18 @@ def _notes(found: Json) -> Iterator[str]:
         yield "every method has the same ρ, whatever it costs"
     if any(one["front"] for one in found["edits"]):
         yield "* on the front of dev: no other K-FAC edit has a lower perplexity and recites less"
+    yield from _faults(found["edits"])
+
+
+def _faults(edits: list[Json]) -> Iterator[str]:
+    """Why cells are empty, each reason once."""
+    seen: dict[str, list[str]] = {}
+    for one in edits:
+        left = [(name, x) for some in one["populations"].values() for name, x in some.items()]
+        for name, x in left:
+            if "fault" in x:
+                where = f"{_name(one)} at ρ {plain(one['rho'])} of {one['layers']}, {name}"
+                seen.setdefault(printable(str(x["fault"])), []).append(printable(where))
+    for fault, cells in seen.items():
+        more = f" and {number_of(len(cells) - 1, 'cell')} more" if cells[1:] else ""
+        yield f"{MISSING} not measured: {cells[0]}{more}: {fault}"

@@ -118,6 +118,24 @@ def certainty_table(evaluation: Json) -> Table:
     return Table("by the choice of items", headers, tuple(rows), "llrrrr")
 
 
+def knows_intervals(evaluation: Json) -> bool:
+    """Is there an interval of any population?"""
+    return any(row.get("interval") is not None for row in evaluation["rows"])
+
+
+def interval_text(kind: str, interval: object) -> str:
+    """A first measure's interval in the unit of its value, `3.1–40.2`; empty if it is not known.
+
+    Proof: tests/test_report.py::test_an_interval_is_in_the_unit_of_its_value
+    """
+    low, high = interval if isinstance(interval, Sequence) else (None, None)
+    if low is None:
+        return ""
+    text = kind == "text"
+    ends = (decimal(number(x) * (1 if text else 100), 2 if text else 1) for x in (low, high))
+    return "–".join("∞" if end == MISSING else end for end in ends)
+
+
 def agreement_table(evaluation: Json) -> Table:
     """nDCG@10 of the edited model's ranking against the baseline's, by both readings."""
     split = str(evaluation.get("split") or "")
@@ -294,10 +312,11 @@ def edited_layers(results: Json) -> list[str]:
 
 
 def tables(results: Json) -> list[Table]:
-    """Every table of a run that has rows: evaluation, agreement, controls, edit, bands."""
+    """Every table of a run that has rows, in the order of reading."""
     evaluation = results["evaluation"]
     found = [
         evaluation_table(evaluation),
+        *([certainty_table(evaluation)] if knows_intervals(evaluation) else []),
         agreement_table(evaluation),
         controls_table(results),
         edit_table(results.get("edit") or ()),

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
+import textwrap
 import unicodedata
 from collections.abc import Iterable, Sequence
 
 from refcurv.report.cells import MISSING
 
 WIDTH = 100
+"""Columns of a table."""
+
+NARROW = 80
+"""Columns of a sentence: those of the narrowest usual terminal."""
+
 GAP = "  "
 
 
@@ -44,7 +50,7 @@ def format_rows(
 def _widths(lines: Sequence[Sequence[str]], align: str, width: int) -> list[int]:
     """Widest cell per column, then the widest left-aligned column narrowed until all fit."""
     columns = zip(*lines, strict=True)
-    widths = [max(map(_display_width, column)) for column in columns]
+    widths = [max(map(display_width, column)) for column in columns]
     left = [n for n, side in enumerate(align) if side == "l"] or list(range(len(widths)))
     excess = sum(widths) + len(GAP) * (len(widths) - 1) - width
     while excess > 0 and max(widths[n] for n in left) > 4:
@@ -59,6 +65,19 @@ def _cell(value: object) -> str:
     return printable(str(value))
 
 
+def filled(text: str, width: int = NARROW) -> str:
+    """Lines that are broken at the ends of words, so that none is wider; a long word stays whole.
+
+    Proof: tests/test_report.py::test_lines_are_broken_at_the_ends_of_words
+    """
+    lines = (
+        textwrap.fill(line, width, subsequent_indent="  ", break_long_words=False,
+                      break_on_hyphens=False)
+        for line in text.split("\n")
+    )  # fmt: skip
+    return "\n".join(lines)
+
+
 def printable(text: str) -> str:
     r"""What a terminal would obey, or not show, as Python's escapes: a newline as \n.
 
@@ -67,7 +86,8 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _display_width(text: str) -> int:
+def display_width(text: str) -> int:
+    """Terminal columns of a text."""
     return sum(_columns(c) for c in text)
 
 
@@ -92,5 +112,5 @@ def shorten(text: str, width: int) -> str:
 
 def _padded(text: str, width: int, side: str) -> str:
     text = shorten(text, width)
-    blank = " " * (width - _display_width(text))
+    blank = " " * (width - display_width(text))
     return blank + text if side == "r" else text + blank

@@ -8,9 +8,12 @@ from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Any, Final
 
+from refcurv.algebra.staircase import cut
 from refcurv.curvature.bases import Bases, named
+from refcurv.curvature.bases_file import spectra_of
 from refcurv.curvature.made_from import require_weights
-from refcurv.editing.record import require_exact, require_untied
+from refcurv.editing.kfac import require_curvature
+from refcurv.editing.record import parameter, require_exact, require_untied
 from refcurv.evaluation.suite import judged
 from refcurv.files import store
 from refcurv.files.digest import digest
@@ -76,6 +79,7 @@ def checked(
                          f"{'nothing' if edge[0] else 'everything'}.")  # fmt: skip
     for name in names:
         require_choice("sweep", "method", name, METHODS)
+    _require_weights(model, dict.fromkeys(name for some in of.values() for name in some), names)
     require_choice("sweep", "match", match, MATCHES)
     require_choice("sweep", "split", split, SPLITS)
     judged(corpus, split, model)
@@ -115,6 +119,28 @@ def require_basis(model: Model, basis: Bases, asked: Asked) -> None:
             "that are to be edited."
         )
     require_weights("sweep", named(basis), basis.weights, model)
+
+
+def require_mass(basis: Bases, asked: Asked) -> None:
+    """Refuse layers that `edit` would refuse in mid-sweep: without curvature, or with noise alone.
+
+    Proof: tests/test_sweep.py::test_a_layer_without_curvature_is_refused_before_the_work
+    """
+    for name, lam, mu in spectra_of(basis):
+        if name in asked.names:
+            cut(lam, mu, asked.rho[0], f"sweep: {name!r}")  # it refuses what has no mass
+            require_curvature(name, basis[name])
+
+
+def _require_weights(model: Model, layers: Iterable[str], names: Iterable[str]) -> None:
+    """Refuse weights that are not finite, and for SVD what has no singular direction."""
+    for layer in layers:
+        name = model.config.weight_of(layer)
+        if not parameter("sweep", model, name).any() and "svd" in names:
+            raise EmptyError(
+                f"sweep: {name} is all zeros, so that SVD has nothing to keep. Leave {layer!r} out "
+                "of --layers, or svd out of the methods."
+            )
 
 
 def facts(

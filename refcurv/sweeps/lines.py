@@ -36,6 +36,7 @@ class Lines:
     Args:
         path: the file, or None. What it holds is gone on from; it is made with the first result.
         facts: what the sweep is of, JSON values (FINGERPRINT).
+        who: what writes them, for messages.
         fresh: is a file of something else, or a damaged one, not refused but begun anew?
 
     Raises:
@@ -45,11 +46,14 @@ class Lines:
 
     Proof: tests/test_sweep.py::test_a_killed_sweep_goes_on,
         ::test_a_results_file_of_something_else_is_refused, ::test_a_line_that_was_changed,
-        ::test_two_sweeps_write_one_file
+        ::test_two_sweeps_write_one_file,
+        ::test_lines_say_whose_they_are
     """
 
-    def __init__(self, path: Path | None, facts: Mapping[str, Any], fresh: bool = False) -> None:
-        self._path = path
+    def __init__(
+        self, path: Path | None, facts: Mapping[str, Any], fresh: bool = False, who: str = "sweep"
+    ) -> None:
+        self._path, self._who = path, who
         self._rows: list[dict[str, Any]] = [{"format": FORMAT, "version": 2, **facts}]
         self._written: tuple[int, ...] | None = None
         try:
@@ -83,24 +87,24 @@ class Lines:
 
     def _found(self) -> tuple[int, ...] | None:
         """What tells the file that is there from the one that was written; None without one."""
-        if self._path is None or not mode_of("sweep", self._path):
+        if self._path is None or not mode_of(self._who, self._path):
             return None
-        with machine_faults("sweep", self._path):
+        with machine_faults(self._who, self._path):
             return identity(self._path)
 
     def _join(self) -> None:
         """Take in what another sweep with the same facts wrote, now or before."""
         if self._path is None or (found := self._found()) is None or found == self._written:
             return
-        if rows := _read(self._path):
-            require_told(f"sweep: {str(self._path)!r}", self._rows[0], rows[0])
+        if rows := _read(self._path, self._who):
+            require_told(f"{self._who}: {str(self._path)!r}", self._rows[0], rows[0])
             self._rows += [row for row in rows[1:] if row not in self._rows]
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def _read(path: Path, who: str) -> list[dict[str, Any]]:
     """Every whole line, checked."""
-    where = f"sweep: {str(path)!r}"
-    with machine_faults("sweep", path):
+    where = f"{who}: {str(path)!r}"
+    with machine_faults(who, path):
         data = input_path(path).read_bytes()
     if not data:
         return []
@@ -108,9 +112,9 @@ def _read(path: Path) -> list[dict[str, Any]]:
     rows = []
     for n, line in enumerate(whole, 1):
         try:
-            rows.append(parse_json("sweep", f"line {n}", line))
+            rows.append(parse_json(who, f"line {n}", line))
         except SchemaError as error:
-            raise _damaged(where, n, str(error).removeprefix("sweep: ").rstrip(".")) from None
+            raise _damaged(where, n, str(error).removeprefix(f"{who}: ").rstrip(".")) from None
         if n > 1 and rows[-1].get(CHECK) != _checksum(rows[-1]):
             raise _damaged(where, n, f"line {n} was changed since it was written")
     if not rows or rows[0].get("format") != FORMAT:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 Values = Mapping[str, Mapping[str, Any]]
 """Population → kind, items, tokens, chance, values by name, interval, and right, a text of 0 and 1,
-one for each item; None where items are not right or wrong."""
+one for each item; None where items are not right or wrong. Where nothing could be measured all
+values are None, and `fault` says why."""
+
+NO_TARGET: Final = "no target"
+"""The verdict where the K-FAC edit costs more than can be matched: nothing else was tried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,8 +23,9 @@ class Outcome:
     Fields:
         layers: the pattern. rho: of the K-FAC edit that this one is compared with, or is.
         method, removed: how it cuts, and the share that it removes (`sweeps.methods`).
-        verdict: "given" for K-FAC and at equal rho; else that of the match.
-        kept: the share of pairs of directions (svd: of singular directions) that it keeps.
+            None where nothing was tried.
+        verdict: "given" for K-FAC and at equal rho; else that of the match, or NO_TARGET.
+        kept: the share of pairs of directions (svd: of singular directions) that it keeps, or None.
         populations: split → what is left.
         front: K-FAC, and what is compared with it: does no other K-FAC edit of the sweep have a
             lower dev perplexity and recite no more dev passages, or as low and fewer? None where
@@ -30,9 +35,9 @@ class Outcome:
     layers: str
     rho: float
     method: str
-    removed: float
+    removed: float | None
     verdict: str
-    kept: float
+    kept: float | None
     populations: Mapping[str, Values]
     front: bool | None = None
 
@@ -58,6 +63,12 @@ class Sweep:
             "split": self.split, "match": self.match, "on": self.on,
             "baseline": dict(self.baseline), "edits": [asdict(one) for one in self.edits],
         }  # fmt: skip
+
+
+def unmeasured(base: Mapping[str, Any], fault: str) -> dict[str, Any]:
+    """A population of which nothing could be measured, and why; `base`: without an edit."""
+    none = dict.fromkeys(base["values"])
+    return {**base, "values": none, "interval": None, "right": None, "fault": fault}
 
 
 def marked(edits: Sequence[Outcome]) -> tuple[Outcome, ...]:
@@ -88,7 +99,7 @@ def _dev(one: Outcome) -> tuple[float, float] | None:
         next((p["values"] for p in found.values() if p["kind"] == kind), None)
         for kind in ("text", "recite")
     )
-    if text is None or recite is None:
+    if text is None or recite is None or recite["strict"] is None:
         return None
     perplexity = text["perplexity"]
     return math.inf if perplexity is None else perplexity, recite["strict"]

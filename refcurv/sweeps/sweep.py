@@ -10,19 +10,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
-from refcurv.algebra.staircase import cut
 from refcurv.curvature import room
 from refcurv.curvature.bases import Bases
-from refcurv.curvature.bases_file import spectra_of
 from refcurv.editing.record import EditRecord
 from refcurv.evaluation.held import Holding, holding, kept_bytes
 from refcurv.evaluation.items import suffix_nats
-from refcurv.evaluation.matching import Match, search_share, text_perplexity
+from refcurv.evaluation.matching import LARGEST, Match, search_share, text_perplexity
 from refcurv.evaluation.suite import Measured, finite, measure
 from refcurv.files.digest import changed
 from refcurv.files.disk import free_bytes, require_space
 from refcurv.files.scratch import Scratch
-from refcurv.law.checks import Array, RangeError
+from refcurv.law.checks import Array, NonFiniteError
 from refcurv.law.words import number_of
 from refcurv.model.corpus import Corpus, Population
 from refcurv.model.weights import Model, Overlay, resident
@@ -30,11 +28,11 @@ from refcurv.passes.below import Below
 from refcurv.passes.held import Held
 from refcurv.passes.sweep import lowest_block
 from refcurv.progress import Progress, doing, silent, span
-from refcurv.sweeps.asked import Asked, Readable, checked, facts, require_basis
+from refcurv.sweeps.asked import Asked, Readable, checked, facts, require_basis, require_mass
 from refcurv.sweeps.beside import Collecting, basis_of
 from refcurv.sweeps.lines import Lines
 from refcurv.sweeps.methods import STRONGEST, Method, methods
-from refcurv.sweeps.outcomes import Outcome, Sweep, marked
+from refcurv.sweeps.outcomes import NO_TARGET, Outcome, Sweep, Values, marked, unmeasured
 
 DEFAULT: Final = ("kfac", "svd", "random-basis", "random-pairs")
 
@@ -76,9 +74,13 @@ class _Run:
         return replace(model, parameters=Held(model, together, in_flight, self.below))
 
     def measured(
-        self, key: Mapping[str, Any], split: str, model: Callable[[], Model], what: str
-    ) -> dict[str, Any]:
-        """What is left in a split, a line for each population; `model` makes the edited one."""
+        self, key: Mapping[str, Any], split: str, model: Callable[[], Model], what: str,
+        base: Values | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        """What is left in a split, a line for each population; `model` makes the edited one.
+
+        With what the unedited model does, `base`, logits that are not finite are a result as well.
+        """
         found = {}
         for name, population in self.corpus.populations.items():
             if population.split != split:
@@ -88,8 +90,13 @@ class _Run:
                 self.say(f"{what}: {name}")
                 held = self.held(model())
                 alone = replace(self.corpus, populations={name: population})
-                one = measure(held, alone, split=split).populations[name]
-                return {"found": _plain(one, held, population)}
+                try:
+                    one = measure(held, alone, split=split).populations[name]
+                    return {"found": _plain(one, held, population)}
+                except NonFiniteError as error:
+                    if base is None:
+                        raise
+                    return {"found": unmeasured(base[name], str(error))}
 
             found[name] = self.lines.once("population", {**key, "name": name}, make)["found"]
         return found
@@ -158,13 +165,15 @@ def sweep(
 
     Returns:
         Sweep: plain records, with `to_json()`. The bits of each measurement are those of
-        `rc.evaluate` of the edited model.
+        `rc.evaluate` of the edited model. What an edit leaves that is no number is None, and the
+        sweep goes on: an infinite perplexity, and all of a population at which logits are not
+        finite (`fault` says so). With a K-FAC edit whose cost is infinite nothing is compared.
 
     Raises:
         ConventionError: an unknown method, match or split; `lines` of another sweep. RangeError: a
         rho out of range. NameUnknownError: a pattern that matches no layer. EmptyError: no
-        population of the kind that is needed. StorageError: the disk is full. What `edit`,
-        `truncate`, `collect` and `evaluate` raise.
+        population of the kind that is needed; a layer without curvature, or for svd of zeros.
+        StorageError: the disk is full. What `edit`, `truncate`, `collect` and `evaluate` raise.
 
     Cost: for each edit one pass over the populations of the split, from the lowest edited block on;
         for each that is matched about 8 more over one dev population. What lies below the edited
@@ -172,7 +181,7 @@ def sweep(
     Source: METHOD, Controls.
     Proof: tests/test_sweep.py::test_every_measurement_is_that_of_evaluate,
         ::test_a_killed_sweep_goes_on, ::test_methods_cost_the_same_on_dev,
-        ::test_kept_states_change_no_bit
+        ::test_kept_states_change_no_bit, ::test_an_edit_that_costs_all_is_a_result
     """
     asked = checked(model, corpus, layers, rho, methods, match, on, split, seed)
     if basis is not None:
@@ -181,9 +190,7 @@ def sweep(
     known = Lines(path, facts(model, corpus, asked, basis, collecting))
     if basis is None:
         basis = basis_of(model, corpus, asked.names, collecting, path, stage)
-    for name, lam, mu in spectra_of(basis):
-        if name in asked.names:
-            cut(lam, mu, asked.rho[0], f"sweep: {name!r}")  # it refuses what has no mass
+    require_mass(basis, asked)
     run = _begun(model, corpus, asked, basis, known, path, states, memory, stage("sweep"), told)
     return _swept(run, told)
 
@@ -228,33 +235,38 @@ def _swept(run: _Run, told: Callable[[str], object]) -> Sweep:
         run.below.rise(lowest_block(run.model.config, names))
         for share in asked.rho:
             ways = methods(asked.methods, run.basis, dict.fromkeys(names, share), asked.seed)
-            edits += _edited(run, pattern, share, ways, splits)
+            edits += _edited(run, pattern, share, ways, baseline)
     return Sweep(asked.split, asked.match, asked.on, baseline, marked(edits))
 
 
 def _edited(
-    run: _Run, pattern: str, rho: float, ways: Mapping[str, Method], splits: list[str]
+    run: _Run, pattern: str, rho: float, ways: Mapping[str, Method], baseline: Mapping[str, Values]
 ) -> Iterator[Outcome]:
     """The edits that are compared with one another, K-FAC first."""
-    target: Mapping[str, Any] = {}
+    target = math.nan  # of K-FAC itself, and at equal rho, none is needed
     for way in ways.values():
         begin, known = time.monotonic(), len(run.lines)
-        one = _outcome(run, pattern, rho, way, splits, target)
+        one = _outcome(run, pattern, rho, way, baseline, target)
         if way.name == "kfac" and run.asked.on is not None:
-            target = one.populations["dev"][run.asked.on]
+            target = _cost(one.populations["dev"][run.asked.on])
         run.done.append(time.monotonic() - begin if len(run.lines) > known else 0.0)
         run.progress(len(run.done), run.count)
         yield one
 
 
 def _outcome(
-    run: _Run, pattern: str, rho: float, way: Method, splits: list[str], target: Mapping[str, Any]
+    run: _Run, pattern: str, rho: float, way: Method, baseline: Mapping[str, Values], target: float
 ) -> Outcome:
     """One edit: its strength, then what it leaves."""
     key = {"layers": pattern, "rho": rho, "method": way.name}
     what = f"{way.name} at rho {rho:g} of {pattern}"
+    if target > LARGEST:
+        why = f"the K-FAC edit's {run.asked.match} is beyond what can be matched"
+        none = {name: unmeasured(one, why) for name, one in baseline[run.asked.split].items()}
+        run.lines.once("edit", key, lambda: {"removed": None, "verdict": NO_TARGET, "kept": None})
+        return Outcome(pattern, rho, way.name, None, NO_TARGET, None, {run.asked.split: none})
     same = way.name == "kfac" or run.asked.match == "rho"
-    match = None if same else _matched(run, pattern, way, _cost(target), what)
+    match = None if same else _matched(run, pattern, way, target, what)
 
     @cache
     def made() -> tuple[Model, EditRecord]:
@@ -267,8 +279,10 @@ def _outcome(
         return {"removed": removed, "verdict": match.verdict if match else "given", "kept": kept}
 
     row = run.lines.once("edit", key, make)
-    where = splits if way.name == "kfac" else [run.asked.split]
-    left = {split: run.measured(key, split, lambda: made()[0], what) for split in where}
+    where = baseline if way.name == "kfac" else [run.asked.split]
+    left = {
+        split: run.measured(key, split, lambda: made()[0], what, baseline[split]) for split in where
+    }
     return Outcome(pattern, rho, way.name, row["removed"], row["verdict"], row["kept"], left)
 
 
@@ -282,7 +296,10 @@ def _matched(run: _Run, pattern: str, way: Method, target: float, what: str) -> 
         def make() -> dict[str, Any]:
             run.say(f"{what}: matching")
             model, _ = way.cut(run.model, removed)
-            return {"value": finite(text_perplexity(run.held(model), population))}
+            try:
+                return {"value": finite(text_perplexity(run.held(model), population))}
+            except NonFiniteError:  # it costs more than any number
+                return {"value": None}
 
         key = {"layers": pattern, "method": way.name, "removed": removed}
         value = run.lines.once("trial", key, make)["value"]
@@ -307,12 +324,19 @@ def bracket(tried: Mapping[float, float], target: float, weakest: float) -> tupl
 
 
 def _cost(one: Mapping[str, Any]) -> float:
-    """exp of the nats of a token that is asked for, of a text or of passages."""
+    """exp of the nats of a token that is asked for, of a text or of passages; it may be infinite.
+
+    Proof: tests/test_sweep.py::test_what_is_matched_is_the_cost_of_a_match,
+        ::test_an_edit_that_costs_all_is_a_result
+    """
     values = one["values"]
-    cost = values["perplexity"] if one["kind"] == "text" else math.exp(values["nats"])
-    if cost is None:
-        raise RangeError("sweep: the K-FAC edit's dev perplexity is infinite: rho is too low.")
-    return float(cost)
+    value = values["perplexity" if one["kind"] == "text" else "nats"]
+    if value is None:
+        return math.inf
+    try:
+        return float(value) if one["kind"] == "text" else math.exp(value)
+    except OverflowError:
+        return math.inf
 
 
 def _plain(one: Measured, model: Model, population: Readable) -> dict[str, Any]:

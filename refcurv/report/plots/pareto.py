@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from refcurv.law.checks import EmptyError
-from refcurv.report.cells import Json, number, percent, population_name, relative
+from refcurv.report.cells import Json, number, percent, population_name, relative, whole
 from refcurv.report.plots.drawing import (
     GREY,
     INK,
@@ -31,6 +31,14 @@ RISES = 4.0
 
 FARTHEST = 3.0
 """And at most so many times the unedited perplexity."""
+
+BARS = "; bars: 95 %, by the choice of items"
+
+Point = tuple[float, float]
+"""Perplexity and recitation."""
+
+Ends = tuple[object, object]
+"""The intervals of both; None where it is not known."""
 
 
 def front(results: Json) -> Figure:
@@ -59,25 +67,29 @@ def front(results: Json) -> Figure:
     start = found.get("unedited") or {}
     with styled():
         figure = blank(9.0, 4.6)
-        ax = figure.subplots()
+        ax, names = figure.subplots(), found.get("populations") or {}
         for place, (method, points) in enumerate(curves.items()):
-            _draw_curve(ax, place, method, [start, *points], compared.get(method))
+            _draw_curve(ax, place, method, [start, *points], compared.get(method), names)
         _draw_start(ax, start)
         _finish(ax, start, compared, curves)
-        split, names = str(found.get("split") or ""), found.get("populations") or {}
+        split = str(found.get("split") or "")
         recite, text = (
             safe(population_name(str(names.get(key) or what), split), 24)
             for key, what in (("recitation", "memorised text"), ("perplexity", "clean text"))
         )
         ax.set_title("What forgetting costs, by curvature and by other cuts")
-        ax.set_ylabel(f"{recite}: recited without an error (%)")
-        ax.set_xlabel(f"perplexity of {text}, and its rise")
+        many = start.get("items") or {}
+        n = {key: f" (n {many[name]:,})" if (name := names.get(key)) in many else ""
+             for key in ("recitation", "perplexity")}  # fmt: skip
+        ax.set_ylabel(f"{recite}{n['recitation']}: recited without an error (%)")
+        bars = BARS if any(one.get("intervals") for one in compared.values()) else ""
+        ax.set_xlabel(f"perplexity of {text}{n['perplexity']}, and its rise{bars}")
         legend(figure, ax, 4, "recited at the perplexity of the K-FAC edit")
     return figure
 
 
 def _draw_curve(
-    ax: Axes, place: int, method: str, points: list[Json], compared: Json | None
+    ax: Axes, place: int, method: str, points: list[Json], compared: Json | None, names: Json
 ) -> None:
     """A line through its points from the weakest on, and the compared edit as a large mark."""
     shown = sorted(
@@ -91,9 +103,12 @@ def _draw_curve(
         matched = compared.get("matched", True)
         left = percent(compared.get("recitation")) if matched else str(compared.get("verdict"))
         name = f"{name}: {safe(left, 20)}"
+        at = number(compared.get("perplexity")), number(compared.get("recitation"))
+        known = compared.get("intervals") or {}
+        sure = known.get(names.get("perplexity")), known.get(names.get("recitation"))
+        _draw_interval(ax, colour, at, sure)
         ax.plot(
-            number(compared.get("perplexity")), number(compared.get("recitation")), mark,
-            color=colour, ms=15 if place == 0 else 8, mec="white", mew=1.1, zorder=5,
+            *at, mark, color=colour, ms=15 if place == 0 else 8, mec="white", mew=1.1, zorder=5,
             label="_compared",
         )  # fmt: skip
     ax.plot(
@@ -102,6 +117,16 @@ def _draw_curve(
         "-", marker=mark, color=colour, lw=2.4 if place == 0 else 1.6, ms=5 if place == 0 else 3.5,
         zorder=4 if place == 0 else 3, label=name,
     )  # fmt: skip
+
+
+def _draw_interval(ax: Axes, colour: str, at: Point, sure: Ends) -> None:
+    """How far a point may be off by the choice of items, as far as that is known."""
+    for name, place, interval in zip("xy", at, sure, strict=True):
+        low, high = map(number, interval) if isinstance(interval, list) else (math.nan, math.nan)
+        if low <= place <= high:  # not where one of them is unknown
+            bar: dict[str, Any] = {f"{name}err": [[place - low], [high - place]]}
+            ax.errorbar(*at, **bar, fmt="none", ecolor=colour, elinewidth=1, alpha=0.5, zorder=2,
+                        label="_interval")  # fmt: skip
 
 
 def _draw_start(ax: Axes, start: Json) -> None:
@@ -177,6 +202,9 @@ def sweep_front(found: Json) -> Figure:
         values = (left[text]["values"]["perplexity"], left[recite]["values"]["strict"])
         return number(values[0]), number(values[1])
 
+    def ends(left: Json) -> Ends:
+        return left[text].get("interval"), left[recite].get("interval")
+
     methods = list(dict.fromkeys(str(one["method"]) for one in found["edits"]))
     patterns = list(dict.fromkeys(str(one["layers"]) for one in found["edits"]))
     with styled():
@@ -188,15 +216,23 @@ def sweep_front(found: Json) -> Figure:
             look = PALETTE[methods.index(method) % len(PALETTE)], patterns.index(pattern)
             name = method_name(method.replace("-", " "))
             name += f", {pattern}" if len(patterns) > 1 else ""
-            points = [(one, point(one["populations"][split])) for one in edits]
+            lefts = [one["populations"][split] for one in edits]
+            points = [
+                (one, point(left), ends(left)) for one, left in zip(edits, lefts, strict=True)
+            ]
             _draw_edits(ax, look, safe(name), point(base), points)
         _draw_start(ax, dict(zip(("perplexity", "recitation"), point(base), strict=True)))
         _finish_sweep(ax, point(base)[0], [point(one["populations"][split])[0]
                                            for one in found["edits"]])  # fmt: skip
         on = "" if found["on"] is None else f", at equal {found['match']} on dev"
         ax.set_title(f"What forgetting costs{on}")
-        ax.set_ylabel(f"{safe(population_name(recite, split), 24)}: recited without an error (%)")
-        ax.set_xlabel(f"perplexity of {safe(population_name(text, split), 24)}, and its rise")
+        sure = [ends(one["populations"][split]) for one in found["edits"]]
+        bars = BARS if any(one is not None for pair in sure for one in pair) else ""
+        n = {name: f"n {whole(base[name].get('items'))}" for name in (text, recite)}
+        ax.set_ylabel(f"{safe(population_name(recite, split), 24)} ({n[recite]}): "
+                      "recited without an error (%)")  # fmt: skip
+        ax.set_xlabel(f"perplexity of {safe(population_name(text, split), 24)} ({n[text]}), "
+                      f"and its rise{bars}")  # fmt: skip
         stars = any(one["front"] and one["method"] == "kfac" for one in found["edits"])
         title = "stars: on the front of dev" if stars else None
         legend(figure, ax, 4 if len(patterns) == 1 else 2, title)
@@ -207,18 +243,19 @@ def _draw_edits(
     ax: Axes,
     look: tuple[str, int],
     name: str,
-    start: tuple[float, float],
-    edits: list[tuple[Json, tuple[float, float]]],
+    start: Point,
+    edits: list[tuple[Json, Point, Ends]],
 ) -> None:
     """One method on one pattern: a line from the unedited model through its edits."""
     colour, place = look
-    shown = sorted(edits, key=lambda pair: -number(pair[0]["rho"]))
-    line = [start, *(at for _, at in shown)]
+    shown = sorted(edits, key=lambda three: -number(three[0]["rho"]))
+    line = [start, *(at for _, at, _ in shown)]
     ax.plot(
         *zip(*line, strict=True), LINES[place % len(LINES)], marker=MARKS[place % len(MARKS)],
         color=colour, lw=1.6, ms=4.5, zorder=3, label=name,
     )  # fmt: skip
-    for one, at in shown:
+    for one, at, sure in shown:
+        _draw_interval(ax, colour, at, sure)
         if one["front"] and one["method"] == "kfac":
             ax.plot(*at, "*", color=colour, ms=15, mec="white", mew=1.1, zorder=5, label="_front")
 
