@@ -439,18 +439,18 @@ def test_an_edit_that_costs_all_is_a_result(
 
 def test_a_trial_that_is_no_number_costs_more_than_any(model, corpus, basis) -> None:
     """A method may spoil all at a strength that is only tried."""
-    real = text_perplexity
+    real, name, spoilt = text_perplexity, "blocks.2.mlp.up.weight", []
 
     def spoiled(of: rc.Model, population: rc.Population) -> float:
-        weight = of.parameters["blocks.2.mlp.up.weight"]
-        if np.linalg.norm(weight) < 0.5 * np.linalg.norm(
-            model.parameters["blocks.2.mlp.up.weight"]
-        ):
+        left = np.linalg.norm(of.parameters[name]) / np.linalg.norm(model.parameters[name])
+        if left < 0.99:
+            spoilt.append(left)
             raise NonFiniteError("evaluate: a logit is NaN")
         return real(of, population)
 
     with patch("refcurv.sweeps.sweep.text_perplexity", spoiled):
         out = rc.sweep(model, corpus, [HIGH], [0.8], ["svd"], basis=basis)
+    assert spoilt
     assert out.edits[1].verdict in ("matched", "overshoots", "falls short")
 
 

@@ -212,7 +212,6 @@ def weights(rows: str, at: Positions) -> Array:
             out[every.get(one.removeprefix(TIMES[times]), np.s_[:0])] = times
         return out
     before_last = np.arange(keep.shape[1]) < keep.shape[1] - 1
-    rolled_BT = turned(keep, at.order_BT)
     chosen = {
         "reference": keep,
         "with last": keep | kind["last"],
@@ -228,7 +227,7 @@ def weights(rows: str, at: Positions) -> Array:
         "first twice": keep + (keep & kind["first"]).astype(np.int64),
         "without eos": keep & ~kind["eos"],
         # column c of theirs has the row of c in the other order
-        "as if padding were on the left": rolled_BT,
+        "as if padding were on the left": turned(keep, at.order_BT),
         "as if padding were on the right": turned(keep, np.argsort(at.order_BT, axis=1)),
     }
     return np.asarray(chosen[rows].astype(np.float64))
