@@ -39,7 +39,8 @@ from refcurv.model.config import TABLES
 from refcurv.model.corpus import SPLITS, Population, Populations
 from refcurv.model.patterns import expand
 from refcurv.progress import Progress, silent
-from refcurv.report.folder import BASIS, CONTROLS, EDITED, FACTORS, RESULTS, prepare
+from refcurv.report.folder import BASIS, CHOICE, CONTROLS, EDITED, FACTORS, RESULTS, prepare
+from refcurv.sweeps import choice
 
 TITLE = "Memory and reasoning along the spectrum of loss curvature"
 
@@ -51,15 +52,16 @@ Stage = Callable[[str], Progress]
 class Job:
     """Two files and the choices of `collect`, `decompose`, `edit` and `evaluate`.
 
-    Fields: weights, corpus, files; layers, whose factors are collected; rho, one share for all of
-    them or {pattern: share}; fisher, rows, seed, bias, split, dtype; factors, basis, files that are
-    taken instead of made. Then layers chooses among theirs, and how they were made is theirs too.
+    Fields: weights, corpus, files; layers, whose factors are collected (empty: what the choice of
+    rho is between); rho, one share for all of them, {pattern: share}, or None: `sweeps.choice`
+    tries some on dev; fisher, rows, seed, bias, split, dtype; factors, basis, files that are taken
+    instead of made. Then layers chooses among theirs, and how they were made is theirs too.
     """
 
     weights: str | Path
     corpus: str | Path
     layers: str
-    rho: float | Mapping[str, float]
+    rho: float | Mapping[str, float] | None
     fisher: str = "sampled"
     rows: str = "reached"
     seed: int = 0
@@ -117,14 +119,17 @@ def run(
     machine in it is determined by the files and the choices. A corpus without populations of the
     split is not evaluated; bands need a memorised population (`recite`) and a clean one (`text`),
     controls a clean one in the dev split too. A collection that was interrupted goes on where it
-    was, and so do controls. `told` is called with what will be done and about how long it takes,
-    before what takes long. `refcurv.report.folder.draw` makes figures and a page of the results.
+    was, and so do controls and the choice of rho. `told` is called with what will be done and about
+    how long it takes, before what takes long. `refcurv.report.folder.draw` makes figures and a page
+    of the results.
 
     Proof: tests/test_demo.py::test_the_report_of_a_users_own_files,
-        ::test_a_report_refuses_before_the_work, ::test_what_was_evaluated_is_kept
+        ::test_a_report_refuses_before_the_work, ::test_what_was_evaluated_is_kept,
+        tests/test_choice.py::test_a_report_without_rho_takes_what_dev_chooses
     """
     model, corpus = rc.load(job.weights, dtype=job.dtype), rc.load_corpus(job.corpus)
     given = _given(job, model, corpus)
+    job, tried = _between(job, model, given[1] or given[0])
     cut, judged = _checked(job, model, corpus, given[1] or given[0])
     reads = {"WEIGHTS": job.weights, "CORPUS": job.corpus}
     reads |= {
@@ -133,6 +138,10 @@ def run(
     folder = prepare(folder, reads)
     this = _Run(job, given, model, corpus, cut, judged, folder, stage, told, {}, {})
     basis = _basis(this)
+    if job.rho is None:
+        this = _chosen(this, basis, tried)
+        job, cut = this.job, this.cut
+    assert job.rho is not None
     if warning := warning_of(one for one in kept_by(basis) if one.layer in cut):
         told(f"warning: {warning}")
     with this.timed("edit"):
@@ -144,7 +153,7 @@ def run(
         found = _bands(this, basis)
     results = _results(this, basis, record, table, others, found)
     write_json(results, folder / RESULTS)
-    for left in (unfinished(folder / RESULTS), folder / CONTROLS):
+    for left in (unfinished(folder / RESULTS), folder / CONTROLS, folder / CHOICE):
         Path(left).unlink(missing_ok=True)
     return results
 
@@ -159,12 +168,36 @@ def _given(job: Job, model: rc.Model, corpus: rc.Corpus) -> tuple[rc.Factors | N
         linear = [n for n in of if n not in TABLES]
         if not linear:
             raise EmptyError(f"report: {job.factors} has tables alone. Collect layers to edit.")
-        return Lazy(expand(job.layers, linear), of.__getitem__)
+        return Lazy(expand(job.layers or "**", linear), of.__getitem__)
 
     return (
         factors and replace(factors, layers=some(factors)),
         basis and replace(basis, layers=some(basis)),
     )
+
+
+def _between(
+    job: Job, model: rc.Model, given: Mapping[str, Any] | None
+) -> tuple[Job, tuple[str, ...]]:
+    """Without a rho: the patterns that it is chosen between, and the job with all their layers."""
+    names = list(model.config.linear_layers() if given is None else given)
+    if job.rho is not None:
+        return job, ()
+    tried = (job.layers,) if job.layers else choice.runs(model.config, names)
+    return replace(job, layers=choice.together(tried)), tried
+
+
+def _chosen(this: _Run, basis: Bases, tried: tuple[str, ...]) -> _Run:
+    """The run with the layers and the rho that dev chooses."""
+    with this.timed("choice"):
+        one = choice.choose(
+            this.model, this.corpus, tried, basis, this.job.seed, this.folder / CHOICE,
+            this.stage("choice"), this.told,
+        )  # fmt: skip
+    this.told(f"chosen: {one.sentence}")
+    job = replace(this.job, rho={one.layers: one.rho})
+    this.keep(chosen=one.sentence)
+    return replace(this, job=job, cut=expand(one.layers, this.cut))
 
 
 def _basis(this: _Run) -> Bases:
@@ -272,8 +305,14 @@ def _checked(
     """The layers that are edited and the populations that are judged; bad choices end here."""
     require_choice("report", "split", job.split, SPLITS)
     require_choice("report", "bias", job.bias, list(Bias))
+    if job.rho is None:
+        choice.require_dev("report", corpus)
     named = list(given or expand(job.layers, list(model.config.linear_layers())))
-    asked = job.rho if isinstance(job.rho, Mapping) else {"**": job.rho}
+    asked = (
+        job.rho
+        if isinstance(job.rho, Mapping)
+        else {"**": choice.SHARES[0] if job.rho is None else job.rho}
+    )
     cut = list(shares("report", "rho", model, named, asked))
     require_exact("report", model, cut)
     width = {f"{side} of {name!r}": n for name in named
@@ -303,6 +342,7 @@ def _settings(this: _Run, basis: Bases) -> dict[str, Any]:
     return {
         **({"taken " + key: path for key, path in taken.items()} or {"collected": job.layers}),
         **(one if len(asked) == 1 else {"rho": asked}),
+        **{key: this.known[key] for key in ("chosen",) if key in this.known},
         **made,
         "bias": str(basis.bias),
         "dtype": job.dtype,

@@ -19,6 +19,7 @@ Command = Callable[[argparse.Namespace], bool | None]
 EXAMPLES = {
     "demo": ["refcurv demo", "refcurv demo --out results/"],
     "report": [
+        "refcurv report w.h5 corpus.h5     # layers and rho: what split dev chooses",
         "refcurv report w.h5 corpus.h5 --rho 'blocks.{23-25}.mlp.{gate,up}=0.6' --out results/",
         "refcurv report w.h5 corpus.h5 --layers 'blocks.11.mlp.*' --rho 0.75 --split dev",
         "refcurv report w.h5 corpus.h5 --basis basis.h5 --rho 0.9",
@@ -241,7 +242,7 @@ def _demo(sub: argparse.ArgumentParser) -> None:
 
 def _report(sub: argparse.ArgumentParser) -> None:
     _positional(sub, "WEIGHTS", "CORPUS")
-    _shares(sub)
+    _shares(sub, " (default: what recites least on split dev, of a short sweep of --layers)")
     text = "folder to write (default: %(default)s)"
     sub.add_argument("--out", default="refcurv-report", help=text)
     text = "take these factors, of the same weights and corpus, instead of collecting"
@@ -639,11 +640,9 @@ def _bias(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--bias", default="separate", help=text)
 
 
-def _shares(sub: argparse.ArgumentParser) -> None:
+def _shares(sub: argparse.ArgumentParser, without: str = "") -> None:
+    """`without`: what is done if none is given; else one must be."""
+    text = f"share of the curvature mass to keep, of all or of matching layers; repeatable{without}"
     sub.add_argument(
-        "--rho",
-        action="append",
-        required=True,
-        metavar="[PATTERN=]SHARE",
-        help="share of the curvature mass to keep, of all or of matching layers; repeatable",
+        "--rho", action="append", required=not without, metavar="[PATTERN=]SHARE", help=text
     )

@@ -40,8 +40,9 @@ def report(args: argparse.Namespace) -> None:
             )
     choices = ("weights", "corpus", "split", "dtype", "factors", "basis", *HOW, "bias")
     given = {name: x for name in choices if (x := getattr(args, name)) is not None}
-    layers = args.layers or ("**" if args.factors or args.basis else "blocks.*.mlp.*")
-    _report(Job(rho=shares(args.rho), layers=layers, **given), args)
+    rho = shares(args.rho) if args.rho else None
+    default = "" if rho is None else "**" if args.factors or args.basis else "blocks.*.mlp.*"
+    _report(Job(rho=rho, layers=args.layers or default, **given), args)
 
 
 HOW = ("fisher", "rows", "seed")

@@ -22,13 +22,16 @@ FACTORS, BASIS, EDITED, RESULTS = "factors.h5", "basis.h5", "edited.h5", "result
 CONTROLS = "controls.jsonl.unfinished"
 """What the search for the controls' strengths has found, until the results are whole."""
 
+CHOICE = "choice.jsonl.unfinished"
+"""What was tried on dev to choose a rho, until the results are whole."""
+
 PAGE = "report.html"
 
 
 def outputs(folder: PathLike) -> dict[str, Path]:
     """Every file that a report may write, by what a message calls it."""
     figures = (f"{name}.png" for name in plots.FIGURES)
-    kept = (unfinished(FACTORS), unfinished(RESULTS), CONTROLS)
+    kept = (unfinished(FACTORS), unfinished(RESULTS), CONTROLS, CHOICE)
     names = (FACTORS, BASIS, EDITED, RESULTS, PAGE, *kept)
     return {f"{name} of --out": Path(folder) / name for name in (*names, *figures)}
 

@@ -77,7 +77,11 @@ def marked(edits: Sequence[Outcome]) -> tuple[Outcome, ...]:
     Proof: tests/test_sweep.py::test_the_front_is_of_dev,
         ::test_one_that_is_as_good_in_one_is_beaten
     """
-    costs = {(one.layers, one.rho): _dev(one) for one in edits if one.method == "kfac"}
+    costs = {
+        (one.layers, one.rho): dev_cost(one.populations.get("dev", {}))
+        for one in edits
+        if one.method == "kfac"
+    }
     known = {key: cost for key, cost in costs.items() if cost is not None}
 
     def best(key: tuple[str, float]) -> bool | None:
@@ -92,9 +96,8 @@ def marked(edits: Sequence[Outcome]) -> tuple[Outcome, ...]:
     return tuple(replace(one, front=best((one.layers, one.rho))) for one in edits)
 
 
-def _dev(one: Outcome) -> tuple[float, float] | None:
-    """Perplexity of the first dev text, recitation of the first dev passages; None without both."""
-    found = one.populations.get("dev", {})
+def dev_cost(found: Values) -> tuple[float, float] | None:
+    """Perplexity of the first text, recitation of the first passages; None without both."""
     text, recite = (
         next((p["values"] for p in found.values() if p["kind"] == kind), None)
         for kind in ("text", "recite")

@@ -191,11 +191,11 @@ def sweep(
     if basis is None:
         basis = basis_of(model, corpus, asked.names, collecting, path, stage)
     require_mass(basis, asked)
-    run = _begun(model, corpus, asked, basis, known, path, states, memory, stage("sweep"), told)
-    return _swept(run, told)
+    run = begun(model, corpus, asked, basis, known, path, states, memory, stage("sweep"), told)
+    return swept(run, told)
 
 
-def _begun(
+def begun(
     model: Model, corpus: Corpus, asked: Asked, basis: Bases, lines: Lines, path: Path | None,
     states: int | None, memory: int | None, progress: Progress, told: Callable[[str], object],
 ) -> _Run:  # fmt: skip
@@ -219,7 +219,7 @@ def _begun(
     return _Run(model, corpus, asked, basis, lines, whole, how, below, progress, count)
 
 
-def _swept(run: _Run, told: Callable[[str], object]) -> Sweep:
+def swept(run: _Run, told: Callable[[str], object]) -> Sweep:
     """Baseline, then every edit; what the lines know is not done again."""
     asked = run.asked
     has_dev = any(one.split == "dev" for one in run.corpus.populations.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from refcurv.sweeps.choice import least_recited
 from validation.real.plan import Plan, Record
 from validation.real.results import Results
 
@@ -31,12 +32,8 @@ def chosen(results: Results, within: Iterable[str] | None = None) -> tuple[str, 
     Proof: tests/validation/test_real_page.py::test_dev_chooses_by_the_rule
     """
     some = [one for one in edits(results) if within is None or one[0] in within]
-    cheap = [one for one in some if one[2] <= MOST]
-    if not cheap:
-        layers, rho, *_ = min(some, key=lambda one: one[2])
-    else:
-        layers, rho, *_ = min(cheap, key=lambda one: (one[3]["values"]["strict"], one[2]))
-    return layers, rho
+    costs = (((layers, rho), ratio, left["values"]["strict"]) for layers, rho, ratio, left in some)
+    return least_recited(costs, MOST)
 
 
 def best(results: Results, plan: Plan, third: str) -> str | None:
