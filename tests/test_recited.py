@@ -171,7 +171,7 @@ def test_refusals(model: rc.Model, tmp_path: Path, monkeypatch, capsys) -> None:
     rc.save(model, "w.h5")
     Path("p.jsonl").write_text('{"prefix_ids": [1, 2], "suffix_ids": [3]}\n')
     Path("t.txt").write_text("a text")
-    for name, says in (("p.jsonl", "whole texts"), ("t.txt", "Give the tokenizer.json")):
+    for name, says in (("p.jsonl", "whole texts"), ("t.txt", "tokenizer with --tokenizer")):
         assert main(["recite", "w.h5", name, "-o", "i.jsonl"]) == 2
         told = capsys.readouterr().err
         assert says in told and told.count("\n") == 1 and not Path("i.jsonl").exists()
