@@ -69,8 +69,8 @@ def test_everything_is_written(demo: tuple[Path, dict]) -> None:
              "report.html", "results.json", "retention.png", "spectrum.png"}  # fmt: skip
     assert {p.name for p in out.iterdir()} == names
     known = {path.name for path in outputs(out).values()}
-    begun = {f"{name}.unfinished"
-             for name in ("factors.h5", "results.json", "controls.jsonl", "choice.jsonl")}  # fmt: skip
+    kept = ("factors.h5", "results.json", "controls.jsonl", "choice.jsonl")
+    begun = {f"{name}.unfinished" for name in kept}
     assert known == names | begun
     assert {row["layer"] for row in results["edit"]} == {"blocks.3.mlp.gate", "blocks.3.mlp.up"}
     assert results["settings"]["layers"] == LAYERS
