@@ -654,6 +654,10 @@ def test_bars_are_the_retentions(results: dict[str, Any]) -> None:
     assert "97.9 → 6.2 %" in texts
     low, high = ax.get_xlim()
     assert low <= 0 < max(1.06, *widths) < high
+    for row in results["evaluation"]["rows"]:  # then the legend does not speak of it
+        row["chance"], row["retention_above_chance"] = 0.0, None
+    ax = plots.retention(results).axes[0]
+    assert not [label for label in lines_of(ax) if label.startswith("above chance")]
 
 
 def test_nothing_to_draw_is_said(results: dict[str, Any]) -> None:

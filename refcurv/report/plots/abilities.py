@@ -110,10 +110,12 @@ def _draw_bars(ax: Axes, abilities: Sequence[_Ability]) -> None:
     kept = np.nan_to_num(np.array([ability.kept for ability in abilities]))
     colours = [PALETTE[1 if a.role == "memorised" else 0] for a in abilities]
     ax.barh(place, kept, height=0.5, color=colours, zorder=2, label="_bars")
-    ax.plot(
-        [a.above for a in abilities], place, "D", color="white", mec=INK, ms=5.5, mew=1.1,
-        zorder=4, label="above chance: (after − chance) / (before − chance)",
-    )  # fmt: skip
+    above = np.array([a.above for a in abilities])
+    if np.isfinite(above).any():
+        ax.plot(
+            above, place, "D", color="white", mec=INK, ms=5.5, mew=1.1, zorder=4,
+            label="above chance: (after − chance) / (before − chance)",
+        )  # fmt: skip
     label = "range in the paper (OLMo-2 7B, K-FAC)"
     for y, ability in enumerate(abilities):
         if ability.role in PAPER_RANGE:
