@@ -45,7 +45,7 @@ class _Kept(FunctionCache):
 def njit(*, cache: bool, **options: Any) -> Callable[[Callable[..., Any]], Any]:
     """`numba.njit`; with `cache` the compiled code is kept on disk, where a folder allows it.
 
-    Proof: tests/test_room.py::test_no_kernel_is_compiled_where_the_compiler_has_no_room
+    Proof: tests/test_room.py::test_no_kernel_is_compiled_where_the_compiler_has_no_room,
         tests/test_reports_files.py::test_compiled_code_that_can_be_kept_nowhere_is_compiled_anew
     """
 
