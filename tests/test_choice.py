@@ -116,6 +116,7 @@ def test_a_report_without_rho_takes_what_dev_chooses(
     assert settings["chosen"] in (out / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_layers_that_are_given_are_what_rho_is_chosen_for(tmp_path: Path) -> None:
     """Also of a basis that is there."""
     command = own(tmp_path)
