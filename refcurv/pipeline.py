@@ -342,7 +342,7 @@ def _settings(this: _Run, basis: Bases) -> dict[str, Any]:
     return {
         **({"taken " + key: path for key, path in taken.items()} or {"collected": job.layers}),
         **(one if len(asked) == 1 else {"rho": asked}),
-        **{key: this.known[key] for key in ("chosen",) if key in this.known},
+        **({"chosen": this.known["chosen"]} if "chosen" in this.known else {}),
         **made,
         "bias": str(basis.bias),
         "dtype": job.dtype,

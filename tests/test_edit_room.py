@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import tracemalloc
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from strategies import config, random_parameters
+from test_room import peak
 
 import refcurv as rc
 from refcurv.curvature import bases_file
@@ -26,16 +25,6 @@ GATE = "blocks.0.mlp.gate"
 
 def said(record: EditRecord) -> dict[str, Any]:
     return {"edit": record.to_json()}
-
-
-def peak(work: Callable[[], object]) -> int:
-    tracemalloc.start()
-    try:
-        before = tracemalloc.get_traced_memory()[0]
-        work()
-        return tracemalloc.get_traced_memory()[1] - before
-    finally:
-        tracemalloc.stop()
 
 
 def basis_of(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -21,6 +21,9 @@ from refcurv.law.checks import SchemaError, StorageError
 
 PathLike = str | os.PathLike[str]
 
+HDF5: Final = b"\x89HDF\r\n\x1a\n"
+"""How an HDF5 file begins."""
+
 READING: Final = "Check the disk and the permissions."
 WRITING: Final = "Check space and permissions; nothing that existed was changed."
 _IN_PLACE: Final = "What was written is in its place, but a power cut may undo it. Check the disk."

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from refcurv.files.disk import (
+    HDF5,
     PathLike,
     input_path,
     is_folder,
@@ -27,7 +28,6 @@ from refcurv.law.checks import (
     SchemaError,
 )
 
-HDF5: Final = b"\x89HDF\r\n"
 _MAX_FILE: Final = 2**28  # bytes of a tokenizer.json; the largest known has a tenth
 _TRIED: Final = 2048  # words of the vocabulary, to see what is put around a text
 _VOCABULARIES: Final = ("*.model", "*.tiktoken", "vocab.json", "merges.txt", "vocab.txt")

@@ -76,8 +76,10 @@ def require_dev(who: str, corpus: Corpus) -> None:
         )
 
 
-def least_recited(edits: Iterable[tuple[Edit, float, float]], most: float) -> Edit:
-    """Of (edit, cost, recited) the edit that recites least among those that cost at most `most`.
+def least_recited(
+    edits: Iterable[tuple[Edit, float, float]], most: float
+) -> tuple[Edit, float, float]:
+    """The (edit, cost, recited) that recites least among those that cost at most `most`.
 
     Of as many passages it is the cheaper one; where none is so cheap, the cheapest of all.
 
@@ -86,8 +88,8 @@ def least_recited(edits: Iterable[tuple[Edit, float, float]], most: float) -> Ed
     some = list(edits)
     cheap = [one for one in some if one[1] <= most]
     if not cheap:
-        return min(some, key=lambda one: one[1])[0]
-    return min(cheap, key=lambda one: (one[2], one[1]))[0]
+        return min(some, key=lambda one: one[1])
+    return min(cheap, key=lambda one: (one[2], one[1]))
 
 
 def choose(
@@ -124,9 +126,9 @@ def chosen(found: Sweep) -> Choice:
     base = dev_cost(found.baseline["dev"])
     assert base is not None, "`require_dev` was called"
     edits = []
-    for one in found.edits:
-        cost = dev_cost(one.populations["dev"]) or (math.inf, math.inf)  # its logits are no numbers
-        edits.append(((one, cost[0] / base[0], cost[1]), cost[0] / base[0], cost[1]))
+    for each in found.edits:
+        cost = dev_cost(each.populations["dev"]) or (math.inf, math.inf)  # logits are no numbers
+        edits.append((each, cost[0] / base[0], cost[1]))
     one, ratio, recited = least_recited(edits, MOST)
     dear = "" if ratio <= MOST else f"; none costs at most {MOST - 1:.0%}, and this one the least"
     return Choice(

@@ -33,7 +33,7 @@ def chosen(results: Results, within: Iterable[str] | None = None) -> tuple[str, 
     """
     some = [one for one in edits(results) if within is None or one[0] in within]
     costs = (((layers, rho), ratio, left["values"]["strict"]) for layers, rho, ratio, left in some)
-    return least_recited(costs, MOST)
+    return least_recited(costs, MOST)[0]
 
 
 def best(results: Results, plan: Plan, third: str) -> str | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from refcurv.files import store
-from refcurv.files.disk import machine_faults, mode_of
+from refcurv.files.disk import HDF5, machine_faults, mode_of
 from refcurv.judge.foreign.bergson import is_bergson
 from refcurv.judge.foreign.kronfluence import is_kronfluence
 from refcurv.judge.foreign.official import is_torch
@@ -19,7 +19,6 @@ KNOWN: Final = (
     "factors, bases and weights, the official code's .pt, checkpoint directories, and folders of "
     "kronfluence and bergson"
 )
-_HDF5: Final = b"\x89HDF\r\n\x1a\n"
 _OTHERS: Final = (
     (b"\x93NUMPY", "is one array, an .npy; give an .npz with LAYER/A and LAYER/G"),
     (b"version https://git-lfs", "is a pointer of git-lfs, not the file: git lfs pull"),
@@ -54,7 +53,7 @@ def kind_of(path: Path) -> str:
     with machine_faults("validate", path), path.open("rb") as file:
         start = file.read(32)
         file.seek(0)
-        hdf5 = start.startswith(_HDF5) or any(_at(file, 512 * 2**k) == _HDF5 for k in range(4))
+        hdf5 = start.startswith(HDF5) or any(_at(file, 512 * 2**k) == HDF5 for k in range(4))
     if not start:
         raise SchemaError(f"{where} is empty.")
     if hdf5:
@@ -73,7 +72,7 @@ def kind_of(path: Path) -> str:
 
 def _at(file: BinaryIO, offset: int) -> bytes:
     file.seek(offset)
-    return file.read(len(_HDF5))
+    return file.read(len(HDF5))
 
 
 def _of_hdf5(path: Path, where: str) -> str:
