@@ -432,10 +432,10 @@ def test_few_runs_tell_an_error_if_each_number_of_the_input_moves_by_itself():
 
 def test_the_noise_of_a_sum_is_that_of_its_rows():
     """Equal rows tell it by three numbers each; one row that has most of it by three in all."""
-    assert _spread(np.full(10, 2.0), np.full(10, 5.0)) == (4 * 100, pytest.approx(30))
-    variance, free = _spread(np.array([1e-30, 1.0, 1e-30]), np.array([1.0, 7.0, 1.0]))
+    assert _spread(np.full(10, 2.0), np.full(10, 5.0), 3) == (4 * 100, pytest.approx(30))
+    variance, free = _spread(np.array([1e-30, 1.0, 1e-30]), np.array([1.0, 7.0, 1.0]), 3)
     assert (variance, free) == (pytest.approx(28), pytest.approx(3))
-    assert _spread(np.zeros(3), np.ones(3)) == (0.0, 0.0)
+    assert _spread(np.zeros(3), np.ones(3), 3) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize("side", ["A", "G"])

@@ -19,12 +19,14 @@ from refcurv.curvature import factors as collection
 from refcurv.curvature.resumed_bases import decompose_to
 from refcurv.law import conventions
 from refcurv.law.checks import EmptyError
-from refcurv.law.conventions import MOST_ROUNDING, NO_LABEL
+from refcurv.law.conventions import MOST_ROUNDING, NO_LABEL, Fisher
 from refcurv.model import transformer
 from refcurv.model.config import Norm, NormPlace, QKNorm
 from refcurv.model.gradient import head_backward
 from refcurv.model.transformer import Tap
 from refcurv.passes import rounding
+from refcurv.passes.shards import shards
+from refcurv.passes.sweep import Sweep, sweep
 
 FLOATS = [np.float64, np.float32]
 
@@ -228,6 +230,63 @@ def test_a_long_sequence_is_looked_at_as_far_as_its_first_labels(monkeypatch) ->
     monkeypatch.setattr(rounding, "POSITIONS", 18)
     whole = case(0, batch=2, length=9, causal=False)
     collected(replace(whole, label=label), np.float64)
+
+
+def looks(one: Case, fisher: str = "empirical") -> tuple[dict[str, np.ndarray], list[dict]]:
+    """g of every layer of some sequences, and of each run over them beside the nudged ones."""
+    corpus = rc.Corpus(one.token, one.label, one.real.astype(np.uint8), one.segment)
+    unit = shards(corpus, one.config)[0]
+    names = frozenset(one.config.linear_layers() | one.config.tables())
+    job = Sweep(names, Fisher(fisher))
+
+    def rows(*run: object) -> dict[str, np.ndarray]:
+        parts: dict[str, list[np.ndarray]] = {}
+        sweep(*run, lambda _, tap: parts.setdefault(tap.name, []).append(tap.g.copy()))
+        return {name: np.concatenate(some) for name, some in parts.items()}
+
+    dtype = one.parameters["embed.weight"].dtype
+    runs = rounding.other_runs(one.config, unit, job, dtype)
+    few = rounding.some_of(one.config, unit)
+    alone = rows(one.config, one.parameters, few, job)
+    return alone, [rows(c, view(one.parameters), some, j) for c, view, some, j in runs]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("fisher", ["empirical", "sampled", "signed"])
+@pytest.mark.parametrize("positions", [64, 2])
+def test_beside_sequences_as_they_are_lie_the_same_nudged(
+    monkeypatch, fisher: str, tied: bool, positions: int
+) -> None:
+    """Their gradients are those of a pass of their own, and those behind them all but the same.
+
+    Where they cannot be cut and are long, each run has one nudge. A head that is tied stays.
+    """
+    monkeypatch.setattr(rounding, "POSITIONS", positions)
+    one = case(3, batch=1 if positions == 2 else 3, length=9, causal=positions == 64, tied=tied)
+    alone, runs = looks(one, fisher)
+    assert len(runs) == (1 if positions == 64 else 3)
+    for run in runs:
+        for name, g_NO in alone.items():
+            copies = run[name].reshape(-1, *g_NO.shape)
+            assert len(copies) == (4 if positions == 64 else 2), name
+            size = np.abs(g_NO).max()
+            np.testing.assert_allclose(copies, copies[:1] + 0 * copies, atol=1e-11 * size)
+            np.testing.assert_allclose(copies[0], g_NO, atol=1e-13 * size, rtol=0)
+            assert size == 0 or any((copy != copies[0]).any() for copy in copies[1:]), name
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_one_run_finds_what_three_find(monkeypatch, dtype: type) -> None:
+    """All nudges beside one another, or one at a time: the same estimate."""
+    one = case(1, batch=2, length=12, norm_place=NormPlace.PRE, qk_norm=QKNorm.NONE)
+    together = collected(one, dtype)
+    monkeypatch.setattr(rounding, "nudges_of", lambda *_: [(n,) for n in rounding.NUDGES])
+    each = collected(one, dtype)
+    for name, factor in together.items():
+        for what in ("rounding_G", "noise_A", "noise_G"):
+            first, other = getattr(factor, what), getattr(each[name], what)
+            assert (first is None) == (other is None), (name, what)
+            assert first is None or 0.5 < first / other < 2, (name, what)
 
 
 def test_which_shards_are_looked_at(monkeypatch) -> None:

@@ -18,7 +18,7 @@ from refcurv.model.config import ModelConfig, QKNorm
 from refcurv.model.weights import Model
 from refcurv.passes.fast import QUERY_ROWS
 from refcurv.passes.parallel import cores
-from refcurv.passes.rounding import some_of
+from refcurv.passes.rounding import nudges_of, some_of
 from refcurv.passes.shards import Shard
 from refcurv.passes.streaming import Stage, names_at, place, stages
 from refcurv.passes.sweep import Sweep
@@ -150,14 +150,16 @@ def _stage(
 
 
 def _noise(config: ModelConfig, stage: Stage, shard: Shard, item: int) -> int:
-    """What it takes to compare the rows of two runs over some sequences of a shard."""
+    """What it takes to pass some sequences of a shard, and beside them the same nudged."""
     few = some_of(config, shard)
-    shape = few.layout.position_BT.shape
-    rows, sizes = int(np.prod(shape)), config.linear_layers() | config.tables()
-    widths = [sum(sizes[name]) for name in stage.layers]
-    inside = 0 <= stage.at < config.layers
-    trace = block_bytes(config, shape, item, back=True) if inside else 0
-    return trace + rows * (item * sum(widths) + 24 * max(widths, default=0))
+    B, T = few.layout.position_BT.shape
+    shape = (1 + len(nudges_of(shard, few)[0])) * B, T
+    rows, sizes = math.prod(shape), config.linear_layers() | config.tables()
+    widest = max((sum(sizes[name]) for name in stage.layers), default=0)
+    each = head_bytes(config, shape, item) if stage.at == config.layers else 0
+    if 0 <= stage.at < config.layers:
+        each = block_bytes(config, shape, item, back=True)
+    return each + item * rows * widest  # the kept rows of a layer are copied
 
 
 def _states(config: ModelConfig, units: Sequence[Shard], job: Sweep, item: int, lowest: int) -> int:
@@ -172,9 +174,7 @@ def weights_bytes(model: Model, at: int) -> int:
     shapes = config.parameter_shapes()
     names = names_at(config, at)
     sizes = [int(np.prod(shapes[name])) for name in names]
-    # other runs have a table of their own (`rounding.View`)
-    table = int(np.prod(shapes["embed.weight"])) if "embed.weight" in names else 0
-    return item * sum(sizes) + max((item + 1) * max(sizes, default=0), item * table)
+    return item * sum(sizes) + (item + 1) * max(sizes, default=0)
 
 
 def block_bytes(config: ModelConfig, shape: tuple[int, ...], item: int, *, back: bool) -> int:

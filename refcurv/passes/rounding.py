@@ -9,7 +9,7 @@ the gradients, and changes every rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -59,13 +59,14 @@ def rounding(
     The smallest number of the dtype is added for each entry of g, whose square may underflow. What
     is sent back is that of the first draw; for `expected`, all columns with random signs.
 
-    Cost: four forward and backward passes over POSITIONS labels, or over one sequence.
+    Cost: a forward and a backward pass over 4 POSITIONS labels, once for each shard that is looked
+        at; three over twice one sequence, where this is long and cannot be cut.
     Proof: tests/test_rounding.py::test_the_estimate_is_the_error
     """
     dtype = parameters[config.weight_of("head")].dtype
     runs = [
-        partial(sweep, changed, view(parameters), few, one)
-        for changed, view, few, one in other_runs(config, shard, job, dtype)
+        partial(sweep, changed, view(parameters), some, one)
+        for changed, view, some, one in other_runs(config, shard, job, dtype)
     ]
     return noise(runs, job.layers)
 
@@ -78,11 +79,20 @@ def as_it_is(parameters: Parameters) -> Parameters:
 def other_runs(
     config: ModelConfig, shard: Shard, job: Sweep, dtype: np.dtype
 ) -> list[tuple[ModelConfig, View, Shard, Sweep]]:
-    """What a sweep is given: some sequences as they are, and with each of NUDGES."""
+    """What a sweep is given: some sequences as they are, and the same again with each of NUDGES.
+
+    All in one run, if that is no larger than the shard, or than POSITIONS of each.
+    """
     fisher = Fisher.SIGNED if job.fisher is Fisher.EXPECTED else job.fisher
     few, one = some_of(config, shard), replace(job, fisher=fisher, draws=1)
-    nudged = [(*_nudged(config, few, nudge, dtype), one) for nudge in NUDGES]
-    return [(config, as_it_is, few, one), *nudged]
+    return [(*_beside(config, few, some, dtype), one) for some in nudges_of(shard, few)]
+
+
+def nudges_of(shard: Shard, few: Shard) -> list[tuple[int, ...]]:
+    """Those of each run. Beside each lie the sequences as they are."""
+    size = (1 + len(NUDGES)) * few.layout.position_BT.size
+    room = max(shard.layout.position_BT.size, (1 + len(NUDGES)) * POSITIONS)
+    return [NUDGES] if size <= room else [(nudge,) for nudge in NUDGES]
 
 
 def noise(
@@ -90,44 +100,57 @@ def noise(
 ) -> dict[str, tuple[Noise, int]]:
     """The rounding of these layers' rows and how many, from runs that hand their rows to a Take.
 
-    The first run is compared with each of the others.
+    The runs are `other_runs`. A layer's rows may come in parts, one after the other.
     """
-    first: list[Tap] = []
-    errors: list[tuple[Array, Array]] = []
+    found: dict[str, list[tuple[Noise, int]]] = {name: [] for name in layers}
+    parts: list[Tap] = []
 
-    def keep(_: int, tap: Tap) -> None:
-        first.append(tap)
-        errors.append((np.zeros(len(tap.g)), np.zeros(len(tap.a))))
+    def end() -> None:
+        if parts:
+            found[parts[0].name].append(_noise(parts, len(NUDGES) // len(runs)))
+            parts.clear()
 
-    runs[0](keep)
-    for other in runs[1:]:
-        again = iter(zip(first, errors, strict=True))
+    def take(_: int, tap: Tap) -> None:
+        if parts and parts[0].name != tap.name:
+            end()
+        parts.append(tap)
 
-        def compare(
-            _: int, tap: Tap, again: Iterator[tuple[Tap, tuple[Array, Array]]] = again
-        ) -> None:
-            before, (of_g, of_a) = next(again)
-            of_g += _squares(tap.g, before.g) / 2 / len(NUDGES)
-            if tap.name not in TABLES:
-                of_a += _squares(tap.a, before.a) / 2 / len(NUDGES)
-
-        other(compare)
-    return {name: _noise(name, first, errors) for name in layers}
+    for run in runs:
+        run(take)
+        end()
+    return {name: _together(some) for name, some in found.items()}
 
 
-def _noise(name: str, taps: list[Tap], errors: list[tuple[Array, Array]]) -> tuple[Noise, int]:
-    """Of one layer, whose rows may have come in parts."""
-    parts = [(tap, e) for tap, e in zip(taps, errors, strict=True) if tap.name == name]
-    rows = sum(len(tap.g) for tap, _ in parts)
+def _together(some: Sequence[tuple[Noise, int]]) -> tuple[Noise, int]:
+    """The sum of each field, and of the rows."""
+    fields = np.sum([one for one, _ in some], axis=0) if some else np.zeros(len(Noise._fields))
+    return Noise(*map(float, fields)), sum(rows for _, rows in some)
+
+
+def _noise(parts: Sequence[Tap], nudges: int) -> tuple[Noise, int]:
+    """Of one layer of one run: its rows as they are, and behind them as many for each nudge."""
+    name, g_NO = parts[0].name, _joined([tap.g for tap in parts])
+    rows = len(g_NO) // (1 + nudges)
     if not rows:
         return Noise(0.0, 0.0, 0.0, 0.0, 0.0), 0
-    e_g, e_a = (np.concatenate([e[k] for _, e in parts]) for k in (0, 1))
-    least = sum(tap.g.size * float(np.finfo(tap.g.dtype).smallest_subnormal) for tap, _ in parts)
-    of_G = _spread(e_g, np.concatenate([_squares(tap.g) for tap, _ in parts]))
+    least = rows * g_NO.shape[1] * float(np.finfo(g_NO.dtype).smallest_subnormal)
+    error_N, square_N = _errors(g_NO, rows)
     of_A = (0.0, 0.0)
     if name not in TABLES:
-        of_A = _spread(e_a, np.concatenate([_squares(tap.a) for tap, _ in parts]))
-    return Noise(float(e_g.sum()) + least, *of_G, *of_A), rows
+        of_A = _spread(*_errors(_joined([tap.a for tap in parts]), rows), nudges)
+    return Noise(float(error_N.sum()) + least, *_spread(error_N, square_N, nudges), *of_A), rows
+
+
+def _joined(parts: Sequence[Array]) -> Array:
+    """Rows that came in parts."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _errors(x_NX: Array, rows: int) -> tuple[Array, Array]:
+    """|e|² of the first so many rows, by those behind them, and Σ x² of each."""
+    first_NX, *others = (x_NX[at : at + rows] for at in range(0, len(x_NX), rows))
+    errors = [_squares(other_NX, first_NX) / 2 for other_NX in others]
+    return np.mean(errors, axis=0), _squares(first_NX)
 
 
 def _squares(x_NX: Array, less_NX: Array | None = None) -> Array:
@@ -137,14 +160,14 @@ def _squares(x_NX: Array, less_NX: Array | None = None) -> Array:
     return out_N
 
 
-def _spread(error_N: Array, square_N: Array) -> tuple[float, float]:
+def _spread(error_N: Array, square_N: Array, nudges: int) -> tuple[float, float]:
     """4 Σ w and how many random numbers tell it, w the error of a row times its square."""
     w_N = error_N * square_N
     top = float(w_N.max(initial=0.0))
     if not 0 < top < np.inf:
         return 0.0, 0.0
     share_N = w_N / top
-    return 4 * float(w_N.sum()), len(NUDGES) * float(share_N.sum() ** 2 / (share_N**2).sum())
+    return 4 * float(w_N.sum()), nudges * float(share_N.sum() ** 2 / (share_N**2).sum())
 
 
 def some_of(config: ModelConfig, shard: Shard) -> Shard:
@@ -160,28 +183,41 @@ def some_of(config: ModelConfig, shard: Shard) -> Shard:
     return few.until(int(columns[POSITIONS - 1]) + 1)
 
 
-def _nudged(
-    config: ModelConfig, shard: Shard, nudge: int, dtype: np.dtype
+def _beside(
+    config: ModelConfig, few: Shard, nudges: Sequence[int], dtype: np.dtype
 ) -> tuple[ModelConfig, View, Shard]:
-    """The same model and shard, with embeddings or pixels larger by `nudge` times eps.
+    """Sequences as they are, and behind them the same with each of some NUDGES, as one shard.
 
-    Each number is also off by u = eps/2, up or down. A norm hides what all numbers have in common,
-    and not that each is rounded by itself, which matters where it divides by nearly 0.
+    What the first block reads, embeddings or pixels, is larger by so many times eps. Each number is
+    also off by u = eps/2, up or down. A norm hides what all numbers have in common, and not that
+    each is rounded by itself, which matters where it divides by nearly 0. Labels are drawn alike,
+    for index_B is. Each nudge has rows of its own in a table that holds no others.
     """
+    shard = few.of(np.tile(np.arange(len(few.index_B)), 1 + len(nudges)))
 
     def moved(x: Array) -> Array:
-        random = np.random.default_rng(abs(nudge))
-        u = np.array([-0.5, 0.5], dtype) * tolerance.eps(dtype)
-        return np.asarray(x + x * random.choice(u, x.shape))
+        return np.concatenate([x, *(_nudged(x, nudge) for nudge in nudges)])
+
+    if config.image is not None:
+        return config, as_it_is, replace(shard, source=moved(few.source.astype(dtype)))
+    entries, at = np.unique(few.source, return_inverse=True)
+    at_BT = at.reshape(few.source.shape)
+    source = np.concatenate([at_BT + k * len(entries) for k in range(1 + len(nudges))])
 
     def view(parameters: Parameters) -> Parameters:
         if "embed.weight" not in parameters:
             return parameters
-        x, rows = np.array(parameters["embed.weight"]), np.unique(shard.source)
-        x[rows] = moved(x[rows])
-        return {**parameters, "embed.weight": x}
+        table = parameters["embed.weight"]
+        head = {"head.weight": table} if config.tied else {}
+        return {**parameters, **head, "embed.weight": moved(np.asarray(table[entries]))}
 
-    factor = 1 + nudge * tolerance.eps(dtype)
-    if config.image is not None:
-        return config, as_it_is, replace(shard, source=moved(shard.source.astype(dtype) * factor))
-    return replace(config, embed_scale=config.embed_scale * factor), view, shard
+    return replace(config, tied=False), view, replace(shard, source=source)
+
+
+def _nudged(x: Array, nudge: int) -> Array:
+    """`nudge` times eps larger, and off by u."""
+    eps = tolerance.eps(x.dtype)
+    more = x * (1 + nudge * eps)
+    u = np.array([-0.5, 0.5], x.dtype) * eps
+    random = np.random.default_rng(abs(nudge))
+    return np.asarray(more + more * random.choice(u, x.shape))
