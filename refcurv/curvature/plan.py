@@ -159,7 +159,7 @@ def _noise(config: ModelConfig, stage: Stage, shard: Shard, item: int) -> int:
     each = head_bytes(config, shape, item) if stage.at == config.layers else 0
     if 0 <= stage.at < config.layers:
         each = block_bytes(config, shape, item, back=True)
-    return each + item * rows * widest  # the kept rows of a layer are copied
+    return int(each + item * rows * widest)  # the kept rows of a layer are copied
 
 
 def _states(config: ModelConfig, units: Sequence[Shard], job: Sweep, item: int, lowest: int) -> int:

@@ -200,3 +200,9 @@ def test_every_part_runs_on_the_small_model_and_only_once(
     for part in PARTS.values():
         part(Files(PLANS[SMALL], tmp_path, found))
     assert len(found.rows) == count
+    files = Files(PLANS[SMALL], tmp_path, found)
+    before = [json.loads(line) for line in files.recited().read_text().splitlines()]
+    files.recited().unlink()  # the search is not repeated either
+    again = [json.loads(line) for line in files.recited().read_text().splitlines()]
+    assert again == [{k: v for k, v in one.items() if k in again[0]} for one in before]
+    assert len(again) == len(before) > 10

@@ -6,7 +6,7 @@ They lie in a folder outside the repository. What each cost is a line of the par
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -15,11 +15,13 @@ import numpy as np
 
 import refcurv as rc
 from refcurv.cli import main as refcurv
+from refcurv.files.disk import write_json_lines
+from refcurv.files.whole_texts import read_texts
 from refcurv.model.patterns import expand
 from validation.bench.measuring import measured, tell
 from validation.real import fetch, sets, small, texts
 from validation.real.plan import JUDGED, RECITED, SMALL, Plan, Record, short
-from validation.real.results import Results
+from validation.real.results import Results, plain
 
 DTYPE = ("--dtype", "float32")
 """The weights are float32 at most: their quantisation is far coarser."""
@@ -113,8 +115,14 @@ class Files:
         return self.text("licences"), path, self.text("state")
 
     def recited(self) -> Path:
-        """The passages that the model recites."""
+        """The passages that the model recites; those that results/ has are not searched again."""
         plan, weights, searched = self.plan, self.weights(), self.searched()
+        recipe = plan.recipe(*RECITED)
+        path = self.folder / f"{plan.model}-recite-{short(recipe)}.jsonl"
+        known = self.results.find("models", "recited")
+        if known and not path.exists() and plain(recipe).items() <= known["inputs"].items():
+            write_json_lines(self._spelled(known["found"]["passages"]), path)
+            return path
         options = {"prefix": plan.prefix, "suffix": plan.suffix, "stride": plan.stride,
                    "run": plan.least}  # fmt: skip
         words = [word for name, n in options.items() for word in (f"--{name}", str(n))]
@@ -122,7 +130,20 @@ class Files:
         def make(path: Path) -> None:
             command("recite", weights, *searched, *self.tokenizer, *DTYPE, *words, "-o", path)
 
-        return self.made("recite", ".jsonl", plan.recipe(*RECITED), make)
+        return self.made("recite", ".jsonl", recipe, make)
+
+    def _spelled(self, passages: list[Record]) -> Iterator[Record]:
+        """The ids of passages, as `refcurv recite` writes them, from where they stand."""
+        texts = read_texts(self.searched(), self.gguf)
+        ids = dict(zip(texts.names, texts.documents, strict=True))
+        for one in passages:
+            end = one["token"] + one["prompt"] - len(texts.before)
+            some = ids[one["document"]]
+            yield {
+                **{key: one[key] for key in ("document", "token", "split")},
+                "prefix_ids": [*texts.before, *some[one["token"] : end].tolist()],
+                "suffix_ids": some[end : end + one["said"]].tolist(),
+            }
 
     def tasks(self) -> Path:
         """Every set, all of its items."""

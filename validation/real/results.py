@@ -40,7 +40,7 @@ class Results:
         What `prepare` does, such as making files, does not count in the line's costs.
         """
         known = self.find(part, key)
-        if known is not None and known["inputs"] == _plain(inputs):
+        if known is not None and known["inputs"] == plain(inputs):
             return dict(known["found"])
         needs = prepare()
         tell(f"{part}: {key}")
@@ -62,7 +62,7 @@ class Results:
 
     def keep(self, part: str, key: str, inputs: Record, cost: Record, found: Record) -> Record:
         """Write a line, in the place of an older one."""
-        row = _plain({
+        row = plain({
             "part": part, "key": key, "inputs": inputs, "claims": claims_sha256(), "date": today(),
             "seconds": round(cost["user"] + cost["system"], 1), "peak": round(cost["peak"]),
             "code": code(), "found": found,
@@ -74,7 +74,7 @@ class Results:
         return row
 
 
-def _plain(record: Record) -> Record:
+def plain(record: Record) -> Record:
     """As it is read again: tuples are lists in JSON."""
     return dict(json.loads(json.dumps(record, allow_nan=False)))
 
