@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from refcurv.starting import reuse_memory
 from validation.bench.measuring import Record
 from validation.bench.proxies import Size
 
@@ -65,7 +66,11 @@ def _result(process: subprocess.Popen[str]) -> Record:
 
 
 def work(text: str) -> None:
-    """The other side of `spawn`: do the job, print its record as one line of JSON."""
+    """The other side of `spawn`: do the job, print its record as one line of JSON.
+
+    Memory is kept and serves again, as in refcurv's commands; here that is so for every candidate.
+    """
+    reuse_memory()
     spec = json.loads(text)
     if spec["pinned"]:
         os.sched_setaffinity(0, spec["pinned"])  # before a library counts the cores
