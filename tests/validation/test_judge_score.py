@@ -28,9 +28,10 @@ from validation.judge.cases import (
     setting_of,
     singles,
 )
-from validation.judge.models import GROUPS, HELD_OUT, SETTINGS, TUNED_ON, bfloat16
+from validation.judge.models import GROUPS, HELD_OUT, SETTINGS, TUNED_ON
 from validation.judge.programs.editor import Editor
 from validation.judge.score import distance
+from validation.judge.setting import bfloat16
 
 WITHIN = {"float64": 1e-13, "float32": 2e-5, "bfloat16": 0.1}
 """Chosen: observed at most 7e-15, 3e-6 and 0.05; the mildest fault of float64 is at 9e-8."""

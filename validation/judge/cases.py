@@ -14,8 +14,9 @@ import numpy as np
 import refcurv as rc
 from refcurv.judge.verdict import FAIL, MISSING
 from refcurv.model.part import part_of
-from validation.judge.models import GROUPS, SETTINGS, Setting
+from validation.judge.models import GROUPS, SETTINGS
 from validation.judge.programs.editor import Editor
+from validation.judge.setting import Setting
 
 COLLECTORS = ("torch", "numpy")
 FISHER = {"gold": "empirical", "given": "sampled", "own": "sampled", "expected": "expected"}

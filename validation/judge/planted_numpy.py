@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from validation.judge.models import CAUSAL, bfloat16
+from validation.judge.models import CAUSAL
 from validation.judge.programs.numpy_collector import Collector, Dump
 from validation.judge.programs.numpy_network import Network
+from validation.judge.setting import bfloat16
 
 OLMO2 = ("olmo2-equal", "olmo2-padded", "olmo2-square")
 GROUPED = (*OLMO2, "gemma-packed", "llama-left", "qwen-answers", "gemma3-prompts",

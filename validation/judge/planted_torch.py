@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from validation.judge.models import BOS, CAUSAL, EOS, IMAGES, SETTINGS, TEXTS
+from validation.judge.models import CAUSAL, IMAGES, SETTINGS, TEXTS
 from validation.judge.programs.torch_collector import IGNORE, Collector, Dump
+from validation.judge.setting import BOS, EOS
 
 
 class Fault(Collector):
