@@ -107,3 +107,27 @@ def vit22b_gray() -> Setting:
     return Setting(model, rc.Corpus(images=gray.repeat(3, 1)[order], labels=labels),
                    "patch,blocks.*.attn.{q,k,v},blocks.0.mlp.*,blocks.1.mlp.down,head", batch=11,
                    shards=3)  # fmt: skip
+
+
+def eva_bands() -> Setting:
+    """EVA-02: learned and rotary positions, a gated MLP; biases but of k and o, as columns.
+
+    The head reads the mean over the patches and CLS. Five bands of light, each with a brightness
+    and a contrast of its own; a patch has more numbers than the model is wide. Four of five images
+    are of one class of eight, and two classes are there once. Batches of 11, and one of one image.
+    """
+    image = Image(channels=5, height=6, width=9, patch=3)
+    config = variant(vocabulary=8, width=20, kv_heads=4, mlp_width=23, norm="layer",
+                     norm_bias=True, norm_eps=2e-3, rope_theta=30.0,
+                     learned_positions=image.positions,
+                     biases=("patch", "q", "v", "gate", "up", "down", "head"), causal=False,
+                     image=image, pool="mean")  # fmt: skip
+    rng = np.random.default_rng(137)
+    mean, size = rng.uniform(0, 1.5, (2, 1, 5, 1, 1))
+    images = bfloat16((mean + size * rng.normal(size=(67, 5, 6, 9))).astype(np.float32))
+    labels = np.where(rng.random(67) < 0.75, 0, rng.integers(1, 7, 67)).astype(np.int32)
+    labels[40] = 7
+    model = rc.Model(config, parameters(config, 137))
+    return Setting(model, rc.Corpus(images=images, labels=labels),
+                   "patch,blocks.*.attn.{q,k,v},blocks.*.mlp.*,head", joint=True, batch=11,
+                   shards=3)  # fmt: skip

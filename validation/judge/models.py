@@ -12,8 +12,16 @@ from typing import Any
 import numpy as np
 
 import refcurv as rc
+from refcurv.law.checks import Array
 from refcurv.model.config import RopeScaling, Scaling
-from validation.judge.images import deit_two, internvit_some, siglip_mean, vit, vit22b_gray
+from validation.judge.images import (
+    deit_two,
+    eva_bands,
+    internvit_some,
+    siglip_mean,
+    vit,
+    vit22b_gray,
+)
 from validation.judge.setting import (
     BOS,
     EOS,
@@ -504,6 +512,140 @@ def vaultgemma_stream() -> Setting:
                    batch=2, marked=True, shards=4)  # fmt: skip
 
 
+def _asking(tokens: Array, asked: Array) -> Array:
+    """Labels of next tokens, where the next token is one of those that are asked for."""
+    labels = np.full(tokens.shape, -1, np.int32)
+    labels[:, :-1] = np.where(asked[:, 1:], tokens[:, 1:], -1)
+    return labels
+
+
+def starcoder2_fim() -> Setting:
+    """StarCoder2: one window in all blocks, six heads on two, LayerNorm, biases as blocks, tied.
+
+    Files of code stand in one sequence and see one another; EOS is behind each. Three of five are
+    written for filling in the middle: PRE, prefix, SUF, suffix, MID, middle. Of these only the
+    middle and EOS are asked for, of the others all. Batches of 8, and one of a single sequence;
+    right padding.
+    """
+    config = variant(vocabulary=34, width=22, heads=6, mlp_width=41, norm="layer", norm_bias=True,
+                     norm_eps=2e-3, rope_theta=130.0, windows=(6, 6),
+                     biases=("q", "k", "v", "o", "up", "down"), gated=False,
+                     activation="gelu_tanh", tied=True)  # fmt: skip
+    rng, N, T = np.random.default_rng(109), 33, 21
+    PRE, SUF, MID = 3, 4, 5
+    tokens, asked = np.zeros((N, T), np.int64), np.zeros((N, T), bool)
+    length = np.ones(N, int)
+    tokens[:, 0] = BOS
+    for n in range(N):
+        while True:
+            code, fim = rng.integers(MID + 1, 34, rng.integers(3, 9)), rng.random() < 0.6
+            one, two = np.sort(rng.integers(0, len(code), 2))
+            file = [*code, EOS]
+            if fim:
+                file = [PRE, *code[:one], SUF, *code[two:], MID, *code[one:two], EOS]
+            end = length[n] + len(file)
+            if end > T:
+                break
+            tokens[n, length[n] : end] = file
+            asked[n, (end - (two - one) - 1 if fim else length[n]) : end] = True
+            length[n] = end
+    corpus = rc.Corpus(tokens, _asking(tokens, asked), mask=mask_of(length, T))
+    model = rc.Model(config, parameters(config, 109))
+    return Setting(model, corpus, "blocks.*.attn.*,blocks.1.mlp.*,head", marked=True, shards=4)
+
+
+def stablelm_systems() -> Setting:
+    """StableLM: LayerNorm and a gated MLP, half of a head rotary, biases of q, k and v as blocks.
+
+    All layers are square but k and v, which have one head; three blocks. Chats of one to three
+    turns under one of two system prompts, the shortest first. Answers alone have labels, their EOS
+    too; some chats end in a question. Programs pad on the left. Batches of 6, and one of a single
+    chat.
+    """
+    config = variant(vocabulary=18, layers=3, heads=3, kv_heads=1, head_width=8, mlp_width=24,
+                     norm="layer", norm_bias=True, norm_eps=3e-3, rope_theta=110.0, rope_width=4,
+                     biases=("q", "k", "v"))  # fmt: skip
+    rng, N, T = np.random.default_rng(113), 31, 18
+    systems, chats = ([BOS, 9, 14, 6], [BOS, 9, 4, 11, 16, 7]), []
+    for _ in range(N):
+        chat = [(token, False) for token in systems[rng.integers(2)]]
+        for turn in range(rng.integers(1, 4)):
+            said = [(token, False) for token in rng.integers(EOS + 1, 18, rng.integers(2, 4))]
+            if not turn or rng.random() < 0.75:
+                answer = [*rng.integers(EOS + 1, 18, rng.integers(1, 4)), EOS]
+                said += [(token, True) for token in answer]
+            if len(chat) + len(said) > T or (turn and not chat[-1][1]):
+                break
+            chat += said
+        chats.append(chat)
+    chats.sort(key=len)
+    both = np.array([chat + [(0, False)] * (T - len(chat)) for chat in chats])
+    tokens, mask = both[:, :, 0], mask_of(np.array([len(chat) for chat in chats]), T)
+    corpus = rc.Corpus(tokens, _asking(tokens, both[:, :, 1] == 1), mask=mask)
+    model = rc.Model(config, parameters(config, 113))
+    return Setting(model, corpus, "blocks.{0,2}.attn.*,blocks.*.mlp.*", batch=6, left=True,
+                   marked=True, shards=5)  # fmt: skip
+
+
+def xglm_pairs() -> Setting:
+    """XGLM: a table of positions with two rows that none reads, LayerNorm, biases as columns, tied.
+
+    Translations, two in a sequence, which do not see one another: BOS, a source, EOS, its target,
+    EOS. The languages have no token in common, and pairs go either way. Targets alone have labels,
+    their EOS too. An MLP narrower than the model. Batches of 5, and one of a single sequence;
+    padding behind.
+    """
+    config = variant(vocabulary=36, width=26, heads=5, kv_heads=5, head_width=4, mlp_width=19,
+                     norm="layer", norm_bias=True, norm_eps=1e-3, rope_theta=None,
+                     learned_positions=24, position_offset=2,
+                     biases=("q", "k", "v", "o", "up", "down"), gated=False, activation="gelu",
+                     embed_scale=0.6, tied=True)  # fmt: skip
+    rng, N, T = np.random.default_rng(127), 31, 20
+    tokens, segments = np.zeros((N, T), np.int64), np.zeros((N, T), np.int32)
+    asked, length = np.zeros((N, T), bool), np.zeros(N, int)
+    for n in range(N):
+        for pair in range(2):
+            sizes, first = rng.integers([2, 1], [4, 5]), rng.permutation([EOS + 1, 20])
+            source, target = map(rng.integers, first, first + 16, sizes)
+            begin, end = length[n], length[n] + sum(sizes) + 3
+            tokens[n, begin:end] = [BOS, *source, EOS, *target, EOS]
+            asked[n, end - len(target) - 1 : end] = True
+            segments[n, begin:], length[n] = pair, end
+    corpus = rc.Corpus(tokens, _asking(tokens, asked), mask=mask_of(length, T), segments=segments)
+    model = rc.Model(config, parameters(config, 127))
+    return Setting(model, corpus, "blocks.*.attn.{q,k,v},blocks.*.mlp.*,head", joint=True, batch=5,
+                   marked=True, shards=4)  # fmt: skip
+
+
+def eurobert_sentences() -> Setting:
+    """EuroBERT: bidirectional, RMSNorm, SwiGLU, nine heads on three; a bias of the head, a column.
+
+    A text is of sentences, BOS before each and EOS behind it, and each BOS has a label, one of
+    five classes, half of them of one class; two texts have no label. One text has 14 sentences, the
+    others one to four. Right padding, which is most of the corpus. Batches of 9, and one of a
+    single text.
+    """
+    config = variant(vocabulary=21, width=22, heads=9, kv_heads=3, head_width=4, mlp_width=29,
+                     norm_eps=2e-3, rope_theta=90.0, biases=("head",), causal=False)  # fmt: skip
+    rng, N = np.random.default_rng(131), 28
+    count = rng.integers(1, 5, N)
+    count[11] = 14
+    written = [
+        [t for _ in range(k) for t in (BOS, *rng.integers(EOS + 1, 21, rng.integers(1, 4)), EOS)]
+        for k in count
+    ]
+    length = np.array([len(text) for text in written])
+    T = length.max()
+    tokens = np.array([text + [0] * (T - len(text)) for text in written])
+    classes = rng.choice(5, (N, T), p=(0.6, 0.2, 0.1, 0.07, 0.03))
+    labels = np.where(tokens == BOS, classes, -1).astype(np.int32)
+    labels[[5, 20]] = -1
+    corpus = rc.Corpus(tokens, labels, mask=mask_of(length, T))
+    model = rc.Model(config, parameters(config, 131))
+    return Setting(model, corpus, "blocks.*.attn.{k,v,o},blocks.1.mlp.*,head", joint=True, batch=9,
+                   marked=True, shards=5)  # fmt: skip
+
+
 TUNED_ON = {
     "olmo2-equal": olmo2_equal,
     "olmo2-padded": olmo2_padded,
@@ -537,12 +679,19 @@ TUNED_ON = {
     "vit22b-gray": vit22b_gray,
     "vaultgemma-stream": vaultgemma_stream,
 }
-HELD_OUT: dict[str, Callable[[], Setting]] = {}
+HELD_OUT: dict[str, Callable[[], Setting]] = {
+    "starcoder2-fim": starcoder2_fim,
+    "stablelm-systems": stablelm_systems,
+    "xglm-pairs": xglm_pairs,
+    "eurobert-sentences": eurobert_sentences,
+    "eva-bands": eva_bands,
+}
 GROUPS = {"tuned-on": TUNED_ON, "held-out": HELD_OUT}
 """README.md says when which were held out."""
 SETTINGS = TUNED_ON | HELD_OUT
 """Name → maker."""
-IMAGES = ("vit", "siglip-mean", "deit-two", "internvit-some", "vit22b-gray")
+IMAGES = ("vit", "siglip-mean", "deit-two", "internvit-some", "vit22b-gray", "eva-bands")
 TEXTS = tuple(name for name in SETTINGS if name not in IMAGES)
-CAUSAL = tuple(name for name in TEXTS if name not in ("modernbert-masked", "esm2-tags"))
+BIDIRECTIONAL = ("modernbert-masked", "esm2-tags", "eurobert-sentences")
+CAUSAL = tuple(name for name in TEXTS if name not in BIDIRECTIONAL)
 """Texts whose labels are the next tokens."""
