@@ -157,14 +157,17 @@ class B51_theta(Fault):
     settings, network = ROTARY, _Theta
 
 
-class _ShortFrequencies(Network):
-    def frequencies(self, half: int, theta: float, *given: Any) -> Any:
-        return bfloat16(super().frequencies(half, theta, *given))
+class _ShortAngles(Network):
+    def angles(self, half: int, position: Any, rope: Any) -> Any:
+        frequencies = bfloat16(self.frequencies(half, *rope))
+        angle = bfloat16(position[:, :, None, None] * frequencies)
+        size = 1.0 if rope[1] is None else rope[1].attention
+        return bfloat16(size * np.cos(angle)), bfloat16(size * np.sin(angle))
 
 
 class B51_short(Fault):
-    what = "rotary frequencies went through bfloat16, as a model's buffers do that is cast"
-    settings, network = ROTARY, _ShortFrequencies
+    what = "rotary frequencies, angles, cos and sin are bfloat16, as buffers are that are cast"
+    settings, network = ROTARY, _ShortAngles
 
 
 class B51_scaling(Fault):
