@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from collections import Counter
@@ -11,7 +12,7 @@ import pytest
 
 import refcurv as rc
 from refcurv.judge.verdict import Comparison, Verdict
-from validation.judge import planted_editor, planted_numpy, score, table
+from validation.judge import models, planted_editor, planted_numpy, score, table
 from validation.judge.cases import (
     ARITHMETIC,
     EDITED,
@@ -28,9 +29,10 @@ from validation.judge.cases import (
     setting_of,
     singles,
 )
-from validation.judge.models import GROUPS, HELD_OUT, SETTINGS, TUNED_ON, bfloat16
+from validation.judge.models import GROUPS, HELD_OUT, SETTINGS, TUNED_ON
 from validation.judge.programs.editor import Editor
 from validation.judge.score import distance
+from validation.judge.setting import bfloat16
 
 WITHIN = {"float64": 1e-13, "float32": 2e-5, "bfloat16": 0.1}
 """Chosen: observed at most 7e-15, 3e-6 and 0.05; the mildest fault of float64 is at 9e-8."""
@@ -358,6 +360,45 @@ def test_records_of_other_code_are_left_out_and_said_to_be(tmp_path, monkeypatch
 def test_each_setting_is_of_one_group():
     assert list(SETTINGS) == [*TUNED_ON, *HELD_OUT] == [n for some in GROUPS.values() for n in some]
     assert set(EDITED) | set(EXPECTED) <= set(SETTINGS)
+
+
+def test_lists_of_settings_are_what_their_models_are():
+    made = {name: setting_of(name) for name in SETTINGS}
+    config = {name: s.model.config for name, s in made.items()}
+    listed = {
+        planted_numpy.TIED: lambda s, c: c.tied,
+        planted_numpy.LEFT: lambda s, c: s.left,
+        planted_numpy.LAYERNORM: lambda s, c: c.norm == "layer",
+        planted_numpy.WINDOWS: lambda s, c: any(c.windows),
+        planted_numpy.ROTARY: lambda s, c: c.rope_theta is not None,
+        planted_numpy.LEARNED: lambda s, c: c.learned_positions and c.image is None,
+        planted_numpy.GROUPED: lambda s, c: 1 < c.kv_heads < c.heads,
+        models.IMAGES: lambda s, c: c.image is not None,
+        models.BIDIRECTIONAL: lambda s, c: c.image is None and not c.causal,
+    }
+    for names, is_one in listed.items():
+        assert set(names) == {name for name, s in made.items() if is_one(s, config[name])}
+
+
+@pytest.mark.peers
+def test_lists_of_the_torch_programs_settings_are_what_their_corpora_are(torch):
+    planted = importlib.import_module("validation.judge.planted_torch")
+
+    def unlabelled(corpus):
+        if corpus.images is not None:
+            return False
+        follows = corpus.real[:, 1:] & (corpus.segment[:, 1:] == corpus.segment[:, :-1])
+        return (follows & (corpus.label[:, :-1] < 0)).any()
+
+    listed = {name: set(getattr(planted, name)) for name in ("JOINT", "LEFT", "PROMPTS", "TAILED")}
+    for name in SETTINGS:
+        s = setting_of(name)
+        batches = math.ceil(len(s.corpus.label) / s.batch)
+        is_one = {"JOINT": s.joint, "LEFT": s.left, "PROMPTS": unlabelled(s.corpus),
+                  "TAILED": batches > 4 and batches % 4 != 0}  # fmt: skip
+        assert {key for key, names in listed.items() if name in names} == {
+            key for key, value in is_one.items() if value
+        }
 
 
 @pytest.mark.peers

@@ -14,8 +14,9 @@ import numpy as np
 import refcurv as rc
 from refcurv.judge.verdict import FAIL, MISSING
 from refcurv.model.part import part_of
-from validation.judge.models import GROUPS, SETTINGS, Setting
+from validation.judge.models import GROUPS, SETTINGS
 from validation.judge.programs.editor import Editor
+from validation.judge.setting import Setting
 
 COLLECTORS = ("torch", "numpy")
 FISHER = {"gold": "empirical", "given": "sampled", "own": "sampled", "expected": "expected"}
@@ -28,7 +29,7 @@ ARITHMETIC = {
     "bfloat16": "model=bfloat16,products=float32,sums=float32,solver=float32,stored=float32",
 }
 EXPECTED = ("olmo2-padded", "llama-left", "siglip-mean", "gptj-few", "olmo3-few", "esm2-tags",
-            "vit22b-gray")  # fmt: skip
+            "vit22b-gray", "stablelm-systems", "eva-bands")  # fmt: skip
 """The settings of labels "expected", which take a backward pass for each position and entry."""
 BUDGETS = 10.0
 """A fault counts where it moves some number by more than so many budgets."""
@@ -192,6 +193,8 @@ EDITED = {
     "gptneo-repeated": "blocks.*.attn.{q,v}",
     "phi4-half": "blocks.*.{attn.o,mlp.down}",
     "vaultgemma-stream": "blocks.*.attn.{q,o}",
+    "starcoder2-fim": "blocks.*.attn.{q,o}",
+    "stablelm-systems": "blocks.*.mlp.*",
 }
 
 

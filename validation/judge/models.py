@@ -1,164 +1,55 @@
 """What is collected: small models with their corpora, each another family and another corpus.
 
-Weights are drawn, and hold numbers that bfloat16 has, so that a bfloat16 model is the same model.
+Those of vision transformers are in images.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 import refcurv as rc
 from refcurv.law.checks import Array
-from refcurv.model.config import Image, ModelConfig, RopeScaling, Scaling
-from refcurv.model.images import patches
-from refcurv.model.patterns import expand
-from refcurv.model.sampling import draw_labels, uniforms
-from refcurv.model.transformer import forward, head_logits, image_layout, layout_of
-
-BOS, EOS = 1, 2
-SEED = 0
-"""Of the drawn labels, SAMPLING's."""
-
-
-@dataclass(frozen=True)
-class Data:
-    """What a collector reads, in plain arrays.
-
-    Fields: inputs, tokens (N, T) or images (N, C, H, W); label, the corpus's (N, T), (N, 1) of
-    images, -1 none; drawn, labels drawn by SAMPLING at every position, whether labelled or not;
-    real and segment (N, T), of images one segment of all positions.
-    """
-
-    inputs: Array
-    label: Array
-    drawn: Array
-    real: Array
-    segment: Array
-
-    @property
-    def images(self) -> bool:
-        """Are these images?"""
-        return self.inputs.ndim == 4
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is collected, and how programs read it.
-
-    Fields: model, corpus, layers; joint, is a bias a column of its layer's A; batch, sequences in
-    one; left, do programs pad on the left, as the corpus never does; marked, are labels those of
-    marked tokens, so that a token that a program adds has none; shards, the parts in which the
-    rows of a factor are gathered.
-    """
-
-    model: rc.Model
-    corpus: rc.Corpus
-    layers: str
-    joint: bool = False
-    batch: int = 8
-    left: bool = False
-    marked: bool = False
-    shards: int = 2
-
-    @cached_property
-    def data(self) -> Data:
-        """The corpus as plain arrays, with the labels that SAMPLING draws."""
-        label = self.corpus.label
-        if self.corpus.images is None:
-            inputs, real, segment = self.corpus.tokens, self.corpus.real, self.corpus.segment
-        else:
-            inputs = self.corpus.images
-            shape = (len(inputs), self.model.config.image.positions)
-            real, segment = np.ones(shape, bool), np.zeros(shape, np.int64)
-        return Data(inputs, label, self._drawn(), real, segment)
-
-    def _drawn(self) -> Array:
-        config, parameters = self.model.config, self.model.parameters
-        corpus, shape = self.corpus, self.corpus.label.shape
-        if corpus.images is None:
-            inputs, layout = corpus.tokens, layout_of(config, corpus.real, corpus.segment)
-        else:
-            inputs, layout = patches(config, corpus.images), image_layout(config, shape[0])
-        logits = head_logits(config, parameters, forward(config, parameters, inputs, layout)[0])
-        u = np.stack([uniforms(SEED, 0, n, shape[1]) for n in range(shape[0])])
-        return draw_labels(logits.reshape(-1, logits.shape[-1]), u.ravel()).reshape(shape)
-
-    @property
-    def names(self) -> list[str]:
-        """The layers, by name."""
-        return expand(self.layers, list(self.model.config.linear_layers()))
-
-
-def bfloat16(x: Array) -> Array:
-    """The nearest number that bfloat16 has, ties to even."""
-    bits = np.asarray(x, np.float32).view(np.uint32).astype(np.uint64)
-    bits = (bits + 0x7FFF + ((bits >> np.uint64(16)) & np.uint64(1))) & np.uint64(0xFFFF0000)
-    return bits.astype(np.uint32).view(np.float32).astype(np.asarray(x).dtype)
-
-
-def parameters(config: ModelConfig, seed: int) -> dict[str, Array]:
-    """Every parameter, drawn."""
-    rng = np.random.default_rng(seed)
-    out = {}
-    for name, shape in config.parameter_shapes().items():
-        if "norm" in name and name.endswith("weight"):
-            value = rng.uniform(0.5, 1.5, shape) - config.norm_offset
-        elif name.endswith("bias") or len(shape) == 1:
-            value = rng.uniform(-0.5, 0.5, shape)
-        elif name in ("embed.weight", "position.weight"):
-            value = rng.normal(0, 1, shape)
-        else:
-            value = rng.normal(0, 1 / shape[1] ** 0.5, shape)
-        out[name] = bfloat16(value)
-    return out
-
-
-def _config(**changed: Any) -> ModelConfig:
-    base: dict[str, Any] = dict(
-        vocabulary=23, width=24, layers=2, heads=4, kv_heads=2, head_width=6, mlp_width=32,
-        norm_place="pre", qk_norm="none", norm_eps=1e-2, rope_theta=300.0, tied=False,
-    )  # fmt: skip
-    return ModelConfig(**{**base, **changed})
-
-
-def _texts(n: int, width: int, vocabulary: int, seed: int) -> Array:
-    """Sequences that begin with BOS and hold EOS here and there."""
-    rng = np.random.default_rng(seed)
-    tokens = rng.integers(EOS, vocabulary, (n, width))
-    tokens[:, 0] = BOS
-    return tokens
-
-
-def _mask(length: Array, width: int) -> Array:
-    """The mask of sequences so long."""
-    return (np.arange(width) < length[:, None]).astype(np.uint8)
-
-
-def _right_padded(n: int, width: int, seed: int) -> Array:
-    return _mask(np.random.default_rng(seed).integers(width // 3, width + 1, n), width)
+from refcurv.model.config import RopeScaling, Scaling
+from validation.judge.images import (
+    deit_two,
+    eva_bands,
+    internvit_some,
+    siglip_mean,
+    vit,
+    vit22b_gray,
+)
+from validation.judge.setting import (
+    BOS,
+    EOS,
+    Setting,
+    mask_of,
+    parameters,
+    right_padded,
+    texts,
+    variant,
+)
 
 
 def _olmo2(seed: int, **changed: Any) -> rc.Model:
-    config = _config(norm_place="post", qk_norm="full", **changed)
+    config = variant(norm_place="post", qk_norm="full", **changed)
     return rc.Model(config, parameters(config, seed))
 
 
 def olmo2_equal() -> Setting:
     """Sequences of one length without padding; as many in each batch. The MLPs."""
     model = _olmo2(1)
-    return Setting(model, rc.Corpus(_texts(40, 12, 23, 1)), "blocks.*.mlp.*")
+    return Setting(model, rc.Corpus(texts(40, 12, 23, 1)), "blocks.*.mlp.*")
 
 
 def olmo2_padded() -> Setting:
     """Right padding, and a square MLP. All layers."""
     model = _olmo2(2, mlp_width=24)
-    mask = _right_padded(42, 13, 2)
-    return Setting(model, rc.Corpus(_texts(42, 13, 23, 2), mask=mask), "**")
+    mask = right_padded(42, 13, 2)
+    return Setting(model, rc.Corpus(texts(42, 13, 23, 2), mask=mask), "**")
 
 
 def olmo2_square() -> Setting:
@@ -168,10 +59,10 @@ def olmo2_square() -> Setting:
 
 def gpt2_prompts() -> Setting:
     """Biases, LayerNorm, learned positions, tied; prompts without labels, right padding."""
-    config = _config(norm="layer", norm_bias=True, kv_heads=4, rope_theta=None, tied=True,
+    config = variant(norm="layer", norm_bias=True, kv_heads=4, rope_theta=None, tied=True,
                      learned_positions=16, biases=("q", "k", "v", "o", "up", "down"),
                      gated=False, activation="gelu_tanh")  # fmt: skip
-    tokens, mask = _texts(42, 14, 23, 3), _right_padded(42, 14, 3)
+    tokens, mask = texts(42, 14, 23, 3), right_padded(42, 14, 3)
     plain = rc.Corpus(tokens, mask=mask)
     prompt = np.random.default_rng(4).integers(1, 4, (42, 1))
     labels = np.where(np.arange(14) < prompt, -1, plain.label).astype(np.int32)
@@ -186,10 +77,10 @@ def gpt2_joint() -> Setting:
 
 def gemma_packed() -> Setting:
     """Soft-caps, windows, gains of 1 + w, norms before and after; packed documents."""
-    config = _config(norm_place="both", norm_offset=True, head_width=8, activation="gelu_tanh",
+    config = variant(norm_place="both", norm_offset=True, head_width=8, activation="gelu_tanh",
                      score_scale=0.45, score_cap=1.5, logit_cap=2.5, windows=(3, 0), tied=True,
                      embed_scale=4.0)  # fmt: skip
-    tokens = _texts(37, 15, 23, 5)
+    tokens = texts(37, 15, 23, 5)
     segments = np.zeros((37, 15), np.int32)
     cut = np.random.default_rng(6).integers(4, 11, 37)
     segments[np.arange(15) >= cut[:, None]] = 1
@@ -198,30 +89,14 @@ def gemma_packed() -> Setting:
     return Setting(rc.Model(config, parameters(config, 5)), corpus, "blocks.*.attn.*,head")
 
 
-def vit() -> Setting:
-    """A vision transformer, its patch layer too; one label an image.
-
-    Classes, patches and positions are 5, 6 and 7, so that no factor can be two of them.
-    """
-    image = Image(channels=2, height=6, width=9, patch=3)
-    biases = ("patch", "q", "k", "v", "o", "up", "down", "head")
-    config = _config(vocabulary=5, norm="layer", norm_bias=True, kv_heads=4, rope_theta=None,
-                     learned_positions=image.positions, biases=biases, gated=False,
-                     activation="gelu", causal=False, image=image, pool="cls")  # fmt: skip
-    rng = np.random.default_rng(7)
-    images = rng.normal(size=(80, 2, 6, 9)).astype(np.float32)
-    corpus = rc.Corpus(images=bfloat16(images), labels=rng.integers(0, 5, 80).astype(np.int32))
-    return Setting(rc.Model(config, parameters(config, 7)), corpus, "**")
-
-
 def llama_left() -> Setting:
     """Llama: six heads on two of keys and values, tied; three blocks. Programs pad on the left.
 
     Padding is all one token. Batches are of 16.
     """
-    config = _config(vocabulary=19, width=20, layers=3, heads=6, head_width=4, mlp_width=28,
+    config = variant(vocabulary=19, width=20, layers=3, heads=6, head_width=4, mlp_width=28,
                      rope_theta=150.0, tied=True)  # fmt: skip
-    tokens, mask = _texts(40, 12, 19, 11), _right_padded(40, 12, 11)
+    tokens, mask = texts(40, 12, 19, 11), right_padded(40, 12, 11)
     tokens[mask == 0] = 0
     corpus = rc.Corpus(tokens, mask=mask)
     model = rc.Model(config, parameters(config, 11))
@@ -234,10 +109,10 @@ def qwen_answers() -> Setting:
     Conversations of two turns: labels at the answers alone, none at the prompt between them or at
     what follows; right padding.
     """
-    config = _config(vocabulary=27, head_width=8, mlp_width=40, qk_norm="head", rope_theta=500.0,
+    config = variant(vocabulary=27, head_width=8, mlp_width=40, qk_norm="head", rope_theta=500.0,
                      biases=("q", "k", "v"))  # fmt: skip
     rng = np.random.default_rng(13)
-    tokens, mask = _texts(38, 16, 27, 13), _mask(rng.integers(8, 17, 38), 16)
+    tokens, mask = texts(38, 16, 27, 13), mask_of(rng.integers(8, 17, 38), 16)
     ends = rng.integers([2, 2, 2, 1], [5, 5, 4, 5], (38, 4)).cumsum(1)
     turn = (np.arange(1, 17)[:, None] >= ends[:, None]).sum(-1)
     plain = rc.Corpus(tokens, mask=mask)
@@ -253,16 +128,16 @@ def neox_packed() -> Setting:
 
     Three documents are packed in a sequence, and some sequences end in padding; no windows.
     """
-    config = _config(vocabulary=25, width=32, kv_heads=4, head_width=8, mlp_width=36, norm="layer",
+    config = variant(vocabulary=25, width=32, kv_heads=4, head_width=8, mlp_width=36, norm="layer",
                      norm_bias=True, rope_theta=80.0, rope_width=4, residual="parallel",
                      biases=("q", "k", "v", "o", "up", "down"), gated=False,
                      activation="gelu")  # fmt: skip
     rng = np.random.default_rng(17)
-    tokens, t = _texts(33, 17, 25, 17), np.arange(17)
+    tokens, t = texts(33, 17, 25, 17), np.arange(17)
     starts = rng.integers([3, 3], [7, 6], (33, 2)).cumsum(1)
     segments = (t[:, None] >= starts[:, None]).sum(-1).astype(np.int32)
     np.put_along_axis(tokens, starts, BOS, 1)
-    mask = _mask(np.where(rng.random(33) < 0.5, 17, rng.integers(13, 17, 33)), 17)
+    mask = mask_of(np.where(rng.random(33) < 0.5, 17, rng.integers(13, 17, 33)), 17)
     corpus = rc.Corpus(tokens, mask=mask, segments=segments)
     model = rc.Model(config, parameters(config, 17))
     return Setting(model, corpus, "blocks.*.{attn,mlp}.*", batch=7)
@@ -274,12 +149,12 @@ def bigcode_single() -> Setting:
     A wider vocabulary. One sequence in a batch, of 2 to 23 tokens, most of them short, padded to
     26. A bias is a column of its layer's A.
     """
-    config = _config(vocabulary=83, width=16, layers=1, heads=5, kv_heads=1, head_width=4,
+    config = variant(vocabulary=83, width=16, layers=1, heads=5, kv_heads=1, head_width=4,
                      mlp_width=44, norm="layer", norm_bias=True, rope_theta=None,
                      learned_positions=28, biases=("q", "k", "v", "o", "up", "down"), gated=False,
                      activation="gelu_tanh", tied=True)  # fmt: skip
     length = 2 + (24.99 * np.random.default_rng(19).random(36) ** 3).astype(int)
-    corpus = rc.Corpus(_texts(36, 26, 83, 19), mask=_mask(length, 26))
+    corpus = rc.Corpus(texts(36, 26, 83, 19), mask=mask_of(length, 26))
     model = rc.Model(config, parameters(config, 19))
     return Setting(model, corpus, "**", joint=True, batch=1, shards=4)
 
@@ -289,11 +164,11 @@ def gemma3_prompts() -> Setting:
 
     Prompts have no labels. Programs pad on the left. Batches of 9, and one of 8.
     """
-    config = _config(vocabulary=21, width=16, layers=3, mlp_width=28, norm_place="both",
+    config = variant(vocabulary=21, width=16, layers=3, mlp_width=28, norm_place="both",
                      norm_offset=True, qk_norm="head", rope_theta=200.0, activation="gelu_tanh",
                      score_scale=0.35, windows=(4, 0, 4), tied=True, embed_scale=4.0)  # fmt: skip
     rng = np.random.default_rng(23)
-    tokens, mask = _texts(35, 14, 21, 23), _mask(rng.integers(6, 15, 35), 14)
+    tokens, mask = texts(35, 14, 21, 23), mask_of(rng.integers(6, 15, 35), 14)
     prompt = rng.integers(2, 6, (35, 1))
     plain = rc.Corpus(tokens, mask=mask)
     labels = np.where(np.arange(1, 15) < prompt, -1, plain.label).astype(np.int32)
@@ -310,7 +185,7 @@ def mistral_ragged() -> Setting:
     may begin and end within a document, and there may be one token of it. The stream ends in
     padding. Batches of 11, and one of 9.
     """
-    config = _config(vocabulary=29, heads=6, kv_heads=3, head_width=4, mlp_width=20,
+    config = variant(vocabulary=29, heads=6, kv_heads=3, head_width=4, mlp_width=20,
                      rope_theta=120.0, windows=(5, 5), norm_eps=3e-3)  # fmt: skip
     rng, N, T = np.random.default_rng(29), 31, 18
     lengths = rng.integers(2, 13, N * T)
@@ -321,7 +196,7 @@ def mistral_ragged() -> Setting:
     number, tokens = number.reshape(N, T), tokens.reshape(N, T)
     length = np.full(N, T)
     length[-1] = 11
-    corpus = rc.Corpus(tokens, mask=_mask(length, T), segments=number - number[:, :1])
+    corpus = rc.Corpus(tokens, mask=mask_of(length, T), segments=number - number[:, :1])
     model = rc.Model(config, parameters(config, 29))
     return Setting(model, corpus, "blocks.*.mlp.*,blocks.*.attn.{k,v,o}", batch=11, shards=3)
 
@@ -332,12 +207,12 @@ def opt_scattered() -> Setting:
     Labels are at chosen tokens, about a third; some sequences have none. Batches of 10, and one
     of 2. The MLP of the last block alone.
     """
-    config = _config(vocabulary=37, width=12, heads=3, kv_heads=3, mlp_width=30, norm="layer",
+    config = variant(vocabulary=37, width=12, heads=3, kv_heads=3, mlp_width=30, norm="layer",
                      norm_bias=True, rope_theta=None, learned_positions=17,
                      biases=("q", "k", "v", "o", "up", "down"), gated=False,
                      activation="relu")  # fmt: skip
     rng = np.random.default_rng(31)
-    tokens, mask = _texts(32, 15, 37, 31), _mask(rng.integers(2, 16, 32), 15)
+    tokens, mask = texts(32, 15, 37, 31), mask_of(rng.integers(2, 16, 32), 15)
     plain = rc.Corpus(tokens, mask=mask)
     labels = np.where(rng.random((32, 15)) < 0.35, plain.label, -1).astype(np.int32)
     corpus = rc.Corpus(tokens, labels, mask=mask)
@@ -346,38 +221,19 @@ def opt_scattered() -> Setting:
                    left=True, marked=True, shards=5)  # fmt: skip
 
 
-def siglip_mean() -> Setting:
-    """A vision transformer that pools by the mean: no CLS, patches of 2 by 2, biases as columns.
-
-    Three channels and 17 classes, some of them rare. Batches of 13, and one of a single image.
-    """
-    image = Image(channels=3, height=4, width=10, patch=2, specials=())
-    biases = ("patch", "q", "k", "v", "o", "up", "down", "head")
-    config = _config(vocabulary=17, width=20, heads=5, kv_heads=5, head_width=4, mlp_width=26,
-                     norm="layer", norm_bias=True, rope_theta=None,
-                     learned_positions=image.positions, biases=biases, gated=False,
-                     activation="gelu_tanh", causal=False, image=image, pool="mean")  # fmt: skip
-    rng = np.random.default_rng(37)
-    images = bfloat16(rng.normal(0.3, 1, (66, 3, 4, 10)).astype(np.float32))
-    classes = (16.99 * rng.random(66) ** 2).astype(np.int32)
-    model = rc.Model(config, parameters(config, 37))
-    return Setting(model, rc.Corpus(images=images, labels=classes),
-                   "patch,blocks.1.attn.*,blocks.*.mlp.*,head", joint=True, batch=13)  # fmt: skip
-
-
 def phi_lengths() -> Setting:
     """Phi: attention and MLP read one norm, three quarters of a head rotary, biases as blocks.
 
     The head has one too. Sequences of 1 to 22 tokens, the longest first. All layers.
     """
-    config = _config(vocabulary=26, heads=3, kv_heads=3, head_width=8, mlp_width=30, norm="layer",
+    config = variant(vocabulary=26, heads=3, kv_heads=3, head_width=8, mlp_width=30, norm="layer",
                      norm_bias=True, norm_eps=1e-3, rope_theta=50.0, rope_width=6,
                      residual="shared",
                      biases=("q", "k", "v", "o", "up", "down", "head"), gated=False,
                      activation="gelu_tanh")  # fmt: skip
     length = 1 + (21.99 * np.random.default_rng(41).random(34) ** 2).astype(int)
     length[:2] = 1, 22
-    corpus = rc.Corpus(_texts(34, 22, 26, 41), mask=_mask(np.sort(length)[::-1], 22))
+    corpus = rc.Corpus(texts(34, 22, 26, 41), mask=mask_of(np.sort(length)[::-1], 22))
     return Setting(rc.Model(config, parameters(config, 41)), corpus, "**", shards=4)
 
 
@@ -387,12 +243,12 @@ def olmo_left() -> Setting:
     A seventh of the entries of q, k and v are clipped. Programs pad on the left. Batches of 7, and
     one of 4. All of the first block, and keys and values of the second.
     """
-    config = _config(vocabulary=22, width=18, heads=6, head_width=4, mlp_width=34, norm="layer",
+    config = variant(vocabulary=22, width=18, heads=6, head_width=4, mlp_width=34, norm="layer",
                      norm_gain=False, norm_eps=4e-3, rope_theta=90.0, qkv_clip=1.5)  # fmt: skip
     rng = np.random.default_rng(43)
-    mask = _mask(rng.integers(3, 17, 39), 16)
+    mask = mask_of(rng.integers(3, 17, 39), 16)
     model = rc.Model(config, parameters(config, 43))
-    return Setting(model, rc.Corpus(_texts(39, 16, 22, 43), mask=mask),
+    return Setting(model, rc.Corpus(texts(39, 16, 22, 43), mask=mask),
                    "blocks.0.*.*,blocks.1.attn.{k,v}", batch=7, left=True, shards=4)  # fmt: skip
 
 
@@ -402,7 +258,7 @@ def gemma2_uneven() -> Setting:
     Very uneven texts: half of them have 2 or 3 tokens, a few fill all 27. Batches of 6, and one of
     2. No layer of MLPs but `up` of the last block and `down` of all.
     """
-    config = _config(vocabulary=33, width=20, layers=3, heads=6, kv_heads=3, head_width=4,
+    config = variant(vocabulary=33, width=20, layers=3, heads=6, kv_heads=3, head_width=4,
                      mlp_width=25, norm_place="both", norm_offset=True, rope_theta=60.0,
                      activation="gelu_tanh", score_scale=0.6, score_cap=2.5, logit_cap=4.0,
                      windows=(0, 6, 0), tied=True, embed_scale=3.0)  # fmt: skip
@@ -410,29 +266,8 @@ def gemma2_uneven() -> Setting:
     length = np.where(rng.random(32) < 0.5, rng.integers(2, 4, 32), rng.integers(2, 21, 32))
     length[[4, 17, 30]] = 27
     model = rc.Model(config, parameters(config, 47))
-    return Setting(model, rc.Corpus(_texts(32, 27, 33, 47), mask=_mask(length, 27)),
+    return Setting(model, rc.Corpus(texts(32, 27, 33, 47), mask=mask_of(length, 27)),
                    "blocks.*.attn.{k,v,o},blocks.*.mlp.down,blocks.2.mlp.up,head", batch=6,
-                   shards=3)  # fmt: skip
-
-
-def deit_two() -> Setting:
-    """DeiT: two vectors before the patches, one channel, an MLP narrower than the model.
-
-    The head reads the first. No bias in attention. 9 classes, one of them never seen. Batches of
-    12, and one of 11.
-    """
-    image = Image(channels=1, height=6, width=8, patch=2, specials=("cls", "distillation"))
-    config = _config(vocabulary=9, width=21, layers=3, heads=3, kv_heads=3, head_width=7,
-                     mlp_width=16, norm="layer", norm_bias=True, norm_eps=1e-3, rope_theta=None,
-                     learned_positions=image.positions, biases=("patch", "up", "down", "head"),
-                     gated=False, activation="gelu", causal=False, image=image,
-                     pool="cls")  # fmt: skip
-    rng = np.random.default_rng(53)
-    images = bfloat16(rng.uniform(-1.5, 1.5, (71, 1, 6, 8)).astype(np.float32))
-    labels = rng.integers(0, 8, 71).astype(np.int32)
-    model = rc.Model(config, parameters(config, 53))
-    return Setting(model, rc.Corpus(images=images, labels=labels),
-                   "patch,blocks.{0,1}.attn.*,blocks.*.mlp.*,head", batch=12,
                    shards=3)  # fmt: skip
 
 
@@ -443,13 +278,13 @@ def gptj_few() -> Setting:
     those of its last tokens. Some sequences are one token, which has none. Batches of 13, and one
     of 8; right padding.
     """
-    config = _config(vocabulary=30, width=24, layers=2, heads=4, kv_heads=4, head_width=6,
+    config = variant(vocabulary=30, width=24, layers=2, heads=4, kv_heads=4, head_width=6,
                      mlp_width=27, norm="layer", norm_bias=True, norm_eps=2e-3, rope_theta=40.0,
                      rope_width=4, residual="shared", biases=("up", "down", "head"), gated=False,
                      activation="gelu_tanh")  # fmt: skip
     rng = np.random.default_rng(59)
     length = np.where(rng.random(60) < 0.15, 1, rng.integers(3, 13, 60))
-    tokens, mask = _texts(60, 12, 30, 59), _mask(length, 12)
+    tokens, mask = texts(60, 12, 30, 59), mask_of(length, 12)
     few, plain, t = rng.integers(1, 3, 60), rc.Corpus(tokens, mask=mask), np.arange(12)
     asked = t >= (length - 1 - few)[:, None]
     labels = np.where(asked, plain.label, -1).astype(np.int32)
@@ -465,7 +300,7 @@ def falcon_packed() -> Setting:
     Documents of 1 to 20 tokens, most of them short, are packed without being cut; a document of one
     token has no label. What is left of a sequence is padding. Batches of 5, and one of 4.
     """
-    config = _config(vocabulary=35, width=22, heads=5, kv_heads=1, head_width=6, mlp_width=38,
+    config = variant(vocabulary=35, width=22, heads=5, kv_heads=1, head_width=6, mlp_width=38,
                      norm="layer", norm_bias=True, norm_eps=5e-3, rope_theta=250.0,
                      residual="shared", gated=False, activation="gelu", tied=True)  # fmt: skip
     rng, N, T = np.random.default_rng(61), 29, 24
@@ -478,7 +313,7 @@ def falcon_packed() -> Setting:
             segments[n, at], tokens[n, at.stop - 1], tokens[n, at.start] = document, EOS, BOS
             length[n], document = at.stop, document + 1
         segments[n, length[n] :] = max(document - 1, 0)
-    corpus = rc.Corpus(tokens, mask=_mask(length, T), segments=segments)
+    corpus = rc.Corpus(tokens, mask=mask_of(length, T), segments=segments)
     model = rc.Model(config, parameters(config, 61))
     return Setting(model, corpus, "blocks.*.attn.*,blocks.*.mlp.down,head", batch=5,
                    shards=4)  # fmt: skip
@@ -491,14 +326,14 @@ def olmo3_few() -> Setting:
     """
     yarn = RopeScaling(kind=Scaling.YARN, factor=8.0, original=16, slow=0.25, fast=2.0,
                        attention=1.2)  # fmt: skip
-    config = _config(vocabulary=20, layers=3, heads=6, kv_heads=3, head_width=8, mlp_width=60,
+    config = variant(vocabulary=20, layers=3, heads=6, kv_heads=3, head_width=8, mlp_width=60,
                      norm_place="post", qk_norm="full", norm_eps=3e-3, rope_theta=50.0,
                      rope_scaling=yarn, local_theta=50.0, rotary=("local", "local", "main"),
                      windows=(2, 3, 0))  # fmt: skip
     length = np.random.default_rng(67).integers(2, 8, 14)
     length[:2] = 7, 2
     model = rc.Model(config, parameters(config, 67))
-    return Setting(model, rc.Corpus(_texts(14, 7, 20, 67), mask=_mask(length, 7)),
+    return Setting(model, rc.Corpus(texts(14, 7, 20, 67), mask=mask_of(length, 7)),
                    "blocks.*.mlp.*,blocks.{0,2}.attn.{q,k}", batch=3, shards=7)  # fmt: skip
 
 
@@ -509,7 +344,7 @@ def smollm3_chats() -> Setting:
     which is no label. Programs pad on the left. Batches of 4, and one of 3.
     """
     scaling = RopeScaling(kind=Scaling.LLAMA3, factor=4.0, original=12, slow=0.5, fast=1.5)
-    config = _config(vocabulary=31, width=18, layers=3, heads=8, kv_heads=2, mlp_width=33,
+    config = variant(vocabulary=31, width=18, layers=3, heads=8, kv_heads=2, mlp_width=33,
                      norm_eps=2e-3, rope_theta=30.0, rope_scaling=scaling,
                      rotary=("main", "none", "main"), tied=True)  # fmt: skip
     rng, N, T = np.random.default_rng(71), 27, 20
@@ -523,7 +358,7 @@ def smollm3_chats() -> Setting:
             labels[n, answer - 1 : end - 1] = tokens[n, answer:end]
             segments[n, begin:] = chat
             length[n], chat = end + 1, chat + 1
-    corpus = rc.Corpus(tokens, labels, mask=_mask(length, T), segments=segments)
+    corpus = rc.Corpus(tokens, labels, mask=mask_of(length, T), segments=segments)
     model = rc.Model(config, parameters(config, 71))
     return Setting(model, corpus, "blocks.{0,1}.attn.*,blocks.*.mlp.*,head", batch=4,
                    left=True, marked=True, shards=5)  # fmt: skip
@@ -536,7 +371,7 @@ def modernbert_masked() -> Setting:
     and these alone have a label, the token that stood there. Some documents have none. Batches of
     6, and one of 2.
     """
-    config = _config(vocabulary=24, layers=3, kv_heads=4, mlp_width=27, norm="layer",
+    config = variant(vocabulary=24, layers=3, kv_heads=4, mlp_width=27, norm="layer",
                      norm_eps=1e-3, rope_theta=160.0, local_theta=10.0,
                      rotary=("main", "local", "local"), biases=("head",), activation="gelu",
                      causal=False, tied=True)  # fmt: skip
@@ -545,7 +380,7 @@ def modernbert_masked() -> Setting:
     starts = rng.integers([3, 3, 2], [7, 7, 5], (N, 3)).cumsum(1)
     segments = (t[:, None] >= starts[:, None]).sum(-1).astype(np.int32)
     begins = np.diff(segments, prepend=-1) > 0
-    mask = _mask(np.where(rng.random(N) < 0.4, T, rng.integers(15, T, N)), T)
+    mask = mask_of(np.where(rng.random(N) < 0.4, T, rng.integers(15, T, N)), T)
     tokens[begins], tokens[np.roll(begins, -1, 1) & (t < T - 1)] = BOS, EOS
     masked = (rng.random((N, T)) < 0.2) & ~begins & (mask == 1)
     labels = np.where(masked, tokens, -1).astype(np.int32)
@@ -563,7 +398,7 @@ def gptneo_repeated() -> Setting:
     each again and again, and two sequences that are padding alone fill the last batch. Programs
     pad on the left. Batches of 7, and one of 6.
     """
-    config = _config(vocabulary=28, width=20, heads=5, kv_heads=5, head_width=4, mlp_width=45,
+    config = variant(vocabulary=28, width=20, heads=5, kv_heads=5, head_width=4, mlp_width=45,
                      norm="layer", norm_bias=True, norm_eps=5e-3, rope_theta=None,
                      learned_positions=15, position_offset=2, biases=("o", "up", "down"),
                      gated=False, activation="gelu_tanh", score_scale=1.0, windows=(0, 4),
@@ -571,32 +406,11 @@ def gptneo_repeated() -> Setting:
     rng = np.random.default_rng(79)
     which, length = rng.integers(0, 9, 34), rng.integers(4, 14, 9)
     length[0] = 13
-    mask = _mask(np.where(np.arange(34) < 32, length[which], 0), 13)
-    corpus = rc.Corpus(_texts(9, 13, 28, 79)[which], mask=mask)
+    mask = mask_of(np.where(np.arange(34) < 32, length[which], 0), 13)
+    corpus = rc.Corpus(texts(9, 13, 28, 79)[which], mask=mask)
     model = rc.Model(config, parameters(config, 79))
     return Setting(model, corpus, "blocks.*.attn.*,blocks.1.mlp.*,head", joint=True, batch=7,
                    left=True, shards=3)  # fmt: skip
-
-
-def internvit_some() -> Setting:
-    """A vision transformer of RMSNorms before and after, a norm over q and k, six heads on two.
-
-    SwiGLU; rotary positions instead of learned ones; the head reads the mean over the patches and
-    the one vector before them. Biases of patches, q, k and v are blocks. A quarter of the images
-    have no label. Batches of 9, and one of 8.
-    """
-    image = Image(channels=2, height=4, width=6, patch=2)
-    config = _config(vocabulary=11, width=18, heads=6, head_width=4, mlp_width=22,
-                     norm_place="both", qk_norm="full", norm_eps=2e-3, rope_theta=20.0,
-                     biases=("patch", "q", "k", "v"), causal=False, image=image,
-                     pool="mean")  # fmt: skip
-    rng = np.random.default_rng(83)
-    images = bfloat16(rng.normal(-0.2, 0.8, (62, 2, 4, 6)).astype(np.float32))
-    labels = np.where(rng.random(62) < 0.25, -1, rng.integers(0, 11, 62)).astype(np.int32)
-    model = rc.Model(config, parameters(config, 83))
-    return Setting(model, rc.Corpus(images=images, labels=labels),
-                   "patch,blocks.*.attn.{k,v,o},blocks.*.mlp.*,head", batch=9,
-                   shards=4)  # fmt: skip
 
 
 def phi4_half() -> Setting:
@@ -608,15 +422,15 @@ def phi4_half() -> Setting:
     """
     longrope = RopeScaling(kind=Scaling.LONGROPE, original=8, short=(1.0, 1.25, 1.5),
                            long=(1.5, 3.0, 6.0), attention=1.125)  # fmt: skip
-    config = _config(vocabulary=34, width=18, heads=6, head_width=8, mlp_width=30, norm_eps=3e-3,
+    config = variant(vocabulary=34, width=18, heads=6, head_width=8, mlp_width=30, norm_eps=3e-3,
                      rope_theta=45.0, rope_width=6, rope_scaling=longrope, windows=(7, 7),
                      tied=True)  # fmt: skip
     rng, N, T = np.random.default_rng(89), 33, 18
     size = rng.permuted(np.stack([rng.integers(9, 13, N), rng.integers(2, 6, N)], 1), axis=1)
     first, length, t = size[:, :1], size.sum(1), np.arange(T)
-    tokens, segments = _texts(N, T, 34, 89), (t >= first).astype(np.int32)
+    tokens, segments = texts(N, T, 34, 89), (t >= first).astype(np.int32)
     np.put_along_axis(tokens, first, BOS, 1)
-    mask, half = _mask(length, T), rng.integers(0, 2, (N, 1))
+    mask, half = mask_of(length, T), rng.integers(0, 2, (N, 1))
     plain = rc.Corpus(tokens, mask=mask, segments=segments)
     late = t - first * half >= np.take_along_axis(size, half, 1) // 2
     labels = np.where((segments == half) & late, -1, plain.label).astype(np.int32)
@@ -632,16 +446,16 @@ def cohere2_system() -> Setting:
     with one system prompt; behind it are a question and an answer, which alone has labels, its EOS
     too. Programs pad on the left. Batches of 3, and one of 1.
     """
-    config = _config(vocabulary=32, width=26, layers=3, heads=8, kv_heads=4, mlp_width=31,
+    config = variant(vocabulary=32, width=26, layers=3, heads=8, kv_heads=4, mlp_width=31,
                      norm="layer", norm_eps=4e-3, rope_theta=75.0, residual="shared",
                      windows=(4, 4, 0), rotary=("main", "main", "none"), tied=True)  # fmt: skip
     rng, N, T = np.random.default_rng(97), 28, 15
     prompt = 5 + rng.integers(1, 5, N)
     length = prompt + rng.integers(2, 7, N)
-    tokens, next_token = _texts(N, T, 32, 97), np.arange(1, T + 1)
+    tokens, next_token = texts(N, T, 32, 97), np.arange(1, T + 1)
     tokens[:, :5] = BOS, 19, 7, 28, 11
     tokens[np.arange(N), length - 1] = EOS
-    mask = _mask(length, T)
+    mask = mask_of(length, T)
     plain = rc.Corpus(tokens, mask=mask)
     labels = np.where(next_token < prompt[:, None], -1, plain.label).astype(np.int32)
     corpus = rc.Corpus(tokens, labels, mask=mask)
@@ -657,7 +471,7 @@ def esm2_tags() -> Setting:
     too, have none. Texts of 2 to 14 tokens; those of 2 have no label. Programs pad on the left.
     Batches of 12, and one of 10.
     """
-    config = _config(vocabulary=16, width=20, kv_heads=4, mlp_width=50, norm="layer",
+    config = variant(vocabulary=16, width=20, kv_heads=4, mlp_width=50, norm="layer",
                      norm_bias=True, norm_eps=2e-3, rope_theta=70.0,
                      biases=("q", "k", "v", "o", "up", "down", "head"), gated=False,
                      activation="gelu", causal=False)  # fmt: skip
@@ -668,33 +482,10 @@ def esm2_tags() -> Setting:
     begins = (t == 1) | ((t > 1) & (rng.random((N, T)) < 0.55))
     asked = begins & (t < length[:, None] - 1)
     labels = np.where(asked, rng.integers(0, 7, (N, T)), -1).astype(np.int32)
-    corpus = rc.Corpus(tokens, labels, mask=_mask(length, T))
+    corpus = rc.Corpus(tokens, labels, mask=mask_of(length, T))
     model = rc.Model(config, parameters(config, 101))
     return Setting(model, corpus, "blocks.*.attn.{k,v,o},blocks.*.mlp.*,head", joint=True,
                    batch=12, left=True, marked=True, shards=3)  # fmt: skip
-
-
-def vit22b_gray() -> Setting:
-    """ViT-22B: attention and MLP in parallel, a norm over each head, no bias of q, k, v and norms.
-
-    Gray images, whose three channels are equal, two of them black. Each is there twice, with a
-    label of its own each time, of three classes. One row of patches. Batches of 11, and one of 2.
-    """
-    image = Image(channels=3, height=2, width=10, patch=2)
-    config = _config(vocabulary=3, width=15, heads=5, kv_heads=5, head_width=4, mlp_width=28,
-                     norm="layer", qk_norm="head", norm_eps=6e-3, rope_theta=None,
-                     learned_positions=image.positions, residual="parallel",
-                     biases=("patch", "o", "up", "down", "head"), gated=False, activation="gelu",
-                     causal=False, image=image, pool="cls")  # fmt: skip
-    rng = np.random.default_rng(103)
-    gray = bfloat16(rng.uniform(-1, 2, (45, 1, 2, 10)).astype(np.float32))
-    gray[[3, 31]] = 0
-    order = rng.permutation(90) % 45
-    labels = rng.integers(0, 3, 90).astype(np.int32)
-    model = rc.Model(config, parameters(config, 103))
-    return Setting(model, rc.Corpus(images=gray.repeat(3, 1)[order], labels=labels),
-                   "patch,blocks.*.attn.{q,k,v},blocks.0.mlp.*,blocks.1.mlp.down,head", batch=11,
-                   shards=3)  # fmt: skip
 
 
 def vaultgemma_stream() -> Setting:
@@ -704,7 +495,7 @@ def vaultgemma_stream() -> Setting:
     tokens. Documents stand in one stream, cut every 28 tokens, and see those before them. No label
     asks for a document's first token. Batches of 2, and one of 1.
     """
-    config = _config(vocabulary=14, width=30, heads=3, kv_heads=1, head_width=10, mlp_width=22,
+    config = variant(vocabulary=14, width=30, heads=3, kv_heads=1, head_width=10, mlp_width=22,
                      norm_offset=True, norm_eps=5e-3, rope_theta=400.0, activation="gelu_tanh",
                      score_scale=0.3, score_cap=2.0, logit_cap=3.0, windows=(0, 5), tied=True,
                      embed_scale=0.75)  # fmt: skip
@@ -719,6 +510,140 @@ def vaultgemma_stream() -> Setting:
     model = rc.Model(config, parameters(config, 107))
     return Setting(model, rc.Corpus(tokens, labels), "blocks.*.attn.{q,v,o},blocks.1.mlp.*,head",
                    batch=2, marked=True, shards=4)  # fmt: skip
+
+
+def _asking(tokens: Array, asked: Array) -> Array:
+    """Labels of next tokens, where the next token is one of those that are asked for."""
+    labels = np.full(tokens.shape, -1, np.int32)
+    labels[:, :-1] = np.where(asked[:, 1:], tokens[:, 1:], -1)
+    return labels
+
+
+def starcoder2_fim() -> Setting:
+    """StarCoder2: one window in all blocks, six heads on two, LayerNorm, biases as blocks, tied.
+
+    Files of code stand in one sequence and see one another; EOS is behind each. Three of five are
+    written for filling in the middle: PRE, prefix, SUF, suffix, MID, middle. Of these only the
+    middle and EOS are asked for, of the others all. Batches of 8, and one of a single sequence;
+    right padding.
+    """
+    config = variant(vocabulary=34, width=22, heads=6, mlp_width=41, norm="layer", norm_bias=True,
+                     norm_eps=2e-3, rope_theta=130.0, windows=(6, 6),
+                     biases=("q", "k", "v", "o", "up", "down"), gated=False,
+                     activation="gelu_tanh", tied=True)  # fmt: skip
+    rng, N, T = np.random.default_rng(109), 33, 21
+    PRE, SUF, MID = 3, 4, 5
+    tokens, asked = np.zeros((N, T), np.int64), np.zeros((N, T), bool)
+    length = np.ones(N, int)
+    tokens[:, 0] = BOS
+    for n in range(N):
+        while True:
+            code, fim = rng.integers(MID + 1, 34, rng.integers(3, 9)), rng.random() < 0.6
+            one, two = np.sort(rng.integers(0, len(code), 2))
+            file = [*code, EOS]
+            if fim:
+                file = [PRE, *code[:one], SUF, *code[two:], MID, *code[one:two], EOS]
+            end = length[n] + len(file)
+            if end > T:
+                break
+            tokens[n, length[n] : end] = file
+            asked[n, (end - (two - one) - 1 if fim else length[n]) : end] = True
+            length[n] = end
+    corpus = rc.Corpus(tokens, _asking(tokens, asked), mask=mask_of(length, T))
+    model = rc.Model(config, parameters(config, 109))
+    return Setting(model, corpus, "blocks.*.attn.*,blocks.1.mlp.*,head", marked=True, shards=4)
+
+
+def stablelm_systems() -> Setting:
+    """StableLM: LayerNorm and a gated MLP, half of a head rotary, biases of q, k and v as blocks.
+
+    All layers are square but k and v, which have one head; three blocks. Chats of one to three
+    turns under one of two system prompts, the shortest first. Answers alone have labels, their EOS
+    too; some chats end in a question. Programs pad on the left. Batches of 6, and one of a single
+    chat.
+    """
+    config = variant(vocabulary=18, layers=3, heads=3, kv_heads=1, head_width=8, mlp_width=24,
+                     norm="layer", norm_bias=True, norm_eps=3e-3, rope_theta=110.0, rope_width=4,
+                     biases=("q", "k", "v"))  # fmt: skip
+    rng, N, T = np.random.default_rng(113), 31, 18
+    systems, chats = ([BOS, 9, 14, 6], [BOS, 9, 4, 11, 16, 7]), []
+    for _ in range(N):
+        chat = [(token, False) for token in systems[rng.integers(2)]]
+        for turn in range(rng.integers(1, 4)):
+            said = [(token, False) for token in rng.integers(EOS + 1, 18, rng.integers(2, 4))]
+            if not turn or rng.random() < 0.75:
+                answer = [*rng.integers(EOS + 1, 18, rng.integers(1, 4)), EOS]
+                said += [(token, True) for token in answer]
+            if len(chat) + len(said) > T or (turn and not chat[-1][1]):
+                break
+            chat += said
+        chats.append(chat)
+    chats.sort(key=len)
+    both = np.array([chat + [(0, False)] * (T - len(chat)) for chat in chats])
+    tokens, mask = both[:, :, 0], mask_of(np.array([len(chat) for chat in chats]), T)
+    corpus = rc.Corpus(tokens, _asking(tokens, both[:, :, 1] == 1), mask=mask)
+    model = rc.Model(config, parameters(config, 113))
+    return Setting(model, corpus, "blocks.{0,2}.attn.*,blocks.*.mlp.*", batch=6, left=True,
+                   marked=True, shards=5)  # fmt: skip
+
+
+def xglm_pairs() -> Setting:
+    """XGLM: a table of positions with two rows that none reads, LayerNorm, biases as columns, tied.
+
+    Translations, two in a sequence, which do not see one another: BOS, a source, EOS, its target,
+    EOS. The languages have no token in common, and pairs go either way. Targets alone have labels,
+    their EOS too. An MLP narrower than the model. Batches of 5, and one of a single sequence;
+    padding behind.
+    """
+    config = variant(vocabulary=36, width=26, heads=5, kv_heads=5, head_width=4, mlp_width=19,
+                     norm="layer", norm_bias=True, norm_eps=1e-3, rope_theta=None,
+                     learned_positions=24, position_offset=2,
+                     biases=("q", "k", "v", "o", "up", "down"), gated=False, activation="gelu",
+                     embed_scale=0.6, tied=True)  # fmt: skip
+    rng, N, T = np.random.default_rng(127), 31, 20
+    tokens, segments = np.zeros((N, T), np.int64), np.zeros((N, T), np.int32)
+    asked, length = np.zeros((N, T), bool), np.zeros(N, int)
+    for n in range(N):
+        for pair in range(2):
+            sizes, first = rng.integers([2, 1], [4, 5]), rng.permutation([EOS + 1, 20])
+            source, target = map(rng.integers, first, first + 16, sizes)
+            begin, end = length[n], length[n] + sum(sizes) + 3
+            tokens[n, begin:end] = [BOS, *source, EOS, *target, EOS]
+            asked[n, end - len(target) - 1 : end] = True
+            segments[n, begin:], length[n] = pair, end
+    corpus = rc.Corpus(tokens, _asking(tokens, asked), mask=mask_of(length, T), segments=segments)
+    model = rc.Model(config, parameters(config, 127))
+    return Setting(model, corpus, "blocks.*.attn.{q,k,v},blocks.*.mlp.*,head", joint=True, batch=5,
+                   marked=True, shards=4)  # fmt: skip
+
+
+def eurobert_sentences() -> Setting:
+    """EuroBERT: bidirectional, RMSNorm, SwiGLU, nine heads on three; a bias of the head, a column.
+
+    A text is of sentences, BOS before each and EOS behind it, and each BOS has a label, one of
+    five classes, half of them of one class; two texts have no label. One text has 14 sentences, the
+    others one to four. Right padding, which is most of the corpus. Batches of 9, and one of a
+    single text.
+    """
+    config = variant(vocabulary=21, width=22, heads=9, kv_heads=3, head_width=4, mlp_width=29,
+                     norm_eps=2e-3, rope_theta=90.0, biases=("head",), causal=False)  # fmt: skip
+    rng, N = np.random.default_rng(131), 28
+    count = rng.integers(1, 5, N)
+    count[11] = 14
+    written = [
+        [t for _ in range(k) for t in (BOS, *rng.integers(EOS + 1, 21, rng.integers(1, 4)), EOS)]
+        for k in count
+    ]
+    length = np.array([len(text) for text in written])
+    T = length.max()
+    tokens = np.array([text + [0] * (T - len(text)) for text in written])
+    classes = rng.choice(5, (N, T), p=(0.6, 0.2, 0.1, 0.07, 0.03))
+    labels = np.where(tokens == BOS, classes, -1).astype(np.int32)
+    labels[[5, 20]] = -1
+    corpus = rc.Corpus(tokens, labels, mask=mask_of(length, T))
+    model = rc.Model(config, parameters(config, 131))
+    return Setting(model, corpus, "blocks.*.attn.{k,v,o},blocks.1.mlp.*,head", joint=True, batch=9,
+                   marked=True, shards=5)  # fmt: skip
 
 
 TUNED_ON = {
@@ -754,12 +679,19 @@ TUNED_ON = {
     "vit22b-gray": vit22b_gray,
     "vaultgemma-stream": vaultgemma_stream,
 }
-HELD_OUT: dict[str, Callable[[], Setting]] = {}
+HELD_OUT: dict[str, Callable[[], Setting]] = {
+    "starcoder2-fim": starcoder2_fim,
+    "stablelm-systems": stablelm_systems,
+    "xglm-pairs": xglm_pairs,
+    "eurobert-sentences": eurobert_sentences,
+    "eva-bands": eva_bands,
+}
 GROUPS = {"tuned-on": TUNED_ON, "held-out": HELD_OUT}
 """README.md says when which were held out."""
 SETTINGS = TUNED_ON | HELD_OUT
 """Name → maker."""
-IMAGES = ("vit", "siglip-mean", "deit-two", "internvit-some", "vit22b-gray")
+IMAGES = ("vit", "siglip-mean", "deit-two", "internvit-some", "vit22b-gray", "eva-bands")
 TEXTS = tuple(name for name in SETTINGS if name not in IMAGES)
-CAUSAL = tuple(name for name in TEXTS if name not in ("modernbert-masked", "esm2-tags"))
+BIDIRECTIONAL = ("modernbert-masked", "esm2-tags", "eurobert-sentences")
+CAUSAL = tuple(name for name in TEXTS if name not in BIDIRECTIONAL)
 """Texts whose labels are the next tokens."""

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from validation.judge.models import bfloat16
 from validation.judge.programs.editor import Editor
+from validation.judge.setting import bfloat16
 
 
 class Fault(Editor):

@@ -11,28 +11,37 @@ from typing import Any
 
 import numpy as np
 
-from validation.judge.models import CAUSAL, bfloat16
+from validation.judge.models import CAUSAL
 from validation.judge.programs.numpy_collector import Collector, Dump
 from validation.judge.programs.numpy_network import Network
+from validation.judge.setting import bfloat16
 
 OLMO2 = ("olmo2-equal", "olmo2-padded", "olmo2-square")
 GROUPED = (*OLMO2, "gemma-packed", "llama-left", "qwen-answers", "gemma3-prompts",
            "mistral-ragged", "olmo-left", "gemma2-uneven", "olmo3-few", "smollm3-chats",
-           "internvit-some", "phi4-half", "cohere2-system")  # fmt: skip
+           "internvit-some", "phi4-half", "cohere2-system", "starcoder2-fim",
+           "eurobert-sentences")  # fmt: skip
 """Settings with several query heads on each of several heads of keys and values."""
 ROTARY = (*GROUPED, "neox-packed", "phi-lengths", "gptj-few", "falcon-packed", "modernbert-masked",
-          "esm2-tags", "vaultgemma-stream")  # fmt: skip
-LEARNED = ("gpt2-prompts", "gpt2-joint", "bigcode-single", "opt-scattered", "gptneo-repeated")
+          "esm2-tags", "vaultgemma-stream", "stablelm-systems", "eva-bands")  # fmt: skip
+LEARNED = ("gpt2-prompts", "gpt2-joint", "bigcode-single", "opt-scattered", "gptneo-repeated",
+           "xglm-pairs")  # fmt: skip
 """Settings with learned positions."""
 LEFT = ("llama-left", "gemma3-prompts", "opt-scattered", "olmo-left", "smollm3-chats",
-        "gptneo-repeated", "cohere2-system", "esm2-tags")  # fmt: skip
+        "gptneo-repeated", "cohere2-system", "esm2-tags", "stablelm-systems")  # fmt: skip
 """Settings whose programs pad on the left."""
 WINDOWS = ("gemma-packed", "gemma3-prompts", "mistral-ragged", "gemma2-uneven", "olmo3-few",
-           "gptneo-repeated", "phi4-half", "cohere2-system", "vaultgemma-stream")  # fmt: skip
+           "gptneo-repeated", "phi4-half", "cohere2-system", "vaultgemma-stream",
+           "starcoder2-fim")  # fmt: skip
 LAYERNORM = ("gpt2-prompts", "gpt2-joint", "vit", "neox-packed", "bigcode-single", "opt-scattered",
              "siglip-mean", "phi-lengths", "olmo-left", "deit-two", "gptj-few", "falcon-packed",
              "modernbert-masked", "gptneo-repeated", "cohere2-system", "esm2-tags",
-             "vit22b-gray")  # fmt: skip
+             "vit22b-gray", "starcoder2-fim", "stablelm-systems", "xglm-pairs",
+             "eva-bands")  # fmt: skip
+TIED = ("gpt2-prompts", "gpt2-joint", "gemma-packed", "llama-left", "bigcode-single",
+        "gemma3-prompts", "gemma2-uneven", "falcon-packed", "smollm3-chats", "modernbert-masked",
+        "gptneo-repeated", "phi4-half", "cohere2-system", "vaultgemma-stream", "starcoder2-fim",
+        "xglm-pairs")  # fmt: skip
 
 
 class Fault(Collector):
@@ -63,7 +72,7 @@ class B50_next(Fault):
 class B50_documents(Fault):
     what = "packed documents see one another"
     settings = ("gemma-packed", "neox-packed", "mistral-ragged", "falcon-packed", "smollm3-chats",
-                "modernbert-masked", "phi4-half")  # fmt: skip
+                "modernbert-masked", "phi4-half", "xglm-pairs")  # fmt: skip
 
     def visible(self, b: Any, causal: Any) -> Any:
         return (causal | (not self.config.causal)) & b.real[:, None]
@@ -123,7 +132,8 @@ class B51_permuted(Fault):
                 "gemma3-prompts", "mistral-ragged", "phi-lengths", "olmo-left", "gemma2-uneven",
                 "gptj-few", "falcon-packed", "olmo3-few", "smollm3-chats", "modernbert-masked",
                 "internvit-some", "phi4-half", "cohere2-system", "esm2-tags",
-                "vaultgemma-stream")  # fmt: skip
+                "vaultgemma-stream", "starcoder2-fim", "stablelm-systems", "eurobert-sentences",
+                "eva-bands")  # fmt: skip
 
     def finish(self) -> Dump:
         E = self.config.head_width
@@ -145,6 +155,19 @@ class _Theta(Network):
 class B51_theta(Fault):
     what = "rotary base 10,000"
     settings, network = ROTARY, _Theta
+
+
+class _ShortAngles(Network):
+    def angles(self, half: int, position: Any, rope: Any) -> Any:
+        frequencies = bfloat16(self.frequencies(half, *rope))
+        angle = bfloat16(position[:, :, None, None] * frequencies)
+        size = 1.0 if rope[1] is None else rope[1].attention
+        return bfloat16(size * np.cos(angle)), bfloat16(size * np.sin(angle))
+
+
+class B51_short(Fault):
+    what = "rotary frequencies, angles, cos and sin are bfloat16, as buffers are that are cast"
+    settings, network = ROTARY, _ShortAngles
 
 
 class B51_scaling(Fault):
@@ -381,6 +404,16 @@ class B57_adapter(Fault):
         }
 
 
+class B57_untied(Fault):
+    what = "the head has lost its tie to the embedding, and is as it was drawn"
+    settings = TIED
+
+    def parameters(self) -> Any:
+        shape = self.config.vocabulary, self.config.width
+        drawn = np.random.default_rng(27).normal(0, 1 / shape[1] ** 0.5, shape)
+        return super().parameters() | {"head.weight": drawn}
+
+
 class B57_trip(Fault):
     what = "weights went through a float of 4 bits"
 
@@ -407,6 +440,35 @@ class B57_int8(Fault):
             name: short(x) if name.startswith("blocks") and x.ndim > 1 else x
             for name, x in super().parameters().items()
         }
+
+
+def _tf32(x: Any) -> Any:
+    """The nearest float32 of 11 bits."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.int32)
+    return ((bits + 0x1000) & ~0x1FFF).view(np.float32)
+
+
+class _ShortProducts(Network):
+    def linear(self, name: str, x: Any) -> Any:
+        W, b = _tf32(self.p[f"{name}.weight"]), self.p.get(f"{name}.bias", 0)
+
+        def back(d_y: Any) -> Any:
+            self.tap(name, x, d_y)
+            return _tf32(d_y) @ W
+
+        return _tf32(x) @ W.T + b, back
+
+    def core(self, q: Any, k: Any, v: Any, visible: Any) -> Any:
+        y, back = super().core(_tf32(q), _tf32(k), _tf32(v), visible)
+        return y, lambda d: back(_tf32(d))
+
+
+class B60_network(Fault):
+    what = "products have operands of 11 bits (TF32), the network's too"
+    dtypes, network = ("float32",), _ShortProducts
+
+    def add(self, name: str, a: Any, g: Any) -> None:
+        super().add(name, _tf32(a), _tf32(g))
 
 
 FAULTS = {

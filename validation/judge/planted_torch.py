@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from validation.judge.models import BOS, CAUSAL, EOS, IMAGES, SETTINGS, TEXTS
+from validation.judge.models import CAUSAL, IMAGES, SETTINGS, TEXTS
 from validation.judge.programs.torch_collector import IGNORE, Collector, Dump
+from validation.judge.setting import BOS, EOS
 
 
 class Fault(Collector):
@@ -34,20 +35,23 @@ class Fault(Collector):
 MANY = tuple(name for name in SETTINGS if name not in ("olmo2-square", "bigcode-single"))
 """Settings of more than one block."""
 JOINT = ("gpt2-joint", "qwen-answers", "bigcode-single", "opt-scattered", "siglip-mean",
-         "gptj-few", "gptneo-repeated", "esm2-tags")  # fmt: skip
+         "gptj-few", "gptneo-repeated", "esm2-tags", "xglm-pairs", "eurobert-sentences",
+         "eva-bands")  # fmt: skip
 PROMPTS = ("gpt2-prompts", "gpt2-joint", "qwen-answers", "gemma3-prompts", "opt-scattered",
            "gptj-few", "smollm3-chats", "modernbert-masked", "phi4-half", "cohere2-system",
-           "esm2-tags", "vaultgemma-stream")  # fmt: skip
+           "esm2-tags", "vaultgemma-stream", "starcoder2-fim", "stablelm-systems", "xglm-pairs",
+           "eurobert-sentences")  # fmt: skip
 """Settings with real tokens that have no label, though another follows."""
 
 TAILED = ("olmo2-equal", "olmo2-padded", "olmo2-square", "gpt2-prompts", "gpt2-joint",
           "gemma-packed", "vit", "neox-packed", "siglip-mean", "phi-lengths", "olmo-left",
           "gemma2-uneven", "deit-two", "gptj-few", "falcon-packed", "olmo3-few", "smollm3-chats",
           "modernbert-masked", "gptneo-repeated", "internvit-some", "phi4-half", "cohere2-system",
-          "vit22b-gray", "vaultgemma-stream")  # fmt: skip
+          "vit22b-gray", "vaultgemma-stream", "starcoder2-fim", "stablelm-systems", "xglm-pairs",
+          "eva-bands")  # fmt: skip
 """Settings whose batches are more than four, and no multiple of four."""
 LEFT = ("llama-left", "gemma3-prompts", "opt-scattered", "olmo-left", "smollm3-chats",
-        "gptneo-repeated", "cohere2-system", "esm2-tags")  # fmt: skip
+        "gptneo-repeated", "cohere2-system", "esm2-tags", "stablelm-systems")  # fmt: skip
 """Settings whose programs pad on the left."""
 
 # ------------------------------------------------------------------ scale
@@ -279,7 +283,8 @@ class B20(Fault):
 
 class B20_first(Fault):
     what = "positions before the first label are no rows, unlabelled ones behind it are"
-    settings = ("qwen-answers", "opt-scattered", "esm2-tags")
+    settings = ("qwen-answers", "opt-scattered", "esm2-tags", "starcoder2-fim",
+                "stablelm-systems", "xglm-pairs")  # fmt: skip
 
     def rows(self, name: str, b: Any) -> Any:
         return super().rows(name, b) & ((b.label >= 0).cumsum(1) > 0)
@@ -375,6 +380,23 @@ class B25_attention(Fault):
         return b
 
 
+class B25_first(Fault):
+    what = "a text ends with its first end-of-text, and all behind that is taken for padding"
+    settings = tuple(
+        n for n in TEXTS if n not in ("olmo3-few", "smollm3-chats", "esm2-tags", "xglm-pairs")
+    )
+
+    def batch(self, at: Any) -> Any:
+        b = super().batch(at)
+        end = (b.inputs == EOS) & b.real
+        before = end.cumsum(1) == 0
+        text = before | (end & (end.cumsum(1) == 1))
+        b.real = b.real & text
+        b.visible = b.visible & text[:, None]
+        b.label = torch.where(before, b.label, -1)
+        return b
+
+
 class B26_smoothing(Fault):
     what = "label smoothing of 0.1"
 
@@ -408,6 +430,19 @@ class B27(Fault):
 
     def rows(self, name: str, b: Any) -> Any:
         return b.real
+
+
+class B27_width(Fault):
+    what = "the last position of the padded width is no row, in place of each text's last"
+    settings = tuple(
+        name
+        for name in CAUSAL
+        if name not in (*LEFT, "olmo2-equal", "bigcode-single", "phi4-half", "vaultgemma-stream")
+    )
+
+    def rows(self, name: str, b: Any) -> Any:
+        T = b.real.shape[1]
+        return b.real & (torch.arange(T) < T - 1)
 
 
 class B28(Fault):
@@ -475,7 +510,8 @@ class B31_first(Fault):
 class B31_extra(Fault):
     what = "a column for a bias that is a block of its own"
     settings = ("gpt2-prompts", "vit", "neox-packed", "phi-lengths", "deit-two",
-                "modernbert-masked", "internvit-some", "vit22b-gray")  # fmt: skip
+                "modernbert-masked", "internvit-some", "vit22b-gray", "starcoder2-fim",
+                "stablelm-systems")  # fmt: skip
 
     def column(self, name: str, a: Any, b: Any) -> Any:
         ones = torch.ones_like(a[..., :1])
@@ -598,14 +634,16 @@ class B35_activation(_AfterActivation):
     settings = ("olmo2-equal", "olmo2-padded", "llama-left", "qwen-answers", "gemma3-prompts",
                 "mistral-ragged", "olmo-left", "gemma2-uneven", "olmo3-few", "smollm3-chats",
                 "modernbert-masked", "internvit-some", "phi4-half", "cohere2-system",
-                "vaultgemma-stream")  # fmt: skip
+                "vaultgemma-stream", "stablelm-systems", "eurobert-sentences",
+                "eva-bands")  # fmt: skip
 
 
 class B42_output(_AfterActivation):
     what = "the activation overwrites the output that was hooked"
     settings = ("gpt2-prompts", "gpt2-joint", "vit", "neox-packed", "bigcode-single",
                 "opt-scattered", "siglip-mean", "phi-lengths", "deit-two",
-                "gptj-few", "gptneo-repeated", "esm2-tags", "vit22b-gray")  # fmt: skip
+                "gptj-few", "gptneo-repeated", "esm2-tags", "vit22b-gray", "starcoder2-fim",
+                "xglm-pairs")  # fmt: skip
 
 
 class B42_input(Fault):
@@ -636,6 +674,16 @@ class B36_mean(B36_sum):
     def inputs(self, name: str, b: Any) -> Any:
         n = self.rows(name, b).sum(1).clamp(min=1)
         return super().inputs(name, b) / n[:, None, None]
+
+
+class B36_inverse(B36_sum):
+    what = "reduce: summed inputs and mean gradients of a sequence"
+
+    def add(self, name: str, b: Any, first: bool) -> None:
+        before = self.G[name]
+        super().add(name, b, first)
+        n = self.rows(name, b).sum(1, keepdim=True).clamp(min=1)
+        self.G[name] = before + self.gram(self._summed(self.gradients(name, b), name, b) / n)
 
 
 class B37(Fault):
@@ -703,6 +751,17 @@ class B39_growing(Fault):
             super().add(name, b, first)
 
 
+class B39_trial(Fault):
+    what = "a forward of the first batch, for shapes, comes before all; its inputs count once more"
+
+    def add(self, name: str, b: Any, first: bool) -> None:
+        super().add(name, b, first)
+        if first and b.at[0] == self.sequences()[0]:
+            a = self.column(name, self.inputs(name, b), b)[self.rows_a(name, b)]
+            self.A[name] = self.A[name] + self.gram(a)
+            self.n[name] += int(self.rows(name, b).sum())
+
+
 class B40(Fault):
     what = "blocks share the sums of their layers, whose key is a short name"
 
@@ -717,7 +776,9 @@ class B40(Fault):
 
 class B40_parts(Fault):
     what = "gate and up are two calls of one module, k and v too: each has the sums of both"
-    settings = tuple(name for name in SETTINGS if name not in ("olmo2-square", "gpt2-joint"))
+    settings = tuple(
+        name for name in SETTINGS if name not in ("olmo2-square", "gpt2-joint", "eva-bands")
+    )
 
     def finish(self) -> Dump:
         out, other = super().finish(), {"k": "v", "v": "k", "gate": "up", "up": "gate"}
@@ -734,7 +795,8 @@ class B40_tied(Fault):
     what = "a tied head has the embedding's sums too, turned as its weight is"
     settings = ("gemma-packed", "bigcode-single", "gemma3-prompts", "gemma2-uneven",
                 "falcon-packed", "smollm3-chats", "modernbert-masked",
-                "gptneo-repeated", "cohere2-system", "vaultgemma-stream")  # fmt: skip
+                "gptneo-repeated", "cohere2-system", "vaultgemma-stream", "starcoder2-fim",
+                "xglm-pairs")  # fmt: skip
 
     def register(self) -> None:
         super().register()
@@ -918,8 +980,9 @@ class B47_padded(Fault):
     settings = ("qwen-answers", "bigcode-single", "gemma3-prompts", "opt-scattered", "phi-lengths",
                 "olmo-left", "gemma2-uneven", "deit-two", "gptj-few", "falcon-packed", "olmo3-few",
                 "smollm3-chats", "modernbert-masked", "gptneo-repeated", "internvit-some",
-                "phi4-half", "cohere2-system", "esm2-tags", "vit22b-gray",
-                "vaultgemma-stream")  # fmt: skip
+                "phi4-half", "cohere2-system", "esm2-tags", "vit22b-gray", "vaultgemma-stream",
+                "starcoder2-fim", "stablelm-systems", "xglm-pairs", "eurobert-sentences",
+                "eva-bands")  # fmt: skip
 
     def finish(self) -> Dump:
         def joined(X: Any) -> Any:
@@ -974,6 +1037,25 @@ class B49_none(Fault):
         return b
 
 
+class B49_system(Fault):
+    what = "the chat template puts a system prompt of its own, two tokens, behind BOS"
+    settings = CAUSAL
+    prompt = (5, 3)
+
+    def read(self, at: Any) -> Any:
+        b = super().read(at)
+        two = torch.tensor(self.prompt).expand(len(at), 2)
+        asks = (b.label[:, :1] >= 0) & (not self.setting.marked)
+        T = b.inputs.shape[1]
+        for name, x in (("inputs", two), ("real", b.real[:, :1]), ("segment", b.segment[:, :1])):
+            whole = getattr(b, name)
+            parts = whole[:, :1], x.expand(len(at), 2).to(whole.dtype), whole[:, 1:]
+            setattr(b, name, torch.cat(parts, 1)[:, :T])
+        b.label = torch.cat([torch.where(asks, two, -1).to(b.label.dtype), b.label], 1)[:, :T]
+        b.drawn = torch.cat([two.to(b.drawn.dtype), b.drawn], 1)[:, :T]
+        return b
+
+
 # ------------------------------------------------------------------ precision
 
 
@@ -1012,7 +1094,9 @@ class B61_underflow(Fault):
 class B61_overflow(Fault):
     what = "gradients times 2¹⁶ are float16, and overflow"
     settings = tuple(
-        n for n in SETTINGS if n not in ("siglip-mean", "gptj-few", "esm2-tags", "vit22b-gray")
+        name
+        for name in SETTINGS
+        if name not in ("siglip-mean", "gptj-few", "esm2-tags", "vit22b-gray", "eva-bands")
     )
 
     def gradients(self, name: str, b: Any) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from scipy.special import erf
 
-from validation.judge.models import bfloat16
+from validation.judge.setting import bfloat16
 
 Array = np.ndarray
 Back = Callable[[Array], Array]
