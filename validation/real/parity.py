@@ -4,10 +4,11 @@
 
 transformers dequantises and joins the file by code of its own (it needs the package accelerate),
 and computes in float64 where it would take float32 (`InFloat64`). A GGUF file has the norms' eps in
-float32; both take the shortest decimal number that it stands for. The text is this machine's GPL-3, cut after TOKENS tokens (default 64). Compared are the ids; the logits; the greedy
-next tokens; and of the gate of the middle block A and G with the text's own labels, which torch's
-autograd finds. Distances are of norms. Status 0: the ids and greedy tokens are the same, and no
-distance is above 1e-12.
+float32; both take the shortest decimal number that it stands for. The text is this machine's GPL-3,
+cut after TOKENS tokens (default 64). Compared are the ids; the logits; the greedy next tokens; and
+of the gate of the middle block A and G with the text's own labels, which torch's autograd finds.
+Distances are of norms. Status 0: the ids and greedy tokens are the same, and no distance is above
+1e-12.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import refcurv as rc
 from refcurv.files.tokenizer import load_tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
-from peers_compare import InFloat64  # noqa: E402
+from peers_compare import InFloat64
 
 TEXT = Path("/usr/share/common-licenses/GPL-3")
 MOST = 1e-12
