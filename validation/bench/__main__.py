@@ -139,7 +139,7 @@ def decompose_section(plan: Plan) -> Record:
 
 def profile_section(plan: Plan) -> Record:
     found: Record = {}
-    for name in ("all", "upper"):
+    for name in ("all", "upper", "mid"):
         proxy = plan.proxy(name)
         tell(f"profile: {proxy.what}")
         options = {"blocks": proxy.blocks, "threads": 1, "rounds": min(plan.rounds, 3)}
