@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 from strategies import case
 
 import refcurv as rc
+from refcurv import pipeline
 from refcurv.cli import main
 from refcurv.demo import CORPUS, LAYERS, MODEL, RHO
 from refcurv.evaluation import suite
 from refcurv.judge import controls
+from refcurv.law.checks import StorageError
 from refcurv.model import transformer
 from refcurv.model.layers import causal_layout
 from refcurv.model.loss import cross_entropy
 from refcurv.model.patterns import expand
-from refcurv.pipeline import Job, run
+from refcurv.pipeline import Job, _light, run
 from refcurv.report.folder import CONTROLS, outputs
 
 ROOT = Path(__file__).parents[1]
@@ -345,6 +350,43 @@ def test_interrupted_controls_go_on(
     assert main(command) == 0
     again = json.loads((tmp_path / "out" / "results.json").read_text())["controls"]
     assert again == found and not kept.exists()
+
+
+def test_a_disk_that_fails_under_controls_ends_the_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was found stays, for the same command once there is room; nothing is called left out."""
+    command = ["report", *own_files(tmp_path, True), "--split", "dev", "--rho", "0.6", "--layers",
+               "blocks.1.mlp.up"]  # fmt: skip
+    full = StorageError("write: 'x': No space left on device.")
+    with patch("refcurv.sweeps.lines.write_json_lines", side_effect=full):
+        assert main(command) == 3
+    out = tmp_path / "out"
+    assert "No space left" in capsys.readouterr().err.splitlines()[-1]
+    assert not (out / "results.json").exists() and (out / "results.json.unfinished").exists()
+
+
+def test_a_search_is_in_float32_only_where_that_holds_the_weights(tmp_path: Path) -> None:
+    one = case(batch=2, length=5)
+    job = Job(weights=tmp_path / "w.h5", corpus="", layers="", rho=0.5)
+    for stored, light in (("float32", "float32"), ("bfloat16", "float32"), ("float64", "float64")):
+        names = dict.fromkeys(one.parameters, stored)
+        rc.save(rc.Model(one.config, one.parameters, stored=names), job.weights)
+        assert _light(rc.load(job.weights), job).dtype == light
+        assert _light(rc.load(job.weights, "float32"), job).dtype == "float32"
+
+
+def test_controls_are_foretold_from_one_models_measurement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the seconds in which two were measured."""
+    files, seen = own_files(tmp_path, True), []
+    ticks = SimpleNamespace(perf_counter=itertools.count().__next__)
+    monkeypatch.setattr(pipeline, "time", ticks)
+    monkeypatch.setattr(pipeline, "controls", lambda s, *_: seen.append(s) or {"left_out": ""})
+    job = Job(weights=files[0], corpus=files[1], layers="blocks.1.mlp.up", rho=0.5, split="dev")
+    assert run(job, files[3])["seconds"]["evaluate"] == 1
+    assert [one.seconds for one in seen] == [0.5]
 
 
 @pytest.mark.parametrize(

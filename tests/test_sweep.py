@@ -586,6 +586,7 @@ def test_a_results_file_of_something_else_is_refused(model, corpus, basis, tmp_p
 
 CHANGED = {
     "a number": ('"removed": 0.', '"removed": 1.'),
+    "a share": ('"kept": 0.', '"kept": 1.'),
     "a type": ('"kept": ', '"kept": []+', "is not valid JSON"),
     "NaN": ('"kept": 0', '"kept": NaN, "k": 0', "NaN is not JSON"),
     "another type": ('"kept": 0', '"kept": {}, "k": 0'),

@@ -54,18 +54,21 @@ def prepare(folder: PathLike, inputs: Mapping[str, PathLike]) -> Path:
 
 
 def draw(results: Json, folder: PathLike) -> list[str]:
-    """Write the page, and each figure that there is something for.
+    """Write the page, and each figure that there is something for; an earlier report's others go.
 
     Returns:
         The names of all files that the report has now, the page first.
 
-    Proof: tests/test_demo.py::test_everything_is_written
+    Proof: tests/test_demo.py::test_everything_is_written,
+        tests/test_report.py::test_figures_of_an_earlier_report_go
     """
     folder, drawn = Path(folder), []
     for name, figure_of in plots.FIGURES.items():
         try:
             figure = figure_of(results)
         except EmptyError:  # no populations, no bands
+            with machine_faults("report", folder):
+                (folder / f"{name}.png").unlink(missing_ok=True)
             continue
         plots.save(figure, folder / f"{name}.png")
         drawn.append(f"{name}.png")

@@ -201,7 +201,7 @@ def begun(
 ) -> _Run:  # fmt: skip
     """How the model is held, and where states are kept."""
     wanted = [p for p in corpus.populations.values() if p.split in (asked.split, "dev")]
-    how = holding("sweep", model, wanted, memory, lambda chosen: told(chosen.text))
+    how = holding(asked.who, model, wanted, memory, lambda chosen: told(chosen.text))
     whole = resident(model) if how is None or how.together is None else None
     places = [lowest_block(model.config, names) for names in asked.layers.values()]
     need = sum(kept_bytes(model, one, max(places)) for one in wanted)
@@ -210,8 +210,8 @@ def begun(
         below = Below(places[0], {}, most)
     else:
         most, where = free_bytes(path) // 2 if states is None else states, "on the disk"
-        require_space("sweep", path, min(need, most))
-        below = Below(places[0], Scratch(path.absolute().parent, "sweep"), most)
+        require_space(asked.who, path, min(need, most))
+        below = Below(places[0], Scratch(path.absolute().parent, asked.who), most)
     count = len(asked.layers) * len(asked.rho) * len(asked.methods)
     part = "" if need <= most else f", of which {most / room.GIB:.2f} are kept"
     told(f"{number_of(count, 'edit')}; the states below the edited blocks are "

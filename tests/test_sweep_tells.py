@@ -1,0 +1,154 @@
+"""What a sweep says before and while it works, what it keeps, and which facts tell two apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from strategies import config, random_parameters
+
+import refcurv as rc
+from refcurv.curvature import room
+from refcurv.evaluation.held import kept_bytes
+from refcurv.files import disk
+from refcurv.model.corpus import ImagePopulation
+from refcurv.progress import span
+from refcurv.sweeps import asked as sweeps_asked
+from refcurv.sweeps import sweep as sweeps
+from refcurv.sweeps.asked import checked
+from refcurv.sweeps.lines import Lines
+from refcurv.sweeps.outcomes import unmeasured
+
+LAYERS = ("blocks.1.mlp.up", "blocks.2.mlp.up")
+
+
+class Told:
+    """A progress that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def __call__(self, done: int, total: int) -> None:
+        pass
+
+    def doing(self, what: str) -> None:
+        self.said.append(what)
+
+
+@pytest.fixture(scope="module")
+def model() -> rc.Model:
+    made = config(layers=3)
+    return rc.Model(made, random_parameters(made, 0))
+
+
+@pytest.fixture(scope="module")
+def corpus() -> rc.Corpus:
+    token = np.random.default_rng(0).integers(0, 7, (6, 9)).astype(np.int32)
+    texts = {split: rc.Population(token, np.full(6, 3), np.full(6, 9), "text", split)
+             for split in ("dev", "test")}  # fmt: skip
+    return rc.Corpus(token, populations=texts)
+
+
+@pytest.fixture(scope="module")
+def basis(model: rc.Model, corpus: rc.Corpus) -> rc.Bases:
+    return rc.decompose(rc.collect(model, corpus, ",".join(LAYERS)))
+
+
+def begun(
+    model: rc.Model, corpus: rc.Corpus, basis: rc.Bases, path: Path | None, told: list[str],
+    states: int | None = None, progress: Callable[[int, int], object] = lambda *_: None,
+) -> Any:  # fmt: skip
+    what = checked(model, corpus, LAYERS, [0.9, 0.5], ["kfac", "svd"], "rho", None, "test", 0)
+    return sweeps.begun(model, corpus, what, basis, Lines(None, {}), path, states, None, progress,
+                        told.append)  # fmt: skip
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_room_for_states_is_a_part_of_what_is_free(
+    model, corpus, basis, on_disk: bool, tmp_path: Path, monkeypatch
+) -> None:
+    """Half of the disk or a quarter of memory; of the highest edited block; said in bytes."""
+    need = sum(kept_bytes(model, one, 2) for one in corpus.populations.values())
+    free, least = need, need // 2 if on_disk else need // 4
+    monkeypatch.setattr(room, "GIB", 1)
+    for module in (sweeps, disk):
+        monkeypatch.setattr(module, "free_bytes", lambda _: free)
+    monkeypatch.setattr(room, "available", lambda: free)
+    told: list[str] = []
+    run = begun(model, corpus, basis, tmp_path / "s.jsonl" if on_disk else None, told)
+    assert run.below._most == least and run.below.first == 1
+    where = "on the disk" if on_disk else "in memory"
+    want = f"8 edits; the states below the edited blocks are {need:.2f} GiB {where}, of which "
+    assert told == [f"{want}{least:.2f} are kept"]
+    run = begun(model, corpus, basis, None, told, states=need)
+    assert run.below._most == need and told[1].endswith("GiB in memory")
+
+
+def test_the_time_that_is_left_is_that_of_edits_that_were_measured(model, corpus, basis) -> None:
+    """Those that were known took none, and say nothing of the others."""
+    progress = Told()
+    run = begun(model, corpus, basis, None, [], progress=progress)
+    for done, left in (([], ""), ([0.0], ""), ([0.0, 2.0, 6.0], f", about {span(4 * 5)} left")):
+        run.done[:] = done
+        run.say("svd")
+        assert progress.said.pop() == f"svd{left}"
+
+
+def test_an_edit_that_is_known_counts_no_seconds(model, corpus, basis, tmp_path: Path) -> None:
+    what = {"layers": [LAYERS[0]], "rho": [0.9, 0.5], "methods": ["kfac"], "match": "rho",
+            "basis": basis, "lines": tmp_path / "s.jsonl"}  # fmt: skip
+    want = rc.sweep(model, corpus, **what)
+    lines = what["lines"].read_text().splitlines(keepends=True)
+    what["lines"].write_text("".join(lines[:-3]))  # the second edit's row and populations
+    told = Told()
+    assert rc.sweep(model, corpus, **what, stage=lambda _: told) == want
+    assert told.said and not any("left" in text for text in told.said)
+
+
+def test_what_is_not_measured_has_no_value_at_all() -> None:
+    base = {"kind": "recite", "items": 2, "tokens": 8, "chance": 0.0, "values": {"strict": 0.5},
+            "interval": [0.1, 0.9], "right": "01"}  # fmt: skip
+    assert unmeasured(base, "NaN") == {
+        "kind": "recite", "items": 2, "tokens": 8, "chance": 0.0, "values": {"strict": None},
+        "interval": None, "right": None, "fault": "NaN",
+    }  # fmt: skip
+
+
+def test_every_array_tells_two_sweeps_apart(model, corpus, basis) -> None:
+    """Of the corpus where factors are collected, of each population, and of each basis."""
+    what = checked(model, corpus, LAYERS, [0.9], ["kfac"], "rho", None, "test", 0)
+
+    def told(of: rc.Corpus, by: rc.Bases | None = None) -> str:
+        how = sweeps.Collecting()
+        return str(sorted(sweeps_asked.facts(model, of, what, by, how).items()))
+
+    shape = corpus.tokens.shape
+    full = replace(corpus, mask=np.ones(shape, np.uint8), segments=np.zeros(shape, np.int32),
+                   labels=np.where(np.arange(9) < 8, 0, -1) + 0 * corpus.tokens)  # fmt: skip
+    text = corpus.populations["test"]
+    cut = {"mask": np.arange(9) < np.full((6, 1), 8), "segments": np.arange(9) // 5 + 0 * full.mask,
+           "labels": np.where(full.labels < 0, -1, 1), "tokens": full.tokens[::-1]}  # fmt: skip
+    corpora = [full, *(replace(full, **{name: x.astype(getattr(full, name).dtype)})
+                       for name, x in cut.items())]  # fmt: skip
+    corpora += [replace(full, populations={"test": one}) for one in (
+        text, replace(text, tokens=text.tokens[::-1]), replace(text, length=text.length - 1),
+        replace(text, prompt_length=text.prompt_length - 1), replace(text, split="dev"),
+        replace(text, kind="recite"),
+    )]  # fmt: skip
+    pixels, digests = np.zeros((2, 1, 4, 4), np.float32), []
+    for images, labels in ((pixels, [0, 1]), (pixels, [0, 0]), (pixels + 1, [0, 1])):
+        one = ImagePopulation(images, np.array(labels), "test")
+        seen = SimpleNamespace(populations={"p": one})
+        digests.append(str(sweeps_asked.population_digests(seen)))
+    own = basis[LAYERS[0]]
+    turned = {"U_A": -own.U_A, "U_G": -own.U_G, "mu": 2 * own.mu, "lam": 2 * own.lam}
+    bases = [basis, *(replace(basis, layers={**basis.layers, LAYERS[0]: replace(own, **{name: x})})
+                      for name, x in turned.items())]  # fmt: skip
+    every = [told(one) for one in corpora] + [told(full, by) for by in bases]
+    assert len(set(every)) == len(every) == 5 + 6 + 5
+    assert len(set(digests)) == 3
