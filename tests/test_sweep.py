@@ -627,14 +627,17 @@ def test_two_sweeps_write_one_file(tmp_path) -> None:
     two.once("edit", {"rho": 0.5}, lambda: {"kept": 1})
     two.once("edit", {"rho": 0.6}, lambda: {"kept": 2})
     one.once("edit", {"rho": 0.7}, lambda: {"kept": 3})
+    with patch.object(sweep_lines, "_read", side_effect=AssertionError):
+        one.once("edit", {"rho": 0.7}, lambda: {})  # nobody else wrote: nothing is read again
+        one.once("edit", {"rho": 0.8}, lambda: {"kept": 4})
     whole = out.read_text()
-    assert [json.loads(line).get("kept") for line in whole.splitlines()] == [None, 1, 2, 3]
+    assert [json.loads(line).get("kept") for line in whole.splitlines()] == [None, 1, 2, 3, 4]
     with pytest.raises(ConventionError, match="another run: seed is 1 here, 0 there"):
         other.once("edit", {"rho": 0.5}, lambda: {"kept": 4})
     assert out.read_text() == whole
     out.unlink()
     one.once("edit", {"rho": 0.9}, lambda: {"kept": 5})
-    assert len(out.read_text().splitlines()) == 5
+    assert len(out.read_text().splitlines()) == 6
 
 
 BAD = {

@@ -51,7 +51,8 @@ def corpus() -> rc.Corpus:
     token = np.random.default_rng(0).integers(0, 7, (6, 9)).astype(np.int32)
     texts = {split: rc.Population(token, np.full(6, 3), np.full(6, 9), "text", split)
              for split in ("dev", "test")}  # fmt: skip
-    return rc.Corpus(token, populations=texts)
+    quotes = replace(texts["test"], kind="recite")  # keys and values of each block are kept
+    return rc.Corpus(token, populations={**texts, "quotes": quotes})
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,8 @@ def test_room_for_states_is_a_part_of_what_is_free(
 ) -> None:
     """Half of the disk or a quarter of memory; of the highest edited block; said in bytes."""
     need = sum(kept_bytes(model, one, 2) for one in corpus.populations.values())
-    free, least = need, need // 2 if on_disk else need // 4
+    free = need - 1
+    least = free // (2 if on_disk else 4)
     monkeypatch.setattr(room, "GIB", 1)
     for module in (sweeps, disk):
         monkeypatch.setattr(module, "free_bytes", lambda _: free)
