@@ -25,6 +25,7 @@ from refcurv.evaluation.held import Holding, kept_bytes
 from refcurv.evaluation.items import suffix_nats
 from refcurv.evaluation.matching import text_perplexity
 from refcurv.evaluation.suite import Measurement, measure
+from refcurv.files import store
 from refcurv.files.scratch import Scratch
 from refcurv.law.checks import (
     ConventionError,
@@ -575,6 +576,10 @@ def test_a_results_file_of_something_else_is_refused(model, corpus, basis, tmp_p
         rc.sweep(replace(model, parameters=narrow, dtype="float32"), corpus, **what, lines=out)
     with patch("refcurv.sweeps.asked.describe", return_value={}):
         with pytest.raises(ConventionError, match="another run: law"):
+            rc.sweep(model, corpus, **what, lines=out)
+    machine = {**store.machine(), "refcurv": "0.0.1"}
+    with patch("refcurv.sweeps.asked.store.machine", return_value=machine):
+        with pytest.raises(ConventionError, match=r"another run: refcurv is 0\.0\.1 here"):
             rc.sweep(model, corpus, **what, lines=out)
     assert out.read_text() == whole
     for text in ('{"document": 1}\n', "not JSON\n", "[1]\n", "\n", "x"):

@@ -111,7 +111,10 @@ def add_part(
     except (SchemaError, StorageError):
         if not mode_of(parts.who, parts.folder):
             where = f"{parts.who}: {str(parts.folder)!r}"
-            raise StorageError(f"{where} was removed by another run of this output.") from None
+            raise StorageError(
+                f"{where} was removed by another run of this output. Run "
+                "the command again, if that is not what was wanted."
+            ) from None
         if first:
             remove_folder(parts.who, parts.folder)
         raise
