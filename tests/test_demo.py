@@ -442,6 +442,13 @@ def test_a_report_refuses_what_it_could_not_judge_before_the_work(
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "matplotlib", None)
         refused("plots need matplotlib")
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    for out, says in (("", "names no folder"), (str(tmp_path / "w.h5"), "is no folder"),
+                      (str(tmp_path / "w.h5" / "x"), "Not a directory. Give another"),
+                      ("a\0b", "is no path")):  # fmt: skip
+        refused(says, "--out", out)
+        assert sorted(tmp_path.iterdir()) == before
     (tmp_path / "out" / "report.html").mkdir(parents=True)
     refused("is a folder. Give the name of a file")
     (tmp_path / "out" / "report.html").rmdir()

@@ -31,8 +31,9 @@ _IN_PLACE: Final = "What was written is in its place, but a power cut may undo i
 _TRIES: Final = 100
 """Chosen: how often a folder is removed that another run fills meanwhile, with a file a time."""
 
-_NO_PATH: Final = (errno.ENAMETOOLONG, errno.ELOOP)
-"""Errors that the path itself causes: a name that is too long, links that lead in a circle."""
+_NO_PATH: Final = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)
+"""Errors that the path itself causes: a name that is too long, links that lead in a circle, a file
+where a folder should be."""
 
 
 @contextmanager

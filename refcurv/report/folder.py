@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -41,6 +42,8 @@ def prepare(folder: PathLike, inputs: Mapping[str, PathLike]) -> Path:
 
     Proof: tests/test_demo.py::test_a_report_refuses_what_it_could_not_judge_before_the_work
     """
+    if not os.fspath(folder):
+        raise SchemaError("report: --out '' names no folder. Give '.' for the one you are in.")
     folder = Path(folder)
     if mode_of("report", folder) and not is_folder("report", folder):
         raise SchemaError(f"report: {str(folder)!r} is no folder. Name another with --out.")
