@@ -194,9 +194,10 @@ def _chosen(this: _Run, basis: Bases, tried: tuple[str, ...]) -> _Run:
             this.model, this.corpus, tried, basis, this.job.seed, this.folder / CHOICE,
             this.stage("choice"), this.told,
         )  # fmt: skip
-    this.told(f"chosen: {one.sentence}")
+    seen = "; dev is reported as well, which flatters it" if this.job.split == "dev" else ""
+    this.told(f"chosen: {one.sentence}{seen}")
     job = replace(this.job, rho={one.layers: one.rho})
-    this.keep(chosen=one.sentence)
+    this.keep(chosen=f"{one.sentence}{seen}")
     return replace(this, job=job, cut=expand(one.layers, this.cut))
 
 

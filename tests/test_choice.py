@@ -126,6 +126,7 @@ def test_a_report_without_rho_takes_what_dev_chooses(
     cut = [row["layer"] for row in results["edit"]]
     assert list(results["spectrum"]) == [row["layer"] for row in results["kept"]] == cut
     assert f"few for '{cut[0]}' and of {len(cut) - 1} layer more" in " ".join(both.err.split())
+    assert settings["chosen"].endswith("; dev is reported as well, which flatters it")
     assert settings["chosen"] in " ".join(both.err.split()) and not (out / CHOICE).exists()
     assert settings["chosen"] in (out / "report.html").read_text()
 

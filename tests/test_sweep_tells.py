@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import refcurv as rc
 from refcurv.curvature import room
 from refcurv.evaluation.held import kept_bytes
 from refcurv.files import disk
+from refcurv.law.checks import RoomError
 from refcurv.model.corpus import ImagePopulation
 from refcurv.progress import span
 from refcurv.sweeps import asked as sweeps_asked
@@ -89,6 +91,19 @@ def test_room_for_states_is_a_part_of_what_is_free(
     assert told == [f"{want}{least:.2f} are kept"]
     run = begun(model, corpus, basis, None, told, states=need)
     assert run.below._most == need and told[1].endswith("GiB in memory")
+
+
+def test_too_small_a_figure_is_refused_before_factors_are_collected(
+    model, corpus, tmp_path: Path
+) -> None:
+    rc.save(model, tmp_path / "w.h5")
+    rc.save_corpus(corpus, tmp_path / "c.h5")
+    of = rc.load(tmp_path / "w.h5"), rc.load_corpus(tmp_path / "c.h5")
+    for kept in (tmp_path / "s.jsonl", None):
+        with patch("refcurv.sweeps.beside.collect", side_effect=AssertionError):
+            with pytest.raises(RoomError, match=r"^sweep: needs at least"):
+                rc.sweep(*of, LAYERS, [0.9], ["kfac"], memory=10**6, lines=kept)
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["c.h5", "w.h5"]
 
 
 def test_the_time_that_is_left_is_that_of_edits_that_were_measured(model, corpus, basis) -> None:
