@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-from strategies import case
+from strategies import case, config, random_parameters
 
 import refcurv as rc
 from refcurv import pipeline
@@ -25,7 +25,7 @@ from refcurv.model import transformer
 from refcurv.model.layers import causal_layout
 from refcurv.model.loss import cross_entropy
 from refcurv.model.patterns import expand
-from refcurv.pipeline import Job, _light, run
+from refcurv.pipeline import Job, _light, _require_space, run
 from refcurv.report.folder import CONTROLS, outputs
 
 ROOT = Path(__file__).parents[1]
@@ -366,6 +366,30 @@ def test_a_disk_that_fails_under_controls_ends_the_report(
     assert not (out / "results.json").exists() and (out / "results.json.unfinished").exists()
 
 
+def test_the_room_of_a_report_is_that_of_what_it_makes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Factors, basis and edited weights; of a report that lies there as much is given back."""
+    made = config(layers=1)
+    model, asked = rc.Model(made, random_parameters(made, 0)), []
+    rc.save(model, tmp_path / "w.h5")
+    monkeypatch.setattr(pipeline, "require_space", lambda who, path, nbytes: asked.append(nbytes))
+    job = Job(weights=tmp_path / "w.h5", corpus="", layers="blocks.0.mlp.*", rho=0.5)
+    basis = rc.decompose(rc.collect(model, rc.Corpus([[1, 2, 3, 4]]), "blocks.0.mlp.up"))
+    for given in ((None, None), (None, basis)):
+        _require_space(job, tmp_path, model, given)
+    weights = (tmp_path / "w.h5").stat().st_size
+    each = sum(
+        8 * (o * o + i * i) for name, (o, i) in made.linear_layers().items() if "mlp" in name
+    )
+    assert asked == [2 * each + weights, weights]
+    (tmp_path / "edited.h5").write_bytes(b"x" * 300)
+    (tmp_path / "factors.h5").write_bytes(b"x" * 20)
+    for given in ((None, None), (None, basis)):
+        _require_space(job, tmp_path, model, given)
+    assert asked[2:] == [2 * each + weights - 320, weights - 300]
+
+
 def test_a_search_is_in_float32_only_where_that_holds_the_weights(tmp_path: Path) -> None:
     one = case(batch=2, length=5)
     job = Job(weights=tmp_path / "w.h5", corpus="", layers="", rho=0.5)
@@ -442,6 +466,12 @@ def test_a_report_refuses_what_it_could_not_judge_before_the_work(
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "matplotlib", None)
         refused("plots need matplotlib")
+    with monkeypatch.context() as patch:
+        patch.setattr("refcurv.files.disk.free_bytes", lambda _: 1000)
+        assert main(["report", str(tmp_path / "w.h5"), str(tmp_path / "c.h5"), "--rho", "0.5",
+                     "--out", str(tmp_path / "out")]) == 3  # fmt: skip
+    assert "edited.h5' will take" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out/*"))
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.iterdir())
     for out, says in (("", "names no folder"), (str(tmp_path / "w.h5"), "is no folder"),
