@@ -16,14 +16,17 @@ from strategies import config, random_parameters
 import refcurv as rc
 from refcurv.curvature import room
 from refcurv.evaluation.held import kept_bytes
+from refcurv.evaluation.matching import search_share
 from refcurv.files import disk
-from refcurv.law.checks import RoomError
+from refcurv.law.checks import ConventionError, RoomError
 from refcurv.model.corpus import ImagePopulation
-from refcurv.progress import span
+from refcurv.progress import silent, span
 from refcurv.sweeps import asked as sweeps_asked
 from refcurv.sweeps import sweep as sweeps
 from refcurv.sweeps.asked import checked
+from refcurv.sweeps.beside import Collecting, basis_of
 from refcurv.sweeps.lines import Lines
+from refcurv.sweeps.methods import STRONGEST, WEAKEST
 from refcurv.sweeps.outcomes import unmeasured
 
 LAYERS = ("blocks.1.mlp.up", "blocks.2.mlp.up")
@@ -45,12 +48,14 @@ class Told:
 @pytest.fixture(scope="module")
 def model() -> rc.Model:
     made = config(layers=3)
-    return rc.Model(made, random_parameters(made, 0))
+    return rc.Model(made, {name: 3 * x for name, x in random_parameters(made, 0).items()})
 
 
 @pytest.fixture(scope="module")
-def corpus() -> rc.Corpus:
+def corpus(model: rc.Model) -> rc.Corpus:
+    """Of what the model says itself: each edit raises its perplexity."""
     token = np.random.default_rng(0).integers(0, 7, (6, 9)).astype(np.int32)
+    token[:, 3:] = rc.greedy(model, token[:, :3], 6)
     texts = {split: rc.Population(token, np.full(6, 3), np.full(6, 9), "text", split)
              for split in ("dev", "test")}  # fmt: skip
     quotes = replace(texts["test"], kind="recite")  # keys and values of each block are kept
@@ -141,7 +146,7 @@ def test_every_array_tells_two_sweeps_apart(model, corpus, basis) -> None:
     what = checked(model, corpus, LAYERS, [0.9], ["kfac"], "rho", None, "test", 0)
 
     def told(of: rc.Corpus, by: rc.Bases | None = None) -> str:
-        how = sweeps.Collecting()
+        how = Collecting()
         return str(sorted(sweeps_asked.facts(model, of, what, by, how).items()))
 
     shape = corpus.tokens.shape
@@ -169,3 +174,51 @@ def test_every_array_tells_two_sweeps_apart(model, corpus, basis) -> None:
     every = [told(one) for one in corpora] + [told(full, by) for by in bases]
     assert len(set(every)) == len(every) == 5 + 6 + 5
     assert len(set(digests)) == 3
+
+
+def test_a_search_begins_between_what_was_tried_at_another_rho(model, corpus, basis) -> None:
+    """Of its pattern and method, by `bracket`, with the target of its own rho."""
+    asked: list[tuple[float, float, float]] = []
+    tried: list[dict[float, float]] = [{}]
+
+    def searched(measured, target: float, *, weakest: float, strongest: float, most: int):
+        asked.append((target, weakest, strongest))
+        found = search_share(measured, target, weakest=weakest, strongest=strongest, most=most)
+        tried.append({**tried[-1], **dict(found.tried)})
+        return found
+
+    with patch.object(sweeps, "search_share", searched):
+        rc.sweep(model, corpus, [LAYERS[0]], [0.9, 0.5, 0.7], ["svd"], basis=basis)
+    assert len(asked) == 3 and len({target for target, *_ in asked}) == 3
+    for (target, low, high), before in zip(asked, tried, strict=False):
+        assert (low, high) == sweeps.bracket(before, target, WEAKEST["svd"])
+    assert asked[0][1:] == (WEAKEST["svd"], STRONGEST) != asked[2][1:]
+
+
+def test_factors_that_lie_beside_a_sweep_serve_no_other(model, corpus, tmp_path: Path) -> None:
+    """Of another seed, Fisher, layer, corpus or model; nor a basis of other factors."""
+    rc.save(model, tmp_path / "w.h5")
+    for name, one in (("c", corpus), ("c2", replace(corpus, tokens=corpus.tokens[::-1]))):
+        rc.save_corpus(one, tmp_path / f"{name}.h5")
+    of, by, other = (rc.load(tmp_path / "w.h5"), *(rc.load_corpus(tmp_path / f"{name}.h5")
+                                                   for name in ("c", "c2")))  # fmt: skip
+    moved = of.with_parameters({"head.weight": 2 * of.parameters["head.weight"]})
+    plain, layers, out = Collecting(), LAYERS[:1], tmp_path / "s.jsonl"
+
+    def made(*asked: Any) -> rc.Bases:
+        return basis_of(*asked, out, lambda _: silent)
+
+    first = made(of, by, layers, plain)
+    with patch("refcurv.sweeps.beside.collect", side_effect=AssertionError):
+        again = made(of, by, layers, plain)
+        assert np.array_equal(again[layers[0]].U_G, first[layers[0]].U_G)
+        for asked in (
+            (of, by, layers, Collecting(seed=1)), (of, by, layers, Collecting("empirical")),
+            (of, by, layers, Collecting(rows="all")), (of, by, LAYERS, plain),
+            (of, other, layers, plain), (moved, by, layers, plain),
+        ):  # fmt: skip
+            with pytest.raises(ConventionError, match=r"s\.factors\.h5' was made from other"):
+                made(*asked)
+        rc.save_bases(rc.random_basis(first, 0), tmp_path / "s.basis.h5")
+        with pytest.raises(ConventionError, match=r"s\.basis\.h5' was made from other factors"):
+            made(of, by, layers, plain)
