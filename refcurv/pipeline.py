@@ -29,7 +29,7 @@ from refcurv.evaluation.suite import (
     require_readable,
 )
 from refcurv.files import store
-from refcurv.files.disk import PathLike, unfinished, write_json
+from refcurv.files.disk import PathLike, machine_faults, require_space, unfinished, write_json
 from refcurv.files.lazy import Lazy
 from refcurv.judge.controls import Setting, controls
 from refcurv.law.checks import EmptyError, require_choice
@@ -136,6 +136,7 @@ def run(
         f"--{n}": path for n, path in (("factors", job.factors), ("basis", job.basis)) if path
     }
     folder = prepare(folder, reads)
+    _require_space(job, folder, model, given)
     this = _Run(job, given, model, corpus, cut, judged, folder, stage, told, {}, {})
     basis = _basis(this)
     if job.rho is None:
@@ -194,9 +195,10 @@ def _chosen(this: _Run, basis: Bases, tried: tuple[str, ...]) -> _Run:
             this.model, this.corpus, tried, basis, this.job.seed, this.folder / CHOICE,
             this.stage("choice"), this.told,
         )  # fmt: skip
-    this.told(f"chosen: {one.sentence}")
+    seen = "; dev is reported as well, which flatters it" if this.job.split == "dev" else ""
+    this.told(f"chosen: {one.sentence}{seen}")
     job = replace(this.job, rho={one.layers: one.rho})
-    this.keep(chosen=one.sentence)
+    this.keep(chosen=f"{one.sentence}{seen}")
     return replace(this, job=job, cut=expand(one.layers, this.cut))
 
 
@@ -323,6 +325,24 @@ def _checked(
     require_readable(read, model.config)
     judged = {name: p for name, p in read.items() if p.split == job.split}
     return cut, judged
+
+
+def _require_space(
+    job: Job, folder: Path, model: rc.Model, given: tuple[rc.Factors | None, Bases | None]
+) -> None:
+    """The disk has room for factors, basis and edited weights; what lies there is replaced.
+
+    Proof: tests/test_demo.py::test_a_report_refuses_what_it_could_not_judge_before_the_work
+    """
+    linear = model.config.linear_layers()
+    names = given[1] or given[0] or expand(job.layers, list(linear))
+    matrices = 8 * sum(n * n for name in names for n in linear[name])
+    need = {FACTORS: 0 if any(given) else matrices, BASIS: 0 if given[1] else matrices}
+    with machine_faults("report", folder):
+        need[EDITED] = Path(job.weights).stat().st_size
+        old = (folder / name for name, nbytes in need.items() if nbytes)
+        there = sum(path.stat().st_size for path in old if path.is_file())
+    require_space("report", folder / EDITED, sum(need.values()) - there)
 
 
 def _settings(this: _Run, basis: Bases) -> dict[str, Any]:

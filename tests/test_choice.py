@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -13,10 +14,12 @@ from strategies import case
 
 import refcurv as rc
 from refcurv.cli import main
+from refcurv.law.checks import RangeError
 from refcurv.model.patterns import expand
 from refcurv.report.folder import CHOICE
 from refcurv.sweeps import choice, sweep
 from refcurv.sweeps.choice import MOST, SHARES, chosen, least_recited, runs
+from refcurv.sweeps.outcomes import Outcome, Sweep
 
 UP = ("blocks.1.mlp.up", "blocks.0.mlp.up")
 
@@ -33,7 +36,8 @@ def own(folder: Path, kinds: tuple[str, ...] = ("recite", "text")) -> list[str]:
         "recite": rc.Population(said, prompt, length, "recite", "dev"),
         "text": rc.Population(one.token, prompt, length, "text", "dev"),
     }
-    some = {kind: population for kind, population in every.items() if kind in kinds}
+    some = {kind: one if kind in kinds else replace(one, split="test")
+            for kind, one in every.items()}  # fmt: skip
     rc.save_corpus(rc.Corpus(one.token, populations=some), folder / "c.h5")
     return ["report", *(str(folder / name) for name in ("w.h5", "c.h5")), "--split", "dev",
             "--out", str(folder / "out")]  # fmt: skip
@@ -52,6 +56,11 @@ def test_the_runs_that_are_tried() -> None:
     blocks = [name.split(".")[1] for one in found for name in expand(one, every)]
     assert sorted(set(map(int, blocks))) == list(range(12, 30))
     assert runs(deep, [name for name in every if ".27." not in name]) == found[1:]
+    for layers, size in ((14, 1), (24, 2)):  # a tenth to the nearest, not at least
+        made = replace(config, layers=layers)
+        some = runs(made, list(made.linear_layers()))
+        blocks = len(expand(some[0], list(made.linear_layers()))) // (2 if "," in parts else 1)
+        assert blocks == size
     assert runs(deep, ["head"]) == ("head",)
     assert expand(runs(deep, every[:3])[0], every) == every[:3]
 
@@ -87,6 +96,8 @@ def test_a_report_without_rho_takes_what_dev_chooses(
         return right(*args, **how)
 
     monkeypatch.setattr(sweep, "measure", stopped)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / CHOICE).write_text("of something else\n")
     assert main(command) == 130
     assert "no rho is given, so dev chooses" in capsys.readouterr().err
     assert (tmp_path / "out" / CHOICE).exists()
@@ -112,6 +123,10 @@ def test_a_report_without_rho_takes_what_dev_chooses(
     settings = results["settings"]
     assert (settings["layers"], settings["rho"]) == want
     assert [row["layer"] for row in results["edit"]] == expand(want[0], list(basis))
+    cut = [row["layer"] for row in results["edit"]]
+    assert list(results["spectrum"]) == [row["layer"] for row in results["kept"]] == cut
+    assert f"few for '{cut[0]}' and of {len(cut) - 1} layer more" in " ".join(both.err.split())
+    assert settings["chosen"].endswith("; dev is reported as well, which flatters it")
     assert settings["chosen"] in " ".join(both.err.split()) and not (out / CHOICE).exists()
     assert settings["chosen"] in (out / "report.html").read_text()
 
@@ -131,6 +146,46 @@ def test_layers_that_are_given_are_what_rho_is_chosen_for(tmp_path: Path) -> Non
     again = json.loads((tmp_path / "out" / "results.json").read_text())
     assert {row["layer"] for row in again["edit"]} == set(UP)
     assert again["edit"] == first["edit"]
+
+
+def test_no_edit_that_spoils_all_is_chosen() -> None:
+    """Nor one beside a model whose own perplexity is no number."""
+
+    def found(base: float | None, *left: float | None) -> Sweep:
+        def dev(perplexity: float | None) -> dict[str, Any]:
+            return {"dev": {
+                "t": {"kind": "text", "values": {"perplexity": perplexity}},
+                "q": {"kind": "recite", "values": {"strict": 0.5}},
+            }}  # fmt: skip
+
+        edits = [Outcome(UP[0], 0.9, "kfac", 0.1, "given", 0.5, dev(one)) for one in left]
+        return Sweep("dev", "rho", None, dev(base), tuple(edits))
+
+    nothing = replace(found(2.0, 3.0).edits[0], populations={
+        "dev": {"q": {"kind": "recite", "values": {"strict": None}}}
+    })  # fmt: skip
+    bad = found(2.0, None)
+    for one in (bad, replace(bad, edits=(nothing, nothing))):
+        with pytest.raises(RangeError, match=r"^report: .* of every edit that was tried is inf"):
+            chosen(one)
+    assert chosen(replace(bad, edits=(nothing, *found(2.0, 3.0).edits))).sentence.endswith("least")
+    with pytest.raises(RangeError, match=r"^report: .* of the unedited model is inf"):
+        chosen(found(None, 2.0))
+
+
+def test_what_is_refused_is_refused_by_the_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not by a sweep or an edit, which nobody asked for."""
+    command = own(tmp_path)
+    model = rc.load(tmp_path / "w.h5")
+    flat = {name: 0 * np.array(x) for name, x in model.parameters.items()}
+    rc.save(rc.Model(model.config, flat), tmp_path / "w.h5")
+    for more, says in (([], "the curvature mass is 0"), (["--layers", ""], "names no layer"),
+                       (["--rho", "half"], "SHARE")):  # fmt: skip
+        assert main([*command, *more]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and error.startswith("refcurv: report: ") and says in error
 
 
 def test_the_sentence_says_what_it_costs(tmp_path: Path) -> None:

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
-from strategies import case
+from strategies import case, config, random_parameters
 
 import refcurv as rc
+from refcurv import pipeline
 from refcurv.cli import main
 from refcurv.demo import CORPUS, LAYERS, MODEL, RHO
 from refcurv.evaluation import suite
 from refcurv.judge import controls
+from refcurv.law.checks import StorageError
 from refcurv.model import transformer
 from refcurv.model.layers import causal_layout
 from refcurv.model.loss import cross_entropy
 from refcurv.model.patterns import expand
-from refcurv.pipeline import Job, run
+from refcurv.pipeline import Job, _light, _require_space, run
 from refcurv.report.folder import CONTROLS, outputs
 
 ROOT = Path(__file__).parents[1]
@@ -347,6 +352,67 @@ def test_interrupted_controls_go_on(
     assert again == found and not kept.exists()
 
 
+def test_a_disk_that_fails_under_controls_ends_the_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was found stays, for the same command once there is room; nothing is called left out."""
+    command = ["report", *own_files(tmp_path, True), "--split", "dev", "--rho", "0.6", "--layers",
+               "blocks.1.mlp.up"]  # fmt: skip
+    full = StorageError("write: 'x': No space left on device.")
+    with patch("refcurv.sweeps.lines.write_json_lines", side_effect=full):
+        assert main(command) == 3
+    out = tmp_path / "out"
+    assert "No space left" in capsys.readouterr().err.splitlines()[-1]
+    assert not (out / "results.json").exists() and (out / "results.json.unfinished").exists()
+
+
+def test_the_room_of_a_report_is_that_of_what_it_makes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Factors, basis and edited weights; of a report that lies there as much is given back."""
+    made = config(layers=1)
+    model, asked = rc.Model(made, random_parameters(made, 0)), []
+    rc.save(model, tmp_path / "w.h5")
+    monkeypatch.setattr(pipeline, "require_space", lambda who, path, nbytes: asked.append(nbytes))
+    job = Job(weights=tmp_path / "w.h5", corpus="", layers="blocks.0.mlp.*", rho=0.5)
+    basis = rc.decompose(rc.collect(model, rc.Corpus([[1, 2, 3, 4]]), "blocks.0.mlp.up"))
+    for given in ((None, None), (None, basis)):
+        _require_space(job, tmp_path, model, given)
+    weights = (tmp_path / "w.h5").stat().st_size
+    each = sum(
+        8 * (o * o + i * i) for name, (o, i) in made.linear_layers().items() if "mlp" in name
+    )
+    assert asked == [2 * each + weights, weights]
+    (tmp_path / "edited.h5").write_bytes(b"x" * 300)
+    (tmp_path / "factors.h5").write_bytes(b"x" * 20)
+    for given in ((None, None), (None, basis)):
+        _require_space(job, tmp_path, model, given)
+    assert asked[2:] == [2 * each + weights - 320, weights - 300]
+
+
+def test_a_search_is_in_float32_only_where_that_holds_the_weights(tmp_path: Path) -> None:
+    one = case(batch=2, length=5)
+    job = Job(weights=tmp_path / "w.h5", corpus="", layers="", rho=0.5)
+    for stored, light in (("float32", "float32"), ("bfloat16", "float32"), ("float64", "float64")):
+        names = dict.fromkeys(one.parameters, stored)
+        rc.save(rc.Model(one.config, one.parameters, stored=names), job.weights)
+        assert _light(rc.load(job.weights), job).dtype == light
+        assert _light(rc.load(job.weights, "float32"), job).dtype == "float32"
+
+
+def test_controls_are_foretold_from_one_models_measurement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the seconds in which two were measured."""
+    files, seen = own_files(tmp_path, True), []
+    ticks = SimpleNamespace(perf_counter=itertools.count().__next__)
+    monkeypatch.setattr(pipeline, "time", ticks)
+    monkeypatch.setattr(pipeline, "controls", lambda s, *_: seen.append(s) or {"left_out": ""})
+    job = Job(weights=files[0], corpus=files[1], layers="blocks.1.mlp.up", rho=0.5, split="dev")
+    assert run(job, files[3])["seconds"]["evaluate"] == 1
+    assert [one.seconds for one in seen] == [0.5]
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
@@ -400,6 +466,19 @@ def test_a_report_refuses_what_it_could_not_judge_before_the_work(
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "matplotlib", None)
         refused("plots need matplotlib")
+    with monkeypatch.context() as patch:
+        patch.setattr("refcurv.files.disk.free_bytes", lambda _: 1000)
+        assert main(["report", str(tmp_path / "w.h5"), str(tmp_path / "c.h5"), "--rho", "0.5",
+                     "--out", str(tmp_path / "out")]) == 3  # fmt: skip
+    assert "edited.h5' will take" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out/*"))
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    for out, says in (("", "names no folder"), (str(tmp_path / "w.h5"), "is no folder"),
+                      (str(tmp_path / "w.h5" / "x"), "Not a directory. Give another"),
+                      ("a\0b", "is no path")):  # fmt: skip
+        refused(says, "--out", out)
+        assert sorted(tmp_path.iterdir()) == before
     (tmp_path / "out" / "report.html").mkdir(parents=True)
     refused("is a folder. Give the name of a file")
     (tmp_path / "out" / "report.html").rmdir()

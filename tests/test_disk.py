@@ -192,6 +192,27 @@ def test_a_folder_takes_the_permissions_of_the_empty_one_there(tmp_path: Path) -
         assert path.stat().st_mode & 0o7777 == new and names(path) == ["f"]
 
 
+def test_a_folder_that_is_being_filled_is_removed(tmp_path: Path, monkeypatch) -> None:
+    """By another run: a file comes between the last look at the folder and its end."""
+    path, right, late = tmp_path / "parts", os.rmdir, ["a", "b"]
+    path.mkdir()
+    (path / "first").write_bytes(b"x")
+
+    def rmdir(what, **how) -> None:
+        if late:
+            (path / late.pop()).write_bytes(b"late")
+        right(what, **how)
+
+    monkeypatch.setattr(os, "rmdir", rmdir)
+    disk.remove_folder("write", path)
+    assert not late and not names(tmp_path)
+    disk.remove_folder("write", path)  # there is none
+    path.mkdir()
+    late[:] = [str(n) for n in range(1000)]
+    with pytest.raises(StorageError, match=r"write: .*Directory not empty"):
+        disk.remove_folder("write", path)
+
+
 def test_a_target_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")

@@ -150,6 +150,17 @@ def test_ids_are_those_of_the_tokenizer_that_was_written(tmp_path: Path, kind: s
     assert ours.before == ((1,) if kind.startswith("pieces") else ()) and ours.behind == ()
 
 
+def test_a_word_behind_a_special_token_has_no_space_of_its_own(tmp_path: Path) -> None:
+    """What a file does not say, and `gguf_tokenizer` assumes; Phi-3 is known to be otherwise."""
+    _, plain = pieces(True)
+    for architecture, space in (("llama", ""), ("phi3", "▁")):
+        ours = load_tokenizer(described(tmp_path, plain, architecture), None).library
+        for behind, want in (("the", f"{space}the"), (" the", f"{space}▁the")):
+            told = ours.encode(f"the<|end|>{behind}", add_special_tokens=False).tokens
+            at = told.index("<|end|>")
+            assert "".join(told[:at]) == "▁the" and "".join(told[at + 1 :]) == want
+
+
 @pytest.mark.peers
 @pytest.mark.parametrize("architecture", ["llama", "gemma", "phi3"])
 @pytest.mark.parametrize("kind", ["gpt-2", "dbrx", "pieces"])

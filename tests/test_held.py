@@ -113,6 +113,11 @@ def test_one_block_is_in_memory_at_a_time() -> None:
         np.testing.assert_array_equal(rc.logits(model, token), want)
     assert sorted(counted.reads) == sorted(made.parameter_shapes())
     assert max(live) == 1 and len(live) == LAYERS
+    held = Held(model)
+    for name in ("embed", "blocks.0.attn.q", "blocks.1.attn.q", "final_norm", "head", "embed"):
+        before = set(held._kept)
+        held[f"{name}.weight"]
+        assert set(held._kept) == {f"{name}.weight"} | (before if name == "head" else set())
 
 
 @pytest.mark.usefixtures("two_rows")
@@ -125,7 +130,8 @@ def test_a_block_is_read_once_for_all_batches_that_go_together() -> None:
     for together, passes in ((99, 1), (1, len(decode.batches(prose)))):
         counted.reads.clear()
         suite._text(made, Held(Model(made, counted), together), prose, lambda: None)
-        assert counted.reads.count("blocks.1.mlp.up.weight") == passes
+        for name in ("embed", "blocks.1.mlp.up", "final_norm", "head"):
+            assert counted.reads.count(f"{name}.weight") == passes, name
     counted.reads.clear()
     decode.decode_population(made, Held(Model(made, counted), 99), steps)
     most = int((steps.length - steps.prompt_length).max())

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
+from strategies import config, random_parameters
 
+import refcurv as rc
 from refcurv.evaluation.intervals import bootstrap, paired, wilson
 from refcurv.law.checks import DTypeError, EmptyError, NonFiniteError, RangeError, ShapeError
 
@@ -51,6 +53,37 @@ def test_bootstrap_covers_as_often_as_it_says(monkeypatch) -> None:
 def test_bootstrap_of_equal_documents_is_a_point() -> None:
     assert bootstrap([6.0, 3.0], [2, 1]) == (3.0, 3.0)
     assert bootstrap([1.0, 5.0], [1, 1]) == bootstrap([1.0, 5.0], [1, 1]) == (1.0, 5.0)
+
+
+def test_an_evaluations_intervals_are_by_its_items() -> None:
+    """Of items right or wrong, not of their tokens; of a text by its documents, with their lengths.
+
+    And p is of this model against the baseline, item by item.
+    """
+    made = config(vocabulary=5)
+    model = rc.Model(made, random_parameters(made, 0))
+    other = model.with_parameters({"head.weight": -model.parameters["head.weight"]})
+    token = np.random.default_rng(0).integers(0, 5, (9, 8)).astype(np.int32)
+    length = np.array([8, 3, 5, 8, 4, 6, 7, 3, 8])
+    token[:7] = np.concatenate([token[:7, :2], rc.greedy(model, token[:7, :2], 6)], axis=1)
+    token[7:, 2] = (rc.greedy(model, token[7:, :2], 1)[:, 0] + 1) % 5  # two of nine are wrong
+    every = {kind: rc.Population(token, np.full(9, 2), length, kind, "test")
+             for kind in ("text", "recite", "answer")}  # fmt: skip
+    table = rc.evaluate(model, rc.Corpus(token, populations=every), baseline=other)
+    found = {row.name: row for row in table.rows}
+    want = binomtest(7, 9).proportion_ci(0.95, method="wilson")
+    for kind in ("recite", "answer"):
+        assert found[kind].interval == pytest.approx((want.low, want.high), abs=1e-12)
+        right = found[kind].before["strict" if kind == "recite" else "accuracy"]
+        assert right == 0 and found[kind].p == paired(np.arange(9) < 7, np.zeros(9, bool)) < 0.02
+    nats = []
+    for n in range(9):
+        one = {"text": rc.Population(token[n : n + 1], [2], length[n : n + 1], "text", "test")}
+        row = rc.evaluate(model, rc.Corpus(token, populations=one)).rows[0]
+        nats.append(np.log(row.after["perplexity"]) * (length[n] - 2))
+    want = np.exp(bootstrap(nats, length - 2))
+    assert found["text"].interval == pytest.approx(tuple(want), rel=1e-12)
+    assert len({*nats}) == 9
 
 
 def test_refusals() -> None:

@@ -16,9 +16,12 @@ from threadpoolctl import threadpool_info, threadpool_limits
 import refcurv as rc
 from refcurv.evaluation import decode, prompts
 from refcurv.evaluation.items import suffix_nats
+from refcurv.evaluation.suite import measure
 from refcurv.model import transformer
 from refcurv.model.config import RopeScaling
 from refcurv.model.corpus import Population
+from refcurv.passes.below import Below
+from refcurv.passes.held import Held
 
 PREAMBLE = 6
 
@@ -103,6 +106,26 @@ def test_told_the_truth_a_row_has_the_nats_of_its_own_forward(one) -> None:
         z = rc.logits(model, row[None, : L - 1])[0, P - 1 :]
         want = np.logaddexp.reduce(z, axis=1) - z[np.arange(L - P), row[P:L]]
         assert got[n] == pytest.approx(want.sum(), rel=1e-11, abs=1e-11)
+
+
+def test_a_prompt_that_comes_again_is_answered_the_same() -> None:
+    """Behind a shared beginning that is longer than a window, from states that were kept."""
+    made = config(layers=3, windows=(3, 0, 2), vocabulary=17)
+    model = rc.Model(made, random_parameters(made, 0))
+    token = np.random.default_rng(0).integers(0, 17, (6, 14)).astype(np.int32)
+    token[:, :8] = token[0, :8]
+    token[4] = token[1]
+    told, length = np.array([9, 10, 9, 12, 10, 11]), np.full(6, 14)
+    one = rc.Population(token, told, length, "recite", "test")
+    corpus = rc.Corpus(token, populations={"first": one, "again": one})
+    below = Below(2, {}, 2**30)
+    for _ in range(2):
+        found = measure(replace(model, parameters=Held(model, 3, 2, below)), corpus).populations
+        assert below.bytes
+        for n in range(6):
+            want = rc.greedy(model, token[n : n + 1, : told[n]], int(14 - told[n]))[0]
+            for name in corpus.populations:
+                assert np.array_equal(found[name].said[n], want)
 
 
 def test_every_product_has_one_thread() -> None:

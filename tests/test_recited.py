@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from strategies import config, random_parameters
 
 import refcurv as rc
 from refcurv.cli import main
-from refcurv.evaluation.recited import longest_runs, recited
+from refcurv.evaluation.recited import _split, longest_runs, recited
 from refcurv.law.checks import EmptyError, RangeError
 
 SIZE = dict(prefix=4, suffix=6, stride=3)
@@ -42,6 +43,15 @@ def texts(
             ids[at + 4 : at + 10] = said(model, np.array([*before, *ids[at : at + 4]]), 6)
         out.append(ids.astype(np.int32))
     return out
+
+
+def test_a_split_is_as_large_by_passages_not_by_documents() -> None:
+    """A document of many passages stands beside many of one."""
+    for count, want in (({4: 3, 0: 1, 1: 1, 2: 1}, {4: "dev", 0: "test", 1: "test", 2: "test"}),
+                        ({0: 1, 1: 2, 2: 2, 3: 5}, {3: "dev", 1: "test", 2: "test", 0: "test"}),
+                        ({7: 4}, {7: "dev"})):  # fmt: skip
+        some = [SimpleNamespace(document=d) for d, n in count.items() for _ in range(n)]
+        assert {one.document: split for one, split in _split(some)} == want
 
 
 def test_longest_runs_by_hand() -> None:

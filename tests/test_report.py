@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ from refcurv.files import store
 from refcurv.files.disk import write_json
 from refcurv.files.inspect import inspect_file
 from refcurv.law.checks import EmptyError, RefcurvError, SchemaError, StorageError
-from refcurv.report import cells, page, plots, printed, table
+from refcurv.report import cells, folder, page, plots, printed, table
 from refcurv.report.text import display_width, filled, format_rows, printable, shorten
 
 POPULATIONS = {  # kind, items, chance, before, after
@@ -671,6 +672,17 @@ def test_nothing_to_draw_is_said(results: dict[str, Any]) -> None:
     ax, _ = plots.bands(only_inputs).axes
     assert ax.get_title("left").startswith("Mean layer input")
     assert len(ax.get_yticklabels()) == 12
+
+
+def test_figures_of_an_earlier_report_go(tmp_path: Path) -> None:
+    """Where this one has nothing for them; they would be taken for its own."""
+    for name in plots.FIGURES:
+        (tmp_path / f"{name}.png").write_bytes(b"of another edit")
+    (tmp_path / "other.png").write_bytes(b"mine")
+    bare = {"evaluation": compare(measurement(1), None).to_json(), "settings": {}}
+    with mock.patch.object(folder, "page"):
+        folder.draw(bare, tmp_path)
+    assert [one.name for one in tmp_path.iterdir()] == ["other.png"]
 
 
 @pytest.mark.slow

@@ -248,3 +248,23 @@ def test_nothing_of_the_callers_is_changed() -> None:
     rc.exact.ggnvp(model, token, label, wrt=wrt, vector=vector)
     assert all(a.tobytes() == b.tobytes() for a, b in zip(own, before, strict=True))
     assert all(array.flags.writeable for array in own)
+
+
+def test_a_mask_of_ones_beside_packed_documents_changes_nothing() -> None:
+    """Each document is attended alone, as if no mask were given; A and G are those of them all."""
+    made = config(layers=2)
+    model = rc.Model(made, random_parameters(made, 0))
+    token = np.random.default_rng(0).integers(0, 7, (3, 12)).astype(np.int32)
+    segment = np.broadcast_to(np.arange(12) // 5, token.shape).astype(np.int32)
+    found = [
+        rc.collect(model, rc.Corpus(token, segments=segment, mask=mask), "**", "empirical")
+        for mask in (None, np.ones(token.shape, np.uint8))
+    ]
+    ends = [(row, slice(at, at + 5)) for row in token for at in (0, 5, 10)]
+    alone = [rc.collect(model, rc.Corpus(row[None, cut]), "**", "empirical") for row, cut in ends]
+    for name, one in found[0].items():
+        for what in ("sum_A", "sum_G", "n_A", "n_G"):
+            assert np.array_equal(getattr(one, what), getattr(found[1][name], what))
+        for what in ("sum_A", "sum_G"):
+            want = sum(getattr(each[name], what) for each in alone)
+            np.testing.assert_allclose(getattr(one, what), want, atol=1e-12 * np.abs(want).max())

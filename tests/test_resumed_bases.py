@@ -21,6 +21,7 @@ from refcurv.curvature import bases, resumed_bases
 from refcurv.curvature.factors import Factor, Factors
 from refcurv.curvature.resumed_bases import decompose_to
 from refcurv.files import disk, store
+from refcurv.files.store import writing
 from refcurv.law.checks import ConventionError, RoomError, SchemaError, StorageError
 from refcurv.law.conventions import Fisher, Rows
 
@@ -146,6 +147,35 @@ def test_a_part_that_cannot_be_written_ends_no_run(here: SimpleNamespace, monkey
 
     monkeypatch.setattr(resumed_bases, "write_bases", full)
     with pytest.warns(UserWarning, match="cannot be kept until the end: no room"):
+        decompose_to(here.factors, here.out)
+    assert here.out.read_bytes() == (here.of / "separate.h5").read_bytes()
+
+
+@pytest.mark.parametrize("when", ["read", "kept", "begun"])
+def test_what_another_run_removes_meanwhile(
+    when: str, here: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It made the same output: what it removed is missed in one sentence, or not needed."""
+    monkeypatch.setattr(bases.room, "cores", lambda: 1)
+    if when == "read":
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            counted(patch, 6)
+            decompose_to(here.factors, here.out)
+    right, done = disk.replacing, []
+
+    def removing(who: str, path):
+        done.append(path)
+        if len(done) == {"read": 1, "kept": 4, "begun": 2}[when]:
+            disk.remove_folder("decompose", here.parts)
+        return right(who, path)
+
+    for module in (disk, writing):
+        monkeypatch.setattr(module, "replacing", removing)
+    if when == "read":
+        with pytest.raises(ConventionError, match="Did another run make the same output meanwhile"):
+            decompose_to(here.factors, here.out)
+        return
+    with pytest.warns(UserWarning, match="was removed by another run of this output"):
         decompose_to(here.factors, here.out)
     assert here.out.read_bytes() == (here.of / "separate.h5").read_bytes()
 

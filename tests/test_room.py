@@ -113,6 +113,31 @@ def test_no_kernel_is_compiled_where_the_compiler_has_no_room(
     assert twice(2.0) == 4.0
 
 
+@pytest.mark.skipif(bool(os.environ.get("NUMBA_DISABLE_JIT")), reason="nothing is compiled")
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_a_compilation_that_ends_within_a_kernel_that_is_called_is_done_anew(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error comes as it is, not as one of types; afterwards both kernels are compiled."""
+
+    @kernels.njit(cache=False)
+    def inner(x):
+        return x * x
+
+    @kernels.njit(cache=False)
+    def outer(x):
+        return inner(x) + 1
+
+    def stopped(kernel: str) -> None:
+        if kernel == "inner":
+            raise error("inner")
+
+    with monkeypatch.context() as patch, pytest.raises(error, match="inner"):
+        patch.setattr(kernels, "require_compiler", stopped)
+        outer(3.0)
+    assert outer(3.0) == 10.0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("cache", ["cold", "warm"])
 @pytest.mark.parametrize("mib", [300, 560, 640, 680, 700, 740, 850, 950, 1100, 1500])

@@ -32,7 +32,7 @@ import refcurv as rc
 from refcurv.curvature import room
 from refcurv.curvature import streamed as streamed_file
 from refcurv.curvature.factors import Factor
-from refcurv.curvature.plan import Plan, plans
+from refcurv.curvature.plan import Plan, plan, plans
 from refcurv.curvature.streamed import collect_to, each_group
 from refcurv.files.lazy import Lazy
 from refcurv.files.scratch import Scratch
@@ -345,6 +345,32 @@ def test_a_plan_takes_the_memory_that_it_says(dtype: str, layers: str) -> None:
 
                 used = peak(work)
             assert 0.8 * chosen.bytes <= used <= 1.05 * chosen.bytes, (chosen.text, used)
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+def test_states_in_memory_are_foreseen_with_every_draw(draws: int) -> None:
+    """What each block reads, and a gradient for each draw."""
+
+    class Counted(dict):
+        most = 0
+
+        def __setitem__(self, key, value) -> None:
+            super().__setitem__(key, value)
+            self.most = max(self.most, sum(one.nbytes for one in self.values()))
+
+    made = config(layers=3)
+    model = rc.Model(made, random_parameters(made, 0))
+    units = shards(rc.Corpus(np.arange(4000).reshape(400, 10) % 7), made, Rows.REACHED)
+    names = expand("blocks.{1-2}.mlp.up", list(made.linear_layers()))
+    job = sweep_of("collect", names, "sampled", 0, draws)
+    kept, on_disk = list(plans(model, units, job, 1))[:2]
+    assert not kept.on_disk and on_disk.on_disk and kept.groups == on_disk.groups
+    states = Counted()
+    deque(each_group(model, units, job, kept.groups, states, 1), maxlen=0)
+    foreseen = kept.bytes - on_disk.bytes  # but for the few positions whose rounding is looked at
+    assert 0.9 * states.most <= foreseen <= 1.3 * states.most
+    quick = plan("collect", model, units, job, PLENTY, 2)  # where there is room, of least time
+    assert (quick.in_flight, quick.on_disk, len(quick.groups)) == (2, False, 2)
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ from refcurv.evaluation.held import Holding, kept_bytes
 from refcurv.evaluation.items import suffix_nats
 from refcurv.evaluation.matching import text_perplexity
 from refcurv.evaluation.suite import Measurement, measure
+from refcurv.files import store
 from refcurv.files.scratch import Scratch
 from refcurv.law.checks import (
     ConventionError,
@@ -576,6 +577,10 @@ def test_a_results_file_of_something_else_is_refused(model, corpus, basis, tmp_p
     with patch("refcurv.sweeps.asked.describe", return_value={}):
         with pytest.raises(ConventionError, match="another run: law"):
             rc.sweep(model, corpus, **what, lines=out)
+    machine = {**store.machine(), "refcurv": "0.0.1"}
+    with patch("refcurv.sweeps.asked.store.machine", return_value=machine):
+        with pytest.raises(ConventionError, match=r"another run: refcurv is 0\.0\.1 here"):
+            rc.sweep(model, corpus, **what, lines=out)
     assert out.read_text() == whole
     for text in ('{"document": 1}\n', "not JSON\n", "[1]\n", "\n", "x"):
         out.write_text(text)
@@ -586,6 +591,7 @@ def test_a_results_file_of_something_else_is_refused(model, corpus, basis, tmp_p
 
 CHANGED = {
     "a number": ('"removed": 0.', '"removed": 1.'),
+    "a share": ('"kept": 0.', '"kept": 1.'),
     "a type": ('"kept": ', '"kept": []+', "is not valid JSON"),
     "NaN": ('"kept": 0', '"kept": NaN, "k": 0', "NaN is not JSON"),
     "another type": ('"kept": 0', '"kept": {}, "k": 0'),
@@ -626,14 +632,17 @@ def test_two_sweeps_write_one_file(tmp_path) -> None:
     two.once("edit", {"rho": 0.5}, lambda: {"kept": 1})
     two.once("edit", {"rho": 0.6}, lambda: {"kept": 2})
     one.once("edit", {"rho": 0.7}, lambda: {"kept": 3})
+    with patch.object(sweep_lines, "_read", side_effect=AssertionError):
+        one.once("edit", {"rho": 0.7}, lambda: {})  # nobody else wrote: nothing is read again
+        one.once("edit", {"rho": 0.8}, lambda: {"kept": 4})
     whole = out.read_text()
-    assert [json.loads(line).get("kept") for line in whole.splitlines()] == [None, 1, 2, 3]
+    assert [json.loads(line).get("kept") for line in whole.splitlines()] == [None, 1, 2, 3, 4]
     with pytest.raises(ConventionError, match="another run: seed is 1 here, 0 there"):
         other.once("edit", {"rho": 0.5}, lambda: {"kept": 4})
     assert out.read_text() == whole
     out.unlink()
     one.once("edit", {"rho": 0.9}, lambda: {"kept": 5})
-    assert len(out.read_text().splitlines()) == 5
+    assert len(out.read_text().splitlines()) == 6
 
 
 BAD = {

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from refcurv.commands.arguments import shares
 from refcurv.commands.output import write_json
-from refcurv.law.checks import RangeError
+from refcurv.law.checks import EmptyError, RangeError
 from refcurv.report.text import filled
 from refcurv.starting import reuse_memory
 from refcurv.terminal import progress_bar, say
@@ -40,7 +40,9 @@ def report(args: argparse.Namespace) -> None:
             )
     choices = ("weights", "corpus", "split", "dtype", "factors", "basis", *HOW, "bias")
     given = {name: x for name in choices if (x := getattr(args, name)) is not None}
-    rho = shares(args.rho) if args.rho else None
+    rho = shares(args.rho, "report: --rho takes [PATTERN=]SHARE") if args.rho else None
+    if args.layers == "":
+        raise EmptyError("report: --layers names no layer; leave it out, or give a pattern.")
     default = "" if rho is None else "**" if args.factors or args.basis else "blocks.*.mlp.*"
     _report(Job(rho=rho, layers=args.layers or default, **given), args)
 

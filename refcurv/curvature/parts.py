@@ -51,9 +51,11 @@ def open_parts(
     Args: load, opens a file of layers.
 
     Raises:
-        ConventionError: it is of another run; says what differs. SchemaError: it is damaged.
+        ConventionError: it is of another run; says what differs; or, when a layer is read, another
+        run has removed it meanwhile. SchemaError: it is damaged.
 
-    Proof: tests/test_streaming.py::test_a_killed_run_goes_on, ::test_damaged_parts_are_refused
+    Proof: tests/test_streaming.py::test_a_killed_run_goes_on, ::test_damaged_parts_are_refused,
+        tests/test_resumed_bases.py::test_what_another_run_removes_meanwhile
     """
     folder = Path(f"{unfinished(path)}.layers")
     known = folder / RUN
@@ -74,8 +76,13 @@ def open_parts(
         found |= dict.fromkeys(some, some)
 
     def read(name: str) -> Layer:
-        with advised(who):
-            return found[name][name]
+        try:
+            with advised(who):
+                return found[name][name]
+        except (SchemaError, StorageError):
+            if mode_of(who, known):
+                raise
+            raise _gone(who, name, folder) from None
 
     return Parts(who, folder, facts, Lazy(list(found), read))
 
@@ -86,9 +93,11 @@ def add_part(
     """Keep some layers, which `save` writes; the first time also what run they are of.
 
     Raises:
-        ConventionError: another run has begun the same output meanwhile.
+        ConventionError: another run has begun the same output meanwhile. StorageError: it cannot
+        be kept, or another run has removed the folder meanwhile.
 
-    Proof: tests/test_streaming.py::test_two_runs_of_one_output_do_not_mix
+    Proof: tests/test_streaming.py::test_two_runs_of_one_output_do_not_mix,
+        tests/test_resumed_bases.py::test_what_another_run_removes_meanwhile
     """
     first = not mode_of(parts.who, parts.folder / RUN)
     if not first:
@@ -99,7 +108,13 @@ def add_part(
             make_folder(parts.who, parts.folder)
             write_json(json.loads(told(parts.facts)), parts.folder / RUN)
         save(parts.folder / f"{min(layers)}.h5")
-    except StorageError:
+    except (SchemaError, StorageError):
+        if not mode_of(parts.who, parts.folder):
+            where = f"{parts.who}: {str(parts.folder)!r}"
+            raise StorageError(
+                f"{where} was removed by another run of this output. Run "
+                "the command again, if that is not what was wanted."
+            ) from None
         if first:
             remove_folder(parts.who, parts.folder)
         raise
@@ -109,10 +124,14 @@ def require_all(parts: Parts[Layer], names: Iterable[str]) -> None:
     """ConventionError unless all these layers are there: another run may have removed them."""
     gone = [name for name in names if name not in parts.layers]
     if gone:
-        raise ConventionError(
-            f"{parts.who}: {gone[0]!r} is no longer in {str(parts.folder)!r}. Did another run make "
-            "the same output meanwhile? If that is not what was wanted, run the command again."
-        )
+        raise _gone(parts.who, gone[0], parts.folder)
+
+
+def _gone(who: str, layer: str, folder: Path) -> ConventionError:
+    return ConventionError(
+        f"{who}: {layer!r} is no longer in {str(folder)!r}. Did another run make the same output "
+        "meanwhile? If that is not what was wanted, run the command again."
+    )
 
 
 def _require_ours(who: str, folder: Path, facts: Mapping[str, Any]) -> None:

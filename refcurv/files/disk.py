@@ -28,8 +28,12 @@ READING: Final = "Check the disk and the permissions."
 WRITING: Final = "Check space and permissions; nothing that existed was changed."
 _IN_PLACE: Final = "What was written is in its place, but a power cut may undo it. Check the disk."
 
-_NO_PATH: Final = (errno.ENAMETOOLONG, errno.ELOOP)
-"""Errors that the path itself causes: a name that is too long, links that lead in a circle."""
+_TRIES: Final = 100
+"""Chosen: how often a folder is removed that another run fills meanwhile, with a file a time."""
+
+_NO_PATH: Final = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)
+"""Errors that the path itself causes: a name that is too long, links that lead in a circle, a file
+where a folder should be."""
 
 
 @contextmanager
@@ -236,8 +240,20 @@ def make_folder(who: str, path: PathLike) -> None:
 
 
 def remove_folder(who: str, path: PathLike) -> None:
-    """Remove a folder with what is in it, if it is there."""
-    with machine_faults(who, path, WRITING), suppress(FileNotFoundError):
+    """Remove a folder with what is in it, if it is there, also what another run puts there now.
+
+    Proof: tests/test_disk.py::test_a_folder_that_is_being_filled_is_removed
+    """
+    with machine_faults(who, path, WRITING):
+        for _ in range(_TRIES):
+            with suppress(FileNotFoundError):  # another run removes it as well
+                try:
+                    shutil.rmtree(path)
+                except OSError as error:
+                    if error.errno != errno.ENOTEMPTY:
+                        raise
+            if not mode_of(who, path):
+                return
         shutil.rmtree(path)
 
 

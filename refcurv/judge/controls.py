@@ -21,7 +21,7 @@ from refcurv.evaluation.matching import Match, Strengthen, search, text_perplexi
 from refcurv.evaluation.suite import RETAINED, Measurement, finite, measure
 from refcurv.files import store
 from refcurv.files.digest import digest
-from refcurv.law.checks import EmptyError, RefcurvError
+from refcurv.law.checks import EmptyError, RefcurvError, StorageError
 from refcurv.law.conventions import describe
 from refcurv.law.words import number_of
 from refcurv.model.corpus import Population
@@ -94,10 +94,13 @@ def controls(
         a `text` population in dev, a `recite` and a `text` one in the split, or a cut.
 
     Proof: tests/test_demo.py::test_controls_are_matched_on_dev, ::test_curves_pass_the_edit,
-        ::test_the_report_of_a_users_own_files, ::test_interrupted_controls_go_on
+        ::test_the_report_of_a_users_own_files, ::test_interrupted_controls_go_on,
+        ::test_a_disk_that_fails_under_controls_ends_the_report
     """
     try:
         return _controls(setting, progress, told)
+    except StorageError:  # nor could the report be written
+        raise
     except RefcurvError as error:  # the report is whole without them
         return {"left_out": str(error)}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -41,6 +42,8 @@ def prepare(folder: PathLike, inputs: Mapping[str, PathLike]) -> Path:
 
     Proof: tests/test_demo.py::test_a_report_refuses_what_it_could_not_judge_before_the_work
     """
+    if not os.fspath(folder):
+        raise SchemaError("report: --out '' names no folder. Give '.' for the one you are in.")
     folder = Path(folder)
     if mode_of("report", folder) and not is_folder("report", folder):
         raise SchemaError(f"report: {str(folder)!r} is no folder. Name another with --out.")
@@ -54,18 +57,21 @@ def prepare(folder: PathLike, inputs: Mapping[str, PathLike]) -> Path:
 
 
 def draw(results: Json, folder: PathLike) -> list[str]:
-    """Write the page, and each figure that there is something for.
+    """Write the page, and each figure that there is something for; an earlier report's others go.
 
     Returns:
         The names of all files that the report has now, the page first.
 
-    Proof: tests/test_demo.py::test_everything_is_written
+    Proof: tests/test_demo.py::test_everything_is_written,
+        tests/test_report.py::test_figures_of_an_earlier_report_go
     """
     folder, drawn = Path(folder), []
     for name, figure_of in plots.FIGURES.items():
         try:
             figure = figure_of(results)
         except EmptyError:  # no populations, no bands
+            with machine_faults("report", folder):
+                (folder / f"{name}.png").unlink(missing_ok=True)
             continue
         plots.save(figure, folder / f"{name}.png")
         drawn.append(f"{name}.png")

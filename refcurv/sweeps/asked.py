@@ -44,7 +44,10 @@ Readable = Population | ImagePopulation
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """The choices, checked. Fields: as of `sweep`; layers, pattern → names, the lowest first."""
+    """The choices, checked.
+
+    Fields: as of `sweep`; layers, pattern → names, the lowest first; who asks, for messages.
+    """
 
     layers: Mapping[str, tuple[str, ...]]
     rho: tuple[float, ...]
@@ -53,6 +56,7 @@ class Asked:
     on: str | None
     split: str
     seed: int
+    who: str = "sweep"
 
     @property
     def names(self) -> list[str]:
@@ -62,26 +66,27 @@ class Asked:
 
 def checked(
     model: Model, corpus: Corpus, layers: Sequence[str], rho: Sequence[float],
-    names: Sequence[str], match: str, on: str | None, split: str, seed: int,
+    names: Sequence[str], match: str, on: str | None, split: str, seed: int, who: str = "sweep",
 ) -> Asked:  # fmt: skip
     """The choices, each refused before the work if it is bad."""
     for what, given in (("layers", layers), ("rho", rho), ("methods", names)):
         if isinstance(given, str) or not isinstance(given, Iterable) or not list(given):
-            raise ConventionError(f"sweep: {what} must be a list of at least one; got {given!r}.")
+            raise ConventionError(f"{who}: {what} must be a list of at least one; got {given!r}.")
     known = list(model.config.linear_layers())
     of = {pattern: tuple(expand(pattern, known)) for pattern in layers}
     for names_of in of.values():
-        require_untied("sweep", model, names_of)
-        require_exact("sweep", model, names_of)
-    shares = [require_range("sweep", "rho", share, 0, 1) for share in rho]
+        require_untied(who, model, names_of)
+        require_exact(who, model, names_of)
+    shares = [require_range(who, "rho", share, 0, 1) for share in rho]
     if edge := [share for share in shares if share in (0, 1)]:
-        raise RangeError(f"sweep: rho must lie between 0 and 1; got {edge[0]:g}, which cuts "
+        raise RangeError(f"{who}: rho must lie between 0 and 1; got {edge[0]:g}, which cuts "
                          f"{'nothing' if edge[0] else 'everything'}.")  # fmt: skip
     for name in names:
-        require_choice("sweep", "method", name, METHODS)
-    _require_weights(model, dict.fromkeys(name for some in of.values() for name in some), names)
-    require_choice("sweep", "match", match, MATCHES)
-    require_choice("sweep", "split", split, SPLITS)
+        require_choice(who, "method", name, METHODS)
+    every = dict.fromkeys(name for some in of.values() for name in some)
+    _require_weights(who, model, every, names)
+    require_choice(who, "match", match, MATCHES)
+    require_choice(who, "split", split, SPLITS)
     judged(corpus, split, model)
     if "dev" in {one.split for one in corpus.populations.values()}:
         judged(corpus, "dev", model)
@@ -89,24 +94,24 @@ def checked(
     return Asked(
         MappingProxyType({pattern: of[pattern] for pattern in low}),
         tuple(dict.fromkeys(shares)), tuple(dict.fromkeys(("kfac", *names))), match,
-        _matched_on(corpus, match, on), split, require_seed("sweep", seed),
+        _matched_on(who, corpus, match, on), split, require_seed(who, seed), who,
     )  # fmt: skip
 
 
-def _matched_on(corpus: Corpus, match: str, on: str | None) -> str | None:
+def _matched_on(who: str, corpus: Corpus, match: str, on: str | None) -> str | None:
     """The dev population that methods are matched on."""
     if match == "rho":
         if on is not None:
-            raise ConventionError(f"sweep: at equal rho nothing is matched; leave out on={on!r}.")
+            raise ConventionError(f"{who}: at equal rho nothing is matched; leave out on={on!r}.")
         return None
     kind = KINDS[match]
     have = [n for n, p in corpus.populations.items() if p.split == "dev" and p.kind == kind]
     if not have:
         raise EmptyError(
-            f"sweep: to match at equal {match} the corpus needs a dev population of kind {kind!r}; "
+            f"{who}: to match at equal {match} the corpus needs a dev population of kind {kind!r}; "
             "it has none. Give it one, or match at equal rho."
         )
-    return have[0] if on is None else require_choice("sweep", f"the dev {kind}", on, have)
+    return have[0] if on is None else require_choice(who, f"the dev {kind}", on, have)
 
 
 def require_basis(model: Model, basis: Bases, asked: Asked) -> None:
@@ -115,10 +120,10 @@ def require_basis(model: Model, basis: Bases, asked: Asked) -> None:
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ConventionError(
-            f"sweep: {named(basis)} has no {missing[0]!r}{more}. Collect and decompose all layers "
-            "that are to be edited."
+            f"{asked.who}: {named(basis)} has no {missing[0]!r}{more}. Collect and decompose all "
+            "layers that are to be edited."
         )
-    require_weights("sweep", named(basis), basis.weights, model)
+    require_weights(asked.who, named(basis), basis.weights, model)
 
 
 def require_mass(basis: Bases, asked: Asked) -> None:
@@ -128,17 +133,17 @@ def require_mass(basis: Bases, asked: Asked) -> None:
     """
     for name, lam, mu in spectra_of(basis):
         if name in asked.names:
-            cut(lam, mu, asked.rho[0], f"sweep: {name!r}")  # it refuses what has no mass
+            cut(lam, mu, asked.rho[0], f"{asked.who}: {name!r}")  # it refuses what has no mass
             require_curvature(name, basis[name])
 
 
-def _require_weights(model: Model, layers: Iterable[str], names: Iterable[str]) -> None:
+def _require_weights(who: str, model: Model, layers: Iterable[str], names: Iterable[str]) -> None:
     """Refuse weights that are not finite, and for SVD what has no singular direction."""
     for layer in layers:
         name = model.config.weight_of(layer)
-        if not parameter("sweep", model, name).any() and "svd" in names:
+        if not parameter(who, model, name).any() and "svd" in names:
             raise EmptyError(
-                f"sweep: {name} is all zeros, so that SVD has nothing to keep. Leave {layer!r} out "
+                f"{who}: {name} is all zeros, so that SVD has nothing to keep. Leave {layer!r} out "
                 "of --layers, or svd out of the methods."
             )
 
@@ -155,6 +160,7 @@ def facts(
         came_from = {"collected": {**asdict(how), "from": _sha256(own)}}
     choices = {name: list(value) if isinstance(value, tuple) else value
                for name, value in asdict(replace(asked, layers={})).items()}  # fmt: skip
+    del choices["who"]
     return {
         **choices, "layers": list(asked.layers), "weights": digest(model), "dtype": model.dtype,
         "populations": population_digests(corpus), **came_from, "law": describe(),

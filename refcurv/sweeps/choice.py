@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from refcurv.curvature.bases import Bases
-from refcurv.law.checks import EmptyError
+from refcurv.law.checks import EmptyError, RangeError
 from refcurv.law.words import number_of
 from refcurv.model.config import ModelConfig
 from refcurv.model.corpus import Corpus
@@ -25,6 +25,9 @@ Edit = TypeVar("Edit")
 
 SHARES: Final = (0.7, 0.9, 0.97)
 """The ρ that are tried.  Chosen: between them the paper's edits and those of small models lie."""
+
+WHO: Final = "report"
+"""Who chooses, for messages."""
 
 MOST: Final = 1.06
 """What an edit may cost: so many times the unedited perplexity of the dev text.  Chosen: about what
@@ -103,11 +106,11 @@ def choose(
     Cost: for each pattern and share a pass over the dev populations.
     Proof: tests/test_choice.py::test_a_report_without_rho_takes_what_dev_chooses
     """
-    asked = checked(model, corpus, patterns, SHARES, ("kfac",), "rho", None, "dev", seed)
+    asked = checked(model, corpus, patterns, SHARES, ("kfac",), "rho", None, "dev", seed, WHO)
     require_basis(model, basis, asked)
     require_mass(basis, asked)
     known = facts(model, corpus, asked, basis, Collecting(seed=seed))
-    lines = Lines(path, known, fresh=True, who="report")
+    lines = Lines(path, known, fresh=True, who=WHO)
     count = len(patterns) * len(SHARES)
     told(
         f"no rho is given, so dev chooses: {number_of(count, 'edit')}, rho "
@@ -121,7 +124,11 @@ def choose(
 def chosen(found: Sweep) -> Choice:
     """What a sweep's dev populations choose.
 
-    Proof: tests/test_choice.py::test_the_sentence_says_what_it_costs
+    Raises:
+        RangeError: every edit, or the unedited model, has no perplexity that is a number.
+
+    Proof: tests/test_choice.py::test_the_sentence_says_what_it_costs,
+        ::test_no_edit_that_spoils_all_is_chosen
     """
     base = dev_cost(found.baseline["dev"])
     assert base is not None, "`require_dev` was called"
@@ -130,6 +137,12 @@ def chosen(found: Sweep) -> Choice:
         cost = dev_cost(each.populations["dev"]) or (math.inf, math.inf)  # logits are no numbers
         edits.append((each, cost[0] / base[0], cost[1]))
     one, ratio, recited = least_recited(edits, MOST)
+    if not (math.isfinite(ratio) and math.isfinite(base[0])):
+        raise RangeError(
+            f"{WHO}: no rho can be chosen: on dev the perplexity of "
+            f"{'every edit that was tried' if math.isfinite(base[0]) else 'the unedited model'} "
+            "is infinite, or no number. Give --rho and --layers."
+        )
     dear = "" if ratio <= MOST else f"; none costs at most {MOST - 1:.0%}, and this one the least"
     return Choice(
         one.layers, one.rho,

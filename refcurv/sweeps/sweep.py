@@ -173,6 +173,7 @@ def sweep(
         ConventionError: an unknown method, match or split; `lines` of another sweep. RangeError: a
         rho out of range. NameUnknownError: a pattern that matches no layer. EmptyError: no
         population of the kind that is needed; a layer without curvature, or for svd of zeros.
+        RoomError: too small a figure, before the work; says what the least would be.
         StorageError: the disk is full. What `edit`, `truncate`, `collect` and `evaluate` raise.
 
     Cost: for each edit one pass over the populations of the split, from the lowest edited block on;
@@ -186,6 +187,7 @@ def sweep(
     asked = checked(model, corpus, layers, rho, methods, match, on, split, seed)
     if basis is not None:
         require_basis(model, basis, asked)
+    holding(asked.who, model, _read(corpus, asked), memory)  # it refuses too small a figure
     path = None if lines is None else Path(lines)
     known = Lines(path, facts(model, corpus, asked, basis, collecting))
     if basis is None:
@@ -195,13 +197,18 @@ def sweep(
     return swept(run, told)
 
 
+def _read(corpus: Corpus, asked: Asked) -> list[Readable]:
+    """The populations that are measured."""
+    return [p for p in corpus.populations.values() if p.split in (asked.split, "dev")]
+
+
 def begun(
     model: Model, corpus: Corpus, asked: Asked, basis: Bases, lines: Lines, path: Path | None,
     states: int | None, memory: int | None, progress: Progress, told: Callable[[str], object],
 ) -> _Run:  # fmt: skip
     """How the model is held, and where states are kept."""
-    wanted = [p for p in corpus.populations.values() if p.split in (asked.split, "dev")]
-    how = holding("sweep", model, wanted, memory, lambda chosen: told(chosen.text))
+    wanted = _read(corpus, asked)
+    how = holding(asked.who, model, wanted, memory, lambda chosen: told(chosen.text))
     whole = resident(model) if how is None or how.together is None else None
     places = [lowest_block(model.config, names) for names in asked.layers.values()]
     need = sum(kept_bytes(model, one, max(places)) for one in wanted)
@@ -210,8 +217,8 @@ def begun(
         below = Below(places[0], {}, most)
     else:
         most, where = free_bytes(path) // 2 if states is None else states, "on the disk"
-        require_space("sweep", path, min(need, most))
-        below = Below(places[0], Scratch(path.absolute().parent, "sweep"), most)
+        require_space(asked.who, path, min(need, most))
+        below = Below(places[0], Scratch(path.absolute().parent, asked.who), most)
     count = len(asked.layers) * len(asked.rho) * len(asked.methods)
     part = "" if need <= most else f", of which {most / room.GIB:.2f} are kept"
     told(f"{number_of(count, 'edit')}; the states below the edited blocks are "

@@ -49,13 +49,16 @@ def gguf_tokenizer(given: PathLike) -> Any:
     Definition
         gpt2: byte-level BPE with the file's merges, after the cuts that its pre-tokenizer names.
         llama: SentencePiece's BPE. Two neighbours become a token if their join is one; the join
-        of the best score comes first. A character that is no token becomes its bytes.
+        of the best score comes first. A character that is no token becomes its bytes. GGUF does
+        not say whether a word directly behind a special token has a space of its own. Here it has
+        none, as with transformers' legacy=False, but for Phi-3.
 
     Raises:
         ConventionError: a kind or a pre-tokenizer that is not built, tokens that occur twice.
         SchemaError: lists of unequal lengths, ids outside the vocabulary.
 
-    Proof: tests/test_gguf_tokenizer.py::test_ids_are_those_of_the_tokenizer_that_was_written
+    Proof: tests/test_gguf_tokenizer.py::test_ids_are_those_of_the_tokenizer_that_was_written,
+        ::test_a_word_behind_a_special_token_has_no_space_of_its_own
     """
     found = open_gguf(given)
     kind = found.get(f"{_KEY}model")
