@@ -32,9 +32,7 @@ ALIKE: dict[frozenset[str], str] = {
     "are the same two matrices",
     frozenset({"B27", "B28"}): "without padding, every position and every real position are the "
     "same rows",
-    frozenset(
-        {"B6", "B11"}
-    ): "the number of outputs may be a power of 4, as the square of a "
+    frozenset({"B6", "B11"}): "the number of outputs may be a power of 4, as the square of a "
     "scale of mixed precision is",
     frozenset({"B6", "B43"}): "the number of outputs may be the square of how many batches were "
     "accumulated",

@@ -372,7 +372,8 @@ def _rows(at: Positions) -> Iterator[Setting]:
             continue
         before.append(theirs)
         padded = name.startswith("with pads")
-        seen = PADS if padded else OTHER_SIDE.get(name, ("blind",))
+        # blind: where every key is hidden from it, real ones and its own
+        seen = (*PADS, "blind") if padded else OTHER_SIDE.get(name, ("blind",))
         for pads in seen:
             yield Setting(rows_A=name, rows_G=name, pads=pads)
             yield Setting(rows_A=name, pads=pads)
