@@ -102,6 +102,30 @@ def test_each_divisor_of_the_last_step_is_tried_once():
     assert "by 2 accumulated batches of 3" not in names  # of the 5 at the end, 2 batches are made
 
 
+ROUNDED = "model=bfloat16,products=float32,sums=float32,solver=float32,stored=float32"
+
+
+def test_a_mean_over_a_sequence_is_told_by_its_factor_alone(given):
+    """All but two texts have 15 labels: rounding could hide how they weigh, and 14.6 is no step."""
+    model, tokens = given[0], np.random.default_rng(2).integers(0, 5, (17, 16))
+    length = np.where(np.arange(17) < 2, 13, 16)
+    corpus = rc.Corpus(tokens, mask=(np.arange(16) < length[:, None]).astype(np.uint8))
+    collect = partial(rc.collect, model, layers="head", fisher="empirical")
+    factors, some = collect(corpus)["head"], (slice(0, 2), slice(2, None))
+    parts = [collect(part_of(corpus, x))["head"].sum_G for x in some]
+
+    def judged(first, second):
+        total = first * parts[0] + second * parts[1]
+        theirs = {"head": (factors.A, total / factors.n_G, factors.n_A)}
+        return rc.validate(theirs, collect(corpus), model=model, corpus=corpus, arithmetic=ROUNDED,
+                           declared={"fisher": "empirical"}).causes  # fmt: skip
+
+    (means,) = judged(1 / 12**2, 1 / 15**2)
+    assert (means.fault, means.alike) == ("B3", ())
+    (steps,) = judged(1 / 9, 1 / 9)
+    assert (steps.fault, steps.alike) == ("B43", ("B46",))
+
+
 @pytest.mark.parametrize(("noise", "decay"), [(0.0, 0.9), (1e-3, 0.9), (0.0, 1.0), (1e-3, 1.0)])
 def test_a_decay_is_none_where_the_first_batch_alone_leaves_as_little(noise, decay):
     rng, size = np.random.default_rng(3), 4

@@ -278,9 +278,16 @@ def _by_counts(
 def _by_weights(
     case: Case, side: Side, found: Mapping[str, Side], index: Index, seen: Sequence[scales.Scale]
 ) -> None:
-    """Batches or sequences that weigh otherwise, where drawing hides all but the factor of it."""
-    drawn = {one.layer for one in seen if one.drawn and not one.alone}
-    layers = [x for x in _scaled(side) if x in drawn]
+    """Batches or sequences that weigh otherwise, where drawing hides all but the factor of it.
+
+    So does rounding, where sequences have about as many labels: then the factor is no certain one.
+
+    Proof: tests/test_judge_weights.py::test_a_mean_over_a_sequence_is_told_by_its_factor_alone
+    """
+    hidden = {one.layer for one in seen if one.drawn and not one.alone}
+    for one in scales.explain(seen, scales.Counts.of(case)):
+        hidden |= set() if one.certain else {*one.layers}
+    layers = [x for x in _scaled(side) if x in hidden]
     if side.side == "A" or not layers:
         return
     sample = spread(layers)

@@ -78,7 +78,7 @@ class Counts:
 
     means: over how many loss terms, or positions, each batch's mean can be; None without a corpus.
     each: the loss terms of a sequence, if all have as many. positions: of an image. weights: B2 and
-    B3, the share of their rules that leave a factor which drawing explains.
+    B3, the share of their rules that leave a factor which drawing or rounding explains.
     """
 
     rows: int
@@ -275,6 +275,8 @@ def _of_gradients(c: float, tol: float, one: Scale, counts: Counts, alone: bool)
     if one.drawn:
         return [] if one.alone else [_of_interval(c, tol, counts)]
     if found := list(_candidates(c, tol, one, counts, alone)):
+        if counts.weights and not found[0].certain:
+            return [_of_interval(c, tol, counts, "rounding")]
         return [_or_others(found[0], found[1:], tol)]
     for fault, factor in (("B5", 2.0), ("B5", 0.5)):  # two at once
         for named in _candidates(c / factor, tol, one, counts, alone):
@@ -309,14 +311,16 @@ class Member(NamedTuple):
     words: str
 
 
-def _of_interval(c: float, tol: float, counts: Counts) -> Named:
+def _of_interval(c: float, tol: float, counts: Counts, what: str = "drawing") -> Named:
     """What G can be that is ours times c, where drawing allows c/(1 + tol) to c/(1 − tol).
 
     Each fault may give some factors. The share of these that the interval holds says how likely
     the fault would have led there. A fault is named if it has SURE of all shares.
+
+    Args: what, allows it: drawing or rounding.
     """
     high = f"{c / (1 - tol):.3g}" if tol < 1 else "any number"
-    words = f"G is ours times {c / (1 + tol):.3g} to {high}, by what drawing allows"
+    words = f"G is ours times {c / (1 + tol):.3g} to {high}, by what {what} allows"
     fitting = [x for x in _members(counts) if _near(c, x.factor, tol)]
     share = {x.fault: 0.0 for x in fitting} | dict(counts.weights)
     for x in fitting:
