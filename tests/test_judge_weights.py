@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -13,7 +14,8 @@ import refcurv as rc
 from refcurv.judge import draws
 from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.case import Case
-from refcurv.judge.diagnosis import replayed
+from refcurv.judge.diagnosis import relabelled, replayed, search
+from refcurv.judge.diagnosis.recomputed import recompute
 from refcurv.judge.diagnosis.replayed import varied
 from refcurv.judge.diagnosis.variants import REFERENCE, Setting, moments
 from refcurv.judge.diagnosis.variants.collecting import POSITIONS, Side, Total, held, sample
@@ -214,6 +216,53 @@ def test_a_mean_over_a_batch_is_told_by_its_dumps(drawn, monkeypatch):
     best = max(members, key=lambda one: one.share)
     assert best.fault == "B44" and {*best.left} == {*layers}
     assert not replayed.replayed(made(REFERENCE, 3.0), layers)  # no mean makes G larger
+
+
+GROWING = "a scale of the loss that doubles once, after 8"
+
+
+def test_a_scale_that_changes_is_told_by_its_dumps(drawn, given, monkeypatch):
+    """No power of 4 is that factor, and no mean makes G larger."""
+    monkeypatch.setattr(replayed, "DUMPS", 30)
+    made, layers = drawn
+    here, (model, corpus, _, _) = made(REFERENCE), given
+    own, theirs = rc.collect(model, part_of(corpus, slice(8)), LAYERS, seed=77), {}
+    for x, one in here.dump.layers.items():
+        first = own[x].sum_G / here.ours(x).n_A  # the same labels
+        G = 4.0**15 * (first + 4 * (one.G - first))
+        theirs[x] = replace(one, G=G)
+    case = replace(here, dump=replace(here.dump, layers=theirs))
+    members = [one for one in replayed.replayed(case, layers) if one.share > 0]
+    assert {one.fault for one in members} == {"B11"}
+    assert f"{GROWING}, and is 2^15 at least" in {one.note for one in members}
+
+
+@pytest.mark.parametrize(
+    ("setting", "scale", "fault"),
+    [(Setting(where="prompts"), 1.0, "B19"), (REFERENCE, 2.0, None), (REFERENCE, 1.0, None)],
+)
+def test_labels_of_another_kind_are_told_from_a_factor(given, setting, scale, fault, monkeypatch):
+    """Labels at prompts make G about twice as large, and drawing hides its form."""
+    monkeypatch.setattr(relabelled, "DUMPS", 30)
+    monkeypatch.setattr(draws, "CONFIRMED", 40)
+    model, tokens = given[0], np.random.default_rng(4).integers(0, 5, (48, 6))
+    layers, label = LAYERS + ",head", np.roll(tokens, -1, axis=1)
+    label[:, [0, 1, 5]] = -1
+    corpus = rc.Corpus(tokens, labels=label)
+    ours = rc.collect(model, corpus, layers, draws=16)
+    own = rc.collect(model, corpus, layers, seed=77)
+    bare = Case(Dump("memory", {}, {}), own, {}, Arithmetic(), model, corpus)
+    ((_, of),) = moments(bare, [setting], list(own))
+    theirs = {x: Theirs(A=one.A, G=one.G * scale, n_A=one.n_A) for x, one in of.items()}
+    case = Case(Dump("memory", theirs, {}), ours, {x: x for x in theirs}, Arithmetic(), model,
+                corpus, drawn=dict.fromkeys(theirs, Drawing(1.0, 0.5, 0.5, 60)))  # fmt: skip
+    names = list(theirs)
+    steps = {x: search.ladder(case, x, "G", None) for x in names}
+    found = {"A": search.Side("A"), "G": search.Side("G", steps)}
+    kinds = [Setting(where="prompts"), Setting(labels="drawn, then shifted")]
+    recompute(case, found, names, kinds)
+    chosen = relabelled.relabelled(case, found, names)
+    assert (chosen and chosen.faults) == (fault and (fault,))
 
 
 def test_what_goes_alone_has_no_mean_row_by_row():

@@ -33,6 +33,7 @@ from refcurv.judge.diagnosis.recomputed import (
     stages,
     top,
 )
+from refcurv.judge.diagnosis.relabelled import relabelled
 from refcurv.judge.diagnosis.replayed import averaged
 from refcurv.judge.diagnosis.search import (
     COARSEST,
@@ -314,7 +315,11 @@ def _as_drawn(case: Case, found: Mapping[str, Side]) -> None:
     if found["A"].open() or all(side.drawn(x) for x in layers):
         return
     sample = spread(layers)
-    chosen = amounts.drawn(case, found, sample) or averaged(case, found, layers, sample)
+    chosen = (
+        amounts.drawn(case, found, sample)
+        or averaged(case, found, layers, sample)
+        or relabelled(case, found, sample)
+    )
     if chosen is not None:
         side.chosen.append(chosen)
 

@@ -321,7 +321,7 @@ def _of_interval(c: float, tol: float, counts: Counts, what: str = "drawing") ->
     """
     high = f"{c / (1 - tol):.3g}" if tol < 1 else "any number"
     words = f"G is ours times {c / (1 + tol):.3g} to {high}, by what {what} allows"
-    fitting = [x for x in _members(counts) if _near(c, x.factor, tol)]
+    fitting = [x for x in members(counts) if _near(c, x.factor, tol)]
     share = {x.fault: 0.0 for x in fitting} | dict(counts.weights)
     for x in fitting:
         share[x.fault] += x.share
@@ -352,7 +352,7 @@ def _of_one_number(fitting: Sequence[Member], first: str) -> list[str]:
     return [id for id, numbers in of.items() if len(own) == 1 and numbers == own]
 
 
-def _members(counts: Counts) -> Iterator[Member]:
+def members(counts: Counts) -> Iterator[Member]:
     """The factors of G, the same in all layers, that faults of the loss give."""
     yield Member("B5", 2.0, 1 / 2, "twice ours")
     yield Member("B5", 0.5, 1 / 2, "half ours")
