@@ -178,6 +178,20 @@ def test_a_mean_over_a_batch_of_any_size_has_its_name(given, pooling):
     assert f"`{pooling}` (5)" in found["B44"]
 
 
+def test_sums_over_the_count_of_the_other_side_have_no_factor(given):
+    """Rows of a sequence are one row of A, whose number n is; G's are averaged over a batch."""
+    model, corpus, factors, _ = given
+    here = Case(Dump("memory", {}, {}), factors, {}, Arithmetic(), model, corpus)
+    both = [Setting(pooling_A="sum"), Setting(pooling_G="batch, row by row", batch=5)]
+    of = dict(moments(here, both, list(factors)))
+
+    def change(name, one):
+        A, G = of[both[0]][name], of[both[1]][name]
+        return A.A, G.G * one.n_G / A.n_A, A.n_A
+
+    assert [*named(given, change)] == ["B36", "B44"]
+
+
 @pytest.fixture(scope="module")
 def drawn(given):
     """(case, layers) of a dump with labels of its own: of a setting, times a number."""
