@@ -153,18 +153,20 @@ def by_hand(case, setting, layer):
     g_BTO, T = flow.taps[layer].g, at.real_BT.shape[1]
     total = np.zeros((g_BTO.shape[-1],) * 2)
     for begin in range(0, len(g_BTO), size):
-        for place in range(T):
-            rows = []
-            for n in range(begin, min(begin + size, len(g_BTO))):
-                shift = T - at.real_BT[n].sum() if "end" in setting.pooling_G else 0
-                if place >= shift and at.keep_BT[n, place - shift]:
-                    rows.append(g_BTO[n, place - shift])
-            if rows:
-                total += np.outer(sum(rows), sum(rows)) / len(rows)
+        groups = [[] for _ in range(T)]
+        for n in range(begin, min(begin + size, len(g_BTO))):
+            shift = T - at.real_BT[n].sum() if "end" in setting.pooling_G else 0
+            for t in np.flatnonzero(at.keep_BT[n]):
+                groups[0 if "rows" in setting.pooling_G else t + shift].append(g_BTO[n, t])
+        for rows in filter(None, groups):
+            total += np.outer(sum(rows), sum(rows)) / len(rows)
     return total / at.keep_BT.sum()
 
 
-@pytest.mark.parametrize("pooling", ["batch, row by row", "batch from the end, row by row"])
+@pytest.mark.parametrize(
+    "pooling",
+    ["batch, row by row", "batch from the end, row by row", "batch and rows, row by row"],
+)
 def test_a_mean_over_a_batch_of_any_size_has_its_name(given, pooling):
     model, corpus, factors, _ = given
     setting = Setting(pooling_G=pooling, batch=5)
