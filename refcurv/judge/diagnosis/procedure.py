@@ -307,7 +307,7 @@ def _by_weights(
 
 
 def _as_drawn(case: Case, found: Mapping[str, Side]) -> None:
-    """What labels that theirs drew hide of G: amounts in the loss, averages, weights; A is ours."""
+    """What labels that theirs drew hide of G: amounts, averages, weights, labels; A is ours."""
     side = found["G"]
     layers = [x for x, steps in side.ladders.items() if steps.drawn > 0]
     if side.chosen or found["A"].chosen or case.drawn is None or is_large(case):
@@ -315,11 +315,8 @@ def _as_drawn(case: Case, found: Mapping[str, Side]) -> None:
     if found["A"].open() or all(side.drawn(x) for x in layers):
         return
     sample = spread(layers)
-    chosen = (
-        amounts.drawn(case, found, sample)
-        or averaged(case, found, layers, sample)
-        or relabelled(case, found, sample)
-    )
+    chosen = amounts.drawn(case, found, sample) or averaged(case, found, layers, sample)
+    chosen = chosen or relabelled(case, found, sample)
     if chosen is not None:
         side.chosen.append(chosen)
 

@@ -312,12 +312,10 @@ class Member(NamedTuple):
 
 
 def _of_interval(c: float, tol: float, counts: Counts, what: str = "drawing") -> Named:
-    """What G can be that is ours times c, where drawing allows c/(1 + tol) to c/(1 − tol).
+    """What G can be that is ours times c, where `what` allows c/(1 + tol) to c/(1 − tol).
 
     Each fault may give some factors. The share of these that the interval holds says how likely
     the fault would have led there. A fault is named if it has SURE of all shares.
-
-    Args: what, allows it: drawing or rounding.
     """
     high = f"{c / (1 - tol):.3g}" if tol < 1 else "any number"
     words = f"G is ours times {c / (1 + tol):.3g} to {high}, by what {what} allows"
@@ -341,10 +339,7 @@ def _of_interval(c: float, tol: float, counts: Counts, what: str = "drawing") ->
 
 
 def _of_one_number(fitting: Sequence[Member], first: str) -> list[str]:
-    """The faults whose only factor that fits is the only one of the first: it tells none of them.
-
-    Proof: tests/test_judge_factors.py::test_one_number_of_two_faults_is_both_of_theirs
-    """
+    """The faults whose only factor that fits is the only one of the first: it tells none of them."""
     of: dict[str, set[float]] = {}
     for x in fitting:
         of.setdefault(x.fault, set()).add(round(math.log(x.factor), 9))
