@@ -339,7 +339,7 @@ def _of_interval(c: float, tol: float, counts: Counts, what: str = "drawing") ->
 
 
 def _of_one_number(fitting: Sequence[Member], first: str) -> list[str]:
-    """The faults whose only factor that fits is the only one of the first: it tells none of them."""
+    """The faults whose one factor that fits is also the one of the first: it tells none of them."""
     of: dict[str, set[float]] = {}
     for x in fitting:
         of.setdefault(x.fault, set()).add(round(math.log(x.factor), 9))
