@@ -82,6 +82,26 @@ def test_a_fault_is_named_where_no_other_is_as_likely(low, high, fault, alike):
     assert (found.fault, set(found.alike)) == (fault, set(alike))
 
 
+@pytest.mark.parametrize(
+    ("c", "fault", "alike"),
+    [
+        (16.0, "B6", {"B11", "B43", "B46"}),  # V, and 4²
+        (1 / 16, "B6", {"B43", "B46"}),  # 1/V, and 1/4²
+        (4.0, "B11", {"B43", "B46"}),
+        (4.0**16, "B11", set()),
+        (1 / 25, "B43", {"B46"}),
+    ],
+)
+@pytest.mark.parametrize("tol", [1e-6, 0.02])
+def test_one_number_of_two_faults_is_both_of_theirs(c, fault, alike, tol):
+    """The number of outputs is likelier than an odd scale; and no dump tells which it is."""
+    counts = replace(COUNTS, vocabulary=16)
+    (named,) = scales.explain([replace(within(0.9, 1.1), c_G=c, tol_G=tol, drawn=False)], counts)
+    assert (named.fault, {*named.alike}) == (fault, alike)
+    (named,) = scales.explain([within(0.9 * c, 1.1 * c)], counts)
+    assert (named.fault, {*named.alike} - {"B43", "B46"}) == (fault, alike - {"B43", "B46"})
+
+
 def test_weights_of_batches_are_an_alternative():
     counts = replace(COUNTS, weights={"B3": 1.0})
     named = scales.explain([within(0.2, 0.3)], counts)

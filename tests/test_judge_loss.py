@@ -13,7 +13,7 @@ from refcurv.judge import draws
 from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.case import Case
 from refcurv.judge.diagnosis.amounts import _gained, _of_traces, curve, drawn, nearest
-from refcurv.judge.diagnosis.likely import likely
+from refcurv.judge.diagnosis.likely import likely, redrawn
 from refcurv.judge.diagnosis.scales import Counts, Scale, equal_batches, explain
 from refcurv.judge.diagnosis.search import Side, ladder
 from refcurv.judge.diagnosis.variants import REFERENCE, Setting, moments
@@ -256,6 +256,15 @@ def test_a_dump_is_likely_under_what_made_it(padded):
         here = Case(Dump("memory", theirs, {}), factors, {x: x for x in theirs}, Arithmetic(),
                     *padded[:2])  # fmt: skip
         assert likely(here, SHIFTED, ["head"]) == true
+
+
+def test_dumps_are_drawn_as_often_as_theirs_and_never_a_mean(padded):
+    factors = padded[2]("expected")
+    dump = Dump("memory", {}, {}, declared={"fisher": "sampled", "draws": "3"})
+    here = Case(dump, factors, {}, Arithmetic(), *padded[:2])
+    each = [next(moments(other, [REFERENCE], ["head"]))[1]["head"] for other in redrawn(here, 2)]
+    assert not np.array_equal(each[0].G, each[1].G)
+    assert {one.n_G for one in each} == {3 * factors["head"].n_A}
 
 
 # ------------------------------------------------------------------ divisors

@@ -67,6 +67,7 @@ def judged(biased, factors, made, **declared):
 ROWS = (
     Setting(rows_A="with pads, without last", rows_G="with pads, without last", pads="real"),
     Setting(rows_A="with pads", count="reference", pads="all"),
+    Setting(rows_A="with pads", count="reference"),  # padding sees nothing at all
     Setting(rows_A="without the last column", rows_G="without the last column"),
     Setting(count="labels"),
     Setting(pooling_A="sum", pooling_G="sum", count="every sequence"),
@@ -87,11 +88,12 @@ def test_other_rows_and_texts_of_joint_layers_have_their_names(biased, fisher) -
     assert len(found) == len(ROWS)
     corpus, counted = biased[1], [found[setting]["blocks.1.mlp.up"].n_A for setting in ROWS]
     assert counted[0] == factors["blocks.1.mlp.up"].n_A + (~corpus.real).sum()
-    assert counted[4] == len(corpus.label)
+    assert counted[5] == len(corpus.label)
     for setting, made in found.items():
         verdict = judged(biased, factors, made, **given)
         assert not verdict.passed
         assert [cause.fault for cause in verdict.causes] == list(setting.faults), setting.words
+        assert max(cause.after for cause in verdict.causes) < 1e-9, setting.words
 
 
 ALIKE = {

@@ -488,12 +488,13 @@ def test_other_sums_are_the_loops(three: tuple) -> None:
     every = [np.concatenate(x) for x in inside]
     n = len(every[0])
 
-    def batched(size: int, flat: bool) -> Array:
+    def batched(size: int, flat: bool, often: bool) -> Array:
         out = []
         for begin in range(0, 3, size):
             some = [g[b] * keep[b][:, None] for b in range(begin, min(begin + size, 3))]
             if flat:
-                out.append(sum(x.sum(axis=0) for x in some) / keep[begin : begin + size].sum())
+                rows = keep[begin : begin + size].sum()
+                out += [sum(x.sum(axis=0) for x in some) / rows] * (rows if often else 1)
             else:
                 out += [row for t, row in enumerate(sum(some) / len(some)) if keep[begin, t]]
         return square(out) / len(out)
@@ -510,8 +511,11 @@ def test_other_sums_are_the_loops(three: tuple) -> None:
             square(x) / n - np.outer(m, m) for x, m in zip(every, mean, strict=True)
         ],
         **{
-            Setting(pooling_G=name, batch=size): [square(every[0]) / n, batched(size or 3, flat)]
-            for name, flat in (("batch", False), ("batch and rows", True))
+            Setting(pooling_G=name, batch=size): [
+                square(every[0]) / n,
+                batched(size or 3, "rows" in name, "row by row" in name),
+            ]
+            for name in ("batch", "batch and rows", "batch and rows, row by row")
             for size in (1, 2, 0)
         },
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -13,7 +14,8 @@ import refcurv as rc
 from refcurv.judge import draws
 from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.case import Case
-from refcurv.judge.diagnosis import replayed
+from refcurv.judge.diagnosis import relabelled, replayed, search
+from refcurv.judge.diagnosis.recomputed import recompute
 from refcurv.judge.diagnosis.replayed import varied
 from refcurv.judge.diagnosis.variants import REFERENCE, Setting, moments
 from refcurv.judge.diagnosis.variants.collecting import POSITIONS, Side, Total, held, sample
@@ -102,6 +104,30 @@ def test_each_divisor_of_the_last_step_is_tried_once():
     assert "by 2 accumulated batches of 3" not in names  # of the 5 at the end, 2 batches are made
 
 
+ROUNDED = "model=bfloat16,products=float32,sums=float32,solver=float32,stored=float32"
+
+
+def test_a_mean_over_a_sequence_is_told_by_its_factor_alone(given):
+    """All but two texts have 15 labels: rounding could hide how they weigh, and 14.6 is no step."""
+    model, tokens = given[0], np.random.default_rng(2).integers(0, 5, (17, 16))
+    length = np.where(np.arange(17) < 2, 13, 16)
+    corpus = rc.Corpus(tokens, mask=(np.arange(16) < length[:, None]).astype(np.uint8))
+    collect = partial(rc.collect, model, layers="head", fisher="empirical")
+    factors, some = collect(corpus)["head"], (slice(0, 2), slice(2, None))
+    parts = [collect(part_of(corpus, x))["head"].sum_G for x in some]
+
+    def judged(first, second):
+        total = first * parts[0] + second * parts[1]
+        theirs = {"head": (factors.A, total / factors.n_G, factors.n_A)}
+        return rc.validate(theirs, collect(corpus), model=model, corpus=corpus, arithmetic=ROUNDED,
+                           declared={"fisher": "empirical"}).causes  # fmt: skip
+
+    (means,) = judged(1 / 12**2, 1 / 15**2)
+    assert (means.fault, means.alike) == ("B3", ())
+    (steps,) = judged(1 / 9, 1 / 9)
+    assert (steps.fault, steps.alike) == ("B43", ("B46",))
+
+
 @pytest.mark.parametrize(("noise", "decay"), [(0.0, 0.9), (1e-3, 0.9), (0.0, 1.0), (1e-3, 1.0)])
 def test_a_decay_is_none_where_the_first_batch_alone_leaves_as_little(noise, decay):
     rng, size = np.random.default_rng(3), 4
@@ -127,18 +153,20 @@ def by_hand(case, setting, layer):
     g_BTO, T = flow.taps[layer].g, at.real_BT.shape[1]
     total = np.zeros((g_BTO.shape[-1],) * 2)
     for begin in range(0, len(g_BTO), size):
-        for place in range(T):
-            rows = []
-            for n in range(begin, min(begin + size, len(g_BTO))):
-                shift = T - at.real_BT[n].sum() if "end" in setting.pooling_G else 0
-                if place >= shift and at.keep_BT[n, place - shift]:
-                    rows.append(g_BTO[n, place - shift])
-            if rows:
-                total += np.outer(sum(rows), sum(rows)) / len(rows)
+        groups = [[] for _ in range(T)]
+        for n in range(begin, min(begin + size, len(g_BTO))):
+            shift = T - at.real_BT[n].sum() if "end" in setting.pooling_G else 0
+            for t in np.flatnonzero(at.keep_BT[n]):
+                groups[0 if "rows" in setting.pooling_G else t + shift].append(g_BTO[n, t])
+        for rows in filter(None, groups):
+            total += np.outer(sum(rows), sum(rows)) / len(rows)
     return total / at.keep_BT.sum()
 
 
-@pytest.mark.parametrize("pooling", ["batch, row by row", "batch from the end, row by row"])
+@pytest.mark.parametrize(
+    "pooling",
+    ["batch, row by row", "batch from the end, row by row", "batch and rows, row by row"],
+)
 def test_a_mean_over_a_batch_of_any_size_has_its_name(given, pooling):
     model, corpus, factors, _ = given
     setting = Setting(pooling_G=pooling, batch=5)
@@ -150,6 +178,20 @@ def test_a_mean_over_a_batch_of_any_size_has_its_name(given, pooling):
     found = named(given, lambda name, one: (one.A, made[name].G, one.n_A))
     assert [*found] == ["B44"]
     assert f"`{pooling}` (5)" in found["B44"]
+
+
+def test_sums_over_the_count_of_the_other_side_have_no_factor(given):
+    """Rows of a sequence are one row of A, whose number n is; G's are averaged over a batch."""
+    model, corpus, factors, _ = given
+    here = Case(Dump("memory", {}, {}), factors, {}, Arithmetic(), model, corpus)
+    both = [Setting(pooling_A="sum"), Setting(pooling_G="batch, row by row", batch=5)]
+    of = dict(moments(here, both, list(factors)))
+
+    def change(name, one):
+        A, G = of[both[0]][name], of[both[1]][name]
+        return A.A, G.G * one.n_G / A.n_A, A.n_A
+
+    assert [*named(given, change)] == ["B36", "B44"]
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +232,53 @@ def test_a_mean_over_a_batch_is_told_by_its_dumps(drawn, monkeypatch):
     best = max(members, key=lambda one: one.share)
     assert best.fault == "B44" and {*best.left} == {*layers}
     assert not replayed.replayed(made(REFERENCE, 3.0), layers)  # no mean makes G larger
+
+
+GROWING = "a scale of the loss that doubles once, after 8"
+
+
+def test_a_scale_that_changes_is_told_by_its_dumps(drawn, given, monkeypatch):
+    """No power of 4 is that factor, and no mean makes G larger."""
+    monkeypatch.setattr(replayed, "DUMPS", 30)
+    made, layers = drawn
+    here, (model, corpus, _, _) = made(REFERENCE), given
+    own, theirs = rc.collect(model, part_of(corpus, slice(8)), LAYERS, seed=77), {}
+    for x, one in here.dump.layers.items():
+        first = own[x].sum_G / here.ours(x).n_A  # the same labels
+        G = 4.0**15 * (first + 4 * (one.G - first))
+        theirs[x] = replace(one, G=G)
+    case = replace(here, dump=replace(here.dump, layers=theirs))
+    members = [one for one in replayed.replayed(case, layers) if one.share > 0]
+    assert {one.fault for one in members} == {"B11"}
+    assert f"{GROWING}, and is 2^15 at least" in {one.note for one in members}
+
+
+@pytest.mark.parametrize(
+    ("setting", "scale", "fault"),
+    [(Setting(where="prompts"), 1.0, "B19"), (REFERENCE, 2.0, None), (REFERENCE, 1.0, None)],
+)
+def test_labels_of_another_kind_are_told_from_a_factor(given, setting, scale, fault, monkeypatch):
+    """Labels at prompts make G about twice as large, and drawing hides its form."""
+    monkeypatch.setattr(relabelled, "DUMPS", 30)
+    monkeypatch.setattr(draws, "CONFIRMED", 40)
+    model, tokens = given[0], np.random.default_rng(4).integers(0, 5, (48, 6))
+    layers, label = LAYERS + ",head", np.roll(tokens, -1, axis=1)
+    label[:, [0, 1, 5]] = -1
+    corpus = rc.Corpus(tokens, labels=label)
+    ours = rc.collect(model, corpus, layers, draws=16)
+    own = rc.collect(model, corpus, layers, seed=77)
+    bare = Case(Dump("memory", {}, {}), own, {}, Arithmetic(), model, corpus)
+    ((_, of),) = moments(bare, [setting], list(own))
+    theirs = {x: Theirs(A=one.A, G=one.G * scale, n_A=one.n_A) for x, one in of.items()}
+    case = Case(Dump("memory", theirs, {}), ours, {x: x for x in theirs}, Arithmetic(), model,
+                corpus, drawn=dict.fromkeys(theirs, Drawing(1.0, 0.5, 0.5, 60)))  # fmt: skip
+    names = list(theirs)
+    steps = {x: search.ladder(case, x, "G", None) for x in names}
+    found = {"A": search.Side("A"), "G": search.Side("G", steps)}
+    kinds = [Setting(where="prompts"), Setting(labels="drawn, then shifted")]
+    recompute(case, found, names, kinds)
+    chosen = relabelled.relabelled(case, found, names)
+    assert (chosen and chosen.faults) == (fault and (fault,))
 
 
 def test_what_goes_alone_has_no_mean_row_by_row():

@@ -32,6 +32,11 @@ ALIKE: dict[frozenset[str], str] = {
     "are the same two matrices",
     frozenset({"B27", "B28"}): "without padding, every position and every real position are the "
     "same rows",
+    frozenset({"B6", "B11"}): "the number of outputs may be a power of 4, as the square of a "
+    "scale of mixed precision is",
+    frozenset({"B6", "B43"}): "the number of outputs may be the square of how many batches were "
+    "accumulated",
+    frozenset({"B6", "B46"}): "the same, of workers",
     frozenset({"B7", "B37"}): "a head with one loss term for each image and blocks with as many as "
     "positions: both multiply G by the positions",
 }

@@ -12,6 +12,7 @@ What is tried:
     amounts, fits   amounts in the loss by least squares; eps and the like by a search
     weighted    weights of batches and sequences, by least squares
     unknown, dropped    labels that nobody knows; a pass with dropout: by tests
+    replayed, relabelled    averages, weights and other labels that drawing hides: by dumps of each
     scales, factors     factors of A and G, and counts; which of them drawing allows
     precision   the size of a coarser arithmetic
     signs       what a matrix shows by itself

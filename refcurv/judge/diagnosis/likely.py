@@ -14,6 +14,7 @@ from refcurv.judge.diagnosis.hypotheses import see
 from refcurv.judge.diagnosis.variants import Setting, moments
 from refcurv.judge.honest import SEED
 from refcurv.law.checks import Array
+from refcurv.law.conventions import Fisher
 
 DUMPS: Final = 99
 """Dumps of a setting.  Theirs, if it is one, is the furthest of all with odds of 1 in 100."""
@@ -40,9 +41,15 @@ def likely(case: Case, setting: Setting, layers: Sequence[str]) -> bool:
 
 
 def redrawn(case: Case, dumps: int) -> Iterator[Case]:
-    """The case with labels drawn anew, once each, so many times."""
+    """The case with labels drawn anew, as often as theirs draws each, so many times.
+
+    Also where the reference takes the mean over labels: theirs does not.
+    """
+    signed = case.dump.declared.get("fisher") == Fisher.SIGNED
+    fisher = Fisher.SIGNED if signed else Fisher.SAMPLED
+    own, draws = replace(case.reference, fisher=fisher), case.draws()
     for k in range(dumps):
-        yield replace(case, reference=replace(case.reference, seed=SEED + k, draws=1))
+        yield replace(case, reference=replace(own, seed=SEED + k, draws=draws))
 
 
 def _far(G_KOO: Array) -> Array:

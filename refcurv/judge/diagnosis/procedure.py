@@ -33,6 +33,7 @@ from refcurv.judge.diagnosis.recomputed import (
     stages,
     top,
 )
+from refcurv.judge.diagnosis.relabelled import relabelled
 from refcurv.judge.diagnosis.replayed import averaged
 from refcurv.judge.diagnosis.search import (
     COARSEST,
@@ -278,9 +279,16 @@ def _by_counts(
 def _by_weights(
     case: Case, side: Side, found: Mapping[str, Side], index: Index, seen: Sequence[scales.Scale]
 ) -> None:
-    """Batches or sequences that weigh otherwise, where drawing hides all but the factor of it."""
-    drawn = {one.layer for one in seen if one.drawn and not one.alone}
-    layers = [x for x in _scaled(side) if x in drawn]
+    """Batches or sequences that weigh otherwise, where drawing hides all but the factor of it.
+
+    So does rounding, where sequences have about as many labels: then the factor is no certain one.
+
+    Proof: tests/test_judge_weights.py::test_a_mean_over_a_sequence_is_told_by_its_factor_alone
+    """
+    hidden = {one.layer for one in seen if one.drawn and not one.alone}
+    for one in scales.explain(seen, scales.Counts.of(case)):
+        hidden |= set() if one.certain else {*one.layers}
+    layers = [x for x in _scaled(side) if x in hidden]
     if side.side == "A" or not layers:
         return
     sample = spread(layers)
@@ -299,7 +307,7 @@ def _by_weights(
 
 
 def _as_drawn(case: Case, found: Mapping[str, Side]) -> None:
-    """What labels that theirs drew hide of G: amounts in the loss, averages, weights; A is ours."""
+    """What labels that theirs drew hide of G: amounts, averages, weights, labels; A is ours."""
     side = found["G"]
     layers = [x for x, steps in side.ladders.items() if steps.drawn > 0]
     if side.chosen or found["A"].chosen or case.drawn is None or is_large(case):
@@ -308,6 +316,7 @@ def _as_drawn(case: Case, found: Mapping[str, Side]) -> None:
         return
     sample = spread(layers)
     chosen = amounts.drawn(case, found, sample) or averaged(case, found, layers, sample)
+    chosen = chosen or relabelled(case, found, sample)
     if chosen is not None:
         side.chosen.append(chosen)
 

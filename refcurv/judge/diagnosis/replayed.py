@@ -42,7 +42,10 @@ FURTHEST: Final = 15.1
 degrees of freedom.  Theirs may be what nobody thought of."""
 
 WEIGHED: Final = ("B2", "B3", "B43")
-"""Rules of `weighted` that change G alone; a scale that grows (B11) changes it by far more."""
+"""Rules of `weighted` that change G alone, and make it no larger."""
+
+LEAST: Final = (min(scales.USUAL) - 1, *scales.USUAL)
+"""Powers of 2 that a scale of the loss is at least which doubles later, or halves."""
 
 
 class Member(NamedTuple):
@@ -71,7 +74,8 @@ def averaged(
     side = found["G"]
     seen = [one for layer in case.matched if (one := telling.scale(case, found, layer))]
     counts = scales.Counts.of(case)
-    if not varied(case, sample) and not any(one.alone for one in seen):
+    told = any(x.fault or x.alike for x in scales.explain(seen, counts))
+    if not varied(case, sample) and not any(one.alone for one in seen) and told:
         return None  # a factor explains it, and `scales` says which
     members = replayed(case, sample)
     share: dict[str, float] = {}
@@ -183,9 +187,14 @@ def _averaged(case: Case, beside: Beside) -> Iterator[Member]:
 
 
 def _weighed(case: Case, beside: Beside) -> Iterator[Member]:
-    """B2, B3 and B43."""
-    layers = [*beside.T]
-    every = [one for one in rules(beside.parts, "G") if one.faults[0] in WEIGHED]
+    """B2, B3 and B43; B11, of a scale that changes."""
+    layers, known = [*beside.T], list(rules(beside.parts, "G"))
+    every = [one for one in known if one.faults[0] in WEIGHED]
+    every += [
+        replace(one, name=f"{one.name}, and is 2^{k} at least", weight=one.weight * 4.0**k)
+        for one in known
+        for k in (LEAST if one.faults == ("B11",) else ())
+    ]
     rows = {x: case.counts(x).ours["A"] for x in layers}
 
     def made(of: Parts, some: Iterable[Rule]) -> list[dict[str, Array]]:

@@ -78,7 +78,7 @@ class Counts:
 
     means: over how many loss terms, or positions, each batch's mean can be; None without a corpus.
     each: the loss terms of a sequence, if all have as many. positions: of an image. weights: B2 and
-    B3, the share of their rules that leave a factor which drawing explains.
+    B3, the share of their rules that leave a factor which drawing or rounding explains.
     """
 
     rows: int
@@ -274,14 +274,32 @@ def _of_gradients(c: float, tol: float, one: Scale, counts: Counts, alone: bool)
         return []
     if one.drawn:
         return [] if one.alone else [_of_interval(c, tol, counts)]
-    for named in _candidates(c, tol, one, counts, alone):
-        return [named]
+    if found := list(_candidates(c, tol, one, counts, alone)):
+        if counts.weights and not found[0].certain:
+            return [_of_interval(c, tol, counts, "rounding")]
+        return [_or_others(found[0], found[1:], tol)]
     for fault, factor in (("B5", 2.0), ("B5", 0.5)):  # two at once
         for named in _candidates(c / factor, tol, one, counts, alone):
             if named.fault in ("B1", "B43"):
                 words = f"{named.sentence}, times {factor:g}"
                 return [named, Named(fault, words, "G", named.left)]
     return [Named(None, f"G is ours times {c:.9g}", "G", abs(c - 1), certain=False)]
+
+
+NUMBERS = ("B1", "B5", "B6", "B11", "B43")
+"""Faults that multiply G by a number, which may be the number of another one of them."""
+
+
+def _or_others(first: Named, others: Sequence[Named], tol: float) -> Named:
+    """With the others that give the same number: of 16 outputs 1/V is that of 4 steps.
+
+    Proof: tests/test_judge_factors.py::test_one_number_of_two_faults_is_both_of_theirs
+    """
+    if first.fault not in NUMBERS:
+        return first
+    same = [x for x in others if x.fault in NUMBERS and x.left <= tol]
+    ids = [*first.alike, *(id for x in same for id in (x.fault, *x.alike))]
+    return replace(first, alike=tuple(dict.fromkeys(x for x in ids if x and x != first.fault)))
 
 
 class Member(NamedTuple):
@@ -293,15 +311,15 @@ class Member(NamedTuple):
     words: str
 
 
-def _of_interval(c: float, tol: float, counts: Counts) -> Named:
-    """What G can be that is ours times c, where drawing allows c/(1 + tol) to c/(1 − tol).
+def _of_interval(c: float, tol: float, counts: Counts, what: str = "drawing") -> Named:
+    """What G can be that is ours times c, where `what` allows c/(1 + tol) to c/(1 − tol).
 
     Each fault may give some factors. The share of these that the interval holds says how likely
     the fault would have led there. A fault is named if it has SURE of all shares.
     """
     high = f"{c / (1 - tol):.3g}" if tol < 1 else "any number"
-    words = f"G is ours times {c / (1 + tol):.3g} to {high}, by what drawing allows"
-    fitting = [x for x in _members(counts) if _near(c, x.factor, tol)]
+    words = f"G is ours times {c / (1 + tol):.3g} to {high}, by what {what} allows"
+    fitting = [x for x in members(counts) if _near(c, x.factor, tol)]
     share = {x.fault: 0.0 for x in fitting} | dict(counts.weights)
     for x in fitting:
         share[x.fault] += x.share
@@ -309,6 +327,7 @@ def _of_interval(c: float, tol: float, counts: Counts) -> Named:
         return Named(None, words, "G", tol, certain=False)
     first, *others = sorted(share, key=lambda fault: -share[fault])
     steps = [x for x in ("B1", "B43") if x in share] if first in ("B1", "B43") else [first]
+    steps += [x for x in _of_one_number(fitting, first) if x not in steps]
     text = "; ".join(x.words for x in fitting if x.fault == first)
     if sum(share[x] for x in steps) < SURE * sum(share.values()):
         ids = (first, *others, *(("B46",) if "B43" in share else ()))
@@ -319,7 +338,16 @@ def _of_interval(c: float, tol: float, counts: Counts) -> Named:
     return Named(first, f"{words}: {text}" if text else words, "G", tol, alike)
 
 
-def _members(counts: Counts) -> Iterator[Member]:
+def _of_one_number(fitting: Sequence[Member], first: str) -> list[str]:
+    """The faults whose one factor that fits is also the one of the first: it tells none of them."""
+    of: dict[str, set[float]] = {}
+    for x in fitting:
+        of.setdefault(x.fault, set()).add(round(math.log(x.factor), 9))
+    own = of.get(first, set())
+    return [id for id, numbers in of.items() if len(own) == 1 and numbers == own]
+
+
+def members(counts: Counts) -> Iterator[Member]:
     """The factors of G, the same in all layers, that faults of the loss give."""
     yield Member("B5", 2.0, 1 / 2, "twice ours")
     yield Member("B5", 0.5, 1 / 2, "half ours")
@@ -345,8 +373,11 @@ def _candidates(c: float, tol: float, one: Scale, counts: Counts, alone: bool) -
     words = f"G is ours times {c:.9g}"
     if one.layer == "patch":
         yield Named("B14", words, "G", 0.0, ("B7",))
-    yield from _powers(c, tol, words, known=one.rows_G is not None)
+    powers = list(_powers(c, tol, words, known=one.rows_G is not None))
+    rare = [x for x in powers if x.fault == "B11" and not any(_near(c, 4.0**k, tol) for k in USUAL)]
+    yield from (x for x in powers if x not in rare)
     yield from _outputs(c, tol, words, one, counts, alone)
+    yield from rare
     T = counts.positions or 0
     if T > 1 and not alone and any(_near(c, x, tol) for x in (T, T * T, 1 / T, 1 / T**2)):
         yield Named("B37", f"{words}: an image has {T} positions", "G", tol, ("B7", "B82"))

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 
 from refcurv.judge.biases import A_COLUMN, NO_COLUMN
-from refcurv.judge.case import Case
+from refcurv.judge.case import Case, Counts
 from refcurv.judge.diagnosis import precision, scales
 from refcurv.judge.diagnosis.causes import about, made
 from refcurv.judge.diagnosis.factors import factors
@@ -314,6 +314,8 @@ def scale(case: Case, found: Mapping[str, Side], layer: str) -> scales.Scale | N
     known = found["A"].of(layer)[0].setting is not None and counts.theirs["A"] is not None
     if known and found["G"].of(layer)[0] == PLAIN and counts.theirs["A"] == counts.theirs["G"]:
         rows["G"] = rows["A"]  # one count of both, which A's rows explain
+    if known and _of_one_count(counts, c["G"], tol["G"], rows):
+        c["G"] = rows["G"] = 1.0
     own = factors(case, found["G"]).get(layer)
     if own is not None and c["G"] is not None:
         c["G"], tol["G"] = (None if _flows_otherwise(found["A"]) else own.c), own.tol
@@ -323,6 +325,17 @@ def scale(case: Case, found: Mapping[str, Side], layer: str) -> scales.Scale | N
         layer, c["A"], c["G"], tol["A"], tol["G"], rows["A"], rows["G"], counts.shape[0],
         counts.ours["A"], drawn=own is not None, alone=own is not None and not own.shared,
     )  # fmt: skip
+
+
+def _of_one_count(
+    counts: Counts, c_G: float | None, tol: float, rows: Mapping[str, float | None]
+) -> bool:
+    """Are these G's own sums, over the one count of both, which is that of A's rows?
+
+    Proof: tests/test_judge_weights.py::test_sums_over_the_count_of_the_other_side_have_no_factor
+    """
+    alike = counts.theirs["A"] == counts.theirs["G"] and rows["A"] == 1
+    return alike and None not in (c_G, rows["G"]) and abs((c_G or 0) * (rows["G"] or 0) - 1) <= tol
 
 
 def _swapped(

@@ -142,7 +142,7 @@ class Total:
         if joint:
             batch.joint += w_T[:, None] * x[0]
             return
-        if self.way.pooling == "batch and rows":
+        if self.way.pooling.startswith("batch and rows"):
             x_NX = w_T @ x
         else:
             x_NX = (w_T[:, None] * x).reshape(-1, x.shape[-1])
@@ -153,6 +153,10 @@ class Total:
         if self.way.pooling == "batch and rows":
             rows = max(batch.row_T.sum(), 1)
             mean, size, n = batch.joint.sum(axis=0, keepdims=True) / rows, rows, 1.0
+        elif self.way.pooling.startswith("batch and rows"):  # the mean in each row's place
+            n = batch.row_T.sum()
+            size = math.sqrt(max(n, 1))
+            mean = batch.joint.sum(axis=0, keepdims=True) / size
         elif self.way.pooling.endswith("row by row"):
             mean, n = batch.joint / np.sqrt(np.maximum(batch.row_T, 1))[:, None], batch.row_T.sum()
             size = math.nan if batch.alone.any() else 1.0  # how many rows each of these has

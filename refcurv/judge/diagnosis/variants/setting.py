@@ -52,15 +52,16 @@ sequences: those with a row. every sequence: those without one too, where rows a
 
 POOLING: Final[Mapping[str, str]] = MappingProxyType(
     {"sum": "B36", "mean": "B36", "mean, ones summed": "B36", "batch": "B44",
-     "batch and rows": "B44", "batch, row by row": "B44", "batch from the end": "B44",
-     "batch from the end, row by row": "B44", "centred": "B45"}
+     "batch and rows": "B44", "batch and rows, row by row": "B44", "batch, row by row": "B44",
+     "batch from the end": "B44", "batch from the end, row by row": "B44", "centred": "B45"}
 )  # fmt: skip
 """What may be done to rows before they are squared, or to the mean of the squares.
 
 sum, mean: over the rows of a sequence. mean, ones summed: a is divided, and not the 1 of [a; 1].
 batch: the mean over the sequences of a batch, position by position; from the end, where programs
 pad on the left. row by row: the mean over those that are rows there, in the place of each of them.
-batch and rows: the mean over all rows of a batch. centred: mean meanᵀ is subtracted.
+batch and rows: the mean over all rows of a batch, once or in the place of each. centred: mean
+meanᵀ is subtracted.
 """
 
 REDUCED: Final = ("sum", "mean", "mean, ones summed")
@@ -372,7 +373,8 @@ def _rows(at: Positions) -> Iterator[Setting]:
             continue
         before.append(theirs)
         padded = name.startswith("with pads")
-        seen = PADS if padded else OTHER_SIDE.get(name, ("blind",))
+        # blind: where every key is hidden from it, real ones and its own
+        seen = (*PADS, "blind") if padded else OTHER_SIDE.get(name, ("blind",))
         for pads in seen:
             yield Setting(rows_A=name, rows_G=name, pads=pads)
             yield Setting(rows_A=name, pads=pads)
