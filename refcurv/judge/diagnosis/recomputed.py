@@ -12,7 +12,7 @@ import numpy as np
 from refcurv.algebra.scaling import norm
 from refcurv.curvature.factors_file import shapes_of
 from refcurv.judge.case import Case
-from refcurv.judge.diagnosis.hypotheses import Left, Seen, fitted, see
+from refcurv.judge.diagnosis.hypotheses import Left, Seen, fitted, see, unbiased
 from refcurv.judge.diagnosis.search import ROUNDING, Idea, Side, usable
 from refcurv.judge.diagnosis.variants import (
     REFERENCE,
@@ -408,9 +408,12 @@ def _left(
     size = float(norm(seen.X[block]))
     if float(norm(Y[block])) <= ROUNDING**2 * size:  # zero by theory, and so is theirs
         return Left(math.sqrt(float(norm(seen.T[block])) / size), 1.0, words(own), own.alike)
+    note = words(own)
+    if "centred" in (own.pooling_A, own.pooling_G):
+        note, Y = unbiased(seen, Y, note)
     error, r = fitted(seen.T[block], Y[block])
     rows = None if base is not None else seen.rows(n)
-    return Left(error, r, words(own), own.alike, rows, drawn=own.labels not in FIXED)
+    return Left(error, r, note, own.alike, rows, drawn=own.labels not in FIXED)
 
 
 def _size(T: Array, X: Array, change: Array) -> float:
