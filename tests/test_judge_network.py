@@ -91,6 +91,15 @@ def test_a_quantity_is_fitted(setting, name):
     assert all(cause.after < 1e-12 for cause in verdict.causes)
 
 
+def test_a_level_that_is_near_enough_is_fitted(setting):
+    """In float32 one of the levels that are tried is within every budget of A."""
+    theirs = planted(setting, Setting(network=(("eps", 1.02e-5),)))
+    verdict, faults = named(setting, theirs, arithmetic="float32", layers="blocks.*.mlp.up")
+    assert faults == ["B53"]
+    assert verdict.causes[0].sentence.count("`eps 1.02e-05`") == 2
+    assert verdict.causes[0].after < 1e-9
+
+
 CHANGED = {
     "norms in bfloat16": "B53",
     "attention in bfloat16": "B56",

@@ -15,7 +15,7 @@ from functools import partial
 from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.case import Case
 from refcurv.judge.diagnosis import amounts, coarse, precision, scales, telling
-from refcurv.judge.diagnosis.fits import fits
+from refcurv.judge.diagnosis.fits import fits, fitted
 from refcurv.judge.diagnosis.hidden import hidden
 from refcurv.judge.diagnosis.hypotheses import Index, diagonals, see, states
 from refcurv.judge.diagnosis.likely import likely
@@ -153,7 +153,7 @@ def _search(case: Case, side: Side, found: Mapping[str, Side], index: Index) -> 
             return
         sample = _first(side, layers, FEW if is_large(case) else SAMPLE)
         look(case, sample, found, index, sides=side.side)
-        chosen = _chosen(case, side, found, sample, known)
+        chosen = fitted(case, found, side, _chosen(case, side, found, sample, known), known)
         soft = chosen is not None and (_soft(side, sample) or _by_drawing(case, side, chosen))
         if chosen is None or (soft and not _supported(case, side, chosen, sample, known)):
             return
