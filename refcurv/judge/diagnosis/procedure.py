@@ -164,7 +164,8 @@ def _search(case: Case, side: Side, found: Mapping[str, Side], index: Index) -> 
             if side.explains(chosen.idea, x, bool(chosen.faults) and free[x])
         }
         if 2 * len(every) > len(layers):
-            close = [x for x in layers if x not in every and side.follows(chosen.idea, x)]
+            most = max(left.error for left in every.values())
+            close = [x for x in layers if x not in every and side.follows(chosen.idea, x, most)]
             every |= {x: side.table[chosen.idea][x] for x in close}
         side.chosen.append(replace(chosen, left=every))
         more = [x for x in _scaled(side) if _changes_scale(chosen.idea)]
