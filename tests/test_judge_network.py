@@ -15,7 +15,16 @@ from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.case import Case
 from refcurv.judge.diagnosis import dropped, scales, signs, telling
 from refcurv.judge.diagnosis.coarse import settle
-from refcurv.judge.diagnosis.dropped import DROPOUT, OTHERS, Place, Random, _next, random_pass
+from refcurv.judge.diagnosis.dropped import (
+    DROPOUT,
+    OTHERS,
+    Place,
+    Random,
+    _irregular,
+    _is_one,
+    _next,
+    random_pass,
+)
 from refcurv.judge.diagnosis.hidden import hidden
 from refcurv.judge.diagnosis.precision import causes, short
 from refcurv.judge.diagnosis.recomputed import recompute
@@ -266,6 +275,31 @@ def test_a_slight_rate_of_dropout_is_found(monkeypatch):
     monkeypatch.setattr(dropped, "see", lambda _, x: {"A": SimpleNamespace(X=X[x, "A"])})
     one = random_pass(None, {}, DROPOUT)
     assert one is not None and one.place == "branches" and 0.003 < one.p < 0.012
+
+
+@pytest.mark.parametrize(
+    ("ragged", "spread", "shift", "one"),
+    [
+        (0.9, 0.5, 1.0, True),
+        (1.3, 0.1, 1.0, True),  # the shift is ten deviations from 0
+        (1.3, 0.5, 1.0, False),
+        (1.7, 0.1, 1.0, False),
+        (0.9, 0.1, 0.0, False),
+        (1.3, 0.1, 0.0, False),
+    ],
+)
+def test_a_pass_that_is_shifted_as_all_are_may_be_ragged(ragged, spread, shift, one):
+    rng, ones = np.random.default_rng(1), np.ones(19)
+    each = np.exp(0.2 * rng.normal(size=(12, 19)))
+    logs = np.log(each) - np.median(np.log(each), axis=1, keepdims=True)
+    scale = np.sqrt(np.mean(logs**2, axis=1))
+    most = max(_irregular(x, scale) for x in (logs / scale[:, None]).T)
+    here = np.resize([1.0, -1.0], 12)
+    here *= ragged * most / _irregular(here, scale)
+    shifts = 1 + spread * np.resize([1.0, -1.0], 19)
+    off = np.exp(here * scale) * np.median(each, axis=1)
+    seen = [Place(o, x, shift, shifts, 1.0, ones, 1.0) for o, x in zip(off, each, strict=True)]
+    assert _is_one(seen, DROPOUT) == one
 
 
 @pytest.mark.parametrize("name", ["integers by row", "integers by matrix"])

@@ -46,6 +46,13 @@ OTHERS = Family("B57", "other weights of {}, draw {}", WEIGHTS, 0.01, (1e-6, 0.3
 AGREES = 1.5
 """How far the middle distance may be from that of passes at the rate that was fitted to it."""
 
+RAGGED = 1.5
+"""Chosen. G of a pass has long tails, and 19 of them seldom show the longest: of five true passes
+the raggedest was 1.28 times as ragged as theirs; what was dropped elsewhere was 1.7 times so."""
+
+SHARP = 5.0
+"""Deviations of the shift of passes, from 0 to their mean, with which it tells a pass."""
+
 ODDS = 0.01
 """Of a true pass whose shift is refused, by Student's t.  Chosen."""
 
@@ -77,10 +84,11 @@ def random_pass(case: Case, found: Mapping[str, Side], family: Family) -> Random
         high it is as far from theirs as a pass is. Theirs is one more pass where
         - |T − M| is, in the middle, as large as |Y_k − M without k|;
         - what the change does not move is ours, and what it moves is not;
-        - log |T − M| over the A and G is no more ragged than that of the raggedest pass;
+        - log |T − M| over the A and G is no more ragged than that of the raggedest pass; RAGGED
+          times as ragged, where the shift below is sharp, which says more;
         - where passes shift the mean, ⟨T − X, M − X⟩ over |M − X|², all A and G together, is that
           of a pass. It is about 1 for them, and about 0 for what has nothing to do with dropout.
-        Of true passes 1 in PASSES + 1 fails the third, and ODDS of them the last. Other weights
+        Of true passes at most 1 in PASSES + 1 fails the third, and ODDS of them the last. Other weights
         shift nothing; a change of the arithmetic that was not tried may look like them.
 
     Proof: tests/test_judge_network.py::test_dropout_is_told_from_other_weights
@@ -213,11 +221,14 @@ def _is_one(seen: Sequence[Place], family: Family) -> bool:
     scale = np.maximum(np.sqrt(np.mean((logs - middle) ** 2, axis=1)), 1e-3)
     ragged = [_irregular(x, scale) for x in ((logs - middle) / scale[:, None]).T]
     here = (np.log([one.off for one in seen]) - middle[:, 0]) / scale
-    if _irregular(here, scale) > max(ragged) or not family.shifts:
-        return _irregular(here, scale) <= max(ragged)
+    rough = _irregular(here, scale) / max(ragged)
+    if rough > RAGGED or not family.shifts:
+        return rough <= 1
     weight = 1 / np.array([np.median(one.each) ** 2 for one in seen])
     moved = weight @ [one.shift for one in seen] / (weight @ [one.size for one in seen])
     each = weight @ [one.shifts for one in seen] / (weight @ [one.sizes for one in seen])
+    if rough > 1 and each.mean() < SHARP * each.std(ddof=1):
+        return False
     reach = float(special.stdtrit(len(each) - 1, 1 - ODDS / 2)) * np.sqrt(1 + 1 / len(each))
     off, reach = moved - each.mean(), reach * each.std(ddof=1)
     return bool(-min(reach, each.mean() / 2) <= off <= reach)  # nearer than what shifts nothing
