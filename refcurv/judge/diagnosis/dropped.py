@@ -88,8 +88,8 @@ def random_pass(case: Case, found: Mapping[str, Side], family: Family) -> Random
           times as ragged, where the shift below is sharp, which says more;
         - where passes shift the mean, ⟨T − X, M − X⟩ over |M − X|², all A and G together, is that
           of a pass. It is about 1 for them, and about 0 for what has nothing to do with dropout.
-        Of true passes at most 1 in PASSES + 1 fails the third, and ODDS of them the last. Other weights
-        shift nothing; a change of the arithmetic that was not tried may look like them.
+        Of true passes at most 1 in PASSES + 1 fails the third, and ODDS of them the last. Other
+        weights shift nothing; a change of the arithmetic that was not tried may look like them.
 
     Proof: tests/test_judge_network.py::test_dropout_is_told_from_other_weights
     """
