@@ -184,6 +184,9 @@ def test_what_explains_most_layers_may_leave_more_than_a_budget_of_ours():
     )
     assert not any(side.explains(one, "up") for one in ideas.values())
     assert [id for id, one in ideas.items() if side.follows(one, "up")] == ["B16"]
+    side, ideas = side_of(Left(2.0, 1.0), B28=Left(0.18, 1.0), B27=Left(0.21, 1.0))
+    assert [side.follows(one, "up", 0.07) for one in ideas.values()] == [True, False]
+    assert not any(side.follows(one, "up", 0.01) for one in ideas.values())
 
 
 def test_a_form_that_other_labels_have_tells_no_dtype_of_a_factor():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,9 +13,18 @@ from strategies import config, random_parameters
 import refcurv as rc
 from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.case import Case
-from refcurv.judge.diagnosis import scales, telling
+from refcurv.judge.diagnosis import dropped, scales, signs, telling
 from refcurv.judge.diagnosis.coarse import settle
-from refcurv.judge.diagnosis.dropped import DROPOUT, OTHERS, Place, _next, random_pass
+from refcurv.judge.diagnosis.dropped import (
+    DROPOUT,
+    OTHERS,
+    Place,
+    Random,
+    _irregular,
+    _is_one,
+    _next,
+    random_pass,
+)
 from refcurv.judge.diagnosis.hidden import hidden
 from refcurv.judge.diagnosis.precision import causes, short
 from refcurv.judge.diagnosis.recomputed import recompute
@@ -88,6 +98,15 @@ def test_a_quantity_is_fitted(setting, name):
     verdict, faults = named(setting, planted(setting, Setting(network=((name, level),))))
     assert faults == [fault]
     assert all(cause.after < 1e-12 for cause in verdict.causes)
+
+
+def test_a_level_that_is_near_enough_is_fitted(setting):
+    """In float32 one of the levels that are tried is within every budget of A."""
+    theirs = planted(setting, Setting(network=(("eps", 1.02e-5),)))
+    verdict, faults = named(setting, theirs, arithmetic="float32", layers="blocks.*.mlp.up")
+    assert faults == ["B53"]
+    assert verdict.causes[0].sentence.count("`eps 1.02e-05`") == 2
+    assert verdict.causes[0].after < 1e-9
 
 
 CHANGED = {
@@ -228,12 +247,59 @@ def test_the_rate_of_dropout_is_read_off_what_passes_agree_on():
     """Theirs is as far off as any rate makes it, by one wild pass, but shifted as at 1 in 5."""
     rng = np.random.default_rng(0)
     wild, shifts = np.exp(rng.normal(size=19)), 1 + 0.05 * rng.normal(size=19)
-    seen = [Place(3.0, wild, 2.25, shifts, 1.0, np.ones(19)) for _ in range(4)]
+    seen = [Place(3.0, wild, 2.25, shifts, 1.0, np.ones(19), 3.0) for _ in range(4)]
     p, odds = 0.1, 2.25 / 9
     assert _next(DROPOUT, p, 3.0, seen) == pytest.approx(odds / (1 + odds), rel=0.05)
     calm = [one._replace(each=1 + 0.01 * wild, shifts=5 * wild) for one in seen]
     assert _next(DROPOUT, p, 3.0, calm) == pytest.approx(0.5, rel=1e-6)  # odds of 9/9
     assert _next(OTHERS, 0.01, 3.0, seen) == 0.03
+
+
+def test_a_slight_rate_of_dropout_is_found(monkeypatch):
+    """The mean of passes at the level that is tried first is further from theirs than from ours."""
+    rng = np.random.default_rng(2)
+    X = {(f"layer {k}", "A"): np.eye(8) for k in range(6)}
+    moves = {at: rng.normal(size=(8, 8)) for at in X}
+
+    def one_pass(name, p):
+        noise, odds = np.random.default_rng(list(name.encode())), p / (1 - p)
+        return {
+            at: own + 2 * odds * moves[at] + odds**0.5 * noise.normal(size=own.shape)
+            for at, own in X.items()
+        }
+
+    theirs = one_pass("theirs", 0.006)
+    monkeypatch.setattr(dropped, "_theirs", lambda *_: theirs)
+    monkeypatch.setattr(dropped, "_same_elsewhere", lambda *_: True)
+    monkeypatch.setattr(dropped, "_made", lambda _case, _theirs, name, p: one_pass(name, p))
+    monkeypatch.setattr(dropped, "see", lambda _, x: {"A": SimpleNamespace(X=X[x, "A"])})
+    one = random_pass(None, {}, DROPOUT)
+    assert one is not None and one.place == "branches" and 0.003 < one.p < 0.012
+
+
+@pytest.mark.parametrize(
+    ("ragged", "spread", "shift", "one"),
+    [
+        (0.9, 0.5, 1.0, True),
+        (1.3, 0.1, 1.0, True),  # the shift is ten deviations from 0
+        (1.3, 0.5, 1.0, False),
+        (1.7, 0.1, 1.0, False),
+        (0.9, 0.1, 0.0, False),
+        (1.3, 0.1, 0.0, False),
+    ],
+)
+def test_a_pass_that_is_shifted_as_all_are_may_be_ragged(ragged, spread, shift, one):
+    rng, ones = np.random.default_rng(1), np.ones(19)
+    each = np.exp(0.2 * rng.normal(size=(12, 19)))
+    logs = np.log(each) - np.median(np.log(each), axis=1, keepdims=True)
+    scale = np.sqrt(np.mean(logs**2, axis=1))
+    most = max(_irregular(x, scale) for x in (logs / scale[:, None]).T)
+    here = np.resize([1.0, -1.0], 12)
+    here *= ragged * most / _irregular(here, scale)
+    shifts = 1 + spread * np.resize([1.0, -1.0], 19)
+    off = np.exp(here * scale) * np.median(each, axis=1)
+    seen = [Place(o, x, shift, shifts, 1.0, ones, 1.0) for o, x in zip(off, each, strict=True)]
+    assert _is_one(seen, DROPOUT) == one
 
 
 @pytest.mark.parametrize("name", ["integers by row", "integers by matrix"])
@@ -410,6 +476,27 @@ def test_a_dtype_is_read_off_A_where_theirs_drew_labels(layered, part, fault):
     assert [one.fault for one in named] == fault
     assert all("G" not in one.quantities for one in named)
     assert bool(found["A"].chosen) == (part == "norms")
+
+
+@pytest.mark.parametrize(("times", "fault"), [(1.0, "B59"), (0.3, "B57"), (7.0, "B57")])
+def test_a_model_in_bfloat16_is_no_other_weights(layered, monkeypatch, times, fault):
+    """What is as far off as such a network, in some layers further than any budget of the dtype."""
+    theirs = near(layered, planted(layered, Setting(network=(("all in bfloat16", 0.0),))))
+    theirs = {
+        x: (own.A + times * (A - own.A), own.G + times * (G - own.G), n)
+        for x, (A, G, n) in theirs.items()
+        for own in (layered[2][x],)
+    }
+    case, found = searched(layered, theirs)
+    for side in found.values():
+        for name in [*side.ladders][1:]:
+            side.ladders[name] = replace(side.ladders[name], steps=side.ladders[name].steps[:2])
+    other = Random("all", 0.01, tuple(layered[2]), 0.1, 0.1)
+    monkeypatch.setattr(signs, "random_pass", lambda *of: other if of[2] is OTHERS else None)
+    failed = [Comparison(x, q, 1.0, 0.1, FAIL) for x in layered[2] for q in ("A/tr A", "G/tr G")]
+    named = telling.causes(case, found, failed)
+    assert {one.fault for one in named} == {fault}
+    assert {x for one in named for x in one.layers} == {*layered[2]}
 
 
 def test_a_dump_without_a_form_has_no_precision(layered):

@@ -14,10 +14,11 @@ from refcurv.judge.diagnosis.hypotheses import Left, Seen
 from refcurv.judge.diagnosis.recomputed import _left
 from refcurv.judge.diagnosis.search import PLAIN, Chosen, Idea, Ladder, Option, Side
 from refcurv.judge.diagnosis.variants import Moments, Setting
+from refcurv.judge.diagnosis.weighted import leave_lone
 
 EXACT = Ladder((("float32", 0.01), ("bfloat16", 0.05)), drawn=0.0)
 DRAWN = replace(EXACT, drawn=0.8, same=0.005)
-Q, K = "blocks.0.attn.q", "blocks.0.attn.k"
+Q, K, V = (f"blocks.0.attn.{name}" for name in "qkv")
 SWAP = Idea(("B32",), None)
 
 
@@ -40,6 +41,30 @@ def test_a_matrix_in_the_place_of_another_has_a_budget_of_its_own():
         assert (option.quality > 1) == (roomy == 1)
 
 
+DECAY = Idea(("B9",), None, "a moving average")
+
+
+@pytest.mark.parametrize(
+    ("lone", "layers", "others", "stays"),
+    [
+        (DECAY, [Q], [], False),  # of two layers that nothing explains it says nothing
+        (DECAY, [Q], [K, V], True),  # another fault beside it explains them
+        (DECAY, [Q, K], [], True),
+        (SWAP, [Q], [], True),  # one layer alone may be that of another
+    ],
+)
+def test_weights_of_one_layer_alone_are_none(lone, layers, others, stays):
+    side, exact = Side("G", dict.fromkeys((Q, K, V), EXACT)), Left(0.0, 1.0)
+    side.table = {PLAIN: {x: Left(1.0, 1.0) for x in (Q, K, V)}}
+    one, two = (
+        Chosen(lone, dict.fromkeys(layers, exact)),
+        Chosen(SWAP, dict.fromkeys(others, exact)),
+    )
+    side.chosen = [one, two]
+    leave_lone(side)
+    assert (one in side.chosen, two in side.chosen) == (stays, True)
+
+
 def test_of_two_as_near_that_comes_first_which_leaves_fewer_factors():
     one, two = (Option(SWAP, [Q, K], 1.0, 0, n, worst) for n, worst in ((1, 0.3), (2, 0.2)))
     assert one.key() < two.key()
@@ -53,6 +78,8 @@ def test_what_is_zero_by_theory_has_no_factor(size, error):
     made = Moments(X, 5.0, 1e-29 * X, 5.0)
     one = _left(Seen(K, "G", size * X, X, 5, 5), Setting(pooling_G="sum"), made, None)
     assert (one.error, one.ratio) == (pytest.approx(error), 1.0)
+    vanished = Setting(tensor_G="output in float16 at 2^-30")  # float16 leaves 0 itself
+    assert _left(Seen(K, "G", size * X, X, 5, 5), vanished, made, None).error == np.inf
 
 
 @pytest.mark.parametrize(

@@ -268,6 +268,38 @@ def test_a_covariance_to_which_ones_were_added(biased) -> None:
     assert [cause.fault for cause in verdict.causes] == ["B45"]
 
 
+@pytest.mark.parametrize("how", ["all of it", "before the ones", "no mean is known"])
+def test_a_covariance_may_have_one_row_less_for_divisor(biased, how) -> None:
+    """A factor of n/(n − 1) is that of the covariance, and no other count."""
+    factors = collected(biased, "empirical")
+    declared, theirs = {"fisher": "empirical"} | (JOINT if "mean" not in how else {}), {}
+    for name, one in factors.items():
+        by, mean = one.n_A / (one.n_A - 1), one.A_joint[-1]
+        A = by * (one.A_joint - np.outer(mean, mean))
+        if how == "before the ones":
+            A[-1, -1] = 1
+        theirs[name] = (A if "mean" not in how else A[:-1, :-1]), one.G, one.n_A
+    if "mean" in how:
+        layers = {k: replace(factors[k], sum_a=None) for k in factors}
+        factors = replace(factors, layers=layers)
+    verdict = rc.validate(theirs, factors, declared=declared, arithmetic="float64")
+    assert [cause.fault for cause in verdict.causes] == ["B45"]
+    assert verdict.causes[0].after < 1e-12
+    if how != "before the ones":
+        theirs = {k: (A * (n - 1) / (n - 5), G, n) for k, (A, G, n) in theirs.items()}
+        verdict = rc.validate(theirs, factors, declared=declared, arithmetic="float64")
+        assert [cause.fault for cause in verdict.causes] == ["B45", "B4"]
+
+
+def test_gradients_less_their_mean_may_have_one_row_less_for_divisor(biased) -> None:
+    factors = collected(biased, "empirical")
+    centred = under(case_of(biased, factors), Setting(pooling_G="centred"))
+    made = {k: replace(one, G=one.G * one.n_G / (one.n_G - 1)) for k, one in centred.items()}
+    verdict = judged(biased, factors, made)
+    assert [one.fault for one in verdict.causes] == ["B45"]
+    assert "over n − 1" in verdict.causes[0].sentence
+
+
 def test_ones_that_are_summed_where_inputs_are_averaged(biased) -> None:
     """[ā; n] of each sequence of n rows: the block of [ā; 1], and the corner of Σ [a; 1]."""
     layer = "blocks.1.mlp.down"

@@ -12,7 +12,7 @@ import oracles
 import pytest
 import test_images
 from strategies import Case, assert_within, case, config, random_parameters
-from test_factors import corpus_of, gappy, model_of
+from test_factors import alone, corpus_of, gappy, model_of
 
 import refcurv as rc
 from refcurv.judge import case as judged
@@ -36,6 +36,8 @@ from refcurv.judge.dump import Dump
 from refcurv.law.checks import Array
 from refcurv.law.conventions import Fisher, Rows
 from refcurv.model import transformer
+from refcurv.model.config import RopeScaling
+from refcurv.model.labels import shift_labels
 
 BUDGET = 40 * budgets.path(2, 64, np.float64)
 
@@ -871,3 +873,21 @@ def test_what_is_exact_ends_the_runs_on_all_sequences(monkeypatch):
     assert [cause.fault for cause in verdict.causes] == ["B16"]
     assert {one.labels for one in whole} == {"reference", "argmax"}, whole
     assert max(map(len, tried)) == recomputed.BEST
+
+
+@pytest.mark.parametrize("pads", ["real", "all"])
+def test_padding_makes_no_text_longer(pads):
+    """Rotary frequencies of longrope are those of the text, and padding has its document's."""
+    scaling = RopeScaling(kind="longrope", original=4, short=(1.5,), long=(6.0,))
+    one = case(3, batch=2, rope_theta=20.0, rope_scaling=scaling)
+    real = np.arange(6) < np.array([[4], [6]])
+    one = replace(one, real=real, label=shift_labels(one.token, real, one.segment))
+    here = beside(one, "empirical", "blocks.*.{attn.o,mlp.up}")
+    for name, found in under(here, Setting(pads=pads)).items():
+        assert_within(found.A, here.reference[name].A, BUDGET, np.trace(found.A), name)
+    rows = Setting(rows_A="with pads", rows_G="with pads", pads=pads)
+    short = replace(one.config, rope_scaling=replace(scaling, original=9))  # of any text here
+    alike = [replace(alone(one, 0), config=config) for config in (one.config, short)]
+    both = [under(beside(x, "empirical", "blocks.*.{attn.o,mlp.up}"), rows) for x in alike]
+    for name, found in both[0].items():
+        assert_within(found.A, both[1][name].A, BUDGET, np.trace(found.A), name)

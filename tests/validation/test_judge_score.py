@@ -251,6 +251,7 @@ def test_what_is_exact():
     assert not table.exact(record(["B28_pads"], ["B28"], passed=True))
     assert table.exact(record(["B46_mean"], ["B43"], ["B46"])), "a listed pair, and the judge says"
     assert not table.exact(record(["B46_mean"], ["B43"])), "the judge does not say so"
+    assert table.exact(record(["B20_first"], ["B49"], ["B20"])), "the same rows"
     assert not table.exact(record(["B3"], ["B2"], ["B3"])), "a pair that the page does not list"
     assert table.exact(record(["B1", "B28"], ["B28", "B1"]))
     assert not table.exact(record(["B1", "B28"], ["B28"]))

@@ -28,6 +28,8 @@ ALIKE: dict[frozenset[str], str] = {
     "accumulated batches or by workers is in no dump",
     frozenset({"B35", "B42"}): "an activation in place makes the hook see the gradient behind the "
     "activation, which is also what a hook in the wrong place sees",
+    frozenset({"B20", "B49"}): "where the first position of every text is the only one before its "
+    "labels, leaving out prompts and leaving out the start token leave out the same rows",
     frozenset({"B32", "B78"}): "A and G swapped, and their Kronecker product in the other order, "
     "are the same two matrices",
     frozenset({"B27", "B28"}): "without padding, every position and every real position are the "

@@ -46,6 +46,13 @@ OTHERS = Family("B57", "other weights of {}, draw {}", WEIGHTS, 0.01, (1e-6, 0.3
 AGREES = 1.5
 """How far the middle distance may be from that of passes at the rate that was fitted to it."""
 
+RAGGED = 1.5
+"""Chosen. G of a pass has long tails, and 19 of them seldom show the longest: of five true passes
+the raggedest was 1.28 times as ragged as theirs; what was dropped elsewhere was 1.7 times so."""
+
+SHARP = 5.0
+"""Deviations of the shift of passes, from 0 to their mean, with which it tells a pass."""
+
 ODDS = 0.01
 """Of a true pass whose shift is refused, by Student's t.  Chosen."""
 
@@ -71,15 +78,18 @@ def random_pass(case: Case, found: Mapping[str, Side], family: Family) -> Random
     """The random change of which theirs may be one pass, or None.
 
     Definition
-        M is the mean of PASSES passes at a level p, X is ours. p is fitted so that |T − M| is, in
-        the middle of all A and G, as large as |Y_k − M without k|; or, where passes differ less in
-        it, so that theirs is shifted as they are (below). Theirs is one more pass where
+        M is the mean of PASSES passes at a level p, X is ours. p is fitted so that |T − X| is, in
+        the middle of all A and G, as large as |Y_k − X|; or, where passes differ less in it, so
+        that theirs is shifted as they are (below). M would not do for X: at a level that is too
+        high it is as far from theirs as a pass is. Theirs is one more pass where
+        - |T − M| is, in the middle, as large as |Y_k − M without k|;
         - what the change does not move is ours, and what it moves is not;
-        - log |T − M| over the A and G is no more ragged than that of the raggedest pass;
+        - log |T − M| over the A and G is no more ragged than that of the raggedest pass; RAGGED
+          times as ragged, where the shift below is sharp, which says more;
         - where passes shift the mean, ⟨T − X, M − X⟩ over |M − X|², all A and G together, is that
           of a pass. It is about 1 for them, and about 0 for what has nothing to do with dropout.
-        Of true passes 1 in PASSES + 1 fails the second, and ODDS of them the third. Other weights
-        shift nothing; a change of the arithmetic that was not tried may look like them.
+        Of true passes at most 1 in PASSES + 1 fails the third, and ODDS of them the last. Other
+        weights shift nothing; a change of the arithmetic that was not tried may look like them.
 
     Proof: tests/test_judge_network.py::test_dropout_is_told_from_other_weights
     """
@@ -97,17 +107,17 @@ def random_pass(case: Case, found: Mapping[str, Side], family: Family) -> Random
                 layers = tuple(dict.fromkeys(layer for layer, _ in moved))
                 spread = max(float(np.median(one.each)) for one in seen)
                 return Random(place, p, layers, spread, max(one.off for one in seen))
-            p = _next(family, p, ratio, seen)
+            p = _next(family, p, float(np.median([one.away for one in seen])), seen)
             if not family.levels[0] < p < family.levels[1]:
                 break
     return None
 
 
 def _next(family: Family, p: float, ratio: float, seen: Sequence[Place]) -> float:
-    """The level at which the spread is `ratio` times that at p, or the shift is theirs.
+    """The level at which passes are `ratio` times as far away as at p, or shifted as theirs is.
 
-    The shift grows as p/(1 − p), the spread as its root. What passes agree on better is taken, at
-    the level that the spread tells.
+    The shift grows as p/(1 − p), the spread as its root, and most of a distance is spread. What
+    passes agree on better is taken, at the level that the distance tells.
     """
     if not family.odds:
         return p * ratio
@@ -173,7 +183,7 @@ class Place(NamedTuple):
 
     Fields: off, |T − M|, and each, |Y_k − M without k|, both over what is expected of them with a
     variance of 1; shift, ⟨T − X, M − X⟩, and shifts, of each pass with the M of the others; size,
-    |M − X|², and sizes, of the M of the others.
+    |M − X|², and sizes, of the M of the others. away: |T − X| over the middle |Y_k − X|.
     """
 
     off: float
@@ -182,6 +192,7 @@ class Place(NamedTuple):
     shifts: Array
     size: float
     sizes: Array
+    away: float
 
 
 def _seen(case: Case, theirs: Matrices, made: Sequence[Matrices], at: tuple[str, str]) -> Place:
@@ -199,6 +210,7 @@ def _seen(case: Case, theirs: Matrices, made: Sequence[Matrices], at: tuple[str,
         shifts / unit**2,
         float(norm(mean - X)) ** 2 / unit**2,
         norm((others - X).reshape(n, -1), axis=1) ** 2 / unit**2,
+        float(norm(T - X) / np.median(norm((every - X).reshape(n, -1), axis=1))),
     )
 
 
@@ -209,11 +221,14 @@ def _is_one(seen: Sequence[Place], family: Family) -> bool:
     scale = np.maximum(np.sqrt(np.mean((logs - middle) ** 2, axis=1)), 1e-3)
     ragged = [_irregular(x, scale) for x in ((logs - middle) / scale[:, None]).T]
     here = (np.log([one.off for one in seen]) - middle[:, 0]) / scale
-    if _irregular(here, scale) > max(ragged) or not family.shifts:
-        return _irregular(here, scale) <= max(ragged)
+    rough = _irregular(here, scale) / max(ragged)
+    if rough > RAGGED or not family.shifts:
+        return rough <= 1
     weight = 1 / np.array([np.median(one.each) ** 2 for one in seen])
     moved = weight @ [one.shift for one in seen] / (weight @ [one.size for one in seen])
     each = weight @ [one.shifts for one in seen] / (weight @ [one.sizes for one in seen])
+    if rough > 1 and each.mean() < SHARP * each.std(ddof=1):
+        return False
     reach = float(special.stdtrit(len(each) - 1, 1 - ODDS / 2)) * np.sqrt(1 + 1 / len(each))
     off, reach = moved - each.mean(), reach * each.std(ddof=1)
     return bool(-min(reach, each.mean() / 2) <= off <= reach)  # nearer than what shifts nothing

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
 
 from refcurv.judge.case import Case
-from refcurv.judge.diagnosis.hypotheses import fitted, see
-from refcurv.judge.diagnosis.search import Side
+from refcurv.judge.diagnosis.hypotheses import fitted as best
+from refcurv.judge.diagnosis.hypotheses import see
+from refcurv.judge.diagnosis.recomputed import is_large, recompute
+from refcurv.judge.diagnosis.search import ROUNDING, Chosen, Idea, Side
 from refcurv.judge.diagnosis.variants import Setting, inputs, moments
 from refcurv.judge.diagnosis.variants.networks import CHANGES
 from refcurv.law.checks import Array
@@ -22,8 +24,12 @@ STEPS = 12
 """Chosen: the steps of a secant from a level that halves the error to the last digit are fewer."""
 
 
-def fits(case: Case, side: Side, layers: Sequence[str]) -> Iterator[Setting]:
+def fits(
+    case: Case, side: Side, layers: Sequence[str], wanted: str | None = None
+) -> Iterator[Setting]:
     """Settings whose quantity is fitted, of those that some level brought clearly nearer.
+
+    Args: wanted, one of these changes alone.
 
     Definition
         Y(t) is what the network makes at level t; t goes to the least of Σ |T − r Y(t)|² / |r Y|²
@@ -33,7 +39,7 @@ def fits(case: Case, side: Side, layers: Sequence[str]) -> Iterator[Setting]:
     """
     assert case.model is not None
     for name, change in CHANGES.items():
-        if change.own is None:
+        if change.own is None or wanted not in (None, name):
             continue
         levels = {
             idea.setting.network[0][1]: max(_share(side, x, left[x].error) for x in layers)
@@ -47,6 +53,30 @@ def fits(case: Case, side: Side, layers: Sequence[str]) -> Iterator[Setting]:
         if levels and levels[first] <= CLEARLY:
             make = partial(_made, case, side.side, layers, name)
             yield _of(name, _least(make, change.own(case.model.config), first))
+
+
+def fitted(
+    case: Case,
+    found: Mapping[str, Side],
+    side: Side,
+    chosen: Chosen | None,
+    known: Mapping[str, Idea],
+) -> Chosen | None:
+    """What was chosen, its quantity fitted: a level that is near enough here is not elsewhere.
+
+    Args: known: layer → what was chosen on the other side, whose level stays as it is.
+
+    Proof: tests/test_judge_network.py::test_a_level_that_is_near_enough_is_fitted
+    """
+    setting = None if chosen is None else chosen.idea.setting
+    if chosen is None or setting is None or setting != Setting(network=setting.network[:1]):
+        return chosen
+    exact = all(left.error <= ROUNDING for left in chosen.left.values())
+    if exact or is_large(case) or any(idea.setting == setting for idea in known.values()):
+        return chosen
+    layers = list(chosen.left)
+    recompute(case, found, layers, list(fits(case, side, layers, setting.network[0][0])))
+    return side.choose(layers, {layer: idea.faults for layer, idea in known.items()})
 
 
 def _share(side: Side, layer: str, error: float) -> float:
@@ -75,7 +105,7 @@ def _made(
         if layer not in of:
             return None
         T, size = see(case, layer)[side].T, float(np.linalg.norm(of[layer])) or 1.0
-        r = fitted(T, of[layer])[1]
+        r = best(T, of[layer])[1]
         Y.append(of[layer].ravel() / size)
         D.append((T / r - of[layer]).ravel() / size)
     return np.concatenate(Y), np.concatenate(D)

@@ -79,7 +79,8 @@ def _as_simulated(
     """What was hit by size; where a network can be run in these dtypes, the one that comes nearest.
 
     A residue of the size of a dtype is none where theirs is further off elsewhere than the dtype
-    explains: what is unknown there may leave it too.
+    explains: what is unknown there may leave it too. Where theirs is everywhere as far off as such
+    a network, it explains what no budget of the dtype covers as well.
     """
     sized = [key for key in hit if key[0] in ("B59", "B60")]
     sizes = _sizes(case, found) if sized else {}
@@ -98,6 +99,10 @@ def _as_simulated(
     every: dict[str, set[str]] = {}
     for layer, sides in (pair for key in hit if key[0] in SIZES for pair in hit[key].items()):
         every.setdefault(layer, set()).update(sides)
+    if min(sizes[dtype]) >= 1 / LARGER and ratio >= 1 / MIDDLE:  # then of what is further off too
+        for name in "A" if any(who_draws(case)) else "AG":
+            for layer in found[name].unexplained():
+                every.setdefault(layer, set()).add(name)
     words = f"A network in {dtype} is {1 / ratio:.2g} times as far from ours as theirs."
     key = ("B59", (), words) if dtype == "bfloat16" else ("B60", ("B61",), words)
     yield key, every, max(worst[key] for key in hit if key[0] in SIZES)

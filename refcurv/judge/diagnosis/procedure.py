@@ -15,7 +15,7 @@ from functools import partial
 from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.case import Case
 from refcurv.judge.diagnosis import amounts, coarse, precision, scales, telling
-from refcurv.judge.diagnosis.fits import fits
+from refcurv.judge.diagnosis.fits import fits, fitted
 from refcurv.judge.diagnosis.hidden import hidden
 from refcurv.judge.diagnosis.hypotheses import Index, diagonals, see, states
 from refcurv.judge.diagnosis.likely import likely
@@ -55,12 +55,9 @@ from refcurv.judge.diagnosis.unknown import remainder
 from refcurv.judge.diagnosis.variants import REFERENCE, Setting, combined
 from refcurv.judge.diagnosis.variants.networks import BITS, PARTS
 from refcurv.judge.diagnosis.variants.setting import HALVES
-from refcurv.judge.diagnosis.weighted import weigh
+from refcurv.judge.diagnosis.weighted import leave_lone, weigh, weighs
 from refcurv.judge.draws import nearer, unlike
 from refcurv.judge.verdict import LEFT_OUT, PASS, Cause, Comparison
-
-WEIGHTED = ("B2", "B3", "B9", "B11", "B39", "B41", "B43", "B46")
-"""Faults that `weighted` finds."""
 
 ROUNDS = 4
 """How many groups of layers with faults of their own are looked for."""
@@ -92,6 +89,7 @@ def diagnose(
         coarse.settle(case, found)  # where nothing but rounding is there, the search is over
     for side in found.values():
         _search(case, side, found, index)
+        leave_lone(side)
     coarse.settle(case, found)
     _agree(found)
     for side in found.values():
@@ -154,7 +152,7 @@ def _search(case: Case, side: Side, found: Mapping[str, Side], index: Index) -> 
             return
         sample = _first(side, layers, FEW if is_large(case) else SAMPLE)
         look(case, sample, found, index, sides=side.side)
-        chosen = _chosen(case, side, found, sample, known)
+        chosen = fitted(case, found, side, _chosen(case, side, found, sample, known), known)
         soft = chosen is not None and (_soft(side, sample) or _by_drawing(case, side, chosen))
         if chosen is None or (soft and not _supported(case, side, chosen, sample, known)):
             return
@@ -167,7 +165,8 @@ def _search(case: Case, side: Side, found: Mapping[str, Side], index: Index) -> 
             if side.explains(chosen.idea, x, bool(chosen.faults) and free[x])
         }
         if 2 * len(every) > len(layers):
-            close = [x for x in layers if x not in every and side.follows(chosen.idea, x)]
+            most = max(left.error for left in every.values())
+            close = [x for x in layers if x not in every and side.follows(chosen.idea, x, most)]
             every |= {x: side.table[chosen.idea][x] for x in close}
         side.chosen.append(replace(chosen, left=every))
         more = [x for x in _scaled(side) if _changes_scale(chosen.idea)]
@@ -188,12 +187,7 @@ def _first(side: Side, layers: Sequence[str], most: int) -> list[str]:
 
 def _changes_scale(idea: Idea) -> bool:
     """May it leave the form of a layer as it is, and a factor or a count?"""
-    return idea.setting is not None or "B40" in idea.faults or _weighs(idea)
-
-
-def _weighs(idea: Idea) -> bool:
-    """Is it one of the rules of `weighted`?"""
-    return idea.setting is None and bool(idea.faults) and idea.faults[0] in WEIGHTED
+    return idea.setting is not None or "B40" in idea.faults or weighs(idea)
 
 
 def _supported(
@@ -350,7 +344,7 @@ def _verify(
     layers: Sequence[str],
 ) -> None:
     """Try what was chosen on further layers."""
-    if _weighs(idea):
+    if weighs(idea):
         weigh(case, found, side, layers, [idea.name])
     elif idea.setting is None and "B19" in idea.faults:
         remainder(case, found, layers, idea)
@@ -440,7 +434,7 @@ def _join_nearest(
     recompute(case, found, layers, joined(firsts, tried))
     if side.side == "G":
         amounts.fit(case, found, layers, firsts[:1])
-        names = {idea.name for x in layers if _weighs(idea := found["A"].of(x)[0])}
+        names = {idea.name for x in layers if weighs(idea := found["A"].of(x)[0])}
         for one in firsts:
             if one.faults and one == replace(one.run, text=REFERENCE.text, token=REFERENCE.token):
                 weigh(case, found, "G", layers, names, decaying=False, under=one)
@@ -450,7 +444,7 @@ def _weighed_as_A(
     case: Case, found: Mapping[str, Side], layers: Sequence[str], known: Mapping[str, Idea]
 ) -> bool:
     """Try the weights of A on G. Is then nothing left but a factor or a count, as of `scales`?"""
-    side, names = found["G"], {one.name for one in known.values() if _weighs(one)}
+    side, names = found["G"], {one.name for one in known.values() if weighs(one)}
     if names:
         weigh(case, found, "G", layers, names)
     return bool(names) and all(side.rank(x, side.plain(x)) == 0 for x in layers)

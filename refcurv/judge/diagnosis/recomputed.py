@@ -12,7 +12,7 @@ import numpy as np
 from refcurv.algebra.scaling import norm
 from refcurv.curvature.factors_file import shapes_of
 from refcurv.judge.case import Case
-from refcurv.judge.diagnosis.hypotheses import Left, Seen, fitted, see
+from refcurv.judge.diagnosis.hypotheses import Left, Seen, fitted, see, unbiased
 from refcurv.judge.diagnosis.search import ROUNDING, Idea, Side, usable
 from refcurv.judge.diagnosis.variants import (
     REFERENCE,
@@ -25,7 +25,7 @@ from refcurv.judge.diagnosis.variants import (
 )
 from refcurv.judge.diagnosis.variants.collecting import sample
 from refcurv.judge.diagnosis.variants.positions import BUT
-from refcurv.judge.diagnosis.variants.setting import batches
+from refcurv.judge.diagnosis.variants.setting import HALVES, batches
 from refcurv.law.checks import Array
 from refcurv.law.words import number_of
 from refcurv.model.config import TABLES
@@ -407,10 +407,15 @@ def _left(
         return Left(math.inf, math.nan)
     size = float(norm(seen.X[block]))
     if float(norm(Y[block])) <= ROUNDING**2 * size:  # zero by theory, and so is theirs
+        if own.tensor_G in HALVES:  # none is left of it, and theirs is not zero
+            return Left(math.inf, math.nan)
         return Left(math.sqrt(float(norm(seen.T[block])) / size), 1.0, words(own), own.alike)
+    note = words(own)
+    if "centred" in (own.pooling_A, own.pooling_G):
+        note, Y = unbiased(seen, Y, note)
     error, r = fitted(seen.T[block], Y[block])
     rows = None if base is not None else seen.rows(n)
-    return Left(error, r, words(own), own.alike, rows, drawn=own.labels not in FIXED)
+    return Left(error, r, note, own.alike, rows, drawn=own.labels not in FIXED)
 
 
 def _size(T: Array, X: Array, change: Array) -> float:

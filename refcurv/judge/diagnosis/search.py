@@ -271,12 +271,17 @@ class Side:
         nearer = left.error <= min(0.8 * plain.error, 0.5)  # as in `explains`
         return drawn <= self.ladders[layer].by_drawing and nearer and self.sizes(idea, layer)
 
-    def follows(self, idea: Idea, layer: str) -> bool:
-        """May it hold here too, for it explains most layers? A budget is that of ours alone."""
+    def follows(self, idea: Idea, layer: str, most: float = 0.0) -> bool:
+        """May it hold here too, for it explains most layers? A budget is that of ours alone.
+
+        Args: most, what it leaves of those: where it is near without being equal, of others it may
+            leave as much.
+        """
         left, plain = self.table[idea].get(layer), self.plain(layer)
         if left is None or self.ladders[layer].drawn:
             return False
-        return left.error <= min(WIDER * self.ladders[layer].declared, plain.error / 2)
+        near = left.error <= min(WIDER * most, plain.error / SHARPER)
+        return near or left.error <= min(WIDER * self.ladders[layer].declared, plain.error / 2)
 
     def unit(self, layer: str, left: Left) -> bool:
         """Is theirs what is left of it, without a factor?"""

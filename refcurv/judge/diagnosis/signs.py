@@ -36,8 +36,12 @@ class Sign(NamedTuple):
     alike: tuple[str, ...]
 
 
-def signs(case: Case, found: Mapping[str, Side]) -> Iterator[Sign]:
-    """One G of two layers, lost ranks, other norms, and an A that drifts away with depth."""
+def signs(case: Case, found: Mapping[str, Side], sized: bool = False) -> Iterator[Sign]:
+    """One G of two layers, lost ranks, other norms, and an A that drifts away with depth.
+
+    Args: sized, is theirs in every layer as far off as a network in another dtype is? Other weights
+        are a number that is fitted to how far it is, and the dtype has none: so it is the dtype.
+    """
     yield from _one_matrix(case, found["G"])
     collapsed = {name: _collapsed(case, side) for name, side in found.items()}
     named = {id for side in found.values() for one in side.chosen for id in one.faults}
@@ -54,8 +58,7 @@ def signs(case: Case, found: Mapping[str, Side]) -> Iterator[Sign]:
         yield from (
             list(_random(case, found, DROPOUT))
             or list(_other_norms(case, found["A"]))
-            or list(_random(case, found, OTHERS))
-            or _drifting(found["A"])
+            or ([] if sized else list(_random(case, found, OTHERS)) or _drifting(found["A"]))
         )
 
 

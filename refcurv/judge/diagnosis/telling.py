@@ -45,7 +45,9 @@ def causes(
     for side in found.values():
         named = {x for one in sized if _of_side(one, side.side) for x in one.layers}
         side.odd = {*side.sized()} - named
-    seen, rows = list(signs(case, found)), list(_other_rows(case, found))
+    lost = {x for side in found.values() for x in side.unexplained()}
+    whole = any(_precision(one) and lost <= {*one.layers} for one in sized)
+    seen, rows = list(signs(case, found, whole)), list(_other_rows(case, found))
     moved = {x for one in seen for x in one.layers} | {x for one in rows for x in one.layers}
     every += [*rows, *_scales(case, found, findings, moved)]
     every += [one for one in sized if not (_precision(one) and {*one.layers} <= moved)]

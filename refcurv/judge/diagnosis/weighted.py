@@ -28,6 +28,9 @@ from refcurv.law.words import number_of
 KEPT = ("ordinary", "first", "prompts")
 """The kinds of positions that are rows where the reference has the rows `reached`."""
 
+WEIGHTED: Final = ("B2", "B3", "B9", "B11", "B39", "B41", "B43", "B46")
+"""Faults that weight sequences or batches."""
+
 LEAST = 0.1
 """A decay below this is the last batch alone (B41).  Chosen: nobody averages over so little."""
 
@@ -92,6 +95,25 @@ def _means(terms: Array, own: Array) -> Iterator[Rule]:
             some = "" if own.all() else " of its own"
             name = f"means over batches of {number_of(size, 'sequence')}{some}"
             yield Rule(("B2",), name, weight, size=size)
+
+
+def weighs(idea: Idea) -> bool:
+    """Is it one of the rules for weights?"""
+    return idea.setting is None and bool(idea.faults) and idea.faults[0] in WEIGHTED
+
+
+def leave_lone(side: Side) -> None:
+    """Give up weights that explain few of the layers that are off, where others stay unexplained.
+
+    Batches and sequences weigh the same in all layers. A rule whose numbers are fitted leaves
+    nothing of a matrix of few entries, whatever it is.
+
+    Proof: tests/test_judge_residues.py::test_weights_of_one_layer_alone_are_none
+    """
+    off = {x for one in side.chosen for x in one.left} | {*side.open()}
+    few = [one for one in side.chosen if weighs(one.idea) and 2 * len(one.left) < len(off)]
+    if few and side.unexplained():
+        side.chosen = [one for one in side.chosen if one not in few]
 
 
 def weigh(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from refcurv.law.checks import Array
 from refcurv.law.conventions import shard_sequences
 from refcurv.model import transformer
 from refcurv.model.config import NormPlace, Residual
-from refcurv.model.layers import ACTIVATIONS, Layout
+from refcurv.model.layers import ACTIVATIONS, DEFINITIONS, Layout, lengths
 from refcurv.model.transformer import BlockTrace, Inputs, Slope, Tap
 
 LOGITS = 2**22
@@ -73,7 +74,7 @@ def _shard(
         config = replace(config, windows=())  # a part of `seen`
     inputs = at.inputs.astype(P["patch.weight"].dtype) if at.images else at.inputs
     x = transformer.input_forward(config, P, inputs, layout)
-    ropes = [transformer.rope_of(config, i, layout, x.dtype) for i in range(config.layers)]
+    ropes = _ropes(net, at, layout, x.dtype)
     if net.drop is not None:
         x, net = net.drop.input(x), replace(net, ops=net.drop.ops(net.ops))
     states, blocks = [x], []
@@ -100,6 +101,26 @@ def _shard(
         yield Flow(
             net, at, states, blocks, read, taps, d_states, back.joint, back.draw, first=n == 0
         )
+
+
+def _ropes(
+    net: Network, at: Positions, layout: Layout, dtype: np.dtype[Any]
+) -> list[tuple[Array, Array] | None]:
+    """The rotary tables of each block. Padding makes no text longer, whatever it sees."""
+    ops = DEFINITIONS
+    if not (at.images or net.left or net.pads in ("blind", "apart")):
+        own = _of_text(layout, at.real_BT)
+        ops = replace(ops, rope_tables=lambda *some: DEFINITIONS.rope_tables(*some[:-1], own))
+    config = net.config
+    return [transformer.rope_of(config, i, layout, dtype, ops) for i in range(config.layers)]
+
+
+def _of_text(layout: Layout, real_BT: Array) -> Array:
+    """`layers.lengths` without the padding, which has that of the document before it."""
+    own = lengths(replace(layout, last_BT=np.where(real_BT, layout.last_BT, -1)))[:, :, 0, 0]
+    end_B1 = np.maximum(real_BT.sum(axis=1, keepdims=True) - 1, 0)
+    last_B1 = np.take_along_axis(own, end_B1, axis=1)
+    return np.asarray(np.where(real_BT, own, last_B1)[:, :, None, None])
 
 
 def _read(net: Network, blocks: list[BlockTrace]) -> dict[str, Array]:
