@@ -131,6 +131,14 @@ def test_targets_are_found_and_judged() -> None:
     }
 
 
+def test_of_two_machines_no_scaling_is_said() -> None:
+    """Where one core was measured in a slower hour, two seem more than twice as fast."""
+    slow = {**RESULTS["time"]["runs"], "all 1": timed(ours=passes(3))}
+    found = {what: said for what, *_, said in targets.rows({**RESULTS, "time": section(slow)})}
+    for n in (2, 16):
+        assert found[f"{n} cores, of {n} sgemm processes"] == "not measured"
+
+
 @pytest.mark.parametrize(
     ("name", "mega"), [("all", 144.7 + 104.9), ("upper", 75.5 + 18.9 + 26.3), ("mid", 415.3)]
 )

@@ -80,11 +80,16 @@ def floor_share(cores: int) -> Callable[[Record], Found]:
     return measured
 
 
+AT_ONCE = 1.05
+"""Chosen: above it two measurements are not of one machine, as where others use a virtual one."""
+
+
 def scaling(cores: int) -> Callable[[Record], Found]:
     """Our speed on so many cores over that on one, beside the same of independent processes.
 
     Every core has as many tokens. Not measured on so many: each further core costs the share of
-    time that it costs where most cores were measured.
+    time that it costs where most cores were measured. Nothing is said where cores together seem
+    faster than apart by more than AT_ONCE: then the machine was slower while one was measured.
     """
 
     def measured(results: Record) -> Found:
@@ -98,7 +103,9 @@ def scaling(cores: int) -> Callable[[Record], Found]:
             )
             if one and many and alone and rates:
                 speed = sum(rate["gflops"] for rate in rates["sgemm"])
-                shares[n] = n * one / many / (speed / alone["sgemm"][0]["gflops"])
+                share = n * one / many / (speed / alone["sgemm"][0]["gflops"])
+                if share <= AT_ONCE:
+                    shares[n] = share
         if cores in shares:
             return shares[cores], True
         if not shares or cores < max(shares):
