@@ -138,9 +138,7 @@ def _stage(
     if stage.layers:
         sums = room.to_collect(config, replace(job, layers=stage.layers), item, units)
     shape = widest.layout.position_BT.shape
-    each = head_bytes(config, shape, item) if stage.at == config.layers else 0
-    if 0 <= stage.at < config.layers:
-        each = block_bytes(config, shape, item, back=True)
+    each = _passing(config, stage.at, shape, item)
     one = max(each, _noise(config, stage, widest, item))  # one shard's rounding is looked at
     shards = in_flight * sums.each[0] + (in_flight - 1) * each + one
     sizes = config.linear_layers() | config.tables()
@@ -156,10 +154,15 @@ def _noise(config: ModelConfig, stage: Stage, shard: Shard, item: int) -> int:
     shape = (1 + len(nudges_of(shard, few)[0])) * B, T
     rows, sizes = math.prod(shape), config.linear_layers() | config.tables()
     widest = max((sum(sizes[name]) for name in stage.layers), default=0)
-    each = head_bytes(config, shape, item) if stage.at == config.layers else 0
-    if 0 <= stage.at < config.layers:
-        each = block_bytes(config, shape, item, back=True)
+    each = _passing(config, stage.at, shape, item)
     return int(each + item * rows * widest)  # the kept rows of a layer are copied
+
+
+def _passing(config: ModelConfig, at: int, shape: tuple[int, ...], item: int) -> int:
+    """What one shard (B, T) takes on its way back through the head, a block, or the input."""
+    if at == config.layers:
+        return head_bytes(config, shape, item)
+    return block_bytes(config, shape, item, back=True) if at >= 0 else 0
 
 
 def _states(config: ModelConfig, units: Sequence[Shard], job: Sweep, item: int, lowest: int) -> int:

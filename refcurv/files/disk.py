@@ -246,12 +246,11 @@ def remove_folder(who: str, path: PathLike) -> None:
     """
     with machine_faults(who, path, WRITING):
         for _ in range(_TRIES):
-            with suppress(FileNotFoundError):  # another run removes it as well
-                try:
-                    shutil.rmtree(path)
-                except OSError as error:
-                    if error.errno != errno.ENOTEMPTY:
-                        raise
+            try:
+                shutil.rmtree(path)
+            except OSError as error:  # another run fills it, or removes it as well
+                if error.errno not in (errno.ENOTEMPTY, errno.ENOENT):
+                    raise
             if not mode_of(who, path):
                 return
         shutil.rmtree(path)

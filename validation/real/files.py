@@ -80,11 +80,15 @@ class Files:
 
     # -------------------------------------------------------------- what refcurv makes
 
+    def _path(self, step: str, end: str, recipe: Record) -> Path:
+        """Where a step's file of a recipe lies."""
+        return self.folder / f"{self.plan.model}-{step}-{short(recipe)}{end}"
+
     def made(
         self, step: str, end: str, recipe: Record, make: Callable[[Path], object], what: str = ""
     ) -> Path:
         """A file under its recipe's name; made now if it is not there, and its costs kept."""
-        path = self.folder / f"{self.plan.model}-{step}-{short(recipe)}{end}"
+        path = self._path(step, end, recipe)
         if not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             cost: Record = {}
@@ -118,7 +122,7 @@ class Files:
         """The passages that the model recites; those that results/ has are not searched again."""
         plan, weights, searched = self.plan, self.weights(), self.searched()
         recipe = plan.recipe(*RECITED)
-        path = self.folder / f"{plan.model}-recite-{short(recipe)}.jsonl"
+        path = self._path("recite", ".jsonl", recipe)
         known = self.results.find("models", "recited")
         if known and not path.exists() and plain(recipe).items() <= known["inputs"].items():
             write_json_lines(self._spelled(known["found"]["passages"]), path)
@@ -193,7 +197,7 @@ class Files:
             command("decompose", factors, "-o", path, *DTYPE)
 
         end = f"-{k}.h5"
-        basis = self.folder / f"{self.plan.model}-decompose-{short(recipe)}{end}"
+        basis = self._path("decompose", end, recipe)
         if not basis.exists():
             factors = self.made("collect", end, recipe, collect, what)
             self.made("decompose", end, recipe, decompose, what)
