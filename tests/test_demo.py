@@ -359,7 +359,7 @@ def test_a_disk_that_fails_under_controls_ends_the_report(
     command = ["report", *own_files(tmp_path, True), "--split", "dev", "--rho", "0.6", "--layers",
                "blocks.1.mlp.up"]  # fmt: skip
     full = StorageError("write: 'x': No space left on device.")
-    with patch("refcurv.sweeps.lines.write_json_lines", side_effect=full):
+    with patch("refcurv.evaluation.lines.write_json_lines", side_effect=full):
         assert main(command) == 3
     out = tmp_path / "out"
     assert "No space left" in capsys.readouterr().err.splitlines()[-1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -14,8 +15,16 @@ from strategies import config, random_parameters
 
 import refcurv as rc
 from refcurv.cli import main
+from refcurv.evaluation import recited as module
+from refcurv.evaluation.lines import _checksum
 from refcurv.evaluation.recited import _split, longest_runs, recited
-from refcurv.law.checks import EmptyError, RangeError
+from refcurv.law.checks import (
+    ConventionError,
+    EmptyError,
+    RangeError,
+    SchemaError,
+    StorageError,
+)
 
 SIZE = dict(prefix=4, suffix=6, stride=3)
 
@@ -164,6 +173,69 @@ def test_the_command_line(model: rc.Model, tmp_path: Path, monkeypatch, capsys) 
             want = getattr(found.population(split), name)
             assert getattr(made, name).tolist() == want.tolist()
         assert "of the other split" in capsys.readouterr().out
+
+
+def test_a_killed_run_goes_on(model: rc.Model, tmp_path: Path, monkeypatch) -> None:
+    """With the same passages; what was read is not read again, what is of another run refused."""
+    monkeypatch.setattr(module, "PIECE", 100)
+    documents, lines = texts(model, many=9), tmp_path / "found"
+    want, strict = (recited(model, documents, **SIZE, least=n) for n in (1, 5))
+    whole, read = module.at_scored, []
+
+    def killed(config, parameters, piece, *given):
+        read.append(len(piece.tokens))
+        if len(read) == 4:
+            raise KeyboardInterrupt
+        return whole(config, parameters, piece, *given)
+
+    monkeypatch.setattr(module, "at_scored", killed)
+    with pytest.raises(KeyboardInterrupt):
+        recited(model, documents, **SIZE, least=1, lines=lines)
+    steps: list[tuple[int, int]] = []
+    found = recited(  # what counts as a passage is no part of what is kept
+        model, documents, **SIZE, least=5, lines=lines, progress=lambda *at: steps.append(at)
+    )
+    assert found.passages == strict.passages != want.passages
+    assert sum(read) - read[3] == want.windows and steps == sorted(steps)
+    assert steps[0][0] == 0 and steps[-1][0] == steps[-1][1]
+    done = len(read)
+    again = recited(model, documents, **SIZE, least=1, lines=lines)
+    assert len(read) == done and again.passages == want.passages
+    assert again.runs.tolist() == want.runs.tolist() and again.right == want.right
+    for other, says in (({"stride": 2}, "stride is 2 here, 3 there"), ({}, "texts is ")):
+        with pytest.raises(ConventionError, match=f"belongs to another run: {says}"):
+            recited(model, documents[len(other) - 1 :], **{**SIZE, **other}, lines=lines)
+    kept = lines.read_text()
+    for wrong in ("zz", "0", "00", 7, None):
+        line = {"what": "windows", "piece": 0, "right": wrong}
+        told = json.dumps({**line, "check": _checksum(line)})
+        lines.write_text("\n".join([kept.split("\n")[0], told, ""]))
+        with pytest.raises(SchemaError, match=r"without its .* windows"):
+            recited(model, documents, **SIZE, lines=lines)
+
+
+def test_the_command_goes_on_and_leaves_nothing(
+    model: rc.Model, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rc.save(model, "w.h5")
+    Path("t.jsonl").write_text(
+        "".join(json.dumps({"input_ids": one.tolist()}) + "\n" for one in texts(model))
+    )
+    words = ["recite", "w.h5", "t.jsonl", "--prefix", "4", "--suffix", "6", "--run", "2", "-o"]
+    assert main([*words, "whole.jsonl"]) == 0
+    full = Mock(side_effect=StorageError("the disk is full"))
+    with monkeypatch.context() as patched:
+        patched.setattr("refcurv.files.disk.write_json_lines", full)
+        assert main([*words, "items.jsonl"]) == 3
+    assert Path("items.jsonl.unfinished").exists() and not Path("items.jsonl").exists()
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "at_scored", None)  # nothing is read again
+        assert main([*words, "items.jsonl"]) == 0
+    assert Path("items.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
+    assert sorted(p.name for p in Path().iterdir()) == [
+        "items.jsonl", "t.jsonl", "w.h5", "whole.jsonl",
+    ]  # fmt: skip
 
 
 def test_refusals(model: rc.Model, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -16,6 +16,7 @@ from strategies import config, random_parameters
 import refcurv as rc
 from refcurv.curvature import room
 from refcurv.evaluation.held import kept_bytes
+from refcurv.evaluation.lines import Lines
 from refcurv.evaluation.matching import search_share
 from refcurv.files import disk
 from refcurv.law.checks import ConventionError, RoomError
@@ -25,7 +26,6 @@ from refcurv.sweeps import asked as sweeps_asked
 from refcurv.sweeps import sweep as sweeps
 from refcurv.sweeps.asked import checked
 from refcurv.sweeps.beside import Collecting, basis_of
-from refcurv.sweeps.lines import Lines
 from refcurv.sweeps.methods import STRONGEST, WEAKEST
 from refcurv.sweeps.outcomes import unmeasured
 

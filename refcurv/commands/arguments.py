@@ -218,7 +218,7 @@ def files(args: argparse.Namespace) -> tuple[dict[str, str], dict[str, str]]:
         is_folder = os.path.isdir(folder)  # noqa: PTH112
         within = folder.glob("*") if is_folder else [folder, *folder.parent.glob("*.gguf")]
         reads |= {f"{p.name} of DIRECTORY": str(p) for p in within}
-    if args.command == "collect":
+    if args.command in ("collect", "recite"):
         writes["the checkpoint of --output"] = unfinished(args.output)
     if args.command == "sweep" and args.basis is None and args.factors is None:
         kept = beside(args.output, "factors", "basis").items()
@@ -310,7 +310,10 @@ def _recite(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("texts", nargs="+", metavar="TEXT", help=text)
     _how_to_read(sub)
-    text = "file to write, a passage a line; what it held is replaced at the end, or not at all"
+    text = (
+        "file to write, a passage a line; what it held is replaced at the end, or not at all; the "
+        "same command goes on where it was stopped"
+    )
     sub.add_argument("-o", "--output", required=True, metavar="OUT.jsonl", help=text)
     for name, default, text in (
         ("prefix", 32, "tokens that are given, at least"),

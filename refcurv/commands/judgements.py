@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from refcurv.commands.arguments import pairs, shares
@@ -127,7 +128,7 @@ def _write_items(
 def recite(args: argparse.Namespace) -> None:
     """Find the passages of some texts that a model recites, for `refcurv corpus --population`."""
     import refcurv as rc
-    from refcurv.files.disk import write_json_lines
+    from refcurv.files.disk import unfinished, write_json_lines
     from refcurv.files.whole_texts import read_texts
     from refcurv.report.passages import format_recited
 
@@ -147,9 +148,11 @@ def recite(args: argparse.Namespace) -> None:
         stride=args.stride,
         least=args.run,
         before=texts.before,
+        lines=unfinished(args.output),
         progress=progress_bar("recite"),
     )
     write_json_lines(found.rows(texts.names, texts.spelled), args.output)
+    Path(unfinished(args.output)).unlink(missing_ok=True)
     print(format_recited(found))
     print(f"→ {args.output}")
 

@@ -8,21 +8,27 @@ prompt is everything before the run.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
 
 import numpy as np
 
 from refcurv.evaluation.decode import at_scored, batches, require_population
 from refcurv.evaluation.held import held
+from refcurv.evaluation.lines import Lines
+from refcurv.files import store
+from refcurv.files.digest import digest, sha256_of
 from refcurv.law.checks import (
     Array,
     EmptyError,
+    SchemaError,
     as_integers,
     overflow_hint,
     require_choice,
     require_finite,
 )
+from refcurv.law.conventions import describe
 from refcurv.law.words import number_of
 from refcurv.model.corpus import SPLITS, Population
 from refcurv.model.given import require_whole
@@ -30,6 +36,9 @@ from refcurv.model.weights import Model
 from refcurv.progress import Progress, counter, silent
 
 WHO = "recited"
+
+PIECE: Final = 16_384
+"""Tokens of windows that are kept as one line.  Chosen: a large model reads them in minutes."""
 
 Spelled = Callable[[Array], str | None]
 """The text of some ids, or None where no tokenizer is known."""
@@ -127,6 +136,7 @@ def recited(
     stride: int = 8,
     least: int | None = None,
     before: Sequence[int] = (),
+    lines: str | Path | None = None,
     progress: Progress = silent,
 ) -> Recited:
     """The passages of documents that a model recites, each with the prompt that it needs.
@@ -152,6 +162,8 @@ def recited(
         stride: from one window to the next, >= 1.
         least: how many right tokens in a row count, 1 .. suffix; None: all.
         before: ids that stand before every window, as a tokenizer puts them before a text.
+        lines: a file that keeps what is found, every PIECE tokens. A run that was killed goes on
+            from it, with the same results; the caller removes it.
         progress: called with (batches done, batches).
 
     Returns:
@@ -159,12 +171,14 @@ def recited(
 
     Raises:
         RangeError: a number outside its range; a token outside the vocabulary; more positions than
-            were learned. ConventionError: a model of images, or a bidirectional one.
+            were learned. ConventionError: a model of images, or a bidirectional one; `lines` of
+            another run. SchemaError: `lines` that no run left, or that was changed since.
         EmptyError: no document has a window. NonFiniteError: a logit is NaN or infinite.
 
     Cost: one forward pass over the windows: (prefix + suffix) / stride times the text.
     Source: METHOD, Recitation; arXiv 2510.24256, section 4 (exact suffixes).
-    Proof:  tests/test_recited.py::test_by_loops, ::test_greedy_decoding_says_each_passage
+    Proof:  tests/test_recited.py::test_by_loops, ::test_greedy_decoding_says_each_passage,
+        ::test_a_killed_run_goes_on
     """
     for what, value in (("prefix", prefix), ("suffix", suffix), ("stride", stride)):
         require_whole(WHO, what, value, 1, 2**20)
@@ -175,7 +189,14 @@ def recited(
     ]
     place_W2 = _windows([len(one) for one in ids], prefix + suffix, stride)
     window_WT = np.array([ids[d][b : b + prefix + suffix] for d, b in place_W2], np.int32)
-    right_WN = _right(model, window_WT, prefix, before, progress)
+    asked = _asked(model, window_WT, prefix, before)
+    facts = {
+        "prefix": prefix, "suffix": suffix, "stride": stride, "before": list(map(int, before)),
+        "texts": sha256_of(ids), "weights": digest(model), "dtype": model.dtype,
+        "law": describe(), **store.machine(),
+    }  # fmt: skip
+    known = Lines(None if lines is None else Path(lines), facts, who=WHO)
+    right_WN = _right(model, asked, known, progress)
     run_W, at_W = longest_runs(right_WN)
     found = [
         _Window(int(d), int(b), prefix + int(at), int(run), window)
@@ -235,29 +256,69 @@ def _windows(lengths: Sequence[int], size: int, stride: int) -> Array:
     return np.array(place)
 
 
-def _right(
-    model: Model, window_WT: Array, prefix: int, before: Sequence[int], progress: Progress
-) -> Array:
-    """(W, N) bool: is the likeliest token the true one?"""
-    W, T = window_WT.shape
-    front = np.tile(np.array([*before], np.int32), (W, 1))
-    tokens = np.concatenate([front, window_WT], axis=1)
-    prompt = np.full(W, front.shape[1] + prefix, np.int32)
+def _asked(model: Model, window_WT: Array, prefix: int, before: Sequence[int]) -> Population:
+    """The windows as prompts of `prefix` tokens and what should follow."""
+    W = len(window_WT)
+    front_WF = np.tile(np.array([*before], np.int32), (W, 1))
+    tokens = np.concatenate([front_WF, window_WT], axis=1)
+    prompt = np.full(W, front_WF.shape[1] + prefix, np.int32)
     asked = Population(tokens, prompt, np.full(W, tokens.shape[1], np.int32), "recite", "test")
     require_population(WHO, "windows", asked, model.config)
+    return asked
+
+
+def _right(model: Model, asked: Population, known: Lines, progress: Progress) -> Array:
+    """(W, N) bool: is the likeliest token the true one? A line of `known` for each PIECE."""
 
     def take(logit_NV: Array, label_N: Array) -> Array:
         require_finite(WHO, "the logits", logit_NV, overflow_hint(logit_NV.dtype))
         return np.asarray(logit_NV.argmax(axis=-1) == label_N)
 
-    parts = batches(asked)
-    progress(0, len(parts))
-    found = at_scored(
-        model.config, held(WHO, model, [asked]), asked, take, counter(progress, len(parts))
+    W, T = asked.tokens.shape
+    N = T - int(asked.prompt_length[0])
+    pieces = [_rows(asked, at, at + PIECE // T + 1) for at in range(0, W, PIECE // T + 1)]
+    sizes = [len(batches(piece)) for piece in pieces]
+    parameters = held(WHO, model, pieces)
+    found = []
+    for at, piece in enumerate(pieces):
+        done = counter(progress, sum(sizes), sum(sizes[:at]))
+
+        def make(piece: Population = piece, done: Callable[[], object] = done) -> dict[str, str]:
+            right = np.concatenate(at_scored(model.config, parameters, piece, take, done))
+            right_BN = np.empty((len(piece.tokens), N), bool)
+            right_BN[np.concatenate(batches(piece))] = right.reshape(-1, N)
+            return {"right": np.packbits(right_BN).tobytes().hex()}
+
+        progress(sum(sizes[:at]), sum(sizes))
+        line = known.once("windows", {"piece": at}, make)
+        found.append(_unpacked(line.get("right"), len(piece.tokens), N))
+    progress(sum(sizes), sum(sizes))
+    return np.concatenate(found)
+
+
+def _rows(asked: Population, begin: int, end: int) -> Population:
+    """Some of the windows."""
+    cut = slice(begin, end)
+    return replace(
+        asked,
+        tokens=asked.tokens[cut],
+        prompt_length=asked.prompt_length[cut],
+        length=asked.length[cut],
     )
-    right_WN = np.empty((W, T - prefix), bool)
-    right_WN[np.concatenate(parts)] = np.concatenate(found).reshape(W, -1)
-    return right_WN
+
+
+def _unpacked(packed: object, B: int, N: int) -> Array:
+    """(B, N) bool, from the eight to a byte in hexadecimal that a line has."""
+    try:
+        raw = bytes.fromhex(packed if isinstance(packed, str) else "?")
+    except ValueError:
+        raw = b""
+    if len(raw) != -(-B * N // 8):
+        raise SchemaError(
+            f"{WHO}: what an earlier run left has a line without its {number_of(B, 'window')}. "
+            "Delete that file to start anew."
+        )
+    return np.unpackbits(np.frombuffer(raw, np.uint8), count=B * N).reshape(B, N).astype(bool)
 
 
 def longest_runs(right_WN: Array) -> tuple[Array, Array]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -81,6 +81,11 @@ def _told(record: Any) -> dict[str, Any]:
     values = {f.name: getattr(record, f.name) for f in fields(record)}
     other = {f.name for f in fields(record) if values[f.name] != f.default}
     return {k: _told(v) if is_dataclass(v) else v for k, v in values.items() if k in other}
+
+
+def sha256_of(arrays: Iterable[Array]) -> str:
+    """One checksum of several arrays, in their order."""
+    return hashlib.sha256("".join(map(store.sha256, arrays)).encode()).hexdigest()
 
 
 def short(told: str | None) -> str:

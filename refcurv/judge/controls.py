@@ -17,6 +17,7 @@ from typing import Any, Final
 import refcurv as rc
 from refcurv.curvature.bases import Bases
 from refcurv.editing.record import EditRecord
+from refcurv.evaluation.lines import Lines
 from refcurv.evaluation.matching import Match, Strengthen, search, text_perplexity, tradeoff
 from refcurv.evaluation.suite import RETAINED, Measurement, finite, measure
 from refcurv.files import store
@@ -27,7 +28,6 @@ from refcurv.law.words import number_of
 from refcurv.model.corpus import Population
 from refcurv.progress import Progress, doing, silent, span
 from refcurv.sweeps.asked import basis_digest, population_digests
-from refcurv.sweeps.lines import Lines
 from refcurv.sweeps.methods import STRONGEST, Method, methods
 
 TOLERANCE: Final = 0.005

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
@@ -16,9 +15,8 @@ from refcurv.editing.kfac import require_curvature
 from refcurv.editing.record import parameter, require_exact, require_untied
 from refcurv.evaluation.suite import judged
 from refcurv.files import store
-from refcurv.files.digest import digest
+from refcurv.files.digest import digest, sha256_of
 from refcurv.law.checks import (
-    Array,
     ConventionError,
     EmptyError,
     RangeError,
@@ -157,7 +155,7 @@ def facts(
     else:
         tokens = corpus.tokens if corpus.images is None else corpus.images
         own = [x for x in (tokens, corpus.labels, corpus.mask, corpus.segments) if x is not None]
-        came_from = {"collected": {**asdict(how), "from": _sha256(own)}}
+        came_from = {"collected": {**asdict(how), "from": sha256_of(own)}}
     choices = {name: list(value) if isinstance(value, tuple) else value
                for name, value in asdict(replace(asked, layers={})).items()}  # fmt: skip
     del choices["who"]
@@ -171,7 +169,7 @@ def facts(
 def basis_digest(basis: Bases, names: Iterable[str]) -> str:
     """What tells the eigenvectors and eigenvalues of these layers from others."""
     of = [basis[name] for name in names]
-    return _sha256([x for one in of for x in (one.U_A, one.mu, one.U_G, one.lam)])
+    return sha256_of([x for one in of for x in (one.U_A, one.mu, one.U_G, one.lam)])
 
 
 def population_digests(corpus: Corpus) -> dict[str, str]:
@@ -181,11 +179,6 @@ def population_digests(corpus: Corpus) -> dict[str, str]:
 
 def _population(one: Readable) -> str:
     if isinstance(one, ImagePopulation):
-        return f"{one.kind} {one.split} {_sha256([one.images, one.labels])[:16]}"
+        return f"{one.kind} {one.split} {sha256_of([one.images, one.labels])[:16]}"
     arrays = [one.tokens, one.prompt_length, one.length]
-    return f"{one.kind} {one.split} {_sha256(arrays)[:16]}"
-
-
-def _sha256(arrays: Iterable[Array]) -> str:
-    """One checksum of several arrays, in their order."""
-    return hashlib.sha256("".join(map(store.sha256, arrays)).encode()).hexdigest()
+    return f"{one.kind} {one.split} {sha256_of(arrays)[:16]}"

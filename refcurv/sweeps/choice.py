@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from refcurv.curvature.bases import Bases
+from refcurv.evaluation.lines import Lines
 from refcurv.law.checks import EmptyError, RangeError
 from refcurv.law.words import number_of
 from refcurv.model.config import ModelConfig
@@ -17,7 +18,6 @@ from refcurv.model.weights import Model
 from refcurv.progress import Progress
 from refcurv.sweeps.asked import checked, facts, require_basis, require_mass
 from refcurv.sweeps.beside import Collecting
-from refcurv.sweeps.lines import Lines
 from refcurv.sweeps.outcomes import Sweep, dev_cost
 from refcurv.sweeps.sweep import begun, swept
 

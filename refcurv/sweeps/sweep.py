@@ -15,6 +15,7 @@ from refcurv.curvature.bases import Bases
 from refcurv.editing.record import EditRecord
 from refcurv.evaluation.held import Holding, holding, kept_bytes
 from refcurv.evaluation.items import suffix_nats
+from refcurv.evaluation.lines import Lines
 from refcurv.evaluation.matching import LARGEST, Match, search_share, text_perplexity
 from refcurv.evaluation.suite import Measured, finite, measure
 from refcurv.files.digest import changed
@@ -30,7 +31,6 @@ from refcurv.passes.sweep import lowest_block
 from refcurv.progress import Progress, doing, silent, span
 from refcurv.sweeps.asked import Asked, Readable, checked, facts, require_basis, require_mass
 from refcurv.sweeps.beside import Collecting, basis_of
-from refcurv.sweeps.lines import Lines
 from refcurv.sweeps.methods import STRONGEST, Method, methods
 from refcurv.sweeps.outcomes import NO_TARGET, Outcome, Sweep, Values, marked, unmeasured
 

@@ -1,6 +1,6 @@
-"""The results of a sweep, a JSON value a line, and how a killed sweep goes on from them.
+"""What long work has found so far, a JSON value a line, and how a killed run goes on from it.
 
-The first line says what the sweep is of. Each other line is one finished piece of work, with a
+The first line says what the work is of. Each other line is one finished piece of it, with a
 checksum of itself.
 """
 
@@ -31,16 +31,16 @@ CHECK: Final = "check"
 
 
 class Lines:
-    """What a sweep has found so far; with a file, on the disk after every piece of work.
+    """What a run has found so far; with a file, on the disk after every piece of work.
 
     Args:
         path: the file, or None. What it holds is gone on from; it is made with the first result.
-        facts: what the sweep is of, JSON values (FINGERPRINT).
+        facts: what the work is of, JSON values (FINGERPRINT).
         who: what writes them, for messages.
         fresh: is a file of something else, or a damaged one, not refused but begun anew?
 
     Raises:
-        ConventionError: the file is of another sweep; says what differs. SchemaError: it is
+        ConventionError: the file is of another run; says what differs. SchemaError: it is
         another kind of file, or a line was changed since it was written. A last line that was torn
         off is measured anew. With `fresh` neither.
 
@@ -93,7 +93,7 @@ class Lines:
             return identity(self._path)
 
     def _join(self) -> None:
-        """Take in what another sweep with the same facts wrote, now or before."""
+        """Take in what another run with the same facts wrote, now or before."""
         if self._path is None or (found := self._found()) is None or found == self._written:
             return
         if rows := _read(self._path, self._who):
@@ -133,4 +133,5 @@ def _checksum(row: Mapping[str, Any]) -> str:
 def _damaged(where: str, line: int, why: str) -> SchemaError:
     if line > 1:
         return SchemaError(f"{where}: {why}. Delete that line, and it is measured anew.")
-    return SchemaError(f"{where} holds no results of a sweep: {why}. Give another name with -o.")
+    who = where.partition(":")[0]
+    return SchemaError(f"{where} is not what a {who} left: {why}. Give another name with -o.")
