@@ -13,7 +13,8 @@ from pathlib import Path
 
 from refcurv import terminal
 from refcurv.commands import COMMANDS
-from refcurv.commands.arguments import files, parser
+from refcurv.commands.arguments import parser
+from refcurv.commands.values import files
 from refcurv.files.disk import READING, reason, require_apart, require_writable
 from refcurv.law.checks import RefcurvError
 

@@ -1,130 +1,16 @@
-"""What each command takes: its arguments, their help, and examples."""
+"""What each command takes: its arguments and their help."""
 
 from __future__ import annotations
 
 import argparse
-import os
-import re
 from collections.abc import Callable, Sequence
 from importlib import metadata
-from pathlib import Path
-from typing import Any
 
-from refcurv.files.disk import beside, unfinished
-from refcurv.law.checks import RangeError
+from refcurv.commands.examples import EXAMPLES
+from refcurv.commands.values import numbers, size
 
 Command = Callable[[argparse.Namespace], bool | None]
 """Its name is the command's, the first line of its docstring the summary; False: it failed."""
-
-EXAMPLES = {
-    "demo": ["refcurv demo", "refcurv demo --out results/"],
-    "report": [
-        "refcurv report w.h5 corpus.h5     # layers and rho: what split dev chooses",
-        "refcurv report w.h5 corpus.h5 --rho 'blocks.{23-25}.mlp.{gate,up}=0.6' --out results/",
-        "refcurv report w.h5 corpus.h5 --layers 'blocks.11.mlp.*' --rho 0.75 --split dev",
-        "refcurv report w.h5 corpus.h5 --basis basis.h5 --rho 0.9",
-    ],
-    "convert": [
-        "refcurv convert ~/models/OLMo-2-1B olmo2-1b.h5",
-        "refcurv convert ~/models/mine mine.h5 --ignore-key my_note --verbose",
-        "refcurv convert SmolLM2-135M-Instruct.Q4_1.gguf smollm2.h5",
-    ],
-    "export": [
-        "refcurv export edited.h5 olmo2-1b-edited/",
-        "refcurv export edited.h5 olmo2-1b-edited/ --tokenizer-from ~/models/OLMo-2-1B",
-    ],
-    "corpus": [
-        "refcurv corpus books/*.txt --tokenizer tokenizer.json -o corpus.h5 --length 512 --pack",
-        "refcurv corpus pile.jsonl --tokenizer tokenizer.json -o corpus.h5 \\\n"
-        "      --population quotes:recite:test=quotes.jsonl --population clean:text:test=clean.txt",
-        "refcurv corpus stories.txt --tokenizer model/ -o corpus.h5 --pack "
-        "--separator '<|endoftext|>'",
-        "refcurv corpus tokens.npy -o corpus.h5",
-        "refcurv corpus train.bin -o corpus.h5 --token-dtype uint16",
-        "refcurv corpus corpus.h5 -o more.h5 --population facts:answer:dev=facts.jsonl",
-    ],
-    "inspect": ["refcurv inspect olmo2-1b.h5", "refcurv inspect factors.h5 --json facts.json"],
-    "collect": [
-        "refcurv collect w.h5 corpus.h5 -o factors.h5 --layers 'blocks.*.mlp.*'",
-        "refcurv collect w.h5 corpus.h5 -o f.h5 --layers 'blocks.{23-25}.mlp.{gate,up}' "
-        "--dtype float32",
-        "refcurv collect w.h5 corpus.h5 -o f.h5 --fisher signed --draws 8",
-        "refcurv collect w.h5 corpus.h5 -o f.h5 --memory 6GB",
-        "refcurv collect vit.h5 images.h5 -o f.h5 --layers 'blocks.*.mlp.*' --rows cls",
-    ],
-    "decompose": [
-        "refcurv decompose factors.h5 -o basis.h5",
-        "refcurv decompose factors.h5 -o basis.h5 --bias joint",
-        "refcurv decompose factors.h5 -o basis.h5 --dtype float32 --memory 6GB",
-    ],
-    "edit": [
-        "refcurv edit w.h5 basis.h5 -o edited.h5 --rho 'blocks.{23-25}.mlp.{gate,up}=0.6'",
-        "refcurv edit w.h5 basis.h5 -o edited.h5 --rho 0.9",
-        "refcurv edit w.h5 basis.h5 -o control.h5 --rho 0.9 --control random-basis --seed 1",
-        "refcurv edit w.h5 basis.h5 -o control.h5 --rho 0.9 --control inputs",
-    ],
-    "truncate": [
-        "refcurv truncate w.h5 -o truncated.h5 --energy 'blocks.{23-25}.mlp.{gate,up}=0.7'",
-        "refcurv truncate w.h5 -o truncated.h5 --energy '**.gate=0.5' --energy '**.up=0.9'",
-    ],
-    "prune": [
-        "refcurv prune w.h5 corpus.h5 -o pruned.h5 --layers 'blocks.{23-25}.mlp.{gate,up}' \\\n"
-        "      --forget quotes --ratio 0.05 --dtype float32",
-        "refcurv prune w.h5 corpus.h5 -o pruned.h5 --layers '**.up' --forget quotes --ratio 0.01 "
-        "--weight 0.7",
-    ],
-    "certify": [
-        "refcurv certify w.h5 corpus.h5",
-        "refcurv certify w.h5 corpus.h5 --sequences 0-3 --digits 50 -o certificate.h5",
-        "refcurv certify w.h5 corpus.h5 --of A,G,hvp --layers 'blocks.*.mlp.*' --json digits.json",
-        "refcurv certify w.h5 corpus.h5 --of G --fisher sampled --seed 1 --minutes 10",
-        "refcurv certify w.h5 corpus.h5 --of edit --layers 'blocks.1.mlp.*' --rho 0.9 -o edit.h5",
-    ],
-    "audit": [
-        "refcurv audit w.h5 corpus.h5",
-        "refcurv audit w.h5 corpus.h5 --memory 2 --json audit.json",
-        "refcurv audit w.h5 corpus.h5 --certify --seconds 300",
-    ],
-    "trace": [
-        "refcurv trace w.h5 corpus.h5 -o trace.h5",
-        "refcurv trace w.h5 corpus.h5 --sequences 0 7 --fisher empirical -o trace.h5",
-    ],
-    "validate": [
-        "refcurv validate theirs.npz --reference factors.h5",
-        "refcurv validate kfac_factors_blk_23.pt --model w.h5 --corpus corpus.h5 "
-        "--declare fisher=empirical",
-        "refcurv validate factors_mine/ --reference factors.h5 --model w.h5 --corpus corpus.h5 \\\n"
-        "      --arithmetic model=bfloat16,products=float32,sums=float32",
-        "refcurv validate --trace theirs.npz --model w.h5 --corpus corpus.h5 --sequences 0",
-        "refcurv validate theirs.npz --reference factors.h5 --name blocks.0.mlp.up=h.0.fc "
-        "--accept float32",
-    ],
-    "cases": [
-        "refcurv cases tiny.h5 corpus.h5 -o vectors/",
-        "refcurv cases tiny.h5 corpus.h5 -o vectors/ --layers 'blocks.0.mlp.*' --seed 3",
-    ],
-    "recite": [
-        "refcurv recite w.h5 books/*.txt --tokenizer tokenizer.json -o items.jsonl",
-        "refcurv recite w.h5 licences/*.txt --tokenizer model/ -o items.jsonl --run 8",
-        "refcurv corpus --population quotes:recite:test=items.jsonl -o items.h5",
-    ],
-    "sweep": [
-        "refcurv sweep w.h5 corpus.h5 -o sweep.jsonl --layers 'blocks.{21-23}.mlp.{gate,up}' \\\n"
-        "      --rho 0.9,0.95,0.97 --plot front.png",
-        "refcurv sweep w.h5 corpus.h5 -o sweep.jsonl --basis basis.h5 "
-        "--layers 'blocks.11.mlp.*' \\\n"
-        "      --layers 'blocks.{10-11}.mlp.up' --rho 0.8 --methods kfac,svd --match forgetting",
-        "refcurv sweep w.h5 corpus.h5 -o sweep.jsonl --layers '**.up' --rho 0.9 --methods kfac "
-        "--match rho",
-    ],
-    "evaluate": [
-        "refcurv evaluate edited.h5 corpus.h5 --baseline w.h5",
-        "refcurv evaluate w.h5 corpus.h5 --split dev --json dev.json",
-        "refcurv evaluate w.h5 corpus.h5 --dtype float32 --memory 6GB",
-        "refcurv evaluate edited.h5 corpus.h5 --baseline w.h5 --items items.jsonl",
-        "refcurv evaluate w.h5 tasks.h5 --right able.h5",
-    ],
-}
 
 
 def parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
@@ -149,87 +35,6 @@ def parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
         sub.set_defaults(work=work)
         ARGUMENTS[name](sub)
     return made
-
-
-def shares(texts: Sequence[str], asks: str = "edit: --rho takes [PATTERN=]SHARE") -> Any:
-    """['0.9'] → 0.9; ['PATTERN=0.9', ...] → {pattern: share}."""
-    out: dict[str, float] = {}
-    for text in texts:
-        pattern, equals, share = text.rpartition("=")
-        try:
-            value = float(share)
-        except ValueError:
-            raise RangeError(f"{asks}; got {text!r}.") from None
-        if not equals and len(texts) == 1:
-            return value
-        if not pattern or pattern in out:
-            raise RangeError(f"{asks}, each pattern once; got {text!r}.")
-        out[pattern] = value
-    return out
-
-
-def numbers(text: str) -> range:
-    """As "3" → 3 alone; "0-3" → 0, 1, 2, 3."""
-    first, dash, last = text.partition("-")
-    if not (first.isdecimal() and (not dash or last.isdecimal())) or len(text) > 20:
-        raise argparse.ArgumentTypeError(f"a number, or two as in 0-3, is needed; got {text!r}")
-    found = range(int(first), int(last if dash else first) + 1)
-    if not found:
-        raise argparse.ArgumentTypeError(f"the first must not be above the last; got {text!r}")
-    return found
-
-
-def pairs(option: str, texts: Sequence[str]) -> dict[str, str]:
-    """["KEY=VALUE", ...] → {key: value}; `option` is for messages."""
-    out: dict[str, str] = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not (key and equals and value) or key in out:
-            raise RangeError(f"validate: {option} takes KEY=VALUE, each key once; got {text!r}.")
-        out[key] = value
-    return out
-
-
-def files(args: argparse.Namespace) -> tuple[dict[str, str], dict[str, str]]:
-    """The files that a command reads, and those that it writes, by what its usage calls them.
-
-    The folders of `report`, `demo` and `export` are looked after by these. A path that cannot be
-    looked at (os.path.isdir says no, where Path.is_dir raises) is refused by the command.
-    """
-    given = {name: value for name, value in vars(args).items() if isinstance(value, str)}
-    reads = {name.upper(): given[name] for name in _READ if name in given}
-    writes = {
-        f"--{name}": given[name]
-        for name in ("output", "json", "html", "items", "right", "plot")
-        if name in given
-    }
-    reads |= {f"TEXT {path}": path for path in getattr(args, "texts", [])}
-    reads |= {
-        f"--population {text}": text.partition("=")[2] for text in getattr(args, "population", [])
-    }
-    if os.path.isdir(reads.get("TOKENIZER", "")):  # noqa: PTH112
-        reads["TOKENIZER"] = str(Path(reads["TOKENIZER"]) / "tokenizer.json")
-    if os.path.isdir(reads.get("THEIRS", "")):  # noqa: PTH112
-        held = Path(reads["THEIRS"]).glob("*")
-        reads |= {f"{p.name} of THEIRS": str(p) for p in held}
-    if args.command == "convert":
-        writes["WEIGHTS"] = reads.pop("WEIGHTS")
-        folder = Path(args.directory)
-        is_folder = os.path.isdir(folder)  # noqa: PTH112
-        within = folder.glob("*") if is_folder else [folder, *folder.parent.glob("*.gguf")]
-        reads |= {f"{p.name} of DIRECTORY": str(p) for p in within}
-    if args.command in ("collect", "recite"):
-        writes["the checkpoint of --output"] = unfinished(args.output)
-    if args.command == "sweep" and args.basis is None and args.factors is None:
-        kept = beside(args.output, "factors", "basis").items()
-        writes |= {f"the {what} beside --output": str(path) for what, path in kept}
-    return reads, writes
-
-
-_READ = (
-    "weights", "corpus", "factors", "basis", "file", "baseline", "tokenizer", "reference", "model",
-    "theirs", "trace", "labels",
-)  # fmt: skip
 
 
 # ------------------------------------------------------------------ of one command
@@ -345,16 +150,7 @@ def _collect(sub: argparse.ArgumentParser) -> None:
 
 def _memory(sub: argparse.ArgumentParser, how: str) -> None:
     text = f"that it may take, such as 6GB or 900MiB, with the same bits ({how})"
-    sub.add_argument("--memory", type=_bytes, metavar="SIZE", help=text)
-
-
-def _bytes(text: str) -> int:
-    """A size: 6GB, 900MiB, or a number alone, in GiB."""
-    found = re.fullmatch(r"(\d{1,6}(?:\.\d{1,6})?) ?([GM]i?B)?", text)
-    if found is None or not float(found[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 6GB, 900MiB or 2.5")
-    unit = {"GB": 10**9, "MB": 10**6, "MiB": 2**20}.get(found[2], 2**30)
-    return int(float(found[1]) * unit)
+    sub.add_argument("--memory", type=size, metavar="SIZE", help=text)
 
 
 def _decompose(sub: argparse.ArgumentParser) -> None:
@@ -457,7 +253,7 @@ def _sweep(sub: argparse.ArgumentParser) -> None:
         "that states below the edited blocks may take on the disk, such as 6GB "
         "(default: half of what is free); without room they are computed again"
     )
-    sub.add_argument("--states", type=_bytes, metavar="SIZE", help=text)
+    sub.add_argument("--states", type=size, metavar="SIZE", help=text)
     _memory(sub, "weights block by block where it does not hold them; default: what is free")
     _dtype(sub)
     text = "also draw perplexity against recitation, as PNG"

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from refcurv.commands.arguments import shares
 from refcurv.commands.output import layers, write_json
+from refcurv.commands.values import shares
 from refcurv.law.checks import require_choice
 from refcurv.terminal import progress_bar
 

@@ -8,8 +8,8 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from refcurv.commands.arguments import pairs, shares
 from refcurv.commands.output import write_json
+from refcurv.commands.values import pairs, shares
 from refcurv.law.words import number_of
 from refcurv.starting import reuse_memory
 from refcurv.terminal import progress_bar, say

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from refcurv.commands.arguments import shares
 from refcurv.commands.output import write_json
+from refcurv.commands.values import shares
 from refcurv.law.checks import EmptyError, RangeError
 from refcurv.report.text import filled
 from refcurv.starting import reuse_memory
