@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.linalg import subspace_angles
 from strategies import config, random_parameters
 
 import refcurv as rc
 from refcurv.files.bfloat16 import from_bfloat16, to_bfloat16
+from refcurv.judge.bases import _sines
 from refcurv.judge.dump import Dump, Theirs
 from refcurv.judge.eigenvectors import recomposition
 from refcurv.judge.judgement import validate
@@ -167,12 +169,23 @@ def test_the_basis_of_their_own_A_has_no_fault_of_its_own(factors):
     assert [c.fault for c in verdict.causes] == ["B12"]
 
 
-def test_recomposition_is_that_of_numpy(factors):
+@pytest.mark.parametrize("off", [{0: 0.1}, {0: -0.1, 3: 0.2}, {1: -0.3, 2: -0.1}])
+def test_recomposition_is_that_of_numpy(factors, off):
+    """With eigenvalues below zero too."""
     A = factors[LAYER].A
     values, U = np.linalg.eigh(A)
     assert recomposition(U, values, A) < 1e-14
-    values[0] += 0.1
+    for at, much in off.items():
+        values[at] += much
     want = (U * values) @ U.T / values.sum() - A / np.trace(A)
     assert recomposition(U, values, A) == pytest.approx(
         np.linalg.norm(want) / np.linalg.norm(A / np.trace(A)), rel=1e-10
     )
+
+
+@pytest.mark.parametrize("n", [1, 2, 7])
+def test_the_angles_of_leading_spaces_are_those_of_scipy(n):
+    rng = np.random.default_rng(n)
+    U, V = (np.linalg.qr(rng.normal(size=(n, n)))[0] for _ in range(2))
+    want = [np.sqrt((np.sin(subspace_angles(U[:, :k], V[:, :k])) ** 2).sum()) for k in range(1, n)]
+    assert _sines(U.T @ V) == pytest.approx(want, abs=1e-12)

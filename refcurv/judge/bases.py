@@ -76,11 +76,8 @@ def _spaces(bounds: Bounds, side: str, theirs: Array, U: Array, values: Array) -
     So |sin Θ| times the gap, over |M|, is an error of at most twice that of M; it is 0 inside a
     cluster, where the gap is. The largest of these is given.
     """
-    squares = (U.T @ theirs) ** 2  # (ours, theirs)
-    mixed = squares[::-1].cumsum(axis=0)[::-1].cumsum(axis=1)  # Σ over i >= k, j <= l
-    sine = np.sqrt(np.diagonal(mixed, offset=-1))  # i >= k + 1 and j <= k
     gap = values[:-1] - values[1:]
-    error = share(float((sine * gap).max(initial=0.0)), float(norm(values)))
+    error = share(float((_sines(U.T @ theirs) * gap).max(initial=0.0)), float(norm(values)))
     text, limits = (
         "the space of the leading eigenvectors is another",
         limits_of(bounds, side, len(U)),
@@ -88,6 +85,18 @@ def _spaces(bounds: Bounds, side: str, theirs: Array, U: Array, values: Array) -
     return bounds.judged(
         f"spaces of {side}", error, text, budget_of=limits.both, drawing=2 * limits.drawing
     )
+
+
+def _sines(product_RC: Array) -> Array:
+    """(n − 1,): |sin Θ| of the k leading vectors, of uᵢᵀ vⱼ (ours, theirs): √Σ_{i > k, j <= k}.
+
+    From the last row on, so that each sum is of squares alone, and O(n) numbers are held.
+    """
+    below, sine = np.zeros(len(product_RC)), np.empty(len(product_RC) - 1)
+    for row in range(len(sine), 0, -1):
+        below += product_RC[row] * product_RC[row]
+        sine[row - 1] = math.sqrt(below[:row].sum())
+    return sine
 
 
 @dataclass(frozen=True, slots=True)
