@@ -34,5 +34,7 @@ def test_legitimate_variations_pass():
 
 
 @pytest.mark.slow
-def test_a_hundred_legitimate_variations_pass():
-    assert failures(range(1000, 1100)) == []
+@pytest.mark.parametrize("first", range(1000, 1040, 10))
+def test_more_legitimate_variations_pass(first):
+    """`validation.judge.legitimate` tries a thousand."""
+    assert failures(range(first, first + 10)) == []

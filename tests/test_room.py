@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -140,7 +141,7 @@ def test_a_compilation_that_ends_within_a_kernel_that_is_called_is_done_anew(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cache", ["cold", "warm"])
-@pytest.mark.parametrize("mib", [300, 560, 640, 680, 700, 740, 850, 950, 1100, 1500])
+@pytest.mark.parametrize("mib", [300, 560, 680, 740, 950, 1500])
 def test_a_limited_address_space_ends_with_status_3_or_with_the_job(
     mib: int, cache: str, tmp_path: Path
 ) -> None:
@@ -156,7 +157,8 @@ def test_a_limited_address_space_ends_with_status_3_or_with_the_job(
         shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
         env=os.environ | ({"NUMBA_CACHE_DIR": str(tmp_path)} if cache == "cold" else {}),
     )  # fmt: skip
-    lines = [one for one in done.stderr.splitlines() if " after " not in one]
+    on_the_way = re.compile(r"refcurv: collect: .*(after \d+ s|about .* on disk)")
+    lines = [one for one in done.stderr.splitlines() if not on_the_way.match(one)]
     assert (done.returncode, len(lines)) in ((0, 0), (3, 1)), done.stderr
     assert done.returncode == 3 or mib > 700
     assert mib < 1500 or done.returncode == 0
