@@ -17,7 +17,7 @@ from refcurv.curvature.estimators import Corrected
 from refcurv.editing.projection import keep_pairs
 from refcurv.judge.arithmetic import ROUNDOFF, Arithmetic, moment_budget
 from refcurv.judge.bases import compare_bases
-from refcurv.judge.case import Case
+from refcurv.judge.case import Case, _flat
 from refcurv.judge.compare import Bounds, _skew, tells
 from refcurv.judge.divergence import compare_traces
 from refcurv.judge.drawn import Drawing, reach
@@ -45,19 +45,37 @@ def case_of(one=ONE, arithmetic=SHORT, dtype="float64", **theirs):
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_the_own_error_of_the_reference_is_part_of_the_budget(dtype):
-    own = moment_budget(Arithmetic().filled(dtype), SHARD)
-    theirs = moment_budget(SHORT, DRAWS * ROWS)
-    found = case_of(dtype=dtype).budget(LAYER, "float64", "A")
-    assert found == pytest.approx(theirs + own, rel=1e-12)
-    exact = case_of(arithmetic=Arithmetic(), dtype=dtype).budget(LAYER, "float64")
-    assert exact == pytest.approx(moment_budget(Arithmetic().filled("float64"), 150) + own, abs=0)
+    exact = Arithmetic().filled("float64")
+    for side, X in (("A", X_A), ("G", X_G)):
+        flat = {"flat": float((X**2).sum() / np.linalg.norm(X.T @ X))}
+        own = moment_budget(Arithmetic().filled(dtype), SHARD, **flat)
+        for arithmetic, as_said in ((SHORT, SHORT), (Arithmetic(), exact)):
+            theirs = moment_budget(as_said, DRAWS * ROWS, **flat)
+            found = case_of(arithmetic=arithmetic, dtype=dtype).budget(LAYER, "float64", side)
+            assert found == pytest.approx(theirs + own, rel=1e-12)
+
+
+@pytest.mark.parametrize(("width", "rows"), [(4, 3000), (400, 3000), (400, 100)])
+def test_rows_that_point_many_ways_err_more_beside_their_sum(width, rows):
+    """Rows of random directions with random errors of κ roundings: within, and of its size."""
+    rng, kappa, u = np.random.default_rng(0), 5.0, 2.0**-24
+    g = rng.standard_normal((rows, width))
+    wrong = g + kappa * u * rng.standard_normal(g.shape)
+    G = g.T @ g
+    error = np.linalg.norm(wrong.T @ wrong - G) / np.linalg.norm(G)
+    mixed = Arithmetic("float32", "float64", "float64", "float64", "float64")
+    of_rows = moment_budget(mixed, rows, kappa, flat=_flat(G)) - 4 * u  # what all rows share
+    assert error < of_rows < 12 * error
+    assert _flat(G) == pytest.approx(np.trace(G) / np.linalg.norm(G), rel=1e-12)
+    assert (moment_budget(mixed, rows, kappa) - 4 * u < error) == (width > 4)
 
 
 def test_the_budget_of_G_knows_how_many_roundings_it_has():
     kappa = 40.0
     noise = (kappa * 2.0**-53) ** 2 * float(ONE.sum_G.trace())
     case = case_of(replace(ONE, rounding_G=noise))
-    both = [moment_budget(a, n, kappa) for a, n in
+    flat = np.trace(ONE.sum_G) / np.linalg.norm(ONE.sum_G)
+    both = [moment_budget(a, n, kappa, flat=flat) for a, n in
             ((SHORT, DRAWS * ROWS), (Arithmetic().filled("float64"), SHARD))]  # fmt: skip
     assert case.budget(LAYER, "float64", "G") == pytest.approx(sum(both), rel=1e-9)
     u = 2.0**-8
@@ -74,7 +92,7 @@ def judged(A, G, **declared):
 
 
 def test_the_product_of_two_traces_may_err_by_two_budgets():
-    budget = judged(ONE.A, ONE.G)["A"].budget
+    budget = judged(ONE.A, ONE.G)["G"].budget
     for share, verdict in ((1.9, "pass"), (2.1, "fail")):
         found = judged(ONE.A * (1 + share * budget), ONE.G)["tr A · tr G"]
         assert found.verdict == verdict and found.budget == pytest.approx(2 * budget)

@@ -101,7 +101,11 @@ float32 would reach the error of TF32 at 130,000 rows, and that of bfloat16 at 8
 
 
 def moment_budget(
-    arithmetic: Arithmetic, rows: float, amplification: float | None = None, noise: float = 0.0
+    arithmetic: Arithmetic,
+    rows: float,
+    amplification: float | None = None,
+    noise: float = 0.0,
+    flat: float = 1.0,
 ) -> float:
     """How far A or G may be from the truth, |A' − A| over |A|, in Frobenius norm.
 
@@ -109,10 +113,11 @@ def moment_budget(
         2 κ₀ u + ν u + (κ u)²  + 2 u(products) + 8 √(m/3) u(sums) + u(stored)
         u is the model's. κ₀ = AMPLIFICATION is what all rows have in common, as from a weight that
         is rounded. κ u is the error of one row, relative to it. Errors of n rows that are alike
-        fall by √n, and leave their squares: ν is min(2, 12/√rows) κ at least, six standard
-        deviations. Where few rows err most, and have most of the sum, nothing falls: then ν is
-        `noise`, what these rows show. u(products) is one rounding for each operand. m is rows, or
-        CHAIN if that is less. For 8 √(m/3) u see Sums.
+        fall by √n, and leave their squares: ν is min(2, 12/√rows) κ tr A/|A| at least, six standard
+        deviations. For the sizes of rows add up to tr A, and |A| is less where they point many
+        ways, as `flat` says. Where few rows err most, and have most of the sum, nothing falls: then
+        ν is `noise`, what these rows show. u(products) is one rounding for each operand. m is rows,
+        or CHAIN if that is less. For 8 √(m/3) u see Sums.
 
     Sums
         Addition k rounds each entry of the partial sum S_k by at most u, in either direction. So
@@ -126,6 +131,7 @@ def moment_budget(
         rows: how many were summed.
         amplification: κ where it is known (NEGATIVE); AMPLIFICATION at least.
         noise: how many u the sum may be off by its rows' own errors (`Factor.noise_G`).
+        flat: tr A/|A|, from 1 of rows that are all parallel to √d of all ways alike.
 
     Kind: probable; the worst case of 100,800 rows of float32, 6e-3, would hide bfloat16.
 
@@ -136,5 +142,5 @@ def moment_budget(
     own = max(AMPLIFICATION, amplification or 0.0) * u["model"]
     shared = 2 * AMPLIFICATION * u["model"]
     sums = tolerance.LAMBDA * math.sqrt(min(rows, CHAIN) / 3) * u["sums"]
-    rows_own = max(min(2.0, 12 / math.sqrt(rows)) * own, noise * u["model"])
+    rows_own = max(min(2.0, 12 / math.sqrt(rows)) * flat * own, noise * u["model"])
     return shared + rows_own + own**2 + 2 * u["products"] + sums + u["stored"]

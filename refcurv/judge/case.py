@@ -109,20 +109,21 @@ class Case:
         The reference's own error is part of it. What it knows of rounding is that of g, which may
         cancel on the way down; that of G covers A too. `simulated.know_kinks` may know more.
         """
-        rows, known, noise = self.once(("rounding", layer), lambda: self._rounding(layer))
-        kappa = known if side == "G" else None
+        rows, known, noise, flat = self.once(("rounding", layer), lambda: self._rounding(layer))
+        of_rows = known if side == "G" else None, noise[side], flat[side]
         own = Arithmetic().filled(self.reference.dtype)
-        limit = moment_budget(self.arithmetic.filled(dtype), rows, kappa, noise[side]) + (
-            moment_budget(own, self.reference.shard_rows, kappa, noise[side])
+        limit = moment_budget(self.arithmetic.filled(dtype), rows, *of_rows) + (
+            moment_budget(own, self.reference.shard_rows, *of_rows)
         )
         kinks: Mapping[tuple[str, str], float]
         kinks = self.known.get(("kinks", self.arithmetic.model), {})
         return max(limit, kinks.get((layer, side), 0.0))
 
-    def _rounding(self, layer: str) -> tuple[int, float | None, dict[str, float]]:
+    def _rounding(self, layer: str) -> tuple[int, float | None, dict[str, float], dict[str, float]]:
         one, dtype = self.ours(layer), self.reference.dtype
         noise = {side: _noise(one, dtype, side) for side in "AG"}
-        return one.n_G, _amplification(one, dtype), noise
+        flat = {"A": _flat(one.sum_A), "G": _flat(one.sum_G)}
+        return one.n_G, _amplification(one, dtype), noise, flat
 
     def counts(self, layer: str) -> Counts:
         """The rows of a layer, and its sizes."""
@@ -166,6 +167,12 @@ def _amplification(one: Factor, dtype: str) -> float | None:
     if one.rounding_G is None or trace <= 0:
         return None
     return float((one.rounding_G / trace) ** 0.5 / (eps(dtype) / 2))
+
+
+def _flat(S: Array) -> float:
+    """tr S/|S|, 1 .. √d; 1 of zeros. A table's A is its diagonal."""
+    size, trace = float(norm(S)), float((S if S.ndim == 1 else S.diagonal()).sum())
+    return min(max(1.0, trace / size), math.sqrt(len(S))) if size else 1.0
 
 
 def _noise(one: Factor, dtype: str, side: str) -> float:
