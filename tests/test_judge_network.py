@@ -31,9 +31,10 @@ from refcurv.judge.diagnosis.recomputed import recompute
 from refcurv.judge.diagnosis.search import PLAIN, Side, ladder, ours
 from refcurv.judge.diagnosis.variants import Setting, moments
 from refcurv.judge.diagnosis.variants.dropout import Dropout
-from refcurv.judge.diagnosis.variants.networks import AVERAGED, changed
+from refcurv.judge.diagnosis.variants.networks import changed
 from refcurv.judge.diagnosis.variants.positions import positions
 from refcurv.judge.diagnosis.variants.rounding import KINDS, rounded
+from refcurv.judge.diagnosis.variants.shaken import ADAPTED, AVERAGED
 from refcurv.judge.diagnosis.variants.texts import HIDDEN, text_of
 from refcurv.judge.dump import Dump
 from refcurv.judge.foreign.memory import of_arrays
@@ -277,6 +278,7 @@ def test_a_slight_rate_of_dropout_is_found(monkeypatch):
     assert one is not None and one.place == "branches" and 0.003 < one.p < 0.012
 
 
+@pytest.mark.parametrize("family", [DROPOUT, OTHERS])
 @pytest.mark.parametrize(
     ("ragged", "spread", "shift", "one"),
     [
@@ -286,9 +288,10 @@ def test_a_slight_rate_of_dropout_is_found(monkeypatch):
         (1.7, 0.1, 1.0, False),
         (0.9, 0.1, 0.0, False),
         (1.3, 0.1, 0.0, False),
+        (0.9, 0.5, -1.5, None),  # other weights need no shift, where passes have no sharp one
     ],
 )
-def test_a_pass_that_is_shifted_as_all_are_may_be_ragged(ragged, spread, shift, one):
+def test_a_pass_that_is_shifted_as_all_are_may_be_ragged(family, ragged, spread, shift, one):
     rng, ones = np.random.default_rng(1), np.ones(19)
     each = np.exp(0.2 * rng.normal(size=(12, 19)))
     logs = np.log(each) - np.median(np.log(each), axis=1, keepdims=True)
@@ -299,7 +302,7 @@ def test_a_pass_that_is_shifted_as_all_are_may_be_ragged(ragged, spread, shift, 
     shifts = 1 + spread * np.resize([1.0, -1.0], 19)
     off = np.exp(here * scale) * np.median(each, axis=1)
     seen = [Place(o, x, shift, shifts, 1.0, ones, 1.0) for o, x in zip(off, each, strict=True)]
-    assert _is_one(seen, DROPOUT) == one
+    assert _is_one(seen, family) == (family is OTHERS if one is None else one)
 
 
 @pytest.mark.parametrize("name", ["integers by row", "integers by matrix"])
@@ -315,16 +318,36 @@ def test_integers_of_eight_bits_are_read_back_within_half_a_step(setting, name):
 
 @pytest.mark.slow
 def test_an_average_over_training_has_its_name(layered):
-    """3 % of every weight are still those of the start."""
+    """3 % of every weight are still those of the start, where all gains were equal."""
     model, corpus, factors = layered
     rng = np.random.default_rng(8)
     own = {
-        x: 0.97 * w + 0.03 * np.sqrt(np.mean(w**2)) * rng.normal(size=w.shape)
-        for x, w in model.parameters.items()
+        x: 0.97 * w + 0.03 * w.std() * rng.normal(size=w.shape) for x, w in model.parameters.items()
     }
     other = replace(model, parameters=own), corpus, factors
     one = passes_of(layered, planted(other, Setting()))[OTHERS]
     assert one is not None and one.place == AVERAGED and 0.015 < one.p < 0.06
+
+
+def test_a_start_has_equal_gains():
+    """Of an average the gains are smaller, and no more unlike one another than they were."""
+    own = {"blocks.0.attn_norm.weight": np.full(3, 2.0), "head.weight": np.ones((1, 2))}
+    net = changed(config(), own, [(f"other weights of {AVERAGED}, draw 0", 0.1)])
+    assert net.parameters["blocks.0.attn_norm.weight"] == pytest.approx([1.8] * 3)
+
+
+@pytest.mark.slow
+def test_an_adapter_has_its_name(layered):
+    """Of rank 3, merged into q and v: what stands before the first attention is ours."""
+    model, corpus, _ = layered
+    rng, own = np.random.default_rng(12), dict(model.parameters)
+    for x in (x for x in own if x.endswith((".q.weight", ".v.weight"))):
+        away = rng.normal(size=(len(own[x]), 3)) @ rng.normal(size=(3, own[x].shape[1]))
+        own[x] = own[x] + 0.04 * np.linalg.norm(own[x]) / np.linalg.norm(away) * away
+    ours = rc.collect(model, corpus, "blocks.*.attn.{q,o}", "empirical")
+    theirs = planted((replace(model, parameters=own), corpus, ours), Setting())
+    one = passes_of((model, corpus, ours), theirs)[OTHERS]
+    assert one is not None and one.place == ADAPTED and 0.01 < one.p < 0.12
 
 
 def test_other_weights_are_told_from_dropout(layered):

@@ -65,6 +65,16 @@ def test_weights_of_one_layer_alone_are_none(lone, layers, others, stays):
     assert (one in side.chosen, two in side.chosen) == (stays, True)
 
 
+@pytest.mark.parametrize(
+    ("idea", "layers", "exact"), [(DECAY, [Q], False), (DECAY, [Q, K], True), (SWAP, [Q], True)]
+)
+def test_weights_of_one_layer_do_not_end_the_search(idea, layers, exact):
+    """A moving average leaves nothing of one matrix of three; what explains all is tried after."""
+    side = Side("G", dict.fromkeys((Q, K, V), EXACT))
+    chosen = Chosen(idea, dict.fromkeys(layers, Left(0.0, 1.0)))
+    assert procedure._exact(side, chosen, [Q, K, V]) == exact
+
+
 def test_of_two_as_near_that_comes_first_which_leaves_fewer_factors():
     one, two = (Option(SWAP, [Q, K], 1.0, 0, n, worst) for n, worst in ((1, 0.3), (2, 0.2)))
     assert one.key() < two.key()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +12,12 @@ from strategies import config, random_parameters
 import refcurv as rc
 from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.case import Case
-from refcurv.judge.diagnosis.variants import settings
+from refcurv.judge.diagnosis import procedure
+from refcurv.judge.diagnosis.hypotheses import Left
+from refcurv.judge.diagnosis.search import PLAIN, Idea, Ladder, Side
+from refcurv.judge.diagnosis.variants import Setting, settings
 from refcurv.judge.dump import Dump
+from refcurv.judge.verdict import FAIL
 from refcurv.model.config import RopeScaling, Scaling
 from validation.judge import cases
 from validation.judge.programs.numpy_collector import Collector
@@ -91,8 +96,54 @@ def test_rows_of_the_other_side_are_padding_that_counts(setting) -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "fault"), [("olmo3-few", "B51_blocks"), ("gptneo-repeated", "B51_left")]
+    ("setting", "fault"),
+    [
+        ("olmo3-few", "B51_blocks"),
+        ("gptneo-repeated", "B51_left"),
+        pytest.param("esm2-tags", "B50_pads", marks=pytest.mark.slow),
+    ],
 )
 def test_positions_of_programs_have_their_name(setting, fault) -> None:
     case = cases.Case("numpy", setting, "gold", "float64", (fault,))
-    assert [one.fault for one in cases.judged(case, cases.dump_of(case)).causes] == ["B51"]
+    id = fault.partition("_")[0]
+    assert [one.fault for one in cases.judged(case, cases.dump_of(case)).causes] == [id]
+
+
+@pytest.mark.parametrize(
+    ("ours", "under", "offered"), [(0.0, 0.3, False), (0.3, 0.3, True), (0.0, 0.0, True)]
+)
+def test_what_A_would_show_explains_no_G_alone(ours, under, offered) -> None:
+    """A network that A is not of; where A is no longer ours, or stays ours, it may be."""
+    layer, steps = "head", Ladder((("float64", 1e-12),), drawn=0.0)
+    network = (("no rotary positions", 0.0),)
+    A, both = Setting(network=network), Setting(network=network, pooling_G="batch", batch=2)
+    inputs = Side("A", {layer: steps})
+    inputs.table = {PLAIN: {layer: Left(ours, 1.0)}, Idea(A.faults, A): {layer: Left(under, 1.0)}}
+    side = Side("G", {layer: steps}, inputs=inputs)
+    side.table = {PLAIN: {layer: Left(0.9, 1.0)}, Idea(both.faults, both): {layer: Left(0, 1.0)}}
+    assert bool(side._options([layer], {layer: ()})) == offered
+
+
+def test_the_search_of_G_knows_what_was_found_of_A(monkeypatch) -> None:
+    found = {}
+
+    class Enough(Exception):
+        pass
+
+    def stop(_case, sides, *_):
+        found.update(sides)
+        raise Enough
+
+    monkeypatch.setattr(procedure, "_prepare", stop)
+    wrong = SimpleNamespace(layer="head", verdict=FAIL, fault=None, cause="")
+    with pytest.raises(Enough):
+        procedure.diagnose(SimpleNamespace(), [wrong])
+    assert found["G"].inputs is found["A"] and found["A"].inputs is None
+
+
+@pytest.mark.slow
+def test_a_mean_over_a_batch_is_no_moving_average_of_one_layer() -> None:
+    """Of the head's three classes two fitted numbers leave nothing."""
+    pytest.importorskip("torch")
+    case = cases.Case("torch", "vit22b-gray", "given", "bfloat16", ("B44",))
+    assert [one.fault for one in cases.judged(case, cases.dump_of(case)).causes] == ["B44"]

@@ -603,6 +603,36 @@ def test_a_bidirectional_model_may_attend_to_padding() -> None:
     assert gap(found, under(here, REFERENCE)[TOP]) > 1e-3
 
 
+def test_a_bidirectional_model_may_attend_to_padding_on_the_left() -> None:
+    """Each position sees another one in another distance; padding sees all, or itself alone."""
+    one, _, _ = padded()
+    one = replace(one, config=replace(one.config, causal=False))
+    token, label, real = one.token.copy(), one.label.copy(), one.real.copy()
+    for array in (token, label, real):
+        array[1] = np.roll(array[1], 1)
+    full = replace(one, token=token, label=label, real=np.ones_like(real))
+    want = rc.collect(model_of(full), corpus_of(full), TOP, "empirical", rows="labelled")[TOP]
+    here = beside(one, "empirical", TOP, rows="labelled")
+    left, alone = (
+        Setting(network=((name, 0.0),))
+        for name in (
+            "padding attended on the left",
+            "padding, which sees itself alone, attended on the left",
+        )
+    )
+    assert {left, alone} <= {*settings(here)}
+    found = under(here, left)[TOP]
+    assert_within(found.A, want.A, BUDGET, np.trace(want.A), "A")
+    assert gap(found, under(here, Setting(network=(("padding attended", 0.0),)))[TOP]) > 1e-3
+    layout = Network(one.config, {}, left=True, pads="apart").layout(
+        positions(corpus_of(one), one.config, Rows.ALL).rolled()
+    )
+    s = np.arange(real.shape[1])
+    seen = (layout.first_BT[..., None] <= s) & (s <= layout.last_BT[..., None])
+    assert np.array_equal(seen, real[:, :, None] | ~real[:, None])
+    assert (layout.position_BT == s).all()
+
+
 @pytest.mark.parametrize("place", ["pre", "post", "both"])
 def test_other_tensors_are_what_the_oracle_records(place: str) -> None:
     one = tiny(norm_place=place, batch=1)

@@ -14,9 +14,9 @@ import refcurv as rc
 from refcurv.judge import draws
 from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.case import Case
-from refcurv.judge.diagnosis import relabelled, replayed, search
+from refcurv.judge.diagnosis import relabelled, replayed, scales, search
 from refcurv.judge.diagnosis.recomputed import recompute
-from refcurv.judge.diagnosis.replayed import varied
+from refcurv.judge.diagnosis.replayed import Member, varied
 from refcurv.judge.diagnosis.variants import REFERENCE, Setting, moments
 from refcurv.judge.diagnosis.variants.collecting import POSITIONS, Side, Total, held, sample
 from refcurv.judge.diagnosis.variants.flows import flows
@@ -219,7 +219,7 @@ MEAN = Setting(pooling_G="batch, row by row", batch=9)
 def test_a_mean_over_a_batch_varies_more_than_what_is_honest(drawn, setting, scale, monkeypatch):
     monkeypatch.setattr(draws, "CONFIRMED", 60)
     made, layers = drawn
-    assert varied(made(setting, scale), layers) == (setting == MEAN)
+    assert (varied(made(setting, scale), layers) == 0) == (setting == MEAN)
 
 
 def test_a_mean_over_a_batch_is_told_by_its_dumps(drawn, monkeypatch):
@@ -232,6 +232,47 @@ def test_a_mean_over_a_batch_is_told_by_its_dumps(drawn, monkeypatch):
     best = max(members, key=lambda one: one.share)
     assert best.fault == "B44" and {*best.left} == {*layers}
     assert not replayed.replayed(made(REFERENCE, 3.0), layers)  # no mean makes G larger
+
+
+def test_a_factor_has_a_share_beside_means_over_a_batch(drawn, monkeypatch):
+    """An honest dump times a number is one of that factor's, and of none that is far from it."""
+    monkeypatch.setattr(draws, "CONFIRMED", 60)
+    made, layers = drawn
+    case = made(REFERENCE, 1 / 16)
+    beside = replayed.Beside.of(case, layers)
+    found = [*replayed._factored(case, beside, scales.Counts.of(case))]
+    shares = {one.note: one.share for one in found if one.fault == "B43"}
+    assert shares["1/4²"] > 0 == shares["1/2²"] == shares["1/16²"]
+    assert not any(one.left for one in found)
+
+
+OTHER = {LAYERS: (0.3, 0.2)}
+
+
+@pytest.mark.parametrize(
+    ("seldom", "mean", "factor", "named"),
+    [
+        (0.05, 9.5, 0.2, True),
+        (0.05, 0.2, 9.5, False),  # a factor is likelier
+        (0.05, 5.0, 5.0, False),
+        (0.2, 9.5, 0.2, False),  # nothing is odd about it
+    ],
+)
+def test_what_varies_as_a_factor_seldom_does_may_be_a_mean(
+    monkeypatch, seldom, mean, factor, named
+):
+    members = [Member("B44", "a mean", mean, OTHER), Member("B43", "1/2²", factor, {})]
+    monkeypatch.setattr(replayed, "varied", lambda *_: seldom)
+    monkeypatch.setattr(replayed, "replayed", lambda *_: members)
+    monkeypatch.setattr(replayed.telling, "scale", lambda *_: SimpleNamespace(alone=False))
+    known = SimpleNamespace(fault="B43", alike=("B46",))
+    monkeypatch.setattr(replayed.scales, "explain", lambda *_: [known])
+    monkeypatch.setattr(replayed.scales.Counts, "of", lambda _: None)
+    steps = search.Ladder((("float64", 1e-12),), drawn=0.5)
+    side = search.Side("G", {LAYERS: steps})
+    case = SimpleNamespace(matched=[LAYERS])
+    one = replayed.averaged(case, {"G": side}, [LAYERS], [LAYERS])
+    assert (one is not None and one.faults == ("B44",)) == named
 
 
 GROWING = "a scale of the loss that doubles once, after 8"

@@ -15,7 +15,8 @@ from refcurv.judge.diagnosis.recomputed import is_large
 from refcurv.judge.diagnosis.search import Side
 from refcurv.judge.diagnosis.variants import Setting, inputs, moments
 from refcurv.judge.diagnosis.variants.dropout import PLACES
-from refcurv.judge.diagnosis.variants.networks import PASSES, WEIGHTS
+from refcurv.judge.diagnosis.variants.networks import PASSES
+from refcurv.judge.diagnosis.variants.shaken import WEIGHTS
 from refcurv.law.checks import Array
 from refcurv.law.conventions import Fisher
 
@@ -28,7 +29,8 @@ class Family(NamedTuple):
 
     Fields: fault; name, of the change, of a place and a number; places; first, the level that the
     search begins with; levels, that are believed; odds: does the spread grow as √(p/(1 − p)) of
-    the level p, or in proportion to it; shifts: is the mean of many passes another than ours.
+    the level p, or in proportion to it; shifts: is the mean of many passes always another than
+    ours.
     """
 
     fault: str
@@ -88,8 +90,9 @@ def random_pass(case: Case, found: Mapping[str, Side], family: Family) -> Random
           times as ragged, where the shift below is sharp, which says more;
         - where passes shift the mean, ⟨T − X, M − X⟩ over |M − X|², all A and G together, is that
           of a pass. It is about 1 for them, and about 0 for what has nothing to do with dropout.
-        Of true passes at most 1 in PASSES + 1 fails the third, and ODDS of them the last. Other
-        weights shift nothing; a change of the arithmetic that was not tried may look like them.
+        Of true passes at most 1 in PASSES + 1 fails the third, and ODDS of them the last. Of other
+        weights an average alone shifts the mean, as its own weights are smaller; a change of the
+        arithmetic that was not tried may look like the others.
 
     Proof: tests/test_judge_network.py::test_dropout_is_told_from_other_weights
     """
@@ -222,13 +225,12 @@ def _is_one(seen: Sequence[Place], family: Family) -> bool:
     ragged = [_irregular(x, scale) for x in ((logs - middle) / scale[:, None]).T]
     here = (np.log([one.off for one in seen]) - middle[:, 0]) / scale
     rough = _irregular(here, scale) / max(ragged)
-    if rough > RAGGED or not family.shifts:
-        return rough <= 1
     weight = 1 / np.array([np.median(one.each) ** 2 for one in seen])
     moved = weight @ [one.shift for one in seen] / (weight @ [one.size for one in seen])
     each = weight @ [one.shifts for one in seen] / (weight @ [one.sizes for one in seen])
-    if rough > 1 and each.mean() < SHARP * each.std(ddof=1):
-        return False
+    sharp = bool(each.mean() >= SHARP * each.std(ddof=1))
+    if rough > (RAGGED if sharp else 1) or not (sharp or family.shifts):
+        return rough <= 1
     reach = float(special.stdtrit(len(each) - 1, 1 - ODDS / 2)) * np.sqrt(1 + 1 / len(each))
     off, reach = moved - each.mean(), reach * each.std(ddof=1)
     return bool(-min(reach, each.mean() / 2) <= off <= reach)  # nearer than what shifts nothing

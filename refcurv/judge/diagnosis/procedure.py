@@ -55,7 +55,7 @@ from refcurv.judge.diagnosis.unknown import remainder
 from refcurv.judge.diagnosis.variants import REFERENCE, Setting, combined
 from refcurv.judge.diagnosis.variants.networks import BITS, PARTS
 from refcurv.judge.diagnosis.variants.setting import HALVES
-from refcurv.judge.diagnosis.weighted import leave_lone, weigh, weighs
+from refcurv.judge.diagnosis.weighted import leave_lone, lone, weigh, weighs
 from refcurv.judge.draws import nearer, unlike
 from refcurv.judge.verdict import LEFT_OUT, PASS, Cause, Comparison
 
@@ -77,7 +77,8 @@ def diagnose(
     if all(f.verdict in (PASS, LEFT_OUT) and telling.aside(f) for f in findings):
         return (), (), list(findings)
     gauged = {f.layer for f in findings if f.verdict == LEFT_OUT and f.fault == "B8"}
-    found = {side: Side(side, gauged=gauged) for side in "AG"}
+    A = Side("A", gauged=gauged)
+    found = {"A": A, "G": Side("G", gauged=gauged, inputs=A)}
     index = Index(case)
     _prepare(case, found, index, done)
     if all(f.verdict in (PASS, LEFT_OUT) for f in findings):  # then only other labels count
@@ -377,31 +378,35 @@ def _chosen(
     if _short(case, side, layers):  # sums of few small numbers look like it
         recompute(case, found, layers, halves)
         chosen = side.choose(layers, faults)
+
+    def exact(whole: bool = False) -> bool:
+        return _exact(side, chosen, layers, whole)
+
     tried: list[Setting] = []
     small = cost(case) <= SMALL
     for number, stage in enumerate(stages(case, side.side)):
         some = number == 0 and chosen is not None and len(chosen.left) < len(layers)
-        if (_exact(side, chosen) and not some) or _short(case, side, layers):
+        if (exact() and not some) or _short(case, side, layers):
             return chosen  # what explains some layers may be one case of what explains all
         wanted = stage
         if _soft(side, layers):
             wanted = [s for s in stage if not s.network and (small or s.labels in GOLD)]
         recompute(case, found, layers, [*wanted, *joined(partner, wanted)])
         chosen = side.choose(layers, faults)
-        if number == 0 and side.side == "A" and not _exact(side, chosen, whole=True):
+        if number == 0 and side.side == "A" and not exact(whole=True):
             recompute(case, found, layers, list(placed(case, layers)))
             chosen = side.choose(layers, faults)
         late = is_large(case)  # there it costs a pass over all sequences
-        if number == late and not _soft(side, layers) and not (late and _exact(side, chosen)):
+        if number == late and not (_soft(side, layers) or (late and exact())):
             weigh(case, found, side.side, top(case, layers))
             chosen = side.choose(layers, faults)
         tried += wanted
-        if number == 1 and side.side == "G" and not (_exact(side, chosen) or _soft(side, layers)):
+        if number == 1 and side.side == "G" and not (exact() or _soft(side, layers)):
             amounts.fit(case, found, layers, partner)
             remainder(case, found, layers)
             batched(case, found, layers)
             chosen = side.choose(layers, faults)
-    if not (_exact(side, chosen) or _soft(side, layers) or is_large(case)):
+    if not (exact() or _soft(side, layers) or is_large(case)):
         fine = [*fits(case, side, layers), *hidden(case, side, layers)]
         small_error = all(side.plain(x).error <= COARSEST for x in layers)
         parts = [(name, 0.0) for name in PARTS] if small_error else []
@@ -457,9 +462,11 @@ SMALL = 2.0**28
 """Parameters times positions where everything is tried even then.  Chosen: some seconds."""
 
 
-def _exact(side: Side, chosen: Chosen | None, whole: bool = False) -> bool:
-    """Is nothing left of its form; `whole`, nor a factor or a count?"""
-    return chosen is not None and all(
+def _exact(side: Side, chosen: Chosen | None, layers: Sequence[str], whole: bool = False) -> bool:
+    """Is nothing left of its form; `whole`, nor a factor or a count? Weights are of all layers."""
+    if chosen is None or lone(chosen, layers):
+        return False
+    return all(
         side.rank(x, y) == 0 and (side.whole(x, y) or not whole) for x, y in chosen.left.items()
     )
 

@@ -48,12 +48,18 @@ LEAST: Final = (min(scales.USUAL) - 1, *scales.USUAL)
 """Powers of 2 that a scale of the loss is at least which doubles later, or halves."""
 
 
+SELDOM: Final = 0.1
+"""Of honest dumps, the share that vary as much as theirs where a factor is all that is asked for.
+
+Chosen: theirs is then compared with dumps of a factor as well."""
+
+
 class Member(NamedTuple):
     """A hypothesis that theirs may be a dump of.
 
     Fields: fault; note; share, its part of all that its fault may be, where small batches are
     likelier, times the density of its dumps at theirs; left, layer → (error, ratio) of theirs and
-    its mean.
+    its mean, empty of a factor.
     """
 
     fault: str
@@ -65,19 +71,22 @@ class Member(NamedTuple):
 def averaged(
     case: Case, found: Mapping[str, Side], layers: Sequence[str], sample: Sequence[str]
 ) -> Chosen | None:
-    """What theirs is a dump of, where no factor explains how much theirs varies.
+    """What theirs is a dump of, where a factor seldom or never explains how much theirs varies.
 
     A fault is named if it has SURE of all shares; else those that have more than LITTLE are said.
 
     Args: layers, those whose labels were drawn; sample, those that are compared.
+
+    Proof: tests/test_judge_weights.py::test_a_factor_has_a_share_beside_means_over_a_batch
     """
     side = found["G"]
     seen = [one for layer in case.matched if (one := telling.scale(case, found, layer))]
     counts = scales.Counts.of(case)
     told = any(x.fault or x.alike for x in scales.explain(seen, counts))
-    if not varied(case, sample) and not any(one.alone for one in seen) and told:
+    told &= not any(one.alone for one in seen)
+    if told and varied(case, sample) > SELDOM:
         return None  # a factor explains it, and `scales` says which
-    members = replayed(case, sample)
+    members = replayed(case, sample, counts if told else None)
     share: dict[str, float] = {}
     for member in members:
         share[member.fault] = share.get(member.fault, 0.0) + member.share
@@ -87,6 +96,8 @@ def averaged(
     first, *others = sorted(share, key=lambda fault: -share[fault])
     sure = share[first] >= scales.SURE * total
     best = max((x for x in members if x.fault == first), key=lambda x: x.share)
+    if not best.left:
+        return None  # it is a factor
     most = max(error for error, _ in best.left.values())
     ids = (first, *(x for x in others if share[x] > LITTLE * total))
     note = "it varies more than any honest dump, as if rows were averaged or weighed; which fault "
@@ -99,8 +110,8 @@ def averaged(
     return Chosen(Idea((first,) if sure else (), None, note), lefts)
 
 
-def varied(case: Case, layers: Sequence[str]) -> bool:
-    """Does the form of theirs vary more than that of each honest dump? So no factor explains it.
+def varied(case: Case, layers: Sequence[str]) -> float:
+    """The share of honest dumps whose form varies as much as that of theirs; 0: no factor does it.
 
     Definition
         s(G) is the mean over layers of log |G − r X|/|r X|, X ours. An honest dump, times a factor,
@@ -116,7 +127,7 @@ def varied(case: Case, layers: Sequence[str]) -> bool:
     for x in layers:
         off = apart(np.concatenate(dumps[x]), case.means(x)[1])
         total = total + np.log(np.maximum(off, 1e-12))
-    return bool(total[0] > total[1:].max())
+    return float((total[0] <= total[1:]).mean())
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,8 +159,12 @@ def _corner(G: Array, at: Array) -> Array:
     return np.asarray(G[np.ix_(at, at)])
 
 
-def replayed(case: Case, layers: Sequence[str]) -> list[Member]:
+def replayed(
+    case: Case, layers: Sequence[str], counts: scales.Counts | None = None
+) -> list[Member]:
     """Means over batches, and weights of sequences, of which theirs may be a dump in these layers.
+
+    With counts also the factors of the loss.
 
     Proof: tests/test_judge_weights.py::test_a_mean_over_a_batch_is_told_by_its_dumps
     """
@@ -157,7 +172,8 @@ def replayed(case: Case, layers: Sequence[str]) -> list[Member]:
         return []  # a sample holds no batch as a whole
     case.say("dumps whose rows are averaged or weighed")
     beside = Beside.of(case, layers)
-    return [*_averaged(case, beside), *_weighed(case, beside)]
+    of_factors = _factored(case, beside, counts) if counts else ()
+    return [*_averaged(case, beside), *_weighed(case, beside), *of_factors]
 
 
 def _theirs(case: Case, layer: str) -> Array:
@@ -184,6 +200,19 @@ def _averaged(case: Case, beside: Beside) -> Iterator[Member]:
     for one in wanted:
         share = _density(beside, dumps[one]) / one.batch / total
         yield Member("B44", words(one), share, _lefts(beside, made[one]))
+
+
+def _factored(case: Case, beside: Beside, counts: scales.Counts) -> Iterator[Member]:
+    """Factors of the loss: honest dumps, of which the trace alone is another."""
+    honest = [
+        _numbers(beside, {x: _corner(some[x][k], beside.at[x]) for x in beside.T})
+        for some in confirmed(case)
+        for k in range(len(next(iter(some.values()))))
+    ]
+    theirs, shift = _numbers(beside, beside.T), np.eye(len(honest[0]))[0]
+    for one in scales.members(counts):
+        share = one.share * _at(theirs - math.log(one.factor) * shift, np.stack(honest))
+        yield Member(one.fault, one.words, share, {})
 
 
 def _weighed(case: Case, beside: Beside) -> Iterator[Member]:
@@ -221,9 +250,13 @@ def _lefts(beside: Beside, Y: Mapping[str, Array]) -> dict[str, tuple[float, flo
 
 
 def _density(beside: Beside, dumps: Sequence[Mapping[str, Array]]) -> float:
+    """The density of dumps at theirs."""
+    theirs, *others = (_numbers(beside, one) for one in (beside.T, *dumps))
+    return _at(theirs, np.stack(others))
+
+
+def _at(theirs: Array, others: Array) -> float:
     """The density of dumps, as if their numbers were normal, at theirs; 0 beyond FURTHEST."""
-    each = [_numbers(beside, one) for one in (beside.T, *dumps)]
-    theirs, others = each[0], np.stack(each[1:])
     covariance = np.cov(others, rowvar=False)
     covariance += np.diag(1e-4 + 0.01 * np.diag(covariance))  # few dumps know no small variance
     z = theirs - others.mean(axis=0)

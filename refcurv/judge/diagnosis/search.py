@@ -163,7 +163,8 @@ class Side:
 
     Fields: passed, does drawing explain every difference; sampled, what of its error a hypothesis
     left on a few sequences, as a share, in words; odd, layers that are off by as much as a coarser
-    dtype would be, and by none; gauged, layers whose factor that of the other side takes back.
+    dtype would be, and by none; gauged, layers whose factor that of the other side takes back;
+    inputs, of G, the side of A.
     """
 
     side: str
@@ -174,6 +175,7 @@ class Side:
     passed: bool = False
     odd: set[str] = field(default_factory=set)
     gauged: set[str] = field(default_factory=set)
+    inputs: Side | None = None
 
     def add(self, idea: Idea, layer: str, left: Left) -> None:
         """Keep the best of what a hypothesis leaves in a layer."""
@@ -271,6 +273,17 @@ class Side:
         nearer = left.error <= min(0.8 * plain.error, 0.5)  # as in `explains`
         return drawn <= self.ladders[layer].by_drawing and nearer and self.sizes(idea, layer)
 
+    def refuted(self, idea: Idea) -> bool:
+        """Is it a network, or a text, whose A is another than ours, where theirs is ours?
+
+        Proof: tests/test_judge_sides.py::test_what_A_would_show_explains_no_G_alone
+        """
+        if idea.setting is None or self.inputs is None:
+            return False
+        one, A = idea.setting.read, self.inputs
+        lefts = A.table.get(Idea(one.faults, one), {})
+        return any(A.rank(x, A.plain(x)) == 0 < A.rank(x, left) for x, left in lefts.items())
+
     def follows(self, idea: Idea, layer: str, most: float = 0.0) -> bool:
         """May it hold here too, for it explains most layers? A budget is that of ours alone.
 
@@ -335,6 +348,7 @@ class Side:
                 if idea != PLAIN
                 and self.explains(idea, x, bool(idea.faults) and {*idea.faults} <= {*known[x]})
             ]
+            covered = [] if covered and self.refuted(idea) else covered
             if covered:
                 extra = len(set(idea.faults) - set(known[covered[0]])) or (not idea.faults)
                 left = [lefts[x] for x in covered]

@@ -19,7 +19,7 @@ from refcurv.judge.case import Case
 from refcurv.judge.diagnosis.hypotheses import Left, Seen, damping, fitted, see
 from refcurv.judge.diagnosis.recomputed import WHOLE, cost, words
 from refcurv.judge.diagnosis.scales import FEW
-from refcurv.judge.diagnosis.search import ROUNDING, SHARPER, Idea, Side, usable
+from refcurv.judge.diagnosis.search import ROUNDING, SHARPER, Chosen, Idea, Side, usable
 from refcurv.judge.diagnosis.variants import REFERENCE, Parts, Setting, parts
 from refcurv.judge.diagnosis.variants.collecting import POSITIONS, sample
 from refcurv.law.checks import Array
@@ -102,16 +102,24 @@ def weighs(idea: Idea) -> bool:
     return idea.setting is None and bool(idea.faults) and idea.faults[0] in WEIGHTED
 
 
-def leave_lone(side: Side) -> None:
-    """Give up weights that explain few of the layers that are off, where others stay unexplained.
+def lone(one: Chosen, layers: Collection[str]) -> bool:
+    """Are these weights that explain few of these layers?
 
     Batches and sequences weigh the same in all layers. A rule whose numbers are fitted leaves
     nothing of a matrix of few entries, whatever it is.
 
+    Proof: tests/test_judge_residues.py::test_weights_of_one_layer_do_not_end_the_search
+    """
+    return weighs(one.idea) and 2 * len(one.left) < len(layers)
+
+
+def leave_lone(side: Side) -> None:
+    """Give up weights that explain few of the layers that are off, where others stay unexplained.
+
     Proof: tests/test_judge_residues.py::test_weights_of_one_layer_alone_are_none
     """
     off = {x for one in side.chosen for x in one.left} | {*side.open()}
-    few = [one for one in side.chosen if weighs(one.idea) and 2 * len(one.left) < len(off)]
+    few = [one for one in side.chosen if lone(one, off)]
     if few and side.unexplained():
         side.chosen = [one for one in side.chosen if one not in few]
 

@@ -30,6 +30,7 @@ from refcurv.judge.diagnosis.variants.rounding import (
     rounded,
     to_bits,
 )
+from refcurv.judge.diagnosis.variants.shaken import WEIGHTS, shaken
 from refcurv.judge.diagnosis.variants.sight import (
     EVERYWHERE,
     NOWHERE,
@@ -96,9 +97,12 @@ class Network:
         segment_BT = at.segment_BT if self.documents and restart else one
         none = not self.left and self.pads in ("blind", "real")
         seen_BT = at.real_BT if none else np.ones_like(at.real_BT)
-        if self.pads == "apart":
+        if self.pads == "apart" and not self.left:
             segment_BT = np.where(at.real_BT, segment_BT, -1)
         out = layout_of(self.config, seen_BT, segment_BT)
+        if self.pads == "apart" and self.left:
+            end_B1 = (~at.real_BT).sum(axis=1, keepdims=True) - 1
+            out = replace(out, last_BT=np.where(at.real_BT, out.last_BT, end_B1))
         if self.pads == "real":
             out = _pads_see_text(out, at.real_BT)
         if at.seen_BT is not None or (restart and not self.documents):
@@ -275,34 +279,8 @@ def _dropping(place: str, number: int) -> Callable[[Network, float], Network]:
     return make
 
 
-AVERAGED: Final = "all, averaged with a start"
-
-WEIGHTS: Final = ("blocks", "all", AVERAGED)
-"""Whose weights are others where a model is that of another step; or an average over training,
-which still has a share of where the weights began."""
-
-
 def _shaken(some: str, number: int) -> Callable[[Network, float], Network]:
-    """Weights that are normal numbers away, `share` of their root mean square in each tensor.
-
-    In an average as much less is left of our own.
-    """
-
-    def make(net: Network, share: float) -> Network:
-        own = net.parameters
-
-        def read(name: str) -> Array:
-            x = own[name]
-            if some == "blocks" and not name.startswith("blocks."):
-                return x
-            random = np.random.default_rng([number, *name.encode()])
-            size = share * float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))
-            own_share = 1 - share if some == AVERAGED else 1.0
-            return np.asarray(own_share * x + size * random.normal(size=x.shape), x.dtype)
-
-        return replace(net, parameters=Lazy(list(own), read))
-
-    return make
+    return lambda net, share: replace(net, parameters=shaken(net.parameters, some, number, share))
 
 
 def _never(_config: ModelConfig, _at: Positions) -> Sequence[float]:
@@ -325,6 +303,11 @@ def _packed(at: Positions) -> bool:
 
 def _padded(at: Positions) -> bool:
     return not at.real_BT.all()
+
+
+def _placed(config: ModelConfig) -> bool:
+    """Has it positions, so that it is another where the padding stands on the other side?"""
+    return config.rope_theta is not None or config.learned_positions > 0
 
 
 def _bases(*values: float) -> Callable[[ModelConfig, Positions], Sequence[float]]:
@@ -400,8 +383,12 @@ CHANGES: Final[Mapping[str, Change]] = MappingProxyType(
             "B50", _if(lambda config, at: not config.causal and _padded(at)), _is(pads="all")
         ),
         "padding attended on the left": Change(
-            "B50", _if(lambda config, at: config.causal and _padded(at) and not _packed(at)),
-            _is(left=True),
+            "B50", _if(lambda config, at: (config.causal or _placed(config)) and _padded(at)
+                       and not _packed(at)), _is(left=True),
+        ),
+        "padding, which sees itself alone, attended on the left": Change(
+            "B50", _if(lambda config, at: not config.causal and _padded(at) and not _packed(at)),
+            _is(left=True, pads="apart"),
         ),
         "rotary pairs interleaved": Change(
             "B51", _if(lambda config, _: (config.rope_width or config.head_width) > 2

@@ -234,6 +234,12 @@ class Setting:
         names = (*labels, "text", "token", "network", "pads")
         return Setting(**{name: getattr(self, name) for name in names})
 
+    @property
+    def read(self) -> Setting:
+        """The part that decides a at every position."""
+        names = ("text", "token", "network", "pads")
+        return Setting(**{name: getattr(self, name) for name in names})
+
 
 REFERENCE: Final = Setting()
 
