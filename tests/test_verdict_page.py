@@ -13,6 +13,7 @@ from strategies import config, random_parameters
 
 import refcurv as rc
 from refcurv.cli import main
+from refcurv.judge.diagnosis.faults import FAULTS
 from refcurv.judge.pictures import CELLS, blocks, spectrum
 from refcurv.report.plots.verdict import differences
 from refcurv.report.verdict import findings_table, format_verdict, headline, marks
@@ -48,6 +49,16 @@ def test_the_text_says_what_is_wrong_first(setting):
     unknown = text.partition("No known fault explains all of it. The nearest of ")[2]
     assert 1 <= unknown.count("\n- ") <= 6 and "leaves" in unknown
     assert all(len(line) <= 80 for line in text.splitlines())
+
+
+def test_what_cannot_be_told_apart_is_said_in_words(setting):
+    """In text and page; an id that this registry lacks stays an id."""
+    _, _, factors = setting
+    found = rc.validate(theirs_of(factors, 0.25), factors).to_json()
+    found["causes"][0]["alike"] = ["B38", "B999"]
+    words = f"B38 ({FAULTS['B38'].name}), B999"
+    assert f"Cannot be told from {words} in this dump" in " ".join(format_verdict(found).split())
+    assert words in verdict_page(found)
 
 
 def test_hostile_names_stay_text(setting):

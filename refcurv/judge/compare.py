@@ -279,7 +279,9 @@ class Bounds:
             for dtype in list(ROUNDOFF)[list(ROUNDOFF).index(finest) + 1 :]:
                 limit = limit_of(dtype)
                 if error <= limit:
-                    size = f"the error has the size of {dtype}, which is not declared"
+                    size = (
+                        f"the error has the size of {dtype}, which is not declared (--arithmetic)"
+                    )
                     return made(EQUAL_AS + dtype, size, limit)
         if drawn is not None:
             return made(*drawn, budget + drawing)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator
 
+from refcurv.judge.diagnosis.faults import FAULTS
 from refcurv.judge.verdict import (
     EQUAL_AS,
     FAIL,
@@ -103,8 +104,13 @@ def _causes(verdict: Json) -> Iterator[str]:
         left = f", with this explained {after}" if after else ""
         text += f" (error {before}{left}; {where})"
         if one["alike"]:
-            text += f" Cannot be told from {', '.join(one['alike'])} in this dump."
+            text += f" Cannot be told from {', '.join(map(called, one['alike']))} in this dump."
         yield _filled(text)
+
+
+def called(fault: str) -> str:
+    """An id with what it is: `B4 (wrong divisor)`."""
+    return f"{fault} ({FAULTS[fault].name})" if fault in FAULTS else fault
 
 
 def _explained(verdict: Json, cause: Json) -> list[str]:

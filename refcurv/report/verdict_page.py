@@ -16,6 +16,7 @@ from refcurv.report.plots.verdict import differences
 from refcurv.report.table import Table
 from refcurv.report.verdict import (
     FINE,
+    called,
     findings_table,
     headline,
     layer_table,
@@ -140,5 +141,5 @@ def _cause(name: str, one: Json, every: list[str]) -> str:
         "error after": measured(one["after"]) or "nothing to measure",
     }
     if one["alike"]:
-        pairs["cannot be told from"] = ", ".join(one["alike"])
+        pairs["cannot be told from"] = ", ".join(map(called, one["alike"]))
     return text + facts(pairs)
