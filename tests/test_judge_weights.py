@@ -70,6 +70,21 @@ def test_the_first_batch_alone_has_its_name_where_the_count_goes_on(given, count
         assert "the first batch of 5 sequences alone" in found["B41"]
 
 
+@pytest.mark.parametrize("counted", [True, False])
+def test_a_forward_for_shapes_that_hooks_see_has_its_name(given, counted):
+    """The inputs of the first 5 texts are added once more; no slope is, so that one count is off."""
+    first = given[3](slice(0, 5))
+
+    def change(name, one):
+        more = first[name].n_A if counted else 0
+        A = one.sum_A + first[name].sum_A
+        return A / (one.n_A + more), one.sum_G / (one.n_G + more), one.n_A + more
+
+    found = named(given, change)
+    assert [*found] == ["B39"]
+    assert "the first batch of 5 sequences is added twice, and counted" in found["B39"]
+
+
 def test_accumulated_batches_that_the_end_cuts_short_have_their_name(given):
     """4 batches of 3 texts are a step, so that 2 batches are left, of which one is short."""
     before, after = given[3](slice(0, 12)), given[3](slice(12, None))
