@@ -72,7 +72,7 @@ def test_the_first_batch_alone_has_its_name_where_the_count_goes_on(given, count
 
 @pytest.mark.parametrize("counted", [True, False])
 def test_a_forward_for_shapes_that_hooks_see_has_its_name(given, counted):
-    """The inputs of the first 5 texts are added once more; no slope is, so that one count is off."""
+    """The inputs of the first 5 texts are added once more, and no slope is: one count is off."""
     first = given[3](slice(0, 5))
 
     def change(name, one):
