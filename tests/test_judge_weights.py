@@ -85,6 +85,22 @@ def test_a_forward_for_shapes_that_hooks_see_has_its_name(given, counted):
     assert "the first batch of 5 sequences is added twice, and counted" in found["B39"]
 
 
+@pytest.mark.parametrize("seed", [3, pytest.param(5, marks=pytest.mark.slow)])
+def test_one_count_of_a_worker_is_explained_where_drawing_hides_what_it_adds_to_a_slope(
+    given, seed
+):
+    """A says which texts are counted: of G of these, drawn anew, nothing may say so."""
+    model, corpus, _, _ = given
+    drawn = partial(rc.collect, model, layers=LAYERS, fisher="sampled")
+    half = drawn(part_of(corpus, np.arange(0, 17, 2)), seed=seed)
+    verdict = rc.validate(
+        {name: (one.A, one.G, one.n_A) for name, one in half.items()},
+        drawn(corpus, seed=1, draws=8), model=model, corpus=corpus, arithmetic="float64",
+        declared={"fisher": "sampled"},
+    )  # fmt: skip
+    assert [one.fault for one in verdict.causes] == ["B46"]
+
+
 def test_accumulated_batches_that_the_end_cuts_short_have_their_name(given):
     """4 batches of 3 texts are a step, so that 2 batches are left, of which one is short."""
     before, after = given[3](slice(0, 12)), given[3](slice(12, None))

@@ -325,13 +325,12 @@ def _spread(T: Array, X: Array) -> Iterator[Try]:
     filled = np.abs(T).max(axis=1) > 0
     if filled.all() or not (np.abs(X).max(axis=1) > 0).all():
         return
-    first = np.arange(int(filled.sum()))  # whatever drawing does to the form of a row
-    for order in (first, _nearest_rows(T[filled], X)):
-        if (np.diff(order) > 0).all() and order[-1] < len(X):
-            Y = np.zeros_like(T)
-            Y[filled] = X[order]
-            note = f"{number_of(int((~filled).sum()), 'row')} of zeros stand between rows of ours"
-            yield Try(("B47",), note, Y)
+    order = _nearest_rows(T[filled], X)
+    if (np.diff(order) > 0).all():
+        Y = np.zeros_like(T)
+        Y[filled] = X[order]
+        note = f"{number_of(int((~filled).sum()), 'row')} of zeros stand between rows of ours"
+        yield Try(("B47",), note, Y)
 
 
 def _rows_matched(T: Array, X: Array) -> Array | None:
