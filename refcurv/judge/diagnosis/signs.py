@@ -113,10 +113,8 @@ def _padded(case: Case, side: Side) -> Iterator[Sign]:
             found[layer] = int((~filled).sum())
     if found:
         layer, count = next(iter(found.items()))
-        words = (
-            f"In {layer}, {number_of(count, 'row')} of zeros of {side.side} stand where columns "
-        )
-        words += "have none; the other rows are the first of a symmetric matrix"
+        words = f"In {layer}, zeros fill {number_of(count, 'row')} of {side.side} where columns "
+        words += "have numbers; the other rows are the first of a symmetric matrix"
         yield Sign("B47", side.side, tuple(found), words, ())
 
 
