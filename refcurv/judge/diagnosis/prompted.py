@@ -77,7 +77,8 @@ def _nearest(
     case: Case, layers: Sequence[str], name: str, size: int, usual: Sequence[int]
 ) -> tuple[float, Setting]:
     """How far A is from theirs with the nearest prompt of so many tokens, and this prompt."""
-    far, kept = {}, [()]
+    far: dict[Setting, float] = {}
+    kept: list[tuple[int, ...]] = [()]
     for _ in range(size):
         longer = [(*tokens, v) for tokens in kept for v in usual]
         texts = {tokens: Setting(text=prompt(name, tokens)) for tokens in longer}
