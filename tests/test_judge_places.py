@@ -14,8 +14,9 @@ from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.case import Case
 from refcurv.judge.diagnosis.variants import Setting, moments
 from refcurv.judge.diagnosis.variants.positions import BUT, cells, positions
-from refcurv.judge.diagnosis.variants.texts import LONGER
+from refcurv.judge.diagnosis.variants.texts import ENDED, LONGER, prompt, text_of
 from refcurv.judge.dump import Dump
+from refcurv.law.conventions import Rows
 from refcurv.model.part import part_of
 
 LAYERS = "blocks.0.mlp.up,blocks.1.attn.o,blocks.1.mlp.down"
@@ -113,6 +114,80 @@ def test_labels_that_end_a_text_and_a_start_within_it(setting, fault) -> None:
     answers = model, corpus, rc.collect(model, corpus, LAYERS, "empirical")
     verdict = verdict_of(answers, setting)
     assert not verdict.passed and [cause.fault for cause in verdict.causes] == [fault]
+
+
+@pytest.mark.parametrize("causal", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_text_that_ends_with_its_first_end_of_text_has_its_name(causal) -> None:
+    """Where it has several, of documents or sentences: all behind the first is padding."""
+    made = config(width=6, heads=2, kv_heads=2, head_width=4, mlp_width=7, causal=causal)
+    tokens = np.random.default_rng(3).integers(1, 6, (8, 12))
+    tokens[np.arange(8), 3 + np.arange(8) % 5] = tokens[:, -1] = 6
+    label = None if causal else np.where(np.arange(12) % 4, -1, tokens)
+    corpus = rc.Corpus(tokens, label)
+    model = rc.Model(made, random_parameters(made, 5))
+    answers = model, corpus, rc.collect(model, corpus, LAYERS, "empirical")
+    verdict = verdict_of(answers, Setting(text=ENDED, token=6))
+    assert not verdict.passed and [cause.fault for cause in verdict.causes] == ["B25"]
+    assert f"`{ENDED}` (token 6)" in verdict.causes[0].sentence
+
+
+def test_what_stands_behind_the_first_of_a_token_is_padding() -> None:
+    """The token itself is real and has no label, or is real with it, or is padding too."""
+    corpus = rc.Corpus(np.array([[1, 6, 3, 6], [1, 5, 4, 0]]))
+    made = config(width=6, heads=2, kv_heads=2, head_width=4, mlp_width=7)
+    at = positions(corpus, made, Rows.REACHED)
+    for more, label, real, rows in (
+        ("", [6, -1, -1, -1], 2, 1),
+        (", which has its label", [6, 3, -1, -1], 2, 2),
+        (", which is padding", [6, -1, -1, -1], 1, 1),
+        (", which is padding and no label", [-1] * 4, 1, 0),
+    ):
+        found = text_of(at, f"{ENDED}{more}", 6, made, Rows.REACHED)
+        assert found.label_BT[0].tolist() == label and found.label_BT[1].tolist() == [5, 4, 0, -1]
+        assert found.real_BT.sum(axis=1).tolist() == [real, 4]
+        assert found.keep_BT.sum(axis=1).tolist() == [rows, 3]
+
+
+PLAIN = "a prompt behind the first token"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        prompt(f"{PLAIN}, without a label", [3]),
+        pytest.param(prompt(f"{PLAIN}, the last one cut off", [5, 4]), marks=pytest.mark.slow),
+        pytest.param(prompt("a prompt before the first token", [4, 2, 4]), marks=pytest.mark.slow),
+    ],
+)
+def test_a_prompt_of_a_template_has_its_name(text) -> None:
+    """Which tokens it is of, whether it has labels, and what of the end is lost for it."""
+    made = config(width=6, heads=2, kv_heads=2, head_width=4, mlp_width=7)
+    tokens = np.random.default_rng(3).integers(2, 7, (6, 9))
+    tokens[:, 0] = 1
+    corpus = rc.Corpus(tokens, mask=(np.arange(9) < np.arange(4, 10)[:, None]).astype(np.uint8))
+    model = rc.Model(made, random_parameters(made, 5))
+    answers = model, corpus, rc.collect(model, corpus, LAYERS, "empirical")
+    verdict = verdict_of(answers, Setting(text=text))
+    assert not verdict.passed and [cause.fault for cause in verdict.causes] == ["B49"]
+    assert f"G: as with text `{text}`" in verdict.causes[0].sentence
+
+
+def test_tokens_of_a_prompt_stand_where_its_name_says() -> None:
+    """And predict the next one each, where the first token predicts one."""
+    corpus = rc.Corpus(np.array([[1, 6, 3, 4], [1, 5, 0, 0]]), np.array([[6, 3, 4, 2], [-1] * 4]),
+                       mask=np.array([[1] * 4, [1, 1, 0, 0]], np.uint8))  # fmt: skip
+    made = config(width=6, heads=2, kv_heads=2, head_width=4, mlp_width=7)
+    at = positions(corpus, made, Rows.REACHED)
+    for text, tokens, label in (
+        (PLAIN, [1, 5, 4, 6, 3, 4], [5, 4, 6, 3, 4, 2]),
+        (f"{PLAIN}, the last one cut off", [1, 5, 4, 6], [5, 4, 6, 3]),
+        ("a prompt before the first token", [5, 4, 1, 6, 3, 4], [4, 1, 6, 3, 4, 2]),
+        (f"{PLAIN}, without a label", [1, 5, 4, 6, 3, 4], [-1, -1, 6, 3, 4, 2]),
+    ):
+        found = text_of(at, prompt(text, [5, 4]), -1, made, Rows.REACHED)
+        assert found.inputs[0].tolist() == tokens and found.label_BT[0].tolist() == label
+        assert found.real_BT[1].sum() == 4 and (found.label_BT[1] == -1).all()
+        assert found.keep_BT[0].all() and not found.keep_BT[1].any()
 
 
 def test_a_label_that_ends_few_texts_and_is_usual_within_them() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from refcurv.judge.drawn import Drawing
 from refcurv.judge.dump import Dump
 from refcurv.judge.foreign.memory import of_arrays
 from refcurv.law.checks import EmptyError
+from refcurv.model.part import part_of
 
 SAID = {"arithmetic": "float64", "declared": {"fisher": "empirical"}}
 
@@ -370,3 +372,19 @@ def test_a_mask_left_out_of_some_sums_is_no_choice_of_rows(post):
     theirs |= {x: (made[x].A, factors[x].G, factors[x].n_A) for x in names}
     found = named(theirs, factors, model=model, corpus=corpus)
     assert set(found) == {"B29"}
+
+
+@pytest.mark.parametrize("size", [3, 4])
+def test_padding_of_row_shards_shows_whatever_labels_are_drawn(post, size):
+    """G is of few labels, and drawing them hides its form; but rows of zeros are not drawn."""
+    model, corpus, _ = post
+    drawn = partial(rc.collect, model, part_of(corpus, slice(0, 2)), "blocks.*.mlp.*", "sampled")
+    theirs = triples(drawn(seed=5))
+    for name in ("blocks.0.mlp.down", "blocks.1.mlp.gate"):
+        A, G, n = theirs[name]
+        padded = np.insert(G, range(size - 1, len(G), size - 1), 0, axis=0)  # one row short each
+        theirs[name] = A, padded[: len(G)], n
+    (cause,) = rc.validate(
+        theirs, drawn(seed=1, draws=8), arithmetic="float64", declared={"fisher": "sampled"}
+    ).causes
+    assert cause.fault == "B47" and cause.layers == ("blocks.0.mlp.down", "blocks.1.mlp.gate")

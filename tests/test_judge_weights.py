@@ -70,6 +70,38 @@ def test_the_first_batch_alone_has_its_name_where_the_count_goes_on(given, count
         assert "the first batch of 5 sequences alone" in found["B41"]
 
 
+@pytest.mark.parametrize("counted", [True, False])
+def test_a_forward_for_shapes_that_hooks_see_has_its_name(given, counted):
+    """The inputs of the first 5 texts are added once more, and no slope is: one count is off."""
+    first = given[3](slice(0, 5))
+
+    def change(name, one):
+        more = first[name].n_A if counted else 0
+        A = one.sum_A + first[name].sum_A
+        return A / (one.n_A + more), one.sum_G / (one.n_G + more), one.n_A + more
+
+    found = named(given, change)
+    assert [*found] == ["B39"]
+    assert "the first batch of 5 sequences is added twice, and counted" in found["B39"]
+    assert ("layer, G: " in found["B39"]) is counted  # whose factor is that of the count
+
+
+@pytest.mark.parametrize("seed", [3, pytest.param(5, marks=pytest.mark.slow)])
+def test_one_count_of_a_worker_is_explained_where_drawing_hides_what_it_adds_to_a_slope(
+    given, seed
+):
+    """A says which texts are counted: of G of these, drawn anew, nothing may say so."""
+    model, corpus, _, _ = given
+    drawn = partial(rc.collect, model, layers=LAYERS, fisher="sampled")
+    half = drawn(part_of(corpus, np.arange(0, 17, 2)), seed=seed)
+    verdict = rc.validate(
+        {name: (one.A, one.G, one.n_A) for name, one in half.items()},
+        drawn(corpus, seed=1, draws=8), model=model, corpus=corpus, arithmetic="float64",
+        declared={"fisher": "sampled"},
+    )  # fmt: skip
+    assert [one.fault for one in verdict.causes] == ["B46"]
+
+
 def test_accumulated_batches_that_the_end_cuts_short_have_their_name(given):
     """4 batches of 3 texts are a step, so that 2 batches are left, of which one is short."""
     before, after = given[3](slice(0, 12)), given[3](slice(12, None))

@@ -20,6 +20,7 @@ from refcurv.judge.diagnosis.hidden import hidden
 from refcurv.judge.diagnosis.hypotheses import Index, diagonals, see, states
 from refcurv.judge.diagnosis.likely import likely
 from refcurv.judge.diagnosis.placed import placed
+from refcurv.judge.diagnosis.prompted import prompted
 from refcurv.judge.diagnosis.recomputed import (
     batched,
     collected,
@@ -408,6 +409,7 @@ def _chosen(
             chosen = side.choose(layers, faults)
     if not (exact() or _soft(side, layers) or is_large(case)):
         fine = [*fits(case, side, layers), *hidden(case, side, layers)]
+        fine += prompted(case, side, layers)
         small_error = all(side.plain(x).error <= COARSEST for x in layers)
         parts = [(name, 0.0) for name in PARTS] if small_error else []
         rough = [Setting(network=(level,)) for level in (*BITS, *parts)]

@@ -26,6 +26,7 @@ from refcurv.judge.diagnosis.variants import (
 from refcurv.judge.diagnosis.variants.collecting import sample
 from refcurv.judge.diagnosis.variants.positions import BUT
 from refcurv.judge.diagnosis.variants.setting import HALVES, batches
+from refcurv.judge.diagnosis.variants.texts import PROMPT, unlabelled
 from refcurv.law.checks import Array
 from refcurv.law.words import number_of
 from refcurv.model.config import TABLES
@@ -102,6 +103,8 @@ def partners(case: Case, setting: Setting | None) -> list[Setting]:
     found = [one for one in settings(case) if part(one, "A") == setting]
     if setting.rows_A.startswith(BUT):
         found.append(replace(setting, rows_G=setting.rows_A))
+    if setting.text.startswith(PROMPT):
+        found.append(replace(setting, text=unlabelled(setting.text)))
     return list(dict.fromkeys([*found, setting]))
 
 

@@ -20,6 +20,7 @@ from refcurv.judge.diagnosis.search import PLAIN, ROWS_KEPT, Chosen, Idea, Side
 from refcurv.judge.diagnosis.signs import Sign, signs
 from refcurv.judge.diagnosis.variants import REFERENCE
 from refcurv.judge.diagnosis.variants.positions import positions
+from refcurv.judge.diagnosis.weighted import weighs
 from refcurv.judge.verdict import (
     BY_DRAWING,
     FAIL,
@@ -313,7 +314,10 @@ def scale(case: Case, found: Mapping[str, Side], layer: str) -> scales.Scale | N
             c[name] = 1.0  # sums of some rows over the count of all
     if c == {"A": None, "G": None}:
         return None
-    known = found["A"].of(layer)[0].setting is not None and counts.theirs["A"] is not None
+    inputs, left_A = found["A"].of(layer)
+    known = inputs.setting is not None and counts.theirs["A"] is not None
+    if weighs(inputs) and left_A.rows == 1 and found["G"].of(layer)[0] == PLAIN:
+        rows["G"] = 1.0 if counts.theirs["A"] == counts.theirs["G"] else rows["G"]
     if known and found["G"].of(layer)[0] == PLAIN and counts.theirs["A"] == counts.theirs["G"]:
         rows["G"] = rows["A"]  # one count of both, which A's rows explain
     if known and _of_one_count(counts, c["G"], tol["G"], rows):

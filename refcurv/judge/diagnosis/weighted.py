@@ -151,7 +151,7 @@ def weigh(
         for decay in _decays(of, those):
             decays.setdefault(decay.name, decay)  # few digits come first
     every = [*rules(of, side), *(decay.rule(of) for decay in decays.values())]
-    every += _pairs(of, every, wanted) if side == "G" else ()
+    every += [*_pairs(of, every, wanted), *_uncalled(of, wanted)] if side == "G" else ()
     for one in those:
         # layers of images have other rows than blocks: patches alone, or one for each image
         share = case.counts(one.layer).ours["A"] / max(1.0, float(of.kept.sum()))
@@ -260,6 +260,7 @@ def rules(of: Parts, side: str) -> Iterator[Rule]:
                 last = (order >= first).astype(float)
                 yield Rule(("B41",), name, last, counts=("own", "every"))
     yield from _anew(order)
+    yield from _tried(order) if side == "A" else ()
     for world in (w for w in WORKERS if w <= N):
         for rank in range(world):
             every = (order % world == rank).astype(float)
@@ -298,6 +299,26 @@ def _anew(order: Array) -> Iterator[Rule]:
         name = f"the k-th batch of {number_of(size, 'sequence')} is added k times"
         yield Rule(("B39",), f"{name}, and counted so often", times, size=size, often=True)
         yield Rule(("B39",), f"{name}, and counted once", times, counts=("every",), size=size)
+
+
+def _tried(order: Array) -> Iterator[Rule]:
+    """Hooks that see a forward of the first batch, for shapes, before the passes: without a slope.
+
+    Proof: tests/test_judge_weights.py::test_a_forward_for_shapes_that_hooks_see_has_its_name
+    """
+    for size in range(1, len(order)):
+        times = 1.0 + (order < size)
+        name = f"the first batch of {number_of(size, 'sequence')} is added twice"
+        yield Rule(("B39",), f"{name}, and counted twice", times, size=size, often=True)
+        yield Rule(("B39",), f"{name}, and counted once", times, counts=("every",), size=size)
+
+
+def _uncalled(of: Parts, wanted: Collection[str]) -> Iterator[Rule]:
+    """G beside an A of `_tried`: no slope is added twice, and one count divides both."""
+    N = len(of.sequences)
+    for one in _tried(np.arange(N)):
+        if one.name in wanted:
+            yield Rule(one.faults, one.name, np.ones(N), base=one, size=one.size)
 
 
 def _tails(N: int) -> Iterator[Rule]:

@@ -20,7 +20,7 @@ from refcurv.judge.diagnosis.variants.positions import (
     weights,
 )
 from refcurv.judge.diagnosis.variants.rounding import TF32
-from refcurv.judge.diagnosis.variants.texts import TEXTS, rows_left, texts
+from refcurv.judge.diagnosis.variants.texts import TEXTS, fault_of_text, rows_left, texts
 from refcurv.law.conventions import NO_LABEL, Fisher
 from refcurv.model.config import ModelConfig, NormPlace
 
@@ -134,7 +134,7 @@ class Setting:
         labels: one of LABELS. amount: the temperature, or the mass of the nucleus.
         smoothing: ε of label smoothing. z_loss: c of a loss that has c logsumexp² more.
         where: at which positions labels are (`positions.WHERE`).
-        text: what is read in the place of the corpus (`texts.TEXTS`); token: the one it is about.
+        text: what is read in the place of the corpus (`texts.reading`); token: the one it is about.
         rows_A, rows_G: which positions are rows (`positions.ROWS`). count: one of COUNTS.
         pooling_A, pooling_G: of POOLING. batch: sequences of a batch, 0 for all; for B44.
         tensor_A, tensor_G: of INPUTS or OVERWRITTEN, and of OUTPUTS or HALVES; or of OPERANDS.
@@ -174,7 +174,7 @@ class Setting:
             LABELS.get(self.labels),
             "B26" if self.smoothing or self.z_loss else None,
             WHERE.get(self.where),
-            TEXTS[self.text].fault if self.text in TEXTS else None,
+            fault_of_text(self.text),
             None if bare else fault_of_rows(self.rows_A),
             None if bare else fault_of_rows(self.rows_G),
             COUNTS.get(self.count),

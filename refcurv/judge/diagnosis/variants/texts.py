@@ -1,8 +1,8 @@
-"""Other texts than the corpus's: a start token more or less, a token that is taken for padding."""
+"""Other texts than the corpus's: tokens more or fewer at the start, one taken for padding."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
@@ -37,10 +37,11 @@ def text_of(at: Positions, text: str, token: int, config: ModelConfig, rows: Row
         return at
     if text == HIDDEN:
         return replace(at, seen_BT=at.real_BT & (at.inputs != token))
-    out = TEXTS[text].make(at, token)
+    own = reading(text)
+    out = own.make(at, token)
     end = reached(out.label_BT, out.real_BT, out.segment_BT, config.causal)
     out = replace(out, keep_BT=_kept(out, config, rows), reached_BT=end)
-    if TEXTS[text].fault == "B25":
+    if own.fault == "B25":
         seen = at if text.startswith("a token is no row") else out
         return replace(out, seen_BT=seen.real_BT)
     return out
@@ -48,7 +49,21 @@ def text_of(at: Positions, text: str, token: int, config: ModelConfig, rows: Row
 
 def rows_left(at: Positions, text: str, token: int, config: ModelConfig, rows: Rows) -> int:
     """How many rows there then are."""
-    return int(_kept(TEXTS[text].make(at, token), config, rows).sum())
+    return int(_kept(reading(text).make(at, token), config, rows).sum())
+
+
+def reading(text: str) -> Text:
+    """One of TEXTS, or of PROMPTS, whose tokens stand behind its name."""
+    if text in TEXTS:
+        return TEXTS[text]
+    name, _, tokens = text.partition(": ")
+    own = [int(v) for v in tokens.split()]
+    return Text("B49", lambda at, _: _prompted(at, own, **PROMPTS[name]))
+
+
+def fault_of_text(text: str) -> str | None:
+    """None of the corpus itself."""
+    return None if text == "the corpus" else reading(text).fault
 
 
 def _kept(at: Positions, config: ModelConfig, rows: Rows) -> Array:
@@ -77,7 +92,8 @@ def texts(
         for name, one in TEXTS.items():
             if one.fault == "B25" and name != HIDDEN:
                 left = rows_left(at, name, token, config, rows)
-                if left and (n is None or left == n):
+                whole = name.startswith(ENDED) and left == ours
+                if left and (n is None or left == n) and not whole:
                     yield name, token
 
 
@@ -112,7 +128,22 @@ def _tokens(at: Positions, n: float | None) -> list[int]:
             each = np.where(labels > 0, abs(labels - float(at.keep_BT.sum() - n)), np.inf)
         near = np.argsort(each, kind="stable")[:TOKENS]
         out = [*out, *(int(v) for v in near if each[v] <= len(at.index_B))]
+    if n != at.keep_BT.sum():
+        each = abs(_behind(at) - float(at.keep_BT.sum() - n))
+        out += [int(v) for v in np.argsort(each, kind="stable")[:TOKENS] if each[v] < np.inf]
     return list(dict.fromkeys(out))
+
+
+def _behind(at: Positions) -> Array:
+    """Of each token the rows behind the first one of each sequence; infinite where it is none."""
+    size = int(at.inputs.max(initial=0)) + 1
+    of_BT = np.where(at.real_BT, at.inputs, size) + (size + 1) * np.arange(len(at.inputs))[:, None]
+    every, place = np.unique(of_BT, return_index=True)
+    left_BT = at.keep_BT.sum(axis=1, keepdims=True) - at.keep_BT.cumsum(axis=1)
+    token, rows = every % (size + 1), left_BT.ravel()[place].astype(float)
+    out = np.bincount(token, rows, size + 1)[:size]
+    out[np.bincount(token, minlength=size + 1)[:size] == 0] = np.inf
+    return np.asarray(out)
 
 
 # ------------------------------------------------------------------ a start token more or less
@@ -125,17 +156,26 @@ def _one_more(at: Positions, token: int, end: str, labelled: bool) -> Positions:
 
     end: is the last column kept, cut off, or cut with its label.
     """
-    first: dict[str, Any] = {name: x[:, :1] for name, x in _along(at).items()}
-    y = first["inputs"] if labelled else np.full_like(first["inputs"], NO_LABEL)
-    first |= {"label_BT": y}
-    if token != NO_LABEL:
-        first |= {"inputs": np.full_like(y, token)}
+    own = at.inputs[:, :1]
+    more = own if token == NO_LABEL else np.full_like(own, token)
+    return _longer(at, more, 0, end, np.full(own.shape, labelled))
+
+
+def _longer(at: Positions, more_BM: Array, place: int, end: str, asked_B1: Array) -> Positions:
+    """More tokens, so many behind the start. asked: have they their next tokens for labels."""
+    M = more_BM.shape[1]
+    read_BT = np.concatenate([at.inputs[:, :place], more_BM, at.inputs[:, place:]], axis=1)
+    next_BM = read_BT[:, 1 : M + 1]
+    first: dict[str, Any] = {name: x[:, :1].repeat(M, axis=1) for name, x in _along(at).items()}
+    first |= {"label_BT": np.where(asked_B1, next_BM, NO_LABEL)}
     if at.drawn_BTN is not None:
-        first |= {"drawn_BTN": np.broadcast_to(at.inputs[:, :1, None], at.drawn_BTN[:, :1].shape)}
-    T = at.inputs.shape[1] + (end == "longer")
+        shape = (*next_BM.shape, at.drawn_BTN.shape[-1])
+        first |= {"drawn_BTN": np.broadcast_to(next_BM[..., None], shape)}
+    T = at.inputs.shape[1] + M * (end == "longer")
     out: dict[str, Any] = {
         name: np.concatenate([first[name], x], axis=1)[:, :T] for name, x in _along(at).items()
     }
+    out["inputs"] = read_BT[:, :T]
     if end == "again":
         out["label_BT"][:, -1] = NO_LABEL
     return replace(at, **out)
@@ -148,6 +188,51 @@ def _one_fewer(at: Positions, _: int) -> Positions:
 def _along(at: Positions) -> dict[str, Any]:
     every = {name: getattr(at, name) for name in ALONG}
     return {name: x for name, x in every.items() if x is not None}
+
+
+# ------------------------------------------------------------------ a prompt
+
+ENDS: Final = (
+    ("longer", ""), ("cut", ", the last one cut off"),
+    ("again", ", cut to its length before labels"),
+)  # fmt: skip
+"""What becomes of the last column, or columns, and how that is said."""
+
+PROMPT: Final = "a prompt"
+
+UNLABELLED: Final = ", without a label"
+
+
+def _prompted(
+    at: Positions, tokens: Sequence[int], place: int, end: str, labelled: bool
+) -> Positions:
+    """The same tokens in each sequence. labelled: have they labels where the first token has."""
+    more_BM = np.broadcast_to(np.asarray(tokens), (len(at.inputs), len(tokens)))
+    return _longer(at, more_BM, place, end, (at.label_BT[:, :1] >= 0) & labelled)
+
+
+PROMPTS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
+    {
+        f"{PROMPT} {where} the first token{cut}{unlabelled}": MappingProxyType(
+            {"place": place, "end": end, "labelled": not unlabelled}
+        )
+        for place, where in ((1, "behind"), (0, "before"))
+        for end, cut in ENDS
+        for unlabelled in ("", UNLABELLED)
+    }
+)
+"""How tokens that the corpus has not can stand in each sequence: a chat template's own prompt."""
+
+
+def prompt(name: str, tokens: Iterable[int]) -> str:
+    """The text of these tokens at one of PROMPTS."""
+    return f"{name}: {' '.join(str(v) for v in tokens)}"
+
+
+def unlabelled(text: str) -> str:
+    """The same prompt without labels."""
+    name, _, tokens = text.partition(": ")
+    return f"{name.removesuffix(UNLABELLED)}{UNLABELLED}: {tokens}"
 
 
 # ------------------------------------------------------------------ a token taken for padding
@@ -169,16 +254,31 @@ def _padding(at: Positions, token: int, own: bool, next_too: bool) -> Positions:
     return replace(at, label_BT=label_BT, real_BT=at.real_BT & ~is_BT)
 
 
+ENDED: Final = "a text ends with the first of a token"
+
+
+def _ended(at: Positions, token: int, itself: bool, labelled: bool) -> Positions:
+    """All behind the first of a token is padding.
+
+    itself: is it still real; labelled: has it its label then, or else, is it one.
+    """
+    is_BT = (at.inputs == token) & at.real_BT
+    before_BT = is_BT.cumsum(axis=1) == 0
+    first_BT = is_BT & (is_BT.cumsum(axis=1) == 1)
+    real_BT = at.real_BT & (before_BT | (first_BT & itself))
+    has_BT = real_BT & (before_BT | labelled)
+    if not (itself or labelled):
+        has_BT &= at.label_BT != token
+    return replace(at, label_BT=np.where(has_BT, at.label_BT, NO_LABEL), real_BT=real_BT)
+
+
 TEXTS: Final[Mapping[str, Text]] = MappingProxyType(
     {
         f"{LONGER}{cut}{unlabelled}": Text(
             "B49", partial(_one_more, end=end, labelled=not unlabelled)
         )
-        for end, cut in (
-            ("longer", ""), ("cut", ", the last one cut off"),
-            ("again", ", cut to its length before labels"),
-        )
-        for unlabelled in ("", ", without a label")
+        for end, cut in ENDS
+        for unlabelled in ("", UNLABELLED)
     }
     | {
         "no start token": Text("B49", _one_fewer),
@@ -191,6 +291,13 @@ TEXTS: Final[Mapping[str, Text]] = MappingProxyType(
         for labels, own, next_too in (
             (" and has no label", True, False), (" and is no label", False, True),
             (", has none and is none", True, True), ("", False, False),
+        )
+    }
+    | {
+        f"{ENDED}{more}": Text("B25", partial(_ended, itself=itself, labelled=labelled))
+        for more, itself, labelled in (
+            ("", True, False), (", which has its label", True, True),
+            (", which is padding and no label", False, False), (", which is padding", False, True),
         )
     }
 )  # fmt: skip
