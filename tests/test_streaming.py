@@ -158,7 +158,7 @@ def test_a_killed_run_goes_on(files, share: float, kept: int, capsys) -> None:
         command += ["-o", str(folder / "two.h5"), "--layers", LAYERS, "--dtype", "float32"]
         assert main([*command, "--memory", "900000"]) == 0
     found = re.findall(r"collect: goes on from (\d+) of 16 layers, which", capsys.readouterr().err)
-    assert [int(n) > 0 for n in found] == [True] * (0 < kept < 3)
+    assert [int(n) > 0 for n in found] == [True] * (kept > 0)
     assert (folder / "one.h5").read_bytes() == (folder / "two.h5").read_bytes()
 
 

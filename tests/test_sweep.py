@@ -21,6 +21,7 @@ from refcurv.cli import main
 from refcurv.editing import kfac
 from refcurv.editing.variants import one_sided, random_pairs
 from refcurv.evaluation import decode
+from refcurv.evaluation import lines as sweep_lines
 from refcurv.evaluation.held import Holding, kept_bytes
 from refcurv.evaluation.items import suffix_nats
 from refcurv.evaluation.matching import text_perplexity
@@ -44,7 +45,6 @@ from refcurv.passes.held import Held
 from refcurv.report.plots import sweep_front
 from refcurv.report.sweep import format_sweep
 from refcurv.report.text import display_width
-from refcurv.sweeps import lines as sweep_lines
 from refcurv.sweeps.methods import METHODS, methods
 from refcurv.sweeps.outcomes import Outcome, marked
 from refcurv.sweeps.sweep import _cost, bracket
