@@ -222,9 +222,8 @@ _clock = _Clock()
 
 def _remind(clock: _Clock, over: threading.Event) -> None:
     """Look at the clock whenever a line is due, until the command is over."""
-    wait: float = _SECONDS
-    while not over.wait(wait):
-        wait = clock.tell()
+    while not over.wait(clock.tell()):
+        pass
 
 
 class _Log:
