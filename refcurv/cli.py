@@ -34,6 +34,9 @@ FAULTS = (
 )
 """Errors of the operating system that no other input would have spared."""
 
+GOES_ON = ("collect", "decompose", "recite", "sweep", "report", "demo")
+"""The commands that go on where an interrupted one was."""
+
 HOUSE = Path(__file__).parent
 
 
@@ -44,20 +47,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: Sequence[str] | None) -> int:
+    command = ""
     try:
         with terminal.streams():
             args = parser(COMMANDS).parse_args(arguments)
+            command = args.command
             _require_targets(args)
             good = args.work(args)
         return JUDGED_AND_FAILED if good is False else DONE
     except KeyboardInterrupt:
-        hint = (
-            "interrupted; each output is the old one or the new one, whole. Give the same command "
-            "again: collections, decompositions, sweeps and a report's controls go on from there"
-        )
-        return _fail(hint, INTERRUPTED)
+        hint = "interrupted; each output is the old one or the new one, whole"
+        again = f". Give the same command again: {command} goes on from what it has kept"
+        return _fail(hint + again * (command in GOES_ON), INTERRUPTED)
     except Exception as error:
-        return _fail(*_sentence(error))
+        said, status = _sentence(error)
+        return _fail(_by_command(said, command), status)
 
 
 def _sentence(error: Exception) -> tuple[str, int]:
@@ -76,6 +80,18 @@ def _sentence(error: Exception) -> tuple[str, int]:
     if isinstance(error, ImportError):
         return f"{error}: a package that refcurv needs is missing or broken; install it", MACHINE
     return _bug(error), MACHINE
+
+
+def _by_command(said: str, command: str) -> str:
+    """What a function of Python says, as what the command says; a step keeps its own name.
+
+    Proof: tests/test_cli.py::test_an_error_names_the_command_that_was_given
+    """
+    import refcurv as rc
+
+    name, colon, rest = said.partition(": ")
+    steps = {work.__name__ for work in COMMANDS}
+    return f"{command}: {rest}" if command and colon and name in {*rc.__all__} - steps else said
 
 
 def _bug(error: Exception) -> str:

@@ -38,7 +38,7 @@ from refcurv.law.words import number_of
 from refcurv.model.config import TABLES
 from refcurv.model.corpus import SPLITS, Population, Populations
 from refcurv.model.patterns import expand
-from refcurv.progress import Progress, silent
+from refcurv.progress import Progress, gone_on, silent
 from refcurv.report.folder import BASIS, CHOICE, CONTROLS, EDITED, FACTORS, RESULTS, prepare
 from refcurv.sweeps import choice
 
@@ -221,7 +221,8 @@ def _factors(this: _Run) -> rc.Factors:
     job, path = this.job, this.folder / FACTORS
     made = rc.collect(
         this.model, this.corpus, job.layers, job.fisher, job.seed,
-        rows=job.rows, checkpoint=unfinished(path), progress=this.stage("collect"),
+        rows=job.rows, checkpoint=unfinished(path),
+        progress=gone_on(this.stage("collect"), "shard"),
     )  # fmt: skip
     rc.save_factors(made, path, unfinished(path))
     return made

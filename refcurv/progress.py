@@ -15,6 +15,33 @@ def doing(progress: Progress, what: str) -> None:
         show(what)
 
 
+def goes_on(progress: Progress, what: str) -> None:
+    """Say from what work goes on that an earlier run left, where the progress shows it.
+
+    Proof: tests/test_cli.py::test_what_goes_on_says_so
+    """
+    show = getattr(progress, "goes_on", None)
+    if show is not None:
+        show(what)
+
+
+def gone_on(progress: Progress, what: str) -> Progress:
+    """The progress of work whose first call says where it begins, in pieces called `what`.
+
+    If that is not at zero, it goes on from there.
+    """
+    begun = False
+
+    def told(done: int, total: int) -> None:
+        nonlocal begun
+        if done and not begun:
+            goes_on(progress, f"{what} {done:,} of {total:,}")
+        begun = True
+        progress(done, total)
+
+    return told
+
+
 def silent(done: int, total: int) -> None:
     """The progress of what nobody watches."""
 

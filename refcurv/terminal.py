@@ -46,6 +46,7 @@ def streams() -> Iterator[None]:
         if hasattr(stream, "reconfigure"):  # None where it was closed
             stream.reconfigure(errors="backslashreplace")
     out, sys.stdout = sys.stdout, None if sys.stdout is None else _Patient(sys.stdout)
+    _clock.begin()
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", _FLOATS, RuntimeWarning)
@@ -59,8 +60,7 @@ def streams() -> Iterator[None]:
             _flush()
     finally:
         sys.stdout = out
-        while _reminders:  # what is done needs no reminder, though a traceback may hold its log
-            _reminders.pop().set()
+        _clock.end()
 
 
 class _Patient(io.TextIOBase):
@@ -156,59 +156,109 @@ def _raise_lost() -> None:
 
 
 def progress_bar(label: str, tokens: int | None = None) -> Callable[[int, int], None]:
-    """What to call with (done, all): a bar on a terminal, a line a minute in a log.
+    """What to call with (done, all): a bar on a terminal, in a log a line a minute of all of them.
 
     Its `doing` says what is being done: beside the bar, or at the end of the line, which otherwise
-    says how long the rest will take; and how fast `tokens` pass, if there are so many in all.
+    says how long the rest will take; and how fast `tokens` pass, if there are so many in all. Its
+    `goes_on` says from what, in a line of its own.
 
     Proof: tests/test_cli.py::test_progress_goes_into_a_log_too,
-        ::test_progress_says_what_is_being_done
+        ::test_progress_says_what_is_being_done, ::test_short_steps_are_told_of_too
     """
-    on_terminal = sys.stderr is not None and sys.stderr.isatty()
-    return _Bar(label) if on_terminal else _Log(label, tokens)
+    if sys.stderr is not None and sys.stderr.isatty():
+        return _Bar(label)
+    log = _Log(label, tokens)
+    _clock.watch(log)
+    return log
 
 
-_reminders: list[threading.Event] = []
-"""Each ends the reminder of a log (`_remind`)."""
+class _Clock:
+    """When the next line of a log is due, whatever steps it has, and of which step it will be.
+
+    Within a command a thread looks at it: nothing else does in a step that takes long.
+    """
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+        self._heard: _Log | None = None
+        self._over: threading.Event | None = None
+        self._looked_at = False
+
+    def begin(self) -> None:
+        """A command begins."""
+        self._last, self._over = time.monotonic(), threading.Event()
+
+    def end(self) -> None:
+        """It is over, and so is what looks at the clock."""
+        if self._over is not None:
+            self._over.set()
+        self._heard, self._over, self._looked_at = None, None, False
+
+    def watch(self, log: _Log) -> None:
+        """A step begins."""
+        self._heard = log
+        if self._over is not None and not self._looked_at:
+            self._looked_at = True
+            threading.Thread(target=_remind, args=(self, self._over), daemon=True).start()
+
+    def hear(self, log: _Log) -> None:
+        """A step is alive."""
+        self._heard = log
+        self.tell()
+
+    def tell(self) -> float:
+        """A line of the step that was heard last, if one is due; seconds until the next one is."""
+        now, log = time.monotonic(), self._heard
+        if now - self._last >= _SECONDS:
+            self._last = now
+            if log is not None:
+                say(log.line(now))
+        return self._last + _SECONDS - now
+
+
+_clock = _Clock()
+"""Of this process."""
+
+
+def _remind(clock: _Clock, over: threading.Event) -> None:
+    """Look at the clock whenever a line is due, until the command is over."""
+    while not over.wait(clock.tell()):
+        pass
 
 
 class _Log:
-    """A line of progress from time to time, however long a step takes."""
+    """A step whose progress goes into a log, by the `_clock`."""
 
     def __init__(self, label: str, tokens: int | None) -> None:
         self._label, self._what, self._tokens = label, "", tokens
         self._first: tuple[float, int] | None = None
-        self._begin = self._last = time.monotonic()
+        self._begin = time.monotonic()
         self._now = (0, 0)
-        over = threading.Event()
-        weakref.finalize(self, over.set)
-        _reminders.append(over)
-        threading.Thread(target=_remind, args=(weakref.ref(self), over), daemon=True).start()
 
     def __call__(self, done: int, total: int) -> None:
         """So much is done."""
         _raise_lost()
-        now, self._now = time.monotonic(), (done, total)
+        self._now = (done, total)
         if self._first is None and total:
-            self._first = now, done
-        self._tell(now)
+            self._first = time.monotonic(), done
+        _clock.hear(self)
 
     def doing(self, what: str) -> None:
         """What is being done."""
+        _raise_lost()
         self._what = what
-        self(*self._now)
+        _clock.hear(self)
 
-    def tell(self) -> None:
-        """A line, if the last one is old."""
-        self._tell(time.monotonic())
+    def goes_on(self, what: str) -> None:
+        """From what it goes on."""
+        say(_going_on(self._label, what))
 
-    def _tell(self, now: float) -> None:
-        if now - self._last >= _SECONDS:
-            self._last = now
-            done, total = self._now
-            so_far = f"{done:,} of {total:,} " if total else ""
-            after = f"{so_far}after {now - self._begin:,.0f} s{self._pace(now)}"
-            say(": ".join(filter(None, (self._label, after, self._what))))
+    def line(self, now: float) -> str:
+        """How far it is."""
+        done, total = self._now
+        so_far = f"{done:,} of {total:,} " if total else ""
+        after = f"{so_far}after {now - self._begin:,.0f} s{self._pace(now)}"
+        return ": ".join(filter(None, (self._label, after, self._what)))
 
     def _pace(self, now: float) -> str:
         """How fast it goes, and how long the rest will take, by what was done since it began."""
@@ -223,13 +273,8 @@ class _Log:
         return tokens + (left if done < total and not self._what else "")
 
 
-def _remind(of: weakref.ref[_Log], over: threading.Event) -> None:
-    """Let a log tell how far it is, until it is forgotten: nothing else does in a long step."""
-    while not over.wait(_SECONDS):
-        log = of()
-        if log is not None:
-            log.tell()
-        del log
+def _going_on(label: str, what: str) -> str:
+    return f"{label}: goes on from {what}, which an earlier run left"
 
 
 def end_bars() -> None:
@@ -272,6 +317,10 @@ class _Bar:
         """What is being done."""
         _raise_lost()
         self._shown().set_postfix_str(what)
+
+    def goes_on(self, what: str) -> None:
+        """From what it goes on."""
+        say(_going_on(self._label, what))
 
     def clear(self) -> None:
         """Leave the line to something else; the next update draws the bar again."""

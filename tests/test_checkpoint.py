@@ -279,6 +279,7 @@ def test_a_signal_keeps_the_sums_and_says_how_to_go_on(
         monkeypatch.setattr(module, "BLOCK_SHARDS", 6)
     monkeypatch.setattr(conventions, "SHARD_TOKENS", 8)
     assert main(command) == 0
+    assert "refcurv: collect: goes on from shard " in capsys.readouterr().err
     same_bits(run.whole(), rc.load_factors("f.h5"))
     assert sorted(p.name for p in run.folder.iterdir()) == ["c.h5", "f.h5", "w.h5"]
 

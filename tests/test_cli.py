@@ -21,11 +21,11 @@ import pytest
 from strategies import config, opened_for_lies, random_parameters
 
 import refcurv as rc
-from refcurv import terminal
+from refcurv import cli, terminal
 from refcurv.cli import main
 from refcurv.editing import variants
 from refcurv.files.disk import file_sha256
-from refcurv.progress import doing
+from refcurv.progress import doing, goes_on, gone_on
 
 PYTHON = [sys.executable, "-m", "refcurv"]
 
@@ -81,15 +81,17 @@ def test_edit_with_a_control(kind: str, files: Path, tmp_path: Path, capsys) -> 
     """As much is kept as by K-FAC, the file is the function's, and the seed is written down."""
     out, table = tmp_path / "e.h5", tmp_path / "t.json"
     command = ["edit", *paths(files, "w", "b"), "-o", str(out), "--rho", "0.6"]
-    assert main([*command, "--control", kind, "--seed", "3", "--json", str(table)]) == 0
+    seed = 3 if kind.startswith("random") else 0
+    given = ["--seed", "3"] if seed else []
+    assert main([*command, "--control", kind, *given, "--json", str(table)]) == 0
     name = {"inputs": "Inputs only", "outputs": "Outputs only"}.get(kind, kind.replace("-", " "))
     assert capsys.readouterr().out.startswith(name.capitalize())
     model, basis, rows = rc.load(files / "w.h5"), rc.load_bases(files / "b.h5"), table.read_text()
-    edited, record = variants.control(model, basis, 0.6, kind, 3)
+    edited, record = variants.control(model, basis, 0.6, kind, seed)
     assert json.loads(rows) == record.to_json()
     made = rc.load(out)
     assert all(x.tobytes() == made.parameters[n].tobytes() for n, x in edited.parameters.items())
-    assert made.source["provenance"]["seed"] == 3
+    assert made.source["provenance"]["seed"] == seed
     came_from = {name: file_sha256(files / name) for name in ("w.h5", "b.h5")}
     assert made.source["provenance"]["inputs"] == came_from
 
@@ -245,7 +247,21 @@ BAD = {
     "no such split": (["evaluate", "{w}", "{c}", "--split", "train"], "dev, test"),
     "no such folder": (["decompose", "{f}", "-o", "nowhere/b.h5"], "nowhere"),
     "usage": (["collect", "{w}"], "required"),
-    "no room": (["audit", "{w}", "{c}", "--memory", "0"], "memory"),
+    "usage: no room": (["audit", "{w}", "{c}", "--memory", "0"], "--memory: a size is a number"),
+    "usage: size in KB": (["collect", "{w}", "{c}", "-o", "{out}", "--memory", "1KB"], "6GB"),
+    "usage: size below 0": (["evaluate", "{w}", "{c}", "--memory", "-3GB"], "got '-3GB'"),
+    "too little room": (["audit", "{w}", "{c}", "--memory", "0.000001"], "memory"),
+    "two shares, no pattern": (["edit", "{w}", "{b}", "-o", "{out}", "--rho", "0.5", "--rho",
+                                "0.6"], "several need a pattern each, and '0.5' has none"),
+    "seed of no control": (["edit", "{w}", "{b}", "-o", "{out}", "--rho", "0.5", "--seed", "0"],
+                           "edit: nothing is drawn without --control random-basis"),
+    "seed of half": (["edit", "{w}", "{b}", "-o", "{out}", "--rho", "0.5", "--seed", "3",
+                      "--control", "inputs"], "leave --seed out"),
+    "seed of labels": (["collect", "{w}", "{c}", "-o", "{out}", "--fisher", "empirical", "--seed",
+                        "3"], "collect: nothing is drawn with --fisher empirical"),
+    "seed of a pass": (["trace", "{w}", "{c}", "-o", "{out}", "--fisher", "empirical", "--seed",
+                        "3"], "trace: nothing is drawn with --fisher empirical"),
+    "no reference": (["validate", "{f}"], "(--reference), or both a model (--model)"),
     "no folder for the JSON": (["audit", "{w}", "{c}", "--json", "nowhere/a.json"], "nowhere"),
     "no folder for the factors": (["collect", "{w}", "{c}", "-o", "nowhere/f.h5"], "nowhere"),
     "a file for a folder": (["demo", "--out", "{out}"], "is no folder"),
@@ -271,9 +287,28 @@ def test_bad_input_is_one_line_and_status_2(name: str, files: Path, tmp_path: Pa
     captured = capsys.readouterr()
     assert status == 2
     assert says in captured.err
-    assert name == "usage" or captured.err.count("\n") == 1
+    assert name.startswith("usage") or captured.err.count("\n") == 1
     assert "Traceback" not in captured.err
     assert out.read_bytes() == b"the old output"
+
+
+def test_an_error_names_the_command_that_was_given(files: Path, tmp_path: Path, capsys) -> None:
+    """Not the function of Python that saw it; a step of the work keeps its name."""
+    np.save(tmp_path / "ids.npy", np.arange(60) % 20)
+    (tmp_path / "mine.txt").write_text("a text")
+    ids, text, out = (str(tmp_path / name) for name in ("ids.npy", "mine.txt", "out"))
+    for command, says in (
+        (["recite", *paths(files, "w"), ids, "-o", out, "--run", "99"], "recite: least (--run)"),
+        (["recite", *paths(files, "w"), text, "-o", out], "recite: "),
+        (["corpus", text, "-o", out], "corpus: "),
+        (["prune", *paths(files, "w", "c"), "-o", out, "--layers", "**.up", "--forget",
+          "recite_dev", "--ratio", "5"], "prune: "),
+    ):  # fmt: skip
+        assert main(command) == 2
+        assert capsys.readouterr().err.startswith(f"refcurv: {says}"), command
+    same = {name: name for name in ("collect: a", "load", "of what: b")}
+    for said, by in {**same, "load: a: b": "report: a: b"}.items():
+        assert cli._by_command(said, "report") == by
 
 
 APART = {
@@ -579,13 +614,47 @@ def test_an_interrupt_promises_nothing_about_what_was_written_before_it(
     rc.load(out)
 
 
+@pytest.mark.parametrize(
+    "words", ["evaluate w.h5 c.h5", "collect w.h5 c.h5 -o f.h5", "recite w.h5 t.txt -o i.jsonl"]
+)
+def test_an_interrupt_says_that_the_command_goes_on_where_it_does(words: str, capsys) -> None:
+    command = words.split()
+    with patch("refcurv.cli._require_targets", side_effect=KeyboardInterrupt):
+        assert main(command) == 130
+    again = f"again: {command[0]} goes on from what it has kept"
+    assert (again in (err := capsys.readouterr().err)) == (command[0] != "evaluate")
+    assert command[0] != "evaluate" or "again" not in err
+    readme = " ".join((Path(__file__).parents[1] / "README.md").read_text().split())
+    named = re.search("[.] ([^.]*) that are interrupted go on", readme)
+    assert named and {*re.findall("`([a-z]+)`", named[1]), "demo"} == {*cli.GOES_ON}
+
+
+def test_what_goes_on_says_so(capsys, monkeypatch) -> None:
+    """In a line of its own, in a log and on a terminal; and only if it does not begin at zero."""
+    for _ in range(2):
+        for begin in (0, 57):
+            update = gone_on(terminal.progress_bar("collect"), "shard")
+            for done in range(begin, 101):
+                update(done, 100)
+            err = capsys.readouterr().err
+            line = "refcurv: collect: goes on from shard 57 of 100, which an earlier run left\n"
+            assert err.count(line) == (begin == 57) == err.count("goes on")
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+        monkeypatch.setattr(terminal, "_COLUMNS", 200)
+    goes_on(lambda done, total: None, "who does not show it")
+
+
+def ticking(monkeypatch, *times: float) -> None:
+    """A clock that is looked at so many times, of a process that begins at zero."""
+    clock = iter([0.0, *times])
+    monkeypatch.setattr(terminal, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(terminal, "_clock", terminal._Clock())
+
+
 def test_progress_goes_into_a_log_too(capsys, monkeypatch) -> None:
     """A line a minute where there is no terminal: how fast, how long yet, since it went on."""
     for tokens, speed in ((None, ("", "")), (100_000, (", 800 tokens/s", ", 714 tokens/s"))):
-        clock = iter([0.0, 10.0, 59.0, 60.0, 99.0, 122.0])
-        monkeypatch.setattr(
-            terminal, "time", SimpleNamespace(monotonic=lambda clock=clock: next(clock))
-        )
+        ticking(monkeypatch, 0.0, 10.0, 10.0, 59.0, 60.0, 99.0, 122.0)
         update = terminal.progress_bar("collect", tokens)
         for done in range(1, 6):
             update(done * 1000, 5000)
@@ -595,29 +664,42 @@ def test_progress_goes_into_a_log_too(capsys, monkeypatch) -> None:
         ]
 
 
+def test_short_steps_are_told_of_too(capsys, monkeypatch) -> None:
+    """Ten steps of 25 s, of which each is over before a minute is: still a line a minute."""
+    ticking(monkeypatch, *(25.0 * n + at for n in range(10) for at in (0.0, 5.0, 5.0, 20.0)))
+    for n in range(10):
+        update = terminal.progress_bar(f"step {n}")
+        update(0, 2)
+        doing(update, "the second half")
+    assert capsys.readouterr().err.splitlines() == [
+        "refcurv: step 2: 0 of 2 after 20 s: the second half",
+        "refcurv: step 5: 0 of 2 after 5 s",
+        "refcurv: step 7: 0 of 2 after 20 s: the second half",
+    ]
+
+
 def test_a_long_step_is_told_of_too(capsys, monkeypatch) -> None:
-    """A log that is forgotten, or whose command is over, ends its reminder."""
+    """Also what comes behind the last bar; a command that is over ends its reminder."""
     monkeypatch.setattr(terminal, "_SECONDS", 0.01)
-    update = terminal.progress_bar("validate")
-    doing(update, "how much drawing labels changes")
-    capsys.readouterr()
-    said, end = "", time.monotonic() + 20
-    while "after" not in said and time.monotonic() < end:
-        said += capsys.readouterr().err
-    assert "refcurv: validate: after 0 s: how much drawing labels changes\n" in said
     with terminal.streams():
-        held = terminal.progress_bar("evaluate")
-    del update
-    for one in [one for one in threading.enumerate() if one.name.endswith("(_remind)")]:
+        doing(terminal.progress_bar("validate"), "how much drawing labels changes")
+        capsys.readouterr()
+        said, end = "", time.monotonic() + 20
+        while said.count("after") < 2 and time.monotonic() < end:
+            said += capsys.readouterr().err
+        line = r"refcurv: validate: after \d+ s: how much drawing labels changes\n"
+        assert re.match(line, said)
+        terminal.progress_bar("evaluate")
+        reminders = [one for one in threading.enumerate() if one.name.endswith("(_remind)")]
+        assert len(reminders) == 1
+    for one in reminders:
         one.join(20)
         assert not one.is_alive()
-    del held
 
 
 def test_progress_says_what_is_being_done(capsys, monkeypatch) -> None:
     """At the end of a line of the log; on a terminal beside the bar."""
-    clock = iter([0.0, 10.0, 61.0, 70.0])
-    monkeypatch.setattr(terminal, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    ticking(monkeypatch, 0.0, 10.0, 10.0, 61.0)
     update = terminal.progress_bar("validate")
     update(1, 5)
     doing(update, "compare blocks.0.mlp.up")

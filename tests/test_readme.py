@@ -84,6 +84,15 @@ def test_its_commands_are_there(page: str, capsys: pytest.CaptureFixture[str]) -
     assert seen >= 5
 
 
+def test_its_line_for_a_model_to_try_makes_both_files(tmp_path: Path, monkeypatch) -> None:
+    (words,) = [words for words in commands(README) if words[:2] == ["python", "-c"]]
+    monkeypatch.chdir(tmp_path)
+    exec(words[2], {})  # the page's own line
+    corpus = refcurv.load_corpus("c.h5")
+    assert refcurv.load("w.h5").config.layers == 4 and corpus.populations
+    assert "whose blocks are 0 to 3" in README
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_its_links_and_paths_are_there(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")

@@ -215,7 +215,7 @@ def test_a_killed_run_goes_on(model: rc.Model, tmp_path: Path, monkeypatch) -> N
 
 
 def test_the_command_goes_on_and_leaves_nothing(
-    model: rc.Model, tmp_path: Path, monkeypatch
+    model: rc.Model, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     monkeypatch.chdir(tmp_path)
     rc.save(model, "w.h5")
@@ -231,7 +231,10 @@ def test_the_command_goes_on_and_leaves_nothing(
     assert Path("items.jsonl.unfinished").exists() and not Path("items.jsonl").exists()
     with monkeypatch.context() as patched:
         patched.setattr(module, "at_scored", None)  # nothing is read again
+        assert "goes on" not in capsys.readouterr().err
         assert main([*words, "items.jsonl"]) == 0
+    said = "refcurv: recite: goes on from 1 of 1 piece, which an earlier run left\n"
+    assert capsys.readouterr().err == said
     assert Path("items.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
     assert sorted(p.name for p in Path().iterdir()) == [
         "items.jsonl", "t.jsonl", "w.h5", "whole.jsonl",

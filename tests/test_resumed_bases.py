@@ -83,10 +83,14 @@ def test_a_killed_decomposition_goes_on_with_the_same_bits(
         assert not here.out.exists()
         ready = len(list(here.parts.glob("*.h5"))) if here.parts.exists() else 0
         with monkeypatch.context() as patch:
-            again, seen = counted(patch), []
-            decompose_to(
-                here.factors, here.out, bias, progress=lambda done, _, s=seen: s.append(done)
-            )
+            again, seen, said = counted(patch), [], []
+
+            def progress(done: int, _: int, seen: list[int] = seen) -> None:
+                seen.append(done)
+
+            progress.goes_on = said.append  # type: ignore[attr-defined]
+            decompose_to(here.factors, here.out, bias, progress=progress)
+        assert said == ([f"{ready} of 6 layers"] if ready else [])
         names = list(here.factors)[ready:]
         assert {what.split("'")[1] for what in again} <= set(names)
         assert set(again) == {what for what in every if what.split("'")[1] in names}

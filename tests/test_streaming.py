@@ -29,6 +29,7 @@ from test_images import labelled_images
 from test_room import peak
 
 import refcurv as rc
+from refcurv.cli import main
 from refcurv.curvature import room
 from refcurv.curvature import streamed as streamed_file
 from refcurv.curvature.factors import Factor
@@ -136,7 +137,7 @@ def test_a_file_is_that_of_the_pass_in_memory(files) -> None:
 
 
 @pytest.mark.parametrize(("share", "kept"), [(0, 0), (0.5, 0), (0.7, 1), (0.85, 2), (1, 3)])
-def test_a_killed_run_goes_on(files, share: float, kept: int) -> None:
+def test_a_killed_run_goes_on(files, share: float, kept: int, capsys) -> None:
     """Killed when so much of the work is done; so many parts are whole then."""
     model, corpus, folder = files
 
@@ -153,7 +154,11 @@ def test_a_killed_run_goes_on(files, share: float, kept: int) -> None:
         if parts:
             with pytest.raises(ConventionError, match="another run: seed is 1 here, 0 there"):
                 collect_to(model, corpus, folder / "two.h5", LAYERS, seed=1, memory=PLENTY)
-        collect_to(model, corpus, folder / "two.h5", LAYERS, memory=PLENTY)
+        command = ["collect", *map(str, (folder / "w.h5", folder / "c.h5"))]
+        command += ["-o", str(folder / "two.h5"), "--layers", LAYERS, "--dtype", "float32"]
+        assert main([*command, "--memory", "900000"]) == 0
+    found = re.findall(r"collect: goes on from (\d+) of 16 layers, which", capsys.readouterr().err)
+    assert [int(n) > 0 for n in found] == [True] * (kept > 0)
     assert (folder / "one.h5").read_bytes() == (folder / "two.h5").read_bytes()
 
 

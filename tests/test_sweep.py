@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
@@ -21,6 +21,7 @@ from refcurv.cli import main
 from refcurv.editing import kfac
 from refcurv.editing.variants import one_sided, random_pairs
 from refcurv.evaluation import decode
+from refcurv.evaluation import lines as sweep_lines
 from refcurv.evaluation.held import Holding, kept_bytes
 from refcurv.evaluation.items import suffix_nats
 from refcurv.evaluation.matching import text_perplexity
@@ -44,7 +45,6 @@ from refcurv.passes.held import Held
 from refcurv.report.plots import sweep_front
 from refcurv.report.sweep import format_sweep
 from refcurv.report.text import display_width
-from refcurv.sweeps import lines as sweep_lines
 from refcurv.sweeps.methods import METHODS, methods
 from refcurv.sweeps.outcomes import Outcome, marked
 from refcurv.sweeps.sweep import _cost, bracket
@@ -535,9 +535,13 @@ def test_a_killed_sweep_goes_on(model, corpus, basis, match: str, tmp_path: Path
     assert ("trial" in kinds) == (match != "rho")
     for n in (1, 9, len(lines) - 2, len(lines)):
         out.write_bytes(b"".join(lines[:n]))
+        said: list[str] = []
+        stage = Mock(goes_on=said.append)
         with patch.object(sweep_lines, "write_json_lines") as write:
-            assert rc.sweep(model, corpus, **what, lines=out) == want
+            again = rc.sweep(model, corpus, **what, lines=out, stage=Mock(return_value=stage))
+        assert again == want
         assert write.call_count == len(lines) - n
+        assert said == ([f"{n - 1} measurements"] if n > 1 else [])
     out.write_bytes(b"".join(lines[:3]) + lines[3][:9])
     with pytest.warns(UserWarning, match="the last line was torn off"):
         assert rc.sweep(model, corpus, **what, lines=out) == want

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 from importlib import metadata
 
@@ -11,6 +12,10 @@ from refcurv.commands.values import numbers, size
 
 Command = Callable[[argparse.Namespace], bool | None]
 """Its name is the command's, the first line of its docstring the summary; False: it failed."""
+
+
+_VALUE = re.compile(r"-\.?\d")
+"""How a value begins that is below zero; no option begins so."""
 
 
 def parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
@@ -33,6 +38,7 @@ def parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         sub.set_defaults(work=work)
+        sub._negative_number_matcher = _VALUE  # else -3GB is taken for an option
         ARGUMENTS[name](sub)
     return made
 
@@ -137,6 +143,7 @@ def _collect(sub: argparse.ArgumentParser) -> None:
     _positional(sub, "WEIGHTS", "CORPUS")
     _output(sub)
     _how_to_collect(sub)
+    sub.set_defaults(seed=None)
     text = "of labels or signs per position; two or more give a standard error (default: 1)"
     sub.add_argument("--draws", type=int, default=1, help=text)
     text = (
@@ -172,7 +179,7 @@ def _edit(sub: argparse.ArgumentParser) -> None:
     )
     meta = "random-basis|random-pairs|inputs|outputs"
     sub.add_argument("--control", metavar=meta, help=text)
-    sub.add_argument("--seed", type=int, default=0, help="of a random control (default: 0)")
+    sub.add_argument("--seed", type=int, help="of a random control (default: 0)")
     text = "take a basis that was made from other weights than these; the output says so"
     sub.add_argument("--force", action="store_true", help=text)
     _json(sub)
@@ -263,8 +270,8 @@ def _sweep(sub: argparse.ArgumentParser) -> None:
 
 def _audit(sub: argparse.ArgumentParser) -> None:
     _positional(sub, "WEIGHTS", "CORPUS")
-    text = "GiB that it may take (default: half of what is free); it says what it left out"
-    sub.add_argument("--memory", type=float, metavar="GIB", help=text)
+    text = "that it may take, as 2GB (default: half of what is free); it says what it left out"
+    sub.add_argument("--memory", type=size, metavar="SIZE", help=text)
     sub.add_argument("--seed", type=int, default=0, help="of the random directions (default: 0)")
     text = "prove a sample of the identities to thirty digits, by ball arithmetic"
     sub.add_argument("--certify", action="store_true", help=text)
@@ -310,7 +317,7 @@ def _trace(sub: argparse.ArgumentParser) -> None:
     _sequences(sub, "rows of the corpus")
     text = "labels: sampled (default), which the file then holds, or empirical"
     sub.add_argument("--fisher", default="sampled", help=text)
-    sub.add_argument("--seed", type=int, default=0, help="of drawn labels (default: 0)")
+    sub.add_argument("--seed", type=int, help="of drawn labels (default: 0)")
     _dtype(sub)
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from refcurv.commands.output import layers, write_json
-from refcurv.commands.values import shares
+from refcurv.commands.values import seed, shares
 from refcurv.law.checks import require_choice
 from refcurv.terminal import progress_bar
 
@@ -24,13 +24,15 @@ def edit(args: argparse.Namespace) -> None:
     from refcurv.editing.variants import control_work
     from refcurv.files import store
 
+    nothing = "without --control random-basis or random-pairs"
+    drawn = seed("edit", args.seed, "" if str(args.control).startswith("random") else nothing)
     rho, model, basis = shares(args.rho), rc.load(args.weights), rc.load_bases(args.basis)
     made_from: dict[str, Any] = {"inputs": store.inputs(model.source, basis.source)}
     if args.control is None:
         work = edit_work(model, basis, rho, force=args.force)
     else:
-        work = control_work(model, basis, rho, args.control, args.seed, force=args.force)
-        made_from = {"seed": args.seed, **made_from}
+        work = control_work(model, basis, rho, args.control, drawn, force=args.force)
+        made_from = {"seed": drawn, **made_from}
     said = partial(_made_from, made_from)
     _tell(args, done_to(work, args.output, said))
 

@@ -66,7 +66,7 @@ EXAMPLES = {
     ],
     "audit": [
         "refcurv audit w.h5 corpus.h5",
-        "refcurv audit w.h5 corpus.h5 --memory 2 --json audit.json",
+        "refcurv audit w.h5 corpus.h5 --memory 2GB --json audit.json",
         "refcurv audit w.h5 corpus.h5 --certify --seconds 300",
     ],
     "trace": [

@@ -7,7 +7,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from refcurv.commands.output import layers
+from refcurv.commands.values import seed, undrawn
 from refcurv.law.words import number_of
+from refcurv.progress import goes_on, gone_on
 from refcurv.report.text import filled
 from refcurv.starting import reuse_memory
 from refcurv.terminal import progress_bar, say
@@ -30,26 +32,30 @@ def _foretell(who: str, found: Forecast) -> None:
 def collect(args: argparse.Namespace) -> None:
     """Accumulate the factors A and G of linear layers over a corpus."""
     import refcurv as rc
-    from refcurv.curvature.factors import least_certain
+    from refcurv.curvature.factors import asked, least_certain
     from refcurv.curvature.plan import Plan
     from refcurv.curvature.streamed import collect_to
     from refcurv.files.disk import unfinished
 
+    drawn = seed("collect", args.seed, undrawn(args.fisher))
+    what = args.layers, args.fisher, drawn, args.draws
     reuse_memory()
     model, corpus = rc.load(args.weights, dtype=args.dtype), rc.load_corpus(args.corpus)
-    what = args.layers, args.fisher, args.seed, args.draws
     how: dict[str, Any] = {"rows": args.rows, "halves": args.halves}
-    how["progress"] = progress_bar("collect", corpus.label.size)
+    progress = progress_bar("collect", corpus.label.size)
     if args.memory is not None:
 
         def told(chosen: Plan) -> None:
+            wanted = len(asked(model.config, *what, args.rows)[0].layers)
+            if left := wanted - sum(map(len, chosen.groups)):
+                goes_on(progress, f"{left} of {number_of(wanted, 'layer')}")
             say(f"collect: {chosen.text}")
 
-        how |= {"memory": args.memory, "told": told}
+        how |= {"memory": args.memory, "told": told, "progress": progress}
         collect_to(model, corpus, args.output, *what, **how)
         factors = rc.load_factors(args.output)
     else:
-        how["told"] = partial(_foretell, "collect")
+        how |= {"told": partial(_foretell, "collect"), "progress": gone_on(progress, "shard")}
         factors = rc.collect(model, corpus, *what, checkpoint=unfinished(args.output), **how)
         rc.save_factors(factors, args.output, unfinished(args.output))
     rows = {name: factor.n_A for name, factor in factors.items()}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from refcurv.commands.output import write_json
-from refcurv.commands.values import pairs, shares
+from refcurv.commands.values import pairs, seed, shares, undrawn
 from refcurv.law.words import number_of
 from refcurv.starting import reuse_memory
 from refcurv.terminal import progress_bar, say
@@ -165,7 +165,7 @@ def audit(args: argparse.Namespace) -> bool:
     found = rc.audit(
         rc.load(args.weights),
         rc.load_corpus(args.corpus),
-        memory=args.memory,
+        memory=None if args.memory is None else args.memory / 2**30,  # in GiB
         seed=args.seed,
         certify=args.certify,
         seconds=args.seconds,
@@ -213,8 +213,9 @@ def trace(args: argparse.Namespace) -> None:
     import refcurv as rc
     from refcurv.judge.trace import save_trace
 
+    drawn = seed("trace", args.seed, undrawn(args.fisher))
     model, corpus = rc.load(args.weights, dtype=args.dtype), rc.load_corpus(args.corpus)
-    made = rc.trace(model, corpus, chain.from_iterable(args.sequences), args.fisher, args.seed)
+    made = rc.trace(model, corpus, chain.from_iterable(args.sequences), args.fisher, drawn)
     save_trace(made, args.output)
     nats, labels = made.tensors["nats"], made.tensors["labels"]
     count = int((labels >= 0).sum())

@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from refcurv.files.disk import beside, unfinished
-from refcurv.law.checks import RangeError
+from refcurv.law.checks import ConventionError, RangeError
 
 
 def size(text: str) -> int:
     """A size: 6GB, 900MiB, or a number alone, in GiB."""
     found = re.fullmatch(r"(\d{1,6}(?:\.\d{1,6})?) ?([GM]i?B)?", text)
     if found is None or not float(found[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 6GB, 900MiB or 2.5")
+        raise argparse.ArgumentTypeError(
+            "a size is a number above 0 and GB, MB, GiB or MiB behind it, as 6GB or 900MiB; alone "
+            f"it is in GiB; got {text!r}"
+        )
     unit = {"GB": 10**9, "MB": 10**6, "MiB": 2**20}.get(found[2], 2**30)
     return int(float(found[1]) * unit)
 
@@ -33,10 +36,27 @@ def shares(texts: Sequence[str], asks: str = "edit: --rho takes [PATTERN=]SHARE"
             raise RangeError(f"{asks}; got {text!r}.") from None
         if not equals and len(texts) == 1:
             return value
+        if not equals:
+            raise RangeError(f"{asks}; several need a pattern each, and {text!r} has none.")
         if not pattern or pattern in out:
             raise RangeError(f"{asks}, each pattern once; got {text!r}.")
         out[pattern] = value
     return out
+
+
+def seed(command: str, given: int | None, undrawn: str = "") -> int:
+    """The seed, 0 by default. ConventionError: one is given, and `undrawn` says why none is needed.
+
+    Proof: tests/test_cli.py::test_bad_input_is_one_line_and_status_2
+    """
+    if given is not None and undrawn:
+        raise ConventionError(f"{command}: nothing is drawn {undrawn}; leave --seed out.")
+    return given or 0
+
+
+def undrawn(fisher: str) -> str:
+    """Of a choice of labels that draws nothing: why no seed is needed."""
+    return f"with --fisher {fisher}" if fisher in ("empirical", "expected") else ""
 
 
 def numbers(text: str) -> range:

@@ -19,7 +19,8 @@ from refcurv.files import store
 from refcurv.files.disk import free_bytes, require_space
 from refcurv.law.checks import StorageError
 from refcurv.law.conventions import describe
-from refcurv.progress import Progress, silent
+from refcurv.law.words import number_of
+from refcurv.progress import Progress, goes_on, silent
 
 
 def decompose_to(
@@ -58,6 +59,8 @@ def decompose_to(
     nbytes = _bytes(factors, widths(factors, kind), dtype)
 
     def tell(width: dict[str, int], workers: int) -> None:
+        if known:
+            goes_on(progress, f"{len(known)} of {number_of(len(factors), 'layer')}")
         if told is not None:
             told(of_decomposition(len(factors), width, workers, sum(nbytes.values())))
 

@@ -33,7 +33,7 @@ from refcurv.law.words import number_of
 from refcurv.model.corpus import SPLITS, Population
 from refcurv.model.given import require_whole
 from refcurv.model.weights import Model
-from refcurv.progress import Progress, counter, silent
+from refcurv.progress import Progress, counter, goes_on, silent
 
 WHO = "recited"
 
@@ -279,6 +279,8 @@ def _right(model: Model, asked: Population, known: Lines, progress: Progress) ->
     pieces = [_rows(asked, at, at + PIECE // T + 1) for at in range(0, W, PIECE // T + 1)]
     sizes = [len(batches(piece)) for piece in pieces]
     parameters = held(WHO, model, pieces)
+    if len(known) > 1:
+        goes_on(progress, f"{len(known) - 1} of {number_of(len(pieces), 'piece')}")
     found = []
     for at, piece in enumerate(pieces):
         done = counter(progress, sum(sizes), sum(sizes[:at]))

@@ -252,7 +252,10 @@ def _reference(
     if given is not None:
         return load_factors(given)
     if model is None or corpus is None:
-        raise ConventionError("validate: give a reference, or both a model and a corpus.")
+        raise ConventionError(
+            "validate: give a reference (--reference), or both a model (--model) and a corpus "
+            "(--corpus)."
+        )
     fisher, rows = declared.get("fisher", "sampled"), declared.get("rows", "reached")
 
     def told(done: int, total: int) -> None:

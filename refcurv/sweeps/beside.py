@@ -17,7 +17,7 @@ from refcurv.files.disk import beside, mode_of, unfinished
 from refcurv.law.checks import ConventionError
 from refcurv.model.corpus import Corpus
 from refcurv.model.weights import Model
-from refcurv.progress import Progress
+from refcurv.progress import Progress, gone_on
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ def basis_of(
     if not mode_of("sweep", factors_at):
         made = collect(
             model, corpus, pattern, how.fisher, how.seed, rows=how.rows,
-            checkpoint=unfinished(factors_at), progress=stage("collect"),
+            checkpoint=unfinished(factors_at), progress=gone_on(stage("collect"), "shard"),
         )  # fmt: skip
         save_factors(made, factors_at, unfinished(factors_at))
     factors = load_factors(factors_at)
