@@ -10,7 +10,8 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ from refcurv.files.inspect import inspect_file
 from refcurv.law.checks import EmptyError, RefcurvError, SchemaError, StorageError
 from refcurv.report import cells, folder, page, plots, printed, table
 from refcurv.report.text import display_width, filled, format_rows, printable, shorten
+from refcurv.terminal import streams
+
+Terminal = Callable[[int], AbstractContextManager[None]]
 
 POPULATIONS = {  # kind, items, chance, before, after
     "quotes_test": ("recite", 48, 0.0, (47 / 48, 1.0, 0.005), (0.0625, 0.3125, 0.412)),
@@ -184,7 +188,6 @@ def rows_of(text: str, title: str) -> list[list[str]]:
 
 def test_table_has_every_number(results: dict[str, Any]) -> None:
     text = printed.format_results(results)
-    assert max(map(len, text.splitlines())) <= 100
     assert not any(line != line.rstrip() for line in text.splitlines())
     assert rows_of(text, "Memory and reasoning, split test") == [
         ["quotes", "strict", "48", "97.9 %", "6.2 %", "-91.7 pt", "6.4 %"],
@@ -327,10 +330,37 @@ def test_names_are_readable() -> None:
     assert cells.rho_text({"blocks.*": 0.9, "head": 0.5}) == "blocks.* 0.9, head 0.5"
 
 
-def test_rows_are_aligned() -> None:
+def test_nothing_is_cut_where_there_is_no_terminal(
+    results: dict[str, Any], on_terminal: Terminal
+) -> None:
+    """On a terminal tables are as wide as that; also where `streams` stands before it."""
+    long = "blocks.0." + "a_layer_of_a_long_name" * 8
+    facts = {"path": f"{long}.h5", "format": "x", "version": 2, "nbytes": 0, "weights": None}
+    facts |= {"entries": [], "attributes": {"config": long, "other": 1}}
+    results["edit"][0]["layer"] = results["title"] = long
+    made: list[Callable[[], str]] = [
+        lambda: printed.format_inspect(facts),
+        lambda: printed.format_results(results),
+        lambda: printed.format_edit(results["edit"]),
+    ]
+    for text in made:
+        whole = text()
+        assert long in whole and "…" not in whole
+        assert max(line.count("─") for line in whole.splitlines()) == 100
+        for columns in (90, 150):
+            with on_terminal(columns):
+                assert max(map(display_width, text().splitlines())) == columns
+            with on_terminal(columns), streams():
+                assert "…" in text() != whole
+    with mock.patch.object(sys, "stdout", None):
+        assert made[0]().splitlines()[0] == f"{long}.h5"
+
+
+def test_rows_are_aligned(on_terminal: Terminal) -> None:
     text = format_rows(["layer", "n"], [["漢字", 5], ["é" * 2 + "e\u0301", 12]], "lr")
     assert text.splitlines() == ["layer   n", "─" * 9, "漢字    5", "éée\u0301    12"]
-    long = format_rows(["layer", "n"], [["x" * 300, 1], ["y", 123456]], "lr", width=30)
+    with on_terminal(30):
+        long = format_rows(["layer", "n"], [["x" * 300, 1], ["y", 123456]], "lr")
     assert long.splitlines()[2] == "x" * 21 + "…       1"
     assert {len(line) for line in long.splitlines()[1:]} == {30}
     assert format_rows(["a"], [], "l") == "a\n─"
@@ -338,10 +368,11 @@ def test_rows_are_aligned() -> None:
         format_rows(["a", "b"], [["only"]], "ll")
 
 
-def test_hostile_names_stay_on_their_line(hostile: dict[str, Any]) -> None:
-    text = printed.format_results(hostile)
+def test_hostile_names_stay_on_their_line(hostile: dict[str, Any], on_terminal: Terminal) -> None:
+    with on_terminal(100):
+        text = printed.format_results(hostile)
     assert all(c.isprintable() or c == "\n" for c in text)
-    assert max(map(len, text.splitlines())) <= 100
+    assert max(map(display_width, text.split("\n\n", 1)[1].splitlines())) <= 100
     rows = rows_of(text, "Memory and reasoning, split test")
     assert len(rows) == 9
     assert rows[0][-1] == "-"
@@ -360,11 +391,13 @@ def test_a_text_is_shortened_to_as_many_columns_as_fit(text: str, width: int) ->
         assert found == fits[-1] + "…"
 
 
-def test_a_long_attribute_is_shown_at_once(tmp_path: Path) -> None:
+def test_a_long_attribute_is_shown_at_once(on_terminal: Terminal) -> None:
     """In time that grows with its length: by its square, this test would take days."""
     facts = {"path": "x.h5", "format": "refcurv-basis", "version": 2, "nbytes": 0, "entries": []}
-    text = printed.format_inspect({**facts, "attributes": {"config": "x" * 10**6}})
-    assert max(map(len, text.splitlines())) <= 100
+    for columns in (100, None):
+        with nullcontext() if columns is None else on_terminal(columns):
+            text = printed.format_inspect({**facts, "attributes": {"config": "x" * 10**6}})
+        assert max(map(len, text.splitlines())) == (columns or len("weights  ") + 10**6)
 
 
 def test_what_a_terminal_obeys_is_escaped() -> None:
@@ -400,14 +433,13 @@ def test_inspect_names_every_array(tmp_path: Path) -> None:
     )
     text = printed.format_inspect(inspect_file(tmp_path / "a.h5"))
     lines = text.splitlines()
-    assert max(map(len, lines)) <= 100
     assert "refcurv-factors, version 2: 2 arrays, 104 B, every checksum verified" in lines
     assert re.search(r'^config +\{"width": 128\}$', text, re.M)
     row = next(line for line in lines if line.startswith("blocks"))
     found = re.split(r" {2,}", row)
     assert found == ["blocks.0.mlp.up.sum_A", "3 × 4", "float64", "96 B", "rows 7"]
     assert next(line for line in lines if line.startswith("n  ")).endswith("8 B")
-    assert "…" in text  # the conventions are cut, not wrapped
+    assert "…" not in text and max(map(len, lines)) > 1_000  # the conventions, on one line
     sizes = {None: "- B", 999: "999 B", 1000: "1.0 kB", 999949: "999.9 kB", 10**6: "1.0 MB"}
     assert {n: cells.size(n) for n in sizes} == sizes
     assert cells.size(3.9e15) == "3900.0 TB"

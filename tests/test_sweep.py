@@ -21,6 +21,7 @@ from refcurv.cli import main
 from refcurv.editing import kfac
 from refcurv.editing.variants import one_sided, random_pairs
 from refcurv.evaluation import decode
+from refcurv.evaluation import lines as sweep_lines
 from refcurv.evaluation.held import Holding, kept_bytes
 from refcurv.evaluation.items import suffix_nats
 from refcurv.evaluation.matching import text_perplexity
@@ -44,7 +45,6 @@ from refcurv.passes.held import Held
 from refcurv.report.plots import sweep_front
 from refcurv.report.sweep import format_sweep
 from refcurv.report.text import display_width
-from refcurv.sweeps import lines as sweep_lines
 from refcurv.sweeps.methods import METHODS, methods
 from refcurv.sweeps.outcomes import Outcome, marked
 from refcurv.sweeps.sweep import _cost, bracket
@@ -834,13 +834,16 @@ def test_a_basis_of_other_weights_is_refused(model, corpus, basis) -> None:
         rc.sweep(model, corpus, [HIGH], [0.8], basis=replace(basis, weights="0" * 64))
 
 
-def test_a_table_is_no_wider_than_a_terminal(found: rc.Sweep) -> None:
+def test_a_table_is_no_wider_than_a_terminal(found: rc.Sweep, on_terminal) -> None:
     """Every value is in it, however many populations there are."""
     wide = json.loads(json.dumps(found.to_json()))
     for left in [wide["baseline"]["test"], *(one["populations"]["test"] for one in wide["edits"])]:
         for n in range(9):
             left[f"a_population_of_a_long_name_{n}"] = left["text_test" if n % 2 else "sums_test"]
-    text = format_sweep(wide)
+    whole = format_sweep(wide)
+    assert "…" not in whole and "a population of a long name 8" in whole
+    with on_terminal(80):
+        text = format_sweep(wide)
     assert max(map(display_width, text.splitlines())) <= 80
     for name in found.edits[0].populations["test"]:
         assert name.removesuffix("_test") in text
