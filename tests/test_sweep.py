@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from unittest.mock import patch
 
@@ -453,6 +454,27 @@ def test_a_trial_that_is_no_number_costs_more_than_any(model, corpus, basis) -> 
         out = rc.sweep(model, corpus, [HIGH], [0.8], ["svd"], basis=basis)
     assert spoilt
     assert out.edits[1].verdict in ("matched", "overshoots", "falls short")
+
+
+def test_an_edit_is_measured_once_in_a_match(model, corpus, basis) -> None:
+    """Shares between two directions give one edit. What is found is what it would be without."""
+    calls, apart = [], count(0, 10**6)
+    real = text_perplexity
+
+    def counted(of: rc.Model, population: rc.Population) -> float:
+        calls.append(float(np.linalg.norm(of.parameters["blocks.2.mlp.up.weight"])))
+        return real(of, population)
+
+    what = {"layers": ["blocks.2.mlp.up"], "rho": [0.8, 0.6], "methods": ["svd"], "basis": basis}
+    with patch("refcurv.sweeps.sweep.text_perplexity", counted):
+        found = rc.sweep(model, corpus, **what)
+        assert len(calls) == len(set(calls)) > 2
+        few = len(calls)
+        with patch("refcurv.sweeps.sweep.pairs_kept", lambda record: next(apart)):
+            other = rc.sweep(model, corpus, **what)
+    for one, same in zip(found.edits, other.edits, strict=True):
+        assert one == replace(same, removed=one.removed)  # of one edit there are many shares
+    assert len(calls) > 2 * few
 
 
 def test_weights_without_a_direction_are_refused_before_the_work(
