@@ -307,8 +307,8 @@ def _draw_edits(
 
 
 def _sweep_range(base: float, costs: list[float]) -> tuple[float, float]:
-    """Limits that hold what costs no more than FARTHEST times the unedited perplexity."""
+    """Limits that hold what costs at most FARTHEST times the unedited perplexity, and one edit."""
     known = [x for x in costs if not math.isnan(x)]
     left, right = min([base, *known]), max([1.02 * base, *known])
-    right = min(right, FARTHEST * base)
+    right = min(right, max([FARTHEST * base, *sorted(known)[:1]]))
     return left - 0.03 * (right - left), right + 0.05 * (right - left)
