@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import sys
+import termios
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -50,6 +54,20 @@ def pytest_report_header() -> str:
     )
     jit = "off" if os.environ.get("NUMBA_DISABLE_JIT") == "1" else "on"
     return f"numpy {np.__version__}; BLAS {blas}, one thread; JIT {jit}"
+
+
+@pytest.fixture
+def on_terminal() -> Callable[[int], AbstractContextManager[None]]:
+    """`with on_terminal(n)`: standard output is a terminal of n columns."""
+
+    @contextmanager
+    def of(columns: int) -> Iterator[None]:
+        mine, theirs = os.openpty()
+        termios.tcsetwinsize(theirs, (24, columns))
+        with os.fdopen(mine), os.fdopen(theirs, "w") as out, mock.patch.object(sys, "stdout", out):
+            yield
+
+    return of
 
 
 @pytest.fixture(autouse=True)

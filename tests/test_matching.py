@@ -11,6 +11,7 @@ import pytest
 from strategies import assert_within, case
 
 import refcurv as rc
+from refcurv.evaluation import matching
 from refcurv.evaluation.matching import Match, Point, at_perplexity, search_share, tradeoff
 from refcurv.law import tolerance
 from refcurv.law.checks import ConventionError, EmptyError, RangeError
@@ -148,6 +149,31 @@ def test_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(parallel, "cores", lambda n=threads: n)
         found.append(search(Counted(rising), target, tolerance=1e-9))
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("searched", [matching.search, search_share])
+@pytest.mark.parametrize("pairs", [3, 40, 1000])
+def test_a_search_ends_between_neighbours(pairs: int, searched: Callable[..., Match]) -> None:
+    """Nothing lies between an edit of n pairs and one of n + 1, so what is found is the same."""
+    asked: list[float] = []
+
+    def kept(share: float) -> int:
+        return round(pairs * (1 - share))
+
+    def cost(share: float) -> float:
+        asked.append(share)
+        return 30.0 - 20 * kept(share) / pairs
+
+    target = 30.0 - 20 * (pairs // 3 + 0.4) / pairs
+    ends = {"weakest": 0.01, "strongest": 0.99, "tolerance": 0.0, "most": 30}
+    whole = searched(cost, target, **ends)
+    before, asked[:] = len(asked), []
+    found = searched(cost, target, **ends, pairs=kept)
+    assert (found.strength, found.perplexity) == (whole.strength, whole.perplexity)
+    assert kept(found.strength) == pairs // 3 and not found.matched
+    assert {pairs // 3, pairs // 3 + 1} <= set(map(kept, asked))
+    assert len(asked) < before
+    assert len(asked) <= 2 * len(set(map(kept, asked)))
 
 
 def test_a_share_is_searched_by_its_logarithm() -> None:

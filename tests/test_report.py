@@ -10,8 +10,10 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,6 +23,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib import rc_context
+from matplotlib.text import Text
 
 from refcurv.algebra.staircase import cut
 from refcurv.editing.record import EditRecord, LayerEdit
@@ -32,6 +35,9 @@ from refcurv.files.inspect import inspect_file
 from refcurv.law.checks import EmptyError, RefcurvError, SchemaError, StorageError
 from refcurv.report import cells, folder, page, plots, printed, table
 from refcurv.report.text import display_width, filled, format_rows, printable, shorten
+from refcurv.terminal import streams
+
+Terminal = Callable[[int], AbstractContextManager[None]]
 
 POPULATIONS = {  # kind, items, chance, before, after
     "quotes_test": ("recite", 48, 0.0, (47 / 48, 1.0, 0.005), (0.0625, 0.3125, 0.412)),
@@ -184,7 +190,6 @@ def rows_of(text: str, title: str) -> list[list[str]]:
 
 def test_table_has_every_number(results: dict[str, Any]) -> None:
     text = printed.format_results(results)
-    assert max(map(len, text.splitlines())) <= 100
     assert not any(line != line.rstrip() for line in text.splitlines())
     assert rows_of(text, "Memory and reasoning, split test") == [
         ["quotes", "strict", "48", "97.9 %", "6.2 %", "-91.7 pt", "6.4 %"],
@@ -327,10 +332,37 @@ def test_names_are_readable() -> None:
     assert cells.rho_text({"blocks.*": 0.9, "head": 0.5}) == "blocks.* 0.9, head 0.5"
 
 
-def test_rows_are_aligned() -> None:
+def test_nothing_is_cut_where_there_is_no_terminal(
+    results: dict[str, Any], on_terminal: Terminal
+) -> None:
+    """On a terminal tables are as wide as that; also where `streams` stands before it."""
+    long = "blocks.0." + "a_layer_of_a_long_name" * 8
+    facts = {"path": f"{long}.h5", "format": "x", "version": 2, "nbytes": 0, "weights": None}
+    facts |= {"entries": [], "attributes": {"config": long, "other": 1}}
+    results["edit"][0]["layer"] = results["title"] = long
+    made: list[Callable[[], str]] = [
+        lambda: printed.format_inspect(facts),
+        lambda: printed.format_results(results),
+        lambda: printed.format_edit(results["edit"]),
+    ]
+    for text in made:
+        whole = text()
+        assert long in whole and "…" not in whole
+        assert max(line.count("─") for line in whole.splitlines()) == 100
+        for columns in (90, 150):
+            with on_terminal(columns):
+                assert max(map(display_width, text().splitlines())) == columns
+            with on_terminal(columns), streams():
+                assert "…" in text() != whole
+    with mock.patch.object(sys, "stdout", None):
+        assert made[0]().splitlines()[0] == f"{long}.h5"
+
+
+def test_rows_are_aligned(on_terminal: Terminal) -> None:
     text = format_rows(["layer", "n"], [["漢字", 5], ["é" * 2 + "e\u0301", 12]], "lr")
     assert text.splitlines() == ["layer   n", "─" * 9, "漢字    5", "éée\u0301    12"]
-    long = format_rows(["layer", "n"], [["x" * 300, 1], ["y", 123456]], "lr", width=30)
+    with on_terminal(30):
+        long = format_rows(["layer", "n"], [["x" * 300, 1], ["y", 123456]], "lr")
     assert long.splitlines()[2] == "x" * 21 + "…       1"
     assert {len(line) for line in long.splitlines()[1:]} == {30}
     assert format_rows(["a"], [], "l") == "a\n─"
@@ -338,10 +370,11 @@ def test_rows_are_aligned() -> None:
         format_rows(["a", "b"], [["only"]], "ll")
 
 
-def test_hostile_names_stay_on_their_line(hostile: dict[str, Any]) -> None:
-    text = printed.format_results(hostile)
+def test_hostile_names_stay_on_their_line(hostile: dict[str, Any], on_terminal: Terminal) -> None:
+    with on_terminal(100):
+        text = printed.format_results(hostile)
     assert all(c.isprintable() or c == "\n" for c in text)
-    assert max(map(len, text.splitlines())) <= 100
+    assert max(map(display_width, text.split("\n\n", 1)[1].splitlines())) <= 100
     rows = rows_of(text, "Memory and reasoning, split test")
     assert len(rows) == 9
     assert rows[0][-1] == "-"
@@ -360,11 +393,13 @@ def test_a_text_is_shortened_to_as_many_columns_as_fit(text: str, width: int) ->
         assert found == fits[-1] + "…"
 
 
-def test_a_long_attribute_is_shown_at_once(tmp_path: Path) -> None:
+def test_a_long_attribute_is_shown_at_once(on_terminal: Terminal) -> None:
     """In time that grows with its length: by its square, this test would take days."""
     facts = {"path": "x.h5", "format": "refcurv-basis", "version": 2, "nbytes": 0, "entries": []}
-    text = printed.format_inspect({**facts, "attributes": {"config": "x" * 10**6}})
-    assert max(map(len, text.splitlines())) <= 100
+    for columns in (100, None):
+        with nullcontext() if columns is None else on_terminal(columns):
+            text = printed.format_inspect({**facts, "attributes": {"config": "x" * 10**6}})
+        assert max(map(len, text.splitlines())) == (columns or len("weights  ") + 10**6)
 
 
 def test_what_a_terminal_obeys_is_escaped() -> None:
@@ -400,14 +435,13 @@ def test_inspect_names_every_array(tmp_path: Path) -> None:
     )
     text = printed.format_inspect(inspect_file(tmp_path / "a.h5"))
     lines = text.splitlines()
-    assert max(map(len, lines)) <= 100
     assert "refcurv-factors, version 2: 2 arrays, 104 B, every checksum verified" in lines
     assert re.search(r'^config +\{"width": 128\}$', text, re.M)
     row = next(line for line in lines if line.startswith("blocks"))
     found = re.split(r" {2,}", row)
     assert found == ["blocks.0.mlp.up.sum_A", "3 × 4", "float64", "96 B", "rows 7"]
     assert next(line for line in lines if line.startswith("n  ")).endswith("8 B")
-    assert "…" in text  # the conventions are cut, not wrapped
+    assert "…" not in text and max(map(len, lines)) > 1_000  # the conventions, on one line
     sizes = {None: "- B", 999: "999 B", 1000: "1.0 kB", 999949: "999.9 kB", 10**6: "1.0 MB"}
     assert {n: cells.size(n) for n in sizes} == sizes
     assert cells.size(3.9e15) == "3900.0 TB"
@@ -446,6 +480,21 @@ def test_cut_is_marked(results: dict[str, Any]) -> None:
     for mark, row in zip(marks, results["edit"], strict=True):
         assert mark.get_xdata()[0] == row["kept"] / row["pairs"]
         assert mark.get_ydata()[0] == row["mass"]
+
+
+def test_no_cut_hides_another(results: dict[str, Any]) -> None:
+    """Marks at one place: each is open and smaller than the one below it."""
+    for row in results["edit"]:
+        row |= {"kept": 100, "mass": 0.85}
+    mass = plots.spectrum(results).axes[0]
+    marks = [line for line in mass.get_lines() if line.get_label() == "_cut"]
+    assert len({tuple(mark.get_xydata()[0]) for mark in marks}) == 1 < len(marks)
+    assert {mark.get_markerfacecolor() for mark in marks} == {"white"}
+    for below, above in pairwise(marks):
+        assert below.get_zorder() == above.get_zorder()  # then they are drawn in this order
+        assert below.get_markersize() > above.get_markersize() + above.get_markeredgewidth() / 2
+    named = [line for line in mass.get_lines() if "keeps" in line.get_label()]
+    assert [x.get_marker() for x in named] == [x.get_marker() for x in marks]
 
 
 def test_large_spectra_stay_small() -> None:
@@ -536,6 +585,44 @@ def test_bands_show_the_ratios(results: dict[str, Any]) -> None:
     assert figure.axes[0].get_ylim() == (len(layers), 0)
 
 
+def test_a_cell_has_the_text_that_can_be_read_on_it(results: dict[str, Any]) -> None:
+    """Light on dark cells and dark on light ones, whatever their colour."""
+    edges = results["bands"]["blocks.0.mlp.up"]["edges"]
+    ratio, white = (
+        [0.3, 0.43, 0.55, 1.0, 1.9, 2.15, 3.9],
+        [True, True, False, False, False, True, True],
+    )
+    results["bands"] = {"blocks.0.mlp.up": {"ratio": ratio, "edges": edges}}
+    results["input_bands"] = {}
+    texts = plots.bands(results).axes[0].texts
+    assert [text.get_color() == "white" for text in texts] == white
+    assert {text.get_color() for text in texts} == {"white", plots.INK}
+
+
+def test_no_mathematics_is_written_raw(results: dict[str, Any]) -> None:
+    """Indices of what is drawn stand below the line; names of layers are not mathematics."""
+    found = 0
+    for draw in plots.FIGURES.values():
+        for text in draw(results).findobj(Text):
+            if "_" in text.get_text():
+                assert text.get_parse_math() and text.get_text().count("$") == 2
+                found += 1
+    assert found == 3
+    results["edit"][0]["layer"] = "a_b.$x_1$"
+    results["spectrum"] = {"a_b.$x_1$": results["spectrum"]["blocks.2.mlp.gate"]}
+    assert not plots.mask(results).axes[0].title.get_parse_math()
+
+
+def test_names_keep_clear_of_the_bars_of_edited_layers(results: dict[str, Any]) -> None:
+    figure = plots.bands(results)
+    figure.draw_without_rendering()
+    ax = figure.axes[0]
+    (bar, *_) = (x for x in ax.get_lines() if x.get_label() == "_edited")
+    left = bar.get_window_extent().x0 - bar.get_linewidth() / 2 * figure.dpi / 72
+    for name in ax.get_yticklabels():
+        assert name.get_window_extent().x1 < left - 1
+
+
 def test_colours_reach_twice_and_half_at_least(results: dict[str, Any]) -> None:
     for one in (*results["bands"].values(), *results["input_bands"].values()):
         one["ratio"] = [1.01] * len(one["ratio"])
@@ -556,11 +643,14 @@ def test_the_front_is_the_points(results: dict[str, Any]) -> None:
     assert list(lines) == ["K-FAC", "SVD", "random pairs"]
     wanted = {
         "K-FAC": [*start, (25.5, 0.5), (26.4731, 0.0625), (29.0, 0.0)],
-        "SVD": [*start, (27.1, 0.9), (29.5, 0.7), (4000.0, 0.0)],  # sorted by strength
+        "SVD": [*start, (27.1, 0.9), (29.5, 0.7), (math.nan, 0.0)],  # sorted; 4000 is far away
         "random pairs": [*start, (26.5, 0.8)],
     }
     for name, points in wanted.items():
-        assert list(zip(*lines[name].get_data(), strict=True)) == points
+        np.testing.assert_array_equal(lines[name].get_xydata(), points)
+    title = ax.figure.legends[0].get_title().get_text()
+    assert "matched on dev" in title and "dotted: that edit's on test" in title
+    assert "a line ends where the next edit costs more" in title
     assert set(lines_of(ax)) == {"K-FAC: 6.2 %", "SVD: overshoots", "random pairs: 80.0 %"}
     marks = [x for x in ax.get_lines() if x.get_label() == "_compared"]
     assert [(x.get_xdata()[0], x.get_ydata()[0]) for x in marks] == [
@@ -571,6 +661,40 @@ def test_the_front_is_the_points(results: dict[str, Any]) -> None:
     assert low < 24.9512 and 27.1 < high == pytest.approx(24.9512 + 4 * (26.4731 - 24.9512))
     ring = next(x for x in ax.get_lines() if x.get_label() == "_unedited")
     assert (ring.get_xdata()[0], ring.get_ydata()[0]) == start[0]
+
+
+@pytest.mark.parametrize("base", [1.0, 23.8983, 7777.0])
+def test_ticks_are_round_shares_of_the_unedited_perplexity(
+    base: float, results: dict[str, Any]
+) -> None:
+    """Each stands where its two numbers say, and the unedited model's stands at +0 %."""
+    scale = base / 24.9512
+    found = results["controls"]
+    points = [point for curve in found["curves"].values() for point in curve]
+    for one in (found["unedited"], *found["compared"], *points):
+        one["perplexity"] *= scale
+    (ax,) = plots.front(results).axes
+    places, low, high = ax.get_xticks(), *ax.get_xlim()
+    assert 4 <= len(places) <= 8 and low <= min(places) and max(places) <= high
+    texts = [text.get_text().split("\n") for text in ax.get_xticklabels()]
+    for place, (value, rise) in zip(places, texts, strict=True):
+        assert float(value) == pytest.approx(place, abs=0.00501)
+        assert 1 + float(rise.removesuffix(" %")) / 100 == pytest.approx(place / base, rel=1e-12)
+    ring = next(x for x in ax.get_lines() if x.get_label() == "_unedited").get_xdata()[0]
+    assert dict(zip((rise for _, rise in texts), places, strict=True))["+0 %"] == ring
+
+
+def test_a_line_leaves_the_axes_nowhere(results: dict[str, Any]) -> None:
+    """The axis is widened for marks that cost somewhat more; before others a line ends."""
+    found = results["controls"]["curves"]
+    found["svd"][0]["perplexity"] = 35.0  # of 26.5 at the compared edit and 24.95 before
+    figure = plots.front(results)
+    (ax,) = figure.axes
+    assert 35 < ax.get_xlim()[1] < 37
+    for line in lines_of(ax).values():
+        assert not np.nanmax(line.get_xdata()) > ax.get_xlim()[1]
+    found["svd"].pop()
+    assert "a line ends" not in plots.front(results).legends[0].get_title().get_text()
 
 
 def test_an_interval_is_in_the_unit_of_its_value() -> None:
@@ -655,10 +779,17 @@ def test_bars_are_the_retentions(results: dict[str, Any]) -> None:
     assert "97.9 → 6.2 %" in texts
     low, high = ax.get_xlim()
     assert low <= 0 < max(1.06, *widths) < high
+    assert not [x for x in ax.get_lines() if x.get_label() == "_none left"]
+    results["evaluation"]["rows"][0]["retention"] = 0.0  # nothing left is seen, unlike no bar
+    ax = plots.retention(results).axes[0]
+    (none,) = (x for x in ax.get_lines() if x.get_label() == "_none left")
+    np.testing.assert_array_equal(none.get_xydata(), [[0, -0.25], [0, 0.25]])
+    assert none.get_linewidth() > 1 and not none.get_clip_on()
     for row in results["evaluation"]["rows"]:  # then the legend does not speak of it
         row["chance"], row["retention_above_chance"] = 0.0, None
-    ax = plots.retention(results).axes[0]
-    assert not [label for label in lines_of(ax) if label.startswith("above chance")]
+    figure = plots.retention(results)
+    assert not [label for label in lines_of(figure.axes[0]) if label.startswith("above chance")]
+    assert "chance" not in "".join(x.get_text() for x in figure.legends[0].get_texts())
 
 
 def test_nothing_to_draw_is_said(results: dict[str, Any]) -> None:
@@ -693,6 +824,8 @@ def test_hostile_results_are_drawn(hostile: dict[str, Any], tmp_path: Path) -> N
         assert b"<script" not in drawn
     widths = [bar.get_width() for bar in plots.retention(hostile).axes[0].patches]
     assert widths[0] == 0  # unknown: no bar
+    lines = plots.retention(hostile).axes[0].get_lines()
+    assert "_none left" not in {line.get_label() for line in lines}
 
 
 @pytest.mark.parametrize("count", [1, pytest.param(80, marks=pytest.mark.slow)])

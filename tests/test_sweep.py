@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from unittest.mock import Mock, patch
 
@@ -455,6 +456,27 @@ def test_a_trial_that_is_no_number_costs_more_than_any(model, corpus, basis) -> 
     assert out.edits[1].verdict in ("matched", "overshoots", "falls short")
 
 
+def test_an_edit_is_measured_once_in_a_match(model, corpus, basis) -> None:
+    """Shares between two directions give one edit. What is found is what it would be without."""
+    calls, apart = [], count(0, 10**6)
+    real = text_perplexity
+
+    def counted(of: rc.Model, population: rc.Population) -> float:
+        calls.append(float(np.linalg.norm(of.parameters["blocks.2.mlp.up.weight"])))
+        return real(of, population)
+
+    what = {"layers": ["blocks.2.mlp.up"], "rho": [0.8, 0.6], "methods": ["svd"], "basis": basis}
+    with patch("refcurv.sweeps.sweep.text_perplexity", counted):
+        found = rc.sweep(model, corpus, **what)
+        assert len(calls) == len(set(calls)) > 2
+        few = len(calls)
+        with patch("refcurv.sweeps.sweep.pairs_kept", lambda record: next(apart)):
+            other = rc.sweep(model, corpus, **what)
+    for one, same in zip(found.edits, other.edits, strict=True):
+        assert one == replace(same, removed=one.removed)  # of one edit there are many shares
+    assert len(calls) > 2 * few
+
+
 def test_weights_without_a_direction_are_refused_before_the_work(
     model, corpus, basis, tmp_path: Path
 ) -> None:
@@ -838,13 +860,16 @@ def test_a_basis_of_other_weights_is_refused(model, corpus, basis) -> None:
         rc.sweep(model, corpus, [HIGH], [0.8], basis=replace(basis, weights="0" * 64))
 
 
-def test_a_table_is_no_wider_than_a_terminal(found: rc.Sweep) -> None:
+def test_a_table_is_no_wider_than_a_terminal(found: rc.Sweep, on_terminal) -> None:
     """Every value is in it, however many populations there are."""
     wide = json.loads(json.dumps(found.to_json()))
     for left in [wide["baseline"]["test"], *(one["populations"]["test"] for one in wide["edits"])]:
         for n in range(9):
             left[f"a_population_of_a_long_name_{n}"] = left["text_test" if n % 2 else "sums_test"]
-    text = format_sweep(wide)
+    whole = format_sweep(wide)
+    assert "…" not in whole and "a population of a long name 8" in whole
+    with on_terminal(80):
+        text = format_sweep(wide)
     assert max(map(display_width, text.splitlines())) <= 80
     for name in found.edits[0].populations["test"]:
         assert name.removesuffix("_test") in text
@@ -874,12 +899,22 @@ def test_the_front_is_the_points(found: rc.Sweep) -> None:
     lines = figure.axes[0].get_lines()
     named = [one for one in lines if not str(one.get_label()).startswith("_")]
     assert len(named) == 6
-    drawn = {(x, y) for one in named for x, y in zip(*one.get_data(), strict=True)}
+    points = [pair for one in named for pair in zip(*one.get_data(), strict=True)]
+    drawn = {(x, y) for x, y in points if not math.isnan(x)}
     want = {
         (left["text_test"]["values"]["perplexity"], left["quotes_test"]["values"]["strict"])
         for left in [found.baseline["test"], *(one.populations["test"] for one in found.edits)]
     }
-    assert drawn == want
+    high = figure.axes[0].get_xlim()[1]
+    far = {(x, y) for x, y in want if x > high}  # where a line ends
+    assert drawn == want - far and far and len(drawn) > 1  # the cheapest edit is in sight
+    assert "a line ends" in figure.legends[0].get_title().get_text()
+    base = found.baseline["test"]["text_test"]["values"]["perplexity"]
+    for place, label in zip(
+        figure.axes[0].get_xticks(), figure.axes[0].get_xticklabels(), strict=True
+    ):
+        rise = label.get_text().split("\n")[1].removesuffix(" %")
+        assert place == pytest.approx(base * (1 + float(rise) / 100), rel=1e-12)
     bars = [one for one in figure.axes[0].containers if one.get_label() == "_interval"]
     lefts = [one.populations["test"] for one in found.edits]
     sure = [left[name]["interval"] for left in lefts for name in ("text_test", "quotes_test")]

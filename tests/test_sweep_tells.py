@@ -181,9 +181,9 @@ def test_a_search_begins_between_what_was_tried_at_another_rho(model, corpus, ba
     asked: list[tuple[float, float, float]] = []
     tried: list[dict[float, float]] = [{}]
 
-    def searched(measured, target: float, *, weakest: float, strongest: float, most: int):
+    def searched(measured, target: float, *, weakest: float, strongest: float, **others):
         asked.append((target, weakest, strongest))
-        found = search_share(measured, target, weakest=weakest, strongest=strongest, most=most)
+        found = search_share(measured, target, weakest=weakest, strongest=strongest, **others)
         tried.append({**tried[-1], **dict(found.tried)})
         return found
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise, starmap
 from typing import Any
 
 from scipy.optimize import brentq
@@ -122,8 +123,16 @@ def search(
     strongest: float,
     tolerance: float = 0.005,
     most: int = 30,
+    pairs: Callable[[float], int | None] = lambda strength: None,
 ) -> Match:
-    """`at_perplexity` of what `measured` says of a strength; its arguments and errors."""
+    """`at_perplexity` of what `measured` says of a strength; its arguments and errors.
+
+    `pairs` says of a strength that was measured how many pairs its edit keeps, where that is known.
+    It falls as the strength rises, and a number belongs to one edit. Then nothing lies between two
+    neighbours, and the search ends where they are on either side of the target.
+
+    Proof: tests/test_matching.py::test_a_search_ends_between_neighbours
+    """
     _require_search(target, weakest, strongest, tolerance, most)
     tried: dict[float, float] = {}
 
@@ -132,6 +141,18 @@ def search(
         if strength not in tried:
             tried[strength] = measured(strength)
         return 0.0 if near(tried[strength]) else math.log(tried[strength] / target)
+
+    def step(strength: float) -> float:
+        """`excess`, or 0 where no other edit lies between those on either side of the target."""
+        found = excess(strength)
+        return 0.0 if any(starmap(neighbours, pairwise(sorted(tried)))) else found
+
+    def neighbours(one: float, other: float) -> bool:
+        """Do two edits on either side of the target differ by one pair, or by none?"""
+        here, there = pairs(one), pairs(other)
+        if here is None or there is None or (tried[one] > target) == (tried[other] > target):
+            return False
+        return abs(here - there) <= 1
 
     def near(value: float) -> bool:
         return abs(value / target - 1) <= tolerance
@@ -145,7 +166,7 @@ def search(
         return match(low)
     if excess(high) <= 0:
         return match(high)
-    brentq(excess, low, high, xtol=1e-9 * abs(high - low), maxiter=most - 2, disp=False)
+    brentq(step, low, high, xtol=1e-9 * abs(high - low), maxiter=most - 2, disp=False)
     return match(min(tried, key=lambda s: abs(math.log(tried[s] / target))))
 
 
@@ -157,6 +178,7 @@ def search_share(
     strongest: float,
     tolerance: float = 0.005,
     most: int = 30,
+    pairs: Callable[[float], int | None] = lambda strength: None,
 ) -> Match:
     """`search` by the logarithm of the share that is removed; the strengths are the shares.
 
@@ -168,6 +190,7 @@ def search_share(
     match = search(
         lambda power: measured(10.0**power), target, weakest=math.log10(weakest),
         strongest=math.log10(strongest), tolerance=tolerance, most=most,
+        pairs=lambda power: pairs(10.0**power),
     )  # fmt: skip
     tried = tuple((10.0**power, value) for power, value in match.tried)
     return replace(match, strength=10.0**match.strength, tried=tried)

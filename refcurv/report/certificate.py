@@ -26,7 +26,7 @@ MOST = 5
 """Arrays outside their budget that are named."""
 
 WIDTH = 80
-"""Columns of what is printed."""
+"""Columns of a sentence."""
 
 
 def format_certificate(found: Json) -> str:
@@ -48,7 +48,7 @@ def _proved(found: Json) -> Iterator[str]:
     """How many digits are certain, and of how many numbers the nearest float64 is known."""
     rows = [_row(name, names, found) for name, names in _groups(found).items()]
     head = ("proved", "arrays", "numbers", "certain digits", "nearest float64")
-    yield format_rows(head, rows, "lrrrr", WIDTH)
+    yield format_rows(head, rows, "lrrrr")
     yield ""
 
 
@@ -96,7 +96,7 @@ def _floats(found: Json) -> Iterator[str]:
         return
     rows = [(title, *(_worst(some, dtype) for dtype in DTYPES)) for title, some in routes.items()]
     yield ""
-    yield format_rows(("error in ulps", *DTYPES), rows, "lrrr", WIDTH)
+    yield format_rows(("error in ulps", *DTYPES), rows, "lrrr")
     yield ""
     yield (
         "The same formulas in floats: the largest error of an array is so many units of eps times "
@@ -108,7 +108,7 @@ def _floats(found: Json) -> Iterator[str]:
         (title, *(_share(some, dtype, kind) for dtype in DTYPES for kind in KINDS))
         for title, some in routes.items()
     ]
-    yield format_rows(("share of budget", *head), shares, "lrrrrrr", WIDTH)
+    yield format_rows(("share of budget", *head), shares, "lrrrrrr")
     yield ""
     yield (
         "The error of an array in Frobenius norm, as a share of two budgets. The first is of "

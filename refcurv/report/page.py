@@ -61,10 +61,11 @@ PICTURES: Mapping[str, _Picture] = {
     "retention": _Picture(
         "Horizontal bars: the share of each ability that the edit left, memorised text first.",
         "What the edit takes and what it leaves.",
-        "A bar is accuracy after the edit over accuracy before; 100 % means nothing was lost. The "
-        "diamond is the same above the chance of guessing. Brackets are what the paper reports for "
-        "a model of 7 billion parameters: there, memorised text suffers most, then arithmetic, "
-        "facts, open-book answers and logic. Compare the order, not the values.",
+        "A bar is accuracy after the edit over accuracy before; 100 % means nothing was lost. A "
+        "diamond, where an answer can be guessed, is the same above that chance. Brackets are "
+        "what the paper reports for a model of 7 billion parameters: there, memorised text suffers "
+        "most, then arithmetic, facts, open-book answers and logic. Compare the order, not "
+        "the values.",
     ),
     "front": _Picture(
         "Recitation left against perplexity, one line per method of cutting.",
@@ -72,7 +73,8 @@ PICTURES: Mapping[str, _Picture] = {
         "Each line starts at the unedited model and follows one way of cutting as it cuts more: "
         "down is text that is no longer recited, right is what that costs in perplexity. A line "
         "further down and left is a better way to forget. The large marks are the edits of the "
-        "table above, the dotted line is the perplexity of the K-FAC edit.",
+        "table above, the dotted line is the perplexity of the K-FAC edit. They "
+        "were matched on the dev split: here, on another one, they may stand beside the line.",
     ),
     "spectrum": _Picture(
         "Left: cumulative curvature mass against the share of pairs kept, with each layer's cut. "

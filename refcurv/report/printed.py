@@ -33,11 +33,11 @@ from refcurv.report.table import (
     past_table,
     tables,
 )
-from refcurv.report.text import WIDTH, filled, format_rows, printable, shorten
+from refcurv.report.text import filled, format_rows, printable, shorten, terminal_width
 
 
 def format_results(results: Json) -> str:
-    """Everything a run found, as one text of at most 100 columns.
+    """Everything a run found, as one text, no wider than a terminal.
 
     Args:
         results: the dictionary of `refcurv demo`, results.json.
@@ -49,10 +49,10 @@ def format_results(results: Json) -> str:
 
     Proof:  tests/test_report.py::test_table_has_every_number
     """
-    head = [shorten(printable(str(results.get("title") or "refcurv")), WIDTH)]
+    head = [shorten(printable(str(results.get("title") or "refcurv")), terminal_width())]
     settings = results.get("settings") or {}
     if settings:
-        head.append(filled(shorten(printable(settings_line(settings)), WIDTH)))
+        head.append(filled(printable(settings_line(settings))))
     return "\n\n".join(["\n".join(head), *map(_titled, tables(results))])
 
 
@@ -215,7 +215,7 @@ def format_inspect(facts: Json) -> str:
     """The text of `refcurv inspect`: what a file is, what it was made with, what it holds.
 
     Args:
-        facts: of `refcurv.files.inspect.inspect_file`; long values are shortened to the width.
+        facts: of `refcurv.files.inspect.inspect_file`; on a terminal long values are shortened.
 
     Proof:  tests/test_report.py::test_inspect_names_every_array,
         ::test_inspect_shows_a_text_of_several_lines_on_one
@@ -239,7 +239,7 @@ def format_inspect(facts: Json) -> str:
     )
     tables += [_past_table(edit) for edit in facts.get("edits") or ()]
     tables.append(Table("arrays", ("name", "shape", "stored as", "size", ""), rows, "lllrl"))
-    lines = [shorten(printable(line), WIDTH) for line in _what_it_is(facts)]
+    lines = [shorten(printable(line), terminal_width()) for line in _what_it_is(facts)]
     kept = [format_kept(facts["kept"])] if facts.get("kept") else []
     shown = (_titled(table) for table in tables if table.rows)
     return "\n\n".join(["\n".join(lines), *kept, *shown])

@@ -18,10 +18,22 @@ from refcurv.report.cells import (
     whole,
 )
 from refcurv.report.table import MEASURES, SHARES, Table, interval_text, method_name
-from refcurv.report.text import GAP, NARROW, display_width, filled, format_rows, printable, shorten
+from refcurv.report.text import (
+    GAP,
+    NARROW,
+    display_width,
+    filled,
+    format_rows,
+    printable,
+    shorten,
+    terminal_width,
+)
 
 COLUMNS = 4
 """Populations side by side in a table of p."""
+
+HEADING = 12
+"""Columns of a population's name above its values, on a terminal."""
 
 Column = tuple[str, ...]
 """A heading and its cells."""
@@ -36,7 +48,7 @@ def format_sweep(found: Json) -> str:
     Proof: tests/test_sweep.py::test_the_command_line
     """
     texts = [f"{filled(one.title, NARROW)}\n"
-             f"{format_rows(one.headers, one.rows, one.align, NARROW)}"
+             f"{format_rows(one.headers, one.rows, one.align)}"
              for one in sweep_tables(found)]  # fmt: skip
     return "\n\n".join([*texts, "\n".join(filled(note, NARROW) for note in _notes(found))])
 
@@ -121,7 +133,8 @@ def _paired(split: str, edits: list[Json], names: list[str]) -> Table:
 
 
 def _heads(names: list[str], split: str) -> list[str]:
-    return [shorten(printable(population_name(name, split)), 12) for name in names]
+    most = None if terminal_width() is None else HEADING
+    return [shorten(printable(population_name(name, split)), most) for name in names]
 
 
 def _p(one: Json, other: Json) -> str:

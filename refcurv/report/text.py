@@ -1,8 +1,13 @@
-"""Rows of cells as lines of a terminal: aligned, no wider than it, nothing that it obeys."""
+"""Rows of cells as lines: aligned, nothing that a terminal obeys, and no wider than a terminal.
+
+Where standard output is no terminal nothing is cut: a program reads it, or a person with a pager.
+"""
 
 from __future__ import annotations
 
 import math
+import os
+import sys
 import textwrap
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -10,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from refcurv.report.cells import MISSING
 
 WIDTH = 100
-"""Columns of a table."""
+"""Columns of the longest rule where there is no terminal."""
 
 NARROW = 80
 """Columns of a sentence: those of the narrowest usual terminal."""
@@ -18,16 +23,25 @@ NARROW = 80
 GAP = "  "
 
 
-def format_rows(
-    headers: Sequence[object], rows: Iterable[Sequence[object]], align: str, width: int = WIDTH
-) -> str:
+def terminal_width() -> int | None:
+    """Columns of the terminal that standard output is; None where it is none: nothing is cut.
+
+    Proof: tests/test_report.py::test_nothing_is_cut_where_there_is_no_terminal
+    """
+    try:
+        return os.get_terminal_size(sys.stdout.fileno()).columns or NARROW
+    except (AttributeError, OSError, ValueError):  # closed, a file or a pipe, none at all
+        return None
+
+
+def format_rows(headers: Sequence[object], rows: Iterable[Sequence[object]], align: str) -> str:
     """Aligned columns under one rule.
 
     Args:
         headers: one per column.
         rows: cells; None and NaN are shown as "-", anything else by `str`.
-        align: "l" or "r" per column.
-        width: columns of the terminal; the widest left-aligned cells are shortened to fit.
+        align: "l" or "r" per column. On a terminal the widest left-aligned cells are shortened to
+            fit it.
 
     Returns:
         Lines without trailing blanks, joined by newlines; control characters are escaped.
@@ -37,20 +51,22 @@ def format_rows(
 
     Proof:  tests/test_report.py::test_rows_are_aligned; ::test_hostile_names_stay_on_their_line
     """
-    lines = [[_cell(cell) for cell in line] for line in (headers, *rows)]
+    lines, width = [[_cell(cell) for cell in line] for line in (headers, *rows)], terminal_width()
     widths = _widths(lines, align, width)
     texts = []
     for line in lines:
         cells = zip(line, widths, align, strict=True)
         texts.append(GAP.join(_padded(cell, size, side) for cell, size, side in cells).rstrip())
-    rule = "─" * (sum(widths) + len(GAP) * (len(widths) - 1))
+    wide = sum(widths) + len(GAP) * (len(widths) - 1)
+    rule = "─" * min(wide, width or WIDTH)
     return "\n".join([texts[0], rule, *texts[1:]])
 
 
-def _widths(lines: Sequence[Sequence[str]], align: str, width: int) -> list[int]:
+def _widths(lines: Sequence[Sequence[str]], align: str, width: int | None) -> list[int]:
     """Widest cell per column, then the widest left-aligned column narrowed until all fit."""
-    columns = zip(*lines, strict=True)
-    widths = [max(map(display_width, column)) for column in columns]
+    widths = [max(map(display_width, column)) for column in zip(*lines, strict=True)]
+    if width is None:
+        return widths
     left = [n for n, side in enumerate(align) if side == "l"] or list(range(len(widths)))
     excess = sum(widths) + len(GAP) * (len(widths) - 1) - width
     while excess > 0 and max(widths[n] for n in left) > 4:
@@ -98,8 +114,10 @@ def _columns(character: str) -> int:
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
-def shorten(text: str, width: int) -> str:
-    """A text, or as much of it as fits so many columns with an ellipsis behind it."""
+def shorten(text: str, width: int | None) -> str:
+    """A text, or as much of it as fits so many columns with an ellipsis behind it; None: all."""
+    if width is None:
+        return text
     used = fits = 0
     for n, character in enumerate(text, start=1):
         used += _columns(character)

@@ -24,7 +24,7 @@ from refcurv.report.text import format_rows, printable
 FINE = (PASS, LEFT_OUT)
 COLUMNS = ("A/tr A", "G/tr G", "tr A · tr G")
 LINE = 80
-"""Columns of the text: those of a terminal that nobody made wider."""
+"""Columns of a sentence: those of a terminal that nobody made wider."""
 
 NEAREST = 6
 """Hypotheses that were tried and not enough are listed up to so many."""
@@ -219,7 +219,7 @@ NOTHING = "nothing more is known"
 
 
 def _titled(table: Table) -> str:
-    return f"{table.title}\n\n" + format_rows(table.headers, table.rows, table.align, LINE)
+    return f"{table.title}\n\n" + format_rows(table.headers, table.rows, table.align)
 
 
 def _how(verdict: Json) -> Iterator[str]:

@@ -11,7 +11,7 @@ from refcurv.evaluation.matching import Match, search_share, text_perplexity
 from refcurv.law.checks import RangeError, require_choice
 from refcurv.model.corpus import Population
 from refcurv.model.weights import Model
-from refcurv.sweeps.methods import METHODS, STRONGEST, methods
+from refcurv.sweeps.methods import METHODS, STRONGEST, methods, pairs_kept
 
 
 def match(
@@ -67,8 +67,16 @@ def match(
         raise RangeError("match: rho is 1 in every layer: nothing is cut to compare with.")
     ways = methods(dict.fromkeys(("kfac", method)), basis, cut, seed, "match")
     way = ways[method]
+    kept: dict[float, int] = {}
+
+    def measured(removed: float) -> float:
+        edited, record = way.cut(model, removed)
+        kept[removed] = pairs_kept(record)
+        return text_perplexity(edited, population)
+
     return search_share(
-        lambda removed: text_perplexity(way.cut(model, removed)[0], population),
+        measured,
         text_perplexity(ways["kfac"].same(model)[0], population),
         weakest=way.weakest, strongest=STRONGEST, tolerance=tolerance, most=most,
+        pairs=kept.get,
     )  # fmt: skip

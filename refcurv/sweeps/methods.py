@@ -53,6 +53,11 @@ class Method:
     weakest: float
 
 
+def pairs_kept(record: EditRecord) -> int:
+    """How many pairs, or directions, an edit keeps of all its layers together."""
+    return sum(one.kept for one in record.layers)
+
+
 def methods(
     names: Iterable[str], basis: Bases, rho: Mapping[str, float], seed: int, who: str = "sweep"
 ) -> dict[str, Method]:

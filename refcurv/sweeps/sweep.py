@@ -31,7 +31,7 @@ from refcurv.passes.sweep import lowest_block
 from refcurv.progress import Progress, doing, goes_on, silent, span
 from refcurv.sweeps.asked import Asked, Readable, checked, facts, require_basis, require_mass
 from refcurv.sweeps.beside import Collecting, basis_of
-from refcurv.sweeps.methods import STRONGEST, Method, methods
+from refcurv.sweeps.methods import STRONGEST, Method, methods, pairs_kept
 from refcurv.sweeps.outcomes import NO_TARGET, Outcome, Sweep, Values, marked, unmeasured
 
 DEFAULT: Final = ("kfac", "svd", "random-basis", "random-pairs")
@@ -50,7 +50,7 @@ class _Run:
     Fields: model; corpus; asked; basis; lines; whole, the weights in memory, None where they are
     read block by block; how the model is held; below, the states that edits share; progress; count
     of edits; done, seconds of each, 0 where all was known; tried, (pattern, method) → what a match
-    tried, {removed: cost}.
+    tried, {removed: cost}; kept, likewise {removed: pairs}, as far as the lines know it.
     """
 
     model: Model
@@ -65,6 +65,7 @@ class _Run:
     count: int
     done: list[float] = field(default_factory=list)
     tried: dict[tuple[str, str], dict[float, float]] = field(default_factory=dict)
+    kept: dict[tuple[str, str], dict[float, int]] = field(default_factory=dict)
 
     def held(self, model: Model) -> Model:
         """An edited model whose passes begin at the states that are kept."""
@@ -300,23 +301,33 @@ def _matched(run: _Run, pattern: str, way: Method, target: float, what: str) -> 
     population = run.corpus.populations[str(run.asked.on)]
     assert isinstance(population, Population)
     tried = run.tried.setdefault((pattern, way.name), {})
+    kept = run.kept.setdefault((pattern, way.name), {})
 
     def measured(removed: float) -> float:
         def make() -> dict[str, Any]:
             run.say(f"{what}: matching")
-            model, _ = way.cut(run.model, removed)
+            model, record = way.cut(run.model, removed)
+            own = pairs_kept(record)
+            same = (tried[share] for share, pairs in kept.items() if pairs == own)
+            if (known := next(same, None)) is not None:  # the same edit
+                return {"value": finite(known), "kept": own}
             try:
-                return {"value": finite(text_perplexity(run.held(model), population))}
+                value = finite(text_perplexity(run.held(model), population))
             except NonFiniteError:  # it costs more than any number
-                return {"value": None}
+                value = None
+            return {"value": value, "kept": own}
 
         key = {"layers": pattern, "method": way.name, "removed": removed}
-        value = run.lines.once("trial", key, make)["value"]
+        found = run.lines.once("trial", key, make)
+        value = found["value"]
+        if found.get("kept") is not None:  # an older line does not say
+            kept[removed] = int(found["kept"])
         tried[removed] = math.inf if value is None else float(value)
         return tried[removed]
 
     low, high = bracket(tried, target, way.weakest)
-    return search_share(measured, target, weakest=low, strongest=high, most=MOST)
+    return search_share(measured, target, weakest=low, strongest=high, most=MOST,
+                        pairs=kept.get)  # fmt: skip
 
 
 def bracket(tried: Mapping[float, float], target: float, weakest: float) -> tuple[float, float]:

@@ -25,6 +25,9 @@ ROLES = (
 )
 """The paper's order of damage behind `memorised`, and words by which a population is known."""
 
+BAR = 0.5
+"""Height of a bar, in rows."""
+
 PAPER_RANGE = {
     "memorised": (0.03, 0.16),
     "arithmetic": (0.66, 0.74),
@@ -109,7 +112,13 @@ def _draw_bars(ax: Axes, abilities: Sequence[_Ability]) -> None:
     place = np.arange(len(abilities))
     kept = np.nan_to_num(np.array([ability.kept for ability in abilities]))
     colours = [PALETTE[1 if a.role == "memorised" else 0] for a in abilities]
-    ax.barh(place, kept, height=0.5, color=colours, zorder=2, label="_bars")
+    ax.barh(place, kept, height=BAR, color=colours, zorder=2, label="_bars")
+    for y, ability in enumerate(abilities):
+        if ability.kept == 0:  # a bar of no width, unlike one that is not known
+            ax.plot(
+                [0, 0], [y - BAR / 2, y + BAR / 2], color=colours[y], lw=2.5, zorder=2.5,
+                clip_on=False, solid_capstyle="butt", label="_none left",
+            )  # fmt: skip
     above = np.array([a.above for a in abilities])
     if np.isfinite(above).any():
         ax.plot(

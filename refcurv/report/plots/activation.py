@@ -27,6 +27,12 @@ NAMED = 44
 ROW, LOWEST, TALLEST = 0.27, 1.3, 9.0
 """Inches of a row, and of all rows together."""
 
+PAD = 8
+"""Points between names and cells: the bars of edited layers stand there."""
+
+LIGHT = 0.3
+"""Chosen: from this luminance on a cell has dark numbers."""
+
 HALVINGS = (1, 2)
 """The colours reach at least twice and half, at most four times and a quarter."""
 
@@ -50,8 +56,16 @@ def bands(results: Json) -> Figure:
     """
     by_mass, by_rank = results.get("bands") or {}, results.get("input_bands") or {}
     parts = [
-        (by_mass, "Mean layer output ‖W_b x‖", "band of cumulative curvature mass (%)"),
-        (by_rank, "Mean layer input ‖P_b x‖", "band of eigenvectors of A, by rank (%)"),
+        (
+            by_mass,
+            r"Mean layer output $\Vert W_b\,x\Vert$",
+            "band of cumulative curvature mass (%)",
+        ),
+        (
+            by_rank,
+            r"Mean layer input $\Vert P_b\,x\Vert$",
+            "band of eigenvectors of A, by rank (%)",
+        ),
     ]
     parts = [part for part in parts if part[0]]
     if not parts:
@@ -68,7 +82,7 @@ def bands(results: Json) -> Figure:
             edges = next(iter(found.values()))["edges"]
             ax.set_xticks(np.arange(table.shape[1]) + 0.5, band_labels(edges))
             ax.set_xlabel(f"{unit}\nsharp  →  flat")
-            ax.set_title(title)
+            ax.set_title(title, parse_math=True)
             ax.set_yticks([])
         _name_rows(axes[0], layers, set(edited_layers(results)))
         _draw_scale(figure, shown, list(axes), reach)
@@ -108,10 +122,10 @@ def _draw_map(ax: Axes, table: Array, layers: Sequence[str], reach: float) -> Qu
     )
     if len(layers) <= NUMBERED:
         for (row, band), ratio in np.ndenumerate(table):
-            strong = abs(_logarithm(ratio)) > 0.65 * reach
+            dark = not math.isnan(ratio) and _luminance(shown.to_rgba(_logarithm(ratio))) < LIGHT
             ax.text(
                 band + 0.5, row + 0.5, _cell(ratio), ha="center", va="center", fontsize=8,
-                color="white" if strong else INK,
+                color="white" if dark else INK,
             )  # fmt: skip
     blocks = [split(layer)[0] for layer in layers]
     for row in range(1, len(layers)):
@@ -124,6 +138,12 @@ def _draw_map(ax: Axes, table: Array, layers: Sequence[str], reach: float) -> Qu
     return shown
 
 
+def _luminance(rgba: Array) -> float:
+    """Of an sRGB colour, relative: 0 of black, 1 of white (WCAG)."""
+    linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in rgba[:3]]
+    return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
+
+
 def _cell(ratio: float) -> str:
     if math.isnan(ratio):
         return "–"
@@ -133,6 +153,7 @@ def _cell(ratio: float) -> str:
 def _name_rows(ax: Axes, layers: Sequence[str], edited: set[str]) -> None:
     """Layers' names, the edited ones bold and barred; of very many, every n-th."""
     every = -(-len(layers) // NAMED)
+    ax.tick_params(axis="y", pad=PAD)
     rows = range(0, len(layers), every)
     ax.set_yticks([row + 0.5 for row in rows], [safe(layers[row], 30) for row in rows])
     for row, text in zip(rows, ax.get_yticklabels(), strict=True):

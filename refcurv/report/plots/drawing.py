@@ -56,6 +56,7 @@ STYLE: dict[str, Any] = {
     "xtick.minor.visible": False,
     "lines.solid_capstyle": "round",
     "legend.frameon": False,
+    "legend.handlelength": 3.6,
     "legend.fontsize": 8.5,
     "figure.facecolor": "white",
     "svg.hashsalt": "refcurv",

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from refcurv.law.checks import EmptyError
-from refcurv.report.cells import Json, number, percent, population_name, relative, whole
+from refcurv.report.cells import Json, decimal, number, percent, population_name, whole
 from refcurv.report.plots.drawing import (
     GREY,
     INK,
@@ -29,10 +29,18 @@ if TYPE_CHECKING:
 RISES = 4.0
 """The axis shows so many times what the first method's edit changes the perplexity by."""
 
+HOLDS = 8.0
+"""It is widened for marks that cost up to so many times as much."""
+
 FARTHEST = 3.0
 """And at most so many times the unedited perplexity."""
 
+TICKS = 8
+"""At most so many, at round percentages of the unedited perplexity."""
+
 BARS = "; bars: 95 %, by the choice of items"
+
+BEYOND = "\na line ends where the next edit costs more than the axis shows"
 
 Point = tuple[float, float]
 """Perplexity and recitation."""
@@ -45,8 +53,9 @@ def front(results: Json) -> Figure:
     """Recitation left against perplexity along each method's strengths; lower left is better.
 
     A line begins at the unedited model. The large marks are the edits that are compared; the dotted
-    line is the perplexity of the first of them, K-FAC's, which the others were to have. What costs
-    much more than that is outside of the axes; every perplexity below the unedited one is inside.
+    line is the perplexity of the first of them, K-FAC's, which the others were to have on dev. What
+    costs much more than that is outside of the axes: a line ends before it, and the legend says so.
+    Every perplexity below the unedited one is inside.
 
     Args:
         results: of `refcurv demo`; reads `controls`: `unedited` {recitation, perplexity}, `curves`
@@ -56,7 +65,8 @@ def front(results: Json) -> Figure:
     Raises:
         EmptyError: no curves, and why. RefcurvError: matplotlib is not installed.
 
-    Proof:  tests/test_report.py::test_the_front_is_the_points
+    Proof:  tests/test_report.py::test_the_front_is_the_points,
+        ::test_ticks_are_round_shares_of_the_unedited_perplexity
     """
     found = results.get("controls") or {}
     curves = found.get("curves") or {}
@@ -68,10 +78,15 @@ def front(results: Json) -> Figure:
     with styled():
         figure = blank(9.0, 4.6)
         ax, names = figure.subplots(), found.get("populations") or {}
+        base, costs = number(start.get("perplexity")), _perplexities(compared.values())
+        every = _perplexities(p for points in curves.values() for p in points)
+        left, right = _range(base, costs, every)
         for place, (method, points) in enumerate(curves.items()):
-            _draw_curve(ax, place, method, [start, *points], compared.get(method), names)
+            _draw_curve(ax, place, method, [start, *points], compared.get(method), names, right)
         _draw_start(ax, start)
-        _finish(ax, start, compared, curves)
+        if costs:
+            ax.axvline(costs[0], color=GREY, lw=1, ls=":", zorder=1.5)
+        _finish(ax, base, left, right)
         split = str(found.get("split") or "")
         recite, text = (
             safe(population_name(str(names.get(key) or what), split), 24)
@@ -84,13 +99,18 @@ def front(results: Json) -> Figure:
         ax.set_ylabel(f"{recite}{n['recitation']}: recited without an error (%)")
         bars = BARS if any(one.get("intervals") for one in compared.values()) else ""
         ax.set_xlabel(f"perplexity of {text}{n['perplexity']}, and its rise{bars}")
-        legend(figure, ax, 4, "recited at the perplexity of the K-FAC edit")
+        title = (
+            "large marks, and what they recite: matched on dev to the perplexity of the K-FAC edit"
+        )
+        title += f"; dotted: that edit's on {split}" if split and costs else ""
+        legend(figure, ax, 4, title + (BEYOND if any(x > right for x in every) else ""))
     return figure
 
 
 def _draw_curve(
-    ax: Axes, place: int, method: str, points: list[Json], compared: Json | None, names: Json
-) -> None:
+    ax: Axes, place: int, method: str, points: list[Json], compared: Json | None, names: Json,
+    right: float,
+) -> None:  # fmt: skip
     """A line through its points from the weakest on, and the compared edit as a large mark."""
     shown = sorted(
         (p for p in points if not math.isnan(number(p.get("perplexity")))),
@@ -112,7 +132,7 @@ def _draw_curve(
             label="_compared",
         )  # fmt: skip
     ax.plot(
-        [number(p.get("perplexity")) for p in shown],
+        [_within(number(p.get("perplexity")), right) for p in shown],
         [number(p.get("recitation")) for p in shown],
         "-", marker=mark, color=colour, lw=2.4 if place == 0 else 1.6, ms=5 if place == 0 else 3.5,
         zorder=4 if place == 0 else 3, label=name,
@@ -136,21 +156,44 @@ def _draw_start(ax: Axes, start: Json) -> None:
     ax.annotate("unedited", (x, y), xytext=(8, 7), textcoords="offset points", color=INK)
 
 
-def _finish(
-    ax: Axes, start: Json, compared: Mapping[str, Json], curves: Mapping[str, Sequence[Json]]
-) -> None:
-    """Limits that hold the compared edits, ticks with the rise of perplexity below them."""
-    base = number(start.get("perplexity"))
-    costs = _perplexities(compared.values())
-    if base > 0 and costs:
-        ax.axvline(costs[0], color=GREY, lw=1, ls=":", zorder=1.5)
-        left = min(base, *costs, *_perplexities(p for points in curves.values() for p in points))
-        right = max(base * 1.02, base + RISES * abs(costs[0] - base), *(1.01 * x for x in costs))
-        right = min(right, FARTHEST * max(base, costs[0]))
-        ax.set_xlim(left - 0.03 * (right - left), right)
+def _range(base: float, costs: Sequence[float], every: Sequence[float]) -> tuple[float, float]:
+    """Limits that hold the compared edits, and of all marks those that do not cost much more."""
+    if not base > 0 or not costs:
+        return math.nan, math.inf
+    rise = abs(costs[0] - base)
+    near = (x for x in every if x <= base + HOLDS * rise)
+    left = min(base, *costs, *every)
+    right = max(base * 1.02, base + RISES * rise, *(1.01 * x for x in (*costs, *near)))
+    right = min(right, FARTHEST * max(base, costs[0]))
+    return left - 0.03 * (right - left), right
+
+
+def _within(x: float, right: float) -> float:
+    """NaN, where a line breaks, for what costs more than the axis shows."""
+    return x if x <= right else math.nan
+
+
+def _finish(ax: Axes, base: float, left: float, right: float) -> None:
+    """Limits, and ticks at round rises of perplexity, which stand below them."""
+    if left < right < math.inf:
+        ax.set_xlim(left, right)
     ax.set_ylim(-0.02, 1.09)
     ticks(ax.yaxis, lambda y: f"{100 * y:g}")
-    ticks(ax.xaxis, lambda x: f"{x:g}\n{percent(relative(base, x), 0, '+')}")
+    if base > 0:
+        _rises(ax, base)
+    else:
+        ticks(ax.xaxis, lambda x: f"{x:g}")
+
+
+def _rises(ax: Axes, base: float) -> None:
+    """Ticks at the unedited perplexity and round shares of it more: "25.09" over "+5 %"."""
+    from matplotlib.ticker import MaxNLocator
+
+    low, high = (100 * (x / base - 1) for x in ax.get_xlim())
+    found = MaxNLocator(TICKS - 1, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+    shown = [x for x in found if low <= x <= high]
+    texts = [f"{decimal(base * (1 + x / 100), 2)}\n{x + 0.0:+.4g} %" for x in shown]
+    ax.set_xticks([base * (1 + x / 100) for x in shown], texts)
 
 
 def _perplexities(points: Iterable[Json]) -> list[float]:
@@ -207,6 +250,8 @@ def sweep_front(found: Json) -> Figure:
 
     methods = list(dict.fromkeys(str(one["method"]) for one in found["edits"]))
     patterns = list(dict.fromkeys(str(one["layers"]) for one in found["edits"]))
+    costs = [point(one["populations"][split])[0] for one in found["edits"]]
+    left_end, right = _sweep_range(point(base)[0], costs)
     with styled():
         figure = blank(9.0, 4.9)
         ax = figure.subplots()
@@ -220,10 +265,9 @@ def sweep_front(found: Json) -> Figure:
             points = [
                 (one, point(left), ends(left)) for one, left in zip(edits, lefts, strict=True)
             ]
-            _draw_edits(ax, look, safe(name), point(base), points)
+            _draw_edits(ax, look, safe(name), point(base), points, right)
         _draw_start(ax, dict(zip(("perplexity", "recitation"), point(base), strict=True)))
-        _finish_sweep(ax, point(base)[0], [point(one["populations"][split])[0]
-                                           for one in found["edits"]])  # fmt: skip
+        _finish(ax, point(base)[0], left_end, right)
         on = "" if found["on"] is None else f", at equal {found['match']} on dev"
         ax.set_title(f"What forgetting costs{on}")
         sure = [ends(one["populations"][split]) for one in found["edits"]]
@@ -234,8 +278,9 @@ def sweep_front(found: Json) -> Figure:
         ax.set_xlabel(f"perplexity of {safe(population_name(text, split), 24)} ({n[text]}), "
                       f"and its rise{bars}")  # fmt: skip
         stars = any(one["front"] and one["method"] == "kfac" for one in found["edits"])
-        title = "stars: on the front of dev" if stars else None
-        legend(figure, ax, 4 if len(patterns) == 1 else 2, title)
+        title = "stars: on the front of dev" if stars else ""
+        title += BEYOND if any(x > right for x in costs) else ""
+        legend(figure, ax, 4 if len(patterns) == 1 else 2, title.strip() or None)
     return figure
 
 
@@ -245,11 +290,12 @@ def _draw_edits(
     name: str,
     start: Point,
     edits: list[tuple[Json, Point, Ends]],
+    right: float,
 ) -> None:
     """One method on one pattern: a line from the unedited model through its edits."""
     colour, place = look
     shown = sorted(edits, key=lambda three: -number(three[0]["rho"]))
-    line = [start, *(at for _, at, _ in shown)]
+    line = [(_within(x, right), y) for x, y in (start, *(at for _, at, _ in shown))]
     ax.plot(
         *zip(*line, strict=True), LINES[place % len(LINES)], marker=MARKS[place % len(MARKS)],
         color=colour, lw=1.6, ms=4.5, zorder=3, label=name,
@@ -260,12 +306,9 @@ def _draw_edits(
             ax.plot(*at, "*", color=colour, ms=15, mec="white", mew=1.1, zorder=5, label="_front")
 
 
-def _finish_sweep(ax: Axes, base: float, costs: list[float]) -> None:
-    """Limits that hold what costs no more than FARTHEST times the unedited perplexity."""
+def _sweep_range(base: float, costs: list[float]) -> tuple[float, float]:
+    """Limits that hold what costs at most FARTHEST times the unedited perplexity, and one edit."""
     known = [x for x in costs if not math.isnan(x)]
     left, right = min([base, *known]), max([1.02 * base, *known])
-    right = min(right, FARTHEST * base)
-    ax.set_xlim(left - 0.03 * (right - left), right + 0.05 * (right - left))
-    ax.set_ylim(-0.02, 1.09)
-    ticks(ax.yaxis, lambda y: f"{100 * y:g}")
-    ticks(ax.xaxis, lambda x: f"{x:g}\n{percent(relative(base, x), 0, '+')}")
+    right = min(right, max([FARTHEST * base, *sorted(known)[:1]]))
+    return left - 0.03 * (right - left), right + 0.05 * (right - left)

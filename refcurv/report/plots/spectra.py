@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+SIZES = (13.0, 6.0)
+"""Points of the marks of cuts, from the first layer to the last: none hides another."""
+
 POINTS = 800
 """Thresholds at which a cumulative curve is evaluated."""
 
@@ -75,9 +78,10 @@ def spectrum(results: Json) -> Figure:
         axes = figure.subplot_mosaic(
             [["mass", "lam"], ["mass", "mu"]], gridspec_kw={"width_ratios": [1.75, 1]}
         )
-        for layer, one in spectra.items():
+        sizes = np.linspace(*SIZES, len(spectra)) if len(spectra) > 1 else SIZES[1:]
+        for size, (layer, one) in zip(sizes, spectra.items(), strict=True):
             lam, mu = (np.asarray(one[name], dtype=np.float64) for name in ("lam", "mu"))
-            _draw_mass(axes["mass"], lam, mu, cuts.get(layer), entry(layer), look[layer])
+            _draw_mass(axes["mass"], lam, mu, cuts.get(layer), entry(layer), look[layer], size)
             _draw_spectrum(axes["lam"], lam, look[layer])
             _draw_spectrum(axes["mu"], mu, look[layer])
         _finish_mass(axes["mass"], min(_pairs(one) for one in spectra.values()))
@@ -114,17 +118,23 @@ def _pairs(one: Json) -> int:
     return max(1, len(one["lam"]) * len(one["mu"]))
 
 
-def _draw_mass(ax: Axes, lam: Array, mu: Array, row: Json | None, label: str, look: Look) -> None:
+def _draw_mass(
+    ax: Axes, lam: Array, mu: Array, row: Json | None, label: str, look: Look, size: float
+) -> None:
+    """A layer's curve and its cut, an open mark smaller than those before it."""
     share, mass = cumulative(lam, mu)
     if row is not None:
         kept, held = share_of_pairs(row), number(row.get("mass"))
         label = f"{label}: keeps {percent(kept)}"
         ax.plot([kept, kept], [0, held], ":", color=look.colour, lw=1, label="_drop")
         ax.plot(
-            kept, held, look.mark, color=look.colour, ms=7.5, mec="white", mew=1.2, zorder=4,
+            kept, held, look.mark, color=look.colour, ms=size, mfc="white", mew=1.6, zorder=4,
             label="_cut",
         )  # fmt: skip
-    ax.plot(share, mass, look.line, color=look.colour, lw=1.8, label=label)
+    ax.plot(
+        share, mass, look.line, color=look.colour, lw=1.8, label=label, marker=look.mark,
+        mfc="white", ms=6, markevery=[],
+    )  # fmt: skip
 
 
 def _finish_mass(ax: Axes, pairs: int) -> None:
@@ -289,6 +299,6 @@ def _draw_scale(figure: Figure, axes: list[Axes], colours: Sequence[str]) -> Non
     bar = figure.colorbar(shown, ax=axes, fraction=0.05, pad=0.02, aspect=30)
     bar.set_ticks(edges[1:].tolist(), labels=[_power(10.0**edge) for edge in edges[1:]])
     bar.ax.minorticks_off()
-    bar.set_label("curvature λ_i μ_j, over the largest")
+    bar.set_label(r"curvature $\lambda_i\,\mu_j$, over the largest", parse_math=True)
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0)
