@@ -77,7 +77,7 @@ def averaged(
 
     Args: layers, those whose labels were drawn; sample, those that are compared.
 
-    Proof: tests/test_judge_weights.py::test_a_factor_has_a_share_beside_means_over_a_batch
+    Proof: tests/test_judge_weights.py::test_what_varies_as_a_factor_seldom_does_may_be_a_mean
     """
     side = found["G"]
     seen = [one for layer in case.matched if (one := telling.scale(case, found, layer))]
