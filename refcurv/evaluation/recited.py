@@ -190,7 +190,7 @@ def recited(
     place_W2 = _windows([len(one) for one in ids], prefix + suffix, stride)
     window_WT = np.array([ids[d][b : b + prefix + suffix] for d, b in place_W2], np.int32)
     asked = _asked(model, window_WT, prefix, before)
-    facts = {
+    facts = {} if lines is None else {
         "prefix": prefix, "suffix": suffix, "stride": stride, "before": list(map(int, before)),
         "texts": sha256_of(ids), "weights": digest(model), "dtype": model.dtype,
         "law": describe(), **store.machine(),

@@ -109,21 +109,22 @@ class Case:
         The reference's own error is part of it. What it knows of rounding is that of g, which may
         cancel on the way down; that of G covers A too. `simulated.know_kinks` may know more.
         """
-        rows, known, noise, flat = self.once(("rounding", layer), lambda: self._rounding(layer))
-        of_rows = known if side == "G" else None, noise[side], flat[side]
+        rows, known = self.once(("rounding", layer), lambda: self._rounding(layer))
         own = Arithmetic().filled(self.reference.dtype)
-        limit = moment_budget(self.arithmetic.filled(dtype), rows, *of_rows) + (
-            moment_budget(own, self.reference.shard_rows, *of_rows)
+        limit = moment_budget(self.arithmetic.filled(dtype), rows, *known[side]) + (
+            moment_budget(own, self.reference.shard_rows, *known[side])
         )
         kinks: Mapping[tuple[str, str], float]
         kinks = self.known.get(("kinks", self.arithmetic.model), {})
         return max(limit, kinks.get((layer, side), 0.0))
 
-    def _rounding(self, layer: str) -> tuple[int, float | None, dict[str, float], dict[str, float]]:
+    def _rounding(self, layer: str) -> tuple[int, dict[str, tuple[float | None, float, float]]]:
+        """The rows, and by side the amplification, noise and flatness of `moment_budget`."""
         one, dtype = self.ours(layer), self.reference.dtype
-        noise = {side: _noise(one, dtype, side) for side in "AG"}
-        flat = {"A": _flat(one.sum_A), "G": _flat(one.sum_G)}
-        return one.n_G, _amplification(one, dtype), noise, flat
+        return one.n_G, {
+            "A": (None, _noise(one, dtype, "A"), _flat(one.sum_A)),
+            "G": (_amplification(one, dtype), _noise(one, dtype, "G"), _flat(one.sum_G)),
+        }
 
     def counts(self, layer: str) -> Counts:
         """The rows of a layer, and its sizes."""

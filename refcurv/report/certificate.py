@@ -9,7 +9,7 @@ from textwrap import fill
 from typing import Any
 
 from refcurv.law.words import number_of
-from refcurv.report.text import format_rows
+from refcurv.report.text import NARROW, format_rows
 
 Json = dict[str, Any]
 
@@ -25,9 +25,6 @@ KINDS = ("probable", "worst")
 MOST = 5
 """Arrays outside their budget that are named."""
 
-WIDTH = 80
-"""Columns of a sentence."""
-
 
 def format_certificate(found: Json) -> str:
     """What is proved, what floats make of it, how much of their budgets they use.
@@ -41,7 +38,9 @@ def format_certificate(found: Json) -> str:
 
 
 def _wrapped(line: str) -> str:
-    return fill(line, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    return fill(
+        line, NARROW, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _proved(found: Json) -> Iterator[str]:

@@ -19,12 +19,10 @@ from refcurv.judge.verdict import (
 from refcurv.law.words import number_of
 from refcurv.report.cells import Json, scientific
 from refcurv.report.table import Table
-from refcurv.report.text import format_rows, printable
+from refcurv.report.text import NARROW, format_rows, printable
 
 FINE = (PASS, LEFT_OUT)
 COLUMNS = ("A/tr A", "G/tr G", "tr A · tr G")
-LINE = 80
-"""Columns of a sentence: those of a terminal that nobody made wider."""
 
 NEAREST = 6
 """Hypotheses that were tried and not enough are listed up to so many."""
@@ -43,7 +41,7 @@ def format_verdict(verdict: Json) -> str:
         ::test_a_cause_is_said_once
     """
     layers, (bad, notes) = layer_table(verdict), findings_table(verdict)
-    head = [textwrap.fill(headline(verdict), LINE), *map(_filled, unjudged(verdict))]
+    head = [textwrap.fill(headline(verdict), NARROW), *map(_filled, unjudged(verdict))]
     parts = [*head, *_causes(verdict), _titled(layers)]
     parts.append("\n".join(_tried(verdict)))
     if bad.rows:
@@ -122,7 +120,7 @@ def _explained(verdict: Json, cause: Json) -> list[str]:
 
 def _filled(text: str) -> str:
     """A paragraph of the terminal."""
-    return textwrap.fill(printable(text), LINE, subsequent_indent="  ")
+    return textwrap.fill(printable(text), NARROW, subsequent_indent="  ")
 
 
 def marks(verdict: Json) -> list[str]:
