@@ -24,6 +24,7 @@ import refcurv as rc
 from refcurv import cli, terminal
 from refcurv.cli import main
 from refcurv.editing import variants
+from refcurv.evaluation import suite
 from refcurv.files.disk import file_sha256
 from refcurv.progress import doing, goes_on, gone_on
 
@@ -74,6 +75,30 @@ def test_edit_then_evaluate(files: Path, tmp_path: Path, capsys) -> None:
     assert "perplexity" in capsys.readouterr().out
     rows = json.loads(table.read_text())["rows"]
     assert [row["name"] for row in rows] == ["text_test", "recite_test", "answer_test"]
+
+
+def test_a_table_under_its_name_is_whole(files: Path, tmp_path: Path, monkeypatch) -> None:
+    """What a stopped `evaluate` knows lies beside it, and an earlier table stays."""
+    table, known = tmp_path / "t.json", tmp_path / "t.json.unfinished"
+    command = ["evaluate", *paths(files, "w", "c"), "--json", str(table)]
+    table.write_text("earlier")
+    judge, judged = suite._measured, []
+
+    def stopped(*given: object) -> object:
+        judged.append(given)
+        if len(judged) == 3:
+            raise KeyboardInterrupt
+        return judge(*given)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr("refcurv.evaluation.suite._measured", stopped)
+        assert main(command) == 130
+    assert table.read_text() == "earlier"
+    rows = json.loads(known.read_text())["rows"]
+    assert main(command) == 0
+    whole = json.loads(table.read_text())["rows"]
+    assert len(rows) == 2 and len(whole) == 3 and whole[:2] == rows
+    assert not known.exists()
 
 
 @pytest.mark.parametrize("kind", ["random-basis", "random-pairs", "inputs", "outputs"])

@@ -27,6 +27,7 @@ def evaluate(args: argparse.Namespace) -> None:
     """Judge a model on the corpus's populations, beside a baseline if one is given."""
     import refcurv as rc
     from refcurv.evaluation.suite import compare, judged, measure
+    from refcurv.files.disk import unfinished
     from refcurv.law.checks import ConventionError
     from refcurv.report.printed import format_evaluation
 
@@ -45,7 +46,7 @@ def evaluate(args: argparse.Namespace) -> None:
         before = found.get("before")
         known = before.only(so_far.populations) if before else None
         table.update(compare(so_far, known).to_json())
-        write_json(args.json, table)
+        write_json(args.json and unfinished(args.json), table)
 
     try:
         for when, model in models.items():
@@ -58,6 +59,9 @@ def evaluate(args: argparse.Namespace) -> None:
                 memory=args.memory,
                 told=lambda chosen: say(f"evaluate: {chosen.text}"),
             )
+        write_json(args.json, table)
+        if args.json:
+            Path(unfinished(args.json)).unlink(missing_ok=True)
         if args.items:
             _write_items(args, models, found, corpus)
         if args.right:  # what the baseline gets right, if there is one

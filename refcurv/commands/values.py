@@ -111,6 +111,8 @@ def files(args: argparse.Namespace) -> tuple[dict[str, str], dict[str, str]]:
         reads |= {f"{p.name} of DIRECTORY": str(p) for p in within}
     if args.command in ("collect", "recite"):
         writes["the checkpoint of --output"] = unfinished(args.output)
+    if args.command == "evaluate" and args.json:
+        writes["what is known of --json"] = unfinished(args.json)
     if args.command == "sweep" and args.basis is None and args.factors is None:
         kept = beside(args.output, "factors", "basis").items()
         writes |= {f"the {what} beside --output": str(path) for what, path in kept}

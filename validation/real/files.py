@@ -159,7 +159,10 @@ class Files:
         return self.made("tasks", ".h5", self.plan.recipe("sets"), make)
 
     def able(self) -> tuple[Path, Path]:
-        """The test items that the model gets right, and its accuracies on all of both splits."""
+        """The test items that the model gets right, and its accuracies on test and on dev.
+
+        Of test they lie beside the items, and are written before.
+        """
         weights, tasks = self.weights(), self.tasks()
         recipe = self.plan.recipe("sets")
 
@@ -167,12 +170,12 @@ class Files:
             command("evaluate", weights, tasks, *DTYPE, "--split", "dev", "--json", path)
 
         def test(path: Path) -> None:
-            right = path.with_suffix(".h5")
-            command("evaluate", weights, tasks, *DTYPE, "--right", right, "--json", path)
+            table = path.with_suffix(".json")
+            command("evaluate", weights, tasks, *DTYPE, "--right", path, "--json", table)
 
         on_dev = self.made("evaluate-dev", ".json", recipe, dev, "tasks, dev")
-        on_test = self.made("evaluate", ".json", recipe, test, "tasks, test")
-        return on_test, on_dev
+        right = self.made("evaluate", ".h5", recipe, test, "tasks, test")
+        return right, on_dev
 
     def calibration(self, k: int, tokens: int) -> Path:
         """So many tokens of one calibration text."""
@@ -230,7 +233,7 @@ class Files:
 
         def make(path: Path) -> None:
             pairs = f"recited_test:recite:test={self.recited()}"
-            tasks = rc.load_corpus(self.able()[0].with_suffix(".h5")).populations
+            tasks = rc.load_corpus(self.able()[0]).populations
             model, clean = rc.load(self.weights(), dtype="float32"), self.clean("test")
             long = np.flatnonzero(clean.length >= self.plan.prefix)[: self.plan.own]
             some = rc.Population(clean.tokens[long], clean.prompt_length[long],

@@ -40,7 +40,8 @@ def models(files: Files) -> None:
     def prepare() -> tuple[Path, Path]:
         return files.able()
 
-    def make(test: Path, dev: Path) -> Record:
+    def make(right: Path, dev: Path) -> Record:
+        test = right.with_suffix(".json")
         model = rc.load(files.weights())
         config, shapes = model.config, model.config.parameter_shapes()
         rows = {path: json.loads(path.read_text())["rows"] for path in (dev, test)}
