@@ -24,11 +24,12 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 from refcurv.law.checks import RefcurvError
 from validation.bench import cost, page, parts, pipeline, products, shares, streamed, timing
-from validation.bench.candidates import CANDIDATES, SHIPPED
+from validation.bench.candidates import CANDIDATES, OURS, SHIPPED
 from validation.bench.fresh import spawn, spawn_each
 from validation.bench.measuring import (
     BUSY,
@@ -110,13 +111,20 @@ def memory_section(plan: Plan) -> Record:
 
 
 def products_section(plan: Plan) -> Record:
-    proxy, found = plan.proxy("all"), {}
-    for cores in plan.threads:
-        tell(f"products alone, {cores} processes")
-        found[f"all {cores}"] = {
-            "floor": spawn_each(products.floor, plan.place, proxy.size, cores, blocks=proxy.blocks),
-            "sgemm": spawn_each(products.sgemm, plan.place, proxy.size, cores),
-        }
+    """In each round, on each number of cores: the products alone, the whole, sgemm alone."""
+    found: Record = {f"all {n}": {"floor": [], "sgemm": [], "times": {OURS: []}}
+                     for n in plan.threads}  # fmt: skip
+    for turn, cores in product(range(plan.rounds), plan.threads):
+        tell(f"products, round {turn + 1}/{plan.rounds}: {cores} cores")
+        one, run = plan.proxy("all"), found[f"all {cores}"]
+        size = one.size.times(cores)
+        run["floor"].append(
+            spawn_each(products.floor, plan.place, one.size, cores, blocks=one.blocks)
+        )
+        options = {"blocks": one.blocks, "threads": cores, "rounds": 1, "names": [OURS]}
+        whole = spawn(timing.take_turns, plan.folder(size), size, cores, **options)
+        run["times"][OURS] += whole["times"][OURS]
+        run["sgemm"].append(spawn_each(products.sgemm, plan.place, one.size, cores))
     return found
 
 
@@ -175,8 +183,8 @@ SECTIONS: dict[str, Callable[[Plan], Record]] = {
     "streamed": streamed_section,
     "cost": cost_section,
 }
-UNTIMED = ("memory", "products", "streamed")
-"""Sections in which others do not matter, or of whose products the fastest counts."""
+UNTIMED = ("memory", "streamed")
+"""Sections in which others do not matter."""
 
 # ------------------------------------------------------------------ the run
 

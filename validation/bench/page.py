@@ -5,7 +5,7 @@ Where the machine was not quiet, there are no ratios.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -127,15 +127,21 @@ def memory(section: Record) -> str:
 
 
 def products(section: Record) -> str:
-    """The floor, and independent products."""
+    """The floor, what it is of, and independent products; medians of the rounds."""
     head = ("", *map(title, section["runs"]))
     runs = list(section["runs"].values())
-    floors = [max(one["seconds"] for one in run["floor"]) for run in runs]
-    rates = [min(one["gflops"] for one in run["floor"]) for run in runs]
-    gemms = [sum(one["gflops"] for one in run["sgemm"]) for run in runs]
+
+    def of(key: str, one: Callable[[Record], float]) -> list[float]:
+        return [median(map(one, run[key])) for run in runs]
+
+    floors = of("floor", lambda cores: max(p["seconds"] for p in cores))
+    rates = of("floor", lambda cores: min(p["gflops"] for p in cores))
+    gemms = of("sgemm", lambda cores: sum(p["gflops"] for p in cores))
+    wholes = [median(one["seconds"] for one in run["times"][OURS]) for run in runs]
     lines = [
         ("needed products alone, seconds", *(f"{x:.2f}" for x in floors)),
-        ("their GFLOP/s on each core", *(f"{x:.0f}" for x in rates)),
+        ("the whole collection, seconds", *(f"{x:.2f}" for x in wholes)),
+        ("GFLOP/s of the products on each core", *(f"{x:.0f}" for x in rates)),
         ("sgemm GFLOP/s, a process on each core, together", *(f"{x:.0f}" for x in gemms)),
     ]
     return table(head, lines)

@@ -68,44 +68,30 @@ def ratio(run: str, name: str) -> Callable[[Record], Found]:
 
 
 def floor_share(cores: int) -> Callable[[Record], Found]:
-    """The time of the needed products alone, as a share of the whole."""
+    """The time of the needed products alone, as a share of the whole; the median of the rounds."""
 
     def measured(results: Record) -> Found:
-        floors = run_of(results, "products", f"all {cores}")
-        whole = seconds(results, f"all {cores}", OURS)
-        if not floors or not whole:
+        run = run_of(results, "products", f"all {cores}")
+        if not run:
             return None
-        return max(one["seconds"] for one in floors["floor"]) / whole, True
+        rounds = zip(run["floor"], run["times"][OURS], strict=True)
+        shares = [max(p["seconds"] for p in floor) / whole["seconds"] for floor, whole in rounds]
+        return median(shares), True
 
     return measured
-
-
-AT_ONCE = 1.05
-"""Chosen: above it two measurements are not of one machine, as where others use a virtual one."""
 
 
 def scaling(cores: int) -> Callable[[Record], Found]:
     """Our speed on so many cores over that on one, beside the same of independent processes.
 
-    Every core has as many tokens. Not measured on so many: each further core costs the share of
-    time that it costs where most cores were measured. Nothing is said where cores together seem
-    faster than apart by more than AT_ONCE: then the machine was slower while one was measured.
+    Every core has as many tokens; the median of the rounds. Not measured on so many: each further
+    core costs the share of time that it costs where most cores were measured.
     """
 
     def measured(results: Record) -> Found:
-        one = seconds(results, "all 1", OURS)
-        alone = run_of(results, "products", "all 1")
-        shares = {}
-        for n in range(2, 129):
-            many, rates = (
-                seconds(results, f"all {n}", OURS),
-                run_of(results, "products", f"all {n}"),
-            )
-            if one and many and alone and rates:
-                speed = sum(rate["gflops"] for rate in rates["sgemm"])
-                share = n * one / many / (speed / alone["sgemm"][0]["gflops"])
-                if share <= AT_ONCE:
-                    shares[n] = share
+        runs = results.get("products", {}).get("runs", {})
+        shares = {int(name.split()[1]): _scaled(runs["all 1"], run)
+                  for name, run in runs.items() if name != "all 1"}  # fmt: skip
         if cores in shares:
             return shares[cores], True
         if not shares or cores < max(shares):
@@ -115,6 +101,17 @@ def scaling(cores: int) -> Callable[[Record], Found]:
         return 1 / (1 + lost * (cores - 1)), False
 
     return measured
+
+
+def _scaled(one: Record, many: Record) -> float:
+    """Of some cores: speed over that of one core, over the same of sgemm."""
+    return median(
+        len(apart) * alone["seconds"] / whole["seconds"]
+        / (sum(p["gflops"] for p in apart) / single[0]["gflops"])
+        for alone, single, whole, apart in zip(
+            one["times"][OURS], one["sgemm"], many["times"][OURS], many["sgemm"], strict=True
+        )
+    )  # fmt: skip
 
 
 def peaks(results: Record, name: str) -> dict[int, float]:
