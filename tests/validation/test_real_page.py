@@ -71,6 +71,19 @@ def test_what_is_not_measured_says_so() -> None:
         assert page.NOT in behind.partition("\n### ")[0], heading
 
 
+def test_what_an_edit_costs_is_summed() -> None:
+    cost = {"seconds": 0.0, "peak": 9, "date": "d", "code": "c"}
+    edits = grid(21, **{"0.6": (11, 0.1), "0.9": (10, 0.5)}) | cost | {"seconds": 40.0}
+    steps = {"collect 40 matrices": 100.0, "collect 6 matrices": 20.0, "decompose 40 matrices": 7.0}
+    rows = [line("steps", key, {}) | cost | {"seconds": x} for key, x in steps.items()]
+    judged = line("doses", "none", {}) | cost | {"seconds": 30.0}
+    told = page.costs(known(*rows, judged, edits))
+    assert "one evaluation of all that is judged: 137 processor seconds." in told
+    assert "The grid: 2 edits on dev, 40 processor seconds." in told
+    assert told.count("\n| ") == 6  # the head, and a line for each
+    assert "judged" not in page.costs(known(*rows)) and "edits" not in page.costs(known(judged))
+
+
 # ------------------------------------------------------------------ dev chooses
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 
 import numpy as np
@@ -294,7 +294,26 @@ def costs(results: Results) -> str:
         for row in results.rows
     ]  # fmt: skip
     head = ("step or part", "processor seconds", "peak MiB", "date", "code")
-    return table(head, lines) if lines else NOT
+    return "\n\n".join([*_whole(results), table(head, lines)]) if lines else NOT
+
+
+def _whole(results: Results) -> Iterator[str]:
+    """What an edit costs from the weights on, and what sweeps cost."""
+    cost = {f"{row['part']}: {row['key']}": row["seconds"] for row in results.rows}
+    made = {
+        step: max((x for name, x in cost.items() if name.startswith(f"steps: {step} ")), default=0)
+        for step in ("collect", "decompose")
+    }
+    judged = cost.get("doses: none")
+    if all(made.values()) and judged:
+        yield (
+            f"Factors and eigenbases of all layers of the grid, and one evaluation of all that is "
+            f"judged: {sum(made.values()) + judged:,.0f} processor seconds."
+        )
+    edits = sum(len(found["edits"]) for found in results.found("grid").values())
+    if edits:
+        spent = sum(x for name, x in cost.items() if name.startswith("grid: "))
+        yield f"The grid: {edits} edits on dev, {spent:,.0f} processor seconds."
 
 
 # ------------------------------------------------------------------ the page
