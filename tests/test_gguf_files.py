@@ -146,7 +146,7 @@ def test_parts_are_joined_whichever_is_given(whole: Path, tmp_path: Path) -> Non
     one = open_gguf(whole)
     for path in parts(tmp_path):
         found = open_gguf(path)
-        assert found.tensors.keys() == one.tensors.keys() and len(found.paths) == 3
+        assert found.tensors.keys() == one.tensors.keys() and len(found.files) == 3
         for name, tensor in found.tensors.items():
             assert np.array_equal(read_tensor(tensor), read_tensor(one.tensors[name]))
     rc.convert(tmp_path / "x-00002-of-00003.gguf", tmp_path / "w.h5")

@@ -18,6 +18,7 @@ gguf = pytest.importorskip("gguf", reason="extra `gguf`")
 
 from gguf_twins import KEYS, write  # noqa: E402
 
+from refcurv.files.disk import file_sha256  # noqa: E402
 from refcurv.files.texts import build_corpus  # noqa: E402
 from refcurv.files.tokenizer import load_tokenizer  # noqa: E402
 from refcurv.law.checks import ConventionError, RefcurvError, SchemaError  # noqa: E402
@@ -201,6 +202,20 @@ def test_a_corpus_of_a_gguf_files_tokenizer(tmp_path: Path) -> None:
     ids = theirs.encode(LEARNT[0], add_special_tokens=False).ids
     assert made.tokens[0, : len(ids)].tolist() == ids
     assert made.source["made_from"]["tokenizer"]["file"] == "t.gguf"
+
+
+def test_the_tokenizer_of_a_split_file_is_its_first_parts(tmp_path: Path) -> None:
+    """The metadata are there, so that is the file which the corpus names, whichever is given."""
+    _, plain = MADE["smollm"]()
+    split = {"split.count": 2, "split.tensors.count": 2}
+    parts = [tmp_path / f"x-0000{k + 1}-of-00002.gguf" for k in (0, 1)]
+    for k, path in enumerate(parts):
+        keys = {"split.no": k, **split, **(plain if k == 0 else {})}
+        write(path, "llama", KEYS, {f"x{k}": np.zeros(1, np.float32)}, keys)
+    (tmp_path / "a.txt").write_text(LEARNT[0])
+    for path in parts:
+        made = build_corpus([tmp_path / "a.txt"], path, length=64).source["made_from"]
+        assert made["inputs"][parts[0].name] == file_sha256(parts[0]) and len(made["inputs"]) == 2
 
 
 _KEY = "tokenizer.ggml."

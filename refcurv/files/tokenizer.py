@@ -19,6 +19,7 @@ from refcurv.files.disk import (
     one_line,
     parse_json,
 )
+from refcurv.files.gguf.reading import first_part
 from refcurv.files.ids import MAX_ID, WHO
 from refcurv.files.mistaken import is_gguf
 from refcurv.law.checks import (
@@ -49,7 +50,7 @@ class Tokenizer:
 
 
 def find_tokenizer(path: PathLike) -> Path:
-    """The tokenizer.json that `path` means: the file itself, or the one in a folder.
+    """The file that `path` means: itself, the tokenizer.json in a folder, a GGUF's first part.
 
     Raises:
         SchemaError: There is none; says how to make it of the vocabulary that is there.
@@ -60,7 +61,8 @@ def find_tokenizer(path: PathLike) -> Path:
         there = [one.name for like in _VOCABULARIES for one in sorted(folder.glob(like))][:8]
         is_made = (folder / "tokenizer.json").is_file()
     if found != folder and not any(map(found.match, (*_BESIDE, *_VOCABULARIES))):
-        return found
+        with machine_faults("open", path):
+            return first_part(found) if is_gguf(found) else found
     if is_made and found == folder:
         return folder / "tokenizer.json"
     if is_made:
