@@ -147,8 +147,9 @@ def unfinished(path: PathLike) -> str:
 
 
 def beside(path: PathLike, *whats: str) -> dict[str, Path]:
-    """Where several files are kept beside an output OUT.jsonl: {what: OUT.what.h5}."""
-    stem = str(Path(path)).removesuffix(Path(path).suffix)  # "." and "/" have no name to replace
+    """Where several files are kept beside OUT.jsonl, also `unfinished`: {what: OUT.what.h5}."""
+    path = Path(os.fspath(path).removesuffix(unfinished("")))
+    stem = str(path).removesuffix(path.suffix)  # "." and "/" have no name to replace
     return {what: Path(f"{stem}.{what}.h5") for what in whats}
 
 
