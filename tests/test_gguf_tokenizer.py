@@ -193,6 +193,10 @@ def test_what_stands_around_a_text(tmp_path: Path) -> None:
         keys = plain | {f"tokenizer.ggml.{key}": value for key, value in more.items()}
         found = load_tokenizer(described(tmp_path, keys), None)
         assert (found.before, found.behind) == (before, behind), more
+    for spelled in ("$A", "$B:1", "a:0"):  # with which the library spells a text and its type
+        keys = plain | {f"{_KEY}tokens": [spelled, *plain[f"{_KEY}tokens"][1:]]}
+        found = load_tokenizer(described(tmp_path, keys | {f"{_KEY}add_bos_token": True}), None)
+        assert (found.before, found.behind) == ((0,), ())
 
 
 def test_a_corpus_of_a_gguf_files_tokenizer(tmp_path: Path) -> None:
@@ -226,6 +230,7 @@ WRONG: dict[str, tuple[str, Plain, str, type[RefcurvError]]] = {
     "types": ("gpt-2", {"token_type": [1, 3]}, "token_type has 2 items for", SchemaError),
     "a merge": ("gpt-2", {"merges": ["a b c"]}, "a merge of other than two tokens", SchemaError),
     "no merge": ("gpt-2", {"merges": ["a ☃"]}, "cannot use", SchemaError),
+    "a flag": ("gpt-2", {"add_bos_token": "no"}, "is 'no', not true or false", SchemaError),
     "begin": ("gpt-2", {"add_bos_token": True, "bos_token_id": 9999}, "is 9999", SchemaError),
     "scores": ("pieces", {"scores": [0.0]}, "scores has 1 item for", SchemaError),
     "numbers": ("pieces", {"tokens": [1, 2]}, "has no list tokenizer.ggml.tokens", SchemaError),
