@@ -155,6 +155,17 @@ def test_parts_are_joined_whichever_is_given(whole: Path, tmp_path: Path) -> Non
     assert all(np.array_equal(a[name], b[name]) for name in b)
 
 
+def test_a_first_part_may_have_metadata_alone(whole: Path, tmp_path: Path) -> None:
+    of = tensors()
+    for k, keys, held in ((0, KEYS, {}), (1, {}, of)):
+        split = {"split.no": k, "split.count": 2, "split.tensors.count": len(of)}
+        write(tmp_path / f"x-0000{k + 1}-of-00002.gguf", "llama", keys, held, split)
+    rc.convert(tmp_path / "x-00001-of-00002.gguf", tmp_path / "w.h5")
+    rc.convert(whole, tmp_path / "one.h5")
+    a, b = (rc.load(tmp_path / name).parameters for name in ("w.h5", "one.h5"))
+    assert all(np.array_equal(a[name], b[name]) for name in b)
+
+
 def test_parts_that_are_not_all_there(tmp_path: Path) -> None:
     paths = parts(tmp_path)
     paths[2].rename(tmp_path / "z.gguf")

@@ -199,6 +199,24 @@ def test_what_stands_around_a_text(tmp_path: Path) -> None:
         assert (found.before, found.behind) == ((0,), ())
 
 
+@pytest.mark.parametrize("kind", ["gpt-2", "pieces"])
+def test_tokens_that_a_user_defined_stay_whole(tmp_path: Path, kind: str) -> None:
+    """They are of a type of their own, and no merges lead to them."""
+    _, plain = MADE[kind]()
+    tokens, types = plain[f"{_KEY}tokens"][:-1], plain[f"{_KEY}token_type"][:-1]
+    keys = plain | {f"{_KEY}tokens": [*tokens, "<think>"], f"{_KEY}token_type": [*types, 4]}
+    merges = [one for one in plain.get(f"{_KEY}merges", []) if one.replace(" ", "") in tokens]
+    ours = load_tokenizer(described(tmp_path, keys | {f"{_KEY}merges": merges}), None).library
+    assert ours.encode("the<think> cat", add_special_tokens=False).tokens.count("<think>") == 1
+
+
+def test_a_file_that_does_not_say_how_texts_are_cut_is_refused(tmp_path: Path) -> None:
+    """As converters of early 2024 left them: GPT-2's cut would give other ids in silence."""
+    plain = {key: value for key, value in MADE["dbrx"]()[1].items() if key != f"{_KEY}pre"}
+    with pytest.raises(ConventionError, match=r"tokenizer\.ggml\.pre is None, which is not built"):
+        load_tokenizer(described(tmp_path, plain), None)
+
+
 def test_a_corpus_of_a_gguf_files_tokenizer(tmp_path: Path) -> None:
     theirs, plain = MADE["smollm"]()
     (tmp_path / "a.txt").write_text(LEARNT[0])

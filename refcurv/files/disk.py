@@ -99,6 +99,8 @@ def output_path(who: str, path: PathLike) -> Path:
     target = _resolved(who, path)
     if is_folder(who, target.parent):
         return target
+    if mode_of(who, target.parent):
+        raise SchemaError(f"{who}: {str(target.parent)!r} is no folder. Give another path.")
     raise SchemaError(f"{who}: the folder {str(target.parent)!r} does not exist. Create it first.")
 
 
