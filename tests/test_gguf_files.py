@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import refcurv as rc  # noqa: E402
 from refcurv.cli import main  # noqa: E402
 from refcurv.files.gguf.reading import open_gguf, read_tensor  # noqa: E402
 from refcurv.files.texts import build_corpus  # noqa: E402
-from refcurv.files.tokenizer import load_tokenizer  # noqa: E402
+from refcurv.files.tokenizer import find_tokenizer, load_tokenizer  # noqa: E402
 from refcurv.judge.foreign import read_dump  # noqa: E402
 from refcurv.law.checks import ConventionError, RefcurvError, SchemaError  # noqa: E402
 
@@ -126,6 +127,18 @@ def test_what_is_named_gguf_and_is_none(tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "y.gguf").write_bytes(b"GGUF\x03")
     assert main(["convert", str(tmp_path / "y.gguf"), str(tmp_path / "w.h5")]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1 and len([*tmp_path.iterdir()]) == 2
+
+
+def test_a_pipe_is_refused_and_never_read(tmp_path: Path) -> None:
+    """A reader may wait for ever. Here it need not: what was written is still there."""
+    os.mkfifo(tmp_path / "x.gguf")
+    end = os.open(tmp_path / "x.gguf", os.O_RDWR | os.O_NONBLOCK)
+    os.write(end, full := b"GGUF" * 2**14)
+    refused(tmp_path / "x.gguf", "is no ")
+    with pytest.raises(SchemaError, match="is no regular file"):
+        load_tokenizer(find_tokenizer(tmp_path / "x.gguf"), None)
+    assert os.read(end, len(full)) == full
+    os.close(end)
 
 
 # ------------------------------------------------------------------ split files
