@@ -39,7 +39,16 @@ from refcurv.model.config import TABLES
 from refcurv.model.corpus import SPLITS, Population, Populations
 from refcurv.model.patterns import expand
 from refcurv.progress import Progress, gone_on, silent
-from refcurv.report.folder import BASIS, CHOICE, CONTROLS, EDITED, FACTORS, RESULTS, prepare
+from refcurv.report.folder import (
+    BASIS,
+    CHOICE,
+    CONTROLS,
+    EDITED,
+    FACTORS,
+    RESULTS,
+    prepare,
+    undraw,
+)
 from refcurv.sweeps import choice
 
 TITLE = "Memory and reasoning along the spectrum of loss curvature"
@@ -154,6 +163,7 @@ def run(
         found = _bands(this, basis)
     results = _results(this, basis, record, table, others, found)
     write_json(results, folder / RESULTS)
+    undraw(folder)
     for left in (unfinished(folder / RESULTS), folder / CONTROLS, folder / CHOICE):
         Path(left).unlink(missing_ok=True)
     return results

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_families import checkpoint, config_of
@@ -13,13 +15,59 @@ from test_naming import with_names
 
 import refcurv as rc
 from refcurv.cli import main
-from refcurv.files import huggingface
+from refcurv.files import huggingface, safetensors
 from refcurv.files.checkpoints import BESIDE
+from refcurv.files.gguf import converting
 from refcurv.files.huggingface import Mapped, convert, export
 from refcurv.files.store import open_file
 from refcurv.law.checks import ConventionError, RefcurvError, SchemaError, StorageError
 from refcurv.model.patterns import expand
 from refcurv.report import conversion
+
+# ------------------------------------------------------------------ inputs that change
+
+
+MEANWHILE: dict[str, Callable[[Path], object]] = {
+    "written to": lambda path: path.open("r+b").write(path.read_bytes()[:-9] + bytes(9)),
+    "replaced": lambda path: Path(shutil.copy(path, f"{path}-")).replace(path),
+    "cut": lambda path: os.truncate(path, 999),
+    "gone": Path.unlink,
+}
+
+
+@pytest.mark.parametrize("change", MEANWHILE)
+@pytest.mark.parametrize("kind", ["safetensors", "gguf", "config.json"])
+def test_a_checkpoint_that_changes_meanwhile_is_refused(
+    kind: str, change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was read and what provenance names by its SHA-256 are the same; a map would die."""
+    given = tmp_path / "hf"
+    if kind == "gguf":
+        twins = pytest.importorskip("gguf_twins", reason="extra `gguf`")
+        twin = twins.TWINS["llama"]
+        of = twins.tensors_in_gguf("llama", twin, twins.numbers(twin.config))
+        given = changes = twins.write(tmp_path / "x.gguf", "llama", twin.keys, of)
+    else:
+        checkpoint(given, config_of("llama"), ("float32",))
+        changes = given / ("model.safetensors" if kind == "safetensors" else kind)
+    module = converting if kind == "gguf" else safetensors
+    read, calls = module.read_tensor, iter(range(99))
+
+    def meanwhile(tensor: Any) -> Any:
+        if next(calls) == 3:
+            MEANWHILE[change](changes)
+        return read(tensor)
+
+    monkeypatch.setattr(module, "read_tensor", meanwhile)
+    (tmp_path / "w.h5").write_text("earlier")
+    with pytest.raises(RefcurvError) as caught:
+        convert(given, tmp_path / "w.h5")
+    assert str(changes) in str(caught.value) and "\n" not in str(caught.value)
+    early = change in ("cut", "gone") and kind != "config.json"
+    assert early or "replaced or changed meanwhile" in str(caught.value)
+    assert (tmp_path / "w.h5").read_text() == "earlier"
+    assert not [*tmp_path.glob(".refcurv*")]
+
 
 # ------------------------------------------------------------------ convert's table
 

@@ -26,6 +26,7 @@ from refcurv.model.layers import causal_layout
 from refcurv.model.loss import cross_entropy
 from refcurv.model.patterns import expand
 from refcurv.pipeline import Job, _light, _require_space, run
+from refcurv.report import folder
 from refcurv.report.folder import CONTROLS, outputs
 
 ROOT = Path(__file__).parents[1]
@@ -508,7 +509,19 @@ def test_what_was_evaluated_is_kept(
     assert [row["name"] for row in known["evaluation"]["rows"]] == ["poems"]
     assert known["evaluation"]["rows"][0]["before"] and known["edit"]
     assert not (tmp_path / "out" / "results.json").exists()
-    assert main(command) == 0
+    (tmp_path / "out" / "report.html").write_text("of earlier results")
+    (tmp_path / "out" / "front.png").write_text("of earlier results")
+
+    def drawing(results: object, out: Path) -> list[str]:
+        """What is there when the results are: it could be the end."""
+        left.extend(path.name for path in Path(out).iterdir())
+        return folder_draw(results, out)  # type: ignore[arg-type]
+
+    left, folder_draw = list[str](), folder.draw
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "draw", drawing)
+        assert main(command) == 0
+    assert sorted(left) == ["basis.h5", "edited.h5", "factors.h5", "results.json"]
     assert not (tmp_path / "out" / "results.json.unfinished").exists()
     whole = json.loads((tmp_path / "out" / "results.json").read_text())
     assert whole["evaluation"]["rows"][0] == known["evaluation"]["rows"][0]
@@ -519,4 +532,5 @@ def test_what_was_evaluated_is_kept(
         patch.setattr(suite, "_measured", failing)
         assert main(["evaluate", *files[:2], "--split", "dev", "--json", str(table)]) == 3
     assert "poems" in capsys.readouterr().out
-    assert [row["name"] for row in json.loads(table.read_text())["rows"]] == ["poems"]
+    known = json.loads(Path(f"{table}.unfinished").read_text())
+    assert [row["name"] for row in known["rows"]] == ["poems"] and not table.exists()

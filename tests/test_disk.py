@@ -221,6 +221,7 @@ def test_a_target_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> N
         (tmp_path / "pipe", SchemaError, "is no regular file"),
         (Path(os.devnull), SchemaError, "is no regular file"),
         (tmp_path / "nowhere" / "f", SchemaError, "does not exist"),
+        (tmp_path / "pipe" / "f", SchemaError, "pipe' is no folder. Give another path"),
         (Path("/proc/f.h5"), StorageError, "/proc/f.h5"),  # nobody may make a file there
     ]:
         with pytest.raises(kind, match=says):

@@ -12,7 +12,7 @@ from test_texts import at, counts, write
 import refcurv as rc
 from refcurv.cli import main
 from refcurv.files.texts import build_corpus
-from refcurv.law.checks import RefcurvError
+from refcurv.law.checks import RefcurvError, SchemaError
 
 assert at  # the fixture: a working folder with tokenizers
 
@@ -43,6 +43,16 @@ def test_the_ids_are_those_of_the_whole_text(
     assert got.prompt_length.tolist() == [len(library.encode(text).ids)]
     assert counts(made)["populations"]["t"]["other_split"] == 1
     assert counts(made)["ignored_keys"] == ["kind"]
+
+
+def test_an_item_that_is_a_shot_is_refused(at: Path) -> None:
+    """Its answer would stand in its own prompt. A prompt that a shot's begins with is another."""
+    shots = {"shots": SHOTS}
+    write("t.jsonl", [shots, {"prompt": "the c", "answer": "at"}, ITEMS[1]])
+    build_corpus([], "bpe.json", populations=["t:answer:test=t.jsonl"])
+    write("t.jsonl", [shots, ITEMS[1], {"prompt": "the dog", "answer": " sat"}])
+    with pytest.raises(SchemaError, match="line 3: the prompt is that of a shot, whose answer"):
+        build_corpus([], "bpe.json", populations=["t:answer:test=t.jsonl"])
 
 
 @pytest.mark.parametrize(

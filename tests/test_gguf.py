@@ -146,6 +146,10 @@ REFUSED = {
     "tokens": ({"vocab_size": 12}, "vocab_size: 12, but token_embd.weight has 11 rows"),
     "width": ({"embedding_length": 16}, "has shape"),
     "a flag": ({"rope.freq_base": "x"}, "rope.freq_base is 'x'"),
+    "no number": ({"attention.layer_norm_rms_epsilon": float("nan")}, "_epsilon is nan"),
+    "beyond all": ({"rope.freq_base": float("inf")}, "rope.freq_base is inf"),
+    "a scale": ({"logit_scale": 8.0}, "unknown keys that might change .*logit_scale"),
+    "an old scale": ({"rope.scale_linear": 0.25}, "rope.scale_linear is 0.25"),
 }  # fmt: skip
 
 

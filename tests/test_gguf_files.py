@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import refcurv as rc  # noqa: E402
 from refcurv.cli import main  # noqa: E402
 from refcurv.files.gguf.reading import open_gguf, read_tensor  # noqa: E402
 from refcurv.files.texts import build_corpus  # noqa: E402
-from refcurv.files.tokenizer import load_tokenizer  # noqa: E402
+from refcurv.files.tokenizer import find_tokenizer, load_tokenizer  # noqa: E402
 from refcurv.judge.foreign import read_dump  # noqa: E402
 from refcurv.law.checks import ConventionError, RefcurvError, SchemaError  # noqa: E402
 
@@ -128,6 +129,18 @@ def test_what_is_named_gguf_and_is_none(tmp_path: Path, capsys: pytest.CaptureFi
     assert len(capsys.readouterr().err.splitlines()) == 1 and len([*tmp_path.iterdir()]) == 2
 
 
+def test_a_pipe_is_refused_and_never_read(tmp_path: Path) -> None:
+    """A reader may wait for ever. Here it need not: what was written is still there."""
+    os.mkfifo(tmp_path / "x.gguf")
+    end = os.open(tmp_path / "x.gguf", os.O_RDWR | os.O_NONBLOCK)
+    os.write(end, full := b"GGUF" * 2**14)
+    refused(tmp_path / "x.gguf", "is no ")
+    with pytest.raises(SchemaError, match="is no regular file"):
+        load_tokenizer(find_tokenizer(tmp_path / "x.gguf"), None)
+    assert os.read(end, len(full)) == full
+    os.close(end)
+
+
 # ------------------------------------------------------------------ split files
 
 
@@ -146,10 +159,21 @@ def test_parts_are_joined_whichever_is_given(whole: Path, tmp_path: Path) -> Non
     one = open_gguf(whole)
     for path in parts(tmp_path):
         found = open_gguf(path)
-        assert found.tensors.keys() == one.tensors.keys() and len(found.paths) == 3
+        assert found.tensors.keys() == one.tensors.keys() and len(found.files) == 3
         for name, tensor in found.tensors.items():
             assert np.array_equal(read_tensor(tensor), read_tensor(one.tensors[name]))
     rc.convert(tmp_path / "x-00002-of-00003.gguf", tmp_path / "w.h5")
+    rc.convert(whole, tmp_path / "one.h5")
+    a, b = (rc.load(tmp_path / name).parameters for name in ("w.h5", "one.h5"))
+    assert all(np.array_equal(a[name], b[name]) for name in b)
+
+
+def test_a_first_part_may_have_metadata_alone(whole: Path, tmp_path: Path) -> None:
+    of = tensors()
+    for k, keys, held in ((0, KEYS, {}), (1, {}, of)):
+        split = {"split.no": k, "split.count": 2, "split.tensors.count": len(of)}
+        write(tmp_path / f"x-0000{k + 1}-of-00002.gguf", "llama", keys, held, split)
+    rc.convert(tmp_path / "x-00001-of-00002.gguf", tmp_path / "w.h5")
     rc.convert(whole, tmp_path / "one.h5")
     a, b = (rc.load(tmp_path / name).parameters for name in ("w.h5", "one.h5"))
     assert all(np.array_equal(a[name], b[name]) for name in b)

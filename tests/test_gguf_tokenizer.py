@@ -18,6 +18,7 @@ gguf = pytest.importorskip("gguf", reason="extra `gguf`")
 
 from gguf_twins import KEYS, write  # noqa: E402
 
+from refcurv.files.disk import file_sha256  # noqa: E402
 from refcurv.files.texts import build_corpus  # noqa: E402
 from refcurv.files.tokenizer import load_tokenizer  # noqa: E402
 from refcurv.law.checks import ConventionError, RefcurvError, SchemaError  # noqa: E402
@@ -192,6 +193,28 @@ def test_what_stands_around_a_text(tmp_path: Path) -> None:
         keys = plain | {f"tokenizer.ggml.{key}": value for key, value in more.items()}
         found = load_tokenizer(described(tmp_path, keys), None)
         assert (found.before, found.behind) == (before, behind), more
+    for spelled in ("$A", "$B:1", "a:0"):  # with which the library spells a text and its type
+        keys = plain | {f"{_KEY}tokens": [spelled, *plain[f"{_KEY}tokens"][1:]]}
+        found = load_tokenizer(described(tmp_path, keys | {f"{_KEY}add_bos_token": True}), None)
+        assert (found.before, found.behind) == ((0,), ())
+
+
+@pytest.mark.parametrize("kind", ["gpt-2", "pieces"])
+def test_tokens_that_a_user_defined_stay_whole(tmp_path: Path, kind: str) -> None:
+    """They are of a type of their own, and no merges lead to them."""
+    _, plain = MADE[kind]()
+    tokens, types = plain[f"{_KEY}tokens"][:-1], plain[f"{_KEY}token_type"][:-1]
+    keys = plain | {f"{_KEY}tokens": [*tokens, "<think>"], f"{_KEY}token_type": [*types, 4]}
+    merges = [one for one in plain.get(f"{_KEY}merges", []) if one.replace(" ", "") in tokens]
+    ours = load_tokenizer(described(tmp_path, keys | {f"{_KEY}merges": merges}), None).library
+    assert ours.encode("the<think> cat", add_special_tokens=False).tokens.count("<think>") == 1
+
+
+def test_a_file_that_does_not_say_how_texts_are_cut_is_refused(tmp_path: Path) -> None:
+    """As converters of early 2024 left them: GPT-2's cut would give other ids in silence."""
+    plain = {key: value for key, value in MADE["dbrx"]()[1].items() if key != f"{_KEY}pre"}
+    with pytest.raises(ConventionError, match=r"tokenizer\.ggml\.pre is None, which is not built"):
+        load_tokenizer(described(tmp_path, plain), None)
 
 
 def test_a_corpus_of_a_gguf_files_tokenizer(tmp_path: Path) -> None:
@@ -203,6 +226,20 @@ def test_a_corpus_of_a_gguf_files_tokenizer(tmp_path: Path) -> None:
     assert made.source["made_from"]["tokenizer"]["file"] == "t.gguf"
 
 
+def test_the_tokenizer_of_a_split_file_is_its_first_parts(tmp_path: Path) -> None:
+    """The metadata are there, so that is the file which the corpus names, whichever is given."""
+    _, plain = MADE["smollm"]()
+    split = {"split.count": 2, "split.tensors.count": 2}
+    parts = [tmp_path / f"x-0000{k + 1}-of-00002.gguf" for k in (0, 1)]
+    for k, path in enumerate(parts):
+        keys = {"split.no": k, **split, **(plain if k == 0 else {})}
+        write(path, "llama", KEYS, {f"x{k}": np.zeros(1, np.float32)}, keys)
+    (tmp_path / "a.txt").write_text(LEARNT[0])
+    for path in parts:
+        made = build_corpus([tmp_path / "a.txt"], path, length=64).source["made_from"]
+        assert made["inputs"][parts[0].name] == file_sha256(parts[0]) and len(made["inputs"]) == 2
+
+
 _KEY = "tokenizer.ggml."
 WRONG: dict[str, tuple[str, Plain, str, type[RefcurvError]]] = {
     "a kind": ("gpt-2", {"model": "t5"}, "tokenizer.ggml.model is 't5'", ConventionError),
@@ -211,6 +248,7 @@ WRONG: dict[str, tuple[str, Plain, str, type[RefcurvError]]] = {
     "types": ("gpt-2", {"token_type": [1, 3]}, "token_type has 2 items for", SchemaError),
     "a merge": ("gpt-2", {"merges": ["a b c"]}, "a merge of other than two tokens", SchemaError),
     "no merge": ("gpt-2", {"merges": ["a ☃"]}, "cannot use", SchemaError),
+    "a flag": ("gpt-2", {"add_bos_token": "no"}, "is 'no', not true or false", SchemaError),
     "begin": ("gpt-2", {"add_bos_token": True, "bos_token_id": 9999}, "is 9999", SchemaError),
     "scores": ("pieces", {"scores": [0.0]}, "scores has 1 item for", SchemaError),
     "numbers": ("pieces", {"tokens": [1, 2]}, "has no list tokenizer.ggml.tokens", SchemaError),

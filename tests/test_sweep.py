@@ -781,6 +781,24 @@ def test_the_command_line(files: Path, capsys) -> None:
     values = want.edits[1].populations["test"]["text_test"]["values"]
     assert f"{values['perplexity']:.2f} " in told.out
     before = Path("s.jsonl").read_bytes()
+    Path("s.jsonl").unlink()
+    done, write = iter(range(9)), sweep_lines.write_json_lines
+
+    def stopped(rows: object, path: Path) -> None:
+        if next(done) == 7:
+            raise KeyboardInterrupt
+        write(rows, path)  # type: ignore[arg-type]
+
+    with patch.object(sweep_lines, "write_json_lines", stopped):
+        assert main(words) == 130
+    capsys.readouterr()
+    kept = Path("s.jsonl.unfinished").read_bytes()
+    assert before.startswith(kept) and not Path("s.jsonl").exists()  # under its name it is whole
+    assert main(words) == 0 and capsys.readouterr().out == told.out
+    assert Path("s.jsonl").read_bytes() == before and not Path("s.jsonl.unfinished").exists()
+    Path("s.jsonl").write_bytes(kept)  # as earlier versions left it
+    assert main(words) == 0 and not Path("s.jsonl.unfinished").exists()
+    assert Path("s.jsonl").read_bytes() == before and capsys.readouterr().out == told.out
     assert main(words) == 0  # all is known
     assert Path("s.jsonl").read_bytes() == before and capsys.readouterr().out == told.out
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, processors, trainers
 
 from refcurv.files import encoding, tokenizer
-from refcurv.files.encoding import PIECE, encode_pairs, in_pieces
+from refcurv.files.encoding import PIECE, encode, encode_pairs, in_pieces
 from refcurv.files.texts import build_corpus
 from refcurv.files.tokenizer import find_tokenizer, load_tokenizer
 from refcurv.law.checks import SchemaError
@@ -358,6 +359,27 @@ def test_a_folder_with_a_tokenizer(tmp_path: Path) -> None:
         assert made.tokens.tolist() == [whole("bytes", "the cat")]
         assert "tokenizer.json" in made.source["made_from"]["inputs"]
     assert find_tokenizer("nowhere/t.json") == Path("nowhere/t.json")
+
+
+def test_letters_that_vanish_are_said(tmp_path: Path) -> None:
+    """Byte-level BPE that was not given all bytes leaves the others out; so does transformers."""
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    loaded = []
+    for alphabet in ([], pre_tokenizers.ByteLevel.alphabet()):
+        trainer = trainers.BpeTrainer(initial_alphabet=alphabet, show_progress=False)
+        trained(models.BPE(), trainer, pre=level).save(str(tmp_path / "t.json"))
+        loaded.append(load_tokenizer(tmp_path / "t.json", None))
+    found, whole_bytes = loaded
+    assert not whole_bytes.lacks and len(found.lacks) > 100
+    for texts in (["the cat", "a\x04b"], ["the \U0005e0f0"]):
+        with pytest.warns(UserWarning, match="has no token for .*, which vanishes"):
+            encode(found, texts, "x", lambda at: None)
+        with pytest.warns(UserWarning, match="has no token for"):
+            encode_pairs(found, [("the", texts[-1])], "x")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encode(found, ["the cat"], "x", lambda at: None)
+        encode(whole_bytes, ["a\x04b"], "x", lambda at: None)
 
 
 def test_a_panic_of_the_library_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:

@@ -231,8 +231,9 @@ def _evaluate(sub: argparse.ArgumentParser) -> None:
 def _sweep(sub: argparse.ArgumentParser) -> None:
     _positional(sub, "WEIGHTS", "CORPUS")
     text = (
-        "results, a line for each finished measurement; the same command goes on where it was "
-        "stopped. Factors and basis are kept beside it"
+        "results, a line for each measurement; until all are done they are in "
+        "OUT.jsonl.unfinished, and the same command goes on from there. Factors and basis are "
+        "kept beside it"
     )
     sub.add_argument("-o", "--output", required=True, metavar="OUT.jsonl", help=text)
     text = "pattern, edited by itself; repeatable"

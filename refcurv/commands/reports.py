@@ -57,6 +57,7 @@ def sweep(args: argparse.Namespace) -> None:
     Dev chooses, test reports. The table marks the K-FAC edits on the front of dev.
     """
     import refcurv as rc
+    from refcurv.files.disk import mode_of, unfinished, write_bytes
     from refcurv.report.plots import require_front, require_matplotlib, save, sweep_front
     from refcurv.report.sweep import format_sweep
     from refcurv.sweeps.beside import Collecting
@@ -71,6 +72,8 @@ def sweep(args: argparse.Namespace) -> None:
     choices = {name: getattr(args, name) for name in ("match", "on", "split", "seed", "states")}
     if args.methods is not None:
         choices["methods"] = [name.strip() for name in args.methods.split(",")]
+    # what an earlier run finished, or wrote to in an earlier version, is gone on with in its place
+    lines = args.output if mode_of("sweep", args.output) else unfinished(args.output)
     found = rc.sweep(
         model,
         corpus,
@@ -79,11 +82,14 @@ def sweep(args: argparse.Namespace) -> None:
         **choices,
         basis=_basis(args),
         collecting=Collecting(args.fisher, args.rows, args.seed),
-        lines=args.output,
+        lines=lines,
         memory=args.memory,
         stage=progress_bar,
         told=lambda text: say(f"sweep: {text}"),
     ).to_json()
+    if lines != args.output:
+        write_bytes("sweep", args.output, Path(lines).read_bytes())
+    Path(unfinished(args.output)).unlink(missing_ok=True)
     print(format_sweep(found))
     if args.plot:
         save(sweep_front(found), args.plot)

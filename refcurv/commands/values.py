@@ -109,7 +109,7 @@ def files(args: argparse.Namespace) -> tuple[dict[str, str], dict[str, str]]:
         is_folder = os.path.isdir(folder)  # noqa: PTH112
         within = folder.glob("*") if is_folder else [folder, *folder.parent.glob("*.gguf")]
         reads |= {f"{p.name} of DIRECTORY": str(p) for p in within}
-    if args.command in ("collect", "recite"):
+    if args.command in ("collect", "recite", "sweep"):
         writes["the checkpoint of --output"] = unfinished(args.output)
     if args.command == "evaluate" and args.json:
         writes["what is known of --json"] = unfinished(args.json)

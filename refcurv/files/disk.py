@@ -99,6 +99,8 @@ def output_path(who: str, path: PathLike) -> Path:
     target = _resolved(who, path)
     if is_folder(who, target.parent):
         return target
+    if mode_of(who, target.parent):
+        raise SchemaError(f"{who}: {str(target.parent)!r} is no folder. Give another path.")
     raise SchemaError(f"{who}: the folder {str(target.parent)!r} does not exist. Create it first.")
 
 
@@ -147,8 +149,9 @@ def unfinished(path: PathLike) -> str:
 
 
 def beside(path: PathLike, *whats: str) -> dict[str, Path]:
-    """Where several files are kept beside an output OUT.jsonl: {what: OUT.what.h5}."""
-    stem = str(Path(path)).removesuffix(Path(path).suffix)  # "." and "/" have no name to replace
+    """Where several files are kept beside OUT.jsonl, also `unfinished`: {what: OUT.what.h5}."""
+    path = Path(os.fspath(path).removesuffix(unfinished("")))
+    stem = str(path).removesuffix(path.suffix)  # "." and "/" have no name to replace
     return {what: Path(f"{stem}.{what}.h5") for what in whats}
 
 

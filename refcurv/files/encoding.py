@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ def encode(
     tokenizer: Tokenizer, texts: Sequence[str], where: str, at: Callable[[int], None]
 ) -> list[Array]:
     """The ids of each text, those of the whole text; `at` is told how far a long one is read."""
+    _warn_of_lost(tokenizer, texts)
     with library_faults(f"the tokenizer, on {where} or soon after it"):
         short = [text for text in texts if len(text) <= PIECE]
         with nothing_printed():
@@ -53,12 +55,29 @@ def encode_pairs(
     """
     with library_faults(f"the tokenizer, on {where} or soon after it"):
         texts = [prefix + suffix for prefix, suffix in pairs]
+        _warn_of_lost(tokenizer, texts)
         with nothing_printed():
             found = tokenizer.library.encode_batch(texts, add_special_tokens=False)
         return [
             (np.array(one.ids, np.int32), *_cut_before(one, text, len(prefix)))
             for one, text, (prefix, _) in zip(found, texts, pairs, strict=True)
         ]
+
+
+def _warn_of_lost(tokenizer: Tokenizer, texts: Sequence[str]) -> None:
+    """Say that a letter vanishes, for it has no token; the library leaves it out in silence.
+
+    Proof: tests/test_tokenizer.py::test_letters_that_vanish_are_said
+    """
+    for text in texts if tokenizer.lacks else ():
+        data = text.encode()
+        if len(data.translate(None, tokenizer.lacks)) == len(data):
+            continue
+        lost = next(letter for letter in text if not {*letter.encode()}.isdisjoint(tokenizer.lacks))
+        warnings.warn(
+            f"the tokenizer has no token for {lost!r}, which vanishes from the ids of a text",
+            stacklevel=2,
+        )
 
 
 def _cut_before(encoding: Any, text: str, seam: int) -> tuple[int, bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 from refcurv.files.ids import WHO, require_text
@@ -12,8 +13,16 @@ _KEYS: Final = ("preamble", "shots", "between")
 _SHOT: Final = ("prompt", "answer")
 
 
-def front(where: str, record: Mapping[str, Any]) -> str | None:
-    """The text before every prompt, where a file's first line gives it; None for another line.
+@dataclass(frozen=True, slots=True)
+class Front:
+    """What stands before every prompt. Fields: text; prompts, those that it answers itself."""
+
+    text: str
+    prompts: frozenset[str]
+
+
+def front(where: str, record: Mapping[str, Any]) -> Front | None:
+    """What stands before every prompt, where a file's first line gives it; None for another line.
 
     Definition
         preamble, then for each shot its prompt, its answer and `between`
@@ -41,7 +50,7 @@ def front(where: str, record: Mapping[str, Any]) -> str | None:
             raise SchemaError(f"{WHO}: {at} must be an object with prompt and answer.")
         _require_keys(at, shot, _SHOT)
         parts += [*(_text(at, key, shot[key]) for key in _SHOT), between]
-    return "".join(parts)
+    return Front("".join(parts), frozenset(shot["prompt"] for shot in shots))
 
 
 def _require_keys(where: str, record: Mapping[str, Any], known: tuple[str, ...]) -> None:

@@ -21,7 +21,6 @@ from refcurv.files.bfloat16 import EXPONENT
 from refcurv.files.disk import (
     WRITING,
     PathLike,
-    file_sha256,
     is_folder,
     machine_faults,
     new_folder,
@@ -36,6 +35,7 @@ from refcurv.files.known import require_known
 from refcurv.files.mistaken import is_gguf, no_folder, unknown_model
 from refcurv.files.naming import Source, Tensors, plan, tensors_of, whole
 from refcurv.files.slots import join, split, tensor_shape
+from refcurv.files.unchanged import inputs_unchanged, seen
 from refcurv.law.checks import (
     Array,
     ConventionError,
@@ -154,6 +154,7 @@ def conversion(
     if not is_folder("convert", folder):
         raise no_folder(directory)
     with machine_faults("convert", folder):
+        there = seen("convert", (path for path in folder.iterdir() if path.is_file()))
         text = checkpoints.read_config_text(folder)
         family, config = read_config(f"convert: {str(folder / _CONFIG)!r}", text, keys)
         found = checkpoints.read_tensors(folder)
@@ -172,11 +173,15 @@ def conversion(
         "not_read": list(found.not_read),
         "beside": beside,
     }
-    made_from = {
-        "inputs": {p.name: file_sha256(p) for p in [folder / _CONFIG, *shards]},
+    facts = {
         "checkpoint_config": text,
         **{name: value for name, value in noticed.items() if value},
     }
+
+    def made_from() -> dict[str, Any]:  # asked when every tensor was read
+        read = {path: there[path] for path in [folder / _CONFIG, *shards]}
+        return {"inputs": inputs_unchanged("convert", read), **facts}
+
     weights.write(path, config, _entries(config, made.sources), made_from)
     mapped = [(source.tensor, name) for name, source in made.sources.items()]
     ignored = [(tensor, None) for tensor in made.ignored]

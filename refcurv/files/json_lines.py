@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 
 from refcurv.files.disk import machine_faults, one_line, parse_json
-from refcurv.files.few_shot import front
+from refcurv.files.few_shot import Front, front
 from refcurv.files.ids import MAX_ID, WHO, require_text
 from refcurv.law.checks import (
     Array,
@@ -98,7 +98,7 @@ def json_items(path: Path, at: Callable[[int], object], ignored: set[str]) -> It
 
     The first line may give what stands before every prompt (`few_shot.front`).
     """
-    before: str | None = None
+    before: Front | None = None
     for number, (start, where, line) in enumerate(lines(path)):
         at(start)
         record = {k: v for k, v in parse_json(WHO, where, line).items() if v is not None}
@@ -110,14 +110,22 @@ def json_items(path: Path, at: Callable[[int], object], ignored: set[str]) -> It
         yield item if before is None else _behind(before, item)
 
 
-def _behind(before: str, item: Item) -> Item:
-    """The pair with its prompt behind a preamble and shots."""
+def _behind(before: Front, item: Item) -> Item:
+    """The pair with its prompt behind a preamble and shots, none of which is this prompt's.
+
+    Proof: tests/test_few_shot.py::test_an_item_that_is_a_shot_is_refused
+    """
     if item.pair is None:
         raise ConventionError(
             f"{WHO}: {item.where}: the file's first line has a preamble or shots. So each line "
             "behind it must have prompt and answer, as text."
         )
-    return dataclasses.replace(item, content=before + item.pair[0])
+    if item.pair[0] in before.prompts:
+        raise SchemaError(
+            f"{WHO}: {item.where}: the prompt is that of a shot, whose answer stands before it. "
+            "Leave one of the two out."
+        )
+    return dataclasses.replace(item, content=before.text + item.pair[0])
 
 
 def _line_item(start: int, where: str, record: Mapping[str, Any], ignored: set[str]) -> Item:

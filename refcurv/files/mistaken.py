@@ -54,8 +54,10 @@ _DEQUANTISE: Final = {
 
 
 def is_gguf(path: Path) -> bool:
-    """Is this a GGUF file, by its first four bytes?"""
+    """Is this a GGUF file, by its first four bytes? What is no regular file is never opened."""
     try:
+        if not path.is_file():
+            return False
         with path.open("rb") as file:
             return file.read(4) == b"GGUF"
     except (OSError, ValueError):

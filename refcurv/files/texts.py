@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -13,16 +13,11 @@ import numpy as np
 
 from refcurv.files import store
 from refcurv.files.corpus import load_corpus
-from refcurv.files.disk import (
-    PathLike,
-    file_sha256,
-    identity,
-    input_path,
-    machine_faults,
-)
+from refcurv.files.disk import PathLike, input_path
 from refcurv.files.documents import Document, Reader
 from refcurv.files.ids import MAX_ID, TOKEN_DTYPES, WHO
 from refcurv.files.tokenizer import find_tokenizer, load_tokenizer
+from refcurv.files.unchanged import seen, sha256_unchanged
 from refcurv.law.checks import (
     Array,
     ConventionError,
@@ -136,7 +131,7 @@ def build_corpus(
         EmptyError: A file without any token; neither texts nor populations.
         StorageError: The disk cannot be read.
 
-    Cost: One pass over the files after one to hash them; 8 bytes a token, one text file, and PIECE
+    Cost: One pass over the files before one to hash them; 8 bytes a token, one text file, and PIECE
         letters at a time in the tokenizer (a pair, and a text whose words do not end, at once).
     Source: METHOD, Files; keys as in the files of goodfire-ai/memorization_kfac, `data/`.
     Proof:  tests/test_texts.py::test_rows_by_hand, ::test_packing_equals_loops,
@@ -150,7 +145,8 @@ def build_corpus(
     if not files:
         raise EmptyError(f"{WHO}: neither texts nor populations are given.")
     tokenizer = None if tokenizer is None else find_tokenizer(tokenizer)
-    names = _hashed([*files, *([] if tokenizer is None else [tokenizer])])
+    names = _named([*files, *([] if tokenizer is None else [tokenizer])])
+    before = seen(WHO, names.values())
     known = None if tokenizer is None else load_tokenizer(tokenizer, eos)
     if eos is not None and known is None:
         raise ConventionError(f"{WHO}: eos {eos!r} is a token of a tokenizer; give the tokenizer.")
@@ -159,11 +155,11 @@ def build_corpus(
     rows, counts = ({}, {}) if old else _rows(map(reader, texts), length, pack, limit)
     new = {one.name: _population(one, reader(one.file), length) for one in asked}
     _require_used(reader, separator, token_dtype)
-    _require_unchanged(names)
+    sha256 = sha256_unchanged(WHO, before)
     if progress:
         progress(reader.total, reader.total)
     made_from = {
-        "inputs": {name: sha256 for name, (sha256, _, _) in names.items()},
+        "inputs": {name: sha256[path] for name, path in names.items()},
         "tokenizer": dict(known.facts) if known else None,
         "options": {"length": length, "pack": pack, "eos": eos, "separator": separator,
                     "token_dtype": token_dtype, "limit": limit, "populations": [*populations]},
@@ -237,26 +233,13 @@ def _parse(text: str) -> _Asked:
     return _Asked(name, kind, split, chance, file)
 
 
-def _hashed(files: Sequence[PathLike]) -> dict[str, tuple[str, Path, tuple[int, ...]]]:
-    """{file name: (sha256, path, identity)}; the whole path where two files have one name."""
-    out: dict[str, tuple[str, Path, tuple[int, ...]]] = {}
+def _named(files: Sequence[PathLike]) -> dict[str, Path]:
+    """{file name: path}; the whole path where two files have one name."""
+    out: dict[str, Path] = {}
     for file in files:
         path = input_path(file)
-        name = path.name if out.get(path.name, ("", path))[1] == path else str(path)
-        if name not in out:
-            with machine_faults("open", path):
-                which = identity(path)
-            out[name] = (file_sha256(path), path, which)
+        out[path.name if out.get(path.name, path) == path else str(path)] = path
     return out
-
-
-def _require_unchanged(names: Mapping[str, tuple[str, Path, tuple[int, ...]]]) -> None:
-    for _, path, which in names.values():
-        with machine_faults("open", path):
-            if not path.exists() or identity(path) != which:
-                raise SchemaError(
-                    f"{WHO}: {str(path)!r} was replaced or changed meanwhile. Start again with it."
-                )
 
 
 def _old_corpus(texts: Sequence[PathLike], pack: bool, names: Sequence[str]) -> Corpus | None:

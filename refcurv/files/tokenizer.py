@@ -19,6 +19,7 @@ from refcurv.files.disk import (
     one_line,
     parse_json,
 )
+from refcurv.files.gguf.reading import first_part
 from refcurv.files.ids import MAX_ID, WHO
 from refcurv.files.mistaken import is_gguf
 from refcurv.law.checks import (
@@ -36,20 +37,24 @@ _BESIDE: Final = ("tokenizer_config.json", "special_tokens_map.json", "added_tok
 
 @dataclass(frozen=True, slots=True)
 class Tokenizer:
-    """The library's object, and the ids that are put before and behind each text."""
+    """The library's object, and the ids that are put before and behind each text.
+
+    `lacks` are the bytes that have no token: they vanish from a text.
+    """
 
     library: Any
     before: tuple[int, ...]
     behind: tuple[int, ...]
     vocabulary: int
     facts: Mapping[str, Any]
+    lacks: bytes = b""
 
 
 # ------------------------------------------------------------------ the file
 
 
 def find_tokenizer(path: PathLike) -> Path:
-    """The tokenizer.json that `path` means: the file itself, or the one in a folder.
+    """The file that `path` means: itself, the tokenizer.json in a folder, a GGUF's first part.
 
     Raises:
         SchemaError: There is none; says how to make it of the vocabulary that is there.
@@ -60,7 +65,8 @@ def find_tokenizer(path: PathLike) -> Path:
         there = [one.name for like in _VOCABULARIES for one in sorted(folder.glob(like))][:8]
         is_made = (folder / "tokenizer.json").is_file()
     if found != folder and not any(map(found.match, (*_BESIDE, *_VOCABULARIES))):
-        return found
+        with machine_faults("open", path):
+            return first_part(found) if is_gguf(found) else found
     if is_made and found == folder:
         return folder / "tokenizer.json"
     if is_made:
@@ -123,7 +129,23 @@ def load_tokenizer(file: PathLike, eos: str | None) -> Tokenizer:
     behind += () if last is None else (last,)
     facts = {"file": path.name, "vocabulary": vocabulary, "before": [*before],
              "behind": [*behind], "tokenizers": metadata.version("tokenizers")}  # fmt: skip
-    return Tokenizer(library, before, behind, vocabulary, facts)
+    return Tokenizer(library, before, behind, vocabulary, facts, _lacks(library))
+
+
+def _lacks(library: Any) -> bytes:
+    """The bytes for which byte-level BPE has neither a token nor one for the unknown.
+
+    It spells a byte as the letter of its number where that can be printed; the others follow from
+    256 on.
+    """
+    cut = library.pre_tokenizer
+    bytewise = cut is not None and b'"ByteLevel"' in cut.__getstate__()
+    if type(library.model).__name__ != "BPE" or library.model.unk_token or not bytewise:
+        return b""
+    plain = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    rest = [byte for byte in range(256) if byte not in plain]
+    letters = {byte: chr(byte) for byte in plain} | {b: chr(256 + n) for n, b in enumerate(rest)}
+    return bytes(b for b, letter in letters.items() if library.token_to_id(letter) is None)
 
 
 def _of_gguf(path: Path) -> Any:

@@ -56,6 +56,18 @@ def prepare(folder: PathLike, inputs: Mapping[str, PathLike]) -> Path:
     return folder
 
 
+def undraw(folder: PathLike) -> None:
+    """Remove the page and the figures of earlier results: new ones have taken their place.
+
+    Where drawing fails then, or is stopped, nothing is taken for the new results' page.
+
+    Proof: tests/test_demo.py::test_what_was_evaluated_is_kept
+    """
+    with machine_faults("report", folder):
+        for name in (PAGE, *(f"{name}.png" for name in plots.FIGURES)):
+            (Path(folder) / name).unlink(missing_ok=True)
+
+
 def draw(results: Json, folder: PathLike) -> list[str]:
     """Write the page, and each figure that there is something for; an earlier report's others go.
 

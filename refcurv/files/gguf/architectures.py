@@ -203,7 +203,9 @@ def _require_value(what: str, key: str, value: object) -> None:
     if key in (*_SIZES, "attention.value_length", "rope.dimension_count", "vocab_size"):
         if type(value) is not int or not 1 <= value < 2**31:
             raise SchemaError(f"{what} must be a positive integer; got {value!r:.40}.")
-    elif isinstance(value, str) != (key == "rope.scaling.type"):
+        return
+    finite = not isinstance(value, float) or math.isfinite(value)
+    if isinstance(value, str) != (key == "rope.scaling.type") or not finite:
         raise SchemaError(f"{what} is {value!r:.40}.")
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from refcurv.files import store, weights
-from refcurv.files.disk import PathLike, file_sha256
+from refcurv.files.disk import PathLike
 from refcurv.files.families import Family
 from refcurv.files.gguf.architectures import Architecture, describe
 from refcurv.files.gguf.reading import (
@@ -25,11 +25,13 @@ from refcurv.files.gguf.reading import (
     Tensor,
     open_gguf,
     package_version,
+    read_stored,
     read_tensor,
 )
 from refcurv.files.huggingface import Conversion, Mapped, read_config
 from refcurv.files.naming import tensors_of
 from refcurv.files.slots import Form, Slot, split, tensor_shape
+from refcurv.files.unchanged import inputs_unchanged
 from refcurv.law.checks import Array, ConventionError, SchemaError, require_finite
 from refcurv.model.config import ModelConfig, NormPlace
 
@@ -101,8 +103,7 @@ def gguf_conversion(
     family, config = read_config(where, json.dumps(said))
     config = replace(config, norm_offset=config.norm_offset and not described.architecture.shifted)
     sources, ignored = _plan(where, family, config, found)
-    made_from = {
-        "inputs": {p.name: file_sha256(p) for p in found.paths},
+    facts = {
         "ignored_keys": sorted(ignore_keys),
         "gguf": {
             "architecture": found.get("general.architecture"),
@@ -112,6 +113,10 @@ def gguf_conversion(
             "assumed": described.assumed,
         },
     }
+
+    def made_from() -> dict[str, Any]:  # asked when every tensor was read
+        return {"inputs": inputs_unchanged("convert", found.files), **facts}
+
     entries = _entries(described.architecture, config, sources)
     weights.write(path, config, entries, made_from)
     mapped = [(source.tensor, name) for name, source in sources.items()]
@@ -132,7 +137,7 @@ def _is_embedding(found: Contents) -> bool:
     """Is the output matrix the embedding, bit for bit?"""
     head, embed = found.tensors["output.weight"], found.tensors["token_embd.weight"]
     same = (head.shape, head.kind) == (embed.shape, embed.kind)
-    return same and np.array_equal(head.data.view(np.uint8), embed.data.view(np.uint8))
+    return same and np.array_equal(read_stored(head).view("u1"), read_stored(embed).view("u1"))
 
 
 # ------------------------------------------------------------------ which tensor is what

@@ -6,6 +6,7 @@ length lies within the file, and that the tensors lie one behind the other witho
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ from typing import Any, Final
 import numpy as np
 
 from refcurv.files.disk import PathLike, input_path, machine_faults, one_line
+from refcurv.files.unchanged import Seen, seen
 from refcurv.law.checks import Array, ConventionError, RefcurvError, SchemaError
 from refcurv.law.words import number_of
 
@@ -35,31 +37,34 @@ class Tensor:
     """One tensor of a GGUF file.
 
     Fields: name; shape, the last axis varies fastest; kind, GGML's name of its type; path, its
-    file; data, what the package made of it.
+    file; begin, where its bytes begin there; stored and blocks, dtype and shape of what these hold.
     """
 
     name: str
     shape: tuple[int, ...]
     kind: str
     path: Path
-    data: Any
+    begin: int
+    stored: np.dtype[Any]
+    blocks: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Contents:
     """What a GGUF file, or all parts of a split one, holds.
 
-    Fields: paths, its files; fields, the metadata as the package read them; tensors, by name.
+    Fields: files, each with what it was when it was opened; fields, the metadata as the package
+    read them; tensors, by name.
     """
 
-    paths: tuple[Path, ...]
+    files: Seen
     fields: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
 
     @property
     def where(self) -> str:
         """The file, as messages name it."""
-        return repr(str(self.paths[0]))
+        return repr(str(next(iter(self.files))))
 
     def get(self, key: str) -> Any:
         """The value of a key: a number, a text, true or false, or a list of one of them; or None.
@@ -125,7 +130,8 @@ def open_gguf(given: PathLike) -> Contents:
             if name in tensors:
                 raise SchemaError(f"open: {part.where} holds {name!r:.80} again. {_ADVICE}")
             tensors[name] = tensor
-    whole = Contents(tuple(paths), parts[0].fields, tensors)
+    files = {path: which for part in parts for path, which in part.files.items()}
+    whole = Contents(files, parts[0].fields, tensors)
     for k, part in enumerate(parts if len(parts) > 1 else []):
         wanted = {"split.no": k, "split.count": len(parts), "split.tensors.count": len(tensors)}
         for key, value in wanted.items():
@@ -149,20 +155,32 @@ def _part(path: Path) -> Contents:
     _require_readable(path)
 
     class Reader(gguf.GGUFReader):
-        """The package's reader, which slices beyond the end of a file without an error."""
+        """The package's reader, which maps a file into memory: a process dies if it is cut then.
 
-        taken = 0
+        So what its metadata say is read; of a tensor only the place. Nor does it check lengths.
+        """
+
+        taken, within = 0, False
+
+        def _build_tensors(self, *given: Any) -> None:
+            Reader.within = True
+            super()._build_tensors(*given)
 
         def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
             Reader.taken += 1
-            if int(offset) + int(count) * np.dtype(dtype).itemsize > len(self.data):
+            nbytes = int(count) * np.dtype(dtype).itemsize
+            if int(offset) + nbytes > len(self.data):
                 raise ValueError("a length or an offset leads beyond the end of the file")
             if Reader.taken > _MOST_PARTS:
                 raise ValueError(f"it has more than {_MOST_PARTS} values")
-            return super()._get(offset, dtype, count, override_order)
+            if Reader.within:
+                return super()._get(offset, dtype, count, override_order)
+            file.seek(int(offset))
+            return np.frombuffer(_whole(file.read(nbytes), nbytes, path), dtype)
 
+    files = seen("open", [path])
     where = repr(str(path))
-    with machine_faults("open", path), package_faults(where):
+    with machine_faults("open", path), package_faults(where), path.open("rb") as file:
         reader = Reader(path)
         tensors = {t.name: _tensor(path, t) for t in reader.tensors}
         end = reader.data_offset
@@ -170,14 +188,22 @@ def _part(path: Path) -> Contents:
             if t.data_offset != end:
                 raise ValueError(f"tensor {t.name!r:.80} leaves a gap or overlaps another")
             end += -(-t.n_bytes // reader.alignment) * reader.alignment
-    return Contents((path,), reader.fields, tensors)
+    return Contents(files, reader.fields, tensors)
 
 
 def _tensor(path: Path, found: Any) -> Tensor:
     shape = tuple(int(n) for n in found.shape[::-1])
     if 0 in shape or not shape:
         raise ValueError(f"tensor {found.name!r:.80} has shape {shape}")
-    return Tensor(found.name, shape, found.tensor_type.name, path, found.data)
+    kind, data = found.tensor_type.name, found.data
+    return Tensor(found.name, shape, kind, path, int(found.data_offset), data.dtype, data.shape)
+
+
+def _whole(data: bytes, nbytes: int, path: Path) -> bytes:
+    """The bytes that were read, if they are as many as there were."""
+    if len(data) != nbytes:
+        raise SchemaError(f"open: {str(path)!r} became shorter while it was read. {_ADVICE}")
+    return data
 
 
 def _require_readable(path: Path) -> None:
@@ -221,7 +247,26 @@ def _parts(path: Path, one: Contents) -> list[Path]:
     return paths
 
 
+def first_part(path: Path) -> Path:
+    """Of a part of a split file the first part, which holds the metadata; else the file itself.
+
+    Proof: tests/test_gguf_tokenizer.py::test_the_tokenizer_of_a_split_file_is_its_first_parts
+    """
+    named = _SPLIT.fullmatch(path.name)
+    first = path.with_name(f"{named[1]}{1:05d}{named[3]}") if named else path
+    return first if first.is_file() else path
+
+
 # ------------------------------------------------------------------ numbers
+
+
+def read_stored(tensor: Tensor) -> Array:
+    """A tensor as its file has it, in `blocks` of `stored`."""
+    with machine_faults("open", tensor.path), tensor.path.open("rb") as file:
+        file.seek(tensor.begin)
+        nbytes = tensor.stored.itemsize * math.prod(tensor.blocks)
+        data = _whole(file.read(nbytes), nbytes, tensor.path)
+    return np.frombuffer(data, tensor.stored).reshape(tensor.blocks)
 
 
 def read_tensor(tensor: Tensor) -> Array:
@@ -232,7 +277,7 @@ def read_tensor(tensor: Tensor) -> Array:
     where = f"{str(tensor.path)!r}: tensor {tensor.name!r:.120}"
     with machine_faults("open", tensor.path), package_faults(where):
         try:
-            array = gguf.dequantize(tensor.data, kind)
+            array = gguf.dequantize(read_stored(tensor), kind)
         except NotImplementedError:
             raise ConventionError(
                 f"open: {where} is of type {tensor.kind}, which the package gguf "

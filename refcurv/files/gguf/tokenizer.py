@@ -86,6 +86,14 @@ def _list(found: Contents, name: str, kind: type, count: int | None = None) -> l
     return values
 
 
+def _flag(found: Contents, name: str) -> bool | None:
+    """A key that is true, false or not there; no text, for "no" would be true."""
+    value = found.get(_KEY + name)
+    if value is None or type(value) is bool:
+        return value
+    raise SchemaError(f"{WHO}: {found.where}: {_KEY}{name} is {value!r:.40}, not true or false.")
+
+
 def _vocabulary(found: Contents, spelled: Sequence[str]) -> dict[str, int]:
     ids = {token: i for i, token in enumerate(spelled)}
     if len(ids) != len(spelled):
@@ -107,7 +115,7 @@ def _byte_level(found: Contents, tokens: list[str]) -> Any:
             f"built are {', '.join(sorted(PRE))}."
         )
     for key in ("add_space_prefix", "remove_extra_whitespaces"):
-        if found.get(_KEY + key):
+        if _flag(found, key):
             raise ConventionError(f"{WHO}: {found.where}: {_KEY}{key} is not built for BPE.")
     merges = [tuple(merge.split(" ")) for merge in _list(found, "merges", str)]
     if any(len(merge) != 2 for merge in merges):
@@ -155,7 +163,7 @@ def _sentence_pieces(found: Contents, tokens: list[str]) -> Any:
             byte_fallback=True,
         )
     )
-    prefix = found.get(f"{_KEY}add_space_prefix")
+    prefix = _flag(found, "add_space_prefix")
     prefix = architecture not in _NO_PREFIX if prefix is None else prefix
     if architecture == "phi3" and prefix:
         library.normalizer = normalizers.Sequence(
@@ -215,16 +223,15 @@ def _put_around(found: Contents, library: Any, tokens: list[str], kind: str) -> 
     from tokenizers import processors
 
     usual = {"bos": kind == "llama" or found.get(f"{_KEY}pre") in _WHOLE_WORDS, "eos": False}
-    ends: dict[str, tuple[str, int]] = {}
+    ends = {}
     for name, default in usual.items():
-        wanted, i = (found.get(f"{_KEY}{key}") for key in (f"add_{name}_token", f"{name}_token_id"))
+        wanted, i = _flag(found, f"add_{name}_token"), found.get(f"{_KEY}{name}_token_id")
         if default if wanted is None else wanted:
             if not _is_id(i, tokens):
                 raise SchemaError(f"{WHO}: {found.where}: {_KEY}{name}_token_id is {i!r:.40}.")
-            ends[name] = (tokens[i], i)
-    if ends:
-        single = [*([ends["bos"][0]] if "bos" in ends else []), "$A",
-                  *([ends["eos"][0]] if "eos" in ends else [])]  # fmt: skip
+            ends[name] = {"id": name, "ids": [i], "tokens": [tokens[i]]}
+    if ends:  # by names of its own: a token may be spelled as the library spells a text, "$A"
+        single = [name for name in ("bos", "$A", "eos") if name in ("$A", *ends)]
         library.post_processor = processors.TemplateProcessing(
             single=single, special_tokens=[*ends.values()]
         )
