@@ -217,3 +217,31 @@ def test_what_is_recomputed_of_a_sample_is_of_no_table(monkeypatch, tables):
     linear = [x for x in tables if x != "embed"]
     found = [next(x for x in at if isinstance(x, list)) for at in asked]
     assert found == [linear] * 3 * bool(linear)
+
+
+ROUND = np.array([[2.0, 1.0, 0.5], [1.0, 3.0, 0.2], [0.5, 0.2, 4.0]])
+
+
+@pytest.mark.parametrize(
+    ("theirs", "known", "named"),
+    [
+        (np.insert(ROUND, 2, 0, axis=0)[:3], False, True),
+        (np.insert(ROUND, 2, 0, axis=0)[:3], True, False),  # a fault explains it
+        (np.diag([2.0, 1.0, 0.0]), False, False),  # nothing is read there: no column has it
+        (np.block([[ROUND, np.zeros((3, 1))], [np.zeros((1, 4))]]), False, False),
+        (np.array([[2.0, 1.0, 1.0], [0, 0, 0], [0, 0, 0]]), False, False),  # one row is no sign
+        (np.array([[2.0, 1.0, 0.5], [0, 0, 0], [3.0, 3.0, 0.2]]), False, False),
+        (np.insert(ROUND, 2, 0, axis=0), False, False),
+        (ROUND, False, False),
+    ],
+)
+def test_rows_of_zeros_are_padding_where_columns_have_numbers(monkeypatch, theirs, known, named):
+    """And the others the first of a symmetric matrix, of more than two numbers."""
+    one = SimpleNamespace(T=theirs)
+    monkeypatch.setattr(signs, "see", lambda *_: {"G": one})
+    state = SimpleNamespace(diagonal=np.diag(theirs))
+    monkeypatch.setattr(signs, "states", lambda *_: {"G": state})
+    side = side_of(DRAWN, SWAP, error=0.0, ratio=1.0) if known else side_of(DRAWN)
+    found = [*signs._padded(None, side)]
+    assert [(x.fault, x.layers) for x in found] == [("B47", (Q, K))] * named
+    assert not named or f"In {Q}, zeros fill 1 row of G where" in found[0].words
