@@ -205,6 +205,9 @@ def test_a_killed_run_goes_on(model: rc.Model, tmp_path: Path, monkeypatch) -> N
     for other, says in (({"stride": 2}, "stride is 2 here, 3 there"), ({}, "texts is ")):
         with pytest.raises(ConventionError, match=f"belongs to another run: {says}"):
             recited(model, documents[len(other) - 1 :], **{**SIZE, **other}, lines=lines)
+    monkeypatch.setattr(module, "PIECE", 10 * (want.windows - 2))  # a window is left for the last
+    assert recited(model, documents, **SIZE, least=1).passages == want.passages
+    monkeypatch.setattr(module, "PIECE", 100)
     kept = lines.read_text()
     for wrong in ("zz", "0", "00", 7, None):
         line = {"what": "windows", "piece": 0, "right": wrong}
