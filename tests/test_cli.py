@@ -387,6 +387,18 @@ def test_no_output_may_take_the_place_of_an_input(
 
 
 @pytest.mark.parametrize(
+    "words", ["collect w.h5 {0} -o {1}", "recite w.h5 {0} -o {1}", "evaluate w.h5 {0} --json {1}"]
+)
+def test_what_goes_on_is_kept_in_the_place_of_no_input(words: str, tmp_path: Path, capsys) -> None:
+    """Which would be taken for what an earlier run left, or be removed at the end."""
+    given = tmp_path / "x.unfinished"
+    given.write_bytes(b"mine")
+    assert main(words.format(given, tmp_path / "x").split()) == 2
+    assert "is the same file as" in capsys.readouterr().err
+    assert given.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize(
     ("error", "says"),
     [
         (np.linalg.LinAlgError("Eigenvalues did not converge"), "LinAlgError: Eigenvalues did not"),

@@ -214,8 +214,9 @@ def test_tokens_of_a_prompt_stand_where_its_name_says() -> None:
         assert found.real_BT[1].sum() == 4 and (found.label_BT[1] == -1).all()
         assert found.keep_BT[0].all() and not found.keep_BT[1].any()
     drawn = replace(at, drawn_BTN=np.array([[[7], [8], [9], [10]]] * 2))
-    found = text_of(drawn, prompt(PLAIN, [5, 4]), -1, made, Rows.REACHED)
-    assert found.drawn_BTN[0, :, 0].tolist() == [5, 4, 7, 8, 9, 10]
+    for text, label in ((PLAIN, [5, 4]), ("a prompt before the first token", [4, 1])):
+        found = text_of(drawn, prompt(text, [5, 4]), -1, made, Rows.REACHED)
+        assert found.drawn_BTN[0, :, 0].tolist() == [*label, 7, 8, 9, 10]
 
 
 def test_a_beginning_of_a_prompt_that_is_not_the_nearest_goes_on(monkeypatch) -> None:
