@@ -123,7 +123,7 @@ def _read(path: Path, who: str) -> list[dict[str, Any]]:
         if n > 1 and rows[-1].get(CHECK) != _checksum(rows[-1]):
             raise _damaged(where, n, f"line {n} was changed since it was written")
     if not rows or rows[0].get("format") != FORMAT:
-        raise _damaged(where, 1, "its first line does not say that it is one")
+        raise _damaged(where, 1, "its first line does not say so")
     if torn:
         warnings.warn(f"{where}: the last line was torn off; it is measured anew", stacklevel=2)
     return rows
