@@ -13,7 +13,7 @@ import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import h5py
 import numpy as np
@@ -23,9 +23,12 @@ from strategies import config, opened_for_lies, random_parameters
 import refcurv as rc
 from refcurv import cli, terminal
 from refcurv.cli import main
+from refcurv.commands import values
 from refcurv.editing import variants
 from refcurv.evaluation import suite
 from refcurv.files.disk import file_sha256
+from refcurv.law.checks import ConventionError
+from refcurv.law.conventions import Fisher
 from refcurv.progress import doing, goes_on, gone_on
 
 PYTHON = [sys.executable, "-m", "refcurv"]
@@ -387,6 +390,18 @@ def test_no_output_may_take_the_place_of_an_input(
 
 
 @pytest.mark.parametrize(
+    "words", ["collect w.h5 {0} -o {1}", "recite w.h5 {0} -o {1}", "evaluate w.h5 {0} --json {1}"]
+)
+def test_what_goes_on_is_kept_in_the_place_of_no_input(words: str, tmp_path: Path, capsys) -> None:
+    """Which would be taken for what an earlier run left, or be removed at the end."""
+    given = tmp_path / "x.unfinished"
+    given.write_bytes(b"mine")
+    assert main(words.format(given, tmp_path / "x").split()) == 2
+    assert "is the same file as" in capsys.readouterr().err
+    assert given.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize(
     ("error", "says"),
     [
         (np.linalg.LinAlgError("Eigenvalues did not converge"), "LinAlgError: Eigenvalues did not"),
@@ -604,8 +619,9 @@ def test_a_warning_is_one_line(files: Path, capsys, monkeypatch) -> None:
     assert err.count("\n") == 1 and err.startswith("refcurv: warning: overflow encountered (")
 
 
+@pytest.mark.parametrize("says", [lambda progress: progress(1, 2), lambda p: doing(p, "a layer")])
 def test_an_interrupt_that_python_drops_is_raised_by_the_next_progress(
-    files: Path, capsys, monkeypatch
+    says, files: Path, capsys, monkeypatch
 ) -> None:
     """Ctrl-C while a destructor runs: Python prints a traceback and goes on."""
 
@@ -615,7 +631,7 @@ def test_an_interrupt_that_python_drops_is_raised_by_the_next_progress(
 
     def inspected(path: str, progress) -> None:
         Dropping()
-        progress(1, 2)
+        says(progress)
         raise AssertionError("went on")
 
     monkeypatch.setattr("refcurv.files.inspect.inspect_file", inspected)
@@ -701,6 +717,39 @@ def test_short_steps_are_told_of_too(capsys, monkeypatch) -> None:
         "refcurv: step 5: 0 of 2 after 5 s",
         "refcurv: step 7: 0 of 2 after 20 s: the second half",
     ]
+
+
+def test_a_line_is_due_a_minute_after_the_command_began(capsys, monkeypatch) -> None:
+    """Not after Python did; and it is of the step that is alive, not of the one begun last."""
+    ticking(monkeypatch, 100.0, 100.0, 101.0, 110.0, 110.0, 165.0, 166.0)
+    monkeypatch.setattr(terminal.threading, "Thread", Mock())
+    terminal._clock.begin()
+    first, _ = terminal.progress_bar("first"), terminal.progress_bar("second")
+    first(1, 2)
+    assert not capsys.readouterr().err
+    first(1, 2)
+    first(1, 2)
+    assert capsys.readouterr().err == "refcurv: first: 1 of 2 after 65 s\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "bytes_"),
+    [("2.5", 2.5 * 2**30), ("6GB", 6e9), ("1 GiB", 2**30), ("900MiB", 900 * 2**20), ("7MB", 7e6)],
+)
+def test_a_size_has_a_unit_or_is_in_gib(text: str, bytes_: float) -> None:
+    assert values.size(text) == bytes_
+
+
+@pytest.mark.parametrize("fisher", [*Fisher])
+def test_a_seed_is_needed_where_labels_or_signs_are_drawn(fisher: Fisher) -> None:
+    needed = fisher in (Fisher.SAMPLED, Fisher.SIGNED)
+    assert (not values.undrawn(fisher.value)) == needed
+    assert values.seed("collect", None, values.undrawn(fisher.value)) == 0
+    if needed:
+        assert values.seed("collect", 3, values.undrawn(fisher.value)) == 3
+    else:
+        with pytest.raises(ConventionError, match="nothing is drawn"):
+            values.seed("collect", 3, values.undrawn(fisher.value))
 
 
 def test_a_long_step_is_told_of_too(capsys, monkeypatch) -> None:

@@ -176,7 +176,8 @@ def test_recomposition_is_that_of_numpy(factors, off):
     values, U = np.linalg.eigh(A)
     assert recomposition(U, values, A) < 1e-14
     for at, much in off.items():
-        values[at] += much
+        values[at] += much * values.max()
+    assert (values < 0).any() == (min(off.values()) < 0)
     want = (U * values) @ U.T / values.sum() - A / np.trace(A)
     assert recomposition(U, values, A) == pytest.approx(
         np.linalg.norm(want) / np.linalg.norm(A / np.trace(A)), rel=1e-10

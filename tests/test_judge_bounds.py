@@ -70,6 +70,16 @@ def test_rows_that_point_many_ways_err_more_beside_their_sum(width, rows):
     assert (moment_budget(mixed, rows, kappa) - 4 * u < error) == (width > 4)
 
 
+def test_rows_of_a_table_err_in_nothing():
+    """They are one-hot: counts have no more room where many entries are read alike."""
+    counts = np.array([3.0, 5.0, 4.0])
+    case = case_of(replace(ONE, sum_A=counts, sum_a=None))
+    want = [moment_budget(a, n) for a, n in
+            ((SHORT, DRAWS * ROWS), (Arithmetic().filled("float64"), SHARD))]  # fmt: skip
+    assert case.budget(LAYER, "float64", "A") == pytest.approx(sum(want), rel=1e-12)
+    assert _flat(np.zeros((2, 2))) == _flat(counts) == 1.0
+
+
 def test_the_budget_of_G_knows_how_many_roundings_it_has():
     kappa = 40.0
     noise = (kappa * 2.0**-53) ** 2 * float(ONE.sum_G.trace())

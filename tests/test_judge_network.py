@@ -34,7 +34,7 @@ from refcurv.judge.diagnosis.variants.dropout import Dropout
 from refcurv.judge.diagnosis.variants.networks import changed
 from refcurv.judge.diagnosis.variants.positions import positions
 from refcurv.judge.diagnosis.variants.rounding import KINDS, rounded
-from refcurv.judge.diagnosis.variants.shaken import ADAPTED, AVERAGED
+from refcurv.judge.diagnosis.variants.shaken import ADAPTED, AVERAGED, RANK, shaken
 from refcurv.judge.diagnosis.variants.texts import HIDDEN, text_of
 from refcurv.judge.dump import Dump
 from refcurv.judge.foreign.memory import of_arrays
@@ -334,6 +334,18 @@ def test_a_start_has_equal_gains():
     own = {"blocks.0.attn_norm.weight": np.full(3, 2.0), "head.weight": np.ones((1, 2))}
     net = changed(config(), own, [(f"other weights of {AVERAGED}, draw 0", 0.1)])
     assert net.parameters["blocks.0.attn_norm.weight"] == pytest.approx([1.8] * 3)
+
+
+def test_an_adapter_adds_a_product_of_its_size_to_q_and_v_alone():
+    rng = np.random.default_rng(0)
+    names = ("attn.q.weight", "attn.v.weight", "attn.k.weight", "attn.q.bias", "mlp.up.weight")
+    own = {f"blocks.0.{x}": rng.normal(size=(64, 48) if "weight" in x else 64) for x in names}
+    found = shaken(own, ADAPTED, 0, 0.1)
+    away = {x: found[x] - w for x, w in own.items()}
+    assert {x for x, w in away.items() if w.any()} == {f"blocks.0.{x}" for x in names[:2]}
+    for x in (f"blocks.0.{x}" for x in names[:2]):
+        assert np.linalg.matrix_rank(away[x], 1e-9) == RANK
+        assert np.linalg.norm(away[x]) == pytest.approx(0.1 * np.linalg.norm(own[x]), rel=0.2)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,9 +13,20 @@ from strategies import config, random_parameters
 import refcurv as rc
 from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.case import Case
+from refcurv.judge.diagnosis import prompted
+from refcurv.judge.diagnosis.hypotheses import Left
+from refcurv.judge.diagnosis.search import PLAIN as OURS
+from refcurv.judge.diagnosis.search import Side
 from refcurv.judge.diagnosis.variants import Setting, moments
 from refcurv.judge.diagnosis.variants.positions import BUT, cells, positions
-from refcurv.judge.diagnosis.variants.texts import ENDED, LONGER, prompt, text_of
+from refcurv.judge.diagnosis.variants.texts import (
+    ENDED,
+    LONGER,
+    _behind,
+    prompt,
+    text_of,
+    texts,
+)
 from refcurv.judge.dump import Dump
 from refcurv.law.conventions import Rows
 from refcurv.model.part import part_of
@@ -148,6 +160,19 @@ def test_what_stands_behind_the_first_of_a_token_is_padding() -> None:
         assert found.keep_BT.sum(axis=1).tolist() == [rows, 3]
 
 
+def test_rows_behind_the_first_of_a_token_are_counted() -> None:
+    """In each sequence that has it, padding apart; and it ends no text where it is the last."""
+    tokens = np.array([[1, 6, 3, 6], [1, 3, 6, 6], [6, 1, 0, 0]])
+    mask = np.array([[1] * 4, [1] * 4, [1, 1, 0, 0]], np.uint8)
+    made = config(width=6, heads=2, kv_heads=2, head_width=4, mlp_width=7)
+    at = positions(rc.Corpus(tokens, mask=mask), made, Rows.REACHED)
+    assert at.keep_BT.sum(axis=1).tolist() == [3, 3, 1]
+    assert _behind(at).tolist() == [np.inf, 2 + 2, np.inf, 0 + 1, np.inf, np.inf, 1 + 0 + 0]
+    at = positions(rc.Corpus(np.array([[1, 2, 3, 6], [1, 3, 2, 6]])), made, Rows.REACHED)
+    every = {name for name, token in texts(at, made, Rows.REACHED, 6.0) if token == 6}
+    assert every and not any(name.startswith(ENDED) for name in every)
+
+
 PLAIN = "a prompt behind the first token"
 
 
@@ -188,6 +213,64 @@ def test_tokens_of_a_prompt_stand_where_its_name_says() -> None:
         assert found.inputs[0].tolist() == tokens and found.label_BT[0].tolist() == label
         assert found.real_BT[1].sum() == 4 and (found.label_BT[1] == -1).all()
         assert found.keep_BT[0].all() and not found.keep_BT[1].any()
+    drawn = replace(at, drawn_BTN=np.array([[[7], [8], [9], [10]]] * 2))
+    for text, label in ((PLAIN, [5, 4]), ("a prompt before the first token", [4, 1])):
+        found = text_of(drawn, prompt(text, [5, 4]), -1, made, Rows.REACHED)
+        assert found.drawn_BTN[0, :, 0].tolist() == [*label, 7, 8, 9, 10]
+
+
+def test_a_beginning_of_a_prompt_that_is_not_the_nearest_goes_on(monkeypatch) -> None:
+    """That of 2 and 1 is nearest, and is not that of 1 and 2, which is right."""
+    far = {"2": 0.1, "1": 0.2, "3": 0.9, "1 2": 0.0, "2 1": 0.3}
+    names = {prompt(PLAIN, map(int, one.split())): x for one, x in far.items()}
+    asked = []
+
+    def _far(_case, _layers, wanted):
+        asked.append(len(wanted))
+        return {one: names.get(one.text, 1.0) for one in wanted}
+
+    monkeypatch.setattr(prompted, "_far", _far)
+    found = prompted._nearest(None, [], PLAIN, 2, [3, 2, 1])
+    assert found == (0.0, Setting(text=prompt(PLAIN, [1, 2]))) and asked == [3, 9]
+
+
+@pytest.mark.parametrize(
+    ("learned", "large", "side", "sizes"),
+    [
+        (11, False, "A", [2]),  # as long as there are positions for
+        (10, False, "A", []),
+        (0, False, "A", [2]),
+        (0, True, "A", []),
+        (0, False, "G", []),
+    ],
+)
+def test_prompts_that_are_tried_fit_model_and_count(monkeypatch, learned, large, side, sizes):
+    made = config(
+        width=6, heads=2, kv_heads=2, head_width=4, mlp_width=7, learned_positions=learned,
+        **({"rope_theta": None} if learned else {}),
+    )  # fmt: skip
+    corpus = rc.Corpus(np.random.default_rng(3).integers(1, 7, (3, 9)))
+    case = SimpleNamespace(
+        corpus=corpus, model=SimpleNamespace(config=made),
+        reference=SimpleNamespace(rows=Rows.REACHED),
+    )  # fmt: skip
+    tried = []
+
+    def nearest(_case, _layers, name, size, usual):
+        assert usual[0] == np.bincount(corpus.tokens.ravel()).argmax()
+        tried.append((name, size))
+        return 0.5, Setting(text=prompt(name, [1] * size))
+
+    monkeypatch.setattr(prompted, "_nearest", nearest)
+    monkeypatch.setattr(prompted, "is_large", lambda _: large)
+    monkeypatch.setattr(prompted, "cost", lambda _: 1.0)
+    monkeypatch.setattr(prompted, "theirs_n", lambda _: 3 * (8 + 2))
+    one = Side(side, table={OURS: {"head": Left(0.4, 1.0)}})
+    assert not [*prompted.prompted(case, one, ["head"])]  # none is nearer than ours
+    assert {size for _, size in tried} == {*sizes}
+    assert all("cut" not in name and "without" not in name for name, _ in tried)
+    one.table[OURS]["head"] = Left(0.6, 1.0)
+    assert len([*prompted.prompted(case, one, ["head"])]) == len(sizes)
 
 
 def test_a_label_that_ends_few_texts_and_is_usual_within_them() -> None:

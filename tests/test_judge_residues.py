@@ -14,7 +14,7 @@ from refcurv.judge.diagnosis.hypotheses import Left, Seen
 from refcurv.judge.diagnosis.recomputed import _left
 from refcurv.judge.diagnosis.search import PLAIN, Chosen, Idea, Ladder, Option, Side
 from refcurv.judge.diagnosis.variants import Moments, Setting
-from refcurv.judge.diagnosis.weighted import leave_lone
+from refcurv.judge.diagnosis.weighted import _tried, _uncalled, leave_lone, lone, rules
 
 EXACT = Ladder((("float32", 0.01), ("bfloat16", 0.05)), drawn=0.0)
 DRAWN = replace(EXACT, drawn=0.8, same=0.005)
@@ -45,7 +45,7 @@ DECAY = Idea(("B9",), None, "a moving average")
 
 
 @pytest.mark.parametrize(
-    ("lone", "layers", "others", "stays"),
+    ("weights", "layers", "others", "stays"),
     [
         (DECAY, [Q], [], False),  # of two layers that nothing explains it says nothing
         (DECAY, [Q], [K, V], True),  # another fault beside it explains them
@@ -53,11 +53,11 @@ DECAY = Idea(("B9",), None, "a moving average")
         (SWAP, [Q], [], True),  # one layer alone may be that of another
     ],
 )
-def test_weights_of_one_layer_alone_are_none(lone, layers, others, stays):
+def test_weights_of_one_layer_alone_are_none(weights, layers, others, stays):
     side, exact = Side("G", dict.fromkeys((Q, K, V), EXACT)), Left(0.0, 1.0)
     side.table = {PLAIN: {x: Left(1.0, 1.0) for x in (Q, K, V)}}
     one, two = (
-        Chosen(lone, dict.fromkeys(layers, exact)),
+        Chosen(weights, dict.fromkeys(layers, exact)),
         Chosen(SWAP, dict.fromkeys(others, exact)),
     )
     side.chosen = [one, two]
@@ -73,6 +73,43 @@ def test_weights_of_one_layer_do_not_end_the_search(idea, layers, exact):
     side = Side("G", dict.fromkeys((Q, K, V), EXACT))
     chosen = Chosen(idea, dict.fromkeys(layers, Left(0.0, 1.0)))
     assert procedure._exact(side, chosen, [Q, K, V]) == exact
+    assert lone(chosen, [Q, K, V]) != exact
+    assert not lone(chosen, [Q, K][: 2 * len(layers)])  # half of them are not few
+
+
+def test_a_forward_for_shapes_may_be_of_any_batch_but_all():
+    """Of one sequence too; nothing of G is added twice, and its count is that of A."""
+    order = np.arange(3)
+    each = [(one.weight.tolist(), one.often, one.counts) for one in _tried(order)]
+    twice, once = (True, ("own",)), (False, ("every",))
+    assert each == [(weight, *how) for weight in ([2, 1, 1], [2, 2, 1]) for how in (twice, once)]
+    of = SimpleNamespace(sequences=order, labels=np.ones(3), kept=np.ones(3))
+    A, G = ({one.name for one in rules(of, side)} for side in "AG")
+    assert {one.name for one in _tried(order)} == {name for name in A if "added twice" in name}
+    assert not any("added twice" in name for name in G)
+    (name, *_), more = (one.name for one in _tried(order)), ", as with network `x`"
+    for wanted in (name, name + more):
+        (beside,) = _uncalled(of, {wanted})
+        assert beside.base is not None and beside.base.name == name
+        assert beside.weight.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("rows", "n_G", "counted"),
+    [
+        (1.0, 5, 1.0),  # A's weights explain the one count of both
+        (0.5, 5, 5 / 9),
+        (1.0, 9, 5 / 9),  # G has a count of its own
+    ],
+)
+def test_a_count_that_weights_of_a_explain_is_that_of_g_too(monkeypatch, rows, n_G, counted):
+    monkeypatch.setattr(telling, "factors", lambda *_: {})
+    counts = Counts({"A": 5, "G": n_G}, {"A": 9, "G": 9}, (3, 4))
+    case = SimpleNamespace(counts=lambda _: counts, dump=SimpleNamespace(scale_free=()))
+    weights = Idea(("B46",), None, "worker 0 of 2 alone")
+    A, G = side_of(EXACT, weights, error=0.0, ratio=1.0, rows=rows), side_of(DRAWN)
+    G.table[PLAIN] = {x: Left(0.7, 1.0, rows=5 / 9) for x in (Q, K)}
+    assert telling.scale(case, {"A": replace(A, side="A"), "G": G}, Q).rows_G == counted
 
 
 def test_of_two_as_near_that_comes_first_which_leaves_fewer_factors():
@@ -149,3 +186,62 @@ def test_layers_of_one_input_have_one_gradient_of_it(monkeypatch, fault):
     side.chosen = [Chosen(Idea((fault,), None), {"head": Left(0.1, 1.0)})]
     (sign,) = signs._one_matrix(None, side)
     assert sign.fault == ("B35" if fault == "B35" else "B40")
+
+
+@pytest.mark.parametrize("tables", [("embed",), ("embed", Q, K)])
+def test_what_is_recomputed_of_a_sample_is_of_no_table(monkeypatch, tables):
+    """Of a table nothing is recomputed: it would be missing, or refute what holds elsewhere."""
+    asked = []
+    for name in ("recompute", "weigh"):
+        monkeypatch.setattr(procedure, name, lambda _case, _found, *at, **_: asked.append(at))
+    monkeypatch.setattr(procedure.amounts, "drawn", lambda _case, _found, at: asked.append([at]))
+    for name in ("averaged", "relabelled"):
+        monkeypatch.setattr(procedure, name, lambda *_: None)
+    monkeypatch.setattr(procedure, "stages", lambda *_: iter([[]]))
+    monkeypatch.setattr(procedure, "is_large", lambda _: False)
+    unknown = SimpleNamespace(fault=None, certain=True, layers=())
+    monkeypatch.setattr(procedure.scales, "explain", lambda *_: [unknown])
+    monkeypatch.setattr(procedure.scales.Counts, "of", lambda _: None)
+    case = SimpleNamespace(known={}, model=1, corpus=1, drawn=1)
+    known = dict(drawn=True, alone=False, rows_A=1.0, rows_G=1.0)
+    seen = [SimpleNamespace(layer=x, **known) for x in tables]
+    for steps, work, more in (
+        (EXACT, procedure._by_counts, (None, seen)),
+        (EXACT, procedure._by_weights, (None, seen)),
+        (DRAWN, procedure._as_drawn, None),
+    ):
+        side = Side("G", dict.fromkeys(tables, steps))
+        side.table = {PLAIN: dict.fromkeys(tables, Left(0.0, 9.0))}
+        found = {"A": Side("A"), "G": side}
+        work(case, found) if more is None else work(case, side, found, *more)
+    linear = [x for x in tables if x != "embed"]
+    found = [next(x for x in at if isinstance(x, list)) for at in asked]
+    assert found == [linear] * 3 * bool(linear)
+
+
+ROUND = np.array([[2.0, 1.0, 0.5], [1.0, 3.0, 0.2], [0.5, 0.2, 4.0]])
+
+
+@pytest.mark.parametrize(
+    ("theirs", "known", "named"),
+    [
+        (np.insert(ROUND, 2, 0, axis=0)[:3], False, True),
+        (np.insert(ROUND, 2, 0, axis=0)[:3], True, False),  # a fault explains it
+        (np.diag([2.0, 1.0, 0.0]), False, False),  # nothing is read there: no column has it
+        (np.block([[ROUND, np.zeros((3, 1))], [np.zeros((1, 4))]]), False, False),
+        (np.array([[2.0, 1.0, 1.0], [0, 0, 0], [0, 0, 0]]), False, False),  # one row is no sign
+        (np.array([[2.0, 1.0, 0.5], [0, 0, 0], [3.0, 3.0, 0.2]]), False, False),
+        (np.insert(ROUND, 2, 0, axis=0), False, False),
+        (ROUND, False, False),
+    ],
+)
+def test_rows_of_zeros_are_padding_where_columns_have_numbers(monkeypatch, theirs, known, named):
+    """And the others the first of a symmetric matrix, of more than two numbers."""
+    one = SimpleNamespace(T=theirs)
+    monkeypatch.setattr(signs, "see", lambda *_: {"G": one})
+    state = SimpleNamespace(diagonal=np.diag(theirs))
+    monkeypatch.setattr(signs, "states", lambda *_: {"G": state})
+    side = side_of(DRAWN, SWAP, error=0.0, ratio=1.0) if known else side_of(DRAWN)
+    found = [*signs._padded(None, side)]
+    assert [(x.fault, x.layers) for x in found] == [("B47", (Q, K))] * named
+    assert not named or f"In {Q}, zeros fill 1 row of G where" in found[0].words

@@ -122,6 +122,10 @@ def test_what_A_would_show_explains_no_G_alone(ours, under, offered) -> None:
     side = Side("G", {layer: steps}, inputs=inputs)
     side.table = {PLAIN: {layer: Left(0.9, 1.0)}, Idea(both.faults, both): {layer: Left(0, 1.0)}}
     assert bool(side._options([layer], {layer: ()})) == offered
+    for table in inputs.table.values():  # below what the network changes A stays ours
+        table["blocks.0.attn.q"] = Left(0.0, 1.0)
+    inputs.ladders["blocks.0.attn.q"] = steps
+    assert bool(side._options([layer], {layer: ()})) == offered
 
 
 def test_the_search_of_G_knows_what_was_found_of_A(monkeypatch) -> None:

@@ -29,7 +29,7 @@ from refcurv.judge.diagnosis.variants import (
     parts,
     settings,
 )
-from refcurv.judge.diagnosis.variants.networks import Network
+from refcurv.judge.diagnosis.variants.networks import Network, occurring
 from refcurv.judge.diagnosis.variants.positions import positions
 from refcurv.judge.diagnosis.variants.sight import Sight, visible
 from refcurv.judge.dump import Dump
@@ -601,6 +601,24 @@ def test_a_bidirectional_model_may_attend_to_padding() -> None:
     found = under(here, Setting(network=(("padding attended", 0.0),)))[TOP]
     assert_within(found.A, want.A, BUDGET, np.trace(want.A), "A")
     assert gap(found, under(here, REFERENCE)[TOP]) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("places", "causal", "other"),
+    [
+        ({"rope_theta": None, "learned_positions": 9}, False, True),
+        ({"rope_theta": 1e4}, False, True),
+        ({"rope_theta": None}, False, False),  # a set has no left
+        ({"rope_theta": None}, True, True),  # but what comes before is on the left
+    ],
+)
+def test_the_side_of_padding_counts_where_positions_do(places, causal, other) -> None:
+    token = np.arange(18).reshape(2, 9) % 5
+    mask = (np.arange(9) < [[9], [6]]).astype(np.uint8)
+    corpus = rc.Corpus(token, np.where(mask > 0, token, -1), mask=mask)
+    made = config(causal=causal, **places)
+    found = {name for name, _ in occurring(made, positions(corpus, made, Rows.ALL))}
+    assert ("padding attended on the left" in found) == other
 
 
 def test_a_bidirectional_model_may_attend_to_padding_on_the_left() -> None:

@@ -282,6 +282,28 @@ OTHER = {LAYERS: (0.3, 0.2)}
 
 
 @pytest.mark.parametrize(
+    ("seldom", "told", "says"),
+    [
+        (0.0, True, "it varies more than any honest dump, as if rows"),
+        (0.05, True, "it varies more than nearly all honest dumps, as if rows"),
+        (0.3, False, "as if rows"),  # no factor is known that would explain it
+    ],
+)
+def test_how_much_theirs_varies_is_said_as_it_is(monkeypatch, seldom, told, says):
+    members = [Member("B44", "a mean", 5.0, OTHER), Member("B2", "weights", 5.0, OTHER)]
+    monkeypatch.setattr(replayed, "varied", lambda *_: seldom)
+    monkeypatch.setattr(replayed, "replayed", lambda *_: members)
+    monkeypatch.setattr(replayed.telling, "scale", lambda *_: SimpleNamespace(alone=not told))
+    known = SimpleNamespace(fault="B43", alike=())
+    monkeypatch.setattr(replayed.scales, "explain", lambda *_: [known])
+    monkeypatch.setattr(replayed.scales.Counts, "of", lambda _: None)
+    side = search.Side("G", {LAYERS: search.Ladder((("float64", 1e-12),), drawn=0.5)})
+    one = replayed.averaged(SimpleNamespace(matched=[LAYERS]), {"G": side}, [LAYERS], [LAYERS])
+    assert one is not None and one.faults == () and one.idea.name.startswith(says)
+    assert one.left[LAYERS].alike == ("B44", "B2")
+
+
+@pytest.mark.parametrize(
     ("seldom", "mean", "factor", "named"),
     [
         (0.05, 9.5, 0.2, True),
@@ -362,3 +384,16 @@ def test_what_goes_alone_has_no_mean_row_by_row():
     assert np.isfinite(total.finish()[0]).all()
     total.add(x_BTX, np.ones((1, 3)), joint=False, counted=True, draw=0)
     assert np.isnan(total.finish()[0]).all()
+
+
+def test_a_table_beside_layers_whose_labels_are_drawn_is_judged():
+    """What is drawn, or weighed, to say what a factor is, is so of the layers beside it."""
+    made = config(width=6, heads=2, kv_heads=2, head_width=4, mlp_width=7)
+    corpus = rc.Corpus(np.random.default_rng(0).integers(0, 5, (6, 9)))
+    model = rc.Model(made, random_parameters(made, 5))
+    drawn = partial(rc.collect, model, corpus, "embed,blocks.*.mlp.up", "sampled")
+    theirs = {name: (one.A, one.G, one.n_A) for name, one in drawn(seed=3).items()}
+    theirs |= {"embed": (theirs["embed"][0], 3.3 * theirs["embed"][1], theirs["embed"][2])}
+    said = {"arithmetic": "float64", "declared": {"fisher": "sampled"}}
+    verdict = rc.validate(theirs, drawn(seed=0), model=model, corpus=corpus, **said)
+    assert {one.layer for one in verdict.findings if one.verdict == "fail"} == {"embed"}

@@ -205,12 +205,26 @@ def test_a_killed_run_goes_on(model: rc.Model, tmp_path: Path, monkeypatch) -> N
     for other, says in (({"stride": 2}, "stride is 2 here, 3 there"), ({}, "texts is ")):
         with pytest.raises(ConventionError, match=f"belongs to another run: {says}"):
             recited(model, documents[len(other) - 1 :], **{**SIZE, **other}, lines=lines)
+    rc.save(model, tmp_path / "w.h5")
+    short = rc.load(tmp_path / "w.h5", dtype="float32")
+    other = rc.Model(model.config, random_parameters(model.config, 99))
+    for one, more, says in (
+        (other, {}, "weights is"),
+        (short, {}, "dtype is"),
+        (model, {"before": [1]}, "before "),
+        (model, {"prefix": 3, "suffix": 7}, "prefix is"),
+    ):
+        with pytest.raises(ConventionError, match=f"belongs to another run: .*{says}"):
+            recited(one, documents, **{**SIZE, **more}, lines=lines)
+    monkeypatch.setattr(module, "PIECE", 10 * (want.windows - 2))  # a window is left for the last
+    assert recited(model, documents, **SIZE, least=1).passages == want.passages
+    monkeypatch.setattr(module, "PIECE", 100)
     kept = lines.read_text()
     for wrong in ("zz", "0", "00", 7, None):
         line = {"what": "windows", "piece": 0, "right": wrong}
         told = json.dumps({**line, "check": _checksum(line)})
         lines.write_text("\n".join([kept.split("\n")[0], told, ""]))
-        with pytest.raises(SchemaError, match=r"without its .* windows"):
+        with pytest.raises(SchemaError, match=r"^recited: '.*found' has a line without its"):
             recited(model, documents, **SIZE, lines=lines)
 
 

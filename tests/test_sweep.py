@@ -610,7 +610,7 @@ def test_a_results_file_of_something_else_is_refused(model, corpus, basis, tmp_p
     assert out.read_text() == whole
     for text in ('{"document": 1}\n', "not JSON\n", "[1]\n", "\n", "x"):
         out.write_text(text)
-        with pytest.raises(SchemaError, match="is not what a sweep left"):
+        with pytest.raises(SchemaError, match="is not what an earlier run left"):
             rc.sweep(model, corpus, **what, lines=out)
         assert out.read_text() == text
 

@@ -67,6 +67,11 @@ class Lines:
         """How many lines there are."""
         return len(self._rows)
 
+    @property
+    def where(self) -> str:
+        """Whose they are, and in which file; for messages."""
+        return f"{self._who}: {str(self._path)!r}"
+
     def once(
         self, kind: str, key: Mapping[str, Any], make: Callable[[], Mapping[str, Any]]
     ) -> dict[str, Any]:
@@ -97,7 +102,7 @@ class Lines:
         if self._path is None or (found := self._found()) is None or found == self._written:
             return
         if rows := _read(self._path, self._who):
-            require_told(f"{self._who}: {str(self._path)!r}", self._rows[0], rows[0])
+            require_told(self.where, self._rows[0], rows[0])
             self._rows += [row for row in rows[1:] if row not in self._rows]
 
 
@@ -118,7 +123,7 @@ def _read(path: Path, who: str) -> list[dict[str, Any]]:
         if n > 1 and rows[-1].get(CHECK) != _checksum(rows[-1]):
             raise _damaged(where, n, f"line {n} was changed since it was written")
     if not rows or rows[0].get("format") != FORMAT:
-        raise _damaged(where, 1, "its first line does not say that it is one")
+        raise _damaged(where, 1, "its first line does not say so")
     if torn:
         warnings.warn(f"{where}: the last line was torn off; it is measured anew", stacklevel=2)
     return rows
@@ -133,5 +138,6 @@ def _checksum(row: Mapping[str, Any]) -> str:
 def _damaged(where: str, line: int, why: str) -> SchemaError:
     if line > 1:
         return SchemaError(f"{where}: {why}. Delete that line, and it is measured anew.")
-    who = where.partition(":")[0]
-    return SchemaError(f"{where} is not what a {who} left: {why}. Give another name with -o.")
+    return SchemaError(
+        f"{where} is not what an earlier run left: {why}. Give another name with -o."
+    )

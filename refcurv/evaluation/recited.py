@@ -293,7 +293,7 @@ def _right(model: Model, asked: Population, known: Lines, progress: Progress) ->
 
         progress(sum(sizes[:at]), sum(sizes))
         line = known.once("windows", {"piece": at}, make)
-        found.append(_unpacked(line.get("right"), len(piece.tokens), N))
+        found.append(_unpacked(known.where, line.get("right"), len(piece.tokens), N))
     progress(sum(sizes), sum(sizes))
     return np.concatenate(found)
 
@@ -309,16 +309,15 @@ def _rows(asked: Population, begin: int, end: int) -> Population:
     )
 
 
-def _unpacked(packed: object, B: int, N: int) -> Array:
-    """(B, N) bool, from the eight to a byte in hexadecimal that a line has."""
+def _unpacked(where: str, packed: object, B: int, N: int) -> Array:
+    """(B, N) bool, from the eight to a byte in hexadecimal that a line of a file has."""
     try:
         raw = bytes.fromhex(packed if isinstance(packed, str) else "?")
     except ValueError:
         raw = b""
     if len(raw) != -(-B * N // 8):
         raise SchemaError(
-            f"{WHO}: what an earlier run left has a line without its {number_of(B, 'window')}. "
-            "Delete that file to start anew."
+            f"{where} has a line without its {number_of(B, 'window')}. Delete it to start anew."
         )
     return np.unpackbits(np.frombuffer(raw, np.uint8), count=B * N).reshape(B, N).astype(bool)
 

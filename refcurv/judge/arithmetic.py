@@ -113,11 +113,12 @@ def moment_budget(
         2 κ₀ u + ν u + (κ u)²  + 2 u(products) + 8 √(m/3) u(sums) + u(stored)
         u is the model's. κ₀ = AMPLIFICATION is what all rows have in common, as from a weight that
         is rounded. κ u is the error of one row, relative to it. Errors of n rows that are alike
-        fall by √n, and leave their squares: ν is min(2, 12/√rows) κ tr A/|A| at least, six standard
-        deviations. For the sizes of rows add up to tr A, and |A| is less where they point many
-        ways, as `flat` says. Where few rows err most, and have most of the sum, nothing falls: then
-        ν is `noise`, what these rows show. u(products) is one rounding for each operand. m is rows,
-        or CHAIN if that is less. For 8 √(m/3) u see Sums.
+        fall by √n, and leave their squares, if they point as many ways as the rows: ν is
+        min(2, 12/√rows) κ tr A/|A| at least, six standard deviations. For tr A is the mean square
+        of a row's size, and |A| is less where rows point many ways, as `flat` says. Where few rows
+        err most, and have most of the sum, nothing falls: then ν is `noise`, what these rows show.
+        u(products) is one rounding for each operand. m is rows, or CHAIN if that is less. For
+        8 √(m/3) u see Sums.
 
     Sums
         Addition k rounds each entry of the partial sum S_k by at most u, in either direction. So

@@ -171,8 +171,13 @@ def _amplification(one: Factor, dtype: str) -> float | None:
 
 
 def _flat(S: Array) -> float:
-    """tr S/|S|, 1 .. √d; 1 of zeros. A table's A is its diagonal."""
-    size, trace = float(norm(S)), float((S if S.ndim == 1 else S.diagonal()).sum())
+    """tr S/|S|, 1 .. √d; 1 of zeros, and of a table's A: its rows are one-hot, without an error.
+
+    Proof: tests/test_judge_bounds.py::test_rows_of_a_table_err_in_nothing
+    """
+    if S.ndim == 1:
+        return 1.0
+    size, trace = float(norm(S)), float(S.trace())
     return min(max(1.0, trace / size), math.sqrt(len(S))) if size else 1.0
 
 

@@ -59,6 +59,7 @@ from refcurv.judge.diagnosis.variants.setting import HALVES
 from refcurv.judge.diagnosis.weighted import leave_lone, lone, weigh, weighs
 from refcurv.judge.draws import nearer, unlike
 from refcurv.judge.verdict import LEFT_OUT, PASS, Cause, Comparison
+from refcurv.model.config import TABLES
 
 ROUNDS = 4
 """How many groups of layers with faults of their own are looked for."""
@@ -246,6 +247,11 @@ def _scaled(side: Side) -> list[str]:
     return out
 
 
+def _linear(layers: Sequence[str]) -> list[str]:
+    """Without tables, which are not recomputed: what is found in the others holds in them too."""
+    return [x for x in layers if x not in TABLES]
+
+
 def _by_counts(
     case: Case, side: Side, found: Mapping[str, Side], index: Index, seen: Sequence[scales.Scale]
 ) -> None:
@@ -260,7 +266,9 @@ def _by_counts(
     if alone:  # A has our rows
         if all(side.rank(x, side.plain(x)) >= side.ladders[x].by_drawing for x in layers):
             return  # drawing explains any other rows of G alone as well
-    sample = spread(layers, FEW if is_large(case) else SAMPLE)
+    sample = spread(_linear(layers), FEW if is_large(case) else SAMPLE)
+    if not sample:
+        return
     plain = [*next(stages(case, side.side)), *(placed(case, sample) if side.side == "A" else ())]
     recompute(case, found, sample, plain, sampled=False)
     ideas = [i for i in side.table if i.setting and all(_whole(side, i, x) for x in sample)]
@@ -285,9 +293,9 @@ def _by_weights(
     for one in scales.explain(seen, scales.Counts.of(case)):
         hidden |= set() if one.certain else {*one.layers}
     layers = [x for x in _scaled(side) if x in hidden]
-    if side.side == "A" or not layers:
+    sample = spread(_linear(layers))
+    if side.side == "A" or not sample:
         return
-    sample = spread(layers)
     weigh(case, found, side.side, sample, decaying=False)
     every = [i for i in side.table if i.faults in (("B2",), ("B3",)) and not i.setting]
     fits = [idea for idea in every if all(_whole(side, idea, x) for x in sample)]
@@ -310,7 +318,9 @@ def _as_drawn(case: Case, found: Mapping[str, Side]) -> None:
         return
     if found["A"].open() or all(side.drawn(x) for x in layers):
         return
-    sample = spread(layers)
+    sample = spread(_linear(layers))
+    if not sample:
+        return
     chosen = amounts.drawn(case, found, sample) or averaged(case, found, layers, sample)
     chosen = chosen or relabelled(case, found, sample)
     if chosen is not None:

@@ -18,7 +18,7 @@ from refcurv.judge.diagnosis.variants.texts import PROMPTS, prompt, rows_left
 from refcurv.law.conventions import NO_LABEL
 
 LONGEST = 6
-"""Tokens of a prompt, at most.  Chosen: each takes as many forwards as there are tokens to try."""
+"""Tokens of a prompt, at most.  Chosen: each takes KEPT forwards for each token that is tried."""
 
 TRIED = 4
 """Lengths and places that are tried, at most, where the count allows several."""

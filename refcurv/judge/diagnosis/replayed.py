@@ -84,7 +84,8 @@ def averaged(
     counts = scales.Counts.of(case)
     told = any(x.fault or x.alike for x in scales.explain(seen, counts))
     told &= not any(one.alone for one in seen)
-    if told and varied(case, sample) > SELDOM:
+    often = varied(case, sample)
+    if told and often > SELDOM:
         return None  # a factor explains it, and `scales` says which
     members = replayed(case, sample, counts if told else None)
     share: dict[str, float] = {}
@@ -100,8 +101,11 @@ def averaged(
         return None  # it is a factor
     most = max(error for error, _ in best.left.values())
     ids = (first, *(x for x in others if share[x] > LITTLE * total))
-    note = "it varies more than any honest dump, as if rows were averaged or weighed; which fault "
-    note += f"it is, is unknown: {', '.join(ids)} may give this"
+    note = "as if rows were averaged or weighed; which fault it is, is unknown: "
+    note += f"{', '.join(ids)} may give this"
+    if often <= SELDOM:
+        fewer = "nearly all honest dumps" if often else "any honest dump"
+        note = f"it varies more than {fewer}, {note}"
     note, alike = (best.note, ()) if sure else (note, ids)
     if not sure and any(one.fault in ids for one in scales.explain(seen, counts)):
         return None  # its factor says which

@@ -317,7 +317,7 @@ def _uncalled(of: Parts, wanted: Collection[str]) -> Iterator[Rule]:
     """G beside an A of `_tried`: no slope is added twice, and one count divides both."""
     N = len(of.sequences)
     for one in _tried(np.arange(N)):
-        if one.name in wanted:
+        if any(x.startswith(one.name) for x in wanted):
             yield Rule(one.faults, one.name, np.ones(N), base=one, size=one.size)
 
 

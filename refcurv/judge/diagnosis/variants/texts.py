@@ -105,7 +105,9 @@ def _starts(at: Positions) -> list[int]:
 
 
 def _tokens(at: Positions, n: float | None) -> list[int]:
-    """Tokens of about as many rows, or labels, as theirs lacks, the nearest first.
+    """Tokens of about as many rows, or labels, as theirs lacks, or with as many behind their first.
+
+    The nearest come first, of each of these.
 
     What stands in front of texts alone is their start, and no padding (B49).
     """
