@@ -50,7 +50,7 @@ def test_the_own_error_of_the_reference_is_part_of_the_budget(dtype):
         flat = {"flat": float((X**2).sum() / np.linalg.norm(X.T @ X))}
         own = moment_budget(Arithmetic().filled(dtype), SHARD, **flat)
         for arithmetic, as_said in ((SHORT, SHORT), (Arithmetic(), exact)):
-            theirs = moment_budget(as_said, DRAWS * ROWS, **flat)
+            theirs = moment_budget(as_said, {"A": ROWS, "G": DRAWS * ROWS}[side], **flat)
             found = case_of(arithmetic=arithmetic, dtype=dtype).budget(LAYER, "float64", side)
             assert found == pytest.approx(theirs + own, rel=1e-12)
 
@@ -75,9 +75,38 @@ def test_rows_of_a_table_err_in_nothing():
     counts = np.array([3.0, 5.0, 4.0])
     case = case_of(replace(ONE, sum_A=counts, sum_a=None))
     want = [moment_budget(a, n) for a, n in
-            ((SHORT, DRAWS * ROWS), (Arithmetic().filled("float64"), SHARD))]  # fmt: skip
+            ((SHORT, ROWS), (Arithmetic().filled("float64"), SHARD))]  # fmt: skip
     assert case.budget(LAYER, "float64", "A") == pytest.approx(sum(want), rel=1e-12)
     assert _flat(np.zeros((2, 2))) == _flat(counts) == 1.0
+
+
+def test_the_rows_of_A_are_not_drawn_again():
+    """G sums DRAWS rows for each of A: its chains are longer, and its errors fall further."""
+    case = case_of(ONE)
+    for side, rows, S in (("A", ROWS, ONE.sum_A), ("G", DRAWS * ROWS, ONE.sum_G)):
+        want = moment_budget(SHORT, rows, flat=_flat(S))
+        want += moment_budget(Arithmetic().filled("float64"), SHARD, flat=_flat(S))
+        assert case.budget(LAYER, "float64", side) == pytest.approx(want, rel=1e-12)
+
+
+def test_nothing_passes_by_rounding_that_could_hide_a_factor():
+    """G of one layer times 2 and times 1/64, where a few rows may err by more than all of G."""
+    made = config(width=8, mlp_width=9, layers=1)
+    model = rc.Model(made, random_parameters(made, 0))
+    corpus = rc.Corpus(np.random.default_rng(1).integers(0, made.vocabulary, (12, 8)))
+    ours = rc.collect(model, corpus, "**", "empirical")
+    same = {name: (one.A, one.G, one.n_A) for name, one in ours.items()}
+    arithmetic = Arithmetic(*["bfloat16"] * 5)
+    case = Case(Dump("memory", {}, {}), ours, {x: x for x in ours}, arithmetic)
+    wide = max(ours, key=lambda x: case.budget(x, "bfloat16"))
+    assert case.budget(wide, "bfloat16") > 1
+    said = {"arithmetic": "bfloat16", "declared": {"fisher": "empirical"}}
+    assert rc.validate(same, ours, **said).passed
+    for factor in (2, 1 / 64):
+        theirs = same | {wide: (ours[wide].A, factor * ours[wide].G, ours[wide].n_A)}
+        verdict = rc.validate(theirs, ours, **said)
+        assert not verdict.passed
+        assert {(f.layer, f.verdict) for f in verdict.failed} == {(wide, "undecided")}
 
 
 def test_the_budget_of_G_knows_how_many_roundings_it_has():

@@ -168,7 +168,9 @@ def test_an_honest_dump_fails_as_often_as_is_stated(most, times, limit, monkeypa
         case = draws.with_drawing(case)
         found = [draws._theirs(case, x) for x in theirs]
         drawn = [case.drawn[x] for x in theirs]
+        below = {x: up.trace if up.below is None else up.below for x, up in case.drawn.items()}
         failed += any(x[0] > up.form or x[1] > up.trace for x, up in zip(found, drawn, strict=True))
+        failed += any(1 - draws._factor(case, x) > below[x] for x in theirs)
     assert 0 < failed < limit, failed
 
 
@@ -262,6 +264,21 @@ def test_a_factor_that_no_draw_has_fails():
     theirs = {name: (one.A, 4 * one.G, one.n_A) for name, one in drawn.items()}
     verdict = rc.validate(theirs, reference, model=model, corpus=corpus, **SAMPLED)
     assert {f.verdict for f in verdict.failed} == {"fail"}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_nothing_is_too_small_by_drawing_alone(seed):
+    """Few labels give twice G or more now and then, so that by |r − 1| nothing was too small."""
+    of = Drawing(9.0, 4.0, 0.5, 99, 0.75).of_factor
+    assert (of(3), of(1), of(0.5)) == (4, 4, 0.75) and Drawing(9, 4, 1).of_factor(0.5) == 4
+    model, corpus = world(seed)
+    corpus = rc.Corpus(corpus.tokens[:4])
+    reference = rc.collect(model, corpus, LAYERS, seed=1)
+    drawn = rc.collect(model, corpus, LAYERS, seed=2)
+    for factor, fine in ((1, True), (1 / 64, False), (0, False)):
+        theirs = {name: (one.A, factor * one.G, one.n_A) for name, one in drawn.items()}
+        verdict = rc.validate(theirs, reference, model=model, corpus=corpus, **SAMPLED)
+        assert verdict.passed == fine, (factor, verdict.failed)
 
 
 # ------------------------------------------------------------------ a standard error alone

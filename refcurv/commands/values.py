@@ -56,7 +56,9 @@ def seed(command: str, given: int | None, undrawn: str = "") -> int:
 
 def undrawn(fisher: str) -> str:
     """Of a choice of labels that draws nothing: why no seed is needed."""
-    return f"with --fisher {fisher}" if fisher in ("empirical", "expected") else ""
+    from refcurv.model.fisher import DRAWN
+
+    return "" if fisher in DRAWN else f"with --fisher {fisher}"
 
 
 def numbers(text: str) -> range:

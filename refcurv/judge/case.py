@@ -109,21 +109,25 @@ class Case:
         The reference's own error is part of it. What it knows of rounding is that of g, which may
         cancel on the way down; that of G covers A too. `simulated.know_kinks` may know more.
         """
-        rows, known = self.once(("rounding", layer), lambda: self._rounding(layer))
+        known = self.once(("rounding", layer), lambda: self._rounding(layer))
+        rows, how = known[side]
         own = Arithmetic().filled(self.reference.dtype)
-        limit = moment_budget(self.arithmetic.filled(dtype), rows, *known[side]) + (
-            moment_budget(own, self.reference.shard_rows, *known[side])
+        limit = moment_budget(self.arithmetic.filled(dtype), rows, *how) + (
+            moment_budget(own, self.reference.shard_rows, *how)
         )
         kinks: Mapping[tuple[str, str], float]
         kinks = self.known.get(("kinks", self.arithmetic.model), {})
         return max(limit, kinks.get((layer, side), 0.0))
 
-    def _rounding(self, layer: str) -> tuple[int, dict[str, tuple[float | None, float, float]]]:
-        """The rows, and by side the amplification, noise and flatness of `moment_budget`."""
+    def _rounding(self, layer: str) -> dict[str, tuple[int, tuple[float | None, float, float]]]:
+        """By side the rows, amplification, noise and flatness of `moment_budget`.
+
+        Proof: tests/test_judge_bounds.py::test_the_rows_of_A_are_not_drawn_again
+        """
         one, dtype = self.ours(layer), self.reference.dtype
-        return one.n_G, {
-            "A": (None, _noise(one, dtype, "A"), _flat(one.sum_A)),
-            "G": (_amplification(one, dtype), _noise(one, dtype, "G"), _flat(one.sum_G)),
+        return {
+            "A": (one.n_A, (None, _noise(one, dtype, "A"), _flat(one.sum_A))),
+            "G": (one.n_G, (_amplification(one, dtype), _noise(one, dtype, "G"), _flat(one.sum_G))),
         }
 
     def counts(self, layer: str) -> Counts:

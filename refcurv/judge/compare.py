@@ -185,8 +185,9 @@ def _scales(bounds: Bounds, found: dict[str, Measured]) -> list[Comparison]:
     # the size of an error in scale tells a dtype only where the form tells the same
     worst = max(one.form for one in found.values())
     rounded = bounds.case.budget(layer, level) < worst <= bounds.case.budget(layer, "bfloat16")
+    drawn = share.of_factor(product)
     both = bounds.judged(
-        "tr A · tr G", abs(product - 1), cause, times=2, drawing=share.trace, inferred=rounded
+        "tr A · tr G", abs(product - 1), cause, times=2, drawing=drawn, inferred=rounded
     )
     out = [both]
     for side, one in found.items():
@@ -270,7 +271,8 @@ class Bounds:
             return Comparison(self.layer, quantity, error, limit, verdict, None, cause)
 
         if error <= budget:
-            return made(PASS)
+            wide = error > TELLING
+            return made(UNDECIDED, _ROUNDS.format(error, budget)) if wide else made(PASS)
         drawn = self._drawn(error, budget + drawing, drawing, told)
         same = inferred and error <= limit_of("float32")  # no other label changes so little
         if drawn is not None and not (same and drawn[0] == UNDECIDED):
@@ -321,6 +323,10 @@ def right(bounds: Bounds, measured: Mapping[str, Measured], dtype: str) -> bool:
 _HIDES = (
     "it differs by {:.1%}. Drawing labels often changes it by up to {:.1%}, and other labels could "
     "hide there: give model and corpus, or their labels, or collect both as empirical"
+)
+_ROUNDS = (
+    "it differs by {:.1%}. Roundings of this arithmetic can change it by up to {:.1%}, and a fault "
+    "could hide there: give a dump in float32, or of more rows"
 )
 HOW_MUCH_DRAWING = (
     "labels are drawn, and nothing says how much that changes: give model and corpus, or collect "

@@ -63,6 +63,7 @@ class Drawing:
 
     Fields:
         norm: of G, over |G|. trace: of tr G, over tr G. form: of G/tr G, over its norm.
+        below: `trace` where theirs is less than ours, below 1; None where it is the same.
         draws: so many honest dumps were drawn, and lie within; 0 where a standard error tells it.
     """
 
@@ -70,6 +71,7 @@ class Drawing:
     trace: float
     form: float
     draws: int = 0
+    below: float | None = None
 
     @property
     def known(self) -> bool:
@@ -80,6 +82,16 @@ class Drawing:
     def told(self) -> bool:
         """Were honest dumps drawn? Then diagnosis tells the corpus's labels from drawn ones."""
         return self.draws > 0
+
+    def of_factor(self, factor: float) -> float:
+        """How far from 1 a factor of tr G may be, on its own side of 1.
+
+        Few labels may well give twice G and more. No factor below 1 is as far as that, so that
+        with one limit for both sides nothing would be too small.
+
+        Proof: tests/test_judge_drawing.py::test_nothing_is_too_small_by_drawing_alone
+        """
+        return self.trace if self.below is None or factor >= 1 else self.below
 
     @property
     def reach(self) -> float:

@@ -102,7 +102,24 @@ def _limits(case: Case, each: int, most: int) -> dict[str, Drawing] | None:
     limit = mean + furthest * scale
     for layer, (form, trace) in zip(layers, limit.tolist(), strict=True):
         out[layer] = Drawing((1 + trace) * form + trace, trace, form, count)
+    small = [x for x in layers if (factor := _factor(case, x)) is not None and 2 * factor < 1]
+    for layer, fewest in _least(case, each, small).items():
+        out[layer] = replace(out[layer], below=min(out[layer].trace, 1 - fewest))
     return out
+
+
+def _least(case: Case, each: int, layers: Sequence[str]) -> dict[str, float]:
+    """The least factor of tr G that drawing explains in each of these layers.
+
+    By |r − 1| no factor is further below 1 than 0 is, and few labels may well give twice G: then
+    nothing would be too small. So r of theirs may be the square of the least of CONFIRMED honest
+    dumps. These odds are squared then: near 0 a sum of squares has a density that is a power of r,
+    and −ln r an exponential tail. 1/400 becomes 1/160,000 for each layer.
+
+    Proof: tests/test_judge_drawing.py::test_nothing_is_too_small_by_drawing_alone
+    """
+    known = _traces(case, each) if layers else {}
+    return {layer: max(min(known[layer]), 0.0) ** 2 for layer in layers if layer in known}
 
 
 def _usual(pilot: Array) -> tuple[Array, Array]:
@@ -130,15 +147,25 @@ def _theirs(case: Case, layer: str) -> Array | None:
     G = _matrix(case, layer, one)
     if G is None or G.shape != ours.sum_G.shape or not np.isfinite(G).all():
         return None
-    found = measure(G, ours.G, None, 1)
-    off = abs(found.ratio - 1)
-    free = case.dump.scale_free or one.G is None  # eigenvalues may have any scale
-    A = None if one.A is None else _square(one.A)
-    if A is not None and A.shape == ours.sum_A.shape:
-        off = abs(measure(A, ours.A, None, 1).ratio * found.ratio - 1)
+    found, factor = measure(G, ours.G, None, 1), _factor(case, layer)
     budget = case.budget(layer, case.arithmetic.stored or "float64")
-    numbers = np.array([found.form - budget, 0.0 if free else off - 2 * budget])
+    off = 0.0 if factor is None else abs(factor - 1) - 2 * budget
+    numbers = np.array([found.form - budget, off])
     return np.asarray(np.nan_to_num(numbers, nan=np.inf, posinf=np.inf))
+
+
+def _factor(case: Case, layer: str) -> float | None:
+    """tr A · tr G of theirs over ours, tr G where there is no A; None if it may be any number."""
+    one, ours = case.theirs(layer), case.ours(layer)
+    if case.dump.scale_free or one.G is None:  # eigenvalues may have any scale
+        return None
+    G, A = _square(one.G), None if one.A is None else _square(one.A)
+    if G.shape != ours.sum_G.shape:
+        return None
+    factor = measure(G, ours.G, None, 1).ratio
+    if A is not None and A.shape == ours.sum_A.shape:
+        factor *= measure(A, ours.A, None, 1).ratio
+    return factor
 
 
 def _matrix(case: Case, layer: str, one: Theirs) -> Array | None:
@@ -181,12 +208,18 @@ def traces(case: Case, layers: Sequence[str]) -> Array | None:
     each = case.draws()
     if not source_of(case, each).sizes.keys() >= {*layers}:
         return None
-    known = case.once("traces", dict[str, list[float]])
-    if len(known.get(layers[0], ())) < CONFIRMED:
-        known.clear()
-        deque(islice(_numbers(case, each), CONFIRMED), maxlen=0)  # the first ones are kept
+    known = _traces(case, each)
     of = np.array([known[layer] for layer in layers]).T
     return np.log(of) if (of > 0).all() else None
+
+
+def _traces(case: Case, each: int) -> dict[str, list[float]]:
+    """Layer → tr G of honest dumps over ours, CONFIRMED at least."""
+    known = case.once("traces", dict[str, list[float]])
+    if len(next(iter(known.values()), ())) < CONFIRMED:
+        known.clear()
+        deque(islice(_numbers(case, each), CONFIRMED), maxlen=0)  # it keeps them
+    return known
 
 
 def _beside(G_KOO: Array, ours: Array) -> Array:

@@ -96,7 +96,7 @@ def _by_deviation(
     side: Side, layers: Sequence[str], theirs: Array, slack: Array
 ) -> dict[str, Factor]:
     """Where a standard error is all that is known of drawing: what all layers have in common."""
-    reach = np.array([side.ladders[x].traced for x in layers])
+    reach = np.array([side.ladders[x].drawing.trace for x in layers])
     low = np.exp(theirs - slack) / (1 + reach)
     high = np.exp(theirs + slack) / np.maximum(1 - reach, 1e-3)
     if low.max() <= high.min():

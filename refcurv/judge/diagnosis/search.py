@@ -16,6 +16,7 @@ from refcurv.judge.diagnosis.tied import tied
 from refcurv.judge.diagnosis.variants import Setting
 from refcurv.judge.diagnosis.variants.networks import COARSE
 from refcurv.judge.diagnosis.variants.setting import HALVES, OPERANDS
+from refcurv.judge.drawn import NO_DRAWING, Drawing
 
 Faults = tuple[str, ...]
 
@@ -78,14 +79,22 @@ FINE = ("float64", "float32", DECLARED)
 class Ladder:
     """How far one side of a layer may be off.
 
-    Fields: steps, (dtype, budget), finest first; drawn, by drawing; traced, its trace by drawing;
-    same, below which a form says that the labels are the same.
+    Fields: steps, (dtype, budget), finest first; drawing, what drawing explains, NO_DRAWING where
+    nothing is known; same, below which a form says that the labels are the same.
     """
 
     steps: tuple[tuple[str, float], ...]
-    drawn: float
-    traced: float = 0.0
+    drawing: Drawing = NO_DRAWING
     same: float = 0.0
+
+    @property
+    def drawn(self) -> float:
+        """How far it may be off by drawing."""
+        return self.drawing.norm
+
+    def by_chance(self, factor: float) -> bool:
+        """Is a factor of tr G within what drawing and rounding explain? Also one that is NaN."""
+        return not abs(factor - 1) > 2 * self.steps[0][1] + self.drawing.of_factor(factor)
 
     def tolerance(self, rank: int, left: Left) -> float:
         """How far a factor may be from what it is, given how well the form fits.
@@ -95,7 +104,7 @@ class Ladder:
         other = self.drawn > 0 and left.drawn and left.error >= self.same
         if rank < self.by_drawing and not other:
             return 2 * self.steps[rank][1] * left.blur
-        return 2 * self.steps[0][1] * left.blur + self.traced
+        return 2 * self.steps[0][1] * left.blur + self.drawing.of_factor(left.ratio)
 
     def rank(self, error: float, spread: float = 0.0, roomy: float = 1.0) -> int:
         """Which step the error is within; one more if drawing explains it, two more if nothing.
@@ -135,12 +144,12 @@ def ladder(case: Case, layer: str, side: str, n_G: float | None) -> Ladder:
             steps.append((dtype, budget))
     drawn = drawing(case, layer, n_G)
     if side == "A" or not drawn.known:
-        return Ladder(tuple(steps), 0.0)
+        return Ladder(tuple(steps))
     if not drawn.norm:
-        return Ladder(tuple(steps), 0.0)
+        return Ladder(tuple(steps))
     telling = case.once(("tells", layer), lambda: tells(case.means(layer)[1], drawn))
     same = min(case.budget(layer, "float32"), telling)
-    return Ladder(tuple(steps), drawn.norm, drawn.trace, same)
+    return Ladder(tuple(steps), drawn, same)
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +271,7 @@ class Side:
     def sizes(self, idea: Idea, layer: str) -> bool:
         """Labels are drawn, and no drawing explains theirs over ours. Is it what this makes?"""
         left, plain, steps = self.table[idea][layer], self.plain(layer), self.ladders[layer]
-        far = abs(plain.trace - 1) > 2 * steps.steps[0][1] + steps.traced  # no dump that passes is
+        far = not steps.by_chance(plain.trace)  # no dump that passes is
         other = steps.drawn > 0 and far and not self.unit(layer, plain) and layer not in self.gauged
         return idea.setting is not None and other and self.unit(layer, left)
 
@@ -316,7 +325,7 @@ class Side:
         """
         steps, left = self.ladders[layer], self.plain(layer)
         fits = steps.drawn > 0 and steps.whole(left) <= steps.steps[0][1] + steps.drawn
-        fits &= not abs(left.trace - 1) > 2 * steps.steps[0][1] + steps.traced
+        fits &= steps.by_chance(left.trace)
         return fits and left.error >= steps.same and self.of(layer)[0] == PLAIN
 
     def choose(self, layers: Collection[str], known: Mapping[str, Faults]) -> Chosen | None:
