@@ -17,7 +17,7 @@ from refcurv.judge.diagnosis.factors import Factor, intervals
 from refcurv.judge.diagnosis.hypotheses import Left
 from refcurv.judge.diagnosis.search import DECLARED, PLAIN, Idea, Ladder, Side
 from refcurv.judge.diagnosis.weighted import CORRECTED, WHOLE_BATCH, Decay, _decays, _Layer
-from refcurv.judge.drawn import ODDS, reach
+from refcurv.judge.drawn import ODDS, Drawing, reach
 from refcurv.model.part import part_of
 
 ROUNDING = "model=bfloat16,products=float32,sums=float32,solver=float32,stored=float32"
@@ -161,7 +161,7 @@ def test_a_moving_average_of_batches_of_any_size_has_its_name(size):
     assert all(Decay(size, kind, 0.83) in found for kind in ("from zero", CORRECTED, WHOLE_BATCH))
 
 
-ROUGH = Ladder((("float32", 0.03), (DECLARED, 0.05)), drawn=0.0)
+ROUGH = Ladder((("float32", 0.03), (DECLARED, 0.05)))
 
 
 def side_of(plain, **lefts):
@@ -190,7 +190,7 @@ def test_what_explains_most_layers_may_leave_more_than_a_budget_of_ours():
 
 
 def test_a_form_that_other_labels_have_tells_no_dtype_of_a_factor():
-    steps = Ladder((("float32", 1e-5), ("bfloat16", 0.04)), drawn=1.0, traced=0.3, same=1e-4)
+    steps = Ladder((("float32", 1e-5), ("bfloat16", 0.04)), Drawing(1.0, 0.3, 1.0), same=1e-4)
     assert steps.tolerance(1, Left(0.03, 1.0)) == pytest.approx(0.3, rel=1e-3)
     assert steps.tolerance(1, Left(0.03, 1.0, drawn=False)) == 0.08
     assert steps.tolerance(0, Left(1e-6, 1.0)) == 2e-5
@@ -198,7 +198,7 @@ def test_a_form_that_other_labels_have_tells_no_dtype_of_a_factor():
 
 def test_nothing_is_no_draw():
     """|G' − G| is |G| of a G' that is nearly 0: where drawing explains more, the trace tells."""
-    side = Side("G", {"head": Ladder((("float32", 1e-5),), drawn=1.2, traced=0.4)})
+    side = Side("G", {"head": Ladder((("float32", 1e-5),), Drawing(1.2, 0.4, 1.2))})
     side.table = {}
     for trace, drawn in ((1.2, True), (1e-4, False)):
         side.table[PLAIN] = {"head": Left(0.3, trace, trace=trace)}

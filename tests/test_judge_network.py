@@ -36,6 +36,7 @@ from refcurv.judge.diagnosis.variants.positions import positions
 from refcurv.judge.diagnosis.variants.rounding import KINDS, rounded
 from refcurv.judge.diagnosis.variants.shaken import ADAPTED, AVERAGED, RANK, shaken
 from refcurv.judge.diagnosis.variants.texts import HIDDEN, text_of
+from refcurv.judge.drawn import Drawing
 from refcurv.judge.dump import Dump
 from refcurv.judge.foreign.memory import of_arrays
 from refcurv.judge.verdict import FAIL, Comparison
@@ -505,7 +506,7 @@ def test_a_dtype_is_read_off_A_where_theirs_drew_labels(layered, part, fault):
     case, found = searched(layered, theirs)
     case = replace(case, dump=replace(case.dump, declared={"fisher": "sampled"}))
     for name, one in found["G"].ladders.items():
-        found["G"].ladders[name] = replace(one, drawn=2.0)
+        found["G"].ladders[name] = replace(one, drawing=Drawing(2.0, 0.0, 2.0))
     settle(case, found)
     named = causes(case, found)
     assert [one.fault for one in named] == fault

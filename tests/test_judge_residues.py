@@ -15,9 +15,10 @@ from refcurv.judge.diagnosis.recomputed import _left
 from refcurv.judge.diagnosis.search import PLAIN, Chosen, Idea, Ladder, Option, Side
 from refcurv.judge.diagnosis.variants import Moments, Setting
 from refcurv.judge.diagnosis.weighted import _tried, _uncalled, leave_lone, lone, rules
+from refcurv.judge.drawn import Drawing
 
-EXACT = Ladder((("float32", 0.01), ("bfloat16", 0.05)), drawn=0.0)
-DRAWN = replace(EXACT, drawn=0.8, same=0.005)
+EXACT = Ladder((("float32", 0.01), ("bfloat16", 0.05)))
+DRAWN = replace(EXACT, drawing=Drawing(0.8, 0.0, 0.8), same=0.005)
 Q, K, V = (f"blocks.0.attn.{name}" for name in "qkv")
 SWAP = Idea(("B32",), None)
 
@@ -152,7 +153,7 @@ def test_what_drawing_explains_of_a_form_has_no_factor(monkeypatch, ratio, facto
     counts = Counts({"A": 9, "G": 9}, {"A": 9, "G": 9}, (3, 4))
     case = SimpleNamespace(counts=lambda _: counts, dump=SimpleNamespace(scale_free=()))
     exact = side_of(EXACT, SWAP, error=0.0, ratio=1.0)
-    side = side_of(replace(DRAWN, traced=0.1), SWAP, error=0.7, ratio=ratio)
+    side = side_of(replace(DRAWN, drawing=Drawing(0.8, 0.1, 0.8)), SWAP, error=0.7, ratio=ratio)
     seen = telling.scale(case, {"A": exact, "G": replace(side, side="G")}, Q)
     assert seen.c_A == 1.0 and seen.c_G == pytest.approx(factor)
 

@@ -114,7 +114,7 @@ def test_positions_of_programs_have_their_name(setting, fault) -> None:
 )
 def test_what_A_would_show_explains_no_G_alone(ours, under, offered) -> None:
     """A network that A is not of; where A is no longer ours, or stays ours, it may be."""
-    layer, steps = "head", Ladder((("float64", 1e-12),), drawn=0.0)
+    layer, steps = "head", Ladder((("float64", 1e-12),))
     network = (("no rotary positions", 0.0),)
     A, both = Setting(network=network), Setting(network=network, pooling_G="batch", batch=2)
     inputs = Side("A", {layer: steps})

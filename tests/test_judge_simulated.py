@@ -29,6 +29,7 @@ from refcurv.judge.diagnosis.signs import signs
 from refcurv.judge.diagnosis.simulated import ORDER, know_kinks, sharpened
 from refcurv.judge.diagnosis.telling import _merged, scale
 from refcurv.judge.diagnosis.variants import Setting, combined, moments
+from refcurv.judge.drawn import Drawing
 from refcurv.judge.dump import Dump
 from refcurv.judge.foreign.memory import of_arrays
 
@@ -145,7 +146,7 @@ def test_what_nothing_explains_is_searched_first_and_has_no_size_of_a_dtype() ->
     """By drawing all but two layers are right; one is off as bfloat16 is, which it is not."""
     steps = (("float64", 1e-13), ("float32", 1e-5), ("bfloat16", 0.04))
     names = [f"blocks.{n}.mlp.up" for n in range(12)]
-    side = Side("G", {name: Ladder(steps, drawn=0.5) for name in names})
+    side = Side("G", {name: Ladder(steps, Drawing(0.5, 0.0, 0.5)) for name in names})
     for k, name in enumerate(names):
         side.add(PLAIN, name, Left({4: 0.7, 7: 1.1, 9: 0.03}.get(k, 0.2), 1.0))
     assert side.unexplained() == [names[4], names[7]]
@@ -183,7 +184,7 @@ def test_a_rank_that_is_lost_is_no_other_fault_than_what_is_named(left) -> None:
     theirs = dict(case.dump.layers) | {layer: replace(case.dump.layers[layer], G=lost)}
     case = replace(case, dump=replace(case.dump, layers=theirs))
     for side in found.values():
-        side.ladders[layer] = Ladder((("float32", 0.01),), 0.0)
+        side.ladders[layer] = Ladder((("float32", 0.01),))
     found["G"].add(PLAIN, layer, Left(1.0, 1.0))
     assert [one.fault for one in signs(case, found)] == ["B44"]
     idea = Idea(("B36",), Setting(pooling_G="sum"))
@@ -195,7 +196,7 @@ def test_a_step_that_is_declared_is_no_dtype(left) -> None:
     case, found, layer = searched(left, 1)
     ((_, short),) = moments(case, [SHORT], [layer])
     far = np.linalg.norm(short[layer].A - left[2][layer].A) / np.linalg.norm(left[2][layer].A)
-    found["A"].ladders[layer] = Ladder((("float32", far / 2), (DECLARED, 2 * far)), 0.0)
+    found["A"].ladders[layer] = Ladder((("float32", far / 2), (DECLARED, 2 * far)))
     found["A"].add(PLAIN, layer, Left(far, 1.0))
     assert found["A"].rank(layer, found["A"].plain(layer)) == 1
     assert found["A"].sized() == [] == precision.causes(case, found)
@@ -205,7 +206,7 @@ def test_one_count_of_both_sides_is_explained_by_the_rows_of_one(left) -> None:
     """Drawing may hide the rows of G, or its budget; the rows of A then say what was counted."""
     case, found, layer = searched(left, 2)
     for side in found.values():
-        side.ladders[layer] = Ladder((("float32", 0.01),), 0.0)
+        side.ladders[layer] = Ladder((("float32", 0.01),))
         side.add(PLAIN, layer, Left(0.0, 1.0, "ours", (), 2.0))
     one = scale(case, found, layer)
     assert one is not None and (one.rows_A, one.rows_G) == (2.0, 2.0)
