@@ -24,7 +24,7 @@ from refcurv.judge.bases import Before, basis_of, before, compare_bases
 from refcurv.judge.belonging import require_together
 from refcurv.judge.biases import with_biases
 from refcurv.judge.case import ROOM, Case
-from refcurv.judge.compare import Bounds, compare_moments, drawing, said
+from refcurv.judge.compare import Bounds, compare_moments, drawing, said, unless_hidden
 from refcurv.judge.corrections import compare_corrections
 from refcurv.judge.declared import as_number, require_declared
 from refcurv.judge.diagnosis.causes import with_named
@@ -143,7 +143,7 @@ def validate(
         findings += _compared(case, matched, done)
         _require_compared(findings)
         known, excluded, findings = diagnose(case, findings, done)
-        findings = [*_as_drawn(case, findings), *findings]
+        findings = [*_as_drawn(case, findings), *map(unless_hidden, findings)]
         shown = tuple(_shown(case, findings, pictures))
     progress(2 * len(matched), 2 * len(matched))
     return Verdict(
