@@ -37,10 +37,11 @@ def timed(**times: list) -> dict:
     return {"missing": ["curvlinops"], "times": named, "checks": {OFFICIAL: fine}}
 
 
-def alone(cores: int, wholes: list, floors: list, rates: list) -> dict:
+def alone(cores: int, wholes: list, floors: list, rates: list, on_one: list | None = None) -> dict:
     """Rounds of an hour in which the machine is now fast, now slow."""
+    more = {targets.ON_ONE_CORE: passes(*on_one)} if on_one else {}
     return {
-        "times": {OURS: passes(*wholes)},
+        "times": {OURS: passes(*wholes), **more},
         "floor": [[{"seconds": s, "gflops": 90.0}] * cores for s in floors],
         "sgemm": [[{"gflops": rate}] * cores for rate in rates],
     }
@@ -53,7 +54,7 @@ RESULTS = {
     }),
     "products": section({
         "all 1": alone(1, [2.0, 1.0, 4.0], [1.4, 0.75, 3.6], [100.0, 200.0, 50.0]),
-        "all 2": alone(2, [2.5, 1.25, 4.0], [1.5, 0.75, 2.0], [90.0, 180.0, 60.0]),
+        "all 2": alone(2, [2.5, 1.25, 4.0], [1.5, 0.75, 2.0], [90.0, 180.0, 60.0], [4, 2, 9]),
     }),
     "memory": section({
         "all 1": {"times": {OURS: passes(1, peak=100.0), OFFICIAL: passes(1, peak=400.0)}},
@@ -128,7 +129,7 @@ def test_targets_are_found_and_judged() -> None:
     assert found["official one pass: all layers"] == ("1.5 x", "**missed**")
     assert found["curvlinops MC: all layers"] == ("–", "not measured")
     assert found["products alone, of the whole, 1 core"] == ("0.75", "**missed**")
-    # the median of rounds: 2 cores do 2 · 2 / 2.5 = 1.6 times as much, two of sgemm 1.8 times
+    # the median of rounds: 2 cores are 4 / 2.5 = 1.6 times as fast, two of sgemm 1.8 times
     assert found["2 cores, of 2 sgemm processes"] == (f"{1.6 / 1.8:.3g}", "**missed**")
     lost = 1.8 / 1.6 - 1
     assert found["16 cores, of 16 sgemm processes"][0] == f"{1 / (1 + 15 * lost):.3g}"
@@ -149,13 +150,15 @@ def test_a_share_is_of_one_round() -> None:
         assert line in re.sub(" +", " ", shown)
     steady = {
         "all 1": alone(1, [2.0, 4.0, 8.0], [1.5, 3.0, 6.0], [100.0, 50.0, 25.0]),
-        "all 2": alone(2, [2.0, 4.0, 8.0], [1.0, 2.0, 4.0], [100.0, 50.0, 25.0]),
+        "all 2": alone(2, [2.0, 4.0, 8.0], [1.0, 2.0, 4.0], [100.0, 50.0, 25.0], [3, 6, 12]),
     }
     results = {"products": section(steady)}
     assert targets.floor_share(1)(results) == (0.75, True)
     assert targets.floor_share(2)(results) == (0.5, True)
-    assert targets.scaling(2)(results) == (1.0, True)
-    assert targets.scaling(16)(results) == (1.0, False)
+    assert targets.scaling(2)(results) == (0.75, True)
+    assert targets.scaling(16)(results) == (pytest.approx(1 / 6), False)
+    results["products"]["runs"]["all 2"]["times"][targets.ON_ONE_CORE] = passes(5, 10, 20)
+    assert targets.scaling(16)(results) == (1.0, False), "no core costs less than nothing"
 
 
 @pytest.mark.parametrize(

@@ -31,9 +31,10 @@ def test_every_set_has_enough_items_of_both_splits(every: dict[str, sets.Set]) -
         dev = sum(one["split"] == "dev" for one in items)
         assert 0.3 < dev / len(items) < 0.36, name
         before = front(name, first)
-        assert before is not None and before.endswith("\n"), name
+        assert before is not None and before.text.endswith("\n"), name
         for one in items:
-            assert f"{one['prompt']}{one['answer']}\n" not in before, (name, one)
+            assert f"{one['prompt']}{one['answer']}\n" not in before.text, (name, one)
+            assert one["prompt"] not in before.prompts, (name, one)
             assert one["answer"].startswith(" ") and not one["prompt"].endswith(" "), one
 
 

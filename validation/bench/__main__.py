@@ -41,6 +41,7 @@ from validation.bench.measuring import (
     today,
 )
 from validation.bench.proxies import PROXIES, Proxy, Size, make, small
+from validation.bench.targets import ON_ONE_CORE
 
 DISK = 10 * 2**30
 """Bytes that the 100 M model's files take, all of them."""
@@ -111,7 +112,10 @@ def memory_section(plan: Plan) -> Record:
 
 
 def products_section(plan: Plan) -> Record:
-    """In each round, on each number of cores: the products alone, the whole, sgemm alone."""
+    """In each round, on each number of cores: the products alone, the whole, sgemm alone.
+
+    On more cores than one, the whole on one core too.
+    """
     found: Record = {f"all {n}": {"floor": [], "sgemm": [], "times": {OURS: []}}
                      for n in plan.threads}  # fmt: skip
     for turn, cores in product(range(plan.rounds), plan.threads):
@@ -121,9 +125,10 @@ def products_section(plan: Plan) -> Record:
         run["floor"].append(
             spawn_each(products.floor, plan.place, one.size, cores, blocks=one.blocks)
         )
-        options = {"blocks": one.blocks, "threads": cores, "rounds": 1, "names": [OURS]}
-        whole = spawn(timing.take_turns, plan.folder(size), size, cores, **options)
-        run["times"][OURS] += whole["times"][OURS]
+        for key, n in ((OURS, cores), *([(ON_ONE_CORE, 1)] if cores > 1 else [])):
+            options = {"blocks": one.blocks, "threads": n, "rounds": 1, "names": [OURS]}
+            whole = spawn(timing.take_turns, plan.folder(size), size, n, **options)
+            run["times"].setdefault(key, []).extend(whole["times"][OURS])
         run["sgemm"].append(spawn_each(products.sgemm, plan.place, one.size, cores))
     return found
 

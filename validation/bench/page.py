@@ -141,10 +141,16 @@ def products(section: Record) -> str:
     lines = [
         ("needed products alone, seconds", *(f"{x:.2f}" for x in floors)),
         ("the whole collection, seconds", *(f"{x:.2f}" for x in wholes)),
+        ("the same corpus on one core, seconds", *map(_on_one_core, runs)),
         ("GFLOP/s of the products on each core", *(f"{x:.0f}" for x in rates)),
         ("sgemm GFLOP/s, a process on each core, together", *(f"{x:.0f}" for x in gemms)),
     ]
     return table(head, lines)
+
+
+def _on_one_core(run: Record) -> str:
+    passes = run["times"].get(targets.ON_ONE_CORE)
+    return f"{median(one['seconds'] for one in passes):.2f}" if passes else ""
 
 
 def part(section: Record) -> str:

@@ -81,11 +81,15 @@ def floor_share(cores: int) -> Callable[[Record], Found]:
     return measured
 
 
+ON_ONE_CORE = "on one core"
+"""Our passes on one core over the corpus of several, in the section of the products."""
+
+
 def scaling(cores: int) -> Callable[[Record], Found]:
     """Our speed on so many cores over that on one, beside the same of independent processes.
 
-    Every core has as many tokens; the median of the rounds. Not measured on so many: each further
-    core costs the share of time that it costs where most cores were measured.
+    Both of the same corpus; the median of the rounds. Not measured on so many: each further core
+    costs the share of time that it costs where most cores were measured.
     """
 
     def measured(results: Record) -> Found:
@@ -97,7 +101,7 @@ def scaling(cores: int) -> Callable[[Record], Found]:
         if not shares or cores < max(shares):
             return None
         most = max(shares)
-        lost = (1 / shares[most] - 1) / (most - 1)
+        lost = max(1 / shares[most] - 1, 0.0) / (most - 1)
         return 1 / (1 + lost * (cores - 1)), False
 
     return measured
@@ -106,10 +110,11 @@ def scaling(cores: int) -> Callable[[Record], Found]:
 def _scaled(one: Record, many: Record) -> float:
     """Of some cores: speed over that of one core, over the same of sgemm."""
     return median(
-        len(apart) * alone["seconds"] / whole["seconds"]
+        alone["seconds"] / whole["seconds"]
         / (sum(p["gflops"] for p in apart) / single[0]["gflops"])
         for alone, single, whole, apart in zip(
-            one["times"][OURS], one["sgemm"], many["times"][OURS], many["sgemm"], strict=True
+            many["times"][ON_ONE_CORE], one["sgemm"], many["times"][OURS], many["sgemm"],
+            strict=True,
         )
     )  # fmt: skip
 
