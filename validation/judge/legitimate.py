@@ -448,12 +448,13 @@ def main() -> int:
 
 
 ABOUT = (
-    "What two correct programs may do differently, on random small models; several ways at once in",
-    "each dump. Beside each dump stands the same one with a fault in it. Drawn labels may fail",
-    "with odds of 1/1000 a dump. Undecided are cuts among pairs that rounding orders, and an A or G",
-    "that is off by more than a tenth where the arithmetic could hide a factor of 2: of these models,",
-    "which have few rows, two bfloat16 dumps of three. No model is narrower than 8: of fewer numbers a",
-    "layer norm often divides by nearly 0, and three runs do not always tell how far float32 is off.",
+    "What two correct programs may do differently, on random small models; several ways at once",
+    "in each dump. Beside each dump stands the same one with a fault in it. Drawn labels may fail",
+    "with odds of 1/1000 a dump. Undecided are cuts among pairs that rounding orders, and an A or",
+    "G that is off by more than a tenth where the arithmetic could hide a factor of 2: of these",
+    "models, which have few rows, two bfloat16 dumps of three. No model is narrower than 8: of",
+    "fewer numbers a layer norm often divides by nearly 0, and three runs do not always tell how",
+    "far float32 is off.",
 )
 
 if __name__ == "__main__":
