@@ -55,18 +55,24 @@ class Measured:
 
 def measure(theirs: Array, ours: Array, n_theirs: float | None, n_ours: int) -> Measured:
     """The three distances of one side; both (X, X), theirs finite."""
-    rows = None if n_theirs is None else n_theirs / n_ours
+    rows, ratio = None if n_theirs is None else n_theirs / n_ours, factor_of(theirs, ours)
     if not theirs.any():
-        return Measured(1.0, 0.0, 1.0, rows) if ours.any() else Measured(0.0, 1.0, 0.0, rows)
-    form, ratio, whole = math.inf, math.nan, math.inf
-    tr_theirs, tr_ours = float(np.trace(theirs)), float(np.trace(ours))
+        return Measured(1.0, ratio, 1.0, rows) if ours.any() else Measured(0.0, ratio, 0.0, rows)
+    form, whole = math.inf, math.inf
     size = float(norm(ours))
     if size:
         whole = apart(theirs, ours) / size
-    if tr_ours > 0 and 0 < tr_theirs < math.inf:
-        ratio = tr_theirs / tr_ours
+    if not math.isnan(ratio):
         form = apart(theirs, ours, ratio) / size
     return Measured(form, ratio, whole, rows)
+
+
+def factor_of(theirs: Array, ours: Array) -> float:
+    """`Measured.ratio` alone, which needs no norm; both (X, X), theirs finite."""
+    if not theirs.any():
+        return 0.0 if ours.any() else 1.0
+    tr_theirs, tr_ours = float(np.trace(theirs)), float(np.trace(ours))
+    return tr_theirs / tr_ours if tr_ours > 0 and 0 < tr_theirs < math.inf else math.nan
 
 
 def compare_moments(bounds: Bounds, theirs: Theirs) -> tuple[list[Comparison], dict[str, Measured]]:

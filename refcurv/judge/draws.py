@@ -21,7 +21,14 @@ from refcurv.algebra.scaling import norm
 from refcurv.curvature.factors import collect
 from refcurv.curvature.factors_file import parts_of
 from refcurv.judge.case import Case
-from refcurv.judge.compare import NOISE_DRAWS, drawing, measure, one_draw, who_draws
+from refcurv.judge.compare import (
+    NOISE_DRAWS,
+    drawing,
+    factor_of,
+    measure,
+    one_draw,
+    who_draws,
+)
 from refcurv.judge.diagnosis.recomputed import cost, few_positions, is_large
 from refcurv.judge.diagnosis.search import spread
 from refcurv.judge.diagnosis.variants.collecting import held
@@ -162,9 +169,9 @@ def _factor(case: Case, layer: str) -> float | None:
     G, A = _square(one.G), None if one.A is None else _square(one.A)
     if G.shape != ours.sum_G.shape:
         return None
-    factor = measure(G, ours.G, None, 1).ratio
+    factor = factor_of(G, ours.G)
     if A is not None and A.shape == ours.sum_A.shape:
-        factor *= measure(A, ours.A, None, 1).ratio
+        factor *= factor_of(A, ours.A)
     return factor
 
 

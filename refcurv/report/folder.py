@@ -78,12 +78,11 @@ def draw(results: Json, folder: PathLike) -> list[str]:
         tests/test_report.py::test_figures_of_an_earlier_report_go
     """
     folder, drawn = Path(folder), []
+    undraw(folder)
     for name, figure_of in plots.FIGURES.items():
         try:
             figure = figure_of(results)
         except EmptyError:  # no populations, no bands
-            with machine_faults("report", folder):
-                (folder / f"{name}.png").unlink(missing_ok=True)
             continue
         plots.save(figure, folder / f"{name}.png")
         drawn.append(f"{name}.png")
