@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import signal
 import sys
@@ -231,16 +232,16 @@ class _Log:
 
     def __init__(self, label: str, tokens: int | None) -> None:
         self._label, self._what, self._tokens = label, "", tokens
-        self._first: tuple[float, int] | None = None
         self._begin = time.monotonic()
+        self._pace = _Pace()
         self._now = (0, 0)
 
     def __call__(self, done: int, total: int) -> None:
         """So much is done."""
         _raise_lost()
         self._now = (done, total)
-        if self._first is None and total:
-            self._first = time.monotonic(), done
+        if total:
+            self._pace.hear(done, time.monotonic())
         _clock.hear(self)
 
     def doing(self, what: str) -> None:
@@ -257,20 +258,47 @@ class _Log:
         """How far it is."""
         done, total = self._now
         so_far = f"{done:,} of {total:,} " if total else ""
-        after = f"{so_far}after {now - self._begin:,.0f} s{self._pace(now)}"
+        after = f"{so_far}after {now - self._begin:,.0f} s{self._rest(now)}"
         return ": ".join(filter(None, (self._label, after, self._what)))
 
-    def _pace(self, now: float) -> str:
-        """How fast it goes, and how long the rest will take, by what was done since it began."""
-        begin, before = self._first or (now, 0)
-        (done, total), took = self._now, now - begin
-        if done <= before or took <= 0:
+    def _rest(self, now: float) -> str:
+        """How fast it goes, and how long the rest will take."""
+        done, total = self._now
+        speed = self._pace.speed(done, now)
+        if not speed:
             return ""
-        speed = (done - before) / took
         rate = round(self._tokens * speed / total) if self._tokens else 0
         tokens = f", {number_of(rate, 'token')}/s" if self._tokens else ""
         left = f", about {span((total - done) / speed)} left"
         return tokens + (left if done < total and not self._what else "")
+
+
+class _Pace:
+    """How fast a step goes, without what it did within its first second.
+
+    That may have been left by an earlier run: it is read, not done, and took no time.
+    """
+
+    def __init__(self) -> None:
+        self._until = math.inf
+        self._begin, self.before = 0.0, 0
+
+    def hear(self, done: int, now: float) -> None:
+        """So much is done."""
+        if self._until == math.inf:
+            self._until = now + _FIRST
+        elif now > self._until:
+            return
+        self._begin, self.before = now, done
+
+    def speed(self, done: int, now: float) -> float:
+        """Pieces a second; 0 where that cannot be said."""
+        took = now - self._begin
+        return max(done - self.before, 0) / took if took > 0 else 0.0
+
+
+_FIRST = 1.0
+"""Seconds within which a step has read all that an earlier run left of it."""
 
 
 def _going_on(label: str, what: str) -> str:
@@ -302,12 +330,15 @@ class _Bar:
     def __init__(self, label: str) -> None:
         self._label = label
         self._bar: Any = None
+        self._pace = _Pace()
 
     def __call__(self, done: int, total: int) -> None:
         """So much is done."""
         _raise_lost()
         bar = self._shown()
         bar.total = total
+        self._pace.hear(done, time.monotonic())
+        bar.initial = self._pace.before
         bar.update(done - bar.n)
         if done >= total:
             bar.set_postfix_str("")
@@ -335,7 +366,9 @@ class _Bar:
         from tqdm import tqdm
 
         if self._bar is None:
-            self._bar = tqdm(desc=f"{self._label:>10}", file=sys.stderr, bar_format=_NO_RATE)
+            self._bar = tqdm(
+                desc=f"{self._label:>10}", file=sys.stderr, bar_format=_NO_RATE, smoothing=0
+            )
             _bars.add(self)
         self._bar.bar_format = None if self._bar.format_dict["elapsed"] >= _SOON else _NO_RATE
         return self._bar

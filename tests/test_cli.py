@@ -692,10 +692,38 @@ def ticking(monkeypatch, *times: float) -> None:
     monkeypatch.setattr(terminal, "_clock", terminal._Clock())
 
 
+def twice(at: float) -> tuple[float, float]:
+    """What is done is heard, and a line of it may be due."""
+    return at, at
+
+
+def test_what_an_earlier_run_left_is_no_pace(capsys, monkeypatch) -> None:
+    """Kept pieces pass in no time: the rest takes as long as what this run itself did."""
+    kept = [at for n in range(20) for at in twice(1.0 + 0.01 * n)]
+    ticking(monkeypatch, 0.5, *kept, *twice(31.0), *twice(61.2))
+    update = terminal.progress_bar("recite")
+    for done in (*range(0, 400, 20), 390, 400):
+        update(done, 1000)
+    assert capsys.readouterr().err == (
+        "refcurv: recite: 400 of 1,000 after 61 s, about 30 min left\n"
+    )
+    monkeypatch.setattr(terminal, "time", time)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(terminal, "_FIRST", 0.2)
+    update = terminal.progress_bar("recite")
+    for done in (0, 500_000, 1_000_000):
+        update(done, 2_000_000)
+    time.sleep(0.5)
+    update(1_000_001, 2_000_000)
+    rates = re.findall(r"([0-9.]+)(s/it|it/s)", capsys.readouterr().err)
+    assert rates and all(float(n) < 10 for n, _ in rates)  # one piece in half a second
+
+
 def test_progress_goes_into_a_log_too(capsys, monkeypatch) -> None:
     """A line a minute where there is no terminal: how fast, how long yet, since it went on."""
     for tokens, speed in ((None, ("", "")), (100_000, (", 800 tokens/s", ", 714 tokens/s"))):
-        ticking(monkeypatch, 0.0, 10.0, 10.0, 59.0, 60.0, 99.0, 122.0)
+        ticking(monkeypatch, 0.0, *twice(10.0), *twice(59.0), *twice(60.0), *twice(99.0),
+                *twice(122.0))  # fmt: skip
         update = terminal.progress_bar("collect", tokens)
         for done in range(1, 6):
             update(done * 1000, 5000)
@@ -780,6 +808,7 @@ def test_progress_says_what_is_being_done(capsys, monkeypatch) -> None:
     assert capsys.readouterr().err == (
         "refcurv: validate: 1 of 5 after 61 s: compare blocks.0.mlp.up\n"
     )
+    monkeypatch.setattr(terminal, "time", time)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     update = terminal.progress_bar("validate")
     doing(update, "nothing yet")
