@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from refcurv.commands import values
 from refcurv.editing import variants
 from refcurv.evaluation import suite
 from refcurv.files.disk import file_sha256
+from refcurv.files.store import provenance
 from refcurv.law.checks import ConventionError
 from refcurv.law.conventions import Fisher
 from refcurv.progress import doing, goes_on, gone_on
@@ -78,6 +80,35 @@ def test_edit_then_evaluate(files: Path, tmp_path: Path, capsys) -> None:
     assert "perplexity" in capsys.readouterr().out
     rows = json.loads(table.read_text())["rows"]
     assert [row["name"] for row in rows] == ["text_test", "recite_test", "answer_test"]
+
+
+def test_a_table_says_what_it_was_made_from(files: Path, tmp_path: Path) -> None:
+    """Every --json that judges: the library, and the hashes of what was read."""
+    w, c, f = paths(files, "w", "c", "f")
+    table, lines = tmp_path / "t.json", str(tmp_path / "s.jsonl")
+    (tmp_path / "theirs").mkdir()
+    theirs = shutil.copy(files / "f.h5", tmp_path / "theirs" / "f.h5")
+    whole = file_sha256(theirs)
+    trace = str(tmp_path / "trace.h5")
+    assert main(["trace", w, c, "-o", trace]) == 0
+    of_w, of_c = rc.load(w).source["sha256"], rc.load_corpus(c).source["sha256"]
+    layers = ["--layers", "blocks.1.mlp.up", "--rho", "0.9", "--methods", "kfac", "--match", "rho"]
+    of_model = {"w.h5": of_w, "c.h5": of_c}
+    for command, inputs in {
+        ("evaluate", w, c): of_model,
+        ("audit", w, c): of_model,
+        ("sweep", w, c, "-o", lines, *layers): of_model,
+        ("validate", str(theirs), "--reference", f): {str(theirs): whole, f: whole},
+        ("validate", str(theirs), "--model", w, "--corpus", c, "--layers", "**.mlp.*"): {
+            **of_model, "f.h5": whole,
+        },
+        ("validate", "--trace", trace, "--model", w, "--corpus", c): {
+            **of_model, "trace.h5": file_sha256(trace),
+        },
+    }.items():  # fmt: skip
+        assert main([*command, "--json", str(table)]) == 0, command
+        made = json.loads(table.read_text())["provenance"]
+        assert made["inputs"] == inputs and made["refcurv"] == provenance()["refcurv"], command
 
 
 def test_a_table_under_its_name_is_whole(files: Path, tmp_path: Path, monkeypatch) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from refcurv.commands.output import write_json
+from refcurv.commands.output import made, write_json
 from refcurv.commands.values import pairs, seed, shares, undrawn
 from refcurv.law.words import number_of
 from refcurv.starting import reuse_memory
@@ -17,6 +18,7 @@ from refcurv.terminal import progress_bar, say
 if TYPE_CHECKING:
     from refcurv import Corpus, Model
     from refcurv.evaluation.suite import Measurement
+    from refcurv.files.unchanged import Seen
 
 
 PICTURES = 3
@@ -40,12 +42,13 @@ def evaluate(args: argparse.Namespace) -> None:
             f"evaluate: --items are of tokens, and split {args.split!r} has images alone."
         )
     found: dict[str, Measurement] = {}
+    sources = [*(model.source for model in models.values()), corpus.source]
     reuse_memory()
 
     def keep(so_far: Measurement) -> None:
         before = found.get("before")
         known = before.only(so_far.populations) if before else None
-        table.update(compare(so_far, known).to_json())
+        table.update(made(compare(so_far, known).to_json(), *sources))
         write_json(args.json and unfinished(args.json), table)
 
     try:
@@ -166,9 +169,10 @@ def audit(args: argparse.Namespace) -> bool:
     import refcurv as rc
     from refcurv.report.printed import format_audit
 
+    model, corpus = rc.load(args.weights), rc.load_corpus(args.corpus)
     found = rc.audit(
-        rc.load(args.weights),
-        rc.load_corpus(args.corpus),
+        model,
+        corpus,
         memory=None if args.memory is None else args.memory / 2**30,  # in GiB
         seed=args.seed,
         certify=args.certify,
@@ -177,7 +181,7 @@ def audit(args: argparse.Namespace) -> bool:
         progress=progress_bar("audit"),
     )
     print(format_audit(found.to_json()))
-    write_json(args.json, found.to_json())
+    write_json(args.json, made(found.to_json(), model.source, corpus.source))
     return found.passed
 
 
@@ -249,6 +253,7 @@ def validate(args: argparse.Namespace) -> bool:
         require_matplotlib()
     if args.sequences != [range(1)]:
         raise ConventionError("validate: --sequences is of --trace; factors are of all sequences.")
+    read = _read(args.theirs, args.reference, args.basis, args.labels)
     found = rc.validate(
         args.theirs,
         args.reference,
@@ -265,10 +270,29 @@ def validate(args: argparse.Namespace) -> bool:
         progress=progress_bar("validate"),
     )
     print(format_verdict(found.to_json()))
-    write_json(args.json, found.to_json())
+    if args.json:
+        write_json(args.json, made(found.to_json(), *_sources(model, corpus, read)))
     if args.html:
         write_verdict_page(found.to_json(), args.html)
     return found.passed
+
+
+def _read(*paths: str | None) -> Seen:
+    """What the files are now that will be read, those of a folder too."""
+    from refcurv.files.unchanged import seen
+
+    given = [Path(path) for path in paths if path]
+    inside = [one for path in given if path.is_dir() for one in sorted(path.iterdir())]
+    return seen("validate", (one for one in (*given, *inside) if one.is_file()))
+
+
+def _sources(model: Model | None, corpus: Corpus | None, read: Seen) -> Iterator[Mapping[str, Any]]:
+    """What a verdict was made from, with hashes; files are hashed now."""
+    from refcurv.files.unchanged import sha256_unchanged
+
+    yield from (one.source for one in (model, corpus) if one is not None)
+    for path, sha256 in sha256_unchanged("validate", read).items():
+        yield {"path": path, "sha256": sha256}
 
 
 def _require_none_but(args: argparse.Namespace) -> None:
@@ -290,12 +314,14 @@ def _parted(args: argparse.Namespace, model: Model | None, corpus: Corpus | None
 
     if model is None or corpus is None:
         raise ConventionError("validate: --trace needs --model and --corpus.")
+    read = _read(args.trace)
     theirs, at = read_arrays(args.trace), chain.from_iterable(args.sequences)
     dtype = args.arithmetic or "float64"
     found = rc.first_divergence(theirs, model, corpus, at, dtype=dtype)
     table = {"agrees": all(one.agrees for one in found), "tensors": [asdict(o) for o in found]}
     print(format_divergences(table))
-    write_json(args.json, table)
+    if args.json:
+        write_json(args.json, made(table, *_sources(model, corpus, read)))
     return bool(table["agrees"])
 
 

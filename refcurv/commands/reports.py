@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from refcurv.commands.output import write_json
+from refcurv.commands.output import made, write_json
 from refcurv.commands.values import shares
 from refcurv.law.checks import EmptyError, RangeError
 from refcurv.report.text import filled
@@ -94,7 +94,7 @@ def sweep(args: argparse.Namespace) -> None:
     if args.plot:
         save(sweep_front(found), args.plot)
     print(f"\n→ {args.output}" + (f", {args.plot}" if args.plot else ""))
-    write_json(args.json, found)
+    write_json(args.json, made(found, model.source, corpus.source))
 
 
 def _basis(args: argparse.Namespace) -> Bases | None:
