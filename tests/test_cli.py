@@ -780,7 +780,7 @@ def test_short_steps_are_told_of_too(capsys, monkeypatch) -> None:
 
 def test_a_line_is_due_a_minute_after_the_command_began(capsys, monkeypatch) -> None:
     """Not after Python did; and it is of the step that is alive, not of the one begun last."""
-    ticking(monkeypatch, 100.0, 100.0, 101.0, 110.0, 110.0, 165.0, 166.0)
+    ticking(monkeypatch, 100.0, 100.0, 101.0, *twice(110.0), *twice(165.0), *twice(166.0))
     monkeypatch.setattr(terminal.threading, "Thread", Mock())
     terminal._clock.begin()
     first, _ = terminal.progress_bar("first"), terminal.progress_bar("second")
