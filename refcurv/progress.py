@@ -1,4 +1,4 @@
-"""How long work says how far it is."""
+"""How long work says how far it is; times and sizes in words."""
 
 from __future__ import annotations
 
@@ -69,3 +69,15 @@ def span(seconds: float) -> str:
 def _two(x: float) -> str:
     """At least two digits."""
     return f"{x:.0f}" if x >= 10 else f"{x:.2g}"
+
+
+def size(count: float) -> str:
+    """Bytes with a decimal unit: "512 B", "3.9 MB".
+
+    Proof: tests/test_report.py::test_bytes_have_a_unit
+    """
+    units = ["TB", "GB", "MB", "kB", "B"]
+    while len(units) > 1 and count >= 999.95:
+        count /= 1000
+        units.pop()
+    return f"{count:,.{0 if units[-1] == 'B' else 1}f} {units[-1]}"

@@ -33,6 +33,7 @@ from refcurv.files import store
 from refcurv.files.disk import write_json
 from refcurv.files.inspect import inspect_file
 from refcurv.law.checks import EmptyError, RefcurvError, SchemaError, StorageError
+from refcurv.progress import size
 from refcurv.report import cells, folder, page, plots, printed, table
 from refcurv.report.text import display_width, filled, format_rows, printable, shorten
 from refcurv.terminal import streams
@@ -442,9 +443,13 @@ def test_inspect_names_every_array(tmp_path: Path) -> None:
     assert found == ["blocks.0.mlp.up.sum_A", "3 × 4", "float64", "96 B", "rows 7"]
     assert next(line for line in lines if line.startswith("n  ")).endswith("8 B")
     assert "…" not in text and max(map(len, lines)) > 1_000  # the conventions, on one line
-    sizes = {None: "- B", 999: "999 B", 1000: "1.0 kB", 999949: "999.9 kB", 10**6: "1.0 MB"}
-    assert {n: cells.size(n) for n in sizes} == sizes
-    assert cells.size(3.9e15) == "3900.0 TB"
+
+
+def test_bytes_have_a_unit() -> None:
+    """And none is "0.00 GB"."""
+    sizes = {0: "0 B", 999: "999 B", 1000: "1.0 kB", 999949: "999.9 kB", 10**6: "1.0 MB"}
+    assert {n: size(n) for n in sizes} == sizes
+    assert size(3.9e15) == "3,900.0 TB"
 
 
 # ------------------------------------------------------------------ plots

@@ -21,7 +21,7 @@ from refcurv.evaluation.matching import search_share
 from refcurv.files import disk
 from refcurv.law.checks import ConventionError, RoomError
 from refcurv.model.corpus import ImagePopulation
-from refcurv.progress import silent, span
+from refcurv.progress import silent, size, span
 from refcurv.sweeps import asked as sweeps_asked
 from refcurv.sweeps import sweep as sweeps
 from refcurv.sweeps.asked import checked
@@ -84,7 +84,6 @@ def test_room_for_states_is_a_part_of_what_is_free(
     need = sum(kept_bytes(model, one, 2) for one in corpus.populations.values())
     free = need - 1
     least = free // (2 if on_disk else 4)
-    monkeypatch.setattr(room, "GIB", 1)
     for module in (sweeps, disk):
         monkeypatch.setattr(module, "free_bytes", lambda _: free)
     monkeypatch.setattr(room, "available", lambda: free)
@@ -92,10 +91,10 @@ def test_room_for_states_is_a_part_of_what_is_free(
     run = begun(model, corpus, basis, tmp_path / "s.jsonl" if on_disk else None, told)
     assert run.below._most == least and run.below.first == 1
     where = "on the disk" if on_disk else "in memory"
-    want = f"8 edits; the states below the edited blocks are {need:.2f} GiB {where}, of which "
-    assert told == [f"{want}{least:.2f} are kept"]
+    want = f"8 edits; the states below the edited blocks are {size(need)} {where}, of which "
+    assert told == [f"{want}{size(least)} are kept"]
     run = begun(model, corpus, basis, None, told, states=need)
-    assert run.below._most == need and told[1].endswith("GiB in memory")
+    assert run.below._most == need and told[1].endswith("kB in memory")
 
 
 def test_too_small_a_figure_is_refused_before_factors_are_collected(

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from refcurv.law.checks import SchemaError, StorageError
+from refcurv.progress import size
 
 PathLike = str | os.PathLike[str]
 
@@ -166,8 +167,8 @@ def require_space(who: str, path: PathLike, nbytes: int) -> None:
     free = free_bytes(path)
     if nbytes > free:
         raise StorageError(
-            f"{who}: {os.fspath(path)!r} will take {nbytes / 1e9:.2f} GB, but its disk has "
-            f"{free / 1e9:.2f} GB free. Make room, or take fewer layers."
+            f"{who}: {os.fspath(path)!r} will take {size(nbytes)}, but its disk has "
+            f"{size(free)} free. Make room, or take fewer layers."
         )
 
 

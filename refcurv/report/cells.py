@@ -78,12 +78,3 @@ def scientific(value: object) -> str:
     if isinstance(value, str):
         return value
     return "0" if number(value) == 0 else small(value)
-
-
-def size(count: object) -> str:
-    """Bytes with a decimal unit: "512 B", "3.9 MB"."""
-    x, units = number(count), ["TB", "GB", "MB", "kB", "B"]
-    while len(units) > 1 and x >= 999.95:
-        x /= 1000
-        units.pop()
-    return f"{decimal(x, 0 if units[-1] == 'B' else 1)} {units[-1]}"

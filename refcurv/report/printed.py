@@ -11,7 +11,7 @@ from math import floor
 
 from refcurv.curvature.forecast import Forecast
 from refcurv.law.words import number_of
-from refcurv.progress import span
+from refcurv.progress import size, span
 from refcurv.report.cells import (
     MISSING,
     Json,
@@ -20,7 +20,6 @@ from refcurv.report.cells import (
     plain,
     rho_text,
     scientific,
-    size,
     small,
 )
 from refcurv.report.table import (

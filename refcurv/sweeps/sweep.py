@@ -28,7 +28,7 @@ from refcurv.model.weights import Model, Overlay, resident
 from refcurv.passes.below import Below
 from refcurv.passes.held import Held
 from refcurv.passes.sweep import lowest_block
-from refcurv.progress import Progress, doing, goes_on, silent, span
+from refcurv.progress import Progress, doing, goes_on, silent, size, span
 from refcurv.sweeps.asked import Asked, Readable, checked, facts, require_basis, require_mass
 from refcurv.sweeps.beside import Collecting, basis_of
 from refcurv.sweeps.methods import STRONGEST, Method, methods, pairs_kept
@@ -221,9 +221,9 @@ def begun(
         require_space(asked.who, path, min(need, most))
         below = Below(places[0], Scratch(path.absolute().parent, asked.who), most)
     count = len(asked.layers) * len(asked.rho) * len(asked.methods)
-    part = "" if need <= most else f", of which {most / room.GIB:.2f} are kept"
-    told(f"{number_of(count, 'edit')}; the states below the edited blocks are "
-         f"{need / room.GIB:.2f} GiB {where}{part}")  # fmt: skip
+    part = "" if need <= most else f", of which {size(most)} are kept"
+    states_are = f"the states below the edited blocks are {size(need)} {where}{part}"
+    told(f"{number_of(count, 'edit')}; {states_are}")
     if len(lines) > 1:
         goes_on(progress, number_of(len(lines) - 1, "measurement"))
     return _Run(model, corpus, asked, basis, lines, whole, how, below, progress, count)
