@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from refcurv.evaluation import metrics
 from refcurv.evaluation.metrics import (
     accuracy,
     exact_match,
@@ -241,6 +243,28 @@ def test_top_ids_is_a_stable_sort(drawn):
     base, _, k = drawn
     want = np.argsort(-base, axis=-1, kind="stable")[:, :k]
     np.testing.assert_array_equal(top_ids(base, k), want)
+
+
+@given(st.data(), st.integers(1, 3), st.integers(1, 160))
+def test_top_ids_of_many(data, run, V):
+    """Whatever the runs whose maxima are looked at first; with ties, also of these maxima."""
+    values = st.integers(0, 300) | st.integers(0, 3)
+    rows = data.draw(st.lists(st.lists(values, min_size=V, max_size=V), min_size=0, max_size=4))
+    x, k = np.array(rows, np.float32).reshape(-1, V), data.draw(st.integers(1, min(V, 4)))
+    with patch.object(metrics, "RUN", run):
+        found = top_ids(x, k)
+    np.testing.assert_array_equal(found, np.argsort(-x, axis=-1, kind="stable")[:, :k])
+    assert found.dtype == np.int64
+
+
+def test_top_ids_looks_at_few():
+    """Of a large vocabulary at two in a hundred; where all are equal, at all."""
+    x = np.random.default_rng(0).standard_normal((3, 50_003), np.float32)
+    x[1, 50_002] = x[2, 77] = 9
+    among = metrics._among(x, 10)
+    assert among is not None and among.shape[1] == 10 * metrics.RUN + 50_003 % metrics.RUN
+    np.testing.assert_array_equal(top_ids(x, 10), np.argsort(-x, axis=-1, kind="stable")[:, :10])
+    assert metrics._among(np.zeros((2, 50_000)), 10) is None
 
 
 KINDS = [np.bool_, np.int8, np.uint8, np.int16, np.uint64, np.int64, np.float16, np.longdouble]

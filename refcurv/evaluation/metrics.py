@@ -189,6 +189,40 @@ def top_ids(logits: Array, k: int) -> Array:
     require_finite("top_ids", "logits", logits, overflow_hint(logits.dtype))
     V = logits.shape[1]
     require_whole("top_ids", "k, at most the size of the vocabulary,", k, 1, V)
+    if (id_NM := _among(logits, k)) is None:
+        return _top(logits, k)
+    at_NK = _top(np.take_along_axis(logits, id_NM, axis=-1), k)
+    return np.take_along_axis(id_NM, at_NK, axis=-1)
+
+
+RUN = 128
+"""Neighbours of which the largest is found first: then few runs are looked at closely."""
+
+
+def _among(logits: Array, k: int) -> Array | None:
+    """(N, M) ascending ids, some of which are the k largest; None where all would be looked at.
+
+    The k runs with the largest maxima hold k values that reach the least of these maxima. So what
+    is smaller is not among the k largest, and what is not lies in a run whose maximum reaches it.
+    """
+    N, V = logits.shape
+    runs = V // RUN
+    if 8 * k > runs or not N:
+        return None
+    top_NR = logits[:, : runs * RUN].reshape(N, runs, RUN).max(axis=-1)
+    least_N1 = np.partition(top_NR, runs - k, axis=-1)[:, runs - k, None]
+    most = int((top_NR >= least_N1).sum(axis=-1).max())
+    if 8 * most > runs:
+        return None
+    run_NR = np.sort(np.argpartition(top_NR, runs - most, axis=-1)[:, runs - most :], axis=-1)
+    inside_NM = (run_NR[:, :, None] * RUN + np.arange(RUN)).reshape(N, -1)
+    behind_NM = np.broadcast_to(np.arange(runs * RUN, V), (N, V - runs * RUN))
+    return np.concatenate([inside_NM, behind_NM], axis=-1)
+
+
+def _top(logits: Array, k: int) -> Array:
+    """`top_ids` by looking at every value."""
+    V = logits.shape[1]
     id_NK = np.argpartition(logits, V - k, axis=-1)[:, V - k :]
     least_N1 = np.take_along_axis(logits, id_NK, axis=-1).min(axis=-1, keepdims=True)
     # where more than k ids reach the k-th largest value, take the lowest of those that equal it
