@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from dataclasses import replace
 from unittest import mock
@@ -164,10 +165,19 @@ def populations(draw, vocabulary: int = 6, kind: str = "recite", width: int = 9)
 
 @given(populations(), st.integers(1, 40))
 def test_batches_partition_the_rows(population, shard_tokens):
-    def size(width: int) -> int:
+    prompts = population.kind != "text"
+
+    def shard(width: int) -> int:
         return max(1, shard_tokens // width)
 
-    with mock.patch.object(decode, "shard_sequences", size):
+    def size(width: int) -> int:
+        four = max(1, shard_tokens // math.ceil(width / 4))
+        return max(shard(width), min(3, four)) if prompts else shard(width)
+
+    with (
+        mock.patch.object(decode, "shard_sequences", shard),
+        mock.patch.object(decode, "PROMPTS", 3),
+    ):
         parts = batches(population)
     assert sorted(np.concatenate(parts).tolist()) == list(range(len(population.tokens)))
     own = population.length - shared(population)
@@ -178,6 +188,24 @@ def test_batches_partition_the_rows(population, shard_tokens):
             assert len(fuller) > size(own[fuller].max())
     key = [(population.prompt_length[n], population.length[n], n) for part in parts for n in part]
     assert key == sorted(key)
+
+
+@pytest.mark.parametrize(
+    ("kind", "T", "rows"),
+    [
+        ("text", 48, 21),
+        ("recite", 48, 64),
+        ("answer", 8, 128),
+        ("answer", 400, 10),
+        ("recite", 2000, 2),
+    ],
+)
+def test_prompts_pass_together(kind, T, rows):
+    """Up to 64 in four shards' positions; short ones as many as fill a shard."""
+    own = np.zeros((150, T), np.int32)
+    own[:, 0] = np.arange(150)  # nothing is shared
+    one = Population(own, np.full(150, T // 2), np.full(150, T), kind, "test")
+    assert len(batches(one)[0]) == rows
 
 
 @given(populations(), st.integers(0, 99))

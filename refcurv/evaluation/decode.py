@@ -178,11 +178,23 @@ def likeliest(who: str, config: ModelConfig, parameters: Parameters, final_BD: A
     return out_B
 
 
+PROMPTS = 64
+"""Prompts that take a step together. A step reads all weights, and rows beside cost little."""
+
+
+def _most(kind: str, T: int) -> int:
+    """How many rows of T tokens pass together: a shard's; of prompts up to PROMPTS, in 4 shards."""
+    if kind == "text":
+        return shard_sequences(T)
+    return max(shard_sequences(T), min(PROMPTS, shard_sequences(-(-T // 4))))
+
+
 def batches(population: Population) -> list[Array]:
     """The rows of a population that pass together; a fixed rule, so that the bits are too.
 
-    Rows in order of (prompt length, length, row). A batch takes rows as long as they are at most
-    shard_sequences(T), T the longest of them less what all prompts begin with.
+    Rows in order of (prompt length, length, row). A batch takes rows as long as they fill a shard
+    at most, max(1, 1024 div T) of them, T the longest less what all prompts begin with; prompts up
+    to 64 as long as they fill four.
 
     Proof:  tests/test_decode.py::test_batches_partition_the_rows
     """
@@ -191,7 +203,7 @@ def batches(population: Population) -> list[Array]:
     parts, begin = [], 0
     for end in range(1, len(order) + 1):
         more = own[begin : end + 1]
-        if end == len(order) or len(more) > shard_sequences(int(more.max())):
+        if end == len(order) or len(more) > _most(str(population.kind), int(more.max())):
             parts.append(order[begin:end])
             begin = end
     return parts
