@@ -152,16 +152,19 @@ def run(
         this = _chosen(this, basis, tried)
         job, cut = this.job, this.cut
     assert job.rho is not None
-    if warning := warning_of(one for one in kept_by(basis) if one.layer in cut):
+    for warning in (few := _few(this, basis)):
         told(f"warning: {warning}")
     with this.timed("edit"):
         edited, record = rc.edit(model, basis, job.rho)
         rc.save(edited, folder / EDITED, {"edit": record.to_json()})
         this.keep(edit=record.to_json())
     table, others = _evaluated(this, basis, edited, record)
+    for warning in (unrecited := _unrecited(table)):
+        told(f"warning: {warning}")
     with this.timed("bands"):
         found = _bands(this, basis)
     results = _results(this, basis, record, table, others, found)
+    results["warnings"] = [*few, *unrecited]
     write_json(results, folder / RESULTS)
     undraw(folder)
     for left in (unfinished(folder / RESULTS), folder / CONTROLS, folder / CHOICE):
@@ -258,6 +261,26 @@ def _evaluated(
         others = controls(setting, this.stage("controls"), this.told)
         this.keep(evaluation=table.to_json(), controls=others)
     return table, others
+
+
+def _few(this: _Run, basis: Bases) -> list[str]:
+    """What to say of edited layers whose rows are few."""
+    found = warning_of(one for one in kept_by(basis) if one.layer in this.cut)
+    return [found] if found else []
+
+
+def _unrecited(table: Evaluation) -> list[str]:
+    """What to say of passages that the model does not recite before the edit."""
+    return [
+        f"before the edit the model recites {row.before['strict']:.0%} of {row.name!r}, so that "
+        "little can be seen of what the edit takes: `refcurv recite` finds what it does recite"
+        for row in table.rows
+        if row.kind == "recite" and row.before and row.before["strict"] < HALF
+    ]
+
+
+HALF = 0.5
+"""Of passages: where fewer are recited before the edit, a report says so."""
 
 
 def _measured(this: _Run, edited: rc.Model) -> tuple[Measurement, Measurement]:

@@ -274,9 +274,10 @@ class _Log:
 
 
 class _Pace:
-    """How fast a step goes, without what it did within its first second.
+    """How fast a step goes, once it has begun.
 
-    That may have been left by an earlier run: it is read, not done, and took no time.
+    What it did within its first second may have been left by an earlier run: it is read, not done,
+    and took no time. A step that says again how much it had done then begins now.
     """
 
     def __init__(self) -> None:
@@ -287,7 +288,7 @@ class _Pace:
         """So much is done."""
         if self._until == math.inf:
             self._until = now + _FIRST
-        elif now > self._until:
+        elif now > self._until and done > self.before:
             return
         self._begin, self.before = now, done
 
@@ -337,8 +338,9 @@ class _Bar:
         _raise_lost()
         bar = self._shown()
         bar.total = total
-        self._pace.hear(done, time.monotonic())
-        bar.initial = self._pace.before
+        now = time.monotonic()
+        self._pace.hear(done, now)
+        bar.initial, bar.speed = self._pace.before, self._pace.speed(done, now)
         bar.update(done - bar.n)
         if done >= total:
             bar.set_postfix_str("")
@@ -365,13 +367,29 @@ class _Bar:
     def _shown(self) -> Any:
         from tqdm import tqdm
 
+        class Paced(tqdm):  # type: ignore[type-arg]
+            """A bar whose pace is ours."""
+
+            speed = 0.0
+
+            @property
+            def format_dict(self) -> dict[str, Any]:
+                return {**super().format_dict, "rate": self.speed or None}
+
         if self._bar is None:
-            self._bar = tqdm(
-                desc=f"{self._label:>10}", file=sys.stderr, bar_format=_NO_RATE, smoothing=0
-            )
+            self._bar = Paced(desc=f"{self._label:>10}", file=sys.stderr, bar_format=_NO_RATE,
+                              ncols=None if _width() else _COLUMNS)  # fmt: skip
             _bars.add(self)
         self._bar.bar_format = None if self._bar.format_dict["elapsed"] >= _SOON else _NO_RATE
         return self._bar
+
+
+def _width() -> int:
+    """Columns of the terminal; 0 of one that does not say, whose bars would be cut to nothing."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns
+    except (OSError, ValueError):
+        return 0
 
 
 def _warn(
@@ -399,9 +417,13 @@ def _wrapped(line: str) -> str:
 
     Proof: tests/test_cli.py::test_a_message_is_broken_at_the_ends_of_words_on_a_terminal
     """
+    whole = line.replace("pip install ", f"pip{_TIED}install{_TIED}")  # so that it can be copied
     return textwrap.fill(
-        line, _COLUMNS, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
-    )
+        whole, _COLUMNS, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    ).replace(_TIED, " ")
+
+
+_TIED = "\N{NO-BREAK SPACE}"
 
 
 def _flush() -> None:

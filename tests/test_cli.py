@@ -750,6 +750,34 @@ def test_what_an_earlier_run_left_is_no_pace(capsys, monkeypatch) -> None:
     assert rates and all(float(n) < 10 for n, _ in rates)  # one piece in half a second
 
 
+def test_what_comes_before_the_first_piece_is_no_pace(capsys, monkeypatch) -> None:
+    """A sweep's baseline: then it says again that nothing is done, and begins."""
+    ticking(monkeypatch, 0.0, *twice(0.0), *twice(50.0), *twice(60.0))
+    update = terminal.progress_bar("sweep")
+    for done in (0, 0, 1):
+        update(done, 4)
+    assert capsys.readouterr().err == "refcurv: sweep: 1 of 4 after 60 s, about 30 s left\n"
+    clock = iter([0.0, 50.0, 60.0])
+    monkeypatch.setattr(terminal, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(terminal, "_SOON", 0.0)
+    update = terminal.progress_bar("sweep")
+    for done in (0, 0, 1):
+        update(done, 4)
+    terminal.end_bars()
+    last = capsys.readouterr().err.strip().split("\r")[-1]
+    assert "<00:30" in last and "10.00s/it" in last
+
+
+def test_a_terminal_that_does_not_say_how_wide_it_is_has_bars(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(terminal, "_width", lambda: 0)
+    monkeypatch.setenv("COLUMNS", "0")
+    terminal.progress_bar("recite")(1, 2)
+    terminal.end_bars()
+    assert "1/2" in capsys.readouterr().err
+
+
 def test_progress_goes_into_a_log_too(capsys, monkeypatch) -> None:
     """A line a minute where there is no terminal: how fast, how long yet, since it went on."""
     for tokens, speed in ((None, ("", "")), (100_000, (", 800 tokens/s", ", 714 tokens/s"))):
@@ -859,6 +887,9 @@ def test_a_message_is_broken_at_the_ends_of_words_on_a_terminal(capsys, monkeypa
     lines = capsys.readouterr().err.splitlines()
     assert " ".join(line.strip() for line in lines) == f"refcurv: {message}"
     assert [len(line) <= 80 for line in lines] == [True] * (len(lines) - 1) + [False]
+    for much in range(80):  # what is to be copied is never broken
+        terminal.say(f"{'x' * much} needs it: pip install 'refcurv[gguf]' then")
+        assert "pip install 'refcurv[gguf]'" in capsys.readouterr().err
 
 
 def test_a_message_has_a_line_of_its_own(capsys, monkeypatch) -> None:

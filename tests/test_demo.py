@@ -284,8 +284,23 @@ def test_a_report_of_few_rows_says_so(tmp_path: Path, capsys: pytest.CaptureFixt
         told = capsys.readouterr()
         assert "warning: 48 rows are few for 'blocks.1.mlp.up'" in " ".join(told.err.split())
         assert ("Fisher" in told.out) == (not more) and "seed -" not in told.out
+        (written,) = json.loads((tmp_path / "out" / "results.json").read_text())["warnings"]
+        assert written.startswith("48 rows are few") and written in " ".join(told.out.split())
+        assert "48 rows are few" in (tmp_path / "out" / "report.html").read_text()
         (tmp_path / "out" / "basis.h5").rename(tmp_path / "b.h5") if not more else None
         more = ["--basis", str(tmp_path / "b.h5")]
+
+
+def test_a_report_says_that_nothing_was_recited_before() -> None:
+    """Then nothing can be seen of what the edit takes; half of it is enough."""
+
+    def told(kind: str, before: dict[str, float] | None) -> list[str]:
+        row = SimpleNamespace(kind=kind, name="poems", before=before)
+        return pipeline._unrecited(SimpleNamespace(rows=(row,)))  # type: ignore[arg-type]
+
+    assert "the model recites 49% of 'poems'" in told("recite", {"strict": 0.49})[0]
+    assert told("recite", {"strict": 0.5}) == told("answer", {"accuracy": 0.0}) == []
+    assert told("recite", None) == []
 
 
 @pytest.mark.parametrize(

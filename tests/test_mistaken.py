@@ -119,7 +119,8 @@ MISTAKES: dict[str, tuple[Make, str]] = {
     "a pickle": (a_file("pytorch_model.bin"), "is a pickle, which can run code when it is loaded"),
     "tokenizer.model": (a_file("tokenizer.model"), "is a tokenizer's file. Give the folder of"),
     "a weights file": (a_file("w.h5"), "is converted already"),
-    "another file": (a_file("notes.txt"), "is no folder. A checkpoint is a folder."),
+    "another file": (a_file("notes.txt"), "A checkpoint is a folder, or a GGUF file."),
+    "an archive": (a_file("model.whl"), "is an archive. Unpack it"),
     "a PEFT folder": (
         adapter,
         "is a PEFT adapter of 'meta-llama/Llama-2-7b-hf', not a model. Merge",

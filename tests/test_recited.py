@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -25,6 +26,7 @@ from refcurv.law.checks import (
     SchemaError,
     StorageError,
 )
+from refcurv.report.passages import format_recited
 
 SIZE = dict(prefix=4, suffix=6, stride=3)
 
@@ -165,6 +167,11 @@ def test_the_command_line(model: rc.Model, tmp_path: Path, monkeypatch, capsys) 
     ]
     assert rows[0]["document"] == f"t.jsonl line {found.passages[0].document + 1}"
     assert f"{found.windows} windows of 5 documents" in told and "dev: " in told
+    assert "needs passages of other documents" not in told
+    one = [passage for passage in found.passages if passage.split == "dev"]
+    told = format_recited(replace(found, passages=tuple(one)))
+    assert "\ntest needs passages of other documents: give more, or a lower `--run`" in told
+    assert "dev needs" not in told
     for split in ("dev", "test"):
         asked = f"q:recite:{split}=items.jsonl"
         assert main(["corpus", "-o", f"{split}.h5", "--population", asked]) == 0

@@ -320,7 +320,9 @@ def test_unknown_is_a_dash() -> None:
     assert text.splitlines()[2:] == ["a     -", "b     -", "c     0"]
     for value in (None, math.nan, math.inf, "x", True):
         assert cells.percent(value) == cells.decimal(value) == cells.whole(value) == "-"
-    assert cells.percent(-0.0004) == "0.0 %"
+    assert cells.percent(-0.0004) == cells.percent(0) == "0.0 %"
+    assert cells.percent(422 / 884_736) == "0.05 %" and cells.percent(1e-9) == "1e-07 %"
+    assert cells.percent(0.0004, sign="+") == "+0.0 %"  # a change, not a share
     assert cells.decimal(np.float32(0.5), 2) == "0.50"
     assert cells.percent(cells.relative(0, 3)) == "-"
     assert cells.decimal(12345678.0) == "1.235e+07"
@@ -992,6 +994,19 @@ def test_page_escapes(hostile: dict[str, Any], tmp_path: Path) -> None:
     assert "script" not in read.tags
     assert read.text.count("<script>alert") >= 6
     assert read.open == []
+
+
+def test_a_warning_stands_above_the_numbers(results: dict[str, Any]) -> None:
+    assert "warning" not in page.page(results).split("</style>")[1]
+    results["warnings"] = ["before the edit <b>nothing</b>: `refcurv recite`"]
+    text = page.page(results).split("</style>")[1]
+    shown = (
+        '<p class="warning">before the edit &lt;b&gt;nothing&lt;/b&gt;: <code>refcurv recite</code>'
+    )
+    assert text.index(shown) < text.index('class="tiles"')
+    assert "\n\nwarning: before the edit <b>nothing</b>: `refcurv recite`\n\n" in (
+        printed.format_results(results)
+    )
 
 
 def test_page_without_the_rest() -> None:

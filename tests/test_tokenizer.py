@@ -351,6 +351,15 @@ def test_what_is_no_tokenizer_json(tmp_path: Path, name: str) -> None:
     assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_large_weights_file_is_no_tokenizer(tmp_path: Path) -> None:
+    """It is told by its first bytes, not by its length."""
+    with (tmp_path / "w.h5").open("wb") as file:
+        file.write(b"\x89HDF\r\n\x1a\n")
+        file.truncate(1 << 29)
+    with pytest.raises(SchemaError, match="is an HDF5 file, which has no tokenizer"):
+        load_tokenizer(tmp_path / "w.h5", None)
+
+
 def test_a_folder_with_a_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("the cat")
     library("bytes").save(str(tmp_path / "tokenizer.json"))

@@ -181,7 +181,7 @@ def collect(
         seed: of the drawn labels or signs (SAMPLING), in [0, 2**64).
         draws: draws of labels or signs per position; n_G = rows × draws. From two on, each factor
             says how exactly they determine its G: error_G, error_trace_G.
-        rows: "reached" or "labelled" (ROWS).
+        rows: "reached", "labelled", "all" or "cls" (ROWS).
         in_flight: shards at a time, at most; by default one per core. Fewer where memory holds the
             sums of no more. Changes no bit.
         checkpoint: a file to keep the sums in, every two minutes or after 20 times what that took,

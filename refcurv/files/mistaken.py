@@ -34,6 +34,9 @@ _FILES: Final = {
     ".model": "is a tokenizer's file. Give the folder of the checkpoint.",
     ".h5": "is a file. A checkpoint is a folder; a weights file of refcurv's is converted already.",
     **dict.fromkeys(
+        (".zip", ".whl"), "is an archive. Unpack it; give the folder, or the GGUF file, in it."
+    ),
+    **dict.fromkeys(
         PICKLES,
         "is a pickle, which can run code when it is loaded. Load it where you trust it: "
         f"{_SAVE}, and give the new folder.",
@@ -117,7 +120,8 @@ def no_folder(directory: PathLike) -> SchemaError | ConventionError:
     path = Path(directory)
     where = f"convert: {str(path)!r:.200}"
     if path.exists():
-        what = _FILES.get(path.suffix.lower(), "is no folder. A checkpoint is a folder.")
+        plain = "is no folder. A checkpoint is a folder, or a GGUF file."
+        what = _FILES.get(path.suffix.lower(), plain)
         kind = ConventionError if path.suffix.lower() in PICKLES else SchemaError
         return kind(f"{where} {what}")
     name = re.sub(r"^(https?:/+)?(www\.)?huggingface\.co/", "", str(directory)).strip("/")

@@ -101,11 +101,6 @@ def load_tokenizer(file: PathLike, eos: str | None) -> Tokenizer:
     where = repr(str(path))
     from_gguf = is_gguf(path)
     data = b"" if from_gguf else _read(path)
-    if data.startswith(HDF5):
-        raise SchemaError(
-            f"{WHO}: {where} is an HDF5 file, which has no tokenizer. Give the tokenizer.json of "
-            "the checkpoint, its folder, or a GGUF file."
-        )
     with library_faults(f"{where} as a tokenizer.json"):
         with nothing_printed():
             library = _of_gguf(path) if from_gguf else tokenizers.Tokenizer.from_buffer(data)
@@ -166,7 +161,12 @@ def _require_certain(library: Any, where: str) -> None:
 
 def _read(path: Path) -> bytes:
     with machine_faults("open", path), path.open("rb") as opened:
-        data = opened.read(_MAX_FILE + 1)
+        if (data := opened.read(len(HDF5))) == HDF5:
+            raise SchemaError(
+                f"{WHO}: {str(path)!r} is an HDF5 file, which has no tokenizer. Give the "
+                "tokenizer.json of the checkpoint, its folder, or a GGUF file."
+            )
+        data += opened.read(_MAX_FILE + 1 - len(data))
     if len(data) > _MAX_FILE:
         raise SchemaError(f"{WHO}: {str(path)!r} is longer than {_MAX_FILE} bytes.")
     return data

@@ -31,8 +31,11 @@ def decimal(value: object, digits: int = 3, sign: str = "") -> str:
 
 
 def percent(value: object, digits: int = 1, sign: str = "") -> str:
-    """A fraction in percent, "12.3 %"; "-" if unknown."""
-    text = decimal(100 * number(value), digits, sign)
+    """A fraction in percent, "12.3 %"; "-" if unknown. A share above 0 is not "0.0 %"."""
+    x = 100 * number(value)
+    text = decimal(x, digits, sign)
+    if x > 0 and not sign and float(text) == 0:
+        text = f"{x:.1g}"
     return text if text == MISSING else f"{text} %"
 
 

@@ -26,6 +26,7 @@ header{padding-top:3rem}footer{padding-bottom:3rem;color:var(--soft);font-size:.
 h1{font-size:1.9rem;line-height:1.2;margin:0 0 1rem;overflow-wrap:anywhere;text-wrap:balance}
 h2{font-size:1.25rem;margin:2.75rem 0 .6rem}
 p{margin:.6rem 0;max-width:46rem}
+.warning{border-left:.25rem solid var(--hot);padding-left:.8rem}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(12rem,1fr));gap:.9rem;
 margin:1.75rem 0 0;padding:0}
 .tiles div{background:var(--card);border:1px solid var(--line);border-radius:.6rem;

@@ -23,7 +23,7 @@ from refcurv.report.cells import (
     rho_text,
     whole,
 )
-from refcurv.report.html import document, facts, figure, html_table, minus, section
+from refcurv.report.html import document, facts, figure, html_table, minus, prose, section
 from refcurv.report.table import (
     agreement_table,
     band_table,
@@ -141,7 +141,8 @@ def page(results: Json) -> str:
     """The page's text; the same for the same results."""
     title = escape(str(results.get("title") or "refcurv"))
     version = escape(str(results.get("refcurv", "")))
-    head = [f"<h1>{title}</h1>\n<p>{escape(ABOUT)}</p>", _tiles(results)]
+    told = [f'<p class="warning">{prose(str(one))}</p>' for one in results.get("warnings") or ()]
+    head = [f"<h1>{title}</h1>\n<p>{escape(ABOUT)}</p>", *told, _tiles(results)]
     return document(title, head, _sections(results), f"Made by refcurv {version}.")
 
 

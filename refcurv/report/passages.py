@@ -25,6 +25,8 @@ def _lines(found: Recited) -> Iterator[str]:
         own = [one for one in found.passages if one.split == split]
         of = number_of(len({one.document for one in own}), "document")
         yield f"{split}: {number_of(len(own), 'passage')} of {of}"
+        if found.passages and not own:
+            yield f"{split} needs passages of other documents: give more, or a lower `--run`"
     if not found.passages and (most := _longest(found)):
         yield f"none is right to its end; `--run {most}` takes those with {most} right in a row"
     for count, why in (

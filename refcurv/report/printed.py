@@ -52,7 +52,8 @@ def format_results(results: Json) -> str:
     settings = results.get("settings") or {}
     if settings:
         head.append(filled(printable(settings_line(settings))))
-    return "\n\n".join(["\n".join(head), *map(_titled, tables(results))])
+    told = [filled(printable(f"warning: {one}")) for one in results.get("warnings") or ()]
+    return "\n\n".join(["\n".join(head), *told, *map(_titled, tables(results))])
 
 
 def settings_line(settings: Json) -> str:

@@ -240,6 +240,7 @@ def swept(run: _Run, told: Callable[[str], object]) -> Sweep:
     baseline = {split: run.measured(key, split, lambda: run.model, "baseline") for split in splits}
     if len(run.lines) > known:
         told(f"the baseline took {span(time.monotonic() - begin)}")
+    run.progress(0, run.count)  # the edits begin now
     edits: list[Outcome] = []
     for pattern, names in asked.layers.items():
         run.below.rise(lowest_block(run.model.config, names))
