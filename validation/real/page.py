@@ -19,7 +19,9 @@ from validation.real.results import Results, load
 from validation.real.verdicts import (
     ABLE,
     AT_PERPLEXITY,
+    Replicate,
     Verdict,
+    judged_sets,
     replicates,
     share,
     share_interval,
@@ -153,7 +155,7 @@ def spectrum(results: Results) -> str:
     one = runs[0]
     lines = []
     for group in (*GROUPS, *(name for name in TASKS if name not in GROUPS)):
-        whole = one.sets(group) if group in GROUPS else [f"{group}_test"]
+        whole = judged_sets(one.before, group) if group in GROUPS else [f"{group}_test"]
         names = [name for name in whole if name in one.before]
         if not names:
             lines.append((group, "not judged", *[""] * len(METHODS)))
@@ -266,9 +268,8 @@ def dosed(results: Results) -> str:
         cells = [number(left["clean_test"]["values"]["perplexity"]),
                  number(left["recited_test"]["values"]["nats"])]  # fmt: skip
         for group in GROUPS:
-            named = claims()["populations"][group]
-            names = [f"{n}_test" for n in ([group] if isinstance(named, str) else named)]
-            cells.append(percent(share(before, left, [n for n in names if n in before])))
+            names = judged_sets(before, group)
+            cells.append(percent(share(before, left, names)) if names else "not judged")
         lines.append((dose, *cells))
     return table(("dose", "perplexity", "nats of a recited token", *GROUPS), lines)
 
@@ -276,14 +277,22 @@ def dosed(results: Results) -> str:
 def repeated(results: Results) -> str:
     """How many calibrations there are, and what each left."""
     runs, known = replicates(results), results.found(AT_PERPLEXITY)
+    order = [str(k) for k in CALIBRATIONS if str(k) in known]  # a line made anew is the last
     lines = [
         (k, number(run.methods["kfac"]["clean_test"]["values"]["perplexity"]),
-         *(percent(run.kept("recited", method)) for method in METHODS), percent(run.kept("own")))
-        for k, run in zip(known, runs, strict=True)
+         *(_left(run, method) for method in METHODS), percent(run.kept("own")))
+        for k, run in zip(order, runs, strict=True)
     ]  # fmt: skip
     lines += [(str(k), *[NOT] * (2 + len(METHODS))) for k in CALIBRATIONS if str(k) not in known]
     head = ("calibration", "perplexity, K-FAC", *(f"recited, {x}" for x in METHODS), "own, K-FAC")
     return table(head, lines)
+
+
+def _left(run: Replicate, method: str) -> str:
+    """kept(recited), and the word of a search that did not reach K-FAC's perplexity."""
+    word = run.match[method]
+    more = "" if word in ("given", "matched") else f", {word}"
+    return f"{percent(run.kept('recited', method))}{more}"
 
 
 def costs(results: Results) -> str:
