@@ -204,7 +204,7 @@ def _cell(one: tuple[float, Record] | None) -> str:
 
 def banded(results: Results) -> str:
     """Recited over clean, by curvature, mean over the edited layers; t over calibrations."""
-    known = results.found("bands")
+    known = dict(sorted(results.found("bands").items()))
     if not known:
         return NOT
     parts = []
