@@ -282,6 +282,20 @@ def test_calibrations_and_sizes(page: Page) -> None:
         assert cells == [percent(page.kept(left, some)) for some in (recited, own)], name
 
 
+def test_passages(page: Page) -> None:
+    if "recited" not in page.found("models"):
+        pytest.skip("not measured yet")
+    some = page.found("models")["recited"]["passages"]
+    shown = {row[0]: row[1:] for row in page.table("What it is", 1)}
+    for name, found in shown.items():
+        of = [[one["document"] for one in some if one["split"] == x] for x in ("dev", "test")]
+        if name == "from documents":
+            assert found == [str(len(set(x))) for x in of]
+        else:
+            part = "" if name == "together" else name
+            assert found == [str(sum(part in one for one in x)) for x in of], name
+
+
 def test_doses(page: Page) -> None:
     doses = page.found("doses")
     if "none" not in doses:

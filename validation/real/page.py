@@ -96,6 +96,8 @@ def _passages(known: Record | None, plan: Plan) -> str:
     ]
     total = [sum(n for (_, to), n in count.items() if to == split) for split in ("dev", "test")]
     lines.append(("together", *map(str, total)))
+    of = {(one["document"], one["split"]) for one in known["passages"]}
+    lines.append(("from documents", *(str(sum(to == x for _, to in of)) for x in ("dev", "test"))))
     said = float(np.mean([one["said"] for one in known["passages"]]))
     text = (
         f"Passages: windows of {plan.prefix} + {plan.suffix} tokens every {plan.stride}, with "
