@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
+import refcurv as rc
+from refcurv import demo
+from refcurv.evaluation.items import suffix_nats
 from validation.real import fetch, parts, results
 from validation.real.files import Files
 from validation.real.parts import METHODS, PARTS, SIZES
@@ -147,6 +152,28 @@ def test_a_part_of_a_calibration_is_of_so_many_tokens_of_it(told: Any) -> None:
         assert edited == ("weights", (k, LATE, tokens), {LATE: RHO})
         assert names == ("clean_test", "recited_test", "own_test")
     assert len([key for part, key in told if part == "sizes"]) == len(asked)
+
+
+def test_what_is_left_is_of_test_and_its_nats_are_of_a_token() -> None:
+    """Passages of 2, 9 and 5 tokens; those of dev are not measured."""
+    model, corpus = rc.load(demo.MODEL, dtype="float32"), rc.load_corpus(demo.CORPUS)
+    some = corpus.populations["quotes_test"]
+    assert isinstance(some, rc.Population)
+    prompt = some.prompt_length[:3]
+    said = np.array([2, 9, 5], np.int32)
+    few = rc.Population(some.tokens[:3], prompt, prompt + said, "recite", "test")
+    both = {"recited_test": few, "recited_dev": replace(few, split="dev")}
+    found = parts.left(model, replace(corpus, populations=both), *both)
+    assert list(found) == ["recited_test"]
+    one = found["recited_test"]
+    assert (one["items"], one["tokens"], len(one["right"])) == (3, 16, 3)
+    alone = [
+        suffix_nats(model, rc.Population(some.tokens[n : n + 1], prompt[n : n + 1],
+                                         few.length[n : n + 1], "recite", "test"))
+        for n in range(3)
+    ]  # fmt: skip
+    assert one["values"]["nats"] == pytest.approx(float(np.sum(alone)) / 16, rel=1e-5)
+    assert one["values"]["strict"] == one["right"].count("1") / 3
 
 
 @pytest.mark.parametrize("model", fetch.MODELS)
