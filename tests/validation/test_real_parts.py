@@ -14,10 +14,10 @@ import pytest
 import refcurv as rc
 from refcurv import demo
 from refcurv.evaluation.items import suffix_nats
-from validation.real import fetch, parts, results
+from validation.real import fetch, files, parts, results
 from validation.real.files import Files
 from validation.real.parts import METHODS, PARTS, SIZES
-from validation.real.plan import CALIBRATIONS, PLANS
+from validation.real.plan import CALIBRATIONS, PLANS, SMALL
 from validation.real.results import Results, plain
 from validation.real.verdicts import AT_PERPLEXITY
 
@@ -89,13 +89,13 @@ def told(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str], dict[str, Any
 
     monkeypatch.setattr(Results, "once", once)
     texts = {name: name for name in ("recited_test", "clean_test", "clean_dev")}
-    files: Any = SimpleNamespace(
+    given: Any = SimpleNamespace(
         plan=PLAN, folder=Path("nowhere"), results=known(), weights=lambda: "weights",
         dev=lambda: "dev", judged=lambda: SimpleNamespace(populations=texts),
         basis=lambda k, layers, tokens: (k, layers, tokens),
     )  # fmt: skip
     for name in ("grid", "table", "bands", "replicates", "sizes"):
-        PARTS[name](files)
+        PARTS[name](given)
     return found
 
 
@@ -152,6 +152,27 @@ def test_a_part_of_a_calibration_is_of_so_many_tokens_of_it(told: Any) -> None:
         assert edited == ("weights", (k, LATE, tokens), {LATE: RHO})
         assert names == ("clean_test", "recited_test", "own_test")
     assert len([key for part, key in told if part == "sizes"]) == len(asked)
+
+
+def test_what_each_calibration_costs_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of two calibrations are two lines."""
+    made = Files(PLANS[SMALL], tmp_path, Results(tmp_path / "results.jsonl"))
+    config = SimpleNamespace(linear_layers=lambda: ["blocks.3.mlp.up"])
+    monkeypatch.setattr(files, "rc", SimpleNamespace(load=lambda _: SimpleNamespace(config=config)))
+    monkeypatch.setattr(Files, "weights", lambda _: "w.h5")
+    monkeypatch.setattr(Files, "calibration", lambda *_: "c.h5")
+    monkeypatch.setattr(results, "code", lambda: "")
+    monkeypatch.setattr(
+        files, "command", lambda *words: Path(words[words.index("-o") + 1]).touch()
+    )  # fmt: skip
+    for k in (2, 3):
+        made.basis(k, "blocks.3.mlp.up", 100)
+    steps = [key.partition(" ") for key in made.results.found("steps")]
+    for step in ("collect", "decompose"):
+        assert len([key for name, _, key in steps if name == step]) == 2
+    assert not list(tmp_path.glob("*collect*"))
 
 
 def test_what_is_left_is_of_test_and_its_nats_are_of_a_token() -> None:
