@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,10 @@ def line(part: str, key: str, found: dict[str, Any], **more: Any) -> dict[str, A
     return {"part": part, "key": key, "claims": claims_sha256(), "found": found, **more}
 
 
-def grid(begin: int, **at: tuple[float, float]) -> dict[str, Any]:
+def grid(begin: int, **at: tuple[float | None, float]) -> dict[str, Any]:
     """A run's line; {"0.9": (perplexity, recited)} with a baseline of 10."""
 
-    def dev(cost: float, strict: float) -> dict[str, Any]:
+    def dev(cost: float | None, strict: float) -> dict[str, Any]:
         return {"clean_dev": {"values": {"perplexity": cost}},
                 "recited_dev": {"items": 9, "values": {"strict": strict}}}  # fmt: skip
 
@@ -96,6 +97,8 @@ def test_dev_chooses_by_the_rule() -> None:
     assert best(known(*rows, tied), PLAN, "middle") == PLAN.layers(12)
     assert best(known(*rows), PLAN, "late") == PLAN.layers(21)
     assert chosen(known(grid(21, **{"0.6": (dear + 1, 0.0), "0.9": (dear, 0.9)})))[1] == 0.9
+    lost = grid(27, **{"0.6": (None, 0.0)})  # a perplexity that is no number is not cheap
+    assert chosen(known(*rows, lost)) == (PLAN.layers(21), 0.9)
 
 
 def test_the_rule_is_that_of_the_claims() -> None:
@@ -123,6 +126,19 @@ def population(right: str, chance: float = 0.0) -> dict[str, Any]:
     return {"items": len(right), "chance": chance, "right": right, "values": {}}
 
 
+def table(k: int, word: str = "matched", **left: str) -> dict[str, Any]:
+    """A calibration's line: what K-FAC and svd leave of the passages, as 0 and 1."""
+    edits = [
+        {"method": method, "verdict": verdict, "kept": 0.5,
+         "populations": {"test": {"recited_test": population(left.get(method, "10")),
+                                  "clean_test": {"values": {"perplexity": 10 + k}}}}}
+        for method, verdict in (("kfac", "given"), ("svd", word), ("random-basis", word),
+                                ("random-pairs", word))
+    ]  # fmt: skip
+    base = {"recited_test": population("11")}
+    return line(verdicts.AT_PERPLEXITY, str(k), {"baseline": {"test": base}, "edits": edits})
+
+
 def test_kept_by_hand() -> None:
     before = {"a": population("1111"), "b": population("1110", 0.5)}
     after = {"a": population("1001"), "b": population("1110", 0.5)}
@@ -145,12 +161,7 @@ def test_a_claim_is_judged_by_its_rule(mean: float, half: float, word: str) -> N
 
 def test_a_claim_is_not_judged_before_all_is_measured() -> None:
     every = [grid(at, **{"0.9": (10, 0.5)}) for at in PLAN.runs]
-    test = {"recited_test": population("1" * 9)}
-    after = {"method": "kfac", "kept": 0.5, "populations": {"test": test}}
-    tables = [
-        line(verdicts.AT_PERPLEXITY, str(k), {"baseline": {"test": test}, "edits": [after]})
-        for k in CALIBRATIONS
-    ]
+    tables = [table(k, kfac="11") for k in CALIBRATIONS]
 
     def word(*rows: dict[str, Any]) -> str:
         return verdicts.verdicts(known(*rows), PLAN)[0].word
@@ -161,7 +172,69 @@ def test_a_claim_is_not_judged_before_all_is_measured() -> None:
     assert word(*every[1:], *tables) == "not judged: layers × ρ is not complete"
 
 
+def test_sets_of_too_few_items_are_judged_nowhere() -> None:
+    """Neither by a claim nor in a table: a group is the same sets everywhere."""
+    few, enough = "1" * (ABLE - 1), "1" * ABLE
+    before = {"addition_test": population(enough), "addition_words_test": population(few + "00"),
+              "ordering_test": population(few)}  # fmt: skip
+    assert verdicts.judged_sets(before, "arithmetic") == ["addition_test"]
+    assert verdicts.judged_sets(before, "ordering") == []
+    assert verdicts.judged_sets(before, "recited") == ["recited_test"]
+    text = {"values": {"perplexity": 9.0}}
+    said = population("11") | {"values": {"nats": 0.5}}
+    more = {"clean_test": text, "recited_test": said, "own_test": said}
+    after = before | {"addition_words_test": population("0" * (ABLE + 1))} | more
+    doses = line("doses", "none", before | more), line("doses", "Q8_0", after)
+    (row,) = [one for one in page.dosed(known(*doses)).splitlines() if "Q8_0" in one]
+    cells = dict(zip(page.GROUPS, [x.strip() for x in row.split("|")][4:], strict=False))
+    assert cells["arithmetic"] == "100 %" and cells["ordering"] == "not judged"
+
+
+def test_what_does_not_reach_the_perplexity_is_not_compared_at_it() -> None:
+    claim = next(one for one in claims()["claim"] if one["id"] == "kfac-below-svd")
+    (run,) = verdicts.replicates(known(table(1, svd="11", kfac="10")))
+    assert NUMBERS["kfac-below-svd"](run) == 0.5
+    grids = [grid(at, **{"0.9": (10, 0.5)}) for at in PLAN.runs]
+
+    def word(*tables: dict[str, Any]) -> str:
+        every = verdicts.verdicts(known(*grids, *tables), PLAN)
+        return next(one.word for one in every if one.claim == claim)
+
+    far = [table(k, "falls short", svd="11") for k in CALIBRATIONS]
+    near = [table(k, svd="11") for k in CALIBRATIONS]
+    assert word(*near) == "holds" and word(*far) == "not matched"
+    assert word(*far[:1], *near[1:]) == "not judged: 4 of 5 calibrations"
+    assert "100 %, falls short" in page.repeated(known(*far))
+    assert "falls short" not in page.repeated(known(*near))
+    left = {"recited_test": population("01")}
+    third = {name: {"verdict": "matched", "left": left} for name in ("middle", "late")}
+    third["middle"] = {"verdict": "overshoots", "left": left}
+    (run,) = verdicts.replicates(known(table(1), line("thirds", "1", third)))
+    assert run.third("late") == 0.5 and math.isnan(run.third("middle"))
+
+
+def test_a_calibration_stands_under_its_own_name() -> None:
+    """Also where its line was made anew, and is the last."""
+    tables = [table(k, kfac="1" * (k % 2) + "0") for k in (3, 2, 1)]
+    rows = page.repeated(known(*tables)).splitlines()[2:5]
+    found = [[cell.strip() for cell in row.split("|")[1:4]] for row in rows]
+    assert found == [["1", "11.00", "50 %"], ["2", "12.00", "0 %"], ["3", "13.00", "50 %"]]
+    assert [one.kept("recited") for one in verdicts.replicates(known(*tables))] == [0.5, 0, 0.5]
+
+
 # ------------------------------------------------------------------ the run
+
+
+def test_what_is_of_other_claims_is_not_found() -> None:
+    of = known(table(1) | {"claims": "other"}, table(2))
+    assert list(of.found(verdicts.AT_PERPLEXITY)) == ["2"]
+    assert of.find(verdicts.AT_PERPLEXITY, "1") is None
+
+
+def test_a_cost_is_all_processor_time(tmp_path: Path) -> None:
+    of = Results(tmp_path / "m.jsonl")
+    row = of.keep("p", "k", {}, {"user": 2.04, "system": 3.0, "seconds": 99.0, "peak": 7.6}, {})
+    assert (row["seconds"], row["peak"]) == (5.0, 8)
 
 
 def test_a_line_of_other_inputs_or_claims_is_measured_anew(

@@ -191,7 +191,7 @@ class Files:
         weights, corpus = self.weights(), self.calibration(k, tokens)
         recipe = self.plan.recipe("texts") | {"k": k, "layers": layers, "tokens": tokens}
         count = len(expand(layers, list(rc.load(weights).config.linear_layers())))
-        what = f"{count} matrices, {tokens:,} tokens"
+        what = f"{count} matrices, {tokens:,} tokens of calibration {k}"
 
         def collect(path: Path) -> None:
             command("collect", weights, corpus, "-o", path, "--layers", layers, *DTYPE)

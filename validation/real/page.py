@@ -19,7 +19,9 @@ from validation.real.results import Results, load
 from validation.real.verdicts import (
     ABLE,
     AT_PERPLEXITY,
+    Replicate,
     Verdict,
+    judged_sets,
     replicates,
     share,
     share_interval,
@@ -94,6 +96,8 @@ def _passages(known: Record | None, plan: Plan) -> str:
     ]
     total = [sum(n for (_, to), n in count.items() if to == split) for split in ("dev", "test")]
     lines.append(("together", *map(str, total)))
+    of = {(one["document"], one["split"]) for one in known["passages"]}
+    lines.append(("from documents", *(str(sum(to == x for _, to in of)) for x in ("dev", "test"))))
     said = float(np.mean([one["said"] for one in known["passages"]]))
     text = (
         f"Passages: windows of {plan.prefix} + {plan.suffix} tokens every {plan.stride}, with "
@@ -153,7 +157,7 @@ def spectrum(results: Results) -> str:
     one = runs[0]
     lines = []
     for group in (*GROUPS, *(name for name in TASKS if name not in GROUPS)):
-        whole = one.sets(group) if group in GROUPS else [f"{group}_test"]
+        whole = judged_sets(one.before, group) if group in GROUPS else [f"{group}_test"]
         names = [name for name in whole if name in one.before]
         if not names:
             lines.append((group, "not judged", *[""] * len(METHODS)))
@@ -202,7 +206,7 @@ def _cell(one: tuple[float, Record] | None) -> str:
 
 def banded(results: Results) -> str:
     """Recited over clean, by curvature, mean over the edited layers; t over calibrations."""
-    known = results.found("bands")
+    known = dict(sorted(results.found("bands").items()))
     if not known:
         return NOT
     parts = []
@@ -266,9 +270,8 @@ def dosed(results: Results) -> str:
         cells = [number(left["clean_test"]["values"]["perplexity"]),
                  number(left["recited_test"]["values"]["nats"])]  # fmt: skip
         for group in GROUPS:
-            named = claims()["populations"][group]
-            names = [f"{n}_test" for n in ([group] if isinstance(named, str) else named)]
-            cells.append(percent(share(before, left, [n for n in names if n in before])))
+            names = judged_sets(before, group)
+            cells.append(percent(share(before, left, names)) if names else "not judged")
         lines.append((dose, *cells))
     return table(("dose", "perplexity", "nats of a recited token", *GROUPS), lines)
 
@@ -276,14 +279,22 @@ def dosed(results: Results) -> str:
 def repeated(results: Results) -> str:
     """How many calibrations there are, and what each left."""
     runs, known = replicates(results), results.found(AT_PERPLEXITY)
+    order = [str(k) for k in CALIBRATIONS if str(k) in known]  # a line made anew is the last
     lines = [
         (k, number(run.methods["kfac"]["clean_test"]["values"]["perplexity"]),
-         *(percent(run.kept("recited", method)) for method in METHODS), percent(run.kept("own")))
-        for k, run in zip(known, runs, strict=True)
+         *(_left(run, method) for method in METHODS), percent(run.kept("own")))
+        for k, run in zip(order, runs, strict=True)
     ]  # fmt: skip
     lines += [(str(k), *[NOT] * (2 + len(METHODS))) for k in CALIBRATIONS if str(k) not in known]
     head = ("calibration", "perplexity, K-FAC", *(f"recited, {x}" for x in METHODS), "own, K-FAC")
     return table(head, lines)
+
+
+def _left(run: Replicate, method: str) -> str:
+    """kept(recited), and the word of a search that did not reach K-FAC's perplexity."""
+    word = run.match[method]
+    more = "" if word in ("given", "matched") else f", {word}"
+    return f"{percent(run.kept('recited', method))}{more}"
 
 
 def costs(results: Results) -> str:

@@ -25,28 +25,26 @@ AT_PERPLEXITY = "table at equal perplexity"
 class Replicate:
     """What is known from one calibration.
 
-    Fields: before, {population: values}; methods, {method: {population: values}}; pairs, the share
-    that K-FAC keeps; bands, thirds and half as the parts found them, {} where they did not.
+    Fields: before, {population: values}; methods, {method: {population: values}}; match, {method:
+    the word for its search}; pairs, the share that K-FAC keeps; bands, thirds and half as the parts
+    found them, {} where they did not.
     """
 
     before: Record
     methods: Record
+    match: Record
     pairs: float
     bands: Record
     thirds: Record
     half: Record
 
-    def sets(self, group: str) -> list[str]:
-        """The populations of a group that are judged; of tasks those with ABLE items."""
-        named = claims()["populations"].get(group, [group])
-        if isinstance(named, str):
-            return [f"{group}_test"]
-        every = [f"{name}_test" for name in named if f"{name}_test" in self.before]
-        return [name for name in every if self.before[name]["right"].count("1") >= ABLE]
-
     def kept(self, group: str, method: str = "kfac") -> float:
         """Share that is right after, of that before, both less chance; NaN if it is not judged."""
-        return share(self.before, self.methods.get(method, {}), self.sets(group))
+        return share(self.before, self.methods.get(method, {}), judged_sets(self.before, group))
+
+    def recited(self, method: str) -> float:
+        """kept(recited) of a method at K-FAC's perplexity; NaN if that was not reached."""
+        return self.kept("recited", method) if self.match[method] == "matched" else math.nan
 
     def nats(self, method: str) -> float:
         """Nats of a recited token over the rise of ln perplexity, of clean_test."""
@@ -64,6 +62,18 @@ class Replicate:
         if self.thirds[name]["verdict"] != "matched":
             return math.nan
         return share(self.before, self.thirds[name]["left"], ["recited_test"])
+
+
+def judged_sets(before: Record, group: str) -> list[str]:
+    """The populations of a group that are judged; of tasks those with ABLE items.
+
+    Proof: tests/validation/test_real_page.py::test_sets_of_too_few_items_are_judged_nowhere
+    """
+    named = claims()["populations"].get(group, [group])
+    if isinstance(named, str):
+        return [f"{group}_test"]
+    every = [f"{name}_test" for name in named if f"{name}_test" in before]
+    return [name for name in every if before[name]["right"].count("1") >= ABLE]
 
 
 def share(before: Record, after: Record, names: Iterable[str]) -> float:
@@ -99,10 +109,12 @@ def replicates(results: Results) -> list[Replicate]:
         if k not in tables:
             continue
         methods = {one["method"]: one["populations"]["test"] for one in tables[k]["edits"]}
+        match = {one["method"]: one["verdict"] for one in tables[k]["edits"]}
         pairs = next(one["kept"] for one in tables[k]["edits"] if one["method"] == "kfac")
         others = [results.found(part).get(k, {}) for part in ("bands", "thirds")]
         half = results.found("sizes").get(f"{k}, 1/2", {})
-        found.append(Replicate(tables[k]["baseline"]["test"], methods, pairs, *others, half))
+        before = tables[k]["baseline"]["test"]
+        found.append(Replicate(before, methods, match, pairs, *others, half))
     return found
 
 
@@ -116,7 +128,7 @@ NUMBERS: dict[str, Callable[[Replicate], float]] = {
     "logic-stays": lambda one: one.kept("logic"),
     "facts-kept": lambda one: one.kept("facts"),
     "rare-facts-fall-more": lambda one: one.kept("facts_frequent") - one.kept("facts_rare"),
-    "kfac-below-svd": lambda one: one.kept("recited", "svd") - one.kept("recited"),
+    "kfac-below-svd": lambda one: one.recited("svd") - one.kept("recited"),
     "flat-bands-recited": lambda one: one.band(-1),
     "sharp-bands-clean": lambda one: one.band(0),
     "late-blocks": lambda one: one.third("middle") - one.third("late"),
@@ -158,8 +170,7 @@ def verdicts(results: Results, plan: Plan) -> list[Verdict]:
 def _verdict(claim: Record, runs: list[Replicate], complete: bool) -> Verdict:
     values = [x for run in runs if math.isfinite(x := _number(claim["id"], run))]
     if not values:
-        known = "no set is able" if runs and _is_kept(claim) else "not measured"
-        return Verdict(claim, None, known)
+        return Verdict(claim, None, _unknown(claim, runs))
     found = interval(values)
     if not complete:
         return Verdict(claim, found, "not judged: layers × ρ is not complete")
@@ -168,8 +179,13 @@ def _verdict(claim: Record, runs: list[Replicate], complete: bool) -> Verdict:
     return Verdict(claim, found, judged(claim, found))
 
 
-def _is_kept(claim: Record) -> bool:
-    return bool(claim["number"].startswith("kept"))
+def _unknown(claim: Record, runs: list[Replicate]) -> str:
+    """Why a claim has no number in any calibration."""
+    number = claim["number"]
+    there = any(run.thirds for run in runs) if "third" in number else bool(runs)
+    if there and "matched" in number:
+        return "not matched"
+    return "no set is able" if there and number.startswith("kept") else "not measured"
 
 
 def judged(claim: Record, found: Interval) -> str:
