@@ -147,6 +147,8 @@ def run(
     folder = prepare(folder, reads)
     _require_space(job, folder, model, given)
     this = _Run(job, given, model, corpus, cut, judged, folder, stage, told, {}, {})
+    if job.rho is None:
+        told(choice.what_is_tried(tried))
     basis = _basis(this)
     if job.rho is None:
         this = _chosen(this, basis, tried)

@@ -102,7 +102,7 @@ def controls(
     except StorageError:  # nor could the report be written
         raise
     except RefcurvError as error:  # the report is whole without them
-        return {"left_out": str(error)}
+        return {"left_out": str(error).removeprefix("controls: ")}
 
 
 def _controls(

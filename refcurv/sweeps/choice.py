@@ -95,6 +95,16 @@ def least_recited(
     return min(cheap, key=lambda one: (one[2], one[1]))
 
 
+def what_is_tried(patterns: Sequence[str]) -> str:
+    """What `choose` will do, for a person; to be told before its factors are collected."""
+    count = len(patterns) * len(SHARES)
+    return (
+        f"no rho is given, so dev chooses: {number_of(count, 'edit')}, rho "
+        f"{', '.join(f'{share:g}' for share in SHARES)} of {', '.join(patterns)}. It takes the one "
+        f"that recites least and raises perplexity by at most {MOST - 1:.0%}"
+    )
+
+
 def choose(
     model: Model, corpus: Corpus, patterns: Sequence[str], basis: Bases, seed: int, path: Path,
     progress: Progress, told: Callable[[str], object],
@@ -111,12 +121,6 @@ def choose(
     require_mass(basis, asked)
     known = facts(model, corpus, asked, basis, Collecting(seed=seed))
     lines = Lines(path, known, fresh=True, who=WHO)
-    count = len(patterns) * len(SHARES)
-    told(
-        f"no rho is given, so dev chooses: {number_of(count, 'edit')}, rho "
-        f"{', '.join(f'{share:g}' for share in SHARES)} of {', '.join(patterns)}. It takes the one "
-        f"that recites least and raises perplexity by at most {MOST - 1:.0%}"
-    )
     made = begun(model, corpus, asked, basis, lines, path, None, None, progress, told)
     return chosen(swept(made, told))
 
