@@ -165,8 +165,8 @@ def run(
         told(f"warning: {warning}")
     with this.timed("bands"):
         found = _bands(this, basis)
-    results = _results(this, basis, record, table, others, found)
-    results["warnings"] = [*few, *unrecited]
+    warnings = {"warnings": [*few, *unrecited]}
+    results = _results(this, basis, record, table, others, found) | warnings
     write_json(results, folder / RESULTS)
     undraw(folder)
     for left in (unfinished(folder / RESULTS), folder / CONTROLS, folder / CHOICE):

@@ -24,7 +24,7 @@ from strategies import config, opened_for_lies, random_parameters
 import refcurv as rc
 from refcurv import cli, terminal
 from refcurv.cli import main
-from refcurv.commands import values
+from refcurv.commands import judgements, values
 from refcurv.editing import variants
 from refcurv.evaluation import suite
 from refcurv.files.disk import file_sha256
@@ -89,6 +89,7 @@ def test_a_table_says_what_it_was_made_from(files: Path, tmp_path: Path) -> None
     (tmp_path / "theirs").mkdir()
     theirs = shutil.copy(files / "f.h5", tmp_path / "theirs" / "f.h5")
     whole = file_sha256(theirs)
+    assert [*judgements._read(str(theirs.parent), None, f)] == [Path(f), theirs]  # a folder's files
     trace = str(tmp_path / "trace.h5")
     assert main(["trace", w, c, "-o", trace]) == 0
     of_w, of_c = rc.load(w).source["sha256"], rc.load_corpus(c).source["sha256"]

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
+from stat import S_ISREG
 from typing import TYPE_CHECKING, Any
 
 from refcurv.commands.output import made, write_json
@@ -279,11 +280,14 @@ def validate(args: argparse.Namespace) -> bool:
 
 def _read(*paths: str | None) -> Seen:
     """What the files are now that will be read, those of a folder too."""
+    from refcurv.files.disk import is_folder, machine_faults, mode_of
     from refcurv.files.unchanged import seen
 
-    given = [Path(path) for path in paths if path]
-    inside = [one for path in given if path.is_dir() for one in sorted(path.iterdir())]
-    return seen("validate", (one for one in (*given, *inside) if one.is_file()))
+    every = [Path(path) for path in paths if path]
+    for folder in [path for path in every if is_folder("validate", path)]:
+        with machine_faults("validate", folder):
+            every += sorted(folder.iterdir())
+    return seen("validate", (one for one in every if S_ISREG(mode_of("validate", one))))
 
 
 def _sources(model: Model | None, corpus: Corpus | None, read: Seen) -> Iterator[Mapping[str, Any]]:
