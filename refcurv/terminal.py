@@ -26,6 +26,9 @@ _MOST = 1_000
 _COLUMNS = 80
 """Of a line on a terminal."""
 
+_ROWS = 24
+"""Of a terminal that does not say how many it has."""
+
 _FLOATS = "(overflow|underflow|invalid value|divide by zero) encountered in"
 """What NumPy says of floats. Whoever reads a number that is not finite says so in one line."""
 
@@ -377,19 +380,23 @@ class _Bar:
                 return {**super().format_dict, "rate": self.speed or None}
 
         if self._bar is None:
-            self._bar = Paced(desc=f"{self._label:>10}", file=sys.stderr, bar_format=_NO_RATE,
-                              ncols=None if _width() else _COLUMNS)  # fmt: skip
+            columns, rows = _shape()
+            self._bar = Paced(
+                desc=f"{self._label:>10}", file=sys.stderr, bar_format=_NO_RATE,
+                ncols=None if columns else _COLUMNS, nrows=None if rows else _ROWS,
+            )  # fmt: skip
             _bars.add(self)
         self._bar.bar_format = None if self._bar.format_dict["elapsed"] >= _SOON else _NO_RATE
         return self._bar
 
 
-def _width() -> int:
-    """Columns of the terminal; 0 of one that does not say, whose bars would be cut to nothing."""
+def _shape() -> tuple[int, int]:
+    """Columns and rows of the terminal; 0 where it does not say: a bar would be cut to nothing."""
     try:
-        return os.get_terminal_size(sys.stderr.fileno()).columns
+        shape = os.get_terminal_size(sys.stderr.fileno())
     except (OSError, ValueError):
-        return 0
+        return 0, 0
+    return shape.columns, shape.lines
 
 
 def _warn(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
 import warnings
@@ -770,13 +774,20 @@ def test_what_comes_before_the_first_piece_is_no_pace(capsys, monkeypatch) -> No
     assert "<00:30" in last and "10.00s/it" in last
 
 
-def test_a_terminal_that_does_not_say_how_wide_it_is_has_bars(capsys, monkeypatch) -> None:
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(terminal, "_width", lambda: 0)
-    monkeypatch.setenv("COLUMNS", "0")
-    terminal.progress_bar("recite")(1, 2)
-    terminal.end_bars()
-    assert "1/2" in capsys.readouterr().err
+def test_a_terminal_that_does_not_say_how_large_it_is_has_bars(monkeypatch) -> None:
+    """As under `script`, or in a container: no columns, no rows, or neither."""
+    for name in ("COLUMNS", "LINES"):
+        monkeypatch.delenv(name, raising=False)
+    for rows, columns in ((0, 0), (40, 0), (0, 100), (40, 100)):
+        ours, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+        with open(theirs, "w") as terminal_, monkeypatch.context() as patch:  # noqa: PTH123
+            patch.setattr(sys, "stderr", terminal_)
+            terminal.progress_bar("recite")(1, 2)
+            terminal.end_bars()
+            terminal_.flush()
+            assert b"1/2" in os.read(ours, 4096), (rows, columns)
+        os.close(ours)
 
 
 def test_progress_goes_into_a_log_too(capsys, monkeypatch) -> None:
