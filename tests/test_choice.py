@@ -83,6 +83,7 @@ def test_a_corpus_by_which_nothing_can_be_chosen_is_refused(
     assert error.count("\n") == 1 and not list(tmp_path.glob("out/*"))
 
 
+@pytest.mark.slow
 def test_a_report_without_rho_takes_what_dev_chooses(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -337,6 +337,7 @@ def test_the_report_says_why_it_has_no_controls(
     assert results["evaluation"]["rows"] and "controls" in results["seconds"]
 
 
+@pytest.mark.slow
 def test_interrupted_controls_go_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -504,6 +505,7 @@ def test_a_report_refuses_what_it_could_not_judge_before_the_work(
     assert "edited.h5 of --out" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_was_evaluated_is_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

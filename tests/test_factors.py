@@ -772,7 +772,7 @@ def test_a_collection_that_fits_no_disk_is_refused_before_the_work(unfinished, m
     _, collect = unfinished
     monkeypatch.setattr(factors, "sweep", Mock(side_effect=AssertionError("began")))
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: Mock(free=1000))
-    with pytest.raises(StorageError, match="its disk has 0"):
+    with pytest.raises(StorageError, match=r"its disk has 1\.0 kB free"):
         collect()
 
 

@@ -996,17 +996,14 @@ def test_page_escapes(hostile: dict[str, Any], tmp_path: Path) -> None:
     assert read.open == []
 
 
-def test_a_warning_stands_above_the_numbers(results: dict[str, Any]) -> None:
+def test_a_warning_stands_above_the_numbers() -> None:
+    results: dict[str, Any] = {"evaluation": compare(measurement(1), None).to_json()}
     assert "warning" not in page.page(results).split("</style>")[1]
-    results["warnings"] = ["before the edit <b>nothing</b>: `refcurv recite`"]
+    results["warnings"] = ["before <b>it</b>: `refcurv recite`"]
     text = page.page(results).split("</style>")[1]
-    shown = (
-        '<p class="warning">before the edit &lt;b&gt;nothing&lt;/b&gt;: <code>refcurv recite</code>'
-    )
+    shown = '<p class="warning">before &lt;b&gt;it&lt;/b&gt;: <code>refcurv recite</code></p>'
     assert text.index(shown) < text.index('class="tiles"')
-    assert "\n\nwarning: before the edit <b>nothing</b>: `refcurv recite`\n\n" in (
-        printed.format_results(results)
-    )
+    assert "\n\nwarning: before <b>it</b>: `refcurv recite`\n\n" in printed.format_results(results)
 
 
 def test_page_without_the_rest() -> None:
