@@ -46,6 +46,7 @@ def rows(results: dict) -> dict[str, dict]:
     return {row["name"].removesuffix("_test"): row for row in results["evaluation"]["rows"]}
 
 
+@pytest.mark.slow
 def test_memory_goes_and_reasoning_stays(demo: tuple[Path, dict]) -> None:
     found = rows(demo[1])
     quotes, clean = found["quotes"], found["language"]
@@ -61,6 +62,7 @@ def test_memory_goes_and_reasoning_stays(demo: tuple[Path, dict]) -> None:
         assert found[name]["retention_above_chance"] >= 0.95
 
 
+@pytest.mark.slow
 def test_memorised_text_drives_the_flat_bands(demo: tuple[Path, dict]) -> None:
     """P9: memorised tokens avoid the sharpest band of the edited layers, and fill the flattest."""
     for layer in ("blocks.3.mlp.gate", "blocks.3.mlp.up"):
@@ -69,6 +71,7 @@ def test_memorised_text_drives_the_flat_bands(demo: tuple[Path, dict]) -> None:
         assert ratio[-1] > 1.2
 
 
+@pytest.mark.slow
 def test_everything_is_written(demo: tuple[Path, dict]) -> None:
     out, results = demo
     names = {"bands.png", "basis.h5", "edited.h5", "factors.h5", "front.png", "mask.png",
@@ -83,7 +86,8 @@ def test_everything_is_written(demo: tuple[Path, dict]) -> None:
     assert all(row["rho"] == RHO <= row["mass"] for row in results["edit"])
 
 
-@pytest.mark.parametrize("which", [pytest.param("before", marks=pytest.mark.slow), "after"])
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["before", "after"])
 def test_recitation_and_perplexity_by_another_route(demo: tuple[Path, dict], which: str) -> None:
     """Definitions instead of kernels, the truth fed in instead of a cache: the same numbers."""
     out, results = demo
@@ -113,6 +117,7 @@ def test_recitation_and_perplexity_by_another_route(demo: tuple[Path, dict], whi
     assert rows(results)["language"][which]["perplexity"] == pytest.approx(perplexity, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_controls_are_matched_on_dev(demo: tuple[Path, dict]) -> None:
     """Each cut made again from the files: its dev perplexity, and what it leaves on test."""
     out, results = demo
@@ -147,6 +152,7 @@ def test_controls_are_matched_on_dev(demo: tuple[Path, dict]) -> None:
         assert recited == pytest.approx(one["recitation"], abs=1 / 96)  # float32 here, 64 there
 
 
+@pytest.mark.slow
 def test_the_curvature_not_the_cutting(demo: tuple[Path, dict]) -> None:
     """At the same perplexity K-FAC leaves less of the quotes than any other cut."""
     results = demo[1]
@@ -161,6 +167,7 @@ def test_the_curvature_not_the_cutting(demo: tuple[Path, dict]) -> None:
         assert one["recitation"] > 2 * kfac["recitation"]
 
 
+@pytest.mark.slow
 def test_curves_pass_the_edit(demo: tuple[Path, dict]) -> None:
     """Every curve holds its compared edit; where more is removed it forgets more and costs more."""
     found = demo[1]["controls"]
@@ -187,6 +194,7 @@ def test_the_shipped_files_are_small_and_loadable_elsewhere(tmp_path: Path) -> N
         assert np.array_equal(model.parameters[name], back.parameters[name])
 
 
+@pytest.mark.slow
 def test_the_readmes_numbers_are_the_demos(demo: tuple[Path, dict]) -> None:
     """Every row of the README's table, as `refcurv demo` prints it."""
     text = (Path(__file__).parents[1] / "README.md").read_text()
@@ -212,6 +220,7 @@ def test_the_readmes_numbers_are_the_demos(demo: tuple[Path, dict]) -> None:
     assert f"keeping {100 * RHO:.0f} % of the curvature mass" in text
 
 
+@pytest.mark.slow
 def test_the_readmes_picture_and_example_are_the_demos(demo: tuple[Path, dict]) -> None:
     """The bands, and the lines that the example prints, which runs in test_readme.py."""
     text = first_page.PAGE.read_text(encoding="utf-8")
