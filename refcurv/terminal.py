@@ -368,26 +368,31 @@ class _Bar:
         _bars.discard(self)
 
     def _shown(self) -> Any:
-        from tqdm import tqdm
-
-        class Paced(tqdm):  # type: ignore[type-arg]
-            """A bar whose pace is ours."""
-
-            speed = 0.0
-
-            @property
-            def format_dict(self) -> dict[str, Any]:
-                return {**super().format_dict, "rate": self.speed or None}
-
         if self._bar is None:
             columns, rows = _shape()
-            self._bar = Paced(
+            self._bar = _paced()(
                 desc=f"{self._label:>10}", file=sys.stderr, bar_format=_NO_RATE,
                 ncols=None if columns else _COLUMNS, nrows=None if rows else _ROWS,
             )  # fmt: skip
             _bars.add(self)
         self._bar.bar_format = None if self._bar.format_dict["elapsed"] >= _SOON else _NO_RATE
         return self._bar
+
+
+def _paced() -> type[Any]:
+    """tqdm's bars with a pace of ours."""
+    from tqdm import tqdm
+
+    class Paced(tqdm):  # type: ignore[type-arg]
+        """A bar whose `speed` is told."""
+
+        speed = 0.0
+
+        @property
+        def format_dict(self) -> dict[str, Any]:
+            return {**super().format_dict, "rate": self.speed or None}
+
+    return Paced
 
 
 def _shape() -> tuple[int, int]:
