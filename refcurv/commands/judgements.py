@@ -43,13 +43,13 @@ def evaluate(args: argparse.Namespace) -> None:
             f"evaluate: --items are of tokens, and split {args.split!r} has images alone."
         )
     found: dict[str, Measurement] = {}
-    sources = [*(model.source for model in models.values()), corpus.source]
+    origin = made({}, *(model.source for model in models.values()), corpus.source)
     reuse_memory()
 
     def keep(so_far: Measurement) -> None:
         before = found.get("before")
         known = before.only(so_far.populations) if before else None
-        table.update(made(compare(so_far, known).to_json(), *sources))
+        table.update(compare(so_far, known).to_json() | origin)
         write_json(args.json and unfinished(args.json), table)
 
     try:
