@@ -222,6 +222,21 @@ def test_a_calibration_stands_under_its_own_name() -> None:
     assert [one.kept("recited") for one in verdicts.replicates(known(*tables))] == [0.5, 0, 0.5]
 
 
+def test_right_answers_are_counted_by_what_they_are() -> None:
+    some = table(2), table(1)
+    for at, row in enumerate(some):  # before all of yes, yes, no; after the second calibration: no
+        test = [one["populations"]["test"] for one in row["found"]["edits"]]
+        row["found"]["baseline"]["test"]["two_test"] = population("111", 0.5)
+        for left in test:
+            left["two_test"] = population("110" if at else "001", 0.5)
+    asked = line("models", "answers", {"two_test": ["yes", "yes", "no"]})
+    rows = page.answered(known(*some, asked)).splitlines()[2:]
+    found = [[cell.strip(" `") for cell in row.strip("|").split("|")] for row in rows]
+    assert found == [["two", "no", "1", "0", "1", "0", "0", "0", "-33 %"],
+                     ["two", "yes", "2", "2", "0", "2", "2", "2", "33 %"]]  # fmt: skip
+    assert page.answered(known(*some)) == page.NOT
+
+
 # ------------------------------------------------------------------ the run
 
 

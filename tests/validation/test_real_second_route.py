@@ -254,6 +254,27 @@ def test_spectrum(page: Page) -> None:
             assert cell == want, (name, method)
 
 
+def test_answers(page: Page) -> None:
+    answers = page.found("models").get("answers")
+    if not answers or not page.tables:
+        pytest.skip("not measured yet")
+    shown = {tuple(row[:2]): row[2:] for row in page.table("Where a guess")}
+    after = [page.left(k, "kfac") for k in FIVE if k in page.tables]
+    after += [page.left("1", name) for name in ("svd", "random-basis", "random-pairs")]
+    kinds = {(name, one) for name, some in answers.items() for one in some}
+    assert shown.keys() == {(name.removesuffix("_test"), one) for name, one in kinds}
+    for name, said in kinds:
+        own = [one == said for one in answers[name]]
+        *found, always = shown[name.removesuffix("_test"), said]
+        marks = [some[name]["right"] for some in (page.before, *after)]
+        assert found == [
+            str(sum(x == "1" and y for x, y in zip(m, own, strict=True))) for m in marks
+        ]
+        n, chance = len(own), page.before[name]["chance"]
+        known = right(page.before[name]) - chance * n
+        assert always == percent((sum(own) - chance * n) / known)
+
+
 def test_bands(page: Page) -> None:
     for at, kind in enumerate(("input_rank", "pair_mass")):
         for band, row in enumerate(page.table("Bands by", at) if page.found("bands") else []):

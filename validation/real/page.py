@@ -173,6 +173,42 @@ def spectrum(results: Results) -> str:
     return table(("left of", "items right before", *METHODS), lines)
 
 
+def answered(results: Results) -> str:
+    """Where a guess is often right: how many items are right, by what the answer is."""
+    known, runs = results.found("models").get("answers"), replicates(results)
+    if known is None or not runs:
+        return NOT
+    if not known:
+        return "No set is one."
+    after = [(f"K-FAC, {k}", run.methods["kfac"]) for k, run in
+              zip(_measured(results), runs, strict=True)]  # fmt: skip
+    after += [(name, runs[0].methods[name]) for name in METHODS if name != "kfac"]
+    lines, columns = [], [runs[0].before, *(left for _, left in after)]
+    for name, answers in known.items():
+        before = runs[0].before[name]
+        for answer in sorted(set(answers)):
+            own = [said == answer for said in answers]
+            always = before | {"right": "".join("01"[one] for one in own)}
+            lines.append((
+                f"`{name.removesuffix('_test')}`", answer,
+                *(str(_right(left[name], own)) for left in columns),
+                percent(share({name: before}, {name: always}, [name])),
+            ))  # fmt: skip
+    head = ("set", "answer", "right before", *(what for what, _ in after), "always said, it leaves")
+    return table(head, lines)
+
+
+def _right(left: Record, own: list[bool]) -> int:
+    """How many of some items are right."""
+    return sum(mark == "1" for mark, one in zip(left["right"], own, strict=True) if one)
+
+
+def _measured(results: Results) -> list[str]:
+    """The calibrations that are measured, in their order; a line made anew is the last."""
+    known = results.found(AT_PERPLEXITY)
+    return [str(k) for k in CALIBRATIONS if str(k) in known]
+
+
 def swept(results: Results, plan: Plan) -> str:
     """Layers x rho, of dev: the rise of perplexity, and what is still recited."""
     known = list(edits(results))
@@ -279,11 +315,10 @@ def dosed(results: Results) -> str:
 def repeated(results: Results) -> str:
     """How many calibrations there are, and what each left."""
     runs, known = replicates(results), results.found(AT_PERPLEXITY)
-    order = [str(k) for k in CALIBRATIONS if str(k) in known]  # a line made anew is the last
     lines = [
         (k, number(run.methods["kfac"]["clean_test"]["values"]["perplexity"]),
          *(_left(run, method) for method in METHODS), percent(run.kept("own")))
-        for k, run in zip(order, runs, strict=True)
+        for k, run in zip(_measured(results), runs, strict=True)
     ]  # fmt: skip
     lines += [(str(k), *[NOT] * (2 + len(METHODS))) for k in CALIBRATIONS if str(k) not in known]
     head = ("calibration", "perplexity, K-FAC", *(f"recited, {x}" for x in METHODS), "own, K-FAC")
@@ -338,6 +373,7 @@ def sections(results: Results, plan: Plan) -> Mapping[str, Callable[[], str]]:
         "Table 1, at equal perplexity": lambda: table_one(results, "perplexity"),
         "Table 1, at equal forgetting": lambda: table_one(results, "forgetting"),
         "The spectrum of abilities (Figure 3), at equal perplexity": lambda: spectrum(results),
+        "Where a guess is often right: items right, by answer": lambda: answered(results),
         "Layers × ρ": lambda: swept(results, plan),
         "Bands by curvature (Figure 2): recited over clean": lambda: banded(results),
         "Five calibrations": lambda: repeated(results),

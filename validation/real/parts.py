@@ -35,7 +35,7 @@ def loaded(files: Files) -> rc.Model:
 
 
 def models(files: Files) -> None:
-    """Facts, tokens of each text, passages, and what the unedited model can do."""
+    """Facts, tokens of each text, passages, and what the unedited model can do and is asked."""
 
     def prepare() -> tuple[Path, Path]:
         return files.able()
@@ -65,6 +65,23 @@ def models(files: Files) -> None:
     files.results.once(
         "models", "recited", _recipe(files, *DEV), lambda: (files.passages(),), passages
     )
+    files.results.once(
+        "models", "answers", _recipe(files, *JUDGED), lambda: (files.judged(),),
+        lambda corpus: _answers(files, corpus),
+    )  # fmt: skip
+
+
+def _answers(files: Files, corpus: rc.Corpus) -> Record:
+    """The answer of each item of the judged sets in which a guess is often right."""
+    if files.gguf is None:
+        return {}
+    library = load_tokenizer(files.gguf, None).library
+    return {
+        name: [library.decode(row[begin:end].tolist()).strip() for row, begin, end in
+               zip(one.tokens, one.prompt_length, one.length, strict=True)]
+        for name, one in corpus.populations.items()
+        if isinstance(one, rc.Population) and one.chance > 0
+    }  # fmt: skip
 
 
 def _count(files: Files, name: str) -> int:
