@@ -116,11 +116,13 @@ def say(message: str) -> None:
 def interrupts() -> Iterator[None]:
     """The first Ctrl-C or SIGTERM ends the command, whatever Python does; a second one at once.
 
-    The first lets a collection keep its sums, which may take a while. The second waits for nothing.
+    The first lets what is at work end and a collection keep its sums; where that takes a while, a
+    line says so. The second waits for nothing.
     An interrupt inside a destructor or a weak reference's callback is dropped by Python with a
     traceback: the next call of a progress raises it again (`_raise_lost`).
 
-    Proof: tests/test_cli.py::test_an_interrupt_that_python_drops_is_raised_by_the_next_progress
+    Proof: tests/test_cli.py::test_an_interrupt_that_python_drops_is_raised_by_the_next_progress,
+        ::test_an_interrupt_that_takes_a_while_says_so
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -132,6 +134,8 @@ def interrupts() -> Iterator[None]:
                 os.write(2, b"refcurv: interrupted again: stopped at once\n")
             os._exit(130)
         _interrupted.set()
+        with suppress(RuntimeError):  # no thread can be had: then nothing is said
+            ending.start()
         raise KeyboardInterrupt
 
     def quiet(dropped: Any) -> None:
@@ -139,6 +143,8 @@ def interrupts() -> Iterator[None]:
             sys.__unraisablehook__(dropped)
 
     _interrupted.clear()
+    ending = threading.Timer(_PATIENCE, say, [_ENDING])
+    ending.daemon = True
     numbers = (signal.SIGINT, signal.SIGTERM)
     before, hook = {one: signal.signal(one, stop) for one in numbers}, sys.unraisablehook
     sys.unraisablehook = quiet
@@ -148,10 +154,16 @@ def interrupts() -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         sys.unraisablehook = hook
+        ending.cancel()
         _interrupted.clear()
 
 
 _interrupted = threading.Event()
+
+_PATIENCE = 1.0
+"""Seconds for which an interrupted command may say nothing."""
+
+_ENDING = "interrupted: it stops when what is at work has ended; once more stops it at once"
 
 
 def _raise_lost() -> None:

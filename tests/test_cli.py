@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import re
+import select
 import shutil
 import signal
 import struct
@@ -676,6 +677,21 @@ def test_an_interrupt_that_python_drops_is_raised_by_the_next_progress(
     assert err.startswith("refcurv: interrupted") and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("patience", [0.0, 99.0])
+def test_an_interrupt_that_takes_a_while_says_so(patience: float, capsys, monkeypatch) -> None:
+    """And one that ends at once says nothing of it."""
+    monkeypatch.setattr(terminal, "_PATIENCE", patience)
+    said = ""
+    with pytest.raises(KeyboardInterrupt), terminal.interrupts():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:  # as what is at work ends
+            for _ in range(3_000 if not patience else 1):
+                said = said or capsys.readouterr().err
+                time.sleep(0 if said else 0.01)
+    assert said == ("" if patience else f"refcurv: {terminal._ENDING}\n")
+
+
 def test_an_interrupt_promises_nothing_about_what_was_written_before_it(
     files: Path, tmp_path: Path, capsys, monkeypatch
 ) -> None:
@@ -786,7 +802,10 @@ def test_a_terminal_that_does_not_say_how_large_it_is_has_bars(monkeypatch) -> N
             terminal.progress_bar("recite")(1, 2)
             terminal.end_bars()
             terminal_.flush()
-            assert b"1/2" in os.read(ours, 4096), (rows, columns)
+            said = b""  # a terminal may hand on what was written in parts
+            while b"1/2" not in said and select.select([ours], [], [], 10)[0]:
+                said += os.read(ours, 4096)
+            assert b"1/2" in said, (rows, columns)
         os.close(ours)
 
 

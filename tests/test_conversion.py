@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from test_families import checkpoint, config_of
 from test_naming import with_names
 
@@ -23,6 +25,7 @@ from refcurv.files.store import open_file
 from refcurv.law.checks import ConventionError, RefcurvError, SchemaError, StorageError
 from refcurv.model.patterns import expand
 from refcurv.report import conversion
+from refcurv.report.blocks import by_block
 
 # ------------------------------------------------------------------ inputs that change
 
@@ -119,6 +122,21 @@ def test_every_tensor_is_on_one_line_of_the_summary() -> None:
     assert found[3][3] == "h.{0-1}.attn.bias"
     matched = [name for row in found[:3] for name in expand(row[0], names)]
     assert sorted(matched) == sorted(names)
+
+
+@given(st.lists(st.tuples(st.integers(0, 12), st.sampled_from("ab"), st.integers(0, 12))))
+def test_rows_of_one_kind_are_one_row(some: list[tuple[int, str, int]]) -> None:
+    """Each row is in one, whose cells match its names, and whose other cell is its own."""
+    rows = [(f"h.{n}.{kind}", f"blocks.{n}.{kind}.w", str(size)) for n, kind, size in some]
+    found = by_block(rows, (0, 1))
+    assert sorted(at for _, members in found for at in members) == list(range(len(rows)))
+    assert [members[0] for _, members in found] == sorted(members[0] for _, members in found)
+    for (theirs, ours, size), members in found:
+        for at in members:
+            for pattern, name in ((theirs, rows[at][0]), (ours, rows[at][1])):
+                assert expand(pattern, [name]) == [name]
+            assert size == rows[at][2]
+    assert len(found) == len({(kind, size) for _, kind, size in some})
 
 
 def test_convert_says_what_it_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -447,6 +447,29 @@ def test_inspect_names_every_array(tmp_path: Path) -> None:
     assert "…" not in text and max(map(len, lines)) > 1_000  # the conventions, on one line
 
 
+def test_inspect_of_a_large_model_is_a_short_table() -> None:
+    """Arrays share a line if the number of their block is all that tells them apart."""
+
+    def entry(name: str, length: int, **more: Any) -> dict[str, Any]:
+        return {"name": name, "shape": [length, 4], "stored": "float32", "nbytes": 1000,
+                "attributes": more}  # fmt: skip
+
+    entries = [entry("embed.weight", 9)]
+    entries += [entry(f"blocks.{n}.up", 4, checkpoint_name=f"h.{n}.up", kind="F32" if n else "Q8")
+                for n in (0, 1, 2, 4)]  # fmt: skip
+    entries += [entry(f"blocks.{n}.gain", n, rows=n) for n in (5, 6)]
+    facts = {"path": "w.h5", "format": "x", "version": 2, "nbytes": 0, "entries": entries}
+    found = printed.format_inspect(facts).split("arrays\n")[1].splitlines()[2:]
+    assert [re.split(r" {2,}", line.strip()) for line in found] == [
+        ["embed.weight", "9 × 4", "float32", "1.0 kB"],
+        ["blocks.0.up", "4 × 4", "float32", "1.0 kB", "checkpoint_name h.0.up, kind Q8"],
+        ["blocks.{1-2,4}.up", "3 of 4 × 4", "float32", "3.0 kB",
+         "checkpoint_name h.{1-2,4}.up, kind F32"],
+        ["blocks.5.gain", "5 × 4", "float32", "1.0 kB", "rows 5"],
+        ["blocks.6.gain", "6 × 4", "float32", "1.0 kB", "rows 6"],
+    ]  # fmt: skip
+
+
 def test_bytes_have_a_unit() -> None:
     """And none is "0.00 GB"."""
     sizes = {0: "0 B", 999: "999 B", 1000: "1.0 kB", 999949: "999.9 kB", 10**6: "1.0 MB"}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 
 from refcurv.files.huggingface import Conversion, Exported, Mapped
 from refcurv.law.words import number_of
+from refcurv.report.blocks import by_block
 from refcurv.report.text import filled, format_rows
 
 IGNORED = "(ignored)"
@@ -25,40 +25,11 @@ def kinds(mapped: Sequence[Mapped]) -> list[list[str]]:
 
     Their names become the pattern that matches them: `blocks.{0-29}.attn.q.weight`.
     """
-    groups: dict[tuple[str, str | None, tuple[int, ...], str], list[int]] = {}
-    for m in mapped:
-        theirs, block = _without_block(m.checkpoint_name)
-        ours = None if m.name is None else _without_block(m.name)[0]
-        group = groups.setdefault((theirs, ours, m.shape, m.dtype), [])
-        if block is not None:
-            group.append(block)
-    out = []
-    for (theirs, ours, shape, dtype), blocks in groups.items():
-        which = _runs(blocks)
-        count = f"{len(blocks)} x " if len(blocks) > 1 else ""
-        names = [name.replace("\0", which) for name in (ours or IGNORED, theirs)]
-        out.append([names[0], f"{count}{shape}", dtype, names[1]])
-    return out
-
-
-def _without_block(name: str) -> tuple[str, int | None]:
-    """A name with its first number replaced by a mark, and the number."""
-    found = re.search(r"(?<![^.])\d{1,9}(?![^.])", name)
-    if found is None:
-        return name, None
-    return f"{name[: found.start()]}\0{name[found.end() :]}", int(found[0])
-
-
-def _runs(numbers: Sequence[int]) -> str:
-    """[3] → "3", [0, 1, 2, 5] → "{0-2,5}"."""
-    runs: list[list[int]] = []
-    for n in sorted(set(numbers)):
-        if runs and n == runs[-1][1] + 1:
-            runs[-1][1] = n
-        else:
-            runs.append([n, n])
-    texts = [str(low) if low == high else f"{low}-{high}" for low, high in runs]
-    return texts[0] if len(numbers) == 1 else "{" + ",".join(texts) + "}"
+    every = [(m.checkpoint_name, m.name or IGNORED, str(m.shape), m.dtype) for m in mapped]
+    return [
+        [ours, f"{len(members)} x {shape}" if len(members) > 1 else shape, dtype, theirs]
+        for (theirs, ours, shape, dtype), members in by_block(every, (0, 1))
+    ]
 
 
 def format_conversion(done: Conversion, path: str, verbose: bool = False) -> str:

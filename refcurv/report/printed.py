@@ -12,6 +12,7 @@ from math import floor
 from refcurv.curvature.forecast import Forecast
 from refcurv.law.words import number_of
 from refcurv.progress import size, span
+from refcurv.report.blocks import by_block
 from refcurv.report.cells import (
     MISSING,
     Json,
@@ -217,7 +218,10 @@ def format_inspect(facts: Json) -> str:
     Args:
         facts: of `refcurv.files.inspect.inspect_file`; on a terminal long values are shortened.
 
+    Arrays of one kind are one line, as in `convert`: `blocks.{0-29}.attn.q.weight`.
+
     Proof:  tests/test_report.py::test_inspect_names_every_array,
+        ::test_inspect_of_a_large_model_is_a_short_table,
         ::test_inspect_shows_a_text_of_several_lines_on_one
     """
     pairs = [(what, dict(facts.get(what) or {})) for what in ("attributes", "provenance")]
@@ -227,22 +231,34 @@ def format_inspect(facts: Json) -> str:
         Table(what, ("name", "value"), tuple((k, _compact(v)) for k, v in found.items()), "ll")
         for what, found in pairs
     ]
-    rows = tuple(
-        (
-            str(one["name"]),
-            " × ".join(map(str, one["shape"])) or "scalar",
-            str(one["stored"]),
-            size(one["nbytes"]),
-            ", ".join(f"{k} {_compact(v)}" for k, v in one["attributes"].items()),
-        )
-        for one in facts["entries"]
-    )
     tables += [_past_table(edit) for edit in facts.get("edits") or ()]
+    rows = tuple(_arrays(facts["entries"]))
     tables.append(Table("arrays", ("name", "shape", "stored as", "size", ""), rows, "lllrl"))
     lines = [shorten(printable(line), terminal_width()) for line in _what_it_is(facts)]
     kept = [format_kept(facts["kept"])] if facts.get("kept") else []
     shown = (_titled(table) for table in tables if table.rows)
     return "\n\n".join(["\n".join(lines), *kept, *shown])
+
+
+def _arrays(entries: Sequence[Json]) -> Iterator[tuple[str, ...]]:
+    """A line for each array; those that differ in the number of their block alone share one."""
+    every = []
+    for one in entries:
+        more = {key: _compact(value) for key, value in one["attributes"].items()}
+        source = more.pop("checkpoint_name", "")
+        shape = " × ".join(map(str, one["shape"])) or "scalar"
+        facts = ", ".join(f"{key} {value}" for key, value in more.items())
+        every.append((str(one["name"]), source, shape, str(one["stored"]), facts))
+    for (name, source, shape, stored, facts), members in by_block(every, (0, 1)):
+        several = f"{len(members)} of {shape}" if len(members) > 1 else shape
+        told = (f"checkpoint_name {source}" if source else "", facts)
+        yield (
+            name,
+            several,
+            stored,
+            size(sum(entries[at]["nbytes"] for at in members)),
+            ", ".join(part for part in told if part),
+        )
 
 
 def _what_it_is(facts: Json) -> Iterator[str]:
