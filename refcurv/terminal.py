@@ -336,6 +336,9 @@ _bars: weakref.WeakSet[_Bar] = weakref.WeakSet()
 
 _NO_RATE = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
+_BESIDE = 34
+"""Letters of a line that are neither bar nor text: its name, counts and the time."""
+
 _SOON = 0.1
 """Seconds that a rate needs; what took none has none."""
 
@@ -345,6 +348,7 @@ class _Bar:
 
     def __init__(self, label: str) -> None:
         self._label = label
+        self._what = ""
         self._bar: Any = None
         self._pace = _Pace()
 
@@ -358,13 +362,15 @@ class _Bar:
         bar.initial, bar.speed = self._pace.before, self._pace.speed(done, now)
         bar.update(done - bar.n)
         if done >= total:
+            self._what = ""
             bar.set_postfix_str("")
             self.close()
 
     def doing(self, what: str) -> None:
         """What is being done."""
         _raise_lost()
-        self._shown().set_postfix_str(what)
+        self._what = what if len(what) <= (room := self._room()) else f"{what[: room - 1]}…"
+        self._shown().set_postfix_str(self._what)
 
     def goes_on(self, what: str) -> None:
         """From what it goes on."""
@@ -387,8 +393,13 @@ class _Bar:
                 ncols=None if columns else _COLUMNS, nrows=None if rows else _ROWS,
             )  # fmt: skip
             _bars.add(self)
-        self._bar.bar_format = None if self._bar.format_dict["elapsed"] >= _SOON else _NO_RATE
+        paced = self._bar.format_dict["elapsed"] >= _SOON and not self._what
+        self._bar.bar_format = None if paced else _NO_RATE
         return self._bar
+
+    def _room(self) -> int:
+        """Letters of what is being done that leave the bar a quarter of the line."""
+        return (_shape()[0] or _COLUMNS) * 3 // 4 - _BESIDE
 
 
 def _paced() -> type[Any]:

@@ -17,6 +17,7 @@ import termios
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock, patch
@@ -790,23 +791,32 @@ def test_what_comes_before_the_first_piece_is_no_pace(capsys, monkeypatch) -> No
     assert "<00:30" in last and "10.00s/it" in last
 
 
-def test_a_terminal_that_does_not_say_how_large_it_is_has_bars(monkeypatch) -> None:
-    """As under `script`, or in a container: no columns, no rows, or neither."""
+def shown(monkeypatch, rows: int, columns: int, work: Callable[[], object], last: str) -> str:
+    """What `work` writes to a terminal of this size, until `last` is there."""
     for name in ("COLUMNS", "LINES"):
         monkeypatch.delenv(name, raising=False)
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+    with open(theirs, "w") as terminal_, monkeypatch.context() as patch:  # noqa: PTH123
+        patch.setattr(sys, "stderr", terminal_)
+        work()
+        terminal_.flush()
+        said = b""  # a terminal may hand on what was written in parts
+        while last not in said.decode(errors="ignore") and select.select([ours], [], [], 10)[0]:
+            said += os.read(ours, 4096)
+    os.close(ours)
+    return said.decode(errors="ignore")
+
+
+def test_a_terminal_that_does_not_say_how_large_it_is_has_bars(monkeypatch) -> None:
+    """As under `script`, or in a container: no columns, no rows, or neither."""
+
+    def work() -> None:
+        terminal.progress_bar("recite")(1, 2)
+        terminal.end_bars()
+
     for rows, columns in ((0, 0), (40, 0), (0, 100), (40, 100)):
-        ours, theirs = pty.openpty()
-        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-        with open(theirs, "w") as terminal_, monkeypatch.context() as patch:  # noqa: PTH123
-            patch.setattr(sys, "stderr", terminal_)
-            terminal.progress_bar("recite")(1, 2)
-            terminal.end_bars()
-            terminal_.flush()
-            said = b""  # a terminal may hand on what was written in parts
-            while b"1/2" not in said and select.select([ours], [], [], 10)[0]:
-                said += os.read(ours, 4096)
-            assert b"1/2" in said, (rows, columns)
-        os.close(ours)
+        assert "1/2" in shown(monkeypatch, rows, columns, work, "1/2"), (rows, columns)
 
 
 def test_progress_goes_into_a_log_too(capsys, monkeypatch) -> None:
@@ -907,6 +917,26 @@ def test_progress_says_what_is_being_done(capsys, monkeypatch) -> None:
     update(5, 5)
     assert "1/5" in (err := capsys.readouterr().err) and "compare blocks.1.mlp.up" in err
     doing(lambda done, total: None, "who does not show it")
+
+
+@pytest.mark.parametrize("columns", [60, 80, 200])
+@pytest.mark.parametrize("what", ["a layer", "about 5 min left, kfac " + "x" * 200])
+def test_a_long_text_leaves_room_for_the_bar(what: str, columns: int, monkeypatch) -> None:
+    """It is cut at its end; a short one is whole."""
+
+    def work() -> None:
+        update = terminal.progress_bar("sweep")
+        doing(update, what)
+        update(100, 200)
+        terminal.end_bars()
+
+    line = next(
+        line for line in reversed(shown(monkeypatch, 24, columns, work, "]\r\n").splitlines())
+        if "100/200" in line
+    )  # fmt: skip
+    assert line.endswith(f", {what}]" if what == "a layer" else "…]")
+    assert what[:7] in line and len(line) <= columns
+    assert len(line.split("|")[1]) >= columns // 5
 
 
 def test_a_message_is_broken_at_the_ends_of_words_on_a_terminal(capsys, monkeypatch) -> None:

@@ -114,10 +114,10 @@ def test_the_time_that_is_left_is_that_of_edits_that_were_measured(model, corpus
     """Those that were known took none, and say nothing of the others."""
     progress = Told()
     run = begun(model, corpus, basis, None, [], progress=progress)
-    for done, left in (([], ""), ([0.0], ""), ([0.0, 2.0, 6.0], f", about {span(4 * 5)} left")):
+    for done, left in (([], ""), ([0.0], ""), ([0.0, 2.0, 6.0], f"about {span(4 * 5)} left, ")):
         run.done[:] = done
         run.say("svd")
-        assert progress.said.pop() == f"svd{left}"
+        assert progress.said.pop() == f"{left}svd"
 
 
 def test_an_edit_that_is_known_counts_no_seconds(model, corpus, basis, tmp_path: Path) -> None:

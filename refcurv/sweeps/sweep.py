@@ -103,11 +103,11 @@ class _Run:
         return found
 
     def say(self, what: str) -> None:
-        """What is being done, and how long the rest will take, as far as that is known."""
+        """How long the rest will take, as far as that is known, and what is being done."""
         left = self.count - len(self.done)
         new = [seconds for seconds in self.done if seconds]
         if new:
-            what += f", about {span(left * sum(new) / len(new))} left"
+            what = f"about {span(left * sum(new) / len(new))} left, {what}"
         doing(self.progress, what)
 
 
