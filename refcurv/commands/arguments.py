@@ -61,8 +61,8 @@ def _report(sub: argparse.ArgumentParser) -> None:
     text = "take this basis, of the same weights and corpus, instead of collecting and decomposing"
     sub.add_argument("--basis", metavar="BASIS", help=text)
     text = (
-        "pattern (default: blocks.*.mlp.* with --rho, all of --factors or --basis; without --rho "
-        "some runs of blocks, of which dev chooses)"
+        "pattern (default: blocks.*.mlp.*, or all of --factors or --basis; without --rho some runs "
+        "of blocks, of which dev chooses)"
     )
     sub.add_argument("--layers", help=text)
     _how_to_draw(sub)
