@@ -311,8 +311,8 @@ def page() -> str:
         lines.append(f"| {row.id} | {statement} | {functions} | {tests} | {sure} | {error} |")
     waiting = [row.id for row in ROWS if not built(row)]
     certified = sum(bool(certified_by(row)) for row in ROWS)
-    lines += ["", f"{len(ROWS) - len(waiting)} of {len(ROWS)} have a proof; the others wait for "
-              f"their subject: {', '.join(waiting)}. {certified} are certified.",
+    lines += ["", f"{len(ROWS) - len(waiting)} of {len(ROWS)} have a proof; not built yet: "
+              f"{', '.join(waiting)}. {certified} are certified.",
               ""]  # fmt: skip
     return "\n".join(lines)
 

@@ -101,7 +101,7 @@ def certify(
         digits: how many digits of each array's largest entry are to be certain in every entry; 200
             at most. Arrays so small that float64 has no radius for them have fewer.
         sequences: rows of the corpus.
-        layers: a pattern of linear layers, for A, G and the dense blocks.
+        layers: a pattern of linear layers, for A, G, what is made of them, and the dense blocks.
         rows: which positions are rows of A and G (ROWS).
         fisher: whose labels G and the dense Fisher have: "empirical", "sampled", "expected" or
             "signed" (FISHER). Drawn labels are those of float64 (SAMPLING); the certificate's

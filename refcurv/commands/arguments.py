@@ -60,7 +60,12 @@ def _report(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--factors", metavar="FACTORS", help=text)
     text = "take this basis, of the same weights and corpus, instead of collecting and decomposing"
     sub.add_argument("--basis", metavar="BASIS", help=text)
-    _how_to_collect(sub)
+    text = (
+        "pattern (default: blocks.*.mlp.*, or all of --factors or --basis; without --rho some runs "
+        "of blocks, of which dev chooses)"
+    )
+    sub.add_argument("--layers", help=text)
+    _how_to_draw(sub)
     _bias(sub)
     sub.set_defaults(layers=None, fisher=None, rows=None, seed=None, bias=None)
     _split(sub)
@@ -69,16 +74,20 @@ def _report(sub: argparse.ArgumentParser) -> None:
 
 
 def _convert(sub: argparse.ArgumentParser) -> None:
-    _positional(sub, "DIRECTORY", "WEIGHTS")
-    text = "a key of config.json that is unknown here and changes nothing, you say; repeatable"
+    text = "checkpoint directory (config.json, *.safetensors), or a GGUF file"
+    sub.add_argument("directory", metavar="DIRECTORY", help=text)
+    sub.add_argument("weights", metavar="WEIGHTS", help="weights file (.h5) to write")
+    text = "an unknown key of config.json of which you say that it changes nothing; repeatable"
     sub.add_argument("--ignore-key", action="append", default=[], metavar="NAME", help=text)
     sub.add_argument("--verbose", action="store_true", help="a line for each tensor, not each kind")
     _json(sub)
 
 
 def _export(sub: argparse.ArgumentParser) -> None:
-    _positional(sub, "WEIGHTS", "DIRECTORY")
-    text = "copy the tokenizer's and generation files of this folder, the checkpoint's own"
+    _positional(sub, "WEIGHTS")
+    text = "checkpoint directory to write, new or empty"
+    sub.add_argument("directory", metavar="DIRECTORY", help=text)
+    text = "copy the files of tokenizer and generation from this folder, the checkpoint's own"
     sub.add_argument("--tokenizer-from", metavar="FOLDER", help=text)
 
 
@@ -144,19 +153,19 @@ def _collect(sub: argparse.ArgumentParser) -> None:
     _output(sub)
     _how_to_collect(sub)
     sub.set_defaults(seed=None)
-    text = "of labels or signs per position; two or more give a standard error (default: 1)"
+    text = "draws of labels or signs per position; two or more give a standard error (default: 1)"
     sub.add_argument("--draws", type=int, default=1, help=text)
     text = (
         "also find the eigenvalues that half of the corpus gives, so that decompose tells with how "
         "many rows the kept share of pairs settles; twice the memory for sums"
     )
     sub.add_argument("--halves", action="store_true", help=text)
-    _memory(sub, "block by block then, for a model that memory does not hold; default: at once")
+    _memory(sub, "collects block by block, for a model that memory does not hold; default: at once")
     _dtype(sub)
 
 
 def _memory(sub: argparse.ArgumentParser, how: str) -> None:
-    text = f"that it may take, such as 6GB or 900MiB, with the same bits ({how})"
+    text = f"memory to take at most, such as 6GB or 900MiB; the bits are the same ({how})"
     sub.add_argument("--memory", type=size, metavar="SIZE", help=text)
 
 
@@ -197,15 +206,16 @@ def _truncate(sub: argparse.ArgumentParser) -> None:
 def _prune(sub: argparse.ArgumentParser) -> None:
     _positional(sub, "WEIGHTS", "CORPUS")
     _output(sub)
-    sub.add_argument("--layers", required=True, metavar="PATTERN", help="whose weights")
+    text = "pattern of the linear layers whose weights may be zeroed"
+    sub.add_argument("--layers", required=True, metavar="PATTERN", help=text)
     text = "a population, recite or answer, whose suffixes to forget; the corpus is what to retain"
     sub.add_argument("--forget", required=True, metavar="NAME", help=text)
     text = "share of the weights to zero, of all the layers together"
     sub.add_argument("--ratio", required=True, type=float, help=text)
-    text = "of the forgotten in the loss (default: 1)"
+    text = "weight of what is to be forgotten in the loss (default: 1)"
     sub.add_argument("--weight", type=float, default=1.0, help=text)
-    sub.add_argument("--steps", type=int, default=60, help="of Adam (default: 60)")
-    sub.add_argument("--rate", type=float, default=0.02, help="Adam's (default: 0.02)")
+    sub.add_argument("--steps", type=int, default=60, help="steps of Adam (default: 60)")
+    sub.add_argument("--rate", type=float, default=0.02, help="Adam's rate (default: 0.02)")
     text = "rows of each, corpus and population, in one step (default: 32)"
     sub.add_argument("--batch", type=int, default=32, help=text)
     sub.add_argument("--seed", type=int, default=0, help="of start and batches (default: 0)")
@@ -253,12 +263,13 @@ def _sweep(sub: argparse.ArgumentParser) -> None:
     text = "the dev population to match on (default: the first text, or the first recite)"
     sub.add_argument("--on", metavar="NAME", help=text)
     sub.add_argument("--split", default="test", help="populations to report: test (default) or dev")
-    sub.add_argument("--basis", metavar="BASIS", help="of all these layers, if there is one")
-    text = "of all these layers, if there is no basis; without it they are collected from CORPUS"
+    sub.add_argument("--basis", metavar="BASIS", help="basis of all these layers")
+    text = "factors of all these layers, to decompose; without both they are collected from CORPUS"
     sub.add_argument("--factors", metavar="FACTORS", help=text)
     _how_to_draw(sub)
+    sub.set_defaults(fisher=None, rows=None)
     text = (
-        "that states below the edited blocks may take on the disk, such as 6GB "
+        "disk for states below the edited blocks, at most, such as 6GB "
         "(default: half of what is free); without room they are computed again"
     )
     sub.add_argument("--states", type=size, metavar="SIZE", help=text)
@@ -271,13 +282,13 @@ def _sweep(sub: argparse.ArgumentParser) -> None:
 
 def _audit(sub: argparse.ArgumentParser) -> None:
     _positional(sub, "WEIGHTS", "CORPUS")
-    text = "that it may take, as 2GB (default: half of what is free); it says what it left out"
+    text = "memory to take at most, as 2GB (default: half of what is free); says what it leaves out"
     sub.add_argument("--memory", type=size, metavar="SIZE", help=text)
     sub.add_argument("--seed", type=int, default=0, help="of the random directions (default: 0)")
     text = "prove a sample of the identities to thirty digits, by ball arithmetic"
     sub.add_argument("--certify", action="store_true", help=text)
-    text = "that the proofs may take (default: %(default)g); it says what it left out"
-    sub.add_argument("--seconds", type=float, default=60, metavar="S", help=text)
+    text = "seconds for the proofs of --certify (default: 60); it says what it leaves out"
+    sub.add_argument("--seconds", type=float, metavar="S", help=text)
     _json(sub)
 
 
@@ -290,17 +301,17 @@ def _certify(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--of", default="logits,nats,gradient,A,G", metavar="NAMES", help=text)
     _sequences(sub, "rows of the corpus")
-    text = "pattern over linear layers, for A, G, hessian, ggn and fisher (default: all)"
+    text = "pattern over linear layers, for all but logits, nats and products (default: all)"
     sub.add_argument("--layers", default="**", metavar="PATTERN", help=text)
     text = "digits of the largest entry that are to be certain (default: %(default)g)"
     sub.add_argument("--digits", default=30, metavar="N", help=text)
     sub.add_argument("--rows", default="reached", help="rows of A and G, as for collect")
     text = "labels of G and fisher: empirical (default), sampled, expected (small models) or signed"
     sub.add_argument("--fisher", default="empirical", help=text)
-    sub.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
+    sub.add_argument("--seed", type=int, help="of what is drawn (default: 0)")
     text = "refuse, before the work, what would take longer; it says what would fit"
     sub.add_argument("--minutes", type=float, metavar="N", help=text)
-    text = "share of the mass that a cut keeps, for cut and edit, as for edit"
+    text = "for cut and edit: share of the curvature mass to keep, as refcurv edit takes it"
     sub.add_argument("--rho", action="append", metavar="[PATTERN=]SHARE", help=text)
     text = "also write every number and its radius (.h5)"
     sub.add_argument("-o", "--output", metavar="FILE", help=text)
@@ -325,7 +336,7 @@ def _trace(sub: argparse.ArgumentParser) -> None:
 def _validate(sub: argparse.ArgumentParser) -> None:
     text = "their factors, bases or edits: a file or a folder of a known format"
     sub.add_argument("theirs", metavar="THEIRS", nargs="?", help=text)
-    text = "arrays of a pass of theirs (see refcurv trace), instead of THEIRS: where do two part?"
+    text = "arrays of a pass of theirs, as refcurv trace writes; finds where the two programs part"
     sub.add_argument("--trace", metavar="FILE", help=text)
     text = "factors file (.h5); without one they are collected from --model and --corpus"
     sub.add_argument("--reference", metavar="FACTORS", help=text)
@@ -345,7 +356,7 @@ def _validate(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--accept", action="append", default=[], metavar="DTYPE", help=text)
     sub.add_argument("--html", metavar="PATH", help="also write a page with maps and spectra")
     _sequences(sub, "rows of the corpus that the trace is of")
-    text = "a file with an array `labels` (N, T), those that theirs drew: the reference takes them"
+    text = "a file with an array `labels` (N, T): what theirs drew; the reference takes them too"
     sub.add_argument("--labels", metavar="FILE", help=text)
     _json(sub)
 
@@ -390,7 +401,6 @@ MEANINGS = {
     "FACTORS": "factors file (.h5)",
     "BASIS": "basis file (.h5)",
     "FILE": "any file of refcurv's (.h5)",
-    "DIRECTORY": "checkpoint directory",
 }
 
 

@@ -168,8 +168,11 @@ def recite(args: argparse.Namespace) -> None:
 def audit(args: argparse.Namespace) -> bool:
     """Check every identity that can be checked on this model; exit status 1 if one fails."""
     import refcurv as rc
+    from refcurv.law.checks import ConventionError
     from refcurv.report.printed import format_audit
 
+    if args.seconds is not None and not args.certify:
+        raise ConventionError("audit: --seconds is of the proofs; give --certify, or leave it out.")
     model, corpus = rc.load(args.weights), rc.load_corpus(args.corpus)
     found = rc.audit(
         model,
@@ -177,7 +180,7 @@ def audit(args: argparse.Namespace) -> bool:
         memory=None if args.memory is None else args.memory / 2**30,  # in GiB
         seed=args.seed,
         certify=args.certify,
-        seconds=args.seconds,
+        seconds=60 if args.seconds is None else args.seconds,
         say=lambda plan: print(plan, flush=True),
         progress=progress_bar("audit"),
     )
@@ -187,13 +190,14 @@ def audit(args: argparse.Namespace) -> bool:
 
 
 def certify(args: argparse.Namespace) -> bool:
-    """Prove digits of logits, losses, gradients, factors and products, by ball arithmetic.
+    """Prove digits of what the model gives, by ball arithmetic; exit status 1 if some are missing.
 
     What it will take is said before.
     """
     import refcurv as rc
     from refcurv.report.certificate import format_certificate
 
+    drawn = seed("certify", args.seed, undrawn(args.fisher))
     found = rc.certify(
         rc.load(args.weights),
         rc.load_corpus(args.corpus),
@@ -204,7 +208,7 @@ def certify(args: argparse.Namespace) -> bool:
         rows=args.rows,
         rho=None if args.rho is None else shares(args.rho, "certify: --rho takes [PATTERN=]SHARE"),
         fisher=args.fisher,
-        seed=args.seed,
+        seed=drawn,
         seconds=None if args.minutes is None else 60 * args.minutes,
         estimate=lambda found: print(f"{found.text}.", flush=True),
         progress=progress_bar("certify"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,15 +30,7 @@ def report(args: argparse.Namespace) -> None:
     """Collect, decompose, edit and evaluate on your own files: table, plots, report.html."""
     from refcurv.pipeline import Job
 
-    taken = {"factors": HOW, "basis": (*HOW, "bias")}
-    for what, made_with in taken.items():
-        if (path := getattr(args, what)) and (
-            more := [n for n in made_with if getattr(args, n) is not None]
-        ):
-            raise RangeError(
-                f"report: --{more[0]} says how to make what --{what} {path} has already. Leave one "
-                "of the two out."
-            )
+    _require_unmade("report", args, {"factors": HOW, "basis": (*HOW, "bias")})
     choices = ("weights", "corpus", "split", "dtype", "factors", "basis", *HOW, "bias")
     given = {name: x for name in choices if (x := getattr(args, name)) is not None}
     rho = shares(args.rho, "report: --rho takes [PATTERN=]SHARE") if args.rho else None
@@ -62,6 +55,8 @@ def sweep(args: argparse.Namespace) -> None:
     from refcurv.report.sweep import format_sweep
     from refcurv.sweeps.beside import Collecting
 
+    _require_unmade("sweep", args, {"basis": ("fisher", "rows"), "factors": ("fisher", "rows")})
+    how = {name: x for name in ("fisher", "rows") if (x := getattr(args, name)) is not None}
     if args.plot:
         require_matplotlib()
     reuse_memory()
@@ -81,7 +76,7 @@ def sweep(args: argparse.Namespace) -> None:
         [share for text in args.rho for share in text.split(",")],
         **choices,
         basis=_basis(args),
-        collecting=Collecting(args.fisher, args.rows, args.seed),
+        collecting=Collecting(seed=args.seed, **how),
         lines=lines,
         memory=args.memory,
         stage=progress_bar,
@@ -95,6 +90,20 @@ def sweep(args: argparse.Namespace) -> None:
         save(sweep_front(found), args.plot)
     print(f"\n→ {args.output}" + (f", {args.plot}" if args.plot else ""))
     write_json(args.json, made(found, model.source, corpus.source))
+
+
+def _require_unmade(
+    command: str, args: argparse.Namespace, taken: Mapping[str, Sequence[str]]
+) -> None:
+    """Refuse options that say how to make what is given: {what is given: such options}."""
+    for what, made_with in taken.items():
+        if (path := getattr(args, what)) and (
+            more := [name for name in made_with if getattr(args, name) is not None]
+        ):
+            raise RangeError(
+                f"{command}: --{more[0]} says how to make what --{what} {path} has already. Leave "
+                "one of the two out."
+            )
 
 
 def _basis(args: argparse.Namespace) -> Bases | None:

@@ -34,7 +34,8 @@ class Bases(Mapping[str, Eigenbasis]):
         method: what made the bases; `decompose` says "kfac", and "kfac reduce" where segments
             stand in the place of rows (ESTIMATOR). An edit copies it into its record.
         weights: the digest of the model's weights (`refcurv.files.digest`); None if unknown.
-        samples: of each layer how many rows it was estimated from, and what half of them gives.
+        samples: of each layer from how many rows it was estimated, and the eigenvalues that half
+            of them give, where `collect` kept those.
     """
 
     layers: Mapping[str, Eigenbasis]

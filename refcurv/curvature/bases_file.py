@@ -24,7 +24,18 @@ def save_bases(bases: Bases, path: str | Path) -> None:
 
     The root attributes say whether the bases are of W or [W b] (`bias`), what made them (`method`)
     and from which weights (`weights`). U_A and U_G are float64, or float32 if that is what they are
-    kept in. What is no eigenbasis is refused.
+    kept in. The rows and half spectra that are known are written too.
+
+    Args:
+        bases: of `decompose`, or made by hand.
+        path: of the file, which is written whole or not at all.
+
+    Raises:
+        StorageError: the disk is full, or the path cannot be written to. What `require_basis`
+        refuses.
+
+    Cost: the arrays once, one layer at a time, and O(n²) more for each (n, n) to check it.
+    Proof: tests/test_eigenbasis.py::test_what_is_no_basis_is_refused
     """
     about = about_of(bases.bias, bases.method, bases.weights)
     came_from = bases.source.get("inputs") or store.inputs(bases.source)
@@ -74,7 +85,14 @@ def write_bases(
 
 
 def load_bases(path: str | Path) -> Bases:
-    """Open a basis file; each layer is read, and its checksums verified, on use."""
+    """Open a basis file; each layer is read, and its checksums verified, on use.
+
+    Raises:
+        SchemaError: not a basis file, or layers whose entries are missing or misshapen.
+        ConventionError, RangeError: a choice or a number of rows that the law does not have.
+        ChecksumError, NonFiniteError: on use: damaged bytes, NaN or infinity.
+        StorageError: the disk cannot be read.
+    """
     header = store.open_file(path, format="refcurv-basis")
     bias = require_choice(
         str(path), "bias", header.attributes.get("bias", Bias.SEPARATE), list(Bias)

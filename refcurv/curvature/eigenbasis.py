@@ -28,8 +28,8 @@ class Eigenbasis:
     """A = U_A diag(mu) U_Aᵀ and G = U_G diag(lam) U_Gᵀ of one layer, by ORDER.
 
     Fields:
-        U_A (I, I), mu (I,); U_G (O, O), lam (O,): float64, eigenvalues descending and >= 0. In a
-            joint basis, of [W b], I is d_in + 1.
+        U_A (I, I), mu (I,); U_G (O, O), lam (O,): float64 (by choice U float32), eigenvalues
+            descending and >= 0. In a joint basis, of [W b], I is d_in + 1.
         raised_A, raised_G: how many eigenvalues rounding had made negative; they are 0 now.
         rounding: the part of Σ lam, the trace of G, that is rounding (NEGATIVE); None if unknown.
     """

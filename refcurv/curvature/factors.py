@@ -206,8 +206,9 @@ def collect(
         NameUnknownError: no layer matches. RangeError: token ids, seed or draws out of range, or an
         `expected` of more than 2**16 backward passes over all shards.
         EmptyError: no label anywhere. NonFiniteError: a sum holds NaN or infinity.
-        ConventionError: an unknown choice, or a checkpoint of another run. RoomError: sums that
-        memory does not hold, before any work.
+        ConventionError: an unknown choice, or a checkpoint of another run. SchemaError: a
+        checkpoint that is damaged, or a finished file. RoomError, StorageError: sums that memory,
+        or a checkpoint that the disk does not hold, before any work.
 
     Cost: one forward and `draws` backward passes down to the lowest layer (`expected`: labelled
         positions × vocabulary), plus N·(I² + O²) per layer; memory: weights, float64 sums, the

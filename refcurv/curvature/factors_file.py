@@ -34,10 +34,17 @@ def save_factors(factors: Factors, path: str | Path, checkpoint: str | Path | No
 
     With a bias also LAYER/sum_a, and LAYER/{half_mu, half_lam} where halves were asked for. The
     errors that are known, of what was drawn and of rounding, are float64 attributes of sum_G. Of
-    segments in the place of rows the root has the attribute
-    `estimator` (ESTIMATOR). The `checkpoint` that they were collected with is deleted once they are
-    on disk.
+    segments in the place of rows the root has the attribute `estimator` (ESTIMATOR).
 
+    Args:
+        factors: of `collect` or `estimators.reduce`.
+        path: of the file, which is written whole or not at all.
+        checkpoint: the file that they were collected with; it is deleted once they are on disk.
+
+    Raises:
+        StorageError: the disk is full, or the path cannot be written to.
+
+    Cost: the sums once, one layer at a time.
     Proof: tests/test_factors.py::test_what_was_collected_is_never_lost
     """
     attributes: dict[str, str | int | float] = {
@@ -81,7 +88,10 @@ def load_factors(path: str | Path) -> Factors:
     """Open a factors file; each layer's matrices are read, and their checksums verified, on use.
 
     Raises:
-        SchemaError: not a factors file, or layers whose entries are missing or misshapen.
+        SchemaError: not a factors file, that of an unfinished collection, or layers whose entries
+        are missing or misshapen. ConventionError, RangeError: a choice that the law does not have.
+        ChecksumError, NonFiniteError: on use: damaged bytes, NaN or infinity.
+        StorageError: the disk cannot be read.
     """
     header = store.open_file(path, format="refcurv-factors")
     if "unfinished" in header.attributes:

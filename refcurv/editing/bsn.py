@@ -210,8 +210,8 @@ def prune(
 
     Raises:
         RangeError: ratio outside [0, 1]. NameUnknownError, ShapeError: scores of another model.
-        NonFiniteError: W holds NaN. ConventionError: a head tied to the embedding; scores of other
-        weights, without `force`.
+        NonFiniteError: W holds NaN. DTypeError: W was rounded when loaded. ConventionError: a head
+        tied to the embedding; scores of other weights, without `force`.
 
     Cost: a selection among all scores.
     Source: P11 (arXiv 2510.24256).

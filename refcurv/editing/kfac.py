@@ -49,8 +49,9 @@ def edit(
         RangeError: rho outside [0, 1]. NameUnknownError: a pattern that matches no layer with a
         basis. ShapeError: a basis of another model, or a joint one without the bias's column.
         EmptyError: a layer without curvature, or whose curvature is rounding (NEGATIVE).
-        ConventionError: a basis of other weights, without `force`. ShapeError, NonFiniteError,
-        ConventionError: a basis that is none (`require_basis`).
+        ConventionError: a basis of other weights, without `force`; a layer that two patterns match;
+        a head tied to the embedding. ShapeError, NonFiniteError, ConventionError: a basis that is
+        none (`require_basis`). NonFiniteError: W holds NaN. DTypeError: W was rounded when loaded.
 
     Cost: 4·O·I·(O + I) flops per layer, in float64; 6·O·I·(O + I) where W' is rounded.
     Source: P5-P8 (arXiv 2510.24256).

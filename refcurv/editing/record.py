@@ -315,7 +315,9 @@ def shares(
         share = require_range(who, f"{what} of {pattern!r}", value, 0, 1)
         for layer in expand(pattern, names):
             if layer in found:
-                raise ConventionError(f"{who}: {layer!r} is matched by two patterns.")
+                raise ConventionError(
+                    f"{who}: {layer!r} is matched by two patterns. Name it in one."
+                )
             found[layer] = share
     require_untied(who, model, found)
     return {layer: found[layer] for layer in names if layer in found}
@@ -325,7 +327,7 @@ def require_untied(who: str, model: Model, layers: Iterable[str]) -> None:
     """Refuse a head whose weight is the embedding."""
     if model.config.tied and "head" in layers:
         raise ConventionError(
-            f"{who}: the head is tied to the embedding; editing it would edit both."
+            f"{who}: the head is tied to the embedding; editing it would edit both. Leave it out."
         )
 
 

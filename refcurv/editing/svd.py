@@ -44,8 +44,9 @@ def truncate(model: Model, energy: Mapping[str, float]) -> tuple[Model, EditReco
 
     Raises:
         RangeError: a share outside [0, 1]. NameUnknownError: a pattern that matches no linear
-        layer. ConventionError: a head tied to the embedding; no mapping. EmptyError: W is 0.
-        SolverError, RoomError: as `algebra.svd.svd`.
+        layer. ConventionError: a layer that two patterns match; a head tied to the embedding; no
+        mapping. EmptyError: W is 0. NonFiniteError: W holds NaN. DTypeError: W was rounded when
+        loaded. SolverError, RoomError: as `algebra.svd.svd`.
 
     Cost: about 6·O·I·min(O, I) flops per layer, in float64; 8·O·I·min(O, I) if W' is rounded.
     Source: P10 (arXiv 2510.24256); Eckart & Young 1936.

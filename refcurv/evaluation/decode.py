@@ -72,7 +72,8 @@ def greedy(model: Model, prompt: ArrayLike, steps: int) -> Array:
         ConventionError: a model of images, or a bidirectional one.
         ShapeError, DTypeError: prompts that are not (B, P) integers.
         EmptyError: the prompts have no token.
-        RangeError: a token outside the vocabulary, steps < 0, or more positions than were learned.
+        RangeError: a token outside the vocabulary, steps < 0, or more positions than were learned
+            or than rotary frequencies are fixed for (dynamic, longrope).
         NonFiniteError: a logit is NaN or infinite: the argmax would mean nothing.
 
     Cost: (P + steps - 1) positions per sequence, and per step one copy of the keys and values.

@@ -106,7 +106,7 @@ def items(
     Raises:
         ConventionError: images, a model of images, or a bidirectional one. RangeError: a token
             outside the vocabulary, or more positions than were learned.
-        NonFiniteError: a logit is NaN or infinite.
+        NonFiniteError: a logit is NaN or infinite. RoomError: as `rc.evaluate`.
 
     Cost: one forward pass over the population's tokens, and one over those not all right.
     Source: METHOD, Recitation; METHOD, Perplexity.
@@ -209,7 +209,7 @@ def own_continuations(
     if not len(rows):
         raise EmptyError(
             f"own_continuations: no row has {number_of(prompt, 'token')}; the longest has "
-            f"{text.length.max()}."
+            f"{text.length.max()}. Give a smaller `prompt`, or longer texts."
         )
     given = np.zeros((len(rows), prompt + count), np.int32)
     given[:, :prompt] = text.tokens[rows, :prompt]

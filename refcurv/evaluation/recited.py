@@ -251,7 +251,8 @@ def _windows(lengths: Sequence[int], size: int, stride: int) -> Array:
         longest = max(lengths, default=0)
         raise EmptyError(
             f"{WHO}: a window has {number_of(size, 'token')}, and none of "
-            f"{number_of(len(lengths), 'document')} is so long; the longest has {longest}."
+            f"{number_of(len(lengths), 'document')} is so long; the longest has {longest}. Give "
+            "longer texts, or a smaller prefix or suffix."
         )
     return np.array(place)
 

@@ -37,5 +37,7 @@ def only_right(corpus: Corpus, measurement: Measurement) -> tuple[Corpus, dict[s
         fields = ("images", "labels") if images else ("tokens", "prompt_length", "length")
         kept[name] = replace(population, **{key: getattr(population, key)[rows] for key in fields})
     if not kept and not corpus.label.size:
-        raise EmptyError("evaluate: no item is right, so that the corpus would hold nothing.")
+        raise EmptyError(
+            "evaluate: no item is right, so that the corpus would hold nothing. Leave --right out."
+        )
     return replace(corpus, populations=kept), counts

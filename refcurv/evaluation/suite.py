@@ -224,7 +224,8 @@ def evaluate(
 
     Raises:
         EmptyError: the corpus has no population of this split, or one without rows or suffixes.
-        RangeError: a token or label outside the vocabulary, or more positions than were learned.
+        RangeError: a token or label outside the vocabulary, or more positions than were learned or
+            than decoding has fixed rotary frequencies for (dynamic, longrope).
         ShapeError: images of another size than the model's.
         NonFiniteError: a model's logits are not finite.
         RoomError: memory holds not even one block and one batch; says what the least would be.

@@ -109,8 +109,10 @@ def validate(
         Verdict: findings, causes, passed.
 
     Raises:
-        SchemaError: no known format, or a file that breaks it. EmptyError: no layer in common.
-        ConventionError: neither a reference nor model and corpus.
+        SchemaError: no known format, or a file that breaks it. EmptyError: no layer in common, or
+        nothing that can be compared. ConventionError: neither a reference nor model and corpus;
+        files that do not belong together; an unknown dtype, declaration or kind of argument.
+        NameUnknownError: `layers` or `names` that no layer has. ShapeError, DTypeError: `labels`.
 
     Cost: reading theirs once, and one norm for each matrix; a failure costs the diagnosis.
     Source: METHOD, Judging.

@@ -100,7 +100,7 @@ def trace(
     few, index_B = part_of(corpus, np.array(at)), at
     label_BT = require_fit("trace", few, model.config)
     if not (label_BT >= 0).any():
-        raise EmptyError(f"trace: no position of sequences {at} has a label.")
+        raise EmptyError(f"trace: no position of sequences {at} has a label. Give others.")
     _require_room(model.config, few)
     inputs, layout = _inputs(model.config, few)
     with one_blas_thread():

@@ -151,7 +151,7 @@ def format_kept(found: Sequence[Json]) -> str:
     known, few = (sum(bool(one[key]) for one in found) for key in ("settles", "few"))
     if known:
         lines.append(
-            "settles at: about so many rows keep 0.95 of what any number would; from halves"
+            "settles at: with about so many rows a share is 0.95 of its limit, as halves tell"
         )
     if few:
         layers = number_of(few, "layer")

@@ -171,7 +171,8 @@ def sweep(
         finite (`fault` says so). With a K-FAC edit whose cost is infinite nothing is compared.
 
     Raises:
-        ConventionError: an unknown method, match or split; `lines` of another sweep. RangeError: a
+        ConventionError: an unknown method, match or split; a basis of other weights; `lines` of
+        another sweep. SchemaError: `lines` that no sweep left, or changed since. RangeError: a
         rho out of range. NameUnknownError: a pattern that matches no layer. EmptyError: no
         population of the kind that is needed; a layer without curvature, or for svd of zeros.
         RoomError: too small a figure, before the work; says what the least would be.

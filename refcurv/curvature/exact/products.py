@@ -251,7 +251,8 @@ def hvp(
     Raises:
         NameUnknownError: no such parameter. ShapeError: of the vector. NonFiniteError: NaN in the
         weights or the vector. EmptyError: no label. RangeError: ids; a product beyond 1.8e308.
-        DTypeError: a vector that is not real. ConventionError: labels beside a Corpus.
+        DTypeError: a vector that is not real. ConventionError: labels beside a Corpus, tokens
+        beside a Problem, a Model without tokens; a vector that is no mapping of names.
 
     Cost: one forward and one backward in complex arithmetic, every activation in memory; as often
         again for entries of the vector that are 2^512 times smaller than others.
