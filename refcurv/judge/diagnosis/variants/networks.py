@@ -21,10 +21,12 @@ from refcurv.judge.diagnosis.variants.norms import (
 )
 from refcurv.judge.diagnosis.variants.positions import Positions
 from refcurv.judge.diagnosis.variants.rounding import (
+    ROPES,
     TF32,
     Parts,
     all_in,
     attention_in,
+    coarse_ropes,
     norms_in,
     products_in,
     rounded,
@@ -48,6 +50,7 @@ from refcurv.model.layers import (
     attention_backward,
     attention_forward,
     causal_layout,
+    rope_tables,
 )
 from refcurv.model.transformer import Parameters, image_layout, layout_of
 
@@ -320,6 +323,23 @@ def _bases(*values: float) -> Callable[[ModelConfig, Positions], Sequence[float]
     return where
 
 
+def _turning(some: tuple[str, str]) -> Callable[[ModelConfig, Positions], Sequence[float]]:
+    """Rotary positions that are others where a part of them is rounded."""
+
+    def differ(config: ModelConfig, at: Positions) -> bool:
+        place_BT, real = np.arange(at.real_BT.shape[1])[None], np.dtype(float)
+        ropes = {config.rope(i) for i in range(config.layers if not at.images else 0)}
+        for theta, scaling in (rope for rope in ropes if rope is not None):
+            of = place_BT, config.rope_width or config.head_width, theta, real, scaling
+            for length in (1, place_BT.size):
+                own, other = rope_tables(*of, length), coarse_ropes(*some)(*of, length)
+                if not np.array_equal(own, other):
+                    return True
+        return False
+
+    return _if(differ)
+
+
 def _eps(config: ModelConfig, _at: Positions) -> Sequence[float]:
     return tuple(eps for eps in (1e-3, 1e-5, 1e-6, 1e-8, 0.0) if eps != config.norm_eps)
 
@@ -410,6 +430,8 @@ CHANGES: Final[Mapping[str, Change]] = MappingProxyType(
             "B51", _if(lambda config, _: config.rope_theta is not None),
             _has(rope_theta=None, rope_width=None, rope_scaling=None, local_theta=None, rotary=()),
         ),
+        **{name: Change("B51", _turning(some), _of_ops(rope_tables=coarse_ropes(*some)))
+           for name, some in ROPES.items()},
         **{f"{kind} rotary positions in all blocks": Change(
             "B51", another_in_some(kind), _in_all(kind)
         ) for kind in ("main", "local")},
