@@ -32,7 +32,8 @@ from refcurv.judge.diagnosis.variants import (
 )
 from refcurv.judge.diagnosis.variants.networks import Network, occurring
 from refcurv.judge.diagnosis.variants.positions import positions
-from refcurv.judge.diagnosis.variants.rounding import ROPES, rounded
+from refcurv.judge.diagnosis.variants.rotary import ROPES
+from refcurv.judge.diagnosis.variants.rounding import rounded
 from refcurv.judge.diagnosis.variants.sight import Sight, visible
 from refcurv.judge.dump import Dump
 from refcurv.law.checks import Array

@@ -20,13 +20,18 @@ from refcurv.judge.diagnosis.variants.norms import (
     unbiased_forward,
 )
 from refcurv.judge.diagnosis.variants.positions import Positions
-from refcurv.judge.diagnosis.variants.rounding import (
+from refcurv.judge.diagnosis.variants.rotary import (
     ROPES,
+    coarse,
+    coarse_ropes,
+    of_length,
+    other_lengths,
+)
+from refcurv.judge.diagnosis.variants.rounding import (
     TF32,
     Parts,
     all_in,
     attention_in,
-    coarse_ropes,
     norms_in,
     products_in,
     rounded,
@@ -50,7 +55,6 @@ from refcurv.model.layers import (
     attention_backward,
     attention_forward,
     causal_layout,
-    rope_tables,
 )
 from refcurv.model.transformer import Parameters, image_layout, layout_of
 
@@ -323,23 +327,6 @@ def _bases(*values: float) -> Callable[[ModelConfig, Positions], Sequence[float]
     return where
 
 
-def _turning(some: tuple[str, str]) -> Callable[[ModelConfig, Positions], Sequence[float]]:
-    """Rotary positions that are others where a part of them is rounded."""
-
-    def differ(config: ModelConfig, at: Positions) -> bool:
-        place_BT, real = np.arange(at.real_BT.shape[1])[None], np.dtype(float)
-        ropes = {config.rope(i) for i in range(config.layers if not at.images else 0)}
-        for theta, scaling in (rope for rope in ropes if rope is not None):
-            of = place_BT, config.rope_width or config.head_width, theta, real, scaling
-            for length in (1, place_BT.size):
-                own, other = rope_tables(*of, length), coarse_ropes(*some)(*of, length)
-                if not np.array_equal(own, other):
-                    return True
-        return False
-
-    return _if(differ)
-
-
 def _eps(config: ModelConfig, _at: Positions) -> Sequence[float]:
     return tuple(eps for eps in (1e-3, 1e-5, 1e-6, 1e-8, 0.0) if eps != config.norm_eps)
 
@@ -351,6 +338,10 @@ def _wide(config: ModelConfig) -> bool:
 
 def _score_scale(config: ModelConfig) -> float:
     return config.score_scale or config.head_width**-0.5
+
+
+def _short_scale(config: ModelConfig) -> float:
+    return float(rounded(np.array([config.embed_scale]), "bfloat16")[0])
 
 
 def _by_heads(net: Network, kind: QKNorm) -> Network:
@@ -430,8 +421,12 @@ CHANGES: Final[Mapping[str, Change]] = MappingProxyType(
             "B51", _if(lambda config, _: config.rope_theta is not None),
             _has(rope_theta=None, rope_width=None, rope_scaling=None, local_theta=None, rotary=()),
         ),
-        **{name: Change("B51", _turning(some), _of_ops(rope_tables=coarse_ropes(*some)))
+        **{name: Change("B51", coarse(*some), _of_ops(rope_tables=coarse_ropes(*some)))
            for name, some in ROPES.items()},
+        "rotary positions of texts of length": Change(
+            "B51", other_lengths,
+            lambda net, n: replace(net, ops=replace(net.ops, rope_tables=of_length(n))),
+        ),
         **{f"{kind} rotary positions in all blocks": Change(
             "B51", another_in_some(kind), _in_all(kind)
         ) for kind in ("main", "local")},
@@ -505,6 +500,10 @@ CHANGES: Final[Mapping[str, Change]] = MappingProxyType(
         ),
         "no clip of q, k and v": _turned_off("qkv_clip", None),
         "no embedding scale": _turned_off("embed_scale", 1.0),
+        "embedding scale in bfloat16": Change(
+            "B54", _if(lambda config, _: _short_scale(config) != config.embed_scale),
+            lambda net, _: _config(net, embed_scale=_short_scale(net.config)),
+        ),
         "weights as bfloat16": Change("B57", _if(lambda *_: True), _stored("bfloat16")),
         "weights as float16": Change("B57", _if(lambda *_: True), _stored("float16")),
         **{f"dropout on {place}, pass {n}": Change("B55", _never, _dropping(place, n))

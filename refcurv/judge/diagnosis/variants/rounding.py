@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, Final
@@ -12,8 +11,8 @@ import numpy as np
 from refcurv.files.bfloat16 import from_bfloat16, to_bfloat16
 from refcurv.files.lazy import Lazy
 from refcurv.law.checks import Array
-from refcurv.model.config import Activation, ModelConfig, Norm, RopeScaling
-from refcurv.model.layers import Layout, Ops, Saved, rope_frequencies, rope_tables
+from refcurv.model.config import Activation, ModelConfig, Norm
+from refcurv.model.layers import Layout, Ops, Saved
 from refcurv.model.transformer import Parameters
 
 Parts = tuple[ModelConfig, Parameters, Ops]
@@ -191,41 +190,3 @@ def products_in(dtype: str, parts: Parts) -> Parts:
         return parameters[name].view(KINDS[dtype])
 
     return config, Lazy(list(parameters), read), ops
-
-
-ROPES: Final = MappingProxyType(
-    {
-        "rotary frequencies in bfloat16": ("frequencies", "bfloat16"),
-        "rotary angles in bfloat16": ("angles", "bfloat16"),
-        "rotary angles in float16": ("angles", "float16"),
-        "rotary tables in bfloat16": ("tables", "bfloat16"),
-    }
-)
-"""What of rotary positions is rounded, and to what: the frequencies alone; also the positions, the
-angles and what follows; or cos and sin alone."""
-
-
-def coarse_ropes(part: str, dtype: str) -> Callable[..., tuple[Array, Array]]:
-    """`layers.rope_tables` of which a part is rounded to `dtype`, which is one of ROPES.
-
-    Proof: tests/test_judge_variants.py::test_other_arithmetic_is_the_loops
-    """
-
-    def tables(
-        position_BT: Array, width: int, theta: float, real: np.dtype[Any],
-        scaling: RopeScaling | None = None, length: Any = 0,
-    ) -> tuple[Array, Array]:  # fmt: skip
-        if part == "tables":
-            cos, sin = rope_tables(position_BT, width, theta, real, scaling, length)
-            return rounded(cos, dtype), rounded(sin, dtype)
-        size = 1.0 if scaling is None else scaling.attention
-        f = rounded(rope_frequencies(width, theta, scaling, np.dtype(float), length), dtype)
-        place_BT11 = position_BT[:, :, None, None].astype(float)
-        if part == "frequencies":
-            angle = place_BT11 * f
-            return (size * np.cos(angle)).astype(real), (size * np.sin(angle)).astype(real)
-        angle = rounded(rounded(place_BT11, dtype) * f, dtype)
-        cos, sin = (rounded(size * turn(angle), dtype) for turn in (np.cos, np.sin))
-        return cos.astype(real), sin.astype(real)
-
-    return tables
