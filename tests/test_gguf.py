@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,42 @@ def test_divisors_of_another_rule_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConventionError, match="are not those of Llama 3's rule"):
         rc.convert(twin_file(tmp_path, "llama-scaled", replace(twin, more=wrong)),
                    tmp_path / "w.h5")  # fmt: skip
+
+
+ROTARY: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "a factor": ({"rope.scaling.factor": 8.0}, []),
+    "longrope": ({"rope.scaling.type": "longrope", "rope.scaling.factor": 8.0}, []),
+    "attention": ({"rope.scaling.attn_factor": 1.25}, []),
+    "divisors": ({}, ["rope_freqs"]),
+    "two lists": ({}, ["rope_factors_long", "rope_factors_short"]),
+    "both": ({"rope.scaling.factor": 8.0}, ["rope_factors_long", "rope_factors_short"]),
+}
+
+
+@pytest.mark.parametrize("what", ROTARY)
+def test_what_is_said_of_rotary_positions_is_read_or_refused(tmp_path: Path, what: str) -> None:
+    """In every architecture it changes the configuration, or the file is refused."""
+    keys, names = ROTARY[what]
+    for name in ARCHITECTURES:
+        twin = TWINS[name]
+        width = twin.keys.get("rope.dimension_count", 4)
+        more = {f"{one}.weight": np.full(width // 2, 1.5, np.float32) for one in names}
+        other = replace(twin, keys=twin.keys | keys, more=twin.more | more)
+        with suppress(ConventionError, SchemaError):
+            rc.convert(twin_file(tmp_path, name, other), tmp_path / "w.h5")
+            rc.convert(twin_file(tmp_path, name), tmp_path / "plain.h5")
+            assert rc.load(tmp_path / "w.h5").config != rc.load(tmp_path / "plain.h5").config, name
+
+
+def test_a_factor_of_no_kind_is_linear(tmp_path: Path) -> None:
+    """As llama.cpp reads it; it is said to be assumed."""
+    found = []
+    for kind in ({}, {"rope.scaling.type": "linear"}):
+        twin = replace(TWINS["llama"], keys=KEYS | {"rope.scaling.factor": 4.0} | kind)
+        done = conversion(twin_file(tmp_path, "llama", twin), tmp_path / "w.h5")
+        found.append(rc.load(tmp_path / "w.h5").config)
+        assert ('rope.scaling.type = "linear"' in done.assumed) == (not kind)
+    assert found[0] == found[1] and found[0].rope_scaling is not None
 
 
 STRANGE: dict[str, tuple[dict[str, Any], str]] = {

@@ -116,6 +116,8 @@ CHANGED = {
     "attention in bfloat16": "B56",
     "QK-norm over each head": "B54",
     "matrices to bits": "B57",
+    "rotary angles in bfloat16": "B51",
+    "rotary frequencies in bfloat16": "B51",
 }
 
 

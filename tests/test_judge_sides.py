@@ -31,13 +31,17 @@ def mixed(kinds, **changes):
     return model, corpus, rc.collect(model, corpus, "**", "empirical")
 
 
-def named(made, **other):
-    """The ids that are named of what another config makes."""
+def causes(made, **other):
+    """What is named of what another config makes."""
     model, corpus, factors = made
     model = replace(model, config=replace(model.config, **other))
     theirs = rc.collect(model, corpus, "**", "empirical")
-    verdict = rc.validate(theirs, factors, model=made[0], corpus=corpus)
-    return [cause.fault for cause in verdict.causes]
+    return rc.validate(theirs, factors, model=made[0], corpus=corpus).causes
+
+
+def named(made, **other):
+    """Their ids."""
+    return [cause.fault for cause in causes(made, **other)]
 
 
 def in_all(made):
@@ -74,6 +78,47 @@ def test_a_window_of_some_blocks_is_tried_in_all() -> None:
     assert named(made, windows=(3, 3)) == ["B50"]
     for windows in ((9, 0), (3, 3)):
         assert not in_all(mixed(("main", "main"), windows=windows))
+
+
+def lengths_of(made):
+    """The lengths of other texts whose rotary positions can occur."""
+    model, corpus, factors = made
+    case = Case(Dump("memory", {}, {}), factors, {}, Arithmetic(), model, corpus)
+    every = (one for each in settings(case) for one in each.network)
+    return [n for name, n in every if name == "rotary positions of texts of length"]
+
+
+LONG = RopeScaling(kind=Scaling.LONGROPE, original=6, short=(1.0, 1.1), long=(1.3, 9.0))
+GROWN = RopeScaling(kind=Scaling.DYNAMIC, original=4, factor=2.0)
+
+
+def test_a_length_that_is_not_the_texts_own_has_its_name() -> None:
+    """Short factors in long texts, as where each part is one, and long ones in short texts."""
+    wide = replace(LONG, original=9)  # of 9 tokens
+    for own, other, length in (
+        (LONG, replace(LONG, long=LONG.short), 1),
+        (wide, replace(wide, short=wide.long), 10),
+    ):
+        made = mixed(("main",), rope_scaling=own)
+        assert lengths_of(made) == [length]
+        (cause,) = causes(made, rope_scaling=other)
+        assert cause.fault == "B51" and f"rotary positions of texts of length {length}" in (
+            cause.sentence
+        )
+
+
+def test_the_length_of_the_longest_text_is_tried_where_texts_differ_in_length() -> None:
+    model, corpus, factors = mixed(("main",), rope_scaling=GROWN)
+    assert lengths_of((model, corpus, factors)) == []  # all are of one length
+    mask = (np.arange(9) < np.full((12, 1), 9) - np.arange(12)[:, None] % 4).astype(np.uint8)
+    shorter = rc.Corpus(corpus.tokens, mask=mask)
+    assert lengths_of((model, shorter, rc.collect(model, shorter, "**", "empirical"))) == [9.0]
+
+
+def test_a_scale_of_embeddings_that_was_rounded_has_its_name() -> None:
+    """As Gemma's: 34 for 33.94, which no later norm takes back."""
+    made = mixed(("main",), embed_scale=33.94, norm_place="pre")
+    assert named(made, embed_scale=34.0) == ["B54"]
 
 
 class OtherSide(Collector):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -31,6 +32,8 @@ from refcurv.judge.diagnosis.variants import (
 )
 from refcurv.judge.diagnosis.variants.networks import Network, occurring
 from refcurv.judge.diagnosis.variants.positions import positions
+from refcurv.judge.diagnosis.variants.rotary import ROPES
+from refcurv.judge.diagnosis.variants.rounding import rounded
 from refcurv.judge.diagnosis.variants.sight import Sight, visible
 from refcurv.judge.dump import Dump
 from refcurv.law.checks import Array
@@ -318,6 +321,29 @@ def interleaved(
     return out
 
 
+def coarse_rotation(part: str, dtype: str) -> Callable:
+    """`oracles.rotate` in halves, of which a part is rounded, one pair after another."""
+
+    def short(x: float) -> float:
+        return float(rounded(np.array([x]), dtype)[0])
+
+    def turned(
+        x: Array, position: int, theta: float, width: int = 0, scaling=None, length: int = 0
+    ) -> Array:
+        out, half = x.copy(), len(x) // 2
+        for j in range(half):
+            f, p = theta ** (-2 * j / len(x)), float(position)
+            f = f if part == "tables" else short(f)
+            angle = short(short(p) * f) if part == "angles" else p * f
+            c, s = math.cos(angle), math.sin(angle)
+            c, s = (c, s) if part == "frequencies" else (short(c), short(s))
+            u, v = x[j], x[j + half]
+            out[j], out[j + half] = u * c - v * s, u * s + v * c
+        return out
+
+    return turned
+
+
 def tiled(attention: Callable) -> Callable:
     def every(q, k, v, visible, scale=None, cap=None):
         H = q.shape[1]
@@ -374,6 +400,10 @@ ARITHMETIC = {
     "no causal mask where no window is": (WINDOWS, {}, {"sees": sees_ahead}),
     "no causal mask, windows on both sides": (WINDOWS, {}, {"sees": sees_both_sides}),
     "rotary pairs interleaved": (dict(head_width=4), {}, {"rotate": interleaved}),
+    **{
+        name: (dict(head_width=4), {}, {"rotate": coarse_rotation(*some)})
+        for name, some in ROPES.items()
+    },
     "grouped heads tiled": (dict(kv_heads=2), {}, {"attention": tiled(oracles.attention)}),
     "eps outside the root": (dict(norm_eps=0.1), {}, {"norm": outside}),
     "variance over d − 1": (dict(norm="layer", norm_eps=0.1), {}, {"layer_norm": unbiased}),

@@ -134,6 +134,8 @@ def describe(found: Contents, ignore: Collection[str] = ()) -> Described:
     if "rope.freq_base" in known.keys and "rope.freq_base" not in values:
         assumed[known.keys["rope.freq_base"]] = 10_000.0
     config |= assumed
+    if "rope.scaling.type" not in values and values.get("rope.scaling.factor", 0) not in (0, 1):
+        assumed["rope.scaling.type"] = "linear"
     more, guessed = known.more(found, config)
     return Described(known, config | more | guessed, assumed | guessed)
 
@@ -245,13 +247,18 @@ def _vocabulary(where: str, found: Contents, said: object) -> int:
 
 
 def _scaling(where: str, found: Contents, name: str, values: Values) -> Values:
-    """rope_scaling, from the keys of it and from llama3's tensor of factors."""
-    kind = values.get("rope.scaling.type", "none")
+    """rope_scaling, from the keys of it and from llama3's tensor of factors.
+
+    A factor of no type is one of the linear kind, as llama.cpp reads it.
+    """
     factor, original = (
         values.get(f"rope.scaling.{key}") for key in ("factor", "original_context_length")
     )
+    kind = values.get("rope.scaling.type", "linear" if factor else "none")
     if name != "phi3" and values.get("rope.scaling.attn_factor", 1) != 1:
         raise ConventionError(f"{where}: rope.scaling.attn_factor is not built yet.")
+    if name != "phi3" and kind == "longrope":
+        raise ConventionError(f"{where}: rope.scaling.type is 'longrope', built for phi3 alone.")
     if "rope_freqs.weight" in found.tensors:
         if kind != "none":
             raise ConventionError(f"{where}: rope_freqs.weight beside rope.scaling.type {kind!r}.")
@@ -375,10 +382,18 @@ def _phi3(found: Contents, config: Values) -> tuple[Values, Values]:
         f"{kind}_factor": found.tensors.get(f"rope_factors_{kind}.weight")
         for kind in ("long", "short")
     }
+    where = f"convert: {found.where}"
     if not any(factors.values()):
+        for key, without in (("type", (None, "none", "linear")), ("attn_factor", (None, 1))):
+            value = found.get(f"phi3.rope.scaling.{key}")
+            if value not in without:
+                raise SchemaError(f"{where}: rope.scaling.{key} is {value!r}, without factors.")
         return said, {}
     if not all(factors.values()):
-        raise SchemaError(f"convert: {found.where} has only one of rope_factors_long and _short.")
+        raise SchemaError(f"{where} has only one of rope_factors_long and _short.")
+    if "rope_scaling" in config:
+        kind = config["rope_scaling"]["rope_type"]
+        raise ConventionError(f"{where}: rope_factors_long beside rope.scaling.type {kind!r}.")
     original = found.get("phi3.rope.scaling.original_context_length")
     block: Values = {
         key: [float(str(x)) for x in read_tensor(tensor).reshape(-1)]

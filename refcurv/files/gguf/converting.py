@@ -33,7 +33,7 @@ from refcurv.files.naming import tensors_of
 from refcurv.files.slots import Form, Slot, split, tensor_shape
 from refcurv.files.unchanged import inputs_unchanged
 from refcurv.law.checks import Array, ConventionError, SchemaError, require_finite
-from refcurv.model.config import ModelConfig, NormPlace
+from refcurv.model.config import ModelConfig, NormPlace, Scaling
 
 _NAMES: Final = {
     "embed": "token_embd",
@@ -61,7 +61,12 @@ _NAMES: Final = {
 _AFTER: Final = _NAMES | {"attn_norm": "post_attention_norm", "mlp_norm": "post_ffw_norm"}
 """The same where a block normalises only behind its parts."""
 
-_READ_ELSEWHERE: Final = r"rope_freqs\.weight|rope_factors_(long|short)\.weight"
+_READ_ELSEWHERE: Final = {
+    Scaling.LLAMA3: ("rope_freqs.weight",),
+    Scaling.LONGROPE: ("rope_factors_long.weight", "rope_factors_short.weight"),
+}
+"""Tensors that a scaling of rotary positions was read from."""
+
 _BUFFERS: Final = r"blk\.\d+\.(attn_rot_embd\.weight|attn_norm_2\.unused)|.*\.inv_freq"
 _EXPERTS: Final = r"blk\.\d+\.ffn_(gate|up|down)_(exps?|shexp|\d+)\..+|blk\.\d+\.ffn_gate_inp\..+"
 
@@ -184,6 +189,7 @@ def _plan(
 
 
 def _require_known(where: str, config: ModelConfig, rest: list[Tensor]) -> None:
+    read = _READ_ELSEWHERE.get(config.rope_scaling.kind, ()) if config.rope_scaling else ()
     for tensor in rest:
         if re.fullmatch(_EXPERTS, tensor.name):
             raise ConventionError(
@@ -191,7 +197,7 @@ def _require_known(where: str, config: ModelConfig, rest: list[Tensor]) -> None:
                 "built yet."
             )
         tied = config.tied and tensor.name == "output.weight"
-        if not tied and not re.fullmatch(f"{_READ_ELSEWHERE}|{_BUFFERS}", tensor.name):
+        if not tied and tensor.name not in read and not re.fullmatch(_BUFFERS, tensor.name):
             raise SchemaError(
                 f"{where} holds a tensor {tensor.name!r:.120} that a model of its architecture "
                 "and metadata has not."

@@ -39,6 +39,13 @@ PRE: Final = {name: cuts for cuts, names in _CUTS.items() for name in names.spli
 _WHOLE_WORDS: Final = ("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral")
 """Pre-tokenizers of Llama 3: a word of the vocabulary is one token, and a text begins with BOS."""
 
+_COMPOSED: Final = ("qwen2", "olmo")
+"""Pre-tokenizers of tokenizers that compose letters first (NFC); GGUF does not say it."""
+
+_STRIPPED: Final = ("phi3",)
+_KEPT: Final = ("<unk>", "<s>", "<|endoftext|>")
+"""Architectures whose special tokens take the space behind them along, all but these."""
+
 _BYTES: Final = tuple(f"<0x{byte:02X}>" for byte in range(256))
 _NO_PREFIX: Final = ("gemma", "gemma2", "gemma3")
 
@@ -48,17 +55,21 @@ def gguf_tokenizer(given: PathLike) -> Any:
 
     Definition
         gpt2: byte-level BPE with the file's merges, after the cuts that its pre-tokenizer names.
+        GGUF does not say whether letters are composed first (NFC). Here they are where the
+        pre-tokenizer is of Qwen or of OLMo, or the architecture GPT-NeoX, whose tokenizers do it.
         llama: SentencePiece's BPE. Two neighbours become a token if their join is one; the join
         of the best score comes first. A character that is no token becomes its bytes. GGUF does
         not say whether a word directly behind a special token has a space of its own. Here it has
-        none, as with transformers' legacy=False, but for Phi-3.
+        none, as with transformers' legacy=False, but for Phi-3. Nor does it say whether a special
+        token takes the space behind it along. Phi-3's do, but for <s>, <unk> and <|endoftext|>.
 
     Raises:
         ConventionError: a kind or a pre-tokenizer that is not built, tokens that occur twice.
         SchemaError: lists of unequal lengths, ids outside the vocabulary.
 
     Proof: tests/test_gguf_tokenizer.py::test_ids_are_those_of_the_tokenizer_that_was_written,
-        ::test_a_word_behind_a_special_token_has_no_space_of_its_own
+        ::test_a_word_behind_a_special_token_has_no_space_of_its_own,
+        ::test_letters_are_composed_where_the_tokenizer_that_was_written_did
     """
     found = open_gguf(given)
     kind = found.get(f"{_KEY}model")
@@ -106,7 +117,7 @@ def _vocabulary(found: Contents, spelled: Sequence[str]) -> dict[str, int]:
 
 
 def _byte_level(found: Contents, tokens: list[str]) -> Any:
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     pre = found.get(f"{_KEY}pre")
     if pre not in PRE:
@@ -125,6 +136,8 @@ def _byte_level(found: Contents, tokens: list[str]) -> Any:
             _vocabulary(found, tokens), merges, fuse_unk=False, ignore_merges=pre in _WHOLE_WORDS
         )
     )
+    if pre in _COMPOSED or found.get("general.architecture") == "gptneox":
+        library.normalizer = normalizers.NFC()
     cuts = [pre_tokenizers.Split(Regex(cut), "isolated") for cut in PRE[pre]]
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     library.pre_tokenizer = pre_tokenizers.Sequence([*cuts, level])
@@ -207,8 +220,14 @@ def _add_special(found: Contents, library: Any, tokens: list[str]) -> None:
     if f"{_KEY}token_type" not in found.fields:
         raise SchemaError(f"{WHO}: {found.where} has no list {_KEY}token_type.")
     types = _list(found, "token_type", int, len(tokens))
-    special = [AddedToken(t, normalized=False, special=True)
-               for t, one in zip(tokens, types, strict=True) if one == _CONTROL]  # fmt: skip
+    strips = found.get(f"{_KEY}model") == "llama" and (
+        found.get("general.architecture") in _STRIPPED
+    )
+    special = [
+        AddedToken(t, normalized=False, special=True, rstrip=strips and t not in _KEPT)
+        for t, one in zip(tokens, types, strict=True)
+        if one == _CONTROL
+    ]
     plain = [AddedToken(t, normalized=False, special=False)
              for t, one in zip(tokens, types, strict=True)
              if one == _USER and library.token_to_id(t) is not None]  # fmt: skip

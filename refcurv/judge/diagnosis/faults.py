@@ -344,7 +344,8 @@ FAULTS: Final[Mapping[str, Fault]] = MappingProxyType(
         "B51": Fault(
             "rotary pairs interleaved instead of in halves",
             "rows of q and k are permuted; the spectra agree, the loss is high",
-            "Use the checkpoint's layout of rotary pairs; permute rows of q and k only with it.",
+            "Use the checkpoint's layout of rotary pairs; permute rows of q and k only with it. "
+            "Compute frequencies and angles in float32.",
         ),
         "B52": Fault(
             "query groups tiled instead of repeated",

@@ -107,10 +107,11 @@ def _ropes(
     net: Network, at: Positions, layout: Layout, dtype: np.dtype[Any]
 ) -> list[tuple[Array, Array] | None]:
     """The rotary tables of each block. Padding makes no text longer, whatever it sees."""
-    ops = DEFINITIONS
+    tables = net.ops.rope_tables
+    ops = replace(DEFINITIONS, rope_tables=tables)
     if not (at.images or net.left or net.pads in ("blind", "apart")):
         own = _of_text(layout, at.real_BT)
-        ops = replace(ops, rope_tables=lambda *some: DEFINITIONS.rope_tables(*some[:-1], own))
+        ops = replace(ops, rope_tables=lambda *some: tables(*some[:-1], own))
     config = net.config
     return [transformer.rope_of(config, i, layout, dtype, ops) for i in range(config.layers)]
 

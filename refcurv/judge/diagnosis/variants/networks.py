@@ -20,6 +20,13 @@ from refcurv.judge.diagnosis.variants.norms import (
     unbiased_forward,
 )
 from refcurv.judge.diagnosis.variants.positions import Positions
+from refcurv.judge.diagnosis.variants.rotary import (
+    ROPES,
+    coarse,
+    coarse_ropes,
+    of_length,
+    other_lengths,
+)
 from refcurv.judge.diagnosis.variants.rounding import (
     TF32,
     Parts,
@@ -333,6 +340,10 @@ def _score_scale(config: ModelConfig) -> float:
     return config.score_scale or config.head_width**-0.5
 
 
+def _short_scale(config: ModelConfig) -> float:
+    return float(rounded(np.array([config.embed_scale]), "bfloat16")[0])
+
+
 def _by_heads(net: Network, kind: QKNorm) -> Network:
     """Queries and keys have norms of another kind. Gains of all heads go with their heads."""
     own, config = net.parameters, net.config
@@ -410,6 +421,12 @@ CHANGES: Final[Mapping[str, Change]] = MappingProxyType(
             "B51", _if(lambda config, _: config.rope_theta is not None),
             _has(rope_theta=None, rope_width=None, rope_scaling=None, local_theta=None, rotary=()),
         ),
+        **{name: Change("B51", coarse(*some), _of_ops(rope_tables=coarse_ropes(*some)))
+           for name, some in ROPES.items()},
+        "rotary positions of texts of length": Change(
+            "B51", other_lengths,
+            lambda net, n: replace(net, ops=replace(net.ops, rope_tables=of_length(n))),
+        ),
         **{f"{kind} rotary positions in all blocks": Change(
             "B51", another_in_some(kind), _in_all(kind)
         ) for kind in ("main", "local")},
@@ -483,6 +500,10 @@ CHANGES: Final[Mapping[str, Change]] = MappingProxyType(
         ),
         "no clip of q, k and v": _turned_off("qkv_clip", None),
         "no embedding scale": _turned_off("embed_scale", 1.0),
+        "embedding scale in bfloat16": Change(
+            "B54", _if(lambda config, _: _short_scale(config) != config.embed_scale),
+            lambda net, _: _config(net, embed_scale=_short_scale(net.config)),
+        ),
         "weights as bfloat16": Change("B57", _if(lambda *_: True), _stored("bfloat16")),
         "weights as float16": Change("B57", _if(lambda *_: True), _stored("float16")),
         **{f"dropout on {place}, pass {n}": Change("B55", _never, _dropping(place, n))
