@@ -28,6 +28,7 @@ from refcurv.files.gguf.reading import (
     read_stored,
     read_tensor,
 )
+from refcurv.files.gguf.rotary import LONGROPE
 from refcurv.files.huggingface import Conversion, Mapped, read_config
 from refcurv.files.naming import tensors_of
 from refcurv.files.slots import Form, Slot, split, tensor_shape
@@ -61,7 +62,6 @@ _NAMES: Final = {
 _AFTER: Final = _NAMES | {"attn_norm": "post_attention_norm", "mlp_norm": "post_ffw_norm"}
 """The same where a block normalises only behind its parts."""
 
-_READ_ELSEWHERE: Final = r"rope_freqs\.weight|rope_factors_(long|short)\.weight"
 _BUFFERS: Final = r"blk\.\d+\.(attn_rot_embd\.weight|attn_norm_2\.unused)|.*\.inv_freq"
 _EXPERTS: Final = r"blk\.\d+\.ffn_(gate|up|down)_(exps?|shexp|\d+)\..+|blk\.\d+\.ffn_gate_inp\..+"
 
@@ -103,6 +103,7 @@ def gguf_conversion(
     family, config = read_config(where, json.dumps(said))
     config = replace(config, norm_offset=config.norm_offset and not described.architecture.shifted)
     sources, ignored = _plan(where, family, config, found)
+    _require_known(where, described.architecture, config, ignored)
     facts = {
         "ignored_keys": sorted(ignore_keys),
         "gguf": {
@@ -179,11 +180,13 @@ def _plan(
             )
         sources |= {one: _Source(tensor, plain, ours, i) for i, one in enumerate(ours)}
     rest = [tensor for name, tensor in found.tensors.items() if name not in wanted]
-    _require_known(where, config, rest)
     return {name: sources[name] for name in shapes}, rest
 
 
-def _require_known(where: str, config: ModelConfig, rest: list[Tensor]) -> None:
+def _require_known(
+    where: str, architecture: Architecture, config: ModelConfig, rest: list[Tensor]
+) -> None:
+    read_elsewhere = {"rope_freqs.weight", *(LONGROPE if architecture.family == "phi3" else ())}
     for tensor in rest:
         if re.fullmatch(_EXPERTS, tensor.name):
             raise ConventionError(
@@ -191,7 +194,8 @@ def _require_known(where: str, config: ModelConfig, rest: list[Tensor]) -> None:
                 "built yet."
             )
         tied = config.tied and tensor.name == "output.weight"
-        if not tied and not re.fullmatch(f"{_READ_ELSEWHERE}|{_BUFFERS}", tensor.name):
+        known = tied or tensor.name in read_elsewhere or re.fullmatch(_BUFFERS, tensor.name)
+        if not known:
             raise SchemaError(
                 f"{where} holds a tensor {tensor.name!r:.120} that a model of its architecture "
                 "and metadata has not."

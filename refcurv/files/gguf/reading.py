@@ -28,7 +28,11 @@ VERSIONS: Final = (2, 3)
 _MOST_PARTS: Final = 20_000_000
 """Chosen: values that one file's metadata may have. A vocabulary of 262,144 makes 1.3 million."""
 
+_MOST_FILES: Final = 99_999
+"""Of a split model: their names have five digits."""
+
 _ADVICE: Final = "Copy or download it again."
+_OF_A_PART: Final = ("split.", "GGUF.", "general.alignment")
 _SPLIT: Final = re.compile(r"(.*-)(\d{5})(-of-(\d{5})\.gguf)")
 
 
@@ -140,6 +144,12 @@ def open_gguf(given: PathLike) -> Contents:
                     f"open: {part.where}: {key} is {part.get(key)!r:.40}, where {value} is due. "
                     "Do the parts belong together?"
                 )
+        for key in part.fields:
+            if not key.startswith(_OF_A_PART) and part.get(key) != whole.get(key):
+                raise SchemaError(
+                    f"open: {part.where}: {key:.80} is {part.get(key)!r:.40}, and in the first "
+                    f"part {whole.get(key)!r:.40}. Do the parts belong together?"
+                )
     return whole
 
 
@@ -183,11 +193,12 @@ def _part(path: Path) -> Contents:
     with machine_faults("open", path), package_faults(where), path.open("rb") as file:
         reader = Reader(path)
         tensors = {t.name: _tensor(path, t) for t in reader.tensors}
-        end = reader.data_offset
+        # a file that says its alignment has it as a uint32, which neither is signed nor holds 4 GiB
+        end, alignment = int(reader.data_offset), int(reader.alignment)
         for t in reader.tensors:
             if t.data_offset != end:
                 raise ValueError(f"tensor {t.name!r:.80} leaves a gap or overlaps another")
-            end += -(-t.n_bytes // reader.alignment) * reader.alignment
+            end += -(-t.n_bytes // alignment) * alignment
     return Contents(files, reader.fields, tensors)
 
 
@@ -228,10 +239,14 @@ def _require_readable(path: Path) -> None:
 def _parts(path: Path, one: Contents) -> list[Path]:
     """The paths of all parts, in order; each must be there."""
     count = one.get("split.count")
-    if count is None or count == 1:
+    if count is None:
+        return [path]
+    if type(count) is not int or not 0 <= count <= _MOST_FILES:
+        raise SchemaError(f"open: {one.where}: split.count is {count!r:.40}. {_ADVICE}")
+    if count <= 1:
         return [path]
     named = _SPLIT.fullmatch(path.name)
-    if named is None or int(named[4]) != count:
+    if named is None or int(named[4]) != count or not 1 <= int(named[2]) <= count:
         raise SchemaError(
             f"open: {one.where} is one of {count} parts, but is not named like one: "
             f"NAME-00001-of-{count:05d}.gguf. Give all parts their names."
