@@ -141,6 +141,21 @@ def test_a_file_that_says_its_alignment_is_read(tmp_path: Path, bytes_: int) -> 
     assert all(np.array_equal(a[name], b[name]) for name in b)
 
 
+def test_numbers_of_a_list_are_one_piece_and_pieces_are_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of 20 MB could take 3 GB: an object for each number of a list."""
+    monkeypatch.setattr("refcurv.files.gguf.reading._MOST_PARTS", 500)
+    held = {"x": np.ones(2, np.float32)}
+    for numbers_ in ([*range(1000)], [0.5, -2.25] * 500, [True, False] * 500):
+        found = open_gguf(write(tmp_path / "x.gguf", "llama", {}, held, {"list": numbers_}))
+        assert found.get("list") == numbers_
+    for many in (["a"] * 1000, [[1, 2]] * 1000):
+        path = write(tmp_path / "x.gguf", "llama", {}, held, {"list": many})
+        with pytest.raises(SchemaError, match="has more than 500 pieces"):
+            open_gguf(path)
+
+
 # ------------------------------------------------------------------ what contradicts
 
 

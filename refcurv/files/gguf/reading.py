@@ -25,8 +25,9 @@ from refcurv.law.words import number_of
 
 MAGIC: Final = b"GGUF"
 VERSIONS: Final = (2, 3)
-_MOST_PARTS: Final = 20_000_000
-"""Chosen: values that one file's metadata may have. A vocabulary of 262,144 makes 1.3 million."""
+_MOST_PARTS: Final = 6_000_000
+"""Chosen: pieces in which one file's metadata are read, some 200 bytes each. A text is two, a list
+of numbers three. A vocabulary of 262,144 and its merges make 1.6 million."""
 
 _MOST_FILES: Final = 99_999
 """Of a split model: their names have five digits."""
@@ -144,11 +145,11 @@ def open_gguf(given: PathLike) -> Contents:
                     f"open: {part.where}: {key} is {part.get(key)!r:.40}, where {value} is due. "
                     "Do the parts belong together?"
                 )
-        for key in part.fields:
+        for key in part.fields if k else ():
             if not key.startswith(_OF_A_PART) and part.get(key) != whole.get(key):
                 raise SchemaError(
-                    f"open: {part.where}: {key:.80} is {part.get(key)!r:.40}, and in the first "
-                    f"part {whole.get(key)!r:.40}. Do the parts belong together?"
+                    f"open: {part.where}: the key {key!r:.80} is {part.get(key)!r:.40}, and in the "
+                    f"first part {whole.get(key)!r:.40}. Do the parts belong together?"
                 )
     return whole
 
@@ -167,7 +168,8 @@ def _part(path: Path) -> Contents:
     class Reader(gguf.GGUFReader):
         """The package's reader, which maps a file into memory: a process dies if it is cut then.
 
-        So what its metadata say is read; of a tensor only the place. Nor does it check lengths.
+        So what its metadata say is read; of a tensor only the place. Nor does it check lengths. It
+        makes an array of each number of a list, where one holds them all.
         """
 
         taken, within = 0, False
@@ -182,11 +184,22 @@ def _part(path: Path) -> Contents:
             if int(offset) + nbytes > len(self.data):
                 raise ValueError("a length or an offset leads beyond the end of the file")
             if Reader.taken > _MOST_PARTS:
-                raise ValueError(f"it has more than {_MOST_PARTS} values")
+                raise ValueError(f"it has more than {_MOST_PARTS} pieces")
             if Reader.within:
                 return super()._get(offset, dtype, count, override_order)
             file.seek(int(offset))
             return np.frombuffer(_whole(file.read(nbytes), nbytes, path), dtype)
+
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            if raw_type != gguf.GGUFValueType.ARRAY:
+                return super()._get_field_parts(orig_offs, raw_type)
+            kind, count = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
+            number = self.gguf_scalar_to_np.get(gguf.GGUFValueType(kind[0]))
+            if number is None or not count[0]:
+                return super()._get_field_parts(orig_offs, raw_type)
+            every = self._get(orig_offs + 12, number, count[0])
+            types = [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType(kind[0])]
+            return 12 + every.nbytes, [kind, count, every], [2], types
 
     files = seen("open", [path])
     where = repr(str(path))

@@ -21,7 +21,7 @@ def scaling(where: str, found: Contents, name: str, values: Values) -> Values:
 
     A factor without a type is linear, as llama.cpp reads it.
 
-    Proof: tests/test_gguf.py::test_a_factor_without_a_type_is_linear
+    Proof: tests/test_gguf_hostile.py::test_a_factor_without_a_type_is_linear
     """
     factor, original = (
         values.get(f"rope.scaling.{key}") for key in ("factor", "original_context_length")
@@ -88,7 +88,7 @@ def _llama3(where: str, found: Contents, values: Values) -> Values:
 def require_usual_attention(found: Contents, context: Any, original: Any) -> None:
     """The factor of attention that is written down is the one that follows from the contexts.
 
-    Proof: tests/test_gguf.py::test_every_key_of_a_longrope_is_read_or_refused
+    Proof: tests/test_gguf_hostile.py::test_every_key_of_a_longrope_is_read_or_refused
     """
     written = found.get("phi3.rope.scaling.attn_factor")
     where = f"convert: {found.where}"
