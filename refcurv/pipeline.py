@@ -17,6 +17,7 @@ import refcurv as rc
 from refcurv.curvature import room
 from refcurv.curvature.bases import Bases
 from refcurv.curvature.bases_file import kept_by
+from refcurv.curvature.factors import asked as collected
 from refcurv.curvature.made_from import require_made_from
 from refcurv.curvature.settling import warning_of
 from refcurv.editing.record import require_exact, shares
@@ -38,6 +39,8 @@ from refcurv.law.words import number_of
 from refcurv.model.config import TABLES
 from refcurv.model.corpus import SPLITS, Population, Populations
 from refcurv.model.patterns import expand
+from refcurv.passes.shards import shards
+from refcurv.passes.sweep import require_few_passes
 from refcurv.progress import Progress, gone_on, silent
 from refcurv.report.folder import (
     BASIS,
@@ -357,6 +360,10 @@ def _checked(
              for side, n in zip("GA", model.config.linear_layers()[name], strict=True)}  # fmt: skip
     if job.basis is None:
         room.in_flight("report", room.to_decompose(width))
+    if given is None:  # what `collect` refuses would otherwise come behind what is told
+        how, keep = collected(model.config, job.layers, job.fisher, job.seed, 1, job.rows)
+        units = shards(corpus, model.config, keep)
+        require_few_passes("collect", units, how, model.config.vocabulary)
     read = {name: p for name, p in corpus.populations.items() if p.split in (job.split, "dev")}
     require_readable(read, model.config)
     judged = {name: p for name, p in read.items() if p.split == job.split}

@@ -257,6 +257,8 @@ def write(
             writer.add_float32(key, value)
         elif isinstance(value, str):
             writer.add_string(key, value)
+        elif isinstance(value, tuple):  # with GGUF's type of it
+            writer.add_key_value(key, *value)
         else:
             writer.add_array(key, value)
     for name, x in of.items():

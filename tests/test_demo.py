@@ -453,6 +453,9 @@ def test_controls_are_foretold_from_one_models_measurement(
         (["--rho", "0.5", "--fisher", "gold"], "sampled"),
         (["--rho", "0.5", "--rows", "some"], "reached"),
         (["--rho", "0.5", "--seed", "-1"], "seed"),
+        (["--fisher", "gold"], "sampled"),  # before it is told what will be chosen between
+        (["--rows", "cls"], "cls"),
+        (["--seed", "-1"], "seed"),
     ],
 )
 def test_a_report_refuses_before_the_work(

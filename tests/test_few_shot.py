@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tokenizers
 from test_texts import at, counts, write
@@ -74,6 +75,8 @@ def test_an_item_that_is_a_shot_is_refused(at: Path) -> None:
         ([{"preamble": "a"}, {"text": "b"}], "must have prompt and answer"),
         ([*ITEMS, {"preamble": "a"}], "line 3 must have either"),
         ([{"prompt": "a"}], "must have either"),
+        ([{"preamble": "a", **ITEMS[0]}], "line 1: 'preamble' is read in the file's first line"),
+        ([*ITEMS, {"shots": [], **ITEMS[0]}], "line 3: 'shots' is read in the file's first line"),
         ([{"prefix": "a", "answer": "b"}], "must have either"),
     ],
 )
@@ -92,6 +95,18 @@ def test_other_files_keep_such_keys(at: Path) -> None:
     assert made.tokens.tolist() == made.populations["p"].tokens.tolist()
     assert made.tokens.tolist() == [library.encode("the mat").ids]
     assert counts(made)["ignored_keys"] == ["answer", "preamble", "prompt", "shots"]
+
+
+def test_a_limit_calls_no_option_unused_for_what_it_left_out(at: Path) -> None:
+    """The separator stands in the second file, of which nothing is needed."""
+    write("a.txt", "a b c")
+    write("b.txt", "a 5 b")
+    np.arange(3, dtype=np.uint16).tofile("c.bin")
+    how = dict(separator="5", token_dtype="uint16")
+    some = build_corpus(["a.txt", "b.txt", "c.bin"], "t.json", **how, limit=3)
+    assert some.tokens.tolist() == [[3, 4, 5]]
+    with pytest.raises(RefcurvError, match="the separator '5' is in no text file"):
+        build_corpus(["a.txt"], "t.json", separator="5", limit=9)
 
 
 @pytest.mark.parametrize("pack", [False, True])

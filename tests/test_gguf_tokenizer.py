@@ -289,6 +289,13 @@ WRONG: dict[str, tuple[str, Plain, str, type[RefcurvError]]] = {
     "a flag": ("gpt-2", {"add_bos_token": "no"}, "is 'no', not true or false", SchemaError),
     "begin": ("gpt-2", {"add_bos_token": True, "bos_token_id": 9999}, "is 9999", SchemaError),
     "scores": ("pieces", {"scores": [0.0]}, "scores has 1 item for", SchemaError),
+    "no scores": ("pieces", {"scores": [float("nan")] * 330}, "hold NaN or inf", SchemaError),
+    "a long token": (
+        "pieces",
+        {"tokens": ["a" * 5000, *map(str, range(329))]},
+        "a token of 5000 letters",
+        SchemaError,
+    ),
     "numbers": ("pieces", {"tokens": [1, 2]}, "has no list tokenizer.ggml.tokens", SchemaError),
     "no bytes": ("pieces", {"tokens": ["a"], "scores": [0.0]}, "of the 256 bytes", ConventionError),
     "a map": ("pieces", {"precompiled_charsmap": [1]}, "charsmap is not built", ConventionError),

@@ -23,6 +23,7 @@ from refcurv.law.checks import (
     ConventionError,
     EmptyError,
     RangeError,
+    RoomError,
     SchemaError,
     StorageError,
 )
@@ -260,6 +261,18 @@ def test_the_command_goes_on_and_leaves_nothing(
     assert sorted(p.name for p in Path().iterdir()) == [
         "items.jsonl", "t.jsonl", "w.h5", "whole.jsonl",
     ]  # fmt: skip
+
+
+def test_windows_that_memory_does_not_hold(model: rc.Model, monkeypatch) -> None:
+    """A window for each token, a thousand tokens wide: it was killed by the system."""
+    monkeypatch.setattr("refcurv.curvature.room.available", lambda: 100_000)
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "Population", None)  # nothing is made before
+        with pytest.raises(
+            RoomError, match=r"1,?001 windows of 1,?000 tokens take 12\.0 MB, and 100"
+        ):
+            recited(model, [np.ones(2000, int)], prefix=990, suffix=10, stride=1)
+    assert recited(model, texts(model), **SIZE).windows
 
 
 def test_refusals(model: rc.Model, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -61,6 +61,19 @@ def test_nothing_right_is_told_after_the_table(tmp_path: Path, monkeypatch, caps
     assert Path("i.jsonl").exists() and not Path("r.h5").exists()
 
 
+def test_texts_are_neither_right_nor_wrong(tmp_path: Path, monkeypatch, capsys: Any) -> None:
+    """It was evaluated, and the corpus was written as it was."""
+    monkeypatch.chdir(tmp_path)
+    rc.save(counting_model(), "w.h5")
+    corpus = by_hand()
+    prose = {name: one for name, one in corpus.populations.items() if one.kind == "text"}
+    rc.save_corpus(replace(corpus, populations=prose), "c.h5")
+    assert main(["evaluate", "w.h5", "c.h5", "--right", "r.h5"]) == 2
+    told = capsys.readouterr()
+    assert "split 'test' has texts alone" in told.err and told.err.count("\n") == 1
+    assert not told.out and not Path("r.h5").exists()
+
+
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """With a baseline it is the baseline that decides, and the table is what it is without."""
     monkeypatch.chdir(tmp_path)

@@ -278,6 +278,8 @@ BESIDE: dict[str, tuple[str, Any, str]] = {
     "a decoder": ("tokenizer_config", {"added_tokens_decoder": {
         "901": {"content": "<|im_start|>", "special": True}, "902": {"content": "<|im_end|>"}}},
         "lacks 2 of the tokens that the files beside it add: '<|im_start|>' 901, '<|im_end|>' 902"),
+    "no id": ("tokenizer_config", {"added_tokens_decoder": {"9" * 5000: {"content": "<pad>"}}},
+              "lacks 1 of the tokens that the files beside it add: '<pad>'. Write"),
     "another id": ("tokenizer_config", {"added_tokens_decoder": {"7": {"content": "<unk>"}}},
                    "'<unk>' 7, which is 0 there"),
     "a special token": ("special_tokens_map", {"pad_token": {"content": "[PAD]"}}, "'[PAD]'. W"),

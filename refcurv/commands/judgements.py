@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from refcurv import Corpus, Model
     from refcurv.evaluation.suite import Measurement
     from refcurv.files.unchanged import Seen
+    from refcurv.model.corpus import Populations
 
 
 PICTURES = 3
@@ -31,17 +32,12 @@ def evaluate(args: argparse.Namespace) -> None:
     import refcurv as rc
     from refcurv.evaluation.suite import compare, judged, measure
     from refcurv.files.disk import unfinished
-    from refcurv.law.checks import ConventionError
     from refcurv.report.printed import format_evaluation
 
     models = {} if args.baseline is None else {"before": rc.load(args.baseline, dtype=args.dtype)}
     models["after"] = rc.load(args.weights, dtype=args.dtype)
     corpus, table = rc.load_corpus(args.corpus), dict[str, Any]()
-    wanted = judged(corpus, args.split, *models.values())
-    if args.items and not any(isinstance(one, rc.Population) for one in wanted.values()):
-        raise ConventionError(
-            f"evaluate: --items are of tokens, and split {args.split!r} has images alone."
-        )
+    _require_items(args, judged(corpus, args.split, *models.values()))
     found: dict[str, Measurement] = {}
     origin = made({}, *(model.source for model in models.values()), corpus.source)
     reuse_memory()
@@ -74,6 +70,22 @@ def evaluate(args: argparse.Namespace) -> None:
     finally:  # what was evaluated is not lost to what fails later
         if table:
             print(format_evaluation(table))
+
+
+def _require_items(args: argparse.Namespace, wanted: Populations) -> None:
+    """Refuse --items and --right where no item is of their kind."""
+    from refcurv.law.checks import ConventionError
+
+    kinds = {one.kind for one in wanted.values()}
+    if args.items and kinds == {"label"}:
+        raise ConventionError(
+            f"evaluate: --items are of tokens, and split {args.split!r} has images alone."
+        )
+    if args.right and kinds == {"text"}:
+        raise ConventionError(
+            f"evaluate: --right is of items that are right or wrong, and split {args.split!r} has "
+            "texts alone."
+        )
 
 
 def _write_right(

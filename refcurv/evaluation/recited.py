@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from refcurv.curvature import room
 from refcurv.evaluation.decode import at_scored, batches, require_population
 from refcurv.evaluation.held import held
 from refcurv.evaluation.lines import Lines
@@ -22,6 +23,7 @@ from refcurv.files.digest import digest, sha256_of
 from refcurv.law.checks import (
     Array,
     EmptyError,
+    RoomError,
     SchemaError,
     as_integers,
     overflow_hint,
@@ -33,7 +35,7 @@ from refcurv.law.words import number_of
 from refcurv.model.corpus import SPLITS, Population
 from refcurv.model.given import require_whole
 from refcurv.model.weights import Model
-from refcurv.progress import Progress, counter, goes_on, silent
+from refcurv.progress import Progress, counter, goes_on, silent, size
 
 WHO = "recited"
 
@@ -174,6 +176,7 @@ def recited(
             were learned. ConventionError: a model of images, or a bidirectional one; `lines` of
             another run. SchemaError: `lines` that no run left, or that was changed since.
         EmptyError: no document has a window. NonFiniteError: a logit is NaN or infinite.
+        RoomError: memory does not hold the ids of all windows.
 
     Cost: one forward pass over the windows: (prefix + suffix) / stride times the text.
     Source: METHOD, Recitation; arXiv 2510.24256, section 4 (exact suffixes).
@@ -188,6 +191,7 @@ def recited(
         for n, one in enumerate(documents)
     ]
     place_W2 = _windows([len(one) for one in ids], prefix + suffix, stride)
+    _require_room(len(place_W2), prefix + suffix + len(before))
     window_WT = np.array([ids[d][b : b + prefix + suffix] for d, b in place_W2], np.int32)
     asked = _asked(model, window_WT, prefix, before)
     facts = {} if lines is None else {
@@ -255,6 +259,19 @@ def _windows(lengths: Sequence[int], size: int, stride: int) -> Array:
             "longer texts, or a smaller prefix or suffix."
         )
     return np.array(place)
+
+
+def _require_room(W: int, T: int) -> None:
+    """Refuse windows that memory does not hold: the ids are there three times, four bytes each.
+
+    Proof: tests/test_recited.py::test_windows_that_memory_does_not_hold
+    """
+    need, free = 12 * W * T, room.available()
+    if free is not None and need > free:
+        raise RoomError(
+            f"{WHO}: {number_of(W, 'window')} of {number_of(T, 'token')} take {size(need)}, and "
+            f"{size(free)} are free. Give a larger stride, a shorter prefix, or fewer texts."
+        )
 
 
 def _asked(model: Model, window_WT: Array, prefix: int, before: Sequence[int]) -> Population:

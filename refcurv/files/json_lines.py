@@ -135,6 +135,11 @@ def _line_item(start: int, where: str, record: Mapping[str, Any], ignored: set[s
     )
     if not (whole or prefix or suffix) and record.keys() >= set(_TASK):
         prefix, suffix = _TASK
+        if lost := sorted({"preamble", "shots"} & record.keys()):
+            raise SchemaError(
+                f"{WHO}: {where}: {lost[0]!r} is read in the file's first line, which has neither "
+                "prompt nor answer. Give it a line of its own."
+            )
     if bool(prefix) != bool(suffix) or bool(whole) == bool(prefix):
         wanted = [" or ".join(keys) for keys in (_WHOLE, _PREFIX, _SUFFIX)]
         raise SchemaError(

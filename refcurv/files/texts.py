@@ -154,7 +154,8 @@ def build_corpus(
     old = _old_corpus(texts, pack, [one.name for one in asked])
     rows, counts = ({}, {}) if old else _rows(map(reader, texts), length, pack, limit)
     new = {one.name: _population(one, reader(one.file), length) for one in asked}
-    _require_used(reader, separator, token_dtype)
+    if counts.get("tokens") != limit or limit is None:  # else not all was read
+        _require_used(reader, separator, token_dtype)
     sha256 = sha256_unchanged(WHO, before)
     if progress:
         progress(reader.total, reader.total)

@@ -30,6 +30,7 @@ from refcurv.law.checks import (
 )
 
 _MAX_FILE: Final = 2**28  # bytes of a tokenizer.json; the largest known has a tenth
+_DIGITS: Final = len(str(MAX_ID))  # of an id; Python makes no integer of thousands
 _TRIED: Final = 2048  # words of the vocabulary, to see what is put around a text
 _VOCABULARIES: Final = ("*.model", "*.tiktoken", "vocab.json", "merges.txt", "vocab.txt")
 _BESIDE: Final = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -201,7 +202,7 @@ def _tokens_of(path: Path, record: Mapping[str, Any]) -> Iterator[tuple[str, int
     decoder = record.get("added_tokens_decoder")
     for i, token in decoder.items() if isinstance(decoder, dict) else ():
         if (text := _spelled(token)) is not None and i.isdecimal():
-            yield text, int(i)
+            yield text, int(i) if len(i) <= _DIGITS else None
     for key, value in record.items():
         if key.endswith("_special_tokens") and isinstance(value, list | dict):
             many = value.values() if isinstance(value, dict) else value

@@ -8,7 +8,13 @@ from pathlib import Path
 
 from refcurv.files.disk import PathLike, input_path
 from refcurv.files.documents import Reader
-from refcurv.files.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
+from refcurv.files.tokenizer import (
+    Tokenizer,
+    find_tokenizer,
+    library_faults,
+    load_tokenizer,
+    nothing_printed,
+)
 from refcurv.law.checks import Array, ConventionError
 from refcurv.progress import Progress
 
@@ -32,7 +38,10 @@ class Texts:
 
     def spelled(self, ids: Array) -> str | None:
         """The text of ids, if a tokenizer was given."""
-        return self.tokenizer.library.decode(ids.tolist()) if self.tokenizer else None
+        if self.tokenizer is None:
+            return None
+        with library_faults("the tokenizer to spell ids"), nothing_printed():
+            return str(self.tokenizer.library.decode(ids.tolist()))
 
 
 def read_texts(

@@ -13,9 +13,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-import numpy as np
-
 from refcurv.files.gguf.reading import Contents, read_tensor
+from refcurv.files.gguf.rotary import LONGROPE, require_usual_attention, scaling
 from refcurv.files.keys import FULL, SLIDING
 from refcurv.law.checks import ConventionError, SchemaError
 from refcurv.law.words import number_of
@@ -119,7 +118,7 @@ def describe(found: Contents, ignore: Collection[str] = ()) -> Described:
     """
     where = f"convert: {found.where}"
     kind, name = found.get("general.type"), found.get("general.architecture")
-    if kind in _OTHER_TYPES:
+    if isinstance(kind, str) and kind in _OTHER_TYPES:
         raise ConventionError(f"{where} is {_OTHER_TYPES[kind]}.")
     known = ARCHITECTURES.get(name) if isinstance(name, str) else None
     if known is None:
@@ -227,7 +226,7 @@ def _common(where: str, found: Contents, name: str, known: Architecture, values:
     turning = values.get("rope.dimension_count", head)
     if "rope.freq_base" in known.keys and turning != head:
         config["partial_rotary_factor"] = turning / head
-    return config | _scaling(where, found, name, values)
+    return config | scaling(where, found, name, values)
 
 
 def _vocabulary(where: str, found: Contents, said: object) -> int:
@@ -244,67 +243,6 @@ def _vocabulary(where: str, found: Contents, said: object) -> int:
                 f"{number_of(table.shape[0], 'row')}."
             )
     return table.shape[0]
-
-
-def _scaling(where: str, found: Contents, name: str, values: Values) -> Values:
-    """rope_scaling, from the keys of it and from llama3's tensor of factors.
-
-    A factor of no type is one of the linear kind, as llama.cpp reads it.
-    """
-    factor, original = (
-        values.get(f"rope.scaling.{key}") for key in ("factor", "original_context_length")
-    )
-    kind = values.get("rope.scaling.type", "linear" if factor else "none")
-    if name != "phi3" and values.get("rope.scaling.attn_factor", 1) != 1:
-        raise ConventionError(f"{where}: rope.scaling.attn_factor is not built yet.")
-    if name != "phi3" and kind == "longrope":
-        raise ConventionError(f"{where}: rope.scaling.type is 'longrope', built for phi3 alone.")
-    if "rope_freqs.weight" in found.tensors:
-        if kind != "none":
-            raise ConventionError(f"{where}: rope_freqs.weight beside rope.scaling.type {kind!r}.")
-        return {"rope_scaling": _llama3(where, found, values)}
-    if kind in ("none", "longrope") or (kind == "linear" and factor in (0, 1, None)):
-        return {}
-    block: Values = {"rope_type": kind, "factor": factor}
-    if kind == "yarn":
-        block["original_max_position_embeddings"] = original
-        for ours, theirs in (("yarn_beta_fast", "beta_fast"), ("yarn_beta_slow", "beta_slow")):
-            if f"rope.scaling.{ours}" in values:
-                block[theirs] = values[f"rope.scaling.{ours}"]
-    return {"rope_scaling": {key: value for key, value in block.items() if value is not None}}
-
-
-_LLAMA3: Final = {
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-"""What every published Llama 3 has; GGUF holds only the divisors that follow from it."""
-
-_DIVISORS: Final = 64 * float(np.finfo(np.float32).eps)
-"""Chosen: llama.cpp computes a divisor by about ten float32 operations."""
-
-
-def _llama3(where: str, found: Contents, values: Values) -> Values:
-    """The rule that gives the divisors in rope_freqs.weight, if it is Llama 3's."""
-    tensor = found.tensors["rope_freqs.weight"]
-    if len(tensor.shape) != 1:
-        raise SchemaError(f"{where}: rope_freqs.weight has shape {tensor.shape}.")
-    divisors = read_tensor(tensor).astype(np.float64)
-    n, factor = len(divisors), float(divisors[-1])
-    theta = float(values.get("rope.freq_base", 10_000.0))
-    turns = _LLAMA3["original_max_position_embeddings"] / (
-        2 * math.pi * theta ** (np.arange(n) / n)
-    )
-    slow, fast = _LLAMA3["low_freq_factor"], _LLAMA3["high_freq_factor"]
-    share = np.clip((turns - slow) / (fast - slow), 0, 1)
-    wanted = 1 / ((1 - share) / factor + share)
-    if not factor >= 1 or not np.all(np.abs(divisors / wanted - 1) <= _DIVISORS):
-        raise ConventionError(
-            f"{where}: the divisors in rope_freqs.weight are not those of Llama 3's rule, which "
-            "is the only one built."
-        )
-    return {"rope_type": "llama3", "factor": factor, **_LLAMA3}
 
 
 # ------------------------------------------------------------------ the architectures
@@ -369,7 +307,8 @@ def _gemma3(found: Contents, config: Values) -> tuple[Values, Values]:
     else:
         said["sliding_window"] = window
         guessed |= _alternating(config, 6)
-    (said if local is not None else guessed)["rope_local_base_freq"] = local or 10_000.0
+    base = 10_000.0 if local is None else local
+    (guessed if local is None else said)["rope_local_base_freq"] = base
     return said, guessed
 
 
@@ -379,46 +318,26 @@ def _phi3(found: Contents, config: Values) -> tuple[Values, Values]:
         raise SchemaError(f"convert: {found.where} lacks the key 'phi3.attention.sliding_window'.")
     said: Values = {"sliding_window": window or None}
     factors = {
-        f"{kind}_factor": found.tensors.get(f"rope_factors_{kind}.weight")
-        for kind in ("long", "short")
+        f"{kind}_factor": found.tensors.get(tensor)
+        for kind, tensor in zip(("long", "short"), LONGROPE, strict=True)
     }
     where = f"convert: {found.where}"
     if not any(factors.values()):
-        for key, without in (("type", (None, "none", "linear")), ("attn_factor", (None, 1))):
-            value = found.get(f"phi3.rope.scaling.{key}")
-            if value not in without:
-                raise SchemaError(f"{where}: rope.scaling.{key} is {value!r}, without factors.")
         return said, {}
     if not all(factors.values()):
         raise SchemaError(f"{where} has only one of rope_factors_long and _short.")
-    if "rope_scaling" in config:
-        kind = config["rope_scaling"]["rope_type"]
-        raise ConventionError(f"{where}: rope_factors_long beside rope.scaling.type {kind!r}.")
     original = found.get("phi3.rope.scaling.original_context_length")
     block: Values = {
         key: [float(str(x)) for x in read_tensor(tensor).reshape(-1)]
         for key, tensor in factors.items()
         if tensor is not None
     }
-    _require_usual_attention(found, config["max_position_embeddings"], original)
+    require_usual_attention(found, config["max_position_embeddings"], original)
     said |= {
         "rope_scaling": {"rope_type": "longrope", **block},
         "original_max_position_embeddings": original,
     }
     return said, {}
-
-
-def _require_usual_attention(found: Contents, context: Any, original: Any) -> None:
-    """The factor of attention that is written down is the one that follows from the contexts."""
-    written = found.get("phi3.rope.scaling.attn_factor")
-    where = f"convert: {found.where}"
-    if type(context) is not int or type(original) is not int or not 1 < original <= context:
-        raise SchemaError(f"{where}: its two context lengths are {context!r} and {original!r}.")
-    usual = math.sqrt(1 + math.log(context / original) / math.log(original))
-    if written is not None and abs(written / usual - 1) > _DIVISORS:
-        raise ConventionError(
-            f"{where}: rope.scaling.attn_factor is {written}; longrope has {usual:.6g}."
-        )
 
 
 def _olmo2(found: Contents, config: Values) -> tuple[Values, Values]:
@@ -441,9 +360,14 @@ def _olmo2(found: Contents, config: Values) -> tuple[Values, Values]:
         "rope_theta": None,
         "rope_scaling": None,
     }
-    if isinstance(pattern, list):
-        return said | {"layer_types": [SLIDING if one else FULL for one in pattern]}, {}
-    return said, _alternating(config, 4)
+    if pattern is None:
+        return said, _alternating(config, 4)
+    if not isinstance(pattern, list) or {bool} != {*map(type, pattern)}:
+        raise SchemaError(
+            f"convert: {found.where}: olmo2.attention.sliding_window_pattern must be true or false "
+            f"for each block; got {pattern!r:.60}."
+        )
+    return said | {"layer_types": [SLIDING if one else FULL for one in pattern]}, {}
 
 
 def _gpt2(found: Contents, config: Values) -> tuple[Values, Values]:

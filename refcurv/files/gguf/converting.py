@@ -28,6 +28,7 @@ from refcurv.files.gguf.reading import (
     read_stored,
     read_tensor,
 )
+from refcurv.files.gguf.rotary import LONGROPE
 from refcurv.files.huggingface import Conversion, Mapped, read_config
 from refcurv.files.naming import tensors_of
 from refcurv.files.slots import Form, Slot, split, tensor_shape
@@ -63,7 +64,7 @@ _AFTER: Final = _NAMES | {"attn_norm": "post_attention_norm", "mlp_norm": "post_
 
 _READ_ELSEWHERE: Final = {
     Scaling.LLAMA3: ("rope_freqs.weight",),
-    Scaling.LONGROPE: ("rope_factors_long.weight", "rope_factors_short.weight"),
+    Scaling.LONGROPE: LONGROPE,
 }
 """Tensors that a scaling of rotary positions was read from."""
 
@@ -108,6 +109,7 @@ def gguf_conversion(
     family, config = read_config(where, json.dumps(said))
     config = replace(config, norm_offset=config.norm_offset and not described.architecture.shifted)
     sources, ignored = _plan(where, family, config, found)
+    _require_known(where, config, ignored)
     facts = {
         "ignored_keys": sorted(ignore_keys),
         "gguf": {
@@ -184,7 +186,6 @@ def _plan(
             )
         sources |= {one: _Source(tensor, plain, ours, i) for i, one in enumerate(ours)}
     rest = [tensor for name, tensor in found.tensors.items() if name not in wanted]
-    _require_known(where, config, rest)
     return {name: sources[name] for name in shapes}, rest
 
 

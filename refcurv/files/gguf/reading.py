@@ -25,10 +25,15 @@ from refcurv.law.words import number_of
 
 MAGIC: Final = b"GGUF"
 VERSIONS: Final = (2, 3)
-_MOST_PARTS: Final = 20_000_000
-"""Chosen: values that one file's metadata may have. A vocabulary of 262,144 makes 1.3 million."""
+_MOST_PARTS: Final = 6_000_000
+"""Chosen: pieces in which one file's metadata are read, some 200 bytes each. A text is two, a list
+of numbers three. A vocabulary of 262,144 and its merges make 1.6 million."""
+
+_MOST_FILES: Final = 99_999
+"""Of a split model: their names have five digits."""
 
 _ADVICE: Final = "Copy or download it again."
+_OF_A_PART: Final = ("split.", "GGUF.", "general.alignment")
 _SPLIT: Final = re.compile(r"(.*-)(\d{5})(-of-(\d{5})\.gguf)")
 
 
@@ -140,6 +145,12 @@ def open_gguf(given: PathLike) -> Contents:
                     f"open: {part.where}: {key} is {part.get(key)!r:.40}, where {value} is due. "
                     "Do the parts belong together?"
                 )
+        for key in part.fields if k else ():
+            if not key.startswith(_OF_A_PART) and part.get(key) != whole.get(key):
+                raise SchemaError(
+                    f"open: {part.where}: the key {key!r:.80} is {part.get(key)!r:.40}, and in the "
+                    f"first part {whole.get(key)!r:.40}. Do the parts belong together?"
+                )
     return whole
 
 
@@ -157,7 +168,8 @@ def _part(path: Path) -> Contents:
     class Reader(gguf.GGUFReader):
         """The package's reader, which maps a file into memory: a process dies if it is cut then.
 
-        So what its metadata say is read; of a tensor only the place. Nor does it check lengths.
+        So what its metadata say is read; of a tensor only the place. Nor does it check lengths. It
+        makes an array of each number of a list, where one holds them all.
         """
 
         taken, within = 0, False
@@ -172,22 +184,34 @@ def _part(path: Path) -> Contents:
             if int(offset) + nbytes > len(self.data):
                 raise ValueError("a length or an offset leads beyond the end of the file")
             if Reader.taken > _MOST_PARTS:
-                raise ValueError(f"it has more than {_MOST_PARTS} values")
+                raise ValueError(f"it has more than {_MOST_PARTS} pieces")
             if Reader.within:
                 return super()._get(offset, dtype, count, override_order)
             file.seek(int(offset))
             return np.frombuffer(_whole(file.read(nbytes), nbytes, path), dtype)
+
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            if raw_type != gguf.GGUFValueType.ARRAY:
+                return super()._get_field_parts(orig_offs, raw_type)
+            kind, count = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
+            number = self.gguf_scalar_to_np.get(gguf.GGUFValueType(kind[0]))
+            if number is None or not count[0]:
+                return super()._get_field_parts(orig_offs, raw_type)
+            every = self._get(orig_offs + 12, number, count[0])
+            types = [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType(kind[0])]
+            return 12 + every.nbytes, [kind, count, every], [2], types
 
     files = seen("open", [path])
     where = repr(str(path))
     with machine_faults("open", path), package_faults(where), path.open("rb") as file:
         reader = Reader(path)
         tensors = {t.name: _tensor(path, t) for t in reader.tensors}
-        end = reader.data_offset
+        # a file that says its alignment has it as a uint32, which neither is signed nor holds 4 GiB
+        end, alignment = int(reader.data_offset), int(reader.alignment)
         for t in reader.tensors:
             if t.data_offset != end:
                 raise ValueError(f"tensor {t.name!r:.80} leaves a gap or overlaps another")
-            end += -(-t.n_bytes // reader.alignment) * reader.alignment
+            end += -(-t.n_bytes // alignment) * alignment
     return Contents(files, reader.fields, tensors)
 
 
@@ -228,10 +252,14 @@ def _require_readable(path: Path) -> None:
 def _parts(path: Path, one: Contents) -> list[Path]:
     """The paths of all parts, in order; each must be there."""
     count = one.get("split.count")
-    if count is None or count == 1:
+    if count is None:
+        return [path]
+    if type(count) is not int or not 0 <= count <= _MOST_FILES:
+        raise SchemaError(f"open: {one.where}: split.count is {count!r:.40}. {_ADVICE}")
+    if count <= 1:
         return [path]
     named = _SPLIT.fullmatch(path.name)
-    if named is None or int(named[4]) != count:
+    if named is None or int(named[4]) != count or not 1 <= int(named[2]) <= count:
         raise SchemaError(
             f"open: {one.where} is one of {count} parts, but is not named like one: "
             f"NAME-00001-of-{count:05d}.gguf. Give all parts their names."

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
+import numpy as np
+
 from refcurv.files.disk import PathLike
 from refcurv.files.gguf.reading import Contents, open_gguf
 from refcurv.files.ids import WHO
@@ -45,6 +47,9 @@ _COMPOSED: Final = ("qwen2", "olmo")
 _STRIPPED: Final = ("phi3",)
 _KEPT: Final = ("<unk>", "<s>", "<|endoftext|>")
 """Architectures whose special tokens take the space behind them along, all but these."""
+
+_LONGEST: Final = 4096
+"""Chosen: letters of a token. A token is looked up at each cut, and published ones have 256."""
 
 _BYTES: Final = tuple(f"<0x{byte:02X}>" for byte in range(256))
 _NO_PREFIX: Final = ("gemma", "gemma2", "gemma3")
@@ -156,6 +161,10 @@ def _sentence_pieces(found: Contents, tokens: list[str]) -> Any:
             raise ConventionError(f"{WHO}: {found.where}: {_KEY}{key} is not built.")
     architecture = found.get("general.architecture")
     scores = _list(found, "scores", float, len(tokens))
+    if not np.isfinite(scores).all():  # NaN has no place in an order
+        raise SchemaError(f"{WHO}: {found.where}: {_KEY}scores hold NaN or infinity.")
+    if (longest := max(map(len, tokens))) > _LONGEST:
+        raise SchemaError(f"{WHO}: {found.where} has a token of {longest} letters.")
     if architecture in _NO_PREFIX:  # their scores do not follow the order of merges; places do
         tokens = ["\u2581" * len(t) if " " in t and not t.strip(" ") else t for t in tokens]
         scores = [-float(i) for i in range(len(tokens))]

@@ -79,7 +79,14 @@ def coarse(part: str, dtype: str) -> Levels:
 
 def of_length(length: float) -> Tables:
     """`layers.rope_tables` as of texts that have all this length."""
-    return lambda *of: rope_tables(*of[:-1], length)
+
+    def tables(
+        position_BT: Array, width: int, theta: float, dtype: np.dtype[Any],
+        scaling: RopeScaling | None = None, _own: Any = 0,
+    ) -> tuple[Array, Array]:  # fmt: skip
+        return rope_tables(position_BT, width, theta, dtype, scaling, length)
+
+    return tables
 
 
 def other_lengths(config: ModelConfig, at: Positions) -> Sequence[float]:
