@@ -17,6 +17,8 @@ from refcurv.model.layers import causal_layout, lengths, rope_frequencies, rope_
 Tables = Callable[..., tuple[Array, Array]]
 """As `layers.rope_tables`."""
 
+DEFINED: Final[Tables] = rope_tables
+
 Levels = Callable[[ModelConfig, Positions], Sequence[float]]
 
 ROPES: Final = MappingProxyType(
@@ -69,8 +71,7 @@ def coarse(part: str, dtype: str) -> Levels:
         for theta, scaling in (rope for rope in ropes if rope is not None):
             of = place_BT, config.rope_width or config.head_width, theta, real, scaling
             for length in (1, place_BT.size):
-                own, other = rope_tables(*of, length), coarse_ropes(part, dtype)(*of, length)
-                if not np.array_equal(own, other):
+                if not np.array_equal(DEFINED(*of, length), coarse_ropes(part, dtype)(*of, length)):
                     return (0.0,)
         return ()
 
@@ -79,14 +80,7 @@ def coarse(part: str, dtype: str) -> Levels:
 
 def of_length(length: float) -> Tables:
     """`layers.rope_tables` as of texts that have all this length."""
-
-    def tables(
-        position_BT: Array, width: int, theta: float, dtype: np.dtype[Any],
-        scaling: RopeScaling | None = None, _own: Any = 0,
-    ) -> tuple[Array, Array]:  # fmt: skip
-        return rope_tables(position_BT, width, theta, dtype, scaling, length)
-
-    return tables
+    return lambda *of: DEFINED(*of[:-1], length)
 
 
 def other_lengths(config: ModelConfig, at: Positions) -> Sequence[float]:
