@@ -407,6 +407,7 @@ def _settings(this: _Run, basis: Bases) -> dict[str, Any]:
         **(one if len(asked) == 1 else {"rho": asked}),
         **({"chosen": this.known["chosen"]} if "chosen" in this.known else {}),
         **made,
+        **({"controls_seed": job.seed} if taken else {}),
         "bias": str(basis.bias),
         "dtype": job.dtype,
         "split": job.split,

@@ -54,7 +54,7 @@ def test_a_report_of_what_is_there_already_is_the_same(files, tmp_path, monkeypa
     monkeypatch.setattr(rc, "collect", None)
     some = run(job(files, layers=LAYERS, factors=files / "f.h5"), tmp_path / "some")
     monkeypatch.setattr(rc, "decompose", None)
-    none = run(job(files, layers="**", basis=files / "b.h5"), tmp_path / "none")
+    none = run(job(files, layers="**", basis=files / "b.h5", seed=3), tmp_path / "none")
     both = {"factors": files / "g.h5", "basis": files / "b.h5"}
     two = run(job(files, layers=LAYERS, **both), tmp_path / "two")
     edited = rc.load(tmp_path / "anew" / "edited.h5").parameters
@@ -72,6 +72,8 @@ def test_a_report_of_what_is_there_already_is_the_same(files, tmp_path, monkeypa
             k: anew["settings"][k] for k in ("fisher", "rows", "bias")
         }
     assert "fisher" not in none["settings"]  # a basis does not say it
+    seeds = [{k: x for k, x in one["settings"].items() if "seed" in k} for one in (anew, none, two)]
+    assert seeds == [{"seed": 0}, {"controls_seed": 3}, {"seed": 0, "controls_seed": 0}]
     commands = [_commands(one["settings"], one["files"]) for one in (anew, some, none, two)]
     assert [len(lines) for lines in commands] == [4, 3, 2, 2]
     assert commands[1][0].startswith(f"refcurv decompose {files / 'f.h5'} -o basis.h5")
@@ -90,7 +92,7 @@ def test_a_report_of_what_is_there_already_is_the_same(files, tmp_path, monkeypa
         (["--factors", "f.h5", "--basis", "b.h5"], "comes from 'g.h5', not from the factors"),
         (["--factors", "f.h5", "--layers", "head"], "matches none of"),
         (["--factors", "e.h5"], "e.h5 has tables alone. Collect layers to edit."),
-        (["--factors", "f.h5", "--seed", "0"], "--seed says how to make what --factors f.h5 has"),
+        (["--factors", "f.h5", "--rows", "all"], "--rows says how to make what --factors f.h5 has"),
         (["--basis", "b.h5", "--bias", "joint"], "--bias says how to make what --basis b.h5 has"),
         (["--basis", "f.h5"], "refcurv-basis"),
     ],

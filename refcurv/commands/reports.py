@@ -31,7 +31,7 @@ def report(args: argparse.Namespace) -> None:
     from refcurv.pipeline import Job
 
     _require_unmade("report", args, {"factors": HOW, "basis": (*HOW, "bias")})
-    choices = ("weights", "corpus", "split", "dtype", "factors", "basis", *HOW, "bias")
+    choices = ("weights", "corpus", "split", "dtype", "factors", "basis", "seed", *HOW, "bias")
     given = {name: x for name in choices if (x := getattr(args, name)) is not None}
     rho = shares(args.rho, "report: --rho takes [PATTERN=]SHARE") if args.rho else None
     if args.layers == "":
@@ -40,8 +40,8 @@ def report(args: argparse.Namespace) -> None:
     _report(Job(rho=rho, layers=args.layers or default, **given), args)
 
 
-HOW = ("fisher", "rows", "seed")
-"""How factors are collected."""
+HOW = ("fisher", "rows")
+"""How factors are collected. The seed is also that of random controls."""
 
 
 def sweep(args: argparse.Namespace) -> None:
@@ -55,8 +55,8 @@ def sweep(args: argparse.Namespace) -> None:
     from refcurv.report.sweep import format_sweep
     from refcurv.sweeps.beside import Collecting
 
-    _require_unmade("sweep", args, {"basis": ("fisher", "rows"), "factors": ("fisher", "rows")})
-    how = {name: x for name in ("fisher", "rows") if (x := getattr(args, name)) is not None}
+    _require_unmade("sweep", args, {"basis": HOW, "factors": HOW})
+    how = {name: x for name in HOW if (x := getattr(args, name)) is not None}
     if args.plot:
         require_matplotlib()
     reuse_memory()
