@@ -177,6 +177,17 @@ def test_divisors_that_no_key_reads_are_refused(tmp_path: Path) -> None:
     refused(path, "phi3", PHI | {"rope.scaling.type": "longrope"}, "of phi3 alone")
 
 
+def test_divisors_are_one_for_each_pair(tmp_path: Path) -> None:
+    """Those of wide heads follow from another rule than those of narrow ones."""
+    path, ones = tmp_path / "x.gguf", np.ones(3, np.float32)
+    for shape in ((3,), (1, 2)):
+        more = {"rope_freqs.weight": np.ones(shape, np.float32)}
+        refused(path, "llama", KEYS, "rope_freqs.weight has shape .* 4 entries of a head", more)
+    assert described(path, "llama", KEYS, {"rope_freqs.weight": ones[:2]})["rope_scaling"]
+    for both in ({"rope_factors_long.weight": ones}, dict.fromkeys(LONG, ones)):
+        refused(path, "phi3", PHI, "short and long", LONG | both)
+
+
 def test_every_key_of_a_longrope_is_read_or_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.gguf"
     for more in ({}, {"rope.scaling.type": "longrope"}, {"rope.scaling.attn_factor": USUAL}):

@@ -66,8 +66,13 @@ _DIVISORS: Final = 64 * float(np.finfo(np.float32).eps)
 def _llama3(where: str, found: Contents, values: Values) -> Values:
     """The rule that gives the divisors in rope_freqs.weight, if it is Llama 3's."""
     tensor = found.tensors["rope_freqs.weight"]
-    if len(tensor.shape) != 1:
-        raise SchemaError(f"{where}: rope_freqs.weight has shape {tensor.shape}.")
+    head = values["embedding_length"] // values["attention.head_count"]
+    turning = values.get("rope.dimension_count", values.get("attention.key_length", head))
+    if tensor.shape != (turning // 2,):
+        raise SchemaError(
+            f"{where}: rope_freqs.weight has shape {tensor.shape}, and {turning} entries of a head "
+            "turn in pairs."
+        )
     divisors = read_tensor(tensor).astype(np.float64)
     n, factor = len(divisors), float(divisors[-1])
     theta = float(values.get("rope.freq_base", 10_000.0))
