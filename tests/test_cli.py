@@ -728,7 +728,7 @@ def test_an_interrupt_says_that_the_command_goes_on_where_it_does(words: str, ca
     assert (again in (err := capsys.readouterr().err)) == (command[0] != "evaluate")
     assert command[0] != "evaluate" or "again" not in err
     readme = " ".join((Path(__file__).parents[1] / "README.md").read_text().split())
-    named = re.search("[.] ([^.]*) that are interrupted go on", readme)
+    named = re.search("[.] ([^.]*) go on where they were interrupted", readme)
     assert named and {*re.findall("`([a-z]+)`", named[1]), "demo"} == {*cli.GOES_ON}
 
 

@@ -182,7 +182,7 @@ def test_divisors_are_one_for_each_pair(tmp_path: Path) -> None:
     path, ones = tmp_path / "x.gguf", np.ones(3, np.float32)
     for shape in ((3,), (1, 2)):
         more = {"rope_freqs.weight": np.ones(shape, np.float32)}
-        refused(path, "llama", KEYS, "rope_freqs.weight has shape .* 4 entries of a head", more)
+        refused(path, "llama", KEYS, "rope_freqs.weight has shape .* of a head 2 pairs turn", more)
     assert described(path, "llama", KEYS, {"rope_freqs.weight": ones[:2]})["rope_scaling"]
     for both in ({"rope_factors_long.weight": ones}, dict.fromkeys(LONG, ones)):
         refused(path, "phi3", PHI, "short and long", LONG | both)

@@ -9,6 +9,7 @@ import numpy as np
 
 from refcurv.files.gguf.reading import Contents, read_tensor
 from refcurv.law.checks import ConventionError, SchemaError
+from refcurv.law.words import number_of
 
 Values = dict[str, Any]
 
@@ -70,8 +71,8 @@ def _llama3(where: str, found: Contents, values: Values) -> Values:
     turning = values.get("rope.dimension_count", values.get("attention.key_length", head))
     if tensor.shape != (turning // 2,):
         raise SchemaError(
-            f"{where}: rope_freqs.weight has shape {tensor.shape}, and {turning} entries of a head "
-            "turn in pairs."
+            f"{where}: rope_freqs.weight has shape {tensor.shape}, and of a head "
+            f"{number_of(turning // 2, 'pair')} turn."
         )
     divisors = read_tensor(tensor).astype(np.float64)
     n, factor = len(divisors), float(divisors[-1])
