@@ -115,9 +115,10 @@ def test_any_value_of_any_key_is_read_or_refused(
 
 
 @pytest.mark.slow
-def test_every_value_of_every_key_is_read_or_refused(folder: Path) -> None:
-    for at in places():
-        for odd in ODD:
+def test_every_key_of_every_architecture_is_read_or_refused(folder: Path) -> None:
+    """Of each key every third value, and so each value at every third key."""
+    for n, at in enumerate(places()):
+        for odd in ODD[n % 3 :: 3]:
             read_or_refused(folder, *at, odd)
 
 
