@@ -284,6 +284,7 @@ def test_the_report_of_a_users_own_files(
         assert np.array_equal(again.parameters[name], edited.parameters[name])
 
 
+@pytest.mark.slow
 def test_a_report_of_few_rows_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With what it collects, and with a basis that is given, which does not name its Fisher."""
     files = own_files(tmp_path, False)

@@ -229,6 +229,7 @@ def test_a_factor_that_a_and_g_share_is_no_fault_of_lambda(setting):
     assert "B10" not in {one.fault for one in verdict.causes}
 
 
+@pytest.mark.slow
 def test_drawn_labels_are_compared_statistically_and_exactly_where_known(setting):
     model, corpus, _ = setting
     drawn = rc.collect(model, corpus, ",".join(LAYERS), "sampled", seed=5, draws=1)

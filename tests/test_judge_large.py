@@ -130,6 +130,7 @@ def test_a_large_model_gets_the_same_cause(monkeypatch) -> None:
     assert not any(one.setting for one in asked)
 
 
+@pytest.mark.slow
 def test_a_cause_found_on_a_sample_says_which_sequences(monkeypatch) -> None:
     """And it is confirmed on all; what the sample does not speak for is tried there alone."""
     tokens = np.random.default_rng(0).integers(0, CONFIG.vocabulary, (48, 9))

@@ -54,6 +54,7 @@ def in_all(made):
 LINEAR = RopeScaling(kind=Scaling.LINEAR, factor=4.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["main", "local"])
 @pytest.mark.parametrize("changes", [{"local_theta": 7.0}, {"local_theta": 100.0}])
 def test_rotary_positions_of_some_blocks_are_tried_in_all(kind, changes) -> None:
@@ -92,6 +93,7 @@ LONG = RopeScaling(kind=Scaling.LONGROPE, original=6, short=(1.0, 1.1), long=(1.
 GROWN = RopeScaling(kind=Scaling.DYNAMIC, original=4, factor=2.0)
 
 
+@pytest.mark.slow
 def test_a_length_that_is_not_the_texts_own_has_its_name() -> None:
     """Short factors in long texts, as where each part is one, and long ones in short texts."""
     wide = replace(LONG, original=9)  # of 9 tokens
@@ -132,6 +134,7 @@ class OtherSide(Collector):
         return b
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["opt-scattered", "gpt2-prompts"])
 def test_rows_of_the_other_side_are_padding_that_counts(setting) -> None:
     """Padding is on the left, then on the right."""

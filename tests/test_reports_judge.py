@@ -115,6 +115,7 @@ def test_terms_of_the_loss_counted_by_a_blocks_positions() -> None:
     assert named(theirs, of) & {"B7", "B37"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", ["**", "patch,blocks.0.attn.v"])
 @pytest.mark.parametrize("bare", [0, 3, 9])
 def test_the_positions_of_an_image_are_a_factor_though_images_have_no_label(bare, layers) -> None:
