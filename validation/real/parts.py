@@ -77,7 +77,7 @@ def _answers(files: Files, corpus: rc.Corpus) -> Record:
         return {}
     library = load_tokenizer(files.gguf, None).library
     return {
-        name: [library.decode(row[begin:end].tolist()).strip() for row, begin, end in
+        name: [library.decode(row[begin:end].tolist()).strip(" \u2581") for row, begin, end in
                zip(one.tokens, one.prompt_length, one.length, strict=True)]
         for name, one in corpus.populations.items()
         if isinstance(one, rc.Population) and one.chance > 0
