@@ -348,7 +348,6 @@ class _Bar:
 
     def __init__(self, label: str) -> None:
         self._label = label
-        self._what = ""
         self._bar: Any = None
         self._pace = _Pace()
 
@@ -362,15 +361,14 @@ class _Bar:
         bar.initial, bar.speed = self._pace.before, self._pace.speed(done, now)
         bar.update(done - bar.n)
         if done >= total:
-            self._what = ""
             bar.set_postfix_str("")
             self.close()
 
     def doing(self, what: str) -> None:
         """What is being done."""
         _raise_lost()
-        self._what = what if len(what) <= (room := self._room()) else f"{what[: room - 1]}…"
-        self._shown().set_postfix_str(self._what)
+        room = (_shape()[0] or _COLUMNS) * 3 // 4 - _BESIDE  # a quarter is the bar's
+        self._shown().set_postfix_str(what if len(what) <= room else f"{what[: room - 1]}…")
 
     def goes_on(self, what: str) -> None:
         """From what it goes on."""
@@ -393,13 +391,9 @@ class _Bar:
                 ncols=None if columns else _COLUMNS, nrows=None if rows else _ROWS,
             )  # fmt: skip
             _bars.add(self)
-        paced = self._bar.format_dict["elapsed"] >= _SOON and not self._what
+        paced = self._bar.format_dict["elapsed"] >= _SOON and not self._bar.postfix
         self._bar.bar_format = None if paced else _NO_RATE
         return self._bar
-
-    def _room(self) -> int:
-        """Letters of what is being done that leave the bar a quarter of the line."""
-        return (_shape()[0] or _COLUMNS) * 3 // 4 - _BESIDE
 
 
 def _paced() -> type[Any]:

@@ -180,8 +180,7 @@ def answered(results: Results) -> str:
         return NOT
     if not known:
         return "No set is one."
-    after = [(f"K-FAC, {k}", run.methods["kfac"]) for k, run in
-              zip(_measured(results), runs, strict=True)]  # fmt: skip
+    after = [(f"K-FAC, {run.k}", run.methods["kfac"]) for run in runs]
     after += [(name, runs[0].methods[name]) for name in METHODS if name != "kfac"]
     lines, columns = [], [runs[0].before, *(left for _, left in after)]
     for name, answers in known.items():
@@ -201,12 +200,6 @@ def answered(results: Results) -> str:
 def _right(left: Record, own: list[bool]) -> int:
     """How many of some items are right."""
     return sum(mark == "1" for mark, one in zip(left["right"], own, strict=True) if one)
-
-
-def _measured(results: Results) -> list[str]:
-    """The calibrations that are measured, in their order; a line made anew is the last."""
-    known = results.found(AT_PERPLEXITY)
-    return [str(k) for k in CALIBRATIONS if str(k) in known]
 
 
 def swept(results: Results, plan: Plan) -> str:
@@ -316,9 +309,9 @@ def repeated(results: Results) -> str:
     """How many calibrations there are, and what each left."""
     runs, known = replicates(results), results.found(AT_PERPLEXITY)
     lines = [
-        (k, number(run.methods["kfac"]["clean_test"]["values"]["perplexity"]),
+        (run.k, number(run.methods["kfac"]["clean_test"]["values"]["perplexity"]),
          *(_left(run, method) for method in METHODS), percent(run.kept("own")))
-        for k, run in zip(_measured(results), runs, strict=True)
+        for run in runs
     ]  # fmt: skip
     lines += [(str(k), *[NOT] * (2 + len(METHODS))) for k in CALIBRATIONS if str(k) not in known]
     head = ("calibration", "perplexity, K-FAC", *(f"recited, {x}" for x in METHODS), "own, K-FAC")

@@ -25,11 +25,12 @@ AT_PERPLEXITY = "table at equal perplexity"
 class Replicate:
     """What is known from one calibration.
 
-    Fields: before, {population: values}; methods, {method: {population: values}}; match, {method:
-    the word for its search}; pairs, the share that K-FAC keeps; bands, thirds and half as the parts
-    found them, {} where they did not.
+    Fields: k, its number; before, {population: values}; methods, {method: {population: values}};
+    match, {method: the word for its search}; pairs, the share that K-FAC keeps; bands, thirds and
+    half as the parts found them, {} where they did not.
     """
 
+    k: str
     before: Record
     methods: Record
     match: Record
@@ -114,7 +115,7 @@ def replicates(results: Results) -> list[Replicate]:
         others = [results.found(part).get(k, {}) for part in ("bands", "thirds")]
         half = results.found("sizes").get(f"{k}, 1/2", {})
         before = tables[k]["baseline"]["test"]
-        found.append(Replicate(before, methods, match, pairs, *others, half))
+        found.append(Replicate(k, before, methods, match, pairs, *others, half))
     return found
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from refcurv.files.gguf.reading import Contents, read_tensor
-from refcurv.files.gguf.rotary import LONGROPE, require_usual_attention, scaling
+from refcurv.files.gguf.rotary import LONGROPE, kind_of, require_usual_attention, scaling
 from refcurv.files.keys import FULL, SLIDING
 from refcurv.law.checks import ConventionError, SchemaError
 from refcurv.law.words import number_of
@@ -133,8 +133,8 @@ def describe(found: Contents, ignore: Collection[str] = ()) -> Described:
     if "rope.freq_base" in known.keys and "rope.freq_base" not in values:
         assumed[known.keys["rope.freq_base"]] = 10_000.0
     config |= assumed
-    if "rope.scaling.type" not in values and values.get("rope.scaling.factor", 0) not in (0, 1):
-        assumed["rope.scaling.type"] = "linear"
+    if "rope.scaling.type" not in values and kind_of(values) != "none":
+        assumed["rope.scaling.type"] = kind_of(values)
     more, guessed = known.more(found, config)
     return Described(known, config | more | guessed, assumed | guessed)
 
@@ -321,11 +321,10 @@ def _phi3(found: Contents, config: Values) -> tuple[Values, Values]:
         f"{kind}_factor": found.tensors.get(tensor)
         for kind, tensor in zip(("long", "short"), LONGROPE, strict=True)
     }
-    where = f"convert: {found.where}"
     if not any(factors.values()):
         return said, {}
     if not all(factors.values()):
-        raise SchemaError(f"{where} has only one of rope_factors_long and _short.")
+        raise SchemaError(f"convert: {found.where} has only one of rope_factors_long and _short.")
     original = found.get("phi3.rope.scaling.original_context_length")
     block: Values = {
         key: [float(str(x)) for x in read_tensor(tensor).reshape(-1)]

@@ -17,18 +17,29 @@ LONGROPE: Final = ("rope_factors_long.weight", "rope_factors_short.weight")
 """Tensors of divisors, which `phi3` reads."""
 
 
-def scaling(where: str, found: Contents, name: str, values: Values) -> Values:
-    """rope_scaling, from the keys of it and from llama3's tensor of factors.
-
-    A factor without a type is linear, as llama.cpp reads it.
+def kind_of(values: Values) -> str:
+    """The type of rope.scaling. A factor without a type is linear, as llama.cpp reads it.
 
     Proof: tests/test_gguf_hostile.py::test_a_factor_without_a_type_is_linear
     """
+    plain = values.get("rope.scaling.factor") in _PLAIN
+    kind: str = values.get("rope.scaling.type", "none" if plain else "linear")
+    return kind
+
+
+_PLAIN: Final = (0, 1, None)
+"""Factors that change nothing."""
+
+
+def scaling(where: str, found: Contents, name: str, values: Values) -> Values:
+    """rope_scaling, from the keys of it and from llama3's tensor of factors.
+
+    Proof: tests/test_gguf_hostile.py::test_divisors_that_no_key_reads_are_refused
+    """
+    kind = kind_of(values)
     factor, original = (
         values.get(f"rope.scaling.{key}") for key in ("factor", "original_context_length")
     )
-    plain = factor in (0, 1, None)
-    kind = values.get("rope.scaling.type", "none" if plain else "linear")
     listed = name == "phi3" and any(tensor in found.tensors for tensor in LONGROPE)
     if not listed and values.get("rope.scaling.attn_factor", 1) != 1:
         raise ConventionError(f"{where}: rope.scaling.attn_factor is not built yet.")
@@ -37,7 +48,7 @@ def scaling(where: str, found: Contents, name: str, values: Values) -> Values:
             raise ConventionError(f"{where}: {tensor} beside rope.scaling.type {kind!r}.")
     if "rope_freqs.weight" in found.tensors:
         return {"rope_scaling": _llama3(where, found, values)}
-    if kind == "none" or listed or (kind == "linear" and plain):
+    if kind == "none" or listed or (kind == "linear" and factor in _PLAIN):
         return {}
     if kind == "longrope":
         raise ConventionError(
