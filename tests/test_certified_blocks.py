@@ -147,7 +147,9 @@ UNITS = blocks._units
 
 def test_a_direction_off_by_one_is_caught(found: rc.Certificate) -> None:
     with mock.patch.object(blocks, "_units", shifted):
-        wrong = dense(tiny(), ("hessian", "ggn"), layers="blocks.0.attn.v", digits=10)
+        wrong = dense(
+            tiny(), ("hessian", "ggn"), layers="blocks.0.attn.v", digits=10, fisher="empirical"
+        )
     name = WEIGHTS[0]
     assert not overlap(wrong[f"hessian.{name}"], wrong[f"hessian.{name}"], turned=True)
     assert not overlap(wrong[f"ggn.{name}"], found[f"fisher.{name}"])

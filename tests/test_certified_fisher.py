@@ -345,6 +345,21 @@ def test_what_is_no_fisher_is_refused() -> None:
             certify(*given(tiny()), ["G"], **more)
 
 
+@pytest.mark.parametrize(
+    ("of", "asked"),
+    [
+        ("A", dict(fisher="sampled")),
+        ("logits", dict(fisher="expected")),
+        ("gradient", dict(rows="all")),
+        ("fisher", dict(rows="all")),
+    ],
+)
+def test_rows_and_labels_of_nothing_are_refused(of: str, asked: dict[str, str]) -> None:
+    (name,) = asked
+    with pytest.raises(RefcurvError, match=f"certify: {name}=.* is of .*which `of` does not name"):
+        certify(*given(tiny()), [of], layers="head", **asked)
+
+
 def test_the_command_says_whose_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, corpus = given(tiny())
     weights, texts, table = (str(tmp_path / name) for name in ("w.h5", "c.h5", "t.json"))

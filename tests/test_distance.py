@@ -347,6 +347,34 @@ def test_large_matrices_go_by_lanczos_and_find_the_same(rng: np.random.Generator
     assert (again == U).all()
 
 
+@pytest.mark.parametrize("values", [[5, 5, 3, 2], [5, 3, 2, 2], [5, 5, 5, 5], [-1, -1, -2, -3]])
+def test_none_of_equal_leading_eigenvalues_is_missed(
+    values: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Lanczos that finds one of several equal eigenvalues, or leaves one out, is not believed."""
+    some = np.array([*values, *np.linspace(-9, -4, 296)], dtype=float)
+    M = turned(some, 0.3)
+    at = np.argsort(-some)
+    for found in ([0, 2, 3], [0, 1, 3], [1, 2, 4]):
+        U = np.linalg.eigh(M)[1][:, ::-1][:, found]
+        lanczos = some[at][found], U
+        monkeypatch.setattr(distance, "eigsh", lambda *a, one=lanczos, **o: one)
+        got, V = distance._leading(M, 3)
+        assert got == pytest.approx(values[:3], abs=1e-12)
+        assert np.linalg.norm(M @ V - V * got) < 1e-12
+        assert V.T @ V == pytest.approx(np.eye(3), abs=1e-12)
+
+
+@given(st.lists(st.integers(-3, 3), min_size=1, max_size=40), seeds)
+def test_the_eigenvalues_above_a_number_are_counted(values: list[int], seed: int) -> None:
+    Q = np.linalg.qr(np.random.default_rng(seed).normal(size=(len(values), len(values))))[0]
+    M = Q @ np.diag(np.array(values, float)) @ Q.T
+    for bound in np.arange(-3.5, 4):
+        assert distance._above(M, bound) == sum(value > bound for value in values)
+    alternating = np.kron(np.eye(3), [[0.0, 1], [1, 0]])  # every pivot is a 2 x 2 block
+    assert distance._above(alternating, 0) == 3
+
+
 # ------------------------------------------------------------------ refusals
 
 

@@ -123,7 +123,7 @@ def certify(
         decision (a ReLU at 0, a clip at its bound) with MOST_BITS. NonFiniteError: a parameter is
         no number, or with MOST_BITS balls still have no bound. RoomError: too little memory.
         ConventionError, RangeError, NameUnknownError, DTypeError, EmptyError: what cannot be asked
-        for, or takes too long.
+        for, takes too long, or is of nothing that is asked for (rows, fisher).
 
     Cost: for one sequence of 64 tokens and a million parameters about five seconds at 300 bits
         for a gradient, three times that for a product; memory for the balls of all parameters.
@@ -144,6 +144,7 @@ def certify(
     wanted = require_range("certify", "digits", digits, 1, MOST_DIGITS)
     most = None if seconds is None else require_range("certify", "seconds", seconds, 0, math.inf)
     chosen = _sequences(model, corpus, rows, sequences)
+    _require_asked(task, rows)
     _require_rows(task, chosen, rows)
     plan = planned(task, next(iter(chosen.values())), wanted, MOST_BITS)
     if most is not None or estimate is not None:
@@ -209,6 +210,17 @@ def _labelled(task: Task, chosen: Mapping[int, definition.Sequence]) -> tuple[Ta
     found = drawn(task, chosen, MOST_BITS)
     said = {"fisher": str(task.fisher), "seed": task.seed, "labels": found.to_json()}
     return replace(task, drawn=found.law), said
+
+
+def _require_asked(task: Task, rows: str) -> None:
+    """Raise ConventionError for rows and labels that nothing has that is asked for."""
+    of = {*task.of}
+    if rows != "reached" and not {"A", "G"} & of:
+        raise ConventionError(f"certify: rows={rows!r} is of A and G, which `of` does not name.")
+    if task.fisher is not Fisher.EMPIRICAL and not {"G", "fisher"} & of:
+        raise ConventionError(
+            f"certify: fisher={str(task.fisher)!r} is of G and 'fisher', which `of` does not name."
+        )
 
 
 def _require_rows(task: Task, chosen: Mapping[int, definition.Sequence], rows: str) -> None:

@@ -264,7 +264,7 @@ LAW: Final[Mapping[str, Decision]] = MappingProxyType(
             "curvature.factors:fingerprint curvature.checkpoint:Checkpoint",
             "A run goes on only from what a run left that had the same of all these.",
             "The inputs: the files of weights and corpus, or of factors, by SHA-256.",
-            "The choices: layers, fisher, seed, draws, rows and dtype; or else bias and dtype.",
+            "The choices: layers, fisher, seed, draws, rows, halves and dtype; or bias and dtype.",
             "This law, and the versions of refcurv, Python, NumPy, SciPy, Numba and h5py.",
             "The machine: the BLAS kernels, the CPU's features and how the kernels are compiled.",
             "A refusal names what differs.",
