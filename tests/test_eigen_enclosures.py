@@ -131,6 +131,21 @@ def test_eigenvalues_of_mpmath_lie_in_the_balls(seed: int, rows: int, n: int, de
         assert (found.values[rows:].most() == 0).all()
 
 
+@pytest.mark.parametrize("decades", [14, 20, 26, 40])
+def test_eigenvalues_that_float64_takes_for_zeros_have_their_digits(decades: int) -> None:
+    """Of graded rows, fewer than columns, whatever float64's eigenvectors are among them."""
+    n, rank = 24, 16
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        rows = rng.normal(size=(rank, n)) * 10.0 ** np.linspace(0, -decades / 2, rank)[:, None]
+        with bits(320):
+            A = exact(rows).T @ exact(rows)
+            found = enclose(A, refined(A), rank)
+        some = found.values[:rank]
+        assert (some.radii() < 1e-30 * some.rounded()).all()
+        assert len(found.clusters) == rank + 1
+
+
 def test_hilberts_matrix() -> None:
     n = 6
     with bits(220):
