@@ -146,6 +146,16 @@ def test_eigenvalues_that_float64_takes_for_zeros_have_their_digits(decades: int
         assert len(found.clusters) == rank + 1
 
 
+def test_eigenvalues_that_are_near_by_way_of_others_are_turned_once() -> None:
+    """The outer two are apart, and each is near the one between: one step finds all three."""
+    A = exact(np.array([[0.0, 0, 1], [0, 2, 0], [1, 0, 4]]))
+    with bits(200):
+        begin = eigen_enclosures._straightened(A, exact(np.eye(3)))
+        assert begin.near.tolist() == [[True, True, False], [True] * 3, [False, True, True]]
+        after = eigen_enclosures._straightened(A, eigen_enclosures._bettered(begin))
+    assert after.off < 1e-14
+
+
 def test_hilberts_matrix() -> None:
     n = 6
     with bits(220):

@@ -278,7 +278,7 @@ def _bettered(at: _Step) -> Balls:
             near[np.ix_(block, block)] = True
             turned.append((block, inner))
     E = chosen(near, R / 2, (S + lam * R) / (lam - lam[:, None])).midpoints()
-    X = (at.X + at.X @ E).midpoints()
+    X: Balls = (at.X + at.X @ E).midpoints()
     for block, inner in turned:
         X[:, block] = (X[:, block] @ _turned(inner)).midpoints()
     return X
