@@ -43,7 +43,7 @@ RUNS = {
         "200M", _olmo(1024, 10, 16, 2816, 32_000), "blocks.{7-9}.mlp.{gate,up}", "1.2GB", 4
     ),
     "1b": Streamed(
-        "1B", _olmo(2048, 16, 16, 8192, 100_352), "blocks.*.mlp.*", "3GB", 62, ("collect",)
+        "1B", _olmo(2048, 16, 16, 8192, 100_352), "blocks.*.mlp.*", "3.3GB", 62, ("collect",)
     ),
     "7b": Streamed(
         "7B", _olmo(4096, 32, 32, 11_008, 100_352), "blocks.{23-25}.mlp.{gate,up}", "5GB", 60
