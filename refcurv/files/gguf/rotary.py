@@ -88,12 +88,13 @@ def _llama3(where: str, found: Contents, values: Values) -> Values:
     divisors = read_tensor(tensor).astype(np.float64)
     n, factor = len(divisors), float(divisors[-1])
     theta = float(values.get("rope.freq_base", 10_000.0))
-    turns = _LLAMA3["original_max_position_embeddings"] / (
-        2 * math.pi * theta ** (np.arange(n) / n)
-    )
-    slow, fast = _LLAMA3["low_freq_factor"], _LLAMA3["high_freq_factor"]
-    share = np.clip((turns - slow) / (fast - slow), 0, 1)
-    wanted = 1 / ((1 - share) / factor + share)
+    with np.errstate(all="ignore"):  # of a base or factor that is no such number: refused below
+        turns = _LLAMA3["original_max_position_embeddings"] / (
+            2 * math.pi * theta ** (np.arange(n) / n)
+        )
+        slow, fast = _LLAMA3["low_freq_factor"], _LLAMA3["high_freq_factor"]
+        share = np.clip((turns - slow) / (fast - slow), 0, 1)
+        wanted = 1 / ((1 - share) / factor + share)
     if not factor >= 1 or not np.all(np.abs(divisors / wanted - 1) <= _DIVISORS):
         raise ConventionError(
             f"{where}: the divisors in rope_freqs.weight are not those of Llama 3's rule, which "
