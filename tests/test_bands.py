@@ -142,7 +142,13 @@ def inputs_by_definition(model: Model, one: Population, columns=None):
             model.config, model.parameters, row[None, :length], layout, DEFINITIONS
         )
         a, b = trace.blocks
-        x = (a.attn.a, b.attn.context, a.mlp.a, b.mlp.hidden, final)
+        x = (
+            a.attn.a,
+            b.attn.context,
+            a.mlp.a,
+            transformer.hidden_of(model.config, b.mlp, DEFINITIONS),
+            final,
+        )
         seen = dict(zip(LAYERS, x, strict=True))
         for t in range(prompt - 1, length - 1):
             if columns is None or t in columns:

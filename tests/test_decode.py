@@ -171,8 +171,8 @@ def test_batches_partition_the_rows(population, shard_tokens):
         return max(1, shard_tokens // width)
 
     def size(width: int) -> int:
-        four = max(1, shard_tokens // math.ceil(width / 4))
-        return max(shard(width), min(3, four)) if prompts else shard(width)
+        eight = max(1, shard_tokens // math.ceil(width / 8))
+        return max(shard(width), min(3, eight)) if prompts else shard(width)
 
     with (
         mock.patch.object(decode, "shard_sequences", shard),
@@ -193,15 +193,15 @@ def test_batches_partition_the_rows(population, shard_tokens):
 @pytest.mark.parametrize(
     ("kind", "T", "rows"),
     [
-        ("text", 48, 21),
+        ("text", 48, 10),
         ("recite", 48, 64),
-        ("answer", 8, 128),
+        ("answer", 8, 64),
         ("answer", 400, 10),
         ("recite", 2000, 2),
     ],
 )
 def test_prompts_pass_together(kind, T, rows):
-    """Up to 64 in four shards' positions; short ones as many as fill a shard."""
+    """Up to 64 in eight shards' positions; short ones as many as fill a shard."""
     own = np.zeros((150, T), np.int32)
     own[:, 0] = np.arange(150)  # nothing is shared
     one = Population(own, np.full(150, T // 2), np.full(150, T), kind, "test")

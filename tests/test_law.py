@@ -71,9 +71,9 @@ def test_the_law_states_the_constants() -> None:
             assert part in LAW[name].text, f"{name}: {part}"
 
 
-def test_shards_hold_1024_positions() -> None:
-    assert [conventions.shard_sequences(T) for T in (1, 64, 512, 1024, 1025, 4096)] == [
-        1024, 16, 2, 1, 1, 1
+def test_shards_hold_512_positions() -> None:
+    assert [conventions.shard_sequences(T) for T in (1, 64, 256, 512, 513, 4096)] == [
+        512, 8, 2, 1, 1, 1
     ]  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from refcurv.algebra import blas
 from refcurv.algebra.scaling import far_exponent, shifted
 from refcurv.curvature.moments import HALF, Key, RunningSum
 from refcurv.law.checks import Array, EmptyError, SchemaError
-from refcurv.law.conventions import MOST_ROUNDING
+from refcurv.law.conventions import MOST_ROUNDING, SHARD_TOKENS
 from refcurv.passes.parallel import stream
 from refcurv.passes.shards import Shard
 from refcurv.passes.sweep import Sweep
@@ -28,8 +28,8 @@ def require_two(units: Sequence[Shard], job: Sweep) -> None:
     """Raise EmptyError where halves are asked for of a corpus that is one shard (SHARD)."""
     if job.halves and len(units) < 2:
         raise EmptyError(
-            "collect: halves of the corpus are asked for, but it is 1 shard of about 1,024 "
-            "positions. Give more text, or collect without halves."
+            "collect: halves of the corpus are asked for, but it is 1 shard of about "
+            f"{SHARD_TOKENS} positions. Give more text, or collect without halves."
         )
 
 

@@ -184,18 +184,18 @@ PROMPTS = 64
 
 
 def _most(kind: str, T: int) -> int:
-    """How many rows of T tokens pass together: a shard's; of prompts up to PROMPTS, in 4 shards."""
+    """How many rows of T tokens pass together: a shard's; of prompts up to PROMPTS, in 8 shards."""
     if kind == "text":
         return shard_sequences(T)
-    return max(shard_sequences(T), min(PROMPTS, shard_sequences(-(-T // 4))))
+    return max(shard_sequences(T), min(PROMPTS, shard_sequences(-(-T // 8))))
 
 
 def batches(population: Population) -> list[Array]:
     """The rows of a population that pass together; a fixed rule, so that the bits are too.
 
     Rows in order of (prompt length, length, row). A batch takes rows as long as they fill a shard
-    at most, max(1, 1024 div T) of them, T the longest less what all prompts begin with; prompts up
-    to 64 as long as they fill four.
+    at most, max(1, 512 div T) of them, T the longest less what all prompts begin with; prompts up
+    to 64 as long as they fill eight.
 
     Proof:  tests/test_decode.py::test_batches_partition_the_rows
     """

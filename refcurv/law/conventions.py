@@ -251,10 +251,10 @@ LAW: Final[Mapping[str, Decision]] = MappingProxyType(
         ),
         "SHARD, BLOCK": _decision(
             "passes.shards:shards law.conventions:shard_sequences curvature.accumulate:accumulate",
-            "A shard is max(1, 1024 div T) consecutive sequences.",
+            "A shard is max(1, 512 div T) consecutive sequences.",
             "T is the width of the corpus, for images the number of the model's positions.",
             "The head works on 512 kept rows at a time.",
-            "A block is 128 consecutive shards.",
+            "A block is 256 consecutive shards.",
             "A shard's backward passes are ordered by draw, for `expected` by position and entry.",
             "They are added in this order to a shard sum that starts from zero.",
             "Shard sums are added in order to a block sum that starts from zero.",
@@ -275,13 +275,13 @@ LAW: Final[Mapping[str, Decision]] = MappingProxyType(
 NO_LABEL: Final = -1
 """LABELS: the label of a position that predicts nothing (any negative number is read so)."""
 
-SHARD_TOKENS: Final = 1024
+SHARD_TOKENS: Final = 512
 """SHARD: positions in one unit of computation."""
 
 HEAD_ROWS: Final = 512
 """SHARD: rows whose logits exist at one time."""
 
-BLOCK_SHARDS: Final = 128
+BLOCK_SHARDS: Final = 256
 """BLOCK: shards whose sums are added before they join the total."""
 
 WORD_BITS_KEPT: Final = 53

@@ -205,11 +205,12 @@ def _qk_norm_backward(
 
 @dataclass(frozen=True, slots=True)
 class MLPTrace:
-    """What `mlp_forward` keeps: its input, the activation, down's input."""
+    """What `mlp_forward` keeps: its input, and what the activation reads and saves."""
 
     a: Array
+    gate: Array | None
+    up: Array
     activation: Saved
-    hidden: Array
 
 
 def mlp_forward(
@@ -220,7 +221,12 @@ def mlp_forward(
     up = linear_forward(config, parameters, f"{at}up", a_BTD)
     hidden, activation = ops.mlp_forward(config.activation, gate, up)
     down_BTD = linear_forward(config, parameters, f"{at}down", hidden)
-    return down_BTD, MLPTrace(a_BTD, activation, hidden)
+    return down_BTD, MLPTrace(a_BTD, gate, up, activation)
+
+
+def hidden_of(config: ModelConfig, trace: MLPTrace, ops: Ops) -> Array:
+    """Down's input: too wide to be kept, and made again without a product; the same bits."""
+    return ops.mlp_forward(config.activation, trace.gate, trace.up)[0]
 
 
 def mlp_backward(
@@ -228,7 +234,8 @@ def mlp_backward(
 ) -> Steps:
     """Undo `mlp_forward`, last step first."""
     # forward:  down = W_down h;  h = f(W_gate a) * (W_up a)
-    d_hidden = yield from linear_backward(config, parameters, f"{at}down", trace.hidden, d_down)
+    hidden = hidden_of(config, trace, ops)
+    d_hidden = yield from linear_backward(config, parameters, f"{at}down", hidden, d_down)
     d_gate, d_up = ops.mlp_backward(d_hidden, trace.activation)
     d_a_up = yield from linear_backward(config, parameters, f"{at}up", trace.a, d_up)
     if d_gate is None:
@@ -292,20 +299,20 @@ def block_forward(
     update, mlp_post_norm = norm(_post_norm(config, "mlp"), down_BTD)
     out_BTD = after_BTD + update
     trace = BlockTrace(attn_norm, attn, attn_post_norm, mlp_norm, mlp, mlp_post_norm)
-    _require_numbers(at, trace, out_BTD)
+    _require_numbers(config, at, trace, out_BTD, ops)
     return out_BTD, trace, keys_and_values
 
 
-def _require_numbers(at: str, trace: BlockTrace, out_BTD: Array) -> None:
+def _require_numbers(config: ModelConfig, at: str, trace: BlockTrace, out: Array, ops: Ops) -> None:
     """Raise NonFiniteError if a block's output is not finite, naming where that began."""
-    if np.isfinite(out_BTD).all():
+    if np.isfinite(out).all():
         return
-    reads = {"attn.q": trace.attn.a, "attn.o": trace.attn.context}
-    reads |= {"mlp.up": trace.mlp.a, "mlp.down": trace.mlp.hidden}
-    hint = overflow_hint(out_BTD.dtype)
+    attn, mlp, hint = trace.attn, trace.mlp, overflow_hint(out.dtype)
+    reads = {"attn.q": attn.a, "attn.o": attn.context, "mlp.up": mlp.a}
+    reads |= {"mlp.down": hidden_of(config, mlp, ops)}
     for layer, a in reads.items():
         require_finite("forward", f"the input of '{at}{layer}'", a, hint)
-    require_finite("forward", f"the output of '{at[:-1]}'", out_BTD, hint)
+    require_finite("forward", f"the output of '{at[:-1]}'", out, hint)
 
 
 def block_backward(
@@ -507,8 +514,7 @@ def blocks_backward(
 ) -> Steps:  # fmt: skip
     """Undo `forward` down to block `trace.lowest`; returns the gradient of what that block reads.
 
-    With `consume` each block's trace is given up as the backward leaves it, and the trace serves no
-    second time.
+    With `consume` each block's trace is given up as the backward leaves it: it serves once.
     """
     d_x_BTD = pool_backward(config, d_final_BTD, trace.layout.position_BT.shape[1])
     d_x_BTD = yield from norm_backward(config, "final_norm", d_x_BTD, trace.final_norm, ops)
@@ -566,8 +572,7 @@ def head_transpose(
 ) -> Steps:  # fmt: skip
     """A cotangent on the logits of the kept rows, sent back to what the head reads: (B, T, D).
 
-    Works on HEAD_ROWS rows at a time, so that (N, V) never exists, and yields the head's steps for
-    each of these chunks.
+    HEAD_ROWS rows at a time, so that (N, V) never exists; the head's steps come for each chunk.
     """
     row_N = np.flatnonzero(keep_BT)
     final_ND = final_BTD.reshape(-1, final_BTD.shape[-1])

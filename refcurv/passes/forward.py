@@ -192,5 +192,8 @@ def layer_inputs(
             continue
         _, block, part, layer = name.split(".")
         kept = getattr(trace.blocks[int(block) - lowest], part)
-        out[name] = getattr(kept, {"o": "context", "down": "hidden"}.get(layer, "a"))
+        if layer == "down":
+            out[name] = transformer.hidden_of(config, kept, FAST)
+        else:
+            out[name] = kept.context if layer == "o" else kept.a
     return out

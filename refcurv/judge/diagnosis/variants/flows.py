@@ -128,7 +128,7 @@ def _read(net: Network, blocks: list[BlockTrace]) -> dict[str, Array]:
     """What the linear layers of the blocks read."""
     out: dict[str, Array] = {}
     for i, block in enumerate(blocks):
-        a = {"o": block.attn.context, "down": block.mlp.hidden}
+        a = {"o": block.attn.context, "down": transformer.hidden_of(net.config, block.mlp, net.ops)}
         a |= dict.fromkeys("qkv", block.attn.a) | dict.fromkeys(("gate", "up"), block.mlp.a)
         for part, kinds in (("attn", "qkvo"), ("mlp", ("gate", "up", "down"))):
             out |= {f"blocks.{i}.{part}.{kind}": a[kind] for kind in kinds}
@@ -223,11 +223,12 @@ def _made(flow: Flow, i: int, part: str) -> dict[str, Array]:
 def _outputs(flow: Flow, i: int) -> dict[str, Array]:
     """What attention and MLP of block i give."""
     config, P, block, at = flow.net.config, flow.net.parameters, flow.blocks[i], f"blocks.{i}."
+    hidden = transformer.hidden_of(config, block.mlp, flow.net.ops)
     return {
         "attention's output": transformer.linear_forward(
             config, P, f"{at}attn.o", block.attn.context
         ),
-        "mlp's output": transformer.linear_forward(config, P, f"{at}mlp.down", block.mlp.hidden),
+        "mlp's output": transformer.linear_forward(config, P, f"{at}mlp.down", hidden),
     }
 
 
@@ -256,7 +257,7 @@ def _tensors(flow: Flow, i: int, part: str) -> dict[str, Array]:
         "stream between": between_BTD,
         "mlp's input": block.mlp.a,
         "up's output": up,
-        "hidden": block.mlp.hidden,
+        "hidden": transformer.hidden_of(config, block.mlp, net.ops),
         "stream behind": flow.states[i + 1],
     }
 
