@@ -2,8 +2,7 @@
 
 There is one transformer. It runs on the layer functions it is given (`ops`), in the dtype of its
 parameters. The backward is a generator: it yields what flows through each linear layer, top down,
-and stops as soon as the caller stops asking, so that nothing below the lowest wanted layer is
-ever computed.
+until the caller stops asking, so that nothing below the lowest wanted layer is computed.
 """
 
 from __future__ import annotations
@@ -271,8 +270,7 @@ def block_forward(
 ) -> tuple[Array, BlockTrace, KeysAndValues]:  # fmt: skip
     """Block i: x → x + attention → x + MLP, with norms before or after each of the two.
 
-    `past` holds the keys and values of earlier positions (B, S, K, E), for decoding. The third
-    result has them and then this call's.
+    `past`: keys and values of earlier positions (B, S, K, E); the third result appends these ones'.
 
     Raises NonFiniteError where a number leaves the range of the dtype, with the layer's name.
     """
@@ -360,8 +358,7 @@ def input_forward(
         first = [np.broadcast_to(parameters[f"{n}.weight"], shape) for n in config.image.specials]
         x_BTD = np.concatenate([*first, patch_BTD], axis=1)
     if config.learned_positions:
-        row_BT = config.position_offset + layout.position_BT
-        x_BTD = x_BTD + parameters["position.weight"][row_BT]
+        x_BTD = x_BTD + parameters["position.weight"][config.position_offset + layout.position_BT]
     return x_BTD
 
 
