@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
 
 import budgets
 import numpy as np
@@ -24,6 +25,9 @@ from refcurv.law import tolerance
 from refcurv.model import layers, transformer
 from refcurv.model.config import Image, NormPlace, QKNorm
 from refcurv.model.gradient import head_backward, loss_and_gradient
+from refcurv.model.layers import Ops
+from refcurv.model.transformer import Tap
+from refcurv.passes.fast import FAST
 
 STEP = 1e-30
 ANY = st.one_of(cases(), image_cases())
@@ -231,6 +235,41 @@ def test_the_backward_stops_where_the_trace_ends() -> None:
     ]
     assert names[0] == "final_norm.weight"
     assert all(name.startswith("blocks.2.") for name in names[1:])
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("ops", [layers.DEFINITIONS, FAST], ids=["definitions", "fast"])
+def test_downs_input_is_not_kept_and_is_made_again_bit_for_bit(ops: Ops, gated: bool) -> None:
+    one = case(4, gated=gated)
+    read: list[np.ndarray] = []
+
+    def mlp_forward(*args: object) -> tuple[np.ndarray, object]:
+        hidden, saved = ops.mlp_forward(*args)
+        read.append(hidden)
+        return hidden, saved
+
+    watched = replace(ops, mlp_forward=mlp_forward)
+    final, trace = transformer.forward(one.config, one.parameters, one.token, one.layout, watched)
+    before = list(read)
+    assert len(before) == one.config.layers
+    kept = [x for block in trace.blocks for x in arrays(block)]
+    assert not any(np.shares_memory(hidden, x) for hidden in before for x in kept)
+    steps = transformer.blocks_backward(
+        one.config, one.parameters, np.ones_like(final), trace, watched
+    )
+    downs = [step.a for step in steps if isinstance(step, Tap) and step.name.endswith("down")]
+    assert [a.tobytes() for a in downs] == [hidden.tobytes() for hidden in reversed(before)]
+
+
+def arrays(part: object) -> Iterator[np.ndarray]:
+    """Every array of a trace."""
+    if isinstance(part, np.ndarray):
+        yield part
+    elif isinstance(part, tuple):
+        for one in part:
+            yield from arrays(one)
+    elif is_dataclass(part):
+        yield from arrays(tuple(getattr(part, field.name) for field in fields(part)))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
