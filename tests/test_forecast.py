@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from strategies import config, random_parameters
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import config, configs, random_parameters
 from test_room import peak
 
 import refcurv as rc
 from refcurv.curvature import bases, factors, forecast, room
 from refcurv.curvature.bases import decompose_each
 from refcurv.curvature.forecast import PROBE, Forecast, of_decomposition
+from refcurv.curvature.plan import trace_bytes
 from refcurv.law.conventions import Bias
+from refcurv.model import transformer
 from refcurv.model.config import ModelConfig
+from refcurv.passes.fast import FAST
 from refcurv.report.printed import format_forecast
 
 
@@ -82,6 +89,31 @@ def test_the_memory_is_about_what_is_foretold(monkeypatch) -> None:
     assert 0.7 * used <= said[0].memory <= 1.5 * used
     sizes = [model.config.linear_layers()[f"blocks.0.mlp.{name}"] for name in ("up", "down")]
     assert said[0].disk >= 3 * 8 * sum(a * a + b * b for a, b in sizes)
+
+
+@given(configs(), st.sampled_from([np.float32, np.float64]))
+def test_a_trace_takes_what_is_foretold(made: ModelConfig, dtype: type) -> None:
+    """Of any model. No kept array is uncounted; some that two layers share are counted twice."""
+    made = replace(made, width=48, mlp_width=80, head_width=16, learned_positions=0)
+    token = np.zeros((2, 40), dtype=int)
+    ones = np.ones(token.shape, dtype=bool)
+    layout = transformer.layout_of(made, ones, np.zeros_like(token))
+    parameters = {name: x.astype(dtype) for name, x in random_parameters(made, 0).items()}
+    _, trace = transformer.forward(made, parameters, token, layout, FAST)
+    kept = sum({id(x): x.nbytes for x in bases_of(trace.blocks)}.values())
+    foretold = made.layers * trace_bytes(made, token.shape, np.dtype(dtype).itemsize)
+    assert 0.7 * foretold <= kept <= 1.1 * foretold
+
+
+def bases_of(part: object) -> Iterator[np.ndarray]:
+    """The arrays that hold the memory of all arrays in a trace."""
+    if isinstance(part, np.ndarray):
+        yield part if part.base is None else part.base
+    elif isinstance(part, tuple | list):
+        for one in part:
+            yield from bases_of(one)
+    elif is_dataclass(part):
+        yield from bases_of([getattr(part, field.name) for field in fields(part)])
 
 
 def test_a_decomposition_takes_about_what_is_foretold(monkeypatch) -> None:

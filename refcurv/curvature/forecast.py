@@ -15,7 +15,7 @@ import numpy as np
 from refcurv.algebra import blas
 from refcurv.curvature import room
 from refcurv.curvature.accumulate import add_gram
-from refcurv.curvature.plan import block_bytes, head_bytes
+from refcurv.curvature.plan import block_bytes, head_bytes, trace_bytes
 from refcurv.law.checks import Array
 from refcurv.law.conventions import Fisher
 from refcurv.law.words import number_of
@@ -88,9 +88,11 @@ def of_collection(
     share = sum(_work(config, unit, job) for unit in units) / _work(config, some, one)
     shards = min(in_flight, len(units), cores())
     shape = max((unit.layout.position_BT.shape for unit in units), key=lambda x: x[0] * x[1])
-    trace = block_bytes(config, shape, item, back=False)
-    within = (config.layers - lowest_block(config, job.layers)) * trace
-    within += head_bytes(config, shape, item)
+    trace = trace_bytes(config, shape, item)
+    # all traces are there at the head, and when the uppermost block is gone back through
+    within = (config.layers - lowest_block(config, job.layers)) * trace + max(
+        head_bytes(config, shape, item), block_bytes(config, shape, item, back=True) - trace
+    )
     many = number_of(corpus.label.size, "token" if corpus.images is None else "image")
     memory = room.used() + need.bytes(in_flight) + in_flight * within
     seconds = took * share / shards

@@ -14,7 +14,7 @@ import numpy as np
 from refcurv.curvature import room
 from refcurv.law.conventions import HEAD_ROWS
 from refcurv.law.words import number_of
-from refcurv.model.config import ModelConfig, QKNorm
+from refcurv.model.config import ModelConfig, NormPlace, QKNorm
 from refcurv.model.weights import Model
 from refcurv.passes.fast import QUERY_ROWS
 from refcurv.passes.parallel import cores
@@ -180,21 +180,30 @@ def weights_bytes(model: Model, at: int) -> int:
     return item * sum(sizes) + (item + 1) * max(sizes, default=0)
 
 
+def trace_bytes(config: ModelConfig, shape: tuple[int, ...], item: int) -> int:
+    """What one block keeps of a shard (B, T) for its backward (`transformer.BlockTrace`).
+
+    Proof: tests/test_forecast.py::test_a_trace_takes_what_is_foretold
+    """
+    heads = (config.heads + config.kv_heads) * config.head_width
+    normed = 1 if config.qk_norm is not QKNorm.NONE else 0  # then what is normed is kept too
+    streams = 6 if config.norm_place is NormPlace.BOTH else 4
+    kept = heads * (2 + normed) + config.width * streams
+    kept += config.mlp_width * (2 if config.gated else 1)
+    return item * math.prod(shape) * kept
+
+
 def block_bytes(config: ModelConfig, shape: tuple[int, ...], item: int, *, back: bool) -> int:
-    """The trace of one block for a shard (B, T) and, going `back`, the gradients beside it."""
-    B, T = shape
-    q, kv = (n * config.head_width for n in (config.heads, config.kv_heads))
-    normed = 1 if config.qk_norm is not QKNorm.NONE else 0
-    turned = 1 if config.rope_theta is not None else 0
-    trace = q * (2 + normed + turned) + kv * (2 + normed + turned) + 7 * config.width
-    trace += config.mlp_width * (3 if config.gated else 2)
+    """The trace of one block for a shard (B, T), and what is beside it on the way up or `back`."""
+    T = shape[1]
+    turned = (config.heads + config.kv_heads) * config.head_width if config.rope_theta else 0
+    beside = turned + config.mlp_width + 4 * config.width
+    if back:
+        beside += config.mlp_width * (3 if config.gated else 2) + 3 * config.width
     # of one head at a time: scores, their slopes, the soft-cap's; k, v, their gradients, one term
     scores = (2 if config.score_cap is None else 3) * min(QUERY_ROWS, T) * T
     tile = scores + 5 * T * config.head_width
-    beside = (
-        config.mlp_width * (3 if config.gated else 2) + 4 * config.width if back else config.width
-    )
-    return int(item * (B * T * (trace + beside) + tile))
+    return trace_bytes(config, shape, item) + item * (math.prod(shape) * beside + tile)
 
 
 def head_bytes(config: ModelConfig, shape: tuple[int, ...], item: int) -> int:
