@@ -223,7 +223,7 @@ def _made(flow: Flow, i: int, part: str) -> dict[str, Array]:
 def _outputs(flow: Flow, i: int) -> dict[str, Array]:
     """What attention and MLP of block i give."""
     config, P, block, at = flow.net.config, flow.net.parameters, flow.blocks[i], f"blocks.{i}."
-    hidden = transformer.hidden_of(config, block.mlp, flow.net.ops)
+    hidden = flow.read[f"{at}mlp.down"]
     return {
         "attention's output": transformer.linear_forward(
             config, P, f"{at}attn.o", block.attn.context
@@ -257,7 +257,7 @@ def _tensors(flow: Flow, i: int, part: str) -> dict[str, Array]:
         "stream between": between_BTD,
         "mlp's input": block.mlp.a,
         "up's output": up,
-        "hidden": transformer.hidden_of(config, block.mlp, net.ops),
+        "hidden": flow.read[f"{at}mlp.down"],
         "stream behind": flow.states[i + 1],
     }
 
