@@ -143,11 +143,14 @@ def _versions() -> dict[str, str]:
 
 
 def facts(machine: Record) -> str:
-    """Machine and libraries in two lines."""
+    """Machine and libraries in a few lines; some processors tell their kind by a number alone."""
+    kind = re.findall(r"(?:CPU family|Model): +\d+", machine.get("lscpu", ""))
+    processor = ", ".join([machine["cpu"], *(re.sub(": +", " ", one.lower()) for one in kind)])
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     return (
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB.  \n"
-        f"{versions}.  \nBLAS: {'; '.join(machine['blas'])}."
+        f"{processor}, {machine['cores']} cores, {machine['memory_gib']} GiB; "
+        f"{'; '.join(sorted(machine['blas']))}.  \n"
+        f"{versions}."
     )
 
 

@@ -236,12 +236,13 @@ def block(results: Record) -> str:
     """All that is generated."""
     head = ("against, or of", "before", "measured", "goal", "least", "")
     parts = ["## Targets", table(head, targets.rows(results))]
-    machines: list[str] = []
+    machines: dict[str, list[str]] = {}
     for name, (heading, render) in SECTIONS.items():
         if name in results:
             parts += [f"## {heading}", stamp(results[name]), render(results[name])]
-            machines.append(facts(results[name]["machine"]))
-    parts += ["## Machine", *dict.fromkeys(machines)] if machines else ["Nothing is measured yet."]
+            machines.setdefault(facts(results[name]["machine"]), []).append(name)
+    parts.append("## Machine" if machines else "Nothing is measured yet.")
+    parts += [f"Of {', '.join(names)}: {machine}" for machine, names in machines.items()]
     return "\n\n".join(parts)
 
 
