@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,17 @@ def case(seed: int = 0, batch: int = 2, length: int = 6, **changes: object) -> C
         segment,
         shift_labels(token, real, segment),
     )
+
+
+def arrays_of(part: object) -> Iterator[np.ndarray]:
+    """Every array in a trace, or in a part of one."""
+    if isinstance(part, np.ndarray):
+        yield part
+    elif isinstance(part, tuple | list):
+        for one in part:
+            yield from arrays_of(one)
+    elif is_dataclass(part):
+        yield from arrays_of([getattr(part, one.name) for one in fields(part)])
 
 
 Pick = Callable[[Sequence[Any]], Any]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 
 import budgets
 import numpy as np
@@ -13,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import (
     Case,
+    arrays_of,
     assert_within,
     case,
     cases,
@@ -252,24 +252,13 @@ def test_downs_input_is_not_kept_and_is_made_again_bit_for_bit(ops: Ops, gated: 
     final, trace = transformer.forward(one.config, one.parameters, one.token, one.layout, watched)
     before = list(read)
     assert len(before) == one.config.layers
-    kept = [x for block in trace.blocks for x in arrays(block)]
+    kept = list(arrays_of(trace.blocks))
     assert not any(np.shares_memory(hidden, x) for hidden in before for x in kept)
     steps = transformer.blocks_backward(
         one.config, one.parameters, np.ones_like(final), trace, watched
     )
     downs = [step.a for step in steps if isinstance(step, Tap) and step.name.endswith("down")]
     assert [a.tobytes() for a in downs] == [hidden.tobytes() for hidden in reversed(before)]
-
-
-def arrays(part: object) -> Iterator[np.ndarray]:
-    """Every array of a trace."""
-    if isinstance(part, np.ndarray):
-        yield part
-    elif isinstance(part, tuple):
-        for one in part:
-            yield from arrays(one)
-    elif is_dataclass(part):
-        yield from arrays(tuple(getattr(part, field.name) for field in fields(part)))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

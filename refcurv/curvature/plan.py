@@ -190,14 +190,16 @@ def trace_bytes(config: ModelConfig, shape: tuple[int, ...], item: int) -> int:
     streams = 6 if config.norm_place is NormPlace.BOTH else 4
     kept = heads * (2 + normed) + config.width * streams
     kept += config.mlp_width * (2 if config.gated else 1)
-    return item * math.prod(shape) * kept
+    clipped = (config.heads + 2 * config.kv_heads) * config.head_width  # a byte tells where
+    return math.prod(shape) * (item * kept + (clipped if config.qkv_clip is not None else 0))
 
 
 def block_bytes(config: ModelConfig, shape: tuple[int, ...], item: int, *, back: bool) -> int:
     """The trace of one block for a shard (B, T), and what is beside it on the way up or `back`."""
     T = shape[1]
-    turned = (config.heads + config.kv_heads) * config.head_width if config.rope_theta else 0
-    beside = turned + config.mlp_width + 4 * config.width
+    heads = (config.heads + config.kv_heads) * config.head_width
+    beside = heads if config.rope_theta is not None else 0  # q and k before they are turned
+    beside += config.mlp_width + 4 * config.width
     if back:
         beside += config.mlp_width * (3 if config.gated else 2) + 3 * config.width
     # of one head at a time: scores, their slopes, the soft-cap's; k, v, their gradients, one term
