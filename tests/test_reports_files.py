@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gc
 import importlib.util
 import json
 import multiprocessing
 import os
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -336,9 +338,11 @@ def compiled(tmp_path: Path, monkeypatch):
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    monkeypatch.setitem(sys.modules, "small", module)
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "cache"))
 
     def make():
+        gc.collect()  # what was compiled before is found on disk alone
         return kernels.njit(cache=True)(module.add)
 
     return SimpleNamespace(make=make, files=lambda: [*(tmp_path / "cache").rglob("*.nb?")])
