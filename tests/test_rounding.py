@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from unittest import mock
 
@@ -259,7 +260,7 @@ def test_beside_sequences_as_they_are_lie_the_same_nudged(
 ) -> None:
     """Their gradients are those of a pass of their own, and those behind them all but the same.
 
-    Where they cannot be cut and are long, each run has one nudge. A head that is tied stays.
+    Where they cannot be cut and are long, each run has two copies. A head that is tied stays.
     """
     monkeypatch.setattr(rounding, "POSITIONS", positions)
     one = case(3, batch=1 if positions == 2 else 3, length=9, causal=positions == 64, tied=tied)
@@ -268,11 +269,24 @@ def test_beside_sequences_as_they_are_lie_the_same_nudged(
     for run in runs:
         for name, g_NO in alone.items():
             copies = run[name].reshape(-1, *g_NO.shape)
-            assert len(copies) == (4 if positions == 64 else 2), name
+            assert len(copies) == (3 if positions == 64 else 2), name
             size = np.abs(g_NO).max()
             np.testing.assert_allclose(copies, copies[:1] + 0 * copies, atol=1e-11 * size)
             np.testing.assert_allclose(copies[0], g_NO, atol=1e-13 * size, rtol=0)
             assert size == 0 or any((copy != copies[0]).any() for copy in copies[1:]), name
+
+
+def test_the_error_of_a_row_is_the_sample_variance_of_its_copies() -> None:
+    """Three copies tell it by two random numbers each; where copies are alike it is 0."""
+    copies = np.random.default_rng(0).normal(size=(3, 4000, 2))
+    copies[:, 7] = 5.0
+    error_N, square_N = rounding._errors(copies.reshape(-1, 2), 4000)
+    np.testing.assert_allclose(error_N, copies.var(axis=0, ddof=1).sum(axis=-1), rtol=1e-12)
+    np.testing.assert_allclose(square_N, (copies[0] ** 2).sum(axis=-1), rtol=1e-14)
+    assert error_N[7] == 0
+    # of χ² with f degrees of freedom, over f: the variance is 2/f; of two numbers a row f = 4
+    assert error_N.mean() / 2 == pytest.approx(1, abs=0.05)
+    assert (error_N / 2).var() == pytest.approx(2 / (2 * len(rounding.NUDGES)), rel=0.1)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -280,10 +294,10 @@ def test_one_run_finds_what_three_find(monkeypatch, dtype: type) -> None:
     """All nudges beside one another, or one at a time: the same estimate."""
     one = case(1, batch=2, length=12, norm_place=NormPlace.PRE, qk_norm=QKNorm.NONE)
     together = collected(one, dtype)
-    monkeypatch.setattr(rounding, "nudges_of", lambda *_: [(n,) for n in rounding.NUDGES])
+    monkeypatch.setattr(rounding, "copies_of", lambda *_: list(combinations((0, 4, -5), 2)))
     each = collected(one, dtype)
     for name, factor in together.items():
-        for what in ("rounding_G", "noise_A", "noise_G"):
+        for what in ("rounding_G", "noise_A", "noise_G", "free_A", "free_G"):
             first, other = getattr(factor, what), getattr(each[name], what)
             assert (first is None) == (other is None), (name, what)
             assert first is None or 0.5 < first / other < 2, (name, what)

@@ -252,15 +252,15 @@ def _straightened(A: Balls, X: Balls) -> _Step:
     A step that parts two eigenvalues by a wide angle leaves columns that are not orthonormal, by
     the angle's square. That may be far more than the gaps that are still to be resolved.
     """
-    eye, size, last = np.eye(len(A), dtype=bool), norm(A), float("inf")
+    size, last = norm(A), float("inf")
     while True:
-        S, R = _symmetric(X.T @ (A @ X)), _symmetric(exact(eye) - X.T @ X)
-        lam, off, drift = _diagonal(S) / (1 - _diagonal(R)), norm(chosen(eye, 0, S)), norm(R)
+        S, R = _symmetric(X.T @ (A @ X)), _symmetric(exact(np.eye(len(A))) - X.T @ X)
+        lam, off, drift = _diagonal(S) / (1 - _diagonal(R)), _beside(S), norm(R)
         gap = np.abs((lam - lam[:, None]).rounded())
         near = gap <= 2 * (off + size * drift)
         if not (near & (gap > 2 * off)).any() or not drift < last / 2:
             return _Step(X, S, R, lam, off, off + drift, near)
-        X, last = (X + X @ R / 2).midpoints(), drift
+        X, last = _orthonormalised(X, R), drift
 
 
 def _bettered(at: _Step) -> Balls:
@@ -274,7 +274,7 @@ def _bettered(at: _Step) -> Balls:
     turned = []
     for block in _blocks(near):
         inner = S[np.ix_(block, block)]
-        if norm(chosen(np.eye(len(block), dtype=bool), 0, inner)) > at.off / 64:
+        if _beside(inner) > at.off / 64:
             near[np.ix_(block, block)] = True
             turned.append((block, inner))
     E = chosen(near, R / 2, (S + lam * R) / (lam - lam[:, None])).midpoints()
@@ -282,6 +282,17 @@ def _bettered(at: _Step) -> Balls:
     for block, inner in turned:
         X[:, block] = (X[:, block] @ _turned(inner)).midpoints()
     return X
+
+
+def _beside(S: Balls) -> float:
+    """The norm of what lies beside the diagonal."""
+    return norm(chosen(np.eye(len(S), dtype=bool), 0, S))
+
+
+def _orthonormalised(X: Balls, R: Balls) -> Balls:
+    """X (I + R/2): twice as many digits of orthonormal columns. R = I − XᵀX."""
+    made: Balls = (X + X @ R / 2).midpoints()
+    return made
 
 
 def _symmetric(x: Balls) -> Balls:
@@ -317,4 +328,4 @@ def _turned(inner: Balls) -> Balls:
         left = norm(R)
         if not left < last / 2:
             return V
-        V, last = (V + V @ R / 2).midpoints(), left
+        V, last = _orthonormalised(V, R), left

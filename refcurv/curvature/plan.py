@@ -18,7 +18,7 @@ from refcurv.model.config import ModelConfig, NormPlace, QKNorm
 from refcurv.model.weights import Model
 from refcurv.passes.fast import QUERY_ROWS
 from refcurv.passes.parallel import cores
-from refcurv.passes.rounding import nudges_of, some_of
+from refcurv.passes.rounding import copies_of, some_of
 from refcurv.passes.shards import Shard
 from refcurv.passes.streaming import Stage, names_at, place, stages
 from refcurv.passes.sweep import Sweep
@@ -151,7 +151,7 @@ def _noise(config: ModelConfig, stage: Stage, shard: Shard, item: int) -> int:
     """What it takes to pass some sequences of a shard, and beside them the same nudged."""
     few = some_of(config, shard)
     B, T = few.layout.position_BT.shape
-    shape = (1 + len(nudges_of(shard, few)[0])) * B, T
+    shape = len(copies_of(shard, few)[0]) * B, T
     rows, sizes = math.prod(shape), config.linear_layers() | config.tables()
     widest = max((sum(sizes[name]) for name in stage.layers), default=0)
     each = _passing(config, stage.at, shape, item)

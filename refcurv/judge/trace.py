@@ -221,7 +221,7 @@ NUDGES = (4, -5, 9)
 
 
 def _errors(one: _Pass, tensors: Mapping[str, Array]) -> dict[str, Array]:
-    """For each tensor the root of the mean |e|² of each position, as `passes.rounding` finds it."""
+    """For each tensor the root of the mean |e|² of each position, half of |x' − x|² over NUDGES."""
     squares = {name: np.zeros(x.shape[:2]) for name, x in tensors.items() if x.dtype.kind == "f"}
     for nudge in NUDGES:
         for name, x in _nudged(one, nudge).tensors().items():

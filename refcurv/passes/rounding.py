@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
@@ -31,7 +32,7 @@ POSITIONS = 64
 View = Callable[[Parameters], Parameters]
 """The parameters of another run, from those of this one."""
 
-NUDGES = (4, -5, 9)
+NUDGES = (4, -5)
 """By how many units in the last place the other runs' inputs are larger."""
 
 
@@ -39,8 +40,8 @@ class Noise(NamedTuple):
     """What rounding does to some rows of one layer; each field adds up over shards.
 
     Fields: square, Σ |e|², e the error of g. of_G: 4 Σ |e|² |g|², which E |Δ Σ g gᵀ|² reaches at
-    most, for rows err independently. free_G: how many random numbers tell it: NUDGES for each of
-    the rows that carry it, (Σ w)²/Σ w² of w = |e|² |g|². of_A, free_A: the same of a.
+    most, for rows err independently. free_G: how many random numbers tell it: one for each of
+    NUDGES and of the rows that carry it, (Σ w)²/Σ w² of w = |e|² |g|². of_A, free_A: the same of a.
     """
 
     square: float
@@ -55,11 +56,12 @@ def rounding(
 ) -> dict[str, tuple[Noise, int]]:
     """The rounding of some kept rows of each wanted layer, and how many rows.
 
-    Two runs err independently, so that |e|² of one is half of |g' − g|²: here the mean over NUDGES.
+    The run as it is and those with NUDGES err independently, so that |e|² of one is their sample
+    variance: the mean over all pairs of half of |g' − g|².
     The smallest number of the dtype is added for each entry of g, whose square may underflow. What
     is sent back is that of the first draw; for `expected`, all columns with random signs.
 
-    Cost: a forward and a backward pass over 4 POSITIONS labels, once for each shard that is looked
+    Cost: a forward and a backward pass over 3 POSITIONS labels, once for each shard that is looked
         at; three over twice one sequence, where this is long and cannot be cut.
     Proof: tests/test_rounding.py::test_the_estimate_is_the_error
     """
@@ -81,18 +83,19 @@ def other_runs(
 ) -> list[tuple[ModelConfig, View, Shard, Sweep]]:
     """What a sweep is given: some sequences as they are, and the same again with each of NUDGES.
 
-    All in one run, if that is no larger than the shard, or than POSITIONS of each.
+    All in one run, if that is no larger than the shard, or than POSITIONS of each; else any two.
     """
     fisher = Fisher.SIGNED if job.fisher is Fisher.EXPECTED else job.fisher
     few, one = some_of(config, shard), replace(job, fisher=fisher, draws=1)
-    return [(*_beside(config, few, some, dtype), one) for some in nudges_of(shard, few)]
+    return [(*_beside(config, few, some, dtype), one) for some in copies_of(shard, few)]
 
 
-def nudges_of(shard: Shard, few: Shard) -> list[tuple[int, ...]]:
-    """Those of each run. Beside each lie the sequences as they are."""
-    size = (1 + len(NUDGES)) * few.layout.position_BT.size
-    room = max(shard.layout.position_BT.size, (1 + len(NUDGES)) * POSITIONS)
-    return [NUDGES] if size <= room else [(nudge,) for nudge in NUDGES]
+def copies_of(shard: Shard, few: Shard) -> list[tuple[int, ...]]:
+    """By how much the copies of some sequences are nudged, in each run; 0 is as they are."""
+    copies = 0, *NUDGES
+    size = len(copies) * few.layout.position_BT.size
+    room = max(shard.layout.position_BT.size, len(copies) * POSITIONS)
+    return [copies] if size <= room else list(combinations(copies, 2))
 
 
 def noise(
@@ -103,11 +106,12 @@ def noise(
     The runs are `other_runs`. A layer's rows may come in parts, one after the other.
     """
     found: dict[str, list[tuple[Noise, int]]] = {name: [] for name in layers}
+    copies = 1 + len(NUDGES) if len(runs) == 1 else 2
     parts: list[Tap] = []
 
     def end() -> None:
         if parts:
-            found[parts[0].name].append(_noise(parts, len(NUDGES) // len(runs)))
+            found[parts[0].name].append(_noise(parts, copies, len(NUDGES) / len(runs)))
             parts.clear()
 
     def take(_: int, tap: Tap) -> None:
@@ -127,18 +131,18 @@ def _together(some: Sequence[tuple[Noise, int]]) -> tuple[Noise, int]:
     return Noise(*map(float, fields)), sum(rows for _, rows in some)
 
 
-def _noise(parts: Sequence[Tap], nudges: int) -> tuple[Noise, int]:
-    """Of one layer of one run: its rows as they are, and behind them as many for each nudge."""
+def _noise(parts: Sequence[Tap], copies: int, each: float) -> tuple[Noise, int]:
+    """Of one layer of one run: its rows, so many times. `each` random numbers tell one's error."""
     name, g_NO = parts[0].name, _joined([tap.g for tap in parts])
-    rows = len(g_NO) // (1 + nudges)
+    rows = len(g_NO) // copies
     if not rows:
         return Noise(0.0, 0.0, 0.0, 0.0, 0.0), 0
     least = rows * g_NO.shape[1] * float(np.finfo(g_NO.dtype).smallest_subnormal)
     error_N, square_N = _errors(g_NO, rows)
     of_A = (0.0, 0.0)
     if name not in TABLES:
-        of_A = _spread(*_errors(_joined([tap.a for tap in parts]), rows), nudges)
-    return Noise(float(error_N.sum()) + least, *_spread(error_N, square_N, nudges), *of_A), rows
+        of_A = _spread(*_errors(_joined([tap.a for tap in parts]), rows), each)
+    return Noise(float(error_N.sum()) + least, *_spread(error_N, square_N, each), *of_A), rows
 
 
 def _joined(parts: Sequence[Array]) -> Array:
@@ -147,10 +151,10 @@ def _joined(parts: Sequence[Array]) -> Array:
 
 
 def _errors(x_NX: Array, rows: int) -> tuple[Array, Array]:
-    """|e|² of the first so many rows, by those behind them, and Σ x² of each."""
-    first_NX, *others = (x_NX[at : at + rows] for at in range(0, len(x_NX), rows))
-    errors = [_squares(other_NX, first_NX) / 2 for other_NX in others]
-    return np.mean(errors, axis=0), _squares(first_NX)
+    """|e|² of so many rows, by the copies of them that follow one another, and Σ x² of each."""
+    copies = [x_NX[at : at + rows] for at in range(0, len(x_NX), rows)]
+    errors = [_squares(other_NX, one_NX) / 2 for one_NX, other_NX in combinations(copies, 2)]
+    return np.mean(errors, axis=0), _squares(copies[0])
 
 
 def _squares(x_NX: Array, less_NX: Array | None = None) -> Array:
@@ -160,14 +164,17 @@ def _squares(x_NX: Array, less_NX: Array | None = None) -> Array:
     return out_N
 
 
-def _spread(error_N: Array, square_N: Array, nudges: int) -> tuple[float, float]:
-    """4 Σ w and how many random numbers tell it, w the error of a row times its square."""
+def _spread(error_N: Array, square_N: Array, each: float) -> tuple[float, float]:
+    """4 Σ w and how many random numbers tell it, w the error of a row times its square.
+
+    each: how many random numbers tell the error of one row.
+    """
     w_N = error_N * square_N
     top = float(w_N.max(initial=0.0))
     if not 0 < top < np.inf:
         return 0.0, 0.0
     share_N = w_N / top
-    return 4 * float(w_N.sum()), nudges * float(share_N.sum() ** 2 / (share_N**2).sum())
+    return 4 * float(w_N.sum()), each * float(share_N.sum() ** 2 / (share_N**2).sum())
 
 
 def some_of(config: ModelConfig, shard: Shard) -> Shard:
@@ -186,23 +193,23 @@ def some_of(config: ModelConfig, shard: Shard) -> Shard:
 def _beside(
     config: ModelConfig, few: Shard, nudges: Sequence[int], dtype: np.dtype
 ) -> tuple[ModelConfig, View, Shard]:
-    """Sequences as they are, and behind them the same with each of some NUDGES, as one shard.
+    """Copies of some sequences behind one another, as one shard, each nudged by so much.
 
     What the first block reads, embeddings or pixels, is larger by so many times eps. Each number is
     also off by u = eps/2, up or down. A norm hides what all numbers have in common, and not that
     each is rounded by itself, which matters where it divides by nearly 0. Labels are drawn alike,
-    for index_B is. Each nudge has rows of its own in a table that holds no others.
+    for index_B is. Each copy has rows of its own in a table that holds no others.
     """
-    shard = few.of(np.tile(np.arange(len(few.index_B)), 1 + len(nudges)))
+    shard = few.of(np.tile(np.arange(len(few.index_B)), len(nudges)))
 
     def moved(x: Array) -> Array:
-        return np.concatenate([x, *(_nudged(x, nudge) for nudge in nudges)])
+        return np.concatenate([_nudged(x, nudge) for nudge in nudges])
 
     if config.image is not None:
         return config, as_it_is, replace(shard, source=moved(few.source.astype(dtype)))
     entries, at = np.unique(few.source, return_inverse=True)
     at_BT = at.reshape(few.source.shape)
-    source = np.concatenate([at_BT + k * len(entries) for k in range(1 + len(nudges))])
+    source = np.concatenate([at_BT + k * len(entries) for k in range(len(nudges))])
 
     def view(parameters: Parameters) -> Parameters:
         if "embed.weight" not in parameters:
@@ -215,7 +222,9 @@ def _beside(
 
 
 def _nudged(x: Array, nudge: int) -> Array:
-    """`nudge` times eps larger, and off by u."""
+    """`nudge` times eps larger, and off by u; by 0 it is x itself."""
+    if not nudge:
+        return x
     eps = tolerance.eps(x.dtype)
     more = x * (1 + nudge * eps)
     u = np.array([-0.5, 0.5], x.dtype) * eps
