@@ -95,7 +95,7 @@ def test_the_file_of_a_short_basis_is_half_as_large_and_read_by_all(
     ):  # fmt: skip
         assert main(command) == 0, capsys.readouterr().err
     assert main(["validate", b, "--reference", f]) == 0, capsys.readouterr().out
-    assert main(["validate", f, "--reference", f, "--basis", b]) == 0
+    assert main(["validate", b, "--reference", f, "--basis", b]) == 0
 
 
 def test_every_function_that_takes_bases_takes_short_ones(folder: Path, tmp_path: Path) -> None:

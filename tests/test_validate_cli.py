@@ -76,14 +76,15 @@ def test_a_typo_is_refused_with_the_nearest(refused):
 def test_what_does_not_belong_together_is_refused(refused):
     """A model, basis or corpus that is not the reference's would make each hypothesis nonsense."""
     model = ("--model", "w.h5", "--corpus", "c.h5")
-    assert "passed" in refused(*REFERENCE, *model, "--basis", "b.h5", status=0)
+    bases = ("b.h5", "--reference", "f.h5")
+    assert "passed" in refused(*bases, *model, "--basis", "b.h5", status=0)
     for wrong in (
-        ("--model", "other-w.h5"),
-        ("--model", "other-w.h5", "--corpus", "c.h5"),
-        ("--basis", "other-b.h5"),
-        ("--basis", "other-b.h5", *model),
+        (*REFERENCE, "--model", "other-w.h5"),
+        (*REFERENCE, "--model", "other-w.h5", "--corpus", "c.h5"),
+        (*bases, "--basis", "other-b.h5"),
+        (*bases, "--basis", "other-b.h5", *model),
     ):
-        assert "not of the same weights" in refused(*REFERENCE, *wrong)
+        assert "not of the same weights" in refused(*wrong)
     line = refused(*REFERENCE, "--model", "w.h5", "--corpus", "fewer.h5")
     assert "48 rows" in line and "corpus 32" in line
     assert "FAILED" in refused("other-f.h5", "--reference", "f.h5", status=1)
@@ -104,6 +105,7 @@ def test_an_option_that_would_be_ignored_is_refused(refused):
         assert option[0] in refused(*trace, *option)
     assert "float32" in refused(*trace, "--arithmetic", "floot32")
     assert "--sequences" in refused(*REFERENCE, "--sequences", "1")
+    assert "--basis" in refused(*REFERENCE, "--basis", "b.h5")
 
 
 def test_nothing_compared_is_no_pass(refused):

@@ -24,6 +24,7 @@ def parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
         prog="refcurv",
         description="The ground truth for the loss curvature of transformers: K-FAC factors, "
         "eigenbases and edits on a CPU, from HDF5 files. Start with: refcurv demo",
+        allow_abbrev=False,
     )
     version = f"refcurv {metadata.version('refcurv')}"
     made.add_argument("--version", action="version", version=version)
@@ -36,6 +37,7 @@ def parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
             description=summary,
             epilog="examples:\n  " + "\n  ".join(EXAMPLES[name]),
             formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
         )
         sub.set_defaults(work=work)
         sub._negative_number_matcher = _VALUE  # else -3GB is taken for an option

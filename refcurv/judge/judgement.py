@@ -111,7 +111,8 @@ def validate(
     Raises:
         SchemaError: no known format, or a file that breaks it. EmptyError: no layer in common, or
         nothing that can be compared. ConventionError: neither a reference nor model and corpus;
-        files that do not belong together; an unknown dtype, declaration or kind of argument.
+        files that do not belong together; a basis beside A and G alone; an unknown dtype,
+        declaration or kind of argument.
         NameUnknownError: `layers` or `names` that no layer has. ShapeError, DTypeError: `labels`.
 
     Cost: reading theirs once, and one norm for each matrix; a failure costs the diagnosis.
@@ -123,6 +124,8 @@ def validate(
     accept = accepted(accept)
     with _all_missing(reference, layers):
         dump, given = _theirs(theirs, declared, arithmetic)
+    if basis is not None:
+        _require_edits(dump)
     if labels is not None:
         corpus = _labelled(reference, model, corpus, labels)
         dump = replace(dump, declared={**dump.declared, "fisher": "empirical"})
@@ -184,6 +187,15 @@ def _theirs(
     told = {k: as_number(k, x) if k in ("draws", "rho") else x for k, x in dump.declared.items()}
     dump = replace(dump, declared=told, layers=Recent(dump.layers, ROOM))
     return dump, spoken.or_else(dump.arithmetic)
+
+
+def _require_edits(dump: Dump) -> None:
+    """Refuse a basis that nothing would be judged by."""
+    if not any(has & {"U_A", "U_G", "mask", "W"} for has in dump.holds.values()):
+        raise ConventionError(
+            "validate: a basis is for eigenvectors, masks and edited weights, of which theirs "
+            "holds none; leave it (--basis) out."
+        )
 
 
 def _shown(case: Case, findings: Sequence[Comparison], count: int) -> list[Picture]:
