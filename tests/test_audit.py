@@ -318,7 +318,9 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, corpus = small()
     W = model.parameters["blocks.0.attn.q.weight"]
     nan = model.with_parameters({"blocks.0.attn.q.weight": np.full_like(W, np.nan)})
-    single = rc.Model(model.config, dict(model.parameters), "float32")
+    single = rc.Model(
+        model.config, {n: x.astype("f") for n, x in model.parameters.items()}, "float32"
+    )
     for error, says, arguments, options in (
         (ConventionError, "float64", (single, corpus), {}),
         (EmptyError, "has a label", (model, rc.Corpus(corpus.tokens[:, :1])), {}),

@@ -37,6 +37,11 @@ def last_logits(config: ModelConfig, parameters: dict[str, np.ndarray], token: n
     return transformer.head_logits(config, parameters, final[:, -1])
 
 
+def model_of(made: ModelConfig, parameters: dict[str, np.ndarray]) -> Model:
+    """In the dtype of its arrays."""
+    return Model(made, parameters, parameters["embed.weight"].dtype.name)
+
+
 def greedy_without_cache(config, parameters, prompt, steps):
     token, gap = np.asarray(prompt, dtype=np.int64), np.inf
     for _ in range(steps):
@@ -64,7 +69,7 @@ def prompts(draw):
 def test_cached_equals_recomputed(one, steps):
     made, parameters, prompt = one
     want, gap = greedy_without_cache(made, parameters, prompt, steps)
-    got = greedy(Model(made, parameters), prompt, steps)
+    got = greedy(model_of(made, parameters), prompt, steps)
     assert got.shape == (len(prompt), steps)
     assert got.dtype == np.int64
     if gap > NEAR:
@@ -81,7 +86,7 @@ def test_cached_logits_equal_recomputed_ones(dtype):
     with mock.patch.object(
         decode, "head_logits", lambda *a: seen.append(transformer.head_logits(*a)) or seen[-1]
     ):
-        out = greedy(Model(made, parameters), prompt, 12)
+        out = greedy(model_of(made, parameters), prompt, 12)
     wide = {n: x.astype(np.float64) for n, x in parameters.items()}
     for n, logit in enumerate(seen):
         want = last_logits(made, wide, np.concatenate([prompt, out[:, :n]], axis=1))
@@ -101,7 +106,7 @@ def test_ties_go_to_the_lowest_id(dtype):
     parameters["head.weight"][:] = -1
     parameters["head.weight"][[2, 5]] = 0
     prompt = np.array([[6], [5]])
-    np.testing.assert_array_equal(greedy(Model(made, parameters), prompt, 3), np.full((2, 3), 2))
+    np.testing.assert_array_equal(greedy(model_of(made, parameters), prompt, 3), np.full((2, 3), 2))
 
 
 def test_frequencies_that_change_on_the_way_are_refused():
@@ -121,7 +126,7 @@ def test_frequencies_that_change_on_the_way_are_refused():
             continue
         parameters = random_parameters(made, 1)
         want, _ = greedy_without_cache(made, parameters, token, steps)
-        assert (greedy(Model(made, parameters), token, steps) == want).all()
+        assert (greedy(model_of(made, parameters), token, steps) == want).all()
     token = np.zeros((1, 10), int)
     for kind, length, refused in (("text", 10, False), ("recite", 8, False), ("answer", 9, True)):
         one = Population(token, np.array([6]), np.array([length]), kind, "dev")
@@ -133,22 +138,22 @@ def test_the_head_sees_chunks_of_rows_and_forgets_none():
     made = config(vocabulary=11)
     parameters = random_parameters(made, 1)
     prompt = np.random.default_rng(2).integers(0, 11, (9, 2))
-    whole = greedy(Model(made, parameters), prompt, 4)
+    whole = greedy(model_of(made, parameters), prompt, 4)
     with mock.patch.object(decode, "HEAD_ROWS", 4):
-        np.testing.assert_array_equal(greedy(Model(made, parameters), prompt, 4), whole)
+        np.testing.assert_array_equal(greedy(model_of(made, parameters), prompt, 4), whole)
 
 
 def test_refusals():
     made, parameters = config(), random_parameters(config(), 0)
     with pytest.raises(EmptyError, match="at least one token"):
-        greedy(Model(made, parameters), np.zeros((1, 0), int), 1)
+        greedy(model_of(made, parameters), np.zeros((1, 0), int), 1)
     with pytest.raises(RangeError, match=r"\[0, 1\] is 7"):
-        greedy(Model(made, parameters), np.array([[0, 7]]), 1)
+        greedy(model_of(made, parameters), np.array([[0, 7]]), 1)
     with pytest.raises(RangeError, match="steps"):
-        greedy(Model(made, parameters), np.array([[0]]), -1)
+        greedy(model_of(made, parameters), np.array([[0]]), -1)
     parameters["final_norm.weight"][0] = np.nan
     with pytest.raises(NonFiniteError, match="logits"):
-        greedy(Model(made, parameters), np.array([[0]]), 1)
+        greedy(model_of(made, parameters), np.array([[0]]), 1)
 
 
 # ------------------------------------------------------------------ populations

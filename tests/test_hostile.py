@@ -358,3 +358,21 @@ def test_an_infinite_radius_is_said(tmp_path):
     )
     assert found.digits == 0 and found["nats.0"].text() == "nothing is known"
     assert json.dumps(found.to_json(), allow_nan=False)
+
+
+def test_what_the_caller_does_about_float_errors_changes_nothing(setting):
+    """`np.seterr(all="raise")`: numbers that vanish are ordinary here."""
+    model, corpus = setting
+
+    def work():
+        factors = rc.collect(model, corpus, "**")
+        basis = rc.decompose(factors)
+        edited, _ = rc.edit(model, basis, 0.5)
+        short, _ = rc.truncate(model, {"blocks.0.mlp.up": 0.5})
+        theirs = {name: (one.A, one.G, one.n_A) for name, one in factors.items()}
+        assert rc.validate(theirs, factors).passed
+        return [rc.logits(one, corpus.tokens).tobytes() for one in (model, edited, short)]
+
+    with np.errstate(all="raise"):
+        strict = work()
+    assert strict == work()

@@ -77,7 +77,11 @@ def test_distances_are_what_numpy_says():
 def test_an_undeclared_dtype_is_no_pass(setting):
     model, corpus, factors = setting
     short = rc.collect(
-        rc.Model(model.config, {k: v.astype(np.float32) for k, v in model.parameters.items()}),
+        rc.Model(
+            model.config,
+            {k: v.astype(np.float32) for k, v in model.parameters.items()},
+            "float32",
+        ),
         corpus,
         "blocks.*.mlp.*",
         "expected",

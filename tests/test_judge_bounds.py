@@ -28,7 +28,7 @@ from refcurv.judge.masks import _disputed
 from refcurv.judge.pictures import pictures
 from refcurv.judge.trace import Trace, _errors, _require_room
 from refcurv.judge.truths import _truth, near_of
-from refcurv.passes.rounding import _spread
+from refcurv.passes.rounding import _spread, free
 
 LAYER, ROWS, DRAWS, SHARD = "up", 50, 3, 17
 RNG = np.random.default_rng(8)
@@ -488,20 +488,30 @@ def test_few_runs_tell_an_error_if_each_number_of_the_input_moves_by_itself():
 
 
 def test_the_noise_of_a_sum_is_that_of_its_rows():
-    """Equal rows tell it by two numbers each; one row that has most of it by two in all."""
-    assert _spread(np.full(10, 2.0), np.full(10, 5.0), 2) == (4 * 100, pytest.approx(20))
-    variance, free = _spread(np.array([1e-30, 1.0, 1e-30]), np.array([1.0, 7.0, 1.0]), 2)
-    assert (variance, free) == (pytest.approx(28), pytest.approx(2))
-    assert _spread(np.zeros(3), np.ones(3), 2) == (0.0, 0.0)
+    """Equal rows tell it by three numbers each; one row that has most of it by three in all.
+
+    Of several shards too: rows that hardly err are no more of those that carry it.
+    """
+    equal = _spread(np.full(10, 2.0), np.full(10, 5.0))
+    assert equal == (100, 1000) and free(*equal, 10) == pytest.approx(30)
+    one = _spread(np.array([1e-30, 1.0, 1e-30]), np.array([1.0, 7.0, 1.0]))
+    assert one == (pytest.approx(7), pytest.approx(49))
+    assert free(*one, 3) == pytest.approx(3)
+    faint = _spread(np.full(64, 1e-9), np.ones(64))
+    assert free(*faint, 64) == pytest.approx(192)
+    assert free(*np.add(one, faint), 67) == pytest.approx(3)
+    assert _spread(np.zeros(3), np.ones(3)) == (0.0, 0.0)
+    for tiny in (1e-200, 1e200):  # squares that leave float64: as of one row
+        assert free(*_spread(np.full(9, tiny), np.ones(9)), 9) == 3
 
 
 @pytest.mark.parametrize("side", ["A", "G"])
 def test_noise_widens_the_budget_of_its_side_alone(side):
     size = float(np.linalg.norm(getattr(ONE, f"sum_{side}")))
-    noisy = replace(ONE, **{f"noise_{side}": 1000 * 2.0**-53 * size, f"free_{side}": 5.0})
+    noisy = replace(ONE, **{f"noise_{side}": 1000 * 2.0**-53 * size, f"free_{side}": 7.0})
     for of in "AG":
         plain = case_of().budget(LAYER, "float64", of)
-        times = math.sqrt(special.fdtri(5 / 2, 5, special.ndtr(4.0)))
+        times = math.sqrt(special.fdtri(7 / 3, 7, special.ndtr(4.0)))
         more = times * 1000 * (2.0**-24 + 2.0**-53) - 12 / math.sqrt(DRAWS * ROWS) * 2 * 2.0**-24
         found = case_of(noisy).budget(LAYER, "float64", of) - plain
         assert found == pytest.approx(more if of == side else 0, rel=0.05, abs=1e-12)

@@ -29,9 +29,12 @@ from refcurv.judge.diagnosis.hidden import hidden
 from refcurv.judge.diagnosis.precision import causes, short
 from refcurv.judge.diagnosis.recomputed import recompute
 from refcurv.judge.diagnosis.search import PLAIN, Side, ladder, ours
-from refcurv.judge.diagnosis.variants import Setting, moments
+from refcurv.judge.diagnosis.variants import REFERENCE, Setting, moments
+from refcurv.judge.diagnosis.variants.collecting import sample
 from refcurv.judge.diagnosis.variants.dropout import Dropout
-from refcurv.judge.diagnosis.variants.networks import changed
+from refcurv.judge.diagnosis.variants.flows import flows
+from refcurv.judge.diagnosis.variants.labels import choice
+from refcurv.judge.diagnosis.variants.networks import CHANGES, Network, changed
 from refcurv.judge.diagnosis.variants.positions import positions
 from refcurv.judge.diagnosis.variants.rounding import KINDS, rounded
 from refcurv.judge.diagnosis.variants.shaken import ADAPTED, AVERAGED, RANK, shaken
@@ -39,6 +42,7 @@ from refcurv.judge.diagnosis.variants.texts import HIDDEN, text_of
 from refcurv.judge.drawn import Drawing
 from refcurv.judge.dump import Dump
 from refcurv.judge.foreign.memory import of_arrays
+from refcurv.judge.injected import roundings
 from refcurv.judge.verdict import FAIL, Comparison
 from refcurv.model.config import Norm, NormPlace, QKNorm
 from refcurv.model.layers import DEFINITIONS, causal_layout
@@ -541,3 +545,26 @@ def test_a_dump_without_a_form_has_no_precision(layered):
     """Every matrix missing, or 0: there is no error whose size could tell a dtype."""
     case, _ = searched(layered, planted(layered, Setting()))
     assert causes(case, {side: Side(side) for side in "AG"}) == []
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("how", ["", "all in bfloat16", "dropout", "short"])
+def test_what_down_reads_is_made_again_as_the_forward_made_it(how, gated):
+    """By networks that round, and by ones that drop entries at random."""
+    model, corpus, factors = made(config(layers=2, gated=gated))
+    case = Case(Dump("x", {}, {}), factors, {}, Arithmetic(), model, corpus)
+    net, seen = Network(model.config, model.parameters), []
+    injected = {"dropout": roundings._dropout, "short": roundings._short_model}
+    if how:
+        net = injected[how](net) if how in injected else CHANGES[how].make(net, 0.0)
+
+    def watched(*given):
+        seen.append(net.ops.mlp_forward(*given))
+        return seen[-1]
+
+    down = ["blocks.0.mlp.down", "blocks.1.mlp.down"]
+    other = replace(net, ops=replace(net.ops, mlp_forward=watched))
+    flow = next(flows(other, sample(case, 4)[0], choice(REFERENCE, factors), down))
+    for (forward, _), name in zip(seen[:2], down, strict=True):
+        assert np.array_equal(flow.read[name], forward) and forward.any()
+        assert np.array_equal(flow.taps[name].a, forward)

@@ -6,8 +6,9 @@ import threading
 import time
 
 import pytest
-from threadpoolctl import threadpool_info
+from threadpoolctl import threadpool_info, threadpool_limits
 
+from refcurv.algebra.blas import one_blas_thread
 from refcurv.passes.parallel import Stopped, Turnstile, run, stream
 
 
@@ -151,10 +152,37 @@ def test_results_that_nobody_takes_do_not_pile_up() -> None:
     assert threading.active_count() <= before + 2
 
 
-def test_work_runs_with_one_blas_thread_and_leaves_the_setting() -> None:
-    def threads() -> set[int]:
-        return {lib["num_threads"] for lib in threadpool_info() if lib["user_api"] == "blas"}
+def blas_threads() -> set[int]:
+    return {lib["num_threads"] for lib in threadpool_info() if lib["user_api"] == "blas"}
 
-    before = threads()
-    assert run([0], lambda *_: threads(), in_flight=1) == [{1}]
-    assert threads() == before
+
+def test_threads_of_the_caller_share_the_limit() -> None:
+    """One leaves while another is inside: that one keeps its single thread. The last undoes it."""
+    entered, both, left, seen = *(threading.Event() for _ in range(3)), []
+
+    def first() -> None:
+        with one_blas_thread():
+            entered.set()
+            both.wait(60)
+        left.set()
+
+    def second() -> None:
+        entered.wait(60)
+        with one_blas_thread():
+            both.set()
+            left.wait(60)
+            seen.append(blas_threads())
+
+    with threadpool_limits(2):
+        one, other = threading.Thread(target=first), threading.Thread(target=second)
+        one.start()
+        other.start()
+        one.join(60)
+        other.join(60)
+        assert seen == [{1}] and blas_threads() == {2}
+
+
+def test_work_runs_with_one_blas_thread_and_leaves_the_setting() -> None:
+    before = blas_threads()
+    assert run([0], lambda *_: blas_threads(), in_flight=1) == [{1}]
+    assert blas_threads() == before

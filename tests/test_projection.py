@@ -392,11 +392,10 @@ def test_refusals(made: tuple[rc.Model, Bases]) -> None:
     foreign = Bases({"blocks.40.mlp.up": one})
     with pytest.raises(NameUnknownError, match="another model"):
         rc.edit(model, foreign, 0.5)
-    narrow = rc.Model(
-        model.config, model.parameters, "float32", {"blocks.0.mlp.up.weight": "float64"}
-    )
+    short = {name: x.astype(np.float32) for name, x in model.parameters.items()}
+    narrow = rc.Model(model.config, short, "float32", {"blocks.0.mlp.up.weight": "float64"})
     with pytest.raises(DTypeError, match="dtype"):
-        rc.edit(narrow, basis, {"blocks.0.mlp.up": 0.5})
+        rc.edit(narrow, basis, {"blocks.0.mlp.up": 0.5}, force=True)
 
 
 @pytest.mark.parametrize("rho", [0, 0.3, 0.83, 0.999, 1])

@@ -99,8 +99,8 @@ def test_curvature_of_bfloat16_weights_is_that_of_the_numbers_that_they_hold(
     short = {name: x.astype(np.float32).view(np.uint32) for name, x in one.parameters.items()}
     held = {name: (x & np.uint32(0xFFFF0000)).view(np.float32) for name, x in short.items()}
     stored = dict.fromkeys(held, "bfloat16")
-    rc.save(rc.Model(one.config, held, "float64", stored), tmp_path / "w.h5")
     wide = {name: x.astype(np.float64) for name, x in held.items()}
+    rc.save(rc.Model(one.config, wide, "float64", stored), tmp_path / "w.h5")
     made = [
         rc.collect(model, corpus_of(one), "**", "expected")
         for model in (rc.load(tmp_path / "w.h5"), rc.Model(one.config, wide))

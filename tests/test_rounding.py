@@ -193,6 +193,11 @@ def test_every_fisher_and_images_too(fisher: str) -> None:
     )
     shares = [factor.rounding_G / factor.sum_G.trace() for factor in factors.values()]
     assert 1e-36 < min(shares) < max(shares) < 1e-20
+    short = {name: x.astype(np.float32) for name, x in test_images.model_of(one).parameters.items()}
+    model = rc.Model(one.config, short, "float32")
+    factors = rc.collect(model, test_images.corpus_of(one, images), "**", fisher)
+    shares = [factor.rounding_G / factor.sum_G.trace() for factor in factors.values()]
+    assert 1e-18 < min(shares) < max(shares) < 1e-6
 
 
 def test_labelled_sequences_are_looked_at(monkeypatch) -> None:
@@ -255,10 +260,10 @@ def looks(one: Case, fisher: str = "empirical") -> tuple[dict[str, np.ndarray], 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("fisher", ["empirical", "sampled", "signed"])
 @pytest.mark.parametrize("positions", [64, 2])
-def test_beside_sequences_as_they_are_lie_the_same_nudged(
+def test_copies_of_sequences_lie_behind_one_another(
     monkeypatch, fisher: str, tied: bool, positions: int
 ) -> None:
-    """Their gradients are those of a pass of their own, and those behind them all but the same.
+    """Their gradients are all but those of a pass of their own, and not the same bits.
 
     Where they cannot be cut and are long, each run has two copies. A head that is tied stays.
     """
@@ -276,8 +281,44 @@ def test_beside_sequences_as_they_are_lie_the_same_nudged(
             assert size == 0 or any((copy != copies[0]).any() for copy in copies[1:]), name
 
 
+@pytest.mark.parametrize("width", [3, 5])
+def test_errors_are_of_the_side_that_they_are_told_of(width: int) -> None:
+    """Σ |e|², Σ w and Σ w² of g, and the last two of a; the least of copies alike."""
+    rng = np.random.default_rng(0)
+    a, g = rng.normal(size=(3, 7, 4)), 10 * rng.normal(size=(3, 7, width))
+
+    def noise(a: np.ndarray, g: np.ndarray, name: str = "blocks.0.mlp.up") -> rounding.Noise:
+        a, g = a.reshape(-1, 4), g.reshape(-1, width)
+        parts = [Tap(name, a[at], g[at]) for at in (slice(9), slice(9, None))]
+        return rounding._noise(rounding._rows(parts, 3))[0]
+
+    want = []
+    for x in (g, a):
+        error = x.var(axis=0, ddof=1).sum(axis=-1)
+        w = error * (x[0] ** 2).sum(axis=-1)
+        want.append((error.sum(), w.sum(), (w**2).sum()))
+    found = noise(a, g)
+    assert found == pytest.approx([*want[0], *want[1][1:]], rel=1e-12)
+    assert noise(a, g, "embed")[3:] == (0, 0)
+    for dtype in FLOATS:
+        alike = noise(np.repeat(a[:1], 3, 0), np.repeat(g[:1], 3, 0).astype(dtype))
+        assert alike == (7 * width * float(np.finfo(dtype).smallest_subnormal), 0, 0, 0, 0)
+
+
+def test_each_copy_of_the_input_is_rounded_by_itself() -> None:
+    """Larger by so many eps, and each number up or down by u, not alike in two copies."""
+    for dtype in FLOATS:
+        x, eps = np.linspace(1, 1.9, 200).astype(dtype), np.finfo(dtype).eps
+        moved = [(rounding._nudged(x, n) - x).astype(float) / eps / x for n in rounding.NUDGES]
+        for by, nudge in zip(moved, rounding.NUDGES, strict=True):
+            assert abs(by.mean() - nudge) < 0.3 and abs(by - nudge).max() <= 1.5
+        assert np.array_equal(rounding._nudged(x, 0), x)
+        up = [by > np.median(by) for by in moved]
+        assert 0.2 < (up[0] == up[1]).mean() < 0.8
+
+
 def test_the_error_of_a_row_is_the_sample_variance_of_its_copies() -> None:
-    """Three copies tell it by two random numbers each; where copies are alike it is 0."""
+    """Two directions tell it by four random numbers, EACH or more; of copies alike it is 0."""
     copies = np.random.default_rng(0).normal(size=(3, 4000, 2))
     copies[:, 7] = 5.0
     error_N, square_N = rounding._errors(copies.reshape(-1, 2), 4000)
@@ -286,12 +327,12 @@ def test_the_error_of_a_row_is_the_sample_variance_of_its_copies() -> None:
     assert error_N[7] == 0
     # of χ² with f degrees of freedom, over f: the variance is 2/f; of two numbers a row f = 4
     assert error_N.mean() / 2 == pytest.approx(1, abs=0.05)
-    assert (error_N / 2).var() == pytest.approx(2 / (2 * len(rounding.NUDGES)), rel=0.1)
+    assert (error_N / 2).var() == pytest.approx(2 / 4, rel=0.1) and rounding.EACH <= 4
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_one_run_finds_what_three_find(monkeypatch, dtype: type) -> None:
-    """All nudges beside one another, or one at a time: the same estimate."""
+    """All copies beside one another, or two at a time: the same estimate."""
     one = case(1, batch=2, length=12, norm_place=NormPlace.PRE, qk_norm=QKNorm.NONE)
     together = collected(one, dtype)
     monkeypatch.setattr(rounding, "copies_of", lambda *_: list(combinations((0, 4, -5), 2)))

@@ -72,7 +72,7 @@ def test_halves_are_two_collections(fisher: str, small: rc.Model) -> None:
 
 
 def test_one_shard_has_no_halves(small: rc.Model) -> None:
-    with pytest.raises(EmptyError, match="it is 1 shard of about 512 positions"):
+    with pytest.raises(EmptyError, match="a single shard, of at most 512 positions"):
         rc.collect(small, corpus(1), LAYERS, halves=True)
 
 

@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from unittest import mock
 
@@ -295,17 +296,36 @@ def test_a_changed_parameter_is_rounded_once_to_its_stored_dtype(
 
 def test_a_model_from_arrays_keeps_its_dtypes(tmp_path: Path, rng: np.random.Generator) -> None:
     arrays = {n: a for n, (a, _) in raw_parameters(rng, ["float32", "float64"]).items()}
-    weights.save(Model(CONFIG, arrays), tmp_path / "w.h5")
+    stored = {n: a.dtype.name for n, a in arrays.items() if a.dtype == "float32"}
+    wide = {n: a.astype("float64") for n, a in arrays.items()}
+    weights.save(Model(CONFIG, wide, stored=stored), tmp_path / "w.h5")
     back = weights.load(tmp_path / "w.h5")
     assert back.stored == {n: a.dtype.name for n, a in arrays.items()}
     assert all((back.parameters[n] == a).all() for n, a in arrays.items())
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("wrong", [
+    lambda x: x[:-1], lambda x: x[:0], lambda x: x[:1], lambda x: np.concatenate([x, x]),
+    lambda x: x[None], lambda x: x.T[..., None], lambda x: x.astype("float16"),
+    lambda x: x.astype(x.dtype.newbyteorder()), lambda x: x.astype(int), lambda x: x.astype("c8"),
+    lambda x: x.astype(np.longdouble), lambda x: x.tolist(), lambda x: None, lambda x: x[0].item,
+    lambda x: x.astype("float32" if x.dtype == "float64" else "float64"),
+])  # fmt: skip
+def test_arrays_are_those_that_the_model_asks_for(path: Path, wrong: Any, dtype: str) -> None:
+    """A kernel would read past the end of a shorter one, and compute in the dtype that it has."""
+    model = weights.load(path, dtype)
+    arrays = dict(model.parameters)
+    for kind in (dict, MappingProxyType):
+        Model(CONFIG, kind(arrays), dtype)
+        for name in ("embed.weight", "blocks.0.attn_norm.weight", "final_norm.weight"):
+            with pytest.raises(ShapeError, match=f"{name} must be .* of {dtype}"):
+                Model(CONFIG, kind(arrays | {name: wrong(arrays[name])}), dtype)
+
+
 @pytest.mark.parametrize(
     "array, stored, error, fragment",
     [
-        (ZEROS.T, "float64", ShapeError, r"embed.weight must be \(7, 4\)"),
-        (ZEROS.astype(int), "float64", DTypeError, "embed.weight is int64"),
         (ZEROS, "int8", DTypeError, "to be stored as int8"),
         (ZEROS + np.nan, "float64", NonFiniteError, "'embed.weight' holds nan"),
         (ZEROS + 1e5, "float16", NonFiniteError, "embed.weight in float16 holds inf"),

@@ -1,15 +1,14 @@
 """BLAS and LAPACK: on one thread, and without the interpreter's lock, so that shards run abreast.
 
-SciPy's own wrappers hold the GIL while the library works. SciPy exports the same routines for other
-compilers (`scipy.linalg.cython_blas`, `cython_lapack`), and ctypes releases the lock around them.
-
-SciPy's LAPACK counts in 32 bits. Matrices that are too large for that go to NumPy's LAPACK. The one
-in NumPy's wheels counts in 64 bits.
+SciPy's wrappers hold the GIL while the library works. SciPy exports the same routines for compilers
+(`scipy.linalg.cython_blas`, `cython_lapack`), around which ctypes releases it. SciPy's LAPACK
+counts in 32 bits: matrices too large for that go to NumPy's, which in its wheels counts in 64.
 """
 
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -19,7 +18,7 @@ import numpy as np
 from numpy.linalg import LinAlgError, _umath_linalg
 from scipy.linalg import cython_lapack
 from scipy.sparse.linalg import ArpackError
-from threadpoolctl import ThreadpoolController
+from threadpoolctl import OpenBLASController, ThreadpoolController
 
 from refcurv.algebra.scaling import shifted
 from refcurv.law.checks import Array, RoomError, SolverError
@@ -29,26 +28,49 @@ MOST_INT = 2**31 - 1
 _MOST_SQUARE = 32_766  # beyond it dsyevd's workspace, 1 + 6 n + 2 n² numbers, exceeds MOST_INT
 
 
+_inside: list[Any] = []  # what was before, once for each that is inside: it is of the process
+_at_once = threading.Lock()
+
+
 @contextmanager
 def one_blas_thread() -> Iterator[None]:
-    """BLAS and LAPACK on one thread: with two, some products and `eigh` change their bits."""
-    with _pools().limit(limits=1):
-        yield
+    """BLAS and LAPACK on one thread: with two, some products and `eigh` change their bits.
+
+    The last thread that leaves undoes it. Underflow is silent, whatever `np.seterr` says.
+
+    Proof: tests/test_parallel.py::test_threads_of_the_caller_share_the_limit
+    """
+    with _at_once:
+        _take_control()
+        limit = _pools().limit(limits=1)
+        _inside.append(_inside[0] if _inside else limit)
+    try:
+        with np.errstate(under="ignore"):
+            yield
+    finally:
+        with _at_once:
+            before = _inside.pop()
+            if not _inside:
+                _take_control()
+                before.restore_original_limits()
+                _take_control()
 
 
-@cache
-def _pools() -> ThreadpoolController:
-    """The thread pools of NumPy's and SciPy's BLAS; finding them takes longer than a product."""
-    return ThreadpoolController()
+def _take_control() -> None:
+    """From threadpoolctl 3.8 on what another thread set may be changed by that thread alone."""
+    if hasattr(OpenBLASController, "clear_controlling_thread"):
+        OpenBLASController.clear_controlling_thread(force=True)
+
+
+_pools = cache(ThreadpoolController)  # finding them takes longer than a product
 
 
 def eigh(M: Array, who: str = "", exponent: int = 0, own: bool = False) -> tuple[Array, Array]:
     """(values, U) with 2^-exponent M = U diag(values) Uᵀ, values ascending, U (n, n).
 
-    M is (n, n) float64, and only its lower triangle is read. The definition is
-    scipy.linalg.eigh(M, driver="evd") up to n = 32,766, with the same bits
-    (tests/test_eigenbasis.py), and numpy.linalg.eigh(M) beyond. Memory: see `eigh_bytes`. With
-    `own` M may be lost: U takes its memory if M equals Mᵀ, which then has its lower triangle.
+    M is (n, n) float64, and only its lower triangle is read. Up to n = 32,766 the definition is
+    scipy.linalg.eigh(M, driver="evd"), with the same bits, beyond numpy.linalg.eigh(M). With `own`
+    M may be lost: U takes its memory if M equals Mᵀ, which then has its lower triangle.
 
     Raises:
         SolverError: LAPACK did not converge. RoomError: n is too large for its integers.

@@ -150,7 +150,8 @@ def _prefix(mu: Array) -> Array:
     high, low = np.empty(len(mu) + 1), np.empty(len(mu) + 1)
     kernels.prefix_sums(mu, high, low)
     toward = np.where(low < 0, 0.0, np.inf)
-    half = np.abs(np.nextafter(high, toward) - high) / 2
+    with np.errstate(under="ignore"):  # whatever the caller chose
+        half = np.abs(np.nextafter(high, toward) - high) / 2
     doubtful = np.abs(np.abs(low) - half) <= len(mu) * 2.0**-100 * high
     for n in np.flatnonzero(doubtful & (high > 0)):
         high[n] = math.fsum(mu[:n])
@@ -247,7 +248,7 @@ def _largest(holds: Callable[[float], bool], top: float) -> float:
 
 
 def _next(key: float) -> float:
-    return float(np.nextafter(key, np.inf))
+    return math.nextafter(key, math.inf)
 
 
 def _spectrum(x: Array, what: str) -> Array:

@@ -82,7 +82,7 @@ class Checkpoint:
 
         Proof: tests/test_checkpoint.py::test_a_full_disk_ends_no_run
         """
-        whole = min(gate.passed(key) for key in sums if key.side is not Side.e)
+        whole = min(gate.passed(key) for key in sums if key.side is not Side.noise)
         if not blocks and not whole:
             return
         try:
@@ -132,8 +132,8 @@ class Checkpoint:
         require_same("collect", where, self.facts, header)
         done = store.fact(where, header.attributes, "blocks", int)
         passed = {key: _shards(where, header, key) for key in sums}
-        shards = min(passed[key] for key in sums if key.side is not Side.e)
-        names = {_entry(key) for key in sums if done and key.side is not Side.e}
+        shards = min(passed[key] for key in sums if key.side is not Side.noise)
+        names = {_entry(key) for key in sums if done and key.side is not Side.noise}
         names |= {_open(key) for key in sums if passed[key]}
         rest = set(header.entries) - names - {_entry(key) for key in sums if done}
         if not 0 <= done <= blocks or rest or not header.entries or names - set(header.entries):

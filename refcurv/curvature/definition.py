@@ -5,8 +5,7 @@ One sequence at a time: forward; then, for each cotangent (FISHER), backward. At
     S_A = Σ a aᵀ        S_G = Σ g gᵀ        over the kept rows (ROWS).
 
 Nothing here is fast, blocked, resumable or distributed. It stands on the definitions of
-`refcurv.model` (LOSS in `loss`, ROWS in `rows`, FISHER in `fisher`), and reaches neither passes,
-files nor kernels.
+`refcurv.model` (LOSS in `loss`, ROWS in `rows`, FISHER in `fisher`), and reaches no kernel.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ from refcurv.model.fisher import DRAWN
 from refcurv.model.patterns import expand, spelled
 from refcurv.model.weights import Model, resident
 from refcurv.passes.parallel import Turnstile
-from refcurv.passes.rounding import rounding
+from refcurv.passes.rounding import Noise, free, rounding
 from refcurv.passes.shards import Shard, shards
 from refcurv.passes.sweep import Sweep, Take, require_few_passes, sweep, sweep_of
 from refcurv.progress import Progress, silent
@@ -278,7 +278,7 @@ def summed(
         sums.finish()
         if unit.number in looks:  # alone in its block, the first to pass
             for name, (noise, count) in rounding(config, parameters, unit, job).items():
-                with turnstile.turn(key := Key(Side.e, name), 0) as due:
+                with turnstile.turn(key := Key(Side.noise, name), 0) as due:
                     if due:
                         totals[key].add(np.array(noise), count)
 
@@ -419,7 +419,7 @@ def _errors(
     told = seen and (not kept.any() or SQUARED[0] <= norm(kept) <= SQUARED[1])
     # a variance of 0 can come out negative by rounding
     drawn = np.sqrt(np.maximum(G.variance, 0)) / G.rows if told else (None, None)
-    rounded = _rounding(totals[Key(Side.e, name)], n_A, G.rows)
+    rounded = _rounding(totals[Key(Side.noise, name)], n_A, G.rows)
     known = (None if error is None else float(error) for error in (*drawn, *rounded))
     return dict(zip(ERRORS, known, strict=True))
 
@@ -431,11 +431,21 @@ def _rounding(noise: RunningSum, n_A: int, n_G: int) -> tuple[float | None, ...]
     """
     if not noise.rows:
         return (None,) * 5
-    square, of_G, free_G, of_A, free_A = map(float, noise.state())
+    told = Noise(*map(float, noise.state()))
     more_A, more_G = n_A / noise.rows, n_G / noise.rows
-    told_A = (math.sqrt(of_A * more_A), free_A) if of_A else (None, None)
-    told_G = (math.sqrt(of_G * more_G), free_G) if of_G else (None, None)
-    return square * more_G, *told_A, *told_G
+    of_A = _of_sum(told.of_A, told.squares_A, noise.rows, more_A)
+    of_G = _of_sum(told.of_G, told.squares_G, noise.rows, more_G)
+    return told.square * more_G, *of_A, *of_G
+
+
+def _of_sum(of: float, squares: float, rows: int, more: float) -> tuple[float | None, float | None]:
+    """The error of Σ x xᵀ over `more` times so many rows, and how many random numbers tell it.
+
+    E |Δ Σ x xᵀ|² is 4 Σ |e|² |x|² at most, for rows err independently.
+    """
+    if not 0 < of < math.inf:
+        return None, None
+    return 2 * math.sqrt(of * more), free(of, squares, rows)
 
 
 def least_certain(factors: Factors) -> tuple[str, float] | None:

@@ -28,8 +28,8 @@ def require_two(units: Sequence[Shard], job: Sweep) -> None:
     """Raise EmptyError where halves are asked for of a corpus that is one shard (SHARD)."""
     if job.halves and len(units) < 2:
         raise EmptyError(
-            "collect: halves of the corpus are asked for, but it is 1 shard of about "
-            f"{SHARD_TOKENS} positions. Give more text, or collect without halves."
+            "collect: halves of the corpus are asked for, but it is a single shard, of at most "
+            f"{SHARD_TOKENS} positions or one sequence. Give more text, or collect without halves."
         )
 
 

@@ -24,14 +24,14 @@ class Side(StrEnum):
         entries, (entries,).
     a   Σ a, (I,), where a reader has a bias (BIAS).
     G   Σ g gᵀ of one layer, (O, O).
-    e   what rounding does to some rows, (5,): `passes.rounding.Noise` (NEGATIVE).
+    noise   what rounding does to some rows, (5,): `passes.rounding.Noise` (NEGATIVE).
     A_half, G_half   the sums of A and G over every second shard (`curvature.halves`).
     """
 
     A = "A"
     a = "a"
     G = "G"
-    e = "e"
+    noise = "noise"
     A_half = "A_half"
     G_half = "G_half"
 
@@ -41,7 +41,7 @@ HALF = {Side.A: Side.A_half, Side.G: Side.G_half}
 
 
 class Key(NamedTuple):
-    """One sum: the side, and the name of the layer (G, e) or of what layers read (A, a)."""
+    """One sum: the side, and the name of the layer (G, noise) or of what layers read (A, a)."""
 
     side: Side
     name: str
@@ -190,7 +190,7 @@ def empty_sums(config: ModelConfig, job: Sweep) -> dict[Key, RunningSum]:
         if name in job.layers:
             read = config.input_of(name)
             out[Key(Side.G, name)] = RunningSum(d_out, d_out)
-            out[Key(Side.e, name)] = RunningSum(5)
+            out[Key(Side.noise, name)] = RunningSum(5)
             shape = (d_in,) if name in TABLES else (d_in, d_in)
             out.setdefault(Key(Side.A, read), RunningSum(*shape))
             if config.has_bias(name):

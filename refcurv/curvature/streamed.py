@@ -109,7 +109,7 @@ def _sums_of(
         if unit.number in looks:  # alone in its block, so that it needs no turn
             runs = [partial(back, course) for course in looks[unit.number]]
             for name, (one, count) in noise(runs, stage.layers).items():
-                totals[Key(Side.e, name)].add(np.array(one), count)
+                totals[Key(Side.noise, name)].add(np.array(one), count)
         done()
 
     accumulate(units, work, totals, in_flight, None, silent)

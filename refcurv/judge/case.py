@@ -21,7 +21,7 @@ from refcurv.law.checks import Array
 from refcurv.law.tolerance import eps
 from refcurv.model.corpus import Corpus
 from refcurv.model.weights import Model
-from refcurv.passes.rounding import NUDGES
+from refcurv.passes.rounding import EACH
 
 Value = TypeVar("Value")
 
@@ -189,7 +189,7 @@ def _noise(one: Factor, dtype: str, side: str) -> float:
     """How many roundings A or G may be off, over |A| or |G|, by the errors of single rows.
 
     0 where it is not known. |Δ|² is a sum over the rows that carry it, and its size is known from
-    NUDGES runs of these: a quotient of Fisher's distribution, whose quantile has the odds of a
+    EACH random numbers a row: a quotient of Fisher's distribution, whose quantile has the odds of a
     normal number beyond DEVIATIONS. 0 for G, too, where ALIKE rows or more carry it.
     """
     S, spread, free = (
@@ -198,8 +198,8 @@ def _noise(one: Factor, dtype: str, side: str) -> float:
         else (one.sum_G, one.noise_G, one.free_G)
     )
     size = float(norm(S))
-    rows = (free or 0.0) / len(NUDGES)
+    rows = (free or 0.0) / EACH
     if not spread or not rows or not size or (side == "G" and rows >= ALIKE):
         return 0.0
-    more = special.fdtri(rows, rows * len(NUDGES), special.ndtr(DEVIATIONS))
+    more = special.fdtri(rows, rows * EACH, special.ndtr(DEVIATIONS))
     return math.sqrt(more) * spread / size / (eps(dtype) / 2)

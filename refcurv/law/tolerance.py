@@ -99,9 +99,8 @@ def negative(size: int, shard_rows: int, dtype: DTypeLike) -> float:
 def underflow(size: int, shard_rows: int, dtype: DTypeLike) -> float:
     """NEGATIVE: how far below zero products that underflow can reach, however large the rest is.
 
-    A product that underflows is off by at most the smallest number. So an entry of a sum over rows
-    is off by at most `shard_rows` of these. The 2-norm of a matrix is at most `size` times its
-    largest entry.
+    A product that underflows is off by at most the smallest number, an entry of a sum over rows by
+    `shard_rows` of these. The 2-norm of a matrix is at most `size` times its largest entry.
 
     Kind: worst case, of which 30 % can be reached.
     """

@@ -100,8 +100,7 @@ class RopeScaling:
             makes more than `fast`; between them it is in part stretched.
         attention: cos and sin are multiplied by it (yarn, longrope).
         truncate: yarn's ramp starts and ends at whole dimensions.
-        short, long: longrope's divisor of each frequency, in a text of up to `original` positions,
-            and in a longer one.
+        short, long: longrope's divisors, in a text of up to `original` positions, and a longer one.
     """
 
     kind: Scaling
@@ -126,9 +125,8 @@ class RopeScaling:
         if kind is not Scaling.LINEAR:
             _require_naturals(self, who, ("original",), 1)
         if kind in (Scaling.LLAMA3, Scaling.YARN) and not self.slow < self.fast:
-            raise ConventionError(
-                f"{who}: slow must lie below fast; got {self.slow:g} and {self.fast:g} turns."
-            )
+            turns = f"{self.slow:g} and {self.fast:g} turns"
+            raise ConventionError(f"{who}: slow must lie below fast; got {turns}.")
 
 
 Rope = tuple[float, RopeScaling | None]
@@ -200,8 +198,7 @@ class ModelConfig:
         score_scale: q·k is multiplied by it, None for head_width^(-1/2).
         score_cap, logit_cap: scores or logits become c · tanh(x/c); None leaves them.
         qkv_clip: q, k and v are clipped to ±qkv_clip; None leaves them.
-        windows: for each block, how many last positions a query sees, 0 for all. () means all in
-            every block.
+        windows: for each block, how many last positions a query sees, 0 for all; () all in each.
         embed_scale: the token embedding is multiplied by it.
         causal: does a position see only itself and earlier ones.
         image: what a vision transformer reads, None for tokens; pool: what its head reads.
@@ -254,9 +251,7 @@ class ModelConfig:
         for name, kind in _ENUMS.items():
             value = require_choice(who, name, getattr(self, name), kind)
             object.__setattr__(self, name, kind(value))
-        _require_bools(
-            self, who, ("tied", "norm_gain", "norm_offset", "norm_bias", "gated", "causal")
-        )
+        _require_bools(self, who, _BOOLS)
         _require_number(self, who, "norm_eps", 0.0)
         for name in ("rope_theta", "local_theta", *_SCALES):
             if getattr(self, name) is not None:
@@ -362,6 +357,7 @@ class ModelConfig:
 # ------------------------------------------------------------------ what fields must be
 
 _SIZES = ("vocabulary", "width", "layers", "heads", "kv_heads", "head_width", "mlp_width")
+_BOOLS = ("tied", "norm_gain", "norm_offset", "norm_bias", "gated", "causal")
 _SCALES = ("score_scale", "score_cap", "logit_cap", "qkv_clip")
 _ENUMS: dict[str, type[StrEnum]] = {
     "norm_place": NormPlace, "qk_norm": QKNorm, "norm": Norm,
@@ -379,10 +375,8 @@ def _require_naturals(record: object, who: str, names: Sequence[str], least: int
 
 def _require_bools(record: object, who: str, names: Sequence[str]) -> None:
     for name in names:
-        if not isinstance(getattr(record, name), bool):
-            raise ConventionError(
-                f"{who}: {name} must be true or false; got {getattr(record, name)!r:.40}."
-            )
+        if not isinstance(value := getattr(record, name), bool):
+            raise ConventionError(f"{who}: {name} must be true or false; got {value!r:.40}.")
 
 
 def _require_number(record: object, who: str, name: str, least: float) -> None:
@@ -400,9 +394,7 @@ def _require_names(record: object, who: str, field_name: str, known: Sequence[st
     """Refuse all but different known names; keep them as a tuple, in the order of `known`."""
     value = getattr(record, field_name)
     if not isinstance(value, tuple | list) or len(set(map(str, value))) != len(value):
-        raise ConventionError(
-            f"{who}: {field_name} must be a list of different names; got {value!r:.80}."
-        )
+        raise ConventionError(f"{who}: {field_name} must be different names; got {value!r:.80}.")
     for name in value:
         require_choice(who, field_name, name, known)
     object.__setattr__(record, field_name, tuple(name for name in known if name in value))
@@ -427,10 +419,8 @@ def _require_heads(config: ModelConfig, who: str) -> None:
     if config.rope_theta is None:
         of = (config.rope_width, config.rope_scaling, config.local_theta, config.rotary or None)
         if any(value is not None for value in of):
-            raise ConventionError(
-                f"{who}: rope_width, rope_scaling, local_theta and rotary need a rope_theta, and "
-                "it is None."
-            )
+            of_rope = "rope_width, rope_scaling, local_theta and rotary"
+            raise ConventionError(f"{who}: {of_rope} need a rope_theta, and it is None.")
         return
     if config.rope_width is None:
         width = config.head_width
@@ -445,9 +435,7 @@ def _require_heads(config: ModelConfig, who: str) -> None:
         )
     scaling = config.rope_scaling
     if scaling is not None and not isinstance(scaling, RopeScaling):
-        raise ConventionError(
-            f"{who}: rope_scaling must be a RopeScaling or None; got {scaling!r:.80}."
-        )
+        raise ConventionError(f"{who}: rope_scaling is a RopeScaling or None; got {scaling!r:.80}.")
     if scaling is not None and scaling.kind is Scaling.YARN and config.rope_theta == 1:
         raise ConventionError(
             f"{who}: yarn orders frequencies, and with rope_theta 1 all are one. Give a larger one."
@@ -492,9 +480,7 @@ def _require_input(config: ModelConfig, who: str) -> None:
     image = config.image
     if image is None:
         if config.pool is not Pool.NONE or "patch" in config.biases:
-            raise ConventionError(
-                f"{who}: pool and a bias of 'patch' are for images, but image is None."
-            )
+            raise ConventionError(f"{who}: pool and a bias of 'patch' are for images; it has none.")
         return
     if not isinstance(image, Image):
         raise ConventionError(f"{who}: image must be an Image or None; got {image!r:.80}.")

@@ -67,9 +67,7 @@ class Population:
         for name in ("prompt_length", "length"):
             _own(self, who, name, np.int32, (N,), "(N,)")
         require_choice(who, "kind", self.kind, KINDS)
-        require_choice(who, "split", self.split, SPLITS)
-        chance = require_range(who, "chance", self.chance, 0.0, 1.0)
-        object.__setattr__(self, "chance", chance)
+        _own_judging(self, who)
         asked = 0 if self.kind == "text" else 1
         good = (self.prompt_length >= 1) & (self.prompt_length + asked <= self.length)
         good &= self.length <= T
@@ -88,9 +86,8 @@ class Population:
 class ImagePopulation:
     """Labelled images that are judged alike: by accuracy, is the likeliest class the label?
 
-    A memorised wrong label and the true one are two populations of the same images:
-    `ImagePopulation(noised, wrong, "test")` counts what is still recited,
-    `ImagePopulation(noised, true, "test")` what is recovered.
+    A memorised wrong label and the true one are two populations of the same images: one counts what
+    is still recited, the other what is recovered.
 
     Fields:
         images: (N, C, H, W) float32, the values that the model reads (see Corpus).
@@ -110,15 +107,11 @@ class ImagePopulation:
         _own_images(self, who)
         if len(self.images) == 0:
             raise EmptyError(f"{who}: there is no image.")
-        require_choice(who, "split", self.split, SPLITS)
-        chance = require_range(who, "chance", self.chance, 0.0, 1.0)
-        object.__setattr__(self, "chance", chance)
+        _own_judging(self, who)
         if self.labels.min() < 0:
             n = int(np.argmax(self.labels < 0))
-            raise RangeError(
-                f"{who}: labels [{n}] is {self.labels[n]}; an image to be judged has a label.",
-                index=n,
-            )
+            text = f"labels [{n}] is {self.labels[n]}; an image to be judged has a label"
+            raise RangeError(f"{who}: {text}.", index=n)
 
     @property
     def kind(self) -> str:
@@ -277,6 +270,11 @@ def _check_images(corpus: Corpus, who: str) -> None:
             )
 
 
+def _own_judging(record: Population | ImagePopulation, who: str) -> None:
+    require_choice(who, "split", record.split, SPLITS)
+    object.__setattr__(record, "chance", require_range(who, "chance", record.chance, 0.0, 1.0))
+
+
 def _own_images(record: Corpus | ImagePopulation, who: str) -> None:
     """Replace images and labels by checked copies: (N, C, H, W) float32 and (N,) int32."""
     given = record.images
@@ -294,9 +292,7 @@ def _own_tokens(record: Corpus | Population, who: str) -> None:
     """Replace `record.tokens` by a checked copy: (N, T) int32, T >= 1, no negative id."""
     tokens = _own(record, who, "tokens", np.int32, (None, None), "(N, T)")
     if tokens.shape[1] == 0:
-        raise EmptyError(
-            f"{who}: tokens must be at least one position wide; got (N, T) with T = 0."
-        )
+        raise EmptyError(f"{who}: tokens must be one position wide or more; T is 0.")
     if tokens.size and tokens.min() < 0:
         index = [int(i) for i in np.argwhere(tokens < 0)[0]]
         raise RangeError(

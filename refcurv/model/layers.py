@@ -177,8 +177,7 @@ def rms_norm_forward(x: Array, gain: Array, eps: float) -> tuple[Array, Saved]:
     """y = gain · x / sqrt(mean(x²) + eps), over the last axis; eps inside the root.
 
     It is computed from u = s x and s² eps, where s is a power of two near 1/max(|x|, √eps): s
-    cancels, and u² neither overflows nor vanishes. Where x² and eps are in the range of the dtype,
-    s changes no bit.
+    cancels, and u² neither overflows nor vanishes. Where x² and eps are in range s changes no bit.
     """
     s = unit_scale(x, eps)
     u = x * s
@@ -404,7 +403,10 @@ def mlp_backward(d_h: Array, saved: Saved) -> tuple[Array | None, Array]:
 
 @dataclass(frozen=True, slots=True)
 class Ops:
-    """What the transformer runs on: definitions, kernels equal to them, or proofs (`certified`)."""
+    """What the transformer runs on: definitions, kernels equal to them, or proofs (`certified`).
+
+    mlp_forward may be asked for the same again (`transformer.hidden_of`), and gives the same.
+    """
 
     rms_norm_forward: Callable[[Array, Array, float], tuple[Array, Saved]]
     rms_norm_backward: Callable[[Array, Saved], tuple[Array, Array]]

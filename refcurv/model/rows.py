@@ -18,8 +18,7 @@ def kept(
 ) -> Array:
     """ROWS: the positions that enter A and G, (B, T) bool.
 
-    For images label_BT is (B, 1), and real_BT and segment_BT are not read. An image without a
-    label has no rows.
+    For images label_BT is (B, 1), and the others are not read; one without a label has no rows.
     """
     labelled_BT = label_BT >= 0
     if config.image is not None:

@@ -224,7 +224,7 @@ def mlp_forward(
 
 
 def hidden_of(config: ModelConfig, trace: MLPTrace, ops: Ops) -> Array:
-    """Down's input: too wide to be kept, and made again without a product; the same bits."""
+    """Down's input: too wide to be kept, and made again from gate and up; the same bits."""
     return ops.mlp_forward(config.activation, trace.gate, trace.up)[0]
 
 
@@ -270,8 +270,7 @@ def block_forward(
 ) -> tuple[Array, BlockTrace, KeysAndValues]:  # fmt: skip
     """Block i: x → x + attention → x + MLP, with norms before or after each of the two.
 
-    `past`: keys and values of earlier positions (B, S, K, E); the third result appends these ones'.
-
+    `past`: keys and values of earlier positions (B, S, K, E); the third result has theirs and ours.
     Raises NonFiniteError where a number leaves the range of the dtype, with the layer's name.
     """
     at, pre = f"blocks.{i}.", config.norm_place is not NormPlace.POST

@@ -38,15 +38,21 @@ class Model:
     edits: tuple[Mapping[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse an unknown dtype and parameters that the configuration does not ask for."""
+        """Refuse an unknown dtype, and parameters that are not those of the configuration."""
         require_choice("Model", "dtype", self.dtype, COMPUTE_DTYPES)
-        wanted = set(self.config.parameter_shapes())
-        have = set(self.parameters)
+        shapes = self.config.parameter_shapes()
+        wanted, have = set(shapes), set(self.parameters)
         if wanted != have:
             raise NameUnknownError(
                 f"Model: missing parameters {sorted(wanted - have)[:4]}, unknown parameters "
                 f"{sorted(have - wanted)[:4]}; the configuration asks for {len(wanted)}."
             )
+        if type(self.parameters) in (dict, MappingProxyType):  # others check what they read
+            for name, shape in shapes.items():
+                x: Any = self.parameters[name]
+                got = f"{x.shape} of {x.dtype}" if isinstance(x, np.ndarray) else type(x).__name__
+                if got != (want := f"{shape} of {self.dtype}"):
+                    raise ShapeError(f"Model: {name} must be {want}, as dtype= says; got {got}.")
 
     def with_parameters(self, changed: Mapping[str, Array]) -> Model:
         """The same model with some parameters replaced; shapes are checked, arrays are copied."""
@@ -55,10 +61,8 @@ class Model:
         for name, array in changed.items():
             if name not in shapes:
                 raise NameUnknownError(f"with_parameters: the model has no parameter {name!r}.")
-            if np.shape(array) != shapes[name]:
-                raise ShapeError(
-                    f"with_parameters: {name} must be {shapes[name]}; got {np.shape(array)}."
-                )
+            if (got := np.shape(array)) != shapes[name]:
+                raise ShapeError(f"with_parameters: {name} must be {shapes[name]}; got {got}.")
             own = np.array(array, dtype=self.dtype)
             own.flags.writeable = False
             replaced[name] = own
@@ -67,8 +71,7 @@ class Model:
 
 def resident(model: Model, dtype: DTypeLike | None = None) -> dict[str, Array]:
     """Every parameter, read once, in the model's dtype or in another one."""
-    names = model.config.parameter_shapes()
-    return {name: np.asarray(model.parameters[name], dtype) for name in names}
+    return {x: np.asarray(model.parameters[x], dtype) for x in model.config.parameter_shapes()}
 
 
 class Overlay(Mapping[str, Array]):

@@ -36,19 +36,23 @@ NUDGES = (4, -5)
 """By how many units in the last place the other runs' inputs are larger."""
 
 
+EACH = 3
+"""How many random numbers tell the error of a row.  Chosen: two differences of three copies, each
+with the directions in which the row errs: four of two directions alike, two of one alone."""
+
+
 class Noise(NamedTuple):
     """What rounding does to some rows of one layer; each field adds up over shards.
 
-    Fields: square, Σ |e|², e the error of g. of_G: 4 Σ |e|² |g|², which E |Δ Σ g gᵀ|² reaches at
-    most, for rows err independently. free_G: how many random numbers tell it: one for each of
-    NUDGES and of the rows that carry it, (Σ w)²/Σ w² of w = |e|² |g|². of_A, free_A: the same of a.
+    Fields: square, Σ |e|², e the error of g; of_G, Σ w over rows, w = |e|² |g|²; squares_G, Σ w².
+    of_A, squares_A: the same of a.
     """
 
     square: float
     of_G: float
-    free_G: float
+    squares_G: float
     of_A: float
-    free_A: float
+    squares_A: float
 
 
 def rounding(
@@ -62,7 +66,8 @@ def rounding(
     is sent back is that of the first draw; for `expected`, all columns with random signs.
 
     Cost: a forward and a backward pass over 3 POSITIONS labels, once for each shard that is looked
-        at; three over twice one sequence, where this is long and cannot be cut.
+        at; three over twice one sequence, where that is long and its labels are few, or it cannot
+        be cut.
     Proof: tests/test_rounding.py::test_the_estimate_is_the_error
     """
     dtype = parameters[config.weight_of("head")].dtype
@@ -81,9 +86,10 @@ def as_it_is(parameters: Parameters) -> Parameters:
 def other_runs(
     config: ModelConfig, shard: Shard, job: Sweep, dtype: np.dtype
 ) -> list[tuple[ModelConfig, View, Shard, Sweep]]:
-    """What a sweep is given: some sequences as they are, and the same again with each of NUDGES.
+    """What a sweep is given: copies of some sequences, as they are and with each of NUDGES.
 
-    All in one run, if that is no larger than the shard, or than POSITIONS of each; else any two.
+    All in one run, if that is no larger than the shard, or than POSITIONS of each. Else each two of
+    them have a run of their own.
     """
     fisher = Fisher.SIGNED if job.fisher is Fisher.EXPECTED else job.fisher
     few, one = some_of(config, shard), replace(job, fisher=fisher, draws=1)
@@ -105,13 +111,13 @@ def noise(
 
     The runs are `other_runs`. A layer's rows may come in parts, one after the other.
     """
-    found: dict[str, list[tuple[Noise, int]]] = {name: [] for name in layers}
+    found: dict[str, list[Array]] = {name: [] for name in layers}
     copies = 1 + len(NUDGES) if len(runs) == 1 else 2
     parts: list[Tap] = []
 
     def end() -> None:
         if parts:
-            found[parts[0].name].append(_noise(parts, copies, len(NUDGES) / len(runs)))
+            found[parts[0].name].append(_rows(parts, copies))
             parts.clear()
 
     def take(_: int, tap: Tap) -> None:
@@ -122,27 +128,28 @@ def noise(
     for run in runs:
         run(take)
         end()
-    return {name: _together(some) for name, some in found.items()}
+    return {name: _noise(np.mean(some, axis=0)) for name, some in found.items() if some}
 
 
-def _together(some: Sequence[tuple[Noise, int]]) -> tuple[Noise, int]:
-    """The sum of each field, and of the rows."""
-    fields = np.sum([one for one, _ in some], axis=0) if some else np.zeros(len(Noise._fields))
-    return Noise(*map(float, fields)), sum(rows for _, rows in some)
+def _rows(parts: Sequence[Tap], copies: int) -> Array:
+    """(5, N) of one layer's N rows, of each of which there are copies, by one run.
 
-
-def _noise(parts: Sequence[Tap], copies: int, each: float) -> tuple[Noise, int]:
-    """Of one layer of one run: its rows, so many times. `each` random numbers tell one's error."""
+    |e|² of g, the same with the smallest number for each entry, and |g|²; then |e|² of a, and |a|².
+    """
     name, g_NO = parts[0].name, _joined([tap.g for tap in parts])
     rows = len(g_NO) // copies
-    if not rows:
-        return Noise(0.0, 0.0, 0.0, 0.0, 0.0), 0
-    least = rows * g_NO.shape[1] * float(np.finfo(g_NO.dtype).smallest_subnormal)
     error_N, square_N = _errors(g_NO, rows)
-    of_A = (0.0, 0.0)
+    of_A = np.zeros((2, rows))
     if name not in TABLES:
-        of_A = _spread(*_errors(_joined([tap.a for tap in parts]), rows), each)
-    return Noise(float(error_N.sum()) + least, *_spread(error_N, square_N, each), *of_A), rows
+        of_A[:] = _errors(_joined([tap.a for tap in parts]), rows)
+    least = g_NO.shape[1] * float(np.finfo(g_NO.dtype).smallest_subnormal)
+    return np.stack([error_N, error_N + least, square_N, *of_A])
+
+
+def _noise(rows_5N: Array) -> tuple[Noise, int]:
+    """The sums over the rows of one layer (`_rows`), and how many there are."""
+    error_N, seen_N, square_N, *of_A = rows_5N
+    return Noise(float(seen_N.sum()), *_spread(error_N, square_N), *_spread(*of_A)), len(error_N)
 
 
 def _joined(parts: Sequence[Array]) -> Array:
@@ -164,17 +171,20 @@ def _squares(x_NX: Array, less_NX: Array | None = None) -> Array:
     return out_N
 
 
-def _spread(error_N: Array, square_N: Array, each: float) -> tuple[float, float]:
-    """4 Σ w and how many random numbers tell it, w the error of a row times its square.
+def _spread(error_N: Array, square_N: Array) -> tuple[float, float]:
+    """Σ w and Σ w², w the error of a row times its square."""
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        w_N = error_N * square_N
+        return float(w_N.sum()), float((w_N * w_N).sum())
 
-    each: how many random numbers tell the error of one row.
+
+def free(of: float, squares: float, rows: int) -> float:
+    """How many random numbers tell Σ w of so many rows: EACH for each of those that carry it.
+
+    These are (Σ w)²/Σ w²; one where w² is no number of float64.
     """
-    w_N = error_N * square_N
-    top = float(w_N.max(initial=0.0))
-    if not 0 < top < np.inf:
-        return 0.0, 0.0
-    share_N = w_N / top
-    return 4 * float(w_N.sum()), each * float(share_N.sum() ** 2 / (share_N**2).sum())
+    carry = of / squares * of if 0 < squares < np.inf else 1.0
+    return EACH * min(max(carry, 1.0), rows)
 
 
 def some_of(config: ModelConfig, shard: Shard) -> Shard:
@@ -185,7 +195,7 @@ def some_of(config: ModelConfig, shard: Shard) -> Shard:
     labelled = np.flatnonzero((shard.label_BT >= 0).any(axis=1))
     few = shard.of(labelled[: max(1, POSITIONS // shard.layout.position_BT.shape[1])])
     columns = np.flatnonzero(few.label_BT[0] >= 0)
-    if config.image is not None or not may_be_cut(config) or len(columns) <= POSITIONS:
+    if not may_be_cut(config) or len(columns) <= POSITIONS:
         return few
     return few.until(int(columns[POSITIONS - 1]) + 1)
 

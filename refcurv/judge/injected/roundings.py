@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Final
+from zlib import crc32
 
 import numpy as np
 
@@ -139,11 +140,15 @@ def _short_model(net: Network) -> Network:
 
 
 def _dropout(net: Network) -> Network:
-    """Hidden entries of the MLP are 0 at random, and the others larger."""
-    ops, rng = net.ops, np.random.default_rng(0)
+    """Hidden entries of the MLP are 0 at random, and the others larger.
 
-    def mlp(*given: Any) -> tuple[Array, Any]:
-        y, saved = ops.mlp_forward(*given)
+    By chance of what the MLP reads: made again (`transformer.hidden_of`), they are the same.
+    """
+    ops = net.ops
+
+    def mlp(activation: Any, gate: Array | None, up: Array) -> tuple[Array, Any]:
+        y, saved = ops.mlp_forward(activation, gate, up)
+        rng = np.random.default_rng(crc32(up.tobytes()))
         kept = (rng.random(y.shape) >= DROPPED) / (1 - DROPPED)
         return y * kept, (kept, saved)
 
