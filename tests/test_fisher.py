@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import islice
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,8 +15,9 @@ from strategies import Case, cases
 from test_loss import sign_by_hand
 
 from refcurv.law.conventions import Fisher, Rows
-from refcurv.model.fisher import cotangents
+from refcurv.model.fisher import DRAWN, cotangents
 from refcurv.model.rows import kept, reached
+from refcurv.passes.sweep import Sweep
 
 LABEL = np.array([[0, 2], [-1, 1], [0, -1]])
 INDEX = np.array([4, 7, 9])
@@ -56,7 +59,8 @@ def test_cotangents_by_hand(rows: Sequence[int]) -> None:
 
 def test_the_expected_fisher_looks_at_labelled_positions_alone() -> None:
     """Where there is none it sends one zero, so that A is collected all the same."""
-    assert len(cotangents(Fisher.EXPECTED, np.array([[-1, 0, -1, 3]]), INDEX[:1], V)) == 2 * V
+    sent = cotangents(Fisher.EXPECTED, np.array([[-1, 0, -1, 3]]), INDEX[:1], V)
+    assert len(list(sent)) == 2 * V
     (one,) = cotangents(Fisher.EXPECTED, np.array([[-1, -1]]), INDEX[:1], V)
     assert not one(np.arange(2), np.ones((2, V))).any()
 
@@ -87,3 +91,15 @@ def test_reached_rows_by_hand() -> None:
     assert reached(label, real, segment).astype(int).tolist() == [[1, 1, 0, 0, 0], [1, 0, 0, 0, 0]]
     both = reached(label, real, segment, causal=False).astype(int)
     assert both.tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("fisher", list(Fisher))
+def test_what_is_sent_back_is_made_when_it_is_asked_for(fisher: Fisher) -> None:
+    """However many passes there are, memory holds one; their number is known without them."""
+    draws = 2**31 if fisher in DRAWN else 1
+    job = Sweep(frozenset({"head"}), fisher, SEED, draws)
+    shard = SimpleNamespace(label_BT=LABEL, index_B=INDEX)
+    sent = job.cotangents(shard, 10**9)
+    assert len(list(islice(sent, 3))) == min(3, job.passes(shard, 10**9))
+    few = replace(job, draws=2 if fisher in DRAWN else 1)
+    assert few.passes(shard, 5) == len(list(few.cotangents(shard, 5)))

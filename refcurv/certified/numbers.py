@@ -134,7 +134,7 @@ class Task:
     rho: Mapping[str, float] = field(default_factory=dict)
 
 
-def sent(task: Task, number: int, one: Sequence, ops: Ops) -> list[Cotangent]:
+def sent(task: Task, number: int, one: Sequence, ops: Ops) -> Iterator[Cotangent]:
     """FISHER: what each backward pass sends back. Drawn labels are data: float64 drew them."""
     config = task.config
     if task.fisher is Fisher.SAMPLED:

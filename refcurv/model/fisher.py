@@ -6,6 +6,7 @@ of N positions. Positions without a label send nothing back.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
@@ -37,8 +38,8 @@ def cotangents(
     seed: int = 0,
     draws: int = 1,
     ops: Ops = DEFINITIONS,
-) -> list[Cotangent]:
-    """FISHER: one cotangent per backward pass over a batch.
+) -> Iterator[Cotangent]:
+    """FISHER: one cotangent per backward pass over a batch, when it is asked for.
 
     Definition
         empirical   p − onehot(y), y the label of the corpus;
@@ -65,16 +66,16 @@ def cotangents(
     batch = ops, label_BT, index_B
     match fisher:
         case Fisher.EMPIRICAL:
-            return [partial(_corpus_slope, ops, label_BT)]
+            yield partial(_corpus_slope, ops, label_BT)
         case Fisher.SAMPLED:
-            return [partial(_drawn_slope, *batch, seed, draw) for draw in range(draws)]
+            yield from (partial(_drawn_slope, *batch, seed, draw) for draw in range(draws))
         case Fisher.SIGNED:
-            return [partial(_signed_root, *batch, seed, draw) for draw in range(draws)]
+            yield from (partial(_signed_root, *batch, seed, draw) for draw in range(draws))
         case Fisher.EXPECTED:
             at, entries = labelled(label_BT), range(vocabulary)
             if not at:  # the rows of this batch have g = 0
-                return [partial(_corpus_slope, ops, label_BT)]
-            return [partial(_root_column, ops, label_BT, t, v) for t in at for v in entries]
+                yield partial(_corpus_slope, ops, label_BT)
+            yield from (partial(_root_column, ops, label_BT, t, v) for t in at for v in entries)
 
 
 def labelled(label_BT: Array) -> list[int]:

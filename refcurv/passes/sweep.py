@@ -43,8 +43,14 @@ class Sweep:
         """The wanted layers below all blocks: patches, tables."""
         return self.layers & {"patch", *TABLES}
 
-    def cotangents(self, shard: Shard, vocabulary: int) -> list[Cotangent]:
-        """What is sent back over the shard, one entry for each backward pass (FISHER)."""
+    def passes(self, shard: Shard, vocabulary: int) -> int:
+        """How many backward passes there are over the shard."""
+        if self.fisher is Fisher.EXPECTED:
+            return max(1, len(labelled(shard.label_BT)) * vocabulary)
+        return self.draws
+
+    def cotangents(self, shard: Shard, vocabulary: int) -> Iterator[Cotangent]:
+        """What is sent back over the shard, one for each backward pass (FISHER)."""
         batch = shard.label_BT, shard.index_B, vocabulary
         return cotangents(self.fisher, *batch, self.seed, self.draws, FAST)
 
@@ -117,13 +123,13 @@ def sweep(
     final_BTD, trace = before or forward_of(config, parameters, shard, job)
     want_head = "head" in job.layers
     rows = KeptRows(shard.keep_BT)
-    passes = job.cotangents(shard, config.vocabulary)
-    for number, cotangent in enumerate(passes):
+    passes = job.passes(shard, config.vocabulary)
+    for number, cotangent in enumerate(job.cotangents(shard, config.vocabulary)):
         head = transformer.head_transpose(config, parameters, final_BTD, shard.head_BT, cotangent)
         d_final_BTD = transformer.drain(
             head, partial(take_taps, take, number) if want_head else ignore
         )
-        last = before is None and number == len(passes) - 1
+        last = before is None and number == passes - 1
         steps = transformer.blocks_backward(config, parameters, d_final_BTD, trace, FAST, last)
         for tap in _taps(config, trace, steps, job):
             take(number, Tap(tap.name, rows.of_input(tap.a), rows.of(tap.g)))
