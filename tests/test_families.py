@@ -483,6 +483,7 @@ def test_absent_keys_have_transformers_defaults(name: str) -> None:
 
 YARN = dict(rope_type="yarn", factor=2.0, original_max_position_embeddings=8)
 CONTEXT = {"max_position_embeddings": 8}
+PHI_CONTEXT = {"original_max_position_embeddings": 8}
 PHI: dict[str, Any] = dict(type="longrope", short_factor=[1.0, 1.1], long_factor=[2, 3.5])
 
 
@@ -505,7 +506,9 @@ def test_longrope_as_published() -> None:
     text = huggingface.minimal_config(family, found, {"x": "float32"})
     assert read_config("x", text) == (family, found)
     del config["original_max_position_embeddings"]
-    assert read_config("x", json.dumps(config))[1].rope_scaling.original == 4096
+    for usual in (PHI, PHI | {"original_max_position_embeddings": 4096}):
+        config["rope_scaling"] = usual
+        assert read_config("x", json.dumps(config))[1].rope_scaling.original == 4096
     plain = config_of("phi3", **lengths)  # without longrope it says nothing
     assert read_config("x", json.dumps(plain))[1].rope_scaling is None
 
@@ -535,7 +538,8 @@ OF_BLOCKS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         "llama", {"rope_scaling": DYNAMIC, "max_position_embeddings": 8}, {"rotary": ()}
     ),
     "gemma3, dynamic": (
-        "gemma3_text", {"rope_scaling": DYNAMIC, "max_position_embeddings": 8},
+        "gemma3_text",
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 2}, "max_position_embeddings": 8},
         {"rotary": ("local", "main")},
     ),
     "smollm3, windows": (
@@ -554,6 +558,29 @@ def test_rotary_positions_by_the_block(name: str) -> None:
     assert (found.rope_scaling is not None) == ("rope_scaling" in changed)
     text = huggingface.minimal_config(family, found, {"x": "float32"})
     assert read_config("x", text) == (family, found)
+
+
+def test_truncate_that_is_null() -> None:
+    """transformers takes it for false, but reads none where each kind of attention has a block."""
+    null = YARN | {"truncate": None}
+    for key in ("rope_scaling", "rope_parameters"):
+        found = read_config("x", json.dumps(config_of("qwen2", **{key: null})))[1].rope_scaling
+        assert found is not None and not found.truncate
+    config = config_of("olmo3", rope_parameters={"full_attention": null})
+    found = read_config("x", json.dumps(config))[1].rope_scaling
+    assert found is not None and found.truncate
+
+
+def test_a_cap_that_transformers_does_not_apply() -> None:
+    """Null says nothing; a number may be ignored, but not where it is applied."""
+    plain = read_config("x", json.dumps(config_of("gemma3_text")))
+    config = config_of("gemma3_text", attn_logit_softcapping=None)
+    assert read_config("x", json.dumps(config)) == plain
+    config["attn_logit_softcapping"] = 0.5
+    assert read_config("x", json.dumps(config), ["attn_logit_softcapping"]) == plain
+    config = config_of("gemma2", attn_logit_softcapping=0.5)
+    with pytest.raises(ConventionError, match="cannot be ignored"):
+        read_config("x", json.dumps(config), ["attn_logit_softcapping"])
 
 
 def test_mixtures_of_experts_are_refused_in_a_sentence() -> None:
@@ -602,6 +629,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         },
         "original_max_position_embeddings is given as 8 and as 9",
     ),
+    "phi3, context in the block alone": (
+        "phi3",
+        {"rope_scaling": PHI | {"original_max_position_embeddings": 8}},
+        "is 8 beside rope_type alone, where transformers takes 4096 .*: write it at the top level",
+    ),
     "llama, no context": (
         "llama",
         {"rope_scaling": {"type": "dynamic", "factor": 2}},
@@ -630,6 +662,32 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "no_rope_layer_interval must be a positive integer",
     ),
     "gemma3, pattern": ("gemma3_text", {"sliding_window_pattern": 0}, "pattern must be a positive"),
+    "gemma3, cap": (
+        "gemma3_text",
+        {"attn_logit_softcapping": 0.5},
+        "transformers caps no scores. .* --ignore-key attn_logit_softcapping",
+    ),
+    "llama, cap": ("llama", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
+    "gemma3, type": (
+        "gemma3_text",
+        {"rope_scaling": {"type": "linear", "factor": 8.0}},
+        "its kind, 'linear', as type, which transformers 5 does not .*: write rope_type",
+    ),
+    "olmo3, type": (
+        "olmo3",
+        {"rope_scaling": {**YARN, "rope_type": None, "type": "yarn"}},
+        "its kind, 'yarn', as type",
+    ),
+    "olmo3, truncate": (
+        "olmo3",
+        {"rope_parameters": {"full_attention": YARN | {"truncate": False}}},
+        "truncate is false, .*: it computes with true. Write true",
+    ),
+    "olmo3, older truncate": (
+        "olmo3",
+        {"rope_scaling": YARN | {"truncate": False}},
+        "truncate is false, which transformers does not read",
+    ),
     "gemma3, unread": (
         "gemma3_text",
         {"_sliding_window_pattern": 2},
@@ -660,7 +718,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "use_sliding_window is not true",
     ),
     "qwen2, list": ("qwen2", {"max_window_layers": [1]}, "max_window_layers must be a positive"),
-    "phi3, yarn": ("phi3", {"rope_scaling": YARN}, "lacks the key 'short_factor'"),
+    "phi3, yarn": ("phi3", {"rope_scaling": YARN, **PHI_CONTEXT}, "lacks the key 'short_factor'"),
     "olmo3, theta": ("olmo3", {"rope_theta": 1e4}, "rope_theta is 10000.0: releases of transform"),
     "olmo3, flat": ("olmo3", {"rope_parameters": YARN}, "rope_parameters has an unknown key"),
     "gpt_neo, types": ("gpt_neo", {"attention_types": [["global", 2]]}, "attention_types must"),

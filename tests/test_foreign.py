@@ -418,6 +418,12 @@ def test_kronfluence_says_its_arguments_in_a_header_too(tmp_path: Path) -> None:
     assert dump.declared["fisher"] == "empirical" and dump.arithmetic.sums == "float32"
 
 
+def test_kronfluence_whose_arguments_are_damaged(tmp_path: Path) -> None:
+    kronfluence(folder := tmp_path / "factors_x")
+    (folder / "factor_arguments.json").write_text("{")
+    assert read_dump(folder).problems[0].startswith("factor_arguments.json is not valid JSON")
+
+
 def test_partitions_of_data_are_summed(tmp_path: Path) -> None:
     kronfluence(tmp_path / "factors_x", parts=3)
     dump = read_dump(tmp_path / "factors_x")

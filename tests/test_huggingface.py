@@ -211,6 +211,15 @@ SAME: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "irrelevant keys": (LLAMA | {"use_cache": True, "pad_token_id": 3, "torch_dtype": "f"}, {}),
     "no dropout in a forward": (LLAMA | {"attention_dropout": 0.1, "hidden_dropout": 0.2}, {}),
+    "two blocks, one read": (
+        OLD
+        | {
+            "rope_theta": 9.0,
+            "rope_scaling": {"type": "default"},
+            "rope_parameters": {"rope_theta": 9, "rope_type": "default", "factor": None},
+        },
+        {"rope_theta": 9.0},
+    ),
     "biases": (LLAMA | {"attention_bias": True}, {"biases": ("q", "k", "v", "o")}),
     "activation": (LLAMA | {"hidden_act": "gelu_new"}, {"activation": "gelu_tanh"}),
 }
@@ -375,6 +384,20 @@ WRONG_ROPES: dict[str, tuple[dict[str, Any], str]] = {
     "one of two": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is given"),
     "types": ({"rope_parameters": {"type": "linear", "rope_type": "yarn"}}, "as 'linear' and"),
     "partial": (rope_of("default", partial_rotary_factor=0.5), "below 1 is not of this family"),
+    "unread": (
+        {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_theta": 9.0}},
+        "rope_theta is 9.0 in rope_parameters alone, which transformers does not read where",
+    ),
+    "unread kind": (
+        rope_of("linear", factor=2.0) | {"rope_scaling": {"rope_theta": 500.0}},
+        "rope_type is 'linear' in rope_parameters alone, .*: move all of one block into the other",
+    ),
+    "unread factor": (
+        rope_of("yarn", factor=2.0, attention_factor=1.5, **CONTEXT)
+        | {"rope_scaling": {"rope_type": "yarn", "rope_theta": 500.0, "factor": 2.0,
+                            "attention_factor": None, **CONTEXT}},
+        "attention_factor is 1.5 in rope_parameters alone",
+    ),
     "over 1": (rope_of("default", partial_rotary_factor=1.5), "must be at most 1; got 1.5"),
 }  # fmt: skip
 
@@ -525,6 +548,19 @@ def test_an_index_that_is_refused(tmp_path: Path, change: Any, fragment: str) ->
     with pytest.raises(SchemaError, match=fragment) as caught:
         convert(folder, tmp_path / "w.h5")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["config.json", INDEX, "model.safetensors"])
+def test_an_error_says_its_command_once(folder: Path, tmp_path: Path, file: str) -> None:
+    twice = b'{"weight_map": {}, "weight_map": {}}'
+    if file == "model.safetensors":
+        with_header(folder / file, twice, b"")
+    else:
+        (folder / file).write_bytes(twice)
+    with pytest.raises(SchemaError, match="a key occurs twice") as caught:
+        convert(folder, tmp_path / "w.h5")
+    assert str(caught.value).count("convert: ") == 1
+    assert str(caught.value).startswith("convert: ")
 
 
 def test_an_index_that_its_shards_left_behind(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,6 +180,105 @@ def test_without_the_patch_it_is_float32(peer_of: Any, row: str) -> None:
     found = distances(run_ours(peer.ours, data), theirs, data)
     assert 1e-9 < found["logits"] < 1e-5
     assert 1e-9 < max(found.values()) < 1e-4
+
+
+def with_keys(folder: Path, changed: dict[str, Any], into: Path) -> Path:
+    """The checkpoint with some keys of its config.json changed, or left out where `...`."""
+    shutil.copytree(folder, into)
+    config = json.loads((folder / "config.json").read_text()) | changed
+    kept = {key: value for key, value in config.items() if value is not ...}
+    (into / "config.json").write_text(json.dumps(kept))
+    return into
+
+
+def typed(block: dict[str, Any]) -> dict[str, Any]:
+    """rope_scaling, its kind under the older name `type`, in place of rope_parameters."""
+    rest = {key: value for key, value in block.items() if key != "rope_type"}
+    return {"rope_parameters": ..., "rope_scaling": rest | {"type": block["rope_type"]}}
+
+
+def by_kind(full: dict[str, Any], theta: float) -> dict[str, Any]:
+    sliding = {"rope_type": "default", "rope_theta": theta}
+    return {"rope_parameters": {"full_attention": full, "sliding_attention": sliding}}
+
+
+YARN, BLUNT, LINEAR, LLAMA3, DYNAMIC = (
+    one["rope_parameters"]
+    for one in (
+        peers_zoo.YARN, peers_zoo.BLUNT, peers_zoo.LINEAR, peers_zoo.LLAMA3, peers_zoo.DYNAMIC
+    )
+)  # fmt: skip
+ALONE = {"original_max_position_embeddings": ...}
+USUAL = ALONE | {"rope_parameters": peers_zoo.longrope(6)["rope_parameters"]
+                 | {"original_max_position_embeddings": 4096}}  # fmt: skip
+OLDER = {"rope_parameters": ..., "rope_theta": 321.0, "rope_local_base_freq": 20.0}
+TWO = {"rope_scaling": {"rope_type": "linear", "factor": 2.5}}
+UNREAD: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "a cap of scores": ("gemma3_text", {"attn_logit_softcapping": 0.5}, {}),
+    "longrope's context in its block alone": ("phi3-long", ALONE, USUAL),
+    "truncate by the kind of attention": (
+        "olmo3-yarn", by_kind(YARN | {"truncate": False}, 50.0), {}
+    ),
+    "the kind as type, by the kind of attention": (
+        "gemma3_text-scaled", OLDER | {"rope_scaling": {"type": "linear", "factor": 2.5}}, OLDER
+    ),
+    "a base beside rope_scaling": ("llama-linear", TWO, TWO | {"rope_parameters": ...}),
+    "a factor beside rope_scaling": (
+        "llama-linear",
+        {"rope_scaling": {"rope_theta": 321.0}},
+        {"rope_parameters": {"rope_theta": 321.0}},
+    ),
+}  # fmt: skip
+"""What transformers leaves out → the row, keys that say it, keys of what it computes."""
+
+READ: dict[str, tuple[str, dict[str, Any]]] = {
+    "no cap of scores": ("gemma3_text", {"attn_logit_softcapping": None}),
+    "longrope's usual context": ("phi3-long", USUAL),
+    "truncate is null": ("qwen2-yarn", {"rope_parameters": BLUNT | {"truncate": None}}),
+    "truncate is null by the kind of attention": (
+        "olmo3-yarn", by_kind(YARN | {"truncate": None}, 50.0)
+    ),
+    "rope_type by the kind of attention": ("gemma3_text-scaled", OLDER | TWO),
+    "type in a block of its own": (
+        "gemma3_text-scaled",
+        by_kind({"type": "linear", "factor": 2.5, "rope_theta": 321.0}, 20.0),
+    ),
+    "type, linear": ("llama-linear", typed(LINEAR)),
+    "type, llama3": ("llama-llama3", typed(LLAMA3)),
+    "type, dynamic": ("llama-dynamic", typed(DYNAMIC)),
+    "type, yarn": ("qwen2-yarn", typed(BLUNT)),
+    "type, longrope": ("phi3-long", typed(peers_zoo.longrope(6)["rope_parameters"])),
+}  # fmt: skip
+
+
+def of_keys(peer: Peer, changed: dict[str, Any], read: dict[str, Any], tmp_path: Path) -> float:
+    """How far transformers' logits with the keys `changed` are from ours with the keys `read`."""
+    folder = with_keys(peer.folder, changed, tmp_path / "changed")
+    (tmp_path / "ours").mkdir()
+    ours = converted(with_keys(peer.folder, read, tmp_path / "ours/hf"))
+    data = batch(ours.config)
+    found = run_theirs(folder, peer.family, ours.config, data)
+    return distances(run_ours(ours, data), found, data)["logits"]
+
+
+@pytest.mark.parametrize("what", UNREAD)
+def test_what_transformers_does_not_read_is_refused(
+    peer_of: Callable[[str], Peer], tmp_path: Path, what: str
+) -> None:
+    """The key moves no logit of theirs: they are of the model that is described without it."""
+    row, changed, read = UNREAD[what]
+    peer = peer_of(row)
+    assert of_keys(peer, changed, read, tmp_path) < BUDGET
+    with pytest.raises(huggingface.ConventionError):
+        converted(tmp_path / "changed")
+
+
+@pytest.mark.parametrize("what", READ)
+def test_rarer_spellings_are_read_alike(
+    peer_of: Callable[[str], Peer], tmp_path: Path, what: str
+) -> None:
+    row, changed = READ[what]
+    assert of_keys(peer_of(row), changed, changed, tmp_path) < BUDGET
 
 
 def test_the_family_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

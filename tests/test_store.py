@@ -632,9 +632,9 @@ def test_two_datasets_on_the_same_bytes_are_refused(tmp_path: Path) -> None:
 
 
 def test_json_is_an_object() -> None:
-    assert parse_json("who", "what", '{"a": [1, null]}') == {"a": [1, None]}
+    assert parse_json("who: what", '{"a": [1, null]}') == {"a": [1, None]}
     with pytest.raises(SchemaError, match="who: what is not valid JSON"):
-        parse_json("who", "what", b"\xff")
+        parse_json("who: what", b"\xff")
 
 
 # ------------------------------------------------------------------ reading

@@ -224,7 +224,7 @@ def test_tensors_that_contradict_the_configuration(path: Path, raw: Any, name: s
     "config, fragment",
     [
         (None, "no text attribute 'config'"),
-        ("[]", "must be a JSON object"),
+        ("[]", "refused: its text must be a JSON object"),
         ('{"width": 4}', "missing fields"),
         ({"layers": 10**9}, "asks for 1,000,000,000 layers, but there are only"),
         ({"vocabulary": 10**30}, "asks for"),

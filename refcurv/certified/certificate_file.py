@@ -122,7 +122,7 @@ def _read(header: store.Header, path: str | Path, name: str) -> Enclosed:
 
 def _object(told: object) -> dict[str, Any]:
     """An attribute that is a JSON object."""
-    return parse_json("load_certificate", "it", str(told))
+    return parse_json("load_certificate: it", str(told))
 
 
 def _list(told: object) -> list[Any]:

@@ -129,7 +129,7 @@ class Checkpoint:
         where = f"collect: the checkpoint {str(self.path)!r}"
         if "unfinished" not in header.attributes:
             raise SchemaError(f"{where} is a finished factors file. Move it away, or load it.")
-        require_same("collect", where, self.facts, header)
+        require_same(where, self.facts, header)
         done = store.fact(where, header.attributes, "blocks", int)
         passed = {key: _shards(where, header, key) for key in sums}
         shards = min(passed[key] for key in sums if key.side is not Side.noise)

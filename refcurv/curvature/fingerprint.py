@@ -17,13 +17,13 @@ def told(facts: Mapping[str, Any]) -> str:
     return json.dumps(facts, sort_keys=True)
 
 
-def require_same(who: str, where: str, facts: Mapping[str, Any], header: store.Header) -> None:
+def require_same(where: str, facts: Mapping[str, Any], header: store.Header) -> None:
     """ConventionError unless the run that left this file has the same facts; says what differs.
 
     Proof: tests/test_factors.py::test_every_choice_tells_two_runs_apart
     """
     said = store.fact(where, header.attributes, "unfinished", str)
-    require_told(where, facts, parse_json(who, f"{where}: 'unfinished'", said))
+    require_told(where, facts, parse_json(f"{where}: 'unfinished'", said))
 
 
 def require_told(where: str, facts: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:

@@ -138,7 +138,7 @@ def _require_ours(who: str, folder: Path, facts: Mapping[str, Any]) -> None:
     """Refuse the layers of another run."""
     where, known = f"{who}: {str(folder)!r}", folder / RUN
     with machine_faults(who, known):
-        theirs = parse_json(who, f"{where}: {RUN}", known.read_bytes())
+        theirs = parse_json(f"{where}: {RUN}", known.read_bytes())
     require_told(where, facts, theirs)
 
 

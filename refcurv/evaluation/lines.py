@@ -117,7 +117,7 @@ def _read(path: Path, who: str) -> list[dict[str, Any]]:
     rows = []
     for n, line in enumerate(whole, 1):
         try:
-            rows.append(parse_json(who, f"line {n}", line))
+            rows.append(parse_json(f"{who}: line {n}", line))
         except SchemaError as error:
             raise _damaged(where, n, str(error).removeprefix(f"{who}: ").rstrip(".")) from None
         if n > 1 and rows[-1].get(CHECK) != _checksum(rows[-1]):

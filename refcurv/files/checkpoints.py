@@ -132,7 +132,7 @@ def _weight_map(folder: Path, files: list[str]) -> dict[str, str] | None:
     Proof: tests/test_huggingface.py::test_an_index_that_its_shards_left_behind
     """
     where = f"convert: {str(folder / _INDEX)!r}"
-    shard_of = parse_json("convert", where, read_text(folder, _INDEX)).get("weight_map")
+    shard_of = parse_json(where, read_text(folder, _INDEX)).get("weight_map")
     if not isinstance(shard_of, dict) or not all(isinstance(s, str) for s in shard_of.values()):
         raise SchemaError(f"{where} has no weight_map from tensor names to file names.")
     shards = set(shard_of.values())

@@ -465,8 +465,11 @@ def file_sha256(path: PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def parse_json(who: str, what: str, text: str | bytes) -> dict[str, Any]:
-    """The JSON object in `text`; SchemaError for anything else, duplicate keys and NaN included."""
+def parse_json(where: str, text: str | bytes) -> dict[str, Any]:
+    """The JSON object in `text`; SchemaError for anything else, duplicate keys and NaN included.
+
+    `where` begins the error: the command and the file, once.
+    """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -480,9 +483,9 @@ def parse_json(who: str, what: str, text: str | bytes) -> dict[str, Any]:
     try:
         data = json.loads(text, object_pairs_hook=unique, parse_constant=constant)
     except (ValueError, RecursionError) as error:
-        raise SchemaError(f"{who}: {what} is not valid JSON: {one_line(error)}.") from None
+        raise SchemaError(f"{where} is not valid JSON: {one_line(error)}.") from None
     if not isinstance(data, dict):
-        raise SchemaError(f"{who}: {what} must be a JSON object; got {type(data).__name__}.")
+        raise SchemaError(f"{where} must be a JSON object; got {type(data).__name__}.")
     return data
 
 

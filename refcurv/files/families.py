@@ -348,7 +348,6 @@ GEMMA3: Final = Family(
         only("hidden_activation", _TANH, None),
         only("hidden_act", _TANH, None),
         query_scalar("query_pre_attn_scalar", 256),
-        nullable("attn_logit_softcapping", "score_cap"),
         nullable("final_logit_softcapping", "logit_cap"),
         windows_by_layer(_every_sixth, more=("sliding_window_pattern",)),
         only("_sliding_window_pattern", 6, None),  # written beside layer_types, and not read

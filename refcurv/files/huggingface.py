@@ -340,7 +340,7 @@ def read_config(where: str, text: str, ignore: Collection[str] = ()) -> tuple[Fa
 
     Raises ConventionError for what refcurv does not compute, SchemaError for what is missing.
     """
-    data = parse_json("convert", where, text)
+    data = parse_json(where, text)
     kinds = {family.model_type: family for family in FAMILIES}
     family = kinds.get(str(data.get("model_type")))
     if family is None:

@@ -101,7 +101,7 @@ def json_items(path: Path, at: Callable[[int], object], ignored: set[str]) -> It
     before: Front | None = None
     for number, (start, where, line) in enumerate(lines(path)):
         at(start)
-        record = {k: v for k, v in parse_json(WHO, where, line).items() if v is not None}
+        record = {k: v for k, v in parse_json(f"{WHO}: {where}", line).items() if v is not None}
         if number == 0 and not record.keys() & {*_WHOLE, *_PREFIX, *_SUFFIX, *_TASK}:
             before = front(where, record)
             if before is not None:

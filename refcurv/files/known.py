@@ -56,6 +56,15 @@ def _parts(value: object, data: Values) -> None:
         natural(data, "pretraining_tp")
 
 
+def _no_score_cap(value: object, data: Values) -> None:
+    if value is not None:
+        raise ConventionError(
+            f"attn_logit_softcapping is {value!r:.40}, and in this family transformers caps no "
+            "scores. To convert what it computes: --ignore-key attn_logit_softcapping "
+            "(ignore_keys=['attn_logit_softcapping'])"
+        )
+
+
 EVERYWHERE: Final = {
     rule.keys[0]: rule
     for rule in (
@@ -77,6 +86,7 @@ ELSEWHERE: Final = {
     for rule in (
         only("clip_qkv", None),
         only("sliding_window", None),
+        _checked("attn_logit_softcapping", _no_score_cap),
         echo("sliding_window_size", "sliding_window"),
         _checked("pretraining_tp", _parts),  # the same products, in parts
     )

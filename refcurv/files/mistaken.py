@@ -207,7 +207,7 @@ def _adapter(folder: Path) -> ConventionError:
     try:
         small = path.is_file() and path.stat().st_size < 1_000_000
         text = path.read_text(encoding="utf-8") if small else "{}"
-        named = parse_json("convert", "adapter_config.json", text).get("base_model_name_or_path")
+        named = parse_json("convert: adapter_config.json", text).get("base_model_name_or_path")
         base = f" of {named!r:.100}" if isinstance(named, str) else ""
     except (OSError, UnicodeDecodeError, RefcurvError):
         pass

@@ -101,8 +101,10 @@ def rope(
         if partial_key is not None:
             top["partial_rotary_factor"] = data.get(partial_key)
         usual = {"rope_theta": theta, "partial_rotary_factor": partial}
-        blocks = [top, *(_block(data.get(name), name) for name in _BLOCKS)]
+        parameters, scaling = (_block(data.get(name), name) for name in _BLOCKS)
+        blocks = [top, _not_truncated(parameters), _not_truncated(scaling)]
         fields = _rope_fields(data, found, usual, blocks, kinds)
+        _require_read(parameters, scaling, top)
         if partial_key is None and fields["rope_width"] is not None:
             raise ConventionError("partial_rotary_factor below 1 is not of this family")
         return fields
@@ -144,8 +146,10 @@ def rope_by_layer(theta: float, local: float, local_key: str | None = None) -> R
                 raise ConventionError(f"rope_parameters has an unknown key {name!r:.40}")
         full, sliding = (_block(nested.get(name), name) for name in _NESTED)
         top = {"rope_theta": data.get("rope_theta")}
-        wide = [top, _block(data.get("rope_scaling"), "rope_scaling"), full]
+        scaling = _block(data.get("rope_scaling"), "rope_scaling")
+        wide = [top, scaling, full]
         main = _rope_fields(data, found, {"rope_theta": theta}, wide, ALL)
+        _require_nested(main["rope_scaling"], scaling)
         narrow = [{"rope_theta": data.get(local_key) if local_key else None}, sliding]
         other = _rope_fields(data, found, {"rope_theta": local}, narrow, ALL)
         windows = found.get("windows", ())
@@ -217,6 +221,39 @@ def _block(value: object, name: str) -> Values:
     return value or {}
 
 
+def _require_read(parameters: Values, scaling: Values, top: Values) -> None:
+    """Beside rope_scaling, rope_parameters must say nothing new: transformers does not read it."""
+    told = _merged(top, scaling)
+    for key, value in _merged(parameters).items() if scaling else ():
+        if key not in told:
+            raise ConventionError(
+                f"{key} is {value!r:.40} in rope_parameters alone, which transformers does not "
+                "read where rope_scaling is there too: move all of one block into the other"
+            )
+
+
+def _not_truncated(block: Values) -> Values:
+    """Yarn's truncate: null is false for transformers, and an absent key is true."""
+    yarn = Scaling.YARN in (block.get("rope_type"), block.get("type"))
+    null = block.get("truncate", True) is None
+    return {**block, "truncate": False} if yarn and null else block
+
+
+def _require_nested(found: RopeScaling | None, scaling: Values) -> None:
+    """Refuse what transformers 5 does not read where each kind of attention has its block."""
+    kind = scaling.get("type")
+    if kind not in (None, _PLAIN) and scaling.get("rope_type") is None:
+        raise ConventionError(
+            f"rope_scaling has its kind, {kind!r:.40}, as type, which transformers 5 does not read "
+            "in this family (4 did): write rope_type, or leave rope_scaling out"
+        )
+    if found is not None and not found.truncate:
+        raise ConventionError(
+            "truncate is false, which transformers does not read in a block of one kind of "
+            "attention: it computes with true. Write true, or leave it out"
+        )
+
+
 def _merged(*blocks: Values) -> Fields:
     """All blocks as one. A null is skipped; a key that occurs twice must have one value."""
     merged: Fields = {}
@@ -264,8 +301,7 @@ def _rope_fields(
     block = {"partial_rotary_factor": 1.0, **usual, **_merged(*blocks)}
     kind = block.get("rope_type", _PLAIN)
     if kinds.original is not None and kind == Scaling.LONGROPE:
-        block = _merged(block, {_ORIGINAL: data.get(_ORIGINAL)})
-        block.setdefault(_ORIGINAL, kinds.original)
+        block = _with_original(block, data.get(_ORIGINAL), kinds.original)
     base, share = (number(block, key) for key in ("rope_theta", "partial_rotary_factor"))
     if share > 1:
         raise SchemaError(f"partial_rotary_factor must be at most 1; got {share:g}")
@@ -284,6 +320,17 @@ def _rope_fields(
     if kind != _PLAIN:
         fields["rope_scaling"] = _scaling(Scaling(kind), block, data.get(_CONTEXT))
     return fields
+
+
+def _with_original(block: Fields, top: object, usual: int) -> Fields:
+    """`block` with the trained context, which transformers takes from the top level or `usual`."""
+    merged = _merged(block, {_ORIGINAL: top})
+    if top is None and not same(merged.setdefault(_ORIGINAL, usual), usual):
+        raise ConventionError(
+            f"{_ORIGINAL} is {merged[_ORIGINAL]!r:.40} beside rope_type alone, where transformers "
+            f"takes {usual} all the same: write it at the top level too"
+        )
+    return merged
 
 
 def _scaling(kind: Scaling, block: Fields, context: object) -> RopeScaling:

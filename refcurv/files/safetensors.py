@@ -88,7 +88,7 @@ def read_file(path: Path, who: str) -> tuple[list[Tensor], dict[str, Any]]:
             text = file.read(length).decode()
         except UnicodeDecodeError:
             raise SchemaError(f"{where}: the header is no UTF-8 text.") from None
-    header = parse_json(who, f"the header of {str(path)!r}", text)
+    header = parse_json(f"{who}: the header of {str(path)!r}", text)
     texts = header.pop("__metadata__", None)
     tensors = [_tensor(where, path, 8 + length, name, entry) for name, entry in header.items()]
     tensors.sort(key=lambda tensor: (tensor.begin, tensor.nbytes))

@@ -181,7 +181,7 @@ def _require_complete(library: Any, path: Path) -> None:
         with machine_faults("open", beside):
             if not beside.is_file():
                 continue
-        for token, i in _tokens_of(beside, parse_json(WHO, repr(str(beside)), _read(beside))):
+        for token, i in _tokens_of(beside, parse_json(f"{WHO}: {str(beside)!r}", _read(beside))):
             if token not in added:
                 lacks[token] = lacks.get(token) or (f"{token!r}" if i is None else f"{token!r} {i}")
             elif i not in (None, added[token]):

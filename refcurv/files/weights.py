@@ -296,7 +296,7 @@ def _config(header: store.Header) -> ModelConfig:
     if not isinstance(text, str):
         raise SchemaError(f"{where} has no text attribute 'config'. Was it written by refcurv?")
     try:
-        config = config_from_json(parse_json("load", "config", text))
+        config = config_from_json(parse_json("its text", text))
     except RefcurvError as error:
         raise SchemaError(f"{where}: its configuration is refused: {one_line(error)}.") from None
     if config.layers > len(header.entries):  # before as many names are made

@@ -300,7 +300,7 @@ def _gemma3(found: Contents, config: Values) -> tuple[Values, Values]:
         found.get(f"gemma3.{key}") for key in ("attention.sliding_window", "rope.freq_base_swa")
     )
     cap = found.get("gemma3.final_logit_softcapping")
-    said: Values = {"final_logit_softcapping": cap, "attn_logit_softcapping": None}
+    said: Values = {"final_logit_softcapping": cap}
     guessed: Values = _scalar(found, config, 62)
     if window is None:
         said["layer_types"] = [FULL] * config["num_hidden_layers"]

@@ -77,7 +77,7 @@ def open_file(path: PathLike, *, format: str | None = None) -> Header:
         format=kind,
         version=version,
         attributes=MappingProxyType(root),
-        provenance=MappingProxyType(parse_json("open", f"{str(found)!r}: provenance", str(made))),
+        provenance=MappingProxyType(parse_json(f"open: {str(found)!r}: provenance", str(made))),
         entries=MappingProxyType(entries),
         identity=which,
     )

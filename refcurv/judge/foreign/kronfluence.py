@@ -159,9 +159,9 @@ def _arguments(path: Path, texts: Mapping[str, str], problems: list[str]) -> dic
     try:
         if path.is_file():
             with machine_faults("validate", path), path.open("rb") as file:
-                return parse_json("validate", _ARGUMENTS, file.read(_MOST))
+                return parse_json(f"validate: {_ARGUMENTS}", file.read(_MOST))
     except RefcurvError as error:
-        problems.append(str(error).rstrip("."))
+        problems.append(str(error).removeprefix("validate: ").rstrip("."))
     return dict(texts)
 
 

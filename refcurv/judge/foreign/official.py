@@ -78,7 +78,7 @@ def _meta(file: Path) -> dict[str, Any]:
     if not stat.S_ISREG(mode_of("validate", path)):
         return {}
     with machine_faults("validate", path), path.open("rb") as handle:
-        return parse_json("validate", repr(str(path)), handle.read(_MAX_META))
+        return parse_json(f"validate: {str(path)!r}", handle.read(_MAX_META))
 
 
 def _said(meta: list[dict[str, Any]]) -> tuple[dict[str, str], str, str]:
