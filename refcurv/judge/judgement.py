@@ -102,8 +102,8 @@ def validate(
         declared: what theirs does not say of itself, {"fisher": "sampled"} for example.
         layers: a pattern: judge these only.
         pictures: of how many layers the verdict holds maps and spectra, those that failed first.
-        progress: called with (done, all): each layer counts once for the comparison, and once for
-            the diagnosis, which may go on behind the last; the end comes with the verdict.
+        progress: called with (done, all): each layer counts once for the comparison, and once when
+            it is looked at again; the last step is the search for causes, which may take longest.
 
     Returns:
         Verdict: findings, causes, passed.
@@ -142,7 +142,8 @@ def validate(
     know_kinks(case)
     findings = [*_otherwise(case), *(said("", "dump", FAIL, text) for text in dump.problems)]
     findings += [*notes, *_absent(case, wanted, {note.layer for note in notes}), *biases]
-    done = counter(progress, 2 * len(matched))
+    every = 2 * len(matched) + 1
+    done = counter(progress, every)
     with one_blas_thread(), np.errstate(over="ignore", invalid="ignore"):  # theirs may be huge
         case = with_drawing(case)
         findings += _compared(case, matched, done)
@@ -150,7 +151,7 @@ def validate(
         known, excluded, findings = diagnose(case, findings, done)
         findings = [*_as_drawn(case, findings), *map(unless_hidden, findings)]
         shown = tuple(_shown(case, findings, pictures))
-    progress(2 * len(matched), 2 * len(matched))
+    progress(every, every)
     return Verdict(
         tuple(findings),
         with_named(case, known, findings),

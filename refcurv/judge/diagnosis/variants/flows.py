@@ -87,7 +87,8 @@ def _shard(
         blocks.append(trace)
     normed, saved = transformer.norm_forward(config, P, "final_norm", x, net.ops)
     final = transformer.pool_forward(config, normed)
-    read = _read(net, blocks) | {"head": final, "patch": inputs}
+    read = _Read(net, blocks)
+    read |= {"head": final, "patch": inputs}
     if one is None:
         yield Flow(net, at, states, blocks, read, {}, [])
         return
@@ -124,15 +125,23 @@ def _of_text(layout: Layout, real_BT: Array) -> Array:
     return np.asarray(np.where(real_BT, own, last_B1)[:, :, None, None])
 
 
-def _read(net: Network, blocks: list[BlockTrace]) -> dict[str, Array]:
-    """What the linear layers of the blocks read."""
-    out: dict[str, Array] = {}
-    for i, block in enumerate(blocks):
-        a = {"o": block.attn.context, "down": transformer.hidden_of(net.config, block.mlp, net.ops)}
-        a |= dict.fromkeys("qkv", block.attn.a) | dict.fromkeys(("gate", "up"), block.mlp.a)
-        for part, kinds in (("attn", "qkvo"), ("mlp", ("gate", "up", "down"))):
-            out |= {f"blocks.{i}.{part}.{kind}": a[kind] for kind in kinds}
-    return out
+class _Read(dict[str, Array]):
+    """What the linear layers of the blocks read; what `down` reads is made when it is asked for."""
+
+    def __init__(self, net: Network, blocks: list[BlockTrace]) -> None:
+        super().__init__()
+        self._net, self._blocks = net, blocks
+        for i, block in enumerate(blocks):
+            at = f"blocks.{i}."
+            self |= dict.fromkeys((f"{at}attn.{kind}" for kind in "qkv"), block.attn.a)
+            self |= dict.fromkeys((f"{at}mlp.gate", f"{at}mlp.up"), block.mlp.a)
+            self[f"{at}attn.o"] = block.attn.context
+
+    def __missing__(self, name: str) -> Array:
+        _, i, _, _ = name.split(".")
+        trace = self._blocks[int(i)].mlp
+        self[name] = transformer.hidden_of(self._net.config, trace, self._net.ops)
+        return self[name]
 
 
 def _lowest(layers: Collection[str]) -> int:
