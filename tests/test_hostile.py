@@ -431,3 +431,20 @@ def test_a_shape_of_nothing_that_numpy_has_not_is_refused(shape, tmp_path, comma
     (tmp_path / "x.safetensors").write_bytes(len(data).to_bytes(8, "little") + data)
     status, said = command("validate", str(tmp_path / "x.safetensors"), "--reference", "w.h5")
     assert status == 2 and "has shape [" in said
+
+
+@pytest.mark.parametrize("name", ["results.json", "controls.jsonl", "choice.jsonl", "e.json"])
+def test_what_a_run_would_write_over_is_refused(name, tmp_path, folder, command):
+    """A stranger's text was written over, and removed at the end."""
+    path = tmp_path / f"{name}.unfinished"
+    path.write_text("thesis")
+    text = rc.Population([[1, 2, 3, 4]], [2], [4], "recite", "test")
+    corpus = rc.load_corpus(folder / "c.h5")
+    rc.save_corpus(rc.Corpus(corpus.tokens, populations={"p": text}), tmp_path / "c.h5")
+    arguments = ["w.h5", str(tmp_path / "c.h5"), "--rho", "0.7", "--out", str(tmp_path)]
+    which = "evaluate" if name == "e.json" else "report"
+    if which == "evaluate":
+        arguments = ["w.h5", str(tmp_path / "c.h5"), "--json", str(tmp_path / name)]
+    status, said = command(which, *arguments)
+    assert status == 2 and "where a run keeps what it knows" in said and said.count("\n") == 1
+    assert path.read_text() == "thesis"

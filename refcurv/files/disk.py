@@ -176,6 +176,22 @@ def beside(path: PathLike, *whats: str) -> dict[str, Path]:
     return {what: Path(f"{stem}.{what}.h5") for what in whats}
 
 
+def require_kept(who: str, path: PathLike) -> None:
+    """SchemaError if something other than JSON lies where a run keeps what it knows as JSON.
+
+    Asked before the work, for the run would write over it, and remove it at the end.
+
+    Proof: tests/test_hostile.py::test_what_a_run_would_write_over_is_refused
+    """
+    if mode_of(who, path):
+        with reading(who, path) as file:
+            if file.read(1) not in (b"", b"{"):
+                raise SchemaError(
+                    f"{who}: {os.fspath(path)!r} is where a run keeps what it knows, and it is "
+                    "something else. Move it elsewhere, or name another output."
+                )
+
+
 def free_bytes(path: PathLike) -> int:
     """Free bytes on the disk of `path`, which need not exist."""
     with machine_faults("write", path, WRITING):

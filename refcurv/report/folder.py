@@ -12,6 +12,7 @@ from refcurv.files.disk import (
     machine_faults,
     mode_of,
     require_apart,
+    require_kept,
     require_writable,
     unfinished,
 )
@@ -53,6 +54,8 @@ def prepare(folder: PathLike, inputs: Mapping[str, PathLike]) -> Path:
     require_apart("report", files, inputs)
     for path in files.values():
         require_writable("report", path)
+    for name in (unfinished(RESULTS), CONTROLS, CHOICE):
+        require_kept("report", folder / name)
     return folder
 
 
