@@ -265,7 +265,10 @@ def test_no_path_leads_through_a_folder_that_is_not_there(tmp_path: Path, monkey
                 refuse("write", path)
         with pytest.raises(SchemaError, match="does not exist"):
             disk.write_bytes("write", path, b"new")
+    assert main(["demo", "--out", "nod/../made/demo"]) == 2 and not names(tmp_path)
     (tmp_path / "nod").mkdir()
+    disk.make_folders("write", "nod/../made/here")
+    assert (tmp_path / "made/here").is_dir()
     assert disk.output_path("write", "nod/../x") == tmp_path / "x"
 
 

@@ -78,6 +78,7 @@ def mode_of(who: str, path: PathLike) -> int:
         try:
             return Path(path).stat().st_mode
         except (FileNotFoundError, NotADirectoryError):
+            _resolved(who, path)  # says so where the working folder is gone
             return 0
         except (TypeError, ValueError) as error:  # no text, or a NUL in it
             told = path if isinstance(error, TypeError) else os.fspath(path)
@@ -118,11 +119,28 @@ def output_path(who: str, path: PathLike) -> Path:
     """
     target = _resolved(who, path)
     for folder in (Path(path).parent, target.parent):
-        if not is_folder(who, folder):
-            if mode_of(who, folder):
-                raise SchemaError(f"{who}: {str(folder)!r} is no folder. Give another path.")
-            raise SchemaError(f"{who}: the folder {str(folder)!r} does not exist. Create it first.")
+        _require_folder(who, folder)
     return target
+
+
+def _require_folder(who: str, folder: Path) -> None:
+    if not is_folder(who, folder):
+        if mode_of(who, folder):
+            raise SchemaError(f"{who}: {str(folder)!r} is no folder. Give another path.")
+        raise SchemaError(f"{who}: the folder {str(folder)!r} does not exist. Create it first.")
+
+
+def make_folders(who: str, path: PathLike) -> None:
+    """Make a folder and those above it, as far as they are missing; but none to leave it by "..".
+
+    Proof: tests/test_disk.py::test_no_path_leads_through_a_folder_that_is_not_there
+    """
+    parts = Path(path).parts
+    if ".." in parts:
+        above = len(parts) - parts[::-1].index("..")
+        _require_folder(who, Path(*parts[:above]))
+    with machine_faults(who, path):
+        Path(path).mkdir(parents=True, exist_ok=True)
 
 
 def output_file(who: str, path: PathLike) -> Path:
@@ -517,7 +535,6 @@ def require_file(who: str, path: PathLike) -> None:
     """SchemaError unless a regular file is there: who opens a pipe waits for its other end."""
     mode, found = mode_of(who, path), Path(path)
     if not mode:
-        _resolved(who, path)  # says so where the working folder is gone
         raise SchemaError(f"{who}: there is no file {str(found)!r}.")
     if not stat.S_ISREG(mode):
         what = "a folder" if stat.S_ISDIR(mode) else "no regular file"
