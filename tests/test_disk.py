@@ -124,6 +124,28 @@ def test_nothing_but_disk_writes_files() -> None:
     assert not found
 
 
+OPENS = re.compile(
+    r"\.open\(\"rb|\.read_(text|bytes)\(\)|h5py\.File\([^,]+, \"r|"
+    r"ZipFile\((self\.)?(path|folder)|np\.load\("
+)
+"""What opens files for reading: who opens a pipe waits for its other end."""
+
+
+def test_nothing_but_disk_opens_files() -> None:
+    """With files/disk.py `reading`; HDF5, which opens its files itself, after `require_file`."""
+    root = Path(disk.__file__).parents[1]
+    found = {
+        path.relative_to(root).as_posix()
+        for path in root.rglob("*.py")
+        if path != Path(disk.__file__)
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if OPENS.search(line)
+    }
+    assert found == {"files/store/opening.py"}
+    opening = (root / "files/store/opening.py").read_text(encoding="utf-8")
+    assert re.search(r"require_file\(who, path\)\n    try:\n        with h5py\.File", opening)
+
+
 def test_a_failure_inside_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "f"
     path.write_bytes(b"old")
@@ -204,13 +226,77 @@ def test_a_folder_that_is_being_filled_is_removed(tmp_path: Path, monkeypatch) -
         right(what, **how)
 
     monkeypatch.setattr(os, "rmdir", rmdir)
-    disk.remove_folder("write", path)
+    assert disk.remove_folder("write", path, bool)
     assert not late and not names(tmp_path)
-    disk.remove_folder("write", path)  # there is none
+    assert disk.remove_folder("write", path, bool)  # there is none
     path.mkdir()
     late[:] = [str(n) for n in range(1000)]
     with pytest.raises(StorageError, match=r"write: .*Directory not empty"):
-        disk.remove_folder("write", path)
+        disk.remove_folder("write", path, bool)
+
+
+def test_what_is_not_ours_stays_in_a_folder(tmp_path: Path) -> None:
+    path = tmp_path / "parts"
+    (path / "b.h5").mkdir(parents=True)
+    for name in ("a.h5", "c.txt", ".refcurv-01234567-0123456789ab.partial", "run.json"):
+        (path / name).touch()
+    (path / "d.h5").symlink_to("a.h5")
+    mine = {"a.h5", "b.h5", "d.h5", "run.json"}.__contains__
+    assert disk.strangers("write", path, mine) == ["b.h5", "c.txt", "d.h5"]
+    assert not disk.remove_folder("write", path, mine)
+    assert names(path) == ["b.h5", "c.txt", "d.h5"]
+    assert disk.strangers("write", tmp_path / "none", mine) == []
+
+
+def test_a_pipe_beside_an_output_is_not_waited_for(tmp_path: Path) -> None:
+    """It has the name of what a dead writer left."""
+    pipe = disk._partial(tmp_path / "f", "0123456789ab")
+    os.mkfifo(pipe)
+    disk.write_bytes("write", tmp_path / "f", b"new")
+    assert (tmp_path / "f").read_bytes() == b"new"
+
+
+def test_no_path_leads_through_a_folder_that_is_not_there(tmp_path: Path, monkeypatch) -> None:
+    """It was written to, and was not found when it was read again."""
+    monkeypatch.chdir(tmp_path)
+    for path in ("nod/../x", tmp_path / "nod/../x"):
+        for refuse in (disk.output_path, disk.output_file, disk.require_writable):
+            with pytest.raises(SchemaError, match=r"write: the folder '.*nod/\.\.' does not exist"):
+                refuse("write", path)
+        with pytest.raises(SchemaError, match="does not exist"):
+            disk.write_bytes("write", path, b"new")
+    assert main(["demo", "--out", "nod/../made/demo"]) == 2 and not names(tmp_path)
+    (tmp_path / "nod").mkdir()
+    disk.make_folders("write", "nod/../made/here")
+    assert (tmp_path / "made/here").is_dir()
+    assert disk.output_path("write", "nod/../x") == tmp_path / "x"
+
+
+def test_a_working_folder_that_is_gone_is_said(tmp_path: Path, monkeypatch, capsys) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    for refuse in (disk.input_path, lambda path: disk.output_path("open", path)):
+        with pytest.raises(SchemaError, match=r"open: 'x\.h5' leads from the folder .* removed"):
+            refuse("x.h5")
+    for command in (
+        ["inspect", "x.h5"],
+        ["decompose", "x.h5", "-o", "y.h5"],
+        ["demo", "--out", "d"],
+    ):
+        assert main(command) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and "leads from the folder that you are in" in said, said
+
+
+def test_what_errors_say_has_no_addresses_and_no_name_twice() -> None:
+    assert disk.one_line(ValueError("malformed: <ast.BinOp object at 0x7f7f2a>.")).endswith(
+        "object>"
+    )
+    for what in ("'x.json'", "load: 'x.json'"):
+        with pytest.raises(SchemaError, match=r"^load: 'x\.json' is not valid JSON"):
+            disk.parse_json("load", what, "{")
 
 
 def test_a_target_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:

@@ -768,6 +768,23 @@ def test_what_was_collected_is_never_lost(unfinished, monkeypatch) -> None:
     same_bits(made, rc.load_factors(out))
 
 
+def test_what_no_file_may_hold_is_not_saved(unfinished, tmp_path: Path) -> None:
+    """It was refused only when it was loaded again."""
+    made = unfinished[1]()
+    name, one = next((n, x) for n, x in made.items() if np.ndim(x.sum_A) == 2)
+    wrongs = [{part: n} for part in ("n_A", "n_G") for n in (1008.9, -3, 0, np.nan, True, 2**63)]
+    for part in ("sum_A", "sum_G"):
+        right = getattr(one, part)
+        for x in (right * np.nan, right[:-1], right[0], right[:0], right.astype("f4")):
+            wrongs.append({part: x})
+    wrongs.append({"sum_a": np.ones(len(one.sum_A) + 1)})
+    for wrong in wrongs:
+        bad = replace(made, layers={name: replace(one, **wrong)})
+        with pytest.raises(RefcurvError, match=rf"^save_factors: {next(iter(wrong))} of '"):
+            rc.save_factors(bad, tmp_path / "bad.h5")
+    assert not list(tmp_path.glob("bad*"))
+
+
 def test_a_collection_that_fits_no_disk_is_refused_before_the_work(unfinished, monkeypatch) -> None:
     _, collect = unfinished
     monkeypatch.setattr(factors, "sweep", Mock(side_effect=AssertionError("began")))

@@ -16,7 +16,7 @@ from refcurv.cli import main
 from refcurv.evaluation import graded
 from refcurv.evaluation import items as by_item
 from refcurv.evaluation.graded import items, own_continuations
-from refcurv.law.checks import EmptyError, RangeError
+from refcurv.law.checks import EmptyError, RangeError, RoomError
 from refcurv.model.corpus import Population
 
 
@@ -93,6 +93,17 @@ def test_a_model_recites_its_own_continuations(model: rc.Model) -> None:
         own_continuations(model, text, prompt=9)
     with pytest.raises(RangeError, match="count"):
         own_continuations(model, text, prompt=3, count=0)
+
+
+def test_continuations_that_memory_does_not_hold(model: rc.Model, monkeypatch) -> None:
+    """A billion tokens: the process was killed by the system."""
+    text = asked("text", many=12)
+    monkeypatch.setattr(graded, "Population", None)  # nothing is made before
+    with pytest.raises(RoomError, match=r"own_continuations: .* are free\. Give a smaller count"):
+        own_continuations(model, text, prompt=3, count=10**12)
+    monkeypatch.setattr("refcurv.curvature.room.available", lambda: 100_000)
+    with pytest.raises(RoomError, match="and 100"):
+        own_continuations(model, text, prompt=3, count=10**4)
 
 
 def test_items_of_an_evaluation_are_written(model, tmp_path: Path, monkeypatch, capsys) -> None:

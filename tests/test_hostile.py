@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
+import signal
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -376,3 +378,91 @@ def test_what_the_caller_does_about_float_errors_changes_nothing(setting):
     with np.errstate(all="raise"):
         strict = work()
     assert strict == work()
+
+
+# ------------------------------------------------------------------ pipes and shapes
+
+
+@pytest.fixture
+def in_time():
+    """What waits longer than this waits for ever."""
+
+    def late(*_):
+        raise TimeoutError("it waits")
+
+    old = signal.signal(signal.SIGALRM, late)
+    signal.alarm(30)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, old)
+
+
+CHECKPOINT = ("config.json", "model.safetensors", "model.safetensors.index.json")
+PIPES = {
+    "kronfluence": (["activation_covariance.safetensors"], "validate"),
+    "kronfluence's sums of G": (["activation_covariance.safetensors",
+                                 "gradient_covariance.safetensors"], "validate"),
+    "bergson": (["activation_sharded/shard_0.safetensors"], "validate"),
+    "bergson's total": (["activation_sharded/", "total_processed.pt"], "validate"),
+    "the official code": (["kfac_factors_blk_0.pt"], "validate"),
+    "a checkpoint for theirs": (["config.json"], "validate"),
+    **{f"{name} of a checkpoint": ([*CHECKPOINT[:k], name], "convert")
+       for k, name in enumerate(CHECKPOINT)},
+    "an adapter": (["adapter_config.json"], "convert"),
+    "a tokenizer": (["tokenizer.json"], "corpus"),
+}  # fmt: skip
+"""The last file of each is a pipe, the others are empty JSON, and folders end with a slash."""
+
+
+@pytest.mark.parametrize("kind", PIPES)
+def test_a_pipe_within_a_folder_is_refused(kind, tmp_path, folder, command, in_time):
+    """It was waited for, until somebody writes to it."""
+    (*others, pipe), which = PIPES[kind]
+    at = tmp_path / "d"
+    for name in (*others, pipe):
+        (at / name).parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith("/"):
+            (at / name).mkdir()
+        elif name == pipe:
+            os.mkfifo(at / name)
+        else:
+            (at / name).write_text("{}")
+    (tmp_path / "x.txt").write_text("x")
+    if which == "validate":
+        model, corpus = rc.load(folder / "w.h5"), rc.load_corpus(folder / "c.h5")
+        rc.save_factors(rc.collect(model, corpus, "blocks.0.mlp.up"), tmp_path / "f.h5")
+    arguments = {
+        "validate": (str(at), "--reference", str(tmp_path / "f.h5")),
+        "convert": (str(at), str(tmp_path / "w.h5")),
+        "corpus": (str(tmp_path / "x.txt"), "--tokenizer", str(at), "-o", str(tmp_path / "c.h5")),
+    }[which]
+    status, said = command(which, *arguments)
+    assert status == 2 and said.startswith("refcurv: "), said
+    assert said.count("\n") == 1, said
+
+
+@pytest.mark.parametrize("shape", [[2**40, 0, 2**40], [0, 2**70], [2**62, 0]])
+def test_a_shape_of_nothing_that_numpy_has_not_is_refused(shape, tmp_path, command):
+    """It was a bug of refcurv: one length is 0, so that the others took no bytes."""
+    header = {"blocks.0.mlp.up/A": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}
+    data = json.dumps(header).encode()
+    (tmp_path / "x.safetensors").write_bytes(len(data).to_bytes(8, "little") + data)
+    status, said = command("validate", str(tmp_path / "x.safetensors"), "--reference", "w.h5")
+    assert status == 2 and "has shape [" in said
+
+
+@pytest.mark.parametrize("name", ["results.json", "controls.jsonl", "choice.jsonl", "e.json"])
+def test_what_a_run_would_write_over_is_refused(name, tmp_path, folder, command):
+    """A stranger's text was written over, and removed at the end."""
+    path = tmp_path / f"{name}.unfinished"
+    path.write_text("thesis")
+    text = rc.Population([[1, 2, 3, 4]], [2], [4], "recite", "test")
+    corpus = rc.load_corpus(folder / "c.h5")
+    rc.save_corpus(rc.Corpus(corpus.tokens, populations={"p": text}), tmp_path / "c.h5")
+    arguments = ["w.h5", str(tmp_path / "c.h5"), "--rho", "0.7", "--out", str(tmp_path)]
+    which = "evaluate" if name == "e.json" else "report"
+    if which == "evaluate":
+        arguments = ["w.h5", str(tmp_path / "c.h5"), "--json", str(tmp_path / name)]
+    status, said = command(which, *arguments)
+    assert status == 2 and "where a run keeps what it knows" in said and said.count("\n") == 1
+    assert path.read_text() == "thesis"

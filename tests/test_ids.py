@@ -105,6 +105,43 @@ def test_a_npy_without_a_header(tmp_path: Path) -> None:
         build_corpus([tmp_path / "part-0.npy"])
 
 
+def declaring(shape: tuple[int, ...], data: bytes = b"", descr: str = "'<i8'") -> bytes:
+    """A .npy file that says this of itself."""
+    text = f"{{'descr':{descr},'fortran_order':False,'shape':{shape}}}".ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode() + data
+
+
+def test_shapes_that_a_npy_cannot_have(tmp_path: Path) -> None:
+    """One of many rows without a token was read for hours, or was a bug of refcurv."""
+    path = tmp_path / "a.npy"
+    for shape, says in (
+        ((99999999999, 0), "holds no token"),
+        ((0, 10**23), "holds no token"),
+        ((0,), "holds no token"),
+        ((), r"must be \(T,\) or \(N, T\)"),
+        ((1,) * 100, r"must be \(T,\) or \(N, T\)"),
+        ((2, 2), "declares"),
+        ((2**62, 4), "declares"),
+        ((-1, -1), "declares"),
+    ):
+        path.write_bytes(declaring(shape, b"" if 0 in shape else bytes(8)))
+        with pytest.raises(RefcurvError, match=says):
+            build_corpus([path])
+    path.write_bytes(declaring((1, 0), bytes(8)))
+    with pytest.raises(RefcurvError, match="declares"):
+        build_corpus([path])
+    path.write_bytes(declaring((1,), bytes(8), "1+x"))
+    with pytest.raises(RefcurvError, match=r"is no \.npy file") as caught:
+        build_corpus([path])
+    assert "0x" not in str(caught.value)
+
+
+def test_the_longest_length_is_said(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.arange(4))
+    with pytest.raises(RefcurvError, match="and at most 2147483647; got 999999999999999"):
+        build_corpus([tmp_path / "a.npy"], length=999999999999999)
+
+
 def test_an_option_for_nothing(tmp_path: Path) -> None:
     (tmp_path / "a.npy").write_bytes(b"")
     np.save(tmp_path / "a.npy", np.arange(4))

@@ -102,6 +102,15 @@ def test_one_number_of_two_faults_is_both_of_theirs(c, fault, alike, tol):
     assert (named.fault, {*named.alike} - {"B43", "B46"}) == (fault, alike - {"B43", "B46"})
 
 
+@pytest.mark.parametrize("c", [5e-324, 1e-320, 1e-200, 0.0, -1.0, 1e200, 1.7e308])
+def test_factors_that_no_fault_gives_are_told(c):
+    """Theirs times 1e-320 was a bug of refcurv: a number of rows over it is infinite."""
+    for sides in ("A", "G", "AG"):
+        a, g = (c if side in sides else 1.0 for side in "AG")
+        (named,) = scales.explain([scales.Scale("x", a, g, 1e-9, 1e-9, 1.0, 1.0, 5, 90)], COUNTS)
+        assert named.fault is None and named.sides == sides and f"times {c:.9g}" in named.sentence
+
+
 def test_weights_of_batches_are_an_alternative():
     counts = replace(COUNTS, weights={"B3": 1.0})
     named = scales.explain([within(0.2, 0.3)], counts)

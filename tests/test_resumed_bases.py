@@ -170,7 +170,7 @@ def test_what_another_run_removes_meanwhile(
     def removing(who: str, path):
         done.append(path)
         if len(done) == {"read": 1, "kept": 4, "begun": 2}[when]:
-            disk.remove_folder("decompose", here.parts)
+            disk.remove_folder("decompose", here.parts, lambda name: True)
         return right(who, path)
 
     for module in (disk, writing):
@@ -182,6 +182,47 @@ def test_what_another_run_removes_meanwhile(
     with pytest.warns(UserWarning, match="was removed by another run of this output"):
         decompose_to(here.factors, here.out)
     assert here.out.read_bytes() == (here.of / "separate.h5").read_bytes()
+
+
+STRANGE = {
+    "a text": lambda parts: (parts / "thesis.txt").write_text("x"),
+    "layers of no run": lambda parts: (parts / "blocks.0.mlp.up.h5").write_bytes(b"x"),
+    "a folder": lambda parts: (parts / "sub").mkdir(),
+    "a folder for run.json": lambda parts: (parts / "run.json").mkdir(),
+    "a pipe for run.json": lambda parts: os.mkfifo(parts / "run.json"),
+    "a link for run.json": lambda parts: (parts / "run.json").symlink_to("nowhere"),
+    "a link": lambda parts: (
+        parts.rename(parts.with_suffix(".d")).joinpath("t").touch()
+        or parts.symlink_to(parts.with_suffix(".d"))
+    ),
+}
+"""What a stranger may have in the place of what such a run keeps."""
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+def test_a_strangers_folder_is_refused_and_kept(
+    kind: str, here: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """It was removed with all that was in it, or found out when the work was done."""
+    here.parts.mkdir()
+    STRANGE[kind](here.parts)
+    there = sorted(here.out.parent.rglob("*"))
+    done = counted(monkeypatch)
+    assert main(["decompose", str(here.of / "f.h5"), "-o", str(here.out)]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.count("decompose:") == 1 and here.parts.name in said
+    assert not done and sorted(here.out.parent.rglob("*")) == there
+
+
+def test_what_a_stranger_adds_meanwhile_is_kept(here: SimpleNamespace) -> None:
+    def add(done: int, _: int) -> None:
+        if done == 3:
+            (here.parts / "thesis.txt").write_text("x")
+
+    with pytest.warns(UserWarning, match="stays, for something in it is not of this run"):
+        decompose_to(here.factors, here.out, progress=add)
+    assert here.out.read_bytes() == (here.of / "separate.h5").read_bytes()
+    assert [p.name for p in here.parts.iterdir()] == ["thesis.txt"]
 
 
 def test_factors_that_are_replaced_meanwhile_are_refused(here: SimpleNamespace, tmp_path) -> None:

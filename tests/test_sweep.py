@@ -748,7 +748,7 @@ def test_lines_say_whose_they_are(tmp_path: Path) -> None:
         for who in ("sweep", "controls"):
             with pytest.raises(error, match=f"^{who}: "):
                 sweep_lines.Lines(path, {"seed": 1}, who=who)
-    with patch.object(Path, "read_bytes", side_effect=OSError(5, "Input/output error")):
+    with patch.object(Path, "open", side_effect=OSError(5, "Input/output error")):
         with pytest.raises(StorageError, match=r"^controls: "):
             sweep_lines.Lines(path, {"seed": 0}, who="controls")
 

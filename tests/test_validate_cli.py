@@ -137,3 +137,13 @@ def test_an_interrupt_in_the_middle_leaves_one_line_and_no_file(folder, monkeypa
         err = capsys.readouterr().err
         assert err.startswith("refcurv: interrupted") and "Traceback" not in err
         assert not [x for x in folder.iterdir() if x.name.startswith(("v.", ".refcurv"))]
+
+
+def test_a_side_that_is_almost_nothing_is_told(refused, folder):
+    """It was a bug of refcurv: our rows over such a factor are infinite."""
+    for factor in (1e-320, -1e-300, 1e300):
+        theirs = arrays(rc.load_factors(folder / "f.h5"))
+        theirs[f"{LAYER}/A"] = theirs[f"{LAYER}/A"] * factor
+        np.savez(folder / "far.npz", **theirs)
+        said = refused("far.npz", "--reference", "f.h5", status=1)
+        assert LAYER in said

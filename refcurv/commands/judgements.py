@@ -31,9 +31,11 @@ def evaluate(args: argparse.Namespace) -> None:
     """Judge a model on the corpus's populations, beside a baseline if one is given."""
     import refcurv as rc
     from refcurv.evaluation.suite import compare, judged, measure
-    from refcurv.files.disk import unfinished
+    from refcurv.files.disk import require_kept, unfinished
     from refcurv.report.printed import format_evaluation
 
+    if args.json:
+        require_kept("evaluate", unfinished(args.json))
     models = {} if args.baseline is None else {"before": rc.load(args.baseline, dtype=args.dtype)}
     models["after"] = rc.load(args.weights, dtype=args.dtype)
     corpus, table = rc.load_corpus(args.corpus), dict[str, Any]()

@@ -50,7 +50,7 @@ def sweep(args: argparse.Namespace) -> None:
     Dev chooses, test reports. The table marks the K-FAC edits on the front of dev.
     """
     import refcurv as rc
-    from refcurv.files.disk import mode_of, unfinished, write_bytes
+    from refcurv.files.disk import mode_of, read_bytes, unfinished, write_bytes
     from refcurv.report.plots import require_front, require_matplotlib, save, sweep_front
     from refcurv.report.sweep import format_sweep
     from refcurv.sweeps.beside import Collecting
@@ -83,7 +83,7 @@ def sweep(args: argparse.Namespace) -> None:
         told=lambda text: say(f"sweep: {text}"),
     ).to_json()
     if lines != args.output:
-        write_bytes("sweep", args.output, Path(lines).read_bytes())
+        write_bytes("sweep", args.output, read_bytes("sweep", lines))
     Path(unfinished(args.output)).unlink(missing_ok=True)
     print(format_sweep(found))
     if args.plot:

@@ -16,14 +16,18 @@ from refcurv.files.digest import recorded
 from refcurv.files.disk import WRITING, machine_faults
 from refcurv.files.lazy import Lazy, Recent
 from refcurv.law.checks import (
+    DTypeError,
     SchemaError,
     require_choice,
     require_draws,
+    require_finite,
     require_range,
     require_seed,
+    require_shape,
 )
 from refcurv.law.conventions import COMPUTE_DTYPES, Estimator, Fisher, Rows
 from refcurv.model.config import TABLES
+from refcurv.model.given import require_whole
 
 _SUMS = (Estimator.EXPAND, Estimator.REDUCE)
 _UNREAD = np.zeros((0, 0))
@@ -42,10 +46,12 @@ def save_factors(factors: Factors, path: str | Path, checkpoint: str | Path | No
         checkpoint: the file that they were collected with; it is deleted once they are on disk.
 
     Raises:
-        StorageError: the disk is full, or the path cannot be written to.
+        RangeError, ShapeError, DTypeError, NonFiniteError: counts or sums that could not be
+        loaded; no file is written. StorageError: the disk is full, or the path cannot be written.
 
     Cost: the sums once, one layer at a time.
-    Proof: tests/test_factors.py::test_what_was_collected_is_never_lost
+    Proof: tests/test_factors.py::test_what_was_collected_is_never_lost,
+        ::test_what_no_file_may_hold_is_not_saved
     """
     attributes: dict[str, str | int | float] = {
         "fisher": str(factors.fisher),
@@ -60,6 +66,7 @@ def save_factors(factors: Factors, path: str | Path, checkpoint: str | Path | No
 
     def entries() -> Iterator[store.Entry]:
         for name, factor in factors.items():
+            _require_sound(name, factor)
             yield store.Entry(f"{name}.sum_A", factor.sum_A)
             yield store.Entry(f"{name}.n_A", np.asarray(factor.n_A, np.int64))
             if factor.sum_a is not None:
@@ -82,6 +89,29 @@ def save_factors(factors: Factors, path: str | Path, checkpoint: str | Path | No
     if checkpoint is not None:
         with machine_faults("collect", checkpoint, WRITING):
             Path(checkpoint).unlink(missing_ok=True)
+
+
+def _require_sound(name: str, factor: Factor) -> None:
+    """Refuse a layer that could not be loaded again."""
+    who = "save_factors"
+    d_in, d_out = (len(np.atleast_1d(x)) for x in (factor.sum_A, factor.sum_G))
+    shapes = {
+        "sum_A": ((d_in,) if name in TABLES else (d_in, d_in), "of inputs"),
+        "sum_G": ((d_out, d_out), "of outputs"),
+        "sum_a": ((d_in,), "of inputs"),
+        "half_mu": ((d_in,), "of inputs"),
+        "half_lam": ((d_out,), "of outputs"),
+    }
+    for part in ("n_A", "n_G"):
+        require_whole(who, f"{part} of {name!r}", getattr(factor, part), 1, 2**63 - 1)
+    for part, (shape, axes) in shapes.items():
+        if getattr(factor, part) is None:
+            continue
+        what, values = f"{part} of {name!r}", np.asarray(getattr(factor, part))
+        require_shape(who, what, values, shape, axes)
+        if values.dtype != np.float64:
+            raise DTypeError(f"{who}: {what} must be float64; got {values.dtype}.")
+        require_finite(who, what, values)
 
 
 def load_factors(path: str | Path) -> Factors:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -15,7 +16,9 @@ from refcurv.files.disk import (
     make_folder,
     mode_of,
     parse_json,
+    read_bytes,
     remove_folder,
+    strangers,
     unfinished,
     write_json,
 )
@@ -30,43 +33,45 @@ Layer = TypeVar("Layer")
 class Parts(Generic[Layer]):
     """A folder beside an output: `run.json` says of which run (FINGERPRINT), the rest are layers.
 
-    Fields: who, for messages; folder, which may not be there yet; facts, of this run; layers, what
-    lies in it, each read when asked for.
+    Fields: who, for messages; folder, which may not be there yet; facts, of this run; names, of all
+    its layers; layers, what lies in it, each read when asked for.
     """
 
     who: str
     folder: Path
     facts: Mapping[str, Any]
+    names: Collection[str]
     layers: Mapping[str, Layer]
+
+    def is_own(self, name: str) -> bool:
+        """Is this the name of a file that the run writes?"""
+        return name == RUN or (name.endswith(".h5") and name.removesuffix(".h5") in self.names)
 
 
 def open_parts(
     who: str,
     path: str | Path,
     facts: Mapping[str, Any],
+    names: Iterable[str],
     load: Callable[[Path], Mapping[str, Layer]],
 ) -> Parts[Layer]:
     """What an earlier run of the same facts left of the output `path`.
 
-    Args: load, opens a file of layers.
+    Args: names, of the layers that the run will have; load, opens a file of layers.
 
     Raises:
         ConventionError: it is of another run; says what differs; or, when a layer is read, another
-        run has removed it meanwhile. SchemaError: it is damaged.
+        run has removed it meanwhile. SchemaError: it is damaged, or no run left it.
 
     Proof: tests/test_streaming.py::test_a_killed_run_goes_on, ::test_damaged_parts_are_refused,
-        tests/test_resumed_bases.py::test_what_another_run_removes_meanwhile
+        tests/test_resumed_bases.py::test_what_another_run_removes_meanwhile,
+        ::test_a_strangers_folder_is_refused_and_kept
     """
     folder = Path(f"{unfinished(path)}.layers")
-    known = folder / RUN
+    empty: Parts[Layer] = Parts(who, folder, facts, frozenset(names), {})
+    if not _is_begun(empty):
+        return empty
     where = f"{who}: {str(folder)!r}"
-    if mode_of(who, folder) and not is_folder(who, folder):
-        raise SchemaError(
-            f"{where} is in the way of the layers kept. Move it, or name another output."
-        )
-    if not mode_of(who, known):
-        return Parts(who, folder, facts, {})
-    _require_ours(who, folder, facts)
     found: dict[str, Mapping[str, Layer]] = {}
     for file in sorted(folder.glob("*.h5")):
         with advised(who):
@@ -80,11 +85,33 @@ def open_parts(
             with advised(who):
                 return found[name][name]
         except (SchemaError, StorageError):
-            if mode_of(who, known):
+            if mode_of(who, folder / f"{min(found[name])}.h5"):
                 raise
             raise _gone(who, name, folder) from None
 
-    return Parts(who, folder, facts, Lazy(list(found), read))
+    return replace(empty, layers=Lazy(list(found), read))
+
+
+def _is_begun(parts: Parts[Any]) -> bool:
+    """Has this run begun the folder? SchemaError if anything lies there that no run writes."""
+    who, folder = parts.who, parts.folder
+    where = f"{who}: {str(folder)!r}"
+    with machine_faults(who, folder):
+        is_link = folder.is_symlink()
+    if is_link or (mode_of(who, folder) and not is_folder(who, folder)):
+        raise SchemaError(
+            f"{where} is in the way of the layers kept. Move it, or name another output."
+        )
+    begun = bool(mode_of(who, folder / RUN))
+    if begun:
+        _require_ours(who, folder, parts.facts)
+    # run.json comes first and goes last: without it no layers are of any run
+    if strange := strangers(who, folder, parts.is_own if begun else {RUN}.__contains__):
+        raise SchemaError(
+            f"{where} is where layers are kept, and {strange[0]!r:.100} in it is not known to be "
+            "of any run. Move it elsewhere, or name another output."
+        )
+    return begun
 
 
 def add_part(
@@ -104,7 +131,7 @@ def add_part(
         _require_ours(parts.who, parts.folder, parts.facts)
     try:
         if first:
-            remove_folder(parts.who, parts.folder)  # nothing says whose layers are in it
+            _remove(parts)  # nothing says whose layers are in it
             make_folder(parts.who, parts.folder)
             write_json(json.loads(told(parts.facts)), parts.folder / RUN)
         save(parts.folder / f"{min(layers)}.h5")
@@ -116,7 +143,7 @@ def add_part(
                 "the command again, if that is not what was wanted."
             ) from None
         if first:
-            remove_folder(parts.who, parts.folder)
+            _remove(parts)
         raise
 
 
@@ -137,11 +164,22 @@ def _gone(who: str, layer: str, folder: Path) -> ConventionError:
 def _require_ours(who: str, folder: Path, facts: Mapping[str, Any]) -> None:
     """Refuse the layers of another run."""
     where, known = f"{who}: {str(folder)!r}", folder / RUN
-    with machine_faults(who, known):
-        theirs = parse_json(f"{where}: {RUN}", known.read_bytes())
+    theirs = parse_json(f"{where}: {RUN}", read_bytes(who, known))
     require_told(where, facts, theirs)
 
 
 def discard(parts: Parts[Layer]) -> None:
-    """The output is whole: its parts go."""
-    remove_folder(parts.who, parts.folder)
+    """The output is whole: its parts go, and nothing else.
+
+    Proof: tests/test_resumed_bases.py::test_what_a_stranger_adds_meanwhile_is_kept
+    """
+    if not _remove(parts):
+        warnings.warn(
+            f"{parts.who}: {str(parts.folder)!r} stays, for something in it is not of this run",
+            stacklevel=2,
+        )
+
+
+def _remove(parts: Parts[Any]) -> bool:
+    """Remove what the run wrote; is the folder gone?"""
+    return remove_folder(parts.who, parts.folder, parts.is_own, RUN)

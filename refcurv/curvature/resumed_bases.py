@@ -82,7 +82,7 @@ def _parts(
     """The layers that are done, each in a basis file, and the facts of the run."""
     made_with = {**about, "dtype": dtype, "law": describe(), **store.machine()}
     facts = {"factors": factors.source["sha256"], **made_with}
-    return open_parts("decompose", path, facts, load_bases)
+    return open_parts("decompose", path, facts, factors, load_bases)
 
 
 def _keeping(

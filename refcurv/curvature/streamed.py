@@ -174,7 +174,7 @@ def collect_to(
     require_few_passes("collect", units, job, config.vocabulary)
     require_two(units, job)
     facts = fingerprint(model, corpus, job, keep)
-    parts, own = open_parts("collect", path, facts, load_factors), digest(model)
+    parts, own = open_parts("collect", path, facts, names, load_factors), digest(model)
     inputs = store.inputs(model.source, corpus.source)
     left = replace(job, layers=job.layers - set(parts.layers))
 
@@ -190,7 +190,7 @@ def collect_to(
         for some in each_group(model, units, left, chosen.groups, *how):
             add_part(parts, some, partial(save_factors, factors_of(some)))
             del some
-        parts = open_parts("collect", path, facts, load_factors)
+        parts = open_parts("collect", path, facts, names, load_factors)
         require_all(parts, names)
     warn_of_changes("collect", model, corpus)
     save_factors(factors_of(Lazy(names, parts.layers.__getitem__)), path)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from refcurv.curvature import room
 from refcurv.evaluation.decode import (
     at_scored,
     batches,
@@ -22,6 +23,7 @@ from refcurv.law.checks import (
     Array,
     ConventionError,
     EmptyError,
+    RoomError,
     overflow_hint,
     require_finite,
 )
@@ -31,7 +33,7 @@ from refcurv.model.given import require_whole
 from refcurv.model.loss import cross_entropy
 from refcurv.model.transformer import Parameters
 from refcurv.model.weights import Model
-from refcurv.progress import Progress, counter, silent
+from refcurv.progress import Progress, counter, silent, size
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -169,6 +171,18 @@ def _of(population: Population, rows: Array) -> Population:
 # ------------------------------------------------------------------ the control
 
 
+def _require_room(model: Model, rows: int, length: int) -> None:
+    """Refuse what memory does not hold: ids, three times, and keys and values of one row."""
+    config, free = model.config, room.available()
+    pair = 2 * config.layers * config.kv_heads * config.head_width * np.dtype(model.dtype).itemsize
+    need = length * (12 * rows + pair)
+    if free is not None and need > free:
+        raise RoomError(
+            f"own_continuations: {number_of(rows, 'row')} of {number_of(length, 'token')} take "
+            f"{size(need)}, and {size(free)} are free. Give a smaller count, or fewer texts."
+        )
+
+
 def own_continuations(
     model: Model,
     text: Population,
@@ -196,12 +210,13 @@ def own_continuations(
         Population of kind `recite` and of the text's split; the model recites all of it.
 
     Raises:
-        EmptyError: no row is so long. RangeError: prompt or count < 1.
-        Others as `items`.
+        EmptyError: no row is so long. RangeError: prompt or count < 1. RoomError: memory does not
+        hold what would be decoded. Others as `items`.
 
     Cost: one forward pass over the prompts and what is said.
     Source: METHOD, Controls.
-    Proof:  tests/test_graded.py::test_a_model_recites_its_own_continuations
+    Proof:  tests/test_graded.py::test_a_model_recites_its_own_continuations,
+        ::test_continuations_that_memory_does_not_hold
     """
     for what, value in (("prompt", prompt), ("count", count)):
         require_whole("own_continuations", what, value, 1)
@@ -211,6 +226,7 @@ def own_continuations(
             f"own_continuations: no row has {number_of(prompt, 'token')}; the longest has "
             f"{text.length.max()}. Give a smaller `prompt`, or longer texts."
         )
+    _require_room(model, len(rows), prompt + count)
     given = np.zeros((len(rows), prompt + count), np.int32)
     given[:, :prompt] = text.tokens[rows, :prompt]
     prompts, lengths = (np.full(len(rows), n, np.int32) for n in (prompt, prompt + count))

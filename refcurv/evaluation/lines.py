@@ -16,10 +16,10 @@ from typing import Any, Final
 from refcurv.curvature.fingerprint import require_told, told
 from refcurv.files.disk import (
     identity,
-    input_path,
     machine_faults,
     mode_of,
     parse_json,
+    read_bytes,
     write_json_lines,
 )
 from refcurv.law.checks import ConventionError, SchemaError
@@ -109,8 +109,7 @@ class Lines:
 def _read(path: Path, who: str) -> list[dict[str, Any]]:
     """Every whole line, checked."""
     where = f"{who}: {str(path)!r}"
-    with machine_faults(who, path):
-        data = input_path(path).read_bytes()
+    data = read_bytes(who, path)
     if not data:
         return []
     *whole, torn = data.split(b"\n")

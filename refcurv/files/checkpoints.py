@@ -16,8 +16,8 @@ from typing import Final
 from refcurv.files import safetensors
 from refcurv.files.disk import (
     file_sha256,
-    machine_faults,
     parse_json,
+    reading,
 )
 from refcurv.files.mistaken import PICKLES, SHARD, no_config, no_weights
 from refcurv.files.safetensors import Tensor
@@ -80,12 +80,14 @@ def inside(folder: Path, name: str) -> Path:
 def read_text(folder: Path, name: str) -> str:
     """A small text file of the checkpoint."""
     path = inside(folder, name)
-    with machine_faults("convert", path):
-        data = path.read_bytes() if path.stat().st_size <= _MAX_TEXT else b"\xff"
+    with reading("convert", path) as file:
+        data = file.read(_MAX_TEXT + 1)
     try:
-        return data.decode()
+        if len(data) <= _MAX_TEXT:
+            return data.decode()
     except UnicodeDecodeError:
-        raise SchemaError(f"convert: {str(path)!r} is no UTF-8 text, or too long.") from None
+        pass
+    raise SchemaError(f"convert: {str(path)!r} is no UTF-8 text, or too long.")
 
 
 def read_config_text(folder: Path) -> str:

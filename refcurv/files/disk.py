@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -31,6 +32,9 @@ _IN_PLACE: Final = "What was written is in its place, but a power cut may undo i
 
 _TRIES: Final = 100
 """Chosen: how often a folder is removed that another run fills meanwhile, with a file a time."""
+
+_PARTIAL: Final = re.compile(r"\.refcurv-[0-9a-f]{8}-[0-9a-f]{12}\.partial")
+"""Names of files that are being written (`_partial`)."""
 
 _NO_PATH: Final = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)
 """Errors that the path itself causes: a name that is too long, links that lead in a circle, a file
@@ -74,6 +78,7 @@ def mode_of(who: str, path: PathLike) -> int:
         try:
             return Path(path).stat().st_mode
         except (FileNotFoundError, NotADirectoryError):
+            _resolved(who, path)  # says so where the working folder is gone
             return 0
         except (TypeError, ValueError) as error:  # no text, or a NUL in it
             told = path if isinstance(error, TypeError) else os.fspath(path)
@@ -90,19 +95,52 @@ def _resolved(who: str, path: PathLike) -> Path:
     """The place that a path leads to through its links; SchemaError for what is no path."""
     try:
         return Path(os.path.realpath(path))
+    except FileNotFoundError:
+        raise _nowhere(who, path) from None
     except (TypeError, ValueError) as error:  # no text, or a NUL in it
         told = path if isinstance(error, TypeError) else os.fspath(path)
         raise SchemaError(f"{who}: {told!r:.100} is no path: {one_line(error)}.") from None
 
 
+def _nowhere(who: str, path: PathLike) -> SchemaError:
+    """The error for a path from a working folder that is gone."""
+    return SchemaError(
+        f"{who}: {os.fspath(path)!r} leads from the folder that you are in, which was removed. "
+        "Go to another, or give the whole path."
+    )
+
+
 def output_path(who: str, path: PathLike) -> Path:
-    """Where an output goes, links resolved; SchemaError unless its folder exists."""
+    """Where an output goes, links resolved; SchemaError unless its folder exists.
+
+    The folder is looked for as it is spelled, too: without a folder "no" there is no "no/../x".
+
+    Proof: tests/test_disk.py::test_no_path_leads_through_a_folder_that_is_not_there
+    """
     target = _resolved(who, path)
-    if is_folder(who, target.parent):
-        return target
-    if mode_of(who, target.parent):
-        raise SchemaError(f"{who}: {str(target.parent)!r} is no folder. Give another path.")
-    raise SchemaError(f"{who}: the folder {str(target.parent)!r} does not exist. Create it first.")
+    for folder in (Path(path).parent, target.parent):
+        _require_folder(who, folder)
+    return target
+
+
+def _require_folder(who: str, folder: Path) -> None:
+    if not is_folder(who, folder):
+        if mode_of(who, folder):
+            raise SchemaError(f"{who}: {str(folder)!r} is no folder. Give another path.")
+        raise SchemaError(f"{who}: the folder {str(folder)!r} does not exist. Create it first.")
+
+
+def make_folders(who: str, path: PathLike) -> None:
+    """Make a folder and those above it, as far as they are missing; but none to leave it by "..".
+
+    Proof: tests/test_disk.py::test_no_path_leads_through_a_folder_that_is_not_there
+    """
+    parts = Path(path).parts
+    if ".." in parts:
+        above = len(parts) - parts[::-1].index("..")
+        _require_folder(who, Path(*parts[:above]))
+    with machine_faults(who, path):
+        Path(path).mkdir(parents=True, exist_ok=True)
 
 
 def output_file(who: str, path: PathLike) -> Path:
@@ -154,6 +192,22 @@ def beside(path: PathLike, *whats: str) -> dict[str, Path]:
     path = Path(os.fspath(path).removesuffix(unfinished("")))
     stem = str(path).removesuffix(path.suffix)  # "." and "/" have no name to replace
     return {what: Path(f"{stem}.{what}.h5") for what in whats}
+
+
+def require_kept(who: str, path: PathLike) -> None:
+    """SchemaError if something other than JSON lies where a run keeps what it knows as JSON.
+
+    Asked before the work, for the run would write over it, and remove it at the end.
+
+    Proof: tests/test_hostile.py::test_what_a_run_would_write_over_is_refused
+    """
+    if mode_of(who, path):
+        with reading(who, path) as file:
+            if file.read(1) not in (b"", b"{"):
+                raise SchemaError(
+                    f"{who}: {os.fspath(path)!r} is where a run keeps what it knows, and it is "
+                    "something else. Move it elsewhere, or name another output."
+                )
 
 
 def free_bytes(path: PathLike) -> int:
@@ -243,21 +297,48 @@ def make_folder(who: str, path: PathLike) -> None:
         Path(path).mkdir(exist_ok=True)
 
 
-def remove_folder(who: str, path: PathLike) -> None:
-    """Remove a folder with what is in it, if it is there, also what another run puts there now.
+def strangers(who: str, folder: PathLike, ours: Callable[[str], bool]) -> list[str]:
+    """What lies in a folder beside regular files of our names, and what `replacing` left there."""
+    with machine_faults(who, folder), suppress(FileNotFoundError), os.scandir(folder) as found:
+        return sorted(one.name for one in found if not _is_ours(one, ours))
+    return []
 
-    Proof: tests/test_disk.py::test_a_folder_that_is_being_filled_is_removed
+
+def _is_ours(one: os.DirEntry[str], ours: Callable[[str], bool]) -> bool:
+    named = ours(one.name) or _PARTIAL.fullmatch(one.name) is not None
+    return named and one.is_file(follow_symlinks=False)
+
+
+def remove_folder(who: str, path: PathLike, ours: Callable[[str], bool], last: str = "") -> bool:
+    """Remove our files from a folder, also what another run puts there now, and the empty folder.
+
+    Args: ours, is it the name of a file of ours? last, the file that goes last.
+
+    Returns:
+        Is the folder gone, or was there none? What is not ours stays, and the folder with it.
+
+    Proof: tests/test_disk.py::test_a_folder_that_is_being_filled_is_removed,
+        ::test_what_is_not_ours_stays_in_a_folder
     """
     with machine_faults(who, path, WRITING):
         for _ in range(_TRIES):
             try:
-                shutil.rmtree(path)
-            except OSError as error:  # another run fills it, or removes it as well
-                if error.errno not in (errno.ENOTEMPTY, errno.ENOENT):
+                with os.scandir(path) as found:
+                    names = [one.name for one in found if _is_ours(one, ours)]
+                for name in sorted(names, key=last.__eq__):
+                    Path(path, name).unlink(missing_ok=True)  # another run removes it as well
+                Path(path).rmdir()
+            except FileNotFoundError:
+                return True
+            except OSError as error:  # another run fills it, or something is not ours
+                if error.errno != errno.ENOTEMPTY:
                     raise
-            if not mode_of(who, path):
-                return
-        shutil.rmtree(path)
+                if strangers(who, path, ours):
+                    return False
+            else:
+                return True
+        Path(path).rmdir()
+    return True
 
 
 def scratch_folder() -> tempfile.TemporaryDirectory[str]:
@@ -376,7 +457,7 @@ def _remove_left_over(target: Path) -> None:
     """
     for partial in target.parent.glob(_partial(target, "*").name):
         with suppress(OSError):  # somebody's who lives, or not ours
-            descriptor = os.open(partial, os.O_RDONLY | os.O_NOFOLLOW)
+            descriptor = os.open(partial, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if os.path.samestat(os.fstat(descriptor), partial.lstat()):  # not made anew since
@@ -443,14 +524,42 @@ def write_json_lines(rows: Iterable[object], path: PathLike) -> None:
 
 def input_path(path: PathLike) -> Path:
     """An input's absolute path; SchemaError unless a regular file is there."""
-    mode = mode_of("open", path)
-    found = Path(path)
+    require_file("open", path)
+    try:
+        return Path(path).absolute()
+    except FileNotFoundError:
+        raise _nowhere("open", path) from None
+
+
+def require_file(who: str, path: PathLike) -> None:
+    """SchemaError unless a regular file is there: who opens a pipe waits for its other end."""
+    mode, found = mode_of(who, path), Path(path)
     if not mode:
-        raise SchemaError(f"open: there is no file {str(found)!r}.")
+        raise SchemaError(f"{who}: there is no file {str(found)!r}.")
     if not stat.S_ISREG(mode):
         what = "a folder" if stat.S_ISDIR(mode) else "no regular file"
-        raise SchemaError(f"open: {str(found)!r} is {what}; a file is needed.")
-    return found.absolute()
+        raise SchemaError(f"{who}: {str(found)!r} is {what}; a file is needed.")
+
+
+@contextmanager
+def reading(who: str, path: PathLike) -> Iterator[io.BufferedReader]:
+    """A regular file, open for reading. Every input is opened this way, in folders too.
+
+    Raises:
+        SchemaError: as `require_file`. StorageError: the machine cannot read it.
+
+    Proof: tests/test_disk.py::test_nothing_but_disk_opens_files,
+        tests/test_hostile.py::test_a_pipe_within_a_folder_is_refused
+    """
+    require_file(who, path)
+    with machine_faults(who, path), Path(path).open("rb") as file:
+        yield file
+
+
+def read_bytes(who: str, path: PathLike) -> bytes:
+    """All bytes of a regular file; raises as `reading`."""
+    with reading(who, path) as file:
+        return file.read()
 
 
 def identity(path: Path) -> tuple[int, ...]:
@@ -461,7 +570,7 @@ def identity(path: Path) -> tuple[int, ...]:
 
 def file_sha256(path: PathLike) -> str:
     """SHA-256 of a whole file, in hexadecimal."""
-    with machine_faults("sha256", path), Path(path).open("rb") as file:
+    with reading("sha256", path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -490,6 +599,7 @@ def parse_json(where: str, text: str | bytes) -> dict[str, Any]:
 
 
 def one_line(error: BaseException) -> str:
-    """The text of an error in one line of bounded length, without the final stop."""
+    """The text of an error in one line of bounded length, without addresses and the final stop."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    return " ".join(text.split())[:200].rstrip(".") or type(error).__name__
+    text = " ".join(re.sub(r" at 0x[0-9a-f]+", "", text).split())
+    return text[:200].rstrip(".") or type(error).__name__

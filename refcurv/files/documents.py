@@ -14,7 +14,11 @@ from typing import Final
 
 import numpy as np
 
-from refcurv.files.disk import PathLike, input_path, machine_faults
+from refcurv.files.disk import (
+    PathLike,
+    input_path,
+    read_bytes,
+)
 from refcurv.files.encoding import PARTS, PIECE, encode, encode_pairs
 from refcurv.files.ids import WHO, npy_rows, read_bin
 from refcurv.files.json_lines import JSON_LINES, Item, json_items, require_utf8_mark
@@ -215,8 +219,7 @@ def _require_text(path: Path) -> None:
 
 def _read_text(path: Path, where: str) -> str:
     """The text of a file that is UTF-8 without a NUL; a byte order mark is left out."""
-    with machine_faults("open", path):
-        data = path.read_bytes()
+    data = read_bytes("open", path)
     require_utf8_mark(where, data)
     if (at := data.find(b"\0")) >= 0:
         raise SchemaError(f"{WHO}: {where} is no text: byte {at} is NUL. Is it binary, or UTF-16?")

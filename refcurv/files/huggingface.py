@@ -27,6 +27,7 @@ from refcurv.files.disk import (
     one_line,
     output_path,
     parse_json,
+    read_bytes,
     write_bytes,
 )
 from refcurv.files.families import FAMILIES, Family
@@ -281,7 +282,7 @@ def _beside(folder: Path, recorded: Mapping[str, Any]) -> dict[str, bytes]:
             raise SchemaError(
                 f"export: {str(folder)!r} has no tokenizer.json or other file of a tokenizer."
             )
-        return {name: (folder / name).read_bytes() for name in there}
+        return {name: read_bytes("export", folder / name) for name in there}
 
 
 def _is_there(
@@ -293,7 +294,7 @@ def _is_there(
     names = {path.name for path in target.iterdir()} if target.is_dir() else set()
     plain = all((target / n).is_file() and not (target / n).is_symlink() for n in names)
     if plain and names == {*files, _WEIGHTS}:
-        alike = all((target / name).read_bytes() == data for name, data in files.items())
+        alike = all(read_bytes("export", target / n) == data for n, data in files.items())
         if alike and safetensors.holds(target / _WEIGHTS, rows, read):
             return True
     raise SchemaError(f"export: {str(target)!r} exists and is no empty folder. Name another.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import stat
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import Any, BinaryIO, Final
 
 import numpy as np
 
-from refcurv.files.disk import machine_faults, one_line
+from refcurv.files.disk import mode_of, one_line, read_bytes, reading
 from refcurv.law.checks import (
     Array,
     ConventionError,
     DTypeError,
+    EmptyError,
     RangeError,
     SchemaError,
     ShapeError,
@@ -54,10 +56,8 @@ def require_text(where: str, key: str, text: str) -> str:
 def npy_rows(path: Path) -> Iterator[tuple[str, Array]]:
     """Each document's name in an error, and its ids. A (T,) array is one document, (N, T) are N."""
     where = repr(str(path))
-    with machine_faults("open", path), path.open("rb") as file:
+    with reading("open", path) as file:
         array = _read_npy(file, where)
-    if array.ndim not in (1, 2):
-        raise ShapeError(f"{WHO}: {where} must be (T,) or (N, T); got {array.shape}.")
     _require_ids(where, array)
     for n, row in enumerate(np.atleast_2d(array).astype(np.int32)):
         yield (where if array.ndim == 1 else f"{where} row {n}"), row
@@ -70,8 +70,7 @@ def read_bin(path: Path, token_dtype: str | None, vocabulary: int | None) -> Arr
     ids would have been written as other ones.
     """
     where = repr(str(path))
-    with machine_faults("open", path):
-        data = path.read_bytes()
+    data = read_bytes("open", path)
     _require_plain(path, where)
     dtype, data = _opened(where, data, token_dtype)
     if vocabulary and vocabulary - 1 > (top := np.iinfo(dtype).max):
@@ -120,14 +119,13 @@ def _opened(
 def _require_plain(path: Path, where: str) -> None:
     """Refuse the .bin of a Megatron data set: its documents are listed in the .idx beside it."""
     index = path.with_suffix(".idx")
-    with machine_faults("open", index):
-        if index.is_file():
-            with index.open("rb") as file:
-                if file.read(len(_MEGATRON)) == _MEGATRON:
-                    raise SchemaError(
-                        f"{WHO}: {where}: its documents are told by {index.name!r}, which is not "
-                        "read. Write a .jsonl with an input_ids a line."
-                    )
+    if stat.S_ISREG(mode_of("open", index)):
+        with reading("open", index) as file:
+            if file.read(len(_MEGATRON)) == _MEGATRON:
+                raise SchemaError(
+                    f"{WHO}: {where}: its documents are told by {index.name!r}, which is not "
+                    "read. Write a .jsonl with an input_ids a line."
+                )
 
 
 def _require_ids(where: str, array: Array) -> None:
@@ -152,8 +150,12 @@ def _read_npy(file: BinaryIO, where: str) -> Array:
         ) from None
     if dtype.kind not in "iu":
         raise DTypeError(f"{WHO}: {where} must hold integers; got {dtype}.")
+    if len(shape) not in (1, 2):
+        raise ShapeError(f"{WHO}: {where} must be (T,) or (N, T); got {shape}.")
     there = os.fstat(file.fileno()).st_size - file.tell()
-    if min(shape, default=1) < 0 or math.prod(shape) * dtype.itemsize != there:
+    if not there and 0 in shape:
+        raise EmptyError(f"{WHO}: {where} holds no token: its shape is {shape}.")
+    if min(shape) < 1 or math.prod(shape) * dtype.itemsize != there:
         raise SchemaError(
             f"{WHO}: {where} declares {shape} of {dtype}, and holds {there} bytes. Copy or make "
             "it again."

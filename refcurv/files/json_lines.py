@@ -11,7 +11,11 @@ from typing import Any, Final
 
 import numpy as np
 
-from refcurv.files.disk import machine_faults, one_line, parse_json
+from refcurv.files.disk import (
+    one_line,
+    parse_json,
+    reading,
+)
 from refcurv.files.few_shot import Front, front
 from refcurv.files.ids import MAX_ID, WHO, require_text
 from refcurv.law.checks import (
@@ -75,7 +79,7 @@ class Item:
 
 def lines(path: Path) -> Iterator[tuple[int, str, str]]:
     """Each line that is not blank: the byte at which it begins, its name in an error, its text."""
-    with machine_faults("open", path), path.open("rb") as file:
+    with reading("open", path) as file:
         number = start = 0
         while line := file.readline(_MAX_LINE + 1):
             number += 1

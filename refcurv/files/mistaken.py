@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from refcurv.files.disk import PathLike, parse_json
+from refcurv.files.disk import PathLike, parse_json, reading
 from refcurv.law.checks import ConventionError, RefcurvError, SchemaError
 
 PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt")
@@ -59,11 +59,9 @@ _DEQUANTISE: Final = {
 def is_gguf(path: Path) -> bool:
     """Is this a GGUF file, by its first four bytes? What is no regular file is never opened."""
     try:
-        if not path.is_file():
-            return False
-        with path.open("rb") as file:
+        with reading("open", path) as file:
             return file.read(4) == b"GGUF"
-    except (OSError, ValueError):
+    except RefcurvError:
         return False
 
 
@@ -205,11 +203,11 @@ def _no_safetensors(folder: Path, where: str) -> SchemaError | ConventionError:
 def _adapter(folder: Path) -> ConventionError:
     base, path = "", folder / "adapter_config.json"
     try:
-        small = path.is_file() and path.stat().st_size < 1_000_000
-        text = path.read_text(encoding="utf-8") if small else "{}"
+        with reading("convert", path) as file:
+            text = file.read(1_000_000)
         named = parse_json("convert: adapter_config.json", text).get("base_model_name_or_path")
         base = f" of {named!r:.100}" if isinstance(named, str) else ""
-    except (OSError, UnicodeDecodeError, RefcurvError):
+    except (UnicodeDecodeError, RefcurvError):
         pass
     return ConventionError(
         f"convert: {str(folder)!r:.200} is a PEFT adapter{base}, not a model. Merge it first, in "

@@ -9,6 +9,7 @@ there is no room for anything else.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,12 @@ from typing import Any, Final
 
 import numpy as np
 
-from refcurv.files.disk import machine_faults, parse_json, replacing
-from refcurv.law.checks import Array, SchemaError
+from refcurv.files.disk import (
+    parse_json,
+    reading,
+    replacing,
+)
+from refcurv.law.checks import Array, SchemaError, is_addressable
 
 DTYPES: Final = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """The format's names of dtypes → ours."""
@@ -74,7 +79,7 @@ def read_header(path: Path, who: str = "convert") -> list[Tensor]:
 def read_file(path: Path, who: str) -> tuple[list[Tensor], dict[str, Any]]:
     """`read_header`, and the texts that the header holds besides."""
     where = f"{who}: {str(path)!r}"
-    with machine_faults(who, path), path.open("rb") as file:
+    with reading(who, path) as file:
         size = os.fstat(file.fileno()).st_size
         start = file.read(8)
         length = int.from_bytes(start, "little")
@@ -115,18 +120,18 @@ def _tensor(where: str, path: Path, start: int, name: str, entry: object) -> Ten
         )
     stored = DTYPES.get(dtype, dtype)
     shape, offsets = entry["shape"], entry["data_offsets"]
+    itemsize = OTHERS.get(dtype) or raw_dtype(stored).itemsize
     if (
         not _naturals(shape)
         or len(shape) > _MAX_AXES
         or not _naturals(offsets)
         or len(offsets) != 2
+        or (0 in shape and not is_addressable(shape, itemsize))
     ):
         raise SchemaError(
             f"{where}: tensor {name!r} has shape {shape!r:.80} at bytes {offsets!r:.80}."
         )
-    nbytes = OTHERS.get(dtype) or raw_dtype(stored).itemsize
-    for length in shape:
-        nbytes *= length
+    nbytes = itemsize * math.prod(shape)
     if offsets[1] - offsets[0] != nbytes:
         raise SchemaError(
             f"{where}: tensor {name!r} of shape {shape} needs {nbytes} bytes; its offsets "
@@ -142,7 +147,7 @@ def _naturals(value: object) -> bool:
 def read_tensor(tensor: Tensor, who: str = "convert") -> Array:
     """The stored numbers, or the bits of a bfloat16 as uint16."""
     array = np.empty(tensor.shape, dtype=raw_dtype(tensor.stored))
-    with machine_faults(who, tensor.path), tensor.path.open("rb") as file:
+    with reading(who, tensor.path) as file:
         file.seek(tensor.begin)
         if file.readinto(array.reshape(-1).view(np.uint8).data) != tensor.nbytes:
             raise SchemaError(f"{who}: {str(tensor.path)!r} became shorter while it was read.")
@@ -162,7 +167,7 @@ def write_file(path: Path, tensors: Rows, read: Callable[[str], Array]) -> None:
 
 def holds(path: Path, tensors: Rows, read: Callable[[str], Array]) -> bool:
     """Is the file at `path`, byte for byte, what `write_file` would write?"""
-    with path.open("rb") as file:
+    with reading("export", path) as file:
         return all(file.read(len(c)) == c for c in _chunks(tensors, read)) and not file.read(1)
 
 

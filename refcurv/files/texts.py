@@ -195,7 +195,7 @@ def _require_options(length: int, separator: str | None, token_dtype: str | None
     if isinstance(length, bool) or not isinstance(length, int) or not 2 <= length <= MAX_ID:
         raise RangeError(
             f"{WHO}: length must be an integer of at least 2, for a row of one token predicts "
-            f"nothing; got {length!r}."
+            f"nothing, and at most {MAX_ID}; got {length!r:.100}."
         )
     if separator == "":
         raise ConventionError(f"{WHO}: the separator is empty, and would part every letter.")

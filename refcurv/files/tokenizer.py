@@ -18,6 +18,7 @@ from refcurv.files.disk import (
     machine_faults,
     one_line,
     parse_json,
+    reading,
 )
 from refcurv.files.gguf.reading import first_part
 from refcurv.files.ids import MAX_ID, WHO
@@ -161,7 +162,7 @@ def _require_certain(library: Any, where: str) -> None:
 
 
 def _read(path: Path) -> bytes:
-    with machine_faults("open", path), path.open("rb") as opened:
+    with reading("open", path) as opened:
         if (data := opened.read(len(HDF5))) == HDF5:
             raise SchemaError(
                 f"{WHO}: {str(path)!r} is an HDF5 file, which has no tokenizer. Give the "

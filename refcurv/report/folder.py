@@ -10,8 +10,10 @@ from refcurv.files.disk import (
     PathLike,
     is_folder,
     machine_faults,
+    make_folders,
     mode_of,
     require_apart,
+    require_kept,
     require_writable,
     unfinished,
 )
@@ -47,12 +49,13 @@ def prepare(folder: PathLike, inputs: Mapping[str, PathLike]) -> Path:
     folder = Path(folder)
     if mode_of("report", folder) and not is_folder("report", folder):
         raise SchemaError(f"report: {str(folder)!r} is no folder. Name another with --out.")
-    with machine_faults("report", folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    make_folders("report", folder)
     files = outputs(folder)
     require_apart("report", files, inputs)
     for path in files.values():
         require_writable("report", path)
+    for name in (unfinished(RESULTS), CONTROLS, CHOICE):
+        require_kept("report", folder / name)
     return folder
 
 

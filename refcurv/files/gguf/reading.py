@@ -18,7 +18,13 @@ from typing import Any, Final
 
 import numpy as np
 
-from refcurv.files.disk import PathLike, input_path, machine_faults, one_line
+from refcurv.files.disk import (
+    PathLike,
+    input_path,
+    machine_faults,
+    one_line,
+    reading,
+)
 from refcurv.files.unchanged import Seen, seen
 from refcurv.law.checks import Array, ConventionError, RefcurvError, SchemaError
 from refcurv.law.words import number_of
@@ -203,7 +209,7 @@ def _part(path: Path) -> Contents:
 
     files = seen("open", [path])
     where = repr(str(path))
-    with machine_faults("open", path), package_faults(where), path.open("rb") as file:
+    with reading("open", path) as file, package_faults(where):
         reader = Reader(path)
         tensors = {t.name: _tensor(path, t) for t in reader.tensors}
         # a file that says its alignment has it as a uint32, which neither is signed nor holds 4 GiB
@@ -232,7 +238,7 @@ def _whole(data: bytes, nbytes: int, path: Path) -> bytes:
 
 def _require_readable(path: Path) -> None:
     """Refuse what is no GGUF file of little-endian numbers in a known version."""
-    with machine_faults("open", path), path.open("rb") as file:
+    with reading("open", path) as file:
         start = file.read(8)
     version = int.from_bytes(start[4:], "little")
     if start[:4] != MAGIC or len(start) < 8:
@@ -290,7 +296,7 @@ def first_part(path: Path) -> Path:
 
 def read_stored(tensor: Tensor) -> Array:
     """A tensor as its file has it, in `blocks` of `stored`."""
-    with machine_faults("open", tensor.path), tensor.path.open("rb") as file:
+    with reading("open", tensor.path) as file:
         file.seek(tensor.begin)
         nbytes = tensor.stored.itemsize * math.prod(tensor.blocks)
         data = _whole(file.read(nbytes), nbytes, tensor.path)

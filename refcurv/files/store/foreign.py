@@ -15,7 +15,7 @@ import numpy as np
 from refcurv.files.disk import PathLike, input_path
 from refcurv.files.store.layout import MAX_DEPTH, Scalar
 from refcurv.files.store.opening import datasets, member, opened
-from refcurv.law.checks import Array, SchemaError
+from refcurv.law.checks import Array, SchemaError, is_addressable
 
 _NAMES: Final = re.compile(r"[^\x00-\x1f\x7f/]{1,200}")
 _REPACK: Final = "h5repack -l CONTI -f NONE OLD NEW makes it so"
@@ -88,8 +88,8 @@ def _outline(dataset: Any, size: int) -> Outline:
     """What can be known of a dataset without reading it; `size` is the file's."""
     kind, plist, shape = dataset.id.get_type(), dataset.id.get_create_plist(), dataset.shape
     dtype, usable = _dtype(kind, dataset)
-    if shape is None or len(shape) > 8:
-        return Outline("of no shape, or of more than 8 axes", (), False)
+    if shape is None or len(shape) > 8 or not is_addressable(shape, int(kind.get_size())):
+        return Outline("of no shape, of more than 8 axes, or larger than any file", (), False)
     shape = tuple(map(int, shape))
     plain = plist.get_layout() in (h5py.h5d.CONTIGUOUS, h5py.h5d.COMPACT)
     if plist.get_external_count() or plist.get_layout() == h5py.h5d.VIRTUAL:

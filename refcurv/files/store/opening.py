@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,15 @@ from typing import Any, Final
 import h5py
 import numpy as np
 
-from refcurv.files.disk import PathLike, identity, input_path, machine_faults, one_line, parse_json
+from refcurv.files.disk import (
+    PathLike,
+    identity,
+    input_path,
+    machine_faults,
+    one_line,
+    parse_json,
+    require_file,
+)
 from refcurv.files.mistaken import GGUF_ELSEWHERE, is_gguf
 from refcurv.files.store.layout import (
     BFLOAT16,
@@ -26,7 +35,7 @@ from refcurv.files.store.layout import (
     declared,
     to_name,
 )
-from refcurv.law.checks import PART, ChecksumError, RefcurvError, SchemaError
+from refcurv.law.checks import PART, ChecksumError, RefcurvError, SchemaError, is_addressable
 
 _LAYOUTS: Final = {
     h5py.h5d.CHUNKED: "chunked",
@@ -89,6 +98,7 @@ def opened(who: str, path: Path) -> Iterator[Any]:
 
     It is opened without a lock: a file of ours is never changed in place, only replaced.
     """
+    require_file(who, path)
     try:
         with h5py.File(path, "r", locking=False) as file:
             yield file
@@ -222,11 +232,10 @@ def info_of(path: Path, inner: str, dataset: Any) -> Info:
     if layout != h5py.h5d.CONTIGUOUS or plist.get_external_count() or plist.get_nfilters():
         kind = _LAYOUTS.get(layout, "stored in another file, or filtered,")
         raise SchemaError(f"{where} is {kind}; write it contiguous, without compression.")
-    if shape is None or len(shape) > _MAX_AXES:
+    itemsize = int(np.dtype(dtype).itemsize)
+    if shape is None or len(shape) > _MAX_AXES or not is_addressable(shape, itemsize):
         raise SchemaError(f"{where} must have between 0 and {_MAX_AXES} axes; got shape {shape}.")
-    nbytes = int(np.dtype(dtype).itemsize)
-    for length in shape:
-        nbytes *= int(length)
+    nbytes = itemsize * math.prod(map(int, shape))
     if dataset.id.get_storage_size() != nbytes:
         raise SchemaError(
             f"{where} declares {nbytes} bytes of shape {shape} but stores "

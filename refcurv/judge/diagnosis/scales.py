@@ -29,6 +29,9 @@ SURE = 0.9
 SCALES = 24
 """Powers of 2 that a loss may have been multiplied by.  Chosen."""
 
+TINY = 1e-150
+"""No fault gives a factor below it, or above 1/TINY.  Chosen: squares of these are numbers yet."""
+
 USUAL = (15, 16)
 """Half of the losses that are: libraries begin with 2¹⁵ (TensorFlow, jmp) or 2¹⁶ (PyTorch)."""
 
@@ -139,7 +142,8 @@ def explain(scales: Sequence[Scale], counts: Counts, beside: Sequence[Scale] = (
     scales = [one for one in scales if one.layer not in told]
     for group in _groups(scales):
         names = tuple(one.layer for one in group)
-        for named in _of_group(group, counts, alone=len(group) < len(scales)):
+        found = _beyond(group[0]) or _of_group(group, counts, alone=len(group) < len(scales))
+        for named in found:
             out.append(replace(named, layers=names))
     return _joined(out)
 
@@ -198,6 +202,20 @@ def _same(x: Scale, y: Scale) -> bool:
 
 def _near(x: float, y: float, tol: float) -> bool:
     return abs(x - y) <= tol * abs(y)
+
+
+def _beyond(one: Scale) -> list[Named]:
+    """A factor that no fault gives: theirs is zero or infinite beside ours, or its negative.
+
+    Proof: tests/test_judge_factors.py::test_factors_that_no_fault_gives_are_told
+    """
+    both = {"A": one.c_A, "G": one.c_G}
+    far = {side: c for side, c in both.items() if c is not None and not TINY <= c <= 1 / TINY}
+    if not far:
+        return []
+    words = " and ".join(f"{side} is ours times {c:.9g}" for side, c in far.items())
+    left = max(abs(c - 1) for c in far.values())
+    return [Named(None, words, "".join(far), left, certain=False)]
 
 
 def _of_group(group: Sequence[Scale], counts: Counts, alone: bool) -> list[Named]:

@@ -19,7 +19,10 @@ from typing import Any, BinaryIO, Final, Literal
 import numpy as np
 
 from refcurv.files.bfloat16 import from_bfloat16
-from refcurv.files.disk import input_path, machine_faults
+from refcurv.files.disk import (
+    input_path,
+    reading,
+)
 from refcurv.judge.foreign.pickles import MAX_BYTES, Tensor, item_bytes, parse
 from refcurv.law.checks import Array, SchemaError
 
@@ -60,7 +63,7 @@ class Saved:
 
 def is_saved(path: Path) -> bool:
     """Is this regular file from torch.save, or a pickle? Asked of its bytes, not of its name."""
-    with machine_faults("validate", path), path.open("rb") as file:
+    with reading("validate", path) as file:
         start = file.read(30)
         if start[:4] == _ZIP and len(start) == 30:
             first = file.read(int.from_bytes(start[26:28], "little"))
@@ -72,7 +75,7 @@ def is_saved(path: Path) -> bool:
 
 def _names(path: Path) -> list[str]:
     try:
-        with zipfile.ZipFile(path) as archive:
+        with reading("validate", path) as opened, zipfile.ZipFile(opened) as archive:
             return archive.namelist()
     except _NO_ZIP:
         return []
@@ -101,7 +104,7 @@ def open_saved(path: str | os.PathLike[str]) -> Saved:
     """
     found = input_path(path)
     where = f"validate: {str(found)!r:.200}"
-    with machine_faults("validate", found), found.open("rb") as file:
+    with reading("validate", found) as file:
         start = file.read(len(_OLD))
         if start[:4] != _ZIP:
             what = "torch's format before 1.6" if start == _OLD else "a bare pickle"
@@ -215,7 +218,7 @@ def read(saved: Saved, tensor: Tensor) -> Array:
     where = f"validate: {str(saved.path)!r:.200}"
     key, width = tensor.storage.key, item_bytes(tensor.dtype)
     member = saved.members[key]
-    with machine_faults("validate", saved.path), saved.path.open("rb") as file:
+    with reading("validate", saved.path) as file:
         if tensor.span == tensor.storage.length:
             data = _whole(where, file, member)
         else:

@@ -22,7 +22,10 @@ from typing import Any, Final
 import numpy as np
 
 from refcurv.algebra.scaling import norm
-from refcurv.files.disk import machine_faults
+from refcurv.files.disk import (
+    machine_faults,
+    reading,
+)
 from refcurv.files.lazy import Lazy
 from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.dump import Dump, Theirs
@@ -262,7 +265,7 @@ def _total(path: Path) -> float | None:
     The pickle beside it says no more than that, and is not read.
     """
     try:
-        with machine_faults("validate", path), zipfile.ZipFile(path) as file:
+        with reading("validate", path) as opened, zipfile.ZipFile(opened) as file:
             storages = [i for i in file.infolist() if re.fullmatch(r".+/data/\d+", i.filename)]
             orders = [i for i in file.infolist() if i.filename.endswith("/byteorder")]
             big = any(i.file_size == 3 and file.read(i) == b"big" for i in orders)
@@ -282,7 +285,7 @@ def _choices(folder: Path, problems: list[str]) -> dict[str, str]:
     path, declared = folder / "config.yaml", {"Lambda": "sequence", "Lambda_over": "rows"}
     if not path.is_file():
         return declared
-    with machine_faults("validate", path), path.open("rb") as file:
+    with reading("validate", path) as file:
         text = file.read(_MOST_BYTES).decode("utf-8", "replace")
     found = dict(re.findall(r"(?m)^[ \t]*(\w+):[ \t]*([\w.]+)[ \t]*$", text))
     labels = {"true": "empirical", "false": "sampled"}.get(found.get("use_dataset_labels", ""))

@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from refcurv.files import store
-from refcurv.files.disk import HDF5, machine_faults, mode_of
+from refcurv.files.disk import (
+    HDF5,
+    machine_faults,
+    mode_of,
+    reading,
+)
 from refcurv.judge.foreign.bergson import is_bergson
 from refcurv.judge.foreign.kronfluence import is_kronfluence
 from refcurv.judge.foreign.official import is_torch
@@ -50,7 +55,7 @@ def kind_of(path: Path) -> str:
         return _of_folder(path)
     if not stat.S_ISREG(mode):
         raise SchemaError(f"{where} is no regular file.")
-    with machine_faults("validate", path), path.open("rb") as file:
+    with reading("validate", path) as file:
         start = file.read(32)
         file.seek(0)
         hdf5 = start.startswith(HDF5) or any(_at(file, 512 * 2**k) == HDF5 for k in range(4))
@@ -90,7 +95,7 @@ def _of_hdf5(path: Path, where: str) -> str:
 def _of_zip(path: Path) -> str:
     """A zip of torch has a data.pkl; any other is taken for an .npz, whose reader says why not."""
     try:
-        with machine_faults("validate", path), zipfile.ZipFile(path) as file:
+        with reading("validate", path) as opened, zipfile.ZipFile(opened) as file:
             names = file.namelist()
     except StorageError:
         raise

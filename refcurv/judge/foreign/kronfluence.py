@@ -14,7 +14,11 @@ from itertools import islice, product
 from pathlib import Path
 from typing import Any, Final
 
-from refcurv.files.disk import machine_faults, parse_json
+from refcurv.files.disk import (
+    machine_faults,
+    parse_json,
+    reading,
+)
 from refcurv.files.lazy import Lazy
 from refcurv.judge.arithmetic import ROUNDOFF, Arithmetic
 from refcurv.judge.dump import Dump, Theirs
@@ -158,7 +162,7 @@ def _arguments(path: Path, texts: Mapping[str, str], problems: list[str]) -> dic
     """The arguments: of their JSON, or else of a header, where all are texts."""
     try:
         if path.is_file():
-            with machine_faults("validate", path), path.open("rb") as file:
+            with reading("validate", path) as file:
                 return parse_json(f"validate: {_ARGUMENTS}", file.read(_MOST))
     except RefcurvError as error:
         problems.append(str(error).removeprefix("validate: ").rstrip("."))

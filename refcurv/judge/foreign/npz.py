@@ -15,9 +15,12 @@ from typing import IO, Final
 
 import numpy as np
 
-from refcurv.files.disk import machine_faults, one_line
+from refcurv.files.disk import (
+    one_line,
+    reading,
+)
 from refcurv.judge.foreign.stored import Stored
-from refcurv.law.checks import Array, RefcurvError, SchemaError
+from refcurv.law.checks import Array, RefcurvError, SchemaError, is_addressable
 
 _MAGIC: Final = b"\x93NUMPY"
 _MAX_HEADER: Final = 10_000  # bytes; NumPy's own bound
@@ -69,7 +72,7 @@ class _Reader:
 def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
     """The zip; whatever its contents provoke becomes one line."""
     try:
-        with machine_faults("validate", path), zipfile.ZipFile(path) as file:
+        with reading("validate", path) as opened, zipfile.ZipFile(opened) as file:
             yield file
     except RefcurvError:
         raise
@@ -95,7 +98,8 @@ def _header(
         )
     with file.open(info) as stream:
         dtype, shape, fortran, begin = _parse(stream)
-    if dtype.hasobject or begin + dtype.itemsize * math.prod(shape) != info.file_size:
+    fits = begin + dtype.itemsize * math.prod(shape) == info.file_size
+    if dtype.hasobject or not fits or not is_addressable(shape, dtype.itemsize):
         raise SchemaError(
             f"{where} is said to be {shape} of {dtype}; it has {info.file_size - begin} bytes."
         )

@@ -14,7 +14,11 @@ import stat
 from pathlib import Path
 from typing import Any, Final
 
-from refcurv.files.disk import machine_faults, mode_of, parse_json
+from refcurv.files.disk import (
+    mode_of,
+    parse_json,
+    reading,
+)
 from refcurv.judge.dump import Dump
 from refcurv.judge.foreign.archive import is_saved
 from refcurv.judge.foreign.torch_files import Found, dump_of, gather
@@ -77,7 +81,7 @@ def _meta(file: Path) -> dict[str, Any]:
     path = file.with_name(file.name.replace("kfac_factors_", "meta_")).with_suffix(".json")
     if not stat.S_ISREG(mode_of("validate", path)):
         return {}
-    with machine_faults("validate", path), path.open("rb") as handle:
+    with reading("validate", path) as handle:
         return parse_json(f"validate: {str(path)!r}", handle.read(_MAX_META))
 
 

@@ -20,7 +20,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from refcurv.law.checks import SchemaError
+from refcurv.law.checks import SchemaError, is_addressable
 
 MAX_BYTES: Final = 16 * 2**20
 MAX_OPCODES: Final = 1_000_000
@@ -425,6 +425,8 @@ def _tensor(given: tuple[Any, ...]) -> Tensor:
             f"{_shown(storage.key)}, which has {storage.length}"
         )
     _require_apart(made)
+    if not is_addressable(shape, item_bytes(storage.dtype)):
+        raise _RefusedError(f"it has a tensor of shape {shape!r:.80}, larger than any file")
     return made
 
 
