@@ -290,13 +290,9 @@ def test_a_working_folder_that_is_gone_is_said(tmp_path: Path, monkeypatch, caps
         assert said.count("\n") == 1 and "leads from the folder that you are in" in said, said
 
 
-def test_what_errors_say_has_no_addresses_and_no_name_twice() -> None:
-    assert disk.one_line(ValueError("malformed: <ast.BinOp object at 0x7f7f2a>.")).endswith(
-        "object>"
-    )
-    for what in ("'x.json'", "load: 'x.json'"):
-        with pytest.raises(SchemaError, match=r"^load: 'x\.json' is not valid JSON"):
-            disk.parse_json("load", what, "{")
+def test_what_errors_say_has_no_addresses() -> None:
+    told = disk.one_line(ValueError("malformed: <ast.BinOp object at 0x7f7f2a>."))
+    assert told.endswith("object>")
 
 
 def test_a_target_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:
