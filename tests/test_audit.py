@@ -39,6 +39,7 @@ from refcurv.model import layers, rows, transformer
 from refcurv.model.config import NormPlace, QKNorm
 from refcurv.model.layers import DEFINITIONS
 from refcurv.passes import fast
+from refcurv.report.printed import format_audit
 
 
 def bench_of(model: rc.Model, corpus: rc.Corpus, seed: int = 0) -> bench.Bench:
@@ -299,13 +300,26 @@ def test_the_text_names_what_failed_and_what_was_left_out(
     files = [str(tmp_path / "w.h5"), str(tmp_path / "c.h5")]
     assert main(["audit", *files, "--json", str(tmp_path / "a.json")]) == 0
     text, data = capsys.readouterr().out, json.loads((tmp_path / "a.json").read_text())
-    assert data["passed"] and "29 hold, 0 fail, 0 do not occur or fit" in text
+    assert data["passed"] and "29 hold, 0 fail, 0 left out" in text
     for finding in data["findings"]:
         assert f" {finding['id']} " in text
     assert max(map(len, text.splitlines())) <= 100 and "…" not in text
     with bugs.planted(DEFINITIONS, "mlp_backward", bugs.gate_without_slope):
         assert main(["audit", *files]) == 1
     assert "FAIL O36: MLP" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_an_identity_is_whole_however_narrow_the_terminal(width: int, on_terminal) -> None:
+    found = rc.audit(*small()).to_json()
+    with on_terminal(width):
+        text = format_audit(found)
+    table = text.split("\n\n")[1].splitlines()
+    assert max(map(len, table)) <= width and "…" not in text
+    at = table[0].index("identity")
+    said = "".join("".join(line[at:] for line in table).split())
+    for finding in found["findings"]:
+        assert "".join(finding["statement"].split()) in said
 
 
 def test_the_same_bits_twice() -> None:

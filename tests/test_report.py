@@ -354,7 +354,7 @@ def test_nothing_is_cut_where_there_is_no_terminal(
         assert max(line.count("─") for line in whole.splitlines()) == 100
         for columns in (90, 150):
             with on_terminal(columns):
-                assert max(map(display_width, text().splitlines())) == columns
+                assert columns - 40 < max(map(display_width, text().splitlines())) <= columns
             with on_terminal(columns), streams():
                 assert "…" in text() != whole
     with mock.patch.object(sys, "stdout", None):
@@ -373,11 +373,30 @@ def test_rows_are_aligned(on_terminal: Terminal) -> None:
         format_rows(["a", "b"], [["only"]], "ll")
 
 
+@pytest.mark.parametrize("width", [20, 40, 79, 80, 120])
+def test_what_has_no_room_beside_a_name_stands_below(width: int, on_terminal: Terminal) -> None:
+    """Every cell is shown, beside the name of its row, which is whole up to 32 columns."""
+    names = [f"blocks.{i}.mlp.{kind}" for i in (2, 31) for kind in ("gate", "up")]
+    headers = ["layer", *(f"column {n}" for n in range(9)), "what is said"]
+    rows = [[name, *(f"{k}{n:05}" for n in range(9)), "x" * 90] for k, name in enumerate(names)]
+    with on_terminal(width):
+        text = format_rows(headers, rows, "l" + 9 * "r" + "l")
+    parts = [part.splitlines() for part in text.split("\n\n")]
+    assert len(parts) == {20: 10, 40: 6, 79: 3, 80: 3, 120: 2}[width]
+    assert all(display_width(line) <= width for part in parts for line in part)
+    for k, row in enumerate(rows):
+        lines = [part[2 + k] for part in parts]
+        if width > 20:
+            assert all(line.startswith(f"{row[0]} ") for line in lines)
+        assert [cell for line in lines for cell in line.split()[1:]][:9] == row[1:10]
+        assert lines[-1].endswith("x…")
+
+
 def test_hostile_names_stay_on_their_line(hostile: dict[str, Any], on_terminal: Terminal) -> None:
-    with on_terminal(100):
+    with on_terminal(130):
         text = printed.format_results(hostile)
     assert all(c.isprintable() or c == "\n" for c in text)
-    assert max(map(display_width, text.split("\n\n", 1)[1].splitlines())) <= 100
+    assert max(map(display_width, text.split("\n\n", 1)[1].splitlines())) <= 130
     rows = rows_of(text, "Memory and reasoning, split test")
     assert len(rows) == 9
     assert rows[0][-1] == "-"

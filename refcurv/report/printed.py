@@ -33,7 +33,7 @@ from refcurv.report.table import (
     past_table,
     tables,
 )
-from refcurv.report.text import filled, format_rows, printable, shorten, terminal_width
+from refcurv.report.text import continued, filled, format_rows, printable, shorten, terminal_width
 
 
 def format_results(results: Json) -> str:
@@ -315,7 +315,7 @@ def format_audit(audit: Json) -> str:
         f"errors are relative, budgets "
         f"from float64",
         "",
-        format_rows(("", "id", "error", "budget", "identity"), rows, "llrrl"),
+        format_rows(("", "id", "error", "budget", "identity"), continued(rows), "llrrl"),
         "",
     ]
     for finding in findings:
@@ -324,8 +324,8 @@ def format_audit(audit: Json) -> str:
             lines.append(f"FAIL {finding['id']}: {finding['statement']} Not so: {where}.")
     lines += [f"not checked: {printable(reason)}" for reason in plan["left_out"]]
     lines.append(
-        f"{counts['pass']} hold, {counts['fail']} fail, {counts['left out']} do not occur or fit; "
-        f"{audit['seconds']:.0f} s"
+        f"{counts['pass']} hold, {counts['fail']} fail, {counts['left out']} left out (not of "
+        f"this model, or too large); {audit['seconds']:.0f} s"
     )
     lines += _proofs(audit["proofs"]) if audit.get("proofs") else []
     return "\n".join(lines)

@@ -20,6 +20,9 @@ WIDTH = 100
 NARROW = 80
 """Columns of a sentence: those of the narrowest usual terminal."""
 
+KEPT = 32
+"""Columns to which a name or a text is shortened at most, for the sake of others."""
+
 GAP = "  "
 
 
@@ -41,7 +44,8 @@ def format_rows(headers: Sequence[object], rows: Iterable[Sequence[object]], ali
         headers: one per column.
         rows: cells; None and NaN are shown as "-", anything else by `str`.
         align: "l" or "r" per column. On a terminal the widest left-aligned cells are shortened to
-            fit it.
+            fit it, to KEPT columns at least. What has no room then stands below, beside the first
+            column again.
 
     Returns:
         Lines without trailing blanks, joined by newlines; control characters are escaped.
@@ -49,30 +53,72 @@ def format_rows(headers: Sequence[object], rows: Iterable[Sequence[object]], ali
     Raises:
         ValueError: a row with another number of cells than `align` has letters.
 
-    Proof:  tests/test_report.py::test_rows_are_aligned; ::test_hostile_names_stay_on_their_line
+    Proof:  tests/test_report.py::test_rows_are_aligned; ::test_hostile_names_stay_on_their_line;
+        ::test_what_has_no_room_beside_a_name_stands_below
     """
     lines, width = [[_cell(cell) for cell in line] for line in (headers, *rows)], terminal_width()
-    widths = _widths(lines, align, width)
-    texts = []
-    for line in lines:
-        cells = zip(line, widths, align, strict=True)
-        texts.append(GAP.join(_padded(cell, size, side) for cell, size, side in cells).rstrip())
-    wide = sum(widths) + len(GAP) * (len(widths) - 1)
-    rule = "─" * min(wide, width or WIDTH)
-    return "\n".join([texts[0], rule, *texts[1:]])
-
-
-def _widths(lines: Sequence[Sequence[str]], align: str, width: int | None) -> list[int]:
-    """Widest cell per column, then the widest left-aligned column narrowed until all fit."""
     widths = [max(map(display_width, column)) for column in zip(*lines, strict=True)]
-    if width is None:
-        return widths
+    if any(len(line) != len(align) for line in lines):
+        raise ValueError(f"format_rows: {align!r} is for rows that are longer or shorter")
+    parts = [list(range(len(align)))]
+    if width is not None:
+        _narrow(widths, align, width, min(KEPT, width // 2))
+        parts = _beside_the_first(widths, width)
+    return "\n\n".join(_table(lines, widths, align, part, width) for part in parts)
+
+
+def continued(rows: Sequence[Sequence[str]]) -> list[Sequence[str]]:
+    """Rows whose last cell, a sentence, goes on below where the terminal ends.
+
+    Proof: tests/test_audit.py::test_an_identity_is_whole_however_narrow_the_terminal
+    """
+    width = terminal_width()
+    if width is None or not rows:
+        return list(rows)
+    others = [max(map(display_width, column)) for column in zip(*rows, strict=True)][:-1]
+    room = max(NARROW // 4, width - sum(others) - len(GAP) * len(others))
+    out: list[Sequence[str]] = []
+    for *cells, text in rows:
+        first, *more = textwrap.wrap(text, room, break_on_hyphens=False) or [""]
+        out += [(*cells, first), *((*("" for _ in cells), rest) for rest in more)]
+    return out
+
+
+def _table(
+    lines: Sequence[Sequence[str]], widths: Sequence[int], align: str, part: Sequence[int],
+    width: int | None,
+) -> str:  # fmt: skip
+    """Some of the columns."""
+    head, *rest = (
+        GAP.join(_padded(line[n], widths[n], align[n]) for n in part).rstrip() for line in lines
+    )
+    return "\n".join([head, "─" * min(_together(widths, part), width or WIDTH), *rest])
+
+
+def _together(widths: Sequence[int], part: Sequence[int]) -> int:
+    """The width of some columns beside one another."""
+    return sum(widths[n] for n in part) + len(GAP) * (len(part) - 1)
+
+
+def _narrow(widths: list[int], align: str, width: int, least: int) -> None:
+    """Narrow the widest left-aligned column until all fit, but none below so many columns."""
     left = [n for n, side in enumerate(align) if side == "l"] or list(range(len(widths)))
-    excess = sum(widths) + len(GAP) * (len(widths) - 1) - width
-    while excess > 0 and max(widths[n] for n in left) > 4:
+    excess = _together(widths, range(len(widths))) - width
+    while excess > 0 and max(widths[n] for n in left) > least:
         widths[max(left, key=lambda n: widths[n])] -= 1
         excess -= 1
-    return widths
+
+
+def _beside_the_first(widths: list[int], width: int) -> list[list[int]]:
+    """The columns in as many parts as have room one below the other, each with the first one."""
+    parts = [[0]]
+    for n in range(1, len(widths)):
+        if len(parts[-1]) > 1 and _together(widths, [*parts[-1], n]) > width:
+            parts.append([0])
+        parts[-1].append(n)
+        if len(parts[-1]) == 2 and (excess := _together(widths, parts[-1]) - width) > 0:
+            widths[n] = max(4, widths[n] - excess)
+    return parts
 
 
 def _cell(value: object) -> str:
