@@ -35,6 +35,7 @@ from refcurv.files.inspect import inspect_file
 from refcurv.law.checks import EmptyError, RefcurvError, SchemaError, StorageError
 from refcurv.progress import size
 from refcurv.report import cells, folder, page, plots, printed, table
+from refcurv.report.plots import pareto
 from refcurv.report.text import display_width, filled, format_rows, printable, shorten
 from refcurv.terminal import streams
 
@@ -1082,3 +1083,19 @@ def test_json_is_written_whole(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
     with pytest.raises(SchemaError, match="does not exist"):
         write_json({}, tmp_path / "none" / "a.json")
+
+
+def test_a_method_has_its_colour_in_every_figure() -> None:
+    """Whichever others are drawn, and however its name is spelled; unknown ones have another."""
+    known = {pareto._colour(method, 0) for method in pareto.METHODS}
+    assert len(known) == len(pareto.METHODS)
+    for place, method in enumerate(reversed(pareto.METHODS)):
+        assert pareto._colour(method.replace(" ", "-"), place) == pareto._colour(method, 0)
+    assert pareto._colour("another", 1) == pareto.PALETTE[1]
+
+
+def test_bars_end_within_the_axes() -> None:
+    """Of a sweep; what costs far more than the model is still left out."""
+    assert pareto._sweep_range(23.0, [25.0, 28.0], [25.4, 28.8])[1] > 28.8
+    assert pareto._sweep_range(23.0, [25.0], [np.nan])[1] < 26
+    assert pareto._sweep_range(23.0, [25.0, 300.0], [26.0, 310.0])[1] < 80

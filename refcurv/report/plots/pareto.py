@@ -42,6 +42,9 @@ BARS = "; bars: 95 %, by the choice of items"
 
 BEYOND = "\na line ends where the next edit costs more than the axis shows"
 
+METHODS = ("kfac", "svd", "random basis", "random pairs", "inputs", "outputs")
+"""Each has its colour, whichever others are drawn."""
+
 Point = tuple[float, float]
 """Perplexity and recitation."""
 
@@ -116,7 +119,7 @@ def _draw_curve(
         (p for p in points if not math.isnan(number(p.get("perplexity")))),
         key=lambda p: number(p.get("removed") or 0.0),
     )
-    colour = PALETTE[place % len(PALETTE)]
+    colour = _colour(method, place)
     mark = "*" if place == 0 else MARKS[(place - 1) % len(MARKS)]
     name = safe(method_name(method), 24)
     if compared is not None:
@@ -137,6 +140,12 @@ def _draw_curve(
         "-", marker=mark, color=colour, lw=2.4 if place == 0 else 1.6, ms=5 if place == 0 else 3.5,
         zorder=4 if place == 0 else 3, label=name,
     )  # fmt: skip
+
+
+def _colour(method: str, place: int) -> str:
+    """That of the method; of one that is not known, that of its place."""
+    name = method.replace("-", " ")
+    return PALETTE[(METHODS.index(name) if name in METHODS else place) % len(PALETTE)]
 
 
 def _draw_interval(ax: Axes, colour: str, at: Point, sure: Ends) -> None:
@@ -251,14 +260,16 @@ def sweep_front(found: Json) -> Figure:
     methods = list(dict.fromkeys(str(one["method"]) for one in found["edits"]))
     patterns = list(dict.fromkeys(str(one["layers"]) for one in found["edits"]))
     costs = [point(one["populations"][split])[0] for one in found["edits"]]
-    left_end, right = _sweep_range(point(base)[0], costs)
+    bars = [ends(one["populations"][split])[0] for one in found["edits"]]
+    reach = [number(one[1]) for one in bars if isinstance(one, list)]
+    left_end, right = _sweep_range(point(base)[0], costs, reach)
     with styled():
         figure = blank(9.0, 4.9)
         ax = figure.subplots()
         for method, pattern in ((m, p) for p in patterns for m in methods):
             edits = [one for one in found["edits"]
                      if (one["method"], one["layers"]) == (method, pattern)]  # fmt: skip
-            look = PALETTE[methods.index(method) % len(PALETTE)], patterns.index(pattern)
+            look = _colour(method, methods.index(method)), patterns.index(pattern)
             name = method_name(method.replace("-", " "))
             name += f", {pattern}" if len(patterns) > 1 else ""
             lefts = [one["populations"][split] for one in edits]
@@ -271,12 +282,12 @@ def sweep_front(found: Json) -> Figure:
         on = "" if found["on"] is None else f", at equal {found['match']} on dev"
         ax.set_title(f"What forgetting costs{on}")
         sure = [ends(one["populations"][split]) for one in found["edits"]]
-        bars = BARS if any(one is not None for pair in sure for one in pair) else ""
+        told = BARS if any(one is not None for pair in sure for one in pair) else ""
         n = {name: f"n {whole(base[name].get('items'))}" for name in (text, recite)}
         ax.set_ylabel(f"{safe(population_name(recite, split), 24)} ({n[recite]}): "
                       "recited without an error (%)")  # fmt: skip
         ax.set_xlabel(f"perplexity of {safe(population_name(text, split), 24)} ({n[text]}), "
-                      f"and its rise{bars}")  # fmt: skip
+                      f"and its rise{told}")  # fmt: skip
         stars = any(one["front"] and one["method"] == "kfac" for one in found["edits"])
         title = "stars: on the front of dev" if stars else ""
         title += BEYOND if any(x > right for x in costs) else ""
@@ -306,9 +317,13 @@ def _draw_edits(
             ax.plot(*at, "*", color=colour, ms=15, mec="white", mew=1.1, zorder=5, label="_front")
 
 
-def _sweep_range(base: float, costs: list[float]) -> tuple[float, float]:
-    """Limits that hold what costs at most FARTHEST times the unedited perplexity, and one edit."""
+def _sweep_range(base: float, costs: list[float], reach: list[float]) -> tuple[float, float]:
+    """Limits that hold what costs at most FARTHEST times the unedited perplexity, and one edit.
+
+    reach: where bars end.
+    """
     known = [x for x in costs if not math.isnan(x)]
-    left, right = min([base, *known]), max([1.02 * base, *known])
+    ends = [x for x in reach if not math.isnan(x)]
+    left, right = min([base, *known]), max([1.02 * base, *known, *ends])
     right = min(right, max([FARTHEST * base, *sorted(known)[:1]]))
     return left - 0.03 * (right - left), right + 0.05 * (right - left)
