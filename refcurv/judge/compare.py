@@ -355,7 +355,7 @@ _ROUNDS = (
 )
 HOW_MUCH_DRAWING = (
     "labels are drawn, and nothing says how much that changes: give model and corpus, or collect "
-    "the reference with draws=8"
+    "the reference with draws=8 (--draws 8)"
 )
 NOISE_DRAWS = 8
 """Draws of `Case.noise`.  Chosen: cheap, and G of many rows has not to be known better."""
