@@ -51,7 +51,7 @@ def small_units(tokens: int, block: int) -> Iterator[None]:
     with (
         patch("refcurv.law.conventions.SHARD_TOKENS", tokens),
         patch("refcurv.curvature.accumulate.BLOCK_SHARDS", block),
-        patch("refcurv.curvature.factors.BLOCK_SHARDS", block),
+        patch("refcurv.passes.rounding.BLOCK_SHARDS", block),
     ):
         yield
 

@@ -6,7 +6,7 @@ What a collection takes follows from widths and counts alone, so that it is know
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,11 +14,11 @@ import numpy as np
 from refcurv.curvature import room
 from refcurv.law.conventions import HEAD_ROWS
 from refcurv.law.words import number_of
-from refcurv.model.config import ModelConfig, NormPlace, QKNorm
+from refcurv.model.config import ModelConfig, Norm, NormPlace, QKNorm, Residual
 from refcurv.model.weights import Model
 from refcurv.passes.fast import QUERY_ROWS
 from refcurv.passes.parallel import cores
-from refcurv.passes.rounding import copies_of, some_of
+from refcurv.passes.rounding import copies_of, looked_at, some_of
 from refcurv.passes.shards import Shard
 from refcurv.passes.streaming import Stage, names_at, place, stages
 from refcurv.passes.sweep import Sweep
@@ -48,6 +48,43 @@ class Plan:
             f"{number_of(len(self.groups), 'part')}, {number_of(self.in_flight, 'shard')} at a "
             f"time, states {where}"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Passed:
+    """Sequences that pass together: a shard, or copies of some of its sequences.
+
+    Fields: shape (B, T); rows and head_rows, how many are kept of a layer and of the head.
+    """
+
+    shape: tuple[int, int]
+    rows: int
+    head_rows: int
+
+    @property
+    def size(self) -> int:
+        """Positions."""
+        return math.prod(self.shape)
+
+
+def passed(shard: Shard, copies: int = 1) -> Passed:
+    """A shard, or so many copies of it."""
+    B, T = shard.layout.position_BT.shape
+    rows, head_rows = int(shard.keep_BT.sum()), int(shard.head_BT.sum())
+    return Passed((copies * B, T), copies * rows, copies * head_rows)
+
+
+def rounding_runs(config: ModelConfig, units: Sequence[Shard]) -> list[Passed]:
+    """What passes once more for its rounding to be looked at (`rounding.other_runs`), run by run.
+
+    Proof: tests/test_forecast.py::test_what_passes_again_are_the_runs_of_rounding
+    """
+    numbers, out = looked_at(units), []
+    for unit in units:
+        if unit.number in numbers:
+            few = some_of(config, unit)
+            out += [passed(few, len(nudges)) for nudges in copies_of(unit, few)]
+    return out
 
 
 def plan(
@@ -110,14 +147,14 @@ def _plan(
     config, item = model.config, np.dtype(model.dtype).itemsize
     steps = list(stages(config, groups))
     lowest = max(steps[-1].at, 0)
-    widest = max(units, key=lambda unit: unit.layout.position_BT.size)
-    shape = widest.layout.position_BT.shape
-    kept = 0 if on_disk else _states(config, units, job, item, lowest)
+    widest = max(map(passed, units), key=lambda one: (one.size, -one.rows))
+    again = rounding_runs(config, units)
+    kept = 0 if on_disk else _states(config, units, again, job, item, lowest)
     up = max(
-        weights_bytes(model, at) + in_flight * block_bytes(config, shape, item, back=False)
+        weights_bytes(model, at) + in_flight * block_bytes(config, widest.shape, item, back=False)
         for at in range(-1, config.layers)
     )
-    down = max(_stage(model, units, job, stage, widest, in_flight) for stage in steps)
+    down = max(_stage(model, units, job, stage, widest, again, in_flight) for stage in steps)
     # every block forward; those from the lowest on again, and back, which is twice a forward
     work = config.layers + 3 * len(steps) + (0.1 if on_disk else 0.0)
     return Plan(groups, in_flight, on_disk, int(kept + max(up, down)), work / in_flight)
@@ -128,7 +165,8 @@ def _stage(
     units: Sequence[Shard],
     job: Sweep,
     stage: Stage,
-    widest: Shard,
+    widest: Passed,
+    again: Sequence[Passed],
     in_flight: int,
 ) -> int:
     """What one step of the backward holds, without what shards carry between steps."""
@@ -137,9 +175,8 @@ def _stage(
     sums = room.Need(0, (0,), "")
     if stage.layers:
         sums = room.to_collect(config, replace(job, layers=stage.layers), item, units)
-    shape = widest.layout.position_BT.shape
-    each = _passing(config, stage.at, shape, item)
-    one = max(each, _noise(config, stage, widest, item))  # one shard's rounding is looked at
+    each = _passing(config, stage, widest, item)
+    one = max(each, *(_noise(config, stage, look, item) for look in again))  # one at a time
     shards = in_flight * sums.each[0] + (in_flight - 1) * each + one
     sizes = config.linear_layers() | config.tables()
     # a layer's sums are made whole when they are written
@@ -147,28 +184,64 @@ def _stage(
     return parameters + sums.once + max(shards, whole)
 
 
-def _noise(config: ModelConfig, stage: Stage, shard: Shard, item: int) -> int:
-    """What it takes to pass some sequences of a shard, and beside them the same nudged."""
-    few = some_of(config, shard)
-    B, T = few.layout.position_BT.shape
-    shape = len(copies_of(shard, few)[0]) * B, T
-    rows, sizes = math.prod(shape), config.linear_layers() | config.tables()
-    widest = max((sum(sizes[name]) for name in stage.layers), default=0)
-    each = _passing(config, stage.at, shape, item)
-    return int(each + item * rows * widest)  # the kept rows of a layer are copied
+def _passing(config: ModelConfig, stage: Stage, one: Passed, item: int) -> int:
+    """What sequences take on their way back through the head, a block, or the input."""
+    if stage.at == config.layers:
+        return head_bytes(config, one.shape, item)
+    copied = copied_bytes(config, stage.layers, one, item)
+    return copied + (block_bytes(config, one.shape, item, back=True) if stage.at >= 0 else 0)
 
 
-def _passing(config: ModelConfig, at: int, shape: tuple[int, ...], item: int) -> int:
-    """What one shard (B, T) takes on its way back through the head, a block, or the input."""
-    if at == config.layers:
-        return head_bytes(config, shape, item)
-    return block_bytes(config, shape, item, back=True) if at >= 0 else 0
+def _noise(config: ModelConfig, stage: Stage, look: Passed, item: int) -> int:
+    """What it takes to pass copies of some sequences, and to hold a layer's rows of all of them."""
+    each, held = _passing(config, stage, look, item), held_bytes(config, stage.layers, look, item)
+    if stage.at == config.layers:
+        return max(each + held, joined_bytes(config, stage.layers, look, item))
+    return each + held
 
 
-def _states(config: ModelConfig, units: Sequence[Shard], job: Sweep, item: int, lowest: int) -> int:
-    """What shards carry: what each block from the lowest on reads, and the gradients that come."""
-    size = sum(unit.layout.position_BT.size for unit in units) * config.width * item
-    return size * (config.layers - lowest + job.draws + 1)
+def _states(
+    config: ModelConfig,
+    units: Sequence[Shard],
+    again: Sequence[Passed],
+    job: Sweep,
+    item: int,
+    lowest: int,
+) -> int:
+    """What all carry: what each block from the lowest on reads, and the gradients that come.
+
+    The first of the gradients takes the place of what the head reads.
+    """
+    blocks, passes = config.layers - lowest, job.passes
+    carried = sum(passed(u).size * (blocks + passes(u, config.vocabulary)) for u in units)
+    carried += sum(look.size * (blocks + 1) for look in again)
+    return item * config.width * carried
+
+
+# ------------------------------------------------------------------ rows that are held
+
+
+def held_bytes(config: ModelConfig, layers: Iterable[str], one: Passed, item: int) -> int:
+    """The kept rows of one of these layers, input and gradient: at most."""
+    sizes = config.linear_layers() | config.tables()
+    rows = {"head": one.head_rows}
+    return item * max((rows.get(n, one.rows) * sum(sizes[n]) for n in layers), default=0)
+
+
+def joined_bytes(config: ModelConfig, layers: Iterable[str], one: Passed, item: int) -> int:
+    """The head's rows in parts, and joined (`rounding.noise`), if they come in several."""
+    if one.head_rows <= HEAD_ROWS:
+        return 0
+    return 2 * held_bytes(config, set(layers) & {"head"}, one, item)
+
+
+def copied_bytes(config: ModelConfig, layers: Iterable[str], one: Passed, item: int) -> int:
+    """The kept rows of one of these layers, where they are copied: not all are kept."""
+    layers = set(layers) - {"head"}
+    return 0 if one.rows == one.size else held_bytes(config, layers, one, item)
+
+
+# ------------------------------------------------------------------ what a stage takes
 
 
 def weights_bytes(model: Model, at: int) -> int:
@@ -185,27 +258,62 @@ def trace_bytes(config: ModelConfig, shape: tuple[int, ...], item: int) -> int:
 
     Proof: tests/test_forecast.py::test_a_trace_takes_what_is_foretold
     """
-    heads = (config.heads + config.kv_heads) * config.head_width
+    q, kv = config.heads * config.head_width, config.kv_heads * config.head_width
     normed = 1 if config.qk_norm is not QKNorm.NONE else 0  # then what is normed is kept too
-    streams = 6 if config.norm_place is NormPlace.BOTH else 4
-    kept = heads * (2 + normed) + config.width * streams
+    kept = (q + kv) * (2 + normed) + config.width * _streams(config) + _statistics(config)
     kept += config.mlp_width * (2 if config.gated else 1)
-    clipped = (config.heads + 2 * config.kv_heads) * config.head_width  # a byte tells where
-    return math.prod(shape) * (item * kept + (clipped if config.qkv_clip is not None else 0))
+    clipped = q + 2 * kv if config.qkv_clip is not None else 0  # a byte tells where
+    seen = 16 if any(config.windows) else 8  # the first key, where it is the block's own, and last
+    return math.prod(shape) * (item * kept + clipped + seen)
+
+
+def _streams(config: ModelConfig) -> int:
+    """How many arrays (B, T, D) a block's trace holds: what norms and layers read."""
+    pre, post = _norms(config)
+    count = 1 + pre + 2 * post
+    if config.residual is Residual.SEQUENTIAL:
+        return count + 1 + pre
+    if config.residual is Residual.PARALLEL and pre:  # both norms read x; each centres it anew
+        return count + (2 if config.norm is Norm.LAYER else 1)
+    return count
+
+
+def _statistics(config: ModelConfig) -> int:
+    """Numbers of a position that a block's trace holds: one of each norm, two of each softmax."""
+    pre, post = _norms(config)
+    heads = config.heads + config.kv_heads
+    normed = {QKNorm.NONE: 0, QKNorm.HEAD: heads, QKNorm.FULL: 2}[config.qk_norm]
+    shared = config.residual is Residual.SHARED
+    return 2 * config.heads + normed + pre * (1 if shared else 2) + 2 * post
+
+
+def _norms(config: ModelConfig) -> tuple[bool, bool]:
+    """Are there norms before attention and MLP, and after them?"""
+    return config.norm_place is not NormPlace.POST, config.norm_place is not NormPlace.PRE
 
 
 def block_bytes(config: ModelConfig, shape: tuple[int, ...], item: int, *, back: bool) -> int:
-    """The trace of one block for a shard (B, T), and what is beside it on the way up or `back`."""
-    T = shape[1]
-    heads = (config.heads + config.kv_heads) * config.head_width
-    beside = heads if config.rope_theta is not None else 0  # q and k before they are turned
-    beside += config.mlp_width + 4 * config.width
+    """The trace of one block for a shard (B, T), and what is beside it on the way up or `back`.
+
+    That is most in the MLP or in attention.
+
+    Proof: tests/test_forecast.py::test_a_block_takes_what_is_foretold
+    """
+    T, E = shape[1], config.head_width
+    q, kv = config.heads * E, config.kv_heads * E
+    turned = q + kv if config.rope_theta is not None else 0  # before they are turned, and after
+    mlp, attention, streams, scores = config.mlp_width, turned, 4, 1
     if back:
-        beside += config.mlp_width * (3 if config.gated else 2) + 3 * config.width
+        pre, post = _norms(config)
+        undone = 0 if config.qk_norm is QKNorm.NONE and config.qkv_clip is None else q
+        mlp = mlp * (4 if config.gated else 3)
+        attention = 2 * q + 2 * kv + max(turned, undone)
+        streams, scores = 6 + pre + 2 * post, 2 if config.score_cap is None else 3
     # of one head at a time: scores, their slopes, the soft-cap's; k, v, their gradients, one term
-    scores = (2 if config.score_cap is None else 3) * min(QUERY_ROWS, T) * T
-    tile = scores + 5 * T * config.head_width
-    return trace_bytes(config, shape, item) + item * (math.prod(shape) * beside + tile)
+    tile = scores * min(QUERY_ROWS, T) * T + 5 * T * E
+    rows = math.prod(shape)
+    beside = max(rows * mlp, rows * attention + tile) + rows * config.width * streams
+    return trace_bytes(config, shape, item) + item * beside
 
 
 def head_bytes(config: ModelConfig, shape: tuple[int, ...], item: int) -> int:

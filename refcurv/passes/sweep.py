@@ -43,6 +43,12 @@ class Sweep:
         """The wanted layers below all blocks: patches, tables."""
         return self.layers & {"patch", *TABLES}
 
+    def passes(self, shard: Shard, vocabulary: int) -> int:
+        """How many `cotangents` there are."""
+        if self.fisher is not Fisher.EXPECTED:
+            return self.draws
+        return max(1, len(labelled(shard.label_BT)) * vocabulary)
+
     def cotangents(self, shard: Shard, vocabulary: int) -> list[Cotangent]:
         """What is sent back over the shard, one entry for each backward pass (FISHER)."""
         batch = shard.label_BT, shard.index_B, vocabulary
