@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from refcurv.algebra.attention import LANES
 from refcurv.curvature import room
 from refcurv.law.conventions import HEAD_ROWS
 from refcurv.law.words import number_of
@@ -194,10 +195,10 @@ def _passing(config: ModelConfig, stage: Stage, one: Passed, item: int) -> int:
 
 def _noise(config: ModelConfig, stage: Stage, look: Passed, item: int) -> int:
     """What it takes to pass copies of some sequences, and to hold a layer's rows of all of them."""
-    each, held = _passing(config, stage, look, item), held_bytes(config, stage.layers, look, item)
-    if stage.at == config.layers:
-        return max(each + held, joined_bytes(config, stage.layers, look, item))
-    return each + held
+    each = _passing(config, stage, look, item)
+    if stage.at == config.layers:  # what is held of a few chunks is less than their logits
+        return max(each, joined_bytes(config, stage.layers, look, item))
+    return each + held_bytes(config, stage.layers, look, item)
 
 
 def _states(
@@ -299,21 +300,28 @@ def block_bytes(config: ModelConfig, shape: tuple[int, ...], item: int, *, back:
 
     Proof: tests/test_forecast.py::test_a_block_takes_what_is_foretold
     """
-    T, E = shape[1], config.head_width
-    q, kv = config.heads * E, config.kv_heads * E
+    q, kv = config.heads * config.head_width, config.kv_heads * config.head_width
     turned = q + kv if config.rope_theta is not None else 0  # before they are turned, and after
-    mlp, attention, streams, scores = config.mlp_width, turned, 4, 1
+    mlp, attention, streams = config.mlp_width, turned, 4
     if back:
         pre, post = _norms(config)
         undone = 0 if config.qk_norm is QKNorm.NONE and config.qkv_clip is None else q
         mlp = mlp * (4 if config.gated else 3)
         attention = 2 * q + 2 * kv + max(turned, undone)
-        streams, scores = 6 + pre + 2 * post, 2 if config.score_cap is None else 3
-    # of one head at a time: scores, their slopes, the soft-cap's; k, v, their gradients, one term
-    tile = scores * min(QUERY_ROWS, T) * T + 5 * T * E
+        streams = 7 + pre + 2 * post
     rows = math.prod(shape)
-    beside = max(rows * mlp, rows * attention + tile) + rows * config.width * streams
+    beside = max(rows * mlp, rows * attention + _tile(config, shape[1], back=back))
+    beside += rows * config.width * streams
     return trace_bytes(config, shape, item) + item * beside
+
+
+def _tile(config: ModelConfig, T: int, *, back: bool) -> int:
+    """Numbers that attention holds of one head at a time, for some queries and all keys."""
+    queries, keys = min(QUERY_ROWS, T), -(-T // LANES) * LANES
+    scores, wide = 1, 2  # scores; k and v
+    if back:  # their slopes, the soft-cap's; the gradients of k and v, and one term of them
+        scores, wide = 2 if config.score_cap is None else 3, 5
+    return queries * keys * scores + (keys * wide + 2 * queries) * config.head_width
 
 
 def head_bytes(config: ModelConfig, shape: tuple[int, ...], item: int) -> int:
