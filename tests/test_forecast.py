@@ -17,14 +17,14 @@ from refcurv.algebra import attention
 from refcurv.curvature import bases, factors, forecast, plan, room
 from refcurv.curvature.bases import decompose_each
 from refcurv.curvature.forecast import PROBE, Forecast, of_decomposition
-from refcurv.curvature.plan import block_bytes, passed, rounding_runs, trace_bytes
-from refcurv.law.conventions import NO_LABEL, Bias
+from refcurv.curvature.plan import block_bytes, head_bytes, passed, rounding_runs, trace_bytes
+from refcurv.law.conventions import NO_LABEL, Bias, Fisher
 from refcurv.model import transformer
 from refcurv.model.config import ModelConfig, Norm, NormPlace, QKNorm, Residual
 from refcurv.passes.fast import FAST
 from refcurv.passes.rounding import looked_at, other_runs
 from refcurv.passes.shards import shards
-from refcurv.passes.sweep import sweep, sweep_of
+from refcurv.passes.sweep import Sweep, sweep, sweep_of
 from refcurv.report.printed import format_forecast
 
 
@@ -202,6 +202,25 @@ def test_a_block_takes_what_is_foretold(kind: str) -> None:
         assert 0.94 * used <= block_bytes(made, shape, 4, back=back) <= most * used, (
             block_bytes(made, shape, 4, back=back) / used
         )
+
+
+@pytest.mark.parametrize("cap", [None, 1.5])
+@pytest.mark.parametrize("fisher", ["empirical", "sampled", "signed"])
+@pytest.mark.parametrize("length", [512, 1100])
+def test_the_head_takes_what_is_foretold(fisher: str, cap: float | None, length: int) -> None:
+    """One chunk of rows, or three; the bent logits of a soft-cap take most."""
+    made = config(vocabulary=997, width=53, logit_cap=cap)
+    unit, job = shards(labelled((1, length), 997), made)[0], Sweep(frozenset(), Fisher(fisher))
+    final = np.random.default_rng(0).normal(size=(1, length, 53)).astype("float32")
+    cotangent = job.cotangents(unit, 997)[0]
+    run = made, small(made).parameters, final, unit.head_BT, cotangent
+
+    def head() -> None:
+        transformer.drain(transformer.head_transpose(*run), lambda _: None)
+
+    head()  # what is made once
+    used, said = peak(head), head_bytes(made, (1, length), 4, job.fisher)
+    assert 0.95 * used <= said <= 1.25 * used, said / used
 
 
 def foretold(made: ModelConfig, corpus: rc.Corpus, layers: str, in_flight: int = 1) -> int:

@@ -114,7 +114,7 @@ def _within(
     held = held_bytes(config, job.layers, one, item) if looked_at else 0
     joined = joined_bytes(config, job.layers, one, item) if looked_at else 0
     blocks = config.layers - lowest_block(config, job.layers)
-    head = head_bytes(config, one.shape, item)
+    head = head_bytes(config, one.shape, item, job.fisher)
     if not blocks:
         return max(block_bytes(config, one.shape, item, back=False), head, joined)
     # all traces are there at the head, and when the uppermost block is gone back through

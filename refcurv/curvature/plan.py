@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
 from refcurv.algebra.attention import LANES
 from refcurv.curvature import room
-from refcurv.law.conventions import HEAD_ROWS
+from refcurv.law.conventions import HEAD_ROWS, Fisher
 from refcurv.law.words import number_of
 from refcurv.model.config import ModelConfig, Norm, NormPlace, QKNorm, Residual
 from refcurv.model.weights import Model
@@ -88,6 +89,20 @@ def rounding_runs(config: ModelConfig, units: Sequence[Shard]) -> list[Passed]:
     return out
 
 
+class Load(NamedTuple):
+    """What is to pass: the shards, the widest of them, and what passes again."""
+
+    units: Sequence[Shard]
+    widest: Passed
+    again: Sequence[Passed]
+
+
+def load_of(config: ModelConfig, units: Sequence[Shard]) -> Load:
+    """What a collection over these shards passes."""
+    widest = max(map(passed, units), key=lambda one: (one.size, -one.rows))
+    return Load(units, widest, rounding_runs(config, units))
+
+
 def plan(
     who: str, model: Model, units: Sequence[Shard], job: Sweep, memory: int, in_flight: int | None
 ) -> Plan:
@@ -108,11 +123,11 @@ def plan(
 
 def plans(model: Model, units: Sequence[Shard], job: Sweep, asked: int | None) -> Iterator[Plan]:
     """Every plan that there is, by what it does at one time."""
-    most = min(asked or cores(), len(units))
+    most, load = min(asked or cores(), len(units)), load_of(model.config, units)
     for parts in _partitions(model.config, job):
         for in_flight in range(1, most + 1):
             for on_disk in (False, True):
-                yield _plan(model, units, job, parts, in_flight, on_disk)
+                yield _plan(model, load, job, parts, in_flight, on_disk)
 
 
 def _partitions(config: ModelConfig, job: Sweep) -> Iterator[tuple[frozenset[str], ...]]:
@@ -139,7 +154,7 @@ def _partitions(config: ModelConfig, job: Sweep) -> Iterator[tuple[frozenset[str
 
 def _plan(
     model: Model,
-    units: Sequence[Shard],
+    load: Load,
     job: Sweep,
     groups: tuple[frozenset[str], ...],
     in_flight: int,
@@ -148,36 +163,31 @@ def _plan(
     config, item = model.config, np.dtype(model.dtype).itemsize
     steps = list(stages(config, groups))
     lowest = max(steps[-1].at, 0)
-    widest = max(map(passed, units), key=lambda one: (one.size, -one.rows))
-    again = rounding_runs(config, units)
-    kept = 0 if on_disk else _states(config, units, again, job, item, lowest)
-    up = max(
-        weights_bytes(model, at) + in_flight * block_bytes(config, widest.shape, item, back=False)
-        for at in range(-1, config.layers)
+    kept = 0 if on_disk else _states(config, load, job, item, lowest)
+    # what passes again is in flight beside shards
+    each = (
+        block_bytes(config, one.shape, item, back=False)
+        for one in (*[load.widest] * in_flight, *load.again)
     )
-    down = max(_stage(model, units, job, stage, widest, again, in_flight) for stage in steps)
+    up = max(weights_bytes(model, at) for at in range(-1, config.layers))
+    up += sum(sorted(each)[-in_flight:])
+    down = max(_stage(model, load, job, stage, in_flight) for stage in steps)
     # every block forward; those from the lowest on again, and back, which is twice a forward
     work = config.layers + 3 * len(steps) + (0.1 if on_disk else 0.0)
     return Plan(groups, in_flight, on_disk, int(kept + max(up, down)), work / in_flight)
 
 
-def _stage(
-    model: Model,
-    units: Sequence[Shard],
-    job: Sweep,
-    stage: Stage,
-    widest: Passed,
-    again: Sequence[Passed],
-    in_flight: int,
-) -> int:
+def _stage(model: Model, load: Load, job: Sweep, stage: Stage, in_flight: int) -> int:
     """What one step of the backward holds, without what shards carry between steps."""
     config, item = model.config, np.dtype(model.dtype).itemsize
     parameters = weights_bytes(model, stage.at)
     sums = room.Need(0, (0,), "")
     if stage.layers:
-        sums = room.to_collect(config, replace(job, layers=stage.layers), item, units)
-    each = _passing(config, stage, widest, item)
-    one = max(each, *(_noise(config, stage, look, item) for look in again))  # one at a time
+        sums = room.to_collect(config, replace(job, layers=stage.layers), item, load.units)
+    each = _passing(config, job, stage, load.widest, item)
+    one = max(
+        each, *(_noise(config, job, stage, look, item) for look in load.again)
+    )  # one at a time
     shards = in_flight * sums.each[0] + (in_flight - 1) * each + one
     sizes = config.linear_layers() | config.tables()
     # a layer's sums are made whole when they are written
@@ -185,37 +195,33 @@ def _stage(
     return parameters + sums.once + max(shards, whole)
 
 
-def _passing(config: ModelConfig, stage: Stage, one: Passed, item: int) -> int:
+def _passing(config: ModelConfig, job: Sweep, stage: Stage, one: Passed, item: int) -> int:
     """What sequences take on their way back through the head, a block, or the input."""
     if stage.at == config.layers:
-        return head_bytes(config, one.shape, item)
+        return head_bytes(config, one.shape, item, job.fisher)
     copied = copied_bytes(config, stage.layers, one, item)
     return copied + (block_bytes(config, one.shape, item, back=True) if stage.at >= 0 else 0)
 
 
-def _noise(config: ModelConfig, stage: Stage, look: Passed, item: int) -> int:
+def _noise(config: ModelConfig, job: Sweep, stage: Stage, look: Passed, item: int) -> int:
     """What it takes to pass copies of some sequences, and to hold a layer's rows of all of them."""
-    each = _passing(config, stage, look, item)
+    each = _passing(config, job, stage, look, item)
     if stage.at == config.layers:  # what is held of a few chunks is less than their logits
         return max(each, joined_bytes(config, stage.layers, look, item))
     return each + held_bytes(config, stage.layers, look, item)
 
 
-def _states(
-    config: ModelConfig,
-    units: Sequence[Shard],
-    again: Sequence[Passed],
-    job: Sweep,
-    item: int,
-    lowest: int,
-) -> int:
+def _states(config: ModelConfig, load: Load, job: Sweep, item: int, lowest: int) -> int:
     """What all carry: what each block from the lowest on reads, and the gradients that come.
 
     The first of the gradients takes the place of what the head reads.
     """
-    blocks, passes = config.layers - lowest, job.passes
-    carried = sum(passed(u).size * (blocks + passes(u, config.vocabulary)) for u in units)
-    carried += sum(look.size * (blocks + 1) for look in again)
+    blocks = config.layers - lowest
+    carried = sum(
+        unit.layout.position_BT.size * (blocks + job.passes(unit, config.vocabulary))
+        for unit in load.units
+    )
+    carried += sum(look.size * (blocks + 1) for look in load.again)
     return item * config.width * carried
 
 
@@ -324,7 +330,16 @@ def _tile(config: ModelConfig, T: int, *, back: bool) -> int:
     return queries * keys * scores + (keys * wide + 2 * queries) * config.head_width
 
 
-def head_bytes(config: ModelConfig, shape: tuple[int, ...], item: int) -> int:
-    """The rows of a shard (B, T) at the head; the logits of a chunk, and what is made of them."""
+def head_bytes(
+    config: ModelConfig, shape: tuple[int, ...], item: int, fisher: Fisher = Fisher.EMPIRICAL
+) -> int:
+    """The rows of a shard (B, T) at the head; the logits of a chunk, and what is made of them.
+
+    Proof: tests/test_forecast.py::test_the_head_takes_what_is_foretold
+    """
     rows = math.prod(shape)
-    return item * (5 * rows * config.width + 4 * min(HEAD_ROWS, rows) * config.vocabulary)
+    arrays = 2 if fisher in (Fisher.EMPIRICAL, Fisher.SAMPLED) else 5  # signs take more
+    if config.logit_cap is not None:
+        arrays = 7
+    arrays += rows > HEAD_ROWS  # one of the chunk before
+    return item * (5 * rows * config.width + arrays * min(HEAD_ROWS, rows) * config.vocabulary)
