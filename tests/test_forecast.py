@@ -168,6 +168,7 @@ BLOCKS = {
     "wide heads, shared": HEADS | dict(kv_heads=1),
     "wide heads, not turned": HEADS | dict(rope_theta=None),
     "wide heads, normed, not turned": HEADS | dict(rope_theta=None, qk_norm=QKNorm.HEAD),
+    "wide heads, clipped, not turned": HEADS | dict(rope_theta=None, qkv_clip=0.8),
     "wide": dict(width=499),
     "wide, post": dict(width=499, norm_place=NormPlace.POST),
     "wide, both": dict(width=499, norm_place=NormPlace.BOTH),
@@ -253,7 +254,8 @@ IN_MEMORY = {
     "causal": (dict(layers=8), {}, "blocks.*.mlp.*"),
     "not cut": (dict(layers=8, causal=False), {}, "blocks.*.mlp.*"),
     "not cut, one block": (dict(layers=8, causal=False), {}, "blocks.7.attn.q"),
-    "not cut, head": (dict(layers=1, causal=False, vocabulary=199), {}, "head"),
+    "not cut, head": (LONG | dict(layers=1, causal=False, vocabulary=397), {}, "head"),
+    "wide": (dict(layers=1, width=499), {}, "blocks.0.attn.q"),
     "not cut, all": (dict(layers=1, causal=False, vocabulary=397), {}, "**"),
     "many words": (dict(layers=1, vocabulary=1999, logit_cap=1.5), {}, "blocks.0.attn.q"),
     "padded": (

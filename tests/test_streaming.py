@@ -363,18 +363,19 @@ def labelled_at(
     return rc.Corpus(token, np.where(at & (mask > 0), token, -1), mask)
 
 
-UNCUT = dict(causal=False)
+UNCUT, SLIM = dict(causal=False), dict(width=5, mlp_width=7, heads=1, kv_heads=1, head_width=4)
 LOOKED_AT = {
     "uncut": (UNCUT | dict(layers=16), labelled_at((1, 256), 50, 1), "blocks.*.mlp.*"),
     "short": (dict(mlp_width=197), labelled_at((1, 64), 50, 1), "blocks.*.mlp.*"),
     "few labels": ({}, labelled_at((1, 256), 50, 255), "blocks.*.mlp.*"),
     "another shard": ({}, labelled_at((2, 256), 50, 125, 1), "blocks.*.mlp.*"),
-    "head": (UNCUT | dict(vocabulary=199), labelled_at((1, 700), 199, 1), "head"),
+    "head": (UNCUT | SLIM | dict(vocabulary=397), labelled_at((1, 700), 397, 1), "head"),
     "padded": (
         UNCUT | dict(mlp_width=499, gated=False, layers=1),
         labelled_at((1, 256), 50, 1, real=240),
         "blocks.*.mlp.*",
     ),
+    "rising": (UNCUT | dict(vocabulary=199), labelled_at((1, 700), 199, 1), "head"),
     "wide rows": (dict(mlp_width=499), labelled_at((1, 256), 50, 1), "blocks.*.mlp.down"),
 }
 """Where most is taken by the runs that look at rounding."""

@@ -16,6 +16,7 @@ from refcurv.algebra import blas
 from refcurv.curvature import room
 from refcurv.curvature.accumulate import add_gram
 from refcurv.curvature.plan import (
+    POSITION,
     Passed,
     block_bytes,
     copied_bytes,
@@ -102,6 +103,7 @@ def of_collection(
     each = _within(config, job, widest, item)
     memory = room.used() + need.bytes(in_flight) + (min(in_flight, len(units)) - 1) * each
     memory += max(each, *(_within(config, job, look, item, looked_at=True) for look in again))
+    memory += POSITION * sum(look.size for look in again)
     many = number_of(corpus.label.size, "token" if corpus.images is None else "image")
     seconds = took * share / shards
     return Forecast(len(job.layers), many, seconds, memory, room.sums(config, job))
@@ -121,7 +123,6 @@ def _within(
     trace = trace_bytes(config, one.shape, item)
     back = block_bytes(config, one.shape, item, back=True) - trace + max(held, joined)
     back += copied_bytes(config, job.layers, one, item)
-    back += 3 * item * one.size * config.width  # what the head reads and sends back, and its norm
     return blocks * trace + max(head, back)
 
 

@@ -25,6 +25,9 @@ from refcurv.passes.shards import Shard
 from refcurv.passes.streaming import Stage, names_at, place, stages
 from refcurv.passes.sweep import Sweep
 
+POSITION = 42
+"""Bytes of a position in a shard: its token, label and layout, and is it kept; in 64 bits each."""
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -163,7 +166,8 @@ def _plan(
     config, item = model.config, np.dtype(model.dtype).itemsize
     steps = list(stages(config, groups))
     lowest = max(steps[-1].at, 0)
-    kept = 0 if on_disk else _states(config, load, job, item, lowest)
+    kept = POSITION * sum(look.size for look in load.again)
+    kept += 0 if on_disk else _states(config, load, job, item, lowest)
     # what passes again is in flight beside shards
     each = (
         block_bytes(config, one.shape, item, back=False)
@@ -311,7 +315,7 @@ def block_bytes(config: ModelConfig, shape: tuple[int, ...], item: int, *, back:
     mlp, attention, streams = config.mlp_width, turned, 4
     if back:
         pre, post = _norms(config)
-        undone = 0 if config.qk_norm is QKNorm.NONE and config.qkv_clip is None else q
+        undone = 0 if config.qk_norm is QKNorm.NONE and config.qkv_clip is None else q + kv
         mlp = mlp * (4 if config.gated else 3)
         attention = 2 * q + 2 * kv + max(turned, undone)
         streams = 7 + pre + 2 * post
