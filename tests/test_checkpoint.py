@@ -24,6 +24,7 @@ from refcurv.curvature.moments import RunningSum
 from refcurv.files import disk, store
 from refcurv.law import conventions
 from refcurv.law.checks import SchemaError
+from refcurv.passes import rounding
 
 LAYERS = "blocks.1.mlp.{gate,up},embed"
 
@@ -32,7 +33,7 @@ LAYERS = "blocks.1.mlp.{gate,up},embed"
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A collection of 9 shards in two blocks, its checkpoint, and the whole result."""
     monkeypatch.setattr(conventions, "SHARD_TOKENS", 8)  # one sequence to a shard
-    for module in (accumulate, factors):
+    for module in (accumulate, rounding):
         monkeypatch.setattr(module, "BLOCK_SHARDS", 6)
     made = config(biases=("up",))
     rc.save(rc.Model(made, random_parameters(made, 1)), tmp_path / "w.h5")
@@ -275,7 +276,7 @@ def test_a_signal_keeps_the_sums_and_says_how_to_go_on(
     assert held["shards"] >= 3
     monkeypatch.undo()
     monkeypatch.chdir(run.folder)
-    for module in (accumulate, factors):
+    for module in (accumulate, rounding):
         monkeypatch.setattr(module, "BLOCK_SHARDS", 6)
     monkeypatch.setattr(conventions, "SHARD_TOKENS", 8)
     assert main(command) == 0

@@ -53,7 +53,7 @@ from refcurv.model.loss import root_product
 from refcurv.model.sampling import uniforms
 from refcurv.model.transformer import Tap
 from refcurv.model.weights import resident
-from refcurv.passes import shards
+from refcurv.passes import rounding, shards
 from refcurv.passes.sweep import Sweep, sweep
 
 BIASED = ("q", "o", "up", "down", "head")
@@ -631,7 +631,7 @@ def test_a_killed_run_goes_on_with_the_same_bits(
     """Interrupted in the third block: what was done is not computed again, and no bit differs."""
     monkeypatch.setattr(conventions, "SHARD_TOKENS", 8)  # one sequence to a shard
     monkeypatch.setattr(accumulate, "BLOCK_SHARDS", 16)
-    monkeypatch.setattr(factors, "BLOCK_SHARDS", 16)  # the first of each is swept for its rounding
+    monkeypatch.setattr(rounding, "BLOCK_SHARDS", 16)  # the first of each is swept for its rounding
     made = config(biases=BIASED)
     rc.save(rc.Model(made, random_parameters(made, 1)), tmp_path / "w.h5")
     rng = np.random.default_rng(0)

@@ -347,7 +347,7 @@ def test_one_run_finds_what_three_find(monkeypatch, dtype: type) -> None:
 def test_which_shards_are_looked_at(monkeypatch) -> None:
     """The first that has a label, of blocks 0, 1, 3, 7, ...: fewer and fewer of a long corpus."""
     monkeypatch.setattr(conventions, "SHARD_TOKENS", 4)
-    for module in (collection, accumulate):
+    for module in (rounding, accumulate):
         monkeypatch.setattr(module, "BLOCK_SHARDS", 2)
     one, seen, right = case(0, batch=18, length=4), [], collection.rounding
 

@@ -28,6 +28,7 @@ from refcurv.curvature.checkpoint import Checkpoint
 from refcurv.curvature.forecast import Told, of_collection
 from refcurv.curvature.halves import half_spectra, require_two
 from refcurv.curvature.moments import SQUARED, Key, RunningSum, Side, empty_sums
+from refcurv.curvature.plan import rounding_runs
 from refcurv.files import store
 from refcurv.files.digest import digest
 from refcurv.files.disk import require_space
@@ -39,14 +40,14 @@ from refcurv.law.checks import (
     NonFiniteError,
     require_choice,
 )
-from refcurv.law.conventions import BLOCK_SHARDS, Estimator, Fisher, Rows, describe
+from refcurv.law.conventions import Estimator, Fisher, Rows, describe
 from refcurv.model.config import TABLES, ModelConfig
 from refcurv.model.corpus import Corpus
 from refcurv.model.fisher import DRAWN
 from refcurv.model.patterns import expand, spelled
 from refcurv.model.weights import Model, resident
 from refcurv.passes.parallel import Turnstile
-from refcurv.passes.rounding import Noise, free, rounding
+from refcurv.passes.rounding import Noise, free, looked_at, rounding
 from refcurv.passes.shards import Shard, shards
 from refcurv.passes.sweep import Sweep, Take, require_few_passes, sweep, sweep_of
 from refcurv.progress import Progress, silent
@@ -268,9 +269,10 @@ def summed(
     in_flight = room.in_flight(who, need, in_flight, or_else)
     own, came_from = digest(model), store.inputs(model.source, corpus.source)
     parameters, totals = resident(model), empty_sums(config, job)
-    if told is not None:
-        told(of_collection(config, parameters, corpus, units, job, need, in_flight))
     looks = set() if through else looked_at(units)
+    if told is not None:
+        again = rounding_runs(config, units) if looks else []
+        told(of_collection(config, parameters, corpus, units, job, need, in_flight, again))
 
     def work(ordinal: int, unit: Shard, turnstile: Turnstile) -> None:
         sums = ShardSums(config, totals, turnstile, ordinal, job)
@@ -323,16 +325,6 @@ def made_of(
         weights,
         estimator,
     )
-
-
-def looked_at(units: Sequence[Shard]) -> set[int]:
-    """The first shard with a label of blocks 0, 1, 3, 7, ...: their rounding is looked at."""
-    first: dict[int, int] = {}
-    for unit in units:
-        block = unit.number // BLOCK_SHARDS
-        if not block & (block + 1) and (unit.label_BT >= 0).any():
-            first.setdefault(block, unit.number)
-    return set(first.values())
 
 
 def fingerprint(model: Model, corpus: Corpus, job: Sweep, keep: Rows) -> dict[str, Any]:

@@ -15,13 +15,22 @@ import numpy as np
 from refcurv.algebra import blas
 from refcurv.curvature import room
 from refcurv.curvature.accumulate import add_gram
-from refcurv.curvature.plan import block_bytes, head_bytes, trace_bytes
+from refcurv.curvature.plan import (
+    POSITION,
+    Passed,
+    block_bytes,
+    copied_bytes,
+    head_bytes,
+    held_bytes,
+    joined_bytes,
+    passed,
+    trace_bytes,
+)
 from refcurv.law.checks import Array
 from refcurv.law.conventions import Fisher
 from refcurv.law.words import number_of
 from refcurv.model.config import TABLES, ModelConfig
 from refcurv.model.corpus import Corpus
-from refcurv.model.fisher import labelled
 from refcurv.model.transformer import Parameters, Tap
 from refcurv.passes.parallel import cores
 from refcurv.passes.rounding import some_of
@@ -64,16 +73,19 @@ def of_collection(
     job: Sweep,
     need: room.Need,
     in_flight: int,
+    again: Sequence[Passed],
 ) -> Forecast:
     """What a collection in memory takes; some sequences of the first shard are passed for it.
 
     Definition: seconds = t Σ w(unit) / w(some) / (shards at a time), w = positions x (1 + 2 x
     backward passes): a backward pass takes as long as two forward ones.
 
-    Args: need, `room.to_collect` with the weights that are not read yet.
+    Args: need, `room.to_collect` with the weights that are not read yet; again, what passes once
+        more when its shard is done (`plan.rounding_runs`), one at a time.
 
     Cost: a pass of a few labels, which compiles the kernels, and one of SOME positions.
-    Proof: tests/test_forecast.py::test_a_collection_takes_about_what_is_foretold
+    Proof: tests/test_forecast.py::test_a_collection_takes_about_what_is_foretold,
+        ::test_the_memory_is_about_what_is_foretold
     """
     first = next((unit for unit in units if (unit.label_BT >= 0).any()), units[0])
     few, some = some_of(config, first), _beginning(config, first)
@@ -87,16 +99,31 @@ def of_collection(
         took = time.perf_counter() - begin
     share = sum(_work(config, unit, job) for unit in units) / _work(config, some, one)
     shards = min(in_flight, len(units), cores())
-    shape = max((unit.layout.position_BT.shape for unit in units), key=lambda x: x[0] * x[1])
-    trace = trace_bytes(config, shape, item)
-    # all traces are there at the head, and when the uppermost block is gone back through
-    within = (config.layers - lowest_block(config, job.layers)) * trace + max(
-        head_bytes(config, shape, item), block_bytes(config, shape, item, back=True) - trace
-    )
+    widest = max(map(passed, units), key=lambda one: (one.size, -one.rows))
+    each = _within(config, job, widest, item)
+    memory = room.used() + need.bytes(in_flight) + (min(in_flight, len(units)) - 1) * each
+    memory += max(each, *(_within(config, job, look, item, looked_at=True) for look in again))
+    memory += POSITION * sum(look.size for look in again)
     many = number_of(corpus.label.size, "token" if corpus.images is None else "image")
-    memory = room.used() + need.bytes(in_flight) + in_flight * within
     seconds = took * share / shards
     return Forecast(len(job.layers), many, seconds, memory, room.sums(config, job))
+
+
+def _within(
+    config: ModelConfig, job: Sweep, one: Passed, item: int, *, looked_at: bool = False
+) -> int:
+    """What sequences take on their way through all blocks; looked at, their rows are held too."""
+    held = held_bytes(config, job.layers, one, item) if looked_at else 0
+    joined = joined_bytes(config, job.layers, one, item) if looked_at else 0
+    blocks = config.layers - lowest_block(config, job.layers)
+    head = head_bytes(config, one.shape, item, job.fisher)
+    if not blocks:
+        return max(block_bytes(config, one.shape, item, back=False), head, joined)
+    # all traces are there at the head, and when the uppermost block is gone back through
+    trace = trace_bytes(config, one.shape, item)
+    back = block_bytes(config, one.shape, item, back=True) - trace + max(held, joined)
+    back += copied_bytes(config, job.layers, one, item)
+    return blocks * trace + max(head, back)
 
 
 def _beginning(config: ModelConfig, unit: Shard) -> Shard:
@@ -142,7 +169,4 @@ class _Products:
 
 def _work(config: ModelConfig, unit: Shard, job: Sweep) -> float:
     """In positions that pass forward."""
-    passes = job.draws
-    if job.fisher is Fisher.EXPECTED:
-        passes = len(labelled(unit.label_BT)) * config.vocabulary
-    return unit.layout.position_BT.size * (1 + 2 * passes)
+    return unit.layout.position_BT.size * (1 + 2 * job.passes(unit, config.vocabulary))

@@ -20,7 +20,6 @@ from refcurv.curvature.factors import (
     asked,
     fingerprint,
     finished,
-    looked_at,
     made_of,
     warn_of_changes,
 )
@@ -37,7 +36,7 @@ from refcurv.files.scratch import Scratch
 from refcurv.model.corpus import Corpus
 from refcurv.model.weights import Model
 from refcurv.passes.parallel import Turnstile
-from refcurv.passes.rounding import as_it_is, noise, other_runs
+from refcurv.passes.rounding import as_it_is, looked_at, noise, other_runs
 from refcurv.passes.shards import Shard, shards
 from refcurv.passes.streaming import Course, Stage, States, ascend, descend, stages, weights_at
 from refcurv.passes.sweep import Sweep, require_few_passes
@@ -66,12 +65,13 @@ def each_group(
     """
     config, dtype = model.config, np.dtype(model.dtype)
     main = [Course(unit.number, config, as_it_is, unit, job) for unit in units]
+    numbers = looked_at(units)
     looks = {
         number: [
             Course((number, k), *run) for k, run in enumerate(other_runs(config, unit, job, dtype))
         ]
         for unit in units
-        if (number := unit.number) in looked_at(units)
+        if (number := unit.number) in numbers
     }
     courses = [*main, *(course for runs in looks.values() for course in runs)]
     steps = list(stages(config, groups))

@@ -20,7 +20,7 @@ import numpy as np
 from refcurv.algebra import kernels
 from refcurv.law import tolerance
 from refcurv.law.checks import Array
-from refcurv.law.conventions import Fisher
+from refcurv.law.conventions import BLOCK_SHARDS, Fisher
 from refcurv.model.config import TABLES, ModelConfig
 from refcurv.model.transformer import Parameters, Tap
 from refcurv.passes.shards import Shard, may_be_cut
@@ -185,6 +185,16 @@ def free(of: float, squares: float, rows: int) -> float:
     """
     carry = of / squares * of if 0 < squares < np.inf else 1.0
     return EACH * min(max(carry, 1.0), rows)
+
+
+def looked_at(units: Sequence[Shard]) -> set[int]:
+    """The first shard with a label of blocks 0, 1, 3, 7, ...: their rounding is looked at."""
+    first: dict[int, int] = {}
+    for unit in units:
+        block = unit.number // BLOCK_SHARDS
+        if not block & (block + 1) and (unit.label_BT >= 0).any():
+            first.setdefault(block, unit.number)
+    return set(first.values())
 
 
 def some_of(config: ModelConfig, shard: Shard) -> Shard:
