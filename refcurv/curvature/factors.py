@@ -271,7 +271,7 @@ def summed(
     parameters, totals = resident(model), empty_sums(config, job)
     looks = set() if through else looked_at(units)
     if told is not None:
-        again = rounding_runs(config, units) if looks else []
+        again = rounding_runs(config, units)
         told(of_collection(config, parameters, corpus, units, job, need, in_flight, again))
 
     def work(ordinal: int, unit: Shard, turnstile: Turnstile) -> None:

@@ -102,7 +102,7 @@ def of_collection(
     widest = max(map(passed, units), key=lambda one: (one.size, -one.rows))
     each = _within(config, job, widest, item)
     memory = room.used() + need.bytes(in_flight) + (min(in_flight, len(units)) - 1) * each
-    memory += max(each, *(_within(config, job, look, item, looked_at=True) for look in again))
+    memory += max([each, *(_within(config, job, look, item, looked_at=True) for look in again)])
     memory += POSITION * sum(look.size for look in again)
     many = number_of(corpus.label.size, "token" if corpus.images is None else "image")
     seconds = took * share / shards

@@ -189,9 +189,8 @@ def _stage(model: Model, load: Load, job: Sweep, stage: Stage, in_flight: int) -
     if stage.layers:
         sums = room.to_collect(config, replace(job, layers=stage.layers), item, load.units)
     each = _passing(config, job, stage, load.widest, item)
-    one = max(
-        each, *(_noise(config, job, stage, look, item) for look in load.again)
-    )  # one at a time
+    again = [_noise(config, job, stage, look, item) for look in load.again]
+    one = max([each, *again])  # one passes again at a time
     shards = in_flight * sums.each[0] + (in_flight - 1) * each + one
     sizes = config.linear_layers() | config.tables()
     # a layer's sums are made whole when they are written
