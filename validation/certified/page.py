@@ -30,6 +30,7 @@ KEEPING = frozenset(
         "curvature/checkpoint.py",
         "curvature/factors_file.py",
         "curvature/fingerprint.py",
+        "curvature/forecast.py",
         "curvature/parts.py",
         "curvature/plan.py",
         "curvature/resumed_bases.py",
