@@ -156,7 +156,7 @@ def test_broken_patterns(pattern: str) -> None:
         ({"rope_width": 4}, ConventionError, "rope_width at most head_width"),
         ({"rope_width": 1}, ConventionError, "even"),
         ({"rope_theta": 1.0, "rope_scaling": YARN}, ConventionError, "all are one"),
-        ({"rope_scaling": {"factor": 2}}, ConventionError, "must be a RopeScaling"),
+        ({"rope_scaling": {"factor": 2}}, ConventionError, "is a RopeScaling or None"),
         ({"biases": ("q", "q")}, ConventionError, "different names"),
         ({"biases": ("w",)}, ConventionError, "biases"),
         ({"biases": "q"}, ConventionError, "different names"),

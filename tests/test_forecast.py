@@ -213,7 +213,7 @@ def test_the_head_takes_what_is_foretold(fisher: str, cap: float | None, length:
     made = config(vocabulary=997, width=53, logit_cap=cap)
     unit, job = shards(labelled((1, length), 997), made)[0], Sweep(frozenset(), Fisher(fisher))
     final = np.random.default_rng(0).normal(size=(1, length, 53)).astype("float32")
-    cotangent = job.cotangents(unit, 997)[0]
+    cotangent = next(job.cotangents(unit, 997))
     run = made, small(made).parameters, final, unit.head_BT, cotangent
 
     def head() -> None:

@@ -416,7 +416,7 @@ def test_states_of_every_column_are_foreseen() -> None:
     units = shards(rc.Corpus(np.arange(40).reshape(2, 20) % 7), made, Rows.REACHED)
     job = sweep_of("collect", ["blocks.0.mlp.up"], "expected", 0, 1)
     assert [job.passes(unit, 7) for unit in units] == [19 * 7]
-    assert len(job.cotangents(units[0], 7)) == 19 * 7
+    assert len(list(job.cotangents(units[0], 7))) == job.passes(units[0], 7) == 19 * 7
     kept, on_disk = list(plans(model, units, job, 1))[:2]
     positions, looked_at = units[0].label_BT.size, 3 * 19 * 2
     states = positions * (2 + 19 * 7) + looked_at * (2 + 1)

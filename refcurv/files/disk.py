@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import secrets
@@ -572,6 +573,11 @@ def file_sha256(path: PathLike) -> str:
     """SHA-256 of a whole file, in hexadecimal."""
     with reading("sha256", path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_addressable(shape: Iterable[int], itemsize: int) -> bool:
+    """Can NumPy make an array of this shape? Where one length is 0, the others still count."""
+    return math.prod(n or 1 for n in shape) * itemsize < 2**63
 
 
 def parse_json(where: str, text: str | bytes) -> dict[str, Any]:

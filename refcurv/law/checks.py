@@ -7,7 +7,6 @@ few: a caller distinguishes kinds of trouble, never texts.
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
@@ -108,11 +107,6 @@ def require_shape(
         wanted=tuple(shape),
         got=got,
     )
-
-
-def is_addressable(shape: Iterable[int], itemsize: int) -> bool:
-    """Can NumPy make an array of this shape? Where one length is 0, the others still count."""
-    return math.prod(n or 1 for n in shape) * itemsize < 2**63
 
 
 def require_dtype(who: str, what: str, array: Array, kinds: str, wanted: str) -> None:

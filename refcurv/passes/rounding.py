@@ -172,10 +172,11 @@ def _squares(x_NX: Array, less_NX: Array | None = None) -> Array:
 
 
 def _spread(error_N: Array, square_N: Array) -> tuple[float, float]:
-    """Σ w and Σ w², w the error of a row times its square."""
+    """Σ w and Σ w², w the error of a row times its square; 0 for what float64 does not hold."""
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         w_N = error_N * square_N
-        return float(w_N.sum()), float((w_N * w_N).sum())
+        of, squares = float(w_N.sum()), float((w_N * w_N).sum())
+    return (of, squares if squares < np.inf else 0.0) if of < np.inf else (0.0, 0.0)
 
 
 def free(of: float, squares: float, rows: int) -> float:

@@ -12,10 +12,10 @@ from typing import Any, Final
 import h5py
 import numpy as np
 
-from refcurv.files.disk import PathLike, input_path
+from refcurv.files.disk import PathLike, input_path, is_addressable
 from refcurv.files.store.layout import MAX_DEPTH, Scalar
 from refcurv.files.store.opening import datasets, member, opened
-from refcurv.law.checks import Array, SchemaError, is_addressable
+from refcurv.law.checks import Array, SchemaError
 
 _NAMES: Final = re.compile(r"[^\x00-\x1f\x7f/]{1,200}")
 _REPACK: Final = "h5repack -l CONTI -f NONE OLD NEW makes it so"

@@ -17,6 +17,7 @@ from refcurv.files.disk import (
     PathLike,
     identity,
     input_path,
+    is_addressable,
     machine_faults,
     one_line,
     parse_json,
@@ -35,7 +36,7 @@ from refcurv.files.store.layout import (
     declared,
     to_name,
 )
-from refcurv.law.checks import PART, ChecksumError, RefcurvError, SchemaError, is_addressable
+from refcurv.law.checks import PART, ChecksumError, RefcurvError, SchemaError
 
 _LAYOUTS: Final = {
     h5py.h5d.CHUNKED: "chunked",

@@ -16,11 +16,12 @@ from typing import IO, Final
 import numpy as np
 
 from refcurv.files.disk import (
+    is_addressable,
     one_line,
     reading,
 )
 from refcurv.judge.foreign.stored import Stored
-from refcurv.law.checks import Array, RefcurvError, SchemaError, is_addressable
+from refcurv.law.checks import Array, RefcurvError, SchemaError
 
 _MAGIC: Final = b"\x93NUMPY"
 _MAX_HEADER: Final = 10_000  # bytes; NumPy's own bound

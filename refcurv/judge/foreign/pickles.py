@@ -20,7 +20,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from refcurv.law.checks import SchemaError, is_addressable
+from refcurv.files.disk import is_addressable
+from refcurv.law.checks import SchemaError
 
 MAX_BYTES: Final = 16 * 2**20
 MAX_OPCODES: Final = 1_000_000
