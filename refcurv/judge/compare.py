@@ -191,12 +191,15 @@ def _scales(bounds: Bounds, found: dict[str, Measured]) -> list[Comparison]:
     share, level = bounds.drawing, bounds.case.arithmetic.stored or "float64"
     if found["G"].form < min(bounds.case.budget(layer, "float32"), tells(G, share)):
         share = NO_DRAWING  # then no label differs
-    # the size of an error in scale tells a dtype only where the form tells the same
+
+    def rounded(form: float) -> bool:
+        """The size of an error in scale tells a dtype only where the form tells the same."""
+        return bounds.case.budget(layer, level) < form <= bounds.case.budget(layer, "bfloat16")
+
     worst = max(one.form for one in found.values())
-    rounded = bounds.case.budget(layer, level) < worst <= bounds.case.budget(layer, "bfloat16")
     drawn = share.of_factor(product)
     both = bounds.judged(
-        "tr A · tr G", abs(product - 1), cause, times=2, drawing=drawn, inferred=rounded
+        "tr A · tr G", abs(product - 1), cause, times=2, drawing=drawn, inferred=rounded(worst)
     )
     out = [both]
     for side, one in found.items():
@@ -204,7 +207,7 @@ def _scales(bounds: Bounds, found: dict[str, Measured]) -> list[Comparison]:
         drawn = share.norm if side == "G" else 0.0
         limit = bounds.of_side(side)
         each = bounds.judged(
-            side, one.whole, cause, drawing=drawn, inferred=rounded, budget_of=limit
+            side, one.whole, cause, drawing=drawn, inferred=rounded(one.form), budget_of=limit
         )
         fits = one.form <= limit(level) + (share.reach if side == "G" else 0.0)
         if each.verdict != PASS and both.verdict == PASS and fits:
@@ -355,7 +358,7 @@ _ROUNDS = (
 )
 HOW_MUCH_DRAWING = (
     "labels are drawn, and nothing says how much that changes: give model and corpus, or collect "
-    "the reference with draws=8 (--draws 8)"
+    "the reference with draws=8 (--draws 8), or as empirical if theirs are the corpus's own labels"
 )
 NOISE_DRAWS = 8
 """Draws of `Case.noise`.  Chosen: cheap, and G of many rows has not to be known better."""
