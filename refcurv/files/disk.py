@@ -546,11 +546,12 @@ def require_file(who: str, path: PathLike) -> None:
 def reading(who: str, path: PathLike) -> Iterator[io.BufferedReader]:
     """A regular file, open for reading. Every input is opened this way, in folders too.
 
+    tests/test_disk.py::test_nothing_but_disk_opens_files looks for others.
+
     Raises:
         SchemaError: as `require_file`. StorageError: the machine cannot read it.
 
-    Proof: tests/test_disk.py::test_nothing_but_disk_opens_files,
-        tests/test_hostile.py::test_a_pipe_within_a_folder_is_refused
+    Proof: tests/test_hostile.py::test_a_pipe_within_a_folder_is_refused
     """
     require_file(who, path)
     with machine_faults(who, path), Path(path).open("rb") as file:
