@@ -61,6 +61,7 @@ def of_demo() -> rc.Audit:
     return rc.audit(rc.load(MODEL), rc.load_corpus(CORPUS))
 
 
+@pytest.mark.slow
 def test_the_demo_model_passes(of_demo: rc.Audit) -> None:
     assert of_demo.failed == () and of_demo.passed
     verdicts = {f.id: f.verdict for f in of_demo.findings}
@@ -70,6 +71,7 @@ def test_the_demo_model_passes(of_demo: rc.Audit) -> None:
     assert 1 < of_demo.amplification < 1000
 
 
+@pytest.mark.slow
 def test_budgets_are_a_thousandth_of_what_they_must_see(of_demo: rc.Audit) -> None:
     """Errors of the demo stay under a third of the budget, and budgets under 1e-11."""
     for finding in of_demo.findings:

@@ -379,7 +379,7 @@ LOOKED_AT = {
 """Where most is taken by the runs that look at rounding."""
 
 
-@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize("on_disk", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", LOOKED_AT)
 def test_a_plan_foresees_what_is_looked_at(kind: str, on_disk: bool) -> None:
     """By two or three copies of a sequence, as large as its shard or larger."""
