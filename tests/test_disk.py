@@ -111,17 +111,23 @@ WRITES = re.compile(
 """What writes or moves files in Python, NumPy and json."""
 
 
-def test_nothing_but_disk_writes_files() -> None:
-    """What keeps a file writes it whole or not at all: with files/disk.py."""
-    root = Path(disk.__file__).parents[1]
-    found = {
-        (path.relative_to(root).as_posix(), line.strip())
-        for path in root.rglob("*.py")
+ROOT = Path(disk.__file__).parents[1]
+
+
+def beside_disk(what: re.Pattern[str]) -> set[tuple[str, str]]:
+    """(file, line) of the package, without files/disk.py, where that is."""
+    return {
+        (path.relative_to(ROOT).as_posix(), line.strip())
+        for path in ROOT.rglob("*.py")
         if path != Path(disk.__file__)
         for line in path.read_text(encoding="utf-8").splitlines()
-        if WRITES.search(line)
+        if what.search(line)
     }
-    assert not found
+
+
+def test_nothing_but_disk_writes_files() -> None:
+    """What keeps a file writes it whole or not at all: with files/disk.py."""
+    assert not beside_disk(WRITES)
 
 
 OPENS = re.compile(
@@ -133,16 +139,8 @@ OPENS = re.compile(
 
 def test_nothing_but_disk_opens_files() -> None:
     """With files/disk.py `reading`; HDF5, which opens its files itself, after `require_file`."""
-    root = Path(disk.__file__).parents[1]
-    found = {
-        path.relative_to(root).as_posix()
-        for path in root.rglob("*.py")
-        if path != Path(disk.__file__)
-        for line in path.read_text(encoding="utf-8").splitlines()
-        if OPENS.search(line)
-    }
-    assert found == {"files/store/opening.py"}
-    opening = (root / "files/store/opening.py").read_text(encoding="utf-8")
+    assert {file for file, _ in beside_disk(OPENS)} == {"files/store/opening.py"}
+    opening = (ROOT / "files/store/opening.py").read_text(encoding="utf-8")
     assert re.search(r"require_file\(who, path\)\n    try:\n        with h5py\.File", opening)
 
 

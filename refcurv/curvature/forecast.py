@@ -23,8 +23,8 @@ from refcurv.curvature.plan import (
     head_bytes,
     held_bytes,
     joined_bytes,
-    passed,
     trace_bytes,
+    widest_of,
 )
 from refcurv.law.checks import Array
 from refcurv.law.conventions import Fisher
@@ -99,8 +99,7 @@ def of_collection(
         took = time.perf_counter() - begin
     share = sum(_work(config, unit, job) for unit in units) / _work(config, some, one)
     shards = min(in_flight, len(units), cores())
-    widest = max(map(passed, units), key=lambda one: (one.size, -one.rows))
-    each = _within(config, job, widest, item)
+    each = _within(config, job, widest_of(units), item)
     memory = room.used() + need.bytes(in_flight) + (min(in_flight, len(units)) - 1) * each
     memory += max([each, *(_within(config, job, look, item, looked_at=True) for look in again)])
     memory += POSITION * sum(look.size for look in again)

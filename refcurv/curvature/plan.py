@@ -79,6 +79,11 @@ def passed(shard: Shard, copies: int = 1) -> Passed:
     return Passed((copies * B, T), copies * rows, copies * head_rows)
 
 
+def widest_of(units: Sequence[Shard]) -> Passed:
+    """The largest shard; of several that of the fewest rows, which are copied."""
+    return max(map(passed, units), key=lambda one: (one.size, -one.rows))
+
+
 def rounding_runs(config: ModelConfig, units: Sequence[Shard]) -> list[Passed]:
     """What passes once more for its rounding to be looked at (`rounding.other_runs`), run by run.
 
@@ -102,8 +107,7 @@ class Load(NamedTuple):
 
 def load_of(config: ModelConfig, units: Sequence[Shard]) -> Load:
     """What a collection over these shards passes."""
-    widest = max(map(passed, units), key=lambda one: (one.size, -one.rows))
-    return Load(units, widest, rounding_runs(config, units))
+    return Load(units, widest_of(units), rounding_runs(config, units))
 
 
 def plan(

@@ -260,8 +260,8 @@ def sweep_front(found: Json) -> Figure:
     methods = list(dict.fromkeys(str(one["method"]) for one in found["edits"]))
     patterns = list(dict.fromkeys(str(one["layers"]) for one in found["edits"]))
     costs = [point(one["populations"][split])[0] for one in found["edits"]]
-    bars = [ends(one["populations"][split])[0] for one in found["edits"]]
-    reach = [number(one[1]) for one in bars if isinstance(one, list)]
+    sure = [ends(one["populations"][split]) for one in found["edits"]]
+    reach = [number(cost[1]) for cost, _ in sure if isinstance(cost, list)]
     left_end, right = _sweep_range(point(base)[0], costs, reach)
     with styled():
         figure = blank(9.0, 4.9)
@@ -281,13 +281,12 @@ def sweep_front(found: Json) -> Figure:
         _finish(ax, point(base)[0], left_end, right)
         on = "" if found["on"] is None else f", at equal {found['match']} on dev"
         ax.set_title(f"What forgetting costs{on}")
-        sure = [ends(one["populations"][split]) for one in found["edits"]]
-        told = BARS if any(one is not None for pair in sure for one in pair) else ""
+        bars = BARS if any(one is not None for pair in sure for one in pair) else ""
         n = {name: f"n {whole(base[name].get('items'))}" for name in (text, recite)}
         ax.set_ylabel(f"{safe(population_name(recite, split), 24)} ({n[recite]}): "
                       "recited without an error (%)")  # fmt: skip
         ax.set_xlabel(f"perplexity of {safe(population_name(text, split), 24)} ({n[text]}), "
-                      f"and its rise{told}")  # fmt: skip
+                      f"and its rise{bars}")  # fmt: skip
         stars = any(one["front"] and one["method"] == "kfac" for one in found["edits"])
         title = "stars: on the front of dev" if stars else ""
         title += BEYOND if any(x > right for x in costs) else ""
