@@ -1090,7 +1090,7 @@ def test_a_method_has_its_colour_in_every_figure() -> None:
     known = {pareto._colour(method, 0) for method in pareto.METHODS}
     assert len(known) == len(pareto.METHODS)
     for place, method in enumerate(reversed(pareto.METHODS)):
-        assert pareto._colour(method.replace(" ", "-"), place) == pareto._colour(method, 0)
+        assert pareto._colour(method.replace("-", " "), place) == pareto._colour(method, 0)
     assert pareto._colour("another", 1) == pareto.PALETTE[1]
 
 

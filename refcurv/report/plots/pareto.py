@@ -21,6 +21,7 @@ from refcurv.report.plots.drawing import (
     ticks,
 )
 from refcurv.report.table import method_name
+from refcurv.sweeps.methods import METHODS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,9 +42,6 @@ TICKS = 8
 BARS = "; bars: 95 %, by the choice of items"
 
 BEYOND = "\na line ends where the next edit costs more than the axis shows"
-
-METHODS = ("kfac", "svd", "random basis", "random pairs", "inputs", "outputs")
-"""Each has its colour, whichever others are drawn."""
 
 Point = tuple[float, float]
 """Perplexity and recitation."""
@@ -143,8 +141,8 @@ def _draw_curve(
 
 
 def _colour(method: str, place: int) -> str:
-    """That of the method; of one that is not known, that of its place."""
-    name = method.replace("-", " ")
+    """That of the method, whichever others are drawn; of an unknown one that of its place."""
+    name = method.replace(" ", "-")
     return PALETTE[(METHODS.index(name) if name in METHODS else place) % len(PALETTE)]
 
 
