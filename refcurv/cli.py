@@ -15,7 +15,8 @@ from refcurv import terminal
 from refcurv.commands import COMMANDS
 from refcurv.commands.arguments import parser
 from refcurv.commands.values import files
-from refcurv.files.disk import READING, reason, require_apart, require_writable
+from refcurv.files.disk import require_writable
+from refcurv.files.paths import READING, reason, require_apart
 from refcurv.law.checks import RefcurvError
 
 DONE, JUDGED_AND_FAILED, BAD_INPUT, MACHINE, INTERRUPTED = 0, 1, 2, 3, 130

@@ -30,8 +30,9 @@ from refcurv.evaluation.suite import (
     require_readable,
 )
 from refcurv.files import store
-from refcurv.files.disk import PathLike, machine_faults, require_space, unfinished, write_json
+from refcurv.files.disk import write_json
 from refcurv.files.lazy import Lazy
+from refcurv.files.paths import PathLike, machine_faults, require_space, unfinished
 from refcurv.judge.controls import Setting, controls
 from refcurv.law.checks import EmptyError, require_choice
 from refcurv.law.conventions import Bias

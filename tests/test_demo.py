@@ -497,7 +497,7 @@ def test_a_report_refuses_what_it_could_not_judge_before_the_work(
         patch.setitem(sys.modules, "matplotlib", None)
         refused("plots need matplotlib")
     with monkeypatch.context() as patch:
-        patch.setattr("refcurv.files.disk.free_bytes", lambda _: 1000)
+        patch.setattr("refcurv.files.paths.free_bytes", lambda _: 1000)
         assert main(["report", str(tmp_path / "w.h5"), str(tmp_path / "c.h5"), "--rho", "0.5",
                      "--out", str(tmp_path / "out")]) == 3  # fmt: skip
     assert "edited.h5' will take" in capsys.readouterr().err

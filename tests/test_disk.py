@@ -1,4 +1,4 @@
-"""files/disk.py: writing is whole, what a killed run left is removed, targets are checked."""
+"""Files: writing is whole, what a killed run left is removed, targets are checked."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from strategies import config, random_parameters
 
 import refcurv as rc
 from refcurv.cli import main
-from refcurv.files import disk
+from refcurv.files import disk, paths
 from refcurv.law.checks import RefcurvError, SchemaError, StorageError
 
 WRITER = """
@@ -258,7 +258,7 @@ def test_no_path_leads_through_a_folder_that_is_not_there(tmp_path: Path, monkey
     """It was written to, and was not found when it was read again."""
     monkeypatch.chdir(tmp_path)
     for path in ("nod/../x", tmp_path / "nod/../x"):
-        for refuse in (disk.output_path, disk.output_file, disk.require_writable):
+        for refuse in (paths.output_path, paths.output_file, disk.require_writable):
             with pytest.raises(SchemaError, match=r"write: the folder '.*nod/\.\.' does not exist"):
                 refuse("write", path)
         with pytest.raises(SchemaError, match="does not exist"):
@@ -267,7 +267,7 @@ def test_no_path_leads_through_a_folder_that_is_not_there(tmp_path: Path, monkey
     (tmp_path / "nod").mkdir()
     disk.make_folders("write", "nod/../made/here")
     assert (tmp_path / "made/here").is_dir()
-    assert disk.output_path("write", "nod/../x") == tmp_path / "x"
+    assert paths.output_path("write", "nod/../x") == tmp_path / "x"
 
 
 def test_a_working_folder_that_is_gone_is_said(tmp_path: Path, monkeypatch, capsys) -> None:
@@ -275,7 +275,7 @@ def test_a_working_folder_that_is_gone_is_said(tmp_path: Path, monkeypatch, caps
     gone.mkdir()
     monkeypatch.chdir(gone)
     gone.rmdir()
-    for refuse in (disk.input_path, lambda path: disk.output_path("open", path)):
+    for refuse in (paths.input_path, lambda path: paths.output_path("open", path)):
         with pytest.raises(SchemaError, match=r"open: 'x\.h5' leads from the folder .* removed"):
             refuse("x.h5")
     for command in (
@@ -289,7 +289,7 @@ def test_a_working_folder_that_is_gone_is_said(tmp_path: Path, monkeypatch, caps
 
 
 def test_what_errors_say_has_no_addresses() -> None:
-    told = disk.one_line(ValueError("malformed: <ast.BinOp object at 0x7f7f2a>."))
+    told = paths.one_line(ValueError("malformed: <ast.BinOp object at 0x7f7f2a>."))
     assert told.endswith("object>")
 
 
@@ -342,7 +342,7 @@ def test_what_may_not_be_looked_at_is_not_called_missing(
         assert main(command) == status, command
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and f"{str(hidden)!r}: {os.strerror(number)}. " in said, said
-    assert disk.mode_of("x", tmp_path / "nothing") == 0 and disk.is_folder("x", tmp_path)
+    assert paths.mode_of("x", tmp_path / "nothing") == 0 and paths.is_folder("x", tmp_path)
 
 
 def test_outputs_are_apart_from_inputs_and_from_each_other(tmp_path: Path) -> None:
@@ -353,10 +353,10 @@ def test_outputs_are_apart_from_inputs_and_from_each_other(tmp_path: Path) -> No
     os.link(one, tmp_path / "hard")
     for name in ("one", "soft", "hard", "../" + tmp_path.name + "/one"):
         with pytest.raises(SchemaError, match=r"--output .* is the same file as WEIGHTS"):
-            disk.require_apart("edit", {"--output": tmp_path / name}, {"WEIGHTS": one})
+            paths.require_apart("edit", {"--output": tmp_path / name}, {"WEIGHTS": one})
     with pytest.raises(SchemaError, match=r"--json .* is the same file as --output"):
-        disk.require_apart("edit", {"--output": two, "--json": tmp_path / "dangling"}, {})
-    disk.require_apart("edit", {"--output": two, "--json": tmp_path / "three"}, {"WEIGHTS": one})
+        paths.require_apart("edit", {"--output": two, "--json": tmp_path / "dangling"}, {})
+    paths.require_apart("edit", {"--output": two, "--json": tmp_path / "three"}, {"WEIGHTS": one})
     assert issubclass(SchemaError, RefcurvError)
 
 

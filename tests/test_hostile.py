@@ -25,9 +25,11 @@ from refcurv.algebra import balls
 from refcurv.algebra.balls import exact
 from refcurv.certified.certificate import Enclosed
 from refcurv.cli import main
+from refcurv.evaluation.intervals import bootstrap
+from refcurv.evaluation.metrics import ndcg_of_ids, perplexity, top_ids
 from refcurv.files import store
 from refcurv.judge.cases import make_cases, making
-from refcurv.law.checks import EmptyError, SchemaError
+from refcurv.law.checks import DTypeError, EmptyError, SchemaError, ShapeError
 from refcurv.report.certificate import format_certificate
 
 
@@ -466,3 +468,45 @@ def test_what_a_run_would_write_over_is_refused(name, tmp_path, folder, command)
     status, said = command(which, *arguments)
     assert status == 2 and "where a run keeps what it knows" in said and said.count("\n") == 1
     assert path.read_text() == "thesis"
+
+
+def spoiled(x, kind):
+    """The same numbers, one of them under a mask; or as complex ones."""
+    return (
+        np.ma.masked_array(x, np.arange(x.size).reshape(x.shape) == 0) if kind == "mask" else x + 0j
+    )
+
+
+@pytest.mark.parametrize("kind", ["mask", "complex"])
+def test_what_is_under_a_mask_is_refused(setting, kind):
+    """Wherever numbers come in, for NumPy would take them; and numbers that are not real."""
+    model, corpus = setting
+    names = dict(model.parameters)
+    name, x = next((n, x) for n, x in names.items() if x.ndim == 2)
+    one = np.arange(1.0, 4)
+    taken = {
+        "tokens": lambda: rc.Corpus(spoiled(corpus.tokens, kind)),
+        "labels": lambda: rc.Corpus(corpus.tokens, spoiled(corpus.label, kind)),
+        "Model": lambda: rc.Model(model.config, names | {name: spoiled(x, kind)}),
+        "with_parameters": lambda: model.with_parameters({name: spoiled(x, kind)}),
+        "vector": lambda: rc.exact.hvp(
+            model, corpus.tokens, corpus.label, wrt=name, vector={name: spoiled(x, kind)}
+        ),
+        "validate": lambda: rc.validate(
+            {"blocks.0.mlp.up": {"A": spoiled(np.eye(len(x)), kind)}}, model=model, corpus=corpus
+        ),
+        "total": lambda: bootstrap(spoiled(one, kind), one),
+        "count": lambda: bootstrap(one, spoiled(one, kind)),
+        "nats": lambda: perplexity(spoiled(one, kind), 3),
+        "perplexity: count": lambda: perplexity(1.0, spoiled(np.array([1, 2]), kind)),
+        "logits": lambda: top_ids(spoiled(x, kind), 1),
+        "baseline": lambda: ndcg_of_ids(spoiled(np.array([[1]]), kind), np.array([[1]])),
+    }
+    for what, give in taken.items():
+        with pytest.raises((DTypeError, ShapeError)) as got:
+            give()
+        told = str(got.value).lower()
+        assert "\n" not in told and ("masked" if kind == "mask" else "complex") in told, (
+            what,
+            told,
+        )

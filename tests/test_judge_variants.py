@@ -24,13 +24,14 @@ from refcurv.judge.diagnosis.variants import (
     Moments,
     Setting,
     averaged,
+    collecting,
     combined,
     inputs,
     moments,
     parts,
     settings,
 )
-from refcurv.judge.diagnosis.variants.networks import Network, occurring
+from refcurv.judge.diagnosis.variants.networks import CHANGES, COARSE, Network, changed, occurring
 from refcurv.judge.diagnosis.variants.positions import positions
 from refcurv.judge.diagnosis.variants.rotary import ROPES
 from refcurv.judge.diagnosis.variants.rounding import rounded
@@ -49,6 +50,16 @@ def beside(one: Case, fisher: str = "expected", layers: str = "**", **choices: o
     """A case of the judge that has no dump."""
     model, corpus = model_of(one), corpus_of(one)
     reference = rc.collect(model, corpus, layers, fisher, **choices)
+    return judged.Case(Dump("memory", {}, {}), reference, {}, Arithmetic(), model, corpus)
+
+
+def of_images(fisher: str = "expected", rows: str = "all") -> judged.Case:
+    """The same of a model that reads images, one of which has no label."""
+    one, images = test_images.vit()
+    one.label[1] = -1
+    model, corpus = test_images.model_of(one), test_images.corpus_of(one, images)
+    layers = "**" if rows == "all" else "{head,blocks.**}"
+    reference = rc.collect(model, corpus, layers, fisher, rows=rows)
     return judged.Case(Dump("memory", {}, {}), reference, {}, Arithmetic(), model, corpus)
 
 
@@ -80,6 +91,52 @@ def test_the_reference_itself(fisher: Fisher, rows: str) -> None:
         assert (one.n_A, one.n_G, one.share) == (ours.n_A, ours.n_G, 1.0)
         assert_within(one.A, ours.A, BUDGET, np.trace(ours.A), f"A of {name}")
         assert_within(one.G, ours.G, BUDGET, np.trace(ours.G), f"G of {name}")
+
+
+def everything(here: judged.Case, some: list[Setting]) -> dict[Setting, dict[str, list[Array]]]:
+    """What moments and inputs find under some settings."""
+    names = list(here.reference)
+    found = {one: {n: [x.A, x.G] for n, x in of.items()} for one, of in moments(here, some, names)}
+    for one, of in inputs(here, some, names):
+        found[one] |= {f"{n}, alone": [A] for n, (A, _) in of.items() if one in found}
+    return found
+
+
+def test_runs_side_by_side_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = beside(gappy(), "sampled", draws=2)
+    some = [REFERENCE, *settings(here)][::3]
+    made = []
+    for cores in (1, 7):
+        monkeypatch.setattr(collecting, "cores", lambda n=cores: n)
+        made.append(everything(here, some))
+    one, two = made
+    assert list(one) == list(two) and len({x.run for x in one}) > 10
+    for setting, layers in one.items():
+        for name, own in layers.items():
+            assert all(map(np.array_equal, own, two[setting][name])), (setting, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("of", ["gappy", "packed", "image"])
+def test_kernels_make_of_each_network_what_definitions_make(of: str, monkeypatch) -> None:
+    """Where positions are hidden one by one, where dropout draws, where arrays round: too."""
+    made = {"gappy": gappy, "packed": packed}
+    here = of_images("sampled") if of == "image" else beside(made[of](), "sampled", draws=2)
+    some = [REFERENCE, *(x for x in settings(here) if x.network or x.text != REFERENCE.text)]
+    some += [Setting(network=((name, 0.1),)) for name in CHANGES if name.endswith("pass 3")]
+    some += [Setting(network=((name, 0.0),)) for name in COARSE]
+
+    def slow(*given: object, fast: bool = True) -> Network:
+        return changed(*given, fast=False)
+
+    fast = everything(here, some)
+    monkeypatch.setattr(collecting, "changed", slow)
+    by_definition = everything(here, some)
+    assert fast.keys() == by_definition.keys() and len(fast) > 20
+    for setting, layers in by_definition.items():
+        for name, own in layers.items():
+            for x, y in zip(own, fast[setting][name], strict=True):
+                assert_within(y, x, BUDGET, np.trace(x), f"{setting.words}: {name}")
 
 
 @pytest.mark.slow
@@ -878,13 +935,9 @@ def test_a_sample_says_so() -> None:
 
 
 def test_images_too() -> None:
-    one, images = test_images.vit()
-    one.label[1] = -1
-    model, corpus = test_images.model_of(one), test_images.corpus_of(one, images)
     for rows in ("all", "cls"):
-        layers = "**" if rows == "all" else "{head,blocks.**}"
-        reference = rc.collect(model, corpus, layers, "expected", rows=rows)
-        here = judged.Case(Dump("memory", {}, {}), reference, {}, Arithmetic(), model, corpus)
+        here = of_images(rows=rows)
+        model, reference = here.model, here.reference
         found = dict(moments(here, [REFERENCE, *settings(here)], list(reference)))
         for name, moment in found[REFERENCE].items():
             ours = reference[name]
@@ -894,7 +947,8 @@ def test_images_too() -> None:
         assert len(found) > 20
         each = 1 if rows == "cls" else model.config.image.positions
         assert (
-            parts(here, list(reference)).kept.tolist() == (each * (one.label[:, 0] >= 0)).tolist()
+            parts(here, list(reference)).kept.tolist()
+            == (each * (here.corpus.label[:, 0] >= 0)).tolist()
         )
 
 
@@ -940,8 +994,9 @@ def test_what_is_exact_ends_the_runs_on_all_sequences(monkeypatch):
     whole, tried = [], []
 
     def watched(case, wanted, layers, limit, **more):
-        whole.extend(wanted if limit >= corpus.label.size else ())
-        return moments(case, wanted, layers, limit, **more)
+        for setting, made in moments(case, wanted, layers, limit, **more):
+            whole.extend([setting] if limit >= corpus.label.size else ())
+            yield setting, made
 
     monkeypatch.setattr(recomputed, "moments", watched)
     monkeypatch.setattr(recomputed, "few_positions", lambda _: 198)

@@ -28,7 +28,7 @@ import refcurv as rc
 from refcurv.algebra import kernels
 from refcurv.cli import main
 from refcurv.curvature import accumulate
-from refcurv.files import disk, safetensors, store
+from refcurv.files import disk, paths, safetensors, store
 from refcurv.files.disk import file_sha256
 from refcurv.law import conventions
 from refcurv.law.checks import SchemaError
@@ -172,7 +172,7 @@ def test_a_path_that_no_file_can_have_is_bad_input(tmp_path: Path, capsys) -> No
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     long = tmp_path / ("x" * 300)
     for path, says in ((long, "File name too long"), (tmp_path / "loop", "symbolic links")):
-        for refuse in (disk.input_path, store.open_file):
+        for refuse in (paths.input_path, store.open_file):
             with pytest.raises(SchemaError, match=f"{says}. Give another path"):
                 refuse(path)
     with pytest.raises(SchemaError, match="File name too long"):

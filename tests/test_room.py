@@ -164,6 +164,20 @@ def test_a_limited_address_space_ends_with_status_3_or_with_the_job(
     assert mib < 1500 or done.returncode == 0
 
 
+@pytest.mark.parametrize("threads", [1, 2, None])
+@pytest.mark.parametrize("mib", [60, 140, 210, 240, 400])
+def test_what_is_too_little_to_import_is_said_at_once(mib: int, threads: int | None) -> None:
+    """Of these 140 and 210 make the one or the other BLAS ask for ever."""
+    own = {} if threads is None else {"OPENBLAS_NUM_THREADS": str(threads)}
+    done = subprocess.run(
+        f"ulimit -v {1024 * mib}; exec {sys.executable} -m refcurv --help",
+        shell=True, capture_output=True, text=True, timeout=20, check=False,
+        env=os.environ | own,
+    )  # fmt: skip
+    assert done.returncode == 3 and done.stderr.count("\n") == 1, done.stderr
+    assert f"the address space has {mib} MiB (`ulimit -v`)" in done.stderr
+
+
 def test_without_proc_it_is_all_memory_or_unknown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -321,10 +321,11 @@ def test_the_error_of_a_row_is_the_sample_variance_of_its_copies() -> None:
     """Two directions tell it by four random numbers, EACH or more; of copies alike it is 0."""
     copies = np.random.default_rng(0).normal(size=(3, 4000, 2))
     copies[:, 7] = 5.0
-    error_N, square_N = rounding._errors(copies.reshape(-1, 2), 4000)
+    error_N, square_N = rounding._errors(copies.reshape(-1, 2), 3)
     np.testing.assert_allclose(error_N, copies.var(axis=0, ddof=1).sum(axis=-1), rtol=1e-12)
     np.testing.assert_allclose(square_N, (copies[0] ** 2).sum(axis=-1), rtol=1e-14)
     assert error_N[7] == 0
+    assert [len(x) for x in rounding._errors(np.empty((0, 2)), 3)] == [0, 0]
     # of χ² with f degrees of freedom, over f: the variance is 2/f; of two numbers a row f = 4
     assert error_N.mean() / 2 == pytest.approx(1, abs=0.05)
     assert (error_N / 2).var() == pytest.approx(2 / 4, rel=0.1) and rounding.EACH <= 4

@@ -12,7 +12,8 @@ import numpy as np
 
 from refcurv.certified.certificate import ROUTES, Certificate, Enclosed, Route
 from refcurv.files import store
-from refcurv.files.disk import one_line, parse_json
+from refcurv.files.disk import parse_json
+from refcurv.files.paths import one_line
 from refcurv.law.checks import (
     ConventionError,
     SchemaError,

@@ -17,7 +17,6 @@ from refcurv.law.checks import (
     require_finite,
     require_shape,
 )
-from refcurv.model.given import require_unmasked
 from refcurv.model.sampling import signs
 
 
@@ -64,7 +63,6 @@ def _own(parameters: Mapping[str, Array], direction: Mapping[str, Array]) -> dic
         require_choice("certify", "direction", name, list(parameters))
     out = {}
     for name, x in parameters.items():
-        require_unmasked("certify", f"direction[{name!r}]", direction.get(name))
         v = as_array("certify", f"direction[{name!r}]", direction.get(name, np.zeros(x.shape)), "")
         require_shape("certify", f"direction[{name!r}]", v, x.shape, name)
         require_dtype("certify", f"direction[{name!r}]", v, "fiub", "real numbers")

@@ -35,7 +35,7 @@ def collect(args: argparse.Namespace) -> None:
     from refcurv.curvature.factors import asked, least_certain
     from refcurv.curvature.plan import Plan
     from refcurv.curvature.streamed import collect_to
-    from refcurv.files.disk import unfinished
+    from refcurv.files.paths import unfinished
 
     drawn = seed("collect", args.seed, undrawn(args.fisher))
     what = args.layers, args.fisher, drawn, args.draws

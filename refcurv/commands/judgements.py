@@ -31,7 +31,8 @@ def evaluate(args: argparse.Namespace) -> None:
     """Judge a model on the corpus's populations, beside a baseline if one is given."""
     import refcurv as rc
     from refcurv.evaluation.suite import compare, judged, measure
-    from refcurv.files.disk import require_kept, unfinished
+    from refcurv.files.disk import require_kept
+    from refcurv.files.paths import unfinished
     from refcurv.report.printed import format_evaluation
 
     if args.json:
@@ -150,7 +151,8 @@ def _write_items(
 def recite(args: argparse.Namespace) -> None:
     """Find the passages of some texts that a model recites, for `refcurv corpus --population`."""
     import refcurv as rc
-    from refcurv.files.disk import unfinished, write_json_lines
+    from refcurv.files.disk import write_json_lines
+    from refcurv.files.paths import unfinished
     from refcurv.files.whole_texts import read_texts
     from refcurv.report.passages import format_recited
 
@@ -298,7 +300,7 @@ def validate(args: argparse.Namespace) -> bool:
 
 def _read(*paths: str | None) -> Seen:
     """What the files are now that will be read, those of a folder too."""
-    from refcurv.files.disk import is_folder, machine_faults, mode_of
+    from refcurv.files.paths import is_folder, machine_faults, mode_of
     from refcurv.files.unchanged import seen
 
     every = [Path(path) for path in paths if path]

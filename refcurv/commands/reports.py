@@ -50,7 +50,8 @@ def sweep(args: argparse.Namespace) -> None:
     Dev chooses, test reports. The table marks the K-FAC edits on the front of dev.
     """
     import refcurv as rc
-    from refcurv.files.disk import mode_of, read_bytes, unfinished, write_bytes
+    from refcurv.files.disk import read_bytes, write_bytes
+    from refcurv.files.paths import mode_of, unfinished
     from refcurv.report.plots import require_front, require_matplotlib, save, sweep_front
     from refcurv.report.sweep import format_sweep
     from refcurv.sweeps.beside import Collecting

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from refcurv.files.disk import beside, unfinished
+from refcurv.files.paths import beside, unfinished
 from refcurv.law.checks import ConventionError, RangeError
 
 

@@ -16,7 +16,7 @@ from refcurv.curvature.accumulate import Place
 from refcurv.curvature.fingerprint import advised, require_same, told
 from refcurv.curvature.moments import Key, RunningSum, Side
 from refcurv.files import store
-from refcurv.files.disk import free_bytes, mode_of
+from refcurv.files.paths import free_bytes, mode_of
 from refcurv.law.checks import Array, SchemaError, StorageError
 from refcurv.law.conventions import BLOCK_SHARDS
 from refcurv.law.words import number_of

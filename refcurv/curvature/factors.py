@@ -31,8 +31,8 @@ from refcurv.curvature.moments import SQUARED, Key, RunningSum, Side, empty_sums
 from refcurv.curvature.plan import rounding_runs
 from refcurv.files import store
 from refcurv.files.digest import digest
-from refcurv.files.disk import require_space
 from refcurv.files.lazy import Lazy
+from refcurv.files.paths import require_space
 from refcurv.law.checks import (
     Array,
     ConventionError,

@@ -13,8 +13,8 @@ from refcurv.curvature.factors import ERRORS, HALVES, Factor, Factors
 from refcurv.curvature.halves import require_half
 from refcurv.files import store
 from refcurv.files.digest import recorded
-from refcurv.files.disk import WRITING, machine_faults
 from refcurv.files.lazy import Lazy, Recent
+from refcurv.files.paths import WRITING, machine_faults
 from refcurv.law.checks import (
     DTypeError,
     SchemaError,

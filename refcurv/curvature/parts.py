@@ -11,18 +11,15 @@ from typing import Any, Generic, TypeVar
 
 from refcurv.curvature.fingerprint import advised, require_told, told
 from refcurv.files.disk import (
-    is_folder,
-    machine_faults,
     make_folder,
-    mode_of,
     parse_json,
     read_bytes,
     remove_folder,
     strangers,
-    unfinished,
     write_json,
 )
 from refcurv.files.lazy import Lazy
+from refcurv.files.paths import is_folder, machine_faults, mode_of, unfinished
 from refcurv.law.checks import ConventionError, SchemaError, StorageError
 
 RUN = "run.json"

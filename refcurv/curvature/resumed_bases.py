@@ -16,7 +16,7 @@ from refcurv.curvature.factors import Factors
 from refcurv.curvature.forecast import Told, of_decomposition
 from refcurv.curvature.parts import Parts, add_part, discard, open_parts
 from refcurv.files import store
-from refcurv.files.disk import free_bytes, require_space
+from refcurv.files.paths import free_bytes, require_space
 from refcurv.law.checks import StorageError
 from refcurv.law.conventions import describe
 from refcurv.law.words import number_of

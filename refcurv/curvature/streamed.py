@@ -30,8 +30,8 @@ from refcurv.curvature.parts import add_part, discard, open_parts, require_all
 from refcurv.curvature.plan import Plan, plan
 from refcurv.files import store
 from refcurv.files.digest import digest
-from refcurv.files.disk import require_space
 from refcurv.files.lazy import Lazy
+from refcurv.files.paths import require_space
 from refcurv.files.scratch import Scratch
 from refcurv.model.corpus import Corpus
 from refcurv.model.weights import Model

@@ -67,16 +67,13 @@ def bootstrap(
         (low, high), in the unit of total / count; exp of both are the ends of a perplexity's.
 
     Raises:
-        EmptyError, ShapeError, NonFiniteError, RangeError: arguments that are not this.
+        EmptyError, ShapeError, DTypeError, NonFiniteError, RangeError: arguments that are not this.
 
     Cost: O(RESAMPLES N) time; memory of MOST_DRAWN counts, or of N.
     Source: Efron 1979.
     Proof:  tests/test_intervals.py::test_bootstrap_covers_as_often_as_it_says
     """
-    total_N, count_N = (
-        np.asarray(as_array("bootstrap", what, x, "(N,)"), np.float64)
-        for what, x in (("total", total), ("count", count))
-    )
+    total_N, count_N = (_numbers(what, x) for what, x in (("total", total), ("count", count)))
     if total_N.ndim != 1 or total_N.shape != count_N.shape:
         raise ShapeError(f"bootstrap: total is {total_N.shape}, count {count_N.shape}, not (N,).")
     if not len(total_N):
@@ -98,6 +95,12 @@ def bootstrap(
     edge = (1 - confidence) / 2
     low, high = np.quantile(ratio_R, (edge, 1 - edge))
     return float(low), float(high)
+
+
+def _numbers(what: str, x: ArrayLike) -> Array:
+    array = as_array("bootstrap", what, x, "(N,)")
+    require_dtype("bootstrap", what, array, "fiub", "real numbers")
+    return array.astype(np.float64)
 
 
 def paired(one: ArrayLike, other: ArrayLike) -> float:

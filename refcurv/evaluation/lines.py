@@ -14,14 +14,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from refcurv.curvature.fingerprint import require_told, told
-from refcurv.files.disk import (
-    identity,
-    machine_faults,
-    mode_of,
-    parse_json,
-    read_bytes,
-    write_json_lines,
-)
+from refcurv.files.disk import identity, parse_json, read_bytes, write_json_lines
+from refcurv.files.paths import machine_faults, mode_of
 from refcurv.law.checks import ConventionError, SchemaError
 
 FORMAT: Final = "refcurv-sweep"

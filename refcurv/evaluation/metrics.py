@@ -146,15 +146,18 @@ def perplexity(nats: Array | float, count: Array | int) -> float:
 
     Raises:
         EmptyError: no tokens.
-        NonFiniteError: a sum is NaN or infinite. DTypeError: counts that are not integers.
+        NonFiniteError: a sum is NaN or infinite. ShapeError: no arrays.
+        DTypeError: sums that are not real, counts that are not integers, masked entries.
 
     Source: METHOD, Perplexity. The official code takes the mean over batches of exp(batch
         loss) instead: never smaller for batches of equal size (Jensen), different in general.
     Proof:  tests/test_metrics.py::test_O66_perplexity_knows_no_batches
     """
-    part = np.asarray(nats, dtype=np.float64)
+    given = as_array("perplexity", "nats", nats, "numbers")
+    require_dtype("perplexity", "nats", given, "fiub", "real numbers")
+    part = given.astype(np.float64)
     require_finite("perplexity", "nats", part)
-    counted = np.asarray(count)
+    counted = as_array("perplexity", "count", count, "numbers")
     require_dtype("perplexity", "count", counted, "iu", "integers")
     tokens = int(counted.sum())
     if tokens <= 0:

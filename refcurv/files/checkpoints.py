@@ -14,11 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from refcurv.files import safetensors
-from refcurv.files.disk import (
-    file_sha256,
-    parse_json,
-    reading,
-)
+from refcurv.files.disk import file_sha256, parse_json, reading
 from refcurv.files.mistaken import PICKLES, SHARD, no_config, no_weights
 from refcurv.files.safetensors import Tensor
 from refcurv.law.checks import SchemaError

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from refcurv.files import store
-from refcurv.files.disk import PathLike
+from refcurv.files.paths import PathLike
 from refcurv.law.checks import RefcurvError, SchemaError, require_choice
 from refcurv.model.corpus import IMAGE_KIND, Corpus, ImagePopulation, Population
 

@@ -14,14 +14,11 @@ from typing import Final
 
 import numpy as np
 
-from refcurv.files.disk import (
-    PathLike,
-    input_path,
-    read_bytes,
-)
+from refcurv.files.disk import read_bytes
 from refcurv.files.encoding import PARTS, PIECE, encode, encode_pairs
 from refcurv.files.ids import WHO, npy_rows, read_bin
 from refcurv.files.json_lines import JSON_LINES, Item, json_items, require_utf8_mark
+from refcurv.files.paths import PathLike, input_path
 from refcurv.files.tokenizer import Tokenizer
 from refcurv.law.checks import (
     Array,

@@ -18,23 +18,13 @@ from tqdm import tqdm
 
 from refcurv.files import checkpoints, safetensors, store, weights
 from refcurv.files.bfloat16 import EXPONENT
-from refcurv.files.disk import (
-    WRITING,
-    PathLike,
-    is_folder,
-    machine_faults,
-    new_folder,
-    one_line,
-    output_path,
-    parse_json,
-    read_bytes,
-    write_bytes,
-)
+from refcurv.files.disk import new_folder, parse_json, read_bytes, write_bytes
 from refcurv.files.families import FAMILIES, Family
 from refcurv.files.keys import same
 from refcurv.files.known import require_known
 from refcurv.files.mistaken import is_gguf, no_folder, unknown_model
 from refcurv.files.naming import Source, Tensors, plan, tensors_of, whole
+from refcurv.files.paths import WRITING, PathLike, is_folder, machine_faults, one_line, output_path
 from refcurv.files.slots import join, split, tensor_shape
 from refcurv.files.unchanged import inputs_unchanged, seen
 from refcurv.law.checks import (

@@ -12,7 +12,8 @@ from typing import Any, BinaryIO, Final
 
 import numpy as np
 
-from refcurv.files.disk import mode_of, one_line, read_bytes, reading
+from refcurv.files.disk import read_bytes, reading
+from refcurv.files.paths import mode_of, one_line
 from refcurv.law.checks import (
     Array,
     ConventionError,

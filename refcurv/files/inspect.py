@@ -7,7 +7,7 @@ from typing import Any
 
 from refcurv.files import store
 from refcurv.files.digest import digest
-from refcurv.files.disk import PathLike
+from refcurv.files.paths import PathLike
 from refcurv.files.weights import load
 from refcurv.progress import Progress, silent
 

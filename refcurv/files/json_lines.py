@@ -11,13 +11,10 @@ from typing import Any, Final
 
 import numpy as np
 
-from refcurv.files.disk import (
-    one_line,
-    parse_json,
-    reading,
-)
+from refcurv.files.disk import parse_json, reading
 from refcurv.files.few_shot import Front, front
 from refcurv.files.ids import MAX_ID, WHO, require_text
+from refcurv.files.paths import one_line
 from refcurv.law.checks import (
     Array,
     ConventionError,

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from refcurv.files.disk import PathLike, parse_json, reading
+from refcurv.files.disk import parse_json, reading
+from refcurv.files.paths import PathLike
 from refcurv.law.checks import ConventionError, RefcurvError, SchemaError
 
 PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt")

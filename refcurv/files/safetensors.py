@@ -18,12 +18,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from refcurv.files.disk import (
-    is_addressable,
-    parse_json,
-    reading,
-    replacing,
-)
+from refcurv.files.disk import is_addressable, parse_json, reading, replacing
 from refcurv.law.checks import Array, SchemaError
 
 DTYPES: Final = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}

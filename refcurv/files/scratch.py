@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from refcurv.files.disk import WRITING, machine_faults, unnamed_file
+from refcurv.files.disk import unnamed_file
+from refcurv.files.paths import WRITING, machine_faults
 from refcurv.law.checks import Array
 
 

@@ -13,9 +13,9 @@ import numpy as np
 
 from refcurv.files import store
 from refcurv.files.corpus import load_corpus
-from refcurv.files.disk import PathLike, input_path
 from refcurv.files.documents import Document, Reader
 from refcurv.files.ids import MAX_ID, TOKEN_DTYPES, WHO
+from refcurv.files.paths import PathLike, input_path
 from refcurv.files.tokenizer import find_tokenizer, load_tokenizer
 from refcurv.files.unchanged import seen, sha256_unchanged
 from refcurv.law.checks import (

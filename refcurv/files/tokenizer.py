@@ -10,19 +10,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
-from refcurv.files.disk import (
-    HDF5,
-    PathLike,
-    input_path,
-    is_folder,
-    machine_faults,
-    one_line,
-    parse_json,
-    reading,
-)
+from refcurv.files.disk import HDF5, parse_json, reading
 from refcurv.files.gguf.reading import first_part
 from refcurv.files.ids import MAX_ID, WHO
 from refcurv.files.mistaken import is_gguf
+from refcurv.files.paths import PathLike, input_path, is_folder, machine_faults, one_line
 from refcurv.law.checks import (
     ConventionError,
     NameUnknownError,

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from refcurv.files.disk import file_sha256, identity, machine_faults
+from refcurv.files.disk import file_sha256, identity
+from refcurv.files.paths import machine_faults
 from refcurv.law.checks import SchemaError
 
 Seen = Mapping[Path, tuple[int, ...]]

@@ -13,9 +13,10 @@ import numpy as np
 
 from refcurv.files import store
 from refcurv.files.bfloat16 import all_finite, from_bfloat16, to_bfloat16, widened
-from refcurv.files.disk import PathLike, one_line, parse_json
+from refcurv.files.disk import parse_json
 from refcurv.files.history import past_edits
 from refcurv.files.lazy import Lazy
+from refcurv.files.paths import PathLike, one_line
 from refcurv.law.checks import (
     Array,
     ConventionError,

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from refcurv.files.disk import PathLike, input_path
 from refcurv.files.documents import Reader
+from refcurv.files.paths import PathLike, input_path
 from refcurv.files.tokenizer import (
     Tokenizer,
     find_tokenizer,

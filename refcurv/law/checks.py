@@ -116,7 +116,9 @@ def require_dtype(who: str, what: str, array: Array, kinds: str, wanted: str) ->
 
 
 def as_array(who: str, what: str, given: Any, axes: str) -> Array:
-    """`given` as an array (an array is not copied); ShapeError if it is none, like ragged lists."""
+    """`given` as an array, not copied. ShapeError: ragged lists. DTypeError: masked entries."""
+    if np.ma.is_masked(given):
+        raise DTypeError(f"{who}: {what} has masked entries. Fill them: numpy.ma.filled.")
     try:
         return np.asarray(given)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from refcurv.law.checks import ConventionError, DTypeError, RangeError
+from refcurv.law.checks import ConventionError, RangeError
 from refcurv.model.corpus import Corpus
 from refcurv.model.weights import Model
 
@@ -48,15 +48,6 @@ def is_iterable(given: object) -> bool:
     except TypeError:
         return False
     return True
-
-
-def require_unmasked(who: str, what: str, given: object) -> None:
-    """Raise DTypeError for entries under a mask, which NumPy would take as any other.
-
-    Proof: tests/test_certified_hostile.py::test_a_direction_is_taken_as_it_is_or_refused
-    """
-    if np.ma.is_masked(given):
-        raise DTypeError(f"{who}: {what} has masked entries. Fill them: numpy.ma.filled.")
 
 
 def require_callable(who: str, what: str, given: Callable[..., Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from refcurv.law.checks import Array, NameUnknownError, ShapeError, require_choice
+from refcurv.law.checks import Array, NameUnknownError, ShapeError, as_array, require_choice
 from refcurv.law.conventions import COMPUTE_DTYPES
 from refcurv.model.config import ModelConfig
 
@@ -23,11 +23,9 @@ class Model:
         config: the ModelConfig.
         parameters: Mapping from name to array in `dtype`; it may read lazily from a file.
         dtype: what the passes compute in (PRECISION).
-        stored: Mapping from name to the dtype in which the source holds it ("float32",
-            "bfloat16", ...); a parameter without an entry is stored in the dtype of its array.
+        stored: name → the dtype that it is stored in, "bfloat16" say; else that of its array.
         source: Mapping that says where the parameters were read from; may be empty.
-        edits: what was done to the parameters before, oldest first, as JSON values; see
-            `refcurv.editing.record.after`.
+        edits: what was done to the parameters, oldest first, as JSON (`editing.record.after`).
     """
 
     config: ModelConfig
@@ -48,10 +46,10 @@ class Model:
                 f"{sorted(have - wanted)[:4]}; the configuration asks for {len(wanted)}."
             )
         if type(self.parameters) in (dict, MappingProxyType):  # others check what they read
-            for name, shape in shapes.items():
-                x: Any = self.parameters[name]
-                got = f"{x.shape} of {x.dtype}" if isinstance(x, np.ndarray) else type(x).__name__
-                if got != (want := f"{shape} of {self.dtype}"):
+            for name, x in dict[str, Any](self.parameters).items():
+                bare = isinstance(x, np.ndarray) and not np.ma.is_masked(x)
+                got = f"{x.shape} of {x.dtype}" if bare else type(x).__name__
+                if got != (want := f"{shapes[name]} of {self.dtype}"):
                     raise ShapeError(f"Model: {name} must be {want}, as dtype= says; got {got}.")
 
     def with_parameters(self, changed: Mapping[str, Array]) -> Model:
@@ -61,11 +59,12 @@ class Model:
         for name, array in changed.items():
             if name not in shapes:
                 raise NameUnknownError(f"with_parameters: the model has no parameter {name!r}.")
-            if (got := np.shape(array)) != shapes[name]:
+            given = as_array("with_parameters", name, array, str(shapes[name]))
+            if given.shape != shapes[name] or given.dtype.kind in "cOSUMm":
+                got = f"{given.shape} of {given.dtype}"
                 raise ShapeError(f"with_parameters: {name} must be {shapes[name]}; got {got}.")
-            own = np.array(array, dtype=self.dtype)
-            own.flags.writeable = False
-            replaced[name] = own
+            replaced[name] = np.array(given, dtype=self.dtype)
+            replaced[name].flags.writeable = False
         return replace(self, parameters=Overlay(self.parameters, replaced))
 
 

@@ -137,11 +137,10 @@ def _rows(parts: Sequence[Tap], copies: int) -> Array:
     |e|² of g, the same with the smallest number for each entry, and |g|²; then |e|² of a, and |a|².
     """
     name, g_NO = parts[0].name, _joined([tap.g for tap in parts])
-    rows = len(g_NO) // copies
-    error_N, square_N = _errors(g_NO, rows)
-    of_A = np.zeros((2, rows))
+    error_N, square_N = _errors(g_NO, copies)
+    of_A = np.zeros((2, len(error_N)))
     if name not in TABLES:
-        of_A[:] = _errors(_joined([tap.a for tap in parts]), rows)
+        of_A[:] = _errors(_joined([tap.a for tap in parts]), copies)
     least = g_NO.shape[1] * float(np.finfo(g_NO.dtype).smallest_subnormal)
     return np.stack([error_N, error_N + least, square_N, *of_A])
 
@@ -157,11 +156,11 @@ def _joined(parts: Sequence[Array]) -> Array:
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def _errors(x_NX: Array, rows: int) -> tuple[Array, Array]:
-    """|e|² of so many rows, by the copies of them that follow one another, and Σ x² of each."""
-    copies = [x_NX[at : at + rows] for at in range(0, len(x_NX), rows)]
-    errors = [_squares(other_NX, one_NX) / 2 for one_NX, other_NX in combinations(copies, 2)]
-    return np.mean(errors, axis=0), _squares(copies[0])
+def _errors(x_NX: Array, copies: int) -> tuple[Array, Array]:
+    """|e|² of rows, by so many copies of them that follow one another, and Σ x² of each."""
+    each = np.split(x_NX, copies)
+    errors = [_squares(other_NX, one_NX) / 2 for one_NX, other_NX in combinations(each, 2)]
+    return np.mean(errors, axis=0), _squares(each[0])
 
 
 def _squares(x_NX: Array, less_NX: Array | None = None) -> Array:

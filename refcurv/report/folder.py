@@ -6,15 +6,13 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from refcurv.files.disk import (
+from refcurv.files.disk import make_folders, require_kept, require_writable
+from refcurv.files.paths import (
     PathLike,
     is_folder,
     machine_faults,
-    make_folders,
     mode_of,
     require_apart,
-    require_kept,
-    require_writable,
     unfinished,
 )
 from refcurv.law.checks import EmptyError, SchemaError

@@ -13,7 +13,7 @@ from refcurv.curvature.factors_file import load_factors, save_factors
 from refcurv.curvature.resumed_bases import decompose_to
 from refcurv.files import store
 from refcurv.files.digest import digest
-from refcurv.files.disk import beside, mode_of, unfinished
+from refcurv.files.paths import beside, mode_of, unfinished
 from refcurv.law.checks import ConventionError
 from refcurv.model.corpus import Corpus
 from refcurv.model.weights import Model

@@ -19,7 +19,7 @@ from refcurv.evaluation.lines import Lines
 from refcurv.evaluation.matching import LARGEST, Match, search_share, text_perplexity
 from refcurv.evaluation.suite import Measured, finite, measure
 from refcurv.files.digest import changed
-from refcurv.files.disk import free_bytes, require_space
+from refcurv.files.paths import free_bytes, require_space
 from refcurv.files.scratch import Scratch
 from refcurv.law.checks import Array, NonFiniteError
 from refcurv.law.words import number_of

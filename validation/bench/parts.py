@@ -65,7 +65,7 @@ def _our_slope(
     known = (tokens[:, 1:] if labels is None else labels[:, :-1]).reshape(-1)
     found, done = [], 0
     for unit in shards(rc.Corpus(tokens, labels), model.config):
-        slope = job.cotangents(unit, model.config.vocabulary)[0]
+        slope = next(job.cotangents(unit, model.config.vocabulary))
         row_N = np.flatnonzero(unit.head_BT)
         for begin in range(0, len(row_N), HEAD_ROWS):
             chunk = row_N[begin : begin + HEAD_ROWS]

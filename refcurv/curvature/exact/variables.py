@@ -25,7 +25,6 @@ from refcurv.law.checks import (
     require_shape,
 )
 from refcurv.model.corpus import Corpus
-from refcurv.model.given import require_unmasked
 from refcurv.model.patterns import expand
 from refcurv.model.weights import Model
 
@@ -147,7 +146,6 @@ def direction(who: str, variables: Variables, vector: Vector) -> Array:
         )
     for name in variables.names:
         shape = variables.problem.parameters[name].shape
-        require_unmasked(f"exact.{who}", f"vector[{name!r}]", vector[name])
         one = as_array(f"exact.{who}", f"vector[{name!r}]", vector[name], f"{shape} = {name}")
         require_shape(f"exact.{who}", f"vector[{name!r}]", one, shape, name)
         require_dtype(f"exact.{who}", f"vector[{name!r}]", one, "fiub", "real numbers")

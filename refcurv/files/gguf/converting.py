@@ -17,7 +17,6 @@ import numpy as np
 from tqdm import tqdm
 
 from refcurv.files import store, weights
-from refcurv.files.disk import PathLike
 from refcurv.files.families import Family
 from refcurv.files.gguf.architectures import Architecture, describe
 from refcurv.files.gguf.reading import (
@@ -31,6 +30,7 @@ from refcurv.files.gguf.reading import (
 from refcurv.files.gguf.rotary import LONGROPE
 from refcurv.files.huggingface import Conversion, Mapped, read_config
 from refcurv.files.naming import tensors_of
+from refcurv.files.paths import PathLike
 from refcurv.files.slots import Form, Slot, split, tensor_shape
 from refcurv.files.unchanged import inputs_unchanged
 from refcurv.law.checks import Array, ConventionError, SchemaError, require_finite

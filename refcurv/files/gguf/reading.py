@@ -18,13 +18,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from refcurv.files.disk import (
-    PathLike,
-    input_path,
-    machine_faults,
-    one_line,
-    reading,
-)
+from refcurv.files.disk import reading
+from refcurv.files.paths import PathLike, input_path, machine_faults, one_line
 from refcurv.files.unchanged import Seen, seen
 from refcurv.law.checks import Array, ConventionError, RefcurvError, SchemaError
 from refcurv.law.words import number_of

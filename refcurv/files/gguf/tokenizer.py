@@ -11,9 +11,9 @@ from typing import Any, Final
 
 import numpy as np
 
-from refcurv.files.disk import PathLike
 from refcurv.files.gguf.reading import Contents, open_gguf
 from refcurv.files.ids import WHO
+from refcurv.files.paths import PathLike
 from refcurv.law.checks import ConventionError, SchemaError
 from refcurv.law.words import number_of
 

@@ -12,7 +12,8 @@ from typing import Any, Final
 import h5py
 import numpy as np
 
-from refcurv.files.disk import PathLike, input_path, is_addressable
+from refcurv.files.disk import is_addressable
+from refcurv.files.paths import PathLike, input_path
 from refcurv.files.store.layout import MAX_DEPTH, Scalar
 from refcurv.files.store.opening import datasets, member, opened
 from refcurv.law.checks import Array, SchemaError

@@ -13,17 +13,9 @@ from typing import Any, Final
 import h5py
 import numpy as np
 
-from refcurv.files.disk import (
-    PathLike,
-    identity,
-    input_path,
-    is_addressable,
-    machine_faults,
-    one_line,
-    parse_json,
-    require_file,
-)
+from refcurv.files.disk import identity, is_addressable, parse_json
 from refcurv.files.mistaken import GGUF_ELSEWHERE, is_gguf
+from refcurv.files.paths import PathLike, input_path, machine_faults, one_line, require_file
 from refcurv.files.store.layout import (
     BFLOAT16,
     FORMATS,

@@ -11,7 +11,8 @@ import h5py
 import numpy as np
 
 from refcurv.files.bfloat16 import from_bfloat16
-from refcurv.files.disk import file_sha256, identity, input_path
+from refcurv.files.disk import file_sha256, identity
+from refcurv.files.paths import input_path
 from refcurv.files.store.layout import BFLOAT16, Header, Info, Scalar, declared, sha256, to_path
 from refcurv.files.store.opening import info_of, member, open_file, opened
 from refcurv.law.checks import (

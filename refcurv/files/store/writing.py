@@ -9,7 +9,8 @@ from typing import Any
 import h5py
 import numpy as np
 
-from refcurv.files.disk import NewFile, PathLike, mode_of, replacing
+from refcurv.files.disk import NewFile, replacing
+from refcurv.files.paths import PathLike, mode_of
 from refcurv.files.store.layout import (
     VERSION,
     Entry,

@@ -11,7 +11,8 @@ import numpy as np
 
 from refcurv.algebra.blas import one_blas_thread
 from refcurv.algebra.staircase import cut
-from refcurv.files.disk import PathLike, machine_faults, new_folder, output_path, write_json
+from refcurv.files.disk import new_folder, write_json
+from refcurv.files.paths import PathLike, machine_faults, output_path
 from refcurv.files.weights import config_to_json
 from refcurv.judge.cases.case import INVALID, SCHEMA, VALID, Case, Check, write_case
 from refcurv.judge.cases.freedom import acceptable

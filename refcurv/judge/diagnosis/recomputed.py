@@ -31,6 +31,9 @@ from refcurv.law.checks import Array
 from refcurv.law.words import number_of
 from refcurv.model.config import TABLES
 
+Entry = tuple[str, str, Idea, Left]
+"""Side, layer, hypothesis, and what it leaves there."""
+
 SIDES: Mapping[str, tuple[str, ...]] = {
     "A": ("rows_A", "pooling_A", "tensor_A", "count", "text", "token", "network", "pads"),
     "G": ("labels", "amount", "smoothing", "z_loss", "where", "rows_G", "pooling_G", "tensor_G",
@@ -133,17 +136,28 @@ def recompute(
         return
     positions, limit = extent(case), few_positions(case)
     if positions <= limit:
-        for side, layer, idea, left in _lefts(case, layers, wanted, positions):
-            found[side].add(idea, layer, left)
+        _enter(found, _lefts(case, layers, wanted, positions))
         return
     on_some = _best(case, found, layers, wanted, limit)
-    enough = math.inf  # what leaves more of the sample than this is not what theirs is
-    for run in dict.fromkeys(one.run for one in on_some) if positions <= MOST else ():
-        group = [one for one, left in on_some.items() if one.run == run and left <= enough]
-        for side, layer, idea, left in _lefts(case, layers, group, positions):
-            found[side].add(idea, layer, left)
-        exact = [on_some[one] for one in group if _enough(found, layers, [one])]
-        enough = min(enough, SAME * max(exact, default=math.inf))
+    if positions > MOST:
+        return
+    runs = [one.run for one in on_some]
+    waiting = sorted(on_some, key=lambda one: runs.index(one.run))
+    exact: dict[Setting, float] = {}  # run → what the worst that is enough leaves of the sample
+    for one, some in _each(case, layers, waiting.copy(), positions):
+        waiting.remove(one)
+        if one.run in exact or on_some[one] <= SAME * min(exact.values(), default=math.inf):
+            _enter(found, some)
+            if _enough(found, layers, [one]):
+                exact[one.run] = max(on_some[one], exact.get(one.run, 0.0))
+        most = SAME * min(exact.values(), default=math.inf)
+        if all(x.run not in exact and on_some[x] > most for x in waiting):
+            return  # what leaves more of the sample is not what theirs is
+
+
+def _enter(found: Mapping[str, Side], some: Iterable[Entry]) -> None:
+    for side, layer, idea, left in some:
+        found[side].add(idea, layer, left)
 
 
 def _recompute_large(
@@ -279,8 +293,16 @@ def _best(
 
 def _lefts(
     case: Case, layers: Sequence[str], wanted: Sequence[Setting], limit: int
-) -> Iterator[tuple[str, str, Idea, Left]]:
-    """(side, layer, hypothesis, what it leaves) of every setting that decides something there."""
+) -> Iterator[Entry]:
+    """What every setting leaves that decides something in these layers."""
+    for _, some in _each(case, layers, wanted, limit):
+        yield from some
+
+
+def _each(
+    case: Case, layers: Sequence[str], wanted: Sequence[Setting], limit: int
+) -> Iterator[tuple[Setting, list[Entry]]]:
+    """Setting by setting, those of one run behind each other."""
     through = sketch if is_large(case) else None
     seen = {layer: sketched(case, layer) if through else see(case, layer) for layer in layers}
     size = sum(one.X.size for sides in seen.values() for one in sides.values())
@@ -298,12 +320,23 @@ def _lefts(
         some = every[begin : begin + bunch]
         case.say(f"{words(some[0])}, on {where}")
         for setting, of in made(some):
-            for layer, one in of.items():
-                for side, mine in seen[layer].items():
-                    own = part(setting, side)
-                    if own.faults and usable(mine) and (mine.T.shape == mine.X.shape or whole):
-                        idea = Idea(own.faults, own)
-                        yield side, layer, idea, _left(mine, own, one, base.get(layer), through)
+            case.say(f"{words(setting)}, on {where}")
+            yield (
+                setting,
+                [
+                    (
+                        side,
+                        layer,
+                        Idea(own.faults, own),
+                        _left(mine, own, one, base.get(layer), through),
+                    )
+                    for layer, one in of.items()
+                    for side, mine in seen[layer].items()
+                    if (own := part(setting, side)).faults
+                    and usable(mine)
+                    and (mine.T.shape == mine.X.shape or whole)
+                ],
+            )
 
 
 def batched(case: Case, found: Mapping[str, Side], layers: Sequence[str]) -> None:
@@ -353,10 +386,9 @@ def _once(
     known: dict[Setting, dict[str, Moments]] = case.once(("sampled", *layers, limit), dict)
     new = [one for one in wanted if one not in known]
     known |= {one: {} for one in new}
-    for run in dict.fromkeys(one.run for one in new):
-        group = [one for one in new if one.run == run]
-        case.say(f"{words(group[0])}, on {sequences(case, limit)}")
-        known |= dict(moments(case, group, layers, limit, through=sketch, dtype="float32"))
+    for one, of in moments(case, new, layers, limit, through=sketch, dtype="float32"):
+        case.say(f"{words(one)}, on {sequences(case, limit)}")
+        known[one] = of
     return ((one, known[one]) for one in wanted)
 
 

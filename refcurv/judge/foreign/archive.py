@@ -19,10 +19,8 @@ from typing import Any, BinaryIO, Final, Literal
 import numpy as np
 
 from refcurv.files.bfloat16 import from_bfloat16
-from refcurv.files.disk import (
-    input_path,
-    reading,
-)
+from refcurv.files.disk import reading
+from refcurv.files.paths import input_path
 from refcurv.judge.foreign.pickles import MAX_BYTES, Tensor, item_bytes, parse
 from refcurv.law.checks import Array, SchemaError
 

@@ -22,11 +22,9 @@ from typing import Any, Final
 import numpy as np
 
 from refcurv.algebra.scaling import norm
-from refcurv.files.disk import (
-    machine_faults,
-    reading,
-)
+from refcurv.files.disk import reading
 from refcurv.files.lazy import Lazy
+from refcurv.files.paths import machine_faults
 from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.dump import Dump, Theirs
 from refcurv.judge.foreign.stored import Stored, all_in, common, numbers, tensors

@@ -8,12 +8,8 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from refcurv.files import store
-from refcurv.files.disk import (
-    HDF5,
-    machine_faults,
-    mode_of,
-    reading,
-)
+from refcurv.files.disk import HDF5, reading
+from refcurv.files.paths import machine_faults, mode_of
 from refcurv.judge.foreign.bergson import is_bergson
 from refcurv.judge.foreign.kronfluence import is_kronfluence
 from refcurv.judge.foreign.official import is_torch

@@ -14,12 +14,9 @@ from itertools import islice, product
 from pathlib import Path
 from typing import Any, Final
 
-from refcurv.files.disk import (
-    machine_faults,
-    parse_json,
-    reading,
-)
+from refcurv.files.disk import parse_json, reading
 from refcurv.files.lazy import Lazy
+from refcurv.files.paths import machine_faults
 from refcurv.judge.arithmetic import ROUNDOFF, Arithmetic
 from refcurv.judge.dump import Dump, Theirs
 from refcurv.judge.foreign.stored import Stored, common, count, numbers, tensors

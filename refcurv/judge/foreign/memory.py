@@ -24,7 +24,6 @@ from refcurv.law.checks import (
     require_choice,
     require_dtype,
 )
-from refcurv.model.given import require_unmasked
 
 
 def of_factors(factors: Factors) -> Dump:
@@ -132,7 +131,6 @@ def _layer(name: str, parts: Mapping[str, Any], problems: list[str]) -> Theirs:
 
 def _array(what: str, given: Any) -> Array:
     """`given` as real numbers; DTypeError for texts, objects, complex or masked entries."""
-    require_unmasked("validate", what, given)
     if "bfloat16" in str(getattr(given, "dtype", "")):
         raise DTypeError(f"validate: {what} is bfloat16, which NumPy has not; give float32 of it.")
     array = as_array("validate", what, given, "an array of numbers")

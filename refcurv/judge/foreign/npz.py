@@ -15,11 +15,8 @@ from typing import IO, Final
 
 import numpy as np
 
-from refcurv.files.disk import (
-    is_addressable,
-    one_line,
-    reading,
-)
+from refcurv.files.disk import is_addressable, reading
+from refcurv.files.paths import one_line
 from refcurv.judge.foreign.stored import Stored
 from refcurv.law.checks import Array, RefcurvError, SchemaError
 

@@ -14,11 +14,8 @@ import stat
 from pathlib import Path
 from typing import Any, Final
 
-from refcurv.files.disk import (
-    mode_of,
-    parse_json,
-    reading,
-)
+from refcurv.files.disk import parse_json, reading
+from refcurv.files.paths import mode_of
 from refcurv.judge.dump import Dump
 from refcurv.judge.foreign.archive import is_saved
 from refcurv.judge.foreign.torch_files import Found, dump_of, gather

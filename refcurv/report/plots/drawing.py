@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from refcurv.files.disk import one_line, write_bytes
+from refcurv.files.disk import write_bytes
+from refcurv.files.paths import one_line
 from refcurv.law.checks import RefcurvError
 
 if TYPE_CHECKING:

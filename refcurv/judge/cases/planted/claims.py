@@ -79,7 +79,8 @@ def _forward(made: Truth, id: str) -> Claims:
         found = injected.planted(given, id)
         return {f"expected.{n}.sum_G": np.asarray(x.G) * x.n_G for n, x in found.items()}
     at = positions(corpus, model.config, made.factors.rows)
-    net = changed(model.config, resident(model, np.float64), setting.network, setting.pads)
+    own = resident(model, np.float64)
+    net = changed(model.config, own, setting.network, setting.pads, fast=False)
     label = gold(setting.labels, "labelled", at) if setting.labels in GOLD else at.label_BT
     if not (label >= 0).any():
         return {}

@@ -98,7 +98,7 @@ def parts(
     at, share = sample(case, limit)
     names = [name for name in layers if name not in TABLES]
     one = exactly(choice(setting.run, case.reference), at, config, most)
-    net = changed(config, held(case), setting.network, setting.pads)
+    net = changed(config, held(case), setting.network, setting.pads, fast=not one.many)
     shapes = config.linear_layers()
     N = len(at.index_B)
     found = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from refcurv.curvature.factors import Factors
+from refcurv.curvature.room import available
 from refcurv.judge.case import Case
 from refcurv.judge.diagnosis.variants.flows import (
     LOGITS,
@@ -25,10 +27,11 @@ from refcurv.judge.diagnosis.variants.positions import Positions, positions, tur
 from refcurv.judge.diagnosis.variants.setting import REDUCED, Setting
 from refcurv.judge.diagnosis.variants.texts import text_of
 from refcurv.law.checks import Array, NonFiniteError
-from refcurv.law.conventions import NO_LABEL, Fisher
+from refcurv.law.conventions import NO_LABEL, SHARD_TOKENS, Fisher
 from refcurv.model import transformer
 from refcurv.model.config import TABLES, ModelConfig
 from refcurv.model.sampling import draw_labels, uniforms
+from refcurv.passes.parallel import cores, stream
 
 MORE = 8
 """Draws for each of theirs, at most.  Chosen: an eighth of their variance adds 6 % to an error."""
@@ -203,9 +206,13 @@ def moments(
             is yielded, and A and G themselves are never made.
         dtype: of forward and backward; the model's own by default.
 
+    Runs are worked on side by side, one to a core, and each by itself: no bit depends on how many.
+
     Cost: for each different `Setting.run` a forward and its backward passes over the sequences, and
-        one product for each layer and Side; memory: the sums of all settings of one run.
-    Proof: tests/test_judge_variants.py::test_the_reference_itself
+        one product for each layer and Side; memory: the sums of all settings, and what flows over
+        a shard of each run at work.
+    Proof: tests/test_judge_variants.py::test_the_reference_itself,
+        ::test_runs_side_by_side_are_the_same
     """
     assert case.model is not None
     config, parameters = case.model.config, held(case).as_dtype(dtype or case.model.dtype)
@@ -215,12 +222,20 @@ def moments(
     runs: dict[Setting, list[Setting]] = {}
     for setting in wanted:
         runs.setdefault(setting.run, []).append(setting)
-    for run, members in runs.items():
-        read = text_of(at, run.text, run.token, config, case.reference.rows)
-        one = exactly(choice(run, few_draws(case)), read, config, most)
+
+    def work(_: int, some: Sequence[Setting]) -> tuple[dict[Side, Total], Choice]:
+        run = some[0].run
+        read = text_of(at, run.text, run.token, config, rows)
+        one = exactly(choice(run, drawn), read, config, most)
+        net = changed(config, parameters, run.network, run.pads, fast=not one.many)
+        return _added(net, read, one, names, some, through, joint, over), one
+
+    rows, drawn, joint = case.reference.rows, few_draws(case), case.joint
+    bunches = list(runs.values())
+    over = threading.Event()
+    made = stream(bunches, work, in_flight=_in_flight(config, at), stopping=over.set)
+    for members, (totals, one) in zip(bunches, made, strict=True):
         times = case.reference.draws / one.draws if one.counted > 1 else 1
-        net = changed(config, parameters, run.network, run.pads)
-        totals = _added(net, read, one, names, members, through, case.joint)
         for setting in members if totals else ():
             found = {}
             for name in names:
@@ -251,17 +266,32 @@ def inputs(
     for setting in wanted:
         key = setting.network, setting.pads, setting.text, setting.token
         runs.setdefault(key, []).append(setting)
-    for members in runs.values():
-        one = members[0]
+
+    def work(_: int, some: Sequence[Setting]) -> dict[Side, Total]:
+        one = some[0]
         net = changed(config, parameters, one.network, one.pads)
-        read = text_of(at, one.text, one.token, config, case.reference.rows)
-        totals = _added(net, read, None, names, members, None, case.joint)
+        read = text_of(at, one.text, one.token, config, rows)
+        return _added(net, read, None, names, some, None, joint, over)
+
+    rows, joint, bunches = case.reference.rows, case.joint, list(runs.values())
+    over = threading.Event()
+    made = stream(bunches, work, in_flight=_in_flight(config, at), stopping=over.set)
+    for members, totals in zip(bunches, made, strict=True):
         for setting in members if totals else ():
             sides = {name: totals[ways(setting, name, at)[0]] for name in names}
             means = {name: _mean(setting, total, at, 1) for name, total in sides.items()}
             found = {name: mean for name, mean in means.items() if mean is not None}
             if found:
                 yield setting, found
+
+
+def _in_flight(config: ModelConfig, at: Positions) -> int:
+    """Runs at a time: one to a core, or as many as half of the free memory holds."""
+    T = at.real_BT.shape[1] + (config.image.positions if config.image else 0)
+    width = sum(map(sum, config.linear_layers().values()))
+    each = max(T, SHARD_TOKENS) * (4 * width + 2 * config.layers * config.heads * T)  # numbers
+    room = available()
+    return cores() if room is None else max(1, min(cores(), room // 2 // (8 * each)))
 
 
 def _added(
@@ -272,10 +302,12 @@ def _added(
     members: Sequence[Setting],
     through: Callable[[int], Array] | None,
     joint: Set[str],
+    over: threading.Event,
 ) -> dict[Side, Total]:
     """The sums of all settings of one run; none if its numbers leave the range of the dtype.
 
-    Args: joint, layers whose input has a last coordinate that is 1 (BIAS).
+    Args: joint, layers whose input has a last coordinate that is 1 (BIAS); over, does nobody wait
+    for them any more?
     """
     every = (way for setting in members for name in names for way in ways(setting, name, at))
     ones = joint if through is None else frozenset()
@@ -285,6 +317,8 @@ def _added(
             for flow in flows(net, at, one, names):
                 _take(flow, totals, through, joint)
                 del flow  # before the next one is made
+                if over.is_set():
+                    return {}
     except NonFiniteError:
         return {}
     return totals

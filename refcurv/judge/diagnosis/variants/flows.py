@@ -72,6 +72,7 @@ def _shard(
     config, P, layout, seen = net.config, net.parameters, net.layout(at), net.layouts(at)
     if net.explicit(at):
         config = replace(config, windows=())  # a part of `seen`
+    net = replace(net, ops=net.ops_for(at))
     inputs = at.inputs.astype(P["patch.weight"].dtype) if at.images else at.inputs
     x = transformer.input_forward(config, P, inputs, layout)
     ropes = _ropes(net, at, layout, x.dtype)

@@ -57,6 +57,7 @@ from refcurv.model.layers import (
     causal_layout,
 )
 from refcurv.model.transformer import Parameters, image_layout, layout_of
+from refcurv.passes.fast import FAST
 
 Level = tuple[str, float]
 """A change by its name in CHANGES, and how large it is; 0 where it has no size."""
@@ -135,6 +136,14 @@ class Network:
     def explicit(self, at: Positions) -> bool:
         """Is what a position sees no run of positions, so that each block must be told it?"""
         return not at.images and (self.sight is not None or at.seen_BT is not None)
+
+    def ops_for(self, at: Positions) -> Ops:
+        """The layer functions. The fast attention knows runs of positions alone."""
+        if not self.explicit(at) or self.ops.attention_forward is not FAST.attention_forward:
+            return self.ops
+        return replace(
+            self.ops, attention_forward=attention_forward, attention_backward=attention_backward
+        )
 
 
 def _pads_see_text(layout: Layout, real_BT: Array) -> Layout:
@@ -561,10 +570,20 @@ COARSE: Final = (*PARTS, *PRODUCTS, "all in bfloat16", "all in float16")
 
 
 def changed(
-    config: ModelConfig, parameters: Parameters, changes: Iterable[Level], pads: str = "blind"
+    config: ModelConfig,
+    parameters: Parameters,
+    changes: Iterable[Level],
+    pads: str = "blind",
+    fast: bool = True,
 ) -> Network:
-    """The network of a model after some changes."""
-    net = Network(config, parameters, pads=pads)
-    for name, level in sorted(changes, key=lambda one: one[0] in COARSE):  # these wrap the others
+    """The network of a model after some changes.
+
+    Args: fast, by kernels, which know as many sequences in the backward as in the forward. By NumPy
+    it is where arrays round on the way (`rounding.Coarse`), or parameters have another shape.
+    """
+    some = sorted(changes, key=lambda one: one[0] in COARSE)  # these wrap the others
+    fast = fast and not any(name in COARSE or CHANGES[name].reshaped for name, _ in some)
+    net = Network(config, parameters, FAST if fast else DEFINITIONS, pads=pads)
+    for name, level in some:
         net = CHANGES[name].make(net, level)
     return net
