@@ -100,7 +100,7 @@ def random_pass(case: Case, found: Mapping[str, Side], family: Family) -> Random
     for place in family.places if theirs else ():
         p = family.first
         for count in (FEW, FEW, FEW, PASSES):
-            made = [_made(case, theirs, family.name.format(place, n), p) for n in range(count)]
+            made = _made(case, theirs, [family.name.format(place, n) for n in range(count)], p)
             moved = [at for at in theirs if all(at in one for one in made) and _moves(made, at)]
             if not moved or not _same_elsewhere(found, theirs, moved):
                 break
@@ -153,17 +153,17 @@ def _theirs(case: Case, found: Mapping[str, Side]) -> Matrices:
     }
 
 
-def _made(case: Case, theirs: Matrices, name: str, p: float) -> Matrices:
-    """A and G of one pass."""
-    setting = Setting(network=((name, p),))
+def _made(case: Case, theirs: Matrices, names: Sequence[str], p: float) -> list[Matrices]:
+    """A and G of some passes; of one that leaves the range of the dtype none."""
+    found: dict[Setting, Matrices] = {Setting(network=((name, p),)): {} for name in names}
     layers = list(dict.fromkeys(layer for layer, _ in theirs))
-    if not any(side == "G" for _, side in theirs):
-        for _, alone in inputs(case, [setting], layers):
-            return {at: alone[at[0]][0] for at in theirs if at[0] in alone}
-        return {}
-    for _, of in moments(case, [setting], layers):
-        return {at: getattr(of[at[0]], at[1]) for at in theirs if at[0] in of}
-    return {}
+    if any(side == "G" for _, side in theirs):
+        for one, both in moments(case, list(found), layers):
+            found[one] = {at: getattr(both[at[0]], at[1]) for at in theirs if at[0] in both}
+    else:
+        for one, alone in inputs(case, list(found), layers):
+            found[one] = {at: alone[at[0]][0] for at in theirs if at[0] in alone}
+    return list(found.values())
 
 
 def _moves(made: Sequence[Matrices], at: tuple[str, str]) -> bool:

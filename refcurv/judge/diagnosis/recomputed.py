@@ -60,6 +60,10 @@ Chosen. Where sequences differ independently, what the right setting changes in 
 leaves √(1 − s) of the error: 0.96 where s is a twelfth, and WHOLE allows no smaller one.
 """
 
+HOPEFUL = 0.99
+"""The same where a run on all is cheap: of what is in one sequence of fifty a sample says no more.
+"""
+
 NAMED = 8
 """Sequences of a sample that are named."""
 
@@ -68,6 +72,12 @@ FIXED = ("empirical", "argmax", "expected", "double shift", "no shift")
 
 BEST = 4
 """Of what was tried on some sequences, so many are tried on all of them."""
+
+MANY = 16
+"""Of more settings than this so many are tried on a sample, those that come nearest on a PART of
+it."""
+
+PART = 4
 
 SAME = 1.01
 """Of what one setting that is enough leaves of a sample, as much is left by one that does the same.
@@ -138,7 +148,8 @@ def recompute(
     if positions <= limit:
         _enter(found, _lefts(case, layers, wanted, positions))
         return
-    on_some = _best(case, found, layers, wanted, limit)
+    on_some = _best(case, found, layers, wanted, limit, HOPEFUL if sampled else math.inf)
+    on_some = {one: left for one, left in on_some.items() if not _tried(found, layers, one)}
     if positions > MOST:
         return
     runs = [one.run for one in on_some]
@@ -153,6 +164,12 @@ def recompute(
         most = SAME * min(exact.values(), default=math.inf)
         if all(x.run not in exact and on_some[x] > most for x in waiting):
             return  # what leaves more of the sample is not what theirs is
+
+
+def _tried(found: Mapping[str, Side], layers: Sequence[str], setting: Setting) -> bool:
+    """Is it known what the setting leaves in each of these layers?"""
+    tables = [found[side].table.get(Idea(own.faults, own), {}) for side, own in _parts(setting)]
+    return all(x in lefts for lefts in tables for x in layers)
 
 
 def _enter(found: Mapping[str, Side], some: Iterable[Entry]) -> None:
@@ -263,32 +280,66 @@ def _best(
     layers: Sequence[str],
     wanted: Sequence[Setting],
     limit: int,
+    most: float = PROMISING,
 ) -> dict[Setting, float]:
-    """Those that leave least on some sequences, for each side, and how much; nearest first."""
-    worst: dict[tuple[str, Setting], float] = {}
-    of: dict[tuple[str, Setting], list[Setting]] = {}
-    for one in wanted:
-        for side in SIDES:
-            of.setdefault((side, part(one, side)), []).append(one)
-    for side, layer, idea, left in _lefts(case, layers, wanted, limit):
-        assert idea.setting is not None
-        before = max(found[side].plain(layer).error, 1e-300)
-        key = side, idea.setting
-        worst[key] = max(worst.get(key, 0.0), left.error / before)
+    """Those that leave least on some sequences, for each side, and how much; nearest first.
+
+    Args: most, what they must leave of an error.
+    """
+    if len(wanted) > MANY:
+        errors = _on_some(case, found, layers, wanted, limit // PART)
+        nearest = {one for few in _nearest(found, layers, errors, MANY).values() for one in few}
+        wanted = [one for one in wanted if one in nearest]
+    errors = _on_some(case, found, layers, wanted, limit)
     if is_large(case):
         told = sequences(case, limit)
-        for (side, own), error in worst.items():
+        for (side, own), (error, _) in errors.items():
             text = f"{words(own)}, on {told}"
             found[side].sampled[Idea(own.faults, own)] = (error, text)
     best: dict[Setting, float] = {}
-    for side in (s for s in SIDES if not found[s].settled(layers)):
-        mine = sorted((error, k) for k, ((s, _), error) in enumerate(worst.items()) if s == side)
-        keys = list(worst)
-        if is_large(case):  # each costs much: what explains nothing is not tried
-            mine = [(error, k) for error, k in mine[:BEST] if error < PROMISING]
-        for error, setting in ((error, of[keys[k]][0]) for error, k in mine[:BEST]):
-            best[setting] = min(error, best.get(setting, math.inf))
+    for few in _nearest(found, layers, errors, BEST).values():
+        for setting, error in few.items():
+            if error < most:
+                best[setting] = min(error, best.get(setting, math.inf))
     return dict(sorted(best.items(), key=lambda pair: pair[1]))
+
+
+Errors = dict[tuple[str, Setting], tuple[float, Setting]]
+"""Side and what of a setting decides it → the worst that it leaves of an error; such a setting."""
+
+
+def _on_some(
+    case: Case,
+    found: Mapping[str, Side],
+    layers: Sequence[str],
+    wanted: Sequence[Setting],
+    limit: int,
+) -> Errors:
+    """What they leave on so many positions; each is tried once."""
+    known: dict[Setting, list[Entry]] = case.once(("on some", *layers, limit), dict)
+    new = [one for one in wanted if one not in known]
+    known |= {one: [] for one in new}
+    known |= dict(_each(case, layers, new, limit))
+    worst: Errors = {}
+    for one in wanted:
+        for side, layer, idea, left in known[one]:
+            assert idea.setting is not None
+            error = left.error / max(found[side].plain(layer).error, 1e-300)
+            before, first = worst.get((side, idea.setting), (0.0, one))
+            worst[side, idea.setting] = max(before, error), first
+    return worst
+
+
+def _nearest(
+    found: Mapping[str, Side], layers: Sequence[str], errors: Errors, count: int
+) -> dict[str, dict[Setting, float]]:
+    """For each side that has something to explain, so many that leave least, nearest first."""
+    out: dict[str, dict[Setting, float]] = {}
+    for name in (s for s in SIDES if not found[s].settled(layers)):
+        mine = [pair for (side, _), pair in errors.items() if side == name]
+        few = sorted(mine, key=lambda pair: pair[0])[:count]  # of two as near the first comes first
+        out[name] = {setting: error for error, setting in few}
+    return out
 
 
 def _lefts(
