@@ -279,7 +279,7 @@ def test_a_slight_rate_of_dropout_is_found(monkeypatch):
     theirs = one_pass("theirs", 0.006)
     monkeypatch.setattr(dropped, "_theirs", lambda *_: theirs)
     monkeypatch.setattr(dropped, "_same_elsewhere", lambda *_: True)
-    monkeypatch.setattr(dropped, "_made", lambda _case, _theirs, name, p: one_pass(name, p))
+    monkeypatch.setattr(dropped, "_made", lambda *of: [one_pass(x, of[3]) for x in of[2]])
     monkeypatch.setattr(dropped, "see", lambda _, x: {"A": SimpleNamespace(X=X[x, "A"])})
     one = random_pass(None, {}, DROPOUT)
     assert one is not None and one.place == "branches" and 0.003 < one.p < 0.012

@@ -981,8 +981,12 @@ def test_a_joint_input_has_a_last_coordinate_that_is_one() -> None:
         assert all(A.shape == here.reference[name].A_joint.shape for name, (A, _) in means.items())
 
 
-def test_what_is_exact_ends_the_runs_on_all_sequences(monkeypatch):
-    """Of more positions than a sample has; A is ours, so that nothing is run for it."""
+@pytest.fixture
+def watched(monkeypatch):
+    """Factors, theirs by other labels, more positions than a sample has; runs on all, and finals.
+
+    A is ours, so that nothing is run for it.
+    """
     made = config()
     model = rc.Model(made, random_parameters(made, 3))
     tokens = np.random.default_rng(0).integers(0, made.vocabulary, (24, 9))
@@ -993,19 +997,39 @@ def test_what_is_exact_ends_the_runs_on_all_sequences(monkeypatch):
     theirs = rc.collect(model, rc.Corpus(tokens, labels=labels), layer, "empirical")
     whole, tried = [], []
 
-    def watched(case, wanted, layers, limit, **more):
+    def counted(case, wanted, layers, limit, **more):
         for setting, made in moments(case, wanted, layers, limit, **more):
             whole.extend([setting] if limit >= corpus.label.size else ())
             yield setting, made
 
-    monkeypatch.setattr(recomputed, "moments", watched)
+    monkeypatch.setattr(recomputed, "moments", counted)
     monkeypatch.setattr(recomputed, "few_positions", lambda _: 198)
     best = recomputed._best
     monkeypatch.setattr(recomputed, "_best", lambda *of: tried.append(best(*of)) or tried[-1])
-    verdict = rc.validate(theirs, truth, model=model, corpus=corpus)
-    assert [cause.fault for cause in verdict.causes] == ["B16"]
-    assert {one.labels for one in whole} == {"reference", "argmax"}, whole
+    return lambda given: rc.validate(given, truth, model=model, corpus=corpus), theirs, whole, tried
+
+
+@pytest.mark.parametrize("crowd", [128, 8])
+def test_what_is_exact_ends_the_runs_on_all_sequences(watched, crowd, monkeypatch):
+    """Also where the many are first tried on a part of the sample."""
+    monkeypatch.setattr(recomputed, "CROWD", crowd)
+    validate, theirs, whole, tried = watched
+    assert [cause.fault for cause in validate(theirs).causes] == ["B16"]
+    assert {one.labels for one in whole} == {"argmax"}, whole
     assert max(map(len, tried)) == recomputed.BEST
+
+
+@pytest.mark.parametrize("least", [0.05, 0.99])
+def test_nothing_is_run_on_all_sequences_without_hope(watched, least, monkeypatch):
+    """Rows and columns are scaled by chance, which no setting does; on a sample few come nearer."""
+    monkeypatch.setattr(recomputed, "HOPEFUL", least)
+    validate, theirs, whole, tried = watched
+    name, one = next(iter(theirs.items()))
+    by = np.random.default_rng(0).uniform(0.3, 1.7, len(one.G))
+    verdict = validate({name: {"A": one.A, "G": one.G * by * by[:, None], "n": one.n_A}})
+    assert not verdict.passed and not verdict.causes
+    assert bool(whole) == (least > 0.9) and {*whole} <= {one for few in tried for one in few}
+    assert all(left < least for few in tried for left in few.values())
 
 
 @pytest.mark.parametrize("pads", ["real", "all"])

@@ -73,11 +73,9 @@ FIXED = ("empirical", "argmax", "expected", "double shift", "no shift")
 BEST = 4
 """Of what was tried on some sequences, so many are tried on all of them."""
 
-MANY = 16
-"""Of more settings than this so many are tried on a sample, those that come nearest on a PART of
-it."""
-
-PART = 4
+CROWD, PART, FINALISTS = 128, 4, 16
+"""Of more settings than CROWD, which are pairs of faults, these come nearest on a PART of a sample,
+and are tried on all of it."""
 
 SAME = 1.01
 """Of what one setting that is enough leaves of a sample, as much is left by one that does the same.
@@ -286,9 +284,10 @@ def _best(
 
     Args: most, what they must leave of an error.
     """
-    if len(wanted) > MANY:
+    if len(wanted) > CROWD and not is_large(case):
         errors = _on_some(case, found, layers, wanted, limit // PART)
-        nearest = {one for few in _nearest(found, layers, errors, MANY).values() for one in few}
+        few_of = _nearest(found, layers, errors, FINALISTS)
+        nearest = {one for few in few_of.values() for one in few}
         wanted = [one for one in wanted if one in nearest]
     errors = _on_some(case, found, layers, wanted, limit)
     if is_large(case):
