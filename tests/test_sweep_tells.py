@@ -18,7 +18,7 @@ from refcurv.curvature import room
 from refcurv.evaluation.held import kept_bytes
 from refcurv.evaluation.lines import Lines
 from refcurv.evaluation.matching import search_share
-from refcurv.files import disk
+from refcurv.files import paths
 from refcurv.law.checks import ConventionError, RoomError
 from refcurv.model.corpus import ImagePopulation
 from refcurv.progress import silent, size, span
@@ -84,7 +84,7 @@ def test_room_for_states_is_a_part_of_what_is_free(
     need = sum(kept_bytes(model, one, 2) for one in corpus.populations.values())
     free = need - 1
     least = free // (2 if on_disk else 4)
-    for module in (sweeps, disk):
+    for module in (sweeps, paths):
         monkeypatch.setattr(module, "free_bytes", lambda _: free)
     monkeypatch.setattr(room, "available", lambda: free)
     told: list[str] = []
