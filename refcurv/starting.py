@@ -35,7 +35,7 @@ def look_after_imports() -> None:
 def _require_address_space() -> None:
     """There is room to import NumPy and SciPy.
 
-    Proof: tests/test_room.py::test_what_is_too_little_to_import_is_said_at_once
+    tests/test_room.py::test_what_is_too_little_to_import_is_said_at_once has processes of its own.
     """
     most = resource.getrlimit(resource.RLIMIT_AS)[0]
     told = os.environ.get("OPENBLAS_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or ""

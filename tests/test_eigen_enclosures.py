@@ -131,7 +131,7 @@ def test_eigenvalues_of_mpmath_lie_in_the_balls(seed: int, rows: int, n: int, de
         assert (found.values[rows:].most() == 0).all()
 
 
-@pytest.mark.parametrize("decades", [14, 20, 26, 40])
+@pytest.mark.parametrize("decades", [14, 20, 26, pytest.param(40, marks=pytest.mark.slow)])
 def test_eigenvalues_that_float64_takes_for_zeros_have_their_digits(decades: int) -> None:
     """Of graded rows, fewer than columns, whatever float64's eigenvectors are among them."""
     n, rank = 24, 16

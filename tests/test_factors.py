@@ -605,6 +605,7 @@ def test_O6_a_factorial_design_makes_kfac_exact(rng: np.random.Generator) -> Non
     assert np.linalg.norm(20 * np.kron(G, A) - F_tok) > 1e-3 * np.linalg.norm(F_tok)
 
 
+@pytest.mark.slow
 def test_blocks_of_shards_sum_as_the_law_says(monkeypatch) -> None:
     """256 shards to a block that starts from zero, blocks in order: the bits of a plain loop."""
     monkeypatch.setattr(conventions, "SHARD_TOKENS", 8)  # one sequence to a shard

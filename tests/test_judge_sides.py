@@ -147,7 +147,7 @@ def test_rows_of_the_other_side_are_padding_that_counts(setting) -> None:
     ("setting", "fault"),
     [
         ("olmo3-few", "B51_blocks"),
-        ("gptneo-repeated", "B51_left"),
+        pytest.param("gptneo-repeated", "B51_left", marks=pytest.mark.slow),
         pytest.param("esm2-tags", "B50_pads", marks=pytest.mark.slow),
     ],
 )

@@ -480,11 +480,17 @@ ARITHMETIC = {
 """name → (the model, what the oracle's configuration has instead, what its functions are)."""
 
 
+SLOWER = ("rotary angles in float16", "rotary tables in bfloat16", "rotary frequencies in bfloat16")
+"""Of which others of the same kind are run with every test."""
+
 TOP = "blocks.1.mlp.down"
 """Its input has been through all of both blocks."""
 
 
-@pytest.mark.parametrize("name", ARITHMETIC)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(x, marks=pytest.mark.slow if x in SLOWER else ()) for x in ARITHMETIC],
+)
 def test_other_arithmetic_is_the_loops(name: str, monkeypatch) -> None:
     """A behind it all, beside the oracle with the same change; G too where functions differ."""
     fields, changed, functions = ARITHMETIC[name]

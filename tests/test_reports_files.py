@@ -348,6 +348,7 @@ def compiled(tmp_path: Path, monkeypatch):
     return SimpleNamespace(make=make, files=lambda: [*(tmp_path / "cache").rglob("*.nb?")])
 
 
+@pytest.mark.slow
 def test_compiled_code_that_was_cut_short_is_compiled_anew(compiled) -> None:
     assert compiled.make()(1) == 2
     assert len(compiled.files()) == 2
