@@ -116,6 +116,15 @@ def test_runs_side_by_side_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None
             assert all(map(np.array_equal, own, two[setting][name])), (setting, name)
 
 
+def test_under_a_limit_of_the_address_space_one_run_is_at_work(monkeypatch) -> None:
+    here, taken = beside(gappy(), "empirical"), []
+    monkeypatch.setattr(collecting.buffers, "address_space", lambda: 2**40)
+    monkeypatch.setattr(collecting.buffers, "take_buffers", taken.append)
+    monkeypatch.setattr(collecting, "cores", lambda: 5)
+    assert collecting._in_flight(here.model.config, collecting.sample(here, 99)[0]) == 1
+    assert taken == [2]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("of", ["gappy", "packed", "image"])
 def test_kernels_make_of_each_network_what_definitions_make(of: str, monkeypatch) -> None:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from refcurv.algebra import buffers
 from refcurv.curvature.factors import Factors
 from refcurv.curvature.room import available
 from refcurv.judge.case import Case
@@ -286,7 +287,13 @@ def inputs(
 
 
 def _in_flight(config: ModelConfig, at: Positions) -> int:
-    """Runs at a time: one to a core, or as many as half of the free memory holds."""
+    """Runs at a time: one to a core, or as many as half of the free memory holds.
+
+    Under a limit of the address space one, for which and for this thread BLAS has its buffers.
+    """
+    if buffers.address_space() is not None:
+        buffers.take_buffers(2)
+        return 1
     T = at.real_BT.shape[1] + (config.image.positions if config.image else 0)
     width = sum(map(sum, config.linear_layers().values()))
     each = max(T, SHARD_TOKENS) * (4 * width + 2 * config.layers * config.heads * T)  # numbers
