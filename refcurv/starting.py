@@ -43,8 +43,8 @@ def _require_address_space() -> None:
     threads = min(int(told), cores) if told.isdecimal() and int(told) else cores
     least = IMPORTS + THREAD * threads
     if most != resource.RLIM_INFINITY and most < least << 20:
-        told = f"the address space has {most >> 20} MiB (`ulimit -v`)"
-        raise MemoryError(f"{told}, but the libraries alone take {least}")
+        has = f"the address space has {most >> 20} MiB (`ulimit -v`)"
+        raise MemoryError(f"{has}, but the libraries alone take {least}")
 
 
 def reuse_memory() -> None:

@@ -358,35 +358,28 @@ def _each(
     size = sum(one.X.size for sides in seen.values() for one in sides.values())
     bunch = max(2, ENTRIES // max(size, 1))
     every = list(dict.fromkeys(wanted))
-    base: dict[str, Moments] = {}
     whole = limit >= extent(case)
     made = partial(moments, case, layers=layers, limit=limit, through=through)
     if through and not whole:
-        made = partial(_once, case, layers, limit)
+        made = partial(made, dtype="float32")
+    base: dict[str, Moments] = {}
     if not whole:
-        base = dict(next(iter(made([REFERENCE])))[1])
+        key = ("reference on some", *layers, limit)
+        base = case.once(key, lambda: dict(next(iter(made([REFERENCE])))[1]))
     where = "all sequences" if whole else sequences(case, limit)
     for begin in range(0, len(every), bunch):
         some = every[begin : begin + bunch]
         case.say(f"{words(some[0])}, on {where}")
         for setting, of in made(some):
             case.say(f"{words(setting)}, on {where}")
-            yield (
-                setting,
-                [
-                    (
-                        side,
-                        layer,
-                        Idea(own.faults, own),
-                        _left(mine, own, one, base.get(layer), through),
-                    )
-                    for layer, one in of.items()
-                    for side, mine in seen[layer].items()
-                    if (own := part(setting, side)).faults
-                    and usable(mine)
-                    and (mine.T.shape == mine.X.shape or whole)
-                ],
-            )
+            entries: list[Entry] = []
+            for layer, one in of.items():
+                for side, mine in seen[layer].items():
+                    own = part(setting, side)
+                    if own.faults and usable(mine) and (mine.T.shape == mine.X.shape or whole):
+                        left = _left(mine, own, one, base.get(layer), through)
+                        entries.append((side, layer, Idea(own.faults, own), left))
+            yield setting, entries
 
 
 def batched(case: Case, found: Mapping[str, Side], layers: Sequence[str]) -> None:
@@ -427,19 +420,6 @@ def collected(
                 Y = _beside(mine, one, base.get(layer))[0]
                 out.setdefault(layer, (mine.T[block], {}))[1][setting] = Y[block]
     return out
-
-
-def _once(
-    case: Case, layers: Sequence[str], limit: int, wanted: Sequence[Setting]
-) -> Iterator[tuple[Setting, dict[str, Moments]]]:
-    """Sketches of a sample, in float32, which each setting is asked for once."""
-    known: dict[Setting, dict[str, Moments]] = case.once(("sampled", *layers, limit), dict)
-    new = [one for one in wanted if one not in known]
-    known |= {one: {} for one in new}
-    for one, of in moments(case, new, layers, limit, through=sketch, dtype="float32"):
-        case.say(f"{words(one)}, on {sequences(case, limit)}")
-        known[one] = of
-    return ((one, known[one]) for one in wanted)
 
 
 @cache

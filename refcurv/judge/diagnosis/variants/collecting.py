@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from threading import Event
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -33,6 +33,8 @@ from refcurv.model import transformer
 from refcurv.model.config import TABLES, ModelConfig
 from refcurv.model.sampling import draw_labels, uniforms
 from refcurv.passes.parallel import cores, stream
+
+Made = TypeVar("Made")
 
 MORE = 8
 """Draws for each of theirs, at most.  Chosen: an eighth of their variance adds 6 % to an error."""
@@ -224,7 +226,7 @@ def moments(
     for setting in wanted:
         runs.setdefault(setting.run, []).append(setting)
 
-    def work(_: int, some: Sequence[Setting]) -> tuple[dict[Side, Total], Choice]:
+    def work(some: Sequence[Setting], over: Event) -> tuple[dict[Side, Total], Choice]:
         run = some[0].run
         read = text_of(at, run.text, run.token, config, rows)
         one = exactly(choice(run, drawn), read, config, most)
@@ -232,10 +234,7 @@ def moments(
         return _added(net, read, one, names, some, through, joint, over), one
 
     rows, drawn, joint = case.reference.rows, few_draws(case), case.joint
-    bunches = list(runs.values())
-    over = threading.Event()
-    made = stream(bunches, work, in_flight=_in_flight(config, at), stopping=over.set)
-    for members, (totals, one) in zip(bunches, made, strict=True):
+    for members, (totals, one) in _side_by_side(runs.values(), work, _in_flight(config, at)):
         times = case.reference.draws / one.draws if one.counted > 1 else 1
         for setting in members if totals else ():
             found = {}
@@ -268,22 +267,31 @@ def inputs(
         key = setting.network, setting.pads, setting.text, setting.token
         runs.setdefault(key, []).append(setting)
 
-    def work(_: int, some: Sequence[Setting]) -> dict[Side, Total]:
+    def work(some: Sequence[Setting], over: Event) -> dict[Side, Total]:
         one = some[0]
         net = changed(config, parameters, one.network, one.pads)
         read = text_of(at, one.text, one.token, config, rows)
         return _added(net, read, None, names, some, None, joint, over)
 
-    rows, joint, bunches = case.reference.rows, case.joint, list(runs.values())
-    over = threading.Event()
-    made = stream(bunches, work, in_flight=_in_flight(config, at), stopping=over.set)
-    for members, totals in zip(bunches, made, strict=True):
+    rows, joint = case.reference.rows, case.joint
+    for members, totals in _side_by_side(runs.values(), work, _in_flight(config, at)):
         for setting in members if totals else ():
             sides = {name: totals[ways(setting, name, at)[0]] for name in names}
             means = {name: _mean(setting, total, at, 1) for name, total in sides.items()}
             found = {name: mean for name, mean in means.items() if mean is not None}
             if found:
                 yield setting, found
+
+
+def _side_by_side(
+    runs: Iterable[Sequence[Setting]],
+    work: Callable[[Sequence[Setting], Event], Made],
+    in_flight: int,
+) -> Iterator[tuple[Sequence[Setting], Made]]:
+    """Each run and what is made of it, in order; `work` is told when nobody waits any more."""
+    every, over = list(runs), Event()
+    made = stream(every, lambda _, some: work(some, over), in_flight=in_flight, stopping=over.set)
+    return zip(every, made, strict=True)
 
 
 def _in_flight(config: ModelConfig, at: Positions) -> int:
@@ -309,7 +317,7 @@ def _added(
     members: Sequence[Setting],
     through: Callable[[int], Array] | None,
     joint: Set[str],
-    over: threading.Event,
+    over: Event,
 ) -> dict[Side, Total]:
     """The sums of all settings of one run; none if its numbers leave the range of the dtype.
 
