@@ -14,9 +14,9 @@ import refcurv as rc
 from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.case import Case
 from refcurv.judge.diagnosis import prompted
-from refcurv.judge.diagnosis.hypotheses import Left
 from refcurv.judge.diagnosis.search import PLAIN as OURS
 from refcurv.judge.diagnosis.search import Side
+from refcurv.judge.diagnosis.seen import Left
 from refcurv.judge.diagnosis.variants import Setting, moments
 from refcurv.judge.diagnosis.variants.positions import BUT, cells, positions
 from refcurv.judge.diagnosis.variants.texts import (

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from refcurv.judge.case import Counts
-from refcurv.judge.diagnosis import precision, procedure, signs, telling
-from refcurv.judge.diagnosis.hypotheses import Left, Seen
+from refcurv.judge.diagnosis import choosing, precision, procedure, signs, telling
 from refcurv.judge.diagnosis.recomputed import _left
 from refcurv.judge.diagnosis.search import PLAIN, Chosen, Idea, Ladder, Option, Side
+from refcurv.judge.diagnosis.seen import Left, Seen
 from refcurv.judge.diagnosis.variants import Moments, Setting
 from refcurv.judge.diagnosis.weighted import _tried, _uncalled, leave_lone, lone, rules
 from refcurv.judge.drawn import Drawing
@@ -73,7 +73,7 @@ def test_weights_of_one_layer_do_not_end_the_search(idea, layers, exact):
     """A moving average leaves nothing of one matrix of three; what explains all is tried after."""
     side = Side("G", dict.fromkeys((Q, K, V), EXACT))
     chosen = Chosen(idea, dict.fromkeys(layers, Left(0.0, 1.0)))
-    assert procedure._exact(side, chosen, [Q, K, V]) == exact
+    assert choosing._exact(side, chosen, [Q, K, V]) == exact
     assert lone(chosen, [Q, K, V]) != exact
     assert not lone(chosen, [Q, K][: 2 * len(layers)])  # half of them are not few
 

@@ -12,7 +12,6 @@ import refcurv as rc
 from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.case import Case
 from refcurv.judge.diagnosis import precision
-from refcurv.judge.diagnosis.hypotheses import Left, Seen
 from refcurv.judge.diagnosis.procedure import _agree, _first
 from refcurv.judge.diagnosis.scales import Named
 from refcurv.judge.diagnosis.search import (
@@ -25,6 +24,7 @@ from refcurv.judge.diagnosis.search import (
     _starts,
     ladder,
 )
+from refcurv.judge.diagnosis.seen import Left, Seen
 from refcurv.judge.diagnosis.signs import signs
 from refcurv.judge.diagnosis.simulated import ORDER, know_kinks, sharpened
 from refcurv.judge.diagnosis.telling import _merged, scale

@@ -13,7 +13,7 @@ import refcurv as rc
 from refcurv.curvature.factors import Factor
 from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.case import Case
-from refcurv.judge.diagnosis.hypotheses import Index
+from refcurv.judge.diagnosis.others import Index
 from refcurv.judge.diagnosis.search import Idea, Side, ladder, look
 from refcurv.judge.diagnosis.variants import Setting, moments
 from refcurv.judge.drawn import Drawing

@@ -12,7 +12,7 @@ from refcurv.algebra.scaling import norm
 from refcurv.judge.arithmetic import ROUNDOFF, Arithmetic
 from refcurv.judge.case import Case
 from refcurv.judge.compare import Bounds
-from refcurv.judge.diagnosis.hypotheses import fitted
+from refcurv.judge.diagnosis.seen import fitted
 from refcurv.judge.dump import Theirs
 from refcurv.law.checks import Array
 

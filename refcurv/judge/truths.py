@@ -20,7 +20,7 @@ from refcurv.curvature.eigenbasis import Eigenbasis
 from refcurv.curvature.estimators import Corrected, ekfac
 from refcurv.judge.case import Case
 from refcurv.judge.compare import Bounds
-from refcurv.judge.diagnosis.hypotheses import fitted
+from refcurv.judge.diagnosis.seen import fitted
 from refcurv.judge.drawn import reach
 from refcurv.judge.dump import Theirs
 from refcurv.judge.eigenvectors import as_columns

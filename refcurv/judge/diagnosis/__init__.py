@@ -7,7 +7,8 @@ Read in this order:
     telling     causes, what was excluded, and the findings with their causes; causes, their words
 
 What is tried:
-    hypotheses  what needs no model: other layers, other order, damping, a missing mean
+    seen        one side of a layer: theirs, ours, and what a hypothesis leaves
+    hypotheses, others  what needs no model: other order, damping, a missing mean; other layers
     recomputed  what model and corpus make: A and G under other settings (variants/)
     amounts, fits   amounts in the loss by least squares; eps and the like by a search
     weighted    weights of batches and sequences, by least squares

@@ -16,10 +16,10 @@ import numpy as np
 
 from refcurv.algebra.scaling import norm
 from refcurv.judge.case import Case
-from refcurv.judge.diagnosis.hypotheses import fitted
 from refcurv.judge.diagnosis.likely import likely
 from refcurv.judge.diagnosis.recomputed import collected, recompute
 from refcurv.judge.diagnosis.search import Chosen, Idea, Side
+from refcurv.judge.diagnosis.seen import fitted
 from refcurv.judge.diagnosis.variants import REFERENCE, Setting, combined
 from refcurv.judge.draws import confirmed
 from refcurv.law.checks import Array

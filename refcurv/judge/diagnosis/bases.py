@@ -11,7 +11,7 @@ from refcurv.algebra.scaling import norm
 from refcurv.files.bfloat16 import from_bfloat16, to_bfloat16
 from refcurv.judge.arithmetic import ROUNDOFF
 from refcurv.judge.compare import Bounds
-from refcurv.judge.diagnosis.hypotheses import fitted
+from refcurv.judge.diagnosis.seen import fitted
 from refcurv.judge.dump import Theirs
 from refcurv.judge.eigenvectors import SIDES, apart, limits_of, solver_budget
 from refcurv.judge.verdict import FAIL, Comparison

@@ -10,9 +10,9 @@ from scipy import special
 
 from refcurv.algebra.scaling import norm
 from refcurv.judge.case import Case
-from refcurv.judge.diagnosis.hypotheses import see
 from refcurv.judge.diagnosis.recomputed import is_large
 from refcurv.judge.diagnosis.search import Side
+from refcurv.judge.diagnosis.seen import see
 from refcurv.judge.diagnosis.variants import Setting, inputs, moments
 from refcurv.judge.diagnosis.variants.dropout import PLACES
 from refcurv.judge.diagnosis.variants.networks import PASSES

@@ -9,10 +9,10 @@ from functools import partial
 import numpy as np
 
 from refcurv.judge.case import Case
-from refcurv.judge.diagnosis.hypotheses import fitted as best
-from refcurv.judge.diagnosis.hypotheses import see
 from refcurv.judge.diagnosis.recomputed import is_large, recompute
 from refcurv.judge.diagnosis.search import ROUNDING, Chosen, Idea, Side
+from refcurv.judge.diagnosis.seen import fitted as best
+from refcurv.judge.diagnosis.seen import see
 from refcurv.judge.diagnosis.variants import Setting, inputs, moments
 from refcurv.judge.diagnosis.variants.networks import CHANGES
 from refcurv.law.checks import Array

@@ -10,7 +10,7 @@ import numpy as np
 
 from refcurv.algebra.scaling import norm
 from refcurv.judge.case import Case
-from refcurv.judge.diagnosis.hypotheses import see
+from refcurv.judge.diagnosis.seen import see
 from refcurv.judge.diagnosis.variants import Setting, moments
 from refcurv.judge.honest import SEED
 from refcurv.law.checks import Array

@@ -11,9 +11,9 @@ from refcurv.algebra.scaling import norm
 from refcurv.judge.case import Case
 from refcurv.judge.compare import who_draws
 from refcurv.judge.diagnosis.faults import FAULTS
-from refcurv.judge.diagnosis.hypotheses import see, states
 from refcurv.judge.diagnosis.recomputed import is_large
 from refcurv.judge.diagnosis.search import DECLARED, PLAIN, Side, is_coarse
+from refcurv.judge.diagnosis.seen import see, states
 from refcurv.judge.diagnosis.variants import Setting, moments
 from refcurv.judge.verdict import Cause
 from refcurv.law.checks import Array

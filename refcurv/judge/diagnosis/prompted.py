@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from refcurv.judge.case import Case
-from refcurv.judge.diagnosis.hypotheses import fitted, see
 from refcurv.judge.diagnosis.recomputed import cost, few_positions, is_large
 from refcurv.judge.diagnosis.search import SHARPER, Side
+from refcurv.judge.diagnosis.seen import fitted, see
 from refcurv.judge.diagnosis.variants import Setting, inputs
 from refcurv.judge.diagnosis.variants.collecting import WORK
 from refcurv.judge.diagnosis.variants.positions import Positions, positions

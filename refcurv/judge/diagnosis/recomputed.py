@@ -12,8 +12,9 @@ import numpy as np
 from refcurv.algebra.scaling import norm
 from refcurv.curvature.factors_file import shapes_of
 from refcurv.judge.case import Case
-from refcurv.judge.diagnosis.hypotheses import Left, Seen, fitted, see, unbiased
+from refcurv.judge.diagnosis.hypotheses import unbiased
 from refcurv.judge.diagnosis.search import ROUNDING, Idea, Side, usable
+from refcurv.judge.diagnosis.seen import Left, Seen, fitted, see
 from refcurv.judge.diagnosis.variants import (
     REFERENCE,
     Moments,

@@ -18,10 +18,10 @@ from scipy import special
 from refcurv.algebra.scaling import norm
 from refcurv.judge.case import Case
 from refcurv.judge.diagnosis import scales
-from refcurv.judge.diagnosis.hypotheses import see
 from refcurv.judge.diagnosis.likely import DUMPS, redrawn
 from refcurv.judge.diagnosis.recomputed import WHOLE, cost, extent, few_positions, recompute
 from refcurv.judge.diagnosis.search import ROUNDING, Chosen, Idea, Side
+from refcurv.judge.diagnosis.seen import see
 from refcurv.judge.diagnosis.variants import REFERENCE, Setting, moments, settings
 from refcurv.judge.diagnosis.variants.labels import DRAWN
 from refcurv.judge.draws import confirmed

@@ -11,7 +11,9 @@ import numpy as np
 from refcurv.judge.arithmetic import ROUNDOFF, Arithmetic
 from refcurv.judge.case import Case
 from refcurv.judge.compare import drawing, tells
-from refcurv.judge.diagnosis.hypotheses import Index, Left, Seen, fitted, see, tries
+from refcurv.judge.diagnosis.hypotheses import tries
+from refcurv.judge.diagnosis.others import Index
+from refcurv.judge.diagnosis.seen import Left, Seen, fitted, see
 from refcurv.judge.diagnosis.tied import tied
 from refcurv.judge.diagnosis.variants import Setting
 from refcurv.judge.diagnosis.variants.networks import COARSE
@@ -413,7 +415,7 @@ def look(
             if side in sides and usable(seen):
                 case.say(f"what {side} of {layer} may be")
                 pooled = tied(case, seen) if wanted is None or "B40" in wanted else ()
-                for one in (*tries(seen, index, heads, wanted), *pooled):
+                for one in (*tries(seen, heads, wanted), *index.tries(seen, wanted), *pooled):
                     if "B49" in one.faults and not _starts(case, seen):
                         continue
                     error, r = fitted(seen.T if one.T is None else one.T, one.Y)

@@ -14,8 +14,9 @@ import numpy as np
 from refcurv.algebra.scaling import norm
 from refcurv.judge.case import Case
 from refcurv.judge.diagnosis.dropped import DROPOUT, OTHERS, Family, random_pass
-from refcurv.judge.diagnosis.hypotheses import fitted, partners, see, states
+from refcurv.judge.diagnosis.others import partners
 from refcurv.judge.diagnosis.search import PLAIN, SHARPER, Side
+from refcurv.judge.diagnosis.seen import fitted, see, states
 from refcurv.law.checks import Array
 from refcurv.law.words import number_of
 from refcurv.model.config import ModelConfig, Norm, NormPlace, Residual

@@ -15,8 +15,8 @@ from refcurv.judge.diagnosis import precision, scales
 from refcurv.judge.diagnosis.causes import about, made
 from refcurv.judge.diagnosis.factors import factors
 from refcurv.judge.diagnosis.faults import FAULTS
-from refcurv.judge.diagnosis.hypotheses import states
 from refcurv.judge.diagnosis.search import PLAIN, ROWS_KEPT, Chosen, Idea, Side
+from refcurv.judge.diagnosis.seen import states
 from refcurv.judge.diagnosis.signs import Sign, signs
 from refcurv.judge.diagnosis.variants import REFERENCE
 from refcurv.judge.diagnosis.variants.positions import positions

@@ -10,7 +10,7 @@ from refcurv.algebra.scaling import norm
 from refcurv.curvature.factors import Factor, collect
 from refcurv.judge.case import Case
 from refcurv.judge.compare import one_draw, who_draws
-from refcurv.judge.diagnosis.hypotheses import Seen, Try
+from refcurv.judge.diagnosis.seen import Seen, Try
 from refcurv.judge.drawn import DEVIATIONS
 
 MOST = 2**17

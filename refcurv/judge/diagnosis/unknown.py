@@ -16,9 +16,9 @@ import numpy as np
 
 from refcurv.algebra.scaling import norm
 from refcurv.judge.case import Case
-from refcurv.judge.diagnosis.hypotheses import Left, fitted
 from refcurv.judge.diagnosis.recomputed import collected, is_large, words
 from refcurv.judge.diagnosis.search import Idea, Side
+from refcurv.judge.diagnosis.seen import Left, fitted
 from refcurv.judge.diagnosis.variants import REFERENCE, Setting, settings
 from refcurv.judge.drawn import DEVIATIONS
 from refcurv.law.checks import Array

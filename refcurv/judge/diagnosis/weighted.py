@@ -16,10 +16,11 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 
 from refcurv.judge.case import Case
-from refcurv.judge.diagnosis.hypotheses import Left, Seen, damping, fitted, see
+from refcurv.judge.diagnosis.hypotheses import damping
 from refcurv.judge.diagnosis.recomputed import WHOLE, cost, words
 from refcurv.judge.diagnosis.scales import FEW
 from refcurv.judge.diagnosis.search import ROUNDING, SHARPER, Chosen, Idea, Side, usable
+from refcurv.judge.diagnosis.seen import Left, Seen, fitted, see
 from refcurv.judge.diagnosis.variants import REFERENCE, Parts, Setting, parts
 from refcurv.judge.diagnosis.variants.collecting import POSITIONS, sample
 from refcurv.law.checks import Array
