@@ -25,6 +25,7 @@ from refcurv.judge.diagnosis.dropped import (
     _next,
     random_pass,
 )
+from refcurv.judge.diagnosis.fits import least
 from refcurv.judge.diagnosis.hidden import hidden
 from refcurv.judge.diagnosis.precision import causes, short
 from refcurv.judge.diagnosis.recomputed import recompute
@@ -113,6 +114,55 @@ def test_a_level_that_is_near_enough_is_fitted(setting):
     assert faults == ["B53"]
     assert verdict.causes[0].sentence.count("`eps 1.02e-05`") == 2
     assert verdict.causes[0].after < 1e-9
+
+
+TWO = {
+    "a quantity, and another": (("eps", 3.3e-5), ("rotary base", 777.0)),
+    "a quantity of which no level halves the error": (("score scale", 0.31),),
+    "a quantity beside what has none": (("no causal mask", 0.0), ("eps", 3.3e-5)),
+    "two levels that are tried": (("no causal mask", 0.0), ("eps", 1e-3)),
+}
+
+
+@pytest.mark.parametrize("name", dear(TWO))
+def test_two_quantities_are_fitted_at_once(setting, name):
+    network = TWO[name]
+    verdict, faults = named(setting, planted(setting, Setting(network=network)))
+    assert faults == sorted(CHANGES[change].fault for change, _ in network)
+    assert all(cause.after < 1e-12 for cause in verdict.causes)
+    for change, level in network:
+        assert all(f"{change} {level:g}" in cause.sentence for cause in verdict.causes if level)
+
+
+def test_the_least_of_several_levels():
+    rng = np.random.default_rng(0)
+    P, Q, R = rng.normal(size=(3, 40))
+
+    def of(t):  # neither linear, nor of one size
+        return P * np.log1p(t[0]) + Q * np.sqrt(1e6 * t[1] + 1) + R
+
+    def make(t):
+        return of(t), of(true) - of(t)
+
+    true, own = np.array([700.0, 3e-5]), np.array([100.0, 1e-4])
+    for first in ([100.0, 1e-4], [1000.0, 1e-6], [90.0, 0.0]):
+        assert np.allclose(least(make, np.array(first), own), true, rtol=1e-12, atol=0)
+    far = rng.normal(size=40)
+    assert least(lambda t: (of(t), far), own, own) is None  # nothing brings it nearer
+    assert least(lambda t: (of(t), far), own, own, 1.0) is not None
+    assert least(lambda t: None if t[1] > 1e-4 else make(t), own, own) is None  # none can be made
+
+
+def test_what_a_later_fault_explains_as_well_is_no_other(setting):
+    """With parallel residuals the first MLP reads what attention reads: other layers' A, it seems.
+
+    What explains all else explains this too.
+    """
+    verdict, faults = named(
+        setting, planted(setting, Setting(network=(("residual parallel", 0.0),)))
+    )
+    assert faults == ["B54"]
+    assert "A: as with network `residual parallel` (11 layers)" in verdict.causes[0].sentence
 
 
 CHANGED = {

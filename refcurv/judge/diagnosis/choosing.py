@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from refcurv.judge.case import Case
 from refcurv.judge.diagnosis import amounts, precision
-from refcurv.judge.diagnosis.fits import fits
+from refcurv.judge.diagnosis.fits import fits, fits_beside
 from refcurv.judge.diagnosis.hidden import hidden
 from refcurv.judge.diagnosis.placed import placed
 from refcurv.judge.diagnosis.prompted import prompted
@@ -91,8 +91,12 @@ def choose(
         rough = [Setting(network=(level,)) for level in (*BITS, *parts)]
         recompute(case, found, layers, [*fine, *rough, *halves, *joined(partner, fine)])
         chosen = side.choose(layers, faults)
-    if not (soft(side, layers) or _enough(side, chosen)):
-        _join_nearest(case, side, found, layers, tried)
+    if exact() or soft(side, layers) or (is_large(case) and _enough(side, chosen)):
+        return chosen
+    _join_nearest(case, side, found, layers, tried)
+    chosen = side.choose(layers, faults)
+    if not (exact() or is_large(case)):
+        recompute(case, found, layers, list(fits_beside(case, side, layers)))
         chosen = side.choose(layers, faults)
     return chosen
 

@@ -1,15 +1,21 @@
-"""A quantity of the network that any number may stand for: the number that theirs has, fitted."""
+"""Quantities of the network that any number may stand for: the numbers that theirs has, fitted."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 
 from refcurv.judge.case import Case
-from refcurv.judge.diagnosis.recomputed import is_large, recompute
+from refcurv.judge.diagnosis.recomputed import (
+    extent,
+    few_positions,
+    is_large,
+    recompute,
+    reference_on,
+)
 from refcurv.judge.diagnosis.search import ROUNDING, Chosen, Idea, Side
 from refcurv.judge.diagnosis.seen import fitted as best
 from refcurv.judge.diagnosis.seen import see
@@ -17,42 +23,74 @@ from refcurv.judge.diagnosis.variants import Setting, inputs, moments
 from refcurv.judge.diagnosis.variants.networks import CHANGES
 from refcurv.law.checks import Array
 
-CLEARLY = 0.5
-"""What a first level must leave of every error.  Chosen: a wrong quantity rarely halves all."""
+NEARER = 0.9
+"""What one change more must leave of the worst error, at most, and first steps of the whole error.
+Chosen: what is not theirs leaves more.
+"""
 
-STEPS = 12
-"""Chosen: the steps of a secant from a level that halves the error to the last digit are fewer."""
+FIRST = 3
+"""So many steps are the first."""
+
+STEPS = 16
+"""Chosen: the steps from a first level to the last digit are fewer."""
+
+NUDGE = 1e-3
+"""By which share a level is moved to see what it changes.  Chosen: later steps correct it."""
+
+NEAREST = 2
+"""So many of what changes something beside a quantity are fitted.  Chosen: each is many passes."""
 
 
-def fits(
-    case: Case, side: Side, layers: Sequence[str], wanted: str | None = None
-) -> Iterator[Setting]:
-    """Settings whose quantity is fitted, of those that some level brought clearly nearer.
-
-    Args: wanted, one of these changes alone.
+def fits(case: Case, side: Side, layers: Sequence[str]) -> Iterator[Setting]:
+    """Each quantity, all else as ours, from the level that came nearest, or else from our own.
 
     Definition
-        Y(t) is what the network makes at level t; t goes to the least of Σ |T − r Y(t)|² / |r Y|²
-        over the layers, by Gauss-Newton steps along the secant of the last two levels.
+        Y(t) is what the network makes at levels t; t goes to the least of Σ |T − r Y(t)|² / |r Y|²
+        over the layers, by Gauss-Newton steps along Broyden's secants.
 
     Proof: tests/test_judge_network.py::test_a_quantity_is_fitted
     """
     assert case.model is not None
-    for name, change in CHANGES.items():
-        if change.own is None or wanted not in (None, name):
+    for shares in _shares(side, layers, beside=False):
+        share, first = min(shares, key=lambda pair: pair[0])
+        (name, _), own = first.network[0], CHANGES[first.network[0][0]].own
+        if share > 1 and own is not None:
+            first = Setting(network=((name, own(case.model.config)),))
+        yield from _least(case, side, layers, first)
+
+
+def fits_beside(case: Case, side: Side, layers: Sequence[str]) -> Iterator[Setting]:
+    """Quantities where something else changes as well, or another quantity: all at once.
+
+    Of those that leave less than the quantities alone do, the nearest.
+
+    Proof: tests/test_judge_network.py::test_two_quantities_are_fitted_at_once
+    """
+    alone = {one: share for x in _shares(side, layers, beside=False) for share, one in x}
+    best = []
+    for shares in _shares(side, layers, beside=True):
+        share, first = min(shares, key=lambda pair: pair[0])
+        quantities = [Setting(network=(first.network[k],)) for k in _free(first)]
+        least_alone = min((alone[one] for one in quantities if one in alone), default=1.0)
+        if share <= NEARER * min(1.0, least_alone):
+            best.append((share, first))
+    for _, first in sorted(best, key=lambda pair: pair[0])[:NEAREST]:
+        yield from _least(case, side, layers, first)
+
+
+def _shares(
+    side: Side, layers: Sequence[str], beside: bool
+) -> Iterable[list[tuple[float, Setting]]]:
+    """What each level that was tried leaves of the worst error; together what differs in levels."""
+    out: dict[Setting, list[tuple[float, Setting]]] = {}
+    for idea, left in side.table.items():
+        one = idea.setting
+        if one is None or not _free(one) or not all(x in left for x in layers):
             continue
-        levels = {
-            idea.setting.network[0][1]: max(_share(side, x, left[x].error) for x in layers)
-            for idea, left in side.table.items()
-            if idea.setting is not None
-            and idea.setting == Setting(network=idea.setting.network)
-            and [n for n, _ in idea.setting.network] == [name]
-            and all(x in left for x in layers)
-        }
-        first = min(levels, key=lambda level: levels[level], default=math.nan)
-        if levels and levels[first] <= CLEARLY:
-            make = partial(_made, case, side.side, layers, name)
-            yield _of(name, _least(make, change.own(case.model.config), first))
+        if (one != Setting(network=one.network[:1])) == beside:
+            share = max(_share(side, x, left[x].error) for x in layers)
+            out.setdefault(_at(one, np.zeros(len(_free(one)))), []).append((share, one))
+    return out.values()
 
 
 def fitted(
@@ -62,20 +100,20 @@ def fitted(
     chosen: Chosen | None,
     known: Mapping[str, Idea],
 ) -> Chosen | None:
-    """What was chosen, its quantity fitted: a level that is near enough here is not elsewhere.
+    """What was chosen, its quantities fitted: a level that is near enough here is not elsewhere.
 
-    Args: known: layer → what was chosen on the other side, whose level stays as it is.
+    Args: known: layer → what was chosen on the other side, whose levels stay as they are.
 
     Proof: tests/test_judge_network.py::test_a_level_that_is_near_enough_is_fitted
     """
     setting = None if chosen is None else chosen.idea.setting
-    if chosen is None or setting is None or setting != Setting(network=setting.network[:1]):
+    if chosen is None or setting is None or not _free(setting):
         return chosen
     exact = all(left.error <= ROUNDING for left in chosen.left.values())
     if exact or is_large(case) or any(idea.setting == setting for idea in known.values()):
         return chosen
     layers = list(chosen.left)
-    recompute(case, found, layers, list(fits(case, side, layers, setting.network[0][0])))
+    recompute(case, found, layers, list(_least(case, side, layers, setting)))
     return side.choose(layers, {layer: idea.faults for layer, idea in known.items()})
 
 
@@ -85,49 +123,101 @@ def _share(side: Side, layer: str, error: float) -> float:
     return error / plain.error if side.rank(layer, plain) > 0 else 0.0
 
 
-def _of(name: str, level: float) -> Setting:
-    return Setting(network=((name, level),))
+def _free(setting: Setting) -> list[int]:
+    """Which of its changes have a quantity that any number may stand for."""
+    return [k for k, (name, _) in enumerate(setting.network) if CHANGES[name].own is not None]
 
 
-def _made(
-    case: Case, side: str, layers: Sequence[str], name: str, level: float
-) -> tuple[Array, Array] | None:
+def _at(setting: Setting, levels: Array) -> Setting:
+    """The setting with these levels of what is free."""
+    network = [*setting.network]
+    for k, level in zip(_free(setting), levels.tolist(), strict=True):
+        network[k] = network[k][0], level
+    return replace(setting, network=tuple(network))
+
+
+def _least(case: Case, side: Side, layers: Sequence[str], first: Setting) -> Iterator[Setting]:
+    """The setting at whose levels the difference is least; none where it is hardly less.
+
+    Of a large corpus the way begins on a sample.
+    """
+    assert case.model is not None
+    config = case.model.config
+    levels = [first.network[k] for k in _free(first)]
+    own = np.array([own(config) for name, _ in levels if (own := CHANGES[name].own) is not None])
+    t = np.array([level for _, level in levels])
+    few, every = few_positions(case), extent(case)
+    for limit, most in ((few, NEARER), (every, 1.0)) if few < every else ((every, NEARER),):
+        make = partial(_made, case, side.side, layers, limit)
+        found = least(lambda t, make=make: make(_at(first, t)), t, own, most)  # type: ignore[misc]
+        if found is None:
+            return
+        t = found
+    yield _at(first, t)
+
+
+def _made(case: Case, side: str, layers: Sequence[str], limit: int, setting: Setting) -> Made:
     """Y and T − Y of all layers, each over |Y|, theirs without its factor."""
     of: dict[str, Array] = {}
     if side == "A":
-        for _, alone in inputs(case, [_of(name, level)], layers):
+        for _, alone in inputs(case, [setting], layers, limit):
             of = {x: A for x, (A, _) in alone.items()}
     else:
-        for _, both in moments(case, [_of(name, level)], layers):
+        for _, both in moments(case, [setting], layers, limit):
             of = {x: one.G for x, one in both.items()}
+    base = reference_on(case, layers, limit) if limit < extent(case) else {}
     Y, D = [], []
     for layer in layers:
-        if layer not in of:
+        seen = see(case, layer)[side]
+        if layer not in of or seen.T.shape != of[layer].shape:
             return None
-        T, size = see(case, layer)[side].T, float(np.linalg.norm(of[layer])) or 1.0
-        r = best(T, of[layer])[1]
-        Y.append(of[layer].ravel() / size)
-        D.append((T / r - of[layer]).ravel() / size)
+        made = of[layer]
+        if layer in base:
+            made = seen.X + made - (base[layer].A if side == "A" else base[layer].G)
+        size = float(np.linalg.norm(made)) or 1.0
+        r = best(seen.T, made)[1]
+        Y.append(made.ravel() / size)
+        D.append((seen.T / r - made).ravel() / size)
     return np.concatenate(Y), np.concatenate(D)
 
 
-def _least(make: Callable[[float], tuple[Array, Array] | None], own: float, first: float) -> float:
-    """The level at which the difference is least."""
-    before, here = make(own), make(first)
-    if before is None or here is None:
-        return first
-    t0, t1, best = own, first, first
-    for _ in range(STEPS):
-        slope = (here[0] - before[0]) / (t1 - t0)
-        step = float(here[1] @ slope) / (float(slope @ slope) or 1.0)
-        t2 = t1 + step if t1 + step > 0 else t1 / 10
-        if not math.isfinite(t2) or t2 == t1:
-            break
-        there = make(t2)
+Made = tuple[Array, Array] | None
+"""Y(t), and theirs less Y(t)."""
+
+
+def least(
+    make: Callable[[Array], Made], first: Array, own: Array, most: float = NEARER
+) -> Array | None:
+    """The levels t ≥ 0 at which the difference D of Y(t) and theirs is least.
+
+    None where nothing can be made, or it leaves more than `most` of the difference.
+
+    Args: make, t → (Y, D); own, levels of the size to be expected, where the first is 0.
+
+    Cost: `make` of the first levels, of one more for each level, and of each step
+    Proof: tests/test_judge_network.py::test_the_least_of_several_levels
+    """
+    scale = np.where(first > 0, first, own)  # each level counts in units of this
+    t, here = first, make(first)
+    nudged = [make(first + NUDGE * scale * unit) for unit in np.eye(len(first))]
+    if here is None or None in nudged:
+        return None
+    J = np.stack([(one[0] - here[0]) / NUDGE for one in nudged if one is not None], axis=1)
+    begin = size = float(np.linalg.norm(here[1]))
+    for number in range(STEPS):
+        step = np.linalg.lstsq(J, here[1])[0] * scale
+        new = np.where(t + step > 0, t + step, t / 10)
+        s = (new - t) / scale
+        there = make(new) if np.isfinite(s).all() and s.any() else None
         if there is None:
             break
-        t0, t1, before, here = t1, t2, here, there
-        best = t2
-        if abs(step) <= 1e-13 * abs(t2):
+        J += np.outer(there[0] - here[0] - J @ s, s) / float(s @ s)
+        left = float(np.linalg.norm(there[1]))
+        small = np.abs(s).max() < NUDGE
+        if left < size:
+            t, here, size = new, there, left
+        elif small:
             break
-    return best
+        if number == FIRST - 1 and size > most * begin:
+            break
+    return t if size <= most * begin else None

@@ -170,6 +170,32 @@ def _search(case: Case, side: Side, found: Mapping[str, Side], index: Index) -> 
             x: side.table[chosen.idea][x] for x in more if side.explains(chosen.idea, x, True)
         }
         side.chosen[-1] = replace(chosen, left=every)
+        if chosen.idea.setting is not None:
+            _take_over(case, side, found, index)
+
+
+def _take_over(case: Case, side: Side, found: Mapping[str, Side], index: Index) -> None:
+    """Leave out what the last choice explains too, and as well: the fewest faults are enough.
+
+    Proof: tests/test_judge_network.py::test_what_a_later_fault_explains_as_well_is_no_other
+    """
+    *before, last = side.chosen
+    kept = []
+    for one in before:
+        _verify(
+            case, side.side, found, index, last.idea, list(rest(one.left, side.table[last.idea]))
+        )
+        left = {x: y for x in one.left if (y := side.table[last.idea].get(x)) is not None}
+        if len(left) == len(one.left) and all(
+            side.explains(last.idea, x)
+            and side.rank(x, y) <= side.rank(x, one.left[x])
+            and side.whole(x, y) >= side.whole(x, one.left[x])
+            for x, y in left.items()
+        ):
+            last = replace(last, left={**left, **last.left})
+        else:
+            kept.append(one)
+    side.chosen[:] = [*kept, last]
 
 
 def _first(side: Side, layers: Sequence[str], most: int) -> list[str]:

@@ -363,10 +363,7 @@ def _each(
     made = partial(moments, case, layers=layers, limit=limit, through=through)
     if through and not whole:
         made = partial(made, dtype="float32")
-    base: dict[str, Moments] = {}
-    if not whole:
-        key = ("reference on some", *layers, limit)
-        base = case.once(key, lambda: dict(next(iter(made([REFERENCE])))[1]))
+    base = {} if whole else reference_on(case, layers, limit)
     where = "all sequences" if whole else sequences(case, limit)
     for begin in range(0, len(every), bunch):
         some = every[begin : begin + bunch]
@@ -381,6 +378,18 @@ def _each(
                         left = _left(mine, own, one, base.get(layer), through)
                         entries.append((side, layer, Idea(own.faults, own), left))
             yield setting, entries
+
+
+def reference_on(case: Case, layers: Sequence[str], limit: int) -> dict[str, Moments]:
+    """The reference itself on so many positions, made once."""
+
+    def make() -> dict[str, Moments]:
+        large = is_large(case)
+        through, dtype = (sketch, "float32") if large else (None, None)
+        made = moments(case, [REFERENCE], layers, limit, through=through, dtype=dtype)
+        return dict(next(iter(made))[1])
+
+    return case.once(("reference on some", *layers, limit), make)
 
 
 def batched(case: Case, found: Mapping[str, Side], layers: Sequence[str]) -> None:
