@@ -148,6 +148,26 @@ def test_kernels_make_of_each_network_what_definitions_make(of: str, monkeypatch
                 assert_within(y, x, BUDGET, np.trace(x), f"{setting.words}: {name}")
 
 
+def test_no_change_leaves_the_dtype(monkeypatch) -> None:
+    """Of a large model samples are in float32, and the kernels know no arrays of two dtypes."""
+    one = case(
+        batch=3, norm="layer", norm_place="post", qk_norm="head", rope_theta=20.0,
+        rotary=("none", "main"),
+    )  # fmt: skip
+    here, seen = beside(one, "empirical"), set()
+    some = [x for x in settings(here) if x.network]
+    some += [Setting(network=((name, 0.1),)) for name in CHANGES if name.endswith("pass 3")]
+
+    def take(flow, *more):
+        seen.update(x.dtype for x in (*flow.states, *(tap.g for tap in flow.taps.values())))
+        return took(flow, *more)
+
+    took = collecting._take
+    monkeypatch.setattr(collecting, "_take", take)
+    found = [x for x, _ in moments(here, some, list(here.reference), dtype="float32")]
+    assert {*found} == {*some} and seen == {np.dtype(np.float32)}
+
+
 @pytest.mark.slow
 def test_every_deviation_differs() -> None:
     """On a model and a corpus where it can; but where nothing flows, no setting is offered."""
