@@ -954,6 +954,13 @@ def test_what_cannot_occur_is_not_tried() -> None:
     assert {"B25"} <= {id for s in settings(beside(shared_pad())) for id in s.faults}
 
 
+def test_of_texts_of_one_token_none_is_left_out() -> None:
+    """Without their start token nothing would be left to read."""
+    one = case(batch=3, length=1)
+    here = beside(replace(one, label=(one.token + 1) % one.config.vocabulary), "empirical")
+    assert all(found for _, found in moments(here, settings(here), list(here.reference)))
+
+
 def shared_pad() -> Case:
     """Padding by a token that the text has too."""
     one = gappy()
