@@ -37,6 +37,7 @@ from refcurv.judge.diagnosis.variants.rotary import ROPES
 from refcurv.judge.diagnosis.variants.rounding import rounded
 from refcurv.judge.diagnosis.variants.sight import Sight, visible
 from refcurv.judge.dump import Dump
+from refcurv.judge.foreign.memory import of_factors
 from refcurv.law.checks import Array
 from refcurv.law.conventions import Fisher, Rows
 from refcurv.model import transformer
@@ -1021,6 +1022,27 @@ def test_a_joint_input_has_a_last_coordinate_that_is_one() -> None:
             assert one.A[-1, -1] == 1
     for _, means in inputs(joint, [REFERENCE], names):
         assert all(A.shape == here.reference[name].A_joint.shape for name, (A, _) in means.items())
+
+
+def test_a_sample_keeps_matrices_of_the_last_layers_alone(monkeypatch) -> None:
+    """As `_verify` asks, a few layers at a time: all of them would be all of ours in memory."""
+    one = beside(case(batch=8), "empirical")
+    here = replace(one, dump=of_factors(one.reference), matched={x: x for x in one.reference})
+    runs = []
+    monkeypatch.setattr(
+        recomputed, "moments", lambda *of, **more: runs.append(of[1]) or moments(*of, **more)
+    )
+
+    def held(known: object) -> set[str]:
+        some = list(known.items()) if isinstance(known, dict) else list(enumerate(known))
+        inner = [held(x) for _, x in some if isinstance(x, dict | tuple | list)]
+        return {name for name, x in some if isinstance(x, Moments)}.union(*inner)
+
+    for layers in (["blocks.0.mlp.up"], ["blocks.1.mlp.up"], ["blocks.1.mlp.up", "head"]):
+        for limit in (13, 26, 13):
+            assert list(recomputed._each(here, layers, [Setting(labels="argmax")], limit))
+        assert held(here.known) == {*layers}
+    assert runs.count([REFERENCE]) == 2 * 3
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 
@@ -365,8 +365,7 @@ def _each(
         made = partial(made, dtype="float32")
     base: dict[str, Moments] = {}
     if not whole:
-        key = ("reference on some", *layers, limit)
-        base = case.once(key, lambda: dict(next(iter(made([REFERENCE])))[1]))
+        base = _ours(case, layers, limit, lambda: dict(next(iter(made([REFERENCE])))[1]))
     where = "all sequences" if whole else sequences(case, limit)
     for begin in range(0, len(every), bunch):
         some = every[begin : begin + bunch]
@@ -381,6 +380,21 @@ def _each(
                         left = _left(mine, own, one, base.get(layer), through)
                         entries.append((side, layer, Idea(own.faults, own), left))
             yield setting, entries
+
+
+def _ours(
+    case: Case, layers: Sequence[str], limit: int, make: Callable[[], dict[str, Moments]]
+) -> dict[str, Moments]:
+    """Ours on so many positions. Matrices are kept of the layers that were asked for last alone."""
+    if is_large(case):  # these are sketches
+        return case.once(("ours on some", *layers, limit), make)
+    kept = case.known.get("ours on some")
+    if kept is None or kept[0] != (*layers,):
+        kept = case.known["ours on some"] = (*layers,), {}
+    known: dict[int, dict[str, Moments]] = kept[1]
+    if limit not in known:
+        known[limit] = make()
+    return known[limit]
 
 
 def batched(case: Case, found: Mapping[str, Side], layers: Sequence[str]) -> None:
