@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from threading import Event
 
 import budgets
 import numpy as np
@@ -19,6 +20,8 @@ import refcurv as rc
 from refcurv.judge import case as judged
 from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.diagnosis import recomputed
+from refcurv.judge.diagnosis.search import PLAIN, Idea, Side
+from refcurv.judge.diagnosis.seen import Left
 from refcurv.judge.diagnosis.variants import (
     REFERENCE,
     Moments,
@@ -31,13 +34,15 @@ from refcurv.judge.diagnosis.variants import (
     parts,
     settings,
 )
+from refcurv.judge.diagnosis.variants.flows import Flow, flows
 from refcurv.judge.diagnosis.variants.networks import CHANGES, COARSE, Network, changed, occurring
 from refcurv.judge.diagnosis.variants.positions import positions
 from refcurv.judge.diagnosis.variants.rotary import ROPES
 from refcurv.judge.diagnosis.variants.rounding import rounded
 from refcurv.judge.diagnosis.variants.sight import Sight, visible
 from refcurv.judge.dump import Dump
-from refcurv.law.checks import Array
+from refcurv.judge.foreign.memory import of_factors
+from refcurv.law.checks import Array, NonFiniteError
 from refcurv.law.conventions import Fisher, Rows
 from refcurv.model import transformer
 from refcurv.model.config import RopeScaling
@@ -125,6 +130,43 @@ def test_under_a_limit_of_the_address_space_one_run_is_at_work(monkeypatch) -> N
     assert taken == [2]
 
 
+def test_as_many_runs_are_at_work_as_memory_holds(monkeypatch) -> None:
+    here = beside(gappy(), "empirical")
+    monkeypatch.setattr(collecting.buffers, "address_space", lambda: None)
+    monkeypatch.setattr(collecting, "cores", lambda: 5)
+    for free, runs in ((0, 1), (2**50, 5), (None, 5)):
+        monkeypatch.setattr(collecting, "available", lambda free=free: free)
+        assert collecting._in_flight(here.model.config, collecting.sample(here, 99)[0]) == runs
+
+
+def test_runs_that_nobody_waits_for_are_told_so() -> None:
+    told, begun = [], Event()
+
+    def work(some: list[str], over: Event) -> list[str]:
+        if some == ["long"]:
+            begun.set()
+            told.append(over.wait(60))
+        return some
+
+    runs = collecting._side_by_side([["short"], ["long"]], work, 2)
+    assert next(runs) == (["short"], ["short"]) and begun.wait(60)
+    del runs
+    assert told == [True]
+
+
+def test_what_leaves_the_range_of_the_dtype_half_way_is_left_out(monkeypatch) -> None:
+    """The sums of the shards before are finite, and no sums of the whole."""
+    here = beside(gappy(), "empirical")
+
+    def broken(*of: object) -> Iterator[Flow]:
+        yield next(flows(*of))
+        raise NonFiniteError("nan")
+
+    monkeypatch.setattr(collecting, "flows", broken)
+    for made in (moments, inputs):
+        assert not list(made(here, [REFERENCE], list(here.reference)))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("of", ["gappy", "packed", "image"])
 def test_kernels_make_of_each_network_what_definitions_make(of: str, monkeypatch) -> None:
@@ -146,6 +188,26 @@ def test_kernels_make_of_each_network_what_definitions_make(of: str, monkeypatch
         for name, own in layers.items():
             for x, y in zip(own, fast[setting][name], strict=True):
                 assert_within(y, x, BUDGET, np.trace(x), f"{setting.words}: {name}")
+
+
+def test_no_change_leaves_the_dtype(monkeypatch) -> None:
+    """Of a large model samples are in float32, and the kernels know no arrays of two dtypes."""
+    one = case(
+        batch=3, norm="layer", norm_place="post", qk_norm="head", rope_theta=20.0,
+        rotary=("none", "main"),
+    )  # fmt: skip
+    here, seen = beside(one, "empirical"), set()
+    some = [x for x in settings(here) if x.network]
+    some += [Setting(network=((name, 0.1),)) for name in CHANGES if name.endswith("pass 3")]
+
+    def take(flow, *more):
+        seen.update(x.dtype for x in (*flow.states, *(tap.g for tap in flow.taps.values())))
+        return took(flow, *more)
+
+    took = collecting._take
+    monkeypatch.setattr(collecting, "_take", take)
+    found = [x for x, _ in moments(here, some, list(here.reference), dtype="float32")]
+    assert {*found} == {*some} and seen == {np.dtype(np.float32)}
 
 
 @pytest.mark.slow
@@ -934,6 +996,13 @@ def test_what_cannot_occur_is_not_tried() -> None:
     assert {"B25"} <= {id for s in settings(beside(shared_pad())) for id in s.faults}
 
 
+def test_of_texts_of_one_token_none_is_left_out() -> None:
+    """Without their start token nothing would be left to read."""
+    one = case(batch=3, length=1)
+    here = beside(replace(one, label=(one.token + 1) % one.config.vocabulary), "empirical")
+    assert all(found for _, found in moments(here, settings(here), list(here.reference)))
+
+
 def shared_pad() -> Case:
     """Padding by a token that the text has too."""
     one = gappy()
@@ -994,6 +1063,113 @@ def test_a_joint_input_has_a_last_coordinate_that_is_one() -> None:
             assert one.A[-1, -1] == 1
     for _, means in inputs(joint, [REFERENCE], names):
         assert all(A.shape == here.reference[name].A_joint.shape for name, (A, _) in means.items())
+
+
+def test_a_sample_keeps_matrices_of_the_last_layers_alone(monkeypatch) -> None:
+    """As `_verify` asks, a few layers at a time: all of them would be all of ours in memory."""
+    one = beside(case(batch=8), "empirical")
+    here = replace(one, dump=of_factors(one.reference), matched={x: x for x in one.reference})
+    runs = []
+    monkeypatch.setattr(
+        recomputed, "moments", lambda *of, **more: runs.append(of[1]) or moments(*of, **more)
+    )
+
+    def held(known: object) -> set[str]:
+        some = list(known.items()) if isinstance(known, dict) else list(enumerate(known))
+        inner = [held(x) for _, x in some if isinstance(x, dict | tuple | list)]
+        return {name for name, x in some if isinstance(x, Moments)}.union(*inner)
+
+    for layers in (["blocks.0.mlp.up"], ["blocks.1.mlp.up"], ["blocks.1.mlp.up", "head"]):
+        for limit in (13, 26, 13):
+            assert list(recomputed._each(here, layers, [Setting(labels="argmax")], limit))
+        assert held(here.known) == {*layers}
+    assert runs.count([REFERENCE]) == 2 * 3
+
+
+def sides(table: dict[str, dict[tuple[Idea, str], float]]) -> dict[str, Side]:
+    """Both sides, and what of an error is left by an idea in a layer."""
+    found = {name: Side(name) for name in "AG"}
+    for name, lefts in table.items():
+        for (idea, layer), error in lefts.items():
+            found[name].add(idea, layer, Left(error, 1.0))
+    return found
+
+
+def test_on_a_sample_each_setting_is_tried_once_in_the_same_layers(monkeypatch) -> None:
+    """What counts is the layer of which it leaves most; of two that agree on a side, the first."""
+    one, errors, runs = Setting(labels="argmax"), {"x": 0.7, "y": 0.2, "z": 0.4}, []
+    idea, twin = Idea(one.faults, one), replace(one, rows_A="with last")
+
+    def each(_case, layers, wanted, limit):
+        runs.append((*layers, limit, *wanted))
+        return [(s, [("G", x, idea, Left(errors[x], 1.0)) for x in layers]) for s in wanted]
+
+    monkeypatch.setattr(recomputed, "_each", each)
+    here = beside(case(), "empirical")
+    found = sides({"G": {(PLAIN, "x"): 1.0, (PLAIN, "y"): 2.0, (PLAIN, "z"): 0.5}})
+    for layers, worst in ((["x", "y"], 0.7), (["y"], 0.1), (["x", "z"], 0.8), (["x", "y"], 0.7)):
+        for limit in (8, 2):
+            got = recomputed._on_some(here, found, layers, [one, twin], limit)
+            assert got == {("G", one): (pytest.approx(worst), one)}
+    assert sum(one in run for run in runs) == 2 * 3
+    # where ours is no multiple of theirs, what a setting leaves counts as it is
+    far = sides({"G": {(PLAIN, "x"): np.inf}})
+    for error in (0.7, np.inf):
+        errors["x"] = error
+        here.known.clear()
+        got = recomputed._on_some(here, far, ["x"], [one], 8)
+        assert got == {("G", one): (error, one)}
+
+
+def test_what_is_known_of_both_sides_and_all_layers_is_not_run_again() -> None:
+    one = Setting(network=(("no windows", 0.0),))
+    idea = Idea(one.faults, one)
+    some, every = {(idea, "x"): 0.5}, {(idea, "x"): 0.5, (idea, "y"): 0.5}
+    for A, G, known in ((every, every, True), (every, some, False), (every, {}, False)):
+        assert recomputed._tried(sides({"A": A, "G": G}), ["x", "y"], one) == known
+        assert recomputed._tried(sides({"A": G, "G": A}), ["x", "y"], one) == known
+
+
+@pytest.mark.parametrize(("exact", "entered"), [("", 4), ("a", 3), ("ab", 4)])
+def test_what_leaves_more_than_the_exact_one_is_run_no_more(exact, entered, monkeypatch) -> None:
+    """But all of the run that is exact, and what leaves of the sample as much as that does."""
+    some = dict(
+        a=Setting(labels="argmax"), c=Setting(labels="no shift"), d=Setting(labels="double shift"),
+        b=Setting(labels="argmax", pooling_G="mean"),
+    )  # fmt: skip
+    left = dict(zip(some.values(), (0.1, 0.1005, 0.5, 0.9), strict=True))
+    names = {one: name for name, one in some.items()}
+    run, kept = [], []
+    for name, stub in {
+        "is_large": lambda _: False, "extent": lambda _: 100, "few_positions": lambda _: 10,
+        "_best": lambda *_: left, "_enter": lambda _, one: kept.extend(one),
+        "_each": lambda _c, _l, wanted, _n: ((x, run.append(x) or [x]) for x in wanted),
+        "_enough": lambda _f, _l, group: names[group[0]] in exact,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(recomputed, name, stub)
+    recomputed.recompute(beside(case(), "empirical"), sides({}), ["x"], list(left))
+    assert [names[x] for x in kept] == [names[x] for x in run] == [*"abcd"][:entered]
+
+
+@pytest.mark.parametrize(("sampled", "most"), [(True, recomputed.HOPEFUL), (False, np.inf)])
+def test_a_sample_leaves_nothing_out_where_it_may_not(sampled, most, monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(recomputed, "is_large", lambda _: False)
+    monkeypatch.setattr(recomputed, "few_positions", lambda _: 6)
+    monkeypatch.setattr(recomputed, "MOST", 0)
+    monkeypatch.setattr(recomputed, "_best", lambda *of: asked.append(of[-1]) or {})
+    one = beside(case(batch=4), "empirical")
+    recomputed.recompute(one, sides({}), ["x"], [Setting(labels="argmax")], sampled)
+    assert asked == [most]
+
+
+def test_a_sample_says_what_a_setting_changes_in_ours() -> None:
+    """Labels that are the reference's own change nothing, however few sequences tell."""
+    one = beside(case(batch=8), "empirical")
+    here = replace(one, dump=of_factors(one.reference), matched={x: x for x in one.reference})
+    own = Setting(labels="empirical")
+    ((_, entries),) = recomputed._each(here, ["blocks.0.mlp.up"], [own], 13)
+    assert entries and all(left.error < 1e-12 for *_, left in entries)
 
 
 @pytest.fixture

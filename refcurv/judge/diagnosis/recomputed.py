@@ -75,8 +75,8 @@ BEST = 4
 """Of what was tried on some sequences, so many are tried on all of them."""
 
 CROWD, PART, FINALISTS = 128, 4, 16
-"""Of more settings than CROWD, which are pairs of faults, these come nearest on a PART of a sample,
-and are tried on all of it."""
+"""Of more settings than CROWD, most of them pairs of faults, these come nearest on a PART of a
+sample, and are tried on all of it."""
 
 SAME = 1.01
 """Of what one setting that is enough leaves of a sample, as much is left by one that does the same.
@@ -324,7 +324,8 @@ def _on_some(
     for one in wanted:
         for side, layer, idea, left in known[one]:
             assert idea.setting is not None
-            error = left.error / max(found[side].plain(layer).error, 1e-300)
+            plain = found[side].plain(layer).error  # inf where ours is no multiple of theirs
+            error = left.error / (1.0 if math.isinf(plain) else max(plain, 1e-300))
             before, first = worst.get((side, idea.setting), (0.0, one))
             worst[side, idea.setting] = max(before, error), first
     return worst
@@ -381,15 +382,26 @@ def _each(
 
 
 def reference_on(case: Case, layers: Sequence[str], limit: int) -> dict[str, Moments]:
-    """The reference itself on so many positions, made once."""
+    """The reference itself on so many positions, made once.
+
+    Matrices are kept of the layers that were asked for last alone; sketches of all.
+    """
+    large = is_large(case)
+    through, dtype = (sketch, "float32") if large else (None, None)
 
     def make() -> dict[str, Moments]:
-        large = is_large(case)
-        through, dtype = (sketch, "float32") if large else (None, None)
         made = moments(case, [REFERENCE], layers, limit, through=through, dtype=dtype)
         return dict(next(iter(made))[1])
 
-    return case.once(("reference on some", *layers, limit), make)
+    if large:
+        return case.once(("reference on some", *layers, limit), make)
+    kept = case.known.get("reference on some")
+    if kept is None or kept[0] != (*layers,):
+        kept = case.known["reference on some"] = (*layers,), {}
+    known: dict[int, dict[str, Moments]] = kept[1]
+    if limit not in known:
+        known[limit] = make()
+    return known[limit]
 
 
 def batched(case: Case, found: Mapping[str, Side], layers: Sequence[str]) -> None:

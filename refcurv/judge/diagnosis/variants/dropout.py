@@ -31,8 +31,8 @@ class Dropout:
     masks: dict[int, tuple[Array, Array]] = field(default_factory=dict)
 
     def mask(self, x: Array) -> Array:
-        """0 with odds p, else 1/(1 − p)."""
-        return np.asarray((self.random.random(x.shape) >= self.p) / (1 - self.p))
+        """0 with odds p, else 1/(1 − p), in the dtype of x."""
+        return np.asarray((self.random.random(x.shape) >= self.p) / (1 - self.p), x.dtype)
 
     def input(self, x: Array) -> Array:
         """What the first block reads."""

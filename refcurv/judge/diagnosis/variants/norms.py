@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from refcurv.law.checks import Array
@@ -31,11 +33,11 @@ def outside_backward(d_y: Array, saved: Saved) -> tuple[Array, Array]:
 def unbiased_forward(x: Array, gain: Array, eps: float) -> tuple[Array, Saved]:
     """y = gain · x / √(Σ x²/(D − 1) + eps): the variance of a LayerNorm as samples have it."""
     share = 1 - 1 / x.shape[-1]
-    return rms_norm_forward(x, gain * np.sqrt(share), eps * share)
+    return rms_norm_forward(x, gain * math.sqrt(share), eps * share)
 
 
 def unbiased_backward(d_y: Array, saved: Saved) -> tuple[Array, Array]:
     """Undo `unbiased_forward`."""
     # forward:  y = √share gain · x / √(mean(x²) + share eps), share = (D − 1)/D
     d_x, d_gain = rms_norm_backward(d_y, saved)
-    return d_x, d_gain * np.sqrt(1 - 1 / d_y.shape[-1])
+    return d_x, d_gain * math.sqrt(1 - 1 / d_y.shape[-1])

@@ -85,7 +85,8 @@ def texts(
     ours = at.keep_BT.sum()
     for name, one in TEXTS.items():
         longer = name.partition(",")[0] == LONGER
-        if one.fault == "B49" and (more or not longer):
+        fits = more if longer else at.inputs.shape[1] > 1  # of one token none would be left
+        if one.fault == "B49" and fits:
             if n != ours or rows_left(at, name, NO_LABEL, config, rows) == n:
                 yield from ((name, token) for token in (_starts(at) if longer else [NO_LABEL]))
     for token in _tokens(at, n):
