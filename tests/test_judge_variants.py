@@ -36,12 +36,13 @@ from refcurv.judge.diagnosis.variants import (
 )
 from refcurv.judge.diagnosis.variants.flows import Flow, flows
 from refcurv.judge.diagnosis.variants.networks import CHANGES, COARSE, Network, changed, occurring
-from refcurv.judge.diagnosis.variants.positions import positions
+from refcurv.judge.diagnosis.variants.positions import ONLY, cells, positions
 from refcurv.judge.diagnosis.variants.rotary import ROPES
 from refcurv.judge.diagnosis.variants.rounding import rounded
 from refcurv.judge.diagnosis.variants.sight import Sight, visible
 from refcurv.judge.dump import Dump
 from refcurv.judge.foreign.memory import of_factors
+from refcurv.law import conventions
 from refcurv.law.checks import Array, NonFiniteError
 from refcurv.law.conventions import Fisher, Rows
 from refcurv.model import transformer
@@ -105,6 +106,25 @@ def everything(here: judged.Case, some: list[Setting]) -> dict[Setting, dict[str
     for one, of in inputs(here, some, names):
         found[one] |= {f"{n}, alone": [A] for n, (A, _) in of.items() if one in found}
     return found
+
+
+@pytest.mark.parametrize(("fisher", "rows"), [("empirical", "labelled"), ("sampled", "all")])
+def test_a_setting_is_the_same_whatever_a_shard_has(monkeypatch, fisher: str, rows: str) -> None:
+    """One sequence alone may have no padding, no label, or no position of some kind."""
+    here = beside(gappy(), fisher, rows=rows)
+    assert here.model is not None and here.corpus is not None
+    at = positions(here.corpus, here.model.config, here.reference.rows)
+    kinds = [cells(at.of(slice(n, n + 1))) for n in range(len(at.index_B))]
+    assert all({*of} < {*cells(at)} for of in kinds)
+    some = [*settings(here), *(Setting(rows_A=ONLY + name) for name in cells(at))]
+    whole = everything(here, some)
+    monkeypatch.setattr(conventions, "SHARD_TOKENS", 1)
+    by_one = everything(here, some)
+    assert {*whole} == {*by_one}
+    for setting, of in whole.items():
+        for name, each in of.items():
+            for X, Y in zip(each, by_one[setting][name], strict=True):
+                assert np.allclose(X, Y, rtol=1e-9, atol=1e-12 * np.abs(X).max()), (setting, name)
 
 
 def test_runs_side_by_side_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

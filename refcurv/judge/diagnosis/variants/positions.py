@@ -203,10 +203,12 @@ FIRST, EOS = ", first of a text", ", padding's token"
 def weights(rows: str, at: Positions) -> Array:
     """How often each position is a row, (B, T) float64."""
     keep, kind = at.keep_BT, at.kinds
+    every = cells(at) if rows.startswith((ONLY, BUT)) else {}  # a shard need not have all of them
     if rows.startswith(ONLY):
-        return cells(at)[rows.removeprefix(ONLY)].astype(np.float64)
+        none = np.zeros_like(keep)
+        return np.asarray(every.get(rows.removeprefix(ONLY), none), np.float64)
     if rows.startswith(BUT):
-        out, every = keep.astype(np.float64), cells(at)
+        out = keep.astype(np.float64)
         for one in rows.removeprefix(BUT).split("; "):
             times = next(k for k, word in enumerate(TIMES) if one.startswith(word))
             out[every.get(one.removeprefix(TIMES[times]), np.s_[:0])] = times
