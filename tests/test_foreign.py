@@ -14,6 +14,7 @@ import h5py
 import numpy as np
 import pytest
 from strategies import config, random_parameters
+from test_foreign_pickles import layers, save
 
 import refcurv as rc
 from refcurv.files.bfloat16 import from_bfloat16, to_bfloat16
@@ -21,6 +22,7 @@ from refcurv.files.families import FAMILIES
 from refcurv.judge.dump import Dump, Theirs
 from refcurv.judge.foreign import match, names, read_dump, stored
 from refcurv.judge.foreign.arrays import AXES, COUNTS
+from refcurv.judge.foreign.memory import of_arrays
 from refcurv.law.checks import EmptyError, NameUnknownError, RefcurvError, RoomError, SchemaError
 
 UP, DOWN = "blocks.0.mlp.up", "blocks.1.mlp.down"
@@ -234,6 +236,41 @@ def test_a_bomb_does_not_burst(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         file.create_dataset(f"{UP}/G", data=np.zeros((99, 99)), compression="gzip")
     with pytest.raises(SchemaError, match="8000000000000 bytes, which the file has not"):
         read_dump(path)
+
+
+FORMATS = ("npz", "safetensors", "hdf5", "torch", "memory", "kronfluence")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_array_of_other_axes_is_a_problem_in_every_format(tmp_path: Path, format: str) -> None:
+    """What is sound of the layer is judged."""
+    _, _, factors = setting()
+    sound, path = factors[UP].G, tmp_path / "x"
+    for shape in ((), (2, 2, 2)):
+        held = {"A": np.zeros(shape), "G": sound}
+        if format == "npz":
+            with path.open("wb") as file:
+                np.savez(file, **{f"{UP}/{key}": X for key, X in held.items()})
+        elif format == "safetensors":
+            write_tensors(path, {f"{UP}/{key}": X for key, X in held.items()})
+        elif format == "hdf5":
+            with h5py.File(path, "w") as file:
+                for key, X in held.items():
+                    file[f"{UP}/{key}"] = X
+        elif format == "torch":
+            save(path, *layers({UP: held}))
+        elif format == "kronfluence":
+            shutil.rmtree(path, ignore_errors=True)
+            kronfluence(path)
+            write_tensors(path / "activation_covariance.safetensors", {K_UP: held["A"]})
+        given = {UP: held} if format == "memory" else path
+        dump = of_arrays(given) if format == "memory" else read_dump(path)
+        (layer,) = dump.layers
+        assert f"{shape}; a matrix is needed" in " ".join(dump.problems)
+        assert "A" not in dump.holds[layer] and dump.layers[layer].A is None
+        assert dump.layers[layer].G is not None
+        if format != "kronfluence":
+            assert not rc.validate(given, factors).passed
 
 
 def test_a_packed_member_that_cannot_be_so_long_is_refused(tmp_path: Path) -> None:

@@ -146,11 +146,18 @@ def test_the_least_of_several_levels():
 
     true, own = np.array([700.0, 3e-5]), np.array([100.0, 1e-4])
     for first in ([100.0, 1e-4], [1000.0, 1e-6], [90.0, 0.0]):
-        assert np.allclose(least(make, np.array(first), own), true, rtol=1e-12, atol=0)
+        t, left = least(make, np.array(first), own)
+        assert np.allclose(t, true, rtol=1e-12, atol=0) and left < 1e-12
     far = rng.normal(size=40)
-    assert least(lambda t: (of(t), far), own, own) is None  # nothing brings it nearer
-    assert least(lambda t: (of(t), far), own, own, 1.0) is not None
-    assert least(lambda t: None if t[1] > 1e-4 else make(t), own, own) is None  # none can be made
+    for none in (
+        lambda t: (of(t), far),  # nothing brings it nearer
+        lambda t: None if t[1] > 1e-4 else make(t),  # beyond our own none can be made
+    ):
+        t, left = least(none, own, own)
+        assert t is own and left == 1
+    noise = 1e-7 * rng.normal(size=40)  # as that of float32
+    t, left = least(lambda t: (of(t), of(true) + noise - of(t)), own, own)
+    assert np.allclose(t, true, rtol=1e-5, atol=0) and left < 1e-6
 
 
 def test_what_a_later_fault_explains_as_well_is_no_other(setting):

@@ -28,6 +28,12 @@ NEARER = 0.9
 Chosen: what is not theirs leaves more.
 """
 
+CLEARLY = 0.5
+"""What a sample must leave of it for a fit on all.  Chosen: two quantities halve it each."""
+
+STILL = 0.99
+"""What a step may leave of it to be the last.  Chosen: of what can be fitted others leave less."""
+
 FIRST = 3
 """So many steps are the first."""
 
@@ -139,21 +145,20 @@ def _at(setting: Setting, levels: Array) -> Setting:
 def _least(case: Case, side: Side, layers: Sequence[str], first: Setting) -> Iterator[Setting]:
     """The setting at whose levels the difference is least; none where it is hardly less.
 
-    Of a large corpus the way begins on a sample.
+    Of a large corpus the way begins on a sample, and goes no further where that is left of most.
     """
     assert case.model is not None
     config = case.model.config
     levels = [first.network[k] for k in _free(first)]
     own = np.array([own(config) for name, _ in levels if (own := CHANGES[name].own) is not None])
     t = np.array([level for _, level in levels])
-    few, every = few_positions(case), extent(case)
-    for limit, most in ((few, NEARER), (every, 1.0)) if few < every else ((every, NEARER),):
+    for limit in dict.fromkeys((min(few_positions(case), extent(case)), extent(case))):
         make = partial(_made, case, side.side, layers, limit)
-        found = least(lambda t, make=make: make(_at(first, t)), t, own, most)  # type: ignore[misc]
-        if found is None:
-            return
-        t = found
-    yield _at(first, t)
+        t, left = least(lambda t, make=make: make(_at(first, t)), t, own)  # type: ignore[misc]
+        if left > (NEARER if limit == extent(case) else CLEARLY):
+            break
+    if (t != [level for _, level in levels]).any():
+        yield _at(first, t)
 
 
 def _made(case: Case, side: str, layers: Sequence[str], limit: int, setting: Setting) -> Made:
@@ -185,12 +190,10 @@ Made = tuple[Array, Array] | None
 """Y(t), and theirs less Y(t)."""
 
 
-def least(
-    make: Callable[[Array], Made], first: Array, own: Array, most: float = NEARER
-) -> Array | None:
-    """The levels t ≥ 0 at which the difference D of Y(t) and theirs is least.
+def least(make: Callable[[Array], Made], first: Array, own: Array) -> tuple[Array, float]:
+    """The levels t ≥ 0 at which the difference D of Y(t) and theirs is least; what of it is left.
 
-    None where nothing can be made, or it leaves more than `most` of the difference.
+    The first levels where nothing can be made, or first steps leave most of the difference.
 
     Args: make, t → (Y, D); own, levels of the size to be expected, where the first is 0.
 
@@ -201,7 +204,7 @@ def least(
     t, here = first, make(first)
     nudged = [make(first + NUDGE * scale * unit) for unit in np.eye(len(first))]
     if here is None or None in nudged:
-        return None
+        return first, 1.0
     J = np.stack([(one[0] - here[0]) / NUDGE for one in nudged if one is not None], axis=1)
     begin = size = float(np.linalg.norm(here[1]))
     for number in range(STEPS):
@@ -212,12 +215,11 @@ def least(
         if there is None:
             break
         J += np.outer(there[0] - here[0] - J @ s, s) / float(s @ s)
-        left = float(np.linalg.norm(there[1]))
-        small = np.abs(s).max() < NUDGE
+        before, left = size, float(np.linalg.norm(there[1]))
         if left < size:
             t, here, size = new, there, left
-        elif small:
+        if STILL * before < left and (left < before or np.abs(s).max() < NUDGE):
             break
-        if number == FIRST - 1 and size > most * begin:
-            break
-    return t if size <= most * begin else None
+        if number == FIRST - 1 and size > NEARER * begin:
+            return first, 1.0
+    return t, size / (begin or 1.0)

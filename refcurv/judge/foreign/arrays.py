@@ -12,15 +12,18 @@ from refcurv.files.lazy import Lazy
 from refcurv.judge.arithmetic import ROUNDOFF, Arithmetic
 from refcurv.judge.dump import Dump, Theirs, first_names
 from refcurv.judge.foreign.npz import open_npz
-from refcurv.judge.foreign.stored import FLOATS, Stored, common, count, numbers, tensors
+from refcurv.judge.foreign.stored import (
+    AXES,
+    FLOATS,
+    Stored,
+    common,
+    count,
+    misfit,
+    numbers,
+    tensors,
+)
 from refcurv.law.checks import Array, ConventionError, SchemaError, require_choice
 from refcurv.law.conventions import Fisher, Rows
-
-AXES: Final = {
-    **{"A": (1, 2), "G": (1, 2), "U_A": (2,), "mu": (1,), "U_G": (2,), "lam": (1,)},
-    **{"Lambda": (2,), "mask": (2,), "W": (2,)},
-}
-"""The arrays of a layer → how many axes each may have (of a table A is a vector)."""
 
 COUNTS: Final = ("n", "n_A", "n_G")
 DTYPES: Final = ("model_dtype", "products_dtype", "sums_dtype", "solver_dtype")
@@ -147,9 +150,8 @@ def _usable(name: str, held: Mapping[str, Stored], problems: list[str]) -> dict[
             continue
         if not stored.numeric:
             problems.append(f"{key} of {name!r:.100} is {stored.dtype}; real numbers are needed")
-        elif len(stored.shape) not in AXES[key]:
-            wanted = "a vector" if AXES[key] == (1,) else "a matrix"
-            problems.append(f"{key} of {name!r:.100} is {stored.shape}; {wanted} is needed")
+        elif wrong := misfit(f"{key} of {name!r:.100}", key, stored.shape):
+            problems.append(wrong)
         else:
             good[key] = stored
     return good

@@ -19,7 +19,7 @@ from refcurv.files.lazy import Lazy
 from refcurv.files.paths import machine_faults
 from refcurv.judge.arithmetic import ROUNDOFF, Arithmetic
 from refcurv.judge.dump import Dump, Theirs
-from refcurv.judge.foreign.stored import Stored, common, count, numbers, tensors
+from refcurv.judge.foreign.stored import Stored, common, count, misfit, numbers, tensors
 from refcurv.law.checks import Array, RefcurvError, SchemaError
 
 SUMS: Final = {
@@ -67,11 +67,17 @@ def read_kronfluence(folder: Path) -> Dump:
     for key, (kind, number) in SUMS.items():
         parts, counts = _joined(found, kind), _joined(found, number)
         for name, pieces in parts.items():
+            if wrong := misfit(f"{kind} of {name!r:.100}", key, pieces[0].shape):
+                problems.append(wrong)
+                continue
             rows = _count(f"{number} of {name!r:.100}", counts.get(name), problems)
             layers.setdefault(name, {})[key] = (pieces, rows)
     for key, kind in BASES.items():
         for name, pieces in _joined(found, kind).items():
-            layers.setdefault(name, {})[key] = (pieces, None)
+            if wrong := misfit(f"{kind} of {name!r:.100}", key, pieces[0].shape):
+                problems.append(wrong)
+            else:
+                layers.setdefault(name, {})[key] = (pieces, None)
     if not layers:
         why = f" {problems[0]}." if problems else ""
         raise SchemaError(f"validate: {str(folder)!r} holds no layer of kronfluence.{why}")

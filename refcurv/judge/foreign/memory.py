@@ -13,8 +13,8 @@ from refcurv.curvature.factors import Factors
 from refcurv.files.lazy import Lazy
 from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.dump import Dump, Theirs
-from refcurv.judge.foreign.arrays import AXES, COUNTS
-from refcurv.judge.foreign.stored import common, count
+from refcurv.judge.foreign.arrays import COUNTS
+from refcurv.judge.foreign.stored import AXES, common, count, misfit
 from refcurv.law.checks import (
     Array,
     ConventionError,
@@ -115,13 +115,12 @@ def _layer(name: str, parts: Mapping[str, Any], problems: list[str]) -> Theirs:
         if parts.get(key) is not None:
             number = count(f"{key} of {name!r:.100}", parts[key], problems)
             counts |= dict.fromkeys(("n_A", "n_G") if key == "n" else (key,), number)
-    for key, axes in AXES.items():
+    for key in AXES:
         if parts.get(key) is None:
             continue
         array = _array(f"{key} of {name!r:.100}", parts[key])
-        if array.ndim not in axes:
-            wanted = "a vector" if axes == (1,) else "a matrix"
-            problems.append(f"{key} of {name!r:.100} is {array.shape}; {wanted} is needed")
+        if wrong := misfit(f"{key} of {name!r:.100}", key, array.shape):
+            problems.append(wrong)
             continue
         dtypes[key] = array.dtype.name
         arrays[key] = array.astype(bool if key == "mask" else np.float64)

@@ -16,6 +16,12 @@ from refcurv.files.bfloat16 import from_bfloat16
 from refcurv.judge.arithmetic import Arithmetic
 from refcurv.law.checks import Array, RoomError
 
+AXES: Final = {
+    **{"A": (1, 2), "G": (1, 2), "U_A": (2,), "mu": (1,), "U_G": (2,), "lam": (1,)},
+    **{"Lambda": (2,), "mask": (2,), "W": (2,)},
+}
+"""The arrays of a layer → how many axes each may have (of a table A is a vector)."""
+
 FLOATS: Final = ("float64", "float32", "float16", "bfloat16")
 _WHOLE: Final = ("bool", *(f"{kind}{n}" for kind in ("int", "uint") for n in (8, 16, 32, 64)))
 _SMALL: Final = 1 << 26
@@ -40,6 +46,17 @@ class Stored:
     def numeric(self) -> bool:
         """Does it hold real numbers?"""
         return self.dtype in FLOATS or self.dtype in _WHOLE
+
+
+def misfit(what: str, key: str, shape: tuple[int, ...]) -> str | None:
+    """Why no array of a layer has this shape; None where it may. `key` is one of AXES.
+
+    Proof: tests/test_foreign.py::test_an_array_of_other_axes_is_a_problem_in_every_format
+    """
+    if len(shape) in AXES[key]:
+        return None
+    wanted = "a vector" if AXES[key] == (1,) else "a matrix"
+    return f"{what} is {shape}; {wanted} is needed"
 
 
 def numbers(what: str, stored: Stored) -> Array:

@@ -21,6 +21,7 @@ from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.dump import Dump, Theirs
 from refcurv.judge.foreign.archive import Saved, open_saved, read
 from refcurv.judge.foreign.pickles import Tensor
+from refcurv.judge.foreign.stored import misfit
 from refcurv.law.checks import SchemaError
 from refcurv.law.words import number_of
 
@@ -180,7 +181,10 @@ def _entry(saved: Saved, name: str, given: Mapping[str, Any]) -> tuple[dict[str,
         elif meaning not in _COUNTS and not isinstance(part, Tensor):
             wrong.append(f"{what} is a {type(part).__name__}, not a tensor")
         elif meaning not in _COUNTS:
-            entry[meaning] = part
+            if misfits := misfit(what, meaning.removeprefix("sum_"), part.shape):
+                wrong.append(misfits)
+            else:
+                entry[meaning] = part
         elif (count := _count(saved, part)) is not None:
             entry[meaning] = count
         else:
