@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from refcurv import terminal
+from refcurv.algebra import buffers
 from refcurv.commands import COMMANDS
 from refcurv.commands.arguments import parser
 from refcurv.commands.values import files
@@ -54,6 +55,7 @@ def _main(arguments: Sequence[str] | None) -> int:
             args = parser(COMMANDS).parse_args(arguments)
             command = args.command
             _require_targets(args)
+            buffers.with_buffers(1)
             good = args.work(args)
         return JUDGED_AND_FAILED if good is False else DONE
     except KeyboardInterrupt:

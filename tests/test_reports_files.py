@@ -21,6 +21,7 @@ import h5py
 import numba
 import numpy as np
 import pytest
+from numba import config as numba_config
 from numba.core import caching
 from strategies import config, random_parameters
 
@@ -361,6 +362,19 @@ def test_compiled_code_that_was_cut_short_is_compiled_anew(compiled) -> None:
             assert compiled.make()(1) == 2, (path.suffix, len(data))
             healed = compiled.make()
             assert healed(1) == 2 and sum(healed.stats.cache_hits.values()) == 1
+
+
+@pytest.mark.slow
+def test_compiled_code_of_other_settings_is_other_code(compiled, monkeypatch) -> None:
+    """Numba itself takes what a run with NUMBA_OPT=0 or NUMBA_LOOP_VECTORIZE=0 left behind."""
+    for name, value in (("LOOP_VECTORIZE", 0), ("OPT", numba_config._OptLevel(0))):
+        assert compiled.make()(1) == 2
+        with monkeypatch.context() as patch:
+            patch.setattr(numba_config, name, value)
+            other = compiled.make()
+            assert other(1) == 2 and not other.stats.cache_hits
+        again = compiled.make()
+        assert again(1) == 2 and sum(again.stats.cache_hits.values()) == 1
 
 
 def test_compiled_code_that_can_be_kept_nowhere_is_compiled_anew(compiled, monkeypatch) -> None:

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from refcurv.law.checks import RoomError
 from refcurv.law.conventions import Bias, Fisher, Rows
 from refcurv.model.config import ModelConfig
 from refcurv.model.weights import Model
+from refcurv.passes import parallel
 from refcurv.passes.shards import Shard
 from refcurv.passes.sweep import Sweep
 
@@ -83,16 +85,64 @@ def test_an_address_space_is_memory_too(tmp_path: Path, monkeypatch: pytest.Monk
         assert room.available(root) == 1024 * want
     taken: list[int] = []
     monkeypatch.setattr(room, "cores", lambda: 4)
-    monkeypatch.setattr(room, "address_space", lambda: 1)
-    monkeypatch.setattr(room.buffers, "take_buffers", taken.append)
+    monkeypatch.setattr(buffers, "_taken", set())
+    monkeypatch.setattr(buffers, "take_buffers", taken.append)
     need = room.Need(100, (50, 50, 20), "G of 'head', 9 x 9")
-    for free, pieces in ((220 + 4 * room.THREAD, 4), (200 + 2 * room.THREAD, 2)):
+    for free, pieces in ((220 + 4 * buffers.THREAD, 4), (200 + 2 * buffers.THREAD, 2)):
+        monkeypatch.setattr(buffers, "address_space", lambda free=free: free)
         monkeypatch.setattr(room, "available", lambda free=free: free)
         assert room.in_flight("collect", need) == pieces
     assert taken == [4, 2]
-    monkeypatch.setattr(room, "available", lambda: room.THREAD)
+    monkeypatch.setattr(room, "available", lambda: buffers.THREAD)
     with pytest.raises(RoomError, match=r"needs 0\.1 GiB .* 0\.1 GiB are free"):
         room.in_flight("collect", need)
+
+
+def test_threads_have_their_buffers_or_are_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    known: set[int] = set()
+    monkeypatch.setattr(buffers, "_taken", known)
+    monkeypatch.setattr(buffers, "take_buffers", lambda n: [taken.append(n), known.add(n)])
+    for left, threads, want in (
+        (None, 9, 9),  # no limit: nothing is taken
+        (buffers.THREAD, 9, 1),
+        (2 * buffers.THREAD - 1, 9, 2),  # one has its buffers already
+        (0, 2, 2),
+        (0, 1, 1),
+        (buffers.THREAD, 9, 3),
+    ):
+        monkeypatch.setattr(buffers, "address_space", lambda left=left: left)
+        assert buffers.with_buffers(threads) == want
+    assert taken == [1, 2, 3]
+    known.clear()
+    monkeypatch.setattr(buffers, "address_space", lambda: buffers.THREAD - 1)
+    with pytest.raises(MemoryError, match="takes 128 MiB, but 127 MiB of the address space"):
+        buffers.with_buffers(2)
+    with pytest.raises(MemoryError):
+        parallel.run([1, 2], lambda _, x: x)
+    monkeypatch.setattr(buffers, "address_space", lambda: 3 * buffers.THREAD)
+    names: set[str] = set()
+    parallel.run(range(40), lambda *_: names.add(threading.current_thread().name), in_flight=9)
+    assert 1 <= len(names) <= 3 and taken == [1, 2, 3, 3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kib", range(523_000, 690_000, 24_000))
+def test_no_limit_of_the_address_space_makes_a_command_hang(kib: int, tmp_path: Path) -> None:
+    """Where BLAS has no room for its buffers it asks for ever, and no signal ends it."""
+    one, other = tmp_path / "w.h5", tmp_path / "c.h5"
+    made = wide()
+    rc.save(rc.Model(made, random_parameters(made, 0)), one)
+    rc.save_corpus(rc.Corpus(np.random.default_rng(0).integers(0, made.vocabulary, (4, 9))), other)
+    model, corpus = rc.load(one), rc.load_corpus(other)
+    rc.save_bases(rc.decompose(rc.collect(model, corpus, "**.up")), tmp_path / "b.h5")
+    for command in ("edit w.h5 b.h5 -o e.h5 --rho 0.7", "evaluate w.h5 c.h5"):
+        done = subprocess.run(
+            f"ulimit -v {kib}; exec {sys.executable} -m refcurv {command}",
+            shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        assert done.returncode in (0, 3), done.stderr
+        assert done.returncode == 0 or done.stderr.count("\n") == 1, done.stderr
 
 
 @pytest.mark.skipif(bool(os.environ.get("NUMBA_DISABLE_JIT")), reason="nothing is compiled")

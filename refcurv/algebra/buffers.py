@@ -13,6 +13,10 @@ import numpy as np
 
 from refcurv.algebra.blas import eigh, one_blas_thread
 
+THREAD = 2**27
+"""Address space of a thread that computes, under a limit of it.  Chosen: 96 MiB were seen, of which
+the C library reserves 64 for its heap, OpenBLAS 32 for its buffer."""
+
 COMPILER = 64 * 2**20
 """Bytes that the compiler needs for one kernel. Chosen: 32 MiB were seen."""
 
@@ -46,6 +50,37 @@ def require_compiler(kernel: str) -> None:
         )
 
 
+_taken: set[int] = set()
+"""For how many threads BLAS has taken its buffers; it keeps them as long as the process lives."""
+
+
+def needed(threads: int) -> int:
+    """Bytes of address space that so many threads still take; 0 without a limit."""
+    return 0 if address_space() is None else THREAD * max(0, threads - max(_taken, default=0))
+
+
+def with_buffers(threads: int) -> int:
+    """So many threads, or as many as there is room for, whose buffers BLAS takes now.
+
+    Raises:
+        MemoryError: there is no room for one.
+
+    Proof: tests/test_room.py::test_threads_have_their_buffers_or_are_fewer
+    """
+    left = address_space()
+    if left is None:
+        return threads
+    fits = next((n for n in range(threads, 0, -1) if needed(n) <= left), 0)
+    if not fits:
+        raise MemoryError(
+            f"a thread that computes takes {THREAD >> 20} MiB, but {left >> 20} MiB of the address "
+            "space are left (`ulimit -v`)"
+        )
+    if needed(fits):
+        take_buffers(fits)
+    return fits
+
+
 def take_buffers(threads: int) -> None:
     """Let NumPy's and SciPy's BLAS take what so many threads need at one time, and keep it.
 
@@ -62,3 +97,4 @@ def take_buffers(threads: int) -> None:
 
     with one_blas_thread(), ThreadPoolExecutor(threads) as pool:
         list(pool.map(work, range(threads)))
+    _taken.add(threads)

@@ -26,8 +26,14 @@ from refcurv.law.checks import Array
 class _Kept(FunctionCache):
     """Compiled code kept on disk. Code that cannot be read from there is compiled again.
 
-    Proof: tests/test_reports_files.py::test_compiled_code_that_was_cut_short_is_compiled_anew
+    Code that was compiled under other settings (`jit`), which Numba would take, is other code.
+
+    Proof: tests/test_reports_files.py::test_compiled_code_that_was_cut_short_is_compiled_anew,
+        ::test_compiled_code_of_other_settings_is_other_code
     """
+
+    def _index_key(self, sig: Any, codegen: Any) -> Any:
+        return (*super()._index_key(sig, codegen), *jit().items())  # type: ignore[no-untyped-call]
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:

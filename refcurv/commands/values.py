@@ -15,7 +15,7 @@ from refcurv.law.checks import ConventionError, RangeError
 
 def size(text: str) -> int:
     """A size: 6GB, 900MiB, or a number alone, in GiB."""
-    found = re.fullmatch(r"(\d{1,6}(?:\.\d{1,6})?) ?([GM]i?B)?", text)
+    found = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,6})?) ?([GM]i?B)?", text)
     if found is None or not float(found[1]):
         raise argparse.ArgumentTypeError(
             "a size is a number above 0 and GB, MB, GiB or MiB behind it, as 6GB or 900MiB; alone "

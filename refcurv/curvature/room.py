@@ -31,11 +31,6 @@ from refcurv.passes.sweep import Sweep
 
 GIB = 2**30
 
-THREAD = 2**27
-"""Address space of a thread that computes, under a limit of it.  Chosen: 96 MiB were seen, of which
-the C library reserves 64 for its heap, OpenBLAS 32 for its buffer."""
-
-
 CODE = 176 * 2**20
 """Bytes of what is loaded while it works: kernels and their compiler, HDF5.
 
@@ -203,7 +198,7 @@ def in_flight(who: str, need: Need, asked: int | None = None, or_else: str = "")
     """How many pieces to have in flight: as asked (by default one per core), or as many as fit.
 
     If the memory is unknown, it is as asked. Under a limit of the address space each is a thread
-    whose buffers BLAS takes now (`buffers.take_buffers`).
+    whose buffers BLAS takes now (`buffers.with_buffers`).
 
     Raises:
         RoomError: not even one fits. The message says what to do; `or_else`, what else.
@@ -215,13 +210,10 @@ def in_flight(who: str, need: Need, asked: int | None = None, or_else: str = "")
     most, room = asked or cores(), available()
     if room is None:
         return most
-    thread = 0 if address_space() is None else THREAD
     for pieces in range(most, 0, -1):
-        if need.bytes(pieces) + pieces * thread <= room:
-            if thread:
-                buffers.take_buffers(pieces)
-            return pieces
-    least = need.bytes(1) + thread
+        if need.bytes(pieces) + buffers.needed(pieces) <= room:
+            return buffers.with_buffers(pieces)
+    least = need.bytes(1) + buffers.needed(1)
     raise RoomError(
         f"{who}: needs {least / GIB:,.1f} GiB of memory for sums, copies and workspace, but "
         f"{room / GIB:,.1f} GiB are free. The largest matrix is {need.largest}: {or_else}"

@@ -87,7 +87,9 @@ def load_tokenizer(file: PathLike, eos: str | None) -> Tokenizer:
     """
     try:
         import tokenizers
-    except ImportError:
+    except ModuleNotFoundError as error:
+        if error.name != "tokenizers":  # it is there, and cannot be loaded
+            raise
         raise ConventionError(
             f"{WHO}: tokenizing needs the library tokenizers: pip install 'refcurv[checkpoints]'."
         ) from None

@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from refcurv.algebra import buffers
 from refcurv.algebra.blas import one_blas_thread
 
 Item = TypeVar("Item")
@@ -118,10 +119,12 @@ def stream(
     """Do `work(ordinal, item)` for every item on threads; results in order, BLAS on one thread.
 
     Items start in order. At most `in_flight` + 1 results (by default one per core, and one) wait to
-    be taken. The first failure, or Ctrl-C, stops the others and is raised here. After Ctrl-C, and
-    where nobody takes the results any more, `stopping` is called before what is at work has ended.
+    be taken. Under a limit of the address space there are as many threads as it has room for.
+
+    The first failure, or Ctrl-C, stops the others and is raised here. After Ctrl-C, and where
+    nobody takes the results any more, `stopping` is called before what is at work has ended.
     """
-    gate, workers = turnstile or Turnstile(), in_flight or cores()
+    gate, workers = turnstile or Turnstile(), buffers.with_buffers(in_flight or cores())
 
     def guarded(ordinal: int, item: Item) -> Result:
         try:

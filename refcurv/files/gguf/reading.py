@@ -159,7 +159,9 @@ def _part(path: Path) -> Contents:
     """One file, as the package reads it, checked."""
     try:
         import gguf
-    except ImportError:
+    except ModuleNotFoundError as error:
+        if error.name != "gguf":  # it is there, and cannot be loaded
+            raise
         raise ConventionError(
             f"open: {str(path)!r} is a GGUF file, which the package gguf reads: "
             "pip install 'refcurv[gguf]'."

@@ -92,7 +92,9 @@ def require_matplotlib() -> None:
     """RefcurvError without it; asked before the work that the plots are of."""
     try:
         import matplotlib  # noqa: F401
-    except ImportError:
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":  # it is there, and cannot be loaded
+            raise
         raise RefcurvError("report: plots need matplotlib: pip install 'refcurv[report]'") from None
     except ValueError as error:  # MPLBACKEND, a style, a file of settings
         raise RefcurvError(f"report: matplotlib cannot be used: {one_line(error)}.") from None
