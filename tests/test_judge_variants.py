@@ -20,7 +20,7 @@ import refcurv as rc
 from refcurv.judge import case as judged
 from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.diagnosis import recomputed
-from refcurv.judge.diagnosis.search import PLAIN, Idea, Side
+from refcurv.judge.diagnosis.search import PLAIN, Idea, Side, ours
 from refcurv.judge.diagnosis.seen import Left
 from refcurv.judge.diagnosis.variants import (
     REFERENCE,
@@ -41,7 +41,7 @@ from refcurv.judge.diagnosis.variants.rotary import ROPES
 from refcurv.judge.diagnosis.variants.rounding import rounded
 from refcurv.judge.diagnosis.variants.sight import Sight, visible
 from refcurv.judge.dump import Dump
-from refcurv.judge.foreign.memory import of_factors
+from refcurv.judge.foreign.memory import of_arrays, of_factors
 from refcurv.law import conventions
 from refcurv.law.checks import Array, NonFiniteError
 from refcurv.law.conventions import Fisher, Rows
@@ -1120,7 +1120,7 @@ def test_on_a_sample_each_setting_is_tried_once_in_the_same_layers(monkeypatch) 
     one, errors, runs = Setting(labels="argmax"), {"x": 0.7, "y": 0.2, "z": 0.4}, []
     idea, twin = Idea(one.faults, one), replace(one, rows_A="with last")
 
-    def each(_case, layers, wanted, limit):
+    def each(_case, layers, wanted, limit, _under):
         runs.append((*layers, limit, *wanted))
         return [(s, [("G", x, idea, Left(errors[x], 1.0)) for x in layers]) for s in wanted]
 
@@ -1177,7 +1177,7 @@ def test_a_sample_leaves_nothing_out_where_it_may_not(sampled, most, monkeypatch
     monkeypatch.setattr(recomputed, "is_large", lambda _: False)
     monkeypatch.setattr(recomputed, "few_positions", lambda _: 6)
     monkeypatch.setattr(recomputed, "MOST", 0)
-    monkeypatch.setattr(recomputed, "_best", lambda *of: asked.append(of[-1]) or {})
+    monkeypatch.setattr(recomputed, "_best", lambda *of: asked.append(of[-2]) or {})
     one = beside(case(batch=4), "empirical")
     recomputed.recompute(one, sides({}), ["x"], [Setting(labels="argmax")], sampled)
     assert asked == [most]
@@ -1259,3 +1259,24 @@ def test_padding_makes_no_text_longer(pads):
     both = [under(beside(x, "empirical", "blocks.*.{attn.o,mlp.up}"), rows) for x in alike]
     for name, found in both[0].items():
         assert_within(found.A, both[1][name].A, BUDGET, np.trace(found.A), name)
+
+
+def test_of_a_sample_what_comes_beside_a_fault_is_told_the_better() -> None:
+    """It begins at what the fault makes of all, so that the fault itself is no noise."""
+    here = beside(case(batch=60, rope_theta=100.0, head_width=4), "empirical")
+    first, second = (("rotary base", 777.0),), (("score scale", 0.6),)
+    base, pair = Setting(network=first), Setting(network=first + second)
+    theirs = {x: (one.A, one.G, one.n_A) for x, one in under(here, pair).items()}
+    here = replace(here, dump=of_arrays(theirs), matched={x: x for x in theirs})
+    layers = [x for x in here.reference if x.endswith("mlp.up")]
+    found = {name: Side(name) for name in "AG"}
+    for layer in layers:
+        for name, left in ours(here, layer).items():
+            found[name].add(PLAIN, layer, left)
+    every = recomputed.extent(here)
+    recomputed._enter(found, recomputed._lefts(here, layers, [base], every))
+    for limit in (every // 6, every // 2, every - 9):
+        alone = recomputed._on_some(here, found, layers, [base], limit, base)
+        assert {share for share, _ in alone.values()} == {1.0}
+    shares = recomputed._on_some(here, found, layers, [pair], every - 9, base)
+    assert all(share < 0.2 for share, _ in shares.values())

@@ -14,6 +14,8 @@ from refcurv.judge.diagnosis.prompted import prompted
 from refcurv.judge.diagnosis.recomputed import (
     batched,
     cost,
+    extent,
+    few_positions,
     is_large,
     joined,
     partners,
@@ -115,10 +117,12 @@ def _join_nearest(
         if idea.setting
     )
     ideas = list(side.table)
-    firsts = [
-        setting for _, k in best[: 1 if is_large(case) else 3] if (setting := ideas[k].setting)
-    ]
-    recompute(case, found, layers, joined(firsts, tried))
+    sampled = extent(case) > few_positions(case)
+    count = 1 if is_large(case) else 2 if sampled else 3
+    firsts = [setting for _, k in best[:count] if (setting := ideas[k].setting)]
+    for one in firsts:
+        under = REFERENCE if is_large(case) else one
+        recompute(case, found, layers, joined([one], tried), under=under)
     if side.side == "G":
         amounts.fit(case, found, layers, firsts[:1])
         names = {idea.name for x in layers if weighs(idea := found["A"].of(x)[0])}

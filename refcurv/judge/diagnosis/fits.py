@@ -14,7 +14,6 @@ from refcurv.judge.diagnosis.recomputed import (
     few_positions,
     is_large,
     recompute,
-    reference_on,
 )
 from refcurv.judge.diagnosis.search import ROUNDING, Chosen, Idea, Side
 from refcurv.judge.diagnosis.seen import fitted as best
@@ -27,9 +26,6 @@ NEARER = 0.9
 """What one change more must leave of the worst error, at most, and first steps of the whole error.
 Chosen: what is not theirs leaves more.
 """
-
-CLEARLY = 0.5
-"""What a sample must leave of it for a fit on all.  Chosen: two quantities halve it each."""
 
 STILL = 0.99
 """What a step may leave of it to be the last.  Chosen: of what can be fitted others leave less."""
@@ -50,6 +46,8 @@ NEAREST = 2
 def fits(case: Case, side: Side, layers: Sequence[str]) -> Iterator[Setting]:
     """Each quantity, all else as ours, from the level that came nearest, or else from our own.
 
+    Of a large corpus that alone which came nearest.
+
     Definition
         Y(t) is what the network makes at levels t; t goes to the least of Σ |T − r Y(t)|² / |r Y|²
         over the layers, by Gauss-Newton steps along Broyden's secants.
@@ -57,11 +55,16 @@ def fits(case: Case, side: Side, layers: Sequence[str]) -> Iterator[Setting]:
     Proof: tests/test_judge_network.py::test_a_quantity_is_fitted
     """
     assert case.model is not None
+    firsts = []
     for shares in _shares(side, layers, beside=False):
         share, first = min(shares, key=lambda pair: pair[0])
         (name, _), own = first.network[0], CHANGES[first.network[0][0]].own
         if share > 1 and own is not None:
-            first = Setting(network=((name, own(case.model.config)),))
+            share, first = 1.0, Setting(network=((name, own(case.model.config)),))
+        firsts.append((share, first))
+    if extent(case) > few_positions(case):
+        firsts = sorted((one for one in firsts if one[0] < NEARER), key=lambda pair: pair[0])[:1]
+    for _, first in firsts:
         yield from _least(case, side, layers, first)
 
 
@@ -80,7 +83,8 @@ def fits_beside(case: Case, side: Side, layers: Sequence[str]) -> Iterator[Setti
         least_alone = min((alone[one] for one in quantities if one in alone), default=1.0)
         if share <= NEARER * min(1.0, least_alone):
             best.append((share, first))
-    for _, first in sorted(best, key=lambda pair: pair[0])[:NEAREST]:
+    count = 1 if extent(case) > few_positions(case) else NEAREST
+    for _, first in sorted(best, key=lambda pair: pair[0])[:count]:
         yield from _least(case, side, layers, first)
 
 
@@ -143,46 +147,36 @@ def _at(setting: Setting, levels: Array) -> Setting:
 
 
 def _least(case: Case, side: Side, layers: Sequence[str], first: Setting) -> Iterator[Setting]:
-    """The setting at whose levels the difference is least; none where it is hardly less.
-
-    Of a large corpus the way begins on a sample, and goes no further where that is left of most.
-    """
+    """The setting at whose levels the difference is least; none where it is hardly less."""
     assert case.model is not None
     config = case.model.config
     levels = [first.network[k] for k in _free(first)]
     own = np.array([own(config) for name, _ in levels if (own := CHANGES[name].own) is not None])
-    t = np.array([level for _, level in levels])
-    for limit in dict.fromkeys((min(few_positions(case), extent(case)), extent(case))):
-        make = partial(_made, case, side.side, layers, limit)
-        t, left = least(lambda t, make=make: make(_at(first, t)), t, own)  # type: ignore[misc]
-        if left > (NEARER if limit == extent(case) else CLEARLY):
-            break
-    if (t != [level for _, level in levels]).any():
+    begin = np.array([level for _, level in levels])
+    make = partial(_made, case, side.side, layers)
+    t, _ = least(lambda t: make(_at(first, t)), begin, own)
+    if (t != begin).any():
         yield _at(first, t)
 
 
-def _made(case: Case, side: str, layers: Sequence[str], limit: int, setting: Setting) -> Made:
+def _made(case: Case, side: str, layers: Sequence[str], setting: Setting) -> Made:
     """Y and T − Y of all layers, each over |Y|, theirs without its factor."""
     of: dict[str, Array] = {}
     if side == "A":
-        for _, alone in inputs(case, [setting], layers, limit):
+        for _, alone in inputs(case, [setting], layers):
             of = {x: A for x, (A, _) in alone.items()}
     else:
-        for _, both in moments(case, [setting], layers, limit):
+        for _, both in moments(case, [setting], layers):
             of = {x: one.G for x, one in both.items()}
-    base = reference_on(case, layers, limit) if limit < extent(case) else {}
     Y, D = [], []
     for layer in layers:
-        seen = see(case, layer)[side]
-        if layer not in of or seen.T.shape != of[layer].shape:
+        T = see(case, layer)[side].T
+        if layer not in of or T.shape != of[layer].shape:
             return None
-        made = of[layer]
-        if layer in base:
-            made = seen.X + made - (base[layer].A if side == "A" else base[layer].G)
-        size = float(np.linalg.norm(made)) or 1.0
-        r = best(seen.T, made)[1]
-        Y.append(made.ravel() / size)
-        D.append((seen.T / r - made).ravel() / size)
+        size = float(np.linalg.norm(of[layer])) or 1.0
+        r = best(T, of[layer])[1]
+        Y.append(of[layer].ravel() / size)
+        D.append((T / r - of[layer]).ravel() / size)
     return np.concatenate(Y), np.concatenate(D)
 
 

@@ -132,10 +132,12 @@ def recompute(
     layers: Sequence[str],
     wanted: Sequence[Setting],
     sampled: bool = True,
+    under: Setting = REFERENCE,
 ) -> None:
     """Enter what each setting leaves in these layers: all of it, or the best of a sample.
 
-    Args: sampled: is a sample enough to leave a setting out?
+    Args: sampled: is a sample enough to leave a setting out? under: what all of them change too;
+    of a sample, what they change beside is told the better.
     """
     assert case.model is not None and case.corpus is not None
     if not wanted or not layers:
@@ -147,7 +149,8 @@ def recompute(
     if positions <= limit:
         _enter(found, _lefts(case, layers, wanted, positions))
         return
-    on_some = _best(case, found, layers, wanted, limit, HOPEFUL if sampled else math.inf)
+    most = HOPEFUL if sampled else math.inf
+    on_some = _best(case, found, layers, wanted, limit, most, under)
     on_some = {one: left for one, left in on_some.items() if not _tried(found, layers, one)}
     if positions > MOST:
         return
@@ -280,17 +283,18 @@ def _best(
     wanted: Sequence[Setting],
     limit: int,
     most: float = PROMISING,
+    under: Setting = REFERENCE,
 ) -> dict[Setting, float]:
     """Those that leave least on some sequences, for each side, and how much; nearest first.
 
-    Args: most, what they must leave of an error.
+    Args: most, what they must leave of an error; of what `under` leaves, if they have that too.
     """
     if len(wanted) > CROWD and not is_large(case):
-        errors = _on_some(case, found, layers, wanted, limit // PART)
+        errors = _on_some(case, found, layers, wanted, limit // PART, under)
         few_of = _nearest(found, layers, errors, FINALISTS)
         nearest = {one for few in few_of.values() for one in few}
         wanted = [one for one in wanted if one in nearest]
-    errors = _on_some(case, found, layers, wanted, limit)
+    errors = _on_some(case, found, layers, wanted, limit, under)
     if is_large(case):
         told = sequences(case, limit)
         for (side, own), (error, _) in errors.items():
@@ -314,18 +318,21 @@ def _on_some(
     layers: Sequence[str],
     wanted: Sequence[Setting],
     limit: int,
+    under: Setting = REFERENCE,
 ) -> Errors:
     """What they leave on so many positions; each is tried once."""
-    known: dict[Setting, list[Entry]] = case.once(("on some", *layers, limit), dict)
+    known: dict[Setting, list[Entry]] = case.once(("on some", *layers, limit, under), dict)
     new = [one for one in wanted if one not in known]
     known |= {one: [] for one in new}
-    known |= dict(_each(case, layers, new, limit))
+    known |= dict(_each(case, layers, new, limit, under))
     worst: Errors = {}
     for one in wanted:
         for side, layer, idea, left in known[one]:
             assert idea.setting is not None
-            plain = found[side].plain(layer).error  # inf where ours is no multiple of theirs
-            error = left.error / (1.0 if math.isinf(plain) else max(plain, 1e-300))
+            own = part(under, side)
+            lefts = found[side].table.get(Idea(own.faults, own), {}) if own.faults else {}
+            off = lefts.get(layer, found[side].plain(layer)).error
+            error = left.error / (1.0 if math.isinf(off) else max(off, 1e-300))
             before, first = worst.get((side, idea.setting), (0.0, one))
             worst[side, idea.setting] = max(before, error), first
     return worst
@@ -352,9 +359,17 @@ def _lefts(
 
 
 def _each(
-    case: Case, layers: Sequence[str], wanted: Sequence[Setting], limit: int
+    case: Case,
+    layers: Sequence[str],
+    wanted: Sequence[Setting],
+    limit: int,
+    under: Setting = REFERENCE,
 ) -> Iterator[tuple[Setting, list[Entry]]]:
-    """Setting by setting, those of one run behind each other."""
+    """Setting by setting, those of one run behind each other.
+
+    Of a sample what counts is what they change in it beside `under`, added to what that makes of
+    all. Where they have all of it, sequences that differ in it are no noise any more.
+    """
     through = sketch if is_large(case) else None
     seen = {layer: sketched(case, layer) if through else see(case, layer) for layer in layers}
     size = sum(one.X.size for sides in seen.values() for one in sides.values())
@@ -364,7 +379,10 @@ def _each(
     made = partial(moments, case, layers=layers, limit=limit, through=through)
     if through and not whole:
         made = partial(made, dtype="float32")
-    base = {} if whole else reference_on(case, layers, limit)
+    base = {} if whole else made_on(case, layers, limit, under)
+    if not whole and under != REFERENCE:
+        of_all = made_on(case, layers, extent(case), under)
+        seen = {layer: _instead(seen[layer], one) for layer, one in of_all.items()}
     where = "all sequences" if whole else sequences(case, limit)
     for begin in range(0, len(every), bunch):
         some = every[begin : begin + bunch]
@@ -381,8 +399,19 @@ def _each(
             yield setting, entries
 
 
-def reference_on(case: Case, layers: Sequence[str], limit: int) -> dict[str, Moments]:
-    """The reference itself on so many positions, made once.
+def _instead(seen: Mapping[str, Seen], one: Moments) -> dict[str, Seen]:
+    """The same with what a setting makes in the place of ours, where it has that shape."""
+    made = {"A": one.A, "G": one.G}
+    return {
+        side: replace(x, X=made[side]) if made[side].shape == x.X.shape else x
+        for side, x in seen.items()
+    }
+
+
+def made_on(
+    case: Case, layers: Sequence[str], limit: int, setting: Setting = REFERENCE
+) -> dict[str, Moments]:
+    """What a setting makes on so many positions, made once; empty where it makes nothing.
 
     Matrices are kept of the layers that were asked for last alone; sketches of all.
     """
@@ -390,18 +419,18 @@ def reference_on(case: Case, layers: Sequence[str], limit: int) -> dict[str, Mom
     through, dtype = (sketch, "float32") if large else (None, None)
 
     def make() -> dict[str, Moments]:
-        made = moments(case, [REFERENCE], layers, limit, through=through, dtype=dtype)
-        return dict(next(iter(made))[1])
+        made = moments(case, [setting], layers, limit, through=through, dtype=dtype)
+        return dict(next(iter(made), (setting, {}))[1])
 
     if large:
-        return case.once(("reference on some", *layers, limit), make)
-    kept = case.known.get("reference on some")
+        return case.once(("made on", *layers, limit, setting), make)
+    kept = case.known.get("made on")
     if kept is None or kept[0] != (*layers,):
-        kept = case.known["reference on some"] = (*layers,), {}
-    known: dict[int, dict[str, Moments]] = kept[1]
-    if limit not in known:
-        known[limit] = make()
-    return known[limit]
+        kept = case.known["made on"] = (*layers,), {}
+    known: dict[tuple[int, Setting], dict[str, Moments]] = kept[1]
+    if (limit, setting) not in known:
+        known[limit, setting] = make()
+    return known[limit, setting]
 
 
 def batched(case: Case, found: Mapping[str, Side], layers: Sequence[str]) -> None:
