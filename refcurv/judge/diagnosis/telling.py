@@ -14,10 +14,10 @@ from refcurv.judge.case import Case, Counts
 from refcurv.judge.diagnosis import precision, scales
 from refcurv.judge.diagnosis.causes import about, made
 from refcurv.judge.diagnosis.factors import factors
-from refcurv.judge.diagnosis.faults import FAULTS
 from refcurv.judge.diagnosis.search import PLAIN, ROWS_KEPT, Chosen, Idea, Side
 from refcurv.judge.diagnosis.seen import states
 from refcurv.judge.diagnosis.signs import Sign, signs
+from refcurv.judge.diagnosis.titles import Title, joined, titles
 from refcurv.judge.diagnosis.variants import REFERENCE
 from refcurv.judge.diagnosis.variants.positions import positions
 from refcurv.judge.diagnosis.weighted import weighs
@@ -189,9 +189,20 @@ def forms(case: Case, found: Mapping[str, Side]) -> list[Cause]:
         before = max(side.plain(x).error for side, one in where for x in one.left)
         after = max(left.error for _, one in where for left in one.left.values())
         alike = (*_like(where), *_without_padding(case, fault))
-        words = _words(where)
-        out.append(made(case, fault, words, tuple(layers), quantities, before, after, alike))
+        words, title = _words(where), _title(case, fault, where)
+        out.append(made(case, fault, words, tuple(layers), quantities, before, after, alike, title))
     return out
+
+
+def _title(case: Case, fault: str | None, where: Sequence[tuple[Side, Chosen]]) -> Title | None:
+    """Of the bugs of this fault that were chosen."""
+    found = [
+        one
+        for side, chosen in where if fault
+        for note in dict.fromkeys(left.note for left in chosen.left.values())
+        for one in titles(case, fault, chosen.idea.setting, side.side, note)
+    ]  # fmt: skip
+    return joined(tuple(dict.fromkeys(found))) if found else None
 
 
 def _without_padding(case: Case, fault: str | None) -> tuple[str, ...]:
@@ -377,7 +388,7 @@ def excluded(found: Mapping[str, Side]) -> Iterator[str]:
             errors = [left[x].error for x in layers if x in left]
             if errors:
                 note = next(left[x].note for x in layers if x in left)
-                words = ": ".join(filter(None, (_names(idea), note)))
+                words = ": ".join(filter(None, (_names(idea, side.side, note), note)))
                 text = f"{side.side} of {number_of(len(errors), 'layer')}, {words}"
                 tried[text] = min(*errors, tried.get(text, math.inf))
     for text, error in sorted(tried.items(), key=lambda pair: pair[1]):
@@ -391,11 +402,14 @@ def _sampled(side: Side) -> Iterator[str]:
     """What was tried on a few sequences alone, and the share of the error that it left there."""
     for idea, (share, words) in sorted(side.sampled.items(), key=lambda pair: pair[1]):
         if idea not in side.table:
-            yield f"{side.side}, {_names(idea)}: {words}: leaves {share:.0%} of the error"
+            names = _names(idea, side.side, words)
+            yield f"{side.side}, {names}: {words}: leaves {share:.0%} of the error"
 
 
-def _names(idea: Idea) -> str:
-    return " and ".join(f"{id} ({FAULTS[id].name})" for id in idea.faults)
+def _names(idea: Idea, side: str, note: str) -> str:
+    return " and ".join(
+        f"{id} ({joined(titles(None, id, idea.setting, side, note)).name})" for id in idea.faults
+    )
 
 
 def told(case: Case, findings: Sequence[Comparison], causes: Sequence[Cause]) -> list[Comparison]:
