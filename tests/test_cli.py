@@ -37,7 +37,7 @@ from refcurv.files.disk import file_sha256
 from refcurv.files.store import provenance
 from refcurv.law.checks import ConventionError
 from refcurv.law.conventions import Fisher
-from refcurv.progress import doing, goes_on, gone_on
+from refcurv.progress import doing, goes_on, gone_on, uncounted
 
 PYTHON = [sys.executable, "-m", "refcurv"]
 
@@ -929,6 +929,40 @@ def test_progress_says_what_is_being_done(capsys, monkeypatch) -> None:
     update(5, 5)
     assert "1/5" in (err := capsys.readouterr().err) and "compare blocks.1.mlp.up" in err
     doing(lambda done, total: None, "who does not show it")
+
+
+def test_a_search_is_not_counted(capsys, monkeypatch) -> None:
+    """It says what was counted before it, and how long it takes; on a terminal below the bar."""
+    ticking(monkeypatch, 0.0, 10.0, 10.0, 60.0, 60.0, 70.0, 125.0)
+    update, after = (
+        terminal.progress_bar("validate", pieces="layers"),
+        "3 layers compared; a search",
+    )
+    update(2, 3)
+    update(3, 3)
+    uncounted(update, after)
+    doing(update, "one cause")
+    doing(update, "another cause")
+    assert capsys.readouterr().err.splitlines() == [
+        "refcurv: validate: 3 of 3 layers after 60 s",
+        "refcurv: validate: 3 layers compared; a search, after 125 s: another cause",
+    ]
+    monkeypatch.setattr(terminal, "time", time)
+
+    def work() -> None:
+        update = terminal.progress_bar("validate", pieces="layers")
+        doing(update, "compare a layer")
+        update(2, 3)
+        update(3, 3)
+        uncounted(update, after)
+        doing(update, "x" * 200)
+        terminal.end_bars()
+
+    lines = shown(monkeypatch, 24, 80, work, "…]\r\n").replace("\r", "\n").splitlines()
+    assert any("3/3 layers [" in line for line in lines)
+    last = next(line for line in reversed(lines) if after in line)
+    assert last.startswith("  validate: 3 layers") and last.endswith("…]") and len(last) <= 80
+    uncounted(lambda done, total: None, "who does not show it")
 
 
 @pytest.mark.parametrize("columns", [60, 80, 200])

@@ -445,6 +445,11 @@ def _undrawn(case: Case, one: Comparison) -> float:
     return times * case.budget(one.layer, case.arithmetic.stored or "float64")
 
 
+def settled(findings: Sequence[Comparison]) -> bool:
+    """Is there nothing to diagnose? As `procedure.diagnose` has it."""
+    return all(one.verdict in (PASS, LEFT_OUT) and aside(one) for one in findings)
+
+
 def aside(one: Comparison) -> bool:
     """May this pass although the layer has a fault?"""
     return BY_DRAWING not in one.cause
