@@ -324,7 +324,8 @@ def _nothing_in_common(
     why = f" {notes[0].layer}: {notes[0].cause}." if notes else ""
     return EmptyError(
         f"validate: no layer in common. Theirs: {first_names(theirs)}; "
-        f"ours: {first_names(ours)}.{why}"
+        f"ours: {first_names(ours)}.{why} Say which layer is which: --name OURS=THEIRS for each "
+        "(names={ours: theirs} in Python)."
     )
 
 

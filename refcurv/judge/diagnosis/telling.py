@@ -92,7 +92,7 @@ def _missing(
     unasked = _unasked(case, findings)
     absent = [f for f in findings if f.verdict == MISSING and f.layer and f.layer not in unasked]
     if absent:
-        text = "Nothing is stored of it; where that is meant, judge the others alone (`layers`)."
+        text = f"Nothing is stored of it. If that is meant, {ALONE}."
         yield about(case, "B48", text, absent, math.inf, math.nan)
     zero, wild, inputs = [], [], []
     spilt = False
@@ -119,6 +119,9 @@ def _missing(
             alike = () if fault else ("B61",)
             yield about(case, fault, words, at, math.inf, math.nan, alike)
 
+
+ALONE = "judge what is there with --layers 'PATTERN' (layers= in Python)"
+"""What to do where theirs is meant to hold some layers only."""
 
 LAST_EMPTY = (
     "Every entry of every A is 0, and no G is; the last sequences have no row, so that a batch of "
@@ -161,8 +164,8 @@ def _not_asked(case: Case, findings: Sequence[Comparison]) -> Iterator[Cause]:
     at = [f for f in findings if f.verdict == MISSING and f.layer in unasked]
     if at:
         parts = ", ".join(dict.fromkeys(_part(f.layer) for f in at))
-        text = f"No layer of {parts} is there: they seem not to have been asked for. Judge the "
-        text += "others alone (`layers`). If they were asked for, their hooks never fired."
+        text = f"No layer of {parts} is there: they seem not to have been asked for. Then "
+        text += f"{ALONE}. If they were asked for, their hooks never fired."
         yield about(case, None, text, at, math.inf, math.nan, ("B48",))
 
 
