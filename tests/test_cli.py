@@ -721,6 +721,22 @@ def test_an_interrupt_promises_nothing_about_what_was_written_before_it(
 
 
 @pytest.mark.parametrize(
+    ("words", "writes"),
+    [
+        ("validate t.npz --reference f.h5", False), ("inspect f.h5", False),
+        ("evaluate w.h5 c.h5", False), ("validate t.npz --reference f.h5 --json v.json", True),
+        ("evaluate w.h5 c.h5 --items i.jsonl", True), ("export w.h5 folder", True),
+        ("convert folder w.h5", True), ("collect w.h5 c.h5 -o f.h5", True),
+        ("cases w.h5 c.h5 -o folder", True), ("demo", True),
+    ],
+)  # fmt: skip
+def test_an_interrupt_speaks_of_outputs_where_there_are_some(words, writes, capsys) -> None:
+    with patch("refcurv.cli._require_targets", side_effect=KeyboardInterrupt):
+        assert main(words.split()) == 130
+    assert ("each output is the old one" in capsys.readouterr().err) == writes
+
+
+@pytest.mark.parametrize(
     "words", ["evaluate w.h5 c.h5", "collect w.h5 c.h5 -o f.h5", "recite w.h5 t.txt -o i.jsonl"]
 )
 def test_an_interrupt_says_that_the_command_goes_on_where_it_does(words: str, capsys) -> None:
@@ -1012,7 +1028,7 @@ def test_a_message_has_a_line_of_its_own(capsys, monkeypatch) -> None:
     with patch("refcurv.cli.parser", side_effect=KeyboardInterrupt):
         assert main(["inspect", "f.h5"]) == 130
     err = capsys.readouterr().err
-    assert "\nrefcurv: interrupted;" in err and err.endswith("\n") and "2/5" in err
+    assert "\nrefcurv: interrupted\n" in err and err.endswith("\n") and "2/5" in err
     update = terminal.progress_bar("tokenize")
     update(5_000_000_000, 5_000_000_000)
     err = capsys.readouterr().err
