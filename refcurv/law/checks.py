@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Sequence
-from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
@@ -205,29 +204,9 @@ def require_choice(who: str, what: str, value: object, choices: Iterable[str]) -
     known = [str(choice) for choice in choices]
     if isinstance(value, str) and value in known:
         return str(value)
-    near = _meant(str(value), known)
+    near = difflib.get_close_matches(str(value), known, n=1)
     hint = f"{value!r:.80}." + (f" Did you mean {near[0]!r}?" if near else "")
     raise ConventionError(f"{who}: {what} must be one of {', '.join(known)}; got {hint}")
-
-
-def _meant(value: str, known: Sequence[str]) -> list[str]:
-    """The choice that was meant, if one is near. Another name of a dtype means that dtype alone."""
-    dtype = OTHER_NAMES.get(value.lower().rpartition(".")[2])  # of torch.half too
-    if dtype is not None and not {*known}.isdisjoint(OTHER_NAMES.values()):
-        return [dtype] if dtype in known else []
-    return difflib.get_close_matches(value, known, n=1)
-
-
-OTHER_NAMES: Final = MappingProxyType(
-    {
-        **dict.fromkeys(("fp64", "f64", "double", "float64"), "float64"),
-        **dict.fromkeys(("fp32", "f32", "single", "float", "float32"), "float32"),
-        **dict.fromkeys(("fp16", "f16", "half", "float16"), "float16"),
-        **dict.fromkeys(("bf16", "bfloat", "bfloat16"), "bfloat16"),
-        **dict.fromkeys(("tf32", "tensorfloat32", "tensorfloat", "tensorfloat-32"), "tf32"),
-    }
-)
-"""What programs call the dtypes of floats, and what they are called here."""
 
 
 def require_seed(who: str, seed: int) -> int:

@@ -15,6 +15,7 @@ from refcurv.judge.foreign.npz import open_npz
 from refcurv.judge.foreign.stored import FLOATS, Stored, common, count, numbers, tensors
 from refcurv.law.checks import Array, ConventionError, SchemaError, require_choice
 from refcurv.law.conventions import Fisher, Rows
+from refcurv.law.dtypes import require_float
 
 AXES: Final = {
     **{"A": (1, 2), "G": (1, 2), "U_A": (2,), "mu": (1,), "U_G": (2,), "lam": (1,)},
@@ -210,7 +211,8 @@ def _said(says: Mapping[str, Any], problems: list[str]) -> tuple[dict[str, str],
                 declared[key] = str(int(number))
             continue
         try:
-            declared[key] = require_choice("the dump", key, value, choices[key])
+            require = require_float if key in DTYPES else require_choice
+            declared[key] = require("the dump", key, value, choices[key])
         except ConventionError as error:
             problems.append(str(error).rstrip("."))
     arithmetic = {
