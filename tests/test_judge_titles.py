@@ -111,6 +111,25 @@ def test_float16_is_not_called_tf32():
     assert "float16" in both.name and "TF32" in both.name and "allow_tf32" in both.remedy
 
 
+def test_a_factor_is_called_by_what_it_is():
+    """Sums that nobody divided are not divided by sequences."""
+    own = config(width=6, heads=2, kv_heads=1, head_width=4, mlp_width=7)
+    tokens = np.random.default_rng(0).integers(0, own.vocabulary, (12, 9))
+    ours = rc.collect(
+        rc.Model(own, random_parameters(own, 3)), rc.Corpus(tokens), "blocks.0.mlp.*", "empirical"
+    )
+    for both, of_G, fault, name in (
+        (96, 1, "B4", "Sums that are not divided. "),
+        (96 / 80, 1, "B4", "Divided by another count than that of the rows. "),
+        (1, 2, "B5", "Curvature counted twice. "),
+        (1, 0.5, "B5", "Half of the curvature. "),
+    ):
+        theirs = {x: (both * one.A, both * of_G * one.G, one.n_A) for x, one in ours.items()}
+        verdict = rc.validate(theirs, ours, arithmetic="float64", declared={"fisher": "empirical"})
+        (cause,) = verdict.causes
+        assert cause.fault == fault and cause.sentence.startswith(name), cause.sentence
+
+
 def test_a_scale_is_told_as_a_number(model):
     usual = model.config.head_width**-0.5
     one = of(model, "B54", Setting(network=(("score scale", 0.3),)))

@@ -59,8 +59,9 @@ def test_layers_that_are_not_there_are_told_from_those_that_fail(setting):
     absent = len(names) - 2
     verdict = rc.validate(theirs, factors).to_json()
     text = " ".join(format_verdict(verdict).split())
-    said = f"FAILED: {absent} of {len(names)} layers of memory, which it does not hold; what it "
-    assert text.startswith(f"{said}holds passes: ") and "--layers 'PATTERN'" in text
+    assert text.startswith(f"FAILED: {absent} of {len(names)} layers of memory: ")
+    assert "; it does not hold these, and what it holds passes" in text.partition("Layers: ")[0]
+    assert "If that is meant, judge what is there with --layers 'PATTERN'" in text
     assert rc.validate(theirs, factors, layers=",".join(names[:2])).passed
     A, G, n = theirs[names[0]]
     for broken in ((A, 2 * G, n), (A, None, n)):

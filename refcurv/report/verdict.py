@@ -71,8 +71,9 @@ def headline(verdict: Json) -> str:
     if not wrong:
         return f"UNDECIDED: {_of(bad, layers)} of {program}: nothing is known to be wrong"
     absent = all(f["verdict"] == MISSING and f["layer"] not in verdict["matched"] for f in bad)
-    but = ", which it does not hold; what it holds passes" if absent else ""
-    return f"FAILED: {_of(wrong, layers)} of {program}{but}: {_named(verdict, bad)}"
+    held = layers - {f["layer"] for f in bad}
+    but = "; it does not hold these, and what it holds passes" if absent and held else ""
+    return f"FAILED: {_of(wrong, layers)} of {program}: {_named(verdict, bad)}{but}"
 
 
 def unjudged(verdict: Json) -> list[str]:

@@ -17,7 +17,7 @@ from refcurv.judge.diagnosis.factors import factors
 from refcurv.judge.diagnosis.search import PLAIN, ROWS_KEPT, Chosen, Idea, Side
 from refcurv.judge.diagnosis.seen import states
 from refcurv.judge.diagnosis.signs import Sign, signs
-from refcurv.judge.diagnosis.titles import Title, joined, titles
+from refcurv.judge.diagnosis.titles import Title, joined, of_factor, titles
 from refcurv.judge.diagnosis.variants import REFERENCE
 from refcurv.judge.diagnosis.variants.positions import positions
 from refcurv.judge.diagnosis.weighted import weighs
@@ -266,8 +266,10 @@ def _scales(
         quantities = tuple(dict.fromkeys(q for side in named.sides for q in _OF_FACTOR[side]))
         before = max(_far(x, named.sides) for x in seen if x.layer in named.layers)
         words, layers = f"{named.sentence}.", named.layers
-        alike = named.alike
-        out.append(made(case, named.fault, words, layers, quantities, before, named.left, alike))
+        left, alike, own = named.left, named.alike, None
+        if named.fault is not None:
+            own = of_factor(named.fault, words, case.dump.program)
+        out.append(made(case, named.fault, words, layers, quantities, before, left, alike, own))
     return out
 
 

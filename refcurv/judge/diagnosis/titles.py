@@ -302,6 +302,27 @@ def of_size(fault: str, words: str, program: str) -> Title:
     return Title("TF32 products, or a model in float16", f"{own.remedy} Or declare float16.")
 
 
+FACTORS: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
+    {
+        "B4": MappingProxyType({
+            "these are sums": "sums that are not divided",
+            "": "divided by another count than that of the rows",
+        }),
+        "B5": MappingProxyType({
+            "twice": "curvature counted twice", "half": "half of the curvature",
+        }),
+    }
+)  # fmt: skip
+"""By fault and what is said of the factor: the bug that it is."""
+
+
+def of_factor(fault: str, words: str, program: str) -> Title:
+    """Of a constant factor (`scales`). Args: words, what is said of it."""
+    own = as_named(fault, program)
+    names = (name for part, name in FACTORS.get(fault, {}).items() if part in words)
+    return replace(own, name=next(names, own.name))
+
+
 def _titles(case: Case | None, setting: Setting) -> Iterator[tuple[str, Title | None]]:
     """Each part of a setting: its fault, and its title, None where it is as the fault says."""
     for name in (f.name for f in fields(Setting)):
