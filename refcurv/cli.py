@@ -39,6 +39,9 @@ FAULTS = (
 GOES_ON = ("collect", "decompose", "recite", "sweep", "report", "demo")
 """The commands that go on where an interrupted one was."""
 
+FOLDERS = ("report", "demo", "export", "cases")
+"""The commands that write a folder; of the others `files` says what they write."""
+
 HOUSE = Path(__file__).parent
 
 
@@ -49,19 +52,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: Sequence[str] | None) -> int:
-    command = ""
+    command, writes = "", False
     try:
         with terminal.streams():
             args = parser(COMMANDS).parse_args(arguments)
-            command = args.command
+            command, writes = args.command, args.command in FOLDERS or bool(files(args)[1])
             _require_targets(args)
             buffers.with_buffers(1)
             good = args.work(args)
         return JUDGED_AND_FAILED if good is False else DONE
     except KeyboardInterrupt:
-        hint = "interrupted; each output is the old one or the new one, whole"
+        hint = "; each output is the old one or the new one, whole" * writes
         again = f". Give the same command again: {command} goes on from what it has kept"
-        return _fail(hint + again * (command in GOES_ON), INTERRUPTED)
+        return _fail(f"interrupted{hint}" + again * (command in GOES_ON), INTERRUPTED)
     except Exception as error:
         said, status = _sentence(error)
         return _fail(_by_command(said, command), status)

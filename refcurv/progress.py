@@ -15,6 +15,18 @@ def doing(progress: Progress, what: str) -> None:
         show(what)
 
 
+def uncounted(progress: Progress, what: str) -> None:
+    """Say that what follows is not counted: it takes as long as it takes.
+
+    Args: what, what was done and what follows: "3 layers compared; the search for causes".
+
+    Proof: tests/test_cli.py::test_a_search_is_not_counted
+    """
+    show = getattr(progress, "uncounted", None)
+    if show is not None:
+        show(what)
+
+
 def goes_on(progress: Progress, what: str) -> None:
     """Say from what work goes on that an earlier run left, where the progress shows it.
 

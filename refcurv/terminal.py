@@ -171,19 +171,24 @@ def _raise_lost() -> None:
         raise KeyboardInterrupt
 
 
-def progress_bar(label: str, tokens: int | None = None) -> Callable[[int, int], None]:
+def progress_bar(
+    label: str, tokens: int | None = None, pieces: str = ""
+) -> Callable[[int, int], None]:
     """What to call with (done, all): a bar on a terminal, in a log a line a minute of all of them.
+
+    Args: pieces, what is counted, where that is to be said: "layers".
 
     Its `doing` says what is being done: beside the bar, or at the end of the line, which otherwise
     says how long the rest will take; and how fast `tokens` pass, if there are so many in all. Its
-    `goes_on` says from what, in a line of its own.
+    `goes_on` says from what, in a line of its own. Its `uncounted` says what follows when all is
+    counted, until the last call.
 
     Proof: tests/test_cli.py::test_progress_goes_into_a_log_too,
         ::test_progress_says_what_is_being_done, ::test_short_steps_are_told_of_too
     """
     if sys.stderr is not None and sys.stderr.isatty():
-        return _Bar(label)
-    log = _Log(label, tokens)
+        return _Bar(label, pieces)
+    log = _Log(label, tokens, pieces)
     _clock.watch(log)
     return log
 
@@ -245,8 +250,9 @@ def _remind(clock: _Clock, over: threading.Event) -> None:
 class _Log:
     """A step whose progress goes into a log, by the `_clock`."""
 
-    def __init__(self, label: str, tokens: int | None) -> None:
+    def __init__(self, label: str, tokens: int | None, pieces: str) -> None:
         self._label, self._what, self._tokens = label, "", tokens
+        self._pieces, self._uncounted = pieces and f"{pieces} ", ""
         self._begin = time.monotonic()
         self._pace = _Pace()
         self._now = (0, 0)
@@ -269,11 +275,17 @@ class _Log:
         """From what it goes on."""
         say(_going_on(self._label, what))
 
+    def uncounted(self, what: str) -> None:
+        """What follows."""
+        self._uncounted, self._what = what, ""
+
     def line(self, now: float) -> str:
         """How far it is."""
         done, total = self._now
-        so_far = f"{done:,} of {total:,} " if total else ""
+        so_far = f"{done:,} of {total:,} {self._pieces}" if total else ""
         after = f"{so_far}after {now - self._begin:,.0f} s{self._rest(now)}"
+        if self._uncounted:
+            after = f"{self._uncounted}, after {now - self._begin:,.0f} s"
         return ": ".join(filter(None, (self._label, after, self._what)))
 
     def _rest(self, now: float) -> str:
@@ -334,7 +346,7 @@ def end_bars() -> None:
 _bars: weakref.WeakSet[_Bar] = weakref.WeakSet()
 """Those that are not done."""
 
-_NO_RATE = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+_COUNTED, _TIME = "{l_bar}{bar}| {n_fmt}/{total_fmt}", " [{elapsed}{postfix}]"
 
 _BESIDE = 34
 """Letters of a line that are neither bar nor text: its name, counts and the time."""
@@ -346,8 +358,8 @@ _SOON = 0.1
 class _Bar:
     """A bar, and what is being done."""
 
-    def __init__(self, label: str) -> None:
-        self._label = label
+    def __init__(self, label: str, pieces: str) -> None:
+        self._label, self._pieces, self._uncounted = label, pieces and f" {pieces}", ""
         self._bar: Any = None
         self._pace = _Pace()
 
@@ -367,12 +379,20 @@ class _Bar:
     def doing(self, what: str) -> None:
         """What is being done."""
         _raise_lost()
-        room = (_shape()[0] or _COLUMNS) * 3 // 4 - _BESIDE  # a quarter is the bar's
+        columns = _shape()[0] or _COLUMNS
+        room = columns * 3 // 4 - _BESIDE - len(self._pieces)  # a quarter is the bar's
+        if self._uncounted:
+            room = max(columns - _BESIDE - len(self._uncounted), 1)
         self._shown().set_postfix_str(what if len(what) <= room else f"{what[: room - 1]}…")
 
     def goes_on(self, what: str) -> None:
         """From what it goes on."""
         say(_going_on(self._label, what))
+
+    def uncounted(self, what: str) -> None:
+        """What follows, in a line of its own below the bar."""
+        self._uncounted, self._bar = what, None
+        self._shown()
 
     def clear(self) -> None:
         """Leave the line to something else; the next update draws the bar again."""
@@ -386,14 +406,19 @@ class _Bar:
     def _shown(self) -> Any:
         if self._bar is None:
             columns, rows = _shape()
+            desc = ": ".join(filter(None, (f"{self._label:>10}", self._uncounted)))
             self._bar = _paced()(
-                desc=f"{self._label:>10}", file=sys.stderr, bar_format=_NO_RATE,
+                desc=desc, file=sys.stderr, bar_format=self._no_rate,
                 ncols=None if columns else _COLUMNS, nrows=None if rows else _ROWS,
             )  # fmt: skip
             _bars.add(self)
         paced = self._bar.format_dict["elapsed"] >= _SOON and not self._bar.postfix
-        self._bar.bar_format = None if paced else _NO_RATE
+        self._bar.bar_format = None if paced and not self._uncounted else self._no_rate
         return self._bar
+
+    @property
+    def _no_rate(self) -> str:
+        return "{desc}" + _TIME if self._uncounted else _COUNTED + self._pieces + _TIME
 
 
 def _paced() -> type[Any]:

@@ -37,7 +37,7 @@ from refcurv.files.disk import file_sha256
 from refcurv.files.store import provenance
 from refcurv.law.checks import ConventionError
 from refcurv.law.conventions import Fisher
-from refcurv.progress import doing, goes_on, gone_on
+from refcurv.progress import doing, goes_on, gone_on, uncounted
 
 PYTHON = [sys.executable, "-m", "refcurv"]
 
@@ -721,6 +721,22 @@ def test_an_interrupt_promises_nothing_about_what_was_written_before_it(
 
 
 @pytest.mark.parametrize(
+    ("words", "writes"),
+    [
+        ("validate t.npz --reference f.h5", False), ("inspect f.h5", False),
+        ("evaluate w.h5 c.h5", False), ("validate t.npz --reference f.h5 --json v.json", True),
+        ("evaluate w.h5 c.h5 --items i.jsonl", True), ("export w.h5 folder", True),
+        ("convert folder w.h5", True), ("collect w.h5 c.h5 -o f.h5", True),
+        ("cases w.h5 c.h5 -o folder", True), ("demo", True),
+    ],
+)  # fmt: skip
+def test_an_interrupt_speaks_of_outputs_where_there_are_some(words, writes, capsys) -> None:
+    with patch("refcurv.cli._require_targets", side_effect=KeyboardInterrupt):
+        assert main(words.split()) == 130
+    assert ("each output is the old one" in capsys.readouterr().err) == writes
+
+
+@pytest.mark.parametrize(
     "words", ["evaluate w.h5 c.h5", "collect w.h5 c.h5 -o f.h5", "recite w.h5 t.txt -o i.jsonl"]
 )
 def test_an_interrupt_says_that_the_command_goes_on_where_it_does(words: str, capsys) -> None:
@@ -931,6 +947,40 @@ def test_progress_says_what_is_being_done(capsys, monkeypatch) -> None:
     doing(lambda done, total: None, "who does not show it")
 
 
+def test_a_search_is_not_counted(capsys, monkeypatch) -> None:
+    """It says what was counted before it, and how long it takes; on a terminal below the bar."""
+    ticking(monkeypatch, 0.0, 10.0, 10.0, 60.0, 60.0, 70.0, 125.0)
+    update, after = (
+        terminal.progress_bar("validate", pieces="layers"),
+        "3 layers compared; a search",
+    )
+    update(2, 3)
+    update(3, 3)
+    uncounted(update, after)
+    doing(update, "one cause")
+    doing(update, "another cause")
+    assert capsys.readouterr().err.splitlines() == [
+        "refcurv: validate: 3 of 3 layers after 60 s",
+        "refcurv: validate: 3 layers compared; a search, after 125 s: another cause",
+    ]
+    monkeypatch.setattr(terminal, "time", time)
+
+    def work() -> None:
+        update = terminal.progress_bar("validate", pieces="layers")
+        doing(update, "compare a layer")
+        update(2, 3)
+        update(3, 3)
+        uncounted(update, after)
+        doing(update, "x" * 200)
+        terminal.end_bars()
+
+    lines = shown(monkeypatch, 24, 80, work, "…]\r\n").replace("\r", "\n").splitlines()
+    assert any("3/3 layers [" in line for line in lines)
+    last = next(line for line in reversed(lines) if after in line)
+    assert last.startswith("  validate: 3 layers") and last.endswith("…]") and len(last) <= 80
+    uncounted(lambda done, total: None, "who does not show it")
+
+
 @pytest.mark.parametrize("columns", [60, 80, 200])
 @pytest.mark.parametrize("what", ["a layer", "about 5 min left, kfac " + "x" * 200])
 def test_a_long_text_leaves_room_for_the_bar(what: str, columns: int, monkeypatch) -> None:
@@ -978,7 +1028,7 @@ def test_a_message_has_a_line_of_its_own(capsys, monkeypatch) -> None:
     with patch("refcurv.cli.parser", side_effect=KeyboardInterrupt):
         assert main(["inspect", "f.h5"]) == 130
     err = capsys.readouterr().err
-    assert "\nrefcurv: interrupted;" in err and err.endswith("\n") and "2/5" in err
+    assert "\nrefcurv: interrupted\n" in err and err.endswith("\n") and "2/5" in err
     update = terminal.progress_bar("tokenize")
     update(5_000_000_000, 5_000_000_000)
     err = capsys.readouterr().err

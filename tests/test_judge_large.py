@@ -213,5 +213,6 @@ def test_progress_ends_with_the_verdict() -> None:
         calls.clear()
         theirs = {name: (one.A, factor * one.G, one.n_A) for name, one in truth.items()}
         rc.validate(theirs, truth, progress=lambda *now: calls.append(now))
-        assert calls[-1][0] == calls[-1][1]
+        assert calls[-1][0] == calls[-1][1] == len(truth)
+        assert len(calls) == len(truth) + (factor != 1)  # once more behind the search for causes
         assert [done for done, _ in calls] == sorted(done for done, _ in calls)

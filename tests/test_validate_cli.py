@@ -10,6 +10,7 @@ from strategies import config, random_parameters
 
 import refcurv as rc
 from refcurv.cli import main
+from refcurv.law.checks import ConventionError
 
 LAYER = "blocks.0.mlp.up"
 
@@ -71,6 +72,24 @@ def test_a_typo_is_refused_with_the_nearest(refused):
         ("--name", f"{LAYER}s={LAYER}", LAYER),
     ):
         assert near in refused(*REFERENCE, option, text)
+
+
+def test_other_names_of_a_dtype_mean_that_dtype(refused):
+    """`fp32` is nearer to tf32, letter by letter, which is another dtype."""
+    for text, meant in (
+        ("fp32", "float32"), ("F32", "float32"), ("single", "float32"), ("float", "float32"),
+        ("model=torch.float32", "float32"), ("fp16", "float16"), ("half", "float16"),
+        ("bf16", "bfloat16"), ("fp64", "float64"), ("double", "float64"),
+    ):  # fmt: skip
+        assert f"Did you mean {meant!r}?" in refused(*REFERENCE, "--arithmetic", text)
+        assert f"Did you mean {meant!r}?" in refused(
+            *REFERENCE, "--accept", text.partition("=")[2] or text
+        )
+    assert "Did you mean" not in refused(*REFERENCE, "--arithmetic", "int")
+    with pytest.raises(ConventionError, match="Did you mean 'float32'"):
+        rc.load("w.h5", dtype="fp32")
+    with pytest.raises(ConventionError, match=r"got 'bf16'\.$"):
+        rc.load("w.h5", dtype="bf16")
 
 
 def test_what_does_not_belong_together_is_refused(refused):

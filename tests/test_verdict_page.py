@@ -51,6 +51,33 @@ def test_the_text_says_what_is_wrong_first(setting):
     assert all(len(line) <= 80 for line in text.splitlines())
 
 
+def test_layers_that_are_not_there_are_told_from_those_that_fail(setting):
+    """They fail the verdict; what is there passes, and what to do is said."""
+    _, _, factors = setting
+    names = list(factors)
+    theirs = {name: x for name, x in theirs_of(factors).items() if name in names[:2]}
+    absent = len(names) - 2
+    verdict = rc.validate(theirs, factors).to_json()
+    text = " ".join(format_verdict(verdict).split())
+    assert text.startswith(f"FAILED: {absent} of {len(names)} layers of memory: ")
+    assert "; it does not hold these, and what it holds passes" in text.partition("Layers: ")[0]
+    assert "If that is meant, judge what is there with --layers 'PATTERN'" in text
+    assert rc.validate(theirs, factors, layers=",".join(names[:2])).passed
+    A, G, n = theirs[names[0]]
+    for broken in ((A, 2 * G, n), (A, None, n)):
+        line = headline(rc.validate({**theirs, names[0]: broken}, factors).to_json())
+        assert line.startswith(f"FAILED: {absent + 1} of") and "passes" not in line
+
+
+def test_a_cause_without_an_id_is_pointed_at(setting):
+    """It has a place in the list of causes, and its sentence there says what it is."""
+    _, _, factors = setting
+    found = rc.validate(theirs_of(factors, 0.25), factors).to_json()
+    found["causes"].append({**found["causes"][0], "fault": None})
+    named = headline(found).rpartition(": ")[2]
+    assert named == f"{found['causes'][0]['fault']}, see cause 2"
+
+
 def test_what_cannot_be_told_apart_is_said_in_words(setting):
     """In text and page; an id that this registry lacks stays an id."""
     _, _, factors = setting
@@ -155,7 +182,9 @@ def test_what_is_undecided_is_not_called_failed(setting):
     assert headline(verdict.to_json()).startswith(f"UNDECIDED: {len(factors)} of {len(factors)}")
     theirs = {name: (one.A, one.G, one.n_A) for name, one in list(drawn.items())[1:]}
     text = format_verdict(rc.validate(theirs, drawn).to_json())
-    assert text.startswith("FAILED: 1 of") and "judge the others alone (`layers`)" in text
+    assert text.startswith(
+        "FAILED: 1 of"
+    ) and "judge what is there with --layers 'PATTERN'" in " ".join(text.split())
 
 
 @pytest.fixture(scope="module")

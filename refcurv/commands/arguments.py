@@ -342,12 +342,14 @@ def _validate(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--trace", metavar="FILE", help=text)
     text = "factors file (.h5); without one they are collected from --model and --corpus"
     sub.add_argument("--reference", metavar="FACTORS", help=text)
-    text = "weights file (.h5), with --corpus: causes that must be computed are tried too"
+    text = "weights file (.h5), with --corpus: causes that must be computed are tried too; without "
+    text += "them the search is short, with them it may take minutes, longer for long corpora"
     sub.add_argument("--model", metavar="WEIGHTS", help=text)
     sub.add_argument("--corpus", metavar="CORPUS", help="what the reference was collected from")
     text = "basis of the reference, for theirs that hold eigenvectors, masks or edited weights"
     sub.add_argument("--basis", metavar="BASIS", help=text)
-    sub.add_argument("--layers", metavar="PATTERN", help="judge these only (default: all)")
+    text = "judge these only (default: all); a layer that theirs lacks fails"
+    sub.add_argument("--layers", metavar="PATTERN", help=text)
     text = "our layer and their name for it, where they do not match by themselves; repeatable"
     sub.add_argument("--name", action="append", default=[], metavar="OURS=THEIRS", help=text)
     text = "their dtypes: float32, or model=bfloat16,products=float32,sums=float32,solver=float32"
@@ -358,7 +360,10 @@ def _validate(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--accept", action="append", default=[], metavar="DTYPE", help=text)
     sub.add_argument("--html", metavar="PATH", help="also write a page with maps and spectra")
     _sequences(sub, "rows of the corpus that the trace is of")
-    text = "a file with an array `labels` (N, T): what theirs drew; the reference takes them too"
+    text = (
+        "a file with an array `labels` (N, T): what theirs drew, -1 where a position has no label; "
+    )
+    text += "the reference takes them too"
     sub.add_argument("--labels", metavar="FILE", help=text)
     _json(sub)
 

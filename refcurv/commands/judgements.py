@@ -288,7 +288,7 @@ def validate(args: argparse.Namespace) -> bool:
         declared=pairs("--declare", args.declare),
         layers=args.layers,
         pictures=PICTURES if args.html else 0,
-        progress=progress_bar("validate"),
+        progress=progress_bar("validate", pieces="layers"),
     )
     print(format_verdict(found.to_json()))
     if args.json:

@@ -18,6 +18,7 @@ from refcurv.curvature.settling import Sample
 from refcurv.files import store
 from refcurv.law.checks import Array, ConventionError, require_choice
 from refcurv.law.conventions import COMPUTE_DTYPES, Bias, Estimator
+from refcurv.law.dtypes import require_float
 from refcurv.model.config import TABLES
 from refcurv.passes.parallel import cores, stream
 from refcurv.progress import Progress, doing, silent, span
@@ -152,7 +153,7 @@ def decompose_each(
     number changes no bit. A matrix that is too large for memory or LAPACK is refused at once.
     Layers that are `known` are handed on as they are.
     """
-    require_choice("decompose", "dtype", dtype, COMPUTE_DTYPES)
+    require_float("decompose", "dtype", dtype, COMPUTE_DTYPES)
     for table in TABLES:
         if table in factors:
             raise ConventionError(

@@ -24,10 +24,10 @@ from refcurv.law.checks import (
     RefcurvError,
     SchemaError,
     ShapeError,
-    require_choice,
     require_finite,
 )
 from refcurv.law.conventions import COMPUTE_DTYPES
+from refcurv.law.dtypes import require_float
 from refcurv.law.words import number_of
 from refcurv.model.config import Image, ModelConfig, RopeScaling
 from refcurv.model.weights import Model, Overlay
@@ -102,7 +102,7 @@ def load(path: PathLike, dtype: str = "float64") -> Model:
     Source: METHOD, Files.
     Proof:  tests/test_weights.py::test_load_widens_exactly
     """
-    require_choice("load", "dtype", dtype, COMPUTE_DTYPES)
+    require_float("load", "dtype", dtype, COMPUTE_DTYPES)
     header = store.open_file(path, format="refcurv-weights")
     config = _config(header)
     names = tuple(config.parameter_shapes())

@@ -9,6 +9,7 @@ from typing import Final
 
 from refcurv.law import tolerance
 from refcurv.law.checks import ConventionError, require_choice
+from refcurv.law.dtypes import require_float
 
 ROUNDOFF: Final = MappingProxyType(
     {
@@ -85,7 +86,7 @@ def parse(who: str, text: str) -> Arithmetic:
     found: dict[str, str] = {}
     for piece in filter(None, (p.strip() for p in text.split(","))):
         name, equals, dtype = piece.rpartition("=")
-        dtype = require_choice(who, "a dtype", dtype.strip(), ROUNDOFF)
+        dtype = require_float(who, "a dtype", dtype.strip(), ROUNDOFF)
         names = parts if not equals else {require_choice(who, "a part", name.strip(), parts)}
         if found.keys() & names:
             raise ConventionError(f"{who}: {text!r} says twice what {min(names)} is.")

@@ -17,9 +17,9 @@ from refcurv.law.checks import (
     NameUnknownError,
     as_array,
     as_integers,
-    require_choice,
     require_dtype,
 )
+from refcurv.law.dtypes import require_float
 from refcurv.model.corpus import Corpus
 from refcurv.model.given import numbers_of, require_corpus, require_model, shown
 from refcurv.model.weights import Model
@@ -75,7 +75,7 @@ def compare_traces(
     if not known:
         some = ", ".join(list(ours.tensors)[:3])
         raise NameUnknownError(f"trace: theirs has no tensor of ours, which begin with {some}.")
-    u = ROUNDOFF[require_choice("trace", "dtype", dtype, ROUNDOFF)]
+    u = ROUNDOFF[require_float("trace", "dtype", dtype, ROUNDOFF)]
     return [_divergence(name, given[name], ours, u) for name in known]
 
 
@@ -121,7 +121,7 @@ def first_divergence(
     require_tensors(theirs)
     require_model("validate", model)
     at = numbers_of("validate", require_corpus("validate", corpus), sequences)
-    require_choice("validate", "the arithmetic of a trace", dtype, ROUNDOFF)
+    require_float("validate", "the arithmetic of a trace", dtype, ROUNDOFF)
     if "labels" in theirs:
         corpus, fisher = with_labels(corpus, at, theirs["labels"]), "empirical"
     return compare_traces(theirs, trace(model, corpus, at, fisher, seed, estimate=True), dtype)

@@ -9,7 +9,8 @@ from typing import Any
 from refcurv.curvature.bases import Bases
 from refcurv.curvature.factors import Factors
 from refcurv.judge.arithmetic import ROUNDOFF
-from refcurv.law.checks import ConventionError, NameUnknownError, require_choice
+from refcurv.law.checks import ConventionError, NameUnknownError
+from refcurv.law.dtypes import require_float
 from refcurv.model.given import (
     require_callable,
     require_corpus,
@@ -67,4 +68,4 @@ def accepted(given: Any) -> tuple[str, ...]:
         raise ConventionError(
             f"validate: accept must name dtypes, as ['bfloat16']; got {shown(given)}."
         )
-    return tuple(require_choice("validate", "accept", dtype, ROUNDOFF) for dtype in given)
+    return tuple(require_float("validate", "accept", dtype, ROUNDOFF) for dtype in given)

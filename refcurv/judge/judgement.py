@@ -31,7 +31,7 @@ from refcurv.judge.diagnosis.causes import with_named
 from refcurv.judge.diagnosis.faults import FAULTS
 from refcurv.judge.diagnosis.procedure import diagnose, remember
 from refcurv.judge.diagnosis.simulated import know_kinks
-from refcurv.judge.diagnosis.telling import aside
+from refcurv.judge.diagnosis.telling import aside, settled
 from refcurv.judge.divergence import with_labels
 from refcurv.judge.draws import with_drawing
 from refcurv.judge.dump import Dump, first_names
@@ -55,7 +55,7 @@ from refcurv.law.words import number_of
 from refcurv.model.corpus import Corpus
 from refcurv.model.patterns import expand
 from refcurv.model.weights import Model
-from refcurv.progress import Progress, counter, doing, silent
+from refcurv.progress import Progress, counter, doing, silent, uncounted
 
 Theirs = str | Path | Factors | Mapping[str, Any] | Dump
 """A file or folder, or in memory: Factors, {layer: (A, G, n)}, or what was read already."""
@@ -102,8 +102,9 @@ def validate(
         declared: what theirs does not say of itself, {"fisher": "sampled"} for example.
         layers: a pattern: judge these only.
         pictures: of how many layers the verdict holds maps and spectra, those that failed first.
-        progress: called with (done, all): each layer counts once for the comparison, and once when
-            it is looked at again; the last step is the search for causes, which may take longest.
+        progress: called with (done, all): the layers that were compared. Where one differs, the
+            search for causes follows, which is not counted and may take longest; then it is called
+            once more.
 
     Returns:
         Verdict: findings, causes, passed.
@@ -142,16 +143,20 @@ def validate(
     know_kinks(case)
     findings = [*_otherwise(case), *(said("", "dump", FAIL, text) for text in dump.problems)]
     findings += [*notes, *_absent(case, wanted, {note.layer for note in notes}), *biases]
-    every = 2 * len(matched) + 1
-    done = counter(progress, every)
+    done = counter(progress, len(matched))
     with one_blas_thread(), np.errstate(over="ignore", invalid="ignore"):  # theirs may be huge
         case = with_drawing(case)
         findings += _compared(case, matched, done)
         _require_compared(findings)
-        known, excluded, findings = diagnose(case, findings, done)
+        if search := not settled(findings):
+            uncounted(
+                progress, f"{number_of(len(matched), 'layer')} compared; the search for causes"
+            )
+        known, excluded, findings = diagnose(case, findings)
         findings = [*_as_drawn(case, findings), *map(unless_hidden, findings)]
         shown = tuple(_shown(case, findings, pictures))
-    progress(every, every)
+    if search:
+        progress(len(matched), len(matched))
     return Verdict(
         tuple(findings),
         with_named(case, known, findings),
@@ -319,7 +324,8 @@ def _nothing_in_common(
     why = f" {notes[0].layer}: {notes[0].cause}." if notes else ""
     return EmptyError(
         f"validate: no layer in common. Theirs: {first_names(theirs)}; "
-        f"ours: {first_names(ours)}.{why}"
+        f"ours: {first_names(ours)}.{why} Say which layer is which: --name OURS=THEIRS for each "
+        "(names={ours: theirs} in Python)."
     )
 
 

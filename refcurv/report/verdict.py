@@ -56,7 +56,8 @@ def headline(verdict: Json) -> str:
 
     What nothing decides has not failed, though it has not passed either.
 
-    Proof: tests/test_verdict_page.py::test_what_is_undecided_is_not_called_failed
+    Proof: tests/test_verdict_page.py::test_what_is_undecided_is_not_called_failed,
+        ::test_layers_that_are_not_there_are_told_from_those_that_fail
     """
     program = printable(str(verdict["program"]))
     bad = [f for f in _bad(verdict) if not is_fine(f["verdict"], verdict["accepted"])]
@@ -69,7 +70,10 @@ def headline(verdict: Json) -> str:
     wrong = [f for f in bad if f["verdict"] != UNDECIDED]
     if not wrong:
         return f"UNDECIDED: {_of(bad, layers)} of {program}: nothing is known to be wrong"
-    return f"FAILED: {_of(wrong, layers)} of {program}: {_named(verdict, bad)}"
+    absent = all(f["verdict"] == MISSING and f["layer"] not in verdict["matched"] for f in bad)
+    held = layers - {f["layer"] for f in bad}
+    but = "; it does not hold these, and what it holds passes" if absent and held else ""
+    return f"FAILED: {_of(wrong, layers)} of {program}: {_named(verdict, bad)}{but}"
 
 
 def unjudged(verdict: Json) -> list[str]:
@@ -85,7 +89,8 @@ def _of(found: list[Json], layers: set[str]) -> str:
 
 def _named(verdict: Json, bad: list[Json]) -> str:
     """The faults; or, without a cause, the verdicts that say what it is; and what is undecided."""
-    named = sorted({c["fault"] or "a cause without a number" for c in verdict["causes"]})
+    own = zip(marks(verdict), verdict["causes"], strict=True)
+    named = sorted({mark if one["fault"] else f"see {mark}" for mark, one in own})
     words = sorted({f["verdict"] for f in bad} - {FAIL, UNDECIDED})
     if not named:
         plain = any(f["verdict"] == FAIL for f in bad)

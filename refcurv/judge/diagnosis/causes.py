@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from refcurv.judge.case import Case
-from refcurv.judge.diagnosis.faults import FAULTS
+from refcurv.judge.diagnosis.titles import Title, as_named
 from refcurv.judge.verdict import LEFT_OUT, PASS, Cause, Comparison
 
 
@@ -19,11 +19,13 @@ def made(
     before: float,
     after: float,
     alike: Sequence[str] = (),
+    title: Title | None = None,
 ) -> Cause:
-    """A Cause with the words of the registry."""
-    known = None if fault is None else FAULTS[fault]
-    name = "" if known is None else f"{known.name[0].upper()}{known.name[1:]}. "
-    remedy = "" if known is None else known.advice(case.dump.program)
+    """A Cause with the words of the registry. Args: title, of one bug of the fault."""
+    if fault is not None and title is None:
+        title = as_named(fault, case.dump.program)
+    name = "" if title is None else f"{title.name[0].upper()}{title.name[1:]}. "
+    remedy = "" if title is None else title.remedy
     return Cause(fault, f"{name}{words}", remedy, layers, quantities, before, after, tuple(alike))
 
 

@@ -10,10 +10,10 @@ import numpy as np
 from refcurv.algebra.scaling import norm
 from refcurv.judge.case import Case
 from refcurv.judge.compare import who_draws
-from refcurv.judge.diagnosis.faults import FAULTS
 from refcurv.judge.diagnosis.recomputed import is_large
 from refcurv.judge.diagnosis.search import DECLARED, PLAIN, Side, is_coarse
 from refcurv.judge.diagnosis.seen import see, states
+from refcurv.judge.diagnosis.titles import of_size
 from refcurv.judge.diagnosis.variants import Setting, moments
 from refcurv.judge.verdict import Cause
 from refcurv.law.checks import Array
@@ -57,11 +57,10 @@ def causes(case: Case, found: Mapping[str, Side]) -> list[Cause]:
         sides = sorted(set().union(*layers.values()))
         each = [q for s in sides for q in (f"{s}/tr {s}", s)]
         quantities = (*each, "tr A · tr G")
-        name = FAULTS[fault].name
+        one = of_size(fault, words, case.dump.program)
         at = f"({', '.join(sides)}; {number_of(len(layers), 'layer')}.)"
-        text = f"{name[0].upper()}{name[1:]}. {words} {at}"
-        remedy = FAULTS[fault].advice(case.dump.program)
-        out.append(Cause(fault, text, remedy, tuple(layers), quantities, error, error, alike))
+        text = f"{one.name[0].upper()}{one.name[1:]}. {words} {at}"
+        out.append(Cause(fault, text, one.remedy, tuple(layers), quantities, error, error, alike))
     return out
 
 

@@ -14,10 +14,10 @@ from refcurv.judge.case import Case, Counts
 from refcurv.judge.diagnosis import precision, scales
 from refcurv.judge.diagnosis.causes import about, made
 from refcurv.judge.diagnosis.factors import factors
-from refcurv.judge.diagnosis.faults import FAULTS
 from refcurv.judge.diagnosis.search import PLAIN, ROWS_KEPT, Chosen, Idea, Side
 from refcurv.judge.diagnosis.seen import states
 from refcurv.judge.diagnosis.signs import Sign, signs
+from refcurv.judge.diagnosis.titles import Title, joined, of_factor, titles
 from refcurv.judge.diagnosis.variants import REFERENCE
 from refcurv.judge.diagnosis.variants.positions import positions
 from refcurv.judge.diagnosis.weighted import weighs
@@ -92,7 +92,7 @@ def _missing(
     unasked = _unasked(case, findings)
     absent = [f for f in findings if f.verdict == MISSING and f.layer and f.layer not in unasked]
     if absent:
-        text = "Nothing is stored of it; where that is meant, judge the others alone (`layers`)."
+        text = f"Nothing is stored of it. If that is meant, {ALONE}."
         yield about(case, "B48", text, absent, math.inf, math.nan)
     zero, wild, inputs = [], [], []
     spilt = False
@@ -119,6 +119,9 @@ def _missing(
             alike = () if fault else ("B61",)
             yield about(case, fault, words, at, math.inf, math.nan, alike)
 
+
+ALONE = "judge what is there with --layers 'PATTERN' (layers= in Python)"
+"""What to do where theirs is meant to hold some layers only."""
 
 LAST_EMPTY = (
     "Every entry of every A is 0, and no G is; the last sequences have no row, so that a batch of "
@@ -161,8 +164,8 @@ def _not_asked(case: Case, findings: Sequence[Comparison]) -> Iterator[Cause]:
     at = [f for f in findings if f.verdict == MISSING and f.layer in unasked]
     if at:
         parts = ", ".join(dict.fromkeys(_part(f.layer) for f in at))
-        text = f"No layer of {parts} is there: they seem not to have been asked for. Judge the "
-        text += "others alone (`layers`). If they were asked for, their hooks never fired."
+        text = f"No layer of {parts} is there: they seem not to have been asked for. Then "
+        text += f"{ALONE}. If they were asked for, their hooks never fired."
         yield about(case, None, text, at, math.inf, math.nan, ("B48",))
 
 
@@ -189,9 +192,20 @@ def forms(case: Case, found: Mapping[str, Side]) -> list[Cause]:
         before = max(side.plain(x).error for side, one in where for x in one.left)
         after = max(left.error for _, one in where for left in one.left.values())
         alike = (*_like(where), *_without_padding(case, fault))
-        words = _words(where)
-        out.append(made(case, fault, words, tuple(layers), quantities, before, after, alike))
+        words, title = _words(where), _title(case, fault, where)
+        out.append(made(case, fault, words, tuple(layers), quantities, before, after, alike, title))
     return out
+
+
+def _title(case: Case, fault: str | None, where: Sequence[tuple[Side, Chosen]]) -> Title | None:
+    """Of the bugs of this fault that were chosen."""
+    found = [
+        one
+        for side, chosen in where if fault
+        for note in dict.fromkeys(left.note for left in chosen.left.values())
+        for one in titles(case, fault, chosen.idea.setting, side.side, note)
+    ]  # fmt: skip
+    return joined(tuple(dict.fromkeys(found))) if found else None
 
 
 def _without_padding(case: Case, fault: str | None) -> tuple[str, ...]:
@@ -252,8 +266,10 @@ def _scales(
         quantities = tuple(dict.fromkeys(q for side in named.sides for q in _OF_FACTOR[side]))
         before = max(_far(x, named.sides) for x in seen if x.layer in named.layers)
         words, layers = f"{named.sentence}.", named.layers
-        alike = named.alike
-        out.append(made(case, named.fault, words, layers, quantities, before, named.left, alike))
+        left, alike, own = named.left, named.alike, None
+        if named.fault is not None:
+            own = of_factor(named.fault, words, case.dump.program)
+        out.append(made(case, named.fault, words, layers, quantities, before, left, alike, own))
     return out
 
 
@@ -377,7 +393,7 @@ def excluded(found: Mapping[str, Side]) -> Iterator[str]:
             errors = [left[x].error for x in layers if x in left]
             if errors:
                 note = next(left[x].note for x in layers if x in left)
-                words = ": ".join(filter(None, (_names(idea), note)))
+                words = ": ".join(filter(None, (_names(idea, side.side, note), note)))
                 text = f"{side.side} of {number_of(len(errors), 'layer')}, {words}"
                 tried[text] = min(*errors, tried.get(text, math.inf))
     for text, error in sorted(tried.items(), key=lambda pair: pair[1]):
@@ -391,11 +407,14 @@ def _sampled(side: Side) -> Iterator[str]:
     """What was tried on a few sequences alone, and the share of the error that it left there."""
     for idea, (share, words) in sorted(side.sampled.items(), key=lambda pair: pair[1]):
         if idea not in side.table:
-            yield f"{side.side}, {_names(idea)}: {words}: leaves {share:.0%} of the error"
+            names = _names(idea, side.side, words)
+            yield f"{side.side}, {names}: {words}: leaves {share:.0%} of the error"
 
 
-def _names(idea: Idea) -> str:
-    return " and ".join(f"{id} ({FAULTS[id].name})" for id in idea.faults)
+def _names(idea: Idea, side: str, note: str) -> str:
+    return " and ".join(
+        f"{id} ({joined(titles(None, id, idea.setting, side, note)).name})" for id in idea.faults
+    )
 
 
 def told(case: Case, findings: Sequence[Comparison], causes: Sequence[Cause]) -> list[Comparison]:
@@ -429,6 +448,11 @@ def _undrawn(case: Case, one: Comparison) -> float:
     """The budget of a comparison of A or G without drawing."""
     times = 2 if one.quantity == "tr A · tr G" else 1
     return times * case.budget(one.layer, case.arithmetic.stored or "float64")
+
+
+def settled(findings: Sequence[Comparison]) -> bool:
+    """Is there nothing to diagnose? As `procedure.diagnose` has it."""
+    return all(one.verdict in (PASS, LEFT_OUT) and aside(one) for one in findings)
 
 
 def aside(one: Comparison) -> bool:

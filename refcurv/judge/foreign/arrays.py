@@ -24,6 +24,7 @@ from refcurv.judge.foreign.stored import (
 )
 from refcurv.law.checks import Array, ConventionError, SchemaError, require_choice
 from refcurv.law.conventions import Fisher, Rows
+from refcurv.law.dtypes import require_float
 
 COUNTS: Final = ("n", "n_A", "n_G")
 DTYPES: Final = ("model_dtype", "products_dtype", "sums_dtype", "solver_dtype")
@@ -212,7 +213,8 @@ def _said(says: Mapping[str, Any], problems: list[str]) -> tuple[dict[str, str],
                 declared[key] = str(int(number))
             continue
         try:
-            declared[key] = require_choice("the dump", key, value, choices[key])
+            require = require_float if key in DTYPES else require_choice
+            declared[key] = require("the dump", key, value, choices[key])
         except ConventionError as error:
             problems.append(str(error).rstrip("."))
     arithmetic = {
