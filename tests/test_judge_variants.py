@@ -371,6 +371,22 @@ def no_shift(_: Array, label: Array, token: Array) -> list[oracles.World]:
     return one_way({t: int(token[t]) for t in labelled(label)})
 
 
+def own_everywhere(_: Array, label: Array, token: Array) -> list[oracles.World]:
+    return one_way(dict(enumerate(token)))
+
+
+def own_labels(_: Array, label: Array, token: Array) -> list[oracles.World]:
+    return one_way({t + 1: int(label[t]) for t in labelled(label)})
+
+
+def own_with_first(_: Array, label: Array, token: Array) -> list[oracles.World]:
+    return one_way({t: int(token[t]) for t in range(len(label)) if label[max(t - 1, 0)] >= 0})
+
+
+def argmax_everywhere(p: Array, label: Array, _: Array) -> list[oracles.World]:
+    return one_way({t: int(np.argmax(p[t])) for t in range(len(label))})
+
+
 def at_last(p: Array, label: Array, _: Array) -> list[oracles.World]:
     at = [*labelled(label), len(label) - 1]
     return [(p[t, v], {(t, v): 1}) for t in at for v in range(p.shape[1])]
@@ -397,6 +413,10 @@ def gold_at_prompts(_: Array, label: Array, token: Array) -> list[oracles.World]
         (Setting(labels="double shift"), double_shift),
         (Setting(labels="no shift"), no_shift),
         (Setting(labels="drawn, then shifted"), drawn_then_shifted),
+        (Setting(labels="no shift", where="every token"), own_everywhere),
+        (Setting(labels="no shift", where="labelled tokens"), own_labels),
+        (Setting(labels="no shift", where="labelled tokens and first ones"), own_with_first),
+        (Setting(labels="argmax", where="every token"), argmax_everywhere),
         (Setting(where="last"), at_last),
         (Setting(where="prompts"), at_prompts),
         (Setting(labels="empirical", where="ignored prompts"), gold_at_prompts),

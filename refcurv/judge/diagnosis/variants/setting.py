@@ -11,6 +11,7 @@ from refcurv.judge.case import Case
 from refcurv.judge.diagnosis.variants.networks import CHANGES, PADS, SEEING, Level, occurring
 from refcurv.judge.diagnosis.variants.positions import (
     CLASSES,
+    OWN,
     ROWS,
     WHERE,
     Positions,
@@ -133,7 +134,7 @@ class Setting:
     Fields:
         labels: one of LABELS. amount: the temperature, or the mass of the nucleus.
         smoothing: ε of label smoothing. z_loss: c of a loss that has c logsumexp² more.
-        where: at which positions labels are (`positions.WHERE`).
+        where: at which positions labels are (`positions.WHERE`, `positions.OWN`).
         text: what is read in the place of the corpus (`texts.reading`); token: the one it is about.
         rows_A, rows_G: which positions are rows (`positions.ROWS`). count: one of COUNTS.
         pooling_A, pooling_G: of POOLING. batch: sequences of a batch, 0 for all; for B44.
@@ -170,10 +171,11 @@ class Setting:
         """The ids of what differs, in the order of the fields."""
         # labels everywhere make rows of all
         bare = self.count == "reference" or self.where in CLASSES
+        own = self.labels == "no shift" and self.where in OWN  # a token is its own label there
         found = [
             LABELS.get(self.labels),
             "B26" if self.smoothing or self.z_loss else None,
-            WHERE.get(self.where),
+            None if own else WHERE.get(self.where),
             fault_of_text(self.text),
             None if bare else fault_of_rows(self.rows_A),
             None if bare else fault_of_rows(self.rows_G),
@@ -323,6 +325,8 @@ def _labels(fisher: Fisher, at: Positions) -> Iterator[Setting]:
     yield Setting(labels="argmax")
     if at.images:
         return
+    if at.kinds["last"].any():
+        yield Setting(labels="argmax", where="every token")
     labels_B = (at.label_BT >= 0).sum(axis=1)
     if labels_B.max(initial=0) > 1:
         yield Setting(labels="joint")
@@ -334,6 +338,23 @@ def _labels(fisher: Fisher, at: Positions) -> Iterator[Setting]:
     if at.inputs.shape[1] > 1:
         shifted = ("drawn, then shifted",) if drawn else ()
         yield from (Setting(labels=name) for name in ("double shift", "no shift", *shifted))
+        yield from _unshifted(at)
+
+
+def _unshifted(at: Positions) -> Iterator[Setting]:
+    """Labels that are not shifted, at other positions than the reference's are.
+
+    Proof: tests/test_judge_places.py::test_labels_that_are_not_shifted_are_at_any_token
+    """
+    before = [supervised("labelled", at)]
+    for where in OWN:
+        theirs = supervised(where, at)
+        if theirs.any() and not any((theirs == one).all() for one in before):
+            before.append(theirs)
+            yield Setting(labels="no shift", where=where)
+    if at.kinds["pads"].any():
+        for pads in SEEING:
+            yield Setting(labels="no shift", where="ignored everywhere", pads=pads)
 
 
 def _where(fisher: Fisher, at: Positions) -> Iterator[Setting]:
@@ -345,7 +366,8 @@ def _where(fisher: Fisher, at: Positions) -> Iterator[Setting]:
     names = [name for name in ("pads", "prompts", "last") if kinds[name].any()]
     padded = "pads" in names
     if not drawn:
-        names = [f"ignored {name}" for name in names if name != "last"]
+        behind = kinds["last"][:, :-1].any()  # is there a next token in the row?
+        names = [f"ignored {name}" for name in names if name != "last" or behind]
     if len(names) > 1:
         names.append("everywhere" if drawn else "ignored everywhere")
     for name in names:
