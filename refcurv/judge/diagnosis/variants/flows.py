@@ -97,12 +97,17 @@ def _shard(
     behind = partial(
         _backward, net, inputs, layout, ropes, blocks, saved, final, y, _lowest(layers)
     )
-    logit = plain(transformer.capped(config, y))
+    logit = _times(net.sharp, plain(transformer.capped(config, y)))
     for n, back in enumerate(sent(one, at, logit)):
-        taps, d_states = behind(replace(back, d_logit=back.d_logit.astype(y.dtype, copy=False)))
+        d_logit = _times(net.sharp, back.d_logit).astype(y.dtype, copy=False)
+        taps, d_states = behind(replace(back, d_logit=d_logit))
         yield Flow(
             net, at, states, blocks, read, taps, d_states, back.joint, back.draw, first=n == 0
         )
+
+
+def _times(factor: float, x: Array) -> Array:
+    return x if factor == 1 else factor * x
 
 
 def _ropes(

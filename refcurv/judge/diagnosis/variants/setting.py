@@ -22,6 +22,7 @@ from refcurv.judge.diagnosis.variants.positions import (
 )
 from refcurv.judge.diagnosis.variants.rounding import TF32
 from refcurv.judge.diagnosis.variants.texts import TEXTS, fault_of_text, rows_left, texts
+from refcurv.judge.diagnosis.variants.untrained import started_otherwise
 from refcurv.law.conventions import NO_LABEL, Fisher
 from refcurv.model.config import ModelConfig, NormPlace
 
@@ -283,13 +284,14 @@ def settings(case: Case) -> list[Setting]:
     """
     if case.model is None or case.corpus is None:
         return []
-    config = case.model.config
+    config, parameters = case.model.config, case.model.parameters
     at = positions(case.corpus, config, case.reference.rows)
     found = [*_labels(case.reference.fisher, at), *_where(case.reference.fisher, at)]
     found += _classes(case.reference.fisher, at, config.vocabulary)
     found += [*_rows(at), *_counts(at), *_pooling(case, at), *_tensors(config)]
     found += _texts(case, at)
-    found += [Setting(network=(level,)) for level in occurring(config, at)]
+    started = case.once("started", lambda: started_otherwise(config, parameters))
+    found += [Setting(network=(level,)) for level in occurring(config, at, started)]
     return list(dict.fromkeys(found))
 
 
