@@ -139,6 +139,28 @@ def test_a_temperature_of_the_loss_is_fitted(setting, fisher, by):
     assert all(cause.after < 1e-12 for cause in verdict.causes)
 
 
+SWAPS = {
+    "gate and up": ("mlp.gate", "mlp.up", "B34"),
+    "q and o": ("attn.q", "attn.o", "B35"),
+    "o and down": ("attn.o", "mlp.down", "B35"),
+}
+
+
+@pytest.mark.parametrize("name", dear(SWAPS))
+def test_a_swap_is_found_in_another_network(setting, name):
+    """Beside a fault of the network ours of the other layer is not what theirs is."""
+    *pair, fault = SWAPS[name]
+    theirs = planted(setting, Setting(network=(("rotary base", 1e4),)))
+    for i in range(2):
+        one, two = (f"blocks.{i}.{part}" for part in pair)
+        (A, G, n), (B, H, m) = theirs[one], theirs[two]
+        theirs |= {one: (A, H, n), two: (B, G, m)}
+    verdict, faults = named(setting, theirs)
+    assert faults == [fault, "B51"]
+    assert f"tensor `the other of {name}`" in str([x.sentence for x in verdict.causes])
+    assert all(cause.after < 1e-12 for cause in verdict.causes)
+
+
 LOST = {
     "gains of q and k at 1": "rms",
     "gains of attention's norms at 1": "layer",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import combinations
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -105,6 +106,18 @@ stream that it or its norm reads. activation: behind the activation. update: beh
 follows the layer.
 """
 
+PARTS: Final = MappingProxyType(
+    {"q": "attn", "k": "attn", "v": "attn", "o": "attn", "gate": "mlp", "up": "mlp", "down": "mlp"}
+)
+"""The kinds of linear layers of a block, and the part of the block that each is in."""
+
+SWAPPED: Final = MappingProxyType(
+    {f"the other of {one} and {two}": (one, two) for one, two in combinations(PARTS, 2)}
+)
+"""The gradient of the output of another layer of the same block: the two are swapped."""
+
+FUSED: Final = ({"q", "k", "v"}, {"gate", "up"})
+"""Kinds of layers that programs may hold in one matrix, of which each is a part."""
 
 OTHER_SIDE: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
     {"as if padding were on the right": ("apart",), "as if padding were on the left": SEEING}
@@ -124,6 +137,7 @@ _OF_A: Final[Mapping[str, str | None]] = MappingProxyType(
 )
 _OF_G: Final[Mapping[str, str | None]] = MappingProxyType(
     {"output": None, **dict.fromkeys(HALVES, "B61"), **dict.fromkeys(OPERANDS, "B60")}
+    | {k: "B34" for k, pair in SWAPPED.items() if any({*pair} <= one for one in FUSED)}
 )
 """The fault of a tensor in the place of the input, or of the output, where not B34 or B35."""
 
@@ -139,7 +153,8 @@ class Setting:
         text: what is read in the place of the corpus (`texts.reading`); token: the one it is about.
         rows_A, rows_G: which positions are rows (`positions.ROWS`). count: one of COUNTS.
         pooling_A, pooling_G: of POOLING. batch: sequences of a batch, 0 for all; for B44.
-        tensor_A, tensor_G: of INPUTS or OVERWRITTEN, and of OUTPUTS or HALVES; or of OPERANDS.
+        tensor_A, tensor_G: of INPUTS or OVERWRITTEN, and of OUTPUTS, HALVES or SWAPPED; or of
+            OPERANDS.
         network: changes of the arithmetic (`networks.CHANGES`), each with its level.
         pads: what a position of padding sees (`networks.Network`): no fault by itself.
         mean: where labels are drawn, is the mean over all draws taken: no fault, but the way to
@@ -193,11 +208,13 @@ class Setting:
     def alike(self) -> tuple[str, ...]:
         """Other ids that leave the same trace.
 
-        An activation in place shows what is behind it. A text with its start token, whose row is
+        An activation in place shows what is behind it. Another layer's gradient may have come with
+        its name. A text with its start token, whose row is
         left out, may have lost it by a rule for rows.
         """
         first = "without first" in (self.rows_A, self.rows_G)
-        return ("B42",) * (self.tensor_G == "activation") + ("B20",) * first
+        swapped = ("B38",) * (self.tensor_G in SWAPPED)
+        return ("B42",) * (self.tensor_G == "activation") + swapped + ("B20",) * first
 
     @property
     def sides(self) -> frozenset[str]:
@@ -468,6 +485,14 @@ def _tensors(config: ModelConfig) -> Iterator[Setting]:
     yield from (Setting(tensor_A=name) for name in (*OVERWRITTEN, *INPUTS) if name not in lacks)
     for name in OUTPUTS:
         if name != "update" or config.norm_place is not NormPlace.PRE:
+            yield Setting(tensor_G=name)
+    size = {
+        x.rpartition(".")[2]: shape[0]
+        for x, shape in config.linear_layers().items()
+        if x.startswith("blocks.")
+    }
+    for name, (one, two) in SWAPPED.items():
+        if size.get(one) is not None and size.get(one) == size.get(two):
             yield Setting(tensor_G=name)
 
 
