@@ -45,7 +45,7 @@ from refcurv.judge.diagnosis.variants.sight import (
     sights,
     visible,
 )
-from refcurv.judge.diagnosis.variants.untrained import GROUPS, of_group, untrained
+from refcurv.judge.diagnosis.variants.untrained import GROUPS, of_group, tied, untrained
 from refcurv.law.checks import Array, RefcurvError
 from refcurv.model.config import Activation, ModelConfig, Norm, QKNorm, Residual
 from refcurv.model.layers import (
@@ -538,6 +538,10 @@ CHANGES: Final[Mapping[str, Change]] = MappingProxyType(
             lambda net, _: _config(net, embed_scale=_short_scale(net.config)),
         ),
         **{group: _lost(group) for group in GROUPS},
+        "head is the embedding": Change(
+            "B57", _if(lambda config, _: not config.tied and config.image is None),
+            lambda net, _: replace(net, parameters=tied(net.parameters)),
+        ),
         "weights as bfloat16": Change("B57", _if(lambda *_: True), _stored("bfloat16")),
         "weights as float16": Change("B57", _if(lambda *_: True), _stored("float16")),
         **{f"dropout on {place}, pass {n}": Change("B55", _never, _dropping(place, n))

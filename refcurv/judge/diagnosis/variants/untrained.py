@@ -1,4 +1,4 @@
-"""Parameters that a loader did not find, and that have the values of a new model: 1 or 0."""
+"""Parameters that a loader did not find: 1 or 0, as in a new model, or those of another layer."""
 
 from __future__ import annotations
 
@@ -68,5 +68,14 @@ def untrained(group: str, config: ModelConfig, parameters: Parameters) -> Parame
     def read(name: str) -> Array:
         own = parameters[name]
         return np.full_like(own, value) if name in some else own
+
+    return Lazy(list(parameters), read)
+
+
+def tied(parameters: Parameters) -> Parameters:
+    """All parameters; the head's weight is the embedding."""
+
+    def read(name: str) -> Array:
+        return parameters["embed.weight" if name == "head.weight" else name]
 
     return Lazy(list(parameters), read)
