@@ -35,16 +35,23 @@ from refcurv.judge.diagnosis.variants.collecting import sample
 from refcurv.judge.diagnosis.variants.dropout import Dropout
 from refcurv.judge.diagnosis.variants.flows import flows
 from refcurv.judge.diagnosis.variants.labels import choice
-from refcurv.judge.diagnosis.variants.networks import CHANGES, Network, changed
+from refcurv.judge.diagnosis.variants.networks import CHANGES, Network, changed, occurring
 from refcurv.judge.diagnosis.variants.positions import positions
 from refcurv.judge.diagnosis.variants.rounding import KINDS, rounded
 from refcurv.judge.diagnosis.variants.shaken import ADAPTED, AVERAGED, RANK, shaken
 from refcurv.judge.diagnosis.variants.texts import HIDDEN, text_of
+from refcurv.judge.diagnosis.variants.untrained import (
+    GROUPS,
+    of_group,
+    started_otherwise,
+    untrained,
+)
 from refcurv.judge.drawn import Drawing
 from refcurv.judge.dump import Dump
 from refcurv.judge.foreign.memory import of_arrays
 from refcurv.judge.injected import roundings
 from refcurv.judge.verdict import FAIL, Comparison
+from refcurv.law.conventions import Rows
 from refcurv.model.config import Norm, NormPlace, QKNorm
 from refcurv.model.layers import DEFINITIONS, causal_layout
 from refcurv.model.part import part_of
@@ -91,7 +98,11 @@ def named(setting, theirs, **options):
     return verdict, sorted({cause.fault for cause in verdict.causes})
 
 
-FITTED = {"eps": (3.3e-5, "B53"), "rotary base": (777.0, "B51")}
+FITTED = {
+    "eps": (3.3e-5, "B53"),
+    "rotary base": (777.0, "B51"),
+    "embedding scale": (3.3, "B54"),
+}
 
 
 def dear(names):
@@ -105,6 +116,110 @@ def test_a_quantity_is_fitted(setting, name):
     verdict, faults = named(setting, planted(setting, Setting(network=((name, level),))))
     assert faults == [fault]
     assert all(cause.after < 1e-12 for cause in verdict.causes)
+
+
+@pytest.mark.parametrize(
+    ("fisher", "by"),
+    [("empirical", 1 / 0.7), pytest.param("expected", 0.6, marks=pytest.mark.slow)],
+)
+def test_a_temperature_of_the_loss_is_fitted(setting, fisher, by):
+    """Logits by another scale are those of a head whose weights are larger: A is ours."""
+    model, corpus, _ = setting
+    own = {name: np.asarray(x) for name, x in model.parameters.items()}
+    sharper = rc.Model(model.config, own | {"head.weight": by * own["head.weight"]})
+    layers = "blocks.**.{mlp,attn}.*"
+    here = model, corpus, rc.collect(model, corpus, layers, fisher)
+    theirs = {
+        name: (one.A, one.G, one.n_A)
+        for name, one in rc.collect(sharper, corpus, layers, fisher).items()
+    }
+    verdict, faults = named(here, theirs, declared={"fisher": fisher})
+    assert faults == ["B26"]
+    assert f"`logit scale {by:g}`" in verdict.causes[0].sentence
+    assert all(cause.after < 1e-12 for cause in verdict.causes)
+
+
+SWAPS = {
+    "gate and up": ("mlp.gate", "mlp.up", "B34"),
+    "q and o": ("attn.q", "attn.o", "B35"),
+    "o and down": ("attn.o", "mlp.down", "B35"),
+}
+
+
+@pytest.mark.parametrize("name", dear(SWAPS))
+def test_a_swap_is_found_in_another_network(setting, name):
+    """Beside a fault of the network ours of the other layer is not what theirs is."""
+    *pair, fault = SWAPS[name]
+    theirs = planted(setting, Setting(network=(("rotary base", 1e4),)))
+    for i in range(2):
+        one, two = (f"blocks.{i}.{part}" for part in pair)
+        (A, G, n), (B, H, m) = theirs[one], theirs[two]
+        theirs |= {one: (A, H, n), two: (B, G, m)}
+    verdict, faults = named(setting, theirs)
+    assert faults == [fault, "B51"]
+    assert f"tensor `the other of {name}`" in str([x.sentence for x in verdict.causes])
+    assert all(cause.after < 1e-12 for cause in verdict.causes)
+
+
+LOST = {
+    "gains of q and k at 1": "rms",
+    "gains of attention's norms at 1": "layer",
+    "gain of the last norm at 1": "layer",
+    "biases of norms at 0": "layer",
+    "biases of MLPs at 0": "layer",
+    "gains at 1": "rms",
+    "head is the embedding": "layer",
+}
+"""Parameters that were not loaded, and the model that has them."""
+
+
+@pytest.mark.parametrize("group", LOST)
+def test_parameters_that_were_not_loaded_have_their_name(setting, layered, group):
+    here = setting if LOST[group] == "rms" else layered
+    model, corpus, factors = here
+    if group == "head is the embedding":
+        own = dict(model.parameters) | {"head.weight": model.parameters["embed.weight"]}
+    else:
+        own = untrained(group, model.config, model.parameters)
+    lost = rc.Model(model.config, own)
+    theirs = {
+        name: (one.A, one.G, one.n_A)
+        for name, one in rc.collect(lost, corpus, ",".join(factors), "empirical").items()
+    }
+    verdict, faults = named(here, theirs)
+    assert faults == ["B57"] and f"`{group}`" in verdict.causes[0].sentence
+    assert all(cause.after < 1e-12 for cause in verdict.causes)
+
+
+@pytest.mark.parametrize("offset", [False, True])
+def test_what_is_at_its_start_is_no_change(offset):
+    own = config(norm="layer", norm_bias=True, norm_offset=offset, biases=("q", "o", "down"))
+    random = random_parameters(own, 3)
+    every = {group: of_group(group, own) for group in GROUPS}
+    assert every["gains of second norms at 1"] == []
+    assert {x for some in every.values() for x in some} == {x for x in random if random[x].ndim < 2}
+    assert started_otherwise(own, random) == {g for g, some in every.items() if some}
+    for group, some in every.items():
+        new = untrained(group, own, random)
+        start = 1.0 - offset if group.endswith("at 1") else 0.0
+        for name, x in random.items():
+            assert np.array_equal(new[name], np.full_like(x, start) if name in some else x)
+        assert group not in started_otherwise(own, new)
+    at_start = untrained("gains at 1", own, untrained("biases of attention at 0", own, random))
+    assert started_otherwise(own, at_start) == {
+        "biases of norms at 0",
+        "biases of MLPs at 0",
+        "biases at 0",
+    }
+    assert occurring_groups(own, started_otherwise(own, at_start)) == started_otherwise(
+        own, at_start
+    )
+
+
+def occurring_groups(own, started):
+    corpus = rc.Corpus(np.zeros((2, 4), int))
+    found = occurring(own, positions(corpus, own, Rows.ALL), started)
+    return {name for name, _ in found if name in GROUPS}
 
 
 def test_a_level_that_is_near_enough_is_fitted(setting):

@@ -18,7 +18,7 @@ from refcurv.judge.diagnosis.search import PLAIN as OURS
 from refcurv.judge.diagnosis.search import Side
 from refcurv.judge.diagnosis.seen import Left
 from refcurv.judge.diagnosis.variants import Setting, moments
-from refcurv.judge.diagnosis.variants.positions import BUT, cells, positions
+from refcurv.judge.diagnosis.variants.positions import BUT, OWN, cells, positions
 from refcurv.judge.diagnosis.variants.texts import (
     ENDED,
     LONGER,
@@ -66,6 +66,29 @@ def verdict_of(answers, setting: Setting, arithmetic: str = "float64", counted: 
         theirs, factors, model=model, corpus=corpus, declared={"fisher": "empirical"},
         arithmetic=arithmetic,
     )  # fmt: skip
+
+
+LABELS = {
+    **{f"not shifted, at {name}": (dict(labels="no shift", where=name), ["B23"]) for name in OWN},
+    "not shifted, with last": (
+        dict(labels="no shift", where="every token", rows_A="with last", rows_G="with last"),
+        ["B23", "B27"],
+    ),
+    "not shifted, everywhere": (
+        dict(labels="no shift", where="ignored everywhere", pads="all"), ["B23", "B24"],
+    ),
+    "likeliest, at every token": (dict(labels="argmax", where="every token"), ["B16", "B19"]),
+    "what follows a text": (dict(where="ignored last"), ["B24"]),
+}  # fmt: skip
+"""Labels at other positions than ours, and the faults that they are."""
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_labels_that_are_not_shifted_are_at_any_token(answers, name) -> None:
+    fields, faults = LABELS[name]
+    verdict = verdict_of(answers, Setting(**fields))
+    assert sorted({cause.fault for cause in verdict.causes}) == faults
+    assert all(cause.after < 1e-12 for cause in verdict.causes)
 
 
 def test_cells_are_all_positions_once(answers) -> None:

@@ -39,6 +39,7 @@ from refcurv.judge.diagnosis.variants.networks import CHANGES, COARSE, Network, 
 from refcurv.judge.diagnosis.variants.positions import ONLY, cells, positions
 from refcurv.judge.diagnosis.variants.rotary import ROPES
 from refcurv.judge.diagnosis.variants.rounding import rounded
+from refcurv.judge.diagnosis.variants.setting import PARTS, SWAPPED
 from refcurv.judge.diagnosis.variants.sight import Sight, visible
 from refcurv.judge.dump import Dump
 from refcurv.judge.foreign.memory import of_arrays, of_factors
@@ -391,6 +392,22 @@ def no_shift(_: Array, label: Array, token: Array) -> list[oracles.World]:
     return one_way({t: int(token[t]) for t in labelled(label)})
 
 
+def own_everywhere(_: Array, label: Array, token: Array) -> list[oracles.World]:
+    return one_way(dict(enumerate(token)))
+
+
+def own_labels(_: Array, label: Array, token: Array) -> list[oracles.World]:
+    return one_way({t + 1: int(label[t]) for t in labelled(label)})
+
+
+def own_with_first(_: Array, label: Array, token: Array) -> list[oracles.World]:
+    return one_way({t: int(token[t]) for t in range(len(label)) if label[max(t - 1, 0)] >= 0})
+
+
+def argmax_everywhere(p: Array, label: Array, _: Array) -> list[oracles.World]:
+    return one_way({t: int(np.argmax(p[t])) for t in range(len(label))})
+
+
 def at_last(p: Array, label: Array, _: Array) -> list[oracles.World]:
     at = [*labelled(label), len(label) - 1]
     return [(p[t, v], {(t, v): 1}) for t in at for v in range(p.shape[1])]
@@ -417,6 +434,10 @@ def gold_at_prompts(_: Array, label: Array, token: Array) -> list[oracles.World]
         (Setting(labels="double shift"), double_shift),
         (Setting(labels="no shift"), no_shift),
         (Setting(labels="drawn, then shifted"), drawn_then_shifted),
+        (Setting(labels="no shift", where="every token"), own_everywhere),
+        (Setting(labels="no shift", where="labelled tokens"), own_labels),
+        (Setting(labels="no shift", where="labelled tokens and first ones"), own_with_first),
+        (Setting(labels="argmax", where="every token"), argmax_everywhere),
         (Setting(where="last"), at_last),
         (Setting(where="prompts"), at_prompts),
         (Setting(labels="empirical", where="ignored prompts"), gold_at_prompts),
@@ -909,6 +930,26 @@ def test_behind_a_norm_g_is_the_gradient_of_its_bias(place: str) -> None:
                 assert_within(read.G, G, BUDGET, np.trace(G), f"{after} reads {block}{part}")
 
 
+def test_of_two_layers_each_has_the_gradient_of_the_other() -> None:
+    """All pairs of a block whose outputs are of one size, where they are offered."""
+    here = beside(case(batch=3, mlp_width=8), "empirical")
+    true, tried = under(here, REFERENCE), []
+    for setting in settings(here):
+        if setting.tensor_G in SWAPPED:
+            tried.append(SWAPPED[setting.tensor_G])
+            found = under(here, setting)
+            for name, one in found.items():
+                block, _, kind = name.rpartition(".")
+                other = {*tried[-1]} - {kind}
+                assert kind in tried[-1] and len(other) == 1
+                (other,) = other
+                block = f"{block.rpartition('.')[0]}.{PARTS[other]}"
+                assert (one.G == true[f"{block}.{other}"].G).all()
+                assert (one.A == true[name].A).all()
+    width = {"q": 8, "k": 4, "v": 4, "o": 8, "gate": 8, "up": 8, "down": 8}
+    assert tried == [(x, y) for x, y in itertools.combinations(PARTS, 2) if width[x] == width[y]]
+
+
 def test_behind_the_activation_g_is_not_yet_multiplied_by_its_slope() -> None:
     """Of one row, g of gate is d f'(gate); and g of down W_down is that of what down reads."""
     one = tiny(batch=1, length=1)
@@ -1001,6 +1042,10 @@ def test_a_pair_is_both_at_once(three: tuple) -> None:
     assert (both.G == under(here, Setting(labels="argmax"))[LAYER].G).all()
 
 
+AT_LAST = ("last", "every token")
+"""Where labels are that nothing but a text's last position may have."""
+
+
 def test_what_cannot_occur_is_not_tried() -> None:
     """No padding, no packing, no caps, no grouped heads: none of their faults."""
     here = beside(case(kv_heads=4, batch=1))
@@ -1010,7 +1055,9 @@ def test_what_cannot_occur_is_not_tried() -> None:
         "documents see each other", "padding attended on the left", "grouped heads tiled",
         "no soft-cap of logits", "no windows", "no embedding scale",
     }  # fmt: skip
-    assert not {"B19", "B25", "B28"} & {id for s in offered for id in s.faults if s.where != "last"}
+    assert not {"B19", "B25", "B28"} & {
+        id for s in offered if s.where not in AT_LAST for id in s.faults
+    }
     without = judged.Case(here.dump, here.reference, {}, Arithmetic())
     assert settings(without) == []
     assert {"B25"} <= {id for s in settings(beside(shared_pad())) for id in s.faults}

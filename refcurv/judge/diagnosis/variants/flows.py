@@ -14,7 +14,13 @@ from refcurv.judge.diagnosis.variants.labels import Choice, Sent, sent
 from refcurv.judge.diagnosis.variants.networks import Network
 from refcurv.judge.diagnosis.variants.positions import Positions
 from refcurv.judge.diagnosis.variants.rounding import plain, rounded
-from refcurv.judge.diagnosis.variants.setting import HALVES, OPERANDS, OVERWRITTEN
+from refcurv.judge.diagnosis.variants.setting import (
+    HALVES,
+    OPERANDS,
+    OVERWRITTEN,
+    PARTS,
+    SWAPPED,
+)
 from refcurv.law.checks import Array
 from refcurv.law.conventions import shard_sequences
 from refcurv.model import transformer
@@ -97,12 +103,17 @@ def _shard(
     behind = partial(
         _backward, net, inputs, layout, ropes, blocks, saved, final, y, _lowest(layers)
     )
-    logit = plain(transformer.capped(config, y))
+    logit = _times(net.sharp, plain(transformer.capped(config, y)))
     for n, back in enumerate(sent(one, at, logit)):
-        taps, d_states = behind(replace(back, d_logit=back.d_logit.astype(y.dtype, copy=False)))
+        d_logit = _times(net.sharp, back.d_logit).astype(y.dtype, copy=False)
+        taps, d_states = behind(replace(back, d_logit=d_logit))
         yield Flow(
             net, at, states, blocks, read, taps, d_states, back.joint, back.draw, first=n == 0
         )
+
+
+def _times(factor: float, x: Array) -> Array:
+    return x if factor == 1 else factor * x
 
 
 def _ropes(
@@ -273,7 +284,10 @@ def _tensors(flow: Flow, i: int, part: str) -> dict[str, Array]:
 
 
 def output_tensor(flow: Flow, layer: str, name: str) -> Array | None:
-    """A gradient in the place of that of the layer's output (`setting.OUTPUTS`), or None."""
+    """A gradient in the place of that of the layer's output, or None.
+
+    Of `setting.OUTPUTS`, `setting.HALVES`, `setting.SWAPPED` or `setting.OPERANDS`.
+    """
     tap, P, config = flow.taps[layer], flow.net.parameters, flow.net.config
     if name == "output":
         return np.asarray(plain(tap.g))
@@ -286,7 +300,17 @@ def output_tensor(flow: Flow, layer: str, name: str) -> Array | None:
     if layer in ("head", "patch"):
         return flow.d_states[-1] if (layer, name) == ("head", "stream") else None
     others = {"shared input": _shared, "stream": _stream, "activation": _behind_activation}
+    others |= {name: partial(_of_another, pair=pair) for name, pair in SWAPPED.items()}
     return others.get(name, _behind_norm)(flow, layer)
+
+
+def _of_another(flow: Flow, layer: str, pair: tuple[str, str]) -> Array | None:
+    """Of the other one of two kinds of layers, of one size, in the same block."""
+    _, i, _, kind = layer.split(".")
+    if kind not in pair:
+        return None
+    other = pair[kind == pair[0]]
+    return np.asarray(plain(flow.taps[f"blocks.{i}.{PARTS[other]}.{other}"].g))
 
 
 def _readers(flow: Flow, layer: str) -> list[str]:

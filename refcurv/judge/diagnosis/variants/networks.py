@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Final
@@ -45,6 +45,7 @@ from refcurv.judge.diagnosis.variants.sight import (
     sights,
     visible,
 )
+from refcurv.judge.diagnosis.variants.untrained import GROUPS, of_group, tied, untrained
 from refcurv.law.checks import Array, RefcurvError
 from refcurv.model.config import Activation, ModelConfig, Norm, QKNorm, Residual
 from refcurv.model.layers import (
@@ -77,10 +78,10 @@ class Network:
     Fields: config, parameters, ops; documents, do those of a packed sequence not see each other;
     restart, do positions restart with each; shift, added to learned positions; placed, do these
     count from the padding on the left, which is not attended; left, does the padding stand on the
-    left and is attended; pads, what a position of padding sees: "blind",
-    nothing, as in `model.layers`; or one of PADS; bent, is the logits' soft-cap a part of the
-    backward; drop, the dropout of one pass; sight, what hides positions, where `layout` alone
-    cannot say it.
+    left and is attended; pads, what a position of padding sees: "blind", nothing, as in
+    `model.layers`; or one of PADS; sharp, by what logits are multiplied before the softmax; bent,
+    is the logits' soft-cap a part of the backward; drop, the dropout of one pass; sight, what hides
+    positions, where `layout` alone cannot say it.
     """
 
     config: ModelConfig
@@ -92,6 +93,7 @@ class Network:
     placed: bool = False
     left: bool = False
     pads: str = "blind"
+    sharp: float = 1.0
     bent: bool = True
     drop: Dropout | None = None
     sight: Sight | None = None
@@ -326,6 +328,14 @@ def _placed(config: ModelConfig) -> bool:
     return config.rope_theta is not None or config.learned_positions > 0
 
 
+def _lost(group: str) -> Change:
+    """Parameters that a loader did not find."""
+    return Change(
+        "B57", _if(lambda config, _: of_group(group, config)),
+        lambda net, _: replace(net, parameters=untrained(group, net.config, net.parameters)),
+    )  # fmt: skip
+
+
 def _bases(*values: float) -> Callable[[ModelConfig, Positions], Sequence[float]]:
     """Rotary bases; with two entries that turn the base has no effect, its frequency is 1."""
 
@@ -347,6 +357,12 @@ def _wide(config: ModelConfig) -> bool:
 
 def _score_scale(config: ModelConfig) -> float:
     return config.score_scale or config.head_width**-0.5
+
+
+def _embed_scales(config: ModelConfig, _at: Positions) -> Sequence[float]:
+    """Our scale twice; or, where there is none, the usual one."""
+    other = config.embed_scale**2 if config.embed_scale != 1 else config.width**0.5
+    return () if config.image is not None or other == config.embed_scale else (other,)
 
 
 def _short_scale(config: ModelConfig) -> float:
@@ -509,9 +525,22 @@ CHANGES: Final[Mapping[str, Change]] = MappingProxyType(
         ),
         "no clip of q, k and v": _turned_off("qkv_clip", None),
         "no embedding scale": _turned_off("embed_scale", 1.0),
+        "embedding scale": Change(
+            "B54", _embed_scales, lambda net, scale: _config(net, embed_scale=scale),
+            own=lambda config: config.embed_scale,
+        ),
+        "logit scale": Change(
+            "B26", lambda *_: (0.5, 0.8, 1.25, 2.0),
+            lambda net, by: replace(net, sharp=net.sharp * by), own=lambda _: 1.0,
+        ),
         "embedding scale in bfloat16": Change(
             "B54", _if(lambda config, _: _short_scale(config) != config.embed_scale),
             lambda net, _: _config(net, embed_scale=_short_scale(net.config)),
+        ),
+        **{group: _lost(group) for group in GROUPS},
+        "head is the embedding": Change(
+            "B57", _if(lambda config, _: not config.tied and config.image is None),
+            lambda net, _: replace(net, parameters=tied(net.parameters)),
         ),
         "weights as bfloat16": Change("B57", _if(lambda *_: True), _stored("bfloat16")),
         "weights as float16": Change("B57", _if(lambda *_: True), _stored("float16")),
@@ -536,10 +565,15 @@ CHANGES: Final[Mapping[str, Change]] = MappingProxyType(
 """The changes by name."""
 
 
-def occurring(config: ModelConfig, at: Positions) -> list[Level]:
-    """The changes, with their levels, that can occur with a model and a corpus."""
+def occurring(config: ModelConfig, at: Positions, started: Container[str] = GROUPS) -> list[Level]:
+    """The changes, with their levels, that can occur with a model and a corpus.
+
+    Args: started: the groups of parameters that are not at their start (`started_otherwise`).
+    """
     found, own = [], config.parameter_shapes()
     for name, change in CHANGES.items():
+        if name in GROUPS and name not in started:
+            continue
         for level in change.where(config, at):
             try:
                 asked = change.make(Network(config, {}), level).config.parameter_shapes()

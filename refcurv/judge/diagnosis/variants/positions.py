@@ -243,8 +243,10 @@ WHERE: Final[Mapping[str, str]] = MappingProxyType(
         "prompts": "B19",
         "last": "B19",
         "everywhere": "B19",
+        "every token": "B19",
         "ignored pads": "B24",
         "ignored prompts": "B24",
+        "ignored last": "B24",
         "ignored everywhere": "B24",
         "last class": "B24",
         "first class": "B24",
@@ -256,6 +258,14 @@ WHERE: Final[Mapping[str, str]] = MappingProxyType(
 
 In `ignored ...` they are the next token of the row, whatever it is. In those of CLASSES no label is
 a class. In the others they are drawn.
+"""
+
+OWN: Final = ("every token", "labelled tokens", "labelled tokens and first ones")
+"""Where labels that are not shifted may be, with no other fault than that.
+
+every token: at all real positions. labelled tokens: where the token stands that is a label, one
+position later than the reference's label; a text's first token is none of these, for no position
+predicts it. and first ones: at it too, where the next token is a label.
 """
 
 CLASSES: Final[Mapping[str, int]] = MappingProxyType(
@@ -275,17 +285,33 @@ def supervised(where: str, at: Positions) -> Array:
         return np.asarray(has & (at.label_BT != at.pad_id))
     if which == "everywhere" or where in CLASSES:
         return np.ones_like(has)
+    if where in OWN:
+        return _own(where, has, at)
     return np.asarray(has | kind[which])
+
+
+def _own(where: str, has_BT: Array, at: Positions) -> Array:
+    """Where a token is its own label (OWN)."""
+    if where == "every token":
+        return at.real_BT
+    first_BT = at.kinds["first"]
+    out_BT = np.zeros_like(has_BT)
+    out_BT[:, 1:] = has_BT[:, :-1]
+    out_BT &= at.real_BT & ~first_BT
+    return out_BT | (first_BT & has_BT) if where.endswith("first ones") else out_BT
 
 
 def gold(kind: str, where: str, at: Positions) -> Array:
     """The labels of a corpus as another program reads them, NO_LABEL where there is none.
 
-    kind: `empirical`; `double shift`, the label of the next position; `no shift`, the own token.
+    kind: `empirical`; `double shift`, the label of the next position; `no shift`, the own token,
+    which every position has.
     """
     label_BT = at.label_BT
     if at.images:
         return label_BT
+    if kind == "no shift":
+        return np.asarray(np.where(supervised(where, at), at.inputs, NO_LABEL))
     if where != "labelled" and where not in CLASSES:
         next_BT = np.full_like(label_BT, NO_LABEL)
         next_BT[:, :-1] = at.inputs[:, 1:]
@@ -293,8 +319,6 @@ def gold(kind: str, where: str, at: Positions) -> Array:
             next_BT[:, :-1][at.segment_BT[:, 1:] != at.segment_BT[:, :-1]] = NO_LABEL
         label_BT = np.where(label_BT >= 0, label_BT, next_BT)
         label_BT = np.where(supervised(where, at), label_BT, NO_LABEL)
-    if kind == "no shift":
-        return np.asarray(np.where(label_BT >= 0, at.inputs, NO_LABEL))
     if kind == "double shift":
         return earlier(label_BT)
     return label_BT

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import combinations
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -11,6 +12,7 @@ from refcurv.judge.case import Case
 from refcurv.judge.diagnosis.variants.networks import CHANGES, PADS, SEEING, Level, occurring
 from refcurv.judge.diagnosis.variants.positions import (
     CLASSES,
+    OWN,
     ROWS,
     WHERE,
     Positions,
@@ -21,6 +23,7 @@ from refcurv.judge.diagnosis.variants.positions import (
 )
 from refcurv.judge.diagnosis.variants.rounding import TF32
 from refcurv.judge.diagnosis.variants.texts import TEXTS, fault_of_text, rows_left, texts
+from refcurv.judge.diagnosis.variants.untrained import started_otherwise
 from refcurv.law.conventions import NO_LABEL, Fisher
 from refcurv.model.config import ModelConfig, NormPlace
 
@@ -103,6 +106,18 @@ stream that it or its norm reads. activation: behind the activation. update: beh
 follows the layer.
 """
 
+PARTS: Final = MappingProxyType(
+    {"q": "attn", "k": "attn", "v": "attn", "o": "attn", "gate": "mlp", "up": "mlp", "down": "mlp"}
+)
+"""The kinds of linear layers of a block, and the part of the block that each is in."""
+
+SWAPPED: Final = MappingProxyType(
+    {f"the other of {one} and {two}": (one, two) for one, two in combinations(PARTS, 2)}
+)
+"""The gradient of the output of another layer of the same block: the two are swapped."""
+
+FUSED: Final = ({"q", "k", "v"}, {"gate", "up"})
+"""Kinds of layers that programs may hold in one matrix, of which each is a part."""
 
 OTHER_SIDE: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
     {"as if padding were on the right": ("apart",), "as if padding were on the left": SEEING}
@@ -122,6 +137,7 @@ _OF_A: Final[Mapping[str, str | None]] = MappingProxyType(
 )
 _OF_G: Final[Mapping[str, str | None]] = MappingProxyType(
     {"output": None, **dict.fromkeys(HALVES, "B61"), **dict.fromkeys(OPERANDS, "B60")}
+    | {k: "B34" for k, pair in SWAPPED.items() if any({*pair} <= one for one in FUSED)}
 )
 """The fault of a tensor in the place of the input, or of the output, where not B34 or B35."""
 
@@ -133,11 +149,12 @@ class Setting:
     Fields:
         labels: one of LABELS. amount: the temperature, or the mass of the nucleus.
         smoothing: ε of label smoothing. z_loss: c of a loss that has c logsumexp² more.
-        where: at which positions labels are (`positions.WHERE`).
+        where: at which positions labels are (`positions.WHERE`, `positions.OWN`).
         text: what is read in the place of the corpus (`texts.reading`); token: the one it is about.
         rows_A, rows_G: which positions are rows (`positions.ROWS`). count: one of COUNTS.
         pooling_A, pooling_G: of POOLING. batch: sequences of a batch, 0 for all; for B44.
-        tensor_A, tensor_G: of INPUTS or OVERWRITTEN, and of OUTPUTS or HALVES; or of OPERANDS.
+        tensor_A, tensor_G: of INPUTS or OVERWRITTEN, and of OUTPUTS, HALVES or SWAPPED; or of
+            OPERANDS.
         network: changes of the arithmetic (`networks.CHANGES`), each with its level.
         pads: what a position of padding sees (`networks.Network`): no fault by itself.
         mean: where labels are drawn, is the mean over all draws taken: no fault, but the way to
@@ -170,10 +187,11 @@ class Setting:
         """The ids of what differs, in the order of the fields."""
         # labels everywhere make rows of all
         bare = self.count == "reference" or self.where in CLASSES
+        own = self.labels == "no shift" and self.where in OWN  # a token is its own label there
         found = [
             LABELS.get(self.labels),
             "B26" if self.smoothing or self.z_loss else None,
-            WHERE.get(self.where),
+            None if own else WHERE.get(self.where),
             fault_of_text(self.text),
             None if bare else fault_of_rows(self.rows_A),
             None if bare else fault_of_rows(self.rows_G),
@@ -190,11 +208,13 @@ class Setting:
     def alike(self) -> tuple[str, ...]:
         """Other ids that leave the same trace.
 
-        An activation in place shows what is behind it. A text with its start token, whose row is
+        An activation in place shows what is behind it. Another layer's gradient may have come with
+        its name. A text with its start token, whose row is
         left out, may have lost it by a rule for rows.
         """
         first = "without first" in (self.rows_A, self.rows_G)
-        return ("B42",) * (self.tensor_G == "activation") + ("B20",) * first
+        swapped = ("B38",) * (self.tensor_G in SWAPPED)
+        return ("B42",) * (self.tensor_G == "activation") + swapped + ("B20",) * first
 
     @property
     def sides(self) -> frozenset[str]:
@@ -281,13 +301,14 @@ def settings(case: Case) -> list[Setting]:
     """
     if case.model is None or case.corpus is None:
         return []
-    config = case.model.config
+    config, parameters = case.model.config, case.model.parameters
     at = positions(case.corpus, config, case.reference.rows)
     found = [*_labels(case.reference.fisher, at), *_where(case.reference.fisher, at)]
     found += _classes(case.reference.fisher, at, config.vocabulary)
     found += [*_rows(at), *_counts(at), *_pooling(case, at), *_tensors(config)]
     found += _texts(case, at)
-    found += [Setting(network=(level,)) for level in occurring(config, at)]
+    started = case.once("started", lambda: started_otherwise(config, parameters))
+    found += [Setting(network=(level,)) for level in occurring(config, at, started)]
     return list(dict.fromkeys(found))
 
 
@@ -323,6 +344,8 @@ def _labels(fisher: Fisher, at: Positions) -> Iterator[Setting]:
     yield Setting(labels="argmax")
     if at.images:
         return
+    if at.kinds["last"].any():
+        yield Setting(labels="argmax", where="every token")
     labels_B = (at.label_BT >= 0).sum(axis=1)
     if labels_B.max(initial=0) > 1:
         yield Setting(labels="joint")
@@ -334,6 +357,23 @@ def _labels(fisher: Fisher, at: Positions) -> Iterator[Setting]:
     if at.inputs.shape[1] > 1:
         shifted = ("drawn, then shifted",) if drawn else ()
         yield from (Setting(labels=name) for name in ("double shift", "no shift", *shifted))
+        yield from _unshifted(at)
+
+
+def _unshifted(at: Positions) -> Iterator[Setting]:
+    """Labels that are not shifted, at other positions than the reference's are.
+
+    Proof: tests/test_judge_places.py::test_labels_that_are_not_shifted_are_at_any_token
+    """
+    before = [supervised("labelled", at)]
+    for where in OWN:
+        theirs = supervised(where, at)
+        if theirs.any() and not any((theirs == one).all() for one in before):
+            before.append(theirs)
+            yield Setting(labels="no shift", where=where)
+    if at.kinds["pads"].any():
+        for pads in SEEING:
+            yield Setting(labels="no shift", where="ignored everywhere", pads=pads)
 
 
 def _where(fisher: Fisher, at: Positions) -> Iterator[Setting]:
@@ -345,7 +385,8 @@ def _where(fisher: Fisher, at: Positions) -> Iterator[Setting]:
     names = [name for name in ("pads", "prompts", "last") if kinds[name].any()]
     padded = "pads" in names
     if not drawn:
-        names = [f"ignored {name}" for name in names if name != "last"]
+        behind = kinds["last"][:, :-1].any()  # is there a next token in the row?
+        names = [f"ignored {name}" for name in names if name != "last" or behind]
     if len(names) > 1:
         names.append("everywhere" if drawn else "ignored everywhere")
     for name in names:
@@ -444,6 +485,14 @@ def _tensors(config: ModelConfig) -> Iterator[Setting]:
     yield from (Setting(tensor_A=name) for name in (*OVERWRITTEN, *INPUTS) if name not in lacks)
     for name in OUTPUTS:
         if name != "update" or config.norm_place is not NormPlace.PRE:
+            yield Setting(tensor_G=name)
+    size = {
+        x.rpartition(".")[2]: shape[0]
+        for x, shape in config.linear_layers().items()
+        if x.startswith("blocks.")
+    }
+    for name, (one, two) in SWAPPED.items():
+        if size.get(one) is not None and size.get(one) == size.get(two):
             yield Setting(tensor_G=name)
 
 
