@@ -31,8 +31,8 @@ from refcurv.model.config import Activation
 AS_NAMED = {
     "network": ("rotary pairs interleaved", "grouped heads tiled", "all in bfloat16"),
     "labels": ("empirical", "argmax", "one uniform", "joint", "double shift", "no shift"),
-    "where": ("pads", "ignored pads", "ignored prompts", "ignored everywhere", "last class",
-              "first class", "class at -100", "without eos"),
+    "where": ("pads", "every token", "ignored pads", "ignored prompts", "ignored everywhere",
+              "last class", "first class", "class at -100", "without eos"),
     "rows_A": ("with last", "with pads", "with pads, without last",
                "with pads, without the last column", "without eos"),
     "count": ("reference", "sequences", "labels", "every sequence"),

@@ -86,12 +86,7 @@ def choose(
             batched(case, found, layers)
             chosen = side.choose(layers, faults)
     if not (exact() or soft(side, layers) or is_large(case)):
-        fine = [*fits(case, side, layers), *hidden(case, side, layers)]
-        fine += prompted(case, side, layers)
-        small_error = all(side.plain(x).error <= COARSEST for x in layers)
-        parts = [(name, 0.0) for name in PARTS] if small_error else []
-        rough = [Setting(network=(level,)) for level in (*BITS, *parts)]
-        recompute(case, found, layers, [*fine, *rough, *halves, *joined(partner, fine)])
+        _finer(case, side, found, layers, halves, partner)
         chosen = side.choose(layers, faults)
     if exact() or soft(side, layers) or (is_large(case) and _enough(side, chosen)):
         return chosen
@@ -101,6 +96,23 @@ def choose(
         recompute(case, found, layers, list(fits_beside(case, side, layers)))
         chosen = side.choose(layers, faults)
     return chosen
+
+
+def _finer(
+    case: Case,
+    side: Side,
+    found: Mapping[str, Side],
+    layers: Sequence[str],
+    halves: Sequence[Setting],
+    partner: Sequence[Setting],
+) -> None:
+    """Try what is fitted, and what rounds on the way."""
+    fine = [*fits(case, side, layers), *hidden(case, side, layers)]
+    fine += prompted(case, side, layers)
+    small_error = all(side.plain(x).error <= COARSEST for x in layers)
+    parts = [(name, 0.0) for name in PARTS] if small_error else []
+    rough = [Setting(network=(level,)) for level in (*BITS, *parts)]
+    recompute(case, found, layers, [*fine, *rough, *halves, *joined(partner, fine)])
 
 
 def _join_nearest(

@@ -10,7 +10,7 @@ import numpy as np
 from refcurv.algebra.scaling import norm
 from refcurv.judge.case import Case
 from refcurv.judge.compare import who_draws
-from refcurv.judge.diagnosis.recomputed import is_large
+from refcurv.judge.diagnosis.recomputed import few_positions, is_large, made_on
 from refcurv.judge.diagnosis.search import DECLARED, PLAIN, Side, is_coarse
 from refcurv.judge.diagnosis.seen import see, states
 from refcurv.judge.diagnosis.titles import of_size
@@ -131,10 +131,12 @@ def _sizes(case: Case, found: Mapping[str, Side]) -> dict[str, list[float]]:
     for dtype in ("bfloat16", "float16"):
         setting = Setting(network=((f"all in {dtype}", 0.0),))
         layers = list(dict.fromkeys(x for side in found.values() for x in side.ladders))
-        for _, of in moments(case, [setting], layers):
+        limit = few_positions(case)
+        ours = made_on(case, layers, limit)  # of the same sequences
+        for _, of in moments(case, [setting], layers, limit):
             for name, side in known.items():
                 for layer in (x for x in side.ladders if x in of):
-                    X, Y = getattr(case.ours(layer), name), getattr(of[layer], name)
+                    X, Y = getattr(ours[layer], name), getattr(of[layer], name)
                     error = side.of(layer)[1].error
                     far = float(norm(X - Y) / norm(X)) if X.shape == Y.shape else 0.0
                     if far > side.ladders[layer].steps[0][1]:

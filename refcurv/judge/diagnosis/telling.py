@@ -191,7 +191,7 @@ def forms(case: Case, found: Mapping[str, Side]) -> list[Cause]:
             quantities = tuple(q for q in quantities if q not in _OF_FACTOR["n"])
         before = max(side.plain(x).error for side, one in where for x in one.left)
         after = max(left.error for _, one in where for left in one.left.values())
-        alike = (*_like(where), *_without_padding(case, fault))
+        alike = (*_like(fault, where), *_without_padding(case, fault))
         words, title = _words(where), _title(case, fault, where)
         out.append(made(case, fault, words, tuple(layers), quantities, before, after, alike, title))
     return out
@@ -232,9 +232,14 @@ def _words(where: Sequence[tuple[Side, Chosen]]) -> str:
     return " ".join(dict.fromkeys(out))
 
 
-def _like(where: Sequence[tuple[Side, Chosen]]) -> tuple[str, ...]:
+def _like(fault: str | None, where: Sequence[tuple[Side, Chosen]]) -> tuple[str, ...]:
+    """What cannot be told from this fault; of a setting with several, from its part of it."""
     ids = [id for _, one in where for other in one.alike for id in other]
-    ids += [id for _, one in where for left in one.left.values() for id in left.alike]
+    for _, one in where:
+        if one.idea.setting is None:
+            ids += [id for left in one.left.values() for id in left.alike]
+        else:
+            ids += one.idea.setting.alike_of(fault)
     own = {id for _, one in where for id in one.faults}
     return tuple(id for id in dict.fromkeys(ids) if id not in own)
 

@@ -18,10 +18,11 @@ from refcurv.judge.diagnosis.variants import REFERENCE, Setting
 from refcurv.judge.diagnosis.variants.networks import CHANGES, Level, Network
 from refcurv.judge.diagnosis.variants.positions import BUT
 from refcurv.judge.diagnosis.variants.rotary import ROPES
-from refcurv.judge.diagnosis.variants.setting import INPUTS, OVERWRITTEN
+from refcurv.judge.diagnosis.variants.setting import INPUTS, OVERWRITTEN, SWAPPED
 from refcurv.judge.diagnosis.variants.shaken import WEIGHTS
 from refcurv.judge.diagnosis.variants.sight import sights
 from refcurv.judge.diagnosis.variants.texts import LONGER, PROMPT
+from refcurv.judge.diagnosis.variants.untrained import GROUPS
 from refcurv.law.conventions import Fisher
 from refcurv.model.config import Activation, ModelConfig, Residual
 
@@ -49,6 +50,8 @@ _JOIN = "Let the MLP read what it reads in the checkpoint's code: the stream beh
 _JOIN += "the input of the block."
 _READ = "Load the weights unrounded, or make the reference from the weights as they are loaded."
 _SAME = "Load the reference's checkpoint: of the same step, not averaged, without an adapter."
+
+_LOAD = "Load every parameter under its name: ask the loader for the names that it did not find."
 
 NETWORKS: Final[Mapping[str, Title]] = MappingProxyType(
     {
@@ -156,6 +159,15 @@ NETWORKS: Final[Mapping[str, Title]] = MappingProxyType(
             "embeddings that are not scaled",
             "Multiply the embeddings by the factor of the checkpoint's code, in Gemma √width.",
         ),
+        "embedding scale": Title(
+            "another scale of the embeddings, {}",
+            "Multiply the embeddings by the factor of the checkpoint's code, once.",
+        ),
+        "logit scale": Title(
+            "logits times {} before the softmax",
+            "Take the loss of the logits as the model defines them: at temperature 1, and scaled "
+            "once where the configuration scales them.",
+        ),
         "embedding scale in bfloat16": Title(
             "a factor of the embeddings that is rounded to bfloat16",
             "Multiply the embeddings by their factor as it is in float32.",
@@ -165,6 +177,10 @@ NETWORKS: Final[Mapping[str, Title]] = MappingProxyType(
             for dtype in ("bfloat16", "float16")
         },
         **{f"other weights of {some}": Title("another checkpoint", _SAME) for some in WEIGHTS},
+        **{group: Title(f"parameters that were not loaded: {group}", _LOAD) for group in GROUPS},
+        "head is the embedding": Title(
+            "a head that is the embedding, where it has weights of its own", _LOAD
+        ),
         "weights to bits": Title("weights rounded to {} bits", _READ),
         "matrices to bits": Title("matrices rounded to {} bits", _READ),
         **{
@@ -211,6 +227,10 @@ FIELDS: Final[Mapping[tuple[str, Any], Title]] = MappingProxyType(
         ("where", "prompts"): Title("labels drawn at the prompt too", _DRAW),
         ("where", "last"): Title("labels drawn at the last position too", _DRAW),
         ("where", "everywhere"): Title("labels drawn at every position", _DRAW),
+        ("where", "ignored last"): Title(
+            "a label at the last position: what follows the text",
+            "Give the last position of each text no label: ignore_index.",
+        ),
         ("rows_A", "without last"): Title("the last position left out of the rows", _OTHER),
         ("rows_A", "without the last column"): Title("the last column is no row", _OTHER),
         ("rows_A", "without first, with last"): Title("rows that are one position late", _OTHER),
@@ -339,6 +359,8 @@ def _of_field(case: Case | None, name: str, value: Any) -> Title | None:
         return _SMOOTHED if name == "smoothing" else _Z_LOSS
     if value == "argmax" and case and case.reference.fisher is Fisher.EMPIRICAL:
         return _LIKELIEST
+    if value in SWAPPED:
+        return ANOTHER[Setting(tensor_G=value).faults[0], "G"]
     key = "rows_A" if name == "rows_G" else name
     first = next((x for x in (BUT, LONGER, PROMPT) if str(value).startswith(x)), value)
     return FIELDS.get((key, first))

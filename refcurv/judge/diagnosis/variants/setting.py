@@ -216,6 +216,11 @@ class Setting:
         swapped = ("B38",) * (self.tensor_G in SWAPPED)
         return ("B42",) * (self.tensor_G == "activation") + swapped + ("B20",) * first
 
+    def alike_of(self, fault: str | None) -> tuple[str, ...]:
+        """Those of the fields that are this fault."""
+        each = [Setting(**{f.name: getattr(self, f.name)}) for f in fields(self)]
+        return tuple(id for one in each if fault in one.faults for id in one.alike)
+
     @property
     def sides(self) -> frozenset[str]:
         """Which of "A" and "G" can differ from the reference's."""
