@@ -13,7 +13,7 @@ from strategies import config, random_parameters
 import refcurv as rc
 from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.case import Case
-from refcurv.judge.diagnosis import dropped, scales, signs, telling
+from refcurv.judge.diagnosis import dropped, precision, scales, signs, telling
 from refcurv.judge.diagnosis.coarse import settle
 from refcurv.judge.diagnosis.dropped import (
     DROPOUT,
@@ -307,6 +307,22 @@ def test_a_part_that_rounds_or_is_another_has_its_name(setting, name):
 def test_gradients_that_vanish_in_float16(setting):
     theirs = planted(setting, Setting(tensor_G="output in float16 at 2^-20"))
     assert named(setting, theirs)[1] == ["B61"]
+
+
+def test_of_a_large_corpus_a_dtype_is_sized_on_the_same_sequences(setting, monkeypatch):
+    """What sequences differ by is no rounding."""
+    theirs = planted(setting, Setting(network=(("all in bfloat16", 0.0),)))
+    model, corpus, factors = setting
+    case = Case(of_arrays(theirs), factors, {x: x for x in factors}, Arithmetic(), model, corpus)
+    found = {name: Side(name) for name in "AG"}
+    for name, side in found.items():
+        side.ladders = {x: ladder(case, x, name, None) for x in factors if x.endswith("up")}
+        for layer in side.ladders:
+            side.add(PLAIN, layer, ours(case, layer)[name])
+    monkeypatch.setattr(precision, "few_positions", lambda _: 108)
+    sizes = precision._sizes(case, found)
+    assert all(0.3 < x < 3 for x in sizes["bfloat16"]) and len(sizes["bfloat16"]) == 4
+    assert all(x > 3 for x in sizes["float16"])
 
 
 @pytest.mark.slow

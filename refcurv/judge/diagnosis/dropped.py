@@ -10,7 +10,7 @@ from scipy import special
 
 from refcurv.algebra.scaling import norm
 from refcurv.judge.case import Case
-from refcurv.judge.diagnosis.recomputed import is_large
+from refcurv.judge.diagnosis.recomputed import WHOLE, cost, is_large
 from refcurv.judge.diagnosis.search import Side
 from refcurv.judge.diagnosis.seen import see
 from refcurv.judge.diagnosis.variants import Setting, inputs, moments
@@ -139,8 +139,10 @@ def _moved(seen: Sequence[Place]) -> tuple[float, Array]:
 
 
 def _theirs(case: Case, found: Mapping[str, Side]) -> Matrices:
-    """Theirs: A, and G where its labels are known."""
+    """Theirs: A, and G where its labels are known; none where passes take too long."""
     if case.model is None or case.corpus is None or is_large(case):
+        return {}
+    if PASSES * cost(case) > WHOLE:
         return {}
     known = case.reference.fisher is Fisher.EMPIRICAL
     known |= case.dump.declared.get("labels") == "given"

@@ -163,10 +163,10 @@ def _made(case: Case, side: str, layers: Sequence[str], setting: Setting) -> Mad
     """Y and T − Y of all layers, each over |Y|, theirs without its factor."""
     of: dict[str, Array] = {}
     if side == "A":
-        for _, alone in inputs(case, [setting], layers, extent(case)):
+        for _, alone in inputs(case, [setting], layers):
             of = {x: A for x, (A, _) in alone.items()}
     else:
-        for _, both in moments(case, [setting], layers, extent(case)):
+        for _, both in moments(case, [setting], layers):
             of = {x: one.G for x, one in both.items()}
     Y, D = [], []
     for layer in layers:

@@ -15,7 +15,6 @@ import numpy as np
 
 from refcurv.judge.case import Case
 from refcurv.judge.diagnosis.variants.collecting import (
-    POSITIONS,
     WORK,
     exactly,
     held,
@@ -82,7 +81,7 @@ def parts(
     case: Case,
     layers: Sequence[str],
     setting: Setting = REFERENCE,
-    limit: int = POSITIONS,
+    limit: int | None = None,
     most: float = WORK,
 ) -> Parts:
     """The parts of some linear layers, recomputed from model and corpus.

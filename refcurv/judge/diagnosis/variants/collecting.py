@@ -40,7 +40,7 @@ MORE = 8
 """Draws for each of theirs, at most.  Chosen: an eighth of their variance adds 6 % to an error."""
 
 POSITIONS = 4096
-"""Positions of the corpus that are recomputed unless the caller says otherwise."""
+"""Positions of a corpus of which every sequence is weighed by itself, at most."""
 
 WORK = 2.0**33
 """Positions times parameters that a run may go through for an exact mean over labels; else that is
@@ -183,7 +183,7 @@ def moments(
     case: Case,
     wanted: Sequence[Setting],
     layers: Sequence[str],
-    limit: int = POSITIONS,
+    limit: int | None = None,
     most: float = WORK,
     through: Callable[[int], Array] | None = None,
     dtype: str | None = None,
@@ -201,8 +201,8 @@ def moments(
             is left of, are not yielded.
         layers: names of linear layers; tables are left out. A layer is missing from a result where
             it has no such tensor (`Setting.tensor_A`, `tensor_G`).
-        limit: positions that are recomputed, at most, but one sequence at least: the sequences are
-            spread evenly over the corpus. `Moments.share` says how many these are.
+        limit: positions that are recomputed, at most, but one sequence at least; all by default.
+            Sequences are spread evenly over the corpus. `Moments.share` says how many these are.
         most: positions times parameters that one run goes through, at most, for an exact mean over
             labels, each of whose passes is over a whole sequence.
         through: the size of a side → a matrix R of so many rows. Rᵀ A R and Rᵀ G R are then what
@@ -250,7 +250,7 @@ def moments(
 
 
 def inputs(
-    case: Case, wanted: Sequence[Setting], layers: Sequence[str], limit: int = POSITIONS
+    case: Case, wanted: Sequence[Setting], layers: Sequence[str], limit: int | None = None
 ) -> Iterator[tuple[Setting, dict[str, tuple[Array, float]]]]:
     """(A, n_A) of some layers as each setting makes them: `moments` without a backward pass.
 
@@ -346,12 +346,12 @@ def held(case: Case) -> Held:
     return case.once("parameters", lambda: Held(model))
 
 
-def sample(case: Case, limit: int) -> tuple[Positions, float]:
+def sample(case: Case, limit: int | None) -> tuple[Positions, float]:
     """Sequences of the corpus, spread evenly, of at most `limit` positions; and their share."""
     assert case.model is not None and case.corpus is not None
     every = positions(case.corpus, case.model.config, case.reference.rows)
     N, T = every.real_BT.shape
-    count = min(N, max(1, limit // T))
+    count = N if limit is None else min(N, max(1, limit // T))
     return every.of(np.linspace(0, N - 1, count).round().astype(int)), count / N
 
 
