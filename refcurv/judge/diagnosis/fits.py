@@ -212,6 +212,8 @@ def least(make: Callable[[Array], Made], first: Array, own: Array) -> tuple[Arra
         before, left = size, float(np.linalg.norm(there[1]))
         if left < size:
             t, here, size = new, there, left
+        if size <= ROUNDING:
+            break
         if STILL * before < left and (left < before or np.abs(s).max() < NUDGE):
             break
         if number == FIRST - 1 and size > NEARER * begin:
