@@ -294,6 +294,7 @@ CHANGED = {
     "matrices to bits": "B57",
     "rotary angles in bfloat16": "B51",
     "rotary frequencies in bfloat16": "B51",
+    "autocast in bfloat16": "B59",
 }
 
 
@@ -302,6 +303,20 @@ def test_a_part_that_rounds_or_is_another_has_its_name(setting, name):
     level = 4.0 if "bits" in name else 0.0
     theirs = planted(setting, Setting(network=((name, level),)))
     assert named(setting, theirs)[1] == [CHANGED[name]]
+
+
+def test_a_model_under_autocast_is_told_by_its_size(setting):
+    """Its norms and its stream are not rounded: the first inputs are ours. Elsewhere it is near."""
+    theirs = planted(setting, Setting(network=(("autocast in bfloat16", 0.0),)))
+    ours_, exact = setting[2], 0
+    for name, (A, G, n) in theirs.items():  # what is rounded in another order
+        exact += np.allclose(A, ours_[name].A, rtol=1e-12)
+        theirs[name] = *((2 * X - Y) for X, Y in ((ours_[name].A, A), (ours_[name].G, G))), n
+    assert 0 < exact < len(theirs)
+    case, found = searched(setting, theirs)
+    (one,) = causes(case, found)
+    assert one.fault == "B59" and "A network under autocast to bfloat16 is 1" in one.sentence
+    assert "model=bfloat16" in one.remedy
 
 
 def test_gradients_that_vanish_in_float16(setting):
@@ -321,8 +336,8 @@ def test_of_a_large_corpus_a_dtype_is_sized_on_the_same_sequences(setting, monke
             side.add(PLAIN, layer, ours(case, layer)[name])
     monkeypatch.setattr(precision, "few_positions", lambda _: 108)
     sizes = precision._sizes(case, found)
-    assert all(0.3 < x < 3 for x in sizes["bfloat16"]) and len(sizes["bfloat16"]) == 4
-    assert all(x > 3 for x in sizes["float16"])
+    assert all(0.3 < x < 3 for x in sizes["all in bfloat16"]) and len(sizes["all in bfloat16"]) == 4
+    assert all(x > 3 for x in sizes["all in float16"])
 
 
 @pytest.mark.slow

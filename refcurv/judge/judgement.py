@@ -61,6 +61,10 @@ Theirs = str | Path | Factors | Mapping[str, Any] | Dump
 """A file or folder, or in memory: Factors, {layer: (A, G, n)}, or what was read already."""
 
 
+SEARCH = "the search for causes"
+"""What follows the comparison, which is not counted."""
+
+
 def validate(
     theirs: Theirs,
     reference: str | Path | Factors | None = None,
@@ -149,9 +153,7 @@ def validate(
         findings += _compared(case, matched, done)
         _require_compared(findings)
         if search := not settled(findings):
-            uncounted(
-                progress, f"{number_of(len(matched), 'layer')} compared; the search for causes"
-            )
+            uncounted(progress, f"{number_of(len(matched), 'layer')} compared; {SEARCH}")
         known, excluded, findings = diagnose(case, findings)
         findings = [*_as_drawn(case, findings), *map(unless_hidden, findings)]
         shown = tuple(_shown(case, findings, pictures))

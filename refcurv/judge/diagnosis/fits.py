@@ -33,6 +33,9 @@ STILL = 0.99
 FIRST = 3
 """So many steps are the first."""
 
+NOTHING = 1e-14
+"""What rounding leaves of it in float64."""
+
 STEPS = 16
 """Chosen: the steps from a first level to the last digit are fewer."""
 
@@ -212,7 +215,7 @@ def least(make: Callable[[Array], Made], first: Array, own: Array) -> tuple[Arra
         before, left = size, float(np.linalg.norm(there[1]))
         if left < size:
             t, here, size = new, there, left
-        if size <= ROUNDING:
+        if size <= NOTHING:
             break
         if STILL * before < left and (left < before or np.abs(s).max() < NUDGE):
             break

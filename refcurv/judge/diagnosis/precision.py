@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Final
 
 import numpy as np
 
@@ -90,22 +92,36 @@ def _as_simulated(
         yield from ((key, layers, worst[key]) for key, layers in hit.items() if key not in near)
         return
     yield from ((key, layers, worst[key]) for key, layers in hit.items() if key[0] not in SIZES)
-    far = {dtype: abs(math.log(np.median(ratios))) for dtype, ratios in sizes.items()}
-    dtype = min(far, key=lambda dtype: far[dtype])
-    ratio = np.median(sizes[dtype])
-    if max(sizes[dtype]) > LARGER or ratio > MIDDLE or min(sizes[dtype]) < 1 / APART:
+    middle = {name: float(np.median(ratios)) for name, ratios in sizes.items()}
+    fits = [
+        name
+        for name, ratios in sizes.items()
+        if max(ratios) <= LARGER and middle[name] <= MIDDLE and min(ratios) >= 1 / APART
+    ]
+    if not fits:
         return
+    which = min(fits, key=lambda name: abs(math.log(middle[name])))
+    ratio, how, dtype = middle[which], NETWORKS[which], which.rpartition(" ")[2]
     every: dict[str, set[str]] = {}
     for layer, sides in (pair for key in hit if key[0] in SIZES for pair in hit[key].items()):
         every.setdefault(layer, set()).update(sides)
-    if min(sizes[dtype]) >= 1 / LARGER and ratio >= 1 / MIDDLE:  # then of what is further off too
+    if min(sizes[which]) >= 1 / LARGER and ratio >= 1 / MIDDLE:  # then of what is further off too
         for name in "A" if any(who_draws(case)) else "AG":
             for layer in found[name].unexplained():
                 every.setdefault(layer, set()).add(name)
-    words = f"A network in {dtype} is {1 / ratio:.2g} times as far from ours as theirs."
+    words = f"A network {how} {dtype} is {1 / ratio:.2g} times as far from ours as theirs."
     key = ("B59", (), words) if dtype == "bfloat16" else ("B60", ("B61",), words)
     yield key, every, max(worst[key] for key in hit if key[0] in SIZES)
 
+
+NETWORKS: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        f"{name} in {dtype}": how
+        for name, how in (("all", "in"), ("autocast", "under autocast to"))
+        for dtype in ("bfloat16", "float16")
+    }
+)
+"""The changes whose size is compared with theirs, and how they are said."""
 
 LARGER = 6.0
 """How many times further off than simulated one matrix may be.  Chosen: roundings in another order
@@ -119,8 +135,9 @@ far, over 6 models."""
 def _sizes(case: Case, found: Mapping[str, Side]) -> dict[str, list[float]]:
     """By dtype: how far theirs is from ours, over how far a network in this dtype is, everywhere.
 
-    Without what such a network has exactly, as the pixels that it reads, and without G whose labels
-    theirs drew: how far that is says nothing of a dtype. Empty where no network can be run.
+    Of what such a network has exactly, as the pixels that it reads, over the finest budget, where
+    theirs has not; without G whose labels theirs drew: how far that is says nothing of a dtype.
+    Empty where no network can be run.
 
     Proof: tests/test_judge_network.py::test_a_dtype_is_read_off_A_where_theirs_drew_labels
     """
@@ -128,19 +145,20 @@ def _sizes(case: Case, found: Mapping[str, Side]) -> dict[str, list[float]]:
         return {}
     known = {"A": found["A"]} if any(who_draws(case)) else found
     out: dict[str, list[float]] = {}
-    for dtype in ("bfloat16", "float16"):
-        setting = Setting(network=((f"all in {dtype}", 0.0),))
-        layers = list(dict.fromkeys(x for side in found.values() for x in side.ladders))
-        limit = few_positions(case)
-        ours = made_on(case, layers, limit)  # of the same sequences
-        for _, of in moments(case, [setting], layers, limit):
-            for name, side in known.items():
-                for layer in (x for x in side.ladders if x in of):
-                    X, Y = getattr(ours[layer], name), getattr(of[layer], name)
-                    error = side.of(layer)[1].error
-                    far = float(norm(X - Y) / norm(X)) if X.shape == Y.shape else 0.0
-                    if far > side.ladders[layer].steps[0][1]:
-                        out.setdefault(dtype, []).append(max(error / far, 1e-300))
+    layers = list(dict.fromkeys(x for side in found.values() for x in side.ladders))
+    limit = few_positions(case)
+    ours = made_on(case, layers, limit)  # of the same sequences
+    for setting, of in moments(
+        case, [Setting(network=((x, 0.0),)) for x in NETWORKS], layers, limit
+    ):
+        for name, side in known.items():
+            for layer in (x for x in side.ladders if x in of):
+                X, Y = getattr(ours[layer], name), getattr(of[layer], name)
+                error, finest = side.of(layer)[1].error, side.ladders[layer].steps[0][1]
+                far = float(norm(X - Y) / norm(X)) if X.shape == Y.shape else 0.0
+                if far > finest or error > LARGER * finest:
+                    ratio = max(error / max(far, finest), 1e-300)
+                    out.setdefault(setting.network[0][0], []).append(ratio)
     return out
 
 

@@ -194,6 +194,13 @@ NETWORKS: Final[Mapping[str, Title]] = MappingProxyType(
             for part in ("norms", "attention")
             for dtype in ("bfloat16", "float16")
         },
+        **{
+            f"autocast in {dtype}": Title(
+                f"a model under autocast to {dtype}",
+                f"Run the model without autocast, or declare it: --arithmetic model={dtype}.",
+            )
+            for dtype in ("bfloat16", "float16")
+        },
         "all in float16": Title(
             "model in float16", "Run the model in float32, or declare that it is float16."
         ),
@@ -315,6 +322,8 @@ def of_size(fault: str, words: str, program: str) -> Title:
     Args: words, what is said of the size.
     """
     own = as_named(fault, program)
+    if words.startswith("A network under autocast"):
+        return NETWORKS[f"autocast in {words.partition(' to ')[2].partition(' ')[0]}"]
     if fault != "B60":
         return own
     if words.startswith("A network in float16"):

@@ -32,6 +32,7 @@ from refcurv.judge.diagnosis.variants.rounding import (
     Parts,
     all_in,
     attention_in,
+    autocast_in,
     norms_in,
     products_in,
     rounded,
@@ -556,6 +557,8 @@ CHANGES: Final[Mapping[str, Change]] = MappingProxyType(
            for dtype in ("bfloat16", "float16")},
         **{f"attention in {dtype}": Change("B56", _never, _coarse(attention_in, dtype))
            for dtype in ("bfloat16", "float16")},
+        "autocast in bfloat16": Change("B59", _never, _coarse(autocast_in, "bfloat16")),
+        "autocast in float16": Change("B60", _never, _coarse(autocast_in, "float16")),
         "all in bfloat16": Change("B59", _never, _coarse(all_in, "bfloat16")),
         "all in float16": Change("B60", _never, _coarse(all_in, "float16")),
         **{f"products in {dtype}": Change("B60", _never, _coarse(products_in, dtype))
@@ -599,7 +602,10 @@ through integers of as many."""
 PRODUCTS: Final = tuple(f"products in {dtype}" for dtype in TF32)
 """Changes that round what products read."""
 
-COARSE: Final = (*PARTS, *PRODUCTS, "all in bfloat16", "all in float16")
+AUTOCAST: Final = ("autocast in bfloat16", "autocast in float16")
+"""Changes that round products, attention and the MLP, and neither norms nor the stream."""
+
+COARSE: Final = (*PARTS, *PRODUCTS, *AUTOCAST, "all in bfloat16", "all in float16")
 """Changes that round on the way, in whatever order that may be: theirs is near, and not equal."""
 
 

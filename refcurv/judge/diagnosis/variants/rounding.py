@@ -86,6 +86,29 @@ class Cut(Short):
     held = "tf32, cut"
 
 
+class Cast(Coarse):
+    """An array of autocast: products read and give bfloat16, and so do functions of such alone."""
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **more: Any) -> Any:
+        product = ufunc is np.matmul
+        given = [rounded(np.asarray(x), self.held) if product else plain(x) for x in inputs]
+        into = more.pop("out", None)
+        found = getattr(ufunc, method)(*given, **more)
+        short = product or all(isinstance(x, Cast) or np.ndim(x) == 0 for x in inputs)
+        if short and np.asarray(found).dtype.kind == "f":
+            found = rounded(np.asarray(found), self.held).view(type(self))
+        if into is not None:
+            np.copyto(into[0], found)
+            return into[0]
+        return found
+
+
+class CastHalf(Cast):
+    """The same of float16."""
+
+    held = "float16"
+
+
 KINDS = {"bfloat16": Coarse, "float16": Half, "tf32": Short, "tf32, cut": Cut}
 
 
@@ -180,6 +203,43 @@ def all_in(dtype: str, parts: Parts) -> Parts:
         Lazy(list(parameters), read),
         replace(ops, mlp_forward=forward, mlp_backward=backward),
     )
+
+
+def autocast_in(dtype: str, parts: Parts) -> Parts:
+    """As autocast has it: products, attention and the MLP in `dtype`, norms and the stream not."""
+    kind = {"bfloat16": Cast, "float16": CastHalf}[dtype]
+    config, parameters, ops = attention_in(dtype, parts)
+
+    def norm(x: Array, gain: Array, eps: float) -> tuple[Array, Saved]:
+        return ops.rms_norm_forward(plain(x), gain, eps)
+
+    def norm_backward(d_y: Array, saved: Saved) -> tuple[Array, Array]:
+        return ops.rms_norm_backward(plain(d_y), saved)
+
+    def forward(activation: Activation, gate: Array | None, up: Array) -> tuple[Array, Saved]:
+        h, saved = ops.mlp_forward(activation, None, plain(up if gate is None else gate))
+        h, up = rounded(h, dtype), plain(up)
+        return (h, (saved,)) if gate is None else (rounded(h * up, dtype), (saved, h, up))
+
+    def backward(d_h: Array, saved: Saved) -> tuple[Array | None, Array]:
+        d_h = rounded(plain(d_h), dtype)
+        activated, *gated = saved
+        d_up = None
+        if gated:
+            h, up = gated
+            d_h, d_up = rounded(d_h * up, dtype), rounded(d_h * h, dtype)
+        d_x = rounded(ops.mlp_backward(d_h, activated)[1], dtype)
+        return (None, d_x) if d_up is None else (d_x, d_up)
+
+    def read(name: str) -> Array:
+        own = parameters[name]
+        return own.view(kind) if own.ndim == 2 and not name.startswith("embed") else own
+
+    new = replace(
+        ops, mlp_forward=forward, mlp_backward=backward, rms_norm_forward=norm,
+        rms_norm_backward=norm_backward, centre=lambda x: ops.centre(plain(x)),
+    )  # fmt: skip
+    return config, Lazy(list(parameters), read), new
 
 
 def products_in(dtype: str, parts: Parts) -> Parts:
