@@ -33,9 +33,6 @@ STILL = 0.99
 FIRST = 3
 """So many steps are the first."""
 
-NOTHING = 1e-14
-"""What rounding leaves of it in float64."""
-
 STEPS = 16
 """Chosen: the steps from a first level to the last digit are fewer."""
 
@@ -215,8 +212,6 @@ def least(make: Callable[[Array], Made], first: Array, own: Array) -> tuple[Arra
         before, left = size, float(np.linalg.norm(there[1]))
         if left < size:
             t, here, size = new, there, left
-        if size <= NOTHING:
-            break
         if STILL * before < left and (left < before or np.abs(s).max() < NUDGE):
             break
         if number == FIRST - 1 and size > NEARER * begin:
