@@ -598,7 +598,10 @@ def test_blocks_across_shards_and_chunks(fisher: Fisher, monkeypatch) -> None:
     test_O49_blocks_are_the_sums_over_segments.hypothesis.inner_test(one, fisher, 11)
 
 
-@pytest.mark.parametrize(("fisher", "draws"), [("expected", 1), ("sampled", 3), ("empirical", 1)])
+@pytest.mark.parametrize(
+    ("fisher", "draws"),
+    [pytest.param("expected", 1, marks=pytest.mark.slow), ("sampled", 3), ("empirical", 1)],
+)
 def test_O49_blocks_are_the_exact_fisher(fisher: str, draws: int) -> None:
     """The second route, rc.exact, of the same labels."""
     one = biased(norm_bias=True, norm=Norm.LAYER, qk_norm=QKNorm.HEAD, norm_place=NormPlace.BOTH)

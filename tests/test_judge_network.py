@@ -173,7 +173,7 @@ LOST = {
 """Parameters that were not loaded, and the model that has them."""
 
 
-@pytest.mark.parametrize("group", LOST)
+@pytest.mark.parametrize("group", dear(LOST))
 def test_parameters_that_were_not_loaded_have_their_name(setting, layered, group):
     here = setting if LOST[group] == "rms" else layered
     model, corpus, factors = here

@@ -83,7 +83,13 @@ LABELS = {
 """Labels at other positions than ours, and the faults that they are."""
 
 
-@pytest.mark.parametrize("name", LABELS)
+QUICK_LABELS = ("not shifted, with last", "what follows a text")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(x, marks=() if x in QUICK_LABELS else pytest.mark.slow) for x in LABELS],
+)
 def test_labels_that_are_not_shifted_are_at_any_token(answers, name) -> None:
     fields, faults = LABELS[name]
     verdict = verdict_of(answers, Setting(**fields))

@@ -463,7 +463,7 @@ def test_without_the_library(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def missing(name: str, *args: Any, **kwargs: Any) -> Any:
         if name == "tokenizers":
-            raise ImportError(name)
+            raise ModuleNotFoundError(name, name=name)
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", missing)
