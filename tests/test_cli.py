@@ -217,6 +217,7 @@ def test_truncate(files: Path, tmp_path: Path, capsys) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_prune(files: Path, tmp_path: Path, capsys) -> None:
     """The file is the function's, made in float32 from weights of float32; it says how."""
     out, table = tmp_path / "e.h5", tmp_path / "t.json"

@@ -275,6 +275,7 @@ def test_the_least_of_several_levels():
     assert np.allclose(t, true, rtol=1e-5, atol=0) and left < 1e-6
 
 
+@pytest.mark.slow
 def test_what_a_later_fault_explains_as_well_is_no_other(setting):
     """With parallel residuals the first MLP reads what attention reads: other layers' A, it seems.
 
@@ -305,6 +306,7 @@ def test_a_part_that_rounds_or_is_another_has_its_name(setting, name):
     assert named(setting, theirs)[1] == [CHANGED[name]]
 
 
+@pytest.mark.slow
 def test_a_model_under_autocast_is_told_by_its_size(setting):
     """Its norms and its stream are not rounded: the first inputs are ours. Elsewhere it is near."""
     theirs = planted(setting, Setting(network=(("autocast in bfloat16", 0.0),)))

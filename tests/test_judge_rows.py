@@ -80,7 +80,8 @@ ROWS = (
 )
 
 
-@pytest.mark.parametrize("fisher", ["empirical", pytest.param("sampled", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("fisher", ["empirical", "sampled"])
 def test_other_rows_and_texts_of_joint_layers_have_their_names(biased, fisher) -> None:
     factors = collected(biased, fisher)
     given = {"labels": "given"} if fisher == "sampled" else {}

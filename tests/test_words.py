@@ -72,6 +72,7 @@ def test_what_is_no_count_is_left_alone(text: str) -> None:
     assert not plurals_by_hand(text)
 
 
+@pytest.mark.slow
 def test_no_command_prints_one_layers(tmp_path, capsys) -> None:
     """One layer, one sequence of one label, one block, one of everything."""
     made = config(layers=1)
