@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -130,7 +131,8 @@ def fitted(
 def _share(side: Side, layer: str, error: float) -> float:
     """What is left of the error of a layer that is off; 0 where it is not."""
     plain = side.plain(layer)
-    return error / plain.error if side.rank(layer, plain) > 0 else 0.0
+    off = 1.0 if math.isinf(plain.error) else plain.error  # where ours is no multiple of theirs
+    return error / off if side.rank(layer, plain) > 0 else 0.0
 
 
 def _free(setting: Setting) -> list[int]:
@@ -175,6 +177,8 @@ def _made(case: Case, side: str, layers: Sequence[str], setting: Setting) -> Mad
             return None
         size = float(np.linalg.norm(of[layer])) or 1.0
         r = best(T, of[layer])[1]
+        if not r > 0:
+            return None
         Y.append(of[layer].ravel() / size)
         D.append((T / r - of[layer]).ravel() / size)
     return np.concatenate(Y), np.concatenate(D)
@@ -194,7 +198,7 @@ def least(make: Callable[[Array], Made], first: Array, own: Array) -> tuple[Arra
     Cost: `make` of the first levels, of one more for each level, and of each step
     Proof: tests/test_judge_network.py::test_the_least_of_several_levels
     """
-    scale = np.where(first > 0, first, own)  # each level counts in units of this
+    scale = np.select([first > 0, own > 0], [first, own], NUDGE)  # a level counts in units of this
     t, here = first, make(first)
     nudged = [make(first + NUDGE * scale * unit) for unit in np.eye(len(first))]
     if here is None or None in nudged:

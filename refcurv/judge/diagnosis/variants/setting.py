@@ -209,8 +209,8 @@ class Setting:
         """Other ids that leave the same trace.
 
         An activation in place shows what is behind it. Another layer's gradient may have come with
-        its name. A text with its start token, whose row is
-        left out, may have lost it by a rule for rows.
+        its name. A text with its start token, whose row is left out, may have lost it by a rule for
+        rows.
         """
         first = "without first" in (self.rows_A, self.rows_G)
         swapped = ("B38",) * (self.tensor_G in SWAPPED)
