@@ -300,8 +300,7 @@ def titles(
 
     Args: case, None where its own numbers and its program say nothing.
 
-    Proof: tests/test_judge_titles.py::test_every_bug_has_a_title_of_its_own,
-        ::test_a_cause_is_called_by_the_bug_that_was_found
+    Proof: tests/test_judge_titles.py::test_a_cause_is_called_by_the_bug_that_was_found
     """
     own = as_named(fault, case.dump.program if case else "")
     if setting is None:
