@@ -120,8 +120,9 @@ def test_a_quantity_is_fitted(setting, name):
 
 @pytest.mark.parametrize(
     ("fisher", "by"),
-    [("empirical", 1 / 0.7), pytest.param("expected", 0.6, marks=pytest.mark.slow)],
+    [("empirical", 1 / 0.7), ("expected", 0.6)],
 )
+@pytest.mark.slow
 def test_a_temperature_of_the_loss_is_fitted(setting, fisher, by):
     """Logits by another scale are those of a head whose weights are larger: A is ours."""
     model, corpus, _ = setting
@@ -146,7 +147,8 @@ SWAPS = {
 }
 
 
-@pytest.mark.parametrize("name", dear(SWAPS))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SWAPS)
 def test_a_swap_is_found_in_another_network(setting, name):
     """Beside a fault of the network ours of the other layer is not what theirs is."""
     *pair, fault = SWAPS[name]
@@ -173,7 +175,8 @@ LOST = {
 """Parameters that were not loaded, and the model that has them."""
 
 
-@pytest.mark.parametrize("group", dear(LOST))
+@pytest.mark.slow
+@pytest.mark.parametrize("group", LOST)
 def test_parameters_that_were_not_loaded_have_their_name(setting, layered, group):
     here = setting if LOST[group] == "rms" else layered
     model, corpus, factors = here
@@ -323,6 +326,7 @@ def test_a_model_under_autocast_is_told_by_its_size(setting):
     assert "model=bfloat16" in one.remedy
 
 
+@pytest.mark.slow
 def test_gradients_that_vanish_in_float16(setting):
     theirs = planted(setting, Setting(tensor_G="output in float16 at 2^-20"))
     assert named(setting, theirs)[1] == ["B61"]

@@ -147,10 +147,11 @@ def test_rows_of_the_other_side_are_padding_that_counts(setting) -> None:
     ("setting", "fault"),
     [
         ("olmo3-few", "B51_blocks"),
-        pytest.param("gptneo-repeated", "B51_left", marks=pytest.mark.slow),
-        pytest.param("esm2-tags", "B50_pads", marks=pytest.mark.slow),
+        ("gptneo-repeated", "B51_left"),
+        ("esm2-tags", "B50_pads"),
     ],
 )
+@pytest.mark.slow
 def test_positions_of_programs_have_their_name(setting, fault) -> None:
     case = cases.Case("numpy", setting, "gold", "float64", (fault,))
     id = fault.partition("_")[0]

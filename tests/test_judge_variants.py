@@ -1093,6 +1093,7 @@ def test_a_sample_says_so() -> None:
     assert parts(here, ["head"], limit=13).sequences.tolist() == [0, 7]
 
 
+@pytest.mark.slow
 def test_images_too() -> None:
     for rows in ("all", "cls"):
         here = of_images(rows=rows)

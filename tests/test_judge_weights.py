@@ -86,7 +86,8 @@ def test_a_forward_for_shapes_that_hooks_see_has_its_name(given, counted):
     assert ("layer, G: " in found["B39"]) is counted  # whose factor is that of the count
 
 
-@pytest.mark.parametrize("seed", [3, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [3, 5])
 def test_one_count_of_a_worker_is_explained_where_drawing_hides_what_it_adds_to_a_slope(
     given, seed
 ):
@@ -254,6 +255,7 @@ def test_a_mean_over_a_batch_varies_more_than_what_is_honest(drawn, setting, sca
     assert (varied(made(setting, scale), layers) == 0) == (setting == MEAN)
 
 
+@pytest.mark.slow
 def test_a_mean_over_a_batch_is_told_by_its_dumps(drawn, monkeypatch):
     """It has about the batch's share of the trace, and no other rule has dumps like it."""
     monkeypatch.setattr(replayed, "DUMPS", 30)

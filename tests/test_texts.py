@@ -229,6 +229,7 @@ def test_packed_and_cut_have_the_same_labels(folder: Path, texts: list[list[int]
 # ------------------------------------------------------------------ O52
 
 
+@pytest.mark.slow
 def test_O52_packed_documents_are_separate_documents(at: Path) -> None:
     """S_A and S_G of the packed build are those of the separate one; unsegmented they are not."""
     rng = np.random.default_rng(52)

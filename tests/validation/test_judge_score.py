@@ -197,6 +197,7 @@ def test_bfloat16_is_rounded_to_even():
     assert np.isfinite(bfloat16(x)).all()
 
 
+@pytest.mark.slow
 def test_a_fault_counts_beyond_ten_budgets():
     case = Case("numpy", "olmo2-padded", "gold", "float64")
     dump = dump_of(case)
