@@ -127,7 +127,7 @@ def test_threads_have_their_buffers_or_are_fewer(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kib", range(523_000, 690_000, 24_000))
+@pytest.mark.parametrize("kib", range(527_000, 690_000, 48_000))
 def test_no_limit_of_the_address_space_makes_a_command_hang(kib: int, tmp_path: Path) -> None:
     """Where BLAS has no room for its buffers it asks for ever, and no signal ends it."""
     one, other = tmp_path / "w.h5", tmp_path / "c.h5"
