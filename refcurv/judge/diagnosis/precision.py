@@ -96,7 +96,9 @@ def _as_simulated(
     fits = [
         name
         for name, ratios in sizes.items()
-        if max(ratios) <= LARGER and middle[name] <= MIDDLE and min(ratios) >= 1 / APART
+        if max(ratios) <= LARGER
+        and middle[name] <= MIDDLE
+        and min(ratios) >= 1 / (APART if name.startswith("all") else LARGER)  # a part, all alike
     ]
     if not fits:
         return
