@@ -68,7 +68,7 @@ def diagnose(
 
     Proof: tests/test_injected.py::test_an_injected_fault_has_its_name
     """
-    if all(f.verdict in (PASS, LEFT_OUT) and telling.aside(f) for f in findings):
+    if telling.settled(findings):
         return (), (), list(findings)
     gauged = {f.layer for f in findings if f.verdict == LEFT_OUT and f.fault == "B8"}
     A = Side("A", gauged=gauged)

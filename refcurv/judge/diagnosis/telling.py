@@ -456,7 +456,7 @@ def _undrawn(case: Case, one: Comparison) -> float:
 
 
 def settled(findings: Sequence[Comparison]) -> bool:
-    """Is there nothing to diagnose? As `procedure.diagnose` has it."""
+    """Is there nothing to diagnose?"""
     return all(one.verdict in (PASS, LEFT_OUT) and aside(one) for one in findings)
 
 

@@ -48,13 +48,22 @@ class Coarse(np.ndarray):
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **more: Any) -> Any:
         into = more.pop("out", None)
-        found = getattr(ufunc, method)(*map(plain, inputs), **more)
-        if np.asarray(found).dtype.kind == "f":
-            found = rounded(np.asarray(found), self.held).view(type(self))
+        found = getattr(ufunc, method)(*self.read(ufunc, inputs), **more)
+        found = self.given(found, ufunc, inputs)
         if into is not None:
             np.copyto(into[0], found)
             return into[0]
         return found
+
+    def read(self, _ufunc: np.ufunc, inputs: tuple[Any, ...]) -> list[Any]:
+        """What a function reads of its inputs."""
+        return [plain(x) for x in inputs]
+
+    def given(self, found: Any, _ufunc: np.ufunc, _inputs: tuple[Any, ...]) -> Any:
+        """What it gives."""
+        if np.asarray(found).dtype.kind != "f":
+            return found
+        return rounded(np.asarray(found), self.held).view(type(self))
 
 
 class Half(Coarse):
@@ -68,15 +77,14 @@ class Short(Coarse):
 
     held = "tf32"
 
-    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **more: Any) -> Any:
-        given = [plain(x) for x in inputs]
-        if ufunc is np.matmul:
-            given = [rounded(np.asarray(x), self.held) for x in given]
-        into = more.pop("out", None)
-        found = getattr(ufunc, method)(*given, **more)
-        if into is not None:
-            np.copyto(into[0], found)
-            return into[0]
+    def read(self, ufunc: np.ufunc, inputs: tuple[Any, ...]) -> list[Any]:
+        """Operands of products are rounded."""
+        given = super().read(ufunc, inputs)
+        product = ufunc is np.matmul
+        return [rounded(np.asarray(x), self.held) for x in given] if product else given
+
+    def given(self, found: Any, _ufunc: np.ufunc, _inputs: tuple[Any, ...]) -> Any:
+        """As it is."""
         return found.view(type(self)) if isinstance(found, np.ndarray) else found
 
 
@@ -86,21 +94,15 @@ class Cut(Short):
     held = "tf32, cut"
 
 
-class Cast(Coarse):
+class Cast(Short):
     """An array of autocast: products read and give bfloat16, and so do functions of such alone."""
 
-    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **more: Any) -> Any:
-        product = ufunc is np.matmul
-        given = [rounded(np.asarray(x), self.held) if product else plain(x) for x in inputs]
-        into = more.pop("out", None)
-        found = getattr(ufunc, method)(*given, **more)
-        short = product or all(isinstance(x, Cast) or np.ndim(x) == 0 for x in inputs)
-        if short and np.asarray(found).dtype.kind == "f":
-            found = rounded(np.asarray(found), self.held).view(type(self))
-        if into is not None:
-            np.copyto(into[0], found)
-            return into[0]
-        return found
+    held = "bfloat16"
+
+    def given(self, found: Any, ufunc: np.ufunc, inputs: tuple[Any, ...]) -> Any:
+        """In the wider of the dtypes of its inputs."""
+        alone = all(isinstance(x, Cast) or np.ndim(x) == 0 for x in inputs)
+        return Coarse.given(self, found, ufunc, inputs) if alone or ufunc is np.matmul else found
 
 
 class CastHalf(Cast):
