@@ -148,6 +148,7 @@ def test_runs_side_by_side_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None
 def test_under_a_limit_of_the_address_space_one_run_is_at_work(monkeypatch) -> None:
     here, taken = beside(gappy(), "empirical"), []
     monkeypatch.setattr(collecting.buffers, "address_space", lambda: 2**40)
+    monkeypatch.setattr(collecting.buffers, "_taken", set())
     monkeypatch.setattr(collecting.buffers, "take_buffers", taken.append)
     monkeypatch.setattr(collecting, "cores", lambda: 5)
     assert collecting._in_flight(here.model.config, collecting.sample(here, 99)[0]) == 1

@@ -12,6 +12,7 @@ from refcurv.algebra.scaling import norm
 from refcurv.judge.case import Case
 from refcurv.judge.diagnosis.hypotheses import misjoined
 from refcurv.judge.diagnosis.seen import Seen, Try
+from refcurv.judge.diagnosis.variants.setting import FUSED
 from refcurv.law.checks import Array
 from refcurv.law.words import number_of
 from refcurv.model.config import NormPlace
@@ -159,7 +160,7 @@ def _shares(diagonal: Array) -> Array:
     return diagonal / total if total > 0 else diagonal
 
 
-_FUSED = dict.fromkeys(("q", "k", "v"), "qkv") | dict.fromkeys(("gate", "up"), "gate_up")
+_FUSED = {kind: "_".join(sorted(group)) for group in FUSED for kind in group}
 
 
 def fused(layer: str) -> tuple[str, str]:

@@ -300,7 +300,7 @@ def _in_flight(config: ModelConfig, at: Positions) -> int:
     Under a limit of the address space one, for which and for this thread BLAS has its buffers.
     """
     if buffers.address_space() is not None:
-        buffers.take_buffers(2)
+        buffers.with_buffers(2)
         return 1
     T = at.real_BT.shape[1] + (config.image.positions if config.image else 0)
     width = sum(map(sum, config.linear_layers().values()))
