@@ -21,6 +21,7 @@ from refcurv.law.checks import (
     RefcurvError,
     SchemaError,
 )
+from refcurv.law.libraries import needed
 
 _MAX_FILE: Final = 2**28  # bytes of a tokenizer.json; the largest known has a tenth
 _DIGITS: Final = len(str(MAX_ID))  # of an id; Python makes no integer of thousands
@@ -85,14 +86,9 @@ def load_tokenizer(file: PathLike, eos: str | None) -> Tokenizer:
 
     What would cut or pad is switched off.
     """
-    try:
+    missing = f"{WHO}: tokenizing needs the library tokenizers: pip install 'refcurv[checkpoints]'."
+    with needed("tokenizers", ConventionError(missing)):
         import tokenizers
-    except ModuleNotFoundError as error:
-        if error.name != "tokenizers":  # it is there, and cannot be loaded
-            raise
-        raise ConventionError(
-            f"{WHO}: tokenizing needs the library tokenizers: pip install 'refcurv[checkpoints]'."
-        ) from None
     path = input_path(file)
     where = repr(str(path))
     from_gguf = is_gguf(path)

@@ -22,6 +22,7 @@ from refcurv.files.disk import reading
 from refcurv.files.paths import PathLike, input_path, machine_faults, one_line
 from refcurv.files.unchanged import Seen, seen
 from refcurv.law.checks import Array, ConventionError, RefcurvError, SchemaError
+from refcurv.law.libraries import needed
 from refcurv.law.words import number_of
 
 MAGIC: Final = b"GGUF"
@@ -157,15 +158,9 @@ def open_gguf(given: PathLike) -> Contents:
 
 def _part(path: Path) -> Contents:
     """One file, as the package reads it, checked."""
-    try:
+    missing = f"open: {str(path)!r} is a GGUF file, which the package gguf reads: "
+    with needed("gguf", ConventionError(missing + "pip install 'refcurv[gguf]'.")):
         import gguf
-    except ModuleNotFoundError as error:
-        if error.name != "gguf":  # it is there, and cannot be loaded
-            raise
-        raise ConventionError(
-            f"open: {str(path)!r} is a GGUF file, which the package gguf reads: "
-            "pip install 'refcurv[gguf]'."
-        ) from None
     _require_readable(path)
 
     class Reader(gguf.GGUFReader):

@@ -16,6 +16,7 @@ import numpy as np
 from refcurv.files.disk import write_bytes
 from refcurv.files.paths import one_line
 from refcurv.law.checks import RefcurvError
+from refcurv.law.libraries import needed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -90,12 +91,10 @@ def _render(figure: Figure, kind: str, metadata: Mapping[str, None]) -> bytes:
 
 def require_matplotlib() -> None:
     """RefcurvError without it; asked before the work that the plots are of."""
+    missing = RefcurvError("report: plots need matplotlib: pip install 'refcurv[report]'")
     try:
-        import matplotlib  # noqa: F401
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":  # it is there, and cannot be loaded
-            raise
-        raise RefcurvError("report: plots need matplotlib: pip install 'refcurv[report]'") from None
+        with needed("matplotlib", missing):
+            import matplotlib  # noqa: F401
     except ValueError as error:  # MPLBACKEND, a style, a file of settings
         raise RefcurvError(f"report: matplotlib cannot be used: {one_line(error)}.") from None
 
