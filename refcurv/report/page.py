@@ -153,7 +153,8 @@ def _sections(results: Json) -> Iterator[str]:
         "Memory versus reasoning",
         "<p>Recitation counts texts continued without a single error (strict), with at most a "
         "quarter of the tokens wrong (loose), and the mean edit distance per token. Retention is "
-        "after over before; above chance, both less the accuracy of a guess.</p>",
+        "after over before; above chance, both less the accuracy of a guess. nDCG@10 compares the "
+        "ten likeliest next tokens of both models in their order; 1: the same ten.</p>",
         html_table(evaluation_table(evaluation)),
         html_table(certainty_table(evaluation)) if knows_intervals(evaluation) else "",
         html_table(agreement_table(evaluation)),

@@ -115,7 +115,7 @@ def certainty_table(evaluation: Json) -> Table:
         value = _value(measure, row["after"].get(measure))
         rows.append((name, measure, whole(row.get("items")), value, f"{low} to {high}", p))
     headers = ("population", "measure", "items", "value", "95 % interval", "p of no change")
-    return Table("by the choice of items", headers, tuple(rows), "llrrrr")
+    return Table("How far off by the choice of items", headers, tuple(rows), "llrrrr")
 
 
 def knows_intervals(evaluation: Json) -> bool:
@@ -149,7 +149,8 @@ def agreement_table(evaluation: Json) -> Table:
         if row.get("agreement")
     )
     headers = ("population", "paper's reading (edited rank)", "code's reading (old rank)")
-    return Table("nDCG@10 against the unedited model", headers, rows, "lrr")
+    title = "nDCG@10 of the likeliest tokens against the unedited model's"
+    return Table(title, headers, rows, "lrr")
 
 
 KEPT: Mapping[str, tuple[str, str, str, str]] = {
