@@ -62,6 +62,8 @@ def test_layers_that_are_not_there_are_told_from_those_that_fail(setting):
     assert text.startswith(f"FAILED: {absent} of {len(names)} layers of memory: ")
     assert "; it does not hold these, and what it holds passes" in text.partition("Layers: ")[0]
     assert "If that is meant, judge what is there with --layers 'PATTERN'" in text
+    table = text.partition("Layers: ")[2].partition("What did not pass")[0]
+    assert "names" not in table and " infinite" not in text  # nothing is to be measured
     assert rc.validate(theirs, factors, layers=",".join(names[:2])).passed
     A, G, n = theirs[names[0]]
     for broken in ((A, 2 * G, n), (A, None, n)):

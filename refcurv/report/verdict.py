@@ -102,13 +102,17 @@ def _named(verdict: Json, bad: list[Json]) -> str:
 def _causes(verdict: Json) -> Iterator[str]:
     for name, one in zip(marks(verdict), verdict["causes"], strict=True):
         text = f"{name}: {one['sentence']} {one['remedy']}"
-        where = f"{number_of(len(one['layers']), 'layer')}, {', '.join(_explained(verdict, one))}"
-        before, after = measured(one["before"]), measured(one["after"])
-        left = f", with this explained {after}" if after else ""
-        text += f" (error {before}{left}; {where})"
+        where = ", ".join([number_of(len(one["layers"]), "layer"), *_explained(verdict, one)])
+        text += f" ({where})" if one["quantities"] == ["names"] else f" ({_errors(one)}; {where})"
         if one["alike"]:
             text += f" Cannot be told from {', '.join(map(called, one['alike']))} in this dump."
         yield _filled(text)
+
+
+def _errors(cause: Json) -> str:
+    """Without the hypothesis and with it."""
+    before, after = measured(cause["before"]), measured(cause["after"])
+    return f"error {before}" + (f", with this explained {after}" if after else "")
 
 
 def called(fault: str) -> str:
@@ -117,10 +121,11 @@ def called(fault: str) -> str:
 
 
 def _explained(verdict: Json, cause: Json) -> list[str]:
-    """The quantities that a cause speaks of, those that passed left out."""
+    """The quantities that a cause speaks of, those that passed left out, and that there is none."""
     layers = {*cause["layers"]}
     bad = {f["quantity"] for f in _bad(verdict) if f["layer"] in layers}
-    return [q for q in cause["quantities"] if q in bad] or list(cause["quantities"])
+    some = [q for q in cause["quantities"] if q in bad] or list(cause["quantities"])
+    return [q for q in some if q != "names"]
 
 
 def _filled(text: str) -> str:
@@ -172,12 +177,12 @@ def layer_table(verdict: Json) -> Table:
         errors = {f["quantity"]: f["error"] for f in found}
         cells = [scientific(e) if (e := errors.get(q)) is not None else "" for q in COLUMNS]
         bad = [f for f in found if f["verdict"] not in FINE]
-        others = ", ".join(f["quantity"] for f in bad if f["quantity"] not in COLUMNS)
+        others = ", ".join(f["quantity"] for f in bad if f["quantity"] not in (*COLUMNS, "names"))
         causes = ", ".join(filter(None, dict.fromkeys(refers(verdict, f)[0] for f in bad)))
         word = "pass" if not bad else _worst([f["verdict"] for f in bad])
         rows.append((layer, *cells, others, causes, word))
-    headers = ("layer", *COLUMNS, "also", "cause", "verdict")
-    title = "Layers: the errors that no choice of scale changes"
+    headers = ("layer", *COLUMNS, "also wrong", "cause", "verdict")
+    title = "Layers: the relative errors that no choice of scale changes"
     return Table(title, headers, tuple(rows), "lrrrlll")
 
 
