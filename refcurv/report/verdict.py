@@ -101,18 +101,24 @@ def _named(verdict: Json, bad: list[Json]) -> str:
 
 def _causes(verdict: Json) -> Iterator[str]:
     for name, one in zip(marks(verdict), verdict["causes"], strict=True):
-        text = f"{name}: {one['sentence']} {one['remedy']}"
-        where = ", ".join([number_of(len(one["layers"]), "layer"), *_explained(verdict, one)])
-        text += f" ({where})" if one["quantities"] == ["names"] else f" ({_errors(one)}; {where})"
+        text = " ".join(filter(None, (f"{name}: {one['sentence']}", one["remedy"])))
+        text += f" ({'; '.join(filter(None, (_errors(one), _where(verdict, one))))})"
         if one["alike"]:
             text += f" Cannot be told from {', '.join(map(called, one['alike']))} in this dump."
         yield _filled(text)
 
 
 def _errors(cause: Json) -> str:
-    """Without the hypothesis and with it."""
+    """Without the hypothesis and with it; empty of what is not there."""
     before, after = measured(cause["before"]), measured(cause["after"])
+    if {*cause["quantities"]} == {"names"}:
+        return ""
     return f"error {before}" + (f", with this explained {after}" if after else "")
+
+
+def _where(verdict: Json, cause: Json) -> str:
+    """How many layers it is about, and which quantities."""
+    return ", ".join([number_of(len(cause["layers"]), "layer"), *_explained(verdict, cause)])
 
 
 def called(fault: str) -> str:
@@ -183,7 +189,7 @@ def layer_table(verdict: Json) -> Table:
         rows.append((layer, *cells, others, causes, word))
     headers = ("layer", *COLUMNS, "also wrong", "cause", "verdict")
     title = "Layers: the relative errors that no choice of scale changes"
-    return Table(title, headers, tuple(rows), "lrrrlll")
+    return _used(Table(title, headers, tuple(rows), "lrrrlll"), ("also wrong", "cause"))
 
 
 def _worst(verdicts: list[str]) -> str:
@@ -214,14 +220,18 @@ def findings_table(verdict: Json, most: int = SHOWN) -> tuple[Table, list[str]]:
     if len(bad) > most:
         title += f" ({most} of {len(bad)}; --json has all)"
     headers = ("layer", "quantity", "error", "budget", "verdict", "cause", "note")
-    used = [k for k in range(len(headers)) if k < CAUSE or any(row[k] for row in rows)]
-    cells = tuple(tuple(row[k] for k in used) for row in rows)
-    align = "".join("llrrlll"[k] for k in used)
-    return Table(title, tuple(headers[k] for k in used), cells, align), list(notes)[1:]
+    table = _used(Table(title, headers, tuple(rows), "llrrlll"), ("cause", "note"))
+    return table, list(notes)[1:]
 
 
-CAUSE = 5
-"""The column of the cause: it and the next are left out where no row uses them."""
+def _used(table: Table, optional: tuple[str, ...]) -> Table:
+    """Without those of the optional columns that no row uses."""
+    columns = list(enumerate(table.headers))
+    kept = [k for k, name in columns if name not in optional or any(row[k] for row in table.rows)]
+    rows = tuple(tuple(row[k] for k in kept) for row in table.rows)
+    align = "".join(table.align[k] for k in kept)
+    return Table(table.title, tuple(table.headers[k] for k in kept), rows, align)
+
 
 NOTHING = "nothing more is known"
 
