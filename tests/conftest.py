@@ -39,6 +39,16 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Proofs())
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is known to take long (`slow(seconds=...)`) begins first: the others fill the end."""
+
+    def seconds(item: pytest.Item) -> float:
+        mark = item.get_closest_marker("slow")
+        return 0.0 if mark is None else float(mark.kwargs.get("seconds", 0))
+
+    items.sort(key=seconds, reverse=True)
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     path = session.config.getoption("--measured")
     if path:

@@ -195,6 +195,7 @@ def test_an_export_killed_at_any_step_leaves_nothing_or_all_of_it(tmp_path: Path
 # ------------------------------------------------------------------ a long run, at any moment
 
 
+@pytest.mark.slow(seconds=40)
 def test_a_collection_killed_again_and_again_ends_with_the_same_file(tmp_path: Path) -> None:
     """SIGKILL at eight moments between start and end; the last run goes on and cleans up."""
     made = config(vocabulary=20)

@@ -137,7 +137,7 @@ def test_sound_layers_are_not_refused_and_noise_is(one: Case) -> None:
         verdicts(one, np.float64)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=30)
 @settings(max_examples=1000)
 @given(one=cases(layers=3))
 def test_a_thousand_models(one: Case) -> None:

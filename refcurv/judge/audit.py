@@ -132,7 +132,7 @@ def audit(
         at most three loss positions. The demo model: a quarter of a minute.
     Source: METHOD, Identities; METHOD, Exactness.
     Proof: tests/test_audit.py::test_a_planted_bug_is_named,
-        tests/test_sound_models.py::test_a_thousand_sound_models_pass,
+        tests/test_sound_models.py::test_more_sound_models_pass,
         tests/test_proofs.py::test_an_identity_with_a_wrong_factor_is_caught
     """
     begin = time.perf_counter()

@@ -6,7 +6,7 @@ every number they make (`algebra.shaken`). How far the result moves is the root 
 squares of its terms. Rounding is at most `tolerance.probable` of that root.
 
 Proof: tests/test_audit.py::test_budgets_cover_the_rounding_that_longdouble_shows,
-    tests/test_sound_models.py::test_a_thousand_sound_models_pass
+    tests/test_sound_models.py::test_more_sound_models_pass
 """
 
 from __future__ import annotations

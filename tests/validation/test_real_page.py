@@ -278,7 +278,7 @@ def test_parts_are_named_in_their_order() -> None:
         names("tables")
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=90)
 def test_every_part_runs_on_the_small_model_and_only_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
