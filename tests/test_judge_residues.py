@@ -10,7 +10,7 @@ import pytest
 
 from refcurv.judge.case import Counts
 from refcurv.judge.diagnosis import choosing, precision, procedure, signs, telling
-from refcurv.judge.diagnosis.recomputed import _left
+from refcurv.judge.diagnosis.compared import _left
 from refcurv.judge.diagnosis.search import PLAIN, Chosen, Idea, Ladder, Option, Side
 from refcurv.judge.diagnosis.seen import Left, Seen
 from refcurv.judge.diagnosis.variants import Moments, Setting

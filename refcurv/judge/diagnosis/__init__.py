@@ -9,7 +9,9 @@ Read in this order:
 What is tried:
     seen        one side of a layer: theirs, ours, and what a hypothesis leaves
     hypotheses, others  what needs no model: other order, damping, a missing mean; other layers
-    recomputed  what model and corpus make: A and G under other settings (variants/)
+    recomputed  what model and corpus make: A and G under other settings (variants/), by these:
+    deciding, work, compared    what of a setting decides a side; what is too much work; what a
+                setting makes, beside theirs
     amounts, fits   amounts in the loss by least squares; eps and the like by a search
     weighted    weights of batches and sequences, by least squares
     unknown, dropped    labels that nobody knows; a pass with dropout: by tests
