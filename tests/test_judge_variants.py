@@ -20,7 +20,8 @@ import refcurv as rc
 from refcurv.judge import case as judged
 from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.diagnosis import compared, recomputed
-from refcurv.judge.diagnosis.search import PLAIN, Idea, Side, ours
+from refcurv.judge.diagnosis.looking import ours
+from refcurv.judge.diagnosis.search import PLAIN, Idea, Side
 from refcurv.judge.diagnosis.seen import Left
 from refcurv.judge.diagnosis.variants import (
     REFERENCE,

@@ -10,15 +10,11 @@ from refcurv.judge.diagnosis import amounts, precision
 from refcurv.judge.diagnosis.deciding import joined, partners, stages
 from refcurv.judge.diagnosis.fits import fits, fits_beside
 from refcurv.judge.diagnosis.hidden import hidden
+from refcurv.judge.diagnosis.ladders import COARSEST
 from refcurv.judge.diagnosis.placed import placed
 from refcurv.judge.diagnosis.prompted import prompted
 from refcurv.judge.diagnosis.recomputed import batched, recompute
-from refcurv.judge.diagnosis.search import (
-    COARSEST,
-    Chosen,
-    Idea,
-    Side,
-)
+from refcurv.judge.diagnosis.search import Chosen, Idea, Side
 from refcurv.judge.diagnosis.unknown import remainder
 from refcurv.judge.diagnosis.variants import REFERENCE, Setting
 from refcurv.judge.diagnosis.variants.networks import BITS, PARTS

@@ -11,8 +11,9 @@ import numpy as np
 from refcurv.judge.case import Case
 from refcurv.judge.compare import who_draws
 from refcurv.judge.diagnosis.deciding import part
+from refcurv.judge.diagnosis.ladders import FINE
 from refcurv.judge.diagnosis.recomputed import recompute
-from refcurv.judge.diagnosis.search import FINE, NEARER, Chosen, Idea, Side, is_coarse
+from refcurv.judge.diagnosis.search import NEARER, Chosen, Idea, Side, is_coarse
 from refcurv.judge.diagnosis.variants import Setting
 from refcurv.judge.diagnosis.variants.networks import COARSE, PRODUCTS
 from refcurv.judge.diagnosis.variants.rounding import TF32

@@ -13,8 +13,8 @@ from refcurv.algebra.scaling import norm
 from refcurv.judge.case import Case
 from refcurv.judge.diagnosis.deciding import part, words
 from refcurv.judge.diagnosis.hypotheses import unbiased
-from refcurv.judge.diagnosis.search import ROUNDING, Idea, usable
-from refcurv.judge.diagnosis.seen import Left, Seen, fitted, see
+from refcurv.judge.diagnosis.search import ROUNDING, Idea
+from refcurv.judge.diagnosis.seen import Left, Seen, fitted, see, usable
 from refcurv.judge.diagnosis.variants import REFERENCE, Moments, Setting, moments
 from refcurv.judge.diagnosis.variants.setting import HALVES
 from refcurv.judge.diagnosis.work import ENTRIES, extent, few_positions, is_large, sequences

@@ -19,7 +19,9 @@ from refcurv.judge.diagnosis.choosing import GOLD, choose, soft
 from refcurv.judge.diagnosis.compared import collected, sketched
 from refcurv.judge.diagnosis.deciding import labels_of, stages
 from refcurv.judge.diagnosis.fits import fitted
+from refcurv.judge.diagnosis.ladders import ladder
 from refcurv.judge.diagnosis.likely import likely
+from refcurv.judge.diagnosis.looking import look, ours
 from refcurv.judge.diagnosis.others import Index, diagonals
 from refcurv.judge.diagnosis.placed import placed
 from refcurv.judge.diagnosis.recomputed import recompute
@@ -33,9 +35,6 @@ from refcurv.judge.diagnosis.search import (
     Chosen,
     Idea,
     Side,
-    ladder,
-    look,
-    ours,
     rest,
     spread,
 )
