@@ -14,7 +14,8 @@ import refcurv as rc
 from refcurv.judge import truths
 from refcurv.judge.diagnosis import scales
 from refcurv.judge.diagnosis.factors import Factor, intervals
-from refcurv.judge.diagnosis.search import DECLARED, PLAIN, Idea, Ladder, Side
+from refcurv.judge.diagnosis.ladders import DECLARED, Ladder
+from refcurv.judge.diagnosis.search import PLAIN, Idea, Side
 from refcurv.judge.diagnosis.seen import Left
 from refcurv.judge.diagnosis.weighted import CORRECTED, WHOLE_BATCH, Decay, _decays, _Layer
 from refcurv.judge.drawn import ODDS, Drawing, reach

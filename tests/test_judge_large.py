@@ -15,7 +15,7 @@ from refcurv.files.lazy import Lazy, Recent
 from refcurv.judge import judgement
 from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.case import Case
-from refcurv.judge.diagnosis import hypotheses, recomputed
+from refcurv.judge.diagnosis import compared, hypotheses, recomputed, work
 from refcurv.judge.diagnosis.search import Side
 from refcurv.judge.diagnosis.variants import Setting, moments
 from refcurv.judge.diagnosis.variants.held import Held
@@ -24,6 +24,12 @@ from refcurv.judge.dump import Dump
 CONFIG = config(mlp_width=8)
 MODEL = rc.Model(CONFIG, random_parameters(CONFIG, 3))
 CORPUS = rc.Corpus(np.random.default_rng(0).integers(0, CONFIG.vocabulary, (12, 9)))
+
+
+def by_sketches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on every model is a large one."""
+    for module in (work, compared):
+        monkeypatch.setattr(module, "ENTRIES", 1)
 
 
 def test_what_was_read_last_is_kept_within_a_bound() -> None:
@@ -86,11 +92,11 @@ def test_a_sketch_is_that_of_the_matrices() -> None:
     here = Case(Dump("memory", {}, {}), reference, {}, Arithmetic(), MODEL, CORPUS)
     wanted = [Setting(rows_A="with last", rows_G="with last"), Setting(pooling_G="centred")]
     whole = dict(moments(here, wanted, list(here.reference)))
-    for setting, of in moments(here, wanted, list(here.reference), through=recomputed.sketch):
+    for setting, of in moments(here, wanted, list(here.reference), through=compared.sketch):
         for layer, one in of.items():
             for side in "AG":
                 M = getattr(whole[setting][layer], side)
-                R = recomputed.sketch(len(M))
+                R = compared.sketch(len(M))
                 near = R.T @ M @ R
                 far = np.abs(getattr(one, side) - near).max()
                 assert far <= 1e-12 * max(np.abs(near).max(), np.linalg.norm(M)), (setting, layer)
@@ -98,11 +104,11 @@ def test_a_sketch_is_that_of_the_matrices() -> None:
 
 def test_the_norm_of_a_sketch_is_that_of_a_matrix() -> None:
     """Also of one with a large trace, which one-sided sketches overstate."""
-    rng, k = np.random.default_rng(0), recomputed.WIDTH
+    rng, k = np.random.default_rng(0), compared.WIDTH
     for power in (0.0, 0.5, 1.0, 3.0):
         U = np.linalg.qr(rng.normal(size=(300, 300)))[0]
         M = (U * np.arange(1.0, 301) ** -power) @ U.T
-        R = recomputed.sketch(300)
+        R = compared.sketch(300)
         sketched = np.linalg.norm((R.T @ M @ R)[:k, k:]) / k
         assert abs(sketched / np.linalg.norm(M) - 1) < 0.25, power
 
@@ -120,7 +126,7 @@ def test_a_large_model_gets_the_same_cause(monkeypatch) -> None:
 
     small = said()
     assert [fault for fault, _ in small] == ["B15"]
-    monkeypatch.setattr(recomputed, "ENTRIES", 1)
+    by_sketches(monkeypatch)
     assert said() == small
     asked = []
     origin = Side.add
@@ -138,16 +144,16 @@ def test_a_cause_found_on_a_sample_says_which_sequences(monkeypatch) -> None:
     truth = rc.collect(MODEL, corpus, "blocks.**", "sampled", draws=4)
     gold = rc.collect(MODEL, corpus, "blocks.**", "empirical")
     theirs = {name: (one.A, one.G, one.n_A) for name, one in gold.items()}
-    monkeypatch.setattr(recomputed, "ENTRIES", 1)
-    monkeypatch.setattr(recomputed, "WORK", 1.0)
+    by_sketches(monkeypatch)
+    monkeypatch.setattr(work, "WORK", 1.0)
     asked: list[tuple[int, int]] = []
-    origin = recomputed.moments
+    origin = compared.moments
 
     def counted(case, wanted, layers, limit, **options):
         asked.append((limit, len(wanted)))
         return origin(case, wanted, layers, limit, **options)
 
-    monkeypatch.setattr(recomputed, "moments", counted)
+    monkeypatch.setattr(compared, "moments", counted)
     found = rc.validate(theirs, truth, model=MODEL, corpus=corpus)
     assert [one.fault for one in found.causes] == ["B15"]
     assert "on 28 of 48 sequences (0, 2, 3, 5, 7, 9, 10, 12, ...), then on all" in (
@@ -186,7 +192,7 @@ def test_nothing_is_read_again_where_everything_fails(tmp_path, monkeypatch, nam
     if not named:
         rng = np.random.default_rng(0)
         wrong = {n: (A, np.cov(rng.normal(size=(len(G), 99))), k) for n, (A, G, k) in wrong.items()}
-    monkeypatch.setattr(recomputed, "ENTRIES", 1)
+    by_sketches(monkeypatch)
     monkeypatch.setattr(judgement, "ROOM", 0)
     read: list[str] = []
     origin = store.read

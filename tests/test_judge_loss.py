@@ -13,9 +13,10 @@ from refcurv.judge import draws
 from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.case import Case
 from refcurv.judge.diagnosis.amounts import _gained, _of_traces, curve, drawn, nearest
+from refcurv.judge.diagnosis.ladders import ladder
 from refcurv.judge.diagnosis.likely import likely, redrawn
 from refcurv.judge.diagnosis.scales import Counts, Scale, equal_batches, explain
-from refcurv.judge.diagnosis.search import Side, ladder
+from refcurv.judge.diagnosis.search import Side
 from refcurv.judge.diagnosis.variants import REFERENCE, Setting, moments
 from refcurv.judge.diagnosis.variants.positions import CLASSES
 from refcurv.judge.drawn import Drawing

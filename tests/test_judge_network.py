@@ -27,9 +27,11 @@ from refcurv.judge.diagnosis.dropped import (
 )
 from refcurv.judge.diagnosis.fits import least
 from refcurv.judge.diagnosis.hidden import hidden
+from refcurv.judge.diagnosis.ladders import ladder
+from refcurv.judge.diagnosis.looking import ours
 from refcurv.judge.diagnosis.precision import causes, short
 from refcurv.judge.diagnosis.recomputed import recompute
-from refcurv.judge.diagnosis.search import PLAIN, Side, ladder, ours
+from refcurv.judge.diagnosis.search import PLAIN, Side
 from refcurv.judge.diagnosis.variants import REFERENCE, Setting, moments
 from refcurv.judge.diagnosis.variants.collecting import sample
 from refcurv.judge.diagnosis.variants.dropout import Dropout

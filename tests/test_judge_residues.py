@@ -10,8 +10,9 @@ import pytest
 
 from refcurv.judge.case import Counts
 from refcurv.judge.diagnosis import choosing, precision, procedure, signs, telling
-from refcurv.judge.diagnosis.recomputed import _left
-from refcurv.judge.diagnosis.search import PLAIN, Chosen, Idea, Ladder, Option, Side
+from refcurv.judge.diagnosis.compared import _left
+from refcurv.judge.diagnosis.ladders import Ladder
+from refcurv.judge.diagnosis.search import PLAIN, Chosen, Idea, Option, Side
 from refcurv.judge.diagnosis.seen import Left, Seen
 from refcurv.judge.diagnosis.variants import Moments, Setting
 from refcurv.judge.diagnosis.weighted import _tried, _uncalled, leave_lone, lone, rules

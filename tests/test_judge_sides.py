@@ -13,7 +13,8 @@ import refcurv as rc
 from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.case import Case
 from refcurv.judge.diagnosis import procedure
-from refcurv.judge.diagnosis.search import PLAIN, Idea, Ladder, Side
+from refcurv.judge.diagnosis.ladders import Ladder
+from refcurv.judge.diagnosis.search import PLAIN, Idea, Side
 from refcurv.judge.diagnosis.seen import Left
 from refcurv.judge.diagnosis.variants import Setting, settings
 from refcurv.judge.dump import Dump

@@ -13,8 +13,10 @@ import refcurv as rc
 from refcurv.curvature.factors import Factor
 from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.case import Case
+from refcurv.judge.diagnosis.ladders import ladder
+from refcurv.judge.diagnosis.looking import look
 from refcurv.judge.diagnosis.others import Index
-from refcurv.judge.diagnosis.search import Idea, Side, ladder, look
+from refcurv.judge.diagnosis.search import Idea, Side
 from refcurv.judge.diagnosis.variants import Setting, moments
 from refcurv.judge.drawn import Drawing
 from refcurv.judge.dump import Dump

@@ -19,8 +19,9 @@ from test_factors import alone, corpus_of, gappy, model_of
 import refcurv as rc
 from refcurv.judge import case as judged
 from refcurv.judge.arithmetic import Arithmetic
-from refcurv.judge.diagnosis import recomputed
-from refcurv.judge.diagnosis.search import PLAIN, Idea, Side, ours
+from refcurv.judge.diagnosis import compared, recomputed
+from refcurv.judge.diagnosis.looking import ours
+from refcurv.judge.diagnosis.search import PLAIN, Idea, Side
 from refcurv.judge.diagnosis.seen import Left
 from refcurv.judge.diagnosis.variants import (
     REFERENCE,
@@ -41,6 +42,7 @@ from refcurv.judge.diagnosis.variants.rotary import ROPES
 from refcurv.judge.diagnosis.variants.rounding import rounded
 from refcurv.judge.diagnosis.variants.setting import PARTS, SWAPPED
 from refcurv.judge.diagnosis.variants.sight import Sight, visible
+from refcurv.judge.diagnosis.work import extent
 from refcurv.judge.dump import Dump
 from refcurv.judge.foreign.memory import of_arrays, of_factors
 from refcurv.law import conventions
@@ -1148,7 +1150,7 @@ def test_a_sample_keeps_matrices_of_the_last_layers_alone(monkeypatch) -> None:
     here = replace(one, dump=of_factors(one.reference), matched={x: x for x in one.reference})
     runs = []
     monkeypatch.setattr(
-        recomputed, "moments", lambda *of, **more: runs.append(of[1]) or moments(*of, **more)
+        compared, "moments", lambda *of, **more: runs.append(of[1]) or moments(*of, **more)
     )
 
     def held(known: object) -> set[str]:
@@ -1158,7 +1160,7 @@ def test_a_sample_keeps_matrices_of_the_last_layers_alone(monkeypatch) -> None:
 
     for layers in (["blocks.0.mlp.up"], ["blocks.1.mlp.up"], ["blocks.1.mlp.up", "head"]):
         for limit in (13, 26, 13):
-            assert list(recomputed._each(here, layers, [Setting(labels="argmax")], limit))
+            assert list(compared.by_setting(here, layers, [Setting(labels="argmax")], limit))
         assert held(here.known) == {*layers}
     assert runs.count([REFERENCE]) == 2 * 3
 
@@ -1181,7 +1183,7 @@ def test_on_a_sample_each_setting_is_tried_once_in_the_same_layers(monkeypatch) 
         runs.append((*layers, limit, *wanted))
         return [(s, [("G", x, idea, Left(errors[x], 1.0)) for x in layers]) for s in wanted]
 
-    monkeypatch.setattr(recomputed, "_each", each)
+    monkeypatch.setattr(recomputed, "by_setting", each)
     here = beside(case(), "empirical")
     found = sides({"G": {(PLAIN, "x"): 1.0, (PLAIN, "y"): 2.0, (PLAIN, "z"): 0.5}})
     for layers, worst in ((["x", "y"], 0.7), (["y"], 0.1), (["x", "z"], 0.8), (["x", "y"], 0.7)):
@@ -1220,7 +1222,7 @@ def test_what_leaves_more_than_the_exact_one_is_run_no_more(exact, entered, monk
     for name, stub in {
         "is_large": lambda _: False, "extent": lambda _: 100, "few_positions": lambda _: 10,
         "_best": lambda *_: left, "_enter": lambda _, one: kept.extend(one),
-        "_each": lambda _c, _l, wanted, _n: ((x, run.append(x) or [x]) for x in wanted),
+        "by_setting": lambda _c, _l, wanted, _n: ((x, run.append(x) or [x]) for x in wanted),
         "_enough": lambda _f, _l, group: names[group[0]] in exact,
     }.items():  # fmt: skip
         monkeypatch.setattr(recomputed, name, stub)
@@ -1245,7 +1247,7 @@ def test_a_sample_says_what_a_setting_changes_in_ours() -> None:
     one = beside(case(batch=8), "empirical")
     here = replace(one, dump=of_factors(one.reference), matched={x: x for x in one.reference})
     own = Setting(labels="empirical")
-    ((_, entries),) = recomputed._each(here, ["blocks.0.mlp.up"], [own], 13)
+    ((_, entries),) = compared.by_setting(here, ["blocks.0.mlp.up"], [own], 13)
     assert entries and all(left.error < 1e-12 for *_, left in entries)
 
 
@@ -1270,8 +1272,9 @@ def watched(monkeypatch):
             whole.extend([setting] if limit >= corpus.label.size else ())
             yield setting, made
 
-    monkeypatch.setattr(recomputed, "moments", counted)
-    monkeypatch.setattr(recomputed, "few_positions", lambda _: 198)
+    monkeypatch.setattr(compared, "moments", counted)
+    for module in (recomputed, compared):
+        monkeypatch.setattr(module, "few_positions", lambda _: 198)
     best = recomputed._best
     monkeypatch.setattr(recomputed, "_best", lambda *of: tried.append(best(*of)) or tried[-1])
     return lambda given: rc.validate(given, truth, model=model, corpus=corpus), theirs, whole, tried
@@ -1330,8 +1333,8 @@ def test_of_a_sample_what_comes_beside_a_fault_is_told_the_better() -> None:
     for layer in layers:
         for name, left in ours(here, layer).items():
             found[name].add(PLAIN, layer, left)
-    every = recomputed.extent(here)
-    recomputed._enter(found, recomputed._lefts(here, layers, [base], every))
+    every = extent(here)
+    recomputed._enter(found, compared.entries(here, layers, [base], every))
     for limit in (every // 6, every // 2, every - 9):
         alone = recomputed._on_some(here, found, layers, [base], limit, base)
         assert {share for share, _ in alone.values()} == {1.0}

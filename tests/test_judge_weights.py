@@ -15,6 +15,7 @@ from refcurv.judge import draws
 from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.case import Case
 from refcurv.judge.diagnosis import relabelled, replayed, scales, search
+from refcurv.judge.diagnosis.ladders import Ladder, ladder
 from refcurv.judge.diagnosis.recomputed import recompute
 from refcurv.judge.diagnosis.replayed import Member, varied
 from refcurv.judge.diagnosis.variants import REFERENCE, Setting, moments
@@ -299,7 +300,7 @@ def test_how_much_theirs_varies_is_said_as_it_is(monkeypatch, seldom, told, says
     known = SimpleNamespace(fault="B43", alike=())
     monkeypatch.setattr(replayed.scales, "explain", lambda *_: [known])
     monkeypatch.setattr(replayed.scales.Counts, "of", lambda _: None)
-    side = search.Side("G", {LAYERS: search.Ladder((("float64", 1e-12),), Drawing(0.5, 0.0, 0.5))})
+    side = search.Side("G", {LAYERS: Ladder((("float64", 1e-12),), Drawing(0.5, 0.0, 0.5))})
     one = replayed.averaged(SimpleNamespace(matched=[LAYERS]), {"G": side}, [LAYERS], [LAYERS])
     assert one is not None and one.faults == () and one.idea.name.startswith(says)
     assert one.left[LAYERS].alike == ("B44", "B2")
@@ -324,7 +325,7 @@ def test_what_varies_as_a_factor_seldom_does_may_be_a_mean(
     known = SimpleNamespace(fault="B43", alike=("B46",))
     monkeypatch.setattr(replayed.scales, "explain", lambda *_: [known])
     monkeypatch.setattr(replayed.scales.Counts, "of", lambda _: None)
-    steps = search.Ladder((("float64", 1e-12),), Drawing(0.5, 0.0, 0.5))
+    steps = Ladder((("float64", 1e-12),), Drawing(0.5, 0.0, 0.5))
     side = search.Side("G", {LAYERS: steps})
     case = SimpleNamespace(matched=[LAYERS])
     one = replayed.averaged(case, {"G": side}, [LAYERS], [LAYERS])
@@ -370,7 +371,7 @@ def test_labels_of_another_kind_are_told_from_a_factor(given, setting, scale, fa
     case = Case(Dump("memory", theirs, {}), ours, {x: x for x in theirs}, Arithmetic(), model,
                 corpus, drawn=dict.fromkeys(theirs, Drawing(1.0, 0.5, 0.5, 60)))  # fmt: skip
     names = list(theirs)
-    steps = {x: search.ladder(case, x, "G", None) for x in names}
+    steps = {x: ladder(case, x, "G", None) for x in names}
     found = {"A": search.Side("A"), "G": search.Side("G", steps)}
     kinds = [Setting(where="prompts"), Setting(labels="drawn, then shifted")]
     recompute(case, found, names, kinds)

@@ -17,7 +17,7 @@ from refcurv.algebra.scaling import norm
 from refcurv.judge.case import Case
 from refcurv.judge.compare import Bounds, Measured, right, said
 from refcurv.judge.diagnosis import corrections as why
-from refcurv.judge.diagnosis.search import COARSEST
+from refcurv.judge.diagnosis.ladders import COARSEST
 from refcurv.judge.diagnosis.seen import fitted
 from refcurv.judge.dump import Theirs
 from refcurv.judge.truths import FORM, WHOLE, Near, Truth, Truths, draws, near_of, unfit

@@ -29,9 +29,9 @@ from refcurv.judge.compare import (
     one_draw,
     who_draws,
 )
-from refcurv.judge.diagnosis.recomputed import cost, few_positions, is_large
 from refcurv.judge.diagnosis.search import spread
 from refcurv.judge.diagnosis.variants.collecting import held
+from refcurv.judge.diagnosis.work import cost, few_positions, is_large
 from refcurv.judge.drawn import NO_DRAWING, Drawing
 from refcurv.judge.dump import Theirs
 from refcurv.judge.eigenvectors import as_columns

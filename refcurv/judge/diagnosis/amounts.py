@@ -16,8 +16,9 @@ import numpy as np
 
 from refcurv.algebra.scaling import norm
 from refcurv.judge.case import Case
+from refcurv.judge.diagnosis.compared import collected
 from refcurv.judge.diagnosis.likely import likely
-from refcurv.judge.diagnosis.recomputed import collected, recompute
+from refcurv.judge.diagnosis.recomputed import recompute
 from refcurv.judge.diagnosis.search import Chosen, Idea, Side
 from refcurv.judge.diagnosis.seen import fitted
 from refcurv.judge.diagnosis.variants import REFERENCE, Setting, combined

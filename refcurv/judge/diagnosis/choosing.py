@@ -7,33 +7,20 @@ from dataclasses import replace
 
 from refcurv.judge.case import Case
 from refcurv.judge.diagnosis import amounts, precision
+from refcurv.judge.diagnosis.deciding import joined, partners, stages
 from refcurv.judge.diagnosis.fits import fits, fits_beside
 from refcurv.judge.diagnosis.hidden import hidden
+from refcurv.judge.diagnosis.ladders import COARSEST
 from refcurv.judge.diagnosis.placed import placed
 from refcurv.judge.diagnosis.prompted import prompted
-from refcurv.judge.diagnosis.recomputed import (
-    batched,
-    cost,
-    extent,
-    few_positions,
-    is_large,
-    joined,
-    partners,
-    recompute,
-    stages,
-    top,
-)
-from refcurv.judge.diagnosis.search import (
-    COARSEST,
-    Chosen,
-    Idea,
-    Side,
-)
+from refcurv.judge.diagnosis.recomputed import batched, recompute
+from refcurv.judge.diagnosis.search import Chosen, Idea, Side
 from refcurv.judge.diagnosis.unknown import remainder
 from refcurv.judge.diagnosis.variants import REFERENCE, Setting
 from refcurv.judge.diagnosis.variants.networks import BITS, PARTS
 from refcurv.judge.diagnosis.variants.setting import HALVES
 from refcurv.judge.diagnosis.weighted import lone, weigh, weighs
+from refcurv.judge.diagnosis.work import cost, extent, few_positions, is_large, top
 
 
 def choose(

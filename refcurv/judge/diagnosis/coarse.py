@@ -10,12 +10,15 @@ import numpy as np
 
 from refcurv.judge.case import Case
 from refcurv.judge.compare import who_draws
-from refcurv.judge.diagnosis.recomputed import is_large, part, recompute
-from refcurv.judge.diagnosis.search import FINE, NEARER, Chosen, Idea, Side, is_coarse
+from refcurv.judge.diagnosis.deciding import part
+from refcurv.judge.diagnosis.ladders import FINE
+from refcurv.judge.diagnosis.recomputed import recompute
+from refcurv.judge.diagnosis.search import NEARER, Chosen, Idea, Side, is_coarse
 from refcurv.judge.diagnosis.variants import Setting
 from refcurv.judge.diagnosis.variants.networks import COARSE, PRODUCTS
 from refcurv.judge.diagnosis.variants.rounding import TF32
 from refcurv.judge.diagnosis.variants.setting import HALVES
+from refcurv.judge.diagnosis.work import is_large
 
 HALF = 0.5
 """Chosen. Of a part that does round, programs that round elsewhere in it left 0.25 of the errors at

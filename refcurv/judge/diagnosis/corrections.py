@@ -9,8 +9,8 @@ from typing import Final
 
 from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.compare import Bounds, Measured, right
+from refcurv.judge.diagnosis.ladders import COARSEST
 from refcurv.judge.diagnosis.precision import short
-from refcurv.judge.diagnosis.search import COARSEST
 from refcurv.judge.segments import Pieces, batches, parts, pieces_of
 from refcurv.judge.truths import FORM, Near, Truth, Truths, near_of
 from refcurv.judge.verdict import EQUAL_AS, FAIL, Comparison

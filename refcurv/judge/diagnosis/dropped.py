@@ -10,13 +10,13 @@ from scipy import special
 
 from refcurv.algebra.scaling import norm
 from refcurv.judge.case import Case
-from refcurv.judge.diagnosis.recomputed import WHOLE, cost, is_large
 from refcurv.judge.diagnosis.search import Side
 from refcurv.judge.diagnosis.seen import see
 from refcurv.judge.diagnosis.variants import Setting, inputs, moments
 from refcurv.judge.diagnosis.variants.dropout import PLACES
 from refcurv.judge.diagnosis.variants.networks import PASSES
 from refcurv.judge.diagnosis.variants.shaken import WEIGHTS
+from refcurv.judge.diagnosis.work import WHOLE, cost, is_large
 from refcurv.law.checks import Array
 from refcurv.law.conventions import Fisher
 

@@ -10,17 +10,13 @@ from functools import partial
 import numpy as np
 
 from refcurv.judge.case import Case
-from refcurv.judge.diagnosis.recomputed import (
-    extent,
-    few_positions,
-    is_large,
-    recompute,
-)
+from refcurv.judge.diagnosis.recomputed import recompute
 from refcurv.judge.diagnosis.search import ROUNDING, Chosen, Idea, Side
 from refcurv.judge.diagnosis.seen import fitted as best
 from refcurv.judge.diagnosis.seen import see
 from refcurv.judge.diagnosis.variants import Setting, inputs, moments
 from refcurv.judge.diagnosis.variants.networks import CHANGES
+from refcurv.judge.diagnosis.work import extent, few_positions, is_large
 from refcurv.law.checks import Array
 
 NEARER = 0.9

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from refcurv.judge.case import Case
-from refcurv.judge.diagnosis.recomputed import cost, few_positions, is_large
 from refcurv.judge.diagnosis.search import Side
 from refcurv.judge.diagnosis.seen import fitted, see
 from refcurv.judge.diagnosis.variants import Setting, inputs
 from refcurv.judge.diagnosis.variants.collecting import WORK
 from refcurv.judge.diagnosis.variants.positions import positions
 from refcurv.judge.diagnosis.variants.texts import HIDDEN
+from refcurv.judge.diagnosis.work import cost, few_positions, is_large
 
 BEST = 2
 """Tokens that are tried further.  Chosen: one comes nearest, but for what other faults leave."""

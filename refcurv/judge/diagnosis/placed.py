@@ -11,9 +11,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from refcurv.judge.case import Case
-from refcurv.judge.diagnosis.recomputed import MOST, extent, is_large
-from refcurv.judge.diagnosis.search import usable
-from refcurv.judge.diagnosis.seen import see
+from refcurv.judge.diagnosis.seen import see, usable
 from refcurv.judge.diagnosis.variants import Setting, inputs
 from refcurv.judge.diagnosis.variants.networks import PADS
 from refcurv.judge.diagnosis.variants.positions import (
@@ -23,6 +21,7 @@ from refcurv.judge.diagnosis.variants.positions import (
     cells,
     positions,
 )
+from refcurv.judge.diagnosis.work import MOST, extent, is_large
 from refcurv.law.checks import Array
 
 KINDS = 14

@@ -12,11 +12,13 @@ import numpy as np
 from refcurv.algebra.scaling import norm
 from refcurv.judge.case import Case
 from refcurv.judge.compare import who_draws
-from refcurv.judge.diagnosis.recomputed import few_positions, is_large, made_on
-from refcurv.judge.diagnosis.search import DECLARED, PLAIN, Side, is_coarse
+from refcurv.judge.diagnosis.compared import made_on
+from refcurv.judge.diagnosis.ladders import DECLARED
+from refcurv.judge.diagnosis.search import PLAIN, Side, is_coarse
 from refcurv.judge.diagnosis.seen import see, states
 from refcurv.judge.diagnosis.titles import of_size
 from refcurv.judge.diagnosis.variants import Setting, moments
+from refcurv.judge.diagnosis.work import few_positions, is_large
 from refcurv.judge.verdict import Cause
 from refcurv.law.checks import Array
 from refcurv.law.words import number_of

@@ -16,18 +16,15 @@ from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.case import Case
 from refcurv.judge.diagnosis import amounts, coarse, precision, scales, telling
 from refcurv.judge.diagnosis.choosing import GOLD, choose, soft
+from refcurv.judge.diagnosis.compared import collected, sketched
+from refcurv.judge.diagnosis.deciding import labels_of, stages
 from refcurv.judge.diagnosis.fits import fitted
+from refcurv.judge.diagnosis.ladders import ladder
 from refcurv.judge.diagnosis.likely import likely
+from refcurv.judge.diagnosis.looking import look, ours
 from refcurv.judge.diagnosis.others import Index, diagonals
 from refcurv.judge.diagnosis.placed import placed
-from refcurv.judge.diagnosis.recomputed import (
-    collected,
-    is_large,
-    labels_of,
-    recompute,
-    sketched,
-    stages,
-)
+from refcurv.judge.diagnosis.recomputed import recompute
 from refcurv.judge.diagnosis.relabelled import relabelled
 from refcurv.judge.diagnosis.replayed import averaged
 from refcurv.judge.diagnosis.search import (
@@ -38,9 +35,6 @@ from refcurv.judge.diagnosis.search import (
     Chosen,
     Idea,
     Side,
-    ladder,
-    look,
-    ours,
     rest,
     spread,
 )
@@ -49,6 +43,7 @@ from refcurv.judge.diagnosis.simulated import sharpened
 from refcurv.judge.diagnosis.unknown import remainder
 from refcurv.judge.diagnosis.variants import combined
 from refcurv.judge.diagnosis.weighted import leave_lone, weigh, weighs
+from refcurv.judge.diagnosis.work import is_large
 from refcurv.judge.draws import nearer, unlike
 from refcurv.judge.verdict import LEFT_OUT, PASS, Cause, Comparison
 from refcurv.model.config import TABLES

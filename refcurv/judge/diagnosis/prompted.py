@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from refcurv.judge.case import Case
-from refcurv.judge.diagnosis.recomputed import cost, few_positions, is_large
 from refcurv.judge.diagnosis.search import SHARPER, Side
 from refcurv.judge.diagnosis.seen import fitted, see
 from refcurv.judge.diagnosis.variants import Setting, inputs
@@ -15,6 +14,7 @@ from refcurv.judge.diagnosis.variants.collecting import WORK
 from refcurv.judge.diagnosis.variants.positions import Positions, positions
 from refcurv.judge.diagnosis.variants.setting import theirs_n
 from refcurv.judge.diagnosis.variants.texts import PROMPTS, prompt, rows_left
+from refcurv.judge.diagnosis.work import cost, few_positions, is_large
 from refcurv.law.conventions import NO_LABEL
 
 LONGEST = 6

@@ -19,11 +19,12 @@ from refcurv.algebra.scaling import norm
 from refcurv.judge.case import Case
 from refcurv.judge.diagnosis import scales
 from refcurv.judge.diagnosis.likely import DUMPS, redrawn
-from refcurv.judge.diagnosis.recomputed import WHOLE, cost, extent, few_positions, recompute
+from refcurv.judge.diagnosis.recomputed import recompute
 from refcurv.judge.diagnosis.search import ROUNDING, Chosen, Idea, Side
 from refcurv.judge.diagnosis.seen import see
 from refcurv.judge.diagnosis.variants import REFERENCE, Setting, moments, settings
 from refcurv.judge.diagnosis.variants.labels import DRAWN
+from refcurv.judge.diagnosis.work import WHOLE, cost, extent, few_positions
 from refcurv.judge.draws import confirmed
 from refcurv.law.checks import Array
 

@@ -17,13 +17,14 @@ import numpy as np
 from refcurv.algebra.scaling import norm
 from refcurv.judge.case import Case
 from refcurv.judge.diagnosis import scales, telling
+from refcurv.judge.diagnosis.deciding import words
 from refcurv.judge.diagnosis.likely import DUMPS, redrawn
-from refcurv.judge.diagnosis.recomputed import WHOLE, cost, extent, few_positions, words
 from refcurv.judge.diagnosis.search import Chosen, Idea, Side
 from refcurv.judge.diagnosis.seen import Left, fitted
 from refcurv.judge.diagnosis.variants import REFERENCE, Parts, Setting, moments, parts
 from refcurv.judge.diagnosis.variants.setting import batches
 from refcurv.judge.diagnosis.weighted import KEPT, Rule, rules
+from refcurv.judge.diagnosis.work import WHOLE, cost, extent, few_positions
 from refcurv.judge.draws import apart, confirmed
 from refcurv.law.checks import Array
 

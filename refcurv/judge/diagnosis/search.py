@@ -1,24 +1,16 @@
-"""The simplest sufficient hypothesis: what is tried, how much each leaves, and which is chosen."""
+"""The simplest sufficient hypothesis: what each leaves of one side, and which is chosen."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-import numpy as np
-
-from refcurv.judge.arithmetic import ROUNDOFF, Arithmetic
-from refcurv.judge.case import Case
-from refcurv.judge.compare import drawing, tells
-from refcurv.judge.diagnosis.hypotheses import tries
-from refcurv.judge.diagnosis.others import Index
-from refcurv.judge.diagnosis.seen import Left, Seen, fitted, see
-from refcurv.judge.diagnosis.tied import tied
+from refcurv.judge.diagnosis.ladders import DECLARED, FINE, Ladder
+from refcurv.judge.diagnosis.seen import Left
 from refcurv.judge.diagnosis.variants import Setting
 from refcurv.judge.diagnosis.variants.networks import COARSE
 from refcurv.judge.diagnosis.variants.setting import HALVES, OPERANDS
-from refcurv.judge.drawn import NO_DRAWING, Drawing
 
 Faults = tuple[str, ...]
 
@@ -41,12 +33,6 @@ PLAIN = Idea((), None, "ours")
 Table = dict[Idea, dict[str, Left]]
 """Hypothesis → layer → what it leaves."""
 
-ROWS_KEPT = frozenset({"B12"})
-"""Faults that change no count of rows: another count is a fault beside them."""
-
-COARSEST = 0.05
-"""A budget above this explains nothing.  Chosen: ten times what bfloat16 costs."""
-
 SHARPER = 10.0
 """How much smaller an error must become to count.  Chosen: rounding differs by less between layers.
 """
@@ -67,91 +53,6 @@ SAMPLE = 8
 
 FEW = 3
 """As SAMPLE, of a large model."""
-
-
-DECLARED = "as declared"
-"""The step of a ladder that is the budget, where what rounding does is known better."""
-
-
-FINE = ("float64", "float32", DECLARED)
-"""Steps of a ladder that are no dtype coarser than what is declared."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ladder:
-    """How far one side of a layer may be off.
-
-    Fields: steps, (dtype, budget), finest first; drawing, what drawing explains, NO_DRAWING where
-    nothing is known; same, below which a form says that the labels are the same.
-    """
-
-    steps: tuple[tuple[str, float], ...]
-    drawing: Drawing = NO_DRAWING
-    same: float = 0.0
-
-    @property
-    def drawn(self) -> float:
-        """How far it may be off by drawing."""
-        return self.drawing.norm
-
-    def by_chance(self, factor: float) -> bool:
-        """Is a factor of tr G within what drawing and rounding explain? Also one that is NaN."""
-        return not abs(factor - 1) > 2 * self.steps[0][1] + self.drawing.of_factor(factor)
-
-    def tolerance(self, rank: int, left: Left) -> float:
-        """How far a factor may be from what it is, given how well the form fits.
-
-        A form that other labels may have says nothing of the dtype that the factor has.
-        """
-        other = self.drawn > 0 and left.drawn and left.error >= self.same
-        if rank < self.by_drawing and not other:
-            return 2 * self.steps[rank][1] * left.blur
-        return 2 * self.steps[0][1] * left.blur + self.drawing.of_factor(left.ratio)
-
-    def rank(self, error: float, spread: float = 0.0, roomy: float = 1.0) -> int:
-        """Which step the error is within; one more if drawing explains it, two more if nothing.
-
-        Args: spread, what labels that nobody knows explain beside; roomy, of `Left`.
-        """
-        for k, (_, budget) in enumerate(self.steps):
-            if error <= roomy * budget:
-                return k
-        drawing = error <= self.steps[0][1] + max(self.drawn, spread)
-        return len(self.steps) + (not drawing)
-
-    @property
-    def declared(self) -> float:
-        """The budget of what is declared."""
-        return next((b for dtype, b in self.steps if dtype == DECLARED), self.steps[0][1])
-
-    @staticmethod
-    def whole(left: Left) -> float:
-        """|T − Y| over |Y|, where T/r is `error` from Y, and T − r Y is at right angles to Y."""
-        return math.hypot(left.ratio * left.error, left.ratio - 1)
-
-    @property
-    def by_drawing(self) -> int:
-        """The rank of what drawing explains."""
-        return len(self.steps)
-
-
-def ladder(case: Case, layer: str, side: str, n_G: float | None) -> Ladder:
-    """The budgets of one side of a layer: what is declared, and then every coarser dtype."""
-    finest = case.arithmetic.stored or "float64"
-    steps = [(finest, case.budget(layer, finest, side))]
-    bare = replace(case, arithmetic=Arithmetic())
-    for dtype in list(ROUNDOFF)[1:]:
-        budget = bare.budget(layer, dtype, side)
-        if steps[-1][1] < budget <= COARSEST:
-            steps.append((dtype, budget))
-    drawn = drawing(case, layer, n_G)
-    if side == "A" or not drawn.known:
-        return Ladder(tuple(steps))
-    if not drawn.norm:
-        return Ladder(tuple(steps))
-    telling = case.once(("tells", layer), lambda: tells(case.means(layer)[1], drawn))
-    same = min(case.budget(layer, "float32"), telling)
-    return Ladder(tuple(steps), drawn, same)
 
 
 @dataclass(frozen=True, slots=True)
@@ -398,95 +299,6 @@ def is_coarse(setting: Setting | None) -> bool:
         return False
     short = setting.tensor_G in HALVES or {setting.tensor_A, setting.tensor_G} & {*OPERANDS}
     return bool(short) or any(name in COARSE for name, _ in setting.network)
-
-
-def look(
-    case: Case,
-    layers: Iterable[str],
-    found: Mapping[str, Side],
-    index: Index,
-    wanted: Container[str] | None = None,
-    sides: str = "AG",
-) -> None:
-    """Try what needs no model on these layers; `wanted`, only these faults; `sides`, only these."""
-    heads = None if case.model is None else case.model.config.head_width
-    for layer in layers:
-        for side, seen in see(case, layer).items():
-            if side in sides and usable(seen):
-                case.say(f"what {side} of {layer} may be")
-                pooled = tied(case, seen) if wanted is None or "B40" in wanted else ()
-                for one in (*tries(seen, heads, wanted), *index.tries(seen, wanted), *pooled):
-                    if "B49" in one.faults and not _starts(case, seen):
-                        continue
-                    error, r = fitted(seen.T if one.T is None else one.T, one.Y)
-                    idea = Idea(one.faults, None, "" if one.faults else one.note)
-                    rows = seen.rows(seen.n_X) if {*one.faults} <= ROWS_KEPT else None
-                    roomy = 1.0 if one.of is None else _roomy(case, seen, *one.of)
-                    blur = one.blur * roomy
-                    wide = one.spread if one.of is None else _drawn_as(case, seen, *one.of)
-                    left = Left(error, r, one.note, one.alike, rows, wide, blur=blur, roomy=roomy)
-                    found[side].add(idea, layer, left)
-
-
-def _roomy(case: Case, seen: Seen, layer: str, side: str) -> float:
-    """How many times wider the budget of another matrix is, which stands in the place of ours."""
-    finest = case.arithmetic.stored or "float64"
-    own = case.budget(seen.layer, finest, seen.side)
-    return max(1.0, case.budget(layer, finest, side) / own)
-
-
-def _drawn_as(case: Case, seen: Seen, layer: str, side: str) -> float:
-    """What drawing explains of G in the place of A, where A stands in the place of G.
-
-    So the two are known to be swapped: of A alone any matrix could be another draw.
-    """
-    T = case.theirs(seen.layer).G
-    if (seen.side, side) != ("A", "G") or T is None or layer != seen.layer:
-        return 0.0
-    finest = case.arithmetic.stored or "float64"
-    mine = see(case, layer)
-    swapped = mine["G"].T.shape == mine["A"].X.shape and usable(mine["G"])
-    if not swapped or fitted(mine["G"].T, mine["A"].X)[0] > case.budget(layer, finest, "A"):
-        return 0.0
-    drawn = drawing(case, layer, case.counts(layer).theirs["G"])
-    return drawn.norm if drawn.known else 0.0
-
-
-def _starts(case: Case, seen: Seen) -> bool:
-    """May theirs have one row more or less for each text? Padding of one token has many more."""
-    corpus = case.corpus
-    if corpus is None or corpus.images is not None or seen.n_T is None:
-        return True
-    segment_BT = corpus.segment
-    at_BT2 = np.stack([np.indices(segment_BT.shape)[0], segment_BT], axis=-1)
-    texts = [at_BT2[real][:, :k] for real in (corpus.real, corpus.label >= 0) for k in (1, 2)]
-    return abs(seen.n_T - seen.n_X) in {len(np.unique(one, axis=0)) for one in texts}
-
-
-def ours(case: Case, layer: str) -> dict[str, Left]:
-    """What no fault at all leaves, by side; found once."""
-
-    def make() -> dict[str, Left]:
-        return {
-            side: Left(
-                *fitted(seen.T, seen.X), PLAIN.name, (), seen.rows(seen.n_X), trace=_traces(seen)
-            )
-            for side, seen in see(case, layer).items()
-            if usable(seen) and seen.T.shape == seen.X.shape
-        }
-
-    return case.once(("ours", layer), make)
-
-
-def _traces(seen: Seen) -> float:
-    """tr T over tr X; NaN of a matrix of zeros."""
-    own = float(np.trace(seen.X))
-    return float(np.trace(seen.T)) / own if own > 0 else math.nan
-
-
-def usable(seen: Seen) -> bool:
-    """Is there a form to search: a matrix, finite and not 0?"""
-    return seen.T.ndim == 2 and bool(math.isfinite(seen.T.sum()) and seen.T.any())
 
 
 def spread(names: Sequence[str], most: int = SAMPLE) -> list[str]:

@@ -155,3 +155,8 @@ def _spilt(T: Array) -> bool:
 def _full(X: Array) -> Array:
     """Of a table the diagonal alone is stored (EMBEDDING)."""
     return np.diag(X) if X.ndim == 1 else X
+
+
+def usable(seen: Seen) -> bool:
+    """Is there a form to search: a matrix, finite and not 0?"""
+    return seen.T.ndim == 2 and bool(math.isfinite(seen.T.sum()) and seen.T.any())

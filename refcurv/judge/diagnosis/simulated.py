@@ -14,9 +14,9 @@ from dataclasses import replace
 from refcurv.algebra.scaling import norm
 from refcurv.judge.case import Case
 from refcurv.judge.compare import who_draws
-from refcurv.judge.diagnosis.recomputed import extent, few_positions, is_large
-from refcurv.judge.diagnosis.search import DECLARED, Ladder
+from refcurv.judge.diagnosis.ladders import DECLARED, Ladder
 from refcurv.judge.diagnosis.variants import REFERENCE, Setting, inputs, moments
+from refcurv.judge.diagnosis.work import extent, few_positions, is_large
 from refcurv.law.checks import Array
 from refcurv.model.config import Activation
 

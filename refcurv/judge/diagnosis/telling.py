@@ -14,7 +14,8 @@ from refcurv.judge.case import Case, Counts
 from refcurv.judge.diagnosis import precision, scales
 from refcurv.judge.diagnosis.causes import about, made
 from refcurv.judge.diagnosis.factors import factors
-from refcurv.judge.diagnosis.search import PLAIN, ROWS_KEPT, Chosen, Idea, Side
+from refcurv.judge.diagnosis.looking import ROWS_KEPT
+from refcurv.judge.diagnosis.search import PLAIN, Chosen, Idea, Side
 from refcurv.judge.diagnosis.seen import states
 from refcurv.judge.diagnosis.signs import Sign, signs
 from refcurv.judge.diagnosis.titles import Title, joined, of_factor, titles

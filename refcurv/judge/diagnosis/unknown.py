@@ -16,10 +16,12 @@ import numpy as np
 
 from refcurv.algebra.scaling import norm
 from refcurv.judge.case import Case
-from refcurv.judge.diagnosis.recomputed import collected, is_large, words
+from refcurv.judge.diagnosis.compared import collected
+from refcurv.judge.diagnosis.deciding import words
 from refcurv.judge.diagnosis.search import Idea, Side
 from refcurv.judge.diagnosis.seen import Left, fitted
 from refcurv.judge.diagnosis.variants import REFERENCE, Setting, settings
+from refcurv.judge.diagnosis.work import is_large
 from refcurv.judge.drawn import DEVIATIONS
 from refcurv.law.checks import Array
 from refcurv.law.conventions import Fisher

@@ -16,13 +16,14 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 
 from refcurv.judge.case import Case
+from refcurv.judge.diagnosis.deciding import words
 from refcurv.judge.diagnosis.hypotheses import damping
-from refcurv.judge.diagnosis.recomputed import WHOLE, cost, words
 from refcurv.judge.diagnosis.scales import FEW
-from refcurv.judge.diagnosis.search import ROUNDING, SHARPER, Chosen, Idea, Side, usable
-from refcurv.judge.diagnosis.seen import Left, Seen, fitted, see
+from refcurv.judge.diagnosis.search import ROUNDING, SHARPER, Chosen, Idea, Side
+from refcurv.judge.diagnosis.seen import Left, Seen, fitted, see, usable
 from refcurv.judge.diagnosis.variants import REFERENCE, Parts, Setting, parts
 from refcurv.judge.diagnosis.variants.collecting import POSITIONS, sample
+from refcurv.judge.diagnosis.work import WHOLE, cost
 from refcurv.law.checks import Array
 from refcurv.law.words import number_of
 
