@@ -232,7 +232,7 @@ def test_a_level_that_is_near_enough_is_fitted(setting):
     theirs = planted(setting, Setting(network=(("eps", 1.02e-5),)))
     verdict, faults = named(setting, theirs, arithmetic="float32", layers="blocks.*.mlp.up")
     assert faults == ["B53"]
-    assert verdict.causes[0].sentence.count("`eps 1.02e-05`") == 2
+    assert "A and G of 2 layers: as with `eps 1.02e-05`." in verdict.causes[0].sentence
     assert verdict.causes[0].after < 1e-9
 
 
@@ -250,8 +250,10 @@ def test_two_quantities_are_fitted_at_once(setting, name):
     verdict, faults = named(setting, planted(setting, Setting(network=network)))
     assert faults == sorted(CHANGES[change].fault for change, _ in network)
     assert all(cause.after < 1e-12 for cause in verdict.causes)
-    for change, level in network:
-        assert all(f"{change} {level:g}" in cause.sentence for cause in verdict.causes if level)
+    first, *others = (cause.sentence for cause in verdict.causes)
+    assert all(f"`{change} {level:g}`" in first for change, level in network if level)
+    with_first = f"It is found together with {verdict.causes[0].fault}."
+    assert all(with_first in one and "as with" not in one for one in others)
 
 
 def test_the_least_of_several_levels():
@@ -292,7 +294,7 @@ def test_what_a_later_fault_explains_as_well_is_no_other(setting):
         setting, planted(setting, Setting(network=(("residual parallel", 0.0),)))
     )
     assert faults == ["B54"]
-    assert "A: as with network `residual parallel` (11 layers)" in verdict.causes[0].sentence
+    assert "A of 11 layers: as with `residual parallel`" in verdict.causes[0].sentence
 
 
 CHANGED = {

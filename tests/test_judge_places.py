@@ -223,7 +223,7 @@ def test_a_prompt_of_a_template_has_its_name(text) -> None:
     answers = model, corpus, rc.collect(model, corpus, LAYERS, "empirical")
     verdict = verdict_of(answers, Setting(text=text))
     assert not verdict.passed and [cause.fault for cause in verdict.causes] == ["B49"]
-    assert f"G: as with text `{text}`" in verdict.causes[0].sentence
+    assert f"G of 3 layers: as with text `{text}`" in verdict.causes[0].sentence
 
 
 def test_tokens_of_a_prompt_stand_where_its_name_says() -> None:

@@ -84,7 +84,7 @@ def test_a_forward_for_shapes_that_hooks_see_has_its_name(given, counted):
     found = named(given, change)
     assert [*found] == ["B39"]
     assert "the first batch of 5 sequences is added twice, and counted" in found["B39"]
-    assert ("layer, G: " in found["B39"]) is counted  # whose factor is that of the count
+    assert ("A and G of 2 layers: " in found["B39"]) is counted  # whose factor is that of the count
 
 
 @pytest.mark.slow

@@ -74,7 +74,8 @@ def words(setting: Setting) -> str:
         if value == getattr(REFERENCE, name) or name in _UNSAID:
             continue
         if name == "network":
-            value = " and ".join(f"{c} {size:g}" if size else c for c, size in value)
+            out += [f"`{change} {size:g}`" if size else f"`{change}`" for change, size in value]
+            continue
         label = name.removesuffix("_A").removesuffix("_G").replace("_", "-")
         more = {"labels": setting.amount, "pooling_G": setting.batch}.get(name, 0)
         value = f"{value:.4g}" if isinstance(value, float) else value

@@ -183,7 +183,8 @@ def forms(case: Case, found: Mapping[str, Side]) -> list[Cause]:
         for one in side.chosen:
             for fault in one.faults or (None,):
                 parts.setdefault(fault, []).append((side, one))
-    out = []
+    out: list[Cause] = []
+    said: dict[str, str] = {}  # what was seen → the fault whose cause says it
     for fault, where in parts.items():
         layers = dict.fromkeys(layer for _, one in where for layer in one.left)
         sides = "AG" if fault == "B32" else [side.side for side, _ in where]
@@ -193,9 +194,18 @@ def forms(case: Case, found: Mapping[str, Side]) -> list[Cause]:
         before = max(side.plain(x).error for side, one in where for x in one.left)
         after = max(left.error for _, one in where for left in one.left.values())
         alike = (*_like(fault, where), *_without_padding(case, fault))
-        words, title = _words(where), _title(case, fault, where)
+        words, title = _said(fault, _words(where), said), _title(case, fault, where)
         out.append(made(case, fault, words, tuple(layers), quantities, before, after, alike, title))
     return out
+
+
+def _said(fault: str | None, words: Sequence[str], said: dict[str, str]) -> str:
+    """These words; where other faults of the same hypotheses said all of them, which these are."""
+    if all(x in said for x in words):
+        others = dict.fromkeys(said[x] for x in words)
+        return f"It is found together with {' and '.join(others)}."
+    said |= {x: fault or "" for x in words if x not in said}
+    return " ".join(words)
 
 
 def _title(case: Case, fault: str | None, where: Sequence[tuple[Side, Chosen]]) -> Title | None:
@@ -221,16 +231,20 @@ def _form_of(side: str) -> tuple[str, ...]:
     return (f"{side}/tr {side}", f"symmetry of {side}", side, f"n_{side}", "tr A · tr G")
 
 
-def _words(where: Sequence[tuple[Side, Chosen]]) -> str:
-    """What was seen on each side, in the first layer that shows it, and in how many layers."""
-    out = []
+def _words(where: Sequence[tuple[Side, Chosen]]) -> list[str]:
+    """What was seen on each side: in all layers alike, or in the first of so many that show it."""
+    seen: dict[tuple[str, str], list[str]] = {}  # (of which layers, what) → sides
     for side, one in where:
         layer, left = next(iter(one.left.items()))
-        notes = {one.note for one in one.left.values()}
-        place = f"In {layer}" if len(notes) > 1 or len(one.left) == 1 else "In each layer"
-        total = f" ({number_of(len(one.left), 'layer')})" if len(one.left) > 1 else ""
-        out.append(f"{place}, {side.side}: {left.note}{total}.")
-    return " ".join(dict.fromkeys(out))
+        notes, count = {one.note for one in one.left.values()}, len(one.left)
+        total = number_of(count, "layer")
+        alike = len(notes) == 1 < count
+        what = left.note if alike or count == 1 else f"{left.note} ({total})"
+        seen.setdefault((total if alike else layer, what), []).append(side.side)
+    return [
+        f"{' and '.join(dict.fromkeys(sides))} of {place}: {what}."
+        for (place, what), sides in seen.items()
+    ]
 
 
 def _like(fault: str | None, where: Sequence[tuple[Side, Chosen]]) -> tuple[str, ...]:
