@@ -481,6 +481,13 @@ def test_absent_keys_have_transformers_defaults(name: str) -> None:
     assert {key: getattr(found, key) for key in wanted} == wanted
 
 
+@pytest.mark.parametrize("first, windows", [(0, (3, 3)), (1, (0, 3)), (2, ()), (9, ())])
+def test_the_blocks_from_max_window_layers_on_have_the_window(first, windows) -> None:
+    """As in transformers: 0 gives it to all blocks, and the number of blocks to none."""
+    config = config_of("qwen2", max_window_layers=first)
+    assert read_config("x", json.dumps(config))[1].windows == windows
+
+
 YARN = dict(rope_type="yarn", factor=2.0, original_max_position_embeddings=8)
 CONTEXT = {"max_position_embeddings": 8}
 PHI_CONTEXT = {"original_max_position_embeddings": 8}
