@@ -270,6 +270,31 @@ def test_sums_that_were_never_written_to() -> None:
     }
 
 
+@pytest.mark.parametrize("changes", [{}, {"norm": "layer", "norm_bias": True}])
+def test_gains_that_are_folded_into_the_weights_behind_their_norm(changes) -> None:
+    """The network is the same and so is each G; A of what reads a norm lacks its gain and bias."""
+    own = config(mlp_width=12, norm_place="pre", qk_norm="none", biases=("q", "k", "v"), **changes)
+    P = random_parameters(own, 3)
+    reading = {f"blocks.{i}.attn.{x}": f"blocks.{i}.attn_norm" for i in (0, 1) for x in "qkv"}
+    folded = dict(P)
+    for layer, norm in reading.items():
+        W, gain = P[f"{layer}.weight"], P[f"{norm}.weight"]
+        folded[f"{layer}.weight"] = W * gain
+        folded[f"{layer}.bias"] = P[f"{layer}.bias"] + W @ P.get(f"{norm}.bias", 0 * gain)
+    for norm in reading.values():
+        folded |= {x: np.full(8, float(x.endswith("weight"))) for x in P if x.startswith(norm)}
+    corpus = rc.Corpus(np.random.default_rng(0).integers(0, own.vocabulary, (12, 9)))
+    model, other = rc.Model(own, P), rc.Model(own, folded)
+    assert np.allclose(rc.logits(model, corpus.tokens), rc.logits(other, corpus.tokens), atol=1e-12)
+    layers = ",".join(reading)
+    factors = rc.collect(model, corpus, layers, "empirical")
+    theirs = dump(rc.collect(other, corpus, layers, "empirical"))
+    verdict = rc.validate(theirs, factors, model=model, corpus=corpus, arithmetic="float64")
+    (cause,) = verdict.causes
+    assert cause.fault == "B34" and {*cause.layers} == {*reading}
+    assert cause.sentence.startswith("The input without the gain of the norm before it")
+
+
 def test_workers_whose_average_is_a_sum() -> None:
     """A of four workers is four times ours; of gradients G may be sixteen times ours."""
     of = texts()

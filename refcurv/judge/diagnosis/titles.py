@@ -83,6 +83,10 @@ NETWORKS: Final[Mapping[str, Title]] = MappingProxyType(
             "rotary frequencies that are not scaled",
             "Scale rotary frequencies as the configuration has it (rope_scaling).",
         ),
+        "rotary scaling by": Title(
+            "rotary frequencies scaled by {}",
+            "Scale rotary frequencies by the configuration's factor (rope_scaling).",
+        ),
         "no rotary positions": Title(
             "no rotary positions", "Rotate q and k by their positions before the scores."
         ),
@@ -263,6 +267,11 @@ FIELDS: Final[Mapping[tuple[str, Any], Title]] = MappingProxyType(
             for name in INPUTS
         },
         ("tensor_A", "norm's input"): Title("the input taken before the norm", _PLACES),
+        ("tensor_A", "norm without gain"): Title(
+            "the input without the gain of the norm before it",
+            "Take the input of a model whose norms keep their gains: where these are folded into "
+            "the weights behind them (fold_ln), A is of another W.",
+        ),
         **{("tensor_A", name): Title("a sum computed in place", _SUMS) for name in OVERWRITTEN},
         ("tensor_G", "input"): Title("G at the input of the layer", _GRADIENTS),
         ("tensor_G", "shared input"): Title(

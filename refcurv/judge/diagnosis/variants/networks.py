@@ -24,7 +24,9 @@ from refcurv.judge.diagnosis.variants.rotary import (
     ROPES,
     coarse,
     coarse_ropes,
+    of_factor,
     of_length,
+    other_factors,
     other_lengths,
 )
 from refcurv.judge.diagnosis.variants.rounding import (
@@ -443,6 +445,9 @@ CHANGES: Final[Mapping[str, Change]] = MappingProxyType(
         "no rotary scaling": Change(
             "B51", _if(lambda config, _: config.rope_scaling is not None), _has(rope_scaling=None)
         ),
+        "rotary scaling by": Change("B51", other_factors, lambda net, by: _config(
+            net, rope_scaling=of_factor(net.config.rope_scaling, by)
+        )),
         "no rotary positions": Change(
             "B51", _if(lambda config, _: config.rope_theta is not None),
             _has(rope_theta=None, rope_width=None, rope_scaling=None, local_theta=None, rotary=()),
