@@ -143,6 +143,13 @@ def test_the_factor_of_another_release_has_its_name(kind: str) -> None:
     assert cause.fault == "B51" and cause.sentence.startswith("Rotary frequencies scaled by 8")
 
 
+@pytest.mark.slow
+def test_a_scaling_that_is_passed_over_has_its_name() -> None:
+    rule = RopeScaling(kind="llama3", factor=8.0, original=8, slow=1.0, fast=4.0)
+    (cause,) = causes(mixed(("main",), rope_scaling=rule), rope_scaling=None)
+    assert cause.fault == "B51" and "not scaled" in cause.sentence
+
+
 def test_a_scale_of_embeddings_that_was_rounded_has_its_name() -> None:
     """As Gemma's: 34 for 33.94, which no later norm takes back."""
     made = mixed(("main",), embed_scale=33.94, norm_place="pre")

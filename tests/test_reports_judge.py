@@ -295,6 +295,44 @@ def test_gains_that_are_folded_into_the_weights_behind_their_norm(changes) -> No
     assert cause.sentence.startswith("The input without the gain of the norm before it")
 
 
+def test_a_centred_unembedding_is_no_fault() -> None:
+    """It moves all logits of a position by one number, of which the loss knows nothing."""
+    model, corpus, factors = texts()
+    head = model.parameters["head.weight"]
+    P = {**model.parameters, "head.weight": head - head.mean(axis=0)}
+    other = rc.Model(model.config, P)
+    assert abs(rc.logits(other, corpus.tokens) - rc.logits(model, corpus.tokens)).max() > 0.1
+    theirs = dump(rc.collect(other, corpus, FEW, "expected"))
+    assert rc.validate(theirs, factors, layers=FEW, arithmetic="float64").passed
+
+
+def test_factors_that_are_twice_as_large() -> None:
+    """G alone, or A as the Hessian of a squared loss has it."""
+    of = texts()
+    for theirs, fault in (
+        ({x: (A, 2 * G, n) for x, (A, G, n) in some(of[2]).items()}, "B5"),
+        ({x: (2 * A, G, n) for x, (A, G, n) in some(of[2]).items()}, "B39"),
+    ):
+        assert named(theirs, of, layers=FEW) == {fault}
+
+
+def test_weights_whose_second_half_was_cut_off() -> None:
+    """The first 16 bits of each float32 are a bfloat16, and not the nearest one."""
+    model, corpus, _ = texts()
+    single = {name: x.astype("f4") for name, x in model.parameters.items()}
+    cut = {k: (x.view("u4") & np.uint32(0xFFFF0000)).view("f4") for k, x in single.items()}
+    model, other = (
+        rc.Model(model.config, {name: x.astype(float) for name, x in of.items()})
+        for of in (single, cut)
+    )
+    factors = rc.collect(model, corpus, FEW, "empirical")
+    theirs = dump(rc.collect(other, corpus, FEW, "empirical"))
+    verdict = rc.validate(theirs, factors, model=model, corpus=corpus, arithmetic="float64")
+    (cause,) = verdict.causes
+    assert cause.fault == "B57"
+    assert cause.sentence.startswith("Weights cut to bfloat16, not rounded")
+
+
 def test_workers_whose_average_is_a_sum() -> None:
     """A of four workers is four times ours; of gradients G may be sixteen times ours."""
     of = texts()

@@ -18,6 +18,7 @@ from refcurv.judge.diagnosis.variants import REFERENCE, Setting
 from refcurv.judge.diagnosis.variants.networks import CHANGES, Level, Network
 from refcurv.judge.diagnosis.variants.positions import BUT
 from refcurv.judge.diagnosis.variants.rotary import ROPES
+from refcurv.judge.diagnosis.variants.rounding import CUT
 from refcurv.judge.diagnosis.variants.setting import INPUTS, OVERWRITTEN, SWAPPED
 from refcurv.judge.diagnosis.variants.shaken import WEIGHTS
 from refcurv.judge.diagnosis.variants.sight import sights
@@ -180,6 +181,7 @@ NETWORKS: Final[Mapping[str, Title]] = MappingProxyType(
             f"weights as {dtype}": Title(f"weights rounded to {dtype}", _READ)
             for dtype in ("bfloat16", "float16")
         },
+        f"weights as {CUT}": Title("weights cut to bfloat16, not rounded", _READ),
         **{f"other weights of {some}": Title("another checkpoint", _SAME) for some in WEIGHTS},
         **{group: Title(f"parameters that were not loaded: {group}", _LOAD) for group in GROUPS},
         "head is the embedding": Title(
