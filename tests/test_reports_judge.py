@@ -6,6 +6,7 @@ arithmetic from taps or from the truth; what must come out is the name of the fa
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -293,6 +294,28 @@ def test_gains_that_are_folded_into_the_weights_behind_their_norm(changes) -> No
     (cause,) = verdict.causes
     assert cause.fault == "B34" and {*cause.layers} == {*reading}
     assert cause.sentence.startswith("The input without the gain of the norm before it")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("other", ["silu", "gelu"])
+def test_another_activation_than_gemmas(other: str) -> None:
+    own = config(mlp_width=12, norm_place="both", activation="gelu_tanh", norm_offset=True)
+    model = rc.Model(own, random_parameters(own, 3))
+    of = (model, texts()[1], rc.collect(model, texts()[1], FEW, "expected"))
+    theirs = rc.Model(replace(own, activation=other), model.parameters)
+    assert named(dump(rc.collect(theirs, of[1], FEW, "expected")), of) == {"B54"}
+
+
+@pytest.mark.slow
+def test_padding_without_a_mask() -> None:
+    """Each token of a padded batch is real to the model, which labels alone are spared."""
+    model, rng = texts()[0], np.random.default_rng(5)
+    mask = np.arange(9) < rng.integers(4, 10, (12, 1))
+    tokens = rng.integers(0, 7, (12, 9)) * mask
+    labels = np.where(mask & np.roll(mask, -1, 1) & (np.arange(9) < 8), np.roll(tokens, -1, 1), -1)
+    corpus, bare = rc.Corpus(tokens, mask=mask.astype(np.uint8)), rc.Corpus(tokens, labels=labels)
+    of = (model, corpus, rc.collect(model, corpus, FEW, "expected"))
+    assert named(dump(rc.collect(model, bare, FEW, "expected", rows="all")), of) == {"B28"}
 
 
 def test_a_centred_unembedding_is_no_fault() -> None:
