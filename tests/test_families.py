@@ -724,7 +724,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"layer_types": ["sliding_attention"] * 2, "use_sliding_window": False},
         "use_sliding_window is not true",
     ),
-    "qwen2, list": ("qwen2", {"max_window_layers": [1]}, "max_window_layers must be a positive"),
+    "qwen2, list": ("qwen2", {"max_window_layers": [1]}, "max_window_layers must be 0 or"),
     "phi3, yarn": ("phi3", {"rope_scaling": YARN, **PHI_CONTEXT}, "lacks the key 'short_factor'"),
     "olmo3, theta": ("olmo3", {"rope_theta": 1e4}, "rope_theta is 10000.0: releases of transform"),
     "olmo3, flat": ("olmo3", {"rope_parameters": YARN}, "rope_parameters has an unknown key"),
