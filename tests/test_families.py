@@ -481,6 +481,13 @@ def test_absent_keys_have_transformers_defaults(name: str) -> None:
     assert {key: getattr(found, key) for key in wanted} == wanted
 
 
+@pytest.mark.parametrize("first, windows", [(0, (3, 3)), (1, (0, 3)), (2, ()), (9, ())])
+def test_the_blocks_from_max_window_layers_on_have_the_window(first, windows) -> None:
+    """As in transformers: 0 gives it to all blocks, and the number of blocks to none."""
+    config = config_of("qwen2", max_window_layers=first)
+    assert read_config("x", json.dumps(config))[1].windows == windows
+
+
 YARN = dict(rope_type="yarn", factor=2.0, original_max_position_embeddings=8)
 CONTEXT = {"max_position_embeddings": 8}
 PHI_CONTEXT = {"original_max_position_embeddings": 8}
@@ -717,7 +724,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"layer_types": ["sliding_attention"] * 2, "use_sliding_window": False},
         "use_sliding_window is not true",
     ),
-    "qwen2, list": ("qwen2", {"max_window_layers": [1]}, "max_window_layers must be a positive"),
+    "qwen2, list": ("qwen2", {"max_window_layers": [1]}, "max_window_layers must be 0 or"),
     "phi3, yarn": ("phi3", {"rope_scaling": YARN, **PHI_CONTEXT}, "lacks the key 'short_factor'"),
     "olmo3, theta": ("olmo3", {"rope_theta": 1e4}, "rope_theta is 10000.0: releases of transform"),
     "olmo3, flat": ("olmo3", {"rope_parameters": YARN}, "rope_parameters has an unknown key"),

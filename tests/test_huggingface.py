@@ -618,6 +618,28 @@ def test_export_of_a_model_without_a_checkpoint(
     assert all((back.parameters[n] == a).all() for n, a in model.parameters.items())
 
 
+def test_a_configuration_of_a_megabyte_is_kept(folder: Path, tmp_path: Path) -> None:
+    """As the labels of 21,843 classes are: an attribute of HDF5 may be no larger than 64 kB."""
+    config = folder / "config.json"
+    text = json.dumps(json.loads(config.read_text()) | {"_name_or_path": "é" * 2**19})
+    config.write_text(text, encoding="utf-8")
+    convert(folder, tmp_path / "w.h5")
+    export(tmp_path / "w.h5", tmp_path / "back")
+    assert (tmp_path / "back/config.json").read_text(encoding="utf-8") == text
+
+
+def test_arrays_in_fortrans_order_are_exported_row_by_row(tmp_path: Path) -> None:
+    """Their memory as it lies would be other numbers. transformers asks for the format "pt"."""
+    numpy = pytest.importorskip("safetensors.numpy")
+    model = random_model()
+    W = np.asfortranarray(model.parameters["blocks.0.mlp.up.weight"])
+    weights.save(model.with_parameters({"blocks.0.mlp.up.weight": W}), tmp_path / "w.h5")
+    export(tmp_path / "w.h5", tmp_path / "hf")
+    path = tmp_path / "hf/model.safetensors"
+    assert (numpy.load_file(path)["model.layers.0.mlp.up_proj.weight"] == W).all()
+    assert header_of(path)[0]["__metadata__"] == {"format": "pt"}
+
+
 def test_a_config_that_no_longer_describes_the_model_is_not_exported(
     folder: Path, tmp_path: Path
 ) -> None:

@@ -177,6 +177,18 @@ def test_a_population_takes_a_mask_and_no_labels(folder: Path) -> None:
         build_corpus([], populations=[f"p:text:dev={path}"])
 
 
+def test_a_line_ends_where_json_lines_say_and_nowhere_else(folder: Path) -> None:
+    """Letters at which `str.splitlines` cuts are letters of a text; \\r\\n is an end too."""
+    texts = [f"a{end}b" for end in "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"]
+    lines = [json.dumps({"input_ids": [k], "said": x}, ensure_ascii=False)
+             for k, x in enumerate(texts)]  # fmt: skip
+    assert any(len(line.splitlines()) > 1 for line in lines)
+    for end in ("\n", "\r\n"):
+        path = folder / "ends.jsonl"
+        path.write_bytes("".join(line + end for line in lines).encode())
+        assert build_corpus([path]).tokens[:, 0].tolist() == list(range(len(texts)))
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".ndjson", ".jsonlines", ".JSONL"])
 def test_suffixes_of_json_lines(folder: Path, suffix: str) -> None:
     assert built(folder, [IDS, IDS], suffix).tokens.tolist() == [[5, 6, 7]] * 2

@@ -172,6 +172,17 @@ def test_each_fault_of_lambda_has_its_name(setting, name):
     assert [one.fault for one in verdict.causes] == ([fault] if fault else [])
 
 
+def test_an_order_that_the_eigenvectors_do_not_have_is_said(setting):
+    """A basis was sorted anew, and Λ was not, whatever its scale: it is of no other data."""
+    turned = {k: 42 * np.roll(L, 1, axis=0)[:, np.sin(range(len(L.T))).argsort()]
+              for k, L in of(setting).items()}  # fmt: skip
+    failed = [one for one in judged(setting, turned).failed if one.quantity == "form of Lambda"]
+    assert {one.layer for one in failed} == set(LAYERS)
+    for one in failed:
+        assert one.fault is None
+        assert "its rows or columns in another order than the eigenvectors" in one.cause
+
+
 def test_a_batch_is_counted_and_a_part_is_listed(setting):
     said = judged(setting, in_batches(setting, 3)).failed[0].cause
     assert "of 3 sequences at a time" in said

@@ -242,6 +242,17 @@ def test_a_square_weight_edited_the_wrong_way_round_is_named(setting):
     assert judged(setting, SQUARE, W=projected(W, swapped, 0.8))[0]["W"].fault == "B33"
 
 
+def test_a_weight_whose_memory_was_written_in_fortrans_order_is_named(setting):
+    """The bytes of an array that lies column by column, under a shape that is read row by row."""
+    model, factors = setting
+    for layer in (LAYER, SQUARE):
+        good = projected(weight(model, layer), rc.decompose(factors)[layer], 0.8)
+        raw = np.asfortranarray(good).ravel("K").reshape(good.shape)
+        for declared in (None, {"rho": "0.8"}):
+            found = judged(setting, layer, declared, W=raw)[0]["W"]
+            assert found.fault == "B33" and "column by column" in found.cause
+
+
 def test_what_cannot_be_judged_is_said(setting):
     model, _ = setting
     W = weight(model, LAYER)

@@ -118,6 +118,39 @@ def test_the_length_of_the_longest_text_is_tried_where_texts_differ_in_length() 
     assert lengths_of((model, shorter, rc.collect(model, shorter, "**", "empirical"))) == [9.0]
 
 
+def factors_of(made):
+    """The factors of other releases that can occur."""
+    model, corpus, factors = made
+    case = Case(Dump("memory", {}, {}), factors, {}, Arithmetic(), model, corpus)
+    every = (one for each in settings(case) for one in each.network)
+    return [by for name, by in every if name == "rotary scaling by"]
+
+
+def test_the_factor_of_another_release_is_tried_where_it_scales_something() -> None:
+    rule = RopeScaling(kind=Scaling.LLAMA3, factor=32.0, original=8, slow=1.0, fast=4.0)
+    assert factors_of(mixed(("main",), rope_scaling=rule)) == [2.0, 4.0, 8.0, 16.0]
+    longest = replace(rule, original=10**6)  # each frequency turns often, and stays
+    assert not factors_of(mixed(("main",), rope_scaling=longest))
+    assert not factors_of(mixed(("main",), rope_scaling=LONG))
+    assert not factors_of(mixed(("main",)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["llama3", "linear", "yarn"])
+def test_the_factor_of_another_release_has_its_name(kind: str) -> None:
+    """8 is Llama 3.1's, and 32 that of 3.2."""
+    rule = RopeScaling(kind=kind, factor=32.0, original=8, slow=1.0, fast=4.0)
+    (cause,) = causes(mixed(("main",), rope_scaling=rule), rope_scaling=replace(rule, factor=8.0))
+    assert cause.fault == "B51" and cause.sentence.startswith("Rotary frequencies scaled by 8")
+
+
+@pytest.mark.slow
+def test_a_scaling_that_is_passed_over_has_its_name() -> None:
+    rule = RopeScaling(kind="llama3", factor=8.0, original=8, slow=1.0, fast=4.0)
+    (cause,) = causes(mixed(("main",), rope_scaling=rule), rope_scaling=None)
+    assert cause.fault == "B51" and "not scaled" in cause.sentence
+
+
 def test_a_scale_of_embeddings_that_was_rounded_has_its_name() -> None:
     """As Gemma's: 34 for 33.94, which no later norm takes back."""
     made = mixed(("main",), embed_scale=33.94, norm_place="pre")

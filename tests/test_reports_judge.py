@@ -6,6 +6,7 @@ arithmetic from taps or from the truth; what must come out is the name of the fa
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -268,6 +269,91 @@ def test_sums_that_were_never_written_to() -> None:
     assert named({x: (A, 0 * G, n) for x, (A, G, n) in some(of[2]).items()}, of, layers=FEW) == {
         "B48"
     }
+
+
+@pytest.mark.parametrize("changes", [{}, {"norm": "layer", "norm_bias": True}])
+def test_gains_that_are_folded_into_the_weights_behind_their_norm(changes) -> None:
+    """The network is the same and so is each G; A of what reads a norm lacks its gain and bias."""
+    own = config(mlp_width=12, norm_place="pre", qk_norm="none", biases=("q", "k", "v"), **changes)
+    P = random_parameters(own, 3)
+    reading = {f"blocks.{i}.attn.{x}": f"blocks.{i}.attn_norm" for i in (0, 1) for x in "qkv"}
+    folded = dict(P)
+    for layer, norm in reading.items():
+        W, gain = P[f"{layer}.weight"], P[f"{norm}.weight"]
+        folded[f"{layer}.weight"] = W * gain
+        folded[f"{layer}.bias"] = P[f"{layer}.bias"] + W @ P.get(f"{norm}.bias", 0 * gain)
+    for norm in reading.values():
+        folded |= {x: np.full(8, float(x.endswith("weight"))) for x in P if x.startswith(norm)}
+    corpus = rc.Corpus(np.random.default_rng(0).integers(0, own.vocabulary, (12, 9)))
+    model, other = rc.Model(own, P), rc.Model(own, folded)
+    assert np.allclose(rc.logits(model, corpus.tokens), rc.logits(other, corpus.tokens), atol=1e-12)
+    layers = ",".join(reading)
+    factors = rc.collect(model, corpus, layers, "empirical")
+    theirs = dump(rc.collect(other, corpus, layers, "empirical"))
+    verdict = rc.validate(theirs, factors, model=model, corpus=corpus, arithmetic="float64")
+    (cause,) = verdict.causes
+    assert cause.fault == "B34" and {*cause.layers} == {*reading}
+    assert cause.sentence.startswith("The input without the gain of the norm before it")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("other", ["silu", "gelu"])
+def test_another_activation_than_gemmas(other: str) -> None:
+    own = config(mlp_width=12, norm_place="both", activation="gelu_tanh", norm_offset=True)
+    model = rc.Model(own, random_parameters(own, 3))
+    of = (model, texts()[1], rc.collect(model, texts()[1], FEW, "expected"))
+    theirs = rc.Model(replace(own, activation=other), model.parameters)
+    assert named(dump(rc.collect(theirs, of[1], FEW, "expected")), of) == {"B54"}
+
+
+@pytest.mark.slow
+def test_padding_without_a_mask() -> None:
+    """Each token of a padded batch is real to the model, which labels alone are spared."""
+    model, rng = texts()[0], np.random.default_rng(5)
+    mask = np.arange(9) < rng.integers(4, 10, (12, 1))
+    tokens = rng.integers(0, 7, (12, 9)) * mask
+    labels = np.where(mask & np.roll(mask, -1, 1) & (np.arange(9) < 8), np.roll(tokens, -1, 1), -1)
+    corpus, bare = rc.Corpus(tokens, mask=mask.astype(np.uint8)), rc.Corpus(tokens, labels=labels)
+    of = (model, corpus, rc.collect(model, corpus, FEW, "expected"))
+    assert named(dump(rc.collect(model, bare, FEW, "expected", rows="all")), of) == {"B28"}
+
+
+def test_a_centred_unembedding_is_no_fault() -> None:
+    """It moves all logits of a position by one number, of which the loss knows nothing."""
+    model, corpus, factors = texts()
+    head = model.parameters["head.weight"]
+    P = {**model.parameters, "head.weight": head - head.mean(axis=0)}
+    other = rc.Model(model.config, P)
+    assert abs(rc.logits(other, corpus.tokens) - rc.logits(model, corpus.tokens)).max() > 0.1
+    theirs = dump(rc.collect(other, corpus, FEW, "expected"))
+    assert rc.validate(theirs, factors, layers=FEW, arithmetic="float64").passed
+
+
+def test_factors_that_are_twice_as_large() -> None:
+    """G alone, or A as the Hessian of a squared loss has it."""
+    of = texts()
+    for theirs, fault in (
+        ({x: (A, 2 * G, n) for x, (A, G, n) in some(of[2]).items()}, "B5"),
+        ({x: (2 * A, G, n) for x, (A, G, n) in some(of[2]).items()}, "B39"),
+    ):
+        assert named(theirs, of, layers=FEW) == {fault}
+
+
+def test_weights_whose_second_half_was_cut_off() -> None:
+    """The first 16 bits of each float32 are a bfloat16, and not the nearest one."""
+    model, corpus, _ = texts()
+    single = {name: x.astype("f4") for name, x in model.parameters.items()}
+    cut = {k: (x.view("u4") & np.uint32(0xFFFF0000)).view("f4") for k, x in single.items()}
+    model, other = (
+        rc.Model(model.config, {name: x.astype(float) for name, x in of.items()})
+        for of in (single, cut)
+    )
+    factors = rc.collect(model, corpus, FEW, "empirical")
+    theirs = dump(rc.collect(other, corpus, FEW, "empirical"))
+    verdict = rc.validate(theirs, factors, model=model, corpus=corpus, arithmetic="float64")
+    (cause,) = verdict.causes
+    assert cause.fault == "B57"
+    assert cause.sentence.startswith("Weights cut to bfloat16, not rounded")
 
 
 def test_workers_whose_average_is_a_sum() -> None:

@@ -107,6 +107,7 @@ HAND = [
     (1e300, 0x7F80),
     (-np.inf, 0xFF80),
     (np.nan, 0x7FC0),
+    (np.array(0x7FF0000000000001).view("f8")[()], 0x7FC0),  # nothing of it is in the upper half
 ]
 
 

@@ -54,11 +54,12 @@ def required(data: Values, key: str) -> Any:
     return data[key]
 
 
-def natural(data: Values, key: str, most: int = _MOST) -> int:
-    """A positive integer. The JSON values true and 1.0 are refused."""
+def natural(data: Values, key: str, most: int = _MOST, least: int = 1) -> int:
+    """An integer, positive unless `least` is 0. The JSON values true and 1.0 are refused."""
     value = required(data, key)
-    if type(value) is not int or not 1 <= value <= most:
-        raise SchemaError(f"{key} must be a positive integer up to {most}; got {value!r:.40}")
+    if type(value) is not int or not least <= value <= most:
+        kind = "a positive integer" if least else "0 or a positive integer"
+        raise SchemaError(f"{key} must be {kind} up to {most}; got {value!r:.40}")
     return value
 
 

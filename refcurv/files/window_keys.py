@@ -74,7 +74,8 @@ def windows_by_layer(
 
 def upper_blocks(i: int, data: Values) -> str:
     """A `pattern`, Qwen's: the blocks from max_window_layers on have the window."""
-    return SLIDING if i >= natural({"max_window_layers": 28, **data}, "max_window_layers") else FULL
+    first = natural({"max_window_layers": 28, **data}, "max_window_layers", least=0)
+    return SLIDING if i >= first else FULL
 
 
 def local_blocks() -> Rule:

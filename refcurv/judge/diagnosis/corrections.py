@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+import numpy as np
+
 from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.compare import Bounds, Measured, right
 from refcurv.judge.diagnosis.ladders import COARSEST
@@ -78,6 +80,18 @@ def _others(bounds: Bounds, L: Array, near: Near, truths: Truths) -> Iterator[Ot
     yield from _of_labels(bounds, L, near, truths)
     if pieces is not None:
         yield from _of_parts(bounds, L, truth, pieces)
+    if not near.by_drawing:
+        words = "Λ has its rows or columns in another order than the eigenvectors"
+        ordered = replace(truth, Lambda=_in_order_of(L, truth.Lambda))
+        yield Other(None, words, near_of(bounds, L, ordered))
+
+
+def _in_order_of(L: Array, ours: Array) -> Array:
+    """Ours with the rows and the columns in the order in which theirs have their sums."""
+    out = np.empty_like(ours)
+    to, of = (np.ix_(*(x.sum(axis=k).argsort() for k in (1, 0))) for x in (L, ours))
+    out[to] = ours[of]
+    return out
 
 
 def _of_batches(bounds: Bounds, L: Array, truth: Truth, pieces: Pieces) -> Iterator[Other]:

@@ -154,9 +154,14 @@ def _edits(made: Cut, W: Array, edited: Array, D: Array) -> Iterator[tuple[str |
     for other in others(C.shape, made.Lambda):
         for mask in other.near(basis, C, reached(edited)):
             yield other.fault, other.sentence, C * mask
+    declared = [] if made.rho is None else [made.rho]
+    for share in (share_of_weight(basis, C, edited), *declared):
+        own = keep_pairs(W, basis, cut_mask(basis, share))
+        text = "it is the law's edit, written column by column and read row by row"
+        yield "B33", text, basis.U_G.T @ own.T.reshape(own.shape) @ basis.U_A
     if C.shape[0] == C.shape[1]:
         turned = basis.U_G.T @ W.T @ basis.U_A
-        shares = [share_of_weight(basis, turned, edited), *([] if made.rho is None else [made.rho])]
+        shares = [share_of_weight(basis, turned, edited), *declared]
         text = "the edit was made of Wᵀ, or A and G changed places in it, which is the same (O60)"
         for share in shares:
             other_W = keep_pairs(W.T, basis, cut_mask(basis, share)).T

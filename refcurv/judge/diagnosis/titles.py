@@ -18,6 +18,7 @@ from refcurv.judge.diagnosis.variants import REFERENCE, Setting
 from refcurv.judge.diagnosis.variants.networks import CHANGES, Level, Network
 from refcurv.judge.diagnosis.variants.positions import BUT
 from refcurv.judge.diagnosis.variants.rotary import ROPES
+from refcurv.judge.diagnosis.variants.rounding import CUT
 from refcurv.judge.diagnosis.variants.setting import INPUTS, OVERWRITTEN, SWAPPED
 from refcurv.judge.diagnosis.variants.shaken import WEIGHTS
 from refcurv.judge.diagnosis.variants.sight import sights
@@ -82,6 +83,10 @@ NETWORKS: Final[Mapping[str, Title]] = MappingProxyType(
         "no rotary scaling": Title(
             "rotary frequencies that are not scaled",
             "Scale rotary frequencies as the configuration has it (rope_scaling).",
+        ),
+        "rotary scaling by": Title(
+            "rotary frequencies scaled by {}",
+            "Scale rotary frequencies by the configuration's factor (rope_scaling).",
         ),
         "no rotary positions": Title(
             "no rotary positions", "Rotate q and k by their positions before the scores."
@@ -176,6 +181,7 @@ NETWORKS: Final[Mapping[str, Title]] = MappingProxyType(
             f"weights as {dtype}": Title(f"weights rounded to {dtype}", _READ)
             for dtype in ("bfloat16", "float16")
         },
+        f"weights as {CUT}": Title("weights cut to bfloat16, not rounded", _READ),
         **{f"other weights of {some}": Title("another checkpoint", _SAME) for some in WEIGHTS},
         **{group: Title(f"parameters that were not loaded: {group}", _LOAD) for group in GROUPS},
         "head is the embedding": Title(
@@ -263,6 +269,11 @@ FIELDS: Final[Mapping[tuple[str, Any], Title]] = MappingProxyType(
             for name in INPUTS
         },
         ("tensor_A", "norm's input"): Title("the input taken before the norm", _PLACES),
+        ("tensor_A", "norm without gain"): Title(
+            "the input without the gain of the norm before it",
+            "Take the input of a model whose norms keep their gains: where these are folded into "
+            "the weights behind them (fold_ln), A is of another W.",
+        ),
         **{("tensor_A", name): Title("a sum computed in place", _SUMS) for name in OVERWRITTEN},
         ("tensor_G", "input"): Title("G at the input of the layer", _GRADIENTS),
         ("tensor_G", "shared input"): Title(

@@ -208,8 +208,11 @@ def input_tensor(flow: Flow, layer: str, name: str) -> Array | None:
     if name in OPERANDS:
         return rounded(own, OPERANDS[name])
     if layer in ("head", "patch"):
-        behind = name == "norm's input" and own.shape[:2] == flow.states[-1].shape[:2]
-        return flow.states[-1] if layer == "head" and behind else None
+        if layer == "patch" or own.shape[:2] != flow.states[-1].shape[:2]:
+            return None
+        last = flow.states[-1]
+        known = {"norm's input": last, "norm without gain": _without_gain(flow, "final_norm", last)}
+        return known.get(name)
     i, part = int(layer.split(".")[1]), layer.split(".")[2]
     if name in OVERWRITTEN:
         found = _overwritten(flow, i, layer.rpartition(".")[2], name)
@@ -271,8 +274,11 @@ def _tensors(flow: Flow, i: int, part: str) -> dict[str, Array]:
     if config.gated:
         gate = transformer.linear_forward(config, P, f"{at}mlp.gate", block.mlp.a)
         out |= {"gate's output": gate, "activation": ACTIVATIONS[config.activation](gate)[0]}
+    reads = flow.states[i] if parallel else between_BTD
+    if config.norm_place is not NormPlace.POST:
+        out["norm without gain"] = _without_gain(flow, f"{at}{part}_norm", reads)
     return out | {
-        "norm's input": flow.states[i] if parallel else between_BTD,
+        "norm's input": reads,
         "attention's input": block.attn.a,
         "context": block.attn.context,
         "stream between": between_BTD,
@@ -281,6 +287,14 @@ def _tensors(flow: Flow, i: int, part: str) -> dict[str, Array]:
         "hidden": flow.read[f"{at}mlp.down"],
         "stream behind": flow.states[i + 1],
     }
+
+
+def _without_gain(flow: Flow, name: str, x: Array) -> Array:
+    """What the norm of this name gives of x where its gain is 1 and it has no bias."""
+    net = flow.net
+    config = replace(net.config, norm_gain=False, norm_bias=False, norm_offset=False)
+    y: Array = plain(transformer.norm_forward(config, net.parameters, name, x, net.ops)[0])
+    return y
 
 
 def output_tensor(flow: Flow, layer: str, name: str) -> Array | None:

@@ -24,10 +24,13 @@ from refcurv.judge.diagnosis.variants.rotary import (
     ROPES,
     coarse,
     coarse_ropes,
+    of_factor,
     of_length,
+    other_factors,
     other_lengths,
 )
 from refcurv.judge.diagnosis.variants.rounding import (
+    CUT,
     TF32,
     Parts,
     all_in,
@@ -243,6 +246,10 @@ def _of_ops(**changes: Any) -> Callable[[Network, float], Network]:
     return lambda net, _level: replace(net, ops=replace(net.ops, **changes))
 
 
+STORED: Final = ("bfloat16", "float16", CUT)
+"""What weights may have gone through."""
+
+
 def _stored(dtype: str) -> Callable[[Network, float], Network]:
     def make(net: Network, _level: float) -> Network:
         own = net.parameters
@@ -443,6 +450,9 @@ CHANGES: Final[Mapping[str, Change]] = MappingProxyType(
         "no rotary scaling": Change(
             "B51", _if(lambda config, _: config.rope_scaling is not None), _has(rope_scaling=None)
         ),
+        "rotary scaling by": Change("B51", other_factors, lambda net, by: _config(
+            net, rope_scaling=of_factor(net.config.rope_scaling, by)
+        )),
         "no rotary positions": Change(
             "B51", _if(lambda config, _: config.rope_theta is not None),
             _has(rope_theta=None, rope_width=None, rope_scaling=None, local_theta=None, rotary=()),
@@ -543,8 +553,8 @@ CHANGES: Final[Mapping[str, Change]] = MappingProxyType(
             "B57", _if(lambda config, _: not config.tied and config.image is None),
             lambda net, _: replace(net, parameters=tied(net.parameters)),
         ),
-        "weights as bfloat16": Change("B57", _if(lambda *_: True), _stored("bfloat16")),
-        "weights as float16": Change("B57", _if(lambda *_: True), _stored("float16")),
+        **{f"weights as {dtype}": Change("B57", _if(lambda *_: True), _stored(dtype))
+           for dtype in STORED},
         **{f"dropout on {place}, pass {n}": Change("B55", _never, _dropping(place, n))
            for place in PLACES for n in range(PASSES)},
         **{f"other weights of {some}, draw {n}": Change("B57", _never, _shaken(some, n))

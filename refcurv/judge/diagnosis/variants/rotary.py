@@ -1,8 +1,9 @@
-"""Rotary positions that another program may have: rounded on the way, or of another length."""
+"""Rotary positions that another program may have: rounded, or of another length or factor."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -106,3 +107,28 @@ def other_lengths(config: ModelConfig, at: Positions) -> Sequence[float]:
         Scaling.DYNAMIC: (max(every, default=0.0),),
     }.get(scaling.kind, ())
     return tuple(n for n in levels if any(frequencies(n) != frequencies(m) for m in every))
+
+
+def of_factor(scaling: RopeScaling | None, factor: float) -> RopeScaling | None:
+    """The same rule with another factor."""
+    return None if scaling is None else replace(scaling, factor=factor)
+
+
+def other_factors(config: ModelConfig, at: Positions) -> Sequence[float]:
+    """Factors of published models that give other rotary frequencies than the configuration's.
+
+    Proof: tests/test_judge_sides.py::test_the_factor_of_another_release_has_its_name
+    """
+    scaling, theta = config.rope_scaling, config.rope_theta
+    if at.images or scaling is None or theta is None or scaling.kind is Scaling.LONGROPE:
+        return ()
+    of = config.rope_width or config.head_width, theta
+    length = float(at.real_BT.shape[1])
+
+    def frequencies(rule: RopeScaling | None) -> list[float]:
+        return list(rope_frequencies(*of, rule, np.dtype(float), length))
+
+    return tuple(
+        by for by in (2.0, 4.0, 8.0, 16.0, 32.0)
+        if frequencies(of_factor(scaling, by)) != frequencies(scaling)
+    )  # fmt: skip

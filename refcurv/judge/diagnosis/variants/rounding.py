@@ -22,6 +22,10 @@ TF32: Final = MappingProxyType({"tf32": np.rint, "tf32, cut": np.trunc})
 """How an operand of a product comes to 11 bits: programs round it, hardware cuts it."""
 
 
+CUT: Final = "bfloat16, cut"
+"""The first half of a float32, and not the bfloat16 that is nearest."""
+
+
 def to_bits(x: Array, bits: int, whole: np.ufunc = np.rint) -> Array:
     """x with so many significant bits; `whole` says which of two neighbours an entry becomes."""
     part, exponent = np.frexp(x)
@@ -32,6 +36,8 @@ def rounded(x: Array, dtype: str) -> Array:
     """x as `dtype` holds it, in its own dtype."""
     if dtype in TF32:
         return to_bits(x, 11, TF32[dtype])
+    if dtype == CUT:
+        return to_bits(x, 8, np.trunc)
     if dtype == "bfloat16":
         return from_bfloat16(to_bfloat16(x)).astype(x.dtype)
     with np.errstate(over="ignore"):

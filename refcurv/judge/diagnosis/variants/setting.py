@@ -78,6 +78,7 @@ MOST: Final = 64
 
 INPUTS: Final = (
     "norm's input",
+    "norm without gain",
     "attention's input",
     "context",
     "attention's output",
@@ -93,7 +94,11 @@ INPUTS: Final = (
     "stream behind",
     "mlp's output before",
 )
-"""Tensors of the layer's block that may stand in the place of its input (B34)."""
+"""Tensors of the layer's block that may stand in the place of its input (B34).
+
+norm without gain: what the norm before the layer gives, but for its gain and its bias, as where
+these are a part of the layer's own weights.
+"""
 
 OVERWRITTEN: Final = ("residual sum behind it", "residual sum of the block", "last residual sum")
 """Sums that, computed in place, stand in the buffer that the layer or its norm has read (B42)."""
@@ -483,7 +488,9 @@ def _tensors(config: ModelConfig) -> Iterator[Setting]:
     if config.norm_place is NormPlace.PRE:
         lacks |= {"attention's update", "mlp's update"}
     if config.norm_place is NormPlace.POST:
-        lacks |= {"norm's input"}
+        lacks |= {"norm's input", "norm without gain"}
+    if not (config.norm_gain or config.norm_bias):
+        lacks |= {"norm without gain"}
     if config.layers == 1:
         lacks |= {"mlp's output before"}
     # of tensors that are the same the first is named
