@@ -196,8 +196,8 @@ EDITED = {
     "vaultgemma-stream": "blocks.*.attn.{q,o}",
     "starcoder2-fim": "blocks.*.attn.{q,o}",
     "stablelm-systems": "blocks.*.mlp.*",
-    "glm-strided": "blocks.*.{attn.o,mlp.down}",
     "exaone4-choices": "blocks.{1,3}.*.*",
+    "imagegpt-clusters": "blocks.{0,2}.attn.{q,o}",
 }
 
 

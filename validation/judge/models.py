@@ -681,23 +681,23 @@ def glm_strided() -> Setting:
 def exaone4_choices() -> Setting:
     """EXAONE 4: norms behind, a norm over each head, windows and rotary in three blocks of four.
 
-    The fourth has neither. Tied; heads are wider together than the model. Nine questions, each
-    there four times in a row with another answer of one to four tokens, which alone has labels, as
-    models are tested by multiple choice. Programs pad on the left. Batches of 7, which cut through
-    the four, and one of a single sequence.
+    The fourth has neither. Heads are wider together than the model. Twelve questions, each there
+    four times in a row with another answer of one to seven tokens, which alone has labels, as is
+    done to test by multiple choice. Programs pad on the left. Batches of 7, which cut through the
+    four, and one of 6.
     """
     config = variant(vocabulary=20, width=22, layers=4, head_width=8, mlp_width=26,
-                     norm_place="post", qk_norm="head", norm_eps=3e-2, rope_theta=350.0,
-                     windows=(4, 4, 4, 0), rotary=("main", "main", "main", "none"),
-                     tied=True)  # fmt: skip
-    rng, N, T = np.random.default_rng(149), 36, 13
-    question = rng.integers(4, 10, 9).repeat(4)
-    length = question + rng.integers(1, 5, N)
+                     norm_place="post", qk_norm="head", norm_eps=1.0, rope_theta=350.0,
+                     windows=(4, 4, 4, 0),
+                     rotary=("main", "main", "main", "none"))  # fmt: skip
+    rng, N, T = np.random.default_rng(149), 48, 16
+    question = rng.integers(4, 10, 12).repeat(4)
+    length = question + rng.integers(1, 8, N)
     tokens, t = rng.integers(EOS, 20, (N, T)), np.arange(T)
-    tokens = np.where(t < question[:, None], texts(9, T, 20, 149).repeat(4, 0), tokens)
+    tokens = np.where(t < question[:, None], texts(12, T, 20, 149).repeat(4, 0), tokens)
     asked = (t >= question[:, None]) & (t < length[:, None])
     corpus = rc.Corpus(tokens, _asking(tokens, asked), mask=mask_of(length, T))
-    model = rc.Model(config, parameters(config, 149))
+    model = rc.Model(config, parameters(config, 150))
     return Setting(model, corpus, "blocks.{1,3}.attn.{q,o},blocks.*.mlp.*", batch=7, left=True,
                    marked=True, shards=4)  # fmt: skip
 

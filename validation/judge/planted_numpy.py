@@ -43,7 +43,7 @@ LAYERNORM = ("gpt2-prompts", "gpt2-joint", "vit", "neox-packed", "bigcode-single
 TIED = ("gpt2-prompts", "gpt2-joint", "gemma-packed", "llama-left", "bigcode-single",
         "gemma3-prompts", "gemma2-uneven", "falcon-packed", "smollm3-chats", "modernbert-masked",
         "gptneo-repeated", "phi4-half", "cohere2-system", "vaultgemma-stream", "starcoder2-fim",
-        "xglm-pairs", "exaone4-choices")  # fmt: skip
+        "xglm-pairs")  # fmt: skip
 
 
 class Fault(Collector):
