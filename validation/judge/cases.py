@@ -29,7 +29,8 @@ ARITHMETIC = {
     "bfloat16": "model=bfloat16,products=float32,sums=float32,solver=float32,stored=float32",
 }
 EXPECTED = ("olmo2-padded", "llama-left", "siglip-mean", "gptj-few", "olmo3-few", "esm2-tags",
-            "vit22b-gray", "stablelm-systems", "eva-bands")  # fmt: skip
+            "vit22b-gray", "stablelm-systems", "eva-bands", "imagegpt-clusters",
+            "aimv2-sorted")  # fmt: skip
 """The settings of labels "expected", which take a backward pass for each position and entry."""
 BUDGETS = 10.0
 """A fault counts where it moves some number by more than so many budgets."""
@@ -195,6 +196,8 @@ EDITED = {
     "vaultgemma-stream": "blocks.*.attn.{q,o}",
     "starcoder2-fim": "blocks.*.attn.{q,o}",
     "stablelm-systems": "blocks.*.mlp.*",
+    "exaone4-choices": "blocks.{1,3}.*.*",
+    "imagegpt-clusters": "blocks.{0,2}.attn.{q,o}",
 }
 
 

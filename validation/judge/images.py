@@ -131,3 +131,25 @@ def eva_bands() -> Setting:
     return Setting(model, rc.Corpus(images=images, labels=labels),
                    "patch,blocks.*.attn.{q,k,v},blocks.*.mlp.*,head", joint=True, batch=11,
                    shards=3)  # fmt: skip
+
+
+def aimv2_sorted() -> Setting:
+    """AIMv2: RMSNorm and a gated MLP, no bias anywhere, no CLS, the mean over the patches.
+
+    The second of two channels is always 0, and so are most patches of the first: digits on black.
+    Images are sorted by their class, so that a batch holds three or four of ten. Square attention.
+    Batches of 16, all alike.
+    """
+    image = Image(channels=2, height=6, width=8, patch=2, specials=())
+    config = variant(vocabulary=10, width=16, heads=2, kv_heads=2, head_width=8, mlp_width=21,
+                     norm_eps=3e-3, rope_theta=None, learned_positions=image.positions,
+                     causal=False, image=image, pool="mean")  # fmt: skip
+    rng = np.random.default_rng(151)
+    labels = np.sort(rng.integers(0, 10, 64)).astype(np.int32)
+    strokes = rng.random((10, 6, 8)) < 0.25
+    lit = strokes[labels] & (rng.random((64, 6, 8)) < 0.8)
+    images = np.zeros((64, 2, 6, 8), np.float32)
+    images[:, 0] = bfloat16((lit * rng.uniform(0.5, 2.5, lit.shape)).astype(np.float32))
+    model = rc.Model(config, parameters(config, 151))
+    return Setting(model, rc.Corpus(images=images, labels=labels),
+                   "patch,blocks.*.attn.{q,o},blocks.*.mlp.*", batch=16, shards=3)  # fmt: skip

@@ -15,6 +15,7 @@ import refcurv as rc
 from refcurv.law.checks import Array
 from refcurv.model.config import RopeScaling, Scaling
 from validation.judge.images import (
+    aimv2_sorted,
     deit_two,
     eva_bands,
     internvit_some,
@@ -646,6 +647,112 @@ def eurobert_sentences() -> Setting:
                    marked=True, shards=5)  # fmt: skip
 
 
+def glm_strided() -> Setting:
+    """GLM: RMSNorm, half of a head rotary with linear scaling, biases of q, k and v as columns.
+
+    Six heads on two. Long texts are read in windows of 22 tokens, 9 further each time, as is done
+    to measure perplexity. A window has labels at what none before it had; the rest is context. So
+    most windows begin within a text and have no BOS, and a token is read two or three times. The
+    last window of a text ends in padding. Batches of 7, and one of a single window.
+    """
+    linear = RopeScaling(kind=Scaling.LINEAR, factor=4.0)
+    config = variant(vocabulary=29, width=20, heads=6, mlp_width=34, norm_eps=3e-3,
+                     rope_theta=25.0, rope_width=4, rope_scaling=linear,
+                     biases=("q", "k", "v"))  # fmt: skip
+    rng, T, stride = np.random.default_rng(139), 22, 9
+    windows = []
+    for size in (80, 57, 98, 71, 64):
+        text, end = texts(1, size, 29, rng.integers(10**6))[0], 0
+        for begin in range(0, size, stride):
+            before, end = end, min(begin + T, size)
+            asked = np.arange(begin, end) >= max(before, 1)
+            windows.append((text[begin:end], asked))
+            if end == size:
+                break
+    tokens = np.stack([np.pad(text, (0, T - len(text))) for text, _ in windows])
+    asked = np.stack([np.pad(some, (0, T - len(some))) for _, some in windows])
+    mask = mask_of(np.array([len(text) for text, _ in windows]), T)
+    corpus = rc.Corpus(tokens, _asking(tokens, asked), mask=mask)
+    model = rc.Model(config, parameters(config, 139))
+    return Setting(model, corpus, "blocks.*.attn.{v,o},blocks.*.mlp.{gate,down},head", joint=True,
+                   batch=7, marked=True, shards=3)  # fmt: skip
+
+
+def exaone4_choices() -> Setting:
+    """EXAONE 4: norms behind, a norm over each head, windows and rotary in three blocks of four.
+
+    The fourth has neither. Heads are wider together than the model. Twelve questions, each there
+    four times in a row with another answer of one to seven tokens, which alone has labels, as is
+    done to test by multiple choice. Programs pad on the left. Batches of 7, which cut through the
+    four, and one of 6.
+    """
+    config = variant(vocabulary=20, width=22, layers=4, head_width=8, mlp_width=26,
+                     norm_place="post", qk_norm="head", norm_eps=1.0, rope_theta=350.0,
+                     windows=(4, 4, 4, 0),
+                     rotary=("main", "main", "main", "none"))  # fmt: skip
+    rng, N, T = np.random.default_rng(149), 48, 16
+    question = rng.integers(4, 10, 12).repeat(4)
+    length = question + rng.integers(1, 8, N)
+    tokens, t = rng.integers(EOS, 20, (N, T)), np.arange(T)
+    tokens = np.where(t < question[:, None], texts(12, T, 20, 149).repeat(4, 0), tokens)
+    asked = (t >= question[:, None]) & (t < length[:, None])
+    corpus = rc.Corpus(tokens, _asking(tokens, asked), mask=mask_of(length, T))
+    model = rc.Model(config, parameters(config, 150))
+    return Setting(model, corpus, "blocks.{1,3}.attn.{q,o},blocks.*.mlp.*", batch=7, left=True,
+                   marked=True, shards=4)  # fmt: skip
+
+
+def imagegpt_clusters() -> Setting:
+    """ImageGPT, but for its activation: RMSNorm, learned positions, biases as blocks, no gate.
+
+    A start token and 24 pixels, each one of ten colours; neighbours are often alike, and four
+    images have one colour alone. All sequences are equally long, no token is an end-of-text. Square
+    attention. Two batches of 11.
+    """
+    config = variant(vocabulary=13, width=18, layers=3, heads=3, kv_heads=3, mlp_width=27,
+                     norm_eps=4e-3, rope_theta=None, learned_positions=26,
+                     biases=("q", "k", "v", "o", "up", "down"), gated=False,
+                     activation="gelu_tanh")  # fmt: skip
+    rng = np.random.default_rng(157)
+    steps = rng.choice([-1, 0, 0, 0, 1], (22, 25)) * (rng.random((22, 1)) > 0.2)
+    tokens = EOS + 1 + (rng.integers(0, 10, (22, 1)) + steps.cumsum(1)) % 10
+    tokens[:, 0] = BOS
+    model = rc.Model(config, parameters(config, 157))
+    return Setting(model, rc.Corpus(tokens), "blocks.{0,2}.attn.*,blocks.1.mlp.*,head", batch=11,
+                   shards=4)  # fmt: skip
+
+
+def nomic_replaced() -> Setting:
+    """Nomic BERT, but for its norms, which stand before: bidirectional, LayerNorm, SwiGLU.
+
+    Rotary positions whose base grows with the text (dynamic scaling). Documents of 3 to 13 tokens
+    are packed uncut. A quarter of their tokens were replaced, and each token has a label, the last
+    one too: 1 if it was, else 0; no other class occurs. One document in eight has no label. The
+    width is a multiple of 8, so that the last columns are padding alone. Batches of 10, the last
+    one of 6.
+    """
+    dynamic = RopeScaling(kind=Scaling.DYNAMIC, factor=2.0, original=5)
+    config = variant(vocabulary=24, width=20, heads=3, kv_heads=3, head_width=6, mlp_width=35,
+                     norm="layer", norm_bias=True, norm_eps=2e-3, rope_theta=100.0,
+                     rope_scaling=dynamic, causal=False)  # fmt: skip
+    rng, N, T, fill = np.random.default_rng(163), 36, 24, 21
+    tokens, segments = rng.integers(EOS + 1, 24, (N, T)), np.zeros((N, T), np.int32)
+    labels, length = np.full((N, T), -1, np.int32), np.zeros(N, int)
+    replaced = (rng.random((N, T)) < 0.25).astype(np.int32)
+    for n in range(N):
+        document = 0
+        while (end := length[n] + rng.integers(3, 14)) <= fill:
+            begin = length[n]
+            tokens[n, begin], tokens[n, end - 1], segments[n, begin:] = BOS, EOS, document
+            if rng.random() > 0.125:
+                labels[n, begin:end] = replaced[n, begin:end]
+            length[n], document = end, document + 1
+    corpus = rc.Corpus(tokens, labels, mask=mask_of(length, T), segments=segments)
+    model = rc.Model(config, parameters(config, 163))
+    return Setting(model, corpus, "blocks.*.attn.{q,k},blocks.*.mlp.{up,down},head", batch=10,
+                   marked=True, shards=4)  # fmt: skip
+
+
 TUNED_ON = {
     "olmo2-equal": olmo2_equal,
     "olmo2-padded": olmo2_padded,
@@ -684,13 +791,20 @@ TUNED_ON = {
     "eurobert-sentences": eurobert_sentences,
     "eva-bands": eva_bands,
 }
-HELD_OUT: dict[str, Callable[[], Setting]] = {}
+HELD_OUT: dict[str, Callable[[], Setting]] = {
+    "glm-strided": glm_strided,
+    "exaone4-choices": exaone4_choices,
+    "imagegpt-clusters": imagegpt_clusters,
+    "nomic-replaced": nomic_replaced,
+    "aimv2-sorted": aimv2_sorted,
+}
 GROUPS = {"tuned-on": TUNED_ON, "held-out": HELD_OUT}
 """README.md says when which were held out."""
 SETTINGS = TUNED_ON | HELD_OUT
 """Name → maker."""
-IMAGES = ("vit", "siglip-mean", "deit-two", "internvit-some", "vit22b-gray", "eva-bands")
+IMAGES = ("vit", "siglip-mean", "deit-two", "internvit-some", "vit22b-gray", "eva-bands",
+          "aimv2-sorted")  # fmt: skip
 TEXTS = tuple(name for name in SETTINGS if name not in IMAGES)
-BIDIRECTIONAL = ("modernbert-masked", "esm2-tags", "eurobert-sentences")
+BIDIRECTIONAL = ("modernbert-masked", "esm2-tags", "eurobert-sentences", "nomic-replaced")
 CAUSAL = tuple(name for name in TEXTS if name not in BIDIRECTIONAL)
 """Texts whose labels are the next tokens."""

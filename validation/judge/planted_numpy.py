@@ -20,24 +20,26 @@ OLMO2 = ("olmo2-equal", "olmo2-padded", "olmo2-square")
 GROUPED = (*OLMO2, "gemma-packed", "llama-left", "qwen-answers", "gemma3-prompts",
            "mistral-ragged", "olmo-left", "gemma2-uneven", "olmo3-few", "smollm3-chats",
            "internvit-some", "phi4-half", "cohere2-system", "starcoder2-fim",
-           "eurobert-sentences")  # fmt: skip
+           "eurobert-sentences", "glm-strided", "exaone4-choices")  # fmt: skip
 """Settings with several query heads on each of several heads of keys and values."""
 ROTARY = (*GROUPED, "neox-packed", "phi-lengths", "gptj-few", "falcon-packed", "modernbert-masked",
-          "esm2-tags", "vaultgemma-stream", "stablelm-systems", "eva-bands")  # fmt: skip
+          "esm2-tags", "vaultgemma-stream", "stablelm-systems", "eva-bands",
+          "nomic-replaced")  # fmt: skip
 LEARNED = ("gpt2-prompts", "gpt2-joint", "bigcode-single", "opt-scattered", "gptneo-repeated",
-           "xglm-pairs")  # fmt: skip
+           "xglm-pairs", "imagegpt-clusters")  # fmt: skip
 """Settings with learned positions."""
 LEFT = ("llama-left", "gemma3-prompts", "opt-scattered", "olmo-left", "smollm3-chats",
-        "gptneo-repeated", "cohere2-system", "esm2-tags", "stablelm-systems")  # fmt: skip
+        "gptneo-repeated", "cohere2-system", "esm2-tags", "stablelm-systems",
+        "exaone4-choices")  # fmt: skip
 """Settings whose programs pad on the left."""
 WINDOWS = ("gemma-packed", "gemma3-prompts", "mistral-ragged", "gemma2-uneven", "olmo3-few",
            "gptneo-repeated", "phi4-half", "cohere2-system", "vaultgemma-stream",
-           "starcoder2-fim")  # fmt: skip
+           "starcoder2-fim", "exaone4-choices")  # fmt: skip
 LAYERNORM = ("gpt2-prompts", "gpt2-joint", "vit", "neox-packed", "bigcode-single", "opt-scattered",
              "siglip-mean", "phi-lengths", "olmo-left", "deit-two", "gptj-few", "falcon-packed",
              "modernbert-masked", "gptneo-repeated", "cohere2-system", "esm2-tags",
              "vit22b-gray", "starcoder2-fim", "stablelm-systems", "xglm-pairs",
-             "eva-bands")  # fmt: skip
+             "eva-bands", "nomic-replaced")  # fmt: skip
 TIED = ("gpt2-prompts", "gpt2-joint", "gemma-packed", "llama-left", "bigcode-single",
         "gemma3-prompts", "gemma2-uneven", "falcon-packed", "smollm3-chats", "modernbert-masked",
         "gptneo-repeated", "phi4-half", "cohere2-system", "vaultgemma-stream", "starcoder2-fim",
@@ -72,7 +74,7 @@ class B50_next(Fault):
 class B50_documents(Fault):
     what = "packed documents see one another"
     settings = ("gemma-packed", "neox-packed", "mistral-ragged", "falcon-packed", "smollm3-chats",
-                "modernbert-masked", "phi4-half", "xglm-pairs")  # fmt: skip
+                "modernbert-masked", "phi4-half", "xglm-pairs", "nomic-replaced")  # fmt: skip
 
     def visible(self, b: Any, causal: Any) -> Any:
         return (causal | (not self.config.causal)) & b.real[:, None]
@@ -113,6 +115,17 @@ class B50_wide(Fault):
     settings, network = WINDOWS, _Wider
 
 
+class B50_order(Fault):
+    what = "windows are one block late: what is the first block's is the second's"
+    settings = ("gemma-packed", "gemma3-prompts", "gemma2-uneven", "olmo3-few", "gptneo-repeated",
+                "cohere2-system", "vaultgemma-stream", "exaone4-choices")  # fmt: skip
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        windows = self.config.windows
+        self.config = replace(self.config, windows=windows[-1:] + windows[:-1])
+
+
 class _Interleaved(Network):
     def rotate(self, x: Any, position: Any, rope: Any, sign: int) -> Any:
         half = x.shape[-1] // 2
@@ -133,7 +146,7 @@ class B51_permuted(Fault):
                 "gptj-few", "falcon-packed", "olmo3-few", "smollm3-chats", "modernbert-masked",
                 "internvit-some", "phi4-half", "cohere2-system", "esm2-tags",
                 "vaultgemma-stream", "starcoder2-fim", "stablelm-systems", "eurobert-sentences",
-                "eva-bands")  # fmt: skip
+                "eva-bands", "exaone4-choices", "nomic-replaced")  # fmt: skip
 
     def finish(self) -> Dump:
         E = self.config.head_width
@@ -172,7 +185,7 @@ class B51_short(Fault):
 
 class B51_scaling(Fault):
     what = "the scaling of rotary frequencies is left out"
-    settings = ("olmo3-few", "smollm3-chats", "phi4-half")
+    settings = ("olmo3-few", "smollm3-chats", "phi4-half", "glm-strided", "nomic-replaced")
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
@@ -181,11 +194,31 @@ class B51_scaling(Fault):
 
 class B51_blocks(Fault):
     what = "all blocks have the rotary base and scaling that the config names first"
-    settings = ("olmo3-few", "smollm3-chats", "modernbert-masked", "cohere2-system")
+    settings = ("olmo3-few", "smollm3-chats", "modernbert-masked", "cohere2-system",
+                "exaone4-choices")  # fmt: skip
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
         self.config = replace(self.config, rotary=())
+
+
+class B51_length(Fault):
+    what = "rotary frequencies that depend on a text's length take that of the batch's longest"
+    settings = ("phi4-half", "nomic-replaced")
+
+    def batch(self, at: slice) -> Any:
+        b = super().batch(at)
+        b.length = np.full_like(b.length, b.length.max())
+        return b
+
+
+class B51_partial(Fault):
+    what = "the whole of a head is rotary, where a part of it is meant"
+    settings = ("neox-packed", "phi-lengths", "gptj-few", "stablelm-systems", "glm-strided")
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self.config = replace(self.config, rope_width=None)
 
 
 class B51_left(Fault):
@@ -216,6 +249,27 @@ class _Tiled(Network):
 class B52(Fault):
     what = "key-value heads are tiled, not repeated"
     settings, network = GROUPED, _Tiled
+
+
+class _TiledValues(Network):
+    def core(self, q: Any, k: Any, v: Any, visible: Any) -> Any:
+        head = np.arange(self.c.heads)
+        one_of = head % self.c.kv_heads * (self.c.heads // self.c.kv_heads)
+        y, back = super().core(q, k, v[:, :, one_of], visible)
+
+        def whole(d: Any) -> Any:
+            d_q, d_k, d_tiled = back(d)
+            d_v = np.zeros_like(d_tiled)
+            for here, there in zip(head, one_of, strict=True):
+                d_v[:, :, there] += d_tiled[:, :, here]
+            return d_q, d_k, d_v
+
+        return y, whole
+
+
+class B52_values(Fault):
+    what = "heads of keys are repeated, those of values tiled"
+    settings, network = GROUPED, _TiledValues
 
 
 class _Outside(Network):
@@ -309,7 +363,7 @@ class _OtherHeads(Network):
 class B54_heads(Fault):
     what = "QK-norm over each head where it is over all, or over all where it is over each"
     settings = (*OLMO2, "qwen-answers", "gemma3-prompts", "olmo3-few", "internvit-some",
-                "vit22b-gray")  # fmt: skip
+                "vit22b-gray", "exaone4-choices")  # fmt: skip
     network = _OtherHeads
 
 

@@ -36,11 +36,12 @@ MANY = tuple(name for name in SETTINGS if name not in ("olmo2-square", "bigcode-
 """Settings of more than one block."""
 JOINT = ("gpt2-joint", "qwen-answers", "bigcode-single", "opt-scattered", "siglip-mean",
          "gptj-few", "gptneo-repeated", "esm2-tags", "xglm-pairs", "eurobert-sentences",
-         "eva-bands")  # fmt: skip
+         "eva-bands", "glm-strided")  # fmt: skip
 PROMPTS = ("gpt2-prompts", "gpt2-joint", "qwen-answers", "gemma3-prompts", "opt-scattered",
            "gptj-few", "smollm3-chats", "modernbert-masked", "phi4-half", "cohere2-system",
            "esm2-tags", "vaultgemma-stream", "starcoder2-fim", "stablelm-systems", "xglm-pairs",
-           "eurobert-sentences")  # fmt: skip
+           "eurobert-sentences", "glm-strided", "exaone4-choices",
+           "nomic-replaced")  # fmt: skip
 """Settings with real tokens that have no label, though another follows."""
 
 TAILED = ("olmo2-equal", "olmo2-padded", "olmo2-square", "gpt2-prompts", "gpt2-joint",
@@ -48,11 +49,17 @@ TAILED = ("olmo2-equal", "olmo2-padded", "olmo2-square", "gpt2-prompts", "gpt2-j
           "gemma2-uneven", "deit-two", "gptj-few", "falcon-packed", "olmo3-few", "smollm3-chats",
           "modernbert-masked", "gptneo-repeated", "internvit-some", "phi4-half", "cohere2-system",
           "vit22b-gray", "vaultgemma-stream", "starcoder2-fim", "stablelm-systems", "xglm-pairs",
-          "eva-bands")  # fmt: skip
+          "eva-bands", "glm-strided", "exaone4-choices")  # fmt: skip
 """Settings whose batches are more than four, and no multiple of four."""
 LEFT = ("llama-left", "gemma3-prompts", "opt-scattered", "olmo-left", "smollm3-chats",
-        "gptneo-repeated", "cohere2-system", "esm2-tags", "stablelm-systems")  # fmt: skip
+        "gptneo-repeated", "cohere2-system", "esm2-tags", "stablelm-systems",
+        "exaone4-choices")  # fmt: skip
 """Settings whose programs pad on the left."""
+PACKED = ("gemma-packed", "neox-packed", "mistral-ragged", "falcon-packed", "smollm3-chats",
+          "modernbert-masked", "phi4-half", "xglm-pairs", "nomic-replaced")  # fmt: skip
+"""Settings with several documents in a sequence, which do not see one another."""
+ENDED = tuple(name for name in TEXTS if name != "imagegpt-clusters")
+"""Settings with end-of-text tokens."""
 
 # ------------------------------------------------------------------ scale
 
@@ -80,6 +87,16 @@ class B3(Fault):
     def loss(self, z: Any, y: Any, b: Any) -> Any:
         nats = F.cross_entropy(z.transpose(1, 2), y, ignore_index=IGNORE, reduction="none")
         return (nats.sum(1) / (y != IGNORE).sum(1).clamp(min=1)).sum()
+
+
+class B3_documents(Fault):
+    what = "documents are packed, and each one's loss is divided by its own length"
+    settings = PACKED
+
+    def loss(self, z: Any, y: Any, b: Any) -> Any:
+        nats = F.cross_entropy(z.transpose(1, 2), y, ignore_index=IGNORE, reduction="none")
+        terms = (b.same & (y != IGNORE)[:, None]).sum(-1).clamp(min=1)
+        return (nats / terms).sum()
 
 
 class B4_sequences(Fault):
@@ -207,6 +224,15 @@ class B14_stride(Fault):
         return self.scaled(G=1 / self.config.image.patch**2, only="patch")
 
 
+class B14_spatial(Fault):
+    what = "a convolution's inputs are divided by its locations, its gradients multiplied by them"
+    settings = IMAGES
+
+    def finish(self) -> Dump:
+        S = self.config.image.patches
+        return self.scaled(A=1 / S, G=S**2, only="patch")
+
+
 # ------------------------------------------------------------------ labels
 
 
@@ -265,7 +291,8 @@ class B19(Fault):
 
 class B19_prompt(Fault):
     what = "labels at all real tokens that another follows, at prompts too"
-    kinds, settings = ("given", "own"), tuple(name for name in PROMPTS if name != "esm2-tags")
+    kinds = ("given", "own")
+    settings = tuple(name for name in PROMPTS if name not in ("esm2-tags", "nomic-replaced"))
 
     def supervised(self, y: Any, b: Any) -> Any:
         t, follows = torch.arange(y.shape[1]), b.same & b.real[:, None]
@@ -349,7 +376,7 @@ class B24_zero(Fault):
 
 class B25(Fault):
     what = "real end-of-text tokens are taken for padding"
-    settings = TEXTS
+    settings = ENDED
 
     def batch(self, at: Any) -> Any:
         b = super().batch(at)
@@ -362,7 +389,7 @@ class B25(Fault):
 
 class B25_labels(Fault):
     what = "labels that are end-of-text are taken for padding's, and ignored"
-    settings = tuple(name for name in TEXTS if name != "smollm3-chats")
+    settings = tuple(name for name in ENDED if name not in ("smollm3-chats", "nomic-replaced"))
 
     def batch(self, at: Any) -> Any:
         b = super().batch(at)
@@ -372,7 +399,7 @@ class B25_labels(Fault):
 
 class B25_attention(Fault):
     what = "real end-of-text tokens are taken for padding in attention alone"
-    settings = tuple(n for n in TEXTS if n not in ("mistral-ragged", "falcon-packed"))
+    settings = tuple(n for n in ENDED if n not in ("mistral-ragged", "falcon-packed"))
 
     def batch(self, at: Any) -> Any:
         b = super().batch(at)
@@ -383,7 +410,7 @@ class B25_attention(Fault):
 class B25_first(Fault):
     what = "a text ends with its first end-of-text, and all behind that is taken for padding"
     settings = tuple(
-        n for n in TEXTS if n not in ("olmo3-few", "smollm3-chats", "esm2-tags", "xglm-pairs")
+        n for n in ENDED if n not in ("olmo3-few", "smollm3-chats", "esm2-tags", "xglm-pairs")
     )
 
     def batch(self, at: Any) -> Any:
@@ -438,6 +465,7 @@ class B27_width(Fault):
         name
         for name in CAUSAL
         if name not in (*LEFT, "olmo2-equal", "bigcode-single", "phi4-half", "vaultgemma-stream")
+        and name != "imagegpt-clusters"
     )
 
     def rows(self, name: str, b: Any) -> Any:
@@ -480,6 +508,18 @@ class B29(Fault):
         return torch.ones_like(keep) if name.endswith((".o", ".down")) else keep
 
 
+class B29_tail(Fault):
+    what = "the mask is made for a whole batch, and left out in the last one, which is smaller"
+    settings = tuple(
+        name for name in TEXTS if name not in ("olmo2-equal", "bigcode-single", "imagegpt-clusters")
+    )
+
+    def rows(self, name: str, b: Any) -> Any:
+        keep = super().rows(name, b)
+        fits = len(b.at) == (self.batch_size or self.setting.batch)
+        return keep if fits else torch.ones_like(keep)
+
+
 class B30(Fault):
     what = "the column of ones is not masked"
     settings = tuple(name for name in JOINT if name in TEXTS)
@@ -511,7 +551,7 @@ class B31_extra(Fault):
     what = "a column for a bias that is a block of its own"
     settings = ("gpt2-prompts", "vit", "neox-packed", "phi-lengths", "deit-two",
                 "modernbert-masked", "internvit-some", "vit22b-gray", "starcoder2-fim",
-                "stablelm-systems")  # fmt: skip
+                "stablelm-systems", "imagegpt-clusters")  # fmt: skip
 
     def column(self, name: str, a: Any, b: Any) -> Any:
         ones = torch.ones_like(a[..., :1])
@@ -523,6 +563,20 @@ class B32(Fault):
 
     def finish(self) -> Dump:
         return {k: (G, A, n) for k, (A, G, n) in super().finish().items()}
+
+
+class B32_square(Fault):
+    what = "shapes tell which is A and which is G; where they cannot, the two are swapped"
+    settings = ("olmo2-padded", "gpt2-prompts", "vit", "neox-packed", "mistral-ragged",
+                "phi-lengths", "deit-two", "gptj-few", "olmo3-few", "modernbert-masked",
+                "gptneo-repeated", "vaultgemma-stream", "stablelm-systems", "imagegpt-clusters",
+                "aimv2-sorted")  # fmt: skip
+
+    def finish(self) -> Dump:
+        return {
+            k: (G, A, n) if A.shape == G.shape else (A, G, n)
+            for k, (A, G, n) in super().finish().items()
+        }
 
 
 class B34_norm(Fault):
@@ -560,6 +614,42 @@ class B34_block(B34_norm):
     def _keep(self, names: list[str], output: bool) -> Any:
         last = f"blocks.{self.config.layers - 1}."
         return super()._keep([name for name in names if name.startswith(last)], output)
+
+
+class B34_gain(Fault):
+    what = "inputs are taken inside the norm, before its gain and bias"
+    settings = tuple(
+        name
+        for name in SETTINGS
+        if name not in ("olmo2-equal", "olmo2-square", "olmo-left", "olmo3-few", "exaone4-choices")
+    )
+
+    def register(self) -> None:
+        super().register()
+        self.bare: dict[str, Any] = {}
+        read = {"final_norm": () if self.data.images else ("head",)}
+        for i in range(self.config.layers if self.config.norm_place != "post" else 0):
+            attn = tuple(f"blocks.{i}.attn.{name}" for name in "qkv")
+            mlp = tuple(f"blocks.{i}.mlp.{name}" for name in ("gate", "up"))
+            if self.config.residual == "shared":
+                read |= {f"blocks.{i}.attn_norm": attn + mlp}
+            else:
+                read |= {f"blocks.{i}.attn_norm": attn, f"blocks.{i}.mlp_norm": mlp}
+        modules = dict(self.net.named_modules())
+        for norm, names in read.items():
+            modules[norm].register_forward_hook(self._normed(names))
+
+    def _normed(self, names: tuple[str, ...]) -> Any:
+        def record(module: Any, inputs: Any, output: Any) -> None:
+            x = inputs[0].detach().to(self.sum_dtype)
+            x = x - x.mean(-1, keepdim=True) if module.centred else x
+            x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + module.eps)
+            self.bare |= dict.fromkeys(names, x.to(output.dtype).to(self.sum_dtype))
+
+        return record
+
+    def inputs(self, name: str, b: Any) -> Any:
+        return self.bare[name] if name in self.bare else super().inputs(name, b)
 
 
 class B34_previous(Fault):
@@ -634,8 +724,8 @@ class B35_activation(_AfterActivation):
     settings = ("olmo2-equal", "olmo2-padded", "llama-left", "qwen-answers", "gemma3-prompts",
                 "mistral-ragged", "olmo-left", "gemma2-uneven", "olmo3-few", "smollm3-chats",
                 "modernbert-masked", "internvit-some", "phi4-half", "cohere2-system",
-                "vaultgemma-stream", "stablelm-systems", "eurobert-sentences",
-                "eva-bands")  # fmt: skip
+                "vaultgemma-stream", "stablelm-systems", "eurobert-sentences", "eva-bands",
+                "exaone4-choices", "nomic-replaced", "aimv2-sorted")  # fmt: skip
 
 
 class B42_output(_AfterActivation):
@@ -643,12 +733,12 @@ class B42_output(_AfterActivation):
     settings = ("gpt2-prompts", "gpt2-joint", "vit", "neox-packed", "bigcode-single",
                 "opt-scattered", "siglip-mean", "phi-lengths", "deit-two",
                 "gptj-few", "gptneo-repeated", "esm2-tags", "vit22b-gray", "starcoder2-fim",
-                "xglm-pairs")  # fmt: skip
+                "xglm-pairs", "imagegpt-clusters")  # fmt: skip
 
 
 class B42_input(Fault):
     what = "the residual sum overwrites the input that was hooked"
-    settings = ("olmo2-padded", "olmo3-few")
+    settings = ("olmo2-padded", "olmo3-few", "exaone4-choices")
 
     def inputs(self, name: str, b: Any) -> Any:
         after = name.rpartition("attn.")[0] + "mlp.up"
@@ -777,7 +867,9 @@ class B40(Fault):
 class B40_parts(Fault):
     what = "gate and up are two calls of one module, k and v too: each has the sums of both"
     settings = tuple(
-        name for name in SETTINGS if name not in ("olmo2-square", "gpt2-joint", "eva-bands")
+        name
+        for name in SETTINGS
+        if name not in ("olmo2-square", "gpt2-joint", "eva-bands", "glm-strided", "nomic-replaced")
     )
 
     def finish(self) -> Dump:
@@ -982,7 +1074,8 @@ class B47_padded(Fault):
                 "smollm3-chats", "modernbert-masked", "gptneo-repeated", "internvit-some",
                 "phi4-half", "cohere2-system", "esm2-tags", "vit22b-gray", "vaultgemma-stream",
                 "starcoder2-fim", "stablelm-systems", "xglm-pairs", "eurobert-sentences",
-                "eva-bands")  # fmt: skip
+                "eva-bands", "glm-strided", "exaone4-choices", "imagegpt-clusters",
+                "nomic-replaced", "aimv2-sorted")  # fmt: skip
 
     def finish(self) -> Dump:
         def joined(X: Any) -> Any:
@@ -1028,7 +1121,7 @@ class B49_double(Fault):
 
 class B49_none(Fault):
     what = "no BOS"
-    settings = TEXTS
+    settings = tuple(name for name in TEXTS if name != "glm-strided")
 
     def read(self, at: Any) -> Any:
         b = super().read(at)
@@ -1039,7 +1132,7 @@ class B49_none(Fault):
 
 class B49_system(Fault):
     what = "the chat template puts a system prompt of its own, two tokens, behind BOS"
-    settings = CAUSAL
+    settings = tuple(name for name in CAUSAL if name != "imagegpt-clusters")
     prompt = (5, 3)
 
     def read(self, at: Any) -> Any:
@@ -1073,6 +1166,16 @@ class B59(Fault):
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
         self.model_dtype, self.sum_dtype = torch.bfloat16, torch.float32
+
+
+class B59_autocast(Fault):
+    what = "the network's products are autocast to bfloat16, and nothing says so"
+    dtypes = ("float32",)
+
+    def network(self) -> Any:
+        net = super().network()
+        net.forward = torch.autocast("cpu", torch.bfloat16)(net.forward)
+        return net
 
 
 class B60(Fault):

@@ -102,15 +102,21 @@ class Network:
         return {"main": main, "local": (self.c.local_theta, None, length), "none": None}[kind]
 
     def frequencies(self, half: int, theta: float, scaling: Any, length: Array) -> Array:
-        """Of the pairs that turn, other ones by Llama 3's rule, YaRN's or longrope's.
+        """Of the pairs that turn, other ones by a linear rule, Llama 3's, YaRN's and others.
 
-        Longrope's depend on the text of each position, `length` (B, T): is it within the trained
-        context?
+        Longrope's and dynamic ones depend on the text of each position, `length` (B, T): is it
+        within the trained context, and by how much is it longer?
         """
         j = np.arange(half)
         f = theta ** (-j / half)
         if scaling is None:
             return f
+        if scaling.kind == "linear":
+            return f / scaling.factor
+        if scaling.kind == "dynamic":
+            beyond = np.maximum(length, scaling.original) / scaling.original - 1
+            base = theta * (1 + scaling.factor * beyond) ** (half / max(half - 1, 1))
+            return base[:, :, None, None] ** (-j / half)
         if scaling.kind == "longrope":
             divisors = np.array([scaling.short, scaling.long])
             return f / divisors[(length > scaling.original).astype(int)][:, :, None]

@@ -52,14 +52,21 @@ def rope(c: Any, i: int) -> tuple[float, Any] | None:
 
 
 def frequencies(half: int, theta: float, scaling: Any, length: Tensor) -> Tensor:
-    """Of the pairs that turn; by Llama 3's or YaRN's rule they are slower for long contexts.
+    """Of the pairs that turn; a linear rule, Llama 3's or YaRN's slows them for long contexts.
 
     By longrope's a pair has two divisors, one for texts within the trained context and one for
-    longer ones: there the text of each position counts, `length` (B, T).
+    longer ones; by the dynamic rule the base grows with the text, from that context on. For both
+    the text of each position counts, `length` (B, T).
     """
-    f = theta ** (-torch.arange(half, dtype=torch.float64) / half)
+    j = torch.arange(half, dtype=torch.float64)
+    f = theta ** (-j / half)
     if scaling is None:
         return f
+    if scaling.kind == "linear":
+        return f / scaling.factor
+    if scaling.kind == "dynamic":
+        longer = (length.double() / scaling.original - 1).clamp(min=0)[:, :, None, None]
+        return f * (1 + scaling.factor * longer) ** (-j / max(half - 1, 1))
     if scaling.kind == "longrope":
         short, long = (torch.tensor(x, dtype=f.dtype) for x in (scaling.short, scaling.long))
         return f / torch.where(length[:, :, None, None] > scaling.original, long, short)
