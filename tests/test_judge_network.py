@@ -280,6 +280,22 @@ def test_the_least_of_several_levels():
     assert np.allclose(t, true, rtol=1e-5, atol=0) and left < 1e-6
 
 
+@pytest.mark.parametrize("name", ["logit scale", "norms in bfloat16"])
+def test_a_table_beside_them_hides_no_cause(name):
+    """Tables are not recomputed. What all others show is not kept back by them."""
+    own = config(width=8, heads=2, kv_heads=1, head_width=4, mlp_width=12, layers=1)
+    model = rc.Model(own, random_parameters(own, 5))
+    corpus = rc.Corpus(np.arange(24).reshape(6, 4) % 7)
+    factors = rc.collect(model, corpus, "embed,blocks.0.attn.{q,o},blocks.0.mlp.*", "empirical")
+    level = 1.0 / 0.7 if name == "logit scale" else 0.0
+    theirs = planted((model, corpus, factors), Setting(network=((name, level),)))
+    G = factors["embed"].G
+    theirs["embed"] = factors["embed"].A, G * (2 + np.cos(np.add.outer(*[np.arange(8)] * 2))), 18
+    verdict, _ = named((model, corpus, factors), theirs)
+    (cause,) = (one for one in verdict.causes if one.fault == CHANGES[name].fault)
+    assert {*cause.layers} == {*factors} - {"embed"} and cause.after < 1e-12
+
+
 @pytest.mark.slow
 def test_what_a_later_fault_explains_as_well_is_no_other(setting):
     """With parallel residuals the first MLP reads what attention reads: other layers' A, it seems.

@@ -10,7 +10,7 @@ import numpy as np
 
 from refcurv.judge.case import Case
 from refcurv.judge.compare import who_draws
-from refcurv.judge.diagnosis.recomputed import is_large, part, recompute
+from refcurv.judge.diagnosis.recomputed import is_large, linear, part, recompute
 from refcurv.judge.diagnosis.search import FINE, NEARER, Chosen, Idea, Side, is_coarse
 from refcurv.judge.diagnosis.variants import Setting
 from refcurv.judge.diagnosis.variants.networks import COARSE, PRODUCTS
@@ -98,7 +98,7 @@ def _made(found: Mapping[str, Side], setting: Setting) -> bool:
         layer in side.table.get(idea, {})
         for side, idea in ideas
         if idea.faults
-        for layer in side.ladders
+        for layer in linear(side.ladders)
     )
 
 
@@ -128,8 +128,8 @@ def _score(found: Mapping[str, Side], setting: Setting) -> float:
     shares = []
     for side in found.values():
         idea = _idea(side, setting)
-        for layer, steps in side.ladders.items():
-            b, e = steps.steps[0][1], side.plain(layer).error
+        for layer in linear(side.ladders):
+            b, e = side.ladders[layer].steps[0][1], side.plain(layer).error
             left = side.table.get(idea, {}).get(layer) if idea.faults else side.plain(layer)
             if left is None:
                 return math.inf
