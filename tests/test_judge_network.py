@@ -273,6 +273,9 @@ def test_the_least_of_several_levels():
     ):
         t, left = least(none, own, own)
         assert t is own and left == 1
+    near = 1.01 * true  # all that the levels change is hardly anything of what is left
+    t, left = least(lambda t: (of(t), 30 * far + of(true) - of(t)), near, own)
+    assert t is near and left == 1
     t, left = least(make, np.array([100.0, 0.0]), np.array([100.0, 0.0]))  # none of our own
     assert np.allclose(t, true, rtol=1e-12, atol=0)
     noise = 1e-7 * rng.normal(size=40)  # as that of float32
