@@ -37,7 +37,7 @@ from refcurv.judge.diagnosis.variants.flows import flows
 from refcurv.judge.diagnosis.variants.labels import choice
 from refcurv.judge.diagnosis.variants.networks import CHANGES, Network, changed, occurring
 from refcurv.judge.diagnosis.variants.positions import positions
-from refcurv.judge.diagnosis.variants.rounding import KINDS, rounded
+from refcurv.judge.diagnosis.variants.rounding import KINDS, Coarse, plain, rounded
 from refcurv.judge.diagnosis.variants.shaken import ADAPTED, AVERAGED, RANK, shaken
 from refcurv.judge.diagnosis.variants.texts import HIDDEN, text_of
 from refcurv.judge.diagnosis.variants.untrained import (
@@ -52,6 +52,7 @@ from refcurv.judge.foreign.memory import of_arrays
 from refcurv.judge.injected import roundings
 from refcurv.judge.verdict import FAIL, Comparison
 from refcurv.law.conventions import Rows
+from refcurv.model import transformer
 from refcurv.model.config import Norm, NormPlace, QKNorm
 from refcurv.model.layers import DEFINITIONS, causal_layout
 from refcurv.model.part import part_of
@@ -343,6 +344,24 @@ def test_a_model_under_autocast_is_told_by_its_size(setting):
     (one,) = causes(case, found)
     assert one.fault == "B59" and "A network under autocast to bfloat16 is 1" in one.sentence
     assert "model=bfloat16" in one.remedy
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_under_autocast_products_round_and_the_stream_does_not(tied, dtype):
+    own = config(width=8, tied=tied, norm_bias=False, learned_positions=9, biases=())
+    P, rng = random_parameters(own, 3), np.random.default_rng(0)
+    net = changed(own, P, ((f"autocast in {dtype}", 0.0),))
+    for layer, (_, d_in) in net.config.linear_layers().items():
+        x = rng.normal(size=(3, d_in))
+        y = transformer.linear_forward(net.config, net.parameters, layer, x)
+        W = rounded(P[own.weight_of(layer)], dtype)
+        assert np.array_equal(plain(y), rounded(rounded(x, dtype) @ W.T, dtype)), layer
+    tokens = rng.integers(0, own.vocabulary, (2, 9))
+    layout = causal_layout(np.ones((2, 9), bool), np.zeros((2, 9), int))
+    x = transformer.input_forward(net.config, net.parameters, tokens, layout)
+    assert np.array_equal(x, transformer.input_forward(own, P, tokens, layout))
+    assert not isinstance(x + y[:2, :1, None] * x, Coarse)  # what is added to it is not either
 
 
 @pytest.mark.slow
