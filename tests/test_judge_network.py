@@ -384,6 +384,12 @@ def test_of_a_large_corpus_a_dtype_is_sized_on_the_same_sequences(setting, monke
     sizes = precision._sizes(case, found)
     assert all(0.3 < x < 3 for x in sizes["all in bfloat16"]) and len(sizes["all in bfloat16"]) == 4
     assert all(x > 3 for x in sizes["all in float16"])
+    few = precision.made_on(case, [*found["A"].ladders], 108)
+    first = next(iter(few))
+    few[first] = replace(few[first], G=0 * few[first].G)  # no sequence of the sample has a label
+    assert {name: len(each) for name, each in precision._sizes(case, found).items()} == {
+        name: len(each) - 1 for name, each in sizes.items()
+    }
 
 
 @pytest.mark.slow

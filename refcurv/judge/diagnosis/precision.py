@@ -157,6 +157,8 @@ def _sizes(case: Case, found: Mapping[str, Side]) -> dict[str, list[float]]:
             for layer in (x for x in side.ladders if x in of):
                 X, Y = getattr(ours[layer], name), getattr(of[layer], name)
                 error, finest = side.of(layer)[1].error, side.ladders[layer].steps[0][1]
+                if not X.any():  # no label is in these sequences: they say nothing
+                    continue
                 far = float(norm(X - Y) / norm(X)) if X.shape == Y.shape else 0.0
                 if far > finest or error > LARGER * finest:
                     ratio = max(error / max(far, finest), 1e-300)
