@@ -346,6 +346,19 @@ def test_a_model_under_autocast_is_told_by_its_size(setting):
     assert "model=bfloat16" in one.remedy
 
 
+@pytest.mark.slow
+def test_a_model_in_bfloat16_is_one_fault(setting):
+    """What reads the table itself has its rounding alone, exactly. That is no fault beside it."""
+    theirs = planted(setting, Setting(network=(("all in bfloat16", 0.0),)))
+    for name, (A, G, n) in theirs.items():
+        of_table = name in ("blocks.0.attn.q", "blocks.0.attn.k", "blocks.0.attn.v")
+        another = A if of_table else 2 * setting[2][name].A - A  # rounded in another order
+        theirs[name] = another, 2 * setting[2][name].G - G, n
+    verdict, faults = named(setting, theirs)
+    assert faults == ["B59"] and "A network in bfloat16" in verdict.causes[0].sentence
+    assert {*verdict.causes[0].layers} == {*theirs}
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_under_autocast_products_round_and_the_stream_does_not(tied, dtype):
