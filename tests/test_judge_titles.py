@@ -118,13 +118,14 @@ def test_a_factor_is_called_by_what_it_is():
     ours = rc.collect(
         rc.Model(own, random_parameters(own, 3)), rc.Corpus(tokens), "blocks.0.mlp.*", "empirical"
     )
-    for both, of_G, fault, name in (
-        (96, 1, "B4", "Sums that are not divided. "),
-        (96 / 80, 1, "B4", "Divided by another count than that of the rows. "),
+    for of_A, of_G, fault, name in (
+        (96, 96, "B4", "Sums that are not divided. "),
+        (96, 1, "B4", "Sums that are not divided. A alone is ours times 96, "),
+        (96 / 80, 96 / 80, "B4", "Divided by another count than that of the rows. "),
         (1, 2, "B5", "Curvature counted twice. "),
         (1, 0.5, "B5", "Half of the curvature. "),
     ):
-        theirs = {x: (both * one.A, both * of_G * one.G, one.n_A) for x, one in ours.items()}
+        theirs = {x: (of_A * one.A, of_G * one.G, one.n_A) for x, one in ours.items()}
         verdict = rc.validate(theirs, ours, arithmetic="float64", declared={"fisher": "empirical"})
         (cause,) = verdict.causes
         assert cause.fault == fault and cause.sentence.startswith(name), cause.sentence
