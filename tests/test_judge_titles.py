@@ -135,6 +135,8 @@ def test_a_scale_is_told_as_a_number(model):
     usual = model.config.head_width**-0.5
     one = of(model, "B54", Setting(network=(("score scale", 0.3),)))
     assert one.name == f"another scale of the attention scores: score_scale 0.3, ours {usual:.6g}"
+    one = of(model, "B53", Setting(network=(("eps", 0.0),)))
+    assert one.name == "another eps in the norms: norm_eps 0, ours 1e-05"
 
 
 def test_bugs_of_one_fault_are_all_named(model):
