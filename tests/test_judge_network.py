@@ -13,7 +13,7 @@ from strategies import config, random_parameters
 import refcurv as rc
 from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.case import Case
-from refcurv.judge.diagnosis import dropped, precision, scales, signs, telling
+from refcurv.judge.diagnosis import dropped, fits, precision, scales, signs, telling
 from refcurv.judge.diagnosis.coarse import settle
 from refcurv.judge.diagnosis.dropped import (
     DROPOUT,
@@ -29,7 +29,8 @@ from refcurv.judge.diagnosis.fits import least
 from refcurv.judge.diagnosis.hidden import hidden
 from refcurv.judge.diagnosis.precision import causes, short
 from refcurv.judge.diagnosis.recomputed import recompute
-from refcurv.judge.diagnosis.search import PLAIN, Side, ladder, ours
+from refcurv.judge.diagnosis.search import PLAIN, Idea, Ladder, Side, ladder, ours
+from refcurv.judge.diagnosis.seen import Left
 from refcurv.judge.diagnosis.variants import REFERENCE, Setting, moments
 from refcurv.judge.diagnosis.variants.collecting import sample
 from refcurv.judge.diagnosis.variants.dropout import Dropout
@@ -274,6 +275,12 @@ def test_the_least_of_several_levels():
     ):
         t, left = least(none, own, own)
         assert t is own and left == 1
+
+    def flat(t):
+        return P * np.log1p(1e3 * t), P * (np.log1p(10.0) - np.log1p(1e3 * t))
+
+    t, left = least(flat, np.array([100.0]), np.array([1.0]))  # first steps lead below 0
+    assert np.isclose(t[0], 0.01, rtol=1e-12) and left < 1e-12
     near = 1.01 * true  # all that the levels change is hardly anything of what is left
     t, left = least(lambda t: (of(t), 30 * far + of(true) - of(t)), near, own)
     assert t is near and left == 1
@@ -282,6 +289,39 @@ def test_the_least_of_several_levels():
     noise = 1e-7 * rng.normal(size=40)  # as that of float32
     t, left = least(lambda t: (of(t), of(true) + noise - of(t)), own, own)
     assert np.allclose(t, true, rtol=1e-5, atol=0) and left < 1e-6
+
+
+@pytest.mark.parametrize("all_of", [True, False])
+def test_a_fit_begins_at_the_nearest_level_or_at_our_own(setting, monkeypatch, all_of):
+    """Of a large corpus it begins at the nearest level of all, and only where that is near."""
+    shares = {"eps": 1.5, "rotary base": 0.5, "score scale": 0.95}
+    tried = {name: Setting(network=((name, 7.0),)) for name in shares}
+    each = [[(shares[name] + 1, REFERENCE), (shares[name], tried[name])] for name in shares]
+    monkeypatch.setattr(fits, "_shares", lambda *_, **__: each)
+    monkeypatch.setattr(fits, "_least", lambda *of: [of[-1]])
+    monkeypatch.setattr(fits, "few_positions", lambda _: 1e9 if all_of else 1)
+    case = Case(Dump({}, {}, "", ()), setting[2], {}, Arithmetic(), *setting[:2])
+    own = Setting(network=(("eps", setting[0].config.norm_eps),))
+    wanted = [own, tried["rotary base"], tried["score scale"]]
+    assert list(fits.fits(case, Side("A"), [])) == (wanted if all_of else wanted[1:2])
+
+
+def test_what_is_fitted_beside_leaves_less_than_alone(setting, monkeypatch):
+    """And what a level leaves is a share of what ours leaves, or all where ours is no multiple."""
+    eps, base, mask = ("eps", 1e-3), ("rotary base", 1e4), ("no causal mask", 0.0)
+    side = Side("A", ladders={name: Ladder((("float64", 1e-9),)) for name in "xy"})
+    for network, error in (
+        ((), 0.5), ((eps,), 0.25), ((eps, mask), 0.24), ((base,), 0.45), ((base, mask), 0.3),
+    ):  # fmt: skip
+        one = Setting(network=network)
+        side.add(Idea(one.faults, one) if network else PLAIN, "x", Left(error, 1.0))
+    monkeypatch.setattr(fits, "_least", lambda *of: [of[-1]])
+    case = Case(Dump({}, {}, "", ()), setting[2], {}, Arithmetic(), *setting[:2])
+    assert list(fits.fits_beside(case, side, ["x"])) == [Setting(network=(base, mask))]
+    assert [fits._share(side, "x", error) for error in (0.1, 0.5)] == [0.2, 1]
+    assert fits._share(side, "y", 0.3) == 0.3  # nothing is known of ours: no multiple
+    side.add(PLAIN, "y", Left(1e-10, 1.0))
+    assert fits._share(side, "y", 0.3) == 0
 
 
 @pytest.mark.parametrize("name", ["logit scale", "norms in bfloat16"])
