@@ -29,14 +29,14 @@ from refcurv.judge.diagnosis.fits import least
 from refcurv.judge.diagnosis.hidden import hidden
 from refcurv.judge.diagnosis.precision import causes, short
 from refcurv.judge.diagnosis.recomputed import recompute
-from refcurv.judge.diagnosis.search import PLAIN, Idea, Ladder, Side, ladder, ours
+from refcurv.judge.diagnosis.search import PLAIN, Chosen, Idea, Ladder, Side, ladder, ours
 from refcurv.judge.diagnosis.seen import Left
-from refcurv.judge.diagnosis.variants import REFERENCE, Setting, moments
+from refcurv.judge.diagnosis.variants import REFERENCE, Setting, moments, rounding
 from refcurv.judge.diagnosis.variants.collecting import sample
 from refcurv.judge.diagnosis.variants.dropout import Dropout
 from refcurv.judge.diagnosis.variants.flows import flows
 from refcurv.judge.diagnosis.variants.labels import choice
-from refcurv.judge.diagnosis.variants.networks import CHANGES, Network, changed, occurring
+from refcurv.judge.diagnosis.variants.networks import CHANGES, COARSE, Network, changed, occurring
 from refcurv.judge.diagnosis.variants.positions import positions
 from refcurv.judge.diagnosis.variants.rounding import KINDS, Coarse, plain, rounded
 from refcurv.judge.diagnosis.variants.shaken import ADAPTED, AVERAGED, RANK, shaken
@@ -306,6 +306,31 @@ def test_a_fit_begins_at_the_nearest_level_or_at_our_own(setting, monkeypatch, a
     assert list(fits.fits(case, Side("A"), [])) == (wanted if all_of else wanted[1:2])
 
 
+def test_what_is_fitted_already_stays_as_it_is(monkeypatch):
+    """To the last digit, or on the other side; and what has no level is not fitted."""
+    asked = []
+    monkeypatch.setattr(fits, "is_large", lambda _: False)
+    monkeypatch.setattr(fits, "recompute", lambda *_: None)
+    monkeypatch.setattr(fits, "_least", lambda *of: asked.append(of[-1]) or [])
+    side = Side("G", ladders={"x": Ladder((("float32", 1e-5),))})
+    side.add(PLAIN, "x", Left(0.5, 1.0))
+    for change, error, other, fitted in (
+        ("eps", 1e-6, PLAIN, True),
+        ("eps", 1e-13, PLAIN, False),
+        ("eps", 1e-6, None, False),
+        ("no causal mask", 1e-6, PLAIN, False),
+    ):
+        one = Setting(network=((change, 1e-3),))
+        idea = Idea(one.faults, one)
+        side.table[idea] = {"x": Left(error, 1.0)}
+        chosen = Chosen(idea, side.table[idea])
+        asked.clear()
+        assert fits.fitted(None, {}, side, chosen, {"x": other or idea}) == chosen
+        assert asked == [one] * fitted
+        del side.table[idea]
+    assert fits.fitted(None, {}, side, None, {}) is None
+
+
 def test_what_is_fitted_beside_leaves_less_than_alone(setting, monkeypatch):
     """And what a level leaves is a share of what ours leaves, or all where ours is no multiple."""
     eps, base, mask = ("eps", 1e-3), ("rotary base", 1e4), ("no causal mask", 0.0)
@@ -399,6 +424,24 @@ def test_a_model_in_bfloat16_is_one_fault(setting):
     assert {*verdict.causes[0].layers} == {*theirs}
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_network_that_rounds_is_ours_where_nothing_is_rounded(gated, monkeypatch):
+    """Forward and backward of each: what is left of them is the network itself."""
+    here = made(
+        config(
+            layers=1, width=8, gated=gated, norm="layer" if gated else "rms", norm_bias=gated,
+            biases=("q", "o", "up"), tied=gated, learned_positions=9,
+        )
+    )  # fmt: skip
+    monkeypatch.setattr(rounding, "rounded", lambda x, _dtype: x)
+    want = planted(here, REFERENCE)
+    for name in COARSE:
+        for layer, (A, G, n) in planted(here, Setting(network=((name, 0.0),))).items():
+            assert n == want[layer][2]
+            assert np.allclose(A, want[layer][0], rtol=0, atol=1e-12 * np.trace(A)), (name, layer)
+            assert np.allclose(G, want[layer][1], rtol=0, atol=1e-12 * np.trace(G)), (name, layer)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_under_autocast_products_round_and_the_stream_does_not(tied, dtype):
@@ -415,6 +458,17 @@ def test_under_autocast_products_round_and_the_stream_does_not(tied, dtype):
     x = transformer.input_forward(net.config, net.parameters, tokens, layout)
     assert np.array_equal(x, transformer.input_forward(own, P, tokens, layout))
     assert not isinstance(x + y[:2, :1, None] * x, Coarse)  # what is added to it is not either
+    q, k, v, d = rng.normal(size=(4, 2, 9, own.heads, own.head_width))
+    k, v = (some[:, :, : own.kv_heads] for some in (k, v))
+    context, saved = net.ops.attention_forward(q, k, v, layout, None, None)
+    gate, up, d_h = rng.normal(size=(3, 5, own.mlp_width))
+    h, inner = net.ops.mlp_forward(own.activation, gate, up)
+    backward = *net.ops.attention_backward(d, saved), *net.ops.mlp_backward(d_h, inner)
+    for short in (context, h, *backward):
+        assert np.array_equal(short, rounded(short, dtype)) and not isinstance(short, Coarse)
+    z, saved = net.ops.rms_norm_forward(x, np.ones(8), 1e-5)
+    for long in (z, net.ops.rms_norm_backward(z, saved)[0]):
+        assert (long != rounded(long, dtype)).any()
 
 
 @pytest.mark.slow
