@@ -221,6 +221,17 @@ def test_what_is_at_its_start_is_no_change(offset):
     )
 
 
+def test_of_groups_that_are_the_same_the_first_is_named():
+    own = config(norm="rms", norm_place="pre", qk_norm="none", biases=("q", "v"))
+    random = random_parameters(own, 3)
+    one = {"blocks.0.attn_norm.weight": np.full(own.width, 2.0)}
+    some = untrained("gains at 1", own, random)
+    assert started_otherwise(own, dict(some) | one) == {
+        "gains of attention's norms at 1",
+        "biases of q, k and v at 0",
+    }
+
+
 def occurring_groups(own, started):
     corpus = rc.Corpus(np.zeros((2, 4), int))
     found = occurring(own, positions(corpus, own, Rows.ALL), started)
@@ -411,6 +422,47 @@ def test_a_model_under_autocast_is_told_by_its_size(setting):
     assert "model=bfloat16" in one.remedy
 
 
+ALL, CAST = "all in bfloat16", "autocast in bfloat16"
+SIZED = {
+    "nearest": ({ALL: (0.5, 0.6, 0.7), CAST: (1, 1.1, 0.9)}, CAST, "xy"),
+    "a part is alike everywhere": ({ALL: (0.5, 0.6, 0.05), CAST: (1, 1.1, 0.1)}, ALL, "x"),
+    "so far off is neither": ({ALL: (1, 1, 7), CAST: (2.5, 2.5, 2.5)}, None, ""),
+    "nor what is so near": ({ALL: (1, 1, 1e-4), CAST: (1, 1, 1e-4)}, None, ""),
+}
+"""How far theirs is over how far networks are; which of them it is, and of which layers."""
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+@pytest.mark.parametrize("name", SIZED)
+def test_sizes_say_which_network_it_is(name, drawn, monkeypatch):
+    sizes, wanted, layers = SIZED[name]
+    monkeypatch.setattr(precision, "_sizes", lambda *_: sizes)
+    monkeypatch.setattr(precision, "who_draws", lambda _: (drawn, False))
+    found = {side: SimpleNamespace(unexplained=lambda: ["y"], chosen=[]) for side in "AG"}
+    hit = {("B59", (), "of that size"): {"x": {"A"}}, ("B58", (), "short"): {"z": {"G"}}}
+    first, *found = precision._as_simulated(None, found, hit, dict.fromkeys(hit, 0.1))
+    assert first[0][0] == "B58" and len(found) == (wanted is not None)
+    for (fault, _, words), every, _ in found:
+        assert fault == "B59" and words.startswith(f"A network {precision.NETWORKS[wanted]} ")
+        assert "".join(every) == layers
+        assert every.get("y", {"A"}) == ({"A"} if drawn or "y" not in layers else {*"AG"})
+
+
+def test_what_a_network_has_exactly_counts_where_theirs_has_it_not(setting):
+    """Under autocast a table is not rounded, nor is what reads it."""
+    model, corpus, factors = setting
+    for name, exact in ((ALL, False), (CAST, True)):
+        theirs = planted(setting, Setting(network=((name, 0.0),)))
+        matched = {x: x for x in factors}
+        case = Case(of_arrays(theirs), factors, matched, Arithmetic(), model, corpus)
+        side, layer = Side("A"), "blocks.0.attn.q"
+        side.ladders = {layer: ladder(case, layer, "A", None)}
+        side.add(PLAIN, layer, ours(case, layer)["A"])
+        sizes = precision._sizes(case, {"A": side})
+        assert (CAST not in sizes) if exact else sizes[CAST][0] > 1e3
+        assert (sizes[ALL][0] < 1e-3) if exact else 0.5 < sizes[ALL][0] < 2
+
+
 @pytest.mark.slow
 def test_a_model_in_bfloat16_is_one_fault(setting):
     """What reads the table itself has its rounding alone, exactly. That is no fault beside it."""
@@ -464,11 +516,11 @@ def test_under_autocast_products_round_and_the_stream_does_not(tied, dtype):
     gate, up, d_h = rng.normal(size=(3, 5, own.mlp_width))
     h, inner = net.ops.mlp_forward(own.activation, gate, up)
     backward = *net.ops.attention_backward(d, saved), *net.ops.mlp_backward(d_h, inner)
-    for short in (context, h, *backward):
-        assert np.array_equal(short, rounded(short, dtype)) and not isinstance(short, Coarse)
+    for one in (context, h, *backward):
+        assert np.array_equal(one, rounded(one, dtype)) and not isinstance(one, Coarse)
     z, saved = net.ops.rms_norm_forward(x, np.ones(8), 1e-5)
-    for long in (z, net.ops.rms_norm_backward(z, saved)[0]):
-        assert (long != rounded(long, dtype)).any()
+    for one in (z, net.ops.rms_norm_backward(z, saved)[0]):
+        assert (one != rounded(one, dtype)).any()
 
 
 @pytest.mark.slow
