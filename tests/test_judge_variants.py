@@ -1161,6 +1161,9 @@ def test_a_sample_keeps_matrices_of_the_last_layers_alone(monkeypatch) -> None:
             assert list(recomputed._each(here, layers, [Setting(labels="argmax")], limit))
         assert held(here.known) == {*layers}
     assert runs.count([REFERENCE]) == 2 * 3
+    both = REFERENCE, Setting(labels="argmax")
+    one, two = (recomputed.made_on(here, ["head"], 13, x) for x in both)
+    assert (one["head"].A == two["head"].A).all() and (one["head"].G != two["head"].G).any()
 
 
 def sides(table: dict[str, dict[tuple[Idea, str], float]]) -> dict[str, Side]:
