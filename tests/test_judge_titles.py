@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,10 @@ import pytest
 from strategies import config, random_parameters
 
 import refcurv as rc
+from refcurv.judge.diagnosis import telling
 from refcurv.judge.diagnosis.faults import FAULTS
+from refcurv.judge.diagnosis.search import Chosen, Idea, Side
+from refcurv.judge.diagnosis.seen import Left
 from refcurv.judge.diagnosis.titles import ANOTHER, FIELDS, NETWORKS, joined, of_size, titles
 from refcurv.judge.diagnosis.variants import Setting
 from refcurv.judge.diagnosis.variants.networks import CHANGES
@@ -107,6 +111,9 @@ def test_float16_is_not_called_tf32():
     """They have as many digits, so that a size alone tells neither."""
     assert of_size("B59", "What is left has the size of bfloat16.", "").name == FAULTS["B59"].name
     assert of_size("B60", "A network in float16 is 1.1 times as far", "").name == "model in float16"
+    for fault, dtype in (("B59", "bfloat16"), ("B60", "float16")):
+        words = f"A network under autocast to {dtype} is 1.1 times as far from ours as theirs."
+        assert of_size(fault, words, "").name == f"a model under autocast to {dtype}"
     both = of_size("B60", "What is left has the size of tf32.", "official")
     assert "float16" in both.name and "TF32" in both.name and "allow_tf32" in both.remedy
 
@@ -150,6 +157,18 @@ def test_bugs_of_one_fault_are_all_named(model):
     labels = of(model, "B15", Setting(labels="empirical"))
     assert labels.remedy == FAULTS["B15"].advice("official")
     assert "--sample_labels" not in of(model, "B15", Setting(labels="sampled")).remedy
+
+
+def test_what_looks_the_same_is_of_its_part_of_a_setting():
+    both = Setting(rows_A="without first", rows_G="without first", tensor_G="activation")
+    chosen = Chosen(Idea(both.faults, both), {"x": Left(0.0, 1.0, "", both.alike)})
+    bare = replace(chosen, idea=Idea(both.faults))
+    rows, tensor = both.faults
+    assert both.alike == ("B42", "B20")
+    for one, fault, alike in (
+        (chosen, rows, ("B20",)), (chosen, tensor, ("B42",)), (bare, rows, both.alike),
+    ):  # fmt: skip
+        assert telling._like(fault, [(Side("G"), one)]) == alike
 
 
 def test_where_G_is_of_a_neighbour_nothing_is_said_of_A():
