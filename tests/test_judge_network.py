@@ -13,7 +13,7 @@ from strategies import config, random_parameters
 import refcurv as rc
 from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.case import Case
-from refcurv.judge.diagnosis import dropped, fits, precision, scales, signs, telling
+from refcurv.judge.diagnosis import dropped, fits, precision, procedure, scales, signs, telling
 from refcurv.judge.diagnosis.coarse import settle
 from refcurv.judge.diagnosis.dropped import (
     DROPOUT,
@@ -387,6 +387,34 @@ def test_what_a_later_fault_explains_as_well_is_no_other(setting):
     )
     assert faults == ["B54"]
     assert "A: as with network `residual parallel` (11 layers)" in verdict.causes[0].sentence
+
+
+LATER = {
+    "as well": (1e-12, 1.0, True),
+    "with a factor": (1e-12, 2.0, False),
+    "worse": (0.1, 1.0, False),
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_a_later_fault_takes_over_what_it_explains_as_well(name, monkeypatch):
+    error, ratio, taken = LATER[name]
+    monkeypatch.setattr(procedure, "_verify", lambda *_: None)
+    side = Side("A", ladders={x: Ladder((("float64", 1e-9),)) for x in "xy"})
+    every = Setting(network=(("residual parallel", 0.0),))
+    before, later = Idea(("B34",)), Idea(every.faults, every)
+    for idea, x, left in (
+        (PLAIN, "x", Left(0.5, 1.0)), (PLAIN, "y", Left(0.5, 1.0)),
+        (before, "x", Left(1e-12, 1.0)),
+        (later, "x", Left(error, ratio)), (later, "y", Left(1e-12, 1.0)),
+    ):  # fmt: skip
+        side.add(idea, x, left)
+    first = Chosen(before, side.table[before])
+    last = Chosen(later, {"y": side.table[later]["y"]})
+    side.chosen = [first, last]
+    procedure._take_over(None, side, {}, None)
+    whole = replace(last, left=side.table[later])
+    assert side.chosen == ([whole] if taken else [first, last])
 
 
 CHANGED = {
