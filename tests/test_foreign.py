@@ -22,6 +22,7 @@ from refcurv.files.families import FAMILIES
 from refcurv.judge.dump import Dump, Theirs
 from refcurv.judge.foreign import match, names, read_dump, stored
 from refcurv.judge.foreign.arrays import AXES, COUNTS
+from refcurv.judge.foreign.kronfluence import BASES
 from refcurv.judge.foreign.memory import of_arrays
 from refcurv.law.checks import EmptyError, NameUnknownError, RefcurvError, RoomError, SchemaError
 
@@ -271,6 +272,26 @@ def test_an_array_of_other_axes_is_a_problem_in_every_format(tmp_path: Path, for
         assert dump.layers[layer].G is not None
         if format != "kronfluence":
             assert not rc.validate(given, factors).passed
+
+
+@pytest.mark.parametrize("kind", ["lambda_matrix", *BASES.values()])
+def test_every_array_of_kronfluence_has_its_axes(kind: str, tmp_path: Path) -> None:
+    kronfluence(tmp_path / "x")
+    write_tensors(tmp_path / f"x/{kind}.safetensors", {K_UP: np.zeros((2, 2, 2))})
+    dump = read_dump(tmp_path / "x")
+    assert f"{kind} of '{K_UP}' is (2, 2, 2); a " in " ".join(dump.problems)
+    assert {"A", "G"} <= dump.holds[K_UP]
+
+
+@pytest.mark.parametrize("key", ["sum_A", "sum_G", *AXES])
+def test_every_array_of_torch_has_its_axes(key: str, tmp_path: Path) -> None:
+    axes = AXES[key.removeprefix("sum_")]
+    shape = next(s for s in ((3,), (3, 3), (3, 3, 3)) if len(s) not in axes)
+    held = {key: np.zeros(shape)} | ({"lam": np.ones(3)} if key != "lam" else {"mu": np.ones(3)})
+    save(tmp_path / "x", *layers({UP: held}))
+    dump = read_dump(tmp_path / "x")
+    assert f"is {shape}; a " in " ".join(dump.problems)
+    assert dump.holds[UP] == held.keys() - {key}
 
 
 def test_a_packed_member_that_cannot_be_so_long_is_refused(tmp_path: Path) -> None:

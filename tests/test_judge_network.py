@@ -13,7 +13,7 @@ from strategies import config, random_parameters
 import refcurv as rc
 from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.case import Case
-from refcurv.judge.diagnosis import dropped, precision, scales, signs, telling
+from refcurv.judge.diagnosis import dropped, fits, precision, procedure, scales, signs, telling
 from refcurv.judge.diagnosis.coarse import settle
 from refcurv.judge.diagnosis.dropped import (
     DROPOUT,
@@ -27,19 +27,20 @@ from refcurv.judge.diagnosis.dropped import (
 )
 from refcurv.judge.diagnosis.fits import least
 from refcurv.judge.diagnosis.hidden import hidden
-from refcurv.judge.diagnosis.ladders import ladder
+from refcurv.judge.diagnosis.ladders import Ladder, ladder
 from refcurv.judge.diagnosis.looking import ours
 from refcurv.judge.diagnosis.precision import causes, short
 from refcurv.judge.diagnosis.recomputed import recompute
-from refcurv.judge.diagnosis.search import PLAIN, Side
-from refcurv.judge.diagnosis.variants import REFERENCE, Setting, moments
+from refcurv.judge.diagnosis.search import PLAIN, Chosen, Idea, Side
+from refcurv.judge.diagnosis.seen import Left
+from refcurv.judge.diagnosis.variants import REFERENCE, Setting, moments, rounding
 from refcurv.judge.diagnosis.variants.collecting import sample
 from refcurv.judge.diagnosis.variants.dropout import Dropout
 from refcurv.judge.diagnosis.variants.flows import flows
 from refcurv.judge.diagnosis.variants.labels import choice
-from refcurv.judge.diagnosis.variants.networks import CHANGES, Network, changed, occurring
+from refcurv.judge.diagnosis.variants.networks import CHANGES, COARSE, Network, changed, occurring
 from refcurv.judge.diagnosis.variants.positions import positions
-from refcurv.judge.diagnosis.variants.rounding import KINDS, rounded
+from refcurv.judge.diagnosis.variants.rounding import KINDS, Coarse, plain, rounded
 from refcurv.judge.diagnosis.variants.shaken import ADAPTED, AVERAGED, RANK, shaken
 from refcurv.judge.diagnosis.variants.texts import HIDDEN, text_of
 from refcurv.judge.diagnosis.variants.untrained import (
@@ -54,6 +55,7 @@ from refcurv.judge.foreign.memory import of_arrays
 from refcurv.judge.injected import roundings
 from refcurv.judge.verdict import FAIL, Comparison
 from refcurv.law.conventions import Rows
+from refcurv.model import transformer
 from refcurv.model.config import Norm, NormPlace, QKNorm
 from refcurv.model.layers import DEFINITIONS, causal_layout
 from refcurv.model.part import part_of
@@ -221,6 +223,17 @@ def test_what_is_at_its_start_is_no_change(offset):
     )
 
 
+def test_of_groups_that_are_the_same_the_first_is_named():
+    own = config(norm="rms", norm_place="pre", qk_norm="none", biases=("q", "v"))
+    random = random_parameters(own, 3)
+    one = {"blocks.0.attn_norm.weight": np.full(own.width, 2.0)}
+    some = untrained("gains at 1", own, random)
+    assert started_otherwise(own, dict(some) | one) == {
+        "gains of attention's norms at 1",
+        "biases of q, k and v at 0",
+    }
+
+
 def occurring_groups(own, started):
     corpus = rc.Corpus(np.zeros((2, 4), int))
     found = occurring(own, positions(corpus, own, Rows.ALL), started)
@@ -277,11 +290,94 @@ def test_the_least_of_several_levels():
     ):
         t, left = least(none, own, own)
         assert t is own and left == 1
+
+    def flat(t):
+        return P * np.log1p(1e3 * t), P * (np.log1p(10.0) - np.log1p(1e3 * t))
+
+    t, left = least(flat, np.array([100.0]), np.array([1.0]))  # first steps lead below 0
+    assert np.isclose(t[0], 0.01, rtol=1e-12) and left < 1e-12
+    near = 1.01 * true  # all that the levels change is hardly anything of what is left
+    t, left = least(lambda t: (of(t), 30 * far + of(true) - of(t)), near, own)
+    assert t is near and left == 1
     t, left = least(make, np.array([100.0, 0.0]), np.array([100.0, 0.0]))  # none of our own
     assert np.allclose(t, true, rtol=1e-12, atol=0)
     noise = 1e-7 * rng.normal(size=40)  # as that of float32
     t, left = least(lambda t: (of(t), of(true) + noise - of(t)), own, own)
     assert np.allclose(t, true, rtol=1e-5, atol=0) and left < 1e-6
+
+
+@pytest.mark.parametrize("all_of", [True, False])
+def test_a_fit_begins_at_the_nearest_level_or_at_our_own(setting, monkeypatch, all_of):
+    """Of a large corpus it begins at the nearest level of all, and only where that is near."""
+    shares = {"eps": 1.5, "rotary base": 0.5, "score scale": 0.95}
+    tried = {name: Setting(network=((name, 7.0),)) for name in shares}
+    each = [[(shares[name] + 1, REFERENCE), (shares[name], tried[name])] for name in shares]
+    monkeypatch.setattr(fits, "_shares", lambda *_, **__: each)
+    monkeypatch.setattr(fits, "_least", lambda *of: [of[-1]])
+    monkeypatch.setattr(fits, "few_positions", lambda _: 1e9 if all_of else 1)
+    case = Case(Dump({}, {}, "", ()), setting[2], {}, Arithmetic(), *setting[:2])
+    own = Setting(network=(("eps", setting[0].config.norm_eps),))
+    wanted = [own, tried["rotary base"], tried["score scale"]]
+    assert list(fits.fits(case, Side("A"), [])) == (wanted if all_of else wanted[1:2])
+
+
+def test_what_is_fitted_already_stays_as_it_is(monkeypatch):
+    """To the last digit, or on the other side; and what has no level is not fitted."""
+    asked = []
+    monkeypatch.setattr(fits, "is_large", lambda _: False)
+    monkeypatch.setattr(fits, "recompute", lambda *_: None)
+    monkeypatch.setattr(fits, "_least", lambda *of: asked.append(of[-1]) or [])
+    side = Side("G", ladders={"x": Ladder((("float32", 1e-5),))})
+    side.add(PLAIN, "x", Left(0.5, 1.0))
+    for change, error, other, fitted in (
+        ("eps", 1e-6, PLAIN, True),
+        ("eps", 1e-13, PLAIN, False),
+        ("eps", 1e-6, None, False),
+        ("no causal mask", 1e-6, PLAIN, False),
+    ):
+        one = Setting(network=((change, 1e-3),))
+        idea = Idea(one.faults, one)
+        side.table[idea] = {"x": Left(error, 1.0)}
+        chosen = Chosen(idea, side.table[idea])
+        asked.clear()
+        assert fits.fitted(None, {}, side, chosen, {"x": other or idea}) == chosen
+        assert asked == [one] * fitted
+        del side.table[idea]
+    assert fits.fitted(None, {}, side, None, {}) is None
+
+
+def test_what_is_fitted_beside_leaves_less_than_alone(setting, monkeypatch):
+    """And what a level leaves is a share of what ours leaves, or all where ours is no multiple."""
+    eps, base, mask = ("eps", 1e-3), ("rotary base", 1e4), ("no causal mask", 0.0)
+    side = Side("A", ladders={name: Ladder((("float64", 1e-9),)) for name in "xy"})
+    for network, error in (
+        ((), 0.5), ((eps,), 0.25), ((eps, mask), 0.24), ((base,), 0.45), ((base, mask), 0.3),
+    ):  # fmt: skip
+        one = Setting(network=network)
+        side.add(Idea(one.faults, one) if network else PLAIN, "x", Left(error, 1.0))
+    monkeypatch.setattr(fits, "_least", lambda *of: [of[-1]])
+    case = Case(Dump({}, {}, "", ()), setting[2], {}, Arithmetic(), *setting[:2])
+    assert list(fits.fits_beside(case, side, ["x"])) == [Setting(network=(base, mask))]
+    assert [fits._share(side, "x", error) for error in (0.1, 0.5)] == [0.2, 1]
+    assert fits._share(side, "y", 0.3) == 0.3  # nothing is known of ours: no multiple
+    side.add(PLAIN, "y", Left(1e-10, 1.0))
+    assert fits._share(side, "y", 0.3) == 0
+
+
+@pytest.mark.parametrize("name", ["logit scale", "norms in bfloat16"])
+def test_a_table_beside_them_hides_no_cause(name):
+    """Tables are not recomputed. What all others show is not kept back by them."""
+    own = config(width=8, heads=2, kv_heads=1, head_width=4, mlp_width=12, layers=1)
+    model = rc.Model(own, random_parameters(own, 5))
+    corpus = rc.Corpus(np.arange(24).reshape(6, 4) % 7)
+    factors = rc.collect(model, corpus, "embed,blocks.0.attn.{q,o},blocks.0.mlp.*", "empirical")
+    level = 1.0 / 0.7 if name == "logit scale" else 0.0
+    theirs = planted((model, corpus, factors), Setting(network=((name, level),)))
+    G = factors["embed"].G
+    theirs["embed"] = factors["embed"].A, G * (2 + np.cos(np.add.outer(*[np.arange(8)] * 2))), 18
+    verdict, _ = named((model, corpus, factors), theirs)
+    (cause,) = (one for one in verdict.causes if one.fault == CHANGES[name].fault)
+    assert {*cause.layers} == {*factors} - {"embed"} and cause.after < 1e-12
 
 
 @pytest.mark.slow
@@ -295,6 +391,34 @@ def test_what_a_later_fault_explains_as_well_is_no_other(setting):
     )
     assert faults == ["B54"]
     assert "A of 11 layers: as with `residual parallel`" in verdict.causes[0].sentence
+
+
+LATER = {
+    "as well": (1e-12, 1.0, True),
+    "with a factor": (1e-12, 2.0, False),
+    "worse": (0.1, 1.0, False),
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_a_later_fault_takes_over_what_it_explains_as_well(name, monkeypatch):
+    error, ratio, taken = LATER[name]
+    monkeypatch.setattr(procedure, "_verify", lambda *_: None)
+    side = Side("A", ladders={x: Ladder((("float64", 1e-9),)) for x in "xy"})
+    every = Setting(network=(("residual parallel", 0.0),))
+    before, later = Idea(("B34",)), Idea(every.faults, every)
+    for idea, x, left in (
+        (PLAIN, "x", Left(0.5, 1.0)), (PLAIN, "y", Left(0.5, 1.0)),
+        (before, "x", Left(1e-12, 1.0)),
+        (later, "x", Left(error, ratio)), (later, "y", Left(1e-12, 1.0)),
+    ):  # fmt: skip
+        side.add(idea, x, left)
+    first = Chosen(before, side.table[before])
+    last = Chosen(later, {"y": side.table[later]["y"]})
+    side.chosen = [first, last]
+    procedure._take_over(None, side, {}, None)
+    whole = replace(last, left=side.table[later])
+    assert side.chosen == ([whole] if taken else [first, last])
 
 
 CHANGED = {
@@ -330,6 +454,107 @@ def test_a_model_under_autocast_is_told_by_its_size(setting):
     assert "model=bfloat16" in one.remedy
 
 
+ALL, CAST = "all in bfloat16", "autocast in bfloat16"
+SIZED = {
+    "nearest": ({ALL: (0.5, 0.6, 0.7), CAST: (1, 1.1, 0.9)}, CAST, "xy"),
+    "a part is alike everywhere": ({ALL: (0.5, 0.6, 0.05), CAST: (1, 1.1, 0.1)}, ALL, "x"),
+    "so far off is neither": ({ALL: (1, 1, 7), CAST: (2.5, 2.5, 2.5)}, None, ""),
+    "nor what is so near": ({ALL: (1, 1, 1e-4), CAST: (1, 1, 1e-4)}, None, ""),
+}
+"""How far theirs is over how far networks are; which of them it is, and of which layers."""
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+@pytest.mark.parametrize("name", SIZED)
+def test_sizes_say_which_network_it_is(name, drawn, monkeypatch):
+    sizes, wanted, layers = SIZED[name]
+    monkeypatch.setattr(precision, "_sizes", lambda *_: sizes)
+    monkeypatch.setattr(precision, "who_draws", lambda _: (drawn, False))
+    found = {side: SimpleNamespace(unexplained=lambda: ["y"], chosen=[]) for side in "AG"}
+    hit = {("B59", (), "of that size"): {"x": {"A"}}, ("B58", (), "short"): {"z": {"G"}}}
+    first, *found = precision._as_simulated(None, found, hit, dict.fromkeys(hit, 0.1))
+    assert first[0][0] == "B58" and len(found) == (wanted is not None)
+    for (fault, _, words), every, _ in found:
+        assert fault == "B59" and words.startswith(f"A network {precision.NETWORKS[wanted]} ")
+        assert "".join(every) == layers
+        assert every.get("y", {"A"}) == ({"A"} if drawn or "y" not in layers else {*"AG"})
+
+
+def test_what_a_network_has_exactly_counts_where_theirs_has_it_not(setting):
+    """Under autocast a table is not rounded, nor is what reads it."""
+    model, corpus, factors = setting
+    for name, exact in ((ALL, False), (CAST, True)):
+        theirs = planted(setting, Setting(network=((name, 0.0),)))
+        matched = {x: x for x in factors}
+        case = Case(of_arrays(theirs), factors, matched, Arithmetic(), model, corpus)
+        side, layer = Side("A"), "blocks.0.attn.q"
+        side.ladders = {layer: ladder(case, layer, "A", None)}
+        side.add(PLAIN, layer, ours(case, layer)["A"])
+        sizes = precision._sizes(case, {"A": side})
+        assert (CAST not in sizes) if exact else sizes[CAST][0] > 1e3
+        assert (sizes[ALL][0] < 1e-3) if exact else 0.5 < sizes[ALL][0] < 2
+
+
+@pytest.mark.slow
+def test_a_model_in_bfloat16_is_one_fault(setting):
+    """What reads the table itself has its rounding alone, exactly. That is no fault beside it."""
+    theirs = planted(setting, Setting(network=(("all in bfloat16", 0.0),)))
+    for name, (A, G, n) in theirs.items():
+        of_table = name in ("blocks.0.attn.q", "blocks.0.attn.k", "blocks.0.attn.v")
+        another = A if of_table else 2 * setting[2][name].A - A  # rounded in another order
+        theirs[name] = another, 2 * setting[2][name].G - G, n
+    verdict, faults = named(setting, theirs)
+    assert faults == ["B59"] and "A network in bfloat16" in verdict.causes[0].sentence
+    assert {*verdict.causes[0].layers} == {*theirs}
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_network_that_rounds_is_ours_where_nothing_is_rounded(gated, monkeypatch):
+    """Forward and backward of each: what is left of them is the network itself."""
+    here = made(
+        config(
+            layers=1, width=8, gated=gated, norm="layer" if gated else "rms", norm_bias=gated,
+            biases=("q", "o", "up"), tied=gated, learned_positions=9,
+        )
+    )  # fmt: skip
+    monkeypatch.setattr(rounding, "rounded", lambda x, _dtype: x)
+    want = planted(here, REFERENCE)
+    for name in COARSE:
+        for layer, (A, G, n) in planted(here, Setting(network=((name, 0.0),))).items():
+            assert n == want[layer][2]
+            assert np.allclose(A, want[layer][0], rtol=0, atol=1e-12 * np.trace(A)), (name, layer)
+            assert np.allclose(G, want[layer][1], rtol=0, atol=1e-12 * np.trace(G)), (name, layer)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_under_autocast_products_round_and_the_stream_does_not(tied, dtype):
+    own = config(width=8, tied=tied, norm_bias=False, learned_positions=9, biases=())
+    P, rng = random_parameters(own, 3), np.random.default_rng(0)
+    net = changed(own, P, ((f"autocast in {dtype}", 0.0),))
+    for layer, (_, d_in) in net.config.linear_layers().items():
+        x = rng.normal(size=(3, d_in))
+        y = transformer.linear_forward(net.config, net.parameters, layer, x)
+        W = rounded(P[own.weight_of(layer)], dtype)
+        assert np.array_equal(plain(y), rounded(rounded(x, dtype) @ W.T, dtype)), layer
+    tokens = rng.integers(0, own.vocabulary, (2, 9))
+    layout = causal_layout(np.ones((2, 9), bool), np.zeros((2, 9), int))
+    x = transformer.input_forward(net.config, net.parameters, tokens, layout)
+    assert np.array_equal(x, transformer.input_forward(own, P, tokens, layout))
+    assert not isinstance(x + y[:2, :1, None] * x, Coarse)  # what is added to it is not either
+    q, k, v, d = rng.normal(size=(4, 2, 9, own.heads, own.head_width))
+    k, v = (some[:, :, : own.kv_heads] for some in (k, v))
+    context, saved = net.ops.attention_forward(q, k, v, layout, None, None)
+    gate, up, d_h = rng.normal(size=(3, 5, own.mlp_width))
+    h, inner = net.ops.mlp_forward(own.activation, gate, up)
+    backward = *net.ops.attention_backward(d, saved), *net.ops.mlp_backward(d_h, inner)
+    for one in (context, h, *backward):
+        assert np.array_equal(one, rounded(one, dtype)) and not isinstance(one, Coarse)
+    z, saved = net.ops.rms_norm_forward(x, np.ones(8), 1e-5)
+    for one in (z, net.ops.rms_norm_backward(z, saved)[0]):
+        assert (one != rounded(one, dtype)).any()
+
+
 @pytest.mark.slow
 def test_gradients_that_vanish_in_float16(setting):
     theirs = planted(setting, Setting(tensor_G="output in float16 at 2^-20"))
@@ -350,6 +575,12 @@ def test_of_a_large_corpus_a_dtype_is_sized_on_the_same_sequences(setting, monke
     sizes = precision._sizes(case, found)
     assert all(0.3 < x < 3 for x in sizes["all in bfloat16"]) and len(sizes["all in bfloat16"]) == 4
     assert all(x > 3 for x in sizes["all in float16"])
+    few = precision.made_on(case, [*found["A"].ladders], 108)
+    first = next(iter(few))
+    few[first] = replace(few[first], G=0 * few[first].G)  # no sequence of the sample has a label
+    assert {name: len(each) for name, each in precision._sizes(case, found).items()} == {
+        name: len(each) - 1 for name, each in sizes.items()
+    }
 
 
 @pytest.mark.slow

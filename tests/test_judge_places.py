@@ -18,7 +18,7 @@ from refcurv.judge.diagnosis.search import PLAIN as OURS
 from refcurv.judge.diagnosis.search import Side
 from refcurv.judge.diagnosis.seen import Left
 from refcurv.judge.diagnosis.variants import Setting, moments
-from refcurv.judge.diagnosis.variants.positions import BUT, OWN, cells, positions
+from refcurv.judge.diagnosis.variants.positions import BUT, OWN, cells, positions, supervised
 from refcurv.judge.diagnosis.variants.texts import (
     ENDED,
     LONGER,
@@ -95,6 +95,15 @@ def test_labels_that_are_not_shifted_are_at_any_token(answers, name) -> None:
     verdict = verdict_of(answers, Setting(**fields))
     assert sorted({cause.fault for cause in verdict.causes}) == faults
     assert all(cause.after < 1e-12 for cause in verdict.causes)
+
+
+def test_no_position_predicts_the_first_token_of_a_text() -> None:
+    """Not the last one of the text before, whatever label it has."""
+    own, tokens = config(), np.array([[1, 2, 3, 4, 5]])
+    corpus = rc.Corpus(tokens, labels=tokens, segments=np.array([[0, 0, 0, 1, 1]]))
+    at = positions(corpus, own, Rows.ALL)
+    for where, wanted in zip(OWN, ([1, 1, 1, 1, 1], [0, 1, 1, 0, 1], [1, 1, 1, 1, 1]), strict=True):
+        assert supervised(where, at)[0].tolist() == wanted, where
 
 
 def test_cells_are_all_positions_once(answers) -> None:

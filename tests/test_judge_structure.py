@@ -15,7 +15,7 @@ from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.case import Case
 from refcurv.judge.diagnosis.ladders import ladder
 from refcurv.judge.diagnosis.looking import look
-from refcurv.judge.diagnosis.others import Index
+from refcurv.judge.diagnosis.others import Index, partners
 from refcurv.judge.diagnosis.search import Idea, Side
 from refcurv.judge.diagnosis.variants import Setting, moments
 from refcurv.judge.drawn import Drawing
@@ -54,6 +54,13 @@ def named(theirs, factors, **options):
     verdict = rc.validate(theirs, factors, **SAID | options)
     assert not verdict.passed
     return {cause.fault: set(cause.alike) for cause in verdict.causes}
+
+
+def test_one_matrix_may_hold_a_layer_with_one_or_all_of_its_block():
+    every = [f"blocks.{i}.{x}" for i in (0, 1) for x in ("attn.q", "attn.k", "attn.v", "mlp.up")]
+    q, k, v = every[4:7]
+    assert partners(k, every) == [(q, k), (k, v), (q, k, v)]
+    assert partners("head", [*every, "head"]) == [("head",)]
 
 
 @pytest.mark.parametrize("seen", ["empirical", pytest.param("sampled", marks=pytest.mark.slow)])

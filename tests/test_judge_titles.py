@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,10 @@ import pytest
 from strategies import config, random_parameters
 
 import refcurv as rc
+from refcurv.judge.diagnosis import telling
 from refcurv.judge.diagnosis.faults import FAULTS
+from refcurv.judge.diagnosis.search import Chosen, Idea, Side
+from refcurv.judge.diagnosis.seen import Left
 from refcurv.judge.diagnosis.titles import ANOTHER, FIELDS, NETWORKS, joined, of_size, titles
 from refcurv.judge.diagnosis.variants import Setting
 from refcurv.judge.diagnosis.variants.networks import CHANGES
@@ -107,6 +111,9 @@ def test_float16_is_not_called_tf32():
     """They have as many digits, so that a size alone tells neither."""
     assert of_size("B59", "What is left has the size of bfloat16.", "").name == FAULTS["B59"].name
     assert of_size("B60", "A network in float16 is 1.1 times as far", "").name == "model in float16"
+    for fault, dtype in (("B59", "bfloat16"), ("B60", "float16")):
+        words = f"A network under autocast to {dtype} is 1.1 times as far from ours as theirs."
+        assert of_size(fault, words, "").name == f"a model under autocast to {dtype}"
     both = of_size("B60", "What is left has the size of tf32.", "official")
     assert "float16" in both.name and "TF32" in both.name and "allow_tf32" in both.remedy
 
@@ -118,13 +125,14 @@ def test_a_factor_is_called_by_what_it_is():
     ours = rc.collect(
         rc.Model(own, random_parameters(own, 3)), rc.Corpus(tokens), "blocks.0.mlp.*", "empirical"
     )
-    for both, of_G, fault, name in (
-        (96, 1, "B4", "Sums that are not divided. "),
-        (96 / 80, 1, "B4", "Divided by another count than that of the rows. "),
+    for of_A, of_G, fault, name in (
+        (96, 96, "B4", "Sums that are not divided. "),
+        (96, 1, "B4", "Sums that are not divided. A alone is ours times 96, "),
+        (96 / 80, 96 / 80, "B4", "Divided by another count than that of the rows. "),
         (1, 2, "B5", "Curvature counted twice. "),
         (1, 0.5, "B5", "Half of the curvature. "),
     ):
-        theirs = {x: (both * one.A, both * of_G * one.G, one.n_A) for x, one in ours.items()}
+        theirs = {x: (of_A * one.A, of_G * one.G, one.n_A) for x, one in ours.items()}
         verdict = rc.validate(theirs, ours, arithmetic="float64", declared={"fisher": "empirical"})
         (cause,) = verdict.causes
         assert cause.fault == fault and cause.sentence.startswith(name), cause.sentence
@@ -134,6 +142,8 @@ def test_a_scale_is_told_as_a_number(model):
     usual = model.config.head_width**-0.5
     one = of(model, "B54", Setting(network=(("score scale", 0.3),)))
     assert one.name == f"another scale of the attention scores: score_scale 0.3, ours {usual:.6g}"
+    one = of(model, "B53", Setting(network=(("eps", 0.0),)))
+    assert one.name == "another eps in the norms: norm_eps 0, ours 1e-05"
 
 
 def test_bugs_of_one_fault_are_all_named(model):
@@ -147,6 +157,18 @@ def test_bugs_of_one_fault_are_all_named(model):
     labels = of(model, "B15", Setting(labels="empirical"))
     assert labels.remedy == FAULTS["B15"].advice("official")
     assert "--sample_labels" not in of(model, "B15", Setting(labels="sampled")).remedy
+
+
+def test_what_looks_the_same_is_of_its_part_of_a_setting():
+    both = Setting(rows_A="without first", rows_G="without first", tensor_G="activation")
+    chosen = Chosen(Idea(both.faults, both), {"x": Left(0.0, 1.0, "", both.alike)})
+    bare = replace(chosen, idea=Idea(both.faults))
+    rows, tensor = both.faults
+    assert both.alike == ("B42", "B20")
+    for one, fault, alike in (
+        (chosen, rows, ("B20",)), (chosen, tensor, ("B42",)), (bare, rows, both.alike),
+    ):  # fmt: skip
+        assert telling._like(fault, [(Side("G"), one)]) == alike
 
 
 def test_where_G_is_of_a_neighbour_nothing_is_said_of_A():

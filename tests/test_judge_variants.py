@@ -217,6 +217,19 @@ def test_kernels_make_of_each_network_what_definitions_make(of: str, monkeypatch
                 assert_within(y, x, BUDGET, np.trace(x), f"{setting.words}: {name}")
 
 
+def test_logits_by_a_scale_are_those_of_a_larger_head() -> None:
+    """But that the head's own gradient is times that scale."""
+    here, by = beside(case(batch=3), "empirical"), 2.5
+    assert here.model is not None and here.corpus is not None
+    own = {name: np.asarray(x) for name, x in here.model.parameters.items()}
+    larger = rc.Model(here.model.config, own | {"head.weight": by * own["head.weight"]})
+    wanted = rc.collect(larger, here.corpus, ",".join(here.reference), "empirical")
+    for name, one in under(here, Setting(network=(("logit scale", by),))).items():
+        G = wanted[name].G * (by**2 if name == "head" else 1)
+        assert_within(one.G, G, BUDGET, np.trace(G), name)
+        assert_within(one.A, here.reference[name].A, BUDGET, np.trace(one.A), name)
+
+
 def test_no_change_leaves_the_dtype(monkeypatch) -> None:
     """Of a large model samples are in float32, and the kernels know no arrays of two dtypes."""
     one = case(
@@ -1163,6 +1176,9 @@ def test_a_sample_keeps_matrices_of_the_last_layers_alone(monkeypatch) -> None:
             assert list(compared.by_setting(here, layers, [Setting(labels="argmax")], limit))
         assert held(here.known) == {*layers}
     assert runs.count([REFERENCE]) == 2 * 3
+    both = REFERENCE, Setting(labels="argmax")
+    one, two = (recomputed.made_on(here, ["head"], 13, x) for x in both)
+    assert (one["head"].A == two["head"].A).all() and (one["head"].G != two["head"].G).any()
 
 
 def sides(table: dict[str, dict[tuple[Idea, str], float]]) -> dict[str, Side]:

@@ -377,6 +377,15 @@ def test_compiled_code_of_other_settings_is_other_code(compiled, monkeypatch) ->
         assert again(1) == 2 and sum(again.stats.cache_hits.values()) == 1
 
 
+def test_the_key_of_compiled_code_has_its_settings(monkeypatch) -> None:
+    monkeypatch.setattr(caching.FunctionCache, "_index_key", lambda *_: ("numba's",))
+    cache, known = object.__new__(kernels._Kept), set()
+    for value in ("first", "second", "first"):
+        monkeypatch.setattr(numba_config, "LOOP_VECTORIZE", value)
+        known.add(cache._index_key(None, None))
+    assert len(known) == 2 and all(key[0] == "numba's" for key in known)
+
+
 def test_compiled_code_that_can_be_kept_nowhere_is_compiled_anew(compiled, monkeypatch) -> None:
     """A read-only installation and no home; a disk without room."""
     monkeypatch.setattr(caching.CompileResultCacheImpl, "_locator_classes", [])

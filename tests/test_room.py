@@ -115,6 +115,11 @@ def test_threads_have_their_buffers_or_are_fewer(monkeypatch: pytest.MonkeyPatch
         assert buffers.with_buffers(threads) == want
     assert taken == [1, 2, 3]
     known.clear()
+    for left, threads, want in ((3 * buffers.THREAD, 3, 3), (0, 3, 3), (buffers.THREAD, 9, 4)):
+        monkeypatch.setattr(buffers, "address_space", lambda left=left: left)
+        assert buffers.with_buffers(threads) == want  # all at one time, whoever asked before
+    assert taken == [1, 2, 3, 3, 4]
+    known.clear()
     monkeypatch.setattr(buffers, "address_space", lambda: buffers.THREAD - 1)
     with pytest.raises(MemoryError, match="takes 128 MiB, but 127 MiB of the address space"):
         buffers.with_buffers(2)
@@ -123,7 +128,7 @@ def test_threads_have_their_buffers_or_are_fewer(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(buffers, "address_space", lambda: 3 * buffers.THREAD)
     names: set[str] = set()
     parallel.run(range(40), lambda *_: names.add(threading.current_thread().name), in_flight=9)
-    assert 1 <= len(names) <= 3 and taken == [1, 2, 3, 3]
+    assert 1 <= len(names) <= 3 and taken == [1, 2, 3, 3, 4, 3]
 
 
 @pytest.mark.slow

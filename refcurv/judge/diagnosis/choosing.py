@@ -20,7 +20,7 @@ from refcurv.judge.diagnosis.variants import REFERENCE, Setting
 from refcurv.judge.diagnosis.variants.networks import BITS, PARTS
 from refcurv.judge.diagnosis.variants.setting import HALVES
 from refcurv.judge.diagnosis.weighted import lone, weigh, weighs
-from refcurv.judge.diagnosis.work import cost, extent, few_positions, is_large, top
+from refcurv.judge.diagnosis.work import cost, extent, few_positions, is_large, linear, top
 
 
 def choose(
@@ -33,17 +33,18 @@ def choose(
     """The simplest of what needs no model; else of what model and corpus make, cheap first."""
     faults = {layer: idea.faults for layer, idea in known.items()}
     settled = side.side == "G" and _weighed_as_A(case, found, layers, known)
-    chosen = side.choose(layers, faults)
+    every, layers = layers, linear(layers)
+    chosen = side.choose(every, faults)
     if settled or case.model is None or case.corpus is None or not _worth(case, side, layers):
         return chosen
     partner = partners(case, known[layers[0]].setting) if side.side == "G" else []
     if partner:
         recompute(case, found, layers, partner)
-        chosen = side.choose(layers, faults)
+        chosen = side.choose(every, faults)
     halves = [Setting(tensor_G=name) for name in HALVES] if side.side == "G" else []
     if _short(case, side, layers):  # sums of few small numbers look like it
         recompute(case, found, layers, halves)
-        chosen = side.choose(layers, faults)
+        chosen = side.choose(every, faults)
 
     def exact(whole: bool = False) -> bool:
         return _exact(side, chosen, layers, whole)
@@ -51,37 +52,37 @@ def choose(
     tried: list[Setting] = []
     small = cost(case) <= SMALL
     for number, stage in enumerate(stages(case, side.side)):
-        some = number == 0 and chosen is not None and len(chosen.left) < len(layers)
+        some = number == 0 and chosen is not None and len(chosen.left) < len(every)
         if (exact() and not some) or _short(case, side, layers):
             return chosen  # what explains some layers may be one case of what explains all
         wanted = stage
         if soft(side, layers):
             wanted = [s for s in stage if not s.network and (small or s.labels in GOLD)]
         recompute(case, found, layers, [*wanted, *joined(partner, wanted)])
-        chosen = side.choose(layers, faults)
+        chosen = side.choose(every, faults)
         if number == 0 and side.side == "A" and not exact(whole=True):
             recompute(case, found, layers, list(placed(case, layers)))
-            chosen = side.choose(layers, faults)
+            chosen = side.choose(every, faults)
         late = is_large(case)  # there it costs a pass over all sequences
         if number == late and not (soft(side, layers) or (late and exact())):
             weigh(case, found, side.side, top(case, layers))
-            chosen = side.choose(layers, faults)
+            chosen = side.choose(every, faults)
         tried += wanted
         if number == 1 and side.side == "G" and not (exact() or soft(side, layers)):
             amounts.fit(case, found, layers, partner)
             remainder(case, found, layers)
             batched(case, found, layers)
-            chosen = side.choose(layers, faults)
+            chosen = side.choose(every, faults)
     if not (exact() or soft(side, layers) or is_large(case)):
         _finer(case, side, found, layers, halves, partner)
-        chosen = side.choose(layers, faults)
+        chosen = side.choose(every, faults)
     if exact() or soft(side, layers) or (is_large(case) and _enough(side, chosen)):
         return chosen
     _join_nearest(case, side, found, layers, tried)
-    chosen = side.choose(layers, faults)
+    chosen = side.choose(every, faults)
     if not (exact() or is_large(case)):
         recompute(case, found, layers, list(fits_beside(case, side, layers)))
-        chosen = side.choose(layers, faults)
+        chosen = side.choose(every, faults)
     return chosen
 
 
@@ -188,7 +189,7 @@ def _worth(case: Case, side: Side, layers: Sequence[str]) -> bool:
         else False
         for x in layers
     ]
-    return (
+    return bool(layers) and (
         case.arithmetic.declared
         or not all(fine)
         or any(side.rank(x, side.plain(x)) == 0 for x in layers)

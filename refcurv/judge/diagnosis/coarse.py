@@ -18,7 +18,7 @@ from refcurv.judge.diagnosis.variants import Setting
 from refcurv.judge.diagnosis.variants.networks import COARSE, PRODUCTS
 from refcurv.judge.diagnosis.variants.rounding import TF32
 from refcurv.judge.diagnosis.variants.setting import HALVES
-from refcurv.judge.diagnosis.work import is_large
+from refcurv.judge.diagnosis.work import is_large, linear
 
 HALF = 0.5
 """Chosen. Of a part that does round, programs that round elsewhere in it left 0.25 of the errors at
@@ -101,7 +101,7 @@ def _made(found: Mapping[str, Side], setting: Setting) -> bool:
         layer in side.table.get(idea, {})
         for side, idea in ideas
         if idea.faults
-        for layer in side.ladders
+        for layer in linear(side.ladders)
     )
 
 
@@ -131,8 +131,8 @@ def _score(found: Mapping[str, Side], setting: Setting) -> float:
     shares = []
     for side in found.values():
         idea = _idea(side, setting)
-        for layer, steps in side.ladders.items():
-            b, e = steps.steps[0][1], side.plain(layer).error
+        for layer in linear(side.ladders):
+            b, e = side.ladders[layer].steps[0][1], side.plain(layer).error
             left = side.table.get(idea, {}).get(layer) if idea.faults else side.plain(layer)
             if left is None:
                 return math.inf

@@ -20,7 +20,7 @@ from refcurv.judge.diagnosis.work import extent, few_positions, is_large
 from refcurv.law.checks import Array
 
 NEARER = 0.9
-"""What one change more must leave of the worst error, at most, and first steps of the whole error.
+"""What one change more must leave of the worst error, at most, and steps of the whole error.
 Chosen: what is not theirs leaves more.
 """
 
@@ -187,7 +187,7 @@ Made = tuple[Array, Array] | None
 def least(make: Callable[[Array], Made], first: Array, own: Array) -> tuple[Array, float]:
     """The levels t ≥ 0 at which the difference D of Y(t) and theirs is least; what of it is left.
 
-    The first levels where nothing can be made, or first steps leave most of the difference.
+    The first levels where nothing can be made, or where the steps leave most of the difference.
 
     Args: make, t → (Y, D); own, levels of the size to be expected, where the first is 0.
 
@@ -215,5 +215,5 @@ def least(make: Callable[[Array], Made], first: Array, own: Array) -> tuple[Arra
         if STILL * before < left and (left < before or np.abs(s).max() < NUDGE):
             break
         if number == FIRST - 1 and size > NEARER * begin:
-            return first, 1.0
-    return t, size / (begin or 1.0)
+            break
+    return (t, size / (begin or 1.0)) if size <= NEARER * begin else (first, 1.0)

@@ -43,10 +43,9 @@ from refcurv.judge.diagnosis.simulated import sharpened
 from refcurv.judge.diagnosis.unknown import remainder
 from refcurv.judge.diagnosis.variants import combined
 from refcurv.judge.diagnosis.weighted import leave_lone, weigh, weighs
-from refcurv.judge.diagnosis.work import is_large
+from refcurv.judge.diagnosis.work import is_large, linear
 from refcurv.judge.draws import nearer, unlike
 from refcurv.judge.verdict import LEFT_OUT, PASS, Cause, Comparison
-from refcurv.model.config import TABLES
 
 ROUNDS = 4
 """How many groups of layers with faults of their own are looked for."""
@@ -260,11 +259,6 @@ def _scaled(side: Side) -> list[str]:
     return out
 
 
-def _linear(layers: Sequence[str]) -> list[str]:
-    """Without tables, which are not recomputed: what is found in the others holds in them too."""
-    return [x for x in layers if x not in TABLES]
-
-
 def _by_counts(
     case: Case, side: Side, found: Mapping[str, Side], index: Index, seen: Sequence[scales.Scale]
 ) -> None:
@@ -279,7 +273,7 @@ def _by_counts(
     if alone:  # A has our rows
         if all(side.rank(x, side.plain(x)) >= side.ladders[x].by_drawing for x in layers):
             return  # drawing explains any other rows of G alone as well
-    sample = spread(_linear(layers), FEW if is_large(case) else SAMPLE)
+    sample = spread(linear(layers), FEW if is_large(case) else SAMPLE)
     if not sample:
         return
     plain = [*next(stages(case, side.side)), *(placed(case, sample) if side.side == "A" else ())]
@@ -306,7 +300,7 @@ def _by_weights(
     for one in scales.explain(seen, scales.Counts.of(case)):
         hidden |= set() if one.certain else {*one.layers}
     layers = [x for x in _scaled(side) if x in hidden]
-    sample = spread(_linear(layers))
+    sample = spread(linear(layers))
     if side.side == "A" or not sample:
         return
     weigh(case, found, side.side, sample, decaying=False)
@@ -331,7 +325,7 @@ def _as_drawn(case: Case, found: Mapping[str, Side]) -> None:
         return
     if found["A"].open() or all(side.drawn(x) for x in layers):
         return
-    sample = spread(_linear(layers))
+    sample = spread(linear(layers))
     if not sample:
         return
     chosen = amounts.drawn(case, found, sample) or averaged(case, found, layers, sample)

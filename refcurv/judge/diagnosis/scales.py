@@ -283,6 +283,7 @@ def _of_inputs(a: float, tol: float, one: Scale, counts: Counts, alone: bool) ->
     if one.layer == "patch" or (alone and _whole(a, tol)):
         return Named("B14", words, "A", 0.0, ("B7",))
     both = _of_both(a, tol, one, counts)
+    words = both.sentence.replace("A and G are both", "A alone is")
     return Named(both.fault, words, "A", both.left, both.alike)
 
 

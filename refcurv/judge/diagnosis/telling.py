@@ -42,8 +42,8 @@ def causes(
 
     Only what speaks of a comparison that something is wrong with.
     """
+    sized = precision.causes(case, found)  # it leaves out forms that are parts of what it names
     every = [*forms(case, found), *_missing(case, found, findings)]
-    sized = precision.causes(case, found)
     for side in found.values():
         named = {x for one in sized if _of_side(one, side.side) for x in one.layers}
         side.odd = {*side.sized()} - named

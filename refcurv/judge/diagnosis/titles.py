@@ -16,6 +16,7 @@ from refcurv.judge.case import Case
 from refcurv.judge.diagnosis.faults import FAULTS
 from refcurv.judge.diagnosis.variants import REFERENCE, Setting
 from refcurv.judge.diagnosis.variants.networks import CHANGES, Level, Network
+from refcurv.judge.diagnosis.variants.norms import NO_EPS
 from refcurv.judge.diagnosis.variants.positions import BUT
 from refcurv.judge.diagnosis.variants.rotary import ROPES
 from refcurv.judge.diagnosis.variants.rounding import CUT
@@ -417,6 +418,8 @@ _PLAIN = (bool, int, float, str)
 
 
 def _said(value: object) -> str:
+    if value == NO_EPS:
+        return "0"
     if isinstance(value, float) and not value.is_integer():
         return f"{value:.6g}"
     return "none" if value is None else f"{value:.0f}" if isinstance(value, float) else str(value)

@@ -214,9 +214,16 @@ def all_in(dtype: str, parts: Parts) -> Parts:
 
 
 def autocast_in(dtype: str, parts: Parts) -> Parts:
-    """As autocast has it: products, attention and the MLP in `dtype`, norms and the stream not."""
+    """As autocast has it: products, attention and the MLP in `dtype`, norms and the stream not.
+
+    A table that is read as it is stands beside the head's weight that is not.
+
+    Proof: tests/test_judge_network.py::test_under_autocast_products_round_and_the_stream_does_not
+    """
     kind = {"bfloat16": Cast, "float16": CastHalf}[dtype]
     config, parameters, ops = attention_in(dtype, parts)
+    own = replace(config, tied=False)
+    source = {own.weight_of(x): config.weight_of(x) for x in config.linear_layers()}
 
     def norm(x: Array, gain: Array, eps: float) -> tuple[Array, Saved]:
         return ops.rms_norm_forward(plain(x), gain, eps)
@@ -240,14 +247,13 @@ def autocast_in(dtype: str, parts: Parts) -> Parts:
         return (None, d_x) if d_up is None else (d_x, d_up)
 
     def read(name: str) -> Array:
-        own = parameters[name]
-        return own.view(kind) if own.ndim == 2 and not name.startswith("embed") else own
+        return parameters[source[name]].view(kind) if name in source else parameters[name]
 
     new = replace(
         ops, mlp_forward=forward, mlp_backward=backward, rms_norm_forward=norm,
         rms_norm_backward=norm_backward, centre=lambda x: ops.centre(plain(x)),
     )  # fmt: skip
-    return config, Lazy(list(parameters), read), new
+    return own, Lazy([*dict.fromkeys((*parameters, *source))], read), new
 
 
 def products_in(dtype: str, parts: Parts) -> Parts:
