@@ -63,7 +63,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         return JUDGED_AND_FAILED if good is False else DONE
     except KeyboardInterrupt:
         hint = "; each output is the old one or the new one, whole" * writes
-        again = f". Give the same command again: {command} goes on from what it has kept"
+        again = f". Give the same command again: {command} goes on from whatever it has kept"
         return _fail(f"interrupted{hint}" + again * (command in GOES_ON), INTERRUPTED)
     except Exception as error:
         said, status = _sentence(error)

@@ -744,7 +744,7 @@ def test_an_interrupt_says_that_the_command_goes_on_where_it_does(words: str, ca
     command = words.split()
     with patch("refcurv.cli._require_targets", side_effect=KeyboardInterrupt):
         assert main(command) == 130
-    again = f"again: {command[0]} goes on from what it has kept"
+    again = f"again: {command[0]} goes on from whatever it has kept"
     assert (again in (err := capsys.readouterr().err)) == (command[0] != "evaluate")
     assert command[0] != "evaluate" or "again" not in err
     readme = " ".join((Path(__file__).parents[1] / "README.md").read_text().split())

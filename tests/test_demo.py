@@ -366,7 +366,7 @@ def test_interrupted_controls_go_on(
     assert main(command) == 130
     err = capsys.readouterr().err
     assert "3 other ways to cut are tried, about 8 strengths each" in err and "kept" in err
-    assert "on plain" in err and "report goes on from what it has kept" in err
+    assert "on plain" in err and "report goes on from whatever it has kept" in err
     known = [line for line in kept.read_text().splitlines() if '"trial"' in line]
     assert main(command) == 0
     assert "are known already" in capsys.readouterr().err and not kept.exists()

@@ -24,7 +24,7 @@ from refcurv.law.checks import RoomError
 from refcurv.law.conventions import Bias, Fisher, Rows
 from refcurv.model.config import ModelConfig
 from refcurv.model.weights import Model
-from refcurv.passes import parallel
+from refcurv.passes import groups, parallel
 from refcurv.passes.shards import Shard
 from refcurv.passes.sweep import Sweep
 
@@ -71,6 +71,36 @@ def test_what_is_available_is_the_least_of_host_and_groups(
     files: dict[str, str], want: int, tmp_path: Path
 ) -> None:
     assert room.available(machine(tmp_path, files)) == want
+
+
+QUOTA = {"proc/self/cgroup": "0::/pod/job\n", "sys/fs/cgroup/pod/job/cpu.max": "max 100000\n"}
+OF_POD = {"sys/fs/cgroup/pod/cpu.max": "250000 100000\n"}
+QUOTA_1 = {"proc/self/cgroup": "9:memory:/x\n4:cpu,cpuacct:/docker/abc\n",
+           "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n"}  # fmt: skip
+OWN = "sys/fs/cgroup/cpu/cpu.cfs_quota_us"
+
+
+@pytest.mark.parametrize(
+    ("files", "want"),
+    [
+        ({}, 9),
+        (QUOTA, 9),
+        (QUOTA | OF_POD, 3),  # two and a half, the parent's
+        (QUOTA | {"sys/fs/cgroup/cpu.max": "1000 100000\n"}, 1),
+        (QUOTA | {"sys/fs/cgroup/pod/cpu.max": "6400000 100000\n"}, 9),  # more than there are
+        (QUOTA_1 | {OWN: "-1\n"}, 9),
+        (QUOTA_1 | {OWN: "200000\n"}, 2),
+        (QUOTA_1 | {OWN: "200000\n", "sys/fs/cgroup/cpu/cpu.cfs_period_us": "0\n"}, 9),
+        (QUOTA | {"sys/fs/cgroup/pod/cpu.max": "nonsense\n"}, 9),
+    ],
+)
+def test_a_quota_of_processors_is_not_exceeded(
+    files: dict[str, str], want: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a machine of many a process may be given few: taskset, cpusets, quotas of containers."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {*range(9)}, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    assert groups.cores(machine(tmp_path, files)) == want
 
 
 LIMITED = {"proc/self/status": "Name:\tpython\nVmPeak:\t    4000 kB\nVmSize:\t    3000 kB\n"}

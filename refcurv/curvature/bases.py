@@ -20,7 +20,8 @@ from refcurv.law.checks import Array, ConventionError, require_choice
 from refcurv.law.conventions import COMPUTE_DTYPES, Bias, Estimator
 from refcurv.law.dtypes import require_float
 from refcurv.model.config import TABLES
-from refcurv.passes.parallel import cores, stream
+from refcurv.passes.groups import cores
+from refcurv.passes.parallel import stream
 from refcurv.progress import Progress, doing, silent, span
 
 

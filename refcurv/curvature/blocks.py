@@ -31,7 +31,8 @@ from refcurv.model.patterns import expand
 from refcurv.model.transformer import Cotangent, Parameters, Slope, Tap
 from refcurv.model.weights import Model, resident
 from refcurv.passes.fast import FAST
-from refcurv.passes.parallel import Turnstile, cores
+from refcurv.passes.groups import cores
+from refcurv.passes.parallel import Turnstile
 from refcurv.passes.shards import Shard, inputs_of, shards
 from refcurv.passes.sweep import Sweep, lowest_block, require_few_passes, sweep_of
 from refcurv.progress import Progress, silent

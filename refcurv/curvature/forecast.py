@@ -32,7 +32,7 @@ from refcurv.law.words import number_of
 from refcurv.model.config import TABLES, ModelConfig
 from refcurv.model.corpus import Corpus
 from refcurv.model.transformer import Parameters, Tap
-from refcurv.passes.parallel import cores
+from refcurv.passes.groups import cores
 from refcurv.passes.rounding import some_of
 from refcurv.passes.shards import Shard, may_be_cut
 from refcurv.passes.sweep import Sweep, lowest_block, sweep

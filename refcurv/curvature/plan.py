@@ -19,7 +19,7 @@ from refcurv.law.words import number_of
 from refcurv.model.config import ModelConfig, Norm, NormPlace, QKNorm, Residual
 from refcurv.model.weights import Model
 from refcurv.passes.fast import QUERY_ROWS
-from refcurv.passes.parallel import cores
+from refcurv.passes.groups import cores
 from refcurv.passes.rounding import copies_of, looked_at, some_of
 from refcurv.passes.shards import Shard
 from refcurv.passes.streaming import Stage, names_at, place, stages

@@ -25,7 +25,8 @@ from refcurv.law.conventions import BLOCK_SHARDS
 from refcurv.model.config import TABLES, ModelConfig
 from refcurv.model.given import require_whole
 from refcurv.model.weights import Model, Overlay
-from refcurv.passes.parallel import cores
+from refcurv.passes import groups
+from refcurv.passes.groups import cores
 from refcurv.passes.shards import Shard
 from refcurv.passes.sweep import Sweep
 
@@ -66,23 +67,18 @@ def _host(root: Path) -> int | None:
 
 
 def _groups(root: Path) -> Iterator[int | None]:
-    """What is left to each control group above this process, of both versions."""
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        _, kinds, path = [*line.split(":", 2), "", ""][:3]
-        parts = [part for part in path.split("/") if part not in ("", "..")]
-        for depth in range(len(parts) + 1):
-            inside = "/".join(parts[:depth])
-            if not kinds:
-                yield _left(root / "sys/fs/cgroup" / inside, "memory.max", "memory.current", "")
-            elif "memory" in kinds.split(","):
-                files = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
-                yield _left(root / "sys/fs/cgroup/memory" / inside, *files)
+    """What is left to each control group above this process."""
+    for folder, version in groups.folders("memory", root):
+        if version == 2:
+            yield _left(folder, "memory.max", "memory.current", "")
+        else:
+            yield _left(folder, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
 
 
 def _left(folder: Path, limit: str, used: str, prefix: str) -> int | None:
     """The limit minus what is used. The page cache does not count: the kernel gives it up."""
     try:
-        most, now = int(_text(folder / limit)), int(_text(folder / used))
+        most, now = int(groups.text(folder / limit)), int(groups.text(folder / used))
     except ValueError:  # "max", or there is no such file
         return None
     known = _numbers(folder / "memory.stat")
@@ -92,20 +88,13 @@ def _left(folder: Path, limit: str, used: str, prefix: str) -> int | None:
 
 def _numbers(path: Path) -> dict[str, int]:
     """{name: number} of the lines "name number ..." of a kernel's file."""
-    words = [line.split() for line in _text(path).splitlines()]
+    words = [line.split() for line in groups.text(path).splitlines()]
     return {w[0]: int(w[1]) for w in words if len(w) > 1 and w[1].isdecimal()}
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return ""
 
 
 def used() -> int:
     """Bytes of memory that this process has now; 0 if nothing says so."""
-    pages = _text(Path("/proc/self/statm")).split()
+    pages = groups.text(Path("/proc/self/statm")).split()
     return int(pages[1]) * os.sysconf("SC_PAGE_SIZE") if len(pages) > 1 else 0
 
 

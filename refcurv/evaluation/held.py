@@ -17,8 +17,8 @@ from refcurv.model.config import ModelConfig
 from refcurv.model.corpus import ImagePopulation, Population
 from refcurv.model.transformer import Parameters
 from refcurv.model.weights import Model, resident
+from refcurv.passes.groups import cores
 from refcurv.passes.held import Held
-from refcurv.passes.parallel import cores
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,8 @@ from refcurv.law.conventions import NO_LABEL, SHARD_TOKENS, Fisher
 from refcurv.model import transformer
 from refcurv.model.config import TABLES, ModelConfig
 from refcurv.model.sampling import draw_labels, uniforms
-from refcurv.passes.parallel import cores, stream
+from refcurv.passes.groups import cores
+from refcurv.passes.parallel import stream
 
 Made = TypeVar("Made")
 
