@@ -1177,7 +1177,7 @@ def test_a_sample_keeps_matrices_of_the_last_layers_alone(monkeypatch) -> None:
         assert held(here.known) == {*layers}
     assert runs.count([REFERENCE]) == 2 * 3
     both = REFERENCE, Setting(labels="argmax")
-    one, two = (recomputed.made_on(here, ["head"], 13, x) for x in both)
+    one, two = (compared.made_on(here, ["head"], 13, x) for x in both)
     assert (one["head"].A == two["head"].A).all() and (one["head"].G != two["head"].G).any()
 
 

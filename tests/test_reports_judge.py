@@ -307,15 +307,23 @@ def test_another_activation_than_gemmas(other: str) -> None:
 
 
 @pytest.mark.slow
-def test_padding_without_a_mask() -> None:
+@pytest.mark.parametrize(
+    ("side", "rows", "faults"), [("right", "all", {"B28"}), ("left", "reached", {"B28", "B50"})]
+)
+def test_padding_without_a_mask(side: str, rows: str, faults: set[str]) -> None:
     """Each token of a padded batch is real to the model, which labels alone are spared."""
     model, rng = texts()[0], np.random.default_rng(5)
-    mask = np.arange(9) < rng.integers(4, 10, (12, 1))
+    length = rng.integers(4, 10, (12, 1))
+    mask = np.arange(9) < length
     tokens = rng.integers(0, 7, (12, 9)) * mask
     labels = np.where(mask & np.roll(mask, -1, 1) & (np.arange(9) < 8), np.roll(tokens, -1, 1), -1)
-    corpus, bare = rc.Corpus(tokens, mask=mask.astype(np.uint8)), rc.Corpus(tokens, labels=labels)
+    corpus = rc.Corpus(tokens, mask=mask.astype(np.uint8))
+    if side == "left":
+        order = (np.arange(9) + length) % 9
+        tokens, labels = (np.take_along_axis(x, order, 1) for x in (tokens, labels))
+    bare = rc.Corpus(tokens, labels=labels)
     of = (model, corpus, rc.collect(model, corpus, FEW, "expected"))
-    assert named(dump(rc.collect(model, bare, FEW, "expected", rows="all")), of) == {"B28"}
+    assert named(dump(rc.collect(model, bare, FEW, "expected", rows=rows)), of) == faults
 
 
 def test_a_centred_unembedding_is_no_fault() -> None:

@@ -110,16 +110,21 @@ def _join_nearest(
     layers: Sequence[str],
     tried: Sequence[Setting],
 ) -> None:
-    """Try the settings that came nearest with each of the others."""
-    best = sorted(
-        (max(left.error for left in lefts.values()), k)
-        for k, (idea, lefts) in enumerate(side.table.items())
-        if idea.setting
-    )
-    ideas = list(side.table)
+    """Try the settings that came nearest with each of the others.
+
+    Of those that leave as much of the form one stands for all: what leaves the fewest factors and
+    counts.
+    """
+    best: dict[float, tuple[int, Setting]] = {}  # what is left of the form → factors, setting
+    for idea, lefts in side.table.items():
+        if idea.setting:
+            error = float(f"{max(left.error for left in lefts.values()):.6g}")
+            scaled = sum(not side.whole(x, left) for x, left in lefts.items())
+            if error not in best or scaled < best[error][0]:
+                best[error] = scaled, idea.setting
     sampled = extent(case) > few_positions(case)
     count = 1 if is_large(case) else 2 if sampled else 3
-    firsts = [setting for _, k in best[:count] if (setting := ideas[k].setting)]
+    firsts = [best[error][1] for error in sorted(best)[:count]]
     for one in firsts:
         under = REFERENCE if is_large(case) else one
         recompute(case, found, layers, joined([one], tried), under=under)
