@@ -168,7 +168,7 @@ def test_what_was_added_to_the_loss_is_told_with_its_amount(padded, amount, more
     verdict = judged(padded, under(padded, factors, Setting(**amount, **more)), factors)
     assert named(verdict) == (["B26", "B27"] if more else ["B26"])
     (name, value), *_ = amount.items()
-    said = next(cause.sentence for cause in verdict.causes if cause.fault == "B26")
+    said = " ".join(cause.sentence for cause in verdict.causes)
     assert f"{name.replace('_', '-')} `{value}`" in said
 
 
