@@ -20,6 +20,7 @@ import refcurv as rc
 from refcurv.judge import case as judged
 from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.diagnosis import compared, recomputed
+from refcurv.judge.diagnosis.deciding import joined
 from refcurv.judge.diagnosis.looking import ours
 from refcurv.judge.diagnosis.search import PLAIN, Idea, Side
 from refcurv.judge.diagnosis.seen import Left
@@ -248,6 +249,33 @@ def test_no_change_leaves_the_dtype(monkeypatch) -> None:
     monkeypatch.setattr(collecting, "_take", take)
     found = [x for x, _ in moments(here, some, list(here.reference), dtype="float32")]
     assert {*found} == {*some} and seen == {np.dtype(np.float32)}
+
+
+JOINED = {
+    "LayerNorm, with gains and biases": dict(
+        norm="layer", norm_bias=True, norm_place="pre", biases=("q", "k", "v", "o", "up", "down")
+    ),
+    "gains of 1 + w before and behind": dict(norm_offset=True, norm_place="both", gated=True),
+    "no gains, in parallel": dict(norm_gain=False, norm_place="pre", residual="parallel"),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(x, marks=pytest.mark.slow) for x in JOINED])
+def test_each_tensor_is_there_in_each_network(name: str) -> None:
+    """What is taken from a pass goes together with whatever changes the pass."""
+    here = beside(case(batch=2, **JOINED[name]), "empirical")
+    every = settings(here)
+    networks = [x for x in every if x.network]
+    tensors = [x for x in every if (x.tensor_A, x.tensor_G) != ("input", "output")]
+    layers = list(here.reference)
+    alone = [x for x, _ in moments(here, tensors, layers)]  # of some no layer has the shape
+    wanted = joined(networks, alone)
+    assert len(networks) > 30 and len(alone) > 10 and len(wanted) > 300
+    made = dict(moments(here, wanted, layers))
+    assert {*made} == {*wanted}
+    for setting, found in made.items():
+        for one in found.values():
+            assert np.isfinite(one.A).all() and np.isfinite(one.G).all(), setting
 
 
 @pytest.mark.slow

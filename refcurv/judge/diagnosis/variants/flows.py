@@ -290,11 +290,9 @@ def _tensors(flow: Flow, i: int, part: str) -> dict[str, Array]:
 
 
 def _without_gain(flow: Flow, name: str, x: Array) -> Array:
-    """What the norm of this name gives of x where its gain is 1 and it has no bias."""
-    net = flow.net
-    config = replace(net.config, norm_gain=False, norm_bias=False, norm_offset=False)
-    y: Array = plain(transformer.norm_forward(config, net.parameters, name, x, net.ops)[0])
-    return y
+    """What the norm of this name gives of x where its gain is 1 and its bias 0, rounded as ours."""
+    config = replace(flow.net.config, norm_gain=False, norm_bias=False, norm_offset=False)
+    return transformer.norm_forward(config, {}, name, plain(x), DEFINITIONS)[0]
 
 
 def output_tensor(flow: Flow, layer: str, name: str) -> Array | None:
