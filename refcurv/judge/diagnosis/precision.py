@@ -157,8 +157,9 @@ far, over 6 models."""
 def _sizes(case: Case, found: Mapping[str, Side]) -> dict[str, list[float]]:
     """By dtype: how far theirs is from ours, over how far a network in this dtype is, everywhere.
 
-    Of what such a network has exactly, as the pixels that it reads, over the finest budget, where
-    theirs has not; without G whose labels theirs drew: how far that is says nothing of a dtype.
+    Of what such a network has exactly, as the pixels that it reads, over the budget of sums in
+    float32, where theirs is beyond it; without G whose labels theirs drew: how far that is says
+    nothing of a dtype.
     Empty where no network can be run.
 
     Proof: tests/test_judge_network.py::test_a_dtype_is_read_off_A_where_theirs_drew_labels
@@ -178,12 +179,13 @@ def _sizes(case: Case, found: Mapping[str, Side]) -> dict[str, list[float]]:
                 X, Y = getattr(ours[layer], name), getattr(of[layer], name)
                 part = _of_weights(side, side.of(layer)[0].setting)
                 error = (side.plain(layer) if part else side.of(layer)[1]).error
-                finest = side.ladders[layer].steps[0][1]
+                steps = side.ladders[layer].steps
+                fine = max(steps[0][1], dict(steps).get("float32", 0.0))
                 if not X.any():  # no label is in these sequences: they say nothing
                     continue
                 far = float(norm(X - Y) / norm(X)) if X.shape == Y.shape else 0.0
-                if far > finest or error > LARGER * finest:
-                    ratio = max(error / max(far, finest), 1e-300)
+                if far > fine or error > LARGER * fine:
+                    ratio = max(error / max(far, fine), 1e-300)
                     out.setdefault(setting.network[0][0], []).append(ratio)
     return out
 
