@@ -18,7 +18,16 @@ from refcurv.judge.diagnosis.search import PLAIN as OURS
 from refcurv.judge.diagnosis.search import Side
 from refcurv.judge.diagnosis.seen import Left
 from refcurv.judge.diagnosis.variants import Setting, moments
-from refcurv.judge.diagnosis.variants.positions import BUT, OWN, cells, positions, supervised
+from refcurv.judge.diagnosis.variants.positions import (
+    BUT,
+    FROM,
+    OWN,
+    cells,
+    positions,
+    supervised,
+    tails,
+    weights,
+)
 from refcurv.judge.diagnosis.variants.texts import (
     ENDED,
     LONGER,
@@ -66,6 +75,23 @@ def verdict_of(answers, setting: Setting, arithmetic: str = "float64", counted: 
         theirs, factors, model=model, corpus=corpus, declared={"fisher": "empirical"},
         arithmetic=arithmetic,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", ["with pads", "with pads, without last"])
+def test_a_rule_of_the_last_sequences_has_its_name(answers, rule):
+    """A mask that is made for a whole batch, and left out of the last one, which is smaller."""
+    at, found = positions(answers[1], answers[0].config, Rows.REACHED), set()
+    own, more_B = at.keep_BT.sum(), (weights(rule, at) - at.keep_BT).sum(axis=1)
+    for first in range(1, len(more_B)):
+        names = [x for x in tails(at, own + more_B[first:].sum()) if x.startswith(rule + FROM)]
+        last = max(n for n in range(first, len(more_B)) if more_B[n:].sum() == more_B[first:].sum())
+        assert names == ([f"{rule}{FROM}{last}"] if more_B[first:].any() else [])
+        found |= {*names}
+    assert len(found) > 3 and not [*tails(at, own)] and not [*tails(at, own + 0.5)]
+    rows = min(found)
+    verdict = verdict_of(answers, Setting(rows_A=rows, rows_G=rows, pads="apart"))
+    assert [cause.fault for cause in verdict.causes] == ["B29"]
+    assert f"A and G of 3 layers: as with rows `{rows}`." in verdict.causes[0].sentence
 
 
 LABELS = {

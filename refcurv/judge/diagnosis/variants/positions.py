@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any, Final
@@ -149,8 +149,14 @@ TIMES: Final = ("no ", "once ", "twice ")
 """How often a cell is a row."""
 
 
+FROM: Final = ", from sequence "
+"""Behind one of ROWS: that rule holds from the sequence of this number on."""
+
+
 def fault_of_rows(rows: str) -> str | None:
     """The fault that another program's rows are; None of the reference's."""
+    if FROM in rows:
+        return "B29"
     if not rows.startswith(BUT):
         return ROWS.get(rows)
     changed = rows.removeprefix(BUT).split("; ")
@@ -202,6 +208,10 @@ FIRST, EOS = ", first of a text", ", padding's token"
 
 def weights(rows: str, at: Positions) -> Array:
     """How often each position is a row, (B, T) float64."""
+    if FROM in rows:
+        rule, _, first = rows.partition(FROM)
+        later_B = at.index_B >= int(first)
+        return np.where(later_B[:, None], weights(rule, at), weights("reference", at))
     keep, kind = at.keep_BT, at.kinds
     every = cells(at) if rows.startswith((ONLY, BUT)) else {}  # a shard need not have all of them
     if rows.startswith(ONLY):
@@ -233,6 +243,23 @@ def weights(rows: str, at: Positions) -> Array:
         "as if padding were on the right": turned(keep, np.argsort(at.order_BT, axis=1)),
     }
     return np.asarray(chosen[rows].astype(np.float64))
+
+
+def tails(at: Positions, n: float) -> Iterator[str]:
+    """Rules with padding that hold in the last sequences alone, as many as make n rows of all.
+
+    So where a mask is made for a batch of one size, and left out in the last, which is smaller.
+
+    Args: at: all sequences of a corpus.
+
+    Proof: tests/test_judge_places.py::test_a_rule_of_the_last_sequences_has_its_name
+    """
+    own_B = weights("reference", at).sum(axis=1)
+    for rule in (name for name in ROWS if name.startswith("with pads")):
+        more_B = weights(rule, at).sum(axis=1) - own_B
+        last = np.flatnonzero(own_B.sum() + np.cumsum(more_B[::-1])[::-1] == n)
+        if n != own_B.sum() and len(last) and last[-1]:
+            yield f"{rule}{FROM}{last[-1]}"
 
 
 # ------------------------------------------------------------------ labels

@@ -19,6 +19,7 @@ from refcurv.judge.diagnosis.variants.positions import (
     fault_of_rows,
     positions,
     supervised,
+    tails,
     weights,
 )
 from refcurv.judge.diagnosis.variants.rounding import TF32
@@ -315,7 +316,7 @@ def settings(case: Case) -> list[Setting]:
     at = positions(case.corpus, config, case.reference.rows)
     found = [*_labels(case.reference.fisher, at), *_where(case.reference.fisher, at)]
     found += _classes(case.reference.fisher, at, config.vocabulary)
-    found += [*_rows(at), *_counts(at), *_pooling(case, at), *_tensors(config)]
+    found += [*_rows(at), *_tails(case, at), *_counts(at), *_pooling(case, at), *_tensors(config)]
     found += _texts(case, at)
     started = case.once("started", lambda: started_otherwise(config, parameters))
     found += [Setting(network=(level,)) for level in occurring(config, at, started)]
@@ -439,6 +440,15 @@ def _rows(at: Positions) -> Iterator[Setting]:
                 yield Setting(rows_G=name, pads=pads)
             if padded or theirs.all():  # the mask is left out, but not of the count
                 yield Setting(rows_A=name, count="reference", pads=pads)
+
+
+def _tails(case: Case, at: Positions) -> Iterator[Setting]:
+    """Rows of the last sequences by another rule, if theirs counts as many."""
+    n = theirs_n(case)
+    for name in () if n is None or at.images else tails(at, n):
+        for pads in PADS:
+            yield Setting(rows_A=name, rows_G=name, pads=pads)
+            yield Setting(rows_A=name, pads=pads)
 
 
 def _counts(at: Positions) -> Iterator[Setting]:
