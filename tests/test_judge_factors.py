@@ -142,6 +142,15 @@ def test_a_factor_of_all_layers_is_none_of_a_convolution():
     assert [one.fault for one in scales.explain(alone, IMAGES)] == ["B14"]
 
 
+@pytest.mark.parametrize(("layer", "fault"), [("patch", "B14"), ("blocks.0.mlp.up", None)])
+def test_two_factors_of_one_layer_are_not_one_of_both_sides(layer, fault):
+    """A is a sixth of ours, and G, whose labels were drawn, is nowhere near that."""
+    one = scales.Scale(layer, 1 / 6, 36.7, 1e-9, 0.3, 1.0, 1.0, 5, 90, drawn=True, alone=True)
+    (named,) = scales.explain([one, known("head", 1.0, 15)], IMAGES)
+    assert named.fault == fault and named.sides == "AG"
+    assert named.sentence.startswith("A is ours times 0.166667 and G ours times 36.7")
+
+
 def test_the_positions_of_an_image_are_a_factor_that_drawing_may_hide():
     (named,) = scales.explain([within(5.5, 6.6)], IMAGES)
     assert (named.fault, named.alike) == ("B37", ("B7", "B82"))

@@ -233,9 +233,18 @@ def _of_group(group: Sequence[Scale], counts: Counts, alone: bool) -> list[Named
         return [twice] if twice else _of_gradients(g, one.tol_G, one, counts, alone)
     if g == 1:
         return [_of_inputs(a, one.tol_A, one, counts, alone)]
+    return _of_two(a, g, one, counts, alone)
+
+
+def _of_two(a: float, g: float, one: Scale, counts: Counts, alone: bool) -> list[Named]:
+    """A is ours times a, and G is ours times another number."""
+    tol, words = one.tol_A + one.tol_G, f"A is ours times {a:.6g} and G ours times {g:.6g}"
     if _near(a * g, 1, tol):
-        words = f"A is ours times {a:.6g} and G ours times {g:.6g}; their product is 1"
-        return [Named("B8", words, "AG", abs(a * g - 1))]
+        return [Named("B8", f"{words}; their product is 1", "AG", abs(a * g - 1))]
+    if one.layer == "patch" and (_whole(a, one.tol_A) or _whole(1 / a, one.tol_A)):
+        return [Named("B14", words, "AG", 0.0, ("B7",))]
+    if one.drawn and one.alone:  # G is somewhere about that, and not where A is
+        return [Named(None, f"{words}, about", "AG", abs(a - 1), certain=False)]
     both = _of_both(a, one.tol_A, one, counts)
     rest = _of_gradients(g / a, tol, one, counts, alone)
     if both.fault and all(named.fault for named in rest):
