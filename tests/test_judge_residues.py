@@ -123,12 +123,14 @@ def test_of_two_as_near_that_comes_first_which_leaves_fewer_factors():
 @pytest.mark.parametrize(("size", "error"), [(4e-6, 2e-3), (4e-2, 0.2)])
 def test_what_is_zero_by_theory_has_no_factor(size, error):
     """The keys' gradients sum to 0 over a sequence, and what rounding leaves is squared."""
-    X = np.diag([3.0, 1.0, 2.0])
-    made = Moments(X, 5.0, 1e-29 * X, 5.0)
-    one = _left(Seen(K, "G", size * X, X, 5, 5), Setting(pooling_G="sum"), made, None)
+    X, noise = np.diag([3.0, 1.0, 2.0]), size * np.diag([1.0, 3.0, 2.0])
+    made, pooled = Moments(X, 5.0, 1e-29 * X, 5.0), Setting(pooling_G="sum")
+    one = _left(Seen(K, "G", noise, X, 5, 5), pooled, made, None)
     assert (one.error, one.ratio) == (pytest.approx(error), 1.0)
     vanished = Setting(tensor_G="output in float16 at 2^-30")  # float16 leaves 0 itself
-    assert _left(Seen(K, "G", size * X, X, 5, 5), vanished, made, None).error == np.inf
+    assert _left(Seen(K, "G", noise, X, 5, 5), vanished, made, None).error == np.inf
+    # ours, times a small number
+    assert _left(Seen(K, "G", size * X, X, 5, 5), pooled, made, None).error == np.inf
 
 
 @pytest.mark.parametrize(

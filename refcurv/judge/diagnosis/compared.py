@@ -79,6 +79,10 @@ def by_setting(
             yield setting, of_setting
 
 
+ALIKE = 0.5
+"""What rounding leaves where theirs is zero by theory is no nearer to our form.  Chosen."""
+
+
 def _left(
     seen: Seen, own: Setting, one: Moments, base: Moments | None, through: object = None
 ) -> Left:
@@ -89,7 +93,8 @@ def _left(
         return Left(math.inf, math.nan)
     size = float(norm(seen.X[block]))
     if float(norm(Y[block])) <= ROUNDING**2 * size:  # zero by theory, and so is theirs
-        if own.tensor_G in HALVES:  # none is left of it, and theirs is not zero
+        ours = fitted(seen.T[block], seen.X[block])[0] < ALIKE
+        if own.tensor_G in HALVES or ours:  # none is left of it, and theirs is not zero
             return Left(math.inf, math.nan)
         return Left(math.sqrt(float(norm(seen.T[block])) / size), 1.0, words(own), own.alike)
     note = words(own)
