@@ -250,8 +250,8 @@ def test_a_level_that_is_near_enough_is_fitted(setting):
 
 
 TWO = {
-    "a quantity, and another": (("eps", 3.3e-5), ("rotary base", 777.0)),
     "a quantity of which no level halves the error": (("score scale", 0.31),),
+    "a quantity, and another": (("eps", 3.3e-5), ("rotary base", 777.0)),
     "a quantity beside what has none": (("no causal mask", 0.0), ("eps", 3.3e-5)),
     "two levels that are tried": (("no causal mask", 0.0), ("eps", 1e-3)),
 }
@@ -364,7 +364,7 @@ def test_what_is_fitted_beside_leaves_less_than_alone(setting, monkeypatch):
     assert fits._share(side, "y", 0.3) == 0
 
 
-@pytest.mark.parametrize("name", ["logit scale", "norms in bfloat16"])
+@pytest.mark.parametrize("name", dear(["logit scale", "norms in bfloat16"]))
 def test_a_table_beside_them_hides_no_cause(name):
     """Tables are not recomputed. What all others show is not kept back by them."""
     own = config(width=8, heads=2, kv_heads=1, head_width=4, mlp_width=12, layers=1)

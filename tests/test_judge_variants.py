@@ -112,10 +112,8 @@ def everything(here: judged.Case, some: list[Setting]) -> dict[Setting, dict[str
     return found
 
 
-@pytest.mark.parametrize(
-    ("fisher", "rows"),
-    [("empirical", "labelled"), pytest.param("sampled", "all", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("fisher", "rows"), [("empirical", "labelled"), ("sampled", "all")])
 def test_a_setting_is_the_same_whatever_a_shard_has(monkeypatch, fisher: str, rows: str) -> None:
     """One sequence alone may have no padding, no label, or no position of some kind."""
     here = beside(gappy(), fisher, rows=rows)
