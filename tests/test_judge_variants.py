@@ -558,11 +558,11 @@ def coarse_rotation(part: str, dtype: str) -> Callable:
     return turned
 
 
-def tiled(attention: Callable) -> Callable:
+def tiled(attention: Callable, sides: str = "kv") -> Callable:
     def every(q, k, v, visible, scale=None, cap=None):
-        H = q.shape[1]
-        many = [np.stack([x[:, h % x.shape[1]] for h in range(H)], axis=1) for x in (k, v)]
-        return attention(q, *many, visible, scale, cap)
+        H, K = q.shape[1], k.shape[1]
+        of = {x: [h % K if x in sides else h // (H // K) for h in range(H)] for x in "kv"}
+        return attention(q, k[:, of["k"]], v[:, of["v"]], visible, scale, cap)
 
     return every
 
@@ -619,6 +619,8 @@ ARITHMETIC = {
         for name, some in ROPES.items()
     },
     "grouped heads tiled": (dict(kv_heads=2), {}, {"attention": tiled(oracles.attention)}),
+    "grouped keys tiled": (dict(kv_heads=2), {}, {"attention": tiled(oracles.attention, "k")}),
+    "grouped values tiled": (dict(kv_heads=2), {}, {"attention": tiled(oracles.attention, "v")}),
     "eps outside the root": (dict(norm_eps=0.1), {}, {"norm": outside}),
     "variance over d − 1": (dict(norm="layer", norm_eps=0.1), {}, {"layer_norm": unbiased}),
     "documents see each other": ({}, {}, {"sees": sees_documents}),

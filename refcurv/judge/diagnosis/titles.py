@@ -57,6 +57,13 @@ _LOAD = "Load every parameter under its name: ask the loader for the names that 
 
 NETWORKS: Final[Mapping[str, Title]] = MappingProxyType(
     {
+        **{
+            f"grouped {one} tiled": Title(
+                f"heads of {one} tiled, those of {other} repeated",
+                f"Repeat heads of {one} as those of {other}: query head h reads head h div R.",
+            )
+            for one, other in (("keys", "values"), ("values", "keys"))
+        },
         "no causal mask": Title("no causal mask", "Hide from each position what comes later."),
         "documents see each other": Title(
             "documents of a packed sequence see each other",

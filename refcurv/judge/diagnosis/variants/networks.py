@@ -175,29 +175,41 @@ def rotate_interleaved(x_BTHE: Array, cos: Array, sin: Array) -> Array:
     return np.concatenate([flat, x_BTHE[..., turned:]], axis=-1)
 
 
-def _tiled(heads: int, kv_heads: int) -> Array:
-    """Where query head h reads key-value head h mod K: the heads, those of one group together."""
-    return np.arange(heads).reshape(heads // kv_heads, kv_heads).T.reshape(-1)
+TILED: Final = MappingProxyType(
+    {"heads": ("keys", "values"), "keys": ("keys",), "values": ("values",)}
+)
+"""Which heads of a group are read in another order."""
 
 
-def tiled_forward(
-    q: Array, k: Array, v: Array, layout: Layout, scale: float | None, cap: float | None
-) -> tuple[Array, Saved]:
-    """`layers.attention_forward` in which query head h reads key-value head h mod K."""
-    order = _tiled(q.shape[2], k.shape[2])
-    context, saved = attention_forward(q[:, :, order], k, v, layout, scale, cap)
-    out = np.empty_like(context)
-    out[:, :, order] = context
-    return out, (order, saved)
+def tiled(*sides: str) -> dict[str, Callable[..., Any]]:
+    """Attention in which query head h reads head h mod K of these: "keys", "values" or both.
 
+    Of the others it reads head h div R, as it should.
+    """
 
-def tiled_backward(d_context: Array, saved: Saved) -> tuple[Array, Array, Array]:
-    """Undo `tiled_forward`."""
-    order, inner = saved
-    d_grouped, d_k, d_v = attention_backward(d_context[:, :, order], inner)
-    d_q = np.empty_like(d_grouped)
-    d_q[:, :, order] = d_grouped
-    return d_q, d_k, d_v
+    def read_H(side: str, heads: int, kv_heads: int) -> Array:
+        h = np.arange(heads)
+        return h % kv_heads if side in sides else h // (heads // kv_heads)
+
+    def forward(
+        q: Array, k: Array, v: Array, layout: Layout, scale: float | None, cap: float | None
+    ) -> tuple[Array, Saved]:
+        heads, kv_heads = q.shape[2], k.shape[2]
+        of_k, of_v = (read_H(side, heads, kv_heads) for side in ("keys", "values"))
+        own, saved = attention_forward(q, k[:, :, of_k], v[:, :, of_v], layout, scale, cap)
+        return own, (of_k, of_v, kv_heads, saved)
+
+    def backward(d_context: Array, saved: Saved) -> tuple[Array, Array, Array]:
+        of_k, of_v, kv_heads, inner = saved
+        d_q, d_k, d_v = attention_backward(d_context, inner)
+
+        def added(d: Array, of_H: Array) -> Array:
+            each = [d[:, :, of_H == head].sum(axis=2) for head in range(kv_heads)]
+            return np.stack(each, axis=2)
+
+        return d_q, added(d_k, of_k), added(d_v, of_v)
+
+    return {"attention_forward": forward, "attention_backward": backward}
 
 
 # ------------------------------------------------------------------ the changes
@@ -483,10 +495,10 @@ CHANGES: Final[Mapping[str, Change]] = MappingProxyType(
             "B51", _if(lambda config, at: _padded(at)
                        and at.real_BT.shape[1] <= config.learned_positions), _is(placed=True),
         ),
-        "grouped heads tiled": Change(
+        **{f"grouped {name} tiled": Change(
             "B52", _if(lambda config, _: 1 < config.kv_heads < config.heads),
-            _of_ops(attention_forward=tiled_forward, attention_backward=tiled_backward),
-        ),
+            _of_ops(**tiled(*sides)),
+        ) for name, sides in TILED.items()},
         "eps outside the root": Change(
             "B53", _if(lambda config, _: config.norm_eps > 0),
             _of_ops(rms_norm_forward=outside_forward, rms_norm_backward=outside_backward),
