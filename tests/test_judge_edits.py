@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,9 +13,11 @@ import refcurv as rc
 from refcurv.curvature.eigenbasis import Eigenbasis
 from refcurv.editing.projection import keep_pairs, projected
 from refcurv.files.bfloat16 import from_bfloat16, to_bfloat16
+from refcurv.judge.diagnosis.causes import with_named
 from refcurv.judge.diagnosis.rules import others
 from refcurv.judge.dump import Dump, Theirs
 from refcurv.judge.judgement import validate
+from refcurv.judge.verdict import Cause, Comparison
 
 LAYER = "blocks.1.mlp.up"
 SQUARE = "blocks.1.attn.o"
@@ -105,6 +108,17 @@ def test_a_fault_of_a_mask_is_a_cause(setting):
     parts["W"] = parts["W"] * (1 + 1e-6)
     found, _ = judged(setting, LAYER, {"rho": "0.8"}, **parts)
     assert "their own eigenvectors and mask" not in found["W"].cause
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_a_corner_alone_is_a_cause(told):
+    """Beside what rounding allows of all other entries; not where a cause speaks of the layer."""
+    case = SimpleNamespace(dump=SimpleNamespace(program="memory"))
+    corner = Comparison(LAYER, "corner of A", 0.3, 0.01, "fail", "B30", "it is 0.7")
+    other = Cause("B28", "Rows.", "Mend them.", (LAYER,), ("A",), 0.3, 0.0)
+    found = with_named(case, [other] * told, [corner])
+    assert [one.fault for one in found] == (["B28"] if told else ["B30"])
+    assert told or (found[0].before, found[0].layers) == (0.3, (LAYER,))
 
 
 def deficient(setting):

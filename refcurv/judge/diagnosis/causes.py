@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import replace
 
 from refcurv.judge.case import Case
@@ -49,13 +49,15 @@ def with_named(
 ) -> tuple[Cause, ...]:
     """The causes, and one more for each fault that a comparison of bases, Λ or edits names.
 
-    `diagnose` makes the causes of A and G. Where it has the same fault, that cause speaks of these
-    comparisons too.
+    `diagnose` makes the causes of A and G, but of a corner that is off where nothing else is. Where
+    it has the same fault, that cause speaks of these comparisons too.
 
-    Proof: tests/test_judge_edits.py::test_a_fault_of_a_mask_is_a_cause
+    Proof: tests/test_judge_edits.py::test_a_fault_of_a_mask_is_a_cause,
+        tests/test_judge_edits.py::test_a_corner_alone_is_a_cause
     """
     out = list(causes)
-    for fault, at in _by_fault(findings).items():
+    told = {layer for one in causes for layer in one.layers}
+    for fault, at in _by_fault(findings, told).items():
         place = next((k for k, cause in enumerate(out) if cause.fault == fault), None)
         if place is None:
             out.append(_cause(case, fault, at))
@@ -64,10 +66,12 @@ def with_named(
     return tuple(out)
 
 
-def _by_fault(findings: Sequence[Comparison]) -> dict[str, list[Comparison]]:
+def _by_fault(findings: Sequence[Comparison], told: Set[str]) -> dict[str, list[Comparison]]:
     out: dict[str, list[Comparison]] = {}
     for one in findings:
-        if one.fault and one.verdict not in (PASS, LEFT_OUT) and not of_moments(one.quantity):
+        untold = one.quantity.startswith("corner of") and one.layer not in told
+        ours = untold or not of_moments(one.quantity)
+        if one.fault and one.verdict not in (PASS, LEFT_OUT) and ours:
             out.setdefault(one.fault, []).append(one)
     return out
 
