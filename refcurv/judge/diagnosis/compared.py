@@ -79,6 +79,11 @@ def by_setting(
             yield setting, of_setting
 
 
+def _block(through: object) -> slice | tuple[slice, slice]:
+    """Which entries of a matrix are compared: all, or Pᵀ M Q of a sketch."""
+    return np.s_[:WIDTH, WIDTH:] if through else np.s_[:]
+
+
 ALIKE = 0.5
 """What rounding leaves where theirs is zero by theory is no nearer to our form.  Chosen."""
 
@@ -88,7 +93,7 @@ def _left(
 ) -> Left:
     """What a setting leaves of theirs."""
     Y, n = _beside(seen, one, base, through)
-    block = np.s_[:WIDTH, WIDTH:] if through else np.s_[:]
+    block = _block(through)
     if Y.shape != seen.T.shape:
         return Left(math.inf, math.nan)
     size = float(norm(seen.X[block]))
@@ -110,7 +115,7 @@ def _beside(
 ) -> tuple[Array, float]:
     """The setting's matrix and its rows; of a sample, ours and what the setting changes in it."""
     Y, n = (one.A, one.n_A) if seen.side == "A" else (one.G, one.n_G)
-    block = np.s_[:WIDTH, WIDTH:] if through else np.s_[:]
+    block = _block(through)
     if base is not None and Y.shape == seen.X.shape:
         change = Y - (base.A if seen.side == "A" else base.G)
         if through:
@@ -175,7 +180,7 @@ def collected(
     positions = extent(case)
     limit = min(few_positions(case), positions)
     through = sketch if is_large(case) else None
-    block = np.s_[:WIDTH, WIDTH:] if through else np.s_[:]
+    block = _block(through)
     every = [*wanted, *([] if limit >= positions else [REFERENCE])]
     seen = {layer: sketched(case, layer) if through else see(case, layer) for layer in layers}
     made = {one: of for one, of in moments(case, every, layers, limit, through=through)}

@@ -12,6 +12,7 @@ import numpy as np
 from refcurv.files.lazy import Lazy
 from refcurv.judge.diagnosis.variants.blocks import another_in_some, windows_of_some
 from refcurv.judge.diagnosis.variants.dropout import PLACES, Dropout
+from refcurv.judge.diagnosis.variants.heads import TILED, regrouped, rotate_interleaved
 from refcurv.judge.diagnosis.variants.norms import (
     NO_EPS,
     outside_backward,
@@ -56,7 +57,6 @@ from refcurv.model.layers import (
     DEFINITIONS,
     Layout,
     Ops,
-    Saved,
     attention_backward,
     attention_forward,
     causal_layout,
@@ -161,55 +161,6 @@ def _pads_see_text(layout: Layout, real_BT: Array) -> Layout:
         np.where(real_BT, layout.first_BT, first_B1),
         np.where(real_BT, layout.last_BT, end_B1),
     )
-
-
-# ------------------------------------------------------------------ other layer functions
-
-
-def rotate_interleaved(x_BTHE: Array, cos: Array, sin: Array) -> Array:
-    """`layers.rotate` of the pairs (x[2j], x[2j + 1])."""
-    turned = 2 * cos.shape[-1]
-    x1, x2 = x_BTHE[..., 0:turned:2], x_BTHE[..., 1:turned:2]
-    pairs = np.stack([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
-    flat = pairs.reshape(*x_BTHE.shape[:-1], turned)
-    return np.concatenate([flat, x_BTHE[..., turned:]], axis=-1)
-
-
-TILED: Final = MappingProxyType(
-    {"heads": ("keys", "values"), "keys": ("keys",), "values": ("values",)}
-)
-"""Which heads of a group are read in another order."""
-
-
-def tiled(*sides: str) -> dict[str, Callable[..., Any]]:
-    """Attention in which query head h reads head h mod K of these: "keys", "values" or both.
-
-    Of the others it reads head h div R, as it should.
-    """
-
-    def read_H(side: str, heads: int, kv_heads: int) -> Array:
-        h = np.arange(heads)
-        return h % kv_heads if side in sides else h // (heads // kv_heads)
-
-    def forward(
-        q: Array, k: Array, v: Array, layout: Layout, scale: float | None, cap: float | None
-    ) -> tuple[Array, Saved]:
-        heads, kv_heads = q.shape[2], k.shape[2]
-        of_k, of_v = (read_H(side, heads, kv_heads) for side in ("keys", "values"))
-        own, saved = attention_forward(q, k[:, :, of_k], v[:, :, of_v], layout, scale, cap)
-        return own, (of_k, of_v, kv_heads, saved)
-
-    def backward(d_context: Array, saved: Saved) -> tuple[Array, Array, Array]:
-        of_k, of_v, kv_heads, inner = saved
-        d_q, d_k, d_v = attention_backward(d_context, inner)
-
-        def added(d: Array, of_H: Array) -> Array:
-            each = [d[:, :, of_H == head].sum(axis=2) for head in range(kv_heads)]
-            return np.stack(each, axis=2)
-
-        return d_q, added(d_k, of_k), added(d_v, of_v)
-
-    return {"attention_forward": forward, "attention_backward": backward}
 
 
 # ------------------------------------------------------------------ the changes
@@ -497,7 +448,7 @@ CHANGES: Final[Mapping[str, Change]] = MappingProxyType(
         ),
         **{f"grouped {name} tiled": Change(
             "B52", _if(lambda config, _: 1 < config.kv_heads < config.heads),
-            _of_ops(**tiled(*sides)),
+            _of_ops(**regrouped(*sides)),
         ) for name, sides in TILED.items()},
         "eps outside the root": Change(
             "B53", _if(lambda config, _: config.norm_eps > 0),
