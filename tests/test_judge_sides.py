@@ -14,7 +14,7 @@ from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.case import Case
 from refcurv.judge.diagnosis import procedure
 from refcurv.judge.diagnosis.ladders import Ladder
-from refcurv.judge.diagnosis.search import PLAIN, Idea, Side
+from refcurv.judge.diagnosis.search import PLAIN, Chosen, Idea, Side
 from refcurv.judge.diagnosis.seen import Left
 from refcurv.judge.diagnosis.variants import Setting, settings
 from refcurv.judge.dump import Dump
@@ -204,11 +204,33 @@ def test_what_A_would_show_explains_no_G_alone(ours, under, offered) -> None:
     inputs.table = {PLAIN: {layer: Left(ours, 1.0)}, Idea(A.faults, A): {layer: Left(under, 1.0)}}
     side = Side("G", {layer: steps}, inputs=inputs)
     side.table = {PLAIN: {layer: Left(0.9, 1.0)}, Idea(both.faults, both): {layer: Left(0, 1.0)}}
-    assert bool(side._options([layer], {layer: ()})) == offered
+    assert bool(side._options([layer], {layer: PLAIN})) == offered
     for table in inputs.table.values():  # below what the network changes A stays ours
         table["blocks.0.attn.q"] = Left(0.0, 1.0)
     inputs.ladders["blocks.0.attn.q"] = steps
-    assert bool(side._options([layer], {layer: ()})) == offered
+    assert bool(side._options([layer], {layer: PLAIN})) == offered
+
+
+@pytest.mark.parametrize("of_A", [0.0, 0.5, None])
+def test_another_network_of_the_same_fault_is_not_free(of_A) -> None:
+    """Unless its A is theirs too; what was not tried on A may be."""
+    layer, steps = "head", Ladder((("float64", 1e-12),))
+    shown, other = (Setting(network=((name, 3.0),)) for name in ("eps", "variance over d − 1"))
+    known, another = Idea(shown.faults, shown), Idea(other.faults, other)
+    assert known.faults == another.faults == ("B53",)
+    inputs = Side("A", {layer: steps})
+    inputs.table = {PLAIN: {layer: Left(0.9, 1.0)}, known: {layer: Left(0.0, 1.0)}}
+    if of_A is not None:
+        inputs.table[another] = {layer: Left(of_A, 1.0)}
+    inputs.chosen = [Chosen(known, inputs.table[known])]
+    side = Side("G", {layer: steps}, inputs=inputs)
+    assert side.free(known, layer, known)
+    assert side.free(another, layer, known) == (of_A != 0.5)
+    assert not side.free(another, layer, PLAIN)
+    lefts = {PLAIN: 0.9, known: 1e-13, another: 0.0}
+    side.table = {idea: {layer: Left(error, 1.0)} for idea, error in lefts.items()}
+    first = side.choose([layer], {layer: known})
+    assert first is not None and first.idea == (known if of_A == 0.5 else another)
 
 
 def test_the_search_of_G_knows_what_was_found_of_A(monkeypatch) -> None:

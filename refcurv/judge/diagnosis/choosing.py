@@ -31,20 +31,19 @@ def choose(
     known: Mapping[str, Idea],
 ) -> Chosen | None:
     """The simplest of what needs no model; else of what model and corpus make, cheap first."""
-    faults = {layer: idea.faults for layer, idea in known.items()}
     settled = side.side == "G" and _weighed_as_A(case, found, layers, known)
     every, layers = layers, linear(layers)
-    chosen = side.choose(every, faults)
+    chosen = side.choose(every, known)
     if settled or case.model is None or case.corpus is None or not _worth(case, side, layers):
         return chosen
     partner = partners(case, known[layers[0]].setting) if side.side == "G" else []
     if partner:
         recompute(case, found, layers, partner)
-        chosen = side.choose(every, faults)
+        chosen = side.choose(every, known)
     halves = [Setting(tensor_G=name) for name in HALVES] if side.side == "G" else []
     if _short(case, side, layers):  # sums of few small numbers look like it
         recompute(case, found, layers, halves)
-        chosen = side.choose(every, faults)
+        chosen = side.choose(every, known)
 
     def exact(whole: bool = False) -> bool:
         return _exact(side, chosen, layers, whole)
@@ -59,30 +58,30 @@ def choose(
         if soft(side, layers):
             wanted = [s for s in stage if not s.network and (small or s.labels in GOLD)]
         recompute(case, found, layers, [*wanted, *joined(partner, wanted)])
-        chosen = side.choose(every, faults)
+        chosen = side.choose(every, known)
         if number == 0 and side.side == "A" and not exact(whole=True):
             recompute(case, found, layers, list(placed(case, layers)))
-            chosen = side.choose(every, faults)
+            chosen = side.choose(every, known)
         late = is_large(case)  # there it costs a pass over all sequences
         if number == late and not (soft(side, layers) or (late and exact())):
             weigh(case, found, side.side, top(case, layers))
-            chosen = side.choose(every, faults)
+            chosen = side.choose(every, known)
         tried += wanted
         if number == 1 and side.side == "G" and not (exact() or soft(side, layers)):
             amounts.fit(case, found, layers, partner)
             remainder(case, found, layers)
             batched(case, found, layers)
-            chosen = side.choose(every, faults)
+            chosen = side.choose(every, known)
     if not (exact() or soft(side, layers) or is_large(case)):
         _finer(case, side, found, layers, halves, partner)
-        chosen = side.choose(every, faults)
+        chosen = side.choose(every, known)
     if exact() or soft(side, layers) or (is_large(case) and _enough(side, chosen)):
         return chosen
     _join_nearest(case, side, found, layers, tried)
-    chosen = side.choose(every, faults)
+    chosen = side.choose(every, known)
     if not (exact() or is_large(case)):
         recompute(case, found, layers, list(fits_beside(case, side, layers)))
-        chosen = side.choose(every, faults)
+        chosen = side.choose(every, known)
     return chosen
 
 

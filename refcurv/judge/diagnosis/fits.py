@@ -121,7 +121,7 @@ def fitted(
         return chosen
     layers = list(chosen.left)
     recompute(case, found, layers, list(_least(case, side, layers, setting)))
-    return side.choose(layers, {layer: idea.faults for layer, idea in known.items()})
+    return side.choose(layers, known)
 
 
 def _share(side: Side, layer: str, error: float) -> float:

@@ -147,11 +147,10 @@ def _search(case: Case, side: Side, found: Mapping[str, Side], index: Index) -> 
             return
         more = list(rest(layers, side.table[chosen.idea]))
         _verify(case, side.side, found, index, chosen.idea, more)
-        free = {x: {*chosen.faults} <= {*known[x].faults} for x in layers}
         every = {
             x: side.table[chosen.idea][x]
             for x in layers
-            if side.explains(chosen.idea, x, bool(chosen.faults) and free[x])
+            if side.explains(chosen.idea, x, side.free(chosen.idea, x, known[x]))
         }
         if 2 * len(every) > len(layers):
             most = max(left.error for left in every.values())
@@ -214,7 +213,7 @@ def _supported(
     honest dump was drawn, theirs must be what was chosen to the digits of float32: a hypothesis
     that is fitted to noise takes much of it away. What A has shown needs no support.
     """
-    if side.side == "A" or all({*chosen.faults} <= {*known[x].faults} for x in chosen.left):
+    if side.side == "A" or all(side.free(chosen.idea, x, known[x]) for x in chosen.left):
         return True
     setting = chosen.idea.setting
     if setting is not None and labels_of(setting).faults and len(chosen.left) < len(layers):

@@ -231,10 +231,10 @@ class Side:
         fits &= steps.by_chance(left.trace)
         return fits and left.error >= steps.same and self.of(layer)[0] == PLAIN
 
-    def choose(self, layers: Collection[str], known: Mapping[str, Faults]) -> Chosen | None:
+    def choose(self, layers: Collection[str], known: Mapping[str, Idea]) -> Chosen | None:
         """The simplest of what explains most of these layers.
 
-        Args: known: layer → faults found on the other side, which cost nothing again.
+        Args: known: layer → what was found on the other side, which costs nothing again.
         """
         options = self._options(layers, known)
         if not options:
@@ -251,18 +251,30 @@ class Side:
         )
         return Chosen(first.idea, {x: self.table[first.idea][x] for x in first.covered}, alike)
 
-    def _options(self, layers: Collection[str], known: Mapping[str, Faults]) -> list[Option]:
+    def free(self, idea: Idea, layer: str, known: Idea) -> bool:
+        """Is it known from the other side: its faults, and no network whose A is not theirs?
+
+        Proof: tests/test_judge_sides.py::test_another_network_of_the_same_fault_is_not_free
+        """
+        if not idea.faults or not {*idea.faults} <= {*known.faults}:
+            return False
+        if idea.setting is None or known.setting is None or self.inputs is None:
+            return True
+        one, A = idea.setting.read, self.inputs
+        left = A.table.get(Idea(one.faults, one), {}).get(layer)
+        if one == known.setting.read or left is None:
+            return True
+        return A.rank(layer, left) <= A.rank(layer, A.of(layer)[1])
+
+    def _options(self, layers: Collection[str], known: Mapping[str, Idea]) -> list[Option]:
         out = []
         for idea, lefts in self.table.items():
-            covered = [
-                x
-                for x in layers
-                if idea != PLAIN
-                and self.explains(idea, x, bool(idea.faults) and {*idea.faults} <= {*known[x]})
-            ]
+            free = {x: self.free(idea, x, known[x]) for x in layers}
+            covered = [x for x in layers if idea != PLAIN and self.explains(idea, x, free[x])]
             covered = [] if covered and self.refuted(idea) else covered
             if covered:
-                extra = len(set(idea.faults) - set(known[covered[0]])) or (not idea.faults)
+                more = {*idea.faults} - {*known[covered[0]].faults}
+                extra = len(more) or not free[covered[0]]
                 left = [lefts[x] for x in covered]
                 finest = [self.ladders[x].steps[0][1] * lefts[x].roomy for x in covered]
                 scaled = sum(not self.whole(x, lefts[x]) for x in covered)
