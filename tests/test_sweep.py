@@ -24,6 +24,7 @@ from refcurv.editing.variants import one_sided, random_pairs
 from refcurv.evaluation import decode
 from refcurv.evaluation import lines as sweep_lines
 from refcurv.evaluation.held import Holding, kept_bytes
+from refcurv.evaluation.intervals import paired
 from refcurv.evaluation.items import suffix_nats
 from refcurv.evaluation.matching import text_perplexity
 from refcurv.evaluation.suite import Measurement, measure
@@ -44,7 +45,8 @@ from refcurv.passes.below import Below
 from refcurv.passes.forward import Reading
 from refcurv.passes.held import Held
 from refcurv.report.plots import sweep_front
-from refcurv.report.sweep import format_sweep
+from refcurv.report.sweep import format_sweep, sweep_tables
+from refcurv.report.table import method_name
 from refcurv.report.text import display_width
 from refcurv.sweeps.methods import METHODS, methods
 from refcurv.sweeps.outcomes import Outcome, marked
@@ -527,6 +529,35 @@ def test_the_front_is_of_dev(found: rc.Sweep) -> None:
         a, b = cost[one.layers, one.rho]
         beaten = any((x < a and y <= b) or (x <= a and y < b) for x, y in cost.values())
         assert one.front == (not beaten)
+
+
+def test_what_is_printed_of_a_sweep_is_what_was_found(found: rc.Sweep) -> None:
+    """Each pattern's edits, and the p of each of them but K-FAC's; tables hold what has room."""
+    made = found.to_json()
+    tables = sweep_tables(made)
+    for pattern in {one.layers for one in found.edits}:
+        edits = [one for one in found.edits if one.layers == pattern]
+        first = next(one for one in tables if one.title.startswith(pattern))
+        assert [row[:4] for row in first.rows[1:]] == [
+            (method_name(one.method.replace("-", " ")) + "*" * (one.front and one.method == "kfac"),
+             f"{one.rho:g}", f"{100 * one.removed:.3g} %", f"{100 * one.kept:.1f} %")
+            for one in edits
+        ]  # fmt: skip
+    judged = [name for name, one in made["baseline"]["test"].items() if one["right"] is not None]
+    wanted = []
+    for one in (one for one in found.edits if one.method != "kfac"):
+        kfac = next(
+            x for x in found.edits
+            if (x.method, x.rho, x.layers) == ("kfac", one.rho, one.layers)
+        )  # fmt: skip
+        pairs = (
+            [[letter == "1" for letter in x.populations["test"][name]["right"]] for x in (one, kfac)]
+            for name in judged
+        )
+        wanted.append([f"{paired(*two):.2g}" for two in pairs])
+    told = [one for one in tables if one.title.startswith("p of no difference")]
+    rows = [list(row[2:]) for one in told for row in one.rows]
+    assert judged and rows == wanted
 
 
 def test_one_that_is_as_good_in_one_is_beaten() -> None:
