@@ -403,7 +403,7 @@ def test_hostile_names_stay_on_their_line(hostile: dict[str, Any], on_terminal: 
     rows = rows_of(text, "Memory and reasoning, split test")
     assert len(rows) == 9
     assert rows[0][-1] == "-"
-    assert rows[3] == ["language", "perplexity", "256", "24.95", "-", "-"]
+    assert rows[3] == ["language", "perplexity", "256", "24.95", "∞", "-"]
     assert rows[4][-2:] == ["-", "-"]
     assert rows[5][3:6] == ["-", "97.4 %", "-"]
 
@@ -754,6 +754,27 @@ def test_an_interval_is_in_the_unit_of_its_value() -> None:
     assert table.interval_text("text", (22.104, 25.9)) == "22.10–25.90"
     assert table.interval_text("text", [22.104, None]) == "22.10–∞"
     assert table.interval_text("answer", None) == table.interval_text("text", [None, None]) == ""
+
+
+def test_an_infinite_perplexity_is_no_unknown_one() -> None:
+    """Wherever it stands: in JSON both it and what is not known are null."""
+    one = {"kind": "text", "name": "clean_test", "items": 9, "chance": None, "interval": [7, None]}
+    lost = {**one, "before": {"perplexity": 21.5}, "after": {"perplexity": None}, "p": None}
+    made = {"split": "test", "rows": [lost]}
+    assert table.evaluation_table(made).rows[0][3:6] == ("21.50", "∞", "-")
+    assert table.certainty_table(made).rows[0][3:5] == ("∞", "7.00 to ∞")
+    assert table.certainty_table({"rows": [{**lost, "interval": None}]}).rows[0][4] == "- to -"
+    alone = table.evaluation_table({"rows": [{**lost, "before": None}]})
+    assert alone.rows[0][3] == "∞"
+    told = page._tiles({"evaluation": made})
+    assert "∞" in told and "21.50 before the edit;" in told
+    assert plots.abilities._perplexities([lost], "test") == "perplexity: clean 21.50 → ∞"
+    assert plots.abilities._perplexities([{**lost, "after": {"perplexity": 22.0}}], "test") == (
+        "perplexity: clean 21.50 → 22.00 (+2.3 %)"
+    )
+    compared = [{"method": "svd", "values": {"clean_test": None}}, {"method": "bsn", "values": {}}]
+    found = {"controls": {"compared": compared, "unedited": None}, "evaluation": made}
+    assert table.controls_table(found).rows[-1][1:] == ("-", "∞", "-")
 
 
 def test_settings_that_are_not_known_are_left_out() -> None:

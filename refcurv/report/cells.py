@@ -14,6 +14,8 @@ Json = Mapping[str, Any]
 
 MISSING = "-"
 
+INFINITE = "∞"
+
 
 def number(value: object) -> float:
     """A JSON value as a float; NaN for None, infinities and anything that is not a number."""

@@ -14,6 +14,7 @@ from refcurv.files.disk import write_bytes
 from refcurv.law.checks import EmptyError
 from refcurv.report import plots
 from refcurv.report.cells import (
+    MISSING,
     Json,
     decimal,
     number,
@@ -35,6 +36,7 @@ from refcurv.report.table import (
     interval_text,
     kept_table,
     knows_intervals,
+    measured,
     past_table,
 )
 
@@ -222,17 +224,16 @@ def _tile(row: Json, split: str, lead: str = "") -> str:
     """One population: its value after the edit, and the one before."""
     name = population_name(str(row["name"]), split)
     measure = {"recite": "strict", "text": "perplexity"}.get(str(row["kind"]), "accuracy")
-    show = decimal if measure == "perplexity" else percent
-    digits = 2 if measure == "perplexity" else 1
-    after, before = row["after"].get(measure), (row.get("before") or {}).get(measure)
+    after, before = row["after"], row.get("before") or {}
     words = {"strict": "memorised text recited: ", "perplexity": "perplexity: "}
-    note = f"{show(before, digits)} before the edit" if row.get("before") else ""
-    if note and measure == "perplexity":
-        note += f" ({percent(relative(before, after), sign='+')})"
+    note = f"{measured(measure, before)} before the edit" if before else ""
+    rise = percent(relative(before.get(measure), after.get(measure)), sign="+")
+    if measure == "perplexity" and rise != MISSING:
+        note += f" ({rise})"
     if sure := interval_text(str(row["kind"]), row.get("interval")):
         note += f"{'; ' if note else ''}n {whole(row.get('items'))}, 95 % interval {sure}"
     label = (lead or words.get(measure, "")) + name
-    return _one_tile(label, show(after, digits), note, hot=measure == "strict")
+    return _one_tile(label, measured(measure, after), note, hot=measure == "strict")
 
 
 def _one_tile(label: str, value: str, note: str, hot: bool = False) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from refcurv.evaluation.intervals import paired
 from refcurv.law.words import number_of
 from refcurv.report.cells import (
+    INFINITE,
     MISSING,
     Json,
     decimal,
@@ -165,7 +166,7 @@ def _value(one: Json, base: Json | None) -> str:
     if measure in SHARES:
         return percent(value)
     if value is None and "fault" not in one:
-        return "∞"
+        return INFINITE
     rise = "" if base is None else f" {percent(relative(base['values'][measure], value), sign='+')}"
     return decimal(value, 2) + rise
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from refcurv.report.cells import (
+    INFINITE,
     MISSING,
     Json,
     decimal,
@@ -67,15 +68,25 @@ def _measured(row: Json, split: str, paired: bool) -> list[tuple[str, ...]]:
     for place, measure in enumerate(measures):
         head = (population_name(str(row["name"]), split), measure, whole(row.get("items")))
         head = head if place == 0 else ("", measure, "")
-        after = row["after"].get(measure)
+        before, after = row.get("before") or {}, row["after"]
         if not paired:
-            lines.append((*head, _value(measure, after)))
+            lines.append((*head, measured(measure, after)))
             continue
-        before = (row.get("before") or {}).get(measure)
         retained = _retained(row) if place == 0 else ("", "")
-        values = (_value(measure, before), _value(measure, after))
-        lines.append((*head, *values, _change(measure, before, after), *retained))
+        values = (measured(measure, before), measured(measure, after))
+        change = _change(measure, before.get(measure), after.get(measure))
+        lines.append((*head, *values, change, *retained))
     return lines
+
+
+def measured(measure: str, values: Json) -> str:
+    """One of the measures of a population, "-" if unknown. In JSON an infinite number is null.
+
+    Proof: tests/test_report.py::test_an_infinite_perplexity_is_no_unknown_one
+    """
+    if measure == "perplexity" and values.get(measure, 0) is None:
+        return INFINITE
+    return _value(measure, values.get(measure))
 
 
 def _value(measure: str, value: object) -> str:
@@ -109,10 +120,11 @@ def certainty_table(evaluation: Json) -> Table:
     split, rows = str(evaluation.get("split") or ""), []
     for row in evaluation["rows"]:
         measure = (MEASURES.get(str(row["kind"])) or tuple(row["after"]))[0]
-        low, high = (_value(measure, x) for x in row.get("interval") or (None, None))
+        ends = ({} if x is MISSING else {measure: x} for x in row.get("interval") or 2 * [MISSING])
+        low, high = (measured(measure, end) for end in ends)
         p = "" if row.get("p") is None else f"{number(row['p']):.2g}"
         name = population_name(str(row["name"]), split)
-        value = _value(measure, row["after"].get(measure))
+        value = measured(measure, row["after"])
         rows.append((name, measure, whole(row.get("items")), value, f"{low} to {high}", p))
     headers = ("population", "measure", "items", "value", "95 % interval", "p of no change")
     return Table("How far off by the choice of items", headers, tuple(rows), "llrrrr")
@@ -133,7 +145,7 @@ def interval_text(kind: str, interval: object) -> str:
         return ""
     text = kind == "text"
     ends = (decimal(number(x) * (1 if text else 100), 2 if text else 1) for x in (low, high))
-    return "–".join("∞" if end == MISSING else end for end in ends)
+    return "–".join(INFINITE if end == MISSING else end for end in ends)
 
 
 def agreement_table(evaluation: Json) -> Table:
@@ -272,8 +284,9 @@ def controls_table(results: Json) -> Table:
         label = population_name(str(row["name"]), split)
         label += "" if measure == "accuracy" else f", {measure}"
         columns = [found.get("unedited") or {}, *compared]
-        values = [(one.get("values") or {}).get(row["name"]) for one in columns]
-        rows.append((label, *(_value(measure, value) for value in values)))
+        values = (one.get("values") or {} for one in columns)
+        each = ({measure: x[row["name"]]} if row["name"] in x else {} for x in values)
+        rows.append((label, *(measured(measure, one) for one in each)))
     headers = ("", "unedited", *names)
     return Table(title, headers, tuple(rows) if compared else (), "l" + "r" * (len(names) + 1))
 

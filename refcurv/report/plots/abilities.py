@@ -9,8 +9,17 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from refcurv.law.checks import EmptyError
-from refcurv.report.cells import Json, decimal, number, percent, population_name, relative, whole
+from refcurv.report.cells import (
+    MISSING,
+    Json,
+    number,
+    percent,
+    population_name,
+    relative,
+    whole,
+)
 from refcurv.report.plots.drawing import GREY, INK, PALETTE, blank, legend, safe, styled, ticks
+from refcurv.report.table import measured
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,6 +33,8 @@ ROLES = (
     ("copying", ("copy",)),
 )
 """The paper's order of damage behind `memorised`, and words by which a population is known."""
+
+SIDES = "before", "after"
 
 BAR = 0.5
 """Height of a bar, in rows."""
@@ -89,7 +100,7 @@ def _abilities(rows: Sequence[Json], split: str) -> list[_Ability]:
         name = population_name(str(row["name"]), split)
         has_chance = number(row.get("chance")) > 0
         above = number(row.get("retention_above_chance")) if has_chance else math.nan
-        before, after = (percent(row[key].get(measure)) for key in ("before", "after"))
+        before, after = (percent(row[key].get(measure)) for key in SIDES)
         values = f"{before.removesuffix(' %')} → {after}"
         role = _role(str(row["kind"]), name)
         kept = number(row.get("retention"))
@@ -171,8 +182,8 @@ def _perplexities(rows: Sequence[Json], split: str) -> str:
     notes = []
     for row in rows:
         if row["kind"] == "text" and row.get("before"):
-            before, after = (row[key].get("perplexity") for key in ("before", "after"))
-            change = percent(relative(before, after), sign="+")
+            rise = percent(relative(*(row[x].get("perplexity") for x in SIDES)), sign="+")
+            before, after = (measured("perplexity", row[x]) for x in SIDES)
             name = population_name(str(row["name"]), split)
-            notes.append(f"{name} {decimal(before, 2)} → {decimal(after, 2)} ({change})")
+            notes.append(f"{name} {before} → {after}" + (rise != MISSING) * f" ({rise})")
     return "perplexity: " + "; ".join(notes) if notes else ""
