@@ -12,7 +12,7 @@ from strategies import config, random_parameters
 
 import refcurv as rc
 from refcurv.judge import truths
-from refcurv.judge.diagnosis import scales
+from refcurv.judge.diagnosis import divisors, scales
 from refcurv.judge.diagnosis.factors import Factor, intervals
 from refcurv.judge.diagnosis.ladders import DECLARED, Ladder
 from refcurv.judge.diagnosis.search import PLAIN, Idea, Side
@@ -59,10 +59,12 @@ def test_what_rounding_may_do_widens_an_interval():
 
 def within(low, high, shared=True):
     one = Factor.between(low, high, shared)
-    return scales.Scale("head", 1.0, one.c, 0.0, one.tol, 1.0, 1.0, 5, drawn=True, alone=not shared)
+    return divisors.Scale(
+        "head", 1.0, one.c, 0.0, one.tol, 1.0, 1.0, 5, drawn=True, alone=not shared
+    )
 
 
-COUNTS = scales.Counts(200, {"labels": 200}, frozenset({200, 50}), 19)
+COUNTS = divisors.Divisors(200, {"labels": 200}, frozenset({200, 50}), 19)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +81,7 @@ COUNTS = scales.Counts(200, {"labels": 200}, frozenset({200, 50}), 19)
 )
 def test_a_fault_is_named_where_no_other_is_as_likely(low, high, fault, alike):
     named = scales.explain([within(low, high)], COUNTS)
-    found = named[0] if named else scales.Named(None, "", "G", 0.0)
+    found = named[0] if named else divisors.Named(None, "", "G", 0.0)
     assert (found.fault, set(found.alike)) == (fault, set(alike))
 
 
@@ -108,7 +110,7 @@ def test_factors_that_no_fault_gives_are_told(c):
     """Theirs times 1e-320 was a bug of refcurv: a number of rows over it is infinite."""
     for sides in ("A", "G", "AG"):
         a, g = (c if side in sides else 1.0 for side in "AG")
-        (named,) = scales.explain([scales.Scale("x", a, g, 1e-9, 1e-9, 1.0, 1.0, 5, 90)], COUNTS)
+        (named,) = scales.explain([divisors.Scale("x", a, g, 1e-9, 1e-9, 1.0, 1.0, 5, 90)], COUNTS)
         assert named.fault is None and named.sides == sides and f"times {c:.9g}" in named.sentence
 
 
@@ -124,10 +126,10 @@ def test_a_factor_of_the_loss_is_that_of_all_layers():
 
 
 def known(layer, c, rows, tol=0.02, **more):
-    return scales.Scale(layer, 1.0, c, 1e-5, tol, 1.0, 1.0, 5, rows, **more)
+    return divisors.Scale(layer, 1.0, c, 1e-5, tol, 1.0, 1.0, 5, rows, **more)
 
 
-IMAGES = scales.Counts(90, {"sequences": 15}, frozenset({15}), 7, positions=6)
+IMAGES = divisors.Divisors(90, {"sequences": 15}, frozenset({15}), 7, positions=6)
 
 
 def test_a_factor_of_all_layers_is_none_of_a_convolution():
@@ -145,7 +147,7 @@ def test_a_factor_of_all_layers_is_none_of_a_convolution():
 @pytest.mark.parametrize(("layer", "fault"), [("patch", "B14"), ("blocks.0.mlp.up", None)])
 def test_two_factors_of_one_layer_are_not_one_of_both_sides(layer, fault):
     """A is a sixth of ours, and G, whose labels were drawn, is nowhere near that."""
-    one = scales.Scale(layer, 1 / 6, 36.7, 1e-9, 0.3, 1.0, 1.0, 5, 90, drawn=True, alone=True)
+    one = divisors.Scale(layer, 1 / 6, 36.7, 1e-9, 0.3, 1.0, 1.0, 5, 90, drawn=True, alone=True)
     (named,) = scales.explain([one, known("head", 1.0, 15)], IMAGES)
     assert named.fault == fault and named.sides == "AG"
     assert named.sentence.startswith("A is ours times 0.166667 and G ours times 36.7")

@@ -13,9 +13,10 @@ from refcurv.judge import draws
 from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.case import Case
 from refcurv.judge.diagnosis.amounts import _gained, _of_traces, curve, drawn, nearest
+from refcurv.judge.diagnosis.divisors import Divisors, Scale, equal_batches
 from refcurv.judge.diagnosis.ladders import ladder
 from refcurv.judge.diagnosis.likely import likely, redrawn
-from refcurv.judge.diagnosis.scales import Counts, Scale, equal_batches, explain
+from refcurv.judge.diagnosis.scales import explain
 from refcurv.judge.diagnosis.search import Side
 from refcurv.judge.diagnosis.variants import REFERENCE, Setting, moments
 from refcurv.judge.diagnosis.variants.positions import CLASSES
@@ -281,27 +282,27 @@ def test_a_mean_is_over_batches_that_the_corpus_has():
     assert equal_batches(np.array([3, 5, 4, 4])) == {8, 16}
     assert equal_batches(np.array([4, 4, 4])) == {4, 12}
     assert equal_batches(np.array([3, 5, 4])) == {12}
-    uneven = Counts(16, means=frozenset({8, 16}))
+    uneven = Divisors(16, means=frozenset({8, 16}))
     assert named_of(16, uneven) == ("B1", ("B43", "B46"))
     assert named_of(8, uneven) == ("B1", ("B43", "B46"))
     assert named_of(4, uneven) == ("B43", ("B46",))
     assert named_of(16.1, uneven, 0.05)[0] == "B1"  # within what drawing explains
-    large = Counts(412, means=frozenset({412}))
+    large = Divisors(412, means=frozenset({412}))
     assert named_of(412, large) == ("B1", ())
     assert named_of(100, large) == ("B1", ("B43", "B46"))  # more than workers are
     assert named_of(8, large) == ("B43", ("B46",))
 
 
 def test_a_factor_that_drawing_may_make_is_nothing_known():
-    counts = Counts(312, {"labels": 312}, frozenset({312}))
+    counts = Divisors(312, {"labels": 312}, frozenset({312}))
     (one,) = explain([Scale("x", 1.0, 1.4, 1e-12, 0.35, 1.0, 1.0, 24)], counts)
     assert one.fault is None and one.sides == "G"
 
 
 def test_without_a_corpus_nothing_tells_steps_from_terms():
-    assert named_of(8, Counts(412)) == ("B43", ("B46", "B1"))
-    assert named_of(412, Counts(412)) == ("B1", ())
-    assert named_of(128, Counts(412)) == ("B1", ())
+    assert named_of(8, Divisors(412)) == ("B43", ("B46", "B1"))
+    assert named_of(412, Divisors(412)) == ("B1", ())
+    assert named_of(128, Divisors(412)) == ("B1", ())
 
 
 @pytest.mark.slow

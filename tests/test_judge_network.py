@@ -13,7 +13,15 @@ from strategies import config, random_parameters
 import refcurv as rc
 from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.case import Case
-from refcurv.judge.diagnosis import dropped, fits, precision, procedure, scales, signs, telling
+from refcurv.judge.diagnosis import (
+    divisors,
+    dropped,
+    fits,
+    precision,
+    procedure,
+    signs,
+    telling,
+)
 from refcurv.judge.diagnosis.coarse import settle
 from refcurv.judge.diagnosis.dropped import (
     DROPOUT,
@@ -945,7 +953,7 @@ def test_a_factor_of_g_that_drawing_explains_is_no_fault_of_a(layered, monkeypat
     """Where A alone fails, nothing speaks of a factor of G that drawing leaves."""
     case, found = searched(layered, planted(layered, Setting()))
     layer = next(iter(case.matched))
-    one = scales.Named("B82", "rows", "G", 0.0, (), (layer,))
+    one = divisors.Named("B82", "rows", "G", 0.0, (), (layer,))
     monkeypatch.setattr(telling.scales, "explain", lambda *_: [one])
     monkeypatch.setattr(telling.scales, "counted", lambda _: [])
     monkeypatch.setattr(telling, "_by_drawing", lambda *_: True)

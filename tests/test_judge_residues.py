@@ -39,7 +39,7 @@ def test_a_matrix_in_the_place_of_another_has_a_budget_of_its_own():
     for roomy, rank in ((1.0, 1), (3.0, 0)):
         side = side_of(EXACT, SWAP, error=0.03, ratio=1.0, roomy=roomy)
         assert side.rank(Q, side.of(Q)[1]) == rank
-        (option,) = side._options([Q, K], {Q: (), K: ()})
+        (option,) = side._options([Q, K], {Q: PLAIN, K: PLAIN})
         assert (option.quality > 1) == (roomy == 1)
 
 
@@ -171,7 +171,7 @@ def test_other_rows_of_g_alone_are_not_asked_for_where_drawing_explains_any(monk
     monkeypatch.setattr(procedure, "is_large", lambda _: False)
     unknown = SimpleNamespace(fault=None)
     monkeypatch.setattr(procedure.scales, "explain", lambda *_: [unknown])
-    monkeypatch.setattr(procedure.scales.Counts, "of", lambda _: None)
+    monkeypatch.setattr(procedure.divisors.Divisors, "of", lambda _: None)
     fault = Idea(("B27",) if setting else ("B47",), setting)
     found = {"A": side_of(EXACT, fault, error=0.0, ratio=1.0), "G": side_of(DRAWN)}
     found["G"].table[PLAIN] = {x: Left(0.7, 5.0) for x in (Q, K)}
@@ -205,7 +205,7 @@ def test_what_is_recomputed_of_a_sample_is_of_no_table(monkeypatch, tables):
     monkeypatch.setattr(procedure, "is_large", lambda _: False)
     unknown = SimpleNamespace(fault=None, certain=True, layers=())
     monkeypatch.setattr(procedure.scales, "explain", lambda *_: [unknown])
-    monkeypatch.setattr(procedure.scales.Counts, "of", lambda _: None)
+    monkeypatch.setattr(procedure.divisors.Divisors, "of", lambda _: None)
     case = SimpleNamespace(known={}, model=1, corpus=1, drawn=1)
     known = dict(drawn=True, alone=False, rows_A=1.0, rows_G=1.0)
     seen = [SimpleNamespace(layer=x, **known) for x in tables]

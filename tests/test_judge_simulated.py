@@ -12,10 +12,10 @@ import refcurv as rc
 from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.case import Case
 from refcurv.judge.diagnosis import precision
+from refcurv.judge.diagnosis.divisors import Named
 from refcurv.judge.diagnosis.ladders import DECLARED, Ladder, ladder
 from refcurv.judge.diagnosis.looking import _starts
 from refcurv.judge.diagnosis.procedure import _agree, _first
-from refcurv.judge.diagnosis.scales import Named
 from refcurv.judge.diagnosis.search import PLAIN, Chosen, Idea, Side
 from refcurv.judge.diagnosis.seen import Left, Seen
 from refcurv.judge.diagnosis.signs import signs

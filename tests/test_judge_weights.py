@@ -14,7 +14,7 @@ import refcurv as rc
 from refcurv.judge import draws
 from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.case import Case
-from refcurv.judge.diagnosis import relabelled, replayed, scales, search
+from refcurv.judge.diagnosis import divisors, relabelled, replayed, search
 from refcurv.judge.diagnosis.ladders import Ladder, ladder
 from refcurv.judge.diagnosis.recomputed import recompute
 from refcurv.judge.diagnosis.replayed import Member, varied
@@ -275,7 +275,7 @@ def test_a_factor_has_a_share_beside_means_over_a_batch(drawn, monkeypatch):
     made, layers = drawn
     case = made(REFERENCE, 1 / 16)
     beside = replayed.Beside.of(case, layers)
-    found = [*replayed._factored(case, beside, scales.Counts.of(case))]
+    found = [*replayed._factored(case, beside, divisors.Divisors.of(case))]
     shares = {one.note: one.share for one in found if one.fault == "B43"}
     assert shares["1/4²"] > 0 == shares["1/2²"] == shares["1/16²"]
     assert not any(one.left for one in found)
@@ -299,7 +299,7 @@ def test_how_much_theirs_varies_is_said_as_it_is(monkeypatch, seldom, told, says
     monkeypatch.setattr(replayed.telling, "scale", lambda *_: SimpleNamespace(alone=not told))
     known = SimpleNamespace(fault="B43", alike=())
     monkeypatch.setattr(replayed.scales, "explain", lambda *_: [known])
-    monkeypatch.setattr(replayed.scales.Counts, "of", lambda _: None)
+    monkeypatch.setattr(replayed.divisors.Divisors, "of", lambda _: None)
     side = search.Side("G", {LAYERS: Ladder((("float64", 1e-12),), Drawing(0.5, 0.0, 0.5))})
     one = replayed.averaged(SimpleNamespace(matched=[LAYERS]), {"G": side}, [LAYERS], [LAYERS])
     assert one is not None and one.faults == () and one.idea.name.startswith(says)
@@ -324,7 +324,7 @@ def test_what_varies_as_a_factor_seldom_does_may_be_a_mean(
     monkeypatch.setattr(replayed.telling, "scale", lambda *_: SimpleNamespace(alone=False))
     known = SimpleNamespace(fault="B43", alike=("B46",))
     monkeypatch.setattr(replayed.scales, "explain", lambda *_: [known])
-    monkeypatch.setattr(replayed.scales.Counts, "of", lambda _: None)
+    monkeypatch.setattr(replayed.divisors.Divisors, "of", lambda _: None)
     steps = Ladder((("float64", 1e-12),), Drawing(0.5, 0.0, 0.5))
     side = search.Side("G", {LAYERS: steps})
     case = SimpleNamespace(matched=[LAYERS])

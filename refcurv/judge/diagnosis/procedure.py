@@ -14,7 +14,7 @@ from functools import partial
 
 from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.case import Case
-from refcurv.judge.diagnosis import amounts, coarse, precision, scales, telling
+from refcurv.judge.diagnosis import amounts, coarse, divisors, precision, scales, telling
 from refcurv.judge.diagnosis.choosing import GOLD, choose, soft
 from refcurv.judge.diagnosis.compared import collected, sketched
 from refcurv.judge.diagnosis.deciding import labels_of, stages
@@ -259,13 +259,13 @@ def _scaled(side: Side) -> list[str]:
 
 
 def _by_counts(
-    case: Case, side: Side, found: Mapping[str, Side], index: Index, seen: Sequence[scales.Scale]
+    case: Case, side: Side, found: Mapping[str, Side], index: Index, seen: Sequence[divisors.Scale]
 ) -> None:
     """Other rows that change a factor or a count alone, where it is nothing simpler."""
     layers = _scaled(side)
     if not layers or case.model is None or case.corpus is None:
         return
-    named = scales.explain(seen, scales.Counts.of(case)) + scales.counted(seen)
+    named = scales.explain(seen, divisors.Divisors.of(case)) + scales.counted(seen)
     if all(one.fault not in (None, "B82") for one in named):
         return
     alone = side.side == "G" and not any(one.idea.setting for one in found["A"].chosen)
@@ -287,7 +287,7 @@ def _by_counts(
 
 
 def _by_weights(
-    case: Case, side: Side, found: Mapping[str, Side], index: Index, seen: Sequence[scales.Scale]
+    case: Case, side: Side, found: Mapping[str, Side], index: Index, seen: Sequence[divisors.Scale]
 ) -> None:
     """Batches or sequences that weigh otherwise, where drawing hides all but the factor of it.
 
@@ -296,7 +296,7 @@ def _by_weights(
     Proof: tests/test_judge_weights.py::test_a_mean_over_a_sequence_is_told_by_its_factor_alone
     """
     hidden = {one.layer for one in seen if one.drawn and not one.alone}
-    for one in scales.explain(seen, scales.Counts.of(case)):
+    for one in scales.explain(seen, divisors.Divisors.of(case)):
         hidden |= set() if one.certain else {*one.layers}
     layers = [x for x in _scaled(side) if x in hidden]
     sample = spread(linear(layers))
@@ -309,7 +309,7 @@ def _by_weights(
         id: sum(i.faults == (id,) for i in fits) / sum(i.faults == (id,) for i in every)
         for id in dict.fromkeys(i.faults[0] for i in fits)
     }
-    named = {one.fault for one in scales.explain(seen, scales.Counts.of(case))}
+    named = {one.fault for one in scales.explain(seen, divisors.Divisors.of(case))}
     ideas = [idea for idea in fits if named == {*idea.faults}]
     if ideas:
         best = min(ideas, key=lambda idea: sum(side.table[idea][x].error for x in sample))

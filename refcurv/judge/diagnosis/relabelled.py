@@ -17,7 +17,7 @@ from scipy import special
 
 from refcurv.algebra.scaling import norm
 from refcurv.judge.case import Case
-from refcurv.judge.diagnosis import scales
+from refcurv.judge.diagnosis import divisors, scales
 from refcurv.judge.diagnosis.likely import DUMPS, redrawn
 from refcurv.judge.diagnosis.recomputed import recompute
 from refcurv.judge.diagnosis.search import ROUNDING, Chosen, Idea, Side
@@ -146,7 +146,7 @@ def _of_factors(case: Case, layers: Sequence[str]) -> Iterator[tuple[str, float]
     ]
     honest = Dumps.of(np.stack(each))
     yield "", honest.density(theirs)
-    for one in scales.members(scales.Counts.of(case)):
+    for one in divisors.members(divisors.Divisors.of(case)):
         shift = np.r_[np.full(len(layers), math.log(one.factor)), 0.0]
         yield one.fault, one.share * honest.density(theirs - shift)
 

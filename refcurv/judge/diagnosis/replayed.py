@@ -16,7 +16,7 @@ import numpy as np
 
 from refcurv.algebra.scaling import norm
 from refcurv.judge.case import Case
-from refcurv.judge.diagnosis import scales, telling
+from refcurv.judge.diagnosis import divisors, scales, telling
 from refcurv.judge.diagnosis.deciding import words
 from refcurv.judge.diagnosis.likely import DUMPS, redrawn
 from refcurv.judge.diagnosis.search import Chosen, Idea, Side
@@ -45,7 +45,7 @@ degrees of freedom.  Theirs may be what nobody thought of."""
 WEIGHED: Final = ("B2", "B3", "B43")
 """Rules of `weighted` that change G alone, and make it no larger."""
 
-LEAST: Final = (min(scales.USUAL) - 1, *scales.USUAL)
+LEAST: Final = (min(divisors.USUAL) - 1, *divisors.USUAL)
 """Powers of 2 that a scale of the loss is at least which doubles later, or halves."""
 
 
@@ -82,7 +82,7 @@ def averaged(
     """
     side = found["G"]
     seen = [one for layer in case.matched if (one := telling.scale(case, found, layer))]
-    counts = scales.Counts.of(case)
+    counts = divisors.Divisors.of(case)
     told = any(x.fault or x.alike for x in scales.explain(seen, counts))
     told &= not any(one.alone for one in seen)
     often = varied(case, sample)
@@ -165,7 +165,7 @@ def _corner(G: Array, at: Array) -> Array:
 
 
 def replayed(
-    case: Case, layers: Sequence[str], counts: scales.Counts | None = None
+    case: Case, layers: Sequence[str], counts: divisors.Divisors | None = None
 ) -> list[Member]:
     """Means over batches, and weights of sequences, of which theirs may be a dump in these layers.
 
@@ -207,7 +207,7 @@ def _averaged(case: Case, beside: Beside) -> Iterator[Member]:
         yield Member("B44", words(one), share, _lefts(beside, made[one]))
 
 
-def _factored(case: Case, beside: Beside, counts: scales.Counts) -> Iterator[Member]:
+def _factored(case: Case, beside: Beside, counts: divisors.Divisors) -> Iterator[Member]:
     """Factors of the loss: honest dumps, of which the trace alone is another."""
     honest = [
         _numbers(beside, {x: _corner(some[x][k], beside.at[x]) for x in beside.T})
@@ -215,7 +215,7 @@ def _factored(case: Case, beside: Beside, counts: scales.Counts) -> Iterator[Mem
         for k in range(len(next(iter(some.values()))))
     ]
     theirs, shift = _numbers(beside, beside.T), np.eye(len(honest[0]))[0]
-    for one in scales.members(counts):
+    for one in divisors.members(counts):
         share = one.share * _at(theirs - math.log(one.factor) * shift, np.stack(honest))
         yield Member(one.fault, one.words, share, {})
 

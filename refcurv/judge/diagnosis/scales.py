@@ -7,132 +7,30 @@ they may be is known: squares of whole numbers, powers of 4, quotients of counts
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import replace
 
-import numpy as np
-
-from refcurv.judge.case import Case
-from refcurv.law.checks import Array
+from refcurv.judge.diagnosis.divisors import (
+    NUMBERS,
+    Divisors,
+    Member,
+    Named,
+    Scale,
+    candidates,
+    members,
+    near,
+    whole,
+)
 from refcurv.law.words import number_of
-
-FEW = 64
-"""Accumulation steps or workers, at most.  Chosen: more than these, and m counts loss terms."""
-
-BLUNT = 0.25
-"""Within this of a factor of 2 or ½ it may be one.  Chosen: drawing explains more, of anything."""
 
 SURE = 0.9
 """Of what an interval allows, the share that a fault must have to be named.  Chosen."""
 
-SCALES = 24
-"""Powers of 2 that a loss may have been multiplied by.  Chosen."""
-
 TINY = 1e-150
 """No fault gives a factor below it, or above 1/TINY.  Chosen: squares of these are numbers yet."""
 
-USUAL = (15, 16)
-"""Half of the losses that are: libraries begin with 2¹⁵ (TensorFlow, jmp) or 2¹⁶ (PyTorch)."""
 
-
-@dataclass(frozen=True, slots=True)
-class Scale:
-    """One layer: theirs is c_A and c_G times ours; each may be off by tol_A and tol_G of itself.
-
-    rows_A, rows_G: n'/n; None where the dump does not say. outputs: d_out. rows: n of ours.
-    drawn: are c_G and tol_G an interval that drawing allows (`factors`)? alone: does no factor
-    explain all such layers?
-    """
-
-    layer: str
-    c_A: float | None
-    c_G: float | None
-    tol_A: float
-    tol_G: float
-    rows_A: float | None
-    rows_G: float | None
-    outputs: int
-    rows: int = 0
-    drawn: bool = False
-    alone: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Named:
-    """A fault that explains a factor.
-
-    Fields: sides, those that it hits; left, the error after; certain, is there nothing to confirm
-    that a corpus could?
-    """
-
-    fault: str | None
-    sentence: str
-    sides: str
-    left: float
-    alike: tuple[str, ...] = ()
-    layers: tuple[str, ...] = ()
-    certain: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """What may have been counted, by its name.
-
-    means: over how many loss terms, or positions, each batch's mean can be; None without a corpus.
-    each: the loss terms of a sequence, if all have as many. positions: of an image. weights: B2 and
-    B3, the share of their rules that leave a factor which drawing or rounding explains.
-    """
-
-    rows: int
-    others: Mapping[str, int] = field(default_factory=dict)
-    means: frozenset[int] | None = None
-    vocabulary: int | None = None
-    each: int | None = None
-    positions: int | None = None
-    weights: Mapping[str, float] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, case: Case) -> Counts:
-        """From the corpus and the model, as far as they are given."""
-        rows = max(case.counts(name).ours["A"] for name in case.matched)
-        corpus, vocabulary = case.corpus, None
-        if case.model is not None:
-            vocabulary = case.model.config.vocabulary
-        elif "head" in case.reference:
-            vocabulary = len(case.ours("head").sum_G)
-        if corpus is None:
-            return cls(rows, {}, None, vocabulary)
-        label = corpus.label
-        each = (label >= 0).sum(axis=1)
-        means = equal_batches(each)
-        others = {"sequences": len(label), "labels": int(each.sum())}
-        if corpus.images is None:
-            others["tokens"] = int(corpus.real.sum())
-            others["positions, padding too,"] = label.size
-            means |= equal_batches(np.full(len(label), label.shape[1])) | {rows, others["tokens"]}
-        alike = int(each[0]) if len(set(each.tolist())) == 1 else None
-        positions = None
-        if corpus.images is not None:  # an image without a label has no rows
-            image = None if case.model is None else case.model.config.image
-            positions = image.positions if image else rows // max(1, int(each.sum()))
-        weights = case.known.get("weights", {})
-        return cls(rows, others, frozenset(means), vocabulary, alike, positions, weights)
-
-
-def equal_batches(each: Array) -> set[int]:
-    """The sums of `each` over batches of whole sequences, in order, that are all alike.
-
-    One batch of everything is among them.
-    """
-    found, N = {int(each.sum())}, len(each)
-    for size in (size for size in range(1, N) if N % size == 0):
-        sums = each.reshape(-1, size).sum(axis=1)
-        found |= {int(sums[0])} if (sums == sums[0]).all() else set()
-    return found
-
-
-def explain(scales: Sequence[Scale], counts: Counts, beside: Sequence[Scale] = ()) -> list[Named]:
+def explain(scales: Sequence[Scale], counts: Divisors, beside: Sequence[Scale] = ()) -> list[Named]:
     """What explains the factors that are not 1: one entry for each group of layers and fault.
 
     Args: beside, layers that have no factor, as far as drawing tells.
@@ -148,7 +46,7 @@ def explain(scales: Sequence[Scale], counts: Counts, beside: Sequence[Scale] = (
     return _joined(out)
 
 
-def _of_unlike_rows(scales: Sequence[Scale], counts: Counts) -> list[Named]:
+def _of_unlike_rows(scales: Sequence[Scale], counts: Divisors) -> list[Named]:
     """One count in the place of each layer's own, where layers have different rows, as of images.
 
     Then each layer has a factor of its own, n over this count, and all of them are one fault: of A
@@ -173,7 +71,7 @@ def _is_over(one: Scale, count: int, sides: str) -> bool:
     """Are these sides of a layer ours times its rows over the count, and the others ours?"""
     r = one.rows / count
     each = (("A", one.c_A, one.tol_A), ("G", one.c_G, one.tol_G))
-    return all(c is None or _near(c, r if side in sides else 1.0, tol) for side, c, tol in each)
+    return all(c is None or near(c, r if side in sides else 1.0, tol) for side, c, tol in each)
 
 
 def _off(c: float | None, tol: float) -> bool:
@@ -197,11 +95,7 @@ def _groups(scales: Sequence[Scale]) -> list[list[Scale]]:
 
 def _same(x: Scale, y: Scale) -> bool:
     pairs = ((x.c_A, y.c_A, x.tol_A + y.tol_A), (x.c_G, y.c_G, x.tol_G + y.tol_G))
-    return all(a is None or b is None or _near(a, b, tol) for a, b, tol in pairs)
-
-
-def _near(x: float, y: float, tol: float) -> bool:
-    return abs(x - y) <= tol * abs(y)
+    return all(a is None or b is None or near(a, b, tol) for a, b, tol in pairs)
 
 
 def _beyond(one: Scale) -> list[Named]:
@@ -218,7 +112,7 @@ def _beyond(one: Scale) -> list[Named]:
     return [Named(None, words, "".join(far), left, certain=False)]
 
 
-def _of_group(group: Sequence[Scale], counts: Counts, alone: bool) -> list[Named]:
+def _of_group(group: Sequence[Scale], counts: Divisors, alone: bool) -> list[Named]:
     """The faults of layers that share their factors."""
     # what other layers share with the patches is none of a convolution's own
     one = min(group, key=lambda s: (s.layer == "patch", s.tol_A + s.tol_G))
@@ -226,7 +120,7 @@ def _of_group(group: Sequence[Scale], counts: Counts, alone: bool) -> list[Named
     g = one.c_G if _off(one.c_G, one.tol_G) else 1.0
     assert a is not None and g is not None
     tol = one.tol_A + one.tol_G
-    if a != 1 and one.c_A is not None and one.c_G is not None and _near(a, g, tol):
+    if a != 1 and one.c_A is not None and one.c_G is not None and near(a, g, tol):
         return [_of_both(a, one.tol_A if one.drawn else tol, one, counts)]
     if a == 1:
         twice = _counted_twice(g, one)
@@ -236,12 +130,12 @@ def _of_group(group: Sequence[Scale], counts: Counts, alone: bool) -> list[Named
     return _of_two(a, g, one, counts, alone)
 
 
-def _of_two(a: float, g: float, one: Scale, counts: Counts, alone: bool) -> list[Named]:
+def _of_two(a: float, g: float, one: Scale, counts: Divisors, alone: bool) -> list[Named]:
     """A is ours times a, and G is ours times another number."""
     tol, words = one.tol_A + one.tol_G, f"A is ours times {a:.6g} and G ours times {g:.6g}"
-    if _near(a * g, 1, tol):
+    if near(a * g, 1, tol):
         return [Named("B8", f"{words}; their product is 1", "AG", abs(a * g - 1))]
-    if one.layer == "patch" and (_whole(a, one.tol_A) or _whole(1 / a, one.tol_A)):
+    if one.layer == "patch" and (whole(a, one.tol_A) or whole(1 / a, one.tol_A)):
         return [Named("B14", words, "AG", 0.0, ("B7",))]
     if one.drawn and one.alone:  # G is somewhere about that, and not where A is
         return [Named(None, f"{words}, about", "AG", abs(a - 1), certain=False)]
@@ -257,26 +151,26 @@ def _of_two(a: float, g: float, one: Scale, counts: Counts, alone: bool) -> list
 def _counted_twice(g: float, one: Scale) -> Named | None:
     """Inputs are added k times and counted k times; gradients are added once, over that count."""
     k = one.rows_G or 0.0
-    if not (k == one.rows_A and k > 1 and k == round(k) and _near(g * k, 1, one.tol_G)):
+    if not (k == one.rows_A and k > 1 and k == round(k) and near(g * k, 1, one.tol_G)):
         return None
     words = f"A is ours, G is ours times {g:.6g}, and both counts are ours times {k:g}"
     return Named("B39", f"{words}: inputs are added and counted {k:g} times", "Gn", abs(g * k - 1))
 
 
-def _of_both(r: float, tol: float, one: Scale, counts: Counts) -> Named:
+def _of_both(r: float, tol: float, one: Scale, counts: Divisors) -> Named:
     """A and G are both ours times r: the divisor is another count."""
     words = f"A and G are both ours times {r:.9g}"
     for name, count in counts.others.items():
-        if count and _near(r * count, counts.rows, tol):
+        if count and near(r * count, counts.rows, tol):
             words += f": divided by {count} {name} instead of {number_of(counts.rows, 'row')}"
             return Named("B4", words, "AG", abs(r * count / counts.rows - 1))
-    if _near(r, counts.rows, tol):
+    if near(r, counts.rows, tol):
         words += ", the number of rows: these are sums"
         return Named("B4", words, "AG", abs(r / counts.rows - 1))
-    if _near(r, 2, tol):
+    if near(r, 2, tol):
         return Named("B39", words + ": each row is added twice", "AG", abs(r / 2 - 1), ("B40",))
     whole = round(counts.rows / r) if r > 0 else 0
-    if whole >= 1 and tol * whole < 0.1 and _near(counts.rows / r, whole, tol):
+    if whole >= 1 and tol * whole < 0.1 and near(counts.rows / r, whole, tol):
         words += f": divided by {whole} instead of {number_of(counts.rows, 'row')}"
         return Named("B4", words, "AG", abs(r * whole / counts.rows - 1), ("B46",))
     if tol * counts.rows >= 0.1 and 1 / counts.rows < r < 2 * counts.rows:
@@ -284,38 +178,34 @@ def _of_both(r: float, tol: float, one: Scale, counts: Counts) -> Named:
     return Named(None, words, "AG", abs(r - 1))
 
 
-def _of_inputs(a: float, tol: float, one: Scale, counts: Counts, alone: bool) -> Named:
+def _of_inputs(a: float, tol: float, one: Scale, counts: Divisors, alone: bool) -> Named:
     """A alone is ours times a."""
     words = f"A is ours times {a:.9g}, and G is ours"
-    if _near(a, 2, tol):
+    if near(a, 2, tol):
         return Named("B39", words + ": each input is added twice", "A", abs(a / 2 - 1), ("B40",))
-    if one.layer == "patch" or (alone and _whole(a, tol)):
+    if one.layer == "patch" or (alone and whole(a, tol)):
         return Named("B14", words, "A", 0.0, ("B7",))
     both = _of_both(a, tol, one, counts)
     words = both.sentence.replace("A and G are both", "A alone is")
     return Named(both.fault, words, "A", both.left, both.alike)
 
 
-def _of_gradients(c: float, tol: float, one: Scale, counts: Counts, alone: bool) -> list[Named]:
+def _of_gradients(c: float, tol: float, one: Scale, counts: Divisors, alone: bool) -> list[Named]:
     """G alone is ours times c."""
-    if _near(c, 1, tol):
+    if near(c, 1, tol):
         return []
     if one.drawn:
         return [] if one.alone else [_of_interval(c, tol, counts)]
-    if found := list(_candidates(c, tol, one, counts, alone)):
+    if found := list(candidates(c, tol, one, counts, alone)):
         if counts.weights and not found[0].certain:
             return [_of_interval(c, tol, counts, "rounding")]
         return [_or_others(found[0], found[1:], tol)]
     for fault, factor in (("B5", 2.0), ("B5", 0.5)):  # two at once
-        for named in _candidates(c / factor, tol, one, counts, alone):
+        for named in candidates(c / factor, tol, one, counts, alone):
             if named.fault in ("B1", "B43"):
                 words = f"{named.sentence}, times {factor:g}"
                 return [named, Named(fault, words, "G", named.left)]
     return [Named(None, f"G is ours times {c:.9g}", "G", abs(c - 1), certain=False)]
-
-
-NUMBERS = ("B1", "B5", "B6", "B11", "B43")
-"""Faults that multiply G by a number, which may be the number of another one of them."""
 
 
 def _or_others(first: Named, others: Sequence[Named], tol: float) -> Named:
@@ -330,16 +220,7 @@ def _or_others(first: Named, others: Sequence[Named], tol: float) -> Named:
     return replace(first, alike=tuple(dict.fromkeys(x for x in ids if x and x != first.fault)))
 
 
-class Member(NamedTuple):
-    """A factor of G by a fault: how likely it is among all that the fault may give, and words."""
-
-    fault: str
-    factor: float
-    share: float
-    words: str
-
-
-def _of_interval(c: float, tol: float, counts: Counts, what: str = "drawing") -> Named:
+def _of_interval(c: float, tol: float, counts: Divisors, what: str = "drawing") -> Named:
     """What G can be that is ours times c, where `what` allows c/(1 + tol) to c/(1 − tol).
 
     Each fault may give some factors. The share of these that the interval holds says how likely
@@ -347,7 +228,7 @@ def _of_interval(c: float, tol: float, counts: Counts, what: str = "drawing") ->
     """
     high = f"{c / (1 - tol):.3g}" if tol < 1 else "any number"
     words = f"G is ours times {c / (1 + tol):.3g} to {high}, by what {what} allows"
-    fitting = [x for x in members(counts) if _near(c, x.factor, tol)]
+    fitting = [x for x in members(counts) if near(c, x.factor, tol)]
     share = {x.fault: 0.0 for x in fitting} | dict(counts.weights)
     for x in fitting:
         share[x.fault] += x.share
@@ -373,117 +254,6 @@ def _of_one_number(fitting: Sequence[Member], first: str) -> list[str]:
         of.setdefault(x.fault, set()).add(round(math.log(x.factor), 9))
     own = of.get(first, set())
     return [id for id, numbers in of.items() if len(own) == 1 and numbers == own]
-
-
-def members(counts: Counts) -> Iterator[Member]:
-    """The factors of G, the same in all layers, that faults of the loss give."""
-    yield Member("B5", 2.0, 1 / 2, "twice ours")
-    yield Member("B5", 0.5, 1 / 2, "half ours")
-    for k in range(1, SCALES + 1):
-        share = 1 / 2 / SCALES + (k in USUAL) / 2 / len(USUAL)
-        yield Member("B11", 4.0**k, share, f"4^{k}: gradients were {2**k} times ours")
-    if V := counts.vocabulary:
-        for factor, name in ((V, "V"), (1 / V, "1/V"), (V**-2.0, "1/V²")):
-            yield Member("B6", factor, 1 / 3, f"{name}, V = {V} being the number of outputs")
-    if (T := counts.positions or 0) > 1:
-        for factor, name in ((T, "T"), (T * T, "T²"), (1 / T, "1/T"), (T**-2.0, "1/T²")):
-            yield Member("B37", factor, 1 / 4, f"{name}, an image having T = {T} positions")
-    means = counts.means or {counts.rows}
-    for m in means - {1}:
-        yield Member("B1", m**-2.0, 1 / len(means), f"1/{m}²: {m} loss terms were averaged")
-    every = sum(1 / k for k in range(2, FEW + 1))
-    for k in range(2, FEW + 1):  # few are likelier
-        yield Member("B43", k**-2.0, 1 / k / every, f"1/{k}²")
-
-
-def _candidates(c: float, tol: float, one: Scale, counts: Counts, alone: bool) -> Iterator[Named]:
-    """What G = c times ours can be, the likeliest first."""
-    words = f"G is ours times {c:.9g}"
-    if one.layer == "patch":
-        yield Named("B14", words, "G", 0.0, ("B7",))
-    powers = list(_powers(c, tol, words, known=one.rows_G is not None))
-    rare = [x for x in powers if x.fault == "B11" and not any(_near(c, 4.0**k, tol) for k in USUAL)]
-    yield from (x for x in powers if x not in rare)
-    yield from _outputs(c, tol, words, one, counts, alone)
-    yield from rare
-    T = counts.positions or 0
-    if T > 1 and not alone and any(_near(c, x, tol) for x in (T, T * T, 1 / T, 1 / T**2)):
-        yield Named("B37", f"{words}: an image has {T} positions", "G", tol, ("B7", "B82"))
-    m = c**-0.5
-    if c < 1 and round(m) >= 2 and (_whole(m, tol / 2) or tol * m > 0.1):
-        yield _mean_loss(c, round(m), tol, words, counts)
-    for name, count in {**counts.others, "rows": counts.rows}.items():
-        if count and (_near(c * count, counts.rows, tol) or _near(c, count, tol)):
-            yield Named("B82", f"{words}: {count} are its {name}", "G", tol, ("B4",))
-        if count > 1 and _near(c * count, 1, tol):
-            text = f"{words}: it was divided by {count} {name} once more"
-            yield Named("B4", text, "G", tol, ("B82",))
-
-
-def _powers(c: float, tol: float, words: str, known: bool) -> Iterator[Named]:
-    """Powers of 4, as the scale of mixed precision leaves them; 2 and a half.
-
-    Args: known, are the counts of theirs? Else a half may be of rows that are counted twice.
-    """
-    k = round(math.log(c, 4))
-    if k >= 1 and _near(c, 4.0**k, tol):
-        text = f"{words} = 4^{k}: gradients were {2**k} times ours"
-        added = ("B43", "B46") if 2**k <= FEW else ()  # of so many steps or workers, not averaged
-        yield Named("B11", text, "G", abs(c / 4.0**k - 1), added)
-    for value, text in ((2.0, "twice"), (0.5, "half")):
-        if _near(c, value, min(tol, BLUNT)):
-            alike = () if known or value > 1 else ("B39",)
-            yield Named("B5", f"G is {text} ours", "G", abs(c / value - 1), alike)
-
-
-def _outputs(
-    c: float, tol: float, words: str, one: Scale, counts: Counts, alone: bool
-) -> Iterator[Named]:
-    """The number of the network's outputs, or of the layer's own; what differs by layer."""
-    V = counts.vocabulary
-    for value, name in ((V, "V"), (1 / V, "1/V")) if V and not alone else ():
-        if _near(c, value, tol):
-            text = f"{words} = {name}, V = {V} being the number of outputs"
-            yield Named("B6", text, "G", abs(c / value - 1))
-    if not alone or _near(c, 0.25, tol):
-        return
-    if _near(c, one.outputs, tol) or _near(c * one.outputs, 1, tol):
-        yield Named("B6", f"{words}: {one.outputs} are its outputs", "G", tol, ("B7",))
-    if _whole(c, tol) or _whole(1 / c, tol):
-        yield Named("B7", f"{words} in this layer", "G", tol, ("B14",))
-
-
-def _mean_loss(c: float, m: int, tol: float, words: str, counts: Counts) -> Named:
-    """1/m²: the loss was a mean over m terms, or divided by m steps, or averaged over workers."""
-    sharp = tol * m < 0.5
-    about = "" if sharp else "about "
-    text = f"{words} = {about}1/{m}²"
-    left = abs(c * m * m - 1)
-    known = counts.means is not None
-    fits = any(_near(c * x * x, 1, tol) for x in (counts.means or {counts.rows}))
-    steps = ("B43", "B46") if m <= FEW else ()
-    if fits:
-        one = counts.others.get("labels", counts.rows)  # all in one batch
-        sure = sharp or _near(c * one * one, 1, tol)
-        text = f"{text}: {m} loss terms were averaged"
-        by_length = ("B3",) if m == counts.each else ()  # a batch of one sequence
-        return Named("B1", text, "G", left, (*by_length, *steps), certain=sure)
-    if m == counts.vocabulary:
-        return Named("B6", f"{text}, the number of outputs squared", "G", left, ("B1", "B43"))
-    if m > FEW:
-        why = "no equal batches of the corpus have so many" if known else "without a corpus"
-        text = f"{text}: more than steps or workers are. {m} loss terms seem averaged, {why}"
-        return Named("B1", text, "G", left, ("B43", "B46") if known else (), certain=False)
-    if known:
-        text = f"{text}: no batch of the corpus has so many loss terms each time"
-        return Named("B43", text, "G", left, ("B46",), certain=False)
-    text = f"{text}: few for the loss terms of a batch, which nothing tells without a corpus"
-    return Named("B43", text, "G", left, ("B46", "B1"))
-
-
-def _whole(x: float, tol: float) -> bool:
-    """Is x a whole number from 2 on, and would it be one rarely by chance?"""
-    return x > 1.5 and tol * x < 0.1 and abs(x - round(x)) <= max(tol * x, 1e-12 * x)
 
 
 def _joined(named: Sequence[Named]) -> list[Named]:

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from refcurv.judge.biases import A_COLUMN, NO_COLUMN
 from refcurv.judge.case import Case, Counts
-from refcurv.judge.diagnosis import precision, scales
+from refcurv.judge.diagnosis import divisors, precision, scales
 from refcurv.judge.diagnosis.causes import about, made
 from refcurv.judge.diagnosis.factors import factors
 from refcurv.judge.diagnosis.looking import ROWS_KEPT
@@ -277,7 +277,7 @@ def _scales(
         return []
     others = [x for x in case.matched if x not in at and x not in moved]
     beside = [one for layer in others if (one := scale(case, found, layer))]
-    out, counts = [], scales.Counts.of(case)
+    out, counts = [], divisors.Divisors.of(case)
     for named in _merged(scales.explain(seen, counts, beside) + scales.counted(seen)):
         if named.fault == "B8" or not (named.fault or named.alike):
             continue  # of the first `compare` speaks; the second explains nothing
@@ -293,9 +293,9 @@ def _scales(
     return out
 
 
-def _merged(every: Sequence[scales.Named]) -> list[scales.Named]:
+def _merged(every: Sequence[divisors.Named]) -> list[divisors.Named]:
     """Without what may be the fault that more layers show: there a wide budget hides a part."""
-    out: list[scales.Named] = []
+    out: list[divisors.Named] = []
     for one in every:
         hidden = [x for x in every if one.fault in x.alike and len(x.layers) < len(one.layers)]
         more = [layer for x in hidden for layer in x.layers if layer not in one.layers]
@@ -317,12 +317,12 @@ def _by_drawing(side: Side, layer: str) -> bool:
     return side.drawn(layer) or side.rank(layer, side.of(layer)[1]) >= steps.by_drawing
 
 
-def _far(one: scales.Scale, sides: str) -> float:
+def _far(one: divisors.Scale, sides: str) -> float:
     pairs = {"A": (one.c_A,), "G": (one.c_G,), "n": (one.rows_A, one.rows_G)}
     return max(abs((x or 1.0) - 1) for side in sides for x in pairs[side])
 
 
-def scale(case: Case, found: Mapping[str, Side], layer: str) -> scales.Scale | None:
+def scale(case: Case, found: Mapping[str, Side], layer: str) -> divisors.Scale | None:
     """The factors of one layer that its forms leave; None where a form is unexplained."""
     counts = case.counts(layer)
     c: dict[str, float | None] = {"A": None, "G": None}
@@ -363,7 +363,7 @@ def scale(case: Case, found: Mapping[str, Side], layer: str) -> scales.Scale | N
         c["G"], tol["G"] = (None if _flows_otherwise(found["A"]) else own.c), own.tol
     if all("B32" in side.of(layer)[0].faults for side in found.values()):
         c, tol, rows = _swapped(c, tol, rows)
-    return scales.Scale(
+    return divisors.Scale(
         layer, c["A"], c["G"], tol["A"], tol["G"], rows["A"], rows["G"], counts.shape[0],
         counts.ours["A"], drawn=own is not None, alone=own is not None and not own.shared,
     )  # fmt: skip

@@ -17,8 +17,8 @@ from scipy.optimize import minimize_scalar
 
 from refcurv.judge.case import Case
 from refcurv.judge.diagnosis.deciding import words
+from refcurv.judge.diagnosis.divisors import FEW
 from refcurv.judge.diagnosis.hypotheses import damping
-from refcurv.judge.diagnosis.scales import FEW
 from refcurv.judge.diagnosis.search import ROUNDING, SHARPER, Chosen, Idea, Side
 from refcurv.judge.diagnosis.seen import Left, Seen, fitted, see, usable
 from refcurv.judge.diagnosis.variants import REFERENCE, Parts, Setting, parts
