@@ -33,6 +33,7 @@ from refcurv.files import store
 from refcurv.files.disk import write_json
 from refcurv.files.inspect import inspect_file
 from refcurv.law.checks import EmptyError, RefcurvError, SchemaError, StorageError
+from refcurv.law.conventions import describe
 from refcurv.progress import size
 from refcurv.report import cells, folder, page, plots, printed, table
 from refcurv.report.plots import pareto
@@ -442,8 +443,32 @@ def test_inspect_shows_a_text_of_several_lines_on_one() -> None:
     assert first == r"a\nb.h5"
     assert [re.split(r" {2,}", line) for line in lines[-2:]] == [
         ["plain", r"one\ntwo"],
-        ["parsed", r'{"note": "one\ntwo"}'],
+        ["parsed", r"note one\ntwo"],
     ]
+
+
+def test_inspect_says_which_decisions_of_the_law_were_others() -> None:
+    facts = {"path": "a.h5", "format": "x", "version": 2, "nbytes": 0, "entries": []}
+    ours = describe()
+
+    def told(law: dict[str, str]) -> str:
+        text = printed.format_inspect({**facts, "provenance": {"conventions": law}})
+        (line,) = (x for x in text.splitlines() if x.startswith("conventions"))
+        return line.removeprefix("conventions").strip()
+
+    assert told(ours) == f"{len(ours)} decisions, word for word this version's"
+    first, *rest = ours
+    changed = {first: "x", **{name: ours[name] for name in rest[1:]}, "OLD": "y"}
+    assert told(changed) == (
+        f"3 decisions in other words than this version's: {first}; {rest[0]}; OLD"
+    )
+
+
+def test_inspect_shows_names_and_their_texts_without_brackets() -> None:
+    assert printed._compact({"numpy": "2.4", "scipy": "1.17"}) == "numpy 2.4, scipy 1.17"
+    assert printed._compact(["AVX", "AVX2"]) == "AVX, AVX2"
+    assert printed._compact({"n": 1}) == '{"n": 1}'
+    assert printed._compact([]) == "[]" and printed._compact({}) == "{}"
 
 
 def test_inspect_names_every_array(tmp_path: Path) -> None:
@@ -462,11 +487,13 @@ def test_inspect_names_every_array(tmp_path: Path) -> None:
     lines = text.splitlines()
     assert "refcurv-factors, version 2: 2 arrays, 104 B, every checksum verified" in lines
     assert re.search(r'^config +\{"width": 128\}$', text, re.M)
+    assert re.search(rf"^libraries +numpy {np.__version__}, scipy ", text, re.M)
     row = next(line for line in lines if line.startswith("blocks"))
     found = re.split(r" {2,}", row)
     assert found == ["blocks.0.mlp.up.sum_A", "3 × 4", "float64", "96 B", "rows 7"]
     assert next(line for line in lines if line.startswith("n  ")).endswith("8 B")
-    assert "…" not in text and max(map(len, lines)) > 1_000  # the conventions, on one line
+    long = [line for line in lines if not line.startswith("cpu_features")]
+    assert "…" not in text and max(map(len, long)) < 300
 
 
 def test_inspect_of_a_large_model_is_a_short_table() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from math import floor
 
 from refcurv.curvature.forecast import Forecast
+from refcurv.law.conventions import describe
 from refcurv.law.words import number_of
 from refcurv.progress import size, span
 from refcurv.report.blocks import by_block
@@ -222,9 +223,12 @@ def format_inspect(facts: Json) -> str:
 
     Proof:  tests/test_report.py::test_inspect_names_every_array,
         ::test_inspect_of_a_large_model_is_a_short_table,
-        ::test_inspect_shows_a_text_of_several_lines_on_one
+        ::test_inspect_shows_a_text_of_several_lines_on_one,
+        ::test_inspect_says_which_decisions_of_the_law_were_others
     """
     pairs = [(what, dict(facts.get(what) or {})) for what in ("attributes", "provenance")]
+    if isinstance(law := pairs[1][1].get("conventions"), Mapping):
+        pairs[1][1]["conventions"] = _beside_ours(law)
     if facts["format"] in MADE_FROM:
         pairs[0][1].setdefault("weights", "not recorded: made by an older refcurv")
     tables = [
@@ -291,9 +295,26 @@ def _past_table(edit: Json) -> Table:
     return Table(title, ("layer", "share", "‖W'‖/‖W‖", "restored"), rows, "lrrr")
 
 
+def _beside_ours(law: Json) -> str:
+    """The law that a file was made by: which of its decisions this version does not have so."""
+    ours = describe()
+    others = [name for name in {**ours, **law} if law.get(name) != ours.get(name)]
+    if not others:
+        return f"{number_of(len(law), 'decision')}, word for word this version's"
+    return f"{number_of(len(others), 'decision')} in other words than this version's: " + (
+        "; ".join(others)
+    )
+
+
 def _compact(value: object) -> str:
-    """A text as it is, anything else as JSON on one line."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    """A text as it is, names and their texts side by side, anything else as JSON on one line."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and value and all(isinstance(one, str) for one in value):
+        return ", ".join(value)
+    if isinstance(value, dict) and value and all(isinstance(one, str) for one in value.values()):
+        return ", ".join(f"{name} {one}" for name, one in value.items())
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def format_audit(audit: Json) -> str:
