@@ -88,6 +88,24 @@ def test_edit_then_evaluate(files: Path, tmp_path: Path, capsys) -> None:
     assert [row["name"] for row in rows] == ["text_test", "recite_test", "answer_test"]
 
 
+def test_a_trace_says_how_many_labels_it_has(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first class is a label too."""
+    model, corpus = rc.load(files / "w.h5"), rc.load_corpus(files / "c.h5")
+    tokens = corpus.tokens[:2].copy()
+    tokens[:, 2:4] = 0
+    rc.save_corpus(rc.Corpus(tokens), tmp_path / "c.h5")
+    where = [str(tmp_path / name) for name in ("c.h5", "trace.h5")]
+    words = ["trace", str(files / "w.h5"), where[0], "-o", where[1], "--fisher", "empirical"]
+    assert main([*words, "--sequences", "0", "1"]) == 0
+    made = rc.trace(model, rc.Corpus(tokens), [0, 1], "empirical").tensors
+    count = int((made["labels"] != -1).sum())
+    mean = float(made["nats"].sum()) / count
+    assert count == 2 * (tokens.shape[1] - 1)
+    assert f"{mean:.6g} nats a label, {count} labels (empirical)" in capsys.readouterr().out
+
+
 def test_a_table_says_what_it_was_made_from(files: Path, tmp_path: Path) -> None:
     """Every --json that judges: the library, and the hashes of what was read."""
     w, c, f = paths(files, "w", "c", "f")

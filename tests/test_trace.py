@@ -10,7 +10,7 @@ import refcurv as rc
 from refcurv.cli import main
 from refcurv.judge.divergence import compare_traces, first_divergence
 from refcurv.judge.trace import load_tensors, save_trace, trace
-from refcurv.model.config import TABLES
+from refcurv.model.config import TABLES, Image, Pool
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +39,23 @@ def test_a_trace_makes_the_sums_of_collect(setting, fisher):
             size = max(np.trace(total), 1e-6)
             assert np.abs(x.T @ x - total).max() <= 1e-12 * size, (name, side)
     assert not set(TABLES) & {name.rpartition(".")[0] for name in found.tensors}
+
+
+@pytest.mark.parametrize("pool", [Pool.CLS, Pool.MEAN])
+def test_a_trace_of_images_makes_the_sums_of_collect(pool):
+    """The patches' layer is among them; it has a row for each patch, the head one for each image."""
+    image = Image(channels=2, height=4, width=4, patch=2)
+    own = config(vocabulary=5, image=image, pool=pool, causal=False, norm="layer", rope_theta=None,
+                 learned_positions=image.positions, biases=("patch", "up"))  # fmt: skip
+    model = rc.Model(own, random_parameters(own, 3))
+    images = np.random.default_rng(1).normal(size=(4, 2, 4, 4)).astype(np.float32)
+    corpus = rc.Corpus(images=images, labels=np.array([0, 4, 2, 0]))
+    found = trace(model, corpus, [0, 1, 2, 3], "empirical")
+    assert found.tensors["patch.a"].shape[:2] == (4, 4) and found.tensors["head.g"].shape[1] == 1
+    for name, one in rc.collect(model, corpus, "**", "empirical").items():
+        for side, total in (("a", one.sum_A), ("g", one.sum_G)):
+            x = found.tensors[f"{name}.{side}"].reshape(-1, len(total)).astype(np.float64)
+            assert np.abs(x.T @ x - total).max() <= 1e-12 * max(np.trace(total), 1e-6), (name, side)
 
 
 def test_labels_are_those_that_collect_draws(setting):
