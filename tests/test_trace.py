@@ -43,7 +43,7 @@ def test_a_trace_makes_the_sums_of_collect(setting, fisher):
 
 @pytest.mark.parametrize("pool", [Pool.CLS, Pool.MEAN])
 def test_a_trace_of_images_makes_the_sums_of_collect(pool):
-    """The patches' layer is among them; it has a row for each patch, the head one for each image."""
+    """The patches' layer is among them, with a row for each; the head has one for each image."""
     image = Image(channels=2, height=4, width=4, patch=2)
     own = config(vocabulary=5, image=image, pool=pool, causal=False, norm="layer", rope_theta=None,
                  learned_positions=image.positions, biases=("patch", "up"))  # fmt: skip
