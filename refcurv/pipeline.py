@@ -30,7 +30,7 @@ from refcurv.evaluation.suite import (
     require_readable,
 )
 from refcurv.files import store
-from refcurv.files.disk import write_json
+from refcurv.files.disk import alone, write_json
 from refcurv.files.lazy import Lazy
 from refcurv.files.paths import PathLike, machine_faults, require_space, unfinished
 from refcurv.judge.controls import Setting, controls
@@ -49,13 +49,14 @@ from refcurv.report.folder import (
     CONTROLS,
     EDITED,
     FACTORS,
+    MARK,
     RESULTS,
+    TITLE,
+    is_report,
     prepare,
     undraw,
 )
 from refcurv.sweeps import choice
-
-TITLE = "Memory and reasoning along the spectrum of loss curvature"
 
 Stage = Callable[[str], Progress]
 """Given a stage's name, what to call with (done, all)."""
@@ -136,6 +137,10 @@ def run(
     how long it takes, before what takes long. `refcurv.report.folder.draw` makes figures and a page
     of the results.
 
+    Raises:
+        SchemaError: the folder has a file of one of these names that no report has written.
+        ConventionError: another report is writing into it.
+
     Proof: tests/test_demo.py::test_the_report_of_a_users_own_files,
         ::test_a_report_refuses_before_the_work, ::test_what_was_evaluated_is_kept,
         tests/test_choice.py::test_a_report_without_rho_takes_what_dev_chooses
@@ -149,19 +154,28 @@ def run(
         f"--{n}": path for n, path in (("factors", job.factors), ("basis", job.basis)) if path
     }
     folder = prepare(folder, reads)
-    _require_space(job, folder, model, given)
-    this = _Run(job, given, model, corpus, cut, judged, folder, stage, told, {}, {})
-    if job.rho is None:
+    with alone("report", folder):
+        _require_space(job, folder, model, given)
+        known = {"title": TITLE, "refcurv": store.provenance()["refcurv"]}
+        this = _Run(job, given, model, corpus, cut, judged, folder, stage, told, known, {})
+        if not is_report(folder):
+            this.keep()
+        return _worked(this, tried)
+
+
+def _worked(this: _Run, tried: tuple[str, ...]) -> dict[str, Any]:
+    """What results.json holds in the end, and everything on the disk."""
+    folder, told = this.folder, this.told
+    if this.job.rho is None:
         told(choice.what_is_tried(tried))
     basis = _basis(this)
-    if job.rho is None:
+    if this.job.rho is None:
         this = _chosen(this, basis, tried)
-        job, cut = this.job, this.cut
-    assert job.rho is not None
+    assert this.job.rho is not None
     for warning in (few := _few(this, basis)):
         told(f"warning: {warning}")
     with this.timed("edit"):
-        edited, record = rc.edit(model, basis, job.rho)
+        edited, record = rc.edit(this.model, basis, this.job.rho)
         rc.save(edited, folder / EDITED, {"edit": record.to_json()})
         this.keep(edit=record.to_json())
     table, others = _evaluated(this, basis, edited, record)
@@ -316,8 +330,7 @@ def _results(
     """What results.json holds."""
     job = this.job
     return {
-        "title": TITLE,
-        "refcurv": store.provenance()["refcurv"],
+        **{key: this.known[key] for key in MARK},
         "settings": _settings(this, basis),
         "edit": record.to_json(),
         "evaluation": table.to_json(),

@@ -18,7 +18,8 @@ from strategies import config, random_parameters
 import refcurv as rc
 from refcurv.cli import main
 from refcurv.files import disk, paths
-from refcurv.law.checks import RefcurvError, SchemaError, StorageError
+from refcurv.files.disk import alone
+from refcurv.law.checks import ConventionError, RefcurvError, SchemaError, StorageError
 
 WRITER = """
     import sys, time
@@ -375,3 +376,24 @@ def test_what_was_made_anew_meanwhile_is_not_removed(tmp_path: Path) -> None:
     assert partial.read_text() == "alive"
     disk._remove_left_over(target)
     assert not partial.exists()
+
+
+def test_two_runs_do_not_write_into_one_folder(tmp_path: Path) -> None:
+    """In one process or in two; a run that was killed gives its folder free."""
+    held = "import sys; from refcurv.files.disk import alone\n"
+    held += "with alone('x', sys.argv[1]): print('held', flush=True); sys.stdin.read()"
+    with alone("report", tmp_path), pytest.raises(ConventionError, match="another run is writing"):
+        with alone("report", tmp_path):
+            pass
+    with subprocess.Popen(
+        [sys.executable, "-c", held, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"held\n"
+        with pytest.raises(ConventionError), alone("report", tmp_path):
+            pass
+        other.kill()
+    with alone("report", tmp_path):
+        pass
+    with mock.patch("fcntl.flock", side_effect=OSError(errno.ENOLCK, "no locks")):
+        with alone("report", tmp_path), alone("report", tmp_path):
+            pass

@@ -28,9 +28,11 @@ from refcurv.cli import main
 from refcurv.evaluation.intervals import bootstrap
 from refcurv.evaluation.metrics import ndcg_of_ids, perplexity, top_ids
 from refcurv.files import store
+from refcurv.files.disk import alone
 from refcurv.judge.cases import make_cases, making
 from refcurv.law.checks import DTypeError, EmptyError, SchemaError, ShapeError
 from refcurv.report.certificate import format_certificate
+from refcurv.report.folder import prepare
 
 
 @pytest.fixture(scope="module")
@@ -453,11 +455,12 @@ def test_a_shape_of_nothing_that_numpy_has_not_is_refused(shape, tmp_path, comma
     assert status == 2 and "has shape [" in said
 
 
+@pytest.mark.parametrize("theirs", ["thesis", '{"mine": 1}', "3"])
 @pytest.mark.parametrize("name", ["results.json", "controls.jsonl", "choice.jsonl", "e.json"])
-def test_what_a_run_would_write_over_is_refused(name, tmp_path, folder, command):
+def test_what_a_run_would_write_over_is_refused(name, theirs, tmp_path, folder, command):
     """A stranger's text was written over, and removed at the end."""
     path = tmp_path / f"{name}.unfinished"
-    path.write_text("thesis")
+    path.write_text(theirs)
     text = rc.Population([[1, 2, 3, 4]], [2], [4], "recite", "test")
     corpus = rc.load_corpus(folder / "c.h5")
     rc.save_corpus(rc.Corpus(corpus.tokens, populations={"p": text}), tmp_path / "c.h5")
@@ -467,7 +470,34 @@ def test_what_a_run_would_write_over_is_refused(name, tmp_path, folder, command)
         arguments = ["w.h5", str(tmp_path / "c.h5"), "--json", str(tmp_path / name)]
     status, said = command(which, *arguments)
     assert status == 2 and "where a run keeps what it knows" in said and said.count("\n") == 1
-    assert path.read_text() == "thesis"
+    assert path.read_text() == theirs
+
+
+@pytest.mark.parametrize(
+    "name", ["bands.png", "front.png", "retention.png", "report.html", "results.json", "factors.h5",
+             "basis.h5", "edited.h5"],
+)  # fmt: skip
+def test_what_no_report_has_written_is_not_written_over(name, tmp_path, folder, command):
+    """They were, or were removed, whatever they were; a folder of a report takes the next one."""
+    text = rc.Population([[1, 2, 3, 4]], [2], [4], "recite", "test")
+    corpus = rc.load_corpus(folder / "c.h5")
+    rc.save_corpus(rc.Corpus(corpus.tokens, populations={"p": text}), tmp_path / "c.h5")
+    path = tmp_path / "out" / name
+    path.parent.mkdir()
+    path.write_text('{"mine": 1}')
+    (path.parent / "notes.txt").write_text("of no report's name")
+    arguments = ["w.h5", str(tmp_path / "c.h5"), "--rho", "0.7", "--out", str(path.parent)]
+    status, said = command("report", *arguments)
+    assert status == 2 and said.count("\n") == 1 and f"{name}' would be written over" in said
+    assert {one.name for one in path.parent.iterdir()} == {name, "notes.txt"}
+    assert path.read_text() == '{"mine": 1}'
+    path.unlink()
+    whole = "results.json" if name != "results.json" else "results.json.unfinished"
+    (path.parent / whole).write_text(json.dumps({"title": "", "refcurv": "0"}))
+    prepare(path.parent, {})
+    with alone("report", path.parent):
+        status, said = command("report", *arguments)
+    assert status == 2 and "another run is writing into" in said and said.count("\n") == 1
 
 
 def spoiled(x, kind):

@@ -36,7 +36,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from refcurv.report.printed import format_evaluation
 
     if args.json:
-        require_kept("evaluate", unfinished(args.json))
+        require_kept("evaluate", unfinished(args.json), ("rows", "provenance"))
     models = {} if args.baseline is None else {"before": rc.load(args.baseline, dtype=args.dtype)}
     models["after"] = rc.load(args.weights, dtype=args.dtype)
     corpus, table = rc.load_corpus(args.corpus), dict[str, Any]()

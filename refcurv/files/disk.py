@@ -14,7 +14,7 @@ import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Final
@@ -30,7 +30,7 @@ from refcurv.files.paths import (
     require_file,
     require_folder,
 )
-from refcurv.law.checks import SchemaError
+from refcurv.law.checks import ConventionError, SchemaError
 
 HDF5: Final = b"\x89HDF\r\n\x1a\n"
 """How an HDF5 file begins."""
@@ -57,20 +57,65 @@ def make_folders(who: str, path: PathLike) -> None:
         Path(path).mkdir(parents=True, exist_ok=True)
 
 
-def require_kept(who: str, path: PathLike) -> None:
-    """SchemaError if something other than JSON lies where a run keeps what it knows as JSON.
+def require_kept(who: str, path: PathLike, keys: Collection[str]) -> None:
+    """SchemaError if something else lies where a run keeps what it knows: JSON that has these keys.
 
-    Asked before the work, for the run would write over it, and remove it at the end.
+    Asked before the work, for the run would write over it, and remove it at the end. Of lines of
+    JSON the first one counts.
 
     Proof: tests/test_hostile.py::test_what_a_run_would_write_over_is_refused
     """
-    if mode_of(who, path):
-        with reading(who, path) as file:
-            if file.read(1) not in (b"", b"{"):
-                raise SchemaError(
-                    f"{who}: {os.fspath(path)!r} is where a run keeps what it knows, and it is "
-                    "something else. Move it elsewhere, or name another output."
-                )
+    with machine_faults(who, path):
+        there = bool(mode_of(who, path)) and Path(path).stat().st_size > 0
+    if there and not is_kept(who, path, keys):
+        raise SchemaError(
+            f"{who}: {os.fspath(path)!r} is where a run keeps what it knows, and it is "
+            "something else. Move it elsewhere, or name another output."
+        )
+
+
+def is_kept(who: str, path: PathLike, keys: Collection[str]) -> bool:
+    """Is it a file of JSON, or of lines of it, whose first value has these keys?
+
+    Proof: tests/test_hostile.py::test_what_a_run_would_write_over_is_refused
+    """
+    if not mode_of(who, path):
+        return False
+    data = read_bytes(who, path)
+    for text in (data, data.partition(b"\n")[0]):
+        with suppress(SchemaError):
+            found = parse_json(who, text)
+            return isinstance(found, dict) and set(keys) <= set(found)
+    return False
+
+
+@contextmanager
+def alone(who: str, folder: PathLike) -> Iterator[None]:
+    """While a run writes many files into a folder, no other run of its kind does.
+
+    Raises:
+        ConventionError: another one is at it, in this process or in any.
+
+    A run that dies gives the folder free. Where the file system has no locks, nothing is refused.
+
+    Proof: tests/test_disk.py::test_two_runs_do_not_write_into_one_folder
+    """
+    with machine_faults(who, folder):
+        descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ConventionError(
+            f"{who}: another run is writing into {os.fspath(folder)!r}. Wait until it has ended, "
+            "or name another folder."
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 class NewFile(io.FileIO):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
-from refcurv.files.disk import make_folders, require_kept, require_writable
+from refcurv.files.disk import is_kept, make_folders, require_kept, require_writable
 from refcurv.files.paths import (
     PathLike,
     is_folder,
@@ -28,11 +29,21 @@ CHOICE = "choice.jsonl.unfinished"
 
 PAGE = "report.html"
 
+TITLE = "Memory and reasoning along the spectrum of loss curvature"
+
+MARK = ("title", "refcurv")
+"""Keys of the results of a report, from its beginning on."""
+
+KEPT = MappingProxyType(
+    {unfinished(RESULTS): MARK, **dict.fromkeys((CONTROLS, CHOICE), ("format", "version"))}
+)
+"""What an interrupted report leaves as JSON, and keys by which it is known."""
+
 
 def outputs(folder: PathLike) -> dict[str, Path]:
     """Every file that a report may write, by what a message calls it."""
     figures = (f"{name}.png" for name in plots.FIGURES)
-    kept = (unfinished(FACTORS), unfinished(RESULTS), CONTROLS, CHOICE)
+    kept = (unfinished(FACTORS), *KEPT)
     names = (FACTORS, BASIS, EDITED, RESULTS, PAGE, *kept)
     return {f"{name} of --out": Path(folder) / name for name in (*names, *figures)}
 
@@ -52,9 +63,33 @@ def prepare(folder: PathLike, inputs: Mapping[str, PathLike]) -> Path:
     require_apart("report", files, inputs)
     for path in files.values():
         require_writable("report", path)
-    for name in (unfinished(RESULTS), CONTROLS, CHOICE):
-        require_kept("report", folder / name)
+    for name, keys in KEPT.items():
+        require_kept("report", folder / name, keys)
+    _require_own(folder, files.values())
     return folder
+
+
+def is_report(folder: Path) -> bool:
+    """Has it the results of a report, whole or as one has begun them?
+
+    Proof: tests/test_hostile.py::test_what_no_report_has_written_is_not_written_over
+    """
+    return any(is_kept("report", folder / name, MARK) for name in (RESULTS, unfinished(RESULTS)))
+
+
+def _require_own(folder: Path, files: Iterable[Path]) -> None:
+    """Refuse a folder where a report would write over what no report has written.
+
+    The results of a report, also those of one that was interrupted, say whose the others are.
+
+    Proof: tests/test_hostile.py::test_what_no_report_has_written_is_not_written_over
+    """
+    for path in () if is_report(folder) else files:
+        if path.name not in KEPT and path.name != unfinished(FACTORS) and mode_of("report", path):
+            raise SchemaError(
+                f"report: {str(path)!r} would be written over, and no report has written it: there "
+                f"is no {RESULTS} of one. Move it elsewhere, or name another folder with --out."
+            )
 
 
 def undraw(folder: PathLike) -> None:
