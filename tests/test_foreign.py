@@ -237,6 +237,11 @@ def test_a_bomb_does_not_burst(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         file.create_dataset(f"{UP}/G", data=np.zeros((99, 99)), compression="gzip")
     with pytest.raises(SchemaError, match="8000000000000 bytes, which the file has not"):
         read_dump(path)
+    with h5py.File(path, "w") as file:  # declared and never written, it reads as zeros
+        file.create_dataset(f"{UP}/A", (3, 3), "f8")
+        file["beside"] = np.zeros(99)
+    with pytest.raises(SchemaError, match="72 bytes, which the file has not"):
+        read_dump(path)
 
 
 FORMATS = ("npz", "safetensors", "hdf5", "torch", "memory", "kronfluence")

@@ -218,6 +218,21 @@ def test_weights_that_change_meanwhile_are_refused(files, moment: float) -> None
     assert not (folder / "f.h5").exists()
 
 
+def test_a_corpus_that_changes_meanwhile_is_noticed(files) -> None:
+    """All of it was read before, so that the factors are of what it held."""
+    model, corpus, folder = files
+    want = rc.collect(model, corpus, LAYERS)
+
+    def change(done: int, total: int) -> None:
+        os.utime(folder / "c.h5", ns=(0, done))
+
+    with pytest.warns(UserWarning, match="c.h5' changed during the run"):
+        collect_to(model, corpus, folder / "f.h5", LAYERS, memory=PLENTY, progress=change)
+    made = rc.load_factors(folder / "f.h5")
+    for name, one in want.items():
+        assert_same_bits(made[name], one, name)
+
+
 def test_states_on_disk_have_the_same_bits(files) -> None:
     """In a folder that is gone meanwhile, too; on a full disk nothing is left but what is whole."""
     model, corpus, folder = files
