@@ -98,7 +98,8 @@ def test_a_report_without_rho_takes_what_dev_chooses(
 
     monkeypatch.setattr(sweep, "measure", stopped)
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / CHOICE).write_text('{"of": "something else"}\n')
+    other = '{"format": "refcurv-sweep", "version": 2, "of": "something else"}\n'
+    (tmp_path / "out" / CHOICE).write_text(other)
     assert main(command) == 130
     told = capsys.readouterr().err
     assert told.startswith("refcurv: report: no rho is given, so dev chooses")  # before the work

@@ -373,7 +373,7 @@ def test_interrupted_controls_go_on(
     found = json.loads((tmp_path / "out" / "results.json").read_text())["controls"]
     every = sum(len(one["tried"]) for one in found["compared"])
     assert len(known) >= 2 and len(calls) - 4 == 1 + every - len(known)  # K-FAC again, and the rest
-    kept.write_text('{"from": "something else"}\n')
+    kept.write_text('{"format": "refcurv-sweep", "version": 2, "from": "something else"}\n')
     assert main(command) == 0
     again = json.loads((tmp_path / "out" / "results.json").read_text())["controls"]
     assert again == found and not kept.exists()
