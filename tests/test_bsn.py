@@ -165,6 +165,14 @@ def test_the_mask_equals_brute_force(scores: list[list[int]], ratio: float) -> N
     assert all(found[n].shape == s.shape for n, s in layers.items())
 
 
+@pytest.mark.parametrize("dropped", [1, 2, 500, 998, 999])
+def test_the_mask_of_many_is_that_of_a_sort(dropped: int) -> None:
+    """A selection leaves few numbers in order; of few numbers it sorts all."""
+    scores = np.random.default_rng(0).permutation(1000).astype(float)
+    kept = bsn.keep({"a": scores.reshape(10, 100)}, dropped / 1000)["a"]
+    assert np.array_equal(kept.ravel(), scores >= dropped)
+
+
 def test_half_a_weight_is_rounded_to_even() -> None:
     one, two = {"a": np.arange(3.0)}, {"a": np.arange(5.0)}
     assert bsn.keep(one, 0.5)["a"].tolist() == [False, False, True]

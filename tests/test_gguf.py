@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from gguf_twins import (  # noqa: E402
 
 import refcurv as rc  # noqa: E402
 from refcurv.files import store, weights  # noqa: E402
+from refcurv.files.gguf import architectures  # noqa: E402
 from refcurv.files.gguf.architectures import ARCHITECTURES  # noqa: E402
 from refcurv.files.huggingface import conversion  # noqa: E402
 from refcurv.law.checks import ConventionError, NonFiniteError, SchemaError  # noqa: E402
@@ -257,3 +259,31 @@ def test_numbers_that_are_none_are_refused(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match=r"tensor 'blk.0.ffn_up.weight'"):
         rc.convert(write(tmp_path / "x.gguf", "llama", KEYS, of), tmp_path / "w.h5")
     assert not (tmp_path / "w.h5").exists()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "layers", "width", "heads", "head", "scalar"),
+    [
+        ("gemma2", 46, 4608, 32, 128, 144),
+        ("gemma2", 42, 3584, 16, 256, 256),
+        ("gemma3", 62, 5376, 32, 128, 168),
+        ("gemma3", 48, 3840, 16, 256, 256),
+    ],
+)
+def test_what_no_key_says_of_gemma_is_as_published(
+    architecture: str, layers: int, width: int, heads: int, head: int, scalar: int
+) -> None:
+    """The configurations of the 27B, and of the 9B and 12B. No key has the scale of scores."""
+    config = {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads,
+              "head_dim": head}  # fmt: skip
+    found = SimpleNamespace(get=lambda key: None)
+    said, guessed = getattr(architectures, f"_{architecture}")(found, config)
+    assert guessed["query_pre_attn_scalar"] == scalar
+    if architecture == "gemma2":
+        assert guessed["attn_logit_softcapping"] == 50.0
+        assert guessed["final_logit_softcapping"] == 30.0
+        assert guessed["sliding_window"] == 4096
+        assert guessed["layer_types"] == ["sliding_attention", "full_attention"] * (layers // 2)
+    else:
+        assert said["layer_types"] == ["full_attention"] * layers
+        assert guessed["rope_local_base_freq"] == 10_000.0

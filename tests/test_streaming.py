@@ -522,6 +522,20 @@ def test_a_scratch_file_is_a_mapping_of_arrays(tmp_path: Path) -> None:
         assert os.fstat(scratch.fileno()).st_size <= 12 * 2 * 9 * 8  # places serve again
 
 
+def test_what_the_system_takes_in_pieces_is_whole(tmp_path: Path) -> None:
+    """A call may write or read less than it was asked for."""
+    write, read = os.pwrite, os.preadv
+    with (
+        closing(Scratch(tmp_path)) as scratch,
+        patch("os.pwrite", lambda file, data, at: write(file, data[:5], at)),
+        patch("os.preadv", lambda file, views, at: read(file, [views[0][:7]], at)),
+    ):
+        for key in "ab":
+            scratch[key] = np.arange(9.0) + ord(key)
+        for key in "ab":
+            assert np.array_equal(scratch[key], np.arange(9.0) + ord(key))
+
+
 def test_what_is_read_of_a_scratch_file_is_not_written_over(tmp_path: Path) -> None:
     """Another thread that removes an array and writes another waits for one that reads it."""
     with closing(Scratch(tmp_path)) as scratch:
