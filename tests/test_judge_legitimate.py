@@ -38,3 +38,9 @@ def test_legitimate_variations_pass():
 def test_more_legitimate_variations_pass(first):
     """`validation.judge.legitimate` tries a thousand."""
     assert failures(range(first, first + 10)) == []
+
+
+@pytest.mark.slow
+def test_drawn_labels_under_a_gauge_are_no_layer_without_a_gradient():
+    """A window hides all but the position itself, so that q and k have none: G was taken for it."""
+    assert failures([312, 729]) == []

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from refcurv.judge.case import Counts
-from refcurv.judge.diagnosis import choosing, precision, procedure, signs, telling
+from refcurv.judge.diagnosis import choosing, compared, precision, procedure, signs, telling
 from refcurv.judge.diagnosis.compared import _left
 from refcurv.judge.diagnosis.ladders import Ladder
 from refcurv.judge.diagnosis.search import PLAIN, Chosen, Idea, Option, Side
@@ -131,6 +131,21 @@ def test_what_is_zero_by_theory_has_no_factor(size, error):
     assert _left(Seen(K, "G", noise, X, 5, 5), vanished, made, None).error == np.inf
     # ours, times a small number
     assert _left(Seen(K, "G", size * X, X, 5, 5), pooled, made, None).error == np.inf
+
+
+@pytest.mark.parametrize(
+    ("c", "size", "zero"),
+    [(1.0, 1e-11, True), (1e11, 1e-25, True), (1e11, 1e-11, False), (4.0, 0.2, False)],
+)
+def test_what_a_gauge_makes_small_is_not_zero_by_theory(c, size, zero):
+    """A is c times ours, G that of other labels over c: it was the gradient of another layer."""
+    X, other = np.diag([3.0, 1.0, 2.0]), size * np.diag([1.0, 3.0, 2.0])
+    both = {"A": Seen(K, "A", c * X, X, 5, 5), "G": Seen(K, "G", other, X, 5, 5)}
+    nothing, swapped = Moments(X, 5.0, 0 * X, 5.0), Setting(tensor_G="the other of k and v")
+    gauge = compared._gauge(both, "G", None)
+    assert gauge == pytest.approx(c) and compared._gauge({"G": both["G"]}, "G", None) == 1
+    one = _left(both["G"], swapped, nothing, None, gauge=gauge)
+    assert (one.error < 0.5) == zero
 
 
 @pytest.mark.parametrize(
