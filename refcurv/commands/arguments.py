@@ -56,7 +56,7 @@ def _demo(sub: argparse.ArgumentParser) -> None:
 def _report(sub: argparse.ArgumentParser) -> None:
     _positional(sub, "WEIGHTS", "CORPUS")
     _shares(sub, " (default: what recites least on split dev, of a short sweep of --layers)")
-    text = "folder to write (default: %(default)s)"
+    text = "folder to write, a new one or a report's (default: %(default)s)"
     sub.add_argument("--out", default="refcurv-report", help=text)
     text = "take these factors, of the same weights and corpus, instead of collecting"
     sub.add_argument("--factors", metavar="FACTORS", help=text)
