@@ -17,11 +17,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from refcurv.law.checks import LONGEST, shortened
 from refcurv.law.words import number_of
 from refcurv.progress import span
 
-_MOST = 1_000
-"""Letters of one line: a name out of a stranger's file may be of any length."""
+_MOST = LONGEST + 100
+"""Letters of one line: an error, behind who says it, or a warning of any length."""
 
 _COLUMNS = 80
 """Of a line on a terminal."""
@@ -460,10 +461,7 @@ def _warn(
 def _line(message: str) -> str:
     """On one line, nothing in it that a terminal obeys, and not too long."""
     text = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))
-    if len(text) <= _MOST:
-        return text
-    left = len(text) - _MOST
-    return f"{text[: _MOST * 3 // 4]} … ({left:,} letters more) … {text[-_MOST // 4 :]}"
+    return shortened(text, _MOST)
 
 
 def _wrapped(line: str) -> str:

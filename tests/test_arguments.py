@@ -113,6 +113,46 @@ def test_options_reach_what_they_are_for(
     assert {key: given[key] for key in wanted} == wanted
 
 
+WITH_DTYPE = {
+    "collect": [W, C],
+    "decompose": ["f.h5"],
+    "prune": [W, C, *LAYERS, "--forget", "quotes_dev", "--ratio", "0.1"],
+    "recite": [W, "ids.bin", "--token-dtype", "uint16"],
+    "evaluate": [W, C],
+    "sweep": [W, C, *LAYERS, "--rho", "0.9"],
+    "report": [W, C, "--rho", "0.9"],
+    "trace": [W, C],
+}
+"""Every command with --dtype, and what else it needs."""
+
+
+def test_the_commands_with_a_dtype_are_known() -> None:
+    (commands,) = (x for x in PARSER._actions if isinstance(x, argparse._SubParsersAction))
+    options = {name: one.format_help().split() for name, one in commands.choices.items()}
+    assert {name for name, words in options.items() if "--dtype" in words} == WITH_DTYPE.keys()
+
+
+@pytest.mark.parametrize("wrong", ["bfloat16", "fp32", "", "FLOAT32", "True", "1e3", "nan"])
+@pytest.mark.parametrize("command", WITH_DTYPE)
+def test_a_dtype_that_is_none_is_refused_in_one_line(
+    command: str,
+    wrong: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """NumPy's TypeError was taken for a bug of refcurv."""
+    monkeypatch.chdir(tmp_path)
+    np.arange(9, dtype="<u2").tofile("ids.bin")
+    one = rc.Factor(np.eye(2), 1, np.eye(2), 1)
+    about = ("empirical", "reached", 0, 1, "float64", 1)
+    rc.save_factors(rc.Factors({"blocks.0.mlp.up": one}, *about), "f.h5")  # type: ignore[arg-type]
+    out = [] if command == "evaluate" else ["--out" if command == "report" else "-o", "out"]
+    assert main([command, *WITH_DTYPE[command], *out, "--dtype", wrong]) == 2
+    said = capsys.readouterr().err
+    assert "dtype must be one of float64, float32; got" in said and said.count("\n") == 1
+
+
 def test_an_audit_without_seconds_has_a_minute(capsys: pytest.CaptureFixture[str]) -> None:
     with patch("refcurv.audit", side_effect=Called) as work:
         main(["audit", W, C, "--certify"])

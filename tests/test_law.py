@@ -102,6 +102,20 @@ def test_budgets_know_complex_and_long() -> None:
         tolerance.gamma(1e9, np.float32)
 
 
+@pytest.mark.parametrize("kind", [checks.RefcurvError, checks.SchemaError, checks.RoomError])
+def test_an_error_is_one_short_line(kind: type[checks.RefcurvError]) -> None:
+    """Whatever came is shown, and of a long text its begin and its end."""
+    assert str(kind("a\n   b\r\nc  d")) == "a b c  d" and str(kind("")) == ""
+    exact = "x" * checks.LONGEST
+    assert str(kind(exact)) == exact
+    said = str(kind(f"load: {'x' * 10**5} is missing"))
+    assert len(said) == checks.LONGEST and " … " in said
+    assert said.startswith("load: xxx") and said.endswith("xxx is missing")
+    assert str(kind(said)) == said and len(str(kind(f"convert: {said}"))) == checks.LONGEST
+    for none in (None, b"x", 3):
+        assert str(kind(none)) == str(none)
+
+
 def test_errors_carry_their_status_and_values() -> None:
     with pytest.raises(
         checks.ShapeError, match=r"x must be \(3, any\) = \(rows, width\)"

@@ -30,6 +30,7 @@ from refcurv.algebra.svd import svd
 from refcurv.law import tolerance
 from refcurv.law.checks import (
     Array,
+    ConventionError,
     NotSymmetricError,
     RangeError,
     ShapeError,
@@ -413,6 +414,14 @@ def _lanczos(product: Product, start: Array, steps: int) -> tuple[Array, Array]:
 
 def _products(who: str, operator: Operator, progress: Progress, most: int) -> tuple[int, Product]:
     """(P, v ↦ H v); each product is checked, counted, and copied."""
+    if not callable(getattr(operator, "matvec", None)) or not hasattr(operator, "shape"):
+        kind = type(operator).__name__
+        raise ConventionError(
+            f"{who}: the operator must have a shape and a matvec, as rc.exact.operator(...) or "
+            f"scipy.sparse.linalg.aslinearoperator(H); got {kind}."
+        )
+    if not callable(progress):
+        raise ConventionError(f"{who}: progress must be a function; got {progress!r:.40}.")
     shape, done = tuple(operator.shape), 0
     if len(shape) != 2 or shape[0] != shape[1] or shape[0] < 1:
         raise ShapeError(f"{who}: the operator must be square, (P, P) with P >= 1; got {shape}.")
@@ -465,7 +474,9 @@ def _normal(seed: int, index: int, P: int) -> Array:
 
 def _whole(who: str, what: str, value: int, low: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < low:
-        raise RangeError(f"{who}: {what} must be an integer >= {low}; got {value!r}.")
+        raise RangeError(f"{who}: {what} must be an integer >= {low}; got {value!r:.80}.")
+    if value >= 2**31:
+        raise RangeError(f"{who}: {what} must be an integer < 2**31; got {value!r:.80}.")
     return int(value)
 
 

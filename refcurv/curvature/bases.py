@@ -12,7 +12,7 @@ from typing import Any
 from refcurv.algebra import blas
 from refcurv.curvature import room
 from refcurv.curvature.eigenbasis import Eigenbasis, eigenbasis
-from refcurv.curvature.factors import Factors
+from refcurv.curvature.factors import Factors, require_factors
 from refcurv.curvature.factors_file import of_side, parts_of, same_A, shapes_of
 from refcurv.curvature.settling import Sample
 from refcurv.files import store
@@ -20,6 +20,7 @@ from refcurv.law.checks import Array, ConventionError, require_choice
 from refcurv.law.conventions import COMPUTE_DTYPES, Bias, Estimator
 from refcurv.law.dtypes import require_float
 from refcurv.model.config import TABLES
+from refcurv.model.given import require_callable, require_record
 from refcurv.passes.groups import cores
 from refcurv.passes.parallel import stream
 from refcurv.progress import Progress, doing, silent, span
@@ -58,6 +59,15 @@ class Bases(Mapping[str, Eigenbasis]):
     def __len__(self) -> int:
         """How many layers."""
         return len(self.layers)
+
+
+def require_bases(who: str, what: str, given: object) -> Bases:
+    """`given`, or ConventionError for what are no Bases.
+
+    Proof: tests/test_public.py::test_an_object_is_refused_in_one_line
+    """
+    how = "rc.decompose(factors) or rc.load_bases(path)"
+    return require_record(who, f"{what} must be Bases", given, Bases, how)
 
 
 def named(basis: Bases) -> str:
@@ -154,7 +164,9 @@ def decompose_each(
     number changes no bit. A matrix that is too large for memory or LAPACK is refused at once.
     Layers that are `known` are handed on as they are.
     """
+    require_factors("decompose", factors)
     require_float("decompose", "dtype", dtype, COMPUTE_DTYPES)
+    require_callable("decompose", "progress", progress)
     for table in TABLES:
         if table in factors:
             raise ConventionError(

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from refcurv.curvature.bases import Bases
+from refcurv.curvature.bases import Bases, require_bases
 from refcurv.curvature.checks import require_basis
 from refcurv.curvature.eigenbasis import Eigenbasis
 from refcurv.curvature.factors import HALVES
@@ -37,6 +37,7 @@ def save_bases(bases: Bases, path: str | Path) -> None:
     Cost: the arrays once, one layer at a time, and O(n²) more for each (n, n) to check it.
     Proof: tests/test_eigenbasis.py::test_what_is_no_basis_is_refused
     """
+    require_bases("save_bases", "bases", bases)
     about = about_of(bases.bias, bases.method, bases.weights)
     came_from = bases.source.get("inputs") or store.inputs(bases.source)
 

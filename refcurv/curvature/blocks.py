@@ -14,6 +14,7 @@ from types import MappingProxyType
 
 import numpy as np
 
+from refcurv.curvature import room
 from refcurv.curvature.accumulate import accumulate, add_gram
 from refcurv.curvature.moments import RunningSum
 from refcurv.law.checks import (
@@ -26,12 +27,12 @@ from refcurv.law.words import number_of
 from refcurv.model import transformer
 from refcurv.model.config import ModelConfig
 from refcurv.model.corpus import Corpus
+from refcurv.model.given import require_callable, require_corpus, require_model
 from refcurv.model.layers import Layout
 from refcurv.model.patterns import expand
 from refcurv.model.transformer import Cotangent, Parameters, Slope, Tap
 from refcurv.model.weights import Model, resident
 from refcurv.passes.fast import FAST
-from refcurv.passes.groups import cores
 from refcurv.passes.parallel import Turnstile
 from refcurv.passes.shards import Shard, inputs_of, shards
 from refcurv.passes.sweep import Sweep, lowest_block, require_few_passes, sweep_of
@@ -131,13 +132,16 @@ def collect_blocks(
         tests/test_biases.py::test_O52_packing_changes_no_block,
         tests/test_biases.py::test_blocks_are_independent_of_threads
     """
-    config = model.config
-    vectors = _vectors(config, parameters, in_flight or cores())
-    job = sweep_of("collect_blocks", vectors, fisher, seed, draws)
+    who, config = "collect_blocks", require_model("collect_blocks", model).config
+    require_corpus(who, corpus)
+    require_callable(who, "progress", progress)
+    in_flight = room.at_a_time(who, in_flight)
+    vectors = _vectors(config, parameters, in_flight)
+    job = sweep_of(who, vectors, fisher, seed, draws)
     units = shards(corpus, config)
     if job.fisher is Fisher.EXPECTED:
         alone = (one.sent for unit in units for one in _segments(config, unit))
-        require_few_passes("collect_blocks", alone, job, config.vocabulary)
+        require_few_passes(who, alone, job, config.vocabulary)
     read = resident(model)
     totals = {name: RunningSum(size, size) for name, size in vectors.items()}
 

@@ -40,7 +40,8 @@ from refcurv.curvature.exact.variables import (
     variables_of,
 )
 from refcurv.law import tolerance
-from refcurv.law.checks import Array, EmptyError, RangeError
+from refcurv.law.checks import Array, EmptyError, RangeError, as_matrix, require_shape
+from refcurv.model.given import require_list, require_record, require_whole, shown
 from refcurv.model.sampling import uniforms
 from refcurv.model.transformer import Tap
 
@@ -125,6 +126,7 @@ def compare(
     Proof: tests/test_distance.py::test_O2_every_distance_is_seen_where_its_cause_is,
         ::test_O38_in_the_last_block_positions_do_not_mix
     """
+    top = _tops("compare", top)
     made = variables_of("compare", model, tokens, labels, wrt).problem
     found = _three(made, wrt, checked("compare", sent))
     return {name: distances(one, top, name) for name, one in found.items()}
@@ -183,6 +185,8 @@ def distances(three: Three, top: Sequence[int] = (1, 10, 100), name: str = "this
 
     Proof: tests/test_distance.py::test_distances_are_what_numpy_says
     """
+    require_record("distances", "three must be a Three", three, Three, "Three(F, F_tok, moments)")
+    top = _tops("distances", top)
     F, F_tok, K = three.F, three.F_tok, three.K
     shape = len(three.moments.G), len(three.moments.A)
     k = far_exponent(F)
@@ -193,8 +197,6 @@ def distances(three: Three, top: Sequence[int] = (1, 10, 100), name: str = "this
         raise EmptyError(
             f"distances: F of {name!r} is 0 (as of q and k where a segment has one row)."
         )
-    if min(top, default=1) < 1:
-        raise RangeError(f"distances: every top must be >= 1; got {tuple(top)}.")
     K_K = float(np.vdot(K, K))
     scale = float(np.vdot(F, K)) / K_K if K_K else 0.0
     kept = sorted({k for k in top if k < len(F)})
@@ -220,6 +222,12 @@ def distances(three: Three, top: Sequence[int] = (1, 10, 100), name: str = "this
     )
 
 
+def _tops(who: str, top: Sequence[int]) -> list[int]:
+    """How many leading directions are compared each time, checked."""
+    asked = require_list(who, "top", top, "(1, 10, 100)")
+    return [require_whole(who, "every top", k, 1) for k in asked]
+
+
 @one_blas_thread()
 def nearest_kronecker(F: Array, shape: tuple[int, int]) -> tuple[Array, Array]:
     """(G, A) of least ‖F − G ⊗ A‖: the top singular pair of R = rearranged(F).
@@ -227,10 +235,20 @@ def nearest_kronecker(F: Array, shape: tuple[int, int]) -> tuple[Array, Array]:
     One side is the leading eigenvector of the smaller of R Rᵀ and Rᵀ R, the other its image: an
     error of it enters the distance squared. The signs make tr G >= 0.
 
+    Raises:
+        ShapeError, DTypeError: F is no matrix of numbers, or of another shape. RangeError: `shape`
+        is not two whole numbers.
+
     Source: Van Loan & Pitsianis 1993; O24.
     Proof: tests/test_distance.py::test_O24_the_floor_is_what_the_other_singular_values_leave
     """
-    O, I = shape  # noqa: E741
+    who, F = "nearest_kronecker", as_matrix("nearest_kronecker", "F", F)
+    lengths = require_list(who, "shape", shape, "(O, I)")
+    if len(lengths) != 2:
+        raise RangeError(f"{who}: shape must be two numbers, (O, I); got {shown(shape)}.")
+    O, I = (require_whole(who, "shape", n, 1) for n in lengths)  # noqa: E741
+    shape = O, I
+    require_shape(who, "F", F, (O * I, O * I), "(O·I, O·I)")
     R = rearranged(F, shape)
     if O <= I:
         G = _leading(R @ R.T, 1)[1][:, 0]

@@ -31,7 +31,7 @@ from refcurv.algebra.blas import one_blas_thread
 from refcurv.algebra.kron import kron_dense
 from refcurv.curvature import room
 from refcurv.curvature.accumulate import accumulate
-from refcurv.curvature.bases import Bases, named
+from refcurv.curvature.bases import Bases, named, require_bases
 from refcurv.curvature.eigenbasis import Eigenbasis
 from refcurv.curvature.exact.fishers import Moments, Sent
 from refcurv.curvature.exact.fishers import rows as rows_of
@@ -42,10 +42,10 @@ from refcurv.curvature.moments import RunningSum
 from refcurv.files.digest import digest, require_same
 from refcurv.law.checks import (
     Array,
-    ConventionError,
     EmptyError,
     NameUnknownError,
     NonFiniteError,
+    as_matrix,
     require_choice,
     require_finite,
     require_shape,
@@ -58,7 +58,6 @@ from refcurv.model.given import (
     require_corpus,
     require_flag,
     require_model,
-    shown,
 )
 from refcurv.model.patterns import expand
 from refcurv.model.transformer import Tap
@@ -301,10 +300,17 @@ def diagonal(F: Array, U_G: Array, U_A: Array) -> Array:
     F (O·I, O·I) is `exact.fisher` per sequence, `exact.f_tok` per token. The columns u_i of U_G
     (O, O) and v_j of U_A (I, I) need not be orthonormal.
 
+    Raises:
+        ShapeError, DTypeError: what is no matrix of numbers, or does not fit the others.
+
     Source: George et al. 2018 (arXiv 1806.03884); ESTIMATOR.
     Proof: tests/test_estimators.py::test_lambda_equals_its_dense_definition
     """
+    F, U_G, U_A = (
+        as_matrix("diagonal", what, M) for what, M in (("F", F), ("U_G", U_G), ("U_A", U_A))
+    )
     U = kron_dense(U_G, U_A)
+    require_shape("diagonal", "F", F, (len(U), len(U)), "(O·I, O·I)")
     return np.asarray((U * (F @ U)).sum(axis=0).reshape(U_G.shape[1], U_A.shape[1]))
 
 
@@ -363,10 +369,7 @@ def ekfac(
     """
     _require_given("ekfac", model, corpus, progress)
     require_flag("ekfac", "force", force)
-    if not isinstance(bases, Bases):
-        raise ConventionError(
-            f"ekfac: bases must be Bases, such as rc.decompose(factors); got {shown(bases)}."
-        )
+    require_bases("ekfac", "bases", bases)
     config, keep = model.config, Rows(require_choice("ekfac", "rows", rows, list(Rows)))
     kinds = (Estimator.TOKEN, Estimator.SEQUENCE)
     kind = Estimator(require_choice("ekfac", "per", per, kinds))

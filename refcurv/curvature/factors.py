@@ -32,7 +32,7 @@ from refcurv.curvature.plan import rounding_runs
 from refcurv.files import store
 from refcurv.files.digest import digest
 from refcurv.files.lazy import Lazy
-from refcurv.files.paths import require_space
+from refcurv.files.paths import as_path, require_space
 from refcurv.law.checks import (
     Array,
     ConventionError,
@@ -44,6 +44,13 @@ from refcurv.law.conventions import Estimator, Fisher, Rows, describe
 from refcurv.model.config import TABLES, ModelConfig
 from refcurv.model.corpus import Corpus
 from refcurv.model.fisher import DRAWN
+from refcurv.model.given import (
+    require_callable,
+    require_corpus,
+    require_flag,
+    require_model,
+    require_record,
+)
 from refcurv.model.patterns import expand, spelled
 from refcurv.model.weights import Model, resident
 from refcurv.passes.parallel import Turnstile
@@ -148,6 +155,15 @@ class Factors(Mapping[str, Factor]):
         return len(self.layers)
 
 
+def require_factors(who: str, given: object) -> Factors:
+    """`given`, or ConventionError for what are no Factors.
+
+    Proof: tests/test_public.py::test_an_object_is_refused_in_one_line
+    """
+    how = "rc.collect(model, corpus) or rc.load_factors(path)"
+    return require_record(who, "factors must be Factors", given, Factors, how)
+
+
 def collect(
     model: Model,
     corpus: Corpus,
@@ -221,6 +237,7 @@ def collect(
         ::test_O12_draws_converge_with_the_stated_standard_error,
         tests/test_rounding.py::test_the_estimate_is_the_error, tests/test_peers.py (PyTorch).
     """
+    require_model("collect", model)
     job, keep = asked(model.config, layers, fisher, seed, draws, rows, halves)
     return summed("collect", model, corpus, job, keep, in_flight, progress, checkpoint, told=told)
 
@@ -236,6 +253,7 @@ def asked(
 ) -> tuple[Sweep, Rows]:
     """What `collect` is asked for, checked."""
     keep = Rows(require_choice("collect", "rows", rows, list(Rows)))
+    require_flag("collect", "halves", halves)
     tables = spelled(layers, config.tables())
     names = expand(layers, [*config.linear_layers(), *tables])
     return replace(sweep_of("collect", names, fisher, seed, draws), halves=halves), keep
@@ -259,6 +277,11 @@ def summed(
     `through` makes, for one shard, of the function that adds up rows the one that `sweep` calls
     (ESTIMATOR). What it hands on are other rows, of which rounding is not estimated.
     """
+    require_corpus(who, corpus)
+    require_callable(who, "progress", progress)
+    if told is not None:
+        require_callable(who, "told", told)
+    kept_at = None if checkpoint is None else as_path(who, checkpoint).absolute()
     config = model.config
     units = shards(corpus, config, keep)
     require_few_passes(who, units, job, config.vocabulary)
@@ -285,10 +308,10 @@ def summed(
                         totals[key].add(np.array(noise), count)
 
     resume = None
-    if checkpoint:
+    if kept_at is not None:
         nbytes = sum(8 * total.size for total in totals.values())
-        require_space("collect", checkpoint, nbytes)
-        resume = Checkpoint(Path(checkpoint).absolute(), fingerprint(model, corpus, job, keep))
+        require_space("collect", kept_at, nbytes)
+        resume = Checkpoint(kept_at, fingerprint(model, corpus, job, keep))
     accumulate(units, work, totals, in_flight, resume, progress)
     warn_of_changes(who, model, corpus)
     layers = finished(config, job, totals, in_flight)

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from refcurv.curvature.factors import ERRORS, HALVES, Factor, Factors
+from refcurv.curvature.factors import ERRORS, HALVES, Factor, Factors, require_factors
 from refcurv.curvature.halves import require_half
 from refcurv.files import store
 from refcurv.files.digest import recorded
 from refcurv.files.lazy import Lazy, Recent
-from refcurv.files.paths import WRITING, machine_faults
+from refcurv.files.paths import WRITING, as_path, machine_faults
 from refcurv.law.checks import (
     DTypeError,
     SchemaError,
@@ -53,6 +53,8 @@ def save_factors(factors: Factors, path: str | Path, checkpoint: str | Path | No
     Proof: tests/test_factors.py::test_what_was_collected_is_never_lost,
         ::test_what_no_file_may_hold_is_not_saved
     """
+    require_factors("save_factors", factors)
+    collected = None if checkpoint is None else as_path("save_factors", checkpoint)
     attributes: dict[str, str | int | float] = {
         "fisher": str(factors.fisher),
         "rows": str(factors.rows),
@@ -86,9 +88,9 @@ def save_factors(factors: Factors, path: str | Path, checkpoint: str | Path | No
         arrays=entries(),
         provenance=store.provenance(inputs=factors.source.get("inputs", {}), **attributes),
     )
-    if checkpoint is not None:
-        with machine_faults("collect", checkpoint, WRITING):
-            Path(checkpoint).unlink(missing_ok=True)
+    if collected is not None:
+        with machine_faults("collect", collected, WRITING):
+            collected.unlink(missing_ok=True)
 
 
 def _require_sound(name: str, factor: Factor) -> None:

@@ -12,13 +12,14 @@ import numpy as np
 from refcurv.curvature.bases import bias_of, decompose_each, method_of, samples_of, widths
 from refcurv.curvature.bases_file import about_of, load_bases, write_bases
 from refcurv.curvature.eigenbasis import Eigenbasis
-from refcurv.curvature.factors import Factors
+from refcurv.curvature.factors import Factors, require_factors
 from refcurv.curvature.forecast import Told, of_decomposition
 from refcurv.curvature.parts import Parts, add_part, discard, open_parts
 from refcurv.files import store
 from refcurv.files.paths import free_bytes, require_space
 from refcurv.law.checks import StorageError
-from refcurv.law.conventions import describe
+from refcurv.law.conventions import COMPUTE_DTYPES, describe
+from refcurv.law.dtypes import require_float
 from refcurv.law.words import number_of
 from refcurv.progress import Progress, goes_on, silent
 
@@ -52,6 +53,8 @@ def decompose_to(
         ::test_a_figure_is_kept
     """
     kind = bias_of(bias)
+    require_factors("decompose", factors)
+    require_float("decompose", "dtype", dtype, COMPUTE_DTYPES)
     about = about_of(kind, method_of(factors), factors.weights)
     came_from = store.inputs(factors.source)
     parts = _parts(path, factors, about, dtype) if "sha256" in factors.source else None

@@ -183,6 +183,17 @@ def _largest(width: Mapping[str, int]) -> str:
     return f"{name}, {width[name]:,} x {width[name]:,}"
 
 
+def at_a_time(who: str, asked: int | None) -> int:
+    """How many pieces are asked for at a time; by default, and by 0, one per core.
+
+    Raises:
+        RangeError: it is no whole number, or negative.
+
+    Proof: tests/test_public.py::test_pieces_at_a_time_are_a_whole_number
+    """
+    return cores() if asked is None else require_whole(who, "in_flight", asked, 0) or cores()
+
+
 def in_flight(who: str, need: Need, asked: int | None = None, or_else: str = "") -> int:
     """How many pieces to have in flight: as asked (by default one per core), or as many as fit.
 
@@ -194,9 +205,7 @@ def in_flight(who: str, need: Need, asked: int | None = None, or_else: str = "")
 
     Proof: tests/test_room.py::test_fewer_are_in_flight_where_memory_is_short
     """
-    if asked is not None:
-        require_whole(who, "in_flight", asked, 0)
-    most, room = asked or cores(), available()
+    most, room = at_a_time(who, asked), available()
     if room is None:
         return most
     for pieces in range(most, 0, -1):

@@ -32,6 +32,12 @@ from refcurv.law.words import number_of
 from refcurv.model import transformer
 from refcurv.model.config import ModelConfig
 from refcurv.model.corpus import Corpus, Population, require_fit
+from refcurv.model.given import (
+    require_callable,
+    require_corpus,
+    require_model,
+    require_record,
+)
 from refcurv.model.gradient import head_backward
 from refcurv.model.patterns import expand
 from refcurv.model.transformer import Parameters, Slope, Tap, layout_of
@@ -151,7 +157,9 @@ def train_scores(
     Proof: tests/test_bsn.py::test_the_training_is_the_recipe_in_loops,
         ::test_the_number_of_threads_changes_no_bit
     """
-    who, config = "train_scores", model.config
+    who, config = "train_scores", require_model("train_scores", model).config
+    require_corpus(who, retain)
+    require_callable(who, "progress", progress)
     ratio = require_range(who, "ratio", ratio, 0, 1)
     weight = require_range(who, "weight", weight, 0, 1e6)
     rate = require_range(who, "rate", rate, 0, 1)
@@ -217,6 +225,9 @@ def prune(
     Source: P11 (arXiv 2510.24256).
     Proof: tests/test_bsn.py::test_prune_zeroes_the_lowest_scores_and_nothing_else
     """
+    require_model("prune", model)
+    how = "rc.train_scores(model, ...)"
+    require_record("prune", "scores must be Scores", scores, Scores, how)
     share = require_range("prune", "ratio", scores.ratio if ratio is None else ratio, 0, 1)
     known = model.config.linear_layers()
     record.require_untied("prune", model, scores.layers)

@@ -10,7 +10,7 @@ import numpy as np
 from refcurv.algebra.blas import one_blas_thread
 from refcurv.algebra.scaling import exponent, shifted
 from refcurv.algebra.staircase import cut, undecided
-from refcurv.curvature.bases import Bases, named
+from refcurv.curvature.bases import Bases, named, require_bases
 from refcurv.curvature.checks import require_basis
 from refcurv.curvature.eigenbasis import Eigenbasis
 from refcurv.editing import record
@@ -19,6 +19,7 @@ from refcurv.editing.record import EditRecord, LayerEdit, Step, Work
 from refcurv.law import tolerance
 from refcurv.law.checks import Array, EmptyError, NameUnknownError, require_shape
 from refcurv.law.conventions import MOST_ROUNDING, Bias
+from refcurv.model.given import require_model
 from refcurv.model.weights import Model
 
 
@@ -91,6 +92,8 @@ def _edit_layer(model: Model, basis: Bases, layer: str, share: float) -> Step:
 
 def layers_of(who: str, model: Model, basis: Bases) -> list[str]:
     """The model's layers that have a basis, in file order."""
+    require_model(who, model)
+    require_bases(who, "the basis", basis)
     order = [name for name in model.config.linear_layers() if name in basis.layers]
     if not order:
         raise NameUnknownError(

@@ -31,6 +31,7 @@ from refcurv.law.checks import (
     require_seed,
 )
 from refcurv.law.conventions import Bias
+from refcurv.model.given import require_flag
 from refcurv.model.patterns import expand
 from refcurv.model.weights import Model
 
@@ -145,6 +146,7 @@ def before(
     Cost: parameters that are not a file's own are hashed.
     Proof: tests/test_projection.py::test_a_basis_of_another_model_is_refused
     """
+    require_flag(who, "force", force)
     sums = checksums(model)
     own = digest(model, sums)
     what, made_for = made or ("", own)

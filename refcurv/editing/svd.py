@@ -19,6 +19,7 @@ from refcurv.files import store
 from refcurv.files.digest import digest
 from refcurv.law import tolerance
 from refcurv.law.checks import Array, EmptyError, RangeError
+from refcurv.model.given import require_model
 from refcurv.model.patterns import expand
 from refcurv.model.weights import Model
 
@@ -54,6 +55,7 @@ def truncate(model: Model, energy: Mapping[str, float]) -> tuple[Model, EditReco
         ::test_the_error_is_the_tail_and_no_matrix_of_that_rank_is_nearer,
         ::test_the_cut_equals_brute_force
     """
+    require_model("truncate", model)
     shares = record.shares("truncate", "energy", model, model.config.linear_layers(), energy)
     begun = record.before("truncate", model)
     changed: dict[str, Array] = {}
@@ -131,6 +133,7 @@ def singular_bases(model: Model, layers: str = "**") -> Bases:
     Source: P10 (arXiv 2510.24256).
     Proof: tests/test_svd.py::test_singular_bases_are_eigenbases_of_the_two_grams
     """
+    require_model("singular_bases", model)
     made: dict[str, Eigenbasis] = {}
     for layer in expand(layers, list(model.config.linear_layers())):
         W = record.parameter("singular_bases", model, model.config.weight_of(layer))

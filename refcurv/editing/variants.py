@@ -17,7 +17,7 @@ import numpy as np
 
 from refcurv.algebra.blas import one_blas_thread
 from refcurv.algebra.scaling import exponent, shifted
-from refcurv.curvature.bases import Bases, named
+from refcurv.curvature.bases import Bases, named, require_bases
 from refcurv.curvature.checks import require_basis
 from refcurv.curvature.eigenbasis import Eigenbasis
 from refcurv.editing import record
@@ -61,6 +61,7 @@ def random_basis(basis: Bases, seed: int) -> Bases:
     Proof: tests/test_variants.py::test_random_directions_are_haar,
         ::test_a_random_basis_has_the_mask_of_the_original
     """
+    require_bases("random_basis", "the basis", basis)
     require_seed("random_basis", seed)
     made = {}
     for name, one in basis.items():
@@ -167,6 +168,7 @@ def one_sided(basis: Bases, side: str) -> Bases:
     Source: METHOD, Controls; METHOD, Later work.
     Proof: tests/test_variants.py::test_one_side_keeps_whole_directions
     """
+    require_bases("one_sided", "the basis", basis)
     require_choice("one_sided", "side", side, SIDES)
     made = {}
     for name, one in basis.items():

@@ -35,7 +35,7 @@ from refcurv.law.conventions import HEAD_ROWS, NO_LABEL, shard_sequences
 from refcurv.law.words import number_of
 from refcurv.model.config import ModelConfig, Scaling
 from refcurv.model.corpus import Population
-from refcurv.model.given import require_whole
+from refcurv.model.given import require_model, require_whole
 from refcurv.model.labels import shift_labels
 from refcurv.model.layers import Layout
 from refcurv.model.transformer import (
@@ -50,6 +50,9 @@ from refcurv.passes.held import Held
 from refcurv.passes.shards import BY_LENGTH
 
 Result = TypeVar("Result")
+
+MOST_STEPS = 2**31 - 1
+"""Tokens that are decoded behind a prompt, at most: a position is an int32 everywhere."""
 
 
 def greedy(model: Model, prompt: ArrayLike, steps: int) -> Array:
@@ -80,10 +83,10 @@ def greedy(model: Model, prompt: ArrayLike, steps: int) -> Array:
     Source: METHOD, Recitation.
     Proof:  tests/test_decode.py::test_cached_equals_recomputed; ::test_ties_go_to_the_lowest_id
     """
-    if model.config.image is not None:
+    if require_model("greedy", model).config.image is not None:
         raise ConventionError("greedy: needs a model of tokens; this one reads images.")
     prompt_BP = as_integers("greedy", "prompt", prompt, (None, None), "(B, P)")
-    require_whole("greedy", "steps", steps, 0)
+    require_whole("greedy", "steps", steps, 0, MOST_STEPS)
     parameters = Held(model, together=None)
 
     def choose(_: int, final_BD: Array) -> Array:

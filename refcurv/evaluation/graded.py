@@ -21,15 +21,23 @@ from refcurv.evaluation.held import held
 from refcurv.evaluation.metrics import edit_distances
 from refcurv.law.checks import (
     Array,
-    ConventionError,
     EmptyError,
     RoomError,
+    ShapeError,
+    as_integers,
     overflow_hint,
     require_finite,
 )
 from refcurv.law.words import number_of
 from refcurv.model.corpus import Population
-from refcurv.model.given import require_whole
+from refcurv.model.given import (
+    require_bytes,
+    require_callable,
+    require_list,
+    require_model,
+    require_text,
+    require_whole,
+)
 from refcurv.model.loss import cross_entropy
 from refcurv.model.transformer import Parameters
 from refcurv.model.weights import Model
@@ -114,8 +122,11 @@ def items(
     Source: METHOD, Recitation; METHOD, Perplexity.
     Proof:  tests/test_graded.py::test_by_definition, ::test_what_is_said_is_what_is_decoded
     """
-    if not isinstance(population, Population):
-        raise ConventionError(f"items: needs tokens; got {type(population).__name__}.")
+    require_model("items", model)
+    require_text("items", "the population", population)
+    require_callable("items", "progress", progress)
+    require_bytes("items", "memory", memory)
+    said = None if said is None else _known("items", said, population)
     require_population("items", population.kind, population, model.config)
     parameters, parts = held("items", model, [population], memory), batches(population)
     progress(0, len(parts))
@@ -134,6 +145,19 @@ def items(
         said = _said(model, parameters, population, ~grades.strict)
     distance = np.array([d for d, _ in edit_distances(said, suffixes(population))])
     return replace(grades, said=tuple(said), distance=distance)
+
+
+def _known(who: str, said: Sequence[Array], population: Population) -> list[Array]:
+    """Continuations that the caller knows, each of as many tokens as are asked for."""
+    each = require_list(who, "said", said, "[[5, 2], [3, 1]], a list for each item")
+    asked = population.length - population.prompt_length
+    if len(each) != len(asked):
+        rows = number_of(len(asked), "item")
+        raise ShapeError(f"{who}: said must have one list for each of {rows}; got {len(each)}.")
+    return [
+        as_integers(who, f"said[{n}]", one, (int(count),), "one token for each that is asked for")
+        for n, (one, count) in enumerate(zip(each, asked, strict=True))
+    ]
 
 
 def _grades(logit_NV: Array, label_N: Array) -> tuple[Array, Array, Array]:
@@ -218,6 +242,9 @@ def own_continuations(
     Proof:  tests/test_graded.py::test_a_model_recites_its_own_continuations,
         ::test_continuations_that_memory_does_not_hold
     """
+    require_model("own_continuations", model)
+    require_text("own_continuations", "the text", text)
+    require_callable("own_continuations", "progress", progress)
     for what, value in (("prompt", prompt), ("count", count)):
         require_whole("own_continuations", what, value, 1)
     rows = np.flatnonzero(text.length >= prompt)

@@ -15,6 +15,7 @@ from refcurv.evaluation.decode import batches
 from refcurv.law.words import number_of
 from refcurv.model.config import ModelConfig
 from refcurv.model.corpus import ImagePopulation, Population
+from refcurv.model.given import require_bytes
 from refcurv.model.transformer import Parameters
 from refcurv.model.weights import Model, resident
 from refcurv.passes.groups import cores
@@ -92,6 +93,7 @@ def holding(
     told: Callable[[Holding], object] = lambda _: None,
 ) -> Holding | None:
     """How `held` holds a model; None where all weights are read now, and nothing is counted."""
+    require_bytes(who, "memory", memory)
     unread, free = room.unread(model), room.available()
     if memory is None and (not unread or free is None):
         return None

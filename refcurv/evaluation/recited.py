@@ -20,6 +20,7 @@ from refcurv.evaluation.held import held
 from refcurv.evaluation.lines import Lines
 from refcurv.files import store
 from refcurv.files.digest import digest, sha256_of
+from refcurv.files.paths import as_path
 from refcurv.law.checks import (
     Array,
     EmptyError,
@@ -33,7 +34,7 @@ from refcurv.law.checks import (
 from refcurv.law.conventions import describe
 from refcurv.law.words import number_of
 from refcurv.model.corpus import SPLITS, Population
-from refcurv.model.given import require_whole
+from refcurv.model.given import require_callable, require_list, require_model, require_whole
 from refcurv.model.weights import Model
 from refcurv.progress import Progress, counter, goes_on, silent, size
 
@@ -183,23 +184,28 @@ def recited(
     Proof:  tests/test_recited.py::test_by_loops, ::test_greedy_decoding_says_each_passage,
         ::test_a_killed_run_goes_on
     """
+    require_model(WHO, model)
+    require_callable(WHO, "progress", progress)
     for what, value in (("prefix", prefix), ("suffix", suffix), ("stride", stride)):
         require_whole(WHO, what, value, 1, 2**20)
     least = require_whole(WHO, "least (--run)", suffix if least is None else least, 1, suffix)
     ids = [
         as_integers(WHO, f"document {n}", one, (None,), "(n,)", np.int32)
-        for n, one in enumerate(documents)
+        for n, one in enumerate(require_list(WHO, "documents", documents, "[ids, ids]"))
     ]
+    front = require_list(WHO, "before", before, "[1]")
+    front = as_integers(WHO, "before", front, (None,), "(n,)", np.int32).tolist() if front else []
+    path = None if lines is None else as_path(WHO, lines)
     place_W2 = _windows([len(one) for one in ids], prefix + suffix, stride)
-    _require_room(len(place_W2), prefix + suffix + len(before))
+    _require_room(len(place_W2), prefix + suffix + len(front))
     window_WT = np.array([ids[d][b : b + prefix + suffix] for d, b in place_W2], np.int32)
-    asked = _asked(model, window_WT, prefix, before)
+    asked = _asked(model, window_WT, prefix, front)
     facts = {} if lines is None else {
-        "prefix": prefix, "suffix": suffix, "stride": stride, "before": list(map(int, before)),
+        "prefix": prefix, "suffix": suffix, "stride": stride, "before": front,
         "texts": sha256_of(ids), "weights": digest(model), "dtype": model.dtype,
         "law": describe(), **store.machine(),
     }  # fmt: skip
-    known = Lines(None if lines is None else Path(lines), facts, who=WHO)
+    known = Lines(path, facts, who=WHO)
     right_WN = _right(model, asked, known, progress)
     run_W, at_W = longest_runs(right_WN)
     found = [
@@ -214,7 +220,7 @@ def recited(
         Passage(one.document, one.begin, one.prompt, one.said, to) for one, to in _split(apart)
     )
     return Recited(
-        passages, tuple(ids), tuple(map(int, before)), len(window_WT),
+        passages, tuple(ids), tuple(front), len(window_WT),
         len(ids) - len(np.unique(place_W2[:, 0])), np.bincount(run_W, minlength=suffix + 1),
         float(right_WN.mean()), len(found) - len(fresh), len(fresh) - len(single),
         len(single) - len(apart),

@@ -42,6 +42,13 @@ from refcurv.law.checks import (
 from refcurv.law.conventions import Gain
 from refcurv.model.config import ModelConfig
 from refcurv.model.corpus import SPLITS, Corpus, ImagePopulation, Population, Populations
+from refcurv.model.given import (
+    require_bytes,
+    require_callable,
+    require_corpus,
+    require_model,
+    require_record,
+)
 from refcurv.model.loss import cross_entropy
 from refcurv.model.transformer import Parameters
 from refcurv.model.weights import Model
@@ -240,6 +247,8 @@ def evaluate(
             tests/test_suite.py::test_padding_is_never_read;
             tests/test_images.py::test_evaluation_is_argmax_one_image_at_a_time
     """
+    _require_given(model, corpus, baseline, {"progress": progress, "each": each, "told": told})
+    require_bytes("evaluate", "memory", memory)
     pending = [model, baseline] if isinstance(baseline, Model) else [model]
     wanted = judged(corpus, split, *pending)
     total = len(pending) * _batch_count(model.config, wanted)
@@ -270,6 +279,18 @@ def evaluate(
         told=told,
     )
     return compare(after, before)
+
+
+def _require_given(
+    model: object, corpus: object, baseline: object, called: Mapping[str, Callable[..., object]]
+) -> None:
+    """Refuse what is no model, no corpus, no baseline, and no function that could be called."""
+    require_model("evaluate", model)
+    require_corpus("evaluate", corpus)
+    if baseline is not None and not isinstance(baseline, Measurement):
+        require_record("evaluate", "the baseline must be a Model", baseline, Model, "rc.load(path)")
+    for what, one in called.items():
+        require_callable("evaluate", what, one)
 
 
 def measure(

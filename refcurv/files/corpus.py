@@ -10,6 +10,7 @@ from refcurv.files import store
 from refcurv.files.paths import PathLike
 from refcurv.law.checks import RefcurvError, SchemaError, require_choice
 from refcurv.model.corpus import IMAGE_KIND, Corpus, ImagePopulation, Population
+from refcurv.model.given import require_corpus, require_facts
 
 _OF_TOKENS: Final = {"tokens": "int32", "labels": "int32", "mask": "uint8", "segments": "int32"}
 _OF_IMAGES: Final = {"images": "float32", "labels": "int32"}
@@ -38,6 +39,8 @@ def save_corpus(corpus: Corpus, path: PathLike, made_from: Mapping[str, Any] | N
     Source: METHOD, Files.
     Proof:  tests/test_corpus.py::test_round_trip
     """
+    require_corpus("save_corpus", corpus)
+    made_from = require_facts("save_corpus", "made_from", made_from)
     origin: dict[str, Any] = {}
     if "path" in corpus.source:
         origin["inputs"] = {Path(corpus.source["path"]).name: corpus.source["sha256"]}
@@ -47,7 +50,7 @@ def save_corpus(corpus: Corpus, path: PathLike, made_from: Mapping[str, Any] | N
         attributes={},
         arrays=_entries(corpus),
         provenance=store.provenance(
-            **{**origin, **corpus.source.get("made_from", {}), **(made_from or {})}
+            **{**origin, **corpus.source.get("made_from", {}), **made_from}
         ),
     )
 

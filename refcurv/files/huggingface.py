@@ -24,7 +24,15 @@ from refcurv.files.keys import same
 from refcurv.files.known import require_known
 from refcurv.files.mistaken import is_gguf, no_folder, unknown_model
 from refcurv.files.naming import Source, Tensors, plan, tensors_of, whole
-from refcurv.files.paths import WRITING, PathLike, is_folder, machine_faults, one_line, output_path
+from refcurv.files.paths import (
+    WRITING,
+    PathLike,
+    as_path,
+    is_folder,
+    machine_faults,
+    one_line,
+    output_path,
+)
 from refcurv.files.slots import join, split, tensor_shape
 from refcurv.files.unchanged import inputs_unchanged, seen
 from refcurv.law.checks import (
@@ -36,6 +44,7 @@ from refcurv.law.checks import (
 )
 from refcurv.law.words import number_of
 from refcurv.model.config import ModelConfig
+from refcurv.model.given import require_list, shown
 
 _CONFIG: Final = "config.json"
 _WEIGHTS: Final = "model.safetensors"
@@ -136,8 +145,12 @@ def conversion(
     directory: PathLike, path: PathLike, ignore_keys: Collection[str] = ()
 ) -> Conversion:
     """`convert`, and all that it noticed."""
-    folder = Path(directory)
-    keys = (ignore_keys,) if isinstance(ignore_keys, str) else tuple(sorted(set(ignore_keys)))
+    folder = as_path("convert", directory)
+    given = [ignore_keys] if isinstance(ignore_keys, str) else ignore_keys
+    listed = require_list("convert", "ignore_keys", given, "['use_cache']")
+    if other := [key for key in listed if not isinstance(key, str)]:
+        raise ConventionError(f"convert: ignore_keys must be texts; got {shown(other[0])}.")
+    keys = tuple(sorted(set(listed)))
     if is_gguf(folder):
         from refcurv.files.gguf.converting import gguf_conversion
 
@@ -227,7 +240,8 @@ def export(path: PathLike, directory: PathLike, tokenizer_from: PathLike | None 
     recorded = header.provenance.get("beside")
     seen = recorded if isinstance(recorded, dict) else {}
     kept = {name: seen[name] for name in checkpoints.BESIDE if name in seen}
-    copied = {} if tokenizer_from is None else _beside(Path(tokenizer_from), kept)
+    beside = None if tokenizer_from is None else as_path("export", tokenizer_from)
+    copied = {} if beside is None else _beside(beside, kept)
     files = {_CONFIG: text.encode(), **copied}
     target = output_path("export", directory)
     left = tuple(name for name in kept if name not in copied)

@@ -93,6 +93,15 @@ def _nowhere(who: str, path: PathLike) -> SchemaError:
     )
 
 
+def as_path(who: str, path: PathLike) -> Path:
+    """`path` as a Path, wherever it leads; SchemaError for what is no path.
+
+    Proof: tests/test_public.py::test_an_object_is_refused_in_one_line
+    """
+    _resolved(who, path)
+    return Path(path)
+
+
 def output_path(who: str, path: PathLike) -> Path:
     """Where an output goes, links resolved; SchemaError unless its folder exists.
 

@@ -15,7 +15,7 @@ from refcurv.files import store
 from refcurv.files.corpus import load_corpus
 from refcurv.files.documents import Document, Reader
 from refcurv.files.ids import MAX_ID, TOKEN_DTYPES, WHO
-from refcurv.files.paths import PathLike, input_path
+from refcurv.files.paths import PathLike, as_path, input_path
 from refcurv.files.tokenizer import find_tokenizer, load_tokenizer
 from refcurv.files.unchanged import seen, sha256_unchanged
 from refcurv.law.checks import (
@@ -29,6 +29,7 @@ from refcurv.law.checks import (
 )
 from refcurv.law.conventions import NO_LABEL
 from refcurv.model.corpus import KINDS, SPLITS, Corpus, Population
+from refcurv.model.given import require_callable, require_flag, require_list, shown
 from refcurv.model.labels import shift_labels
 from refcurv.progress import Progress
 
@@ -138,8 +139,11 @@ def build_corpus(
         ::test_no_token_is_lost_or_doubled, ::test_O52_packed_documents_are_separate_documents;
         tests/test_json_lines.py::test_labels_by_hand
     """
-    _require_options(length, separator, token_dtype)
+    _require_options(length, pack, separator, token_dtype)
+    _require_called(eos, progress)
+    texts = [as_path(WHO, one) for one in require_list(WHO, "texts", texts, "['a.txt']")]
     _require_limit(limit, texts)
+    populations = require_list(WHO, "populations", populations, f"['{_SYNTAX}']")
     asked = [_parse(text) for text in populations]
     files = [*texts, *(one.file for one in asked)]
     if not files:
@@ -191,12 +195,24 @@ def _require_limit(limit: int | None, texts: Sequence[PathLike]) -> None:
         )
 
 
-def _require_options(length: int, separator: str | None, token_dtype: str | None) -> None:
+def _require_called(eos: str | None, progress: Progress | None) -> None:
+    if not isinstance(eos, str | None):
+        raise ConventionError(f"{WHO}: eos must be a token's text; got {shown(eos)}.")
+    if progress is not None:
+        require_callable(WHO, "progress", progress)
+
+
+def _require_options(
+    length: int, pack: bool, separator: str | None, token_dtype: str | None
+) -> None:
+    require_flag(WHO, "pack", pack)
     if isinstance(length, bool) or not isinstance(length, int) or not 2 <= length <= MAX_ID:
         raise RangeError(
             f"{WHO}: length must be an integer of at least 2, for a row of one token predicts "
             f"nothing, and at most {MAX_ID}; got {length!r:.100}."
         )
+    if not isinstance(separator, str | None):
+        raise ConventionError(f"{WHO}: the separator must be a text; got {shown(separator)}.")
     if separator == "":
         raise ConventionError(f"{WHO}: the separator is empty, and would part every letter.")
     if token_dtype is not None:
@@ -216,6 +232,8 @@ def _require_used(reader: Reader, separator: str | None, token_dtype: str | None
 
 def _parse(text: str) -> _Asked:
     """'quotes:recite:test=quotes.jsonl' → _Asked."""
+    if not isinstance(text, str):
+        raise ConventionError(f"{WHO}: a population is {_SYNTAX}; got {shown(text)}.")
     words, _, file = text.partition("=")
     parts = words.split(":")
     if not file or len(parts) not in (3, 4):

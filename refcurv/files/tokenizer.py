@@ -14,7 +14,7 @@ from refcurv.files.disk import HDF5, parse_json, reading
 from refcurv.files.gguf.reading import first_part
 from refcurv.files.ids import MAX_ID, WHO
 from refcurv.files.mistaken import is_gguf
-from refcurv.files.paths import PathLike, input_path, is_folder, machine_faults, one_line
+from refcurv.files.paths import PathLike, as_path, input_path, is_folder, machine_faults, one_line
 from refcurv.law.checks import (
     ConventionError,
     NameUnknownError,
@@ -54,7 +54,7 @@ def find_tokenizer(path: PathLike) -> Path:
     Raises:
         SchemaError: There is none; says how to make it of the vocabulary that is there.
     """
-    found = Path(path)
+    found = as_path("open", path)
     with machine_faults("open", path):
         folder = found if is_folder("open", found) else found.parent
         there = [one.name for like in _VOCABULARIES for one in sorted(folder.glob(like))][:8]

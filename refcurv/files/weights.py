@@ -30,6 +30,7 @@ from refcurv.law.conventions import COMPUTE_DTYPES
 from refcurv.law.dtypes import require_float
 from refcurv.law.words import number_of
 from refcurv.model.config import Image, ModelConfig, RopeScaling
+from refcurv.model.given import require_facts, require_model
 from refcurv.model.weights import Model, Overlay
 
 STORED: Final = ("float64", "float32", "float16", "bfloat16")
@@ -144,7 +145,9 @@ def save(model: Model, path: PathLike, made_from: Mapping[str, Any] | None = Non
     Proof:  tests/test_weights.py::test_save_of_loaded_is_identical,
         tests/test_edit_room.py::test_what_stays_takes_what_is_stored
     """
-    save_while_made(model, path, lambda: (made_from or {}, model.edits))
+    require_model("save", model)
+    facts = require_facts("save", "made_from", made_from)
+    save_while_made(model, path, lambda: (facts, model.edits))
 
 
 def save_while_made(

@@ -17,7 +17,7 @@ from refcurv.judge.identities import CHECKS, Measure
 from refcurv.judge.proofs import ProofPlan, Proofs, plan_proofs, prove
 from refcurv.law.checks import ConventionError, RefcurvError, require_range, require_seed
 from refcurv.model.corpus import Corpus
-from refcurv.model.given import require_callable
+from refcurv.model.given import require_callable, require_corpus, require_flag, require_model
 from refcurv.model.weights import Model
 from refcurv.progress import Progress, silent
 
@@ -136,8 +136,10 @@ def audit(
         tests/test_proofs.py::test_an_identity_with_a_wrong_factor_is_caught
     """
     begin = time.perf_counter()
-    if model.dtype != "float64":
+    if require_model("audit", model).dtype != "float64":
         raise ConventionError('audit: load the model with dtype="float64"; float32 has no room.')
+    require_corpus("audit", corpus)
+    require_flag("audit", "certify", certify)
     require_callable("audit", "say", say)
     require_callable("audit", "progress", progress)
     start = require_seed("audit", seed)

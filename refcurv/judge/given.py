@@ -12,6 +12,7 @@ from refcurv.judge.arithmetic import ROUNDOFF
 from refcurv.law.checks import ConventionError, NameUnknownError
 from refcurv.law.dtypes import require_float
 from refcurv.model.given import (
+    is_iterable,
     require_callable,
     require_corpus,
     require_model,
@@ -64,7 +65,7 @@ def accepted(given: Any) -> tuple[str, ...]:
     """
     if isinstance(given, str):
         given = [given]
-    if not isinstance(given, Collection):
+    if not isinstance(given, Collection) or not is_iterable(given):
         raise ConventionError(
             f"validate: accept must name dtypes, as ['bfloat16']; got {shown(given)}."
         )

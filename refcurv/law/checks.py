@@ -16,18 +16,38 @@ from numpy.typing import DTypeLike, NDArray
 
 Array = NDArray[Any]
 
+LONGEST: Final = 900
+"""Letters in the text of an error, at most."""
+
 PART: Final = re.compile(r"[A-Za-z0-9_+-]{1,100}")
 """One part of a dotted name, as files hold it."""
 
 
 class RefcurvError(ValueError):
-    """Any input that refcurv refuses. `status` is the exit status of the command line."""
+    """Any input that refcurv refuses. `status` is the exit status of the command line.
+
+    Its text is one line of at most LONGEST letters, whatever it shows of what came.
+
+    Proof: tests/test_law.py::test_an_error_is_one_short_line
+    """
 
     status = 2
 
-    def __init__(self, message: str, **values: object) -> None:
-        super().__init__(message.replace("\n", " "))  # of what is shown, arrays say
+    def __init__(self, message: object, **values: object) -> None:
+        lines = (line.strip() for line in str(message).splitlines())  # of what is shown, arrays say
+        super().__init__(shortened(" ".join(lines), LONGEST))
         self.values = values
+
+
+def shortened(text: str, most: int) -> str:
+    """A text, or its begin and its end with an ellipsis between, of so many letters in all.
+
+    Proof: tests/test_law.py::test_an_error_is_one_short_line
+    """
+    if len(text) <= most:
+        return text
+    begin = most * 3 // 4
+    return f"{text[:begin]} … {text[begin + 3 - most :]}"
 
 
 class ShapeError(RefcurvError):
@@ -124,6 +144,17 @@ def as_array(who: str, what: str, given: Any, axes: str) -> Array:
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         why = _ragged(given) or " ".join(str(error).split())
         raise ShapeError(f"{who}: {what} must be {axes}; {why}") from None
+
+
+def as_matrix(who: str, what: str, given: Any) -> Array:
+    """`given` as a matrix of real numbers. ShapeError, DTypeError: it is none.
+
+    Proof: tests/test_public.py::test_an_object_is_refused_in_one_line
+    """
+    array = as_array(who, what, given, "a matrix")
+    require_dtype(who, what, array, "fiu", "real numbers")
+    require_shape(who, what, array, (None, None), "a matrix")
+    return array
 
 
 def _ragged(given: Any) -> str:

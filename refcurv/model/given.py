@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import json
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
 
 from refcurv.law.checks import ConventionError, RangeError
-from refcurv.model.corpus import Corpus
+from refcurv.model.corpus import Corpus, Population
 from refcurv.model.weights import Model
 
 Kind = TypeVar("Kind")
 
 
-def _loaded(who: str, given: object, kind: type[Kind], how: str) -> Kind:
-    """`given`, or ConventionError: a path, say, is not loaded here."""
+def require_record(who: str, what: str, given: object, kind: type[Kind], how: str) -> Kind:
+    """`given`, or ConventionError: a path, say, is not loaded here.
+
+    `what` begins the sentence, as in "the model must be a Model"; `how` is a way to one.
+
+    Proof: tests/test_public.py::test_an_object_is_refused_in_one_line
+    """
     if isinstance(given, kind):
         return given
-    name, got = kind.__name__, type(given).__name__
-    raise ConventionError(f"{who}: the {name.lower()} must be a {name}, such as {how}; got {got}.")
+    raise ConventionError(f"{who}: {what}, such as {how}; got {type(given).__name__}.")
 
 
 def require_model(who: str, given: object) -> Model:
@@ -27,7 +32,7 @@ def require_model(who: str, given: object) -> Model:
 
     Proof: tests/test_hostile.py::test_a_path_is_no_model_and_no_corpus
     """
-    return _loaded(who, given, Model, "rc.load(path)")
+    return require_record(who, "the model must be a Model", given, Model, "rc.load(path)")
 
 
 def require_corpus(who: str, given: object) -> Corpus:
@@ -35,7 +40,17 @@ def require_corpus(who: str, given: object) -> Corpus:
 
     Proof: tests/test_hostile.py::test_a_path_is_no_model_and_no_corpus
     """
-    return _loaded(who, given, Corpus, "rc.load_corpus(path)")
+    what = "the corpus must be a Corpus"
+    return require_record(who, what, given, Corpus, "rc.load_corpus(path)")
+
+
+def require_text(who: str, what: str, given: object) -> Population:
+    """`given`, or ConventionError for what is no Population of tokens.
+
+    Proof: tests/test_public.py::test_an_object_is_refused_in_one_line
+    """
+    what = f"{what} must be a Population of tokens"
+    return require_record(who, what, given, Population, "corpus.populations[name]")
 
 
 def is_iterable(given: object) -> bool:
@@ -101,6 +116,52 @@ def require_whole(who: str, what: str, given: object, least: int, most: int | No
             return int(given)
     wanted = f"of at least {least}" if most is None else f"in [{least}, {most}]"
     raise RangeError(f"{who}: {what} must be an integer {wanted}; got {shown(given)}.")
+
+
+def require_bytes(who: str, what: str, given: object) -> None:
+    """RangeError for what is no number of bytes, nor None; a text is read by the command line.
+
+    Proof: tests/test_public.py::test_bytes_are_a_number
+    """
+    if given is None:
+        return
+    number = isinstance(given, int | float | np.integer | np.floating)
+    if not number or isinstance(given, bool) or not given >= 0:  # type: ignore[operator]
+        raise RangeError(f"{who}: {what} must be a number of bytes, as 6e9; got {shown(given)}.")
+
+
+def require_list(who: str, what: str, given: object, example: str) -> list[Any]:
+    """`given` as a list; ConventionError for a text, and for what cannot be gone through.
+
+    Proof: tests/test_public.py::test_an_object_is_refused_in_one_line
+    """
+    if isinstance(given, str | bytes) or not is_iterable(given):
+        raise ConventionError(f"{who}: {what} must be a list, as {example}; got {shown(given)}.")
+    return list(given)  # type: ignore[call-overload,no-any-return]
+
+
+def require_named(who: str, what: str, given: object, example: str) -> Mapping[str, Any]:
+    """`given`, or ConventionError for what maps no names.
+
+    Proof: tests/test_public.py::test_an_object_is_refused_in_one_line
+    """
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise ConventionError(f"{who}: {what} must map names, as {example}; got {shown(given)}.")
+    return given
+
+
+def require_facts(who: str, what: str, given: object) -> Mapping[str, Any]:
+    """`given`, or nothing for None; ConventionError for what JSON does not hold by name.
+
+    Proof: tests/test_public.py::test_whatever_is_given_is_refused_in_one_line
+    """
+    facts = require_named(who, what, {} if given is None else given, "{'why': 'a trial'}")
+    try:
+        json.dumps(dict(facts), ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        why = " ".join(str(error).split())
+        raise ConventionError(f"{who}: {what} must hold what JSON holds: {why:.200}.") from None
+    return facts
 
 
 def shown(given: object) -> str:

@@ -11,6 +11,7 @@ from refcurv.law.conventions import NO_LABEL
 from refcurv.model import gradient as model_gradient
 from refcurv.model import transformer
 from refcurv.model.corpus import Corpus, require_fit, require_inputs, require_tokens
+from refcurv.model.given import require_model
 from refcurv.model.images import as_images, patches
 from refcurv.model.labels import require_labels
 from refcurv.model.layers import Layout
@@ -45,6 +46,7 @@ def logits(model: Model, tokens: ArrayLike) -> Array:
     Proof: tests/test_peers.py (transformers), tests/test_fast.py,
         tests/test_images.py::test_logits_are_the_loops
     """
+    require_model("logits", model)
     corpus = _corpus(model, tokens, None)
     require_inputs("logits", corpus, model.config)
     with one_blas_thread():
@@ -82,6 +84,7 @@ def loss_and_gradient(
     Proof: tests/test_fast.py, tests/test_peers.py (PyTorch),
         tests/test_images.py::test_loss_and_gradient_equal_the_complex_step
     """
+    require_model("loss_and_gradient", model)
     require_labels("loss_and_gradient", model.config, labels is not None)
     corpus = _corpus(model, tokens, labels)
     label_BT = require_fit("loss_and_gradient", corpus, model.config)

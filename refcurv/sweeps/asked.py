@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from refcurv.algebra.staircase import cut
-from refcurv.curvature.bases import Bases, named
+from refcurv.curvature.bases import Bases, named, require_bases
 from refcurv.curvature.bases_file import spectra_of
 from refcurv.curvature.made_from import require_weights
 from refcurv.editing.kfac import require_curvature
@@ -26,6 +26,7 @@ from refcurv.law.checks import (
 )
 from refcurv.law.conventions import describe
 from refcurv.model.corpus import SPLITS, Corpus, ImagePopulation, Population
+from refcurv.model.given import require_corpus, require_list, require_model
 from refcurv.model.patterns import expand
 from refcurv.model.weights import Model
 from refcurv.passes.sweep import lowest_block
@@ -67,9 +68,10 @@ def checked(
     names: Sequence[str], match: str, on: str | None, split: str, seed: int, who: str = "sweep",
 ) -> Asked:  # fmt: skip
     """The choices, each refused before the work if it is bad."""
-    for what, given in (("layers", layers), ("rho", rho), ("methods", names)):
-        if isinstance(given, str) or not isinstance(given, Iterable) or not list(given):
-            raise ConventionError(f"{who}: {what} must be a list of at least one; got {given!r}.")
+    require_model(who, model)
+    require_corpus(who, corpus)
+    layers = _listed(who, "layers", layers, "['blocks.1.mlp.*']")
+    rho, names = _listed(who, "rho", rho, "[0.9]"), _listed(who, "methods", names, "['svd']")
     known = list(model.config.linear_layers())
     of = {pattern: tuple(expand(pattern, known)) for pattern in layers}
     for names_of in of.values():
@@ -96,6 +98,14 @@ def checked(
     )  # fmt: skip
 
 
+def _listed(who: str, what: str, given: object, example: str) -> list[Any]:
+    """What is to be tried in turn: at least one."""
+    found = require_list(who, what, given, example)
+    if not found:
+        raise ConventionError(f"{who}: {what} must be a list of at least one, as {example}.")
+    return found
+
+
 def _matched_on(who: str, corpus: Corpus, match: str, on: str | None) -> str | None:
     """The dev population that methods are matched on."""
     if match == "rho":
@@ -114,6 +124,7 @@ def _matched_on(who: str, corpus: Corpus, match: str, on: str | None) -> str | N
 
 def require_basis(model: Model, basis: Bases, asked: Asked) -> None:
     """Refuse a basis of other weights, or without a layer that is edited."""
+    require_bases(asked.who, "the basis", basis)
     missing = [name for name in asked.names if name not in basis]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""

@@ -10,6 +10,7 @@ from refcurv.editing.record import shares
 from refcurv.evaluation.matching import Match, search_share, text_perplexity
 from refcurv.law.checks import RangeError, require_choice
 from refcurv.model.corpus import Population
+from refcurv.model.given import require_text
 from refcurv.model.weights import Model
 from refcurv.sweeps.methods import METHODS, STRONGEST, methods, pairs_kept
 
@@ -63,6 +64,7 @@ def match(
     require_choice("match", "method", method, METHODS)
     asked = rho if isinstance(rho, Mapping) else {"**": rho}
     cut = shares("match", "rho", model, layers_of("match", model, basis), asked)
+    require_text("match", "the population", population)
     if all(share == 1 for share in cut.values()):
         raise RangeError("match: rho is 1 in every layer: nothing is cut to compare with.")
     ways = methods(dict.fromkeys(("kfac", method)), basis, cut, seed, "match")

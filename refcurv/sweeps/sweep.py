@@ -19,11 +19,12 @@ from refcurv.evaluation.lines import Lines
 from refcurv.evaluation.matching import LARGEST, Match, search_share, text_perplexity
 from refcurv.evaluation.suite import Measured, finite, measure
 from refcurv.files.digest import changed
-from refcurv.files.paths import free_bytes, require_space
+from refcurv.files.paths import as_path, free_bytes, require_space
 from refcurv.files.scratch import Scratch
 from refcurv.law.checks import Array, NonFiniteError
 from refcurv.law.words import number_of
 from refcurv.model.corpus import Corpus, Population
+from refcurv.model.given import require_bytes, require_callable, require_record
 from refcurv.model.weights import Model, Overlay, resident
 from refcurv.passes.below import Below
 from refcurv.passes.held import Held
@@ -186,17 +187,29 @@ def sweep(
         ::test_a_killed_sweep_goes_on, ::test_methods_cost_the_same_on_dev,
         ::test_kept_states_change_no_bit, ::test_an_edit_that_costs_all_is_a_result
     """
+    _require_given(states, collecting, {"stage": stage, "told": told})
     asked = checked(model, corpus, layers, rho, methods, match, on, split, seed)
     if basis is not None:
         require_basis(model, basis, asked)
     holding(asked.who, model, _read(corpus, asked), memory)  # it refuses too small a figure
-    path = None if lines is None else Path(lines)
+    path = None if lines is None else as_path(asked.who, lines)
     known = Lines(path, facts(model, corpus, asked, basis, collecting))
     if basis is None:
         basis = basis_of(model, corpus, asked.names, collecting, path, stage)
     require_mass(basis, asked)
     run = begun(model, corpus, asked, basis, known, path, states, memory, stage("sweep"), told)
     return swept(run, told)
+
+
+def _require_given(
+    states: object, collecting: object, called: Mapping[str, Callable[..., object]]
+) -> None:
+    """Refuse options that are none, before the work."""
+    require_bytes("sweep", "states", states)
+    what, how = "collecting must be a Collecting", "Collecting(rows='all')"
+    require_record("sweep", what, collecting, Collecting, how)
+    for what, one in called.items():
+        require_callable("sweep", what, one)
 
 
 def _read(corpus: Corpus, asked: Asked) -> list[Readable]:

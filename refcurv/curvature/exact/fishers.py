@@ -40,6 +40,7 @@ from refcurv.law.checks import (
 )
 from refcurv.law.conventions import Fisher
 from refcurv.model.fisher import require_fisher
+from refcurv.model.given import require_callable
 from refcurv.model.layers import Saved
 from refcurv.model.transformer import Slope, Tap
 from refcurv.progress import Progress, silent
@@ -96,6 +97,7 @@ def checked(who: str, sent: Sent) -> Choice:
         )
     choice, name = Choice(**sent), f"exact.{who}"
     require_choice(name, "per", choice.per, PER)
+    require_callable(name, "progress", choice.progress)
     require_fisher(name, choice.fisher, choice.seed, choice.draws)
     return choice
 

@@ -26,6 +26,7 @@ from refcurv.law.words import number_of
 from refcurv.model import transformer
 from refcurv.model.config import ModelConfig
 from refcurv.model.corpus import Corpus, require_kind
+from refcurv.model.given import require_model, require_record, require_whole
 from refcurv.model.images import as_images, patches, require_image_size
 from refcurv.model.labels import require_labels, shift_labels
 from refcurv.model.layers import Layout, Saved
@@ -125,7 +126,7 @@ def problem(
     Proof: tests/test_problem.py::test_padded_and_packed_batches_are_collected,
         tests/test_images.py::test_exact_and_collect_agree
     """
-    config = model.config
+    config = require_model("exact.problem", model).config
     choice = require_rows("exact", config, rows)
     data = _data(config, tokens, labels)
     require_labels("exact", config, data.labels is not None)
@@ -325,8 +326,12 @@ def of_outputs(made: Problem, weight: str, first: int, last: int) -> Problem:
 
     Proof: tests/test_exact.py::test_a_part_of_a_layer_has_that_part_of_its_curvature
     """
-    if weight not in made.linear:
+    how = "rc.exact.problem(model, corpus)"
+    require_record("of_outputs", "made must be a Problem", made, Problem, how)
+    if not isinstance(weight, str) or weight not in made.linear:
         raise ConventionError(f"of_outputs: {weight!r} is not the weight of a linear layer.")
+    for what, number in (("first", first), ("last", last)):
+        require_whole("of_outputs", what, number, 0)
     W_OI, rows, name = made.parameters[weight], slice(first, last), f"{weight}[{first}:{last}]"
     if not 0 <= first < last <= len(W_OI):
         raise RangeError(f"of_outputs: {name} is no part of {number_of(len(W_OI), 'row')}.")

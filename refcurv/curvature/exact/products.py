@@ -35,6 +35,7 @@ from refcurv.curvature.exact.variables import (
     variables_of,
 )
 from refcurv.law.checks import Array, RangeError, require_choice, require_dtype, require_finite
+from refcurv.model.given import require_callable
 from refcurv.model.layers import Saved
 from refcurv.model.transformer import Parameters, Slope, Tap
 from refcurv.progress import Progress, silent
@@ -377,6 +378,7 @@ def ggn(
 
 def _columns(variables: Variables, kind: str, progress: Progress) -> Array:
     """M e_j for each of the P unit vectors e_j."""
+    require_callable(f"exact.{kind}", "progress", progress)
     product, P = _product(kind, variables, kind), variables.size
     parameters = variables.problem.parameters
     dtype = np.result_type(*(parameters[name].dtype for name in variables.names))

@@ -25,6 +25,7 @@ from refcurv.law.checks import (
     require_shape,
 )
 from refcurv.model.corpus import Corpus
+from refcurv.model.given import require_record
 from refcurv.model.patterns import expand
 from refcurv.model.weights import Model
 
@@ -85,11 +86,13 @@ def variables_of(
         if tokens is not None or labels is not None:
             raise ConventionError(f"exact.{who}: a Problem has its own data; leave tokens out.")
         found = Variables(model, _float64(who, model, expand(wrt, list(model.parameters))))
-    elif tokens is None:
-        raise ConventionError(
-            f"exact.{who}: a Model needs tokens: a Corpus, (B, T) integers, or images."
-        )
     else:
+        what, how = "the model must be a Model or a Problem", "rc.load(path)"
+        require_record(f"exact.{who}", what, model, Model, how)
+        if tokens is None:
+            raise ConventionError(
+                f"exact.{who}: a Model needs tokens: a Corpus, (B, T) integers, or images."
+            )
         names = expand(wrt, list(model.config.parameter_shapes()))
         found = Variables(problem(model, tokens, labels), names)
     # A size is asked for only here: to know it, a lazy parameter is read from its file.

@@ -102,7 +102,7 @@ def _fused(theirs: str) -> str:
 
 def _require_known(whose: str, name: object, known: Iterable[str]) -> None:
     every = list(known)
-    if name in every:
+    if isinstance(name, str) and name in every:
         return
     near = difflib.get_close_matches(str(name), every, n=1, cutoff=0)
     which = "a layer that is judged" if whose == "ours" else "a layer of theirs"
