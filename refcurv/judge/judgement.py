@@ -40,6 +40,7 @@ from refcurv.judge.edits import compare_weight
 from refcurv.judge.foreign import match, read_arrays, read_dump
 from refcurv.judge.foreign.loss import of_summed_loss
 from refcurv.judge.given import accepted, require_options, require_ours
+from refcurv.judge.labelled import not_drawn
 from refcurv.judge.masks import compare_mask
 from refcurv.judge.pictures import Picture
 from refcurv.judge.pictures import pictures as draw
@@ -99,7 +100,9 @@ def validate(
         corpus: what the reference was collected from.
         basis: of the reference, for theirs that hold eigenvectors, masks or edited weights.
         labels: (N, T) integers, or a file that holds an array `labels`: what theirs drew. The
-            reference is then collected with these, and no drawing lies between the two.
+            reference is then collected with these, and no drawing lies between the two. Where all
+            else agrees, and theirs is not declared `empirical`, it is tested that they were drawn
+            from the model (`judge.labelled`).
         names: our layer → their name, where names do not match by themselves.
         arithmetic: their dtypes, "float32" or "model=bfloat16,products=float32,sums=float32".
         accept: dtypes of which "equal as" counts as a pass, and with each one those that are finer.
@@ -131,7 +134,9 @@ def validate(
         dump, given = _theirs(theirs, declared, arithmetic)
     if basis is not None:
         _require_edits(dump)
+    own = None
     if labels is not None:
+        own = None if dump.declared.get("fisher") == "empirical" else corpus
         corpus = _labelled(reference, model, corpus, labels)
         dump = replace(dump, declared={**dump.declared, "fisher": "empirical"})
     truth = _reference(reference, model, corpus, dump.declared, layers, progress)
@@ -156,6 +161,8 @@ def validate(
             uncounted(progress, f"{number_of(len(matched), 'layer')} compared; {SEARCH}")
         known, excluded, findings = diagnose(case, findings)
         findings = [*_as_drawn(case, findings), *map(unless_hidden, findings)]
+        if model and own and corpus and not any(f.verdict == FAIL for f in findings):
+            findings += not_drawn(model, own, corpus)
         shown = tuple(_shown(case, findings, pictures))
     if search:
         progress(len(matched), len(matched))

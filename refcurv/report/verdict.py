@@ -78,7 +78,8 @@ def headline(verdict: Json) -> str:
 
 def unjudged(verdict: Json) -> list[str]:
     """Sentences on what could not be judged, and on what would tell it."""
-    return [str(f["cause"]) for f in verdict["findings"] if f["quantity"] == LABELS]
+    found = (f for f in verdict["findings"] if f["quantity"] == LABELS)
+    return [str(f["cause"]) for f in found if f["verdict"] == LEFT_OUT]
 
 
 def _of(found: list[Json], layers: set[str]) -> str:
@@ -111,14 +112,15 @@ def _causes(verdict: Json) -> Iterator[str]:
 def _errors(cause: Json) -> str:
     """Without the hypothesis and with it; empty of what is not there."""
     before, after = measured(cause["before"]), measured(cause["after"])
-    if {*cause["quantities"]} == {"names"}:
+    if {*cause["quantities"]} <= {"names", LABELS}:
         return ""
     return f"error {before}" + (f", with this explained {after}" if after else "")
 
 
 def _where(verdict: Json, cause: Json) -> str:
     """How many layers it is about, and which quantities."""
-    return ", ".join([number_of(len(cause["layers"]), "layer"), *_explained(verdict, cause)])
+    layers = [number_of(len(cause["layers"]), "layer")] if cause["layers"] else []
+    return ", ".join([*layers, *_explained(verdict, cause)])
 
 
 def called(fault: str) -> str:

@@ -39,7 +39,7 @@ def about(
     alike: Sequence[str] = (),
 ) -> Cause:
     """A Cause that speaks of these comparisons."""
-    layers = dict.fromkeys(f.layer for f in at)
+    layers = dict.fromkeys(f.layer for f in at if f.layer)
     quantities = dict.fromkeys(f.quantity for f in at)
     return made(case, fault, words, tuple(layers), tuple(quantities), before, after, alike)
 
@@ -86,7 +86,8 @@ def of_moments(quantity: str) -> bool:
 
 def _cause(case: Case, fault: str, at: Sequence[Comparison]) -> Cause:
     worst = max(one.error or 0.0 for one in at)
-    words = f"In {at[0].layer}: {at[0].cause}."
+    words = f"In {at[0].layer}: {at[0].cause}." if at[0].layer else f"{at[0].cause}."
+    words = words[:1].upper() + words[1:]
     return about(case, fault, words, at, worst, at[0].budget or 0.0)
 
 
