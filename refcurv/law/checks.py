@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -238,6 +238,17 @@ def require_choice(who: str, what: str, value: object, choices: Iterable[str]) -
     near = difflib.get_close_matches(str(value), known, n=1)
     hint = f"{value!r:.80}." + (f" Did you mean {near[0]!r}?" if near else "")
     raise ConventionError(f"{who}: {what} must be one of {', '.join(known)}; got {hint}")
+
+
+def require_named(who: str, what: str, given: object, example: str) -> Mapping[str, Any]:
+    """`given`, or ConventionError for what maps no names.
+
+    Proof: tests/test_public.py::test_an_object_is_refused_in_one_line
+    """
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        got = type(given).__name__ if isinstance(given, Mapping) else f"{given!r:.80}"
+        raise ConventionError(f"{who}: {what} must map names, as {example}; got {got}.")
+    return given
 
 
 def require_seed(who: str, seed: int) -> int:

@@ -19,6 +19,7 @@ from refcurv.law.checks import (
     ShapeError,
     as_integers,
     require_choice,
+    require_named,
     require_range,
     require_token_ids,
 )
@@ -152,9 +153,7 @@ class Corpus:
     def __post_init__(self) -> None:
         """Own read-only copies; refuse what the law does not allow."""
         who = "Corpus"
-        if not isinstance(self.populations, Mapping):
-            kind = type(self.populations).__name__
-            raise ConventionError(f"{who}: populations must map names to Populations; got {kind}.")
+        require_named(who, "populations", self.populations, "{'quotes': Population(...)}")
         if (self.tokens is None) == (self.images is None):
             what = "neither" if self.tokens is None else "both"
             raise ConventionError(f"{who}: a corpus has tokens or images; got {what}.")

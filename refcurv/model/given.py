@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from refcurv.law.checks import ConventionError, RangeError
+from refcurv.law.checks import ConventionError, RangeError, require_named
 from refcurv.model.corpus import Corpus, Population
 from refcurv.model.weights import Model
 
@@ -138,16 +138,6 @@ def require_list(who: str, what: str, given: object, example: str) -> list[Any]:
     if isinstance(given, str | bytes) or not is_iterable(given):
         raise ConventionError(f"{who}: {what} must be a list, as {example}; got {shown(given)}.")
     return list(given)  # type: ignore[call-overload,no-any-return]
-
-
-def require_named(who: str, what: str, given: object, example: str) -> Mapping[str, Any]:
-    """`given`, or ConventionError for what maps no names.
-
-    Proof: tests/test_public.py::test_an_object_is_refused_in_one_line
-    """
-    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
-        raise ConventionError(f"{who}: {what} must map names, as {example}; got {shown(given)}.")
-    return given
 
 
 def require_facts(who: str, what: str, given: object) -> Mapping[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -17,9 +17,12 @@ from refcurv.law.checks import (
     ShapeError,
     as_array,
     require_choice,
+    require_named,
 )
 from refcurv.law.conventions import COMPUTE_DTYPES
 from refcurv.model.config import ModelConfig
+
+_EXAMPLE: Final = "{'head.weight': array}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +52,8 @@ class Model:
         if not isinstance(self.config, ModelConfig):
             raise ConventionError(f"Model: the config must be a ModelConfig; got {kind}.")
         shapes = self.config.parameter_shapes()
-        wanted, have = set(shapes), set(_named("Model", self.parameters))
+        given = require_named("Model", "parameters", self.parameters, _EXAMPLE)
+        wanted, have = set(shapes), set(given)
         if wanted != have:
             raise NameUnknownError(
                 f"Model: missing parameters {sorted(wanted - have)[:4]}, unknown parameters "
@@ -66,24 +70,17 @@ class Model:
         """The same model with some parameters replaced; shapes are checked, arrays are copied."""
         shapes = self.config.parameter_shapes()
         replaced: dict[str, Array] = {}
-        for name, array in _named("with_parameters", changed).items():
+        given = require_named("with_parameters", "parameters", changed, _EXAMPLE)
+        for name, array in given.items():
             if name not in shapes:
                 raise NameUnknownError(f"with_parameters: the model has no parameter {name!r}.")
-            given = as_array("with_parameters", name, array, str(shapes[name]))
-            if given.shape != shapes[name] or given.dtype.kind in "cOSUMm":
-                got = f"{given.shape} of {given.dtype}"
+            one = as_array("with_parameters", name, array, str(shapes[name]))
+            if one.shape != shapes[name] or one.dtype.kind in "cOSUMm":
+                got = f"{one.shape} of {one.dtype}"
                 raise ShapeError(f"with_parameters: {name} must be {shapes[name]}; got {got}.")
-            replaced[name] = np.array(given, dtype=self.dtype)
+            replaced[name] = np.array(one, dtype=self.dtype)
             replaced[name].flags.writeable = False
         return replace(self, parameters=Overlay(self.parameters, replaced))
-
-
-def _named(who: str, given: Mapping[str, Array]) -> Mapping[str, Array]:
-    """`given`, or ConventionError for what does not map names."""
-    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
-        kind = type(given).__name__
-        raise ConventionError(f"{who}: parameters must map names to arrays; got {kind}.")
-    return given
 
 
 def resident(model: Model, dtype: DTypeLike | None = None) -> dict[str, Array]:
