@@ -31,7 +31,8 @@ The public names, in the order in which data flow:
     audit, Audit                    every identity that can be checked on a model
     validate, Verdict               another program's factors: how far off, and why
     trace, Trace, first_divergence  every tensor of a pass, and the first in which theirs differs
-    RefcurvError                    every refusal is one of these
+    RefcurvError                    every refusal is one of these, of one line: what is wrong, and
+                                    what to do; a path in the place of a Model, too
 
 The modules that do several steps at once are imported by their full names:
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from refcurv.law.checks import LONGEST, shortened
+from refcurv.law.checks import LONGEST
 from refcurv.law.words import number_of
 from refcurv.progress import span
 
@@ -461,7 +461,8 @@ def _warn(
 def _line(message: str) -> str:
     """On one line, nothing in it that a terminal obeys, and not too long."""
     text = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))
-    return shortened(text, _MOST)
+    left = len(text) - _MOST
+    return f"{text[: _MOST * 3 // 4]} … {text[left + _MOST * 3 // 4 + 3 :]}" if left > 0 else text
 
 
 def _wrapped(line: str) -> str:

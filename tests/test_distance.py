@@ -386,7 +386,7 @@ def test_refusals() -> None:
         compare(made, token, wrt="head.weight", fisher="sample")
     with pytest.raises(ConventionError, match="a Model needs tokens"):
         compare(made, wrt="head.weight")
-    with pytest.raises(RangeError, match="every top must be >= 1"):
+    with pytest.raises(RangeError, match="every top must be an integer of at least 1"):
         compare(made, token, wrt="head.weight", top=(0, 1))
     alone, labels = token[:, :1], token[:, 1:2]
     with pytest.raises(EmptyError, match=r"F of 'blocks.0.attn.q.weight' is 0"):

@@ -174,7 +174,7 @@ def test_numpys_route_for_large_matrices_agrees(n: int, rows: int, seed: int, po
     U, values, _ = eigenbasis(M, rows, "float64", "A")
     calls = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blas, "_MOST_SQUARE", 8)
+        patch.setattr(blas, "MOST_SQUARE", 8)
         patch.setattr(np.linalg, "eigh", lambda M, eigh=np.linalg.eigh: calls.append(0) or eigh(M))
         V, other, _ = eigenbasis(M, rows, "float64", "A")
     assert calls == [0]
@@ -213,7 +213,7 @@ def test_a_solver_that_gives_up_says_so(monkeypatch: pytest.MonkeyPatch) -> None
     def no_eigh(M: np.ndarray) -> None:
         raise np.linalg.LinAlgError("Eigenvalues did not converge")
 
-    for name, change in (("routine", no_routine), ("_MOST_SQUARE", 2)):
+    for name, change in (("routine", no_routine), ("MOST_SQUARE", 2)):
         monkeypatch.setattr(blas, name, change)
         monkeypatch.setattr(np.linalg, "eigh", no_eigh)
         with pytest.raises(SolverError, match=r"A of 'up' \(4 x 4, finite\).*not converge") as told:

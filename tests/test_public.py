@@ -53,7 +53,7 @@ def functions() -> dict[str, Callable[..., Any]]:
                     continue  # a record, or a type for annotations
             prefix = "" if space is rc else space.__name__.rpartition(".")[2] + "."
             found[prefix + name] = one
-            if inspect.isclass(one):
+            if inspect.isclass(one) and one is not rc.ModelConfig:  # its names are its own
                 methods = {n: x for n, x in vars(one).items() if inspect.isfunction(x)}
                 found |= {f"{name}.{n}": x for n, x in methods.items() if _asks(n, x)}
     return found
@@ -124,11 +124,6 @@ CALLS: dict[str, Callable[[Own], dict[str, Any]]] = {
     "ModelConfig": lambda own: {
         one.name: getattr(own.model.config, one.name) for one in dataclasses.fields(rc.ModelConfig)
     },
-    "ModelConfig.has_bias": lambda own: {"self": own.model.config, "layer": LAYER},
-    "ModelConfig.input_of": lambda own: {"self": own.model.config, "layer": LAYER},
-    "ModelConfig.rope": lambda own: {"self": own.model.config, "i": 0},
-    "ModelConfig.weight_of": lambda own: {"self": own.model.config, "layer": LAYER},
-    "ModelConfig.window": lambda own: {"self": own.model.config, "i": 0},
     "Population": lambda own: _row(own, kind="recite", split="dev"),
     "RefcurvError": lambda _: {"message": "refused"},
     "audit": _both,

@@ -312,8 +312,8 @@ def test_an_eigenbasis_takes_the_memory_that_is_foreseen(
 
 def test_numpys_route_makes_two_copies_more() -> None:
     n = 32_766
-    assert blas.eigh_bytes(n) == 2 * 8 * n**2
-    assert blas.eigh_bytes(n + 1) == 5 * 8 * (n + 1) ** 2
+    assert room.eigh_bytes(n) == 2 * 8 * n**2
+    assert room.eigh_bytes(n + 1) == 5 * 8 * (n + 1) ** 2
 
 
 def wide(**changes: object) -> ModelConfig:

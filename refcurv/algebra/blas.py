@@ -23,9 +23,7 @@ from threadpoolctl import OpenBLASController, ThreadpoolController
 from refcurv.algebra.scaling import shifted
 from refcurv.law.checks import Array, RoomError, SolverError
 
-MOST_INT = 2**31 - 1
-
-_MOST_SQUARE = 32_766  # beyond it dsyevd's workspace, 1 + 6 n + 2 n² numbers, exceeds MOST_INT
+MOST_SQUARE = 32_766  # beyond it dsyevd's workspace, 1 + 6 n + 2 n² numbers, exceeds 2³¹ − 1
 
 
 _inside: list[Any] = []  # what was before, once for each that is inside: it is of the process
@@ -77,7 +75,7 @@ def eigh(M: Array, who: str = "", exponent: int = 0, own: bool = False) -> tuple
     """
     n = len(M)
     require_solvable(who, n)
-    if n > _MOST_SQUARE:
+    if n > MOST_SQUARE:
         with solving(who, M):
             return np.linalg.eigh(shifted(M, -exponent))
     own = own and M.dtype == np.float64 and M.flags.carray and np.array_equal(M, M.T)
@@ -97,17 +95,9 @@ def eigh(M: Array, who: str = "", exponent: int = 0, own: bool = False) -> tuple
     return values, U
 
 
-def eigh_bytes(n: int) -> int:
-    """Memory that `eigh` of M takes beside M, which is its `own`: 2 n² numbers, NumPy's 5 n².
-
-    Proof: tests/test_room.py::test_an_eigenbasis_takes_the_memory_that_is_foreseen
-    """
-    return 8 * n * n * (5 if n > _MOST_SQUARE else 2)
-
-
 def require_solvable(who: str, n: int) -> None:
     """Raise RoomError if an (n, n) matrix is too large for the integers of every LAPACK here."""
-    if n > _MOST_SQUARE:
+    if n > MOST_SQUARE:
         require_long_integers(who, f"{n:,} x {n:,}")
 
 

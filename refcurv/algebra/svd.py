@@ -5,8 +5,11 @@ from __future__ import annotations
 import numpy as np
 import scipy.linalg
 
-from refcurv.algebra.blas import MOST_INT, require_long_integers, solving
+from refcurv.algebra.blas import require_long_integers, solving
 from refcurv.law.checks import Array
+
+MOST_INT = 2**31 - 1
+"""The largest number of SciPy's LAPACK."""
 
 
 def svd(W: Array, who: str = "svd", *, full: bool = False) -> tuple[Array, Array, Array]:

@@ -40,8 +40,8 @@ from refcurv.curvature.exact.variables import (
     variables_of,
 )
 from refcurv.law import tolerance
-from refcurv.law.checks import Array, EmptyError, RangeError, as_matrix, require_shape
-from refcurv.model.given import require_list, require_record, require_whole, shown
+from refcurv.law.checks import Array, EmptyError, RangeError, require_shape
+from refcurv.model.given import as_matrix, require_list, require_record, require_whole, shown
 from refcurv.model.sampling import uniforms
 from refcurv.model.transformer import Tap
 

@@ -45,7 +45,6 @@ from refcurv.law.checks import (
     EmptyError,
     NameUnknownError,
     NonFiniteError,
-    as_matrix,
     require_choice,
     require_finite,
     require_shape,
@@ -54,6 +53,7 @@ from refcurv.law.conventions import BLOCK_SHARDS, Bias, Estimator, Fisher, Rows
 from refcurv.model.config import ModelConfig
 from refcurv.model.corpus import Corpus
 from refcurv.model.given import (
+    as_matrix,
     require_callable,
     require_corpus,
     require_flag,

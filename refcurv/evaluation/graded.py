@@ -31,7 +31,6 @@ from refcurv.law.checks import (
 from refcurv.law.words import number_of
 from refcurv.model.corpus import Population
 from refcurv.model.given import (
-    require_bytes,
     require_callable,
     require_list,
     require_model,
@@ -125,7 +124,6 @@ def items(
     require_model("items", model)
     require_text("items", "the population", population)
     require_callable("items", "progress", progress)
-    require_bytes("items", "memory", memory)
     said = None if said is None else _known("items", said, population)
     require_population("items", population.kind, population, model.config)
     parameters, parts = held("items", model, [population], memory), batches(population)

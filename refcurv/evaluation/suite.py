@@ -43,7 +43,6 @@ from refcurv.law.conventions import Gain
 from refcurv.model.config import ModelConfig
 from refcurv.model.corpus import SPLITS, Corpus, ImagePopulation, Population, Populations
 from refcurv.model.given import (
-    require_bytes,
     require_callable,
     require_corpus,
     require_model,
@@ -248,7 +247,6 @@ def evaluate(
             tests/test_images.py::test_evaluation_is_argmax_one_image_at_a_time
     """
     _require_given(model, corpus, baseline, {"progress": progress, "each": each, "told": told})
-    require_bytes("evaluate", "memory", memory)
     pending = [model, baseline] if isinstance(baseline, Model) else [model]
     wanted = judged(corpus, split, *pending)
     total = len(pending) * _batch_count(model.config, wanted)

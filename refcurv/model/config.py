@@ -8,7 +8,7 @@ from enum import StrEnum
 
 import numpy as np
 
-from refcurv.law.checks import ConventionError, NameUnknownError, RangeError, require_choice
+from refcurv.law.checks import ConventionError, RangeError, require_choice
 
 LARGEST = float(np.finfo(np.float64).max)
 SMALLEST = float(np.finfo(np.float64).tiny)
@@ -330,42 +330,28 @@ class ModelConfig:
 
     def has_bias(self, layer: str) -> bool:
         """Does linear layer `layer` have a bias?"""
-        _require_name(layer)
         return layer.rpartition(".")[2] in self.biases
 
     def window(self, i: int) -> int:
         """How many last positions a query of block i sees; 0 for all."""
-        self._require_block(i)
         return self.windows[i] if self.windows else 0
 
     def rope(self, i: int) -> Rope | None:
         """The rotary positions of block i; None where it has none."""
-        self._require_block(i)
         kind = self.rotary[i] if self.rotary else "main"
         theta = {"main": self.rope_theta, "local": self.local_theta, "none": None}[kind]
         return None if theta is None else (theta, self.rope_scaling if kind == "main" else None)
 
     def weight_of(self, layer: str) -> str:
         """The parameter that linear layer `layer` multiplies by: the embedding for a tied head."""
-        _require_name(layer)
         return "embed.weight" if layer == "head" and self.tied else f"{layer}.weight"
 
     def input_of(self, layer: str) -> str:
         """The name of the input that `layer` reads: q, k and v share one, gate and up another."""
-        _require_name(layer)
         block, _, name = layer.rpartition(".")
         if name in ("q", "k", "v"):
             return f"{block}.qkv"
         return f"{block}.gate_up" if name in ("gate", "up") else layer
-
-    def _require_block(self, i: int) -> None:
-        if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < self.layers:
-            raise RangeError(f"ModelConfig: there is no block {i!r:.80}; it has {self.layers}.")
-
-
-def _require_name(layer: str) -> None:
-    if not isinstance(layer, str):
-        raise NameUnknownError(f"ModelConfig: a layer's name is a text; got {layer!r:.80}.")
 
 
 # ------------------------------------------------------------------ what fields must be

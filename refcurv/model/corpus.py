@@ -153,8 +153,7 @@ class Corpus:
         """Own read-only copies; refuse what the law does not allow."""
         who = "Corpus"
         if not isinstance(self.populations, Mapping):
-            kind = type(self.populations).__name__
-            raise ConventionError(f"{who}: populations must map names to Populations; got {kind}.")
+            raise ConventionError(f"{who}: populations must be a mapping of names to Populations.")
         if (self.tokens is None) == (self.images is None):
             what = "neither" if self.tokens is None else "both"
             raise ConventionError(f"{who}: a corpus has tokens or images; got {what}.")

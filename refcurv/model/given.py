@@ -8,7 +8,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from refcurv.law.checks import ConventionError, RangeError
+from refcurv.law.checks import (
+    Array,
+    ConventionError,
+    RangeError,
+    as_array,
+    require_dtype,
+    require_shape,
+)
 from refcurv.model.corpus import Corpus, Population
 from refcurv.model.weights import Model
 
@@ -148,6 +155,17 @@ def require_named(who: str, what: str, given: object, example: str) -> Mapping[s
     if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
         raise ConventionError(f"{who}: {what} must map names, as {example}; got {shown(given)}.")
     return given
+
+
+def as_matrix(who: str, what: str, given: Any) -> Array:
+    """`given` as a matrix of real numbers. ShapeError, DTypeError: it is none.
+
+    Proof: tests/test_public.py::test_an_object_is_refused_in_one_line
+    """
+    array = as_array(who, what, given, "a matrix")
+    require_dtype(who, what, array, "fiu", "real numbers")
+    require_shape(who, what, array, (None, None), "a matrix")
+    return array
 
 
 def require_facts(who: str, what: str, given: object) -> Mapping[str, Any]:

@@ -10,14 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from refcurv.law.checks import (
-    Array,
-    ConventionError,
-    NameUnknownError,
-    ShapeError,
-    as_array,
-    require_choice,
-)
+from refcurv.law.checks import Array, NameUnknownError, ShapeError, as_array, require_choice
 from refcurv.law.conventions import COMPUTE_DTYPES
 from refcurv.model.config import ModelConfig
 
@@ -45,11 +38,10 @@ class Model:
     def __post_init__(self) -> None:
         """Refuse an unknown dtype, and parameters that are not those of the configuration."""
         require_choice("Model", "dtype", self.dtype, COMPUTE_DTYPES)
-        kind = type(self.config).__name__
-        if not isinstance(self.config, ModelConfig):
-            raise ConventionError(f"Model: the config must be a ModelConfig; got {kind}.")
+        if not (isinstance(self.config, ModelConfig) and isinstance(self.parameters, Mapping)):
+            raise ShapeError("Model: needs a ModelConfig, and a mapping of names to arrays.")
         shapes = self.config.parameter_shapes()
-        wanted, have = set(shapes), set(_named("Model", self.parameters))
+        wanted, have = set(shapes), set(map(str, self.parameters))
         if wanted != have:
             raise NameUnknownError(
                 f"Model: missing parameters {sorted(wanted - have)[:4]}, unknown parameters "
@@ -66,7 +58,9 @@ class Model:
         """The same model with some parameters replaced; shapes are checked, arrays are copied."""
         shapes = self.config.parameter_shapes()
         replaced: dict[str, Array] = {}
-        for name, array in _named("with_parameters", changed).items():
+        if not isinstance(changed, Mapping):
+            raise ShapeError("with_parameters: needs a mapping of names to arrays.")
+        for name, array in changed.items():
             if name not in shapes:
                 raise NameUnknownError(f"with_parameters: the model has no parameter {name!r}.")
             given = as_array("with_parameters", name, array, str(shapes[name]))
@@ -76,14 +70,6 @@ class Model:
             replaced[name] = np.array(given, dtype=self.dtype)
             replaced[name].flags.writeable = False
         return replace(self, parameters=Overlay(self.parameters, replaced))
-
-
-def _named(who: str, given: Mapping[str, Array]) -> Mapping[str, Array]:
-    """`given`, or ConventionError for what does not map names."""
-    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
-        kind = type(given).__name__
-        raise ConventionError(f"{who}: parameters must map names to arrays; got {kind}.")
-    return given
 
 
 def resident(model: Model, dtype: DTypeLike | None = None) -> dict[str, Array]:
