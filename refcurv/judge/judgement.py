@@ -134,11 +134,7 @@ def validate(
         dump, given = _theirs(theirs, declared, arithmetic)
     if basis is not None:
         _require_edits(dump)
-    own = None
-    if labels is not None:
-        own = None if dump.declared.get("fisher") == "empirical" else corpus
-        corpus = _labelled(reference, model, corpus, labels)
-        dump = replace(dump, declared={**dump.declared, "fisher": "empirical"})
+    corpus, own, dump = _labelled(reference, model, corpus, labels, dump)
     truth = _reference(reference, model, corpus, dump.declared, layers, progress)
     wanted, sizes = _wanted(truth, layers), shapes_of(truth)
     truth = replace(truth, layers=Recent(truth.layers, ROOM))
@@ -294,9 +290,18 @@ def _reference(
 
 
 def _labelled(
-    reference: object, model: Model | None, corpus: Corpus | None, labels: str | Path | ArrayLike
-) -> Corpus:
-    """The corpus with their labels; the reference must be collected with these."""
+    reference: object,
+    model: Model | None,
+    corpus: Corpus | None,
+    labels: str | Path | ArrayLike | None,
+    dump: Dump,
+) -> tuple[Corpus | None, Corpus | None, Dump]:
+    """The corpus with their labels; with its own, if theirs should be drawn; and the dump.
+
+    The reference is collected with their labels, as if they were the corpus's.
+    """
+    if labels is None:
+        return corpus, None, dump
     if reference is not None or model is None or corpus is None:
         raise ConventionError(
             "validate: labels need a model and a corpus, and no reference: it is collected anew."
@@ -307,7 +312,9 @@ def _labelled(
         if "labels" not in arrays:
             raise SchemaError(f"validate: {str(labels)!r} holds no array `labels`.")
         given = arrays["labels"]
-    return with_labels(corpus, slice(None), given)
+    own = None if dump.declared.get("fisher") == "empirical" else corpus
+    dump = replace(dump, declared={**dump.declared, "fisher": "empirical"})
+    return with_labels(corpus, slice(None), given), own, dump
 
 
 @contextmanager
