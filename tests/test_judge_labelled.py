@@ -90,7 +90,17 @@ def test_labels_are_judged_where_all_else_agrees(kind: str, made) -> None:
     assert [one.fault for one in found.causes] == faults and found.passed == (not faults)
     assert rc.validate(dump, **what, declared={"fisher": "empirical"}).passed
     if faults:
-        assert f"FAILED: the dump of memory: {faults[0]}" in format_verdict(found.to_json())
+        text = " ".join(format_verdict(found.to_json()).split())
+        assert f"FAILED: the dump of memory: {faults[0]}" in text
+        assert ("--declare fisher=empirical" in text) == (kind == "own")
+
+
+def test_without_room_for_probabilities_the_other_tests_remain(made, monkeypatch) -> None:
+    """A vocabulary times a text may be more than ENTRIES, for one sequence too."""
+    monkeypatch.setattr(labelled, "ENTRIES", T * V - 1)
+    assert told(made, labels_of("one key", *made[1:], 0)) == []
+    assert told(made, labels_of("argmax", *made[1:], 0)) == ["B16"]
+    assert told(made, labels_of("hot", *made[1:], 0)) == ["B21"]
 
 
 def test_chances_are_bounded_from_above(made) -> None:

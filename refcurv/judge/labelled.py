@@ -89,7 +89,8 @@ def not_drawn(model: Model, corpus: Corpus, given: Corpus) -> Iterator[Compariso
         return
     every = f"all {number_of(seen.count, 'label')} that were given"
     if seen.own == seen.count and seen.of_own < math.log(ODDS):
-        yield _told("B15", f"{every} are the corpus's own")
+        meant = "where that is meant, declare it (--declare fisher=empirical)"
+        yield _told("B15", f"{every} are the corpus's own; {meant}")
     elif seen.best == seen.count and seen.of_best < math.log(ODDS):
         yield _told("B16", f"{every} are the model's likeliest outputs")
     elif alike := _alike(seen):
@@ -108,7 +109,7 @@ def _told(fault: str, words: str) -> Comparison:
 
 def _seen(config: ModelConfig, parameters: Parameters, corpus: Corpus, given: Corpus) -> _Seen:
     N, T = given.label.shape
-    few = max(2, min(N, ENTRIES // (T * config.vocabulary)))
+    few = min(N, ENTRIES // (T * config.vocabulary))
     label_NT, p_NTV = np.full((few, T), -1), np.zeros((few, T, config.vocabulary), np.float32)
     numbers, below, above = np.zeros(6), np.zeros(len(SLOPES)), np.zeros(len(SLOPES))
     for n, t, log_p, label_N in _rows(config, parameters, given):
