@@ -14,6 +14,7 @@ import refcurv as rc
 from refcurv.judge import labelled
 from refcurv.judge.labelled import not_drawn
 from refcurv.report.verdict import format_verdict
+from refcurv.report.verdict_page import verdict_page
 
 N, T, V = 24, 12, 19
 
@@ -92,6 +93,7 @@ def test_labels_are_judged_where_all_else_agrees(kind: str, made) -> None:
     if faults:
         text = " ".join(format_verdict(found.to_json()).split())
         assert f"FAILED: the dump of memory: {faults[0]}" in text
+        assert "error before" not in verdict_page(found.to_json())
         assert ("--declare fisher=empirical" in text) == (kind == "own")
 
 

@@ -140,6 +140,7 @@ def _cause(name: str, one: Json, every: list[str]) -> str:
         "error before": measured(one["before"]),
         "error after": measured(one["after"]) or "nothing to measure",
     }
+    pairs = pairs if layers else {}  # it is about the labels, say, and no matrix
     if one["alike"]:
         pairs["cannot be told from"] = ", ".join(map(called, one["alike"]))
-    return text + facts(pairs)
+    return text + (facts(pairs) if pairs else "")
