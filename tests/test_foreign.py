@@ -244,6 +244,19 @@ def test_a_bomb_does_not_burst(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         read_dump(path)
 
 
+def test_blocks_in_one_array_are_told_where_no_layer_is_left(tmp_path: Path) -> None:
+    """As scans over layers hold them."""
+    factors = setting()[2]
+    one = factors[UP]
+    held = {f"layers.up/{k}": np.stack([X, X]) for k, X in (("A", one.A), ("G", one.G))}
+    np.savez(tmp_path / "d.npz", **held, **{"layers.head/A": one.A, "layers.head/G": one.G})
+    told = (
+        "no layer in common.*A of 'layers.up' is .2, .*If its first axis is blocks, store 2 layers"
+    )
+    with pytest.raises(rc.RefcurvError, match=told):
+        rc.validate(tmp_path / "d.npz", factors)
+
+
 FORMATS = ("npz", "safetensors", "hdf5", "torch", "memory", "kronfluence")
 
 
@@ -272,7 +285,9 @@ def test_an_array_of_other_axes_is_a_problem_in_every_format(tmp_path: Path, for
         given = {UP: held} if format == "memory" else path
         dump = of_arrays(given) if format == "memory" else read_dump(path)
         (layer,) = dump.layers
-        assert f"{shape}; a matrix is needed" in " ".join(dump.problems)
+        told = " ".join(dump.problems)
+        assert f"{shape}; a matrix is needed" in told
+        assert ("If its first axis is blocks, store 2 layers" in told) == (len(shape) == 3)
         assert "A" not in dump.holds[layer] and dump.layers[layer].A is None
         assert dump.layers[layer].G is not None
         if format != "kronfluence":

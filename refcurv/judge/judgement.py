@@ -140,7 +140,7 @@ def validate(
     truth = replace(truth, layers=Recent(truth.layers, ROOM))
     matched, notes = match(dump, {name: sizes[name] for name in wanted}, names or {})
     if not matched:
-        raise _nothing_in_common(dump.layers, wanted, notes)
+        raise _nothing_in_common(dump, wanted, notes)
     bases = load_bases(basis) if isinstance(basis, str | Path) else basis
     require_together(truth, model, corpus, bases)
     say = partial(doing, progress)
@@ -334,12 +334,11 @@ B48 = f"B48: {FAULTS['B48'].name}"
 """What a layer that is not there is called."""
 
 
-def _nothing_in_common(
-    theirs: Iterable[str], ours: Iterable[str], notes: Sequence[Comparison]
-) -> EmptyError:
+def _nothing_in_common(dump: Dump, ours: Iterable[str], notes: Sequence[Comparison]) -> EmptyError:
     why = f" {notes[0].layer}: {notes[0].cause}." if notes else ""
+    why += f" Also: {dump.problems[0]}." if dump.problems else ""
     return EmptyError(
-        f"validate: no layer in common. Theirs: {first_names(theirs)}; "
+        f"validate: no layer in common. Theirs: {first_names(dump.layers)}; "
         f"ours: {first_names(ours)}.{why} Say which layer is which: --name OURS=THEIRS for each "
         "(names={ours: theirs} in Python)."
     )

@@ -56,7 +56,9 @@ def misfit(what: str, key: str, shape: tuple[int, ...]) -> str | None:
     if len(shape) in AXES[key]:
         return None
     wanted = "a vector" if AXES[key] == (1,) else "a matrix"
-    return f"{what} is {shape}; {wanted} is needed"
+    stacked = len(shape) == 1 + max(AXES[key])  # as programs hold blocks that are all alike
+    split = f". If its first axis is blocks, store {shape[0]} layers" if stacked else ""
+    return f"{what} is {shape}; {wanted} is needed{split}"
 
 
 def numbers(what: str, stored: Stored) -> Array:
