@@ -265,7 +265,8 @@ TWO = {
 }
 
 
-@pytest.mark.parametrize("name", dear(TWO))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TWO)
 def test_two_quantities_are_fitted_at_once(setting, name):
     network = TWO[name]
     verdict, faults = named(setting, planted(setting, Setting(network=network)))
