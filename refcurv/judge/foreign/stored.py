@@ -15,6 +15,7 @@ from refcurv.files import safetensors
 from refcurv.files.bfloat16 import from_bfloat16
 from refcurv.judge.arithmetic import Arithmetic
 from refcurv.law.checks import Array, RoomError
+from refcurv.law.words import number_of
 
 AXES: Final = {
     **{"A": (1, 2), "G": (1, 2), "U_A": (2,), "mu": (1,), "U_G": (2,), "lam": (1,)},
@@ -57,7 +58,8 @@ def misfit(what: str, key: str, shape: tuple[int, ...]) -> str | None:
         return None
     wanted = "a vector" if AXES[key] == (1,) else "a matrix"
     stacked = len(shape) == 1 + max(AXES[key])  # as programs hold blocks that are all alike
-    split = f". If its first axis is blocks, store {shape[0]} layers" if stacked else ""
+    count = number_of(shape[0], "layer") if stacked else ""
+    split = f". If its first axis is blocks, store {count}" if stacked else ""
     return f"{what} is {shape}; {wanted} is needed{split}"
 
 
