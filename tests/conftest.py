@@ -8,6 +8,7 @@ import sys
 import termios
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from pathlib import Path
 from unittest import mock
 
@@ -16,7 +17,7 @@ import pytest
 import strategies
 from hypothesis import HealthCheck, settings
 from proofs import Proofs
-from threadpoolctl import threadpool_info, threadpool_limits
+from threadpoolctl import ThreadpoolController, threadpool_info
 
 COMMON = dict(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("dev", max_examples=25, **COMMON)
@@ -80,9 +81,15 @@ def on_terminal() -> Callable[[int], AbstractContextManager[None]]:
     return of
 
 
+@cache
+def _pools(of_torch: bool) -> ThreadpoolController:
+    """Every BLAS of this process. Finding them takes a millisecond, longer than many a test."""
+    return ThreadpoolController()
+
+
 @pytest.fixture(autouse=True)
 def _one_blas_thread() -> Iterator[None]:
-    with threadpool_limits(1):
+    with _pools("torch" in sys.modules).limit(limits=1):
         yield
 
 

@@ -131,10 +131,10 @@ def readme(text: str) -> dict[str, list[str]]:
 # ------------------------------------------------------------------ citations
 
 
-@pytest.mark.parametrize("path", files(), ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_every_citation_leads_somewhere(path: Path) -> None:
-    text = prose(path)
-    assert dangling(text) + pages(path, text) == []
+def test_every_citation_leads_somewhere() -> None:
+    texts = {path: prose(path) for path in files()}
+    found = {path: dangling(text) + pages(path, text) for path, text in texts.items()}
+    assert {path: citations for path, citations in found.items() if citations} == {}
 
 
 def test_the_page_cites_itself_rightly() -> None:

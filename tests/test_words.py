@@ -55,9 +55,9 @@ def plurals_by_hand(source: str) -> list[str]:
     return out
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: p.stem)
-def test_no_message_writes_a_plural_by_hand(path: Path) -> None:
-    assert plurals_by_hand(path.read_text(encoding="utf-8")) == []
+def test_no_message_writes_a_plural_by_hand() -> None:
+    found = {path: plurals_by_hand(path.read_text("utf-8")) for path in ROOT.rglob("*.py")}
+    assert {path: texts for path, texts in found.items() if texts} == {}
 
 
 @pytest.mark.parametrize(

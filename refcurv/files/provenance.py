@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import platform
+from functools import cache
 from typing import Any
 
 import threadpoolctl
@@ -60,6 +61,7 @@ def _cpu_features() -> list[str]:
     )
 
 
+@cache
 def _version(distribution: str) -> str:
     try:
         return importlib.metadata.version(distribution)
