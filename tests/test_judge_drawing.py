@@ -17,6 +17,7 @@ from refcurv.judge import draws, honest
 from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.case import Case
 from refcurv.judge.compare import Bounds
+from refcurv.judge.diagnosis import recomputed
 from refcurv.judge.drawn import LITTLE, RARE, Drawing
 from refcurv.judge.dump import Dump, Theirs
 from refcurv.judge.foreign import read_dump
@@ -230,6 +231,37 @@ def test_gold_labels_are_named_through_rounding(monkeypatch):
     middle = {name: one.G for name, one in exact.items()}
     each = [{x: draws.apart(G, middle[x]) for x, G in one.items()} for one in dumps_of(case, 80)]
     assert not any(draws.nearer(case, middle, one) for one in each)
+
+
+@pytest.mark.parametrize(("fisher", "named"), [("empirical", ["B15"]), ("sampled", [])])
+def test_gold_labels_are_named_where_a_sample_says_nothing(fisher, named, monkeypatch):
+    """Of a long corpus settings are tried on a few sequences: on the others theirs is drawn."""
+    monkeypatch.setattr(recomputed, "few_positions", lambda _: 16)
+    monkeypatch.setattr(draws, "WORK", 0.0)  # nor can it be told by honest dumps
+    model, corpus = world(5)
+    reference = rc.collect(model, corpus, LAYERS, seed=1)
+    theirs = rc.collect(model, corpus, LAYERS, fisher, **({"seed": 2} if not named else {}))
+    verdict = rc.validate(in_memory(theirs), reference, model=model, corpus=corpus)
+    assert [one.fault for one in verdict.causes] == named
+    assert not verdict.passed
+    hints = {one.cause for one in verdict.failed if one.verdict == "undecided"}
+    assert not any("model and corpus" in hint for hint in hints), "they are given"
+
+
+def test_drawn_labels_beside_the_corpus_own_are_told():
+    """The reference is of other labels; where A is off too, or theirs says whose it has, not so."""
+    model, corpus = world(1)
+    reference = rc.collect(model, corpus, LAYERS, "empirical")
+    theirs = in_memory(rc.collect(model, corpus, LAYERS, seed=2))
+    for more in ({}, {"model": model, "corpus": corpus}):
+        (cause,) = rc.validate(theirs, reference, **more).causes
+        assert cause.fault is None and "without --fisher empirical" in cause.sentence
+        assert {*cause.layers} == {*theirs} and "A" not in cause.quantities
+    verdict = rc.validate(theirs, reference, declared={"fisher": "empirical"})
+    assert not verdict.passed and not verdict.causes
+    broken = {x: (A + np.diag(np.arange(len(A))), G, n) for x, (A, G, n) in theirs.items()}
+    texts = [one.sentence for one in rc.validate(broken, reference).causes]
+    assert not any("--fisher empirical" in text for text in texts)
 
 
 def dumps_of(case, count, whole=False):

@@ -312,7 +312,17 @@ class Bounds:
             words = f"{BY_DRAWING} {error:.1%} (up to {limit:.1%}{self._source})"
             return (PASS, words) if error <= limit else None
         # NaN is within nothing
-        return (UNDECIDED, _HIDES.format(error, limit)) if error <= RARE * limit else None
+        return (UNDECIDED, self._hides) if error <= RARE * limit else None
+
+    @property
+    def _hides(self) -> str:
+        """Why drawing decides nothing, and what would; error and budget stand beside it."""
+        known = self.case.model is not None and self.case.corpus is not None
+        more = "" if known else "model and corpus, or "
+        return (
+            "drawing labels often changes it by as much as the budget, and other labels could hide "
+            f"there: give {more}their labels (--labels), or collect both as empirical"
+        )
 
     @property
     def _source(self) -> str:
@@ -335,7 +345,7 @@ def unless_hidden(found: Comparison) -> Comparison:
         return found
     if error <= TELLING or budget < HALF:
         return found
-    return replace(found, verdict=UNDECIDED, cause=_ROUNDS.format(error, budget))
+    return replace(found, verdict=UNDECIDED, cause=_ROUNDS)
 
 
 def right(bounds: Bounds, measured: Mapping[str, Measured], dtype: str) -> bool:
@@ -348,13 +358,9 @@ def right(bounds: Bounds, measured: Mapping[str, Measured], dtype: str) -> bool:
     )
 
 
-_HIDES = (
-    "it differs by {:.1%}. Drawing labels often changes it by up to {:.1%}, and other labels could "
-    "hide there: give model and corpus, or their labels, or collect both as empirical"
-)
 _ROUNDS = (
-    "it differs by {:.1%}. Roundings of this arithmetic can change it by up to {:.1%}, and a "
-    "factor of 2 could hide there: give a dump in float32, or of more rows"
+    "roundings of this arithmetic can change it by as much as the budget, and a factor of 2 could "
+    "hide there: give a dump in float32, or of more rows"
 )
 HOW_MUCH_DRAWING = (
     "labels are drawn, and nothing says how much that changes: give model and corpus, or collect "

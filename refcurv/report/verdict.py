@@ -114,7 +114,8 @@ def _errors(cause: Json) -> str:
     before, after = measured(cause["before"]), measured(cause["after"])
     if {*cause["quantities"]} <= {"names", LABELS}:
         return ""
-    return f"error {before}" + (f", with this explained {after}" if after else "")
+    explained = after and after != before  # what is unknown explains none of it
+    return f"error {before}" + (f", with this explained {after}" if explained else "")
 
 
 def _where(verdict: Json, cause: Json) -> str:

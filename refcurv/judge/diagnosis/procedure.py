@@ -43,7 +43,7 @@ from refcurv.judge.diagnosis.simulated import sharpened
 from refcurv.judge.diagnosis.unknown import remainder
 from refcurv.judge.diagnosis.variants import combined
 from refcurv.judge.diagnosis.weighted import leave_lone, weigh, weighs
-from refcurv.judge.diagnosis.work import is_large, linear
+from refcurv.judge.diagnosis.work import at_once, is_large, linear
 from refcurv.judge.draws import nearer, unlike
 from refcurv.judge.verdict import LEFT_OUT, PASS, Cause, Comparison
 
@@ -369,6 +369,7 @@ def _verify(
     elif idea.setting is None:
         look(case, layers, found, index, idea.faults or None)
     else:
-        step = max(1, len(layers)) if is_large(case) else 4
+        step = max(1, len(layers)) if is_large(case) else at_once(case)
         for begin in range(0, len(layers), step):
-            recompute(case, found, layers[begin : begin + step], [idea.setting])
+            some = layers[begin : begin + step]
+            recompute(case, found, some, [idea.setting], sampled=False)

@@ -66,7 +66,7 @@ def recompute(
         _recompute_large(case, found, layers, wanted, sampled)
         return
     positions, limit = extent(case), few_positions(case)
-    if positions <= limit:
+    if positions <= limit or (not sampled and len(wanted) <= BEST and positions <= MOST):
         _enter(found, entries(case, layers, wanted, positions))
         return
     most = HOPEFUL if sampled else math.inf

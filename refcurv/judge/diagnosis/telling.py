@@ -32,6 +32,7 @@ from refcurv.judge.verdict import (
     Cause,
     Comparison,
 )
+from refcurv.law.conventions import Fisher
 from refcurv.law.words import number_of
 
 
@@ -54,6 +55,7 @@ def causes(
     every += [*rows, *_scales(case, found, findings, moved)]
     every += [one for one in sized if not (_precision(one) and {*one.layers} <= moved)]
     every += [*_signs(case, found, seen), *_not_asked(case, findings)]
+    every += [] if any(_of_side(one, "G") for one in every) else _drawn_by_theirs(case, found)
     return tuple(one for one in every if any(_speaks(one, f) for f in findings))
 
 
@@ -169,6 +171,28 @@ def _not_asked(case: Case, findings: Sequence[Comparison]) -> Iterator[Cause]:
         text += f"{ALONE}. If they were asked for, their hooks never fired."
         yield about(case, None, text, at, math.inf, math.nan, ("B48",))
 
+
+def _drawn_by_theirs(case: Case, found: Mapping[str, Side]) -> Iterator[Cause]:
+    """The labels of the reference are the corpus's own, every A is ours, and no G: as of others.
+
+    Labels are the same for all layers, and no A has any.
+
+    Proof: tests/test_judge_drawing.py::test_drawn_labels_beside_the_corpus_own_are_told
+    """
+    A, G, given = found["A"], found["G"], case.dump.declared
+    lost = G.unexplained()
+    if case.reference.fisher is Fisher.EMPIRICAL and not given.keys() & {"fisher", "labels"}:
+        if lost and {*lost} == {*G.ladders} and not (A.chosen or A.unexplained()):
+            before = max(G.plain(x).error for x in lost)
+            at = tuple(lost), _form_of("G")
+            yield made(case, None, OTHER_LABELS, *at, before, before)
+
+
+OTHER_LABELS = (
+    "Unknown: every A is ours, and no G is. The reference has the corpus's own labels. If theirs "
+    "are drawn from the model, judge by model and corpus alone (without --reference), or collect "
+    "the reference without --fisher empirical."
+)
 
 NOT_FINITE = (
     "Unknown: entries are not finite, and no infinity says that a number was too large. It may be "

@@ -59,13 +59,18 @@ def sequences(case: Case, limit: int) -> str:
 
 def is_large(case: Case) -> bool:
     """Are A and G of a few layers too large to be made under many settings? Then sketches are."""
+    return at_once(case) < 8
+
+
+def at_once(case: Case) -> int:
+    """Of so many layers a run may have A and G, the largest ones too."""
 
     def largest() -> int:
         shapes = shapes_of(case.reference)
         each = [shapes[name] for name in linear(case.matched)]
-        return max((sum(n * n for n in shape) for shape in each), default=0)
+        return max((sum(n * n for n in shape) for shape in each), default=1)
 
-    return case.once("largest", largest) * 8 > ENTRIES
+    return ENTRIES // case.once("largest", largest)
 
 
 def linear(layers: Iterable[str]) -> list[str]:
