@@ -20,8 +20,9 @@ from proofs import Proofs
 from threadpoolctl import ThreadpoolController, threadpool_info
 
 COMMON = dict(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile("dev", max_examples=25, **COMMON)
+settings.register_profile("dev", max_examples=20, **COMMON)
 settings.register_profile("ci", max_examples=50, **COMMON)
+settings.register_profile("proofs", max_examples=5, **COMMON)  # what a test executes
 settings.register_profile("nightly", max_examples=2000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
@@ -37,6 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--measured") and config.getoption("numprocesses", None):
         raise pytest.UsageError("--measured sees one process alone: give -n 0 too")
     if config.getoption("--proofs"):
+        settings.load_profile("proofs")
         config.pluginmanager.register(Proofs())
 
 

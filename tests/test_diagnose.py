@@ -123,6 +123,7 @@ def test_no_alarm_where_nothing_is_wrong(gappy, times):
         assert verdict.passed and not verdict.causes, (n, verdict.failed)
 
 
+@pytest.mark.slow
 def test_other_draws_batches_and_gauges_are_no_fault(gappy):
     """Another seed, another order of sequences and shards merged by hand, with model and corpus."""
     model, corpus, _ = gappy

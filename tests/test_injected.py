@@ -417,8 +417,8 @@ def is_named(id: str, verdict: rc.Verdict) -> bool:
 
 
 DEAR = (
-    "B15 B17 B19 B19-prompts B26-cap B46-rank B50-packed B50-window B52 B53-gain B53-outside "
-    "B54-cap B58 B58-stored B63"
+    "B15 B17 B18 B19 B19-prompts B22 B24 B26-cap B46-rank B49-double B50 B50-packed B50-window B51 "
+    "B51-shift B52 B53-gain B53-outside B54 B54-cap B57 B58 B58-stored B63"
 ).split()
 """Faults for which many hypotheses are tried first."""
 

@@ -289,6 +289,7 @@ def test_the_labels_of_the_reference_need_no_draws(monkeypatch):
     assert rc.validate(in_memory(reference), reference, **given_).passed
 
 
+@pytest.mark.slow
 def test_a_factor_that_no_draw_has_fails():
     model, corpus = world(1)
     reference = rc.collect(model, corpus, LAYERS, seed=1, draws=8)

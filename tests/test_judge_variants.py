@@ -229,6 +229,7 @@ def test_logits_by_a_scale_are_those_of_a_larger_head() -> None:
         assert_within(one.A, here.reference[name].A, BUDGET, np.trace(one.A), name)
 
 
+@pytest.mark.slow
 def test_no_change_leaves_the_dtype(monkeypatch) -> None:
     """Of a large model samples are in float32, and the kernels know no arrays of two dtypes."""
     one = case(

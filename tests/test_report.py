@@ -109,6 +109,19 @@ def some_controls() -> dict[str, Any]:
 
 @pytest.fixture
 def results(rng: np.random.Generator) -> dict[str, Any]:
+    return example(rng)
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> Page:
+    """The page of these results, alone in its folder. Plots take a second."""
+    folder = tmp_path_factory.mktemp("page")
+    page.write_page(example(np.random.default_rng(20251024)), folder / "report.html")
+    assert [p.name for p in folder.iterdir()] == ["report.html"]
+    return Page((folder / "report.html").read_text(encoding="utf-8"))
+
+
+def example(rng: np.random.Generator) -> dict[str, Any]:
     """What `refcurv demo` hands over, made with the records whose JSON it is."""
     edited, spectrum = [], {}
     for block in (2, 3):
@@ -1011,7 +1024,7 @@ class Page(HTMLParser):
         self.addresses: list[str] = []
         self.alts: list[str] = []
         self.rows: list[list[str]] = []
-        self.text = ""
+        self.text, self.source = "", text
         self.feed(text)
         self.close()
 
@@ -1039,11 +1052,8 @@ class Page(HTMLParser):
             self.rows[-1][-1] += data
 
 
-def test_page_needs_nothing_else(results: dict[str, Any], tmp_path: Path) -> None:
-    page.write_page(results, tmp_path / "report.html")
-    text = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
-    read = Page(text)
+def test_page_needs_nothing_else(shown: Page) -> None:
+    text, read = shown.source, shown
     assert read.open == []
     assert len(read.addresses) == len(read.alts) == 5
     assert all(read.alts)
@@ -1058,12 +1068,12 @@ def test_page_needs_nothing_else(results: dict[str, Any], tmp_path: Path) -> Non
     assert {"details", "main", "header", "figcaption", "caption"} <= set(read.tags)
 
 
-def test_page_has_the_table(results: dict[str, Any]) -> None:
-    read = Page(page.page(results))
-    shown = [[cell.replace("\u00a0", " ").replace("−", "-") for cell in row] for row in read.rows]
+def test_page_has_the_table(shown: Page, results: dict[str, Any]) -> None:
+    read = shown
+    rows = [[cell.replace("\u00a0", " ").replace("−", "-") for cell in row] for row in read.rows]
     for one in table.tables(results):
         for row in one.rows:
-            assert list(row) in shown
+            assert list(row) in rows
     assert "refcurv collect model.h5 corpus.h5 -o 'my factors.h5' --layers" in read.text
     assert "--rho 'blocks.{2-3}.mlp.{gate,up}=0.85'" in read.text
     assert "Time taken: collect 14.2 s, edit 0.1 s." in read.text

@@ -72,6 +72,7 @@ def test_honest_dumps_of_both_models_pass() -> None:
         ).passed
 
 
+@pytest.mark.slow
 def test_gradients_of_a_mean_over_the_batch() -> None:
     """The gradients that are squared hold 1/m, m the rows of the batch."""
     of = texts()
@@ -86,6 +87,7 @@ def test_a_mean_loss_corrected_for_sequences_alone() -> None:
     assert named(theirs, of) == {"B1"}
 
 
+@pytest.mark.slow
 def test_labels_of_the_corpus_in_the_place_of_the_models() -> None:
     model, corpus, _ = of = texts()
     assert named(dump(rc.collect(model, corpus, "**", "empirical")), of) == {"B15"}
@@ -150,6 +152,7 @@ def test_patches_counted_in_one_factor_of_the_convolution() -> None:
     assert named(theirs, of) == {"B14"}
 
 
+@pytest.mark.slow
 def test_gradients_with_the_scale_of_mixed_precision() -> None:
     of = texts()
     theirs = {name: (A, G * 2.0**32, n) for name, (A, G, n) in dump(of[2]).items()}
