@@ -748,6 +748,28 @@ def test_given_names_must_exist() -> None:
         match(dump, SHAPES, {"heads": "b.weight"})
 
 
+def test_a_name_with_stars_is_a_name_for_each() -> None:
+    shapes = {f"blocks.{n}.mlp.{x}": (2, 2) for n in (0, 1, 10) for x in ("up", "down")}
+    theirs = [f"net/layer_{n}/{x}" for n in (0, 1, 10) for x in ("fc1", "fc2")]
+    dump = named(*theirs, "net.blocks.0.mlp.up", "net.blocks.1.mlp.down")
+    up = {f"blocks.{n}.mlp.up": f"net/layer_{n}/fc1" for n in (0, 1, 10)}
+    assert match(dump, shapes, {"blocks.*.mlp.up": "net/layer_*/fc1"})[0] == up
+    own = {"blocks.1.mlp.up": "net/layer_1/fc2", "blocks.*.mlp.up": "net/layer_*/fc1"}
+    assert match(dump, shapes, own)[0] == up | {"blocks.1.mlp.up": "net/layer_1/fc2"}
+    assert match(dump, shapes, {"**": "net.**"})[0] == {  # of those that are there
+        "blocks.0.mlp.up": "net.blocks.0.mlp.up", "blocks.1.mlp.down": "net.blocks.1.mlp.down"
+    }  # fmt: skip
+    for wrong, text in (
+        ({"blocks.*.mlp.up": "net/fc1"}, "must have the same stars"),
+        ({"blocks.*.mlp.up": "net/**/fc1"}, "must have the same stars"),
+        ({"*" * 9: "*" * 9}, "must have the same stars"),
+        ({"blocks.*.mlp.up": "net/layer_*/fc3"}, r"layer_0/fc3' is not a layer of theirs"),
+        ({"layers.*.mlp.up": "net/layer_*/fc1"}, r"layers\.\*\.mlp\.up' is not a layer that is"),
+    ):
+        with pytest.raises(NameUnknownError, match=text):
+            match(dump, shapes, wrong)
+
+
 def test_what_is_not_matched_is_listed_once() -> None:
     _, _, factors = setting()
     name, *rest = factors

@@ -350,7 +350,8 @@ def _validate(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--basis", metavar="BASIS", help=text)
     text = "judge these only (default: all); a layer that theirs lacks fails"
     sub.add_argument("--layers", metavar="PATTERN", help=text)
-    text = "our layer and their name for it, where they do not match by themselves; repeatable"
+    text = "our layer and their name for it, where they do not match by themselves; repeatable; "
+    text += "stars stand for the same text in both: 'blocks.*.mlp.up=net/layer_*/fc1', '**=net.**'"
     sub.add_argument("--name", action="append", default=[], metavar="OURS=THEIRS", help=text)
     text = "their dtypes: float32, or model=bfloat16,products=float32,sums=float32,solver=float32"
     sub.add_argument("--arithmetic", default="", metavar="DTYPES", help=text)

@@ -103,7 +103,8 @@ def validate(
             reference is then collected with these, and no drawing lies between the two. Where all
             else agrees, and theirs is not declared `empirical`, it is tested that they were drawn
             from the model (`judge.labelled`).
-        names: our layer → their name, where names do not match by themselves.
+        names: our layer → their name, where names do not match by themselves; a `*` in both is
+            one part of a name, `**` several: {"blocks.*.mlp.up": "net/layer_*/fc1"}.
         arithmetic: their dtypes, "float32" or "model=bfloat16,products=float32,sums=float32".
         accept: dtypes of which "equal as" counts as a pass, and with each one those that are finer.
         declared: what theirs does not say of itself, {"fisher": "sampled"} for example.
@@ -339,8 +340,8 @@ def _nothing_in_common(dump: Dump, ours: Iterable[str], notes: Sequence[Comparis
     why += f" Also: {dump.problems[0]}." if dump.problems else ""
     return EmptyError(
         f"validate: no layer in common. Theirs: {first_names(dump.layers)}; "
-        f"ours: {first_names(ours)}.{why} Say which layer is which: --name OURS=THEIRS for each "
-        "(names={ours: theirs} in Python)."
+        f"ours: {first_names(ours)}.{why} Say which layer is which: --name OURS=THEIRS for each, "
+        "or with stars ('blocks.*.mlp.up=net/layer_*/fc1'; names={ours: theirs} in Python)."
     )
 
 

@@ -26,6 +26,8 @@ _WRAPPERS: Final = frozenset(
 _PREFIXES: Final = ("base_model.", "model.", *sorted({family.prefix for family in FAMILIES}))
 """What programs put before names, or leave out."""
 
+_STARS: Final = re.compile(r"(\*\*|\*)")
+
 _OFFICIAL: Final = {f"blk*.{kind}": f"blocks.*.mlp.{kind}" for kind in ("gate", "up", "down")}
 
 
@@ -38,13 +40,16 @@ def match(
     and `.weight`. Two of theirs that could be one of ours are listed, and neither is matched; so
     are layers that are fused in theirs (qkv, gate_up).
 
-    Args: shapes, (O, I) of each of our layers that is wanted; names, given by the caller.
+    Args: shapes, (O, I) of each of our layers that is wanted; names, given by the caller, where a
+    `*` in both stands for one part of a name that they share, and `**` for several.
 
     Raises:
         NameUnknownError: a given name is no layer of ours, or none of theirs.
 
-    Proof: tests/test_foreign.py::test_names_of_every_family_are_known, ::test_nothing_is_guessed
+    Proof: tests/test_foreign.py::test_names_of_every_family_are_known, ::test_nothing_is_guessed,
+        ::test_a_name_with_stars_is_a_name_for_each
     """
+    names = _each(names, shapes, dump.layers)
     for ours, theirs in names.items():
         _require_known("ours", ours, shapes)
         _require_known("theirs", theirs, dump.layers)
@@ -73,6 +78,35 @@ def match(
         elif ours in fused:
             notes.append(_said(ours, _fused(fused[ours][0])))
     return matched, notes
+
+
+def _each(names: Mapping[str, str], ours: Iterable[str], theirs: Iterable[str]) -> dict[str, str]:
+    """The names; one with stars, for every layer of ours that is there in theirs by it."""
+    every, known = [*ours], {*theirs}
+    spread: dict[str, str] = {}
+    plain: dict[str, str] = {}
+    for one, other in names.items():
+        stars = _STARS.findall(f"{one}")
+        if not stars:
+            plain[one] = other
+            continue
+        if stars != _STARS.findall(f"{other}") or len(stars) > 4:
+            raise NameUnknownError(
+                f"validate: names: {one!r:.80} and {other!r:.80} must have the same stars, four at "
+                "most: `*` stands for one part of a name, `**` for several."
+            )
+        parts = ({"*": "([^.]*)", "**": "(.*)"}.get(x, re.escape(x)) for x in _STARS.split(one))
+        pattern = re.compile("".join(parts))
+        found = {x: _filled(other, seen.groups()) for x in every if (seen := pattern.fullmatch(x))}
+        there = {x: name for x, name in found.items() if name in known}
+        spread |= there or dict([*found.items(), (one, other)][:1])  # which is refused
+    return spread | plain
+
+
+def _filled(name: str, parts: Iterable[str]) -> str:
+    """A name, with these parts for its stars."""
+    rest = iter(parts)
+    return _STARS.sub(lambda _: next(rest), name)
 
 
 def _said(ours: str, cause: str) -> Comparison:
