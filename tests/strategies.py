@@ -313,6 +313,14 @@ def assert_within(got: object, want: object, budget: float, scale: object, what:
     return share
 
 
+def size_of(g: np.ndarray) -> float:
+    """Its largest entry. What a layer is sent back is what is left of terms as large as others'.
+
+    A LayerNorm of two units, for example, sends almost nothing back.
+    """
+    return float(np.abs(g).max(initial=1e-3))
+
+
 def gap(one: np.ndarray, two: np.ndarray) -> float:
     """|one − two| / |two| in Frobenius norm."""
     return float(np.linalg.norm(one - two) / np.linalg.norm(two))

@@ -22,6 +22,7 @@ from strategies import (
     image_cases,
     opened_for_lies,
     scaled,
+    size_of,
 )
 from test_factors import alone, corpus_of, flow, gappy, model_of, naive_rows, sent_back
 
@@ -529,14 +530,6 @@ def gradients(one: Case, fisher: str, seed: int) -> list[dict[str, np.ndarray]]:
 VECTORS = st.sampled_from(["empirical", "sampled", "signed", "expected"])
 
 
-def largest(slopes: list[dict[str, np.ndarray]]) -> float:
-    """The largest entry of any gradient. A small one is what is left of terms of this size.
-
-    A LayerNorm of two units, for example, sends almost nothing back.
-    """
-    return max((float(np.abs(x).max()) for one in slopes for x in one.values()), default=1e-3)
-
-
 @few(10)
 @given(cases(), VECTORS, st.integers(0, 2**64 - 1))
 def test_O49_blocks_are_the_sums_over_segments(one: Case, fisher: str, seed: int) -> None:
@@ -547,10 +540,10 @@ def test_O49_blocks_are_the_sums_over_segments(one: Case, fisher: str, seed: int
     got = rc.collect_blocks(model_of(one), corpus_of(one), "**", fisher, seed)
     assert list(got) == vectors
     slopes = gradients(one, fisher, seed)
-    top = largest(slopes)
+    top = max(size_of(x) for slope in slopes for x in slope.values())
     for name, block in got.items():
         D = np.stack([slope[name] for slope in slopes])
-        scale = len(D) * np.abs(D).max(initial=1e-3) * top
+        scale = len(D) * size_of(D) * top
         budget = 10 * budgets.path(one.config.layers, 64, np.float64)
         assert_within(block.sum_F, D.T @ D, budget, scale, name)
         assert (block.sum_F == block.sum_F.T).all()
@@ -584,10 +577,10 @@ def test_O49_blocks_and_positions_of_images(one: Case, fisher: str, seed: int) -
         got = rc.collect_blocks(model, corpus, "**", fisher, seed)
         assert list(got) == vectors
         slopes = gradients(one, fisher, seed)
-        top = largest(slopes)
+        top = max(size_of(x) for slope in slopes for x in slope.values())
         for name, block in got.items():
             D = np.stack([slope[name] for slope in slopes])
-            scale = len(D) * np.abs(D).max(initial=1e-3) * top
+            scale = len(D) * size_of(D) * top
             assert_within(block.sum_F, D.T @ D, budget, scale, name)
     if "position.weight" in one.parameters:
         keep = one.label[:, 0] >= 0

@@ -88,6 +88,16 @@ def test_the_cut_of_fractions_is_proved(seed: int, O: int, I: int, rho: float) -
     assert (kept == real_cut(lam, mu, rho)).all() and (kept ^ dropped).all()
 
 
+@pytest.mark.parametrize("rho", [5e-324, 1e-310])
+def test_the_smallest_share_keeps_one_pair(rho: float) -> None:
+    """Even where it is less than a unit of the largest key."""
+    sides = [Fraction(5, 3), Fraction(4, 3), Fraction(0)], [Fraction(7, 3), Fraction(1, 3)]
+    with bits(120):
+        kept, dropped = decided(*map(rational, sides), rho, "x")
+    assert kept.tolist() == [[True, False], [False, False], [False, False]]
+    assert (kept ^ dropped).all()
+
+
 def test_a_tie_across_the_cut_is_undecided() -> None:
     """Both keys are 2: no ball says which comes first. Others are decided."""
     with bits(100):

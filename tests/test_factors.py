@@ -23,6 +23,7 @@ from strategies import (
     opened_for_lies,
     random_parameters,
     scaled,
+    size_of,
 )
 from test_loss import sign_by_hand
 
@@ -197,12 +198,13 @@ def test_factors_equal_the_naive_sums(one: Case, fisher: str, seed: int) -> None
     passes = [naive_rows(one, sent) for sent in sent_back(one, fisher, seed)]
     assert list(got) == [*one.config.linear_layers(), *tables]
     budget = 10 * budgets.path(one.config.layers, 64, np.float64)
+    tops = [max(size_of(g) for _, g in rows.values()) for rows in passes]
     for name in got:
         a, gs = passes[0][name][0], [rows[name][1] for rows in passes]
         n = len(a)
         assert got[name].n_A == got[name].n_G == n == kept(one).sum()
         want = sum(oracles.second_moment(g) for g in gs)
-        scale = n * sum(np.abs(g).max(initial=1e-3) ** 2 for g in gs)
+        scale = n * sum(size_of(g) * top for g, top in zip(gs, tops, strict=True))
         assert_within(got[name].sum_G, want, budget, scale, name)
         assert (got[name].sum_G == got[name].sum_G.T).all()
         assert np.allclose(got[name].A, got[name].sum_A / n, rtol=1e-15)

@@ -1011,6 +1011,23 @@ def test_a_model_in_bfloat16_is_no_other_weights(layered, monkeypatch, times, fa
     assert {x for one in named for x in one.layers} == {*layered[2]}
 
 
+@pytest.mark.parametrize(("first", "named"), [(1.5e-2, {"B59"}), (3e-3, {"B60"})])
+def test_layers_of_one_run_have_one_dtype(layered, first, named):
+    """Without a model: what only bfloat16 explains in one layer, it explains in all of them."""
+    rng, theirs = np.random.default_rng(0), {}
+    for (name, one), size in zip(layered[2].items(), (first, 2e-3, 2e-3, 2e-3), strict=True):
+        off = [rng.normal(size=M.shape) for M in (one.A, one.G)]
+        A, G = (
+            M + size * np.linalg.norm(M) / np.linalg.norm(E + E.T) * (E + E.T)
+            for M, E in zip((one.A, one.G), off, strict=True)
+        )
+        theirs[name] = (A, G, one.n_A)
+    verdict = rc.validate(theirs, layered[2])
+    (cause,) = verdict.causes
+    assert {cause.fault} == named and {*cause.layers} == {*theirs}
+    assert {"A", "G"} <= {*cause.quantities}
+
+
 def test_a_dump_without_a_form_has_no_precision(layered):
     """Every matrix missing, or 0: there is no error whose size could tell a dtype."""
     case, _ = searched(layered, planted(layered, Setting()))

@@ -51,6 +51,7 @@ def decided(lam: Balls, mu: Balls, rho: float, layer: str) -> tuple[Array, Array
     k = FINE - exponent(keys.most())
     low, high = (np.maximum(x, 0) for x in keys.whole(k))
     least, most = target.whole(k)
+    least = max(least, 1)  # it is above 0, and less than one unit is none
     highs, lows = (sorted(x.reshape(-1).tolist()) for x in (high, low))
     below_high, below_low = ([0, *accumulate(x)] for x in (highs, lows))
 

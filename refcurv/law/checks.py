@@ -154,7 +154,7 @@ def as_integers(
 
     Raises:
         ShapeError: `given` is no array (ragged lists), or has another shape (`require_shape`).
-        DTypeError: it holds floats, texts, None, or booleans unless `kinds` has "b".
+        DTypeError: it holds floats, texts, None, or nothing but booleans (`kinds` without "b").
         RangeError: it holds a number outside the range of `dtype`.
 
     Proof: tests/test_corpus.py::test_what_is_no_matrix_of_ids_is_refused_everywhere

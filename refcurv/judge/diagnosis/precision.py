@@ -91,7 +91,8 @@ def _as_simulated(
         errors = [s.of(x)[1].error for s in found.values() for x in s.ladders]
         finest = min(errors, default=math.inf)
         near = {key for key in sized if finest < worst[key] / APART}
-        yield from ((key, layers, worst[key]) for key, layers in hit.items() if key not in near)
+        left = {key: layers for key, layers in hit.items() if key not in near}
+        yield from _of_one_dtype(left, worst)
         return
     yield from ((key, layers, worst[key]) for key, layers in hit.items() if key[0] not in SIZES)
     middle = {name: float(np.median(ratios)) for name, ratios in sizes.items()}
@@ -121,6 +122,24 @@ def _as_simulated(
     words = f"A network {how} {dtype} is {1 / ratio:.2g} times as far from ours as theirs."
     key = ("B59", (), words) if dtype == "bfloat16" else ("B60", ("B61",), words)
     yield key, every, max(worst[key] for key in hit if key[0] in SIZES)
+
+
+def _of_one_dtype(
+    hit: Mapping[Key, Mapping[str, set[str]]], worst: Mapping[Key, float]
+) -> Iterator[tuple[Key, Mapping[str, set[str]], float]]:
+    """A run has one dtype: beside what only bfloat16 explains, a smaller error is of it too.
+
+    Proof: tests/test_judge_network.py::test_layers_of_one_run_have_one_dtype
+    """
+    coarse = [key for key in hit if key[0] == "B59"][:1]
+    finer = [key for key in hit if key[0] == "B60"] if coarse else []
+    for key, layers in hit.items():
+        if key in finer:
+            continue
+        every = {layer: set(sides) for layer, sides in layers.items()}
+        for layer, sides in (pair for x in finer for pair in hit[x].items() if key in coarse):
+            every.setdefault(layer, set()).update(sides)
+        yield key, every, max(worst[x] for x in (key, *(finer if key in coarse else ())))
 
 
 def _of_weights(side: Side, setting: Setting | None) -> bool:
