@@ -50,6 +50,7 @@ from refcurv.judge.diagnosis.variants.networks import CHANGES, COARSE, Network, 
 from refcurv.judge.diagnosis.variants.positions import positions
 from refcurv.judge.diagnosis.variants.rounding import KINDS, Coarse, plain, rounded
 from refcurv.judge.diagnosis.variants.shaken import ADAPTED, AVERAGED, RANK, shaken
+from refcurv.judge.diagnosis.variants.stopped import SILENT
 from refcurv.judge.diagnosis.variants.texts import HIDDEN, text_of
 from refcurv.judge.diagnosis.variants.untrained import (
     GROUPS,
@@ -160,6 +161,22 @@ SWAPS = {
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", dear(["attention weights", "gate", "norm statistics"]))
+def test_what_is_detached_has_its_name(setting, name):
+    """One fault, of the layers that nothing reaches too, which are 0."""
+    change = f"{name} detached"
+    gated = made(replace(setting[0].config, gated=True)) if name == "gate" else setting
+    theirs = planted(gated, Setting(network=((change, 0.0),)))
+    verdict, faults = named(gated, theirs)
+    assert faults == ["B48"]
+    assert all("Gradients that stop at" in one.sentence for one in verdict.causes)
+    silent = {x for x, (_, G, _) in theirs.items() if not G.any()}
+    assert silent == {
+        x for x in theirs if x.rpartition(".")[2] in SILENT.get(f"{name} detached", ())
+    }
+    assert silent <= {x for one in verdict.causes for x in one.layers}
+
+
 @pytest.mark.parametrize("name", SWAPS)
 def test_a_swap_is_found_in_another_network(setting, name):
     """Beside a fault of the network ours of the other layer is not what theirs is."""

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from threading import Event
+from typing import Any
 
 import budgets
 import numpy as np
@@ -684,6 +685,95 @@ def test_other_arithmetic_is_the_loops(name: str, monkeypatch) -> None:
         worlds = oracles.worlds(p, one.label[0], "expected")
         _, S_G, n = oracles.factor_sums(rows, worlds, keep)
         assert_within(found[LAYER].G, S_G / n, LOOPS, np.trace(S_G) / n, f"G under {name}")
+
+
+class Kept:
+    """Numbers that are made in one forward of the loops, and are the same in all others."""
+
+    def __init__(self) -> None:
+        self.known: list[Any] = []
+        self.done = False
+        self.at = 0
+
+    def __call__(self, make: Callable[[], Any]) -> Any:
+        if not self.done:
+            self.known.append(make())
+            return self.known[-1]
+        self.at += 1
+        return self.known[(self.at - 1) % len(self.known)]
+
+
+def with_kept_weights(kept: Kept) -> Callable:
+    def attention(q, k, v, visible, scale=None, cap=None):
+        k, v = (np.repeat(x, q.shape[1] // k.shape[1], axis=1) for x in (k, v))
+
+        def weights() -> Array:
+            score = np.einsum("the,she->ths", q, k) / np.sqrt(q.dtype.type(q.shape[2]))
+            score = np.where(visible[:, None], score, -np.inf)
+            p = np.exp(score - score.max(axis=-1, keepdims=True))
+            return p / p.sum(axis=-1, keepdims=True)
+
+        return np.einsum("ths,she->the", kept(weights), v)
+
+    return attention
+
+
+OWN_ACTIVATED = oracles.activated
+
+LOW = "blocks.0.mlp.down"
+"""Attention of another block lies behind it."""
+
+DETACHED = {
+    "attention weights detached": ({}, {"attention": with_kept_weights}),
+    "norm statistics detached": (
+        {},
+        {
+            "norm": lambda kept: (
+                lambda x, gain, eps: gain * x * kept(lambda: 1 / np.sqrt((x @ x) / len(x) + eps))
+            )
+        },
+    ),
+    "norm statistics detached, of LayerNorm": (
+        dict(norm="layer"),
+        {
+            "layer_norm": lambda kept: (
+                lambda x, gain, eps: (
+                    gain * (x - x.mean()) * kept(lambda: 1 / np.sqrt(x.var() + eps))
+                )
+            )
+        },
+    ),
+    "gate detached": (
+        {},
+        {"activated": lambda kept: lambda kind, z: kept(lambda: OWN_ACTIVATED(kind, z))},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DETACHED)
+def test_what_is_detached_is_a_constant_of_the_loops(name: str, monkeypatch) -> None:
+    """The loops take from the first forward what a program detaches; A is the same."""
+    fields, functions = DETACHED[name]
+    one = tiny(**(dict(heads=4, kv_heads=2, batch=1, length=4, gated=True) | fields))
+    one = replace(one, token=np.array([[0, 1, 2, 1]]), label=np.array([[1, 2, 1, -1]]))
+    here = beside(one, layers=LOW)
+    setting = Setting(network=((name.partition(",")[0], 0.0),))
+    assert setting in settings(here)
+    found, true = under(here, setting), under(here, REFERENCE)
+    kept = Kept()
+    for function, other in functions.items():
+        monkeypatch.setattr(oracles, function, other(kept))
+    P, segment = one.astype(np.longdouble), one.segment[0]
+    z = oracles.logits(one.config, P, one.token[0], segment)
+    kept.done = True
+    rows = oracles.rows(one.config, P, LOW, one.token[0], segment)
+    p = np.exp(z) / np.exp(z).sum(axis=1, keepdims=True)
+    worlds = oracles.worlds(p, one.label[0], "expected")
+    keep = oracles.reached(one.label, one.real, one.segment)[0]
+    _, S_G, n = oracles.factor_sums(rows, worlds, keep)
+    assert_within(found[LOW].G, S_G / n, LOOPS, np.trace(S_G) / n, f"G under {name}")
+    assert np.array_equal(found[LOW].A, true[LOW].A)
+    assert gap(found[LOW], true[LOW]) > 1e-8
 
 
 # ------------------------------------------------------------------ rows, sums and tensors

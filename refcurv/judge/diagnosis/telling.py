@@ -18,9 +18,11 @@ from refcurv.judge.diagnosis.looking import ROWS_KEPT
 from refcurv.judge.diagnosis.search import PLAIN, Chosen, Idea, Side
 from refcurv.judge.diagnosis.seen import states
 from refcurv.judge.diagnosis.signs import Sign, signs
-from refcurv.judge.diagnosis.titles import Title, joined, of_factor, titles
+from refcurv.judge.diagnosis.titles import Title, joined, of_change, of_factor, titles
 from refcurv.judge.diagnosis.variants import REFERENCE
+from refcurv.judge.diagnosis.variants.networks import CHANGES, Level
 from refcurv.judge.diagnosis.variants.positions import positions
+from refcurv.judge.diagnosis.variants.stopped import SILENT
 from refcurv.judge.diagnosis.weighted import weighs
 from refcurv.judge.verdict import (
     BY_DRAWING,
@@ -111,6 +113,11 @@ def _missing(
             elif side == "G" and not state.same and not found[side].of(layer)[0].faults:
                 inputs += at if state.shape == (size, size) else []
     last = zero and _last_is_empty(case, [f for f in zero if f.quantity == "A"])
+    for level, at in _silenced(found, zero):
+        words, title = f"Every entry is 0, as with `{level[0]}`.", of_change(level, case)
+        where = tuple(dict.fromkeys(f.layer for f in at)), _form_of("G")
+        yield made(case, CHANGES[level[0]].fault, words, *where, math.inf, math.nan, (), title)
+        zero = [f for f in zero if f not in at]
     for fault, words, at in (
         ("B41" if last else "B48", LAST_EMPTY if last else "Every entry is 0.", zero),
         ("B61" if spilt else None, "Entries are not finite." if spilt else NOT_FINITE, wild),
@@ -121,6 +128,21 @@ def _missing(
         if at:
             alike = () if fault else ("B61",)
             yield about(case, fault, words, at, math.inf, math.nan, alike)
+
+
+def _silenced(
+    found: Mapping[str, Side], zero: Sequence[Comparison]
+) -> Iterator[tuple[Level, list[Comparison]]]:
+    """What was chosen that sends nothing back to some layers; what of these is 0.
+
+    Proof: tests/test_judge_network.py::test_what_is_detached_has_its_name
+    """
+    settings = [one.idea.setting for one in found["G"].chosen if one.idea.setting]
+    for level in dict.fromkeys(level for setting in settings for level in setting.network):
+        silent = SILENT.get(level[0], ())
+        at = [f for f in zero if f.quantity != "A" and f.layer.rpartition(".")[2] in silent]
+        if at:
+            yield level, at
 
 
 ALONE = "judge what is there with --layers 'PATTERN' (layers= in Python)"

@@ -122,6 +122,18 @@ NETWORKS: Final[Mapping[str, Title]] = MappingProxyType(
             "positions that count the padding on the left",
             "Count positions from the first token of each text that is no padding.",
         ),
+        **{
+            f"{part} detached": Title(
+                f"gradients that stop at {part_in_words}",
+                f"Send gradients back through {part_in_words} too: no detach, stop_gradient or "
+                "no_grad there.",
+            )
+            for part, part_in_words in (
+                ("attention weights", "the attention weights"),
+                ("norm statistics", "the root mean square of a norm"),
+                ("gate", "the gate of an MLP"),
+            )
+        },
         "eps outside the root": Title(
             "eps outside the root of a norm", "Add eps to the mean square, below the root."
         ),

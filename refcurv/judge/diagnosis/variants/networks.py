@@ -50,6 +50,7 @@ from refcurv.judge.diagnosis.variants.sight import (
     sights,
     visible,
 )
+from refcurv.judge.diagnosis.variants.stopped import past_gate, past_statistics, past_weights
 from refcurv.judge.diagnosis.variants.untrained import GROUPS, of_group, tied, untrained
 from refcurv.law.checks import Array, RefcurvError
 from refcurv.model.config import Activation, ModelConfig, Norm, QKNorm, Residual
@@ -60,6 +61,8 @@ from refcurv.model.layers import (
     attention_backward,
     attention_forward,
     causal_layout,
+    mlp_forward,
+    rms_norm_forward,
 )
 from refcurv.model.transformer import Parameters, image_layout, layout_of
 from refcurv.passes.fast import FAST
@@ -450,6 +453,20 @@ CHANGES: Final[Mapping[str, Change]] = MappingProxyType(
             "B52", _if(lambda config, _: 1 < config.kv_heads < config.heads),
             _of_ops(**regrouped(*sides)),
         ) for name, sides in TILED.items()},
+        "attention weights detached": Change(
+            "B48", _if(lambda _, at: at.images or at.real_BT.shape[1] > 1), _of_ops(
+                attention_forward=attention_forward, attention_backward=past_weights
+            ),
+        ),
+        "norm statistics detached": Change(
+            "B48", _if(lambda config, _: config.width > 1), _of_ops(
+                rms_norm_forward=rms_norm_forward, rms_norm_backward=past_statistics
+            ),
+        ),
+        "gate detached": Change(
+            "B48", _if(lambda config, _: config.gated),
+            _of_ops(mlp_forward=mlp_forward, mlp_backward=past_gate),
+        ),
         "eps outside the root": Change(
             "B53", _if(lambda config, _: config.norm_eps > 0),
             _of_ops(rms_norm_forward=outside_forward, rms_norm_backward=outside_backward),
