@@ -10,10 +10,10 @@ import pytest
 
 from refcurv.judge.case import Counts
 from refcurv.judge.diagnosis import choosing, compared, precision, procedure, signs, telling
-from refcurv.judge.diagnosis.compared import _left
+from refcurv.judge.diagnosis.compared import _alone, _left
 from refcurv.judge.diagnosis.ladders import Ladder
 from refcurv.judge.diagnosis.search import PLAIN, Chosen, Idea, Option, Side
-from refcurv.judge.diagnosis.seen import Left, Seen
+from refcurv.judge.diagnosis.seen import Left, Seen, fitted
 from refcurv.judge.diagnosis.variants import Moments, Setting
 from refcurv.judge.diagnosis.weighted import _tried, _uncalled, leave_lone, lone, rules
 from refcurv.judge.drawn import Drawing
@@ -264,3 +264,25 @@ def test_rows_of_zeros_are_padding_where_columns_have_numbers(monkeypatch, their
     found = [*signs._padded(None, side)]
     assert [(x.fault, x.layers) for x in found] == [("B47", (Q, K))] * named
     assert not named or f"In {Q}, zeros fill 1 row of G where" in found[0].words
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_large_change_is_seen_on_a_sample(seed):
+    """Sequences weigh very differently. What is left of G is less than their noise in all of it."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(60, 6, 1)) * np.exp(1.5 * rng.normal(size=(60, 1, 1)))
+    X_N = x @ x.swapaxes(1, 2)
+
+    def left(K):
+        """Both errors: of ours and the change, and of what is nearer."""
+        every, some = X_N.mean(axis=0), X_N[:30].mean(axis=0)
+        T, M = K @ every @ K.T, K @ some @ K.T
+        seen, Y = Seen("x", "G", T, every, 60, 60), M + every - some
+        before = fitted(T, Y)
+        return before[0], _alone(seen, Y, Moments(T, 60, M, 60), before)[0]
+
+    large, small = (np.eye(6) * size + 0.05 * rng.normal(size=(6, 6)) for size in (0.0, 1.0))
+    before, after = left(large)
+    assert after < 0.5 * before
+    before, after = left(small)
+    assert after == before

@@ -6,8 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from refcurv.judge.case import Case
+from refcurv.judge.diagnosis.seen import states
 from refcurv.judge.diagnosis.variants import REFERENCE, Setting, combined, fitting, settings
 from refcurv.judge.diagnosis.variants.positions import BUT
+from refcurv.judge.diagnosis.variants.stopped import SILENT
 from refcurv.judge.diagnosis.variants.texts import PROMPT, unlabelled
 
 SIDES: Mapping[str, tuple[str, ...]] = {
@@ -42,10 +44,19 @@ def stages(case: Case, side: str) -> Iterator[list[Setting]]:
     every = [one for one in settings(case) if part(one, side).faults and one.count != "labels"]
     plain = [one for one in every if one.run == REFERENCE.run or one.run == Setting(pads=one.pads)]
     plain += fitting(case, every)
-    network = [one for one in every if one.network]
+    plain += [one for one in every if _is_silent(case, one)]
+    network = [one for one in every if one.network and one not in plain]
     yield plain
     yield [one for one in every if one not in plain and one not in network]
     yield network
+
+
+def _is_silent(case: Case, setting: Setting) -> bool:
+    """Does it send nothing to those layers of every block whose G is 0 in theirs, and no others?"""
+    silent = {x for name, _ in setting.network for x in SILENT.get(name, ())}
+    asked = [x for x in case.matched if x.rpartition(".")[2] in silent]
+    each = {x: side["G"].filled for x in case.matched if "G" in (side := states(case, x))}
+    return bool(asked) and {*asked} == {x for x, filled in each.items() if not filled}
 
 
 def partners(case: Case, setting: Setting | None) -> list[Setting]:
