@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from refcurv.judge.case import Case
 from refcurv.judge.diagnosis import amounts, precision
-from refcurv.judge.diagnosis.deciding import joined, partners, stages
+from refcurv.judge.diagnosis.deciding import is_silent, joined, partners, stages
 from refcurv.judge.diagnosis.fits import fits, fits_beside
 from refcurv.judge.diagnosis.hidden import hidden
 from refcurv.judge.diagnosis.ladders import COARSEST
@@ -53,7 +53,7 @@ def choose(
         some = number == 0 and chosen is not None and len(chosen.left) < len(every)
         if (exact() and not some) or _short(case, side, layers):
             return chosen  # what explains some layers may be one case of what explains all
-        wanted = _gold(case, found, layers, stage) if soft(side, layers) else stage
+        wanted = _begun(case, side, found, layers, stage)
         recompute(case, found, layers, [*wanted, *joined(partner, wanted)])
         chosen = side.choose(every, known)
         if number == 0 and side.side == "A" and not exact(whole=True):
@@ -150,19 +150,26 @@ SMALL = 2.0**28
 """Parameters times positions where everything is tried even then.  Chosen: some seconds."""
 
 
-def _gold(
-    case: Case, found: Mapping[str, Side], layers: Sequence[str], stage: Sequence[Setting]
+def _begun(
+    case: Case,
+    side: Side,
+    found: Mapping[str, Side],
+    layers: Sequence[str],
+    stage: Sequence[Setting],
 ) -> list[Setting]:
-    """Try labels that nobody draws on all sequences; and what is worth a trial beside them.
+    """Try on all sequences what no sample should leave out; then what is worth a trial.
 
-    A sample tells nothing of these: of its other sequences theirs is another draw.
+    That is what leaves layers without a gradient that have none in theirs. Where drawing explains
+    all of G it is labels that nobody draws: on other sequences theirs is another draw.
 
-    Proof: tests/test_judge_drawing.py::test_gold_labels_are_named_where_a_sample_says_nothing
+    Proof: tests/test_judge_drawing.py::test_gold_labels_are_named_where_a_sample_says_nothing,
+        tests/test_judge_network.py::test_what_is_detached_has_its_name
     """
-    plain = [one for one in stage if not one.network]
-    gold = [one for one in plain if one.labels in GOLD]
-    recompute(case, found, layers, gold, sampled=False)
-    return plain if cost(case) <= SMALL else gold
+    drawn = soft(side, layers)
+    plain = [one for one in stage if not (drawn and one.network)]
+    first = [x for x in plain if (drawn and x.labels in GOLD) or is_silent(case, x)]
+    recompute(case, found, layers, first, sampled=False)
+    return plain if not drawn or cost(case) <= SMALL else first
 
 
 def _exact(side: Side, chosen: Chosen | None, layers: Sequence[str], whole: bool = False) -> bool:

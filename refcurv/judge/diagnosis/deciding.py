@@ -44,14 +44,14 @@ def stages(case: Case, side: str) -> Iterator[list[Setting]]:
     every = [one for one in settings(case) if part(one, side).faults and one.count != "labels"]
     plain = [one for one in every if one.run == REFERENCE.run or one.run == Setting(pads=one.pads)]
     plain += fitting(case, every)
-    plain += [one for one in every if _is_silent(case, one)]
+    plain += [one for one in every if is_silent(case, one)]
     network = [one for one in every if one.network and one not in plain]
     yield plain
     yield [one for one in every if one not in plain and one not in network]
     yield network
 
 
-def _is_silent(case: Case, setting: Setting) -> bool:
+def is_silent(case: Case, setting: Setting) -> bool:
     """Does it send nothing to those layers of every block whose G is 0 in theirs, and no others?"""
     silent = {x for name, _ in setting.network for x in SILENT.get(name, ())}
     asked = [x for x in case.matched if x.rpartition(".")[2] in silent]
