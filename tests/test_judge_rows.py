@@ -15,7 +15,8 @@ import refcurv as rc
 from refcurv.judge.arithmetic import Arithmetic
 from refcurv.judge.case import Case
 from refcurv.judge.diagnosis.variants import REFERENCE, Setting, moments, settings
-from refcurv.judge.diagnosis.variants.texts import LONGER
+from refcurv.judge.diagnosis.variants.positions import positions
+from refcurv.judge.diagnosis.variants.texts import LONGER, TEXTS, reads_alike
 from refcurv.judge.dump import Dump
 from refcurv.model.part import part_of
 
@@ -95,6 +96,36 @@ def test_other_rows_and_texts_of_joint_layers_have_their_names(biased, fisher) -
         assert not verdict.passed
         assert [cause.fault for cause in verdict.causes] == list(setting.faults), setting.words
         assert max(cause.after for cause in verdict.causes) < 1e-9, setting.words
+
+
+def test_what_changes_labels_alone_leaves_A(biased) -> None:
+    """Every token under every text: A has ours to the bit where `reads_alike` says so."""
+    model, corpus = biased
+    rare = model.config.vocabulary - 1  # stands in one place, and labels follow it
+    tokens, label = (np.where(x == rare, 1, x) for x in (corpus.tokens, corpus.label))
+    b = int(np.flatnonzero((label[:, 1] >= 0) & (label[:, 2] >= 0))[0])
+    tokens[b, 2] = label[b, 1] = rare
+    biased = model, rc.Corpus(tokens, labels=label, mask=corpus.real.astype(np.uint8))
+    factors = collected(biased, "empirical")
+    here = case_of(biased, factors)
+    at = positions(biased[1], model.config, here.reference.rows)
+    every = [
+        Setting(text=text, token=token)
+        for text in TEXTS if not text.startswith(LONGER) and TEXTS[text].fault == "B25"
+        for token in range(model.config.vocabulary)
+    ]  # fmt: skip
+    alike = {
+        one: reads_alike(at, one.text, one.token, model.config, here.reference.rows)
+        for one in every
+    }
+    assert {*alike.values()} == {True, False}
+    labels_too = False
+    for setting, made in moments(here, every, list(factors)):
+        pairs = [(made[x].A, made[x].G, factors[x].A_joint, factors[x].G) for x in made]
+        same = all(np.allclose(A, own, rtol=1e-13, atol=1e-15) for A, _, own, _ in pairs)
+        assert same or not alike[setting], setting.words
+        labels_too |= alike[setting] and not all(np.allclose(G, own) for _, G, _, own in pairs)
+    assert labels_too, "labels may differ"
 
 
 ALIKE = {

@@ -8,9 +8,9 @@ from dataclasses import replace
 from refcurv.judge.case import Case
 from refcurv.judge.diagnosis.seen import states
 from refcurv.judge.diagnosis.variants import REFERENCE, Setting, combined, fitting, settings
-from refcurv.judge.diagnosis.variants.positions import BUT
+from refcurv.judge.diagnosis.variants.positions import BUT, positions
 from refcurv.judge.diagnosis.variants.stopped import SILENT
-from refcurv.judge.diagnosis.variants.texts import PROMPT, unlabelled
+from refcurv.judge.diagnosis.variants.texts import PROMPT, TEXTS, reads_alike, unlabelled
 
 SIDES: Mapping[str, tuple[str, ...]] = {
     "A": ("rows_A", "pooling_A", "tensor_A", "count", "text", "token", "network", "pads"),
@@ -42,6 +42,7 @@ def labels_of(setting: Setting) -> Setting:
 def stages(case: Case, side: str) -> Iterator[list[Setting]]:
     """The single deviations that can change a side, the cheapest first."""
     every = [one for one in settings(case) if part(one, side).faults and one.count != "labels"]
+    every = [one for one in every if side == "G" or not _of_labels(case, one)]
     plain = [one for one in every if one.run == REFERENCE.run or one.run == Setting(pads=one.pads)]
     plain += fitting(case, every)
     plain += [one for one in every if is_silent(case, one)]
@@ -49,6 +50,16 @@ def stages(case: Case, side: str) -> Iterator[list[Setting]]:
     yield plain
     yield [one for one in every if one not in plain and one not in network]
     yield network
+
+
+def _of_labels(case: Case, setting: Setting) -> bool:
+    """Is it another text whose labels alone differ? A has none."""
+    if setting.text not in TEXTS:
+        return False
+    assert case.model is not None and case.corpus is not None
+    corpus, config, rows = case.corpus, case.model.config, case.reference.rows
+    at = case.once("positions", lambda: positions(corpus, config, rows))
+    return reads_alike(at, setting.text, setting.token, config, rows)
 
 
 def is_silent(case: Case, setting: Setting) -> bool:

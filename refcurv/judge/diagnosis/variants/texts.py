@@ -47,6 +47,19 @@ def text_of(at: Positions, text: str, token: int, config: ModelConfig, rows: Row
     return out
 
 
+def reads_alike(at: Positions, text: str, token: int, config: ModelConfig, rows: Rows) -> bool:
+    """Has it the rows, tokens and attention of the corpus, so that its labels alone may differ?
+
+    Proof: tests/test_judge_rows.py::test_what_changes_labels_alone_leaves_A
+    """
+    out = text_of(at, text, token, config, rows)
+    pairs = [
+        (out.inputs, at.inputs), (out.keep_BT, at.keep_BT), (out.segment_BT, at.segment_BT),
+        (out.real_BT if out.seen_BT is None else out.seen_BT, at.real_BT),
+    ]  # fmt: skip
+    return all(np.array_equal(*pair) for pair in pairs)
+
+
 def rows_left(at: Positions, text: str, token: int, config: ModelConfig, rows: Rows) -> int:
     """How many rows there then are."""
     return int(_kept(reading(text).make(at, token), config, rows).sum())
