@@ -44,6 +44,7 @@ from refcurv.judge.diagnosis.variants.rotary import ROPES
 from refcurv.judge.diagnosis.variants.rounding import rounded
 from refcurv.judge.diagnosis.variants.setting import PARTS, SWAPPED
 from refcurv.judge.diagnosis.variants.sight import Sight, visible
+from refcurv.judge.diagnosis.variants.stopped import BACKWARD
 from refcurv.judge.diagnosis.work import extent
 from refcurv.judge.dump import Dump
 from refcurv.judge.foreign.memory import of_arrays, of_factors
@@ -772,7 +773,7 @@ def test_what_is_detached_is_a_constant_of_the_loops(name: str, monkeypatch) -> 
     keep = oracles.reached(one.label, one.real, one.segment)[0]
     _, S_G, n = oracles.factor_sums(rows, worlds, keep)
     assert_within(found[LOW].G, S_G / n, LOOPS, np.trace(S_G) / n, f"G under {name}")
-    assert np.array_equal(found[LOW].A, true[LOW].A)
+    assert setting.network[0][0] in BACKWARD and np.array_equal(found[LOW].A, true[LOW].A)
     assert gap(found[LOW], true[LOW]) > 1e-8
 
 

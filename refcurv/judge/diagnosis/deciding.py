@@ -9,7 +9,7 @@ from refcurv.judge.case import Case
 from refcurv.judge.diagnosis.seen import states
 from refcurv.judge.diagnosis.variants import REFERENCE, Setting, combined, fitting, settings
 from refcurv.judge.diagnosis.variants.positions import BUT, positions
-from refcurv.judge.diagnosis.variants.stopped import SILENT
+from refcurv.judge.diagnosis.variants.stopped import BACKWARD, SILENT
 from refcurv.judge.diagnosis.variants.texts import PROMPT, TEXTS, reads_alike, unlabelled
 
 SIDES: Mapping[str, tuple[str, ...]] = {
@@ -42,7 +42,7 @@ def labels_of(setting: Setting) -> Setting:
 def stages(case: Case, side: str) -> Iterator[list[Setting]]:
     """The single deviations that can change a side, the cheapest first."""
     every = [one for one in settings(case) if part(one, side).faults and one.count != "labels"]
-    every = [one for one in every if side == "G" or not _of_labels(case, one)]
+    every = [one for one in every if side == "G" or not _leaves_A(case, one)]
     plain = [one for one in every if one.run == REFERENCE.run or one.run == Setting(pads=one.pads)]
     plain += fitting(case, every)
     plain += [one for one in every if is_silent(case, one)]
@@ -52,8 +52,10 @@ def stages(case: Case, side: str) -> Iterator[list[Setting]]:
     yield network
 
 
-def _of_labels(case: Case, setting: Setting) -> bool:
-    """Is it another text whose labels alone differ? A has none."""
+def _leaves_A(case: Case, setting: Setting) -> bool:
+    """Does it change labels of a text alone, or a backward pass?"""
+    if setting.network:
+        return all(name in BACKWARD for name, _ in setting.network)
     if setting.text not in TEXTS:
         return False
     assert case.model is not None and case.corpus is not None

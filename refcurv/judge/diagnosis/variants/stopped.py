@@ -15,6 +15,9 @@ SILENT: Final = MappingProxyType(
 )
 """Change → the layers of a block that nothing reaches any more."""
 
+BACKWARD: Final = frozenset({*SILENT, "norm statistics detached", "no soft-cap in the backward"})
+"""Changes of the backward pass alone."""
+
 
 def past_weights(d_context: Array, saved: Saved) -> tuple[Array, Array, Array]:
     """Undo `attention_forward`, its weights taken for constants: nothing reaches q and k.
