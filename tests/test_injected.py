@@ -20,6 +20,7 @@ from refcurv.judge.injected import INJECTED, NOT_INJECTED, Truth, honest, inject
 from refcurv.model.part import part_of
 
 
+@pytest.mark.slow
 def test_every_fault_can_be_injected_or_says_why_not() -> None:
     """And an injected one changes what a dump holds, in some model."""
     injected = {one.fault for one in INJECTED.values()}

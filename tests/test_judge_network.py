@@ -160,7 +160,6 @@ SWAPS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", dear(["attention weights", "gate", "norm statistics"]))
 def test_what_is_detached_has_its_name(setting, name):
     """One fault, of the layers that nothing reaches too, which are 0."""
@@ -177,6 +176,7 @@ def test_what_is_detached_has_its_name(setting, name):
     assert silent <= {x for one in verdict.causes for x in one.layers}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SWAPS)
 def test_a_swap_is_found_in_another_network(setting, name):
     """Beside a fault of the network ours of the other layer is not what theirs is."""

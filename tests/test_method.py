@@ -131,6 +131,7 @@ def readme(text: str) -> dict[str, list[str]]:
 # ------------------------------------------------------------------ citations
 
 
+@pytest.mark.slow
 def test_every_citation_leads_somewhere() -> None:
     texts = {path: prose(path) for path in files()}
     found = {path: dangling(text) + pages(path, text) for path, text in texts.items()}
