@@ -763,6 +763,8 @@ def test_a_name_with_stars_is_a_name_for_each() -> None:
         ({"blocks.*.mlp.up": "net/fc1"}, "must have the same stars"),
         ({"blocks.*.mlp.up": "net/**/fc1"}, "must have the same stars"),
         ({"*" * 9: "*" * 9}, "must have the same stars"),
+        ({"blocks.*.mlp.up": 3}, "must have the same stars"),
+        ({b"blocks.*.mlp.up": "net/layer_*/fc1"}, "is not a layer that is judged"),
         ({"blocks.*.mlp.up": "net/layer_*/fc3"}, r"layer_0/fc3' is not a layer of theirs"),
         ({"layers.*.mlp.up": "net/layer_*/fc1"}, r"layers\.\*\.mlp\.up' is not a layer that is"),
     ):

@@ -131,15 +131,15 @@ def _of_one_dtype(
 
     Proof: tests/test_judge_network.py::test_layers_of_one_run_have_one_dtype
     """
-    coarse = [key for key in hit if key[0] == "B59"][:1]
-    finer = [key for key in hit if key[0] == "B60"] if coarse else []
-    for key, layers in hit.items():
-        if key in finer:
-            continue
-        every = {layer: set(sides) for layer, sides in layers.items()}
-        for layer, sides in (pair for x in finer for pair in hit[x].items() if key in coarse):
+    coarse = next((key for key in hit if key[0] == "B59"), None)
+    told: dict[Key, list[Key]] = {}
+    for key in hit:
+        told.setdefault(coarse if coarse and key[0] == "B60" else key, []).append(key)
+    for key, parts in told.items():
+        every: dict[str, set[str]] = {}
+        for layer, sides in (pair for part in parts for pair in hit[part].items()):
             every.setdefault(layer, set()).update(sides)
-        yield key, every, max(worst[x] for x in (key, *(finer if key in coarse else ())))
+        yield key, every, max(worst[part] for part in parts)
 
 
 def _of_weights(side: Side, setting: Setting | None) -> bool:

@@ -86,11 +86,11 @@ def _each(names: Mapping[str, str], ours: Iterable[str], theirs: Iterable[str]) 
     spread: dict[str, str] = {}
     plain: dict[str, str] = {}
     for one, other in names.items():
-        stars = _STARS.findall(f"{one}")
-        if not stars:
+        if not isinstance(one, str) or "*" not in one:
             plain[one] = other
             continue
-        if stars != _STARS.findall(f"{other}") or len(stars) > 4:
+        stars = _STARS.findall(one)
+        if stars != _STARS.findall(str(other)) or len(stars) > 4:
             raise NameUnknownError(
                 f"validate: names: {one!r:.80} and {other!r:.80} must have the same stars, four at "
                 "most: `*` stands for one part of a name, `**` for several."
