@@ -279,10 +279,11 @@ def test_a_large_change_is_seen_on_a_sample(seed):
         T, M = K @ every @ K.T, K @ some @ K.T
         seen, Y = Seen("x", "G", T, every, 60, 60), M + every - some
         before = fitted(T, Y)
-        return before[0], _alone(seen, Y, Moments(T, 60, M, 60), before)[0]
+        best = min(fitted(T, M + share * (every - some))[0] for share in np.linspace(0, 1, 101))
+        return before[0], _alone(seen, Y, Moments(T, 60, M, 60), before)[0], best
 
     large, small = (np.eye(6) * size + 0.05 * rng.normal(size=(6, 6)) for size in (0.0, 1.0))
-    before, after = left(large)
-    assert after < 0.5 * before
-    before, after = left(small)
+    before, after, best = left(large)
+    assert after < 0.5 * before and after < 1.1 * best
+    before, after, _ = left(small)
     assert after == before
