@@ -76,6 +76,11 @@ def _by_fault(findings: Sequence[Comparison], told: Set[str]) -> dict[str, list[
     return out
 
 
+def form_of(side: str) -> tuple[str, ...]:
+    """The comparisons that the form of A, or of G, decides."""
+    return (f"{side}/tr {side}", f"symmetry of {side}", side, f"n_{side}", "tr A · tr G")
+
+
 def of_moments(quantity: str) -> bool:
     """Is it a comparison of A or G?"""
     return quantity in ("n_A", "n_G", "names", "tr A · tr G") or any(

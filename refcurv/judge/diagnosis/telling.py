@@ -9,20 +9,16 @@ import math
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 
-from refcurv.judge.biases import A_COLUMN, NO_COLUMN
 from refcurv.judge.case import Case, Counts
 from refcurv.judge.diagnosis import divisors, precision, scales
-from refcurv.judge.diagnosis.causes import about, made
+from refcurv.judge.diagnosis.absent import missing, not_asked
+from refcurv.judge.diagnosis.causes import form_of, made
 from refcurv.judge.diagnosis.factors import factors
 from refcurv.judge.diagnosis.looking import ROWS_KEPT
 from refcurv.judge.diagnosis.search import PLAIN, Chosen, Idea, Side
-from refcurv.judge.diagnosis.seen import states
 from refcurv.judge.diagnosis.signs import Sign, signs
-from refcurv.judge.diagnosis.titles import Title, joined, of_change, of_factor, titles
+from refcurv.judge.diagnosis.titles import Title, joined, of_factor, titles
 from refcurv.judge.diagnosis.variants import REFERENCE
-from refcurv.judge.diagnosis.variants.networks import CHANGES, Level
-from refcurv.judge.diagnosis.variants.positions import positions
-from refcurv.judge.diagnosis.variants.stopped import SILENT
 from refcurv.judge.diagnosis.weighted import weighs
 from refcurv.judge.verdict import (
     BY_DRAWING,
@@ -46,7 +42,7 @@ def causes(
     Only what speaks of a comparison that something is wrong with.
     """
     sized = precision.causes(case, found)  # it leaves out forms that are parts of what it names
-    every = [*forms(case, found), *_missing(case, found, findings)]
+    every = [*forms(case, found), *missing(case, found, findings)]
     for side in found.values():
         named = {x for one in sized if _of_side(one, side.side) for x in one.layers}
         side.odd = {*side.sized()} - named
@@ -56,7 +52,7 @@ def causes(
     moved = {x for one in seen for x in one.layers} | {x for one in rows for x in one.layers}
     every += [*rows, *_scales(case, found, findings, moved)]
     every += [one for one in sized if not (_precision(one) and {*one.layers} <= moved)]
-    every += [*_signs(case, found, seen), *_not_asked(case, findings)]
+    every += [*_signs(case, found, seen), *not_asked(case, findings)]
     every += [] if any(_of_side(one, "G") for one in every) else _drawn_by_theirs(case, found)
     return tuple(one for one in every if any(_speaks(one, f) for f in findings))
 
@@ -82,116 +78,12 @@ def _other_rows(case: Case, found: Mapping[str, Side]) -> Iterator[Cause]:
         how += " Give model and corpus, and it is tried which they are."
     for words, layers in told.items():
         before = max(found["A"].plain(x).error for x in layers)
-        at = tuple(layers), (*_form_of("A"), *_form_of("G"))
+        at = tuple(layers), (*form_of("A"), *form_of("G"))
         yield made(case, None, f"Unknown: {words}. {how}", *at, before, before, ROWS)
 
 
 ROWS = ("B20", "B27", "B28", "B82")
 """Faults of rows that a count may come from."""
-
-
-def _missing(
-    case: Case, found: Mapping[str, Side], findings: Sequence[Comparison]
-) -> Iterator[Cause]:
-    """Faults that leave no matrix to compare: none, zeros, other numbers, another size."""
-    unasked = _unasked(case, findings)
-    absent = [f for f in findings if f.verdict == MISSING and f.layer and f.layer not in unasked]
-    if absent:
-        text = f"Nothing is stored of it. If that is meant, {ALONE}."
-        yield about(case, "B48", text, absent, math.inf, math.nan)
-    zero, wild, inputs = [], [], []
-    spilt = False
-    for layer in case.matched:
-        size = case.counts(layer).shape[1] - (layer in case.joint)
-        for side, state in states(case, layer).items():
-            at = [f for f in findings if f.layer == layer and f.quantity in _form_of(side)]
-            if not state.finite:
-                wild += at
-                spilt |= state.spilt
-            elif state.wanted and not state.filled:
-                zero += at
-            elif side == "G" and not state.same and not found[side].of(layer)[0].faults:
-                inputs += at if state.shape == (size, size) else []
-    last = zero and _last_is_empty(case, [f for f in zero if f.quantity == "A"])
-    for level, at in _silenced(found, zero):
-        words, title = f"Every entry is 0, as with `{level[0]}`.", of_change(level, case)
-        where = tuple(dict.fromkeys(f.layer for f in at)), _form_of("G")
-        yield made(case, CHANGES[level[0]].fault, words, *where, math.inf, math.nan, (), title)
-        zero = [f for f in zero if f not in at]
-    for fault, words, at in (
-        ("B41" if last else "B48", LAST_EMPTY if last else "Every entry is 0.", zero),
-        ("B61" if spilt else None, "Entries are not finite." if spilt else NOT_FINITE, wild),
-        ("B35", "G has the size of the layer's input.", inputs),
-        ("B31", "A has no column of ones.", [f for f in findings if f.cause == NO_COLUMN]),
-        ("B31", "A has a column of ones.", [f for f in findings if f.cause == A_COLUMN]),
-    ):
-        if at:
-            alike = () if fault else ("B61",)
-            yield about(case, fault, words, at, math.inf, math.nan, alike)
-
-
-def _silenced(
-    found: Mapping[str, Side], zero: Sequence[Comparison]
-) -> Iterator[tuple[Level, list[Comparison]]]:
-    """What was chosen that sends nothing back to some layers; what of these is 0.
-
-    Proof: tests/test_judge_network.py::test_what_is_detached_has_its_name
-    """
-    settings = [one.idea.setting for one in found["G"].chosen if one.idea.setting]
-    for level in dict.fromkeys(level for setting in settings for level in setting.network):
-        silent = SILENT.get(level[0], ())
-        at = [f for f in zero if f.quantity != "A" and f.layer.rpartition(".")[2] in silent]
-        if at:
-            yield level, at
-
-
-ALONE = "judge what is there with --layers 'PATTERN' (layers= in Python)"
-"""What to do where theirs is meant to hold some layers only."""
-
-LAST_EMPTY = (
-    "Every entry of every A is 0, and no G is; the last sequences have no row, so that a batch of "
-    "these alone leaves this."
-)
-
-
-def _last_is_empty(case: Case, zero: Sequence[Comparison]) -> bool:
-    """Is A 0 in every layer, and G in none, where the last sequence has no row?
-
-    A hook that never fires adds no rows either, and a frozen layer has its A.
-    """
-    every = {layer: states(case, layer) for layer in case.matched}
-    if {f.layer for f in zero} != {*every} or case.model is None or case.corpus is None:
-        return False
-    filled = all(side["G"].filled for side in every.values() if "G" in side)
-    counted = all(case.counts(layer).theirs["A"] != 0 for layer in every)
-    keep_BT = positions(case.corpus, case.model.config, case.reference.rows).keep_BT
-    return filled and counted and not keep_BT[-1].any()
-
-
-def _unasked(case: Case, findings: Sequence[Comparison]) -> Set[str]:
-    """Missing layers of which no block has any like them: all of the attention, or all of the MLPs.
-
-    These were not asked for, nor was a head that is missing beside them. Frozen layers are some
-    blocks, and a hook that never fires is at one of several layers (B48).
-    """
-    absent = [f.layer for f in findings if f.verdict == MISSING and f.layer]
-    whole = {_part(x) for x in absent} - {_part(x) for x in case.matched}
-    return {x for x in absent if _part(x) in whole} if whole & {"attn", "mlp"} else set()
-
-
-def _part(layer: str) -> str:
-    """`mlp` of `blocks.3.mlp.up`."""
-    return layer.split(".")[2] if layer.startswith("blocks.") else layer
-
-
-def _not_asked(case: Case, findings: Sequence[Comparison]) -> Iterator[Cause]:
-    unasked = _unasked(case, findings)
-    at = [f for f in findings if f.verdict == MISSING and f.layer in unasked]
-    if at:
-        parts = ", ".join(dict.fromkeys(_part(f.layer) for f in at))
-        text = f"No layer of {parts} is there: they seem not to have been asked for. Then "
-        text += f"{ALONE}. If they were asked for, their hooks never fired."
-        yield about(case, None, text, at, math.inf, math.nan, ("B48",))
 
 
 def _drawn_by_theirs(case: Case, found: Mapping[str, Side]) -> Iterator[Cause]:
@@ -206,7 +98,7 @@ def _drawn_by_theirs(case: Case, found: Mapping[str, Side]) -> Iterator[Cause]:
     if case.reference.fisher is Fisher.EMPIRICAL and not given.keys() & {"fisher", "labels"}:
         if lost and {*lost} == {*G.ladders} and not (A.chosen or A.unexplained()):
             before = max(G.plain(x).error for x in lost)
-            at = tuple(lost), _form_of("G")
+            at = tuple(lost), form_of("G")
             yield made(case, None, OTHER_LABELS, *at, before, before)
 
 
@@ -214,11 +106,6 @@ OTHER_LABELS = (
     "Unknown: every A is ours, and no G is. The reference has the corpus's own labels. If theirs "
     "are drawn from the model, judge by model and corpus alone (without --reference), or collect "
     "the reference without --fisher empirical."
-)
-
-NOT_FINITE = (
-    "Unknown: entries are not finite, and no infinity says that a number was too large. It may be "
-    "float16 overflow (B61), a division by 0 rows, or a loss that was NaN already."
 )
 
 
@@ -234,7 +121,7 @@ def forms(case: Case, found: Mapping[str, Side]) -> list[Cause]:
     for fault, where in parts.items():
         layers = dict.fromkeys(layer for _, one in where for layer in one.left)
         sides = "AG" if fault == "B32" else [side.side for side, _ in where]
-        quantities = tuple(dict.fromkeys(q for side in sides for q in _form_of(side)))
+        quantities = tuple(dict.fromkeys(q for side in sides for q in form_of(side)))
         if fault in ROWS_KEPT:
             quantities = tuple(q for q in quantities if q not in _OF_FACTOR["n"])
         before = max(side.plain(x).error for side, one in where for x in one.left)
@@ -271,10 +158,6 @@ def _without_padding(case: Case, fault: str | None) -> tuple[str, ...]:
     corpus = case.corpus
     padded = corpus is None or (corpus.images is None and not corpus.real.all())
     return () if padded else both
-
-
-def _form_of(side: str) -> tuple[str, ...]:
-    return (f"{side}/tr {side}", f"symmetry of {side}", side, f"n_{side}", "tr A · tr G")
 
 
 def _words(where: Sequence[tuple[Side, Chosen]]) -> list[str]:
@@ -446,7 +329,7 @@ def _flows_otherwise(side: Side) -> bool:
 def _signs(case: Case, found: Mapping[str, Side], seen: Sequence[Sign]) -> Iterator[Cause]:
     for one in seen:
         before = max(found[one.side].plain(x).error for x in one.layers)
-        at = one.layers, _form_of(one.side)
+        at = one.layers, form_of(one.side)
         yield made(case, one.fault, f"{one.words}.", *at, before, math.nan, one.alike)
 
 
